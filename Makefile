@@ -1,0 +1,71 @@
+# `make` lists the targets. Everything runs in .venv, which each target that needs it builds and keeps up to date.
+# Another interpreter: make PYTHON=python3.12 setup
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+MODEL := models/SmolLM2-135M-Instruct
+
+.DEFAULT_GOAL := help
+.PHONY: help setup fmt lint type test test-all test-gpu docs docs-check bench check quickstart clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  %-12s %s\n", $$1, $$2 }'
+
+setup: $(STAMP) ## build .venv with the package and the developer tools, where pyproject.toml changed
+
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "setup: '$(PYTHON)' was not found; install Python 3.10 to 3.13, or name it: make PYTHON=python3.12 setup" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "setup: $$($(PYTHON) --version 2>&1) is too old; name Python 3.10 to 3.13: make PYTHON=python3.12 setup" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "setup: $(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@echo "setup: installing into .venv; the first time takes some minutes"
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	@touch $@
+
+fmt: $(STAMP) ## format the code, and mend what ruff can
+	@$(BIN)/ruff check --fix-only --quiet
+	@$(BIN)/ruff format
+
+lint: $(STAMP) ## ruff, and the layers of the package
+	@$(BIN)/ruff format --check
+	@$(BIN)/ruff check
+	@$(BIN)/lint-imports
+
+type: $(STAMP) ## mypy
+	@$(BIN)/mypy
+
+test: $(STAMP) ## the tests that need neither patience, a GPU nor the network
+	@$(BIN)/pytest -m "not slow and not gpu and not network"
+
+test-all: $(STAMP) ## the slow tests too
+	@$(BIN)/pytest -m "not gpu and not network"
+
+test-gpu: $(STAMP) ## the tests that need a GPU
+	@$(BIN)/pytest -m gpu
+
+docs: $(STAMP) ## write the recipe's JSON Schema and the reference pages anew
+	@$(BIN)/peftcli schema > recipe.schema.tmp && mv recipe.schema.tmp peftcli/recipe.schema.json
+	@$(BIN)/python docs/generate.py
+
+docs-check: $(STAMP) ## fail when they are stale
+	@$(BIN)/peftcli schema | diff - peftcli/recipe.schema.json || { echo "peftcli/recipe.schema.json is stale: run 'make docs'" >&2; exit 1; }
+	@$(BIN)/python docs/generate.py --check
+
+bench: $(STAMP) ## measure against peers; see docs/performance.md
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script; done
+
+check: lint type test docs-check ## everything that CI runs
+
+quickstart: $(STAMP) ## fetch a small chat model, fine-tune it, and show what it learnt
+	@$(BIN)/python configs/quickstart/fetch_model.py $(MODEL)
+	@QUICKSTART_MODEL=$(MODEL) $(BIN)/peftcli train configs/quickstart.yaml
+	@printf '\n=== The prompt: a function that was not trained on\n'; cat configs/quickstart/prompt.txt
+	@printf '\n=== Without the adapter\n'
+	@$(BIN)/peftcli generate outputs/quickstart --no-adapter --max-new-tokens 96 --prompt "$$(cat configs/quickstart/prompt.txt)"
+	@printf '\n=== With the adapter\n'
+	@$(BIN)/peftcli generate outputs/quickstart --max-new-tokens 96 --prompt "$$(cat configs/quickstart/prompt.txt)"
+
+clean: ## remove caches and build leftovers; .venv, models/ and outputs/ stay
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis recipe.schema.tmp
+	@find peftcli tests benchmarks docs configs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

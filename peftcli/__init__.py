@@ -1,0 +1,51 @@
+"""Fine-tune large pretrained models by training few parameters."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import Any
+
+__version__ = version("peftcli")
+
+_PLACES = {
+    "LoraConfig": "peftcli.methods.lora.config",
+    "PromptTuningConfig": "peftcli.methods.prompt_tuning.config",
+    "inject": "peftcli.core.inject",
+    "disabled": "peftcli.core.inject",
+    "unload": "peftcli.core.inject",
+    "adapter_state": "peftcli.core.weights",
+    "load_state": "peftcli.core.weights",
+    "save_adapter": "peftcli.core.files",
+    "load_adapter": "peftcli.core.files",
+    **dict.fromkeys(
+        (
+            "AutoPeftModel",
+            "AutoPeftModelForCausalLM",
+            "AutoPeftModelForSeq2SeqLM",
+            "PeftConfig",
+            "PeftModel",
+            "PeftModelForCausalLM",
+            "PeftModelForSeq2SeqLM",
+            "PeftType",
+            "PromptTuningInit",
+            "TaskType",
+            "get_peft_model",
+            "get_peft_model_state_dict",
+        ),
+        "peftcli.peft_api",
+    ),
+}
+"""Public name -> the module that holds it; imported when the name is first used, so `import peftcli` loads no torch."""
+
+__all__ = ["__version__", *sorted(_PLACES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'peftcli' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,126 @@
+"""The ``peftcli`` command: its subcommands, and what becomes of an error.
+
+A new command is a file here with one function, and one line below. A command imports what it runs inside its function,
+so that ``--help`` loads nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from peftcli.cli import check, console, evaluate, explain, generate, info, merge, push, schema, train
+from peftcli.errors import Interrupted, PeftcliError, UsageError
+
+_BROKEN_PIPE = 141
+
+
+class _Group(TyperGroup):
+    """Lists the commands under the headings that they were registered with."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        headings: dict[str, list[tuple[str, str]]] = {}
+        width = max(len(name) for name in self.commands)
+        for name, command in self.commands.items():
+            if not command.hidden:
+                text = command.get_short_help_str(formatter.width - width - 6)
+                headings.setdefault(getattr(command, "rich_help_panel", None) or "Commands", []).append(
+                    (name.ljust(width), text)
+                )
+        for heading, rows in headings.items():
+            with formatter.section(heading):
+                formatter.write_dl(rows)
+
+
+app = typer.Typer(
+    cls=_Group, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True
+)
+
+RECIPES = "Recipes"
+ADAPTERS = "Adapters"
+
+app.command("train", rich_help_panel=RECIPES)(train.train)
+app.command("evaluate", rich_help_panel=RECIPES)(evaluate.evaluate)
+app.command("check", rich_help_panel=RECIPES)(check.check)
+app.command("explain", rich_help_panel=RECIPES)(explain.explain)
+app.command("schema", rich_help_panel=RECIPES)(schema.schema)
+app.command("generate", rich_help_panel=ADAPTERS)(generate.generate)
+app.command("merge", rich_help_panel=ADAPTERS)(merge.merge)
+app.command("info", rich_help_panel=ADAPTERS)(info.info)
+app.command("push", rich_help_panel=ADAPTERS)(push.push)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        console.out(f"peftcli {version('peftcli')}")
+        raise typer.Exit
+
+
+@app.callback()
+def peftcli(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error. Any command takes it.")
+    ] = False,
+) -> None:
+    """Fine-tune large pretrained models by training few parameters, from one YAML recipe."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line ``args``, by default that of this process. Returns the exit code."""
+    given = list(sys.argv[1:] if args is None else args) or ["--help"]
+    options = given[: given.index("--")] if "--" in given else given
+    debug, as_json = "--debug" in options, "--json" in options
+    rest = [arg for arg in options if arg != "--debug"] + given[len(options) :]
+    try:
+        code = _run(rest or ["--help"])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Python would meet the same pipe again when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except Exception as error:
+        if debug:
+            import traceback
+
+            console.log(traceback.format_exc())
+        return console.report_error(_for_user(error), as_json)
+    except KeyboardInterrupt:
+        return console.report_error(Interrupted("interrupted", exit_code=130), as_json)
+
+
+def _run(args: list[str]) -> int:
+    command = get_command(app)
+    try:
+        with command.make_context("peftcli", args) as context:
+            command.invoke(context)
+    except typer.Exit as done:
+        return done.exit_code
+    return 0
+
+
+def _for_user(error: Exception) -> PeftcliError:
+    """``error`` as one of ours. typer's own know the command whose help would have told."""
+    if isinstance(error, PeftcliError):
+        return error
+    if hasattr(error, "format_message"):
+        path = getattr(getattr(error, "ctx", None), "command_path", "peftcli")
+        return UsageError(error.format_message(), hint=f"see `{path} --help`")
+    if isinstance(error, typer.Abort):
+        return Interrupted("aborted", exit_code=130)
+    return _Bug(f"peftcli failed: {type(error).__name__}: {error}; run with --debug to see where")
+
+
+class _Bug(PeftcliError):
+    """An exception that nobody foresaw."""

@@ -1,0 +1,33 @@
+"""``peftcli evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftcli.cli import console
+
+
+def evaluate(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Adapter folder or hub id; without one, the base model.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Metrics on the recipe's evaluation data; applies its gates."""
+    from peftcli.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])
+
+    from peftcli.train.measure import measure
+    from peftcli.train.run import raise_failed_gates
+
+    result = measure(settings, adapter)
+    if as_json:
+        console.print_json(result)
+    else:
+        for name, value in sorted(result["eval"]["last"].items()):
+            console.out(f"{name} {value:.6g}")
+    raise_failed_gates(result["gates"])

@@ -1,0 +1,79 @@
+"""``peftcli generate``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from peftcli.cli import console
+from peftcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from peftcli.generate import Message, Settings, Speaker
+
+
+def generate(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
+    prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
+    source: Annotated[Path | None, typer.Option("--input", help='A .jsonl file of {"prompt"} or {"messages"}.')] = None,
+    target: Annotated[Path | None, typer.Option("--output", help="Where its answers go.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model instead of the adapter's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="With a temperature: nucleus sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of --input at once.")] = 8,
+    no_adapter: Annotated[bool, typer.Option("--no-adapter", help="The base model alone.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Text from an adapted model: one prompt, a file of prompts, or a chat on a terminal."""
+    if (source is None) != (target is None) or (prompt is not None and source is not None):
+        raise UsageError("give --prompt, or --input with --output, or neither for a chat")
+    chats = prompt is None and source is None
+    if chats and not sys.stdin.isatty():
+        raise UsageError("without a terminal, give --prompt or --input")
+
+    from peftcli.generate import Settings, answer_file, load_speaker
+
+    settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    speaker = load_speaker(adapter, base, with_adapter=not no_adapter)
+    if source is not None and target is not None:
+        count = answer_file(speaker, source, target, settings, batch_size, _show_progress)
+        return console.print_json({"output": str(target), "rows": count}) if as_json else console.out(f"{target}: {count} answers")
+    if chats:
+        return _chat(speaker, settings)
+    assert prompt is not None
+    if as_json:
+        return console.print_json(asdict(speaker.answers([prompt], settings)[0]))
+    speaker.answers([prompt], settings, stream=_write)
+    return console.out()
+
+
+def _chat(speaker: Speaker, settings: Settings) -> None:
+    """Turns at a terminal, until an empty line or the end of input."""
+    console.log("an empty line ends the chat")
+    messages: list[Message] = []
+    while True:
+        try:
+            asked = input("> ")
+        except EOFError:
+            return
+        if not asked.strip():
+            return
+        messages.append({"role": "user", "content": asked})
+        said = speaker.answers([messages if speaker.chat else asked], settings, stream=_write)[0]
+        console.out()
+        messages.append({"role": "assistant", "content": said.text})
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(console.clean(text))
+    sys.stdout.flush()
+
+
+def _show_progress(done: int, total: int) -> None:
+    console.log(f"{done}/{total}")

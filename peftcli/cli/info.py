@@ -1,0 +1,91 @@
+"""``peftcli info``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from peftcli.cli import console
+
+_PACKAGES = ("peftcli", "torch", "transformers", "accelerate", "datasets", "safetensors", "huggingface-hub")
+
+
+def info(
+    what: Annotated[
+        str, typer.Argument(metavar="[ADAPTER|methods|tasks|env]", help="Adapter folder or hub id, or a table.")
+    ] = "env",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show an adapter, the methods, the tasks or the versions."""
+    tables = {"methods": _methods, "tasks": _tasks}
+    if what == "env":
+        _env(as_json)
+    elif what in tables:
+        rows = tables[what]()
+        if as_json:
+            console.print_json({what: rows})
+        else:
+            console.table(list(rows[0]), [list(row.values()) for row in rows])
+    else:
+        from peftcli.adapter_info import describe
+
+        _print_facts(describe(what), as_json)
+
+
+def _methods() -> list[dict[str, Any]]:
+    from peftcli.methods import METHODS
+
+    return [
+        {"method": name, "peft_type": row.peft_type, "summary": row.summary, "paper": row.paper}
+        for name, row in METHODS.items()
+    ]
+
+
+def _tasks() -> list[dict[str, Any]]:
+    from peftcli.tasks import TASKS
+
+    return [
+        {"task": name, "task_type": row.task_type, "auto_class": row.auto_class, "summary": row.summary}
+        for name, row in TASKS.items()
+    ]
+
+
+def _env(as_json: bool) -> None:
+    """Versions are printed before torch is imported, which takes seconds and may fail."""
+    import platform
+
+    facts = {"python": platform.python_version(), "platform": platform.platform()}
+    facts |= {name: _version(name) for name in _PACKAGES}
+    if not as_json:
+        _print_facts(facts, as_json)
+    devices = {"devices": _devices()}
+    _print_facts({**facts, **devices} if as_json else devices, as_json)
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[str]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return [f"torch cannot be imported: {error}"]
+    if torch.cuda.is_available():
+        return [f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count())]
+    return ["mps"] if torch.backends.mps.is_available() else [f"cpu, {torch.get_num_threads()} threads"]
+
+
+def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        console.print_json(facts)
+        return
+    for name, value in facts.items():
+        shown = ", ".join(str(item) for item in value) if isinstance(value, list) else value
+        console.out(f"{name}: {'-' if shown is None else shown}")

@@ -1,0 +1,32 @@
+"""``peftcli merge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from peftcli.cli import console
+
+
+def merge(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
+    output: Annotated[Path, typer.Option(help="Folder for the merged model; must be new or empty.")],
+    base: Annotated[str | None, typer.Option(help="Base model instead of the adapter's.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Number format; by default the base model's.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare logits with base and adapter.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Fold an adapter into its base model: a checkpoint that transformers loads alone."""
+    from peftcli.merge import merge_adapter
+
+    merged = merge_adapter(adapter, output, base=base, dtype=dtype, verify=verify, tell=console.log)
+    if as_json:
+        return console.print_json(merged)
+    if verify:
+        console.out(f"verified: logits differ by at most {merged['max_logit_difference']:.2g}")
+    console.out(f"{output}: {merged['bytes'] / 1e6:,.0f} MB in {merged['shards']} file(s), {merged['dtype']}")
+    return console.out(f"load it with from_pretrained({str(output)!r})")

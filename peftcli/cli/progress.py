@@ -1,0 +1,137 @@
+"""How a training run looks: a redrawn line on a terminal, plain lines elsewhere, and the summary at its end."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from peftcli.cli import console
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+    from peftcli.train.report import Event
+
+
+class Progress:
+    """Shows the events of ``peftcli.train.run.train`` on stderr."""
+
+    def __init__(self, *, quiet: bool = False):
+        self.quiet = quiet
+        self.total = 0
+        self.tokens = 0
+        self.started = time.perf_counter()
+        self.first_step = 0
+        self.bar: RichProgress | None = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def show(self, event: Event) -> None:
+        """Shows one event; of a quiet run, only warnings."""
+        name = type(event).__name__.lower()
+        if not self.quiet or name == "warned":
+            getattr(self, f"_show_{name}")(event)
+
+    def _show_phase(self, event: Any) -> None:
+        console.log(event.text)
+
+    def _show_warned(self, event: Any) -> None:
+        console.log(f"warning: {event.text}")
+
+    def _show_ready(self, event: Any) -> None:
+        run = event.run
+        parameters, data = run["parameters"], run["data"]
+        share = 100 * parameters["trainable"] / parameters["all"]
+        console.log(f"training {parameters['trainable']:,} of {parameters['all']:,} parameters ({share:.2f} %)")
+        left_out = sum(data["dropped"].values())
+        console.log(
+            f"on {data['used']:,} examples: {data['tokens']:,} tokens, {data['targets']:,} of them targets; "
+            f"{left_out} left out, {data['truncated']} truncated"
+        )
+        where = f"{run['processes']} x {run['device']}" if run["processes"] > 1 else run["device"]
+        begin = f"going on after step {event.start_step}" if event.start_step else "from the start"
+        console.log(f"{event.total_steps} steps on {where}, {begin}")
+        self.total, self.first_step, self.started = event.total_steps, event.start_step, time.perf_counter()
+        if console.is_terminal(sys.stderr):
+            self._start_bar()
+
+    def _start_bar(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self.bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[state]}"),
+            console=console.rich_console(stderr=True),
+        )
+        self.bar.add_task("training", total=self.total, completed=self.first_step, state="")
+        self.bar.start()
+
+    def _show_stepped(self, event: Any) -> None:
+        result = event.result
+        self.tokens += result.num_tokens
+        elapsed = time.perf_counter() - self.started
+        rate = self.tokens / elapsed
+        state = f"loss {event.mean_loss:.4f}  lr {result.learning_rate:.1e}  {rate:,.0f} tokens/s"
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=result.step, state=state)
+        elif event.logged:
+            left = elapsed / (result.step - self.first_step) * (self.total - result.step)
+            console.log(f"step {result.step}/{self.total}  epoch {event.epoch:.2f}  {state}  {_clock(left)} left")
+
+    def _show_evaluated(self, event: Any) -> None:
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in sorted(event.metrics.items()))
+        self._line(f"evaluation after step {event.step}: {shown}{'  (best)' if event.best and event.step else ''}")
+
+    def _show_saved(self, event: Any) -> None:
+        self._line(f"checkpoint: {event.path}")
+
+    def _line(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.console.print(console.clean(text))
+        else:
+            console.log(text)
+
+
+def summary(run: dict[str, Any]) -> str:
+    """What a run made, and what to run next."""
+    folder = run["recipe"]["training"]["output_dir"]
+    parameters, steps, evals = run["parameters"], run["steps"], run["eval"]
+    share = 100 * parameters["trainable"] / parameters["all"]
+    size = next(item["bytes"] for item in run["artefacts"] if item["path"] == "adapter_model.safetensors")
+    lines = [f"done: {steps['done']} steps{_pace(run)}"]
+    lines.append(f"  train loss  {run['train_loss']:.4f}")
+    if evals["kept"]:
+        before = f"{evals['first']['eval_loss']:.4f} before training, " if evals["first"] else ""
+        lines.append(f"  eval loss   {before}{evals['kept']['eval_loss']:.4f} after")
+    for gate in run["gates"]:
+        lines.append(f"  gate        {gate['metric']} {gate['gate']}: {'passed' if gate['passed'] else 'FAILED'}")
+    lines.append(f"  adapter     {folder} ({parameters['trainable']:,} parameters, {share:.2f} %; {size / 1e6:.1f} MB)")
+    quoted = shlex.quote(folder)
+    lines += ["next:", f"  peftcli generate {quoted} --prompt '...'"]
+    if run["mergeable"]:
+        lines.append(f"  peftcli merge {quoted} --output {shlex.quote(folder.rstrip('/') + '-merged')}")
+    lines.append(f"  peftcli push {quoted} USER/NAME")
+    return "\n".join(lines)
+
+
+def _pace(run: dict[str, Any]) -> str:
+    if not run.get("tokens_per_second"):
+        return ""
+    peak = max(run["peak_memory_bytes"].values()) / 2**30
+    return f" in {_clock(run['wall_seconds'])}, {run['tokens_per_second']:,.0f} tokens/s, peak memory {peak:.1f} GiB"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

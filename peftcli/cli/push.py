@@ -1,0 +1,51 @@
+"""``peftcli push``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from peftcli.cli import console
+
+
+def push(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Adapter folder or hub id.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="USER/NAME on the hub; made if missing.")],
+    private: Annotated[
+        bool, typer.Option("--private/--public", help="Who may see a repository that this push makes.")
+    ] = True,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; made if missing.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    message: Annotated[str | None, typer.Option(help="First line of the commit.")] = None,
+    base_model_id: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="The base model on the hub, for one trained from a folder.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded, and send nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Upload an adapter and its model card to the hub."""
+    from dataclasses import asdict
+
+    from peftcli import hub
+
+    pushed = hub.push(
+        hub.local_folder(adapter),
+        repo_id,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        message=message,
+        dry_run=dry_run,
+        base_model_id=base_model_id,
+    )
+    if as_json:
+        console.print_json(asdict(pushed))
+        return
+    for name in pushed.files:
+        console.log(name)
+    visibility = "private" if pushed.private else "public"
+    console.log(
+        f"{'would upload' if dry_run else 'uploaded'} {len(pushed.files)} files, {pushed.bytes:,} bytes, {visibility}"
+    )
+    console.out(pushed.url)

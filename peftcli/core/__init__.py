@@ -1,0 +1,1 @@
+"""Adapter injection: torch and safetensors only."""

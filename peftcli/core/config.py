@@ -1,0 +1,193 @@
+"""Adapter configs: dataclasses whose fields are the keys of ``adapter_config.json``. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from peftcli.errors import AdapterError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+BOOKKEEPING = {"recipe": False}
+"""Metadata of the fields that describe the file, not the method: a recipe's ``method`` does not take them."""
+
+_PROVENANCE = frozenset({"peft_version", "auto_mapping", "peft_type"})
+"""Keys of the file that say who wrote it. They change nothing here."""
+
+
+@dataclass(kw_only=True)
+class AdapterConfig:
+    """What every method's config holds, and how it reads and writes ``adapter_config.json``."""
+
+    peft_type: ClassVar[str]
+    """PEFT's name of the method, upper case."""
+    file_prefix: ClassVar[str] = "base_model.model."
+    """What stands before a module's path in the names of the adapter file."""
+    always_written: ClassVar[tuple[str, ...]] = ()
+    """Fields that readers need even at their default."""
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """PEFT's keys that this config does not carry, each with the values that mean "off"."""
+
+    task_type: str | None = field(default=None, metadata=BOOKKEEPING)
+    """PEFT's task name: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, TOKEN_CLS, QUESTION_ANS or FEATURE_EXTRACTION."""
+    base_model_name_or_path: str | None = field(default=None, metadata=BOOKKEEPING)
+    """Hub id or path of the base model."""
+    revision: str | None = field(default=None, metadata=BOOKKEEPING)
+    """Revision of the base model on the hub."""
+    inference_mode: bool = field(default=False, metadata=BOOKKEEPING)
+    """Whether the adapter is loaded frozen."""
+    modules_to_save: list[str] | None = None
+    """Modules, besides the adapter's, that are trained in full and saved with it: a new classification head."""
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, Enum):
+                setattr(self, entry.name, value.value)
+            elif isinstance(value, (set, frozenset)):
+                setattr(self, entry.name, sorted(value))
+            elif isinstance(value, tuple):
+                setattr(self, entry.name, list(value))
+
+    def problems(self) -> list[tuple[str, str]]:
+        """Settings that mean nothing, whatever the model: ``(key, message)`` each."""
+        return []
+
+    def check(self, file: str | None = None) -> None:
+        """Raises AdapterError for the first of ``problems()``."""
+        for key, message in self.problems():
+            raise AdapterError(message, key=key, file=file)
+
+    def prepare(self, load_tokenizer: Callable[[str | None], Any]) -> None:
+        """Settings that are given as text become token ids; called once before a new adapter is injected.
+
+        ``load_tokenizer`` gives the tokenizer of that name, or with None the base model's.
+        """
+
+    def targets(self, model: nn.Module) -> list[str]:
+        """Names of the modules of ``model`` that ``wrap`` adapts, in the model's order.
+
+        Raises:
+            AdapterError: a name that the config gives matches nothing.
+        """
+        raise NotImplementedError
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        """The adapter layer over ``module``, whose name in the model is ``name``."""
+        raise NotImplementedError
+
+    def attach(self, model: nn.Module) -> None:
+        """Anything that a method needs on the model as a whole, once its layers are in place."""
+
+    def merge_problem(self) -> str | None:
+        """Why this adapter cannot be merged into the base model; None when it can."""
+        return None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], file: str | None = None) -> AdapterConfig:
+        """A config from the object in an ``adapter_config.json``.
+
+        Keys that newer writers add are accepted while they are switched off (null, false, empty).
+
+        Raises:
+            AdapterError: a key that changes the result and is not supported, or a value of the wrong kind.
+        """
+        known = {entry.name for entry in fields(cls) if entry.metadata.get("file", True)}
+        for key in values.keys() - known - _PROVENANCE:
+            value = values[key]
+            if value not in cls.unsupported.get(key, ()) and value not in (None, False, [], {}):
+                raise AdapterError(
+                    f"{cls.peft_type} with {key}={value!r} is not supported", key=key, file=file
+                )
+        given = {key: value for key, value in values.items() if key in known}
+        for entry in fields(cls):
+            if entry.name in given:
+                given[entry.name] = _typed(entry, given[entry.name], file)
+        config = cls(**given)
+        config.check(file)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object for ``adapter_config.json``: what every reader needs, and what differs from the default.
+
+        ``target_modules`` and other unordered lists are sorted, so equal configs give equal bytes.
+        """
+        keep = {"task_type", "base_model_name_or_path", "inference_mode", *self.always_written}
+        out: dict[str, Any] = {"peft_type": self.peft_type, "peft_version": "0.13.0"}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if not entry.metadata.get("file", True):
+                continue
+            if entry.name in keep or value != _default(entry):
+                out[entry.name] = sorted(value) if _is_name_list(value) else value
+        return out
+
+
+@dataclass(kw_only=True)
+class TargetedConfig(AdapterConfig):
+    """A config of a method that wraps chosen modules of the model."""
+
+    target_modules: list[str] | str | None = None
+    """Which modules to adapt: a list of names or name endings, one regular expression over full names,
+    or ``all-linear`` (every linear layer but the output head). Unset: the usual choice for the model's family."""
+    exclude_modules: list[str] | str | None = None
+    """Modules to leave alone, written as target_modules are."""
+    layers_to_transform: list[int] | int | None = None
+    """Indices of the transformer layers to adapt, from 0. Unset: all."""
+    layers_pattern: list[str] | str | None = None
+    """Name of the model's list of layers ("layers", "h"), where layers_to_transform cannot find it by itself."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        found = super().problems()
+        if isinstance(self.target_modules, (list, str)) and not self.target_modules:
+            found.append(("target_modules", "names no module"))
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            found.append(("layers_to_transform", "needs target_modules as a list of names"))
+        if self.layers_pattern and self.layers_to_transform is None:
+            found.append(("layers_pattern", "means nothing without layers_to_transform"))
+        layers = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
+        if any(index < 0 for index in layers or ()):
+            found.append(("layers_to_transform", "indices count from 0"))
+        return found
+
+    def targets(self, model: nn.Module) -> list[str]:
+        from peftcli.core.targets import find_targets
+
+        return find_targets(model, self)
+
+
+def _default(entry: dataclasses.Field[Any]) -> Any:
+    if entry.default_factory is not dataclasses.MISSING:
+        return entry.default_factory()
+    return None if entry.default is dataclasses.MISSING else entry.default
+
+
+def _is_name_list(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _typed(entry: dataclasses.Field[Any], value: Any, file: str | None) -> Any:
+    """``value``, when it is of the kind that the field's annotation names; null means the default."""
+    if value is None:
+        return _default(entry)
+    kinds = str(entry.type)
+    accepted = (
+        (isinstance(value, bool) and ("bool" in kinds))
+        or (isinstance(value, int) and not isinstance(value, bool) and ("int" in kinds or "float" in kinds))
+        or (isinstance(value, float) and ("float" in kinds or ("int" in kinds and value == int(value))))
+        or (isinstance(value, str) and ("str" in kinds or "Literal" in kinds))
+        or (isinstance(value, list) and "list" in kinds)
+        or (isinstance(value, dict) and "dict" in kinds)
+    )
+    if not accepted or (isinstance(value, float) and not math.isfinite(value)):
+        raise AdapterError(f"expected {kinds}, found {value!r}", key=entry.name, file=file)
+    return int(value) if isinstance(value, float) and "float" not in kinds else value

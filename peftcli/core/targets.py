@@ -1,0 +1,187 @@
+"""Which modules of a model a config names."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from peftcli.core.linear import linear_view
+from peftcli.errors import AdapterError
+
+if TYPE_CHECKING:
+    from peftcli.core.config import TargetedConfig
+
+_LONGEST_PATTERN = 2000
+
+FAMILY_TARGETS: dict[str, list[str]] = {
+    "bart": ["q_proj", "v_proj"],
+    "bert": ["query", "value"],
+    "bloom": ["query_key_value"],
+    "codegen": ["qkv_proj"],
+    "deberta": ["in_proj"],
+    "deberta-v2": ["query_proj", "value_proj"],
+    "electra": ["query", "value"],
+    "falcon": ["query_key_value"],
+    "gemma": ["q_proj", "v_proj"],
+    "gemma2": ["q_proj", "v_proj"],
+    "gemma3_text": ["q_proj", "v_proj"],
+    "gpt2": ["c_attn"],
+    "gpt_bigcode": ["c_attn"],
+    "gpt_neo": ["q_proj", "v_proj"],
+    "gpt_neox": ["query_key_value"],
+    "gptj": ["q_proj", "v_proj"],
+    "layoutlm": ["query", "value"],
+    "llama": ["q_proj", "v_proj"],
+    "llama4": ["q_proj", "v_proj"],
+    "mistral": ["q_proj", "v_proj"],
+    "mixtral": ["q_proj", "v_proj"],
+    "mpt": ["Wqkv"],
+    "mt5": ["q", "v"],
+    "opt": ["q_proj", "v_proj"],
+    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
+    "qwen2": ["q_proj", "v_proj"],
+    "qwen3": ["q_proj", "v_proj"],
+    "roberta": ["query", "value"],
+    "stablelm": ["q_proj", "v_proj"],
+    "t5": ["q", "v"],
+    "xlm-roberta": ["query", "value"],
+}
+"""The modules that PEFT adapts by default, per model_type, so that a config without target_modules means the same
+here. Families outside the table get every linear layer but the head."""
+
+
+def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
+    """Names of the modules that ``config`` names, in the model's order.
+
+    Raises:
+        AdapterError: an entry matches nothing; the message gives near names.
+    """
+    modules = dict(model.named_modules())
+    wanted = config.target_modules
+    if wanted is None:
+        wanted = FAMILY_TARGETS.get(getattr(getattr(model, "config", None), "model_type", ""), "all-linear")
+    if wanted == "all-linear":
+        names = _all_linear(model, modules, config.modules_to_save or ())
+    else:
+        names = _matches(model, modules, wanted, "target_modules")
+    if config.exclude_modules is not None:
+        excluded = set(_matches(model, modules, config.exclude_modules, "exclude_modules"))
+        names = [name for name in names if name not in excluded]
+    if config.layers_to_transform is not None:
+        names = _in_layers(names, config)
+    if not names:
+        raise AdapterError(f"no module of {type(model).__name__} is left to adapt", key="target_modules")
+    return names
+
+
+def module_matches(name: str, entry: str) -> bool:
+    """Whether ``entry`` is the module's name or ends it at a dot."""
+    return name == entry or name.endswith(f".{entry}")
+
+
+def find_modules(model: nn.Module, entries: Iterable[str], key: str) -> list[str]:
+    """Names of the modules that a list of names or name endings gives, in the model's order.
+
+    Raises:
+        AdapterError: an entry matches nothing; the message gives near names.
+    """
+    return _matches(model, dict(model.named_modules()), list(entries), key)
+
+
+def shortest_names(model: nn.Module, names: list[str]) -> list[str]:
+    """The shortest name endings that name these modules and no others, sorted."""
+    chosen, found = set(names), set()
+    every = [name for name, _ in model.named_modules() if name]
+    for name in names:
+        parts = name.split(".")
+        for count in range(1, len(parts) + 1):
+            ending = ".".join(parts[-count:])
+            if ending in found or all(other in chosen for other in every if module_matches(other, ending)):
+                found.add(ending)
+                break
+    return sorted(found)
+
+
+def pattern_value(patterns: dict[str, float], name: str, default: float) -> float:
+    """The value whose key (a name ending or regular expression) matches the module's name, or ``default``."""
+    return next((value for key, value in patterns.items() if _pattern_matches(key, name)), default)
+
+
+def check_patterns(patterns: dict[str, float], names: Iterable[str], key: str) -> None:
+    """Raises AdapterError for a key of rank_pattern or alpha_pattern that matches no adapted module."""
+    names = list(names)
+    for pattern in patterns:
+        if not any(_pattern_matches(pattern, name) for name in names):
+            raise AdapterError(f"no adapted module matches {pattern!r}{_closest(pattern, names)}", key=key)
+
+
+def _pattern_matches(pattern: str, name: str) -> bool:
+    return _compiled(rf"(.*\.)?({pattern})", "rank_pattern").fullmatch(name) is not None
+
+
+def _all_linear(model: nn.Module, modules: dict[str, nn.Module], saved: Iterable[str]) -> list[str]:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads = {"classifier", "score", "lm_head", *saved} if head is None else set(saved)
+
+    def is_body(name: str, module: nn.Module) -> bool:
+        inside_head = any(module_matches(name, entry) or f".{entry}." in f".{name}." for entry in heads)
+        return linear_view(module) is not None and module is not head and not inside_head
+
+    return [name for name, module in modules.items() if is_body(name, module)]
+
+
+def _matches(model: nn.Module, modules: dict[str, nn.Module], wanted: list[str] | str, key: str) -> list[str]:
+    names = [name for name in modules if name]
+    if isinstance(wanted, str):
+        pattern = _compiled(wanted, key)
+        found = [name for name in names if pattern.fullmatch(name)]
+        if not found:
+            raise AdapterError(_nothing(model, wanted, names), key=key)
+        return found
+    for entry in wanted:
+        if not any(module_matches(name, entry) for name in names):
+            raise AdapterError(_nothing(model, entry, names), key=key)
+    return [name for name in names if any(module_matches(name, entry) for entry in wanted)]
+
+
+def _in_layers(names: list[str], config: TargetedConfig) -> list[str]:
+    layers = config.layers_to_transform
+    wanted = {layers} if isinstance(layers, int) else set(layers or ())
+    lists = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    patterns = [rf".*\.{re.escape(entry)}\.(\d+)\." for entry in lists or ()] or [r".*\.[^.]*\.(\d+)\."]
+
+    def layer(name: str) -> int | None:
+        found = (re.match(pattern, f".{name}") for pattern in patterns)
+        return next((int(match[1]) for match in found if match), None)
+
+    indices = {name: layer(name) for name in names}
+    missing = wanted - set(indices.values())
+    if missing:
+        there = sorted(index for index in set(indices.values()) if index is not None)
+        span = f"layers {there[0]} to {there[-1]}" if there else "no numbered layers"
+        raise AdapterError(f"no target module in layer {min(missing)}; there are {span}", key="layers_to_transform")
+    return [name for name in names if indices[name] in wanted]
+
+
+def _compiled(pattern: str, key: str) -> re.Pattern[str]:
+    if len(pattern) > _LONGEST_PATTERN:
+        raise AdapterError(f"a pattern of {len(pattern)} characters; at most {_LONGEST_PATTERN}", key=key)
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise AdapterError(f"{pattern!r} is no regular expression: {error}", key=key) from None
+
+
+def _nothing(model: nn.Module, entry: str, names: list[str]) -> str:
+    return f"no module of {type(model).__name__} matches {entry!r}{_closest(entry, names)}"
+
+
+def _closest(entry: str, names: Iterable[str]) -> str:
+    dots = entry.count(".")
+    endings = {".".join(name.split(".")[-1 - dots :]) for name in names}
+    near = difflib.get_close_matches(entry, sorted(endings), n=3, cutoff=0.5)
+    return f"; closest: {', '.join(near)}" if near else f"; there are: {', '.join(sorted(endings)[:12])}"

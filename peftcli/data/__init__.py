@@ -1,0 +1,1 @@
+"""Rows of a dataset -> examples -> token ids and labels -> padded batches."""

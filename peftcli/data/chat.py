@@ -1,0 +1,187 @@
+"""Examples as token ids and labels: what a model reads, and which of it is trained.
+
+A token that stands across the border of an answer belongs to the answer: its text cannot be produced without it. A
+special token never does unless it begins inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from peftcli.data.formats import ChatExample, PairExample, TextExample
+from peftcli.data.spans import Template
+from peftcli.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""The label of a token that does not count in the loss."""
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example as the model reads it."""
+
+    input_ids: list[int]
+    labels: list[int]
+    """The ids again, IGNORED where not trained."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A text to tokenise, and which of its characters are trained."""
+
+    text: str
+    spans: tuple[Span, ...] | None = None
+    """Trained characters; None: every token."""
+    rendered: bool = False
+    """Whether a chat template wrote the special tokens into ``text``. Else the tokenizer adds its own, and EOS."""
+    closed: bool = True
+    """Whether every answer has an end-of-turn token."""
+
+
+def encode_text(example: TextExample, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """The text and EOS, all of it trained."""
+    return encode_plans([plan_text(example)], tokenizer)[0]
+
+
+def encode_pair(example: PairExample, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """Prompt, completion and EOS in one text; the completion and EOS are trained."""
+    return encode_plans([plan_pair(example)], tokenizer)[0]
+
+
+def encode_chat(example: ChatExample, tokenizer: PreTrainedTokenizerBase, train_on: str) -> Encoded:
+    """The conversation exactly as ``apply_chat_template`` gives it; which turns are trained, ``train_on`` says.
+
+    Raises:
+        DataError: the template refuses the conversation, or does not show for certain where its answers are.
+    """
+    encoded = encode_plans([plan_chat(example, chat_template(tokenizer), train_on)], tokenizer)[0]
+    check_ids(example, encoded, tokenizer)
+    return encoded
+
+
+def plan_text(example: TextExample) -> Plan:
+    """The plan of a text: all of it."""
+    return Plan(example.text)
+
+
+def plan_pair(example: PairExample, train_on: str = "answers") -> Plan:
+    """The plan of a pair: its completion, or all of it."""
+    text = example.prompt + example.completion
+    return Plan(text, None if train_on == "all" else ((len(example.prompt), len(text)),))
+
+
+def plan_chat(example: ChatExample, template: Template, train_on: str) -> Plan:
+    """The plan of a conversation.
+
+    Raises:
+        DataError: the template refuses the conversation, or does not show for certain where its answers are.
+    """
+    if train_on == "all" and not example.untrained:
+        return Plan(template.render(example.messages, example.tools), rendered=True)
+    text, answers = template.answers(example.messages, example.tools)
+    if train_on == "all":
+        borders = [0, *(at for each in answers if each.message in example.untrained for at in (each.start, each.end))]
+        spans = tuple(zip(borders[::2], [*borders[1::2], len(text)], strict=True))
+        return Plan(text, spans, rendered=True)
+    if train_on == "last_answer":
+        answers = answers[-1:]
+    trained = [each for each in answers if each.message not in example.untrained]
+    spans = tuple((each.start, each.end) for each in trained)
+    return Plan(text, spans, rendered=True, closed=all(each.closed for each in trained))
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The tokenizer's chat template.
+
+    Raises:
+        DataError: it has none.
+    """
+    if not tokenizer.chat_template:
+        raise DataError(
+            "the base model's tokenizer has no chat template, so conversations cannot be written as it expects",
+            hint="Use the model's instruct or chat version, or give the rows as prompt and completion.",
+        )
+    return Template(tokenizer)
+
+
+def check_ids(example: ChatExample, encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Compares with ``apply_chat_template``, which some tokenizers replace.
+
+    Raises:
+        DataError: the ids differ.
+    """
+    expected = tokenizer.apply_chat_template(example.messages, tools=example.tools, tokenize=True, return_dict=False)
+    if encoded.input_ids != list(expected):
+        raise DataError(
+            "this tokenizer's apply_chat_template does not tokenise the text that it renders, so the answers in it "
+            "cannot be found",
+            hint="Give the rows as prompt and completion.",
+        )
+
+
+def encode_plans(plans: Sequence[Plan], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    """Tokenises texts that are all rendered, or all not, in one batch.
+
+    Raises:
+        DataError: labels are needed for part of a text, and the tokenizer does not tell where its tokens stand.
+    """
+    partial = any(plan.spans is not None for plan in plans)
+    if partial and not tokenizer.is_fast:
+        raise DataError(
+            f"{type(tokenizer).__name__} does not tell where its tokens stand in the text, so answers cannot be told "
+            "from prompts",
+            hint="Use a base model with a fast tokenizer, or train on every token: format: text.",
+        )
+    batch = tokenizer(
+        [plan.text for plan in plans],
+        add_special_tokens=not plans[0].rendered,
+        return_offsets_mapping=partial,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    special = set(tokenizer.added_tokens_decoder)
+    encoded = []
+    for index, plan in enumerate(plans):
+        ids = batch["input_ids"][index]
+        labels = ids if plan.spans is None else _labels(plan, ids, batch["offset_mapping"][index], special)
+        encoded.append(Encoded(ids, list(labels)) if plan.rendered else _finish(ids, labels, tokenizer))
+    return encoded
+
+
+def _finish(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """One BOS where the tokenizer adds it, one EOS at the end, and EOS is trained."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and bos != eos and ids[:2] == [bos, bos]:
+        ids, labels = ids[1:], labels[1:]
+    if eos is None:
+        return Encoded(ids, list(labels))
+    if ids[-1:] == [eos]:
+        ids, labels = ids[:-1], labels[:-1]
+    return Encoded([*ids, eos], [*labels, eos])
+
+
+def _labels(plan: Plan, ids: list[int], offsets: list[Span], special: set[int]) -> list[int]:
+    """The ids of the tokens that stand, wholly or in part, in one of the plan's spans; IGNORED for the others."""
+    labels = [IGNORED] * len(ids)
+    rest = iter(plan.spans or ())
+    start, end = next(rest, (0, 0))
+    before = 0
+    for index, (left, right) in enumerate(offsets):
+        # A token of white space has no width in tokenizers that trim it: it reaches back to the token before.
+        left, before = left if left < right else min(before, left), right
+        while left >= end and (following := next(rest, None)):
+            start, end = following
+        if left < start < right and ids[index] in special:
+            # A special token may swallow the white space beside it.
+            left += right - left - len(plan.text[left:right].lstrip())
+            right = right if left >= start else start
+        if right > start and left < end:
+            labels[index] = ids[index]
+    return labels

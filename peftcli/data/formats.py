@@ -1,0 +1,363 @@
+"""Turns rows into examples: which columns a format needs, and what each must hold."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from peftcli.data.load import Rows
+from peftcli.errors import DataError
+from peftcli.schema import Dataset
+
+Message = dict[str, Any]
+"""One turn: ``role``, ``content``, and what else the chat template reads (``tool_calls``, ``reasoning_content``)."""
+
+
+@dataclass(frozen=True)
+class TextExample:
+    """A text, all of which is trained."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class PairExample:
+    """A prompt and the completion that is trained. They are joined as they stand, with nothing between them."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class ChatExample:
+    """A conversation with at least one assistant turn."""
+
+    messages: list[Message]
+    tools: list[Any] | None = None
+    untrained: frozenset[int] = frozenset()
+    """Positions of messages that say ``train: false``."""
+
+
+@dataclass(frozen=True)
+class AlpacaExample:
+    """An instruction, perhaps with an input, and the output that is trained."""
+
+    instruction: str
+    output: str
+    input: str = ""
+    system: str = ""
+
+    def request(self) -> str:
+        """What the user says: the instruction, a blank line, the input."""
+        return f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
+
+    def chat(self) -> ChatExample:
+        """The example as a conversation, for a model with a chat template."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        turns = [{"role": "user", "content": self.request()}, {"role": "assistant", "content": self.output}]
+        return ChatExample(system + turns)
+
+    def pair(self) -> PairExample:
+        """The example with the headings of the Alpaca form, for a model without a chat template."""
+        parts = [self.system, f"### Instruction:\n{self.instruction}"]
+        if self.input:
+            parts.append(f"### Input:\n{self.input}")
+        return PairExample("\n\n".join([*filter(None, parts), "### Response:\n"]), self.output)
+
+
+Example = TextExample | PairExample | ChatExample | AlpacaExample
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of row: the columns it needs, and those it also reads."""
+
+    needs: tuple[str, ...]
+    build: Callable[[dict[str, Any]], Example]
+    reads: tuple[str, ...] = ()
+
+
+class _Fault(Exception):
+    """What is wrong with a row, and under which key."""
+
+    def __init__(self, key: str, message: str):
+        super().__init__(message)
+        self.key, self.message = key, message
+
+
+def to_examples(rows: Rows, dataset: Dataset) -> list[Example]:
+    """Every row as an example.
+
+    Raises:
+        DataError: the columns fit no format, or a row does not hold what its format says.
+    """
+    columns = _rename(rows, dataset.columns)
+    name: str = dataset.format
+    if name == "auto":
+        try:
+            name = detect_format(columns)
+        except DataError as error:
+            raise DataError(error.message, file=rows.source, key=error.key, hint=error.hint) from None
+    chosen = FORMATS[name]
+    known = (*chosen.needs, *chosen.reads)
+    for key in dataset.columns:
+        if key not in known:
+            hint = f"Format {name} reads: {', '.join(known)}"
+            raise DataError(f"format {name} has no column {key!r}", key=f"dataset.columns.{key}", hint=hint)
+    missing = [key for key in chosen.needs if key not in columns]
+    if missing:
+        raise DataError(
+            f"format {name} needs {' and '.join(missing)}; the columns are: {_listed(columns)}",
+            file=rows.source,
+            key="dataset.format",
+            hint=_columns_hint({name: missing}, columns),
+        )
+    back = {key: dataset.columns.get(key, key) for key in known}
+    return [_build(chosen, back, rows, index) for index in range(len(rows))]
+
+
+def detect_format(columns: Iterable[str]) -> str:
+    """The name of the one format whose columns are all there.
+
+    Raises:
+        DataError: none or several are.
+    """
+    columns = tuple(columns)
+    fitting = [name for name, each in FORMATS.items() if set(each.needs) <= set(columns)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise DataError(
+            f"the columns {_listed(columns)} fit the formats {' and '.join(fitting)}",
+            key="dataset.format",
+            hint=f"Choose one in the recipe: dataset: {{format: {fitting[0]}}}",
+        )
+    needed = "; ".join(f"{name}: {', '.join(each.needs)}" for name, each in FORMATS.items())
+    missing = {name: [key for key in each.needs if key not in columns] for name, each in FORMATS.items()}
+    raise DataError(
+        f"no format fits the columns: {_listed(columns)}",
+        key="dataset.format",
+        hint=f"What a format needs: {needed}\n{_columns_hint(missing, columns)}",
+    )
+
+
+def _rename(rows: Rows, mapping: dict[str, str]) -> tuple[str, ...]:
+    """The columns under the names that the formats use."""
+    known = sorted({key for each in FORMATS.values() for key in (*each.needs, *each.reads)})
+    for key, column in mapping.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"Closest: {near[0]}" if near else f"Formats read: {', '.join(known)}"
+            raise DataError(f"no format has a column {key!r}", key=f"dataset.columns.{key}", hint=hint)
+        if column not in rows.columns:
+            near = difflib.get_close_matches(column, rows.columns, n=1)
+            raise DataError(
+                f"no column {column!r}; the columns are: {_listed(rows.columns)}",
+                file=rows.source,
+                key=f"dataset.columns.{key}",
+                hint=f"Closest: {near[0]}" if near else None,
+            )
+    taken = set(mapping.values())
+    return (*mapping, *(column for column in rows.columns if column not in taken and column not in mapping))
+
+
+_OTHER_NAMES = {
+    "prompt": ("question", "query", "input", "source", "problem", "context"),
+    "completion": ("answer", "response", "output", "target", "summary", "solution", "label"),
+    "messages": ("conversation", "chat", "dialog", "dialogue", "turns"),
+    "instruction": ("question", "prompt", "query", "task"),
+    "output": ("response", "answer", "completion", "target"),
+    "conversations": ("conversation", "dialog"),
+    "text": ("content", "document", "body", "sentence"),
+}
+"""What datasets call the columns of the formats. For suggestions only."""
+
+
+def _columns_hint(missing: dict[str, list[str]], columns: tuple[str, ...]) -> str:
+    """How to name the columns in the recipe, for the format that they come closest to."""
+    best: tuple[int, str, dict[str, str]] = (0, "", {})
+    for name, keys in missing.items():
+        guess = {key: near for key in keys if (near := _near(key, columns))}
+        needs = len(FORMATS[name].needs)
+        whole = len(guess) == len(keys) and len(set(guess.values())) == len(guess)
+        score = (needs if whole else 0) + len(guess)
+        if guess and score > best[0]:
+            best = (score, name, guess)
+    name, guess = best[1] or "prompt_completion", best[2] or {"prompt": "YOUR_COLUMN", "completion": "YOUR_COLUMN"}
+    near = "".join(f"Closest to {key}: {column}. " for key, column in best[2].items())
+    written = ", ".join(f"{key}: {column}" for key, column in guess.items())
+    return f"{near}In the recipe: dataset: {{format: {name}, columns: {{{written}}}}}"
+
+
+def _near(key: str, columns: tuple[str, ...]) -> str | None:
+    lowered = {column.lower(): column for column in columns}
+    near = difflib.get_close_matches(key, lowered, n=1, cutoff=0.75)
+    found = near[0] if near else next((name for name in _OTHER_NAMES[key] if name in lowered), None)
+    return lowered[found] if found else None
+
+
+def _listed(columns: Iterable[str]) -> str:
+    columns = list(columns)
+    shown = ", ".join(repr(name[:40])[1:-1] for name in columns[:12])
+    return f"{shown}, ... ({len(columns)})" if len(columns) > 12 else shown or "none"
+
+
+def _build(chosen: Format, names: dict[str, str], rows: Rows, index: int) -> Example:
+    row = rows.rows[index]
+    try:
+        for key in chosen.needs:
+            if names[key] not in row:
+                raise _Fault(key, f"missing; the row has: {_listed(row)}")
+        return chosen.build({key: row[name] for key, name in names.items() if name in row})
+    except _Fault as fault:
+        top = re.split(r"[.\[]", fault.key, maxsplit=1)[0]
+        raise rows.error(index, fault.message, key=names.get(top, top) + fault.key[len(top) :]) from None
+
+
+def _string(row: dict[str, Any], key: str, *, where: str = "") -> str:
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise _Fault(where + key, f"expected text, found {_kind(value)}")
+    return value
+
+
+def _answer(row: dict[str, Any], key: str, *, where: str = "") -> str:
+    value = _string(row, key, where=where)
+    if not value.strip():
+        raise _Fault(where + key, "is empty: there is nothing to train on")
+    return value
+
+
+def _optional(row: dict[str, Any], key: str) -> str:
+    return "" if row.get(key) is None else _string(row, key)
+
+
+def _text(row: dict[str, Any]) -> Example:
+    return TextExample(_answer(row, "text"))
+
+
+def _pair(row: dict[str, Any]) -> Example:
+    return PairExample(_string(row, "prompt"), _answer(row, "completion"))
+
+
+def _alpaca(row: dict[str, Any]) -> Example:
+    return AlpacaExample(
+        _string(row, "instruction"), _answer(row, "output"), _optional(row, "input"), _optional(row, "system")
+    )
+
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+def _messages(row: dict[str, Any]) -> Example:
+    turns = _turns(row, "messages")
+    return _conversation("messages", turns, _tools(row), "")
+
+
+def _sharegpt(row: dict[str, Any]) -> Example:
+    turns = []
+    for index, turn in enumerate(_turns(row, "conversations")):
+        where = f"conversations[{index}]."
+        role = _role(turn, "from", _SHAREGPT_ROLES, where)
+        train = {"train": turn["train"]} if "train" in turn else {}
+        turns.append({"role": _SHAREGPT_ROLES[role], "content": turn.get("value"), **train})
+    return _conversation("conversations", turns, _tools(row), _optional(row, "system"), content="value")
+
+
+def _turns(row: dict[str, Any], column: str) -> list[Message]:
+    turns = row[column]
+    if not isinstance(turns, list):
+        raise _Fault(column, f"expected a list of turns, found {_kind(turns)}")
+    for index, turn in enumerate(turns):
+        if not isinstance(turn, dict):
+            raise _Fault(f"{column}[{index}]", f"expected an object, found {_kind(turn)}")
+    return turns
+
+
+def _role(turn: Message, key: str, known: Iterable[str], where: str) -> str:
+    role = turn.get(key)
+    if not isinstance(role, str) or role not in known:
+        found = repr(role[:40]) if isinstance(role, str) else _kind(role)
+        raise _Fault(where + key, f"unknown role: {found}; known are {', '.join(known)}")
+    return role
+
+
+def _conversation(
+    column: str, turns: list[Message], tools: list[Any] | None, system: str, content: str = "content"
+) -> ChatExample:
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    shift = len(messages)
+    untrained = set()
+    for index, turn in enumerate(turns):
+        where = f"{column}[{index}]."
+        role = _role(turn, "role", _ROLES, where)
+        _check_content(turn, role, content, where)
+        if not isinstance(turn.get("train", True), bool | None):
+            raise _Fault(where + "train", f"expected true or false, found {_kind(turn['train'])}")
+        if turn.get("train") and role != "assistant":
+            raise _Fault(where + "train", f"a {role} turn is never trained")
+        if turn.get("train") is False:
+            untrained.add(index + shift)
+        # Parquet gives every turn the keys of all turns, null where there was none.
+        messages.append({key: value for key, value in turn.items() if key != "train" and value is not None})
+    if not any(message["role"] == "assistant" for message in messages):
+        raise _Fault(column, "holds no assistant turn: there is nothing to train on")
+    return ChatExample(messages, tools, frozenset(untrained))
+
+
+def _check_content(turn: Message, role: str, key: str, where: str) -> None:
+    calls = turn.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(map(_is_call, calls)):
+        raise _Fault(where + "tool_calls", "expected a list of {function: {name, arguments}}")
+    if calls and role == "assistant":
+        if turn.get("content") is not None:
+            _string(turn | {key: turn["content"]}, key, where=where)
+        return
+    read = _answer if role == "assistant" else _string
+    read({key: turn.get("content")}, key, where=where)
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
+
+
+def _tools(row: dict[str, Any]) -> list[Any] | None:
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools:
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise _Fault("tools", "is not JSON") from None
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise _Fault("tools", f"expected a list of objects, found {_kind(tools)}")
+    return tools or None
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", dict: "an object", str: "text", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+FORMATS = {
+    "text": Format(("text",), _text),
+    "prompt_completion": Format(("prompt", "completion"), _pair),
+    "messages": Format(("messages",), _messages, ("tools",)),
+    "alpaca": Format(("instruction", "output"), _alpaca, ("input", "system")),
+    "sharegpt": Format(("conversations",), _sharegpt, ("system", "tools")),
+}
+"""Every format that rows can have."""

@@ -1,0 +1,333 @@
+"""Fold an adapter into its base model and write a checkpoint that transformers loads alone.
+
+A base model in safetensors is streamed: one tensor is in memory at a time, and one shard is written at a time. Any
+other base model (GGUF, or a checkpoint whose tensors are named unlike the model's) is loaded whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from peftcli.core.config import AdapterConfig
+from peftcli.core.files import load_adapter, read_config, read_tensors, sync_folder
+from peftcli.core.inject import inject
+from peftcli.core.layer import AdapterLayer
+from peftcli.core.merge import merge, outermost
+from peftcli.core.weights import check_state, named_tensors
+from peftcli.errors import AdapterError, StorageError, UsageError
+from peftcli.hub import local_folder
+from peftcli.methods import config_from_dict
+from peftcli.models.load import base_files, base_of, empty_model, load_config, load_model, load_tokenizer
+from peftcli.schema import BaseModel
+from peftcli.tasks import TASKS
+
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
+"""Largest difference of logits that rounding the merged weights explains, as a share of the logits' deviation."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is merged into what."""
+
+    folder: Path
+    config: AdapterConfig
+    base: BaseModel
+    auto_class: str
+    dtype: torch.dtype | None
+    """Of the result; None: the base model's own."""
+
+
+def merge_adapter(
+    adapter: str,
+    output: Path,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    verify: bool = True,
+    tell: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Write base model + adapter to ``output`` as one plain checkpoint with its tokenizer.
+
+    Args:
+        adapter: folder or hub id.
+        output: new or empty folder; it appears whole or not at all.
+        base: base model instead of the one that the adapter names.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps the base model's.
+        verify: compare the merged model's logits with those of base model and adapter.
+        tell: is told what is being done.
+
+    Returns:
+        What was written: folder, shards, bytes, dtype, untied, max_logit_difference.
+
+    Raises:
+        AdapterError: the adapter cannot be merged, does not fit, or the logits differ.
+        UsageError: the output folder holds something.
+        StorageError: it cannot be written.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError("exists and is not empty; nothing was changed", file=str(output), key="--output")
+    folder = local_folder(adapter)
+    config = config_from_dict(read_config(folder), file=str(folder / "adapter_config.json"))
+    if reason := config.merge_problem():
+        raise AdapterError(reason, file=str(folder))
+    name = base or config.base_model_name_or_path
+    if not name:
+        raise AdapterError("names no base model", file=str(folder), hint="give one with --base")
+    config.inference_mode = True
+    classes = {row.task_type: row.auto_class for row in TASKS.values()}
+    spec = base_of(name, None if base else config.revision)
+    auto_class = classes.get(config.task_type or "", "AutoModelForCausalLM")
+    job = _Job(folder, config, spec, auto_class, getattr(torch, dtype) if dtype else None)
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        tell(f"merging into {name}")
+        untied = _stream(job, partial, tell)
+        if untied is None:
+            untied = _merge_whole(job, partial)
+        _write_companions(job, partial, untied)
+        difference = _verify(job, partial, tell) if verify else None
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
+        sync_folder(output.parent)
+    except OSError as error:
+        raise StorageError(f"cannot write: {error.strerror or error}", file=str(output)) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shards = sorted(output.glob("*.safetensors"))
+    written = json.loads((output / "config.json").read_bytes())
+    return {
+        "output": str(output),
+        "base_model": name,
+        "dtype": written.get("dtype"),
+        "shards": len(shards),
+        "bytes": sum(shard.stat().st_size for shard in shards),
+        "untied": untied,
+        "max_logit_difference": difference,
+    }
+
+
+def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None:
+    """Merge shard by shard.
+
+    Returns:
+        Whether input and output embeddings were untied; None when this base model cannot be streamed.
+    """
+    shards = base_files(job.base)
+    if not shards:
+        return None
+    places = {key: shard for shard in shards for key in _keys(shard)}
+    model, layers = _layers_without_base(job)
+    parents = {f"{path}.{leaf}": path for path, layer in layers.items() for leaf in _base_leaves(layer)}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    keys = _checkpoint_keys(list(parents), set(places), prefix)
+    head = _tied_head(model, layers, places, prefix)
+    if head is not None:
+        parents[head.name] = head.path
+        keys[head.name] = head.source
+    if any(key not in places for key in keys.values()):
+        return None  # the checkpoint names its tensors otherwise
+    merged = _MergedTensors(layers, parents, keys, places)
+    names = {key: name for name, key in keys.items() if head is None or name != head.name}
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        tell(f"shard {number} of {len(shards)}")
+        tensors: dict[str, torch.Tensor] = {}
+        with safe_open(shard, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                value = file.get_tensor(key)
+                tensors[key] = _cast(merged.get(names[key], value) if key in names else value, value, job.dtype)
+                if head is not None and key == head.source:
+                    tensors[head.name] = _cast(merged.get(head.name, value), value, job.dtype)
+        index |= dict.fromkeys(tensors, shard.name)
+        save_file(tensors, output / shard.name, {"format": "pt"})
+    if len(shards) > 1:
+        described = {"metadata": {}, "weight_map": dict(sorted(index.items()))}
+        (output / "model.safetensors.index.json").write_text(json.dumps(described, indent=2) + "\n")
+    return head is not None
+
+
+@dataclass(frozen=True)
+class _Head:
+    """An output head that shares its weight with the input embedding, and must not any more."""
+
+    path: str
+    name: str
+    """Its weight's name in the model and in the merged checkpoint."""
+    source: str
+    """The embedding's key in the base checkpoint, which holds the weight of both."""
+
+
+@dataclass(frozen=True)
+class _MergedTensors:
+    """The adapted layers' tensors, each merged when it is asked for."""
+
+    layers: dict[str, AdapterLayer]
+    parents: dict[str, str]
+    keys: dict[str, str]
+    places: dict[str, Path]
+
+    def get(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """The merged tensor called ``name`` in the model, whose base value is ``value``."""
+        path = self.parents[name]
+        layer, leaf = self.layers.get(path), name[len(path) + 1 :]
+        if layer is None:
+            return value
+        base = {leaf: value}
+        for other in _base_leaves(layer):
+            key = self.keys.get(f"{path}.{other}")
+            if other not in base and key is not None:
+                with safe_open(self.places[key], framework="pt") as file:
+                    base[other] = file.get_tensor(key)
+        with torch.no_grad():
+            merged = layer.folded(base).get(leaf, value)
+        if not torch.isfinite(merged).all():
+            raise AdapterError(f"{name} is not finite after merging")
+        return merged
+
+
+def _layers_without_base(job: _Job) -> tuple[nn.Module, dict[str, AdapterLayer]]:
+    """The model on the meta device, and its adapter layers with the adapter's real weights."""
+    model = empty_model(job.base, job.auto_class)
+    inject(model, job.config)
+    tensors = read_tensors(job.folder)
+    wanted = named_tensors(model)
+    values = check_state(model, tensors, str(job.folder))
+    for name, (layer, tensor, _) in wanted.items():
+        owner, _, leaf = tensor.rpartition(".")
+        layer.own_module(owner)._parameters[leaf] = nn.Parameter(values[name], requires_grad=False)
+    return model, outermost(model)
+
+
+def _base_leaves(layer: AdapterLayer) -> list[str]:
+    base: nn.Module = layer
+    while isinstance(base, AdapterLayer):
+        base = base.base_layer
+    return [name for name, _ in base.named_parameters()]
+
+
+def _checkpoint_keys(names: list[str], keys: set[str], prefix: str) -> dict[str, str]:
+    """Name in the model -> key in the checkpoint, which may have or lack the model's outer prefix."""
+    return {
+        name: next((key for key in (name, name.removeprefix(prefix), prefix + name) if key in keys), name)
+        for name in names
+    }
+
+
+def _tied_head(
+    model: nn.Module, layers: dict[str, AdapterLayer], places: dict[str, Path], prefix: str
+) -> _Head | None:
+    """The head to untie: it shares its weight with the embedding, and the adapter changes one of them."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return None
+    ends = {name: getattr(model, name)() for name in ("get_input_embeddings", "get_output_embeddings")}
+    paths = {id(module): name for name, module in model.named_modules()}
+    embedding, head = (paths.get(id(module)) for module in ends.values())
+    if embedding is None or head is None or not {embedding, head} & set(layers):
+        return None
+    source = _checkpoint_keys([f"{embedding}.weight"], set(places), prefix)[f"{embedding}.weight"]
+    return _Head(head, f"{head}.weight", source)
+
+
+def _merge_whole(job: _Job, output: Path) -> bool:
+    """Merge with the whole model in memory."""
+    model = load_model(job.base, job.auto_class, job.dtype or _dtype_of(load_config(job.base)))
+    load_adapter(model, job.config, job.folder)
+    untied = merge(model, job.config)
+    if untied:
+        model.config.tie_word_embeddings = False
+    model.save_pretrained(output)
+    return untied
+
+
+def _write_companions(job: _Job, output: Path, untied: bool) -> None:
+    """Config, generation config and tokenizer."""
+    config = load_config(job.base)
+    if untied:
+        config.tie_word_embeddings = False
+    config.dtype = job.dtype or _stored_dtype(output)
+    config.save_pretrained(output)
+    path = output / "config.json"
+    described = json.loads(path.read_bytes())
+    described.setdefault("architectures", [type(empty_model(job.base, job.auto_class)).__name__])
+    rope = described.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:  # readers that know only the older key
+        described.setdefault("rope_theta", rope["rope_theta"])
+    path.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+    base = Path(job.base.name)
+    if (base / "generation_config.json").is_file():
+        shutil.copyfile(base / "generation_config.json", output / "generation_config.json")
+    elif not (output / "generation_config.json").exists():
+        _save_generation_config(job, output)
+    own = (job.folder / "tokenizer_config.json").is_file()
+    load_tokenizer(base_of(str(job.folder)) if own else job.base).save_pretrained(output)
+
+
+def _save_generation_config(job: _Job, output: Path) -> None:
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig.from_pretrained(job.base.name, revision=job.base.revision).save_pretrained(output)
+    except OSError:  # the base model has none; transformers makes it from the model's config
+        return
+
+
+@torch.inference_mode()
+def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
+    """The largest difference of logits between the merged model and base model + adapter, both in float32.
+
+    Raises:
+        AdapterError: it is more than rounding the merged weights explains.
+    """
+    tell("verifying: base model with adapter")
+    model = load_model(job.base, job.auto_class, torch.float32).eval()
+    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (2, 16), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    load_adapter(model, job.config, job.folder)
+    expected = model(**inputs).logits
+    del model
+    tell("verifying: merged model")
+    found = load_model(base_of(str(output)), job.auto_class, torch.float32).eval()(**inputs).logits
+    difference = float((found - expected).abs().max())
+    allowed = _TOLERANCE.get(_stored_dtype(output), 0.15) * max(1.0, float(expected.std()))
+    if not difference <= allowed:
+        raise AdapterError(
+            f"the merged model's logits differ by {difference:.3g}, more than the {allowed:.3g} that rounding explains; "
+            "nothing was written"
+        )
+    return difference
+
+
+def _keys(shard: Path) -> list[str]:
+    with safe_open(shard, framework="pt") as file:
+        return list(file.keys())
+
+
+def _cast(value: torch.Tensor, like: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """``value`` in ``dtype``, or in that of ``like``; what is no floating-point number stays as it is."""
+    return value.to(dtype or like.dtype).contiguous() if like.is_floating_point() else value
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the largest tensor in the folder's first shard."""
+    with safe_open(min(folder.glob("*.safetensors")), framework="pt") as file:
+        slices = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118 - safe_open is no mapping
+        largest = max(slices, key=lambda each: torch.Size(each.get_shape()).numel())
+        return largest[:1].dtype if largest.get_shape() else torch.float32
+
+
+def _dtype_of(config: Any) -> torch.dtype:
+    dtype = getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32

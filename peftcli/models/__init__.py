@@ -1,0 +1,1 @@
+"""The transformers boundary: base models, tokenizers, model cards."""

@@ -1,0 +1,308 @@
+"""The adapter's model card: README.md with YAML front matter, as the hub reads it. The same run gives the same text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class _Use:
+    """How an adapter of one task is used."""
+
+    task: str
+    pipeline_tag: str
+    auto_class: str
+    """PEFT's class that loads base model and adapter."""
+
+
+_USES = {
+    "CAUSAL_LM": _Use("causal_lm", "text-generation", "AutoPeftModelForCausalLM"),
+    "SEQ_2_SEQ_LM": _Use("seq2seq_lm", "text-generation", "AutoPeftModelForSeq2SeqLM"),
+    "SEQ_CLS": _Use("sequence_classification", "text-classification", "AutoPeftModelForSequenceClassification"),
+    "TOKEN_CLS": _Use("token_classification", "token-classification", "AutoPeftModelForTokenClassification"),
+    "QUESTION_ANS": _Use("question_answering", "question-answering", "AutoPeftModelForQuestionAnswering"),
+    "FEATURE_EXTRACTION": _Use("feature_extraction", "feature-extraction", "AutoPeftModelForFeatureExtraction"),
+}
+"""By task_type of adapter_config.json."""
+
+_SOFT_PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning")
+_METHOD_NAMES = {"lora": "LoRA", "ia3": "IA3"}
+_SETTINGS = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_ratio",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
+    "seed",
+)
+"""Of the recipe's training section: what decides the result."""
+
+_NOT_SETTINGS = {"base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type"}
+_COUNTS = ("rows", "used", "truncated", "tokens", "targets")
+_SOMEWHERE = "path/to/this/adapter"
+
+_Row = tuple[str, ...]
+
+
+def write_card(folder: Path) -> Path:
+    """Write the README.md of an adapter folder, from its run.json and adapter_config.json.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    from peftcli.core.files import write_file
+
+    path = folder / "README.md"
+    write_file(path, render_card(read_info(folder), plot=_has_plot(folder)).encode())
+    return path
+
+
+def for_hub(folder: Path, repo_id: str, base_model_id: str | None = None) -> str:
+    """The card to upload: one that names ``repo_id``, unless somebody wrote or edited the folder's own.
+
+    ``base_model_id`` takes the place of the base model's name in either.
+    """
+    info, path = read_info(folder), folder / "README.md"
+    base = str(info["base_model"].get("name") or "")
+    written = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    if written is None or written == render_card(info, plot=_has_plot(folder)):
+        named = {**info, "base_model": {**info["base_model"], "name": base_model_id or base}}
+        return render_card(named, adapter=repo_id, plot=_has_plot(folder))
+    return _renamed(written, base, base_model_id) if base_model_id else written
+
+
+def is_local(base: str) -> bool:
+    """Whether a base model's name is a file or folder of this machine and no hub id."""
+    path_like = _is_absolute(base) or base.startswith((".", "~")) or base.count("/") > 1 or "\\" in base
+    return path_like or (bool(base) and Path(base).exists())
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """What the folder knows of its adapter, in the shape of run.json."""
+    run, config = _read_json(folder / "run.json"), _read_json(folder / "adapter_config.json")
+    recipe = dict(run.get("recipe") or {})
+    recipe.setdefault("task", _task_of(config.get("task_type")))
+    recipe.setdefault("method", {"type": str(config.get("peft_type", "")).lower(), **config})
+    base = {"name": config.get("base_model_name_or_path"), **(run.get("base_model") or {})}
+    return {**run, "recipe": recipe, "base_model": base}
+
+
+def render_card(info: Mapping[str, Any], *, adapter: str = _SOMEWHERE, plot: bool = False) -> str:
+    """The card's text.
+
+    Args:
+        info: The content of run.json, of which any part may be missing.
+        adapter: Hub id or folder that the examples load.
+        plot: Whether loss.png stands beside the card.
+    """
+    recipe = info.get("recipe") or {}
+    method = dict(recipe.get("method") or {})
+    kind = str(method.pop("type", ""))
+    task = str(recipe.get("task") or "")
+    use = next((use for use in _USES.values() if use.task == task), None)
+    base = str((info.get("base_model") or {}).get("name") or "")
+    sections = [
+        _front_matter(kind, use, base),
+        _summary(kind, task, base, info),
+        _usage(kind, use, base, adapter),
+        _table("Training data", ("split", "count", "value"), _data_rows(info)),
+        _table("Settings", ("setting", "value"), _setting_rows(method, recipe, info)),
+        _table("Results", ("metric", "first evaluation", "this adapter"), _result_rows(info)),
+        "![Loss by step](loss.png)\n" if plot else "",
+        _table("Versions", ("package", "version"), sorted((info.get("versions") or {}).items())),
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def _front_matter(kind: str, use: _Use | None, base: str) -> str:
+    head: dict[str, Any] = {"library_name": "peft"}
+    if base and not is_local(base):
+        head = {"base_model": base, "base_model_relation": "adapter", **head}
+    if use:
+        head["pipeline_tag"] = use.pipeline_tag
+    head["tags"] = [tag for tag in (kind.replace("_", "-"), "peftcli") if tag]
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _summary(kind: str, task: str, base: str, info: Mapping[str, Any]) -> str:
+    name = _method_name(kind)
+    base = _last_part(base) if is_local(base) else base
+    title = f"{name} adapter" + (f" for {_text(base)}" if base else "")
+    text = f"# {title}\n\nThis is not a whole model: it is an adapter made with {name}, and it is loaded on top of "
+    text += f"its base model, {_code(base)}." if base else "its base model."
+    if task:
+        text += f" Its task is {_code(task)}."
+    counts = info.get("parameters") or {}
+    if counts.get("trainable") and counts.get("all"):
+        share = 100 * counts["trainable"] / counts["all"]
+        text += f" {counts['trainable']:,} of {counts['all']:,} parameters were trained ({share:.3g} %)."
+    return text + "\n"
+
+
+def _usage(kind: str, use: _Use | None, base: str, adapter: str) -> str:
+    text = "## How to use it\n\n"
+    if use and use.task in ("causal_lm", "seq2seq_lm"):
+        text += f'With peftcli, on the command line:\n\n```bash\npeftcli generate {adapter} --prompt "Hello"\n```\n\n'
+    if use and use.task == "causal_lm" and kind in _SOFT_PROMPTS:
+        text += (
+            "With peftcli in Python. Some releases of PEFT repeat the virtual tokens at each generated token when they"
+            " run on transformers 5, and then generate other text.\n\n"
+        )
+        return text + _python("peftcli", use, base, adapter)
+    return text + "With PEFT and transformers, in Python:\n\n" + _python("peft", use, base, adapter)
+
+
+def _python(library: str, use: _Use | None, base: str, adapter: str) -> str:
+    """A Python block that loads the adapter and calls it once."""
+    auto_class = use.auto_class if use else "AutoPeftModel"
+    tokenizer = base if base and not is_local(base) else "path/to/the/base/model"
+    lines = [
+        f"from {library} import {auto_class}",
+        "from transformers import AutoTokenizer",
+        "",
+        f"model = {auto_class}.from_pretrained({json.dumps(adapter)})",
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(tokenizer)})",
+        *_CALLS.get(use.task if use else "", _CALL),
+    ]
+    return "```python\n" + "\n".join(lines) + "\n```\n"
+
+
+_CALL = ['inputs = tokenizer("Hello", return_tensors="pt")', "print(model(**inputs))"]
+_CALLS = {
+    "causal_lm": [
+        'inputs = tokenizer("Hello", return_tensors="pt")',
+        "if tokenizer.chat_template:",
+        '    messages = [{"role": "user", "content": "Hello"}]',
+        "    inputs = tokenizer.apply_chat_template(",
+        '        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+        "    )",
+        "tokens = model.generate(**inputs, max_new_tokens=64)",
+        'print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ],
+    "seq2seq_lm": [
+        'inputs = tokenizer("Hello", return_tensors="pt")',
+        "tokens = model.generate(**inputs, max_new_tokens=64)",
+        "print(tokenizer.decode(tokens[0], skip_special_tokens=True))",
+    ],
+    "question_answering": [
+        'inputs = tokenizer("Who wrote it?", "Ann wrote it.", return_tensors="pt")',
+        "print(model(**inputs))",
+    ],
+}
+
+
+def _data_rows(info: Mapping[str, Any]) -> list[_Row]:
+    data = info.get("data") or {}
+    rows: list[_Row] = []
+    for split, counts in (("train", data), ("eval", data.get("eval") or {})):
+        rows += [(split, name, f"{counts[name]:,}") for name in _COUNTS if isinstance(counts.get(name), int)]
+        rows += [(split, f"dropped: {reason}", f"{count:,}") for reason, count in (counts.get("dropped") or {}).items()]
+    return rows
+
+
+def _setting_rows(method: Mapping[str, Any], recipe: Mapping[str, Any], info: Mapping[str, Any]) -> list[_Row]:
+    training = recipe.get("training") or {}
+    rows = [(f"method.{key}", value) for key, value in sorted(method.items()) if key not in _NOT_SETTINGS]
+    rows += [(f"training.{key}", training[key]) for key in _SETTINGS if training.get(key, -1) != -1]
+    rows.append(("dataset.max_length", (recipe.get("dataset") or {}).get("max_length")))
+    rows.append(("steps", (info.get("steps") or {}).get("done")))
+    return [(key, _value(value)) for key, value in rows if value not in (None, {}, [], "")]
+
+
+def _result_rows(info: Mapping[str, Any]) -> list[_Row]:
+    """Metrics at the first evaluation, and of the adapter that was kept."""
+    measured = info.get("eval") or {}
+    first, kept = measured.get("first") or {}, measured.get("kept") or measured.get("last") or {}
+    rows = [(name, first.get(name), value) for name, value in kept.items()]
+    rows.append(("train_loss", None, info.get("train_loss")))
+    return [(name, _value(start), _value(end)) for name, start, end in rows if end is not None]
+
+
+def _table(title: str, head: tuple[str, ...], rows: list[_Row]) -> str:
+    if not rows:
+        return ""
+    lines = [head, ("---",) * len(head), *rows]
+    return f"## {title}\n\n" + "".join("| " + " | ".join(_text(cell) for cell in line) + " |\n" for line in lines)
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return ", ".join(_value(item) for item in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_value(item)}" for key, item in value.items())
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _text(value: object) -> str:
+    """A value within the card's text: one line, no Markdown of its own, no folder of the machine."""
+    text = str(value)
+    text = _last_part(text) if _is_absolute(text) else text
+    text = "".join(char if char.isprintable() else " " for char in text)
+    return re.sub(r"([|<>`\[\]])", r"\\\1", text)
+
+
+def _code(value: str) -> str:
+    return "`" + _text(value).replace("\\", "").replace("`", "") + "`"
+
+
+def _is_absolute(text: str) -> bool:
+    return PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()
+
+
+def _last_part(path: str) -> str:
+    return PureWindowsPath(path).name or path
+
+
+def _method_name(kind: str) -> str:
+    return _METHOD_NAMES.get(kind, _text(kind).replace("_", " ")) or "unknown method"
+
+
+def _task_of(task_type: object) -> str:
+    use = _USES.get(str(task_type))
+    return use.task if use else ""
+
+
+def _renamed(card: str, base: str, base_model_id: str) -> str:
+    """``card`` with ``base_model_id`` for ``base``, in the front matter and in the text."""
+    if "/" in base or "\\" in base:
+        card = card.replace(base, base_model_id)
+    front = re.match(r"---\n(.*?\n)---\n", card, re.DOTALL)
+    try:
+        head = yaml.safe_load(front[1]) if front else {}
+    except yaml.YAMLError:
+        return card
+    if not isinstance(head, dict):
+        return card
+    head["base_model"] = base_model_id
+    body = card[front.end() :] if front else "\n" + card
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n{body}"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty if there is none. The adapter's reader is the one that complains."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _has_plot(folder: Path) -> bool:
+    return (folder / "loss.png").is_file()

@@ -1,0 +1,218 @@
+"""What the settings of a recipe mean together."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from peftcli.errors import UsageError
+from peftcli.methods import METHODS
+from peftcli.recipe.names import near, near_file
+from peftcli.schema import Recipe
+from peftcli.tasks import TASKS
+
+_OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    "<=": operator.le,
+    "<": operator.lt,
+    ">=": operator.ge,
+    ">": operator.gt,
+    "==": operator.eq,
+}
+_GATE = re.compile(r"\s*(<=|>=|==|<|>)\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?)\s*")
+_FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+_AT_LEAST_ONE = (
+    "dataset.max_length",
+    "dataset.limit",
+    "training.per_device_train_batch_size",
+    "training.per_device_eval_batch_size",
+    "training.gradient_accumulation_steps",
+    "training.eval_steps",
+    "training.save_steps",
+    "training.logging_steps",
+    "launch.num_processes",
+    "launch.num_machines",
+)
+_NOT_NEGATIVE = (
+    "training.learning_rate",
+    "training.warmup_steps",
+    "training.weight_decay",
+    "training.max_grad_norm",
+    "launch.machine_rank",
+)
+_NOT_EMPTY = ("base_model.name", "dataset.train", "dataset.eval", "training.output_dir")
+
+
+class Report(Protocol):
+    """Notes a problem of the first key. The others are what the problem follows from."""
+
+    def __call__(self, keys: Sequence[str], message: str, suggestion: str | None = None) -> None: ...
+
+
+def parse_gate(text: str) -> tuple[str, float]:
+    """Operator and bound of a gate like ``<= 1.2``.
+
+    Raises:
+        UsageError: it is no gate.
+    """
+    match = _GATE.fullmatch(text) if len(text) <= 100 else None
+    if match is None:
+        raise UsageError(f"expected an operator (<=, <, >=, > or ==) and a number, as in '<= 1.2', found {text[:60]!r}")
+    return match[1], float(match[2])
+
+
+def gate_holds(op: str, value: float, bound: float) -> bool:
+    """Whether a metric meets its gate. NaN never does."""
+    return _OPERATORS[op](value, bound)
+
+
+def check(recipe: Recipe, report: Report) -> None:
+    """Reports every problem of a recipe whose settings have the right types."""
+    for part in (_names, _ranges, _length, _data, _evaluation, _gates, _launch, _method):
+        part(recipe, report)
+
+
+def _names(recipe: Recipe, report: Report) -> None:
+    for key in _NOT_EMPTY:
+        value = _get(recipe, key)
+        if value is not None and not str(value).strip():
+            report((key,), "is empty")
+    if recipe.task not in TASKS:
+        by_type = {row.task_type.lower(): name for name, row in TASKS.items()}
+        suggestion = by_type.get(recipe.task.lower()) or near(recipe.task, TASKS)
+        report(("task",), f"no task is called {recipe.task[:60]!r}; known: {', '.join(TASKS)}", suggestion)
+    if recipe.base_model.trust_remote_code and not recipe.base_model.revision:
+        report(
+            ("base_model.trust_remote_code", "base_model.revision"),
+            "runs code from the hub, so base_model.revision must name the commit whose code it is",
+        )
+    for key in ("base_model.name", "dataset.train", "dataset.eval"):
+        if "://" in str(_get(recipe, key)):
+            report((key,), "must be a path or a hub id, not a URL")
+
+
+def _ranges(recipe: Recipe, report: Report) -> None:
+    for key in _AT_LEAST_ONE:
+        value = _get(recipe, key)
+        if isinstance(value, int) and value < 1:
+            report((key,), f"must be at least 1, not {value}")
+    for key in _NOT_NEGATIVE:
+        value = _get(recipe, key)
+        if isinstance(value, (int, float)) and value < 0:
+            report((key,), f"must not be negative, found {value}")
+    training = recipe.training
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(training, name) < 1:
+            report((f"training.{name}",), f"must be in [0, 1), not {getattr(training, name)}")
+    if training.adam_epsilon <= 0:
+        report(("training.adam_epsilon",), f"must be above 0, not {training.adam_epsilon}")
+    if not 0 <= training.warmup_ratio <= 1:
+        report(("training.warmup_ratio",), f"must be in [0, 1], not {training.warmup_ratio}")
+    if training.save_total_limit < 2:
+        report(
+            ("training.save_total_limit",),
+            f"must be at least 2, not {training.save_total_limit}: an older checkpoint is the way back from a bad one",
+        )
+    if not 0 <= training.seed < 2**32:
+        report(("training.seed",), f"must be in [0, 2**32), not {training.seed}")
+
+
+def _length(recipe: Recipe, report: Report) -> None:
+    epochs, steps = recipe.training.num_train_epochs, recipe.training.max_steps
+    if steps < 1 and steps != -1:
+        report(("training.max_steps",), f"must be at least 1, or -1 for num_train_epochs to decide; not {steps}")
+    elif epochs <= 0 and steps == -1:
+        report(
+            ("training.num_train_epochs", "training.max_steps"),
+            f"must be above 0 where max_steps is not given, not {epochs}",
+        )
+
+
+def _data(recipe: Recipe, report: Report) -> None:
+    dataset = recipe.dataset
+    for key, path in (("dataset.train", dataset.train), ("dataset.eval", dataset.eval)):
+        if path and "://" not in path and _looks_like_path(path) and not _exists(path):
+            report((key,), f"no such file: {path[:200]}", near_file(path))
+    sources = [name for name in ("eval", "eval_split", "eval_fraction") if getattr(dataset, name) is not None]
+    if len(sources) > 1:
+        keys = [f"dataset.{name}" for name in reversed(sources)]
+        report(keys, f"cannot be given together with {' and '.join(reversed(keys[1:]))}")
+    if dataset.eval_fraction is not None and not 0 < dataset.eval_fraction < 1:
+        report(("dataset.eval_fraction",), f"must be between 0 and 1, not {dataset.eval_fraction}")
+
+
+def _evaluation(recipe: Recipe, report: Report) -> None:
+    if not recipe.training.load_best_model_at_end:
+        return
+    if not _has_eval_data(recipe):
+        report(("training.load_best_model_at_end", "dataset"), f"needs evaluation data: {_EVAL_KEYS}")
+    if recipe.training.eval_strategy == "no":
+        report(
+            ("training.load_best_model_at_end", "training.eval_strategy"),
+            "needs evaluations: training.eval_strategy steps or epoch",
+        )
+
+
+def _gates(recipe: Recipe, report: Report) -> None:
+    for name, text in recipe.gates.items():
+        key = f"gates.{name}"
+        try:
+            parse_gate(text)
+        except UsageError as error:
+            report((key, "gates"), error.message)
+        if not name.startswith("eval_"):
+            continue
+        if not _has_eval_data(recipe):
+            report((key, "gates", "dataset"), f"needs evaluation data: {_EVAL_KEYS}")
+        elif recipe.training.eval_strategy == "no":
+            report((key, "gates", "training.eval_strategy"), "needs an evaluation, and training.eval_strategy is no")
+
+
+def _launch(recipe: Recipe, report: Report) -> None:
+    launch = recipe.launch
+    if launch.machine_rank >= max(launch.num_machines, 1):
+        report(
+            ("launch.machine_rank", "launch.num_machines"),
+            f"must be below launch.num_machines ({launch.num_machines}), not {launch.machine_rank}",
+        )
+    if launch.num_machines > 1 and launch.main_process_port == "auto":
+        report(
+            ("launch.num_machines", "launch.main_process_port"),
+            "several machines need launch.main_process_port: the same free port in each command",
+        )
+    if isinstance(launch.main_process_port, int) and not 1 <= launch.main_process_port <= 65535:
+        report(("launch.main_process_port",), f"must be in [1, 65535], not {launch.main_process_port}")
+
+
+def _method(recipe: Recipe, report: Report) -> None:
+    values = dict(recipe.method)
+    method = METHODS.get(values.pop("type"))
+    if method is None:
+        return
+    for name, message in method.config_class()(**values).problems():
+        report((f"method.{name}",), message)
+
+
+_EVAL_KEYS = "dataset.eval, eval_split or eval_fraction"
+
+
+def _has_eval_data(recipe: Recipe) -> bool:
+    dataset = recipe.dataset
+    return not (dataset.eval is None and dataset.eval_split is None and dataset.eval_fraction is None)
+
+
+def _get(recipe: Recipe, key: str) -> object:
+    return operator.attrgetter(key)(recipe)
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.endswith(_FILE_ENDINGS) or name.startswith(("/", "./", "../"))
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,322 @@
+"""A tree of values -> a Recipe, with every problem at its place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftcli.core.config import AdapterConfig
+from peftcli.errors import Problem, RecipeError
+from peftcli.methods import METHODS
+from peftcli.recipe.checks import check
+from peftcli.recipe.names import alias_of, near
+from peftcli.recipe.settings import (
+    Setting,
+    branches,
+    choices,
+    in_words,
+    item_hint,
+    kinds,
+    method_settings,
+    sections,
+    settings,
+)
+from peftcli.recipe.sources import read_tree
+from peftcli.recipe.values import Place, Problems, Value
+from peftcli.schema import BaseModel, Dataset, Launch, Recipe, Training
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+_YES_NO = {"yes": True, "on": True, "no": False, "off": False}
+_TYPE = Setting("type", str, dataclasses.MISSING, Recipe)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What reading a recipe gave."""
+
+    recipe: Recipe | None
+    """None where there are problems."""
+    problems: list[Problem]
+    file: str
+    places: dict[str, Place]
+    """Where each key's value stands."""
+
+    def place(self, key: str) -> Place | None:
+        """The place of ``key``, else that of the nearest key above it."""
+        return _nearest(self.places, key)
+
+    def placed(self, problem: Problem) -> Problem:
+        """``problem`` at the place of its key, where it names no file of its own (``file=""``)."""
+        if problem.file:
+            return problem
+        place = _nearest(self.places, problem.key or "") or Place(self.file)
+        return replace(problem, file=place.file, line=place.line, column=place.column)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a file, with ``KEY=VALUE`` overrides on top.
+
+    Raises:
+        RecipeError: with every problem that was found.
+    """
+    reading = read(path, overrides)
+    if reading.recipe is None:
+        raise RecipeError(reading.problems)
+    return reading.recipe
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe | None, list[Problem]]:
+    """As load_recipe, with the problems returned."""
+    reading = read(path, overrides)
+    return reading.recipe, reading.problems
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> Reading:
+    """As load_recipe, with the problems returned and the places of all keys."""
+    problems = Problems()
+    tree = read_tree(path, overrides, problems)
+    if tree is None:
+        return Reading(None, problems.in_order(), str(path), {})
+    reader = _Reader(tree, problems)
+    recipe = reader.recipe()
+    check(recipe, reader.report)
+    found = problems.in_order()
+    return Reading(None if found else recipe, found, str(path), reader.places)
+
+
+def method_config(recipe: Recipe) -> AdapterConfig:
+    """The config that ``recipe.method`` describes."""
+    values = dict(recipe.method)
+    return METHODS[values.pop("type")].config_class()(**values)
+
+
+class _Reader:
+    """Reads what can be read; a setting that cannot holds its default, and its key is in ``bad``."""
+
+    def __init__(self, tree: Value, problems: Problems):
+        self.tree, self.problems = tree, problems
+        self.bad: set[str] = set()
+        self.places: dict[str, Place] = {}
+
+    def recipe(self) -> Recipe:
+        top = self.children(self.tree)
+        known = settings(Recipe)
+        self.refuse_unknown(top, known, "")
+        self.require(top, known, "", Place(self.tree.place.file, 1, 1))
+        name = top.get("base_model")
+        if name is not None and isinstance(name.data, str) and (name.refused or name.scalar is not None):
+            top["base_model"] = replace(name, data={"name": name})
+        parts = {name: self.section(cls, top.get(name), name) for name, cls in sections().items()}
+        return Recipe(
+            base_model=BaseModel(**parts["base_model"]),
+            task=self.setting(known["task"], top["task"], "task") if "task" in top else "",
+            method=self.method(top.get("method")),
+            dataset=Dataset(**parts["dataset"]),
+            training=Training(**parts["training"]),
+            launch=Launch(**parts["launch"]),
+            gates=self.setting(known["gates"], top["gates"], "gates") if "gates" in top else {},
+        )
+
+    def section(self, cls: type, value: Value | None, path: str) -> dict[str, Any]:
+        """Every setting of a section, by name."""
+        given = self.mapping(value, path)
+        if given is not None and value is not None:
+            self.refuse_unknown(given, settings(cls), path)
+            self.require(given, settings(cls), path, value.key_place or value.place)
+        return self.all_settings(settings(cls), given or {}, path)
+
+    def method(self, value: Value | None) -> dict[str, Any]:
+        """``type`` and every setting of the method; only ``type`` where the method is unknown."""
+        given = self.mapping(value, "method")
+        if given is None or value is None:
+            return {"type": ""}
+        self.require(given, {"type": _TYPE}, "method", value.key_place or value.place)
+        name = self.setting(_TYPE, given["type"], "method.type") if "type" in given else ""
+        if name not in METHODS:
+            if "method.type" not in self.bad:
+                known = ", ".join(METHODS)
+                self.report(("method.type",), f"no method is called {name!r}; known: {known}", near(name, METHODS))
+                self.bad.add("method.type")
+            return {"type": name}
+        known_settings = method_settings(name)
+        own = {key: child for key, child in given.items() if key != "type"}
+        self.refuse_unknown(own, known_settings, "method", method=name)
+        self.require(own, known_settings, "method", value.key_place or value.place)
+        return {"type": name, **self.all_settings(known_settings, own, "method")}
+
+    def all_settings(self, known: dict[str, Setting], given: dict[str, Value], path: str) -> dict[str, Any]:
+        return {
+            name: self.setting(entry, given[name], f"{path}.{name}") if name in given else _absent(entry)
+            for name, entry in known.items()
+        }
+
+    def mapping(self, value: Value | None, path: str) -> dict[str, Value] | None:
+        """The keys of a section; None, and a problem, where it is no mapping."""
+        if value is None:
+            return None
+        self.places[path] = value.key_place or value.place
+        if isinstance(value.data, str) and value.scalar is None:
+            return {}
+        if not isinstance(value.data, dict):
+            suggestion = f"{{type: {value.data}}}" if path == "method" and value.data in METHODS else None
+            self.problem(f"expected a mapping of settings, found {value.shown()}", value.place, path, suggestion)
+            return None
+        return value.data
+
+    def children(self, value: Value) -> dict[str, Value]:
+        return dict(value.data) if isinstance(value.data, dict) else {}
+
+    def refuse_unknown(
+        self, given: dict[str, Value], known: dict[str, Setting], path: str, method: str | None = None
+    ) -> None:
+        for name, value in given.items():
+            if name in known:
+                continue
+            message, suggestion = ("unknown key", None) if self.problems.full else _advice(name, known, path, method)
+            key = f"{path}.{name}" if path else name
+            self.problems.add(message, value.key_place or value.place, key[:200], suggestion)
+
+    def require(self, given: dict[str, Value], known: dict[str, Setting], path: str, place: Place) -> None:
+        for name, entry in known.items():
+            if entry.required and name not in given:
+                self.problem("is required", place, f"{path}.{name}" if path else name)
+
+    def setting(self, entry: Setting, value: Value, key: str) -> Any:
+        """The value of one setting; its default, and a problem, where it is of the wrong type."""
+        from pydantic import ValidationError
+
+        self.places[key] = value.place
+        if value.refused:
+            self.bad.add(key)
+        try:
+            return _adapter(entry.hint).validate_python(_fit(value, entry.hint))
+        except ValidationError as error:
+            items = [_inside(value, entry.hint, key, problem["loc"]) for problem in error.errors(include_url=False)]
+        wrong = {item.key: item for item in items}
+        if len(wrong) > 1:  # the value as a whole is only no other member of a union
+            wrong.pop(key, None)
+        for item in wrong.values():
+            if item.value.refused:
+                continue
+            found = item.value.shown() + (" in quotes; leave them out" if item.is_quoted else "")
+            self.problem(f"expected {in_words(item.hint)}, found {found}", item.value.place, item.key, item.instead)
+        self.bad.add(key)
+        return _absent(entry)
+
+    def report(self, keys: Sequence[str], message: str, suggestion: str | None = None) -> None:
+        """Notes a problem of ``keys[0]``, unless one of ``keys`` could not be read."""
+        parts = {key[:end] for key in keys for end in [*(i for i, c in enumerate(key) if c == "."), len(key)]}
+        if not parts & self.bad:
+            place = _nearest(self.places, keys[0]) or Place(self.tree.place.file)
+            self.problems.add(message, place, keys[0], suggestion)
+
+    def problem(self, message: str, place: Place, key: str, suggestion: str | None = None) -> None:
+        self.bad.add(key)
+        self.problems.add(message, place, key, suggestion)
+
+
+def _nearest(places: dict[str, Place], key: str) -> Place | None:
+    while key and key not in places:
+        key = key.rpartition(".")[0]
+    return places.get(key)
+
+
+@cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+def _fit(value: Value, hint: Any) -> Any:
+    """A value as Python data, where what a scalar means depends on the types that the setting takes."""
+    if isinstance(value.data, dict):
+        return {name: _fit(child, item_hint(hint, dict)) for name, child in value.data.items()}
+    if isinstance(value.data, list):
+        return [_fit(child, item_hint(hint, list)) for child in value.data]
+    text, found, accepted = value.data, value.scalar, kinds(hint)
+    if not value.plain or text in choices(hint):
+        return text
+    if found is None and dict in accepted and type(None) not in accepted:
+        return {}
+    if bool in accepted and text.lower() in _YES_NO:
+        return _YES_NO[text.lower()]
+    if type(found) in (int, float) and any(branch is str for branch in branches(hint)) and not accepted & {int, float}:
+        return text
+    return found
+
+
+def _absent(entry: Setting) -> Any:
+    return "" if entry.required else entry.default
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A value, or an item within it, that is not of the type that it should be."""
+
+    value: Value
+    hint: Any
+    key: str
+
+    @property
+    def is_quoted(self) -> bool:
+        """Whether a scalar would be of the right type without its quotes."""
+        plain = replace(self.value, plain=True)
+        return (
+            isinstance(self.value.data, str) and not self.value.plain and type(plain.scalar) in kinds(self.hint) - {str}
+        )
+
+    @property
+    def instead(self) -> str | None:
+        """A value that would be valid, close to the one that was found."""
+        if not isinstance(self.value.data, str):
+            return None
+        found = self.value.scalar
+        if isinstance(found, float) and found.is_integer() and int in kinds(self.hint) and abs(found) < 2**53:
+            return str(int(found))
+        return near(self.value.data, choices(self.hint))
+
+
+def _inside(value: Value, hint: Any, key: str, loc: Sequence[int | str]) -> _Item:
+    """The item that a pydantic location names. Parts of it that name no item name members of unions."""
+    for part in loc:
+        if isinstance(value.data, list) and isinstance(part, int):
+            value, hint, key = value.data[part], item_hint(hint, list), f"{key}[{part}]"
+        elif isinstance(value.data, dict) and str(part) in value.data:
+            value, hint, key = value.data[str(part)], item_hint(hint, dict), f"{key}.{part}"
+    return _Item(value, hint, key)
+
+
+def _advice(name: str, known: dict[str, Setting], path: str, method: str | None) -> tuple[str, str | None]:
+    """Message and suggestion for an unknown key: where it belongs, or what may be meant."""
+    own = (*known, "type") if method else tuple(known)
+    if found := alias_of(name):
+        section, _, last = found.rpartition(".")
+        return "unknown key", last if section == path and last in own else found
+    elsewhere = _everywhere()
+    if found := elsewhere.get(name):
+        section = found.rpartition(".")[0]
+        if method and section == "method":
+            owners = ", ".join(other for other in METHODS if name in method_settings(other))
+            return f"not a setting of {method}, but of {owners}", None
+        return f"belongs {f'in the section {section}' if section else 'at the top level'}", found
+    return "unknown key", near(name, own) or elsewhere.get(near(name, elsewhere, 0.8) or "")
+
+
+@cache
+def _everywhere() -> dict[str, str]:
+    """Every key of a recipe by its last name; of equal names, the first."""
+    out: dict[str, str] = {name: name for name in settings(Recipe)}
+    for section, cls in sections().items():
+        for name in settings(cls):
+            out.setdefault(name, f"{section}.{name}")
+    for method in METHODS:
+        for name in ("type", *method_settings(method)):
+            out.setdefault(name, f"method.{name}")
+    return out

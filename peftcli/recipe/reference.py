@@ -1,0 +1,226 @@
+"""Help on one key of a recipe, and the JSON Schema: both read from the dataclasses and their docstrings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from peftcli.errors import UsageError
+from peftcli.methods import METHODS
+from peftcli.recipe.names import alias_of, near
+from peftcli.recipe.settings import Setting, branches, choices, in_words, item_hint, kinds, method_settings, settings
+from peftcli.schema import Recipe
+from peftcli.tasks import TASKS
+
+_VARIABLE = r"\$\{.+\}"
+_JSON_TYPES: dict[Any, tuple[str, str]] = {
+    # What a YAML editor sees, and which strings stand for it.
+    int: ("integer", f"^{_VARIABLE}$"),
+    float: ("number", f"^{_VARIABLE}$"),
+    bool: ("boolean", f"^([yY]es|[nN]o|[oO]n|[oO]ff|{_VARIABLE})$"),
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What is to be said about one key, method or task."""
+
+    key: str
+    kind: str
+    """setting, section, method or task."""
+    help: str
+    type: str | None = None
+    default: str | None = None
+    allowed: tuple[str, ...] = ()
+    example: str | None = None
+    settings: tuple[tuple[str, str, str], ...] = ()
+    """Of a section or a method: name, default and help of each setting."""
+    link: str | None = None
+
+
+def explain(key: str) -> Explanation:
+    """What ``key`` is: a setting, a section, a method or a task, by its full or its last name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    known = _explainable()
+    if key in known:
+        return known[key]
+    ends = [found for name, found in known.items() if name.endswith(f".{key}")]
+    if ends:
+        return ends[0]
+    suggestion = (
+        alias_of(key.rpartition(".")[2]) or near(key, known) or near(key, (name.rpartition(".")[2] for name in known))
+    )
+    hint = f"did you mean {suggestion!r}?" if suggestion else "`peftcli schema` lists every key"
+    raise UsageError(f"no setting, section, method or task is called {key[:60]!r}", hint=hint)
+
+
+def _explainable() -> dict[str, Explanation]:
+    out: dict[str, Explanation] = {}
+    for name, entry in settings(Recipe).items():
+        if entry.section:
+            children = settings(entry.section)
+            out[name] = Explanation(name, "section", entry.help, settings=_rows(children))
+            out |= {f"{name}.{child}": _explain_setting(f"{name}.{child}", e) for child, e in children.items()}
+        else:
+            out[name] = _explain_setting(name, entry)
+    types = tuple(METHODS)
+    out["method"] = dataclasses.replace(
+        out["method"],
+        kind="section",
+        default=None,
+        type=None,
+        settings=tuple(("type", name, row.summary) for name, row in METHODS.items()),
+    )
+    out["method.type"] = Explanation(
+        "method.type",
+        "setting",
+        "The method; see `peftcli info methods`.",
+        "a string",
+        "(required)",
+        types,
+        f"method:\n  type: {types[0]}",
+    )
+    out["task"] = dataclasses.replace(out["task"], allowed=tuple(TASKS), example=f"task: {next(iter(TASKS))}")
+    for name, row in METHODS.items():
+        children = method_settings(name)
+        out[name] = Explanation(name, "method", row.summary, settings=_rows(children), link=row.paper)
+        for child, entry in children.items():
+            out[f"{name}.{child}"] = _explain_setting(f"{name}.{child}", entry, section="method")
+            out.setdefault(f"method.{child}", _explain_setting(f"method.{child}", entry))
+    for name, task in TASKS.items():
+        out[name] = Explanation(name, "task", task.summary, example=f"task: {name}")
+    return out
+
+
+def _explain_setting(key: str, entry: Setting, section: str | None = None) -> Explanation:
+    first, _, name = key.rpartition(".")
+    line = f"{name}: {_example(entry)}"
+    return Explanation(
+        key=key,
+        kind="setting",
+        help=entry.help,
+        type=in_words(entry.hint),
+        default="(required)" if entry.required else _shown(entry.default),
+        allowed=tuple(choices(entry.hint)),
+        example=f"{section or first}:\n  {line}" if first else line,
+    )
+
+
+def _rows(children: dict[str, Setting]) -> tuple[tuple[str, str, str], ...]:
+    return tuple(
+        (name, "(required)" if entry.required else _shown(entry.default), entry.help)
+        for name, entry in children.items()
+    )
+
+
+def _example(entry: Setting) -> str:
+    """A value of the right type: the default, else what the type suggests."""
+    if not entry.required and entry.default not in (None, {}, []):
+        return _shown(entry.default)
+    if found := choices(entry.hint):
+        return found[0]
+    accepted = kinds(entry.hint)
+    for kind, text in ((list, "[...]"), (dict, "{...}"), (int, "1"), (float, "0.1"), (bool, "true")):
+        if kind in accepted:
+            return text
+    return "..."
+
+
+def _shown(default: Any) -> str:
+    if default is None:
+        return "(unset)"
+    return default if isinstance(default, str) else json.dumps(default)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a recipe, for editors."""
+    top = settings(Recipe)
+    properties: dict[str, Any] = {
+        "extends": {"type": "string", "description": "Another recipe, relative to this one, that this one changes."}
+    }
+    needed: dict[str, Any] = {"method": {"required": ["type"]}}
+    for name, entry in top.items():
+        if entry.section:
+            properties[name] = {**_object(settings(entry.section)), "description": entry.help}
+            needed[name] = {"required": _required(settings(entry.section))}
+        else:
+            properties[name] = _property(entry)
+    properties["base_model"] = {
+        "description": top["base_model"].help,
+        "anyOf": [{"type": "string"}, {k: v for k, v in properties["base_model"].items() if k != "description"}],
+    }
+    properties["task"]["enum"] = list(TASKS)
+    properties["method"] = {"description": top["method"].help, **_method_schema()}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "peftcli recipe",
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+        "if": {"required": ["extends"]},
+        "else": {
+            "required": _required(top),
+            "properties": {name: rule for name, rule in needed.items() if rule["required"]},
+        },
+    }
+
+
+def _method_schema() -> dict[str, Any]:
+    rules = [
+        {
+            "if": {"properties": {"type": {"const": name}}, "required": ["type"]},
+            "then": _object({}) | {"properties": {"type": {}, **_properties(method_settings(name))}},
+        }
+        for name in METHODS
+    ]
+    summaries = "; ".join(f"{name}: {row.summary}" for name, row in METHODS.items())
+    return {
+        "type": "object",
+        "properties": {"type": {"enum": list(METHODS), "description": summaries}},
+        "allOf": rules,
+    }
+
+
+def _object(children: dict[str, Setting]) -> dict[str, Any]:
+    return {"type": "object", "properties": _properties(children), "additionalProperties": False}
+
+
+def _properties(children: dict[str, Setting]) -> dict[str, Any]:
+    return {name: _property(entry) for name, entry in children.items()}
+
+
+def _property(entry: Setting) -> dict[str, Any]:
+    out: dict[str, Any] = {"description": entry.help, **_hint_schema(entry.hint)}
+    if not entry.required:
+        out["default"] = entry.default
+    return out
+
+
+def _required(children: dict[str, Setting]) -> list[str]:
+    return [name for name, entry in children.items() if entry.required]
+
+
+def _hint_schema(hint: Any) -> dict[str, Any]:
+    found = [_branch_schema(branch) for branch in branches(hint)]
+    return found[0] if len(found) == 1 else {"anyOf": found}
+
+
+def _branch_schema(hint: Any) -> dict[str, Any]:
+    if hint in _JSON_TYPES:
+        name, strings = _JSON_TYPES[hint]
+        return {"type": [name, "string"], "pattern": strings}
+    if literals := choices(hint):
+        return {"enum": literals}
+    accepted = kinds(hint)
+    if list in accepted:
+        return {"type": "array", "items": _hint_schema(item_hint(hint, list))}
+    if dict in accepted:
+        return {"type": "object", "additionalProperties": _hint_schema(item_hint(hint, dict))}
+    if accepted == {type(None)}:
+        return {"type": "null"}
+    return {"type": "string"} if accepted == {str} else {}

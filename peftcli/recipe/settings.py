@@ -1,0 +1,143 @@
+"""What a section or a method takes: names, types, defaults and help, read from its dataclass."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import sys
+import types
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from peftcli.methods import METHODS
+from peftcli.schema import Recipe
+
+_WORDS = {
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    list: "a list",
+    dict: "a mapping",
+    type(None): "null",
+}
+_PLURALS = {str: "strings", int: "integers", float: "numbers"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key of a recipe."""
+
+    name: str
+    hint: Any
+    default: Any
+    """The value when the key is absent; ``dataclasses.MISSING`` where it must be given."""
+    owner: type
+
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    @property
+    def section(self) -> type | None:
+        """The dataclass of a key that holds settings of its own."""
+        return self.hint if isinstance(self.hint, type) and dataclasses.is_dataclass(self.hint) else None
+
+    @property
+    def help(self) -> str:
+        """The docstring below the field."""
+        for cls in self.owner.__mro__:
+            if found := _docstrings(cls).get(self.name):
+                return found
+        return ""
+
+
+@cache
+def settings(cls: type) -> dict[str, Setting]:
+    """The keys that a recipe may give for a dataclass, in order."""
+    hints = get_type_hints(cls)
+    out = {}
+    for entry in dataclasses.fields(cls):
+        if entry.metadata.get("recipe", True):
+            default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+            out[entry.name] = Setting(entry.name, hints[entry.name], default, cls)
+    return out
+
+
+def sections() -> dict[str, type]:
+    """The fixed sections of a recipe: name -> dataclass."""
+    return {name: entry.section for name, entry in settings(Recipe).items() if entry.section}
+
+
+def method_settings(method: str) -> dict[str, Setting]:
+    """The keys of ``method`` for one type, without ``type`` itself."""
+    config: Any = METHODS[method].config_class()
+    return settings(config)
+
+
+def branches(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; the hint itself where it is none."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def kinds(hint: Any) -> set[Any]:
+    """The plain types that a hint accepts: {list, NoneType} for ``list[int] | None``, {str} for Literal["a"]."""
+    out = set()
+    for branch in branches(hint):
+        if get_origin(branch) is Literal:
+            out |= {type(value) for value in get_args(branch)}
+        else:
+            out.add(get_origin(branch) or branch)
+    return out
+
+
+def item_hint(hint: Any, container: type) -> Any:
+    """The hint of the items of a list, or of the values of a mapping."""
+    for branch in branches(hint):
+        if get_origin(branch) is container:
+            return get_args(branch)[-1]
+    return Any
+
+
+def choices(hint: Any) -> list[str]:
+    """The literal values that a hint names."""
+    return [str(value) for branch in branches(hint) if get_origin(branch) is Literal for value in get_args(branch)]
+
+
+def in_words(hint: Any) -> str:
+    """A hint for the reader of a recipe: ``a list of strings or a string``."""
+    words: list[str] = []
+    for branch in branches(hint):
+        origin, args = get_origin(branch), get_args(branch)
+        if origin is Literal:
+            words += [str(value) for value in args]
+        elif branch is bool:
+            words += ["true", "false"]
+        elif origin is list:
+            words.append(f"a list of {_PLURALS.get(args[0], 'values')}")
+        elif origin is dict:
+            words.append(f"a mapping of names to {_PLURALS.get(args[1], 'values')}")
+        elif branch is not type(None):
+            words.append("a mapping" if dataclasses.is_dataclass(branch) else _WORDS.get(branch, "a value"))
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+@cache
+def _docstrings(cls: type) -> dict[str, str]:
+    """Field name -> the string below it in the source of ``cls``."""
+    out: dict[str, str] = {}
+    for node in ast.walk(_module_tree(cls.__module__)) if dataclasses.is_dataclass(cls) else ():
+        if not isinstance(node, ast.ClassDef) or node.name != cls.__name__:
+            continue
+        for field, text in zip(node.body, node.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+                value = text.value
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    out[field.target.id] = " ".join(value.value.replace("``", "`").split())
+    return out
+
+
+@cache
+def _module_tree(module: str) -> ast.Module:
+    return ast.parse(inspect.getsource(sys.modules[module]))

@@ -1,0 +1,113 @@
+"""A recipe's files and overrides -> one tree of values."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from peftcli.recipe.values import Place, Problems, Value, resolve
+from peftcli.recipe.yaml_file import parse_text, read_file
+
+COMMAND_LINE = Place("command line")
+MAX_EXTENDS = 16
+
+
+def read_tree(path: Path, overrides: Sequence[str], problems: Problems) -> Value | None:
+    """The values of a recipe, what it extends, and the overrides on top; None where a file cannot be read."""
+    tree = _read_chain(path, Place(str(path)), (), problems)
+    top = tree or Value({}, Place(str(path)))
+    for text in overrides:
+        top = _override(top, text, problems)
+    return top if tree else None
+
+
+def _read_chain(path: Path, shown: Place, below: tuple[str, ...], problems: Problems) -> Value | None:
+    """The file at ``path`` over the file that it extends. ``below``: the files that led here."""
+    tree = read_file(path, problems, shown)
+    if tree is None or not isinstance(tree.data, dict) or "extends" not in tree.data:
+        return tree
+    own = {name: value for name, value in tree.data.items() if name != "extends"}
+    named = tree.data["extends"]
+    tree = replace(tree, data=own)
+    if not isinstance(named.data, str) or not named.data:
+        problems.add(f"expected the path of a recipe, found {named.shown()}", named.place, "extends")
+        return None
+    if "\0" in named.data:  # reported where it was read
+        return None
+    chain = (*below, os.path.realpath(path))
+    base_path = path.parent / named.data
+    if os.path.realpath(base_path) in chain:
+        problems.add(f"{base_path} extends itself, by way of {path}", named.place, "extends")
+        return None
+    if len(chain) >= MAX_EXTENDS:
+        problems.add(f"more than {MAX_EXTENDS} recipes that extend one another", named.place, "extends")
+        return None
+    base = _read_chain(base_path, named.place, chain, problems)
+    return None if base is None else _merge(base, tree)
+
+
+def _merge(base: Value, top: Value) -> Value:
+    """``top`` over ``base``. Mappings merge key by key, unless their ``type`` differs: other methods share nothing."""
+    if not isinstance(base.data, dict) or not isinstance(top.data, dict):
+        return top
+    if "type" in base.data and "type" in top.data and base.data["type"].data != top.data["type"].data:
+        return top
+    merged = dict(base.data)
+    for name, value in top.data.items():
+        merged[name] = _merge(merged[name], value) if name in merged else value
+    return replace(top, data=merged)
+
+
+def _override(tree: Value, text: str, problems: Problems) -> Value:
+    key, equals, written = text.partition("=")
+    path = key.strip().split(".", 2)
+    if not equals or not all(path):
+        problems.add(f"expected KEY=VALUE, found {text[:60]!r}", COMMAND_LINE)
+        return tree
+    if path == ["extends"]:
+        problems.add("cannot be overridden", COMMAND_LINE, "extends")
+        return tree
+    value = _parse_value(written.strip(), key, problems)
+    return tree if value is None else _put(tree, path, value)
+
+
+def _parse_value(written: str, key: str, problems: Problems) -> Value | None:
+    """A value of the command line: a YAML list, mapping or quoted string where it starts like one, else plain text."""
+    if not written.startswith(("[", "{", '"', "'")):
+        return resolve(Value(written, COMMAND_LINE, plain=True, key_place=COMMAND_LINE), key, problems)
+    own = Problems()
+    document = parse_text(f"value: {written}", COMMAND_LINE.file, own)
+    for problem in own.found:
+        problems.add(problem.message, COMMAND_LINE, key, problem.suggestion)
+    if document is None or own.found or not isinstance(document.data, dict):
+        return None
+    if list(document.data) != ["value"]:
+        problems.add("expected one value", COMMAND_LINE, key)
+    return _on_command_line(document.data["value"])
+
+
+def _on_command_line(value: Value) -> Value:
+    data = value.data
+    if isinstance(data, list):
+        data = [_on_command_line(item) for item in data]
+    elif isinstance(data, dict):
+        data = {name: _on_command_line(item) for name, item in data.items()}
+    return Value(data, COMMAND_LINE, value.plain, COMMAND_LINE)
+
+
+def _put(tree: Value, path: list[str], value: Value) -> Value:
+    """``tree`` with ``value`` at ``path``."""
+    name, *rest = path
+    if not isinstance(tree.data, dict):
+        tree = Value({}, COMMAND_LINE, key_place=COMMAND_LINE)
+    children = tree.data if isinstance(tree.data, dict) else {}
+    old = children.get(name)
+    if name == "base_model" and old is not None:
+        if not rest and isinstance(old.data, dict) and isinstance(value.data, str):
+            rest = ["name"]
+        elif rest and isinstance(old.data, str):
+            old = replace(old, data={"name": old})
+    new = _put(old or Value({}, COMMAND_LINE, key_place=COMMAND_LINE), rest, value) if rest else value
+    return replace(tree, data={**children, name: new})

@@ -1,0 +1,186 @@
+"""Values of a recipe as they stand in the file: text with its place, read as a type only when a setting asks."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass, replace
+
+from peftcli.errors import Problem
+
+MAX_PROBLEMS = 100
+_MAX_VARIABLES = 100
+_NULL = frozenset({"", "~", "null", "Null", "NULL"})
+_BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+|0o[0-7]+)")
+_FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
+_VARIABLE = re.compile(r"\$(?P<literal>\$\{)|\$\{(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^{}]*))?\})?")
+_TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{16,}")
+_USER_INFO = re.compile(r"(://)[^/\s:@]{1,100}:[^/\s@]{1,500}@")
+_SECRET_NAME = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)
+
+Scalar = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something stands, counted from 1."""
+
+    file: str
+    line: int | None = None
+    column: int | None = None
+
+
+@dataclass(frozen=True)
+class Value:
+    """A scalar's text, a list or a mapping, with its place."""
+
+    data: str | list[Value] | dict[str, Value]
+    place: Place
+    plain: bool = False
+    """A scalar without quotes: it may mean a number, true, false or null."""
+    key_place: Place | None = None
+    """Where the key of this value stands."""
+    refused: bool = False
+    """A problem of this value is noted already: nothing more is to be said about it."""
+
+    @property
+    def scalar(self) -> Scalar:
+        """What a scalar's text means by itself."""
+        return read_scalar(self.data) if self.plain and isinstance(self.data, str) else str(self.data)
+
+    def shown(self) -> str:
+        """The value in an error message."""
+        if not isinstance(self.data, str):
+            return "a mapping" if isinstance(self.data, dict) else "a list"
+        if self.scalar is None:
+            return "nothing"
+        text = self.data if len(self.data) <= 60 else self.data[:60] + "..."
+        if isinstance(self.scalar, str):
+            return repr(text)
+        if isinstance(self.scalar, float) and not math.isfinite(self.scalar):
+            return f"{text}, which is not finite"
+        return f"{text}, which is too large" if isinstance(self.scalar, float) and _INT.fullmatch(text) else text
+
+
+class Problems:
+    """Collects problems, up to a bound, and keeps tokens out of their text."""
+
+    def __init__(self) -> None:
+        self.found: list[Problem] = []
+        self.left_out = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether further problems are only counted."""
+        return len(self.found) >= MAX_PROBLEMS
+
+    @property
+    def count(self) -> int:
+        """How many problems there are, with those left out."""
+        return len(self.found) + self.left_out
+
+    def add(self, message: str, place: Place, key: str | None = None, suggestion: str | None = None) -> None:
+        """Notes one problem."""
+        if self.full:
+            self.left_out += 1
+            return
+        message, key, suggestion = redact(message), key and redact(key), suggestion and redact(suggestion)
+        self.found.append(Problem(message, place.file, place.line, place.column, key, suggestion))
+
+    def in_order(self) -> list[Problem]:
+        """The problems by file and line."""
+        files = list(dict.fromkeys(problem.file for problem in self.found))
+        ordered = sorted(self.found, key=lambda p: (files.index(p.file), p.line or 0, p.column or 0))
+        if self.left_out:
+            ordered.append(Problem(f"{self.left_out} more problems", ordered[0].file))
+        return ordered
+
+
+def redact(text: str) -> str:
+    """``text`` without tokens and passwords."""
+    return _USER_INFO.sub(r"\1***@", _TOKEN.sub("hf_***", text))
+
+
+def read_scalar(text: str) -> Scalar:
+    """What an unquoted scalar means: a number, true, false, null, else itself.
+
+    ``yes``, ``no``, dates and numbers with leading zeros stay strings: what they mean differs between YAML versions.
+    """
+    if text in _NULL:
+        return None
+    if text in _BOOL:
+        return _BOOL[text]
+    if len(text) > 64 or text[0] not in "+-.0123456789":
+        return text
+    if _NOT_FINITE.fullmatch(text):
+        return float(text.replace(".", "", 1))
+    try:
+        if _INT.fullmatch(text):
+            return _integer(text)
+        if _FLOAT.fullmatch(text) and not text.replace("_", "").isdigit():
+            return float(text)
+    except ValueError:  # 1__0
+        return text
+    return text
+
+
+def _integer(text: str) -> int | float:
+    number = int(text, 0) if text.lstrip("+-")[:2] in ("0x", "0o") else int(text)
+    return number if -(2**63) <= number < 2**63 else float(number)
+
+
+def resolve(value: Value, key: str, problems: Problems) -> Value:
+    """A scalar with its ``${ENV}`` filled in, and refused when it holds what no recipe may hold."""
+    noted = problems.count
+    text = _interpolate(value, key, problems)
+    whole = _VARIABLE.fullmatch(str(value.data))
+    plain = value.plain or bool(whole and whole["name"])
+    if "\0" in text or not _encodes(text):
+        problems.add("holds a character that is no text (NUL or half a surrogate pair)", value.place, key)
+    if _TOKEN.search(text) or _USER_INFO.search(text):
+        problems.add(
+            "looks like a token or password, which no recipe may hold; set HF_TOKEN in the environment, "
+            "or log in with `hf auth login`",
+            value.place,
+            key,
+        )
+    return replace(value, data=text, plain=plain, refused=problems.count > noted)
+
+
+def _interpolate(value: Value, key: str, problems: Problems) -> str:
+    text = str(value.data)
+    if text.count("${") > _MAX_VARIABLES:
+        problems.add(f"holds more than {_MAX_VARIABLES} variables", value.place, key)
+        return text
+
+    def fill(match: re.Match[str]) -> str:
+        name, default = match["name"], match["default"]
+        if match["literal"]:
+            return "${"
+        if name is None:
+            problems.add("expected ${NAME} or ${NAME:-default}; a literal ${ is written $${", value.place, key)
+            return ""
+        if _SECRET_NAME.search(name):
+            problems.add(f"${{{name}}} names a secret, and a recipe is saved beside the adapter", value.place, key)
+            return ""
+        found = os.environ.get(name)
+        if default is not None:
+            return found or default
+        if found is None:
+            problems.add(
+                f"the environment variable {name} is not set; set it, or write ${{{name}:-default}}", value.place, key
+            )
+        return found or ""
+
+    return _VARIABLE.sub(fill, text)
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

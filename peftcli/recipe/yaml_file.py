@@ -1,0 +1,215 @@
+"""One YAML file -> values with places. Stricter than YAML: nothing in the file is guessed, repeated or unbounded."""
+
+from __future__ import annotations
+
+import re
+import stat
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from peftcli.recipe.names import near_file
+from peftcli.recipe.values import Place, Problems, Value, read_scalar, resolve
+
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 64
+MAX_VALUES = 20_000
+
+_PLAIN, _QUOTED, _COLLECTION = "plain", "quoted", "collection"
+_TAGS = {
+    **dict.fromkeys((f"tag:yaml.org,2002:{name}" for name in ("int", "float", "bool", "null")), _PLAIN),
+    "tag:yaml.org,2002:str": _QUOTED,
+    "tag:yaml.org,2002:map": _COLLECTION,
+    "tag:yaml.org,2002:seq": _COLLECTION,
+}
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_PLAIN_WORDS = (
+    (r"found character '\\t'", "a tab; YAML is indented with spaces"),
+    (r"cannot start any token", "a value cannot start with this character; quote it"),
+    (r"mapping values are not allowed here", "a second ': ' on this line; quote a value that holds one"),
+    (r"could not find expected ':'", "a key without ':'"),
+    (r"expected <block end>", "this line does not fit the indentation of the lines above"),
+    (r"found unexpected end of stream|while scanning a quoted", "a quote that is never closed"),
+    (r"expected ',' or '[\]}]'", "a [ or { that is never closed, or a missing comma"),
+    (r"found undefined alias", "an alias whose anchor is not defined above it"),
+)
+
+
+class _Refused(Exception):
+    """The file cannot be read on: the message, and its place in the file."""
+
+    def __init__(self, message: str, mark: Any = None):
+        super().__init__(message)
+        self.message, self.mark = message, mark
+
+
+class _Composer(yaml.SafeLoader):
+    """PyYAML up to its nodes, without its reading of scalars, bounded in depth and number."""
+
+    depth = count = 0
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
+        if kind is not yaml.ScalarNode:
+            return _COLLECTION
+        return _PLAIN if implicit[0] else _QUOTED
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        self.count += 1
+        if self.depth > MAX_DEPTH:
+            raise _Refused(f"nested more than {MAX_DEPTH} levels deep", self.get_mark())
+        if self.count > MAX_VALUES:
+            raise _Refused(f"more than {MAX_VALUES} values", self.get_mark())
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+
+def read_file(path: Path, problems: Problems, shown: Place) -> Value | None:
+    """The top mapping of a file; None where it cannot be read, with the reason in ``problems``.
+
+    ``shown`` is the place that names the file, for a problem with the file as a whole.
+    """
+    text = _read_text(path, problems, shown)
+    return None if text is None else parse_text(text, str(path), problems)
+
+
+def parse_text(text: str, file: str, problems: Problems) -> Value | None:
+    """The top mapping of a YAML document."""
+    if control := _CONTROL.search(text):
+        place = _place_of(text, control.start(), file)
+        problems.add(f"a control character (0x{ord(control.group()):02x}), which YAML does not allow", place)
+        return None
+    loader = None
+    try:
+        loader = _Composer(text)
+        root = loader.get_single_node()
+        value = None if root is None else _Converter(file, problems).convert(root, "", 1)
+    except _Refused as error:
+        problems.add(error.message, _marked(file, error.mark))
+        return None
+    except yaml.MarkedYAMLError as error:
+        problems.add(_in_words(error), _marked(file, error.problem_mark or error.context_mark))
+        return None
+    except yaml.reader.ReaderError as error:
+        place = _place_of(text, error.position, file)
+        problems.add("a character that YAML does not allow; write it as an escape in double quotes", place)
+        return None
+    except (AttributeError, ValueError, RecursionError, TypeError, IndexError, OverflowError):
+        # PyYAML raises these on some malformed input.
+        problems.add("not valid YAML", _marked(file, loader.get_mark() if loader else None))
+        return None
+    if value is None or value.scalar is None:
+        problems.add("the recipe is empty", Place(file, 1, 1))
+        return None
+    if not isinstance(value.data, dict):
+        problems.add(f"expected a mapping of sections, found {value.shown()}", value.place)
+        return None
+    return value
+
+
+class _Converter:
+    def __init__(self, file: str, problems: Problems):
+        self.file, self.problems, self.count = file, problems, 0
+
+    def convert(self, node: yaml.Node, key: str, depth: int) -> Value:
+        """``node`` with its aliases written out, which is what makes them worth bounding."""
+        self.count += 1
+        if self.count > MAX_VALUES:
+            raise _Refused(f"more than {MAX_VALUES} values once its aliases are written out", node.start_mark)
+        if depth > MAX_DEPTH:
+            raise _Refused(f"nested more than {MAX_DEPTH} levels deep, or within itself", node.start_mark)
+        place = _marked(self.file, node.start_mark)
+        kind = _TAGS.get(node.tag, node.tag)
+        if kind not in (_PLAIN, _QUOTED, _COLLECTION):
+            self.problems.add("YAML tags are not used in recipes; leave it out", place, key or None)
+        if isinstance(node, yaml.MappingNode):
+            return Value(self.mapping(node, key, depth), place)
+        if isinstance(node, yaml.SequenceNode):
+            items = [self.convert(item, f"{key}[{index}]", depth + 1) for index, item in enumerate(node.value)]
+            return Value(items, place)
+        return resolve(Value(node.value, place, plain=kind == _PLAIN), key, self.problems)
+
+    def mapping(self, node: yaml.MappingNode, key: str, depth: int) -> dict[str, Value]:
+        own: dict[str, Value] = {}
+        merged: dict[str, Value] = {}
+        for key_node, value_node in node.value:
+            place = _marked(self.file, key_node.start_mark)
+            name = self.name(key_node, place, key)
+            if name is None:
+                continue
+            path = f"{key}.{name}" if key else name
+            value = replace(self.convert(value_node, path, depth + 1), key_place=place)
+            if name == "<<" and key_node.tag == _PLAIN:
+                merged = {**self.inherited(value, place), **merged}
+            elif name in own:
+                first = own[name].key_place or place
+                self.problems.add(f"given twice, first in line {first.line}", place, path)
+            else:
+                own[name] = value
+        return {**merged, **own}
+
+    def name(self, node: yaml.Node, place: Place, key: str) -> str | None:
+        if not isinstance(node, yaml.ScalarNode):
+            self.problems.add("a key must be a name, not a list or a mapping", place, key or None)
+            return None
+        if node.tag == _PLAIN and not isinstance(read_scalar(node.value), str):
+            shown = node.value[:60] or "nothing"
+            self.problems.add(f"a key must be a name, found {shown}; quote it to make it one", place, key or None)
+            return None
+        return str(node.value)
+
+    def inherited(self, value: Value, place: Place) -> dict[str, Value]:
+        sources = value.data if isinstance(value.data, list) else [value]
+        out: dict[str, Value] = {}
+        for source in sources:
+            if isinstance(source.data, dict):
+                out = {**source.data, **out}
+            else:
+                self.problems.add("<< takes a mapping, or a list of them", place)
+        return out
+
+
+def _read_text(path: Path, problems: Problems, shown: Place) -> str | None:
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            problems.add(f"{path} is {'a folder' if stat.S_ISDIR(found.st_mode) else 'no regular file'}", shown)
+            return None
+        if found.st_size > MAX_BYTES:
+            problems.add(f"{path} has {found.st_size} bytes; a recipe has at most {MAX_BYTES}", shown)
+            return None
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        problems.add(f"no such file: {path}", shown, suggestion=near_file(str(path)))
+        return None
+    except (OSError, ValueError) as error:
+        problems.add(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}", shown)
+        return None
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        problems.add("not UTF-8 text", Place(str(path), line))
+        return None
+
+
+def _in_words(error: yaml.MarkedYAMLError) -> str:
+    found = error.problem or error.context or "cannot be read"
+    for pattern, words in _PLAIN_WORDS:
+        if re.search(pattern, f"{error.context}; {found}"):
+            return f"not valid YAML: {words}"
+    if "but found another document" in found:
+        return "a second YAML document; a recipe is one"
+    return f"not valid YAML: {found[:200]}"
+
+
+def _marked(file: str, mark: Any) -> Place:
+    return Place(file) if mark is None else Place(file, mark.line + 1, mark.column + 1)
+
+
+def _place_of(text: str, index: int, file: str) -> Place:
+    return Place(file, text.count("\n", 0, index) + 1, index - text.rfind("\n", 0, index))

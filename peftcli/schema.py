@@ -1,0 +1,159 @@
+"""The recipe: frozen dataclasses. The docstring below a field is its only help text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+NumberOrAuto = int | Literal["auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """The pretrained model that the adapter is trained on."""
+
+    name: str
+    """Hub id, folder, or .gguf file (needs the extra ``gguf``)."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the frozen weights. auto: bfloat16 where training.bf16 holds, else float32."""
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
+    """How attention is computed. Unset: transformers' choice for the model."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository carries. Needs a pinned ``revision``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """What is trained on, and what is measured on."""
+
+    train: str
+    """File (.jsonl, .json, .csv, .parquet) or hub dataset id."""
+    eval: str | None = None
+    """File or hub dataset id to evaluate on."""
+    eval_fraction: float | None = None
+    """Instead of ``eval``: this share of the training rows, chosen by training.seed, is held out."""
+    name: str | None = None
+    """Configuration of a hub dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+    split: str = "train"
+    """Split of a hub dataset to train on."""
+    eval_split: str | None = None
+    """Split of the same hub dataset to evaluate on."""
+    format: Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"] = "auto"
+    """What a row holds. auto: found from the columns. text: {text}; prompt_completion: {prompt, completion};
+    messages: {messages: [{role, content}]}; alpaca: {instruction, input, output}; sharegpt: {conversations: [{from, value}]}."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns under other names: the format's name -> the file's name, as in {prompt: question}."""
+    max_length: int = 1024
+    """Longest example, in tokens."""
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to a longer example: cut at the end, left out, or refused. Always counted."""
+    train_on: Literal["answers", "last_answer", "all"] = "answers"
+    """Which tokens count in the loss. answers: what the assistant says, and its end-of-turn token."""
+    limit: int | None = None
+    """Use only the first so many training rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How long, how fast, and where to. Names are those of transformers.TrainingArguments."""
+
+    output_dir: str
+    """The run folder: adapter, logs and checkpoints."""
+    num_train_epochs: float = 3.0
+    """Passes over the training data."""
+    max_steps: int = -1
+    """Stop after so many steps instead; -1: num_train_epochs decides."""
+    per_device_train_batch_size: int = 8
+    """Examples that one device holds at once. More is faster and takes more memory."""
+    per_device_eval_batch_size: int = 8
+    """The same, while evaluating."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches that make one step. The result equals that of one big batch."""
+    learning_rate: float = 2e-4
+    """Peak step size. 1e-4 to 3e-4 suits LoRA; prompt tuning wants 100 times more."""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
+    ] = "linear"
+    """How the learning rate falls after the warm-up."""
+    warmup_ratio: float = 0.0
+    """Share of the steps in which the learning rate rises from 0."""
+    warmup_steps: int = 0
+    """The same as a number of steps; overrides warmup_ratio when above 0."""
+    weight_decay: float = 0.0
+    """AdamW's decay of the trained weights."""
+    adam_beta1: float = 0.9
+    """AdamW's memory of past gradients."""
+    adam_beta2: float = 0.999
+    """AdamW's memory of past squared gradients."""
+    adam_epsilon: float = 1e-8
+    """AdamW's floor of the divisor."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0: never."""
+    bf16: bool | Literal["auto"] = "auto"
+    """Compute in bfloat16. auto: where the device is fast at it. The adapter stays float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third slower, far less memory for long examples."""
+    train_sampling_strategy: Literal["random", "group_by_length", "sequential"] = "random"
+    """Order of the examples. group_by_length puts similar lengths together, which saves padding."""
+    seed: int = 42
+    """Seed of initialisation, order and dropout. The same seed gives the same adapter."""
+    eval_strategy: Literal["no", "steps", "epoch"] = "epoch"
+    """When to evaluate, if there is evaluation data. It is done at the end in any case, unless ``no``."""
+    eval_on_start: bool = False
+    """Evaluate before the first step too: what the base model does."""
+    eval_steps: int = 100
+    """With eval_strategy steps: how often."""
+    save_strategy: Literal["no", "steps", "epoch"] = "epoch"
+    """When to write a checkpoint that training can resume from."""
+    save_steps: int = 100
+    """With save_strategy steps: how often."""
+    save_total_limit: int = 2
+    """How many checkpoints are kept, the newest; at least 2."""
+    load_best_model_at_end: bool = False
+    """Keep the adapter of the best evaluation instead of the last one."""
+    metric_for_best_model: str = "eval_loss"
+    """Which metric is best: the name of a metric as evaluation reports it."""
+    greater_is_better: bool | None = None
+    """Whether more of it is better. Unset: yes, unless the name ends in loss or perplexity."""
+    logging_steps: int = 10
+    """How often a line is written to metrics.jsonl and shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """On which devices. By default every visible GPU, or one process on the CPU."""
+
+    num_processes: NumberOrAuto = "auto"
+    """Processes on this machine, one device each."""
+    num_machines: int = 1
+    """Machines that train together; the same command runs on each."""
+    machine_rank: int = 0
+    """Which of them this is, from 0."""
+    main_process_ip: str = "127.0.0.1"
+    """Address of machine 0."""
+    main_process_port: NumberOrAuto = "auto"
+    """Port of machine 0. auto: a free one; with several machines it must be given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run."""
+
+    base_model: BaseModel
+    """The pretrained model: its name, or a mapping."""
+    task: str
+    """What the model does: see ``peftcli info tasks``."""
+    method: dict[str, Any]
+    """How it is adapted: ``type`` and the method's own settings, under PEFT's names. See ``peftcli info methods``."""
+    dataset: Dataset
+    """What it learns from."""
+    training: Training
+    """How it learns."""
+    launch: Launch = field(default_factory=Launch)
+    """Where it runs."""
+    gates: dict[str, str] = field(default_factory=dict)
+    """Metrics that must hold at the end, as in {eval_loss: "<= 1.2"}; else exit code 12."""

@@ -1,0 +1,82 @@
+"""What can be known of a run before it starts: its data, its model's shapes, its targets. Loads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from peftcli.core.inject import inject
+from peftcli.errors import PeftcliError, Problem, RecipeError
+from peftcli.models.load import base_of, empty_model, load_tokenizer
+from peftcli.recipe import method_config
+from peftcli.schema import Recipe
+from peftcli.tasks import TASKS
+from peftcli.train.batches import Plan
+from peftcli.train.setup import load_data
+
+T = TypeVar("T")
+
+
+def deep_check(recipe: Recipe) -> tuple[list[Problem], list[Problem]]:
+    """Every error and every warning that opening the recipe's data and model brings up."""
+    errors, warnings, _ = _look(recipe)
+    return errors, warnings
+
+
+def preview(recipe: Recipe) -> dict[str, Any]:
+    """What a run of the recipe would do: its data, its parameters, its steps.
+
+    Raises:
+        RecipeError: it would fail.
+    """
+    errors, _, found = _look(recipe)
+    if errors:
+        raise RecipeError(errors)
+    return found
+
+
+def _look(recipe: Recipe) -> tuple[list[Problem], list[Problem], dict[str, Any]]:
+    row, base, config = TASKS[recipe.task], recipe.base_model, method_config(recipe)
+    errors: list[Problem] = []
+    found: dict[str, Any] = {}
+
+    def attempt(key: str, action: Callable[[], T]) -> T | None:
+        try:
+            return action()
+        except PeftcliError as error:
+            place = f"{error.file}:{error.line}" if error.line else error.file
+            text = f"{place}: {error.message}" if place else error.message
+            errors.append(Problem(text, file="", key=_recipe_key(error.key, key)))
+            return None
+
+    tokenizer = attempt("base_model", lambda: load_tokenizer(base))
+    if tokenizer is not None:
+        data = attempt("dataset", lambda: load_data(recipe, row.load(), tokenizer))
+        if data is not None:
+            processes = 1 if recipe.launch.num_processes == "auto" else recipe.launch.num_processes
+            plan = Plan([len(row["input_ids"]) for row in data.train], recipe.training, processes)
+            found |= {"data": data.report, "steps": plan.total_steps}
+        attempt("method", lambda: config.prepare(lambda name: load_tokenizer(base_of(name)) if name else tokenizer))
+    model = attempt("base_model", lambda: empty_model(base, row.auto_class))
+    if model is not None:
+        injection = attempt("method", lambda: inject(model, config))
+        if injection is not None:
+            found["parameters"] = {"trainable": injection.trainable, "all": injection.total}
+    return errors, _warnings(found), found
+
+
+def _warnings(found: dict[str, Any]) -> list[Problem]:
+    data = found.get("data", {})
+    counted = {"truncated": data.get("truncated", 0), **data.get("dropped", {})}
+    return [
+        Problem(f"{count} training rows: {reason}", file="", key="dataset.train")
+        for reason, count in counted.items()
+        if count
+    ]
+
+
+def _recipe_key(key: str | None, section: str) -> str:
+    """The recipe's key for an error's: a method's settings stand in the section ``method``."""
+    if key is None or key.startswith(section):
+        return key or section
+    return f"{section}.{key}" if section == "method" else section

@@ -1,0 +1,148 @@
+"""One process per device on this machine, their signals and their exit codes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from peftcli.errors import ProcessDied, UsageError
+from peftcli.schema import Launch
+
+_GRACE_SECONDS = 20.0
+"""How long the other processes may take to end after one has died."""
+_OURS = {2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 75, 130, 143}
+"""Exit codes that say what went wrong; any other means that the process died."""
+_PR_SET_PDEATHSIG = 1
+
+
+def launched() -> bool:
+    """Whether a launcher (this one, accelerate, torchrun) started this process as one of several."""
+    return "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def is_main_process() -> bool:
+    """Whether this is process 0 of a launched group, or alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def process_count(launch: Launch) -> int:
+    """Processes to start on this machine: as the recipe says, by default one per visible GPU.
+
+    Raises:
+        UsageError: more than there are GPUs.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if launch.num_processes == "auto":
+        return max(1, gpus)
+    if gpus and launch.num_processes > gpus:
+        raise UsageError(f"{launch.num_processes} processes for {gpus} GPUs", key="launch.num_processes")
+    return launch.num_processes
+
+
+def run_processes(command: Sequence[str], count: int, launch: Launch) -> int:
+    """Run ``python -m peftcli`` with ``command`` in ``count`` processes that know of one another.
+
+    The first INT, TERM or USR1 is passed on, so that they stop with a checkpoint.
+
+    Returns:
+        The exit code that says why the run ended: the first failing process's, else 0.
+
+    Raises:
+        ProcessDied: a process was killed, crashed, or ended while the others went on.
+    """
+    port = _free_port() if launch.main_process_port == "auto" else launch.main_process_port
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "peftcli", *command],
+            env=os.environ | _environment(launch, number, count, port),
+            stdout=None if number == 0 else subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C reaches them once, through us
+        )
+        for number in range(count)
+    ]
+    with _forwarding(processes):
+        return _wait(processes)
+
+
+def follow_parent() -> None:
+    """Let this process end when the launcher that started it is killed (Linux)."""
+    if os.environ.get("PEFTCLI_LAUNCHED") and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _environment(launch: Launch, number: int, count: int, port: int) -> dict[str, str]:
+    import torch
+
+    environment = {
+        "RANK": str(launch.machine_rank * count + number),
+        "LOCAL_RANK": str(number),
+        "WORLD_SIZE": str(launch.num_machines * count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": launch.main_process_ip,
+        "MASTER_PORT": str(port),
+        "PEFTCLI_LAUNCHED": "1",
+    }
+    if not torch.cuda.is_available():
+        environment["ACCELERATE_USE_CPU"] = "true"
+        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    return environment
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
+    """Wait for all; once one fails, give the others a while and end them."""
+    while any(process.poll() is None for process in processes):
+        if any(process.returncode for process in processes):
+            break
+        time.sleep(0.05)
+    first = next(((n, p.returncode) for n, p in enumerate(processes) if p.returncode), None)
+    if first is None:
+        return 0
+    _end(processes)
+    number, code = first
+    if code in _OURS:
+        return code
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+    raise ProcessDied(f"process {number} of {len(processes)} {how}", hint="run the same command again to go on")
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def _forwarding(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    def forward(number: int, _frame: object) -> None:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

@@ -1,0 +1,108 @@
+"""The training loop: one step at a time, to a caller who decides what happens between steps."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from peftcli.errors import Diverged
+from peftcli.tasks.base import Feature, Task
+from peftcli.train.batches import Plan
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    step: int
+    """Number of the step, from 1."""
+    loss: float
+    """Mean loss over the targets of the global batch, before the update."""
+    grad_norm: float
+    """Norm of the gradients before clipping."""
+    learning_rate: float
+    num_targets: int
+    """Targets in the global batch."""
+    num_tokens: int
+    """Tokens in the global batch, padding aside."""
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What trains, prepared by accelerate."""
+
+    model: nn.Module
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+
+
+def fit(
+    trainee: Trainee,
+    task: Task,
+    features: Sequence[Feature],
+    tokenizer: Any,
+    plan: Plan,
+    accelerator: Accelerator,
+    start: int = 0,
+) -> Iterator[StepResult]:
+    """Train from step ``start`` to the plan's end, yielding after each step.
+
+    The loss is the sum over targets divided by all targets of the global batch, so the split into micro-batches and
+    processes does not matter.
+
+    Raises:
+        Diverged: the loss or a gradient is NaN or Inf. The step is not applied.
+    """
+    limit = plan.training.max_grad_norm or math.inf
+    targets = [task.num_targets(feature) for feature in features]
+    for step in range(start, plan.total_steps):
+        trainee.model.train()
+        batch = plan.global_batch(step)
+        num_targets = sum(targets[index] for index in batch)
+        micro_batches = plan.micro_batches(step, accelerator.process_index)
+        total = torch.zeros((), dtype=torch.float32, device=accelerator.device)
+        for number, indices in enumerate(micro_batches, 1):
+            last = number == len(micro_batches)
+            with contextlib.nullcontext() if last else accelerator.no_sync(trainee.model):
+                loss = _micro_batch_loss(trainee.model, task, features, indices, tokenizer, accelerator)
+                # processes average their gradients; the loss is a sum over all of them
+                accelerator.backward(loss * (accelerator.num_processes / num_targets))
+            total += loss.detach()
+        loss_sum = float(accelerator.reduce(total, reduction="sum"))
+        grad_norm = float(accelerator.clip_grad_norm_(trainee.parameters, limit))
+        if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
+            what = "loss" if not math.isfinite(loss_sum) else "gradient norm"
+            raise Diverged(
+                f"the {what} of step {step + 1} is not finite",
+                hint="lower training.learning_rate, or add warm-up; the last checkpoint is kept",
+            )
+        learning_rate = float(trainee.schedule.get_last_lr()[0])
+        trainee.optimizer.step()
+        trainee.schedule.step()
+        trainee.optimizer.zero_grad(set_to_none=True)
+        num_tokens = sum(plan.lengths[index] for index in batch)
+        yield StepResult(step + 1, loss_sum / num_targets, grad_norm, learning_rate, num_targets, num_tokens)
+
+
+def _micro_batch_loss(
+    model: nn.Module,
+    task: Task,
+    features: Sequence[Feature],
+    indices: Sequence[int],
+    tokenizer: Any,
+    accelerator: Accelerator,
+) -> torch.Tensor:
+    """Summed loss of the examples. Without any, a zero that keeps this process in step with the others."""
+    batch = task.collate([features[index] for index in indices or [0]], tokenizer)
+    batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+    with accelerator.autocast():
+        loss = task.losses(model, batch).loss
+    return loss if indices else loss * 0.0

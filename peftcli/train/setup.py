@@ -1,0 +1,137 @@
+"""The parts of a run, built from its recipe: accelerator, data, model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from peftcli.core.config import AdapterConfig
+from peftcli.core.inject import Injection, inject
+from peftcli.core.weights import named_tensors
+from peftcli.data.formats import detect_format
+from peftcli.data.load import load_splits
+from peftcli.errors import DataError, UsageError
+from peftcli.models.load import base_of, load_model, load_tokenizer
+from peftcli.schema import Recipe
+from peftcli.tasks import TASKS
+from peftcli.tasks.base import Feature, Task
+from peftcli.train.batches import Plan
+from peftcli.train.loop import Trainee
+from peftcli.train.optim import build_optimizer, build_schedule
+
+
+@dataclass(frozen=True)
+class Data:
+    """Features of the training and the evaluation rows."""
+
+    train: list[Feature]
+    eval: list[Feature] | None
+    report: dict[str, Any]
+    """The account of both for run.json."""
+
+
+def start_accelerator(recipe: Recipe) -> Accelerator:
+    """The devices of this process and its place among the others.
+
+    Raises:
+        UsageError: fewer processes were started than were asked for.
+    """
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UsageError(
+            "accelerate was asked for several processes and started one",
+            hint="on the CPU, add --multi_cpu; or set launch.num_processes and run peftcli by itself",
+        )
+    accelerator = Accelerator(mixed_precision="bf16" if uses_bf16(recipe) else "no", cpu=not torch.cuda.is_available())
+    wanted = recipe.launch.num_processes
+    if accelerator.num_processes < asked:
+        raise UsageError(f"{asked} processes were asked for and {accelerator.num_processes} started")
+    if wanted != "auto" and accelerator.num_processes != wanted * recipe.launch.num_machines:
+        raise UsageError(
+            f"the recipe wants {wanted * recipe.launch.num_machines} processes, the launcher started "
+            f"{accelerator.num_processes}",
+            key="launch.num_processes",
+        )
+    return accelerator
+
+
+def uses_bf16(recipe: Recipe) -> bool:
+    """Whether the forward pass computes in bfloat16."""
+    wanted = recipe.training.bf16
+    return bf16_is_fast() if wanted == "auto" else wanted
+
+
+def bf16_is_fast() -> bool:
+    """Whether this machine's device has bfloat16 arithmetic of its own."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = Path("/proc/cpuinfo")
+    text = flags.read_text() if flags.exists() else ""
+    return " avx512_bf16" in text or " amx_bf16" in text
+
+
+def base_dtype(recipe: Recipe) -> torch.dtype:
+    """Number format of the frozen weights."""
+    if recipe.base_model.dtype == "auto":
+        return torch.bfloat16 if uses_bf16(recipe) else torch.float32
+    dtype = getattr(torch, recipe.base_model.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def load_data(recipe: Recipe, task: Task, tokenizer: Any, *, only_eval: bool = False) -> Data:
+    """Read, check and tokenise the recipe's data.
+
+    Raises:
+        DataError: a row that cannot be used, or none that can.
+    """
+    train_rows, eval_rows = load_splits(recipe.dataset, recipe.training.seed)
+    if only_eval and eval_rows is None:
+        raise DataError("the recipe names no evaluation data", key="dataset.eval")
+    train, report = ([], None) if only_eval else task.features(train_rows, tokenizer, recipe.dataset)
+    columns = {theirs: ours for ours, theirs in recipe.dataset.columns.items()}
+    named = recipe.dataset.format
+    found = detect_format(columns.get(name, name) for name in train_rows.columns) if named == "auto" else named
+    described: dict[str, Any] = {"format": found, **(report.as_dict() if report else {})}
+    if eval_rows is None:
+        return Data(train, None, described)
+    evaluation, eval_report = task.features(eval_rows, tokenizer, recipe.dataset)
+    return Data(train, evaluation, {**described, "eval": eval_report.as_dict()})
+
+
+def adapted_model(recipe: Recipe, config: AdapterConfig) -> tuple[nn.Module, Injection]:
+    """The recipe's base model with a new adapter in it.
+
+    Raises:
+        ModelError: the base model cannot be loaded.
+        AdapterError: the method's settings do not fit it.
+    """
+    row, base = TASKS[recipe.task], recipe.base_model
+    model = load_model(base, row.auto_class, base_dtype(recipe))
+    set_seed(recipe.training.seed)
+    config.task_type, config.base_model_name_or_path, config.revision = row.task_type, base.name, base.revision
+    config.prepare(lambda name: load_tokenizer(base_of(name) if name else base))
+    injection = inject(model, config)
+    if recipe.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, injection
+
+
+def prepare(model: nn.Module, recipe: Recipe, plan: Plan, accelerator: Accelerator) -> Trainee:
+    """Model, optimizer and schedule, placed on the devices by accelerate."""
+    prepared = accelerator.prepare_model(model)
+    parameters = [parameter for _, _, parameter in named_tensors(model).values()]
+    optimizer = build_optimizer(parameters, recipe.training)
+    schedule = build_schedule(optimizer, recipe.training, plan.total_steps)
+    # the same seed everywhere started the same adapter; from here on each process draws its own dropout
+    set_seed(recipe.training.seed + accelerator.process_index)
+    return Trainee(prepared, parameters, optimizer, schedule)
+
+

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from peftcli.cli import console
+from peftcli.cli.app import main
+
+GOOD = """\
+base_model: org/model
+task: causal_lm
+method: {type: lora, r: 4}
+dataset: {train: org/data, eval: org/held-out}
+training:
+  output_dir: outputs/run
+"""
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+    """Runs a command line in this process."""
+
+    def cli(*args: object) -> Ran:
+        monkeypatch.setattr(console, "_json_printed", False)
+        code = main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return cli
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a good recipe, with lines after it."""
+
+    def recipe(more: str = "", name: str = "recipe.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(GOOD + more, encoding="utf-8")
+        return path
+
+    return recipe

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+
+from peftcli.errors import Problem
+
+SLOW_TO_IMPORT = {"torch", "transformers", "datasets", "accelerate", "huggingface_hub", "rich", "numpy"}
+
+
+def test_a_good_recipe(cli, recipe) -> None:
+    path = recipe()
+    assert cli("check", path) == type(cli("check", path))(0, f"ok: {path}\n", "")
+    assert json.loads(cli("check", path, "--json").out) == {"errors": [], "warnings": []}
+
+
+def test_every_mistake_of_several_recipes(cli, recipe) -> None:
+    bad, good, worse = recipe("  sede: 1\n", "bad.yaml"), recipe(), recipe("  seed: x\nlr: 1\n", "worse.yaml")
+    ran = cli("check", bad, good, worse)
+    assert ran.code == 2
+    assert ran.out.splitlines() == [
+        f"{bad}:7:3: training.sede: unknown key; did you mean 'seed'?",
+        f"{bad}: 1 problem",
+        f"ok: {good}",
+        f"{worse}:7:9: training.seed: expected an integer, found 'x'",
+        f"{worse}:8:1: lr: unknown key; did you mean 'training.learning_rate'?",
+        f"{worse}: 2 problems",
+    ]
+    assert ran.err == ""
+
+
+def test_json(cli, recipe) -> None:
+    path = recipe("  sede: 1\n")
+    ran = cli("check", path, path.parent / "none.yaml", "--json")
+    assert ran.code == 2
+    found = json.loads(ran.out)
+    assert found["warnings"] == []
+    assert found["errors"][0] == {
+        "file": str(path),
+        "line": 7,
+        "column": 3,
+        "key": "training.sede",
+        "message": "unknown key",
+        "suggestion": "seed",
+    }
+    assert "no such file" in found["errors"][1]["message"]
+
+
+def test_foreign_text_cannot_steer_the_terminal(cli, recipe) -> None:
+    ran = cli("check", recipe('  "\\e]0;x\\a\\u202e[red]": 1\n'))
+    assert "training.\\x1b]0;x\\x07\\u202e[red]: unknown key" in ran.out
+    assert ran.out.replace("\n", "").isprintable()
+
+
+def test_deep_problems_get_their_place(cli, recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deep_check(_: object) -> tuple[list[Problem], list[Problem]]:
+        return (
+            [Problem("matches nothing", "", key="method.r")],
+            [Problem("empty row", "data.jsonl", line=4), Problem("is slow", "", key="launch")],
+        )
+
+    module = types.ModuleType("peftcli.train.deep")
+    module.deep_check = deep_check  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "peftcli.train.deep", module)
+    path = recipe()
+    ran = cli("check", path, "--deep")
+    assert ran.code == 2
+    assert ran.out.splitlines() == [
+        "warning: data.jsonl:4: empty row",
+        f"warning: {path}: launch: is slow",
+        f"{path}:3:25: method.r: matches nothing",
+        f"{path}: 1 problem",
+    ]
+    assert len(json.loads(cli("check", path, "--deep", "--json").out)["warnings"]) == 2
+
+
+@pytest.mark.parametrize(
+    "args", [["--help"], ["check", "RECIPE"], ["schema"], ["explain", "lora.r"], ["info", "methods"], ["info", "tasks"]]
+)
+def test_nothing_slow_is_imported(recipe, args: list[str]) -> None:
+    code = (
+        "import sys; from peftcli.cli.app import main; code = main(sys.argv[1:]);"
+        f"print(sorted({SLOW_TO_IMPORT!r} & set(sys.modules)), code, file=sys.stderr)"
+    )
+    args = [str(recipe()) if arg == "RECIPE" else arg for arg in args]
+    ran = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)
+    assert ran.stderr == "[] 0\n"

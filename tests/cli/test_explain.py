@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+
+def test_a_setting(cli) -> None:
+    assert cli("explain", "dataset.overlong").out == (
+        "dataset.overlong (setting)\n"
+        "  What happens to a longer example: cut at the end, left out, or refused. Always counted.\n"
+        "  type: truncate, drop or error\n"
+        "  default: truncate\n"
+        "  allowed: truncate, drop, error\n"
+        "\n"
+        "  dataset:\n"
+        "    overlong: truncate\n"
+    )
+
+
+def test_a_method(cli) -> None:
+    lines = cli("explain", "lora").out.splitlines()
+    assert lines[0] == "lora (method)"
+    assert "  paper: https://arxiv.org/abs/2106.09685" in lines
+    assert any(line.split()[:2] == ["r", "8"] for line in lines)
+
+
+def test_an_unknown_key(cli) -> None:
+    ran = cli("explain", "lora_rank")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.splitlines() == [
+        "error: no setting, section, method or task is called 'lora_rank'",
+        "did you mean 'method.r'?",
+    ]

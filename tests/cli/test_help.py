@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from peftcli import errors
+from peftcli.cli import app, console, explain
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch):
+    """Makes ``peftcli schema`` raise."""
+
+    def failing(error: BaseException) -> None:
+        def fail() -> None:
+            raise error
+
+        monkeypatch.setattr("peftcli.recipe.reference.json_schema", fail)
+
+    return failing
+
+
+def test_help(cli) -> None:
+    ran = cli("--help")
+    assert (ran.code, ran.err) == (0, "")
+    assert cli().out == ran.out
+    for name in ("check", "explain", "schema", "info"):
+        assert f"\n  {name} " in ran.out
+        assert cli(name, "--help").code == 0
+    assert "\nRecipes:\n" in ran.out
+    assert "\x1b" not in ran.out
+
+
+def test_version(cli) -> None:
+    ran = cli("--version")
+    assert ran.code == 0
+    assert ran.out.startswith("peftcli ")
+
+
+def test_python_dash_m() -> None:
+    ran = subprocess.run([sys.executable, "-m", "peftcli", "chek"], capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("error: No such command 'chek'.")
+
+
+@pytest.mark.parametrize("args", [["chek"], ["check"], ["check", "--nope", "x"], ["schema", "x"]])
+def test_usage_errors(cli, args: list[str]) -> None:
+    ran = cli(*args)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("error: ")
+    assert "--help`" in ran.err
+    body = json.loads(cli(*args, "--json").out)
+    assert (body["error"]["kind"], body["error"]["exit_code"]) == ("UsageError", 2)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [kind("broken [bold]", hint="mend it") for kind in (errors.DataError, errors.HubError, errors.GateFailed)]
+    + [errors.RecipeError([errors.Problem("broken [bold]", "x.yaml", 3)])],
+)
+def test_our_errors_keep_their_exit_code(cli, failing, error: errors.PeftcliError) -> None:
+    failing(error)
+    ran = cli("schema")
+    assert (ran.code, ran.out, ran.err) == (error.exit_code, "", f"error: {error}\n")
+
+
+def test_an_error_as_json(cli, failing) -> None:
+    failing(errors.StorageError("full", file="a\x1bb", hint="mend it"))
+    ran = cli("schema", "--json")  # schema has no --json: the usage error comes first
+    assert json.loads(ran.out)["error"]["exit_code"] == 2
+    code = console.report_error(errors.StorageError("full"), as_json=False)
+    assert code == 7
+
+
+def test_one_json_object_even_when_a_command_fails_after_printing_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_json_printed", False)
+    assert console.report_error(errors.GateFailed("low", key="gates.loss"), as_json=True) == 12
+    assert json.loads(capsys.readouterr().out) == {
+        "error": {
+            "kind": "GateFailed",
+            "message": "low",
+            "file": None,
+            "line": None,
+            "key": "gates.loss",
+            "hint": None,
+            "exit_code": 12,
+        }
+    }
+    console.print_json({"loss": float("nan"), "rows": [float("inf"), 1.5], "text": "\u2028é"})
+    console.report_error(errors.GateFailed("low"), as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"loss": None, "rows": [None, 1.5], "text": "\u2028é"}
+
+
+def test_a_bug_is_one_line_unless_debugged(cli, failing) -> None:
+    failing(ZeroDivisionError("1 / 0 \x1b[31m"))
+    ran = cli("schema")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err == ("error: peftcli failed: ZeroDivisionError: 1 / 0 \\x1b[31m; run with --debug to see where\n")
+    for args in (["schema", "--debug"], ["--debug", "schema"]):
+        ran = cli(*args)
+        assert ran.code == 1
+        assert ran.err.startswith("Traceback (most recent call last):")
+
+
+def test_interrupt(cli, failing) -> None:
+    failing(KeyboardInterrupt())
+    ran = cli("schema")
+    assert (ran.code, ran.err) == (130, "error: interrupted\n")
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    ran = subprocess.run(
+        [sys.executable, "-m", "peftcli", "schema"], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write)
+    assert (ran.returncode, ran.stderr) == (141, "")
+
+
+def test_output_that_the_terminal_cannot_encode() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "peftcli", "explain", "ü\u4e2d"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        check=False,
+    )
+    assert ran.returncode == 2
+    assert b"'\\xfc\\u4e2d'" in ran.stderr
+
+
+def test_clean() -> None:
+    assert console.clean("a\tb\nc é 中 👩\u200d👧") == "a\tb\nc é 中 👩\u200d👧"
+    assert console.clean("\x1b[2J\r\x9b\u202e\ud800\u2028") == "\\x1b[2J\\r\\x9b\\u202e\\ud800\\u2028"
+
+
+def test_table_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(console, "is_terminal", lambda _: True)
+    console.table(("name", "value"), [("[red]a", "\x1b[31m")])
+    assert capsys.readouterr().out.split() == ["name", "value", "[red]a", "\\x1b[31m"]
+
+
+def test_commands_say_what_they_do(cli) -> None:
+    for command in app.app.registered_commands:
+        assert command.callback is not None
+        assert (command.callback.__doc__ or "").strip()
+    assert explain.explain.__doc__ in cli("explain", "--help").out

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from peftcli.methods import METHODS
+from peftcli.tasks import TASKS
+
+
+def test_methods_and_tasks(cli) -> None:
+    lines = cli("info", "methods").out.splitlines()
+    assert lines[0].split() == ["method", "peft_type", "summary", "paper"]
+    assert [line.split()[0] for line in lines[1:]] == list(METHODS)
+    assert [row["method"] for row in json.loads(cli("info", "methods", "--json").out)["methods"]] == list(METHODS)
+    assert [row["task"] for row in json.loads(cli("info", "tasks", "--json").out)["tasks"]] == list(TASKS)
+
+
+def test_env(cli) -> None:
+    facts = json.loads(cli("info", "env", "--json").out)
+    assert {"python", "torch", "transformers", "devices"} <= set(facts)
+    assert cli("info").out.startswith("python: ")
+
+
+CONFIG = {
+    "peft_type": "LORA",
+    "task_type": "SEQ_CLS",
+    "base_model_name_or_path": "org/model",
+    "r": 2,
+    "lora_alpha": 4,
+    "target_modules": ["q_proj", "v_proj"],
+    "modules_to_save": ["score"],
+}
+
+
+def adapter(folder: Path, config: object = CONFIG) -> Path:
+    """An adapter folder: LoRA on two modules, one trained bias, one module saved whole."""
+    at = "base_model.model.layers.0"
+    shapes = {
+        f"{at}.q_proj.lora_A.weight": [2, 8],
+        f"{at}.q_proj.lora_B.weight": [8, 2],
+        f"{at}.v_proj.lora_A.weight": [2, 8],
+        f"{at}.v_proj.lora_B.weight": [4, 2],
+        f"{at}.norm.bias": [8],
+        "base_model.model.score.weight": [3, 8],
+    }
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        size = 4 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    raw = json.dumps(header).encode()
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(end))
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_an_adapter(cli, tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "run")
+    facts = json.loads(cli("info", folder, "--json").out)
+    assert facts == {
+        "adapter": str(folder),
+        "method": "lora",
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS",
+        "base_model": "org/model",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj", "v_proj"],
+        "modules_to_save": ["score"],
+        "modules_adapted": 2,
+        "parameters": 16 + 16 + 16 + 8 + 8 + 24,
+        "tensors": 6,
+        "dtypes": ["F32"],
+        "bytes": (folder / "adapter_model.safetensors").stat().st_size,
+    }
+    assert "target_modules: q_proj, v_proj\n" in cli("info", folder).out
+
+
+def test_soft_prompts_adapt_no_module(cli, tmp_path: Path) -> None:
+    folder = adapter(tmp_path, {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2})
+    raw = json.dumps({"prompt_embeddings": {"dtype": "BF16", "shape": [2, 8], "data_offsets": [0, 32]}}).encode()
+    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(32))
+    facts = json.loads(cli("info", folder, "--json").out)
+    assert (facts["modules_adapted"], facts["parameters"], facts["dtypes"]) == (0, 16, ["BF16"])
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "message"),
+    [
+        (b"{", None, "not valid JSON"),
+        (b"[" * 100_000, None, "not valid JSON"),
+        (b"\xff\xfe", None, "not valid JSON"),
+        (b"[]", None, "holds no adapter config"),
+        (b'{"peft_type": 3}', None, "holds no adapter config"),
+        (b" " * (1 << 20) + b"{}", None, "larger than 1 MB"),
+        (None, b"", "damaged"),
+        (None, b"\x05\0\0\0\0\0\0\0{}", "damaged"),
+        (None, struct.pack("<Q", 1 << 40), "damaged: its header is larger than 1 MB"),
+    ],
+)
+def test_damaged_adapters(cli, tmp_path: Path, config: bytes | None, weights: bytes | None, message: str) -> None:
+    folder = adapter(tmp_path)
+    if config is not None:
+        (folder / "adapter_config.json").write_bytes(config)
+    if weights is not None:
+        (folder / "adapter_model.safetensors").write_bytes(weights)
+    ran = cli("info", folder)
+    assert (ran.code, ran.out) == (4, "")
+    assert message in ran.err
+
+
+def test_what_is_no_adapter(cli, tmp_path: Path) -> None:
+    assert "this is no adapter folder" in cli("info", tmp_path).err
+    folder = adapter(tmp_path)
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").touch()
+    assert "save it with safe_serialization" in cli("info", folder).err
+    ran = cli("info", "no such thing")
+    assert ran.code == 4
+    assert "neither a folder nor a hub id" in ran.err

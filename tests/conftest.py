@@ -1,0 +1,45 @@
+"""What every test has: no network, no user's cache or token, one thread, and plots without a display."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+# Read when torch, huggingface_hub and matplotlib are first imported, so they are set before any test module is.
+_HF_HOME = tempfile.mkdtemp(prefix="peftcli-tests-")
+os.environ.update(
+    HF_HOME=_HF_HOME,
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    MPLBACKEND="Agg",
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
+    os.environ.pop(_name, None)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_HF_HOME, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _local_network_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Connections beyond this machine fail at once, except in tests marked ``network``."""
+    if request.node.get_closest_marker("network") is None:
+        connect = socket.socket.connect
+
+        def local_only(self: socket.socket, address: Any) -> None:
+            if self.family != socket.AF_UNIX and address[0] not in ("localhost", "127.0.0.1", "::1"):
+                raise OSError(f"a test tried to reach {address}; mark it `network` or serve it on 127.0.0.1")
+            connect(self, address)
+
+        monkeypatch.setattr(socket.socket, "connect", local_only)
+    yield

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peftcli.data.collate import pad_causal, pad_seq2seq, pad_token_id
+from tests.data.conftest import MakeTokenizer, make_tokenizer
+
+
+def test_pad_causal_on_the_right() -> None:
+    batch = pad_causal(
+        [{"input_ids": [5, 6, 2], "labels": [-100, 6, 2]}, {"input_ids": [7], "labels": [7]}], pad_token_id=2
+    )
+    assert batch["input_ids"].tolist() == [[5, 6, 2], [7, 2, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 2], [7, -100, -100]]  # EOS counts, the same id as padding does not
+    assert all(tensor.dtype == torch.long for tensor in batch.values())
+
+
+def test_pad_seq2seq_has_two_widths() -> None:
+    batch = pad_seq2seq(
+        [{"input_ids": [5, 6, 1], "labels": [8, 1]}, {"input_ids": [7], "labels": [9, 9, 9, 1]}], pad_token_id=0
+    )
+    assert batch["input_ids"].tolist() == [[5, 6, 1], [7, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[8, 1, -100, -100], [9, 9, 9, 1]]
+
+
+@pytest.mark.parametrize(
+    ("pad", "eos", "expected"), [("<|endoftext|>", "</s>", "<|endoftext|>"), (None, "</s>", "</s>"), (None, None, None)]
+)
+def test_pad_token_id(tokenizers: MakeTokenizer, pad: str | None, eos: str | None, expected: str | None) -> None:
+    tokenizer = make_tokenizer(eos=eos)
+    tokenizer.pad_token = pad
+    assert pad_token_id(tokenizer) == (0 if expected is None else tokenizer.convert_tokens_to_ids(expected))

@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from peftcli.data.formats import AlpacaExample, ChatExample, PairExample, TextExample, detect_format, to_examples
+from peftcli.data.load import Rows
+from peftcli.errors import DataError
+from peftcli.schema import Dataset
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+def rows_of(*rows: dict[str, Any], lines: bool = True) -> Rows:
+    columns = tuple(dict.fromkeys(key for row in rows for key in row))
+    return Rows(list(rows), columns, "train.jsonl", list(range(1, len(rows) + 1)) if lines else None)
+
+
+def examples(*rows: dict[str, Any], **settings: Any) -> list[Any]:
+    return to_examples(rows_of(*rows), Dataset(train="train.jsonl", **settings))
+
+
+def refused(*rows: dict[str, Any], **settings: Any) -> DataError:
+    with pytest.raises(DataError) as caught:
+        examples(*rows, **settings)
+    assert len(str(caught.value).splitlines()) <= 6
+    return caught.value
+
+
+def turns(*pairs: tuple[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in pairs]}
+
+
+def test_text() -> None:
+    assert examples({"text": "a"}) == [TextExample("a")]
+
+
+def test_pair_keeps_white_space_and_other_columns_do_not_matter() -> None:
+    assert examples({"prompt": "Q: ", "completion": " a\n", "id": 7}) == [PairExample("Q: ", " a\n")]
+    assert examples({"prompt": "", "completion": "a"}) == [PairExample("", "a")]
+
+
+def test_alpaca() -> None:
+    plain, full = examples(
+        {"instruction": "Add", "input": "", "output": "3"},
+        {"instruction": "Add", "input": "1 2", "output": "3", "system": "Be kind."},
+    )
+    assert plain == AlpacaExample("Add", "3")
+    assert full.chat().messages == [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Add\n\n1 2"},
+        {"role": "assistant", "content": "3"},
+    ]
+    assert plain.pair() == PairExample("### Instruction:\nAdd\n\n### Response:\n", "3")
+    assert full.pair() == PairExample("Be kind.\n\n### Instruction:\nAdd\n\n### Input:\n1 2\n\n### Response:\n", "3")
+    assert examples({"instruction": "Add", "input": None, "output": "3"}) == [plain]
+
+
+def test_messages_keep_what_the_template_reads_and_lose_nulls() -> None:
+    user = {"role": "user", "content": "x", "tool_calls": None, "name": None}
+    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    tool = {"role": "tool", "content": "3", "tool_call_id": "1"}
+    answer = {"role": "assistant", "content": "it is 3", "reasoning_content": "hm"}
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    [example] = examples({"messages": [user, call, tool, answer], "tools": tools})
+    assert example == ChatExample(
+        [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [CALL]}, tool, answer], tools
+    )
+    [text] = examples({"messages": [user, answer], "tools": '[{"type": "function"}]'})
+    assert text.tools == [{"type": "function"}]
+
+
+def test_train_false() -> None:
+    row = turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    row["messages"][1]["train"] = False
+    row["messages"][3]["train"] = True
+    [example] = examples(row)
+    assert example.untrained == {1}
+    assert all("train" not in message for message in example.messages)
+
+
+def test_sharegpt() -> None:
+    row = {
+        "conversations": [
+            {"from": "human", "value": "a"},
+            {"from": "gpt", "value": "b", "train": False},
+            {"from": "observation", "value": "c"},
+            {"from": "assistant", "value": "d"},
+        ],
+        "system": "Be kind.",
+    }
+    [example] = examples(row)
+    assert example == ChatExample(
+        [
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": "tool", "content": "c"},
+            {"role": "assistant", "content": "d"},
+        ],
+        None,
+        frozenset({2}),
+    )
+
+
+def test_renamed_columns() -> None:
+    mapping = {"prompt": "question", "completion": "answer"}
+    assert examples({"question": "a", "answer": "b", "prompt": 5}, columns=mapping) == [PairExample("a", "b")]
+    error = refused({"question": "a", "answer": " "}, columns=mapping)
+    assert (error.file, error.line, error.key) == ("train.jsonl", 1, "answer")
+    error = refused({"chat": [{"role": "user", "content": 1}]}, columns={"messages": "chat"})
+    assert error.key == "chat[0].content"
+
+
+@pytest.mark.parametrize(
+    ("columns", "name"),
+    [
+        (["text", "id"], "text"),
+        (["completion", "prompt"], "prompt_completion"),
+        (["messages", "prompt"], "messages"),
+        (["instruction", "input", "output"], "alpaca"),
+        (["conversations"], "sharegpt"),
+    ],
+)
+def test_detect(columns: list[str], name: str) -> None:
+    assert detect_format(columns) == name
+
+
+def test_two_formats_fit() -> None:
+    row = {"instruction": "a", "output": "b", "text": "c"}
+    error = refused(row)
+    assert "text and alpaca" in error.message
+    assert "format:" in str(error)
+    assert examples(row, format="alpaca") == [AlpacaExample("a", "b")]
+
+
+@pytest.mark.parametrize(
+    ("row", "written"),
+    [
+        ({"promt": "a", "completion": "b"}, "format: prompt_completion, columns: {prompt: promt}"),
+        ({"question": "a", "answer": "b"}, "columns: {prompt: question, completion: answer}"),
+        ({"conversation": []}, "columns: {messages: conversation}"),
+        ({"foo": 1, "bar": 2}, "columns: {prompt: YOUR_COLUMN, completion: YOUR_COLUMN}"),
+        ({f"column{index}": 1 for index in range(2000)}, "(2000)"),
+    ],
+)
+def test_no_format_fits(row: dict[str, Any], written: str) -> None:
+    error = refused(row)
+    text = str(error)
+    assert error.file == "train.jsonl"
+    assert next(iter(row)) in text
+    assert "alpaca: instruction, output" in text
+    assert written in text
+    assert len(text) < 1000
+
+
+def test_named_format_lacks_a_column() -> None:
+    error = refused({"promt": "a", "completion": "b"}, format="prompt_completion")
+    assert "needs prompt; the columns are: promt, completion" in error.message
+    assert "columns: {prompt: promt}" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("columns", "key", "hint"),
+    [
+        ({"prompt": "qestion"}, "dataset.columns.prompt", "Closest: question"),
+        ({"promt": "question"}, "dataset.columns.promt", "Closest: prompt"),
+        ({"tools": "question"}, "dataset.columns.tools", "Format prompt_completion reads: prompt, completion"),
+    ],
+)
+def test_bad_column_names(columns: dict[str, str], key: str, hint: str) -> None:
+    error = refused({"question": "a", "prompt": "x", "completion": "b"}, columns=columns)
+    assert error.key == key
+    assert error.hint == hint
+
+
+GOOD_CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "key", "message"),
+    [
+        ({"text": None}, "text", "expected text, found null"),
+        ({"text": 5}, "text", "found a number"),
+        ({"text": " \n"}, "text", "is empty"),
+        ({"prompt": None, "completion": "b"}, "prompt", "found null"),
+        ({"prompt": "a", "completion": ""}, "completion", "is empty"),
+        ({"prompt": ["a"], "completion": "b"}, "prompt", "found a list"),
+        ({"instruction": "a", "output": True}, "output", "found a truth value"),
+        ({"instruction": "a", "input": 3, "output": "b"}, "input", "found a number"),
+        ({"messages": "x"}, "messages", "expected a list of turns, found text"),
+        ({"messages": ["x"]}, "messages[0]", "expected an object, found text"),
+        ({"messages": [GOOD_CHAT]}, "messages[0]", "expected an object, found a list"),
+        ({"messages": []}, "messages", "no assistant turn"),
+        (turns(("user", "a")), "messages", "no assistant turn"),
+        (turns(("human", "a"), ("assistant", "b")), "messages[0].role", "unknown role: 'human'"),
+        (turns(("user", None), ("assistant", "b")), "messages[0].content", "found null"),
+        (turns(("user", "a"), ("assistant", " ")), "messages[1].content", "is empty"),
+        (turns(("user", [{"type": "text"}]), ("assistant", "b")), "messages[0].content", "found a list"),
+        ({"messages": [{"content": "a"}]}, "messages[0].role", "unknown role: null"),
+        ({"messages": [*GOOD_CHAT, {"role": "user", "content": "a", "train": True}]}, "messages[2].train", "never"),
+        ({"messages": [{**GOOD_CHAT[1], "train": "no"}]}, "messages[0].train", "expected true or false"),
+        ({"messages": [{**GOOD_CHAT[1], "tool_calls": ["x"]}]}, "messages[0].tool_calls", "expected a list of"),
+        ({"messages": GOOD_CHAT, "tools": "{"}, "tools", "is not JSON"),
+        ({"messages": GOOD_CHAT, "tools": [1]}, "tools", "expected a list of objects"),
+        ({"conversations": [{"from": "robot", "value": "a"}]}, "conversations[0].from", "unknown role: 'robot'"),
+        ({"conversations": [{"from": "gpt", "value": None}]}, "conversations[0].value", "found null"),
+        ({"conversations": [{"role": "user", "content": "a"}]}, "conversations[0].from", "unknown role: null"),
+    ],
+)
+def test_bad_row(row: dict[str, Any], key: str, message: str) -> None:
+    good: dict[str, Any] = {
+        "text": {"text": "a"},
+        "prompt": {"prompt": "a", "completion": "b"},
+        "instruction": {"instruction": "a", "output": "b"},
+        "messages": {"messages": GOOD_CHAT},
+        "conversations": {"conversations": [{"from": "gpt", "value": "x"}]},
+    }[next(iter(row))]
+    error = refused(good, row)
+    assert (error.file, error.line, error.key) == ("train.jsonl", 2, key)
+    assert message in error.message
+
+
+def test_a_row_without_the_key() -> None:
+    error = refused({"text": "a"}, {"txt": "b"})
+    assert (error.line, error.key) == (2, "text")
+    assert "txt" in error.message
+
+
+def test_rows_without_lines_are_counted() -> None:
+    rows = rows_of({"text": "a"}, {"text": ""}, lines=False)
+    with pytest.raises(DataError, match="row 2: is empty"):
+        to_examples(rows, Dataset(train="x"))

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+from server import TOKEN, Commit, Hub, Repo
+
+from peftcli.errors import AdapterError, HubError, NetworkError
+from peftcli.hub import SHARED_FILES, local_folder, push
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+@pytest.fixture
+def pushed(hub: Hub, folder: Path) -> Hub:
+    push(folder, REPO)
+    hub.requests.clear()
+    return hub
+
+
+def test_a_folder_is_returned_as_it_is(folder: Path) -> None:
+    assert local_folder(str(folder)) == folder
+
+
+def test_the_round_trip_is_byte_identical(pushed: Hub, folder: Path) -> None:
+    pulled = local_folder(REPO)
+    for name in ("adapter_config.json", "adapter_model.safetensors", "loss.png", "tokenizer.json"):
+        assert (pulled / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_only_shared_files_are_pulled(pushed: Hub) -> None:
+    files = dict(pushed.repos[REPO].refs["main"][-1].files)
+    pushed.repos[REPO].refs["main"].append(
+        Commit("more", {**files, "optimizer.pt": b"x", "code.py": b"y", "sub/README.md": b""})
+    )
+    pulled = local_folder(REPO)
+    assert {path.name for path in pulled.rglob("*")} == set(files)
+    assert set(files) <= set(SHARED_FILES)
+
+
+def test_a_revision(pushed: Hub, folder: Path) -> None:
+    (folder / "loss.png").write_bytes(b"other")
+    push(folder, REPO, revision="second")
+    assert (local_folder(REPO, "second") / "loss.png").read_bytes() == b"other"
+    assert (local_folder(REPO) / "loss.png").read_bytes() != b"other"
+    with pytest.raises(HubError, match="no such revision"):
+        local_folder(REPO, "third")
+
+
+@pytest.mark.parametrize("trouble", ["offline", "down", "refused", "unreachable"])
+def test_a_cached_adapter_needs_no_hub(pushed: Hub, monkeypatch: pytest.MonkeyPatch, trouble: str) -> None:
+    from huggingface_hub import constants
+
+    first = local_folder(REPO)
+    if trouble == "offline":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    elif trouble == "down":
+        pushed.fail("info", 503, times=5)
+    elif trouble == "refused":
+        pushed.fail("info", 403)
+    else:
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert local_folder(REPO) == first
+
+
+@pytest.mark.parametrize("endpoint", ["info", "tree", "resolve"])
+def test_passing_faults_are_survived(pushed: Hub, endpoint: str) -> None:
+    pushed.fail(endpoint, 503)
+    pushed.drop(endpoint)
+    assert (local_folder(REPO) / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("endpoint", ["info", "tree"])
+def test_a_lasting_fault_ends_after_five_tries(pushed: Hub, endpoint: str) -> None:
+    pushed.drop(endpoint, times=5)
+    with pytest.raises(NetworkError):
+        local_folder(REPO)
+    assert len(pushed.asked(endpoint)) == 5
+
+
+def test_no_network_and_no_copy(hub: Hub, monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(NetworkError, match="cannot reach"):
+        local_folder(REPO)
+    assert slept == []
+
+
+def test_offline_and_no_copy(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(NetworkError, match="HF_HUB_OFFLINE"):
+        local_folder(REPO)
+
+
+def test_a_repository_that_is_not_there(hub: Hub) -> None:
+    with pytest.raises(HubError, match=r"no folder alice/nothing here.*no such repository"):
+        local_folder("alice/nothing")
+    assert len(hub.asked("info")) == 1
+
+
+@pytest.mark.parametrize(("status", "says"), [(401, "does not accept the token"), (403, "may not do this")])
+def test_a_refusal_ends_the_pull_at_once(pushed: Hub, status: int, says: str, slept: list[float]) -> None:
+    pushed.fail("info", status, body={"error": f"{TOKEN}"})
+    with pytest.raises(HubError, match=says) as caught:
+        local_folder(REPO)
+    assert TOKEN not in str(caught.value)
+    assert slept == []
+
+
+@pytest.mark.parametrize("adapter", ["nowhere", "/no/such/folder", "outputs/run/best", "./run", "~/run", ""])
+def test_what_is_neither_a_folder_nor_a_hub_id(hub: Hub, adapter: str) -> None:
+    with pytest.raises(AdapterError, match="neither a folder nor a hub id"):
+        local_folder(adapter)
+    assert hub.requests == []
+
+
+def test_a_pickled_adapter_is_refused(hub: Hub, folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(AdapterError, match="safe_serialization"):
+        local_folder(str(folder))
+    hub.repos[REPO] = Repo(private=False)
+    hub.repos[REPO].refs["main"].append(Commit("old", {"adapter_config.json": b"{}", "adapter_model.bin": b"pickle"}))
+    with pytest.raises(AdapterError, match="safe_serialization"):
+        local_folder(REPO)
+    assert not any(request.path.endswith(".bin") for request in hub.requests)

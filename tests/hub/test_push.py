@@ -1,0 +1,470 @@
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from conftest import REPO, make_folder, write_config
+from server import TOKEN, Commit, Hub, Repo
+
+from peftcli import hub as hub_module
+from peftcli.errors import AdapterError, HubError, NetworkError, UsageError
+from peftcli.hub import push
+
+# huggingface_hub 2.4 hands a file to httpx2 in the way that httpx2 is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+PUSHED = ["README.md", "adapter_config.json", "adapter_model.safetensors", "loss.png", "tokenizer.json"]
+TRIES = 5
+
+
+def test_a_new_repository_gets_one_private_commit_of_the_shared_files(hub: Hub, folder: Path) -> None:
+    pushed = push(folder, REPO, message="First try")
+
+    repo = hub.repos[REPO]
+    head = repo.refs["main"][-1]
+    assert repo.private
+    assert repo.commits == 1
+    assert sorted(head.files) == PUSHED
+    assert head.message == "First try"
+    assert head.files["adapter_model.safetensors"] == (folder / "adapter_model.safetensors").read_bytes()
+    assert head.files["adapter_config.json"] == (folder / "adapter_config.json").read_bytes()
+    assert pushed.url == f"{hub.url}/{REPO}"
+    assert (pushed.commit, sorted(pushed.files), pushed.private) == (head.oid, PUSHED, True)
+    assert pushed.bytes == sum(len(content) for content in head.files.values())
+
+
+def test_the_folder_is_left_as_it_was(hub: Hub, folder: Path) -> None:
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    push(folder, REPO)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_the_card_names_the_repository(hub: Hub, folder: Path) -> None:
+    push(folder, REPO)
+    card = hub.repos[REPO].refs["main"][-1].files["README.md"].decode()
+    assert f"peftcli generate {REPO}" in card
+    assert "base_model: acme/tiny-base\n" in card
+
+
+def test_a_card_that_somebody_wrote_is_pushed_as_it_is(hub: Hub, folder: Path) -> None:
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    push(folder, REPO)
+    assert hub.repos[REPO].refs["main"][-1].files["README.md"] == (folder / "README.md").read_bytes()
+
+
+def test_public_when_asked(hub: Hub, folder: Path) -> None:
+    assert not push(folder, REPO, private=False).private
+    assert not hub.repos[REPO].private
+
+
+def test_an_existing_repository_keeps_its_visibility_and_other_files(hub: Hub, folder: Path) -> None:
+    hub.repos[REPO] = Repo(private=False)
+    hub.repos[REPO].refs["main"].append(Commit("notes", {"notes.txt": b"mine"}))
+    pushed = push(folder, REPO)
+    assert not hub.asked("create_repo")
+    assert not pushed.private
+    assert not hub.repos[REPO].private
+    assert hub.repos[REPO].refs["main"][-1].files["notes.txt"] == b"mine"
+
+
+def test_several_large_files_are_one_commit(hub: Hub, folder: Path) -> None:
+    (folder / "tokenizer.model").write_bytes(b"many pieces")
+    push(folder, REPO)
+    assert hub.repos[REPO].commits == 1
+    assert len(hub.asked("lfs_put")) == 2
+    assert hub.repos[REPO].refs["main"][-1].files["tokenizer.model"] == b"many pieces"
+
+
+def test_the_same_files_again_make_no_commit(hub: Hub, folder: Path) -> None:
+    first = push(folder, REPO)
+    assert push(folder, REPO).commit == first.commit
+    assert hub.repos[REPO].commits == 1
+
+
+def test_a_revision_is_a_branch_that_is_made(hub: Hub, folder: Path) -> None:
+    push(folder, REPO, revision="second")
+    assert hub.repos[REPO].refs["main"][-1].files == {}
+    assert sorted(hub.repos[REPO].refs["second"][-1].files) == PUSHED
+    (folder / "loss.png").write_bytes(b"other")
+    push(folder, REPO, revision="second")
+    assert len(hub.repos[REPO].refs["second"]) == 3
+
+
+def test_a_pull_request_leaves_the_branch_alone(hub: Hub, folder: Path) -> None:
+    hub.repos[REPO] = Repo(private=True)
+    pushed = push(folder, REPO, create_pr=True, message="Please take it")
+    assert pushed.url == f"{hub.url}/{REPO}/discussions/1"
+    assert hub.repos[REPO].pull_requests == ["Please take it"]
+    assert len(hub.repos[REPO].refs["main"]) == 1
+    assert sorted(hub.repos[REPO].refs["refs/pr/1"][-1].files) == PUSHED
+
+
+def test_a_push_to_a_pull_request_makes_no_branch(hub: Hub, folder: Path) -> None:
+    hub.repos[REPO] = Repo(private=True)
+    push(folder, REPO, create_pr=True)
+    (folder / "loss.png").write_bytes(b"other")
+    push(folder, REPO, revision="refs/pr/1")
+    assert hub.repos[REPO].refs["refs/pr/1"][-1].files["loss.png"] == b"other"
+    with pytest.raises(HubError, match="no such revision"):
+        push(folder, REPO, revision="refs/pr/2")
+    assert not hub.asked("create_branch")
+
+
+def test_a_dry_run_asks_nothing(hub: Hub, folder: Path) -> None:
+    pushed = push(folder, REPO, dry_run=True)
+    assert (sorted(pushed.files), pushed.commit, pushed.private) == (PUSHED, None, True)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    "base", ["/data/models/secret-place/llama", r"C:\models\llama", "./llama", "models/a/llama", "here"]
+)
+def test_a_local_base_is_not_pushed(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    folder = make_folder(tmp_path / "run", base_model_name_or_path=base)
+    with pytest.raises(UsageError, match="--base-model-id"):
+        push(folder, REPO)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    "card", [None, "---\nbase_model: /data/secret/llama\ntags: [a]\n---\nOn /data/secret/llama.\n"]
+)
+def test_base_model_id_replaces_a_local_base_in_the_uploaded_copies(hub: Hub, tmp_path: Path, card: str | None) -> None:
+    folder = make_folder(tmp_path / "run", base_model_name_or_path="/data/secret/llama")
+    if card:
+        (folder / "README.md").write_text(card)
+    push(folder, REPO, base_model_id="acme/llama")
+    files = hub.repos[REPO].refs["main"][-1].files
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "acme/llama"
+    assert b"base_model: acme/llama\n" in files["README.md"]
+    assert not any(b"secret" in content for content in files.values())
+    assert "/data/secret/llama" in (folder / "adapter_config.json").read_text()
+
+
+def test_an_invalid_folder_is_refused_before_anything_is_asked(hub: Hub, folder: Path) -> None:
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    for damaged in (b"", weights[:-1], weights + b"x", b"\xff" * 64, weights.replace(b"data_offsets", b"data_offsetz")):
+        (folder / "adapter_model.safetensors").write_bytes(damaged)
+        with pytest.raises(AdapterError, match="damaged"):
+            push(folder, REPO)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(AdapterError, match="safe_serialization"):
+        push(folder, REPO)
+    for text in ("{", "[]", "{}", "[" * 100_000):
+        (folder / "adapter_config.json").write_text(text)
+        with pytest.raises(AdapterError, match=r"adapter_config\.json"):
+            push(folder, REPO)
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(AdapterError, match="no adapter folder"):
+        push(folder, REPO)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("repo_id", ["", "alone", "a/b/c", "a/b--c", "/etc", "a/ b", "alice/x.git"])
+def test_an_invalid_repo_id_is_refused_before_anything_is_asked(hub: Hub, folder: Path, repo_id: str) -> None:
+    with pytest.raises(UsageError, match="REPO_ID"):
+        push(folder, repo_id)
+    assert hub.requests == []
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "status", "says"),
+    [
+        ("info", 401, "does not accept the token"),
+        ("info", 403, "may not do this"),
+        ("preupload", 403, "may not do this"),
+        ("preupload", 404, "no such repository"),
+        ("lfs_batch", 403, "may not do this"),
+        ("lfs_put", 403, "may not do this"),
+        ("commit", 401, "does not accept the token"),
+        ("commit", 403, "may not do this"),
+        ("commit", 404, "no such repository"),
+        ("commit", 400, "the hub refuses"),
+        ("commit", 413, "the hub refuses"),
+        ("commit", 422, "the hub refuses"),
+    ],
+)
+def test_a_refusal_ends_the_push_at_once(
+    hub: Hub, folder: Path, slept: list[float], endpoint: str, status: int, says: str
+) -> None:
+    hub.repos[REPO] = Repo(private=True)
+    hub.fail(endpoint, status, body={"error": f"because of {TOKEN} \x1b[31m"})
+    with pytest.raises(HubError, match=says) as caught:
+        push(folder, REPO)
+    assert str(status) in str(caught.value)
+    assert "because of ***" in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+    assert TOKEN not in str(caught.value)
+    assert len(hub.asked(endpoint)) == 1
+    assert hub.repos[REPO].commits == 0
+    assert slept == []
+
+
+def test_a_bad_token(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_thisisnotthetokenatall")
+    with pytest.raises(HubError, match="hf auth login") as caught:
+        push(folder, REPO)
+    assert "thisisnot" not in str(caught.value)
+    assert hub.repos == {}
+
+
+def test_no_token(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubError, match="asks for a token"):
+        push(folder, REPO)
+
+
+def test_somebody_elses_name(hub: Hub, folder: Path) -> None:
+    with pytest.raises(HubError, match=r"write access[^ ]*|rights to create") as caught:
+        push(folder, "bob/theirs")
+    assert "403" in str(caught.value)
+    assert len(hub.asked("create_repo")) == 1
+
+
+def test_a_card_that_the_hub_refuses(hub: Hub, folder: Path) -> None:
+    (folder / "README.md").write_text("---\nlicense: [mit]\n---\n")
+    with pytest.raises(HubError, match=r"README\.md.*\"license\" must be a string"):
+        push(folder, REPO)
+    assert hub.repos[REPO].commits == 0
+
+
+def test_what_is_no_hub(hub: Hub, folder: Path) -> None:
+    hub.fail("info", 200, body="<html>welcome</html>", headers={"Content-Type": "text/html"})
+    with pytest.raises(HubError, match="does not answer as a hub does"):
+        push(folder, REPO)
+
+
+# Conflicts.
+
+
+@pytest.mark.parametrize("status", [409, 412])
+def test_a_conflict_is_tried_once_more(hub: Hub, folder: Path, status: int) -> None:
+    hub.fail("commit", status)
+    push(folder, REPO)
+    assert len(hub.asked("commit")) == 2
+    assert hub.repos[REPO].commits == 1
+
+
+@pytest.mark.parametrize("status", [409, 412])
+def test_a_second_conflict_is_final(hub: Hub, folder: Path, status: int) -> None:
+    hub.fail("commit", status, times=2)
+    with pytest.raises(HubError, match=f"somebody else.*{status}"):
+        push(folder, REPO)
+    assert len(hub.asked("commit")) == 2
+    assert hub.repos[REPO].commits == 0
+
+
+def test_a_commit_of_somebody_else_in_between_is_kept(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repos[REPO] = repo = Repo(private=True)
+    read_again = hub_module._Push._head
+
+    def theirs_first(self: hub_module._Push, api):
+        head = read_again(self, api)
+        if len(repo.refs["main"]) == 1:
+            repo.refs["main"].append(Commit("theirs", {"theirs.txt": b"1"}, head.sha))
+        return head
+
+    monkeypatch.setattr(hub_module._Push, "_head", theirs_first)
+    push(folder, REPO)
+    assert [commit.message for commit in repo.refs["main"]] == ["initial commit", "theirs", "Upload adapter"]
+    assert "theirs.txt" in repo.refs["main"][-1].files
+
+
+def test_a_busy_namespace_does_not_loop(hub: Hub, folder: Path) -> None:
+    hub.fail("create_repo", 409, times=2, body="Cannot create repo: another conflicting operation is in progress")
+    with pytest.raises(HubError, match="409"):
+        push(folder, REPO)
+    assert len(hub.asked("create_repo")) == 2
+
+
+# Faults that pass.
+
+STEPS = ["info", "create_repo", "validate_yaml", "preupload", "lfs_batch", "lfs_put", "lfs_verify", "commit"]
+
+
+@pytest.mark.parametrize("endpoint", STEPS)
+@pytest.mark.parametrize("status", [500, 503, 429])
+def test_a_passing_fault_is_survived_at_every_step(hub: Hub, folder: Path, endpoint: str, status: int) -> None:
+    hub.fail(endpoint, status, times=2)
+    push(folder, REPO)
+    assert sorted(hub.repos[REPO].refs["main"][-1].files) == PUSHED
+    assert hub.repos[REPO].commits == 1
+
+
+@pytest.mark.parametrize("endpoint", STEPS)
+def test_a_dropped_connection_is_survived_at_every_step(hub: Hub, folder: Path, endpoint: str) -> None:
+    hub.drop(endpoint, times=2)
+    push(folder, REPO)
+    assert hub.repos[REPO].commits == 1
+
+
+@pytest.mark.parametrize("endpoint", STEPS)
+def test_a_lost_answer_at_any_step_leaves_one_commit(hub: Hub, folder: Path, endpoint: str) -> None:
+    hub.lose_answer(endpoint)
+    pushed = push(folder, REPO)
+    assert hub.repos[REPO].commits == 1
+    assert pushed.commit == hub.repos[REPO].refs["main"][-1].oid
+
+
+@pytest.mark.parametrize("endpoint", ["info", "create_repo", "preupload", "lfs_batch", "lfs_put", "commit"])
+@pytest.mark.parametrize("fault", ["500", "drop"])
+def test_a_lasting_fault_ends_after_five_tries(
+    hub: Hub, folder: Path, slept: list[float], endpoint: str, fault: str
+) -> None:
+    if fault == "drop":
+        hub.drop(endpoint, times=TRIES)
+    else:
+        hub.fail(endpoint, 500, times=TRIES)
+    with pytest.raises(NetworkError, match="run the same command again"):
+        push(folder, REPO)
+    assert len(hub.asked(endpoint)) == TRIES
+    assert [wait for wait in slept if wait in hub_module.DELAYS][:1] == [1.0]
+    assert REPO not in hub.repos or hub.repos[REPO].commits == 0
+
+
+def test_different_faults_share_the_five_tries(hub: Hub, folder: Path, slept: list[float]) -> None:
+    hub.fail("info", 500, times=2)
+    hub.drop("commit")
+    hub.fail("preupload", 429, times=1)
+    hub.fail("commit", 503, times=1)
+    with pytest.raises(NetworkError):
+        push(folder, REPO)
+    assert slept == list(hub_module.DELAYS)
+
+
+def test_a_slow_answer_counts_as_none(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "ANSWER_TIMEOUT", 0.1)
+    hub.delay("commit", seconds=30, times=1)
+    push(folder, REPO)
+    assert hub.repos[REPO].commits == 1
+
+
+@pytest.mark.parametrize("headers", [{"Retry-After": "7"}, {"RateLimit": '"api";r=0;t=7'}])
+def test_retry_after_is_obeyed(hub: Hub, folder: Path, slept: list[float], headers: dict[str, str]) -> None:
+    hub.fail("commit", 429, headers=headers)
+    push(folder, REPO)
+    assert slept == [7.0]
+
+
+def test_a_retry_after_of_an_hour_is_told_and_not_waited_for(hub: Hub, folder: Path, slept: list[float]) -> None:
+    hub.fail("commit", 429, headers={"Retry-After": "3600"})
+    with pytest.raises(NetworkError, match="wait 3600 seconds"):
+        push(folder, REPO)
+    assert slept == []
+
+
+def test_a_lost_answer_of_a_pull_request_opens_no_second_one(hub: Hub, folder: Path) -> None:
+    hub.repos[REPO] = Repo(private=True)
+    push(make_folder(folder.parent / "other", r=99), REPO, create_pr=True)
+    hub.lose_answer("commit")
+    pushed = push(folder, REPO, create_pr=True)
+    assert len(hub.repos[REPO].pull_requests) == 2
+    assert pushed.url == f"{hub.url}/{REPO}/discussions/2"
+    assert pushed.commit == hub.repos[REPO].refs["refs/pr/2"][-1].oid
+
+
+def test_a_lost_answer_after_which_the_hub_is_down(hub: Hub, folder: Path) -> None:
+    hub.lose_answer("commit")
+    hub.fail("paths_info", 500, times=3)
+    push(folder, REPO)
+    assert len(hub.asked("commit")) == 1
+
+
+# No network.
+
+
+def test_nobody_listens(folder: Path, slept: list[float], monkeypatch: pytest.MonkeyPatch, hub: Hub) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("HF_ENDPOINT", f"http://user:passw0rd@127.0.0.1:{port}")
+    with pytest.raises(NetworkError, match="cannot reach http") as caught:
+        push(folder, REPO)
+    assert "passw0rd" not in str(caught.value)
+    assert slept == []
+
+
+def test_the_name_is_not_resolved(folder: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub, slept: list[float]) -> None:
+    def unknown(*args: object, **kwargs: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(NetworkError, match=r"cannot reach https://hub\.invalid"):
+        push(folder, REPO)
+    assert slept == []
+
+
+def test_offline_mode(folder: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(NetworkError, match="HF_HUB_OFFLINE"):
+        push(folder, REPO)
+    assert hub.requests == []
+
+
+# What a user sees.
+
+
+def test_the_users_client_is_as_before(hub: Hub, folder: Path) -> None:
+    from huggingface_hub.utils import _http, logging
+
+    factory, verbosity = _http._GLOBAL_CLIENT_FACTORY, logging.get_verbosity()
+    push(folder, REPO)
+    hub.fail("info", 403)
+    with pytest.raises(HubError):
+        push(folder, REPO)
+    assert (_http._GLOBAL_CLIENT_FACTORY, logging.get_verbosity()) == (factory, verbosity)
+
+
+def test_the_hubs_own_log_is_silent_and_the_token_is_nowhere(
+    hub: Hub, folder: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.drop("preupload")
+    hub.fail("commit", 503)
+    push(folder, REPO)
+    shown = "".join(capfd.readouterr())
+    assert "thrown while" not in shown
+    assert TOKEN not in shown + caplog.text
+
+
+def test_xet_is_not_needed(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+    from huggingface_hub.utils._runtime import is_xet_available
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    assert is_xet_available()
+    push(folder, REPO)
+    assert sorted(hub.repos[REPO].refs["main"][-1].files) == PUSHED
+    assert not hub.asked("unknown")
+
+
+def test_the_command(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from peftcli.cli.app import main
+
+    assert main(["push", str(folder), REPO, "--dry-run"]) == 0
+    assert "would upload 5 files" in capsys.readouterr().err
+    assert hub.requests == []
+    assert main(["push", str(folder), REPO, "--message", "Hi", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["url"], shown["private"]) == (f"{hub.url}/{REPO}", True)
+    assert hub.repos[REPO].refs["main"][-1].message == "Hi"
+    hub.fail("info", 403)
+    assert main(["push", str(folder), REPO]) == 6
+    hub.fail("info", 500, times=TRIES)
+    assert main(["push", str(folder), REPO]) == 5
+    write_config(folder, base_model_name_or_path="/data/llama")
+    assert main(["push", str(folder), REPO]) == 2
+    assert main(["push", str(folder / "checkpoints"), REPO]) == 4
+    assert main(["push", str(folder), REPO, "--base-model-id", "acme/llama", "--create-pr"]) == 0
+    assert hub.repos[REPO].pull_requests == ["Upload adapter"]
+    captured = capsys.readouterr()
+    assert TOKEN not in captured.out + captured.err

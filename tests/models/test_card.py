@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from peftcli.models.card import for_hub, read_info, render_card, write_card
+
+RUN: dict[str, Any] = {
+    "recipe": {
+        "base_model": {"name": "acme/tiny-base"},
+        "task": "causal_lm",
+        "method": {"type": "lora", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+        "dataset": {"train": "/home/someone/data/train.jsonl", "max_length": 512},
+        "training": {
+            "output_dir": "/home/someone/out",
+            "learning_rate": 2e-4,
+            "max_steps": -1,
+            "seed": 7,
+            "bf16": True,
+        },
+    },
+    "base_model": {"name": "acme/tiny-base", "revision": None, "sha256": None},
+    "data": {
+        "files": ["/home/someone/data/train.jsonl"],
+        "rows": 1400,
+        "used": 1398,
+        "dropped": {"too long": 2},
+        "truncated": 3,
+        "tokens": 90000,
+        "targets": 40000,
+        "eval": {"rows": 140, "used": 140, "dropped": {}, "truncated": 0, "tokens": 9000, "targets": 4000},
+    },
+    "parameters": {"trainable": 2359296, "all": 1231940608},
+    "eval": {
+        "first": {"eval_loss": 2.5},
+        "last": {"eval_loss": 1.3},
+        "best": {"eval_loss": 1.23456789},
+        "best_step": 60,
+        "kept": {"eval_loss": 1.23456789},
+    },
+    "train_loss": 1.05,
+    "steps": {"done": 100, "total": 100},
+    "versions": {"torch": "2.13.0", "peftcli": "0.1.0"},
+}
+CONFIG = {
+    "base_model_name_or_path": "acme/tiny-base",
+    "peft_type": "LORA",
+    "peft_version": "0.13.0",
+    "r": 8,
+    "task_type": "CAUSAL_LM",
+}
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def python_blocks(card: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+
+
+def with_method(kind: str, task: str) -> dict[str, Any]:
+    return {**RUN, "recipe": {**RUN["recipe"], "task": task, "method": {"type": kind}}}
+
+
+def make_folder(path: Path, config: dict[str, Any], run: dict[str, Any] | None = None) -> Path:
+    path.mkdir()
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    if run:
+        (path / "run.json").write_text(json.dumps(run))
+    return path
+
+
+def test_the_front_matter_is_what_the_hub_reads() -> None:
+    assert front_matter(render_card(RUN)) == {
+        "base_model": "acme/tiny-base",
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "peftcli"],
+    }
+
+
+def test_the_hubs_own_reader_accepts_it() -> None:
+    from huggingface_hub import ModelCard
+
+    data = ModelCard(render_card(RUN)).data
+    assert (data.base_model, data.library_name, data.license) == ("acme/tiny-base", "peft", None)
+
+
+def test_the_card_says_what_the_run_measured() -> None:
+    card = render_card(RUN, plot=True)
+    for row in (
+        "| train | rows | 1,400 |",
+        "| train | used | 1,398 |",
+        "| train | dropped: too long | 2 |",
+        "| eval | rows | 140 |",
+        "| train | targets | 40,000 |",
+        "| method.target_modules | q_proj, v_proj |",
+        "| training.learning_rate | 0.0002 |",
+        "| training.bf16 | true |",
+        "| steps | 100 |",
+        "| eval_loss | 2.5 | 1.23457 |",
+        "| train_loss |  | 1.05 |",
+        "| torch | 2.13.0 |",
+    ):
+        assert row in card
+    assert "2,359,296 of 1,231,940,608 parameters were trained (0.192 %)" in card
+    assert "![Loss by step](loss.png)" in card
+    assert "max_steps" not in card
+
+
+def test_no_plot_is_shown_that_is_not_there() -> None:
+    assert "loss.png" not in render_card(RUN)
+
+
+@pytest.mark.parametrize(
+    "base", ["/home/someone/models/tiny-base", r"C:\Users\someone\tiny-base", "../someone/tiny-base"]
+)
+def test_no_folder_of_the_machine_is_named(base: str) -> None:
+    run = {**RUN, "base_model": {"name": base}}
+    run["recipe"] = {
+        **RUN["recipe"],
+        "method": {"type": "prompt_tuning", "tokenizer_name_or_path": "/home/someone/tok"},
+    }
+    card = render_card(run)
+    assert "someone" not in card
+    assert "tiny-base" in card
+    assert "base_model" not in front_matter(card)
+
+
+def test_a_regular_expression_is_shown_whole() -> None:
+    run = {**RUN, "recipe": {**RUN["recipe"], "method": {"type": "lora", "target_modules": r".*\.(q|v)_proj"}}}
+    assert r"| .*\.(q\|v)_proj |" in render_card(run)
+
+
+def test_names_cannot_break_out_of_the_text() -> None:
+    run = {**RUN, "base_model": {"name": 'a/b`\n# <script>\x1b"'}, "versions": {"torch|": "<b>"}}
+    card = render_card(run)
+    assert front_matter(card)["base_model"] == run["base_model"]["name"]
+    body = card.split("---\n", 2)[2]
+    assert "\n# <script>" not in body
+    assert "\x1b" not in body
+    assert r"| torch\| | \<b\> |" in body
+    for block in python_blocks(card):
+        ast.parse(block)
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "first_line"),
+    [
+        ("causal_lm", "lora", "from peft import AutoPeftModelForCausalLM"),
+        ("causal_lm", "prompt_tuning", "from peftcli import AutoPeftModelForCausalLM"),
+        ("seq2seq_lm", "lora", "from peft import AutoPeftModelForSeq2SeqLM"),
+        ("sequence_classification", "lora", "from peft import AutoPeftModelForSequenceClassification"),
+        ("token_classification", "lora", "from peft import AutoPeftModelForTokenClassification"),
+        ("question_answering", "lora", "from peft import AutoPeftModelForQuestionAnswering"),
+        ("feature_extraction", "lora", "from peft import AutoPeftModelForFeatureExtraction"),
+        ("", "lora", "from peft import AutoPeftModel"),
+    ],
+)
+def test_the_example_fits_the_task(task: str, kind: str, first_line: str) -> None:
+    import peft
+
+    card = render_card(with_method(kind, task), adapter="me/mine")
+    (block,) = python_blocks(card)
+    ast.parse(block)
+    assert block.splitlines()[0] == first_line
+    assert hasattr(peft, first_line.split()[-1])
+    assert '.from_pretrained("me/mine")' in block
+    assert ("peftcli generate me/mine" in card) == (task in ("causal_lm", "seq2seq_lm"))
+
+
+@pytest.mark.parametrize(("task", "chat"), [("causal_lm", False), ("causal_lm", True), ("seq2seq_lm", False)])
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, chat: bool) -> None:
+    import peft
+    import tokenizers
+    import transformers
+
+    monkeypatch.chdir(tmp_path)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"Hello": 0, "user": 1, "<pad>": 2}, unk_token="<pad>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    if chat:
+        tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}"
+    sizes = {"vocab_size": 3, "pad_token_id": 2, "eos_token_id": 2}
+    if task == "causal_lm":
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, bos_token_id=0, **sizes
+            )
+        )
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    else:
+        model = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(
+                d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=2, **sizes
+            )
+        )
+        config = peft.LoraConfig(r=2, target_modules=["q"], task_type="SEQ_2_SEQ_LM")
+    model.save_pretrained("acme/tiny-base")
+    tokenizer.save_pretrained("acme/tiny-base")
+    peft.get_peft_model(type(model).from_pretrained("acme/tiny-base"), config).save_pretrained("me/mine")
+
+    monkeypatch.chdir("/")
+    (block,) = python_blocks(render_card(with_method("lora", task), adapter="me/mine"))
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(block, found)
+    new = found["tokens"].shape[1] - (2 if chat else 1)
+    assert 1 <= new <= 64
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
+    first = write_card(make_folder(tmp_path / "a", CONFIG, RUN)).read_bytes()
+    assert write_card(make_folder(tmp_path / "b", CONFIG, RUN)).read_bytes() == first
+    assert first.decode() == render_card(RUN)
+
+
+def test_without_run_json_the_config_says_what_there_is_to_say(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a", CONFIG)
+    card = write_card(folder).read_text()
+    assert front_matter(card)["base_model"] == "acme/tiny-base"
+    assert front_matter(card)["pipeline_tag"] == "text-generation"
+    assert "| method.r | 8 |" in card
+    assert "peft_version" not in card
+    assert "## Results" not in card
+    assert "## Training data" not in card
+    assert read_info(folder)["recipe"]["task"] == "causal_lm"
+
+
+def test_an_empty_folder_gives_a_valid_card(tmp_path: Path) -> None:
+    card = render_card(read_info(tmp_path))
+    assert front_matter(card) == {"library_name": "peft", "tags": ["peftcli"]}
+
+
+def test_the_uploaded_card_names_the_repository_unless_it_was_edited(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a", CONFIG, RUN)
+    write_card(folder)
+    assert for_hub(folder, "me/mine") == render_card(RUN, adapter="me/mine")
+    (folder / "README.md").write_text("# My words\n")
+    assert for_hub(folder, "me/mine") == "# My words\n"
+
+
+def test_the_uploaded_card_names_the_base_model_on_the_hub(tmp_path: Path) -> None:
+    base = "/home/someone/tiny"
+    run = {**RUN, "base_model": {"name": base}}
+    folder = make_folder(tmp_path / "a", {**CONFIG, "base_model_name_or_path": base}, run)
+    write_card(folder)
+    card = for_hub(folder, "me/mine", "acme/tiny")
+    assert front_matter(card)["base_model"] == "acme/tiny"
+    assert 'AutoTokenizer.from_pretrained("acme/tiny")' in card
+    (folder / "README.md").write_text(f"---\nlicense: mit\n---\nOn {base}.\n")
+    card = for_hub(folder, "me/mine", "acme/tiny")
+    assert front_matter(card) == {"license": "mit", "base_model": "acme/tiny"}
+    assert card.endswith("---\nOn acme/tiny.\n")
+    (folder / "README.md").write_text("# My words\n")
+    assert for_hub(folder, "me/mine", "acme/tiny") == "---\nbase_model: acme/tiny\n---\n\n# My words\n"

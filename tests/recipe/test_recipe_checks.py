@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from peftcli.errors import UsageError
+from peftcli.recipe import gate_holds, parse_gate
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "message"),
+    [
+        (["method.r=0"], "method.r", "must be at least 1, not 0"),
+        (["method.lora_dropout=1"], "method.lora_dropout", "must be in [0, 1), not 1.0"),
+        (["dataset.eval_fraction=0.1"], "dataset.eval_fraction", "cannot be given together with dataset.eval"),
+        (["dataset.eval=null", "dataset.eval_fraction=1"], "dataset.eval_fraction", "must be between 0 and 1, not 1.0"),
+        (["dataset.max_length=0"], "dataset.max_length", "must be at least 1, not 0"),
+        (["training.per_device_train_batch_size=0"], "training.per_device_train_batch_size", "must be at least 1"),
+        (["training.gradient_accumulation_steps=-1"], "training.gradient_accumulation_steps", "must be at least 1"),
+        (["training.learning_rate=-1"], "training.learning_rate", "must not be negative, found -1.0"),
+        (["training.num_train_epochs=0"], "training.num_train_epochs", "must be above 0 where max_steps is not given"),
+        (["training.max_steps=0"], "training.max_steps", "must be at least 1, or -1"),
+        (["training.save_total_limit=1"], "training.save_total_limit", "must be at least 2, not 1"),
+        (["training.warmup_ratio=1.5"], "training.warmup_ratio", "must be in [0, 1], not 1.5"),
+        (["training.seed=4294967296"], "training.seed", "must be in [0, 2**32)"),
+        (
+            ["training.load_best_model_at_end=true", "dataset.eval=null"],
+            "training.load_best_model_at_end",
+            "needs evaluation data",
+        ),
+        (
+            ["training.load_best_model_at_end=true", "training.eval_strategy=no"],
+            "training.load_best_model_at_end",
+            "needs evaluations",
+        ),
+        (["gates.eval_loss=< 1", "dataset.eval=null"], "gates.eval_loss", "needs evaluation data"),
+        (["gates.eval_loss=< 1", "training.eval_strategy=no"], "gates.eval_loss", "needs an evaluation"),
+        (["base_model.trust_remote_code=true"], "base_model.trust_remote_code", "base_model.revision must name"),
+        (["launch.machine_rank=1"], "launch.machine_rank", "must be below launch.num_machines (1), not 1"),
+        (["launch.num_machines=2"], "launch.num_machines", "need launch.main_process_port"),
+        (["launch.main_process_port=70000"], "launch.main_process_port", "must be in [1, 65535]"),
+        (["task=CAUSAL_LM"], "task", "no task is called 'CAUSAL_LM'"),
+        (["dataset.train=https://host/x"], "dataset.train", "must be a path or a hub id, not a URL"),
+        (["training.output_dir=''"], "training.output_dir", "is empty"),
+        (["dataset.train=./missing"], "dataset.train", "no such file: ./missing"),
+    ],
+)
+def test_what_settings_mean_together(problem, overrides: list[str], key: str, message: str) -> None:
+    found = problem("", *overrides)
+    assert found.key == key
+    assert message in found.message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["dataset.eval=null", "dataset.eval_fraction=0.1", "training.load_best_model_at_end=true"],
+        ["training.num_train_epochs=0", "training.max_steps=5"],
+        ["training.learning_rate=0"],
+        ["training.max_grad_norm=0"],
+        ["gates.train_loss=< 1", "dataset.eval=null"],
+        ["launch.num_machines=2", "launch.machine_rank=1", "launch.main_process_port=29500"],
+        ["base_model.trust_remote_code=true", "base_model.revision=abc"],
+        ["method.init_lora_weights=gaussian"],
+        ["method.layers_to_transform=3"],
+        ["training.metric_for_best_model=anything at all"],
+    ],
+)
+def test_valid_recipes_are_not_refused(load, overrides: list[str]) -> None:
+    load("", *overrides)
+
+
+def test_a_check_says_nothing_about_what_could_not_be_read(problem) -> None:
+    assert problem("", "dataset.eval_fraction=x", "gates.eval_loss=< 1").key == "dataset.eval_fraction"
+    assert problem("", "launch.num_machines=x", "launch.machine_rank=4").key == "launch.num_machines"
+
+
+def test_missing_data_files_have_a_near_name(problem, load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/train.jsonl").touch()
+    found = problem("", "dataset.train=data/trian.jsonl")
+    assert (found.message, found.suggestion) == ("no such file: data/trian.jsonl", "data/train.jsonl")
+    assert load("", "dataset.train=data/train.jsonl").dataset.train == "data/train.jsonl"
+    assert problem("", "dataset.train=" + "x" * 5000 + ".json").message.startswith("no such file")
+
+
+@pytest.mark.parametrize(
+    ("text", "op", "bound"),
+    [("<= 1.2", "<=", 1.2), (">0", ">", 0.0), ("== 1e-3", "==", 0.001), ("  < -.5 ", "<", -0.5), (">= 2.", ">=", 2.0)],
+)
+def test_gates(text: str, op: str, bound: float) -> None:
+    assert parse_gate(text) == (op, bound)
+
+
+@pytest.mark.parametrize("text", ["", "1.2", "=< 1", "<= x", "<= 1 2", "!= 1", "<= nan", "<= 1e9999", "<" + " " * 9999])
+def test_what_is_no_gate(text: str) -> None:
+    with pytest.raises(UsageError, match="expected an operator"):
+        parse_gate(text)
+
+
+def test_gate_holds() -> None:
+    assert gate_holds("<=", 1.0, 1.0)
+    assert not gate_holds("<", 1.0, 1.0)
+    assert gate_holds(">=", 1.0, 1.0)
+    assert not gate_holds(">", 1.0, 1.0)
+    assert gate_holds("==", 1.0, 1.0)
+    assert not any(gate_holds(op, math.nan, 1.0) for op in ("<=", "<", ">=", ">", "=="))

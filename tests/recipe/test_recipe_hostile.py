@@ -1,0 +1,139 @@
+"""Malformed and hostile files: one message with a line, in bounded time, and never another exception."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from peftcli.errors import RecipeError
+from peftcli.recipe import load_recipe, read_recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("", 1, "the recipe is empty"),
+        ("---\n", 1, "the recipe is empty"),
+        ("- a\n", 1, "expected a mapping of sections, found a list"),
+        ("a: 1\n---\nb: 2\n", 2, "a second YAML document"),
+        ("a:\n\tb: 1\n", 2, "a tab"),
+        ("a: b: c\n", 1, "a second ': '"),
+        ("a:\n  b: 1\n c: 2\n", 3, "does not fit the indentation"),
+        ("a: 'x\nb: 1\n", 3, "a quote that is never closed"),
+        ("a: [1, 2\nb: 1\n", 2, "never closed"),
+        ("a: @x\n", 1, "cannot start with this character"),
+        ("a: *x\n", 1, "an alias whose anchor"),
+        ("a: 1\nb: \0\n", 2, "a control character (0x00)"),
+        ("a: 1\nb: \x1b[31m\n", 2, "a control character (0x1b)"),
+        ('a: "\\UFFFFFFFF"\n', 1, "not valid YAML"),
+        ("%YAML 9.9\n---\na: 1\n", 1, "not valid YAML"),
+        ("a: &a [*a]\n", 1, "within itself"),
+        ("[" * 100_000, 1, "nested more than 64 levels deep"),
+        ("{a: " * 100_000, 1, "nested more than 64 levels deep"),
+        ("- " * 100_000, 1, "nested more than 64 levels deep"),
+        ("a:\n" + "- 1\n" * 30_000, 20_000, "more than 20000 values"),
+        (
+            "a0: &a0 [1,1,1,1,1,1,1,1,1]\n"
+            + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)),
+            1,
+            "once its aliases are written out",
+        ),
+    ],
+)
+def test_unreadable(tmp_path: Path, text: str, line: int, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    recipe, (found,) = read_recipe(path)
+    assert recipe is None
+    assert message in found.message
+    assert (found.file, found.line) == (str(path), line)
+
+
+@pytest.mark.parametrize(
+    ("more", "key", "message"),
+    [
+        ("  seed: 1\n  seed: 2\n", "training.seed", "given twice, first in line 8"),
+        ("1: x\n", None, "a key must be a name, found 1"),
+        ("null: x\n", None, "a key must be a name, found null"),
+        ("? [a]\n: x\n", None, "a key must be a name, not a list"),
+        ("  seed: !!python/name:os.system\n", "training.seed", "tags are not used"),
+        ("  <<: 5\n", None, "<< takes a mapping"),
+        ('  metric_for_best_model: "\\0"\n', "training.metric_for_best_model", "no text"),
+        ('  metric_for_best_model: "\\ud800"\n', "training.metric_for_best_model", "no text"),
+        (
+            "  metric_for_best_model: " + "${A}" * 200 + "\n",
+            "training.metric_for_best_model",
+            "more than 100 variables",
+        ),
+    ],
+)
+def test_refused_parts(problems, more: str, key: str | None, message: str) -> None:
+    found = problems(more)[0]
+    assert message in found.message
+    assert found.key == key
+    assert found.line in (8, 9)
+
+
+def test_bytes_and_files_that_are_no_recipe(tmp_path: Path, good: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"a: 1\nb: \xe9\n")
+    assert [str(p) for p in read_recipe(path)[1]] == [f"{path}:2: not UTF-8 text"]
+    path.write_bytes(good.encode("utf-16"))
+    assert "not UTF-8" in read_recipe(path)[1][0].message
+    path.write_text("#" * 1_000_001)
+    assert "a recipe has at most 1000000" in read_recipe(path)[1][0].message
+    path.write_text("\ufeff" + good, encoding="utf-8")
+    assert read_recipe(path)[1] == []
+    assert "is a folder" in read_recipe(tmp_path)[1][0].message
+    assert "no such file" in read_recipe(tmp_path / "x")[1][0].message
+    os.mkfifo(tmp_path / "fifo")
+    assert "no regular file" in read_recipe(tmp_path / "fifo")[1][0].message
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "cannot be read" in read_recipe(tmp_path / "loop")[1][0].message
+
+
+def test_mutations_raise_nothing_else(tmp_path: Path, good: str) -> None:
+    whole = (good + "gates: {eval_loss: '<= 1.5'}\nlaunch: {num_processes: 2}\n").encode()
+    path = tmp_path / "recipe.yaml"
+    rng = random.Random(20)
+    refused = sum(_is_refused(path, _mutated(whole, rng)) for _ in range(600))
+    assert 300 < refused < 600
+
+
+def _is_refused(path: Path, text: bytes) -> bool:
+    path.write_bytes(text)
+    try:
+        load_recipe(path)
+    except RecipeError:
+        return True
+    return False
+
+
+def _mutated(text: bytes, rng: random.Random) -> bytes:
+    lines = text.splitlines(keepends=True)
+    for _ in range(rng.randint(1, 3)):
+        at, index = rng.randrange(len(text)), rng.randrange(len(lines))
+        kind = rng.randrange(7)
+        if kind == 0:
+            text = text[:at] + bytes([rng.randrange(256)]) + text[at + 1 :]
+        elif kind == 1:
+            text = text[:at] + text[at + rng.randint(1, 9) :]
+        elif kind == 2:
+            text = text[:at] + rng.choice(b"{}[]:,&*!|>'\"%@`#-?\n\t ").to_bytes(1, "big") + text[at:]
+        elif kind == 3:
+            text = b"".join(lines[:index] + lines[index + 1 :])
+        elif kind == 4:
+            text = b"".join([*lines, lines[index]])
+        elif kind == 5:
+            text = text[:at] + text[at : at + 20] * rng.randint(2, 4) + text[at:]
+        else:
+            text = (
+                text[:at]
+                + rng.choice([b"null", b"1e999", b".nan", b"${X}", b"*a", b"&a ", b"!!int ", b"<<: "])
+                + text[at:]
+            )
+        text = text or b"\n"
+    return text

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import pytest
+
+from peftcli.errors import RecipeError
+from peftcli.methods import METHODS
+from peftcli.recipe import load_recipe, method_config
+from peftcli.recipe.names import ALIASES
+from peftcli.recipe.parse import _everywhere
+from peftcli.recipe.settings import method_settings, sections, settings
+
+
+def test_everything_at_once_each_at_its_place(tmp_path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(
+        "base_model: {name: org/model, dtyp: auto}\n"
+        "task: causl_lm\n"
+        "learning_rate: 3\n"
+        "method: {type: lora, lora_r: 16, target_modules: [q, true]}\n"
+        "dataset: {train: org/data, max_length: eight}\n"
+        "training:\n"
+        "  seed: 1.5\n"
+        "  eval_strategy: epochs\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert [(p.line, p.column, p.key, p.message, p.suggestion) for p in caught.value.problems] == [
+        (1, 31, "base_model.dtyp", "unknown key", "dtype"),
+        (2, 7, "task", "no task is called 'causl_lm'; known: causal_lm, seq2seq_lm", "causal_lm"),
+        (3, 1, "learning_rate", "belongs in the section training", "training.learning_rate"),
+        (4, 22, "method.lora_r", "unknown key", "r"),
+        (4, 54, "method.target_modules[1]", "expected a string, found true", None),
+        (5, 40, "dataset.max_length", "expected an integer, found 'eight'", None),
+        (6, 1, "training.output_dir", "is required", None),
+        (7, 9, "training.seed", "expected an integer, found 1.5", None),
+        (8, 18, "training.eval_strategy", "expected no, steps or epoch, found 'epochs'", "epoch"),
+    ]
+    assert {p.file for p in caught.value.problems} == {str(path)}
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method.r=eight", "expected an integer, found 'eight'"),
+        ("method.r=8.5", "expected an integer, found 8.5"),
+        ("method.r=true", "expected an integer, found true"),
+        ("method.r=", "expected an integer, found nothing"),
+        ("method.r='8'", "expected an integer, found '8' in quotes; leave them out"),
+        ("method.r=[8]", "expected an integer, found a list"),
+        ("method.r=99999999999999999999", "expected an integer, found 99999999999999999999, which is too large"),
+        ("method.lora_alpha=true", "expected a number, found true"),
+        ("training.learning_rate=abc", "expected a number, found 'abc'"),
+        ("training.learning_rate=.nan", "expected a number, found .nan, which is not finite"),
+        ("training.learning_rate=-.inf", "expected a number, found -.inf, which is not finite"),
+        ("training.learning_rate=1e999", "expected a number, found 1e999, which is not finite"),
+        ("training.gradient_checkpointing=1", "expected true or false, found 1"),
+        ("training.bf16=sometimes", "expected true, false or auto, found 'sometimes'"),
+        ("method.rank_pattern={a: b}", "expected an integer, found 'b'"),
+        ("method.target_modules={a: b}", "expected a list of strings or a string, found a mapping"),
+        ("base_model=null", "is required"),
+        ("base_model=[a]", "expected a mapping of settings, found a list"),
+        ("training=5", "expected a mapping of settings, found 5"),
+        ("task.x=5", "expected a string, found a mapping"),
+        ("gates.loss=low", "expected an operator (<=, <, >=, > or ==) and a number, as in '<= 1.2', found 'low'"),
+    ],
+)
+def test_types_are_strict(problem, override: str, message: str) -> None:
+    assert problem("", override).message == message
+
+
+def test_every_wrong_item_of_a_list(problems) -> None:
+    found = problems("", "method.target_modules=[q, true, v, null]")
+    assert [p.key for p in found] == ["method.target_modules[1]", "method.target_modules[3]"]
+
+
+@pytest.mark.parametrize(
+    ("more", "key", "suggestion"),
+    [
+        ("model_name_or_path: x", "model_name_or_path", "base_model"),
+        ("lora_rank: 3", "lora_rank", "method.r"),
+        ("sequence_len: 3", "sequence_len", "dataset.max_length"),
+        ("micro_batch_size: 3", "micro_batch_size", "training.per_device_train_batch_size"),
+        ("adapter: lora", "adapter", "method.type"),
+        ("lora_alpha: 3", "lora_alpha", "method.lora_alpha"),
+        ("gate: {}", "gate", "gates"),
+        ("  lr: 3", "training.lr", "learning_rate"),
+        ("  sede: 3", "training.sede", "seed"),
+        ("  max_length: 3", "training.max_length", "dataset.max_length"),
+        ("  gates: {}", "training.gates", "gates"),
+        ("zzzzzz: 3", "zzzzzz", None),
+    ],
+)
+def test_unknown_keys_say_what_is_meant(problem, more: str, key: str, suggestion: str | None) -> None:
+    found = problem(more + "\n")
+    assert (found.key, found.suggestion, found.line) == (key, suggestion, 8)
+
+
+def test_another_methods_setting_is_named(problem) -> None:
+    assert problem("", "method.num_virtual_tokens=3").message == "not a setting of lora, but of prompt_tuning"
+
+
+def test_aliases_are_true() -> None:
+    known = {"base_model", "task", "method.type"}
+    known |= {f"{section}.{name}" for section, cls in sections().items() for name in settings(cls)}
+    known |= {f"method.{name}" for method in METHODS for name in method_settings(method)}
+    for alias, key in ALIASES.items():
+        assert key in known, key
+        assert alias not in _everywhere(), f"{alias} is a key of ours"
+
+
+def test_an_unknown_method(problem) -> None:
+    found = problem("", "method.type=Lora", "method.anything=1")
+    assert found.message == "no method is called 'Lora'; known: lora, prompt_tuning"
+    assert found.suggestion == "lora"
+
+
+def test_missing_sections_and_keys(problems) -> None:
+    found = problems(text="task: causal_lm\nmethod:\n  r: 8\n")
+    assert [(p.key, p.line) for p in found] == [
+        ("base_model", 1),
+        ("dataset", 1),
+        ("training", 1),
+        ("method.type", 2),
+    ]
+
+
+def test_a_bare_method_name(problem, good: str) -> None:
+    text = good.replace("{type: lora, r: 4, target_modules: [q_proj, v_proj]}", "lora")
+    assert problem(text=text).suggestion == "{type: lora}"
+
+
+def test_method_config_is_built(load) -> None:
+    config = method_config(load("", "method.lora_alpha=12"))
+    assert (config.peft_type, config.r, config.lora_alpha, config.target_modules) == (
+        "LORA",
+        4,
+        12,
+        ["q_proj", "v_proj"],
+    )
+
+
+def test_problems_are_bounded(problems) -> None:
+    found = problems("".join(f"k{i}: 1\n" for i in range(500)))
+    assert len(found) == 101
+    assert found[-1].message == "400 more problems"

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from peftcli.recipe import load_recipe, read, read_recipe
+
+
+def test_overrides(load) -> None:
+    recipe = load(
+        "",
+        "training.learning_rate=5e-5",
+        "method.target_modules=[a, b]",
+        "method.rank_pattern.layers.0.q_proj=2",
+        "launch.num_processes=2",
+        "gates.eval_accuracy=>= 0.5",
+        'training.output_dir="a: b"',
+        "training.output_dir=c: d # e",
+        "base_model=other/model",
+    )
+    assert recipe.training.learning_rate == 5e-5
+    assert recipe.method["target_modules"] == ["a", "b"]
+    assert recipe.method["rank_pattern"] == {"layers.0.q_proj": 2}
+    assert recipe.launch.num_processes == 2
+    assert recipe.gates == {"eval_accuracy": ">= 0.5"}
+    assert recipe.training.output_dir == "c: d # e"
+    assert recipe.base_model.name == "other/model"
+
+
+def test_base_model_overrides(load, good: str) -> None:
+    mapping = good.replace("org/model", "{name: org/model, dtype: float32}")
+    recipe = load("", "base_model=x/y", text=mapping)
+    assert (recipe.base_model.name, recipe.base_model.dtype) == ("x/y", "float32")
+    recipe = load("", "base_model.dtype=float16")
+    assert (recipe.base_model.name, recipe.base_model.dtype) == ("org/model", "float16")
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("training.learning_rat=1", "command line: training.learning_rat: unknown key; did you mean 'learning_rate'?"),
+        ("nothing", "command line: expected KEY=VALUE, found 'nothing'"),
+        ("=1", "command line: expected KEY=VALUE, found '=1'"),
+        ("training..seed=1", "command line: expected KEY=VALUE, found 'training..seed=1'"),
+        ("extends=x.yaml", "command line: extends: cannot be overridden"),
+        (
+            "method.r=[1\nx: 2",
+            "command line: method.r: not valid YAML: a [ or { that is never closed, or a missing comma",
+        ),
+        ("method.target_modules=[a]\nx: 2", "command line: method.target_modules: expected one value"),
+    ],
+)
+def test_bad_overrides(problem, override: str, text: str) -> None:
+    assert str(problem("", override)) == text
+
+
+def test_extends(write, good: str, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    write(name="base/root.yaml")
+    write(text="extends: root.yaml\ntraining: {seed: 1, save_steps: 5}\n", name="base/mid.yaml")
+    path = write(text="extends: base/mid.yaml\ntraining:\n  seed: 2\nmethod: {r: 32}\n", name="top.yaml")
+    recipe = load_recipe(path)
+    assert (recipe.training.seed, recipe.training.save_steps, recipe.training.learning_rate) == (2, 5, 1e-4)
+    assert (recipe.method["r"], recipe.method["target_modules"]) == (32, ["q_proj", "v_proj"])
+
+
+def test_extends_with_another_method_or_base_model_replaces_it(write) -> None:
+    write(text="base_model: {name: a/b, revision: main}\nmethod: {type: lora, r: 4}\n", name="base.yaml")
+    path = write(
+        text="extends: base.yaml\nbase_model: c/d\ntask: causal_lm\nmethod: {type: prompt_tuning}\n"
+        "dataset: {train: org/data}\ntraining: {output_dir: x}\n"
+    )
+    recipe = load_recipe(path)
+    assert (recipe.base_model.name, recipe.base_model.revision) == ("c/d", None)
+    assert "r" not in recipe.method
+
+
+def test_a_problem_is_shown_in_the_file_that_holds_it(write) -> None:
+    base = write("  sede: 1\n", name="base.yaml")
+    path = write(text="extends: base.yaml\ntraining: {seed: x}\n")
+    _, found = read_recipe(path)
+    assert {(p.file, p.line, p.key) for p in found} == {
+        (str(base), 8, "training.sede"),
+        (str(path), 2, "training.seed"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("recipe.yaml", "extends itself"),
+        ("other.yaml", "extends itself"),
+        ("bas.yaml", "no such file"),
+        ("[a]", "expected the path of a recipe, found a list"),
+        (".", "is a folder"),
+    ],
+)
+def test_bad_extends(write, target: str, message: str) -> None:
+    write(name="base.yaml")
+    write(text="extends: recipe.yaml\n", name="other.yaml")
+    path = write(text=f"extends: {target}\n")
+    _, (found,) = read_recipe(path)
+    assert message in found.message
+    assert found.line == 1
+    if target == "bas.yaml":
+        assert found.suggestion == str(path.parent / "base.yaml")
+
+
+def test_a_long_chain_ends(write) -> None:
+    for index in range(40):
+        write(text=f"extends: r{index + 1}.yaml\n", name=f"r{index}.yaml")
+    _, (found,) = read_recipe(write(text="extends: r0.yaml\n"))
+    assert "extend one another" in found.message
+
+
+def test_merge_keys_and_anchors(load) -> None:
+    recipe = load(
+        text="base_model: &m org/model\ntask: causal_lm\n"
+        "method: &a {type: lora, r: 4}\n"
+        "dataset: {train: *m}\n"
+        "training: {<<: {seed: 3, save_steps: 7}, output_dir: x, seed: 5}\n"
+    )
+    assert recipe.dataset.train == "org/model"
+    assert (recipe.training.seed, recipe.training.save_steps) == (5, 7)
+
+
+def test_places(write) -> None:
+    reading = read(write(), ["training.seed=3"])
+    assert (reading.place("method.target_modules").line, reading.place("method.bias").line) == (3, 3)
+    assert reading.place("training.seed").file == "command line"
+    assert reading.place("launch.num_machines") is None
