@@ -12,7 +12,6 @@ from peftcli.errors import AdapterError, DataError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 Message = dict[str, Any]
 
@@ -45,7 +44,7 @@ class Answer:
 class Speaker:
     """A model that answers, with its tokenizer."""
 
-    model: nn.Module
+    model: Any
     tokenizer: Any
     chat: bool
     """Whether prompts are put into the tokenizer's chat template."""
@@ -167,7 +166,12 @@ def load_speaker(adapter: str, base: str | None = None, *, with_adapter: bool = 
 
 
 def answer_file(
-    speaker: Speaker, source: Path, target: Path, settings: Settings, batch_size: int, progress: Callable[[int, int], None]
+    speaker: Speaker,
+    source: Path,
+    target: Path,
+    settings: Settings,
+    batch_size: int,
+    progress: Callable[[int, int], None],
 ) -> int:
     """Answer every row of a .jsonl file, ``{"prompt": ...}`` or ``{"messages": [...]}``, into another.
 

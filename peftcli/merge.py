@@ -226,9 +226,7 @@ def _checkpoint_keys(names: list[str], keys: set[str], prefix: str) -> dict[str,
     }
 
 
-def _tied_head(
-    model: nn.Module, layers: dict[str, AdapterLayer], places: dict[str, Path], prefix: str
-) -> _Head | None:
+def _tied_head(model: nn.Module, layers: dict[str, AdapterLayer], places: dict[str, Path], prefix: str) -> _Head | None:
     """The head to untie: it shares its weight with the embedding, and the adapter changes one of them."""
     if not getattr(model.config, "tie_word_embeddings", False):
         return None
@@ -279,7 +277,7 @@ def _save_generation_config(job: _Job, output: Path) -> None:
     from transformers import GenerationConfig
 
     try:
-        GenerationConfig.from_pretrained(job.base.name, revision=job.base.revision).save_pretrained(output)
+        GenerationConfig.from_pretrained(job.base.name, revision=job.base.revision or "main").save_pretrained(output)
     except OSError:  # the base model has none; transformers makes it from the model's config
         return
 
@@ -293,7 +291,9 @@ def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
     """
     tell("verifying: base model with adapter")
     model = load_model(job.base, job.auto_class, torch.float32).eval()
-    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (2, 16), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        model.get_input_embeddings().weight.shape[0], (2, 16), generator=torch.Generator().manual_seed(0)
+    )
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
     load_adapter(model, job.config, job.folder)
     expected = model(**inputs).logits
@@ -304,7 +304,7 @@ def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
     allowed = _TOLERANCE.get(_stored_dtype(output), 0.15) * max(1.0, float(expected.std()))
     if not difference <= allowed:
         raise AdapterError(
-            f"the merged model's logits differ by {difference:.3g}, more than the {allowed:.3g} that rounding explains; "
+            f"the merged model's logits differ by {difference:.3g}, and rounding explains {allowed:.3g}; "
             "nothing was written"
         )
     return difference

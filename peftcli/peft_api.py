@@ -96,8 +96,8 @@ class PeftModel(nn.Module):
         self.peft_config = {adapter_name: peft_config}
         self.active_adapter = adapter_name
         self.train(model.training)
-        self.register_state_dict_post_hook(_keep_adapter)
-        self.register_load_state_dict_post_hook(_expect_adapter)
+        self.register_state_dict_post_hook(_keep_adapter)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_expect_adapter)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -233,7 +233,7 @@ class PeftModel(nn.Module):
 class PeftModelForCausalLM(PeftModel):
     """A causal language model with an adapter. Names its arguments, which Trainer reads."""
 
-    def forward(  # noqa: D102
+    def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -250,7 +250,7 @@ class PeftModelForCausalLM(PeftModel):
 class PeftModelForSeq2SeqLM(PeftModel):
     """An encoder-decoder language model with an adapter. Names its arguments, which Trainer reads."""
 
-    def forward(  # noqa: D102
+    def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -333,7 +333,9 @@ class AutoPeftModel:
         name = cls.auto_class or by_task.get(config.task_type or "")
         if name is None:
             assert config.base_model_name_or_path is not None
-            described = transformers.AutoConfig.from_pretrained(config.base_model_name_or_path, revision=config.revision)
+            described = transformers.AutoConfig.from_pretrained(
+                config.base_model_name_or_path, revision=config.revision
+            )
             name = (described.architectures or ["AutoModel"])[0]
         found = getattr(transformers, name, None)
         if found is None or not hasattr(found, "from_pretrained"):

@@ -44,7 +44,8 @@ class Dataset:
     """Split of the same hub dataset to evaluate on."""
     format: Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"] = "auto"
     """What a row holds. auto: found from the columns. text: {text}; prompt_completion: {prompt, completion};
-    messages: {messages: [{role, content}]}; alpaca: {instruction, input, output}; sharegpt: {conversations: [{from, value}]}."""
+    messages: {messages: [{role, content}]}; alpaca: {instruction, input, output};
+    sharegpt: {conversations: [{from, value}]}."""
     columns: dict[str, str] = field(default_factory=dict)
     """Columns under other names: the format's name -> the file's name, as in {prompt: question}."""
     max_length: int = 1024
@@ -75,9 +76,9 @@ class Training:
     """Micro-batches that make one step. The result equals that of one big batch."""
     learning_rate: float = 2e-4
     """Peak step size. 1e-4 to 3e-4 suits LoRA; prompt tuning wants 100 times more."""
-    lr_scheduler_type: Literal[
-        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
-    ] = "linear"
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
+        "linear"
+    )
     """How the learning rate falls after the warm-up."""
     warmup_ratio: float = 0.0
     """Share of the steps in which the learning rate rises from 0."""

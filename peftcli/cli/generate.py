@@ -43,7 +43,11 @@ def generate(
     speaker = load_speaker(adapter, base, with_adapter=not no_adapter)
     if source is not None and target is not None:
         count = answer_file(speaker, source, target, settings, batch_size, _show_progress)
-        return console.print_json({"output": str(target), "rows": count}) if as_json else console.out(f"{target}: {count} answers")
+        return (
+            console.print_json({"output": str(target), "rows": count})
+            if as_json
+            else console.out(f"{target}: {count} answers")
+        )
     if chats:
         return _chat(speaker, settings)
     assert prompt is not None

@@ -15,7 +15,8 @@ def merge(
     output: Annotated[Path, typer.Option(help="Folder for the merged model; must be new or empty.")],
     base: Annotated[str | None, typer.Option(help="Base model instead of the adapter's.")] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Number format; by default the base model's.")
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Number format; by default the base model's."),
     ] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare logits with base and adapter.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

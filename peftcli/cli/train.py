@@ -17,7 +17,9 @@ def train(
     resume: Annotated[str, typer.Option(metavar="auto|CHECKPOINT", help="Where to go on from.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print run.json instead of a summary.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the summary.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Open data and model config, show what would train, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Open data and model config, show what would train, and stop.")
+    ] = False,
 ) -> None:
     """Fine-tune the model that a recipe names; run it again to go on after a stop."""
     from peftcli.recipe import load_recipe
@@ -26,7 +28,8 @@ def train(
     if dry_run:
         from peftcli.train.deep import preview
 
-        return console.print_json(preview(settings))
+        console.print_json(preview(settings))
+        return
 
     from peftcli.train import launch
 

@@ -105,9 +105,7 @@ class AdapterConfig:
         for key in values.keys() - known - _PROVENANCE:
             value = values[key]
             if value not in cls.unsupported.get(key, ()) and value not in (None, False, [], {}):
-                raise AdapterError(
-                    f"{cls.peft_type} with {key}={value!r} is not supported", key=key, file=file
-                )
+                raise AdapterError(f"{cls.peft_type} with {key}={value!r} is not supported", key=key, file=file)
         given = {key: value for key, value in values.items() if key in known}
         for entry in fields(cls):
             if entry.name in given:

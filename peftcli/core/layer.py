@@ -19,6 +19,8 @@ class AdapterLayer(nn.Module):
     """
 
     file_prefix = "base_model.model."
+    base_layer: Any
+    """The layer of the model, or another adapter layer over it."""
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
@@ -110,7 +112,7 @@ class TrainedBias(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module):
         super().__init__(base_layer)
-        bias = base_layer.bias
+        bias = self.base_layer.bias
         self.bias = nn.Parameter(bias.detach().to(adapter_dtype(bias)).clone())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ class Linear:
         return weight.T if self.transposed else weight
 
 
-def linear_view(module: nn.Module) -> Linear | None:
+def linear_view(module: Any) -> Linear | None:
     """The view of ``module``; None when it is no linear layer."""
     if isinstance(module, nn.Linear):
         return Linear(module.in_features, module.out_features, transposed=False)

@@ -46,6 +46,8 @@ def outermost(model: nn.Module) -> dict[str, AdapterLayer]:
 
 
 def _tied(model: nn.Module) -> bool:
-    ends = [getter() for name in ("get_input_embeddings", "get_output_embeddings") if (getter := getattr(model, name, None))]
+    ends = [
+        getter() for name in ("get_input_embeddings", "get_output_embeddings") if (getter := getattr(model, name, None))
+    ]
     weights = [getattr(end, "weight", None) for end in ends]
     return len(weights) == 2 and weights[0] is not None and weights[0] is weights[1]

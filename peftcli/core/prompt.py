@@ -28,7 +28,7 @@ class VirtualTokens(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module, vectors: torch.Tensor):
         super().__init__(base_layer)
-        self.prompt_embeddings = nn.Parameter(vectors.to(adapter_dtype(base_layer.weight)))
+        self.prompt_embeddings = nn.Parameter(vectors.to(adapter_dtype(self.base_layer.weight)))
         self.placeholders: torch.Tensor | None = None  # while ``generate`` runs: where they start in each row (B, 1)
 
     @property
@@ -56,9 +56,9 @@ class VirtualTokens(AdapterLayer):
         return value[: self.count] if value.shape == (2 * self.count, self.prompt_embeddings.shape[1]) else value
 
 
-def input_embedding_name(model: nn.Module) -> str:
+def input_embedding_name(model: Any) -> str:
     """Path of the module that embeds the input ids."""
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    embedding = model.get_input_embeddings()
     return next(name for name, module in model.named_modules() if module is embedding)
 
 
@@ -74,7 +74,7 @@ def insert_virtual_tokens(model: nn.Module) -> None:
     model.register_forward_pre_hook(_Insert(path), with_kwargs=True)
 
 
-def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     """``model.generate``, with the virtual tokens if there are any; they are not in the answer.
 
     Takes and returns what ``transformers.GenerationMixin.generate`` does. While it runs, the ids hold a placeholder
@@ -82,7 +82,7 @@ def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """
     layer = virtual_tokens(model)
     if layer is None:
-        return model.generate(*args, **kwargs)  # type: ignore[operator]
+        return model.generate(*args, **kwargs)
     inputs = _bound(model.generate, args, kwargs)
     if inputs.get("inputs") is not None:
         inputs["input_ids"] = inputs.pop("inputs")
@@ -103,7 +103,7 @@ def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 inputs[length] = value + layer.count
     layer.placeholders = starts
     try:
-        output = model.generate(**inputs)  # type: ignore[operator]
+        output = model.generate(**inputs)
     finally:
         layer.placeholders = None
     if model.config.is_encoder_decoder:
@@ -120,7 +120,7 @@ class _Insert:
 
     path: str
 
-    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]] | None:
+    def __call__(self, model: Any, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]] | None:
         layer = model.get_submodule(self.path)
         if not isinstance(layer, VirtualTokens) or not layer.enabled:
             return None
@@ -180,7 +180,7 @@ def _inserted(inputs: dict[str, Any], layer: VirtualTokens, *, labels: bool = Tr
     return out
 
 
-def _continued(model: nn.Module, inputs: dict[str, Any], past: int, layer: VirtualTokens) -> dict[str, Any]:
+def _continued(model: Any, inputs: dict[str, Any], past: int, layer: VirtualTokens) -> dict[str, Any]:
     """The inputs of a later step, whose mask and positions may not count the virtual tokens that the cache holds."""
     mask, n = inputs.get("attention_mask"), layer.count
     encoder_decoder = model.config.is_encoder_decoder

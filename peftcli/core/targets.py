@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -106,12 +106,12 @@ def shortest_names(model: nn.Module, names: list[str]) -> list[str]:
     return sorted(found)
 
 
-def pattern_value(patterns: dict[str, float], name: str, default: float) -> float:
+def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:
     """The value whose key (a name ending or regular expression) matches the module's name, or ``default``."""
     return next((value for key, value in patterns.items() if _pattern_matches(key, name)), default)
 
 
-def check_patterns(patterns: dict[str, float], names: Iterable[str], key: str) -> None:
+def check_patterns(patterns: Mapping[str, float], names: Iterable[str], key: str) -> None:
     """Raises AdapterError for a key of rank_pattern or alpha_pattern that matches no adapted module."""
     names = list(names)
     for pattern in patterns:
@@ -123,7 +123,7 @@ def _pattern_matches(pattern: str, name: str) -> bool:
     return _compiled(rf"(.*\.)?({pattern})", "rank_pattern").fullmatch(name) is not None
 
 
-def _all_linear(model: nn.Module, modules: dict[str, nn.Module], saved: Iterable[str]) -> list[str]:
+def _all_linear(model: Any, modules: dict[str, nn.Module], saved: Iterable[str]) -> list[str]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     heads = {"classifier", "score", "lm_head", *saved} if head is None else set(saved)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,7 +46,9 @@ def load_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], file: str 
             targets[name].copy_(value)
 
 
-def check_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], file: str | None = None) -> dict[str, torch.Tensor]:
+def check_state(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], file: str | None = None
+) -> dict[str, torch.Tensor]:
     """The tensors of an adapter file in the shapes that the model's adapter layers hold.
 
     Raises:
@@ -53,7 +56,9 @@ def check_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], file: str
     """
     wanted = named_tensors(model)
     base = _adapted_base_weights(model)
-    values = {name: wanted[name][0].accepts(wanted[name][1], value) for name, value in tensors.items() if name in wanted}
+    values = {
+        name: wanted[name][0].accepts(wanted[name][1], value) for name, value in tensors.items() if name in wanted
+    }
     wrong = [f"missing: {name}" for name in wanted if name not in tensors]
     wrong += [f"unexpected: {name}" for name in tensors if name not in wanted and name not in base]
     shapes = {name: parameter.shape for name, (_, _, parameter) in wanted.items()}
@@ -70,9 +75,13 @@ def check_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], file: str
     return values
 
 
-def _adapted_base_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+def _adapted_base_weights(model: Any) -> dict[str, nn.Parameter]:
     """The base weights that an adapter file may carry: name in the file -> parameter."""
-    ends = {id(getter()) for name in ("get_input_embeddings", "get_output_embeddings") if (getter := getattr(model, name, None))}
+    ends = {
+        id(getter())
+        for name in ("get_input_embeddings", "get_output_embeddings")
+        if (getter := getattr(model, name, None))
+    }
     return {
         layer.file_name(path, "base_layer.weight"): layer.base_layer.weight
         for path, layer in adapter_layers(model).items()

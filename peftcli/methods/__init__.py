@@ -56,6 +56,4 @@ def config_from_dict(values: dict[str, Any], file: str | None = None) -> Adapter
         if method.peft_type == values.get("peft_type"):
             return method.config_class().from_dict(values, file)
     known = ", ".join(method.peft_type for method in METHODS.values())
-    raise AdapterError(
-        f"no method is called {values.get('peft_type')!r}; known: {known}", key="peft_type", file=file
-    )
+    raise AdapterError(f"no method is called {values.get('peft_type')!r}; known: {known}", key="peft_type", file=file)

@@ -86,7 +86,7 @@ def base_files(base: BaseModel) -> list[Path]:
         ModelError: no such model.
         NetworkError: the hub cannot be reached.
     """
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     def found(name: str) -> Path | None:
         where = _where(base)
@@ -145,11 +145,19 @@ def _guarded(base: BaseModel, load: Callable[[], T]) -> T:
         names = {type(cause).__name__ for cause in chain}
         refused = {"RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError", "HFValidationError"}
         if names & refused:
-            reason = "it is not on the hub, or private, or gated" if "HFValidationError" not in names else "no such folder"
+            reason = (
+                "it is not on the hub, or private, or gated" if "HFValidationError" not in names else "no such folder"
+            )
             raise ModelError(
                 f"cannot load {base.name}: {reason}", key="base_model", hint="`hf auth login` if you have access"
             ) from error
-        unreachable = {"ConnectionError", "ConnectError", "LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectTimeout"}
+        unreachable = {
+            "ConnectionError",
+            "ConnectError",
+            "LocalEntryNotFoundError",
+            "OfflineModeIsEnabled",
+            "ConnectTimeout",
+        }
         if names & unreachable or "offline" in str(error).lower() or "couldn't connect" in str(error).lower():
             raise NetworkError(
                 f"cannot load {base.name}: no such folder here, and the hub cannot be reached",

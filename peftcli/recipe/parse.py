@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -141,7 +142,7 @@ class _Reader:
         if name not in METHODS:
             if "method.type" not in self.bad:
                 known = ", ".join(METHODS)
-                self.report(("method.type",), f"no method is called {name!r}; known: {known}", near(name, METHODS))
+                self.report(("method.type",), f"no method is called {name[:60]!r}; known: {known}", near(name, METHODS))
                 self.bad.add("method.type")
             return {"type": name}
         known_settings = method_settings(name)
@@ -253,7 +254,7 @@ def _fit(value: Value, hint: Any) -> Any:
 
 
 def _absent(entry: Setting) -> Any:
-    return "" if entry.required else entry.default
+    return "" if entry.required else copy(entry.default)
 
 
 @dataclass(frozen=True)

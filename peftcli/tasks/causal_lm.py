@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from peftcli.data.collate import pad_causal, pad_token_id

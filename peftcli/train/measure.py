@@ -42,7 +42,7 @@ def measure(recipe: Recipe, adapter: str | None) -> dict[str, Any]:
         config = config_from_dict(read_config(folder), file=str(folder / "adapter_config.json"))
         config.inference_mode = True
         load_adapter(model, config, folder)
-    model = model.to(accelerator.device)  # type: ignore[arg-type]
+    model = model.to(accelerator.device)
     metrics = evaluate(model, task, data.eval, tokenizer, recipe.training.per_device_eval_batch_size, accelerator)
     gates = check_gates(recipe.gates, metrics)
     return {

@@ -24,10 +24,8 @@ def build_optimizer(parameters: Iterable[nn.Parameter], training: Training) -> t
 def build_schedule(
     optimizer: torch.optim.Optimizer, training: Training, total_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """transformers' schedule of that name, over ``total_steps`` steps."""
+    """The schedule of that name in transformers, over ``total_steps`` steps."""
     from transformers import get_scheduler
 
     warmup = training.warmup_steps or round(training.warmup_ratio * total_steps)
-    return get_scheduler(
-        training.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps
-    )
+    return get_scheduler(training.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)

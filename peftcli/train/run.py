@@ -370,7 +370,9 @@ def _refuse_drift(before: dict[str, Any], now: dict[str, Any], folder: RunFolder
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
-    return {key: leaf for name, inner in value.items() for key, leaf in _flat(inner, f"{prefix}.{name}".lstrip(".")).items()}
+    return {
+        key: leaf for name, inner in value.items() for key, leaf in _flat(inner, f"{prefix}.{name}".lstrip(".")).items()
+    }
 
 
 def _checkpoint_to_resume(folder: RunFolder, resume: str, accelerator: Accelerator, tell: OnEvent) -> Path | None:

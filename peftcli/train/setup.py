@@ -133,5 +133,3 @@ def prepare(model: nn.Module, recipe: Recipe, plan: Plan, accelerator: Accelerat
     # the same seed everywhere started the same adapter; from here on each process draws its own dropout
     set_seed(recipe.training.seed + accelerator.process_index)
     return Trainee(prepared, parameters, optimizer, schedule)
-
-

@@ -24,7 +24,7 @@ class Stop:
     """Whether there is nothing to save yet, so that a signal ends the run right away."""
 
     def interrupted(self, message: str, *, saved: bool, number: int = 0) -> Interrupted:
-        """The error that ends the run: 130 after Ctrl-C, 75 or 143 after another signal, with or without a checkpoint."""
+        """The error that ends the run: 130 after Ctrl-C; after another signal 75 with a checkpoint, 143 without."""
         number = number or self.signal
         code = 130 if number == signal.SIGINT else 75 if saved else 143
         hint = "run the same command again to go on" if saved else None

@@ -144,3 +144,10 @@ def test_problems_are_bounded(problems) -> None:
     found = problems("".join(f"k{i}: 1\n" for i in range(500)))
     assert len(found) == 101
     assert found[-1].message == "400 more problems"
+
+
+def test_recipes_share_no_defaults(load) -> None:
+    load().method["rank_pattern"]["x"] = 1
+    load().gates["x"] = "> 1"
+    assert load().method["rank_pattern"] == {}
+    assert load().gates == {}

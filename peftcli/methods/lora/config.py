@@ -53,7 +53,9 @@ class LoraConfig(TargetedConfig):
             found.append(("lora_alpha", f"must be above 0, not {self.lora_alpha}"))
         if not 0 <= self.lora_dropout < 1:
             found.append(("lora_dropout", f"must be in [0, 1), not {self.lora_dropout}"))
-        found += [("rank_pattern", f"{k}: r must be at least 1, not {v}") for k, v in self.rank_pattern.items() if v < 1]
+        found += [
+            ("rank_pattern", f"{k}: r must be at least 1, not {v}") for k, v in self.rank_pattern.items() if v < 1
+        ]
         found += [
             ("alpha_pattern", f"{k}: lora_alpha must be above 0, not {v}")
             for k, v in self.alpha_pattern.items()

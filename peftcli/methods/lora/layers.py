@@ -42,8 +42,8 @@ class LoraLinear(LoraLayer):
         self.view = view
         like: dict[str, Any] = {
             "bias": False,
-            "device": base_layer.weight.device,
-            "dtype": adapter_dtype(base_layer.weight),
+            "device": self.base_layer.weight.device,
+            "dtype": adapter_dtype(self.base_layer.weight),
         }
         self.lora_A = nn.Linear(view.in_features, self.r, **like)
         self.lora_B = nn.Linear(self.r, view.out_features, **like)
@@ -71,7 +71,8 @@ class LoraEmbedding(LoraLayer):
 
     def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig):
         super().__init__(base_layer, name, config)
-        (vocabulary, width), weight = base_layer.weight.shape, base_layer.weight
+        weight = self.base_layer.weight
+        vocabulary, width = weight.shape
         like: dict[str, Any] = {"device": weight.device, "dtype": adapter_dtype(weight)}
         start = torch.zeros if config.init_lora_weights else torch.randn
         self.lora_embedding_A = nn.Parameter(start(self.r, vocabulary, **like))
@@ -111,7 +112,7 @@ def wrap(module: nn.Module, name: str, config: LoraConfig) -> LoraLayer:
 def attach(model: nn.Module, config: LoraConfig) -> None:
     """Train the biases that ``bias: all`` names, and write into the config what the file's readers need."""
     layers = {name: layer for name, layer in adapter_layers(model).items() if isinstance(layer, LoraLayer)}
-    check_patterns(dict(config.rank_pattern), layers, "rank_pattern")
+    check_patterns(config.rank_pattern, layers, "rank_pattern")
     check_patterns(config.alpha_pattern, layers, "alpha_pattern")
     if config.target_modules is None or config.target_modules == "all-linear":
         config.target_modules = shortest_names(model, list(layers))

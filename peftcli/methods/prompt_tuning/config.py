@@ -50,7 +50,9 @@ class PromptTuningConfig(AdapterConfig):
         if self.num_virtual_tokens < 1:
             found.append(("num_virtual_tokens", f"must be at least 1, not {self.num_virtual_tokens}"))
         if self.prompt_tuning_init not in ("RANDOM", "SAMPLE_VOCAB", "TEXT"):
-            found.append(("prompt_tuning_init", f"must be RANDOM, SAMPLE_VOCAB or TEXT, not {self.prompt_tuning_init!r}"))
+            found.append(
+                ("prompt_tuning_init", f"must be RANDOM, SAMPLE_VOCAB or TEXT, not {self.prompt_tuning_init!r}")
+            )
         if self.prompt_tuning_init == "TEXT" and not self.prompt_tuning_init_text and not self.inference_mode:
             found.append(("prompt_tuning_init_text", "prompt_tuning_init: TEXT needs it"))
         return found

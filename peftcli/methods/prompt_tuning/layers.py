@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 
 from peftcli.core.prompt import VirtualTokens
 from peftcli.errors import AdapterError
 from peftcli.methods.prompt_tuning.config import PromptTuningConfig
 
 
-def wrap(module: nn.Module, config: PromptTuningConfig) -> VirtualTokens:
+def wrap(module: Any, config: PromptTuningConfig) -> VirtualTokens:
     """Virtual tokens over the input embedding ``module``, started as the config says."""
     weight = module.weight
     vocabulary, width = weight.shape
@@ -30,5 +31,7 @@ def _start(weight: torch.Tensor, vocabulary: int, config: PromptTuningConfig) ->
     elif config.init_token_ids:
         ids = [config.init_token_ids[index % len(config.init_token_ids)] for index in range(count)]
     else:
-        raise AdapterError("the text was not turned into token ids; call prepare() first", key="prompt_tuning_init_text")
+        raise AdapterError(
+            "the text was not turned into token ids; call prepare() first", key="prompt_tuning_init_text"
+        )
     return weight[torch.tensor(ids, device=weight.device)].clone()

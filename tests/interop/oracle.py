@@ -1,0 +1,88 @@
+"""PEFT as oracle: build, save and load with it, and hear what it says."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from models_tiny import randomise, tiny
+from safetensors.torch import load_file
+from torch import nn
+
+from peftcli.core.inject import inject, set_trainable
+from peftcli.core.weights import adapter_state
+from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.prompt_tuning.config import PromptTuningConfig
+
+_CONFIGS = {"lora": (LoraConfig, peft.LoraConfig), "prompt_tuning": (PromptTuningConfig, peft.PromptTuningConfig)}
+
+
+def ours(kind: str, method: str, seed: int = 1, **settings: Any) -> tuple[nn.Module, Any]:
+    """A tiny model with our adapter, its weights random, and the config."""
+    model, config = tiny(kind), _CONFIGS[method][0](**settings)
+    inject(model, config)
+    set_trainable(model, True)
+    randomise(model, seed)
+    return model.eval(), config
+
+
+def theirs(kind: str, method: str, seed: int = 1, **settings: Any) -> Any:
+    """A tiny model with PEFT's adapter, its weights random."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(tiny(kind), _CONFIGS[method][1](**settings))
+    randomise(model, seed)
+    return model.eval()
+
+
+def saved_by_peft(model: Any, folder: Path) -> Path:
+    """The folder, with PEFT's adapter in it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder)
+    return folder
+
+
+def loaded_by_peft(kind: str, folder: Path) -> Any:
+    """What PEFT makes of an adapter folder. Fails when PEFT says anything about it."""
+    with silence():
+        return peft.PeftModel.from_pretrained(tiny(kind), folder).eval()
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Fails on any warning, and on any warning that transformers, peft or accelerate log."""
+    heard: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: heard.append(f"{record.name}: {record.getMessage()}")  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in ("transformers", "peft", "accelerate", "")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+    # says PEFT of itself, whatever it loads
+    heard += [str(one.message) for one in caught if "is_gradient_checkpointing" not in str(one.message)]
+    if heard:
+        pytest.fail("\n".join(heard))
+
+
+def file_of(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The config object and the tensors of an adapter folder."""
+    return json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
+
+
+def adapter_size(model: nn.Module) -> int:
+    return sum(value.numel() for value in adapter_state(model).values())

@@ -1,0 +1,192 @@
+"""Tiny base models, built from configs: every shape of model that the adapter core must know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+VOCABULARY, PAD, BOS, EOS = 96, 0, 1, 95
+
+_IDS: dict[str, Any] = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+_DECODER: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    **_IDS,
+}
+
+
+def _llama(tied: bool) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**_DECODER, tie_word_embeddings=tied))
+
+
+def _gpt2() -> PreTrainedModel:
+    rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, **rates, **_IDS)
+    )
+
+
+def _opt() -> PreTrainedModel:
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            word_embed_proj_dim=16,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            dropout=0.0,
+            do_layer_norm_before=False,
+            **_IDS,
+        )
+    )
+
+
+def _gemma3() -> PreTrainedModel:
+    return Gemma3ForCausalLM(Gemma3TextConfig(**_DECODER, head_dim=8, sliding_window=16))
+
+
+def _bloom() -> PreTrainedModel:
+    return BloomForCausalLM(
+        BloomConfig(
+            vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.0, attention_dropout=0.0, **_IDS
+        )
+    )
+
+
+def _t5() -> PreTrainedModel:
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            pad_token_id=PAD,
+            eos_token_id=EOS,
+            decoder_start_token_id=PAD,
+        )
+    )
+
+
+def _bert() -> PreTrainedModel:
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            num_labels=3,
+            pad_token_id=PAD,
+        )
+    )
+
+
+_BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: _llama(tied=False),
+    "llama_tied": lambda: _llama(tied=True),
+    "gpt2": _gpt2,
+    "opt": _opt,
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_DECODER)),
+    "gemma3": _gemma3,
+    "bloom": _bloom,
+    "t5": _t5,
+    "bert": _bert,
+}
+
+KINDS = tuple(_BUILDERS)
+DECODERS = ("llama", "llama_tied", "gpt2", "opt", "qwen2", "gemma3", "bloom")
+
+
+def tiny(kind: str, seed: int = 0, scale: float = 3.0) -> PreTrainedModel:
+    """A tiny base model in eval mode; its weights depend on the arguments only.
+
+    Weights are ``scale`` times as large as transformers starts them, so that the logits of different inputs differ
+    by far more than rounding.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _BUILDERS[kind]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(scale)
+    return model
+
+
+def ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Token ids, none of them special."""
+    return torch.randint(BOS + 1, EOS, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def batch(kind: str, seed: int = 0, rows: int = 2, length: int = 9) -> dict[str, torch.Tensor]:
+    """Inputs without padding; an encoder-decoder's hold what the decoder reads too."""
+    inputs = {"input_ids": ids(rows, length, seed=seed), "attention_mask": torch.ones(rows, length, dtype=torch.long)}
+    if kind == "t5":
+        inputs["decoder_input_ids"] = ids(rows, 5, seed=seed + 1)
+    return inputs
+
+
+def labelled(kind: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The inputs of ``batch`` with labels."""
+    inputs = batch(kind, seed)
+    inputs.pop("decoder_input_ids", None)
+    labels = {"bert": torch.tensor([0, 2]), "t5": ids(2, 5, seed=seed + 1)}
+    return {**inputs, "labels": labels.get(kind, inputs["input_ids"])}
+
+
+@torch.no_grad()
+def logits(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**inputs).logits
+
+
+def randomise(model: nn.Module, seed: int = 1) -> None:
+    """Give every trainable weight a value that matters, in the order of the names."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.requires_grad:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, no dropout."""
+    before = model.training
+    yield model.eval()
+    model.train(before)
