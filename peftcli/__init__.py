@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
 from typing import Any
-
-__version__ = version("peftcli")
 
 _PLACES = {
     "LoraConfig": "peftcli.methods.lora.config",
@@ -42,6 +39,10 @@ __all__ = ["__version__", *sorted(_PLACES)]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("peftcli")
     if name not in _PLACES:
         raise AttributeError(f"module 'peftcli' has no attribute {name!r}")
     return getattr(importlib.import_module(_PLACES[name]), name)

@@ -19,7 +19,7 @@ PeftcliError
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 class PeftcliError(Exception):
@@ -79,6 +79,10 @@ class RecipeError(PeftcliError):
         first = problems[0]
         super().__init__(first.message, file=first.file, line=first.line, key=first.key)
         self.problems = problems
+
+    def as_dict(self) -> dict[str, object]:
+        """The first problem as the error, and all of them under ``problems``."""
+        return {**super().as_dict(), "problems": [asdict(problem) for problem in self.problems]}
 
     def __str__(self) -> str:
         """One line a problem."""

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -392,9 +393,18 @@ def _wait_asked(headers: Any) -> float:
 
 @contextlib.contextmanager
 def _watched(downloads: bool) -> Iterator[_Line]:
-    """huggingface_hub's HTTP client with time limits, and without retries and log lines of its own."""
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils import _http, logging
+    """huggingface_hub's HTTP client with time limits, and without retries and log lines of its own.
+
+    Progress bars are left to terminals.
+    """
+    from huggingface_hub import constants, set_client_factory
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        _http,
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+        logging,
+    )
 
     # No public function gives the factory back, and a user may have set one for a proxy or a certificate.
     line, factory, verbosity = _Line(downloads), _http._GLOBAL_CLIENT_FACTORY, logging.get_verbosity()
@@ -408,11 +418,17 @@ def _watched(downloads: bool) -> Iterator[_Line]:
         }
         return client
 
+    undecided = constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
+    hide_bars = undecided and not sys.stderr.isatty()
     set_client_factory(build)
     logging.set_verbosity(ERROR)
+    if hide_bars:
+        disable_progress_bars()
     try:
         yield line
     finally:
+        if hide_bars:
+            enable_progress_bars()
         logging.set_verbosity(verbosity)
         set_client_factory(factory)
 
@@ -468,6 +484,8 @@ def _fault(error: BaseException, line: _Line, what: str) -> _Fault | None:
                 message = f"{what}: cannot reach {_endpoint()} ({cause})"
                 return _Fault(NetworkError(redact(message), hint="check the network, and HF_ENDPOINT if it is set"))
             return _dropped(what, f"{type(cause).__name__} {cause}")
+        if isinstance(cause, (ConnectionError, TimeoutError)):  # hf_xet's
+            return _dropped(what, str(cause))
     if isinstance(error, json.JSONDecodeError):
         return _Fault(HubError(redact(f"{_endpoint()} does not answer as a hub does")))
     if isinstance(error, OSError) and error.errno is not None:

@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,7 +30,7 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _local_network_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _local_network_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections beyond this machine fail at once, except in tests marked ``network``."""
     if request.node.get_closest_marker("network") is None:
         connect = socket.socket.connect
@@ -42,4 +41,3 @@ def _local_network_only(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
             connect(self, address)
 
         monkeypatch.setattr(socket.socket, "connect", local_only)
-    yield

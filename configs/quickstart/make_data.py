@@ -22,9 +22,9 @@ HERE = Path(__file__).parent
 STDLIB = Path(sysconfig.get_path("stdlib"))
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "turtledemo", "lib2to3", "distutils", "__pycache__"}
 PROMPT = "Write a one-line docstring for this Python function:\n\n```python\n{code}\n```"
-TRAIN_ROWS, EVAL_ROWS = 400, 50
-HELD_OUT = {"calendar", "collections", "ftplib", "queue", "random", "statistics"}
-CODE_LENGTH = range(40, 201)
+TRAIN_ROWS, EVAL_ROWS = 240, 40
+HELD_OUT = {"calendar", "collections", "ftplib", "heapq", "queue", "random", "shlex", "statistics"}
+CODE_LENGTH = range(40, 181)
 SUMMARY_LENGTH = range(15, 73)
 MOST_OF_ONE_LIBRARY = 25
 VERBS = """
@@ -32,7 +32,7 @@ Acquire Activate Add Allow Append Apply Assert Bind Block Build Calculate Call C
 Clean Clear Close Collect Compare Compile Compute Configure Connect Construct Convert Copy Count Create Decide
 Decode Decrement Delete Destroy Determine Discard Divide Draw Dump Emit Encode Enter Escape Evaluate Execute
 Expand Extract Feed Fetch Fill Find Flush Force Format Generate Get Handle Identify Indent Indicate Initialize
-Insert Install Instantiate Invert Invoke Iterate Join List Load Log Look Make Map Mark Merge Move Multiply
+Insert Install Instantiate Invert Invoke Iterate Join List Load Look Make Map Mark Merge Move Multiply
 Normalize Open Override Parse Perform Pop Post Prepare Print Process Produce Push Put Query Quote Raise Read
 Recognize Record Redirect Register Release Reload Remove Rename Repeat Replace Report Request Reset Resolve
 Restore Resume Retrieve Return Reverse Rewind Round Run Save Schedule Search Select Send Separate Set Show

@@ -38,16 +38,17 @@ def inject(model: nn.Module, config: AdapterConfig) -> Injection:
     config.check()
     if adapter_layers(model):
         raise AdapterError("the model already holds an adapter; merge or unload that first")
-    names = config.targets(model)
     saved = find_modules(model, config.modules_to_save or (), "modules_to_save")
-    if both := set(names) & set(saved):
-        raise AdapterError(f"{min(both)} is both adapted and saved in full", key="modules_to_save")
+    inside = tuple(f"{name}." for name in saved)  # trained in full already
+    names = [name for name in config.targets(model) if not f"{name}.".startswith(inside)]
+    if not names:
+        raise AdapterError("modules_to_save leaves no module to adapt", key="target_modules")
     layers = {name: config.wrap(model.get_submodule(name), name) for name in names}
     layers |= {name: TrainedCopy(model.get_submodule(name), config.file_prefix) for name in saved}
     total_before = _count(model.parameters())
     model.requires_grad_(False)
     for name, layer in layers.items():
-        replace_module(model, name, layer)
+        replace_module(model, name, layer.train(layer.base_layer.training))
     config.attach(model)
     layers = adapter_layers(model)
     trainable = sum(_count(layer.own_tensors().values()) for layer in layers.values())

@@ -113,7 +113,8 @@ class TrainedBias(AdapterLayer):
     def __init__(self, base_layer: nn.Module):
         super().__init__(base_layer)
         bias = self.base_layer.bias
-        self.bias = nn.Parameter(bias.detach().to(adapter_dtype(bias)).clone())
+        # not by attribute: the base layer's bias, seen through __getattr__, would count as taken
+        self._parameters["bias"] = nn.Parameter(bias.detach().to(adapter_dtype(bias)).clone())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.enabled:

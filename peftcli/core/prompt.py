@@ -58,7 +58,9 @@ class VirtualTokens(AdapterLayer):
 
 def input_embedding_name(model: Any) -> str:
     """Path of the module that embeds the input ids."""
-    embedding = model.get_input_embeddings()
+    # an encoder may hold a module of its own that shares the model's weight
+    reader = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+    embedding = reader.get_input_embeddings()
     return next(name for name, module in model.named_modules() if module is embedding)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from peftcli.core.layer import AdapterLayer, adapter_layers
 from peftcli.errors import AdapterError
 
 _MOST_SHOWN = 8
+_PEFT_COPY = re.compile(r"\.(modules_to_save|original_module)(?=\.bias$)")
+"""With bias: all, PEFT writes the biases of saved modules under these names too, beside the true ones."""
 
 
 def named_tensors(model: nn.Module) -> dict[str, tuple[AdapterLayer, str, nn.Parameter]]:
@@ -60,7 +63,7 @@ def check_state(
         name: wanted[name][0].accepts(wanted[name][1], value) for name, value in tensors.items() if name in wanted
     }
     wrong = [f"missing: {name}" for name in wanted if name not in tensors]
-    wrong += [f"unexpected: {name}" for name in tensors if name not in wanted and name not in base]
+    wrong += [f"unexpected: {name}" for name in tensors if _PEFT_COPY.sub("", name) not in wanted and name not in base]
     shapes = {name: parameter.shape for name, (_, _, parameter) in wanted.items()}
     shapes |= {name: parameter.shape for name, parameter in base.items()}
     values |= {name: value for name, value in tensors.items() if name in base}

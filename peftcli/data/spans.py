@@ -116,6 +116,9 @@ class Template:
             middle = last
         asked, opened = self.render(turns[:-1]), self.render(turns[:-1], prompt=True)
         opening = opened[_shared(asked, opened) :]
+        if not opening.strip() and last.startswith(asked):
+            # The template has no generation prompt: an answer opens as it does in the conversation.
+            opening = last[len(asked) :].partition(answer)[0]
         between = middle.partition(answer)[0].rpartition(ask)[2]
         ends = (opening[:size] for size in range(len(opening), 0, -1) if between.endswith(opening[:size]))
         bare = opening if opening in between else next(ends, "")
@@ -224,15 +227,16 @@ class Template:
             f"{unclear}",
             hint="Leave the row out, give it another form, or train on every token: dataset.train_on: all",
         )
-        silent = {key: value for key, value in messages[index].items() if key != "tool_calls"}
         try:
             before = self.render(messages[:index], tools, prompt=True) if index else ""
             upto = self.render(messages[: index + 1], tools)
-            if silent != messages[index] and self.render([*messages[:index], silent], tools) == upto:
-                raise refusal from unclear
         except DataError:
             raise refusal from unclear
+        if not self._shows_calls(messages[: index + 1], tools, upto):
+            raise refusal from unclear
         start, end = len(before), len(upto)
+        if self._opening and full.startswith(self._opening, start):
+            start += len(self._opening)
         closings = [text for text in self._closings if text in full[start:end]]
         if not (full.startswith(before) and full.startswith(upto) and after <= start < end and len(closings) == 1):
             raise refusal from unclear
@@ -240,6 +244,17 @@ class Template:
         if not content.strip() or closing in rest:
             raise refusal from unclear
         return Answer(index, start, start + len(content + closing), closed=True)
+
+    def _shows_calls(self, messages: list[Message], tools: list[Any] | None, text: str) -> bool:
+        """Whether the tool calls of the last message, if it has any, make a difference to ``text``."""
+        *others, message = messages
+        if not message.get("tool_calls"):
+            return True
+        silent = {key: value for key, value in message.items() if key != "tool_calls"}
+        try:
+            return self.render([*others, silent], tools) != text
+        except DataError:
+            return True
 
 
 def _shared(one: Sequence[str], other: Sequence[str]) -> int:

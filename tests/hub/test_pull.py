@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,29 @@ def test_passing_faults_are_survived(pushed: Hub, endpoint: str) -> None:
     pushed.fail(endpoint, 503)
     pushed.drop(endpoint)
     assert (local_folder(REPO) / "adapter_model.safetensors").is_file()
+
+
+def test_a_failure_of_xet_is_one_of_the_network(hub: Hub, monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> None:
+    import huggingface_hub
+
+    def fails(*args: object, **options: object) -> str:
+        raise ConnectionError("Network error: Request error")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    with pytest.raises(NetworkError, match="Network error"):
+        local_folder(REPO)
+    assert len(slept) == 4
+
+
+def test_a_fresh_process_without_a_terminal_prints_nothing(pushed: Hub, tmp_path: Path) -> None:
+    import subprocess
+
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(tmp_path / "other")}
+    del environment["HF_HUB_DISABLE_PROGRESS_BARS"]
+    code = f"from peftcli.hub import local_folder; print(local_folder({REPO!r}))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    assert (Path(done.stdout.strip()) / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("endpoint", ["info", "tree"])

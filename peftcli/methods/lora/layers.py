@@ -47,7 +47,7 @@ class LoraLinear(LoraLayer):
         }
         self.lora_A = nn.Linear(view.in_features, self.r, **like)
         self.lora_B = nn.Linear(self.r, view.out_features, **like)
-        self.dropout = nn.Dropout(config.lora_dropout)
+        self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()  # no copy of x
         if config.init_lora_weights == "gaussian":
             nn.init.normal_(self.lora_A.weight, std=1 / self.r)
         else:

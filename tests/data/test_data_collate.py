@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from chat_templates import make_tokenizer
 
 from peftcli.data.collate import pad_causal, pad_seq2seq, pad_token_id
-from tests.data.conftest import MakeTokenizer, make_tokenizer
 
 
 def test_pad_causal_on_the_right() -> None:
@@ -29,7 +29,7 @@ def test_pad_seq2seq_has_two_widths() -> None:
 @pytest.mark.parametrize(
     ("pad", "eos", "expected"), [("<|endoftext|>", "</s>", "<|endoftext|>"), (None, "</s>", "</s>"), (None, None, None)]
 )
-def test_pad_token_id(tokenizers: MakeTokenizer, pad: str | None, eos: str | None, expected: str | None) -> None:
+def test_pad_token_id(pad: str | None, eos: str | None, expected: str | None) -> None:
     tokenizer = make_tokenizer(eos=eos)
     tokenizer.pad_token = pad
     assert pad_token_id(tokenizer) == (0 if expected is None else tokenizer.convert_tokens_to_ids(expected))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from chat_templates import make_tokenizer, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
@@ -12,8 +14,8 @@ from transformers import ByT5Tokenizer
 from peftcli.data.chat import Encoded, encode_chat, encode_pair, encode_text
 from peftcli.data.formats import ChatExample, PairExample, TextExample
 from peftcli.errors import DataError
-from tests.data.conftest import MakeTokenizer, make_tokenizer, trained
 
+SMOLLM_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 
@@ -88,22 +90,29 @@ THOUGHT = [
             [user("q"), answer("I add.", tool_calls=[CALL, CALL]), user("r")],
             ["I add." + '\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>' * 2 + "<|im_end|>"],
         ),
+        (
+            "mistral_tools",  # no generation prompt, and no content to find the call by
+            [user("q"), answer(None, tool_calls=[CALL]), {"role": "tool", "content": "3"}, answer("Zwei.")],
+            ['[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}]</s>', "Zwei.</s>"],
+        ),
         ("deepseek", TWO, ["Zwei.</s>", "Vier.</s>"]),
         ("deepseek", THOUGHT, ["\n\nA1</s>", "\n\nA2</s>"]),
         ("two_ends", TWO, ["Zwei.<|end|><|stop|>", "Vier.<|end|><|stop|>"]),
         ("phi3", TWO, ["Zwei.<|end|>", "Vier.<|end|>"]),
         ("open_ended", TWO, ["Zwei.", "Vier."]),
+        ("open_ended", EDGES, ["\nfour \n", "  x"]),
+        ("open_ended", [user("q"), answer("x  "), user("r")], ["x  "]),
         ("plain", TWO, ["Zwei.[end]", "Vier.[end]"]),
     ],
 )
 def test_answers(
-    tokenizers: MakeTokenizer, template: str, messages: list[Any], expected: list[str], trim_offsets: bool
+    tokenizers: Callable[..., Any], template: str, messages: list[Any], expected: list[str], trim_offsets: bool
 ) -> None:
     tokenizer = tokenizers(template, trim_offsets=trim_offsets)
     assert trained(encode(messages, tokenizer), tokenizer) == expected
 
 
-def test_a_header_that_merges_with_the_answer_is_one_token_of_it(tokenizers: MakeTokenizer) -> None:
+def test_a_header_that_merges_with_the_answer_is_one_token_of_it(tokenizers: Callable[..., Any]) -> None:
     tokenizer = tokenizers("smollm")
     assert tokenizer.tokenize("\n\n") == ["ĊĊ"]
     encoded = encode([user("q"), answer("\n\nfour")], tokenizer)
@@ -119,20 +128,20 @@ def test_a_special_token_that_swallows_the_answers_white_space_is_not_part_of_it
     assert trained(encoded, tokenizer) == ["x<|end|>"]
 
 
-def test_last_answer_and_all(tokenizers: MakeTokenizer) -> None:
+def test_last_answer_and_all(tokenizers: Callable[..., Any]) -> None:
     tokenizer = tokenizers("llama3")
     assert trained(encode(TWO, tokenizer, "last_answer"), tokenizer) == ["Vier.<|eot_id|>"]
     everything = encode(TWO, tokenizer, "all")
     assert everything.labels == everything.input_ids
 
 
-def test_untrained_turns(tokenizers: MakeTokenizer) -> None:
+def test_untrained_turns(tokenizers: Callable[..., Any]) -> None:
     tokenizer = tokenizers("smollm")
     first, last = frozenset({1}), frozenset({3})
     assert trained(encode(TWO, tokenizer, untrained=first), tokenizer) == ["Vier.<|im_end|>"]
     assert trained(encode(TWO, tokenizer, "last_answer", untrained=last), tokenizer) == []
     assert trained(encode(TWO, tokenizer, "all", untrained=first), tokenizer) == [
-        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n",
+        SMOLLM_SYSTEM + "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n",
         "\n<|im_start|>user\nand <|im_end|>\n<|im_start|>assistant\nVier.<|im_end|>\n",
     ]
 
@@ -151,7 +160,7 @@ def test_any_conversation_in_chatml(contents: list[str]) -> None:
     contents = [text if at % 2 == 0 or text.strip() else text + "x" for at, text in enumerate(contents)]
     messages = [user(text) if at % 2 == 0 else answer(text) for at, text in enumerate(contents)]
     encoded = encode(messages, tokenizer)
-    text, inside = "<|im_start|>system\nBe kind.<|im_end|>\n", []
+    text, inside = SMOLLM_SYSTEM, []
     for message in messages:
         text += f"<|im_start|>{message['role']}\n"
         start = len(text)
@@ -203,9 +212,10 @@ def test_a_template_that_changes_its_text_is_read_by_prefixes() -> None:
             "message 2 (assistant)",
         ),
         (
-            "{% for m in messages %}{{ m.role + ':' + (m.content if loop.length < 4 else '') + '<|end|>' }}{% endfor %}",
+            "{% for m in messages %}{{ '<|A|>' }}{% if 'Zwei' not in m.content %}{{ m.content }}{% endif %}"
+            "{{ '<|end|>' }}{% endfor %}",
             TWO,
-            "message 2 (assistant)",
+            "the template does not show its content",
         ),
         (SHOUTING, TWO, "does not show a plain question and its answer"),
     ],
@@ -217,7 +227,7 @@ def test_refused(template: str, messages: list[Any], reason: str) -> None:
     assert len(str(caught.value).splitlines()) <= 6
 
 
-def test_no_chat_template(tokenizers: MakeTokenizer) -> None:
+def test_no_chat_template(tokenizers: Callable[..., Any]) -> None:
     with pytest.raises(DataError, match="no chat template"):
         encode(TWO, tokenizers())
 
@@ -243,14 +253,14 @@ def test_a_tokenizer_without_offsets_is_refused_where_they_are_needed() -> None:
 
 @pytest.mark.parametrize("add_eos", [False, True])
 @pytest.mark.parametrize("add_bos", [False, True])
-def test_pair(tokenizers: MakeTokenizer, add_bos: bool, add_eos: bool) -> None:
+def test_pair(tokenizers: Callable[..., Any], add_bos: bool, add_eos: bool) -> None:
     tokenizer = tokenizers(add_bos=add_bos, add_eos=add_eos)
     encoded = encode_pair(PairExample("What is it?\n", "Paris."), tokenizer)
     assert trained(encoded, tokenizer) == ["Paris.</s>"]
     assert tokenizer.decode(encoded.input_ids) == "<s>" * add_bos + "What is it?\nParis.</s>"
 
 
-def test_pair_tokens_are_those_of_the_joined_text(tokenizers: MakeTokenizer) -> None:
+def test_pair_tokens_are_those_of_the_joined_text(tokenizers: Callable[..., Any]) -> None:
     tokenizer = tokenizers()
     encoded = encode_pair(PairExample("Hello ", "there"), tokenizer)
     assert encoded.input_ids[:-1] == tokenizer("Hello there")["input_ids"]
@@ -258,19 +268,19 @@ def test_pair_tokens_are_those_of_the_joined_text(tokenizers: MakeTokenizer) -> 
     assert trained(encode_pair(PairExample("", "there"), tokenizer), tokenizer) == ["there</s>"]
 
 
-def test_special_tokens_that_stand_in_the_text_are_not_doubled(tokenizers: MakeTokenizer) -> None:
+def test_special_tokens_that_stand_in_the_text_are_not_doubled(tokenizers: Callable[..., Any]) -> None:
     tokenizer = tokenizers(add_bos=True)
     encoded = encode_pair(PairExample("<s>Q", "A</s>"), tokenizer)
     assert tokenizer.decode(encoded.input_ids) == "<s>QA</s>"
     assert trained(encoded, tokenizer) == ["A</s>"]
 
 
-def test_text(tokenizers: MakeTokenizer) -> None:
+def test_text(tokenizers: Callable[..., Any]) -> None:
     encoded = encode_text(TextExample("Hello"), tokenizers(add_bos=True))
     assert encoded.labels == encoded.input_ids
     assert tokenizers().decode(encoded.input_ids) == "<s>Hello</s>"
 
 
-def test_without_eos_nothing_is_added(tokenizers: MakeTokenizer) -> None:
+def test_without_eos_nothing_is_added(tokenizers: Callable[..., Any]) -> None:
     encoded = encode_text(TextExample("Hello"), tokenizers(eos=None))
     assert tokenizers().decode(encoded.input_ids) == "Hello"

@@ -1,0 +1,172 @@
+"""Write the reference pages from the code, and the files that pages include.
+
+    python docs/generate.py            write them
+    python docs/generate.py --check    fail, and name the stale ones
+
+Nothing here imports torch: names, types, defaults and help are read from dataclasses, tables and signatures.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from peftcli import errors
+from peftcli.cli.app import app, peftcli
+from peftcli.methods import METHODS
+from peftcli.recipe.settings import Setting, in_words, method_settings, settings
+from peftcli.schema import Recipe
+from peftcli.tasks import TASKS
+
+ROOT = Path(__file__).parent.parent
+PEFT_TYPES = (
+    "ADALORA ADAMSS ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 "
+    "LILY LN_TUNING LOHA LOKR LORA MISS MULTITASK_PROMPT_TUNING OFT OSF PEANUT POLY PREFIX_TUNING PROMPT_TUNING PSOFT "
+    "PVERA P_TUNING RANDLORA ROAD SHADOW SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT XLORA"
+)
+"""The methods of PEFT 0.21.2."""
+_INCLUDE = re.compile(r"(<!-- include: (\S+) -->\n).*?(<!-- /include -->)", re.DOTALL)
+_NOTE = "<!-- Written by `make docs` from the code. Do not edit. -->\n\n"
+_CODES = """
+1 a bug of peftcli; `--debug` shows the traceback
+130 Ctrl-C
+143 SIGTERM or SIGUSR1 before there was anything to save
+75 SIGTERM or SIGUSR1, with a checkpoint: run the same command again
+"""
+
+
+def main() -> int:
+    """Write the pages, or with ``--check`` compare them. Returns the exit code."""
+    pages = {ROOT / "docs/reference" / f"{name}.md": _NOTE + page() for name, page in PAGES.items()}
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        pages[path] = _INCLUDE.sub(_included, path.read_text(encoding="utf-8"))
+    stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        if "--check" in sys.argv:
+            print(f"{path.relative_to(ROOT)} is stale: run 'make docs'", file=sys.stderr)
+        else:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(pages[path], encoding="utf-8")
+    return int("--check" in sys.argv and bool(stale))
+
+
+def recipe_page() -> str:
+    """Every section and setting of a recipe."""
+    top = settings(Recipe)
+    text = "# Settings of a recipe\n\nHow recipes work is in [recipes](../recipes.md). The same, on the command line:\n"
+    text += "`peftcli explain training.learning_rate`. `required` settings must be given.\n\n"
+    text += _settings_table(top)
+    for name, entry in top.items():
+        if entry.section:
+            text += f"\n## {name}\n\n{entry.help}\n\n{_settings_table(settings(entry.section))}"
+    text += "\n## method\n\n`type` names the method; its settings are on [methods](methods.md).\n"
+    text += "\n## extends\n\nA recipe may also hold `extends`: the path, relative to it, of a recipe that it changes.\n"
+    return text
+
+
+def methods_page() -> str:
+    """Every method with its settings, and what PEFT has besides."""
+    rows = [(f"[`{n}`](#{n})", f"`{m.peft_type}`", m.summary, f"<{m.paper}>") for n, m in METHODS.items()]
+    text = "# Methods\n\n" + _table(("method", "PEFT's name", "what it trains", "paper"), rows)
+    for name, method in METHODS.items():
+        doc = inspect.getdoc(method.config_class()) or ""
+        text += f"\n## {name}\n\n{doc}\n\n{_settings_table(method_settings(name))}"
+    there = {method.peft_type for method in METHODS.values()}
+    missing = ", ".join(f"`{name}`" for name in PEFT_TYPES.split() if name not in there)
+    return f"{text}\n## Not there yet\n\nPEFT 0.21.2 also has these, which `peftcli` refuses by name:\n{missing}.\n"
+
+
+def tasks_page() -> str:
+    """Every task."""
+    rows = [(f"`{n}`", f"`{t.task_type}`", f"`{t.auto_class}`", t.summary) for n, t in TASKS.items()]
+    return "# Tasks\n\n" + _table(("task", "PEFT's name", "transformers' class", "what the model does"), rows)
+
+
+def commands_page() -> str:
+    """Every command with its arguments and options."""
+    text = "# Commands\n\nstdout is the answer, stderr is the log. With `--json`, stdout is exactly one JSON object.\n"
+    text += "Exit codes are on [exit codes](exit-codes.md).\n\n"
+    text += _table(("option of `peftcli` itself", "default", "what it does"), _parameters(peftcli))
+    for command in app.registered_commands:
+        assert command.callback is not None
+        text += f"\n## peftcli {command.name}\n\n{inspect.getdoc(command.callback)}\n"
+        if rows := _parameters(command.callback):
+            text += "\n" + _table(("argument or option", "default", "what it does"), rows)
+    return text
+
+
+def exit_codes_page() -> str:
+    """Every exit code."""
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and "exit_code" in vars(kind)]
+    rows = [(str(vars(kind)["exit_code"]), _first_line(kind)) for kind in kinds if kind is not errors.PeftcliError]
+    rows += [(code, text) for code, _, text in (line.partition(" ") for line in _CODES.strip().splitlines())]
+    merged: dict[int, list[str]] = {0: ["done, or done already"]}
+    for code, text in sorted(rows, key=lambda row: int(row[0])):
+        merged.setdefault(int(code), []).append(text.rstrip("."))
+    return "# Exit codes\n\nOf every command.\n\n" + _table(
+        ("code", "meaning"), [(str(code), "; or: ".join(texts)) for code, texts in merged.items()]
+    )
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "recipe": recipe_page,
+    "methods": methods_page,
+    "tasks": tasks_page,
+    "commands": commands_page,
+    "exit-codes": exit_codes_page,
+}
+
+
+def _settings_table(known: dict[str, Setting]) -> str:
+    rows = [(f"`{name}`", in_words(e.hint), _default(e), e.help) for name, e in known.items()]
+    return _table(("setting", "type", "default", "what it does"), rows)
+
+
+def _default(entry: Setting) -> str:
+    if entry.required or entry.section:
+        return "required" if entry.required else "see below"
+    return "unset" if entry.default is None else f"`{_shown(entry.default)}`"
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _parameters(function: Callable[..., Any]) -> list[tuple[str, str, str]]:
+    """Name, default and help of each argument and option, from the function's annotations."""
+    rows = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        info = get_type_hints(function, include_extras=True)[name].__metadata__[0]
+        option = type(info).__name__ == "OptionInfo"
+        spelled = [info.default, *(info.param_decls or ())] if isinstance(info.default, str) else []
+        names = ", ".join(spelled) or (f"--{name.replace('_', '-')}" if option else info.metavar or name.upper())
+        metavar = f" {info.metavar}" if option and info.metavar else ""
+        default = names.partition("/")[0] if parameter.default is True else parameter.default
+        absent = default is None or default is False or default is parameter.empty
+        required = "required" if default is parameter.empty else ""
+        rows.append((f"`{names}{metavar}`", required if absent else f"`{_shown(default)}`", info.help or ""))
+    return rows
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
+
+
+def _first_line(kind: type) -> str:
+    return (inspect.getdoc(kind) or "").splitlines()[0]
+
+
+def _included(found: re.Match[str]) -> str:
+    path = ROOT / found[2]
+    kind = {".jsonl": "json", ".yml": "yaml"}.get(path.suffix, path.suffix[1:])
+    return f"{found[1]}```{kind}\n{path.read_text(encoding='utf-8').strip()}\n```\n{found[3]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

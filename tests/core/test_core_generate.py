@@ -1,0 +1,329 @@
+"""Generation with virtual tokens equals a greedy loop over the forward pass, however it is cached, padded or searched."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models_tiny import PAD, batch, ids, labelled, randomise, tiny
+from torch import nn
+
+from peftcli.core import prompt
+from peftcli.core.files import load_adapter, read_config, save_adapter
+from peftcli.core.inject import disabled, inject, set_trainable, unload
+from peftcli.core.weights import adapter_state
+from peftcli.errors import AdapterError
+from peftcli.methods import config_from_dict
+from peftcli.methods.prompt_tuning.config import PromptTuningConfig
+
+N, STEPS = 5, 10
+KINDS = ("llama", "llama_tied", "gpt2", "opt", "qwen2", "gemma3", "bloom")
+GREEDY: dict[str, Any] = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+
+
+def _adapted(kind: str) -> nn.Module:
+    model = tiny(kind, scale=6.0)
+    inject(model, PromptTuningConfig(num_virtual_tokens=N))
+    set_trainable(model, True)
+    randomise(model)
+    return model
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return _adapted(request.param)
+
+
+def _padded() -> tuple[torch.Tensor, torch.Tensor]:
+    """Three rows with 0, 3 and 5 places of left padding."""
+    tokens, mask = ids(3, 7), torch.ones(3, 7, dtype=torch.long)
+    for row, empty in ((1, 3), (2, 5)):
+        tokens[row, :empty], mask[row, :empty] = PAD, 0
+    return tokens, mask
+
+
+@torch.no_grad()
+def _loop(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor, *, cached: bool) -> torch.Tensor:
+    """The likeliest token after each, by forward calls only. Fails on a near tie, which rounding would decide."""
+    cache, new = None, tokens
+    for _ in range(STEPS):
+        if cached:
+            output = model(input_ids=new, attention_mask=mask, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+        else:
+            output = model(input_ids=tokens, attention_mask=mask, use_cache=False)
+        best, second = output.logits[:, -1].topk(2).values.unbind(-1)
+        assert (best - second).min() > 1e-3, "a near tie: choose another seed"
+        new = output.logits[:, -1].argmax(-1, keepdim=True)
+        tokens, mask = torch.cat([tokens, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
+    return tokens
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_generate_equals_a_greedy_loop(model: nn.Module, cached: bool) -> None:
+    tokens, mask = _padded()
+    expected = _loop(model, tokens, mask, cached=cached)
+    for use_cache in (False, True):
+        got = prompt.generate(model, input_ids=tokens, attention_mask=mask, use_cache=use_cache, **GREEDY)
+        assert torch.equal(got, expected)
+
+
+def test_each_row_of_a_padded_batch_equals_its_unpadded_run(model: nn.Module) -> None:
+    tokens, mask = _padded()
+    together = prompt.generate(model, input_ids=tokens, attention_mask=mask, **GREEDY)
+    for row, empty in enumerate((0, 3, 5)):
+        alone = _loop(model, tokens[row : row + 1, empty:], mask[row : row + 1, empty:], cached=False)
+        assert torch.equal(together[row, empty:], alone[0])
+
+
+@torch.no_grad()
+def test_logits_of_a_padded_row_equal_its_unpadded_run(model: nn.Module) -> None:
+    tokens, mask = _padded()
+    together = model(input_ids=tokens, attention_mask=mask).logits
+    alone = model(input_ids=tokens[1:2, 3:], attention_mask=mask[1:2, 3:]).logits
+    torch.testing.assert_close(together[1, 3:], alone[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_static_cache_gives_the_same(model: nn.Module) -> None:
+    tokens, mask = _padded()
+    got = prompt.generate(model, input_ids=tokens, attention_mask=mask, cache_implementation="static", **GREEDY)
+    assert torch.equal(got, _loop(model, tokens, mask, cached=False))
+
+
+def test_beams_are_the_same_with_and_without_a_cache(model: nn.Module) -> None:
+    tokens, mask = _padded()
+    beams = [
+        prompt.generate(model, input_ids=tokens, attention_mask=mask, num_beams=3, use_cache=cached, **GREEDY)
+        for cached in (False, True)
+    ]
+    assert torch.equal(*beams)
+    for row, empty in enumerate((0, 3, 5)):
+        alone = prompt.generate(
+            model, input_ids=tokens[row : row + 1, empty:], attention_mask=mask[row : row + 1, empty:], num_beams=3, **GREEDY
+        )
+        assert torch.equal(beams[0][row, empty:], alone[0])
+
+
+@torch.no_grad()
+def _score(model: nn.Module, tokens: torch.Tensor, given: int) -> float:
+    """Log probability of a row's tokens after the first ``given``."""
+    found = model(input_ids=tokens[None], attention_mask=torch.ones(1, len(tokens), dtype=torch.long)).logits[0]
+    chosen = found[N + given - 1 : -1].log_softmax(-1).gather(1, tokens[given:, None])
+    return float(chosen.sum())
+
+
+def test_the_best_beam_is_at_least_as_likely_as_the_greedy_answer(model: nn.Module) -> None:
+    tokens, mask = _padded()
+    options: dict[str, Any] = {"input_ids": tokens[:1], "attention_mask": mask[:1], **GREEDY}
+    beam = prompt.generate(model, **options, num_beams=8, length_penalty=0.0, return_dict_in_generate=True, output_scores=True)
+    greedy = prompt.generate(model, **options)
+    assert _score(model, beam.sequences[0], 7) >= _score(model, greedy[0], 7) - 1e-3
+    assert abs(_score(model, beam.sequences[0], 7) - float(beam.sequences_scores[0])) < 1e-2
+
+
+def test_no_mask_means_the_mask_that_transformers_infers(model: nn.Module) -> None:
+    tokens, mask = _padded()
+    options = {**GREEDY, "eos_token_id": 95, "max_new_tokens": 4}
+    expected = prompt.generate(model, input_ids=tokens, attention_mask=mask, **options)
+    assert torch.equal(prompt.generate(model, tokens, **options), expected)
+    assert torch.equal(prompt.generate(model, inputs=tokens, **options), expected)
+
+
+def test_repetition_penalty_counts_real_tokens_only(model: nn.Module) -> None:
+    tokens = ids(1, 6, seed=3)
+    mask = torch.ones_like(tokens)
+    got = prompt.generate(model, input_ids=tokens, attention_mask=mask, repetition_penalty=1e9, **GREEDY)
+    new = got[0, 6:].tolist()
+    assert len(set(new)) == len(new)
+    assert not set(new) & set(tokens[0].tolist())
+    assert torch.equal(
+        prompt.generate(model, input_ids=tokens, attention_mask=mask, repetition_penalty=1e9, use_cache=False, **GREEDY), got
+    )
+
+
+def test_lengths_count_what_the_user_gave(model: nn.Module) -> None:
+    tokens, mask = ids(1, 6), torch.ones(1, 6, dtype=torch.long)
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+    assert prompt.generate(model, input_ids=tokens, attention_mask=mask, max_length=11, **options).shape == (1, 11)
+    config = copy.deepcopy(model.generation_config)
+    config.update(max_length=10, do_sample=False, eos_token_id=None)
+    given = prompt.generate(model, input_ids=tokens, attention_mask=mask, generation_config=config)
+    assert given.shape == (1, 10)
+    assert config.max_length == 10
+
+
+def test_min_new_tokens_and_eos(model: nn.Module) -> None:
+    tokens, mask = _padded()
+    free = prompt.generate(model, input_ids=tokens, attention_mask=mask, **GREEDY)
+    stop = int(free[0, 8])
+    options = {**GREEDY, "eos_token_id": stop}
+    got = prompt.generate(model, input_ids=tokens[:1], attention_mask=mask[:1], **options)
+    assert got[0, -1] == stop
+    assert torch.equal(got[0], free[0, : got.shape[1]])
+    assert got.shape[1] <= 9
+    longer = prompt.generate(model, input_ids=tokens[:1], attention_mask=mask[:1], min_new_tokens=6, **options)
+    assert stop not in longer[0, 7:12].tolist()
+
+
+def test_samples_of_one_prompt_are_drawn_alike_with_and_without_a_cache(model: nn.Module) -> None:
+    tokens, mask = _padded()
+    drawn = []
+    for cached in (False, True):
+        torch.manual_seed(0)
+        options = {**GREEDY, "do_sample": True, "num_return_sequences": 2, "use_cache": cached}
+        drawn.append(prompt.generate(model, input_ids=tokens, attention_mask=mask, **options))
+    assert drawn[0].shape == (6, 7 + STEPS)
+    assert torch.equal(*drawn)
+    assert torch.equal(drawn[0][:, :7], tokens.repeat_interleave(2, 0))
+
+
+def test_the_answer_holds_no_placeholder_and_the_model_is_left_as_it_was(model: nn.Module) -> None:
+    tokens, mask = _padded()
+    got = prompt.generate(model, input_ids=tokens, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
+    assert torch.equal(got.sequences[:, :7], tokens)
+    assert torch.equal(got.sequences, _loop(model, tokens, mask, cached=False))
+    layer = prompt.virtual_tokens(model)
+    assert layer is not None
+    assert layer.placeholders is None
+
+
+def test_disabled_generates_what_the_base_model_does(model: nn.Module) -> None:
+    tokens, mask = _padded()
+    plain = copy.deepcopy(model)
+    unload(plain)
+    expected = plain.generate(input_ids=tokens, attention_mask=mask, **GREEDY)
+    with disabled(model):
+        assert torch.equal(prompt.generate(model, input_ids=tokens, attention_mask=mask, **GREEDY), expected)
+    assert not torch.equal(prompt.generate(model, input_ids=tokens, attention_mask=mask, **GREEDY), expected)
+
+
+def test_streamers_and_stopping_criteria_see_ids_of_the_vocabulary(model: nn.Module) -> None:
+    seen: list[torch.Tensor] = []
+
+    def watch(given: torch.Tensor, _scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        seen.append(given.clone())
+        return torch.zeros(given.shape[0], dtype=torch.bool)
+
+    tokens, mask = _padded()
+    prompt.generate(model, input_ids=tokens, attention_mask=mask, stopping_criteria=[watch], **GREEDY)
+    assert len(seen) == STEPS
+    assert all(int(given.max()) < 96 for given in seen)
+
+
+def test_generation_from_embeddings_is_refused(model: nn.Module) -> None:
+    with pytest.raises(AdapterError, match="needs input_ids"):
+        prompt.generate(model, inputs_embeds=torch.zeros(1, 3, 32), **GREEDY)
+
+
+@torch.no_grad()
+def test_embeddings_as_inputs_of_forward_are_the_ids_looked_up(model: nn.Module) -> None:
+    tokens, mask = _padded()
+    with disabled(model):
+        vectors = model.get_input_embeddings()(tokens)
+    torch.testing.assert_close(
+        model(inputs_embeds=vectors, attention_mask=mask).logits,
+        model(input_ids=tokens, attention_mask=mask).logits,
+        atol=1e-4,
+        rtol=1e-4,
+    )
+
+
+@torch.no_grad()
+def test_positions_that_the_caller_counts_are_shifted(model: nn.Module) -> None:
+    if not prompt._takes(model, "position_ids"):
+        pytest.skip("this model takes no position_ids")
+    tokens = ids(2, 6)
+    mask, positions = torch.ones_like(tokens), torch.arange(6)[None]
+    torch.testing.assert_close(
+        model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits,
+        model(input_ids=tokens, attention_mask=mask).logits,
+    )
+
+
+# encoder-decoder
+
+
+@pytest.fixture(scope="module")
+def t5() -> nn.Module:
+    return _adapted("t5")
+
+
+@torch.no_grad()
+def _decode(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    decoded = torch.full((len(tokens), 1), PAD)
+    for _ in range(STEPS):
+        found = model(input_ids=tokens, attention_mask=mask, decoder_input_ids=decoded).logits[:, -1]
+        best, second = found.topk(2).values.unbind(-1)
+        assert (best - second).min() > 1e-3
+        decoded = torch.cat([decoded, found.argmax(-1, keepdim=True)], 1)
+    return decoded
+
+
+@pytest.mark.parametrize("extra", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
+def test_encoder_decoder_generate_equals_a_greedy_loop(t5: nn.Module, extra: dict[str, Any]) -> None:
+    tokens, mask = ids(3, 7), torch.ones(3, 7, dtype=torch.long)
+    mask[1, 4:], tokens[1, 4:] = 0, PAD
+    got = prompt.generate(t5, input_ids=tokens, attention_mask=mask, **GREEDY, **extra)
+    assert torch.equal(got, _decode(t5, tokens, mask))
+    alone = prompt.generate(t5, input_ids=tokens[1:2, :4], attention_mask=mask[1:2, :4], **GREEDY, **extra)
+    assert torch.equal(got[1], alone[0])
+
+
+def test_encoder_decoder_beams_are_the_same_with_and_without_a_cache(t5: nn.Module) -> None:
+    inputs = {name: value for name, value in batch("t5").items() if name != "decoder_input_ids"}
+    beams = [prompt.generate(t5, **inputs, num_beams=3, use_cache=cached, **GREEDY) for cached in (False, True)]
+    assert torch.equal(*beams)
+
+
+def test_encoder_decoder_disabled_generates_what_the_base_model_does(t5: nn.Module) -> None:
+    tokens, mask = ids(2, 7), torch.ones(2, 7, dtype=torch.long)
+    plain = copy.deepcopy(t5)
+    unload(plain)
+    expected = plain.generate(input_ids=tokens, attention_mask=mask, **GREEDY)
+    with disabled(t5):
+        assert torch.equal(prompt.generate(t5, input_ids=tokens, attention_mask=mask, **GREEDY), expected)
+    assert not torch.equal(prompt.generate(t5, input_ids=tokens, attention_mask=mask, **GREEDY), expected)
+
+
+# training goes on
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_saved_soft_prompt_loads_trainable_and_trains_on(kind: str, tmp_path: Path) -> None:
+    config = PromptTuningConfig(num_virtual_tokens=N)
+    model = tiny(kind)
+    inject(model, config)
+    save_adapter(model, config, tmp_path)
+    resumed, read = tiny(kind), config_from_dict(read_config(tmp_path))
+    load_adapter(resumed, read, tmp_path, trainable=True)
+    trained = [parameter for parameter in resumed.parameters() if parameter.requires_grad]
+    assert [tuple(parameter.shape) for parameter in trained] == [(N, 32)]
+    optimizer = torch.optim.AdamW(trained, lr=0.05)
+    losses = []
+    for _ in range(8):
+        loss = resumed(**labelled(kind)).loss
+        losses.append(float(loss))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.1
+    assert (adapter_state(resumed)["prompt_embeddings"] != adapter_state(model)["prompt_embeddings"]).all()
+    save_adapter(resumed, read, tmp_path / "again")
+    final = tiny(kind)
+    load_adapter(final, config_from_dict(read_config(tmp_path / "again")), tmp_path / "again")
+    torch.testing.assert_close(adapter_state(final), adapter_state(resumed), atol=0, rtol=0)
+
+
+def test_a_second_adapter_after_unload_inserts_its_tokens_once() -> None:
+    model, once = tiny("llama"), tiny("llama")
+    inject(model, PromptTuningConfig(num_virtual_tokens=3))
+    unload(model)
+    for each in (model, once):
+        inject(each, PromptTuningConfig(num_virtual_tokens=4))
+        set_trainable(each, True)
+        randomise(each)
+    with torch.no_grad():
+        assert torch.equal(model(**batch("llama")).logits, once(**batch("llama")).logits)
