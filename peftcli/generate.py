@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from peftcli.errors import AdapterError, DataError
 
@@ -46,8 +46,8 @@ class Speaker:
 
     model: Any
     tokenizer: Any
-    chat: bool
-    """Whether prompts are put into the tokenizer's chat template."""
+    form: Literal["chat", "plain", "alpaca"]
+    """What a prompt that is a string becomes: a user's turn in the chat template, itself, or an Alpaca instruction."""
 
     def answers(
         self, prompts: Sequence[str | list[Message]], settings: Settings, stream: Callable[[str], None] | None = None
@@ -81,13 +81,11 @@ class Speaker:
             tokenizer.pad_token = tokenizer.eos_token
         texts, templated = [], []
         for prompt in prompts:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and self.chat else prompt
-            templated.append(not isinstance(messages, str))
-            texts.append(
-                messages
-                if isinstance(messages, str)
-                else tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            )
+            asked = self._formed(prompt)
+            templated.append(not isinstance(asked, str))
+            if not isinstance(asked, str):
+                asked = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+            texts.append(asked)
         # a template writes its own special tokens; a bare text gets the tokenizer's, but no EOS before the answer
         ids = [
             tokenizer(text, add_special_tokens=not by_template)["input_ids"]
@@ -97,6 +95,16 @@ class Speaker:
             ids = [row[:-1] if row and row[-1] == tokenizer.eos_token_id and len(row) > 1 else row for row in ids]
         batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
         return {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+
+    def _formed(self, prompt: str | list[Message]) -> str | list[Message]:
+        """The prompt in the form that the adapter was trained on."""
+        if not isinstance(prompt, str) or self.form == "plain":
+            return prompt
+        if self.form == "chat":
+            return [{"role": "user", "content": prompt}]
+        from peftcli.data.formats import AlpacaExample
+
+        return AlpacaExample(prompt, output="").pair().prompt
 
     def _options(self, settings: Settings) -> dict[str, Any]:
         stops = self._stops()
@@ -124,7 +132,9 @@ class Speaker:
         kept = ids if ends is None else ids[: ends + 1]
         text = self.tokenizer.decode(kept, skip_special_tokens=True)
         asked = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-        return Answer(asked, text.strip() if self.chat else text, len(kept), "length" if ends is None else "stop")
+        return Answer(
+            asked, text.strip() if self.form == "chat" else text, len(kept), "length" if ends is None else "stop"
+        )
 
 
 def load_speaker(adapter: str, base: str | None = None, *, with_adapter: bool = True) -> Speaker:
@@ -162,7 +172,7 @@ def load_speaker(adapter: str, base: str | None = None, *, with_adapter: bool = 
         load_adapter(model, config, folder)
     model = model.to("cuda" if cuda else "cpu").eval()  # type: ignore[arg-type]
     tokenizer = load_tokenizer(base_of(str(folder)) if (folder / "tokenizer_config.json").exists() else spec)
-    return Speaker(model, tokenizer, bool(tokenizer.chat_template) and not _trained_on_plain_text(folder))
+    return Speaker(model, tokenizer, _prompt_form(folder, tokenizer))
 
 
 def answer_file(
@@ -214,13 +224,16 @@ def _prompts(source: Path) -> Iterator[str | list[Message]]:
             raise DataError(f'needs "prompt" or "messages"; it has {has}', file=str(source), line=line)
 
 
-def _trained_on_plain_text(folder: Path) -> bool:
-    """Whether the run that made the adapter fed it plain text, so that a chat template would be strange to it."""
+def _prompt_form(folder: Path, tokenizer: Any) -> Literal["chat", "plain", "alpaca"]:
+    """The form of the data that the adapter's run was fed, so that it is asked what it was taught to answer."""
     path = folder / "run.json"
-    if not path.is_file():
-        return False
-    data = json.loads(path.read_bytes()).get("data", {})
-    return data.get("format") in ("text", "prompt_completion")
+    data = json.loads(path.read_bytes()).get("data", {}) if path.is_file() else {}
+    trained_on = data.get("format", "messages")
+    if trained_on in ("text", "prompt_completion"):
+        return "plain"
+    if tokenizer.chat_template:
+        return "chat"
+    return "alpaca" if trained_on == "alpaca" else "plain"
 
 
 def _streamer(tokenizer: Any, write: Callable[[str], None]) -> Any:

@@ -69,7 +69,7 @@ def _chat(speaker: Speaker, settings: Settings) -> None:
         if not asked.strip():
             return
         messages.append({"role": "user", "content": asked})
-        said = speaker.answers([messages if speaker.chat else asked], settings, stream=_write)[0]
+        said = speaker.answers([messages if speaker.form == "chat" else asked], settings, stream=_write)[0]
         console.out()
         messages.append({"role": "assistant", "content": said.text})
 

@@ -55,7 +55,7 @@ def _look(recipe: Recipe) -> tuple[list[Problem], list[Problem], dict[str, Any]]
         if data is not None:
             processes = 1 if recipe.launch.num_processes == "auto" else recipe.launch.num_processes
             plan = Plan([len(row["input_ids"]) for row in data.train], recipe.training, processes)
-            found |= {"data": data.report, "steps": plan.total_steps}
+            found |= {"data": data.report, "steps": plan.total_steps, "warnings": data.warnings}
         attempt("method", lambda: config.prepare(lambda name: load_tokenizer(base_of(name)) if name else tokenizer))
     model = attempt("base_model", lambda: empty_model(base, row.auto_class))
     if model is not None:
@@ -68,11 +68,8 @@ def _look(recipe: Recipe) -> tuple[list[Problem], list[Problem], dict[str, Any]]
 def _warnings(found: dict[str, Any]) -> list[Problem]:
     data = found.get("data", {})
     counted = {"truncated": data.get("truncated", 0), **data.get("dropped", {})}
-    return [
-        Problem(f"{count} training rows: {reason}", file="", key="dataset.train")
-        for reason, count in counted.items()
-        if count
-    ]
+    texts = [f"{count} training rows: {reason}" for reason, count in counted.items() if count]
+    return [Problem(text, file="", key="dataset.train") for text in [*texts, *found.get("warnings", [])]]
 
 
 def _recipe_key(key: str | None, section: str) -> str:

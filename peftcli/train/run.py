@@ -71,6 +71,8 @@ def train(recipe: Recipe, *, resume: str = "auto", on_event: OnEvent = lambda ev
                 tell(Phase("reading the data"))
                 tokenizer = load_tokenizer(recipe.base_model)
                 data = load_data(recipe, task, tokenizer)
+                for text in dict.fromkeys(data.warnings):
+                    tell(Warned(text))
                 tell(Phase(f"loading {recipe.base_model.name}"))
                 model, injection = adapted_model(recipe, config)
                 plan = Plan([len(row["input_ids"]) for row in data.train], recipe.training, accelerator.num_processes)

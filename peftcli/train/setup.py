@@ -35,6 +35,7 @@ class Data:
     eval: list[Feature] | None
     report: dict[str, Any]
     """The account of both for run.json."""
+    warnings: list[str]
 
 
 def start_accelerator(recipe: Recipe) -> Accelerator:
@@ -100,10 +101,11 @@ def load_data(recipe: Recipe, task: Task, tokenizer: Any, *, only_eval: bool = F
     named = recipe.dataset.format
     found = detect_format(columns.get(name, name) for name in train_rows.columns) if named == "auto" else named
     described: dict[str, Any] = {"format": found, **(report.as_dict() if report else {})}
+    warnings = list(report.warnings) if report else []
     if eval_rows is None:
-        return Data(train, None, described)
+        return Data(train, None, described, warnings)
     evaluation, eval_report = task.features(eval_rows, tokenizer, recipe.dataset)
-    return Data(train, evaluation, {**described, "eval": eval_report.as_dict()})
+    return Data(train, evaluation, {**described, "eval": eval_report.as_dict()}, [*warnings, *eval_report.warnings])
 
 
 def adapted_model(recipe: Recipe, config: AdapterConfig) -> tuple[nn.Module, Injection]:
