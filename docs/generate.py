@@ -164,7 +164,7 @@ def _first_line(kind: type) -> str:
 
 def _included(found: re.Match[str]) -> str:
     path = ROOT / found[2]
-    kind = {".jsonl": "json", ".yml": "yaml"}.get(path.suffix, path.suffix[1:])
+    kind = {".py": "python"}.get(path.suffix, path.suffix[1:])
     return f"{found[1]}```{kind}\n{path.read_text(encoding='utf-8').strip()}\n```\n{found[3]}"
 
 

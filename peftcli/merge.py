@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -24,7 +24,7 @@ from peftcli.core.inject import inject
 from peftcli.core.layer import AdapterLayer
 from peftcli.core.merge import merge, outermost
 from peftcli.core.weights import check_state, named_tensors
-from peftcli.errors import AdapterError, StorageError, UsageError
+from peftcli.errors import AdapterError, ModelError, StorageError, UsageError
 from peftcli.hub import local_folder
 from peftcli.methods import config_from_dict
 from peftcli.models.load import base_files, base_of, empty_model, load_config, load_model, load_tokenizer
@@ -71,6 +71,7 @@ def merge_adapter(
 
     Raises:
         AdapterError: the adapter cannot be merged, does not fit, or the logits differ.
+        ModelError: the base model cannot be read.
         UsageError: the output folder holds something.
         StorageError: it cannot be written.
     """
@@ -102,6 +103,8 @@ def merge_adapter(
             output.rmdir()
         partial.rename(output)
         sync_folder(output.parent)
+    except SafetensorError as error:
+        raise ModelError(f"cannot read {name}: {error}", key="base_model") from None
     except OSError as error:
         raise StorageError(f"cannot write: {error.strerror or error}", file=str(output)) from None
     finally:

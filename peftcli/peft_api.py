@@ -15,10 +15,10 @@ from torch import nn
 
 from peftcli.core import prompt
 from peftcli.core.config import AdapterConfig
-from peftcli.core.files import load_adapter, read_config, save_adapter
+from peftcli.core.files import WEIGHTS_FILE, load_adapter, read_config, read_tensors, save_adapter
 from peftcli.core.inject import disabled, inject, set_trainable, unload
 from peftcli.core.merge import merge
-from peftcli.core.weights import adapter_state, named_tensors
+from peftcli.core.weights import adapter_state, load_state, named_tensors
 from peftcli.errors import AdapterError
 from peftcli.hub import local_folder, push
 from peftcli.methods import METHODS, config_from_dict
@@ -198,18 +198,30 @@ class PeftModel(nn.Module):
         return _wrapped(model, config, adapter_name).train(is_trainable)
 
     def load_adapter(self, model_id: str | Path, adapter_name: str | None = None, is_trainable: bool = False) -> None:
-        """Replace the adapter's weights by those of a folder whose config names the same method and modules.
+        """Replace the adapter by the one of a folder; in place, when their configs say the same.
 
         Raises:
-            AdapterError: they do not fit, or ``adapter_name`` is not this adapter's: the model holds one adapter.
+            AdapterError: it does not fit, or ``adapter_name`` is not this adapter's: the model holds one adapter. The
+                old adapter stays then.
         """
         if adapter_name not in (None, self.active_adapter):
             raise AdapterError(f"the model holds one adapter, {self.active_adapter!r}; it cannot take {adapter_name!r}")
         folder = local_folder(str(model_id))
-        config, model = PeftConfig.from_pretrained(folder), self.get_base_model()
+        config, model, old = PeftConfig.from_pretrained(folder), self.get_base_model(), self.active_peft_config
+        if _content(config) == _content(old):  # an optimizer may hold the weights: they stay the same objects
+            load_state(model, read_tensors(folder), file=str(folder / WEIGHTS_FILE))
+            set_trainable(model, is_trainable)
+            return
+        kept, trained = adapter_state(model), any(parameter.requires_grad for parameter in self.parameters())
         unload(model)
-        config.inference_mode = True
-        load_adapter(model, config, folder, trainable=is_trainable)
+        config.inference_mode = True  # nothing is initialised that the file replaces
+        try:
+            load_adapter(model, config, folder, trainable=is_trainable)
+        except AdapterError:
+            inject(model, old)
+            load_state(model, kept)
+            set_trainable(model, trained)
+            raise
         self.peft_config = {self.active_adapter: config}
 
     def merge_and_unload(self, **_unused: Any) -> nn.Module:
@@ -360,6 +372,12 @@ def _wrapped(model: nn.Module, config: AdapterConfig, adapter_name: str) -> Peft
         known = ", ".join(name for name in _CLASSES if name)
         raise AdapterError(f"{config.task_type!r} is not supported; known: {known}", key="task_type")
     return _CLASSES[config.task_type](model, config, adapter_name)
+
+
+def _content(config: AdapterConfig) -> dict[str, Any]:
+    """The config without what says where the adapter belongs."""
+    place = ("task_type", "base_model_name_or_path", "revision", "inference_mode")
+    return {key: value for key, value in config.to_dict().items() if key not in place}
 
 
 def _name_of(model: nn.Module) -> str:

@@ -117,7 +117,7 @@ def convert(gguf: Path, folder: Path) -> None:
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**ids).save_pretrained(folder)
     write_tokenizer(facts, folder)
-    write_weights(reader, config, folder)
+    write_weights(reader, facts, folder)
 
 
 def model_config(facts: dict[str, Any]) -> LlamaConfig:
@@ -171,13 +171,13 @@ def write_tokenizer(facts: dict[str, Any], folder: Path) -> None:
     wrapped.save_pretrained(folder)
 
 
-def write_weights(reader: GGUFReader, config: LlamaConfig, folder: Path) -> None:
+def write_weights(reader: GGUFReader, facts: dict[str, Any], folder: Path) -> None:
     """The tensors as float32, under transformers' names."""
     import torch
     from gguf import dequantize
     from safetensors.torch import save_file
 
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    heads = {"attn_q": facts["llama.attention.head_count"], "attn_k": facts["llama.attention.head_count_kv"]}
     weights = {}
     for tensor in reader.tensors:
         values = dequantize(tensor.data, tensor.tensor_type)
@@ -199,7 +199,8 @@ def ask(folder: Path, question: str) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     chat = [{"role": "user", "content": question}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=24, do_sample=False)
     return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 

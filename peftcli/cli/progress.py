@@ -20,6 +20,7 @@ class Progress:
 
     def __init__(self, *, quiet: bool = False):
         self.quiet = quiet
+        self.trained = False
         self.total = 0
         self.tokens = 0
         self.started = time.perf_counter()
@@ -36,6 +37,7 @@ class Progress:
     def show(self, event: Event) -> None:
         """Shows one event; of a quiet run, only warnings."""
         name = type(event).__name__.lower()
+        self.trained |= name == "ready"
         if not self.quiet or name == "warned":
             getattr(self, f"_show_{name}")(event)
 

@@ -44,7 +44,7 @@ def train(
     with Progress(quiet=quiet or not launch.is_main_process()) as progress:
         result = run(settings, resume=resume, on_event=progress.show)
     if launch.is_main_process():
-        if not progress.total:
+        if not progress.trained:
             console.log(f"{settings.training.output_dir} is complete already; nothing was done")
         console.print_json(result) if as_json else console.out(summary(result))
-    raise_failed_gates(result["gates"])
+        raise_failed_gates(result["gates"])

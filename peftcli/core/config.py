@@ -6,7 +6,8 @@ import dataclasses
 import math
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from peftcli.errors import AdapterError
 
@@ -107,9 +108,10 @@ class AdapterConfig:
             if value not in cls.unsupported.get(key, ()) and value not in (None, False, [], {}):
                 raise AdapterError(f"{cls.peft_type} with {key}={value!r} is not supported", key=key, file=file)
         given = {key: value for key, value in values.items() if key in known}
+        hints = get_type_hints(cls)
         for entry in fields(cls):
             if entry.name in given:
-                given[entry.name] = _typed(entry, given[entry.name], file)
+                given[entry.name] = _typed(entry, hints[entry.name], given[entry.name], file)
         config = cls(**given)
         config.check(file)
         return config
@@ -173,19 +175,27 @@ def _is_name_list(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _typed(entry: dataclasses.Field[Any], value: Any, file: str | None) -> Any:
+def _typed(entry: dataclasses.Field[Any], hint: Any, value: Any, file: str | None) -> Any:
     """``value``, when it is of the kind that the field's annotation names; null means the default."""
     if value is None:
         return _default(entry)
-    kinds = str(entry.type)
-    accepted = (
-        (isinstance(value, bool) and ("bool" in kinds))
-        or (isinstance(value, int) and not isinstance(value, bool) and ("int" in kinds or "float" in kinds))
-        or (isinstance(value, float) and ("float" in kinds or ("int" in kinds and value == int(value))))
-        or (isinstance(value, str) and ("str" in kinds or "Literal" in kinds))
-        or (isinstance(value, list) and "list" in kinds)
-        or (isinstance(value, dict) and "dict" in kinds)
-    )
-    if not accepted or (isinstance(value, float) and not math.isfinite(value)):
-        raise AdapterError(f"expected {kinds}, found {value!r}", key=entry.name, file=file)
-    return int(value) if isinstance(value, float) and "float" not in kinds else value
+    if _fits(value, hint):
+        return value
+    if isinstance(value, float) and value.is_integer() and _fits(int(value), hint):
+        return int(value)
+    raise AdapterError(f"expected {entry.type}, found {value!r}", key=entry.name, file=file)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())  # JSON's keys are text
+    if origin is Literal:
+        return isinstance(value, str)  # problems() says which ones there are
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint)

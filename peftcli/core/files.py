@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.inject import Injection, inject, set_trainable
+from peftcli.core.inject import Injection, inject, set_trainable, unload
 from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError, StorageError
 
@@ -43,10 +43,11 @@ def write_adapter(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, fo
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
             raise AdapterError(f"{name} is not finite; the adapter is not written")
-    described = {**config.to_dict(), "inference_mode": True}
+    # sorted, but not inside: of the patterns that match a module the first one counts
+    described = dict(sorted({**config.to_dict(), "inference_mode": True}.items()))
     contents = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     write_file(folder / WEIGHTS_FILE, safetensors.torch.save(contents, {"format": "pt"}))
-    write_file(folder / CONFIG_FILE, (json.dumps(described, indent=2, sort_keys=True) + "\n").encode())
+    write_file(folder / CONFIG_FILE, (json.dumps(described, indent=2) + "\n").encode())
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -98,7 +99,11 @@ def load_adapter(model: nn.Module, config: AdapterConfig, folder: Path, *, train
     """
     tensors = read_tensors(folder)
     injection = inject(model, config)
-    load_state(model, tensors, file=str(folder / WEIGHTS_FILE))
+    try:
+        load_state(model, tensors, file=str(folder / WEIGHTS_FILE))
+    except AdapterError:
+        unload(model)
+        raise
     set_trainable(model, trainable)
     return injection
 

@@ -57,10 +57,8 @@ class VirtualTokens(AdapterLayer):
 
 
 def input_embedding_name(model: Any) -> str:
-    """Path of the module that embeds the input ids."""
-    # an encoder may hold a module of its own that shares the model's weight
-    reader = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
-    embedding = reader.get_input_embeddings()
+    """Path of the module that embeds the ids of the input: an encoder-decoder's encoder reads it."""
+    embedding = _reader(model).get_input_embeddings()
     return next(name for name, module in model.named_modules() if module is embedding)
 
 
@@ -72,8 +70,10 @@ def virtual_tokens(model: nn.Module) -> VirtualTokens | None:
 
 def insert_virtual_tokens(model: nn.Module) -> None:
     """Let every forward call of ``model`` that starts a sequence start it with the virtual tokens."""
-    path = next(name for name, module in model.named_modules() if isinstance(module, VirtualTokens))
-    model.register_forward_pre_hook(_Insert(path), with_kwargs=True)
+    reader = _reader(model)
+    _hook(reader, _Insert(_path(reader), encodes=reader is not model))
+    if reader is not model:
+        _hook(model, _Extend(_path(model)))
 
 
 def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -83,7 +83,7 @@ def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     of the vocabulary for each virtual token, so that lengths, positions and logits processors stay right.
     """
     layer = virtual_tokens(model)
-    if layer is None:
+    if layer is None or model.config.is_encoder_decoder:  # the ids that grow there are the decoder's
         return model.generate(*args, **kwargs)
     inputs = _bound(model.generate, args, kwargs)
     if inputs.get("inputs") is not None:
@@ -92,24 +92,21 @@ def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     if ids is None:
         raise AdapterError("generation with virtual tokens needs input_ids")
     settings = inputs.get("generation_config") or model.generation_config
-    pad = settings.pad_token_id
     if inputs.get("attention_mask") is None:
-        inputs["attention_mask"] = _mask_of(ids, pad, settings.eos_token_id)
+        inputs["attention_mask"] = _mask_of(ids, settings.pad_token_id, settings.eos_token_id)
     starts = _starts(inputs["attention_mask"])
     inputs |= _inserted({key: inputs.get(key) for key in ("input_ids", "attention_mask", "token_type_ids")}, layer)
-    inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] >= layer.first_id, pad or 0)
+    first = ids.gather(1, starts.clamp(max=ids.shape[1] - 1))  # a token that the row holds anyway
+    inputs["input_ids"] = torch.where(inputs["input_ids"] < layer.first_id, inputs["input_ids"], first)
     inputs = {key: value for key, value in inputs.items() if value is not None}
-    if not model.config.is_encoder_decoder:
-        for length in ("max_length", "min_length"):  # both count the prompt
-            if value := inputs.get(length) or getattr(settings, length):
-                inputs[length] = value + layer.count
+    for length in ("max_length", "min_length"):  # both count the prompt
+        if value := inputs.get(length) or getattr(settings, length):
+            inputs[length] = value + layer.count
     layer.placeholders = starts
     try:
         output = model.generate(**inputs)
     finally:
         layer.placeholders = None
-    if model.config.is_encoder_decoder:
-        return output
     if isinstance(output, torch.Tensor):
         return _without(output, starts, layer.count)
     output.sequences = _without(output.sequences, starts, layer.count)
@@ -118,17 +115,21 @@ def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Insert:
-    """The forward pre-hook. Holds a path, not the layer, so that a copied model's hook finds the copy's layer."""
+    """The forward pre-hook of the model or encoder that reads the input.
+
+    Holds a path, not the layer, so that a copied model's hook finds the copy's layer.
+    """
 
     path: str
+    encodes: bool
+    """Whether it is an encoder inside an encoder-decoder."""
 
     def __call__(self, model: Any, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]] | None:
         layer = model.get_submodule(self.path)
         if not isinstance(layer, VirtualTokens) or not layer.enabled:
             return None
         inputs = _bound(model.forward, args, kwargs)
-        encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
-        past = _encoded_length(inputs) if encoder_decoder else _cached_length(inputs)
+        past = _cached_length(inputs)
         if layer.placeholders is not None:
             return (), inputs if past else inputs | _restored(inputs, layer.placeholders, layer)
         if past:
@@ -138,14 +139,48 @@ class _Insert:
         mask = inputs.get("attention_mask")
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
             raise AdapterError("virtual tokens need a two-dimensional attention_mask; generate through peftcli's model")
-        generates = hasattr(model, "prepare_inputs_for_generation") and not encoder_decoder
+        if self.encodes and mask is not None and mask.shape[1] == _length(inputs) + layer.count:
+            inputs["attention_mask"] = _without(mask, _starts(mask), layer.count)  # _Extend was here first
+        generates = hasattr(model, "prepare_inputs_for_generation")
         if generates and mask is not None and inputs.get("position_ids") is None and _takes(model, "position_ids"):
             inputs["position_ids"] = _positions(mask)
         inputs.pop("cache_position", None)  # counted without them; models find it by themselves
-        return (), inputs | _inserted(inputs, layer, labels=not encoder_decoder)
+        return (), inputs | _inserted(inputs, layer)
 
 
-def _inserted(inputs: dict[str, Any], layer: VirtualTokens, *, labels: bool = True) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Extend:
+    """The forward pre-hook of an encoder-decoder, whose decoder attends to what the encoder read."""
+
+    path: str
+
+    def __call__(self, model: Any, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]] | None:
+        layer = model.get_submodule(self.path)
+        if not isinstance(layer, VirtualTokens) or not layer.enabled:
+            return None
+        inputs = _bound(model.forward, args, kwargs)
+        mask, encoded = inputs.get("attention_mask"), inputs.get("encoder_outputs")
+        if mask is None or (encoded is not None and mask.shape[1] == encoded[0].shape[1]):
+            return None
+        return (), inputs | {"attention_mask": _extended(mask, layer)}
+
+
+def _hook(module: nn.Module, hook: _Insert | _Extend) -> None:
+    """Register the hook, unless an adapter that was unloaded left the same one."""
+    if hook not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _reader(model: Any) -> Any:
+    """The module that takes the input ids."""
+    return model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+
+
+def _path(model: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if isinstance(module, VirtualTokens))
+
+
+def _inserted(inputs: dict[str, Any], layer: VirtualTokens) -> dict[str, Any]:
     """The inputs (B, T, ...) with the virtual tokens after each row's left padding: (B, n + T, ...)."""
     ids, embeds, mask = inputs.get("input_ids"), inputs.get("inputs_embeds"), inputs.get("attention_mask")
     given = ids if ids is not None else embeds
@@ -177,21 +212,17 @@ def _inserted(inputs: dict[str, Any], layer: VirtualTokens, *, labels: bool = Tr
     if (types := inputs.get("token_type_ids")) is not None:
         out["token_type_ids"] = spread(types, 0)
     target = inputs.get("labels")
-    if labels and target is not None and target.shape == (batch, length):
+    if target is not None and target.shape == (batch, length):
         out["labels"] = spread(target, IGNORED)
     return out
 
 
 def _continued(model: Any, inputs: dict[str, Any], past: int, layer: VirtualTokens) -> dict[str, Any]:
     """The inputs of a later step, whose mask and positions may not count the virtual tokens that the cache holds."""
-    mask, n = inputs.get("attention_mask"), layer.count
-    encoder_decoder = model.config.is_encoder_decoder
-    new = 0 if encoder_decoder else _length(inputs)
+    mask, n, new = inputs.get("attention_mask"), layer.count, _length(inputs)
     if mask is None or mask.ndim != 2 or mask.shape[1] != past + new - n:
         return {}
-    mask = _inserted({"input_ids": mask, "attention_mask": mask}, layer)["attention_mask"]
-    if encoder_decoder:
-        return {"attention_mask": mask}
+    mask = _extended(mask, layer)
     out: dict[str, Any] = {"attention_mask": mask}
     for name in ("position_ids", "cache_position"):
         if (value := inputs.get(name)) is not None:
@@ -199,6 +230,12 @@ def _continued(model: Any, inputs: dict[str, Any], past: int, layer: VirtualToke
     if "position_ids" not in out and _takes(model, "position_ids"):
         out["position_ids"] = _positions(mask)[:, -new:]
     return out
+
+
+def _extended(mask: torch.Tensor, layer: VirtualTokens) -> torch.Tensor:
+    """The mask (B, T) with the virtual tokens: (B, n + T)."""
+    extended: torch.Tensor = _inserted({"input_ids": mask, "attention_mask": mask}, layer)["attention_mask"]
+    return extended
 
 
 def _restored(inputs: dict[str, Any], starts: torch.Tensor, layer: VirtualTokens) -> dict[str, Any]:
@@ -246,11 +283,6 @@ def _cached_length(inputs: dict[str, Any]) -> int:
     cache = inputs.get("past_key_values")
     cache = inputs.get("cache") if cache is None else cache  # transformers 5.24's name of the argument
     return 0 if cache is None else int(cache.get_seq_length())
-
-
-def _encoded_length(inputs: dict[str, Any]) -> int:
-    encoded = inputs.get("encoder_outputs")
-    return 0 if encoded is None else int(encoded[0].shape[1])
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,9 @@ def check_state(
     for name, value in values.items():
         if value.shape != shapes[name]:
             wrong.append(f"shape: {name} is {tuple(value.shape)}, the model needs {tuple(shapes[name])}")
-        elif not torch.isfinite(value).all():
+        elif not value.is_floating_point():
+            wrong.append(f"type: {name} is {str(value.dtype).removeprefix('torch.')}, no floating-point numbers")
+        elif not torch.isfinite(value.float()).all():
             wrong.append(f"not finite: {name}")
     if wrong:
         shown = wrong[:_MOST_SHOWN] + ([f"and {len(wrong) - _MOST_SHOWN} more"] if len(wrong) > _MOST_SHOWN else [])

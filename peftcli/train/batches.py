@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,6 +21,8 @@ class Plan:
     """Tokens of each training example."""
     training: Training
     num_processes: int
+    _orders: dict[int, list[int]] = field(default_factory=dict, repr=False)
+    """The order of the epoch that was asked for last."""
 
     @property
     def global_batch_size(self) -> int:
@@ -38,7 +40,8 @@ class Plan:
         """Steps of the whole run."""
         if self.training.max_steps > 0:
             return self.training.max_steps
-        return max(1, math.ceil(self.training.num_train_epochs * self.steps_per_epoch))
+        steps = round(self.training.num_train_epochs * self.steps_per_epoch, 6)  # 2.2 * 25 is a little more than 55
+        return max(1, math.ceil(steps))
 
     def epoch(self, step: int) -> float:
         """Passes over the data after ``step`` steps."""
@@ -51,7 +54,10 @@ class Plan:
     def global_batch(self, step: int) -> list[int]:
         """Indices of the examples of step ``step``, from 0."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = self._order(epoch)
+        if epoch not in self._orders:
+            self._orders.clear()
+            self._orders[epoch] = self._order(epoch)
+        order = self._orders[epoch]
         start = position * self.global_batch_size
         return order[start : start + self.global_batch_size]
 

@@ -41,8 +41,6 @@ class Progress:
     window_loss_sum: float = 0.0
     """The same since the last logged step."""
     window_num_targets: int = 0
-    evaluated_at: int = -1
-    """Step of the last evaluation; -1: none yet."""
     last_eval: dict[str, float] = field(default_factory=dict)
     first_eval: dict[str, float] = field(default_factory=dict)
     """Metrics before the first step, with eval_on_start."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,7 +13,8 @@ from peftcli.core.files import write_file
 from peftcli.errors import FolderBusy, StorageError, UsageError
 
 SCHEMA_VERSION = 1
-_OWN = {"run.json", ".lock"}
+_OWN = re.compile(r"run\.json|\.lock|\.run\.json\.\d+\.tmp")
+"""What a run that was killed at its very beginning may leave."""
 
 
 class RunFolder:
@@ -39,6 +41,7 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            self.unlock()
             raise FolderBusy("another run is using this folder", file=str(self.path)) from None
 
     def unlock(self) -> None:
@@ -57,9 +60,11 @@ class RunFolder:
         """
         if not self.path.exists():
             return None
+        if not self.path.is_dir():
+            raise UsageError("is a file", file=str(self.path), key="training.output_dir", hint="name a folder")
         file = self.path / "run.json"
         if not file.is_file():
-            if foreign := sorted({entry.name for entry in self.path.iterdir()} - _OWN):
+            if foreign := sorted(entry.name for entry in self.path.iterdir() if not _OWN.fullmatch(entry.name)):
                 raise UsageError(
                     f"holds other files ({foreign[0]}) and no run; nothing was changed",
                     file=str(self.path),

@@ -60,23 +60,28 @@ def run_processes(command: Sequence[str], count: int, launch: Launch) -> int:
         ProcessDied: a process was killed, crashed, or ended while the others went on.
     """
     port = _free_port() if launch.main_process_port == "auto" else launch.main_process_port
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "peftcli", *command],
-            env=os.environ | _environment(launch, number, count, port),
-            stdout=None if number == 0 else subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C reaches them once, through us
-        )
-        for number in range(count)
-    ]
-    with _forwarding(processes):
-        return _wait(processes)
+    environments = [os.environ | _environment(launch, number, count, port) for number in range(count)]
+    processes: list[subprocess.Popen[bytes]] = []
+    with _forwarding(processes) as forwarded:
+        for number, environment in enumerate(environments):
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "peftcli", *command],
+                    env=environment,
+                    stdout=None if number == 0 else subprocess.DEVNULL,
+                    start_new_session=True,  # Ctrl-C reaches them once, through us
+                )
+            )
+        return _wait(processes, forwarded)
 
 
 def follow_parent() -> None:
     """Let this process end when the launcher that started it is killed (Linux)."""
-    if os.environ.get("PEFTCLI_LAUNCHED") and sys.platform == "linux":
+    launcher = os.environ.get("PEFTCLI_LAUNCHED")
+    if launcher and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(launcher):  # killed before this call
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _environment(launch: Launch, number: int, count: int, port: int) -> dict[str, str]:
@@ -89,7 +94,7 @@ def _environment(launch: Launch, number: int, count: int, port: int) -> dict[str
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": launch.main_process_ip,
         "MASTER_PORT": str(port),
-        "PEFTCLI_LAUNCHED": "1",
+        "PEFTCLI_LAUNCHED": str(os.getpid()),
     }
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"
@@ -97,7 +102,7 @@ def _environment(launch: Launch, number: int, count: int, port: int) -> dict[str
     return environment
 
 
-def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
+def _wait(processes: list[subprocess.Popen[bytes]], forwarded: list[int]) -> int:
     """Wait for all; once one fails, give the others a while and end them."""
     while any(process.poll() is None for process in processes):
         if any(process.returncode for process in processes):
@@ -110,6 +115,8 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
     number, code = first
     if code in _OURS:
         return code
+    if -code in forwarded:
+        return 128 - code  # it had not begun to listen to signals
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
     raise ProcessDied(f"process {number} of {len(processes)} {how}", hint="run the same command again to go on")
 
@@ -125,15 +132,19 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 @contextmanager
-def _forwarding(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+def _forwarding(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Inside, signals are passed on to the processes; gives the list of those that were."""
+    forwarded: list[int] = []
+
     def forward(number: int, _frame: object) -> None:
+        forwarded.append(number)
         for process in processes:
             with suppress(ProcessLookupError):
                 process.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield
+        yield forwarded
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -16,6 +16,9 @@ from peftcli.errors import Diverged
 from peftcli.tasks.base import Feature, Task
 from peftcli.train.batches import Plan
 
+LESS_LEARNING = "lower training.learning_rate, or add warm-up; the last checkpoint is kept"
+"""What to do about a run that diverged."""
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -82,7 +85,7 @@ def fit(
             what = "loss" if not math.isfinite(loss_sum) else "gradient norm"
             raise Diverged(
                 f"the {what} of step {step + 1} is not finite",
-                hint="lower training.learning_rate, or add warm-up; the last checkpoint is kept",
+                hint=LESS_LEARNING,
             )
         learning_rate = float(trainee.schedule.get_last_lr()[0])
         trainee.optimizer.step()

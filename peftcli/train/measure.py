@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from peftcli.core.files import load_adapter, read_config
@@ -10,7 +11,7 @@ from peftcli.hub import local_folder
 from peftcli.methods import config_from_dict
 from peftcli.models.load import load_model, load_tokenizer
 from peftcli.recipe import to_dict
-from peftcli.schema import Recipe
+from peftcli.schema import Launch, Recipe
 from peftcli.tasks import TASKS
 from peftcli.train.evaluate import evaluate
 from peftcli.train.folder import SCHEMA_VERSION
@@ -32,7 +33,7 @@ def measure(recipe: Recipe, adapter: str | None) -> dict[str, Any]:
     """
     started = time.perf_counter()
     row = TASKS[recipe.task]
-    task, accelerator = row.load(), start_accelerator(recipe)
+    task, accelerator = row.load(), start_accelerator(replace(recipe, launch=Launch()))  # one process measures
     tokenizer = load_tokenizer(recipe.base_model)
     data = load_data(recipe, task, tokenizer, only_eval=True)
     assert data.eval is not None

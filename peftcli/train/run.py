@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 
 from peftcli.core.files import write_adapter, write_file
 from peftcli.core.weights import adapter_state
-from peftcli.errors import GateFailed, OutOfMemory, PeftcliError, StorageError, UsageError
+from peftcli.errors import Diverged, GateFailed, OutOfMemory, PeftcliError, ProcessDied, StorageError, UsageError
 from peftcli.models.card import write_card
 from peftcli.models.load import load_tokenizer
 from peftcli.recipe import gate_holds, method_config, parse_gate, to_dict, to_yaml
@@ -26,10 +27,18 @@ from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
 from peftcli.tasks.base import Task
 from peftcli.train.batches import Plan
-from peftcli.train.checkpoint import Progress, State, damage, load_checkpoint, newest_whole, save_checkpoint, sha256
+from peftcli.train.checkpoint import (
+    Progress,
+    State,
+    damage,
+    load_checkpoint,
+    newest_whole,
+    save_checkpoint,
+    sha256,
+)
 from peftcli.train.evaluate import evaluate
 from peftcli.train.folder import SCHEMA_VERSION, RunFolder
-from peftcli.train.loop import StepResult, fit
+from peftcli.train.loop import LESS_LEARNING, StepResult, fit
 from peftcli.train.report import (
     Evaluated,
     OnEvent,
@@ -66,6 +75,7 @@ def train(recipe: Recipe, *, resume: str = "auto", on_event: OnEvent = lambda ev
         with _open_folder(recipe, accelerator) as (folder, run):
             if run["status"] == "complete":
                 return run
+            stop.saved = run["resumable"]
             with _kept_account(folder, run, accelerator):
                 task, config = TASKS[recipe.task].load(), method_config(recipe)
                 tell(Phase("reading the data"))
@@ -90,14 +100,13 @@ def train(recipe: Recipe, *, resume: str = "auto", on_event: OnEvent = lambda ev
                 }
                 run["attempts"].append({"start": _now(), "from_step": state.progress.step})
                 if accelerator.is_main_process:
-                    folder.cut_metrics(state.progress.step)
+                    folder.cut_metrics(-1 if checkpoint is None else state.progress.step)
                     folder.write(run)
                 tell(Ready(run, state.progress.step, plan.total_steps))
                 _train_steps(recipe, task, tokenizer, data, plan, state, folder, run, accelerator, stop, tell)
                 if accelerator.is_main_process:
                     _finish(recipe, state, folder, run)
-                accelerator.wait_for_everyone()
-            return run
+            return _of_main_process(run)
 
 
 def _train_steps(
@@ -116,15 +125,19 @@ def _train_steps(
     """The loop, with evaluation, checkpoints and logs where the recipe wants them."""
     training, progress = recipe.training, state.progress
 
-    def run_eval() -> None:
-        if data.eval is None or training.eval_strategy == "no" or progress.evaluated_at == progress.step:
-            return
+    def run_eval() -> dict[str, float]:
+        if data.eval is None or training.eval_strategy == "no":
+            return {}
         batch_size = training.per_device_eval_batch_size
         metrics = evaluate(state.trainee.model, task, data.eval, tokenizer, batch_size, accelerator)
-        best = _note_eval(recipe, state, metrics)
-        if accelerator.is_main_process:
-            folder.log({"step": progress.step, "epoch": plan.epoch(progress.step), **metrics})
-        tell(Evaluated(progress.step, metrics, best))
+        if not all(map(math.isfinite, metrics.values())):
+            raise Diverged(f"the evaluation after step {progress.step} is not finite: {metrics}", hint=LESS_LEARNING)
+        tell(Evaluated(progress.step, metrics, _note_eval(recipe, state, metrics)))
+        return metrics
+
+    def log(entry: dict[str, Any]) -> None:
+        if entry and accelerator.is_main_process:
+            folder.log({"step": progress.step, "epoch": plan.epoch(progress.step), **entry})
 
     def save() -> None:
         path = save_checkpoint(folder.checkpoints, state, training.save_total_limit, accelerator)
@@ -135,36 +148,38 @@ def _train_steps(
 
     stop.at_once = False
     if progress.step == 0 and training.eval_on_start:
-        run_eval()
+        log(run_eval())
+    with _timed(run, progress):
+        for result in fit(state.trainee, task, data.train, tokenizer, plan, accelerator, progress.step):
+            entry = _note_step(result, plan, training.logging_steps, progress, tell)
+            last = result.step == plan.total_steps
+            if last or _due(training.eval_strategy, training.eval_steps, result.step, plan):
+                entry |= run_eval()
+            log(entry)
+            if _asked_to_stop(stop, accelerator) and not last:
+                save()
+                raise stop.interrupted(f"stopped after step {result.step} of {plan.total_steps}", saved=True)
+            if not last and _due(training.save_strategy, training.save_steps, result.step, plan):
+                save()
+
+
+@contextlib.contextmanager
+def _timed(run: dict[str, Any], progress: Progress) -> Iterator[None]:
+    """Adds the seconds spent inside to the run's, and notes the speed."""
     started, tokens_before = time.perf_counter(), progress.num_tokens
-    for result in fit(state.trainee, task, data.train, tokenizer, plan, accelerator, progress.step):
-        _note_step(result, plan, training.logging_steps, state, folder, accelerator, tell)
-        last = result.step == plan.total_steps
-        if last or _due(training.eval_strategy, training.eval_steps, result.step, plan):
-            run_eval()
-        if _asked_to_stop(stop, accelerator) and not last:
-            save()
-            raise stop.interrupted(f"stopped after step {result.step} of {plan.total_steps}", saved=True)
-        if not last and _due(training.save_strategy, training.save_steps, result.step, plan):
-            save()
-    elapsed = time.perf_counter() - started
-    run["wall_seconds"] = round(run.get("wall_seconds", 0.0) + elapsed, 3)
-    run["tokens_per_second"] = round((progress.num_tokens - tokens_before) / elapsed, 1) if elapsed else None
-    if plan.total_steps == 0 or progress.evaluated_at < 0:
-        run_eval()
+    try:
+        yield
+    finally:
+        elapsed = time.perf_counter() - started
+        run["wall_seconds"] = round(run.get("wall_seconds", 0.0) + elapsed, 3)
+        run["tokens_per_second"] = round((progress.num_tokens - tokens_before) / elapsed, 1)
 
 
 def _note_step(
-    result: StepResult,
-    plan: Plan,
-    logging_steps: int,
-    state: State,
-    folder: RunFolder,
-    accelerator: Accelerator,
-    tell: OnEvent,
-) -> None:
-    """Count a step, and log it when its turn has come."""
-    progress, loss_sum = state.progress, result.loss * result.num_targets
+    result: StepResult, plan: Plan, logging_steps: int, progress: Progress, tell: OnEvent
+) -> dict[str, Any]:
+    """Count a step. Gives what metrics.jsonl holds of it; nothing when its turn to be logged has not come."""
+    loss_sum = result.loss * result.num_targets
     progress.step = result.step
     progress.loss_sum += loss_sum
     progress.num_targets += result.num_targets
@@ -173,19 +188,17 @@ def _note_step(
     progress.window_num_targets += result.num_targets
     mean = progress.window_loss_sum / progress.window_num_targets
     logged = result.step % logging_steps == 0 or result.step in (1, plan.total_steps)
-    epoch = plan.epoch(result.step)
-    if logged:
-        entry = {"epoch": epoch, "loss": mean, **{k: v for k, v in asdict(result).items() if k != "loss"}}
-        if accelerator.is_main_process:
-            folder.log(entry)
-        progress.window_loss_sum, progress.window_num_targets = 0.0, 0
-    tell(Stepped(result, epoch, logged, mean))
+    tell(Stepped(result, plan.epoch(result.step), logged, mean))
+    if not logged:
+        return {}
+    progress.window_loss_sum, progress.window_num_targets = 0.0, 0
+    return {**asdict(result), "loss": mean}
 
 
 def _note_eval(recipe: Recipe, state: State, metrics: dict[str, float]) -> bool:
     """Keep the metrics, and the adapter if it is the best so far and the recipe wants the best."""
     training, progress = recipe.training, state.progress
-    progress.evaluated_at, progress.last_eval = progress.step, metrics
+    progress.last_eval = metrics
     if progress.step == 0:
         progress.first_eval = metrics
     name = training.metric_for_best_model
@@ -270,11 +283,10 @@ def _open_folder(recipe: Recipe, accelerator: Accelerator) -> Iterator[tuple[Run
     folder = RunFolder(Path(recipe.training.output_dir))
     shared: list[Any] = [None]
     if accelerator.is_main_process:
-        before = folder.read()
         identity = _identity(recipe, accelerator.num_processes)
-        if before is not None:
-            _refuse_drift(before.get("identity", {}), identity, folder)
+        _run_so_far(folder, identity)  # refuses before anything is written
         folder.lock()
+        before = _run_so_far(folder, identity)
         shared[0] = before or _new_run(recipe, identity, accelerator)
     broadcast_object_list(shared)
     try:
@@ -283,12 +295,31 @@ def _open_folder(recipe: Recipe, accelerator: Accelerator) -> Iterator[tuple[Run
         folder.unlock()
 
 
+def _run_so_far(folder: RunFolder, identity: dict[str, Any]) -> dict[str, Any] | None:
+    run = folder.read()
+    if run is not None:
+        _refuse_drift(run.get("identity", {}), identity, folder)
+    return run
+
+
+def _of_main_process(run: dict[str, Any]) -> dict[str, Any]:
+    """The main process's ``run``, in all of them."""
+    shared = [run]
+    broadcast_object_list(shared)
+    return shared[0]
+
+
 def _identity(recipe: Recipe, num_processes: int) -> dict[str, Any]:
-    """What makes two runs the same run: the recipe, but for where it stands and runs, and its data's bytes."""
+    """What makes two runs the same run: the recipe, but for where it stands and runs, and the bytes of data and base."""
     described = to_dict(recipe)
     training = {key: value for key, value in described["training"].items() if key != "output_dir"}
     described = {key: value for key, value in described.items() if key != "launch"} | {"training": training}
-    return {"recipe": described, "data": _data_hashes(recipe), "processes": num_processes}
+    return {
+        "recipe": described,
+        "data": _data_hashes(recipe),
+        "base_model": _base_hash(recipe.base_model.name),
+        "processes": num_processes,
+    }
 
 
 def _new_run(recipe: Recipe, identity: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
@@ -302,7 +333,7 @@ def _new_run(recipe: Recipe, identity: dict[str, Any], accelerator: Accelerator)
         "identity": identity,
         "recipe": to_dict(recipe),
         "recipe_sha256": hashlib.sha256(to_yaml(recipe).encode()).hexdigest(),
-        "base_model": {"name": base.name, "revision": base.revision, "sha256": _base_hash(base.name)},
+        "base_model": {"name": base.name, "revision": base.revision, "sha256": identity["base_model"]},
         "versions": versions(),
         "processes": accelerator.num_processes,
         "seeds": {"training": recipe.training.seed},
@@ -314,7 +345,7 @@ def _new_run(recipe: Recipe, identity: dict[str, Any], accelerator: Accelerator)
 @contextlib.contextmanager
 def _kept_account(folder: RunFolder, run: dict[str, Any], accelerator: Accelerator) -> Iterator[None]:
     """Inside, run.json says running; afterwards it says how the run ended."""
-    main = accelerator.is_main_process
+    main, attempts_before = accelerator.is_main_process, len(run["attempts"])
     run |= {"status": "running", "pid": os.getpid(), "exit_code": None, "error": None}
     if main:
         folder.write(run)
@@ -329,7 +360,7 @@ def _kept_account(folder: RunFolder, run: dict[str, Any], accelerator: Accelerat
             "error": known.as_dict(),
             "peak_memory_bytes": peak_memory_bytes(),
         }
-        if run["attempts"]:
+        if len(run["attempts"]) > attempts_before:
             run["attempts"][-1] |= {"end_step": run["steps"]["done"], "reason": run["status"]}
         if main:
             with contextlib.suppress(StorageError):
@@ -349,6 +380,10 @@ def _known_error(error: BaseException) -> PeftcliError:
             "not enough memory for this batch",
             hint="lower per_device_train_batch_size and raise gradient_accumulation_steps as much; "
             "lower dataset.max_length; or set training.gradient_checkpointing: true",
+        )
+    if "closed by peer" in text or "reset by peer" in text:  # gloo; what the other process says comes first
+        return ProcessDied(
+            "another training process ended", hint="its error says why; run the same command again to go on"
         )
     if isinstance(error, OSError):
         return StorageError(f"{error.strerror or error}", file=error.filename and str(error.filename))

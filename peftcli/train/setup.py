@@ -17,7 +17,7 @@ from peftcli.core.inject import Injection, inject
 from peftcli.core.weights import named_tensors
 from peftcli.data.formats import detect_format
 from peftcli.data.load import load_splits
-from peftcli.errors import DataError, UsageError
+from peftcli.errors import DataError, ModelError, UsageError
 from peftcli.models.load import base_of, load_model, load_tokenizer
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
@@ -122,8 +122,17 @@ def adapted_model(recipe: Recipe, config: AdapterConfig) -> tuple[nn.Module, Inj
     config.prepare(lambda name: load_tokenizer(base_of(name) if name else base))
     injection = inject(model, config)
     if recipe.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_activations(model)
     return model, injection
+
+
+def _checkpoint_activations(model: Any) -> None:
+    # under the name of transformers 5.24 and later, or the one before
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(str(error), key="training.gradient_checkpointing") from None
 
 
 def prepare(model: nn.Module, recipe: Recipe, plan: Plan, accelerator: Accelerator) -> Trainee:

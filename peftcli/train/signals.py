@@ -20,6 +20,8 @@ class Stop:
 
     signal: int = 0
     """The signal's number; 0: none came."""
+    saved: bool = False
+    """Whether an earlier attempt left a checkpoint."""
     at_once: bool = True
     """Whether there is nothing to save yet, so that a signal ends the run right away."""
 
@@ -44,7 +46,7 @@ def handled() -> Iterator[Stop]:
             os._exit(128 + number)
         stop.signal = number
         if stop.at_once:
-            raise stop.interrupted("stopped before the first step", saved=False)
+            raise stop.interrupted("stopped before the first step", saved=stop.saved)
 
     try:
         before = {number: signal.signal(number, note) for number in _HANDLED}

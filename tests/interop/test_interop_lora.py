@@ -123,6 +123,15 @@ def test_base_weights_in_pefts_file_replace_the_models(name: str, tmp_path: Path
     torch.testing.assert_close(logits(model, batch(kind)), logits(oracle, batch(kind)), atol=1e-5, rtol=1e-5)
 
 
+def test_of_overlapping_patterns_the_first_counts_for_peft_too(tmp_path: Path) -> None:
+    """PEFT sorts the patterns when it writes them, and then cannot read its own file; we keep their order."""
+    patterns = {"self_attn.q_proj": 2, "layers.1.self_attn.q_proj": 6}
+    model, config = ours("llama", "lora", rank_pattern=patterns)
+    save_adapter(model, config, tmp_path)
+    oracle = loaded_by_peft("llama", tmp_path)
+    torch.testing.assert_close(logits(oracle, batch("llama")), logits(model, batch("llama")), atol=1e-5, rtol=1e-5)
+
+
 def test_keys_of_newer_writers_are_accepted_while_they_are_off(tmp_path: Path) -> None:
     saved_by_peft(theirs("llama", "lora"), tmp_path)
     path = tmp_path / "adapter_config.json"

@@ -77,13 +77,12 @@ def test_docstring_and_indentation_are_taken_out(make_data: ModuleType, tmp_path
     [pair] = make_data.pairs_of(tmp_path / "queue.py")
     assert pair.library == "queue"
     assert pair.summary == "Return the number of items."
-    assert pair.code == (
-        "@property\ndef size(self):\n    with self.mutex:  # others put\n        return self._qsize()"
-    )
+    assert pair.code == ("@property\ndef size(self):\n    with self.mutex:  # others put\n        return self._qsize()")
 
 
 @pytest.mark.parametrize(
-    "body", ['"""Return the number of the items."""', '"""Return the number of items."""\n    raise NotImplementedError']
+    "body",
+    ['"""Return the number of the items."""', '"""Return the number of items."""\n    raise NotImplementedError'],
 )
 def test_functions_that_only_their_docstring_explains_are_left_out(
     make_data: ModuleType, tmp_path: Path, monkeypatch: Any, body: str
@@ -94,7 +93,8 @@ def test_functions_that_only_their_docstring_explains_are_left_out(
 
 
 @pytest.mark.parametrize(
-    "summary", ["Returns the number of items.", "The number of items.", "Return the number of items", "Return x; y z a b."]
+    "summary",
+    ["Returns the number of items.", "The number of items.", "Return the number of items", "Return x; y z a b."],
 )
 def test_other_styles_of_docstring_are_left_out(make_data: ModuleType, summary: str) -> None:
     assert not make_data.is_clean(summary)

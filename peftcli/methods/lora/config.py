@@ -67,6 +67,14 @@ class LoraConfig(TargetedConfig):
             found.append(("bias", f"must be none, all or lora_only, not {self.bias!r}"))
         return found
 
+    def targets(self, model: nn.Module) -> list[str]:
+        from peftcli.core.targets import check_patterns
+
+        names = super().targets(model)
+        check_patterns(dict(self.rank_pattern), names, "rank_pattern")
+        check_patterns(self.alpha_pattern, names, "alpha_pattern")
+        return names
+
     def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
         from peftcli.methods.lora.layers import wrap
 

@@ -12,7 +12,7 @@ from torch import nn
 from peftcli.core.inject import replace_module
 from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype, adapter_layers
 from peftcli.core.linear import Linear, linear_view
-from peftcli.core.targets import check_patterns, pattern_value, shortest_names
+from peftcli.core.targets import pattern_value, shortest_names
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
 
@@ -112,8 +112,6 @@ def wrap(module: nn.Module, name: str, config: LoraConfig) -> LoraLayer:
 def attach(model: nn.Module, config: LoraConfig) -> None:
     """Train the biases that ``bias: all`` names, and write into the config what the file's readers need."""
     layers = {name: layer for name, layer in adapter_layers(model).items() if isinstance(layer, LoraLayer)}
-    check_patterns(config.rank_pattern, layers, "rank_pattern")
-    check_patterns(config.alpha_pattern, layers, "alpha_pattern")
     if config.target_modules is None or config.target_modules == "all-linear":
         config.target_modules = shortest_names(model, list(layers))
     config.fan_in_fan_out = any(isinstance(layer, LoraLinear) and layer.view.transposed for layer in layers.values())

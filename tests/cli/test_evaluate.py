@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trainkit
+from trainkit import read_run, run_recipe, write_recipe
+
+EVALUATES = "training.eval_strategy=epoch"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return write_recipe(tmp_path)
+
+
+@pytest.mark.parametrize("method", [None, trainkit.PROMPT_TUNING], ids=["lora", "prompt_tuning"])
+def test_an_adapter_measures_as_in_training(cli: Callable, recipe: Path, method: str | None) -> None:
+    settings = [EVALUATES, *([method] if method else [])]
+    done = run_recipe(recipe, *settings, "training.eval_on_start=true")
+    ran = cli("evaluate", recipe, *settings, "--adapter", done.folder, "--json")
+    assert ran.code == 0
+    measured = json.loads(ran.out)
+    assert measured["eval"]["last"] == pytest.approx(done.run["eval"]["last"], rel=1e-6)
+    assert measured["data"]["eval"] == done.run["data"]["eval"]
+    assert measured["adapter"] == str(done.folder)
+    if not method:  # a new LoRA adapter changes nothing
+        base = json.loads(cli("evaluate", recipe, EVALUATES, "--json").out)
+        assert base["eval"]["last"] == pytest.approx(done.run["eval"]["first"], rel=1e-6)
+        assert base["adapter"] is None
+
+
+def test_it_prints_the_metrics_and_changes_nothing(cli: Callable, recipe: Path) -> None:
+    before = trainkit.files_of(recipe.parent)
+    ran = cli("evaluate", recipe)
+    assert [line.split()[0] for line in ran.out.splitlines()] == ["eval_loss", "eval_perplexity", "eval_token_accuracy"]
+    assert trainkit.files_of(recipe.parent) == before
+
+
+def test_the_held_out_rows_are_those_of_training(cli: Callable, recipe: Path) -> None:
+    trainkit.write_rows(recipe.parent / "train.jsonl", trainkit.MESSAGES)
+    recipe.write_text(recipe.read_text().replace(f"eval: {recipe.parent}/eval.jsonl", "eval_fraction: 0.3"))
+    done = run_recipe(recipe, EVALUATES)
+    ran = cli("evaluate", recipe, EVALUATES, "--adapter", done.folder, "--json")
+    assert json.loads(ran.out)["eval"]["last"] == pytest.approx(done.run["eval"]["last"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("gate", "code"), [("<= 100", 0), ("<= 0.01", 12)])
+def test_gates(cli: Callable, recipe: Path, gate: str, code: int) -> None:
+    ran = cli("evaluate", recipe, EVALUATES, f"gates.eval_loss={gate}", "--json")
+    assert ran.code == code
+    assert (json.loads(ran.out)["exit_code"], json.loads(ran.out)["gates"][0]["passed"]) == (code, code == 0)
+    assert ("eval_loss is" in ran.err) == (code == 12)
+
+
+def test_one_process_measures_what_several_trained(cli: Callable, recipe: Path) -> None:
+    assert cli("evaluate", recipe, "launch.num_processes=2").code == 0
+
+
+def test_failures(cli: Callable, recipe: Path, tmp_path: Path) -> None:
+    def fails(code: int, said: str, *args: object) -> None:
+        ran = cli("evaluate", recipe, *args)
+        assert ran.code == code, ran.err
+        assert said in ran.err
+        assert ran.out == ""
+
+    fails(2, "did you mean", "training.learning_rat=1")
+    fails(3, "no evaluation data", "dataset={train: " + f"{tmp_path}/train.jsonl" + "}")
+    (tmp_path / "empty").mkdir()
+    fails(4, "adapter_config.json", "--adapter", tmp_path / "empty")
+    other = run_recipe(write_recipe(tmp_path / "other", trainkit.base_folder("gpt2"))).folder
+    fails(4, "", "--adapter", other)
+
+
+def test_encoder_decoder(cli: Callable, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, trainkit.base_folder("t5", chat=False), trainkit.PROMPTS)
+    recipe.write_text(recipe.read_text().replace("causal_lm", "seq2seq_lm"))
+    done = run_recipe(recipe, EVALUATES)
+    ran = cli("evaluate", recipe, EVALUATES, "--adapter", done.folder, "--json")
+    assert json.loads(ran.out)["eval"]["last"] == pytest.approx(read_run(done.folder)["eval"]["last"], rel=1e-6)

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trainkit
+from trainkit import Child, read_run, write_recipe
+
+ESCAPE = "\x1b"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    trainkit.reset_accelerate()
+    return write_recipe(tmp_path)
+
+
+def test_the_answer_is_on_stdout_and_the_log_on_stderr(cli: Callable, recipe: Path) -> None:
+    ran = cli("train", recipe, "training.eval_strategy=steps", "training.eval_steps=4", "training.eval_on_start=true")
+    assert ran.code == 0
+    folder = recipe.parent / "out"
+    run = read_run(folder)
+    assert ran.out.startswith("done: 8 steps in 0:0")
+    assert f"{run['train_loss']:.4f}" in ran.out
+    first, kept = run["eval"]["first"]["eval_loss"], run["eval"]["kept"]["eval_loss"]
+    assert f"eval loss   {first:.4f} before training, {kept:.4f} after" in ran.out
+    for command in ("generate", "merge", "push"):
+        assert f"peftcli {command} {folder}" in ran.out
+    lines = ran.err.splitlines()
+    assert [line for line in lines if line.startswith("step 8/8  epoch 2.67  loss ")]
+    assert [line for line in lines if line.startswith("evaluation after step 8: eval_loss ")]
+    assert "training 3,712 of 38,432 parameters (9.66 %)" in lines
+    assert ESCAPE not in ran.out + ran.err
+    assert "\r" not in ran.err
+
+
+def test_json_is_one_object_the_content_of_run_json(cli: Callable, recipe: Path) -> None:
+    ran = cli("train", recipe, "--json")
+    assert json.loads(ran.out) == read_run(recipe.parent / "out")
+    assert "step 8/8" in ran.err
+    again = cli("train", recipe, "--json")
+    assert again.code == 0
+    assert json.loads(again.out) == json.loads(ran.out)
+
+
+def test_quiet(cli: Callable, recipe: Path) -> None:
+    ran = cli("train", recipe, "--quiet")
+    assert ran.err == ""
+    assert ran.out.startswith("done: 8 steps")
+
+
+def test_quiet_shows_warnings(cli: Callable, recipe: Path) -> None:
+    settings = ("training.save_strategy=steps", "training.save_steps=2")
+    # a run that fails at its last step, whose newest checkpoint is then damaged
+    (recipe.parent / "train.jsonl").rename(recipe.parent / "all.jsonl")
+    shutil.copy(recipe.parent / "all.jsonl", recipe.parent / "train.jsonl")
+    child = Child(recipe.parent, "train", recipe, *settings, before=_die_before_the_end)
+    assert child.wait() == 1
+    (recipe.parent / "out/checkpoints/step-000006/schedule.json").write_text("{}")
+    ran = cli("train", recipe, *settings, "--quiet")
+    assert ran.code == 0
+    assert ran.err.startswith("warning: step-000006 is damaged")
+    assert ran.err.count("\n") == 1
+
+
+def _die_before_the_end() -> None:
+    from peftcli.train import run
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no more")
+
+    run._finish = broken
+
+
+def test_a_finished_run_says_so(cli: Callable, recipe: Path) -> None:
+    cli("train", recipe)
+    again = cli("train", recipe)
+    assert again.code == 0
+    assert again.out.startswith("done: 8 steps")
+    assert again.err == f"{recipe.parent}/out is complete already; nothing was done\n"
+
+
+def test_resume_says_where_it_goes_on(cli: Callable, recipe: Path) -> None:
+    settings = ("training.save_strategy=steps", "training.save_steps=3")
+    assert Child(recipe.parent, "train", recipe, *settings, before=_die_before_the_end).wait() == 1
+    ran = cli("train", recipe, *settings)
+    assert "8 steps on cpu, going on after step 6" in ran.err
+
+
+def test_dry_run_changes_nothing(cli: Callable, recipe: Path) -> None:
+    ran = cli("train", recipe, "--dry-run", "training.max_steps=-1", "training.num_train_epochs=2")
+    assert ran.code == 0
+    shown = json.loads(ran.out)
+    assert shown["parameters"] == {"trainable": 3712, "all": 38432}
+    assert shown["steps"] == 6
+    assert (shown["data"]["used"], shown["data"]["eval"]["used"]) == (10, 3)
+    assert not (recipe.parent / "out").exists()
+
+
+def test_dry_run_of_a_recipe_that_would_fail(cli: Callable, recipe: Path) -> None:
+    ran = cli("train", recipe, "--dry-run", "method.target_modules=[q_porj]")
+    assert ran.code != 0
+    assert "q_proj" in ran.err
+
+
+@pytest.mark.parametrize(("gate", "code"), [("<= 100", 0), ("<= 0.01", 12)])
+def test_gates(cli: Callable, recipe: Path, gate: str, code: int) -> None:
+    ran = cli("train", recipe, "training.eval_strategy=epoch", f"gates.eval_loss={gate}", "--json")
+    assert ran.code == code
+    run = json.loads(ran.out)
+    assert (run["status"], run["exit_code"], run["gates"][0]["passed"]) == ("complete", code, code == 0)
+    assert (recipe.parent / "out/adapter_model.safetensors").exists()
+    assert ("gates" in ran.err) == (code == 12)
+    again = cli("train", recipe, "training.eval_strategy=epoch", f"gates.eval_loss={gate}")
+    assert again.code == code
+    assert f"eval_loss {gate}: {'passed' if code == 0 else 'FAILED'}" in again.out
+
+
+def test_failures(cli: Callable, recipe: Path, tmp_path: Path) -> None:
+    def fails(code: int, said: str, *args: str) -> None:
+        trainkit.reset_accelerate()
+        ran = cli("train", *args)
+        assert ran.code == code, ran.err
+        assert said in ran.err
+        assert "Traceback" not in ran.err
+        assert ran.out == ""
+
+    fails(2, "did you mean", str(recipe), "training.learning_rat=1")
+    fails(2, "no such file", str(recipe), "dataset.train=nowhere.jsonl")
+    fails(2, "nowhere.yaml", str(tmp_path / "nowhere.yaml"))
+    fails(4, "no model folder", str(recipe), "base_model=./nowhere")
+    fails(5, "the hub cannot be reached", str(recipe), "base_model=acme/tiny", f"training.output_dir={tmp_path}/hub")
+    fails(4, "q_proj", str(recipe), "method.target_modules=[q_porj]", f"training.output_dir={tmp_path}/typo")
+    fails(2, "no such checkpoint", str(recipe), "--resume", "nowhere", f"training.output_dir={tmp_path}/resume")
+    (tmp_path / "train.jsonl").write_text('{"text": 1}\n')
+    fails(3, "train.jsonl:1", str(recipe), f"training.output_dir={tmp_path}/data")
+
+
+def test_a_failure_as_json(cli: Callable, recipe: Path) -> None:
+    (recipe.parent / "train.jsonl").write_text("{broken\n")
+    ran = cli("train", recipe, "--json")
+    error = json.loads(ran.out)["error"]
+    assert (ran.code, error["exit_code"], error["kind"], error["line"]) == (3, 3, "DataError", 1)
+
+
+def test_what_a_terminal_shows(recipe: Path) -> None:
+    controller, terminal = pty.openpty()
+    shown: list[bytes] = []
+    reader = threading.Thread(target=_read, args=(controller, shown))
+    reader.start()
+    settings = ("training.eval_strategy=steps", "training.eval_steps=4")
+    env = {"TERM": "xterm-256color", "COLUMNS": "120"}
+    child = Child(recipe.parent, "train", recipe, *settings, terminal=os.ttyname(terminal), env=env)
+    assert child.wait() == 0
+    os.close(terminal)
+    reader.join(10)
+    text = b"".join(shown).decode()
+    assert ESCAPE in text
+    assert "8/8" in text
+    assert "step 8/8" not in text, "the bar stands instead of the lines"
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+    assert "evaluation after step 4: eval_loss" in plain
+    assert "done: 8 steps" in plain
+    hide, show = f"{ESCAPE}[?25l", f"{ESCAPE}[?25h"
+    assert text.count(hide) == text.count(show), "the cursor comes back"
+
+
+def _read(controller: int, shown: list[bytes]) -> None:
+    while True:
+        try:
+            block = os.read(controller, 4096)
+        except OSError:  # the terminal was closed
+            return
+        if not block:
+            return
+        shown.append(block)

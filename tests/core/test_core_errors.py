@@ -1,0 +1,297 @@
+"""A wrong setting or file is named, with what to do; the model stays as it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from models_tiny import batch, logits, tiny
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from peftcli.core.config import AdapterConfig
+from peftcli.core.files import load_adapter, read_config, save_adapter
+from peftcli.core.inject import inject
+from peftcli.core.weights import adapter_state, load_state
+from peftcli.errors import AdapterError
+from peftcli.methods import config_from_dict
+from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.prompt_tuning.config import PromptTuningConfig
+
+
+def _fingerprint(model: nn.Module) -> list[Any]:
+    """Everything of a model that injection could change."""
+    return [
+        [(name, id(module), module.training) for name, module in model.named_modules()],
+        [(name, id(value), value.requires_grad, value._version) for name, value in model.named_parameters()],
+        [len(module._forward_pre_hooks) for module in model.modules()],
+    ]
+
+
+WRONG: dict[str, tuple[AdapterConfig, str]] = {
+    "target": (LoraConfig(target_modules=["q_porj"]), r"target_modules: no module of LlamaForCausalLM matches 'q_porj'; closest: q_proj"),
+    "one of two targets": (LoraConfig(target_modules=["v_proj", "q_porj"]), "'q_porj'; closest: q_proj"),
+    "dotted target": (LoraConfig(target_modules=["self_attn.q_porj"]), "closest: self_attn.q_proj"),
+    "part of a name": (LoraConfig(target_modules=["proj"]), "target_modules: .*'proj'; closest: .*_proj"),
+    "regex": (LoraConfig(target_modules=r".*\.q_porj"), "target_modules: no module of LlamaForCausalLM matches"),
+    "no regex": (LoraConfig(target_modules=r"*q_proj"), "target_modules: .* is no regular expression"),
+    "long regex": (LoraConfig(target_modules="a" * 5000), "target_modules: a pattern of 5000 characters"),
+    "no linear": (LoraConfig(target_modules=["input_layernorm"]), "input_layernorm is a LlamaRMSNorm; LoRA adapts Linear"),
+    "a whole block": (LoraConfig(target_modules=["mlp"]), "mlp is a LlamaMLP; LoRA adapts"),
+    "empty": (LoraConfig(target_modules=[]), "target_modules: names no module"),
+    "saved": (LoraConfig(modules_to_save=["lm_haed"]), "modules_to_save: .*'lm_haed'; closest: lm_head"),
+    "saved by part of a name": (LoraConfig(modules_to_save=["head"]), "modules_to_save: .*'head'"),
+    "saved and adapted": (LoraConfig(target_modules=["lm_head"], modules_to_save=["lm_head"]), "modules_to_save leaves no"),
+    "excluded": (LoraConfig(exclude_modules=["v_porj"]), "exclude_modules: .*'v_porj'; closest: v_proj"),
+    "all excluded": (LoraConfig(exclude_modules=["q_proj", "v_proj"]), "target_modules: no module .* is left to adapt"),
+    "rank pattern": (LoraConfig(rank_pattern={"q_porj": 4}), "rank_pattern: no adapted module matches 'q_porj'; closest: q_proj"),
+    "rank pattern of another module": (LoraConfig(rank_pattern={"o_proj": 4}), "rank_pattern: no adapted module matches"),
+    "alpha pattern": (LoraConfig(alpha_pattern={"q_porj": 4.0}), "alpha_pattern: no adapted module matches 'q_porj'"),
+    "layer": (LoraConfig(target_modules=["q_proj"], layers_to_transform=[0, 7]), "layers_to_transform: no target module in layer 7; there are layers 0 to 1"),
+    "negative layer": (LoraConfig(target_modules=["q_proj"], layers_to_transform=-1), "layers_to_transform: indices count from 0"),
+    "layers of a regex": (LoraConfig(target_modules=r".*q_proj", layers_to_transform=1), "layers_to_transform: needs target_modules as a list"),
+    "layers pattern": (LoraConfig(target_modules=["q_proj"], layers_to_transform=1, layers_pattern="blocks"), "layers_to_transform: "),
+    "layers pattern alone": (LoraConfig(layers_pattern="layers"), "layers_pattern: means nothing without"),
+    "r": (LoraConfig(r=0), "r: must be at least 1, not 0"),
+    "r far too large": (LoraConfig(r=4096), "r: 4096 is far larger"),
+    "alpha": (LoraConfig(lora_alpha=-1), "lora_alpha: must be above 0, not -1"),
+    "dropout": (LoraConfig(lora_dropout=1.0), r"lora_dropout: must be in \[0, 1\)"),
+    "r of a pattern": (LoraConfig(rank_pattern={"q_proj": 0}), "rank_pattern: q_proj: r must be at least 1"),
+    "alpha of a pattern": (LoraConfig(alpha_pattern={"q_proj": 0}), "alpha_pattern: q_proj: lora_alpha must be above 0"),
+    "bias": (LoraConfig(bias="some"), "bias: must be none, all or lora_only"),  # type: ignore[arg-type]
+    "init": (LoraConfig(init_lora_weights="pissa"), "init_lora_weights: 'pissa' is not supported"),  # type: ignore[arg-type]
+    "virtual tokens": (PromptTuningConfig(num_virtual_tokens=0), "num_virtual_tokens: must be at least 1"),
+    "prompt init": (PromptTuningConfig(prompt_tuning_init="WORDS"), "prompt_tuning_init: must be"),  # type: ignore[arg-type]
+    "prompt without text": (PromptTuningConfig(prompt_tuning_init="TEXT"), "prompt_tuning_init_text: .* needs it"),
+    "prompt width": (PromptTuningConfig(token_dim=99), "token_dim: the adapter's is 99, the base model's 32"),
+    "prompt text not prepared": (PromptTuningConfig(prompt_tuning_init="TEXT", prompt_tuning_init_text="x"), "call prepare"),
+    "prompt saved": (PromptTuningConfig(modules_to_save=["lm_haed"]), "modules_to_save: .*'lm_haed'; closest: lm_head"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_setting_is_named_and_nothing_is_changed(name: str) -> None:
+    config, message = WRONG[name]
+    model = tiny("llama")
+    before = _fingerprint(model)
+    with pytest.raises(AdapterError, match=message):
+        inject(model, config)
+    assert _fingerprint(model) == before
+    inject(model, LoraConfig())  # and a right one still goes in
+
+
+@pytest.mark.parametrize("bad", [LoraConfig(target_modules=["c_atn"]), LoraConfig(rank_pattern={"h.9.attn.c_attn": 4})])
+def test_the_same_on_a_trainable_model_in_training(bad: LoraConfig) -> None:
+    model = tiny("gpt2").train()
+    before = _fingerprint(model)
+    with pytest.raises(AdapterError):
+        inject(model, bad)
+    assert _fingerprint(model) == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_dora", True),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "eva"),
+        ("init_lora_weights", "pissa_niter_16"),
+        ("layer_replication", [[0, 2], [1, 2]]),
+        ("use_qalora", True),
+        ("lora_bias", True),
+        ("trainable_token_indices", [1, 2]),
+        ("target_parameters", ["experts"]),
+        ("loftq_config", {"loftq_bits": 4}),
+        ("alora_invocation_tokens", [5]),
+        ("megatron_config", {"a": 1}),
+        ("some_new_key", "on"),
+        ("r", "8"),
+        ("r", 2.5),
+        ("r", True),
+        ("lora_alpha", [8]),
+        ("lora_alpha", float("nan")),
+        ("target_modules", 3),
+        ("rank_pattern", [4]),
+        ("rank_pattern", {"q_proj": "4"}),
+        ("alpha_pattern", {"q_proj": "x"}),
+        ("target_modules", [1, 2]),
+        ("modules_to_save", "classifier"),
+        ("layers_to_transform", ["a"]),
+        ("bias", "some"),
+        ("lora_dropout", "0.1"),
+    ],
+)
+def test_a_setting_of_a_file_that_is_not_supported_or_wrong_is_refused_by_name(key: str, value: Any) -> None:
+    with pytest.raises(AdapterError) as caught:
+        config_from_dict({"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], key: value}, "x/adapter_config.json")
+    assert caught.value.key == key
+    assert "x/adapter_config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["ADALORA", None, "lora", 3, ["LORA"]])
+def test_an_unknown_method_is_named_with_the_known_ones(value: Any) -> None:
+    with pytest.raises(AdapterError, match="known: LORA, PROMPT_TUNING"):
+        config_from_dict({"peft_type": value})
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern", "modules_to_save", "lora_dropout", "bias"])
+def test_null_in_a_file_means_the_default(key: str) -> None:
+    config = config_from_dict({"peft_type": "LORA", "target_modules": ["q_proj"], key: None})
+    assert getattr(config, key) == getattr(LoraConfig(), key)
+    inject(tiny("llama"), config)
+
+
+def test_every_key_that_peft_writes_is_read() -> None:
+    values = peft.LoraConfig(target_modules=["q_proj"]).to_dict()
+    values = json.loads(json.dumps(values, default=sorted))
+    assert config_from_dict(values) == LoraConfig(target_modules=["q_proj"])
+    values = peft.PromptTuningConfig(num_virtual_tokens=3).to_dict()
+    assert config_from_dict(json.loads(json.dumps(values))) == PromptTuningConfig(num_virtual_tokens=3)
+
+
+# the adapter's tensors
+
+
+def _state() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    model = tiny("llama")
+    inject(model, LoraConfig(r=4))
+    return model, {name: value.clone() + 1 for name, value in adapter_state(model).items()}
+
+
+def test_everything_wrong_with_the_tensors_is_said_at_once_and_nothing_is_loaded() -> None:
+    model, tensors = _state()
+    before = logits(model, batch("llama"))
+    names = list(tensors)
+    del tensors[names[0]]
+    tensors[names[1]] = torch.zeros(3, 3)
+    tensors[names[2]][0, 0] = torch.nan
+    tensors[names[3]][0, 0] = torch.inf
+    tensors["base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"] = torch.zeros(4, 32)
+    with pytest.raises(AdapterError) as caught:
+        load_state(model, tensors, "folder/adapter_model.safetensors")
+    text = str(caught.value)
+    assert text.startswith("folder/adapter_model.safetensors: ")
+    assert f"missing: {names[0]}" in text
+    assert "unexpected: base_model.model.model.layers.9" in text
+    assert f"shape: {names[1]} is (3, 3), the model needs" in text
+    assert f"not finite: {names[2]}" in text
+    assert f"not finite: {names[3]}" in text
+    assert torch.equal(logits(model, batch("llama")), before)
+
+
+def test_a_long_list_of_wrong_tensors_is_cut() -> None:
+    model, _ = _state()
+    inject(other := tiny("llama"), LoraConfig(target_modules="all-linear"))
+    with pytest.raises(AdapterError, match=r"and \d+ more") as caught:
+        load_state(model, adapter_state(other))
+    assert len(str(caught.value).splitlines()) < 12
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_tensors_that_are_no_numbers_of_a_model_are_refused(dtype: torch.dtype) -> None:
+    model, tensors = _state()
+    name = next(iter(tensors))
+    with pytest.raises(AdapterError, match=name.replace(".", r"\.")):
+        load_state(model, {**tensors, name: torch.zeros(tensors[name].shape, dtype=dtype)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_tensors_of_another_precision_are_taken(dtype: torch.dtype) -> None:
+    model, tensors = _state()
+    load_state(model, {name: value.to(dtype) for name, value in tensors.items()})
+    assert {value.dtype for value in adapter_state(model).values()} == {torch.float32}
+
+
+# the adapter's files
+
+
+def _folder(path: Path) -> Path:
+    model, config = tiny("llama"), LoraConfig(r=4)
+    inject(model, config)
+    save_adapter(model, config, path)
+    return path
+
+
+def _load(folder: Path) -> None:
+    load_adapter(tiny("llama"), config_from_dict(read_config(folder)), folder)
+
+
+def _write(name: str, content: bytes) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def _pickled(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def _cut(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _link(folder: Path) -> None:
+    (folder / "adapter_config.json").unlink()
+    (folder / "adapter_config.json").mkdir()
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "pickle": (_pickled, r"adapter_model\.bin is a pickle"),
+    "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), r"no adapter_model\.safetensors"),
+    "no config": (lambda folder: (folder / "adapter_config.json").unlink(), r"no adapter_config\.json here"),
+    "config is a folder": (_link, r"no adapter_config\.json here"),
+    "cut short": (_cut, "damaged"),
+    "no tensors": (_write("adapter_model.safetensors", b"{}"), "damaged"),
+    "empty weights": (_write("adapter_model.safetensors", b""), "damaged"),
+    "no JSON": (_write("adapter_config.json", b"{"), "not valid JSON"),
+    "deep JSON": (_write("adapter_config.json", b"[" * 100_000), "not valid JSON"),
+    "not UTF-8": (_write("adapter_config.json", b'{"a": "\xff\xfe"}'), "not valid JSON"),
+    "a list": (_write("adapter_config.json", b"[]"), "holds no JSON object"),
+    "huge": (_write("adapter_config.json", b" " * (1 << 21)), "larger than 1 MB"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_folder_is_one_clear_error(name: str, tmp_path: Path) -> None:
+    spoil, message = BROKEN[name]
+    spoil(_folder(tmp_path))
+    with pytest.raises(AdapterError, match=message) as caught:
+        _load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_sound_folder_loads(tmp_path: Path) -> None:
+    _load(_folder(tmp_path))
+
+
+def test_non_finite_weights_are_neither_written_nor_read(tmp_path: Path) -> None:
+    model, config = tiny("llama"), LoraConfig(r=4)
+    inject(model, config)
+    name, value = next(iter(adapter_state(model).items()))
+    value[0, 0] = torch.nan
+    with pytest.raises(AdapterError, match="not finite"):
+        save_adapter(model, config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    folder = _folder(tmp_path / "old")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors[name][0, 0] = torch.inf
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="not finite: "):
+        _load(folder)
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    model = tiny("llama")
+    before = _fingerprint(model)
+    with pytest.raises(AdapterError, match="missing"):
+        load_adapter(model, config_from_dict(read_config(folder)), folder)
+    assert _fingerprint(model)[0] == before[0]

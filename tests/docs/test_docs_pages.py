@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from docs_pages import PAGES, ROOT, blocks, page_id
+from peft.utils.peft_types import PeftType
+
+from peftcli.data.formats import FORMATS, detect_format
+
+sys.path.insert(0, str(ROOT / "docs"))
+import generate
+
+LINK = re.compile(r"\[[^\]]*\]\((?!https?:)([^)#\s]*)(#[^)\s]*)?\)")
+
+
+def test_reference_pages_are_fresh(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--check"])
+    assert generate.main() == 0, capsys.readouterr().err
+
+
+def test_a_stale_page_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "docs/reference").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("<!-- include: part.yaml -->\nold\n<!-- /include -->\n")
+    (tmp_path / "part.yaml").write_text("a: 1\n")
+    monkeypatch.setattr(generate, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--check"])
+    assert generate.main() == 1
+    stale = capsys.readouterr().err
+    assert "README.md is stale" in stale
+    assert "docs/reference/recipe.md is stale" in stale
+    monkeypatch.setattr(sys, "argv", ["generate.py"])
+    assert generate.main() == 0
+    assert "```yaml\na: 1\n```" in (tmp_path / "README.md").read_text()
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--check"])
+    assert generate.main() == 0
+
+
+def test_generating_them_needs_no_torch() -> None:
+    code = "import sys; sys.path.insert(0, 'docs'); import generate as g; [p() for p in g.PAGES.values()]; "
+    code += "assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_list_of_peft_methods_is_whole() -> None:
+    assert set(PeftType.__members__) <= set(generate.PEFT_TYPES.split())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_resolve(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target, anchor in LINK.findall(text):
+        there = page if not target else (page.parent / target).resolve()
+        assert there.exists(), f"{page_id(page)}: {target}"
+        if anchor:
+            assert anchor[1:] in anchors(there), f"{page_id(page)}: {target}{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that a page's headings make."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_data_format_has_an_example_row() -> None:
+    text = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in text for name in FORMATS)
+    rows = [json.loads(block.text) for block in blocks(ROOT / "docs/recipes.md") if block.kind == "json"]
+    assert {detect_format(row) for row in rows} == set(FORMATS)
+
+
+def test_the_package_tree_of_the_readme_is_right() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named, folder = set(), ""
+    for line in text.partition("peftcli/\n")[2].partition("```")[0].splitlines():
+        depth, names = len(line) - len(line.lstrip()), re.split(r"\s{2,}", line.strip())[0].split()
+        folder = folder if depth > 2 else ""
+        named |= {folder + name for name in names}
+        folder = names[0] if depth == 2 and names[0].endswith("/") else folder
+    package = ROOT / "peftcli"
+    assert [name for name in named if not (package / name).exists()] == []
+    modules = {path.relative_to(package) for path in package.rglob("*.py")}
+    whole = tuple(name for name in named if name.count("/") > 1)  # described as one
+    unnamed = [str(m) for m in modules if str(m) not in named and not str(m).startswith(whole)]
+    assert [name for name in unnamed if not name.endswith("/__init__.py")] == []

@@ -1,0 +1,120 @@
+"""Counts and sizes that are published for well-known models; no weight is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+from peftcli.core.config import AdapterConfig
+from peftcli.core.files import write_adapter
+from peftcli.core.inject import inject
+from peftcli.core.weights import adapter_state
+from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.prompt_tuning.config import PromptTuningConfig
+from peftcli.peft_api import get_peft_model
+
+
+def _mt0_large() -> nn.Module:
+    model = MT5ForConditionalGeneration(
+        MT5Config(
+            vocab_size=250112,
+            d_model=1024,
+            d_kv=64,
+            d_ff=2816,
+            num_layers=24,
+            num_heads=16,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+    # the published model's head is its own, which this config class cannot say
+    model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
+    return model
+
+
+def _opt_350m() -> nn.Module:
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=50272,
+            hidden_size=1024,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            ffn_dim=4096,
+            word_embed_proj_dim=512,
+            do_layer_norm_before=False,
+        )
+    )
+
+
+def _bloomz_560m() -> nn.Module:
+    return BloomForCausalLM(BloomConfig(vocab_size=250880, hidden_size=1024, n_layer=24, n_head=16))
+
+
+def _llama_32_1b() -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=128256,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=64,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+FIGURES: dict[str, tuple[Callable[[], nn.Module], AdapterConfig, int, int]] = {
+    "mt0-large": (_mt0_large, LoraConfig(r=8, task_type="SEQ_2_SEQ_LM"), 2359296, 1231940608),
+    "opt-350m": (_opt_350m, LoraConfig(r=16, target_modules=["q_proj", "v_proj"]), 1572864, 332769280),
+    "bloomz-560m": (_bloomz_560m, PromptTuningConfig(num_virtual_tokens=8, task_type="CAUSAL_LM"), 8192, 559222784),
+    "llama-3.2-1b": (_llama_32_1b, LoraConfig(r=8, target_modules=["q_proj"]), 524288, 1236338688),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_counts(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    build, config, trainable, total = FIGURES[name]
+    with torch.device("meta"):
+        model = get_peft_model(build(), config)
+    assert model.get_nb_trainable_parameters() == (trainable, total)
+    model.print_trainable_parameters()
+    share = f"trainable%: {100 * trainable / total:.4f}"
+    assert capsys.readouterr().out == f"trainable params: {trainable:,d} || all params: {total:,d} || {share}\n"
+
+
+def test_the_injections_own_counts_and_share() -> None:
+    build, config, *expected = FIGURES["mt0-large"]
+    with torch.device("meta"):
+        injection = inject(build(), config)
+    assert [injection.trainable, injection.total] == expected
+    assert 100 * injection.trainable / injection.total == 0.19151053100118282
+
+
+def test_file_of_opt_350m(tmp_path: Path) -> None:
+    build, config, *_ = FIGURES["opt-350m"]
+    with torch.device("meta"):
+        model = build()
+        inject(model, config)
+    state = adapter_state(model)
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    zeros = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in state.items()}
+    write_adapter(zeros, config, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    assert len(load_file(file)) == 96
+    assert file.stat().st_size == 6_304_960

@@ -1,0 +1,543 @@
+"""The run folder: what stands in it, whose it is, and how a stopped run goes on."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trainkit
+from trainkit import Child, files_of, read_run, run_recipe, write_recipe
+
+from peftcli.errors import DataError, FolderBusy, Interrupted, StorageError, UsageError
+from peftcli.recipe import load_recipe
+from peftcli.train.report import Event, Phase, Saved, Stepped, Warned
+
+FULL = (
+    "method.lora_dropout=0.2",
+    "training.per_device_train_batch_size=2",
+    "training.gradient_accumulation_steps=2",
+    "training.eval_strategy=steps",
+    "training.eval_steps=2",
+    "training.eval_on_start=true",
+    "training.save_strategy=steps",
+    "training.save_steps=3",
+    "training.load_best_model_at_end=true",
+    "training.logging_steps=2",
+    "training.warmup_steps=2",
+)
+"""Everything that a checkpoint must carry: dropout, accumulation, best adapter, schedule, the loss since the last line."""
+
+
+def at_step(step: int, action: Callable[[], None]) -> Callable[[Event], None]:
+    def on_event(event: Event) -> None:
+        if isinstance(event, Stepped) and event.result.step == step:
+            action()
+
+    return on_event
+
+
+def send(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> trainkit.Trained:
+    return run_recipe(write_recipe(tmp_path_factory.mktemp("whole")), *FULL)
+
+
+PRODUCT = ("adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "loss.png")
+
+
+def assert_same(folder: Path, whole: trainkit.Trained) -> None:
+    for name in PRODUCT:
+        assert (folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
+    run, expected = read_run(folder), whole.run
+    for key in ("status", "exit_code", "error", "steps", "train_loss", "eval", "parameters"):
+        assert run[key] == expected[key], key
+
+
+# --- what a finished run leaves ---------------------------------------------------------------------------------------
+
+
+def test_what_stands_in_the_folder(uninterrupted: trainkit.Trained) -> None:
+    folder = uninterrupted.folder
+    assert {path.name for path in folder.iterdir()} == {
+        *PRODUCT, "README.md", "recipe.yaml", "run.json", "checkpoints", ".lock"
+    }  # fmt: skip
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert "peftcli" in (folder / "README.md").read_text()
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-000003", "step-000006"]
+
+
+def test_run_json(uninterrupted: trainkit.Trained) -> None:
+    run, recipe = uninterrupted.run, uninterrupted.recipe
+    assert run == read_run(uninterrupted.folder)
+    assert (run["schema_version"], run["status"], run["exit_code"], run["error"]) == (1, "complete", 0, None)
+    assert run["resumable"] is False
+    assert run["recipe"]["training"]["learning_rate"] == 5e-3
+    assert len(run["recipe_sha256"]) == 64
+    assert run["base_model"]["name"] == recipe.base_model.name
+    assert len(run["base_model"]["sha256"]) == 64
+    train = Path(recipe.dataset.train)
+    data = run["data"]
+    assert data["files"] == [str(train)]
+    assert data["sha256"] == {str(train): hashlib.sha256(train.read_bytes()).hexdigest()}
+    assert (data["rows"], data["used"], data["truncated"], data["format"]) == (10, 10, 0, "messages")
+    assert data["tokens"] > data["targets"] > 0
+    assert sum(data["dropped"].values()) == 0
+    assert data["eval"]["rows"] == 3
+    assert run["parameters"]["all"] > run["parameters"]["trainable"] > 0
+    assert {"python", "torch", "transformers", "peftcli"} <= run["versions"].keys()
+    assert (run["device"], run["processes"], run["seeds"]) == ("cpu", 1, {"training": 42})
+    assert run["steps"] == {"done": 8, "total": 8}
+    assert (run["attempts"][0]["from_step"], run["attempts"][0]["end_step"]) == (0, 8)
+    assert run["attempts"][0]["reason"] == "complete"
+    assert run["peak_memory_bytes"]["rss"] > 10**7
+    assert run["wall_seconds"] > 0
+    assert run["tokens_per_second"] > 0
+    assert run["gates"] == []
+    for artefact in run["artefacts"]:
+        content = (uninterrupted.folder / artefact["path"]).read_bytes()
+        assert (artefact["bytes"], artefact["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {each["path"] for each in run["artefacts"]}
+
+
+def test_metrics_hold_one_object_a_step(uninterrupted: trainkit.Trained) -> None:
+    entries = uninterrupted.metrics
+    assert [entry["step"] for entry in entries] == [0, 1, 2, 4, 6, 8]
+    assert entries[0].keys() >= {"epoch", "eval_loss", "eval_perplexity", "eval_token_accuracy"}
+    assert entries[-1].keys() >= {"loss", "grad_norm", "learning_rate", "num_targets", "num_tokens", "eval_loss"}
+    assert "eval_loss" not in entries[1]
+
+
+def test_the_resolved_recipe_is_the_recipe(uninterrupted: trainkit.Trained) -> None:
+    assert load_recipe(uninterrupted.folder / "recipe.yaml") == uninterrupted.recipe
+
+
+def test_adapter_config_names_the_base_as_the_recipe_does(uninterrupted: trainkit.Trained) -> None:
+    config = json.loads((uninterrupted.folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == uninterrupted.recipe.base_model.name
+    assert (config["task_type"], config["inference_mode"], config["peft_type"]) == ("CAUSAL_LM", True, "LORA")
+
+
+def test_old_checkpoints_go(recipe: Path) -> None:
+    saved: list[set[str]] = []
+
+    def look(event: Event) -> None:
+        if isinstance(event, Saved):
+            saved.append({path.name for path in event.path.parent.iterdir()})
+
+    run_recipe(
+        recipe, "training.save_strategy=steps", "training.save_steps=1", "training.save_total_limit=3", on_event=look
+    )
+    assert saved[-1] == {"step-000005", "step-000006", "step-000007"}
+
+
+# --- whose folder it is -----------------------------------------------------------------------------------------------
+
+
+def test_twice_is_once(recipe: Path) -> None:
+    first = run_recipe(recipe)
+    before = files_of(first.folder)
+    again = run_recipe(recipe)
+    assert again.run == first.run
+    assert again.events == []
+    assert files_of(first.folder) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "edit", "named"),
+    [
+        (["training.learning_rate=1e-3"], None, "recipe.training.learning_rate: 0.005 -> 0.001"),
+        (["method.r=2"], None, "recipe.method.r: 4 -> 2"),
+        ([], "train.jsonl", "train.jsonl"),
+        ([], "eval.jsonl", "eval.jsonl"),
+    ],
+)
+def test_another_recipe_or_data_is_refused(recipe: Path, settings: list[str], edit: str | None, named: str) -> None:
+    folder = run_recipe(recipe).folder
+    before = files_of(folder)
+    if edit:
+        with (recipe.parent / edit).open("a") as file:
+            file.write(json.dumps(trainkit.MESSAGES[0]) + "\n")
+    with pytest.raises(UsageError, match="nothing was changed") as caught:
+        run_recipe(recipe, *settings)
+    assert named in str(caught.value)
+    assert files_of(folder) == before
+
+
+def test_another_base_model_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(trainkit.base_folder(), base)
+    recipe = write_recipe(tmp_path, base)
+    run_recipe(recipe)
+    shutil.copy(trainkit.base_folder("llama_tied") / "model.safetensors", base / "model.safetensors")
+    with pytest.raises(UsageError, match="base_model"):
+        run_recipe(recipe)
+
+
+def test_a_moved_folder_is_the_same_run(recipe: Path, tmp_path: Path) -> None:
+    first = run_recipe(recipe)
+    first.folder.rename(tmp_path / "moved")
+    assert run_recipe(recipe, f"training.output_dir={tmp_path}/moved").run == first.run
+
+
+def test_foreign_files_are_refused(recipe: Path) -> None:
+    folder = recipe.parent / "out"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match="thesis.tex"):
+        run_recipe(recipe)
+    assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
+
+
+def test_an_output_dir_that_is_a_file(recipe: Path) -> None:
+    (recipe.parent / "out").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        run_recipe(recipe)
+
+
+def test_an_empty_folder_and_what_a_killed_start_leaves_are_welcome(recipe: Path) -> None:
+    folder = recipe.parent / "out"
+    folder.mkdir()
+    (folder / ".lock").touch()
+    (folder / ".run.json.4711.tmp").write_text('{"schema')
+    assert run_recipe(recipe).run["status"] == "complete"
+
+
+def test_a_folder_in_use(recipe: Path) -> None:
+    folder = recipe.parent / "out"
+    folder.mkdir()
+    with (folder / ".lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(FolderBusy):
+            run_recipe(recipe)
+    assert run_recipe(recipe).run["status"] == "complete"
+
+
+def test_a_run_that_ended_while_this_one_waited_for_the_folder(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is decided before the lock is held is decided again after."""
+    from peftcli.train.folder import RunFolder
+
+    whole = run_recipe(recipe, f"training.output_dir={recipe.parent}/other")
+    lock = RunFolder.lock
+
+    def late(self: RunFolder) -> None:
+        shutil.copytree(whole.folder, self.path)
+        lock(self)
+
+    monkeypatch.setattr(RunFolder, "lock", late)
+    again = run_recipe(recipe)
+    assert again.events == []
+    assert again.run["status"] == "complete"
+
+
+# --- stopped and resumed ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(
+    recipe: Path, uninterrupted: trainkit.Trained, number: int, code: int
+) -> None:
+    with pytest.raises(Interrupted, match="after step 5 of 8") as caught:
+        run_recipe(recipe, *FULL, on_event=at_step(5, send(number)))
+    assert caught.value.exit_code == code
+    assert "same command" in str(caught.value.hint)
+    folder = recipe.parent / "out"
+    run = read_run(folder)
+    assert (run["status"], run["exit_code"], run["resumable"], run["steps"]["done"]) == ("interrupted", code, True, 5)
+    assert (run["attempts"][0]["end_step"], run["attempts"][0]["reason"]) == (5, "interrupted")
+    assert run["wall_seconds"] > 0
+    assert not (folder / "adapter_model.safetensors").exists()
+    done = run_recipe(recipe, *FULL)
+    assert [event.result.step for event in done.events if isinstance(event, Stepped)] == [6, 7, 8]
+    assert [attempt["from_step"] for attempt in done.run["attempts"]] == [0, 5]
+    assert done.run["wall_seconds"] > run["wall_seconds"]
+    assert_same(folder, uninterrupted)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 6, 7])
+def test_stopped_after_any_step(recipe: Path, uninterrupted: trainkit.Trained, step: int) -> None:
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, *FULL, on_event=at_step(step, send(signal.SIGTERM)))
+    assert_same(run_recipe(recipe, *FULL).folder, uninterrupted)
+
+
+def test_stopped_after_every_step(recipe: Path, uninterrupted: trainkit.Trained) -> None:
+    for step in range(1, 8):
+        with pytest.raises(Interrupted):
+            run_recipe(recipe, *FULL, on_event=at_step(step, send(signal.SIGTERM)))
+    done = run_recipe(recipe, *FULL)
+    assert len(done.run["attempts"]) == 8
+    assert_same(done.folder, uninterrupted)
+
+
+def test_prompt_tuning_resumes_too(recipe: Path, tmp_path: Path) -> None:
+    whole = run_recipe(recipe, trainkit.PROMPT_TUNING, f"training.output_dir={tmp_path}/whole")
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, trainkit.PROMPT_TUNING, on_event=at_step(4, send(signal.SIGTERM)))
+    assert run_recipe(recipe, trainkit.PROMPT_TUNING).weights == whole.weights
+
+
+def test_a_signal_at_the_last_step_lets_the_run_end(recipe: Path) -> None:
+    assert run_recipe(recipe, on_event=at_step(8, send(signal.SIGTERM))).run["status"] == "complete"
+
+
+def while_loading(event: Event) -> None:
+    if isinstance(event, Phase):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_before_the_first_step(recipe: Path) -> None:
+    with pytest.raises(Interrupted) as caught:
+        run_recipe(recipe, on_event=while_loading)
+    assert caught.value.exit_code == 143
+    run = read_run(recipe.parent / "out")
+    assert (run["status"], run["resumable"]) == ("interrupted", False)
+
+
+def test_a_signal_before_the_first_step_of_a_resumed_run(recipe: Path, uninterrupted: trainkit.Trained) -> None:
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, *FULL, on_event=at_step(5, send(signal.SIGTERM)))
+    folder = recipe.parent / "out"
+    attempts = read_run(folder)["attempts"]
+    with pytest.raises(Interrupted) as caught:
+        run_recipe(recipe, *FULL, on_event=while_loading)
+    assert caught.value.exit_code == 75, "the checkpoint of step 5 still stands"
+    run = read_run(folder)
+    assert (run["resumable"], run["steps"]["done"], run["attempts"]) == (True, 5, attempts)
+    assert_same(run_recipe(recipe, *FULL).folder, uninterrupted)
+
+
+def test_train_leaves_the_signal_handlers_as_they_were(recipe: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    run_recipe(recipe)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_training_in_another_thread(recipe: Path) -> None:
+    """Only a main thread can handle signals; a notebook or a server may have another."""
+    done: list[Any] = []
+    thread = threading.Thread(target=lambda: done.append(run_recipe(recipe).run["status"]))
+    thread.start()
+    thread.join(60)
+    assert done == ["complete"]
+
+
+# --- killed -----------------------------------------------------------------------------------------------------------
+
+
+class KillAt:
+    """SIGKILL at the ``count``-th call of fsync: before the file that is being written gets its name."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __call__(self) -> None:
+        fsync, calls = os.fsync, [0]
+
+        def counted(handle: int) -> None:
+            calls[0] += 1
+            if calls[0] == self.count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            fsync(handle)
+
+        os.fsync = counted
+
+
+def killed_and_resumed(recipe: Path, whole: trainkit.Trained, moments: list[int]) -> int:
+    """Kill the run at each moment in turn, then let it end. Gives how many of the kills happened."""
+    kills = 0
+    for moment in moments:
+        code = Child(recipe.parent, "train", recipe, *FULL, before=KillAt(moment)).wait()
+        assert code in (-signal.SIGKILL, 0)
+        kills += code != 0
+    assert_same(run_recipe(recipe, *FULL).folder, whole)
+    return kills
+
+
+def test_killed_at_writes_and_resumed_ends_with_the_same_bytes(recipe: Path, uninterrupted: trainkit.Trained) -> None:
+    assert killed_and_resumed(recipe, uninterrupted, [1, 2, 12, 17, 40]) >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(1, 80))
+def test_killed_at_every_write(recipe: Path, uninterrupted: trainkit.Trained, moment: int) -> None:
+    killed_and_resumed(recipe, uninterrupted, [moment])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12))
+def test_killed_at_random_times(recipe: Path, uninterrupted: trainkit.Trained, seed: int) -> None:
+    chance = random.Random(seed)
+    folder = recipe.parent / "out"
+    for _ in range(3):
+        child = Child(recipe.parent, "train", recipe, *FULL)
+        child.process.join(chance.uniform(0.1, 2.5))
+        child.signal(signal.SIGKILL)
+        child.process.join()
+    done = run_recipe(recipe, *FULL)
+    assert done.folder == folder
+    assert_same(folder, uninterrupted)
+
+
+def test_a_killed_run_says_running(recipe: Path) -> None:
+    child = Child(recipe.parent, "train", recipe, "training.max_steps=100000")
+    metrics = recipe.parent / "out/metrics.jsonl"
+    child.until(lambda: metrics.exists() and metrics.stat().st_size > 0)
+    child.signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    run = read_run(recipe.parent / "out")
+    assert (run["status"], run["pid"]) == ("running", child.process.pid)
+
+
+def test_a_second_signal_ends_at_once(recipe: Path) -> None:
+    """The first is noted, and waits for the end of a step that takes for ever."""
+    child = Child(recipe.parent, "train", recipe, before=_endless_second_step)
+    metrics = recipe.parent / "out/metrics.jsonl"
+    child.until(lambda: metrics.exists() and metrics.stat().st_size > 0)
+    child.signal(signal.SIGTERM)
+    child.process.join(1)
+    assert child.process.is_alive()
+    child.signal(signal.SIGTERM)
+    assert child.wait(10) == 143
+
+
+def _endless_second_step() -> None:
+    import time
+
+    from peftcli.train.batches import Plan
+
+    ends_epoch = Plan.global_batch
+
+    def stuck(self: Plan, step: int) -> list[int]:
+        while step == 1:
+            time.sleep(0.05)
+        return ends_epoch(self, step)
+
+    Plan.global_batch = stuck  # type: ignore[method-assign]
+
+
+# --- damaged checkpoints ----------------------------------------------------------------------------------------------
+
+
+def stopped(recipe: Path) -> Path:
+    """A run with checkpoints of steps 3 and 5; gives the folder of the checkpoints."""
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, *FULL, on_event=at_step(5, send(signal.SIGTERM)))
+    return recipe.parent / "out/checkpoints"
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "one bit": lambda folder: flip(folder / "optimizer.safetensors"),
+    "one bit of the adapter": lambda folder: flip(folder / "adapter_model.safetensors"),
+    "cut short": lambda folder: os.truncate(folder / "random-00000.safetensors", 10),
+    "a file is missing": lambda folder: (folder / "schedule.json").unlink(),
+    "a file too many": lambda folder: (folder / "extra").write_text(""),
+    "no manifest": lambda folder: (folder / "MANIFEST.json").unlink(),
+    "an empty manifest": lambda folder: (folder / "MANIFEST.json").write_text("[]"),
+    "a manifest of something else": lambda folder: (folder / "MANIFEST.json").write_text('{"files": [1]}'),
+    "a folder for a file": lambda folder: ((folder / "progress.json").unlink(), (folder / "progress.json").mkdir()),
+    "a link": lambda folder: (
+        shutil.copy(folder / "progress.json", folder.parent / "elsewhere"),
+        (folder / "progress.json").unlink(),
+        (folder / "progress.json").symlink_to(folder.parent / "elsewhere"),
+    ),
+    "a pipe": lambda folder: ((folder / "progress.json").unlink(), os.mkfifo(folder / "progress.json")),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside(recipe: Path, uninterrupted: trainkit.Trained, kind: str) -> None:
+    checkpoints = stopped(recipe)
+    DAMAGES[kind](checkpoints / "step-000005")
+    done = run_recipe(recipe, *FULL)
+    (warning,) = (event.text for event in done.events if isinstance(event, Warned))
+    assert "step-000005 is damaged" in warning
+    assert (checkpoints / ".damaged-step-000005").is_dir()
+    assert done.run["attempts"][-1]["from_step"] == 3
+    assert_same(done.folder, uninterrupted)
+
+
+def test_without_a_whole_checkpoint_it_begins_again(recipe: Path, uninterrupted: trainkit.Trained) -> None:
+    for folder in stopped(recipe).iterdir():
+        flip(folder / "optimizer.safetensors")
+    done = run_recipe(recipe, *FULL)
+    assert len([event for event in done.events if isinstance(event, Warned)]) == 2
+    assert done.run["attempts"][-1]["from_step"] == 0
+    assert_same(done.folder, uninterrupted)
+
+
+def test_resume_from_a_chosen_checkpoint(recipe: Path, uninterrupted: trainkit.Trained) -> None:
+    checkpoints = stopped(recipe)
+    done = run_recipe(recipe, *FULL, resume=str(checkpoints / "step-000003"))
+    assert done.run["attempts"][-1]["from_step"] == 3
+    assert_same(done.folder, uninterrupted)
+
+
+def test_resume_from_no_checkpoint(recipe: Path) -> None:
+    with pytest.raises(UsageError, match="no such checkpoint"):
+        run_recipe(recipe, resume=str(recipe.parent / "nowhere"))
+
+
+def test_resume_from_a_damaged_checkpoint_of_choice(recipe: Path) -> None:
+    chosen = stopped(recipe) / "step-000003"
+    flip(chosen / "adapter_model.safetensors")
+    with pytest.raises(StorageError, match="adapter_model.safetensors has changed"):
+        run_recipe(recipe, *FULL, resume=str(chosen))
+
+
+# --- the disk ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk(recipe: Path, uninterrupted: trainkit.Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync, calls = os.fsync, [0]
+
+    def full(handle: int) -> None:
+        calls[0] += 1
+        if calls[0] > 24:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="No space left"):
+        run_recipe(recipe, *FULL)
+    monkeypatch.undo()
+    folder = recipe.parent / "out"
+    assert not list(folder.rglob(".*.tmp")) or (folder / "checkpoints/step-000003").is_dir()
+    assert not (folder / "adapter_model.safetensors").exists()
+    done = run_recipe(recipe, *FULL)
+    assert done.run["attempts"][-1]["from_step"] in (3, 6)
+    assert_same(folder, uninterrupted)
+
+
+def test_a_place_that_cannot_be_written(recipe: Path) -> None:
+    with pytest.raises(StorageError) as caught:
+        run_recipe(recipe, "training.output_dir=/proc/peftcli/out")
+    assert caught.value.exit_code == 7
+
+
+def test_a_data_error_is_in_run_json_and_the_run_can_be_mended(recipe: Path) -> None:
+    good = (recipe.parent / "train.jsonl").read_text()
+    (recipe.parent / "train.jsonl").write_text(good + "{broken\n")
+    with pytest.raises(DataError):
+        run_recipe(recipe)
+    run = read_run(recipe.parent / "out")
+    assert (run["status"], run["exit_code"], run["error"]["kind"], run["error"]["line"]) == ("failed", 3, "DataError", 11)

@@ -1,0 +1,373 @@
+"""The loss series, and the adapter that comes out."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import trainkit
+from safetensors.torch import load, load_file, save_file
+from trainkit import PROMPT_TUNING, Trained, run_recipe, write_recipe
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from peftcli.core.inject import inject
+from peftcli.errors import Diverged, UsageError
+from peftcli.methods.lora.config import LoraConfig
+
+
+def same_weights(one: Trained, other: Trained, atol: float = 2e-5) -> None:
+    mine, theirs = load(one.weights), load(other.weights)
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        torch.testing.assert_close(value, theirs[name], atol=atol, rtol=1e-4, msg=lambda text, name=name: f"{name} {text}")
+
+
+def chat_ids(question: str, answer: str) -> tuple[list[int], list[int]]:
+    """Token ids of one exchange and its labels, without peftcli."""
+    tokenizer = AutoTokenizer.from_pretrained(trainkit.base_folder())
+    head = tokenizer(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    said = tokenizer(f"{answer}<|im_end|>")["input_ids"]
+    after = tokenizer("\n")["input_ids"]
+    return head + said + after, [-100] * len(head) + said + [-100] * len(after)
+
+
+def summed_loss(model: Any, rows: list[tuple[str, str]]) -> tuple[torch.Tensor, int]:
+    """Summed loss and number of targets, each row alone and unpadded."""
+    total, count = torch.zeros(()), 0
+    for ids, labels in (chat_ids(*row) for row in rows):
+        logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
+        total = total + F.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum", ignore_index=-100)
+        count += sum(label != -100 for label in labels)
+    return total, count
+
+
+@pytest.mark.parametrize("method", [None, PROMPT_TUNING], ids=["lora", "prompt_tuning"])
+def test_first_loss_is_the_sum_over_targets_divided_by_the_targets(recipe: Path, method: str | None) -> None:
+    settings = [method] if method else []
+    done = run_recipe(
+        recipe, *settings, "training.train_sampling_strategy=sequential", "training.max_steps=1", "training.learning_rate=0"
+    )
+    model = AutoModelForCausalLM.from_pretrained(trainkit.base_folder())
+    if method:
+        vectors = load(done.weights)["prompt_embeddings"]
+        plain = model
+
+        def model(input_ids: torch.Tensor) -> Any:
+            embedded = torch.cat([vectors, plain.get_input_embeddings()(input_ids[0])])[None]
+            output = plain(inputs_embeds=embedded)
+            output.logits = output.logits[:, len(vectors) :]
+            return output
+
+    with torch.no_grad():
+        total, count = summed_loss(model, trainkit.PAIRS[:4])
+    assert done.metrics[0]["num_targets"] == count
+    assert done.losses[0] == pytest.approx(float(total) / count, rel=1e-6)
+
+
+def test_first_loss_of_an_encoder_decoder(t5_recipe: Path) -> None:
+    done = run_recipe(t5_recipe, "training.train_sampling_strategy=sequential", "training.max_steps=1")
+    model = AutoModelForSeq2SeqLM.from_pretrained(trainkit.base_folder("t5", chat=False))
+    tokenizer = AutoTokenizer.from_pretrained(trainkit.base_folder("t5", chat=False))
+    total, count = 0.0, 0
+    for row in trainkit.PROMPTS[:4]:
+        labels = [*tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id]
+        ids = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
+        with torch.no_grad():
+            total += float(model(input_ids=ids, labels=torch.tensor([labels])).loss) * len(labels)
+        count += len(labels)
+    assert done.metrics[0]["num_targets"] == count
+    assert done.losses[0] == pytest.approx(total / count, rel=1e-6)
+
+
+def test_series_equals_a_plain_loop(recipe: Path) -> None:
+    """Clipping, weight decay, warm-up and schedule, against a loop written out."""
+    settings = {"max_grad_norm": 0.05, "weight_decay": 0.3, "warmup_steps": 2, "adam_beta2": 0.95}
+    done = run_recipe(
+        recipe,
+        *(f"training.{name}={value}" for name, value in settings.items()),
+        "training.train_sampling_strategy=sequential",
+    )
+    model = AutoModelForCausalLM.from_pretrained(trainkit.base_folder())
+    torch.manual_seed(42)
+    inject(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=5e-3, weight_decay=0.3, betas=(0.9, 0.95))
+    losses, norms = [], []
+    for step in range(8):
+        optimizer.param_groups[0]["lr"] = 5e-3 * (step / 2 if step < 2 else (8 - step) / 6)
+        start = 4 * (step % 3)
+        total, count = summed_loss(model, trainkit.PAIRS[start : min(start + 4, 10)])
+        (total / count).backward()
+        losses.append(float(total.detach()) / count)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, 0.05)))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert done.losses == pytest.approx(losses, rel=1e-5)
+    assert [entry["grad_norm"] for entry in done.metrics] == pytest.approx(norms, rel=1e-4)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("method", [None, PROMPT_TUNING], ids=["lora", "prompt_tuning"])
+def test_any_split_gives_the_series_of_the_big_batch(tmp_path: Path, method: str | None) -> None:
+    runs = [
+        run_recipe(
+            write_recipe(tmp_path / f"{size}x{parts}"),
+            *([method] if method else []),
+            f"training.per_device_train_batch_size={size}",
+            f"training.gradient_accumulation_steps={parts}",
+        )
+        for size, parts in [(4, 1), (2, 2), (1, 4)]
+    ]
+    for other in runs[1:]:
+        assert other.losses == pytest.approx(runs[0].losses, rel=1e-5)
+        assert [e["num_targets"] for e in other.metrics] == [e["num_targets"] for e in runs[0].metrics]
+        same_weights(runs[0], other)
+    assert len({entry["num_targets"] for entry in runs[0].metrics}) > 1, "the rows must be ragged"
+
+
+def test_any_split_of_an_encoder_decoders_batch(t5_recipe: Path, tmp_path: Path) -> None:
+    whole = run_recipe(t5_recipe)
+    parts = run_recipe(
+        t5_recipe,
+        f"training.output_dir={tmp_path}/parts",
+        "training.per_device_train_batch_size=1",
+        "training.gradient_accumulation_steps=4",
+    )
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
+    same_weights(whole, parts)
+    assert whole.losses[-1] < whole.losses[0]
+
+
+def test_group_by_length_trains(recipe: Path) -> None:
+    done = run_recipe(recipe, "training.train_sampling_strategy=group_by_length", "training.max_steps=3")
+    assert sum(entry["num_targets"] for entry in done.metrics) == done.run["data"]["targets"]
+
+
+def test_logged_loss_is_the_mean_over_the_targets_since_the_last_line(recipe: Path, tmp_path: Path) -> None:
+    every = run_recipe(recipe)
+    rare = run_recipe(recipe, f"training.output_dir={tmp_path}/rare", "training.logging_steps=3")
+    assert [entry["step"] for entry in rare.metrics] == [1, 3, 6, 8]
+
+    def mean(first: int, last: int) -> float:
+        part = every.metrics[first - 1 : last]
+        return sum(e["loss"] * e["num_targets"] for e in part) / sum(e["num_targets"] for e in part)
+
+    assert rare.losses == pytest.approx([mean(1, 1), mean(2, 3), mean(4, 6), mean(7, 8)], rel=1e-9)
+    assert rare.run["train_loss"] == pytest.approx(mean(1, 8), rel=1e-9)
+
+
+# --- the same again, and not the same ---------------------------------------------------------------------------------
+
+DROPOUT = "method.lora_dropout=0.3"
+
+
+def test_a_seed_gives_the_same_bytes_and_another_seed_others(recipe: Path, tmp_path: Path) -> None:
+    def weights(name: str, *settings: str) -> bytes:
+        return run_recipe(recipe, f"training.output_dir={tmp_path}/{name}", DROPOUT, *settings).weights
+
+    first = weights("first")
+    torch.manual_seed(99)  # what happened in the process before does not matter
+    assert weights("again") == first
+    assert weights("other", "training.seed=43") != first
+    assert weights("none", "method.lora_dropout=0") != first
+
+
+@pytest.mark.parametrize("settings", [[], [PROMPT_TUNING], [DROPOUT]], ids=["lora", "prompt_tuning", "dropout"])
+def test_gradient_checkpointing_changes_nothing(recipe: Path, tmp_path: Path, settings: list[str]) -> None:
+    plain = run_recipe(recipe, *settings)
+    saving = run_recipe(
+        recipe, *settings, f"training.output_dir={tmp_path}/saving", "training.gradient_checkpointing=true"
+    )
+    assert saving.losses == pytest.approx(plain.losses, rel=1e-6)
+    same_weights(plain, saving)
+
+
+def test_gradient_checkpointing_of_an_encoder_decoder(t5_recipe: Path, tmp_path: Path) -> None:
+    plain = run_recipe(t5_recipe)
+    saving = run_recipe(t5_recipe, f"training.output_dir={tmp_path}/saving", "training.gradient_checkpointing=true")
+    assert saving.losses == pytest.approx(plain.losses, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", [None, PROMPT_TUNING], ids=["lora", "prompt_tuning"])
+def test_bf16_trains_on_the_cpu(recipe: Path, tmp_path: Path, method: str | None) -> None:
+    settings = [method] if method else []
+    exact = run_recipe(recipe, *settings)
+    fast = run_recipe(recipe, *settings, f"training.output_dir={tmp_path}/bf16", "training.bf16=true")
+    assert fast.losses == pytest.approx(exact.losses, rel=0.01)
+    assert fast.losses != exact.losses
+    assert all(value.dtype == torch.float32 for value in load(fast.weights).values())
+
+
+def test_bf16_loss_is_computed_at_targets_only(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate's wrapper around forward hides neither ``logits_to_keep`` nor its use."""
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+    kept = []
+    forward = LlamaForCausalLM.forward
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kept.append(kwargs.get("logits_to_keep"))
+        return forward(self, *args, **kwargs)
+
+    spy.__wrapped__ = forward  # type: ignore[attr-defined]
+    monkeypatch.setattr(LlamaForCausalLM, "forward", spy)
+    run_recipe(recipe, "training.bf16=true", "training.max_steps=1")
+    assert isinstance(kept[0], torch.Tensor)
+
+
+def test_only_the_adapter_is_trained(recipe: Path) -> None:
+    before = {path.name: path.read_bytes() for path in trainkit.base_folder().iterdir()}
+    done = run_recipe(recipe, "method.target_modules=[q_proj]")
+    assert {path.name: path.read_bytes() for path in trainkit.base_folder().iterdir()} == before
+    tensors = load(done.weights)
+    assert len(tensors) == 4
+    assert all("q_proj" in name for name in tensors)
+    assert sum(value.numel() for value in tensors.values()) == done.run["parameters"]["trainable"]
+
+
+# --- divergence -------------------------------------------------------------------------------------------------------
+
+
+def diverged(recipe: Path, *settings: str) -> dict[str, Any]:
+    """Trains until Diverged; gives run.json. Nothing final may stand."""
+    with pytest.raises(Diverged):
+        run_recipe(recipe, "training.max_grad_norm=0", *settings)
+    folder = recipe.parent / "out"
+    run = trainkit.read_run(folder)
+    assert (run["status"], run["exit_code"], run["error"]["kind"]) == ("failed", 9, "Diverged")
+    assert not (folder / "adapter_model.safetensors").exists()
+    return run
+
+
+def test_a_huge_learning_rate_diverges(recipe: Path) -> None:
+    run = diverged(recipe, "training.learning_rate=1e30")
+    assert "step 2" in run["error"]["message"]
+    assert "learning_rate" in run["error"]["hint"]
+
+
+def test_an_evaluation_that_is_not_finite(recipe: Path) -> None:
+    settings = ("training.learning_rate=1e30", "training.max_steps=1", "training.eval_strategy=steps")
+    assert "evaluation after step 1" in diverged(recipe, *settings)["error"]["message"]
+
+
+def test_a_nan_in_the_base_model(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(trainkit.base_folder(), base)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = math.nan
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    run = diverged(write_recipe(tmp_path, base))
+    assert "step 1" in run["error"]["message"]
+    assert run["resumable"] is False
+
+
+def test_the_last_checkpoint_stands_after_a_divergence(recipe: Path) -> None:
+    settings = ("training.learning_rate=1e15", "training.lr_scheduler_type=constant_with_warmup")
+    run = diverged(recipe, *settings, "training.warmup_steps=100", "training.save_strategy=steps", "training.save_steps=1")
+    assert run["steps"]["done"] >= 1
+    assert (recipe.parent / f"out/checkpoints/step-{run['steps']['done']:06d}").is_dir()
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+EVAL = ("training.eval_strategy=steps", "training.eval_steps=2")
+
+
+@pytest.mark.parametrize("method", [None, PROMPT_TUNING], ids=["lora", "prompt_tuning"])
+def test_metrics_do_not_depend_on_the_batch_size(recipe: Path, tmp_path: Path, method: str | None) -> None:
+    found = [
+        run_recipe(
+            recipe,
+            *([method] if method else []),
+            *EVAL,
+            f"training.output_dir={tmp_path}/{size}",
+            f"training.per_device_eval_batch_size={size}",
+        )
+        for size in (1, 2, 8)
+    ]
+    for other in found[1:]:
+        assert other.run["eval"]["last"] == pytest.approx(found[0].run["eval"]["last"], rel=1e-6)
+        assert other.weights == found[0].weights, "evaluation must not touch training"
+
+
+def test_evaluation_of_the_base_model_by_hand(recipe: Path) -> None:
+    done = run_recipe(recipe, "training.eval_on_start=true", *EVAL)
+    model = AutoModelForCausalLM.from_pretrained(trainkit.base_folder())
+    right = 0
+    with torch.no_grad():
+        total, count = summed_loss(model, trainkit.PAIRS[10:])
+        for ids, labels in (chat_ids(*row) for row in trainkit.PAIRS[10:]):
+            top = model(input_ids=torch.tensor([ids])).logits[0, :-1].argmax(-1)
+            right += int((top == torch.tensor(labels[1:])).sum())
+    loss = float(total) / count
+    expected = {"eval_loss": loss, "eval_perplexity": math.exp(loss), "eval_token_accuracy": right / count}
+    assert done.run["eval"]["first"] == pytest.approx(expected, rel=1e-6)
+    assert done.run["data"]["eval"]["targets"] == count
+
+
+def test_when_it_evaluates(recipe: Path, tmp_path: Path) -> None:
+    def steps(name: str, *settings: str) -> list[int]:
+        done = run_recipe(recipe, f"training.output_dir={tmp_path}/{name}", *settings)
+        return [entry["step"] for entry in done.metrics if "eval_loss" in entry]
+
+    assert steps("steps", "training.eval_strategy=steps", "training.eval_steps=3") == [3, 6, 8]
+    assert steps("epoch", "training.eval_strategy=epoch", "training.eval_on_start=true") == [0, 3, 6, 8]
+    assert steps("no") == []
+
+
+def test_the_best_adapter_is_kept(recipe: Path, tmp_path: Path) -> None:
+    constant = "training.lr_scheduler_type=constant"
+    last = run_recipe(recipe, *EVAL, constant, f"training.output_dir={tmp_path}/last")
+    losses = {entry["step"]: entry["eval_loss"] for entry in last.metrics if "eval_loss" in entry}
+    worst = max(losses, key=lambda step: losses[step])
+    assert worst < 8
+    best = run_recipe(recipe, *EVAL, constant, "training.load_best_model_at_end=true", "training.greater_is_better=true")
+    there = run_recipe(recipe, constant, f"training.output_dir={tmp_path}/there", f"training.max_steps={worst}")
+    assert best.run["eval"]["best_step"] == worst
+    assert best.run["eval"]["kept"]["eval_loss"] == losses[worst]
+    assert best.run["eval"]["last"]["eval_loss"] == losses[8]
+    assert best.weights == there.weights
+    assert best.weights != last.weights
+
+
+def test_less_loss_and_more_accuracy_are_better(recipe: Path, tmp_path: Path) -> None:
+    settings = (*EVAL, "training.load_best_model_at_end=true", "training.learning_rate=0.1", "training.max_steps=24")
+    loss = run_recipe(recipe, *settings, f"training.output_dir={tmp_path}/loss")
+    accuracy = run_recipe(
+        recipe, *settings, f"training.output_dir={tmp_path}/accuracy", "training.metric_for_best_model=token_accuracy"
+    )
+    for done, name, choose in ((loss, "eval_loss", min), (accuracy, "eval_token_accuracy", max)):
+        values = [entry[name] for entry in done.metrics if name in entry]
+        assert len(set(values)) > 1
+        assert done.run["eval"]["kept"][name] == choose(values)
+
+
+def test_an_unknown_metric_for_the_best_model(recipe: Path) -> None:
+    with pytest.raises(UsageError, match="eval_loss"):
+        run_recipe(recipe, *EVAL, "training.metric_for_best_model=bleu", "training.load_best_model_at_end=true")
+
+
+def test_eval_fraction_holds_rows_out(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    trainkit.write_rows(tmp_path / "train.jsonl", trainkit.MESSAGES)
+    recipe.write_text(recipe.read_text().replace(f"eval: {tmp_path}/eval.jsonl", "eval_fraction: 0.25"))
+    done = run_recipe(recipe, "training.eval_strategy=epoch")
+    data = done.run["data"]
+    assert data["rows"] + data["eval"]["rows"] == 13
+    assert data["eval"]["rows"] in (3, 4)
+    again = run_recipe(recipe, "training.eval_strategy=epoch", f"training.output_dir={tmp_path}/again")
+    assert again.run["eval"] == done.run["eval"]
+
+
+def test_prompt_tuning_starts_at_the_words_of_its_text(recipe: Path) -> None:
+    method = "method={type: prompt_tuning, num_virtual_tokens: 4, prompt_tuning_init: TEXT, prompt_tuning_init_text: tea}"
+    done = run_recipe(recipe, method, "training.learning_rate=0", "training.max_steps=1")
+    model = AutoModelForCausalLM.from_pretrained(trainkit.base_folder())
+    ids = AutoTokenizer.from_pretrained(trainkit.base_folder())("tea")["input_ids"]
+    rows = model.get_input_embeddings().weight[[ids[n % len(ids)] for n in range(4)]]
+    assert torch.equal(load(done.weights)["prompt_embeddings"], rows)

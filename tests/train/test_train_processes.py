@@ -1,0 +1,321 @@
+"""Several training processes, started by peftcli, torchrun, accelerate, or by hand."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trainkit
+from trainkit import Child, read_metrics, read_run, run_recipe
+
+HALF = ("training.per_device_train_batch_size=2", "training.eval_strategy=epoch")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def group(
+    folder: Path, *args: object, count: int = 2, before: dict[int, Callable[[], None]] | None = None
+) -> list[Child]:
+    """``peftcli ARGS`` as processes that know of one another, as a launcher starts them."""
+    shared = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    return [
+        Child(
+            folder, *args, env={**shared, "RANK": str(n), "LOCAL_RANK": str(n)}, before=(before or {}).get(n)
+        )
+        for n in range(count)
+    ]
+
+
+def losses(folder: Path, key: str = "loss") -> list[float]:
+    return [entry[key] for entry in read_metrics(folder) if key in entry]
+
+
+@pytest.mark.parametrize("method", [None, trainkit.PROMPT_TUNING], ids=["lora", "prompt_tuning"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_give_the_series_of_one(recipe: Path, method: str | None, accumulation: int) -> None:
+    settings = [*([method] if method else []), "training.eval_strategy=epoch", "training.eval_on_start=true"]
+    one = run_recipe(recipe, *settings)
+    size = 4 // 2 // accumulation
+    two = recipe.parent / "two"
+    children = group(
+        recipe.parent,
+        "train",
+        recipe,
+        *settings,
+        f"training.output_dir={two}",
+        f"training.per_device_train_batch_size={size}",
+        f"training.gradient_accumulation_steps={accumulation}",
+    )
+    assert [child.wait() for child in children] == [0, 0]
+    assert losses(two) == pytest.approx(one.losses, rel=1e-5)
+    assert losses(two, "eval_loss") == pytest.approx(losses(one.folder, "eval_loss"), rel=1e-5)
+    assert losses(two, "grad_norm") == pytest.approx(losses(one.folder, "grad_norm"), rel=1e-4)
+    assert read_run(two)["processes"] == 2
+    assert (children[1].out, children[1].err.count("step")) == ("", 0), "only process 0 speaks"
+
+
+def test_three_processes_and_rows_that_do_not_divide(recipe: Path) -> None:
+    """Global batches of 6, 4, ... rows over three processes of two: some micro-batches are empty."""
+    settings = ("training.eval_strategy=epoch", "training.max_steps=4", "training.gradient_checkpointing=true")
+    one = run_recipe(recipe, *settings, "training.per_device_train_batch_size=9")
+    three = recipe.parent / "three"
+    children = group(
+        recipe.parent,
+        "train",
+        recipe,
+        *settings,
+        f"training.output_dir={three}",
+        "training.per_device_train_batch_size=3",
+        count=3,
+    )
+    assert [child.wait() for child in children] == [0, 0, 0]
+    assert losses(three) == pytest.approx(one.losses, rel=1e-5)
+
+
+def test_a_failed_gate_of_two_processes(recipe: Path) -> None:
+    children = group(recipe.parent, "train", recipe, *HALF, "gates.eval_loss=<= 0.001")
+    assert children[0].wait() == 12
+    assert children[1].wait() == 0
+    assert "eval_loss" in children[0].err
+    assert (recipe.parent / "out/adapter_model.safetensors").exists()
+
+
+def test_two_processes_stop_and_resume(recipe: Path) -> None:
+    settings = (*HALF, "method.lora_dropout=0.2")
+    whole = recipe.parent / "whole"
+    assert [c.wait() for c in group(recipe.parent, "train", recipe, *settings, f"training.output_dir={whole}")] == [0, 0]
+    children = group(recipe.parent, "train", recipe, *settings, before={1: _stop_in_step_4})
+    assert [child.wait() for child in children] == [75, 75], "both learn of the signal that one of them got"
+    run = read_run(recipe.parent / "out")
+    assert (run["status"], run["steps"]["done"]) == ("interrupted", 4)
+    manifest = recipe.parent / "out/checkpoints/step-000004"
+    assert len(list(manifest.glob("random-*.safetensors"))) == 2
+    children = group(recipe.parent, "train", recipe, *settings)
+    assert [child.wait() for child in children] == [0, 0]
+    for name in ("adapter_model.safetensors", "metrics.jsonl"):
+        assert (recipe.parent / "out" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def _stop_in_step_4() -> None:
+    _in_step_4(lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def _die_in_step_4() -> None:
+    _in_step_4(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def _in_step_4(action: Callable[[], None]) -> None:
+    from peftcli.train.batches import Plan
+
+    micro_batches = Plan.micro_batches
+
+    def watched(self: Plan, step: int, process: int) -> list[list[int]]:
+        if step == 3:
+            action()
+        return micro_batches(self, step, process)
+
+    Plan.micro_batches = watched  # type: ignore[method-assign]
+
+
+def test_another_number_of_processes_is_refused(recipe: Path) -> None:
+    run_recipe(recipe)
+    children = group(recipe.parent, "train", recipe)
+    assert children[0].wait() == 2
+    assert "processes: 1 -> 2" in children[0].err
+    children[1].signal(signal.SIGKILL)
+    children[1].wait()
+
+
+def test_the_others_end_when_one_dies(recipe: Path) -> None:
+    children = group(recipe.parent, "train", recipe, *HALF, before={1: _die_in_step_4})
+    assert children[1].wait() == -signal.SIGKILL
+    assert children[0].wait(30) == 10
+    run = read_run(recipe.parent / "out")
+    assert (run["status"], run["exit_code"], run["error"]["kind"]) == ("failed", 10, "ProcessDied")
+
+
+def test_the_launcher_and_the_recipe_must_agree(recipe: Path) -> None:
+    children = group(recipe.parent, "train", recipe, "launch.num_processes=3")
+    assert [child.wait() for child in children] == [2, 2]
+    assert "wants 3 processes, the launcher started 2" in children[0].err
+    assert not (recipe.parent / "out").exists()
+
+
+def test_one_started_where_several_were_asked_for(recipe: Path) -> None:
+    """What ``accelerate launch --cpu --num_processes 2`` leaves in the environment."""
+    env = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    child = Child(recipe.parent, "train", recipe, env=env)
+    assert child.wait() == 2
+    assert "--multi_cpu" in child.err
+
+
+# --- real launchers ---------------------------------------------------------------------------------------------------
+
+
+def launch(*command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=trainkit.subprocess_environment(),
+    )
+
+
+def test_peftcli_starts_the_processes_itself(recipe: Path) -> None:
+    one = run_recipe(recipe, "training.eval_strategy=epoch", f"training.output_dir={recipe.parent}/one")
+    done = launch("peftcli", "train", recipe, *HALF, "launch.num_processes=2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert losses(recipe.parent / "out") == pytest.approx(one.losses, rel=1e-5)
+    import json
+
+    assert json.loads(done.stdout)["processes"] == 2
+    assert "2 x cpu" in done.stderr
+
+
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--nproc_per_node", 2, "--master_port", 0, "-m", "peftcli"),
+    "accelerate": ("accelerate.commands.launch", "--multi_cpu", "--num_processes", 2, "-m", "peftcli"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_other_launchers(recipe: Path, launcher: str) -> None:
+    one = run_recipe(recipe, "training.eval_strategy=epoch", f"training.output_dir={recipe.parent}/one")
+    done = launch(*LAUNCHERS[launcher], "train", recipe, *HALF)
+    assert done.returncode == 0, done.stderr
+    assert losses(recipe.parent / "out") == pytest.approx(one.losses, rel=1e-5)
+    assert read_run(recipe.parent / "out")["processes"] == 2
+
+
+@pytest.mark.slow
+def test_accelerate_that_starts_one_of_two_is_refused(recipe: Path) -> None:
+    done = launch("accelerate.commands.launch", "--cpu", "--num_processes", 2, "-m", "peftcli", "train", recipe)
+    assert done.returncode != 0
+    assert "started one" in done.stderr
+    assert not (recipe.parent / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_exit_code_of_a_process_survives(recipe: Path) -> None:
+    (recipe.parent / "train.jsonl").write_text("{broken\n")
+    done = launch("peftcli", "train", recipe, "launch.num_processes=2", "--json")
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.count('"kind": "DataError"') == 1
+
+
+class Started:
+    """``peftcli train`` with two processes, going on for long."""
+
+    def __init__(self, recipe: Path):
+        self.folder = recipe.parent / "out"
+        self.launcher = subprocess.Popen(
+            [sys.executable, "-m", "peftcli", "train", str(recipe), "launch.num_processes=2", *HALF, "--json",
+             "training.max_steps=1000000", "training.eval_strategy=no"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=trainkit.subprocess_environment(),
+        )  # fmt: skip
+
+    def until_it_trains(self) -> None:
+        deadline = time.monotonic() + 120
+        metrics = self.folder / "metrics.jsonl"
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert self.launcher.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    def processes(self) -> list[int]:
+        children = Path(f"/proc/{self.launcher.pid}/task/{self.launcher.pid}/children").read_text()
+        return [int(word) for word in children.split()]
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended; one that nobody waited for counts."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_killed_ends_all(recipe: Path, victim: int) -> None:
+    started = Started(recipe)
+    started.until_it_trains()
+    pids = started.processes()
+    assert len(pids) == 2
+    os.kill(pids[victim], signal.SIGKILL)
+    out, err = started.launcher.communicate(timeout=30)
+    assert started.launcher.returncode == 10, err
+    assert f"process {victim} of 2 was killed by SIGKILL" in err
+    assert out.count('"kind"') == 1
+    assert '"kind": "ProcessDied"' in out
+    assert all(gone(pid) for pid in pids)
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_to_the_launcher_stops_all_with_a_checkpoint(recipe: Path, number: int, code: int) -> None:
+    started = Started(recipe)
+    started.until_it_trains()
+    pids = started.processes()
+    started.launcher.send_signal(number)
+    _, err = started.launcher.communicate(timeout=60)
+    assert started.launcher.returncode == code, err
+    run = read_run(started.folder)
+    assert (run["status"], run["resumable"]) == ("interrupted", True)
+    assert all(gone(pid) for pid in pids)
+
+
+@linux
+@pytest.mark.slow
+def test_a_signal_while_the_processes_import(recipe: Path) -> None:
+    started = Started(recipe)
+    deadline = time.monotonic() + 60
+    while len(started.processes()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    started.launcher.send_signal(signal.SIGTERM)
+    _, err = started.launcher.communicate(timeout=60)
+    assert started.launcher.returncode == 143, err
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("early", [True, False])
+def test_a_killed_launcher_leaves_no_orphans(recipe: Path, early: bool) -> None:
+    started = Started(recipe)
+    if early:
+        while len(started.processes()) < 2:
+            time.sleep(0.05)
+    else:
+        started.until_it_trains()
+    pids = started.processes()
+    started.launcher.kill()
+    started.launcher.communicate(timeout=30)
+    deadline = time.monotonic() + 30
+    while not all(gone(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -1,0 +1,367 @@
+"""What the tests of training and of its products share: tiny base models on disk, tiny data, recipes, child processes.
+
+A child is forked from a server that has imported everything, so it starts in milliseconds, can be killed, and can be
+one of several training processes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from peftcli.recipe import load_recipe
+from peftcli.schema import Recipe
+from peftcli.train.report import Event
+from peftcli.train.run import train
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+WORDS = ["sun", "moon", "red fox", "a river", "seven", "stone bridge", "tea", "winter", "the old mill", "north"]
+PAIRS = [
+    (f"What follows {WORDS[n % 10]} {n}?", " ".join(WORDS[(n * k) % 10] for k in range(1, 2 + n % 4)))
+    for n in range(1, 14)
+]
+"""Questions and answers of very different lengths."""
+MESSAGES = [
+    {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    for question, answer in PAIRS
+]
+PROMPTS = [{"prompt": question, "completion": f" {answer}"} for question, answer in PAIRS]
+
+
+@functools.cache
+def scratch() -> Path:
+    """A folder that lives as long as this process."""
+    folder = Path(tempfile.mkdtemp(prefix="peftcli-trainkit-"))
+    owner = os.getpid()
+    atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == owner else None)
+    return folder
+
+
+def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 300 tokens, with a ChatML template unless ``chat`` is off."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([text for pair in PAIRS for text in pair] + ["user\nassistant\nsystem\n"], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>" if chat else "<|endoftext|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    fast.chat_template = CHATML if chat else None
+    return fast
+
+
+def _llama(tied: bool = False) -> PreTrainedModel:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=tied,
+            bos_token_id=None,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
+
+
+def _gpt2() -> PreTrainedModel:
+    rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    ids = {"bos_token_id": 0, "eos_token_id": 2}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=256, **rates, **ids))
+
+
+def _t5() -> PreTrainedModel:
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=300,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=2,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+_BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": _llama,
+    "llama_tied": lambda: _llama(tied=True),
+    "gpt2": _gpt2,
+    "t5": _t5,
+}
+
+
+def build(kind: str) -> PreTrainedModel:
+    """The tiny model, its weights twice as large as transformers starts them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = _BUILDERS[kind]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(2.0)
+    return model
+
+
+@functools.cache
+def base_folder(kind: str = "llama", dtype: torch.dtype = torch.float32, shard: str = "1GB", chat: bool = True) -> Path:
+    """A base model with its tokenizer, as a folder."""
+    folder = scratch() / f"{kind}-{dtype}-{shard}-{chat}".replace("torch.", "")
+    build(kind).to(dtype).save_pretrained(folder, max_shard_size=shard)
+    tokenizer(chat).save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """A .jsonl file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_recipe(folder: Path, base: Path | None = None, rows: Sequence[dict[str, Any]] = MESSAGES) -> Path:
+    """A recipe beside its data: 10 training rows, 3 to evaluate on, LoRA, float32, 8 steps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(folder / "train.jsonl", rows[:10])
+    write_rows(folder / "eval.jsonl", rows[10:])
+    path = folder / "recipe.yaml"
+    path.write_text(
+        f"""\
+base_model: {base or base_folder()}
+task: causal_lm
+method: {{type: lora, r: 4, lora_alpha: 8, target_modules: all-linear}}
+dataset: {{train: {folder}/train.jsonl, eval: {folder}/eval.jsonl, max_length: 128}}
+training:
+  output_dir: {folder}/out
+  max_steps: 8
+  learning_rate: 5e-3
+  per_device_train_batch_size: 4
+  per_device_eval_batch_size: 2
+  bf16: false
+  eval_strategy: "no"
+  save_strategy: "no"
+  logging_steps: 1
+"""
+    )
+    return path
+
+
+PROMPT_TUNING = "method={type: prompt_tuning, num_virtual_tokens: 5}"
+
+
+class Trained:
+    """A finished run: its content, its events, its files."""
+
+    def __init__(self, recipe: Recipe, run: dict[str, Any], events: list[Event]):
+        self.recipe, self.run, self.events = recipe, run, events
+        self.folder = Path(recipe.training.output_dir)
+
+    @property
+    def weights(self) -> bytes:
+        """adapter_model.safetensors."""
+        return (self.folder / "adapter_model.safetensors").read_bytes()
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return read_metrics(self.folder)
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of each step, from metrics.jsonl."""
+        return [entry["loss"] for entry in self.metrics if "loss" in entry]
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text())
+
+
+def run_recipe(path: Path, *overrides: str, resume: str = "auto", **options: Any) -> Trained:
+    """Train the recipe at ``path`` in this process."""
+    reset_accelerate()
+    recipe, events = load_recipe(path, overrides), list[Event]()
+    listen = options.pop("on_event", lambda event: None)
+
+    def on_event(event: Event) -> None:
+        events.append(event)
+        listen(event)
+
+    return Trained(recipe, train(recipe, resume=resume, on_event=on_event), events)
+
+
+def reset_accelerate() -> None:
+    """Accelerate keeps one state a process and refuses another precision; each run here is a process of its own."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+
+
+_PRELOADED = [
+    "trainkit",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "peft",  # accelerate imports it where it is installed
+    "peftcli.cli.app",
+    "peftcli.data.encode",
+    "peftcli.data.load",
+    "peftcli.methods.lora.layers",
+    "peftcli.tasks.causal_lm",
+    "pydantic",
+    "torch.profiler",
+    "transformers.models.llama.modeling_llama",
+    "transformers.optimization",
+]
+
+
+# --- children -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _server() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
+
+
+class Child:
+    """``peftcli ARGS`` in a process of its own, whose output goes to files below ``folder``."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *args: object,
+        env: dict[str, str] | None = None,
+        before: Callable[[], None] | None = None,
+        terminal: str | None = None,
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._out = Path(tempfile.mkdtemp(dir=folder))
+        words = [str(arg) for arg in args]
+        self.process = _server().Process(target=_child, args=(words, self._out, env or {}, before, terminal))
+        self.process.start()
+
+    @property
+    def out(self) -> str:
+        return (self._out / "out").read_text()
+
+    @property
+    def err(self) -> str:
+        return (self._out / "err").read_text()
+
+    def wait(self, seconds: float = 120.0) -> int:
+        """Its exit code; negative: the signal that killed it."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise AssertionError(f"still running after {seconds} s:\n{self.err}")
+        return self.process.exitcode
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
+
+    def until(self, happened: Callable[[], bool], seconds: float = 60.0) -> None:
+        """Wait until ``happened()``, while the child lives."""
+        deadline = time.monotonic() + seconds
+        while not happened():
+            assert self.process.is_alive(), self.err
+            assert time.monotonic() < deadline, self.err
+            time.sleep(0.01)
+
+
+def _child(
+    args: list[str], out: Path, env: dict[str, str], before: Callable[[], None] | None, terminal: str | None
+) -> None:
+    os.environ.update(env)
+    sys.argv = ["peftcli", *args]
+    for number, name in ((1, "out"), (2, "err")):
+        path = terminal or str(out / name)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), number)
+    if terminal:
+        os.dup2(os.open(terminal, os.O_RDONLY), 0)
+        sys.stdin = os.fdopen(0, "r")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    from peftcli.cli.app import main
+
+    if before is not None:
+        before()
+    code = main(args)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder`` but the lock."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def subprocess_environment() -> dict[str, str]:
+    """The environment of a real ``python -m peftcli``."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+
+
+@contextlib.contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Inside, these variables are set."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
