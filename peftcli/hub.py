@@ -25,8 +25,8 @@ from logging import ERROR
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from peftcli import card
 from peftcli.errors import AdapterError, HubError, NetworkError, PeftcliError, StorageError, UsageError
-from peftcli.models import card
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

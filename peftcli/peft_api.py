@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from peftcli.card import write_card
 from peftcli.core import prompt
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import WEIGHTS_FILE, load_adapter, read_config, read_tensors, save_adapter
@@ -22,7 +23,6 @@ from peftcli.core.weights import adapter_state, load_state, named_tensors
 from peftcli.errors import AdapterError
 from peftcli.hub import local_folder, push
 from peftcli.methods import METHODS, config_from_dict
-from peftcli.models.card import write_card
 from peftcli.models.load import base_of, load_tokenizer
 from peftcli.tasks import TASKS
 

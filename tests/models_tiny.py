@@ -78,7 +78,13 @@ def _gemma3() -> PreTrainedModel:
 def _bloom() -> PreTrainedModel:
     return BloomForCausalLM(
         BloomConfig(
-            vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.0, attention_dropout=0.0, **_IDS
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            n_layer=2,
+            n_head=4,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            **_IDS,
         )
     )
 

@@ -21,8 +21,12 @@ class Method:
     """Config class, as ``module:Class`` below peftcli.methods."""
     peft_type: str
     """The method's name in adapter_config.json."""
+    title: str
+    """The method's name in a sentence."""
     summary: str
     paper: str
+    peft_generates: bool = True
+    """Whether PEFT, too, generates the right text with such an adapter."""
 
     def config_class(self) -> type[AdapterConfig]:
         """The method's config class. Imports no torch."""
@@ -34,14 +38,17 @@ METHODS: dict[str, Method] = {
     "lora": Method(
         "lora.config:LoraConfig",
         "LORA",
+        "LoRA",
         "a low-rank update beside chosen layers",
         "https://arxiv.org/abs/2106.09685",
     ),
     "prompt_tuning": Method(
         "prompt_tuning.config:PromptTuningConfig",
         "PROMPT_TUNING",
+        "prompt tuning",
         "trained virtual tokens before the input",
         "https://arxiv.org/abs/2104.08691",
+        peft_generates=False,  # on transformers 5 it repeats the virtual tokens at each generated token
     ),
 }
 

@@ -24,6 +24,15 @@ class TaskRow:
     summary: str
     module: str
     """Module below peftcli.tasks."""
+    pipeline_tag: str
+    """The hub's name of what such a model does."""
+    usage: tuple[str, ...]
+    """Lines of Python that use a loaded ``model`` and ``tokenizer`` once, for the model card."""
+
+    @property
+    def peft_class(self) -> str:
+        """PEFT's class that loads base model and adapter."""
+        return f"AutoPeft{self.auto_class.removeprefix('Auto')}"
 
     def load(self) -> Task:
         """The task itself. Imports torch."""
@@ -32,9 +41,32 @@ class TaskRow:
 
 TASKS: dict[str, TaskRow] = {
     "causal_lm": TaskRow(
-        "CAUSAL_LM", "AutoModelForCausalLM", "continue or answer a text (GPT, Llama, Qwen)", "causal_lm"
+        "CAUSAL_LM",
+        "AutoModelForCausalLM",
+        "continue or answer a text (GPT, Llama, Qwen)",
+        "causal_lm",
+        "text-generation",
+        (
+            'inputs = tokenizer("Hello", return_tensors="pt")',
+            "if tokenizer.chat_template:",
+            '    messages = [{"role": "user", "content": "Hello"}]',
+            "    inputs = tokenizer.apply_chat_template(",
+            '        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+            "    )",
+            "tokens = model.generate(**inputs, max_new_tokens=64)",
+            'print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+        ),
     ),
     "seq2seq_lm": TaskRow(
-        "SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM", "turn one text into another (T5, BART)", "seq2seq_lm"
+        "SEQ_2_SEQ_LM",
+        "AutoModelForSeq2SeqLM",
+        "turn one text into another (T5, BART)",
+        "seq2seq_lm",
+        "text-generation",
+        (
+            'inputs = tokenizer("Hello", return_tensors="pt")',
+            "tokens = model.generate(**inputs, max_new_tokens=64)",
+            "print(tokenizer.decode(tokens[0], skip_special_tokens=True))",
+        ),
     ),
 }

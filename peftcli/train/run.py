@@ -17,10 +17,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from peftcli.card import write_card
 from peftcli.core.files import write_adapter, write_file
 from peftcli.core.weights import adapter_state
 from peftcli.errors import Diverged, GateFailed, OutOfMemory, PeftcliError, ProcessDied, StorageError, UsageError
-from peftcli.models.card import write_card
 from peftcli.models.load import load_tokenizer
 from peftcli.recipe import gate_holds, method_config, parse_gate, to_dict, to_yaml
 from peftcli.schema import Recipe
@@ -175,9 +175,7 @@ def _timed(run: dict[str, Any], progress: Progress) -> Iterator[None]:
         run["tokens_per_second"] = round((progress.num_tokens - tokens_before) / elapsed, 1)
 
 
-def _note_step(
-    result: StepResult, plan: Plan, logging_steps: int, progress: Progress, tell: OnEvent
-) -> dict[str, Any]:
+def _note_step(result: StepResult, plan: Plan, logging_steps: int, progress: Progress, tell: OnEvent) -> dict[str, Any]:
     """Count a step. Gives what metrics.jsonl holds of it; nothing when its turn to be logged has not come."""
     loss_sum = result.loss * result.num_targets
     progress.step = result.step
@@ -310,7 +308,7 @@ def _of_main_process(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _identity(recipe: Recipe, num_processes: int) -> dict[str, Any]:
-    """What makes two runs the same run: the recipe, but for where it stands and runs, and the bytes of data and base."""
+    """What makes two runs the same: the recipe, but for where it stands and runs; the bytes of data and base model."""
     described = to_dict(recipe)
     training = {key: value for key, value in described["training"].items() if key != "output_dir"}
     described = {key: value for key, value in described.items() if key != "launch"} | {"training": training}

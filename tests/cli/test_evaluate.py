@@ -71,7 +71,7 @@ def test_failures(cli: Callable, recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     fails(4, "adapter_config.json", "--adapter", tmp_path / "empty")
     other = run_recipe(write_recipe(tmp_path / "other", trainkit.base_folder("gpt2"))).folder
-    fails(4, "", "--adapter", other)
+    fails(4, "target_modules", "--adapter", other)
 
 
 def test_encoder_decoder(cli: Callable, tmp_path: Path) -> None:

@@ -105,7 +105,10 @@ def test_saved_and_loaded_is_the_same(method: str, kind: str, tmp_path: Path) ->
     save_adapter(loaded, read, tmp_path / "b")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
 
 
 def test_state_goes_out_and_in_again(method: str, kind: str) -> None:

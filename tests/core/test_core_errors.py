@@ -34,42 +34,75 @@ def _fingerprint(model: nn.Module) -> list[Any]:
 
 
 WRONG: dict[str, tuple[AdapterConfig, str]] = {
-    "target": (LoraConfig(target_modules=["q_porj"]), r"target_modules: no module of LlamaForCausalLM matches 'q_porj'; closest: q_proj"),
+    "target": (
+        LoraConfig(target_modules=["q_porj"]),
+        r"target_modules: no module of LlamaForCausalLM matches 'q_porj'; closest: q_proj",
+    ),
     "one of two targets": (LoraConfig(target_modules=["v_proj", "q_porj"]), "'q_porj'; closest: q_proj"),
     "dotted target": (LoraConfig(target_modules=["self_attn.q_porj"]), "closest: self_attn.q_proj"),
     "part of a name": (LoraConfig(target_modules=["proj"]), "target_modules: .*'proj'; closest: .*_proj"),
     "regex": (LoraConfig(target_modules=r".*\.q_porj"), "target_modules: no module of LlamaForCausalLM matches"),
     "no regex": (LoraConfig(target_modules=r"*q_proj"), "target_modules: .* is no regular expression"),
     "long regex": (LoraConfig(target_modules="a" * 5000), "target_modules: a pattern of 5000 characters"),
-    "no linear": (LoraConfig(target_modules=["input_layernorm"]), "input_layernorm is a LlamaRMSNorm; LoRA adapts Linear"),
+    "no linear": (
+        LoraConfig(target_modules=["input_layernorm"]),
+        "input_layernorm is a LlamaRMSNorm; LoRA adapts Linear",
+    ),
     "a whole block": (LoraConfig(target_modules=["mlp"]), "mlp is a LlamaMLP; LoRA adapts"),
     "empty": (LoraConfig(target_modules=[]), "target_modules: names no module"),
     "saved": (LoraConfig(modules_to_save=["lm_haed"]), "modules_to_save: .*'lm_haed'; closest: lm_head"),
     "saved by part of a name": (LoraConfig(modules_to_save=["head"]), "modules_to_save: .*'head'"),
-    "saved and adapted": (LoraConfig(target_modules=["lm_head"], modules_to_save=["lm_head"]), "modules_to_save leaves no"),
+    "saved and adapted": (
+        LoraConfig(target_modules=["lm_head"], modules_to_save=["lm_head"]),
+        "modules_to_save leaves no",
+    ),
     "excluded": (LoraConfig(exclude_modules=["v_porj"]), "exclude_modules: .*'v_porj'; closest: v_proj"),
     "all excluded": (LoraConfig(exclude_modules=["q_proj", "v_proj"]), "target_modules: no module .* is left to adapt"),
-    "rank pattern": (LoraConfig(rank_pattern={"q_porj": 4}), "rank_pattern: no adapted module matches 'q_porj'; closest: q_proj"),
-    "rank pattern of another module": (LoraConfig(rank_pattern={"o_proj": 4}), "rank_pattern: no adapted module matches"),
+    "rank pattern": (
+        LoraConfig(rank_pattern={"q_porj": 4}),
+        "rank_pattern: no adapted module matches 'q_porj'; closest: q_proj",
+    ),
+    "rank pattern of another module": (
+        LoraConfig(rank_pattern={"o_proj": 4}),
+        "rank_pattern: no adapted module matches",
+    ),
     "alpha pattern": (LoraConfig(alpha_pattern={"q_porj": 4.0}), "alpha_pattern: no adapted module matches 'q_porj'"),
-    "layer": (LoraConfig(target_modules=["q_proj"], layers_to_transform=[0, 7]), "layers_to_transform: no target module in layer 7; there are layers 0 to 1"),
-    "negative layer": (LoraConfig(target_modules=["q_proj"], layers_to_transform=-1), "layers_to_transform: indices count from 0"),
-    "layers of a regex": (LoraConfig(target_modules=r".*q_proj", layers_to_transform=1), "layers_to_transform: needs target_modules as a list"),
-    "layers pattern": (LoraConfig(target_modules=["q_proj"], layers_to_transform=1, layers_pattern="blocks"), "layers_to_transform: "),
+    "layer": (
+        LoraConfig(target_modules=["q_proj"], layers_to_transform=[0, 7]),
+        "layers_to_transform: no target module in layer 7; there are layers 0 to 1",
+    ),
+    "negative layer": (
+        LoraConfig(target_modules=["q_proj"], layers_to_transform=-1),
+        "layers_to_transform: indices count from 0",
+    ),
+    "layers of a regex": (
+        LoraConfig(target_modules=r".*q_proj", layers_to_transform=1),
+        "layers_to_transform: needs target_modules as a list",
+    ),
+    "layers pattern": (
+        LoraConfig(target_modules=["q_proj"], layers_to_transform=1, layers_pattern="blocks"),
+        "layers_to_transform: ",
+    ),
     "layers pattern alone": (LoraConfig(layers_pattern="layers"), "layers_pattern: means nothing without"),
     "r": (LoraConfig(r=0), "r: must be at least 1, not 0"),
     "r far too large": (LoraConfig(r=4096), "r: 4096 is far larger"),
     "alpha": (LoraConfig(lora_alpha=-1), "lora_alpha: must be above 0, not -1"),
     "dropout": (LoraConfig(lora_dropout=1.0), r"lora_dropout: must be in \[0, 1\)"),
     "r of a pattern": (LoraConfig(rank_pattern={"q_proj": 0}), "rank_pattern: q_proj: r must be at least 1"),
-    "alpha of a pattern": (LoraConfig(alpha_pattern={"q_proj": 0}), "alpha_pattern: q_proj: lora_alpha must be above 0"),
+    "alpha of a pattern": (
+        LoraConfig(alpha_pattern={"q_proj": 0}),
+        "alpha_pattern: q_proj: lora_alpha must be above 0",
+    ),
     "bias": (LoraConfig(bias="some"), "bias: must be none, all or lora_only"),  # type: ignore[arg-type]
     "init": (LoraConfig(init_lora_weights="pissa"), "init_lora_weights: 'pissa' is not supported"),  # type: ignore[arg-type]
     "virtual tokens": (PromptTuningConfig(num_virtual_tokens=0), "num_virtual_tokens: must be at least 1"),
     "prompt init": (PromptTuningConfig(prompt_tuning_init="WORDS"), "prompt_tuning_init: must be"),  # type: ignore[arg-type]
     "prompt without text": (PromptTuningConfig(prompt_tuning_init="TEXT"), "prompt_tuning_init_text: .* needs it"),
     "prompt width": (PromptTuningConfig(token_dim=99), "token_dim: the adapter's is 99, the base model's 32"),
-    "prompt text not prepared": (PromptTuningConfig(prompt_tuning_init="TEXT", prompt_tuning_init_text="x"), "call prepare"),
+    "prompt text not prepared": (
+        PromptTuningConfig(prompt_tuning_init="TEXT", prompt_tuning_init_text="x"),
+        "call prepare",
+    ),
     "prompt saved": (PromptTuningConfig(modules_to_save=["lm_haed"]), "modules_to_save: .*'lm_haed'; closest: lm_head"),
 }
 
@@ -129,7 +162,9 @@ def test_the_same_on_a_trainable_model_in_training(bad: LoraConfig) -> None:
 )
 def test_a_setting_of_a_file_that_is_not_supported_or_wrong_is_refused_by_name(key: str, value: Any) -> None:
     with pytest.raises(AdapterError) as caught:
-        config_from_dict({"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], key: value}, "x/adapter_config.json")
+        config_from_dict(
+            {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], key: value}, "x/adapter_config.json"
+        )
     assert caught.value.key == key
     assert "x/adapter_config.json" in str(caught.value)
 

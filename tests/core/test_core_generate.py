@@ -106,7 +106,11 @@ def test_beams_are_the_same_with_and_without_a_cache(model: nn.Module) -> None:
     assert torch.equal(*beams)
     for row, empty in enumerate((0, 3, 5)):
         alone = prompt.generate(
-            model, input_ids=tokens[row : row + 1, empty:], attention_mask=mask[row : row + 1, empty:], num_beams=3, **GREEDY
+            model,
+            input_ids=tokens[row : row + 1, empty:],
+            attention_mask=mask[row : row + 1, empty:],
+            num_beams=3,
+            **GREEDY,
         )
         assert torch.equal(beams[0][row, empty:], alone[0])
 
@@ -122,7 +126,9 @@ def _score(model: nn.Module, tokens: torch.Tensor, given: int) -> float:
 def test_the_best_beam_is_at_least_as_likely_as_the_greedy_answer(model: nn.Module) -> None:
     tokens, mask = _padded()
     options: dict[str, Any] = {"input_ids": tokens[:1], "attention_mask": mask[:1], **GREEDY}
-    beam = prompt.generate(model, **options, num_beams=8, length_penalty=0.0, return_dict_in_generate=True, output_scores=True)
+    beam = prompt.generate(
+        model, **options, num_beams=8, length_penalty=0.0, return_dict_in_generate=True, output_scores=True
+    )
     greedy = prompt.generate(model, **options)
     assert _score(model, beam.sequences[0], 7) >= _score(model, greedy[0], 7) - 1e-3
     assert abs(_score(model, beam.sequences[0], 7) - float(beam.sequences_scores[0])) < 1e-2
@@ -144,7 +150,10 @@ def test_repetition_penalty_counts_real_tokens_only(model: nn.Module) -> None:
     assert len(set(new)) == len(new)
     assert not set(new) & set(tokens[0].tolist())
     assert torch.equal(
-        prompt.generate(model, input_ids=tokens, attention_mask=mask, repetition_penalty=1e9, use_cache=False, **GREEDY), got
+        prompt.generate(
+            model, input_ids=tokens, attention_mask=mask, repetition_penalty=1e9, use_cache=False, **GREEDY
+        ),
+        got,
     )
 
 

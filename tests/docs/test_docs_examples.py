@@ -128,3 +128,15 @@ def command(line: str) -> int:
     """Runs a command line of ours in this process."""
     console._json_printed = False
     return app.main(shlex.split(line, comments=True)[1:])
+
+
+def test_commands_named_in_the_text_exist() -> None:
+    known = set(get_command(app.app).commands)  # type: ignore[attr-defined]
+    named = {name for page in PAGES for name in re.findall(r"`peftcli ([a-z]+)", page.read_text(encoding="utf-8"))}
+    assert named <= known
+
+
+@pytest.mark.parametrize("line", ["peftcli trian r.yaml", "peftcli train r.yaml --nope", "make nothing", "curl x"])
+def test_a_line_that_does_not_exist_is_found(line: str) -> None:
+    with pytest.raises(Exception, match=r"No such|README"):
+        check_line(line, Block(ROOT / "README.md", 1, "bash", line, "not run"), run=False)

@@ -164,9 +164,7 @@ def test_a_prompt_that_starts_from_text_starts_where_pefts_does(
     settings = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": text}
     oracle = peft.get_peft_model(
         tiny(kind),
-        peft.PromptTuningConfig(
-            **_peft_settings(kind), **settings, tokenizer_name_or_path=tokenizer.name_or_path
-        ),
+        peft.PromptTuningConfig(**_peft_settings(kind), **settings, tokenizer_name_or_path=tokenizer.name_or_path),
     )
     model, config = tiny(kind), PromptTuningConfig(**_settings(kind), **settings)
     config.prepare(lambda name: tokenizer)
@@ -191,9 +189,7 @@ def test_a_prompt_from_text_is_written_so_that_peft_reads_it(
     save_adapter(model, config, tmp_path)
     assert "init_token_ids" not in file_of(tmp_path)[0]
     oracle = loaded_by_peft("llama", tmp_path)
-    torch.testing.assert_close(
-        logits(model, batch("llama")), logits(oracle, batch("llama")), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(logits(model, batch("llama")), logits(oracle, batch("llama")), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits(_read("llama", tmp_path), batch("llama")), logits(model, batch("llama")))
 
 

@@ -166,9 +166,7 @@ def test_what_is_saved_trains_on(lib: ModuleType, bases: dict[str, str], tmp_pat
 
 
 def test_the_state_dict_of_the_adapter_has_pefts_names(bases: dict[str, str]) -> None:
-    names = [
-        set(lib.get_peft_model_state_dict(_start(lib, "llama", bases["llama"]))) for lib in (peft, peftcli)
-    ]
+    names = [set(lib.get_peft_model_state_dict(_start(lib, "llama", bases["llama"]))) for lib in (peft, peftcli)]
     assert names[0] == names[1]
 
 
@@ -335,9 +333,7 @@ def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_trainer_gives_pefts_losses(
-    kind: str, settings: dict[str, Any], bases: dict[str, str], tmp_path: Path
-) -> None:
+def test_trainer_gives_pefts_losses(kind: str, settings: dict[str, Any], bases: dict[str, str], tmp_path: Path) -> None:
     series: dict[str, list[float]] = {}
     for lib in (peft, peftcli):
         arguments = _arguments(

@@ -5,35 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import yaml
 
+from peftcli.methods import METHODS
+from peftcli.tasks import TASKS, TaskRow
 
-@dataclass(frozen=True)
-class _Use:
-    """How an adapter of one task is used."""
-
-    task: str
-    pipeline_tag: str
-    auto_class: str
-    """PEFT's class that loads base model and adapter."""
-
-
-_USES = {
-    "CAUSAL_LM": _Use("causal_lm", "text-generation", "AutoPeftModelForCausalLM"),
-    "SEQ_2_SEQ_LM": _Use("seq2seq_lm", "text-generation", "AutoPeftModelForSeq2SeqLM"),
-    "SEQ_CLS": _Use("sequence_classification", "text-classification", "AutoPeftModelForSequenceClassification"),
-    "TOKEN_CLS": _Use("token_classification", "token-classification", "AutoPeftModelForTokenClassification"),
-    "QUESTION_ANS": _Use("question_answering", "question-answering", "AutoPeftModelForQuestionAnswering"),
-    "FEATURE_EXTRACTION": _Use("feature_extraction", "feature-extraction", "AutoPeftModelForFeatureExtraction"),
-}
-"""By task_type of adapter_config.json."""
-
-_SOFT_PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning")
-_METHOD_NAMES = {"lora": "LoRA", "ia3": "IA3"}
 _SETTINGS = (
     "num_train_epochs",
     "max_steps",
@@ -112,7 +91,7 @@ def render_card(info: Mapping[str, Any], *, adapter: str = _SOMEWHERE, plot: boo
     method = dict(recipe.get("method") or {})
     kind = str(method.pop("type", ""))
     task = str(recipe.get("task") or "")
-    use = next((use for use in _USES.values() if use.task == task), None)
+    use = TASKS.get(task)
     base = str((info.get("base_model") or {}).get("name") or "")
     sections = [
         _front_matter(kind, use, base),
@@ -127,7 +106,7 @@ def render_card(info: Mapping[str, Any], *, adapter: str = _SOMEWHERE, plot: boo
     return "\n".join(section for section in sections if section)
 
 
-def _front_matter(kind: str, use: _Use | None, base: str) -> str:
+def _front_matter(kind: str, use: TaskRow | None, base: str) -> str:
     head: dict[str, Any] = {"library_name": "peft"}
     if base and not is_local(base):
         head = {"base_model": base, "base_model_relation": "adapter", **head}
@@ -152,11 +131,11 @@ def _summary(kind: str, task: str, base: str, info: Mapping[str, Any]) -> str:
     return text + "\n"
 
 
-def _usage(kind: str, use: _Use | None, base: str, adapter: str) -> str:
+def _usage(kind: str, use: TaskRow | None, base: str, adapter: str) -> str:
     text = "## How to use it\n\n"
-    if use and use.task in ("causal_lm", "seq2seq_lm"):
+    if use and use.pipeline_tag == "text-generation":
         text += f'With peftcli, on the command line:\n\n```bash\npeftcli generate {adapter} --prompt "Hello"\n```\n\n'
-    if use and use.task == "causal_lm" and kind in _SOFT_PROMPTS:
+    if kind in METHODS and not METHODS[kind].peft_generates:
         text += (
             "With peftcli in Python. Some releases of PEFT repeat the virtual tokens at each generated token when they"
             " run on transformers 5, and then generate other text.\n\n"
@@ -165,9 +144,9 @@ def _usage(kind: str, use: _Use | None, base: str, adapter: str) -> str:
     return text + "With PEFT and transformers, in Python:\n\n" + _python("peft", use, base, adapter)
 
 
-def _python(library: str, use: _Use | None, base: str, adapter: str) -> str:
+def _python(library: str, use: TaskRow | None, base: str, adapter: str) -> str:
     """A Python block that loads the adapter and calls it once."""
-    auto_class = use.auto_class if use else "AutoPeftModel"
+    auto_class = use.peft_class if use else "AutoPeftModel"
     tokenizer = base if base and not is_local(base) else "path/to/the/base/model"
     lines = [
         f"from {library} import {auto_class}",
@@ -175,33 +154,9 @@ def _python(library: str, use: _Use | None, base: str, adapter: str) -> str:
         "",
         f"model = {auto_class}.from_pretrained({json.dumps(adapter)})",
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(tokenizer)})",
-        *_CALLS.get(use.task if use else "", _CALL),
+        *(use.usage if use else ['inputs = tokenizer("Hello", return_tensors="pt")', "print(model(**inputs))"]),
     ]
     return "```python\n" + "\n".join(lines) + "\n```\n"
-
-
-_CALL = ['inputs = tokenizer("Hello", return_tensors="pt")', "print(model(**inputs))"]
-_CALLS = {
-    "causal_lm": [
-        'inputs = tokenizer("Hello", return_tensors="pt")',
-        "if tokenizer.chat_template:",
-        '    messages = [{"role": "user", "content": "Hello"}]',
-        "    inputs = tokenizer.apply_chat_template(",
-        '        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
-        "    )",
-        "tokens = model.generate(**inputs, max_new_tokens=64)",
-        'print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
-    ],
-    "seq2seq_lm": [
-        'inputs = tokenizer("Hello", return_tensors="pt")',
-        "tokens = model.generate(**inputs, max_new_tokens=64)",
-        "print(tokenizer.decode(tokens[0], skip_special_tokens=True))",
-    ],
-    "question_answering": [
-        'inputs = tokenizer("Who wrote it?", "Ann wrote it.", return_tensors="pt")',
-        "print(model(**inputs))",
-    ],
-}
 
 
 def _data_rows(info: Mapping[str, Any]) -> list[_Row]:
@@ -271,12 +226,11 @@ def _last_part(path: str) -> str:
 
 
 def _method_name(kind: str) -> str:
-    return _METHOD_NAMES.get(kind, _text(kind).replace("_", " ")) or "unknown method"
+    return METHODS[kind].title if kind in METHODS else _text(kind).replace("_", " ") or "unknown method"
 
 
 def _task_of(task_type: object) -> str:
-    use = _USES.get(str(task_type))
-    return use.task if use else ""
+    return next((name for name, row in TASKS.items() if row.task_type == task_type), "")
 
 
 def _renamed(card: str, base: str, base_model_id: str) -> str:

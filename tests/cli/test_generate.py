@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import trainkit
+from trainkit import MESSAGES, PAIRS, PROMPT_TUNING, PROMPTS, Child, run_recipe, write_recipe, write_rows
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+LONG = ("training.max_steps=60", "training.learning_rate=2e-2", "method.r=8")
+QUESTIONS = [question for question, _ in PAIRS[:5]]
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained on conversations until it knows some by heart."""
+    return run_recipe(write_recipe(tmp_path_factory.mktemp("lora")), *LONG).folder
+
+
+@pytest.fixture(scope="module")
+def prompt_tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe = write_recipe(tmp_path_factory.mktemp("prompt"))
+    return run_recipe(recipe, PROMPT_TUNING, "training.max_steps=40", "training.learning_rate=0.3").folder
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained on prompts and completions, though the base model has a chat template."""
+    return run_recipe(write_recipe(tmp_path_factory.mktemp("plain"), rows=PROMPTS), *LONG).folder
+
+
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe = write_recipe(tmp_path_factory.mktemp("t5"), trainkit.base_folder("t5", chat=False), PROMPTS)
+    recipe.write_text(recipe.read_text().replace("causal_lm", "seq2seq_lm"))
+    return run_recipe(recipe, *LONG).folder
+
+
+@pytest.fixture
+def said(cli: Callable) -> Callable[..., dict]:
+    """``peftcli generate ... --json`` for one prompt."""
+
+    def said(adapter: Path, prompt: str, *args: object) -> dict:
+        ran = cli("generate", adapter, "--prompt", prompt, "--max-new-tokens", 24, "--json", *args)
+        assert ran.code == 0, ran.err
+        assert ran.err == ""
+        return json.loads(ran.out)
+
+    return said
+
+
+def greedy(model: torch.nn.Module, text: str, stop: set[int], longest: int = 24) -> tuple[str, int]:
+    """The likeliest continuation, by forward passes over the whole text."""
+    tokenizer = AutoTokenizer.from_pretrained(trainkit.base_folder())
+    ids, start = tokenizer(text)["input_ids"], 0
+    start = len(ids)
+    with torch.inference_mode():
+        while len(ids) - start < longest and not (len(ids) > start and ids[-1] in stop):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return tokenizer.decode(ids[start:], skip_special_tokens=True), len(ids) - start
+
+
+def chatml(question: str) -> str:
+    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_one_prompt(said: Callable, lora: Path) -> None:
+    answer = said(lora, PAIRS[0][0])
+    assert list(answer) == ["prompt", "text", "tokens", "finish_reason"]
+    assert (answer["prompt"], answer["text"], answer["finish_reason"]) == (*PAIRS[0], "stop")
+    words = AutoTokenizer.from_pretrained(trainkit.base_folder())(PAIRS[0][1])["input_ids"]
+    assert answer["tokens"] == len(words) + 1, "the end-of-turn token counts"
+
+
+def test_peft_says_the_same(said: Callable, lora: Path) -> None:
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(trainkit.base_folder())
+    model = PeftModel.from_pretrained(base, lora).eval()
+    tokenizer = AutoTokenizer.from_pretrained(trainkit.base_folder())
+    for question in QUESTIONS:
+        inputs = tokenizer(chatml(question), return_tensors="pt")
+        inputs.pop("token_type_ids", None)
+        ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert said(lora, question)["text"] == tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert said(lora, question)["tokens"] == len(ids)
+
+
+def test_without_adapter_it_is_the_base_model(said: Callable, lora: Path, prompt_tuned: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(trainkit.base_folder())
+    for question in QUESTIONS[:3]:
+        text, tokens = greedy(model, chatml(question), {2})
+        answer = said(lora, question, "--no-adapter")
+        assert (answer["text"], answer["tokens"]) == (text.strip(), tokens)
+        assert said(prompt_tuned, question, "--no-adapter") == answer
+        assert said(lora, question) != answer
+
+
+def test_virtual_tokens_stand_before_the_prompt(said: Callable, prompt_tuned: Path) -> None:
+    from safetensors.torch import load_file
+
+    base = AutoModelForCausalLM.from_pretrained(trainkit.base_folder())
+    vectors = load_file(prompt_tuned / "adapter_model.safetensors")["prompt_embeddings"]
+
+    def model(input_ids: torch.Tensor) -> object:
+        return base(inputs_embeds=torch.cat([vectors, base.get_input_embeddings()(input_ids[0])])[None])
+
+    for question in QUESTIONS[:3]:
+        text, tokens = greedy(model, chatml(question), {2})
+        answer = said(prompt_tuned, question)
+        assert (answer["text"], answer["tokens"]) == (text.strip(), tokens)
+
+
+def test_length_ends_an_answer(said: Callable, lora: Path) -> None:
+    answer = said(lora, PAIRS[0][0], "--max-new-tokens", 1)
+    assert (answer["tokens"], answer["finish_reason"]) == (1, "length")
+    whole = said(lora, PAIRS[0][0])
+    exact = said(lora, PAIRS[0][0], "--max-new-tokens", whole["tokens"])
+    assert exact == whole, "the end-of-turn token may be the last that fits"
+
+
+def test_sampling_follows_the_seed(said: Callable, lora: Path) -> None:
+    def sampled(seed: int, *args: object) -> str:
+        return said(lora, "What?", "--no-adapter", "--temperature", 1.5, "--seed", seed, *args)["text"]
+
+    assert sampled(1) == sampled(1)
+    assert len({sampled(seed) for seed in range(4)}) == 4
+    assert sampled(1) != said(lora, "What?", "--no-adapter")["text"]
+    nothing_else = said(lora, "What?", "--no-adapter")["text"]
+    assert sampled(1, "--top-p", 0.0001) == nothing_else, "only the likeliest token is left"
+
+
+@pytest.mark.parametrize("adapter", ["lora", "prompt_tuned", "plain", "translator"])
+def test_the_printed_text_is_the_text(
+    cli: Callable, said: Callable, request: pytest.FixtureRequest, adapter: str
+) -> None:
+    folder = request.getfixturevalue(adapter)
+    for question in QUESTIONS[:3]:
+        printed = cli("generate", folder, "--prompt", question, "--max-new-tokens", 24)
+        assert (printed.code, printed.err) == (0, "")
+        assert printed.out == said(folder, question)["text"] + "\n"
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("adapter", ["lora", "prompt_tuned", "plain", "translator"])
+def test_a_batch_file_holds_what_single_prompts_give(
+    cli: Callable, said: Callable, request: pytest.FixtureRequest, tmp_path: Path, adapter: str, batch_size: int
+) -> None:
+    folder = request.getfixturevalue(adapter)
+    source = write_rows(tmp_path / "in.jsonl", [{"prompt": question} for question in QUESTIONS])
+    target = tmp_path / "new" / "out.jsonl"
+    args = ("--input", source, "--output", target, "--batch-size", batch_size, "--max-new-tokens", 24)
+    ran = cli("generate", folder, *args, "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out) == {"output": str(target), "rows": 5}
+    assert ran.err.splitlines()[-1] == "5/5"
+    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    assert rows == [said(folder, question) for question in QUESTIONS]
+
+
+def test_messages_in_a_batch_file(cli: Callable, said: Callable, lora: Path, tmp_path: Path) -> None:
+    """A dataset's rows do, whose answer is left out."""
+    asked = {"role": "user", "content": PAIRS[0][0]}
+    rows = [MESSAGES[0], {"messages": [asked]}, {"messages": [{"role": "system", "content": "Be short."}, asked]}]
+    source, target = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    ran = cli("generate", lora, "--input", source, "--output", target, "--max-new-tokens", 24)
+    assert (ran.code, ran.out) == (0, f"{target}: 3 answers\n")
+    answers = [json.loads(line) for line in target.read_text().splitlines()]
+    assert answers[0] == answers[1] == said(lora, PAIRS[0][0])
+    assert [answer["prompt"] for answer in answers] == [PAIRS[0][0]] * 3
+
+
+def test_plain_text_gets_no_chat_template(said: Callable, plain: Path, lora: Path) -> None:
+    assert said(plain, PAIRS[0][0])["text"] == " " + PAIRS[0][1], "as it was trained"
+    base = AutoModelForCausalLM.from_pretrained(trainkit.base_folder())
+    text, _ = greedy(base, PAIRS[0][0], {2})
+    assert said(plain, PAIRS[0][0], "--no-adapter")["text"] == text
+    assert said(lora, PAIRS[0][0], "--no-adapter")["text"] != text
+
+
+def test_encoder_decoder(said: Callable, translator: Path) -> None:
+    answer = said(translator, PAIRS[0][0])
+    assert answer["text"] == PROMPTS[0]["completion"].strip() or answer["text"] == PROMPTS[0]["completion"]
+    base = trainkit.base_folder("t5", chat=False)
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForSeq2SeqLM.from_pretrained(base)
+    inputs = tokenizer(PAIRS[0][0], return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0]
+    found = said(translator, PAIRS[0][0], "--no-adapter")
+    assert found["text"] == tokenizer.decode(ids, skip_special_tokens=True)
+    assert found["tokens"] == len(ids) - 1
+
+
+def test_another_base(cli: Callable, said: Callable, lora: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    trainkit.shutil.copytree(trainkit.base_folder(), moved)
+    assert said(lora, QUESTIONS[0], "--base", moved) == said(lora, QUESTIONS[0])
+    ran = cli("generate", lora, "--prompt", "x", "--base", trainkit.base_folder("gpt2"))
+    assert ran.code == 4
+    assert "target_modules" in ran.err
+
+
+def test_failures(cli: Callable, lora: Path, plain: Path, tmp_path: Path) -> None:
+    def fails(code: int, said: str, *args: object) -> None:
+        ran = cli("generate", *args)
+        assert ran.code == code, ran.err
+        assert said in ran.err
+        assert "Traceback" not in ran.err
+        assert ran.out == ""
+        assert not (tmp_path / "out.jsonl").exists()
+
+    def batch(*lines: object) -> tuple[object, ...]:
+        source = tmp_path / "in.jsonl"
+        source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return ("--input", source, "--output", tmp_path / "out.jsonl")
+
+    fails(2, "--output", lora, "--input", tmp_path / "x.jsonl")
+    fails(2, "without a terminal", lora)
+    fails(2, "no tokens", plain, "--prompt", "")
+    fails(3, "no such file", lora, "--input", tmp_path / "x.jsonl", "--output", tmp_path / "out.jsonl")
+    fails(3, "in.jsonl:2", lora, *batch({"prompt": "a"}, {"question": "b"}))
+    fails(3, "in.jsonl:1", lora, *batch({"messages": ["hello"]}))
+    fails(3, "no turn to answer", lora, *batch({"messages": [{"role": "assistant", "content": "hello"}]}))
+    fails(4, "adapter_config.json", tmp_path, "--prompt", "a")
+    bare = trainkit.base_folder("llama", chat=False)
+    fails(2, "no chat template", lora, "--base", bare, *batch({"messages": [{"role": "user", "content": "a"}]}))
+
+
+# --- chat -------------------------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """A pseudo-terminal, and what was shown on it."""
+
+    def __init__(self) -> None:
+        self.controller, self._terminal = pty.openpty()
+        self.name = os.ttyname(self._terminal)
+        self._shown: list[bytes] = []
+        threading.Thread(target=self._read, daemon=True).start()
+
+    @property
+    def text(self) -> str:
+        plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", b"".join(self._shown).decode())
+        return plain.replace("\r\n", "\n")
+
+    def type(self, line: str) -> None:
+        os.write(self.controller, line.encode())
+
+    def until(self, child: Child, happened: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not happened():
+            assert child.process.is_alive(), self.text
+            assert time.monotonic() < deadline, self.text
+            time.sleep(0.02)
+
+    def _read(self) -> None:
+        while True:
+            try:
+                self._shown.append(os.read(self.controller, 4096))
+            except OSError:
+                return
+
+
+def test_chat_on_a_terminal(said: Callable, lora: Path, tmp_path: Path) -> None:
+    terminal = Terminal()
+    child = Child(tmp_path, "generate", lora, "--max-new-tokens", 24, terminal=terminal.name, env={"TERM": "dumb"})
+    for turn, question in enumerate(QUESTIONS[:2], 1):
+        terminal.until(child, lambda turn=turn: terminal.text.count("> ") == turn)
+        terminal.type(question + "\n")
+    terminal.until(child, lambda: terminal.text.count("> ") == 3)
+    terminal.type("\n")
+    assert child.wait(20) == 0, terminal.text
+    lines = terminal.text.splitlines()
+    assert lines[0] == "an empty line ends the chat"
+    assert lines[1] == f"> {QUESTIONS[0]}"
+    assert lines[2] == said(lora, QUESTIONS[0])["text"]
+    assert lines[3] == f"> {QUESTIONS[1]}"
+
+
+def test_the_end_of_input_ends_the_chat(lora: Path, tmp_path: Path) -> None:
+    terminal = Terminal()
+    child = Child(tmp_path, "generate", lora, terminal=terminal.name, env={"TERM": "dumb"})
+    terminal.until(child, lambda: "> " in terminal.text)
+    terminal.type("\x04")
+    assert child.wait(20) == 0
+
+
+def test_chat_remembers(lora: Path) -> None:
+    """The second turn is asked with the first before it."""
+    from peftcli.generate import Settings, load_speaker
+
+    speaker = load_speaker(str(lora))
+    settings = Settings(max_new_tokens=8)
+    first = {"role": "user", "content": QUESTIONS[0]}
+    answer = {"role": "assistant", "content": PAIRS[0][1]}
+    second = {"role": "user", "content": QUESTIONS[1]}
+    long = speaker.answers([[first, answer, second]], settings)[0]
+    text = f"{chatml(QUESTIONS[0])}{PAIRS[0][1]}<|im_end|>\n{chatml(QUESTIONS[1])}"
+    expected, tokens = greedy(speaker.model, text, {2}, longest=8)
+    assert (long.text, long.tokens, long.prompt) == (expected.strip(), tokens, QUESTIONS[1])

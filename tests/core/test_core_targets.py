@@ -1,0 +1,68 @@
+"""Which modules a config names."""
+
+from __future__ import annotations
+
+import pytest
+from models_tiny import KINDS, tiny
+
+from peftcli.core.targets import FAMILY_TARGETS, find_targets, module_matches, shortest_names
+from peftcli.methods.lora.config import LoraConfig
+
+
+def _found(kind: str, **settings: object) -> list[str]:
+    return find_targets(tiny(kind), LoraConfig(**settings))  # type: ignore[arg-type]
+
+
+def test_a_name_ends_at_a_dot() -> None:
+    assert module_matches("model.layers.0.q_proj", "q_proj")
+    assert module_matches("q_proj", "q_proj")
+    assert module_matches("model.layers.0.q_proj", "0.q_proj")
+    assert not module_matches("model.layers.0.xq_proj", "q_proj")
+    assert not module_matches("model.layers.10.q_proj", "0.q_proj")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_linear_leaves_the_head_and_the_embeddings(kind: str) -> None:
+    found = _found(kind, target_modules="all-linear")
+    assert not any(name.split(".")[-1] in ("lm_head", "classifier", "wte", "embed_tokens", "shared") for name in found)
+    assert len(found) >= 8
+
+
+def test_a_family_outside_the_table_gets_every_linear_layer() -> None:
+    model = tiny("llama")
+    model.config.model_type = "brand_new"
+    assert find_targets(model, LoraConfig()) == _found("llama", target_modules="all-linear")
+    assert "brand_new" not in FAMILY_TARGETS
+
+
+def test_the_order_is_the_models() -> None:
+    assert _found("llama", target_modules=["v_proj", "q_proj"]) == _found("llama", target_modules=["q_proj", "v_proj"])
+    assert [name.split(".")[2] for name in _found("llama", target_modules=["q_proj"])] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"layers_to_transform": 1}, ["1"]),
+        ({"layers_to_transform": [0, 1]}, ["0", "1"]),
+        ({"layers_to_transform": [1], "layers_pattern": "layers"}, ["1"]),
+        ({"layers_to_transform": [0], "layers_pattern": ["h", "layers"]}, ["0"]),
+        ({"exclude_modules": ["layers.0.self_attn.q_proj"]}, ["1"]),
+        ({"exclude_modules": r".*\.1\..*"}, ["0"]),
+    ],
+)
+def test_layers_and_exclusions(settings: dict[str, object], expected: list[str]) -> None:
+    assert [name.split(".")[2] for name in _found("llama", target_modules=["q_proj"], **settings)] == expected
+
+
+def test_the_shortest_names_name_these_and_no_others() -> None:
+    model = tiny("llama")
+    every = _found("llama", target_modules=["q_proj"])
+    assert shortest_names(model, every) == ["q_proj"]
+    assert shortest_names(model, every[:1]) == ["0.self_attn.q_proj"]
+    mixed = _found("llama", target_modules=["0.mlp.up_proj", "q_proj"])
+    assert shortest_names(model, mixed) == ["0.mlp.up_proj", "q_proj"]
+    t5 = tiny("t5")
+    for names in (["encoder.block.0.layer.0.SelfAttention.q"], _found("t5", target_modules="all-linear")):
+        chosen = shortest_names(t5, names)
+        assert find_targets(t5, LoraConfig(target_modules=chosen)) == names

@@ -1,0 +1,55 @@
+"""Every recipe that ships is valid, and trains at tiny size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import trainkit
+
+from peftcli.methods import METHODS
+from peftcli.recipe import read
+from peftcli.tasks import TASKS
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where README and Makefile run the recipes; ``${...}`` keep their defaults."""
+    monkeypatch.chdir(ROOT)
+
+
+def test_there_are_recipes() -> None:
+    assert RECIPES
+    assert ROOT / "configs/quickstart.yaml" in RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_valid_and_explains_itself(path: Path) -> None:
+    reading = read(path)
+    assert not reading.problems, reading.problems
+    assert path.read_text().startswith("#"), "a recipe reads like a document: it begins by saying what it does"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_trains_a_few_steps_of_a_tiny_model(path: Path, tmp_path: Path) -> None:
+    recipe = read(path).recipe
+    assert recipe is not None
+    base = trainkit.base_folder("t5", chat=False) if recipe.task == "seq2seq_lm" else trainkit.base_folder()
+    settings = [f"base_model={base}", f"training.output_dir={tmp_path}/out", "training.max_steps=3"]
+    settings += ["training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=1"]
+    settings += ["dataset.max_length=192", "dataset.limit=12", "gates={}"]
+    if not Path(recipe.dataset.train).is_file():  # a data set of the hub
+        rows = trainkit.PROMPTS if recipe.task == "seq2seq_lm" else trainkit.MESSAGES
+        for key, part in (("train", rows[:10]), ("eval", rows[10:])):
+            if getattr(recipe.dataset, key) is not None:
+                settings.append(f"dataset.{key}={trainkit.write_rows(tmp_path / f'{key}.jsonl', part)}")
+    done = trainkit.run_recipe(path, *settings)
+    assert done.run["status"] == "complete"
+    assert done.run["steps"] == {"done": 3, "total": 3}
+    config = json.loads((done.folder / "adapter_config.json").read_text())
+    assert config["peft_type"] == METHODS[recipe.method["type"]].config_class().peft_type
+    assert config["task_type"] == TASKS[recipe.task].task_type
