@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from peftcli.errors import AdapterError, DataError
+from peftcli.errors import AdapterError, DataError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,7 @@ class Speaker:
         inputs = self._encode(prompts)
         options = self._options(settings)
         if stream is not None:
-            options["streamer"] = _streamer(self.tokenizer, stream)
+            options["streamer"] = _streamer(self.tokenizer, stream, strip=self.form == "chat")
         with torch.inference_mode():
             output = generate(self.model, **inputs, **options)
         if not self.model.config.is_encoder_decoder:
@@ -84,7 +84,7 @@ class Speaker:
             asked = self._formed(prompt)
             templated.append(not isinstance(asked, str))
             if not isinstance(asked, str):
-                asked = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+                asked = self._rendered(asked)
             texts.append(asked)
         # a template writes its own special tokens; a bare text gets the tokenizer's, but no EOS before the answer
         ids = [
@@ -93,6 +93,8 @@ class Speaker:
         ]
         if not self.model.config.is_encoder_decoder:
             ids = [row[:-1] if row and row[-1] == tokenizer.eos_token_id and len(row) > 1 else row for row in ids]
+        if not all(ids):
+            raise UsageError("a prompt without text holds no tokens to go on from")
         batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
         return {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
@@ -105,6 +107,13 @@ class Speaker:
         from peftcli.data.formats import AlpacaExample
 
         return AlpacaExample(prompt, output="").pair().prompt
+
+    def _rendered(self, messages: list[Message]) -> str:
+        from peftcli.data.spans import render
+
+        if not self.tokenizer.chat_template:
+            raise UsageError("the base model's tokenizer has no chat template for messages", hint="give prompts instead")
+        return render(self.tokenizer, messages, prompt=True)
 
     def _options(self, settings: Settings) -> dict[str, Any]:
         stops = self._stops()
@@ -213,9 +222,11 @@ def _prompts(source: Path) -> Iterator[str | list[Message]]:
     for number, row in enumerate(rows.rows):
         line = rows.lines[number] if rows.lines else number + 1
         prompt, messages = row.get("prompt"), row.get("messages")
-        if isinstance(messages, list) and messages:
+        if isinstance(messages, list) and all(isinstance(turn, dict) and "content" in turn for turn in messages):
             while messages and messages[-1].get("role") == "assistant":
                 messages = messages[:-1]  # the answer that a dataset's row holds
+            if not messages:
+                raise DataError("the conversation has no turn to answer", file=str(source), line=line)
             yield messages
         elif isinstance(prompt, str) and prompt:
             yield prompt
@@ -236,11 +247,20 @@ def _prompt_form(folder: Path, tokenizer: Any) -> Literal["chat", "plain", "alpa
     return "alpaca" if trained_on == "alpaca" else "plain"
 
 
-def _streamer(tokenizer: Any, write: Callable[[str], None]) -> Any:
+def _streamer(tokenizer: Any, write: Callable[[str], None], *, strip: bool) -> Any:
+    """Writes the text as it grows; with ``strip``, without the white space around it."""
     from transformers import TextStreamer
 
     class _Streamer(TextStreamer):
+        begun, held = False, ""
+
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            text = self.held + text
+            if strip:
+                text = text if self.begun else text.lstrip()
+                kept = text.rstrip()  # what follows is written once more text has come
+                text, self.held = kept, text[len(kept) :]
+            self.begun |= bool(text)
             write(text)
 
     return _Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -8,11 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from peftcli.errors import ProcessDied, UsageError
+from peftcli.errors import Interrupted, ProcessDied, UsageError
 from peftcli.schema import Launch
 
 _GRACE_SECONDS = 20.0
@@ -58,21 +59,25 @@ def run_processes(command: Sequence[str], count: int, launch: Launch) -> int:
 
     Raises:
         ProcessDied: a process was killed, crashed, or ended while the others went on.
+        Interrupted: a signal came before the processes could listen to it.
     """
     port = _free_port() if launch.main_process_port == "auto" else launch.main_process_port
     environments = [os.environ | _environment(launch, number, count, port) for number in range(count)]
     processes: list[subprocess.Popen[bytes]] = []
-    with _forwarding(processes) as forwarded:
+    with _forwarding(processes) as forwarded, tempfile.TemporaryFile() as answer:
         for number, environment in enumerate(environments):
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "peftcli", *command],
                     env=environment,
-                    stdout=None if number == 0 else subprocess.DEVNULL,
+                    stdout=answer if number == 0 else subprocess.DEVNULL,
                     start_new_session=True,  # Ctrl-C reaches them once, through us
                 )
             )
-        return _wait(processes, forwarded)
+        code = _wait(processes, forwarded)
+        answer.seek(0)
+        sys.stdout.write(answer.read().decode())  # only now: of a group that died, the answer is the error
+        return code
 
 
 def follow_parent() -> None:
@@ -115,8 +120,8 @@ def _wait(processes: list[subprocess.Popen[bytes]], forwarded: list[int]) -> int
     number, code = first
     if code in _OURS:
         return code
-    if -code in forwarded:
-        return 128 - code  # it had not begun to listen to signals
+    if -code in forwarded:  # it had not begun to listen to signals
+        raise Interrupted(f"stopped before the first step ({signal.Signals(-code).name})", exit_code=128 - code)
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
     raise ProcessDied(f"process {number} of {len(processes)} {how}", hint="run the same command again to go on")
 

@@ -95,7 +95,7 @@ def train(recipe: Recipe, *, resume: str = "auto", on_event: OnEvent = lambda ev
                     "data": data.report,
                     "parameters": {"trainable": injection.trainable, "all": injection.total},
                     "mergeable": config.merge_problem() is None,
-                    "device": str(accelerator.device),
+                    "device": accelerator.device.type,
                     "steps": {"done": state.progress.step, "total": plan.total_steps},
                 }
                 run["attempts"].append({"start": _now(), "from_step": state.progress.step})

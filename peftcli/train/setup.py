@@ -48,7 +48,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise UsageError(
             "accelerate was asked for several processes and started one",
-            hint="on the CPU, add --multi_cpu; or set launch.num_processes and run peftcli by itself",
+            hint="add --multi_gpu, on the CPU too; or set launch.num_processes and run peftcli by itself",
         )
     accelerator = Accelerator(mixed_precision="bf16" if uses_bf16(recipe) else "no", cpu=not torch.cuda.is_available())
     wanted = recipe.launch.num_processes

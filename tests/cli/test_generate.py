@@ -15,7 +15,7 @@ import trainkit
 from trainkit import MESSAGES, PAIRS, PROMPT_TUNING, PROMPTS, Child, run_recipe, write_recipe, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-LONG = ("training.max_steps=60", "training.learning_rate=2e-2", "method.r=8")
+LONG = ("training.max_steps=150", "training.learning_rate=1e-2", "method.r=8", "training.logging_steps=50")
 QUESTIONS = [question for question, _ in PAIRS[:5]]
 
 

@@ -159,7 +159,7 @@ def test_a_bf16_base_carries_an_fp32_adapter(method: str, kind: str, tmp_path: P
     save_adapter(model, config, tmp_path)
     assert {value.dtype for value in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.float32}
     exact, _ = _adapted(kind, method)
-    assert _distance(logits(model, batch(kind)).float(), logits(exact, batch(kind))) < 0.1
+    assert _distance(logits(model, batch(kind)).float(), logits(exact, batch(kind))) < 0.2
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -1,4 +1,4 @@
-"""Generation with virtual tokens equals a greedy loop over the forward pass, however it is cached, padded or searched."""
+"""Generation with virtual tokens equals a greedy loop over the forward pass, cached, padded or searched."""
 
 from __future__ import annotations
 

@@ -57,8 +57,9 @@ def saved_by_peft(model: Any, folder: Path) -> Path:
 
 def loaded_by_peft(kind: str, folder: Path) -> Any:
     """What PEFT makes of an adapter folder. Fails when PEFT says anything about it."""
+    base = tiny(kind)
     with silence():
-        return peft.PeftModel.from_pretrained(tiny(kind), folder).eval()
+        return peft.PeftModel.from_pretrained(base, folder).eval()
 
 
 @contextmanager

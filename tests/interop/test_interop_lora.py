@@ -84,7 +84,7 @@ def test_what_peft_writes_we_read(case: tuple[str, str, dict[str, Any]], tmp_pat
 
 
 def test_names_shapes_and_counts_are_pefts(case: tuple[str, str, dict[str, Any]]) -> None:
-    name, kind, settings = case
+    _, kind, settings = case
     model, _ = ours(kind, "lora", **settings)
     oracle = theirs(kind, "lora", **settings)
     here = {key: tuple(value.shape) for key, value in adapter_state(model).items()}

@@ -7,7 +7,6 @@ import importlib
 import json
 import math
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -109,12 +108,12 @@ def test_save_load_generate_merge(lib: ModuleType, kind: str, bases: dict[str, s
 
     text = loaded.generate(input_ids=ids(2, 6), max_new_tokens=5, do_sample=False, eos_token_id=None)
     merged = loaded.merge_and_unload()
-    torch.testing.assert_close(logits(merged, batch(kind)), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(merged, batch(kind)), expected, atol=1e-3, rtol=1e-3)
     again = merged.generate(input_ids=ids(2, 6), max_new_tokens=5, do_sample=False, eos_token_id=None)
     assert torch.equal(again, text)
     merged.save_pretrained(tmp_path / "merged")
     plain = AUTO[kind].from_pretrained(tmp_path / "merged").eval()
-    torch.testing.assert_close(logits(plain, batch(kind)), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(plain, batch(kind)), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_a_merged_tied_model_is_saved_and_loaded_with_the_right_logits(bases: dict[str, str], tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_one_started_where_several_were_asked_for(recipe: Path) -> None:
     env = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     child = Child(recipe.parent, "train", recipe, env=env)
     assert child.wait() == 2
-    assert "--multi_cpu" in child.err
+    assert "--multi_gpu" in child.err
 
 
 # --- real launchers ---------------------------------------------------------------------------------------------------
@@ -191,8 +191,8 @@ def test_peftcli_starts_the_processes_itself(recipe: Path) -> None:
 
 
 LAUNCHERS = {
-    "torchrun": ("torch.distributed.run", "--nproc_per_node", 2, "--master_port", 0, "-m", "peftcli"),
-    "accelerate": ("accelerate.commands.launch", "--multi_cpu", "--num_processes", 2, "-m", "peftcli"),
+    "torchrun": ("torch.distributed.run", "--nproc_per_node", 2, "--standalone", "-m", "peftcli"),
+    "accelerate": ("accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "-m", "peftcli"),
 }
 
 
