@@ -112,7 +112,9 @@ class Speaker:
         from peftcli.data.spans import render
 
         if not self.tokenizer.chat_template:
-            raise UsageError("the base model's tokenizer has no chat template for messages", hint="give prompts instead")
+            raise UsageError(
+                "the base model's tokenizer has no chat template for messages", hint="give prompts instead"
+            )
         return render(self.tokenizer, messages, prompt=True)
 
     def _options(self, settings: Settings) -> dict[str, Any]:

@@ -69,7 +69,10 @@ def merged(cli: Callable, tmp_path: Path) -> Callable[..., dict]:
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
-    "rslora and patterns": ("llama", {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3}}),
+    "rslora and patterns": (
+        "llama",
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3}},
+    ),
     "some layers": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
     "bias lora_only": ("gpt2", {"bias": "lora_only"}),
     "bias all": ("gpt2", {"bias": "all"}),
@@ -229,7 +232,9 @@ def test_a_bf16_base_stays_bf16_and_is_rounded_once(merged: Callable, tmp_path: 
     a, b = (weights[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
     exact = before[f"{name}.weight"].float() + 2.0 * (b @ a)
     assert torch.equal(after[f"{name}.weight"], exact.bfloat16())
-    assert torch.equal(after["model.layers.0.self_attn.k_proj.weight"], before["model.layers.0.self_attn.k_proj.weight"])
+    assert torch.equal(
+        after["model.layers.0.self_attn.k_proj.weight"], before["model.layers.0.self_attn.k_proj.weight"]
+    )
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     assert loaded.dtype == torch.bfloat16
 

@@ -38,7 +38,7 @@ def make_data() -> ModuleType:
     return script("make_data")
 
 
-@pytest.mark.parametrize(("name", "count"), [("train", 240), ("eval", 40)])
+@pytest.mark.parametrize(("name", "count"), [("train", 200), ("eval", 40)])
 def test_rows_are_one_question_and_one_short_answer(make_data: ModuleType, name: str, count: int) -> None:
     found = rows(name)
     assert len(found) == count

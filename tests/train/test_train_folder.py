@@ -36,7 +36,7 @@ FULL = (
     "training.logging_steps=2",
     "training.warmup_steps=2",
 )
-"""Everything that a checkpoint must carry: dropout, accumulation, best adapter, schedule, the loss since the last line."""
+"""All that a checkpoint must carry: dropout, accumulation, best adapter, schedule, the loss since the last line."""
 
 
 def at_step(step: int, action: Callable[[], None]) -> Callable[[Event], None]:
@@ -197,7 +197,7 @@ def test_foreign_files_are_refused(recipe: Path) -> None:
     folder = recipe.parent / "out"
     folder.mkdir()
     (folder / "thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match="thesis.tex"):
+    with pytest.raises(UsageError, match=r"thesis\.tex"):
         run_recipe(recipe)
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
 
@@ -504,7 +504,7 @@ def test_resume_from_no_checkpoint(recipe: Path) -> None:
 def test_resume_from_a_damaged_checkpoint_of_choice(recipe: Path) -> None:
     chosen = stopped(recipe) / "step-000003"
     flip(chosen / "adapter_model.safetensors")
-    with pytest.raises(StorageError, match="adapter_model.safetensors has changed"):
+    with pytest.raises(StorageError, match=r"adapter_model\.safetensors has changed"):
         run_recipe(recipe, *FULL, resume=str(chosen))
 
 
@@ -544,4 +544,9 @@ def test_a_data_error_is_in_run_json_and_the_run_can_be_mended(recipe: Path) -> 
     with pytest.raises(DataError):
         run_recipe(recipe)
     run = read_run(recipe.parent / "out")
-    assert (run["status"], run["exit_code"], run["error"]["kind"], run["error"]["line"]) == ("failed", 3, "DataError", 11)
+    assert (run["status"], run["exit_code"], run["error"]["kind"], run["error"]["line"]) == (
+        "failed",
+        3,
+        "DataError",
+        11,
+    )

@@ -24,7 +24,9 @@ def same_weights(one: Trained, other: Trained, atol: float = 2e-5) -> None:
     mine, theirs = load(one.weights), load(other.weights)
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():
-        torch.testing.assert_close(value, theirs[name], atol=atol, rtol=1e-4, msg=lambda text, name=name: f"{name} {text}")
+        torch.testing.assert_close(
+            value, theirs[name], atol=atol, rtol=1e-4, msg=lambda text, name=name: f"{name} {text}"
+        )
 
 
 def chat_ids(question: str, answer: str) -> tuple[list[int], list[int]]:
@@ -50,7 +52,11 @@ def summed_loss(model: Any, rows: list[tuple[str, str]]) -> tuple[torch.Tensor, 
 def test_first_loss_is_the_sum_over_targets_divided_by_the_targets(recipe: Path, method: str | None) -> None:
     settings = [method] if method else []
     done = run_recipe(
-        recipe, *settings, "training.train_sampling_strategy=sequential", "training.max_steps=1", "training.learning_rate=0"
+        recipe,
+        *settings,
+        "training.train_sampling_strategy=sequential",
+        "training.max_steps=1",
+        "training.learning_rate=0",
     )
     model = AutoModelForCausalLM.from_pretrained(trainkit.base_folder())
     if method:
@@ -268,7 +274,9 @@ def test_a_nan_in_the_base_model(tmp_path: Path) -> None:
 
 def test_the_last_checkpoint_stands_after_a_divergence(recipe: Path) -> None:
     settings = ("training.learning_rate=1e15", "training.lr_scheduler_type=constant_with_warmup")
-    run = diverged(recipe, *settings, "training.warmup_steps=100", "training.save_strategy=steps", "training.save_steps=1")
+    run = diverged(
+        recipe, *settings, "training.warmup_steps=100", "training.save_strategy=steps", "training.save_steps=1"
+    )
     assert run["steps"]["done"] >= 1
     assert (recipe.parent / f"out/checkpoints/step-{run['steps']['done']:06d}").is_dir()
 
@@ -326,7 +334,9 @@ def test_the_best_adapter_is_kept(recipe: Path, tmp_path: Path) -> None:
     losses = {entry["step"]: entry["eval_loss"] for entry in last.metrics if "eval_loss" in entry}
     worst = max(losses, key=lambda step: losses[step])
     assert worst < 8
-    best = run_recipe(recipe, *EVAL, constant, "training.load_best_model_at_end=true", "training.greater_is_better=true")
+    best = run_recipe(
+        recipe, *EVAL, constant, "training.load_best_model_at_end=true", "training.greater_is_better=true"
+    )
     there = run_recipe(recipe, constant, f"training.output_dir={tmp_path}/there", f"training.max_steps={worst}")
     assert best.run["eval"]["best_step"] == worst
     assert best.run["eval"]["kept"]["eval_loss"] == losses[worst]
@@ -365,7 +375,9 @@ def test_eval_fraction_holds_rows_out(tmp_path: Path) -> None:
 
 
 def test_prompt_tuning_starts_at_the_words_of_its_text(recipe: Path) -> None:
-    method = "method={type: prompt_tuning, num_virtual_tokens: 4, prompt_tuning_init: TEXT, prompt_tuning_init_text: tea}"
+    method = (
+        "method={type: prompt_tuning, num_virtual_tokens: 4, prompt_tuning_init: TEXT, prompt_tuning_init_text: tea}"
+    )
     done = run_recipe(recipe, method, "training.learning_rate=0", "training.max_steps=1")
     model = AutoModelForCausalLM.from_pretrained(trainkit.base_folder())
     ids = AutoTokenizer.from_pretrained(trainkit.base_folder())("tea")["input_ids"]

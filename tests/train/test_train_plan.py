@@ -27,7 +27,11 @@ def plan(lengths: list[int] = LENGTHS, processes: int = 1, **training: Any) -> P
 def test_an_epoch_sees_each_example_once(strategy: str) -> None:
     made = plan(train_sampling_strategy=strategy, gradient_accumulation_steps=2)
     epochs = [
-        [index for step in range(made.steps_per_epoch) for index in made.global_batch(epoch * made.steps_per_epoch + step)]
+        [
+            index
+            for step in range(made.steps_per_epoch)
+            for index in made.global_batch(epoch * made.steps_per_epoch + step)
+        ]
         for epoch in range(3)
     ]
     assert all(Counter(epoch) == Counter(range(57)) for epoch in epochs)
@@ -128,9 +132,7 @@ def _expected(kind: str, step: int, warm: int) -> float:
 
 
 @pytest.mark.parametrize("warm", [0, WARM])
-@pytest.mark.parametrize(
-    "kind", ["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
-)
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"])
 def test_schedules(kind: str, warm: int) -> None:
     training = Training(output_dir="out", learning_rate=PEAK, lr_scheduler_type=kind, warmup_steps=warm)  # type: ignore[arg-type]
     optimizer = build_optimizer([torch.nn.Parameter(torch.zeros(1))], training)

@@ -36,9 +36,7 @@ def group(
         "ACCELERATE_USE_CPU": "true",
     }
     return [
-        Child(
-            folder, *args, env={**shared, "RANK": str(n), "LOCAL_RANK": str(n)}, before=(before or {}).get(n)
-        )
+        Child(folder, *args, env={**shared, "RANK": str(n), "LOCAL_RANK": str(n)}, before=(before or {}).get(n))
         for n in range(count)
     ]
 
@@ -100,7 +98,10 @@ def test_a_failed_gate_of_two_processes(recipe: Path) -> None:
 def test_two_processes_stop_and_resume(recipe: Path) -> None:
     settings = (*HALF, "method.lora_dropout=0.2")
     whole = recipe.parent / "whole"
-    assert [c.wait() for c in group(recipe.parent, "train", recipe, *settings, f"training.output_dir={whole}")] == [0, 0]
+    assert [c.wait() for c in group(recipe.parent, "train", recipe, *settings, f"training.output_dir={whole}")] == [
+        0,
+        0,
+    ]
     children = group(recipe.parent, "train", recipe, *settings, before={1: _stop_in_step_4})
     assert [child.wait() for child in children] == [75, 75], "both learn of the signal that one of them got"
     run = read_run(recipe.parent / "out")
