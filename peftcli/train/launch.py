@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import socket
@@ -109,15 +110,23 @@ def _environment(launch: Launch, number: int, count: int, port: int) -> dict[str
 
 def _wait(processes: list[subprocess.Popen[bytes]], forwarded: list[int]) -> int:
     """Wait for all; once one fails, give the others a while and end them."""
-    while any(process.poll() is None for process in processes):
-        if any(process.returncode for process in processes):
-            break
+    failed: dict[int, int] = {}  # process -> exit code, in the order in which they failed
+    deadline = math.inf
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        _note_failures(processes, failed)
+        if failed and deadline == math.inf:
+            deadline = time.monotonic() + _GRACE_SECONDS
         time.sleep(0.05)
-    first = next(((n, p.returncode) for n, p in enumerate(processes) if p.returncode), None)
-    if first is None:
+    _note_failures(processes, failed)
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    if not failed:
         return 0
-    _end(processes)
-    number, code = first
+    # a process that ended because another had is not the reason
+    number = min(failed, key=lambda number: failed[number] == ProcessDied.exit_code)
+    code = failed[number]
     if code in _OURS:
         return code
     if -code in forwarded:  # it had not begun to listen to signals
@@ -126,14 +135,10 @@ def _wait(processes: list[subprocess.Popen[bytes]], forwarded: list[int]) -> int
     raise ProcessDied(f"process {number} of {len(processes)} {how}", hint="run the same command again to go on")
 
 
-def _end(processes: list[subprocess.Popen[bytes]]) -> None:
-    deadline = time.monotonic() + _GRACE_SECONDS
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+def _note_failures(processes: list[subprocess.Popen[bytes]], failed: dict[int, int]) -> None:
+    for number, process in enumerate(processes):
+        if process.returncode:
+            failed.setdefault(number, process.returncode)
 
 
 @contextmanager
