@@ -80,8 +80,6 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs the command line ``args``, by default that of this process. Returns the exit code."""
     given = list(sys.argv[1:] if args is None else args) or ["--help"]
     options = given[: given.index("--")] if "--" in given else given
-    # torch reads this when it is imported: waiting threads sleep, since spinning on a shared core costs far more
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' progress bars, which redraw
     debug, as_json = "--debug" in options, "--json" in options

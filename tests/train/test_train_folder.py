@@ -290,6 +290,15 @@ def test_prompt_tuning_resumes_too(recipe: Path, tmp_path: Path) -> None:
     assert run_recipe(recipe, trainkit.PROMPT_TUNING).weights == whole.weights
 
 
+def test_the_best_adapter_so_far_survives_a_stop(recipe: Path, tmp_path: Path) -> None:
+    settings = (*FULL, "training.greater_is_better=true", "training.eval_on_start=false")
+    whole = run_recipe(recipe, *settings, f"training.output_dir={tmp_path}/whole")
+    assert whole.run["eval"]["best_step"] == 2, "the best must lie before the stop"
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, *settings, on_event=at_step(5, send(signal.SIGTERM)))
+    assert_same(run_recipe(recipe, *settings).folder, whole)
+
+
 def test_a_signal_at_the_last_step_lets_the_run_end(recipe: Path) -> None:
     assert run_recipe(recipe, on_event=at_step(8, send(signal.SIGTERM))).run["status"] == "complete"
 
@@ -338,6 +347,10 @@ def test_training_in_another_thread(recipe: Path) -> None:
 # --- killed -----------------------------------------------------------------------------------------------------------
 
 
+WRITES = 58
+"""Calls of fsync in the uninterrupted run."""
+
+
 class KillAt:
     """SIGKILL at the ``count``-th call of fsync: before the file that is being written gets its name."""
 
@@ -372,9 +385,10 @@ def test_killed_at_writes_and_resumed_ends_with_the_same_bytes(recipe: Path, uni
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", range(1, 80))
+@pytest.mark.parametrize("moment", range(1, WRITES + 2))
 def test_killed_at_every_write(recipe: Path, uninterrupted: trainkit.Trained, moment: int) -> None:
-    killed_and_resumed(recipe, uninterrupted, [moment])
+    kills = killed_and_resumed(recipe, uninterrupted, [moment])
+    assert kills == (moment <= WRITES), "a kill that did not happen proves nothing"
 
 
 @pytest.mark.slow
