@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 MODEL = "models/SmolLM2-135M-Instruct"
-STEPS, BATCH, LEARNING_RATE = 8, 8, 2e-4
+STEPS, BATCH, LEARNING_RATE = 5, 4, 2e-4
 METHOD = {
     "r": 16,
     "lora_alpha": 32,
