@@ -52,7 +52,7 @@ docs-check: $(STAMP) ## fail when they are stale
 	@$(BIN)/peftcli schema | diff - peftcli/recipe.schema.json || { echo "peftcli/recipe.schema.json is stale: run 'make docs'" >&2; exit 1; }
 	@$(BIN)/python docs/generate.py --check
 
-bench: $(STAMP) ## measure against peers; see docs/performance.md
+bench: $(STAMP) ## measure against peers; docs/log.md has the results
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script; done
 
 check: lint type test docs-check ## everything that CI runs

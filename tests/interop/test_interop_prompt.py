@@ -227,4 +227,4 @@ def test_interop_3_1_pefts_generate_repeats_the_prompt_and_ours_does_not(tmp_pat
         except (IndexError, RuntimeError) as error:
             differs[kind] = type(error).__name__
     if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters:
-        assert all(differs.values()), f"PEFT generates as it should on some: {differs}; interop.md 3.1 can go"
+        assert all(differs.values()), f"PEFT generates as it should on some: {differs}; this comparison can go"
