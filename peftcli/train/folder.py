@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any, TextIO
@@ -108,16 +107,3 @@ class RunFolder:
             except ValueError:
                 break
         return entries
-
-
-def alive(pid: object) -> bool:
-    """Whether a process of this machine has that id."""
-    if not isinstance(pid, int):
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
