@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from peftcli.methods import METHODS
+
 _PLACES = {
-    "LoraConfig": "peftcli.methods.lora.config",
-    "PromptTuningConfig": "peftcli.methods.prompt_tuning.config",
+    **{row.config_name: f"peftcli.methods.{row.config_place}" for row in METHODS.values()},
     "inject": "peftcli.core.inject",
     "disabled": "peftcli.core.inject",
     "unload": "peftcli.core.inject",

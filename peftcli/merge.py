@@ -21,9 +21,9 @@ from torch import nn
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import load_adapter, read_config, read_tensors, sync_folder
 from peftcli.core.inject import inject
-from peftcli.core.layer import AdapterLayer
+from peftcli.core.layer import AdapterLayer, bare
 from peftcli.core.merge import merge, outermost
-from peftcli.core.weights import check_state, named_tensors
+from peftcli.core.weights import materialise
 from peftcli.errors import AdapterError, ModelError, StorageError, UsageError
 from peftcli.hub import local_folder
 from peftcli.methods import config_from_dict
@@ -205,20 +205,12 @@ def _layers_without_base(job: _Job) -> tuple[nn.Module, dict[str, AdapterLayer]]
     """The model on the meta device, and its adapter layers with the adapter's real weights."""
     model = empty_model(job.base, job.auto_class)
     inject(model, job.config)
-    tensors = read_tensors(job.folder)
-    wanted = named_tensors(model)
-    values = check_state(model, tensors, str(job.folder))
-    for name, (layer, tensor, _) in wanted.items():
-        owner, _, leaf = tensor.rpartition(".")
-        layer.own_module(owner)._parameters[leaf] = nn.Parameter(values[name], requires_grad=False)
+    materialise(model, read_tensors(job.folder), str(job.folder))
     return model, outermost(model)
 
 
 def _base_leaves(layer: AdapterLayer) -> list[str]:
-    base: nn.Module = layer
-    while isinstance(base, AdapterLayer):
-        base = base.base_layer
-    return [name for name, _ in base.named_parameters()]
+    return [name for name, _ in bare(layer).named_parameters()]
 
 
 def _checkpoint_keys(names: list[str], keys: set[str], prefix: str) -> dict[str, str]:

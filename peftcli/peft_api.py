@@ -19,7 +19,7 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.files import WEIGHTS_FILE, load_adapter, read_config, read_tensors, save_adapter
 from peftcli.core.inject import disabled, inject, set_trainable, unload
 from peftcli.core.merge import merge
-from peftcli.core.weights import adapter_state, load_state, named_tensors
+from peftcli.core.weights import adapter_state, holds_its_file, load_state, named_tensors
 from peftcli.errors import AdapterError
 from peftcli.hub import local_folder, push
 from peftcli.methods import METHODS, config_from_dict
@@ -192,9 +192,7 @@ class PeftModel(nn.Module):
         folder = local_folder(str(model_id), revision=revision)
         if config is None:
             config = PeftConfig.from_pretrained(folder)
-        config.inference_mode = True  # nothing is initialised that the file replaces
         load_adapter(model, config, folder, trainable=is_trainable)
-        config.inference_mode = not is_trainable
         return _wrapped(model, config, adapter_name).train(is_trainable)
 
     def load_adapter(self, model_id: str | Path, adapter_name: str | None = None, is_trainable: bool = False) -> None:
@@ -208,13 +206,14 @@ class PeftModel(nn.Module):
             raise AdapterError(f"the model holds one adapter, {self.active_adapter!r}; it cannot take {adapter_name!r}")
         folder = local_folder(str(model_id))
         config, model, old = PeftConfig.from_pretrained(folder), self.get_base_model(), self.active_peft_config
-        if _content(config) == _content(old):  # an optimizer may hold the weights: they stay the same objects
+        if _content(config) == _content(old) and holds_its_file(
+            model
+        ):  # an optimizer may hold the weights: they stay the same objects
             load_state(model, read_tensors(folder), file=str(folder / WEIGHTS_FILE))
             set_trainable(model, is_trainable)
             return
         kept, trained = adapter_state(model), any(parameter.requires_grad for parameter in self.parameters())
         unload(model)
-        config.inference_mode = True  # nothing is initialised that the file replaces
         try:
             load_adapter(model, config, folder, trainable=is_trainable)
         except AdapterError:

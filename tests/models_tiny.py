@@ -19,13 +19,19 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 VOCABULARY, PAD, BOS, EOS = 96, 0, 1, 95
@@ -123,6 +129,34 @@ def _bert() -> PreTrainedModel:
     )
 
 
+def _whisper() -> PreTrainedModel:
+    return WhisperForConditionalGeneration(
+        WhisperConfig(
+            vocab_size=VOCABULARY,
+            num_mel_bins=8,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+            max_source_positions=16,
+            max_target_positions=64,
+            dropout=0.0,
+            decoder_start_token_id=BOS,
+            begin_suppress_tokens=None,
+            **_IDS,
+        )
+    )
+
+
+def _convnet() -> PreTrainedModel:
+    return ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+    )
+
+
 _BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: _llama(tied=False),
     "llama_tied": lambda: _llama(tied=True),
@@ -133,9 +167,17 @@ _BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "bloom": _bloom,
     "t5": _t5,
     "bert": _bert,
+    "whisper": _whisper,
+    "convnet": _convnet,
+    "mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(**_DECODER, num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.0)
+    ),
 }
 
-KINDS = tuple(_BUILDERS)
+KINDS = tuple(name for name in _BUILDERS if name not in ("whisper", "convnet", "mixtral"))
+"""Models that read token ids, one of each shape."""
+OTHER_KINDS = ("whisper", "convnet", "mixtral")
+"""One that hears, one that sees, one with experts whose weights are fused."""
 DECODERS = ("llama", "llama_tied", "gpt2", "opt", "qwen2", "gemma3", "bloom")
 
 
@@ -162,6 +204,12 @@ def ids(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def batch(kind: str, seed: int = 0, rows: int = 2, length: int = 9) -> dict[str, torch.Tensor]:
     """Inputs without padding; an encoder-decoder's hold what the decoder reads too."""
+    if kind in ("whisper", "convnet"):
+        generator = torch.Generator().manual_seed(seed)
+        if kind == "convnet":
+            return {"pixel_values": torch.randn(rows, 3, 16, 16, generator=generator)}
+        sound = torch.randn(rows, 8, 32, generator=generator)
+        return {"input_features": sound, "decoder_input_ids": ids(rows, 5, seed=seed + 1)}
     inputs = {"input_ids": ids(rows, length, seed=seed), "attention_mask": torch.ones(rows, length, dtype=torch.long)}
     if kind == "t5":
         inputs["decoder_input_ids"] = ids(rows, 5, seed=seed + 1)
@@ -172,8 +220,9 @@ def labelled(kind: str, seed: int = 0) -> dict[str, torch.Tensor]:
     """The inputs of ``batch`` with labels."""
     inputs = batch(kind, seed)
     inputs.pop("decoder_input_ids", None)
-    labels = {"bert": torch.tensor([0, 2]), "t5": ids(2, 5, seed=seed + 1)}
-    return {**inputs, "labels": labels.get(kind, inputs["input_ids"])}
+    classes, tokens = torch.tensor([0, 2]), ids(2, 5, seed=seed + 1)
+    labels = {"bert": classes, "convnet": classes, "t5": tokens, "whisper": tokens}
+    return {**inputs, "labels": labels[kind] if kind in labels else inputs["input_ids"]}
 
 
 @torch.no_grad()

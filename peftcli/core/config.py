@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_o
 from peftcli.errors import AdapterError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Mapping
 
+    import torch
     from torch import nn
 
     from peftcli.core.layer import AdapterLayer
@@ -86,8 +87,36 @@ class AdapterConfig:
         """The adapter layer over ``module``, whose name in the model is ``name``."""
         raise NotImplementedError
 
-    def attach(self, model: nn.Module) -> None:
-        """Anything that a method needs on the model as a whole, once its layers are in place."""
+    def reshape(self, model: nn.Module) -> None:
+        """Changes to the base model's structure that come before ``targets``; ``core.inject.unload`` takes them back.
+
+        See ``core.inject.on_unload``.
+        """
+
+    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
+        """Anything that a method needs on the model as a whole, once its layers are in place.
+
+        ``layers`` are those that ``wrap`` gave, by the names that ``targets`` gave. A place to draw what all layers
+        share, and to write into the config what the file's readers need.
+        """
+
+    def needs_batches(self) -> bool:
+        """Whether ``calibrate`` is to be called."""
+        return False
+
+    def calibrate(self, model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        """Start a new adapter from what the training data says, once, before the first step.
+
+        ``batches`` are keyword arguments of the model's forward, labels included; they can be gone through more than
+        once, and no gradient is kept of them.
+        """
+
+    def penalty(self, model: nn.Module) -> torch.Tensor | None:
+        """What training adds to the mean loss over the global batch's targets: a scalar with gradients, or None."""
+        return None
+
+    def after_step(self, model: nn.Module, step: int, total: int) -> None:
+        """Called after optimizer step ``step``, counted from 1, of ``total``, while the gradients are still there."""
 
     def merge_problem(self) -> str | None:
         """Why this adapter cannot be merged into the base model; None when it can."""
@@ -139,8 +168,44 @@ class TargetedConfig(AdapterConfig):
     target_modules: list[str] | str | None = None
     """Which modules to adapt: a list of names or name endings, one regular expression over full names,
     or ``all-linear`` (every linear layer but the output head). Unset: the usual choice for the model's family."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        found = super().problems()
+        if isinstance(self.target_modules, (list, str)) and not self.target_modules:
+            found.append(("target_modules", "names no module"))
+        return found
+
+    def targets(self, model: nn.Module) -> list[str]:
+        from peftcli.core.targets import find_targets
+
+        return find_targets(model, self)
+
+    def usual_targets(self, model_type: str) -> list[str] | str:
+        """What unset target_modules mean for a family of models."""
+        from peftcli.core.targets import FAMILY_TARGETS
+
+        return FAMILY_TARGETS.get(model_type, "all-linear")
+
+    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
+        """The file's readers need the names of what was adapted, where the config says them in other words."""
+        from peftcli.core.targets import shortest_names
+
+        if self.target_modules is None or self.target_modules == "all-linear":
+            self.target_modules = shortest_names(model, list(layers))
+
+
+@dataclass(kw_only=True)
+class ExcludingConfig(TargetedConfig):
+    """A TargetedConfig of a method for which PEFT knows ``exclude_modules``."""
+
     exclude_modules: list[str] | str | None = None
     """Modules to leave alone, written as target_modules are."""
+
+
+@dataclass(kw_only=True)
+class LayeredConfig(TargetedConfig):
+    """A TargetedConfig of a method for which PEFT knows ``layers_to_transform``."""
+
     layers_to_transform: list[int] | int | None = None
     """Indices of the transformer layers to adapt, from 0. Unset: all."""
     layers_pattern: list[str] | str | None = None
@@ -148,8 +213,6 @@ class TargetedConfig(AdapterConfig):
 
     def problems(self) -> list[tuple[str, str]]:
         found = super().problems()
-        if isinstance(self.target_modules, (list, str)) and not self.target_modules:
-            found.append(("target_modules", "names no module"))
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             found.append(("layers_to_transform", "needs target_modules as a list of names"))
         if self.layers_pattern and self.layers_to_transform is None:
@@ -158,11 +221,6 @@ class TargetedConfig(AdapterConfig):
         if any(index < 0 for index in layers or ()):
             found.append(("layers_to_transform", "indices count from 0"))
         return found
-
-    def targets(self, model: nn.Module) -> list[str]:
-        from peftcli.core.targets import find_targets
-
-        return find_targets(model, self)
 
 
 def _default(entry: dataclasses.Field[Any]) -> Any:

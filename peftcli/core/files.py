@@ -23,14 +23,14 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _LARGEST_CONFIG = 1 << 20
 
 
-def save_adapter(model: nn.Module, config: AdapterConfig, folder: Path) -> None:
-    """Write the model's adapter into ``folder``. Equal adapters give equal bytes.
+def save_adapter(model: nn.Module, config: AdapterConfig, folder: Path, adapter: str | None = None) -> None:
+    """Write the model's adapter, or of several the one of that name, into ``folder``. Equal adapters give equal bytes.
 
     Raises:
         AdapterError: a weight is not finite.
         StorageError: the folder cannot be written.
     """
-    write_adapter(adapter_state(model), config, folder)
+    write_adapter(adapter_state(model, adapter), config, folder)
 
 
 def write_adapter(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, folder: Path) -> None:
@@ -91,20 +91,26 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise AdapterError(f"damaged: {error}", file=str(path)) from None
 
 
-def load_adapter(model: nn.Module, config: AdapterConfig, folder: Path, *, trainable: bool = False) -> Injection:
+def load_adapter(
+    model: nn.Module, config: AdapterConfig, folder: Path, *, trainable: bool = False, adapter: str = "default"
+) -> Injection:
     """Inject the config's layers into ``model`` and fill them from the folder's weights.
+
+    ``config.inference_mode`` is on while the layers are made, so that each holds what the file holds.
 
     Raises:
         AdapterError: the config or the tensors do not fit the model.
     """
     tensors = read_tensors(folder)
-    injection = inject(model, config)
+    config.inference_mode = True
+    injection = inject(model, config, adapter)
     try:
-        load_state(model, tensors, file=str(folder / WEIGHTS_FILE))
+        load_state(model, tensors, str(folder / WEIGHTS_FILE), adapter)
     except AdapterError:
-        unload(model)
+        unload(model, adapter)
         raise
-    set_trainable(model, trainable)
+    set_trainable(model, trainable, adapter)
+    config.inference_mode = not trainable
     return injection
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.layer import AdapterLayer, TrainedCopy, adapter_layers
+from peftcli.core.layer import AdapterLayer, TrainedBias, TrainedCopy, adapter_layers, base_paths
 from peftcli.core.targets import find_modules
 from peftcli.errors import AdapterError
 
@@ -26,33 +27,39 @@ class Injection:
     """Parameters of the model, the adapter's included."""
 
 
-def inject(model: nn.Module, config: AdapterConfig) -> Injection:
-    """Freeze the model and put the config's adapter layers into it, in place.
+def inject(model: nn.Module, config: AdapterConfig, adapter: str = "default") -> Injection:
+    """Put the config's adapter layers into the model, in place, around those of its other adapters.
+
+    The base model is frozen; other adapters stay as they are.
 
     Nothing is changed when this raises.
 
     Raises:
         AdapterError: the config names modules that the model lacks or that the method cannot adapt, or the model
-            holds an adapter already.
+            holds an adapter of this name already.
     """
     config.check()
-    if adapter_layers(model):
-        raise AdapterError("the model already holds an adapter; merge or unload that first")
-    saved = find_modules(model, config.modules_to_save or (), "modules_to_save")
-    inside = tuple(f"{name}." for name in saved)  # trained in full already
-    names = [name for name in config.targets(model) if not f"{name}.".startswith(inside)]
-    if not names:
-        raise AdapterError("modules_to_save leaves no module to adapt", key="target_modules")
-    layers = {name: config.wrap(model.get_submodule(name), name) for name in names}
-    layers |= {name: TrainedCopy(model.get_submodule(name), config.file_prefix) for name in saved}
+    before = set(adapter_layers(model).values())
+    if any(layer.adapter == adapter for layer in before):
+        raise AdapterError("the model already holds an adapter of this name; merge or unload that first")
+    config.reshape(model)
+    try:
+        layers, saved = _wrapped(model, config)
+    except AdapterError:
+        _take_back(model)
+        raise
     total_before = _count(model.parameters())
-    model.requires_grad_(False)
-    for name, layer in layers.items():
-        replace_module(model, name, layer.train(layer.base_layer.training))
-    config.attach(model)
-    layers = adapter_layers(model)
-    trainable = sum(_count(layer.own_tensors().values()) for layer in layers.values())
-    return Injection(layers, trainable, total_before + trainable)
+    if not before:
+        model.requires_grad_(False)
+    paths = base_paths(model)
+    new = {model.get_submodule(paths[name]): layer for name, layer in [*layers.items(), *saved.items()]}
+    replace_modules(model, {module: layer.train(module.training) for module, layer in new.items()})
+    config.attach(model, layers)
+    added = {path: layer for path, layer in adapter_layers(model).items() if layer not in before}
+    for layer in added.values():
+        layer.adapter = adapter
+    trainable = _count({parameter for layer in added.values() for parameter in layer.own_tensors().values()})
+    return Injection(added, trainable, total_before + trainable)
 
 
 @contextmanager
@@ -69,30 +76,73 @@ def disabled(model: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
 
 
-def set_trainable(model: nn.Module, trainable: bool) -> None:
-    """Let the adapter's weights take gradients, or not. The base model stays frozen."""
+def set_active(model: nn.Module, adapters: Iterable[str]) -> None:
+    """Enable these adapters, and disable the model's others."""
+    names = set(adapters)
     for layer in adapter_layers(model).values():
+        layer.enabled = layer.adapter in names
+
+
+def set_trainable(model: nn.Module, trainable: bool, adapter: str | None = None) -> None:
+    """Let the weights of one adapter, or of all, take gradients, or not. The base model stays frozen."""
+    for layer in adapter_layers(model, adapter).values():
         for parameter in layer.own_tensors().values():
             parameter.requires_grad_(trainable)
 
 
-def unload(model: nn.Module) -> None:
-    """Take every adapter layer out again; the base layers stand where they stood."""
-    for name, layer in adapter_layers(model).items():
-        base: nn.Module = layer
-        while isinstance(base, AdapterLayer):
-            base = base.base_layer
-        if name in dict(model.named_modules()):  # a nested layer left with the one around it
-            replace_module(model, name, base)
+def unload(model: nn.Module, adapter: str | None = None) -> None:
+    """Take the layers of one adapter, or of all, out again; what they stood over stands where it stood."""
+    while layers := adapter_layers(model, adapter):
+        replace_modules(model, {layer: layer.base_layer for layer in layers.values()})
+    if not adapter_layers(model):
+        _take_back(model)
 
 
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` where the module called ``name`` stands, at every place that shares it."""
-    old = model.get_submodule(name)
+def on_unload(model: nn.Module, undo: functools.partial[None]) -> None:
+    """Have ``undo`` called when the model's adapters are unloaded. A partial over modules survives a deep copy."""
+    model.__dict__.setdefault("_adapter_undo", []).append(undo)
+
+
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put ``new[old]`` where ``old`` stands, at every place that shares it."""
     for parent in list(model.modules()):
-        for attribute, child in list(parent.named_children()):
-            if child is old:
-                setattr(parent, attribute, new)
+        for attribute, child in list(parent._modules.items()):
+            if child is not None and child in new:
+                setattr(parent, attribute, new[child])
+
+
+def train_other_biases(model: nn.Module) -> None:
+    """Train every bias of the model that stands in no adapter layer (``bias: all``)."""
+    inside = tuple(f"{path}." for path in adapter_layers(model))
+    new = {
+        module: TrainedBias(module)
+        for name, module in model.named_modules()
+        if module._parameters.get("bias") is not None
+        and not isinstance(module, AdapterLayer)
+        and not f"{name}.".startswith(inside)
+    }
+    replace_modules(model, new)
+
+
+def _wrapped(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, AdapterLayer], dict[str, TrainedCopy]]:
+    """The new layers over the config's targets, by name, and those over its modules_to_save. None is in place yet."""
+    saved = find_modules(model, config.modules_to_save or (), "modules_to_save")
+    inside = tuple(f"{name}." for name in saved)  # trained in full already
+    names = [name for name in config.targets(model) if not f"{name}.".startswith(inside)]
+    if not names and not saved:
+        raise AdapterError("names no module to adapt", key="target_modules")
+    if not names:
+        raise AdapterError("modules_to_save leaves no module to adapt", key="target_modules")
+    paths = base_paths(model)
+    layers = {name: config.wrap(model.get_submodule(paths[name]), name) for name in names}
+    copies = {name: TrainedCopy(model.get_submodule(paths[name]), config.file_prefix) for name in saved}
+    return layers, copies
+
+
+def _take_back(model: nn.Module) -> None:
+    """Undo what ``AdapterConfig.reshape`` did."""
+    for undo in reversed(model.__dict__.pop("_adapter_undo", [])):
+        undo()
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:

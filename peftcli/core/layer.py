@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,6 +21,10 @@ class AdapterLayer(nn.Module):
     """
 
     file_prefix = "base_model.model."
+    adapter = "default"
+    """Name of the adapter that the layer belongs to."""
+    fixed: tuple[str, ...] = ()
+    """Names below the layer of the adapter's tensors that never train: projections drawn once, starting values."""
     base_layer: Any
     """The layer of the model, or another adapter layer over it."""
 
@@ -37,8 +43,24 @@ class AdapterLayer(nn.Module):
             return getattr(self.base_layer, name)
 
     def own_tensors(self) -> dict[str, nn.Parameter]:
-        """The adapter's tensors: name below the layer -> parameter."""
-        return {name: value for name, value in self.named_parameters() if not name.startswith("base_layer.")}
+        """The adapter's tensors that train: name below the layer -> parameter."""
+        return {
+            name: value
+            for name, value in self.named_parameters()
+            if not name.startswith("base_layer.") and name not in self.fixed
+        }
+
+    def fixed_tensors(self) -> dict[str, torch.Tensor]:
+        """The adapter's tensors that never train, parameters or buffers: name below the layer -> tensor."""
+        return {name: operator.attrgetter(name)(self) for name in self.fixed}
+
+    def file_tensors(self) -> dict[str, torch.Tensor]:
+        """What the adapter file holds of this layer: name below the layer -> tensor.
+
+        A method that trains other tensors than it saves computes these here, and builds a layer that holds them as
+        they are when its config says ``inference_mode``: it is then filled from a file.
+        """
+        return {**self.own_tensors(), **self.fixed_tensors()}
 
     def own_module(self, path: str) -> nn.Module:
         """The module below the layer, as ``own_tensors`` names it, that holds a tensor."""
@@ -61,22 +83,9 @@ class AdapterLayer(nn.Module):
         raise AdapterError(f"{type(self).__name__} cannot be merged into the base model")
 
     def folded(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """``merged_tensors`` of this layer and of the adapter layers below it."""
+        """``merged_tensors`` of this layer and of the adapter layers below it, those that are enabled."""
         below = self.base_layer.folded(base) if isinstance(self.base_layer, AdapterLayer) else {}
-        return below | self.merged_tensors(base | below)
-
-    def merge(self) -> nn.Module:
-        """The base layer with the adapter folded in. Its parameters are new: ties to other layers end here."""
-        base: nn.Module = self
-        while isinstance(base, AdapterLayer):
-            base = base.base_layer
-        with torch.no_grad():
-            tensors = dict(base.named_parameters())
-            for name, value in self.folded(dict(tensors)).items():
-                owner, _, leaf = name.rpartition(".")
-                merged = nn.Parameter(value.to(tensors[name].dtype), requires_grad=False)
-                setattr(base.get_submodule(owner), leaf, merged)
-        return base
+        return below | self.merged_tensors(base | below) if self.enabled else below
 
 
 class TrainedCopy(AdapterLayer):
@@ -85,7 +94,7 @@ class TrainedCopy(AdapterLayer):
     def __init__(self, base_layer: nn.Module, file_prefix: str):
         super().__init__(base_layer)
         self.file_prefix = file_prefix
-        self.copy = copy.deepcopy(base_layer)
+        self.copy = copy.deepcopy(bare(base_layer))
         for parameter in self.copy.parameters():
             parameter.data = parameter.data.to(adapter_dtype(parameter))
             parameter.requires_grad_(True)
@@ -112,14 +121,15 @@ class TrainedBias(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module):
         super().__init__(base_layer)
-        bias = self.base_layer.bias
+        bias: torch.Tensor = bare(base_layer).bias
         # not by attribute: the base layer's bias, seen through __getattr__, would count as taken
         self._parameters["bias"] = nn.Parameter(bias.detach().to(adapter_dtype(bias)).clone())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.enabled:
             return self.base_layer(*args, **kwargs)
-        bias = {"bias": self.bias.to(self.base_layer.bias.dtype)}
+        depth = sum(isinstance(module, AdapterLayer) for module in _below(self))
+        bias = {"base_layer." * depth + "bias": self.bias.to(bare(self).bias.dtype)}
         return torch.func.functional_call(self.base_layer, bias, args, kwargs)
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -131,6 +141,56 @@ def adapter_dtype(like: torch.Tensor) -> torch.dtype:
     return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
-def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
-    """Every adapter layer of the model by its path, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
+def bare(module: nn.Module) -> Any:
+    """The layer of the model below any adapter layers."""
+    while isinstance(module, AdapterLayer):
+        module = module.base_layer
+    return module
+
+
+def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, AdapterLayer]:
+    """Every adapter layer of the model, or of one of its adapters, by its path, in the model's order."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, AdapterLayer) and adapter in (None, module.adapter)
+    }
+
+
+def path_in_file(model: nn.Module, path: str) -> str:
+    """The path that the adapter layer at ``path`` would have if its adapter were the only one."""
+    module, kept = model, []
+    parts = path.split(".") if path else []
+    adapter = model.get_submodule(path).adapter
+    for part in parts:
+        foreign = part == "base_layer" and isinstance(module, AdapterLayer) and module.adapter != adapter
+        if not foreign:
+            kept.append(part)
+        module = module.get_submodule(part)
+    return ".".join(kept)
+
+
+def base_paths(model: nn.Module) -> dict[str, str]:
+    """Names of the base model's modules -> the paths at which they, or the adapter layers over them, stand now."""
+    found: dict[str, str] = {}
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module, name: str, path: str) -> None:
+        if module in seen:  # a module with several names counts under its first, as in named_modules
+            return
+        seen.add(module)
+        found[name] = path
+        while isinstance(module, AdapterLayer):
+            module, path = module.base_layer, f"{path}.base_layer"
+        for child, inner in module.named_children():
+            walk(inner, f"{name}.{child}".lstrip("."), f"{path}.{child}".lstrip("."))
+
+    walk(model, "", "")
+    return found
+
+
+def _below(layer: AdapterLayer) -> Iterator[nn.Module]:
+    module: nn.Module = layer.base_layer
+    while isinstance(module, AdapterLayer):
+        yield module
+        module = module.base_layer

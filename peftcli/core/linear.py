@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftcli.core.layer import adapter_dtype, bare
+from peftcli.errors import AdapterError
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -19,15 +22,35 @@ class Linear:
     """Whether the weight is stored (in, out), as in GPT-2's Conv1D."""
 
     def as_stored(self, weight: torch.Tensor) -> torch.Tensor:
-        """``weight`` of shape (out, in), in the layer's own orientation."""
+        """``weight`` of shape (out, in), in the layer's own orientation; and the other way round."""
         return weight.T if self.transposed else weight
 
 
 def linear_view(module: Any) -> Linear | None:
-    """The view of ``module``; None when it is no linear layer."""
+    """The view of ``module``, or of the layer below its adapter layers; None when it is no linear layer."""
+    module = bare(module)
     if isinstance(module, nn.Linear):
         return Linear(module.in_features, module.out_features, transposed=False)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers', which core does not import
         rows, columns = module.weight.shape
         return Linear(rows, columns, transposed=True)
     return None
+
+
+def dense_weight(module: nn.Module) -> torch.Tensor:
+    """The weight (out, in) of a linear layer, detached, in float32 or wider."""
+    view, weight = linear_view(module), bare(module).weight.detach()
+    assert view is not None
+    return view.as_stored(weight).to(adapter_dtype(weight))
+
+
+def need_linear(module: nn.Module, name: str, method: str, kinds: str = "Linear and Conv1D") -> Linear:
+    """The view of ``module``.
+
+    Raises:
+        AdapterError: it is no linear layer; ``method`` adapts ``kinds`` only.
+    """
+    view = linear_view(module)
+    if view is None:
+        raise AdapterError(f"{name} is a {type(bare(module)).__name__}; {method} adapts {kinds}", key="target_modules")
+    return view

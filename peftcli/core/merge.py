@@ -2,37 +2,85 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.inject import replace_module
-from peftcli.core.layer import AdapterLayer
+from peftcli.core.inject import replace_modules
+from peftcli.core.layer import AdapterLayer, adapter_layers, bare
 from peftcli.errors import AdapterError
 
 
-def merge(model: nn.Module, config: AdapterConfig) -> bool:
-    """Fold the model's adapter into its weights, in place; no adapter layer is left.
+def merge(model: nn.Module, *configs: AdapterConfig) -> bool:
+    """Fold the model's enabled adapters into its weights, in place; no adapter layer is left.
 
     Sums are made in float32 whatever the base dtype. An adapted embedding or head that shares its weight with the
     other one gets a weight of its own.
+
+    Args:
+        model: the model, with adapters in it.
+        configs: those of the enabled adapters.
 
     Returns:
         Whether input and output embeddings shared a weight before and do not now.
 
     Raises:
-        AdapterError: the method cannot be merged, or a merged weight is not finite.
+        AdapterError: a method cannot be merged, or a merged weight is not finite. The model is as it was then.
     """
-    if reason := config.merge_problem():
-        raise AdapterError(reason)
+    for config in configs:
+        if reason := config.merge_problem():
+            raise AdapterError(reason)
     tied = _tied(model)
-    for name, layer in outermost(model).items():
-        merged = layer.merge()
-        for leaf, value in merged.named_parameters():
-            if not torch.isfinite(value).all():
-                raise AdapterError(f"{name}.{leaf} is not finite after merging")
-        replace_module(model, name, merged)
+    fold(model)
+    replace_modules(model, {layer: bare(layer) for layer in outermost(model).values()})
     return tied and not _tied(model)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Weights that hold their adapters' updates for a while."""
+
+    before: list[tuple[nn.Module, str, nn.Parameter]]
+    """Where each weight stood: module, name, and the weight as it was."""
+    layers: list[AdapterLayer]
+    """The layers that were enabled."""
+
+    def undo(self) -> None:
+        """Put the weights back, exactly, and enable the layers."""
+        for module, name, parameter in self.before:
+            setattr(module, name, parameter)
+        for layer in self.layers:
+            layer.enabled = True
+
+
+def fold(model: nn.Module) -> Folded:
+    """Put the enabled adapters' updates into the base weights and disable their layers, which stay in place.
+
+    Raises:
+        AdapterError: a layer cannot be merged, or a merged weight is not finite. The model is as it was then.
+    """
+    done = Folded([], [layer for layer in adapter_layers(model).values() if layer.enabled])
+    try:
+        for name, layer in outermost(model).items():
+            base = bare(layer)
+            tensors = dict(base.named_parameters())
+            with torch.no_grad():
+                values = layer.folded(dict(tensors))
+            for tensor, value in values.items():
+                merged = nn.Parameter(value.to(tensors[tensor].dtype), requires_grad=False)
+                if not torch.isfinite(merged).all():
+                    raise AdapterError(f"{name}.{tensor} is not finite after merging")
+                owner, _, leaf = tensor.rpartition(".")
+                done.before.append((base.get_submodule(owner), leaf, tensors[tensor]))
+                setattr(base.get_submodule(owner), leaf, merged)
+    except AdapterError:
+        done.undo()
+        raise
+    for layer in done.layers:
+        layer.enabled = False
+    return done
 
 
 def outermost(model: nn.Module) -> dict[str, AdapterLayer]:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from peftcli.core.config import ExcludingConfig, LayeredConfig, TargetedConfig
+from peftcli.core.layer import bare, base_paths
 from peftcli.core.linear import linear_view
 from peftcli.errors import AdapterError
-
-if TYPE_CHECKING:
-    from peftcli.core.config import TargetedConfig
 
 _LONGEST_PATTERN = 2000
 
@@ -60,18 +59,18 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
     Raises:
         AdapterError: an entry matches nothing; the message gives near names.
     """
-    modules = dict(model.named_modules())
+    modules = _base_modules(model)
     wanted = config.target_modules
     if wanted is None:
-        wanted = FAMILY_TARGETS.get(getattr(getattr(model, "config", None), "model_type", ""), "all-linear")
+        wanted = config.usual_targets(getattr(getattr(model, "config", None), "model_type", ""))
     if wanted == "all-linear":
         names = _all_linear(model, modules, config.modules_to_save or ())
     else:
         names = _matches(model, modules, wanted, "target_modules")
-    if config.exclude_modules is not None:
+    if isinstance(config, ExcludingConfig) and config.exclude_modules is not None:
         excluded = set(_matches(model, modules, config.exclude_modules, "exclude_modules"))
         names = [name for name in names if name not in excluded]
-    if config.layers_to_transform is not None:
+    if isinstance(config, LayeredConfig) and config.layers_to_transform is not None:
         names = _in_layers(names, config)
     if not names:
         raise AdapterError(f"no module of {type(model).__name__} is left to adapt", key="target_modules")
@@ -89,13 +88,13 @@ def find_modules(model: nn.Module, entries: Iterable[str], key: str) -> list[str
     Raises:
         AdapterError: an entry matches nothing; the message gives near names.
     """
-    return _matches(model, dict(model.named_modules()), list(entries), key)
+    return _matches(model, _base_modules(model), list(entries), key)
 
 
 def shortest_names(model: nn.Module, names: list[str]) -> list[str]:
     """The shortest name endings that name these modules and no others, sorted."""
     chosen, found = set(names), set()
-    every = [name for name, _ in model.named_modules() if name]
+    every = [name for name in base_paths(model) if name]
     for name in names:
         parts = name.split(".")
         for count in range(1, len(parts) + 1):
@@ -117,6 +116,11 @@ def check_patterns(patterns: Mapping[str, float], names: Iterable[str], key: str
     for pattern in patterns:
         if not any(_pattern_matches(pattern, name) for name in names):
             raise AdapterError(f"no adapted module matches {pattern!r}{_closest(pattern, names)}", key=key)
+
+
+def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The base model's modules by name, as if it had no adapter."""
+    return {name: bare(model.get_submodule(path)) for name, path in base_paths(model).items()}
 
 
 def _pattern_matches(pattern: str, name: str) -> bool:
@@ -148,7 +152,7 @@ def _matches(model: nn.Module, modules: dict[str, nn.Module], wanted: list[str] 
     return [name for name in names if any(module_matches(name, entry) for entry in wanted)]
 
 
-def _in_layers(names: list[str], config: TargetedConfig) -> list[str]:
+def _in_layers(names: list[str], config: LayeredConfig) -> list[str]:
     layers = config.layers_to_transform
     wanted = {layers} if isinstance(layers, int) else set(layers or ())
     lists = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern

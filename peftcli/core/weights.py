@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_layers
+from peftcli.core.layer import AdapterLayer, adapter_layers, bare, path_in_file
 from peftcli.errors import AdapterError
 
 _MOST_SHOWN = 8
@@ -17,21 +17,72 @@ _PEFT_COPY = re.compile(r"\.(modules_to_save|original_module)(?=\.bias$)")
 """With bias: all, PEFT writes the biases of saved modules under these names too, beside the true ones."""
 
 
-def named_tensors(model: nn.Module) -> dict[str, tuple[AdapterLayer, str, nn.Parameter]]:
-    """Name in the adapter file -> the layer, the tensor's name in it, the parameter."""
+def named_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, tuple[AdapterLayer, str, nn.Parameter]]:
+    """The tensors that train, of one adapter or of all: name -> the layer, the tensor's name in it, the parameter.
+
+    A tensor that layers share has one entry.
+    """
     return {
-        layer.file_name(path, tensor): (layer, tensor, parameter)
-        for path, layer in adapter_layers(model).items()
+        name: (layer, tensor, parameter)
+        for path, layer in _paths_in_file(model, adapter).items()
         for tensor, parameter in layer.own_tensors().items()
+        for name in [layer.file_name(path, tensor)]
     }
 
 
-def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+def adapter_state(model: nn.Module, adapter: str | None = None) -> dict[str, torch.Tensor]:
     """The adapter's tensors by the names of the adapter file, detached."""
-    return {name: parameter.detach() for name, (_, _, parameter) in named_tensors(model).items()}
+    return {name: value.detach() for name, (_, _, value) in file_tensors(model, adapter).items()}
 
 
-def load_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], file: str | None = None) -> None:
+def training_state(model: nn.Module, adapter: str | None = None) -> dict[str, torch.Tensor]:
+    """All that training needs of the adapter to go on: what trains, and what was drawn when it started. Detached."""
+    return {
+        layer.file_name(path, tensor): value.detach()
+        for path, layer in _paths_in_file(model, adapter).items()
+        for tensor, value in {**layer.own_tensors(), **layer.fixed_tensors()}.items()
+    }
+
+
+def unsaved_state(model: nn.Module, adapter: str | None = None) -> dict[str, torch.Tensor]:
+    """What of ``training_state`` the adapter file does not hold as it is."""
+    file = {name: value.data_ptr() for name, value in adapter_state(model, adapter).items()}
+    return {name: value for name, value in training_state(model, adapter).items() if file.get(name) != value.data_ptr()}
+
+
+def load_training_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], adapter: str | None = None) -> None:
+    """Copy ``training_state`` back into the model: the adapter file's tensors with ``unsaved_state`` over them.
+
+    Raises:
+        AdapterError: a tensor is missing or of another shape.
+    """
+    now = training_state(model, adapter)
+    wrong = [name for name in now if name not in tensors or tensors[name].shape != now[name].shape]
+    if wrong:
+        raise AdapterError(f"the training state does not fit this model: {', '.join(wrong[:_MOST_SHOWN])}")
+    for name, value in now.items():
+        value.copy_(tensors[name])
+
+
+def holds_its_file(model: nn.Module, adapter: str | None = None) -> bool:
+    """Whether the model holds the adapter file's tensors as they are, so that ``load_state`` can fill them."""
+    state = {value.data_ptr() for value in training_state(model, adapter).values()}
+    return all(value.data_ptr() in state for value in adapter_state(model, adapter).values())
+
+
+def file_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, tuple[AdapterLayer, str, torch.Tensor]]:
+    """Name in the adapter file -> the layer, the tensor's name in it, the tensor. A shared tensor has one entry."""
+    return {
+        name: (layer, tensor, value)
+        for path, layer in _paths_in_file(model, adapter).items()
+        for tensor, value in layer.file_tensors().items()
+        for name in [layer.file_name(path, tensor)]
+    }
+
+
+def load_state(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], file: str | None = None, adapter: str | None = None
+) -> None:
     """Copy the tensors of an adapter file into the model's adapter layers.
 
     A file may also hold the base weights of adapted embeddings and heads, as PEFT writes them when the vocabulary
@@ -41,8 +92,10 @@ def load_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], file: str 
         AdapterError: a missing, unexpected, misshapen or non-finite tensor; all of them in one message. Nothing is
             changed then.
     """
-    values = check_state(model, tensors, file)
-    targets = {name: parameter for name, (_, _, parameter) in named_tensors(model).items()}
+    if not holds_its_file(model, adapter):
+        raise AdapterError("what this adapter trains is not what its file holds; load the file into a model of its own")
+    values = check_state(model, tensors, file, adapter)
+    targets = {name: value for name, (_, _, value) in file_tensors(model, adapter).items()}
     targets |= _adapted_base_weights(model)
     with torch.no_grad():
         for name, value in values.items():
@@ -50,14 +103,14 @@ def load_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], file: str 
 
 
 def check_state(
-    model: nn.Module, tensors: Mapping[str, torch.Tensor], file: str | None = None
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], file: str | None = None, adapter: str | None = None
 ) -> dict[str, torch.Tensor]:
     """The tensors of an adapter file in the shapes that the model's adapter layers hold.
 
     Raises:
         AdapterError: a missing, unexpected, misshapen or non-finite tensor; all of them in one message.
     """
-    wanted = named_tensors(model)
+    wanted = file_tensors(model, adapter)
     base = _adapted_base_weights(model)
     values = {
         name: wanted[name][0].accepts(wanted[name][1], value) for name, value in tensors.items() if name in wanted
@@ -70,7 +123,7 @@ def check_state(
     for name, value in values.items():
         if value.shape != shapes[name]:
             wrong.append(f"shape: {name} is {tuple(value.shape)}, the model needs {tuple(shapes[name])}")
-        elif not value.is_floating_point():
+        elif not value.is_floating_point() and (name in base or wanted[name][2].is_floating_point()):
             wrong.append(f"type: {name} is {str(value.dtype).removeprefix('torch.')}, no floating-point numbers")
         elif not torch.isfinite(value.float()).all():
             wrong.append(f"not finite: {name}")
@@ -80,15 +133,37 @@ def check_state(
     return values
 
 
+def materialise(model: nn.Module, tensors: Mapping[str, torch.Tensor], file: str | None = None) -> None:
+    """As ``load_state``, for a model on the meta device: the layers get the tensors themselves.
+
+    Raises:
+        AdapterError: as ``load_state``.
+    """
+    values = check_state(model, tensors, file)
+    for path, layer in _paths_in_file(model, None).items():
+        for tensor in layer.file_tensors():
+            owner, _, leaf = tensor.rpartition(".")
+            value = nn.Parameter(values[layer.file_name(path, tensor)], requires_grad=False)
+            setattr(layer.own_module(owner), leaf, value)
+
+
+def _paths_in_file(model: nn.Module, adapter: str | None) -> dict[str, AdapterLayer]:
+    layers = adapter_layers(model, adapter)
+    names = sorted({layer.adapter for layer in layers.values()})
+    if len(names) > 1:
+        raise AdapterError(f"the model holds several adapters, {', '.join(names)}; name one")
+    return {path_in_file(model, path): layer for path, layer in layers.items()}
+
+
 def _adapted_base_weights(model: Any) -> dict[str, nn.Parameter]:
     """The base weights that an adapter file may carry: name in the file -> parameter."""
-    ends = {
-        id(getter())
+    ends = [
+        bare(getter())
         for name in ("get_input_embeddings", "get_output_embeddings")
-        if (getter := getattr(model, name, None))
-    }
+        if (getter := getattr(model, name, None)) and getter() is not None
+    ]
     return {
-        layer.file_name(path, "base_layer.weight"): layer.base_layer.weight
+        layer.file_name(path_in_file(model, path), "base_layer.weight"): bare(layer).weight
         for path, layer in adapter_layers(model).items()
-        if id(layer) in ends and isinstance(getattr(layer.base_layer, "weight", None), nn.Parameter)
+        if any(bare(layer) is end for end in ends) and isinstance(getattr(bare(layer), "weight", None), nn.Parameter)
     }

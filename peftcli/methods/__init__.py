@@ -30,8 +30,17 @@ class Method:
 
     def config_class(self) -> type[AdapterConfig]:
         """The method's config class. Imports no torch."""
-        module, _, name = self.config.partition(":")
-        return getattr(importlib.import_module(f"peftcli.methods.{module}"), name)
+        return getattr(importlib.import_module(f"peftcli.methods.{self.config_place}"), self.config_name)
+
+    @property
+    def config_place(self) -> str:
+        """The config class's module below peftcli.methods."""
+        return self.config.partition(":")[0]
+
+    @property
+    def config_name(self) -> str:
+        """The config class's name."""
+        return self.config.partition(":")[2]
 
 
 METHODS: dict[str, Method] = {

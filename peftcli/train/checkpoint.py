@@ -21,11 +21,13 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import read_tensors, sync_folder, write_adapter, write_file
-from peftcli.core.weights import adapter_state, load_state, named_tensors
+from peftcli.core.weights import adapter_state, load_training_state, named_tensors, unsaved_state
 from peftcli.errors import StorageError
 from peftcli.train.loop import Trainee
 
 _MANIFEST = "MANIFEST.json"
+_TRAINING_STATE = "training_state.safetensors"
+"""What training needs of the adapter and the adapter file does not hold as it is; most methods have nothing such."""
 
 
 @dataclass
@@ -76,6 +78,8 @@ def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelera
     _write_tensors(temporary / _random_file(accelerator.process_index), _random_state())
     if accelerator.is_main_process:
         write_adapter(adapter_state(state.model), state.config, temporary)
+        if extra := unsaved_state(state.model):
+            _write_tensors(temporary / _TRAINING_STATE, extra)
         _write_tensors(temporary / "optimizer.safetensors", _optimizer_state(state))
         if state.best_adapter is not None:
             _write_tensors(temporary / "best_adapter.safetensors", state.best_adapter)
@@ -142,7 +146,9 @@ def load_checkpoint(path: Path, state: State, accelerator: Accelerator) -> None:
             f"was written by {manifest['num_processes']} processes; this run has {accelerator.num_processes}",
             file=str(path),
         )
-    load_state(state.model, read_tensors(path), file=str(path))
+    extra = path / _TRAINING_STATE
+    more = safetensors.torch.load_file(extra) if extra.exists() else {}
+    load_training_state(state.model, {**read_tensors(path), **more})
     _load_optimizer(state, safetensors.torch.load_file(path / "optimizer.safetensors"))
     schedule = json.loads((path / "schedule.json").read_bytes())
     state.trainee.schedule.load_state_dict(schedule)

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from peftcli.core.config import AdapterConfig
 from peftcli.errors import Diverged
 from peftcli.tasks.base import Feature, Task
 from peftcli.train.batches import Plan
@@ -27,7 +28,7 @@ class StepResult:
     step: int
     """Number of the step, from 1."""
     loss: float
-    """Mean loss over the targets of the global batch, before the update."""
+    """Mean loss over the targets of the global batch, before the update, without the method's penalty."""
     grad_norm: float
     """Norm of the gradients before clipping."""
     learning_rate: float
@@ -45,6 +46,7 @@ class Trainee:
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
+    config: AdapterConfig
 
 
 def fit(
@@ -77,7 +79,9 @@ def fit(
             with contextlib.nullcontext() if last else accelerator.no_sync(trainee.model):
                 loss = _micro_batch_loss(trainee.model, task, features, indices, tokenizer, accelerator)
                 # processes average their gradients; the loss is a sum over all of them
-                accelerator.backward(loss * (accelerator.num_processes / num_targets))
+                mean = loss * (accelerator.num_processes / num_targets)
+                penalty = trainee.config.penalty(trainee.model) if last else None
+                accelerator.backward(mean if penalty is None else mean + penalty)
             total += loss.detach()
         loss_sum = float(accelerator.reduce(total, reduction="sum"))
         grad_norm = float(accelerator.clip_grad_norm_(trainee.parameters, limit))
@@ -90,6 +94,7 @@ def fit(
         learning_rate = float(trainee.schedule.get_last_lr()[0])
         trainee.optimizer.step()
         trainee.schedule.step()
+        trainee.config.after_step(trainee.model, step + 1, plan.total_steps)
         trainee.optimizer.zero_grad(set_to_none=True)
         num_tokens = sum(plan.lengths[index] for index in batch)
         yield StepResult(step + 1, loss_sum / num_targets, grad_norm, learning_rate, num_targets, num_tokens)

@@ -51,7 +51,7 @@ from peftcli.train.report import (
     peak_memory_bytes,
     versions,
 )
-from peftcli.train.setup import Data, adapted_model, load_data, prepare, start_accelerator
+from peftcli.train.setup import Data, adapted_model, calibrate, load_data, prepare, start_accelerator
 from peftcli.train.signals import Stop, handled
 
 
@@ -86,7 +86,10 @@ def train(recipe: Recipe, *, resume: str = "auto", on_event: OnEvent = lambda ev
                 tell(Phase(f"loading {recipe.base_model.name}"))
                 model, injection = adapted_model(recipe, config)
                 plan = Plan([len(row["input_ids"]) for row in data.train], recipe.training, accelerator.num_processes)
-                trainee = prepare(model, recipe, plan, accelerator)
+                if config.needs_batches():
+                    tell(Phase("calibrating the adapter on the training data"))
+                    calibrate(model, config, recipe, data, tokenizer, accelerator)
+                trainee = prepare(model, config, recipe, plan, accelerator)
                 state = State(trainee, accelerator.unwrap_model(trainee.model), config, Progress())
                 checkpoint = _checkpoint_to_resume(folder, resume, accelerator, tell)
                 if checkpoint is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,35 @@ def _checkpoint_activations(model: Any) -> None:
         raise ModelError(str(error), key="training.gradient_checkpointing") from None
 
 
-def prepare(model: nn.Module, recipe: Recipe, plan: Plan, accelerator: Accelerator) -> Trainee:
+@dataclass(frozen=True)
+class CalibrationBatches:
+    """The training rows in their order, as the model takes them, one micro-batch at a time; for ``calibrate``.
+
+    Every process sees the same ones, so that every process starts the same adapter.
+    """
+
+    features: list[Feature]
+    task: Task
+    tokenizer: Any
+    size: int
+    device: torch.device
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for start in range(0, len(self.features), self.size):
+            batch = self.task.collate(self.features[start : start + self.size], self.tokenizer)
+            yield {name: value.to(self.device) for name, value in batch.items()}
+
+
+def calibrate(
+    model: nn.Module, config: AdapterConfig, recipe: Recipe, data: Data, tokenizer: Any, accelerator: Accelerator
+) -> None:
+    """Let the method start the adapter from the training data, where its settings ask for that."""
+    task, size = TASKS[recipe.task].load(), recipe.training.per_device_train_batch_size
+    model.to(accelerator.device)
+    config.calibrate(model, CalibrationBatches(data.train, task, tokenizer, size, accelerator.device))
+
+
+def prepare(model: nn.Module, config: AdapterConfig, recipe: Recipe, plan: Plan, accelerator: Accelerator) -> Trainee:
     """Model, optimizer and schedule, placed on the devices by accelerate."""
     prepared = accelerator.prepare_model(model)
     parameters = [parameter for _, _, parameter in named_tensors(model).values()]
@@ -143,4 +172,4 @@ def prepare(model: nn.Module, recipe: Recipe, plan: Plan, accelerator: Accelerat
     schedule = build_schedule(optimizer, recipe.training, plan.total_steps)
     # the same seed everywhere started the same adapter; from here on each process draws its own dropout
     set_seed(recipe.training.seed + accelerator.process_index)
-    return Trainee(prepared, parameters, optimizer, schedule)
+    return Trainee(prepared, parameters, optimizer, schedule, config)

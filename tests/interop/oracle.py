@@ -19,19 +19,17 @@ from torch import nn
 
 from peftcli.core.inject import inject, set_trainable
 from peftcli.core.weights import adapter_state
-from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.prompt_tuning.config import PromptTuningConfig
+from peftcli.methods import METHODS
 
 _NOT_OF_THE_FILE = (
     "is_gradient_checkpointing",  # PEFT reads transformers' old name of the property, whatever it loads
     "ensure_weight_tying",  # PEFT warns of any adapter on a tied embedding or head, its own too
 )
-_CONFIGS = {"lora": (LoraConfig, peft.LoraConfig), "prompt_tuning": (PromptTuningConfig, peft.PromptTuningConfig)}
 
 
 def ours(kind: str, method: str, seed: int = 1, **settings: Any) -> tuple[nn.Module, Any]:
     """A tiny model with our adapter, its weights random, and the config."""
-    model, config = tiny(kind), _CONFIGS[method][0](**settings)
+    model, config = tiny(kind), METHODS[method].config_class()(**settings)
     inject(model, config)
     set_trainable(model, True)
     randomise(model, seed)
@@ -42,9 +40,14 @@ def theirs(kind: str, method: str, seed: int = 1, **settings: Any) -> Any:
     """A tiny model with PEFT's adapter, its weights random."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(tiny(kind), _CONFIGS[method][1](**settings))
+        model = peft.get_peft_model(tiny(kind), peft_config_class(method)(**settings))
     randomise(model, seed)
     return model.eval()
+
+
+def peft_config_class(method: str) -> Any:
+    """PEFT's config class of one of our methods."""
+    return peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(METHODS[method].peft_type)]
 
 
 def saved_by_peft(model: Any, folder: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from peftcli.core.config import TargetedConfig
+from peftcli.core.config import ExcludingConfig, LayeredConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class LoraConfig(TargetedConfig):
+class LoraConfig(ExcludingConfig, LayeredConfig):
     """Settings of LoRA, under PEFT's names."""
 
     peft_type: ClassVar[str] = "LORA"
@@ -80,10 +80,11 @@ class LoraConfig(TargetedConfig):
 
         return wrap(module, name, self)
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
         from peftcli.methods.lora.layers import attach
 
-        attach(model, self)
+        super().attach(model, layers)
+        attach(model, self, layers)
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "init_lora_weights": True}

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.inject import replace_module
-from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype, adapter_layers
+from peftcli.core.inject import train_other_biases
+from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype, bare
 from peftcli.core.linear import Linear, linear_view
-from peftcli.core.targets import pattern_value, shortest_names
+from peftcli.core.targets import pattern_value
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
 
@@ -98,9 +98,9 @@ def wrap(module: nn.Module, name: str, config: LoraConfig) -> LoraLayer:
         AdapterError: the module is of a kind that LoRA does not adapt.
     """
     view = linear_view(module)
-    if view is None and not isinstance(module, nn.Embedding):
+    if view is None and not isinstance(bare(module), nn.Embedding):
         raise AdapterError(
-            f"{name} is a {type(module).__name__}; LoRA adapts Linear, Conv1D and Embedding", key="target_modules"
+            f"{name} is a {type(bare(module)).__name__}; LoRA adapts Linear, Conv1D and Embedding", key="target_modules"
         )
     if view is not None and config.r > 8 * min(view.in_features, view.out_features):
         raise AdapterError(f"{config.r} is far larger than {name}: {view.out_features} x {view.in_features}", key="r")
@@ -109,15 +109,8 @@ def wrap(module: nn.Module, name: str, config: LoraConfig) -> LoraLayer:
     return LoraEmbedding(base, name, config) if view is None else LoraLinear(base, view, name, config)
 
 
-def attach(model: nn.Module, config: LoraConfig) -> None:
-    """Train the biases that ``bias: all`` names, and write into the config what the file's readers need."""
-    layers = {name: layer for name, layer in adapter_layers(model).items() if isinstance(layer, LoraLayer)}
-    if config.target_modules is None or config.target_modules == "all-linear":
-        config.target_modules = shortest_names(model, list(layers))
+def attach(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) -> None:
+    """Train the biases that ``bias: all`` names, and say in the config how weights are stored."""
     config.fan_in_fan_out = any(isinstance(layer, LoraLinear) and layer.view.transposed for layer in layers.values())
     if config.bias == "all":
-        inside = tuple(f"{name}." for name in adapter_layers(model))
-        for name, module in list(model.named_modules()):
-            own_bias = module._parameters.get("bias") is not None
-            if own_bias and not isinstance(module, AdapterLayer) and not f"{name}.".startswith(inside):
-                replace_module(model, name, TrainedBias(module))
+        train_other_biases(model)

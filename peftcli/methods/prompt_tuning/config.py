@@ -72,7 +72,7 @@ class PromptTuningConfig(AdapterConfig):
 
         return wrap(module, self)
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
         from peftcli.core.prompt import insert_virtual_tokens
 
         insert_virtual_tokens(model)
