@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -59,6 +60,8 @@ class AdapterConfig:
                 setattr(self, entry.name, sorted(value))
             elif isinstance(value, tuple):
                 setattr(self, entry.name, list(value))
+            elif isinstance(value, dict) and (section := section_class(_hints(type(self))[entry.name])):
+                setattr(self, entry.name, _section(section, value, entry.name))
 
     def problems(self) -> list[tuple[str, str]]:
         """Settings that mean nothing, whatever the model: ``(key, message)`` each."""
@@ -137,10 +140,9 @@ class AdapterConfig:
             if value not in cls.unsupported.get(key, ()) and value not in (None, False, [], {}):
                 raise AdapterError(f"{cls.peft_type} with {key}={value!r} is not supported", key=key, file=file)
         given = {key: value for key, value in values.items() if key in known}
-        hints = get_type_hints(cls)
         for entry in fields(cls):
             if entry.name in given:
-                given[entry.name] = _typed(entry, hints[entry.name], given[entry.name], file)
+                given[entry.name] = _typed(entry, _hints(cls)[entry.name], given[entry.name], entry.name, file)
         config = cls(**given)
         config.check(file)
         return config
@@ -156,6 +158,8 @@ class AdapterConfig:
             value = getattr(self, entry.name)
             if not entry.metadata.get("file", True):
                 continue
+            if dataclasses.is_dataclass(value) and not isinstance(value, type):
+                value = dataclasses.asdict(value)
             if entry.name in keep or value != _default(entry):
                 out[entry.name] = sorted(value) if _is_name_list(value) else value
         return out
@@ -223,6 +227,29 @@ class LayeredConfig(TargetedConfig):
         return found
 
 
+def section_class(hint: Any) -> type | None:
+    """The dataclass among what a field accepts: the field is a mapping with settings of its own."""
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return next((one for one in members if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _section(cls: Any, values: dict[str, Any], key: str) -> Any:
+    """The dataclass ``cls`` that a mapping under ``key`` describes."""
+    known = {entry.name: entry for entry in fields(cls)}
+    given = {}
+    for name, value in values.items():
+        if name in known:
+            given[name] = _typed(known[name], _hints(cls)[name], value, f"{key}.{name}", None)
+        elif value not in (None, False, [], {}):
+            raise AdapterError(f"is not known; {key} takes {', '.join(known)}", key=f"{key}.{name}")
+    return cls(**given)
+
+
 def _default(entry: dataclasses.Field[Any]) -> Any:
     if entry.default_factory is not dataclasses.MISSING:
         return entry.default_factory()
@@ -233,7 +260,7 @@ def _is_name_list(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _typed(entry: dataclasses.Field[Any], hint: Any, value: Any, file: str | None) -> Any:
+def _typed(entry: dataclasses.Field[Any], hint: Any, value: Any, key: str, file: str | None) -> Any:
     """``value``, when it is of the kind that the field's annotation names; null means the default."""
     if value is None:
         return _default(entry)
@@ -241,7 +268,7 @@ def _typed(entry: dataclasses.Field[Any], hint: Any, value: Any, file: str | Non
         return value
     if isinstance(value, float) and value.is_integer() and _fits(int(value), hint):
         return int(value)
-    raise AdapterError(f"expected {entry.type}, found {value!r}", key=entry.name, file=file)
+    raise AdapterError(f"expected {entry.type}, found {value!r}", key=key, file=file)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -254,6 +281,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())  # JSON's keys are text
     if origin is Literal:
         return isinstance(value, str)  # problems() says which ones there are
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, dict)  # read by _section
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, hint)

@@ -145,7 +145,7 @@ def test_any_split_of_an_encoder_decoders_batch(t5_recipe: Path, tmp_path: Path)
         "training.gradient_accumulation_steps=4",
     )
     assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
-    same_weights(whole, parts)
+    same_weights(whole, parts, atol=1e-4)  # AdamW enlarges the rounding of small gradients
     assert whole.losses[-1] < whole.losses[0]
 
 
