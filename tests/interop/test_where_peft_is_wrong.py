@@ -1,0 +1,153 @@
+"""One test for each item of the list of PEFT's errors: it shows PEFT's behaviour as it is, and ours.
+
+When PEFT mends one, the half of the test that shows its behaviour fails: then change the docs that mention it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from models_tiny import batch, ids, logits, randomise, tiny
+from oracle import ours, saved_by_peft, theirs
+from torch import nn
+
+from peftcli import PeftModel
+from peftcli.core import prompt
+from peftcli.core.files import load_adapter, read_config, save_adapter
+from peftcli.core.inject import inject
+from peftcli.core.merge import merge
+from peftcli.core.targets import FAMILY_TARGETS
+from peftcli.errors import AdapterError
+from peftcli.methods import config_from_dict
+from peftcli.methods.lora.config import LoraConfig
+
+
+def _greedy(model: nn.Module, tokens: torch.Tensor, steps: int) -> torch.Tensor:
+    """What a loop over forward without any cache chooses."""
+    for _ in range(steps):
+        tokens = torch.cat([tokens, logits(model, {"input_ids": tokens})[:, -1:].argmax(-1)], 1)
+    return tokens
+
+
+def test_soft_prompts_and_generate() -> None:
+    settings: dict[str, Any] = {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}
+    own, _ = ours("llama", "prompt_tuning", **settings)
+    oracle = theirs("llama", "prompt_tuning", **settings)
+    asked, options = ids(2, 6), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(prompt.generate(own, input_ids=asked, **options), _greedy(own, asked, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert not torch.equal(oracle.generate(input_ids=asked, **options), _greedy(oracle, asked, 8))
+
+
+def test_lora_on_tied_embeddings_merges_both_deltas_into_one_tensor() -> None:
+    settings: dict[str, Any] = {"target_modules": ["embed_tokens", "lm_head"]}
+    own, config = ours("llama_tied", "lora", **settings)
+    expected = logits(own, batch("llama_tied"))
+    assert merge(own, config)
+    torch.testing.assert_close(logits(own, batch("llama_tied")), expected, atol=1e-4, rtol=1e-4)
+    oracle = theirs("llama_tied", "lora", **settings)
+    before = logits(oracle, batch("llama_tied"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        after = logits(oracle.merge_and_unload(), batch("llama_tied"))
+    assert (after - before).abs().max() > 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "closest"),
+    [
+        ({"target_modules": ["q_proj", "v_porj"]}, "v_proj"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_haed"]}, "lm_head"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0, 7]}, "layers 0 to 1"),
+    ],
+    ids=["target_modules", "modules_to_save", "layers_to_transform"],
+)
+def test_a_typo_is_silent(settings: dict[str, Any], closest: str) -> None:
+    with pytest.raises(AdapterError, match=closest):
+        inject(tiny("llama"), LoraConfig(**copy.deepcopy(settings)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        peft.get_peft_model(tiny("llama"), peft.LoraConfig(**copy.deepcopy(settings)))
+
+
+def test_modules_to_save_is_matched_without_a_dot_boundary() -> None:
+    """``norm`` is the last norm, not every module whose name ends so."""
+    settings: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}
+    own, _ = ours("llama", "lora", **copy.deepcopy(settings))
+    oracle = theirs("llama", "lora", **copy.deepcopy(settings))
+    saved = [name for name in peft.get_peft_model_state_dict(oracle) if "norm" in name]
+    assert len(saved) == 5
+    assert [name for name, parameter in own.named_parameters() if parameter.requires_grad and "norm" in name] == [
+        "model.norm.copy.weight"
+    ]
+
+
+def test_missing_and_unexpected_tensors_load(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model, config = ours("llama", "lora")
+    save_adapter(model, config, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    first, *rest = sorted(tensors)
+    broken = {name: tensors[name] for name in rest} | {"base_model.model.other.lora_A.weight": tensors[first]}
+    save_file(broken, file, {"format": "pt"})
+    with pytest.raises(AdapterError, match=r"(?s)missing: .*unexpected: base_model.model.other"):
+        load_adapter(tiny("llama"), config_from_dict(read_config(tmp_path)), tmp_path)
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        peft.PeftModel.from_pretrained(tiny("llama"), tmp_path)
+
+
+def test_families_without_default_targets() -> None:
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 32}
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    model = SmolLM3ForCausalLM(SmolLM3Config(**sizes, **heads))
+    assert "smollm3" not in FAMILY_TARGETS
+    with pytest.raises(ValueError, match="target_modules"):
+        peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig())
+    config = LoraConfig()
+    inject(model, config)
+    assert config.target_modules == sorted(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+
+
+def test_transformers_own_adapters_demand_an_unpublished_peft(tmp_path: Path) -> None:
+    """It loads one by name, and then cannot switch it off, add another or say which is active."""
+    oracle = theirs("llama", "lora", task_type="CAUSAL_LM")
+    saved_by_peft(oracle, tmp_path)
+    native = tiny("llama")
+    native.load_adapter(str(tmp_path))
+    for operation in (native.disable_adapters, native.active_adapters, lambda: native.add_adapter(peft.LoraConfig())):
+        with pytest.raises(ValueError, match="0.22"):
+            operation()
+    own = PeftModel.from_pretrained(tiny("llama"), tmp_path)
+    torch.testing.assert_close(logits(own, batch("llama")), logits(oracle, batch("llama")), atol=1e-5, rtol=1e-5)
+    with own.disable_adapter():
+        assert torch.equal(logits(own, batch("llama")), logits(tiny("llama"), batch("llama")))
+
+
+def test_pefts_config_is_not_reproducible_and_leaks_local_paths(tmp_path: Path) -> None:
+    base = tiny("llama")
+    base.name_or_path = "/home/someone/models/llama"
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM"))
+    randomise(model)
+    saved_by_peft(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"].startswith("/home/")
