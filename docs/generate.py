@@ -18,18 +18,12 @@ from typing import Any, get_type_hints
 
 from peftcli import errors
 from peftcli.cli.app import app, peftcli
-from peftcli.methods import METHODS
+from peftcli.methods import METHODS, NOT_HERE
 from peftcli.recipe.settings import Setting, in_words, method_settings, settings
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
-PEFT_TYPES = (
-    "ADALORA ADAMSS ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 "
-    "LILY LN_TUNING LOHA LOKR LORA MISS MULTITASK_PROMPT_TUNING OFT OSF PEANUT POLY PREFIX_TUNING PROMPT_TUNING PSOFT "
-    "PVERA P_TUNING RANDLORA ROAD SHADOW SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT XLORA"
-)
-"""The methods of PEFT 0.21.2."""
 _INCLUDE = re.compile(r"(<!-- include: (\S+) -->\n).*?(<!-- /include -->)", re.DOTALL)
 _NOTE = "<!-- Written by `make docs` from the code. Do not edit. -->\n\n"
 _CODES = """
@@ -75,10 +69,11 @@ def methods_page() -> str:
     text = "# Methods\n\n" + _table(("method", "PEFT's name", "what it trains", "paper"), rows)
     for name, method in METHODS.items():
         doc = inspect.getdoc(method.config_class()) or ""
-        text += f"\n## {name}\n\n{doc}\n\n{_settings_table(method_settings(name))}"
-    there = {method.peft_type for method in METHODS.values()}
-    missing = ", ".join(f"`{name}`" for name in PEFT_TYPES.split() if name not in there)
-    return f"{text}\n## Not there yet\n\nPEFT 0.21.2 also has these, which `peftcli` refuses by name:\n{missing}.\n"
+        text += f"\n## {name}\n\n{doc}\n\n{_settings_table(_flat(method_settings(name)))}"
+    if NOT_HERE:
+        text += "\n## What PEFT 0.21 has besides\n\n`peftcli` refuses these by name.\n\n"
+        text += _table(("PEFT's name", "why it is not here"), [(f"`{name}`", why) for name, why in NOT_HERE.items()])
+    return text
 
 
 def tasks_page() -> str:
@@ -128,9 +123,21 @@ def _settings_table(known: dict[str, Setting]) -> str:
 
 
 def _default(entry: Setting) -> str:
-    if entry.required or entry.section:
-        return "required" if entry.required else "see below"
-    return "unset" if entry.default is None else f"`{_shown(entry.default)}`"
+    if entry.required:
+        return "required"
+    if entry.default is None:
+        return "unset"
+    return "see below" if entry.section else f"`{_shown(entry.default)}`"
+
+
+def _flat(known: dict[str, Setting]) -> dict[str, Setting]:
+    """The settings, each mapping followed by what it holds."""
+    out = {}
+    for name, entry in known.items():
+        out[name] = entry
+        if entry.section:
+            out |= {f"{name}.{inner}": found for inner, found in settings(entry.section).items()}
+    return out
 
 
 def _shown(value: Any) -> str:

@@ -33,6 +33,18 @@ _PLACES = {
         ),
         "peftcli.peft_api",
     ),
+    **dict.fromkeys(("CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig"), "peftcli.methods.lora.init_config"),
+    **dict.fromkeys(
+        (
+            "create_loraplus_optimizer",
+            "get_eva_state_dict",
+            "initialize_lora_eva_weights",
+            "preprocess_corda",
+            "preprocess_loraga",
+            "replace_lora_weights_loftq",
+        ),
+        "peftcli.peft_init",
+    ),
 }
 """Public name -> the module that holds it; imported when the name is first used, so `import peftcli` loads no torch."""
 

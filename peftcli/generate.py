@@ -148,13 +148,17 @@ class Speaker:
         )
 
 
-def load_speaker(adapter: str, base: str | None = None, *, with_adapter: bool = True) -> Speaker:
+def load_speaker(
+    adapter: str, base: str | None = None, *, with_adapter: bool = True, quantization: str | None = None
+) -> Speaker:
     """The base model that an adapter names, with the adapter in it.
 
     Args:
         adapter: folder or hub id.
         base: base model to use instead of the one that the adapter names.
         with_adapter: False gives the base model alone.
+        quantization: type to quantise the base model to, or ``none``; None: as the adapter was trained, where its
+            folder says so.
 
     Raises:
         AdapterError: the adapter cannot be read or does not fit.
@@ -166,6 +170,8 @@ def load_speaker(adapter: str, base: str | None = None, *, with_adapter: bool = 
     from peftcli.hub import local_folder
     from peftcli.methods import config_from_dict
     from peftcli.models.load import base_of, load_model, load_tokenizer
+    from peftcli.models.quantization import trained_quantization
+    from peftcli.schema import Quantization
     from peftcli.tasks import TASKS
 
     folder = local_folder(adapter)
@@ -175,7 +181,10 @@ def load_speaker(adapter: str, base: str | None = None, *, with_adapter: bool = 
         raise AdapterError("names no base model", file=str(folder), hint="give one with --base")
     classes = {row.task_type: row.auto_class for row in TASKS.values()}
     auto_class = classes.get(config.task_type or "", "AutoModelForCausalLM")
-    spec = base_of(name, None if base else config.revision)
+    how = trained_quantization(folder) if quantization is None and not base else None
+    if quantization not in (None, "none"):
+        how = Quantization(type=quantization)  # type: ignore[arg-type]
+    spec = base_of(name, None if base else config.revision, how)
     cuda = torch.cuda.is_available()
     model = load_model(spec, auto_class, torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32)
     if with_adapter:

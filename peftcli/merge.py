@@ -2,11 +2,15 @@
 
 A base model in safetensors is streamed: one tensor is in memory at a time, and one shard is written at a time. Any
 other base model (GGUF, or a checkpoint whose tensors are named unlike the model's) is loaded whole.
+
+An adapter that was trained on a quantised base model is merged into the full-precision one, and verified against it:
+what quantisation took from the base model is nothing that merging could lose.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,13 +25,22 @@ from torch import nn
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import load_adapter, read_config, read_tensors, sync_folder
 from peftcli.core.inject import inject
-from peftcli.core.layer import AdapterLayer, bare
+from peftcli.core.layer import AdapterLayer, bare, model_ends
 from peftcli.core.merge import merge, outermost
 from peftcli.core.weights import materialise
 from peftcli.errors import AdapterError, ModelError, StorageError, UsageError
 from peftcli.hub import local_folder
 from peftcli.methods import config_from_dict
-from peftcli.models.load import base_files, base_of, empty_model, load_config, load_model, load_tokenizer
+from peftcli.models.load import (
+    base_files,
+    base_of,
+    empty_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    stored_or_asked,
+)
+from peftcli.models.quantization import forget, trained_quantization
 from peftcli.schema import BaseModel
 from peftcli.tasks import TASKS
 
@@ -45,6 +58,8 @@ class _Job:
     auto_class: str
     dtype: torch.dtype | None
     """Of the result; None: the base model's own."""
+    dequantise: bool
+    """Whether the base model is quantised, and is to be made dense."""
 
 
 def merge_adapter(
@@ -53,6 +68,7 @@ def merge_adapter(
     *,
     base: str | None = None,
     dtype: str | None = None,
+    dequantize: bool = False,
     verify: bool = True,
     tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
@@ -63,6 +79,8 @@ def merge_adapter(
         output: new or empty folder; it appears whole or not at all.
         base: base model instead of the one that the adapter names.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps the base model's.
+        dequantize: merge into the weights of a quantised base model, made dense: one that is stored so, or the one that
+            the adapter was trained on.
         verify: compare the merged model's logits with those of base model and adapter.
         tell: is told what is being done.
 
@@ -70,7 +88,8 @@ def merge_adapter(
         What was written: folder, shards, bytes, dtype, untied, max_logit_difference.
 
     Raises:
-        AdapterError: the adapter cannot be merged, does not fit, or the logits differ.
+        AdapterError: the adapter cannot be merged, does not fit, its base model is stored quantised, or the logits
+            differ.
         ModelError: the base model cannot be read.
         UsageError: the output folder holds something.
         StorageError: it cannot be written.
@@ -86,15 +105,19 @@ def merge_adapter(
         raise AdapterError("names no base model", file=str(folder), hint="give one with --base")
     config.inference_mode = True
     classes = {row.task_type: row.auto_class for row in TASKS.values()}
-    spec = base_of(name, None if base else config.revision)
+    trained = None if base else trained_quantization(folder)
+    spec = base_of(name, None if base else config.revision, trained if dequantize else None)
+    _check_quantised(spec, dequantize, ["peftcli", "merge", adapter, "--output", str(output)])
     auto_class = classes.get(config.task_type or "", "AutoModelForCausalLM")
-    job = _Job(folder, config, spec, auto_class, getattr(torch, dtype) if dtype else None)
+    job = _Job(folder, config, spec, auto_class, getattr(torch, dtype) if dtype else None, dequantize)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         tell(f"merging into {name}")
-        untied = _stream(job, partial, tell)
+        if trained and not dequantize:
+            tell(f"it was trained on {trained.type} weights; these are the full-precision ones")
+        untied = None if dequantize else _stream(job, partial, tell)
         if untied is None:
             untied = _merge_whole(job, partial)
         _write_companions(job, partial, untied)
@@ -118,8 +141,23 @@ def merge_adapter(
         "shards": len(shards),
         "bytes": sum(shard.stat().st_size for shard in shards),
         "untied": untied,
+        "dequantized": dequantize,
         "max_logit_difference": difference,
     }
+
+
+def _check_quantised(base: BaseModel, dequantize: bool, command: list[str]) -> None:
+    """Refuse to merge into weights that would have to be rounded again, or to make dense weights dense."""
+    how, again = stored_or_asked(base), shlex.join(command)
+    if how and not dequantize:
+        raise AdapterError(
+            f"{base.name} is stored quantised ({how['type']}), and rounding the merged weights again would lose "
+            "much of what was learned",
+            hint=f"merge into the full-precision model that it was made of: {again} --base MODEL\n"
+            f"or into its own weights, made dense: {again} --dequantize",
+        )
+    if dequantize and not how:
+        raise UsageError(f"{base.name} is not quantised", key="--dequantize")
 
 
 def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None:
@@ -225,9 +263,8 @@ def _tied_head(model: nn.Module, layers: dict[str, AdapterLayer], places: dict[s
     """The head to untie: it shares its weight with the embedding, and the adapter changes one of them."""
     if not getattr(model.config, "tie_word_embeddings", False):
         return None
-    ends = {name: getattr(model, name)() for name in ("get_input_embeddings", "get_output_embeddings")}
     paths = {id(module): name for name, module in model.named_modules()}
-    embedding, head = (paths.get(id(module)) for module in ends.values())
+    embedding, head = (paths.get(id(module)) for module in model_ends(model))
     if embedding is None or head is None or not {embedding, head} & set(layers):
         return None
     source = _checkpoint_keys([f"{embedding}.weight"], set(places), prefix)[f"{embedding}.weight"]
@@ -238,7 +275,9 @@ def _merge_whole(job: _Job, output: Path) -> bool:
     """Merge with the whole model in memory."""
     model = load_model(job.base, job.auto_class, job.dtype or _dtype_of(load_config(job.base)))
     load_adapter(model, job.config, job.folder)
-    untied = merge(model, job.config)
+    untied = merge(model, job.config, dequantise=job.dequantise)
+    if job.dequantise:
+        forget(model)
     if untied:
         model.config.tie_word_embeddings = False
     model.save_pretrained(output)
@@ -248,6 +287,8 @@ def _merge_whole(job: _Job, output: Path) -> bool:
 def _write_companions(job: _Job, output: Path, untied: bool) -> None:
     """Config, generation config and tokenizer."""
     config = load_config(job.base)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     if untied:
         config.tie_word_embeddings = False
     config.dtype = job.dtype or _stored_dtype(output)
@@ -296,7 +337,9 @@ def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
     tell("verifying: merged model")
     found = load_model(base_of(str(output)), job.auto_class, torch.float32).eval()(**inputs).logits
     difference = float((found - expected).abs().max())
-    allowed = _TOLERANCE.get(_stored_dtype(output), 0.15) * max(1.0, float(expected.std()))
+    # a quantised model computes in a dtype of its own
+    tolerance = 0.15 if job.dequantise else _TOLERANCE.get(_stored_dtype(output), 0.15)
+    allowed = tolerance * max(1.0, float(expected.std()))
     if not difference <= allowed:
         raise AdapterError(
             f"the merged model's logits differ by {difference:.3g}, and rounding explains {allowed:.3g}; "

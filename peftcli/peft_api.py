@@ -19,11 +19,13 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.files import WEIGHTS_FILE, load_adapter, read_config, read_tensors, save_adapter
 from peftcli.core.inject import disabled, inject, set_trainable, unload
 from peftcli.core.merge import merge
+from peftcli.core.quantised import num_weights
 from peftcli.core.weights import adapter_state, holds_its_file, load_state, named_tensors
 from peftcli.errors import AdapterError
 from peftcli.hub import local_folder, push
 from peftcli.methods import METHODS, config_from_dict
 from peftcli.models.load import base_of, load_tokenizer
+from peftcli.models.quantization import forget
 from peftcli.tasks import TASKS
 
 
@@ -148,8 +150,8 @@ class PeftModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Parameters that train, and all of them."""
-        counts = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
-        return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
+        trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        return trained, num_weights(self)
 
     def print_trainable_parameters(self) -> None:
         """Print both counts and their ratio."""
@@ -223,14 +225,19 @@ class PeftModel(nn.Module):
             raise
         self.peft_config = {self.active_adapter: config}
 
-    def merge_and_unload(self, **_unused: Any) -> nn.Module:
+    def merge_and_unload(self, *, dequantize: bool = False, **_unused: Any) -> nn.Module:
         """The base model with the adapter folded in, and no adapter layer left.
 
+        ``dequantize`` makes a quantised base model's weights dense, so that they can be merged into.
+
         Raises:
-            AdapterError: the method cannot be merged, or a merged weight is not finite.
+            AdapterError: the method cannot be merged, the base model is quantised, or a merged weight is not finite.
         """
         model = self.get_base_model()
-        if merge(model, self.active_peft_config):
+        untied = merge(model, self.active_peft_config, dequantise=dequantize)
+        if dequantize:
+            forget(model)  # type: ignore[arg-type]
+        if untied:
             model.config.tie_word_embeddings = False  # type: ignore[union-attr]
         return model
 

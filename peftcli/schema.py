@@ -9,6 +9,25 @@ NumberOrAuto = int | Literal["auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """How the frozen weights of the base model's linear layers are stored. Embeddings, norms and head stay as they are.
+
+    Adapter weights are float32 in any case.
+    """
+
+    type: Literal["nf4", "fp4", "int8", "int8_weight_only", "int4_weight_only"]
+    """nf4: 4 bits, for weights that are spread like a bell curve (QLoRA's); fp4: 4-bit floats; int8: 8 bits, and inputs
+    are rounded to 8 bits too; those are bitsandbytes'. int8_weight_only, int4_weight_only: torchao's; int4 takes the
+    memory of int8, since torchao's packed weights pass no gradients."""
+    double_quant: bool = False
+    """nf4 and fp4: quantise the scales too, 0.4 bits a weight less."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """nf4 and fp4: number format that weights are unpacked to and multiplied in. auto: that of the other weights."""
+    group_size: int | None = None
+    """int4_weight_only: so many weights share a scale; it must divide every layer's width. Unset: 32."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BaseModel:
     """The pretrained model that the adapter is trained on."""
 
@@ -20,6 +39,9 @@ class BaseModel:
     """Number format of the frozen weights. auto: bfloat16 where training.bf16 holds, else float32."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
     """How attention is computed. Unset: transformers' choice for the model."""
+    quantization: Quantization | None = None
+    """Store the frozen linear weights in fewer bits: a type alone, as nf4, or a mapping. Unset: as the model stores
+    them. Needs the extra ``bitsandbytes`` or ``torchao``."""
     trust_remote_code: bool = False
     """Run Python code that the model's repository carries. Needs a pinned ``revision``."""
 
@@ -76,6 +98,11 @@ class Training:
     """Micro-batches that make one step. The result equals that of one big batch."""
     learning_rate: float = 2e-4
     """Peak step size. 1e-4 to 3e-4 suits LoRA; prompt tuning wants 100 times more."""
+    loraplus_lr_ratio: float | None = None
+    """LoRA+ (https://arxiv.org/abs/2402.12354): LoRA's B learns at so many times learning_rate; 2 to 16 is usual.
+    Unset: at the same rate."""
+    loraplus_lr_embedding: float = 1e-6
+    """With loraplus_lr_ratio: the learning rate of LoRA on embeddings."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
         "linear"
     )

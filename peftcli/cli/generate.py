@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -22,6 +22,10 @@ def generate(
     source: Annotated[Path | None, typer.Option("--input", help='A .jsonl file of {"prompt"} or {"messages"}.')] = None,
     target: Annotated[Path | None, typer.Option("--output", help="Where its answers go.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model instead of the adapter's.")] = None,
+    quantization: Annotated[
+        Literal["none", "nf4", "fp4", "int8", "int8_weight_only", "int4_weight_only"] | None,
+        typer.Option(help="Of the base model's weights; by default as the adapter was trained."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="With a temperature: nucleus sampling.")] = 1.0,
@@ -40,7 +44,7 @@ def generate(
     from peftcli.generate import Settings, answer_file, load_speaker
 
     settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    speaker = load_speaker(adapter, base, with_adapter=not no_adapter)
+    speaker = load_speaker(adapter, base, with_adapter=not no_adapter, quantization=quantization)
     if source is not None and target is not None:
         count = answer_file(speaker, source, target, settings, batch_size, _show_progress)
         return (

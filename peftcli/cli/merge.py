@@ -18,13 +18,18 @@ def merge(
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(help="Number format; by default the base model's."),
     ] = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Merge into the weights of the quantised base model, made dense.")
+    ] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare logits with base and adapter.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Fold an adapter into its base model: a checkpoint that transformers loads alone."""
     from peftcli.merge import merge_adapter
 
-    merged = merge_adapter(adapter, output, base=base, dtype=dtype, verify=verify, tell=console.log)
+    merged = merge_adapter(
+        adapter, output, base=base, dtype=dtype, dequantize=dequantize, verify=verify, tell=console.log
+    )
     if as_json:
         return console.print_json(merged)
     if verify:

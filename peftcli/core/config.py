@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from types import UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from peftcli.errors import AdapterError
 
@@ -52,6 +52,7 @@ class AdapterConfig:
     """Modules, besides the adapter's, that are trained in full and saved with it: a new classification head."""
 
     def __post_init__(self) -> None:
+        kind = cast("Any", type(self))
         for entry in fields(self):
             value = getattr(self, entry.name)
             if isinstance(value, Enum):
@@ -60,7 +61,7 @@ class AdapterConfig:
                 setattr(self, entry.name, sorted(value))
             elif isinstance(value, tuple):
                 setattr(self, entry.name, list(value))
-            elif isinstance(value, dict) and (section := section_class(_hints(type(self))[entry.name])):
+            elif isinstance(value, dict) and (section := section_class(_hints(kind)[entry.name])):
                 setattr(self, entry.name, _section(section, value, entry.name))
 
     def problems(self) -> list[tuple[str, str]]:
@@ -114,6 +115,16 @@ class AdapterConfig:
         once, and no gradient is kept of them.
         """
 
+    def needs_base_weights(self) -> bool:
+        """Whether ``start_from_base`` is to be called."""
+        return False
+
+    def start_from_base(self, model: nn.Module, weight: Callable[[str], torch.Tensor]) -> None:
+        """Start a new adapter from the base model's weights as they were before they were quantised.
+
+        ``weight`` gives the tensor of that name in the model.
+        """
+
     def penalty(self, model: nn.Module) -> torch.Tensor | None:
         """What training adds to the mean loss over the global batch's targets: a scalar with gradients, or None."""
         return None
@@ -140,9 +151,10 @@ class AdapterConfig:
             if value not in cls.unsupported.get(key, ()) and value not in (None, False, [], {}):
                 raise AdapterError(f"{cls.peft_type} with {key}={value!r} is not supported", key=key, file=file)
         given = {key: value for key, value in values.items() if key in known}
+        hints = _hints(cast("Any", cls))
         for entry in fields(cls):
             if entry.name in given:
-                given[entry.name] = _typed(entry, _hints(cls)[entry.name], given[entry.name], entry.name, file)
+                given[entry.name] = _typed(entry, hints[entry.name], given[entry.name], entry.name, file)
         config = cls(**given)
         config.check(file)
         return config
@@ -163,6 +175,10 @@ class AdapterConfig:
             if entry.name in keep or value != _default(entry):
                 out[entry.name] = sorted(value) if _is_name_list(value) else value
         return out
+
+    def described(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """``to_dict`` of an adapter that has these tensors. A place for settings that say their shapes."""
+        return self.to_dict()
 
 
 @dataclass(kw_only=True)
@@ -234,7 +250,7 @@ def section_class(hint: Any) -> type | None:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return get_type_hints(cls)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Mapping
@@ -14,13 +15,29 @@ import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.inject import Injection, inject, set_trainable, unload
-from peftcli.core.weights import adapter_state, load_state
+from peftcli.core.header import WEIGHTS_FILE, read_header, weights_file
+from peftcli.core.inject import Injection, inject, set_trainable, skeleton, unload
+from peftcli.core.weights import adapter_state, check_state, load_state
 from peftcli.errors import AdapterError, StorageError
 
 CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 _LARGEST_CONFIG = 1 << 20
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+"""safetensors' names. Adapters have no tensors of other kinds."""
 
 
 def save_adapter(model: nn.Module, config: AdapterConfig, folder: Path, adapter: str | None = None) -> None:
@@ -44,8 +61,10 @@ def write_adapter(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, fo
         if not torch.isfinite(value).all():
             raise AdapterError(f"{name} is not finite; the adapter is not written")
     # sorted, but not inside: of the patterns that match a module the first one counts
-    described = dict(sorted({**config.to_dict(), "inference_mode": True}.items()))
-    contents = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    described = dict(sorted({**config.described(tensors), "inference_mode": True}.items()))
+    # copied, since safetensors takes no tensors that share memory, as those of layers that share a weight do
+    to_cpu = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
+    contents = {name: tensors[name].detach().to(**to_cpu) for name in sorted(tensors)}
     write_file(folder / WEIGHTS_FILE, safetensors.torch.save(contents, {"format": "pt"}))
     write_file(folder / CONFIG_FILE, (json.dumps(described, indent=2) + "\n").encode())
 
@@ -76,15 +95,8 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         AdapterError: no such file, or it is damaged.
     """
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        if (folder / "adapter_model.bin").exists():
-            raise AdapterError(
-                "adapter_model.bin is a pickle, which can run code and is not read",
-                file=str(folder),
-                hint="load it once in PEFT and save it again with safe_serialization=True",
-            )
-        raise AdapterError(f"no {WEIGHTS_FILE} here", file=str(folder))
+    path = weights_file(folder)
+    read_header(path)
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
@@ -101,8 +113,9 @@ def load_adapter(
     Raises:
         AdapterError: the config or the tensors do not fit the model.
     """
-    tensors = read_tensors(folder)
     config.inference_mode = True
+    _check_header(model, config, weights_file(folder), adapter)
+    tensors = read_tensors(folder)
     injection = inject(model, config, adapter)
     try:
         load_state(model, tensors, str(folder / WEIGHTS_FILE), adapter)
@@ -112,6 +125,20 @@ def load_adapter(
     set_trainable(model, trainable, adapter)
     config.inference_mode = not trainable
     return injection
+
+
+def _check_header(model: nn.Module, config: AdapterConfig, path: Path, adapter: str) -> None:
+    """Raises AdapterError unless the file's tensors are those of the config, before memory is taken for any."""
+    found = {
+        name: torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device="meta")
+        for name, entry in read_header(path).items()
+    }
+    empty = skeleton(model)
+    try:
+        inject(empty, copy.deepcopy(config), adapter)
+        check_state(empty, found, str(path), adapter)
+    finally:
+        unload(empty)
 
 
 def write_file(path: Path, content: bytes) -> None:

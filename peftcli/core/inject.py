@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
+import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.layer import AdapterLayer, TrainedBias, TrainedCopy, adapter_layers, base_paths
+from peftcli.core.layer import (
+    AdapterLayer,
+    TrainedBias,
+    TrainedCopy,
+    adapter_layers,
+    base_name,
+    base_paths,
+    layers_below,
+)
+from peftcli.core.quantised import check_gradients, keep_layout, num_weights
 from peftcli.core.targets import find_modules
 from peftcli.errors import AdapterError
 
@@ -36,19 +48,22 @@ def inject(model: nn.Module, config: AdapterConfig, adapter: str = "default") ->
 
     Raises:
         AdapterError: the config names modules that the model lacks or that the method cannot adapt, or the model
-            holds an adapter of this name already.
+            holds an adapter of this name already, or a new adapter cannot be trained on it.
     """
     config.check()
     before = set(adapter_layers(model).values())
     if any(layer.adapter == adapter for layer in before):
         raise AdapterError("the model already holds an adapter of this name; merge or unload that first")
+    keep_layout(model)
+    if not config.inference_mode:
+        check_gradients(model)
     config.reshape(model)
     try:
         layers, saved = _wrapped(model, config)
     except AdapterError:
         _take_back(model)
         raise
-    total_before = _count(model.parameters())
+    total_before = num_weights(model)
     if not before:
         model.requires_grad_(False)
     paths = base_paths(model)
@@ -58,7 +73,8 @@ def inject(model: nn.Module, config: AdapterConfig, adapter: str = "default") ->
     added = {path: layer for path, layer in adapter_layers(model).items() if layer not in before}
     for layer in added.values():
         layer.adapter = adapter
-    trainable = _count({parameter for layer in added.values() for parameter in layer.own_tensors().values()})
+    trained = {parameter for layer in added.values() for parameter in layer.own_tensors().values()}
+    trainable = sum(parameter.numel() for parameter in trained)
     return Injection(added, trainable, total_before + trainable)
 
 
@@ -77,9 +93,22 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def set_active(model: nn.Module, adapters: Iterable[str]) -> None:
-    """Enable these adapters, and disable the model's others."""
+    """Enable these adapters, and disable the model's others.
+
+    Raises:
+        AdapterError: one of them would hide what another does. Nothing is changed then.
+    """
     names = set(adapters)
-    for layer in adapter_layers(model).values():
+    layers = adapter_layers(model)
+    for path, layer in layers.items():
+        for below in layers_below(layer):
+            both = {layer.adapter, below.adapter}
+            if len(both) == 2 and both <= names and layer.hides(below):
+                raise AdapterError(
+                    f"{layer.adapter} replaces {base_name(model, path)}, which {below.adapter} changes too; "
+                    "only one of them can be active"
+                )
+    for layer in layers.values():
         layer.enabled = layer.adapter in names
 
 
@@ -96,6 +125,34 @@ def unload(model: nn.Module, adapter: str | None = None) -> None:
         replace_modules(model, {layer: layer.base_layer for layer in layers.values()})
     if not adapter_layers(model):
         _take_back(model)
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the model on the meta device, to inject into: it takes no memory, and the model stays as it is.
+
+    It cannot compute. Weights of kinds that are not PyTorch's own stay those of the model.
+    """
+    done: dict[int, Any] = {}
+
+    def empty(parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or type(parameter) is not nn.Parameter or not parameter.is_floating_point():
+            return parameter
+        if id(parameter) not in done:
+            done[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        return cast("nn.Parameter", done[id(parameter)])
+
+    def twin(module: nn.Module) -> nn.Module:
+        if id(module) not in done:
+            done[id(module)] = new = copy.copy(module)
+            for name, value in vars(new).items():
+                if isinstance(value, (dict, list, set)):
+                    new.__dict__[name] = copy.copy(value)
+            new.__dict__.pop("_adapter_undo", None)
+            new._parameters.update({name: empty(value) for name, value in module._parameters.items()})
+            new._modules.update({name: child and twin(child) for name, child in module._modules.items()})
+        return cast("nn.Module", done[id(module)])
+
+    return twin(model)
 
 
 def on_unload(model: nn.Module, undo: functools.partial[None]) -> None:
@@ -143,7 +200,3 @@ def _take_back(model: nn.Module) -> None:
     """Undo what ``AdapterConfig.reshape`` did."""
     for undo in reversed(model.__dict__.pop("_adapter_undo", [])):
         undo()
-
-
-def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError
 
 
@@ -25,6 +25,14 @@ class AdapterLayer(nn.Module):
     """Name of the adapter that the layer belongs to."""
     fixed: tuple[str, ...] = ()
     """Names below the layer of the adapter's tensors that never train: projections drawn once, starting values."""
+    larger_rate: tuple[str, ...] = ()
+    """Names below the layer of the tensors that LoRA+ trains faster; see ``core.rates``."""
+    embedding_rate: tuple[str, ...] = ()
+    """Names below the layer of the tensors that LoRA+ trains at the rate of embeddings."""
+    copies: tuple[str, ...] = ()
+    """Names below the layer of tensors that other writers put into the file a second time. They are not read."""
+    by_row = True
+    """Whether rows of a batch can be adapted apart: all that the layer does is in what its ``forward`` returns."""
     base_layer: Any
     """The layer of the model, or another adapter layer over it."""
 
@@ -41,6 +49,14 @@ class AdapterLayer(nn.Module):
             if name == "base_layer":  # not set yet: a copy in the making
                 raise
             return getattr(self.base_layer, name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        self._parameters.setdefault(name, None)  # else the same name in an adapter layer below would count as taken
+        super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
+        self._buffers.setdefault(name, None)
+        super().register_buffer(name, tensor, persistent)
 
     def own_tensors(self) -> dict[str, nn.Parameter]:
         """The adapter's tensors that train: name below the layer -> parameter."""
@@ -74,6 +90,10 @@ class AdapterLayer(nn.Module):
         """``value`` of a file as this layer holds ``tensor``. A place for other writers' shapes."""
         return value
 
+    def hides(self, below: AdapterLayer) -> bool:
+        """Whether what ``below``, of another adapter on the same module, does is lost while both are enabled."""
+        return False
+
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The base layer's tensors that change when the adapter is folded in, in float32 or wider.
 
@@ -93,6 +113,8 @@ class TrainedCopy(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module, file_prefix: str):
         super().__init__(base_layer)
+        if any(is_quantised(module) for module in bare(base_layer).modules()):
+            raise AdapterError("a quantised layer cannot be trained in full", key="modules_to_save")
         self.file_prefix = file_prefix
         self.copy = copy.deepcopy(bare(base_layer))
         for parameter in self.copy.parameters():
@@ -104,6 +126,9 @@ class TrainedCopy(AdapterLayer):
 
     def own_module(self, path: str) -> nn.Module:
         return self.copy.get_submodule(path)
+
+    def hides(self, below: AdapterLayer) -> bool:
+        return True
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.enabled:
@@ -122,13 +147,15 @@ class TrainedBias(AdapterLayer):
     def __init__(self, base_layer: nn.Module):
         super().__init__(base_layer)
         bias: torch.Tensor = bare(base_layer).bias
-        # not by attribute: the base layer's bias, seen through __getattr__, would count as taken
-        self._parameters["bias"] = nn.Parameter(bias.detach().to(adapter_dtype(bias)).clone())
+        self.bias = nn.Parameter(bias.detach().to(adapter_dtype(bias)).clone())
+
+    def hides(self, below: AdapterLayer) -> bool:
+        return isinstance(below, (TrainedBias, TrainedCopy))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.enabled:
             return self.base_layer(*args, **kwargs)
-        depth = sum(isinstance(module, AdapterLayer) for module in _below(self))
+        depth = len(layers_below(self))
         bias = {"base_layer." * depth + "bias": self.bias.to(bare(self).bias.dtype)}
         return torch.func.functional_call(self.base_layer, bias, args, kwargs)
 
@@ -141,11 +168,31 @@ def adapter_dtype(like: torch.Tensor) -> torch.dtype:
     return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
+def model_ends(model: Any) -> tuple[Any, Any]:
+    """The modules that embed the input's ids and that give the output's logits; None for one that the model lacks."""
+    ends = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            ends.append(getattr(model, name)())
+        except (AttributeError, NotImplementedError):  # as a model says that hears or sees
+            ends.append(None)
+    return ends[0], ends[1]
+
+
 def bare(module: nn.Module) -> Any:
     """The layer of the model below any adapter layers."""
     while isinstance(module, AdapterLayer):
         module = module.base_layer
     return module
+
+
+def layers_below(layer: AdapterLayer) -> list[AdapterLayer]:
+    """The adapter layers between ``layer`` and the layer of the model, from above."""
+    found, module = [], layer.base_layer
+    while isinstance(module, AdapterLayer):
+        found.append(module)
+        module = module.base_layer
+    return found
 
 
 def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, AdapterLayer]:
@@ -170,6 +217,16 @@ def path_in_file(model: nn.Module, path: str) -> str:
     return ".".join(kept)
 
 
+def base_name(model: nn.Module, path: str) -> str:
+    """Name in the base model of the module over which the adapter layer at ``path`` stands."""
+    module, kept = model, []
+    for part in path.split("."):
+        if not (part == "base_layer" and isinstance(module, AdapterLayer)):
+            kept.append(part)
+        module = module.get_submodule(part)
+    return ".".join(kept)
+
+
 def base_paths(model: nn.Module) -> dict[str, str]:
     """Names of the base model's modules -> the paths at which they, or the adapter layers over them, stand now."""
     found: dict[str, str] = {}
@@ -187,10 +244,3 @@ def base_paths(model: nn.Module) -> dict[str, str]:
 
     walk(model, "", "")
     return found
-
-
-def _below(layer: AdapterLayer) -> Iterator[nn.Module]:
-    module: nn.Module = layer.base_layer
-    while isinstance(module, AdapterLayer):
-        yield module
-        module = module.base_layer

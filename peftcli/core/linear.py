@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import adapter_dtype, bare
+from peftcli.core.quantised import dequantised_weight, is_packed, is_quantised
 from peftcli.errors import AdapterError
 
 
@@ -29,7 +30,7 @@ class Linear:
 def linear_view(module: Any) -> Linear | None:
     """The view of ``module``, or of the layer below its adapter layers; None when it is no linear layer."""
     module = bare(module)
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or is_packed(module):
         return Linear(module.in_features, module.out_features, transposed=False)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers', which core does not import
         rows, columns = module.weight.shape
@@ -38,10 +39,20 @@ def linear_view(module: Any) -> Linear | None:
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
-    """The weight (out, in) of a linear layer, detached, in float32 or wider."""
-    view, weight = linear_view(module), bare(module).weight.detach()
+    """The weight (out, in) of a linear layer, dequantised if need be, detached, in float32 or wider."""
+    layer, view = bare(module), linear_view(module)
     assert view is not None
+    if is_quantised(layer):
+        return dequantised_weight(layer)
+    weight = layer.weight.detach()
     return view.as_stored(weight).to(adapter_dtype(weight))
+
+
+def stored_weight(module: nn.Module) -> torch.Tensor:
+    """The tensor that holds the layer's weight in whatever form: it says on which device, not what."""
+    layer = bare(module)
+    weight: torch.Tensor = layer.qweight if is_packed(layer) else layer.weight
+    return weight
 
 
 def need_linear(module: nn.Module, name: str, method: str, kinds: str = "Linear and Conv1D") -> Linear:

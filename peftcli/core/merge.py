@@ -9,11 +9,12 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import replace_modules
-from peftcli.core.layer import AdapterLayer, adapter_layers, bare
+from peftcli.core.layer import AdapterLayer, adapter_layers, bare, model_ends
+from peftcli.core.quantised import dense_layer, is_quantised, plain_dtype
 from peftcli.errors import AdapterError
 
 
-def merge(model: nn.Module, *configs: AdapterConfig) -> bool:
+def merge(model: nn.Module, *configs: AdapterConfig, dequantise: bool = False) -> bool:
     """Fold the model's enabled adapters into its weights, in place; no adapter layer is left.
 
     Sums are made in float32 whatever the base dtype. An adapted embedding or head that shares its weight with the
@@ -22,18 +23,25 @@ def merge(model: nn.Module, *configs: AdapterConfig) -> bool:
     Args:
         model: the model, with adapters in it.
         configs: those of the enabled adapters.
+        dequantise: make ordinary layers of all that are quantised; else such layers cannot be merged into.
 
     Returns:
         Whether input and output embeddings shared a weight before and do not now.
 
     Raises:
-        AdapterError: a method cannot be merged, or a merged weight is not finite. The model is as it was then.
+        AdapterError: a method cannot be merged, a layer below it is quantised, or a merged weight is not finite. The
+            model is as it was then.
     """
     for config in configs:
         if reason := config.merge_problem():
             raise AdapterError(reason)
     tied = _tied(model)
-    fold(model)
+    dense = _dequantise(model) if dequantise else {}
+    try:
+        fold(model)
+    except AdapterError:
+        replace_modules(model, {new: old for old, new in dense.items()})
+        raise
     replace_modules(model, {layer: bare(layer) for layer in outermost(model).values()})
     return tied and not _tied(model)
 
@@ -65,6 +73,11 @@ def fold(model: nn.Module) -> Folded:
     try:
         for name, layer in outermost(model).items():
             base = bare(layer)
+            if is_quantised(base):
+                raise AdapterError(
+                    f"{name} is quantised, and rounding the merged weight again would lose much of what was learned",
+                    hint="merge into the full-precision base model, or ask for dequantize",
+                )
             tensors = dict(base.named_parameters())
             with torch.no_grad():
                 values = layer.folded(dict(tensors))
@@ -83,6 +96,14 @@ def fold(model: nn.Module) -> Folded:
     return done
 
 
+def _dequantise(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Put ordinary layers in the place of quantised ones: what stood there -> what stands there now."""
+    dtype = plain_dtype(model)
+    dense = {module: dense_layer(module, dtype) for module in model.modules() if is_quantised(module)}
+    replace_modules(model, dense)
+    return dense
+
+
 def outermost(model: nn.Module) -> dict[str, AdapterLayer]:
     """The adapter layers that stand in no other adapter layer: path -> layer."""
     found: dict[str, AdapterLayer] = {}
@@ -94,8 +115,6 @@ def outermost(model: nn.Module) -> dict[str, AdapterLayer]:
 
 
 def _tied(model: nn.Module) -> bool:
-    ends = [
-        getter() for name in ("get_input_embeddings", "get_output_embeddings") if (getter := getattr(model, name, None))
-    ]
+    ends = model_ends(model)
     weights = [getattr(end, "weight", None) for end in ends]
     return len(weights) == 2 and weights[0] is not None and weights[0] is weights[1]

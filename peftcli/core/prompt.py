@@ -8,7 +8,6 @@ They stand after a row's left padding, so each row of a padded batch computes wh
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,40 +15,77 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype
+from peftcli.core.layer import adapter_dtype
+from peftcli.core.virtual import (
+    Room,
+    SoftPrompt,
+    active_at,
+    bound,
+    cached_length,
+    continued,
+    extended,
+    hook_once,
+    inserted,
+    length_of,
+    name_in,
+    position_limit,
+    positions,
+    soft_prompt,
+    starts,
+    takes,
+    without,
+)
 from peftcli.errors import AdapterError
 
-IGNORED = -100
-"""The label of a position that does not count."""
 
+class VirtualTokens(SoftPrompt):
+    """An input embedding that knows more ids than the vocabulary has: (B, T) -> (B, T, D).
 
-class VirtualTokens(AdapterLayer):
-    """An input embedding that knows ``n`` more ids than the vocabulary has: (B, T) -> (B, T, D)."""
+    Id ``V + task * n + i`` is the task's virtual token ``i``. Most prompts have one task only.
+    """
 
-    def __init__(self, base_layer: nn.Module, vectors: torch.Tensor):
+    token_labels = True
+    """Whether labels of the inputs' shape are labels of tokens."""
+
+    def __init__(self, base_layer: nn.Module, count: int, tasks: int = 1):
         super().__init__(base_layer)
-        self.prompt_embeddings = nn.Parameter(vectors.to(adapter_dtype(self.base_layer.weight)))
-        self.placeholders: torch.Tensor | None = None  # while ``generate`` runs: where they start in each row (B, 1)
+        self._count, self.tasks = count, tasks
 
     @property
     def count(self) -> int:
-        """Number of virtual tokens."""
-        return self.prompt_embeddings.shape[0]
+        return self._count
 
     @property
     def first_id(self) -> int:
         """Id of the first virtual token: the size of the base vocabulary."""
         return int(self.base_layer.weight.shape[0])
 
+    def table(self) -> torch.Tensor:
+        """The vectors of the virtual tokens, task after task: (tasks * n, D)."""
+        raise NotImplementedError
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if not self.enabled:
             return self.base_layer(ids)
         tokens = self.base_layer(ids.clamp(max=self.first_id - 1))
-        virtual = F.embedding((ids - self.first_id).clamp(min=0), self.prompt_embeddings).to(tokens.dtype)
+        virtual = F.embedding((ids - self.first_id).clamp(min=0), self.table()).to(tokens.dtype)
         return torch.where((ids >= self.first_id).unsqueeze(-1), virtual, tokens)
 
-    def file_name(self, path: str, tensor: str) -> str:
-        return tensor
+    def numbers(self, room: Room, task_ids: torch.Tensor | None) -> torch.Tensor:
+        """Which row of the table each virtual slot holds: (B, n + T)."""
+        rows = self.rows_of(task_ids, len(room.start))
+        return room.number.clamp(0, self.count - 1) + (0 if rows is None else rows * self.count)
+
+
+class TrainedTokens(VirtualTokens):
+    """Virtual tokens whose vectors (n, D) are what trains."""
+
+    def __init__(self, base_layer: nn.Module, vectors: torch.Tensor):
+        super().__init__(base_layer, len(vectors))
+        self.prompt_embeddings = nn.Parameter(vectors.to(adapter_dtype(self.base_layer.weight)))
+
+    def table(self) -> torch.Tensor:
+        return self.prompt_embeddings
 
     def accepts(self, tensor: str, value: torch.Tensor) -> torch.Tensor:
         # PEFT allocates the rows twice for encoder-decoder models and trains the first half
@@ -58,66 +94,96 @@ class VirtualTokens(AdapterLayer):
 
 def input_embedding_name(model: Any) -> str:
     """Path of the module that embeds the ids of the input: an encoder-decoder's encoder reads it."""
-    embedding = _reader(model).get_input_embeddings()
-    return next(name for name, module in model.named_modules() if module is embedding)
+    return name_in(model, _reader(model).get_input_embeddings())
 
 
-def virtual_tokens(model: nn.Module) -> VirtualTokens | None:
-    """The model's virtual tokens, unless it has none or they are disabled."""
-    found = (module for module in model.modules() if isinstance(module, VirtualTokens) and module.enabled)
-    return next(found, None)
+def insert_virtual_tokens(model: Any, layer: VirtualTokens, *, token_labels: bool = True) -> None:
+    """Let every forward call of ``model`` that starts a sequence start it with the virtual tokens of ``layer``.
 
+    Logits of each token come back for the tokens of the input only, unless the model generates text.
 
-def insert_virtual_tokens(model: nn.Module) -> None:
-    """Let every forward call of ``model`` that starts a sequence start it with the virtual tokens."""
+    Args:
+        model: the whole of it.
+        layer: the new layer over its input embedding.
+        token_labels: whether labels of the inputs' shape are labels of tokens.
+    """
+    layer.token_labels, layer.longest = token_labels, position_limit(model)
     reader = _reader(model)
-    _hook(reader, _Insert(_path(reader), encodes=reader is not model))
+    path = name_in(reader, reader.get_input_embeddings())
+    hook_once(reader, _Insert(path, encodes=reader is not model))
     if reader is not model:
-        _hook(model, _Extend(_path(model)))
+        hook_once(model, _Extend(name_in(model, reader.get_input_embeddings())))
+    elif model.base_model is not model and not _generates(model):
+        hook_once(model, _Cut(path), after=True)
 
 
-def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+def generate(model: Any, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
     """``model.generate``, with the virtual tokens if there are any; they are not in the answer.
 
-    Takes and returns what ``transformers.GenerationMixin.generate`` does. While it runs, the ids hold a placeholder
-    of the vocabulary for each virtual token, so that lengths, positions and logits processors stay right.
+    Takes and returns what ``transformers.GenerationMixin.generate`` does, and the rows' tasks if the prompt has some.
+    While it runs, the ids hold a placeholder of the vocabulary for each virtual token, so that lengths, positions and
+    logits processors stay right.
     """
-    layer = virtual_tokens(model)
-    if layer is None or model.config.is_encoder_decoder:  # the ids that grow there are the decoder's
+    layer = soft_prompt(model)
+    if layer is None:
         return model.generate(*args, **kwargs)
-    inputs = _bound(model.generate, args, kwargs)
+    inputs = bound(model.generate, args, kwargs)
+    settings = inputs.get("generation_config") or model.generation_config
+    start = None
+    if not model.config.is_encoder_decoder:  # there the ids that grow are the decoder's
+        inputs, start = _with_placeholders(inputs, settings, layer)
+    _refuse(inputs, settings, layer, model.config.is_encoder_decoder)
+    if task_ids is not None:
+        layer.rows_of(task_ids, len(inputs["input_ids"]))
+    layer.placeholders, layer.task_ids = start, task_ids
+    try:
+        output = model.generate(**inputs)
+    finally:
+        layer.placeholders = layer.task_ids = None
+    if start is None:
+        return output
+    if isinstance(output, torch.Tensor):
+        return without(output, start, layer.count)
+    output.sequences = without(output.sequences, start, layer.count)
+    return output
+
+
+def _with_placeholders(inputs: dict[str, Any], settings: Any, layer: SoftPrompt) -> tuple[dict[str, Any], torch.Tensor]:
+    """The arguments of ``generate`` with placeholders for the virtual tokens, and where these start in each row."""
     if inputs.get("inputs") is not None:
         inputs["input_ids"] = inputs.pop("inputs")
     ids = inputs.get("input_ids")
     if ids is None:
         raise AdapterError("generation with virtual tokens needs input_ids")
-    settings = inputs.get("generation_config") or model.generation_config
     if inputs.get("attention_mask") is None:
         inputs["attention_mask"] = _mask_of(ids, settings.pad_token_id, settings.eos_token_id)
-    starts = _starts(inputs["attention_mask"])
-    inputs |= _inserted({key: inputs.get(key) for key in ("input_ids", "attention_mask", "token_type_ids")}, layer)
-    first = ids.gather(1, starts.clamp(max=ids.shape[1] - 1))  # a token that the row holds anyway
-    inputs["input_ids"] = torch.where(inputs["input_ids"] < layer.first_id, inputs["input_ids"], first)
+    room = layer.room(inputs)
+    inputs |= inserted({key: inputs.get(key) for key in ("input_ids", "attention_mask", "token_type_ids")}, room)
     inputs = {key: value for key, value in inputs.items() if value is not None}
     for length in ("max_length", "min_length"):  # both count the prompt
         if value := inputs.get(length) or getattr(settings, length):
             inputs[length] = value + layer.count
-    layer.placeholders = starts
-    try:
-        output = model.generate(**inputs)
-    finally:
-        layer.placeholders = None
-    if isinstance(output, torch.Tensor):
-        return _without(output, starts, layer.count)
-    output.sequences = _without(output.sequences, starts, layer.count)
-    return output
+    return inputs, room.start
+
+
+def _refuse(inputs: dict[str, Any], settings: Any, layer: SoftPrompt, encoder_decoder: bool) -> None:
+    """Raises AdapterError for a way of generating that would go wrong in silence."""
+    chunk = inputs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None)
+    if chunk and not layer.chunks:
+        raise AdapterError("this soft prompt is read in one piece; unset it", key="prefill_chunk_size")
+    cache = inputs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
+    if encoder_decoder and layer.decodes and cache is not None and "static" in cache:
+        raise AdapterError(
+            "a static cache has no room for the virtual tokens that an encoder-decoder's decoder reads; leave it unset",
+            key="cache_implementation",
+        )
 
 
 @dataclass(frozen=True)
 class _Insert:
     """The forward pre-hook of the model or encoder that reads the input.
 
-    Holds a path, not the layer, so that a copied model's hook finds the copy's layer.
+    Holds a path, not the layer: a copied model's hook finds the copy's layer, and one hook serves every adapter.
     """
 
     path: str
@@ -125,27 +191,37 @@ class _Insert:
     """Whether it is an encoder inside an encoder-decoder."""
 
     def __call__(self, model: Any, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]] | None:
-        layer = model.get_submodule(self.path)
-        if not isinstance(layer, VirtualTokens) or not layer.enabled:
+        layer = _active(model.get_submodule(self.path))
+        if layer is None:
             return None
-        inputs = _bound(model.forward, args, kwargs)
-        past = _cached_length(inputs)
+        kwargs = dict(kwargs)
+        task_ids = kwargs.pop("task_ids", layer.task_ids)
+        if self.encodes:
+            layer.task_ids = None  # as _Extend or generate left them for this one call
+        inputs = bound(model.forward, args, kwargs)
+        past = cached_length(inputs)
         if layer.placeholders is not None:
-            return (), inputs if past else inputs | _restored(inputs, layer.placeholders, layer)
+            return (), inputs | _restored(inputs, layer.placeholders, past, task_ids, layer)
         if past:
-            return (), inputs | _continued(model, inputs, past, layer)
+            return (), inputs | continued(model, inputs, past, layer.count)
         if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
             return None
         mask = inputs.get("attention_mask")
-        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
-            raise AdapterError("virtual tokens need a two-dimensional attention_mask; generate through peftcli's model")
-        if self.encodes and mask is not None and mask.shape[1] == _length(inputs) + layer.count:
-            inputs["attention_mask"] = _without(mask, _starts(mask), layer.count)  # _Extend was here first
-        generates = hasattr(model, "prepare_inputs_for_generation")
-        if generates and mask is not None and inputs.get("position_ids") is None and _takes(model, "position_ids"):
-            inputs["position_ids"] = _positions(mask)
+        if self.encodes and mask is not None and mask.shape[1] == length_of(inputs) + layer.count:
+            inputs["attention_mask"] = without(mask, starts(mask), layer.count)  # _Extend was here first
+        if (
+            _generates(model)
+            and mask is not None
+            and inputs.get("position_ids") is None
+            and takes(model, "position_ids")
+        ):
+            inputs["position_ids"] = positions(inputs["attention_mask"])
         inputs.pop("cache_position", None)  # counted without them; models find it by themselves
-        return (), inputs | _inserted(inputs, layer)
+        room = layer.room(inputs)
+        numbers = layer.numbers(room, task_ids)
+        vectors = None if inputs.get("inputs_embeds") is None else F.embedding(numbers, layer.table())
+        new = inserted(inputs, room, layer.first_id + numbers, vectors, token_labels=layer.token_labels)
+        return (), inputs | new
 
 
 @dataclass(frozen=True)
@@ -155,20 +231,50 @@ class _Extend:
     path: str
 
     def __call__(self, model: Any, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]] | None:
-        layer = model.get_submodule(self.path)
-        if not isinstance(layer, VirtualTokens) or not layer.enabled:
+        layer = _active(model.get_submodule(self.path))
+        if layer is None:
             return None
-        inputs = _bound(model.forward, args, kwargs)
+        kwargs = dict(kwargs)
+        layer.task_ids = kwargs.pop("task_ids", None)
+        inputs = bound(model.forward, args, kwargs)
         mask, encoded = inputs.get("attention_mask"), inputs.get("encoder_outputs")
-        if mask is None or (encoded is not None and mask.shape[1] == encoded[0].shape[1]):
-            return None
-        return (), inputs | {"attention_mask": _extended(mask, layer)}
+        if mask is not None and (encoded is None or mask.shape[1] != encoded[0].shape[1]):
+            inputs["attention_mask"] = extended(mask, layer.count)
+        return (), inputs
 
 
-def _hook(module: nn.Module, hook: _Insert | _Extend) -> None:
-    """Register the hook, unless an adapter that was unloaded left the same one."""
-    if hook not in module._forward_pre_hooks.values():
-        module.register_forward_pre_hook(hook, with_kwargs=True)
+@dataclass(frozen=True)
+class _Cut:
+    """The forward hook of a model with a head for each token: its logits are those of the tokens of the input."""
+
+    path: str
+
+    def __call__(self, model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        layer = _active(model.get_submodule(self.path))
+        if layer is None or not layer.token_labels:
+            return
+        if not isinstance(output, dict):
+            raise AdapterError("virtual tokens need return_dict=True", key="return_dict")
+        length, mask = length_of(kwargs), kwargs.get("attention_mask")
+        for name in ("logits", "start_logits", "end_logits"):
+            logits = output.get(name)
+            if logits is not None and logits.ndim == (3 if name == "logits" else 2) and logits.shape[1] == length:
+                start = torch.zeros(len(logits), 1, dtype=torch.long) if mask is None else starts(mask)
+                output[name] = without(logits, start.to(logits.device), layer.count)
+
+
+def _active(embedding: Any) -> VirtualTokens | None:
+    """The active virtual tokens over an input embedding."""
+    layer: VirtualTokens | None = active_at(embedding, VirtualTokens)
+    while layer is not None and embedding is not layer:
+        if embedding.enabled and not isinstance(embedding, SoftPrompt):
+            raise AdapterError("another adapter of the input embedding stands around the soft prompt; load that last")
+        embedding = embedding.base_layer
+    return layer
+
+
+def _generates(model: nn.Module) -> bool:
+    return hasattr(model, "prepare_inputs_for_generation")
 
 
 def _reader(model: Any) -> Any:
@@ -176,118 +282,17 @@ def _reader(model: Any) -> Any:
     return model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
 
 
-def _path(model: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if isinstance(module, VirtualTokens))
-
-
-def _inserted(inputs: dict[str, Any], layer: VirtualTokens) -> dict[str, Any]:
-    """The inputs (B, T, ...) with the virtual tokens after each row's left padding: (B, n + T, ...)."""
-    ids, embeds, mask = inputs.get("input_ids"), inputs.get("inputs_embeds"), inputs.get("attention_mask")
-    given = ids if ids is not None else embeds
-    assert given is not None
-    (batch, length), n = given.shape[:2], layer.count
-    start = torch.zeros(batch, 1, dtype=torch.long, device=given.device) if mask is None else _starts(mask)
-    slot = torch.arange(n + length, device=given.device).expand(batch, -1)
-    after = slot >= start + n
-    virtual = (slot >= start) & ~after
-    source = torch.where(after, slot - n, slot).clamp(max=length - 1)
-    number = (slot - start).clamp(0, n - 1)  # which virtual token
-
-    def spread(value: torch.Tensor, filler: torch.Tensor | int) -> torch.Tensor:
-        return torch.where(virtual, filler, value.expand(batch, -1).gather(1, source))
-
-    out: dict[str, Any] = {}
-    if ids is not None:
-        out["input_ids"] = spread(ids, layer.first_id + number)
-    elif embeds is not None:
-        rows = embeds.gather(1, source.unsqueeze(-1).expand(-1, -1, embeds.shape[-1]))
-        vectors = F.embedding(number, layer.prompt_embeddings).to(embeds.dtype)
-        out["inputs_embeds"] = torch.where(virtual.unsqueeze(-1), vectors, rows)
-    if mask is not None:
-        out["attention_mask"] = spread(mask, 1)
-    if (position := inputs.get("position_ids")) is not None:
-        position = position.expand(batch, -1)
-        first = position.gather(1, start.clamp(max=length - 1))
-        out["position_ids"] = spread(position, first + number) + n * after
-    if (types := inputs.get("token_type_ids")) is not None:
-        out["token_type_ids"] = spread(types, 0)
-    target = inputs.get("labels")
-    if target is not None and target.shape == (batch, length):
-        out["labels"] = spread(target, IGNORED)
-    return out
-
-
-def _continued(model: Any, inputs: dict[str, Any], past: int, layer: VirtualTokens) -> dict[str, Any]:
-    """The inputs of a later step, whose mask and positions may not count the virtual tokens that the cache holds."""
-    mask, n, new = inputs.get("attention_mask"), layer.count, _length(inputs)
-    if mask is None or mask.ndim != 2 or mask.shape[1] != past + new - n:
-        return {}
-    mask = _extended(mask, layer)
-    out: dict[str, Any] = {"attention_mask": mask}
-    for name in ("position_ids", "cache_position"):
-        if (value := inputs.get(name)) is not None:
-            out[name] = value + n
-    if "position_ids" not in out and _takes(model, "position_ids"):
-        out["position_ids"] = _positions(mask)[:, -new:]
-    return out
-
-
-def _extended(mask: torch.Tensor, layer: VirtualTokens) -> torch.Tensor:
-    """The mask (B, T) with the virtual tokens: (B, n + T)."""
-    extended: torch.Tensor = _inserted({"input_ids": mask, "attention_mask": mask}, layer)["attention_mask"]
-    return extended
-
-
-def _restored(inputs: dict[str, Any], starts: torch.Tensor, layer: VirtualTokens) -> dict[str, Any]:
+def _restored(
+    inputs: dict[str, Any], start: torch.Tensor, past: int, task_ids: torch.Tensor | None, layer: VirtualTokens
+) -> dict[str, Any]:
     """The ids (B, T) with the virtual tokens where ``generate`` put placeholders."""
     ids = inputs.get("input_ids")
     if ids is None:
         return {}
-    first = starts.repeat_interleave(ids.shape[0] // starts.shape[0], dim=0)  # rows of one example: beams, samples
-    number = torch.arange(ids.shape[1], device=ids.device) - first
-    virtual = (number >= 0) & (number < layer.count)
-    return {"input_ids": torch.where(virtual, layer.first_id + number, ids)}
-
-
-def _without(sequences: torch.Tensor, starts: torch.Tensor, count: int) -> torch.Tensor:
-    """Token ids (B, n + T) without the ``count`` virtual tokens from each row's start: (B, T)."""
-    first = starts.repeat_interleave(sequences.shape[0] // starts.shape[0], dim=0)
-    slot = torch.arange(sequences.shape[1] - count, device=sequences.device).expand(sequences.shape[0], -1)
-    return sequences.gather(1, torch.where(slot >= first, slot + count, slot))
-
-
-def _starts(mask: torch.Tensor) -> torch.Tensor:
-    """Where each row's left padding ends: mask (B, T) -> (B, 1)."""
-    return (mask.long().cumsum(-1) == 0).sum(-1, keepdim=True)
-
-
-def _bound(function: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name."""
-    bound = inspect.signature(function).bind_partial(*args, **kwargs).arguments
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            bound.update(bound.pop(name, {}))
-    return dict(bound)
-
-
-def _takes(model: nn.Module, argument: str) -> bool:
-    return argument in inspect.signature(model.forward).parameters
-
-
-def _length(inputs: dict[str, Any]) -> int:
-    given = inputs.get("input_ids")
-    return int((given if given is not None else inputs["inputs_embeds"]).shape[1])
-
-
-def _cached_length(inputs: dict[str, Any]) -> int:
-    cache = inputs.get("past_key_values")
-    cache = inputs.get("cache") if cache is None else cache  # transformers 5.24's name of the argument
-    return 0 if cache is None else int(cache.get_seq_length())
-
-
-def _positions(mask: torch.Tensor) -> torch.Tensor:
-    """Position of each token in its row, padding aside: (B, T)."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+    copies = ids.shape[0] // start.shape[0]  # rows of one example: beams, samples
+    room = Room(start.repeat_interleave(copies, dim=0) - past, ids.shape[1] - layer.count, layer.count)
+    task_ids = None if task_ids is None else task_ids.repeat_interleave(copies, dim=0)
+    return {"input_ids": torch.where(room.virtual, layer.first_id + layer.numbers(room, task_ids), ids)}
 
 
 def _mask_of(ids: torch.Tensor, pad: int | None, eos: int | list[int] | None) -> torch.Tensor:

@@ -10,11 +10,10 @@ from typing import Any
 from torch import nn
 
 from peftcli.core.config import ExcludingConfig, LayeredConfig, TargetedConfig
-from peftcli.core.layer import bare, base_paths
+from peftcli.core.layer import bare, base_paths, model_ends
 from peftcli.core.linear import linear_view
+from peftcli.core.pattern import PatternError, compiled
 from peftcli.errors import AdapterError
-
-_LONGEST_PATTERN = 2000
 
 FAMILY_TARGETS: dict[str, list[str]] = {
     "bart": ["q_proj", "v_proj"],
@@ -91,6 +90,20 @@ def find_modules(model: nn.Module, entries: Iterable[str], key: str) -> list[str
     return _matches(model, _base_modules(model), list(entries), key)
 
 
+def find_parameters(model: nn.Module, entries: Iterable[str], key: str) -> dict[str, list[str]]:
+    """The parameters that a list of names or name endings gives: their module's name -> their names in it.
+
+    Raises:
+        AdapterError: an entry matches nothing; the message gives near names.
+    """
+    modules = _base_modules(model).items()
+    places = {f"{name}.{own}": name for name, module in modules for own, _ in module.named_parameters(recurse=False)}
+    found: dict[str, list[str]] = {}
+    for name in _matches(model, places, list(entries), key, "parameter"):
+        found.setdefault(places[name], []).append(name.rpartition(".")[2])
+    return found
+
+
 def shortest_names(model: nn.Module, names: list[str]) -> list[str]:
     """The shortest name endings that name these modules and no others, sorted."""
     chosen, found = set(names), set()
@@ -124,11 +137,11 @@ def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _pattern_matches(pattern: str, name: str) -> bool:
-    return _compiled(rf"(.*\.)?({pattern})", "rank_pattern").fullmatch(name) is not None
+    return _fullmatch(rf"(.*\.)?({pattern})", name, "rank_pattern")
 
 
 def _all_linear(model: Any, modules: dict[str, nn.Module], saved: Iterable[str]) -> list[str]:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    _, head = model_ends(model)
     heads = {"classifier", "score", "lm_head", *saved} if head is None else set(saved)
 
     def is_body(name: str, module: nn.Module) -> bool:
@@ -138,17 +151,18 @@ def _all_linear(model: Any, modules: dict[str, nn.Module], saved: Iterable[str])
     return [name for name, module in modules.items() if is_body(name, module)]
 
 
-def _matches(model: nn.Module, modules: dict[str, nn.Module], wanted: list[str] | str, key: str) -> list[str]:
-    names = [name for name in modules if name]
+def _matches(
+    model: nn.Module, names: Iterable[str], wanted: list[str] | str, key: str, what: str = "module"
+) -> list[str]:
+    names = [name for name in names if name]
     if isinstance(wanted, str):
-        pattern = _compiled(wanted, key)
-        found = [name for name in names if pattern.fullmatch(name)]
+        found = [name for name in names if _fullmatch(wanted, name, key)]
         if not found:
-            raise AdapterError(_nothing(model, wanted, names), key=key)
+            raise AdapterError(_nothing(model, wanted, names, what), key=key)
         return found
     for entry in wanted:
         if not any(module_matches(name, entry) for name in names):
-            raise AdapterError(_nothing(model, entry, names), key=key)
+            raise AdapterError(_nothing(model, entry, names, what), key=key)
     return [name for name in names if any(module_matches(name, entry) for entry in wanted)]
 
 
@@ -171,17 +185,15 @@ def _in_layers(names: list[str], config: LayeredConfig) -> list[str]:
     return [name for name in names if indices[name] in wanted]
 
 
-def _compiled(pattern: str, key: str) -> re.Pattern[str]:
-    if len(pattern) > _LONGEST_PATTERN:
-        raise AdapterError(f"a pattern of {len(pattern)} characters; at most {_LONGEST_PATTERN}", key=key)
+def _fullmatch(pattern: str, name: str, key: str) -> bool:
     try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise AdapterError(f"{pattern!r} is no regular expression: {error}", key=key) from None
+        return compiled(pattern).fullmatch(name)
+    except PatternError as error:
+        raise AdapterError(str(error), key=key) from None
 
 
-def _nothing(model: nn.Module, entry: str, names: list[str]) -> str:
-    return f"no module of {type(model).__name__} matches {entry!r}{_closest(entry, names)}"
+def _nothing(model: nn.Module, entry: str, names: list[str], what: str) -> str:
+    return f"no {what} of {type(model).__name__} matches {entry!r}{_closest(entry, names)}"
 
 
 def _closest(entry: str, names: Iterable[str]) -> str:

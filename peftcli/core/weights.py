@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_layers, bare, path_in_file
+from peftcli.core.layer import AdapterLayer, adapter_layers, bare, model_ends, path_in_file
 from peftcli.errors import AdapterError
 
 _MOST_SHOWN = 8
@@ -115,8 +115,11 @@ def check_state(
     values = {
         name: wanted[name][0].accepts(wanted[name][1], value) for name, value in tensors.items() if name in wanted
     }
+    paths = _paths_in_file(model, adapter)
+    copies = {f"{layer.file_prefix}{path}.{copy}" for path, layer in paths.items() for copy in layer.copies}
+    known = wanted.keys() | base.keys() | copies
     wrong = [f"missing: {name}" for name in wanted if name not in tensors]
-    wrong += [f"unexpected: {name}" for name in tensors if _PEFT_COPY.sub("", name) not in wanted and name not in base]
+    wrong += [f"unexpected: {name}" for name in tensors if name not in known and _PEFT_COPY.sub("", name) not in wanted]
     shapes = {name: parameter.shape for name, (_, _, parameter) in wanted.items()}
     shapes |= {name: parameter.shape for name, parameter in base.items()}
     values |= {name: value for name, value in tensors.items() if name in base}
@@ -125,7 +128,7 @@ def check_state(
             wrong.append(f"shape: {name} is {tuple(value.shape)}, the model needs {tuple(shapes[name])}")
         elif not value.is_floating_point() and (name in base or wanted[name][2].is_floating_point()):
             wrong.append(f"type: {name} is {str(value.dtype).removeprefix('torch.')}, no floating-point numbers")
-        elif not torch.isfinite(value.float()).all():
+        elif not value.is_meta and not torch.isfinite(value.float()).all():
             wrong.append(f"not finite: {name}")
     if wrong:
         shown = wrong[:_MOST_SHOWN] + ([f"and {len(wrong) - _MOST_SHOWN} more"] if len(wrong) > _MOST_SHOWN else [])
@@ -157,11 +160,7 @@ def _paths_in_file(model: nn.Module, adapter: str | None) -> dict[str, AdapterLa
 
 def _adapted_base_weights(model: Any) -> dict[str, nn.Parameter]:
     """The base weights that an adapter file may carry: name in the file -> parameter."""
-    ends = [
-        bare(getter())
-        for name in ("get_input_embeddings", "get_output_embeddings")
-        if (getter := getattr(model, name, None)) and getter() is not None
-    ]
+    ends = [bare(end) for end in model_ends(model) if end is not None]
     return {
         layer.file_name(path_in_file(model, path), "base_layer.weight"): bare(layer).weight
         for path, layer in adapter_layers(model).items()

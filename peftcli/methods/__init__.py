@@ -51,6 +51,139 @@ METHODS: dict[str, Method] = {
         "a low-rank update beside chosen layers",
         "https://arxiv.org/abs/2106.09685",
     ),
+    "adalora": Method(
+        "adalora.config:AdaLoraConfig",
+        "ADALORA",
+        "AdaLoRA",
+        "LoRA that moves its budget to the layers that need it",
+        "https://arxiv.org/abs/2303.10512",
+    ),
+    "vera": Method(
+        "vera.config:VeraConfig",
+        "VERA",
+        "VeRA",
+        "trained vectors around two random matrices that all layers share",
+        "https://arxiv.org/abs/2310.11454",
+    ),
+    "randlora": Method(
+        "randlora.config:RandLoraConfig",
+        "RANDLORA",
+        "RandLoRA",
+        "a full-rank update from random bases that all layers share",
+        "https://arxiv.org/abs/2502.00987",
+    ),
+    "vblora": Method(
+        "vblora.config:VBLoRAConfig",
+        "VBLORA",
+        "VB-LoRA",
+        "LoRA put together from a bank of vectors that all layers share",
+        "https://arxiv.org/abs/2405.15179",
+    ),
+    "fourierft": Method(
+        "fourierft.config:FourierFTConfig",
+        "FOURIERFT",
+        "FourierFT",
+        "a few trained places in the update's Fourier spectrum",
+        "https://arxiv.org/abs/2405.03003",
+    ),
+    "waveft": Method(
+        "waveft.config:WaveFTConfig",
+        "WAVEFT",
+        "WaveFT",
+        "a few trained wavelet coefficients of the update",
+        "https://arxiv.org/abs/2505.12532",
+    ),
+    "c3a": Method(
+        "c3a.config:C3AConfig",
+        "C3A",
+        "C3A",
+        "an update of circulant blocks",
+        "https://arxiv.org/abs/2407.19342",
+    ),
+    "miss": Method(
+        "miss.config:MissConfig",
+        "MISS",
+        "MiSS",
+        "one block that is repeated along a layer's inputs",
+        "https://arxiv.org/abs/2409.15371",
+    ),
+    "shira": Method(
+        "shira.config:ShiraConfig",
+        "SHIRA",
+        "SHiRA",
+        "a few numbers of each weight, at random places",
+        "https://arxiv.org/abs/2406.13175",
+    ),
+    "hira": Method(
+        "hira.config:HiraConfig",
+        "HIRA",
+        "HiRA",
+        "the base weight times a low-rank factor, number by number",
+        "https://openreview.net/forum?id=TwJrTz9cRS",
+    ),
+    "delora": Method(
+        "delora.config:DeloraConfig",
+        "DELORA",
+        "DeLoRA",
+        "LoRA whose directions and strength train apart",
+        "https://arxiv.org/abs/2503.18225",
+    ),
+    "gralora": Method(
+        "gralora.config:GraloraConfig",
+        "GRALORA",
+        "GraLoRA",
+        "a LoRA for each block of a weight",
+        "https://arxiv.org/abs/2505.20355",
+    ),
+    "ia3": Method(
+        "ia3.config:IA3Config",
+        "IA3",
+        "(IA)^3",
+        "a trained factor for each output or input of chosen layers",
+        "https://arxiv.org/abs/2205.05638",
+    ),
+    "loha": Method(
+        "loha.config:LoHaConfig",
+        "LOHA",
+        "LoHa",
+        "an update that is two low-rank ones multiplied number by number",
+        "https://arxiv.org/abs/2108.06098",
+    ),
+    "lokr": Method(
+        "lokr.config:LoKrConfig",
+        "LOKR",
+        "LoKr",
+        "an update that is the Kronecker product of two small matrices",
+        "https://arxiv.org/abs/2309.14859",
+    ),
+    "ln_tuning": Method(
+        "ln_tuning.config:LNTuningConfig",
+        "LN_TUNING",
+        "LN tuning",
+        "the norms trained in full, and nothing else",
+        "https://arxiv.org/abs/2312.11420",
+    ),
+    "oft": Method(
+        "oft.config:OFTConfig",
+        "OFT",
+        "OFT",
+        "a rotation of blocks of each layer's inputs",
+        "https://arxiv.org/abs/2306.07280",
+    ),
+    "boft": Method(
+        "boft.config:BOFTConfig",
+        "BOFT",
+        "BOFT",
+        "a rotation of each layer's inputs, in butterfly factors",
+        "https://arxiv.org/abs/2311.06243",
+    ),
+    "hra": Method(
+        "hra.config:HRAConfig",
+        "HRA",
+        "HRA",
+        "a few reflections of each layer's inputs",
+        "https://arxiv.org/abs/2405.17484",
+    ),
     "prompt_tuning": Method(
         "prompt_tuning.config:PromptTuningConfig",
         "PROMPT_TUNING",
@@ -59,7 +192,35 @@ METHODS: dict[str, Method] = {
         "https://arxiv.org/abs/2104.08691",
         peft_generates=False,  # on transformers 5 it repeats the virtual tokens at each generated token
     ),
+    "multitask_prompt_tuning": Method(
+        "multitask_prompt_tuning.config:MultitaskPromptTuningConfig",
+        "MULTITASK_PROMPT_TUNING",
+        "multitask prompt tuning",
+        "virtual tokens that tasks share, with a factor for each task",
+        "https://arxiv.org/abs/2303.02861",
+        peft_generates=False,
+    ),
+    "p_tuning": Method(
+        "p_tuning.config:PromptEncoderConfig",
+        "P_TUNING",
+        "p-tuning",
+        "virtual tokens that a small network makes while they train",
+        "https://arxiv.org/abs/2103.10385",
+        peft_generates=False,
+    ),
+    "prefix_tuning": Method(
+        "prefix_tuning.config:PrefixTuningConfig",
+        "PREFIX_TUNING",
+        "prefix tuning",
+        "trained keys and values before those of every attention layer",
+        "https://arxiv.org/abs/2101.00190",
+        peft_generates=False,
+    ),
 }
+
+
+NOT_HERE: dict[str, str] = {}
+"""PEFT's methods that peftcli does not have: name in adapter_config.json -> why."""
 
 
 def config_from_dict(values: dict[str, Any], file: str | None = None) -> AdapterConfig:
@@ -71,5 +232,8 @@ def config_from_dict(values: dict[str, Any], file: str | None = None) -> Adapter
     for method in METHODS.values():
         if method.peft_type == values.get("peft_type"):
             return method.config_class().from_dict(values, file)
+    name = str(values.get("peft_type"))
+    if name in NOT_HERE:
+        raise AdapterError(f"{name} is not supported: {NOT_HERE[name]}", key="peft_type", file=file)
     known = ", ".join(method.peft_type for method in METHODS.values())
     raise AdapterError(f"no method is called {values.get('peft_type')!r}; known: {known}", key="peft_type", file=file)

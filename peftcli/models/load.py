@@ -6,11 +6,14 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from peftcli.core.quantised import is_quantised
 from peftcli.errors import ModelError, NetworkError, OutOfMemory, PeftcliError
-from peftcli.schema import BaseModel
+from peftcli.models import quantization
+from peftcli.schema import BaseModel, Quantization
 
 if TYPE_CHECKING:
     import torch
@@ -20,12 +23,12 @@ T = TypeVar("T")
 
 
 def load_model(base: BaseModel, auto_class: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model on the CPU, in ``dtype``, frozen parameters and all.
+    """The base model, in ``dtype``, frozen parameters and all: on the CPU, or quantised on the device that computes.
 
     Args:
         base: which model.
         auto_class: transformers' auto class of the task, as ``AutoModelForCausalLM``.
-        dtype: number format of the weights.
+        dtype: number format of the weights that are not quantised.
 
     Raises:
         ModelError: no such model, or not one of this class.
@@ -37,7 +40,37 @@ def load_model(base: BaseModel, auto_class: str, dtype: torch.dtype) -> PreTrain
     options: dict[str, Any] = {"dtype": dtype}
     if base.attn_implementation:
         options["attn_implementation"] = base.attn_implementation
-    return _guarded(base, lambda: getattr(transformers, auto_class).from_pretrained(**_where(base), **options))
+    how = stored_or_asked(base)
+    if base.name.endswith(".gguf"):
+        options["quantization_config"] = quantization.unpacked_gguf()
+    elif base.quantization:
+        options["quantization_config"] = quantization.to_transformers(base.quantization, dtype)
+    if how:
+        quantization.hush()
+    model = _guarded(base, lambda: getattr(transformers, auto_class).from_pretrained(**_where(base), **options))
+    if how and not any(map(is_quantised, model.modules())):
+        raise ModelError(f"{how['type']} finds no linear layer in {base.name}", key="base_model.quantization")
+    return model
+
+
+def stored_or_asked(base: BaseModel) -> dict[str, Any] | None:
+    """How the base model's weights are quantised, as its folder stores them or as the recipe asks; None: not at all.
+
+    Raises:
+        ModelError: the package for it is not installed; or both.
+    """
+    asked = base.quantization
+    stored = None if base.name.endswith(".gguf") else quantization.stored_kind(load_config(base))
+    if stored and asked:
+        raise ModelError(
+            f"{base.name} is stored quantised already ({stored}); it cannot become {asked.type}",
+            key="base_model.quantization",
+            hint="leave it out, or name the full-precision model",
+        )
+    how: dict[str, Any] | None = {"type": stored, "stored": True} if stored else asdict(asked) if asked else None
+    if how:
+        quantization.need_package(how["type"])
+    return how
 
 
 def empty_model(base: BaseModel, auto_class: str) -> PreTrainedModel:
@@ -107,9 +140,9 @@ def base_files(base: BaseModel) -> list[Path]:
     return _guarded(base, listed)
 
 
-def base_of(name: str, revision: str | None = None) -> BaseModel:
+def base_of(name: str, revision: str | None = None, quantised: Quantization | None = None) -> BaseModel:
     """The base model that an adapter's config or a command line names."""
-    return BaseModel(name=name, revision=revision)
+    return BaseModel(name=name, revision=revision, quantization=quantised)
 
 
 def _where(base: BaseModel) -> dict[str, Any]:

@@ -37,6 +37,7 @@ _AT_LEAST_ONE = (
 )
 _NOT_NEGATIVE = (
     "training.learning_rate",
+    "training.loraplus_lr_embedding",
     "training.warmup_steps",
     "training.weight_decay",
     "training.max_grad_norm",
@@ -70,7 +71,7 @@ def gate_holds(op: str, value: float, bound: float) -> bool:
 
 def check(recipe: Recipe, report: Report) -> None:
     """Reports every problem of a recipe whose settings have the right types."""
-    for part in (_names, _ranges, _length, _data, _evaluation, _gates, _launch, _method):
+    for part in (_names, _quantization, _ranges, _length, _data, _evaluation, _gates, _launch, _method):
         part(recipe, report)
 
 
@@ -93,6 +94,26 @@ def _names(recipe: Recipe, report: Report) -> None:
             report((key,), "must be a path or a hub id, not a URL")
 
 
+def _quantization(recipe: Recipe, report: Report) -> None:
+    wanted, key = recipe.base_model.quantization, "base_model.quantization"
+    if wanted is None:
+        return
+    kind = f"{key}.type"
+    if recipe.base_model.name.endswith(".gguf"):
+        report(
+            (key, "base_model.name"), "a .gguf file is unpacked when it is loaded; name the model that it was made of"
+        )
+    if wanted.type not in ("nf4", "fp4"):
+        if wanted.double_quant:
+            report((f"{key}.double_quant", kind), f"is a setting of nf4 and fp4, not of {wanted.type}")
+        if wanted.compute_dtype != "auto":
+            report((f"{key}.compute_dtype", kind), f"is a setting of nf4 and fp4, not of {wanted.type}")
+    if wanted.group_size is not None and wanted.type != "int4_weight_only":
+        report((f"{key}.group_size", kind), f"is a setting of int4_weight_only, not of {wanted.type}")
+    elif wanted.group_size is not None and wanted.group_size < 1:
+        report((f"{key}.group_size",), f"must be at least 1, not {wanted.group_size}")
+
+
 def _ranges(recipe: Recipe, report: Report) -> None:
     for key in _AT_LEAST_ONE:
         value = _get(recipe, key)
@@ -108,6 +129,8 @@ def _ranges(recipe: Recipe, report: Report) -> None:
             report((f"training.{name}",), f"must be in [0, 1), not {getattr(training, name)}")
     if training.adam_epsilon <= 0:
         report(("training.adam_epsilon",), f"must be above 0, not {training.adam_epsilon}")
+    if training.loraplus_lr_ratio is not None and training.loraplus_lr_ratio <= 0:
+        report(("training.loraplus_lr_ratio",), f"must be above 0, not {training.loraplus_lr_ratio}")
     if not 0 <= training.warmup_ratio <= 1:
         report(("training.warmup_ratio",), f"must be in [0, 1], not {training.warmup_ratio}")
     if training.save_total_limit < 2:

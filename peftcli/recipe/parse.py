@@ -25,10 +25,11 @@ from peftcli.recipe.settings import (
     method_settings,
     sections,
     settings,
+    sole_required,
 )
 from peftcli.recipe.sources import read_tree
 from peftcli.recipe.values import Place, Problems, Value
-from peftcli.schema import BaseModel, Dataset, Launch, Recipe, Training
+from peftcli.schema import BaseModel, Dataset, Launch, Quantization, Recipe, Training
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -114,6 +115,8 @@ class _Reader:
         if name is not None and isinstance(name.data, str) and (name.refused or name.scalar is not None):
             top["base_model"] = replace(name, data={"name": name})
         parts = {name: self.section(cls, top.get(name), name) for name, cls in sections().items()}
+        if quantization := parts["base_model"]["quantization"]:
+            parts["base_model"]["quantization"] = Quantization(**quantization)
         return Recipe(
             base_model=BaseModel(**parts["base_model"]),
             task=self.setting(known["task"], top["task"], "task") if "task" in top else "",
@@ -195,6 +198,11 @@ class _Reader:
         self.places[key] = value.place
         if value.refused:
             self.bad.add(key)
+        if entry.section and (isinstance(value.data, dict) or value.scalar is not None):
+            alone = sole_required(entry.section)
+            if alone and isinstance(value.data, str):
+                value = replace(value, data={alone: value})
+            return self.section(entry.section, value, key)
         try:
             return _adapter(entry.hint).validate_python(_fit(value, entry.hint))
         except ValidationError as error:

@@ -7,10 +7,21 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from peftcli.core.config import section_class
 from peftcli.errors import UsageError
 from peftcli.methods import METHODS
 from peftcli.recipe.names import alias_of, near
-from peftcli.recipe.settings import Setting, branches, choices, in_words, item_hint, kinds, method_settings, settings
+from peftcli.recipe.settings import (
+    Setting,
+    branches,
+    choices,
+    in_words,
+    item_hint,
+    kinds,
+    method_settings,
+    settings,
+    sole_required,
+)
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
 
@@ -65,7 +76,8 @@ def _explainable() -> dict[str, Explanation]:
         if entry.section:
             children = settings(entry.section)
             out[name] = Explanation(name, "section", entry.help, settings=_rows(children))
-            out |= {f"{name}.{child}": _explain_setting(f"{name}.{child}", e) for child, e in children.items()}
+            for child, inner in children.items():
+                out |= _explain_nested(f"{name}.{child}", inner, name)
         else:
             out[name] = _explain_setting(name, entry)
     types = tuple(METHODS)
@@ -90,10 +102,28 @@ def _explainable() -> dict[str, Explanation]:
         children = method_settings(name)
         out[name] = Explanation(name, "method", row.summary, settings=_rows(children), link=row.paper)
         for child, entry in children.items():
-            out[f"{name}.{child}"] = _explain_setting(f"{name}.{child}", entry, section="method")
-            out.setdefault(f"method.{child}", _explain_setting(f"method.{child}", entry))
+            for key, found in _explain_method_setting(name, child, entry).items():
+                out.setdefault(key, found)
     for name, task in TASKS.items():
         out[name] = Explanation(name, "task", task.summary, example=f"task: {name}")
+    return out
+
+
+def _explain_method_setting(method: str, name: str, entry: Setting) -> dict[str, Explanation]:
+    """One setting of a method, and those that it holds where it is a mapping."""
+    keys = (f"{method}.{name}", f"method.{name}")
+    return {one: found for key in keys for one, found in _explain_nested(key, entry, "method").items()}
+
+
+def _explain_nested(key: str, entry: Setting, section: str) -> dict[str, Explanation]:
+    """One setting of a section, and those that it holds where it is a mapping."""
+    whole, name = _explain_setting(key, entry, section), key.rpartition(".")[2]
+    if entry.section is None:
+        return {key: whole}
+    out = {key: dataclasses.replace(whole, settings=_rows(settings(entry.section)))}
+    for inner, found in settings(entry.section).items():
+        one = _explain_setting(f"{key}.{inner}", found)
+        out[one.key] = dataclasses.replace(one, example=f"{section}:\n  {name}:\n    {inner}: {_example(found)}")
     return out
 
 
@@ -125,6 +155,9 @@ def _example(entry: Setting) -> str:
     if found := choices(entry.hint):
         return found[0]
     accepted = kinds(entry.hint)
+    if entry.section:
+        alone = sole_required(entry.section)
+        return _example(settings(entry.section)[alone]) if alone else "{...}"
     for kind, text in ((list, "[...]"), (dict, "{...}"), (int, "1"), (float, "0.1"), (bool, "true")):
         if kind in accepted:
             return text
@@ -186,6 +219,15 @@ def _method_schema() -> dict[str, Any]:
     }
 
 
+def _section_schema(section: type) -> dict[str, Any]:
+    """A mapping, or what it may be given as alone."""
+    known, alone = settings(section), sole_required(section)
+    whole = _object(known)
+    if needed := _required(known):
+        whole["required"] = needed
+    return {"anyOf": [_property(known[alone]), whole]} if alone else whole
+
+
 def _object(children: dict[str, Setting]) -> dict[str, Any]:
     return {"type": "object", "properties": _properties(children), "additionalProperties": False}
 
@@ -217,6 +259,8 @@ def _branch_schema(hint: Any) -> dict[str, Any]:
     if literals := choices(hint):
         return {"enum": literals}
     accepted = kinds(hint)
+    if section := section_class(hint):
+        return _section_schema(section)
     if list in accepted:
         return {"type": "array", "items": _hint_schema(item_hint(hint, list))}
     if dict in accepted:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from peftcli.core.config import section_class
 from peftcli.methods import METHODS
 from peftcli.schema import Recipe
 
@@ -42,7 +43,7 @@ class Setting:
     @property
     def section(self) -> type | None:
         """The dataclass of a key that holds settings of its own."""
-        return self.hint if isinstance(self.hint, type) and dataclasses.is_dataclass(self.hint) else None
+        return section_class(self.hint)
 
     @property
     def help(self) -> str:
@@ -68,6 +69,12 @@ def settings(cls: type) -> dict[str, Setting]:
 def sections() -> dict[str, type]:
     """The fixed sections of a recipe: name -> dataclass."""
     return {name: entry.section for name, entry in settings(Recipe).items() if entry.section}
+
+
+def sole_required(section: type) -> str | None:
+    """The setting that a section may be given as alone, since it needs no other: ``{type: nf4}`` as ``nf4``."""
+    needed = [name for name, entry in settings(section).items() if entry.required]
+    return needed[0] if len(needed) == 1 else None
 
 
 def method_settings(method: str) -> dict[str, Setting]:
@@ -118,8 +125,11 @@ def in_words(hint: Any) -> str:
             words.append(f"a list of {_PLURALS.get(args[0], 'values')}")
         elif origin is dict:
             words.append(f"a mapping of names to {_PLURALS.get(args[1], 'values')}")
+        elif dataclasses.is_dataclass(branch):
+            alone = sole_required(branch)  # type: ignore[arg-type]
+            words += [*(choices(settings(branch)[alone].hint) if alone else ()), "a mapping"]  # type: ignore[arg-type]
         elif branch is not type(None):
-            words.append("a mapping" if dataclasses.is_dataclass(branch) else _WORDS.get(branch, "a value"))
+            words.append(_WORDS.get(branch, "a value"))
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 

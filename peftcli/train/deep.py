@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from peftcli.core.inject import inject
 from peftcli.errors import PeftcliError, Problem, RecipeError
-from peftcli.models.load import base_of, empty_model, load_tokenizer
+from peftcli.models.load import base_of, empty_model, load_tokenizer, stored_or_asked
 from peftcli.recipe import method_config
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
@@ -57,6 +57,7 @@ def _look(recipe: Recipe) -> tuple[list[Problem], list[Problem], dict[str, Any]]
             plan = Plan([len(row["input_ids"]) for row in data.train], recipe.training, processes)
             found |= {"data": data.report, "steps": plan.total_steps, "warnings": data.warnings}
         attempt("method", lambda: config.prepare(lambda name: load_tokenizer(base_of(name)) if name else tokenizer))
+    attempt("base_model", lambda: stored_or_asked(base))
     model = attempt("base_model", lambda: empty_model(base, row.auto_class))
     if model is not None:
         injection = attempt("method", lambda: inject(model, config))

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from peftcli.core.layer import AdapterLayer
+from peftcli.core.rates import rate_groups
+from peftcli.errors import AdapterError, UsageError
 from peftcli.schema import Training
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], training: Training) -> torch.optim.Optimizer:
-    """AdamW over the adapter's parameters."""
+def parameter_groups(
+    tensors: Mapping[str, tuple[AdapterLayer, str, nn.Parameter]], training: Training
+) -> list[dict[str, Any]]:
+    """The adapter's tensors, as ``core.weights.named_tensors`` gives them, by their learning rates.
+
+    Raises:
+        UsageError: LoRA+ is wanted of a method that it says nothing about.
+    """
+    if training.loraplus_lr_ratio is None:
+        return [{"params": [parameter for _, _, parameter in tensors.values()]}]
+    rates = training.learning_rate, training.loraplus_lr_ratio, training.loraplus_lr_embedding
+    try:
+        return rate_groups(tensors, *rates)
+    except AdapterError as error:
+        raise UsageError(error.message, key=f"training.{error.key}") from None
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], training: Training
+) -> torch.optim.Optimizer:
+    """AdamW over parameters, or over groups of them."""
     return torch.optim.AdamW(
-        list(parameters),
+        parameters,
         lr=training.learning_rate,
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,

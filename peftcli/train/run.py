@@ -21,7 +21,7 @@ from peftcli.card import write_card
 from peftcli.core.files import write_adapter, write_file
 from peftcli.core.weights import adapter_state
 from peftcli.errors import Diverged, GateFailed, OutOfMemory, PeftcliError, ProcessDied, StorageError, UsageError
-from peftcli.models.load import load_tokenizer
+from peftcli.models.load import load_tokenizer, stored_or_asked
 from peftcli.recipe import gate_holds, method_config, parse_gate, to_dict, to_yaml
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
@@ -78,6 +78,7 @@ def train(recipe: Recipe, *, resume: str = "auto", on_event: OnEvent = lambda ev
             stop.saved = run["resumable"]
             with _kept_account(folder, run, accelerator):
                 task, config = TASKS[recipe.task].load(), method_config(recipe)
+                run["base_model"]["quantization"] = stored_or_asked(recipe.base_model)
                 tell(Phase("reading the data"))
                 tokenizer = load_tokenizer(recipe.base_model)
                 data = load_data(recipe, task, tokenizer)
@@ -88,7 +89,7 @@ def train(recipe: Recipe, *, resume: str = "auto", on_event: OnEvent = lambda ev
                 plan = Plan([len(row["input_ids"]) for row in data.train], recipe.training, accelerator.num_processes)
                 if config.needs_batches():
                     tell(Phase("calibrating the adapter on the training data"))
-                    calibrate(model, config, recipe, data, tokenizer, accelerator)
+                    injection = calibrate(model, injection, config, recipe, data, tokenizer, accelerator)
                 trainee = prepare(model, config, recipe, plan, accelerator)
                 state = State(trainee, accelerator.unwrap_model(trainee.model), config, Progress())
                 checkpoint = _checkpoint_to_resume(folder, resume, accelerator, tell)

@@ -15,17 +15,19 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import Injection, inject
+from peftcli.core.layer import adapter_layers
 from peftcli.core.weights import named_tensors
 from peftcli.data.formats import detect_format
 from peftcli.data.load import load_splits
 from peftcli.errors import DataError, ModelError, UsageError
 from peftcli.models.load import base_of, load_model, load_tokenizer
+from peftcli.models.weights import BaseWeights
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
 from peftcli.tasks.base import Feature, Task
 from peftcli.train.batches import Plan
 from peftcli.train.loop import Trainee
-from peftcli.train.optim import build_optimizer, build_schedule
+from peftcli.train.optim import build_optimizer, build_schedule, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ def adapted_model(recipe: Recipe, config: AdapterConfig) -> tuple[nn.Module, Inj
     config.task_type, config.base_model_name_or_path, config.revision = row.task_type, base.name, base.revision
     config.prepare(lambda name: load_tokenizer(base_of(name) if name else base))
     injection = inject(model, config)
+    if config.needs_base_weights():
+        config.start_from_base(model, BaseWeights(base, getattr(model, "base_model_prefix", "")))
     if recipe.training.gradient_checkpointing:
         _checkpoint_activations(model)
     return model, injection
@@ -156,19 +160,28 @@ class CalibrationBatches:
 
 
 def calibrate(
-    model: nn.Module, config: AdapterConfig, recipe: Recipe, data: Data, tokenizer: Any, accelerator: Accelerator
-) -> None:
-    """Let the method start the adapter from the training data, where its settings ask for that."""
+    model: nn.Module,
+    injection: Injection,
+    config: AdapterConfig,
+    recipe: Recipe,
+    data: Data,
+    tokenizer: Any,
+    accelerator: Accelerator,
+) -> Injection:
+    """Let the method start the adapter from the training data. Gives what is in the model then: sizes may change."""
     task, size = TASKS[recipe.task].load(), recipe.training.per_device_train_batch_size
     model.to(accelerator.device)
     config.calibrate(model, CalibrationBatches(data.train, task, tokenizer, size, accelerator.device))
+    trainable = sum(parameter.numel() for _, _, parameter in named_tensors(model).values())
+    return Injection(adapter_layers(model), trainable, injection.total - injection.trainable + trainable)
 
 
 def prepare(model: nn.Module, config: AdapterConfig, recipe: Recipe, plan: Plan, accelerator: Accelerator) -> Trainee:
     """Model, optimizer and schedule, placed on the devices by accelerate."""
     prepared = accelerator.prepare_model(model)
-    parameters = [parameter for _, _, parameter in named_tensors(model).values()]
-    optimizer = build_optimizer(parameters, recipe.training)
+    tensors = named_tensors(model)
+    parameters = [parameter for _, _, parameter in tensors.values()]
+    optimizer = build_optimizer(parameter_groups(tensors, recipe.training), recipe.training)
     schedule = build_schedule(optimizer, recipe.training, plan.total_steps)
     # the same seed everywhere started the same adapter; from here on each process draws its own dropout
     set_seed(recipe.training.seed + accelerator.process_index)

@@ -208,7 +208,7 @@ def test_the_answer_holds_no_placeholder_and_the_model_is_left_as_it_was(model: 
     got = prompt.generate(model, input_ids=tokens, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(got.sequences[:, :7], tokens)
     assert torch.equal(got.sequences, _loop(model, tokens, mask, cached=False))
-    layer = prompt.virtual_tokens(model)
+    layer = prompt.soft_prompt(model)
     assert layer is not None
     assert layer.placeholders is None
 
@@ -258,7 +258,7 @@ def test_embeddings_as_inputs_of_forward_are_the_ids_looked_up(model: nn.Module)
 
 @torch.no_grad()
 def test_positions_that_the_caller_counts_are_shifted(model: nn.Module) -> None:
-    if not prompt._takes(model, "position_ids"):
+    if not prompt.takes(model, "position_ids"):
         pytest.skip("this model takes no position_ids")
     tokens = ids(2, 6)
     mask, positions = torch.ones_like(tokens), torch.arange(6)[None]

@@ -6,10 +6,13 @@ import logging
 import warnings
 from pathlib import Path
 
+import peft
 import pytest
 from models_tiny import tiny
 from oracle import loaded_by_peft, saved_by_peft, silence, theirs
 from safetensors.torch import load_file, save_file
+
+from peftcli.methods import METHODS, NOT_HERE
 
 
 def test_silence_hears_warnings_and_logs() -> None:
@@ -27,3 +30,9 @@ def test_a_file_with_a_missing_tensor_is_heard(tmp_path: Path) -> None:
     save_file(dict(list(load_file(file).items())[1:]), file, {"format": "pt"})
     with pytest.raises(pytest.fail.Exception, match="missing adapter keys"):
         loaded_by_peft("llama", tmp_path)
+
+
+def test_every_method_of_pefts_is_here_or_has_a_reason_not_to_be() -> None:
+    here = {row.peft_type for row in METHODS.values()}
+    assert not here & NOT_HERE.keys()
+    assert here | NOT_HERE.keys() == {one.value for one in peft.PeftType}

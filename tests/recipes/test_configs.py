@@ -38,6 +38,8 @@ def test_a_recipe_is_valid_and_explains_itself(path: Path) -> None:
 def test_a_recipe_trains_a_few_steps_of_a_tiny_model(path: Path, tmp_path: Path) -> None:
     recipe = read(path).recipe
     assert recipe is not None
+    if recipe.base_model.quantization:
+        pytest.importorskip("bitsandbytes")
     base = trainkit.base_folder("t5", chat=False) if recipe.task == "seq2seq_lm" else trainkit.base_folder()
     settings = [f"base_model={base}", f"training.output_dir={tmp_path}/out", "training.max_steps=3"]
     settings += ["training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=1"]

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from peftcli.core.config import ExcludingConfig, LayeredConfig
+from peftcli.core.config import AdapterConfig, ExcludingConfig, LayeredConfig
+from peftcli.methods.lora.checks import lora_problems
+from peftcli.methods.lora.init_config import (
+    FROM_DATA,
+    SECTIONS,
+    CordaConfig,
+    EvaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    Name,
+    init_problems,
+    starts_away_from_zero,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    import torch
     from torch import nn
 
     from peftcli.core.layer import AdapterLayer
@@ -39,52 +55,114 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
     """An r of their own for some layers: name ending or regular expression -> r."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """A lora_alpha of their own for some layers: name ending or regular expression -> lora_alpha."""
-    init_lora_weights: bool | Literal["gaussian"] = True
-    """How A starts; B starts at zero. true: Kaiming uniform; gaussian: normal with deviation 1/r;
-    false: B starts random too, for tests."""
+    use_dora: bool = False
+    """Train the length of each output's weights apart from their direction (DoRA, https://arxiv.org/abs/2402.09353):
+    better at a small r, and slower: the norm of the adapted weight is computed at each step."""
+    lora_bias: bool = False
+    """Give B a bias. For adapters that were extracted from a fully fine-tuned model."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Token ids whose embeddings are trained in full beside LoRA: a list for the input embedding, or a list for each
+    of several modules by name. A head that shares the embedding's weight follows it."""
+    target_parameters: list[str] | None = None
+    """Names or name endings of parameters to adapt that have no layer of their own, such as the fused weights of
+    experts: mlp.experts.gate_up_proj. target_modules may then be an empty list."""
+    layer_replication: list[list[int]] | None = None
+    """Build a deeper model of the base model's layers, each with a LoRA of its own: [[0, 4], [2, 5]] gives the layers
+    0 1 2 3 2 3 4. The base weights are shared."""
+    ensure_weight_tying: bool = False
+    """Let a head that shares its weight with the input embedding share the embedding's adapter too."""
+    init_lora_weights: bool | Name | str = True
+    """How A and B start. true: A Kaiming uniform, B zero. gaussian: A normal with deviation 1/r, B zero. orthogonal:
+    both random, their product zero. pissa, olora: the strongest directions of the base weight, which learns faster;
+    pissa_niter_16: an approximation that takes seconds. mica: B the weakest directions of the base weight, which stays,
+    A zero. eva, corda, lora_ga: from the training data, before the first step. loftq: what makes up for the error of a
+    quantised base. false: both random, for tests. The base model itself is never changed, and the file is that of a
+    plain LoRA, of 2r for pissa, olora, corda and lora_ga."""
+    eva_config: EvaConfig | None = None
+    """Settings of init_lora_weights: eva (https://arxiv.org/abs/2410.07170)."""
+    corda_config: CordaConfig | None = None
+    """Settings of init_lora_weights: corda (https://arxiv.org/abs/2406.05223)."""
+    lora_ga_config: LoraGAConfig | None = None
+    """Settings of init_lora_weights: lora_ga (https://arxiv.org/abs/2407.05000)."""
+    loftq_config: LoftQConfig | None = None
+    """Settings of init_lora_weights: loftq (https://arxiv.org/abs/2310.08659)."""
     fan_in_fan_out: bool = field(default=False, metadata={"recipe": False})
     """Whether the adapted weights are stored (in, out), as GPT-2's are. Found from the layer itself."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer_replication:
+            self.layer_replication = [list(pair) for pair in self.layer_replication]
+
     def problems(self) -> list[tuple[str, str]]:
         found = super().problems()
-        if self.r < 1:
-            found.append(("r", f"must be at least 1, not {self.r}"))
-        if self.lora_alpha <= 0:
-            found.append(("lora_alpha", f"must be above 0, not {self.lora_alpha}"))
-        if not 0 <= self.lora_dropout < 1:
-            found.append(("lora_dropout", f"must be in [0, 1), not {self.lora_dropout}"))
-        found += [
-            ("rank_pattern", f"{k}: r must be at least 1, not {v}") for k, v in self.rank_pattern.items() if v < 1
-        ]
-        found += [
-            ("alpha_pattern", f"{k}: lora_alpha must be above 0, not {v}")
-            for k, v in self.alpha_pattern.items()
-            if v <= 0
-        ]
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            found.append(("init_lora_weights", f"{self.init_lora_weights!r} is not supported; true, false or gaussian"))
-        if self.bias not in ("none", "all", "lora_only"):
-            found.append(("bias", f"must be none, all or lora_only, not {self.bias!r}"))
-        return found
+        if self.target_parameters:  # enough to adapt
+            found = [problem for problem in found if problem != ("target_modules", "names no module")]
+        return found + lora_problems(self) + init_problems(self)
+
+    def usual_targets(self, model_type: str) -> list[str] | str:
+        usual = super().usual_targets(model_type)
+        return [] if self.target_parameters and usual == "all-linear" else usual
+
+    def reshape(self, model: nn.Module) -> None:
+        from peftcli.methods.lora.replicate import replicate
+
+        if self.layer_replication:
+            replicate(model, self.layer_replication)
 
     def targets(self, model: nn.Module) -> list[str]:
-        from peftcli.core.targets import check_patterns
+        from peftcli.methods.lora.names import lora_targets
 
-        names = super().targets(model)
-        check_patterns(dict(self.rank_pattern), names, "rank_pattern")
-        check_patterns(self.alpha_pattern, names, "alpha_pattern")
-        return names
+        return lora_targets(model, self)
 
     def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.lora.layers import wrap
+        from peftcli.methods.lora.wrap import wrap
 
         return wrap(module, name, self)
 
     def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
-        from peftcli.methods.lora.layers import attach
+        from peftcli.methods.lora.attach import attach
+        from peftcli.methods.lora.inside import LoraParameter
 
-        super().attach(model, layers)
+        super().attach(model, {name: layer for name, layer in layers.items() if not isinstance(layer, LoraParameter)})
         attach(model, self, layers)
 
+    def needs_batches(self) -> bool:
+        return self.init_lora_weights in FROM_DATA
+
+    def calibrate(self, model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        from peftcli.methods.lora.calibrate import calibrate
+
+        calibrate(model, self, batches)
+
+    def needs_base_weights(self) -> bool:
+        return self.init_lora_weights == "loftq"
+
+    def start_from_base(self, model: nn.Module, weight: Callable[[str], torch.Tensor]) -> None:
+        from peftcli.methods.lora.calibrate import start_loftq
+
+        start_loftq(model, weight)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], file: str | None = None) -> AdapterConfig:
+        init = values.get("init_lora_weights")  # PEFT writes the settings of other initialisations too
+        others = {section for name, section in SECTIONS.items() if name != init}
+        return super().from_dict({key: value for key, value in values.items() if key not in others}, file)
+
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "init_lora_weights": True}
+        return {**super(LoraConfig, self.plain()).to_dict(), "init_lora_weights": True}
+
+    def plain(self) -> LoraConfig:
+        """The plain LoRA that computes the same: where the start is subtracted, one of twice the r."""
+        nothing: Any = dict.fromkeys(SECTIONS.values())
+        same = replace(self, init_lora_weights=True, **nothing)
+        if not starts_away_from_zero(self.init_lora_weights):
+            return same
+        more = math.sqrt(2) if self.use_rslora else 2
+        return replace(
+            same,
+            r=2 * self.r,
+            lora_alpha=more * self.lora_alpha,
+            rank_pattern={name: 2 * r for name, r in self.rank_pattern.items()},
+            alpha_pattern={name: more * alpha for name, alpha in self.alpha_pattern.items()},
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from peftcli.core.config import AdapterConfig
+from peftcli.core.prompt_config import EmbeddedPromptConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,43 +16,27 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class PromptTuningConfig(AdapterConfig):
-    """Settings of prompt tuning, under PEFT's names."""
+class TextPromptConfig(EmbeddedPromptConfig):
+    """A config of a method whose virtual tokens can start as the embeddings of a text."""
 
-    peft_type: ClassVar[str] = "PROMPT_TUNING"
-    file_prefix: ClassVar[str] = "base_model."
-    always_written: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim", "num_transformer_submodules")
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"tokenizer_kwargs": (None,)}
+    inits: ClassVar[tuple[str, ...]]
+    """What prompt_tuning_init may be."""
+    prompt_tuning_init: str
 
-    num_virtual_tokens: int = 20
-    """How many trained vectors stand before the input. Each costs one position of the context."""
-    prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = "RANDOM"
-    """How the vectors start. RANDOM: normal; SAMPLE_VOCAB: embeddings of random tokens of the vocabulary;
-    TEXT: embeddings of prompt_tuning_init_text, which learns fastest."""
     prompt_tuning_init_text: str | None = None
     """The text that prompt_tuning_init: TEXT starts from, repeated or cut to num_virtual_tokens."""
     tokenizer_name_or_path: str | None = None
     """The tokenizer of prompt_tuning_init_text. Unset: the base model's."""
-    token_dim: int | None = field(default=None, metadata={"recipe": False})
-    """Size of the base model's input embedding. Found from the model."""
-    num_layers: int | None = field(default=None, metadata={"recipe": False})
-    """PEFT writes the base model's number of layers here. It changes nothing."""
-    num_attention_heads: int | None = field(default=None, metadata={"recipe": False})
-    """PEFT writes the base model's number of heads here. It changes nothing."""
-    num_transformer_submodules: int | None = field(default=None, metadata={"recipe": False})
-    """Always 1 as written: PEFT's 2 for seq2seq allocates rows that get no gradient."""
 
     init_token_ids: list[int] | None = field(default=None, metadata={"recipe": False, "file": False}, repr=False)
     """Token ids of prompt_tuning_init_text, as ``prepare`` finds them."""
 
     def problems(self) -> list[tuple[str, str]]:
         found = super().problems()
-        if self.num_virtual_tokens < 1:
-            found.append(("num_virtual_tokens", f"must be at least 1, not {self.num_virtual_tokens}"))
-        if self.prompt_tuning_init not in ("RANDOM", "SAMPLE_VOCAB", "TEXT"):
-            found.append(
-                ("prompt_tuning_init", f"must be RANDOM, SAMPLE_VOCAB or TEXT, not {self.prompt_tuning_init!r}")
-            )
+        if self.prompt_tuning_init not in self.inits:
+            choice = f"{', '.join(self.inits[:-1])} or {self.inits[-1]}"
+            found.append(("prompt_tuning_init", f"must be {choice}, not {self.prompt_tuning_init!r}"))
         if self.prompt_tuning_init == "TEXT" and not self.prompt_tuning_init_text and not self.inference_mode:
             found.append(("prompt_tuning_init_text", "prompt_tuning_init: TEXT needs it"))
         return found
@@ -62,20 +46,25 @@ class PromptTuningConfig(AdapterConfig):
             tokenizer = load_tokenizer(self.tokenizer_name_or_path)
             self.init_token_ids = tokenizer(self.prompt_tuning_init_text)["input_ids"]
 
-    def targets(self, model: nn.Module) -> list[str]:
-        from peftcli.core.prompt import input_embedding_name
+    def to_dict(self) -> dict[str, Any]:
+        out = super().to_dict()
+        if self.prompt_tuning_init == "TEXT" and not self.tokenizer_name_or_path and self.base_model_name_or_path:
+            out["tokenizer_name_or_path"] = self.base_model_name_or_path  # PEFT reads no TEXT without one
+        return out
 
-        return [input_embedding_name(model)]
+
+@dataclass(kw_only=True)
+class PromptTuningConfig(TextPromptConfig):
+    """Settings of prompt tuning, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "PROMPT_TUNING"
+    inits: ClassVar[tuple[str, ...]] = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
+
+    prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = "RANDOM"
+    """How the vectors start. RANDOM: normal; SAMPLE_VOCAB: embeddings of random tokens of the vocabulary;
+    TEXT: embeddings of prompt_tuning_init_text, which learns fastest."""
 
     def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
         from peftcli.methods.prompt_tuning.layers import wrap
 
         return wrap(module, self)
-
-    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
-        from peftcli.core.prompt import insert_virtual_tokens
-
-        insert_virtual_tokens(model)
-
-    def merge_problem(self) -> str | None:
-        return "virtual tokens cannot be merged into weights; load the adapter beside its base model instead"

@@ -1,0 +1,157 @@
+"""Layers whose weight is stored in fewer bits than it computes with.
+
+They are recognised by what they hold, since core imports torch only: bitsandbytes' weights by their scales, torchao's
+by being tensors that can ``dequantize``, the packed layers of GPTQ and AWQ by ``qweight``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcli.errors import AdapterError
+
+_NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_ROWS_AT_ONCE = 1024
+
+
+def is_quantised(module: Any) -> bool:
+    """Whether the module is a layer whose weight is stored in fewer bits."""
+    weight = module._parameters.get("weight")  # its own: an adapter layer has its base layer's attributes too
+    if weight is None:
+        return is_packed(module)
+    return weight.dtype not in _NUMBERS or _dequantises(weight)
+
+
+def is_packed(module: Any) -> bool:
+    """Whether the module is a linear layer of GPTQ or AWQ, which has no tensor called weight."""
+    return "qweight" in module._buffers.keys() | module._parameters.keys() and hasattr(module, "in_features")
+
+
+def dequantised_weight(module: Any) -> torch.Tensor:
+    """The weight (out, in) that a quantised linear layer computes with, detached, in float32."""
+    weight = module._parameters.get("weight")
+    if getattr(weight, "quant_state", None) is not None:
+        return _from_four_bits(module)
+    scales = getattr(weight, "SCB", None)
+    if scales is None:  # bitsandbytes moves them there in the first forward pass
+        scales = getattr(getattr(module, "state", None), "SCB", None)
+    if weight is not None and scales is not None:
+        return weight.detach().float() * (scales.float() / 127).unsqueeze(1)
+    if weight is not None and _dequantises(weight):
+        dense: torch.Tensor = weight.detach().dequantize()
+        return dense.float()
+    return _from_outputs(module)
+
+
+def dense_layer(module: Any, dtype: torch.dtype) -> nn.Module:
+    """An ordinary layer that computes what a quantised linear layer does, in the class that it was made from.
+
+    Raises:
+        AdapterError: the module is no linear layer.
+    """
+    if not hasattr(module, "in_features"):
+        raise AdapterError(f"a quantised {type(module).__name__} cannot be dequantised")
+    weight = dequantised_weight(module).to(dtype)
+    kind, bias = getattr(module, "source_cls", nn.Linear), module.bias
+    with torch.device("meta"):
+        if kind.__name__ == "Conv1D":  # GPT-2's, which bitsandbytes turns round
+            layer, weight = kind(module.out_features, module.in_features), weight.T.contiguous()
+        else:
+            layer = nn.Linear(module.in_features, module.out_features, bias=bias is not None)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return layer.train(module.training)
+
+
+def num_weights(model: nn.Module) -> int:
+    """How many weights the model has, however they are packed."""
+    packed: list[Any] = [module for module in model.modules() if is_packed(module)]
+    return sum(map(num_values, model.parameters())) + sum(m.in_features * m.out_features for m in packed)
+
+
+def num_values(parameter: torch.Tensor) -> int:
+    """How many weights a parameter stands for."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Have the model's 4-bit layers compute in evaluation what they compute in training.
+
+    On a CPU with bfloat16 instructions, bitsandbytes reorders the weights of a layer in its first evaluation. From
+    then on their scales are rounded, and no gradient passes the layer.
+    """
+    layers: Any = model.modules()
+    for module in layers:
+        if "support_avx512bf16_for_cpu" in vars(module):
+            _in_order(module)
+            module.support_avx512bf16_for_cpu = False
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Refuse a model with quantised layers that no gradient passes: what stands below them would not train.
+
+    Raises:
+        AdapterError: it names the kind of layer.
+    """
+    kinds: dict[Any, Any] = {}
+    for module in model.modules():
+        if is_quantised(module) and hasattr(module, "in_features"):
+            kinds.setdefault((type(module), type(module._parameters.get("weight"))), module)
+    for (kind, storage), module in kinds.items():
+        device = next(iter([*module.parameters(), *module.buffers()])).device
+        x = torch.ones(1, module.in_features, device=device, dtype=plain_dtype(model), requires_grad=True)
+        with torch.enable_grad():
+            passes = module(x).requires_grad
+        if not passes:
+            stored = "" if storage in (type(None), nn.Parameter) else f" ({storage.__name__})"
+            raise AdapterError(
+                f"the base model's {kind.__name__}{stored} passes no gradients, so it cannot be trained on"
+            )
+
+
+def plain_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the weights that are not quantised."""
+    return next(parameter.dtype for parameter in model.parameters() if parameter.dtype in _NUMBERS)
+
+
+def _dequantises(weight: torch.Tensor) -> bool:
+    return type(weight).dequantize is not torch.Tensor.dequantize
+
+
+def _from_four_bits(module: Any) -> torch.Tensor:
+    """A weight of bitsandbytes whose blocks have a scale each; with double_quant the scales are quantised too."""
+    _in_order(module)
+    state, ops = module.weight.quant_state, torch.ops.bitsandbytes
+    scales = state.absmax
+    if state.nested:
+        of_scales = state.state2
+        scales = ops.dequantize_blockwise(
+            scales, of_scales.absmax, of_scales.code, of_scales.blocksize, of_scales.dtype
+        )
+        scales = scales + state.offset
+    dense: torch.Tensor = ops.dequantize_4bit(
+        module.weight.data, scales.float(), state.blocksize, state.quant_type, list(state.shape), torch.float32
+    )
+    return dense
+
+
+def _in_order(module: Any) -> None:
+    """Undo the reordering that ``keep_layout`` prevents."""
+    if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+        module.state_dict()  # bitsandbytes puts the weight back before it gives it out
+
+
+@torch.no_grad()
+def _from_outputs(module: Any) -> torch.Tensor:
+    """The weight of a layer whose packing is its own affair: what it makes of each unit vector."""
+    device = module.qweight.device if is_packed(module) else module.weight.device
+    dtype = torch.float32 if device.type == "cpu" else torch.float16  # the packages' kernels take no other there
+    inputs = torch.eye(module.in_features, device=device, dtype=dtype).split(_ROWS_AT_ONCE)
+    columns = torch.cat([module(part).float() for part in inputs])
+    return (columns if module.bias is None else columns - module.bias.float()).T

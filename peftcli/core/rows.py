@@ -1,0 +1,141 @@
+"""A different adapter for each row of a batch.
+
+While ``adapted_by_row`` lasts, an adapter layer gives the rows of its adapter to itself and the others to what stands
+below it, which routes them on. Outside nothing of this is on the way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcli.core.layer import AdapterLayer, adapter_layers
+from peftcli.errors import AdapterError
+
+BASE = "__base__"
+"""In the place of an adapter's name: none."""
+_TIME_FIRST = {"fsmt", "led", "longformer", "transfo-xl", "xlnet"}
+"""Families whose layers see (T, B, D), so that rows cannot be told from positions."""
+
+
+@contextmanager
+def adapted_by_row(model: nn.Module, names: Sequence[str], copies: int = 1) -> Iterator[None]:
+    """Inside, row i of every batch is adapted by the adapter called ``names[i]``, whichever are active.
+
+    Args:
+        model: the model, with adapters in it, in evaluation mode.
+        names: one a row; ``__base__`` where no adapter is wanted.
+        copies: how many rows ``generate`` may make of each, for beams or samples; they stand side by side.
+
+    Raises:
+        AdapterError: an unknown name, or an adapter whose effect cannot be told apart by rows. Inside: a layer whose
+            input's first dimension is not the batch.
+    """
+    wanted = set(names) - {BASE}
+    layers = adapter_layers(model)
+    _check(model, names, layers)
+    routing = _Routing(list(names), copies)
+    before = [(layer, layer.enabled, vars(layer).get("forward")) for layer in layers.values()]
+    for path, layer in layers.items():
+        layer.enabled = layer.adapter in wanted
+        vars(layer)["forward"] = functools.partial(routing.forward, path, layer, layer.forward)
+    try:
+        yield
+    finally:
+        for layer, enabled, forward in before:
+            layer.enabled = enabled
+            del vars(layer)["forward"]
+            if forward is not None:
+                vars(layer)["forward"] = forward
+
+
+@dataclass
+class _Routing:
+    names: list[str]
+    """Whose the rows of the batch are, or of the part of it that is on its way through a layer."""
+    copies: int
+
+    def forward(self, path: str, layer: AdapterLayer, forward: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """What ``layer`` computes of its adapter's rows, and what stands below it of the others, in their order."""
+        if len(set(self.names)) == 1:
+            return (forward if self.names[0] == layer.adapter else layer.base_layer)(x, *args, **kwargs)
+        rows = self._rows_of(path, x)
+        own = [name == layer.adapter for name in rows]
+        if all(own):
+            return forward(x, *args, **kwargs)
+        if not any(own):
+            return layer.base_layer(x, *args, **kwargs)
+        if any(not isinstance(value, (bool, int, float, str, type(None))) for value in [*args, *kwargs.values()]):
+            raise AdapterError(f"{path} takes more than one input, so its rows cannot go to different adapters")
+        parts, places = [], []
+        for compute, chosen in ((forward, True), (layer.base_layer, False)):
+            index = [i for i, mine in enumerate(own) if mine is chosen]
+            with self._only([rows[i] for i in index]):
+                parts.append(compute(x[index], *args, **kwargs))
+            places += index
+        order = torch.tensor(places, device=x.device).argsort()
+        return _joined(parts, order, path)
+
+    def _rows_of(self, path: str, x: Any) -> list[str]:
+        """The adapter of each row of ``x``."""
+        count = x.shape[0] if isinstance(x, torch.Tensor) and x.ndim else None
+        if count == len(self.names):
+            return self.names
+        if self.copies > 1 and count == len(self.names) * self.copies:
+            return [name for name in self.names for _ in range(self.copies)]
+        found = "no tensor" if count is None else f"of the shape {tuple(x.shape)}"
+        raise AdapterError(
+            f"{path} gets an input {found}, which is no batch of {len(self.names)} rows; "
+            "one adapter at a time works here: set_adapter"
+        )
+
+    @contextmanager
+    def _only(self, names: list[str]) -> Iterator[None]:
+        before = self.names, self.copies
+        self.names, self.copies = names, 1
+        try:
+            yield
+        finally:
+            self.names, self.copies = before
+
+
+def _check(model: nn.Module, names: Sequence[str], layers: dict[str, AdapterLayer]) -> None:
+    """Refuse what cannot be told apart by rows; a batch that is all one adapter's needs not be."""
+    wanted = set(names) - {BASE}
+    known = {layer.adapter for layer in layers.values()}
+    if unknown := sorted(wanted - known):
+        there = ", ".join(sorted(known)) or "none"
+        raise AdapterError(f"no adapter is called {unknown[0]!r}; there are: {there}", key="adapter_names")
+    if len(set(names)) == 1:
+        return
+    if getattr(getattr(model, "config", None), "model_type", None) in _TIME_FIRST:
+        raise AdapterError(f"{type(model).__name__} does not keep rows apart", key="adapter_names")
+    for path, layer in layers.items():
+        if layer.adapter in wanted and not layer.by_row:
+            raise AdapterError(
+                f"{layer.adapter} changes more than the outputs of layers; it can only be used for whole batches",
+                key="adapter_names",
+            )
+        if layer.adapter in wanted and "experts" in path.split("."):
+            raise AdapterError(
+                f"{path} sees the tokens of all rows that are routed to it; {layer.adapter} can only be used for "
+                "whole batches",
+                key="adapter_names",
+            )
+
+
+def _joined(parts: list[Any], order: torch.Tensor, path: str) -> Any:
+    """The outputs for two parts of the rows as one, with row i where ``order[i]`` says."""
+    if all(isinstance(part, torch.Tensor) for part in parts):
+        return torch.cat(parts)[order]
+    if all(part is None for part in parts):
+        return None
+    if all(isinstance(part, tuple) and len(part) == len(parts[0]) for part in parts):
+        return tuple(_joined(list(each), order, path) for each in zip(*parts, strict=True))
+    raise AdapterError(f"{path} gives a {type(parts[0]).__name__}, whose rows cannot come from different adapters")

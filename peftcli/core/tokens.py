@@ -1,0 +1,131 @@
+"""Train some rows of an embedding, and of the layers that share its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftcli.core.inject import replace_modules
+from peftcli.core.layer import AdapterLayer, adapter_dtype, bare, base_paths
+from peftcli.errors import AdapterError
+
+
+class TrainedRows(AdapterLayer):
+    """A layer with a weight (V, D) of which the rows ``tokens`` are the adapter's own: (n, D), not deltas."""
+
+    def __init__(self, base_layer: nn.Module, tokens: Sequence[int], rows: nn.Parameter):
+        super().__init__(base_layer)
+        self.tokens = list(tokens)
+        self.trainable_tokens_delta = rows
+        self.written_as: str | None = None
+        """Name of the rows in the adapter file, where it does not follow from the layer's path."""
+
+    def file_name(self, path: str, tensor: str) -> str:
+        return self.written_as or super().file_name(path, tensor)
+
+    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weight, rows = base["weight"], self.trainable_tokens_delta
+        index = torch.tensor(self.tokens, device=weight.device)
+        return {"weight": weight.to(rows.dtype).index_copy(0, index, rows.to(weight.device))}
+
+
+class EmbeddingRows(TrainedRows):
+    """``e(t)`` is the adapter's row where ``t`` is one of ``tokens``, the base layer's elsewhere."""
+
+    place: torch.Tensor
+
+    def __init__(self, base_layer: nn.Module, tokens: Sequence[int], rows: nn.Parameter):
+        super().__init__(base_layer, tokens, rows)
+        place = torch.full(bare(base_layer).weight.shape[:1], -1)
+        place[self.tokens] = torch.arange(len(self.tokens))
+        self.register_buffer("place", place.to(rows.device), persistent=False)
+        # some embeddings scale what they look up; the rows are scaled alike
+        self.output_scale = getattr(base_layer, "embed_scale", 1.0)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        y = self.base_layer(ids)
+        if not self.enabled:
+            return y
+        place = self.place[ids]
+        rows = self.output_scale * F.embedding(place.clamp(min=0), self.trainable_tokens_delta)
+        return torch.where((place >= 0)[..., None], rows.to(y.dtype), y)
+
+
+class HeadRows(TrainedRows):
+    """``y[t] = row . x (+ b[t])`` where ``t`` is one of ``tokens``, the base layer's ``y[t]`` elsewhere."""
+
+    index: torch.Tensor
+
+    def __init__(self, base_layer: nn.Module, tokens: Sequence[int], rows: nn.Parameter):
+        super().__init__(base_layer, tokens, rows)
+        self.register_buffer("index", torch.tensor(self.tokens, device=rows.device), persistent=False)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        if not self.enabled:
+            return y
+        rows, bias = self.trainable_tokens_delta, self.base_layer.bias
+        own = F.linear(x.to(rows.dtype), rows, None if bias is None else bias[self.index].to(rows.dtype))
+        return y.index_copy(-1, self.index, own.to(y.dtype))
+
+
+def wrap_rows(
+    module: nn.Module, tokens: Sequence[int], *, start_from_base: bool = True, rows: nn.Parameter | None = None
+) -> TrainedRows:
+    """The layer that trains the rows ``tokens`` of an embedding or a linear layer.
+
+    Args:
+        module: the layer, maybe below other adapters' layers.
+        tokens: row numbers, as ``check_tokens`` accepts them.
+        start_from_base: whether the rows start as the base model's; otherwise they start random.
+        rows: another layer's rows, to be trained as this one's too.
+    """
+    weight = bare(module).weight
+    if rows is None:
+        start = weight.detach()[list(tokens)].to(adapter_dtype(weight))
+        rows = nn.Parameter(start.clone() if start_from_base else torch.randn_like(start))
+    kind = EmbeddingRows if isinstance(bare(module), nn.Embedding) else HeadRows
+    return kind(module, tokens, rows)
+
+
+def share_rows(model: nn.Module, layer: TrainedRows) -> dict[str, TrainedRows]:
+    """Let ``layer``, which is in the model already, speak for all modules that share its base layer's weight.
+
+    Returns:
+        The new layers over these, by the names of their modules.
+    """
+    shared = modules_sharing(model, bare(layer))
+    new = {name: wrap_rows(module, layer.tokens, rows=layer.trainable_tokens_delta) for name, module in shared.items()}
+    replace_modules(model, {shared[name]: other.train(layer.training) for name, other in new.items()})
+    return new
+
+
+def modules_sharing(model: nn.Module, module: nn.Module) -> dict[str, nn.Module]:
+    """The other modules whose weight is ``module``'s: name in the base model -> what stands there now."""
+    found = {name: model.get_submodule(path) for name, path in base_paths(model).items()}
+    weight = module.weight
+    return {
+        name: other
+        for name, other in found.items()
+        if bare(other) is not module and getattr(bare(other), "weight", None) is weight
+    }
+
+
+def check_tokens(module: nn.Module, name: str, tokens: Iterable[int], key: str) -> None:
+    """Raises AdapterError unless ``module`` has rows to train and ``tokens`` are numbers of such, none twice."""
+    layer = bare(module)
+    if not isinstance(layer, (nn.Embedding, nn.Linear)):
+        raise AdapterError(f"{name} is a {type(layer).__name__}; rows of Embedding and Linear can be trained", key=key)
+    count, tokens = layer.weight.shape[0], list(tokens)
+    if not tokens:
+        raise AdapterError("names no token", key=key)
+    wrong = [token for token in tokens if not 0 <= token < count]
+    if wrong:
+        raise AdapterError(f"{name} has the tokens 0 to {count - 1}, not {wrong[0]}", key=key)
+    twice = [token for token in tokens if tokens.count(token) > 1]
+    if twice:
+        raise AdapterError(f"names token {twice[0]} twice", key=key)

@@ -1,0 +1,264 @@
+"""Room for virtual tokens in a model's inputs: after each row's left padding, as if they had been typed there."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcli.core.layer import AdapterLayer, bare, base_paths
+from peftcli.errors import AdapterError
+
+IGNORED = -100
+"""The label of a position that does not count."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where virtual tokens go in a batch (B, T)."""
+
+    start: torch.Tensor
+    """Where each row's left padding ends: (B, 1)."""
+    length: int
+    count: int
+
+    @property
+    def number(self) -> torch.Tensor:
+        """Which virtual token stands in each slot (B, n + T); below 0 or from n on, none."""
+        return torch.arange(self.count + self.length, device=self.start.device) - self.start
+
+    @property
+    def virtual(self) -> torch.Tensor:
+        """The slots that virtual tokens take: (B, n + T)."""
+        return (self.number >= 0) & (self.number < self.count)
+
+    def spread(self, value: torch.Tensor, filler: torch.Tensor | int) -> torch.Tensor:
+        """``value`` (B, T) or (B, T, D) with room for the virtual tokens: (B, n + T) or (B, n + T, D)."""
+        slot = torch.arange(self.count + self.length, device=value.device)
+        source = torch.where(slot >= self.start + self.count, slot - self.count, slot).clamp(max=self.length - 1)
+        value, virtual = value.expand(len(self.start), *value.shape[1:]), self.virtual
+        if value.ndim == 3:
+            source, virtual = source[..., None].expand(-1, -1, value.shape[2]), virtual[..., None]
+        return torch.where(virtual, filler, value.gather(1, source))
+
+    def first(self, value: torch.Tensor) -> torch.Tensor:
+        """What ``value`` (B, T) or (B, T, D) holds of each row's first token: (B, 1) or (B, 1, D)."""
+        index = self.start.clamp(max=self.length - 1)
+        if value.ndim == 3:
+            index = index[..., None].expand(-1, -1, value.shape[2])
+        return value.expand(len(self.start), *value.shape[1:]).gather(1, index)
+
+    def moved(self, index: torch.Tensor) -> torch.Tensor:
+        """Indices of tokens, (B,) or (B, 1), where the tokens stand now."""
+        start = self.start if index.ndim == 2 else self.start[:, 0]
+        return torch.where(index >= start, index + self.count, index)
+
+
+class SoftPrompt(AdapterLayer):
+    """What the layers of all soft prompts share. Of a model's soft prompts one can be active at a time."""
+
+    placeholders: torch.Tensor | None = None
+    """While ``generate`` runs: where the virtual tokens start in each row (B, 1)."""
+    task_ids: torch.Tensor | None = None
+    """While ``generate`` runs: the task of each row (B,), if the prompt has several."""
+    chunks = True
+    """Whether the first forward pass may be cut into chunks."""
+    decodes = False
+    """Whether the virtual tokens of an encoder-decoder stand before what the decoder reads."""
+    longest: int | None = None
+    """How many tokens, virtual ones included, the model has positions for; None: no telling."""
+
+    @property
+    def count(self) -> int:
+        """Number of virtual tokens."""
+        raise NotImplementedError
+
+    def room(self, inputs: dict[str, Any]) -> Room:
+        """Room for the virtual tokens in the inputs of a forward call.
+
+        Raises:
+            AdapterError: there is none, or the padding cannot be told.
+        """
+        given = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        (batch, length), mask = given.shape[:2], inputs.get("attention_mask")
+        if self.longest is not None and length + self.count > self.longest:
+            raise AdapterError(
+                f"{length} tokens and {self.count} virtual ones; the base model has {self.longest} positions",
+                key="num_virtual_tokens",
+            )
+        if mask is None:
+            return Room(torch.zeros(batch, 1, dtype=torch.long, device=given.device), length, self.count)
+        if isinstance(mask, torch.Tensor) and mask.shape == (batch, length):
+            return Room(starts(mask), length, self.count)
+        raise AdapterError("virtual tokens need a two-dimensional attention_mask; generate through peftcli's model")
+
+    def file_name(self, path: str, tensor: str) -> str:
+        return tensor
+
+    def rows_of(self, task_ids: torch.Tensor | None, batch: int) -> torch.Tensor | None:
+        """The task of each row (B, 1), from what the caller gave; None: there are no tasks.
+
+        Raises:
+            AdapterError: they do not fit.
+        """
+        if task_ids is not None:
+            raise AdapterError("this adapter has one prompt for all tasks; leave task_ids out", key="task_ids")
+        return None
+
+
+def inserted(
+    inputs: dict[str, Any],
+    room: Room,
+    ids: torch.Tensor | None = None,
+    vectors: torch.Tensor | None = None,
+    *,
+    token_labels: bool = True,
+) -> dict[str, Any]:
+    """The inputs with room for the virtual tokens, which get ``ids`` (B, n + T) or ``vectors`` (B, n + T, D).
+
+    Args:
+        inputs: of a forward call, by name.
+        room: where the virtual tokens go.
+        ids: unset, each virtual token is the row's first token once more.
+        vectors: what stands for ``ids`` where the inputs are embeddings.
+        token_labels: whether labels (B, T) are labels of tokens.
+    """
+    shape, out = (len(room.start), room.length), dict[str, Any]()
+    if (given := inputs.get("input_ids")) is not None:
+        out["input_ids"] = room.spread(given, room.first(given) if ids is None else ids)
+    elif (given := inputs.get("inputs_embeds")) is not None:
+        out["inputs_embeds"] = room.spread(given, room.first(given) if vectors is None else vectors.to(given.dtype))
+    if (mask := inputs.get("attention_mask")) is not None:
+        out["attention_mask"] = room.spread(mask, 1)
+    if (position := inputs.get("position_ids")) is not None:
+        if position.ndim != 2:
+            raise AdapterError("virtual tokens need position_ids of two dimensions", key="position_ids")
+        after = room.number >= room.count
+        out["position_ids"] = room.spread(position, room.first(position) + room.number) + room.count * after
+    if (types := inputs.get("token_type_ids")) is not None:
+        out["token_type_ids"] = room.spread(types, 0)
+    labels = inputs.get("labels")
+    if token_labels and labels is not None and labels.shape == shape and not labels.is_floating_point():
+        out["labels"] = room.spread(labels, IGNORED)
+    for name in ("start_positions", "end_positions"):
+        if (index := inputs.get(name)) is not None:
+            out[name] = room.moved(index)
+    return out
+
+
+def continued(model: nn.Module, inputs: dict[str, Any], past: int, count: int) -> dict[str, Any]:
+    """The inputs of a later step, whose mask and positions may not count the virtual tokens that the cache holds."""
+    mask, new = inputs.get("attention_mask"), length_of(inputs)
+    if mask is None or mask.ndim != 2 or mask.shape[1] != past + new - count:
+        return {}
+    mask = extended(mask, count)
+    out: dict[str, Any] = {"attention_mask": mask}
+    for name in ("position_ids", "cache_position"):
+        if (value := inputs.get(name)) is not None:
+            out[name] = value + count
+    if "position_ids" not in out and takes(model, "position_ids"):
+        out["position_ids"] = positions(mask)[:, -new:]
+    return out
+
+
+def extended(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """The mask (B, T) with the virtual tokens: (B, n + T)."""
+    return Room(starts(mask), mask.shape[1], count).spread(mask, 1)
+
+
+def without(values: torch.Tensor, start: torch.Tensor, count: int) -> torch.Tensor:
+    """Values (B, n + T) or (B, n + T, D) without those of the virtual tokens: (B, T) or (B, T, D).
+
+    Of several rows that come from one example, beams or samples, all start where it does.
+    """
+    first = start.repeat_interleave(values.shape[0] // start.shape[0], dim=0)
+    slot = torch.arange(values.shape[1] - count, device=values.device)
+    source = torch.where(slot >= first, slot + count, slot)
+    if values.ndim == 3:
+        source = source[..., None].expand(-1, -1, values.shape[2])
+    return values.gather(1, source)
+
+
+def starts(mask: torch.Tensor) -> torch.Tensor:
+    """Where each row's left padding ends: mask (B, T) -> (B, 1)."""
+    return (mask.long().cumsum(-1) == 0).sum(-1, keepdim=True)
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """Position of each token in its row, padding aside: (B, T)."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def bound(function: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name."""
+    signature = inspect.signature(function)
+    arguments = signature.bind_partial(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(name, {}))
+    return dict(arguments)
+
+
+def takes(module: nn.Module, argument: str) -> bool:
+    """Whether the module's forward has that argument."""
+    return argument in inspect.signature(module.forward).parameters
+
+
+def length_of(inputs: dict[str, Any]) -> int:
+    """Number of tokens T of the inputs (B, T)."""
+    given = inputs.get("input_ids")
+    return int((given if given is not None else inputs["inputs_embeds"]).shape[1])
+
+
+def cached_length(inputs: dict[str, Any]) -> int:
+    """How many tokens the cache holds that the inputs bring along."""
+    cache = inputs.get("past_key_values")
+    cache = inputs.get("cache") if cache is None else cache  # transformers 5.24's name of the argument
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def hook_once(module: nn.Module, hook: Any, *, after: bool = False) -> None:
+    """Register a hook before or after forward, unless an adapter, there still or unloaded, has left the same one."""
+    if after and hook not in module._forward_hooks.values():
+        module.register_forward_hook(hook, with_kwargs=True)
+    if not after and hook not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def name_in(root: nn.Module, module: nn.Module) -> str:
+    """Name of ``module`` below ``root``, as if there were no adapters. It leads to whatever stands there later."""
+    return next(name for name, path in base_paths(root).items() if bare(root.get_submodule(path)) is bare(module))
+
+
+def active_at(module: nn.Module, kind: type[SoftPrompt]) -> Any:
+    """The enabled layer of that kind among the adapter layers that stand at ``module``; None if there is none.
+
+    Raises:
+        AdapterError: there are two.
+    """
+    found = None
+    while isinstance(module, AdapterLayer):
+        if isinstance(module, kind) and module.enabled:
+            if found is not None:
+                raise AdapterError("two soft prompts are active; set one of them active")
+            found = module
+        module = module.base_layer
+    return found
+
+
+def soft_prompt(model: nn.Module) -> SoftPrompt | None:
+    """The model's active soft prompt, unless it has none."""
+    return next((module for module in model.modules() if isinstance(module, SoftPrompt) and module.enabled), None)
+
+
+def position_limit(model: Any) -> int | None:
+    """How many tokens the model's table of positions has room for; None when it has no such table."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    words = bare(model.get_input_embeddings())
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words)
+    # OPT and its like keep up to two rows for padding
+    learned = limit is not None and any(0 <= table.weight.shape[0] - limit <= 2 for table in tables)
+    return limit if learned else None

@@ -1,0 +1,42 @@
+"""What methods share that add a delta to the kernel of a convolution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcli.core.layer import AdapterLayer, adapter_dtype, bare
+from peftcli.methods._linear import WeightDelta, with_bias
+
+
+class DeltaConv(AdapterLayer):
+    """A convolution with the kernel ``W + delta``, both ``(out, in / groups, k...)``."""
+
+    def __init__(self, module: nn.Module, bias: str = "none"):
+        super().__init__(with_bias(module, bias))
+
+    def delta(self) -> torch.Tensor:
+        """What the adapter adds to the kernel."""
+        raise NotImplementedError
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """What the adapter adds to the output for the input ``x``, which has the adapter's dtype."""
+        return bare(self)._conv_forward(x, self.delta(), None)  # with the stride, padding, ... of the base layer
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        return y + self.update(x.to(adapter_dtype(x))).to(y.dtype) if self.enabled else y
+
+    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weight = base["weight"]
+        return {"weight": weight.to(adapter_dtype(weight)) + self.delta()}
+
+
+class WeightDeltaConv(WeightDelta, DeltaConv):
+    """A convolution whose delta is made from its kernel."""
+
+    def delta(self) -> torch.Tensor:
+        weight = bare(self).weight.detach()
+        return self.delta_of(weight.to(adapter_dtype(weight)))

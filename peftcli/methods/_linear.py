@@ -1,0 +1,113 @@
+"""What methods share that add a delta to the weight of a linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype
+from peftcli.core.linear import dense_weight, need_linear, stored_weight
+
+
+class DeltaLinear(AdapterLayer):
+    """``y = (W + delta) x + b`` with ``delta: (out, in)``, made of the adapter's weights."""
+
+    def __init__(self, module: nn.Module, name: str, method: str, bias: str = "none", dropout: float = 0.0):
+        view = need_linear(module, name, method)
+        super().__init__(with_bias(module, bias))
+        self.view = view
+        self.dropout = dropout_layer(dropout)
+
+    def delta(self) -> torch.Tensor:
+        """What the adapter adds to the weight: (out, in)."""
+        raise NotImplementedError
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """What the adapter adds to the output for the input ``x``, which has the adapter's dtype: (..., out)."""
+        return F.linear(x, self.delta())
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        if not self.enabled:
+            return y
+        dtype = next(self.parameters(recurse=False)).dtype
+        return y + self.update(self.dropout(x.to(dtype))).to(y.dtype)
+
+    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weight = base["weight"]
+        return {"weight": weight.to(adapter_dtype(weight)) + self.view.as_stored(self.delta())}
+
+
+class SharingLinear(DeltaLinear):
+    """A linear layer some of whose tensors are one for the whole model; their names in the file have no path."""
+
+    shared: tuple[str, ...] = ()
+    """Names of those tensors."""
+
+    def file_name(self, path: str, tensor: str) -> str:
+        return f"base_model.{tensor}" if tensor in self.shared else super().file_name(path, tensor)
+
+
+class WeightDelta(AdapterLayer):
+    """A layer whose delta is made from the base weight.
+
+    Among several adapters on one layer, each one's delta is made from the base model's own weight, whatever the others
+    add to it.
+    """
+
+    def delta_of(self, weight: torch.Tensor) -> torch.Tensor:
+        """What the adapter adds to the base weight ``weight``, both in the layer's own orientation."""
+        raise NotImplementedError
+
+    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weight = base["weight"].to(adapter_dtype(base["weight"]))
+        return {"weight": weight + self.delta_of(weight)}
+
+    def folded(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        below = self.base_layer.folded(base) if isinstance(self.base_layer, AdapterLayer) else {}
+        if not self.enabled:
+            return below
+        weight = base["weight"].to(adapter_dtype(base["weight"]))
+        return below | {"weight": below.get("weight", weight) + self.delta_of(weight)}
+
+
+class WeightDeltaLinear(WeightDelta, DeltaLinear):
+    """A linear layer whose delta is made from its weight."""
+
+    def delta(self) -> torch.Tensor:
+        return self.view.as_stored(self.delta_of(self.view.as_stored(dense_weight(self))))
+
+
+def with_bias(module: nn.Module, bias: str) -> nn.Module:
+    """``module``, with its bias trained where the setting ``bias`` says so and it has one."""
+    return TrainedBias(module) if bias != "none" and getattr(module, "bias", None) is not None else module
+
+
+def dropout_layer(share: float) -> nn.Module:
+    """Dropout, or nothing at all: no copy of the input."""
+    return nn.Dropout(share) if share else nn.Identity()
+
+
+def beside(layer: nn.Module) -> dict[str, Any]:
+    """Device and dtype of adapter weights beside the layer's own."""
+    weight = stored_weight(layer)
+    return {"device": weight.device, "dtype": adapter_dtype(weight)}
+
+
+def share_tensors(layers: Sequence[AdapterLayer], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give every layer these tensors, which never train, as parameters under their names.
+
+    They stay on the CPU when the model is on the meta device: the adapter's file need not hold them.
+    """
+    weight = stored_weight(layers[0])
+    device = "cpu" if weight.is_meta else weight.device
+    for name, tensor in tensors.items():
+        # PEFT rounds them to the base model's dtype before it widens them again
+        rounded = tensor.to(weight.dtype) if weight.is_floating_point() else tensor
+        parameter = nn.Parameter(rounded.to(device, adapter_dtype(weight)), requires_grad=False)
+        for layer in layers:
+            setattr(layer, name, parameter)

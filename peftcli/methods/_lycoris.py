@@ -1,0 +1,64 @@
+"""What the layers of the methods of LyCORIS share (https://arxiv.org/abs/2309.14859)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from peftcli.core.layer import AdapterLayer, bare
+from peftcli.core.targets import pattern_value
+from peftcli.methods._conv import DeltaConv
+from peftcli.methods._linear import DeltaLinear
+from peftcli.methods._lycoris_settings import LycorisConfig
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+
+
+class LycorisLayer(AdapterLayer):
+    """How strong the delta is, and what of it is left out in training."""
+
+    rescaled = True
+    """Whether what rank_dropout leaves is made stronger by as much."""
+
+    def take(self, name: str, config: LycorisConfig) -> None:
+        """Read the settings for the module ``name``."""
+        self.r = int(pattern_value(config.rank_pattern, name, config.r))
+        self.scaling = pattern_value(config.alpha_pattern, name, config.alpha) / self.r
+        self.rank_dropout = config.rank_dropout
+        self.module_dropout = config.module_dropout
+
+    def thinned(self, update: torch.Tensor, dim: int) -> torch.Tensor:
+        """``update``, whose outputs are along ``dim``, without what a step of training leaves out."""
+        if not self.training:
+            return update
+        if self.rank_dropout:
+            kept = torch.rand(update.shape[dim], device=update.device) >= self.rank_dropout
+            share = 1 - self.rank_dropout if self.rescaled else 1
+            update = update * (kept.to(update.dtype) / share).unflatten(0, (-1, *[1] * (-dim - 1)))
+        if self.module_dropout:  # by a factor: with several processes, each parameter needs its gradient every time
+            update = update * (torch.rand((), device=update.device) >= self.module_dropout)
+        return update
+
+
+class LycorisLinear(LycorisLayer, DeltaLinear):
+    """A linear layer with a LyCORIS delta."""
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        return self.thinned(super().update(x), -1)
+
+
+class LycorisConv(LycorisLayer, DeltaConv):
+    """A convolution with a LyCORIS delta."""
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        return self.thinned(super().update(x), 1 - bare(self).weight.ndim)
+
+    def window(self, config: LycorisConfig) -> tuple[int, ...]:
+        """The kernel's window, when it is taken apart too; a 1-d one is written with a second side of 1."""
+        window: tuple[int, ...] = bare(self).kernel_size
+        return (*window, 1)[:2] if config.use_effective_conv2d and any(side > 1 for side in window) else ()
+
+
+def free(*shape: int, **like: object) -> nn.Parameter:
+    """A parameter that is not filled yet."""
+    return nn.Parameter(torch.empty(*shape, **like))  # type: ignore[call-overload]

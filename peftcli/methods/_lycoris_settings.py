@@ -1,0 +1,51 @@
+"""The settings that the methods of LyCORIS share. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from peftcli.core.config import ExcludingConfig, LayeredConfig
+from peftcli.methods._settings import Problems, no_share, not_positive, pattern_too_small, too_small
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(kw_only=True)
+class LycorisConfig(ExcludingConfig, LayeredConfig):
+    """Settings of LoHa and LoKr, under PEFT's names."""
+
+    always_written: ClassVar[tuple[str, ...]] = ("r", "alpha", "target_modules")
+
+    r: int = 8
+    """Inner size of the products that the delta is made of. Parameters grow linearly with it."""
+    alpha: float = 8
+    """Strength of the update: it is multiplied by alpha / r."""
+    rank_dropout: float = 0.0
+    """Share of the outputs that get no update in a step of training."""
+    module_dropout: float = 0.0
+    """Share of the adapted layers that get no update in a step of training."""
+    use_effective_conv2d: bool = False
+    """Take a convolution's kernel apart along its window too: fewer parameters for windows above 1."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """An r of their own for some layers: name ending or regular expression -> r."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """An alpha of their own for some layers: name ending or regular expression -> alpha."""
+
+    def problems(self) -> Problems:
+        found = super().problems() + too_small(self, r=1) + not_positive(self, "alpha")
+        found += no_share(self, "rank_dropout", "module_dropout") + pattern_too_small(self, "rank_pattern", 1)
+        return found + [
+            ("alpha_pattern", f"{key}: must be above 0, not {value}")
+            for key, value in self.alpha_pattern.items()
+            if value <= 0
+        ]
+
+    def targets(self, model: nn.Module) -> list[str]:
+        from peftcli.core.targets import check_patterns
+
+        names = super().targets(model)
+        check_patterns(dict(self.rank_pattern), names, "rank_pattern")
+        check_patterns(self.alpha_pattern, names, "alpha_pattern")
+        return names

@@ -1,0 +1,69 @@
+"""What methods share that rotate a layer's inputs: ``y = W (R x) + b``, so ``W' = W R``, with an orthogonal ``R``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcli.core.layer import AdapterLayer, adapter_dtype, bare
+from peftcli.core.linear import need_linear
+from peftcli.errors import AdapterError
+from peftcli.methods._conv import WeightDeltaConv
+from peftcli.methods._linear import with_bias
+
+
+class Rotating(AdapterLayer):
+    """A layer with a rotation of its inputs."""
+
+    def rotated(self, rows: torch.Tensor, back: bool = False) -> torch.Tensor:
+        """Each of the rows (..., in) rotated, or rotated back. The rows have the adapter's dtype."""
+        raise NotImplementedError
+
+    def scaled(self, weight: torch.Tensor) -> torch.Tensor:
+        """``weight`` (out, in), once its rows are rotated. A place for a scale of the outputs."""
+        return weight
+
+    def turned(self, weight: torch.Tensor) -> torch.Tensor:
+        """What takes the place of the weight (out, in), in the adapter's dtype."""
+        return self.scaled(self.rotated(weight, back=True))
+
+
+class RotatedLinear(Rotating):
+    """``y = W R x + b`` for a linear layer: the input is rotated, since it is smaller than the weight."""
+
+    def __init__(self, module: nn.Module, name: str, method: str, bias: str):
+        view = need_linear(module, name, method, "linear layers and Conv2d")
+        super().__init__(with_bias(module, bias))
+        self.view = view
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.enabled:
+            x = self.rotated(x.to(adapter_dtype(x))).to(x.dtype)
+        return self.base_layer(x, *args, **kwargs)
+
+    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weight = self.view.as_stored(base["weight"]).to(adapter_dtype(base["weight"]))
+        return {"weight": self.view.as_stored(self.turned(weight))}
+
+
+class RotatedConv(Rotating, WeightDeltaConv):
+    """The same for a convolution: what is rotated is the part of the input that the kernel sees."""
+
+    def __init__(self, module: nn.Module, name: str, method: str, bias: str):
+        if bare(module).groups > 1:
+            raise AdapterError(
+                f"{name} is a grouped convolution; {method} adapts those without groups", key="target_modules"
+            )
+        super().__init__(module, bias)
+
+    def delta_of(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.turned(weight.flatten(1)).view(weight.shape) - weight
+
+
+def leave_out(blocks: torch.Tensor, share: float) -> torch.Tensor:
+    """``blocks`` (..., k, k), of which a random share are the identity."""
+    identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    gone = torch.rand(blocks.shape[:-2], device=blocks.device) < share
+    return torch.where(gone[..., None, None], identity, blocks)

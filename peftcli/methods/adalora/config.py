@@ -1,0 +1,130 @@
+"""The settings of AdaLoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from peftcli.core.config import ExcludingConfig, LayeredConfig
+from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_share, not_positive, too_small
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+_FAMILY_TARGETS = {
+    "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
+    "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "roberta": ["query", "key", "value", "dense"],
+    "t5": ["q", "k", "v", "o", "wi", "wo"],
+}
+"""Where PEFT's usual targets for AdaLoRA are not LoRA's."""
+
+
+@dataclass(kw_only=True)
+class AdaLoraConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
+    """Settings of AdaLoRA, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "ADALORA"
+    always_written: ClassVar[tuple[str, ...]] = ("target_modules", "lora_alpha", "target_r", "init_r", "total_step")
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "megatron_core": ("megatron.core",),
+        "qalora_group_size": (16,),
+        "runtime_config": ({"ephemeral_gpu_offload": False},),
+    }
+
+    target_r: int = 8
+    """Size of the bottleneck that is left at the end, on average over the layers."""
+    init_r: int = 12
+    """Size of every bottleneck at the start. Parameters and memory while training grow with it."""
+    tinit: int = 0
+    """Steps at the start during which nothing is taken away."""
+    tfinal: int = 0
+    """Steps at the end during which what is left is trained and no longer changes place."""
+    deltaT: int = 1
+    """Every so many steps in between, the least important directions are set to zero."""
+    beta1: float = 0.85
+    """How slowly the importance of a weight follows its last steps; nearer to 1 is slower."""
+    beta2: float = 0.85
+    """The same for how much that importance varies."""
+    orth_reg_weight: float = 0.5
+    """How strongly A's rows and B's columns are kept orthogonal: the weight of their deviation in the loss."""
+    total_step: int | None = None
+    """Optimizer steps of the whole training. Unset: as many as there are."""
+    lora_alpha: float = 8
+    """Strength of the update: it is multiplied by lora_alpha / init_r."""
+    lora_dropout: float = 0.0
+    """Share of the input values that the update does not see during training."""
+    init_lora_weights: bool = True
+    """Start from no update at all; false starts at random, for tests."""
+    rank_pattern: dict[str, list[bool]] = field(default_factory=dict, metadata={"recipe": False})
+    """Which directions of each layer were kept; the file's tensors hold only those. Training writes it."""
+    r: int = field(default=8, metadata={"recipe": False})
+    """Not used, here as in PEFT: init_r and target_r say the sizes."""
+
+    def problems(self) -> Problems:
+        found = super().problems() + not_positive(self, "lora_alpha") + no_share(self, "lora_dropout")
+        found += too_small(self, target_r=1, init_r=1, tinit=0, tfinal=0, deltaT=1, orth_reg_weight=0)
+        found += [(key, "must be between 0 and 1") for key in ("beta1", "beta2") if not 0 < getattr(self, key) < 1]
+        if self.target_r > self.init_r:
+            found.append(
+                ("target_r", f"{self.target_r} is above init_r, {self.init_r}; directions are only taken away")
+            )
+        if self.total_step is not None and self.tinit >= self.total_step - self.tfinal:
+            found.append(("tinit", f"tinit + tfinal leave no step of {self.total_step} to take anything away"))
+        return found
+
+    def usual_targets(self, model_type: str) -> list[str] | str:
+        return _FAMILY_TARGETS.get(model_type) or super().usual_targets(model_type)
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.adalora.layers import wrap
+
+        return wrap(module, name, self)
+
+    def penalty(self, model: nn.Module) -> torch.Tensor | None:
+        from peftcli.methods.adalora.layers import penalty
+
+        return penalty(model, self)
+
+    def after_step(self, model: nn.Module, step: int, total: int) -> None:
+        from peftcli.methods.adalora.layers import update_and_allocate
+
+        if self.total_step is None:
+            self.total_step = total
+            self.check()
+        update_and_allocate(model, self, step)
+
+    def to_dict(self) -> dict[str, Any]:
+        # PEFT reads no file without total_step: before any training it gets the least that its schedule allows
+        total = self.tinit + self.tfinal + 1 if self.total_step is None else self.total_step
+        written = {**super().to_dict(), "total_step": total, "init_lora_weights": True}
+        written.pop("r", None)  # PEFT warns of it
+        return written
+
+    def described(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """As ``to_dict``, with the ranks that these tensors have.
+
+        They need not be the last ones: tensors may be those of an earlier, better step.
+        """
+        written = self.to_dict()
+        written.pop("rank_pattern", None)
+        left = {
+            name.removeprefix(self.file_prefix): len(value)
+            for name, value in tensors.items()
+            if name.endswith(".lora_E")
+        }
+        if any(kept < self.init_r for kept in left.values()):
+            written["rank_pattern"] = {name: self._mask(name, kept) for name, kept in left.items()}
+        return written
+
+    def _mask(self, name: str, left: int) -> list[bool]:
+        """Which directions a layer kept; where that is not known, as many at the front: readers only count them."""
+        known = self.rank_pattern.get(name, [])
+        return known if sum(known) == left else [index < left for index in range(self.init_r)]

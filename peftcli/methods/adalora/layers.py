@@ -1,0 +1,200 @@
+"""The layers of AdaLoRA (https://arxiv.org/abs/2303.10512), and how the budget of directions is shared out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcli.core.layer import AdapterLayer, adapter_dtype, adapter_layers, bare, path_in_file
+from peftcli.core.linear import Linear, linear_view
+from peftcli.errors import AdapterError
+from peftcli.methods._linear import beside, dropout_layer, with_bias
+from peftcli.methods.adalora.config import AdaLoraConfig
+
+_TENSORS = ("lora_A", "lora_E", "lora_B")
+
+
+class AdaLoraLayer(AdapterLayer):
+    """``delta = scaling * B (E * A)`` with ``A: (r, in)``, ``E: (r, 1)``, ``B: (out, r)``; ``E`` starts at zero.
+
+    While training, averages of each weight's importance go along, and which directions are kept in the end. A layer
+    that is made for an adapter file has neither: its directions are those of the file.
+    """
+
+    def __init__(self, base_layer: nn.Module, shape: tuple[int, int], name: str, config: AdaLoraConfig):
+        super().__init__(base_layer)
+        out_features, in_features = shape
+        mask = config.rank_pattern.get(f"{name}.lora_E") if config.inference_mode else None
+        r = config.init_r if mask is None else sum(mask)
+        like = beside(self)
+        self.lora_A = nn.Parameter(torch.empty(r, in_features, **like))
+        self.lora_B = nn.Parameter(torch.empty(out_features, r, **like))
+        self.lora_E = nn.Parameter(torch.zeros(r, 1, **like))
+        nn.init.normal_(self.lora_A, std=0.02)
+        nn.init.normal_(self.lora_B, std=0.02)
+        if not config.init_lora_weights:
+            nn.init.normal_(self.lora_E)
+        self.dropout = dropout_layer(config.lora_dropout)
+        self.scaling = config.lora_alpha / (config.init_r + 1e-5)  # init_r whatever is left, so that nothing jumps
+        if not config.inference_mode:
+            self.register_buffer("kept", torch.ones(r, dtype=torch.bool, device=like["device"]))
+            for tensor in _TENSORS:
+                for average in ("importance", "uncertainty"):
+                    self.register_buffer(f"{average}_{tensor}", torch.zeros_like(getattr(self, tensor)))
+            self.fixed = tuple(self._buffers)
+
+    def product(self) -> torch.Tensor:
+        """``delta`` as a matrix, (out, in)."""
+        return self.scaling * (self.lora_B @ (self.lora_A * self.lora_E))
+
+    def file_tensors(self) -> dict[str, torch.Tensor]:
+        own: dict[str, torch.Tensor] = {**self.own_tensors()}
+        if not self.fixed or self.kept.all():
+            return own
+        rows = {name: own[name][self.kept] for name in ("lora_A", "lora_E")}
+        return {**own, **rows, "lora_B": own["lora_B"][:, self.kept]}
+
+    @torch.no_grad()
+    def see_gradients(self, beta1: float, beta2: float) -> None:
+        """Let the averages follow the importance ``|weight * gradient|`` of this step."""
+        for tensor in _TENSORS:
+            weight, importance = getattr(self, tensor), getattr(self, f"importance_{tensor}")
+            if weight.grad is None:
+                raise AdapterError(
+                    "AdaLoRA needs the gradients of the step; share out the budget before they are cleared"
+                )
+            now = (weight * weight.grad).abs()
+            importance.lerp_(now, 1 - beta1)
+            getattr(self, f"uncertainty_{tensor}").lerp_((now - importance).abs(), 1 - beta2)
+
+    def scores(self) -> torch.Tensor:
+        """How important each direction is: (r,)."""
+        score = {name: getattr(self, f"importance_{name}") * getattr(self, f"uncertainty_{name}") for name in _TENSORS}
+        return score["lora_E"].squeeze(1) + score["lora_A"].mean(1) + score["lora_B"].mean(0)
+
+    @torch.no_grad()
+    def clear(self, kept: torch.Tensor) -> None:
+        """Set the directions to zero that are not kept."""
+        self.lora_E.masked_fill_(~kept.unsqueeze(1), 0.0)
+
+
+class AdaLoraLinear(AdaLoraLayer):
+    """AdaLoRA over a linear layer."""
+
+    def __init__(self, base_layer: nn.Module, view: Linear, name: str, config: AdaLoraConfig):
+        super().__init__(base_layer, (view.out_features, view.in_features), name, config)
+        self.view = view
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        if not self.enabled:
+            return y
+        z = self.dropout(x.to(self.lora_A.dtype)) @ (self.lora_A * self.lora_E).T @ self.lora_B.T
+        return y + (self.scaling * z).to(y.dtype)
+
+    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"weight": base["weight"].to(adapter_dtype(base["weight"])) + self.view.as_stored(self.product())}
+
+
+class AdaLoraConv2d(AdaLoraLayer):
+    """AdaLoRA over a convolution: its kernel as a matrix, ``in`` being input channels times kernel size."""
+
+    def __init__(self, base_layer: nn.Module, name: str, config: AdaLoraConfig):
+        weight = bare(base_layer).weight
+        super().__init__(base_layer, (weight.shape[0], weight[0].numel()), name, config)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        if not self.enabled:
+            return y
+        kernel = self.product().reshape(bare(self).weight.shape)
+        z: torch.Tensor = bare(self)._conv_forward(self.dropout(x.to(kernel.dtype)), kernel, None)
+        return y + z.to(y.dtype)
+
+    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weight = base["weight"]
+        return {"weight": weight.to(adapter_dtype(weight)) + self.product().reshape(weight.shape)}
+
+
+def wrap(module: nn.Module, name: str, config: AdaLoraConfig) -> AdaLoraLayer:
+    """The AdaLoRA layer over ``module``.
+
+    Raises:
+        AdapterError: the module is of a kind that AdaLoRA does not adapt.
+    """
+    base, view = with_bias(module, config.bias), linear_view(module)
+    if view is not None:
+        return AdaLoraLinear(base, view, name, config)
+    if isinstance(bare(module), nn.Conv2d):
+        return AdaLoraConv2d(base, name, config)
+    kind = type(bare(module)).__name__
+    raise AdapterError(f"{name} is a {kind}; AdaLoRA adapts Linear, Conv1D and Conv2d", key="target_modules")
+
+
+def penalty(model: nn.Module, config: AdaLoraConfig) -> torch.Tensor | None:
+    """How far A's rows and B's columns are from being orthogonal, on average over the matrices, times the weight."""
+    layers = [layer for layer in _layers(model).values() if layer.lora_A.requires_grad]
+    if not config.orth_reg_weight or not layers:
+        return None
+    squares = [square for layer in layers for square in (layer.lora_A @ layer.lora_A.T, layer.lora_B.T @ layer.lora_B)]
+    deviations = [torch.linalg.norm(square - torch.eye(len(square)).to(square)) for square in squares]
+    return config.orth_reg_weight * torch.stack(deviations).mean()
+
+
+def update_and_allocate(model: nn.Module, config: AdaLoraConfig, step: int) -> None:
+    """Follow the weights' importance, and take away what the budget of this step does not allow.
+
+    Call it after optimizer step ``step`` while the gradients are there. The adapter file holds what is left from step
+    ``total_step - tfinal`` on; until then it holds everything. An adapter that was loaded from a file keeps its
+    directions.
+
+    Raises:
+        AdapterError: the config does not know its total_step.
+    """
+    layers = {path: layer for path, layer in _layers(model).items() if layer.fixed and layer.lora_E.requires_grad}
+    if config.total_step is None:
+        raise AdapterError("is needed to share out the budget", key="total_step")
+    last = config.total_step - config.tfinal
+    if not layers:
+        return
+    if step < last:
+        for layer in layers.values():
+            layer.see_gradients(config.beta1, config.beta2)
+    if step == last or (config.tinit < step < last and step % config.deltaT == 0):
+        budget = _budget(config, step, last, sum(len(layer.kept) for layer in layers.values()), len(layers))
+        kept = _most_important(layers.values(), budget)
+        for layer, mask in zip(layers.values(), kept, strict=True):
+            layer.clear(mask)
+            if step == last:
+                layer.kept.copy_(mask)
+    elif step > last:
+        for layer in layers.values():
+            layer.clear(layer.kept)
+    if step >= last and not config.rank_pattern:
+        config.rank_pattern = {
+            f"{path_in_file(model, path)}.lora_E": layer.kept.tolist() for path, layer in layers.items()
+        }
+
+
+def _layers(model: nn.Module) -> dict[str, AdaLoraLayer]:
+    return {path: layer for path, layer in adapter_layers(model).items() if isinstance(layer, AdaLoraLayer)}
+
+
+def _budget(config: AdaLoraConfig, step: int, last: int, start: int, num_layers: int) -> int:
+    """How many directions the model may have at this step: ``start`` of them fall to the target along a cubic."""
+    target = config.target_r * num_layers
+    left = 1 - (step - config.tinit) / (last - config.tinit)
+    return int((start - target) * left**3 + target)
+
+
+def _most_important(layers: Iterable[AdaLoraLayer], budget: int) -> list[torch.Tensor]:
+    """For each layer which directions are among the ``budget`` most important ones of the model."""
+    scores = [layer.scores() for layer in layers]
+    every = torch.cat([score.to(scores[0].device) for score in scores])
+    if budget >= len(every):
+        return [torch.ones_like(score, dtype=torch.bool) for score in scores]
+    threshold = torch.kthvalue(every, len(every) - budget).values
+    return [score > threshold.to(score.device) for score in scores]

@@ -1,0 +1,52 @@
+"""The settings of C3A."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from peftcli.core.config import LayeredConfig
+from peftcli.methods._settings import BiasConfig, Problems, no_choice, pattern_too_small, too_small
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+_FAMILY_TARGETS = {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}
+"""Where PEFT's usual targets for C3A are not LoRA's."""
+
+
+@dataclass(kw_only=True)
+class C3AConfig(BiasConfig, LayeredConfig):
+    """Settings of C3A, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "C3A"
+    always_written: ClassVar[tuple[str, ...]] = ("block_size", "target_modules")
+
+    block_size: int = 256
+    """Side of the blocks into which each weight is cut. It divides the inputs and outputs of every adapted layer;
+    the trained numbers are those of the weight divided by it."""
+    block_size_pattern: dict[str, int] = field(default_factory=dict)
+    """A block_size of their own for some layers: name ending or regular expression -> block_size."""
+    init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform"
+    """How the kernels start. true: at zero, from no update at all; false is xavier_uniform."""
+
+    def problems(self) -> Problems:
+        found = super().problems() + too_small(self, block_size=1) + pattern_too_small(self, "block_size_pattern", 1)
+        return found + no_choice(self, "init_weights", True, False, "gaussian", "kaiming_uniform", "xavier_uniform")
+
+    def usual_targets(self, model_type: str) -> list[str] | str:
+        return _FAMILY_TARGETS.get(model_type) or super().usual_targets(model_type)
+
+    def targets(self, model: nn.Module) -> list[str]:
+        from peftcli.core.targets import check_patterns
+
+        names = super().targets(model)
+        check_patterns(dict(self.block_size_pattern), names, "block_size_pattern")
+        return names
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.c3a.layers import C3ALinear
+
+        return C3ALinear(module, name, self)

@@ -1,0 +1,52 @@
+"""The settings of DeLoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from peftcli.core.config import ExcludingConfig, LayeredConfig
+from peftcli.methods._settings import BiasConfig, Problems, no_share, pattern_too_small, too_small
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+
+@dataclass(kw_only=True)
+class DeloraConfig(BiasConfig, ExcludingConfig, LayeredConfig):
+    """Settings of DeLoRA, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "DELORA"
+    always_written: ClassVar[tuple[str, ...]] = ("r", "delora_lambda", "target_modules")
+
+    r: int = 8
+    """Size of the bottleneck. Parameters and memory grow linearly with it."""
+    delora_lambda: float = 15
+    """Where the bound on the size of the update starts; it is trained."""
+    module_dropout: float = 0.0
+    """Share of the input values that the update does not see during training."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """An r of their own for some layers: name ending or regular expression -> r."""
+    lambda_pattern: dict[str, float] = field(default_factory=dict)
+    """A delora_lambda of their own for some layers: name ending or regular expression -> delora_lambda."""
+    init_weights: bool = True
+    """Start from no update at all; false starts at random, for tests."""
+
+    def problems(self) -> Problems:
+        found = super().problems() + too_small(self, r=1) + no_share(self, "module_dropout")
+        return found + pattern_too_small(self, "rank_pattern", 1)
+
+    def targets(self, model: nn.Module) -> list[str]:
+        from peftcli.core.targets import check_patterns
+
+        names = super().targets(model)
+        check_patterns(dict(self.rank_pattern), names, "rank_pattern")
+        check_patterns(self.lambda_pattern, names, "lambda_pattern")
+        return names
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.delora.layers import DeloraLinear
+
+        return DeloraLinear(module, name, self)

@@ -1,0 +1,55 @@
+"""The settings of FourierFT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from peftcli.core.config import ExcludingConfig, LayeredConfig
+from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, not_positive, pattern_too_small, too_small
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+_FAMILY_TARGETS = {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}
+"""Where PEFT's usual targets for FourierFT are not LoRA's."""
+
+
+@dataclass(kw_only=True)
+class FourierFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
+    """Settings of FourierFT, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "FOURIERFT"
+    always_written: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "target_modules", "random_loc_seed")
+
+    n_frequency: int = 1000
+    """Trained coefficients of the update's spectrum, in each layer. The whole file is so many numbers a layer."""
+    scaling: float = 150.0
+    """Strength of the update. About 300 for Llama models."""
+    random_loc_seed: int = 777
+    """Seed of the places in the spectrum that are trained."""
+    n_frequency_pattern: dict[str, int] = field(default_factory=dict)
+    """An n_frequency of their own for some layers: name ending or regular expression -> n_frequency."""
+    init_weights: bool = False
+    """Start from no update at all. false: the spectrum starts at random."""
+
+    def problems(self) -> Problems:
+        found = super().problems() + too_small(self, n_frequency=1) + not_positive(self, "scaling")
+        return found + pattern_too_small(self, "n_frequency_pattern", 1)
+
+    def usual_targets(self, model_type: str) -> list[str] | str:
+        return _FAMILY_TARGETS.get(model_type) or super().usual_targets(model_type)
+
+    def targets(self, model: nn.Module) -> list[str]:
+        from peftcli.core.targets import check_patterns
+
+        names = super().targets(model)
+        check_patterns(dict(self.n_frequency_pattern), names, "n_frequency_pattern")
+        return names
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.fourierft.layers import FourierFTLinear
+
+        return FourierFTLinear(module, name, self)

@@ -1,0 +1,39 @@
+"""The settings of HiRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from peftcli.core.config import ExcludingConfig, LayeredConfig
+from peftcli.methods._settings import FanInConfig, Problems, no_choice, no_share, too_small
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+
+@dataclass(kw_only=True)
+class HiraConfig(FanInConfig, ExcludingConfig, LayeredConfig):
+    """Settings of HiRA, under PEFT's names. PEFT's rank_pattern, which does nothing there, is not among them."""
+
+    peft_type: ClassVar[str] = "HIRA"
+    always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules")
+
+    r: int = 32
+    """Size of the bottleneck. Parameters grow linearly with it; the update has a higher rank."""
+    hira_dropout: float = 0.0
+    """Share of the input values that the update does not see during training."""
+    init_weights: bool | Literal["gaussian"] = True
+    """How A starts; B starts at zero. true: Kaiming uniform; gaussian: normal with deviation 1/r;
+    false: B starts random too, for tests."""
+
+    def problems(self) -> Problems:
+        found = super().problems() + too_small(self, r=1) + no_share(self, "hira_dropout")
+        return found + no_choice(self, "init_weights", True, False, "gaussian")
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.hira.layers import wrap
+
+        return wrap(module, name, self)

@@ -1,0 +1,109 @@
+"""The layers of HiRA (https://openreview.net/forum?id=TwJrTz9cRS)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftcli.core.layer import AdapterLayer, bare
+from peftcli.core.linear import linear_view
+from peftcli.errors import AdapterError
+from peftcli.methods._linear import WeightDelta, WeightDeltaLinear, beside, dropout_layer
+from peftcli.methods.hira.config import HiraConfig
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class HiraLinear(WeightDeltaLinear):
+    """``delta = W * (B A)``, elementwise, with ``A: (r, in)`` and ``B: (out, r)``; ``B`` starts at zero."""
+
+    def __init__(self, module: nn.Module, name: str, config: HiraConfig):
+        super().__init__(module, name, "HiRA", dropout=config.hira_dropout)
+        like = beside(self)
+        self.hira_A = nn.Parameter(torch.empty(config.r, self.view.in_features, **like))
+        self.hira_B = nn.Parameter(torch.empty(self.view.out_features, config.r, **like))
+        _start(self.hira_A, self.hira_B, config)
+
+    def delta_of(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * self.view.as_stored(self.hira_B @ self.hira_A)
+
+
+class HiraConv(WeightDelta):
+    """The same over a convolution's kernel, with ``A: (r, in, k...)`` and ``B: (out, r, 1...)``."""
+
+    def __init__(self, module: nn.Module, name: str, config: HiraConfig):
+        super().__init__(module)
+        weight = bare(module).weight
+        if bare(module).groups > 1:
+            raise AdapterError(
+                f"{name} is a grouped convolution; HiRA adapts those without groups", key="target_modules"
+            )
+        like, ones = beside(self), [1] * (weight.ndim - 2)
+        self.hira_A = nn.Parameter(torch.empty(config.r, *weight.shape[1:], **like))
+        self.hira_B = nn.Parameter(torch.empty(weight.shape[0], config.r, *ones, **like))
+        self.dropout = dropout_layer(config.hira_dropout)
+        _start(self.hira_A, self.hira_B, config)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        if not self.enabled:
+            return y
+        delta = self.delta_of(bare(self).weight.to(self.hira_A.dtype))
+        z: torch.Tensor = bare(self)._conv_forward(self.dropout(x.to(delta.dtype)), delta, None)
+        return y + z.to(y.dtype)
+
+    def delta_of(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * (self.hira_B.flatten(1) @ self.hira_A.flatten(1)).view(weight.shape)
+
+
+class HiraEmbedding(WeightDelta):
+    """The same over an embedding, with ``A: (r, V)`` and ``B: (D, r)``; ``A`` starts at zero."""
+
+    def __init__(self, module: nn.Module, config: HiraConfig):
+        super().__init__(module)
+        like, (vocabulary, width) = beside(self), bare(module).weight.shape
+        start = torch.zeros if config.init_weights else torch.randn
+        self.hira_embedding_A = nn.Parameter(start(config.r, vocabulary, **like))
+        self.hira_embedding_B = nn.Parameter(torch.randn(width, config.r, **like))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        y = self.base_layer(ids)
+        if not self.enabled:
+            return y
+        factor = F.embedding(ids, self.hira_embedding_A.T) @ self.hira_embedding_B.T
+        # some embeddings scale what they look up; the update is scaled alike, so that merging changes nothing
+        scale = getattr(bare(self), "embed_scale", 1.0)
+        return y + (scale * F.embedding(ids, bare(self).weight) * factor).to(y.dtype)
+
+    def delta_of(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * (self.hira_embedding_B @ self.hira_embedding_A).T
+
+
+def wrap(module: nn.Module, name: str, config: HiraConfig) -> AdapterLayer:
+    """The HiRA layer over ``module``.
+
+    Raises:
+        AdapterError: the module is of a kind that HiRA does not adapt.
+    """
+    if linear_view(module) is not None:
+        return HiraLinear(module, name, config)
+    if isinstance(bare(module), _CONVOLUTIONS):
+        return HiraConv(module, name, config)
+    if isinstance(bare(module), nn.Embedding):
+        return HiraEmbedding(module, config)
+    kind = type(bare(module)).__name__
+    raise AdapterError(f"{name} is a {kind}; HiRA adapts linear layers, convolutions, embeddings", key="target_modules")
+
+
+def _start(a: nn.Parameter, b: nn.Parameter, config: HiraConfig) -> None:
+    nn.init.normal_(a, std=1 / config.r if config.init_weights == "gaussian" else 1)
+    if config.init_weights is True:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    if config.init_weights:
+        nn.init.zeros_(b)
+    else:
+        nn.init.normal_(b)

@@ -1,0 +1,1 @@
+"""HRA: Householder Reflection Adaptation (https://arxiv.org/abs/2405.17484)."""

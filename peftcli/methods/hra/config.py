@@ -1,0 +1,39 @@
+"""The settings of HRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from peftcli.core.config import ExcludingConfig, LayeredConfig
+from peftcli.methods._settings import BiasConfig, Problems, too_small
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+
+@dataclass(kw_only=True)
+class HRAConfig(BiasConfig, ExcludingConfig, LayeredConfig):
+    """Settings of HRA, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "HRA"
+    always_written: ClassVar[tuple[str, ...]] = ("r", "apply_GS", "target_modules", "bias")
+
+    r: int = 8
+    """Number of reflections of a layer's inputs. They start in pairs that undo one another, so an odd number starts
+    as a single reflection, not from the base model. Parameters grow linearly with it."""
+    apply_GS: bool = False
+    """Make the reflections orthogonal to one another. They cannot start in pairs then, so training starts far from
+    the base model."""
+    init_weights: bool = True
+    """Start in pairs; false starts at random, for tests."""
+
+    def problems(self) -> Problems:
+        return super().problems() + too_small(self, r=1)
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.hra.layers import wrap
+
+        return wrap(module, name, self)

@@ -1,0 +1,70 @@
+"""The layers of HRA (https://arxiv.org/abs/2405.17484)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftcli.core.layer import AdapterLayer, bare
+from peftcli.methods._linear import beside
+from peftcli.methods._rotation import RotatedConv, RotatedLinear, Rotating
+from peftcli.methods.hra.config import HRAConfig
+
+
+class HRALayer(Rotating):
+    """``W' = W H_1 ... H_r`` with the reflections ``H_i = I - 2 u_i u_i'`` along the unit columns of ``u: (in, r)``."""
+
+    def start(self, features: int, config: HRAConfig) -> None:
+        """Make the reflections of so many inputs."""
+        self.orthogonal = config.apply_GS
+        self.hra_u = nn.Parameter(torch.empty(features, config.r, **beside(self)))
+        nn.init.kaiming_uniform_(self.hra_u, a=math.sqrt(5))
+        if config.init_weights and not config.apply_GS:
+            pairs = self.hra_u.data[:, : 2 * (config.r // 2)]
+            pairs[:, 1::2] = pairs[:, ::2]
+
+    def rotated(self, rows: torch.Tensor, back: bool = False) -> torch.Tensor:
+        columns = _orthogonalised(self.hra_u) if self.orthogonal else F.normalize(self.hra_u, dim=0)
+        vectors = list(columns.unbind(1))
+        for vector in vectors if back else reversed(vectors):
+            rows = rows - 2 * (rows @ vector)[..., None] * vector
+        return rows
+
+
+class HRALinear(HRALayer, RotatedLinear):
+    """HRA over a linear layer."""
+
+    def __init__(self, module: nn.Module, name: str, config: HRAConfig):
+        super().__init__(module, name, "HRA", config.bias)
+        self.start(self.view.in_features, config)
+
+
+class HRAConv(HRALayer, RotatedConv):
+    """HRA over a convolution."""
+
+    def __init__(self, module: nn.Module, name: str, config: HRAConfig):
+        super().__init__(module, name, "HRA", config.bias)
+        self.start(bare(module).weight[0].numel(), config)
+
+
+def wrap(module: nn.Module, name: str, config: HRAConfig) -> AdapterLayer:
+    """The HRA layer over ``module``.
+
+    Raises:
+        AdapterError: the module is of a kind that HRA does not adapt.
+    """
+    kind = HRAConv if isinstance(bare(module), nn.Conv2d) else HRALinear
+    return kind(module, name, config)
+
+
+def _orthogonalised(vectors: torch.Tensor) -> torch.Tensor:
+    """The columns (in, r) made orthogonal and of length one, one after the other, by Gram and Schmidt."""
+    done: list[torch.Tensor] = []
+    for vector in vectors.unbind(1):
+        for other in done:
+            vector = vector - (other @ vector) * other
+        done.append(vector / vector.norm())
+    return torch.stack(done, 1)

@@ -1,0 +1,94 @@
+"""The settings of (IA)^3."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from peftcli.core.config import ExcludingConfig, TargetedConfig
+from peftcli.methods._settings import FanInConfig, Problems
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+_TARGETS: dict[str, tuple[list[str], list[str]]] = {
+    "bart": (["q_proj", "v_proj"], ["fc2"]),
+    "bert": (["key", "value"], ["output.dense"]),
+    "bloom": (["query_key_value"], ["mlp.dense_4h_to_h"]),
+    "deberta": (["in_proj"], ["output.dense"]),
+    "deberta-v2": (["key_proj", "value_proj"], ["output.dense"]),
+    "falcon": (["query_key_value"], ["dense_4h_to_h"]),
+    "gemma": (["q_proj", "v_proj"], ["down_proj"]),
+    "gemma2": (["q_proj", "v_proj"], ["down_proj"]),
+    "gemma3_text": (["q_proj", "v_proj"], ["down_proj"]),
+    "gpt2": (["c_attn"], ["mlp.c_proj"]),
+    "gpt_bigcode": (["c_attn"], ["mlp.c_proj"]),
+    "gpt_neo": (["q_proj", "v_proj"], ["c_proj"]),
+    "gpt_neox": (["query_key_value"], ["dense_4h_to_h"]),
+    "gptj": (["q_proj", "v_proj"], ["fc_out"]),
+    "llama": (["k_proj", "v_proj"], ["down_proj"]),
+    "llama4": (["q_proj", "v_proj"], ["down_proj"]),
+    "mistral": (["k_proj", "v_proj"], ["down_proj"]),
+    "mixtral": (["k_proj", "v_proj"], []),  # its experts' w2, which PEFT names too, is no module of its own any more
+    "mt5": (["k", "v", "wi_1"], []),
+    "opt": (["q_proj", "k_proj"], ["fc2"]),
+    "phi": (["q_proj", "v_proj"], ["fc2"]),
+    "qwen2": (["q_proj", "v_proj"], ["down_proj"]),
+    "qwen3": (["q_proj", "v_proj"], ["down_proj"]),
+    "roberta": (["key", "value"], ["output.dense"]),
+    "t5": (["k", "v"], ["wo"]),
+}
+"""What PEFT adapts by default, per model_type: modules scaled at their outputs, and at their inputs."""
+
+
+@dataclass(kw_only=True)
+class IA3Config(FanInConfig, ExcludingConfig):
+    """Settings of (IA)^3, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "IA3"
+    always_written: ClassVar[tuple[str, ...]] = ("target_modules", "feedforward_modules")
+
+    feedforward_modules: list[str] | str | None = None
+    """Which of the adapted modules have their inputs scaled, not their outputs, written as target_modules are.
+    Unset: the second layer of the MLP, for the families that we know."""
+    init_ia3_weights: bool = True
+    """Start from factors of one; false starts at random, for tests."""
+
+    def problems(self) -> Problems:
+        found = super().problems()
+        if isinstance(self.target_modules, list) and isinstance(self.feedforward_modules, list):
+            strange = [name for name in self.feedforward_modules if name not in self.target_modules]
+            found += [("feedforward_modules", f"{name!r} is not in target_modules") for name in strange[:1]]
+        return found
+
+    def usual_targets(self, model_type: str) -> list[str] | str:
+        outputs, inputs = _TARGETS.get(model_type, ([], []))
+        return [*outputs, *inputs] or "all-linear"
+
+    def targets(self, model: nn.Module) -> list[str]:
+        from peftcli.core.targets import find_modules, find_targets, module_matches, shortest_names
+
+        names, entries = super().targets(model), self.feedforward_modules
+        if entries is None:
+            _, usual = _TARGETS.get(getattr(getattr(model, "config", None), "model_type", ""), ([], []))
+            found = [name for name in names if any(module_matches(name, entry) for entry in usual)]
+            self.feedforward_modules = shortest_names(model, found)
+        elif isinstance(entries, str):
+            found = find_targets(model, TargetedConfig(target_modules=entries))
+            self.feedforward_modules = shortest_names(model, [name for name in found if name in names])
+        else:
+            find_modules(model, entries, "feedforward_modules")
+        return names
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.ia3.layers import wrap
+
+        return wrap(module, name, self)
+
+    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
+        super().attach(model, layers)
+        if isinstance(self.target_modules, list) and isinstance(self.feedforward_modules, list):
+            # PEFT reads no file in which one is not part of the other
+            self.target_modules = sorted({*self.target_modules, *self.feedforward_modules})

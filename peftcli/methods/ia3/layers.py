@@ -1,0 +1,91 @@
+"""The layers of (IA)^3 (https://arxiv.org/abs/2205.05638)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcli.core.layer import AdapterLayer, bare
+from peftcli.core.linear import need_linear
+from peftcli.core.targets import module_matches
+from peftcli.methods._linear import beside
+from peftcli.methods.ia3.config import IA3Config
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class IA3Layer(AdapterLayer):
+    """``y = l * (W x + b)``, or ``y = W (l * x) + b`` for a feedforward module; ``l`` starts at one."""
+
+    def __init__(self, module: nn.Module, shape: tuple[int, ...], feedforward: bool, config: IA3Config):
+        super().__init__(module)
+        self.feedforward = feedforward
+        start = torch.ones if config.init_ia3_weights else torch.randn
+        self.ia3_l = nn.Parameter(start(*shape, **beside(self)))
+
+    def factors(self) -> torch.Tensor:
+        """``l`` as it goes with an input or an output."""
+        return self.ia3_l
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not self.enabled:
+            return self.base_layer(x, *args, **kwargs)
+        if self.feedforward:
+            return self.base_layer((x * self.factors()).to(x.dtype), *args, **kwargs)
+        y: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        return (y * self.factors()).to(y.dtype)
+
+    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        merged = {"weight": base["weight"] * self.weight_factors()}
+        if not self.feedforward and "bias" in base:
+            merged["bias"] = base["bias"] * self.ia3_l.flatten()
+        return merged
+
+    def weight_factors(self) -> torch.Tensor:
+        """``l`` as it goes with the base weight."""
+        raise NotImplementedError
+
+
+class IA3Linear(IA3Layer):
+    """(IA)^3 over a linear layer: ``l`` is (out, 1), or (1, in) for a feedforward module."""
+
+    def __init__(self, module: nn.Module, name: str, feedforward: bool, config: IA3Config):
+        view = need_linear(module, name, "(IA)^3", "linear layers and convolutions")
+        super().__init__(module, (1, view.in_features) if feedforward else (view.out_features, 1), feedforward, config)
+        self.view = view
+
+    def factors(self) -> torch.Tensor:
+        return self.ia3_l.flatten()
+
+    def weight_factors(self) -> torch.Tensor:
+        return self.view.as_stored(self.ia3_l)
+
+
+class IA3Conv(IA3Layer):
+    """(IA)^3 over a convolution: ``l`` is (1, channels, 1...)."""
+
+    def __init__(self, module: nn.Module, feedforward: bool, config: IA3Config):
+        base = bare(module)
+        channels = base.in_channels if feedforward else base.out_channels
+        super().__init__(module, (1, channels, *[1] * len(base.kernel_size)), feedforward, config)
+
+    def weight_factors(self) -> torch.Tensor:
+        base = bare(self)
+        if not self.feedforward:
+            return self.ia3_l.transpose(0, 1)
+        by_group = self.ia3_l.unflatten(1, (base.groups, -1))[0]  # each group of outputs sees its own inputs
+        return by_group.repeat_interleave(base.out_channels // base.groups, 0)
+
+
+def wrap(module: nn.Module, name: str, config: IA3Config) -> AdapterLayer:
+    """The (IA)^3 layer over ``module``.
+
+    Raises:
+        AdapterError: the module is of a kind that (IA)^3 does not adapt.
+    """
+    feedforward = any(module_matches(name, entry) for entry in config.feedforward_modules or ())
+    if isinstance(bare(module), _CONVOLUTIONS):
+        return IA3Conv(module, feedforward, config)
+    return IA3Linear(module, name, feedforward, config)

@@ -1,0 +1,63 @@
+"""The settings of LN tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from peftcli.core.config import ExcludingConfig
+from peftcli.methods._settings import Problems
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+_AROUND_LAYERS = ["input_layernorm", "post_attention_layernorm"]
+_GEMMA = [*_AROUND_LAYERS, "pre_feedforward_layernorm", "post_feedforward_layernorm", "norm"]
+_TARGETS: dict[str, list[str]] = {
+    "bart": ["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"],
+    "bloom": [*_AROUND_LAYERS, "ln_f"],
+    "falcon": [*_AROUND_LAYERS, "ln_f"],
+    "gemma": [*_AROUND_LAYERS, "norm"],
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "gpt2": ["ln_1", "ln_2", "ln_f"],
+    "gptj": ["ln_1", "ln_f"],
+    "llama": [*_AROUND_LAYERS, "norm"],
+    "mistral": [*_AROUND_LAYERS, "norm"],
+    "mt5": ["layer_norm", "final_layer_norm"],
+    "phi": ["input_layernorm", "final_layernorm"],
+    "qwen2": ["post_attention_layernorm"],
+    "qwen3": ["post_attention_layernorm"],
+    "t5": ["layer_norm", "final_layer_norm"],
+}
+"""What PEFT trains by default, per model_type."""
+
+
+@dataclass(kw_only=True)
+class LNTuningConfig(ExcludingConfig):
+    """Settings of LN tuning, under PEFT's names. Its target_modules are the norms to train, by default all of them."""
+
+    peft_type: ClassVar[str] = "LN_TUNING"
+    always_written: ClassVar[tuple[str, ...]] = ("target_modules",)
+
+    def problems(self) -> Problems:
+        found = super().problems()
+        if self.target_modules == "all-linear":
+            found.append(("target_modules", "all-linear names no norm"))
+        return found
+
+    def targets(self, model: nn.Module) -> list[str]:
+        from peftcli.core.targets import shortest_names
+        from peftcli.methods.ln_tuning.layers import norms
+
+        if self.target_modules is None:
+            model_type = getattr(getattr(model, "config", None), "model_type", "")
+            self.target_modules = list(_TARGETS.get(model_type, ())) or shortest_names(model, norms(model))
+        return super().targets(model)
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.ln_tuning.layers import wrap
+
+        return wrap(module, name, self)

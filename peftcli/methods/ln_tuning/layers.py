@@ -1,0 +1,54 @@
+"""The layers of LN tuning (https://arxiv.org/abs/2312.11420)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcli.core.layer import AdapterLayer, TrainedCopy, bare, base_paths
+from peftcli.errors import AdapterError
+from peftcli.methods.ln_tuning.config import LNTuningConfig
+
+
+class TrainedNorm(TrainedCopy):
+    """A norm that is trained as a whole, with names of its own in the file; it gives the base layer's dtype."""
+
+    def file_name(self, path: str, tensor: str) -> str:
+        return super().file_name(path, f"ln_tuning_layers.{tensor}")
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        y = super().forward(x, *args, **kwargs)
+        if not self.enabled or not torch.is_tensor(y):
+            return y
+        dtype = x.dtype
+        if dtype != next(bare(self).parameters()).dtype:  # what comes out then differs from norm to norm
+            with torch.no_grad():
+                dtype = self.base_layer(x[:0], *args, **kwargs).dtype
+        return y.to(dtype)
+
+
+def wrap(module: nn.Module, name: str, config: LNTuningConfig) -> AdapterLayer:
+    """The layer that trains ``module``.
+
+    Raises:
+        AdapterError: the module has nothing to train, or statistics that it collects itself.
+    """
+    base: nn.Module = bare(module)
+    if next(base.buffers(), None) is not None:
+        kind = type(base).__name__
+        raise AdapterError(f"{name} is a {kind}, with running statistics; LN tuning trains none", key="target_modules")
+    if next(base.parameters(), None) is None:
+        raise AdapterError(f"{name} is a {type(base).__name__}, with nothing to train", key="target_modules")
+    return TrainedNorm(module, config.file_prefix)
+
+
+def norms(model: nn.Module) -> list[str]:
+    """Names of the model's modules that are some LayerNorm or RMSNorm."""
+    found: dict[str, nn.Module] = {name: bare(model.get_submodule(path)) for name, path in base_paths(model).items()}
+    return [
+        name
+        for name, module in found.items()
+        if type(module).__name__.endswith(("LayerNorm", "RMSNorm")) and next(module.parameters(), None) is not None
+    ]

@@ -1,0 +1,81 @@
+"""The layers of LoHa (https://arxiv.org/abs/2108.06098)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from peftcli.core.layer import AdapterLayer, bare
+from peftcli.core.linear import need_linear
+from peftcli.methods._linear import beside
+from peftcli.methods._lycoris import CONVOLUTIONS, LycorisConv, LycorisLayer, LycorisLinear, free
+from peftcli.methods.loha.config import LoHaConfig
+
+
+class LoHaLayer(LycorisLayer):
+    """``delta = scaling * (A1 B1) * (A2 B2)``, elementwise, with ``A: (out, r)`` and ``B: (r, in)``.
+
+    It starts at zero, as ``B2``, and has up to r * r independent rows. A kernel whose window is taken apart has
+    ``A: (r, out)`` and a core ``T: (r, r, k, k)`` between ``A`` and ``B``.
+    """
+
+    hada_t1: nn.Parameter | None
+    hada_t2: nn.Parameter | None
+
+    def start(self, rows: int, columns: int, window: tuple[int, ...], config: LoHaConfig) -> None:
+        """Make the weights of a delta ``(rows, columns)``, or ``(rows, columns, window)``."""
+        r, like = self.r, beside(self)
+        outer = (r, rows) if window else (rows, r)
+        self.hada_w1_a, self.hada_w1_b = free(*outer, **like), free(r, columns, **like)
+        self.hada_w2_a, self.hada_w2_b = free(*outer, **like), free(r, columns, **like)
+        self.hada_t1 = free(r, r, *window, **like) if window else None
+        self.hada_t2 = free(r, r, *window, **like) if window else None
+        for parameter in self.own_tensors().values():
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+        if config.init_weights:
+            nn.init.zeros_(self.hada_w2_b)
+
+    def delta(self) -> torch.Tensor:
+        first = _product(self.hada_w1_a, self.hada_w1_b, self.hada_t1)
+        second = _product(self.hada_w2_a, self.hada_w2_b, self.hada_t2)
+        return self.scaling * first * second
+
+
+class LoHaLinear(LoHaLayer, LycorisLinear):
+    """LoHa over a linear layer."""
+
+    def __init__(self, module: nn.Module, name: str, config: LoHaConfig):
+        super().__init__(module, name, "LoHa")
+        self.take(name, config)
+        self.start(self.view.out_features, self.view.in_features, (), config)
+
+
+class LoHaConv(LoHaLayer, LycorisConv):
+    """LoHa over a convolution."""
+
+    def __init__(self, module: nn.Module, name: str, config: LoHaConfig):
+        super().__init__(module)
+        self.take(name, config)
+        weight, window = bare(module).weight, self.window(config)
+        self.start(weight.shape[0], weight.shape[1] if window else weight[0].numel(), window, config)
+
+    def delta(self) -> torch.Tensor:
+        return super().delta().view(bare(self).weight.shape)
+
+
+def wrap(module: nn.Module, name: str, config: LoHaConfig) -> AdapterLayer:
+    """The LoHa layer over ``module``.
+
+    Raises:
+        AdapterError: the module is of a kind that LoHa does not adapt.
+    """
+    if isinstance(bare(module), CONVOLUTIONS):
+        return LoHaConv(module, name, config)
+    need_linear(module, name, "LoHa", "Linear, Conv1D, Conv1d and Conv2d")
+    return LoHaLinear(module, name, config)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, core: torch.Tensor | None) -> torch.Tensor:
+    return a @ b if core is None else torch.einsum("ijkl,io,jc->ockl", core, a, b)

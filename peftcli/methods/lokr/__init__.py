@@ -1,0 +1,1 @@
+"""LoKr: the Kronecker product of LyCORIS (https://arxiv.org/abs/2309.14859)."""

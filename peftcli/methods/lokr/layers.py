@@ -1,0 +1,116 @@
+"""The layers of LoKr (https://arxiv.org/abs/2309.14859)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from peftcli.core.layer import AdapterLayer, bare
+from peftcli.core.linear import need_linear
+from peftcli.methods._linear import beside
+from peftcli.methods._lycoris import CONVOLUTIONS, LycorisConv, LycorisLayer, LycorisLinear, free
+from peftcli.methods.lokr.config import LoKrConfig
+
+
+class LoKrLayer(LycorisLayer):
+    """``delta = scaling * kron(W1, W2)`` with ``W1: (out1, in1)``, ``W2: (out2, in2)``; ``W1`` starts at zero.
+
+    ``W2`` is a product ``A B`` of inner size r where that is smaller; ``W1`` too with decompose_both.
+    """
+
+    lokr_w1: nn.Parameter | None
+    lokr_w2: nn.Parameter | None
+    lokr_t2: nn.Parameter | None
+
+    def start(self, shape: tuple[int, ...], split_window: bool, config: LoKrConfig) -> None:
+        """Make the weights of a delta ``shape``: (out, in) or (out, in, k...)."""
+        self.rescaled = config.rank_dropout_scale
+        r, like, window = self.r, beside(self), shape[2:]
+        (out1, out2), (in1, in2) = (factors(side, config.decompose_factor) for side in shape[:2])
+        self.lokr_w1 = self.lokr_w2 = self.lokr_t2 = None
+        if config.decompose_both and r < max(out1, in1) / 2:
+            self.lokr_w1_a, self.lokr_w1_b = free(out1, r, **like), free(r, in1, **like)
+        else:
+            self.lokr_w1 = free(out1, in1, **like)
+        if r >= max(out2, in2) / 2:
+            self.lokr_w2 = free(out2, in2, *window, **like)
+        elif split_window:
+            self.lokr_t2 = free(r, r, *(*window, 1)[:2], **like)
+            self.lokr_w2_a, self.lokr_w2_b = free(r, out2, **like), free(r, in2, **like)
+        else:
+            self.lokr_w2_a, self.lokr_w2_b = free(out2, r, **like), free(r, in2 * math.prod(window), **like)
+        for parameter in self.own_tensors().values():
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+        if config.init_weights is True:
+            nn.init.zeros_(self.lokr_w1_a if self.lokr_w1 is None else self.lokr_w1)
+        elif config.init_weights == "lycoris":
+            nn.init.zeros_(self.lokr_w2_b if self.lokr_w2 is None else self.lokr_w2)
+
+    def first(self) -> torch.Tensor:
+        """``scaling * W1``: (out1, in1)."""
+        return self.scaling * (self.lokr_w1_a @ self.lokr_w1_b if self.lokr_w1 is None else self.lokr_w1)
+
+    def second(self) -> torch.Tensor:
+        """``W2``: (out2, in2), (out2, in2 * k...) or (out2, in2, k...)."""
+        if self.lokr_w2 is not None:
+            return self.lokr_w2
+        if self.lokr_t2 is not None:
+            return torch.einsum("ijkl,io,jc->ockl", self.lokr_t2, self.lokr_w2_a, self.lokr_w2_b)
+        return self.lokr_w2_a @ self.lokr_w2_b
+
+    def delta(self) -> torch.Tensor:
+        first, second = self.first(), self.second()
+        # a kernel (out2, in2, k) of Conv1d stays as it is: PEFT's kron sets W1's two sides against its last two
+        return torch.kron(first[..., None, None] if second.ndim == 4 else first, second.contiguous())
+
+
+class LoKrLinear(LoKrLayer, LycorisLinear):
+    """LoKr over a linear layer."""
+
+    def __init__(self, module: nn.Module, name: str, config: LoKrConfig):
+        super().__init__(module, name, "LoKr")
+        self.take(name, config)
+        self.start((self.view.out_features, self.view.in_features), False, config)
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.first(), self.second()
+        pieces = x.unflatten(-1, (first.shape[1], second.shape[1]))  # kron(W1, W2) x = W1 X W2', x cut into rows of X
+        return self.thinned((first @ (pieces @ second.T)).flatten(-2), -1)
+
+
+class LoKrConv(LoKrLayer, LycorisConv):
+    """LoKr over a convolution."""
+
+    def __init__(self, module: nn.Module, name: str, config: LoKrConfig):
+        super().__init__(module)
+        self.take(name, config)
+        self.start(bare(module).weight.shape, bool(self.window(config)), config)
+
+    def delta(self) -> torch.Tensor:
+        return super().delta().reshape(bare(self).weight.shape)
+
+
+def wrap(module: nn.Module, name: str, config: LoKrConfig) -> AdapterLayer:
+    """The LoKr layer over ``module``.
+
+    Raises:
+        AdapterError: the module is of a kind that LoKr does not adapt.
+    """
+    if isinstance(bare(module), CONVOLUTIONS):
+        return LoKrConv(module, name, config)
+    need_linear(module, name, "LoKr", "Linear, Conv1D, Conv1d and Conv2d")
+    return LoKrLinear(module, name, config)
+
+
+def factors(side: int, first: int) -> tuple[int, int]:
+    """Two factors of ``side``: ``first`` and the rest, or else the two nearest to one another, none above ``first``.
+
+    ``first`` -1 sets no bound.
+    """
+    if first > 0 and side % first == 0:
+        return first, side // first
+    most = math.isqrt(side) if first == -1 else min(first, math.isqrt(side))
+    lower = next(factor for factor in range(most, 0, -1) if side % factor == 0)
+    return lower, side // lower

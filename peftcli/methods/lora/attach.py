@@ -1,0 +1,107 @@
+"""What LoRA puts into a model besides the layers over its targets: trained biases, trained rows, shared adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftcli.core.inject import replace_modules, train_other_biases
+from peftcli.core.layer import AdapterLayer, TrainedCopy, bare, base_paths
+from peftcli.core.targets import find_modules
+from peftcli.core.tokens import share_rows, wrap_rows
+from peftcli.methods._linear import dropout_layer
+from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora.layers import LoraEmbedding, LoraLayer, LoraLinear
+from peftcli.methods.lora.names import tied_group, token_modules
+
+
+def attach(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) -> None:
+    """All of it, once the layers over the targets are in place."""
+    config.fan_in_fan_out = any(isinstance(layer, LoraLinear) and layer.view.transposed for layer in layers.values())
+    if config.bias == "all":
+        train_other_biases(model)
+    if config.ensure_weight_tying:
+        _tie(model, config, layers)
+    _train_rows(model, config)
+
+
+class TiedHead(LoraLayer):
+    """A head that shares its weight with an embedding, and the embedding's A and B: ``y = W x + scaling * (B A)^T x``.
+
+    PEFT copies A and B, and each copy has gradients of its own; here they are one.
+    """
+
+    def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig, source: LoraEmbedding, place: str):
+        super().__init__(base_layer, name, config)
+        self.scaling = source.scaling
+        self.place = place
+        """The embedding's name in the model."""
+        self.dropout = dropout_layer(config.lora_dropout)
+        self.lora_embedding_A, self.lora_embedding_B = source.lora_embedding_A, source.lora_embedding_B
+
+    def file_tensors(self) -> dict[str, torch.Tensor]:
+        copies = {"lora_A.weight": self.lora_embedding_B.T, "lora_B.weight": self.lora_embedding_A.T}
+        return {**super().file_tensors(), **copies}
+
+    def file_name(self, path: str, tensor: str) -> str:
+        return super().file_name(path if tensor.endswith(".weight") else self.place, tensor)
+
+    def own_module(self, path: str) -> nn.Module:
+        return super().own_module(path) if not path else nn.Module()  # nothing holds the file's second copy
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        if not self.enabled:
+            return y
+        z = F.linear(self.dropout(x.to(self.lora_embedding_B.dtype)), self.lora_embedding_B.T)
+        return y + (self.scaling * F.linear(z, self.lora_embedding_A.T)).to(y.dtype)
+
+    def delta(self) -> torch.Tensor:
+        return self.scaling * (self.lora_embedding_B @ self.lora_embedding_A).T
+
+
+def _tie(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) -> None:
+    """Let the layers that share the input embedding's weight share its adapter, or its trained copy."""
+    group = tied_group(model)
+    at: dict[str, Any] = {name: model.get_submodule(base_paths(model)[name]) for name in group}
+    saved = [name for name in find_modules(model, config.modules_to_save or (), "modules_to_save") if name in group]
+    new: dict[nn.Module, AdapterLayer] = {}
+    if saved:
+        new = {at[name]: TrainedCopy(at[name], config.file_prefix) for name in group if name not in saved}
+        kept = at[saved[0]].copy.weight
+        for layer in [*new.values(), *(at[name] for name in saved)]:
+            layer.copy.weight = kept
+    elif group and group[0] in layers:
+        new = {at[name]: _tied(at[name], name, config, at[group[0]], group[0]) for name in group[1:]}
+    replace_modules(model, {module: layer.train(module.training) for module, layer in new.items()})
+
+
+def _tied(module: nn.Module, name: str, config: LoraConfig, source: Any, place: str) -> LoraLayer:
+    if not isinstance(bare(module), nn.Embedding):
+        return TiedHead(module, name, config, source, place)
+    layer = LoraEmbedding(module, name, config)
+    layer.scaling = source.scaling
+    layer.lora_embedding_A, layer.lora_embedding_B = source.lora_embedding_A, source.lora_embedding_B
+    return layer
+
+
+def _train_rows(model: nn.Module, config: LoraConfig) -> None:
+    """Train the rows that ``trainable_token_indices`` names; with the input embedding, those of all that share them.
+
+    A layer that shares the embedding's weight and is named with other tokens keeps to its own.
+    """
+    wanted, group = token_modules(model, config), tied_group(model)
+    tied = [name for name in group if name in wanted]
+    together = tied[:1] == group[:1] and all(wanted[name] == wanted[tied[0]] for name in tied)
+    for name, tokens in wanted.items():
+        if together and name in tied[1:]:
+            continue
+        module = model.get_submodule(base_paths(model)[name])
+        rows = wrap_rows(module, tokens)
+        replace_modules(model, {module: rows.train(module.training)})
+        shared = share_rows(model, rows) if together and name in tied else {}
+        for layer in (rows, *shared.values()):
+            layer.written_as = f"{config.file_prefix}{name}.token_adapter.trainable_tokens_delta"

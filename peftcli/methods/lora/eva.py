@@ -1,0 +1,220 @@
+"""EVA: Explained Variance Adaptation (https://arxiv.org/abs/2410.07170)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcli.core.inject import disabled, replace_modules
+from peftcli.core.layer import TrainedBias
+from peftcli.core.targets import pattern_value, shortest_names
+from peftcli.errors import AdapterError
+from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora.init_config import EvaConfig
+from peftcli.methods.lora.layers import LoraLayer, LoraLinear
+from peftcli.methods.lora.statistics import Batches, inputs_noted, need_all
+
+_MOST_BATCHES = 2000
+"""It converges far sooner, or not at all."""
+_KEY = "init_lora_weights"
+
+
+@dataclass
+class _Spectrum:
+    """The main directions of rows that come in batches: an incremental singular value decomposition."""
+
+    count: int
+    """Number of directions."""
+    tau: float
+    seen: int = 0
+    """Number of rows so far."""
+    squares: float = 0.0
+    """Sum of the squares of the rows about their mean."""
+    mean: torch.Tensor | None = None
+    directions: torch.Tensor | None = None
+    """(count, in), orthonormal, by falling singular value."""
+    values: torch.Tensor | None = None
+    """Their singular values."""
+    similar: tuple[bool, ...] = ()
+    """Which of them the last rows hardly turned."""
+    waiting: tuple[torch.Tensor, ...] = ()
+    """Rows that are too few for so many directions."""
+
+    def add(self, rows: list[torch.Tensor]) -> None:
+        """Take more rows (n, in) in."""
+        self.waiting += tuple(rows)
+        if sum(map(len, self.waiting)) < self.count:
+            return
+        x, self.waiting = torch.cat(self.waiting).float(), ()
+        mean = x.mean(0)
+        x = x - mean
+        self.squares += float(x.square().sum())
+        total = self.seen + len(x)
+        before = self.directions
+        if self.mean is not None and self.directions is not None and self.values is not None:
+            gap = math.sqrt(self.seen / total * len(x)) * (self.mean - mean)
+            self.squares += float(gap.square().sum())
+            x = torch.cat([self.values.unsqueeze(1) * self.directions, x, gap.unsqueeze(0)])
+            mean = (self.seen * self.mean + (total - self.seen) * mean) / total
+        self.mean, self.seen = mean, total
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            torch.manual_seed(42)
+            _, s, v = torch.svd_lowrank(x, q=min(2 * self.count, *x.shape), niter=4)
+        v = v * v.gather(0, v.abs().argmax(0, keepdim=True)).sign()
+        self.directions, self.values = v.T[: self.count], s[: self.count]
+        if before is not None:
+            cosine = torch.nn.functional.cosine_similarity(self.directions, before)
+            self.similar = tuple((cosine >= self.tau).tolist())
+
+    def shares(self) -> list[float]:
+        """Each direction's share of the rows' variance."""
+        assert self.values is not None
+        return (self.values.square() / self.squares).tolist()
+
+    def settled(self, count: int) -> bool:
+        """Whether the first ``count`` directions are known well enough."""
+        return len(self.similar) >= count and all(self.similar[:count])
+
+
+def eva_directions(
+    model: nn.Module, config: LoraConfig, layers: Mapping[str, LoraLayer], batches: Batches
+) -> dict[str, torch.Tensor]:
+    """Each linear layer's A, the main directions of its inputs.
+
+    Layers with more to explain get more directions, up to ``rho`` times their r, others fewer, down to none.
+
+    Raises:
+        AdapterError: the data do not reach a layer, or do not converge.
+    """
+    settings = config.eva_config or EvaConfig()
+    label = settings.label_mask_value if settings.use_label_mask else None
+    linear = {name: layer for name, layer in layers.items() if isinstance(layer, LoraLinear)}
+    with disabled(model), torch.no_grad():
+        leaders = _leaders(model, linear, batches, label)
+        most = dict.fromkeys(leaders.values(), 0)
+        for name, layer in linear.items():
+            wanted = min(round(layer.r * settings.rho), layer.view.in_features)
+            most[leaders[name]] = max(most[leaders[name]], wanted)
+        spectra = {leader: _Spectrum(count, settings.tau) for leader, count in most.items()}
+        counts = {name: most[leader] for name, leader in leaders.items()}
+        stream = _endless(batches)
+        for _ in range(_MOST_BATCHES):
+            needed = {leader: max(counts[name] for name in counts if leaders[name] == leader) for leader in spectra}
+            open_ones = {leader: linear[leader] for leader in spectra if not spectra[leader].settled(needed[leader])}
+            batch = next(stream, None)
+            if not open_ones or batch is None:
+                break
+            with inputs_noted(model, open_ones, lambda name, rows: spectra[name].add(rows), label):
+                model(**batch)
+            if all(spectrum.values is not None for spectrum in spectra.values()):
+                counts = _counts(spectra, leaders, sum(layer.r for layer in linear.values()))
+    if open_ones:
+        raise AdapterError(
+            f"the directions of {next(iter(open_ones))} did not converge",
+            key=_KEY,
+            hint="a lower eva_config.tau accepts them sooner; larger batches or a lower r make them steadier",
+        )
+    found = {}
+    for name, leader in leaders.items():
+        directions, values = spectra[leader].directions, spectra[leader].values
+        assert directions is not None
+        assert values is not None
+        found[name] = directions[: counts[name]]
+        if settings.whiten:
+            found[name] = found[name] / values[: counts[name]].sqrt().unsqueeze(1)
+    return found
+
+
+def start_eva(
+    model: nn.Module, config: LoraConfig, layers: Mapping[str, LoraLayer], directions: Mapping[str, torch.Tensor]
+) -> None:
+    """Give each layer its directions, and with them its r. A layer that gets none is taken out again.
+
+    ``config`` then says which layers there are, and their r and lora_alpha.
+    """
+    settings = config.eva_config or EvaConfig()
+    sizes: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    removed: dict[nn.Module, nn.Module] = {}
+    for name, layer in layers.items():
+        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+        if isinstance(layer, LoraLinear) and name in directions:
+            r = len(directions[name])
+            if settings.adjust_scaling_factors and r != layer.r:
+                alpha *= r / layer.r
+            if not r:
+                removed[layer] = _below(layer, config)
+                continue
+            _restart(layer, directions[name], alpha / (math.sqrt(r) if config.use_rslora else r))
+        sizes[name], alphas[name] = layer.r, alpha
+    replace_modules(model, removed)
+    if removed:
+        config.target_modules = shortest_names(model, list(sizes))
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    names = sorted(sizes, key=len, reverse=True)  # a name that ends another one's comes after it
+    config.rank_pattern = {name: sizes[name] for name in names if sizes[name] != config.r}
+    config.alpha_pattern = {name: alphas[name] for name in names if alphas[name] != config.lora_alpha}
+
+
+def _below(layer: LoraLayer, config: LoraConfig) -> nn.Module:
+    """What stands in a layer's place without it: with ``bias: all`` the bias is trained there, too."""
+    below: nn.Module = layer.base_layer
+    if config.bias == "lora_only" and isinstance(below, TrainedBias):
+        below = below.base_layer
+    return below
+
+
+@torch.no_grad()
+def _restart(layer: LoraLinear, a: torch.Tensor, scaling: float) -> None:
+    """Let ``layer`` start from A, whose r may be another, and a B of zeros."""
+    r, like = len(a), layer.lora_A.weight
+    if r != layer.r:
+        options: dict[str, Any] = {"bias": False, "device": like.device, "dtype": like.dtype}
+        layer.lora_A = nn.Linear(layer.view.in_features, r, **options).requires_grad_(like.requires_grad)
+        layer.lora_B = nn.Linear(r, layer.view.out_features, **options).requires_grad_(like.requires_grad)
+    layer.lora_A.weight.copy_(a)
+    nn.init.zeros_(layer.lora_B.weight)
+    layer.r, layer.scaling = r, scaling
+
+
+def _leaders(model: nn.Module, linear: Mapping[str, LoraLinear], batches: Batches, label: int | None) -> dict[str, str]:
+    """Layer -> the first layer that has the same inputs: a query, key and value projection have."""
+    prints: dict[str, Any] = {}
+
+    def note(name: str, rows: list[torch.Tensor]) -> None:
+        x = torch.cat(rows).double()
+        prints.setdefault(name, (tuple(x.shape), x.sum().item(), x.square().sum().item(), x[-1].sum().item()))
+
+    with inputs_noted(model, linear, note, label):
+        for batch in itertools.islice(batches, 1):
+            model(**batch)
+    need_all(linear, prints)
+    first: dict[Any, str] = {}
+    return {name: first.setdefault(prints[name], name) for name in linear}
+
+
+def _counts(spectra: Mapping[str, _Spectrum], leaders: Mapping[str, str], budget: int) -> dict[str, int]:
+    """Layer -> how many directions it gets, where the ``budget`` goes to those that explain most."""
+    shares = {leader: spectrum.shares() for leader, spectrum in spectra.items()}
+    order = [*spectra, *(name for name in leaders if name not in spectra)]  # of equal ones, leaders get more
+    ranked = sorted(((share, name) for name in order for share in shares[leaders[name]]), key=lambda one: -one[0])
+    counts = dict.fromkeys(leaders, 0)
+    for _, name in ranked[:budget]:
+        counts[name] += 1
+    return counts
+
+
+def _endless(batches: Batches) -> Iterator[Mapping[str, torch.Tensor]]:
+    """The batches again and again, unless there are none."""
+    found = True
+    while found:
+        found = False
+        for batch in batches:
+            found = True
+            yield batch

@@ -1,0 +1,140 @@
+"""LoRA on weights inside a module that multiplies them by itself, so that no layer of their own can be wrapped."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcli.core.layer import AdapterLayer, adapter_dtype, bare
+from peftcli.core.targets import module_matches
+from peftcli.errors import AdapterError
+from peftcli.methods._linear import beside
+from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora.init import start
+from peftcli.methods.lora.layers import LoraLayer, LoraLinear
+
+
+class InsideLayer(LoraLayer):
+    """A module that computes with ``W + delta`` in place of each of its weights ``adapted``."""
+
+    adapted: tuple[str, ...]
+
+    def with_delta(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """``weight``, which the module calls ``name``, with the adapter's delta, in the weight's own dtype."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.enabled:
+            return self.base_layer(*args, **kwargs)
+        below, module = "", self.base_layer
+        while isinstance(module, AdapterLayer):
+            below, module = f"{below}base_layer.", module.base_layer
+        # an outer adapter's weights stand in the module already while it calls this one
+        current = {name: operator.attrgetter(name)(module) for name in self.adapted}
+        weights = {f"{below}{name}": self.with_delta(name, weight) for name, weight in current.items()}
+        return torch.func.functional_call(self.base_layer, weights, args, kwargs)
+
+    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: self.with_delta(name, base[name].to(adapter_dtype(base[name]))) for name in self.adapted}
+
+
+class LoraAttention(InsideLayer):
+    """``nn.MultiheadAttention``: one pair for the projection of queries, keys and values, one for the output's.
+
+    ``A: (r, D)``, ``B: (3 D, r)`` and ``out.A: (r, D)``, ``out.B: (D, r)``.
+    """
+
+    adapted = ("in_proj_weight", "out_proj.weight")
+
+    def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig):
+        super().__init__(base_layer, name, config)
+        attention = bare(base_layer)
+        if not attention._qkv_same_embed_dim:
+            raise AdapterError(f"{name} has keys or values of another width; LoRA needs one", key="target_modules")
+        width, like = attention.embed_dim, beside(attention.out_proj)
+        self.lora_A = nn.Linear(width, self.r, bias=False, **like)
+        self.lora_B = nn.Linear(self.r, 3 * width, bias=False, **like)
+        down, up = nn.Linear(width, self.r, bias=False, **like), nn.Linear(self.r, width, bias=False, **like)
+        self.out = nn.ModuleDict({"lora_A": down, "lora_B": up})
+        for a, b in ((self.lora_A, self.lora_B), (down, up)):
+            start(a.weight, b.weight, config.init_lora_weights, self.scaling, lambda: attention.out_proj.weight)
+
+    def file_name(self, path: str, tensor: str) -> str:
+        return super().file_name(path, tensor.replace("out.", "base_layer.out_proj.", 1))
+
+    def with_delta(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        pair = self if name == "in_proj_weight" else self.out
+        a, b = operator.attrgetter("lora_A.weight", "lora_B.weight")(pair)
+        return torch.addmm(weight, b.to(weight.dtype), a.to(weight.dtype), alpha=self.scaling)
+
+
+class LoraOutputProjection(LoraLinear):
+    """The output projection of an ``nn.MultiheadAttention``, which reads its weight and never calls it.
+
+    Dropout cannot be applied. PEFT leaves such a layer without effect until it is merged.
+    """
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What the attention multiplies by."""
+        weight: torch.Tensor = self.base_layer.weight
+        return weight + self.delta().to(weight.dtype) if self.enabled else weight
+
+
+class LoraParameter(InsideLayer):
+    """One parameter of a module: ``(out, in)``, or of E experts ``(E, out, in)``, or ``(E, in, out)``.
+
+    As PEFT stores them: ``A: (E * r, in)`` with an expert's rows together, ``B: (out, r * E)`` with an expert's columns
+    apart.
+    """
+
+    def __init__(self, base_layer: nn.Module, parameter: str, name: str, config: LoraConfig):
+        super().__init__(base_layer, f"{name}.{parameter}", config)
+        self.adapted = (parameter,)
+        weight: torch.Tensor = getattr(bare(base_layer), parameter)
+        self.transposed = weight.ndim == 3 and getattr(bare(base_layer), "is_transposed", False)
+        self.experts = len(weight) if weight.ndim == 3 else 1
+        out, inputs = (weight.mT if self.transposed else weight).shape[-2:]
+        like: dict[str, Any] = {"bias": False, "device": weight.device, "dtype": adapter_dtype(weight)}
+        self.lora_A = nn.Linear(inputs, self.r * self.experts, **like)
+        self.lora_B = nn.Linear(self.r * self.experts, out, **like)
+        for a, b in zip(*self.pairs(), strict=True):
+            start(a, b, config.init_lora_weights, self.scaling, lambda: weight)
+
+    def pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Every expert's A ``(E, r, in)`` and B ``(E, out, r)``."""
+        a, b = self.lora_A.weight, self.lora_B.weight
+        return a.view(self.experts, self.r, -1), b.view(len(b), self.r, self.experts).permute(2, 0, 1)
+
+    def with_delta(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        a, b = (part.to(weight.dtype) for part in self.pairs())
+        left, right = (a.mT, b.mT) if self.transposed else (b, a)
+        return torch.baddbmm(weight.view(-1, *weight.shape[-2:]), left, right, alpha=self.scaling).view(weight.shape)
+
+
+def check_attention(name: str, config: LoraConfig) -> None:
+    """Raises AdapterError for a setting that means nothing in ``nn.MultiheadAttention``, which calls no layers."""
+    off = {"use_dora": False, "lora_bias": False, "bias": "none"}
+    if not config.inference_mode:
+        off["lora_dropout"] = 0.0
+    for key, value in off.items():
+        if getattr(config, key) != value:
+            raise AdapterError(f"is not supported for {name}, in a MultiheadAttention; only {value!r} is", key=key)
+
+
+def named_parameters(module: nn.Module, name: str, config: LoraConfig) -> list[str]:
+    """The parameters of ``module``, whose name in the model is ``name``, that ``target_parameters`` names."""
+    own = [parameter for parameter, _ in bare(module).named_parameters(recurse=False)]
+    entries = config.target_parameters or ()
+    return [parameter for parameter in own if any(module_matches(f"{name}.{parameter}", entry) for entry in entries)]
+
+
+def wrap_parameters(module: nn.Module, name: str, config: LoraConfig) -> LoraLayer:
+    """The layers over the parameters of ``module`` that are targets, each over the one before."""
+    for parameter in named_parameters(module, name, config):
+        module = LoraParameter(module, parameter, name, config)
+    assert isinstance(module, LoraLayer)
+    return module

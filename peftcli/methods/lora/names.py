@@ -1,0 +1,88 @@
+"""What LoRA's settings name in a model, checked before the model is changed."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from peftcli.core.layer import bare, base_paths, model_ends
+from peftcli.core.targets import check_patterns, find_modules, find_parameters, find_targets
+from peftcli.core.tokens import check_tokens, modules_sharing
+from peftcli.errors import AdapterError
+from peftcli.methods.lora.config import LoraConfig
+
+_TOKENS = "trainable_token_indices"
+
+
+def lora_targets(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Names of the modules that LoRA wraps, in the model's order: target_modules, and owners of target_parameters.
+
+    Raises:
+        AdapterError: a setting names what the model lacks.
+    """
+    owners = find_parameters(model, config.target_parameters or (), "target_parameters")
+    modules = _target_modules(model, config)
+    if both := [name for name in modules if name in owners]:
+        raise AdapterError(f"{both[0]} is among target_modules too; name it in one of them", key="target_parameters")
+    adapted = [*modules, *(f"{name}.{parameter}" for name, own in owners.items() for parameter in own)]
+    check_patterns(dict(config.rank_pattern), adapted, "rank_pattern")
+    check_patterns(config.alpha_pattern, adapted, "alpha_pattern")
+    _check_tokens(model, config, modules)
+    return [name for name in base_paths(model) if name in owners or name in modules]
+
+
+def tied_group(model: nn.Module) -> list[str]:
+    """Names of the input embedding and of the modules that share its weight; none where it shares with no other."""
+    embedding = bare(model_ends(model)[0])
+    shared = modules_sharing(model, embedding) if isinstance(embedding, nn.Embedding) else {}
+    return [name_of(model, embedding), *shared] if shared else []
+
+
+def name_of(model: nn.Module, module: nn.Module) -> str:
+    """The base model's name of one of its modules."""
+    return next(name for name, path in base_paths(model).items() if bare(model.get_submodule(path)) is module)
+
+
+def token_modules(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]:
+    """The embeddings and heads of which rows are trained: name -> token ids.
+
+    Raises:
+        AdapterError: a name matches nothing.
+    """
+    wanted = config.trainable_token_indices
+    if wanted is None:
+        return {}
+    if isinstance(wanted, list):
+        embedding = bare(model_ends(model)[0])
+        if embedding is None:
+            raise AdapterError(f"{type(model).__name__} has no input embedding; name the module", key=_TOKENS)
+        return {name_of(model, embedding): wanted}
+    return {name: tokens for entry, tokens in wanted.items() for name in find_modules(model, [entry], _TOKENS)}
+
+
+def _target_modules(model: nn.Module, config: LoraConfig) -> list[str]:
+    wanted = config.target_modules
+    if wanted is None:
+        wanted = config.usual_targets(getattr(getattr(model, "config", None), "model_type", ""))
+    names = find_targets(model, config) if wanted else []  # none: target_parameters alone
+    if not config.ensure_weight_tying:
+        return names
+    group = tied_group(model)
+    if not any(name in group for name in names):
+        if not (config.inference_mode or config.modules_to_save or config.trainable_token_indices):
+            raise AdapterError("no target shares the input embedding's weight; leave it off", key="ensure_weight_tying")
+        return names
+    return [group[0], *(name for name in names if name not in group)]
+
+
+def _check_tokens(model: nn.Module, config: LoraConfig, targets: list[str]) -> None:
+    modules, group = token_modules(model, config), tied_group(model)
+    saved = find_modules(model, config.modules_to_save or (), "modules_to_save")
+    paths = base_paths(model)
+    for name, tokens in modules.items():
+        check_tokens(model.get_submodule(paths[name]), name, tokens, _TOKENS)
+        for key, names in (("modules_to_save", saved), ("target_modules", targets)):
+            if name in names:
+                raise AdapterError(f"{name} is among {key} too; name it in one of them", key=_TOKENS)
+    tied = [tokens for name, tokens in modules.items() if name in group]
+    if config.ensure_weight_tying and any(tokens != tied[0] for tokens in tied):
+        raise AdapterError("tied layers need the same tokens, or ensure_weight_tying off", key=_TOKENS)

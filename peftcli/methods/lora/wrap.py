@@ -1,0 +1,72 @@
+"""Which layer of LoRA stands over which module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from peftcli.core.layer import bare
+from peftcli.core.linear import linear_view
+from peftcli.core.targets import pattern_value
+from peftcli.errors import AdapterError
+from peftcli.methods._linear import with_bias
+from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora.conv import KINDS, LoraConv
+from peftcli.methods.lora.dora import DORA
+from peftcli.methods.lora.inside import (
+    LoraAttention,
+    LoraOutputProjection,
+    check_attention,
+    named_parameters,
+    wrap_parameters,
+)
+from peftcli.methods.lora.layers import LoraEmbedding, LoraLayer, LoraLinear
+from peftcli.methods.lora.started import check_kind, linear_kind
+
+
+def wrap(module: nn.Module, name: str, config: LoraConfig) -> LoraLayer:
+    """The LoRA layer over ``module``.
+
+    Raises:
+        AdapterError: the module is of a kind that LoRA does not adapt, or not with these settings.
+    """
+    check_kind(module, name, config)
+    if named_parameters(module, name, config):
+        return wrap_parameters(module, name, config)
+    layer, view = bare(module), linear_view(module)
+    _check_size(layer, name, config)
+    if isinstance(layer, nn.MultiheadAttention):
+        check_attention(name, config)
+        return LoraAttention(module, name, config)
+    base = with_bias(module, config.bias)
+    if view is not None:
+        over: Any
+        over, config = linear_kind(base, config)
+        if isinstance(layer, NonDynamicallyQuantizableLinear) and over is LoraLinear:
+            check_attention(name, config)
+            over = LoraOutputProjection
+        return (DORA[over] if config.use_dora else over)(base, view, name, config)
+    kinds: list[tuple[Any, type[LoraLayer]]] = [(nn.Embedding, LoraEmbedding), (KINDS, LoraConv)]
+    kind = next((kind for of, kind in kinds if isinstance(layer, of)), None)
+    if kind is None:
+        raise AdapterError(
+            f"{name} is a {type(layer).__name__}; LoRA adapts Linear, Conv1D, Embedding, Conv1d, Conv2d, Conv3d and "
+            "MultiheadAttention",
+            key="target_modules",
+        )
+    if kind is LoraEmbedding and config.lora_bias:
+        raise AdapterError(f"is not supported for {name}, an Embedding", key="lora_bias")
+    return (DORA[kind] if config.use_dora else kind)(base, name, config)
+
+
+def _check_size(layer: Any, name: str, config: LoraConfig) -> None:
+    """Refuse an r far beyond what the weight has room for."""
+    weight = getattr(layer, "weight", None)
+    if weight is None or weight.ndim < 2 or isinstance(layer, nn.Embedding):
+        return
+    r = int(pattern_value(config.rank_pattern, name, config.r))
+    rows, columns = len(weight), weight[0].numel()
+    if r > 8 * min(rows, columns):
+        raise AdapterError(f"{r} is far larger than {name}: {rows} x {columns}", key="r")

@@ -1,0 +1,42 @@
+"""The settings of MiSS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from peftcli.core.config import ExcludingConfig, LayeredConfig
+from peftcli.methods._settings import BiasConfig, Problems, no_choice, no_share, too_small
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+
+@dataclass(kw_only=True)
+class MissConfig(BiasConfig, ExcludingConfig, LayeredConfig):
+    """Settings of MiSS, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "MISS"
+    always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "init_weights", "mini_r")
+
+    r: int = 64
+    """Rows of the block that is repeated along a layer's inputs. Parameters grow linearly with it."""
+    mini_r: int = 1
+    """With init_weights: mini, the block's columns; it divides a layer's outputs."""
+    miss_dropout: float = 0.0
+    """Share of the input values that the update does not see during training. bat has none."""
+    init_weights: bool | Literal["bat", "mini"] = True
+    """Which MiSS it is. true: one block for all inputs, which starts at zero; bat: an update that depends on the base
+    weight, better and slower; mini: a block that is repeated along the outputs too, far smaller; false: as true, but
+    started at random, for tests."""
+
+    def problems(self) -> Problems:
+        found = super().problems() + too_small(self, r=1, mini_r=1) + no_share(self, "miss_dropout")
+        return found + no_choice(self, "init_weights", True, False, "bat", "mini")
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.miss.layers import wrap
+
+        return wrap(module, name, self)

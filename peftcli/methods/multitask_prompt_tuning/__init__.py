@@ -1,0 +1,1 @@
+"""Multitask prompt tuning (https://arxiv.org/abs/2303.02861)."""

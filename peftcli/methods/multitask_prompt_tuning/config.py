@@ -1,0 +1,82 @@
+"""The settings of multitask prompt tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from peftcli.errors import AdapterError
+from peftcli.methods.prompt_tuning.config import TextPromptConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+_FROM_SOURCE = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
+
+
+@dataclass(kw_only=True)
+class MultitaskPromptTuningConfig(TextPromptConfig):
+    """Settings of multitask prompt tuning, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "MULTITASK_PROMPT_TUNING"
+    always_written: ClassVar[tuple[str, ...]] = (*TextPromptConfig.always_written, "num_tasks", "num_ranks")
+    inits: ClassVar[tuple[str, ...]] = ("RANDOM", "TEXT", *_FROM_SOURCE)
+
+    prompt_tuning_init: Literal["RANDOM", "TEXT", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"] = (
+        "RANDOM"
+    )
+    """How the prompt starts. RANDOM: normal; TEXT: embeddings of prompt_tuning_init_text. The others go on from an
+    adapter that was trained on many tasks: the mean of its tasks, one of them, or the part that they share."""
+    prompt_tuning_init_state_dict_path: str | None = None
+    """The adapter_model.safetensors of the adapter to go on from."""
+    prompt_tuning_init_task: int = 0
+    """Which of its tasks EXACT_SOURCE_TASK starts from, counted from 0."""
+    num_ranks: int = 1
+    """Rank of each task's own factor. It adds num_tasks * num_ranks * (num_virtual_tokens + embedding size) weights."""
+    num_tasks: int = 1
+    """How many tasks share the prompt. Of more than one, each input says its own: task_ids."""
+    num_transformer_submodules: int | None = field(default=None, metadata={"recipe": False})
+    """Always 1. PEFT's 2 puts a second prompt before an encoder-decoder's decoder, which its generate leaves out."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        found = super().problems()
+        for key in ("num_ranks", "num_tasks"):
+            if getattr(self, key) < 1:
+                found.append((key, f"must be at least 1, not {getattr(self, key)}"))
+        if self.prompt_tuning_init_task < 0:
+            found.append(("prompt_tuning_init_task", f"counts from 0; it is {self.prompt_tuning_init_task}"))
+        if self.inference_mode:
+            return found
+        path = self.prompt_tuning_init_state_dict_path
+        if self.prompt_tuning_init in _FROM_SOURCE and not path:
+            found.append(("prompt_tuning_init_state_dict_path", f"{self.prompt_tuning_init} needs it"))
+        if self.prompt_tuning_init in _FROM_SOURCE[:2] and self.num_tasks != 1:
+            found.append(("num_tasks", f"{self.prompt_tuning_init} starts one task, not {self.num_tasks}"))
+        if path and self.prompt_tuning_init not in _FROM_SOURCE:
+            found.append(("prompt_tuning_init_state_dict_path", f"means nothing with {self.prompt_tuning_init}"))
+        if path and not path.endswith(".safetensors"):
+            found.append(("prompt_tuning_init_state_dict_path", "must be a .safetensors file; others can run code"))
+        return found
+
+    def fit(self, embedding: Any) -> int:
+        if self.num_transformer_submodules == 2:
+            raise AdapterError(
+                "the adapter holds a second prompt, for the decoder, which PEFT trains and leaves out when it "
+                "generates; train it with num_transformer_submodules=1",
+                key="num_transformer_submodules",
+            )
+        return super().fit(embedding)
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.multitask_prompt_tuning.layers import wrap
+
+        return wrap(module, self)
+
+    def to_dict(self) -> dict[str, Any]:
+        out = super().to_dict()
+        if self.prompt_tuning_init in _FROM_SOURCE:  # PEFT would read the source again whenever it loads the adapter
+            out.pop("prompt_tuning_init_state_dict_path", None)
+            out["prompt_tuning_init"] = "RANDOM"
+        return out

@@ -1,0 +1,144 @@
+"""The layers of OFT (https://arxiv.org/abs/2306.07280)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from peftcli.core.layer import AdapterLayer, adapter_dtype, bare
+from peftcli.methods._linear import beside
+from peftcli.methods._rotation import RotatedConv, RotatedLinear, Rotating, leave_out
+from peftcli.methods.oft.config import OFTConfig
+
+
+class Rotation(nn.Module):
+    """A block-diagonal rotation: each block ``(k, k)`` is made of the ``k (k - 1) / 2`` numbers of a skew ``S``.
+
+    ``R = (I - S) (I + S)^-1`` by Cayley, or ``R = I + 2 S + 2 S^2 + ...``, which is the inverse of that.
+    """
+
+    def __init__(self, features: int, config: OFTConfig, like: dict[str, object]):
+        super().__init__()
+        given = config.oft_block_size or config.r
+        divisor = nearest_divisor(features, given)
+        self.size = divisor if config.oft_block_size else features // divisor
+        self.count = features // self.size
+        self.config = config
+        shape = (1 if config.block_share else self.count, self.size * (self.size - 1) // 2)
+        self.weight = nn.Parameter(torch.zeros(shape, **like))  # type: ignore[call-overload]
+        if not config.init_weights:
+            nn.init.normal_(self.weight, std=0.1)
+
+    def forward(self, rows: torch.Tensor, back: bool) -> torch.Tensor:
+        """Each of the rows (..., in) rotated, or rotated back."""
+        blocks = self.blocks().mT if back else self.blocks()
+        pieces = rows.unflatten(-1, (self.count, self.size))
+        return torch.einsum("...nk,nkj->...nj", pieces, blocks.expand(self.count, -1, -1)).flatten(-2)
+
+    def blocks(self) -> torch.Tensor:
+        """The blocks that the input's rows are multiplied by: (n, k, k), or (1, k, k) when all are one."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            skew = self._skew()
+            identity = torch.eye(self.size, dtype=skew.dtype, device=skew.device)
+            if self.config.use_cayley_neumann:
+                blocks = identity + _series(skew, self.config.num_cayley_neumann_terms)
+            else:
+                blocks = torch.linalg.solve(identity + skew, identity - skew, left=False)
+        if self.training and self.config.module_dropout:
+            blocks = leave_out(blocks.expand(self.count, -1, -1), self.config.module_dropout)
+        return blocks
+
+    def room(self) -> torch.Tensor:
+        """With coft, what each block's numbers are multiplied by to come no further than eps: (n, 1)."""
+        furthest = self.config.eps / math.sqrt(len(self.weight))
+        length = math.sqrt(2) * self.weight.detach().norm(dim=1, keepdim=True)  # of S, which has each number twice
+        return (furthest / length).clamp(max=1)
+
+    def _skew(self) -> torch.Tensor:
+        numbers = self.weight * self.room() if self.config.coft else self.weight
+        rows, columns = torch.triu_indices(self.size, self.size, 1, device=numbers.device)
+        upper = numbers.new_zeros(len(numbers), self.size, self.size)
+        upper[:, rows, columns] = numbers
+        return upper - upper.mT
+
+
+class OFTLayer(Rotating):
+    """A layer with the rotation ``oft_R``, which starts as the identity."""
+
+    oft_R: Rotation
+
+    def rotated(self, rows: torch.Tensor, back: bool = False) -> torch.Tensor:
+        turned: torch.Tensor = self.oft_R(rows, back)
+        return turned
+
+
+class OFTLinear(OFTLayer, RotatedLinear):
+    """OFT over a linear layer."""
+
+    def __init__(self, module: nn.Module, name: str, config: OFTConfig):
+        super().__init__(module, name, "OFT", config.bias)
+        self.oft_R = Rotation(self.view.in_features, config, beside(self))
+
+
+class OFTConv(OFTLayer, RotatedConv):
+    """OFT over a convolution."""
+
+    def __init__(self, module: nn.Module, name: str, config: OFTConfig):
+        super().__init__(module, name, "OFT", config.bias)
+        self.oft_R = Rotation(bare(module).weight[0].numel(), config, beside(self))
+
+
+class OFTEmbedding(AdapterLayer):
+    """OFT over an embedding: what is looked up is rotated."""
+
+    def __init__(self, module: nn.Module, config: OFTConfig):
+        super().__init__(module)
+        self.oft_embedding_R = Rotation(bare(module).weight.shape[1], config, beside(self))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        y = self.base_layer(ids)
+        return self.oft_embedding_R(y.to(adapter_dtype(y)), False).to(y.dtype) if self.enabled else y
+
+    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weight = base["weight"]
+        return {"weight": self.oft_embedding_R(weight.to(adapter_dtype(weight)), False)}
+
+
+def wrap(module: nn.Module, name: str, config: OFTConfig) -> AdapterLayer:
+    """The OFT layer over ``module``.
+
+    Raises:
+        AdapterError: the module is of a kind that OFT does not adapt.
+    """
+    if isinstance(bare(module), nn.Conv2d):
+        return OFTConv(module, name, config)
+    if isinstance(bare(module), nn.Embedding):
+        return OFTEmbedding(module, config)
+    return OFTLinear(module, name, config)
+
+
+@torch.no_grad()
+def hold(model: nn.Module) -> None:
+    """Bring the blocks of the layers with coft back to where they may be."""
+    for module in model.modules():
+        if isinstance(module, Rotation) and module.config.coft:
+            module.weight.mul_(module.room())
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of ``number`` that is nearest to ``wanted``, of two the lower one."""
+    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    return min(divisors, key=lambda divisor: abs(divisor - wanted))
+
+
+def _series(skew: torch.Tensor, terms: int) -> torch.Tensor:
+    """``2 S + 2 S^2 + ...``: of the powers up to ``terms - 1`` the last one counts once. 3 terms are as 4."""
+    if terms < 3:
+        return 2 * skew * (terms - 1)
+    total, power = 2 * skew, skew
+    for _ in range(2, max(terms - 1, 3)):
+        power = power @ skew
+        total = total + 2 * power
+    return total + power @ skew

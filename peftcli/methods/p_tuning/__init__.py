@@ -1,0 +1,1 @@
+"""P-tuning: GPT Understands, Too (https://arxiv.org/abs/2103.10385)."""

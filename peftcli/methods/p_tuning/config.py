@@ -1,0 +1,57 @@
+"""The settings of p-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from peftcli.core.prompt_config import EmbeddedPromptConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+
+@dataclass(kw_only=True)
+class PromptEncoderConfig(EmbeddedPromptConfig):
+    """Settings of p-tuning, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "P_TUNING"
+
+    encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
+    """The network that makes the vectors while they train. The adapter file holds the vectors alone."""
+    encoder_hidden_size: int | None = None
+    """Width of that network. Unset: the size of the base model's input embedding."""
+    encoder_num_layers: int = 2
+    """Number of the LSTM's layers. The MLP always has two hidden ones."""
+    encoder_dropout: float = 0.0
+    """Dropout between the LSTM's layers."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        found = super().problems()
+        kind = self.encoder_reparameterization_type
+        if kind not in ("MLP", "LSTM"):
+            found.append(("encoder_reparameterization_type", f"must be MLP or LSTM, not {kind!r}"))
+        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
+            found.append(("encoder_hidden_size", f"must be at least 1, not {self.encoder_hidden_size}"))
+        if self.encoder_num_layers < 1:
+            found.append(("encoder_num_layers", f"must be at least 1, not {self.encoder_num_layers}"))
+        if not 0 <= self.encoder_dropout < 1:
+            found.append(("encoder_dropout", f"must be in [0, 1), not {self.encoder_dropout}"))
+        if not self.inference_mode:  # a file's settings of a network that it does not hold change nothing
+            found += self._without_effect()
+        return found
+
+    def _without_effect(self) -> list[tuple[str, str]]:
+        if self.encoder_reparameterization_type == "MLP":
+            changed = {"encoder_num_layers": self.encoder_num_layers != 2, "encoder_dropout": self.encoder_dropout > 0}
+            return [(key, "is for encoder_reparameterization_type: LSTM") for key, given in changed.items() if given]
+        if self.encoder_dropout and self.encoder_num_layers == 1:
+            return [("encoder_dropout", "stands between the LSTM's layers; with one layer it does nothing")]
+        return []
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.p_tuning.layers import wrap
+
+        return wrap(module, self)

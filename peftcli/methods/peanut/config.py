@@ -1,0 +1,49 @@
+"""The settings of PEANuT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from peftcli.core.config import ExcludingConfig, LayeredConfig
+from peftcli.methods._settings import Problems, no_choice, not_positive, too_small
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+ACTIVATIONS = (
+    "relu", "relu2", "relu6", "leaky_relu", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate",
+    "gelu_pytorch_tanh", "gelu_python_tanh", "quick_gelu", "silu", "swish", "mish", "hardswish", "sigmoid", "tanh",
+    "linear",
+)  # fmt: skip
+"""Those of transformers' activations that have no weights of their own."""
+
+
+@dataclass(kw_only=True)
+class PeanutConfig(ExcludingConfig, LayeredConfig):
+    """Settings of PEANuT, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "PEANUT"
+    always_written: ClassVar[tuple[str, ...]] = ("r", "depth", "act_fn", "scaling", "target_modules")
+
+    r: int = 32
+    """Width of the small network that makes the update from the base weight. Parameters grow linearly with it."""
+    depth: int = 0
+    """Pairs of hidden layers of that network, besides its first and last. Each costs 2 * r * r parameters."""
+    act_fn: str = "relu"
+    """The network's activation: relu, gelu, silu, tanh, ..., by transformers' names."""
+    scaling: float = 1.0
+    """What the update is multiplied by."""
+    init_weights: bool = True
+    """Start from no update at all; false starts at random, for tests."""
+
+    def problems(self) -> Problems:
+        found = super().problems() + too_small(self, r=1, depth=0) + not_positive(self, "scaling")
+        return found + no_choice(self, "act_fn", *ACTIVATIONS)
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.peanut.layers import PeanutLinear
+
+        return PeanutLinear(module, name, self)

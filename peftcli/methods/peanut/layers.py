@@ -1,0 +1,80 @@
+"""The layer of PEANuT (https://arxiv.org/abs/2410.01870)."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftcli.methods._linear import WeightDeltaLinear, beside
+from peftcli.methods.peanut.config import PeanutConfig
+
+_Function = Callable[[torch.Tensor], torch.Tensor]
+
+
+class PeanutLinear(WeightDeltaLinear):
+    """``delta^T = scaling * B f(A W^T)``, row by row, with ``A: (r, out)``, ``B: (out, r)``; ``B`` starts at zero.
+
+    ``f`` is the activation, and with ``depth`` hidden layers ``(r, r)`` on the way in and as many on the way out, each
+    of which adds what came in at its level.
+    """
+
+    def __init__(self, module: nn.Module, name: str, config: PeanutConfig):
+        super().__init__(module, name, "PEANuT")
+        r, outputs = config.r, self.view.out_features
+        layer = functools.partial(nn.Linear, bias=False, **beside(self))
+        self.peanut_A = layer(outputs, r)
+        self.peanut_encoders = nn.ModuleList(layer(r, r) for _ in range(config.depth))
+        self.peanut_decoders = nn.ModuleList(layer(r, r) for _ in range(config.depth))
+        self.peanut_B = layer(r, outputs)
+        for part in (self.peanut_A, *self.peanut_encoders, *self.peanut_decoders, self.peanut_B):
+            nn.init.kaiming_uniform_(part.weight, a=math.sqrt(5))
+        if config.init_weights:
+            nn.init.zeros_(self.peanut_B.weight)
+        self.scaling, self.activation = config.scaling, config.act_fn
+
+    def delta_of(self, weight: torch.Tensor) -> torch.Tensor:
+        function = _ACTIVATIONS[self.activation]
+        z, levels = function(self.peanut_A(self.view.as_stored(weight).T)), []
+        for encoder in self.peanut_encoders:
+            levels.append(z)
+            z = function(encoder(z))
+        for decoder in self.peanut_decoders:
+            z = function(decoder(z)) + levels.pop()
+        return self.view.as_stored((self.scaling * self.peanut_B(z)).T)
+
+
+def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _relu2(x: torch.Tensor) -> torch.Tensor:
+    return F.relu(x).square()
+
+
+def _linear(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+_TANH_GELU: _Function = functools.partial(F.gelu, approximate="tanh")
+_ACTIVATIONS: dict[str, _Function] = {
+    "relu": F.relu,
+    "relu2": _relu2,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "gelu": F.gelu,
+    "gelu_python": F.gelu,
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"), _TANH_GELU),
+    "quick_gelu": _quick_gelu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "mish": F.mish,
+    "hardswish": F.hardswish,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "linear": _linear,
+}

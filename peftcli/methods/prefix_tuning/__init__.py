@@ -1,0 +1,1 @@
+"""Prefix tuning (https://arxiv.org/abs/2101.00190)."""

@@ -1,0 +1,39 @@
+"""The settings of prefix tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from peftcli.core.prompt_config import PrefixConfig
+
+if TYPE_CHECKING:
+    from peftcli.core.prefix import Prefix
+
+
+@dataclass(kw_only=True)
+class PrefixTuningConfig(PrefixConfig):
+    """Settings of prefix tuning, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "PREFIX_TUNING"
+
+    prefix_projection: bool = False
+    """Let a two-layer network make the keys and values while they train. Steadier, and many more weights to train;
+    the adapter file stays as small."""
+    encoder_hidden_size: int | None = None
+    """Width of that network. Unset: the size of a layer's keys."""
+    init_weights: Literal["zero"] | None = None
+    """How keys and values start. Unset: normal; zero: all zero."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        found = super().problems()
+        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
+            found.append(("encoder_hidden_size", f"must be at least 1, not {self.encoder_hidden_size}"))
+        if self.init_weights not in (None, "zero"):
+            found.append(("init_weights", f"must be zero or unset, not {self.init_weights!r}"))
+        return found
+
+    def prefix(self, pairs: int, width: int) -> Prefix:
+        from peftcli.methods.prefix_tuning.layers import prefix
+
+        return prefix(self, pairs, width)

@@ -1,0 +1,111 @@
+"""The layer of PSOFT (https://arxiv.org/abs/2505.11235)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftcli.core.linear import dense_weight
+from peftcli.errors import AdapterError
+from peftcli.methods._linear import WeightDeltaLinear, beside
+from peftcli.methods.psoft.config import PsoftConfig
+
+
+class PsoftLinear(WeightDeltaLinear):
+    """``delta = scaling * B (R - I) A`` with ``scaling * B A`` the weight's best approximation of rank r.
+
+    ``A: (r, in)`` and ``B: (out, r)`` come from the base weight and never train; the file does not hold them.
+    ``R: (r, r)``, which trains, is a rotation with a factor for each direction.
+    """
+
+    fixed = ("psoft_A", "psoft_B")
+    psoft_A: torch.Tensor
+    psoft_B: torch.Tensor
+
+    def __init__(self, module: nn.Module, name: str, config: PsoftConfig):
+        super().__init__(module, name, "PSOFT", dropout=config.psoft_dropout)
+        smaller = min(self.view.in_features, self.view.out_features)
+        if config.r > smaller:
+            raise AdapterError(f"{config.r} is more than {smaller}, the smaller side of {name}", key="r")
+        self.config = config
+        self.scaling = config.psoft_alpha / config.r
+        self.psoft_R = Rotation(config, module)
+        for tensor, value in zip(self.fixed, self._principal(dense_weight(module)), strict=True):
+            setattr(self, tensor, nn.Parameter(value, requires_grad=False))
+
+    def file_tensors(self) -> dict[str, torch.Tensor]:
+        return {**self.own_tensors()}
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        a = F.linear(x, self.psoft_A)
+        return self.scaling * F.linear(F.linear(a, self.psoft_R()) - a, self.psoft_B)
+
+    def delta_of(self, weight: torch.Tensor) -> torch.Tensor:
+        a, b = self._principal(self.view.as_stored(weight))
+        turned = self.psoft_R()
+        identity = torch.eye(len(turned), device=turned.device, dtype=turned.dtype)
+        return self.view.as_stored(self.scaling * (b @ (turned - identity) @ a))
+
+    def _principal(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``A`` and ``B`` of a weight (out, in).
+
+        A singular vector's sign is free, and what trains depends on it. So they are found on the CPU, wherever the
+        model is: an adapter means the same on every device.
+        """
+        r, config, dense = self.config.r, self.config, weight if weight.is_meta else weight.cpu()
+        if config.psoft_svd == "full":
+            u, s, vt = torch.linalg.svd(dense, full_matrices=False)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(config.random_seed)
+                u, s, v = torch.svd_lowrank(dense, q=r, niter=config.psoft_svd_lowrank_niter)
+            vt = v.T
+        s = s[:r] / self.scaling
+        left, right = (s, torch.ones_like(s)) if config.ab_svd_init == "psoft_init" else (s.sqrt(), s.sqrt())
+        a, b = right.unsqueeze(1) * vt[:r], u[:, :r] * left
+        return a.contiguous().to(weight.device), b.contiguous().to(weight.device)
+
+
+class Rotation(nn.Module):
+    """``R = diag(vector_b) (I + Q) (I - Q)^-1 diag(vector_a)``; ``Q: (r, r)`` is skew-symmetric and starts at zero.
+
+    ``weight`` is the upper triangle of ``Q``, or with ``psoft_orth: false`` what stands between the vectors.
+    """
+
+    def __init__(self, config: PsoftConfig, module: nn.Module):
+        super().__init__()
+        self.config = config
+        r, like = config.r, beside(module)
+        start = torch.zeros(r * (r - 1) // 2, **like) if config.psoft_orth else torch.eye(r, **like)
+        self.weight = nn.Parameter(start if config.init_weights else start + 0.1 * torch.randn_like(start))
+        self.vector_b = nn.Parameter(torch.ones(r, **like)) if config.psoft_mag_b else None
+        self.vector_a = nn.Parameter(torch.ones(r, **like)) if config.psoft_mag_a else None
+
+    def forward(self) -> torch.Tensor:
+        turned = self._cayley() if self.config.psoft_orth else self.weight
+        if self.vector_b is not None:
+            turned = self.vector_b.unsqueeze(1) * turned
+        return turned if self.vector_a is None else turned * self.vector_a
+
+    def _cayley(self) -> torch.Tensor:
+        r, weight = self.config.r, self.weight
+        rows, columns = torch.triu_indices(r, r, 1, device=weight.device)
+        upper = weight.new_zeros(r, r).index_put((rows, columns), weight)
+        q, identity = upper - upper.T, torch.eye(r, device=weight.device, dtype=weight.dtype)
+        if self.config.use_cayley_neumann:
+            return self._neumann(q, identity)
+        return torch.linalg.solve(identity - q, identity + q, left=False)
+
+    def _neumann(self, q: torch.Tensor, identity: torch.Tensor) -> torch.Tensor:
+        """``I + 2 Q + 2 Q^2 + ... + Q^n``, which is near the rotation while ``Q`` is small."""
+        terms, bound = self.config.num_cayley_neumann_terms, self.config.cayley_neumann_eps
+        if bound is not None:
+            q = q * (bound / (q.norm() + 1e-12)).clamp(max=1)
+        if terms < 3:
+            return identity + 2 * (terms - 1) * q
+        turned, power = identity, identity
+        for _ in range(max(terms, 4) - 2):  # PEFT's sum of 3 terms has 4
+            power = power @ q
+            turned = turned + 2 * power
+        return turned + power @ q

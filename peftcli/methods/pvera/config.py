@@ -1,0 +1,65 @@
+"""The settings of PVeRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from peftcli.core.config import LayeredConfig
+from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_share, too_small
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+
+@dataclass(kw_only=True)
+class PveraConfig(BiasConfig, FanInConfig, LayeredConfig):
+    """Settings of PVeRA, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "PVERA"
+    always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "projection_prng_key", "save_projection")
+
+    r: int = 256
+    """Size of the bottleneck. It costs two trained numbers a layer each, so it is larger than LoRA's."""
+    projection_prng_key: int = 0
+    """Seed of the two random matrices that all layers share."""
+    save_projection: bool = True
+    """Write the random matrices to the file too: it is larger, and does not depend on the random generator."""
+    pvera_dropout: float = 0.0
+    """Share of the input values that the update does not see during training."""
+    d_initial: float = 0.1
+    """Where the vector between the two matrices starts."""
+    init_weights: bool = True
+    """Start from no update at all; false starts at random, for tests."""
+    sample_at_inference: bool = False
+    """Draw the values in the bottleneck after training too, which makes every answer another one; false takes their
+    mean."""
+    generator_seed: int | None = field(default=None, metadata={"recipe": False})
+    """PEFT's seed of what is drawn. Here training.seed decides it, so that it is the same with gradient
+    checkpointing, which calls a layer twice; kept for the file."""
+
+    def problems(self) -> Problems:
+        found = super().problems() + too_small(self, r=1) + no_share(self, "pvera_dropout")
+        if self.generator_seed is not None and not self.inference_mode:
+            found.append(("generator_seed", "is not used in training; set the run's seed"))
+        return found
+
+    def usual_targets(self, model_type: str) -> list[str] | str:
+        usual = {"phi": ["q_proj", "v_proj"], "dinov2": ["query", "value"]}
+        return usual.get(model_type) or super().usual_targets(model_type)
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.pvera.layers import PveraLinear
+
+        return PveraLinear(module, name, self)
+
+    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
+        from peftcli.methods.pvera.layers import share
+
+        super().attach(model, layers)
+        share(layers.values(), self)
+
+    def merge_problem(self) -> str | None:
+        return "with sample_at_inference the update is drawn anew each time" if self.sample_at_inference else None

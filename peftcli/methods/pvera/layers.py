@@ -1,0 +1,68 @@
+"""The layer of PVeRA (https://arxiv.org/abs/2512.07703), and the projections that all layers share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftcli.methods._linear import SharingLinear, beside, share_tensors
+from peftcli.methods.pvera.config import PveraConfig
+
+
+class PveraLinear(SharingLinear):
+    """``y = W x + diag(lambda_b) B z``; ``z`` is drawn around ``diag(lambda_d) A x`` in training, and is that after it.
+
+    Only the vectors train; ``lambda_b`` starts at zero. ``A: (2 r, in)`` gives a mean and the logarithm of a variance
+    for each of ``r`` numbers. It and ``B: (out, r)`` are the first columns and rows of what all layers share.
+    """
+
+    shared = ("pvera_A", "pvera_B")
+    fixed = shared
+
+    def __init__(self, module: nn.Module, name: str, config: PveraConfig):
+        super().__init__(module, name, "PVeRA", config.bias, config.pvera_dropout)
+        like = beside(self)
+        self.pvera_lambda_b = nn.Parameter(torch.zeros(self.view.out_features, **like))
+        self.pvera_lambda_d = nn.Parameter(torch.full((2 * config.r,), config.d_initial, **like))
+        if not config.init_weights:
+            nn.init.ones_(self.pvera_lambda_b)
+            nn.init.normal_(self.pvera_lambda_d)
+        self.saves_shared, self.always_draws = config.save_projection, config.sample_at_inference
+
+    def file_tensors(self) -> dict[str, torch.Tensor]:
+        return super().file_tensors() if self.saves_shared else {**self.own_tensors()}
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self._projections()
+        z, logvar = (self.pvera_lambda_d * F.linear(x, a)).chunk(2, dim=-1)
+        if self.training or self.always_draws:
+            z = z + torch.randn_like(z) * (0.5 * logvar).exp()
+        return self.pvera_lambda_b * F.linear(z, b)
+
+    def delta(self) -> torch.Tensor:
+        a, b = self._projections()
+        means = len(a) // 2
+        return (self.pvera_lambda_b.unsqueeze(1) * b) @ (self.pvera_lambda_d[:means].unsqueeze(1) * a[:means])
+
+    def _projections(self) -> tuple[torch.Tensor, torch.Tensor]:
+        device = self.pvera_lambda_d.device
+        a, b = self.pvera_A[:, : self.view.in_features], self.pvera_B[: self.view.out_features]
+        return a.to(device), b.to(device)
+
+
+def share(layers: Iterable[Any], config: PveraConfig) -> None:
+    """Draw ``A`` and ``B``, as wide and as tall as the largest layer needs, and give them to every layer.
+
+    They are drawn as PEFT draws them: its files may hold the seed alone.
+    """
+    layers = list(layers)
+    generator = torch.Generator().manual_seed(config.projection_prng_key)
+    a = torch.empty(2 * config.r, max(layer.view.in_features for layer in layers))
+    b = torch.empty(max(layer.view.out_features for layer in layers), config.r)
+    for tensor in (a, b):
+        nn.init.kaiming_uniform_(tensor, generator=generator)
+    share_tensors(layers, {"pvera_A": a, "pvera_B": b})

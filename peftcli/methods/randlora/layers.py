@@ -1,0 +1,90 @@
+"""The layer of RandLoRA (https://arxiv.org/abs/2502.00987), and the bases that all layers share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftcli.methods._linear import SharingLinear, beside, share_tensors
+from peftcli.methods.randlora.config import RandLoraConfig
+
+
+class RandLoraLinear(SharingLinear):
+    """``delta = scaling * sum over n bases of B_n diag(lambda_n) A diag(gamma_n)``, of full rank.
+
+    ``A: (r, 1, short)`` and ``B: (long, n, r)`` are random and shared by all layers, which use their first rows and
+    columns; ``short`` is the smaller side of the weight. ``lambda: (r, n)``, which starts at zero, and
+    ``gamma: (n, short)`` train.
+    """
+
+    shared = ("randlora_A", "randlora_B")
+    fixed = shared
+    copies = shared  # PEFT writes them once more for each layer
+
+    def __init__(self, module: nn.Module, name: str, config: RandLoraConfig):
+        super().__init__(module, name, "RandLoRA", config.bias, config.randlora_dropout)
+        self.short, self.long = sorted((self.view.in_features, self.view.out_features))
+        self.scaling = config.randlora_alpha / config.r
+        count, like = math.ceil(self.short / config.r), beside(self)
+        self.randlora_lambda = nn.Parameter(torch.zeros(config.r, count, **like))
+        self.randlora_gamma = nn.Parameter(torch.full((count, self.short), 1 / max(count, self.short), **like))
+        if not config.init_weights:
+            nn.init.normal_(self.randlora_lambda)
+            nn.init.constant_(self.randlora_gamma, 1 / self.long)
+        self.saves_shared = config.save_projection
+
+    def file_tensors(self) -> dict[str, torch.Tensor]:
+        return super().file_tensors() if self.saves_shared else {**self.own_tensors()}
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self._factors()
+        return self.scaling * F.linear(F.linear(x, first), second)
+
+    def delta(self) -> torch.Tensor:
+        first, second = self._factors()
+        return self.scaling * (second @ first)
+
+    def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two matrices that an input goes through: (n * r, in) and (out, n * r)."""
+        device, count = self.randlora_lambda.device, self.randlora_lambda.shape[1]
+        a, b = self.randlora_A[..., : self.short].to(device), self.randlora_B[: self.long, :count].to(device)
+        # PEFT's A counts r first and its B the bases first, so the pairs that meet are not those of the paper; the
+        # file's numbers mean what they mean there
+        scaled = (self.randlora_lambda.unsqueeze(2) * a * self.randlora_gamma).flatten(0, 1)
+        fixed = b.flatten(1)
+        return (scaled, fixed) if self.short == self.view.in_features else (fixed.T, scaled.T)
+
+
+def share(layers: Iterable[Any], config: RandLoraConfig) -> None:
+    """Draw ``A`` and ``B``, as large as the largest layer needs, and give them to every layer.
+
+    They are drawn as PEFT draws them: its files may hold the seed alone.
+    """
+    layers = list(layers)
+    sides = [max(layer.view.in_features for layer in layers), max(layer.view.out_features for layer in layers)]
+    count = math.ceil(min(sides) / config.r)
+    generator = torch.Generator().manual_seed(config.projection_prng_key)
+    if config.sparse or config.very_sparse:
+        edge = 1 / (2 * (math.sqrt(min(sides)) if config.very_sparse else 3))
+        a = _signs((config.r, 1, min(sides)), edge, generator)
+        b = _signs((max(sides), count, config.r), edge, generator)
+    else:
+        a = _uniform((config.r, 1, min(sides)), generator)
+        b = torch.cat([_uniform((max(sides), 1, config.r), generator) for _ in range(count)], dim=1)
+    share_tensors(layers, {"randlora_A": a / a.std(), "randlora_B": b / b.std()})
+
+
+def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    tensor = torch.empty(shape, dtype=torch.bfloat16)  # PEFT draws in half precision
+    return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+
+
+def _signs(shape: tuple[int, ...], edge: float, generator: torch.Generator) -> torch.Tensor:
+    """-1, 0 and 1, the first and the last with probability ``edge`` each."""
+    drawn = torch.rand(shape, generator=generator)
+    return (drawn > 1 - edge).float() - (drawn < edge).float()

@@ -1,0 +1,1 @@
+"""Super-Tuning (https://arxiv.org/abs/2607.09287)."""

@@ -1,0 +1,59 @@
+"""The settings of TinyLoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from peftcli.core.config import LayeredConfig
+from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_choice, no_share, not_positive, too_small
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+
+@dataclass(kw_only=True)
+class TinyLoraConfig(BiasConfig, FanInConfig, LayeredConfig):
+    """Settings of TinyLoRA, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "TINYLORA"
+    always_written: ClassVar[tuple[str, ...]] = (
+        "r", "u", "weight_tying", "target_modules", "projection_seed", "save_projection",
+    )  # fmt: skip
+
+    r: int = 2
+    """How many of a weight's principal directions are mixed. It costs no trained numbers."""
+    u: int = 64
+    """Trained numbers in each layer, or in each group of layers that weight_tying makes."""
+    weight_tying: float = 0.0
+    """How much layers share their numbers, from 0, each has its own, to 1, all have the same."""
+    projection_seed: int = 42
+    """Seed of the random matrices that turn the trained numbers into a mixture."""
+    save_projection: bool = True
+    """Write the random matrices to the file too: it is larger, and does not depend on the random generator."""
+    init_v_bound: float = 0.02
+    """With init_weights: uniform, the trained numbers start between plus and minus this."""
+    tinylora_dropout: float = 0.0
+    """Share of the input values that the update does not see during training."""
+    init_weights: bool | Literal["uniform"] = True
+    """true: start from no update at all; uniform and false: at random."""
+
+    def problems(self) -> Problems:
+        found = super().problems() + too_small(self, r=1, u=1) + no_share(self, "tinylora_dropout")
+        found += not_positive(self, "init_v_bound") + no_choice(self, "init_weights", True, False, "uniform")
+        if not 0 <= self.weight_tying <= 1:
+            found.append(("weight_tying", f"must be in [0, 1], not {self.weight_tying}"))
+        return found
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.tinylora.layers import wrap
+
+        return wrap(module, name, self)
+
+    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
+        from peftcli.methods.tinylora.layers import share
+
+        super().attach(model, layers)
+        share(layers.values(), self)

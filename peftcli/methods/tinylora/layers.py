@@ -1,0 +1,129 @@
+"""The layers of TinyLoRA (https://arxiv.org/abs/2602.04118), and the numbers that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftcli.core.layer import AdapterLayer, adapter_dtype, bare
+from peftcli.core.linear import dense_weight, linear_view, stored_weight
+from peftcli.errors import AdapterError
+from peftcli.methods._linear import DeltaLinear, beside, dropout_layer
+from peftcli.methods.tinylora.config import TinyLoraConfig
+
+
+class TinyLoraLayer(AdapterLayer):
+    """``delta = B R A`` with ``R: (r, r)`` the sum of random matrices ``P: (u, r, r)``, each times a trained number.
+
+    ``B A`` is the weight's best approximation of rank r. ``tinylora_v: (u,)`` belongs to a group of layers.
+    """
+
+    fixed = ("tinylora_A", "tinylora_B", "tinylora_P")
+    tinylora_v: nn.Parameter
+    tinylora_A: torch.Tensor
+    tinylora_B: torch.Tensor
+    tinylora_P: torch.Tensor
+    group: int
+    saves_projection: bool
+
+    def decompose(self, weight: torch.Tensor, r: int) -> None:
+        """Take ``A`` and ``B`` from the weight."""
+        u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+        root = s[:r].sqrt()
+        self.tinylora_A = nn.Parameter(root.unsqueeze(1) * vt[:r], requires_grad=False)
+        self.tinylora_B = nn.Parameter(u[:, :r] * root, requires_grad=False)
+
+    def join(self, group: int, v: nn.Parameter, number: int, config: TinyLoraConfig) -> None:
+        """Take the trained numbers of a group, and draw ``P`` for the ``number``-th layer of the model.
+
+        It is drawn as PEFT draws it: its files may hold the seed alone. On the CPU when the model is on the meta device.
+        """
+        self.group, self.tinylora_v, self.saves_projection = group, v, config.save_projection
+        weight, r = stored_weight(self), len(self.tinylora_A)
+        generator = torch.Generator().manual_seed(config.projection_seed + number)
+        drawn = torch.normal(0.0, r**-0.5, (config.u, r, r), generator=generator)
+        drawn = drawn.to("cpu" if weight.is_meta else weight.device, self.tinylora_A.dtype)
+        self.tinylora_P = nn.Parameter(drawn, requires_grad=False)
+
+    def file_name(self, path: str, tensor: str) -> str:
+        return f"base_model.tinylora_v.{self.group}" if tensor == "tinylora_v" else super().file_name(path, tensor)
+
+    def file_tensors(self) -> dict[str, torch.Tensor]:
+        found = super().file_tensors()
+        return found if self.saves_projection else {k: v for k, v in found.items() if k != "tinylora_P"}
+
+    def mixture(self) -> torch.Tensor:
+        """``R``: (r, r)."""
+        return torch.einsum("u,uij->ij", self.tinylora_v, self.tinylora_P.to(self.tinylora_v.device))
+
+
+class TinyLoraLinear(TinyLoraLayer, DeltaLinear):
+    """TinyLoRA over a linear layer, with ``A: (r, in)`` and ``B: (out, r)``."""
+
+    def __init__(self, module: nn.Module, name: str, config: TinyLoraConfig):
+        super().__init__(module, name, "TinyLoRA", config.bias, config.tinylora_dropout)
+        self.decompose(dense_weight(module), config.r)
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(F.linear(x, self.tinylora_A), self.mixture()), self.tinylora_B)
+
+    def delta(self) -> torch.Tensor:
+        return self.tinylora_B @ self.mixture() @ self.tinylora_A
+
+
+class TinyLoraEmbedding(TinyLoraLayer):
+    """TinyLoRA over an embedding, with ``A: (r, D)`` and ``B: (V, r)``."""
+
+    def __init__(self, module: nn.Module, config: TinyLoraConfig):
+        super().__init__(module)
+        weight = bare(module).weight.detach()
+        self.decompose(weight.to(adapter_dtype(weight)), config.r)
+        self.dropout = dropout_layer(config.tinylora_dropout)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        y = self.base_layer(ids)
+        if not self.enabled:
+            return y
+        chosen = self.dropout(F.embedding(ids, self.tinylora_B))
+        return y + (chosen @ self.mixture() @ self.tinylora_A).to(y.dtype)
+
+    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weight, layer = base["weight"], bare(self)
+        # some embeddings scale what they look up; the update is not scaled, as it is not in PEFT
+        scale = getattr(layer, "scalar_embed_scale", getattr(layer, "embed_scale", 1.0))
+        delta = self.tinylora_B @ self.mixture() @ self.tinylora_A
+        return {"weight": weight.to(adapter_dtype(weight)) + delta / scale}
+
+
+def wrap(module: nn.Module, name: str, config: TinyLoraConfig) -> AdapterLayer:
+    """The TinyLoRA layer over ``module``.
+
+    Raises:
+        AdapterError: the module is of a kind that TinyLoRA does not adapt.
+    """
+    if linear_view(module) is not None:
+        return TinyLoraLinear(module, name, config)
+    if isinstance(bare(module), nn.Embedding):
+        return TinyLoraEmbedding(module, config)
+    kind = type(bare(module)).__name__
+    raise AdapterError(f"{name} is a {kind}; TinyLoRA adapts linear layers and embeddings", key="target_modules")
+
+
+def share(layers: Iterable[Any], config: TinyLoraConfig) -> None:
+    """Put the layers into groups of neighbours, and give each group its trained numbers."""
+    layers = list(layers)
+    count = max(1, round(len(layers) * (1 - config.weight_tying)))
+    size = len(layers) // count
+    groups: dict[int, nn.Parameter] = {}
+    for number, layer in enumerate(layers):
+        group = min(number // size, count - 1)
+        if group not in groups:
+            start = torch.zeros(config.u, **beside(layer))
+            if config.init_weights is not True:
+                nn.init.uniform_(start, -config.init_v_bound, config.init_v_bound)
+            groups[group] = nn.Parameter(start)
+        layer.join(group, groups[group], number, config)

@@ -1,0 +1,70 @@
+"""The settings of VB-LoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from peftcli.core.config import ExcludingConfig, LayeredConfig
+from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_share, not_positive, too_small
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+_FAMILY_TARGETS = {
+    "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
+    "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "t5": ["q", "k", "v", "o", "wi", "wo"],
+}
+"""Where PEFT's usual targets for VB-LoRA are not LoRA's."""
+
+
+@dataclass(kw_only=True)
+class VBLoRAConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
+    """Settings of VB-LoRA, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "VBLORA"
+    always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "num_vectors", "vector_length", "topk")
+
+    r: int = 4
+    """Size of the bottleneck."""
+    num_vectors: int = 256
+    """Vectors in the bank that all layers share. Training memory grows with it in every layer."""
+    vector_length: int = 256
+    """Numbers in each vector. It divides the inputs and outputs of every adapted layer."""
+    topk: int = 2
+    """Each piece of a matrix is a mixture of so many vectors of the bank. The file grows with it."""
+    save_only_topk_weights: bool = False
+    """Write the mixtures instead of the scores that they are made from: a far smaller file, with which the choice of
+    vectors can no longer be trained."""
+    vblora_dropout: float = 0.0
+    """Share of the input values that the update does not see during training."""
+    init_vector_bank_bound: float = 0.02
+    """The bank starts uniform between plus and minus this."""
+    init_logits_std: float = 0.1
+    """Deviation of the scores at the start."""
+
+    def problems(self) -> Problems:
+        found = super().problems() + too_small(self, r=1, num_vectors=1, vector_length=1, topk=1, init_logits_std=0)
+        found += no_share(self, "vblora_dropout") + not_positive(self, "init_vector_bank_bound")
+        if self.topk > self.num_vectors:
+            found.append(("topk", f"{self.topk} of {self.num_vectors} vectors cannot be chosen"))
+        return found
+
+    def usual_targets(self, model_type: str) -> list[str] | str:
+        return _FAMILY_TARGETS.get(model_type) or super().usual_targets(model_type)
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.vblora.layers import wrap
+
+        return wrap(module, name, self)
+
+    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
+        from peftcli.methods.vblora.layers import share
+
+        super().attach(model, layers)
+        share(layers.values(), self)

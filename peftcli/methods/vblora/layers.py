@@ -1,0 +1,126 @@
+"""The layers of VB-LoRA (https://arxiv.org/abs/2405.15179), and the bank that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftcli.core.layer import AdapterLayer
+from peftcli.errors import AdapterError
+from peftcli.methods._linear import SharingLinear, beside
+from peftcli.methods.vblora.config import VBLoRAConfig
+
+_LOGITS = ("vblora_logits_A", "vblora_logits_B")
+
+
+class VBLoraLayer(SharingLinear):
+    """``delta = B A``, both put together from pieces that are mixtures of the bank's vectors.
+
+    ``A`` is ``(r, in / length)`` pieces, ``B`` is ``(out / length, r)``; the bank ``(vectors, length)`` belongs to all
+    layers. A mixture is ``topk`` vectors and their weights, which sum to one.
+    """
+
+    shared = ("vblora_vector_bank",)
+    vblora_vector_bank: nn.Parameter
+
+    def __init__(self, module: nn.Module, name: str, config: VBLoRAConfig):
+        super().__init__(module, name, "VB-LoRA", config.bias, config.vblora_dropout)
+        sides, length = (self.view.in_features, self.view.out_features), config.vector_length
+        for side in sides:
+            if side % length:
+                raise AdapterError(f"{length} does not divide {side}, a side of {name}", key="vector_length")
+        shapes = ((config.r, sides[0] // length), (sides[1] // length, config.r))
+        self.pieces = dict(zip(_LOGITS, shapes, strict=True))
+
+    def mixture(self, tensor: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and indices of the vectors in the pieces of ``A`` or ``B``: (..., topk) each."""
+        raise NotImplementedError
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x, self._a()), self._b())
+
+    def delta(self) -> torch.Tensor:
+        return self._b() @ self._a()
+
+    def _a(self) -> torch.Tensor:
+        return self._mixed("vblora_logits_A").flatten(1)
+
+    def _b(self) -> torch.Tensor:
+        return self._mixed("vblora_logits_B").transpose(1, 2).flatten(0, 1)
+
+    def _mixed(self, tensor: str) -> torch.Tensor:
+        """The pieces of ``A`` or ``B``: (..., length)."""
+        weights, indices = self.mixture(tensor)
+        return torch.einsum("abk,abkl->abl", weights, self.vblora_vector_bank.to(weights.device)[indices])
+
+
+class VBLoraLinear(VBLoraLayer):
+    """The mixtures are the softmax over the ``topk`` highest of each piece's trained scores, the logits."""
+
+    def __init__(self, module: nn.Module, name: str, config: VBLoRAConfig):
+        super().__init__(module, name, config)
+        self.topk, self.saves_topk = config.topk, config.save_only_topk_weights
+        for tensor, shape in self.pieces.items():
+            start = torch.empty(*shape, config.num_vectors, **beside(self))
+            setattr(self, tensor, nn.Parameter(nn.init.normal_(start, std=config.init_logits_std)))
+
+    def mixture(self, tensor: str) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, indices = getattr(self, tensor).topk(self.topk, dim=-1)
+        return logits.softmax(-1), indices
+
+    def file_tensors(self) -> dict[str, torch.Tensor]:
+        own: dict[str, torch.Tensor] = {**self.own_tensors()}
+        if not self.saves_topk:
+            return own
+        dtype = _index_dtype(own["vblora_logits_A"].shape[-1])
+        for tensor in _LOGITS:
+            weights, indices = self.mixture(tensor)
+            own[f"{tensor}_topk_weights"] = weights[..., :-1]
+            own[f"{tensor}_topk_indices"] = indices.to(dtype)
+            del own[tensor]
+        return own
+
+
+class VBLoraMixed(VBLoraLayer):
+    """The mixtures as a file of ``save_only_topk_weights`` holds them; the last weight is what is missing to one."""
+
+    def __init__(self, module: nn.Module, name: str, config: VBLoRAConfig):
+        super().__init__(module, name, config)
+        like = beside(self)
+        for tensor, shape in self.pieces.items():
+            weights = torch.full((*shape, config.topk - 1), 1 / config.topk, **like)
+            indices = torch.zeros(*shape, config.topk, dtype=_index_dtype(config.num_vectors), device=like["device"])
+            setattr(self, f"{tensor}_topk_weights", nn.Parameter(weights))
+            setattr(self, f"{tensor}_topk_indices", nn.Parameter(indices, requires_grad=False))
+        self.fixed = tuple(f"{tensor}_topk_indices" for tensor in _LOGITS)
+
+    def mixture(self, tensor: str) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, indices = getattr(self, f"{tensor}_topk_weights"), getattr(self, f"{tensor}_topk_indices")
+        return torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], -1), indices.long()
+
+
+def wrap(module: nn.Module, name: str, config: VBLoRAConfig) -> VBLoraLayer:
+    """The VB-LoRA layer over ``module``."""
+    kind = VBLoraMixed if config.inference_mode and config.save_only_topk_weights else VBLoraLinear
+    return kind(module, name, config)
+
+
+def share(layers: Iterable[AdapterLayer], config: VBLoRAConfig) -> None:
+    """Draw the bank and give it to every layer."""
+    layers = list(layers)
+    bank = torch.empty(config.num_vectors, config.vector_length, **beside(layers[0]))
+    bound = config.init_vector_bank_bound
+    parameter = nn.Parameter(nn.init.uniform_(bank, -bound, bound))
+    for layer in layers:
+        layer.vblora_vector_bank = parameter
+
+
+def _index_dtype(count: int) -> torch.dtype:
+    """The dtype in which PEFT writes indices below ``count``."""
+    for dtype, bits in ((torch.uint8, 8), (torch.int16, 15), (torch.int32, 31)):
+        if count < 2**bits:
+            return dtype
+    return torch.int64

@@ -1,0 +1,52 @@
+"""The settings of VeRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from peftcli.core.config import LayeredConfig
+from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_share, too_small
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+
+@dataclass(kw_only=True)
+class VeraConfig(BiasConfig, FanInConfig, LayeredConfig):
+    """Settings of VeRA, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "VERA"
+    always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "projection_prng_key", "save_projection")
+
+    r: int = 256
+    """Size of the bottleneck. It costs one trained number a layer each, so it is larger than LoRA's."""
+    projection_prng_key: int = 0
+    """Seed of the two random matrices that all layers share."""
+    save_projection: bool = True
+    """Write the random matrices to the file too: it is larger, and does not depend on the random generator."""
+    vera_dropout: float = 0.0
+    """Share of the input values that the update does not see during training."""
+    d_initial: float = 0.1
+    """Where the vector between the two matrices starts."""
+    init_weights: bool = True
+    """Start from no update at all; false starts at random, for tests."""
+
+    def problems(self) -> Problems:
+        return super().problems() + too_small(self, r=1) + no_share(self, "vera_dropout")
+
+    def usual_targets(self, model_type: str) -> list[str] | str:
+        return ["q_proj", "v_proj"] if model_type == "phi" else super().usual_targets(model_type)
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.vera.layers import VeraLinear
+
+        return VeraLinear(module, name, self)
+
+    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
+        from peftcli.methods.vera.layers import share
+
+        super().attach(model, layers)
+        share(layers.values(), self)

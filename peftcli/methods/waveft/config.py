@@ -1,0 +1,71 @@
+"""The settings of WaveFT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from peftcli.core.config import ExcludingConfig, LayeredConfig
+from peftcli.methods._settings import (
+    BiasConfig,
+    FanInConfig,
+    Problems,
+    no_choice,
+    not_positive,
+    pattern_too_small,
+    too_small,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+_FAMILY_TARGETS = {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}
+"""Where PEFT's usual targets for WaveFT are not LoRA's."""
+
+MOMENTS = {**{f"db{n}": n for n in range(1, 11)}, "sym2": 2, "sym3": 3}
+"""Wavelet -> how many moments of it vanish. These are Daubechies'; symlets 2 and 3 are the same ones."""
+
+
+@dataclass(kw_only=True)
+class WaveFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
+    """Settings of WaveFT, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "WAVEFT"
+    always_written: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "target_modules", "random_loc_seed")
+
+    n_frequency: int = 2592
+    """Trained wavelet coefficients of the update, in each layer. The whole file is so many numbers a layer."""
+    scaling: float = 25.0
+    """Strength of the update."""
+    wavelet_family: str = "db1"
+    """The wavelet: db1 (Haar) to db10, which are longer and slower, sym2 or sym3."""
+    use_idwt: bool = True
+    """false: train numbers of the update itself instead of wavelet coefficients. Faster, and learns less."""
+    random_loc_seed: int = 777
+    """Seed of the coefficients that are trained."""
+    n_frequency_pattern: dict[str, int] = field(default_factory=dict)
+    """An n_frequency of their own for some layers: name ending or regular expression -> n_frequency."""
+    init_weights: bool = True
+    """Start from no update at all; false starts at random."""
+
+    def problems(self) -> Problems:
+        found = super().problems() + too_small(self, n_frequency=1) + not_positive(self, "scaling")
+        found += no_choice(self, "wavelet_family", *MOMENTS)
+        return found + pattern_too_small(self, "n_frequency_pattern", 1)
+
+    def usual_targets(self, model_type: str) -> list[str] | str:
+        return _FAMILY_TARGETS.get(model_type) or super().usual_targets(model_type)
+
+    def targets(self, model: nn.Module) -> list[str]:
+        from peftcli.core.targets import check_patterns
+
+        names = super().targets(model)
+        check_patterns(dict(self.n_frequency_pattern), names, "n_frequency_pattern")
+        return names
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.waveft.layers import WaveFTLinear
+
+        return WaveFTLinear(module, name, self)

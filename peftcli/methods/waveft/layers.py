@@ -1,0 +1,79 @@
+"""The layer of WaveFT (https://arxiv.org/abs/2505.12532), and Daubechies' wavelets."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftcli.core.targets import pattern_value
+from peftcli.methods._linear import DeltaLinear, beside
+from peftcli.methods._sparse import drawn_places, scattered
+from peftcli.methods.waveft.config import MOMENTS, WaveFTConfig
+
+
+class WaveFTLinear(DeltaLinear):
+    """``delta = scaling * inverse wavelet transform of C``; ``C`` is zero but for ``n`` trained places.
+
+    ``C`` has the shape of the weight, and a rim of zeros as wide as the wavelet reaches over its edges.
+    """
+
+    places: torch.Tensor
+    filters: torch.Tensor
+
+    def __init__(self, module: nn.Module, name: str, config: WaveFTConfig):
+        super().__init__(module, name, "WaveFT", config.bias)
+        count = int(pattern_value(config.n_frequency_pattern, name, config.n_frequency))
+        self.waveft_spectrum = nn.Parameter(torch.zeros(count, **beside(self)))
+        if not config.init_weights:
+            nn.init.normal_(self.waveft_spectrum, std=0.01)
+        self.scaling, self.use_idwt = config.scaling, config.use_idwt
+        places = drawn_places(self, name, "n_frequency", count, config.random_loc_seed)
+        self.register_buffer("places", places, persistent=False)
+        self.register_buffer("filters", synthesis(MOMENTS[config.wavelet_family]).to(places.device), persistent=False)
+
+    def delta(self) -> torch.Tensor:
+        numbers = self.scaling * scattered(self.waveft_spectrum, self.places, self.view)
+        return self._inverse_transform(numbers) if self.use_idwt else numbers
+
+    def _inverse_transform(self, numbers: torch.Tensor) -> torch.Tensor:
+        """One level: the four quarters of the matrix are the coefficients, each with a filter of its own."""
+        (rows, columns), length = numbers.shape, self.filters.shape[-1]
+        rim = length // 2 - 1
+        padded = F.pad(numbers, (rim, rim + columns % 2, rim, rim + rows % 2))
+        quarters = torch.stack([quarter for half in padded.chunk(2) for quarter in half.chunk(2, dim=1)])
+        whole = F.conv_transpose2d(quarters.unsqueeze(0), self.filters.to(numbers), stride=2)[0, 0]
+        first = length - 2
+        return whole[first : first + rows, first : first + columns]
+
+
+@cache
+def synthesis(moments: int) -> torch.Tensor:
+    """The filters of the four quarters: (4, 1, 2 * moments, 2 * moments)."""
+    low = _daubechies(moments)
+    high = low.flip(0) * torch.tensor([1.0, -1.0], dtype=low.dtype).repeat(moments)
+    return torch.stack([torch.outer(a, b) for a, b in ((low, low), (high, low), (low, high), (high, high))]).unsqueeze(
+        1
+    )
+
+
+def _daubechies(moments: int) -> torch.Tensor:
+    """The low-pass filter with so many vanishing moments: (2 * moments,).
+
+    Its polynomial is ``(1 + z)^n`` times that half of ``P(y) = sum of C(n-1+k, k) y^k`` whose roots are inside the unit
+    circle, where ``y = (2 - z - 1/z) / 4`` (Daubechies, Ten Lectures on Wavelets, chapter 6).
+    """
+    order = moments - 1
+    coefficients = [math.comb(order + k, k) for k in range(moments)]
+    companion = torch.diag(torch.ones(max(order - 1, 0), dtype=torch.float64), -1)[:order, :order]
+    for k in range(order):
+        companion[0, k] = -coefficients[order - 1 - k] / coefficients[order]
+    half = 1 - 2 * torch.linalg.eigvals(companion)
+    roots = [min(half_ + root, half_ - root, key=abs) for half_, root in zip(half, (half**2 - 1).sqrt(), strict=True)]
+    polynomial = torch.ones(1, dtype=torch.complex128)
+    for root in [*roots, *[torch.tensor(-1.0)] * moments]:
+        polynomial = F.pad(polynomial, (0, 1)) - F.pad(polynomial, (1, 0)) * root
+    return math.sqrt(2) * polynomial.real / polynomial.real.sum()

@@ -1,0 +1,103 @@
+"""Quantised base models: what transformers and the packages behind it must be told, and whether they are there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftcli.errors import ModelError
+from peftcli.schema import Quantization
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_BITSANDBYTES = "pip install 'peftcli[bitsandbytes]'"
+_TORCHAO = "pip install 'peftcli[torchao]'"
+_NEEDS = {
+    "nf4": ("bitsandbytes", _BITSANDBYTES),
+    "fp4": ("bitsandbytes", _BITSANDBYTES),
+    "int8": ("bitsandbytes", _BITSANDBYTES),
+    "bitsandbytes": ("bitsandbytes", _BITSANDBYTES),
+    "int8_weight_only": ("torchao", _TORCHAO),
+    "int4_weight_only": ("torchao", _TORCHAO),
+    "torchao": ("torchao", _TORCHAO),
+    "gptq": ("gptqmodel", "pip install gptqmodel optimum"),
+    "awq": ("gptqmodel", "pip install gptqmodel"),
+}
+"""Of the recipe's words, and of transformers' names for what a model folder holds: package and how to get it."""
+
+
+def need_package(kind: str) -> None:
+    """Raises ModelError where the package that reads or makes such weights is not installed."""
+    package, command = _NEEDS.get(kind, ("", ""))
+    if package and importlib.util.find_spec(package) is None:
+        raise ModelError(f"{kind} weights need the package {package}: {command}", key="base_model.quantization")
+
+
+def stored_kind(config: PreTrainedConfig) -> str | None:
+    """How the weights of a model folder are quantised, in transformers' word; None where they are not."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    values: dict[str, Any] = stored if isinstance(stored, dict) else stored.to_dict()
+    return str(values.get("quant_method", "bitsandbytes"))  # whose older configs do not say
+
+
+def to_transformers(quantization: Quantization, dtype: torch.dtype) -> Any:
+    """The config for transformers of a recipe's ``base_model.quantization``, for a model that computes in ``dtype``."""
+    import torch
+    import transformers
+
+    if quantization.type == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    if quantization.type in ("nf4", "fp4"):
+        compute = dtype if quantization.compute_dtype == "auto" else getattr(torch, quantization.compute_dtype)
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization.type,
+            bnb_4bit_use_double_quant=quantization.double_quant,
+            bnb_4bit_compute_dtype=compute,
+        )
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+
+    if quantization.type == "int8_weight_only":
+        return transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    groups = PerGroup(quantization.group_size or 32)
+    return transformers.TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups))  # type: ignore[attr-defined]
+
+
+def unpacked_gguf() -> Any:
+    """The config for transformers that unpacks a .gguf file's weights; None where transformers can do nothing else."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return config and config(dequantize=True)
+
+
+def hush() -> None:
+    """Stop bitsandbytes from saying in every 8-bit layer of every forward pass that it rounds the input."""
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def forget(model: PreTrainedModel) -> None:
+    """Let transformers know that none of the model's weights are quantised any more."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        model.__dict__.pop(mark, None)
+
+
+def trained_quantization(folder: Path) -> Quantization | None:
+    """What the base model was quantised to when the run in ``folder`` trained its adapter."""
+    path = folder / "run.json"
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_bytes()).get("recipe", {}).get("base_model", {}).get("quantization")
+    known = {entry.name for entry in fields(Quantization)}
+    return Quantization(**{key: value for key, value in values.items() if key in known}) if values else None

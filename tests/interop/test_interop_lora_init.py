@@ -1,0 +1,298 @@
+"""LoRA's starts: they are PEFT's, what we train from them PEFT loads as plain LoRA, and PEFT's own files we read."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import trainkit
+from models_tiny import batch, logits, randomise, tiny
+from oracle import file_of, loaded_by_peft, saved_by_peft, theirs
+from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
+from peft.tuners.lora.corda import preprocess_corda as peft_preprocess_corda
+from starting import STARTED, TARGETS, EightBits, Rows, layers_of, started
+from torch import nn
+
+import peftcli
+from peftcli.core.files import load_adapter, read_config, save_adapter
+from peftcli.errors import AdapterError, ModelError
+from peftcli.merge import merge_adapter
+from peftcli.methods import config_from_dict
+
+RSLORA = {"use_rslora": True, "lora_alpha": 5, "r": 4}
+PATTERNS: dict[str, Any] = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 20}, "r": 4}
+READ: dict[str, tuple[str, dict[str, Any]]] = {
+    "pissa": ("llama", {"init_lora_weights": "pissa"}),
+    "pissa-rslora": ("llama", {"init_lora_weights": "pissa", **RSLORA}),
+    "pissa-patterns": ("llama", {"init_lora_weights": "pissa", **PATTERNS}),
+    "pissa-conv1d": ("gpt2", {"init_lora_weights": "pissa", "lora_alpha": 20}),
+    "pissa-encoder-decoder": ("t5", {"init_lora_weights": "pissa"}),
+    "pissa-classifier": ("bert", {"init_lora_weights": "pissa", "modules_to_save": ["classifier"]}),
+    "pissa-bias": ("opt", {"init_lora_weights": "pissa", "bias": "lora_only"}),
+    "olora": ("llama", {"init_lora_weights": "olora"}),
+    "olora-rslora": ("qwen2", {"init_lora_weights": "olora", **RSLORA}),
+    "olora-all-linear": ("llama", {"init_lora_weights": "olora", "target_modules": "all-linear"}),
+    "orthogonal": ("llama", {"init_lora_weights": "orthogonal"}),
+    "mica": ("gpt2", {"init_lora_weights": "mica"}),
+    "eva": ("llama", {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=1.5)}),
+}
+"""Kinds of adapters that PEFT writes with the name of their start in the config."""
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-5 * max(1.0, float(expected.abs().max())), rtol=1e-5)
+
+
+def peft_layers(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Layer -> A and B of PEFT's model."""
+    return {
+        name.removeprefix("base_model.model."): (module.lora_A["default"].weight, module.lora_B["default"].weight)
+        for name, module in model.named_modules()
+        if "default" in getattr(module, "lora_A", {})
+    }
+
+
+def span(rows: torch.Tensor) -> torch.Tensor:
+    """The projection onto what rows span."""
+    q, _ = torch.linalg.qr(rows.detach().T)
+    return q @ q.T
+
+
+def quietly(**settings: Any) -> peft.LoraConfig:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.LoraConfig(**settings)
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("init", ["pissa", "olora", "mica"])
+def test_starts_from_the_base_weight_are_pefts(init: str, kind: str) -> None:
+    if (init, kind) == ("olora", "gpt2"):
+        pytest.skip("PEFT is wrong there; see test_peft_cannot_start_olora_on_conv1d")
+    model, _ = started(kind, init, lora_alpha=6)
+    oracle = peft.get_peft_model(
+        tiny(kind), quietly(init_lora_weights=init, r=4, lora_alpha=6, target_modules=TARGETS[kind])
+    )
+    found = peft_layers(oracle)
+    assert found.keys() == layers_of(model).keys()
+    for name, layer in layers_of(model).items():
+        close(layer.lora_A.weight, found[name][0])
+        close(layer.lora_B.weight, found[name][1])
+    close(logits(oracle, batch(kind)), logits(model, batch(kind)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("init", [*STARTED, "eva", "mica", "orthogonal"])
+def test_what_we_train_peft_loads_as_plain_lora(init: str, kind: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {**RSLORA, "rank_pattern": {TARGETS[kind][0]: 6}} if kind == "gpt2" else {}
+    model, config = started(kind, init, **settings)
+    randomise(model)
+    save_adapter(model, config, tmp_path)
+    close(logits(loaded_by_peft(kind, tmp_path), batch(kind)), logits(model, batch(kind)))
+    assert file_of(tmp_path)[0]["init_lora_weights"] is True
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_peft_writes_with_its_start_in_the_config_we_read(name: str, tmp_path: Path) -> None:
+    kind, settings = READ[name]
+    written = theirs(kind, "lora", **settings)
+    saved_by_peft(written, tmp_path / "theirs")
+    assert file_of(tmp_path / "theirs")[0]["init_lora_weights"] == settings["init_lora_weights"]
+    model, config = tiny(kind), config_from_dict(read_config(tmp_path / "theirs"))
+    load_adapter(model, config, tmp_path / "theirs")
+    close(logits(model, batch(kind)), logits(written, batch(kind)))
+    save_adapter(model, config, tmp_path / "ours")
+    close(logits(loaded_by_peft(kind, tmp_path / "ours"), batch(kind)), logits(written, batch(kind)))
+    again = tiny(kind)
+    load_adapter(again, config_from_dict(read_config(tmp_path / "ours")), tmp_path / "ours")
+    assert torch.equal(logits(again, batch(kind)), logits(model, batch(kind)))
+
+
+def test_pefts_pissa_on_a_bf16_base_differs_by_what_it_rounds_only(tmp_path: Path) -> None:
+    saved_by_peft(theirs("llama", "lora", init_lora_weights="pissa"), tmp_path)
+    exact, rounded = (tiny("llama").to(dtype) for dtype in (torch.float32, torch.bfloat16))
+    for model in (exact, rounded):
+        load_adapter(model, config_from_dict(read_config(tmp_path)), tmp_path)
+    expected = logits(exact, batch("llama"))
+    assert (logits(rounded, batch("llama")).float() - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_pefts_file_is_merged_shard_by_shard(init: str, tmp_path: Path) -> None:
+    base = trainkit.base_folder("llama", shard="20KB")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import AutoModelForCausalLM
+
+        written = AutoModelForCausalLM.from_pretrained(base)
+        oracle = peft.get_peft_model(written, peft.LoraConfig(init_lora_weights=init, task_type="CAUSAL_LM"))
+    randomise(oracle)
+    saved_by_peft(oracle, tmp_path / "adapter")
+    merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged")  # compares logits with the unmerged model's
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    close(logits(merged.eval(), batch("llama")), logits(oracle.eval(), batch("llama")))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_eva_gives_pefts_directions_and_sizes(kind: str) -> None:
+    rows, settings = Rows(kind, rows=4, length=24, count=6).batches, {"r": 4, "target_modules": TARGETS[kind]}
+    config = peftcli.LoraConfig(init_lora_weights="eva", **settings)
+    model = peftcli.get_peft_model(tiny(kind), config)
+    peftcli.initialize_lora_eva_weights(model, rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        oracle = peft.get_peft_model(tiny(kind), peft.LoraConfig(init_lora_weights="eva", **settings))
+        peft.initialize_lora_eva_weights(oracle, rows, show_progress_bar=False)
+    found, layers = peft_layers(oracle), layers_of(model.get_base_model())
+    assert {name: layer.r for name, layer in layers.items()} == {name: len(a) for name, (a, _) in found.items()}
+    for name, layer in layers.items():
+        assert layer.scaling == oracle.base_model.model.get_submodule(name).scaling["default"]
+        torch.testing.assert_close(span(layer.lora_A.weight), span(found[name][0]), atol=1e-3, rtol=0)
+    assert config.rank_pattern == oracle.peft_config["default"].rank_pattern
+    assert config.alpha_pattern == oracle.peft_config["default"].alpha_pattern
+
+
+@pytest.mark.parametrize("method", ["ipm", "kpm"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_corda_gives_pefts_start(kind: str, method: Any) -> None:
+    settings = {"init_lora_weights": "corda", "r": 4, "lora_alpha": 6, "target_modules": TARGETS[kind]}
+    examples = [batch(kind, seed, rows=1, length=10 + seed) for seed in range(6)]  # PEFT reads one at a time
+    base, theirs_config = tiny(kind), peft.LoraConfig(corda_config=PeftCordaConfig(corda_method=method), **settings)
+    peft_preprocess_corda(base, theirs_config, run_model=lambda: [base(**each) for each in examples])
+    oracle = peft.get_peft_model(base, theirs_config)
+    config = peftcli.LoraConfig(corda_config=peftcli.CordaConfig(corda_method=method), **settings)
+    ours = tiny(kind)
+    peftcli.preprocess_corda(ours, config, lambda: [ours(**each) for each in examples])
+    model = peftcli.get_peft_model(ours, config)
+    for name, layer in layers_of(ours).items():
+        for found, expected in zip((layer.lora_A.weight, layer.lora_B.weight), peft_layers(oracle)[name], strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(logits(model, batch(kind)), logits(tiny(kind), batch(kind)))
+
+
+@pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_lora_ga_takes_pefts_directions(kind: str, direction: Any) -> None:
+    settings = {"init_lora_weights": "lora_ga", "r": 8, "target_modules": TARGETS[kind]}  # 4 r are all there are
+    rows = Rows(kind)
+    base, theirs_config = tiny(kind), peft.LoraConfig(lora_ga_config=peft.LoraGAConfig(direction=direction), **settings)
+    peft.preprocess_loraga(base, theirs_config, lambda: [base(**each).loss.backward() for each in rows])
+    oracle = peft.get_peft_model(base, theirs_config)
+    config = peftcli.LoraConfig(lora_ga_config=peftcli.LoraGAConfig(direction=direction), **settings)
+    ours = tiny(kind)
+    peftcli.preprocess_loraga(ours, config, lambda: [ours(**each).loss.backward() for each in rows])
+    model = peftcli.get_peft_model(ours, config)
+    for name, layer in layers_of(ours).items():
+        a, b = peft_layers(oracle)[name]
+        torch.testing.assert_close(span(layer.lora_A.weight), span(a), atol=1e-3, rtol=0)
+        torch.testing.assert_close(span(layer.lora_B.weight.T), span(b.T), atol=1e-3, rtol=0)
+    assert torch.equal(logits(model, batch(kind)), logits(tiny(kind), batch(kind)))
+
+
+def test_pefts_functions_refuse_a_config_of_another_start() -> None:
+    model = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig())
+    with pytest.raises(AdapterError, match="must be 'eva', not True"):
+        peftcli.initialize_lora_eva_weights(model, Rows("llama"))
+    with pytest.raises(AdapterError, match="must be 'corda'"):
+        peftcli.preprocess_corda(tiny("llama"), peftcli.LoraConfig(), lambda: None)
+    with pytest.raises(AdapterError, match="needs either"):
+        peftcli.initialize_lora_eva_weights(model)
+    with pytest.raises(AdapterError, match="not LORA"):
+        peftcli.get_eva_state_dict(
+            peftcli.get_peft_model(tiny("llama"), peftcli.PromptTuningConfig(task_type="CAUSAL_LM")), Rows("llama")
+        )
+
+
+def test_evas_directions_can_be_kept_and_used_again() -> None:
+    settings: dict[str, Any] = {"init_lora_weights": "eva", "r": 4, "target_modules": TARGETS["llama"]}
+    first, second = (peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(**settings)) for _ in range(2))
+    kept = peftcli.get_eva_state_dict(first, Rows("llama"))
+    assert all(name.startswith("base_model.model.model.layers.") for name in kept)
+    peftcli.initialize_lora_eva_weights(first, Rows("llama"))
+    peftcli.initialize_lora_eva_weights(second, eva_state_dict=kept)
+    for one, other in zip(*(layers_of(model.get_base_model()).values() for model in (first, second)), strict=True):
+        assert torch.equal(one.lora_A.weight, other.lora_A.weight)
+
+
+def test_loftq_reads_the_full_weights_where_the_model_came_from(tmp_path: Path) -> None:
+    full = tiny("llama")
+    full.save_pretrained(tmp_path)
+    quantised = tiny("llama")
+    for layer in quantised.model.layers:
+        layer.self_attn.q_proj = EightBits(layer.self_attn.q_proj)
+    model = peftcli.get_peft_model(quantised, peftcli.LoraConfig(r=8, target_modules=["q_proj"]))
+    before = (logits(model, batch("llama")) - logits(full, batch("llama"))).norm()
+    peftcli.replace_lora_weights_loftq(model, tmp_path, callback=lambda whole, name: whole is model)
+    assert (logits(model, batch("llama")) - logits(full, batch("llama"))).norm() < 0.8 * before
+    with pytest.raises(ModelError, match="no model folder"):
+        peftcli.replace_lora_weights_loftq(model, tmp_path / "nowhere")
+
+
+def test_peft_cannot_read_its_own_fast_pissa(tmp_path: Path) -> None:
+    """It draws anew what the file's weights were trained beside; we refuse the file."""
+    written = theirs("llama", "lora", init_lora_weights="pissa_niter_4")
+    saved_by_peft(written, tmp_path)
+    torch.manual_seed(1)
+    again = peft.PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
+    assert not torch.allclose(logits(again, batch("llama")), logits(written, batch("llama")), atol=1e-2)
+    with pytest.raises(AdapterError, match="does not hold what pissa_niter_4 started from"):
+        load_adapter(tiny("llama"), config_from_dict(read_config(tmp_path)), tmp_path)
+
+
+def test_peft_reads_its_own_lora_ga_beside_the_wrong_base(tmp_path: Path) -> None:
+    """The base weights that it changed are not in the file, and nothing says so; we refuse the file."""
+    base, config = tiny("llama"), peft.LoraConfig(init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
+    peft.preprocess_loraga(base, config, lambda: [base(**each).loss.backward() for each in Rows("llama")])
+    written = peft.get_peft_model(base, config)
+    randomise(written)
+    saved_by_peft(written.eval(), tmp_path)
+    again = peft.PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
+    assert not torch.allclose(logits(again, batch("llama")), logits(written, batch("llama")), atol=1e-4)
+    with pytest.raises(AdapterError, match="does not hold what lora_ga started from"):
+        load_adapter(tiny("llama"), config_from_dict(read_config(tmp_path)), tmp_path)
+
+
+def test_peft_cannot_start_olora_on_conv1d(tmp_path: Path) -> None:
+    """It decomposes the transposed weight: the shapes are wrong, or, of a square one, the values."""
+    square, settings = "attn.c_proj", {"init_lora_weights": "olora", "r": 4}
+    model, _ = started("gpt2", "olora", target_modules=[square])
+    assert torch.equal(logits(model, batch("gpt2")), logits(tiny("gpt2"), batch("gpt2")))
+    oracle = peft.get_peft_model(tiny("gpt2"), quietly(target_modules=[square], fan_in_fan_out=True, **settings))
+    assert not torch.allclose(logits(oracle, batch("gpt2")), logits(tiny("gpt2"), batch("gpt2")), atol=1e-2)
+    saved_by_peft(oracle, tmp_path)
+    with pytest.raises(AdapterError, match="from its transpose"):
+        load_adapter(tiny("gpt2"), config_from_dict(read_config(tmp_path)), tmp_path)
+    oracle = peft.get_peft_model(tiny("gpt2"), quietly(target_modules=["c_attn"], fan_in_fan_out=True, **settings))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        logits(oracle, batch("gpt2"))
+
+
+@pytest.mark.parametrize("tuned", [{}, {"loraplus_lr_embedding": 1e-5, "loraplus_weight_decay": 0.1}])
+def test_loraplus_groups_are_pefts(tuned: dict[str, float]) -> None:
+    from peft.optimizers import create_loraplus_optimizer
+
+    settings: dict[str, Any] = {"target_modules": ["q_proj", "fc1", "embed_tokens"], "bias": "lora_only"}
+    ours, oracle = tiny("opt"), peft.get_peft_model(tiny("opt"), peft.LoraConfig(**settings))
+    model = peftcli.get_peft_model(ours, peftcli.LoraConfig(**settings))
+    rates: dict[str, Any] = {"lr": 1e-3, "loraplus_lr_ratio": 8, "eps": 1e-6, **tuned}
+
+    def described(whole: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float, float]]:
+        names = {id(value): name.replace(".default", "") for name, value in whole.named_parameters()}
+        return {
+            names[id(value)]: (group["lr"], group["weight_decay"], group["eps"])
+            for group in optimizer.param_groups
+            for value in group["params"]
+        }
+
+    found = described(model, peftcli.create_loraplus_optimizer(model, torch.optim.AdamW, **rates))
+    expected = described(oracle, create_loraplus_optimizer(oracle, torch.optim.AdamW, **rates))
+    vectors = {name: value for name, value in found.items() if name.endswith("bias")}
+    assert len(vectors) == 4
+    assert {name: value for name, value in found.items() if name not in vectors} == {
+        name: value for name, value in expected.items() if not name.endswith("bias")
+    }
+    assert set(vectors.values()) == {(8e-3, 0.0, 1e-6)}

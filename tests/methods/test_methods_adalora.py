@@ -1,0 +1,202 @@
+"""AdaLoRA: what it computes, whom it takes directions from and when, and that a run can stop anywhere."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trainkit
+from models_tiny import batch, labelled, logits, tiny
+from oracle import file_of, ours
+from torch import nn
+from trainkit import run_recipe, write_recipe
+from transformers.pytorch_utils import Conv1D
+
+from peftcli.core.files import load_adapter, read_config, save_adapter
+from peftcli.core.inject import inject, set_trainable
+from peftcli.core.layer import adapter_layers
+from peftcli.core.weights import adapter_state
+from peftcli.errors import AdapterError, Interrupted
+from peftcli.methods import config_from_dict
+from peftcli.methods.adalora.config import AdaLoraConfig
+from peftcli.methods.adalora.layers import AdaLoraLayer, penalty, update_and_allocate, wrap
+from peftcli.train.report import Event, Stepped
+
+SCHEDULE: dict[str, Any] = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1}
+RECIPE = "method={type: adalora, init_r: 4, target_r: 2, tinit: 1, tfinal: 2, target_modules: all-linear}"
+
+
+def _steps(model: nn.Module, config: AdaLoraConfig, first: int, last: int, total: int = 8) -> None:
+    optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.05)
+    for step in range(first, last + 1):
+        model(**labelled("llama")).loss.backward()
+        optimizer.step()
+        config.after_step(model, step, total)
+        optimizer.zero_grad()
+
+
+def _zeros(model: nn.Module) -> int:
+    return sum(int((value == 0).sum()) for name, value in adapter_state(model).items() if name.endswith("lora_E"))
+
+
+@pytest.mark.parametrize("base", [nn.Linear(5, 7), Conv1D(7, 5), nn.Conv2d(5, 7, 3, padding=1, padding_mode="circular")])
+def test_the_update_is_the_scaled_product(base: nn.Module) -> None:
+    layer = wrap(base, "x", AdaLoraConfig(init_r=3, lora_alpha=12)).eval()
+    x = torch.randn(2, 5, 6, 6) if isinstance(base, nn.Conv2d) else torch.randn(2, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), base(x))
+        layer.lora_E.normal_()
+        delta = 12 / (3 + 1e-5) * layer.lora_B @ torch.diag(layer.lora_E[:, 0]) @ layer.lora_A
+        expected = delta.T if isinstance(base, Conv1D) else delta.reshape(base.weight.shape)
+        torch.testing.assert_close(layer.merged_tensors({"weight": base.weight})["weight"], base.weight + expected)
+        changed = layer(x)
+        base.weight += expected
+        torch.testing.assert_close(changed, base(x), atol=1e-5, rtol=1e-5)
+
+
+def test_the_penalty_is_the_mean_deviation_from_orthogonal() -> None:
+    model, config = ours("llama", "adalora", init_r=3, target_r=3, orth_reg_weight=0.25)
+    layers = [layer for layer in adapter_layers(model).values() if isinstance(layer, AdaLoraLayer)]
+    norms = [
+        (square - torch.eye(3)).square().sum().sqrt()
+        for layer in layers
+        for square in (layer.lora_A @ layer.lora_A.T, layer.lora_B.T @ layer.lora_B)
+    ]
+    found = penalty(model, config)
+    assert found is not None
+    torch.testing.assert_close(found, 0.25 * sum(norms) / len(norms))
+    found.backward()
+    assert all(layer.lora_A.grad.any() and layer.lora_E.grad is None for layer in layers)
+    config.orth_reg_weight = 0
+    assert penalty(model, config) is None
+
+
+def test_nothing_is_taken_away_until_tinit_and_everything_is_decided_at_tfinal(tmp_path: Path) -> None:
+    model, config = ours("llama", "adalora", **SCHEDULE)
+    _steps(model, config, 1, 1)
+    assert _zeros(model) == 0
+    assert config.total_step == 8
+    budgets = []
+    for step in range(2, 6):
+        _steps(model, config, step, step)
+        budgets.append(16 - _zeros(model))
+        assert not config.rank_pattern
+    assert budgets == [int(8 * (1 - (step - 1) / 5) ** 3 + 8) for step in range(2, 6)]
+    _steps(model, config, 6, 6)
+    kept = {name: list(mask) for name, mask in config.rank_pattern.items()}
+    assert sum(map(sum, kept.values())) == 8
+    assert sum(len(value) for name, value in adapter_state(model).items() if name.endswith("lora_E")) == 8
+    _steps(model, config, 7, 8)
+    assert config.rank_pattern == kept
+    save_adapter(model, config, tmp_path)
+    loaded = tiny("llama")
+    load_adapter(loaded, config_from_dict(read_config(tmp_path)), tmp_path)
+    torch.testing.assert_close(logits(loaded, batch("llama")), logits(model, batch("llama")), atol=1e-5, rtol=1e-5)
+
+
+def test_delta_t_skips_steps() -> None:
+    model, config = ours("llama", "adalora", **SCHEDULE | {"deltaT": 3})
+    _steps(model, config, 1, 2)
+    assert _zeros(model) == 0
+    _steps(model, config, 3, 3)
+    assert _zeros(model) > 0
+
+
+def test_a_loaded_adapter_trains_on_with_the_directions_it_has(tmp_path: Path) -> None:
+    model, config = ours("llama", "adalora", **SCHEDULE)
+    _steps(model, config, 1, 8)
+    save_adapter(model, config, tmp_path)
+    again, read = tiny("llama"), config_from_dict(read_config(tmp_path))
+    assert isinstance(read, AdaLoraConfig)
+    load_adapter(again, read, tmp_path, trainable=True)
+    before = {name: value.clone() for name, value in adapter_state(again).items()}
+    _steps(again, read, 1, 8)
+    after = adapter_state(again)
+    assert {name: value.shape for name, value in after.items()} == {name: value.shape for name, value in before.items()}
+    assert not any(torch.equal(value, before[name]) for name, value in after.items() if value.numel())
+
+
+def test_the_file_says_the_ranks_of_the_tensors_in_it(tmp_path: Path) -> None:
+    """They may be those of an earlier step, from before anything was decided."""
+    model, config = ours("llama", "adalora", **SCHEDULE)
+    early = {name: value.clone() for name, value in adapter_state(model).items()}
+    _steps(model, config, 1, 8)
+    assert "rank_pattern" not in config.described(early)
+    late = adapter_state(model)
+    assert config.described(late)["rank_pattern"] == config.rank_pattern
+    config.rank_pattern = {}  # a run that was resumed after its last step does not know which ones
+    counts = {name: sum(mask) for name, mask in config.described(late)["rank_pattern"].items()}
+    assert counts == {name.removeprefix("base_model.model."): len(v) for name, v in late.items() if "lora_E" in name}
+
+
+def test_equal_start_and_target_take_nothing_away() -> None:
+    model, config = ours("llama", "adalora", init_r=2, target_r=2)
+    _steps(model, config, 1, 8)
+    assert _zeros(model) == 0
+
+
+def test_a_schedule_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(AdapterError, match="leave no step of 4") as caught:
+        AdaLoraConfig(tinit=2, tfinal=2, total_step=4).check()
+    assert caught.value.key == "tinit"
+    model, config = ours("llama", "adalora", tinit=5, tfinal=3)
+    with pytest.raises(AdapterError, match="leave no step of 8"):
+        _steps(model, config, 1, 1)
+
+
+def test_gradients_that_are_gone_are_asked_for() -> None:
+    model, config = ours("llama", "adalora", total_step=8)
+    with pytest.raises(AdapterError, match="before they are cleared"):
+        update_and_allocate(model, config, 1)
+
+
+def test_a_frozen_second_adapter_is_left_alone() -> None:
+    model, config = ours("llama", "adalora", **SCHEDULE)
+    set_trainable(model, False)
+    other = AdaLoraConfig(**SCHEDULE)
+    inject(model, other, "other")
+    before = {name: value.clone() for name, value in adapter_state(model, "default").items()}
+    _steps(model, other, 1, 8)
+    assert all(torch.equal(value, before[name]) for name, value in adapter_state(model, "default").items())
+    assert other.rank_pattern.keys() == {f"{name}.lora_E" for name in _names(model)}
+    assert config.rank_pattern == {}
+
+
+def _names(model: nn.Module) -> set[str]:
+    return {name for name in adapter_layers(model, "other") if not name.endswith("base_layer")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> trainkit.Trained:
+    return run_recipe(write_recipe(tmp_path_factory.mktemp("whole")), RECIPE)
+
+
+@pytest.mark.parametrize("step", [3, 6, 7])
+def test_a_run_that_stops_before_at_or_after_the_decision_ends_the_same(
+    whole: trainkit.Trained, step: int, tmp_path: Path
+) -> None:
+    def stop(event: Event) -> None:
+        if isinstance(event, Stepped) and event.result.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    recipe = write_recipe(tmp_path)
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, RECIPE, on_event=stop)
+    done = run_recipe(recipe, RECIPE)
+    assert done.weights == whole.weights
+    assert file_of(done.folder)[0] == file_of(whole.folder)[0]
+    assert sum(map(sum, file_of(done.folder)[0]["rank_pattern"].values())) == 2 * 14
+
+
+def test_the_best_adapter_from_before_the_decision_is_whole(tmp_path: Path) -> None:
+    settings = ("training.eval_strategy=steps", "training.eval_steps=2", "training.save_strategy=steps")
+    best = ("training.save_steps=2", "training.load_best_model_at_end=true", "training.greater_is_better=true")
+    done = run_recipe(write_recipe(tmp_path), RECIPE, *settings, *best)
+    assert done.run["eval"]["best_step"] == 2, "the best must lie before the decision"
+    written, tensors = file_of(done.folder)
+    assert "rank_pattern" not in written
+    assert {len(value) for name, value in tensors.items() if name.endswith("lora_E")} == {4}
