@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peftcli.core.header import WEIGHTS_FILE, Entry, read_header, weights_file
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
 
 CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-_LARGEST_HEADER = 1 << 20
+_LARGEST_CONFIG = 1 << 20
+_LARGEST_ANALYSED = 1_000_000_000
+"""Bytes of an adapter file that take some seconds."""
+_DEAD = 1e-6
+"""As a share of the largest update's norm: one below it does nothing."""
 
 
 def describe(adapter: str) -> dict[str, Any]:
@@ -21,13 +25,9 @@ def describe(adapter: str) -> dict[str, Any]:
     Raises:
         AdapterError: no adapter there, or its files are damaged.
     """
-    folder = Path(adapter)
-    if not folder.exists():
-        from peftcli.hub import local_folder
-
-        folder = local_folder(adapter)
+    folder = _folder(adapter)
     config = _read_config(folder / CONFIG_FILE)
-    shapes = _read_shapes(folder / WEIGHTS_FILE)
+    shapes = read_header(weights_file(folder))
     peft_type = config.get("peft_type")
     saved = config.get("modules_to_save")
     return {
@@ -41,18 +41,66 @@ def describe(adapter: str) -> dict[str, Any]:
         },
         "modules_to_save": saved,
         "modules_adapted": len(_adapted(shapes, saved if isinstance(saved, list) else [])),
-        "parameters": sum(math.prod(shape) for shape, _ in shapes.values()),
+        "parameters": sum(entry.numel for entry in shapes.values()),
         "tensors": len(shapes),
-        "dtypes": sorted({dtype for _, dtype in shapes.values()}),
+        "dtypes": sorted({entry.dtype for entry in shapes.values()}),
         "bytes": (folder / WEIGHTS_FILE).stat().st_size,
     }
+
+
+def analyse(adapter: str) -> dict[str, Any]:
+    """How much the adapter in a folder or hub id changes each weight, as far as its file tells.
+
+    Returns:
+        Of all updates the ``norm``; of each of the ``modules`` its name, r, Frobenius norm of its update, and how many
+        directions that uses (``effective_r``); the names of those that are ``dead``: zero, or next to nothing beside
+        the largest. Or the ``reason`` why nothing can be said.
+
+    Raises:
+        AdapterError: the adapter cannot be read.
+    """
+    folder = _folder(adapter)
+    if weights_file(folder).stat().st_size > _LARGEST_ANALYSED:
+        return {"reason": "the file is larger than 1 GB"}
+    import math
+
+    from peftcli.core.files import read_config, read_tensors
+    from peftcli.core.updates import effective_r
+    from peftcli.methods import config_from_dict
+
+    tensors = read_tensors(folder)
+    if broken := [name for name, value in tensors.items() if not value.float().isfinite().all()]:
+        return {"reason": f"{len(broken)} of {len(tensors)} tensors are not finite, {broken[0]} first"}
+    try:
+        updates = config_from_dict(read_config(folder)).updates(tensors)
+    except AdapterError as error:
+        return {"reason": error.message}
+    modules: list[dict[str, Any]] = []
+    for path, update in updates.items():
+        values = update.singular_values()
+        norm = float(values.norm())
+        modules.append({"module": path, "r": update.r, "norm": norm, "effective_r": effective_r(values)})
+    largest = max((module["norm"] for module in modules), default=0.0)
+    return {
+        "norm": math.hypot(*(module["norm"] for module in modules)),
+        "dead": [module["module"] for module in modules if module["norm"] <= _DEAD * largest],
+        "modules": modules,
+    }
+
+
+def _folder(adapter: str) -> Path:
+    if Path(adapter).exists():
+        return Path(adapter)
+    from peftcli.hub import local_folder
+
+    return local_folder(adapter)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise AdapterError(f"no {CONFIG_FILE} here; this is no adapter folder", file=str(path.parent))
     try:
-        if path.stat().st_size > _LARGEST_HEADER:
+        if path.stat().st_size > _LARGEST_CONFIG:
             raise AdapterError("larger than 1 MB; this is no adapter config", file=str(path))
         values = json.loads(path.read_bytes())
     except OSError as error:
@@ -64,28 +112,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_shapes(path: Path) -> dict[str, tuple[list[int], str]]:
-    """Tensor name -> shape and dtype."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        hint = "an adapter_model.bin is not read: load it once in PEFT and save it with safe_serialization=True"
-        pickled = (path.parent / "adapter_model.bin").exists()
-        raise AdapterError(f"no {WEIGHTS_FILE} here", file=str(path.parent), hint=hint if pickled else None)
-    try:
-        with path.open("rb") as file:
-            if int.from_bytes(file.read(8), "little") > _LARGEST_HEADER:
-                raise AdapterError("damaged: its header is larger than 1 MB", file=str(path))
-        with safe_open(path, framework="np") as tensors:
-            entries = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-            return {name: (list(entry.get_shape()), str(entry.get_dtype())) for name, entry in entries.items()}
-    except OSError as error:
-        raise AdapterError(f"cannot be read: {error.strerror or error}", file=str(path)) from None
-    except SafetensorError as error:
-        raise AdapterError(f"damaged: {error}", file=str(path)) from None
-
-
-def _adapted(names: dict[str, Any], saved: list[str]) -> set[str]:
+def _adapted(names: Mapping[str, Entry], saved: list[str]) -> set[str]:
     """Paths of the modules that adapter layers stand over: a name is module path + weight name [+ .weight or .bias]."""
     found = set()
     for name in names:

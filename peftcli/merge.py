@@ -24,7 +24,7 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import load_adapter, read_config, read_tensors, sync_folder
-from peftcli.core.inject import inject
+from peftcli.core.inject import inject, is_reshaped
 from peftcli.core.layer import AdapterLayer, bare, model_ends
 from peftcli.core.merge import merge, outermost
 from peftcli.core.weights import materialise
@@ -141,7 +141,6 @@ def merge_adapter(
         "shards": len(shards),
         "bytes": sum(shard.stat().st_size for shard in shards),
         "untied": untied,
-        "dequantized": dequantize,
         "max_logit_difference": difference,
     }
 
@@ -171,6 +170,8 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
         return None
     places = {key: shard for shard in shards for key in _keys(shard)}
     model, layers = _layers_without_base(job)
+    if is_reshaped(model):
+        return None  # its layers are not the checkpoint's
     parents = {f"{path}.{leaf}": path for path, layer in layers.items() for leaf in _base_leaves(layer)}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     keys = _checkpoint_keys(list(parents), set(places), prefix)
@@ -191,7 +192,11 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
                 value = file.get_tensor(key)
                 tensors[key] = _cast(merged.get(names[key], value) if key in names else value, value, job.dtype)
                 if head is not None and key == head.source:
-                    tensors[head.name] = _cast(merged.get(head.name, value), value, job.dtype)
+                    own = _cast(merged.get(head.name, value), value, job.dtype)
+                    if torch.equal(own, tensors[key]):
+                        head = None  # changed alike: they stay tied
+                    else:
+                        tensors[head.name] = own
         index |= dict.fromkeys(tensors, shard.name)
         save_file(tensors, output / shard.name, {"format": "pt"})
     if len(shards) > 1:
@@ -286,7 +291,8 @@ def _merge_whole(job: _Job, output: Path) -> bool:
 
 def _write_companions(job: _Job, output: Path, untied: bool) -> None:
     """Config, generation config and tokenizer."""
-    config = load_config(job.base)
+    saved = (output / "config.json").exists()  # with the whole model, whose layers may be other ones than the base's
+    config = load_config(base_of(str(output)) if saved else job.base)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if untied:

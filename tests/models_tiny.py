@@ -153,7 +153,7 @@ def _whisper() -> PreTrainedModel:
 
 def _convnet() -> PreTrainedModel:
     return ResNetForImageClassification(
-        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=8)
     )
 
 

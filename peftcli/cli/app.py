@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from peftcli.cli import check, console, evaluate, explain, generate, info, merge, push, schema, train
+from peftcli.cli import check, combine, console, diff, evaluate, explain, generate, info, merge, push, schema, train
 from peftcli.errors import Interrupted, PeftcliError, UsageError
 
 _BROKEN_PIPE = 141
@@ -53,6 +53,8 @@ app.command("schema", rich_help_panel=RECIPES)(schema.schema)
 app.command("generate", rich_help_panel=ADAPTERS)(generate.generate)
 app.command("merge", rich_help_panel=ADAPTERS)(merge.merge)
 app.command("info", rich_help_panel=ADAPTERS)(info.info)
+app.command("diff", rich_help_panel=ADAPTERS)(diff.diff)
+app.command("combine", rich_help_panel=ADAPTERS)(combine.combine)
 app.command("push", rich_help_panel=ADAPTERS)(push.push)
 
 

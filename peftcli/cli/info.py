@@ -15,6 +15,9 @@ def info(
     what: Annotated[
         str, typer.Argument(metavar="[ADAPTER|methods|tasks|env]", help="Adapter folder or hub id, or a table.")
     ] = "env",
+    updates: Annotated[
+        bool, typer.Option("--updates/--no-updates", help="Of an adapter: how much it changes each weight.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show an adapter, the methods, the tasks or the versions."""
@@ -28,9 +31,27 @@ def info(
         else:
             console.table(list(rows[0]), [list(row.values()) for row in rows])
     else:
-        from peftcli.adapter_info import describe
+        _adapter(what, updates, as_json)
 
-        _print_facts(describe(what), as_json)
+
+def _adapter(adapter: str, updates: bool, as_json: bool) -> None:
+    """What needs no torch is printed before it is imported, which takes seconds."""
+    from peftcli.adapter_info import analyse, describe
+
+    facts = describe(adapter)
+    if not as_json:
+        _print_facts(facts, as_json)
+    if not updates:
+        return _print_facts(facts, as_json) if as_json else None
+    found = analyse(adapter)
+    if as_json:
+        return console.print_json({**facts, "updates": found})
+    if "reason" in found:
+        return console.out(f"updates: not shown: {found['reason']}")
+    console.out(f"norm of all updates: {found['norm']:.4g}")
+    console.out(f"dead modules: {', '.join(found['dead']) or 'none'}\n")
+    rows = [[m["module"], m["r"], f"{m['norm']:.4g}", f"{m['effective_r']:.1f}"] for m in found["modules"]]
+    return console.table(["module", "r", "norm", "effective r"], rows)
 
 
 def _methods() -> list[dict[str, Any]]:

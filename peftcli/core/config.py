@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peftcli.core.layer import AdapterLayer
+    from peftcli.core.updates import Update
 
 BOOKKEEPING = {"recipe": False}
 """Metadata of the fields that describe the file, not the method: a recipe's ``method`` does not take them."""
@@ -132,9 +133,20 @@ class AdapterConfig:
     def after_step(self, model: nn.Module, step: int, total: int) -> None:
         """Called after optimizer step ``step``, counted from 1, of ``total``, while the gradients are still there."""
 
+    def after_merge(self, model: nn.Module) -> None:
+        """Called once the adapter is folded into the model's weights, and none of its layers is left."""
+
     def merge_problem(self) -> str | None:
         """Why this adapter cannot be merged into the base model; None when it can."""
         return None
+
+    def updates(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Update]:
+        """What the tensors of an adapter file add to each adapted weight, by the path of its module.
+
+        Raises:
+            AdapterError: they alone do not tell.
+        """
+        raise AdapterError(f"what {self.peft_type} changes cannot be told from its file without the base model")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], file: str | None = None) -> AdapterConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def write_adapter(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, fo
     # sorted, but not inside: of the patterns that match a module the first one counts
     described = dict(sorted({**config.described(tensors), "inference_mode": True}.items()))
     # copied, since safetensors takes no tensors that share memory, as those of layers that share a weight do
-    to_cpu = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
+    to_cpu: dict[str, Any] = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
     contents = {name: tensors[name].detach().to(**to_cpu) for name in sorted(tensors)}
     write_file(folder / WEIGHTS_FILE, safetensors.torch.save(contents, {"format": "pt"}))
     write_file(folder / CONFIG_FILE, (json.dumps(described, indent=2) + "\n").encode())
@@ -129,13 +130,15 @@ def load_adapter(
 
 def _check_header(model: nn.Module, config: AdapterConfig, path: Path, adapter: str) -> None:
     """Raises AdapterError unless the file's tensors are those of the config, before memory is taken for any."""
-    found = {
-        name: torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device="meta")
-        for name, entry in read_header(path).items()
-    }
+    header = read_header(path)
+    if strange := [f"{name} is {entry.dtype}" for name, entry in header.items() if entry.dtype not in _DTYPES]:
+        raise AdapterError(f"{strange[0]}, which no adapter's tensors are", file=str(path))
+    found = {name: torch.empty(e.shape, dtype=_DTYPES[e.dtype], device="meta") for name, e in header.items()}
     empty = skeleton(model)
     try:
-        inject(empty, copy.deepcopy(config), adapter)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again when the adapter is injected
+            inject(empty, copy.deepcopy(config), adapter)
         check_state(empty, found, str(path), adapter)
     finally:
         unload(empty)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
+from peftcli.core.heads import settle_heads
 from peftcli.core.layer import (
     AdapterLayer,
     TrainedBias,
@@ -70,6 +71,7 @@ def inject(model: nn.Module, config: AdapterConfig, adapter: str = "default") ->
     new = {model.get_submodule(paths[name]): layer for name, layer in [*layers.items(), *saved.items()]}
     replace_modules(model, {module: layer.train(module.training) for module, layer in new.items()})
     config.attach(model, layers)
+    _call_layers(model)
     added = {path: layer for path, layer in adapter_layers(model).items() if layer not in before}
     for layer in added.values():
         layer.adapter = adapter
@@ -160,6 +162,16 @@ def on_unload(model: nn.Module, undo: functools.partial[None]) -> None:
     model.__dict__.setdefault("_adapter_undo", []).append(undo)
 
 
+def is_reshaped(model: nn.Module) -> bool:
+    """Whether ``AdapterConfig.reshape`` has changed the model's structure."""
+    return "_adapter_undo" in model.__dict__
+
+
+def keep_shape(model: nn.Module) -> None:
+    """Let what ``AdapterConfig.reshape`` did to the model last, after a merge."""
+    model.__dict__.pop("_adapter_undo", None)
+
+
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Put ``new[old]`` where ``old`` stands, at every place that shares it."""
     for parent in list(model.modules()):
@@ -183,6 +195,7 @@ def train_other_biases(model: nn.Module) -> None:
 
 def _wrapped(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, AdapterLayer], dict[str, TrainedCopy]]:
     """The new layers over the config's targets, by name, and those over its modules_to_save. None is in place yet."""
+    settle_heads(model, config)
     saved = find_modules(model, config.modules_to_save or (), "modules_to_save")
     inside = tuple(f"{name}." for name in saved)  # trained in full already
     names = [name for name in config.targets(model) if not f"{name}.".startswith(inside)]
@@ -194,6 +207,16 @@ def _wrapped(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, Adapter
     layers = {name: config.wrap(model.get_submodule(paths[name]), name) for name in names}
     copies = {name: TrainedCopy(model.get_submodule(paths[name]), config.file_prefix) for name in saved}
     return layers, copies
+
+
+def _call_layers(model: nn.Module) -> None:
+    """Have PyTorch's encoders call the layers in them: out of training they read the weights, past any adapter."""
+    switches = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+    for module in model.modules():
+        switch = switches.get(type(module))
+        if switch and getattr(module, switch) and adapter_layers(module):
+            on_unload(model, functools.partial(setattr, module, switch, getattr(module, switch)))
+            setattr(module, switch, False)
 
 
 def _take_back(model: nn.Module) -> None:

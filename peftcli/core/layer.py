@@ -133,9 +133,11 @@ class TrainedCopy(AdapterLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.enabled:
             return self.base_layer(x, *args, **kwargs)
-        if torch.is_floating_point(x) and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(next(self.copy.parameters()).dtype)
-        return self.copy(x, *args, **kwargs)
+        if torch.is_autocast_enabled(x.device.type):
+            return self.copy(x, *args, **kwargs)
+        own, base = (next(module.parameters()).dtype for module in (self.copy, bare(self)))
+        y = self.copy(x.to(own) if torch.is_floating_point(x) else x, *args, **kwargs)
+        return y.to(base) if isinstance(y, torch.Tensor) and y.dtype == own else y
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return dict(self.own_tensors())
@@ -156,7 +158,9 @@ class TrainedBias(AdapterLayer):
         if not self.enabled:
             return self.base_layer(*args, **kwargs)
         depth = len(layers_below(self))
-        bias = {"base_layer." * depth + "bias": self.bias.to(bare(self).bias.dtype)}
+        # a tensor of its own: bitsandbytes casts the data of the bias that it is given
+        value = self.bias.to(bare(self).bias.dtype).view_as(self.bias)
+        bias = {"base_layer." * depth + "bias": value}
         return torch.func.functional_call(self.base_layer, bias, args, kwargs)
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

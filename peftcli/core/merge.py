@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.inject import replace_modules
+from peftcli.core.inject import keep_shape, replace_modules
 from peftcli.core.layer import AdapterLayer, adapter_layers, bare, model_ends
-from peftcli.core.quantised import dense_layer, is_quantised, plain_dtype
+from peftcli.core.quantised import as_before_quantising, dense_layer, is_quantised, plain_dtype
 from peftcli.errors import AdapterError
 
 
@@ -43,6 +43,10 @@ def merge(model: nn.Module, *configs: AdapterConfig, dequantise: bool = False) -
         replace_modules(model, {new: old for old, new in dense.items()})
         raise
     replace_modules(model, {layer: bare(layer) for layer in outermost(model).values()})
+    replace_modules(model, {new: as_before_quantising(new, old) for old, new in dense.items()})
+    keep_shape(model)
+    for config in configs:
+        config.after_merge(model)
     return tied and not _tied(model)
 
 
@@ -70,6 +74,7 @@ def fold(model: nn.Module) -> Folded:
         AdapterError: a layer cannot be merged, or a merged weight is not finite. The model is as it was then.
     """
     done = Folded([], [layer for layer in adapter_layers(model).values() if layer.enabled])
+    kept: dict[nn.Parameter, nn.Parameter] = {}
     try:
         for name, layer in outermost(model).items():
             base = bare(layer)
@@ -85,6 +90,8 @@ def fold(model: nn.Module) -> Folded:
                 merged = nn.Parameter(value.to(tensors[tensor].dtype), requires_grad=False)
                 if not torch.isfinite(merged).all():
                     raise AdapterError(f"{name}.{tensor} is not finite after merging")
+                first = kept.setdefault(tensors[tensor], merged)
+                merged = first if torch.equal(first, merged) else merged  # shared and changed alike: still shared
                 owner, _, leaf = tensor.rpartition(".")
                 done.before.append((base.get_submodule(owner), leaf, tensors[tensor]))
                 setattr(base.get_submodule(owner), leaf, merged)
@@ -96,7 +103,7 @@ def fold(model: nn.Module) -> Folded:
     return done
 
 
-def _dequantise(model: nn.Module) -> dict[nn.Module, nn.Module]:
+def _dequantise(model: nn.Module) -> dict[nn.Module, nn.Linear]:
     """Put ordinary layers in the place of quantised ones: what stood there -> what stands there now."""
     dtype = plain_dtype(model)
     dense = {module: dense_layer(module, dtype) for module in model.modules() if is_quantised(module)}

@@ -8,6 +8,7 @@ they stand after a row's left padding. What comes out for them is cut off again,
 from __future__ import annotations
 
 import inspect
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,17 +177,13 @@ def find_attention(model: Any) -> Attention:
         if index not in found or name.startswith(f"{found[index]}."):
             found[index] = name
     names = [found[index] for index in sorted(found)]
-    parents = {name: name.split(".") for name in names[:1]}
-    lists = [
-        module
-        for name, parts in parents.items()
-        for count in range(1, len(parts))
-        if isinstance(module := modules[".".join(parts[:count])], nn.ModuleList)
-    ]
-    if not lists or sorted(found) != list(range(len(lists[0]))):
+    parts = names[0].split(".") if names else []
+    above = [modules[".".join(parts[:count])] for count in range(1, len(parts))]
+    lists = [len(module) for module in above if isinstance(module, nn.ModuleList)]
+    if not lists or sorted(found) != list(range(lists[0])):
         raise AdapterError(
-            f"a prefix needs attention that keeps keys and values in every layer; {type(model).__name__} "
-            f"has it in {len(names)}"
+            f"a prefix needs attention that keeps keys and values in every layer; {type(model).__name__} has it in "
+            f"{len(names)} of {lists[0] if lists else 'its'} layers"
         )
     return Attention(names, *_key_size(modules[names[0]], decoder.config))
 
@@ -194,14 +191,15 @@ def find_attention(model: Any) -> Attention:
 def insert_prefix(model: Any, layers: list[PrefixAttention], prefix: Prefix) -> None:
     """Let all ``layers`` share ``prefix``, and every sequence that the model's decoder starts, start with it."""
     decoder, limit = _decoder(model), position_limit(model)
-    like = next(bare(layers[0]).parameters())
+    like = next(itertools.chain(bare(layers[0]).parameters(), bare(layers[0]).buffers()))
     prefix.to(like.device, adapter_dtype(like))
     for layer in layers:
         layer.prefix, layer.longest = prefix.train(layer.training), limit
     embedding = decoder.get_input_embeddings()
     names = {bare(decoder.get_submodule(path)): name for name, path in base_paths(decoder).items()}
-    generates = hasattr(model, "prepare_inputs_for_generation")
-    hook_once(decoder, _Insert(names[bare(layers[0])], names.get(bare(embedding)), generates))
+    # keys of a prefix are not rotated, so that its distance from the tokens counts, whatever the padding
+    counts = hasattr(model, "prepare_inputs_for_generation") or getattr(bare(layers[0]), "is_causal", False)
+    hook_once(decoder, _Insert(names[bare(layers[0])], names.get(bare(embedding)), counts))
     hook_once(decoder, _Cut(names[bare(layers[0])]), after=True)
     pooler = getattr(decoder, "pooler", None)
     if isinstance(pooler, nn.Module):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import adapter_dtype
+from peftcli.core.layer import adapter_dtype, bare, model_ends
 from peftcli.core.virtual import (
     Room,
     SoftPrompt,
@@ -93,8 +93,12 @@ class TrainedTokens(VirtualTokens):
 
 
 def input_embedding_name(model: Any) -> str:
-    """Path of the module that embeds the ids of the input: an encoder-decoder's encoder reads it."""
-    return name_in(model, _reader(model).get_input_embeddings())
+    """Path of the module that embeds the ids of the input: an encoder-decoder's encoder reads it.
+
+    Raises:
+        AdapterError: the model reads no ids.
+    """
+    return name_in(model, _embedding(_reader(model)))
 
 
 def insert_virtual_tokens(model: Any, layer: VirtualTokens, *, token_labels: bool = True) -> None:
@@ -109,10 +113,10 @@ def insert_virtual_tokens(model: Any, layer: VirtualTokens, *, token_labels: boo
     """
     layer.token_labels, layer.longest = token_labels, position_limit(model)
     reader = _reader(model)
-    path = name_in(reader, reader.get_input_embeddings())
+    path = name_in(reader, _embedding(reader))
     hook_once(reader, _Insert(path, encodes=reader is not model))
     if reader is not model:
-        hook_once(model, _Extend(name_in(model, reader.get_input_embeddings())))
+        hook_once(model, _Extend(name_in(model, _embedding(reader))))
     elif model.base_model is not model and not _generates(model):
         hook_once(model, _Cut(path), after=True)
 
@@ -134,7 +138,7 @@ def generate(model: Any, *args: Any, task_ids: torch.Tensor | None = None, **kwa
         inputs, start = _with_placeholders(inputs, settings, layer)
     _refuse(inputs, settings, layer, model.config.is_encoder_decoder)
     if task_ids is not None:
-        layer.rows_of(task_ids, len(inputs["input_ids"]))
+        layer.rows_of(task_ids, len(task_ids))
     layer.placeholders, layer.task_ids = start, task_ids
     try:
         output = model.generate(**inputs)
@@ -280,6 +284,16 @@ def _generates(model: nn.Module) -> bool:
 def _reader(model: Any) -> Any:
     """The module that takes the input ids."""
     return model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+
+
+def _embedding(reader: Any) -> nn.Module:
+    """The input embedding that ``reader`` uses. T5's encoder has one of its own, which shares the model's weight."""
+    owners = [reader.get_encoder(), reader] if hasattr(reader, "get_encoder") else [reader]
+    for owner in owners:
+        embedding: Any = model_ends(owner)[0]
+        if isinstance(bare(embedding), nn.Embedding):
+            return embedding
+    raise AdapterError(f"{type(reader).__name__} reads no token ids: there is no place for virtual tokens")
 
 
 def _restored(

@@ -104,8 +104,10 @@ class PrefixConfig(SoftPromptConfig):
 
     def targets(self, model: Any) -> list[str]:
         from peftcli.core.prefix import find_attention
+        from peftcli.core.prompt import input_embedding_name
 
         self.check_room(model)
+        input_embedding_name(model)  # a model that hears or sees has none
         found = find_attention(model)
         submodules = 2 if getattr(model.config, "is_encoder_decoder", False) else 1
         for key, value in (

@@ -47,25 +47,32 @@ def dequantised_weight(module: Any) -> torch.Tensor:
     return _from_outputs(module)
 
 
-def dense_layer(module: Any, dtype: torch.dtype) -> nn.Module:
-    """An ordinary layer that computes what a quantised linear layer does, in the class that it was made from.
+def dense_layer(module: Any, dtype: torch.dtype) -> nn.Linear:
+    """An ordinary layer that computes what a quantised linear layer does.
 
     Raises:
         AdapterError: the module is no linear layer.
     """
     if not hasattr(module, "in_features"):
         raise AdapterError(f"a quantised {type(module).__name__} cannot be dequantised")
-    weight = dequantised_weight(module).to(dtype)
-    kind, bias = getattr(module, "source_cls", nn.Linear), module.bias
-    with torch.device("meta"):
-        if kind.__name__ == "Conv1D":  # GPT-2's, which bitsandbytes turns round
-            layer, weight = kind(module.out_features, module.in_features), weight.T.contiguous()
-        else:
-            layer = nn.Linear(module.in_features, module.out_features, bias=bias is not None)
-    layer.weight = nn.Parameter(weight, requires_grad=False)
+    bias = module.bias
+    layer = nn.Linear(module.in_features, module.out_features, bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(dequantised_weight(module).to(dtype), requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
     return layer.train(module.training)
+
+
+def as_before_quantising(layer: nn.Linear, quantised: Any) -> nn.Module:
+    """``layer`` in the class that ``quantised``, whose place it took, was made from: bitsandbytes turns a Conv1D."""
+    kind = getattr(quantised, "source_cls", nn.Linear)
+    if kind.__name__ != "Conv1D":
+        return layer
+    with torch.device("meta"):
+        turned: nn.Module = kind(layer.out_features, layer.in_features)
+    turned.weight = nn.Parameter(layer.weight.T.contiguous(), requires_grad=False)
+    turned.bias = layer.bias
+    return turned.train(layer.training)
 
 
 def num_weights(model: nn.Module) -> int:

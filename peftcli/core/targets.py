@@ -170,7 +170,7 @@ def _in_layers(names: list[str], config: LayeredConfig) -> list[str]:
     layers = config.layers_to_transform
     wanted = {layers} if isinstance(layers, int) else set(layers or ())
     lists = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    patterns = [rf".*\.{re.escape(entry)}\.(\d+)\." for entry in lists or ()] or [r".*\.[^.]*\.(\d+)\."]
+    patterns = [rf".*?\.{re.escape(entry)}\.(\d+)\." for entry in lists or ()] or [r".*?\.[^.]*\.(\d+)\."]
 
     def layer(name: str) -> int | None:
         found = (re.match(pattern, f".{name}") for pattern in patterns)

@@ -25,7 +25,11 @@ class TrainedRows(AdapterLayer):
         """Name of the rows in the adapter file, where it does not follow from the layer's path."""
 
     def file_name(self, path: str, tensor: str) -> str:
-        return self.written_as or super().file_name(path, tensor)
+        own = tensor == "trainable_tokens_delta"
+        return self.written_as if own and self.written_as else super().file_name(path, tensor)
+
+    def hides(self, below: AdapterLayer) -> bool:
+        return not isinstance(below, TrainedRows) or not set(self.tokens).isdisjoint(below.tokens)
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         weight, rows = base["weight"], self.trainable_tokens_delta

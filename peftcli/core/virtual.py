@@ -68,6 +68,7 @@ class SoftPrompt(AdapterLayer):
     """Whether the first forward pass may be cut into chunks."""
     decodes = False
     """Whether the virtual tokens of an encoder-decoder stand before what the decoder reads."""
+    by_row = False
     longest: int | None = None
     """How many tokens, virtual ones included, the model has positions for; None: no telling."""
 

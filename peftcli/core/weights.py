@@ -22,12 +22,11 @@ def named_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, tup
 
     A tensor that layers share has one entry.
     """
-    return {
-        name: (layer, tensor, parameter)
-        for path, layer in _paths_in_file(model, adapter).items()
-        for tensor, parameter in layer.own_tensors().items()
-        for name in [layer.file_name(path, tensor)]
-    }
+    found: dict[nn.Parameter, tuple[str, AdapterLayer, str]] = {}
+    for path, layer in _paths_in_file(model, adapter).items():
+        for tensor, parameter in layer.own_tensors().items():
+            found.setdefault(parameter, (layer.file_name(path, tensor), layer, tensor))
+    return {name: (layer, tensor, parameter) for parameter, (name, layer, tensor) in found.items()}
 
 
 def adapter_state(model: nn.Module, adapter: str | None = None) -> dict[str, torch.Tensor]:

@@ -79,6 +79,13 @@ METHODS: dict[str, Method] = {
         "LoRA put together from a bank of vectors that all layers share",
         "https://arxiv.org/abs/2405.15179",
     ),
+    "unilora": Method(
+        "unilora.config:UniLoraConfig",
+        "UNILORA",
+        "Uni-LoRA",
+        "LoRA whose every number is one of a single trained vector",
+        "https://arxiv.org/abs/2506.00799",
+    ),
     "fourierft": Method(
         "fourierft.config:FourierFTConfig",
         "FOURIERFT",
@@ -184,6 +191,97 @@ METHODS: dict[str, Method] = {
         "a few reflections of each layer's inputs",
         "https://arxiv.org/abs/2405.17484",
     ),
+    "psoft": Method(
+        "psoft.config:PsoftConfig",
+        "PSOFT",
+        "PSOFT",
+        "a rotation of each weight's principal directions",
+        "https://arxiv.org/abs/2505.11235",
+    ),
+    "lily": Method(
+        "lily.config:LilyConfig",
+        "LILY",
+        "Lily",
+        "LoRA whose matrices layers share and mix as the input asks",
+        "https://arxiv.org/abs/2407.09946",
+    ),
+    "tinylora": Method(
+        "tinylora.config:TinyLoraConfig",
+        "TINYLORA",
+        "TinyLoRA",
+        "a handful of numbers that mix each weight's principal directions",
+        "https://arxiv.org/abs/2602.04118",
+    ),
+    "pvera": Method(
+        "pvera.config:PveraConfig",
+        "PVERA",
+        "PVeRA",
+        "VeRA whose bottleneck is drawn at random in training",
+        "https://arxiv.org/abs/2512.07703",
+    ),
+    "frod": Method(
+        "frod.config:FrodConfig",
+        "FROD",
+        "FRoD",
+        "scales and sparse rotations in a basis that layers share",
+        "https://arxiv.org/abs/2512.23485",
+    ),
+    "peanut": Method(
+        "peanut.config:PeanutConfig",
+        "PEANUT",
+        "PEANuT",
+        "a small network that makes the update from the base weight",
+        "https://arxiv.org/abs/2410.01870",
+    ),
+    "deft": Method(
+        "deft.config:DeftConfig",
+        "DEFT",
+        "DEFT",
+        "a few directions taken from the weight and given back new",
+        "https://arxiv.org/abs/2509.22793",
+    ),
+    "supertuning": Method(
+        "supertuning.config:SupertuningConfig",
+        "SUPERTUNING",
+        "Super-Tuning",
+        "the largest numbers of each weight",
+        "https://arxiv.org/abs/2607.09287",
+    ),
+    "trainable_tokens": Method(
+        "trainable_tokens.config:TrainableTokensConfig",
+        "TRAINABLE_TOKENS",
+        "trainable tokens",
+        "chosen rows of the embedding, and of a head that shares them",
+        "https://huggingface.co/docs/peft/package_reference/trainable_tokens",
+    ),
+    "beft": Method(
+        "beft.config:BeftConfig",
+        "BEFT",
+        "BEFT",
+        "a trained bias for the attention's values",
+        "https://arxiv.org/abs/2509.15974",
+    ),
+    "road": Method(
+        "road.config:RoadConfig",
+        "ROAD",
+        "RoAd",
+        "pairs of each layer's outputs turned and scaled",
+        "https://arxiv.org/abs/2409.00119",
+    ),
+    "glora": Method(
+        "glora.config:GloraConfig",
+        "GLORA",
+        "GLoRA",
+        "weights and biases, each scaled and shifted by small trained parts",
+        "https://arxiv.org/abs/2306.07967",
+    ),
+    "osf": Method(
+        "osf.config:OSFConfig",
+        "OSF",
+        "OSF",
+        "the weaker singular directions of each weight, trained apart from the stronger",
+        "https://arxiv.org/abs/2504.07097",
+    ),
     "prompt_tuning": Method(
         "prompt_tuning.config:PromptTuningConfig",
         "PROMPT_TUNING",
@@ -219,7 +317,10 @@ METHODS: dict[str, Method] = {
 }
 
 
-NOT_HERE: dict[str, str] = {}
+NOT_HERE: dict[str, str] = {
+    "POLY": "its forward pass needs the number of each row's task, which data sets here do not have",
+    "XLORA": "it mixes several LoRA adapters by a classifier that runs the model twice; combine the adapters instead",
+}
 """PEFT's methods that peftcli does not have: name in adapter_config.json -> why."""
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
 from peft.tuners.lora.corda import preprocess_corda as peft_preprocess_corda
 from starting import STARTED, TARGETS, EightBits, Rows, layers_of, started
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import peftcli
 from peftcli.core.files import load_adapter, read_config, save_adapter
@@ -36,6 +39,7 @@ READ: dict[str, tuple[str, dict[str, Any]]] = {
     "olora": ("llama", {"init_lora_weights": "olora"}),
     "olora-rslora": ("qwen2", {"init_lora_weights": "olora", **RSLORA}),
     "olora-all-linear": ("llama", {"init_lora_weights": "olora", "target_modules": "all-linear"}),
+    "pissa-dora": ("llama", {"init_lora_weights": "pissa", "use_dora": True}),
     "orthogonal": ("llama", {"init_lora_weights": "orthogonal"}),
     "mica": ("gpt2", {"init_lora_weights": "mica"}),
     "eva": ("llama", {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=1.5)}),
@@ -44,7 +48,7 @@ READ: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5 * max(1.0, float(expected.abs().max())), rtol=1e-5)
+    torch.testing.assert_close(found, expected, atol=1e-5 * max(1.0, float(expected.detach().abs().max())), rtol=1e-5)
 
 
 def peft_layers(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -62,10 +66,18 @@ def span(rows: torch.Tensor) -> torch.Tensor:
     return q @ q.T
 
 
-def quietly(**settings: Any) -> peft.LoraConfig:
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Inside, PEFT may warn of what it does itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return peft.LoraConfig(**settings)
+        yield
+
+
+def wrapped(base: nn.Module, **settings: Any) -> Any:
+    """PEFT's model over ``base``."""
+    with unheard():
+        return peft.get_peft_model(base, peft.LoraConfig(**settings)).eval()
 
 
 @pytest.mark.parametrize("kind", TARGETS)
@@ -74,9 +86,7 @@ def test_starts_from_the_base_weight_are_pefts(init: str, kind: str) -> None:
     if (init, kind) == ("olora", "gpt2"):
         pytest.skip("PEFT is wrong there; see test_peft_cannot_start_olora_on_conv1d")
     model, _ = started(kind, init, lora_alpha=6)
-    oracle = peft.get_peft_model(
-        tiny(kind), quietly(init_lora_weights=init, r=4, lora_alpha=6, target_modules=TARGETS[kind])
-    )
+    oracle = wrapped(tiny(kind), init_lora_weights=init, r=4, lora_alpha=6, target_modules=TARGETS[kind])
     found = peft_layers(oracle)
     assert found.keys() == layers_of(model).keys()
     for name, layer in layers_of(model).items():
@@ -94,6 +104,15 @@ def test_what_we_train_peft_loads_as_plain_lora(init: str, kind: str, tmp_path: 
     save_adapter(model, config, tmp_path)
     close(logits(loaded_by_peft(kind, tmp_path), batch(kind)), logits(model, batch(kind)))
     assert file_of(tmp_path)[0]["init_lora_weights"] is True
+
+
+@pytest.mark.parametrize("init", STARTED)
+def test_dora_goes_with_it(init: str, tmp_path: Path) -> None:
+    model, config = started("llama", init, use_dora=True)
+    close(logits(model, batch("llama")), logits(tiny("llama"), batch("llama")))
+    randomise(model)
+    save_adapter(model, config, tmp_path)
+    close(logits(loaded_by_peft("llama", tmp_path), batch("llama")), logits(model, batch("llama")))
 
 
 @pytest.mark.parametrize("name", READ)
@@ -124,12 +143,7 @@ def test_pefts_pissa_on_a_bf16_base_differs_by_what_it_rounds_only(tmp_path: Pat
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_pefts_file_is_merged_shard_by_shard(init: str, tmp_path: Path) -> None:
     base = trainkit.base_folder("llama", shard="20KB")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from transformers import AutoModelForCausalLM
-
-        written = AutoModelForCausalLM.from_pretrained(base)
-        oracle = peft.get_peft_model(written, peft.LoraConfig(init_lora_weights=init, task_type="CAUSAL_LM"))
+    oracle = wrapped(AutoModelForCausalLM.from_pretrained(base), init_lora_weights=init, task_type="CAUSAL_LM")
     randomise(oracle)
     saved_by_peft(oracle, tmp_path / "adapter")
     merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged")  # compares logits with the unmerged model's
@@ -143,9 +157,8 @@ def test_eva_gives_pefts_directions_and_sizes(kind: str) -> None:
     config = peftcli.LoraConfig(init_lora_weights="eva", **settings)
     model = peftcli.get_peft_model(tiny(kind), config)
     peftcli.initialize_lora_eva_weights(model, rows)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        oracle = peft.get_peft_model(tiny(kind), peft.LoraConfig(init_lora_weights="eva", **settings))
+    oracle = wrapped(tiny(kind), init_lora_weights="eva", **settings)
+    with unheard():
         peft.initialize_lora_eva_weights(oracle, rows, show_progress_bar=False)
     found, layers = peft_layers(oracle), layers_of(model.get_base_model())
     assert {name: layer.r for name, layer in layers.items()} == {name: len(a) for name, (a, _) in found.items()}
@@ -162,8 +175,9 @@ def test_corda_gives_pefts_start(kind: str, method: Any) -> None:
     settings = {"init_lora_weights": "corda", "r": 4, "lora_alpha": 6, "target_modules": TARGETS[kind]}
     examples = [batch(kind, seed, rows=1, length=10 + seed) for seed in range(6)]  # PEFT reads one at a time
     base, theirs_config = tiny(kind), peft.LoraConfig(corda_config=PeftCordaConfig(corda_method=method), **settings)
-    peft_preprocess_corda(base, theirs_config, run_model=lambda: [base(**each) for each in examples])
-    oracle = peft.get_peft_model(base, theirs_config)
+    with unheard():
+        peft_preprocess_corda(base, theirs_config, run_model=lambda: [base(**each) for each in examples])
+        oracle = peft.get_peft_model(base, theirs_config)
     config = peftcli.LoraConfig(corda_config=peftcli.CordaConfig(corda_method=method), **settings)
     ours = tiny(kind)
     peftcli.preprocess_corda(ours, config, lambda: [ours(**each) for each in examples])
@@ -180,8 +194,9 @@ def test_lora_ga_takes_pefts_directions(kind: str, direction: Any) -> None:
     settings = {"init_lora_weights": "lora_ga", "r": 8, "target_modules": TARGETS[kind]}  # 4 r are all there are
     rows = Rows(kind)
     base, theirs_config = tiny(kind), peft.LoraConfig(lora_ga_config=peft.LoraGAConfig(direction=direction), **settings)
-    peft.preprocess_loraga(base, theirs_config, lambda: [base(**each).loss.backward() for each in rows])
-    oracle = peft.get_peft_model(base, theirs_config)
+    with unheard():
+        peft.preprocess_loraga(base, theirs_config, lambda: [base(**each).loss.backward() for each in rows])
+        oracle = peft.get_peft_model(base, theirs_config)
     config = peftcli.LoraConfig(lora_ga_config=peftcli.LoraGAConfig(direction=direction), **settings)
     ours = tiny(kind)
     peftcli.preprocess_loraga(ours, config, lambda: [ours(**each).loss.backward() for each in rows])
@@ -246,8 +261,9 @@ def test_peft_cannot_read_its_own_fast_pissa(tmp_path: Path) -> None:
 def test_peft_reads_its_own_lora_ga_beside_the_wrong_base(tmp_path: Path) -> None:
     """The base weights that it changed are not in the file, and nothing says so; we refuse the file."""
     base, config = tiny("llama"), peft.LoraConfig(init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
-    peft.preprocess_loraga(base, config, lambda: [base(**each).loss.backward() for each in Rows("llama")])
-    written = peft.get_peft_model(base, config)
+    with unheard():
+        peft.preprocess_loraga(base, config, lambda: [base(**each).loss.backward() for each in Rows("llama")])
+        written = peft.get_peft_model(base, config)
     randomise(written)
     saved_by_peft(written.eval(), tmp_path)
     again = peft.PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
@@ -261,12 +277,12 @@ def test_peft_cannot_start_olora_on_conv1d(tmp_path: Path) -> None:
     square, settings = "attn.c_proj", {"init_lora_weights": "olora", "r": 4}
     model, _ = started("gpt2", "olora", target_modules=[square])
     assert torch.equal(logits(model, batch("gpt2")), logits(tiny("gpt2"), batch("gpt2")))
-    oracle = peft.get_peft_model(tiny("gpt2"), quietly(target_modules=[square], fan_in_fan_out=True, **settings))
+    oracle = wrapped(tiny("gpt2"), target_modules=[square], **settings)
     assert not torch.allclose(logits(oracle, batch("gpt2")), logits(tiny("gpt2"), batch("gpt2")), atol=1e-2)
     saved_by_peft(oracle, tmp_path)
     with pytest.raises(AdapterError, match="from its transpose"):
         load_adapter(tiny("gpt2"), config_from_dict(read_config(tmp_path)), tmp_path)
-    oracle = peft.get_peft_model(tiny("gpt2"), quietly(target_modules=["c_attn"], fan_in_fan_out=True, **settings))
+    oracle = wrapped(tiny("gpt2"), target_modules=["c_attn"], **settings)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         logits(oracle, batch("gpt2"))
 
@@ -276,8 +292,8 @@ def test_loraplus_groups_are_pefts(tuned: dict[str, float]) -> None:
     from peft.optimizers import create_loraplus_optimizer
 
     settings: dict[str, Any] = {"target_modules": ["q_proj", "fc1", "embed_tokens"], "bias": "lora_only"}
-    ours, oracle = tiny("opt"), peft.get_peft_model(tiny("opt"), peft.LoraConfig(**settings))
-    model = peftcli.get_peft_model(ours, peftcli.LoraConfig(**settings))
+    oracle = wrapped(tiny("opt"), **settings)
+    model = peftcli.get_peft_model(tiny("opt"), peftcli.LoraConfig(**settings))
     rates: dict[str, Any] = {"lr": 1e-3, "loraplus_lr_ratio": 8, "eps": 1e-6, **tuned}
 
     def described(whole: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float, float]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,36 +11,49 @@ import oracle
 import peft.tuners.boft.layer as boft_of_peft
 import pytest
 import torch
-from models_tiny import batch, logits, tiny
-from oracle import file_of, loaded_by_peft, ours, saved_by_peft, theirs
+from models_tiny import batch, logits, randomise, tiny
+from oracle import file_of, loaded_by_peft, ours, peft_config_class, saved_by_peft, theirs
+from peft import HRAConfig, OFTConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.merge import merge
-from peftcli.methods import config_from_dict
+from peftcli.methods import METHODS, config_from_dict
 
 KINDS = ("llama", "gpt2", "t5", "bert")
-CONV1D = {"ia3", "ln_tuning"}
-"""Methods with which PEFT adapts GPT-2. The others are refused there by PEFT, which leaves its Conv1D out."""
+METHODS_HERE = (
+    *("ia3", "loha", "lokr", "ln_tuning", "oft", "boft", "hra"),
+    *("trainable_tokens", "beft", "road", "glora", "osf"),
+)
+CONV1D = {"ia3", "ln_tuning", "trainable_tokens"}
+"""Methods with which PEFT adapts GPT-2. The others know no Conv1D there."""
+FOR_A_KIND = {
+    ("ln_tuning", "bert"): {"target_modules": ["LayerNorm"]},
+    ("osf", "t5"): {"target_modules": ["q", "wi"]},
+    ("osf", "bert"): {"target_modules": ["query", "intermediate.dense"]},
+    ("glora", "t5"): {"target_modules": ["v"]},  # with random queries its attention saturates
+}
+"""Settings for one kind of model, first of all where PEFT has no default."""
 CONVOLUTIONS = {"target_modules": ["convolution"]}
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "oft": {"oft_block_size": 4},  # larger blocks of random numbers are far from a rotation
+    "trainable_tokens": {"token_indices": [79, 58, 16]},
+    "road": {"group_size": 8},
+    "glora": {"r": 2},
 }
 """What each method is run with here, for the size of the tiny models and of their random weights."""
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{
-        f"{method}-{kind}": (method, kind, {"target_modules": ["LayerNorm"]} if method == "ln_tuning" else {})
-        if kind == "bert"
-        else (method, kind, {})
-        for method in ("ia3", "loha", "lokr", "ln_tuning", "oft", "boft", "hra")
+        f"{method}-{kind}": (method, kind, FOR_A_KIND.get((method, kind), {}))
+        for method in METHODS_HERE
         for kind in KINDS
         if kind != "gpt2" or method in CONV1D
     },
     **{
         f"{method}-all-linear": (method, "llama", {"target_modules": "all-linear"})
-        for method in ("loha", "lokr", "oft", "boft", "hra")
+        for method in ("loha", "lokr", "oft", "boft", "hra", "beft", "road", "glora", "osf")
     },
     "ia3-all-linear": ("ia3", "llama", {"target_modules": "all-linear", "feedforward_modules": []}),
     "ia3-qwen2": ("ia3", "qwen2", {}),
@@ -90,6 +105,24 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "hra-orthogonal": ("hra", "llama", {"apply_GS": True, "r": 4}),
     "hra-bias": ("hra", "opt", {"bias": "hra_only"}),
     "hra-conv": ("hra", "convnet", {**CONVOLUTIONS, "r": 4}),
+    "tokens-tied": ("trainable_tokens", "llama_tied", {}),
+    "tokens-tied-opt": ("trainable_tokens", "opt", {}),
+    "tokens-tied-scaled": ("trainable_tokens", "gemma3", {}),
+    "tokens-of-the-head": ("trainable_tokens", "llama", {"target_modules": ["lm_head"]}),
+    "tokens-of-both": ("trainable_tokens", "llama", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "tokens-whisper": ("trainable_tokens", "whisper", {}),
+    "beft-qwen2": ("beft", "qwen2", {}),
+    "beft-saved": ("beft", "bert", {"modules_to_save": ["classifier"]}),
+    "road-2": ("road", "llama", {"variant": "road_2"}),
+    "road-4": ("road", "llama", {"variant": "road_4", "group_size": 4}),
+    "road-biases": ("road", "opt", {"variant": "road_4"}),
+    "glora-vectors": ("glora", "opt", {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"}),
+    "glora-constants": ("glora", "opt", {"config_A_B": "constant", "config_C": "none"}),
+    "glora-biases-only": ("glora", "opt", {"config_A_B": "none"}),
+    "glora-bias": ("glora", "opt", {"bias": "glora_only"}),
+    "osf-opt": ("osf", "opt", {"effective_rank": 3}),
+    "osf-share": ("osf", "llama", {"effective_rank": 0.75}),
+    "osf-pattern": ("osf", "llama", {"rank_pattern": {"layers.1": 4, "q_proj": 0.25}}),
     "hra-conv-orthogonal": ("hra", "convnet", {**CONVOLUTIONS, "r": 4, "apply_GS": True}),
 }
 
@@ -98,6 +131,8 @@ OF_ITSELF = (
     "no implementation exists to tie the adapters",  # of any adapter on a tied embedding
     "Adjusted `",  # of a block size that does not divide a layer's inputs
     "symmetric initialization can NOT",  # of an odd number of reflections
+    "base layer has no bias term",  # of BEFT in most models
+    "rank_pattern keys did not match",  # of OSF's patterns, which match all the same
 )
 """What PEFT warns of when it loads its own adapters too."""
 
@@ -163,11 +198,130 @@ def test_names_shapes_dtypes_and_counts_are_pefts(case: Case, tmp_path: Path) ->
     assert sum(value.numel() for value in model.parameters() if value.requires_grad) == trainable
 
 
-@pytest.mark.parametrize("method", ["loha", "lokr", "oft", "boft", "hra"])
+@pytest.mark.parametrize("method", ["loha", "lokr", "oft", "boft", "hra", "road", "glora"])
 def test_peft_refuses_gpt2_and_we_adapt_it(method: str) -> None:
     with pytest.raises((TypeError, ValueError), match="support"):
-        theirs("gpt2", method)
-    model, config = ours("gpt2", method)
+        theirs("gpt2", method, **SETTINGS.get(method, {}))
+    model, config = ours("gpt2", method, **SETTINGS.get(method, {}))
     expected = logits(model, batch("gpt2"))
     merge(model, config)
     torch.testing.assert_close(logits(model, batch("gpt2")), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_tied_ends_that_are_both_named_share_their_rows(tmp_path: Path) -> None:
+    """PEFT puts one layer into the other, and cannot run the model."""
+    settings = {"target_modules": ["embed_tokens", "lm_head"], "token_indices": [79, 58]}
+    case = ("trainable_tokens", "llama_tied", settings)
+    model, folder = _written(case, tmp_path / "ours")
+    assert file_of(folder)[0]["target_modules"] == ["embed_tokens"]
+    _close("llama_tied", loaded_by_peft("llama_tied", folder), model)
+    written = theirs("llama_tied", "trainable_tokens", **settings)
+    with pytest.raises(ValueError, match="unknown layer type"):
+        logits(written, batch("llama_tied"))
+
+
+def test_peft_rotates_what_convolutions_read_wrongly_and_merges_it_right(tmp_path: Path) -> None:
+    """Where its windows overlap, PEFT adds up what each of them has of a pixel; one that starts does so too."""
+    settings = {**CONVOLUTIONS, "oft_block_size": 3}
+    pixels = {"pixel_values": torch.randn(2, 3, 64, 64)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        started = get_peft_model(tiny("convnet"), OFTConfig(**settings)).eval()
+    right = logits(tiny("convnet"), pixels)
+    assert (logits(started, pixels) - right).abs().max() > right.abs().max()
+    model, folder = _written(("oft", "convnet", settings), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged = PeftModel.from_pretrained(tiny("convnet"), folder).merge_and_unload()
+    _close("convnet", model, merged)
+
+
+class _ButterflyExtension:
+    """In Python, what PEFT's CUDA extension does: blocks (m, n, k, k) to m block-diagonal matrices."""
+
+    @staticmethod
+    def forward(blocks: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.stack([torch.block_diag(*factor) for factor in blocks])]
+
+
+BUTTERFLIES = [
+    ("llama", {"boft_n_butterfly_factor": 2}),
+    ("llama", {"boft_n_butterfly_factor": 3, "boft_block_size": 8}),
+    (
+        "opt",
+        {"boft_n_butterfly_factor": 4, "boft_block_size": 0, "boft_block_num": 8, "target_modules": ["fc2", "fc1"]},
+    ),
+    ("convnet", {"boft_n_butterfly_factor": 2, "target_modules": ["layer.1.convolution"]}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), BUTTERFLIES)
+def test_butterfly_factors_are_pefts(
+    kind: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(boft_of_peft, "get_fbd_cuda", _ButterflyExtension)
+    model, folder = _written(("boft", kind, settings), tmp_path / "ours")
+    _close(kind, loaded_by_peft(kind, folder), model)
+    written = theirs(kind, "boft", **settings)
+    _close(kind, _loaded(kind, saved_by_peft(written, tmp_path / "theirs")), written)
+
+
+def test_without_its_extension_peft_trains_one_factor_and_says_several(tmp_path: Path) -> None:
+    settings = {"boft_n_butterfly_factor": 3}
+    written = theirs("llama", "boft", **settings)
+    config, tensors = file_of(saved_by_peft(written, tmp_path / "theirs"))
+    assert config["boft_n_butterfly_factor"] == 3
+    assert {len(value) for name, value in tensors.items() if name.endswith("boft_R")} == {1}
+    _close("llama", _loaded("llama", tmp_path / "theirs"), written)
+    _, folder = _written(("boft", "llama", settings), tmp_path / "ours")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        loaded_by_peft("llama", folder)
+
+
+def test_peft_cannot_read_its_ia3_where_only_targets_are_given_and_we_write_what_it_reads(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"target_modules": ["q_proj"]}
+    written = theirs("llama", "ia3", **settings)
+    saved_by_peft(written, tmp_path / "theirs")
+    with pytest.raises(ValueError, match="subset"):
+        loaded_by_peft("llama", tmp_path / "theirs")
+    model, folder = _written(("ia3", "llama", settings), tmp_path / "ours")
+    _close("llama", loaded_by_peft("llama", folder), model)
+    model, folder = _written(("ia3", "bert", {"target_modules": ["dense"]}), tmp_path / "more")
+    _close("bert", loaded_by_peft("bert", folder), model)
+
+
+def test_peft_takes_the_end_of_a_name_for_a_feedforward_module() -> None:
+    written = theirs("t5", "ia3", target_modules=["o", "wo"], feedforward_modules=["o"])
+    shapes = {name: tuple(value.shape) for name, value in written.named_parameters() if "encoder.block.0" in name}
+    assert shapes["base_model.model.encoder.block.0.layer.1.DenseReluDense.wo.ia3_l.default"] == (1, 64)
+    model, _ = ours("t5", "ia3", target_modules=["o", "wo"], feedforward_modules=["o"])
+    assert model.get_submodule("encoder.block.0.layer.1.DenseReluDense.wo").ia3_l.shape == (32, 1)
+    assert model.get_submodule("encoder.block.0.layer.0.SelfAttention.o").ia3_l.shape == (1, 32)
+
+
+def test_peft_starts_orthogonal_reflections_from_rounding_errors() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        started = get_peft_model(tiny("llama"), HRAConfig(apply_GS=True)).eval()
+    u = started.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").hra_u["default"]
+    assert torch.equal(u[:, 0], u[:, 1])  # so that what the second has of its own is nothing
+
+
+@pytest.mark.parametrize("method", ["loha", "lokr"])
+@pytest.mark.parametrize("settings", [{"r": 2}, {"r": 2, "use_effective_conv2d": True}, {"r": 30}])
+def test_one_dimensional_convolutions_are_pefts(method: str, settings: dict[str, Any]) -> None:
+    """On a layer of its own: in Whisper, PEFT fails, since its layers do not have the attributes of those below."""
+    torch.manual_seed(0)
+    base = nn.Conv1d(32, 48, 3, stride=2, padding=1).requires_grad_(False)
+    config = METHODS[method].config_class()(target_modules=["0"], **settings)
+    layer: Any = config.wrap(base, "0").eval()
+    their_config = peft_config_class(method)(target_modules=["0"], **settings)
+    their_layer = inject_adapter_in_model(their_config, nn.Sequential(copy.deepcopy(base))).eval()[0]
+    randomise(layer)
+    for name, parameter in layer.own_tensors().items():
+        getattr(their_layer, name)["default"].data.copy_(parameter)
+    assert len(list(their_layer.parameters())) == len(list(layer.parameters()))
+    x = torch.randn(2, 32, 9)
+    torch.testing.assert_close(layer(x), their_layer(x))
+    merged = layer.merged_tensors(dict(base.named_parameters()))["weight"]
+    torch.testing.assert_close(nn.functional.conv1d(x, merged, base.bias, 2, 1), layer(x))

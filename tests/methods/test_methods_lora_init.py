@@ -187,8 +187,9 @@ def test_a_bf16_base_keeps_its_bits() -> None:
         ({"init_lora_weights": "lora_ga", "lora_ga_config": {"direction": "x"}}, "lora_ga_config.direction"),
         ({"init_lora_weights": "lora_ga", "lora_ga_config": {"scale": "x"}}, "lora_ga_config.scale"),
         ({"init_lora_weights": "lora_ga", "lora_ga_config": {"stable_gamma": 0}}, "lora_ga_config.stable_gamma"),
-        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 3}}, "loftq_config.loftq_bits"),
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 5}}, "loftq_config.loftq_iter"),
+        ({"init_lora_weights": "loftq", "use_dora": True}, "use_dora"),
+        ({"init_lora_weights": "pissa", "target_parameters": ["q_proj.weight"]}, "target_parameters"),
     ],
 )
 def test_settings_that_mean_nothing_are_named(settings: dict[str, Any], key: str) -> None:
@@ -221,6 +222,12 @@ def test_only_linear_layers_start_so(init: str) -> None:
     with pytest.raises(AdapterError, match="embed_tokens is a Embedding") as caught:
         inject(tiny("llama"), LoraConfig(init_lora_weights=init, target_modules=["q_proj", "embed_tokens"]))
     assert caught.value.key == "init_lora_weights"
+
+
+def test_a_projection_that_its_attention_never_calls_is_refused() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2)})
+    with pytest.raises(AdapterError, match="out_proj is a NonDynamicallyQuantizableLinear"):
+        inject(model, LoraConfig(init_lora_weights="pissa", target_modules=["out_proj"]))
 
 
 @pytest.mark.parametrize("init", ["pissa_niter_4", *FROM_DATA])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer
-from peftcli.core.linear import need_linear
+from peftcli.core.linear import linear_view, need_linear
 from peftcli.core.targets import module_matches
 from peftcli.methods._linear import beside
 from peftcli.methods.lily.config import LilyConfig
@@ -60,7 +60,7 @@ def share(layers: Mapping[str, AdapterLayer], config: LilyConfig) -> None:
     """Let the layers of each kind, by the target module that names them and their shape, share ``A`` and ``B``."""
     groups: dict[Any, list[Any]] = {}
     for name, layer in layers.items():
-        groups.setdefault((_target(name, config.target_modules), layer.weight.shape), []).append(layer)
+        groups.setdefault((_target(name, config.target_modules), linear_view(layer)), []).append(layer)
     for group in groups.values():
         for number, layer in enumerate(group):
             leaders = group[number - number % config.stride_A], group[0]

@@ -26,7 +26,7 @@ class LoKrLayer(LycorisLayer):
 
     def start(self, shape: tuple[int, ...], split_window: bool, config: LoKrConfig) -> None:
         """Make the weights of a delta ``shape``: (out, in) or (out, in, k...)."""
-        self.rescaled = config.rank_dropout_scale
+        self.rescaled, self.shape = config.rank_dropout_scale, shape
         r, like, window = self.r, beside(self), shape[2:]
         (out1, out2), (in1, in2) = (factors(side, config.decompose_factor) for side in shape[:2])
         self.lokr_w1 = self.lokr_w2 = self.lokr_t2 = None
@@ -62,8 +62,9 @@ class LoKrLayer(LycorisLayer):
 
     def delta(self) -> torch.Tensor:
         first, second = self.first(), self.second()
-        # a kernel (out2, in2, k) of Conv1d stays as it is: PEFT's kron sets W1's two sides against its last two
-        return torch.kron(first[..., None, None] if second.ndim == 4 else first, second.contiguous())
+        # PEFT sets the sides of W1 against the last two of W2, which are others in a kernel (out2, in2, k) of Conv1d
+        sides = "ac,oik->oaick" if second.ndim == 3 else "ac,oi...->aoci..."
+        return torch.einsum(sides, first, second).reshape(self.shape)
 
 
 class LoKrLinear(LoKrLayer, LycorisLinear):
@@ -87,9 +88,6 @@ class LoKrConv(LoKrLayer, LycorisConv):
         super().__init__(module)
         self.take(name, config)
         self.start(bare(module).weight.shape, bool(self.window(config)), config)
-
-    def delta(self) -> torch.Tensor:
-        return super().delta().reshape(bare(self).weight.shape)
 
 
 def wrap(module: nn.Module, name: str, config: LoKrConfig) -> AdapterLayer:

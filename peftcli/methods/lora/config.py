@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peftcli.core.layer import AdapterLayer
+    from peftcli.core.updates import Update
 
 
 @dataclass(kw_only=True)
@@ -65,7 +66,7 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
     of several modules by name. A head that shares the embedding's weight follows it."""
     target_parameters: list[str] | None = None
     """Names or name endings of parameters to adapt that have no layer of their own, such as the fused weights of
-    experts: mlp.experts.gate_up_proj. target_modules may then be an empty list."""
+    experts: mlp.experts.gate_up_proj. While target_modules is unset, nothing else is adapted."""
     layer_replication: list[list[int]] | None = None
     """Build a deeper model of the base model's layers, each with a LoRA of its own: [[0, 4], [2, 5]] gives the layers
     0 1 2 3 2 3 4. The base weights are shared."""
@@ -84,8 +85,9 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
     """Settings of init_lora_weights: corda (https://arxiv.org/abs/2406.05223)."""
     lora_ga_config: LoraGAConfig | None = None
     """Settings of init_lora_weights: lora_ga (https://arxiv.org/abs/2407.05000)."""
-    loftq_config: LoftQConfig | None = None
-    """Settings of init_lora_weights: loftq (https://arxiv.org/abs/2310.08659)."""
+    loftq_config: LoftQConfig | None = field(default=None, metadata={"recipe": False})
+    """PEFT's settings of init_lora_weights: loftq (https://arxiv.org/abs/2310.08659). base_model.quantization says them
+    here."""
     fan_in_fan_out: bool = field(default=False, metadata={"recipe": False})
     """Whether the adapted weights are stored (in, out), as GPT-2's are. Found from the layer itself."""
 
@@ -101,14 +103,19 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
         return found + lora_problems(self) + init_problems(self)
 
     def usual_targets(self, model_type: str) -> list[str] | str:
-        usual = super().usual_targets(model_type)
-        return [] if self.target_parameters and usual == "all-linear" else usual
+        return [] if self.target_parameters else super().usual_targets(model_type)
 
     def reshape(self, model: nn.Module) -> None:
         from peftcli.methods.lora.replicate import replicate
 
         if self.layer_replication:
             replicate(model, self.layer_replication)
+
+    def after_merge(self, model: nn.Module) -> None:
+        from peftcli.methods.lora.replicate import separate
+
+        if self.layer_replication:
+            separate(model)
 
     def targets(self, model: nn.Module) -> list[str]:
         from peftcli.methods.lora.names import lora_targets
@@ -142,6 +149,11 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
         from peftcli.methods.lora.calibrate import start_loftq
 
         start_loftq(model, weight)
+
+    def updates(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Update]:
+        from peftcli.methods.lora.updates import updates
+
+        return updates(self, tensors)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], file: str | None = None) -> AdapterConfig:

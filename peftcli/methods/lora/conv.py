@@ -24,6 +24,8 @@ class LoraConv(LoraPair):
     def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig):
         super().__init__(base_layer, name, config)
         conv = bare(base_layer)
+        if config.use_dora and conv.groups > 1:
+            raise AdapterError(f"is not supported for {name}, a convolution with groups", key="use_dora")
         if self.r % conv.groups:
             raise AdapterError(f"{self.r} is no multiple of {name}'s {conv.groups} groups", key="r")
         kind = next(kind for kind in KINDS if isinstance(conv, kind))

@@ -72,7 +72,7 @@ class LoftQConfig:
     """Settings of init_lora_weights: loftq."""
 
     loftq_bits: int = 4
-    """Bits of the quantised base model."""
+    """Changes nothing here: the base model is quantised already, in as many bits as it is."""
     loftq_iter: int = 1
     """Always 1 here: more would quantise the base model anew."""
 
@@ -99,6 +99,10 @@ def init_problems(config: LoraConfig) -> list[tuple[str, str]]:
             found.append((section, f"means nothing without init_lora_weights: {name}"))
     if init == "orthogonal" and any(r % 2 for r in (config.r, *config.rank_pattern.values())):
         found.append(("r", "must be even for init_lora_weights: orthogonal"))
+    if config.target_parameters and init not in (True, False, "gaussian"):
+        found.append(("target_parameters", f"does not go with init_lora_weights: {init}"))
+    if config.use_dora and init == "loftq":
+        found.append(("use_dora", "does not go with init_lora_weights: loftq"))
     eva = config.eva_config
     if eva and eva.rho < 1:
         found.append(("eva_config.rho", f"must be at least 1, not {eva.rho}"))
@@ -119,10 +123,8 @@ def _choice_problems(config: LoraConfig) -> list[tuple[str, str]]:
         found += _one_of("lora_ga_config.scale", ga.scale, _SCALES)
         if ga.stable_gamma <= 0:
             found.append(("lora_ga_config.stable_gamma", f"must be above 0, not {ga.stable_gamma}"))
-    if loftq := config.loftq_config:
-        found += _one_of("loftq_config.loftq_bits", loftq.loftq_bits, (4, 8))
-        if loftq.loftq_iter != 1:
-            found.append(("loftq_config.loftq_iter", "must be 1: more would quantise the base model anew"))
+    if config.loftq_config and config.loftq_config.loftq_iter != 1:
+        found.append(("loftq_config.loftq_iter", "must be 1: more would quantise the base model anew"))
     return found
 
 

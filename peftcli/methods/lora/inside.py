@@ -14,7 +14,7 @@ from peftcli.errors import AdapterError
 from peftcli.methods._linear import beside
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.init import start
-from peftcli.methods.lora.layers import LoraLayer, LoraLinear
+from peftcli.methods.lora.layers import LoraLayer, LoraLinear, check_size
 
 
 class InsideLayer(LoraLayer):
@@ -44,7 +44,8 @@ class InsideLayer(LoraLayer):
 class LoraAttention(InsideLayer):
     """``nn.MultiheadAttention``: one pair for the projection of queries, keys and values, one for the output's.
 
-    ``A: (r, D)``, ``B: (3 D, r)`` and ``out.A: (r, D)``, ``out.B: (D, r)``.
+    ``A: (r, D)``, ``B: (3 D, r)`` and ``out.A: (r, D)``, ``out.B: (D, r)``. PEFT adds the output's delta twice, in
+    training as in merging, so that is what its files mean, and what is done here.
     """
 
     adapted = ("in_proj_weight", "out_proj.weight")
@@ -66,9 +67,9 @@ class LoraAttention(InsideLayer):
         return super().file_name(path, tensor.replace("out.", "base_layer.out_proj.", 1))
 
     def with_delta(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        pair = self if name == "in_proj_weight" else self.out
+        pair, times = (self, 1) if name == "in_proj_weight" else (self.out, 2)
         a, b = operator.attrgetter("lora_A.weight", "lora_B.weight")(pair)
-        return torch.addmm(weight, b.to(weight.dtype), a.to(weight.dtype), alpha=self.scaling)
+        return torch.addmm(weight, b.to(weight.dtype), a.to(weight.dtype), alpha=times * self.scaling)
 
 
 class LoraOutputProjection(LoraLinear):
@@ -92,12 +93,17 @@ class LoraParameter(InsideLayer):
     """
 
     def __init__(self, base_layer: nn.Module, parameter: str, name: str, config: LoraConfig):
-        super().__init__(base_layer, f"{name}.{parameter}", config)
+        name = f"{name}.{parameter}"
+        super().__init__(base_layer, name, config)
         self.adapted = (parameter,)
         weight: torch.Tensor = getattr(bare(base_layer), parameter)
+        if weight.ndim not in (2, 3):
+            shape = tuple(weight.shape)
+            raise AdapterError(f"{name} has the shape {shape}; LoRA adapts matrices", key="target_parameters")
         self.transposed = weight.ndim == 3 and getattr(bare(base_layer), "is_transposed", False)
         self.experts = len(weight) if weight.ndim == 3 else 1
         out, inputs = (weight.mT if self.transposed else weight).shape[-2:]
+        check_size(self.r, (out, inputs), name)
         like: dict[str, Any] = {"bias": False, "device": weight.device, "dtype": adapter_dtype(weight)}
         self.lora_A = nn.Linear(inputs, self.r * self.experts, **like)
         self.lora_B = nn.Linear(self.r * self.experts, out, **like)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -111,3 +112,9 @@ class LoraEmbedding(LoraLayer):
 
     def delta(self) -> torch.Tensor:
         return self.scaling * (self.lora_embedding_B @ self.lora_embedding_A).T
+
+
+def check_size(r: int, shape: Sequence[int], name: str) -> None:
+    """Raises AdapterError for an r far beyond what a weight of this shape, (out, in), has room for."""
+    if r > 8 * min(shape):
+        raise AdapterError(f"{r} is far larger than {name}: {shape[0]} x {shape[1]}", key="r")

@@ -34,9 +34,19 @@ def replicate(model: Any, ranges: list[list[int]]) -> None:
     before = {key: getattr(config, key) for key in _PER_LAYER if isinstance(getattr(config, key, None), list)}
     after = {key: [values[index] for index in order] for key, values in before.items()}
     on_unload(model, functools.partial(_settle, owner, leaf, layers, config, before))
-    _settle(
-        owner, leaf, nn.ModuleList(_numbered(layers[index], place) for place, index in enumerate(order)), config, after
-    )
+    _settle(owner, leaf, nn.ModuleList(_numbered(layers[i], place) for place, i in enumerate(order)), config, after)
+
+
+def separate(model: Any) -> None:
+    """Give each layer tensors of its own, after a merge: a checkpoint cannot hold shared ones."""
+    seen: set[int] = set()
+    for module in _layer_list(model)[1].modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in tables:
+            for name, value in tensors.items():
+                if id(value) in seen:
+                    tensors[name] = copy.deepcopy(value)
+                seen.add(id(tensors[name]))
 
 
 def _settle(owner: nn.Module, leaf: str, layers: nn.ModuleList, config: Any, per_layer: dict[str, list[Any]]) -> None:
@@ -49,7 +59,7 @@ def _settle(owner: nn.Module, leaf: str, layers: nn.ModuleList, config: Any, per
 def _layer_list(model: Any) -> tuple[str, nn.ModuleList]:
     """Name and list of the model's transformer layers."""
     config: Any = getattr(model, "config", None)
-    count = config.get_text_config().num_hidden_layers if config else 0
+    count = getattr(config.get_text_config(), "num_hidden_layers", 0) if config else 0
     found = {
         name: module
         for name, module in model.named_modules()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peftcli.core.layer import adapter_dtype, bare
 from peftcli.core.linear import Linear, dense_weight, linear_view, stored_weight
@@ -32,10 +33,12 @@ def check_kind(module: nn.Module, name: str, config: LoraConfig) -> None:
         AdapterError: the module is no linear layer; or the config is of a file that means nothing without what its
             writer started from.
     """
-    init, view = config.init_lora_weights, linear_view(module)
-    if view is None and (starts_away_from_zero(init) or init in ("orthogonal", "mica", "loftq")):
-        raise AdapterError(f"{init} starts Linear and Conv1D; {name} is a {type(bare(module)).__name__}", key=_KEY)
-    if init == "loftq" and not is_quantised(bare(module)):
+    init, view, layer = config.init_lora_weights, linear_view(module), bare(module)
+    never_called = isinstance(layer, NonDynamicallyQuantizableLinear)  # its attention reads the weight
+    needs_linear = starts_away_from_zero(init) or init in ("orthogonal", "mica", "loftq")
+    if needs_linear and (view is None or never_called):
+        raise AdapterError(f"{init} starts Linear and Conv1D; {name} is a {type(layer).__name__}", key=_KEY)
+    if init == "loftq" and not is_quantised(layer):
         reason = f"loftq goes with a quantised base model, and its {name} is not quantised"
         raise AdapterError(reason, key=_KEY, hint="load the base model in 4 bits")
     if not config.inference_mode or not starts_away_from_zero(init):
@@ -70,8 +73,9 @@ class StartedLinear(LoraLinear):
 
     def __init__(self, base_layer: nn.Module, view: Linear, name: str, config: LoraConfig):
         super().__init__(base_layer, view, name, config)
-        self.register_buffer("start_A", self.lora_A.weight.detach().clone())
-        self.register_buffer("start_B", self.lora_B.weight.detach().clone())
+        # parameters, since training on several devices sends buffers around at each step
+        self.start_A = nn.Parameter(self.lora_A.weight.detach().clone(), requires_grad=False)
+        self.start_B = nn.Parameter(self.lora_B.weight.detach().clone(), requires_grad=False)
         self.waits = config.init_lora_weights in FROM_DATA
         """Whether what it starts from is still to come: ``begin``."""
         if self.waits and (statistic := bare(base_layer).__dict__.pop(STATISTIC, None)) is not None:

@@ -22,7 +22,7 @@ from peftcli.methods.lora.inside import (
     named_parameters,
     wrap_parameters,
 )
-from peftcli.methods.lora.layers import LoraEmbedding, LoraLayer, LoraLinear
+from peftcli.methods.lora.layers import LoraEmbedding, LoraLayer, LoraLinear, check_size
 from peftcli.methods.lora.started import check_kind, linear_kind
 
 
@@ -36,7 +36,8 @@ def wrap(module: nn.Module, name: str, config: LoraConfig) -> LoraLayer:
     if named_parameters(module, name, config):
         return wrap_parameters(module, name, config)
     layer, view = bare(module), linear_view(module)
-    _check_size(layer, name, config)
+    if (shape := _matrix_shape(layer)) is not None:
+        check_size(int(pattern_value(config.rank_pattern, name, config.r)), shape, name)
     if isinstance(layer, nn.MultiheadAttention):
         check_attention(name, config)
         return LoraAttention(module, name, config)
@@ -61,12 +62,11 @@ def wrap(module: nn.Module, name: str, config: LoraConfig) -> LoraLayer:
     return (DORA[kind] if config.use_dora else kind)(base, name, config)
 
 
-def _check_size(layer: Any, name: str, config: LoraConfig) -> None:
-    """Refuse an r far beyond what the weight has room for."""
+def _matrix_shape(layer: Any) -> tuple[int, ...] | None:
+    """The shape of the matrix that A and B add to; None for an embedding, and for what has no such matrix."""
+    if (view := linear_view(layer)) is not None:  # a quantised weight has another shape
+        return view.out_features, view.in_features
     weight = getattr(layer, "weight", None)
     if weight is None or weight.ndim < 2 or isinstance(layer, nn.Embedding):
-        return
-    r = int(pattern_value(config.rank_pattern, name, config.r))
-    rows, columns = len(weight), weight[0].numel()
-    if r > 8 * min(rows, columns):
-        raise AdapterError(f"{r} is far larger than {name}: {rows} x {columns}", key="r")
+        return None
+    return tuple(weight.flatten(1).shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ class PeanutLinear(WeightDeltaLinear):
     def __init__(self, module: nn.Module, name: str, config: PeanutConfig):
         super().__init__(module, name, "PEANuT")
         r, outputs = config.r, self.view.out_features
-        layer = functools.partial(nn.Linear, bias=False, **beside(self))
+        layer: Any = functools.partial(nn.Linear, bias=False, **beside(self))
         self.peanut_A = layer(outputs, r)
         self.peanut_encoders = nn.ModuleList(layer(r, r) for _ in range(config.depth))
         self.peanut_decoders = nn.ModuleList(layer(r, r) for _ in range(config.depth))
@@ -36,6 +37,13 @@ class PeanutLinear(WeightDeltaLinear):
         if config.init_weights:
             nn.init.zeros_(self.peanut_B.weight)
         self.scaling, self.activation = config.scaling, config.act_fn
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        if not self.enabled:
+            return y
+        delta = self.delta()
+        return y + F.linear(x.to(delta.dtype), delta).to(y.dtype)
 
     def delta_of(self, weight: torch.Tensor) -> torch.Tensor:
         function = _ACTIVATIONS[self.activation]

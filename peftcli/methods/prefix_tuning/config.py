@@ -29,6 +29,8 @@ class PrefixTuningConfig(PrefixConfig):
         found = super().problems()
         if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
             found.append(("encoder_hidden_size", f"must be at least 1, not {self.encoder_hidden_size}"))
+        if self.encoder_hidden_size and not self.prefix_projection and not self.inference_mode:
+            found.append(("encoder_hidden_size", "is the width of a network that prefix_projection switches on"))
         if self.init_weights not in (None, "zero"):
             found.append(("init_weights", f"must be zero or unset, not {self.init_weights!r}"))
         return found

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from peftcli.errors import AdapterError
 from peftcli.methods._linear import SharingLinear, beside, share_tensors
 from peftcli.methods.randlora.config import RandLoraConfig
 
@@ -29,6 +30,8 @@ class RandLoraLinear(SharingLinear):
     def __init__(self, module: nn.Module, name: str, config: RandLoraConfig):
         super().__init__(module, name, "RandLoRA", config.bias, config.randlora_dropout)
         self.short, self.long = sorted((self.view.in_features, self.view.out_features))
+        if self.short * config.r < 2:
+            raise AdapterError(f"{config.r} makes bases of one number for {name}", key="r")
         self.scaling = config.randlora_alpha / config.r
         count, like = math.ceil(self.short / config.r), beside(self)
         self.randlora_lambda = nn.Parameter(torch.zeros(config.r, count, **like))

@@ -40,7 +40,8 @@ class TinyLoraLayer(AdapterLayer):
     def join(self, group: int, v: nn.Parameter, number: int, config: TinyLoraConfig) -> None:
         """Take the trained numbers of a group, and draw ``P`` for the ``number``-th layer of the model.
 
-        It is drawn as PEFT draws it: its files may hold the seed alone. On the CPU when the model is on the meta device.
+        It is drawn as PEFT draws it, whose files may hold the seed alone, and on the CPU when the model is on the meta
+        device.
         """
         self.group, self.tinylora_v, self.saves_projection = group, v, config.save_projection
         weight, r = stored_weight(self), len(self.tinylora_A)

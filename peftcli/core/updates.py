@@ -1,0 +1,86 @@
+"""What an adapter adds to a weight, as a product of two thin matrices, and how large and how alike such updates are.
+
+Nothing here makes the product itself, which is as large as the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Update:
+    """``scaling * left @ right``."""
+
+    left: torch.Tensor
+    """(out, r)"""
+    right: torch.Tensor
+    """(r, in)"""
+    scaling: float = 1.0
+    tensors: tuple[str, ...] = ()
+    """Names of the tensors of the adapter file that say it."""
+
+    @property
+    def r(self) -> int:
+        """Size of the bottleneck."""
+        return self.right.shape[0]
+
+    def norm(self) -> float:
+        """Frobenius norm of the update."""
+        return float((_triangle(self._scaled_left()) @ self.right.double()).norm())
+
+    def singular_values(self) -> torch.Tensor:
+        """The update's singular values, from the largest: as many as r and the weight's sides allow, in float64."""
+        return torch.linalg.svdvals(_triangle(self._scaled_left()) @ _triangle(self.right.double().T).T)
+
+    def dot(self, other: Update) -> float:
+        """Sum of the products of the updates' elements."""
+        lefts = self._scaled_left().T @ other._scaled_left()
+        rights = self.right.double() @ other.right.double().T
+        return float((lefts * rights).sum())
+
+    def truncated(self, r: int) -> Update:
+        """The update of bottleneck ``r``, or less where this one has less, that is nearest to this one."""
+        left, first = torch.linalg.qr(self._scaled_left())
+        right, second = torch.linalg.qr(self.right.double().T)
+        u, values, v = torch.linalg.svd(first @ second.T, full_matrices=False)
+        return Update(left @ (u[:, :r] * values[:r]), v[:r] @ right.T)
+
+    def _scaled_left(self) -> torch.Tensor:
+        return self.scaling * self.left.double()
+
+
+def weighted_sum(parts: Sequence[tuple[float, Update]]) -> Update:
+    """The sum of updates times a weight each, exactly: its r is the sum of theirs."""
+    lefts = [weight * update.scaling * update.left for weight, update in parts]
+    return Update(torch.cat(lefts, dim=1), torch.cat([update.right for _, update in parts]))
+
+
+def distance(one: Update, other: Update) -> float:
+    """Frobenius norm of the difference of two updates."""
+    return weighted_sum([(1.0, _double(one)), (-1.0, _double(other))]).norm()
+
+
+def effective_r(values: torch.Tensor) -> float:
+    """How many directions an update with these singular values uses: the exponential of their entropy.
+
+    From 1, where one direction is all of it, to their number, where all count alike (Roy and Vetterli, "The effective
+    rank"); 0 where there is no update.
+    """
+    total = values.sum()
+    if total == 0:
+        return 0.0
+    share = values / total
+    return float(torch.special.entr(share).sum().exp())
+
+
+def _double(update: Update) -> Update:
+    return Update(update.left.double(), update.right.double(), update.scaling)
+
+
+def _triangle(matrix: torch.Tensor) -> torch.Tensor:
+    """R of the QR decomposition: as long as ``matrix`` in every direction of its rows' space."""
+    return torch.linalg.qr(matrix, mode="r").R

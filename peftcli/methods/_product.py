@@ -1,0 +1,21 @@
+"""What methods share that take something of the base weight away."""
+
+from __future__ import annotations
+
+import torch
+
+from peftcli.core.layer import AdapterLayer, TrainedBias, bare
+
+
+def base_product(layer: AdapterLayer, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+    """``W x`` with the base model's own weight, without bias: (..., out), in float32 or wider.
+
+    ``y``, if given, is what the layer's base layer made of ``x``: it serves unless other adapters stand below.
+    """
+    below = layer.base_layer.base_layer if isinstance(layer.base_layer, TrainedBias) else layer.base_layer
+    if y is None or isinstance(below, AdapterLayer):
+        y, bias = bare(layer)(x), bare(layer).bias
+    else:
+        bias = layer.base_layer.bias
+    dtype = torch.promote_types(y.dtype, torch.float32)
+    return y.to(dtype) if bias is None else y.to(dtype) - bias.to(dtype)

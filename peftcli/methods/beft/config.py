@@ -1,0 +1,46 @@
+"""The settings of BEFT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from peftcli.core.config import TargetedConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+_NAMES = {"bert": "value", "deberta-v2": "value_proj", "mt5": "v", "roberta": "value", "t5": "v"}
+_FAMILIES = ("bart", "gemma", "gemma2", "gemma3_text", "gpt_neo", "gptj", "llama", "llama4", "mistral", "mixtral")
+_TARGETS = dict.fromkeys((*_FAMILIES, "opt", "phi", "qwen2", "qwen3"), "v_proj") | _NAMES
+"""What PEFT adapts by default, per model_type: the attention's values."""
+
+
+@dataclass(kw_only=True)
+class BeftConfig(TargetedConfig):
+    """Settings of BEFT, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "BEFT"
+    always_written: ClassVar[tuple[str, ...]] = ("target_modules",)
+
+    init_weights: bool = True
+    """Start from a bias of zero; false starts at random, for tests."""
+    without_bias: str | None = field(default=None, metadata={"recipe": False, "file": False})
+    """Name of an adapted layer that has no bias to merge into, once the adapter is in a model."""
+
+    def usual_targets(self, model_type: str) -> list[str] | str:
+        return [_TARGETS[model_type]] if model_type in _TARGETS else super().usual_targets(model_type)
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.beft.layers import BeftLinear
+
+        return BeftLinear(module, name, self)
+
+    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
+        super().attach(model, layers)
+        self.without_bias = next((name for name, layer in layers.items() if layer.bias is None), None)
+
+    def merge_problem(self) -> str | None:
+        return self.without_bias and f"BEFT cannot be merged here: {self.without_bias} has no bias in the base model"

@@ -1,0 +1,33 @@
+"""The layers of BEFT (https://arxiv.org/abs/2509.15974)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcli.core.layer import AdapterLayer
+from peftcli.core.linear import need_linear
+from peftcli.errors import AdapterError
+from peftcli.methods._linear import beside
+from peftcli.methods.beft.config import BeftConfig
+
+
+class BeftLinear(AdapterLayer):
+    """``y = W x + b + c`` with ``c: (1, out)``, which starts at zero."""
+
+    def __init__(self, module: nn.Module, name: str, config: BeftConfig):
+        view = need_linear(module, name, "BEFT")
+        super().__init__(module)
+        start = torch.zeros if config.init_weights else torch.randn
+        self.beft_bias = nn.Parameter(start(1, view.out_features, **beside(self)))
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        return (y + self.beft_bias[0]).to(y.dtype) if self.enabled else y
+
+    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if "bias" not in base:
+            raise AdapterError("BEFT cannot be merged here: the base model has no bias in the adapted layers")
+        return {"bias": base["bias"] + self.beft_bias[0]}

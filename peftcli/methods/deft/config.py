@@ -1,0 +1,51 @@
+"""The settings of DEFT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from peftcli.core.config import ExcludingConfig, LayeredConfig
+from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_choice, no_share, too_small
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+
+@dataclass(kw_only=True)
+class DeftConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
+    """Settings of DEFT, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "DEFT"
+    always_written: ClassVar[tuple[str, ...]] = ("r", "decomposition_method", "target_modules")
+
+    r: int = 8
+    """How many directions of a layer's output are taken from the weight and given back new. Parameters and memory
+    grow linearly with it."""
+    decomposition_method: Literal["relu", "qr"] = "relu"
+    """How a direction is taken away. qr: exactly, by a projection; relu: nearly, and faster."""
+    alpha: int | None = None
+    """Strength of what is given back: it is multiplied by alpha / r. Unset: by 1."""
+    para: bool = False
+    """Only take directions away, and give nothing back (PaRa): half the parameters. Such an adapter changes the model
+    before it is trained."""
+    deft_dropout: float = 0.0
+    """Share of the input values that what is given back does not see during training."""
+    init_scale: float = 1.0
+    """With init_weights: false, how large that starts."""
+    init_weights: bool = True
+    """Start from no update at all; false starts with directions of the weight gone."""
+
+    def problems(self) -> Problems:
+        found = super().problems() + too_small(self, r=1) + no_share(self, "deft_dropout")
+        found += no_choice(self, "decomposition_method", "relu", "qr")
+        if self.alpha is not None and self.alpha <= 0:
+            found.append(("alpha", f"must be above 0, not {self.alpha}"))
+        return found
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.deft.layers import DeftLinear
+
+        return DeftLinear(module, name, self)

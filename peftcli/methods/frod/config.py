@@ -1,0 +1,76 @@
+"""The settings of FRoD."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from peftcli.core.config import LayeredConfig
+from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_share, not_positive
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+
+@dataclass(kw_only=True)
+class FrodConfig(BiasConfig, FanInConfig, LayeredConfig):
+    """Settings of FRoD, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "FROD"
+    always_written: ClassVar[tuple[str, ...]] = (
+        "target_modules", "sparse_rate", "projection_prng_key", "save_projection",
+    )  # fmt: skip
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        # how PEFT works, not what it computes
+        "progressbar": (True,),
+        "runtime_offload_base_weight": (True,),
+    }
+
+    sparse_rate: float = 0.01
+    """Share of the numbers of an inputs x inputs matrix that train in each layer, besides one for each input."""
+    projection_prng_key: int = 0
+    """Seed of the places of those numbers."""
+    save_projection: bool = True
+    """Write what layers share to the file too: an inputs x inputs matrix for each kind of layer, but such an adapter
+    does not depend on how a machine computes it, and it can be merged."""
+    regularization_alpha: float = 1e-3
+    """Small number that keeps finding that matrix stable where layers are alike."""
+    frod_dropout: float = 0.0
+    """Share of the input values that the update does not see during training."""
+    init_weights: bool = True
+    """Start from no update, but for rounding; false starts at random, for tests."""
+
+    def problems(self) -> Problems:
+        found = super().problems() + not_positive(self, "regularization_alpha") + no_share(self, "frod_dropout")
+        if not 0 <= self.sparse_rate <= 1:
+            found.append(("sparse_rate", f"must be in [0, 1], not {self.sparse_rate}"))
+        return found
+
+    def usual_targets(self, model_type: str) -> list[str] | str:
+        usual = {"phi": ["q_proj", "v_proj"], "vit": ["query", "value"]}
+        return usual.get(model_type) or super().usual_targets(model_type)
+
+    def targets(self, model: nn.Module) -> list[str]:
+        from peftcli.methods.frod.layers import check_kinds
+
+        names = super().targets(model)
+        check_kinds(model, names)
+        return names
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.frod.layers import FrodLinear
+
+        return FrodLinear(module, name, self)
+
+    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
+        from peftcli.methods.frod.layers import share
+
+        super().attach(model, layers)
+        share(layers, self)
+
+    def merge_problem(self) -> str | None:
+        if self.save_projection:
+            return None
+        return "with save_projection: false a layer's update depends on the weights of the others"

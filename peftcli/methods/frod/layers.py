@@ -1,0 +1,186 @@
+"""The layer of FRoD (https://arxiv.org/abs/2512.23485), and the bases that layers share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftcli.core.layer import AdapterLayer, base_paths
+from peftcli.core.linear import dense_weight, linear_view, stored_weight
+from peftcli.errors import AdapterError
+from peftcli.methods._linear import WeightDeltaLinear, beside
+from peftcli.methods._product import base_product
+from peftcli.methods.frod.config import FrodConfig
+
+
+class FrodLinear(WeightDeltaLinear):
+    """``W + delta = U (diag(l) + S) V^T`` with ``U: (out, in)``, ``V: (in, in)``; ``U diag(l) V^T`` is ``W`` at first.
+
+    ``l: (in,)`` and the few numbers of ``S: (in, in)`` that are not zero train. ``V`` and the places in ``S`` belong
+    to all layers of a kind. ``U`` comes from ``V`` and ``W``; the file does not hold it.
+    """
+
+    fixed = ("frod_V", "frod_s_indices", "frod_s_size")
+    frod_V: nn.Parameter
+    frod_s_indices: nn.Parameter
+    frod_s_size: nn.Parameter
+    frod_U: torch.Tensor
+
+    def __init__(self, module: nn.Module, name: str, config: FrodConfig):
+        super().__init__(module, name, "FRoD", config.bias, config.frod_dropout)
+        self.kind = kind_of(name)
+        self.saves_shared = config.save_projection
+        inputs, like = self.view.in_features, beside(self)
+        self.frod_lambda_l = nn.Parameter(torch.ones(inputs, **like))
+        self.frod_lambda_s_values = nn.Parameter(torch.zeros(num_places(inputs, config.sparse_rate), **like))
+        self.register_buffer("frod_U", None, persistent=False)
+        self.seen: int | None = None
+        """The version of ``V`` that ``U`` belongs to."""
+
+    def start(self, basis: nn.Parameter, places: nn.Parameter, size: nn.Parameter, config: FrodConfig) -> None:
+        """Take what layers of the kind share, and give the trained numbers their first values."""
+        self.frod_V, self.frod_s_indices, self.frod_s_size = basis, places, size
+        with torch.no_grad():
+            _, lengths = decompose(self.frod_V, dense_weight(self))
+            self.frod_lambda_l.copy_(lengths)
+            if not config.init_weights:
+                self.frod_lambda_l.add_(torch.randn_like(lengths), alpha=0.1)
+                self.frod_lambda_s_values.normal_(std=0.1)
+
+    def file_tensors(self) -> dict[str, torch.Tensor]:
+        return super().file_tensors() if self.saves_shared else {**self.own_tensors()}
+
+    def file_name(self, path: str, tensor: str) -> str:
+        return f"base_model.{tensor}.{self.kind}" if tensor in self.fixed else super().file_name(path, tensor)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        if not self.enabled:
+            return y
+        dropped = self.dropout(x)
+        z = dropped.to(self.frod_lambda_l.dtype) @ self.frod_V
+        turned = torch.sparse.mm(self._sparse(), z.flatten(0, -2).T).T.reshape(z.shape)
+        new = F.linear(self.frod_lambda_l * z + turned, self._left())
+        old = base_product(self, dropped, y if dropped is x else None)
+        return y + (new - old.to(new.dtype)).to(y.dtype)
+
+    def delta_of(self, weight: torch.Tensor) -> torch.Tensor:
+        dense = self.view.as_stored(weight)
+        left, _ = decompose(self.frod_V, dense)
+        middle = self._sparse().to_dense() + self.frod_lambda_l.diag()
+        return self.view.as_stored(left.to(dense) @ middle @ self.frod_V.T - dense)
+
+    def _sparse(self) -> torch.Tensor:
+        """``S``, as a sparse tensor."""
+        size = len(self.frod_lambda_l)
+        indices, values = self.frod_s_indices, self.frod_lambda_s_values
+        return torch.sparse_coo_tensor(indices, values, (size, size), check_invariants=False).coalesce()
+
+    def _left(self) -> torch.Tensor:
+        """``U``, found anew when ``V`` was filled from a file."""
+        version = None if self.frod_V.is_inference() else self.frod_V._version
+        if self.frod_U is None or version != self.seen:
+            self.frod_U, _ = decompose(self.frod_V, dense_weight(self))
+            self.seen = version
+        return self.frod_U
+
+
+def share(layers: Mapping[str, AdapterLayer], config: FrodConfig) -> None:
+    """Find ``V`` and draw the places in ``S`` for each kind of layer, as PEFT does, whose files may not hold them."""
+    chosen: dict[str, dict[int, Any]] = {}
+    for number, (name, layer) in enumerate(layers.items()):
+        # of several at one place, as in encoder and decoder, the last one counts, as in PEFT
+        chosen.setdefault(kind_of(name), {})[_place(name, number)] = layer
+    generator = torch.Generator().manual_seed(config.projection_prng_key)
+    for kind, found in sorted(chosen.items()):
+        group: list[Any] = [layer for name, layer in layers.items() if kind_of(name) == kind]
+        weights = [dense_weight(layer) for _, layer in sorted(found.items())]
+        basis = shared_basis(weights, config.regularization_alpha)
+        places = _drawn_places(len(basis), config.sparse_rate, generator)
+        stored = stored_weight(group[0])
+        # PEFT rounds it to the base model's dtype before it widens it again
+        basis = basis.to(stored.dtype if stored.is_floating_point() else basis.dtype).to(**beside(group[0]))
+        shared = [_frozen(part.to(basis.device)) for part in (basis, places, torch.tensor(basis.shape))]
+        for layer in group:
+            layer.start(*shared, config)
+
+
+def check_kinds(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises AdapterError for modules of one kind that have different numbers of inputs: they cannot share ``V``."""
+    paths, inputs = base_paths(model), dict[str, int]()
+    for name in names:
+        view = linear_view(model.get_submodule(paths[name]))
+        if view is not None and inputs.setdefault(kind_of(name), view.in_features) != view.in_features:
+            found = sorted({inputs[kind_of(name)], view.in_features})
+            raise AdapterError(f"modules like {name} have {found[0]} inputs and {found[1]}", key="target_modules")
+
+
+def decompose(basis: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``U`` and ``l`` with ``U diag(l) V^T = W`` and columns of length one in ``U``, for a weight (out, in)."""
+    if basis.is_meta or weight.is_meta:
+        return torch.empty_like(weight, device="meta"), weight.new_empty(weight.shape[1], device="meta")
+    v, w = basis.detach().double().cpu(), weight.double().cpu()
+    try:
+        scaled = torch.linalg.solve(v, w.T).T
+    except RuntimeError:  # singular: kinds of layers whose weights do not span their inputs
+        scaled = w @ torch.linalg.pinv(v, rtol=1e-6).T
+    lengths = scaled.norm(dim=0)
+    left = torch.where(lengths > 1e-12, scaled / lengths, 0.0)
+    return left.to(weight.device, weight.dtype), lengths.to(weight.device, weight.dtype)
+
+
+def shared_basis(weights: list[torch.Tensor], ridge: float) -> torch.Tensor:
+    """``V`` for weights (out, in) that share their inputs: (in, in).
+
+    From the joint decomposition of the stacked weights, in float32 on the CPU and step by step as in PEFT: a column's
+    sign is free, and adapters of both have to mean the same.
+    """
+    inputs = weights[0].shape[1]
+    if weights[0].is_meta:
+        return weights[0].new_empty(inputs, inputs)
+    stacked = torch.cat([weight.float().cpu() for weight in weights])
+    if len(stacked) < inputs:
+        return torch.linalg.svd(stacked, full_matrices=True).Vh.T
+    q, r = torch.linalg.qr(stacked)
+    total, identity = torch.zeros_like(r), torch.eye(inputs)
+    for part in q.split([len(weight) for weight in weights]):
+        total += torch.linalg.inv(part.T @ part + ridge * identity)
+    return r.T @ torch.linalg.eigh(total / len(weights)).eigenvectors
+
+
+def num_places(inputs: int, rate: float) -> int:
+    """How many numbers of ``S`` train."""
+    count = min(int(inputs * inputs * rate), inputs * inputs - inputs)
+    return max(1, count) if rate > 0 and inputs > 1 else count
+
+
+def kind_of(name: str) -> str:
+    """What a module is called wherever it stands: its name's last two parts, or one if numbers come before it."""
+    *before, last = name.split(".")
+    if not before or before[-1].isdigit():
+        return last
+    if last == "dense" and before[-2:] == ["attention", "output"]:  # in BERT, besides the MLP's output.dense
+        return "attention_output"
+    return f"{before[-1]}_{last}"
+
+
+def _place(name: str, otherwise: int) -> int:
+    """Index of the transformer layer that a module belongs to: the number after ``layers``, or the first one."""
+    parts = name.split(".")
+    after = parts[parts.index("layers") + 1 :][:1] if "layers" in parts else []
+    return next((int(part) for part in [*after, *parts] if part.isdigit()), otherwise)
+
+
+def _drawn_places(inputs: int, rate: float, generator: torch.Generator) -> torch.Tensor:
+    """Random places off the diagonal of an (in, in) matrix, as rows and columns: (2, count)."""
+    drawn = torch.randperm(inputs * inputs - inputs, generator=generator)[: num_places(inputs, rate)]
+    rows, columns = drawn // max(inputs - 1, 1), drawn % max(inputs - 1, 1)
+    return torch.stack([rows, columns + (columns >= rows)])
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,93 @@
+"""The layers of GLoRA (https://arxiv.org/abs/2306.07967)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype, bare
+from peftcli.core.linear import dense_weight, need_linear
+from peftcli.methods._linear import beside, with_bias
+from peftcli.methods.glora.config import GloraConfig
+
+
+class Part(nn.Module):
+    """One of A to E: a product ``Xd Xu``, or numbers ``X`` for its rows or for all of it. It starts at zero."""
+
+    def __init__(self, what: str, shape: tuple[int, ...], config: GloraConfig, like: dict[str, Any]):
+        super().__init__()
+        self.what = what
+        if what == "none":
+            self.register_buffer("zeros", torch.zeros(shape, **like))  # it is nothing, but PEFT's readers ask for it
+        elif what == "lora":
+            self.Xd = nn.Parameter(torch.zeros(shape[0], config.r, **like))
+            self.Xu = nn.Parameter(torch.empty(config.r, shape[1], **like))
+            nn.init.kaiming_uniform_(self.Xu, a=math.sqrt(5))
+        else:
+            rows = (shape[0], *[1] * (len(shape) - 1))
+            self.X = nn.Parameter(torch.zeros(rows if what == "vector" else 1, **like))
+        if not config.init_weights and what != "none":
+            nn.init.normal_(self.Xd if what == "lora" else self.X, std=0.02)
+
+    def forward(self) -> torch.Tensor | float:
+        """The part, in a shape that goes with the whole."""
+        if self.what == "none":
+            return 0.0
+        return self.Xd @ self.Xu if self.what == "lora" else self.X
+
+
+class GloraLinear(AdapterLayer):
+    """``y = (W + W * A + B) x + b + b * D + E + W C``; C, D and E are nothing where there is no bias.
+
+    All of it is made from the base model's own weight and bias, whatever other adapters do to the layer.
+    """
+
+    def __init__(self, module: nn.Module, name: str, config: GloraConfig):
+        view = need_linear(module, name, "GLoRA")
+        super().__init__(with_bias(module, config.bias))
+        self.view = view
+        rows, columns, like = view.out_features, view.in_features, beside(self)
+        of_c, of_d_e = (config.config_C, config.config_D_E) if bare(module).bias is not None else ("none", "none")
+        self.glora_A = Part(config.config_A_B, (rows, columns), config, like)
+        self.glora_B = Part(config.config_A_B, (rows, columns), config, like)
+        self.glora_C = Part(of_c, (columns, 1), config, like)
+        self.glora_D = Part(of_d_e, (rows,), config, like)
+        self.glora_E = Part(of_d_e, (rows,), config, like)
+        parts = {name: part for name, part in self.named_children() if isinstance(part, Part)}
+        self.fixed = tuple(f"{name}.zeros" for name, part in parts.items() if part.what == "none")
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        if not self.enabled:
+            return y
+        weight = dense_weight(self)
+        bias = (self.base_layer if isinstance(self.base_layer, TrainedBias) else bare(self)).bias
+        shift = None if bias is None else self._shift(weight, bias)
+        return y + F.linear(x.to(weight.dtype), self._delta(weight), shift).to(y.dtype)
+
+    def folded(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        below = self.base_layer.folded(base) if isinstance(self.base_layer, AdapterLayer) else {}
+        if not self.enabled:
+            return below
+        own = base | below if isinstance(self.base_layer, TrainedBias) else base
+        stored = base["weight"].to(adapter_dtype(base["weight"]))
+        weight = self.view.as_stored(stored)
+        changed = {"weight": below.get("weight", stored) + self.view.as_stored(self._delta(weight))}
+        if "bias" in base:
+            changed["bias"] = below.get("bias", base["bias"]) + self._shift(weight, own["bias"])
+        return below | changed
+
+    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self.folded(base)
+
+    def _delta(self, weight: torch.Tensor) -> torch.Tensor:
+        return (weight * self.glora_A() + self.glora_B()).expand(weight.shape)
+
+    def _shift(self, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        coupled = 0.0 if self.glora_C.what == "none" else (weight @ self.glora_C()).squeeze(-1)
+        shift: torch.Tensor = bias.to(weight.dtype) * self.glora_D() + self.glora_E() + coupled
+        return shift

@@ -1,0 +1,224 @@
+"""Combine LoRA adapters into one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from peftcli.core.combine import Combination
+from peftcli.core.config import AdapterConfig
+from peftcli.core.targets import module_matches
+from peftcli.core.updates import Update, distance, weighted_sum
+from peftcli.errors import AdapterError
+from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora.updates import Pair, pairs, updates
+
+_TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_SAME = ("layer_replication", "trainable_token_indices", "ensure_weight_tying", "modules_to_save", "bias")
+"""Settings that the adapters must share."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One of those that are combined."""
+
+    name: str
+    """What messages call it."""
+    config: AdapterConfig
+    tensors: Mapping[str, torch.Tensor]
+    """By the names of the adapter file."""
+
+
+@dataclass(frozen=True)
+class Combined:
+    """The result."""
+
+    config: LoraConfig
+    tensors: dict[str, torch.Tensor]
+    errors: dict[str, float]
+    """Of each adapted module, how far its update is from the weighted sum, as a share of that."""
+    error: float
+    """The same over all modules."""
+
+
+def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: Combination) -> Combined:
+    """One LoRA adapter of several, each times its weight.
+
+    Its lora_alpha is its r, so that B A is the update. Values that replace the base model's, of modules_to_save and
+    trained biases, are averaged, which is the weighted sum of their changes where the weights add up to 1.
+
+    Raises:
+        AdapterError: the adapters are not of one base model, not LoRA, or cannot be combined like that.
+    """
+    how.check()
+    if len(adapters) != len(weights) or not adapters:
+        raise AdapterError(f"{len(weights)} weights for {len(adapters)} adapters", key="weights")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise AdapterError("must be finite numbers", key="weights")
+    configs = [_lora(adapter) for adapter in adapters]
+    _check_alike(adapters, configs)
+    given = [_said(updates, adapter, config) for adapter, config in zip(adapters, configs, strict=True)]
+    names = {path: pair for adapter in adapters for path, pair in pairs(adapter.tensors).items()}
+    tensors = _replaced(adapters, weights, names.values()) | _biases(adapters, weights, given, names)
+    made, exact = {}, {}
+    for path in names:
+        parts = [(weight, own[path]) for weight, own in zip(weights, given, strict=True) if path in own]
+        shapes = {(update.left.shape[0], update.right.shape[1]): None for _, update in parts}
+        if len(shapes) > 1:
+            said = " and ".join(f"{rows} x {columns}" for rows, columns in shapes)
+            raise AdapterError(f"{path} is of other sizes in other adapters: {said}")
+        made[path] = how.combined(parts, path)
+        exact[path] = weighted_sum(parts)
+        tensors |= _written(adapters, names[path], made[path])
+    errors = {path: 0.0 if how.method == "cat" else distance(made[path], exact[path]) for path in names}
+    sizes = {path: exact[path].norm() for path in names}
+    sizes_of_r = {path.partition(".base_layer")[0]: update.r for path, update in made.items()}
+    return Combined(
+        config=_config(configs, sizes_of_r, any(pair.bias in tensors for pair in names.values())),
+        tensors=tensors,
+        errors={path: _share(error, sizes[path]) for path, error in errors.items()},
+        error=_share(math.hypot(*errors.values()), math.hypot(*sizes.values())),
+    )
+
+
+def _lora(adapter: Adapter) -> LoraConfig:
+    config = adapter.config
+    if not isinstance(config, LoraConfig):
+        raise AdapterError(f"{adapter.name} is {config.peft_type}; only LoRA adapters can be combined")
+    if config.target_parameters:
+        raise AdapterError(
+            f"{adapter.name} adapts parameters without layers, which cannot be combined", key="target_parameters"
+        )
+    return config
+
+
+def _check_alike(adapters: Sequence[Adapter], configs: Sequence[LoraConfig]) -> None:
+    for key in ("base_model_name_or_path", "revision", "task_type"):
+        values = {
+            value: adapter.name for adapter, c in zip(adapters, configs, strict=True) if (value := getattr(c, key))
+        }
+        if len(values) > 1:
+            said = ", ".join(f"{name} is for {value}" for value, name in values.items())
+            raise AdapterError(f"the adapters do not belong together: {said}", key=key)
+    for key in _SAME:
+        if len({repr(getattr(config, key)) for config in configs}) > 1:
+            said = ", ".join(f"{a.name} has {getattr(c, key)!r}" for a, c in zip(adapters, configs, strict=True))
+            raise AdapterError(f"must be the same to be combined: {said}", key=key)
+
+
+def _said(
+    compute: Callable[[LoraConfig, Mapping[str, torch.Tensor]], dict[str, Update]], adapter: Adapter, config: LoraConfig
+) -> dict[str, Update]:
+    """The adapter's updates in float32 or wider; errors say whose they are."""
+    wide = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in adapter.tensors.items()}
+    try:
+        found = compute(config, wide)
+    except AdapterError as error:
+        raise AdapterError(f"{adapter.name} cannot be combined: {error.message}", key=error.key) from None
+    for path, pair in pairs(wide).items():
+        if wide[pair.b].shape[1] != found[path].r:
+            raise AdapterError(f"{adapter.name} cannot be combined: {path} is a convolution with groups")
+    return found
+
+
+def _written(adapters: Sequence[Adapter], pair: Pair, update: Update) -> dict[str, torch.Tensor]:
+    """The update as A and B in the shapes of the files."""
+    like = next(adapter.tensors for adapter in adapters if pair.a in adapter.tensors)
+    dtype = torch.promote_types(like[pair.a].dtype, torch.float32)
+    left, right = update.left.to(dtype), update.right.to(dtype)
+    return {pair.a: right.view(-1, *like[pair.a].shape[1:]), pair.b: left.view(*left.shape, *like[pair.b].shape[2:])}
+
+
+def _biases(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    given: Sequence[dict[str, Update]],
+    names: Mapping[str, Pair],
+) -> dict[str, torch.Tensor]:
+    """The biases of B: their weighted sum, where any adapter has one."""
+    if not any(pair.bias in adapter.tensors for pair in names.values() for adapter in adapters):
+        return {}
+    found = {}
+    for path, pair in names.items():
+        rows = next(own[path].left.shape[0] for own in given if path in own)
+        found[pair.bias] = torch.zeros(rows)
+        for adapter, weight, own in zip(adapters, weights, given, strict=True):
+            if pair.bias in adapter.tensors:
+                found[pair.bias] += weight * own[path].scaling * adapter.tensors[pair.bias].float()
+    return found
+
+
+def _replaced(adapters: Sequence[Adapter], weights: Sequence[float], names: Iterable[Pair]) -> dict[str, torch.Tensor]:
+    """The weighted mean of what replaces values of the base model, and the base weights that files carry along."""
+    known = {tensor for pair in names for tensor in (pair.a, pair.b, pair.bias)}
+    found = {}
+    for name in sorted({name for adapter in adapters for name in adapter.tensors} - known):
+        values = [adapter.tensors.get(name) for adapter in adapters]
+        there = [value for value in values if value is not None]
+        if name.endswith(".base_layer.weight"):
+            if any(value.shape != there[0].shape or not torch.equal(value, there[0]) for value in there):
+                raise AdapterError(f"the adapters are for base models with another {name}")
+            found[name] = there[0]
+        elif len(there) < len(adapters):
+            without = adapters[[value is None for value in values].index(True)].name
+            raise AdapterError(f"{without} does not hold {name}, which another of the adapters replaces")
+        elif not math.isclose(sum(weights), 1.0, rel_tol=1e-9):
+            raise AdapterError(
+                f"{name} replaces values of the base model; such values can only be averaged, and the weights add up "
+                f"to {sum(weights):g}, not 1",
+                key="weights",
+            )
+        else:
+            wide = [value.to(torch.promote_types(value.dtype, torch.float32)) for value in there]
+            found[name] = torch.stack([w * value for w, value in zip(weights, wide, strict=True)]).sum(0)
+    return found
+
+
+def _config(configs: Sequence[LoraConfig], sizes: Mapping[str, int], biased: bool) -> LoraConfig:
+    r = max(sizes.values(), key=list(sizes.values()).count)
+    pattern = _pattern(sizes, r)
+    nothing: Any = {}
+    if any(getattr(config, key) != getattr(configs[0], key) for config in configs for key in _TARGETING):
+        nothing = {**dict.fromkeys(_TARGETING), "target_modules": _named(configs, sizes)}
+    return replace(
+        configs[0].plain(),
+        r=r,
+        lora_alpha=r,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        use_rslora=False,
+        lora_bias=biased,
+        fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
+        base_model_name_or_path=next((c.base_model_name_or_path for c in configs if c.base_model_name_or_path), None),
+        revision=next((config.revision for config in configs if config.revision), None),
+        task_type=next((config.task_type for config in configs if config.task_type), None),
+        **nothing,
+    )
+
+
+def _named(configs: Sequence[LoraConfig], paths: Iterable[str]) -> list[str]:
+    """Target modules that name what any of the adapters adapts, and no more."""
+    lists = [c.target_modules for c in configs if isinstance(c.target_modules, list)]
+    narrowed = any(getattr(config, key) is not None for config in configs for key in _TARGETING[1:])
+    if len(lists) < len(configs) or narrowed:
+        return sorted(paths)
+    return sorted({name for each in lists for name in each})
+
+
+def _pattern(sizes: Mapping[str, int], r: int) -> dict[str, int]:
+    """rank_pattern for the modules whose r is another one: the shortest name endings that say it."""
+    pattern: dict[str, int] = {}
+    for path, own in sizes.items():
+        parts = path.split(".")
+        endings = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+        if own != r:
+            pattern[next(e for e in endings if all(s == own for p, s in sizes.items() if module_matches(p, e)))] = own
+    return pattern
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else float(part > 0)

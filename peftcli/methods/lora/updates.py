@@ -1,0 +1,85 @@
+"""What the tensors of a LoRA file add to each weight, and the file of such updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from peftcli.core.targets import pattern_value
+from peftcli.core.updates import Update
+from peftcli.errors import AdapterError
+from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora.init_config import starts_away_from_zero
+
+_ENDS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Names of the two tensors of one module."""
+
+    a: str
+    b: str
+
+    @property
+    def bias(self) -> str:
+        """Name that the bias of B has, where there is one."""
+        return self.b.removesuffix("weight") + "bias"
+
+
+def pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, Pair]:
+    """The pairs of A and B in a file, by the path of their module.
+
+    Raises:
+        AdapterError: an A stands without its B.
+    """
+    found = {}
+    for name in tensors:
+        for end, other in _ENDS.items():
+            if name.endswith(end):
+                path = name.removesuffix(end)
+                found[path.removeprefix(LoraConfig.file_prefix)] = pair = Pair(name, path + other)
+                if pair.b not in tensors:
+                    raise AdapterError(f"missing: {pair.b}")
+    return found
+
+
+def updates(config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, Update]:
+    """The update of each adapted weight; of fused experts, one for each expert: ``path[3]``.
+
+    Raises:
+        AdapterError: they depend on the base model's weights, or the tensors do not fit the config.
+    """
+    if config.use_dora:
+        raise AdapterError("what DoRA adds depends on the base model's weights")
+    found: dict[str, Update] = {}
+    plain, patterns = config.plain(), config.rank_pattern or config.alpha_pattern
+    for path, pair in pairs(tensors).items():
+        name = path.partition(".base_layer")[0]
+        r = int(pattern_value(plain.rank_pattern, name, plain.r))
+        alpha = pattern_value(plain.alpha_pattern, name, plain.lora_alpha)
+        scaling = alpha / (math.sqrt(r) if plain.use_rslora else r)
+        right, left = tensors[pair.a].flatten(1), tensors[pair.b].flatten(1)
+        rows = right.shape[0]
+        if 2 * rows == r and starts_away_from_zero(config.init_lora_weights):
+            raise AdapterError(f"what {config.init_lora_weights} started from is in the base model only")
+        experts = rows // r
+        if rows != r * experts or experts < 1 or (experts > 1 and (patterns or not config.target_parameters)):
+            raise AdapterError(f"{pair.a} has {rows} rows; the config says {r}", key="r")
+        if experts > 1:
+            split = zip(right.unflatten(0, (experts, r)), left.unflatten(1, (r, experts)).unbind(-1), strict=True)
+            found |= {f"{path}[{i}]": Update(b, a, scaling, (pair.a, pair.b)) for i, (a, b) in enumerate(split)}
+        else:
+            found[path] = Update(_without_groups(left, r), right, scaling, (pair.a, pair.b))
+    return found
+
+
+def _without_groups(left: torch.Tensor, r: int) -> torch.Tensor:
+    """B (out, r / groups) of a convolution with groups as a matrix (out, r)."""
+    if left.shape[1] == r:
+        return left
+    groups = r // left.shape[1]
+    return torch.block_diag(*left.chunk(groups))

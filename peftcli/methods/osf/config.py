@@ -1,0 +1,75 @@
+"""The settings of OSF."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from peftcli.core.config import TargetedConfig
+from peftcli.methods._settings import Problems
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+_GATED = [*_ATTENTION, "gate_proj", "down_proj", "up_proj"]
+_TARGETS: dict[str, list[str]] = {
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "llama", "llama4", "mistral", "qwen2", "qwen3"), _GATED),
+    "bloom": ["query_key_value", "dense_4h_to_h"],
+    "falcon": ["query_key_value", "dense_4h_to_h"],
+    "gpt2": ["c_attn", "c_proj"],
+    "gpt_bigcode": ["c_attn", "c_proj"],
+    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
+    "gptj": ["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"],
+    "mixtral": _ATTENTION,  # the other names that PEFT has for it and for phi are of no module there
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "phi": _ATTENTION[:3],
+}
+"""What PEFT adapts by default, per model_type."""
+
+
+@dataclass(kw_only=True)
+class OSFConfig(TargetedConfig):
+    """Settings of OSF, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "OSF"
+    always_written: ClassVar[tuple[str, ...]] = ("target_modules", "effective_rank")
+
+    effective_rank: int | float | None = None
+    """How many of a weight's singular directions, the strongest, stay as they are: a number, or below or at 1.0 the
+    share of them. The others are trained. Unset: half."""
+    rank_pattern: dict[str, int | float] = field(default_factory=dict)
+    """An effective_rank of their own for some layers: part of the name or regular expression -> effective_rank."""
+    init_weights: bool = True
+    """Start from the base model's weights; false starts at random, for tests."""
+
+    def problems(self) -> Problems:
+        given = {
+            "effective_rank": self.effective_rank,
+            **{f"rank_pattern.{k}": v for k, v in self.rank_pattern.items()},
+        }
+        wrong = {key: value for key, value in given.items() if value is not None and value <= 0}
+        return super().problems() + [
+            (key.partition(".")[0], f"must be above 0, not {value}") for key, value in wrong.items()
+        ]
+
+    def usual_targets(self, model_type: str) -> list[str] | str:
+        return _TARGETS.get(model_type, "all-linear")
+
+    def targets(self, model: nn.Module) -> list[str]:
+        from peftcli.core.targets import check_patterns
+
+        names = super().targets(model)
+        check_patterns(self.anywhere(), names, "rank_pattern")
+        return names
+
+    def anywhere(self) -> dict[str, float]:
+        """``rank_pattern`` as patterns that match where PEFT's do: anywhere in a name."""
+        return {f".*(?:{key}).*": value for key, value in self.rank_pattern.items()}
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.osf.layers import OSFLinear
+
+        return OSFLinear(module, name, self)

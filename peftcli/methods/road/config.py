@@ -1,0 +1,42 @@
+"""The settings of RoAd."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from peftcli.core.config import TargetedConfig
+from peftcli.methods._settings import Problems, no_choice
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+
+@dataclass(kw_only=True)
+class RoadConfig(TargetedConfig):
+    """Settings of RoAd, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "ROAD"
+    always_written: ClassVar[tuple[str, ...]] = ("variant", "group_size", "target_modules")
+
+    variant: Literal["road_1", "road_2", "road_4"] = "road_1"
+    """How freely each pair of a layer's outputs is turned. road_1: by one angle and one scale; road_2: each of the
+    two by its own; road_4: by four of each. So many parameters an output, about."""
+    group_size: int = 64
+    """Outputs are paired across the halves of groups of this size, which divides the outputs of every adapted layer.
+    It changes nothing but the speed of some readers, vLLM for one, which like 32 or more."""
+    init_weights: bool = True
+    """Start from no rotation; false starts at random, for tests."""
+
+    def problems(self) -> Problems:
+        found = super().problems() + no_choice(self, "variant", "road_1", "road_2", "road_4")
+        if self.group_size < 2 or self.group_size % 2:
+            found.append(("group_size", f"must be even and at least 2, not {self.group_size}"))
+        return found
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.road.layers import RoadLinear
+
+        return RoadLinear(module, name, self)

@@ -1,0 +1,51 @@
+"""The settings of Super-Tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from peftcli.core.config import TargetedConfig
+from peftcli.methods._settings import Problems, no_share
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+
+@dataclass(kw_only=True)
+class SupertuningConfig(TargetedConfig):
+    """Settings of Super-Tuning, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "SUPERTUNING"
+    always_written: ClassVar[tuple[str, ...]] = ("sparsity", "select_top", "target_modules", "save_precomputed_indices")
+
+    sparsity: float = 0.99
+    """Share of a weight's numbers that do not train, in [0, 1). At least one number trains."""
+    select_top: bool = True
+    """Train the numbers of the largest size; false: those of the smallest."""
+    r: int | None = None
+    """Train a LoRA of this r beside them (Supra). Unset: none."""
+    lora_alpha: float | None = None
+    """Strength of the LoRA: it is multiplied by lora_alpha / r. Unset: by 2."""
+    lora_dropout: float = 0.0
+    """Share of the input values that the LoRA does not see during training."""
+    init_weights: bool = True
+    """Start from no update at all; false starts at random, for tests."""
+    save_precomputed_indices: bool = True
+    """Write the numbers' places too: a file of twice the size that does not depend on finding the same ones again in
+    the base weight, where some may be equally large."""
+
+    def problems(self) -> Problems:
+        found = super().problems() + no_share(self, "sparsity", "lora_dropout")
+        if self.r is not None and self.r < 1:
+            found.append(("r", f"must be at least 1, not {self.r}"))
+        if self.lora_alpha is not None and self.r is None:
+            found.append(("lora_alpha", "means nothing without r"))
+        return found
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.supertuning.layers import SupertuningLinear
+
+        return SupertuningLinear(module, name, self)

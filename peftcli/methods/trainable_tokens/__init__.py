@@ -1,0 +1,1 @@
+"""Trainable tokens: some rows of an embedding are trained, and nothing else."""

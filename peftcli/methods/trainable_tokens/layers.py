@@ -1,0 +1,51 @@
+"""The layers of trainable tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+from torch import nn
+
+from peftcli.core.layer import AdapterLayer, bare, base_paths, model_ends
+from peftcli.core.tokens import TrainedRows, check_tokens, share_rows, wrap_rows
+from peftcli.errors import AdapterError
+from peftcli.methods.trainable_tokens.config import TrainableTokensConfig
+
+
+def wrap(module: nn.Module, name: str, config: TrainableTokensConfig) -> AdapterLayer:
+    """The layer that trains rows of ``module``.
+
+    Raises:
+        AdapterError: the module has no such rows.
+    """
+    check_tokens(module, name, config.token_indices, "token_indices")
+    return wrap_rows(module, config.token_indices, start_from_base=config.init_weights)
+
+
+def share(model: nn.Module, layers: Iterable[AdapterLayer]) -> None:
+    """Let each layer speak for the modules that share its weight. All are in the file, as PEFT reads it."""
+    for layer in layers:
+        share_rows(model, cast("TrainedRows", layer))
+
+
+def embedding_name(model: nn.Module) -> str:
+    """Name of the model's input embedding.
+
+    Raises:
+        AdapterError: it has none.
+    """
+    embedding = bare(model_ends(model)[0])
+    if not isinstance(embedding, nn.Embedding):
+        raise AdapterError(f"{type(model).__name__} has no input embedding; name the module", key="target_modules")
+    return next(name for name, path in base_paths(model).items() if bare(model.get_submodule(path)) is embedding)
+
+
+def first_of_each_weight(model: nn.Module, names: list[str]) -> list[str]:
+    """Those of the modules ``names`` that share no weight with an earlier one."""
+    paths = base_paths(model)
+    weights = {name: getattr(bare(model.get_submodule(paths[name])), "weight", None) for name in names}
+    first: dict[int, str] = {}
+    for name, weight in weights.items():
+        first.setdefault(id(weight), name)
+    return list(first.values())

@@ -1,0 +1,52 @@
+"""The settings of Uni-LoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from peftcli.core.config import LayeredConfig
+from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_share, not_positive, too_small
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcli.core.layer import AdapterLayer
+
+
+@dataclass(kw_only=True)
+class UniLoraConfig(BiasConfig, FanInConfig, LayeredConfig):
+    """Settings of Uni-LoRA, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "UNILORA"
+    always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "theta_d_length", "proj_seed", "save_indices")
+
+    r: int = 4
+    """Size of the bottleneck."""
+    theta_d_length: int = 256
+    """Trained numbers of the whole model. The file is as large as that."""
+    proj_seed: int = 42
+    """Seed of the choice which number stands where in the layers' matrices."""
+    save_indices: bool = False
+    """Write that choice to the file too: it is as large as LoRA's then, and does not depend on the random generator."""
+    unilora_dropout: float = 0.0
+    """Share of the input values that the update does not see during training."""
+    init_theta_d_bound: float = 0.02
+    """The numbers start uniform between plus and minus this."""
+    init_weights: bool = True
+    """false: they start normal with deviation 1, for tests."""
+
+    def problems(self) -> Problems:
+        found = super().problems() + too_small(self, r=1, theta_d_length=1, proj_seed=0)
+        return found + not_positive(self, "init_theta_d_bound") + no_share(self, "unilora_dropout")
+
+    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
+        from peftcli.methods.unilora.layers import UniLoraLinear
+
+        return UniLoraLinear(module, name, self)
+
+    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
+        from peftcli.methods.unilora.layers import share
+
+        super().attach(model, layers)
+        share(layers.values(), self)

@@ -1,0 +1,87 @@
+"""The layer of Uni-LoRA (https://arxiv.org/abs/2506.00799), and the vector that all layers share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftcli.core.linear import stored_weight
+from peftcli.methods._linear import SharingLinear, beside
+from peftcli.methods.unilora.config import UniLoraConfig
+from peftcli.methods.unilora.numpy_random import NumpyRandom
+
+_PLACES = ("unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B")
+
+
+class UniLoraLinear(SharingLinear):
+    """``delta = B A``; every number of both is one of the model's trained vector, times a fixed scale.
+
+    A number of the vector that stands at ``n`` places has the scale ``1 / sqrt(n)`` there, so that the map from the
+    vector to all layers' matrices keeps lengths.
+    """
+
+    shared = ("unilora_theta_d",)
+    fixed = _PLACES
+    unilora_theta_d: nn.Parameter
+
+    def __init__(self, module: nn.Module, name: str, config: UniLoraConfig):
+        super().__init__(module, name, "Uni-LoRA", config.bias, config.unilora_dropout)
+        self.shapes = {"A": (config.r, self.view.in_features), "B": (self.view.out_features, config.r)}
+        self.saves_indices = config.save_indices
+
+    def file_tensors(self) -> dict[str, torch.Tensor]:
+        return super().file_tensors() if self.saves_indices else {**self.own_tensors()}
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x, self._matrix("A")), self._matrix("B"))
+
+    def delta(self) -> torch.Tensor:
+        return self._matrix("B") @ self._matrix("A")
+
+    def _matrix(self, which: str) -> torch.Tensor:
+        indices, scales = getattr(self, f"unilora_indices_{which}"), getattr(self, f"unilora_scales_{which}")
+        return self.unilora_theta_d.to(indices.device)[indices] * scales
+
+
+def share(layers: Iterable[Any], config: UniLoraConfig) -> None:
+    """Give every layer the vector, and the places of its numbers in the layer's matrices."""
+    layers = list(layers)
+    theta = torch.empty(config.theta_d_length, **beside(layers[0]))
+    bound = config.init_theta_d_bound
+    if config.init_weights:
+        nn.init.uniform_(theta, -bound, bound)
+    else:
+        nn.init.normal_(theta)
+    parameter = nn.Parameter(theta)
+    sizes = [rows * columns for layer in layers for rows, columns in layer.shapes.values()]
+    in_file = config.save_indices and config.inference_mode
+    indices = torch.zeros(sum(sizes), dtype=torch.long) if in_file else _assigned(sum(sizes), config)
+    scales = indices.bincount(minlength=config.theta_d_length).float().rsqrt()[indices]
+    parts = zip(indices.split(sizes), scales.split(sizes), strict=True)
+    for layer in layers:
+        layer.unilora_theta_d = parameter
+        weight, like = stored_weight(layer), beside(layer)
+        device = "cpu" if weight.is_meta else weight.device
+        for which, shape in layer.shapes.items():
+            places, scale = next(parts)
+            # PEFT rounds the scales to the base model's dtype
+            scale = scale.to(weight.dtype) if weight.is_floating_point() else scale
+            layer.register_buffer(f"unilora_indices_{which}", places.view(shape).to(device))
+            layer.register_buffer(f"unilora_scales_{which}", scale.view(shape).to(device, like["dtype"]))
+
+
+def _assigned(count: int, config: UniLoraConfig) -> torch.Tensor:
+    """Which number of the vector stands at each of ``count`` places: each at as many as the others, at random.
+
+    PEFT leaves the choice to NumPy, and its files may hold the seed alone.
+    """
+    times, left = divmod(count, config.theta_d_length)
+    random = NumpyRandom(config.proj_seed)
+    assigned = [number for number in range(config.theta_d_length) for _ in range(times)]
+    assigned += random.sample(config.theta_d_length, left) if left else []
+    random.shuffle(assigned)
+    return torch.tensor(assigned)

@@ -1,0 +1,257 @@
+"""LoRA on convolutions, attention and the weights of experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models_tiny import randomise
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    Llama4TextConfig,
+    MixtralConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
+
+from peftcli.core.inject import disabled, inject, set_trainable, unload
+from peftcli.core.merge import merge
+from peftcli.core.weights import adapter_state, named_tensors
+from peftcli.errors import AdapterError
+from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora.wrap import wrap
+
+CONVOLUTIONS = {
+    "1d": (nn.Conv1d, {}),
+    "2d": (nn.Conv2d, {}),
+    "3d": (nn.Conv3d, {}),
+    "1x1": (nn.Conv2d, {"kernel_size": 1}),
+    "stride": (nn.Conv2d, {"stride": 2, "padding": 1}),
+    "dilation": (nn.Conv2d, {"dilation": 2, "padding": "same"}),
+    "reflect": (nn.Conv2d, {"padding": 1, "padding_mode": "reflect"}),
+    "circular": (nn.Conv1d, {"padding": 2, "padding_mode": "circular"}),
+    "no bias": (nn.Conv1d, {"bias": False}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def _filled(module: nn.Module, **settings: Any) -> Any:
+    layer = wrap(module.requires_grad_(False), "x.proj", LoraConfig(**settings)).eval()
+    randomise(layer)
+    return layer
+
+
+def _adapted(model: nn.Module, **settings: Any) -> tuple[Any, LoraConfig]:
+    config = LoraConfig(**settings)
+    inject(model, config)
+    set_trainable(model, True)
+    randomise(model)
+    return model.eval(), config
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("settings", [{}, {"lora_bias": True}, {"use_dora": True}])
+def test_a_convolution_merges_into_its_weight(name: str, settings: dict[str, Any]) -> None:
+    kind, moves = CONVOLUTIONS[name]
+    base = kind(4, 6, **{"kernel_size": 3, **moves})
+    layer = _filled(base, r=2, **settings)
+    x = torch.randn(2, 4, *[7] * (base.weight.ndim - 2))
+    before = base(x)
+    expected = layer(x)
+    assert not torch.allclose(before, expected, atol=1e-2)
+    if "lora_bias" in settings and base.bias is None:
+        with pytest.raises(AdapterError, match="lora_bias: cannot be merged"):
+            layer.folded(dict(base.named_parameters()))
+        return
+    tensors = {**dict(base.named_parameters()), **layer.folded(dict(base.named_parameters()))}
+    torch.testing.assert_close(torch.func.functional_call(base, tensors, (x,)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_convolution_with_groups_sees_all_channels_and_is_not_merged() -> None:
+    base = nn.Conv2d(4, 6, 3, groups=2, dilation=2)
+    layer = _filled(base, r=4, lora_alpha=8)
+    a, b = layer.lora_A.weight, layer.lora_B.weight
+    assert a.shape == (4, 4, 3, 3)
+    assert b.shape == (6, 2, 1, 1)
+    x = torch.randn(2, 4, 9, 9)
+    torch.testing.assert_close(layer(x), base(x) + 2 * F.conv2d(F.conv2d(x, a, dilation=2), b, groups=2))
+    with pytest.raises(AdapterError, match="convolution with groups cannot be merged"):
+        layer.folded(dict(base.named_parameters()))
+    with pytest.raises(AdapterError, match=r"use_dora: is not supported for x\.proj, a convolution with groups"):
+        _filled(base, r=4, use_dora=True)
+    with pytest.raises(AdapterError, match=r"r: 3 is no multiple of x.proj's 2 groups"):
+        _filled(base, r=3)
+
+
+class _Encoder(nn.Module):
+    """PyTorch's own encoder."""
+
+    def __init__(self, layers: int = 2, **settings: Any):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, **settings)
+        self.encoder = nn.TransformerEncoder(layer, layers)
+
+    def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return self.encoder(x, **kwargs)
+
+
+ATTENTION: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "weights": {"need_weights": True, "average_attn_weights": False},
+    "padding": {"key_padding_mask": torch.tensor([[False] * 4 + [True], [False] * 5])},
+    "causal": {"attn_mask": nn.Transformer.generate_square_subsequent_mask(5), "is_causal": True},
+}
+
+
+@pytest.mark.parametrize("inputs", ATTENTION.values(), ids=ATTENTION)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("build", [{}, {"bias": False}, {"batch_first": True}, {"add_bias_kv": True}])
+def test_attention_computes_as_with_its_weights_changed(
+    inputs: dict[str, Any], training: bool, build: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    base = nn.MultiheadAttention(16, 4, **build)
+    layer = _filled(base, r=3, lora_alpha=6).train(training)
+    assert layer.lora_B.weight.shape == (48, 3)
+    x = torch.randn(2, 5, 16) if base.batch_first else torch.randn(5, 2, 16)
+    found, weights = layer(x, x, x, **inputs)
+    tensors = layer.merged_tensors(dict(base.named_parameters()))
+    expected, expected_weights = torch.func.functional_call(base, tensors, (x, x, x), inputs)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(weights, expected_weights)
+    product = 2.0 * layer.lora_B.weight @ layer.lora_A.weight
+    torch.testing.assert_close(tensors["in_proj_weight"], base.in_proj_weight + product)
+    out = 4.0 * layer.out.lora_B.weight @ layer.out.lora_A.weight  # twice, as PEFT's files mean it
+    torch.testing.assert_close(tensors["out_proj.weight"], base.out_proj.weight + out)
+    with disabled(layer):
+        assert torch.equal(layer(x, x, x, **inputs)[0], base(x, x, x, **inputs)[0])
+
+
+def test_attention_that_lora_cannot_adapt_is_refused() -> None:
+    with pytest.raises(AdapterError, match="keys or values of another width"):
+        _filled(nn.MultiheadAttention(16, 4, kdim=8))
+    for settings in ({"use_dora": True}, {"lora_bias": True}, {"bias": "all"}, {"lora_dropout": 0.1}):
+        with pytest.raises(AdapterError, match=r"is not supported for x\.proj, in a MultiheadAttention"):
+            _filled(nn.MultiheadAttention(16, 4), **settings)
+
+
+TARGETS = [["self_attn"], ["linear1"], ["out_proj", "linear2"], "all-linear"]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_pytorchs_encoder_does_not_pass_by_its_adapter(targets: Any, padded: bool) -> None:
+    model = _Encoder().eval().requires_grad_(False)
+    x, mask = torch.randn(2, 5, 16), torch.tensor([[False] * 4 + [True], [False] * 5])
+    inputs = {"src_key_padding_mask": mask} if padded else {}
+    kept = ~mask if padded else torch.ones_like(mask)
+    before = model(x, **inputs)[kept]
+    model, config = _adapted(model, target_modules=targets)
+    trained = model(x, **inputs)
+    trained[kept].square().sum().backward()
+    assert all(value.grad.abs().sum() > 0 for _, _, value in named_tensors(model).values())
+    with torch.no_grad():
+        found = model(x, **inputs)[kept]
+    torch.testing.assert_close(found, trained[kept])
+    assert not torch.allclose(found, before, atol=1e-2)
+    with disabled(model):
+        torch.testing.assert_close(model(x, **inputs)[kept], before)
+    merge(model, config)
+    torch.testing.assert_close(model(x, **inputs)[kept], found, atol=1e-4, rtol=1e-4)
+
+
+def test_pytorchs_encoder_is_as_fast_as_before_once_its_adapter_is_gone() -> None:
+    model = _Encoder()
+    layer = model.encoder.layers[0]
+    before = (model.encoder.use_nested_tensor, layer.activation_relu_or_gelu)
+    _adapted(model, target_modules=["linear1"])
+    assert not model.encoder.use_nested_tensor
+    unload(model)
+    assert (model.encoder.use_nested_tensor, layer.activation_relu_or_gelu) == before
+
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+}
+EXPERTS: dict[str, Any] = {
+    "mixtral": MixtralConfig(**_SHAPE, num_local_experts=3),
+    "qwen3_moe": Qwen3MoeConfig(**_SHAPE, num_experts=3, moe_intermediate_size=12),
+    "gpt_oss": GptOssConfig(**_SHAPE, num_local_experts=3),
+    "llama4": Llama4TextConfig(**_SHAPE, num_local_experts=3, intermediate_size_mlp=20),
+}
+
+
+def _experts(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(EXPERTS[name], attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_each_expert_has_a_pair_of_its_own(name: str) -> None:
+    model, _ = _adapted(_experts(name), target_parameters=["gate_up_proj", "down_proj"], r=2, lora_alpha=6)
+    first = next(module for path, module in model.named_modules() if path.endswith("experts.base_layer"))
+    [parameter] = first.adapted
+    weight = getattr(first.base_layer, parameter)
+    a, b = first.lora_A.weight, first.lora_B.weight
+    for expert in range(3):
+        product = 3.0 * b.view(len(b), 2, 3)[:, :, expert] @ a[2 * expert : 2 * expert + 2]
+        expected = weight[expert] + (product.T if name == "gpt_oss" else product)
+        torch.testing.assert_close(first.with_delta(parameter, weight)[expert], expected)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_experts_are_merged_right(name: str, implementation: str) -> None:
+    tokens = torch.arange(2, 14).view(2, 6)
+    model = _experts(name)
+    before = model(tokens).logits
+    if name != "llama4":  # which knows one implementation
+        model.set_experts_implementation(implementation)
+    model, config = _adapted(model, target_parameters=["gate_up_proj", "down_proj"])
+    expected = model(tokens).logits
+    assert not torch.allclose(before, expected, atol=1e-2)
+    expected.square().sum().backward()
+    assert all(value.grad.abs().sum() > 0 for _, _, value in named_tensors(model).values())
+    merge(model, config)
+    torch.testing.assert_close(model(tokens).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_several_adapters_on_experts_add_up() -> None:
+    tokens = torch.arange(2, 14).view(2, 6)
+    model, configs = _experts("mixtral"), []
+    for name, parameters in (("a", ["gate_up_proj", "down_proj"]), ("b", ["down_proj"])):
+        configs.append(LoraConfig(target_parameters=parameters, init_lora_weights=False))
+        inject(model, configs[-1], name)
+    assert set(adapter_state(model, "b")) == {
+        f"base_model.model.model.layers.{layer}.mlp.experts.lora_{part}.weight" for layer in (0, 1) for part in "AB"
+    }
+    expected = model(tokens).logits
+    merge(model, *configs)
+    torch.testing.assert_close(model(tokens).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_weights_of_experts_need_no_other_target() -> None:
+    model, config = _adapted(_experts("mixtral"), target_parameters=["down_proj"])
+    assert {name.split(".")[-3] for name in adapter_state(model)} == {"experts"}
+    assert config.target_modules == []

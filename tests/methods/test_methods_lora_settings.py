@@ -1,0 +1,86 @@
+"""Whatever LoRA's settings, the adapter keeps what every adapter promises."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from lora_cases import FURTHER
+from models_tiny import batch, labelled, logits, randomise, tiny
+from oracle import ours
+from torch import nn
+
+from peftcli.core.inject import disabled, inject, set_trainable, unload
+from peftcli.core.layer import adapter_layers
+from peftcli.core.merge import merge
+from peftcli.core.weights import named_tensors
+from peftcli.methods.lora.config import LoraConfig
+
+
+@pytest.fixture(params=FURTHER)
+def case(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    return FURTHER[request.param]
+
+
+def test_disabled_and_unloaded_it_is_the_base_model(case: tuple[str, dict[str, Any]]) -> None:
+    kind, settings = case
+    model, _ = ours(kind, "lora", **settings)
+    base = tiny(kind)
+    expected, found = logits(base, batch(kind)), logits(model, batch(kind))
+    assert not torch.allclose(found, expected, atol=1e-3)
+    if "layer_replication" not in settings:
+        with disabled(model):
+            assert torch.equal(logits(model, batch(kind)), expected)
+    unload(model)
+    assert torch.equal(logits(model, batch(kind)), expected)
+    assert list(model.state_dict()) == list(base.state_dict())
+    assert [type(module) for module in model.modules()] == [type(module) for module in base.modules()]
+
+
+def test_merged_it_computes_the_same(case: tuple[str, dict[str, Any]]) -> None:
+    kind, settings = case
+    model, config = ours(kind, "lora", **settings)
+    expected = logits(model, batch(kind))
+    merge(model, config)
+    assert not adapter_layers(model)
+    torch.testing.assert_close(logits(model, batch(kind)), expected, atol=1e-4, rtol=1e-4)
+    merged = list(model.parameters())
+    assert len({value.data_ptr() for value in merged}) == len(merged)
+
+
+def test_a_copy_is_a_model_of_its_own(case: tuple[str, dict[str, Any]]) -> None:
+    kind, settings = case
+    model, _ = ours(kind, "lora", **settings)
+    expected = logits(model, batch(kind))
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin, batch(kind)), expected)
+    randomise(twin, seed=9)
+    assert torch.equal(logits(model, batch(kind)), expected)
+    assert not torch.equal(logits(twin, batch(kind)), expected)
+    unload(twin)
+    assert torch.equal(logits(model, batch(kind)), expected)
+
+
+def test_only_its_tensors_get_gradients_and_each_does(case: tuple[str, dict[str, Any]]) -> None:
+    kind, settings = case
+    model, _ = ours(kind, "lora", **settings)
+    model.train()(**labelled(kind)).loss.backward()
+    trained = {id(parameter) for _, _, parameter in named_tensors(model).values()}
+    found = {id(value) for value in model.parameters() if value.grad is not None and value.grad.abs().sum() > 0}
+    assert found == trained
+
+
+def test_a_bf16_base_carries_an_fp32_adapter(case: tuple[str, dict[str, Any]]) -> None:
+    kind, settings = case
+    exact, _ = ours(kind, "lora", **settings)
+    model: nn.Module = tiny(kind).to(torch.bfloat16)
+    inject(model, LoraConfig(**settings))
+    set_trainable(model, True)
+    randomise(model)
+    assert {parameter.dtype for _, _, parameter in named_tensors(model).values()} == {torch.float32}
+    inputs = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in batch(kind).items()}
+    found, expected = logits(model.eval(), inputs), logits(exact, batch(kind))
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).norm() < 0.3 * expected.norm()

@@ -1,0 +1,115 @@
+"""Prefix tuning: keys and values of each layer, and the network that may make them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models_tiny import batch, labelled, logits, randomise, tiny
+from torch import nn
+from transformers import DynamicCache
+
+from peftcli.core import prompt
+from peftcli.core.files import load_adapter, read_config, save_adapter
+from peftcli.core.inject import inject, set_trainable
+from peftcli.core.weights import adapter_state
+from peftcli.errors import AdapterError
+from peftcli.methods import config_from_dict
+from peftcli.methods.prefix_tuning.config import PrefixTuningConfig
+
+N = 4
+
+
+def _adapted(kind: str = "llama", base: nn.Module | None = None, **settings: Any) -> tuple[Any, PrefixTuningConfig]:
+    model, config = tiny(kind) if base is None else base, PrefixTuningConfig(num_virtual_tokens=N, **settings)
+    inject(model, config)
+    set_trainable(model, True)
+    randomise(model)
+    return model, config
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize(("kind", "width"), [("llama", 16), ("gpt2", 32), ("mixtral", 16), ("t5", 32), ("bert", 32)])
+def test_keys_and_values_of_each_layers_own_heads_are_counted(kind: str, width: int) -> None:
+    model, config = _adapted(kind)
+    assert _size(model) == N * 2 * 2 * width
+    assert (config.token_dim, config.num_layers) == (width, 2)
+    assert {name: value.shape for name, value in adapter_state(model).items()} == {
+        "prompt_embeddings": (N, 2 * 2 * width)
+    }
+    model, _ = _adapted(kind, prefix_projection=True, encoder_hidden_size=10)
+    assert _size(model) == N * width + (width * 10 + 10) + (10 * 4 * width + 4 * width)
+    assert adapter_state(model)["prompt_embeddings"].shape == (N, 4 * width)
+
+
+@torch.no_grad()
+def test_the_prefix_is_what_a_cache_filled_with_it_is() -> None:
+    """Without our hooks: a cache that starts with the trained keys and values."""
+    model, _ = _adapted()
+    pairs = adapter_state(model)["prompt_embeddings"].view(N, 4, 2, 8).permute(1, 2, 0, 3)[:, None]
+    cache = DynamicCache()
+    for layer in range(2):
+        cache.update(*(pairs[2 * layer + part].expand(2, -1, -1, -1) for part in (0, 1)), layer)
+    inputs = batch("llama")
+    mask = torch.cat([torch.ones(2, N, dtype=torch.long), inputs["attention_mask"]], 1)
+    expected = tiny("llama")(input_ids=inputs["input_ids"], attention_mask=mask, cache=cache).logits
+    torch.testing.assert_close(logits(model, inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_zero_starts_at_zero(projection: bool) -> None:
+    model = tiny("llama")
+    inject(model, PrefixTuningConfig(num_virtual_tokens=N, init_weights="zero", prefix_projection=projection))
+    assert not adapter_state(model)["prompt_embeddings"].any()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_a_loaded_adapter_trains_its_keys_and_values(kind: str, tmp_path: Path) -> None:
+    model, config = _adapted(kind, prefix_projection=True)
+    save_adapter(model, config, tmp_path)
+    again, read = tiny(kind), config_from_dict(read_config(tmp_path))
+    load_adapter(again, read, tmp_path, trainable=True)
+    assert [tuple(value.shape) for value in again.parameters() if value.requires_grad] == [
+        tuple(adapter_state(model)["prompt_embeddings"].shape)
+    ]
+    assert torch.equal(logits(again, batch(kind)), logits(model, batch(kind)))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("projection", [True, False])
+def test_checkpointing_may_call_layers_again_after_other_batches(reentrant: bool, projection: bool) -> None:
+    """Two forward passes, padded differently, and one backward pass."""
+    batches = [labelled("llama"), labelled("llama", seed=3)]
+    for inputs, empty in zip(batches, (2, 5), strict=True):
+        inputs["attention_mask"][0, :empty] = 0
+    found = []
+    for checkpointing in (False, True):
+        model, _ = _adapted(prefix_projection=projection)
+        model.train()
+        if checkpointing:
+            enable = "activation_checkpointing_enable"
+            enable = enable if hasattr(model, enable) else "gradient_checkpointing_enable"
+            getattr(model, enable)({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        (model(**batches[0]).loss + model(**batches[1]).loss).backward()
+        found.append([value.grad for value in model.parameters() if value.requires_grad])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_a_prefix_for_another_shape_of_attention_does_not_fit(tmp_path: Path) -> None:
+    model, config = _adapted("gpt2")
+    save_adapter(model, config, tmp_path)
+    with pytest.raises(AdapterError, match="num_attention_heads: the adapter's is 4, the base model's 2"):
+        load_adapter(tiny("llama"), config_from_dict(read_config(tmp_path)), tmp_path)
+
+
+def test_a_chunk_at_a_time_is_refused() -> None:
+    model, _ = _adapted()
+    with pytest.raises(AdapterError, match="prefill_chunk_size: this soft prompt is read in one piece"):
+        prompt.generate(model, **batch("llama"), prefill_chunk_size=4, max_new_tokens=3)

@@ -1,0 +1,149 @@
+"""How base models are loaded: quantised ones without their packages, and .gguf files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trainkit
+from models_tiny import batch, labelled, logits, tiny
+
+from peftcli.core.inject import inject
+from peftcli.core.quantised import is_quantised
+from peftcli.errors import ModelError
+from peftcli.methods.lora.config import LoraConfig
+from peftcli.models.load import load_model, stored_or_asked
+from peftcli.models.quantization import trained_quantization
+from peftcli.recipe import load_recipe
+from peftcli.schema import BaseModel, Quantization
+from peftcli.train.deep import deep_check
+from peftcli.train.report import Event, Phase
+
+
+@pytest.fixture
+def bare_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of the packages for quantised weights is installed."""
+    find: Callable[..., Any] = importlib.util.find_spec
+    missing = ("bitsandbytes", "torchao", "gptqmodel")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in missing else find(name, *rest))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return trainkit.write_recipe(tmp_path)
+
+
+def stored(folder: Path, **quantization: Any) -> Path:
+    """The tiny base model, whose config says that its weights are quantised."""
+    shutil.copytree(trainkit.base_folder(), folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"quantization_config": quantization}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("nf4", r"bitsandbytes: pip install 'peftcli\[bitsandbytes\]'"),
+        ("int8", r"bitsandbytes: pip install 'peftcli\[bitsandbytes\]'"),
+        ("int8_weight_only", r"torchao: pip install 'peftcli\[torchao\]'"),
+        ("int4_weight_only", r"torchao: pip install 'peftcli\[torchao\]'"),
+    ],
+)
+@pytest.mark.usefixtures("bare_machine")
+def test_a_missing_package_is_named_before_data_is_read(recipe: Path, kind: str, message: str) -> None:
+    events: list[Event] = []
+    with pytest.raises(ModelError, match=f"{kind} weights need the package {message}"):
+        trainkit.run_recipe(recipe, f"base_model.quantization={kind}", on_event=events.append)
+    assert not any(isinstance(event, Phase) for event in events)
+
+
+@pytest.mark.usefixtures("bare_machine")
+def test_check_deep_names_it_at_its_place(recipe: Path) -> None:
+    errors, _ = deep_check(load_recipe(recipe, ["base_model.quantization=nf4"]))
+    assert [error.key for error in errors] == ["base_model.quantization"]
+    assert "pip install 'peftcli[bitsandbytes]'" in errors[0].message
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq weights need the package gptqmodel: pip install gptqmodel optimum"),
+        ({"quant_method": "awq", "bits": 4}, "awq weights need the package gptqmodel: pip install gptqmodel"),
+        ({"load_in_4bit": True}, "bitsandbytes weights need the package bitsandbytes"),
+    ],
+)
+@pytest.mark.usefixtures("bare_machine")
+def test_a_model_that_is_stored_quantised_names_its_package(
+    quantization: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        stored_or_asked(BaseModel(name=str(stored(tmp_path / "base", **quantization))))
+
+
+def test_a_model_is_not_quantised_twice(tmp_path: Path) -> None:
+    base = stored(tmp_path / "base", quant_method="gptq", bits=4)
+    with pytest.raises(ModelError, match=r"stored quantised already \(gptq\); it cannot become nf4"):
+        stored_or_asked(BaseModel(name=str(base), quantization=Quantization(type="nf4")))
+
+
+def test_a_run_tells_what_it_was_trained_on(tmp_path: Path) -> None:
+    assert trained_quantization(tmp_path) is None
+    for quantization in (None, {"type": "nf4", "double_quant": True, "of_a_later_version": 1}):
+        run = {"recipe": {"base_model": {"name": "base", "quantization": quantization}}}
+        (tmp_path / "run.json").write_text(json.dumps(run))
+        expected = quantization and Quantization(type="nf4", double_quant=True)
+        assert trained_quantization(tmp_path) == expected
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with its linear weights in blocks of 8 bits, as llama.cpp writes them."""
+    gguf: Any = pytest.importorskip("gguf")
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    model = tiny("llama")
+    settings: Any = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(settings.num_hidden_layers)
+    writer.add_context_length(settings.max_position_embeddings)
+    writer.add_embedding_length(settings.hidden_size)
+    writer.add_feed_forward_length(settings.intermediate_size)
+    writer.add_head_count(settings.num_attention_heads)
+    writer.add_head_count_kv(settings.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(settings.rms_norm_eps)
+    writer.add_rope_dimension_count(settings.hidden_size // settings.num_attention_heads)
+    writer.add_vocab_size(settings.vocab_size)
+    writer.add_bos_token_id(1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, settings.num_hidden_layers)
+    heads = {"q_proj": settings.num_attention_heads, "k_proj": settings.num_key_value_heads}
+    for name, value in model.state_dict().items():
+        if count := heads.get(name.split(".")[-2]):  # llama.cpp turns the halves of each head into pairs
+            value = value.view(count, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape)
+        path_there, _, leaf = name.rpartition(".")
+        data = value.numpy()
+        kind = gguf.GGMLQuantizationType.Q8_0 if "proj" in name else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(f"{names.get_name(path_there)}.{leaf}", gguf.quants.quantize(data, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_is_unpacked_and_trained_on(gguf_file: Path) -> None:
+    base = BaseModel(name=str(gguf_file))
+    assert stored_or_asked(base) is None
+    model: Any = load_model(base, "AutoModelForCausalLM", torch.float32)
+    assert not any(map(is_quantised, model.modules()))
+    assert not hasattr(model.config, "quantization_config")
+    expected = logits(tiny("llama"), batch("llama"))
+    assert 0 < (logits(model, batch("llama")) - expected).abs().max() < 0.1 * expected.std()
+    inject(model, LoraConfig(target_modules="all-linear"))
+    model(**labelled("llama")).loss.backward()
+    assert any(parameter.grad is not None for parameter in model.parameters())

@@ -1,0 +1,137 @@
+"""LoRA+ in a recipe, and adapters that start from the weights or the data: they train, stop and go on."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trainkit
+from models_tiny import tiny
+from safetensors.torch import load_file
+
+from peftcli.core.inject import inject
+from peftcli.core.weights import named_tensors
+from peftcli.errors import Interrupted, UsageError
+from peftcli.methods import METHODS
+from peftcli.schema import Training
+from peftcli.train.optim import build_optimizer, build_schedule, parameter_groups
+from peftcli.train.report import Event, Stepped
+
+STARTS = {
+    "pissa": "init_lora_weights: pissa",
+    "fast pissa": "init_lora_weights: pissa_niter_2",
+    "olora": "init_lora_weights: olora, use_rslora: true",
+    "mica": "init_lora_weights: mica",
+    "orthogonal": "init_lora_weights: orthogonal",
+    "eva": "init_lora_weights: eva, eva_config: {rho: 1.5, tau: 0.9}",
+    "corda": "init_lora_weights: corda, corda_config: {corda_method: kpm}",
+    "lora_ga": "init_lora_weights: lora_ga, lora_ga_config: {direction: random, scale: gd_scale}",
+}
+
+
+def groups_of(method: str, kind: str = "llama", **settings: Any) -> dict[str, float]:
+    """Name of each tensor -> its learning rate, where ``settings`` may hold some of the training's."""
+    training = {name: settings.pop(name) for name in list(settings) if name.startswith("lora") and "plus" in name}
+    model, config = tiny(kind), METHODS[method].config_class()(**settings)
+    inject(model, config)
+    tensors = named_tensors(model)
+    optimizer = build_optimizer(
+        parameter_groups(tensors, Training(output_dir="out", learning_rate=1e-3, **training)),
+        Training(output_dir="out", learning_rate=1e-3),
+    )
+    names = {id(value): name for name, (_, _, value) in tensors.items()}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+    return {names[id(value)]: group["lr"] for group in optimizer.param_groups for value in group["params"]}
+
+
+def test_loraplus_trains_b_faster_and_embeddings_at_a_rate_of_their_own() -> None:
+    settings = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
+    rates = groups_of("lora", loraplus_lr_ratio=16.0, loraplus_lr_embedding=1e-5, **settings)
+    by_kind = {
+        kind: {rate for name, rate in rates.items() if kind in name}
+        for kind in ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lm_head")
+    }
+    assert by_kind == {
+        "lora_A.weight": {1e-3},
+        "lora_B.weight": {16e-3},
+        "lora_embedding_A": {1e-5},
+        "lora_embedding_B": {1e-5},
+        "lm_head": {1e-3},
+    }
+
+
+def test_without_loraplus_all_learn_alike() -> None:
+    assert set(groups_of("lora", target_modules=["q_proj", "embed_tokens"], bias="all", kind="opt").values()) == {1e-3}
+
+
+def test_loraplus_gives_vectors_the_larger_rate() -> None:
+    rates = groups_of("lora", kind="gpt2", bias="lora_only", use_dora=True, loraplus_lr_ratio=4.0)
+    vectors = [rate for name, rate in rates.items() if name.endswith(("bias", "magnitude_vector"))]
+    assert len(vectors) == 4
+    assert set(vectors) == {4e-3}
+
+
+def test_loraplus_is_refused_for_a_method_without_a_and_b() -> None:
+    with pytest.raises(UsageError, match="has not") as caught:
+        groups_of("prompt_tuning", loraplus_lr_ratio=4.0)
+    assert caught.value.key == "training.loraplus_lr_ratio"
+
+
+def test_the_schedule_moves_all_rates_alike() -> None:
+    training = Training(output_dir="out", learning_rate=1e-3, loraplus_lr_ratio=8.0, warmup_steps=2)
+    model, config = tiny("llama"), METHODS["lora"].config_class()()
+    inject(model, config)
+    optimizer = build_optimizer(parameter_groups(named_tensors(model), training), training)
+    schedule = build_schedule(optimizer, training, 6)
+    for factor in (0, 0.5, 1, 0.75, 0.5, 0.25):
+        assert schedule.get_last_lr() == pytest.approx([factor * 1e-3, factor * 8e-3])
+        optimizer.step()
+        schedule.step()
+
+
+def test_a_larger_ratio_moves_b_further(recipe: Path, tmp_path: Path) -> None:
+    def after_a_step(*settings: str) -> dict[str, torch.Tensor]:
+        out = tmp_path / f"out{len(settings)}"
+        done = trainkit.run_recipe(recipe, "training.max_steps=1", f"training.output_dir={out}", *settings)
+        return load_file(done.folder / "adapter_model.safetensors")
+
+    plain, faster = after_a_step(), after_a_step("training.loraplus_lr_ratio=4")
+    for name, value in plain.items():
+        expected = 4 * value if "lora_B" in name else value  # B starts at zero, and Adam's first step is its rate
+        torch.testing.assert_close(faster[name], expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_stopped_and_resumed_it_ends_with_the_same_bytes(name: str, recipe: Path, tmp_path: Path) -> None:
+    settings = [f"method={{type: lora, r: 4, target_modules: all-linear, {STARTS[name]}}}"]
+    settings += ["training.loraplus_lr_ratio=2", "training.max_steps=4"]
+    whole = trainkit.run_recipe(recipe, *settings, f"training.output_dir={tmp_path}/whole")
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Stepped) and event.result.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        trainkit.run_recipe(recipe, *settings, on_event=stop)
+    done = trainkit.run_recipe(recipe, *settings)
+    assert done.weights == whole.weights
+    written = json.loads((whole.folder / "adapter_config.json").read_text())
+    assert written["init_lora_weights"] is True
+    assert written["r"] == (4 if name in ("mica", "orthogonal", "eva") else 8)
+    assert whole.losses[-1] < whole.losses[0]
+    if name not in ("mica", "eva"):  # whose file holds what trains, or whose layers change their size
+        return
+    stored = sum(value.numel() for key, value in load_file(whole.folder / "adapter_model.safetensors").items())
+    trained = whole.run["parameters"]["trainable"]
+    assert trained == stored if name == "eva" else trained < stored
+
+
+def test_loraplus_settings_are_checked(recipe: Path) -> None:
+    from peftcli.recipe import read_recipe
+
+    _, problems = read_recipe(recipe, ["training.loraplus_lr_ratio=0", "training.loraplus_lr_embedding=-1"])
+    assert [problem.key for problem in problems] == ["training.loraplus_lr_embedding", "training.loraplus_lr_ratio"]
