@@ -57,7 +57,7 @@ def recipe_page() -> str:
     text += _settings_table(top)
     for name, entry in top.items():
         if entry.section:
-            text += f"\n## {name}\n\n{entry.help}\n\n{_settings_table(settings(entry.section))}"
+            text += f"\n## {name}\n\n{entry.help}\n\n{_settings_table(_flat(settings(entry.section)))}"
     text += "\n## method\n\n`type` names the method; its settings are on [methods](methods.md).\n"
     text += "\n## extends\n\nA recipe may also hold `extends`: the path, relative to it, of a recipe that it changes.\n"
     return text

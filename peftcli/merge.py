@@ -40,7 +40,7 @@ from peftcli.models.load import (
     load_tokenizer,
     stored_or_asked,
 )
-from peftcli.models.quantization import forget, trained_quantization
+from peftcli.models.quantization import forget, makes_up_for_quantization, trained_quantization
 from peftcli.schema import BaseModel
 from peftcli.tasks import TASKS
 
@@ -107,7 +107,13 @@ def merge_adapter(
     classes = {row.task_type: row.auto_class for row in TASKS.values()}
     trained = None if base else trained_quantization(folder)
     spec = base_of(name, None if base else config.revision, trained if dequantize else None)
-    _check_quantised(spec, dequantize, ["peftcli", "merge", adapter, "--output", str(output)])
+    command = shlex.join(["peftcli", "merge", adapter, "--output", str(output)])
+    if makes_up_for_quantization(folder) and not dequantize:
+        raise AdapterError(
+            f"it makes up for the error of the quantised weights of {name}, and fits no others",
+            hint=f"merge into those weights, made dense: {command} --dequantize",
+        )
+    _check_quantised(spec, dequantize, command)
     auto_class = classes.get(config.task_type or "", "AutoModelForCausalLM")
     job = _Job(folder, config, spec, auto_class, getattr(torch, dtype) if dtype else None, dequantize)
     partial = output.with_name(f".{output.name}.partial")
@@ -145,15 +151,15 @@ def merge_adapter(
     }
 
 
-def _check_quantised(base: BaseModel, dequantize: bool, command: list[str]) -> None:
+def _check_quantised(base: BaseModel, dequantize: bool, command: str) -> None:
     """Refuse to merge into weights that would have to be rounded again, or to make dense weights dense."""
-    how, again = stored_or_asked(base), shlex.join(command)
+    how = stored_or_asked(base)
     if how and not dequantize:
         raise AdapterError(
             f"{base.name} is stored quantised ({how['type']}), and rounding the merged weights again would lose "
             "much of what was learned",
-            hint=f"merge into the full-precision model that it was made of: {again} --base MODEL\n"
-            f"or into its own weights, made dense: {again} --dequantize",
+            hint=f"merge into the full-precision model that it was made of: {command} --base MODEL\n"
+            f"or into its own weights, made dense: {command} --dequantize",
         )
     if dequantize and not how:
         raise UsageError(f"{base.name} is not quantised", key="--dequantize")

@@ -464,8 +464,9 @@ class PeftModel(nn.Module):
             load_state(model, read_tensors(folder), str(folder / WEIGHTS_FILE), name)
             set_trainable(model, trainable, name)
             return
-        kept = training_state(model, name)
+        kept, mode = training_state(model, name), old.inference_mode
         trained = any(value.requires_grad for _, _, value in named_tensors(model, name).values())
+        old.inference_mode = holds_its_file(model, name)  # what its layers were made for, should they be made again
         unload(model, name)
         try:
             load_adapter(model, config, folder, trainable=trainable, adapter=name)
@@ -475,6 +476,7 @@ class PeftModel(nn.Module):
             set_trainable(model, trained, name)
             raise
         finally:
+            old.inference_mode = mode
             set_active(model, self._active)
         self.peft_config[name] = config
 

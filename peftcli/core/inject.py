@@ -21,7 +21,6 @@ from peftcli.core.layer import (
     adapter_layers,
     base_name,
     base_paths,
-    layers_below,
 )
 from peftcli.core.quantised import check_gradients, keep_layout, num_weights
 from peftcli.core.targets import find_modules
@@ -103,7 +102,7 @@ def set_active(model: nn.Module, adapters: Iterable[str]) -> None:
     names = set(adapters)
     layers = adapter_layers(model)
     for path, layer in layers.items():
-        for below in layers_below(layer):
+        for below in (module for module in layer.base_layer.modules() if isinstance(module, AdapterLayer)):
             both = {layer.adapter, below.adapter}
             if len(both) == 2 and both <= names and layer.hides(below):
                 raise AdapterError(

@@ -115,6 +115,8 @@ class TrainedCopy(AdapterLayer):
         super().__init__(base_layer)
         if any(is_quantised(module) for module in bare(base_layer).modules()):
             raise AdapterError("a quantised layer cannot be trained in full", key="modules_to_save")
+        if any(isinstance(module, AdapterLayer) for module in bare(base_layer).modules()):
+            raise AdapterError("a module that holds another adapter's layers has no copy", key="modules_to_save")
         self.file_prefix = file_prefix
         self.copy = copy.deepcopy(bare(base_layer))
         for parameter in self.copy.parameters():
@@ -165,6 +167,12 @@ class TrainedBias(AdapterLayer):
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"bias": self.bias}
+
+    def folded(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if not self.enabled or not isinstance(self.base_layer, AdapterLayer):
+            return super().folded(base)
+        # as in forward: the layers below get this bias, and may change it
+        return {"bias": self.bias} | self.base_layer.folded(base | {"bias": self.bias})
 
 
 def adapter_dtype(like: torch.Tensor) -> torch.dtype:

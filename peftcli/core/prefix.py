@@ -28,8 +28,9 @@ from peftcli.core.virtual import (
     inserted,
     length_of,
     name_in,
-    position_limit,
     positions,
+    rows_in,
+    settle,
     starts,
     takes,
     without,
@@ -39,6 +40,8 @@ from peftcli.errors import AdapterError
 _CACHE = ("cache", "past_key_values", "past_key_value", "layer_past")
 """What an attention layer calls its cache, by model and by version of transformers."""
 _MASK = ("attention_mask", "mask")
+_SIZE = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+"""What an attention layer calls the size of a head. Layers of other kinds, with states of their own, have none."""
 
 
 class Prefix(nn.Module):
@@ -48,7 +51,9 @@ class Prefix(nn.Module):
         super().__init__()
         self.count, self.pairs, self.width = count, pairs, width
         self.start: torch.Tensor | None = None
-        """While the decoder reads what a prefix was put into: where that starts in each row (B, 1)."""
+        """While the decoder starts sequences: where the prefix starts in each row (B, 1)."""
+        self.cuts = False
+        """Whether what comes of its places is cut off again."""
 
     def pair(self, index: int) -> torch.Tensor:
         """A layer's keys, and behind them its values: (n, 2 * width)."""
@@ -86,6 +91,7 @@ class PrefixAttention(SoftPrompt):
         arguments = inspect.signature(bare(base_layer).forward).parameters
         self._cache = next(name for name in _CACHE if name in arguments)
         self._mask = next(name for name in _MASK if name in arguments)
+        self._true_hides: bool | None = None  # whether a mask of truth values hides what is true, as MPT's does
 
     @property
     def count(self) -> int:
@@ -98,7 +104,7 @@ class PrefixAttention(SoftPrompt):
         return {"prompt_embeddings": self.prefix.whole()}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        length = (args[0] if args else kwargs["hidden_states"]).shape[1]
+        batch, length = (args[0] if args else kwargs["hidden_states"]).shape[:2]
         if not self.enabled or length <= self.count:  # a later step
             return self.base_layer(*args, **kwargs)
         inputs = bound(bare(self).forward, args, kwargs)
@@ -106,8 +112,22 @@ class PrefixAttention(SoftPrompt):
         cache = getattr(cache, "self_attention_cache", cache)
         if cache is not None and cache.get_seq_length(bare(self).layer_idx):
             return self.base_layer(*args, **kwargs)
-        start = _start_of(inputs.get(self._mask), length)
+        start = self._start(inputs.get(self._mask), batch, length)
         return self.base_layer(**inputs | {self._cache: _WithPrefix(cache, self, start)})
+
+    def _start(self, mask: Any, batch: int, length: int) -> torch.Tensor:
+        """Where the prefix starts in each row (B, 1).
+
+        When checkpointing calls the layer again, perhaps after other batches, its own mask tells.
+        """
+        start = self.prefix.start
+        if start is None and mask is None:
+            return torch.zeros(batch, 1, dtype=torch.long)
+        if start is None:
+            return _start_in(mask, length, bool(self._true_hides)).expand(batch, 1)
+        if self.training and self._true_hides is None and getattr(mask, "dtype", None) is torch.bool:
+            self._true_hides = not bool((_start_in(mask, length, False) == start).all())
+        return start
 
 
 class _WithPrefix:
@@ -116,7 +136,7 @@ class _WithPrefix:
     Attention layers hand their keys and values to the cache when they are finished, rotated and all.
     """
 
-    def __init__(self, cache: Any, layer: PrefixAttention, start: torch.Tensor | int):
+    def __init__(self, cache: Any, layer: PrefixAttention, start: torch.Tensor):
         self.cache, self.layer, self.start = cache, layer, start
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -140,10 +160,9 @@ class _WithPrefix:
                 key="token_dim",
             )
         trained = trained.to(into.device, into.dtype).view(-1, heads, width).transpose(0, 1)  # (heads, n, dim)
-        number = torch.arange(length, device=into.device) - self.start  # (n + T,) or (B, n + T)
-        virtual = ((number >= 0) & (number < self.layer.count)).view(-1, 1, length, 1)
-        index = number.clamp(0, self.layer.count - 1).view(-1, length)
-        rows = trained[:, index].transpose(0, 1)  # (1 or B, heads, n + T, dim)
+        number = torch.arange(length, device=into.device) - self.start.to(into.device)  # (B, n + T)
+        virtual = ((number >= 0) & (number < self.layer.count))[:, None, :, None]
+        rows = trained[:, number.clamp(0, self.layer.count - 1)].transpose(0, 1)  # (B, heads, n + T, dim)
         return torch.where(virtual, rows, into)
 
 
@@ -165,7 +184,7 @@ def find_attention(model: Any) -> Attention:
     Raises:
         AdapterError: not every layer has attention that keeps keys and values.
     """
-    decoder = _decoder(model)
+    decoder = model.get_decoder()
     below = f"{name_in(model, decoder)}.".lstrip(".")
     modules = {name: bare(model.get_submodule(path)) for name, path in base_paths(model).items()}
     found: dict[int, str] = {}
@@ -190,16 +209,17 @@ def find_attention(model: Any) -> Attention:
 
 def insert_prefix(model: Any, layers: list[PrefixAttention], prefix: Prefix) -> None:
     """Let all ``layers`` share ``prefix``, and every sequence that the model's decoder starts, start with it."""
-    decoder, limit = _decoder(model), position_limit(model)
+    decoder = model.get_decoder()
     like = next(itertools.chain(bare(layers[0]).parameters(), bare(layers[0]).buffers()))
     prefix.to(like.device, adapter_dtype(like))
-    for layer in layers:
-        layer.prefix, layer.longest = prefix.train(layer.training), limit
-    embedding = decoder.get_input_embeddings()
-    names = {bare(decoder.get_submodule(path)): name for name, path in base_paths(decoder).items()}
     # keys of a prefix are not rotated, so that its distance from the tokens counts, whatever the padding
     counts = hasattr(model, "prepare_inputs_for_generation") or getattr(bare(layers[0]), "is_causal", False)
-    hook_once(decoder, _Insert(names[bare(layers[0])], names.get(bare(embedding)), counts))
+    for layer in layers:
+        layer.prefix = prefix.train(layer.training)
+        settle(layer, model, counts=counts)
+    embedding = decoder.get_input_embeddings()
+    names = {bare(decoder.get_submodule(path)): name for name, path in base_paths(decoder).items()}
+    hook_once(decoder, _Insert(names[bare(layers[0])], names.get(bare(embedding))))
     hook_once(decoder, _Cut(names[bare(layers[0])]), after=True)
     pooler = getattr(decoder, "pooler", None)
     if isinstance(pooler, nn.Module):
@@ -214,8 +234,6 @@ class _Insert:
     """Path of the first layer, to whatever adapter layers stand there."""
     embedding: str | None
     """Path of the input embedding."""
-    counts: bool
-    """Whether positions are counted from the mask, padding aside, if the caller gives none."""
 
     def __call__(self, decoder: Any, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]] | None:
         layer = active_at(decoder.get_submodule(self.attention), PrefixAttention)
@@ -225,17 +243,19 @@ class _Insert:
             raise AdapterError("two soft prompts are active; set one of them active")
         inputs = bound(decoder.forward, args, kwargs)
         layer.rows_of(inputs.pop("task_ids", None), 0)
-        layer.prefix.start = None
-        if layer.placeholders is not None:  # generate has made the room
+        past, prefix, placed = cached_length(inputs), layer.prefix, layer.placeholders
+        prefix.start, prefix.cuts = None, placed is None
+        if placed is not None:  # generate has made the room
+            prefix.start = placed.repeat_interleave(rows_in(inputs) // len(placed), dim=0)
             return None
-        if past := cached_length(inputs):
+        if past:
             return (), inputs | continued(decoder, inputs, past, layer.count)
         mask = inputs.get("attention_mask")
-        if self.counts and mask is not None and inputs.get("position_ids") is None and takes(decoder, "position_ids"):
+        if layer.counts and mask is not None and inputs.get("position_ids") is None and takes(decoder, "position_ids"):
             inputs["position_ids"] = positions(mask)
         inputs.pop("cache_position", None)  # counted without the prefix; models find it by themselves
         room = layer.room(inputs)
-        layer.prefix.start = room.start
+        prefix.start = room.start
         return (), inputs | inserted(inputs, room)
 
 
@@ -247,10 +267,12 @@ class _Cut:
 
     def __call__(self, decoder: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         layer = active_at(decoder.get_submodule(self.attention), PrefixAttention)
-        if layer is None or layer.prefix.start is None:
+        if layer is None:
             return output
         start, layer.prefix.start = layer.prefix.start, None
-        return _cut(output, start, length_of(kwargs), layer.count)
+        return (
+            _cut(output, start, length_of(kwargs), layer.count) if start is not None and layer.prefix.cuts else output
+        )
 
 
 @dataclass(frozen=True)
@@ -260,7 +282,7 @@ class _CutForPooler:
     prefix: Prefix
 
     def __call__(self, pooler: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if self.prefix.start is None:
+        if self.prefix.start is None or not self.prefix.cuts:
             return None
         return (without(args[0], self.prefix.start, self.prefix.count), *args[1:]), kwargs
 
@@ -276,41 +298,33 @@ def _cut(output: Any, start: torch.Tensor, length: int, count: int) -> Any:
     return tuple(_cut(value, start, length, count) for value in output) if isinstance(output, tuple) else output
 
 
-def _decoder(model: Any) -> Any:
-    """The module below the heads that embeds the ids and holds the layers."""
-    return model.get_decoder()
-
-
 def _keeps(module: nn.Module) -> bool:
     arguments = inspect.signature(module.forward).parameters
-    return any(name in arguments for name in _CACHE) and any(name in arguments for name in _MASK)
+    reads = all(any(name in arguments for name in names) for names in (_CACHE, _MASK))
+    return reads and any(hasattr(module, name) for name in _SIZE)
 
 
 def _key_size(attention: Any, config: Any) -> tuple[int, int]:
     """Number of heads that have keys of their own, and the size of all their keys together."""
     config = config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    sizes = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
-    size = next((getattr(attention, name) for name in sizes if hasattr(attention, name)), None)
-    size = size or config.hidden_size // config.num_attention_heads
+    size = next(getattr(attention, name) for name in _SIZE if hasattr(attention, name))
     for name in ("k_proj", "key", "k"):
         if hasattr(attention, name) and (view := linear_view(getattr(attention, name))) is not None:
             heads = view.out_features // size
     return heads, heads * size
 
 
-def _start_of(mask: Any, length: int) -> torch.Tensor | int:
-    """Where each row's left padding ends (B, 1), by an attention layer's mask: a token sees itself, padding does not.
-
-    The layer's arguments say it, not the decoder: checkpointing may call the layer again, after other batches.
-    """
-    if mask is None:
-        return 0
+def _start_in(mask: Any, length: int, true_hides: bool) -> torch.Tensor:
+    """Where each row's left padding ends (B, 1), by a layer's mask: a token sees itself, padding does not."""
     if not isinstance(mask, torch.Tensor):
-        raise AdapterError(f"a prefix cannot read a {type(mask).__name__}; set attn_implementation to sdpa or eager")
+        raise AdapterError(
+            f"a prefix cannot train with checkpointed activations and a {type(mask).__name__}; set attn_implementation "
+            "to sdpa or eager"
+        )
     if mask.ndim == 4:
         mask = mask[:, 0]  # (B, 1 or n + T, keys)
         mask = mask[:, 0] if mask.shape[1] == 1 else mask.diagonal(dim1=1, dim2=2)
     if mask.is_floating_point():
         mask = mask > torch.finfo(mask.dtype).min / 2
-    return starts(mask[:, :length])
+    return starts(~mask[:, :length] if true_hides else mask[:, :length])

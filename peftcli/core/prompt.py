@@ -28,8 +28,8 @@ from peftcli.core.virtual import (
     inserted,
     length_of,
     name_in,
-    position_limit,
     positions,
+    settle,
     soft_prompt,
     starts,
     takes,
@@ -111,7 +111,8 @@ def insert_virtual_tokens(model: Any, layer: VirtualTokens, *, token_labels: boo
         layer: the new layer over its input embedding.
         token_labels: whether labels of the inputs' shape are labels of tokens.
     """
-    layer.token_labels, layer.longest = token_labels, position_limit(model)
+    layer.token_labels = token_labels
+    settle(layer, model, counts=_generates(model))
     reader = _reader(model)
     path = name_in(reader, _embedding(reader))
     hook_once(reader, _Insert(path, encodes=reader is not model))
@@ -213,12 +214,7 @@ class _Insert:
         mask = inputs.get("attention_mask")
         if self.encodes and mask is not None and mask.shape[1] == length_of(inputs) + layer.count:
             inputs["attention_mask"] = without(mask, starts(mask), layer.count)  # _Extend was here first
-        if (
-            _generates(model)
-            and mask is not None
-            and inputs.get("position_ids") is None
-            and takes(model, "position_ids")
-        ):
+        if layer.counts and mask is not None and inputs.get("position_ids") is None and takes(model, "position_ids"):
             inputs["position_ids"] = positions(inputs["attention_mask"])
         inputs.pop("cache_position", None)  # counted without them; models find it by themselves
         room = layer.room(inputs)

@@ -41,6 +41,8 @@ class SoftPromptConfig(AdapterConfig):
 
     def check_room(self, model: Any) -> None:
         """Raises AdapterError when the virtual tokens leave the model no position for the input."""
+        if not hasattr(model, "config"):
+            raise AdapterError(f"virtual tokens go into models of transformers; {type(model).__name__} is none")
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is not None and self.num_virtual_tokens >= limit:
             raise AdapterError(

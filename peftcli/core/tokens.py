@@ -29,7 +29,7 @@ class TrainedRows(AdapterLayer):
         return self.written_as if own and self.written_as else super().file_name(path, tensor)
 
     def hides(self, below: AdapterLayer) -> bool:
-        return not isinstance(below, TrainedRows) or not set(self.tokens).isdisjoint(below.tokens)
+        return isinstance(below, TrainedRows) and not set(self.tokens).isdisjoint(below.tokens)
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         weight, rows = base["weight"], self.trainable_tokens_delta

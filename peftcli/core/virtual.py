@@ -14,6 +14,7 @@ from peftcli.errors import AdapterError
 
 IGNORED = -100
 """The label of a position that does not count."""
+_UNCOUNTED = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class SoftPrompt(AdapterLayer):
     by_row = False
     longest: int | None = None
     """How many tokens, virtual ones included, the model has positions for; None: no telling."""
+    counts = False
+    """Whether positions are counted from the mask, padding aside, where the caller gives none."""
 
     @property
     def count(self) -> int:
@@ -153,14 +156,15 @@ def inserted(
 def continued(model: nn.Module, inputs: dict[str, Any], past: int, count: int) -> dict[str, Any]:
     """The inputs of a later step, whose mask and positions may not count the virtual tokens that the cache holds."""
     mask, new = inputs.get("attention_mask"), length_of(inputs)
+    out: dict[str, Any] = {}
+    if (place := inputs.get("cache_position")) is not None:  # of transformers before 5.24 or so
+        out["cache_position"] = torch.arange(past, past + new, device=place.device)
     if mask is None or mask.ndim != 2 or mask.shape[1] != past + new - count:
-        return {}
-    mask = extended(mask, count)
-    out: dict[str, Any] = {"attention_mask": mask}
-    for name in ("position_ids", "cache_position"):
-        if (value := inputs.get(name)) is not None:
-            out[name] = value + count
-    if "position_ids" not in out and takes(model, "position_ids"):
+        return out
+    out["attention_mask"] = mask = extended(mask, count)
+    if (position := inputs.get("position_ids")) is not None:
+        out["position_ids"] = position + count
+    elif takes(model, "position_ids"):
         out["position_ids"] = positions(mask)[:, -new:]
     return out
 
@@ -214,11 +218,28 @@ def length_of(inputs: dict[str, Any]) -> int:
     return int((given if given is not None else inputs["inputs_embeds"]).shape[1])
 
 
+def rows_in(inputs: dict[str, Any]) -> int:
+    """Number of rows B of the inputs (B, T)."""
+    given = inputs.get("input_ids")
+    return int((given if given is not None else inputs["inputs_embeds"]).shape[0])
+
+
 def cached_length(inputs: dict[str, Any]) -> int:
-    """How many tokens the cache holds that the inputs bring along."""
+    """How many tokens the cache holds that the inputs bring along; of a cache that does not count them, very many.
+
+    Raises:
+        AdapterError: the model remembers in another way.
+    """
+    if any(inputs.get(name) is not None for name in ("state", "cache_params")):
+        raise AdapterError("virtual tokens cannot go on from this model's kind of state; set use_cache=False")
     cache = inputs.get("past_key_values")
     cache = inputs.get("cache") if cache is None else cache  # transformers 5.24's name of the argument
-    return 0 if cache is None else int(cache.get_seq_length())
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # it has no attention layer
+        return _UNCOUNTED * int(cache.has_previous_state())
 
 
 def hook_once(module: nn.Module, hook: Any, *, after: bool = False) -> None:
@@ -255,11 +276,17 @@ def soft_prompt(model: nn.Module) -> SoftPrompt | None:
     return next((module for module in model.modules() if isinstance(module, SoftPrompt) and module.enabled), None)
 
 
-def position_limit(model: Any) -> int | None:
-    """How many tokens the model's table of positions has room for; None when it has no such table."""
+def position_tables(model: Any) -> list[nn.Embedding]:
+    """The model's embeddings of positions, if it has any."""
     limit = getattr(model.config, "max_position_embeddings", None)
     words = bare(model.get_input_embeddings())
-    tables = (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words)
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
     # OPT and its like keep up to two rows for padding
-    learned = limit is not None and any(0 <= table.weight.shape[0] - limit <= 2 for table in tables)
-    return limit if learned else None
+    return [table for table in tables if limit is not None and 0 <= table.weight.shape[0] - limit <= 2]
+
+
+def settle(layer: SoftPrompt, model: Any, *, counts: bool) -> None:
+    """Tell the layer what the model's positions are like. ``counts``: whether they start after the padding."""
+    tables = position_tables(model)
+    layer.longest = model.config.max_position_embeddings if tables else None
+    layer.counts = counts and all(table.padding_idx is None for table in tables)  # those with one count by themselves

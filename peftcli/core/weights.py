@@ -125,8 +125,9 @@ def check_state(
     for name, value in values.items():
         if value.shape != shapes[name]:
             wrong.append(f"shape: {name} is {tuple(value.shape)}, the model needs {tuple(shapes[name])}")
-        elif not value.is_floating_point() and (name in base or wanted[name][2].is_floating_point()):
-            wrong.append(f"type: {name} is {str(value.dtype).removeprefix('torch.')}, no floating-point numbers")
+        elif value.is_floating_point() != (name in base or wanted[name][2].is_floating_point()):
+            needed = "whole" if value.is_floating_point() else "floating-point"
+            wrong.append(f"type: {name} is {str(value.dtype).removeprefix('torch.')}, no {needed} numbers")
         elif not value.is_meta and not torch.isfinite(value.float()).all():
             wrong.append(f"not finite: {name}")
     if wrong:

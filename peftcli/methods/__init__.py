@@ -318,6 +318,7 @@ METHODS: dict[str, Method] = {
 
 
 NOT_HERE: dict[str, str] = {
+    "ADAMSS": "its file does not say which outputs form a subspace, and only scikit-learn's k-means finds them again",
     "POLY": "its forward pass needs the number of each row's task, which data sets here do not have",
     "XLORA": "it mixes several LoRA adapters by a classifier that runs the model twice; combine the adapters instead",
 }

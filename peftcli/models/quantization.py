@@ -95,9 +95,17 @@ def forget(model: PreTrainedModel) -> None:
 
 def trained_quantization(folder: Path) -> Quantization | None:
     """What the base model was quantised to when the run in ``folder`` trained its adapter."""
-    path = folder / "run.json"
-    if not path.is_file():
-        return None
-    values = json.loads(path.read_bytes()).get("recipe", {}).get("base_model", {}).get("quantization")
+    values = _run(folder).get("recipe", {}).get("base_model", {}).get("quantization")
     known = {entry.name for entry in fields(Quantization)}
     return Quantization(**{key: value for key, value in values.items() if key in known}) if values else None
+
+
+def makes_up_for_quantization(folder: Path) -> bool:
+    """Whether the adapter holds what quantisation took away of its base model, so that it fits no other weights."""
+    return bool(_run(folder).get("makes_up_for_quantization"))
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    run: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    return run

@@ -312,8 +312,9 @@ def _advice(name: str, known: dict[str, Setting], path: str, method: str | None)
     if found := elsewhere.get(name):
         section = found.rpartition(".")[0]
         if method and section == "method":
-            owners = ", ".join(other for other in METHODS if name in method_settings(other))
-            return f"not a setting of {method}, but of {owners}", None
+            owners = [other for other in METHODS if name in method_settings(other)]
+            more = f" and {len(owners) - 4} other methods" if len(owners) > 4 else ""
+            return f"not a setting of {method}, but of {', '.join(owners[:4])}{more}", None
         return f"belongs {f'in the section {section}' if section else 'at the top level'}", found
     return "unknown key", near(name, own) or elsewhere.get(near(name, elsewhere, 0.8) or "")
 

@@ -64,7 +64,10 @@ def explain(key: str) -> Explanation:
     if ends:
         return ends[0]
     suggestion = (
-        alias_of(key.rpartition(".")[2]) or near(key, known) or near(key, (name.rpartition(".")[2] for name in known))
+        alias_of(key.rpartition(".")[2])
+        or near(key, (name for name in known if "." not in name))
+        or near(key, known)
+        or near(key, (name.rpartition(".")[2] for name in known))
     )
     hint = f"did you mean {suggestion!r}?" if suggestion else "`peftcli schema` lists every key"
     raise UsageError(f"no setting, section, method or task is called {key[:60]!r}", hint=hint)

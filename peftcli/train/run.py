@@ -99,6 +99,7 @@ def train(recipe: Recipe, *, resume: str = "auto", on_event: OnEvent = lambda ev
                     "data": data.report,
                     "parameters": {"trainable": injection.trainable, "all": injection.total},
                     "mergeable": config.merge_problem() is None,
+                    "makes_up_for_quantization": config.needs_base_weights(),
                     "device": accelerator.device.type,
                     "steps": {"done": state.progress.step, "total": plan.total_steps},
                 }

@@ -16,6 +16,7 @@ from torch import nn
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import Injection, inject
 from peftcli.core.layer import adapter_layers
+from peftcli.core.quantised import quantised_tensors
 from peftcli.core.weights import named_tensors
 from peftcli.data.formats import detect_format
 from peftcli.data.load import load_splits
@@ -178,6 +179,8 @@ def calibrate(
 
 def prepare(model: nn.Module, config: AdapterConfig, recipe: Recipe, plan: Plan, accelerator: Accelerator) -> Trainee:
     """Model, optimizer and schedule, placed on the devices by accelerate."""
+    # every process quantised the same weights alike, and torch cannot send all the tensors that hold them
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, quantised_tensors(model))
     prepared = accelerator.prepare_model(model)
     tensors = named_tensors(model)
     parameters = [parameter for _, _, parameter in tensors.values()]

@@ -18,7 +18,7 @@ from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import disabled, inject, set_trainable, unload
 from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import merge
-from peftcli.core.weights import adapter_state, load_state, named_tensors
+from peftcli.core.weights import load_training_state, named_tensors, training_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
 
@@ -115,7 +115,7 @@ def test_state_goes_out_and_in_again(method: str, kind: str) -> None:
     other, _ = _adapted(kind, method)
     randomise(other, seed=7)
     assert not torch.equal(logits(other, batch(kind)), logits(model, batch(kind)))
-    load_state(other, adapter_state(model))
+    load_training_state(other, training_state(model))
     assert torch.equal(logits(other, batch(kind)), logits(model, batch(kind)))
 
 

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_tiny import randomise
+from promises import METHOD_SETTINGS
 from test_core_properties import Model
 
 from peftcli.core.config import TargetedConfig
@@ -23,9 +24,16 @@ from peftcli.core.merge import merge
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
 
-LAYERED = [name for name, row in METHODS.items() if issubclass(row.config_class(), TargetedConfig)]
+LAYERED = [
+    name
+    for name, row in METHODS.items()
+    if issubclass(row.config_class(), TargetedConfig) and name not in ("trainable_tokens", "ln_tuning")
+]
+"""Methods that adapt linear layers."""
+R_IS_ANOTHERS = ("oft",)
+"""Methods for which another setting, which the tests give, decides r."""
 ALWAYS_FIT = {"width": 8, "inner": 16}
-"""Sizes that no method can refuse at r 4: even, and r divides them."""
+"""Sizes that no method can refuse at r 4 and the settings of the tests: multiples of 8."""
 
 repeatable = settings(max_examples=15, derandomize=True, deadline=None, database=None)
 
@@ -57,8 +65,9 @@ def test_any_shape_works_or_is_refused(method: str, case: dict[str, Any]) -> Non
     before = [(name, type(module)) for name, module in base.named_modules()]
     cls = METHODS[method].config_class()
     known = {field.name for field in fields(cls)}
-    values = {"target_modules": case["targets"], "r": case["r"]}
-    config = cls(**{name: value for name, value in values.items() if name in known})
+    usual = copy.deepcopy(METHOD_SETTINGS.get(method, {}))
+    values = {"r": case["r"]} if known >= {"r"} and method not in R_IS_ANOTHERS else {}
+    config = cls(**usual | values, target_modules=case["targets"])
     model = copy.deepcopy(base)
     try:
         inject(model, config)

@@ -89,16 +89,6 @@ class Tensors(nn.Linear):
 
 
 FORMS = [Packed, Int8, Tensors]
-SMALL: dict[str, dict[str, Any]] = {
-    "vblora": {"num_vectors": 20, "vector_length": 8},
-    "fourierft": {"n_frequency": 50},
-    "waveft": {"n_frequency": 50},
-    "c3a": {"block_size": 8},
-    "miss": {"r": 8},
-    "shira": {"r": 2},
-    "psoft": {"r": 8},
-}
-"""Settings of methods whose defaults ask for more than a tiny layer has."""
 
 
 def quantised(form: type[nn.Module], kind: str = "llama") -> nn.Module:
@@ -150,16 +140,19 @@ def test_all_linear_finds_them(form: type[nn.Module]) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_computes_trains_and_merges(method: str, form: type[nn.Module]) -> None:
-    inputs, base = batch("llama"), quantised(form)
+    base, inputs, extra = quantised(form), batch("llama"), dict[str, torch.Tensor]()
     before = logits(base, inputs)
-    config = METHODS[method].config_class()(**{**promises.settings_of(method, "llama"), **SMALL.get(method, {})})
+    if method == "multitask_prompt_tuning":
+        extra["task_ids"] = torch.tensor([1, 0])
+    inputs |= extra
+    config = promises.config_of(method, "llama")
     model = _adapted(base, config)
     after = logits(model, inputs)
     assert not torch.allclose(after[:, -before.shape[1] :], before, atol=1e-3)
     with disabled(model):
         assert torch.equal(logits(model, inputs), before)
     assert torch.equal(logits(copy.deepcopy(model), inputs), after)
-    _trains(model)
+    _trains(model, labelled("llama") | extra)
     if config.merge_problem() is None and any(map(is_quantised, map(bare, adapter_layers(model).values()))):
         _merges(model, config, inputs)
 
@@ -171,8 +164,8 @@ def _adapted(model: nn.Module, config: AdapterConfig) -> nn.Module:
     return model.eval()
 
 
-def _trains(model: nn.Module) -> None:
-    model(**labelled("llama")).loss.backward()
+def _trains(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+    model(**inputs).loss.backward()
     tensors = [parameter for _, _, parameter in named_tensors(model).values()]
     assert all(parameter.is_floating_point() for parameter in tensors)
     assert all(torch.isfinite(parameter.grad).all() for parameter in tensors if parameter.grad is not None)

@@ -15,7 +15,7 @@ from torch import nn
 import peftcli
 from peftcli.core.inject import inject, set_active, skeleton
 from peftcli.core.layer import adapter_layers
-from peftcli.core.weights import adapter_state, unsaved_state
+from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.peft_api import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -305,16 +305,32 @@ def test_adapters_are_active_together_unless_one_hides_the_other(case: str) -> N
         assert not torch.allclose(logits(model, batch(kind)), both, atol=1e-4)
 
 
-def test_fixed_tensors_survive_a_failed_replacement(tmp_path: Path) -> None:
-    """What an adapter drew at its start is no part of its file."""
-    get_peft_model(tiny("gpt2"), peftcli.LoraConfig()).save_pretrained(tmp_path)
-    model = get_peft_model(tiny("llama"), peftcli.VeraConfig(r=4, save_projection=False))
+OLD: dict[str, Any] = {
+    "draws what its file does not hold": lambda: peftcli.VeraConfig(r=4, save_projection=False),
+    "trains more than its file holds": lambda: peftcli.AdaLoraConfig(total_step=10),
+    "starts elsewhere": lambda: peftcli.LoraConfig(init_lora_weights="pissa"),
+    "a soft prompt": lambda: peftcli.PromptTuningConfig(num_virtual_tokens=3),
+    "a head": CONFIGS["head"],
+}
+
+
+@pytest.mark.parametrize("case", OLD)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_failed_replacement_brings_everything_back(case: str, loaded: bool, tmp_path: Path) -> None:
+    get_peft_model(tiny("gpt2"), peftcli.LoraConfig()).save_pretrained(tmp_path / "bad")
+    model = get_peft_model(tiny("llama"), OLD[case]())
     randomise(model)
-    expected = logits(model.eval(), batch("llama"))
-    assert unsaved_state(model.get_base_model())
-    with pytest.raises(AdapterError):
-        model.load_adapter(tmp_path)
+    if loaded:
+        model.save_pretrained(tmp_path / "good")
+        model = PeftModel.from_pretrained(tiny("llama"), tmp_path / "good", is_trainable=True)
+    expected, config = logits(model.eval(), batch("llama")), model.active_peft_config.to_dict()
+    trains, names = model.get_nb_trainable_parameters(), [name for name, _ in model.named_parameters()]
+    with pytest.raises(AdapterError, match="target_modules"):
+        model.load_adapter(tmp_path / "bad")
     assert torch.equal(logits(model, batch("llama")), expected)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert model.get_nb_trainable_parameters() == trains
+    assert model.active_peft_config.to_dict() == config
 
 
 @pytest.mark.parametrize("kind", ["llama_tied", "t5", "whisper"])

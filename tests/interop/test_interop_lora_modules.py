@@ -13,8 +13,8 @@ import peft
 import pytest
 import torch
 from lora_cases import FURTHER
-from models_tiny import batch, logits, randomise
-from oracle import file_of, ours, saved_by_peft, silence, theirs
+from models_tiny import batch, logits, randomise, tiny
+from oracle import file_of, loaded_by_peft, ours, saved_by_peft, silence, theirs
 from torch import nn
 
 from peftcli.core.files import load_adapter, read_config, save_adapter
@@ -117,6 +117,19 @@ def test_names_and_shapes_are_pefts(settings: dict[str, Any], tmp_path: Path) ->
     _, tensors = file_of(tmp_path)
     here = {name: tuple(value.shape) for name, value in adapter_state(_ours(**settings)[0]).items()}
     assert here == {name: tuple(value.shape) for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("settings", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}])
+def test_dora_that_starts_from_the_base_weight(settings: dict[str, Any], tmp_path: Path) -> None:
+    model, config = ours("llama", "lora", use_dora=True, **settings)
+    save_adapter(model, config, tmp_path / "ours")
+    found = loaded_by_peft("llama", tmp_path / "ours")
+    torch.testing.assert_close(logits(found, batch("llama")), logits(model, batch("llama")), atol=1e-5, rtol=1e-5)
+    written = theirs("llama", "lora", use_dora=True, **settings)
+    saved_by_peft(written, tmp_path / "theirs")
+    read = tiny("llama")
+    load_adapter(read, config_from_dict(read_config(tmp_path / "theirs")), tmp_path / "theirs")
+    torch.testing.assert_close(logits(read, batch("llama")), logits(written, batch("llama")), atol=1e-5, rtol=1e-5)
 
 
 # where PEFT is wrong

@@ -15,6 +15,7 @@ from torch import nn
 
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.merge import merge
+from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
 
 KINDS = ("llama", "gpt2", "t5", "bert", "whisper", "mixtral")
@@ -44,7 +45,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{
         f"{method}-saved": (method, "bert", {"modules_to_save": ["classifier"], "target_modules": ["query", "dense"]})
         for method in SETTINGS
-        if method != "frod"  # whose layers called dense have inputs of two sizes
     },
     "psoft-pissa": ("psoft", "llama", {"ab_svd_init": "pissa_init", "psoft_alpha": 5, "psoft_dropout": 0.1}),
     "psoft-lowrank": ("psoft", "llama", {"psoft_svd": "lowrank", "psoft_svd_lowrank_niter": 3, "random_seed": 4}),
@@ -181,6 +181,11 @@ def test_pveras_seed_of_what_is_drawn_is_kept_for_peft(tmp_path: Path) -> None:
     save_adapter(model, config, tmp_path / "b")
     assert file_of(tmp_path / "b")[0]["generator_seed"] == 3
     _close("llama", loaded_by_peft("llama", tmp_path / "b"), oracle)
+
+
+def test_adamss_is_refused_by_name() -> None:
+    with pytest.raises(AdapterError, match="ADAMSS is not supported: its file does not say"):
+        config_from_dict({"peft_type": "ADAMSS", "target_modules": ["q_proj"]})
 
 
 # --- where PEFT is wrong: each of these fails when PEFT mends it ------------------------------------------------------

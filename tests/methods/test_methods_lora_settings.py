@@ -72,6 +72,25 @@ def test_only_its_tensors_get_gradients_and_each_does(case: tuple[str, dict[str,
     assert found == trained
 
 
+def _gradients(model: nn.Module, kind: str) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(**labelled(kind)).loss.backward()
+    return {name: parameter.grad.clone() for name, (_, _, parameter) in named_tensors(model).items()}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["experts", "replicated", "tokens-llama_tied", "dora-gpt2", "tied-head", "lora-bias"])
+def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: bool) -> None:
+    kind, settings = FURTHER[name]
+    model, _ = ours(kind, "lora", **settings)
+    expected = _gradients(model.train(), kind)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    for tensor, gradient in _gradients(model, kind).items():
+        torch.testing.assert_close(gradient, expected[tensor], atol=1e-4, rtol=1e-4)
+
+
 def test_a_bf16_base_carries_an_fp32_adapter(case: tuple[str, dict[str, Any]]) -> None:
     kind, settings = case
     exact, _ = ours(kind, "lora", **settings)

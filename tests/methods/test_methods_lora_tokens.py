@@ -10,10 +10,13 @@ from models_tiny import batch, ids, labelled, logits, tiny
 from oracle import ours
 from torch import nn
 
+from peftcli.core.inject import inject, set_active
 from peftcli.core.layer import bare
 from peftcli.core.merge import merge
 from peftcli.core.tokens import wrap_rows
 from peftcli.core.weights import adapter_state, load_state, named_tensors
+from peftcli.errors import AdapterError
+from peftcli.methods.lora.config import LoraConfig
 
 TOKENS = [7, 3, 90]
 
@@ -77,6 +80,15 @@ def test_layers_with_tokens_of_their_own_are_untied_by_merging() -> None:
     model, config = ours("llama_tied", "lora", trainable_token_indices=tokens)
     assert sum("token_adapter" in name for name in adapter_state(model)) == 2
     assert merge(model, config)
+
+
+def test_two_adapters_cannot_both_replace_a_token() -> None:
+    model, _ = ours("llama", "lora", trainable_token_indices=TOKENS)
+    inject(model, LoraConfig(trainable_token_indices=[90, 5]), "same")
+    inject(model, LoraConfig(trainable_token_indices=[5, 6]), "other")
+    set_active(model, ["default", "other"])
+    with pytest.raises(AdapterError, match=r"same replaces model\.embed_tokens, which default changes too"):
+        set_active(model, ["default", "same"])
 
 
 @pytest.mark.parametrize("settings", [{"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from models_tiny import batch, labelled, logits, randomise, tiny
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, MptConfig, MptForCausalLM
 
 from peftcli.core import prompt
 from peftcli.core.files import load_adapter, read_config, save_adapter
@@ -57,7 +58,9 @@ def test_the_prefix_is_what_a_cache_filled_with_it_is() -> None:
         cache.update(*(pairs[2 * layer + part].expand(2, -1, -1, -1) for part in (0, 1)), layer)
     inputs = batch("llama")
     mask = torch.cat([torch.ones(2, N, dtype=torch.long), inputs["attention_mask"]], 1)
-    expected = tiny("llama")(input_ids=inputs["input_ids"], attention_mask=mask, cache=cache).logits
+    model_before = tiny("llama")
+    name = "cache" if "cache" in inspect.signature(model_before.forward).parameters else "past_key_values"
+    expected = model_before(input_ids=inputs["input_ids"], attention_mask=mask, **{name: cache}).logits
     torch.testing.assert_close(logits(model, inputs), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -80,16 +83,34 @@ def test_a_loaded_adapter_trains_its_keys_and_values(kind: str, tmp_path: Path) 
     assert torch.equal(logits(again, batch(kind)), logits(model, batch(kind)))
 
 
+def _mpt() -> Any:
+    """A model whose masks are true where they hide, and whose positions are a bias."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return MptForCausalLM(MptConfig(vocab_size=96, d_model=32, n_layers=2, n_heads=4, max_seq_len=64)).eval()
+
+
+@torch.no_grad()
+def test_a_mask_that_is_true_where_it_hides() -> None:
+    inputs = batch("llama")
+    whole = logits(_adapted(base=_mpt())[0], inputs)
+    assert not torch.allclose(whole, logits(_mpt(), inputs), atol=1e-3)
+    padded = {name: torch.cat([torch.zeros(2, 3, dtype=torch.long), value], 1) for name, value in inputs.items()}
+    found = logits(_adapted(base=_mpt())[0], padded)[:, 3:]
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("projection", [True, False])
-def test_checkpointing_may_call_layers_again_after_other_batches(reentrant: bool, projection: bool) -> None:
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mpt"])
+def test_checkpointing_may_call_layers_again_after_other_batches(kind: str, reentrant: bool, projection: bool) -> None:
     """Two forward passes, padded differently, and one backward pass."""
     batches = [labelled("llama"), labelled("llama", seed=3)]
     for inputs, empty in zip(batches, (2, 5), strict=True):
         inputs["attention_mask"][0, :empty] = 0
     found = []
     for checkpointing in (False, True):
-        model, _ = _adapted(prefix_projection=projection)
+        model, _ = _adapted(base=_mpt() if kind == "mpt" else tiny(kind), prefix_projection=projection)
         model.train()
         if checkpointing:
             enable = "activation_checkpointing_enable"

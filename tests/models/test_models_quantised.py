@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import promises
 import pytest
 import torch
 import trainkit
@@ -28,7 +29,7 @@ from peftcli.core.quantised import is_quantised, num_weights
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError, Interrupted, ModelError, UsageError
 from peftcli.generate import load_speaker
-from peftcli.methods import config_from_dict
+from peftcli.methods import METHODS, config_from_dict
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.models.load import load_model
 from peftcli.schema import BaseModel, Quantization
@@ -250,6 +251,22 @@ def test_peft_counts_the_same() -> None:
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_on_four_bits(method: str, tmp_path: Path) -> None:
+    with_package("nf4-double")
+    tiny("llama").save_pretrained(tmp_path)
+    task = {"task_ids": torch.tensor([1, 0])} if method == "multitask_prompt_tuning" else {}
+    model, config = promises.adapted("llama", method, base=quantised("nf4-double", tmp_path))
+    expected = logits(model, batch("llama") | task)
+    model(**labelled("llama"), **task).loss.backward()
+    gradients = [value.grad for _, _, value in named_tensors(model).values() if value.grad is not None]
+    assert gradients
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    if config.merge_problem() is None:
+        merge(model, config, dequantise=True)
+        assert close(logits(model, batch("llama")), expected)
+
+
 @pytest.mark.parametrize("model", ["t5", "gpt2"])
 def test_other_shapes_of_model(model: str, tmp_path: Path) -> None:
     with_package("nf4")
@@ -360,6 +377,16 @@ def test_or_into_what_it_was_trained_on(kind: str, trained: Callable[[str], trai
     merging.merge_adapter(str(folder), output, dequantize=True)
     exact = 0.1 if kind in ("int8", "nf4-bfloat16") else 1e-4  # int8 rounds inputs in evaluation, bfloat16 everything
     assert close(answers(AutoModelForCausalLM.from_pretrained(output)), answers(adapted(kind, folder)), exact)
+
+
+def test_what_makes_up_for_quantisation_goes_into_those_weights_only(tmp_path: Path) -> None:
+    recipe = trainkit.write_recipe(tmp_path)
+    method = "method={type: lora, r: 4, target_modules: all-linear, init_lora_weights: loftq}"
+    folder = run_recipe(recipe, "training.max_steps=2", override(with_package("nf4")), method).folder
+    with pytest.raises(AdapterError, match="makes up for the error of the quantised weights") as caught:
+        merging.merge_adapter(str(folder), tmp_path / "merged")
+    assert str(caught.value.hint).endswith(f"peftcli merge {folder} --output {tmp_path}/merged --dequantize")
+    merging.merge_adapter(str(folder), tmp_path / "merged", dequantize=True)
 
 
 def test_what_is_dense_is_not_made_dense(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from peftcli.errors import RecipeError
@@ -97,7 +99,15 @@ def test_unknown_keys_say_what_is_meant(problem, more: str, key: str, suggestion
 
 
 def test_another_methods_setting_is_named(problem) -> None:
-    assert problem("", "method.num_virtual_tokens=3").message == "not a setting of lora, but of prompt_tuning"
+    assert problem("", "method.num_virtual_tokens=3").message == (
+        "not a setting of lora, but of prompt_tuning, multitask_prompt_tuning, p_tuning, prefix_tuning"
+    )
+    message = problem("", "method.num_vectors=3").message
+    assert message == "not a setting of lora, but of vblora"
+    assert re.fullmatch(
+        r"not a setting of prompt_tuning, but of (\w+, ){3}\w+ and \d+ other methods",
+        problem("", "method={type: prompt_tuning, target_modules: [q_proj]}").message,
+    )
 
 
 def test_aliases_are_true() -> None:
@@ -106,12 +116,13 @@ def test_aliases_are_true() -> None:
     known |= {f"method.{name}" for method in METHODS for name in method_settings(method)}
     for alias, key in ALIASES.items():
         assert key in known, key
-        assert alias not in _everywhere(), f"{alias} is a key of ours"
+        # of a method's own setting, the others' users are told what they have instead
+        assert _everywhere().get(alias, "method.").startswith("method."), f"{alias} is a key of ours"
 
 
 def test_an_unknown_method(problem) -> None:
     found = problem("", "method.type=Lora", "method.anything=1")
-    assert found.message == "no method is called 'Lora'; known: lora, prompt_tuning"
+    assert found.message == f"no method is called 'Lora'; known: {', '.join(METHODS)}"
     assert found.suggestion == "lora"
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peftcli.core.layer import AdapterLayer
+    from peftcli.core.updates import Update
 
 _FAMILY_TARGETS = {
     "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
@@ -100,6 +101,11 @@ class AdaLoraConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
             self.total_step = total
             self.check()
         update_and_allocate(model, self, step)
+
+    def updates(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Update]:
+        from peftcli.methods.adalora.layers import updates
+
+        return updates(self, tensors)
 
     def to_dict(self) -> dict[str, Any]:
         # PEFT reads no file without total_step: before any training it gets the least that its schedule allows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, adapter_dtype, adapter_layers, bare, path_in_file
 from peftcli.core.linear import Linear, linear_view
+from peftcli.core.updates import Update
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import beside, dropout_layer, with_bias
 from peftcli.methods.adalora.config import AdaLoraConfig
@@ -38,7 +39,7 @@ class AdaLoraLayer(AdapterLayer):
         if not config.init_lora_weights:
             nn.init.normal_(self.lora_E)
         self.dropout = dropout_layer(config.lora_dropout)
-        self.scaling = config.lora_alpha / (config.init_r + 1e-5)  # init_r whatever is left, so that nothing jumps
+        self.scaling = _scaling(config)
         if not config.inference_mode:
             self.register_buffer("kept", torch.ones(r, dtype=torch.bool, device=like["device"]))
             for tensor in _TENSORS:
@@ -134,6 +135,19 @@ def wrap(module: nn.Module, name: str, config: AdaLoraConfig) -> AdaLoraLayer:
     raise AdapterError(f"{name} is a {kind}; AdaLoRA adapts Linear, Conv1D and Conv2d", key="target_modules")
 
 
+def updates(config: AdaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, Update]:
+    """What the tensors of a file add to each weight."""
+    found = {}
+    for path in (name.removesuffix(".lora_E") for name in tensors if name.endswith(".lora_E")):
+        names = (f"{path}.lora_A", f"{path}.lora_E", f"{path}.lora_B")
+        if missing := [name for name in names if name not in tensors]:
+            raise AdapterError(f"missing: {missing[0]}")
+        a, e, b = (tensors[name] for name in names)
+        place = path.removeprefix(config.file_prefix)
+        found[place] = Update(b, a * e, _scaling(config), names)
+    return found
+
+
 def penalty(model: nn.Module, config: AdaLoraConfig) -> torch.Tensor | None:
     """How far A's rows and B's columns are from being orthogonal, on average over the matrices, times the weight."""
     layers = [layer for layer in _layers(model).values() if layer.lora_A.requires_grad]
@@ -142,6 +156,10 @@ def penalty(model: nn.Module, config: AdaLoraConfig) -> torch.Tensor | None:
     squares = [square for layer in layers for square in (layer.lora_A @ layer.lora_A.T, layer.lora_B.T @ layer.lora_B)]
     deviations = [torch.linalg.norm(square - torch.eye(len(square)).to(square)) for square in squares]
     return config.orth_reg_weight * torch.stack(deviations).mean()
+
+
+def _scaling(config: AdaLoraConfig) -> float:
+    return config.lora_alpha / (config.init_r + 1e-5)  # init_r whatever is left, so that nothing jumps
 
 
 def update_and_allocate(model: nn.Module, config: AdaLoraConfig, step: int) -> None:

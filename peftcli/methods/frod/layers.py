@@ -45,7 +45,11 @@ class FrodLinear(WeightDeltaLinear):
         """Take what layers of the kind share, and give the trained numbers their first values."""
         self.frod_V, self.frod_s_indices, self.frod_s_size = basis, places, size
         with torch.no_grad():
-            _, lengths = decompose(self.frod_V, dense_weight(self))
+            if config.inference_mode and config.save_projection:  # V is the identity until a file has filled it
+                lengths = dense_weight(self).norm(dim=0)
+            else:
+                self.frod_U, lengths = decompose(self.frod_V, dense_weight(self))
+                self.seen = self._filled()
             self.frod_lambda_l.copy_(lengths)
             if not config.init_weights:
                 self.frod_lambda_l.add_(torch.randn_like(lengths), alpha=0.1)
@@ -63,8 +67,7 @@ class FrodLinear(WeightDeltaLinear):
             return y
         dropped = self.dropout(x)
         z = dropped.to(self.frod_lambda_l.dtype) @ self.frod_V
-        turned = torch.sparse.mm(self._sparse(), z.flatten(0, -2).T).T.reshape(z.shape)
-        new = F.linear(self.frod_lambda_l * z + turned, self._left())
+        new = F.linear(self.frod_lambda_l * z + self._turned(z), self._left())
         old = base_product(self, dropped, y if dropped is x else None)
         return y + (new - old.to(new.dtype)).to(y.dtype)
 
@@ -74,6 +77,12 @@ class FrodLinear(WeightDeltaLinear):
         middle = self._sparse().to_dense() + self.frod_lambda_l.diag()
         return self.view.as_stored(left.to(dense) @ middle @ self.frod_V.T - dense)
 
+    def _turned(self, z: torch.Tensor) -> torch.Tensor:
+        """``S z``."""
+        sparse = self._sparse()
+        with torch.autocast(z.device.type, enabled=False):  # there are no sparse products in half precision
+            return torch.sparse.mm(sparse, z.to(sparse.dtype).flatten(0, -2).T).T.reshape(z.shape)
+
     def _sparse(self) -> torch.Tensor:
         """``S``, as a sparse tensor."""
         size = len(self.frod_lambda_l)
@@ -82,11 +91,15 @@ class FrodLinear(WeightDeltaLinear):
 
     def _left(self) -> torch.Tensor:
         """``U``, found anew when ``V`` was filled from a file."""
-        version = None if self.frod_V.is_inference() else self.frod_V._version
-        if self.frod_U is None or version != self.seen:
-            self.frod_U, _ = decompose(self.frod_V, dense_weight(self))
-            self.seen = version
+        if self.frod_U is None or self._filled() != self.seen:
+            with torch.inference_mode(False), torch.no_grad():  # it serves in training later
+                self.frod_U, _ = decompose(self.frod_V, dense_weight(self))
+            self.seen = self._filled()
         return self.frod_U
+
+    def _filled(self) -> int | None:
+        """A number that grows when ``V`` is written to."""
+        return None if self.frod_V.is_inference() else self.frod_V._version
 
 
 def share(layers: Mapping[str, AdapterLayer], config: FrodConfig) -> None:
@@ -98,12 +111,17 @@ def share(layers: Mapping[str, AdapterLayer], config: FrodConfig) -> None:
     generator = torch.Generator().manual_seed(config.projection_prng_key)
     for kind, found in sorted(chosen.items()):
         group: list[Any] = [layer for name, layer in layers.items() if kind_of(name) == kind]
-        weights = [dense_weight(layer) for _, layer in sorted(found.items())]
-        basis = shared_basis(weights, config.regularization_alpha)
+        if config.inference_mode and config.save_projection:  # a file has it, and finding it takes long
+            basis = torch.eye(group[0].view.in_features)
+        else:
+            weights = [dense_weight(layer) for _, layer in sorted(found.items())]
+            basis = shared_basis(weights, config.regularization_alpha)
         places = _drawn_places(len(basis), config.sparse_rate, generator)
         stored = stored_weight(group[0])
         # PEFT rounds it to the base model's dtype before it widens it again
-        basis = basis.to(stored.dtype if stored.is_floating_point() else basis.dtype).to(**beside(group[0]))
+        basis = (
+            basis.to(stored.dtype if stored.is_floating_point() else basis.dtype).to(**beside(group[0])).contiguous()
+        )
         shared = [_frozen(part.to(basis.device)) for part in (basis, places, torch.tensor(basis.shape))]
         for layer in group:
             layer.start(*shared, config)

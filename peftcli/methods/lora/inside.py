@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype, bare
+from peftcli.core.layer import adapter_dtype, bare, layers_below
 from peftcli.core.targets import module_matches
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import beside
@@ -29,11 +29,9 @@ class InsideLayer(LoraLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.enabled:
             return self.base_layer(*args, **kwargs)
-        below, module = "", self.base_layer
-        while isinstance(module, AdapterLayer):
-            below, module = f"{below}base_layer.", module.base_layer
+        below = "base_layer." * len(layers_below(self))
         # an outer adapter's weights stand in the module already while it calls this one
-        current = {name: operator.attrgetter(name)(module) for name in self.adapted}
+        current = {name: operator.attrgetter(name)(bare(self)) for name in self.adapted}
         weights = {f"{below}{name}": self.with_delta(name, weight) for name, weight in current.items()}
         return torch.func.functional_call(self.base_layer, weights, args, kwargs)
 

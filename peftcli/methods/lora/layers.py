@@ -94,6 +94,7 @@ class LoraEmbedding(LoraLayer):
         super().__init__(base_layer, name, config)
         weight = self.base_layer.weight
         vocabulary, width = weight.shape
+        check_size(self.r, weight.shape, name)
         like = beside(base_layer)
         first = torch.zeros if config.init_lora_weights else torch.randn
         self.lora_embedding_A = nn.Parameter(first(self.r, vocabulary, **like))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.linear import dense_weight
+from peftcli.core.linear import dense_weight, stored_weight
 from peftcli.core.targets import pattern_value
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import WeightDeltaLinear, beside
@@ -34,7 +34,7 @@ class OSFLinear(WeightDeltaLinear):
         k, like = min(rows, columns) - self.kept, beside(self)
         sizes = {"U_low": (rows, k), "S_low": (k,), "V_low": (k, columns)}
         self.osf_svd_params = nn.ParameterDict({key: torch.randn(size, **like) for key, size in sizes.items()})
-        if self.base_layer.weight.is_meta:
+        if stored_weight(module).is_meta:
             return
         u, s, v = torch.linalg.svd(dense_weight(self), full_matrices=False)
         for key, value in {"U": u[:, self.kept :], "S": s[self.kept :], "V": v[self.kept :]}.items():

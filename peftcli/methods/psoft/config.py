@@ -30,7 +30,7 @@ class PsoftConfig(FanInConfig, ExcludingConfig, LayeredConfig):
     """Share of the input values that the update does not see during training."""
     ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"
     """How the singular values are shared out. psoft_init: all to the outputs' side, so that a rotation keeps the
-    angles between the weight's columns; pissa_init: half to each side."""
+    lengths of the weight's rows, one for each output, and the angles between them; pissa_init: half to each side."""
     psoft_svd: Literal["full", "lowrank"] = "full"
     """How the principal directions are found: exactly, or faster and nearly so. The file does not hold them, so that
     a reader has to find the same ones."""

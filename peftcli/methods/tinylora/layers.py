@@ -30,12 +30,18 @@ class TinyLoraLayer(AdapterLayer):
     group: int
     saves_projection: bool
 
-    def decompose(self, weight: torch.Tensor, r: int) -> None:
+    def decompose(self, weight: torch.Tensor, config: TinyLoraConfig) -> None:
         """Take ``A`` and ``B`` from the weight."""
-        u, s, vt = torch.linalg.svd(weight, full_matrices=False)
-        root = s[:r].sqrt()
-        self.tinylora_A = nn.Parameter(root.unsqueeze(1) * vt[:r], requires_grad=False)
-        self.tinylora_B = nn.Parameter(u[:, :r] * root, requires_grad=False)
+        r = min(config.r, *weight.shape)
+        if config.inference_mode:  # a file has them, and finding them takes long
+            a, b = weight.new_zeros(r, weight.shape[1]), weight.new_zeros(weight.shape[0], r)
+        else:
+            u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+            root = s[:r].sqrt()
+            a, b = root.unsqueeze(1) * vt[:r], u[:, :r] * root
+        # contiguous, as when they come from a file, so that they are rounded alike
+        self.tinylora_A = nn.Parameter(a.contiguous(), requires_grad=False)
+        self.tinylora_B = nn.Parameter(b.contiguous(), requires_grad=False)
 
     def join(self, group: int, v: nn.Parameter, number: int, config: TinyLoraConfig) -> None:
         """Take the trained numbers of a group, and draw ``P`` for the ``number``-th layer of the model.
@@ -67,7 +73,7 @@ class TinyLoraLinear(TinyLoraLayer, DeltaLinear):
 
     def __init__(self, module: nn.Module, name: str, config: TinyLoraConfig):
         super().__init__(module, name, "TinyLoRA", config.bias, config.tinylora_dropout)
-        self.decompose(dense_weight(module), config.r)
+        self.decompose(dense_weight(module), config)
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(F.linear(F.linear(x, self.tinylora_A), self.mixture()), self.tinylora_B)
@@ -82,7 +88,7 @@ class TinyLoraEmbedding(TinyLoraLayer):
     def __init__(self, module: nn.Module, config: TinyLoraConfig):
         super().__init__(module)
         weight = bare(module).weight.detach()
-        self.decompose(weight.to(adapter_dtype(weight)), config.r)
+        self.decompose(weight.to(adapter_dtype(weight)), config)
         self.dropout = dropout_layer(config.tinylora_dropout)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:

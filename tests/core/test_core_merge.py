@@ -1,0 +1,212 @@
+"""Merged weights are the sum, rounded once; taking it back is exact."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models_tiny import batch, logits, randomise, tiny
+from torch import nn
+
+import peftcli
+from peftcli.core.inject import inject, set_active
+from peftcli.core.layer import adapter_layers, bare
+from peftcli.core.merge import fold, merge
+from peftcli.errors import AdapterError
+from peftcli.peft_api import PeftModel, get_peft_model
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"target_modules": "all-linear"}),
+    "gpt2": ("gpt2", {"target_modules": ["c_attn", "wte"], "bias": "all"}),
+    "t5": ("t5", {"target_modules": ["shared", "q", "wo"]}),
+    "heads": ("bert", {"modules_to_save": ["classifier", "pooler"]}),
+    "tied, embedding": ("llama_tied", {"target_modules": ["embed_tokens"]}),
+    "tied, both": ("llama_tied", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "convnet": ("convnet", {"target_modules": ["convolution"]}),
+    "dora": ("llama", {"use_dora": True}),
+}
+
+
+def _adapted(kind: str, **settings: Any) -> PeftModel:
+    model = get_peft_model(tiny(kind), peftcli.LoraConfig(**settings))
+    randomise(model)
+    return model.eval()
+
+
+def _two(dtype: torch.dtype = torch.float32) -> PeftModel:
+    model = get_peft_model(tiny("llama").to(dtype), peftcli.LoraConfig(), "a")
+    model.add_adapter("b", peftcli.LoraConfig(target_modules=["q_proj", "up_proj"], r=3))
+    for seed, name in enumerate("ab"):
+        model.set_adapter(name)
+        randomise(model, seed + 1)
+    return model.eval()
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[str, PeftModel]:
+    kind, settings = CASES[request.param]
+    return kind, _adapted(kind, **settings)
+
+
+def test_merged_and_taken_back(case: tuple[str, PeftModel]) -> None:
+    kind, model = case
+    inputs = batch(kind)
+    expected, parameters = logits(model, inputs), [(name, id(p)) for name, p in model.named_parameters()]
+    values = [value.clone() for value in model.parameters()]
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, inputs), expected, atol=1e-4, rtol=1e-4)
+    assert not any(layer.enabled for layer in adapter_layers(model).values())
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, inputs), expected)
+    assert [(name, id(p)) for name, p in model.named_parameters()] == parameters
+    assert all(torch.equal(now, before) for now, before in zip(model.parameters(), values, strict=True))
+
+
+def test_disabling_while_merged_is_the_base_model_exactly(case: tuple[str, PeftModel]) -> None:
+    kind, model = case
+    model.merge_adapter()
+    merged = logits(model, batch(kind))
+    with model.disable_adapter():
+        assert torch.equal(logits(model, batch(kind)), logits(tiny(kind), batch(kind)))
+    assert torch.equal(logits(model, batch(kind)), merged)
+    with pytest.raises(KeyError), model.disable_adapter():
+        raise KeyError
+    assert torch.equal(logits(model, batch(kind)), merged)
+    unloaded = model.unload()
+    assert torch.equal(logits(unloaded, batch(kind)), logits(tiny(kind), batch(kind)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_base_is_rounded_once(dtype: torch.dtype) -> None:
+    model = _two(dtype)
+    model.set_adapter(["a", "b"])
+    base = {path: bare(layer).weight.detach().clone() for path, layer in adapter_layers(model).items()}
+    sums: dict[nn.Module, torch.Tensor] = {}
+    for layer in reversed(adapter_layers(model).values()):  # from below
+        module = bare(layer)
+        sums[module] = sums.get(module, module.weight.detach().float()) + layer.delta().detach()
+    expected = {
+        name: sums[module].to(dtype) for name, module in model.get_base_model().named_modules() if module in sums
+    }
+    merged = model.merge_and_unload()
+    assert expected
+    for name, weight in expected.items():
+        found = merged.get_submodule(name.replace(".base_layer", "")).weight
+        assert found.dtype == dtype
+        assert torch.equal(found, weight)
+        assert not any(torch.equal(found, before) for before in base.values() if before.shape == found.shape)
+
+
+def test_a_tie_is_undone_while_merged_and_back_afterwards() -> None:
+    model = _adapted("llama_tied", target_modules=["lm_head"])
+    base = model.get_base_model()
+    before = base.get_input_embeddings().weight.clone()
+    model.merge_adapter()
+    assert torch.equal(base.get_input_embeddings().weight, before)
+    assert not torch.equal(base.get_output_embeddings().weight, before)
+    model.unmerge_adapter()
+    assert base.get_input_embeddings().weight is base.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize("names", [["a"], ["b"], ["a", "b"], []])
+def test_named_adapters_are_merged_and_no_others(names: list[str]) -> None:
+    model = _two()
+    model.set_adapter("a")
+    active, asked = logits(model, batch("llama")), copy.deepcopy(model)
+    asked.set_adapter(names)
+    expected = logits(asked, batch("llama"))
+    model.merge_adapter(names)
+    torch.testing.assert_close(logits(model, batch("llama")), expected, atol=1e-4, rtol=1e-4)
+    model.unmerge_adapter()
+    assert model.active_adapter == "a"
+    assert torch.equal(logits(model, batch("llama")), active)
+    merged = model.merge_and_unload(adapter_names=names)
+    torch.testing.assert_close(logits(merged, batch("llama")), expected, atol=1e-4, rtol=1e-4)
+    assert not adapter_layers(merged)
+
+
+def test_while_merged_other_changes_are_refused_and_switching_takes_it_back(tmp_path: Path) -> None:
+    model = _two()
+    model.save_pretrained(tmp_path / "before")
+    model.merge_adapter(["a", "b"])
+    for act in (
+        model.merge_adapter,
+        lambda: model.add_adapter("c", peftcli.LoraConfig()),
+        lambda: model.load_adapter(tmp_path / "before/a", "c"),
+        lambda: model.delete_adapter("a"),
+        lambda: model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "c"),
+    ):
+        with pytest.raises(AdapterError, match=r"are merged; call unmerge_adapter\(\) first"):
+            act()
+    model.save_pretrained(tmp_path / "after")
+    for file in ("a/adapter_model.safetensors", "b/adapter_model.safetensors", "b/adapter_config.json"):
+        assert (tmp_path / "after" / file).read_bytes() == (tmp_path / "before" / file).read_bytes()
+    model.set_adapter("b")
+    assert torch.equal(logits(model, batch("llama")), logits(_use(_two(), "b"), batch("llama")))
+
+
+def _use(model: PeftModel, name: str) -> PeftModel:
+    model.set_adapter(name)
+    return model
+
+
+def test_a_copy_of_a_merged_model_is_taken_back_by_itself() -> None:
+    model = _two()
+    expected = logits(model, batch("llama"))
+    model.merge_adapter()
+    merged, twin = logits(model, batch("llama")), copy.deepcopy(model)
+    twin.unmerge_adapter()
+    assert torch.equal(logits(twin, batch("llama")), expected)
+    assert torch.equal(logits(model, batch("llama")), merged)
+
+
+@pytest.mark.parametrize("act", ["merge_adapter", "merge_and_unload"])
+def test_what_cannot_be_merged_is_refused_and_stays(act: str) -> None:
+    model = _two()
+    model.add_adapter("p", peftcli.PromptTuningConfig(num_virtual_tokens=3))
+    with pytest.raises(AdapterError, match="no adapter is called 'x'"):
+        getattr(model, act)(adapter_names=["x"])
+    with pytest.raises(AdapterError, match="cannot be merged"):
+        getattr(model, act)(adapter_names=["a", "p"])
+    expected = logits(model, batch("llama"))
+    layer = list(adapter_layers(model, "b").values())[-1]
+    with torch.no_grad():
+        layer.lora_B.weight[0, 0] = torch.inf
+    with pytest.raises(AdapterError, match="is not finite after merging"):
+        getattr(model, act)(adapter_names=["a", "b"])
+    model.set_adapter("a")
+    model.set_adapter("b")
+    with torch.no_grad():
+        layer.lora_B.weight[0, 0] = 0.0
+    assert logits(model, batch("llama")).shape == expected.shape
+    getattr(model, act)(adapter_names=["a"])
+
+
+def test_fold_and_merge_of_the_core_take_the_enabled_ones() -> None:
+    model, configs = tiny("llama"), [peftcli.LoraConfig(init_lora_weights=False) for _ in "ab"]
+    for name, config in zip("ab", configs, strict=True):
+        inject(model, config, name)
+    set_active(model, ["b"])
+    expected = logits(model, batch("llama"))
+    folded = fold(model)
+    torch.testing.assert_close(logits(model, batch("llama")), expected, atol=1e-4, rtol=1e-4)
+    folded.undo()
+    assert {layer.adapter for layer in adapter_layers(model).values() if layer.enabled} == {"b"}
+    merge(model, configs[1])
+    torch.testing.assert_close(logits(model, batch("llama")), expected, atol=1e-4, rtol=1e-4)
+    assert list(model.state_dict()) == list(tiny("llama").state_dict())
+
+
+def test_a_module_with_anothers_layers_inside_has_no_copy() -> None:
+    model = _adapted("llama")
+    expected = logits(model, batch("llama"))
+    with pytest.raises(AdapterError, match="holds another adapter's layers"):
+        model.add_adapter("b", peftcli.LoraConfig(target_modules=["lm_head"], modules_to_save=["self_attn"]))
+    assert torch.equal(logits(model, batch("llama")), expected)
+    model = get_peft_model(tiny("llama"), peftcli.LoraConfig(target_modules=["lm_head"], modules_to_save=["self_attn"]))
+    model.add_adapter("b", peftcli.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(AdapterError, match=r"default replaces model\.layers\.0\.self_attn, which b changes too"):
+        model.set_adapter(["default", "b"])

@@ -1,0 +1,179 @@
+"""FRoD: its formula, the basis that layers of a kind share, and what belongs to a basis that came from a file."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models_tiny import batch, labelled, logits, tiny
+from oracle import ours, theirs
+from torch import nn
+
+from peftcli.core.files import load_adapter, read_config, read_tensors, save_adapter
+from peftcli.core.inject import inject
+from peftcli.core.layer import adapter_layers
+from peftcli.core.merge import merge
+from peftcli.core.weights import load_state
+from peftcli.errors import AdapterError
+from peftcli.methods import config_from_dict
+from peftcli.methods.frod.config import FrodConfig
+from peftcli.methods.frod.layers import FrodLinear, decompose, kind_of, num_places, shared_basis
+
+torch.sparse.check_sparse_tensor_invariants.disable()  # PEFT's FRoD leaves it open, of which torch warns
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_weight_is_replaced_by_scales_and_a_sparse_rotation_in_the_basis(dropout: float, bias: bool) -> None:
+    model = nn.Sequential(nn.Linear(5, 7, bias=bias))
+    config = FrodConfig(target_modules=["0"], sparse_rate=0.3, frod_dropout=dropout, init_weights=False)
+    base = copy.deepcopy(model[0])
+    layer: Any = inject(model, config).layers["0"]
+    layer.eval()
+    sparse = torch.zeros(5, 5)
+    sparse[tuple(layer.frod_s_indices)] = layer.frod_lambda_s_values.detach()
+    assert torch.equal(sparse.diag(), torch.zeros(5))
+    assert (sparse != 0).sum() == num_places(5, 0.3) == 7
+    left, _ = decompose(layer.frod_V, base.weight)
+    x = torch.randn(2, 3, 5)
+    with torch.no_grad():
+        weight = left @ (sparse + layer.frod_lambda_l.diag()) @ layer.frod_V.T
+        expected = x @ weight.T + (base.bias if bias else 0)
+        torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(base.weight + layer.delta(), weight, atol=1e-5, rtol=1e-5)
+        if dropout:
+            torch.manual_seed(0)
+            found = layer.train()(x)
+            torch.manual_seed(0)
+            dropped = nn.functional.dropout(x, dropout)
+            torch.testing.assert_close(found, base(x) + dropped @ (weight - base.weight).T, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shapes", [[(3, 6)], [(3, 6), (8, 6)], [(4, 6), (4, 6), (4, 6)]])
+def test_every_weight_is_scales_in_the_shared_basis(shapes: list[tuple[int, int]]) -> None:
+    weights = [torch.randn(shape) for shape in shapes]
+    basis = shared_basis(weights, 1e-3)
+    assert basis.shape == (6, 6)
+    for weight in weights:
+        left, lengths = decompose(basis, weight)
+        torch.testing.assert_close(left @ lengths.diag() @ basis.T, weight, atol=1e-4, rtol=1e-4)
+        norms = left.norm(dim=0)
+        torch.testing.assert_close(norms[lengths > 1e-6], torch.ones_like(norms)[lengths > 1e-6])
+
+
+def test_weights_that_do_not_span_their_inputs_have_a_basis_too() -> None:
+    weights = [torch.cat([torch.randn(8, 4), torch.zeros(8, 2)], dim=1)]
+    basis = torch.cat([torch.randn(6, 5), torch.zeros(6, 1)], dim=1)
+    assert torch.isfinite(decompose(basis, weights[0])[0]).all()
+    assert torch.isfinite(shared_basis(weights, 1e-3)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("model.layers.3.self_attn.q_proj", "self_attn_q_proj"),
+        ("encoder.layer.11.attention.self.query", "self_query"),
+        ("encoder.layer.0.attention.output.dense", "attention_output"),
+        ("encoder.layer.0.output.dense", "output_dense"),
+        ("transformer.h.0.c_attn", "c_attn"),
+        ("classifier", "classifier"),
+    ],
+)
+def test_layers_are_of_a_kind_by_the_end_of_their_names(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("model", "settings"), [("llama", {}), ("t5", {"projection_prng_key": 3}), ("bert", {})])
+def test_what_layers_share_is_pefts_bit_for_bit(
+    model: str, settings: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted = tiny(model).to(dtype)
+    inject(adapted, FrodConfig(**settings))
+    monkeypatch.setattr("oracle.tiny", lambda kind: tiny(kind).to(dtype))
+    oracle = theirs(model, "frod", **settings, progressbar=False).base_model
+    layers: list[Any] = list(adapter_layers(adapted).values())
+    assert {layer.kind for layer in layers} == set(oracle.frod_V)
+    for layer in layers:
+        for name in layer.fixed:
+            assert torch.equal(
+                getattr(layer, name), getattr(oracle, name)[layer.kind]["default"].to(layer.frod_V.dtype)
+            )
+
+
+def test_layers_of_a_kind_have_one_basis_and_the_file_has_it_once() -> None:
+    model, _ = ours("llama", "frod")
+    layers: list[Any] = list(adapter_layers(model).values())
+    assert len({id(layer.frod_V) for layer in layers}) == 2 < len(layers)
+    assert not any(layer.frod_V.requires_grad for layer in layers)
+
+
+def test_a_new_adapter_changes_nothing_but_for_rounding() -> None:
+    model = tiny("llama")
+    inject(model, FrodConfig())
+    torch.testing.assert_close(
+        logits(model, batch("llama")), logits(tiny("llama"), batch("llama")), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_what_belongs_to_the_basis_follows_it_and_copies_are_apart(tmp_path: Path) -> None:
+    model, config = ours("llama", "frod", target_modules=["q_proj"])
+    save_adapter(model, config, tmp_path)
+    tensors = read_tensors(tmp_path)
+    expected, twin = logits(model, batch("llama")), copy.deepcopy(model)
+    tensors["base_model.frod_V.self_attn_q_proj"] *= -1  # as another machine may have found it
+    load_state(model, tensors)
+    torch.testing.assert_close(logits(model, batch("llama")), expected)
+    assert torch.equal(logits(twin, batch("llama")), expected)
+
+
+def test_a_loaded_adapter_that_answered_first_can_be_trained(tmp_path: Path) -> None:
+    model, config = ours("llama", "frod")
+    save_adapter(model, config, tmp_path)
+    loaded = tiny("llama")
+    load_adapter(loaded, config_from_dict(read_config(tmp_path)), tmp_path, trainable=True)
+    with torch.inference_mode():
+        assert torch.equal(loaded(**batch("llama")).logits, logits(model, batch("llama")))
+    loaded(**labelled("llama")).loss.backward()
+
+
+def test_it_trains_under_autocast() -> None:
+    model, _ = ours("llama", "frod", target_modules=["q_proj"])
+    model(**labelled("llama")).loss.backward()
+    layers: list[Any] = list(adapter_layers(model).values())
+    expected = [layer.frod_lambda_s_values.grad for layer in layers]
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**labelled("llama")).loss.backward()
+    for layer, gradient in zip(layers, expected, strict=True):
+        assert (layer.frod_lambda_s_values.grad - gradient).norm() < 0.2 * gradient.norm()
+
+
+def test_a_new_adapter_that_is_not_to_be_trained_changes_nothing() -> None:
+    model = tiny("llama")
+    inject(model, FrodConfig(inference_mode=True))
+    torch.testing.assert_close(logits(model, batch("llama")), logits(tiny("llama"), batch("llama")))
+
+
+def test_without_the_basis_in_its_file_an_adapter_is_not_merged() -> None:
+    model, config = ours("llama", "frod", save_projection=False)
+    with pytest.raises(AdapterError, match="depends on the weights of the others"):
+        merge(model, config)
+
+
+def test_layers_of_a_kind_with_inputs_of_two_sizes_are_refused_before_anything_changes() -> None:
+    model = nn.Sequential(*(nn.ModuleDict({"up": nn.Linear(inputs, 4)}) for inputs in (6, 5)))
+    with pytest.raises(AdapterError, match=r"modules like 1\.up have 5 inputs and 6"):
+        inject(model, FrodConfig(target_modules=["up"]))
+    assert not adapter_layers(model)
+
+
+def test_no_sparse_numbers_at_all() -> None:
+    model = nn.Sequential(nn.Linear(1, 3))
+    layer = inject(model, FrodConfig(target_modules=["0"], sparse_rate=0.0)).layers["0"]
+    assert isinstance(layer, FrodLinear)
+    assert layer.frod_lambda_s_values.shape == (0,)
+    assert model(torch.ones(2, 1)).shape == (2, 3)

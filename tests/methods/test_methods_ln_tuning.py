@@ -1,0 +1,85 @@
+"""LN tuning trains norms, whole, whatever the dtypes around them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models_tiny import batch, logits, randomise, tiny
+from torch import nn
+
+from peftcli.core.inject import inject
+from peftcli.core.layer import adapter_layers
+from peftcli.core.weights import adapter_state
+from peftcli.errors import AdapterError
+from peftcli.methods.ln_tuning.config import LNTuningConfig
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [("bert", ["LayerNorm"]), ("opt", ["final_layer_norm", "self_attn_layer_norm"]), ("qwen2", None)],
+)
+def test_families_without_a_default_train_every_norm(kind: str, names: list[str] | None) -> None:
+    config = LNTuningConfig()
+    inject(tiny(kind), config)
+    assert config.target_modules == (names or ["post_attention_layernorm"])
+
+
+def test_weights_and_biases_are_trained_under_the_methods_name() -> None:
+    model = tiny("gpt2")
+    inject(model, LNTuningConfig(target_modules=["ln_f"]))
+    prefix = "base_model.model.transformer.ln_f.ln_tuning_layers"
+    assert {name: tuple(value.shape) for name, value in adapter_state(model).items()} == {
+        f"{prefix}.weight": (32,),
+        f"{prefix}.bias": (32,),
+    }
+
+
+@pytest.mark.parametrize("input_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_the_output_has_the_dtype_of_the_base_layers(input_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    model = tiny("llama")
+    for norm in (model.model.norm.to(weight_dtype), tiny("gemma3").model.norm.to(weight_dtype)):
+        layer = LNTuningConfig().wrap(norm, "norm")
+        x = torch.randn(2, 3, 32, dtype=input_dtype)
+        expected = norm(x)
+        assert layer(x).dtype == expected.dtype
+        torch.testing.assert_close(layer(x), expected, atol=2e-2, rtol=2e-2)
+        assert {parameter.dtype for parameter in layer.own_tensors().values()} == {torch.float32}
+
+
+def test_a_layer_that_reads_ids_can_be_trained_whole() -> None:
+    model = tiny("llama").to(torch.bfloat16)
+    inject(model, LNTuningConfig(target_modules=["embed_tokens", "norm"]))
+    assert logits(model, batch("llama")).dtype == torch.bfloat16
+
+
+def test_what_trains_is_close_to_exact_over_a_bf16_model() -> None:
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny("llama").to(dtype)
+        inject(model, LNTuningConfig())
+        randomise(model)
+        found.append(logits(model, batch("llama")).float())
+    assert (found[0] - found[1]).norm() < 0.05 * found[0].norm()
+
+
+@pytest.mark.parametrize(
+    ("module", "words"), [(nn.BatchNorm1d(4), "running statistics"), (nn.LayerNorm(4, False), None), (nn.GELU(), None)]
+)
+def test_what_cannot_be_trained_is_refused(module: nn.Module, words: str | None) -> None:
+    config = LNTuningConfig()
+    if isinstance(module, nn.LayerNorm):
+        module = nn.LayerNorm(4, elementwise_affine=False)
+    with pytest.raises(AdapterError, match=words or "with nothing to train"):
+        config.wrap(module, "norm")
+
+
+def test_all_linear_names_no_norm() -> None:
+    with pytest.raises(AdapterError, match="names no norm"):
+        inject(tiny("llama"), LNTuningConfig(target_modules="all-linear"))
+
+
+def test_disabled_layers_are_the_base_models() -> None:
+    model = tiny("t5")
+    inject(model, LNTuningConfig())
+    assert all(type(layer).__name__ == "TrainedNorm" for layer in adapter_layers(model).values())
