@@ -318,6 +318,10 @@ METHODS: dict[str, Method] = {
 
 
 NOT_HERE: dict[str, str] = {
+    "ADAPTION_PROMPT": "it needs the attention code of each family written anew, and PEFT has three; use prefix_tuning",
+    "CARTRIDGE": "its file is one tensor of which a part is frozen, started from a document that the base model reads",
+    "CPT": "it trains with a loss of its own, weighted by where a token stands in the context's examples",
+    "SHADOW": "it trains a second model beside the base model",
     "ADAMSS": "its file does not say which outputs form a subspace, and only scikit-learn's k-means finds them again",
     "POLY": "its forward pass needs the number of each row's task, which data sets here do not have",
     "XLORA": "it mixes several LoRA adapters by a classifier that runs the model twice; combine the adapters instead",

@@ -136,7 +136,7 @@ def test_transformers_own_adapters_demand_an_unpublished_peft(tmp_path: Path) ->
     native = tiny("llama")
     native.load_adapter(str(tmp_path))
     for operation in (native.disable_adapters, native.active_adapters, lambda: native.add_adapter(peft.LoraConfig())):
-        with pytest.raises(ValueError, match="0.22"):
+        with pytest.raises(ValueError, match=r"0\.22"):
             operation()
     own = PeftModel.from_pretrained(tiny("llama"), tmp_path)
     torch.testing.assert_close(logits(own, batch("llama")), logits(oracle, batch("llama")), atol=1e-5, rtol=1e-5)

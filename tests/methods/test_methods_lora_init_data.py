@@ -268,7 +268,7 @@ def test_full_weights_are_found_with_and_without_the_models_prefix(tmp_path: Pat
     for folder in ("whole", "body"):
         weights = BaseWeights(base_of(str(tmp_path / folder)), "model")
         assert torch.equal(weights(name), full.get_parameter(name))
-    with pytest.raises(ModelError, match="holds no tensor model.nothing"):
+    with pytest.raises(ModelError, match=r"holds no tensor model\.nothing"):
         weights("model.nothing")
     tensors = {name: torch.zeros(2, 2, dtype=torch.int8)}
     save_file(tensors, tmp_path / "body" / "model.safetensors", {"format": "pt"})
