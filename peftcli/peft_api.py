@@ -186,11 +186,8 @@ class PeftModel(nn.Module):
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """What ``generate`` of transformers returns, virtual tokens left out."""
         model = self.get_base_model()
-        settings = [kwargs, vars(kwargs.get("generation_config") or getattr(model, "generation_config", object))]
-        counts = [
-            next((one[key] for one in settings if one.get(key)), 1) for key in ("num_beams", "num_return_sequences")
-        ]
-        with self.base_model.by_row(adapter_names, max(counts)):
+        copies = 1 if adapter_names is None else _rows_of_an_example(model, kwargs)
+        with self.base_model.by_row(adapter_names, copies):
             return prompt.generate(model, *args, **kwargs)
 
     def add_adapter(self, adapter_name: str, peft_config: AdapterConfig) -> None:
@@ -751,6 +748,12 @@ def _start(model: nn.Module, config: AdapterConfig, name: str) -> None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     config.prepare(lambda tokenizer: load_tokenizer(base_of(tokenizer or _name_of(model))))
     inject(model, config, name)
+
+
+def _rows_of_an_example(model: Any, kwargs: dict[str, Any]) -> int:
+    """How many rows ``generate`` makes of each row that it is given: beams, or samples."""
+    settings = kwargs.get("generation_config") or model.generation_config
+    return max(kwargs.get(key) or getattr(settings, key) or 1 for key in ("num_beams", "num_return_sequences"))
 
 
 def _place(model: nn.Module, name: str | None) -> tuple[nn.Module, str | None]:

@@ -177,7 +177,7 @@ def test_a_setting_of_a_file_that_is_not_supported_or_wrong_is_refused_by_name(k
 
 @pytest.mark.parametrize("value", ["ADALORAS", None, "lora", 3, ["LORA"]])
 def test_an_unknown_method_is_named_with_the_known_ones(value: Any) -> None:
-    with pytest.raises(AdapterError, match="known: LORA, .*PROMPT_TUNING"):
+    with pytest.raises(AdapterError, match=r"known: LORA, .*PROMPT_TUNING"):
         config_from_dict({"peft_type": value})
 
 
