@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+QUANTISED := .venv-quantised
 MODEL := models/SmolLM2-135M-Instruct
 
 .DEFAULT_GOAL := help
@@ -23,6 +24,13 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
 	@touch $@
 
+# torchao speaks up whenever transformers is imported, so it has a place of its own
+$(QUANTISED)/.installed: pyproject.toml
+	@test -x $(QUANTISED)/bin/pip || $(PYTHON) -m venv $(QUANTISED)
+	@echo "test-all: installing into $(QUANTISED)"
+	@$(QUANTISED)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev,bitsandbytes,torchao]'
+	@touch $@
+
 fmt: $(STAMP) ## format the code, and mend what ruff can
 	@$(BIN)/ruff check --fix-only --quiet
 	@$(BIN)/ruff format
@@ -38,8 +46,9 @@ type: $(STAMP) ## mypy
 test: $(STAMP) ## the tests that need neither patience, a GPU nor the network
 	@$(BIN)/pytest -m "not slow and not gpu and not network"
 
-test-all: $(STAMP) ## the slow tests too
+test-all: $(STAMP) $(QUANTISED)/.installed ## the slow tests too, and those that need bitsandbytes and torchao
 	@$(BIN)/pytest -m "not gpu and not network"
+	@$(QUANTISED)/bin/pytest -m "not gpu and not network" tests/models tests/recipes -k "models or qlora"
 
 test-gpu: $(STAMP) ## the tests that need a GPU
 	@$(BIN)/pytest -m gpu

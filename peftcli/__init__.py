@@ -35,6 +35,8 @@ _PLACES = {
             "PeftModelForFeatureExtraction",
             "PeftType",
             "PromptTuningInit",
+            "MultitaskPromptTuningInit",
+            "PromptEncoderReparameterizationType",
             "TaskType",
             "get_peft_model",
             "get_peft_model_state_dict",

@@ -68,6 +68,23 @@ class PromptTuningInit(str, Enum):
     RANDOM = "RANDOM"
 
 
+class MultitaskPromptTuningInit(str, Enum):
+    """How the virtual tokens of several tasks start."""
+
+    TEXT = "TEXT"
+    RANDOM = "RANDOM"
+    AVERAGE_SOURCE_TASKS = "AVERAGE_SOURCE_TASKS"
+    EXACT_SOURCE_TASK = "EXACT_SOURCE_TASK"
+    ONLY_SOURCE_SHARED = "ONLY_SOURCE_SHARED"
+
+
+class PromptEncoderReparameterizationType(str, Enum):
+    """What makes p-tuning's virtual tokens while they train."""
+
+    MLP = "MLP"
+    LSTM = "LSTM"
+
+
 class PeftConfig:
     """Reads any method's config from an adapter folder."""
 

@@ -233,7 +233,7 @@ MERGED_WRONG = [
 
 
 @pytest.mark.parametrize("name", MERGED_WRONG)
-def test_layer_replication_and_tied_weights_are_merged_wrongly_by_peft(name: str) -> None:
+def test_interop_3_4_layer_replication_and_tied_weights_are_merged_wrongly_by_peft(name: str) -> None:
     kind, settings = FURTHER[name]
     assert _off_by(kind, settings) > 0.5
     model, config = ours(kind, "lora", **settings)

@@ -241,7 +241,9 @@ def _off(model: Any, name: str, weights: list[float]) -> float:
 
 
 @pytest.mark.parametrize("weights", [[0.5, 0.5], [0.7, 0.3], [1.0, -0.5]])
-def test_the_errors_of_pefts_weighted_adapters_are_ours_and_the_default_has_none(weights: list[float]) -> None:
+def test_interop_3_4_weighted_adapters_err_as_pefts_and_by_default_not_at_all(
+    weights: list[float],
+) -> None:
     """interop.md, 3.4: against the true weighted sum, cat errs by nothing, svd by some, linear by much."""
     off: dict[str, dict[str, float]] = {}
     for lib in (peftcli, peft):

@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import trainkit
 from models_tiny import batch, ids, logits, randomise, tiny
 from oracle import ours, saved_by_peft, theirs
 from torch import nn
@@ -25,6 +26,7 @@ from peftcli.core.inject import inject
 from peftcli.core.merge import merge
 from peftcli.core.targets import FAMILY_TARGETS
 from peftcli.errors import AdapterError
+from peftcli.merge import merge_adapter
 from peftcli.methods import config_from_dict
 from peftcli.methods.lora.config import LoraConfig
 
@@ -36,7 +38,7 @@ def _greedy(model: nn.Module, tokens: torch.Tensor, steps: int) -> torch.Tensor:
     return tokens
 
 
-def test_soft_prompts_and_generate() -> None:
+def test_interop_3_1_soft_prompts_and_generate() -> None:
     settings: dict[str, Any] = {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}
     own, _ = ours("llama", "prompt_tuning", **settings)
     oracle = theirs("llama", "prompt_tuning", **settings)
@@ -47,7 +49,7 @@ def test_soft_prompts_and_generate() -> None:
         assert not torch.equal(oracle.generate(input_ids=asked, **options), _greedy(oracle, asked, 8))
 
 
-def test_lora_on_tied_embeddings_merges_both_deltas_into_one_tensor() -> None:
+def test_interop_3_3_lora_on_tied_embeddings_merges_both_deltas_into_one_tensor() -> None:
     settings: dict[str, Any] = {"target_modules": ["embed_tokens", "lm_head"]}
     own, config = ours("llama_tied", "lora", **settings)
     expected = logits(own, batch("llama_tied"))
@@ -70,7 +72,7 @@ def test_lora_on_tied_embeddings_merges_both_deltas_into_one_tensor() -> None:
     ],
     ids=["target_modules", "modules_to_save", "layers_to_transform"],
 )
-def test_a_typo_is_silent(settings: dict[str, Any], closest: str) -> None:
+def test_interop_3_5_a_typo_is_silent(settings: dict[str, Any], closest: str) -> None:
     with pytest.raises(AdapterError, match=closest):
         inject(tiny("llama"), LoraConfig(**copy.deepcopy(settings)))
     with warnings.catch_warnings():
@@ -79,7 +81,7 @@ def test_a_typo_is_silent(settings: dict[str, Any], closest: str) -> None:
         peft.get_peft_model(tiny("llama"), peft.LoraConfig(**copy.deepcopy(settings)))
 
 
-def test_modules_to_save_is_matched_without_a_dot_boundary() -> None:
+def test_interop_3_5_modules_to_save_is_matched_without_a_dot_boundary() -> None:
     """``norm`` is the last norm, not every module whose name ends so."""
     settings: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}
     own, _ = ours("llama", "lora", **copy.deepcopy(settings))
@@ -91,7 +93,7 @@ def test_modules_to_save_is_matched_without_a_dot_boundary() -> None:
     ]
 
 
-def test_missing_and_unexpected_tensors_load(tmp_path: Path) -> None:
+def test_interop_3_5_missing_and_unexpected_tensors_load(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     model, config = ours("llama", "lora")
@@ -107,7 +109,7 @@ def test_missing_and_unexpected_tensors_load(tmp_path: Path) -> None:
         peft.PeftModel.from_pretrained(tiny("llama"), tmp_path)
 
 
-def test_families_without_default_targets() -> None:
+def test_interop_3_7_families_without_default_targets() -> None:
     from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 32}
@@ -129,7 +131,7 @@ def test_families_without_default_targets() -> None:
     )
 
 
-def test_transformers_own_adapters_demand_an_unpublished_peft(tmp_path: Path) -> None:
+def test_interop_3_8_transformers_own_adapters_demand_an_unpublished_peft(tmp_path: Path) -> None:
     """It loads one by name, and then cannot switch it off, add another or say which is active."""
     oracle = theirs("llama", "lora", task_type="CAUSAL_LM")
     saved_by_peft(oracle, tmp_path)
@@ -142,6 +144,21 @@ def test_transformers_own_adapters_demand_an_unpublished_peft(tmp_path: Path) ->
     torch.testing.assert_close(logits(own, batch("llama")), logits(oracle, batch("llama")), atol=1e-5, rtol=1e-5)
     with own.disable_adapter():
         assert torch.equal(logits(own, batch("llama")), logits(tiny("llama"), batch("llama")))
+
+
+def test_interop_3_9_transformers_writes_no_rope_theta_and_merge_does(tmp_path: Path) -> None:
+    """Readers that know only the older key, as mistral.rs 0.9.5, cannot read a config without it."""
+    base = trainkit.base_folder()
+    written = json.loads((base / "config.json").read_text())
+    assert "rope_theta" in written["rope_parameters"]
+    assert "rope_theta" not in written
+    adapter = tmp_path / "adapter"
+    model = trainkit.build("llama")
+    inject(model, config := LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=str(base)))
+    save_adapter(model, config, adapter)
+    merge_adapter(str(adapter), tmp_path / "merged")
+    merged = json.loads((tmp_path / "merged/config.json").read_text())
+    assert merged["rope_theta"] == merged["rope_parameters"]["rope_theta"]
 
 
 def test_pefts_config_is_not_reproducible_and_leaks_local_paths(tmp_path: Path) -> None:

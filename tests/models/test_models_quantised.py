@@ -323,7 +323,7 @@ def test_it_is_recognised(
         run_recipe(trainkit.write_recipe(tmp_path, stored), override("nf4"))
 
 
-def test_merging_into_it_is_refused_with_the_commands_that_work(
+def test_interop_3_10_merging_into_it_is_refused_with_the_commands_that_work(
     trained_on_stored: trainkit.Trained, tmp_path: Path
 ) -> None:
     adapter, output = str(trained_on_stored.folder), tmp_path / "merged"
@@ -395,7 +395,7 @@ def test_what_is_dense_is_not_made_dense(tmp_path: Path) -> None:
         merging.merge_adapter(str(done.folder), tmp_path / "merged", dequantize=True)
 
 
-def test_in_memory_it_is_refused_or_made_dense(kind: str) -> None:
+def test_interop_3_10_in_memory_it_is_refused_or_made_dense(kind: str) -> None:
     model: Any = peft_api.get_peft_model(quantised(kind), LoraConfig(target_modules="all-linear"))
     randomise(model)
     expected = answers(model)
