@@ -41,7 +41,7 @@ def train(
     from peftcli.train.run import raise_failed_gates
     from peftcli.train.run import train as run
 
-    with Progress(quiet=quiet or not launch.is_main_process()) as progress:
+    with launch.left_in_the_end(), Progress(quiet=quiet or not launch.is_main_process()) as progress:
         result = run(settings, resume=resume, on_event=progress.show)
     if launch.is_main_process():
         if not progress.trained:

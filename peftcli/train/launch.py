@@ -29,6 +29,21 @@ def launched() -> bool:
     return "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
+@contextmanager
+def left_in_the_end() -> Iterator[None]:
+    """Afterwards this process has left the group of the others.
+
+    The threads of a group that still stands when Python ends can abort the process, after all is done.
+    """
+    try:
+        yield
+    finally:
+        import torch.distributed
+
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 def is_main_process() -> bool:
     """Whether this is process 0 of a launched group, or alone."""
     return os.environ.get("RANK", "0") == "0"

@@ -27,6 +27,11 @@ def test_there_are_recipes() -> None:
     assert ROOT / "configs/quickstart.yaml" in RECIPES
 
 
+def test_every_method_has_a_recipe() -> None:
+    recipes = [read(path).recipe for path in RECIPES]
+    assert {recipe.method["type"] for recipe in recipes if recipe} == set(METHODS)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_valid_and_explains_itself(path: Path) -> None:
     reading = read(path)
