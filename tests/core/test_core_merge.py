@@ -16,6 +16,7 @@ from peftcli.core.inject import inject, set_active
 from peftcli.core.layer import adapter_layers, bare
 from peftcli.core.merge import fold, merge
 from peftcli.errors import AdapterError
+from peftcli.methods import METHODS
 from peftcli.peft_api import PeftModel, get_peft_model
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -34,6 +35,17 @@ def _adapted(kind: str, **settings: Any) -> PeftModel:
     model = get_peft_model(tiny(kind), peftcli.LoraConfig(**settings))
     randomise(model)
     return model.eval()
+
+
+@pytest.mark.parametrize("first", ["ia3", "lora"])
+def test_a_trained_bias_over_another_adapter_is_merged_as_it_computes(first: str) -> None:
+    model = tiny("gpt2")
+    inject(model, one := METHODS[first].config_class()(target_modules=["c_attn"]), "a")
+    inject(model, two := peftcli.LoraConfig(target_modules=["c_attn"], bias="lora_only"), "b")
+    randomise(model)
+    expected = logits(model, batch("gpt2"))
+    merge(model, one, two)
+    torch.testing.assert_close(logits(model, batch("gpt2")), expected, atol=1e-4, rtol=1e-4)
 
 
 def _two(dtype: torch.dtype = torch.float32) -> PeftModel:
