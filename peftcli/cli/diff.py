@@ -8,6 +8,8 @@ import typer
 
 from peftcli.cli import console
 
+_LONGEST = 60
+
 
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="Adapter folder or hub id.")],
@@ -23,7 +25,8 @@ def diff(
     if found["equal"]:
         return console.out("the adapters are equal")
     if found["config"]:
-        console.table(["setting", "A", "B"], [[_shown(value) for value in row.values()] for row in found["config"]])
+        settings = [[_cut(_shown(value)) for value in row.values()] for row in found["config"]]
+        console.table(["setting", "A", "B"], settings)
         console.out()
     for name, side in (("only_a", "A"), ("only_b", "B")):
         for entry in found[name]:
@@ -37,6 +40,11 @@ def diff(
             ["module", "difference", "cosine"], [[_shown(value) for value in row.values()] for row in [*rows, total]]
         )
     return None
+
+
+def _cut(text: str) -> str:
+    """A value that fits on a line; ``--json`` has all of it."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def _shown(value: Any) -> str:
