@@ -13,13 +13,17 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models_tiny import randomise, tiny
+from models_tiny import batch, logits, randomise, tiny
 from safetensors.torch import load_file
 from torch import nn
 
+from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject, set_trainable
 from peftcli.core.weights import adapter_state
-from peftcli.methods import METHODS
+from peftcli.methods import METHODS, config_from_dict
+
+Case = tuple[str, str, dict[str, Any]]
+"""Method, kind of model, settings."""
 
 _NOT_OF_THE_FILE = (
     "is_gradient_checkpointing",  # PEFT reads transformers' old name of the property, whatever it loads
@@ -68,6 +72,35 @@ def loaded_by_peft(kind: str, folder: Path) -> Any:
     base = tiny(kind)
     with silence():
         return peft.PeftModel.from_pretrained(base, folder).eval()
+
+
+def written_by_us(case: Case, folder: Path) -> tuple[nn.Module, Path]:
+    """Our adapter, and the folder that it was written to."""
+    method, kind, settings = case
+    model, config = ours(kind, method, **settings)
+    save_adapter(model, config, folder)
+    return model, folder
+
+
+def loaded_here(kind: str, folder: Path) -> nn.Module:
+    """What we make of an adapter folder."""
+    model = tiny(kind)
+    load_adapter(model, config_from_dict(read_config(folder)), folder)
+    return model
+
+
+def read_by_peft(kind: str, folder: Path) -> Any:
+    """As ``loaded_by_peft``, whatever PEFT says."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(tiny(kind), folder).eval()
+
+
+def same_logits(kind: str, found: Any, expected: Any) -> None:
+    """Fails when logits differ by more than 1e-5 of the largest."""
+    right = logits(expected, batch(kind))
+    scale = right.abs().max().item()
+    torch.testing.assert_close(logits(found, batch(kind)), right, atol=1e-5 * max(scale, 1.0), rtol=1e-5)
 
 
 @contextmanager

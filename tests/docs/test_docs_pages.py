@@ -58,6 +58,12 @@ def test_links_resolve(page: Path) -> None:
             assert anchor[1:] in anchors(there), f"{page_id(page)}: {target}{anchor}"
 
 
+def test_the_conformance_table_has_every_method_and_no_failure() -> None:
+    text = (ROOT / "docs/conformance.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (.+)$", text, re.M) == [row.title for row in METHODS.values()]
+    assert "| fail" not in text
+
+
 def anchors(page: Path) -> set[str]:
     """The anchors that a page's headings make."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,21 @@ import peft
 import pytest
 import torch
 from models_tiny import batch, labelled, logits, tiny
-from oracle import file_of, loaded_by_peft, ours, saved_by_peft, theirs
+from oracle import (
+    Case,
+    file_of,
+    loaded_by_peft,
+    loaded_here,
+    ours,
+    read_by_peft,
+    same_logits,
+    saved_by_peft,
+    theirs,
+    written_by_us,
+)
 from torch import nn
 
-from peftcli.core.files import load_adapter, read_config, save_adapter
-from peftcli.methods import config_from_dict
+from peftcli.core.files import read_config, save_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # PEFT's SHiRA, once a process
 
@@ -85,8 +94,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gralora-hybrid-conv1d": ("gralora", "gpt2", {"hybrid_r": 3, "bias": "all"}),
 }
 
-Case = tuple[str, str, dict[str, Any]]
-
 
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
@@ -94,54 +101,27 @@ def case(request: pytest.FixtureRequest) -> Case:
     return method, kind, {**SETTINGS[method], **settings}
 
 
-def _written(case: Case, folder: Path) -> tuple[nn.Module, Path]:
-    """Our adapter, and the folder that it was written to."""
-    method, kind, settings = case
-    model, config = ours(kind, method, **settings)
-    save_adapter(model, config, folder)
-    return model, folder
-
-
-def _loaded(kind: str, folder: Path) -> nn.Module:
-    model = tiny(kind)
-    load_adapter(model, config_from_dict(read_config(folder)), folder)
-    return model
-
-
-def _read_by_peft(kind: str, folder: Path) -> Any:
-    """As ``loaded_by_peft``, whatever PEFT says."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.PeftModel.from_pretrained(tiny(kind), folder).eval()
-
-
-def _close(kind: str, found: Any, expected: Any) -> None:
-    right = logits(expected, batch(kind))
-    scale = right.abs().max().item()
-    torch.testing.assert_close(logits(found, batch(kind)), right, atol=1e-5 * max(scale, 1.0), rtol=1e-5)
-
-
 def test_what_we_write_peft_reads(case: Case, tmp_path: Path) -> None:
     method, kind, _ = case
-    model, folder = _written(case, tmp_path)
+    model, folder = written_by_us(case, tmp_path)
     if method == "randlora":  # see below, where PEFT is wrong
         with pytest.warns(UserWarning, match="missing adapter keys"):
             oracle = peft.PeftModel.from_pretrained(tiny(kind), folder).eval()
     else:
         oracle = loaded_by_peft(kind, folder)
-    _close(kind, oracle, model)
+    same_logits(kind, oracle, model)
     assert (logits(model, batch(kind)) - logits(tiny(kind), batch(kind))).abs().max() > 3e-4
 
 
 def test_what_peft_writes_we_read(case: Case, tmp_path: Path) -> None:
     method, kind, settings = case
     written = theirs(kind, method, **settings)
-    _close(kind, _loaded(kind, saved_by_peft(written, tmp_path)), written)
+    same_logits(kind, loaded_here(kind, saved_by_peft(written, tmp_path)), written)
 
 
 def test_names_shapes_dtypes_and_counts_are_pefts(case: Case, tmp_path: Path) -> None:
     method, kind, settings = case
-    model, folder = _written(case, tmp_path / "ours")
+    model, folder = written_by_us(case, tmp_path / "ours")
     oracle = theirs(kind, method, **settings)
     here, there = (
         {name: (tuple(value.shape), value.dtype) for name, value in file_of(written)[1].items()}
@@ -190,19 +170,19 @@ def test_adalora_trains_and_shares_out_its_budget_as_peft_does(kind: str, tmp_pa
     for folder in ("theirs", "ours"):  # PEFT takes its own rank_pattern for LoRA's
         with pytest.warns(RuntimeWarning, match="rank_pattern keys did not match"):
             again = peft.PeftModel.from_pretrained(tiny(kind), tmp_path / folder).eval()
-    _close(kind, again, model)
-    _close(kind, _loaded(kind, tmp_path / "ours"), model)
-    _close(kind, _loaded(kind, tmp_path / "theirs"), oracle)
+    same_logits(kind, again, model)
+    same_logits(kind, loaded_here(kind, tmp_path / "ours"), model)
+    same_logits(kind, loaded_here(kind, tmp_path / "theirs"), oracle)
 
 
 @pytest.mark.parametrize("method", ["vera", "randlora"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_seed_stands_for_the_random_matrices_both_ways(method: str, kind: str, tmp_path: Path) -> None:
     settings = {**SETTINGS[method], "save_projection": False, "projection_prng_key": 21}
-    model, folder = _written((method, kind, settings), tmp_path / "ours")
-    _close(kind, _read_by_peft(kind, folder), model)  # it says that it has only the seed
+    model, folder = written_by_us((method, kind, settings), tmp_path / "ours")
+    same_logits(kind, read_by_peft(kind, folder), model)  # it says that it has only the seed
     oracle = theirs(kind, method, **settings)
-    _close(kind, _loaded(kind, saved_by_peft(oracle, tmp_path / "theirs")), oracle)
+    same_logits(kind, loaded_here(kind, saved_by_peft(oracle, tmp_path / "theirs")), oracle)
 
 
 def test_a_mask_of_ones_own_is_read_from_pefts_file(tmp_path: Path) -> None:
@@ -213,7 +193,7 @@ def test_a_mask_of_ones_own_is_read_from_pefts_file(tmp_path: Path) -> None:
     nn.init.normal_(oracle.base_model.model.model.layers[0].self_attn.q_proj.shira_weight["default"])
     saved_by_peft(oracle, tmp_path)
     assert read_config(tmp_path)["mask_type"] == "every eighth"
-    _close("llama", _loaded("llama", tmp_path), oracle)
+    same_logits("llama", loaded_here("llama", tmp_path), oracle)
 
 
 # --- where PEFT is wrong: each of these fails when PEFT mends it ------------------------------------------------------
@@ -222,7 +202,7 @@ def test_a_mask_of_ones_own_is_read_from_pefts_file(tmp_path: Path) -> None:
 def test_pefts_randlora_file_holds_the_bases_once_more_for_each_layer(tmp_path: Path) -> None:
     """Its own file is many times as large as ours, and it warns of ours that these copies are missing."""
     case = ("randlora", "llama", {"r": 4, "randlora_alpha": 20})
-    _written(case, tmp_path / "ours")
+    written_by_us(case, tmp_path / "ours")
     saved_by_peft(theirs("llama", "randlora", **case[2]), tmp_path / "theirs")
     bases = [value for name, value in file_of(tmp_path / "theirs")[1].items() if name.endswith("randlora_B")]
     assert len(bases) == 5
@@ -233,10 +213,10 @@ def test_pefts_randlora_file_holds_the_bases_once_more_for_each_layer(tmp_path: 
 
 @pytest.mark.parametrize("method", sorted(LINEAR_ONLY))
 def test_peft_does_not_adapt_gpt2s_layers_with(method: str, tmp_path: Path) -> None:
-    model, folder = _written((method, "gpt2", SETTINGS[method]), tmp_path)
+    model, folder = written_by_us((method, "gpt2", SETTINGS[method]), tmp_path)
     with pytest.raises(TypeError, match="is not supported"):
         loaded_by_peft("gpt2", folder)
-    _close("gpt2", _loaded("gpt2", folder), model)
+    same_logits("gpt2", loaded_here("gpt2", folder), model)
 
 
 def test_peft_ignores_hiras_rank_pattern() -> None:
@@ -247,8 +227,8 @@ def test_peft_ignores_hiras_rank_pattern() -> None:
 
 def test_pefts_hira_forgets_that_an_embedding_scales(tmp_path: Path) -> None:
     """Ours gives the logits of the merged model; see tests/methods/test_methods_hira.py."""
-    model, folder = _written(("hira", "gemma3", {"r": 4, "target_modules": ["embed_tokens"]}), tmp_path)
-    found = logits(_read_by_peft("gemma3", folder), batch("gemma3"))
+    model, folder = written_by_us(("hira", "gemma3", {"r": 4, "target_modules": ["embed_tokens"]}), tmp_path)
+    found = logits(read_by_peft("gemma3", folder), batch("gemma3"))
     assert not torch.allclose(found, logits(model, batch("gemma3")), atol=1e-2)
 
 

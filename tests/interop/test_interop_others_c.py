@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from models_tiny import batch, labelled, logits, tiny
-from oracle import file_of, loaded_by_peft, ours, saved_by_peft, theirs
-from torch import nn
+from oracle import (
+    Case,
+    file_of,
+    loaded_by_peft,
+    loaded_here,
+    ours,
+    read_by_peft,
+    same_logits,
+    saved_by_peft,
+    theirs,
+    written_by_us,
+)
 
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.merge import merge
@@ -93,8 +101,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 torch.sparse.check_sparse_tensor_invariants.disable()  # PEFT's FRoD leaves it open, of which torch warns
 
-Case = tuple[str, str, dict[str, Any]]
-
 
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
@@ -102,49 +108,22 @@ def case(request: pytest.FixtureRequest) -> Case:
     return method, kind, {**SETTINGS[method], **settings}
 
 
-def _written(case: Case, folder: Path) -> tuple[nn.Module, Path]:
-    """Our adapter, and the folder that it was written to."""
-    method, kind, settings = case
-    model, config = ours(kind, method, **settings)
-    save_adapter(model, config, folder)
-    return model, folder
-
-
-def _loaded(kind: str, folder: Path) -> nn.Module:
-    model = tiny(kind)
-    load_adapter(model, config_from_dict(read_config(folder)), folder)
-    return model
-
-
-def _read_by_peft(kind: str, folder: Path) -> Any:
-    """As ``loaded_by_peft``, whatever PEFT says."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.PeftModel.from_pretrained(tiny(kind), folder).eval()
-
-
-def _close(kind: str, found: Any, expected: Any) -> None:
-    right = logits(expected, batch(kind))
-    scale = right.abs().max().item()
-    torch.testing.assert_close(logits(found, batch(kind)), right, atol=1e-5 * max(scale, 1.0), rtol=1e-5)
-
-
 def test_what_we_write_peft_reads(case: Case, tmp_path: Path) -> None:
     kind = case[1]
-    model, folder = _written(case, tmp_path)
-    _close(kind, loaded_by_peft(kind, folder), model)
+    model, folder = written_by_us(case, tmp_path)
+    same_logits(kind, loaded_by_peft(kind, folder), model)
     assert (logits(model, batch(kind)) - logits(tiny(kind), batch(kind))).abs().max() > 3e-4
 
 
 def test_what_peft_writes_we_read(case: Case, tmp_path: Path) -> None:
     method, kind, settings = case
     written = theirs(kind, method, **settings)
-    _close(kind, _loaded(kind, saved_by_peft(written, tmp_path)), written)
+    same_logits(kind, loaded_here(kind, saved_by_peft(written, tmp_path)), written)
 
 
 def test_names_shapes_dtypes_and_counts_are_pefts(case: Case, tmp_path: Path) -> None:
     method, kind, settings = case
-    model, folder = _written(case, tmp_path / "ours")
+    model, folder = written_by_us(case, tmp_path / "ours")
     oracle = theirs(kind, method, **settings)
     here, there = (
         {name: (tuple(value.shape), value.dtype) for name, value in file_of(written)[1].items()}
@@ -163,12 +142,12 @@ def test_names_shapes_dtypes_and_counts_are_pefts(case: Case, tmp_path: Path) ->
 def test_what_is_left_out_of_the_file_is_found_again_both_ways(method: str, kind: str, tmp_path: Path) -> None:
     key = "save_precomputed_indices" if method == "supertuning" else "save_projection"
     settings = {**SETTINGS[method], key: False}
-    model, folder = _written((method, kind, settings), tmp_path / "ours")
-    _close(kind, _read_by_peft(kind, folder), model)  # it says that it has to find it
-    _close(kind, _loaded(kind, folder), model)
+    model, folder = written_by_us((method, kind, settings), tmp_path / "ours")
+    same_logits(kind, read_by_peft(kind, folder), model)  # it says that it has to find it
+    same_logits(kind, loaded_here(kind, folder), model)
     oracle = theirs(kind, method, **settings)
     saved_by_peft(oracle, tmp_path / "theirs")
-    _close(kind, _loaded(kind, tmp_path / "theirs"), oracle)
+    same_logits(kind, loaded_here(kind, tmp_path / "theirs"), oracle)
     names, others = (file_of(place)[1].keys() for place in (folder, tmp_path / "theirs"))
     assert names == others
 
@@ -180,7 +159,7 @@ def test_pveras_seed_of_what_is_drawn_is_kept_for_peft(tmp_path: Path) -> None:
     load_adapter(model, config, tmp_path / "a", trainable=True)
     save_adapter(model, config, tmp_path / "b")
     assert file_of(tmp_path / "b")[0]["generator_seed"] == 3
-    _close("llama", loaded_by_peft("llama", tmp_path / "b"), oracle)
+    same_logits("llama", loaded_by_peft("llama", tmp_path / "b"), oracle)
 
 
 def test_adamss_is_refused_by_name() -> None:
@@ -193,17 +172,17 @@ def test_adamss_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("method", sorted(LINEAR_ONLY))
 def test_peft_does_not_adapt_gpt2s_layers_with(method: str, tmp_path: Path) -> None:
-    model, folder = _written((method, "gpt2", SETTINGS[method]), tmp_path)
+    model, folder = written_by_us((method, "gpt2", SETTINGS[method]), tmp_path)
     with pytest.raises((TypeError, ValueError, NotImplementedError), match="support"):
         loaded_by_peft("gpt2", folder)
-    _close("gpt2", _loaded("gpt2", folder), model)
+    same_logits("gpt2", loaded_here("gpt2", folder), model)
 
 
 def test_pefts_psoft_depends_on_signs_that_a_decomposition_is_free_to_choose(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU's signs are not a CPU's. Ours come from the CPU wherever the model is."""
-    model, folder = _written(("psoft", "llama", {"r": 6}), tmp_path)
+    model, folder = written_by_us(("psoft", "llama", {"r": 6}), tmp_path)
     right = torch.linalg.svd
 
     def otherwise(*args: Any, **kwargs: Any) -> Any:
@@ -227,7 +206,7 @@ def test_pefts_lily_shares_nothing_with_all_linear() -> None:
 
 def test_pefts_frod_takes_its_basis_from_the_file_and_what_belongs_to_it_from_elsewhere(tmp_path: Path) -> None:
     """The same adapter in a basis whose first vector points the other way, as another machine may find it."""
-    model, folder = _written(("frod", "llama", {"target_modules": ["q_proj"]}), tmp_path)
+    model, folder = written_by_us(("frod", "llama", {"target_modules": ["q_proj"]}), tmp_path)
     layers = [layer for layer in model.modules() if hasattr(layer, "frod_V") and layer.base_layer is not None]
     with torch.no_grad():
         layers[0].frod_V[:, 0] *= -1
@@ -235,17 +214,17 @@ def test_pefts_frod_takes_its_basis_from_the_file_and_what_belongs_to_it_from_el
         for layer in layers:
             layer.frod_lambda_s_values[(rows == 0) ^ (columns == 0)] *= -1
     config = config_from_dict(read_config(folder))
-    before = _loaded("llama", folder)
+    before = loaded_here("llama", folder)
     save_adapter(model, config, folder)
-    _close("llama", _loaded("llama", folder), before)
+    same_logits("llama", loaded_here("llama", folder), before)
     found = logits(loaded_by_peft("llama", folder), batch("llama"))
     assert not torch.allclose(found, logits(before, batch("llama")), atol=1e-2)
 
 
 def test_pefts_tinylora_forgets_on_merging_that_an_embedding_scales(tmp_path: Path) -> None:
-    model, folder = _written(("tinylora", "gemma3", {"r": 3, "target_modules": ["embed_tokens"]}), tmp_path)
-    oracle, ids = _read_by_peft("gemma3", folder), batch("gemma3")["input_ids"]
-    _close("gemma3", oracle, model)
+    model, folder = written_by_us(("tinylora", "gemma3", {"r": 3, "target_modules": ["embed_tokens"]}), tmp_path)
+    oracle, ids = read_by_peft("gemma3", folder), batch("gemma3")["input_ids"]
+    same_logits("gemma3", oracle, model)
     with torch.no_grad():
         right = oracle.get_input_embeddings()(ids)
         oracle.get_input_embeddings().merge()
