@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from peftcli import card
+from peftcli.core.header import WEIGHTS_FILE, read_header, weights_file
 from peftcli.errors import AdapterError, HubError, NetworkError, PeftcliError, StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
 CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 SHARED_FILES = (
     CONFIG_FILE,
@@ -65,7 +65,6 @@ ANSWER_TIMEOUT = 60.0
 """Seconds without a byte after which a connection counts as dead."""
 
 _PICKLED = "an adapter_model.bin is a pickle and is not read: load it in PEFT, save it with safe_serialization=True"
-_LARGEST_HEADER = 1 << 20
 _TOKEN = re.compile(r"\bhf_[\w.-]{10,}")
 _USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
 
@@ -159,7 +158,7 @@ def redact(text: str) -> str:
 def _contents(folder: Path, repo_id: str, base_model_id: str | None) -> dict[str, Path | bytes]:
     """What is uploaded: name in the repository -> local file, or changed content."""
     config = _checked_config(folder)
-    _check_weights(folder / WEIGHTS_FILE)
+    read_header(weights_file(folder))
     files: dict[str, Path | bytes] = {name: folder / name for name in SHARED_FILES if (folder / name).is_file()}
     base = base_model_id or config.get("base_model_name_or_path")
     if base_model_id:
@@ -188,22 +187,6 @@ def _checked_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise AdapterError("not an adapter config: it names no method", file=str(path), key="peft_type")
     return config
-
-
-def _check_weights(path: Path) -> None:
-    """Raises AdapterError unless the file's header is readable and fits its size. Reads no tensor."""
-    if not path.is_file():
-        raise AdapterError(f"no {WEIGHTS_FILE} here", file=str(path.parent), hint=_PICKLED)
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(length) if length <= _LARGEST_HEADER else b""
-    try:
-        tensors = json.loads(header)
-        size = max(value["data_offsets"][1] for name, value in tensors.items() if name != "__metadata__")
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        raise AdapterError("damaged: its header cannot be read", file=str(path)) from None
-    if path.stat().st_size != 8 + length + size:
-        raise AdapterError("damaged: its size is not what its header says", file=str(path))
 
 
 def _check_repo_id(repo_id: str, what: str) -> None:
