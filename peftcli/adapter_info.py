@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peftcli.core.header import WEIGHTS_FILE, Entry, read_header, weights_file
+from peftcli.core.header import WEIGHTS_FILE, Entry, checked_config, read_header, weights_file
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
 
-CONFIG_FILE = "adapter_config.json"
-_LARGEST_CONFIG = 1 << 20
 _LARGEST_ANALYSED = 1_000_000_000
 """Bytes of an adapter file that take some seconds."""
 _DEAD = 1e-6
@@ -26,7 +23,7 @@ def describe(adapter: str) -> dict[str, Any]:
         AdapterError: no adapter there, or its files are damaged.
     """
     folder = _folder(adapter)
-    config = _read_config(folder / CONFIG_FILE)
+    config = checked_config(folder)
     shapes = read_header(weights_file(folder))
     peft_type = config.get("peft_type")
     saved = config.get("modules_to_save")
@@ -94,22 +91,6 @@ def _folder(adapter: str) -> Path:
     from peftcli.hub import local_folder
 
     return local_folder(adapter)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise AdapterError(f"no {CONFIG_FILE} here; this is no adapter folder", file=str(path.parent))
-    try:
-        if path.stat().st_size > _LARGEST_CONFIG:
-            raise AdapterError("larger than 1 MB; this is no adapter config", file=str(path))
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise AdapterError(f"cannot be read: {error.strerror}", file=str(path)) from None
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"not valid JSON: {error}", file=str(path)) from None
-    if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str):
-        raise AdapterError("holds no adapter config: a JSON object with a peft_type", file=str(path), key="peft_type")
-    return values
 
 
 def _adapted(names: Mapping[str, Entry], saved: list[str]) -> set[str]:

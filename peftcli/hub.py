@@ -26,14 +26,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from peftcli import card
-from peftcli.core.header import WEIGHTS_FILE, read_header, weights_file
+from peftcli.core.header import CONFIG_FILE, WEIGHTS_FILE, checked_config, read_header, weights_file
 from peftcli.errors import AdapterError, HubError, NetworkError, PeftcliError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo
 
-CONFIG_FILE = "adapter_config.json"
 CARD_FILE = "README.md"
 SHARED_FILES = (
     CONFIG_FILE,
@@ -157,7 +156,7 @@ def redact(text: str) -> str:
 
 def _contents(folder: Path, repo_id: str, base_model_id: str | None) -> dict[str, Path | bytes]:
     """What is uploaded: name in the repository -> local file, or changed content."""
-    config = _checked_config(folder)
+    config = checked_config(folder)
     read_header(weights_file(folder))
     files: dict[str, Path | bytes] = {name: folder / name for name in SHARED_FILES if (folder / name).is_file()}
     base = base_model_id or config.get("base_model_name_or_path")
@@ -174,19 +173,6 @@ def _contents(folder: Path, repo_id: str, base_model_id: str | None) -> dict[str
         )
     files[CARD_FILE] = card.for_hub(folder, repo_id, base_model_id).encode()
     return files
-
-
-def _checked_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise AdapterError(f"no {CONFIG_FILE} here; this is no adapter folder", file=str(folder))
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"not valid JSON: {error}", file=str(path)) from None
-    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
-        raise AdapterError("not an adapter config: it names no method", file=str(path), key="peft_type")
-    return config
 
 
 def _check_repo_id(repo_id: str, what: str) -> None:

@@ -16,13 +16,14 @@ import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.header import WEIGHTS_FILE, read_header, weights_file
+from peftcli.core.header import CONFIG_FILE as CONFIG_FILE
+from peftcli.core.header import WEIGHTS_FILE as WEIGHTS_FILE
+from peftcli.core.header import read_config as read_config
+from peftcli.core.header import read_header, weights_file
 from peftcli.core.inject import Injection, inject, set_trainable, skeleton, unload
 from peftcli.core.weights import adapter_state, check_state, load_state
 from peftcli.errors import AdapterError, StorageError
 
-CONFIG_FILE = "adapter_config.json"
-_LARGEST_CONFIG = 1 << 20
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -68,26 +69,6 @@ def write_adapter(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, fo
     contents = {name: tensors[name].detach().to(**to_cpu) for name in sorted(tensors)}
     write_file(folder / WEIGHTS_FILE, safetensors.torch.save(contents, {"format": "pt"}))
     write_file(folder / CONFIG_FILE, (json.dumps(described, indent=2) + "\n").encode())
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The object in the folder's ``adapter_config.json``.
-
-    Raises:
-        AdapterError: no such file, or it is no JSON object.
-    """
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise AdapterError(f"no {CONFIG_FILE} here; this is no adapter folder", file=str(folder))
-    if path.stat().st_size > _LARGEST_CONFIG:
-        raise AdapterError("larger than 1 MB; this is no adapter config", file=str(path))
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"not valid JSON: {error}", file=str(path)) from None
-    if not isinstance(values, dict):
-        raise AdapterError("holds no JSON object", file=str(path))
-    return values
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The header of an adapter's weights, read without its tensors and without torch."""
+"""What an adapter folder says before its tensors are read: its config, and the weights' header. No torch here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 
 from peftcli.errors import AdapterError
 
+CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_LARGEST_CONFIG = 1 << 20
 _LARGEST = 1 << 24
 """Bytes: room for 100,000 tensors."""
 _BITS = {
@@ -35,6 +37,42 @@ class Entry:
     def numel(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The object in the folder's ``adapter_config.json``.
+
+    Raises:
+        AdapterError: no such file, it cannot be read, or it is no JSON object.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise AdapterError(f"no {CONFIG_FILE} here; this is no adapter folder", file=str(folder))
+    try:
+        if path.stat().st_size > _LARGEST_CONFIG:
+            raise AdapterError("larger than 1 MB; this is no adapter config", file=str(path))
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise AdapterError(f"cannot be read: {error.strerror}", file=str(path)) from None
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"not valid JSON: {error}", file=str(path)) from None
+    if not isinstance(values, dict):
+        raise AdapterError("holds no JSON object", file=str(path))
+    return values
+
+
+def checked_config(folder: Path) -> dict[str, Any]:
+    """As ``read_config``, of a file that names its method.
+
+    Raises:
+        AdapterError: as ``read_config``, or it has no ``peft_type``.
+    """
+    values = read_config(folder)
+    if not isinstance(values.get("peft_type"), str):
+        raise AdapterError(
+            "holds no adapter config: it names no method", file=str(folder / CONFIG_FILE), key="peft_type"
+        )
+    return values
 
 
 def weights_file(folder: Path) -> Path:

@@ -95,7 +95,7 @@ def test_soft_prompts_adapt_no_module(cli, tmp_path: Path) -> None:
         (b"{", None, "not valid JSON"),
         (b"[" * 100_000, None, "not valid JSON"),
         (b"\xff\xfe", None, "not valid JSON"),
-        (b"[]", None, "holds no adapter config"),
+        (b"[]", None, "holds no JSON object"),
         (b'{"peft_type": 3}', None, "holds no adapter config"),
         (b" " * (1 << 20) + b"{}", None, "larger than 1 MB"),
         (None, b"", "damaged"),
