@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 NumberOrAuto = int | Literal["auto"]
+Format = Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +43,50 @@ class BaseModel:
     quantization: Quantization | None = None
     """Store the frozen linear weights in fewer bits: a type alone, as nf4, or a mapping. Unset: as the model stores
     them. Needs the extra ``bitsandbytes`` or ``torchao``."""
+    chat_template: str | None = None
+    """Chat template in place of the tokenizer's own: ``chatml``, or a .jinja file. It is saved beside the adapter."""
+    new_tokens: list[str] = field(default_factory=list)
+    """Special tokens to add to the vocabulary. The embedding grows by a row each; those rows are trained and saved."""
     trust_remote_code: bool = False
     """Run Python code that the model's repository carries. Needs a pinned ``revision``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One of the datasets of ``dataset.mix``. Format and columns that it does not give are those of ``dataset``."""
+
+    train: str
+    """File, folder of files, or hub dataset id."""
+    weight: float | None = None
+    """Its share of the examples of an epoch, relative to the others' weights: all datasets of a mix have one, or none.
+    Unset: as many as it has."""
+    name: str | None = None
+    """Configuration of a hub dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    streaming: bool = False
+    """Fetch the rows of a hub dataset as they are read, instead of downloading its files first."""
+    format: Format = "auto"
+    """What its rows hold. auto: what dataset.format says."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Its columns under other names. None: what dataset.columns says."""
+    limit: int | None = None
+    """Use only its first so many rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
     """What is trained on, and what is measured on."""
 
-    train: str
-    """File (.jsonl, .json, .csv, .parquet) or hub dataset id."""
+    train: str | None = None
+    """File (.jsonl, .json, .csv, .parquet, each also as .gz or .zst), folder of such files, or hub dataset id."""
+    mix: list[Source] = field(default_factory=list)
+    """Instead of ``train``: several datasets, each with a weight, as in
+    [{train: a.jsonl, weight: 3}, {train: b.jsonl, weight: 1}], or as they are, as in [a.jsonl, b.jsonl]."""
     eval: str | None = None
-    """File or hub dataset id to evaluate on."""
+    """File, folder or hub dataset to evaluate on."""
     eval_fraction: float | None = None
     """Instead of ``eval``: this share of the training rows, chosen by training.seed, is held out."""
     name: str | None = None
@@ -64,7 +97,10 @@ class Dataset:
     """Split of a hub dataset to train on."""
     eval_split: str | None = None
     """Split of the same hub dataset to evaluate on."""
-    format: Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"] = "auto"
+    streaming: bool = False
+    """Fetch the rows of a hub dataset as they are read, instead of downloading its files first; with ``limit``, no more
+    of it is fetched."""
+    format: Format = "auto"
     """What a row holds. auto: found from the columns. text: {text}; prompt_completion: {prompt, completion};
     messages: {messages: [{role, content}]}; alpaca: {instruction, input, output};
     sharegpt: {conversations: [{from, value}]}."""
@@ -72,12 +108,34 @@ class Dataset:
     """Columns under other names: the format's name -> the file's name, as in {prompt: question}."""
     max_length: int = 1024
     """Longest example, in tokens."""
-    overlong: Literal["truncate", "drop", "error"] = "truncate"
-    """What happens to a longer example: cut at the end, left out, or refused. Always counted."""
+    overlong: Literal["truncate", "drop", "error", "split"] = "truncate"
+    """What happens to a longer example: cut at the end, left out, refused, or split into pieces that are trained one by
+    one. Always counted."""
+    packing: bool = False
+    """Fill each row of a batch with several examples, up to max_length. They do not see each other: attention stays
+    within an example. per_device_train_batch_size then counts such rows."""
     train_on: Literal["answers", "last_answer", "all"] = "answers"
     """Which tokens count in the loss. answers: what the assistant says, and its end-of-turn token."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What happens at a row that cannot be used: stop, or go on without it. Skipped rows are counted and listed."""
+    allow: list[str] = field(default_factory=list)
+    """Findings of ``peftcli inspect`` that would stop the run, and shall not: their names."""
     limit: int | None = None
     """Use only the first so many training rows."""
+
+    def sources(self) -> list[Source]:
+        """What is trained on: the datasets of ``mix``, or the one of ``train``."""
+        if not self.mix:
+            names = ("name", "revision", "split", "streaming", "format", "columns", "limit")
+            return [Source(train=self.train or "", **{name: getattr(self, name) for name in names})]
+        return [
+            replace(
+                source,
+                format=self.format if source.format == "auto" else source.format,
+                columns=source.columns or self.columns,
+            )
+            for source in self.mix
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ sources     ``extends`` and overrides -> one tree
 settings    what a section or method takes: types, defaults and help, read from the dataclasses
 parse       tree -> Recipe
 checks      what settings mean together; gates
+data_checks the same for the data, and whether its paths exist
 names       other tools' spellings, near names
 reference   help on one key; the JSON Schema
 dump        Recipe -> YAML

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Callable
 
 from peftcli.errors import UsageError
 from peftcli.methods import METHODS
+from peftcli.recipe.data_checks import check_data, exists
 from peftcli.recipe.names import near, near_file
+from peftcli.recipe.values import Report
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
 
@@ -22,10 +22,8 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "==": operator.eq,
 }
 _GATE = re.compile(r"\s*(<=|>=|==|<|>)\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?)\s*")
-_FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 _AT_LEAST_ONE = (
     "dataset.max_length",
-    "dataset.limit",
     "training.per_device_train_batch_size",
     "training.per_device_eval_batch_size",
     "training.gradient_accumulation_steps",
@@ -43,13 +41,7 @@ _NOT_NEGATIVE = (
     "training.max_grad_norm",
     "launch.machine_rank",
 )
-_NOT_EMPTY = ("base_model.name", "dataset.train", "dataset.eval", "training.output_dir")
-
-
-class Report(Protocol):
-    """Notes a problem of the first key. The others are what the problem follows from."""
-
-    def __call__(self, keys: Sequence[str], message: str, suggestion: str | None = None) -> None: ...
+_NOT_EMPTY = ("base_model.name", "training.output_dir")
 
 
 def parse_gate(text: str) -> tuple[str, float]:
@@ -71,14 +63,13 @@ def gate_holds(op: str, value: float, bound: float) -> bool:
 
 def check(recipe: Recipe, report: Report) -> None:
     """Reports every problem of a recipe whose settings have the right types."""
-    for part in (_names, _quantization, _ranges, _length, _data, _evaluation, _gates, _launch, _method):
+    for part in (_names, _words, _quantization, _ranges, _length, check_data, _evaluation, _gates, _launch, _method):
         part(recipe, report)
 
 
 def _names(recipe: Recipe, report: Report) -> None:
     for key in _NOT_EMPTY:
-        value = _get(recipe, key)
-        if value is not None and not str(value).strip():
+        if not str(_get(recipe, key)).strip():
             report((key,), "is empty")
     if recipe.task not in TASKS:
         by_type = {row.task_type.lower(): name for name, row in TASKS.items()}
@@ -89,9 +80,31 @@ def _names(recipe: Recipe, report: Report) -> None:
             ("base_model.trust_remote_code", "base_model.revision"),
             "runs code from the hub, so base_model.revision must name the commit whose code it is",
         )
-    for key in ("base_model.name", "dataset.train", "dataset.eval"):
-        if "://" in str(_get(recipe, key)):
-            report((key,), "must be a path or a hub id, not a URL")
+    if "://" in recipe.base_model.name:
+        report(("base_model.name",), "must be a path or a hub id, not a URL")
+
+
+def _words(recipe: Recipe, report: Report) -> None:
+    """The chat template and the tokens that the tokenizer is given."""
+    template, key = recipe.base_model.chat_template, "base_model.chat_template"
+    if template is not None and template != "chatml":
+        if "{%" in template or "{{" in template:
+            report((key,), "holds a template; write it into a .jinja file, and name that")
+        elif not template.endswith(".jinja"):
+            message = f"expected chatml or a .jinja file, found {template[:60]!r}; unset: the tokenizer's own"
+            report((key,), message, near(template, ["chatml"]))
+        elif not exists(template):
+            report((key,), f"no such file: {template[:200]}", near_file(template))
+    seen: set[str] = set()
+    for index, token in enumerate(recipe.base_model.new_tokens):
+        key = f"base_model.new_tokens[{index}]"
+        if not token.strip():
+            report((key,), "is empty")
+        elif token != token.strip():
+            report((key,), f"has white space around it: {token[:60]!r}")
+        elif token in seen:
+            report((key,), f"stands twice in the list: {token[:60]!r}")
+        seen.add(token)
 
 
 def _quantization(recipe: Recipe, report: Report) -> None:
@@ -151,19 +164,6 @@ def _length(recipe: Recipe, report: Report) -> None:
             ("training.num_train_epochs", "training.max_steps"),
             f"must be above 0 where max_steps is not given, not {epochs}",
         )
-
-
-def _data(recipe: Recipe, report: Report) -> None:
-    dataset = recipe.dataset
-    for key, path in (("dataset.train", dataset.train), ("dataset.eval", dataset.eval)):
-        if path and "://" not in path and _looks_like_path(path) and not _exists(path):
-            report((key,), f"no such file: {path[:200]}", near_file(path))
-    sources = [name for name in ("eval", "eval_split", "eval_fraction") if getattr(dataset, name) is not None]
-    if len(sources) > 1:
-        keys = [f"dataset.{name}" for name in reversed(sources)]
-        report(keys, f"cannot be given together with {' and '.join(reversed(keys[1:]))}")
-    if dataset.eval_fraction is not None and not 0 < dataset.eval_fraction < 1:
-        report(("dataset.eval_fraction",), f"must be between 0 and 1, not {dataset.eval_fraction}")
 
 
 def _evaluation(recipe: Recipe, report: Report) -> None:
@@ -228,14 +228,3 @@ def _has_eval_data(recipe: Recipe) -> bool:
 
 def _get(recipe: Recipe, key: str) -> object:
     return operator.attrgetter(key)(recipe)
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.endswith(_FILE_ENDINGS) or name.startswith(("/", "./", "../"))
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).exists()
-    except (OSError, ValueError):
-        return False

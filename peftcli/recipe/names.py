@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ALIASES = {
-    # axolotl, LLaMA-Factory, TRL, unsloth and others: their key -> ours. Suggested, never accepted.
+    # axolotl, LLaMA-Factory, TRL, unsloth and others: their key, or section and key, -> ours, or ours with a value.
+    # Suggested, never accepted.
     "model": "base_model",
     "model_name": "base_model",
     "model_id": "base_model",
@@ -31,6 +32,16 @@ ALIASES = {
     "bnb_4bit_use_double_quant": "base_model.quantization",
     "bnb_4bit_compute_dtype": "base_model.quantization",
     "use_bnb_nested_quant": "base_model.quantization",
+    "base_model.path": "base_model.name",
+    "template": "base_model.chat_template",
+    "chat_template_path": "base_model.chat_template",
+    "chat_template_jinja": "base_model.chat_template",
+    "chat_template_file": "base_model.chat_template",
+    "tokens": "base_model.new_tokens",
+    "add_tokens": "base_model.new_tokens",
+    "add_special_tokens": "base_model.new_tokens",
+    "new_special_tokens": "base_model.new_tokens",
+    "special_tokens": "base_model.new_tokens",
     "task_type": "task",
     "adapter": "method.type",
     "peft_type": "method.type",
@@ -55,14 +66,40 @@ ALIASES = {
     "prompt_length": "method.num_virtual_tokens",
     "n_tokens": "method.num_virtual_tokens",
     "data": "dataset.train",
-    "datasets": "dataset.train",
+    "dataset.path": "dataset.train",
+    "dataset.file": "dataset.train",
+    "dataset.files": "dataset.train",
     "data_path": "dataset.train",
+    "data_file": "dataset.train",
+    "data_files": "dataset.train",
     "dataset_path": "dataset.train",
     "dataset_name": "dataset.train",
     "train_file": "dataset.train",
+    "train_files": "dataset.train",
     "train_data": "dataset.train",
     "train_dataset": "dataset.train",
+    "pretraining_dataset": "dataset.train",
+    "datasets": "dataset.mix",
+    "dataset_mixer": "dataset.mix",
+    "dataset_mixture": "dataset.mix",
+    "dataset_mixer_list": "dataset.mix",
+    "mix_strategy": "dataset.mix",
+    "interleave_probs": "dataset.mix",
+    "probs": "dataset.mix",
+    "probabilities": "dataset.mix",
     "dataset_config": "dataset.name",
+    "dataset_config_name": "dataset.name",
+    "subset": "dataset.name",
+    "dataset_revision": "dataset.revision",
+    "dataset.type": "dataset.format",
+    "formatting": "dataset.format",
+    "column_mapping": "dataset.columns",
+    "dataset_text_field": "dataset.columns",
+    "text_column": "dataset.columns",
+    "prompt_column": "dataset.columns",
+    "response_column": "dataset.columns",
+    "field_messages": "dataset.columns",
+    "dataset_streaming": "dataset.streaming",
     "eval_file": "dataset.eval",
     "eval_data": "dataset.eval",
     "eval_dataset": "dataset.eval",
@@ -73,6 +110,12 @@ ALIASES = {
     "test_split": "dataset.eval_split",
     "dataset_test_split": "dataset.eval_split",
     "dataset_train_split": "dataset.split",
+    "dataset_splits": "dataset.split",
+    "train_split": "dataset.split",
+    "eval_dataset_split": "dataset.eval_split",
+    "test_size": "dataset.eval_fraction",
+    "test_split_size": "dataset.eval_fraction",
+    "validation_split": "dataset.eval_split",
     "sequence_len": "dataset.max_length",
     "sequence_length": "dataset.max_length",
     "cutoff_len": "dataset.max_length",
@@ -80,11 +123,27 @@ ALIASES = {
     "max_seq_len": "dataset.max_length",
     "model_max_length": "dataset.max_length",
     "max_samples": "dataset.limit",
+    "max_train_samples": "dataset.limit",
+    "num_samples": "dataset.limit",
+    "excess_length_strategy": "dataset.overlong",
+    "truncation_mode": "dataset.overlong",
+    "truncation_strategy": "dataset.overlong",
+    "pack": "dataset.packing",
+    "packed": "dataset.packing",
+    "sample_packing": "dataset.packing",
+    "packing_strategy": "dataset.packing",
+    "packed_sequences": "dataset.packing",
+    "neat_packing": "dataset.packing",
+    "padding_free": "dataset.packing",
     "train_on_inputs": "dataset.train_on",
+    "train_on_input": "dataset.train_on",
     "train_on_prompt": "dataset.train_on",
     "mask_prompt": "dataset.train_on",
+    "roles_to_train": "dataset.train_on",
+    "train_on_responses_only": "dataset.train_on",
     "assistant_only_loss": "dataset.train_on",
     "completion_only_loss": "dataset.train_on",
+    "mask_history": "dataset.train_on: last_answer",
     "output": "training.output_dir",
     "save_dir": "training.output_dir",
     "out_dir": "training.output_dir",
@@ -126,12 +185,64 @@ ALIASES = {
     "master_port": "launch.main_process_port",
 }
 
+VALUES = {
+    # Their value -> ours, where a setting takes ours.
+    "fp32": "float32",
+    "float": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "flash_attn": "flash_attention_2",
+    "flash_attention": "flash_attention_2",
+    "fa2": "flash_attention_2",
+    "4bit": "nf4",
+    "8bit": "int8",
+    "chat": "messages",
+    "openai": "messages",
+    "chat_template": "messages",
+    "conversational": "messages",
+    "completion": "prompt_completion",
+    "input_output": "prompt_completion",
+    "instruction": "alpaca",
+    "pretrain": "text",
+    "pretraining": "text",
+    "raise": "error",
+    "fail": "error",
+    "stop": "error",
+    "ignore": "skip",
+    "continue": "skip",
+    "cut": "truncate",
+    "truncation": "truncate",
+    "keep_start": "truncate",
+    "filter": "drop",
+    "remove": "drop",
+    "discard": "drop",
+    "chunk": "split",
+    "wrap": "split",
+    "wrapped": "split",
+    "assistant": "answers",
+    "completions": "answers",
+    "response": "answers",
+    "responses": "answers",
+    "last": "last_answer",
+    "last_turn": "last_answer",
+    "everything": "all",
+    "full": "all",
+}
+
 _MAX_FILES = 2000
 
 
-def alias_of(name: str) -> str | None:
-    """Our key for another tool's spelling."""
-    return ALIASES.get(name.lower().replace("-", "_"))
+def alias_of(name: str, section: str = "") -> str | None:
+    """Our key for another tool's spelling in a section; with ``: value`` where theirs means one value of it."""
+    spelled = name.lower().replace("-", "_")
+    return ALIASES.get(f"{section}.{spelled}") or ALIASES.get(spelled)
+
+
+def meant_value(text: str, choices: Sequence[str]) -> str | None:
+    """The choice that another tool calls ``text``, or that it resembles."""
+    found = VALUES.get(text.lower().replace("-", "_"))
+    return found if found in choices else near(text, choices)
 
 
 def near(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

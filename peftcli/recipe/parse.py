@@ -14,7 +14,7 @@ from peftcli.core.config import AdapterConfig
 from peftcli.errors import Problem, RecipeError
 from peftcli.methods import METHODS
 from peftcli.recipe.checks import check
-from peftcli.recipe.names import alias_of, near
+from peftcli.recipe.names import alias_of, meant_value, near
 from peftcli.recipe.settings import (
     Setting,
     branches,
@@ -29,7 +29,7 @@ from peftcli.recipe.settings import (
 )
 from peftcli.recipe.sources import read_tree
 from peftcli.recipe.values import Place, Problems, Value
-from peftcli.schema import BaseModel, Dataset, Launch, Quantization, Recipe, Training
+from peftcli.schema import BaseModel, Recipe
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -111,20 +111,13 @@ class _Reader:
         known = settings(Recipe)
         self.refuse_unknown(top, known, "")
         self.require(top, known, "", Place(self.tree.place.file, 1, 1))
-        name = top.get("base_model")
-        if name is not None and isinstance(name.data, str) and (name.refused or name.scalar is not None):
-            top["base_model"] = replace(name, data={"name": name})
-        parts = {name: self.section(cls, top.get(name), name) for name, cls in sections().items()}
-        if quantization := parts["base_model"]["quantization"]:
-            parts["base_model"]["quantization"] = Quantization(**quantization)
+        if "base_model" in top:
+            top["base_model"] = _written_out(top["base_model"], BaseModel)
         return Recipe(
-            base_model=BaseModel(**parts["base_model"]),
             task=self.setting(known["task"], top["task"], "task") if "task" in top else "",
             method=self.method(top.get("method")),
-            dataset=Dataset(**parts["dataset"]),
-            training=Training(**parts["training"]),
-            launch=Launch(**parts["launch"]),
             gates=self.setting(known["gates"], top["gates"], "gates") if "gates" in top else {},
+            **{name: _built(cls, self.section(cls, top.get(name), name)) for name, cls in sections().items()},
         )
 
     def section(self, cls: type, value: Value | None, path: str) -> dict[str, Any]:
@@ -168,8 +161,12 @@ class _Reader:
         if isinstance(value.data, str) and value.scalar is None:
             return {}
         if not isinstance(value.data, dict):
-            suggestion = f"{{type: {value.data}}}" if path == "method" and value.data in METHODS else None
-            self.problem(f"expected a mapping of settings, found {value.shown()}", value.place, path, suggestion)
+            meant = None
+            if path == "method" and isinstance(value.data, str) and value.data in METHODS:
+                meant = f"{{type: {value.data}}}"
+            elif path == "dataset" and isinstance(value.data, str) and isinstance(value.scalar, str):
+                meant = f"{{train: {value.data[:60]}}}"
+            self.problem(f"expected a mapping of settings, found {value.shown()}", value.place, path, meant)
             return None
         return value.data
 
@@ -198,11 +195,12 @@ class _Reader:
         self.places[key] = value.place
         if value.refused:
             self.bad.add(key)
+        if isinstance(value.data, list):
+            self.places |= {f"{key}[{index}]": item.place for index, item in enumerate(value.data)}
+        if entry.items:
+            return self.items(entry.items, value, entry.hint, key)
         if entry.section and (isinstance(value.data, dict) or value.scalar is not None):
-            alone = sole_required(entry.section)
-            if alone and isinstance(value.data, str):
-                value = replace(value, data={alone: value})
-            return self.section(entry.section, value, key)
+            return self.section(entry.section, _written_out(value, entry.section), key)
         try:
             return _adapter(entry.hint).validate_python(_fit(value, entry.hint))
         except ValidationError as error:
@@ -218,9 +216,20 @@ class _Reader:
         self.bad.add(key)
         return _absent(entry)
 
+    def items(self, cls: type, value: Value, hint: Any, key: str) -> list[dict[str, Any]]:
+        """Every setting of each section of a list."""
+        if isinstance(value.data, list):
+            return [
+                self.section(cls, _written_out(item, cls), f"{key}[{index}]") for index, item in enumerate(value.data)
+            ]
+        if not value.refused and (isinstance(value.data, dict) or value.scalar is not None):
+            example = f"[{{{sole_required(cls)}: ...}}]"
+            self.problem(f"expected {in_words(hint)}, found {value.shown()}", value.place, key, example)
+        return []
+
     def report(self, keys: Sequence[str], message: str, suggestion: str | None = None) -> None:
         """Notes a problem of ``keys[0]``, unless one of ``keys`` could not be read."""
-        parts = {key[:end] for key in keys for end in [*(i for i, c in enumerate(key) if c == "."), len(key)]}
+        parts = {key[:end] for key in keys for end in [*(i for i, c in enumerate(key) if c in ".["), len(key)]}
         if not parts & self.bad:
             place = _nearest(self.places, keys[0]) or Place(self.tree.place.file)
             self.problems.add(message, place, keys[0], suggestion)
@@ -232,8 +241,27 @@ class _Reader:
 
 def _nearest(places: dict[str, Place], key: str) -> Place | None:
     while key and key not in places:
-        key = key.rpartition(".")[0]
+        key = key[: max(key.rfind("."), key.rfind("["), 0)]
     return places.get(key)
+
+
+def _written_out(value: Value, section: type) -> Value:
+    """A section that is given as its sole required setting alone, as the mapping that it means."""
+    alone = sole_required(section)
+    if alone and isinstance(value.data, str) and (value.refused or value.scalar is not None):
+        return replace(value, data={alone: value})
+    return value
+
+
+def _built(cls: Any, values: dict[str, Any]) -> Any:
+    """The dataclass of a section, and those of the sections within it."""
+    out = dict(values)
+    for name, entry in settings(cls).items():
+        if entry.section and isinstance(out[name], dict):
+            out[name] = _built(entry.section, out[name])
+        elif entry.items:
+            out[name] = [_built(entry.items, item) for item in out[name]]
+    return cls(**out)
 
 
 @cache
@@ -252,8 +280,8 @@ def _fit(value: Value, hint: Any) -> Any:
     text, found, accepted = value.data, value.scalar, kinds(hint)
     if not value.plain or text in choices(hint):
         return text
-    if found is None and dict in accepted and type(None) not in accepted:
-        return {}
+    if found is None and type(None) not in accepted and accepted & {dict, list}:
+        return {} if dict in accepted else []
     if bool in accepted and text.lower() in _YES_NO:
         return _YES_NO[text.lower()]
     if type(found) in (int, float) and any(branch is str for branch in branches(hint)) and not accepted & {int, float}:
@@ -289,7 +317,9 @@ class _Item:
         found = self.value.scalar
         if isinstance(found, float) and found.is_integer() and int in kinds(self.hint) and abs(found) < 2**53:
             return str(int(found))
-        return near(self.value.data, choices(self.hint))
+        if kinds(self.hint) == {list} and item_hint(self.hint, list) is str and isinstance(found, str):
+            return f"[{found[:60]}]"
+        return meant_value(self.value.data, choices(self.hint))
 
 
 def _inside(value: Value, hint: Any, key: str, loc: Sequence[int | str]) -> _Item:
@@ -305,9 +335,10 @@ def _inside(value: Value, hint: Any, key: str, loc: Sequence[int | str]) -> _Ite
 def _advice(name: str, known: dict[str, Setting], path: str, method: str | None) -> tuple[str, str | None]:
     """Message and suggestion for an unknown key: where it belongs, or what may be meant."""
     own = (*known, "type") if method else tuple(known)
-    if found := alias_of(name):
-        section, _, last = found.rpartition(".")
-        return "unknown key", last if section == path and last in own else found
+    top = path.partition(".")[0]
+    if found := alias_of(name, top):
+        section, _, last = found.partition(".")
+        return "unknown key", last if section == top and last.partition(":")[0] in own else found
     elsewhere = _everywhere()
     if found := elsewhere.get(name):
         section = found.rpartition(".")[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,17 +55,20 @@ class Explanation:
 def explain(key: str) -> Explanation:
     """What ``key`` is: a setting, a section, a method or a task, by its full or its last name.
 
+    An item of a list may be named as problems name it: ``dataset.mix[1].weight``.
+
     Raises:
         UsageError: there is none.
     """
-    known = _explainable()
+    known, key = _explainable(), re.sub(r"\[[0-9]+\]", "", key)
     if key in known:
         return known[key]
     ends = [found for name, found in known.items() if name.endswith(f".{key}")]
     if ends:
-        return ends[0]
+        return min(ends, key=lambda found: found.key.count("."))
+    alias = alias_of(key.rpartition(".")[2], key.partition(".")[0]) or ""
     suggestion = (
-        alias_of(key.rpartition(".")[2])
+        alias.partition(":")[0]
         or near(key, (name for name in known if "." not in name))
         or near(key, known)
         or near(key, (name.rpartition(".")[2] for name in known))
@@ -119,14 +123,17 @@ def _explain_method_setting(method: str, name: str, entry: Setting) -> dict[str,
 
 
 def _explain_nested(key: str, entry: Setting, section: str) -> dict[str, Explanation]:
-    """One setting of a section, and those that it holds where it is a mapping."""
+    """One setting of a section, and those that it holds where it is a mapping or a list of them."""
     whole, name = _explain_setting(key, entry, section), key.rpartition(".")[2]
-    if entry.section is None:
+    held = entry.section or entry.items
+    if held is None:
         return {key: whole}
-    out = {key: dataclasses.replace(whole, settings=_rows(settings(entry.section)))}
-    for inner, found in settings(entry.section).items():
-        one = _explain_setting(f"{key}.{inner}", found)
-        out[one.key] = dataclasses.replace(one, example=f"{section}:\n  {name}:\n    {inner}: {_example(found)}")
+    out = {key: dataclasses.replace(whole, settings=_rows(settings(held)))}
+    for inner, found in settings(held).items():
+        one, given = _explain_setting(f"{key}.{inner}", found), f"{inner}: {_example(found)}"
+        if entry.items:
+            given = f"- {given}" if found.required else f"- {sole_required(held)}: ...\n      {given}"
+        out[one.key] = dataclasses.replace(one, example=f"{section}:\n  {name}:\n    {given}")
     return out
 
 
@@ -161,6 +168,8 @@ def _example(entry: Setting) -> str:
     if entry.section:
         alone = sole_required(entry.section)
         return _example(settings(entry.section)[alone]) if alone else "{...}"
+    if entry.items:
+        return f"[{{{sole_required(entry.items)}: ...}}]"
     for kind, text in ((list, "[...]"), (dict, "{...}"), (int, "1"), (float, "0.1"), (bool, "true")):
         if kind in accepted:
             return text
@@ -183,9 +192,11 @@ def json_schema() -> dict[str, Any]:
     for name, entry in top.items():
         if entry.section:
             properties[name] = {**_object(settings(entry.section)), "description": entry.help}
-            needed[name] = {"required": _required(settings(entry.section))}
+            if required := _required(settings(entry.section)):
+                needed[name] = {"required": required}
         else:
             properties[name] = _property(entry)
+    needed["dataset"] = {"anyOf": [{"required": ["train"]}, {"required": ["mix"]}]}
     properties["base_model"] = {
         "description": top["base_model"].help,
         "anyOf": [{"type": "string"}, {k: v for k, v in properties["base_model"].items() if k != "description"}],
@@ -201,7 +212,7 @@ def json_schema() -> dict[str, Any]:
         "if": {"required": ["extends"]},
         "else": {
             "required": _required(top),
-            "properties": {name: rule for name, rule in needed.items() if rule["required"]},
+            "properties": needed,
         },
     }
 
@@ -223,7 +234,7 @@ def _method_schema() -> dict[str, Any]:
 
 
 def _section_schema(section: type) -> dict[str, Any]:
-    """A mapping, or what it may be given as alone."""
+    """A mapping, or its sole required setting alone."""
     known, alone = settings(section), sole_required(section)
     whole = _object(known)
     if needed := _required(known):

@@ -46,6 +46,11 @@ class Setting:
         return section_class(self.hint)
 
     @property
+    def items(self) -> type | None:
+        """The dataclass of a key that holds a list of such sections."""
+        return section_class(item_hint(self.hint, list))
+
+    @property
     def help(self) -> str:
         """The docstring below the field."""
         for cls in self.owner.__mro__:
@@ -122,7 +127,8 @@ def in_words(hint: Any) -> str:
         elif branch is bool:
             words += ["true", "false"]
         elif origin is list:
-            words.append(f"a list of {_PLURALS.get(args[0], 'values')}")
+            plural = "mappings" if dataclasses.is_dataclass(args[0]) else _PLURALS.get(args[0], "values")
+            words.append(f"a list of {plural}")
         elif origin is dict:
             words.append(f"a mapping of names to {_PLURALS.get(args[1], 'values')}")
         elif dataclasses.is_dataclass(branch):

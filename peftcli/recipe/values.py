@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from peftcli.errors import Problem
 
@@ -63,6 +65,12 @@ class Value:
         if isinstance(self.scalar, float) and not math.isfinite(self.scalar):
             return f"{text}, which is not finite"
         return f"{text}, which is too large" if isinstance(self.scalar, float) and _INT.fullmatch(text) else text
+
+
+class Report(Protocol):
+    """Notes a problem of the first key. The others are what the problem follows from."""
+
+    def __call__(self, keys: Sequence[str], message: str, suggestion: str | None = None) -> None: ...
 
 
 class Problems:

@@ -28,6 +28,9 @@ class TaskRow:
     """The hub's name of what such a model does."""
     usage: tuple[str, ...]
     """Lines of Python that use a loaded ``model`` and ``tokenizer`` once, for the model card."""
+    packs: bool
+    """Whether an example is one sequence of tokens, each with its own target: several then fit one row of a batch, and
+    a long one can be split."""
 
     @property
     def peft_class(self) -> str:
@@ -56,6 +59,7 @@ TASKS: dict[str, TaskRow] = {
             "tokens = model.generate(**inputs, max_new_tokens=64)",
             'print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
         ),
+        packs=True,
     ),
     "seq2seq_lm": TaskRow(
         "SEQ_2_SEQ_LM",
@@ -68,5 +72,6 @@ TASKS: dict[str, TaskRow] = {
             "tokens = model.generate(**inputs, max_new_tokens=64)",
             "print(tokenizer.decode(tokens[0], skip_special_tokens=True))",
         ),
+        packs=False,
     ),
 }

@@ -64,7 +64,7 @@ def test_explain_a_setting() -> None:
     assert found.example == "training:\n  learning_rate: 0.0002"
     assert explain("learning_rate") == found
     assert explain("training.output_dir").default == "(required)"
-    assert explain("dataset.overlong").allowed == ("truncate", "drop", "error")
+    assert explain("dataset.overlong").allowed == ("truncate", "drop", "error", "split")
     assert explain("training.bf16").type == "true, false or auto"
     assert "causal_lm" in explain("task").allowed
 
@@ -94,7 +94,14 @@ def test_explain_whole_things(key: str, kind: str, row: str | None) -> None:
 
 @pytest.mark.parametrize(
     ("key", "meant"),
-    [("lora_r", "method.r"), ("training.learning_rat", "training.learning_rate"), ("sede", "seed"), ("loar", "lora")],
+    [
+        ("lora_r", "method.r"),
+        ("training.learning_rat", "training.learning_rate"),
+        ("sede", "seed"),
+        ("loar", "lora"),
+        ("dataset.mix[0].path", "dataset.train"),
+        ("mask_history", "dataset.train_on"),
+    ],
 )
 def test_explain_what_does_not_exist(key: str, meant: str) -> None:
     with pytest.raises(UsageError) as caught:

@@ -96,6 +96,7 @@ def test_bytes_and_files_that_are_no_recipe(tmp_path: Path, good: str) -> None:
 
 
 def test_mutations_raise_nothing_else(tmp_path: Path, good: str) -> None:
+    good = good.replace("train: org/data", "mix: [{train: org/a, weight: 2}, {train: org/b, weight: 1e-1}]")
     whole = (good + "gates: {eval_loss: '<= 1.5'}\nlaunch: {num_processes: 2}\n").encode()
     path = tmp_path / "recipe.yaml"
     rng = random.Random(20)
