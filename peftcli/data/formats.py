@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftcli.data.load import Rows
+from peftcli.data.rows import Row
 from peftcli.errors import DataError
-from peftcli.schema import Dataset
+from peftcli.schema import Source
 
 Message = dict[str, Any]
 """One turn: ``role``, ``content``, and what else the chat template reads (``tool_calls``, ``reasoning_content``)."""
@@ -89,35 +89,65 @@ class _Fault(Exception):
         self.key, self.message = key, message
 
 
-def to_examples(rows: Rows, dataset: Dataset) -> list[Example]:
-    """Every row as an example.
+@dataclass(frozen=True)
+class ExampleReader:
+    """Reads rows of one format, whose columns may have other names."""
+
+    name: str
+    """The format's name."""
+    names: dict[str, str]
+    """The format's column -> the file's."""
+
+    def __call__(self, row: Row) -> Example:
+        """The row as an example.
+
+        Raises:
+            DataError: it does not hold what its format says.
+        """
+        chosen, values = FORMATS[self.name], row.values
+        try:
+            for key in chosen.needs:
+                if self.names[key] not in values:
+                    raise _Fault(key, f"missing; the row has: {_listed(values)}")
+            return chosen.build({key: values[name] for key, name in self.names.items() if name in values})
+        except _Fault as fault:
+            top = re.split(r"[.\[]", fault.key, maxsplit=1)[0]
+            raise row.place.error(fault.message, key=self.names.get(top, top) + fault.key[len(top) :]) from None
+
+
+def example_reader(columns: Sequence[str], source: Source, described: str) -> ExampleReader:
+    """What reads rows that have these columns.
+
+    Args:
+        columns: Of the first rows.
+        source: Says which format the rows have, or ``auto``, and what their columns are called.
+        described: The source as errors name it.
 
     Raises:
-        DataError: the columns fit no format, or a row does not hold what its format says.
+        DataError: the columns fit no format, or not the one that was asked for.
     """
-    columns = _rename(rows, dataset.columns)
-    name: str = dataset.format
+    known_as = _rename(columns, source.columns, described)
+    name: str = source.format
     if name == "auto":
         try:
-            name = detect_format(columns)
+            name = detect_format(known_as)
         except DataError as error:
-            raise DataError(error.message, file=rows.source, key=error.key, hint=error.hint) from None
+            raise DataError(error.message, file=described, key=error.key, hint=error.hint) from None
     chosen = FORMATS[name]
     known = (*chosen.needs, *chosen.reads)
-    for key in dataset.columns:
+    for key in source.columns:
         if key not in known:
             hint = f"Format {name} reads: {', '.join(known)}"
             raise DataError(f"format {name} has no column {key!r}", key=f"dataset.columns.{key}", hint=hint)
-    missing = [key for key in chosen.needs if key not in columns]
+    missing = [key for key in chosen.needs if key not in known_as]
     if missing:
         raise DataError(
-            f"format {name} needs {' and '.join(missing)}; the columns are: {_listed(columns)}",
-            file=rows.source,
+            f"format {name} needs {' and '.join(missing)}; the columns are: {_listed(known_as)}",
+            file=described,
             key="dataset.format",
-            hint=_columns_hint({name: missing}, columns),
+            hint=_columns_hint({name: missing}, known_as),
         )
-    back = {key: dataset.columns.get(key, key) for key in known}
-    return [_build(chosen, back, rows, index) for index in range(len(rows))]
+    return ExampleReader(name, {key: source.columns.get(key, key) for key in known})
 
 
 def detect_format(columns: Iterable[str]) -> str:
@@ -145,7 +175,7 @@ def detect_format(columns: Iterable[str]) -> str:
     )
 
 
-def _rename(rows: Rows, mapping: dict[str, str]) -> tuple[str, ...]:
+def _rename(columns: Sequence[str], mapping: dict[str, str], described: str) -> tuple[str, ...]:
     """The columns under the names that the formats use."""
     known = sorted({key for each in FORMATS.values() for key in (*each.needs, *each.reads)})
     for key, column in mapping.items():
@@ -153,16 +183,16 @@ def _rename(rows: Rows, mapping: dict[str, str]) -> tuple[str, ...]:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"Closest: {near[0]}" if near else f"Formats read: {', '.join(known)}"
             raise DataError(f"no format has a column {key!r}", key=f"dataset.columns.{key}", hint=hint)
-        if column not in rows.columns:
-            near = difflib.get_close_matches(column, rows.columns, n=1)
+        if column not in columns:
+            near = difflib.get_close_matches(column, columns, n=1)
             raise DataError(
-                f"no column {column!r}; the columns are: {_listed(rows.columns)}",
-                file=rows.source,
+                f"no column {column!r}; the columns are: {_listed(columns)}",
+                file=described,
                 key=f"dataset.columns.{key}",
                 hint=f"Closest: {near[0]}" if near else None,
             )
     taken = set(mapping.values())
-    return (*mapping, *(column for column in rows.columns if column not in taken and column not in mapping))
+    return (*mapping, *(column for column in columns if column not in taken and column not in mapping))
 
 
 _OTHER_NAMES = {
@@ -204,18 +234,6 @@ def _listed(columns: Iterable[str]) -> str:
     columns = list(columns)
     shown = ", ".join(repr(name[:40])[1:-1] for name in columns[:12])
     return f"{shown}, ... ({len(columns)})" if len(columns) > 12 else shown or "none"
-
-
-def _build(chosen: Format, names: dict[str, str], rows: Rows, index: int) -> Example:
-    row = rows.rows[index]
-    try:
-        for key in chosen.needs:
-            if names[key] not in row:
-                raise _Fault(key, f"missing; the row has: {_listed(row)}")
-        return chosen.build({key: row[name] for key, name in names.items() if name in row})
-    except _Fault as fault:
-        top = re.split(r"[.\[]", fault.key, maxsplit=1)[0]
-        raise rows.error(index, fault.message, key=names.get(top, top) + fault.key[len(top) :]) from None
 
 
 def _string(row: dict[str, Any], key: str, *, where: str = "") -> str:

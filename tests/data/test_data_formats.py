@@ -4,21 +4,18 @@ from typing import Any
 
 import pytest
 
-from peftcli.data.formats import AlpacaExample, ChatExample, PairExample, TextExample, detect_format, to_examples
-from peftcli.data.load import Rows
+from peftcli.data.formats import AlpacaExample, ChatExample, PairExample, TextExample, detect_format, example_reader
+from peftcli.data.rows import Place, Row
 from peftcli.errors import DataError
-from peftcli.schema import Dataset
+from peftcli.schema import Source
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 
-def rows_of(*rows: dict[str, Any], lines: bool = True) -> Rows:
+def examples(*rows: dict[str, Any], lines: bool = True, **settings: Any) -> list[Any]:
     columns = tuple(dict.fromkeys(key for row in rows for key in row))
-    return Rows(list(rows), columns, "train.jsonl", list(range(1, len(rows) + 1)) if lines else None)
-
-
-def examples(*rows: dict[str, Any], **settings: Any) -> list[Any]:
-    return to_examples(rows_of(*rows), Dataset(train="train.jsonl", **settings))
+    read = example_reader(columns, Source(train="train.jsonl", **settings), "train.jsonl")
+    return [read(Row(row, Place("train.jsonl", at, at if lines else None))) for at, row in enumerate(rows, 1)]
 
 
 def refused(*rows: dict[str, Any], **settings: Any) -> DataError:
@@ -229,6 +226,5 @@ def test_a_row_without_the_key() -> None:
 
 
 def test_rows_without_lines_are_counted() -> None:
-    rows = rows_of({"text": "a"}, {"text": ""}, lines=False)
     with pytest.raises(DataError, match="row 2: is empty"):
-        to_examples(rows, Dataset(train="x"))
+        examples({"text": "a"}, {"text": ""}, lines=False)

@@ -23,10 +23,11 @@ from docs_pages import PAGES, ROOT, Block, blocks, page_id
 from typer.main import get_command
 
 from peftcli.cli import app, console
-from peftcli.data.formats import detect_format, to_examples
-from peftcli.data.load import load_rows
+from peftcli.data.formats import example_reader
+from peftcli.data.rows import Row
+from peftcli.data.sources import open_source
 from peftcli.recipe import read
-from peftcli.schema import Dataset
+from peftcli.schema import Source
 
 KINDS = {"python", "yaml", "bash", "console", "json", "text"}
 EXAMPLES = [page for page in PAGES if any(True for _ in blocks(page))]
@@ -79,8 +80,10 @@ def check_json(block: Block) -> None:
     for line in block.text.splitlines():
         path = Path("row.jsonl")
         path.write_text(line, encoding="utf-8")
-        rows = load_rows(str(path))
-        assert to_examples(rows, Dataset(train=str(path), format=detect_format(rows.columns))), block.place  # type: ignore[arg-type]
+        source = Source(train=str(path))
+        [row] = open_source(source).rows()
+        assert isinstance(row, Row), block.place
+        example_reader(tuple(row.values), source, str(path))(row)
 
 
 def check_console(block: Block, capsys: pytest.CaptureFixture[str]) -> None:

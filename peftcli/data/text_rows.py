@@ -1,0 +1,351 @@
+"""The rows of text: JSON objects one a line, a JSON list of them, CSV. One row at a time is held."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from peftcli.data.rows import Place, Row
+from peftcli.errors import DataError
+
+LONGEST_ROW = 64 << 20
+"""Bytes of text that one row may take."""
+CHUNK = 1 << 20
+"""Bytes read at once."""
+_DEEPEST = 100
+"""Lists and objects within one another. Code that walks a row by recursion must not run out of stack."""
+_TOO_LONG = f"a row of more than {LONGEST_ROW >> 20} MiB"
+_BLANK = re.compile(r"[ \t\r\n]*")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_LONGEST_LITERAL = len("-Infinity")
+
+
+class Text:
+    """A file that is being read, and how far it has been read."""
+
+    stream: io.BufferedReader
+
+    def __init__(self, source: str, first: int):
+        self.source = source
+        self.number = first - 1
+        """Of the last row."""
+        self.line = 0
+        """Of the last line; for the rows of CSV and lists, the line that the row starts on."""
+
+    def lines(self) -> Iterator[bytes | None]:
+        """The lines with their ends; None for one that is too long, of which no more is held than the limit."""
+        while raw := self.stream.readline(LONGEST_ROW + 2):
+            self.line += 1
+            if self.line == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
+            if len(raw) > LONGEST_ROW and len(raw.rstrip(b"\r\n")) > LONGEST_ROW:
+                while raw and not raw.endswith(b"\n"):
+                    raw = self.stream.readline(CHUNK)
+                yield None
+            else:
+                yield raw
+
+    def row(self, values: dict[str, Any]) -> Row:
+        """A row on the current line."""
+        return Row(values, Place(self.source, self.number, self.line))
+
+    def error(self, message: str, *, line: int | None = None, hint: str | None = None) -> DataError:
+        """An error about the current line, or another one."""
+        return DataError(message, file=self.source, line=line or self.line, hint=hint)
+
+
+def _decoded(raw: bytes) -> str:
+    """The text of a line.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if b"\0" in raw:
+        raise ValueError("holds a NUL byte")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        place = f"byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line"
+        raise ValueError(f"is not UTF-8: {place}") from error
+
+
+def read_lines(text: Text) -> Iterator[Row | DataError]:
+    """One JSON object a line."""
+    parser = _Json()
+    for raw in text.lines():
+        if raw is None or raw.strip(b" \t\r\n"):
+            text.number += 1
+            yield _object_line(raw, parser, text)
+
+
+def _object_line(raw: bytes | None, parser: _Json, text: Text) -> Row | DataError:
+    if raw is None:
+        return text.error(_TOO_LONG)
+    try:
+        line = _decoded(raw).strip(" \t\r\n")
+    except ValueError as error:
+        return text.error(str(error))
+    try:
+        value, end = parser.parse(line, 0)
+        if end < len(line):
+            raise json.JSONDecodeError("Text after the object", line, end)
+    except (ValueError, RecursionError) as error:
+        place = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
+        message = f"is not a JSON object: {_what(error)}{place}; the line begins {cut(line)}"
+        return text.error(message, hint=_line_hint(text, line))
+    fault = parser.fault(value, line)
+    hint = _line_hint(text, line) if isinstance(value, list) else None
+    return text.error(fault, hint=hint) if fault else text.row(value)
+
+
+def _line_hint(text: Text, line: str) -> str | None:
+    if "\r" in line:
+        return "This line holds a carriage return (\\r) alone: lines end in \\n or \\r\\n."
+    if text.number == 1 and line.startswith(("[", "{")):
+        return "A .jsonl file holds one object a line; a .json file holds that, or one list of objects."
+    return None
+
+
+class _Json:
+    """A JSON parser that also notes what the grammar allows and a dataset must not hold."""
+
+    def __init__(self) -> None:
+        self._faults: list[str] = []
+        self._decoder = json.JSONDecoder(
+            object_pairs_hook=self._object, parse_constant=self._constant, parse_float=self._float
+        )
+
+    def parse(self, text: str, start: int) -> tuple[Any, int]:
+        """The value that starts at a position, and where it ends.
+
+        Raises:
+            ValueError: the text is not JSON.
+            RecursionError: it is nested too deeply to be parsed.
+        """
+        self._faults.clear()
+        return self._decoder.raw_decode(text, start)
+
+    def fault(self, value: Any, text: str) -> str | None:
+        """Why the value parsed last, from ``text``, is no row."""
+        if not isinstance(value, dict):
+            return f"expected a JSON object, found {_kind(value)}: {cut(text)}"
+        if self._faults:
+            return self._faults[0]
+        if text.count("{") + text.count("[") > _DEEPEST and _is_deep(value, _DEEPEST):
+            return f"nested too deeply: more than {_DEEPEST} levels"
+        if _SURROGATE.search(text):
+            try:
+                json.dumps(value, ensure_ascii=False).encode("utf-8")
+            except UnicodeEncodeError:
+                return "holds half of a surrogate pair (\\ud800-\\udfff)"
+        return None
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            self._faults.append(f"the key {cut(repeated(key for key, _ in pairs))} stands twice in one object")
+        return found
+
+    def _constant(self, name: str) -> None:
+        self._faults.append(f"{name} is not JSON")
+
+    def _float(self, digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):
+            self._faults.append(f"{cut(digits)} is too large for a number")
+        return value
+
+
+def _is_deep(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return bool(inner) and (levels == 0 or any(_is_deep(each, levels - 1) for each in inner))
+
+
+def _what(error: Exception) -> str:
+    """What the JSON parser says, without its place."""
+    return error.msg.rstrip(": ").removesuffix(" at") if isinstance(error, json.JSONDecodeError) else reason(error)
+
+
+class JsonList:
+    """A JSON list, of whose text one stretch at a time is held."""
+
+    def __init__(self, text: Text):
+        self._text = text
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
+        self._buffer, self._at, self._ended = "", 0, False
+        text.line = 1  # of self._at
+
+    def rows(self) -> Iterator[Row | DataError]:
+        """The objects of the list."""
+        parser, text = _Json(), self._text
+        self._mark()
+        self._advance(self._at + 1)  # over the opening bracket
+        while self._mark() != "]":
+            text.number += 1
+            value, end = self._value(parser)
+            taken = self._buffer[self._at : end]
+            fault = _escaped_byte(taken) or parser.fault(value, taken)
+            yield text.error(fault) if fault else text.row(value)
+            self._advance(end)
+            mark = self._mark()
+            if mark == ",":
+                self._advance(self._at + 1)
+                if self._mark() == "]":
+                    raise text.error("is not JSON: a comma before the closing ']'")
+            elif mark != "]":
+                raise text.error(f"is not JSON: expected ',' or ']', found {self._near(self._at)}")
+        self._advance(self._at + 1)
+        if self._mark():
+            raise text.error(f"text after the end of the list: {self._near(self._at)}")
+
+    def _mark(self) -> str:
+        """The next character that is not blank; none at the end."""
+        while True:
+            blank = _BLANK.match(self._buffer, self._at)
+            self._advance(blank.end() if blank else self._at)
+            if self._at < len(self._buffer) or not self._grow():
+                return self._buffer[self._at : self._at + 1]
+
+    def _value(self, parser: _Json) -> tuple[Any, int]:
+        """The value that starts here, and where it ends."""
+        while True:
+            try:
+                value, end = parser.parse(self._buffer, self._at)
+                if end + 2 < len(self._buffer) or not self._grow():  # 1.5 may go on as 1.5e+3
+                    return value, end
+            except json.JSONDecodeError as error:
+                cut_off = error.msg.startswith("Unterminated") or error.pos > len(self._buffer) - _LONGEST_LITERAL
+                if not (cut_off and self._grow()):
+                    raise self._error(error, error.pos) from error
+            except (ValueError, RecursionError) as error:
+                raise self._error(error, self._at) from error
+
+    def _error(self, error: Exception, at: int) -> DataError:
+        line = self._text.line + self._buffer.count("\n", self._at, at)
+        fault = _escaped_byte(self._buffer[at : at + 1]) or f"is not JSON: {_what(error)}; near {self._near(at)}"
+        return self._text.error(fault, line=line)
+
+    def _near(self, at: int) -> str:
+        return cut(self._buffer[at : at + 100])
+
+    def _advance(self, end: int) -> None:
+        self._text.line += self._buffer.count("\n", self._at, end)
+        self._at = end
+
+    def _grow(self) -> bool:
+        """Reads on. The stretch doubles where a value does not fit, so that a long value is not parsed too often."""
+        held = len(self._buffer) - self._at
+        if held > LONGEST_ROW:
+            raise self._text.error(_TOO_LONG)
+        raw = b"" if self._ended else self._text.stream.read(max(CHUNK, held))
+        if raw:
+            self._buffer, self._at = self._buffer[self._at :] + self._decode(raw), 0
+        elif not self._ended:
+            self._buffer, self._ended = self._buffer + self._decode(b"", True), True
+        return bool(raw)
+
+
+def _escaped_byte(text: str) -> str | None:
+    """Says which byte was no UTF-8, if the text was decoded around one."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"is not UTF-8: byte 0x{ord(text[error.start]) & 0xFF:02x} in {cut(text)}"
+    return None
+
+
+def read_csv(text: Text) -> Iterator[Row | DataError]:
+    """A header, and a record a row. Fields stay text."""
+    csv.field_size_limit(2 * LONGEST_ROW)
+    lines = _CsvLines(text)
+    reader = csv.reader(lines, strict=True)
+    header: list[str] | None = None
+    while True:
+        start = reader.line_num + 1
+        lines.size, lines.fault = 0, None
+        try:
+            record = next(reader, None)
+        except csv.Error as error:
+            raise text.error(f"is not CSV: {reason(error)}; the row starts here", line=start) from error
+        text.line = start
+        if record is None:
+            return
+        if header is None and (record or lines.fault):
+            if lines.fault:
+                raise text.error(lines.fault)
+            header = _header(record, text)
+        elif record or lines.fault:
+            text.number += 1
+            yield text.error(lines.fault) if lines.fault else _record(header or [], record, text)
+
+
+class _CsvLines:
+    """The lines of a CSV file, as the csv module wants them: an end of line only at the end."""
+
+    def __init__(self, text: Text):
+        self._text = text
+        self.size = 0
+        """Bytes of the current record."""
+        self.fault: str | None = None
+        """What is wrong with its text."""
+
+    def __iter__(self) -> Iterator[str]:
+        for raw in self._text.lines():
+            self.size += len(raw or ())
+            if raw is None or self.size > LONGEST_ROW:
+                raise csv.Error(f"{_TOO_LONG}, perhaps a quote that is not closed")
+            for piece in raw.splitlines(keepends=True):
+                try:
+                    yield _decoded(piece)
+                except ValueError as error:
+                    self.fault = self.fault or str(error)
+                    yield piece.replace(b"\0", b"").decode("utf-8", "replace")
+
+
+def _record(header: list[str], record: list[str], text: Text) -> Row | DataError:
+    if len(record) == len(header):
+        return text.row(dict(zip(header, record, strict=True)))
+    message = f"{len(record)} fields, but the header has {len(header)}: {cut(','.join(record))}"
+    return text.error(message, hint="Put fields that hold commas in double quotes.")
+
+
+def _header(record: list[str], text: Text) -> list[str]:
+    names = [name.strip() for name in record]
+    if "" in names:
+        raise text.error(f"column {names.index('') + 1} of the header has no name")
+    if len(set(names)) < len(names):
+        raise text.error(f"the header names {cut(repeated(names))} twice")
+    if len(names) == 1 and (separator := next((mark for mark in ";\t" if mark in names[0]), None)):
+        raise text.error(f"one column, {cut(names[0])}: fields are separated by commas, not by {separator!r}")
+    return names
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "a string", bool: "a truth value", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
+
+
+def cut(text: str, length: int = 60) -> str:
+    """At most ``length`` characters of foreign text, escaped."""
+    return repr(text if len(text) <= length else text[:length] + "...")
+
+
+def reason(error: BaseException | str, length: int = 160) -> str:
+    """The first line of what another library says, without control characters."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().split("\n")[0]
+    text = "".join(mark if mark.isprintable() else "?" for mark in text)
+    return text if len(text) <= length else text[:length] + "..."
+
+
+def repeated(names: Iterable[str]) -> str:
+    """The first name that stands there more than once."""
+    return next(name for name, count in Counter(names).items() if count > 1)

@@ -1,0 +1,466 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dataset_hub import DatasetHub
+
+from peftcli.data.rows import Place, Row
+from peftcli.data.sources import eval_source, held_out, open_source
+from peftcli.errors import DataError, HubError, NetworkError, PeftcliError
+from peftcli.schema import Dataset, Source
+
+
+def write(path: Path, *texts: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def texts(source: Source) -> list[str]:
+    return [row.values["text"] for row in open_source(source).rows() if isinstance(row, Row)]
+
+
+def refused(source: str | Path, **settings: Any) -> PeftcliError:
+    """The error that opening or reading a source ends in."""
+    with pytest.raises(PeftcliError) as caught:
+        list(open_source(Source(train=str(source), **settings)).rows())
+    text = str(caught.value)
+    assert len(text.splitlines()) <= 6
+    assert len(text) < 1000
+    assert "\x1b" not in text
+    return caught.value
+
+
+def test_a_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "x", "y")
+    opened = open_source(Source(train=str(path)))
+    assert opened.described == str(path)
+    assert opened.files == [path]
+    assert list(opened.rows()) == [Row({"text": t}, Place(str(path), n, n)) for n, t in enumerate("xy", start=1)]
+    assert list(opened.rows()) == list(opened.rows())
+
+
+def test_limit_reads_no_further(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "x")
+    path.write_text(path.read_text() + 'broken\n{"text": "y"}\n')
+    assert texts(Source(train=str(path), limit=1)) == ["x"]
+    assert texts(Source(train=str(path), limit=2)) == ["x"]  # the bad row is one of two
+    assert texts(Source(train=str(path), limit=3)) == ["x", "y"]
+    assert refused(path, limit=0).key == "dataset.limit"
+
+
+def test_a_folder_is_its_files_by_name(tmp_path: Path) -> None:
+    write(tmp_path / "b.jsonl", "b1", "b2")
+    write(tmp_path / "a" / "z.json", "z")
+    write(tmp_path / "c.csv").write_text("text\nc\n")
+    write(tmp_path / ".hidden.jsonl", "no")
+    write(tmp_path / ".git" / "d.jsonl", "no")
+    write(tmp_path / "README.md").write_text("no")
+    opened = open_source(Source(train=f"{tmp_path}/"))
+    assert texts(Source(train=str(tmp_path))) == ["z", "b1", "b2", "c"]
+    assert [str(path.relative_to(tmp_path)) for path in opened.files] == ["a/z.json", "b.jsonl", "c.csv"]
+    places = [row.place for row in opened.rows() if isinstance(row, Row)]
+    assert [place.number for place in places] == [1, 2, 3, 4]  # over the whole folder
+    assert [place.line for place in places] == [1, 1, 2, 2]  # in the file
+    assert [place.source for place in places] == [
+        f"{tmp_path}/{name}" for name in ("a/z.json", *["b.jsonl"] * 2, "c.csv")
+    ]
+    assert list(opened.fingerprint()) == [f"{tmp_path}/{name}" for name in ("a/z.json", "b.jsonl", "c.csv")]
+    assert texts(Source(train=str(tmp_path), limit=2)) == ["z", "b1"]
+
+
+def test_a_link_to_a_folder_is_followed_and_a_loop_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere" / "a.jsonl", "x")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    assert texts(Source(train=str(tmp_path / "data"))) == ["x"]
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
+    assert "is a link to a folder that holds it" in refused(tmp_path / "data").message
+
+
+def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
+    assert "in it: nothing" in refused(tmp_path).message
+    (tmp_path / "notes.txt").write_text("x")
+    error = refused(tmp_path)
+    assert "in it: notes.txt" in error.message
+    assert ".jsonl, .json, .csv, .parquet" in (error.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("names", "refused_as"),
+    [
+        (["train.jsonl", "test.jsonl"], "several splits: train.jsonl and test.jsonl"),
+        (["data/train-00000-of-00002.jsonl", "data/validation-00000.jsonl"], "several splits"),
+        (["train/0.jsonl", "dev/0.jsonl"], "several splits"),
+        (["Train.jsonl", "sub/EVAL_1.jsonl"], "several splits"),
+        (["train-1.jsonl", "train-2.jsonl", "training.jsonl", "tested.jsonl", "latest.jsonl"], None),
+        (["test.jsonl", "eval.jsonl"], None),
+        (["train.jsonl", "test.txt"], None),
+    ],
+)
+def test_a_folder_with_several_splits_is_not_trained_on(
+    tmp_path: Path, names: list[str], refused_as: str | None
+) -> None:
+    for name in names:
+        write(tmp_path / name, "x")
+    if refused_as:
+        assert refused_as in refused(tmp_path).message
+    else:
+        assert set(texts(Source(train=str(tmp_path)))) == {"x"}
+
+
+def test_a_dataset_saved_by_the_library_datasets_is_named(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list([{"text": "x"}]).save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": "x"}])}).save_to_disk(tmp_path / "several")
+    for folder in ("one", "several"):
+        assert "saved by save_to_disk" in refused(tmp_path / folder).message
+
+
+def test_a_folder_with_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", "x")
+    write(tmp_path / "b.jsonl")
+    error = refused(tmp_path)
+    assert (error.file, error.message) == (f"{tmp_path}/b.jsonl", "is empty")
+
+
+@pytest.mark.parametrize("name", ["a\nb.jsonl", "a\x1b[31m.jsonl", b"\xe9.jsonl".decode("utf-8", "surrogateescape")])
+def test_odd_names_of_files_are_escaped(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name, "x")
+    opened = open_source(Source(train=str(tmp_path)))
+    [shown] = opened.fingerprint()
+    assert shown.isprintable()
+    assert json.dumps(shown, ensure_ascii=False).encode()
+    (tmp_path / name).write_text("")
+    assert "is empty" in refused(tmp_path).message
+
+
+def test_the_fingerprint_is_of_the_bytes_each_time(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "x")
+    opened = open_source(Source(train=str(path)))
+    before = opened.fingerprint()
+    assert before == {str(path): hashlib.sha256(path.read_bytes()).hexdigest()}
+    list(opened.rows())
+    opened.check_unchanged(before)
+    state = path.stat()
+    write(path, "y")
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))  # same size, same time
+    assert opened.fingerprint() != before
+    with pytest.raises(DataError, match="changed while it was read") as caught:
+        opened.check_unchanged(before)
+    assert caught.value.file == str(path)
+    path.unlink()
+    with pytest.raises(DataError, match="No such file"):
+        opened.check_unchanged(before)
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl.gz", "x")
+    assert "train.jsonl.gz" in str(refused(tmp_path / "trian.jsonl"))
+    assert "does not exist either" in str(refused(tmp_path / "no" / "train.jsonl"))
+    (tmp_path / "train.jsonl.gz").rename(tmp_path / "x")
+    assert "holds no file of that kind" in str(refused(tmp_path / "trian.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("https://example.org/a.jsonl", "is a URL"),
+        ("x" * 5000 + ".jsonl", "cannot be opened"),
+        ("a\0.jsonl", "cannot be opened"),
+        ("a\nb", "no such file"),
+        ("a/b/c", "no such file"),
+        ("./name", "no such file"),
+        ("owner/data.csv", "no such file"),
+        ("", "names no file"),  # and not the working folder, as to pathlib
+    ],
+)
+def test_names_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(name).message
+
+
+@pytest.mark.parametrize(("key", "value"), [("split", "test"), ("name", "x"), ("revision", "x")])
+def test_settings_of_the_hub_mean_nothing_for_a_file(tmp_path: Path, key: str, value: str) -> None:
+    write(tmp_path / "a.jsonl", "x")
+    assert refused(tmp_path / "a.jsonl", **{key: value}).key == f"dataset.{key}"
+
+
+def test_a_local_file_is_always_streamed(tmp_path: Path) -> None:
+    assert texts(Source(train=str(write(tmp_path / "a.jsonl", "x")), streaming=True)) == ["x"]
+
+
+# --- evaluation rows
+
+
+def test_held_out_rows_never_change() -> None:
+    """The same with every version: a run that is resumed, or evaluated later, needs the same rows."""
+    assert held_out(50, 0.2, seed=1) == {27, 29, 30, 33, 35, 38, 39, 42, 44, 49}
+    assert held_out(50, 0.2, seed=2) != held_out(50, 0.2, seed=1)
+
+
+@pytest.mark.parametrize(("count", "fraction", "size"), [(3, 0.001, 1), (3, 0.999, 2), (2, 0.5, 1), (1000, 0.25, 250)])
+def test_both_parts_get_something(count: int, fraction: float, size: int) -> None:
+    held = held_out(count, fraction, seed=0)
+    assert len(held) == size
+    assert held < set(range(count))
+
+
+def test_held_out_rows_are_spread_evenly() -> None:
+    held = held_out(10_000, 0.5, seed=3)
+    assert 2400 < sum(row < 5000 for row in held) < 2600
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "message"), [(10, 1.0, "between 0 and 1"), (10, 0.0, "between"), (1, 0.5, "one row")]
+)
+def test_what_cannot_be_held_out(count: int, fraction: float, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        held_out(count, fraction, seed=0)
+    assert caught.value.key == "dataset.eval_fraction"
+
+
+@pytest.mark.parametrize(
+    ("settings", "source"),
+    [
+        ({}, None),
+        ({"eval_fraction": 0.1}, None),
+        ({"eval": "b.jsonl"}, Source(train="b.jsonl")),
+        ({"eval": "b.jsonl", "limit": 2, "streaming": True}, Source(train="b.jsonl", streaming=True)),
+        ({"eval": "other/set", "revision": "v1", "name": "x"}, Source(train="other/set")),
+        ({"eval": "other/set", "eval_split": "valid"}, Source(train="other/set", split="valid")),
+        ({"format": "text", "columns": {"text": "t"}, "eval": "b.jsonl"},
+         Source(train="b.jsonl", format="text", columns={"text": "t"})),
+    ],
+)  # fmt: skip
+def test_the_source_of_evaluation_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], source: Source | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "b.jsonl", "x")
+    assert eval_source(Dataset(train="a.jsonl", **settings)) == source
+
+
+def test_a_split_of_the_same_hub_dataset() -> None:
+    dataset = Dataset(train="owner/name", name="part", revision="v1", split="train", eval_split="valid")
+    assert eval_source(dataset) == Source(train="owner/name", name="part", revision="v1", split="valid")
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"eval": "x", "eval_fraction": 0.1}, "dataset.eval_fraction"),
+        ({"eval_split": "test", "eval_fraction": 0.1}, "dataset.eval_split"),
+        ({"eval_split": "test"}, "dataset.eval_split"),
+        ({"eval": "b.jsonl", "eval_split": "test"}, "dataset.eval_split"),
+        ({"train": None, "mix": [Source(train="a.jsonl")], "eval_split": "test"}, "dataset.eval_split"),
+    ],
+)
+def test_settings_that_contradict_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], key: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.jsonl", "x")
+    write(tmp_path / "b.jsonl", "x")
+    with pytest.raises(DataError) as caught:
+        eval_source(Dataset(**{"train": "a.jsonl", **settings}))
+    assert caught.value.key == key
+
+
+# --- the hub
+
+NAME = "owner/name"
+FILES = {"train.jsonl": b'{"text": "a"}\n{"text": "b"}\n', "test.jsonl": b'{"text": "c"}\n'}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[DatasetHub]:
+    import datasets
+    from huggingface_hub import constants
+
+    server = DatasetHub()
+    for module, name, value in (
+        (constants, "ENDPOINT", server.url),
+        (constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"),
+        (constants, "HF_HUB_OFFLINE", False),
+        (constants, "HF_HUB_CACHE", str(tmp_path / "hub")),
+        (datasets.config, "HF_ENDPOINT", server.url),
+        (datasets.config, "HF_HUB_OFFLINE", False),
+        (datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets"),
+        (datasets.config, "HUB_DATASETS_URL", server.url + "/datasets/{repo_id}/resolve/{revision}/{path}"),
+    ):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def offline(hub: DatasetHub, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Cuts the hub off."""
+    import datasets
+    from huggingface_hub import constants
+
+    def cut() -> None:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+    return cut
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_dataset_at_its_newest_commit_or_another(hub: DatasetHub, streaming: bool) -> None:
+    first = hub.commit(NAME, FILES)
+    second = hub.commit(NAME, {**FILES, "train.jsonl": b'{"text": "new"}\n'})
+    source = Source(train=NAME, streaming=streaming)
+    opened = open_source(source)
+    assert (opened.described, opened.files) == (NAME, [])
+    assert opened.fingerprint() == {f"{NAME}@{second}": second}
+    assert list(opened.rows()) == [Row({"text": "new"}, Place(NAME, 1))]
+    opened.check_unchanged(opened.fingerprint())
+    assert texts(Source(train=NAME, streaming=streaming, revision=first)) == ["a", "b"]
+    assert texts(Source(train=NAME, streaming=streaming, revision=first, limit=1)) == ["a"]
+    assert texts(Source(train=NAME, streaming=streaming, split="test")) == ["c"]
+
+
+def test_an_opened_hub_dataset_stays_at_its_commit(hub: DatasetHub) -> None:
+    hub.commit(NAME, FILES)
+    opened = open_source(Source(train=NAME, streaming=True))
+    before = opened.fingerprint()
+    hub.commit(NAME, {**FILES, "train.jsonl": b'{"text": "new"}\n'})
+    assert [row.values["text"] for row in opened.rows() if isinstance(row, Row)] == ["a", "b"]
+    opened.check_unchanged(before)
+
+
+def test_streaming_with_a_limit_fetches_no_more(hub: DatasetHub) -> None:
+    shards = {f"train-{n}.jsonl": b'{"text": "x"}\n' * 10 for n in range(5)}
+    hub.commit(NAME, shards)
+    assert len(texts(Source(train=NAME, streaming=True, limit=15))) == 15
+    assert {name for name in hub.sent if name in shards} == {"train-0.jsonl", "train-1.jsonl"}
+
+
+def test_nothing_is_fetched_for_the_commit(hub: DatasetHub) -> None:
+    hub.commit(NAME, FILES)
+    open_source(Source(train=NAME)).fingerprint()
+    assert hub.sent == []
+
+
+def test_without_the_hub_the_cache_is_used(hub: DatasetHub, offline: Any) -> None:
+    commit = hub.commit(NAME, FILES)
+    assert texts(Source(train=NAME)) == ["a", "b"]
+    offline()
+    for revision in (None, commit, commit[:10]):
+        opened = open_source(Source(train=NAME, revision=revision))
+        assert opened.fingerprint() == {f"{NAME}@{commit}": commit}
+        assert texts(Source(train=NAME, revision=revision)) == ["a", "b"]
+
+
+def test_a_branch_that_the_cache_knows(hub: DatasetHub, offline: Any) -> None:
+    commit = hub.commit(NAME, {**FILES, "README.md": b"# A dataset\n"})
+    from huggingface_hub import hf_hub_download
+
+    assert texts(Source(train=NAME, revision="main")) == ["a", "b"]
+    hf_hub_download(NAME, "README.md", repo_type="dataset", revision="main")  # what notes the commit of a branch
+    offline()
+    assert open_source(Source(train=NAME, revision="main")).fingerprint() == {f"{NAME}@{commit}": commit}
+
+
+def test_another_commit_in_the_cache_is_not_taken(hub: DatasetHub, offline: Any) -> None:
+    old = hub.commit(NAME, FILES)
+    new = hub.commit(NAME, {**FILES, "train.jsonl": b'{"text": "new"}\n'})
+    assert texts(Source(train=NAME)) == ["new"]
+    offline()
+    error = refused(NAME, revision=old)
+    assert isinstance(error, NetworkError)
+    assert f"the cache holds commit {new[:12]}" in error.message
+    assert isinstance(refused(NAME, revision="v1"), NetworkError)
+
+
+def test_the_hub_goes_away_between_commit_and_rows(hub: DatasetHub, offline: Any) -> None:
+    """The library would take what it has, which is another commit."""
+    hub.commit(NAME, FILES)
+    assert texts(Source(train=NAME)) == ["a", "b"]
+    hub.commit(NAME, {**FILES, "train.jsonl": b'{"text": "new"}\n'})
+    opened = open_source(Source(train=NAME))
+    opened.fingerprint()
+    offline()
+    with pytest.raises(NetworkError):
+        list(opened.rows())
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "key", "message"),
+    [
+        ({"train": "owner/other"}, DataError, None, "no such dataset on the hub, and no such file"),
+        ({"train": "json"}, DataError, None, "no such dataset on the hub"),
+        ({"revision": "v9"}, DataError, "dataset.revision", "no revision 'v9'"),
+        ({"split": "tset"}, DataError, "dataset.split", "no split 'tset'"),
+        ({"split": "tset", "streaming": True}, DataError, "dataset.split", "no split 'tset'"),
+        ({"name": "part"}, DataError, "dataset.name", "part"),
+        ({"train": "owner/broken"}, DataError, None, "cannot be loaded: "),
+        ({"train": "owner/broken", "streaming": True}, DataError, None, "cannot be loaded: "),
+        ({"train": "owner/code"}, DataError, None, "scripts are no longer supported"),
+        ({"train": "owner/nothing"}, DataError, None, "cannot be loaded"),
+    ],
+)
+def test_what_a_hub_dataset_has_not(
+    hub: DatasetHub, settings: dict[str, Any], kind: type[PeftcliError], key: str | None, message: str
+) -> None:
+    hub.commit(NAME, FILES)
+    hub.commit("owner/broken", {"train.jsonl": b'{"text": "a"}\n{"text": \n'})
+    hub.commit("owner/code", {"code.py": b"import os\n"})
+    hub.commit("owner/nothing", {"notes.md": b"\n"})
+    error = refused(settings.pop("train", NAME), **settings)
+    assert type(error) is kind
+    assert error.key == key
+    assert message in error.message
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(401, HubError), (403, HubError), (429, NetworkError), (500, NetworkError), (503, NetworkError)],
+)
+def test_what_the_hub_answers_instead(
+    hub: DatasetHub, monkeypatch: pytest.MonkeyPatch, status: int, kind: type[PeftcliError]
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.status = status
+    assert type(refused("owner/other")) is kind
+
+
+def test_a_gated_dataset(hub: DatasetHub) -> None:
+    hub.status, hub.headers = 403, {"X-Error-Code": "GatedRepo"}
+    error = refused(NAME)
+    assert isinstance(error, HubError)
+    assert "is gated" in error.message
+
+
+@pytest.mark.parametrize("name", ["owner/no-such-dataset", "json"])
+def test_no_network_is_a_network_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """``json`` is a kind of file to datasets, which would read the JSON files of the working folder."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "train.json", "x")
+    error = refused(name)
+    assert isinstance(error, NetworkError)
+    assert "no file of that name" in error.message
+
+
+def test_local_files_need_neither_torch_nor_datasets(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "x")
+    code = (
+        "import sys; from peftcli.data.sources import open_source; from peftcli.data.formats import example_reader;"
+        f"from peftcli.schema import Source; source = Source(train={str(path)!r});"
+        "[row] = open_source(source).rows(); example_reader(tuple(row.values), source, 'a')(row);"
+        "print([name for name in ('torch', 'transformers', 'datasets', 'pyarrow', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
