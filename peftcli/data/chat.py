@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from peftcli.data.flags import NONE, Flag, damaged, odd_turns
 from peftcli.data.formats import ChatExample, PairExample, TextExample
 from peftcli.data.spans import Template
 from peftcli.errors import DataError
 
 if TYPE_CHECKING:
+    from tokenizers.normalizers import Normalizer
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
@@ -30,6 +32,8 @@ class Encoded:
     input_ids: list[int]
     labels: list[int]
     """The ids again, IGNORED where not trained."""
+    flags: Flag = NONE
+    """What is odd about it."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,9 @@ class Plan:
     rendered: bool = False
     """Whether a chat template wrote the special tokens into ``text``. Else the tokenizer adds its own, and EOS."""
     closed: bool = True
-    """Whether every answer has an end-of-turn token."""
+    """Whether every trained answer has an end-of-turn token."""
+    flags: Flag = NONE
+    """What is odd about the example."""
 
 
 def encode_text(example: TextExample, tokenizer: PreTrainedTokenizerBase) -> Encoded:
@@ -68,13 +74,14 @@ def encode_chat(example: ChatExample, tokenizer: PreTrainedTokenizerBase, train_
 
 def plan_text(example: TextExample) -> Plan:
     """The plan of a text: all of it."""
-    return Plan(example.text)
+    return Plan(example.text, flags=Flag.DAMAGED if damaged(example.text) else NONE)
 
 
 def plan_pair(example: PairExample, train_on: str = "answers") -> Plan:
     """The plan of a pair: its completion, or all of it."""
     text = example.prompt + example.completion
-    return Plan(text, None if train_on == "all" else ((len(example.prompt), len(text)),))
+    spans = None if train_on == "all" else ((len(example.prompt), len(text)),)
+    return Plan(text, spans, flags=Flag.DAMAGED if damaged(text) else NONE)
 
 
 def plan_chat(example: ChatExample, template: Template, train_on: str) -> Plan:
@@ -83,18 +90,33 @@ def plan_chat(example: ChatExample, template: Template, train_on: str) -> Plan:
     Raises:
         DataError: the template refuses the conversation, or does not show for certain where its answers are.
     """
-    if train_on == "all" and not example.untrained:
-        return Plan(template.render(example.messages, example.tools), rendered=True)
-    text, answers = template.answers(example.messages, example.tools)
-    if train_on == "all":
-        borders = [0, *(at for each in answers if each.message in example.untrained for at in (each.start, each.end))]
-        spans = tuple(zip(borders[::2], [*borders[1::2], len(text)], strict=True))
-        return Plan(text, spans, rendered=True)
+    flags = _flags(example, template)
+    turns = [at for at, message in enumerate(example.messages) if message["role"] == "assistant"]
     if train_on == "last_answer":
-        answers = answers[-1:]
-    trained = [each for each in answers if each.message not in example.untrained]
-    spans = tuple((each.start, each.end) for each in trained)
-    return Plan(text, spans, rendered=True, closed=all(each.closed for each in trained))
+        turns = turns[-1:]
+    which = [at for at in turns if (at in example.untrained) == (train_on == "all")]
+    rendered = template.answers(example.messages, example.tools, which)
+    if rendered.unseen:
+        flags |= Flag.UNSEEN
+    spans = tuple((each.start, each.end) for each in rendered.answers)
+    if train_on == "all":
+        # All but the turns that were looked for; all tokens if there are none.
+        borders = [0, *(border for span in spans for border in span), len(rendered.text)]
+        rest = tuple(zip(borders[::2], borders[1::2], strict=True))
+        return Plan(rendered.text, rest if spans else None, rendered=True, flags=flags)
+    closed = all(each.closed for each in rendered.answers)
+    return Plan(rendered.text, spans, rendered=True, closed=closed, flags=flags if closed else flags | Flag.OPEN)
+
+
+def _flags(example: ChatExample, template: Template) -> Flag:
+    """What is odd about a conversation before it is rendered."""
+    contents = "\n".join(text for message in example.messages for text in message.values() if isinstance(text, str))
+    flags = Flag.DAMAGED if damaged(contents) else NONE
+    if template.markers.search(contents):
+        flags |= Flag.MARKERS
+    if odd_turns([message["role"] for message in example.messages]):
+        flags |= Flag.ODD_TURNS
+    return flags
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -106,7 +128,8 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> Template:
     if not tokenizer.chat_template:
         raise DataError(
             "the base model's tokenizer has no chat template, so conversations cannot be written as it expects",
-            hint="Use the model's instruct or chat version, or give the rows as prompt and completion.",
+            hint="Use the model's instruct version, give it a template (base_model.chat_template: chatml, or a .jinja "
+            "file), or give the rows as prompt and completion.",
         )
     return Template(tokenizer)
 
@@ -146,31 +169,38 @@ def encode_plans(plans: Sequence[Plan], tokenizer: PreTrainedTokenizerBase) -> l
         return_attention_mask=False,
         verbose=False,
     )
-    special = set(tokenizer.added_tokens_decoder)
+    special, bos = set(tokenizer.added_tokens_decoder), tokenizer.bos_token_id
+    normalizer = tokenizer.backend_tokenizer.normalizer if partial else None
     encoded = []
     for index, plan in enumerate(plans):
         ids = batch["input_ids"][index]
-        labels = ids if plan.spans is None else _labels(plan, ids, batch["offset_mapping"][index], special)
-        encoded.append(Encoded(ids, list(labels)) if plan.rendered else _finish(ids, labels, tokenizer))
+        labels = ids if plan.spans is None else _labels(plan, ids, batch["offset_mapping"][index], special, normalizer)
+        if plan.rendered:
+            double = bos is not None and ids[:2] == [bos, bos]
+            encoded.append(Encoded(ids, list(labels), plan.flags | Flag.DOUBLE_BOS if double else plan.flags))
+        else:
+            encoded.append(_finish(plan, ids, labels, tokenizer))
     return encoded
 
 
-def _finish(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def _finish(plan: Plan, ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """One BOS where the tokenizer adds it, one EOS at the end, and EOS is trained."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and bos != eos and ids[:2] == [bos, bos]:
         ids, labels = ids[1:], labels[1:]
     if eos is None:
-        return Encoded(ids, list(labels))
+        return Encoded(ids, list(labels), plan.flags | Flag.OPEN)
     if ids[-1:] == [eos]:
         ids, labels = ids[:-1], labels[:-1]
-    return Encoded([*ids, eos], [*labels, eos])
+    return Encoded([*ids, eos], [*labels, eos], plan.flags)
 
 
-def _labels(plan: Plan, ids: list[int], offsets: list[Span], special: set[int]) -> list[int]:
+def _labels(
+    plan: Plan, ids: list[int], offsets: list[Span], special: set[int], normalizer: Normalizer | None
+) -> list[int]:
     """The ids of the tokens that stand, wholly or in part, in one of the plan's spans; IGNORED for the others."""
     labels = [IGNORED] * len(ids)
-    rest = iter(plan.spans or ())
+    rest = iter([(_begin(plan.text, start, normalizer), end) for start, end in plan.spans or ()])
     start, end = next(rest, (0, 0))
     before = 0
     for index, (left, right) in enumerate(offsets):
@@ -185,3 +215,14 @@ def _labels(plan: Plan, ids: list[int], offsets: list[Span], special: set[int]) 
         if right > start and left < end:
             labels[index] = ids[index]
     return labels
+
+
+def _begin(text: str, start: int, normalizer: Normalizer | None) -> int:
+    """Where the characters begin that the tokenizer makes one with the one at ``start``, as of e and an accent."""
+    while normalizer and 0 < start < len(text) and not text[start].isascii():
+        # Eight characters hold any letter and its accents.
+        before, both = (normalizer.normalize_str(text[max(0, start - 8) : end]) for end in (start, start + 1))
+        if both.startswith(before):
+            break
+        start -= 1
+    return start

@@ -2,16 +2,19 @@
 
 A template is a program, so the places are found by running it. The conversation is rendered a second time with marks
 around the contents. If taking the marks out gives the first rendering again, they show where each content went.
-How the template opens and closes an assistant turn is learnt once, from a short conversation. A turn that no mark
-shows is found by rendering the conversation up to it, if that is a prefix of the whole. Otherwise it is refused.
+How the template opens and closes an assistant turn is learnt once, from a short conversation. How tool calls begin and
+end is seen in the conversation up to them. A turn that no mark shows is found by rendering the conversation up to it,
+if that is a prefix of the whole. Otherwise it is refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftcli.errors import DataError
 
@@ -21,16 +24,31 @@ if TYPE_CHECKING:
     from peftcli.data.formats import Message
 
 _MARK = "Xq7Marker"
-_MARKS = re.compile(_MARK + r"(\d+)([arzc])")
+_MARKS = re.compile(_MARK + r"(\d+)([arz]|c\d+q)")
+_PATTERNS = 1000
+"""Patterns that are kept, at most."""
 _THINKING = ("reasoning_content", "reasoning", "thinking")
 
-Places = dict[tuple[int, str], int]
-"""(message, kind of mark) -> position in the rendered conversation. Kinds: a and z, where the content begins and ends;
-r, where its thinking begins; c, the end of the last tool call's function name."""
+
+class _Mark(NamedTuple):
+    """A mark, and where it came out in the rendered conversation without marks."""
+
+    position: int
+    message: int
+    kind: str
+    """a and z: where the content begins and ends; r: where its thinking begins; c0q, c1q, ...: the end of the name of
+    the function that a tool call names."""
+
+
+_Sides = tuple[bool | None, bool]
+"""Whether the marks before and after a content stand outside the white space at its edges; None: no mark before it."""
+# A template may keep the white space around a content or strip it, and ask what a content begins with.
+_EDGELESS: tuple[_Sides, ...] = ((True, True), (None, True))
+_EDGED: tuple[_Sides, ...] = ((True, True), (False, False), (False, True), (True, False), (None, True), (None, False))
 
 
 class _Unclear(Exception):
-    """Why a turn cannot be found."""
+    """Why a turn cannot be found by marks."""
 
 
 def render(
@@ -44,9 +62,13 @@ def render(
     try:
         text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
     except Exception as error:  # a template is foreign code
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"the chat template refuses the conversation: {reason}") from error
+        raise _not_rendered(error) from error
     return str(text)
+
+
+def _not_rendered(error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return DataError(f"the chat template refuses the conversation: {reason}")
 
 
 @dataclass(frozen=True)
@@ -60,184 +82,373 @@ class Answer:
     """Whether an end-of-turn token is part of it."""
 
 
+@dataclass(frozen=True)
+class Rendered:
+    """A rendered conversation, and where its assistant turns stand."""
+
+    text: str
+    answers: list[Answer]
+    unseen: bool
+    """Whether the template leaves out the text of a turn, or a tool call."""
+
+
+@dataclass(frozen=True)
+class _Conversation:
+    """A conversation and its rendering."""
+
+    messages: list[Message]
+    tools: list[Any] | None
+    text: str
+    habits: _Habits
+
+
+@dataclass(frozen=True)
+class _Habits:
+    """How a template writes an assistant turn."""
+
+    openings: tuple[str, ...]
+    """What may stand before it: the generation prompt, and as much of it as a conversation shows."""
+    closings: tuple[str, ...]
+    """What may end it, the longest first."""
+    closing: re.Pattern[str]
+    """One of the closings, after white space."""
+
+
+@dataclass(frozen=True)
+class _Pattern:
+    """What a template writes around the contents of turns with certain roles. It saves marking each conversation."""
+
+    pieces: list[str]
+    answers: list[tuple[int, int, int, bool]]
+    """Of each answer: message, trained characters before and after its content, closed."""
+
+    @classmethod
+    def of(cls, text: str, marks: list[_Mark], answers: list[Answer]) -> _Pattern:
+        """The pattern of a conversation in which the marks of each message follow one another."""
+        places = [0, *(mark.position for mark in marks), len(text)]
+        pieces = [text[start:end] for start, end in zip(places[::2], places[1::2], strict=True)]
+        begins, ends = places[1::2], places[2::2]
+        around = [(each.message, begins[each.message] - each.start, each.end - ends[each.message]) for each in answers]
+        return cls(pieces, [(*each, answer.closed) for each, answer in zip(around, answers, strict=True)])
+
+    def fit(self, messages: list[Message], text: str) -> list[Answer] | None:
+        """The answers in ``text``, if it is these pieces around the contents of ``messages``."""
+        contents = [message["content"] for message in messages]
+        stripped = list(map(str.strip, contents))
+        choices = [contents]
+        if contents != stripped:
+            mixed = zip(messages, contents, stripped, strict=True)
+            choices += stripped, [bare if each["role"] == "assistant" else kept for each, kept, bare in mixed]
+        for choice in choices:
+            parts = [self.pieces[0]]
+            for content, piece in zip(choice, self.pieces[1:], strict=True):
+                parts += content, piece
+            if "".join(parts) == text:
+                ends = list(accumulate(map(len, parts)))
+                return [
+                    Answer(index, ends[2 * index] - before, ends[2 * index + 1] + after, closed)
+                    for index, before, after, closed in self.answers
+                ]
+        return None
+
+
 class Template:
-    """A tokenizer's chat template."""
+    """A tokenizer's chat template, or templates: some have another one for conversations with tools.
+
+    Raises:
+        DataError: the template does not render a question and its answer.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        from transformers import PreTrainedTokenizerBase as Base
+
         self.tokenizer = tokenizer
+        self._plain = getattr(tokenizer.apply_chat_template, "__func__", None) is Base.apply_chat_template
+        self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
-        longest_first = sorted(filter(None, tokens), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._opening, self._bare_opening, self._closings = self._learn()
+        # Gemma's tokenizer has added tokens of line breaks, which end no turn.
+        self._special = _any_of(token for token in tokens if token.strip())
+        self.markers = _any_of(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+        """Finds special tokens in a text."""
+        self._learnt: dict[str, _Habits] = {}
+        self._patterns: dict[tuple[str, ...], _Pattern | None] = {}
+        self._habits(None)
+
+    @property
+    def closings(self) -> tuple[str, ...]:
+        """What may close an assistant's turn."""
+        return self._habits(None).closings
 
     def render(self, messages: list[Message], tools: list[Any] | None = None, prompt: bool = False) -> str:
-        """As the function ``render``."""
-        return render(self.tokenizer, messages, tools, prompt)
+        """As the function ``render``, in less time where the tokenizer renders as most do.
 
-    def answers(self, messages: list[Message], tools: list[Any] | None = None) -> tuple[str, list[Answer]]:
-        """The rendered conversation, and where its assistant turns stand in it.
+        Raises:
+            DataError: the template refuses the conversation.
+        """
+        if not self._plain:
+            return render(self.tokenizer, messages, tools, prompt)
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts: Any = render_jinja_template(
+                [[{key: value for key, value in message.items() if value is not None} for message in messages]],
+                tools=tools,
+                chat_template=self.tokenizer.get_chat_template(tools=tools),
+                add_generation_prompt=prompt,
+                **self._variables,
+            )
+        except Exception as error:  # a template is foreign code
+            raise _not_rendered(error) from error
+        return str(texts[0][0])
+
+    def answers(
+        self, messages: list[Message], tools: list[Any] | None = None, which: Container[int] | None = None
+    ) -> Rendered:
+        """The rendered conversation, and where its assistant turns stand in it, or those of them in ``which``.
 
         Raises:
             DataError: the template refuses the conversation, or a turn cannot be found for certain.
         """
-        full = self.render(messages, tools)
-        places = self._places(messages, tools, full)
+        text = self.render(messages, tools)
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if which is not None:
+            turns = [index for index in turns if index in which]
+        if not tools and all(map(_simple, messages)):
+            pattern = self._pattern(tuple(message["role"] for message in messages))
+            if pattern and (found := pattern.fit(messages, text)) is not None:
+                return Rendered(text, [each for each in found if each.message in turns], unseen=False)
+        return self._search(_Conversation(messages, tools, text, self._habits(tools)), turns)[0]
+
+    def _search(self, whole: _Conversation, turns: list[int]) -> tuple[Rendered, list[_Mark] | None]:
+        """The turns of any conversation, and the marks of all its messages."""
+        marks = self._marks(whole, range(len(whole.messages)))
         found: list[Answer] = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
+        for index in turns:
             after = found[-1].end if found else 0
             try:
-                answer = self._by_marks(messages, index, full, places, after)
+                answer = self._by_marks(whole, index, marks, after)
             except _Unclear as unclear:
-                answer = self._by_prefix(messages, tools, index, full, after, unclear)
+                answer = self._by_prefix(whole, index, after, unclear)
             found.append(answer)
-        return full, found
+        return Rendered(whole.text, found, marks is not None and _unseen(whole.messages, marks)), marks
 
-    def _learn(self) -> tuple[str, str, tuple[str, ...]]:
-        """How an assistant turn opens when asked for, how it opens at least, and what may close it.
+    def _pattern(self, roles: tuple[str, ...]) -> _Pattern | None:
+        """What the template writes around the contents of turns with these roles, if that is known."""
+        if roles not in self._patterns and len(self._patterns) < _PATTERNS:
+            messages = [{"role": role, "content": f"{index}."} for index, role in enumerate(roles)]
+            pattern = None
+            with suppress(DataError):
+                whole = _Conversation(messages, None, self.render(messages), self._habits(None))
+                answers = [index for index, role in enumerate(roles) if role == "assistant"]
+                rendered, marks = self._search(whole, answers)
+                in_order = [(index, kind) for index in range(len(roles)) for kind in "az"]
+                if [(mark.message, mark.kind) for mark in marks or ()] == in_order:
+                    pattern = _Pattern.of(rendered.text, marks or [], rendered.answers)
+            self._patterns[roles] = pattern
+        return self._patterns.get(roles)
 
-        Raises:
-            DataError: the template does not render a question and its answer.
-        """
+    def _habits(self, tools: list[Any] | None) -> _Habits:
+        """How the template for conversations with ``tools`` writes an assistant turn, learnt once."""
+        name = self.tokenizer.get_chat_template(tools=tools) if self._plain else ""
+        if name not in self._learnt:
+            self._learnt[name] = self._learn(tools if self._learnt else None)
+        return self._learnt[name]
+
+    def _learn(self, tools: list[Any] | None) -> _Habits:
         ask, answer, again = (_MARK + name for name in ("Ask", "Answer", "Again"))
         turns = [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]
         try:
-            last = self.render(turns)
+            last = self.render(turns, tools)
         except DataError:
             # Some templates insist on a system prompt.
             turns = [{"role": "system", "content": "Help."}, *turns]
-            last = self.render(turns)
-        if last.count(answer) != 1:
+            last = self.render(turns, tools)
+        if last.count(ask) != 1 or last.count(answer) != 1:
             raise DataError("the chat template does not show a plain question and its answer")
         try:
-            middle = self.render([*turns, {"role": "user", "content": again}])
+            middle = self.render([*turns, {"role": "user", "content": again}], tools)
         except DataError:
             middle = last
-        asked, opened = self.render(turns[:-1]), self.render(turns[:-1], prompt=True)
-        opening = opened[_shared(asked, opened) :]
+        asked, opened = self.render(turns[:-1], tools), self.render(turns[:-1], tools, prompt=True)
+        opening = opened[len(self._both(opened, asked)) :]
         if not opening.strip() and last.startswith(asked):
             # The template has no generation prompt: an answer opens as it does in the conversation.
             opening = last[len(asked) :].partition(answer)[0]
-        between = middle.partition(answer)[0].rpartition(ask)[2]
-        ends = (opening[:size] for size in range(len(opening), 0, -1) if between.endswith(opening[:size]))
-        bare = opening if opening in between else next(ends, "")
-        tails = last.partition(answer)[2], middle.partition(answer)[2].partition(again)[0]
-        return opening if opening.strip() else "", bare if bare.strip() else "", self._closings_of(*tails)
+        header = middle.partition(answer)[0].rpartition(ask)[2]
+        openings = (opening + _gap(header, opening), _bare(header, opening))
+        first, following = last.partition(ask)[0], middle.partition(answer)[2].partition(again)[0]
+        closings = self._closings_of(first, header, following, last.partition(answer)[2])
+        return _Habits(
+            tuple(dict.fromkeys(text for text in openings if text.strip())),
+            tuple(sorted(closings, key=len, reverse=True)),
+            re.compile(rf"\s*(?:{_any_of(closings).pattern})"),
+        )
 
-    def _closings_of(self, last: str, middle: str) -> tuple[str, ...]:
-        """What closes a turn, from the texts that follow an answer at the end and in the middle."""
-        last_run, middle_run = list(self._run(last)), list(self._run(middle))
-        if size := _shared(last_run, middle_run):
-            return ("".join(last_run[:size]),)
-        if last_run:
-            return tuple(run[0] for run in (last_run, middle_run) if run)
-        words = last[: _shared(last, middle)].split()
-        return (words[0],) if words and not middle_run else ()
+    def _closings_of(self, first: str, header: str, middle: str, last: str) -> tuple[str, ...]:
+        """What may close a turn.
 
-    def _run(self, text: str) -> Iterator[str]:
-        """The special tokens that ``text`` begins with, one directly after another."""
+        Args:
+            first: What stands before the first question.
+            header: What stands between a question and its answer.
+            middle: What stands between an answer and the next question.
+            last: What stands after the last answer.
+        """
+        opener = self._special.match(first.removeprefix(self.tokenizer.bos_token or "").lstrip())
+        runs = [self._run(text, opener.group() if opener else None) for text in (last, middle)]
+        if size := _shared(*runs):
+            return ("".join(runs[0][:size]),)
+        if all(runs):
+            return runs[0][0], runs[1][0]
+        if runs[0]:
+            # It may be a generation prompt that the template writes in any case.
+            return () if header.endswith(last) else ("".join(runs[0]),)
+        # What every question has before it opens its turn, and does not close the one before.
+        own = middle[: len(middle) - _shared(first[::-1], middle[::-1])]
+        if runs[1]:
+            return ("".join(runs[1]),) if own else ()
+        words = self._both(last, own).strip()
+        return (words,) if words else ()
+
+    def _run(self, text: str, stop: str | None) -> list[str]:
+        """The special tokens that ``text`` begins with, one directly after another, up to ``stop``."""
+        run: list[str] = []
         position = len(text) - len(text.lstrip())
-        while found := self._special.match(text, position):
-            yield found.group()
+        while (found := self._special.match(text, position)) and found.group() != stop:
+            run.append(found.group())
             position = found.end()
+        return run
 
-    def _places(self, messages: list[Message], tools: list[Any] | None, full: str) -> Places:
-        """Where marks come out, from as many marked renderings as are needed."""
-        assistants = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        edged = any(_edged(messages[index].get("content")) for index in assistants)
-        # Whether marks go outside or inside the white space around a content: a template may keep it or strip it.
-        choices = [(True, True), (False, False), (False, True), (True, False)][: 4 if edged else 1]
-        for outer in choices:
-            if (places := self._marked(messages, tools, full, outer, set(range(len(messages))))) is not None:
-                return places
-        found: Places = {}
-        for index in assistants:
-            for outer in choices:
-                if (places := self._marked(messages, tools, full, outer, {index})) is not None:
-                    found |= places
-                    break
-        return found
+    def _both(self, one: str, other: str) -> str:
+        """What the two texts begin with, without part of a special token."""
+        size = _shared(one, other)
+        cut = (found.start() for found in self._special.finditer(one) if found.start() < size < found.end())
+        return one[: next(cut, size)]
 
-    def _marked(
-        self, messages: list[Message], tools: list[Any] | None, full: str, outer: tuple[bool, bool], which: set[int]
-    ) -> Places | None:
-        """The places of the marks around messages ``which``; None where marking changes the rendering."""
-        if _MARK in full:
+    def _marks(self, whole: _Conversation, which: Sequence[int]) -> list[_Mark] | None:
+        """The marks of the messages ``which``, in the order of the text; None where marking changes the rendering."""
+        if _MARK in whole.text:
             return None
-        marked = [_mark(message, index, outer) if index in which else message for index, message in enumerate(messages)]
+        answers = [whole.messages[index] for index in which if whole.messages[index]["role"] == "assistant"]
+        edged = any(_edged(message.get("content")) for message in answers)
+        for sides in _EDGED if edged else _EDGELESS:
+            if (marks := self._marked(whole, which, sides)) is not None:
+                return marks
+        return None
+
+    def _marked(self, whole: _Conversation, which: Sequence[int], sides: _Sides) -> list[_Mark] | None:
+        messages = list(whole.messages)
+        for index in which:
+            messages[index] = _mark(messages[index], index, sides)
         try:
-            text = self.render(marked, tools)
+            text, marks = _unmark(self.render(messages, whole.tools))
         except DataError:
             return None
-        if _MARKS.sub("", text) != full:
-            return None
-        places: Places = {}
-        shift = 0
-        for found in _MARKS.finditer(text):
-            place = (int(found[1]), found[2])
-            if place in places:
-                return None
-            places[place] = found.start() - shift
-            shift += len(found[0])
-        return places
+        return marks if text == whole.text else None
 
-    def _by_marks(self, messages: list[Message], index: int, full: str, places: Places, after: int) -> Answer:
-        first = min((places[index, kind] for kind in "ra" if (index, kind) in places), default=None)
-        last = max((places[index, kind] for kind in "zc" if (index, kind) in places), default=None)
-        calls = bool(messages[index].get("tool_calls"))
+    def _by_marks(self, whole: _Conversation, index: int, marks: list[_Mark] | None, after: int) -> Answer:
+        if marks is None and (marks := self._marks(whole, [index])) is None:
+            raise _Unclear("the template changes its text")
+        own = [at for at, mark in enumerate(marks) if mark.message == index]
+        kinds = {marks[at].kind: marks[at].position for at in own}
+        calls = len(whole.messages[index].get("tool_calls") or ())
+        missing = [at for at in range(calls) if f"c{at}q" not in kinds]
+        if missing:
+            raise _refused(index, "the template does not show " + ("all " * (len(missing) < calls)) + "its tool calls")
+        last = max((place for kind, place in kinds.items() if kind not in "ra"), default=None)
         if last is None:
             raise _Unclear("the template does not show its content")
-        if calls and (index, "c") not in places:
-            raise _Unclear("the template does not show its tool calls")
-        before = places.get((index - 1, "z"))
-        start = self._start(full, after if before is None else before, first, last, sure=before is not None)
-        if start < after:
+        if own != list(range(own[0], own[-1] + 1)):
             raise _Unclear("the template changes the order of the turns")
-        limit = min((place for (message, _), place in places.items() if message > index), default=len(full))
-        if limit < last:
+        previous = marks[own[0] - 1] if own[0] else None
+        limit = marks[own[-1] + 1].position if own[-1] + 1 < len(marks) else len(whole.text)
+        first = min((place for kind, place in kinds.items() if kind in "ra"), default=None)
+        before = max(after, previous.position if previous else 0)
+        sure = before == after > 0 or (previous is not None and previous.kind == "z")
+        if before > (last if first is None else first):
             raise _Unclear("the template changes the order of the turns")
-        ends = [(full.find(text, last, limit), len(text)) for text in self._closings]
-        ends = [(position, size) for position, size in ends if position >= 0]
-        if calls and (not ends or sum(full.count(text, last, limit) for text in self._closings) != 1):
-            raise _Unclear("where its tool calls end is not clear")
-        if not ends:
-            return Answer(index, start, last, closed=False)
-        position, size = min(ends)
-        return Answer(index, start, position + size, closed=True)
+        start = self._start(whole, index, kinds, before, sure)
+        if calls:
+            return Answer(index, start, self._end_of_calls(whole, index, kinds, limit), closed=True)
+        if not whole.text[start:last].strip():
+            raise _Unclear("the template shows nothing of its content")
+        closing = whole.habits.closing.match(whole.text, last, limit)
+        return Answer(index, start, closing.end() if closing else last, closed=closing is not None)
 
-    def _start(self, full: str, before: int, first: int | None, last: int, sure: bool) -> int:
-        """Where the turn's header ends: after ``before``, the end of the turn before, and not after ``first``."""
-        head_end = last if first is None else first
-        for opening in (self._opening, self._bare_opening):
-            position = full.find(opening, before, head_end) if opening else -1
+    def _start(self, whole: _Conversation, index: int, kinds: dict[str, int], before: int, sure: bool) -> int:
+        """Where the turn's header ends: after ``before``, the end of the turn before, and not after its text."""
+        first = min((place for kind, place in kinds.items() if kind in "ra"), default=None)
+        head_end = min(kinds.values())
+        for opening in whole.habits.openings:
+            if first is not None and whole.text.endswith(opening, before, first):
+                return first
+            position = whole.text.find(opening, before, head_end)
             if position >= 0:
-                if not sure and full.count(opening, before, head_end) > 1:
+                if not sure and whole.text.count(opening, before, head_end) > 1:
                     raise _Unclear("where it begins is not clear")
                 return position + len(opening)
-        if first is None:
-            raise _Unclear("where it begins is not clear")
-        return first
-
-    def _by_prefix(
-        self, messages: list[Message], tools: list[Any] | None, index: int, full: str, after: int, unclear: _Unclear
-    ) -> Answer:
-        refusal = DataError(
-            f"which tokens of message {index + 1} (assistant) to train is not clear with this model's chat template: "
-            f"{unclear}",
-            hint="Leave the row out, give it another form, or train on every token: dataset.train_on: all",
-        )
+        if first is not None:
+            return first
+        # Nothing tells where it begins but the difference that another answer in its place makes.
+        kind, place = min(kinds.items(), key=lambda each: each[1])
+        upto = whole.messages[:index]
         try:
-            before = self.render(messages[:index], tools, prompt=True) if index else ""
-            upto = self.render(messages[: index + 1], tools)
+            text, position = self._place(whole, [*upto, whole.messages[index]], index, kind)
+            other = self.render([*upto, {"role": "assistant", "content": _MARK}], whole.tools)
+        except DataError:
+            raise _Unclear("where it begins is not clear") from None
+        head = text[_shared(text, other) : position]
+        if not whole.text.endswith(head, before, place):
+            raise _Unclear("where it begins is not clear")
+        return place - len(head)
+
+    def _end_of_calls(self, whole: _Conversation, index: int, kinds: dict[str, int], limit: int) -> int:
+        """Where a turn with tool calls ends: with the last special token that does not depend on what follows."""
+        kind, last = max(kinds.items(), key=lambda each: each[1])
+        upto = whole.messages[: index + 1]
+        tails = [whole.text[last:limit]] if index + 1 < len(whole.messages) else []
+        for following in ([], *([each] for each in _followers(upto[-1]))):
+            if len(tails) < 2:
+                with suppress(DataError):
+                    text, position = self._place(whole, [*upto, *following], index, kind)
+                    tails.append(text[position:])
+        common = self._both(tails[0], tails[-1]).rstrip() if tails else ""
+        begin = end = 0
+        for found in self._special.finditer(common):
+            begin, end = begin if found.start() == end else found.start(), found.end()
+        run = common[begin:] if end == len(common) else ""
+        for closing in whole.habits.closings:
+            if closing in run:
+                return last + begin + run.index(closing) + len(closing)
+        if run or common.endswith(whole.habits.closings):
+            return last + len(common)
+        raise _Unclear("where its tool calls end is not clear")
+
+    def _place(self, whole: _Conversation, messages: list[Message], index: int, kind: str) -> tuple[str, int]:
+        """Other messages rendered, and where that mark of message ``index`` comes out in them."""
+        marked = [*messages[:index], _mark(messages[index], index, (False, False)), *messages[index + 1 :]]
+        text, marks = _unmark(self.render(marked, whole.tools))
+        for mark in marks or ():
+            if mark.kind == kind:
+                return text, mark.position
+        raise _Unclear("the template shows it otherwise at the end of a conversation")
+
+    def _by_prefix(self, whole: _Conversation, index: int, after: int, unclear: _Unclear) -> Answer:
+        refusal = _refused(index, str(unclear))
+        full, earlier, message = whole.text, whole.messages[:index], whole.messages[index]
+        if not earlier:
+            raise refusal from unclear
+        try:
+            before = self.render(earlier, whole.tools, prompt=True)
+            upto = self.render([*earlier, message], whole.tools)
+            calls = message.get("tool_calls")
+            if calls and self.render([*earlier, message | {"tool_calls": calls[:-1]}], whole.tools) == upto:
+                raise refusal from unclear
         except DataError:
             raise refusal from unclear
-        if not self._shows_calls(messages[: index + 1], tools, upto):
-            raise refusal from unclear
         start, end = len(before), len(upto)
-        if self._opening and full.startswith(self._opening, start):
-            start += len(self._opening)
-        closings = [text for text in self._closings if text in full[start:end]]
+        if opening := next((text for text in whole.habits.openings if full.startswith(text, start)), ""):
+            start += len(opening) if not before.endswith(opening) else 0
+        closings = [text for text in whole.habits.closings if text in full[start:end]]
         if not (full.startswith(before) and full.startswith(upto) and after <= start < end and len(closings) == 1):
             raise refusal from unclear
         content, closing, rest = full[start:end].partition(closings[0])
@@ -245,48 +456,112 @@ class Template:
             raise refusal from unclear
         return Answer(index, start, start + len(content + closing), closed=True)
 
-    def _shows_calls(self, messages: list[Message], tools: list[Any] | None, text: str) -> bool:
-        """Whether the tool calls of the last message, if it has any, make a difference to ``text``."""
-        *others, message = messages
-        if not message.get("tool_calls"):
-            return True
-        silent = {key: value for key, value in message.items() if key != "tool_calls"}
-        try:
-            return self.render([*others, silent], tools) != text
-        except DataError:
-            return True
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches the longest of ``texts``."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
 
-def _shared(one: Sequence[str], other: Sequence[str]) -> int:
+def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
     """How many items the two begin with alike."""
-    return next(
-        (at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other))
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _gap(header: str, opening: str) -> str:
+    """The white space that a conversation has between ``opening`` and the answer."""
+    gap = header.rpartition(opening)[2] if opening and opening in header else ""
+    return gap if gap.isspace() else ""
+
+
+def _bare(header: str, opening: str) -> str:
+    """As much of the generation prompt as stands before an answer in a conversation."""
+    ends = (opening[:size] for size in range(len(opening), 0, -1) if header.endswith(opening[:size]))
+    return next(ends, "")
+
+
+def _refused(index: int, reason: str) -> DataError:
+    return DataError(
+        f"which tokens of message {index + 1} (assistant) to train is not clear with this model's chat template: "
+        f"{reason}",
+        hint="Leave the row out, give it another form, or train on every token: dataset.train_on: all",
     )
+
+
+def _simple(message: Message) -> bool:
+    """Whether a message has nothing but a content."""
+    content = message.get("content")
+    return len(message) == 2 and isinstance(content, str) and bool(content) and not content.isspace()
 
 
 def _edged(content: Any) -> bool:
     return isinstance(content, str) and content != content.strip()
 
 
-def _mark(message: Message, index: int, outer: tuple[bool, bool]) -> Message:
-    """``message`` with marks around its content, before its thinking and after its last function's name."""
+def _unseen(messages: list[Message], marks: list[_Mark]) -> bool:
+    """Whether a text or a tool call of the messages, all of which were marked, has no mark in the rendering."""
+    shown = {(mark.message, mark.kind) for mark in marks}
+    for index, message in enumerate(messages):
+        content, calls = message.get("content"), message.get("tool_calls") or ()
+        if isinstance(content, str) and content.strip() and (index, "z") not in shown:
+            return True
+        if any((index, f"c{at}q") not in shown for at in range(len(calls))):
+            return True
+    return False
+
+
+def _followers(message: Message) -> list[Message]:
+    """Turns that may follow tool calls."""
+    call = message["tool_calls"][-1]
+    result = {"role": "tool", "name": call.get("function", call)["name"], "content": _MARK}
+    return [result | {"tool_call_id": call.get("id")}, {"role": "user", "content": _MARK}]
+
+
+def _mark(message: Message, index: int, sides: _Sides) -> Message:
+    """``message`` with marks around its content, before its thinking and after the names of the functions it calls."""
     marked = dict(message)
     content = message.get("content")
     if isinstance(content, str) and content.strip():
-        left, right = outer if message["role"] == "assistant" else (False, False)
+        left, right = sides if message["role"] == "assistant" else (False, False)
         begin = 0 if left else len(content) - len(content.lstrip())
         end = len(content) if right else len(content.rstrip())
-        inner = f"{_MARK}{index}a{content[begin:end]}{_MARK}{index}z"
-        marked["content"] = content[:begin] + inner + content[end:]
+        opens = "" if left is None else f"{_MARK}{index}a"
+        marked["content"] = f"{content[:begin]}{opens}{content[begin:end]}{_MARK}{index}z{content[end:]}"
     for key in _THINKING:
         thinking = message.get(key)
         if isinstance(thinking, str) and thinking.strip():
             begin = len(thinking) - len(thinking.lstrip())
             marked[key] = f"{thinking[:begin]}{_MARK}{index}r{thinking[begin:]}"
-            break
-    if message.get("tool_calls"):
-        *others, call = message["tool_calls"]
-        name = {"name": f"{call.get('function', call)['name']}{_MARK}{index}c"}
-        called = call | {"function": call["function"] | name} if "function" in call else call | name
-        marked["tool_calls"] = [*others, called]
+    if calls := message.get("tool_calls"):
+        marked["tool_calls"] = [_mark_call(call, f"{_MARK}{index}c{at}q") for at, call in enumerate(calls)]
     return marked
+
+
+def _mark_call(call: dict[str, Any], mark: str) -> dict[str, Any]:
+    if "function" in call:
+        return call | {"function": _mark_call(call["function"], mark)}
+    return call | {"name": call["name"] + mark}
+
+
+def _unmark(text: str) -> tuple[str, list[_Mark] | None]:
+    """The text without marks, and the marks in its order; None where a content comes twice."""
+    marks: list[_Mark] = []
+    seen: set[str] = set()
+    parts = []
+    position = end = 0
+    for found in _MARKS.finditer(text):
+        part = text[end : found.start()]
+        parts.append(part)
+        position, end = position + len(part), found.end()
+        if found.group() not in seen:
+            marks.append(_Mark(position, int(found[1]), found[2]))
+            seen.add(found.group())
+        elif found[2] in "az":
+            return text, None
+    return "".join([*parts, text[end:]]), marks

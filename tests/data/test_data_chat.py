@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
-from peftcli.data.chat import Encoded, encode_chat, encode_pair, encode_text
+from peftcli.data.chat import Encoded, chat_template, encode_chat, encode_pair, encode_text, plan_chat
+from peftcli.data.flags import NONE, Flag, damaged, odd_turns
 from peftcli.data.formats import ChatExample, PairExample, TextExample
 from peftcli.errors import DataError
 
@@ -227,6 +228,133 @@ def test_refused(template: str, messages: list[Any], reason: str) -> None:
     assert len(str(caught.value).splitlines()) <= 6
 
 
+HEADS = "{% for m in messages %}{{ '<|start_header_id|>' + m.role + '\n' + m.content + CLOSE }}{% endfor %}"
+ASK = "{{ '<|start_header_id|>assistant\n' }}"
+MODEL = "{% for m in messages %}{{ ('<|A|>' if m.role == 'assistant' else '<|U|>') + m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "trained_texts", "flags"),
+    [
+        # Asked for at the end of every conversation, after a system prompt of the template's own.
+        ("{{ '<|start_header_id|>system\nHelp<|eot_id|>' }}" + HEADS.replace("CLOSE", "'<|eot_id|>'") + ASK,
+         ["Zwei.<|eot_id|>", "Vier.<|eot_id|>"], NONE),
+        # A header that begins with the token that ends a turn.
+        (HEADS.replace("CLOSE", "''").replace("<|start_header_id|>", "<|end|>"), ["Zwei.", "Vier."], Flag.OPEN),
+        # Nothing ends the last turn.
+        (HEADS.replace("CLOSE", "('' if loop.last else '<|eot_id|>')"), ["Zwei.<|eot_id|>", "Vier."], Flag.OPEN),
+        # Nothing but the last turn ends.
+        (HEADS.replace("CLOSE", "('<|eot_id|>' if loop.last else '')"), ["Zwei.", "Vier.<|eot_id|>"], Flag.OPEN),
+        # Nothing ends a turn, and an answer is asked for at the end of every conversation.
+        (MODEL + "{{ '<|A|>' }}", ["Zwei.", "Vier."], Flag.OPEN),
+        # A system prompt without a header, and nothing that ends a turn.
+        ("You help." + MODEL, ["Zwei.", "Vier."], Flag.OPEN),
+        # Words for marks, which begin as the next header does.
+        (HEADS.replace("CLOSE", "'\n### End\n'").replace("<|start_header_id|>", "### "),
+         ["Zwei.\n### End", "Vier.\n### End"], NONE),
+        (HEADS.replace("CLOSE", "'\n'").replace("<|start_header_id|>", "### "), ["Zwei.", "Vier."], Flag.OPEN),
+        ("{{ bos_token }}{{ bos_token }}" + HEADS.replace("CLOSE", "eos_token"), ["Zwei.</s>", "Vier.</s>"],
+         Flag.DOUBLE_BOS),
+    ],
+)  # fmt: skip
+def test_how_a_turn_ends(template: str, trained_texts: list[str], flags: Flag) -> None:
+    tokenizer = make_tokenizer(template)
+    for _ in range(2):
+        encoded = encode_chat(ChatExample(TWO), tokenizer, "answers")
+        assert (trained(encoded, tokenizer), encoded.flags) == (trained_texts, flags)
+
+
+def test_a_second_template_for_tools() -> None:
+    tokenizer = make_tokenizer("smollm")
+    plain = str(tokenizer.chat_template)
+    with_tools = "{{ tools | tojson }}" + plain.replace("<|im_start|>", "<|open|>").replace("<|im_end|>", "<|stop|>")
+    tokenizer.chat_template = {"default": plain, "tool_use": with_tools}
+    template = chat_template(tokenizer)
+    for tools, ending in ((None, "<|im_end|>"), ([CALL], "<|stop|>"), (None, "<|im_end|>")):
+        plan = plan_chat(ChatExample(TWO, tools), template, "answers")
+        assert [plan.text[start:end] for start, end in plan.spans or ()] == ["Zwei." + ending, "Vier." + ending]
+
+
+def test_a_tokenizer_that_renders_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_tokenizer("smollm")
+    theirs = tokenizer.apply_chat_template
+
+    def own(*args: Any, **options: Any) -> Any:
+        return theirs(*args, **options, chat_template=SHOUTING.replace(" | upper", ""))
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", own)
+    encoded = encode_chat(ChatExample(TWO), tokenizer, "answers")
+    assert trained(encoded, tokenizer) == ["Zwei.<|im_end|>", "Vier.<|im_end|>"]
+    assert tokenizer.decode(encoded.input_ids).startswith("<|im_start|>user\nHello")
+
+
+def test_flags_of_a_conversation(tokenizers: Callable[..., Any]) -> None:
+    tokenizer = tokenizers("smollm")
+    cases = {
+        "Hello": NONE,
+        "<s>Hello": Flag.MARKERS,
+        "<think>Hello": NONE,  # an added token, but no special one
+        "caf\u00c3\u00a9": Flag.DAMAGED,
+        "a</s>\ufffd": Flag.MARKERS | Flag.DAMAGED,
+    }
+    for text, flags in cases.items():
+        for train_on in ("answers", "all"):
+            assert encode([user(text), answer("A")], tokenizer, train_on).flags == flags, text
+    assert encode([user("q"), answer("A", reasoning_content="\ufffd")], tokenizer).flags == Flag.DAMAGED
+
+
+def test_an_answer_that_is_not_trained_may_be_open(tokenizers: Callable[..., Any]) -> None:
+    tokenizer = tokenizers("open_ended")
+    assert encode(TWO, tokenizer).flags == Flag.OPEN
+    assert encode(TWO, tokenizer, untrained=frozenset({1, 3})).flags == NONE
+
+
+TEXTS = [
+    "café", "don\u2019t", "\u201cso", "10\u00a0%", "£5", "SPAÑA", "naïve", "byłem", "при", "ελλ", "中文", "日本", "😀",
+    "\ufeffa",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text", [*(text.encode().decode("cp1252") for text in TEXTS), "so.\u00c2 And", "\ufffd", "\x93so\x94"]
+)
+def test_encoding_damage(text: str) -> None:
+    assert damaged(text)
+    assert encode_text(TextExample(text), make_tokenizer()).flags == Flag.DAMAGED
+    assert encode_pair(PairExample(text, "a"), make_tokenizer()).flags == Flag.DAMAGED
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *TEXTS, "\u201cgroß\u201d", "\u201eheiß\u2026\u201c", "«\u00a0voilà\u00a0»", "fatigué\u2026\u201d",
+        "IRMÃ\u201d", "SÃO", "Â la carte", "5 Å°", "¿Qué?", "a\u0301",
+    ],
+)  # fmt: skip
+def test_no_encoding_damage(text: str) -> None:
+    assert not damaged(text)
+
+
+@pytest.mark.parametrize(
+    ("roles", "odd"),
+    [
+        ("user assistant", False),
+        ("system user assistant user assistant", False),
+        ("user system assistant", False),
+        ("user assistant tool tool assistant", False),
+        ("user assistant tool assistant tool assistant", False),
+        ("assistant user assistant", True),
+        ("system assistant", True),
+        ("user user assistant", True),
+        ("user assistant assistant", True),
+        ("user assistant user", True),
+        ("user assistant tool", True),
+    ],
+)
+def test_odd_turns(roles: str, odd: bool) -> None:
+    assert odd_turns(roles.split()) is odd
+
+
 def test_no_chat_template(tokenizers: Callable[..., Any]) -> None:
     with pytest.raises(DataError, match="no chat template"):
         encode(TWO, tokenizers())
@@ -283,4 +411,6 @@ def test_text(tokenizers: Callable[..., Any]) -> None:
 
 def test_without_eos_nothing_is_added(tokenizers: Callable[..., Any]) -> None:
     encoded = encode_text(TextExample("Hello"), tokenizers(eos=None))
+    assert encoded.flags == Flag.OPEN
+    assert encode_text(TextExample("Hello"), tokenizers()).flags == NONE
     assert tokenizers().decode(encoded.input_ids) == "Hello"

@@ -1,0 +1,85 @@
+"""Where a generated answer ends: at what training has taught the model to end its answers with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from peftcli.data.spans import Template
+from peftcli.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Form = Literal["chat", "plain", "alpaca"]
+_ASKED, _THOUGHT, _SAID = "Xq7Asked", "Xq7Thought", "Xq7Said"
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What ends an answer, besides the tokens that the base model's generation config names."""
+
+    ids: frozenset[int] = frozenset()
+    texts: tuple[str, ...] = ()
+    """What a chat template ends turns with that is no special token."""
+
+
+def ends_of(tokenizer: PreTrainedTokenizerBase, form: Form) -> Ends:
+    """What ends the answers of a model that was trained on examples of this form."""
+    eos = frozenset(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
+    if form != "chat":
+        return Ends(eos)
+    try:
+        template = Template(tokenizer)
+    except DataError:  # no conversation was trained with such a template
+        return Ends(eos)
+    special = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
+    inside, found, texts = "".join(_thinking(template)), list[list[int]](), list[str]()
+    for closing in template.closings:
+        marks = [number for number in tokenizer.encode(closing, add_special_tokens=False) if number in special]
+        found += [marks] if marks else []
+        texts += [] if marks else [closing]
+    sure = [[number for number in marks if special[number] not in inside] for marks in found]
+    firsts = {marks[0] for marks in sure if marks} or {marks[0] for marks in found}
+    return Ends(eos | firsts, tuple(texts))
+
+
+def prompt_form(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Form:
+    """The form of the data that an adapter's run was fed, so that it is asked what it was taught to answer."""
+    path = folder / "run.json"
+    data = json.loads(path.read_bytes()).get("data", {}) if path.is_file() else {}
+    trained_on = data.get("format", "messages")
+    if trained_on in ("text", "prompt_completion"):
+        return "plain"
+    if tokenizer.chat_template:
+        return "chat"
+    return "alpaca" if trained_on == "alpaca" else "plain"
+
+
+def all_stops(ends: Ends, configured: int | list[int] | None) -> list[int]:
+    """The ids that end an answer, sorted: these and those of a generation config's ``eos_token_id``."""
+    named: Iterable[int] = configured if isinstance(configured, list) else () if configured is None else (configured,)
+    return sorted(ends.ids.union(named))
+
+
+def missing_stops(tokenizer: PreTrainedTokenizerBase, folder: Path, configured: int | list[int] | None) -> list[int]:
+    """All ids that end the answers of the adapter in ``folder``; none where ``configured`` names them already."""
+    stops = all_stops(ends_of(tokenizer, prompt_form(folder, tokenizer)), configured)
+    return [] if stops == all_stops(Ends(), configured) else stops
+
+
+def _thinking(template: Template) -> list[str]:
+    """What the template writes between an answer's thinking and its text: no end, though it may look like one."""
+    between = []
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        answer: dict[str, Any] = {"role": "assistant", "content": _SAID, key: _THOUGHT}
+        try:
+            text = template.render([{"role": "user", "content": _ASKED}, answer])
+        except DataError:
+            continue
+        if text.find(_THOUGHT) < text.find(_SAID) and _THOUGHT in text:
+            between.append(text.partition(_THOUGHT)[2].partition(_SAID)[0])
+    return between

@@ -1,0 +1,70 @@
+"""What one example is known for besides its ids."""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+
+
+class Flag(enum.IntFlag):
+    """Facts about one example that its ids alone do not show."""
+
+    OPEN = 1
+    """A trained answer has no end-of-turn token, or no EOS where that ends it."""
+    DOUBLE_BOS = 2
+    """The ids begin with two beginning-of-sequence tokens."""
+    MARKERS = 4
+    """Special tokens are written in the contents of a conversation, to which the chat template adds its own."""
+    ODD_TURNS = 8
+    """Two user or two assistant turns in a row, an assistant turn first, or no assistant turn last."""
+    DAMAGED = 16
+    """The texts show encoding damage."""
+    TRUNCATED = 32
+    """Tokens were cut to fit the length."""
+    ANSWER_CUT = 64
+    """Trained tokens were cut to fit the length."""
+    SPLIT = 128
+    """The row was cut into several examples."""
+    UNSEEN = 256
+    """The chat template leaves out the text of a turn, or a tool call."""
+
+
+NONE = Flag(0)
+
+# UTF-8 read as Windows-1252. What follows the first byte of a character is one of these, or of the quotation marks and
+# dashes, which may also stand rightly after a letter.
+_NEXT = (
+    "\xa0-\xbf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2020-\u2022"
+    "\u201a\u201e\u2030\u2039\u203a\u20ac\u2122"
+)
+_QUOTES = "\u2013\u2014\u2018\u2019\u201c\u201d\u2026"
+_DAMAGE = re.compile(
+    "|".join(
+        [
+            "\ufffd",
+            "[\x80-\x9f]",  # C1 control characters: UTF-8 read as Latin-1
+            rf"[\xc2\xc3](?:[{_NEXT}]|[{_QUOTES}](?=\w))",  # accented Latin letters
+            "(?<=[a-z.,;:!?)])\xc2 ",  # a no-break space, of which a clean-up left a space
+            rf"(?<=[a-z])[\xc4-\xd6\xd8-\xde][{_NEXT}{_QUOTES}]",  # a capital in a word
+            rf"(?:[\xc4\xc5\xce-\xd1\xd7-\xdb][{_NEXT}{_QUOTES}]){{2}}",  # Greek, Cyrillic, Hebrew, Arabic
+            rf"\xe2[\u20ac\u201a\u201e\u2020\u02c6\u2030][{_NEXT}{_QUOTES}]",  # quotation marks, dashes, arrows
+            rf"(?:[\xe0-\xef][{_NEXT}{_QUOTES}]{{2}}){{2}}",  # Indian and East Asian scripts
+            "\xf0\u0178",  # emoji
+            "\xef(?:\xbf\xbd|\xbb\xbf)",  # U+FFFD and the byte order mark
+        ]
+    )
+)
+
+
+def damaged(text: str) -> bool:
+    """Whether a text shows that it was decoded wrongly somewhere: replacement characters, or UTF-8 read as Latin-1."""
+    return not text.isascii() and _DAMAGE.search(text) is not None
+
+
+def odd_turns(roles: Sequence[str]) -> bool:
+    """Whether a conversation's turns do not alternate, or do not end with an answer."""
+    turns = [role for role in roles if role not in ("system", "developer")]
+    twice = any(one == other != "tool" for one, other in pairwise(turns))
+    return twice or turns[0] == "assistant" or turns[-1] != "assistant"

@@ -1,0 +1,113 @@
+"""Where generation stops: at what training ended the answers with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_templates import TEMPLATES, make_tokenizer
+
+from peftcli.data.ends import Ends, all_stops, ends_of, missing_stops, prompt_form
+
+OURS = {
+    "smollm": {"<|im_end|>"},
+    "qwen3": {"<|im_end|>"},
+    "llama2": {"</s>"},
+    "llama3": {"<|eot_id|>"},
+    "gemma": {"<end_of_turn>"},
+    "mistral": {"</s>"},
+    "mistral_tools": {"</s>"},
+    "zephyr": {"</s>"},
+    "deepseek": {"</s>"},
+    "phi3": {"<|end|>"},
+    "two_ends": {"<|end|>"},  # the first of the two: nothing else has it
+    "open_ended": set(),
+    "plain": set(),
+}
+# Harmony's: an answer ends with <|end|>, and the last one with <|stop|>; so does the thinking before it.
+HARMONY = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% if m.thinking %}{{ '<|open|>analysis<|A|>' + m.thinking + '<|end|>' }}{% endif %}"
+    "{{ '<|open|>final<|A|>' + m.content + ('<|stop|>' if loop.last else '<|end|>') }}"
+    "{% else %}{{ '<|open|>' + m.role + '<|A|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|open|>' }}{% endif %}"
+)
+
+
+def texts(tokenizer: Any, ends: Ends) -> set[str]:
+    return set(tokenizer.convert_ids_to_tokens(sorted(ends.ids)))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_an_answer_ends_with_the_templates_end_of_turn_and_with_eos(name: str) -> None:
+    tokenizer = make_tokenizer(name)
+    assert texts(tokenizer, ends_of(tokenizer, "chat")) == OURS[name] | {"</s>"}
+    assert texts(tokenizer, ends_of(tokenizer, "plain")) == {"</s>"}, "no template was at work"
+
+
+def test_every_template_is_tried() -> None:
+    assert set(OURS) == set(TEMPLATES)
+
+
+def test_marks_that_are_no_tokens_end_an_answer_as_text() -> None:
+    tokenizer = make_tokenizer("plain")
+    assert ends_of(tokenizer, "chat").texts == ("[end]",)
+    assert ends_of(tokenizer, "plain").texts == ()
+    assert ends_of(make_tokenizer("llama3"), "chat").texts == ()
+
+
+def test_what_ends_thinking_too_is_no_sure_end() -> None:
+    tokenizer = make_tokenizer(HARMONY)
+    assert texts(tokenizer, ends_of(tokenizer, "chat")) == {"<|stop|>", "</s>"}
+    silent = make_tokenizer(HARMONY.replace("m.thinking %}", "false %}"))
+    assert texts(silent, ends_of(silent, "chat")) == {"<|stop|>", "<|end|>", "</s>"}
+
+
+def test_an_end_that_is_not_sure_is_better_than_none() -> None:
+    tokenizer = make_tokenizer(HARMONY.replace("<|stop|>", "<|end|>"))
+    assert texts(tokenizer, ends_of(tokenizer, "chat")) == {"<|end|>", "</s>"}
+
+
+def test_a_template_that_shows_no_conversation_and_a_tokenizer_without_eos() -> None:
+    assert ends_of(make_tokenizer("{{ raise_exception('no') }}", eos=None), "chat") == Ends()
+    assert ends_of(make_tokenizer(None, eos=None), "plain") == Ends()
+
+
+def test_the_base_models_own_ends_stay() -> None:
+    ends = Ends(frozenset({7, 3}))
+    assert all_stops(ends, None) == [3, 7]
+    assert all_stops(ends, 5) == [3, 5, 7]
+    assert all_stops(ends, [7, 9]) == [3, 7, 9]
+    assert all_stops(Ends(), None) == []
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "template", "form"),
+    [
+        ("messages", "llama3", "chat"),
+        ("sharegpt", "llama3", "chat"),
+        ("alpaca", "llama3", "chat"),
+        ("alpaca", None, "alpaca"),
+        ("prompt_completion", "llama3", "plain"),
+        ("text", "llama3", "plain"),
+        (None, "llama3", "chat"),
+        (None, None, "plain"),
+    ],
+)
+def test_the_form_is_that_of_the_trained_rows(
+    tmp_path: Path, trained_on: str | None, template: str | None, form: str
+) -> None:
+    if trained_on:
+        (tmp_path / "run.json").write_text(json.dumps({"data": {"format": trained_on}}))
+    assert prompt_form(tmp_path, make_tokenizer(template)) == form
+
+
+def test_stops_are_named_where_the_base_model_lacks_one(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("llama3")
+    eos, turn = tokenizer.convert_tokens_to_ids(["</s>", "<|eot_id|>"])
+    assert missing_stops(tokenizer, tmp_path, eos) == sorted([eos, turn])
+    assert missing_stops(tokenizer, tmp_path, None) == sorted([eos, turn])
+    assert missing_stops(tokenizer, tmp_path, [turn, eos]) == []
+    assert missing_stops(tokenizer, tmp_path, [turn, eos, 0]) == []
