@@ -14,6 +14,7 @@ import pytest
 _HF_HOME = tempfile.mkdtemp(prefix="peftcli-tests-")
 os.environ.update(
     HF_HOME=_HF_HOME,
+    PEFTCLI_CACHE=f"{_HF_HOME}/peftcli",
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",

@@ -8,193 +8,248 @@ from chat_templates import trained
 from transformers import ByT5Tokenizer
 
 from peftcli.data.chat import IGNORED, Encoded
-from peftcli.data.encode import CUT_OFF, NO_TARGET, OVERLONG, encode_examples, encode_seq2seq
-from peftcli.data.formats import AlpacaExample, ChatExample, Example, PairExample, TextExample
-from peftcli.data.load import Rows
+from peftcli.data.encode import COLUMNS, CUT_OFF, NO_TARGET, OVERLONG, CausalEncoder, Seq2SeqEncoder
+from peftcli.data.flags import Flag
+from peftcli.data.formats import example_reader
+from peftcli.data.rows import Place, Row
+from peftcli.data.store import USED, Outcome
 from peftcli.errors import DataError
-from peftcli.schema import Dataset
+from peftcli.schema import Dataset, Source
 
-CHAT = ChatExample([{"role": "user", "content": "q"}, {"role": "assistant", "content": "A"}])
-
-
-def rows_for(examples: list[Any]) -> Rows:
-    return Rows([{}] * len(examples), (), "train.jsonl", list(range(1, len(examples) + 1)), "abc")
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "A"}]
 
 
-def encode(examples: list[Example], tokenizer: Any, **settings: Any) -> Any:
-    return encode_examples(examples, rows_for(examples), tokenizer, Dataset(train="train.jsonl", **settings))
+def pair(prompt: str, completion: str) -> dict[str, Any]:
+    return {"prompt": prompt, "completion": completion}
 
 
-def encode_sources(examples: list[Example], tokenizer: Any, **settings: Any) -> Any:
-    return encode_seq2seq(examples, rows_for(examples), tokenizer, Dataset(train="train.jsonl", **settings))
+def chat(*turns: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": list(turns)}
 
 
-def texts(features: list[dict[str, list[int]]], tokenizer: Any) -> list[list[str]]:
-    return [trained(Encoded(**each), tokenizer) for each in features]
+def results(
+    rows: list[dict[str, Any]], tokenizer: Any, encoder: type = CausalEncoder, **settings: Any
+) -> list[Outcome | DataError]:
+    """What became of each row; a row's error is among them."""
+    read = example_reader(tuple(rows[0]), Source(train="train.jsonl"), "train.jsonl")
+    encode = encoder(read, tokenizer, Dataset(train="train.jsonl", **settings))
+    found: list[Outcome | DataError] = encode(
+        [Row(values, Place("train.jsonl", line, line)) for line, values in enumerate(rows, 1)]
+    )
+    assert len(found) == len(rows)
+    for each in found:
+        if isinstance(each, Outcome):
+            assert len(each.features) == len(each.targets)
+            assert (each.reason == USED) == bool(each.features)
+            assert all(tuple(feature) == COLUMNS for feature in each.features)
+    return found
+
+
+def encode(rows: list[dict[str, Any]], tokenizer: Any, **options: Any) -> list[Outcome]:
+    """The same, where every row can be used."""
+    found = results(rows, tokenizer, **options)
+    for each in found:
+        if isinstance(each, DataError):
+            raise each
+    return [each for each in found if isinstance(each, Outcome)]
+
+
+def features(outcomes: list[Outcome]) -> list[dict[str, list[int]]]:
+    return [feature for outcome in outcomes for feature in outcome.features]
+
+
+def texts(outcomes: list[Outcome], tokenizer: Any) -> list[list[str]]:
+    return [trained(Encoded(**each), tokenizer) for each in features(outcomes)]
 
 
 def test_pairs(tokenizers: Callable[..., Any]) -> None:
     tokenizer = tokenizers(add_bos=True)
-    features, report = encode([PairExample("Q\n", "A"), PairExample("Q2\n", "Bee")], tokenizer)
-    assert texts(features, tokenizer) == [["A</s>"], ["Bee</s>"]]
-    tokens = sum(len(each["input_ids"]) for each in features)
-    targets = sum(label != IGNORED for each in features for label in each["labels"])
-    assert report.as_dict() == {
-        "files": ["train.jsonl"],
-        "sha256": {"train.jsonl": "abc"},
-        "rows": 2,
-        "used": 2,
-        "dropped": {},
-        "truncated": 0,
-        "tokens": tokens,
-        "targets": targets,
-    }
-    assert report.warnings == []
+    outcomes = encode([pair("Q\n", "A"), pair("Q2\n", "Bee")], tokenizer)
+    assert texts(outcomes, tokenizer) == [["A</s>"], ["Bee</s>"]]
+    for outcome, [feature] in zip(outcomes, (each.features for each in outcomes), strict=True):
+        targets = sum(label != IGNORED for label in feature["labels"])
+        assert outcome == Outcome([feature], [targets], tokens=len(feature["input_ids"]))
 
 
 def test_train_on_all_of_a_pair(tokenizers: Callable[..., Any]) -> None:
-    [feature], report = encode([PairExample("Q\n", "A")], tokenizers(), train_on="all")
+    [outcome] = encode([pair("Q\n", "A")], tokenizers(), train_on="all")
+    [feature] = outcome.features
     assert feature["labels"] == feature["input_ids"]
-    assert report.targets == len(feature["input_ids"]) - 1  # nothing predicts the first token
+    assert outcome.targets == [len(feature["input_ids"]) - 1]  # nothing predicts the first token
 
 
 def test_conversations_use_the_template(tokenizers: Callable[..., Any]) -> None:
     tokenizer = tokenizers("smollm")
-    features, report = encode([CHAT, AlpacaExample("Add", "3", "1 2")], tokenizer)
-    assert texts(features, tokenizer) == [["A<|im_end|>"], ["3<|im_end|>"]]
-    assert "user\nAdd\n\n1 2<|im_end|>" in tokenizer.decode(features[1]["input_ids"])
-    assert report.warnings == []
+    assert texts(encode([chat(*CHAT)], tokenizer), tokenizer) == [["A<|im_end|>"]]
+    outcomes = encode([{"instruction": "Add", "output": "3", "input": "1 2"}], tokenizer)
+    assert texts(outcomes, tokenizer) == [["3<|im_end|>"]]
+    assert "user\nAdd\n\n1 2<|im_end|>" in tokenizer.decode(features(outcomes)[0]["input_ids"])
 
 
 def test_many_conversations_are_each_what_they_are_alone(tokenizers: Callable[..., Any]) -> None:
     tokenizer = tokenizers("llama3")
-    many: list[Example] = [
-        ChatExample([{"role": "user", "content": f"q{at}"}, {"role": "assistant", "content": f"A{at} " * (at % 7 + 1)}])
-        for at in range(1100)
+    many = [
+        chat({"role": "user", "content": f"q{at}"}, {"role": "assistant", "content": f"A{at} " * (at % 7 + 1)})
+        for at in range(600)
     ]
-    features, report = encode(many, tokenizer)
-    assert report.used == 1100
-    for at in (0, 511, 512, 1099):
-        assert features[at] == encode([many[at]], tokenizer)[0][0]
+    outcomes = encode(many, tokenizer)
+    for at in (0, 299, 599):
+        assert [outcomes[at]] == encode([many[at]], tokenizer)
 
 
 def test_alpaca_without_a_template(tokenizers: Callable[..., Any]) -> None:
     tokenizer = tokenizers()
-    features, _ = encode([AlpacaExample("Add", "Three", "1 2")], tokenizer)
-    text = tokenizer.decode(features[0]["input_ids"])
+    outcomes = encode([{"instruction": "Add", "output": "Three", "input": "1 2"}], tokenizer)
+    text = tokenizer.decode(features(outcomes)[0]["input_ids"])
     assert text == "### Instruction:\nAdd\n\n### Input:\n1 2\n\n### Response:\nThree</s>"
-    assert texts(features, tokenizer) == [["Three</s>"]]
+    assert texts(outcomes, tokenizer) == [["Three</s>"]]
 
 
 def test_conversations_without_a_template_are_refused(tokenizers: Callable[..., Any]) -> None:
-    with pytest.raises(DataError, match="no chat template") as caught:
-        encode([CHAT], tokenizers())
-    assert caught.value.file == "train.jsonl"
-    assert "prompt and completion" in str(caught.value)
+    with pytest.raises(DataError, match="no chat template"):
+        encode([chat(*CHAT)], tokenizers())
 
 
-def test_a_refused_conversation_has_its_line(tokenizers: Callable[..., Any]) -> None:
-    bad = ChatExample([{"role": "system", "content": "S"}, *CHAT.messages])
-    with pytest.raises(DataError, match="System role not supported") as caught:
-        encode([CHAT, bad], tokenizers("gemma"))
-    assert (caught.value.file, caught.value.line) == ("train.jsonl", 2)
+def test_a_refused_conversation_has_its_line_and_the_others_are_encoded(tokenizers: Callable[..., Any]) -> None:
+    tokenizer = tokenizers("gemma")
+    rows = [chat(*CHAT), chat({"role": "system", "content": "S"}, *CHAT), {"messages": 5}, chat(*CHAT)]
+    good, refused, malformed, again = results(rows, tokenizer)
+    assert isinstance(refused, DataError)
+    assert isinstance(malformed, DataError)
+    assert "System role not supported" in refused.message
+    assert (refused.file, refused.line, malformed.line) == ("train.jsonl", 2, 3)
+    assert [good] == [again] == encode([chat(*CHAT)], tokenizer)
 
 
-def test_answers_that_nothing_ends_give_a_warning(tokenizers: Callable[..., Any]) -> None:
-    assert "end-of-turn" in encode([CHAT], tokenizers("open_ended"))[1].warnings[0]
-    assert "no EOS token" in encode([TextExample("ab")], tokenizers(eos=None))[1].warnings[0]
+def test_answers_that_nothing_ends_are_flagged(tokenizers: Callable[..., Any]) -> None:
+    for rows, tokenizer in (([chat(*CHAT)], tokenizers("open_ended")), ([{"text": "ab"}], tokenizers(eos=None))):
+        assert encode(rows, tokenizer)[0].flags & Flag.OPEN
+    for rows, tokenizer in (([chat(*CHAT)], tokenizers("smollm")), ([{"text": "ab"}], tokenizers())):
+        assert not encode(rows, tokenizer)[0].flags & Flag.OPEN
 
 
-@pytest.mark.parametrize("overlong", ["truncate", "drop"])
-def test_overlong(tokenizers: Callable[..., Any], overlong: str) -> None:
+SHORT, LATE, LONG = pair("Q\n", "A"), pair("12345678", "A"), pair("Q\n", "987654321")
+
+
+def test_overlong_rows_are_cut(tokenizers: Callable[..., Any]) -> None:
     tokenizer = tokenizers()
-    short, late, long = PairExample("Q\n", "A"), PairExample("12345678", "A"), PairExample("Q\n", "987654321")
-    features, report = encode([short, late, long], tokenizer, max_length=8, overlong=overlong)
-    if overlong == "drop":
-        assert texts(features, tokenizer) == [["A</s>"]]
-        assert (report.used, report.truncated, report.dropped) == (1, 0, {OVERLONG: 2})
-    else:
-        assert texts(features, tokenizer) == [["A</s>"], ["987654"]]
-        assert (report.used, report.truncated, report.dropped) == (2, 1, {CUT_OFF: 1})
-    assert report.rows == 3
-    assert report.tokens == sum(len(each["input_ids"]) for each in features)
+    outcomes = encode([SHORT, LATE, LONG], tokenizer, max_length=8, overlong="truncate")
+    assert texts(outcomes, tokenizer) == [["A</s>"], ["987654"]]
+    assert [(each.reason, each.tokens, each.lost) for each in outcomes] == [
+        (USED, 4, 0),
+        (CUT_OFF, 10, 2),
+        (USED, 12, 4),
+    ]
+    assert [each.flags for each in outcomes] == [0, *[Flag.TRUNCATED | Flag.ANSWER_CUT] * 2]
+
+
+def test_a_cut_that_takes_no_trained_token_is_told_apart(tokenizers: Callable[..., Any]) -> None:
+    turns = [*CHAT, {"role": "user", "content": "r" * 50}]
+    [outcome] = encode([chat(*turns)], tokenizers("llama3"), max_length=30)
+    assert (outcome.flags & (Flag.TRUNCATED | Flag.ANSWER_CUT), outcome.lost) == (Flag.TRUNCATED, 0)
+
+
+def test_overlong_rows_are_dropped(tokenizers: Callable[..., Any]) -> None:
+    tokenizer = tokenizers()
+    outcomes = encode([SHORT, LATE, LONG], tokenizer, max_length=8, overlong="drop")
+    assert texts(outcomes, tokenizer) == [["A</s>"]]
+    assert [each.reason for each in outcomes] == [USED, OVERLONG, OVERLONG]
+
+
+@pytest.mark.parametrize("length", range(7, 40))
+def test_overlong_rows_are_split_and_no_target_is_lost(tokenizers: Callable[..., Any], length: int) -> None:
+    tokenizer = tokenizers()
+    text = "9876543210" * 3
+    [whole] = encode([{"text": text}], tokenizer)
+    [split] = encode([{"text": text}], tokenizer, max_length=length, overlong="split")
+    assert sum(split.targets) == sum(whole.targets)
+    assert all(len(each["input_ids"]) <= length for each in split.features)
+    joined = split.features[0]["input_ids"] + [id_ for each in split.features[1:] for id_ in each["input_ids"][1:]]
+    assert joined == whole.features[0]["input_ids"]
+    assert bool(split.flags & Flag.SPLIT) == (len(split.features) > 1) == (length < whole.tokens)
+
+
+def test_split_pieces_without_a_target_are_left_out(tokenizers: Callable[..., Any]) -> None:
+    tokenizer = tokenizers()
+    [outcome] = encode([pair("1234567890" * 3, "Bee")], tokenizer, max_length=10, overlong="split")
+    assert "".join(text for run in texts([outcome], tokenizer) for text in run) == "Bee</s>"
+    assert len(outcome.features) == 1
 
 
 def test_overlong_error_has_its_line(tokenizers: Callable[..., Any]) -> None:
     with pytest.raises(DataError, match=r"12 tokens, more than dataset\.max_length: 8") as caught:
-        encode([PairExample("Q\n", "A"), PairExample("Q\n", "987654321")], tokenizers(), max_length=8, overlong="error")
+        encode([SHORT, LONG], tokenizers(), max_length=8, overlong="error")
     assert caught.value.line == 2
 
 
 def test_exactly_max_length_is_not_overlong(tokenizers: Callable[..., Any]) -> None:
-    features, report = encode([PairExample("Q\n", "98765")], tokenizers(), max_length=8, overlong="error")
-    assert len(features[0]["input_ids"]) == 8
-    assert report.truncated == 0
+    [outcome] = encode([pair("Q\n", "98765")], tokenizers(), max_length=8, overlong="error")
+    assert outcome == Outcome(outcome.features, outcome.targets, tokens=8)
+    assert len(outcome.features[0]["input_ids"]) == 8
 
 
-def test_zero_trained_tokens(tokenizers: Callable[..., Any]) -> None:
-    with pytest.raises(DataError, match="zero trained tokens") as caught:
-        encode([PairExample("12345678", "A")] * 2, tokenizers(), max_length=8)
-    assert f"2 {CUT_OFF}" in caught.value.message
-    assert "max_length: 8" in str(caught.value)
-    assert caught.value.file == "train.jsonl"
+def test_rows_without_a_target(tokenizers: Callable[..., Any]) -> None:
+    silent = [CHAT[0], {**CHAT[1], "train": False}]
+    assert [each.reason for each in encode([chat(*CHAT), chat(*silent)], tokenizers("smollm"))] == [USED, NO_TARGET]
 
-    silent = ChatExample(CHAT.messages, None, frozenset({1}))
-    with pytest.raises(DataError, match=f"1 {NO_TARGET}"):
-        encode([silent], tokenizers("smollm"))
-    assert encode([CHAT, silent], tokenizers("smollm"))[1].dropped == {NO_TARGET: 1}
+
+def seq2seq(rows: list[dict[str, Any]], tokenizer: Any, **settings: Any) -> list[Outcome]:
+    return encode(rows, tokenizer, encoder=Seq2SeqEncoder, **settings)
 
 
 def test_seq2seq(tokenizers: Callable[..., Any]) -> None:
     tokenizer = ByT5Tokenizer()  # adds EOS to source and target
-    turns = [*CHAT.messages, {"role": "user", "content": "r"}, {"role": "assistant", "content": "B"}]
-    features, report = encode_sources(
-        [PairExample("ab", "c"), AlpacaExample("Add", "3", "1 2", "S"), CHAT, ChatExample(turns)], tokenizer
-    )
-    assert [tokenizer.decode(each["input_ids"]) for each in features] == [
+    turns = [*CHAT, {"role": "user", "content": "r"}, {"role": "assistant", "content": "B"}]
+    outcomes = [
+        *seq2seq([pair("ab", "c")], tokenizer),
+        *seq2seq([{"instruction": "Add", "output": "3", "input": "1 2", "system": "S"}], tokenizer),
+        *seq2seq([chat(*CHAT), chat(*turns)], tokenizer),
+    ]
+    assert [tokenizer.decode(each["input_ids"]) for each in features(outcomes)] == [
         "ab</s>", "S\n\nAdd\n\n1 2</s>", "q</s>", "user: q\nassistant: A\nuser: r</s>",
     ]  # fmt: skip
-    assert [tokenizer.decode(each["labels"]) for each in features] == ["c</s>", "3</s>", "A</s>", "B</s>"]
-    assert report.targets == 8
-    assert report.tokens == sum(len(each["input_ids"]) + len(each["labels"]) for each in features)
+    assert [tokenizer.decode(each["labels"]) for each in features(outcomes)] == ["c</s>", "3</s>", "A</s>", "B</s>"]
+    assert [each.targets for each in outcomes] == [[2]] * 4
+    assert [each.tokens for each in outcomes] == [sum(map(len, each.features[0].values())) for each in outcomes]
 
-    features, _ = encode_sources([PairExample("ab", "c")], tokenizers())
-    assert tokenizers().decode(features[0]["labels"]) == "c</s>"  # this one adds none by itself
+    outcomes = seq2seq([pair("ab", "c")], tokenizers())
+    assert tokenizers().decode(features(outcomes)[0]["labels"]) == "c</s>"  # this one adds none by itself
+    assert seq2seq([pair("ab", "c")], tokenizers(eos=None))[0].flags == Flag.OPEN
 
 
 def test_seq2seq_with_a_chat_template(tokenizers: Callable[..., Any]) -> None:
     tokenizer = tokenizers("llama3", add_bos=True)
-    [feature], _ = encode_sources([CHAT], tokenizer)
+    [feature] = features(seq2seq([chat(*CHAT)], tokenizer))
     assert feature["input_ids"] == tokenizer.apply_chat_template(
-        CHAT.messages[:1], add_generation_prompt=True, tokenize=True, return_dict=False
+        CHAT[:1], add_generation_prompt=True, tokenize=True, return_dict=False
     )
 
 
 def test_seq2seq_overlong() -> None:
     tokenizer = ByT5Tokenizer()
-    examples: list[Example] = [PairExample("ab", "c"), PairExample("123456789", "c"), PairExample("ab", "123456789")]
-    features, report = encode_sources(examples, tokenizer, max_length=6)
-    assert [tokenizer.decode(each["input_ids"]) for each in features] == ["ab</s>", "12345</s>", "ab</s>"]
-    assert [tokenizer.decode(each["labels"]) for each in features] == ["c</s>", "c</s>", "123456"]
-    assert (report.used, report.truncated) == (3, 2)
-    features, report = encode_sources(examples, tokenizer, max_length=6, overlong="drop")
-    assert (len(features), report.dropped) == (1, {OVERLONG: 2})
+    rows = [pair("ab", "c"), pair("123456789", "c"), pair("ab", "123456789")]
+    outcomes = seq2seq(rows, tokenizer, max_length=6)
+    assert [tokenizer.decode(each["input_ids"]) for each in features(outcomes)] == ["ab</s>", "12345</s>", "ab</s>"]
+    assert [tokenizer.decode(each["labels"]) for each in features(outcomes)] == ["c</s>", "c</s>", "123456"]
+    assert [each.lost for each in outcomes] == [0, 0, 4]
+    assert [each.flags for each in outcomes] == [0, Flag.TRUNCATED, Flag.TRUNCATED | Flag.ANSWER_CUT]
+    outcomes = seq2seq(rows, tokenizer, max_length=6, overlong="drop")
+    assert [each.reason for each in outcomes] == [USED, OVERLONG, OVERLONG]
     with pytest.raises(DataError, match="10 tokens") as caught:
-        encode_sources(examples, tokenizer, max_length=6, overlong="error")
+        seq2seq(rows, tokenizer, max_length=6, overlong="error")
     assert caught.value.line == 2
-    with pytest.raises(DataError, match="zero trained tokens"):
-        encode_sources(examples[1:], tokenizer, max_length=6, overlong="drop")
 
 
 @pytest.mark.parametrize(
-    ("example", "settings", "message"),
+    ("row", "settings", "message"),
     [
-        (TextExample("a"), {}, "no source and target"),
-        (ChatExample(CHAT.messages[1:]), {}, "no question with a trained answer"),
-        (ChatExample(CHAT.messages, None, frozenset({1})), {}, "no question with a trained answer"),
-        (PairExample("a", "b"), {"train_on": "all"}, "trained on the target only"),
+        ({"text": "a"}, {}, "no source and target"),
+        (chat(CHAT[1]), {}, "no question with a trained answer"),
+        (chat(CHAT[0], {**CHAT[1], "train": False}), {}, "no question with a trained answer"),
+        (pair("a", "b"), {"train_on": "all"}, "trained on the target only"),
+        (pair("a", "b"), {"overlong": "split"}, "in pieces"),
     ],
 )
-def test_seq2seq_refused(example: Example, settings: dict[str, Any], message: str) -> None:
+def test_seq2seq_refused(row: dict[str, Any], settings: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        encode_sources([example], ByT5Tokenizer(), **settings)
+        seq2seq([row], ByT5Tokenizer(), **settings)

@@ -1,0 +1,120 @@
+"""``peftcli cache``."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peftcli.cli import console
+from peftcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from peftcli.data.cache import Entry
+
+_DAY = 86400
+
+
+def cache(
+    what: Annotated[str, typer.Argument(metavar="[list|clear|dir]", help="What to do with it.")] = "list",
+    keys: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY]...", help="Of clear: which entries; by default all.")
+    ] = None,
+    older_than: Annotated[
+        float | None, typer.Option("--older-than", metavar="DAYS", min=0, help="Of clear: only what is unused so long.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List or clear the tokens that earlier runs have kept, or print the folder where they are."""
+    actions = ("list", "clear", "dir")
+    if what not in actions:
+        raise UsageError(f"no such action: {what!r}", hint=f"one of {', '.join(actions)}")
+    if what != "clear" and (keys or older_than is not None):
+        raise UsageError(f"{what} takes neither KEY nor --older-than", hint="peftcli cache clear does")
+    if what == "clear":
+        _clear(keys or [], older_than, as_json)
+    elif what == "dir":
+        _dir(as_json)
+    else:
+        _list(as_json)
+
+
+def _list(as_json: bool) -> None:
+    from peftcli.data.cache import entries, root, unfinished
+
+    found, left = entries(), unfinished()
+    total = sum(entry.bytes for entry in found) + left
+    if as_json:
+        return console.print_json(
+            {"folder": str(root()), "bytes": total, "unfinished_bytes": left, "entries": [_facts(e) for e in found]}
+        )
+    if found:
+        columns = ["key", "source", "rows", "features", "tokens", "size", "last used"]
+        console.table(columns, [_row(entry) for entry in found])
+    if left:
+        console.out(f"{_size(left)} being built, or left by runs that were killed")
+    return console.out(f"{_entries(len(found))}, {_size(total)}, in {root()}; cleared by `peftcli cache clear` only")
+
+
+def _clear(keys: list[str], older_than: float | None, as_json: bool) -> None:
+    from peftcli.data.cache import clear, entries, find, root
+
+    chosen = find(keys) if keys else entries()
+    if older_than is not None:
+        limit = time.time() - older_than * _DAY
+        chosen = [entry for entry in chosen if entry.last_used <= limit]
+    done = clear(chosen)
+    if as_json:
+        removed, kept = ([_facts(entry) for entry in entries] for entries in (done.removed, done.kept))
+        return console.print_json({"folder": str(root()), "bytes": done.bytes, "removed": removed, "kept": kept})
+    for entry in done.kept:
+        console.out(f"kept {entry.key[:12]} ({entry.source}): a run uses it")
+    return console.out(f"removed {_entries(len(done.removed))}, {_size(done.bytes)}")
+
+
+def _dir(as_json: bool) -> None:
+    from peftcli.data.cache import root
+
+    folder = str(root())
+    if as_json:
+        console.print_json({"folder": folder})
+    else:
+        console.out(folder)
+
+
+def _facts(entry: Entry) -> dict[str, Any]:
+    times = {name: _utc(getattr(entry, name)) for name in ("created", "last_used")}
+    return {**asdict(entry), **times}
+
+
+def _row(entry: Entry) -> list[str]:
+    used = "in use" if entry.in_use else "damaged" if entry.damaged else _ago(time.time() - entry.last_used)
+    counts = (f"{count:,}" for count in (entry.rows, entry.features, entry.tokens))
+    source = " ".join((entry.source or "-").split())  # on one line
+    return [entry.key[:12], source, *counts, _size(entry.bytes), used]
+
+
+def _utc(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def _ago(seconds: float) -> str:
+    for size, name in ((_DAY, "day"), (3600, "hour"), (60, "minute")):
+        if (count := int(seconds // size)) > 0:
+            return f"{count} {name}{'s' if count > 1 else ''} ago"
+    return "just now"
+
+
+def _entries(count: int) -> str:
+    return "1 entry" if count == 1 else f"{count:,} entries"
+
+
+def _size(count: int) -> str:
+    value, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{count} bytes" if unit == "bytes" else f"{value:.1f} {unit}"

@@ -1,0 +1,168 @@
+"""A source of a recipe -> its features on disk, made once for the same content and settings."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftcli.data.cache import cached
+from peftcli.data.encode import Encoder
+from peftcli.data.rows import Place, Row
+from peftcli.data.sources import Opened, open_source
+from peftcli.data.store import Outcome, Store, Writer
+from peftcli.errors import DataError
+from peftcli.schema import Dataset, Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MakeEncoder = Callable[[Sequence[str], Source, str], Encoder]
+"""Columns of the first rows, the source and its name -> what encodes its rows."""
+OnRows = Callable[[str, int, bool], None]
+"""Is told a source's name, how many of its rows are encoded, and whether that is all."""
+
+_BATCH = 512
+"""Rows encoded at once, at most."""
+_BATCH_SIZE = 4_000_000
+"""Characters of the rows encoded at once, about: a token takes far more memory than its text while it is encoded."""
+
+
+def prepare(
+    source: Source,
+    task: str,
+    columns: Sequence[str],
+    make_encoder: MakeEncoder,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    *,
+    stop_at_bad: bool,
+    on_rows: OnRows = lambda name, count, done: None,
+    on_note: Callable[[str], None] = lambda text: None,
+) -> Store:
+    """The features of a source: from the cache where the same content was encoded the same way before.
+
+    Args:
+        source: Where the rows are.
+        task: Whose features they are.
+        columns: What a feature holds.
+        make_encoder: Gives what encodes the rows, once their columns are known.
+        tokenizer: The base model's.
+        dataset: Settings of the encoding.
+        stop_at_bad: Whether a row that cannot be used is an error. Else it is kept in the store's list of bad rows.
+        on_rows: Is told how far it is.
+        on_note: Is told what the user should know of the cache.
+
+    Raises:
+        DataError: the source cannot be read, holds no rows, or a row that cannot be used.
+    """
+    opened = open_source(source)
+    fingerprint = opened.fingerprint()
+    key = {
+        "content": fingerprint,
+        "source": {name: getattr(source, name) for name in ("split", "name", "format", "columns", "limit")},
+        "task": task,
+        "settings": {name: getattr(dataset, name) for name in ("max_length", "overlong", "train_on")},
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "versions": {name: version(name) for name in ("transformers", "tokenizers")},
+    }
+
+    def build(folder: Path) -> None:
+        with Writer(folder, columns) as writer:
+            reader = _write(opened, source, make_encoder, writer, stop_at_bad, on_rows)
+            opened.check_unchanged(fingerprint)
+            writer.finish(format=reader, source=opened.described, fingerprint=fingerprint)
+
+    store = cached(key, build, on_wait=on_note)
+    if stop_at_bad:
+        for _, error in store.bad_rows():
+            raise error
+    return store
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all that decides which ids a text gets. A template that writes the date gives another one each day."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    template = tokenizer.chat_template
+    parts: dict[str, Any] = {
+        "class": type(tokenizer).__name__,
+        "tokenizer": tokenizer.get_vocab() if backend is None else backend.to_str(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "template": template,
+        "date": datetime.date.today().isoformat() if writes_the_date(tokenizer) else None,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def writes_the_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template can write today's date."""
+    return "strftime_now" in str(tokenizer.chat_template or "")
+
+
+def _write(
+    opened: Opened,
+    source: Source,
+    make_encoder: MakeEncoder,
+    writer: Writer,
+    stop_at_bad: bool,
+    on_rows: OnRows,
+) -> str | None:
+    """Encodes every row. Gives the format that they have, where there is a good one."""
+    encoder: Encoder | None = None
+    for batch in _batches(opened.rows()):
+        good = [row for row in batch if isinstance(row, Row)]
+        if encoder is None and good:
+            encoder = make_encoder(
+                tuple(dict.fromkeys(key for row in good for key in row.values)), source, opened.described
+            )
+        results = iter(encoder(good) if encoder else [])
+        places, outcomes = _in_order(batch, results, opened.described, writer.num_rows)
+        if stop_at_bad:
+            for outcome in outcomes:
+                if isinstance(outcome, DataError):
+                    raise outcome
+        writer.add(places, outcomes)
+        on_rows(opened.described, writer.num_rows, False)
+    on_rows(opened.described, writer.num_rows, True)
+    return encoder.reader.name if encoder else None
+
+
+def _batches(rows: Iterator[Row | DataError]) -> Iterator[list[Row | DataError]]:
+    """The rows in batches that are encoded at once."""
+    batch, size = list[Row | DataError](), 0
+    for row in rows:
+        batch.append(row)
+        size += _size(row.values) if isinstance(row, Row) else 0
+        if len(batch) == _BATCH or size > _BATCH_SIZE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _size(value: Any) -> int:
+    """Characters of all texts in a value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, list) else 0
+
+
+def _in_order(
+    batch: Sequence[Row | DataError], results: Iterator[Outcome | DataError], described: str, before: int
+) -> tuple[list[Place], list[Outcome | DataError]]:
+    """Place and outcome of every row of a batch, those that could not be read among them."""
+    places, outcomes = list[Place](), list[Outcome | DataError]()
+    for index, row in enumerate(batch):
+        if isinstance(row, DataError):
+            places.append(Place(row.file or described, before + index + 1, row.line))
+            outcomes.append(row)
+        else:
+            places.append(row.place)
+            outcomes.append(next(results))
+    return places, outcomes

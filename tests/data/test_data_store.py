@@ -1,0 +1,258 @@
+"""Features on disk: what is written is what is read, and damage is found."""
+
+from __future__ import annotations
+
+import json
+import operator
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from peftcli.data import store as store_module
+from peftcli.data.rows import Place
+from peftcli.data.store import BAD, USED, Feature, Outcome, Part, Store, View, Writer
+from peftcli.errors import DataError, StorageError
+
+Write = Callable[..., Store]
+
+
+def feature(first: int, length: int) -> Feature:
+    ids = list(range(first, first + length))
+    return {"input_ids": ids, "labels": [-100, *ids[1:]][:length]}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes a store of these outcomes, so many rows at a time."""
+
+    def write(outcomes: Sequence[Outcome | DataError], name: str = "store", at_once: int = 2) -> Store:
+        folder = tmp_path / name
+        folder.mkdir()
+        places = [Place(f"part-{index % 2}.jsonl", index + 1, 10 * index + 1) for index in range(len(outcomes))]
+        with Writer(folder, ["input_ids", "labels"]) as writer:
+            for start in range(0, len(outcomes), at_once):
+                writer.add(places[start : start + at_once], outcomes[start : start + at_once])
+            writer.finish(format="text", counts={"a": 1})
+        return Store(folder)
+
+    return write
+
+
+MIXED: list[Outcome | DataError] = [
+    Outcome([feature(0, 5)], [4], tokens=5, flags=3),
+    Outcome(reason="too long", tokens=2000),
+    DataError("no \x1b text", file="part-0.jsonl", line=21, key="text", hint="add it"),
+    Outcome([feature(10, 3), feature(20, 1)], [2, 0], tokens=9, lost=5),
+    Outcome([feature(30, 0)], [0]),
+]
+FEATURES = [feature(0, 5), feature(10, 3), feature(20, 1), feature(30, 0)]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_what_is_written_is_read(write: Write, at_once: int) -> None:
+    store = write(MIXED, at_once=at_once)
+    assert list(store) == FEATURES
+    assert (store.columns, store.about) == (("input_ids", "labels"), {"format": "text", "counts": {"a": 1}})
+    assert (store.lengths.tolist(), store.targets.tolist(), store.row_of.tolist()) == (
+        [5, 3, 1, 0], [4, 2, 0, 0], [0, 3, 3, 4],
+    )  # fmt: skip
+    assert [store.outcomes[index] for index in store.rows["outcome"]] == [USED, "too long", BAD, USED, USED]
+    assert store.rows["tokens"].tolist() == [5, 2000, 0, 9, 0]
+    assert store.rows["lost"].tolist() == [0, 0, 0, 5, 0]
+    assert store.rows["flags"].tolist() == [3, 0, 0, 0, 0]
+    assert [store.place(row) for row in (0, 3)] == [Place("part-0.jsonl", 1, 1), Place("part-1.jsonl", 4, 31)]
+    (found,) = store.bad_rows()
+    assert (found[0], found[1].as_dict()) == (2, MIXED[2].as_dict())  # type: ignore[union-attr]
+
+
+def test_a_row_without_a_line_has_none(tmp_path: Path) -> None:
+    with Writer(tmp_path, ["input_ids"]) as writer:
+        writer.add([Place("org/data", 7)], [Outcome([{"input_ids": [1]}], [1])])
+        writer.finish()
+    assert Store(tmp_path).place(0) == Place("org/data", 7)
+
+
+@pytest.mark.parametrize("outcomes", [[], [Outcome(reason="too long")] * 3])
+def test_without_features(write: Write, outcomes: list[Outcome]) -> None:
+    store = write(outcomes)
+    assert (len(store), list(store), len(store.rows)) == (0, [], len(outcomes))
+    assert [len(array) for array in (store.lengths, store.targets, store.row_of)] == [0, 0, 0]
+    view = View([Part(store), Part(store, np.zeros(0, np.int64))])
+    assert (len(view), view.sizes, view.lengths.tolist(), view.targets.tolist()) == (0, [0, 0], [], [])
+    with pytest.raises(IndexError):
+        view[0]
+
+
+@pytest.mark.parametrize("kind", ["store", "view"])
+def test_indices_are_those_of_a_list(write: Write, kind: str) -> None:
+    store = write(MIXED)
+    found = store if kind == "store" else View([Part(store)])
+    for index in (0, 3, -1, -4, np.int64(2), np.int32(-2), np.uint64(0), np.uint8(3)):
+        assert found[index] == FEATURES[operator.index(index)]
+    for part in (slice(None), slice(1, 3), slice(None, None, -1), slice(-2, 99), slice(np.int64(1), None)):
+        assert found[part] == FEATURES[part]
+    for index in (4, -5, np.int64(4), 2**70):
+        with pytest.raises(IndexError):
+            found[index]
+    with pytest.raises(TypeError):
+        found[1.0]  # type: ignore[call-overload]
+
+
+def test_ids_are_plain_numbers(write: Write) -> None:
+    assert {type(value) for ids in write(MIXED)[0].values() for value in ids} == {int}
+    with pytest.raises(ValueError, match="read-only"):
+        write(MIXED, "other").ids("input_ids", 0)[0] = 1
+
+
+def test_offsets_have_64_bits(write: Write) -> None:
+    store = write([Outcome([feature(1, 3)], [2]), Outcome([feature(5, 2)], [1])])
+    far = 2**31 + 7
+    ids, ends, manifest = (store.folder / name for name in ("input_ids.ids.bin", "input_ids.ends.bin", "MANIFEST.json"))
+    with ids.open("r+b") as file:  # a file with a hole: it takes no room
+        file.seek(4 * far)
+        file.write(np.array([5, 6], "<i4").tobytes())
+    np.array([far, far + 2], "<i8").tofile(ends)
+    listed = json.loads(manifest.read_text())
+    listed["files"][ids.name]["bytes"] = 4 * (far + 2)
+    manifest.write_text(json.dumps(listed))
+    store = Store(store.folder, verify=False)
+    assert (store[1]["input_ids"], store.lengths.tolist()) == ([5, 6], [far, 2])
+
+
+def test_offsets_go_on_beyond_32_bits(tmp_path: Path) -> None:
+    with Writer(tmp_path, ["input_ids"]) as writer:
+        writer._ends["input_ids"] = 2**31 - 1  # as after so many ids
+        writer.add([Place("a", 1)] * 2, [Outcome([{"input_ids": [1, 2]}], [1])] * 2)
+    assert np.fromfile(tmp_path / "input_ids.ends.bin", "<i8").tolist() == [2**31 + 1, 2**31 + 3]
+
+
+def test_an_id_of_more_than_32_bits_is_no_id(tmp_path: Path) -> None:
+    with Writer(tmp_path, ["input_ids"]) as writer, pytest.raises(OverflowError):
+        writer.add([Place("a", 1)], [Outcome([{"input_ids": [2**31]}], [1])])
+
+
+def test_pages_that_were_given_back_are_read_again(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_HELD", 0)
+    store = write(MIXED)
+    first = store.ids("input_ids", 0)
+    assert list(store) * 2 == [*store, *store] == FEATURES * 2
+    assert first.tolist() == FEATURES[0]["input_ids"]
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << position % 8
+    path.write_bytes(data)
+
+
+NAMES = ["rows.bin", "features.bin", "input_ids.ids.bin", "input_ids.ends.bin", "labels.ids.bin", "labels.ends.bin"]
+NAMES += ["bad.jsonl", "store.json"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_damage_is_found(write: Write, name: str) -> None:
+    store = write(MIXED)
+    path = store.folder / name
+    good = path.read_bytes()
+    for position in (0, len(good) // 2, len(good) - 1):
+        flip(path, position)
+        with pytest.raises(ValueError, match=f"{name} has changed"):
+            Store(store.folder)
+        if name == "store.json":
+            with pytest.raises(ValueError, match="has changed"):
+                Store(store.folder, verify=False)
+        else:
+            Store(store.folder, verify=False)
+        path.write_bytes(good)
+    for wrong in (good[:-1], good + b"\0", b"", good[4:] + good[:4]):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match=name):
+            Store(store.folder)
+    path.unlink()
+    with pytest.raises(ValueError, match=name):
+        Store(store.folder)
+    path.write_bytes(good)
+    assert list(Store(store.folder)) == FEATURES
+
+
+def test_a_damaged_manifest_is_found_or_says_the_same(write: Write) -> None:
+    store = write(MIXED)
+    path = store.folder / "MANIFEST.json"
+    good = path.read_bytes()
+    refused = 0
+    for position in range(0, len(good), 7):
+        flip(path, position)
+        try:
+            assert list(Store(store.folder)) == FEATURES
+        except ValueError:
+            refused += 1
+        path.write_bytes(good)
+    assert refused > len(good) / 14
+    for wrong in (b"", b"[]", b"{}", b'{"files": []}', b'{"files": {"rows.bin": 1}}', b"\xff", good[:-20]):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match="store"):
+            Store(store.folder)
+
+
+def test_another_layout_is_refused(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = write(MIXED)
+    monkeypatch.setattr(store_module, "FORMAT", store_module.FORMAT + 1)
+    with pytest.raises(ValueError, match="another layout"):
+        Store(store.folder)
+
+
+def test_a_store_that_was_not_finished_is_none(tmp_path: Path) -> None:
+    with Writer(tmp_path, ["input_ids"]) as writer:
+        writer.add([Place("a", 1)], [Outcome([{"input_ids": [1]}], [1])])
+    with pytest.raises(ValueError, match="no whole store"):
+        Store(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rows.bin", "labels.ids.bin", "store.json", "MANIFEST.json"])
+def test_a_full_disk_is_said(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to("/dev/full")
+
+    def write() -> None:
+        with Writer(tmp_path, ["input_ids", "labels"]) as writer:
+            writer.add([Place("a", 1)], [MIXED[0]])
+            writer.finish()
+
+    with pytest.raises(StorageError, match="No space left") as caught:
+        write()
+    assert caught.value.file == str(tmp_path)
+    assert not (tmp_path / "MANIFEST.json").is_file()  # so it is no store
+
+
+def test_a_feature_has_the_columns_of_the_store(tmp_path: Path) -> None:
+    for wrong in ({"input_ids": [1]}, {"input_ids": [1], "labels": [1], "more": [1]}):
+        with Writer(tmp_path, ["input_ids", "labels"]) as writer, pytest.raises(AssertionError):
+            writer.add([Place("a", 1)], [Outcome([wrong], [1])])
+
+
+def test_a_view_of_some_rows_of_several_stores(write: Write) -> None:
+    one, two = write(MIXED, "one"), write([Outcome([feature(50, 2)], [1]), Outcome([feature(60, 4)], [3])], "two")
+    view = View([Part(one, np.array([3, 1])), Part(two, np.zeros(0, int)), Part(two), Part(one, np.array([0]))])
+    assert list(view) == [feature(10, 3), feature(20, 1), feature(50, 2), feature(60, 4), feature(0, 5)]
+    assert view.sizes == [2, 0, 2, 1]
+    assert (view.lengths.tolist(), view.targets.tolist()) == ([3, 1, 2, 4, 5], [2, 0, 1, 3, 4])
+    assert [view.locate(index) for index in (1, 2, -1)] == [(one, 2), (two, 0), (one, 0)]
+    assert view.parts[0].records["number"].tolist() == [4, 2]
+    assert view.parts[2].records["number"].tolist() == [1, 2]
+
+
+def test_another_process_gets_names_not_contents(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = list(range(20000))
+    long = write([Outcome([{"input_ids": ids, "labels": ids}], [1])], "long")
+    assert len(pickle.dumps(long)) < 1000
+    view = View([Part(long), Part(long), Part(write(MIXED), np.array([0]))])
+    checked: list[str] = []
+    crc32 = store_module._crc32
+    monkeypatch.setattr(store_module, "_crc32", lambda path: checked.append(path.name) or crc32(path))
+    sent = pickle.loads(pickle.dumps(view))
+    assert set(checked) == {"store.json"}  # what was verified is not read again
+    assert list(sent) == list(view)
+    assert sent.parts[0].store is sent.parts[1].store
+    assert (sent.lengths.tolist(), sent.targets.tolist()) == (view.lengths.tolist(), view.targets.tolist())
