@@ -45,7 +45,7 @@ def write_card(folder: Path) -> Path:
     from peftcli.core.files import write_file
 
     path = folder / "README.md"
-    write_file(path, render_card(read_info(folder), plot=_has_plot(folder)).encode())
+    write_file(path, render_card(read_info(folder), **_beside(folder)).encode())
     return path
 
 
@@ -57,9 +57,9 @@ def for_hub(folder: Path, repo_id: str, base_model_id: str | None = None) -> str
     info, path = read_info(folder), folder / "README.md"
     base = str(info["base_model"].get("name") or "")
     written = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
-    if written is None or written == render_card(info, plot=_has_plot(folder)):
+    if written is None or written == render_card(info, **_beside(folder)):
         named = {**info, "base_model": {**info["base_model"], "name": base_model_id or base}}
-        return render_card(named, adapter=repo_id, plot=_has_plot(folder))
+        return render_card(named, adapter=repo_id, **_beside(folder))
     return _renamed(written, base, base_model_id) if base_model_id else written
 
 
@@ -79,13 +79,16 @@ def read_info(folder: Path) -> dict[str, Any]:
     return {**run, "recipe": recipe, "base_model": base}
 
 
-def render_card(info: Mapping[str, Any], *, adapter: str = _SOMEWHERE, plot: bool = False) -> str:
+def render_card(
+    info: Mapping[str, Any], *, adapter: str = _SOMEWHERE, plot: bool = False, tokenizer: bool = False
+) -> str:
     """The card's text.
 
     Args:
         info: The content of run.json, of which any part may be missing.
         adapter: Hub id or folder that the examples load.
         plot: Whether loss.png stands beside the card.
+        tokenizer: Whether a tokenizer does.
     """
     recipe = info.get("recipe") or {}
     method = dict(recipe.get("method") or {})
@@ -96,7 +99,8 @@ def render_card(info: Mapping[str, Any], *, adapter: str = _SOMEWHERE, plot: boo
     sections = [
         _front_matter(kind, use, base),
         _summary(kind, task, base, info),
-        _usage(kind, use, base, adapter),
+        _usage(kind, use, adapter, _loading(info, base, adapter, tokenizer)),
+        _tokenizer_note(recipe.get("base_model")) if tokenizer else "",
         _table("Training data", ("split", "count", "value"), _data_rows(info)),
         _table("Settings", ("setting", "value"), _setting_rows(method, recipe, info)),
         _table("Results", ("metric", "first evaluation", "this adapter"), _result_rows(info)),
@@ -131,7 +135,7 @@ def _summary(kind: str, task: str, base: str, info: Mapping[str, Any]) -> str:
     return text + "\n"
 
 
-def _usage(kind: str, use: TaskRow | None, base: str, adapter: str) -> str:
+def _usage(kind: str, use: TaskRow | None, adapter: str, loading: list[str]) -> str:
     text = "## How to use it\n\n"
     if use and use.pipeline_tag == "text-generation":
         text += f'With peftcli, on the command line:\n\n```bash\npeftcli generate {adapter} --prompt "Hello"\n```\n\n'
@@ -140,20 +144,43 @@ def _usage(kind: str, use: TaskRow | None, base: str, adapter: str) -> str:
             "With peftcli in Python. Some releases of PEFT repeat the virtual tokens at each generated token when they"
             " run on transformers 5, and then generate other text.\n\n"
         )
-        return text + _python("peftcli", use, base, adapter)
-    return text + "With PEFT and transformers, in Python:\n\n" + _python("peft", use, base, adapter)
+        return text + _python("peftcli", use, adapter, loading)
+    return text + "With PEFT and transformers, in Python:\n\n" + _python("peft", use, adapter, loading)
 
 
-def _python(library: str, use: TaskRow | None, base: str, adapter: str) -> str:
+def _loading(info: Mapping[str, Any], base: str, adapter: str, own: bool) -> list[str]:
+    """Lines of Python that load the tokenizer, and tell a loaded model where its answers end if it does not know."""
+    name = base if base and not is_local(base) else "path/to/the/base/model"
+    lines = [f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(adapter if own else name)})"]
+    if stops := info.get("eos_token_id"):
+        lines.append(f"model.generation_config.eos_token_id = {json.dumps(stops)}  # what its answers end with")
+    return lines
+
+
+def _tokenizer_note(base: Any) -> str:
+    """What is in the adapter's own tokenizer that the base model's lacks."""
+    settings = base if isinstance(base, Mapping) else {}
+    new = ", ".join(_code(str(token)) for token in settings.get("new_tokens") or [])
+    parts = [f"the special tokens {new}"] * bool(new) + ["the chat template"] * bool(settings.get("chat_template"))
+    text = "The tokenizer is the adapter's own" + (f": it has {' and '.join(parts)} of its training." if parts else ".")
+    if new:
+        text += (
+            " The `AutoPeftModel` classes give the base model rows for the new tokens where it has none;"
+            " with `PeftModel.from_pretrained`, call `model.resize_token_embeddings(len(tokenizer))` on the base model"
+            " first if it has fewer rows than that."
+        )
+    return text + "\n"
+
+
+def _python(library: str, use: TaskRow | None, adapter: str, loading: list[str]) -> str:
     """A Python block that loads the adapter and calls it once."""
     auto_class = use.peft_class if use else "AutoPeftModel"
-    tokenizer = base if base and not is_local(base) else "path/to/the/base/model"
     lines = [
         f"from {library} import {auto_class}",
         "from transformers import AutoTokenizer",
         "",
         f"model = {auto_class}.from_pretrained({json.dumps(adapter)})",
-        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(tokenizer)})",
+        *loading,
         *(use.usage if use else ['inputs = tokenizer("Hello", return_tensors="pt")', "print(model(**inputs))"]),
     ]
     return "```python\n" + "\n".join(lines) + "\n```\n"
@@ -258,5 +285,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _has_plot(folder: Path) -> bool:
-    return (folder / "loss.png").is_file()
+def _beside(folder: Path) -> dict[str, Any]:
+    """What of the things that a card speaks of is in the folder."""
+    return {"plot": (folder / "loss.png").is_file(), "tokenizer": (folder / "tokenizer_config.json").is_file()}

@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from peftcli.data.ends import Ends, Form, all_stops, ends_of, prompt_form
 from peftcli.errors import AdapterError, DataError, UsageError
 
 if TYPE_CHECKING:
@@ -46,8 +47,10 @@ class Speaker:
 
     model: Any
     tokenizer: Any
-    form: Literal["chat", "plain", "alpaca"]
+    form: Form
     """What a prompt that is a string becomes: a user's turn in the chat template, itself, or an Alpaca instruction."""
+    ends: Ends
+    """What ends an answer."""
 
     def answers(
         self, prompts: Sequence[str | list[Message]], settings: Settings, stream: Callable[[str], None] | None = None
@@ -68,7 +71,7 @@ class Speaker:
         inputs = self._encode(prompts)
         options = self._options(settings)
         if stream is not None:
-            options["streamer"] = _streamer(self.tokenizer, stream, strip=self.form == "chat")
+            options["streamer"] = _streamer(self.tokenizer, stream, self.ends.texts, strip=self.form == "chat")
         with torch.inference_mode():
             output = generate(self.model, **inputs, **options)
         if not self.model.config.is_encoder_decoder:
@@ -77,8 +80,6 @@ class Speaker:
 
     def _encode(self, prompts: Sequence[str | list[Message]]) -> dict[str, torch.Tensor]:
         tokenizer = self.tokenizer
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
         texts, templated = [], []
         for prompt in prompts:
             asked = self._formed(prompt)
@@ -86,11 +87,13 @@ class Speaker:
             if not isinstance(asked, str):
                 asked = self._rendered(asked)
             texts.append(asked)
-        # a template writes its own special tokens; a bare text gets the tokenizer's, but no EOS before the answer
+        # a template writes its own special tokens; a bare text gets the tokenizer's, but BOS once, and no EOS
         ids = [
             tokenizer(text, add_special_tokens=not by_template)["input_ids"]
             for text, by_template in zip(texts, templated, strict=True)
         ]
+        bos = tokenizer.bos_token_id
+        ids = [row[1:] if bos is not None and row[:2] == [bos, bos] else row for row in ids]
         if not self.model.config.is_encoder_decoder:
             ids = [row[:-1] if row and row[-1] == tokenizer.eos_token_id and len(row) > 1 else row for row in ids]
         if not all(ids):
@@ -118,34 +121,38 @@ class Speaker:
         return render(self.tokenizer, messages, prompt=True)
 
     def _options(self, settings: Settings) -> dict[str, Any]:
-        stops = self._stops()
         chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if settings.temperature > 0:
             chosen = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
         return {
             **chosen,
             "max_new_tokens": settings.max_new_tokens,
-            "eos_token_id": sorted(stops) or None,
+            "eos_token_id": self._stops() or None,
             "pad_token_id": self.tokenizer.pad_token_id,
+            **({"stopping_criteria": [_text_stop(self.tokenizer, self.ends.texts)]} if self.ends.texts else {}),
         }
 
-    def _stops(self) -> set[int]:
-        """Ids that end an answer: those of the base model's generation config and the tokenizer's EOS."""
-        configured = self.model.generation_config.eos_token_id
-        stops = set(configured) if isinstance(configured, list) else {configured}
-        return {stop for stop in stops | {self.tokenizer.eos_token_id} if stop is not None}
+    def _stops(self) -> list[int]:
+        """Ids that end an answer."""
+        return all_stops(self.ends, self.model.generation_config.eos_token_id)
 
     def _answer(self, prompt: str | list[Message], ids: list[int]) -> Answer:
         stops = self._stops()
         if self.model.config.is_encoder_decoder:
             ids = ids[1:]  # the decoder's start token
-        ends = next((place for place, token in enumerate(ids) if token in stops), None)
-        kept = ids if ends is None else ids[: ends + 1]
-        text = self.tokenizer.decode(kept, skip_special_tokens=True)
+        ends = next(
+            (place for place, token in enumerate(ids, 1) if token in stops or self._says_end(ids[:place])), None
+        )
+        kept = ids[:ends]
+        text, _ = _before(self.tokenizer.decode(kept, skip_special_tokens=True), self.ends.texts)
         asked = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
         return Answer(
             asked, text.strip() if self.form == "chat" else text, len(kept), "length" if ends is None else "stop"
         )
+
+    def _says_end(self, ids: list[int]) -> bool:
+        """Whether the text of the ids holds an end of the template's that is no token."""
+        return bool(self.ends.texts) and _before(self.tokenizer.decode(ids), self.ends.texts)[1]
 
 
 def load_speaker(
@@ -169,7 +176,8 @@ def load_speaker(
     from peftcli.core.files import load_adapter, read_config
     from peftcli.hub import local_folder
     from peftcli.methods import config_from_dict
-    from peftcli.models.load import base_of, load_model, load_tokenizer
+    from peftcli.models import tokens
+    from peftcli.models.load import base_of, has_tokenizer, load_adapter_tokenizer, load_model
     from peftcli.models.quantization import trained_quantization
     from peftcli.schema import Quantization
     from peftcli.tasks import TASKS
@@ -187,12 +195,17 @@ def load_speaker(
     spec = base_of(name, None if base else config.revision, how)
     cuda = torch.cuda.is_available()
     model = load_model(spec, auto_class, torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32)
+    tokenizer = load_adapter_tokenizer(folder, spec)
     if with_adapter:
         config.inference_mode = True
+        tokens.fit_adapter(model, config, folder)
         load_adapter(model, config, folder)
+    elif has_tokenizer(folder):
+        tokens.grow(model, max(tokenizer.get_vocab().values()) + 1)
+    tokens.settle_pad(tokenizer, model)
     model = model.to("cuda" if cuda else "cpu").eval()  # type: ignore[arg-type]
-    tokenizer = load_tokenizer(base_of(str(folder)) if (folder / "tokenizer_config.json").exists() else spec)
-    return Speaker(model, tokenizer, _prompt_form(folder, tokenizer))
+    form = prompt_form(folder, tokenizer)
+    return Speaker(model, tokenizer, form, ends_of(tokenizer, form))
 
 
 def answer_file(
@@ -227,50 +240,75 @@ def answer_file(
 
 
 def _prompts(source: Path) -> Iterator[str | list[Message]]:
-    from peftcli.data.load import load_rows
+    from peftcli.data.sources import open_source
+    from peftcli.data.text_rows import cut
+    from peftcli.schema import Source
 
-    rows = load_rows(str(source))
-    for number, row in enumerate(rows.rows):
-        line = rows.lines[number] if rows.lines else number + 1
-        prompt, messages = row.get("prompt"), row.get("messages")
+    for row in open_source(Source(train=str(source))).rows():
+        if isinstance(row, DataError):
+            raise row
+        prompt, messages = row.values.get("prompt"), row.values.get("messages")
         if isinstance(messages, list) and all(isinstance(turn, dict) and "content" in turn for turn in messages):
             while messages and messages[-1].get("role") == "assistant":
                 messages = messages[:-1]  # the answer that a dataset's row holds
             if not messages:
-                raise DataError("the conversation has no turn to answer", file=str(source), line=line)
+                raise row.place.error("the conversation has no turn to answer")
             yield messages
         elif isinstance(prompt, str) and prompt:
             yield prompt
         else:
-            has = ", ".join(row) or "no columns"
-            raise DataError(f'needs "prompt" or "messages"; it has {has}', file=str(source), line=line)
+            names = ", ".join(cut(name, 40) for name in list(row.values)[:12])
+            raise row.place.error(f'needs "prompt" or "messages"; it has {names or "no columns"}')
 
 
-def _prompt_form(folder: Path, tokenizer: Any) -> Literal["chat", "plain", "alpaca"]:
-    """The form of the data that the adapter's run was fed, so that it is asked what it was taught to answer."""
-    path = folder / "run.json"
-    data = json.loads(path.read_bytes()).get("data", {}) if path.is_file() else {}
-    trained_on = data.get("format", "messages")
-    if trained_on in ("text", "prompt_completion"):
-        return "plain"
-    if tokenizer.chat_template:
-        return "chat"
-    return "alpaca" if trained_on == "alpaca" else "plain"
+def _before(text: str, ends: Sequence[str]) -> tuple[str, bool]:
+    """The text up to the first of ``ends``, and whether there is one."""
+    places = [text.find(end) for end in ends if end in text]
+    return (text[: min(places)], True) if places else (text, False)
 
 
-def _streamer(tokenizer: Any, write: Callable[[str], None], *, strip: bool) -> Any:
-    """Writes the text as it grows; with ``strip``, without the white space around it."""
+def _begun(text: str, ends: Sequence[str]) -> int:
+    """How many of the last characters of the text one of ``ends`` begins with."""
+    sizes = (size for end in ends for size in range(1, len(end)) if text.endswith(end[:size]))
+    return max(sizes, default=0)
+
+
+def _text_stop(tokenizer: Any, ends: Sequence[str]) -> Any:
+    """Stops a row whose last tokens say one of ``ends``."""
+    import torch
+    from transformers import StoppingCriteria
+
+    longest = max(len(tokenizer.encode(end, add_special_tokens=False)) for end in ends) + 2
+
+    class _TextStop(StoppingCriteria):
+        generated = 0
+
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            self.generated += 1
+            tails = input_ids[:, -min(self.generated, longest) :].tolist()
+            done = [_before(tokenizer.decode(tail), ends)[1] for tail in tails]
+            return torch.tensor(done, device=input_ids.device)
+
+    return _TextStop()
+
+
+def _streamer(tokenizer: Any, write: Callable[[str], None], ends: Sequence[str], *, strip: bool) -> Any:
+    """Writes the text as it grows, up to one of ``ends``; with ``strip``, without the white space around it."""
     from transformers import TextStreamer
 
     class _Streamer(TextStreamer):
-        begun, held = False, ""
+        begun, ended, held = False, False, ""
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            text = self.held + text
-            if strip:
-                text = text if self.begun else text.lstrip()
-                kept = text.rstrip()  # what follows is written once more text has come
-                text, self.held = kept, text[len(kept) :]
+            if self.ended:
+                return
+            text, self.ended = _before(self.held + text, ends)
+            if strip and not self.begun:
+                text = text.lstrip()
+            # what may turn out to be an end, or the white space at the end, is written once more text has come
+            kept = text[: len(text) - (0 if stream_end or self.ended else _begun(text, ends))]
+            kept = kept.rstrip() if strip else kept
+            text, self.held = kept, text[len(kept) :]
             self.begun |= bool(text)
             write(text)
 

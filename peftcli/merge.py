@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,18 @@ from peftcli.core.inject import inject, is_reshaped
 from peftcli.core.layer import AdapterLayer, bare, model_ends
 from peftcli.core.merge import merge, outermost
 from peftcli.core.weights import materialise
+from peftcli.data.ends import missing_stops
 from peftcli.errors import AdapterError, ModelError, StorageError, UsageError
 from peftcli.hub import local_folder
 from peftcli.methods import config_from_dict
+from peftcli.models import tokens
 from peftcli.models.load import (
     base_files,
     base_of,
     empty_model,
+    load_adapter_tokenizer,
     load_config,
     load_model,
-    load_tokenizer,
     stored_or_asked,
 )
 from peftcli.models.quantization import forget, makes_up_for_quantization, trained_quantization
@@ -175,11 +177,14 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
     if not shards:
         return None
     places = {key: shard for shard in shards for key in _keys(shard)}
-    model, layers = _layers_without_base(job)
-    if is_reshaped(model):
-        return None  # its layers are not the checkpoint's
+    model = empty_model(job.base, job.auto_class)
+    longer = _made_longer(model, job)
+    layers = _layers_without_base(model, job)
+    if longer is None or is_reshaped(model):
+        return None  # its tensors are not the checkpoint's
     parents = {f"{path}.{leaf}": path for path, layer in layers.items() for leaf in _base_leaves(layer)}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    rows = {key: longer[name] for name, key in _checkpoint_keys(list(longer), set(places), prefix).items()}
     keys = _checkpoint_keys(list(parents), set(places), prefix)
     head = _tied_head(model, layers, places, prefix)
     if head is not None:
@@ -187,7 +192,7 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
         keys[head.name] = head.source
     if any(key not in places for key in keys.values()):
         return None  # the checkpoint names its tensors otherwise
-    merged = _MergedTensors(layers, parents, keys, places)
+    merged = _MergedTensors(layers, parents, keys, places, rows)
     names = {key: name for name, key in keys.items() if head is None or name != head.name}
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
@@ -195,7 +200,7 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
         tensors: dict[str, torch.Tensor] = {}
         with safe_open(shard, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                value = file.get_tensor(key)
+                value = merged.base(key, file)
                 tensors[key] = _cast(merged.get(names[key], value) if key in names else value, value, job.dtype)
                 if head is not None and key == head.source:
                     own = _cast(merged.get(head.name, value), value, job.dtype)
@@ -230,6 +235,13 @@ class _MergedTensors:
     parents: dict[str, str]
     keys: dict[str, str]
     places: dict[str, Path]
+    rows: dict[str, int]
+    """Key -> how many rows it has in the merged checkpoint, where these are more."""
+
+    def base(self, key: str, file: Any) -> torch.Tensor:
+        """A tensor of the base checkpoint, from its opened shard."""
+        value: torch.Tensor = file.get_tensor(key)
+        return tokens.grown(value, self.rows[key]) if key in self.rows else value
 
     def get(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """The merged tensor called ``name`` in the model, whose base value is ``value``."""
@@ -242,7 +254,7 @@ class _MergedTensors:
             key = self.keys.get(f"{path}.{other}")
             if other not in base and key is not None:
                 with safe_open(self.places[key], framework="pt") as file:
-                    base[other] = file.get_tensor(key)
+                    base[other] = self.base(key, file)
         with torch.no_grad():
             merged = layer.folded(base).get(leaf, value)
         if not torch.isfinite(merged).all():
@@ -250,12 +262,30 @@ class _MergedTensors:
         return merged
 
 
-def _layers_without_base(job: _Job) -> tuple[nn.Module, dict[str, AdapterLayer]]:
-    """The model on the meta device, and its adapter layers with the adapter's real weights."""
-    model = empty_model(job.base, job.auto_class)
+def _made_longer(model: nn.Module, job: _Job) -> dict[str, int] | None:
+    """Let the empty model hold the adapter's tokens.
+
+    Returns:
+        The tensors that got more rows: name -> rows; None where a tensor changed in another way.
+    """
+    before = {name: value.shape for name, value in _every_tensor(model)}
+    if not tokens.fit_adapter(model, job.config, job.folder):
+        return {}
+    changed = {name: value.shape for name, value in _every_tensor(model) if value.shape != before[name]}
+    rows_only = all(shape[1:] == before[name][1:] for name, shape in changed.items())
+    return {name: shape[0] for name, shape in changed.items()} if rows_only else None
+
+
+def _every_tensor(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _layers_without_base(model: nn.Module, job: _Job) -> dict[str, AdapterLayer]:
+    """Adapter layers with the adapter's real weights, put into a model on the meta device."""
     inject(model, job.config)
     materialise(model, read_tensors(job.folder), str(job.folder))
-    return model, outermost(model)
+    return outermost(model)
 
 
 def _base_leaves(layer: AdapterLayer) -> list[str]:
@@ -285,6 +315,7 @@ def _tied_head(model: nn.Module, layers: dict[str, AdapterLayer], places: dict[s
 def _merge_whole(job: _Job, output: Path) -> bool:
     """Merge with the whole model in memory."""
     model = load_model(job.base, job.auto_class, job.dtype or _dtype_of(load_config(job.base)))
+    tokens.fit_adapter(model, job.config, job.folder)
     load_adapter(model, job.config, job.folder)
     untied = merge(model, job.config, dequantise=job.dequantise)
     if job.dequantise:
@@ -299,6 +330,9 @@ def _write_companions(job: _Job, output: Path, untied: bool) -> None:
     """Config, generation config and tokenizer."""
     saved = (output / "config.json").exists()  # with the whole model, whose layers may be other ones than the base's
     config = load_config(base_of(str(output)) if saved else job.base)
+    empty = empty_model(job.base, job.auto_class)
+    if rows := tokens.fit_adapter(empty, job.config, job.folder):
+        config.get_text_config().vocab_size = rows
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if untied:
@@ -307,27 +341,39 @@ def _write_companions(job: _Job, output: Path, untied: bool) -> None:
     config.save_pretrained(output)
     path = output / "config.json"
     described = json.loads(path.read_bytes())
-    described.setdefault("architectures", [type(empty_model(job.base, job.auto_class)).__name__])
+    described.setdefault("architectures", [type(empty).__name__])
     rope = described.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:  # readers that know only the older key
         described.setdefault("rope_theta", rope["rope_theta"])
     path.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
-    base = Path(job.base.name)
-    if (base / "generation_config.json").is_file():
-        shutil.copyfile(base / "generation_config.json", output / "generation_config.json")
-    elif not (output / "generation_config.json").exists():
-        _save_generation_config(job, output)
-    own = (job.folder / "tokenizer_config.json").is_file()
-    load_tokenizer(base_of(str(job.folder)) if own else job.base).save_pretrained(output)
+    tokenizer = load_adapter_tokenizer(job.folder, job.base)
+    tokenizer.save_pretrained(output)
+    if empty.can_generate():
+        _save_generation_config(job, output, tokenizer, config)
 
 
-def _save_generation_config(job: _Job, output: Path) -> None:
+def _save_generation_config(job: _Job, output: Path, tokenizer: Any, config: Any) -> None:
+    """The base model's generation config, with the tokens that the adapter's answers end with."""
     from transformers import GenerationConfig
 
-    try:
-        GenerationConfig.from_pretrained(job.base.name, revision=job.base.revision or "main").save_pretrained(output)
-    except OSError:  # the base model has none; transformers makes it from the model's config
+    path, base = output / "generation_config.json", Path(job.base.name)
+    if (base / path.name).is_file():
+        shutil.copyfile(base / path.name, path)
+    elif not path.exists():
+        try:
+            theirs = GenerationConfig.from_pretrained(job.base.name, revision=job.base.revision or "main")
+            theirs.save_pretrained(output)
+        except OSError:  # the base model has none; transformers makes it from the model's config
+            pass
+    made = GenerationConfig.from_model_config(config)
+    named = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else made.eos_token_id
+    stops = missing_stops(tokenizer, job.folder, named)
+    if not stops:
         return
+    if not path.exists():
+        made.save_pretrained(output)
+    described = {**json.loads(path.read_bytes()), "eos_token_id": stops if len(stops) > 1 else stops[0]}
+    path.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
 
 
 @torch.inference_mode()
@@ -339,6 +385,7 @@ def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
     """
     tell("verifying: base model with adapter")
     model = load_model(job.base, job.auto_class, torch.float32).eval()
+    tokens.fit_adapter(model, job.config, job.folder)
     ids = torch.randint(
         model.get_input_embeddings().weight.shape[0], (2, 16), generator=torch.Generator().manual_seed(0)
     )

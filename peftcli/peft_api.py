@@ -40,6 +40,7 @@ from peftcli.methods import METHODS, config_from_dict
 from peftcli.methods.lora.combine import Adapter, combine
 from peftcli.models.load import base_of, load_tokenizer
 from peftcli.models.quantization import forget
+from peftcli.models.tokens import fit_adapter
 from peftcli.tasks import TASKS
 
 _NAME = re.compile(r"[\w-]+")
@@ -696,6 +697,7 @@ class AutoPeftModel:
             raise AdapterError("names no base model; use PeftModel.from_pretrained(model, ...)", file=str(folder))
         base_options.setdefault("revision", config.revision)
         model = cls._base_class(config).from_pretrained(config.base_model_name_or_path, **base_options)
+        fit_adapter(model, config, folder)
         return PeftModel.from_pretrained(model, folder, adapter_name, is_trainable, config)
 
     @classmethod

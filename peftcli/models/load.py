@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import ModelError, NetworkError, OutOfMemory, PeftcliError
-from peftcli.models import quantization
+from peftcli.models import quantization, tokens
 from peftcli.schema import BaseModel, Quantization
 
 if TYPE_CHECKING:
@@ -101,15 +101,41 @@ def load_config(base: BaseModel) -> PreTrainedConfig:
 
 
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, padding on the left where it pads prompts.
+    """The base model's tokenizer, with the chat template and the new tokens that the recipe gives it.
 
     Raises:
-        ModelError: the model has none.
+        ModelError: the model has none, or it cannot be changed as the recipe says.
         NetworkError: the hub cannot be reached.
     """
     from transformers import AutoTokenizer
 
-    return _guarded(base, lambda: AutoTokenizer.from_pretrained(**_where(base)))
+    template = tokens.template_text(base)
+    tokenizer: PreTrainedTokenizerBase = _guarded(base, lambda: AutoTokenizer.from_pretrained(**_where(base)))
+    tokens.apply_recipe(tokenizer, base, template)
+    return tokenizer
+
+
+def load_adapter_tokenizer(folder: Path, base: BaseModel) -> PreTrainedTokenizerBase:
+    """The tokenizer that an adapter was trained with: the one in its folder, else the base model's.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+        NetworkError: the hub cannot be reached.
+    """
+    from transformers import AutoTokenizer
+
+    if not has_tokenizer(folder):
+        return load_tokenizer(base)
+    own = base_of(str(folder))
+    tokenizer: PreTrainedTokenizerBase = _guarded(
+        own, lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    )
+    return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether an adapter folder holds a tokenizer of its own."""
+    return (folder / "tokenizer_config.json").is_file()
 
 
 def base_files(base: BaseModel) -> list[Path]:

@@ -259,3 +259,53 @@ def test_the_uploaded_card_names_the_base_model_on_the_hub(tmp_path: Path) -> No
     assert card.endswith("---\nOn acme/tiny.\n")
     (folder / "README.md").write_text("# My words\n")
     assert for_hub(folder, "me/mine", "acme/tiny") == "---\nbase_model: acme/tiny\n---\n\n# My words\n"
+
+
+NEW: dict[str, Any] = {
+    **RUN,
+    "recipe": {
+        **RUN["recipe"],
+        "base_model": {"name": "acme/tiny-base", "chat_template": "chatml", "new_tokens": ["<|a|>", "<b`>"]},
+    },
+    "eos_token_id": [0, 302],
+}
+
+
+def test_the_adapters_own_tokenizer_is_the_one_to_load() -> None:
+    card = render_card(NEW, adapter="me/mine", tokenizer=True)
+    block = python_blocks(card)[0]
+    ast.parse(block)
+    assert 'tokenizer = AutoTokenizer.from_pretrained("me/mine")' in block
+    assert "tiny-base" not in block
+    assert (
+        "The tokenizer is the adapter's own: it has the special tokens `<|a|>`, `<b>` and the chat template of its "
+        "training." in card
+    )
+    assert "model.resize_token_embeddings(len(tokenizer))" in card
+    assert 'AutoTokenizer.from_pretrained("acme/tiny-base")' in render_card(NEW)
+    assert "own" not in render_card(NEW)
+
+
+def test_a_tokenizer_that_only_has_another_template() -> None:
+    base = {"name": "acme/tiny-base", "chat_template": "chatml", "new_tokens": []}
+    card = render_card({**NEW, "recipe": {**RUN["recipe"], "base_model": base}}, tokenizer=True)
+    assert "The tokenizer is the adapter's own: it has the chat template of its training." in card
+    assert "resize_token_embeddings" not in card
+    assert "The tokenizer is the adapter's own.\n" in render_card(RUN, tokenizer=True)
+
+
+def test_a_model_is_told_where_answers_end_if_it_does_not_know() -> None:
+    line = "model.generation_config.eos_token_id = [0, 302]"
+    for card in (render_card(NEW), render_card(NEW, tokenizer=True)):
+        block = python_blocks(card)[0]
+        ast.parse(block)
+        assert block.index("from_pretrained") < block.index(line) < block.index(".generate(")
+    assert "eos_token_id" not in render_card(RUN)
+
+
+def test_the_folder_says_whether_it_holds_a_tokenizer(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a", CONFIG, NEW)
+    assert "own" not in write_card(folder).read_text()
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert "The tokenizer is the adapter's own" in write_card(folder).read_text()
+    assert for_hub(folder, "me/mine") == render_card(NEW, adapter="me/mine", tokenizer=True)

@@ -235,6 +235,168 @@ def test_failures(cli: Callable, lora: Path, plain: Path, tmp_path: Path) -> Non
     fails(2, "no chat template", lora, "--base", bare, *batch({"messages": [{"role": "user", "content": "a"}]}))
 
 
+# --- where answers end ------------------------------------------------------------------------------------------------
+
+TURNS = (
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + 'END\n' }}{% endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model without a template, whose own EOS is no end of any turn."""
+    folder = tmp_path_factory.mktemp("endless") / "base"
+    shutil.copytree(trainkit.base_folder(chat=False), folder)
+    for name in ("config.json", "generation_config.json"):
+        path = folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 0}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teach(tmp_path_factory: pytest.TempPathFactory, endless: Path) -> Callable[..., Path]:
+    """An adapter that learnt conversations in a template whose turns end with ``end``."""
+
+    def teach(end: str, *new: str) -> Path:
+        folder = tmp_path_factory.mktemp("taught")
+        template = folder / "template.jinja"
+        template.write_text(TURNS.replace("END", end))
+        base = f"base_model={{name: {endless}, chat_template: {template}, new_tokens: {json.dumps(new)}}}"
+        few = ("dataset.limit=3", "training.max_steps=80")
+        return run_recipe(write_recipe(folder), base, *LONG, *few).folder
+
+    return teach
+
+
+@pytest.fixture(scope="module")
+def with_new_tokens(teach: Callable) -> Path:
+    return teach("<done>", "<done>", "<spare>")
+
+
+@pytest.fixture(scope="module")
+def with_old_token(teach: Callable) -> Path:
+    return teach("<|im_end|>")
+
+
+@pytest.fixture(scope="module")
+def with_words(teach: Callable) -> Path:
+    return teach("[end]")
+
+
+@pytest.mark.parametrize("adapter", ["with_new_tokens", "with_old_token", "with_words"])
+def test_an_answer_stops_where_training_ended_it(
+    cli: Callable, said: Callable, request: pytest.FixtureRequest, adapter: str
+) -> None:
+    folder = request.getfixturevalue(adapter)
+    answer = said(folder, PAIRS[0][0])
+    assert (answer["text"], answer["finish_reason"]) == (PAIRS[0][1], "stop")
+    words = len(AutoTokenizer.from_pretrained(folder)(PAIRS[0][1])["input_ids"])
+    assert answer["tokens"] == words + 1 if adapter != "with_words" else words < answer["tokens"] <= words + 5
+    printed = cli("generate", folder, "--prompt", PAIRS[0][0], "--max-new-tokens", 24)
+    assert (printed.code, printed.out) == (0, PAIRS[0][1] + "\n")
+
+
+def test_rows_of_a_batch_stop_each_at_its_own_end(
+    cli: Callable, said: Callable, with_words: Path, tmp_path: Path
+) -> None:
+    source = write_rows(tmp_path / "in.jsonl", [{"prompt": question} for question in QUESTIONS])
+    target = tmp_path / "out.jsonl"
+    args = ("--input", source, "--output", target, "--batch-size", 5, "--max-new-tokens", 24)
+    assert cli("generate", with_words, *args).code == 0
+    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    assert rows == [said(with_words, question) for question in QUESTIONS]
+    assert len({row["tokens"] for row in rows}) > 1
+
+
+def test_peft_stops_there_with_what_the_card_says(said: Callable, with_new_tokens: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    model = AutoPeftModelForCausalLM.from_pretrained(with_new_tokens).eval()
+    tokenizer = AutoTokenizer.from_pretrained(with_new_tokens)
+    done = tokenizer.convert_tokens_to_ids("<done>")
+    card = (with_new_tokens / "README.md").read_text()
+    assert f"model.generation_config.eos_token_id = [0, {done}]" in card
+    model.generation_config.eos_token_id = [0, done]
+    asked = [{"role": "user", "content": PAIRS[0][0]}]
+    inputs = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == PAIRS[0][1]
+    assert ids[-1] == done
+
+
+def test_the_base_model_alone_reads_prompts_with_new_tokens(said: Callable, with_new_tokens: Path) -> None:
+    assert said(with_new_tokens, "What is <done>?", "--no-adapter")["text"] != PAIRS[0][1]
+
+
+def test_evaluation_gives_what_training_measured(cli: Callable, with_new_tokens: Path) -> None:
+    recipe = with_new_tokens / "recipe.yaml"
+    ran = cli("evaluate", recipe, "--adapter", with_new_tokens, "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["eval"]["last"]["eval_loss"] < 5
+
+
+def test_the_end_of_text_ends_a_plain_answer_too(tmp_path: Path, endless: Path, said: Callable) -> None:
+    folder = run_recipe(write_recipe(tmp_path, endless, PROMPTS), *LONG).folder
+    assert said(folder, PAIRS[0][0])["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("pad", ["<|im_end|>", "<|im_start|>", None])
+def test_padding_changes_no_answer(lora: Path, pad: str | None) -> None:
+    from peftcli.generate import Settings, load_speaker
+    from peftcli.models.tokens import settle_pad
+
+    speaker, settings = load_speaker(str(lora)), Settings(max_new_tokens=24)
+    apart = [speaker.answers([question], settings)[0] for question in QUESTIONS]
+    speaker.tokenizer.pad_token = pad
+    settle_pad(speaker.tokenizer, speaker.model)
+    assert speaker.answers(QUESTIONS, settings) == apart
+
+
+# --- what the model reads ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize(
+    ("form", "prompt", "template", "count"),
+    [
+        ("plain", "Hi", "", 0),
+        ("plain", "<s>Hi", "", 1),
+        ("alpaca", "Hi", "", 0),
+        ("chat", "Hi", "{{ bos_token }}", 1),
+        ("chat", "Hi", "", 0),
+    ],
+)
+def test_bos_is_read_once(
+    lora: Path, form: str, prompt: str, template: str, count: int, adds_bos: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenizers import AddedToken, processors
+
+    from peftcli.data.ends import Ends
+    from peftcli.generate import Settings, Speaker, load_speaker
+
+    seen: list[list[int]] = []
+
+    def generate(model: object, input_ids: torch.Tensor, **_: object) -> torch.Tensor:
+        seen.append(input_ids[0].tolist())
+        return input_ids
+
+    monkeypatch.setattr("peftcli.core.prompt.generate", generate)
+    tokenizer = trainkit.tokenizer()
+    tokenizer.add_special_tokens({"bos_token": AddedToken("<s>", special=True)})
+    bos = tokenizer.bos_token_id
+    if adds_bos:
+        single = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+        tokenizer.backend_tokenizer.post_processor = single
+    tokenizer.chat_template = template + trainkit.CHATML
+    speaker = Speaker(load_speaker(str(lora)).model, tokenizer, form, Ends())  # type: ignore[arg-type]
+    speaker.answers([prompt], Settings())
+    expected = count if form == "chat" else max(count, int(adds_bos))
+    assert seen[0].count(bos) == expected
+    assert seen[0].index(bos) == 0 if expected else bos not in seen[0]
+
+
 # --- chat -------------------------------------------------------------------------------------------------------------
 
 

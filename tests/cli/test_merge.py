@@ -301,6 +301,71 @@ def test_what_it_prints(cli: Callable, tmp_path: Path) -> None:
     assert "\x1b" not in ran.out + ran.err
 
 
+# --- where the merged model stops -------------------------------------------------------------------------------------
+
+
+def endless(folder: Path, generation: dict[str, Any] | None) -> Path:
+    """A base model whose own EOS, 0, is not the end of turn of its chat template, which is 2."""
+    shutil.copytree(base_folder(), folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 0}))
+    path = folder / "generation_config.json"
+    path.unlink() if generation is None else path.write_text(json.dumps(generation))
+    tokenizer = trainkit.tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        ({"eos_token_id": 0}, {"eos_token_id": [0, 2]}),
+        ({"eos_token_id": [0, 7], "pad_token_id": 0}, {"eos_token_id": [0, 2, 7], "pad_token_id": 0}),
+        ({"temperature": 0.6, "eos_token_id": 0}, {"temperature": 0.6, "eos_token_id": [0, 2]}),  # not of the strict
+        ({}, {"eos_token_id": [0, 2]}),
+        ({"eos_token_id": [2, 0]}, {"eos_token_id": [2, 0]}),
+    ],
+)
+def test_the_end_of_turn_is_among_what_plain_transformers_stops_at(
+    merged: Callable, tmp_path: Path, generation: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    merged(make_adapter(tmp_path / "adapter", endless(tmp_path / "base", generation)))
+    assert json.loads((tmp_path / "merged/generation_config.json").read_text()) == expected
+
+
+def test_a_base_without_a_generation_config_gets_one_only_if_it_must(merged: Callable, tmp_path: Path) -> None:
+    merged(make_adapter(tmp_path / "adapter", endless(tmp_path / "base", None)))
+    assert json.loads((tmp_path / "merged/generation_config.json").read_text())["eos_token_id"] == [0, 2]
+    shutil.rmtree(tmp_path / "merged")
+    plain = tmp_path / "plain"
+    make_adapter(plain, tmp_path / "base")
+    (plain / "run.json").write_text(json.dumps({"data": {"format": "text"}}))
+    merged(plain)
+    assert not (tmp_path / "merged/generation_config.json").exists(), "its own EOS ends plain texts"
+
+
+def test_new_tokens_and_template_come_from_the_recipe(cli: Callable, merged: Callable, tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text(trainkit.CHATML.replace("<|im_end|>", "<done>"))
+    base = f"base_model={{name: {base_folder('llama_tied')}, chat_template: {template}, new_tokens: [<done>, <spare>]}}"
+    few = ("dataset.limit=3", "training.max_steps=80", "training.learning_rate=1e-2")
+    adapter = run_recipe(write_recipe(tmp_path), base, *few).folder
+    made = merged(adapter)
+    assert made["untied"] is False
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert model.config.vocab_size == len(tokenizer) == 302
+    question = trainkit.PAIRS[0][0]
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    inputs.pop("token_type_ids", None)
+    ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    ran = cli("generate", adapter, "--prompt", question, "--max-new-tokens", 24, "--json")
+    assert tokenizer.decode(ids) == json.loads(ran.out)["text"] + "<done>", "it stops there by itself"
+
+
 # --- a trained adapter, refusals --------------------------------------------------------------------------------------
 
 
