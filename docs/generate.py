@@ -18,6 +18,7 @@ from typing import Any, get_type_hints
 
 from peftcli import errors
 from peftcli.cli.app import app, peftcli
+from peftcli.data.findings import FINDINGS
 from peftcli.methods import METHODS, NOT_HERE
 from peftcli.recipe.settings import Setting, in_words, method_settings, settings
 from peftcli.schema import Recipe
@@ -108,12 +109,24 @@ def exit_codes_page() -> str:
     )
 
 
+def findings_page() -> str:
+    """Every finding of ``peftcli inspect``."""
+    rows = []
+    for name, kind in FINDINGS.items():
+        raised = {"warning": kind.warning_above, "error": kind.error_above}
+        levels = [kind.level, *(f"{level} above {share:.0%} of the rows" for level, share in raised.items() if share)]
+        rows.append((f"`{name}`", ", ".join(levels), kind.summary, kind.advice))
+    text = "# Findings\n\nWhat [`peftcli inspect`](../data.md) reports of a dataset. The names stay.\n\n"
+    return text + _table(("finding", "level", "the rows", "what to do"), rows)
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "recipe": recipe_page,
     "methods": methods_page,
     "tasks": tasks_page,
     "commands": commands_page,
     "exit-codes": exit_codes_page,
+    "findings": findings_page,
 }
 
 
@@ -131,12 +144,12 @@ def _default(entry: Setting) -> str:
 
 
 def _flat(known: dict[str, Setting]) -> dict[str, Setting]:
-    """The settings, each mapping followed by what it holds."""
+    """The settings, each mapping or list of mappings followed by what it holds."""
     out = {}
     for name, entry in known.items():
         out[name] = entry
-        if entry.section:
-            out |= {f"{name}.{inner}": found for inner, found in settings(entry.section).items()}
+        if held := entry.section or entry.items:
+            out |= {f"{name}.{inner}": found for inner, found in settings(held).items()}
     return out
 
 

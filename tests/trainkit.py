@@ -252,7 +252,7 @@ _PRELOADED = [
     "peft",  # accelerate imports it where it is installed
     "peftcli.cli.app",
     "peftcli.data.encode",
-    "peftcli.data.load",
+    "peftcli.data.sources",
     "peftcli.methods.lora.layers",
     "peftcli.tasks.causal_lm",
     "pydantic",

@@ -11,8 +11,12 @@ from peftcli.cli import console
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
+    from rich.status import Status
 
     from peftcli.train.report import Event
+
+_EVERY_SECONDS = 5.0
+"""How often a line tells of rows that are read."""
 
 
 class Progress:
@@ -26,13 +30,16 @@ class Progress:
         self.started = time.perf_counter()
         self.first_step = 0
         self.bar: RichProgress | None = None
+        self.status: Status | None = None
+        self.told = time.perf_counter()
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        for shown in (self.bar, self.status):
+            if shown is not None:
+                shown.stop()
 
     def show(self, event: Event) -> None:
         """Shows one event; of a quiet run, only warnings."""
@@ -44,6 +51,22 @@ class Progress:
     def _show_phase(self, event: Any) -> None:
         console.log(event.text)
 
+    def _show_rowsread(self, event: Any) -> None:
+        text = f"{event.source}: {event.count:,} rows read"
+        if console.is_terminal(sys.stderr):
+            if self.status is None:
+                self.status = console.rich_console(stderr=True).status("")
+                self.status.start()
+            self.status.update(console.clean(text))
+            if event.done:
+                self.status.stop()
+                self.status = None
+        elif not event.done and time.perf_counter() - self.told < _EVERY_SECONDS:
+            return
+        if event.done or self.status is None:
+            console.log(text)
+            self.told = time.perf_counter()
+
     def _show_warned(self, event: Any) -> None:
         console.log(f"warning: {event.text}")
 
@@ -52,11 +75,15 @@ class Progress:
         parameters, data = run["parameters"], run["data"]
         share = 100 * parameters["trainable"] / parameters["all"]
         console.log(f"training {parameters['trainable']:,} of {parameters['all']:,} parameters ({share:.2f} %)")
-        left_out = sum(data["dropped"].values())
+        left_out = sum(data["dropped"].values()) + data["skipped"]
+        lost = f" ({data['targets_cut']:,} targets lost)" if data["targets_cut"] else ""
+        split = f", {data['split']} split" if data["split"] else ""
         console.log(
-            f"on {data['used']:,} examples: {data['tokens']:,} tokens, {data['targets']:,} of them targets; "
-            f"{left_out} left out, {data['truncated']} truncated"
+            f"on {data['examples']:,} examples: {data['tokens']:,} tokens, {data['targets']:,} of them targets; "
+            f"{left_out} left out, {data['truncated']} truncated{lost}{split}"
         )
+        if data["packing"]:
+            console.log(f"packed: {1 - data['efficiency']:.1%} of the tokens of a batch are padding")
         where = f"{run['processes']} x {run['device']}" if run["processes"] > 1 else run["device"]
         begin = f"going on after step {event.start_step}" if event.start_step else "from the start"
         console.log(f"{event.total_steps} steps on {where}, {begin}")

@@ -34,10 +34,15 @@ def train(
     from peftcli.train import launch
 
     launch.follow_parent()
+    from peftcli.cli.progress import Progress, summary
+
     if not launch.launched() and (count := launch.process_count(settings.launch)) > 1:
+        from peftcli.train.data import prepare_data
+
+        with Progress(quiet=quiet) as progress:
+            prepare_data(settings, progress.show)
         raise typer.Exit(launch.run_processes(sys.argv[1:], count, settings.launch))
 
-    from peftcli.cli.progress import Progress, summary
     from peftcli.train.run import raise_failed_gates
     from peftcli.train.run import train as run
 

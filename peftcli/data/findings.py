@@ -111,6 +111,11 @@ FINDINGS: dict[str, Kind] = {
         "have two turns of one role in a row, begin with an answer or end without one",
         "Look whether turns are missing.",
     ),
+    "turns_left_out": Kind(
+        "warning",
+        "hold a text or a tool call that the chat template leaves out",
+        "Look at the rows: the model does not see all of them.",
+    ),
     "encoding_damage": Kind(
         "warning",
         "hold text that was decoded wrongly, such as U+FFFD or 'Ã©'",
@@ -248,6 +253,7 @@ def from_records(parts: Sequence[Part], *, split: str = "train", skip_bad_rows: 
                 ("double_bos", Flag.DOUBLE_BOS),
                 ("markers_in_text", Flag.MARKERS),
                 ("odd_turns", Flag.ODD_TURNS),
+                ("turns_left_out", Flag.UNSEEN),
                 ("encoding_damage", Flag.DAMAGED),
                 ("rows_split", Flag.SPLIT),
             )

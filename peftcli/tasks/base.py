@@ -10,9 +10,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from peftcli.data.encode import DataReport
-    from peftcli.data.load import Rows
-    from peftcli.schema import Dataset
+    from peftcli.data.encode import Encoder
+    from peftcli.schema import Dataset, Source
 
 Feature = dict[str, list[int]]
 """One example as the model takes it: ``input_ids`` and ``labels``, where -100 does not count."""
@@ -32,20 +31,28 @@ class Losses:
 class Task(Protocol):
     """One task. Holds no state."""
 
-    def features(self, rows: Rows, tokenizer: Any, dataset: Dataset) -> tuple[list[Feature], DataReport]:
-        """The rows as features, and the account of what was used and what was not.
+    feature_columns: tuple[str, ...]
+    """What a feature holds; ``input_ids`` is one of them."""
+
+    def encoder(
+        self, columns: Sequence[str], source: Source, described: str, tokenizer: Any, dataset: Dataset
+    ) -> Encoder:
+        """What turns the rows of a source into features.
+
+        Args:
+            columns: Those of its first rows.
+            source: Says what its rows hold.
+            described: The source as errors name it.
+            tokenizer: The base model's.
+            dataset: Settings of the encoding.
 
         Raises:
-            DataError: a row that cannot be used, or none that can.
+            DataError: the columns fit no format, or the tokenizer cannot do it.
         """
         ...
 
     def collate(self, features: Sequence[Feature], tokenizer: Any) -> Batch:
-        """The features as one padded batch of tensors on the CPU."""
-        ...
-
-    def num_targets(self, feature: Feature) -> int:
-        """How many label positions of the feature count in the loss."""
+        """The features, or where they can be packed the rows that were joined from them, as one padded batch."""
         ...
 
     def losses(self, model: nn.Module, batch: Batch) -> Losses:

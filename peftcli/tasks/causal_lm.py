@@ -12,10 +12,9 @@ from typing import Any
 from torch import nn
 
 from peftcli.data.collate import pad_causal, pad_token_id
-from peftcli.data.encode import DataReport, encode_examples
-from peftcli.data.formats import to_examples
-from peftcli.data.load import Rows
-from peftcli.schema import Dataset
+from peftcli.data.encode import COLUMNS, CausalEncoder
+from peftcli.data.formats import example_reader
+from peftcli.schema import Dataset, Source
 from peftcli.tasks.base import Batch, Feature, Losses
 from peftcli.tasks.token_loss import IGNORED, token_losses, token_metrics
 
@@ -23,14 +22,15 @@ from peftcli.tasks.token_loss import IGNORED, token_losses, token_metrics
 class CausalLM:
     """The task ``causal_lm``."""
 
-    def features(self, rows: Rows, tokenizer: Any, dataset: Dataset) -> tuple[list[Feature], DataReport]:
-        return encode_examples(to_examples(rows, dataset), rows, tokenizer, dataset)
+    feature_columns = COLUMNS
+
+    def encoder(
+        self, columns: Sequence[str], source: Source, described: str, tokenizer: Any, dataset: Dataset
+    ) -> CausalEncoder:
+        return CausalEncoder(example_reader(columns, source, described), tokenizer, dataset)
 
     def collate(self, features: Sequence[Feature], tokenizer: Any) -> Batch:
         return pad_causal(features, pad_token_id(tokenizer))
-
-    def num_targets(self, feature: Feature) -> int:
-        return sum(label != IGNORED for label in feature["labels"][1:])
 
     def losses(self, model: nn.Module, batch: Batch) -> Losses:
         targets = batch["labels"][:, 1:]  # (B, T - 1): position t predicts token t + 1
@@ -43,6 +43,8 @@ class CausalLM:
             logits = model(**inputs, use_cache=False).logits
             targets = targets[:, kept]
         else:
+            if "position_ids" in inputs:
+                inputs["use_cache"] = False  # transformers looks for packed examples only where there is no cache
             logits = model(**inputs).logits[:, -(length + 1) : -1]
         return token_losses(logits, targets)
 

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from peftcli.core.inject import inject
+from peftcli.data.findings import refuse
 from peftcli.errors import PeftcliError, Problem, RecipeError
+from peftcli.models import tokens
 from peftcli.models.load import base_of, empty_model, load_tokenizer, stored_or_asked
 from peftcli.recipe import method_config
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
-from peftcli.train.batches import Plan
-from peftcli.train.setup import load_data
+from peftcli.train.data import load_data, plan_of
 
 T = TypeVar("T")
 
@@ -54,12 +55,19 @@ def _look(recipe: Recipe) -> tuple[list[Problem], list[Problem], dict[str, Any]]
         data = attempt("dataset", lambda: load_data(recipe, row.load(), tokenizer))
         if data is not None:
             processes = 1 if recipe.launch.num_processes == "auto" else recipe.launch.num_processes
-            plan = Plan([len(row["input_ids"]) for row in data.train], recipe.training, processes)
-            found |= {"data": data.report, "steps": plan.total_steps, "warnings": data.warnings}
+            attempt("dataset", lambda: refuse(data.findings, recipe.dataset.allow))
+            plan = plan_of(recipe, data, processes)
+            found |= {
+                "data": data.report,
+                "steps": plan.total_steps,
+                "warnings": data.warnings + plan.repeated(data.names),
+            }
         attempt("method", lambda: config.prepare(lambda name: load_tokenizer(base_of(name)) if name else tokenizer))
     attempt("base_model", lambda: stored_or_asked(base))
     model = attempt("base_model", lambda: empty_model(base, row.auto_class))
     if model is not None:
+        if tokenizer is not None:
+            attempt("method", lambda: tokens.make_room(model, tokenizer, config, base))
         injection = attempt("method", lambda: inject(model, config))
         if injection is not None:
             found["parameters"] = {"trainable": injection.trainable, "all": injection.total}
@@ -67,10 +75,7 @@ def _look(recipe: Recipe) -> tuple[list[Problem], list[Problem], dict[str, Any]]
 
 
 def _warnings(found: dict[str, Any]) -> list[Problem]:
-    data = found.get("data", {})
-    counted = {"truncated": data.get("truncated", 0), **data.get("dropped", {})}
-    texts = [f"{count} training rows: {reason}" for reason, count in counted.items() if count]
-    return [Problem(text, file="", key="dataset.train") for text in [*texts, *found.get("warnings", [])]]
+    return [Problem(text, file="", key="dataset.train") for text in found.get("warnings", [])]
 
 
 def _recipe_key(key: str | None, section: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -83,6 +84,15 @@ class RunFolder:
         """Replace run.json, whole or not at all."""
         content = json.dumps(run, indent=2, sort_keys=True, default=str) + "\n"
         write_file(self.path / "run.json", content.encode())
+
+    def write_skipped(self, rows: Iterable[dict[str, Any]]) -> None:
+        """List the rows that could not be used in skipped.jsonl; no file where there are none."""
+        file = self.path / "skipped.jsonl"
+        lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+        if lines:
+            write_file(file, lines.encode())
+        else:
+            file.unlink(missing_ok=True)
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""

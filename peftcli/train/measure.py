@@ -9,15 +9,17 @@ from typing import Any
 from peftcli.core.files import load_adapter, read_config
 from peftcli.hub import local_folder
 from peftcli.methods import config_from_dict
+from peftcli.models import tokens
 from peftcli.models.load import load_model, load_tokenizer
 from peftcli.recipe import to_dict
 from peftcli.schema import Launch, Recipe
 from peftcli.tasks import TASKS
+from peftcli.train.data import load_data
 from peftcli.train.evaluate import evaluate
 from peftcli.train.folder import SCHEMA_VERSION
 from peftcli.train.report import peak_memory_bytes, versions
 from peftcli.train.run import check_gates
-from peftcli.train.setup import base_dtype, load_data, start_accelerator
+from peftcli.train.setup import base_dtype, start_accelerator
 
 
 def measure(recipe: Recipe, adapter: str | None) -> dict[str, Any]:
@@ -38,10 +40,13 @@ def measure(recipe: Recipe, adapter: str | None) -> dict[str, Any]:
     data = load_data(recipe, task, tokenizer, only_eval=True)
     assert data.eval is not None
     model = load_model(recipe.base_model, row.auto_class, base_dtype(recipe))
+    tokens.grow_for(model, tokenizer, recipe.base_model)
+    tokens.settle_pad(tokenizer, model)
     if adapter is not None:
         folder = local_folder(adapter)
         config = config_from_dict(read_config(folder), file=str(folder / "adapter_config.json"))
         config.inference_mode = True
+        tokens.fit_adapter(model, config, folder)
         load_adapter(model, config, folder)
     model = model.to(accelerator.device)
     metrics = evaluate(model, task, data.eval, tokenizer, recipe.training.per_device_eval_batch_size, accelerator)

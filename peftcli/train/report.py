@@ -26,6 +26,16 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class RowsRead:
+    """Rows of a dataset were encoded."""
+
+    source: str
+    count: int
+    """So many so far."""
+    done: bool
+
+
+@dataclass(frozen=True)
 class Ready:
     """Training begins."""
 
@@ -70,7 +80,7 @@ class Warned:
     text: str
 
 
-Event = Phase | Ready | Stepped | Evaluated | Saved | Warned
+Event = Phase | RowsRead | Ready | Stepped | Evaluated | Saved | Warned
 OnEvent = Callable[[Event], None]
 
 PACKAGES = ("peftcli", "torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers")

@@ -20,7 +20,11 @@ from accelerate.utils import broadcast_object_list
 from peftcli.card import write_card
 from peftcli.core.files import write_adapter, write_file
 from peftcli.core.weights import adapter_state
+from peftcli.data.ends import missing_stops
+from peftcli.data.findings import refuse
+from peftcli.data.sources import eval_source, open_source
 from peftcli.errors import Diverged, GateFailed, OutOfMemory, PeftcliError, ProcessDied, StorageError, UsageError
+from peftcli.models import tokens
 from peftcli.models.load import load_tokenizer, stored_or_asked
 from peftcli.recipe import gate_holds, method_config, parse_gate, to_dict, to_yaml
 from peftcli.schema import Recipe
@@ -36,14 +40,17 @@ from peftcli.train.checkpoint import (
     save_checkpoint,
     sha256,
 )
+from peftcli.train.data import Data, load_data, plan_of
 from peftcli.train.evaluate import evaluate
 from peftcli.train.folder import SCHEMA_VERSION, RunFolder
 from peftcli.train.loop import LESS_LEARNING, StepResult, fit
+from peftcli.train.packing_check import start_packing
 from peftcli.train.report import (
     Evaluated,
     OnEvent,
     Phase,
     Ready,
+    RowsRead,
     Saved,
     Stepped,
     Warned,
@@ -51,7 +58,7 @@ from peftcli.train.report import (
     peak_memory_bytes,
     versions,
 )
-from peftcli.train.setup import Data, adapted_model, calibrate, load_data, prepare, start_accelerator
+from peftcli.train.setup import adapted_model, calibrate, prepare, start_accelerator
 from peftcli.train.signals import Stop, handled
 
 
@@ -81,22 +88,35 @@ def train(recipe: Recipe, *, resume: str = "auto", on_event: OnEvent = lambda ev
                 run["base_model"]["quantization"] = stored_or_asked(recipe.base_model)
                 tell(Phase("reading the data"))
                 tokenizer = load_tokenizer(recipe.base_model)
-                data = load_data(recipe, task, tokenizer)
-                for text in dict.fromkeys(data.warnings):
+                data = load_data(
+                    recipe,
+                    task,
+                    tokenizer,
+                    on_rows=lambda *read: tell(RowsRead(*read)),
+                    on_note=lambda text: tell(Warned(text)),
+                )
+                if accelerator.is_main_process:
+                    folder.write_skipped(data.skipped())
+                refuse(data.findings, recipe.dataset.allow)
+                plan = plan_of(recipe, data, accelerator.num_processes)
+                for text in (*data.warnings, *plan.repeated(data.names)):
                     tell(Warned(text))
                 tell(Phase(f"loading {recipe.base_model.name}"))
-                model, injection = adapted_model(recipe, config)
-                plan = Plan([len(row["input_ids"]) for row in data.train], recipe.training, accelerator.num_processes)
+                model, injection = adapted_model(recipe, config, tokenizer)
+                if note := tokens.settle_pad(tokenizer, model):
+                    tell(Warned(note))
                 if config.needs_batches():
                     tell(Phase("calibrating the adapter on the training data"))
                     injection = calibrate(model, injection, config, recipe, data, tokenizer, accelerator)
                 trainee = prepare(model, config, recipe, plan, accelerator)
+                if plan.packs:
+                    start_packing(model, accelerator)
                 state = State(trainee, accelerator.unwrap_model(trainee.model), config, Progress())
                 checkpoint = _checkpoint_to_resume(folder, resume, accelerator, tell)
                 if checkpoint is not None:
                     load_checkpoint(checkpoint, state, accelerator)
                 run |= {
-                    "data": data.report,
+                    "data": data.report | {"efficiency": plan.efficiency},
                     "parameters": {"trainable": injection.trainable, "all": injection.total},
                     "mergeable": config.merge_problem() is None,
                     "makes_up_for_quantization": config.needs_base_weights(),
@@ -110,7 +130,7 @@ def train(recipe: Recipe, *, resume: str = "auto", on_event: OnEvent = lambda ev
                 tell(Ready(run, state.progress.step, plan.total_steps))
                 _train_steps(recipe, task, tokenizer, data, plan, state, folder, run, accelerator, stop, tell)
                 if accelerator.is_main_process:
-                    _finish(recipe, state, folder, run)
+                    _finish(recipe, state, tokenizer, folder, run)
             return _of_main_process(run)
 
 
@@ -223,12 +243,13 @@ def _note_eval(recipe: Recipe, state: State, metrics: dict[str, float]) -> bool:
     return best
 
 
-def _finish(recipe: Recipe, state: State, folder: RunFolder, run: dict[str, Any]) -> None:
-    """Write the product: adapter, card, curve, recipe, and what the gates say."""
+def _finish(recipe: Recipe, state: State, tokenizer: Any, folder: RunFolder, run: dict[str, Any]) -> None:
+    """Write the product: adapter, tokenizer if it is another, card, curve, recipe, and what the gates say."""
     progress = state.progress
     tensors = state.best_adapter if state.best_adapter is not None else adapter_state(state.model)
     kept = progress.best_eval if state.best_adapter is not None else progress.last_eval
     write_adapter(tensors, state.config, folder.path)
+    own = tokens.save_with_adapter(folder.path, tokenizer, recipe.base_model)
     write_file(folder.path / "recipe.yaml", to_yaml(recipe).encode())
     draw_losses(folder.metrics(), folder.path / "loss.png")
     run["steps"]["done"] = progress.step
@@ -246,10 +267,13 @@ def _finish(recipe: Recipe, state: State, folder: RunFolder, run: dict[str, Any]
         "gates": check_gates(recipe.gates, kept),
     }
     failed = [gate for gate in run["gates"] if not gate["passed"]]
+    generation = getattr(state.model, "generation_config", None)
+    if stops := missing_stops(tokenizer, folder.path, getattr(generation, "eos_token_id", None)):
+        run["eos_token_id"] = stops
     run |= {"status": "complete", "resumable": False, "error": None, "exit_code": 12 if failed else 0}
     folder.write(run)
     write_card(folder.path)
-    names = ("adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png", "recipe.yaml")
+    names = ("adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png", "recipe.yaml", *own)
     run["artefacts"] = [
         {"path": name, "bytes": (folder.path / name).stat().st_size, "sha256": sha256(folder.path / name)}
         for name in names
@@ -446,10 +470,15 @@ def _asked_to_stop(stop: Stop, accelerator: Accelerator) -> bool:
     return bool(stop.signal)
 
 
-def _data_hashes(recipe: Recipe) -> dict[str, str | None]:
-    """sha256 of the recipe's local data files."""
-    files = [name for name in (recipe.dataset.train, recipe.dataset.eval) if name and Path(name).is_file()]
-    return {name: sha256(Path(name)) for name in files}
+def _data_hashes(recipe: Recipe) -> dict[str, str]:
+    """sha256 of the recipe's local data files, and of its chat template's."""
+    dataset, template = recipe.dataset, recipe.base_model.chat_template
+    sources = [*dataset.sources(), *filter(None, [eval_source(dataset)])]
+    local = [open_source(source) for source in sources if Path(source.train).exists()]
+    hashes = {name: digest for opened in local for name, digest in opened.fingerprint().items()}
+    if template and Path(template).is_file():
+        hashes[template] = sha256(Path(template))
+    return hashes
 
 
 def _base_hash(name: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,28 +18,17 @@ from peftcli.core.inject import Injection, inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.quantised import quantised_tensors
 from peftcli.core.weights import named_tensors
-from peftcli.data.formats import detect_format
-from peftcli.data.load import load_splits
-from peftcli.errors import DataError, ModelError, UsageError
+from peftcli.errors import ModelError, UsageError
+from peftcli.models import tokens
 from peftcli.models.load import base_of, load_model, load_tokenizer
 from peftcli.models.weights import BaseWeights
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
 from peftcli.tasks.base import Feature, Task
 from peftcli.train.batches import Plan
+from peftcli.train.data import Data
 from peftcli.train.loop import Trainee
 from peftcli.train.optim import build_optimizer, build_schedule, parameter_groups
-
-
-@dataclass(frozen=True)
-class Data:
-    """Features of the training and the evaluation rows."""
-
-    train: list[Feature]
-    eval: list[Feature] | None
-    report: dict[str, Any]
-    """The account of both for run.json."""
-    warnings: list[str]
 
 
 def start_accelerator(recipe: Recipe) -> Accelerator:
@@ -91,29 +80,8 @@ def base_dtype(recipe: Recipe) -> torch.dtype:
     return dtype
 
 
-def load_data(recipe: Recipe, task: Task, tokenizer: Any, *, only_eval: bool = False) -> Data:
-    """Read, check and tokenise the recipe's data.
-
-    Raises:
-        DataError: a row that cannot be used, or none that can.
-    """
-    train_rows, eval_rows = load_splits(recipe.dataset, recipe.training.seed)
-    if only_eval and eval_rows is None:
-        raise DataError("the recipe names no evaluation data", key="dataset.eval")
-    train, report = ([], None) if only_eval else task.features(train_rows, tokenizer, recipe.dataset)
-    columns = {theirs: ours for ours, theirs in recipe.dataset.columns.items()}
-    named = recipe.dataset.format
-    found = detect_format(columns.get(name, name) for name in train_rows.columns) if named == "auto" else named
-    described: dict[str, Any] = {"format": found, **(report.as_dict() if report else {})}
-    warnings = list(report.warnings) if report else []
-    if eval_rows is None:
-        return Data(train, None, described, warnings)
-    evaluation, eval_report = task.features(eval_rows, tokenizer, recipe.dataset)
-    return Data(train, evaluation, {**described, "eval": eval_report.as_dict()}, [*warnings, *eval_report.warnings])
-
-
-def adapted_model(recipe: Recipe, config: AdapterConfig) -> tuple[nn.Module, Injection]:
-    """The recipe's base model with a new adapter in it.
+def adapted_model(recipe: Recipe, config: AdapterConfig, tokenizer: Any) -> tuple[nn.Module, Injection]:
+    """The recipe's base model, with rows for its new tokens, and a new adapter in it.
 
     Raises:
         ModelError: the base model cannot be loaded.
@@ -121,6 +89,7 @@ def adapted_model(recipe: Recipe, config: AdapterConfig) -> tuple[nn.Module, Inj
     """
     row, base = TASKS[recipe.task], recipe.base_model
     model = load_model(base, row.auto_class, base_dtype(recipe))
+    tokens.make_room(model, tokenizer, config, base)
     set_seed(recipe.training.seed)
     config.task_type, config.base_model_name_or_path, config.revision = row.task_type, base.name, base.revision
     config.prepare(lambda name: load_tokenizer(base_of(name) if name else base))
@@ -148,7 +117,7 @@ class CalibrationBatches:
     Every process sees the same ones, so that every process starts the same adapter.
     """
 
-    features: list[Feature]
+    features: Sequence[Feature]
     task: Task
     tokenizer: Any
     size: int

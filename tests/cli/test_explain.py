@@ -4,10 +4,11 @@ from __future__ import annotations
 def test_a_setting(cli) -> None:
     assert cli("explain", "dataset.overlong").out == (
         "dataset.overlong (setting)\n"
-        "  What happens to a longer example: cut at the end, left out, or refused. Always counted.\n"
-        "  type: truncate, drop or error\n"
+        "  What happens to a longer example: cut at the end, left out, refused, or split into pieces that are trained "
+        "one by one. Always counted.\n"
+        "  type: truncate, drop, error or split\n"
         "  default: truncate\n"
-        "  allowed: truncate, drop, error\n"
+        "  allowed: truncate, drop, error, split\n"
         "\n"
         "  dataset:\n"
         "    overlong: truncate\n"

@@ -117,7 +117,7 @@ def test_gates(cli: Callable, recipe: Path, gate: str, code: int) -> None:
     run = json.loads(ran.out)
     assert (run["status"], run["exit_code"], run["gates"][0]["passed"]) == ("complete", code, code == 0)
     assert (recipe.parent / "out/adapter_model.safetensors").exists()
-    assert ("gates" in ran.err) == (code == 12)
+    assert ("error: gates" in ran.err) == (code == 12)
     again = cli("train", recipe, "training.eval_strategy=epoch", f"gates.eval_loss={gate}")
     assert again.code == code
     assert f"eval_loss {gate}: {'passed' if code == 0 else 'FAILED'}" in again.out

@@ -1,0 +1,209 @@
+"""The data of a run: what its recipe names, encoded for its task, and the account of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from peftcli.data.encode import CUT_OFF, OVERLONG
+from peftcli.data.findings import Finding, from_records, refuse
+from peftcli.data.flags import Flag
+from peftcli.data.prepare import OnRows, prepare, writes_the_date
+from peftcli.data.sources import eval_source, held_out
+from peftcli.data.store import BAD, USED, Part, Store, View
+from peftcli.errors import DataError
+from peftcli.models.load import load_tokenizer
+from peftcli.schema import Recipe, Source
+from peftcli.tasks import TASKS
+from peftcli.tasks.base import Task
+from peftcli.train.batches import Plan
+from peftcli.train.report import OnEvent, Phase, RowsRead, Warned
+
+
+@dataclass(frozen=True)
+class Data:
+    """Features of the training and the evaluation rows."""
+
+    train: View
+    """Without any where only evaluation data was asked for."""
+    eval: View | None
+    report: dict[str, Any]
+    """The account of both for run.json."""
+    findings: list[Finding]
+    """What is odd or wrong with the training rows."""
+    notes: list[str] = field(default_factory=list)
+    """What else the user should know."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """Findings that stop nothing and notes, as lines."""
+        found = [f"{each.name}: {each.message}" for each in self.findings if each.level == "warning"]
+        return list(dict.fromkeys([*self.notes, *found]))
+
+    @property
+    def names(self) -> list[str]:
+        """The training sources, as the recipe calls them."""
+        return [part.store.about["source"] for part in self.train.parts]
+
+    def skipped(self) -> Iterable[dict[str, Any]]:
+        """The rows that could not be used: where each stands, and what is wrong with it."""
+        for name, view in (("train", self.train), ("eval", self.eval)):
+            for part in view.parts if view else ():
+                kept = None if part.chosen is None else set(part.chosen.tolist())
+                for row, error in part.store.bad_rows():
+                    if kept is None or row in kept:
+                        yield {"rows": name, **error.as_dict()}
+
+
+def load_data(
+    recipe: Recipe,
+    task: Task,
+    tokenizer: Any,
+    *,
+    only_eval: bool = False,
+    bad_rows: str = "as the recipe says",
+    on_rows: OnRows = lambda name, count, done: None,
+    on_note: Callable[[str], None] = lambda text: None,
+) -> Data:
+    """Read, check and tokenise the recipe's data, or take it from the cache.
+
+    Args:
+        recipe: Names the data and how it is encoded.
+        task: What it is encoded for.
+        tokenizer: The base model's.
+        only_eval: Leave out the training rows.
+        bad_rows: ``keep``: a row that cannot be used is a finding, whatever the recipe says.
+        on_rows: Is told how far it is.
+        on_note: Is told what the user should know meanwhile: that another process is waited for, of a damaged cache.
+
+    Raises:
+        DataError: a row that cannot be used, or none that can.
+    """
+    dataset, notes = recipe.dataset, list[str]()
+
+    def store_of(source: Source) -> Store:
+        return prepare(
+            source,
+            recipe.task,
+            task.feature_columns,
+            lambda columns, source, name: task.encoder(columns, source, name, tokenizer, dataset),
+            tokenizer,
+            dataset,
+            stop_at_bad=bad_rows != "keep" and dataset.on_bad_row == "error",
+            on_rows=on_rows,
+            on_note=on_note,
+        )
+
+    from_eval = eval_source(dataset)
+    if only_eval and from_eval is None and dataset.eval_fraction is None:
+        raise DataError("the recipe names no evaluation data", key="dataset.eval")
+    if writes_the_date(tokenizer):
+        notes.append("the chat template can write today's date: rows that are rendered on another day may differ")
+    parts = [Part(store_of(source)) for source in dataset.sources()] if not (only_eval and from_eval) else []
+    held = [Part(store_of(from_eval))] if from_eval else []
+    if dataset.eval_fraction is not None:
+        parts, held = _split(parts, dataset.eval_fraction, recipe.training.seed)
+    train, evaluation = View([] if only_eval else parts), View(held) if held else None
+    report: dict[str, Any] = {"format": (parts or held)[0].store.about["format"]}
+    if train.parts:
+        report |= _account(train.parts) | {"packing": dataset.packing}
+        if len(train.parts) > 1:
+            report["sources"] = [{"train": part.store.about["source"], **_account([part])} for part in train.parts]
+        _refuse_none(train, report, dataset.max_length)
+    if evaluation is not None:
+        report["eval"] = _account(evaluation.parts)
+        _refuse_none(evaluation, report["eval"], dataset.max_length)
+    findings = from_records(train.parts, skip_bad_rows=dataset.on_bad_row == "skip") if train.parts else []
+    report["findings"] = [each.as_dict() for each in findings]
+    return Data(train, evaluation, report, findings, notes)
+
+
+def prepare_data(recipe: Recipe, on_event: OnEvent) -> None:
+    """Encode the recipe's data into the cache, before processes are started that would wait for it.
+
+    Raises:
+        DataError: a row that cannot be used, or data that would be trained wrongly.
+    """
+    on_event(Phase("reading the data"))
+    task, tokenizer = TASKS[recipe.task].load(), load_tokenizer(recipe.base_model)
+    data = load_data(
+        recipe,
+        task,
+        tokenizer,
+        on_rows=lambda *read: on_event(RowsRead(*read)),
+        on_note=lambda text: on_event(Warned(text)),
+    )
+    refuse(data.findings, recipe.dataset.allow)
+
+
+def plan_of(recipe: Recipe, data: Data, num_processes: int) -> Plan:
+    """Which examples each step sees."""
+    weights = [source.weight for source in recipe.dataset.sources() if source.weight is not None]
+    return Plan(
+        data.train.lengths,
+        recipe.training,
+        num_processes,
+        sizes=data.train.sizes,
+        weights=weights or None,
+        max_length=recipe.dataset.max_length if recipe.dataset.packing else None,
+    )
+
+
+def _split(parts: Sequence[Part], fraction: float, seed: int) -> tuple[list[Part], list[Part]]:
+    """Every part in two: the rows to train on, and those that are held out."""
+    counts = [len(part.store.rows) for part in parts]
+    out = np.zeros(sum(counts), bool)
+    out[list(held_out(len(out), fraction, seed))] = True
+    cut = np.split(out, np.cumsum(counts)[:-1])
+    return (
+        [Part(part.store, np.flatnonzero(~mask)) for part, mask in zip(parts, cut, strict=True)],
+        [Part(part.store, np.flatnonzero(mask)) for part, mask in zip(parts, cut, strict=True)],
+    )
+
+
+def _account(parts: Sequence[Part]) -> dict[str, Any]:
+    """What became of the rows."""
+    outcomes, flags = Counter[str](), Counter[str]()
+    sha256: dict[str, str] = {}
+    lost = 0
+    for part in parts:
+        records = part.records
+        for index, name in enumerate(part.store.outcomes):
+            outcomes[name] += int((records["outcome"] == index).sum())
+        used = records[records["outcome"] == 0]
+        for flag in (Flag.TRUNCATED, Flag.SPLIT):
+            flags[str(flag.name).lower()] += int((used["flags"] & flag != 0).sum())
+        lost += int(used["lost"].sum())
+        sha256 |= part.store.about["fingerprint"]
+    view = View(parts)
+    return {
+        "files": list(sha256),
+        "sha256": sha256,
+        "rows": sum(outcomes.values()),
+        "used": outcomes[USED],
+        "examples": len(view),
+        "skipped": outcomes[BAD],
+        "dropped": {name: count for name, count in outcomes.items() if count and name not in (USED, BAD)},
+        **flags,
+        "targets_cut": lost,
+        "tokens": int(view.lengths.sum()),
+        "targets": int(view.targets.sum()),
+    }
+
+
+def _refuse_none(view: View, account: dict[str, Any], max_length: int) -> None:
+    """Raises DataError when no row is left."""
+    if len(view):
+        return
+    dropped = account["dropped"]
+    reasons = {**dropped, BAD: account["skipped"]}
+    shown = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+    raise DataError(
+        f"zero trained tokens: all {account['rows']} rows are left out ({shown})",
+        file=view.parts[0].store.about["source"],
+        hint=f"Raise dataset.max_length: {max_length}." if OVERLONG in dropped or CUT_OFF in dropped else None,
+    )
