@@ -15,7 +15,22 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from peftcli.cli import check, combine, console, diff, evaluate, explain, generate, info, merge, push, schema, train
+from peftcli.cli import (
+    cache,
+    check,
+    combine,
+    console,
+    diff,
+    evaluate,
+    explain,
+    generate,
+    info,
+    inspect,
+    merge,
+    push,
+    schema,
+    train,
+)
 from peftcli.errors import Interrupted, PeftcliError, UsageError
 
 _BROKEN_PIPE = 141
@@ -47,9 +62,11 @@ ADAPTERS = "Adapters"
 
 app.command("train", rich_help_panel=RECIPES)(train.train)
 app.command("evaluate", rich_help_panel=RECIPES)(evaluate.evaluate)
+app.command("inspect", rich_help_panel=RECIPES)(inspect.inspect)
 app.command("check", rich_help_panel=RECIPES)(check.check)
 app.command("explain", rich_help_panel=RECIPES)(explain.explain)
 app.command("schema", rich_help_panel=RECIPES)(schema.schema)
+app.command("cache", rich_help_panel=RECIPES)(cache.cache)
 app.command("generate", rich_help_panel=ADAPTERS)(generate.generate)
 app.command("merge", rich_help_panel=ADAPTERS)(merge.merge)
 app.command("info", rich_help_panel=ADAPTERS)(info.info)

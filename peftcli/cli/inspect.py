@@ -1,0 +1,206 @@
+"""``peftcli inspect``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peftcli.cli import console
+
+if TYPE_CHECKING:
+    from peftcli.data.findings import Finding
+    from peftcli.data.pieces import Piece
+    from peftcli.inspection import Inspection, ShownRow
+
+_ROWS = 3
+_ROWS_OF_A_PAGE = 200
+_MOST_TOKENS = 2000
+"""Of a longer row, the beginning and the end are shown."""
+_BAR = 40
+_NEWLINE = "\u23ce\n"
+"""A newline that the data holds: a mark, and the newline."""
+_BORDER = "\u00a6"
+_STYLES = {
+    # (trained, special)
+    (False, False): "dim",
+    (False, True): "dim reverse",
+    (True, False): "bold green",
+    (True, True): "bold green reverse",
+}
+
+
+def inspect(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="How many rows to show: 3; on a page 200.")
+    ] = None,
+    row: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE:LINE|N", help="Show this row, or the example of this number; may be repeated."),
+    ] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Show where each token ends.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with rows and audit.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Show which tokens a recipe trains, and audit its whole dataset."""
+    from peftcli.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])
+
+    from peftcli.cli.progress import Progress
+    from peftcli.inspection import inspect as look
+
+    with Progress(quiet=quiet) as progress:
+        inspection = look(settings, on_event=progress.show)
+    asked = [found for place in row or () for found in inspection.find(place)]
+    shown = asked or inspection.sample(_ROWS if rows is None else rows)
+    if html is not None:
+        from peftcli.inspection_page import write_page
+
+        sample = inspection.sample(_ROWS_OF_A_PAGE if rows is None else rows)
+        write_page(html, inspection, asked or [*inspection.of_findings(), *sample], tokens)
+        console.log(f"page: {html}")
+    if as_json:
+        console.print_json(
+            {
+                "rows": [each.as_dict(inspection.text(each)) for each in shown],
+                "audit": inspection.audit,
+                "findings": [finding.as_dict() for finding in inspection.findings],
+            }
+        )
+    else:
+        _Printed(inspection, tokens).show(shown)
+        _show_audit(inspection.audit)
+        _show_findings(inspection)
+    inspection.refuse()
+    if not as_json:
+        words = " ".join(map(shlex.quote, [str(recipe), *(overrides or [])]))
+        console.out(f"next:\n  peftcli train {words}")
+
+
+class _Printed:
+    """Rows on the terminal, or as plain text."""
+
+    def __init__(self, inspection: Inspection, borders: bool):
+        self.inspection, self.borders = inspection, borders
+        self.coloured = console.is_terminal(sys.stdout)
+
+    def show(self, rows: Sequence[ShownRow]) -> None:
+        if not rows:
+            return
+        self._legend()
+        for row in rows:
+            self._head(row)
+            if row.answer is None:
+                self._print(row.pieces)
+            else:
+                console.out("input:")
+                self._print(row.pieces)
+                console.out("answer:")
+                self._print(row.answer)
+            if row.missing:
+                lost = f", {row.lost:,} of them trained" if row.lost else ""
+                console.out(f"--- cut here: {row.missing:,} tokens are missing{lost} ---")
+            console.out()
+
+    def _legend(self) -> None:
+        if not self.coloured:
+            console.out("[[...]] is trained, the rest is prompt\n")
+            return
+        from rich.text import Text
+
+        parts = [("trained", (True, False)), ("prompt", (False, False)), ("special token", (False, True))]
+        styled = [part for text, kind in parts for part in ((text, _STYLES[kind]), "  ")]
+        console.rich_console().print(Text.assemble(*styled))
+        console.out()
+
+    def _head(self, row: ShownRow) -> None:
+        part = f", part {row.part[0]} of {row.part[1]} of the row" if row.part[1] > 1 else ""
+        size = len(row.input_ids) + (0 if row.answer is None else len(row.labels))
+        name = "example" if row.split == "train" else "evaluation example"
+        console.out(f"=== {row.place} ({name} {row.index}{part}): {size:,} tokens, {row.targets:,} trained")
+
+    def _print(self, pieces: list[Piece]) -> None:
+        from peftcli.inspection import shortened
+
+        first, between, last = shortened(pieces, _MOST_TOKENS)
+        for some in (first, last):
+            if self.coloured:
+                self._print_coloured(some)
+            else:
+                console.out("".join(self._plain(some)).removesuffix("\n"))
+            if not between:
+                return
+            if some is first:
+                console.out(f"--- {between:,} tokens are not shown; a page shows more: --html FILE ---")
+
+    def _print_coloured(self, pieces: Sequence[Piece]) -> None:
+        from rich.text import Text
+
+        text = Text()
+        for piece in pieces:
+            text.append(self._bordered(piece), _STYLES[piece.trained, piece.special])
+        if text.plain.endswith("\n"):
+            text.right_crop()
+        console.rich_console().print(text, soft_wrap=True)
+
+    def _plain(self, pieces: Sequence[Piece]) -> Iterable[str]:
+        for trained, run in groupby(pieces, key=lambda piece: piece.trained):
+            # what the data holds is not taken for our marks
+            text = "".join(map(self._bordered, run)).replace("[[", "\\[[").replace("]]", "\\]]")
+            yield f"[[{text}]]" if trained else text
+
+    def _bordered(self, piece: Piece) -> str:
+        text = console.clean(piece.text).replace("\n", _NEWLINE)
+        if not self.borders:
+            return text
+        return text.removesuffix("\n") + _BORDER + ("\n" if text.endswith("\n") else "")
+
+
+def _show_audit(audit: dict[str, Any]) -> None:
+    from peftcli.inspection import bars, tables
+
+    for title, (columns, *rows) in tables(audit).items():
+        console.table([title, *columns[1:]], rows)
+        console.out()
+    counted, mark = bars(audit["train"]), "\u2588" if console.is_terminal(sys.stdout) else "#"
+    width, most = max(len(label) for label, _ in counted), max(count for _, count in counted)
+    console.out("tokens of the training rows, before any cut")
+    for label, count in counted:
+        # a bar of few rows is shown, too
+        console.out(f"  {label.rjust(width)}  {mark * -(-count * _BAR // max(most, 1))} {count:,}")
+    longest = ", ".join(f"{each['row']} ({each['tokens']:,})" for each in audit["train"]["longest"][:3])
+    console.out(f"  the longest: {longest}")
+
+
+def _show_findings(inspection: Inspection) -> None:
+    from peftcli.data.findings import FINDINGS
+
+    count = len(inspection.findings)
+    console.out(f"\n{count or 'no'} {'finding' if count == 1 else 'findings'}")
+    for each in inspection.findings:
+        allowed = each.level == "error" and each.name in inspection.recipe.dataset.allow
+        console.out(f"{each.level}{' (allowed)' if allowed else ''}: {each.name}: {each.message}")
+        more = ", ..." if each.count > len(each.rows) else ""
+        console.out(f"  {', '.join(each.rows)}{more}")
+        for line in _details(each, inspection.audit[each.split]):
+            console.out(f"  {line}")
+        console.out(f"  {FINDINGS[each.name].advice}")
+
+
+def _details(finding: Finding, facts: dict[str, Any]) -> list[str]:
+    """The first of the rows, with what is known of each."""
+    if finding.name == "bad_rows":
+        return [f"{bad['row']}: {bad['message']}" for bad in facts["bad_rows"][:_ROWS]]
+    if finding.name == "near_duplicates":
+        pairs = facts["duplicates"]["pairs"][:_ROWS]
+        return [f"{pair['row']} is like {pair['like']} ({pair['alike']:.0%})" for pair in pairs]
+    return []

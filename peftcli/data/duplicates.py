@@ -1,0 +1,239 @@
+"""Rows that repeat other rows, exactly or nearly, found from hashes in memory that does not grow with their length.
+
+Exact: the same token ids. Compared are hashes of 64 bits, so that among 100,000 rows one pair is taken for equal
+wrongly with a probability of 3e-10.
+
+Near: the sets of their shingles (runs of three tokens) overlap to at least 0.7 (Jaccard index: shared / all). Shingles
+that stand in more than 5 % of the rows, as a shared prompt's, are left out on both sides, and so are rows with less
+than 8 shingles after that. Of a text that makes up more than 5 % of the rows, edited copies are therefore not seen.
+
+Candidates come from MinHash signatures (Broder 1997) of 64 values in 16 bands of 4: a pair of index s shares a band
+with probability 1 - (1 - s^4)^16: 0.988 at 0.7, 0.9998 at 0.8. Each row is compared with the first and the nearest
+earlier row of each of its bands, and the candidate whose signature is most alike is then measured exactly. So a pair
+that is reported is one, and a few that are hardly alike enough are missed: the test of this file counts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+ALIKE = 0.7
+"""Rows are near duplicates from this Jaccard index on."""
+MOST_ROWS = 500_000
+"""Of more rows, an even sample of so many is looked at: each takes 128 bytes."""
+
+_CHUNK = 1 << 18
+"""Tokens looked at together."""
+_SHINGLE = 3
+_COMMON = 0.05
+_FEWEST = 8
+_HASHES = 64
+SAMPLE = 2000
+"""So many rows show well enough which shingles are common."""
+_PAIRS = 1 << 16
+"""Pairs of signatures compared at once."""
+_TABLE = 22
+"""Common shingles are told by so many bits of their hash: of the others, one in a thousand passes for common."""
+_MULTIPLIERS = np.random.default_rng(20240229).integers(0, 1 << 32, _HASHES, dtype=np.uint32) | np.uint32(1)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokens of some rows, one after another."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+    """Where each row starts. Every row has a token."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return np.diff(self.starts, append=len(self.ids))
+
+    def owners(self) -> np.ndarray:
+        """The row of each token."""
+        return np.repeat(np.arange(len(self.starts)), self.lengths)
+
+    def pick(self, rows: np.ndarray) -> Rows:
+        """The rows of a mask."""
+        lengths = self.lengths[rows]
+        return Rows(self.ids[rows[self.owners()]], np.cumsum(lengths) - lengths)
+
+
+def row_hashes(rows: Rows) -> np.ndarray:
+    """A number of 64 bits for each row; the same ids give the same one."""
+    positions = np.arange(len(rows.ids)) - np.repeat(rows.starts, rows.lengths)
+    mixed = _mixed((positions.astype(np.uint64) << np.uint64(32)) + rows.ids.astype(np.uint32).astype(np.uint64))
+    return _mixed(np.add.reduceat(mixed, rows.starts) if len(rows.starts) else mixed)
+
+
+def repeats(hashes: np.ndarray) -> np.ndarray:
+    """Which rows have the hash of an earlier one."""
+    _, first = np.unique(hashes, return_index=True)
+    again = np.ones(len(hashes), bool)
+    again[first] = False
+    return again
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Rows that nearly repeat an earlier one."""
+
+    later: np.ndarray
+    earlier: np.ndarray
+    index: np.ndarray
+    """The Jaccard index of each pair."""
+    compared: int
+    """How many rows were compared: those with shingles enough."""
+
+
+@dataclass
+class Sketches:
+    """Signatures of rows that come one chunk after another."""
+
+    common: np.ndarray
+    """Which shingles are common, by ``_TABLE`` bits of their hash."""
+    every: int = 1
+    """Of so many rows, one is looked at."""
+    _numbers: list[np.ndarray] = field(default_factory=list)
+    _signatures: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, first: int, rows: Rows) -> None:
+        """The next rows; ``first`` is the number of the first of them."""
+        numbers = np.arange(first, first + len(rows.starts))
+        if self.every > 1:
+            looked_at = numbers % self.every == 0
+            numbers, rows = numbers[looked_at], rows.pick(looked_at)
+        shingles, owners = self._distinctive(rows)
+        enough = np.bincount(owners, minlength=len(numbers)) >= _FEWEST
+        shingles, owners = shingles[enough[owners]], owners[enough[owners]]
+        signatures = np.zeros((int(enough.sum()), _HASHES), np.uint16)
+        if len(shingles):
+            starts = np.flatnonzero(np.diff(owners, prepend=-1))
+            for index, multiplier in enumerate(_MULTIPLIERS):
+                signatures[:, index] = np.minimum.reduceat(shingles * multiplier, starts)
+        self._numbers.append(numbers[enough])
+        self._signatures.append(signatures)
+
+    def pairs(self, read: Callable[[np.ndarray], Rows], tokens: np.ndarray, among: np.ndarray) -> Pairs:
+        """The near duplicates among the rows that came.
+
+        Args:
+            read: Gives rows again, by their numbers.
+            tokens: How many each row has.
+            among: Which of the rows are compared.
+        """
+        kept = [among[numbers] for numbers in self._numbers]
+        numbers = np.concatenate([np.zeros(0, int), *(a[mask] for a, mask in zip(self._numbers, kept, strict=True))])
+        signatures = np.concatenate(
+            [np.zeros((0, _HASHES), np.uint16), *(a[mask] for a, mask in zip(self._signatures, kept, strict=True))]
+        )
+        partners, alike = _partners(signatures)
+        # Three standard deviations of the estimate below what counts.
+        likely = np.flatnonzero(alike >= ALIKE - 3 * (ALIKE * (1 - ALIKE) / _HASHES) ** 0.5)
+        later, earlier = numbers[likely], numbers[partners[likely]]
+        index = np.zeros(len(later))
+        for some in slices(tokens[later] + tokens[earlier]):
+            index[some] = self._overlaps(read(later[some]), read(earlier[some]))
+        near = index >= ALIKE
+        return Pairs(later[near], earlier[near], index[near], compared=len(numbers))
+
+    def _overlaps(self, later: Rows, earlier: Rows) -> np.ndarray:
+        """The Jaccard index of each row of the one with that of the other."""
+        one, other = (np.unique(_keyed(*self._distinctive(rows))) for rows in (later, earlier))
+        both = np.intersect1d(one, other, assume_unique=True)
+        a, b, shared = (
+            np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=len(later.starts))
+            for keys in (one, other, both)
+        )
+        return shared / (a + b - shared)
+
+    def _distinctive(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        """Hashes of the shingles that are not common, and their rows."""
+        shingles, owners = _shingles(rows)
+        kept = ~self.common[shingles >> np.uint32(32 - _TABLE)]
+        return shingles[kept], owners[kept]
+
+
+def common_shingles(sample: Iterable[Rows]) -> np.ndarray:
+    """Which shingles are common, for Sketches. Rows that repeat another one are counted once.
+
+    In a sample so small that 5 % are less than ten rows, those of ten or of half the rows are.
+    """
+    found: list[np.ndarray] = []
+    seen: set[int] = set()
+    count = 0
+    for chunk in sample:
+        hashes = row_hashes(chunk)
+        rows = chunk.pick(~repeats(hashes) & [each not in seen for each in hashes.tolist()])
+        seen.update(hashes.tolist())
+        shingles, owners = _shingles(rows)
+        found.append(np.unique(_keyed(shingles, owners)).astype(np.uint32))
+        count += len(rows.starts)
+    values, times = np.unique(np.concatenate([np.zeros(0, np.uint32), *found]), return_counts=True)
+    table = np.zeros(1 << _TABLE, bool)
+    table[values[times > max(2, _COMMON * count, min(10, count / 2))] >> np.uint32(32 - _TABLE)] = True
+    return table
+
+
+def slices(tokens: np.ndarray) -> Iterator[slice]:
+    """All rows, a few at a time: about ``_CHUNK`` tokens, and at least one row."""
+    ends = np.cumsum(tokens)
+    start = 0
+    while start < len(tokens):
+        before = ends[start - 1] if start else 0
+        end = max(start + 1, int(np.searchsorted(ends, before + _CHUNK, side="right")))
+        yield slice(start, end)
+        start = end
+
+
+def spread(count: int, most: int) -> np.ndarray:
+    """At most ``most`` of the numbers below ``count``, evenly: the first, the last, and others between."""
+    if most >= count:
+        return np.arange(count)
+    return np.linspace(0, count - 1, most).round().astype(int) if most > 1 else np.arange(most)
+
+
+def _shingles(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """A hash of 32 bits for each run of three tokens in a row, and the row."""
+    owners = rows.owners()
+    if len(owners) < _SHINGLE:
+        return np.zeros(0, np.uint32), np.zeros(0, int)
+    tokens = _mixed(rows.ids.astype(np.uint64))
+    mixed = tokens[:-2] * np.uint64(3) + tokens[1:-1] * np.uint64(5) + tokens[2:] * np.uint64(7)
+    inside = owners[:-2] == owners[2:]
+    return (_mixed(mixed[inside]) >> np.uint64(32)).astype(np.uint32), owners[:-2][inside]
+
+
+def _keyed(shingles: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    """Row and shingle as one number."""
+    return (owners.astype(np.uint64) << np.uint64(32)) | shingles
+
+
+def _partners(signatures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each row the earlier candidate whose signature is most alike, and the share of values that agree."""
+    partner, alike = np.zeros(len(signatures), int), np.zeros(len(signatures), np.float32)
+    for keys in signatures.view(np.uint64).T:  # one band: four values of 16 bits are one key
+        order = np.argsort(keys, kind="stable")
+        again = np.flatnonzero(keys[order[1:]] == keys[order[:-1]]) + 1
+        begins = np.arange(len(order))
+        begins[again] = 0
+        first = np.maximum.accumulate(begins)
+        for candidates in (first[again], again - 1):
+            for start in range(0, len(again), _PAIRS):
+                later, earlier = order[again[start : start + _PAIRS]], order[candidates[start : start + _PAIRS]]
+                share = (signatures[later] == signatures[earlier]).mean(axis=1, dtype=np.float32)
+                better = share > alike[later]
+                partner[later[better]], alike[later[better]] = earlier[better], share[better]
+    return partner, alike
+
+
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """Each number of 64 bits scattered over all of them (splitmix64)."""
+    numbers = numbers + np.uint64(0x9E3779B97F4A7C15)
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))

@@ -1,0 +1,150 @@
+r"""Token ids as text that can be shown: what each token is, with characters that span several tokens kept whole.
+
+A token of a byte-level tokenizer may hold part of a character. Decoded alone it would show U+FFFD, which the data does
+not hold: so tokens are put together until their bytes are text, and bytes that never are (a row cut inside a
+character) are written as ``\xe2\x82``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from peftcli.data.chat import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_REPLACED = re.compile("\ufffd+")
+_SPACE = "\u2581"
+"""How tokenizers in the manner of SentencePiece write a space."""
+_WINDOW = 6
+"""Tokens before one that may change how it is decoded."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token, or several that only together are text."""
+
+    text: str
+    ids: tuple[int, ...]
+    trained: bool
+    special: bool
+
+
+class Speller:
+    """Spells token ids of one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self._added = {token: str(entry.content) for token, entry in tokenizer.added_tokens_decoder.items()}
+        self._special = special_tokens(tokenizer)
+        kinds = _decoders(tokenizer)
+        self._byte_level = "ByteLevel" in kinds
+        self._spaces = not self._byte_level and bool(kinds & {"Metaspace", "ByteFallback"})
+        self._alphabet = _byte_alphabet() if self._byte_level else {}
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The ids as the tokenizer decodes them, special tokens and all."""
+        decoded = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(decoded)
+
+    def pieces(self, ids: Sequence[int], labels: Sequence[int] | None = None) -> list[Piece]:
+        """The ids in pieces.
+
+        Args:
+            ids: Token ids.
+            labels: The label beside each; a token whose label counts is trained. None: every token is.
+        """
+        trained = [True] * len(ids) if labels is None else [label != IGNORED for label in labels]
+        spelled = self._bytes(ids)
+        if spelled is None:
+            return [self._piece(text, (token,), counts) for text, token, counts in self._windows(ids, trained)]
+        pieces: list[Piece] = []
+        held, held_ids = b"", list[int]()
+        for at, (token, spelling) in enumerate(zip(ids, spelled, strict=True)):
+            held, held_ids = held + spelling, [*held_ids, token]
+            last = at + 1 == len(ids)
+            closed = last or trained[at + 1] != trained[at] or token in self._added or ids[at + 1] in self._added
+            if closed or not _ends_inside_a_character(held):
+                pieces.append(self._piece(held.decode("utf-8", "backslashreplace"), tuple(held_ids), trained[at]))
+                held, held_ids = b"", []
+        return pieces
+
+    def _piece(self, text: str, ids: tuple[int, ...], trained: bool) -> Piece:
+        return Piece(text, ids, trained, ids[0] in self._special)
+
+    def _bytes(self, ids: Sequence[int]) -> list[bytes] | None:
+        """The bytes of each token; None where the tokenizer decodes by rules that are not known here."""
+        if not (self._byte_level or self._spaces):
+            return None
+        names = self._tokenizer.convert_ids_to_tokens(list(ids))
+        spelled = [self._spelling(token, name) for token, name in zip(ids, names, strict=True)]
+        whole, expected = b"".join(spelled).decode("utf-8", "replace"), self.text(ids)
+        if _same(whole, expected):
+            return spelled
+        if _same(whole.removeprefix(" "), expected):  # some tokenizers put a space before a text
+            first = next(at for at, spelling in enumerate(spelled) if spelling)
+            spelled[first] = spelled[first].removeprefix(b" ")
+            return spelled
+        return None
+
+    def _spelling(self, token: int, name: str) -> bytes:
+        if token in self._added:
+            return self._added[token].encode()
+        if self._byte_level:
+            try:
+                return bytes(self._alphabet[mark] for mark in name)
+            except KeyError:
+                return name.encode()
+        byte = _BYTE.fullmatch(name)
+        return bytes.fromhex(byte[1]) if byte else name.replace(_SPACE, " ").encode()
+
+    def _windows(self, ids: Sequence[int], trained: Sequence[bool]) -> list[tuple[str, int, bool]]:
+        """What each token adds to the text of those before it."""
+        out = []
+        for at, token in enumerate(ids):
+            start = max(0, at - _WINDOW)
+            before, with_it = self.text(ids[start:at]), self.text(ids[start : at + 1])
+            text = with_it[len(before) :] if with_it.startswith(before) else self.text([token])
+            out.append((text, token, trained[at]))
+        return out
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of the tokens that mark, as BOS and the ends of turns do, and are no text."""
+    added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def _decoders(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The kinds of steps that a fast tokenizer decodes by."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.decoder is None:
+        return set()
+    state = json.loads(backend.decoder.__getstate__())
+    return {step["type"] for step in state.get("decoders", [state])}
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary: itself where it is visible in Latin-1."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + at): byte for at, byte in enumerate(others)}
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two texts differ at most in how many U+FFFD stand for bytes that are no character."""
+    return _REPLACED.sub("\ufffd", one) == _REPLACED.sub("\ufffd", other)
+
+
+def _ends_inside_a_character(text: bytes) -> bool:
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.end == len(text) and error.reason == "unexpected end of data"
+    return False

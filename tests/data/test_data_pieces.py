@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from peftcli.data.pieces import Piece, Speller
+
+TEXTS = ["plain words", " two  spaces\n\nand\ttabs ", "h\u00e9llo \U0001f389 \u6f22\u5b57 caf\u00e9", "x\ufffdy", "a"]
+IGNORED = -100
+
+
+def _byte_fallback() -> PreTrainedTokenizerFast:
+    """In the manner of Llama 2: characters, spaces as U+2581, other characters as bytes."""
+    known = [
+        *["<unk>", "<s>", "</s>"],
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        *map(chr, range(97, 123)),
+    ]
+    model = models.BPE({word: at for at, word in enumerate(known)}, [], unk_token="<unk>", byte_fallback=True)
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def _metaspace() -> PreTrainedTokenizerFast:
+    """In the manner of T5."""
+    words = ["</s>", "<unk>", "\u2581", "\u2581plain", "\u2581words", "ly", *map(chr, range(97, 123))]
+    backend = Tokenizer(models.Unigram([(word, -float(at)) for at, word in enumerate(words)], unk_id=1))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+def _wordpiece() -> PreTrainedTokenizerFast:
+    words = ["[UNK]", "[SEP]", "plain", "word", "##s", "un", "##plain"]
+    backend = Tokenizer(models.WordPiece({word: at for at, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", sep_token="[SEP]")
+
+
+def _byte_level() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=280, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    backend.train_from_iterator(["plain words"] * 9, trainer)
+    backend.add_tokens([AddedToken("<think>")])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+
+
+def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def texts(pieces: list[Piece]) -> list[str]:
+    """Without tokens that add nothing, as the space that some tokenizers put before a text."""
+    return [piece.text for piece in pieces if piece.text]
+
+
+@pytest.mark.parametrize("make", [_byte_level, _byte_fallback])
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_are_the_text_and_all_of_the_ids(make, text: str) -> None:
+    tokenizer = make()
+    ids = ids_of(tokenizer, text)
+    pieces = Speller(tokenizer).pieces(ids)
+    assert "".join(texts(pieces)) == text
+    assert [token for piece in pieces for token in piece.ids] == ids
+    assert Speller(tokenizer).text(ids) == text
+
+
+@pytest.mark.parametrize("make", [_byte_level, _byte_fallback])
+def test_a_character_is_one_piece(make) -> None:
+    tokenizer = make()
+    pieces = Speller(tokenizer).pieces(ids_of(tokenizer, "x\U0001f389y"))
+    assert texts(pieces) == ["x", "\U0001f389", "y"]
+    assert len(pieces[-2].ids) == 4
+
+
+@pytest.mark.parametrize("make", [_byte_level, _byte_fallback])
+def test_a_character_that_is_cut_shows_its_bytes(make) -> None:
+    tokenizer = make()
+    pieces = Speller(tokenizer).pieces(ids_of(tokenizer, "x\U0001f389")[:-1])
+    assert texts(pieces) == ["x", "\\xf0\\x9f\\x8e"]
+
+
+def test_a_character_that_is_trained_in_part_shows_which() -> None:
+    tokenizer = _byte_level()
+    ids = ids_of(tokenizer, "\U0001f389")
+    pieces = Speller(tokenizer).pieces(ids, [IGNORED, IGNORED, *ids[2:]])
+    assert [(piece.text, piece.trained) for piece in pieces] == [
+        ("\\xf0\\x9f", False),
+        ("\\x8e", True),
+        ("\\x89", True),
+    ]
+
+
+def test_trained_and_special_tokens_are_told() -> None:
+    tokenizer = _byte_level()
+    ids = ids_of(tokenizer, "plain<think> words<|end|>")
+    pieces = Speller(tokenizer).pieces(ids, [IGNORED, *ids[1:]])
+    assert pieces[0].trained is False
+    assert all(piece.trained for piece in pieces[1:])
+    assert [piece.text for piece in pieces if piece.special] == ["<|end|>"]
+    assert "<think>" in texts(pieces)
+
+
+def test_a_special_token_ends_what_is_before_it() -> None:
+    tokenizer = _byte_level()
+    ids = [*ids_of(tokenizer, "\U0001f389")[:2], *ids_of(tokenizer, "<|end|>"), *ids_of(tokenizer, "\U0001f389")[2:]]
+    assert texts(Speller(tokenizer).pieces(ids)) == ["\\xf0\\x9f", "<|end|>", "\\x8e", "\\x89"]
+
+
+def test_metaspace() -> None:
+    tokenizer = _metaspace()
+    ids = [*ids_of(tokenizer, "plain words wordsly"), 0]
+    assert texts(Speller(tokenizer).pieces(ids)) == ["plain", " words", " words", "ly", "</s>"]
+
+
+def test_a_tokenizer_of_another_kind_is_spelled_by_what_each_token_adds() -> None:
+    tokenizer = _wordpiece()
+    ids = [*ids_of(tokenizer, "plain words unplain"), 1]
+    pieces = Speller(tokenizer).pieces(ids)
+    assert texts(pieces) == ["plain", " word", "s", " un", "plain", " [SEP]"]
+    assert pieces[-1].special
