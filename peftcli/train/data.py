@@ -53,9 +53,12 @@ class Data:
         """The rows that could not be used: where each stands, and what is wrong with it."""
         for name, view in (("train", self.train), ("eval", self.eval)):
             for part in view.parts if view else ():
-                kept = None if part.chosen is None else set(part.chosen.tolist())
+                kept = np.ones(len(part.store.rows), bool)
+                if part.chosen is not None:
+                    kept[:] = False
+                    kept[part.chosen] = True
                 for row, error in part.store.bad_rows():
-                    if kept is None or row in kept:
+                    if kept[row]:
                         yield {"rows": name, **error.as_dict()}
 
 
@@ -199,6 +202,10 @@ def _refuse_none(view: View, account: dict[str, Any], max_length: int) -> None:
     """Raises DataError when no row is left."""
     if len(view):
         return
+    if account["skipped"] == account["rows"]:
+        _, error = next(view.parts[0].store.bad_rows())
+        message = f"none of the {account['rows']} rows can be used; the first: {error.message}"
+        raise DataError(message, file=error.file, line=error.line, key=error.key, hint=error.hint)
     dropped = account["dropped"]
     reasons = {**dropped, BAD: account["skipped"]}
     shown = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)

@@ -324,8 +324,9 @@ def _open_folder(recipe: Recipe, accelerator: Accelerator) -> Iterator[tuple[Run
 
 def _run_so_far(folder: RunFolder, identity: dict[str, Any]) -> dict[str, Any] | None:
     run = folder.read()
-    if run is not None:
-        _refuse_drift(run.get("identity", {}), identity, folder)
+    if run is None or not (run.get("attempts") or folder.checkpoints.exists()):
+        return None  # none, or one that ended before its first step: nothing can be lost
+    _refuse_drift(run.get("identity", {}), identity, folder)
     return run
 
 

@@ -564,3 +564,56 @@ def test_a_data_error_is_in_run_json_and_the_run_can_be_mended(recipe: Path) -> 
         "DataError",
         11,
     )
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_stopped_at_its_data_begins_anew_once_the_data_is_mended(recipe: Path) -> None:
+    rows = recipe.parent / "train.jsonl"
+    good = rows.read_text()
+    rows.write_text(good + "{broken\n")
+    with pytest.raises(DataError) as caught:
+        run_recipe(recipe)
+    assert (caught.value.file, caught.value.line) == (str(rows), 11)
+    assert trainkit.read_run(recipe.parent / "out")["status"] == "failed"
+    rows.write_text(good)
+    assert run_recipe(recipe).run["status"] == "complete"
+
+
+def test_bad_rows_are_skipped_counted_and_listed(recipe: Path) -> None:
+    rows = recipe.parent / "train.jsonl"
+    rows.write_text(rows.read_text() + '{"messages": 5}\n{broken\n')
+    done = run_recipe(recipe, "dataset.on_bad_row=skip")
+    assert (done.run["data"]["rows"], done.run["data"]["used"], done.run["data"]["skipped"]) == (12, 10, 2)
+    assert any("bad_rows" in event.text for event in done.events if isinstance(event, Warned))
+    listed = [json.loads(line) for line in (done.folder / "skipped.jsonl").read_text().splitlines()]
+    assert [(entry["rows"], entry["file"], entry["line"]) for entry in listed] == [
+        ("train", str(rows), 11),
+        ("train", str(rows), 12),
+    ]
+    assert "expected a list of turns" in listed[0]["message"]
+
+
+def test_data_that_would_be_trained_wrongly_stops_the_run_unless_it_is_allowed(recipe: Path) -> None:
+    with pytest.raises(DataError, match="answers_cut") as caught:
+        run_recipe(recipe, "dataset.max_length=30")
+    assert "dataset.allow: [answers_cut]" in str(caught.value)
+    done = run_recipe(recipe, "dataset.max_length=30", "dataset.allow=[answers_cut]")
+    assert done.run["status"] == "complete"
+    assert {each["name"]: each["level"] for each in done.run["data"]["findings"]}["answers_cut"] == "error"
+
+
+def test_held_out_rows_are_not_trained_on(recipe: Path) -> None:
+    done = run_recipe(recipe, "dataset.eval=null", "dataset.eval_fraction=0.3", "training.eval_strategy=epoch")
+    data = done.run["data"]
+    assert (data["used"], data["eval"]["used"]) == (7, 3)
+    assert "eval_loss" in done.run["eval"]["last"]
+
+
+def test_a_mix_gives_each_dataset_its_share(recipe: Path) -> None:
+    folder = recipe.parent
+    mix = f"[{{train: {folder}/train.jsonl, weight: 1}}, {{train: {folder}/eval.jsonl, weight: 3}}]"
+    done = run_recipe(recipe, "dataset.train=null", f"dataset.mix={mix}")
+    assert [part["used"] for part in done.run["data"]["sources"]] == [10, 3]
+    assert any(f"{folder}/eval.jsonl is seen" in each.text for each in done.events if isinstance(each, Warned))
