@@ -1,4 +1,4 @@
-"""Features -> one padded batch."""
+"""Features, or packed rows of them -> one padded batch."""
 
 from __future__ import annotations
 
@@ -25,13 +25,21 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def pad_causal(features: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """``input_ids``, ``attention_mask`` and ``labels``, each ``(B, T)``, padded on the right."""
+    """``input_ids``, ``labels`` and ``attention_mask``, each ``(B, T)``, padded on the right.
+
+    Packed rows get ``position_ids`` in the mask's place, in which padding starts at 0 as one more example does:
+    transformers tells examples apart by restarting positions, and only where there is no mask.
+    """
     ids = [each["input_ids"] for each in features]
-    return {
+    width = max(map(len, ids))
+    batch = {
         "input_ids": _padded(ids, pad_token_id),
-        "attention_mask": _padded([[1] * len(row) for row in ids], 0),
         "labels": _padded([each["labels"] for each in features], IGNORED),
     }
+    if "position_ids" in features[0]:
+        rows = [each["position_ids"] for each in features]
+        return batch | {"position_ids": torch.tensor([[*row, *range(width - len(row))] for row in rows])}
+    return batch | {"attention_mask": _padded([[1] * len(row) for row in ids], 0)}
 
 
 def pad_seq2seq(features: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:

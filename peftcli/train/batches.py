@@ -2,91 +2,294 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import torch
 
+from peftcli.data.packing import best_fit
 from peftcli.schema import Training
 
-_WINDOW = 50
+_SORTED = 50
 """With group_by_length: how many global batches are sorted by length together."""
+_PACKED = 4096
+"""With packing: how many examples, next to each other in the epoch's order, are packed together."""
+_OFTEN = 4
+"""A source of a mix that is seen more often than this over a run is worth a warning."""
+
+MicroBatch = list[list[int]]
+"""The rows of a micro-batch, each a list of example indices: one, or with packing several."""
 
 
-@dataclass(frozen=True)
 class Plan:
-    """The order of the examples over a run."""
+    """The order of the examples over a run, and the rows that they are trained in."""
 
-    lengths: list[int]
-    """Tokens of each training example."""
-    training: Training
-    num_processes: int
-    _orders: dict[int, list[int]] = field(default_factory=dict, repr=False)
-    """The order of the epoch that was asked for last."""
+    def __init__(
+        self,
+        lengths: np.ndarray | Sequence[int],
+        training: Training,
+        num_processes: int,
+        *,
+        sizes: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
+        max_length: int | None = None,
+    ):
+        """``sizes`` and ``weights`` mix, ``max_length`` packs.
+
+        Args:
+            lengths: tokens of each training example.
+            training: how long, in which batches and in which order.
+            num_processes: among how many the rows of a step are divided.
+            sizes: examples of each source; the sources' examples stand one after another.
+            weights: how many examples of an epoch come from each source, relative to the others. None: all it has.
+            max_length: tokens of a packed row. None: every example has a row to itself.
+        """
+        self.lengths = np.asarray(lengths, np.int64)
+        self.training, self.num_processes, self.max_length = training, num_processes, max_length
+        self.sizes = list(sizes or [len(self.lengths)])
+        self.draws = self.sizes if weights is None else _shares(weights, len(self.lengths))
+        """Examples of an epoch that come from each source."""
+        self._mixed = weights is not None
+        self._epoch_ends: list[int] = []  # with packing: steps until the end of each epoch that was built
+        self._built: dict[int, _Epoch] = {}  # the epoch that was asked for last
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows are packed."""
+        return self.max_length is not None
 
     @property
     def global_batch_size(self) -> int:
-        """Examples of one step, over all processes and micro-batches."""
+        """Rows of one step, over all processes and micro-batches."""
         training = self.training
         return training.per_device_train_batch_size * training.gradient_accumulation_steps * self.num_processes
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps that see every example once; the last one may be smaller."""
-        return math.ceil(len(self.lengths) / self.global_batch_size)
+        """Steps of the first epoch; the last may be smaller. With packing, other epochs may have a few more or less."""
+        return self._steps_until(1)
 
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
         if self.training.max_steps > 0:
             return self.training.max_steps
-        steps = round(self.training.num_train_epochs * self.steps_per_epoch, 6)  # 2.2 * 25 is a little more than 55
-        return max(1, math.ceil(steps))
+        part, whole = math.modf(self.training.num_train_epochs)
+        before = self._steps_until(int(whole))
+        steps = before + (part * (self._steps_until(int(whole) + 1) - before) if part else 0)
+        return max(1, math.ceil(round(steps, 6)))  # 2.2 * 25 is a little more than 55
+
+    @property
+    def passes(self) -> list[float]:
+        """How often an epoch goes through each source: 1, unless there are weights."""
+        return [draws / size if size else 0.0 for draws, size in zip(self.draws, self.sizes, strict=True)]
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Tokens of the first epoch, padding aside."""
+        return int(self.lengths[self._epoch(0).members].sum())
+
+    @property
+    def efficiency(self) -> float:
+        """The share of tokens, of those that the first epoch's padded rows hold, that are no padding.
+
+        Where a model takes packed rows joined into one, nothing is padded at all.
+        """
+        rows = self._epoch(0).row_lengths(self.lengths)
+        whole = len(rows) // self.global_batch_size * self.global_batch_size
+        padded = self._padded(rows[:whole].reshape(-1, self.global_batch_size)) + self._padded(rows[None, whole:])
+        return int(rows.sum()) / padded
+
+    def repeated(self, names: Sequence[str]) -> list[str]:
+        """A warning for each source, by its name, that its weight makes the run see very often."""
+        epochs = self.epoch(self.total_steps)
+        return [
+            f"{name} is seen {passes * epochs:.1f} times over the run: its weight asks for {passes:.1f} times the "
+            "examples that it has"
+            for name, passes in zip(names, self.passes, strict=True)
+            if passes > 1 and passes * epochs > _OFTEN
+        ]
 
     def epoch(self, step: int) -> float:
         """Passes over the data after ``step`` steps."""
-        return step / self.steps_per_epoch
+        if not self.packs:
+            return step / self._steps_until(1)
+        epoch, position = self._locate(step)
+        if not position:
+            return float(epoch)
+        return epoch + position / (self._steps_until(epoch + 1) - self._steps_until(epoch))
 
     def ends_epoch(self, step: int) -> bool:
         """Whether the ``step``-th step, from 1, is the last of an epoch."""
-        return step % self.steps_per_epoch == 0
+        return self._locate(step)[1] == 0
 
     def global_batch(self, step: int) -> list[int]:
         """Indices of the examples of step ``step``, from 0."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if epoch not in self._orders:
-            self._orders.clear()
-            self._orders[epoch] = self._order(epoch)
-        order = self._orders[epoch]
-        start = position * self.global_batch_size
-        return order[start : start + self.global_batch_size]
+        return [index for row in self._rows(step) for index in row]
 
-    def micro_batches(self, step: int, process: int) -> list[list[int]]:
-        """The step's examples that ``process`` sees, one list a micro-batch.
+    def micro_batches(self, step: int, process: int) -> list[MicroBatch]:
+        """The step's rows that ``process`` sees.
 
-        Every process gets as many micro-batches as the others; where the last step of an epoch has too few
-        examples for all, some are empty. Examples of like length stand together, which saves padding and, since
-        the loss is a sum over the global batch, changes nothing else.
+        Every process gets as many micro-batches as the others; where the last step of an epoch has too few rows for
+        all, some are empty. Rows of like length stand together, which saves padding and, since the loss is a sum over
+        the global batch, changes nothing else.
         """
-        examples = sorted(self.global_batch(step), key=lambda index: self.lengths[index])
+        rows = sorted(self._rows(step), key=lambda row: int(self.lengths[row].sum()))
         parts = self.training.gradient_accumulation_steps * self.num_processes
-        size = min(self.training.per_device_train_batch_size, math.ceil(len(examples) / parts))
-        chunks = [examples[start : start + size] for start in range(0, size * parts, size)]
+        size = min(self.training.per_device_train_batch_size, math.ceil(len(rows) / parts))
+        chunks = [rows[start : start + size] for start in range(0, size * parts, size)]
         mine = chunks[process :: self.num_processes]
         return mine if self.num_processes > 1 else [chunk for chunk in mine if chunk]
 
-    def _order(self, epoch: int) -> list[int]:
+    def _padded(self, steps: np.ndarray) -> int:
+        """Tokens that the micro-batches of steps hold, padding included, from their rows' lengths (steps, rows)."""
+        parts = self.training.gradient_accumulation_steps * self.num_processes
+        num_rows = steps.shape[1]
+        size = max(1, min(self.training.per_device_train_batch_size, math.ceil(num_rows / parts)))
+        ends = [min(start + size, num_rows) for start in range(0, num_rows, size)]
+        longest = np.sort(steps, axis=1)[:, [end - 1 for end in ends]].sum(axis=0)
+        return int((longest * np.diff(ends, prepend=0)).sum())
+
+    def _locate(self, step: int) -> tuple[int, int]:
+        """The epoch of a step, and how many steps of it come before."""
+        if not self.packs:
+            return divmod(step, self._steps_until(1))
+        while step > (self._epoch_ends[-1] if self._epoch_ends else 0):
+            self._steps_until(len(self._epoch_ends) + 1)
+        epoch = bisect_right(self._epoch_ends, step)
+        return epoch, step - self._steps_until(epoch)
+
+    def _steps_until(self, epochs: int) -> int:
+        """Steps of the first ``epochs`` epochs."""
+        if not self.packs:
+            return epochs * math.ceil(len(self.lengths) / self.global_batch_size)
+        for epoch in range(len(self._epoch_ends), epochs):
+            steps = math.ceil(len(self._epoch(epoch)) / self.global_batch_size)
+            self._epoch_ends.append(steps + (self._epoch_ends[-1] if epoch else 0))
+        return self._epoch_ends[epochs - 1] if epochs else 0
+
+    def _rows(self, step: int) -> list[list[int]]:
+        epoch, position = self._locate(step)
+        start = position * self.global_batch_size
+        return self._epoch(epoch).rows(start, start + self.global_batch_size)
+
+    def _epoch(self, number: int) -> _Epoch:
+        if number not in self._built:
+            self._built.clear()
+            self._built[number] = self._build(number)
+        return self._built[number]
+
+    def _build(self, number: int) -> _Epoch:
         strategy = self.training.train_sampling_strategy
-        if strategy == "sequential":
-            return list(range(len(self.lengths)))
-        generator = torch.Generator().manual_seed(self.training.seed * 1_000_003 + epoch)
-        order: list[int] = torch.randperm(len(self.lengths), generator=generator).tolist()
-        if strategy == "random":
-            return order
+        generator = torch.Generator().manual_seed(self.training.seed * 1_000_003 + number)
+        order = self._drawn(number)
+        if strategy != "sequential":
+            order = order[_permutation(len(order), generator)]
+        epoch = _Epoch(order) if self.max_length is None else _packed(order, self.lengths, self.max_length)
+        if strategy != "sequential" and self.packs:
+            epoch = epoch.reordered(_permutation(len(epoch), generator))
+        if strategy == "group_by_length":
+            epoch = epoch.reordered(self._by_length(epoch.row_lengths(self.lengths), generator))
+        return epoch
+
+    def _drawn(self, number: int) -> np.ndarray:
+        """The examples of an epoch: those of the sources one after another, or interleaved where none are shuffled."""
+        if not self._mixed:
+            return np.arange(len(self.lengths))
+        starts = np.cumsum([0, *self.sizes[:-1]])
+        drawn = [start + self._drawn_from(source, number) for source, start in enumerate(starts)]
+        joined = np.concatenate(drawn)
+        if self.training.train_sampling_strategy != "sequential":
+            return joined
+        places = np.concatenate([(np.arange(len(part)) + 0.5) / max(len(part), 1) for part in drawn])
+        return joined[np.argsort(places, kind="stable")]
+
+    def _drawn_from(self, source: int, number: int) -> np.ndarray:
+        """Positions in a source that an epoch sees: one permutation after another, from where the last epoch ended."""
+        size, draws = self.sizes[source], self.draws[source]
+        places = np.arange(number * draws, (number + 1) * draws)
+        if self.training.train_sampling_strategy == "sequential" or not draws:
+            return places % size if draws else places
+        first, last = places[0] // size, places[-1] // size
+        seed = self.training.seed
+        orders = [_permutation(size, _generator(seed, source, int(turn))) for turn in range(first, last + 1)]
+        return np.concatenate(orders)[places - first * size]
+
+    def _by_length(self, lengths: np.ndarray, generator: torch.Generator) -> np.ndarray:
+        """An order of rows in which those of a global batch are of like length, and the batches shuffled."""
         size = self.global_batch_size
-        windows = [order[start : start + size * _WINDOW] for start in range(0, len(order), size * _WINDOW)]
-        order = [index for window in windows for index in sorted(window, key=lambda index: self.lengths[index])]
-        whole = len(order) // size
-        shuffled = torch.randperm(whole, generator=generator).tolist()
-        batches = [order[number * size : (number + 1) * size] for number in shuffled]
-        return [index for batch in batches for index in batch] + order[whole * size :]
+        starts = range(0, len(lengths), size * _SORTED)
+        order = np.concatenate(
+            [start + np.argsort(lengths[start : start + size * _SORTED], kind="stable") for start in starts]
+        )
+        whole = len(order) // size * size
+        batches = order[:whole].reshape(-1, size)[_permutation(whole // size, generator)]
+        return np.concatenate([batches.ravel(), order[whole:]])
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """The rows of one epoch, one after another."""
+
+    members: np.ndarray
+    """Example indices, row by row."""
+    bounds: np.ndarray | None = None
+    """Where in ``members`` each row begins, and where the last one ends. None: every row is one example."""
+
+    def __len__(self) -> int:
+        return len(self.members) if self.bounds is None else len(self.bounds) - 1
+
+    def row_lengths(self, lengths: np.ndarray) -> np.ndarray:
+        """Tokens of each row."""
+        taken = lengths[self.members]
+        return taken if self.bounds is None else np.add.reduceat(taken, self.bounds[:-1])
+
+    def rows(self, start: int, stop: int) -> list[list[int]]:
+        """The examples of some rows."""
+        if self.bounds is None:
+            return [[index] for index in self.members[start:stop].tolist()]
+        bounds = self.bounds[start : stop + 1].tolist()
+        return [self.members[begin:end].tolist() for begin, end in pairwise(bounds)]
+
+    def reordered(self, order: np.ndarray) -> _Epoch:
+        """The same rows in another order."""
+        if self.bounds is None:
+            return _Epoch(self.members[order])
+        sizes = np.diff(self.bounds)[order]
+        bounds = np.concatenate([[0], np.cumsum(sizes)])
+        shift = np.repeat(self.bounds[:-1][order] - bounds[:-1], sizes)
+        return _Epoch(self.members[np.arange(len(self.members)) + shift], bounds)
+
+
+def _packed(order: np.ndarray, lengths: np.ndarray, max_length: int) -> _Epoch:
+    """The examples in rows, a window at a time; rows stand in the order of their first examples."""
+    members, sizes = [], [np.zeros(1, np.int64)]
+    for start in range(0, len(order), _PACKED):
+        window = order[start : start + _PACKED]
+        _, first, row = np.unique(best_fit(lengths[window], max_length), return_index=True, return_inverse=True)
+        place = np.argsort(np.argsort(first))[row]
+        members.append(window[np.argsort(place, kind="stable")])
+        sizes.append(np.bincount(place))
+    return _Epoch(np.concatenate(members), np.cumsum(np.concatenate(sizes)))
+
+
+def _shares(weights: Sequence[float], total: int) -> list[int]:
+    """``total`` divided in proportion to the weights, in whole numbers; the largest remainders are rounded up."""
+    exact = np.array(weights, float) / sum(weights) * total
+    shares = np.floor(exact).astype(np.int64)
+    shares[np.argsort(shares - exact, kind="stable")[: total - shares.sum()]] += 1
+    return [int(share) for share in shares]
+
+
+def _permutation(size: int, generator: torch.Generator) -> np.ndarray:
+    return torch.randperm(size, generator=generator).numpy()
+
+
+def _generator(*words: int) -> torch.Generator:
+    digest = hashlib.sha256(repr(words).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from peftcli.tasks.base import Feature, Task
+from peftcli.data.store import View
+from peftcli.tasks.base import Task
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, task: Task, features: Sequence[Feature], tokenizer: Any, batch_size: int, accelerator: Accelerator
+    model: nn.Module, task: Task, features: View, tokenizer: Any, batch_size: int, accelerator: Accelerator
 ) -> dict[str, float]:
     """The task's metrics over all targets of ``features``, each name with the prefix ``eval_``.
 
@@ -22,7 +23,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    order = sorted(range(len(features)), key=lambda index: len(features[index]["input_ids"]))
+    order = np.argsort(features.lengths, kind="stable").tolist()
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     sums: dict[str, float] = {}
     inner = accelerator.unwrap_model(model)  # no gradients to synchronise, and the processes' batch counts may differ
@@ -37,6 +38,5 @@ def evaluate(
     model.train(was_training)
     total = torch.tensor([sums[name] for name in sorted(sums)], dtype=torch.float64, device=accelerator.device)
     reduced = accelerator.reduce(total, reduction="sum").tolist()
-    num_targets = sum(task.num_targets(feature) for feature in features)
-    metrics = task.metrics(dict(zip(sorted(sums), reduced, strict=True)), num_targets)
+    metrics = task.metrics(dict(zip(sorted(sums), reduced, strict=True)), int(features.targets.sum()))
     return {f"eval_{name}": value for name, value in metrics.items()}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
+from peftcli.data.packing import join
+from peftcli.data.store import View
 from peftcli.errors import Diverged
 from peftcli.tasks.base import Feature, Task
-from peftcli.train.batches import Plan
+from peftcli.train.attention import takes_one_row
+from peftcli.train.batches import MicroBatch, Plan
 
 LESS_LEARNING = "lower training.learning_rate, or add warm-up; the last checkpoint is kept"
 """What to do about a run that diverged."""
@@ -52,7 +56,7 @@ class Trainee:
 def fit(
     trainee: Trainee,
     task: Task,
-    features: Sequence[Feature],
+    features: View,
     tokenizer: Any,
     plan: Plan,
     accelerator: Accelerator,
@@ -60,24 +64,26 @@ def fit(
 ) -> Iterator[StepResult]:
     """Train from step ``start`` to the plan's end, yielding after each step.
 
-    The loss is the sum over targets divided by all targets of the global batch, so the split into micro-batches and
-    processes does not matter.
+    The loss is the sum over targets divided by all targets of the global batch, so the split into micro-batches,
+    processes and packed rows does not matter.
 
     Raises:
         Diverged: the loss or a gradient is NaN or Inf. The step is not applied.
     """
     limit = plan.training.max_grad_norm or math.inf
-    targets = [task.num_targets(feature) for feature in features]
+    one_row = plan.packs and takes_one_row(accelerator.unwrap_model(trainee.model))
     for step in range(start, plan.total_steps):
         trainee.model.train()
         batch = plan.global_batch(step)
-        num_targets = sum(targets[index] for index in batch)
+        num_targets = int(features.targets[batch].sum())
         micro_batches = plan.micro_batches(step, accelerator.process_index)
         total = torch.zeros((), dtype=torch.float32, device=accelerator.device)
-        for number, indices in enumerate(micro_batches, 1):
+        for number, rows in enumerate(micro_batches, 1):
             last = number == len(micro_batches)
             with contextlib.nullcontext() if last else accelerator.no_sync(trainee.model):
-                loss = _micro_batch_loss(trainee.model, task, features, indices, tokenizer, accelerator)
+                # without rows of its own, a process keeps in step with the others by a loss that counts zero times
+                examples = _examples(features, rows or [[0]], plan.packs, one_row)
+                loss = _micro_batch_loss(trainee.model, task, examples, tokenizer, accelerator) * bool(rows)
                 # processes average their gradients; the loss is a sum over all of them
                 mean = loss * (accelerator.num_processes / num_targets)
                 penalty = trainee.config.penalty(trainee.model) if last else None
@@ -96,21 +102,23 @@ def fit(
         trainee.schedule.step()
         trainee.config.after_step(trainee.model, step + 1, plan.total_steps)
         trainee.optimizer.zero_grad(set_to_none=True)
-        num_tokens = sum(plan.lengths[index] for index in batch)
+        num_tokens = int(plan.lengths[batch].sum())
         yield StepResult(step + 1, loss_sum / num_targets, grad_norm, learning_rate, num_targets, num_tokens)
 
 
+def _examples(features: View, rows: MicroBatch, packs: bool, one_row: bool) -> list[Feature]:
+    """What each row of the batch holds: an example, or several joined. ``one_row``: join them all."""
+    if not packs:
+        return [features[index] for (index,) in rows]
+    if one_row:
+        rows = [list(chain.from_iterable(rows))]
+    return [join([features[index] for index in row]) for row in rows]
+
+
 def _micro_batch_loss(
-    model: nn.Module,
-    task: Task,
-    features: Sequence[Feature],
-    indices: Sequence[int],
-    tokenizer: Any,
-    accelerator: Accelerator,
+    model: nn.Module, task: Task, examples: list[Feature], tokenizer: Any, accelerator: Accelerator
 ) -> torch.Tensor:
-    """Summed loss of the examples. Without any, a zero that keeps this process in step with the others."""
-    batch = task.collate([features[index] for index in indices or [0]], tokenizer)
-    batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+    """Summed loss of the examples."""
+    batch = {name: value.to(accelerator.device) for name, value in task.collate(examples, tokenizer).items()}
     with accelerator.autocast():
-        loss = task.losses(model, batch).loss
-    return loss if indices else loss * 0.0
+        return task.losses(model, batch).loss

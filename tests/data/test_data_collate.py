@@ -11,9 +11,25 @@ def test_pad_causal_on_the_right() -> None:
     batch = pad_causal(
         [{"input_ids": [5, 6, 2], "labels": [-100, 6, 2]}, {"input_ids": [7], "labels": [7]}], pad_token_id=2
     )
+    assert batch.keys() == {"input_ids", "attention_mask", "labels"}
     assert batch["input_ids"].tolist() == [[5, 6, 2], [7, 2, 2]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 2], [7, -100, -100]]  # EOS counts, the same id as padding does not
+    assert all(tensor.dtype == torch.long for tensor in batch.values())
+
+
+def test_padding_of_packed_rows_is_an_example_of_its_own() -> None:
+    batch = pad_causal(
+        [
+            {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8], "position_ids": [0, 1, 0, 1]},
+            {"input_ids": [9], "labels": [-100], "position_ids": [0]},
+        ],
+        pad_token_id=2,
+    )
+    assert batch.keys() == {"input_ids", "labels", "position_ids"}, "a mask would hide the examples"
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [9, 2, 2, 2]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1], [0, 0, 1, 2]]
+    assert batch["labels"].tolist() == [[-100, 6, -100, 8], [-100, -100, -100, -100]]
     assert all(tensor.dtype == torch.long for tensor in batch.values())
 
 

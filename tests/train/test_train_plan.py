@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -19,8 +20,10 @@ from peftcli.train.optim import build_optimizer, build_schedule
 LENGTHS = [(7 * n) % 31 + 1 for n in range(57)]
 
 
-def plan(lengths: list[int] = LENGTHS, processes: int = 1, **training: Any) -> Plan:
-    return Plan(lengths, Training(output_dir="out", **{"per_device_train_batch_size": 4, **training}), processes)
+def plan(lengths: list[int] = LENGTHS, processes: int = 1, **settings: Any) -> Plan:
+    own = {name: settings.pop(name) for name in ("sizes", "weights", "max_length") if name in settings}
+    training = Training(output_dir="out", **{"per_device_train_batch_size": 4, **settings})
+    return Plan(lengths, training, processes, **own)
 
 
 @pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length"])
@@ -67,18 +70,21 @@ def test_order_follows_the_seed_alone() -> None:
     accumulation=st.integers(1, 4),
     processes=st.integers(1, 4),
     step=st.integers(0, 20),
+    max_length=st.sampled_from([None, 80]),
 )
 def test_micro_batches_split_the_global_batch(
-    rows: int, size: int, accumulation: int, processes: int, step: int
+    rows: int, size: int, accumulation: int, processes: int, step: int, max_length: int | None
 ) -> None:
     made = plan(
         list(range(1, rows + 1)),
         processes,
         per_device_train_batch_size=size,
         gradient_accumulation_steps=accumulation,
+        max_length=max_length,
     )
     shares = [made.micro_batches(step, process) for process in range(processes)]
-    assert sorted(index for share in shares for part in share for index in part) == sorted(made.global_batch(step))
+    seen = [index for share in shares for part in share for row in part for index in row]
+    assert sorted(seen) == sorted(made.global_batch(step))
     assert all(len(part) <= size for share in shares for part in share)
     assert len({len(share) for share in shares}) == 1, "processes would wait for one another for ever"
     assert all(0 < len(share) <= accumulation for share in shares)
@@ -111,6 +117,199 @@ def test_epochs_end_where_the_data_does() -> None:
     assert [step for step in range(1, 46) if made.ends_epoch(step)] == [15, 30, 45]
     assert made.epoch(15) == 1.0
 
+
+def test_the_order_without_packing_is_that_of_earlier_versions() -> None:
+    """A run that began with one of them can be resumed."""
+    assert plan([1] * 10).global_batch(0) == [8, 4, 0, 7]
+    grouped = plan(per_device_train_batch_size=2, train_sampling_strategy="group_by_length")
+    assert [grouped.global_batch(step) for step in range(3)] == [[29, 7], [42, 11], [40, 9]]
+
+
+# --- packing ----------------------------------------------------------------------------------------------------------
+
+ORDERS = st.sampled_from(["random", "sequential", "group_by_length"])
+
+
+def steps_of(made: Plan, epoch: int) -> range:
+    """The steps of an epoch."""
+    ends = [0]
+    while len(ends) < epoch + 2:
+        step = ends[-1] + 1
+        while not made.ends_epoch(step):
+            step += 1
+        ends.append(step)
+    return range(ends[epoch], ends[epoch + 1])
+
+
+def rows_of(made: Plan, steps: range) -> list[list[int]]:
+    return [row for step in steps for part in made.micro_batches(step, 0) for row in part]
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=80), order=ORDERS, size=st.integers(1, 4))
+def test_every_packed_epoch_sees_each_example_once(lengths: list[int], order: str, size: int) -> None:
+    made = plan(lengths, max_length=50, per_device_train_batch_size=size, train_sampling_strategy=order)
+    for epoch in range(3):
+        rows = rows_of(made, steps_of(made, epoch))
+        assert Counter(index for row in rows for index in row) == Counter(range(len(lengths)))
+        assert all(sum(lengths[index] for index in row) <= 50 for row in rows)
+
+
+def test_each_epoch_packs_anew() -> None:
+    made = plan(np.random.default_rng(0).integers(42, 513, 400), max_length=1024)
+    epochs = [rows_of(made, steps_of(made, epoch)) for epoch in range(2)]
+    together = [{frozenset(row) for row in rows} for rows in epochs]
+    assert len(together[0] & together[1]) < len(together[0]) / 10
+    assert made.efficiency > 0.98
+
+
+def test_packing_keeps_the_order_of_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftcli.train.batches._PACKED", 100)
+    made = plan([10] * 400, max_length=40, train_sampling_strategy="sequential")
+    rows = rows_of(made, range(made.steps_per_epoch))
+    assert [row[0] for row in rows] == sorted(row[0] for row in rows)
+    assert all(len({index // 100 for index in row}) == 1 for row in rows)
+    shuffled = rows_of(plan([10] * 400, max_length=40), range(made.steps_per_epoch))
+    assert np.corrcoef([row[0] for row in shuffled], range(len(shuffled)))[0, 1] < 0.3
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=60),
+    seed=st.integers(-3, 3),
+    step=st.integers(0, 30),
+    weights=st.sampled_from([None, [1.0, 2.0]]),
+)
+def test_a_packed_step_depends_on_seed_and_step_alone(
+    lengths: list[int], seed: int, step: int, weights: list[float] | None
+) -> None:
+    settings: dict[str, Any] = {"max_length": 30, "seed": seed, "sizes": [1, len(lengths)], "weights": weights}
+    first, later = plan([5, *lengths], **settings), plan([5, *lengths], **settings)
+    before = [first.micro_batches(earlier, 0) for earlier in range(step + 1)]
+    assert later.micro_batches(step, 0) == before[step], "a resumed run reads nothing of what came before"
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=60),
+    epochs=st.sampled_from([0.3, 1, 2, 2.5, 4]),
+    size=st.integers(1, 3),
+)
+def test_packed_steps_add_up(lengths: list[int], epochs: float, size: int) -> None:
+    made = plan(lengths, max_length=30, num_train_epochs=epochs, per_device_train_batch_size=size)
+    counts = [len(steps_of(made, epoch)) for epoch in range(5)]
+    whole = int(epochs)
+    assert made.total_steps == max(1, math.ceil(round(sum(counts[:whole]) + (epochs - whole) * counts[whole], 6)))
+    assert made.steps_per_epoch == counts[0]
+    assert [step for step in range(1, sum(counts) + 1) if made.ends_epoch(step)] == np.cumsum(counts).tolist()
+    passed = [made.epoch(step) for step in range(sum(counts) + 1)]
+    assert passed == sorted(passed)
+    assert [passed[end] for end in np.cumsum([0, *counts])] == [0, 1, 2, 3, 4, 5]
+
+
+def test_packed_epochs_differ_in_steps() -> None:
+    made = plan(np.random.default_rng(0).integers(5, 40, 300), max_length=64, per_device_train_batch_size=1)
+    assert len({len(steps_of(made, epoch)) for epoch in range(8)}) > 1, "else the tests above prove little"
+
+
+@pytest.mark.parametrize("max_length", [None, 128])
+@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("count", [5, 203])
+def test_efficiency_is_that_of_the_micro_batches(max_length: int | None, processes: int, count: int) -> None:
+    lengths = np.random.default_rng(1).integers(10, 100, count)
+    made = plan(lengths, processes, max_length=max_length, gradient_accumulation_steps=2)
+    parts = [
+        [int(lengths[row].sum()) for row in part]
+        for step in range(made.steps_per_epoch)
+        for process in range(processes)
+        for part in made.micro_batches(step, process)
+        if part
+    ]
+    assert made.efficiency == pytest.approx(lengths.sum() / sum(len(part) * max(part) for part in parts))
+    assert made.tokens_per_epoch == lengths.sum()
+
+
+# --- mixing -----------------------------------------------------------------------------------------------------------
+
+MIXES = st.integers(1, 4).flatmap(
+    lambda count: st.tuples(
+        st.lists(st.integers(1, 30), min_size=count, max_size=count),
+        st.lists(st.floats(0.01, 100), min_size=count, max_size=count),
+    )
+)
+
+
+@given(mix=MIXES, order=ORDERS, max_length=st.sampled_from([None, 20]))
+def test_sources_are_mixed_by_weight_and_seen_evenly(
+    mix: tuple[list[int], list[float]], order: str, max_length: int | None
+) -> None:
+    sizes, weights = mix
+    total, owner = sum(sizes), np.repeat(np.arange(len(sizes)), sizes)
+    made = plan(
+        [n % 7 + 1 for n in range(total)],
+        sizes=sizes,
+        weights=weights,
+        max_length=max_length,
+        train_sampling_strategy=order,
+    )
+    assert sum(made.draws) == total
+    shares = [weight / sum(weights) * total for weight in weights]
+    assert all(abs(draws - share) < 1 for draws, share in zip(made.draws, shares, strict=True))
+    assert made.passes == [draws / size for draws, size in zip(made.draws, sizes, strict=True)]
+    seen = np.zeros(total, int)
+    for epoch in range(4):
+        drawn = [index for step in steps_of(made, epoch) for index in made.global_batch(step)]
+        assert np.bincount(owner[drawn], minlength=len(sizes)).tolist() == made.draws
+        np.add.at(seen, drawn, 1)
+        for source in range(len(sizes)):
+            counts = seen[owner == source]
+            assert counts.max() - counts.min() <= 1, "a source starts anew only when all of it was seen"
+
+
+def test_without_weights_sources_stand_one_after_another() -> None:
+    sizes = [20, 30, 7]
+    assert plan(sizes=sizes).global_batch(3) == plan().global_batch(3)
+    assert plan(sizes=sizes).passes == [1.0, 1.0, 1.0]
+    in_order = plan(sizes=sizes, train_sampling_strategy="sequential")
+    assert [index for step in range(in_order.steps_per_epoch) for index in in_order.global_batch(step)] == [*range(57)]
+
+
+def test_sequential_sources_are_interleaved_and_go_on_where_they_stopped() -> None:
+    made = plan(
+        [1] * 12, sizes=[8, 4], weights=[1, 1], train_sampling_strategy="sequential", per_device_train_batch_size=12
+    )
+    assert made.global_batch(0) == [0, 8, 1, 9, 2, 10, 3, 11, 4, 8, 5, 9]
+    assert made.global_batch(1) == [6, 10, 7, 11, 0, 8, 1, 9, 2, 10, 3, 11]
+
+
+def test_a_sources_order_is_its_own() -> None:
+    """Passes through a source are shuffled each by itself, and unlike those of another source."""
+
+    def stream(source: int) -> list[int]:
+        sizes = [0, 30, 60]
+        made = plan([1] * 60, sizes=[30, 30], weights=[1, 1], per_device_train_batch_size=60)
+        return [
+            index - sizes[source]
+            for step in range(2)
+            for index in sorted(made.global_batch(step))
+            if sizes[source] <= index < sizes[source + 1]
+        ]
+
+    assert Counter(stream(0)) == Counter(stream(1)) == Counter([*range(30)] * 2)
+    made = plan([1] * 60, sizes=[30, 30], weights=[1, 3], per_device_train_batch_size=60)
+    first, second = ({index for index in made.global_batch(step) if index < 30} for step in range(2))
+    assert len(first) == len(second) == 15
+    assert not first & second
+    assert sorted(first) != list(range(15))
+
+
+def test_a_source_that_is_seen_often_is_told_of() -> None:
+    sizes, weights = [90, 10], [1.0, 1.0]
+    made = plan([1] * 100, sizes=sizes, weights=weights, num_train_epochs=2)
+    (text,) = made.repeated(["big.jsonl", "small.jsonl"])
+    assert text.startswith("small.jsonl is seen 10.0 times over the run")
+    assert plan([1] * 100, sizes=sizes, weights=weights, num_train_epochs=0.5).repeated(["a", "b"]) == []
+    assert plan([1] * 100, sizes=sizes, num_train_epochs=9).repeated(["a", "b"]) == [], "the user asked for 9 epochs"
+
+
+# --- the learning rate ------------------------------------------------------------------------------------------------
 
 PEAK, TOTAL, WARM = 0.5, 20, 4
 
