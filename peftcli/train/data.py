@@ -116,6 +116,8 @@ def load_data(
         report |= _account(train.parts) | {"packing": dataset.packing}
         if len(train.parts) > 1:
             report["sources"] = [{"train": part.store.about["source"], **_account([part])} for part in train.parts]
+            for part, account in zip(train.parts, report["sources"], strict=True):
+                _refuse_none(View([part]), account, dataset.max_length)
         _refuse_none(train, report, dataset.max_length)
     if evaluation is not None:
         report["eval"] = _account(evaluation.parts)
@@ -202,6 +204,9 @@ def _refuse_none(view: View, account: dict[str, Any], max_length: int) -> None:
     """Raises DataError when no row is left."""
     if len(view):
         return
+    if not account["rows"]:
+        held = "all of its rows are held out for evaluation"
+        raise DataError(held, file=view.parts[0].store.about["source"], key="dataset.eval_fraction")
     if account["skipped"] == account["rows"]:
         _, error = next(view.parts[0].store.bad_rows())
         message = f"none of the {account['rows']} rows can be used; the first: {error.message}"

@@ -116,7 +116,7 @@ def train(recipe: Recipe, *, resume: str = "auto", on_event: OnEvent = lambda ev
                 if checkpoint is not None:
                     load_checkpoint(checkpoint, state, accelerator)
                 run |= {
-                    "data": data.report | {"efficiency": plan.efficiency},
+                    "data": data.report | {"efficiency": plan.efficiency, "passes_per_epoch": plan.passes},
                     "parameters": {"trainable": injection.trainable, "all": injection.total},
                     "mergeable": config.merge_problem() is None,
                     "makes_up_for_quantization": config.needs_base_weights(),

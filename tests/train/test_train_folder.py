@@ -617,3 +617,13 @@ def test_a_mix_gives_each_dataset_its_share(recipe: Path) -> None:
     done = run_recipe(recipe, "dataset.train=null", f"dataset.mix={mix}")
     assert [part["used"] for part in done.run["data"]["sources"]] == [10, 3]
     assert any(f"{folder}/eval.jsonl is seen" in each.text for each in done.events if isinstance(each, Warned))
+
+
+def test_a_dataset_of_a_mix_that_gives_nothing_is_refused(recipe: Path) -> None:
+    folder = recipe.parent
+    silent = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "A", "train": False}]}
+    trainkit.write_rows(folder / "silent.jsonl", [silent])
+    mix = f"[{{train: {folder}/train.jsonl, weight: 1}}, {{train: {folder}/silent.jsonl, weight: 1}}]"
+    with pytest.raises(DataError, match="zero trained tokens: all 1 rows") as caught:
+        run_recipe(recipe, "dataset.train=null", f"dataset.mix={mix}")
+    assert caught.value.file == str(folder / "silent.jsonl")
