@@ -144,7 +144,8 @@ def main() -> None:
     try:
         import trl
     except ModuleNotFoundError:
-        raise SystemExit("Needs TRL: pip install trl==1.16.0, in an environment of its own.") from None
+        print("not measured: needs TRL (pip install trl==1.16.0, in an environment of its own)")
+        return
     import transformers.utils.chat_template_utils as rendering
 
     sys.path.insert(0, str(TESTS))

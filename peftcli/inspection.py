@@ -18,7 +18,7 @@ import numpy as np
 from peftcli.data.audit import audit, leaks
 from peftcli.data.chat import IGNORED
 from peftcli.data.duplicates import spread
-from peftcli.data.findings import Finding, from_records, refuse, shown, worst_first
+from peftcli.data.findings import Finding, refuse, shown, worst_first
 from peftcli.data.flags import Flag
 from peftcli.data.pieces import Piece, Speller
 from peftcli.data.store import BAD, USED, View
@@ -28,7 +28,7 @@ from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
 from peftcli.train.batches import Plan
 from peftcli.train.data import Data, load_data, plan_of
-from peftcli.train.launch import process_count
+from peftcli.train.launch import total_processes
 from peftcli.train.report import OnEvent, Phase, RowsRead, Warned
 
 _PLACE = re.compile(r"(.+?)(?::| row )([0-9]+)")
@@ -82,8 +82,6 @@ class Inspection:
         if data.eval is not None:
             evaluation = audit(data.eval, tokenizer, aligned=self.aligned, split="eval")
             shared, leaked = leaks(train, evaluation)
-            skip = recipe.dataset.on_bad_row == "skip"
-            findings += from_records(data.eval.parts, split="eval", skip_bad_rows=skip)
             findings += [*evaluation.findings, *leaked]
             self.audit |= {"eval": evaluation.facts, "train_in_eval": shared}
         self.findings: list[Finding] = worst_first(findings)
@@ -169,11 +167,7 @@ class Inspection:
             files = [at for at, name in enumerate(store.files) if name == file or name.endswith(f"/{file}")]
             rows = store.rows
             here = np.where(rows["line"] > 0, rows["line"], rows["number"]) == number
-            chosen = np.ones(len(rows), bool)
-            if part.chosen is not None:
-                chosen[:] = False
-                chosen[part.chosen] = True
-            found = np.flatnonzero(here & chosen & np.isin(rows["file"], files))
+            found = np.flatnonzero(here & part.mask & np.isin(rows["file"], files))
             if len(found):
                 row = int(found[0])
                 if (outcome := store.outcomes[rows[row]["outcome"]]) != USED:
@@ -199,14 +193,12 @@ def inspect(recipe: Recipe, on_event: OnEvent = lambda event: None) -> Inspectio
         recipe,
         TASKS[recipe.task].load(),
         tokenizer,
-        bad_rows="keep",
+        keep_bad_rows=True,
         on_rows=lambda *read: on_event(RowsRead(*read)),
+        on_note=lambda text: on_event(Warned(text)),
     )
     on_event(Phase(f"looking at {len(data.train):,} examples"))
-    # the recipe may be for another machine than this one
-    asked = recipe.launch.num_processes
-    processes = process_count(recipe.launch) if asked == "auto" else asked
-    inspection = Inspection(recipe, data, tokenizer, processes * recipe.launch.num_machines)
+    inspection = Inspection(recipe, data, tokenizer, total_processes(recipe.launch))
     for text in (*data.notes, *inspection.plan.repeated(data.names)):
         on_event(Warned(text))
     return inspection

@@ -24,7 +24,7 @@ def evaluate(
     from peftcli.train.measure import measure
     from peftcli.train.run import raise_failed_gates
 
-    result = measure(settings, adapter)
+    result = measure(settings, adapter, on_warning=lambda text: console.log(f"warning: {text}"))
     if as_json:
         console.print_json(result)
     else:

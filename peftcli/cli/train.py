@@ -38,9 +38,12 @@ def train(
 
     if not launch.launched() and (count := launch.process_count(settings.launch)) > 1:
         from peftcli.train.data import prepare_data
+        from peftcli.train.folder import is_complete
+        from peftcli.train.signals import handled
 
-        with Progress(quiet=quiet) as progress:
-            prepare_data(settings, progress.show)
+        if not is_complete(settings):
+            with handled(), Progress(quiet=quiet) as progress:
+                prepare_data(settings, progress.show)
         raise typer.Exit(launch.run_processes(sys.argv[1:], count, settings.launch))
 
     from peftcli.train.run import raise_failed_gates

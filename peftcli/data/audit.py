@@ -421,10 +421,5 @@ def _longest(view: View) -> list[dict[str, Any]]:
 
 def _bad_rows(view: View) -> Iterator[dict[str, Any]]:
     for part in view.parts:
-        chosen = np.ones(len(part.store.rows), bool)
-        if part.chosen is not None:
-            chosen[:] = False
-            chosen[part.chosen] = True
-        for row, error in part.store.bad_rows():
-            if chosen[row]:
-                yield {"row": shown(part.store.place(row)), "message": error.message, "key": error.key}
+        for row, error in part.bad_rows():
+            yield {"row": shown(part.store.place(row)), "message": error.message, "key": error.key}

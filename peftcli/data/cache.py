@@ -251,6 +251,9 @@ def _opened(entry: Path) -> Store | None:
 
 def _clear(entry: Path) -> None:
     """Removes an entry, unless a run holds it."""
+    if entry.is_symlink():
+        entry.unlink()
+        return
     with ExitStack() as stack:
         with suppress(FileNotFoundError):  # without a manifest it is no store, and nobody's
             handle = os.open(entry / MANIFEST, os.O_RDWR)

@@ -16,7 +16,7 @@ from peftcli.data.chat import (
     plan_pair,
     plan_text,
 )
-from peftcli.data.flags import Flag
+from peftcli.data.flags import Flag, damaged
 from peftcli.data.formats import AlpacaExample, ChatExample, Example, ExampleReader, PairExample, TextExample
 from peftcli.data.rows import Row
 from peftcli.data.spans import Template, render
@@ -55,6 +55,7 @@ class CausalEncoder:
         self.reader, self.tokenizer, self.dataset = reader, tokenizer, dataset
         wanted = reader.name in ("messages", "sharegpt") or (reader.name == "alpaca" and tokenizer.chat_template)
         self.template: Template | None = chat_template(tokenizer) if wanted else None
+        self._compared: set[tuple[object, ...]] = set()
 
     def __call__(self, rows: Sequence[Row]) -> list[Outcome | DataError]:
         examples: list[Example] = []
@@ -72,9 +73,10 @@ class CausalEncoder:
                 places.append(len(results))
                 results.append(Outcome())
         encoded = encode_plans(plans, self.tokenizer) if plans else []
-        if examples and isinstance(examples[0], ChatExample):
-            # The others of the batch differ from the first in their text only.
-            check_ids(examples[0], encoded[0], self.tokenizer)
+        for example, each in zip(examples, encoded, strict=True):
+            if isinstance(example, ChatExample) and (kind := _kind(example)) not in self._compared:
+                self._compared.add(kind)
+                check_ids(example, each, self.tokenizer)
         for at, each in zip(places, encoded, strict=True):
             results[at] = self._outcome(each, rows[at])
         return results
@@ -163,13 +165,15 @@ class Seq2SeqEncoder:
         sources = self._ids([source for source, _ in pairs], add_special_tokens=not self.rendered)
         targets = self._ids([target for _, target in pairs], target=True)
         for at, pair, source, target in zip(places, pairs, sources, targets, strict=True):
-            results[at] = self._outcome(pair[0], source, target, rows[at])
+            results[at] = self._outcome(pair, source, target, rows[at])
         return results
 
-    def _outcome(self, text: str, source: list[int], target: list[int], row: Row) -> Outcome | DataError:
+    def _outcome(self, pair: tuple[str, str], source: list[int], target: list[int], row: Row) -> Outcome | DataError:
         limit, longest = self.dataset.max_length, max(len(source), len(target))
         outcome = Outcome(tokens=len(source) + len(target))
         eos = self.tokenizer.eos_token_id
+        if damaged("\n".join(pair)):
+            outcome.flags |= Flag.DAMAGED
         if eos is None or eos not in target[-2:]:
             outcome.flags |= Flag.OPEN
         if longest > limit:
@@ -181,7 +185,7 @@ class Seq2SeqEncoder:
             outcome.lost = max(0, len(target) - limit)
             outcome.flags |= Flag.TRUNCATED | (Flag.ANSWER_CUT if outcome.lost else 0)
             if len(source) > limit:
-                source = self._cut_source(text)
+                source = self._cut_source(pair[0])
         labels = target[:limit]
         outcome.features.append({"input_ids": source, "labels": labels})
         outcome.targets.append(len(labels))
@@ -221,6 +225,12 @@ class Seq2SeqEncoder:
         return list(cut["input_ids"])
 
 
+def _kind(example: ChatExample) -> tuple[object, ...]:
+    """What conversations have in common that a tokenizer writes by the same code."""
+    keys = frozenset(key for message in example.messages for key in (message["role"], *message))
+    return keys, bool(example.tools)
+
+
 def _placed(error: DataError, row: Row) -> DataError:
     """The error with the row's place, unless it has one."""
     if error.file is not None:
@@ -231,7 +241,7 @@ def _placed(error: DataError, row: Row) -> DataError:
 def _too_long(row: Row, length: int, limit: int) -> DataError:
     return row.place.error(
         f"{length} tokens, more than dataset.max_length: {limit}",
-        hint="Raise dataset.max_length, or set dataset.overlong: truncate, split or drop.",
+        hint="Raise dataset.max_length, or set dataset.overlong: truncate or drop.",
     )
 
 

@@ -192,7 +192,7 @@ class Finding:
     """Whose rows: ``train`` or ``eval``."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The finding as run.json and ``inspect --json`` hold it."""
+        """The finding as ``inspect --json`` gives it."""
         return {name: getattr(self, name) for name in ("name", "level", "count", "rows")}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -68,7 +69,7 @@ def prepare(
         "task": task,
         "settings": {name: getattr(dataset, name) for name in ("max_length", "overlong", "train_on")},
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "versions": {name: version(name) for name in ("transformers", "tokenizers")},
+        "versions": {name: version(name) for name in ("transformers", "tokenizers", "jinja2")},
     }
 
     def build(folder: Path) -> None:
@@ -86,16 +87,27 @@ def prepare(
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of all that decides which ids a text gets. A template that writes the date gives another one each day."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    template = tokenizer.chat_template
     parts: dict[str, Any] = {
         "class": type(tokenizer).__name__,
-        "tokenizer": tokenizer.get_vocab() if backend is None else backend.to_str(),
+        "tokenizer": _model_of(tokenizer),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "template": template,
+        "settings": {name: getattr(tokenizer, name, None) for name in ("split_special_tokens", "truncation_side")},
+        "template": tokenizer.chat_template,
         "date": datetime.date.today().isoformat() if writes_the_date(tokenizer) else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _model_of(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """What a tokenizer is made of, without what its last call has set."""
+    if tokenizer.is_fast:
+        described = json.loads(tokenizer.backend_tokenizer.to_str())
+        return {name: value for name, value in described.items() if name not in ("truncation", "padding")}
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_vocabulary(scratch)
+        files = sorted(path for path in Path(scratch).rglob("*") if path.is_file())
+        hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return [hashes, tokenizer.get_vocab(), tokenizer.init_kwargs]
 
 
 def writes_the_date(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -111,15 +123,22 @@ def _write(
     stop_at_bad: bool,
     on_rows: OnRows,
 ) -> str | None:
-    """Encodes every row. Gives the format that they have, where there is a good one."""
+    """Encodes every row. Gives the format that they have, where there is a good one.
+
+    Raises:
+        DataError: with the source's name, where it is about no row.
+    """
     encoder: Encoder | None = None
     for batch in _batches(opened.rows()):
         good = [row for row in batch if isinstance(row, Row)]
-        if encoder is None and good:
-            encoder = make_encoder(
-                tuple(dict.fromkeys(key for row in good for key in row.values)), source, opened.described
-            )
-        results = iter(encoder(good) if encoder else [])
+        try:
+            if encoder is None and good:
+                columns = tuple(dict.fromkeys(key for row in good for key in row.values))
+                encoder = make_encoder(columns, source, opened.described)
+            results = iter(encoder(good) if encoder else [])
+        except DataError as error:
+            file = error.file or opened.described
+            raise DataError(error.message, file=file, line=error.line, key=error.key, hint=error.hint) from error
         places, outcomes = _in_order(batch, results, opened.described, writer.num_rows)
         if stop_at_bad:
             for outcome in outcomes:

@@ -222,11 +222,12 @@ class Template:
     def _search(self, whole: _Conversation, turns: list[int]) -> tuple[Rendered, list[_Mark] | None]:
         """The turns of any conversation, and the marks of all its messages."""
         marks = self._marks(whole, range(len(whole.messages)))
+        places = _by_message(marks or [])
         found: list[Answer] = []
         for index in turns:
             after = found[-1].end if found else 0
             try:
-                answer = self._by_marks(whole, index, marks, after)
+                answer = self._by_marks(whole, index, marks, places, after)
             except _Unclear as unclear:
                 answer = self._by_prefix(whole, index, after, unclear)
             found.append(answer)
@@ -345,10 +346,14 @@ class Template:
             return None
         return marks if text == whole.text else None
 
-    def _by_marks(self, whole: _Conversation, index: int, marks: list[_Mark] | None, after: int) -> Answer:
-        if marks is None and (marks := self._marks(whole, [index])) is None:
-            raise _Unclear("the template changes its text")
-        own = [at for at, mark in enumerate(marks) if mark.message == index]
+    def _by_marks(
+        self, whole: _Conversation, index: int, marks: list[_Mark] | None, places: dict[int, list[int]], after: int
+    ) -> Answer:
+        if marks is None:
+            if (marks := self._marks(whole, [index])) is None:
+                raise _Unclear("the template changes its text")
+            places = _by_message(marks)
+        own = places.get(index, [])
         kinds = {marks[at].kind: marks[at].position for at in own}
         calls = len(whole.messages[index].get("tool_calls") or ())
         missing = [at for at in range(calls) if f"c{at}q" not in kinds]
@@ -502,6 +507,14 @@ def _simple(message: Message) -> bool:
 
 def _edged(content: Any) -> bool:
     return isinstance(content, str) and content != content.strip()
+
+
+def _by_message(marks: list[_Mark]) -> dict[int, list[int]]:
+    """Message -> where its marks stand in the list."""
+    places: dict[int, list[int]] = {}
+    for at, mark in enumerate(marks):
+        places.setdefault(mark.message, []).append(at)
+    return places
 
 
 def _unseen(messages: list[Message], marks: list[_Mark]) -> bool:

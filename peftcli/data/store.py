@@ -7,6 +7,7 @@ fits, since only the pages that are read are held, and not for long.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import operator
@@ -242,6 +243,13 @@ class Store(Sequence[Feature]):
         """The row, counted from 0, that each feature came from."""
         return np.asarray(self._features["row"])
 
+    @property
+    def content(self) -> str:
+        """A hash over what the features hold: two stores with the same are trained alike."""
+        listed = json.loads((self.folder / MANIFEST).read_bytes())["files"]
+        held = {name: said for name, said in listed.items() if name.endswith((".ids.bin", ".ends.bin", "features.bin"))}
+        return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+
     def place(self, row: int) -> Place:
         """Where a row, counted from 0, stands."""
         record = self.rows[row]
@@ -271,13 +279,25 @@ class Part:
         return self.store.rows if self.chosen is None else self.store.rows[self.chosen]
 
     @property
+    def mask(self) -> np.ndarray:
+        """Which rows of the store they are."""
+        mask = np.ones(len(self.store.rows), bool)
+        if self.chosen is not None:
+            mask[:] = False
+            mask[self.chosen] = True
+        return mask
+
+    @property
     def features(self) -> np.ndarray:
         """Positions of their features in the store."""
         if self.chosen is None:
             return np.arange(len(self.store))
-        wanted = np.zeros(len(self.store.rows), bool)
-        wanted[self.chosen] = True
-        return np.flatnonzero(wanted[self.store.row_of])
+        return np.flatnonzero(self.mask[self.store.row_of])
+
+    def bad_rows(self) -> Iterator[tuple[int, DataError]]:
+        """Those of the rows that cannot be used, by their positions in the store."""
+        mask = self.mask
+        return ((row, error) for row, error in self.store.bad_rows() if mask[row])
 
 
 class View(Sequence[Feature]):

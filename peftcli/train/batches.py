@@ -108,7 +108,12 @@ class Plan:
     def repeated(self, names: Sequence[str]) -> list[str]:
         """A warning for each source, by its name, that its weight makes the run see very often."""
         epochs = self.epoch(self.total_steps)
-        return [
+        never = [
+            f"{name} is never seen: its weight gives it none of the {len(self.lengths):,} examples of an epoch"
+            for name, draws in zip(names, self.draws, strict=True)
+            if not draws
+        ]
+        return never + [
             f"{name} is seen {passes * epochs:.1f} times over the run: its weight asks for {passes:.1f} times the "
             "examples that it has"
             for name, passes in zip(names, self.passes, strict=True)

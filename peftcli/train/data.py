@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from peftcli.data.encode import CUT_OFF, OVERLONG
-from peftcli.data.findings import Finding, from_records, refuse
+from peftcli.data.findings import Finding, from_records, refuse, worst_first
 from peftcli.data.flags import Flag
 from peftcli.data.prepare import OnRows, prepare, writes_the_date
 from peftcli.data.sources import eval_source, held_out
@@ -34,14 +34,14 @@ class Data:
     report: dict[str, Any]
     """The account of both for run.json."""
     findings: list[Finding]
-    """What is odd or wrong with the training rows."""
+    """What is odd or wrong with the rows."""
     notes: list[str] = field(default_factory=list)
     """What else the user should know."""
 
     @property
     def warnings(self) -> list[str]:
         """Findings that stop nothing and notes, as lines."""
-        found = [f"{each.name}: {each.message}" for each in self.findings if each.level == "warning"]
+        found = [f"{each.name}: {each.message}" for each in self.findings if each.level != "info"]
         return list(dict.fromkeys([*self.notes, *found]))
 
     @property
@@ -53,13 +53,7 @@ class Data:
         """The rows that could not be used: where each stands, and what is wrong with it."""
         for name, view in (("train", self.train), ("eval", self.eval)):
             for part in view.parts if view else ():
-                kept = np.ones(len(part.store.rows), bool)
-                if part.chosen is not None:
-                    kept[:] = False
-                    kept[part.chosen] = True
-                for row, error in part.store.bad_rows():
-                    if kept[row]:
-                        yield {"rows": name, **error.as_dict()}
+                yield from ({"rows": name, **error.as_dict()} for _, error in part.bad_rows())
 
 
 def load_data(
@@ -68,7 +62,7 @@ def load_data(
     tokenizer: Any,
     *,
     only_eval: bool = False,
-    bad_rows: str = "as the recipe says",
+    keep_bad_rows: bool = False,
     on_rows: OnRows = lambda name, count, done: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> Data:
@@ -79,14 +73,14 @@ def load_data(
         task: What it is encoded for.
         tokenizer: The base model's.
         only_eval: Leave out the training rows.
-        bad_rows: ``keep``: a row that cannot be used is a finding, whatever the recipe says.
+        keep_bad_rows: A row that cannot be used is a finding, whatever the recipe says.
         on_rows: Is told how far it is.
         on_note: Is told what the user should know meanwhile: that another process is waited for, of a damaged cache.
 
     Raises:
         DataError: a row that cannot be used, or none that can.
     """
-    dataset, notes = recipe.dataset, list[str]()
+    dataset, notes, packs = recipe.dataset, list[str](), TASKS[recipe.task].packs
 
     def store_of(source: Source) -> Store:
         return prepare(
@@ -96,7 +90,7 @@ def load_data(
             lambda columns, source, name: task.encoder(columns, source, name, tokenizer, dataset),
             tokenizer,
             dataset,
-            stop_at_bad=bad_rows != "keep" and dataset.on_bad_row == "error",
+            stop_at_bad=not keep_bad_rows and dataset.on_bad_row == "error",
             on_rows=on_rows,
             on_note=on_note,
         )
@@ -113,17 +107,23 @@ def load_data(
     train, evaluation = View([] if only_eval else parts), View(held) if held else None
     report: dict[str, Any] = {"format": (parts or held)[0].store.about["format"]}
     if train.parts:
-        report |= _account(train.parts) | {"packing": dataset.packing}
+        report |= _account(train.parts, packs) | {"packing": dataset.packing}
         if len(train.parts) > 1:
-            report["sources"] = [{"train": part.store.about["source"], **_account([part])} for part in train.parts]
+            report["sources"] = [
+                {"train": part.store.about["source"], **_account([part], packs)} for part in train.parts
+            ]
             for part, account in zip(train.parts, report["sources"], strict=True):
                 _refuse_none(View([part]), account, dataset.max_length)
         _refuse_none(train, report, dataset.max_length)
     if evaluation is not None:
-        report["eval"] = _account(evaluation.parts)
+        report["eval"] = _account(evaluation.parts, packs)
         _refuse_none(evaluation, report["eval"], dataset.max_length)
-    findings = from_records(train.parts, skip_bad_rows=dataset.on_bad_row == "skip") if train.parts else []
-    report["findings"] = [each.as_dict() for each in findings]
+    skip = dataset.on_bad_row == "skip"
+    findings = from_records(train.parts, skip_bad_rows=skip) if train.parts else []
+    if evaluation is not None:
+        findings = worst_first([*findings, *from_records(evaluation.parts, split="eval", skip_bad_rows=skip)])
+    report["findings"] = [{**each.as_dict(), "split": each.split} for each in findings]
+    report["content"] = [part.store.content for part in (*parts, *held)]
     return Data(train, evaluation, report, findings, notes)
 
 
@@ -170,8 +170,8 @@ def _split(parts: Sequence[Part], fraction: float, seed: int) -> tuple[list[Part
     )
 
 
-def _account(parts: Sequence[Part]) -> dict[str, Any]:
-    """What became of the rows."""
+def _account(parts: Sequence[Part], packs: bool) -> dict[str, Any]:
+    """What became of the rows; ``packs``: whether targets are part of the input."""
     outcomes, flags = Counter[str](), Counter[str]()
     sha256: dict[str, str] = {}
     lost = 0
@@ -179,7 +179,7 @@ def _account(parts: Sequence[Part]) -> dict[str, Any]:
         records = part.records
         for index, name in enumerate(part.store.outcomes):
             outcomes[name] += int((records["outcome"] == index).sum())
-        used = records[records["outcome"] == 0]
+        used = records[records["outcome"] == part.store.outcomes.index(USED)]
         for flag in (Flag.TRUNCATED, Flag.SPLIT):
             flags[str(flag.name).lower()] += int((used["flags"] & flag != 0).sum())
         lost += int(used["lost"].sum())
@@ -195,7 +195,7 @@ def _account(parts: Sequence[Part]) -> dict[str, Any]:
         "dropped": {name: count for name, count in outcomes.items() if count and name not in (USED, BAD)},
         **flags,
         "targets_cut": lost,
-        "tokens": int(view.lengths.sum()),
+        "tokens": int(view.lengths.sum()) + (0 if packs else int(view.targets.sum())),
         "targets": int(view.targets.sum()),
     }
 
@@ -208,7 +208,7 @@ def _refuse_none(view: View, account: dict[str, Any], max_length: int) -> None:
         held = "all of its rows are held out for evaluation"
         raise DataError(held, file=view.parts[0].store.about["source"], key="dataset.eval_fraction")
     if account["skipped"] == account["rows"]:
-        _, error = next(view.parts[0].store.bad_rows())
+        error = next(error for part in view.parts for _, error in part.bad_rows())
         message = f"none of the {account['rows']} rows can be used; the first: {error.message}"
         raise DataError(message, file=error.file, line=error.line, key=error.key, hint=error.hint)
     dropped = account["dropped"]

@@ -14,6 +14,7 @@ from peftcli.recipe import method_config
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
 from peftcli.train.data import load_data, plan_of
+from peftcli.train.launch import total_processes
 
 T = TypeVar("T")
 
@@ -54,9 +55,8 @@ def _look(recipe: Recipe) -> tuple[list[Problem], list[Problem], dict[str, Any]]
     if tokenizer is not None:
         data = attempt("dataset", lambda: load_data(recipe, row.load(), tokenizer))
         if data is not None:
-            processes = 1 if recipe.launch.num_processes == "auto" else recipe.launch.num_processes
             attempt("dataset", lambda: refuse(data.findings, recipe.dataset.allow))
-            plan = plan_of(recipe, data, processes)
+            plan = plan_of(recipe, data, total_processes(recipe.launch))
             found |= {
                 "data": data.report,
                 "steps": plan.total_steps,
@@ -75,7 +75,7 @@ def _look(recipe: Recipe) -> tuple[list[Problem], list[Problem], dict[str, Any]]
 
 
 def _warnings(found: dict[str, Any]) -> list[Problem]:
-    return [Problem(text, file="", key="dataset.train") for text in found.get("warnings", [])]
+    return [Problem(text, file="", key="dataset") for text in found.get("warnings", [])]
 
 
 def _recipe_key(key: str | None, section: str) -> str:

@@ -11,10 +11,17 @@ from typing import Any, TextIO
 
 from peftcli.core.files import write_file
 from peftcli.errors import FolderBusy, StorageError, UsageError
+from peftcli.schema import Recipe
 
 SCHEMA_VERSION = 1
-_OWN = re.compile(r"run\.json|\.lock|\.run\.json\.\d+\.tmp")
+_OWN = re.compile(r"run\.json|\.lock|\.run\.json\.\d+\.tmp|\.?skipped\.jsonl(\.tmp)?")
 """What a run that was killed at its very beginning may leave."""
+
+
+def is_complete(recipe: Recipe) -> bool:
+    """Whether the recipe's run folder holds a run that is complete, be it of this recipe or another."""
+    run = RunFolder(Path(recipe.training.output_dir)).read()
+    return run is not None and run.get("status") == "complete"
 
 
 class RunFolder:
@@ -88,11 +95,17 @@ class RunFolder:
     def write_skipped(self, rows: Iterable[dict[str, Any]]) -> None:
         """List the rows that could not be used in skipped.jsonl; no file where there are none."""
         file = self.path / "skipped.jsonl"
-        lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
-        if lines:
-            write_file(file, lines.encode())
-        else:
-            file.unlink(missing_ok=True)
+        unfinished = self.path / ".skipped.jsonl.tmp"
+        try:
+            with unfinished.open("w", encoding="utf-8") as written:
+                written.writelines(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+            if unfinished.stat().st_size:
+                unfinished.replace(file)
+            else:
+                unfinished.unlink()
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot be written: {error.strerror}", file=str(file)) from None
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""

@@ -65,6 +65,12 @@ def process_count(launch: Launch) -> int:
     return launch.num_processes
 
 
+def total_processes(launch: Launch) -> int:
+    """Processes of a run, over all machines. A number that the recipe names may be more than this machine holds."""
+    asked = launch.num_processes
+    return (process_count(launch) if asked == "auto" else asked) * launch.num_machines
+
+
 def run_processes(command: Sequence[str], count: int, launch: Launch) -> int:
     """Run ``python -m peftcli`` with ``command`` in ``count`` processes that know of one another.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from peftcli.core.files import load_adapter, read_config
+from peftcli.data.findings import refuse
 from peftcli.hub import local_folder
 from peftcli.methods import config_from_dict
 from peftcli.models import tokens
@@ -22,12 +24,15 @@ from peftcli.train.run import check_gates
 from peftcli.train.setup import base_dtype, start_accelerator
 
 
-def measure(recipe: Recipe, adapter: str | None) -> dict[str, Any]:
+def measure(
+    recipe: Recipe, adapter: str | None, on_warning: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
     """The metrics, in the shape of a finished run's run.json.
 
     Args:
         recipe: names base model, task and evaluation data.
         adapter: folder or hub id; None measures the base model alone.
+        on_warning: is told what is odd with the evaluation data.
 
     Raises:
         DataError: the recipe has no evaluation data, or it cannot be used.
@@ -37,7 +42,10 @@ def measure(recipe: Recipe, adapter: str | None) -> dict[str, Any]:
     row = TASKS[recipe.task]
     task, accelerator = row.load(), start_accelerator(replace(recipe, launch=Launch()))  # one process measures
     tokenizer = load_tokenizer(recipe.base_model)
-    data = load_data(recipe, task, tokenizer, only_eval=True)
+    data = load_data(recipe, task, tokenizer, only_eval=True, on_note=on_warning)
+    refuse(data.findings, recipe.dataset.allow)
+    for text in data.warnings:
+        on_warning(text)
     assert data.eval is not None
     model = load_model(recipe.base_model, row.auto_class, base_dtype(recipe))
     tokens.grow_for(model, tokenizer, recipe.base_model)

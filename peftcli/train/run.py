@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from peftcli.card import write_card
 from peftcli.core.files import write_adapter, write_file
@@ -23,13 +23,23 @@ from peftcli.core.weights import adapter_state
 from peftcli.data.ends import missing_stops
 from peftcli.data.findings import refuse
 from peftcli.data.sources import eval_source, open_source
-from peftcli.errors import Diverged, GateFailed, OutOfMemory, PeftcliError, ProcessDied, StorageError, UsageError
+from peftcli.errors import (
+    DataError,
+    Diverged,
+    GateFailed,
+    OutOfMemory,
+    PeftcliError,
+    ProcessDied,
+    StorageError,
+    UsageError,
+)
 from peftcli.models import tokens
 from peftcli.models.load import load_tokenizer, stored_or_asked
 from peftcli.recipe import gate_holds, method_config, parse_gate, to_dict, to_yaml
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
 from peftcli.tasks.base import Task
+from peftcli.train.attention import takes_one_row
 from peftcli.train.batches import Plan
 from peftcli.train.checkpoint import (
     Progress,
@@ -98,6 +108,7 @@ def train(recipe: Recipe, *, resume: str = "auto", on_event: OnEvent = lambda ev
                 if accelerator.is_main_process:
                     folder.write_skipped(data.skipped())
                 refuse(data.findings, recipe.dataset.allow)
+                _refuse_other_content(run, data.report["content"], folder)
                 plan = plan_of(recipe, data, accelerator.num_processes)
                 for text in (*data.warnings, *plan.repeated(data.names)):
                     tell(Warned(text))
@@ -109,14 +120,16 @@ def train(recipe: Recipe, *, resume: str = "auto", on_event: OnEvent = lambda ev
                     tell(Phase("calibrating the adapter on the training data"))
                     injection = calibrate(model, injection, config, recipe, data, tokenizer, accelerator)
                 trainee = prepare(model, config, recipe, plan, accelerator)
+                efficiency = plan.efficiency
                 if plan.packs:
                     start_packing(model, accelerator)
+                    efficiency = 1.0 if takes_one_row(model) else efficiency
                 state = State(trainee, accelerator.unwrap_model(trainee.model), config, Progress())
                 checkpoint = _checkpoint_to_resume(folder, resume, accelerator, tell)
                 if checkpoint is not None:
                     load_checkpoint(checkpoint, state, accelerator)
                 run |= {
-                    "data": data.report | {"efficiency": plan.efficiency, "passes_per_epoch": plan.passes},
+                    "data": data.report | {"efficiency": efficiency, "passes_per_epoch": plan.passes},
                     "parameters": {"trainable": injection.trainable, "all": injection.total},
                     "mergeable": config.merge_problem() is None,
                     "makes_up_for_quantization": config.needs_base_weights(),
@@ -416,6 +429,25 @@ def _known_error(error: BaseException) -> PeftcliError:
     if isinstance(error, OSError):
         return StorageError(f"{error.strerror or error}", file=error.filename and str(error.filename))
     return PeftcliError(f"{type(error).__name__}: {text}")
+
+
+def _refuse_other_content(run: dict[str, Any], content: list[str], folder: RunFolder) -> None:
+    """Stops where the rows were encoded otherwise before the run was stopped, or are by another process of it.
+
+    Raises:
+        UsageError: another tokenizer, chat template or version of transformers gave other tokens.
+        DataError: the data changed while the processes read it.
+    """
+    if run.get("attempts") and run["data"].get("content", content) != content:
+        raise UsageError(
+            "holds a run whose rows were encoded otherwise: the tokenizer, its chat template (which may write the "
+            "date), the hub's dataset or transformers has changed; nothing was changed",
+            file=str(folder.path),
+            key="training.output_dir",
+            hint="choose another training.output_dir, or delete that folder",
+        )
+    if any(other != content for other in gather_object([content])):
+        raise DataError("changed while the processes read it; run the command again", key="dataset")
 
 
 def _refuse_drift(before: dict[str, Any], now: dict[str, Any], folder: RunFolder) -> None:

@@ -80,3 +80,11 @@ def test_encoder_decoder(cli: Callable, tmp_path: Path) -> None:
     done = run_recipe(recipe, EVALUATES)
     ran = cli("evaluate", recipe, EVALUATES, "--adapter", done.folder, "--json")
     assert json.loads(ran.out)["eval"]["last"] == pytest.approx(read_run(done.folder)["eval"]["last"], rel=1e-6)
+
+
+def test_skipped_rows_are_said(cli, recipe) -> None:
+    rows = recipe.parent / "eval.jsonl"
+    rows.write_text(rows.read_text() + "{broken\n")
+    ran = cli("evaluate", recipe, "dataset.on_bad_row=skip")
+    assert ran.code == 0
+    assert "warning: bad_rows: 1 of 4 evaluation rows" in ran.err

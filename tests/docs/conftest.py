@@ -99,6 +99,7 @@ def workspace(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         for folder in ("data", "configs/quickstart"):
             (tmp_path / folder).mkdir(parents=True, exist_ok=True)
             (tmp_path / folder / f"{name}.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
+    shutil.copy(tmp_path / "data/eval.jsonl", tmp_path / "data/more.jsonl")
     pairs = [{"prompt": f"translate English to German: {n}", "completion": f"Zahl {n}"} for n in range(8)]
     (tmp_path / "data/pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     for recipe in (ROOT / "configs").glob("*.yaml"):

@@ -601,7 +601,9 @@ def test_data_that_would_be_trained_wrongly_stops_the_run_unless_it_is_allowed(r
     assert "dataset.allow: [answers_cut]" in str(caught.value)
     done = run_recipe(recipe, "dataset.max_length=30", "dataset.allow=[answers_cut]")
     assert done.run["status"] == "complete"
-    assert {each["name"]: each["level"] for each in done.run["data"]["findings"]}["answers_cut"] == "error"
+    found = {(each["name"], each["split"]): each["level"] for each in done.run["data"]["findings"]}
+    assert found["answers_cut", "train"] == "error"
+    assert any("answers_cut" in event.text for event in done.events if isinstance(event, Warned))
 
 
 def test_held_out_rows_are_not_trained_on(recipe: Path) -> None:
@@ -627,3 +629,33 @@ def test_a_dataset_of_a_mix_that_gives_nothing_is_refused(recipe: Path) -> None:
     with pytest.raises(DataError, match="zero trained tokens: all 1 rows") as caught:
         run_recipe(recipe, "dataset.train=null", f"dataset.mix={mix}")
     assert caught.value.file == str(folder / "silent.jsonl")
+
+
+def test_a_run_whose_rows_are_encoded_otherwise_is_not_gone_on_with(recipe: Path, tmp_path: Path) -> None:
+    """The chat template of the base model's folder is no part of the recipe, the data or the weights."""
+    base = shutil.copytree(trainkit.base_folder(), tmp_path / "base")
+    recipe.write_text(recipe.read_text().replace(str(trainkit.base_folder()), str(base)))
+    stopped(recipe)
+    template = base / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|>the "))
+    with pytest.raises(UsageError, match="encoded otherwise"):
+        run_recipe(recipe, *FULL)
+
+
+def test_evaluation_rows_that_are_skipped_are_warned_of(recipe: Path) -> None:
+    rows = recipe.parent / "eval.jsonl"
+    rows.write_text(rows.read_text() + "{broken\n")
+    done = run_recipe(recipe, "dataset.on_bad_row=skip")
+    texts = [event.text for event in done.events if isinstance(event, Warned)]
+    assert any("bad_rows" in text and "evaluation rows" in text for text in texts)
+
+
+def test_held_out_bad_rows_of_a_mix_are_named(recipe: Path) -> None:
+    folder = recipe.parent
+    (folder / "bad.jsonl").write_text('{"messages": 5}\n' * 3)
+    mix = f"[{{train: {folder}/train.jsonl}}, {{train: {folder}/bad.jsonl}}]"
+    with pytest.raises(DataError, match="none of the"):
+        run_recipe(
+            recipe, "dataset.train=null", f"dataset.mix={mix}", "dataset.eval=null", "dataset.eval_fraction=0.2",
+            "dataset.on_bad_row=skip",
+        )  # fmt: skip

@@ -1,0 +1,156 @@
+"""What makes another store, and what does not."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_templates import make_tokenizer
+from transformers import ByT5Tokenizer
+
+from peftcli.data import prepare as preparing
+from peftcli.data.encode import COLUMNS, CausalEncoder
+from peftcli.data.formats import example_reader
+from peftcli.data.prepare import prepare, tokenizer_fingerprint, writes_the_date
+from peftcli.data.store import Store
+from peftcli.errors import DataError
+from peftcli.schema import Dataset, Source
+
+CHATS = [
+    {"messages": [{"role": "user", "content": f"q{at}"}, {"role": "assistant", "content": f"A{at} " * at}]}
+    for at in range(1, 6)
+]
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PEFTCLI_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in CHATS))
+    return path
+
+
+def store(path: Path, *, tokenizer: Any = None, task: str = "causal_lm", stop: bool = True, **settings: Any) -> Store:
+    of_source = {key: settings.pop(key) for key in ("limit", "format", "columns", "split") if key in settings}
+    source, dataset = Source(train=str(path), **of_source), Dataset(train=str(path), **settings)
+    tokenizer = tokenizer or make_tokenizer("smollm")
+    return prepare(
+        source,
+        task,
+        COLUMNS,
+        lambda columns, source, name: CausalEncoder(example_reader(columns, source, name), tokenizer, dataset),
+        tokenizer,
+        dataset,
+        stop_at_bad=stop,
+    )
+
+
+def test_the_same_content_and_settings_are_encoded_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = store(file)
+    assert len(first) == 5
+    monkeypatch.setattr(preparing, "_write", lambda *args: pytest.fail("encoded again"))
+    assert store(file).folder == first.folder
+    assert store(file, on_bad_row="skip", packing=True, allow=["double_bos"]).folder == first.folder
+
+
+def test_each_other_setting_is_another_store(file: Path) -> None:
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"max_length": 20},
+        {"max_length": 20, "overlong": "split"},
+        {"max_length": 20, "overlong": "drop"},
+        {"train_on": "all"},
+        {"limit": 2},
+        {"format": "messages"},
+        {"columns": {"messages": "messages"}},
+        {"task": "another"},
+        {"tokenizer": make_tokenizer("llama3")},
+    ]
+    assert len({store(file, **changed).folder for changed in kinds}) == len(kinds)
+
+
+def test_an_edited_file_is_another_store_even_with_its_old_time(file: Path) -> None:
+    first, stat = store(file), file.stat()
+    file.write_text(file.read_text().replace("q1", "Q1"))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    second = store(file)
+    assert second.folder != first.folder
+    assert second.content != first.content
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(file: Path) -> None:
+    class Editing(CausalEncoder):
+        def __call__(self, rows: Any) -> Any:
+            file.write_text(file.read_text() + json.dumps(CHATS[0]) + "\n")
+            return super().__call__(rows)
+
+    source, dataset, tokenizer = Source(train=str(file)), Dataset(train=str(file)), make_tokenizer("smollm")
+    make = lambda columns, source, name: Editing(example_reader(columns, source, name), tokenizer, dataset)  # noqa: E731
+    with pytest.raises(DataError, match="changed"):
+        prepare(source, "causal_lm", COLUMNS, make, tokenizer, dataset, stop_at_bad=True)
+
+
+@pytest.mark.parametrize("cached_before", [False, True])
+def test_a_bad_row_stops_at_its_line_also_from_the_cache(file: Path, cached_before: bool) -> None:
+    file.write_text(file.read_text() + '{"messages": 5}\n{broken\n')
+    if cached_before:
+        kept = store(file, stop=False)
+        assert [(row, error.line) for row, error in kept.bad_rows()] == [(5, 6), (6, 7)]
+    with pytest.raises(DataError) as caught:
+        store(file)
+    assert (caught.value.file, caught.value.line) == (str(file), 6)
+
+
+def test_what_is_about_no_row_names_the_source(file: Path) -> None:
+    with pytest.raises(DataError, match="no chat template") as caught:
+        store(file, tokenizer=make_tokenizer())
+    assert caught.value.file == str(file)
+
+
+def changed(change: Callable[[Any], Any]) -> str:
+    tokenizer = make_tokenizer("smollm")
+    change(tokenizer)
+    return tokenizer_fingerprint(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tokenizer: setattr(tokenizer, "chat_template", tokenizer.chat_template + " "),
+        lambda tokenizer: setattr(tokenizer, "split_special_tokens", True),
+        lambda tokenizer: setattr(tokenizer, "truncation_side", "left"),
+        lambda tokenizer: setattr(tokenizer, "eos_token", "<|im_end|>"),
+        lambda tokenizer: tokenizer.add_tokens(["<new>"]),
+    ],
+    ids=["template", "split_special_tokens", "truncation_side", "eos", "token"],
+)
+def test_another_tokenizer_is_another_fingerprint(change: Callable[[Any], Any]) -> None:
+    assert changed(change) != changed(lambda tokenizer: None)
+
+
+def test_what_a_call_leaves_in_a_tokenizer_does_not_count() -> None:
+    assert changed(lambda tokenizer: tokenizer("a b c", truncation=True, max_length=2)) == changed(lambda _: None)
+
+
+def test_a_slow_tokenizer_has_a_fingerprint() -> None:
+    assert tokenizer_fingerprint(ByT5Tokenizer()) == tokenizer_fingerprint(ByT5Tokenizer())
+    assert tokenizer_fingerprint(ByT5Tokenizer()) != tokenizer_fingerprint(ByT5Tokenizer(extra_ids=7))
+
+
+def test_a_template_that_writes_the_date_has_another_fingerprint_each_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tomorrow(datetime.date):
+        @classmethod
+        def today(cls) -> datetime.date:
+            return datetime.date(2999, 1, 1)
+
+    dated, plain = make_tokenizer("{{ strftime_now('%d') }}"), make_tokenizer("smollm")
+    assert (writes_the_date(dated), writes_the_date(plain)) == (True, False)
+    before = [tokenizer_fingerprint(each) for each in (dated, plain)]
+    monkeypatch.setattr(preparing.datetime, "date", Tomorrow)
+    after = [tokenizer_fingerprint(each) for each in (dated, plain)]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [False, True]
