@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 _COLUMNS = ("input_ids", "labels")
 _LISTED = 10
 _LISTED_BAD = 20
-_ENDS = 5
 _BARS = 20
 _QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99, "max": 1.0}
 _LOW_SHARE = 0.01
@@ -328,10 +327,6 @@ def histogram(values: np.ndarray) -> dict[str, list[int]]:
         "edges": [*range(start, start + len(counts) * width, width), int(values.max()) + 1],
         "counts": counts.tolist(),
     }
-
-
-def _most_common(counts: Counter[int]) -> list[tuple[int, int]]:
-    return sorted(counts.items(), key=lambda each: (-each[1], each[0]))[:_ENDS]
 
 
 def _described(pairs: Pairs, used: UsedRows) -> list[dict[str, Any]]:

@@ -8,10 +8,8 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
+from peftcli.data.chat import IGNORED
 from peftcli.tasks.base import Losses
-
-IGNORED = -100
-"""The label of a position that does not count."""
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> Losses:

@@ -405,6 +405,7 @@ def test_a_stopped_packed_run_goes_on_with_the_same_rows(long_recipe: Path, tmp_
     assert resumed.losses == whole.losses
 
 
+@pytest.mark.slow
 def test_two_processes_pack_as_one_does(long_recipe: Path, tmp_path: Path) -> None:
     one = run_recipe(long_recipe, *PACKING, "training.per_device_train_batch_size=2")
     two = tmp_path / "two"
