@@ -226,7 +226,7 @@ def _check_syntax(text: str, file: str) -> None:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     try:
-        jinja2.Environment(extensions=[Generation, "jinja2.ext.loopcontrols"]).parse(text)
+        jinja2.Environment(extensions=[Generation, "jinja2.ext.loopcontrols"], optimized=False).compile(text)
     except jinja2.TemplateSyntaxError as error:
         raise ModelError(f"no chat template: {error.message}", file=file, line=error.lineno, key=_TEMPLATE) from None
 
