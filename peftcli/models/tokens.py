@@ -225,8 +225,14 @@ def _check_syntax(text: str, file: str) -> None:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    try:
-        jinja2.Environment(extensions=[Generation, "jinja2.ext.loopcontrols"], optimized=False).compile(text)
+    environment = jinja2.Environment(extensions=[Generation, "jinja2.ext.loopcontrols"])
+    try:  # compiling would compute what is constant, which may be large
+        tree = environment.parse(text)
+        for kind, known in ((jinja2.nodes.Filter, environment.filters), (jinja2.nodes.Test, environment.tests)):
+            for node in tree.find_all(kind):
+                if node.name not in known:
+                    message = f"No {kind.__name__.lower()} named {node.name!r}."
+                    raise jinja2.TemplateSyntaxError(message, node.lineno)
     except jinja2.TemplateSyntaxError as error:
         raise ModelError(f"no chat template: {error.message}", file=file, line=error.lineno, key=_TEMPLATE) from None
 
