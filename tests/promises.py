@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -250,7 +251,7 @@ def _resume_trains_on(method: str, kind: str, folder: Path) -> None:
     inject(straight, config)
     _steps(straight, config, method, kind, 0, 2)
     kept = {name: value.clone() for name, value in training_state(straight).items()}
-    states = {name: copy.deepcopy(value) for name, value in _OPTIMIZERS[id(straight)].state_dict().items()}
+    states = {name: copy.deepcopy(value) for name, value in _optimizer(straight).state_dict().items()}
     _steps(straight, config, method, kind, 2, 4)
     torch.manual_seed(1)
     resumed, again = tiny(kind), config_of(method, kind)
@@ -378,15 +379,14 @@ def _gradients(model: nn.Module, method: str, kind: str) -> dict[str, torch.Tens
     return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
 
 
-_OPTIMIZERS: dict[int, torch.optim.Optimizer] = {}
+_OPTIMIZERS = weakref.WeakKeyDictionary[nn.Module, torch.optim.Optimizer]()
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    if id(model) not in _OPTIMIZERS:
-        _OPTIMIZERS.clear()
+    if model not in _OPTIMIZERS:
         parameters = [parameter for _, _, parameter in named_tensors(model).values()]
-        _OPTIMIZERS[id(model)] = torch.optim.AdamW(parameters, lr=1e-2)
-    return _OPTIMIZERS[id(model)]
+        _OPTIMIZERS[model] = torch.optim.AdamW(parameters, lr=1e-2)
+    return _OPTIMIZERS[model]
 
 
 def _steps(model: nn.Module, config: AdapterConfig, method: str, kind: str, start: int, end: int) -> None:
