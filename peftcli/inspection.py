@@ -282,6 +282,11 @@ def _batch_rows(batches: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+def reason(bad: dict[str, Any]) -> str:
+    """What is wrong with a bad row of the audit, and under which key."""
+    return ": ".join(filter(None, [bad["key"], bad["message"]]))
+
+
 def bars(facts: dict[str, Any]) -> list[tuple[str, int]]:
     """The histogram of row lengths before any cut: a label and a count for each bar."""
     histogram = facts["lengths"]["rows"]["histogram"]

@@ -19,7 +19,8 @@ from typing import Any
 from peftcli.core.files import write_file
 from peftcli.data.findings import FINDINGS, Finding
 from peftcli.data.pieces import Piece
-from peftcli.inspection import Inspection, ShownRow, bars, shortened, tables
+from peftcli.errors import UsageError
+from peftcli.inspection import Inspection, ShownRow, bars, reason, shortened, tables
 
 _MOST_TOKENS = 4000
 """Of a longer row, the beginning and the end are shown."""
@@ -41,8 +42,11 @@ def write_page(path: Path, inspection: Inspection, rows: Sequence[ShownRow], bor
         borders: Show where each token ends.
 
     Raises:
+        UsageError: the path is none of a page.
         StorageError: the file cannot be written.
     """
+    if path.suffix.lower() not in (".html", ".htm") or (path.exists() and not path.is_file()):
+        raise UsageError("is no name of a page", file=str(path), key="--html", hint="name a file that ends in .html")
     write_file(path, page(inspection, rows, borders).encode())
 
 
@@ -191,9 +195,8 @@ def _audit(audit: dict[str, Any]) -> str:
         listed = [[each["row"], each["like"], f"{each['alike']:.0%}"] for each in pairs]
         parts.append(_table("near duplicates", [["row", "is like", "overlap"], *listed]))
     if bad := audit["train"]["bad_rows"]:
-        parts.append(
-            _table("rows that cannot be used", [["", "why"], *([each["row"], each["message"]] for each in bad)])
-        )
+        listed = [[each["row"], reason(each)] for each in bad]
+        parts.append(_table("rows that cannot be used", [["", "why"], *listed]))
     return "\n".join(parts)
 
 

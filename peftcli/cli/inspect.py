@@ -198,8 +198,10 @@ def _show_findings(inspection: Inspection) -> None:
 
 def _details(finding: Finding, facts: dict[str, Any]) -> list[str]:
     """The first of the rows, with what is known of each."""
+    from peftcli.inspection import reason
+
     if finding.name == "bad_rows":
-        return [f"{bad['row']}: {bad['message']}" for bad in facts["bad_rows"][:_ROWS]]
+        return [f"{bad['row']}: {reason(bad)}" for bad in facts["bad_rows"][:_ROWS]]
     if finding.name == "near_duplicates":
         pairs = facts["duplicates"]["pairs"][:_ROWS]
         return [f"{pair['row']} is like {pair['like']} ({pair['alike']:.0%})" for pair in pairs]

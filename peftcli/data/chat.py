@@ -91,6 +91,12 @@ def plan_chat(example: ChatExample, template: Template, train_on: str) -> Plan:
         DataError: the template refuses the conversation, or does not show for certain where its answers are.
     """
     flags = _flags(example, template)
+    if train_on == "all" and (other := [at for at in example.untrained if example.messages[at]["role"] != "assistant"]):
+        role = example.messages[other[0]]["role"]
+        raise DataError(
+            f"message {other[0] + 1} ({role}) says train: false; with dataset.train_on: all only an assistant turn can",
+            hint="Leave the message out, or set dataset.train_on: answers.",
+        )
     turns = [at for at, message in enumerate(example.messages) if message["role"] == "assistant"]
     if train_on == "last_answer":
         turns = turns[-1:]

@@ -105,6 +105,8 @@ class ExampleReader:
             DataError: it does not hold what its format says.
         """
         chosen, values = FORMATS[self.name], row.values
+        if row.place.line is None:  # a table gives every object the keys of all, null where there was none
+            values = {name: _without_nulls(value) for name, value in values.items()}
         try:
             for key in chosen.needs:
                 if self.names[key] not in values:
@@ -328,13 +330,42 @@ def _conversation(
             raise _Fault(where + "train", f"expected true or false, found {_kind(turn['train'])}")
         if turn.get("train") and role != "assistant":
             raise _Fault(where + "train", f"a {role} turn is never trained")
-        if turn.get("train") is False:
+        for key in turn:
+            if key not in _KEYS and difflib.get_close_matches(key, ("train",), cutoff=0.75):
+                raise _Fault(where + key, "unknown key; did you mean train?")
+        if turn.get("weight") not in (None, 0, 1):
+            raise _Fault(where + "weight", "expected 0 or 1: whether the turn is trained")
+        if turn.get("train") is False or turn.get("weight") == 0:
             untrained.add(index + shift)
-        # Parquet gives every turn the keys of all turns, null where there was none.
-        messages.append({key: value for key, value in turn.items() if key != "train" and value is not None})
+        kept = {key: value for key, value in turn.items() if key not in ("train", "weight") and value is not None}
+        messages.append(kept | ({"tool_calls": list(map(_called, kept["tool_calls"]))} if "tool_calls" in kept else {}))
     if not any(message["role"] == "assistant" for message in messages):
         raise _Fault(column, "holds no assistant turn: there is nothing to train on")
     return ChatExample(messages, tools, frozenset(untrained))
+
+
+_KEYS = ("role", "content", "train", "weight", "tool_calls", "name", "reasoning_content", "thinking", "reasoning")
+
+
+def _called(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call whose arguments are an object, as templates expect, where they are JSON in a string."""
+    function = call.get("function", call)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            found = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return call
+        if isinstance(found, dict):
+            written = function | {"arguments": found}
+            return call | {"function": written} if "function" in call else written
+    return call
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return list(map(_without_nulls, value)) if isinstance(value, list) else value
 
 
 def _check_content(turn: Message, role: str, key: str, where: str) -> None:

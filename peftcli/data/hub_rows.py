@@ -10,7 +10,7 @@ from typing import Any
 
 from peftcli.data.readers import table_rows
 from peftcli.data.text_rows import cut, reason
-from peftcli.errors import DataError, HubError, NetworkError
+from peftcli.errors import DataError, HubError, Interrupted, NetworkError
 from peftcli.schema import Source
 
 _BATCH = 64
@@ -39,6 +39,8 @@ class HubRows:
         source = self._source
         try:
             return str(HfApi().dataset_info(source.train, revision=source.revision, timeout=_TIMEOUT).sha)
+        except Interrupted:  # a signal is no fault of foreign code
+            raise
         except Exception as error:  # of HTTP, of the hub, of the system
             told = _told(error, source)
             if isinstance(told, NetworkError):
@@ -65,6 +67,8 @@ class HubRows:
                 found = builder.as_dataset(source.split)
             for table in found.with_format("arrow").iter(min(_BATCH, source.limit or _BATCH)):
                 yield from table_rows(table)
+        except Interrupted:  # a signal is no fault of foreign code
+            raise
         except Exception as error:  # every builder raises its own kinds
             raise _told(error, source) from error
 
@@ -85,6 +89,8 @@ class HubRows:
             raise unreachable
         try:
             commit = str(self._builder().hash)
+        except Interrupted:  # a signal is no fault of foreign code
+            raise
         except Exception as error:
             raise _told(error, source) from error
         if revision is None or (len(revision) >= 7 and commit.startswith(revision)):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peftcli.errors import DataError
+from peftcli.errors import DataError, Interrupted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,6 +61,8 @@ def render(
     """
     try:
         text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+    except Interrupted:  # a signal is no fault of foreign code
+        raise
     except Exception as error:  # a template is foreign code
         raise _not_rendered(error) from error
     return str(text)
@@ -197,6 +199,8 @@ class Template:
                 add_generation_prompt=prompt,
                 **self._variables,
             )
+        except Interrupted:  # a signal is no fault of foreign code
+            raise
         except Exception as error:  # a template is foreign code
             raise _not_rendered(error) from error
         return str(texts[0][0])

@@ -217,5 +217,5 @@ def _refuse_none(view: View, account: dict[str, Any], max_length: int) -> None:
     raise DataError(
         f"zero trained tokens: all {account['rows']} rows are left out ({shown})",
         file=view.parts[0].store.about["source"],
-        hint=f"Raise dataset.max_length: {max_length}." if OVERLONG in dropped or CUT_OFF in dropped else None,
+        hint=f"Raise dataset.max_length, which is {max_length}." if OVERLONG in dropped or CUT_OFF in dropped else None,
     )

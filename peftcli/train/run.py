@@ -114,6 +114,7 @@ def train(recipe: Recipe, *, resume: str = "auto", on_event: OnEvent = lambda ev
                     tell(Warned(text))
                 tell(Phase(f"loading {recipe.base_model.name}"))
                 model, injection = adapted_model(recipe, config, tokenizer)
+                _refuse_positions(model, int(data.train.lengths.max()))
                 if note := tokens.settle_pad(tokenizer, model):
                     tell(Warned(note))
                 if config.needs_batches():
@@ -429,6 +430,18 @@ def _known_error(error: BaseException) -> PeftcliError:
     if isinstance(error, OSError):
         return StorageError(f"{error.strerror or error}", file=error.filename and str(error.filename))
     return PeftcliError(f"{type(error).__name__}: {text}")
+
+
+def _refuse_positions(model: Any, longest: int) -> None:
+    """Raises DataError if the longest example has more tokens than the base model has trained positions."""
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise DataError(
+            f"the longest example has {longest:,} tokens, and the base model {positions:,} positions",
+            key="dataset.max_length",
+            hint=f"set dataset.max_length: {positions}, or less",
+        )
 
 
 def _refuse_other_content(run: dict[str, Any], content: list[str], folder: RunFolder) -> None:

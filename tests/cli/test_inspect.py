@@ -306,3 +306,12 @@ def test_colours_on_a_terminal(cli: Callable, recipe: Path, monkeypatch: pytest.
     assert "\x1b[2;7m<|im_start|>\x1b[0m" in out
     assert "\u2588" in out
     assert "[[" not in out
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", ".", "page"])
+def test_a_page_replaces_nothing_that_is_no_page(cli: Callable, recipe: Path, name: str) -> None:
+    before = recipe.read_bytes()
+    ran = cli("inspect", recipe, "--html", recipe.parent / name)
+    assert ran.code == 2
+    assert "name a file that ends in .html" in ran.err
+    assert recipe.read_bytes() == before

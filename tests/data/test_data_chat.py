@@ -414,3 +414,27 @@ def test_without_eos_nothing_is_added(tokenizers: Callable[..., Any]) -> None:
     assert encoded.flags == Flag.OPEN
     assert encode_text(TextExample("Hello"), tokenizers()).flags == NONE
     assert tokenizers().decode(encoded.input_ids) == "Hello"
+
+
+def test_a_signal_while_a_template_runs_is_no_fault_of_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.utils import chat_template_utils
+
+    from peftcli.errors import Interrupted
+
+    tokenizer = make_tokenizer("smollm")
+    template = chat_template(tokenizer)
+
+    def signalled(*args: Any, **options: Any) -> Any:
+        raise Interrupted("stopped before the first step (SIGTERM)", exit_code=143)
+
+    monkeypatch.setattr(chat_template_utils, "render_jinja_template", signalled)
+    monkeypatch.setattr(tokenizer, "apply_chat_template", signalled)
+    with pytest.raises(Interrupted):
+        template.render(TWO)
+    with pytest.raises(Interrupted):
+        plan_chat(ChatExample(TWO), template, "answers")
+
+
+def test_only_an_answer_can_be_left_out_of_all(tokenizers: Callable[..., Any]) -> None:
+    with pytest.raises(DataError, match=r"message 1 \(user\) says train: false"):
+        encode_chat(ChatExample(TWO, None, frozenset({0})), tokenizers("smollm"), "all")

@@ -228,3 +228,39 @@ def test_a_row_without_the_key() -> None:
 def test_rows_without_lines_are_counted() -> None:
     with pytest.raises(DataError, match="row 2: is empty"):
         examples({"text": "a"}, {"text": ""}, lines=False)
+
+
+def test_nulls_that_a_table_adds_are_no_arguments() -> None:
+    call = {"function": {"name": "add", "arguments": {"a": 1, "b": None}}}
+    row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [call]}]}
+    [table] = examples(row, lines=False)
+    [lines] = examples(row)
+    assert table.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+    assert lines.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1, "b": None}
+
+
+@pytest.mark.parametrize("arguments", ['{"a": 1}', {"a": 1}])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_arguments_in_a_string_are_what_the_string_says(arguments: Any, wrapped: bool) -> None:
+    function = {"name": "add", "arguments": arguments}
+    call = {"type": "function", "function": function} if wrapped else function
+    [example] = examples({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]})
+    [written] = example.messages[1]["tool_calls"]
+    assert written.get("function", written) == {"name": "add", "arguments": {"a": 1}}
+
+
+def test_openai_weights_say_what_is_trained() -> None:
+    turns = [{**GOOD_CHAT[0]}, {**GOOD_CHAT[1], "weight": 0}, {**GOOD_CHAT[0]}, {**GOOD_CHAT[1], "weight": 1}]
+    [example] = examples({"messages": turns})
+    assert example.untrained == {1}
+    assert all("weight" not in message for message in example.messages)
+
+
+@pytest.mark.parametrize(
+    ("more", "key", "message"),
+    [({"trian": False}, "trian", "did you mean train"), ({"weight": 2}, "weight", "expected 0 or 1")],
+)
+def test_keys_that_would_be_ignored_in_silence(more: dict[str, Any], key: str, message: str) -> None:
+    error = refused({"messages": [GOOD_CHAT[0], {**GOOD_CHAT[1], **more}]})
+    assert error.key == f"messages[1].{key}"
+    assert message in error.message

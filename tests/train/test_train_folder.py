@@ -659,3 +659,11 @@ def test_held_out_bad_rows_of_a_mix_are_named(recipe: Path) -> None:
             recipe, "dataset.train=null", f"dataset.mix={mix}", "dataset.eval=null", "dataset.eval_fraction=0.2",
             "dataset.on_bad_row=skip",
         )  # fmt: skip
+
+
+def test_examples_longer_than_the_models_positions_are_refused(tmp_path: Path) -> None:
+    words = {"prompt": "Say much.", "completion": " winter" * 300}
+    recipe = write_recipe(tmp_path, trainkit.base_folder("gpt2", chat=False), [*trainkit.PROMPTS[:9], words] * 2)
+    with pytest.raises(DataError, match="and the base model 256 positions") as caught:
+        run_recipe(recipe, "dataset.max_length=900")
+    assert (caught.value.key, caught.value.hint) == ("dataset.max_length", "set dataset.max_length: 256, or less")
