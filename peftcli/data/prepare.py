@@ -31,6 +31,8 @@ _BATCH = 512
 """Rows encoded at once, at most."""
 _BATCH_SIZE = 4_000_000
 """Characters of the rows encoded at once, about: a token takes far more memory than its text while it is encoded."""
+_LARGEST = 10_000_000
+"""Characters that a row may hold: while they are encoded they take 3 to 4 GB."""
 
 
 def prepare(
@@ -154,9 +156,14 @@ def _batches(rows: Iterator[Row | DataError]) -> Iterator[list[Row | DataError]]
     """The rows in batches that are encoded at once."""
     batch, size = list[Row | DataError](), 0
     for row in rows:
+        own = _size(row.values) if isinstance(row, Row) else 0
+        if own > _LARGEST and isinstance(row, Row):
+            message = f"holds {own:,} characters of text, more than {_LARGEST:,}"
+            batch.append(row.place.error(message, hint="Split it into several rows."))
+            continue
         batch.append(row)
-        size += _size(row.values) if isinstance(row, Row) else 0
-        if len(batch) == _BATCH or size > _BATCH_SIZE:
+        size += own
+        if len(batch) >= _BATCH or size > _BATCH_SIZE:
             yield batch
             batch, size = [], 0
     if batch:

@@ -154,3 +154,13 @@ def test_a_template_that_writes_the_date_has_another_fingerprint_each_day(monkey
     monkeypatch.setattr(preparing.datetime, "date", Tomorrow)
     after = [tokenizer_fingerprint(each) for each in (dated, plain)]
     assert [one == other for one, other in zip(before, after, strict=True)] == [False, True]
+
+
+def test_a_row_that_would_take_all_memory_is_refused_at_its_line(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparing, "_LARGEST", 1000)
+    huge = {"messages": [{"role": "user", "content": "x" * 1001}, CHATS[0]["messages"][1]]}
+    file.write_text(file.read_text() + json.dumps(huge) + "\n")
+    with pytest.raises(DataError, match="characters of text, more than 1,000") as caught:
+        store(file)
+    assert caught.value.line == 6
+    assert len(store(file, stop=False)) == 5
