@@ -57,8 +57,9 @@ def inspect(
 
     from peftcli.cli.progress import Progress
     from peftcli.inspection import inspect as look
+    from peftcli.train.signals import handled
 
-    with Progress(quiet=quiet) as progress:
+    with handled(), Progress(quiet=quiet) as progress:
         inspection = look(settings, on_event=progress.show)
     asked = [found for place in row or () for found in inspection.find(place)]
     shown = asked or inspection.sample(_ROWS if rows is None else rows)
