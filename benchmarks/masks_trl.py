@@ -21,6 +21,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from peftcli.data.chat import IGNORED, encode_chat
+from peftcli.data.formats import ChatExample
+
 TESTS = Path(__file__).resolve().parent.parent / "tests" / "data"
 COPIES = {
     "llama3": "llama3",
@@ -91,9 +94,6 @@ def by_us(tokenizer: Any, messages: list[Any], tools: Any) -> tuple[list[int], l
     Raises:
         DataError: the conversation is refused.
     """
-    from peftcli.data.chat import IGNORED, encode_chat
-    from peftcli.data.formats import ChatExample
-
     encoded = encode_chat(ChatExample(messages, tools), tokenizer, "answers")
     return encoded.input_ids, [label != IGNORED for label in encoded.labels]
 
@@ -139,8 +139,6 @@ def truth_of(matrix: Any, name: str, shape: str) -> list[str] | None:
 
 def main() -> None:
     """Print the table."""
-    import peftcli.data.chat  # noqa: F401  (a missing package is no refusal)
-
     try:
         import trl
     except ModuleNotFoundError:

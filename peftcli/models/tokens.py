@@ -219,12 +219,11 @@ def _check_syntax(text: str, file: str) -> None:
     class Generation(Extension):
         """The block that transformers knows, for masks of its own."""
 
-        tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
-
         def parse(self, parser: Any) -> Any:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
+    Generation.tags = {"generation"}
     environment = jinja2.Environment(extensions=[Generation, "jinja2.ext.loopcontrols"])
     try:  # compiling would compute what is constant, which may be large
         tree = environment.parse(text)

@@ -16,6 +16,8 @@ import trainkit
 from trainkit import MESSAGES, PAIRS, PROMPT_TUNING, PROMPTS, Child, run_recipe, write_recipe, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from peftcli.data.ends import Ends, Form
+
 LONG = ("training.max_steps=150", "training.learning_rate=1e-2", "method.r=8", "training.logging_steps=50")
 QUESTIONS = [question for question, _ in PAIRS[:5]]
 
@@ -369,11 +371,10 @@ def test_padding_changes_no_answer(lora: Path, pad: str | None) -> None:
     ],
 )
 def test_bos_is_read_once(
-    lora: Path, form: str, prompt: str, template: str, count: int, adds_bos: bool, monkeypatch: pytest.MonkeyPatch
+    lora: Path, form: Form, prompt: str, template: str, count: int, adds_bos: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tokenizers import AddedToken, processors
 
-    from peftcli.data.ends import Ends
     from peftcli.generate import Settings, Speaker, load_speaker
 
     seen: list[list[int]] = []
@@ -390,7 +391,7 @@ def test_bos_is_read_once(
         single = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
         tokenizer.backend_tokenizer.post_processor = single
     tokenizer.chat_template = template + trainkit.CHATML
-    speaker = Speaker(load_speaker(str(lora)).model, tokenizer, form, Ends())  # type: ignore[arg-type]
+    speaker = Speaker(load_speaker(str(lora)).model, tokenizer, form, Ends())
     speaker.answers([prompt], Settings())
     expected = count if form == "chat" else max(count, int(adds_bos))
     assert seen[0].count(bos) == expected

@@ -262,10 +262,10 @@ def edited(row: Ids, share: float, rng: random.Random) -> Ids:
     return out
 
 
-def jaccard(one: Ids, other: Ids, without: Ids = ()) -> float:  # type: ignore[assignment]
+def jaccard(one: Ids, other: Ids, without: Sequence[int] = ()) -> float:
     """The definition, in plain Python; ``without`` is a beginning that all rows share."""
 
-    def shingles(row: Ids) -> set[tuple[int, ...]]:
+    def shingles(row: Sequence[int]) -> set[tuple[int, ...]]:
         return {tuple(row[at : at + 3]) for at in range(len(row) - 2)} - {
             tuple(without[at : at + 3]) for at in range(len(without) - 2)
         }

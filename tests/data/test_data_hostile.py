@@ -14,7 +14,8 @@ import lzma
 import os
 import random
 import socket
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -483,15 +484,26 @@ def test_a_pipe_that_takes_the_place_of_a_file_is_not_opened(tmp_path: Path) -> 
             step()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_files_that_may_not_be_read(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.jsonl", "{}")
+@pytest.fixture
+def as_nobody() -> Iterator[Path]:
+    """A folder of a user who is not root, and for the length of the test this process is that user's."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, user = Path(name), os.geteuid()
+        if user == 0:  # root reads everything
+            os.chown(folder, 65534, 65534)
+            os.seteuid(65534)
+        yield folder
+        os.seteuid(user)
+
+
+def test_files_that_may_not_be_read(as_nobody: Path) -> None:
+    path = write(as_nobody, "a.jsonl", "{}")
     path.chmod(0)
     _, [error] = read(path)
     assert "Permission denied" in error.message
-    (tmp_path / "inner").mkdir(0)
+    (as_nobody / "inner").mkdir(0)
     with pytest.raises(DataError, match="Permission denied"):
-        open_source(Source(train=str(tmp_path)))
+        open_source(Source(train=str(as_nobody)))
 
 
 def test_the_system_fails_while_a_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

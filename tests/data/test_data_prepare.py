@@ -90,7 +90,10 @@ def test_a_file_that_changes_while_it_is_read_is_refused(file: Path) -> None:
             return super().__call__(rows)
 
     source, dataset, tokenizer = Source(train=str(file)), Dataset(train=str(file)), make_tokenizer("smollm")
-    make = lambda columns, source, name: Editing(example_reader(columns, source, name), tokenizer, dataset)  # noqa: E731
+
+    def make(columns: Any, source: Source, name: str) -> CausalEncoder:
+        return Editing(example_reader(columns, source, name), tokenizer, dataset)
+
     with pytest.raises(DataError, match="changed"):
         prepare(source, "causal_lm", COLUMNS, make, tokenizer, dataset, stop_at_bad=True)
 

@@ -307,11 +307,13 @@ def test_the_check_leaves_no_trace(accelerator: Accelerator) -> None:
 class Unpacked(Plan):
     """The same examples in each step and each micro-batch, every one in a row of its own."""
 
-    packs = False  # type: ignore[assignment]
-
     def __init__(self, packed: Plan):
         self.packed = packed
         self.lengths, self.training = packed.lengths, packed.training
+
+    @property
+    def packs(self) -> bool:
+        return False
 
     @property
     def total_steps(self) -> int:
