@@ -220,6 +220,7 @@ def _batches(recipe: Recipe, data: Data, plan: Plan) -> dict[str, Any]:
         "steps_per_epoch": plan.steps_per_epoch,
         "steps": plan.total_steps,
         "epochs": round(plan.epoch(plan.total_steps), 4),
+        "passes_per_epoch": [round(passes, 4) for passes in plan.passes],
         "tokens_per_epoch": plan.tokens_per_epoch,
         "tokens_per_step": round(plan.tokens_per_epoch / plan.steps_per_epoch, 1),
         "efficiency": efficiency,
@@ -239,6 +240,8 @@ def tables(audit: dict[str, Any]) -> dict[str, list[list[str]]]:
     row("used", lambda each: f"{each['used']:,}")
     for reason in dict.fromkeys(reason for each in facts for reason in each["left_out"]):
         rows.append([f"left out: {reason}", *(f"{each['left_out'].get(reason, 0):,}" for each in facts)])
+    if any(each["columns_not_read"] for each in facts):
+        row("columns that are not read", lambda each: ", ".join(each["columns_not_read"][:8]) or "none")
     row("examples", lambda each: f"{each['examples']:,}")
     row("tokens", lambda each: f"{each['tokens']:,}")
     row("trained tokens", lambda each: f"{each['targets']:,} ({each['share_trained']:.1%})")
@@ -256,8 +259,11 @@ def tables(audit: dict[str, Any]) -> dict[str, list[list[str]]]:
     found = {"data": rows}
     if len(sources := audit["train"]["sources"]) > 1:
         names = ("rows", "used", "tokens", "targets")
-        listed = [[each["source"], *(f"{each[name]:,}" for name in names)] for each in sources]
-        found["sources"] = [["", "rows", "used", "tokens", "trained tokens"], *listed]
+        listed = [
+            [each["source"], *(f"{each[name]:,}" for name in names), f"{passes:.2f}"]
+            for each, passes in zip(sources, audit["batches"]["passes_per_epoch"], strict=True)
+        ]
+        found["sources"] = [["", "rows", "used", "tokens", "trained tokens", "passes an epoch"], *listed]
     return found | {"batches": [["", "one epoch"], *_batch_rows(audit["batches"])]}
 
 

@@ -78,6 +78,7 @@ class Progress:
         left_out = sum(data["dropped"].values()) + data["skipped"]
         lost = f" ({data['targets_cut']:,} targets lost)" if data["targets_cut"] else ""
         split = f", {data['split']} split" if data["split"] else ""
+        split += f" ({data['pieces_left_out']} without pieces that train nothing)" if data["pieces_left_out"] else ""
         console.log(
             f"on {data['examples']:,} examples: {data['tokens']:,} tokens, {data['targets']:,} of them targets; "
             f"{left_out} left out, {data['truncated']} truncated{lost}{split}"

@@ -101,6 +101,9 @@ def audit(view: View, tokenizer: PreTrainedTokenizerBase, *, aligned: bool = Tru
         if mask.any()
     ]
     facts = _facts(view, used) | {
+        "columns_not_read": sorted(
+            {name for part in view.parts for name in part.store.about.get("columns_not_read", ())}
+        ),
         "ends": {
             words.text(token): count for token, count in sorted(ends.items(), key=lambda each: (-each[1], each[0]))[:5]
         },

@@ -121,6 +121,8 @@ class CausalEncoder:
             if targets := _count(piece_labels[1:]):
                 outcome.features.append({"input_ids": piece_ids, "labels": piece_labels})
                 outcome.targets.append(targets)
+        if len(outcome.features) < len(pieces) and outcome.flags & Flag.SPLIT:
+            outcome.flags |= Flag.PIECES_LEFT_OUT
         if not outcome.features:
             outcome.reason = CUT_OFF if outcome.lost else NO_TARGET
         return outcome

@@ -131,6 +131,11 @@ FINDINGS: dict[str, Kind] = {
         "are split into examples of dataset.max_length",
         "Nothing needs to be done.",
     ),
+    "pieces_left_out": Kind(
+        "info",
+        "are split, and pieces of them in which nothing is trained are left out",
+        "Nothing needs to be done, unless the prompts were to be trained: dataset.train_on: all.",
+    ),
     # The rest needs the tokens: inspect alone.
     "empty_answers": Kind(
         "warning",
@@ -256,6 +261,7 @@ def from_records(parts: Sequence[Part], *, split: str = "train", skip_bad_rows: 
                 ("turns_left_out", Flag.UNSEEN),
                 ("encoding_damage", Flag.DAMAGED),
                 ("rows_split", Flag.SPLIT),
+                ("pieces_left_out", Flag.PIECES_LEFT_OUT),
             )
         ),
         rows.finding("rows_truncated", rows.marked(Flag.TRUNCATED, but_not=Flag.ANSWER_CUT), split=split, of_used=True),

@@ -29,6 +29,8 @@ class Flag(enum.IntFlag):
     """The row was cut into several examples."""
     UNSEEN = 256
     """The chat template leaves out the text of a turn, or a tool call."""
+    PIECES_LEFT_OUT = 512
+    """The row was split, and pieces without a trained token are left out."""
 
 
 NONE = Flag(0)
@@ -43,7 +45,7 @@ _QUOTES = "\u2013\u2014\u2018\u2019\u201c\u201d\u2026"
 _DAMAGE = re.compile(
     "|".join(
         [
-            "\ufffd",
+            "[\ufffd\0]",
             "[\x80-\x9f]",  # C1 control characters: UTF-8 read as Latin-1
             rf"[\xc2\xc3](?:[{_NEXT}]|[{_QUOTES}](?=\w))",  # accented Latin letters
             "(?<=[a-z.,;:!?)])\xc2 ",  # a no-break space, of which a clean-up left a space

@@ -64,6 +64,9 @@ def prepare(
         DataError: the source cannot be read, holds no rows, or a row that cannot be used.
     """
     opened = open_source(source)
+    if opened.left_out:
+        first = ", ".join(opened.left_out[:3]) + (", ..." if len(opened.left_out) > 3 else "")
+        on_note(f"{opened.described}: {len(opened.left_out)} files of other kinds are left out: {first}")
     fingerprint = opened.fingerprint()
     key = {
         "content": fingerprint,
@@ -76,9 +79,9 @@ def prepare(
 
     def build(folder: Path) -> None:
         with Writer(folder, columns) as writer:
-            reader = _write(opened, source, make_encoder, writer, stop_at_bad, on_rows)
+            about = _write(opened, source, make_encoder, writer, stop_at_bad, on_rows)
             opened.check_unchanged(fingerprint)
-            writer.finish(format=reader, source=opened.described, fingerprint=fingerprint)
+            writer.finish(source=opened.described, fingerprint=fingerprint, **about)
 
     store = cached(key, build, on_wait=on_note)
     if stop_at_bad:
@@ -124,13 +127,14 @@ def _write(
     writer: Writer,
     stop_at_bad: bool,
     on_rows: OnRows,
-) -> str | None:
-    """Encodes every row. Gives the format that they have, where there is a good one.
+) -> dict[str, Any]:
+    """Encodes every row. Gives the rows' format, None where no row is good, and the columns that it does not read.
 
     Raises:
         DataError: with the source's name, where it is about no row.
     """
     encoder: Encoder | None = None
+    columns: tuple[str, ...] = ()
     for batch in _batches(opened.rows()):
         good = [row for row in batch if isinstance(row, Row)]
         try:
@@ -149,7 +153,11 @@ def _write(
         writer.add(places, outcomes)
         on_rows(opened.described, writer.num_rows, False)
     on_rows(opened.described, writer.num_rows, True)
-    return encoder.reader.name if encoder else None
+    read = encoder.reader.names.values() if encoder else ()
+    return {
+        "format": encoder.reader.name if encoder else None,
+        "columns_not_read": [name for name in columns if name not in read],
+    }
 
 
 def _batches(rows: Iterator[Row | DataError]) -> Iterator[list[Row | DataError]]:

@@ -5,23 +5,18 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 from peftcli.data.hub_rows import HubRows
+from peftcli.data.names import is_path
 from peftcli.data.readers import ACCEPTED, check_file, kind_of, read_file
 from peftcli.data.rows import Place, Row
 from peftcli.data.text_rows import CHUNK, cut, reason
 from peftcli.errors import DataError
 from peftcli.schema import Dataset, Source
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
-_FILE_ENDINGS = (
-    *(".jsonl", ".json", ".csv", ".parquet", ".txt", ".tsv", ".md"),
-    *(".gz", ".zip", ".zst", ".bz2", ".xz", ".arrow", ".yaml", ".xlsx"),
-)
-"""A name that ends so is meant as a file, though it could be a hub id."""
 _SAVED = {"dataset_info.json", "dataset_dict.json"}
 """Files beside the data of a dataset that the library datasets wrote."""
 _SPLIT = re.compile(r"(?:^|/)(train|test|valid|validation|val|dev|eval)(?![a-z])", re.IGNORECASE)
@@ -31,8 +26,12 @@ _SPLIT = re.compile(r"(?:^|/)(train|test|valid|validation|val|dev|eval)(?![a-z])
 class Opened:
     """A source of a recipe, found: its files, or the dataset on the hub."""
 
-    def __init__(self, source: Source, files: dict[str, Path], hub: HubRows | None = None):
+    def __init__(
+        self, source: Source, files: dict[str, Path], hub: HubRows | None = None, left_out: Sequence[str] = ()
+    ):
         self._source, self._files, self._hub = source, files, hub
+        self.left_out = list(left_out)
+        """Files of its folder whose kind cannot be read."""
         self.described = shown(source.train)
         """What the recipe calls it."""
 
@@ -112,11 +111,11 @@ def open_source(source: Source) -> Opened:
         given = [key for key in ("split", "name", "revision") if getattr(source, key) != getattr(Source, key)]
         if given:
             raise DataError(f"means nothing for a local file: {shown(name)}", key=f"dataset.{given[0]}")
-        files = _listed(path, name) if _is_folder(path) else {shown(name): path}
+        files, left_out = _listed(path, name) if _is_folder(path) else ({shown(name): path}, [])
         for each, file in files.items():
             check_file(file, each)
-        return Opened(source, files)
-    if not _HUB_ID.fullmatch(name) or name.lower().endswith(_FILE_ENDINGS) or name.startswith("."):
+        return Opened(source, files, left_out=left_out)
+    if is_path(name):
         raise DataError("no such file", file=shown(name), hint=_near_files(path))
     return Opened(source, {}, HubRows(source))
 
@@ -141,8 +140,8 @@ def shown(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
-def _listed(folder: Path, source: str) -> dict[str, Path]:
-    """The files of a folder and its subfolders that can be read, by name. Hidden ones are left out."""
+def _listed(folder: Path, source: str) -> tuple[dict[str, Path], list[str]]:
+    """Of a folder and its subfolders, hidden ones aside: the files that can be read, by name, and the others' names."""
     paths = sorted(_files(folder, ()))
     names = [path.relative_to(folder).as_posix() for path in paths]
     if _SAVED & {path.name for path in paths}:
@@ -159,7 +158,8 @@ def _listed(folder: Path, source: str) -> dict[str, Path]:
     if len(splits) > 1:
         message = f"a folder with several splits: {shown(splits['train'])} and {shown(splits['other'])}"
         raise DataError(message, file=shown(source), hint="Name the file or the subfolder of one split.")
-    return {shown(f"{source.rstrip('/')}/{name}"): path for name, path in found.items()}
+    files = {shown(f"{source.rstrip('/')}/{name}"): path for name, path in found.items()}
+    return files, [shown(name) for name in names if name not in found]
 
 
 def _files(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from pathlib import Path
 
 from peftcli.core.prompt_config import SoftPromptConfig
+from peftcli.data.names import is_path
 from peftcli.methods import METHODS
 from peftcli.recipe.names import near, near_file
 from peftcli.recipe.values import Report
 from peftcli.schema import Dataset, Recipe, Source
 from peftcli.tasks import TASKS
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
-_FILE_ENDINGS = (
-    *(".jsonl", ".json", ".csv", ".parquet", ".txt", ".tsv", ".md"),
-    *(".gz", ".zip", ".zst", ".bz2", ".xz", ".arrow", ".yaml", ".xlsx"),
-)
 _OF_THE_HUB = {"name": None, "revision": None, "split": "train", "streaming": False}
 _OF_ONE_DATASET = {**_OF_THE_HUB, "limit": None}
 _MAX_NEAR = 20
@@ -76,13 +71,9 @@ def _paths(dataset: Dataset, report: Report) -> None:
             report((key,), "is empty")
         elif "://" in path:
             report((key,), "must be a path or a hub id, not a URL")
-        elif _looks_like_path(path) and not exists(path):
+        elif is_path(path) and not exists(path):
             report((key,), f"no such file: {path[:200]}", near_file(path) if missing < _MAX_NEAR else None)
             missing += 1
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.lower().endswith(_FILE_ENDINGS) or name.startswith((".", "~")) or not _HUB_ID.fullmatch(name)
 
 
 def _hub_settings(dataset: Dataset, report: Report) -> None:

@@ -180,7 +180,7 @@ def _account(parts: Sequence[Part], packs: bool) -> dict[str, Any]:
         for index, name in enumerate(part.store.outcomes):
             outcomes[name] += int((records["outcome"] == index).sum())
         used = records[records["outcome"] == part.store.outcomes.index(USED)]
-        for flag in (Flag.TRUNCATED, Flag.SPLIT):
+        for flag in (Flag.TRUNCATED, Flag.SPLIT, Flag.PIECES_LEFT_OUT):
             flags[str(flag.name).lower()] += int((used["flags"] & flag != 0).sum())
         lost += int(used["lost"].sum())
         sha256 |= part.store.about["fingerprint"]
@@ -188,6 +188,7 @@ def _account(parts: Sequence[Part], packs: bool) -> dict[str, Any]:
     return {
         "files": list(sha256),
         "sha256": sha256,
+        "columns_not_read": sorted({name for part in parts for name in part.store.about["columns_not_read"]}),
         "rows": sum(outcomes.values()),
         "used": outcomes[USED],
         "examples": len(view),

@@ -174,6 +174,7 @@ def test_split_pieces_without_a_target_are_left_out(tokenizers: Callable[..., An
     [outcome] = encode([pair("1234567890" * 3, "Bee")], tokenizer, max_length=10, overlong="split")
     assert "".join(text for run in texts([outcome], tokenizer) for text in run) == "Bee</s>"
     assert len(outcome.features) == 1
+    assert outcome.flags == Flag.SPLIT | Flag.PIECES_LEFT_OUT
 
 
 def test_overlong_error_has_its_line(tokenizers: Callable[..., Any]) -> None:

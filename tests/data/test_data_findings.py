@@ -65,6 +65,7 @@ def test_names_and_levels_are_a_promise() -> None:
         "encoding_damage": ("warning", False),
         "rows_truncated": ("info", False),
         "rows_split": ("info", False),
+        "pieces_left_out": ("info", False),
         "empty_answers": ("warning", False),
         "empty_prompts": ("info", False),
         "exact_duplicates": ("info", False),
@@ -100,6 +101,7 @@ def test_good_rows_have_no_findings(part) -> None:
         ("turns_left_out", used(Flag.UNSEEN)),
         ("encoding_damage", used(Flag.DAMAGED)),
         ("rows_split", used(Flag.SPLIT)),
+        ("pieces_left_out", used(Flag.PIECES_LEFT_OUT)),
     ],
 )
 def test_each_kind_of_row_has_its_finding(part, name: str, row: Row) -> None:

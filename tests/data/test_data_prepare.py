@@ -35,7 +35,15 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def store(path: Path, *, tokenizer: Any = None, task: str = "causal_lm", stop: bool = True, **settings: Any) -> Store:
+def store(
+    path: Path,
+    *,
+    tokenizer: Any = None,
+    task: str = "causal_lm",
+    stop: bool = True,
+    on_note: Callable[[str], None] = lambda text: None,
+    **settings: Any,
+) -> Store:
     of_source = {key: settings.pop(key) for key in ("limit", "format", "columns", "split") if key in settings}
     source, dataset = Source(train=str(path), **of_source), Dataset(train=str(path), **settings)
     tokenizer = tokenizer or make_tokenizer("smollm")
@@ -47,6 +55,7 @@ def store(path: Path, *, tokenizer: Any = None, task: str = "causal_lm", stop: b
         tokenizer,
         dataset,
         stop_at_bad=stop,
+        on_note=on_note,
     )
 
 
@@ -167,3 +176,14 @@ def test_a_row_that_would_take_all_memory_is_refused_at_its_line(file: Path, mon
         store(file)
     assert caught.value.line == 6
     assert len(store(file, stop=False)) == 5
+
+
+def test_what_is_not_read_is_said(file: Path) -> None:
+    rows = [{**row, "id": 1, "source": "x"} for row in CHATS]
+    (file.parent / "folder").mkdir()
+    (file.parent / "folder/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (file.parent / "folder/b.jsonlines").write_text("{}")
+    notes: list[str] = []
+    found = store(file.parent / "folder", on_note=notes.append)
+    assert found.about["columns_not_read"] == ["id", "source"]
+    assert notes == [f"{file.parent}/folder: 1 files of other kinds are left out: b.jsonlines"]

@@ -75,6 +75,7 @@ def test_a_folder_is_its_files_by_name(tmp_path: Path) -> None:
     ]
     assert list(opened.fingerprint()) == [f"{tmp_path}/{name}" for name in ("a/z.json", "b.jsonl", "c.csv")]
     assert texts(Source(train=str(tmp_path), limit=2)) == ["z", "b1"]
+    assert opened.left_out == ["README.md"]
 
 
 def test_a_link_to_a_folder_is_followed_and_a_loop_is_refused(tmp_path: Path) -> None:
