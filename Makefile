@@ -47,6 +47,7 @@ test: $(STAMP) ## the tests that need neither patience, a GPU nor the network
 	@$(BIN)/pytest -m "not slow and not gpu and not network"
 
 test-all: $(STAMP) $(QUANTISED)/.installed ## the slow tests too, and those that need bitsandbytes and torchao
+	@command -v chromium google-chrome >/dev/null || echo "test-all: no Chromium here, so nobody looks at inspect's page; on Debian: apt install chromium" >&2
 	@$(BIN)/pytest -m "not gpu and not network"
 	@$(QUANTISED)/bin/pytest -m "not gpu and not network" tests/models tests/recipes -k "models or qlora"
 

@@ -37,7 +37,7 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MarkedText:
     """A text to tokenise, and which of its characters are trained."""
 
     text: str
@@ -53,12 +53,12 @@ class Plan:
 
 def encode_text(example: TextExample, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """The text and EOS, all of it trained."""
-    return encode_plans([plan_text(example)], tokenizer)[0]
+    return encode_marked([mark_text(example)], tokenizer)[0]
 
 
 def encode_pair(example: PairExample, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """Prompt, completion and EOS in one text; the completion and EOS are trained."""
-    return encode_plans([plan_pair(example)], tokenizer)[0]
+    return encode_marked([mark_pair(example)], tokenizer)[0]
 
 
 def encode_chat(example: ChatExample, tokenizer: PreTrainedTokenizerBase, train_on: str) -> Encoded:
@@ -67,25 +67,25 @@ def encode_chat(example: ChatExample, tokenizer: PreTrainedTokenizerBase, train_
     Raises:
         DataError: the template refuses the conversation, or does not show for certain where its answers are.
     """
-    encoded = encode_plans([plan_chat(example, chat_template(tokenizer), train_on)], tokenizer)[0]
+    encoded = encode_marked([mark_chat(example, chat_template(tokenizer), train_on)], tokenizer)[0]
     check_ids(example, encoded, tokenizer)
     return encoded
 
 
-def plan_text(example: TextExample) -> Plan:
-    """The plan of a text: all of it."""
-    return Plan(example.text, flags=Flag.DAMAGED if damaged(example.text) else NONE)
+def mark_text(example: TextExample) -> MarkedText:
+    """A text, all of it trained."""
+    return MarkedText(example.text, flags=Flag.DAMAGED if damaged(example.text) else NONE)
 
 
-def plan_pair(example: PairExample, train_on: str = "answers") -> Plan:
-    """The plan of a pair: its completion, or all of it."""
+def mark_pair(example: PairExample, train_on: str = "answers") -> MarkedText:
+    """Prompt and completion as one text, of which the completion is trained, or all."""
     text = example.prompt + example.completion
     spans = None if train_on == "all" else ((len(example.prompt), len(text)),)
-    return Plan(text, spans, flags=Flag.DAMAGED if damaged(text) else NONE)
+    return MarkedText(text, spans, flags=Flag.DAMAGED if damaged(text) else NONE)
 
 
-def plan_chat(example: ChatExample, template: Template, train_on: str) -> Plan:
-    """The plan of a conversation.
+def mark_chat(example: ChatExample, template: Template, train_on: str) -> MarkedText:
+    """A rendered conversation, of which the answers are trained that ``train_on`` says.
 
     Raises:
         DataError: the template refuses the conversation, or does not show for certain where its answers are.
@@ -109,9 +109,9 @@ def plan_chat(example: ChatExample, template: Template, train_on: str) -> Plan:
         # All but the turns that were looked for; all tokens if there are none.
         borders = [0, *(border for span in spans for border in span), len(rendered.text)]
         rest = tuple(zip(borders[::2], borders[1::2], strict=True))
-        return Plan(rendered.text, rest if spans else None, rendered=True, flags=flags)
+        return MarkedText(rendered.text, rest if spans else None, rendered=True, flags=flags)
     closed = all(each.closed for each in rendered.answers)
-    return Plan(rendered.text, spans, rendered=True, closed=closed, flags=flags if closed else flags | Flag.OPEN)
+    return MarkedText(rendered.text, spans, rendered=True, closed=closed, flags=flags if closed else flags | Flag.OPEN)
 
 
 def _flags(example: ChatExample, template: Template) -> Flag:
@@ -155,13 +155,13 @@ def check_ids(example: ChatExample, encoded: Encoded, tokenizer: PreTrainedToken
         )
 
 
-def encode_plans(plans: Sequence[Plan], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+def encode_marked(texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     """Tokenises texts that are all rendered, or all not, in one batch.
 
     Raises:
         DataError: labels are needed for part of a text, and the tokenizer does not tell where its tokens stand.
     """
-    partial = any(plan.spans is not None for plan in plans)
+    partial = any(marked.spans is not None for marked in texts)
     if partial and not tokenizer.is_fast:
         raise DataError(
             f"{type(tokenizer).__name__} does not tell where its tokens stand in the text, so answers cannot be told "
@@ -169,8 +169,8 @@ def encode_plans(plans: Sequence[Plan], tokenizer: PreTrainedTokenizerBase) -> l
             hint="Use a base model with a fast tokenizer, or train on every token: format: text.",
         )
     batch = tokenizer(
-        [plan.text for plan in plans],
-        add_special_tokens=not plans[0].rendered,
+        [marked.text for marked in texts],
+        add_special_tokens=not texts[0].rendered,
         return_offsets_mapping=partial,
         return_attention_mask=False,
         verbose=False,
@@ -178,35 +178,37 @@ def encode_plans(plans: Sequence[Plan], tokenizer: PreTrainedTokenizerBase) -> l
     special, bos = set(tokenizer.added_tokens_decoder), tokenizer.bos_token_id
     normalizer = tokenizer.backend_tokenizer.normalizer if partial else None
     encoded = []
-    for index, plan in enumerate(plans):
+    for index, marked in enumerate(texts):
         ids = batch["input_ids"][index]
-        labels = ids if plan.spans is None else _labels(plan, ids, batch["offset_mapping"][index], special, normalizer)
-        if plan.rendered:
+        labels = (
+            ids if marked.spans is None else _labels(marked, ids, batch["offset_mapping"][index], special, normalizer)
+        )
+        if marked.rendered:
             double = bos is not None and ids[:2] == [bos, bos]
-            encoded.append(Encoded(ids, list(labels), plan.flags | Flag.DOUBLE_BOS if double else plan.flags))
+            encoded.append(Encoded(ids, list(labels), marked.flags | Flag.DOUBLE_BOS if double else marked.flags))
         else:
-            encoded.append(_finish(plan, ids, labels, tokenizer))
+            encoded.append(_finish(marked, ids, labels, tokenizer))
     return encoded
 
 
-def _finish(plan: Plan, ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def _finish(marked: MarkedText, ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """One BOS where the tokenizer adds it, one EOS at the end, and EOS is trained."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and bos != eos and ids[:2] == [bos, bos]:
         ids, labels = ids[1:], labels[1:]
     if eos is None:
-        return Encoded(ids, list(labels), plan.flags | Flag.OPEN)
+        return Encoded(ids, list(labels), marked.flags | Flag.OPEN)
     if ids[-1:] == [eos]:
         ids, labels = ids[:-1], labels[:-1]
-    return Encoded([*ids, eos], [*labels, eos], plan.flags)
+    return Encoded([*ids, eos], [*labels, eos], marked.flags)
 
 
 def _labels(
-    plan: Plan, ids: list[int], offsets: list[Span], special: set[int], normalizer: Normalizer | None
+    marked: MarkedText, ids: list[int], offsets: list[Span], special: set[int], normalizer: Normalizer | None
 ) -> list[int]:
-    """The ids of the tokens that stand, wholly or in part, in one of the plan's spans; IGNORED for the others."""
+    """The ids of the tokens that stand, wholly or in part, in one of the text's spans; IGNORED for the others."""
     labels = [IGNORED] * len(ids)
-    rest = iter([(_begin(plan.text, start, normalizer), end) for start, end in plan.spans or ()])
+    rest = iter([(_begin(marked.text, start, normalizer), end) for start, end in marked.spans or ()])
     start, end = next(rest, (0, 0))
     before = 0
     for index, (left, right) in enumerate(offsets):
@@ -216,7 +218,7 @@ def _labels(
             start, end = following
         if left < start < right and ids[index] in special:
             # A special token may swallow the white space beside it.
-            left += right - left - len(plan.text[left:right].lstrip())
+            left += right - left - len(marked.text[left:right].lstrip())
             right = right if left >= start else start
         if right > start and left < end:
             labels[index] = ids[index]

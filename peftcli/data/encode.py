@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Protocol
 from peftcli.data.chat import (
     IGNORED,
     Encoded,
-    Plan,
+    MarkedText,
     chat_template,
     check_ids,
-    encode_plans,
-    plan_chat,
-    plan_pair,
-    plan_text,
+    encode_marked,
+    mark_chat,
+    mark_pair,
+    mark_text,
 )
 from peftcli.data.flags import Flag, damaged
 from peftcli.data.formats import AlpacaExample, ChatExample, Example, ExampleReader, PairExample, TextExample
@@ -59,20 +59,20 @@ class CausalEncoder:
 
     def __call__(self, rows: Sequence[Row]) -> list[Outcome | DataError]:
         examples: list[Example] = []
-        plans: list[Plan] = []
+        texts: list[MarkedText] = []
         places, results = [], list[Outcome | DataError]()
         for row in rows:
             try:
                 example = self._example(row)
-                plan = self._plan(example)
+                marked = self._marked(example)
             except DataError as error:
                 results.append(_placed(error, row))
             else:
                 examples.append(example)
-                plans.append(plan)
+                texts.append(marked)
                 places.append(len(results))
                 results.append(Outcome())
-        encoded = encode_plans(plans, self.tokenizer) if plans else []
+        encoded = encode_marked(texts, self.tokenizer) if texts else []
         for example, each in zip(examples, encoded, strict=True):
             if isinstance(example, ChatExample) and (kind := _kind(example)) not in self._compared:
                 self._compared.add(kind)
@@ -87,14 +87,14 @@ class CausalEncoder:
             return example.pair() if self.template is None else example.chat()
         return example
 
-    def _plan(self, example: Example) -> Plan:
+    def _marked(self, example: Example) -> MarkedText:
         if isinstance(example, TextExample):
-            return plan_text(example)
+            return mark_text(example)
         if isinstance(example, PairExample):
-            return plan_pair(example, self.dataset.train_on)
+            return mark_pair(example, self.dataset.train_on)
         assert self.template is not None
         assert isinstance(example, ChatExample)
-        return plan_chat(example, self.template, self.dataset.train_on)
+        return mark_chat(example, self.template, self.dataset.train_on)
 
     def _outcome(self, encoded: Encoded, row: Row) -> Outcome | DataError:
         ids, labels, limit = encoded.input_ids, encoded.labels, self.dataset.max_length

@@ -61,8 +61,8 @@ _DAMAGE = re.compile(
 
 
 def damaged(text: str) -> bool:
-    """Whether a text shows that it was decoded wrongly somewhere: replacement characters, or UTF-8 read as Latin-1."""
-    return not text.isascii() and _DAMAGE.search(text) is not None
+    """Whether a text was decoded wrongly somewhere: NUL, replacement characters, or UTF-8 read as Latin-1."""
+    return not (text.isascii() and "\0" not in text) and _DAMAGE.search(text) is not None
 
 
 def odd_turns(roles: Sequence[str]) -> bool:

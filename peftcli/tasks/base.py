@@ -11,10 +11,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peftcli.data.encode import Encoder
+    from peftcli.data.store import Feature
     from peftcli.schema import Dataset, Source
 
-Feature = dict[str, list[int]]
-"""One example as the model takes it: ``input_ids`` and ``labels``, where -100 does not count."""
 Batch = dict[str, "torch.Tensor"]
 
 

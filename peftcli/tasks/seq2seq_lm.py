@@ -13,8 +13,9 @@ from torch import nn
 from peftcli.data.collate import pad_seq2seq, pad_token_id
 from peftcli.data.encode import COLUMNS, Seq2SeqEncoder
 from peftcli.data.formats import example_reader
+from peftcli.data.store import Feature
 from peftcli.schema import Dataset, Source
-from peftcli.tasks.base import Batch, Feature, Losses
+from peftcli.tasks.base import Batch, Losses
 from peftcli.tasks.token_loss import token_losses, token_metrics
 
 

@@ -15,9 +15,9 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.data.packing import join
-from peftcli.data.store import View
+from peftcli.data.store import Feature, View
 from peftcli.errors import Diverged
-from peftcli.tasks.base import Feature, Task
+from peftcli.tasks.base import Task
 from peftcli.train.attention import takes_one_row
 from peftcli.train.batches import MicroBatch, Plan
 

@@ -18,13 +18,14 @@ from peftcli.core.inject import Injection, inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.quantised import quantised_tensors
 from peftcli.core.weights import named_tensors
+from peftcli.data.store import Feature
 from peftcli.errors import ModelError, UsageError
 from peftcli.models import tokens
 from peftcli.models.load import base_of, load_model, load_tokenizer
 from peftcli.models.weights import BaseWeights
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
-from peftcli.tasks.base import Feature, Task
+from peftcli.tasks.base import Task
 from peftcli.train.batches import Plan
 from peftcli.train.data import Data
 from peftcli.train.loop import Trainee

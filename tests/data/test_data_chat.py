@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
-from peftcli.data.chat import Encoded, chat_template, encode_chat, encode_pair, encode_text, plan_chat
+from peftcli.data.chat import Encoded, chat_template, encode_chat, encode_pair, encode_text, mark_chat
 from peftcli.data.flags import NONE, Flag, damaged, odd_turns
 from peftcli.data.formats import ChatExample, PairExample, TextExample
 from peftcli.errors import DataError
@@ -271,7 +271,7 @@ def test_a_second_template_for_tools() -> None:
     tokenizer.chat_template = {"default": plain, "tool_use": with_tools}
     template = chat_template(tokenizer)
     for tools, ending in ((None, "<|im_end|>"), ([CALL], "<|stop|>"), (None, "<|im_end|>")):
-        plan = plan_chat(ChatExample(TWO, tools), template, "answers")
+        plan = mark_chat(ChatExample(TWO, tools), template, "answers")
         assert [plan.text[start:end] for start, end in plan.spans or ()] == ["Zwei." + ending, "Vier." + ending]
 
 
@@ -316,7 +316,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize(
-    "text", [*(text.encode().decode("cp1252") for text in TEXTS), "so.\u00c2 And", "\ufffd", "\x93so\x94"]
+    "text", [*(text.encode().decode("cp1252") for text in TEXTS), "so.\u00c2 And", "\ufffd", "\x93so\x94", "a\0"]
 )
 def test_encoding_damage(text: str) -> None:
     assert damaged(text)
@@ -432,7 +432,7 @@ def test_a_signal_while_a_template_runs_is_no_fault_of_the_row(monkeypatch: pyte
     with pytest.raises(Interrupted):
         template.render(TWO)
     with pytest.raises(Interrupted):
-        plan_chat(ChatExample(TWO), template, "answers")
+        mark_chat(ChatExample(TWO), template, "answers")
 
 
 def test_only_an_answer_can_be_left_out_of_all(tokenizers: Callable[..., Any]) -> None:

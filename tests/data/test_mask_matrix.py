@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mask_matrix import PUBLISHED, SHAPES, answer, conversation, expected, user
 
-from peftcli.data.chat import IGNORED, Plan, check_ids, encode_plans, plan_chat
+from peftcli.data.chat import IGNORED, MarkedText, check_ids, encode_marked, mark_chat
 from peftcli.data.flags import Flag
 from peftcli.data.formats import ChatExample
 from peftcli.data.spans import Template
@@ -29,10 +29,12 @@ def _today(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", mask_matrix.Today)
 
 
-def plan(template: str, shape: str, train_on: str = "answers", *untrained: int, using: Template | None = None) -> Plan:
+def plan(
+    template: str, shape: str, train_on: str = "answers", *untrained: int, using: Template | None = None
+) -> MarkedText:
     messages, tools = conversation(template, shape)
     using = using or Template(mask_matrix.tokenizer(template))
-    return plan_chat(ChatExample(messages, tools, frozenset(untrained)), using, train_on)
+    return mark_chat(ChatExample(messages, tools, frozenset(untrained)), using, train_on)
 
 
 def label_spans(tokenizer: Any, ids: list[int], labels: list[int], text: str) -> list[Span]:
@@ -71,7 +73,7 @@ def test_answers(template: str, shape: str) -> None:
     planned = plan(template, shape)
     assert planned.text == text
     assert list(planned.spans or ()) == spans
-    [encoded] = encode_plans([planned], tokenizer)
+    [encoded] = encode_marked([planned], tokenizer)
     check_ids(ChatExample(*conversation(template, shape)), encoded, tokenizer)
     if not PUBLISHED[template].swallow:
         assert label_spans(tokenizer, encoded.input_ids, encoded.labels, text) == joined(spans)
@@ -124,7 +126,7 @@ def test_a_template_with_generation_tags(template: str, shape: str) -> None:
     assert (planned.text, list(planned.spans or ())) == FOUND[template, shape]
     if PUBLISHED[template].swallow:
         return  # transformers trains a header that swallows the white space of the answer
-    [encoded] = encode_plans([planned], tokenizer)
+    [encoded] = encode_marked([planned], tokenizer)
     messages, tools = conversation(template, shape)
     theirs = tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
     assert [label != IGNORED for label in encoded.labels] == list(map(bool, theirs["assistant_masks"]))
@@ -170,10 +172,10 @@ def test_a_turn_that_is_not_trained_may_be_unclear() -> None:
     messages = [user("q"), answer("<think>\nhm\n</think>"), user("r"), answer("A")]
     using = Template(mask_matrix.tokenizer("qwen3"))
     with pytest.raises(DataError, match=r"message 2 .* shows nothing of its content"):
-        plan_chat(ChatExample(messages), using, "answers")
+        mark_chat(ChatExample(messages), using, "answers")
     for planned in (
-        plan_chat(ChatExample(messages), using, "last_answer"),
-        plan_chat(ChatExample(messages, None, frozenset({1})), using, "answers"),
+        mark_chat(ChatExample(messages), using, "last_answer"),
+        mark_chat(ChatExample(messages, None, frozenset({1})), using, "answers"),
     ):
         spans = planned.spans or ()
         assert [planned.text[start:end] for start, end in spans] == ["<think>\n\n</think>\n\nA<|im_end|>"]
@@ -220,7 +222,7 @@ def test_no_content_of_a_user_is_trained_and_every_answer_is(template: str, arou
     contents = [f"{left}·{index}·{right}" for index, (left, right) in enumerate(around[: len(around) // 2 * 2])]
     messages = [user(text) if index % 2 == 0 else answer(text) for index, text in enumerate(contents)]
     try:
-        planned = plan_chat(ChatExample(messages), learnt(template), "answers")
+        planned = mark_chat(ChatExample(messages), learnt(template), "answers")
     except DataError:
         planned = None
     if planned is None:

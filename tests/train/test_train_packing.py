@@ -38,11 +38,10 @@ from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
 from peftcli.data.packing import join
 from peftcli.data.rows import Place
-from peftcli.data.store import Outcome, Part, Store, View, Writer
+from peftcli.data.store import Feature, Outcome, Part, Store, View, Writer
 from peftcli.errors import Interrupted, ModelError
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.schema import Training
-from peftcli.tasks.base import Feature
 from peftcli.tasks.causal_lm import TASK
 from peftcli.train.attention import PACKED, Segments, attend, takes_one_row, use_segments
 from peftcli.train.batches import MicroBatch, Plan
