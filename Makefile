@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 QUANTISED := .venv-quantised
+# a test file stays in one process, since its tests share what they made
+TWO := --numprocesses 2 --dist loadfile
 MODEL := models/SmolLM2-135M-Instruct
 
 .DEFAULT_GOAL := help
@@ -44,11 +46,11 @@ type: $(STAMP) ## mypy
 	@$(BIN)/mypy
 
 test: $(STAMP) ## the tests that need neither patience, a GPU nor the network
-	@$(BIN)/pytest -m "not slow and not gpu and not network"
+	@$(BIN)/pytest $(TWO) -m "not slow and not gpu and not network"
 
 test-all: $(STAMP) $(QUANTISED)/.installed ## the slow tests too, and those that need bitsandbytes and torchao
 	@command -v chromium google-chrome >/dev/null || echo "test-all: no Chromium here, so nobody looks at inspect's page; on Debian: apt install chromium" >&2
-	@$(BIN)/pytest -m "not gpu and not network"
+	@$(BIN)/pytest $(TWO) -m "not gpu and not network"
 	@$(QUANTISED)/bin/pytest -m "not gpu and not network" tests/models tests/recipes -k "models or qlora"
 
 test-gpu: $(STAMP) ## the tests that need a GPU
