@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server import TOKEN, Hub
+from hub_server import TOKEN, Hub
 
 REPO = "alice/my-adapter"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO
-from server import TOKEN, Commit, Hub, Repo
+from hub_server import TOKEN, Commit, Hub, Repo
 
 from peftcli.errors import AdapterError, HubError, NetworkError
 from peftcli.hub import SHARED_FILES, local_folder, push

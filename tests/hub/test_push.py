@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO, make_folder, write_config
-from server import TOKEN, Commit, Hub, Repo
+from hub_server import TOKEN, Commit, Hub, Repo
 
 from peftcli import hub as hub_module
 from peftcli.errors import AdapterError, HubError, NetworkError, UsageError

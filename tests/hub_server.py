@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -15,23 +16,25 @@ from urllib.parse import parse_qs, unquote, urlsplit
 TOKEN = "hf_" + "aB3dE6gH9jK2mN5pQ8sT1vW4"
 USER = "alice"
 
+_REPO = r"(?P<repo>(?:models|datasets)/[^/]+/[^/]+)"
+_FILE = r"/(?P<repo>(?:datasets/)?[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)"
 _ROUTES = [
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/repos/create", "create_repo"),
     ("POST", r"/api/validate-yaml", "validate_yaml"),
-    ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<rev>[^/]+)", "preupload"),
-    ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<rev>[^/]+)", "commit"),
-    ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<rev>[^/]+)", "create_branch"),
-    ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/paths-info/(?P<rev>[^/]+)", "paths_info"),
-    ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/discussions", "discussions"),
-    ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<rev>[^/]+)", "tree"),
-    ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/revision/(?P<rev>[^/]+)", "info"),
-    ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)", "info"),
+    ("POST", rf"/api/{_REPO}/preupload/(?P<rev>[^/]+)", "preupload"),
+    ("POST", rf"/api/{_REPO}/commit/(?P<rev>[^/]+)", "commit"),
+    ("POST", rf"/api/{_REPO}/branch/(?P<rev>[^/]+)", "create_branch"),
+    ("POST", rf"/api/{_REPO}/paths-info/(?P<rev>[^/]+)", "paths_info"),
+    ("GET", rf"/api/{_REPO}/discussions", "discussions"),
+    ("GET", rf"/api/{_REPO}/tree/(?P<rev>[^/]+)(?:/(?P<path>.*))?", "tree"),
+    ("GET", rf"/api/{_REPO}/revision/(?P<rev>[^/]+)", "info"),
+    ("GET", rf"/api/{_REPO}", "info"),
     ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_put"),
     ("POST", r"/lfs/(?P<oid>[0-9a-f]{64})/verify", "lfs_verify"),
-    ("HEAD", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "resolve"),
-    ("GET", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "resolve"),
+    ("HEAD", _FILE, "resolve"),
+    ("GET", _FILE, "resolve"),
 ]
 
 
@@ -65,16 +68,28 @@ class Repo:
         return len({c.oid for commits in self.refs.values() for c in commits}) - 1
 
 
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    content: bytes
+    headers: dict[str, str]
+
+
 @dataclass
 class Fault:
-    """What happens to the next ``times`` requests of an endpoint instead of, or after, the answer."""
+    """What happens to the next ``times`` requests of an endpoint instead of, or to, the right answer."""
 
     kind: str
     times: int
-    status: int = 500
-    headers: dict[str, str] = field(default_factory=dict)
-    body: dict[str, Any] | str = ""
+    method: str | None = None
+    """Only to requests with this method,"""
+    path: str = ""
+    """and whose path ends so."""
+    change: Callable[[Answer], Answer] = lambda answer: answer
     seconds: float = 0.0
+
+    def concerns(self, request: Request) -> bool:
+        return self.times > 0 and self.method in (None, request.method) and request.path.endswith(self.path)
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,8 @@ class Request:
     path: str
     query: dict[str, list[str]]
     body: Any
+    token: str | None = None
+    """What it was authorized with."""
 
 
 class Hub:
@@ -97,6 +114,7 @@ class Hub:
         self.requests: list[Request] = []
         self.token: str | None = TOKEN
         self.closing = threading.Event()
+        self._lock = threading.Lock()
         hub = self
 
         class Handler(_Handler):
@@ -116,35 +134,57 @@ class Hub:
         self._thread.join()
 
     def fail(
-        self, endpoint: str, status: int, *, times: int = 1, headers: dict[str, str] | None = None, body: Any = ""
-    ):
-        """Answer with ``status`` and do nothing."""
-        self._add(endpoint, Fault("status", times, status, headers or {}, body))
+        self, endpoint: str, status: int, *, headers: dict[str, str] | None = None, body: Any = "", **when: Any
+    ) -> None:
+        """Answer with ``status`` and do nothing.
 
-    def drop(self, endpoint: str, *, times: int = 1) -> None:
+        Args:
+            endpoint: the last column of ``_ROUTES``.
+            status: of HTTP.
+            headers: of the answer.
+            body: of the answer.
+            when: ``times``, ``method`` and ``path`` of a ``Fault``.
+        """
+        answer = Answer(status, _encoded(body), headers or {})
+        self._add(endpoint, Fault("refuse", change=lambda right: answer, **_once(when)))
+
+    def drop(self, endpoint: str, **when: Any) -> None:
         """Close the connection without an answer and do nothing."""
-        self._add(endpoint, Fault("drop", times))
+        self._add(endpoint, Fault("drop", **_once(when)))
 
-    def lose_answer(self, endpoint: str, *, times: int = 1) -> None:
+    def lose_answer(self, endpoint: str, **when: Any) -> None:
         """Do what is asked, then close the connection without an answer."""
-        self._add(endpoint, Fault("lose", times))
+        self._add(endpoint, Fault("lose", **_once(when)))
 
-    def delay(self, endpoint: str, seconds: float, *, times: int = 1) -> None:
+    def delay(self, endpoint: str, seconds: float, **when: Any) -> None:
         """Wait, then close the connection without an answer."""
-        self._add(endpoint, Fault("delay", times, seconds=seconds))
+        self._add(endpoint, Fault("drop", seconds=seconds, **_once(when)))
 
-    def asked(self, endpoint: str) -> list[Request]:
-        return [request for request in self.requests if request.endpoint == endpoint]
+    def cut(self, endpoint: str, seconds: float = 0.0, **when: Any) -> None:
+        """Do what is asked, send the first half of the answer, wait, and close the connection."""
+        self._add(endpoint, Fault("cut", seconds=seconds, **_once(when)))
+
+    def alter(self, endpoint: str, change: Callable[[Answer], Answer], **when: Any) -> None:
+        """Do what is asked, and send ``change(answer)``."""
+        self._add(endpoint, Fault("alter", change=change, **_once(when)))
+
+    def asked(self, endpoint: str, method: str | None = None, path: str = "") -> list[Request]:
+        return [
+            request
+            for request in self.requests
+            if request.endpoint == endpoint and method in (None, request.method) and request.path.endswith(path)
+        ]
 
     def _add(self, endpoint: str, fault: Fault) -> None:
         assert endpoint in {name for _, _, name in _ROUTES}
         self.faults.setdefault(endpoint, []).append(fault)
 
-    def next_fault(self, endpoint: str) -> Fault | None:
-        for fault in self.faults.get(endpoint, []):
-            if fault.times > 0:
-                fault.times -= 1
-                return fault
+    def next_fault(self, request: Request) -> Fault | None:
+        with self._lock:
+            for fault in self.faults.get(request.endpoint, []):
+                if fault.concerns(request):
+                    fault.times -= 1
+                    return fault
         return None
 
     @property
@@ -179,34 +219,45 @@ class _Handler(BaseHTTPRequestHandler):
         if match is None:
             self.hub.requests.append(Request("unknown", self.command, parts.path, {}, content))
             return self._answer(404, {"error": "no such endpoint"})
-        values = {name: unquote(value) for name, value in match.groupdict().items()}
+        values = {name: unquote(value or "") for name, value in match.groupdict().items()}
+        if "repo" in values:
+            values["repo"] = values["repo"].removeprefix("models/")
         body = _decoded(content, self.headers.get("Content-Type", ""))
-        request = Request(endpoint, self.command, parts.path, parse_qs(parts.query), body)
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
+        request = Request(endpoint, self.command, parts.path, parse_qs(parts.query), body, token)
         self.hub.requests.append(request)
         return self._serve(request, values)
 
     do_GET = do_POST = do_PUT = do_HEAD = _handle
 
     def _serve(self, request: Request, values: dict[str, str]) -> None:
-        fault = self.hub.next_fault(request.endpoint)
-        if fault and fault.kind == "delay":
+        fault = self.hub.next_fault(request) or Fault("none", 0)
+        if fault.kind == "drop":
             self.hub.closing.wait(fault.seconds)
-        if fault and fault.kind in ("drop", "delay"):
             return self._hang_up()
-        if fault and fault.kind == "status":
-            return self._answer(fault.status, fault.body, fault.headers)
+        answer = Answer(0, b"", {}) if fault.kind == "refuse" else self._right_answer(request, values)
+        if fault.kind == "lose":
+            return self._hang_up()
+        answer = fault.change(answer)
+        if fault.kind != "cut":
+            return self._answer(answer.status, answer.content, answer.headers)
+        half = answer.content[: len(answer.content) // 2]
+        self._answer(answer.status, half, {"Content-Length": str(len(answer.content)), **answer.headers})
+        self.wfile.flush()
+        self.hub.closing.wait(fault.seconds)
+        return self._hang_up()
+
+    def _right_answer(self, request: Request, values: dict[str, str]) -> Answer:
         try:
             if self.hub.token and request.endpoint != "lfs_put":
                 self._check_token()
-            status, answer, headers = getattr(self, f"_{request.endpoint}")(request, **values)
+            status, body, headers = getattr(self, f"_{request.endpoint}")(request, **values)
         except _Refusal as refusal:
-            status, answer, headers = refusal.status, refusal.body, refusal.headers
-        if fault and fault.kind == "lose":
-            return self._hang_up()
-        return self._answer(status, answer, headers)
+            status, body, headers = refusal.status, refusal.body, refusal.headers
+        return Answer(status, _encoded(body), headers)
 
-    def _answer(self, status: int, body: Any = "", headers: dict[str, str] | None = None) -> None:
-        content = body if isinstance(body, bytes) else (body if isinstance(body, str) else json.dumps(body)).encode()
+    def _answer(self, status: int, body: Any = b"", headers: dict[str, str] | None = None) -> None:
+        content = _encoded(body)
         self.send_response(status)
         given = {"Content-Type": "application/json", "Content-Length": str(len(content)), **(headers or {})}
         for name, value in given.items():
@@ -342,8 +393,10 @@ class _Handler(BaseHTTPRequestHandler):
         private = self._repo(repo).private
         return 200, {"id": repo, "modelId": repo, "sha": commit.oid, "private": private, "siblings": siblings}, {}
 
-    def _tree(self, request: Request, repo: str, rev: str):
-        return 200, [_entry(path, content) for path, content in sorted(self._at(repo, rev).files.items())], {}
+    def _tree(self, request: Request, repo: str, rev: str, path: str = ""):
+        files = self._at(repo, rev).files
+        inside = [name for name in sorted(files) if not path or name.startswith(f"{path}/")]
+        return 200, [_entry(name, files[name]) for name in inside], {}
 
     def _paths_info(self, request: Request, repo: str, rev: str):
         files = self._at(repo, rev).files
@@ -369,13 +422,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _resolve(self, request: Request, repo: str, rev: str, path: str):
         commit = self._at(repo, rev)
         if path not in commit.files:
-            raise _Refusal(404, "", {"X-Error-Code": "EntryNotFound"})
+            raise _Refusal(404, "", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit.oid})
         content = commit.files[path]
         lfs = _is_lfs(path)
         etag = _sha256(content) if lfs else _git_sha(content)
-        headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{etag}"'}
+        headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
         if lfs:
             headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(content))}
+        if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, end = int(part[1]), min(int(part[2] or len(content)), len(content) - 1)
+            headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
+            return 206, content[start : end + 1], headers
         return 200, content, headers
 
 
@@ -386,6 +443,16 @@ def _is_lfs(path: str) -> bool:
 def _is_private(body: dict[str, Any]) -> bool:
     """Newer clients send ``visibility``, older ones ``private``."""
     return body.get("visibility") == "private" or body.get("private") is True
+
+
+def _once(when: dict[str, Any]) -> dict[str, Any]:
+    return {"times": 1, **when}
+
+
+def _encoded(body: Any) -> bytes:
+    if isinstance(body, bytes):
+        return body
+    return (body if isinstance(body, str) else json.dumps(body)).encode()
 
 
 def _decoded(content: bytes, content_type: str) -> Any:
