@@ -167,3 +167,35 @@ class Interrupted(PeftcliError):
     def __init__(self, message: str, *, exit_code: int, hint: str | None = None):
         super().__init__(message, hint=hint)
         self.exit_code = exit_code
+
+
+def known(error: BaseException) -> PeftcliError | None:
+    """``error`` as one of ours; None where nobody foresaw it."""
+    if isinstance(error, PeftcliError):
+        return error
+    text = str(error)
+    # torch's OutOfMemoryError by its name, since torch may not be loaded
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "t allocate memory" in text:
+        return OutOfMemory(
+            "not enough memory",
+            hint="lower per_device_train_batch_size and raise gradient_accumulation_steps as much; "
+            "lower dataset.max_length; or set training.gradient_checkpointing: true",
+        )
+    if any(phrase in text for phrase in _OTHER_ENDED):
+        return ProcessDied(
+            "another training process ended", hint="its error says why; run the same command again to go on"
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        return StorageError(f"{error.strerror or error}", file=str(error.filename) if error.filename else None)
+    return None
+
+
+_OTHER_ENDED = (
+    "closed by peer",
+    "reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "Socket Timeout",
+    "ncclRemoteError",
+)
+"""What torch's process groups say when one of them is gone."""

@@ -199,6 +199,12 @@ class Training:
     """With save_strategy steps: how often."""
     save_total_limit: int = 2
     """How many checkpoints are kept, the newest; at least 2."""
+    max_time: str | None = None
+    """Stop with a checkpoint once so much time has gone by since the start of the command, as in 3h30m or 90s; the same
+    command then goes on. What the step under way and the checkpoint take comes on top."""
+    save_on_signal: Literal["SIGUSR1", "SIGUSR2"] | None = "SIGUSR2"
+    """At this signal a checkpoint is written and training goes on: for the notice that a spot machine or a scheduler
+    gives. null: at none. INT, TERM and USR1, unless it is named here, stop with a checkpoint."""
     load_best_model_at_end: bool = False
     """Keep the adapter of the best evaluation instead of the last one."""
     metric_for_best_model: str = "eval_loss"

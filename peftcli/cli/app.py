@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from peftcli import signals
 from peftcli.cli import (
     cache,
     check,
@@ -29,9 +30,10 @@ from peftcli.cli import (
     merge,
     push,
     schema,
+    status,
     train,
 )
-from peftcli.errors import Interrupted, PeftcliError, UsageError
+from peftcli.errors import Interrupted, PeftcliError, UsageError, known
 
 _BROKEN_PIPE = 141
 
@@ -61,6 +63,7 @@ RECIPES = "Recipes"
 ADAPTERS = "Adapters"
 
 app.command("train", rich_help_panel=RECIPES)(train.train)
+app.command("status", rich_help_panel=RECIPES)(status.status)
 app.command("evaluate", rich_help_panel=RECIPES)(evaluate.evaluate)
 app.command("inspect", rich_help_panel=RECIPES)(inspect.inspect)
 app.command("check", rich_help_panel=RECIPES)(check.check)
@@ -104,8 +107,10 @@ def main(args: Sequence[str] | None = None) -> int:
     debug, as_json = "--debug" in options, "--json" in options
     rest = [arg for arg in options if arg != "--debug"] + given[len(options) :]
     try:
-        code = _run(rest or ["--help"])
+        with signals.handled():
+            code = _run(rest or ["--help"])
         sys.stdout.flush()
+        _ended(None)
         return code
     except BrokenPipeError:
         # Python would meet the same pipe again when it closes stdout.
@@ -116,9 +121,23 @@ def main(args: Sequence[str] | None = None) -> int:
             import traceback
 
             console.log(traceback.format_exc())
-        return console.report_error(_for_user(error), as_json)
+        return _failed(_for_user(error), as_json)
     except KeyboardInterrupt:
-        return console.report_error(Interrupted("interrupted", exit_code=130), as_json)
+        return _failed(Interrupted("stopped (SIGINT)", exit_code=130), as_json)
+
+
+def _failed(error: PeftcliError, as_json: bool) -> int:
+    """Shows an error, or has the launcher show it. Returns the exit code."""
+    return error.exit_code if _ended(error) else console.report_error(error, as_json)
+
+
+def _ended(error: PeftcliError | None) -> bool:
+    """Tells the launcher that started this process, if there is one, how it ended."""
+    if "PEFTCLI_STATUS" not in os.environ:
+        return False
+    from peftcli.train.launch import report
+
+    return report(error)
 
 
 def _run(args: list[str]) -> int:
@@ -133,8 +152,8 @@ def _run(args: list[str]) -> int:
 
 def _for_user(error: Exception) -> PeftcliError:
     """``error`` as one of ours. typer's own know the command whose help would have told."""
-    if isinstance(error, PeftcliError):
-        return error
+    if (ours := known(error)) is not None:
+        return ours
     if hasattr(error, "format_message"):
         path = getattr(getattr(error, "ctx", None), "command_path", "peftcli")
         return UsageError(error.format_message(), hint=f"see `{path} --help`")

@@ -103,6 +103,7 @@ class Progress:
             TimeRemainingColumn(),
             TextColumn("{task.fields[state]}"),
             console=console.rich_console(stderr=True),
+            refresh_per_second=2,
         )
         self.bar.add_task("training", total=self.total, completed=self.first_step, state="")
         self.bar.start()

@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from peftcli.cli import console
+from peftcli.cli.progress import Progress, summary
+
+if TYPE_CHECKING:
+    from peftcli.schema import Recipe
 
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
-    resume: Annotated[str, typer.Option(metavar="auto|CHECKPOINT", help="Where to go on from.")] = "auto",
+    resume: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|never|must|CHECKPOINT",
+            help="auto: go on where a run of this recipe stopped; never: refuse to; must: refuse to begin anew.",
+        ),
+    ] = "auto",
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="Go on with a run that differs in this key, as the refusal names it."),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Take the place of another run in the folder, which is moved aside at the end."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print run.json instead of a summary.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the summary.")] = False,
     dry_run: Annotated[
@@ -33,26 +53,55 @@ def train(
 
     from peftcli.train import launch
 
+    _note_what_is_saved(settings)
     launch.follow_parent()
-    from peftcli.cli.progress import Progress, summary
-
     if not launch.launched() and (count := launch.process_count(settings.launch)) > 1:
-        from peftcli.train.data import prepare_data
-        from peftcli.train.folder import is_complete
-        from peftcli.train.signals import handled
-
-        if not is_complete(settings):
-            with handled(), Progress(quiet=quiet) as progress:
-                prepare_data(settings, progress.show)
-        raise typer.Exit(launch.run_processes(sys.argv[1:], count, settings.launch))
+        raise typer.Exit(_launch(settings, count, quiet=quiet, overwrite=overwrite))
 
     from peftcli.train.run import raise_failed_gates
     from peftcli.train.run import train as run
 
     with launch.left_in_the_end(), Progress(quiet=quiet or not launch.is_main_process()) as progress:
-        result = run(settings, resume=resume, on_event=progress.show)
+        result = run(
+            settings, resume=resume, allow_change=allow_change or (), overwrite=overwrite, on_event=progress.show
+        )
     if launch.is_main_process():
         if not progress.trained:
             console.log(f"{settings.training.output_dir} is complete already; nothing was done")
         console.print_json(result) if as_json else console.out(summary(result))
         raise_failed_gates(result["gates"])
+
+
+def _note_what_is_saved(settings: Recipe) -> None:
+    """A signal that comes while torch is loaded ends a run that can be gone on with, or not."""
+    from peftcli import signals
+    from peftcli.errors import PeftcliError
+    from peftcli.train.folder import RunFolder
+
+    try:
+        run = RunFolder(Path(settings.training.output_dir)).read()
+    except PeftcliError:  # said later, with all that is wrong
+        return
+    signals.current().saved = run is not None and run["resumable"]
+
+
+def _launch(settings: Recipe, count: int, *, quiet: bool, overwrite: bool) -> int:
+    """Hold the run folder, encode the data once, and start a process for each device."""
+    from peftcli.errors import PeftcliError
+    from peftcli.train import launch
+    from peftcli.train.data import prepare_data
+    from peftcli.train.folder import RunFolder, is_complete, mark_ended
+
+    folder = RunFolder(Path(settings.training.output_dir))
+    complete = is_complete(settings)
+    folder.lock()
+    try:
+        if overwrite or not complete:
+            with Progress(quiet=quiet) as progress:
+                prepare_data(settings, progress.show)
+        return launch.run_processes(sys.argv[1:], count, settings.launch, folder.give_lock())
+    except PeftcliError as error:
+        mark_ended(folder, error)
+        raise
+    finally:
+        folder.unlock()

@@ -14,7 +14,7 @@ dump        Recipe -> YAML
 
 from __future__ import annotations
 
-from peftcli.recipe.checks import gate_holds, parse_gate
+from peftcli.recipe.checks import gate_holds, parse_gate, seconds
 from peftcli.recipe.dump import to_dict, to_yaml
 from peftcli.recipe.parse import Reading, load_recipe, method_config, read, read_recipe
 from peftcli.recipe.reference import Explanation, explain, json_schema
@@ -30,6 +30,7 @@ __all__ = [
     "parse_gate",
     "read",
     "read_recipe",
+    "seconds",
     "to_dict",
     "to_yaml",
 ]

@@ -22,6 +22,7 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "==": operator.eq,
 }
 _GATE = re.compile(r"\s*(<=|>=|==|<|>)\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?)\s*")
+_TIME = re.compile(r"(?:(?P<d>[0-9]{1,4})d)?(?:(?P<h>[0-9]{1,6})h)?(?:(?P<m>[0-9]{1,8})m)?(?:(?P<s>[0-9]{1,9})s)?")
 _AT_LEAST_ONE = (
     "dataset.max_length",
     "training.per_device_train_batch_size",
@@ -59,6 +60,23 @@ def parse_gate(text: str) -> tuple[str, float]:
 def gate_holds(op: str, value: float, bound: float) -> bool:
     """Whether a metric meets its gate. NaN never does."""
     return _OPERATORS[op](value, bound)
+
+
+def seconds(text: str) -> float:
+    """How long a time like ``3h30m`` is, in seconds.
+
+    Raises:
+        UsageError: it is no time.
+    """
+    match = _TIME.fullmatch(text.replace(" ", "")) if len(text) <= 40 else None
+    total = (
+        sum(int(match[unit] or 0) * size for unit, size in zip("dhms", (86400, 3600, 60, 1), strict=True))
+        if match
+        else 0
+    )
+    if not total:
+        raise UsageError(f"expected days, hours, minutes and seconds, as in 3h30m or 90s, found {text[:60]!r}")
+    return float(total)
 
 
 def check(recipe: Recipe, report: Report) -> None:
@@ -151,6 +169,11 @@ def _ranges(recipe: Recipe, report: Report) -> None:
             ("training.save_total_limit",),
             f"must be at least 2, not {training.save_total_limit}: an older checkpoint is the way back from a bad one",
         )
+    if training.max_time is not None:
+        try:
+            seconds(training.max_time)
+        except UsageError as error:
+            report(("training.max_time",), error.message)
     if not 0 <= training.seed < 2**32:
         report(("training.seed",), f"must be in [0, 2**32), not {training.seed}")
 

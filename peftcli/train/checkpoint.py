@@ -1,15 +1,17 @@
 """Checkpoints: everything that training needs to go on as if it had never stopped. No pickle.
 
-A checkpoint is a folder ``step-000100`` with adapter, optimizer, schedule, random states and progress, and a
-``MANIFEST.json`` of every file's size and sha256. It gets its name only when it is whole.
+A checkpoint is a folder ``step-000100`` with adapter, optimizer, random states and progress, and a ``MANIFEST.json``
+of every file's size and sha256. It gets its name only when it is whole. The learning rate and the order of the examples
+are functions of the step, so they are not in it.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,23 @@ from accelerate import Accelerator
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.files import read_tensors, sync_folder, write_adapter, write_file
+from peftcli.core.files import CONFIG_FILE, WEIGHTS_FILE, read_tensors, write_adapter
 from peftcli.core.weights import adapter_state, load_training_state, named_tensors, unsaved_state
-from peftcli.errors import StorageError
-from peftcli.train.loop import Trainee
+from peftcli.errors import Diverged, PeftcliError, StorageError
+from peftcli.files import read_small, remove_folder, sha256, sync_folder, write_file
+from peftcli.train.loop import LESS_LEARNING, Trainee
 
 _MANIFEST = "MANIFEST.json"
+_PROGRESS = "progress.json"
+_OPTIMIZER = "optimizer.safetensors"
+_BEST = "best_adapter.safetensors"
 _TRAINING_STATE = "training_state.safetensors"
 """What training needs of the adapter and the adapter file does not hold as it is; most methods have nothing such."""
+
+_NEEDED = {WEIGHTS_FILE, CONFIG_FILE, _PROGRESS, _OPTIMIZER, "random-00000.safetensors"}
+_AVERAGES = ("step", "exp_avg", "exp_avg_sq")
+_STEP = re.compile(r"step-\d{6,}")
+_LARGEST_JSON = 1 << 24
 
 
 @dataclass
@@ -48,6 +59,8 @@ class Progress:
     """Metrics before the first step, with eval_on_start."""
     best_eval: dict[str, float] = field(default_factory=dict)
     best_step: int = -1
+    pending: dict[str, Any] | None = None
+    """The line of metrics.jsonl of a step whose evaluation was due when the run was stopped."""
 
 
 @dataclass
@@ -63,54 +76,98 @@ class State:
     """The adapter at the best evaluation, where the recipe keeps that one."""
 
 
-def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelerator) -> Path:
+def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelerator, made_by: dict[str, str]) -> Path:
     """Write a checkpoint below ``folder``, then delete all but the ``keep`` newest.
+
+    Args:
+        folder: Of the checkpoints.
+        state: What to write.
+        keep: How many checkpoints stay.
+        accelerator: Of this process; all processes save together.
+        made_by: Hashes of what trains: recipe, data, base model.
 
     Raises:
         StorageError: it cannot be written; the older checkpoints stand.
+        Diverged: the adapter holds a number that is not finite.
     """
     final = folder / f"step-{state.progress.step:06d}"
     temporary = folder / f".{final.name}.tmp"
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True, exist_ok=True)
+        with _storing(temporary):
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     _write_tensors(temporary / _random_file(accelerator.process_index), _random_state())
     if accelerator.is_main_process:
-        write_adapter(adapter_state(state.model), state.config, temporary)
+        write_finite(adapter_state(state.model), state.config, temporary)
         if extra := unsaved_state(state.model):
             _write_tensors(temporary / _TRAINING_STATE, extra)
-        _write_tensors(temporary / "optimizer.safetensors", _optimizer_state(state))
+        _write_tensors(temporary / _OPTIMIZER, _optimizer_state(state))
         if state.best_adapter is not None:
-            _write_tensors(temporary / "best_adapter.safetensors", state.best_adapter)
-        _write_json(temporary / "schedule.json", _schedule_state(state))
-        _write_json(temporary / "progress.json", asdict(state.progress))
+            _write_tensors(temporary / _BEST, state.best_adapter)
+        _write_json(temporary / _PROGRESS, asdict(state.progress))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _write_json(temporary / _MANIFEST, _manifest(temporary, state.progress.step, accelerator.num_processes))
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        sync_folder(folder)
+        _write_json(
+            temporary / _MANIFEST, _manifest(temporary, state.progress.step, accelerator.num_processes, made_by)
+        )
+        with _storing(final):
+            if final.exists():  # of an attempt that went on from an older one
+                remove_folder(final, final.with_name(f".old-{final.name}"))
+            temporary.rename(final)
+            sync_folder(folder)
         for old in checkpoints(folder)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
+            remove_folder(old, old.with_name(f".old-{old.name}"))
     accelerator.wait_for_everyone()
     return final
 
 
+def write_finite(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, folder: Path) -> None:
+    """Write an adapter that training has made.
+
+    Raises:
+        Diverged: a number in it is not finite.
+        StorageError: it cannot be written.
+    """
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise Diverged(f"{name} holds a number that is not finite; it is not written", hint=LESS_LEARNING)
+    write_adapter(tensors, config, folder)
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints below ``folder``, newest first, unverified."""
-    return sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True)
+    found = [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what killed runs were writing and deleting. The run folder is locked.
+
+    Raises:
+        StorageError: a file cannot be removed.
+    """
+    with _storing(folder):
+        for path in folder.glob(".*"):
+            if re.fullmatch(r"\.(step-\d+\.tmp|old-step-\d+)", path.name) and not path.is_symlink():
+                shutil.rmtree(path)
 
 
 def newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose every file is as it was written; damaged ones are set aside with a warning."""
+    """The newest checkpoint whose every file is as it was written; damaged ones are set aside with a warning.
+
+    Raises:
+        StorageError: one cannot be read or set aside.
+    """
     for path in checkpoints(folder):
         if (reason := damage(path)) is None:
             return path
         aside = path.with_name(f".damaged-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+        with _storing(path):
+            if aside.exists():
+                shutil.rmtree(aside)
+            path.rename(aside)
         warn(f"{path.name} is damaged ({reason}); set aside as {aside.name}, using the one before")
     return None
 
@@ -118,70 +175,121 @@ def newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint; None when every file has the size and sha256 that its manifest says."""
     try:
-        manifest = json.loads((path / _MANIFEST).read_bytes())
+        if path.is_symlink():
+            return "it is a link"
+        manifest = read_manifest(path)
         listed = dict(manifest["files"])
         found = {entry.name for entry in path.iterdir()} - {_MANIFEST}
         if found != set(listed):
             return f"files differ from the manifest: {min(found ^ set(listed))}"
+        if missing := _NEEDED - found:
+            return f"there is no {min(missing)}"
         for name, said in listed.items():
             file = path / name
             if file.is_symlink() or not file.is_file():
                 return f"{name} is no regular file"
             if file.stat().st_size != said["bytes"] or sha256(file) != said["sha256"]:
                 return f"{name} has changed"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not path.name.endswith(f"-{manifest['step']:06d}") or _progress(path).step != manifest["step"]:
+            return "its step is not the one that its name says"
+    except OSError as error:
+        return f"{_MANIFEST}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{_MANIFEST}: {error}"
     return None
 
 
-def load_checkpoint(path: Path, state: State, accelerator: Accelerator) -> None:
-    """Fill ``state`` from a checkpoint.
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
 
     Raises:
-        StorageError: it was written by another number of processes, or cannot be read.
+        OSError: it cannot be read.
+        ValueError: it is none.
     """
-    manifest = json.loads((path / _MANIFEST).read_bytes())
-    if manifest["num_processes"] != accelerator.num_processes:
-        raise StorageError(
-            f"was written by {manifest['num_processes']} processes; this run has {accelerator.num_processes}",
-            file=str(path),
-        )
-    extra = path / _TRAINING_STATE
-    more = safetensors.torch.load_file(extra) if extra.exists() else {}
-    load_training_state(state.model, {**read_tensors(path), **more})
-    _load_optimizer(state, safetensors.torch.load_file(path / "optimizer.safetensors"))
-    schedule = json.loads((path / "schedule.json").read_bytes())
-    state.trainee.schedule.load_state_dict(schedule)
-    for group, rate in zip(state.trainee.optimizer.param_groups, schedule["_last_lr"], strict=True):
+    manifest = json.loads(read_small(path / _MANIFEST, _LARGEST_JSON))
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise ValueError("no manifest of a checkpoint")
+    return manifest
+
+
+def load_checkpoint(path: Path, state: State, accelerator: Accelerator, *, exactly: bool = True) -> None:
+    """Fill ``state`` from a checkpoint.
+
+    Args:
+        path: The checkpoint, which is whole.
+        state: Is filled.
+        accelerator: Of this process.
+        exactly: False where the recipe or the number of processes is another one than the checkpoint's.
+
+    Raises:
+        StorageError: it does not fit the model, or cannot be read.
+    """
+    try:
+        extra = path / _TRAINING_STATE
+        more = safetensors.torch.load_file(extra) if extra.exists() else {}
+        load_training_state(state.model, {**read_tensors(path), **more})
+        _load_optimizer(state, safetensors.torch.load_file(path / _OPTIMIZER))
+        for name, value in asdict(_progress(path)).items():
+            setattr(state.progress, name, value)
+        best = path / _BEST
+        state.best_adapter = safetensors.torch.load_file(best) if best.exists() else None
+        _set_schedule(state)
+        random = path / _random_file(accelerator.process_index)
+        if random.exists():
+            _restore_random(safetensors.torch.load_file(random))
+        elif exactly:
+            raise ValueError(f"there is no {random.name}")
+    except PeftcliError as error:
+        raise StorageError(f"does not fit this run: {error.message}", file=str(path)) from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        raise StorageError(f"does not fit this run: {str(error)[:300]}", file=str(path)) from None
+
+
+def _progress(path: Path) -> Progress:
+    """How far a checkpoint's run was.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no progress.
+        TypeError: the same.
+    """
+    values = json.loads(read_small(path / _PROGRESS, _LARGEST_JSON))
+    fresh = asdict(Progress())
+    if not isinstance(values, dict) or values.keys() != fresh.keys():
+        raise ValueError(f"{_PROGRESS} is that of another version")
+    for name, value in fresh.items():
+        if type(values[name]) is not type(value) and not (name == "pending" and isinstance(values[name], dict)):
+            raise ValueError(f"{_PROGRESS}: {name} is wrong")
+    return Progress(**values)
+
+
+def _set_schedule(state: State) -> None:
+    """Put the schedule where it stands after the steps done; it depends on nothing else."""
+    schedule, optimizer = state.trainee.schedule, state.trainee.optimizer
+    assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+    step = schedule.last_epoch = state.progress.step
+    rates = [base * share(step) for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    schedule._last_lr = rates
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    for name, value in json.loads((path / "progress.json").read_bytes()).items():
-        setattr(state.progress, name, value)
-    best = path / "best_adapter.safetensors"
-    state.best_adapter = safetensors.torch.load_file(best) if best.exists() else None
-    _restore_random(safetensors.torch.load_file(path / _random_file(accelerator.process_index)))
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+@contextlib.contextmanager
+def _storing(path: Path) -> Iterator[None]:
+    """Raises StorageError where a file cannot be written or moved."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write: {error.strerror}", file=str(path)) from None
 
 
-def _digest(file: Any) -> str:
-    """``hashlib.file_digest`` for Python 3.10."""
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _manifest(folder: Path, step: int, num_processes: int) -> dict[str, Any]:
+def _manifest(folder: Path, step: int, num_processes: int, made_by: dict[str, str]) -> dict[str, Any]:
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.iterdir())
         if path.name != _MANIFEST
     }
-    return {"step": step, "num_processes": num_processes, "files": files}
+    return {"step": step, "num_processes": num_processes, **made_by, "files": files}
 
 
 def _optimizer_state(state: State) -> dict[str, torch.Tensor]:
@@ -194,17 +302,19 @@ def _optimizer_state(state: State) -> dict[str, torch.Tensor]:
 
 
 def _load_optimizer(state: State, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError unless the tensors are AdamW's averages of the model's, but for some without a gradient."""
+    rest = dict(tensors)
     for name, (_, _, parameter) in named_tensors(state.model).items():
-        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors]
-        loaded = {key: tensors[f"{name}.{key}"] for key in keys}
+        loaded = {key: rest.pop(f"{name}.{key}") for key in _AVERAGES if f"{name}.{key}" in rest}
+        if len(loaded) not in (0, len(_AVERAGES)):
+            raise ValueError(f"{_OPTIMIZER}: part of {name} is missing")
+        if any(value.shape != parameter.shape for key, value in loaded.items() if key != "step"):
+            raise ValueError(f"{_OPTIMIZER}: {name} has another shape")
         state.trainee.optimizer.state[parameter] = {
             key: value if key == "step" else value.to(parameter.device) for key, value in loaded.items()
         }
-
-
-def _schedule_state(state: State) -> dict[str, Any]:
-    kept = state.trainee.schedule.state_dict()
-    return {key: value for key, value in kept.items() if isinstance(value, (int, float, list, bool))}
+    if rest:
+        raise ValueError(f"{_OPTIMIZER}: {min(rest)} is of another optimizer or adapter")
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,29 @@ from peftcli.tasks.base import Task
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, task: Task, features: View, tokenizer: Any, batch_size: int, accelerator: Accelerator
-) -> dict[str, float]:
+    model: nn.Module,
+    task: Task,
+    features: View,
+    tokenizer: Any,
+    batch_size: int,
+    accelerator: Accelerator,
+    stopping: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """The task's metrics over all targets of ``features``, each name with the prefix ``eval_``.
 
     The result does not depend on the batch size or the number of processes, float error aside.
+
+    Args:
+        model: What is measured.
+        task: What its losses are.
+        features: The examples.
+        tokenizer: The model's.
+        batch_size: Examples at once in a process.
+        accelerator: Of this process; all processes evaluate together.
+        stopping: Is asked before each batch, by all processes as often, whether to give up.
+
+    Returns:
+        The metrics; None if it was given up.
     """
     was_training = model.training
     model.eval()
@@ -28,7 +47,14 @@ def evaluate(
     sums: dict[str, float] = {}
     inner = accelerator.unwrap_model(model)  # no gradients to synchronise, and the processes' batch counts may differ
     mine = batches[accelerator.process_index :: accelerator.num_processes]
-    for indices in mine or [order[:1]]:  # a process without a batch counts one example zero times
+    rounds = -(-len(batches) // accelerator.num_processes)
+    # a process without a batch counts one example zero times
+    for indices in [*(mine or [order[:1]]), *[None] * (rounds - max(len(mine), 1))]:
+        if stopping():
+            model.train(was_training)
+            return None
+        if indices is None:
+            continue
         batch = task.collate([features[index] for index in indices], tokenizer)
         batch = {name: value.to(accelerator.device) for name, value in batch.items()}
         with accelerator.autocast():

@@ -1,9 +1,13 @@
-"""One process per device on this machine, their signals and their exit codes."""
+"""One process per device on this machine, their signals, their exit codes, and what becomes of them if one fails.
+
+Each process writes how it ended to a file of its own, ``PEFTCLI_STATUS``/RANK.json, so that the reason is not lost: one
+that ended without such a file died. One that is stopped, and a group of which none does anything any more, are ended.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import math
+import json
 import os
 import signal
 import socket
@@ -13,14 +17,28 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from peftcli.errors import Interrupted, ProcessDied, UsageError
+from peftcli.errors import Interrupted, PeftcliError, ProcessDied, UsageError
 from peftcli.schema import Launch
+from peftcli.signals import STARTED, STOPPING
 
-_GRACE_SECONDS = 20.0
-"""How long the other processes may take to end after one has died."""
-_OURS = {2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 75, 130, 143}
-"""Exit codes that say what went wrong; any other means that the process died."""
+_GRACE_SECONDS = 12.0
+"""How long the other processes may take to end after one has failed."""
+_STOPPED_SECONDS = 8.0
+"""How long a process may be stopped, as by SIGSTOP."""
+_IDLE_SECONDS = 12.0
+"""How long all processes together may do nothing, once they train."""
+_IDLE_BEFORE = 180.0
+"""The same before: they may wait for the hub."""
+_IDLE_SHARE = 0.04
+"""Of one core: a group that computes less does nothing. What redraws a progress bar takes less."""
+_REDRAWN_BYTES = 20_000
+"""The most that a progress bar writes between two looks, which is no work either."""
+_STATUS = "PEFTCLI_STATUS"
+_TRAINING = "training"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -71,35 +89,73 @@ def total_processes(launch: Launch) -> int:
     return (process_count(launch) if asked == "auto" else asked) * launch.num_machines
 
 
-def run_processes(command: Sequence[str], count: int, launch: Launch) -> int:
+def run_processes(command: Sequence[str], count: int, launch: Launch, lock: tuple[int, dict[str, str]]) -> int:
     """Run ``python -m peftcli`` with ``command`` in ``count`` processes that know of one another.
 
-    The first INT, TERM or USR1 is passed on, so that they stop with a checkpoint.
+    INT, TERM, USR1 and USR2 are passed on, so that they stop with a checkpoint, or write one.
+
+    Args:
+        command: The words after ``peftcli``.
+        count: How many processes.
+        launch: Where the others are.
+        lock: The open file that locks the run folder, and the variables that tell process 0 of it.
 
     Returns:
-        The exit code that says why the run ended: the first failing process's, else 0.
+        0, or 12 for a gate that failed.
 
     Raises:
-        ProcessDied: a process was killed, crashed, or ended while the others went on.
-        Interrupted: a signal came before the processes could listen to it.
+        PeftcliError: what the first failing process raised.
+        ProcessDied: a process was killed, crashed, stopped, or ended while the others went on.
+        Interrupted: a signal ended them.
     """
     port = _free_port() if launch.main_process_port == "auto" else launch.main_process_port
-    environments = [os.environ | _environment(launch, number, count, port) for number in range(count)]
-    processes: list[subprocess.Popen[bytes]] = []
-    with _forwarding(processes) as forwarded, tempfile.TemporaryFile() as answer:
-        for number, environment in enumerate(environments):
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "peftcli", *command],
-                    env=environment,
-                    stdout=answer if number == 0 else subprocess.DEVNULL,
-                    start_new_session=True,  # Ctrl-C reaches them once, through us
+    with tempfile.TemporaryDirectory(prefix="peftcli-") as status, tempfile.TemporaryFile() as answer:
+        group = _Group(Path(status), alone=launch.num_machines == 1)
+        with _forwarding(group):
+            for number in range(count):
+                variables = _environment(launch, number, count, port) | {_STATUS: status}
+                group.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "peftcli", *command],
+                        env=os.environ | variables | (lock[1] if number == 0 else {}),
+                        stdout=answer if number == 0 else subprocess.DEVNULL,
+                        pass_fds=[lock[0]] if number == 0 else [],
+                        start_new_session=True,  # Ctrl-C reaches them once, through us
+                    )
                 )
-            )
-        code = _wait(processes, forwarded)
+            error = group.wait()
+        if error is not None and error.exit_code != _GATE_FAILED:
+            raise error
         answer.seek(0)
         sys.stdout.write(answer.read().decode())  # only now: of a group that died, the answer is the error
-        return code
+        if error is not None:
+            raise error
+    return 0
+
+
+def report(error: PeftcliError | None) -> bool:
+    """Tell the launcher how this process ended: well, or with an error, which the launcher then shows.
+
+    Returns:
+        Whether there is a launcher to show it.
+    """
+    folder = os.environ.get(_STATUS)
+    if folder is None:
+        return False
+    ended = None if error is None else {**error.as_dict(), "exit_code": error.exit_code, "shown": str(error)}
+    path = Path(folder) / f"{os.environ['LOCAL_RANK']}.json"
+    with suppress(OSError):
+        path.with_suffix(".tmp").write_text(json.dumps(ended))
+        path.with_suffix(".tmp").rename(path)
+        return True
+    return False
+
+
+def note_training() -> None:
+    """Tell the launcher that this process trains from now on, and waits for nobody but the others."""
+    if folder := os.environ.get(_STATUS):
+        with suppress(OSError):
+            (Path(folder) / _TRAINING).touch()
 
 
 def follow_parent() -> None:
@@ -122,6 +178,7 @@ def _environment(launch: Launch, number: int, count: int, port: int) -> dict[str
         "MASTER_ADDR": launch.main_process_ip,
         "MASTER_PORT": str(port),
         "PEFTCLI_LAUNCHED": str(os.getpid()),
+        "PEFTCLI_STARTED": str(STARTED),
     }
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"
@@ -129,59 +186,161 @@ def _environment(launch: Launch, number: int, count: int, port: int) -> dict[str
     return environment
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], forwarded: list[int]) -> int:
-    """Wait for all; once one fails, give the others a while and end them."""
-    failed: dict[int, int] = {}  # process -> exit code, in the order in which they failed
-    deadline = math.inf
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        _note_failures(processes, failed)
-        if failed and deadline == math.inf:
-            deadline = time.monotonic() + _GRACE_SECONDS
-        time.sleep(0.05)
-    _note_failures(processes, failed)
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-    if not failed:
-        return 0
-    # a process that ended because another had is not the reason
-    number = min(failed, key=lambda number: failed[number] == ProcessDied.exit_code)
-    code = failed[number]
-    if code in _OURS:
-        return code
-    if -code in forwarded:  # it had not begun to listen to signals
-        raise Interrupted(f"stopped before the first step ({signal.Signals(-code).name})", exit_code=128 - code)
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-    raise ProcessDied(f"process {number} of {len(processes)} {how}", hint="run the same command again to go on")
+class _OfProcess(PeftcliError):
+    """What a process reported, as it showed it there."""
+
+    def __init__(self, ended: dict[str, Any]):
+        super().__init__(ended["message"], file=ended["file"], line=ended["line"], key=ended["key"], hint=ended["hint"])
+        self.ended, self.exit_code = ended, ended["exit_code"]
+
+    def __str__(self) -> str:
+        return str(self.ended["shown"])
+
+    def as_dict(self) -> dict[str, object]:
+        return {name: value for name, value in self.ended.items() if name not in ("exit_code", "shown")}
 
 
-def _note_failures(processes: list[subprocess.Popen[bytes]], failed: dict[int, int]) -> None:
-    for number, process in enumerate(processes):
-        if process.returncode:
-            failed.setdefault(number, process.returncode)
+@dataclass
+class _Group:
+    """The processes of a run on this machine."""
+
+    status: Path
+    """The folder in which each reports how it ended."""
+    alone: bool
+    """Whether they are all there are: processes on other machines may be waited for."""
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    forwarded: list[int] = field(default_factory=list)
+    """Signals that were passed on to them."""
+
+    def wait(self) -> PeftcliError | None:
+        """Wait for all. Gives the error of the first that failed, once the others have ended or been ended."""
+        watch = _Watch()
+        ended: dict[int, float] = {}  # process -> when it was seen to have ended, in that order
+        error: PeftcliError | None = None
+        while len(ended) < len(self.processes):
+            for number, process in enumerate(self.processes):
+                if process.poll() is not None:
+                    ended.setdefault(number, time.monotonic())
+            error = self._first_error(ended)
+            late = bool(ended) and time.monotonic() - next(iter(ended.values())) > _GRACE_SECONDS
+            if error is None and len(ended) < len(self.processes):
+                training = (self.status / _TRAINING).exists()
+                living = {
+                    number: self.processes[number].pid for number in range(len(self.processes)) if number not in ended
+                }
+                reason = watch.look(living, training=training, alone=self.alone)
+                if reason is not None:
+                    self.end()
+                    return ProcessDied(reason, hint=_GO_ON)
+            if late:
+                break
+            time.sleep(0.05)
+        if len(ended) < len(self.processes) and error is None:
+            number = next(iter(ended))
+            error = ProcessDied(f"process {number} of {len(self.processes)} ended before the others", hint=_GO_ON)
+        self.end()
+        return error
+
+    def end(self) -> None:
+        """Kill those that live."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+    def _first_error(self, ended: dict[int, float]) -> PeftcliError | None:
+        errors = [error for number in ended if (error := self._error(number)) is not None]
+        # one that ended because another had is not the reason
+        return min(errors, key=lambda error: isinstance(error, _OfProcess) and error.exit_code == 10, default=None)
+
+    def _error(self, number: int) -> PeftcliError | None:
+        """Why an ended process failed; None if it did not."""
+        code = self.processes[number].returncode
+        with suppress(OSError, ValueError):
+            reported = json.loads((self.status / f"{number}.json").read_bytes())
+            if reported is None and code == 0:
+                return None
+            if isinstance(reported, dict):
+                if reported["exit_code"] != PeftcliError.exit_code:
+                    return _OfProcess(reported)
+                return ProcessDied(
+                    f"process {number} of {len(self.processes)} failed: {reported['shown']}", hint=_GO_ON
+                )
+        if -code in self.forwarded:  # it had not begun to listen to signals
+            name = signal.Signals(-code).name
+            return Interrupted(f"stopped before the first step ({name})", exit_code=128 - code)
+        how = (
+            f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code} before its work was done"
+        )
+        hint = f"{_GO_ON}; if nobody killed it, the memory may not have sufficed" if code == -signal.SIGKILL else _GO_ON
+        return ProcessDied(f"process {number} of {len(self.processes)} {how}", hint=hint)
+
+
+_GO_ON = "run the same command again to go on"
+_GATE_FAILED = 12
+
+
+@dataclass
+class _Watch:
+    """Sees processes that are stopped, and a group that does nothing (Linux)."""
+
+    stopped: dict[int, float] = field(default_factory=dict)
+    """Process -> since when it is stopped."""
+    busy: float = field(default_factory=time.monotonic)
+    """When the group last did something."""
+    seen: tuple[float, float, int] = (0.0, 0.0, 0)
+    """When the group was last looked at, its seconds of computing and its bytes read and written then."""
+
+    def look(self, living: dict[int, int], *, training: bool, alone: bool) -> str | None:
+        """What is wrong with the processes (number -> pid); None if nothing is."""
+        now = time.monotonic()
+        if sys.platform != "linux" or now - self.seen[0] < 1.0:
+            return None
+        states = {number: _state_of(pid) for number, pid in living.items()}
+        for number, (state, _, _) in states.items():
+            if state != "T":
+                self.stopped.pop(number, None)
+            elif now - self.stopped.setdefault(number, now) > _STOPPED_SECONDS:
+                return f"process {number} was stopped from outside (SIGSTOP)"
+        computed = sum(seconds for _, seconds, _ in states.values())
+        moved = sum(size for _, _, size in states.values())
+        waits_for_a_disk = any(state == "D" for state, _, _ in states.values())
+        computes = computed - self.seen[1] > _IDLE_SHARE * (now - self.seen[0])
+        if waits_for_a_disk or computes or moved - self.seen[2] > _REDRAWN_BYTES:
+            self.busy = now
+        self.seen = now, computed, moved
+        if alone and now - self.busy > (_IDLE_SECONDS if training else _IDLE_BEFORE):
+            return f"the processes wait for one another, and none has done anything for {now - self.busy:.0f} seconds"
+        return None
+
+
+def _state_of(pid: int) -> tuple[str, float, int]:
+    """A process's state as one letter, the seconds that it has computed, the bytes that it has read and written."""
+    with suppress(OSError, ValueError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        counts = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+        return fields[0], seconds, int(counts["rchar"]) + int(counts["wchar"])
+    return "X", 0.0, 0
 
 
 @contextmanager
-def _forwarding(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Inside, signals are passed on to the processes; gives the list of those that were."""
-    forwarded: list[int] = []
+def _forwarding(group: _Group) -> Iterator[None]:
+    """Inside, signals are passed on to the processes; afterwards none of these lives."""
 
     def forward(number: int, _frame: object) -> None:
-        forwarded.append(number)
-        for process in processes:
+        group.forwarded.append(number)
+        for process in group.processes:
             with suppress(ProcessLookupError):
                 process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, forward) for number in (*STOPPING, signal.SIGUSR2)}
     try:
-        yield forwarded
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
+        group.end()
 
 
 def _free_port() -> int:

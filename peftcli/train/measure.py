@@ -58,6 +58,7 @@ def measure(
         load_adapter(model, config, folder)
     model = model.to(accelerator.device)
     metrics = evaluate(model, task, data.eval, tokenizer, recipe.training.per_device_eval_batch_size, accelerator)
+    assert metrics is not None  # nothing asks for less
     gates = check_gates(recipe.gates, metrics)
     return {
         "schema_version": SCHEMA_VERSION,

@@ -3,57 +3,52 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
+import signal
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from peftcli.card import write_card
-from peftcli.core.files import write_adapter, write_file
 from peftcli.core.weights import adapter_state
 from peftcli.data.ends import missing_stops
 from peftcli.data.findings import refuse
-from peftcli.data.sources import eval_source, open_source
 from peftcli.errors import (
     DataError,
     Diverged,
     GateFailed,
-    OutOfMemory,
+    Interrupted,
     PeftcliError,
-    ProcessDied,
     StorageError,
     UsageError,
+    known,
 )
+from peftcli.files import sha256, write_file
 from peftcli.models import tokens
 from peftcli.models.load import load_tokenizer, stored_or_asked
-from peftcli.recipe import gate_holds, method_config, parse_gate, to_dict, to_yaml
+from peftcli.recipe import gate_holds, method_config, parse_gate, seconds, to_yaml
 from peftcli.schema import Recipe
+from peftcli.signals import STARTED, TIME_LIMIT, Stop, handled, wants_save
 from peftcli.tasks import TASKS
 from peftcli.tasks.base import Task
 from peftcli.train.attention import takes_one_row
 from peftcli.train.batches import Plan
-from peftcli.train.checkpoint import (
-    Progress,
-    State,
-    damage,
-    load_checkpoint,
-    newest_whole,
-    save_checkpoint,
-    sha256,
-)
+from peftcli.train.checkpoint import Progress, State, load_checkpoint, save_checkpoint, write_finite
 from peftcli.train.data import Data, load_data, plan_of
 from peftcli.train.evaluate import evaluate
-from peftcli.train.folder import SCHEMA_VERSION, RunFolder
+from peftcli.train.folder import RunFolder
+from peftcli.train.identity import digests
+from peftcli.train.launch import note_training
 from peftcli.train.loop import LESS_LEARNING, StepResult, fit
+from peftcli.train.opening import Asked, Opened, checkpoint_to_resume, described, opened
 from peftcli.train.packing_check import start_packing
 from peftcli.train.report import (
     Evaluated,
@@ -66,18 +61,27 @@ from peftcli.train.report import (
     Warned,
     draw_losses,
     peak_memory_bytes,
-    versions,
 )
 from peftcli.train.setup import adapted_model, calibrate, prepare, start_accelerator
-from peftcli.train.signals import Stop, handled
 
 
-def train(recipe: Recipe, *, resume: str = "auto", on_event: OnEvent = lambda event: None) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    *,
+    resume: str = "auto",
+    allow_change: Sequence[str] = (),
+    overwrite: bool = False,
+    on_event: OnEvent = lambda event: None,
+) -> dict[str, Any]:
     """Train what a recipe describes and write its run folder; go on where an earlier run of it stopped.
 
     Args:
         recipe: what to train.
-        resume: ``auto``: the newest whole checkpoint of the folder, if there is one; or the path of a checkpoint.
+        resume: ``auto``: the newest whole checkpoint of the folder, if there is one; ``must``: the same, and there must
+            be one; ``never``: none, and there must be no run to go on with; or the path of a checkpoint.
+        allow_change: keys in which the run that is gone on with may differ from this recipe, as the refusal names them.
+            run.json then says what changed, and that the result is not that of one recipe.
+        overwrite: whether this run may take the place of another one: that is moved aside once this one is complete.
         on_event: is told what happens; see ``peftcli.train.report``.
 
     Returns:
@@ -86,120 +90,225 @@ def train(recipe: Recipe, *, resume: str = "auto", on_event: OnEvent = lambda ev
     Raises:
         PeftcliError: of the kind that its class says. run.json then says so too.
     """
-    with handled() as stop:
+    asked, training = Asked(resume, tuple(allow_change), overwrite), recipe.training
+    save_on = signal.Signals[training.save_on_signal] if training.save_on_signal else None
+    with handled("stopped before the first step", save_on) as stop:
+        if training.max_time is not None:
+            stop.deadline = STARTED + seconds(training.max_time)
         accelerator = start_accelerator(recipe)
         tell: OnEvent = on_event if accelerator.is_main_process else lambda event: None
-        with _open_folder(recipe, accelerator) as (folder, run):
-            if run["status"] == "complete":
-                return run
-            stop.saved = run["resumable"]
-            with _kept_account(folder, run, accelerator):
-                task, config = TASKS[recipe.task].load(), method_config(recipe)
-                run["base_model"]["quantization"] = stored_or_asked(recipe.base_model)
-                tell(Phase("reading the data"))
-                tokenizer = load_tokenizer(recipe.base_model)
-                data = load_data(
-                    recipe,
-                    task,
-                    tokenizer,
-                    on_rows=lambda *read: tell(RowsRead(*read)),
-                    on_note=lambda text: tell(Warned(text)),
-                )
-                if accelerator.is_main_process:
-                    folder.write_skipped(data.skipped())
-                refuse(data.findings, recipe.dataset.allow)
-                _refuse_other_content(run, data.report["content"], folder)
-                plan = plan_of(recipe, data, accelerator.num_processes)
-                for text in (*data.warnings, *plan.repeated(data.names)):
-                    tell(Warned(text))
-                tell(Phase(f"loading {recipe.base_model.name}"))
-                model, injection = adapted_model(recipe, config, tokenizer)
-                _refuse_positions(model, int(data.train.lengths.max()))
-                if note := tokens.settle_pad(tokenizer, model):
-                    tell(Warned(note))
-                if config.needs_batches():
-                    tell(Phase("calibrating the adapter on the training data"))
-                    injection = calibrate(model, injection, config, recipe, data, tokenizer, accelerator)
-                trainee = prepare(model, config, recipe, plan, accelerator)
-                efficiency = plan.efficiency
-                if plan.packs:
-                    start_packing(model, accelerator)
-                    efficiency = 1.0 if takes_one_row(model) else efficiency
-                state = State(trainee, accelerator.unwrap_model(trainee.model), config, Progress())
-                checkpoint = _checkpoint_to_resume(folder, resume, accelerator, tell)
-                if checkpoint is not None:
-                    load_checkpoint(checkpoint, state, accelerator)
-                run |= {
-                    "data": data.report | {"efficiency": efficiency, "passes_per_epoch": plan.passes},
-                    "parameters": {"trainable": injection.trainable, "all": injection.total},
-                    "mergeable": config.merge_problem() is None,
-                    "makes_up_for_quantization": config.needs_base_weights(),
-                    "device": accelerator.device.type,
-                    "steps": {"done": state.progress.step, "total": plan.total_steps},
-                }
-                run["attempts"].append({"start": _now(), "from_step": state.progress.step})
-                if accelerator.is_main_process:
-                    folder.cut_metrics(-1 if checkpoint is None else state.progress.step)
-                    folder.write(run)
-                tell(Ready(run, state.progress.step, plan.total_steps))
-                _train_steps(recipe, task, tokenizer, data, plan, state, folder, run, accelerator, stop, tell)
-                if accelerator.is_main_process:
-                    _finish(recipe, state, tokenizer, folder, run)
+        with opened(recipe, asked, accelerator) as here:
+            folder, run = here.folder, here.run
+            if run["status"] != "complete":
+                stop.saved = run["resumable"]
+                with _kept_account(folder, run, accelerator):
+                    _train(recipe, here, asked, accelerator, stop, tell)
+            if here.replaces is not None and accelerator.is_main_process:
+                here.replaces.replace()
             return _of_main_process(run)
 
 
-def _train_steps(
-    recipe: Recipe,
-    task: Task,
-    tokenizer: Any,
-    data: Data,
-    plan: Plan,
-    state: State,
-    folder: RunFolder,
-    run: dict[str, Any],
-    accelerator: Accelerator,
-    stop: Stop,
-    tell: OnEvent,
-) -> None:
-    """The loop, with evaluation, checkpoints and logs where the recipe wants them."""
-    training, progress = recipe.training, state.progress
+def _train(recipe: Recipe, here: Opened, asked: Asked, accelerator: Accelerator, stop: Stop, tell: OnEvent) -> None:
+    """The run, from its data to its product. ``here.run`` is the account of it."""
+    folder, run = here.folder, here.run
+    task, config = TASKS[recipe.task].load(), method_config(recipe)
+    tell(Phase("reading the data"))
+    tokenizer = load_tokenizer(recipe.base_model)
+    data = load_data(
+        recipe,
+        task,
+        tokenizer,
+        on_rows=lambda *read: tell(RowsRead(*read)),
+        on_note=lambda text: tell(Warned(text)),
+    )
+    if accelerator.is_main_process:
+        folder.write_skipped(data.skipped())
+    refuse(data.findings, recipe.dataset.allow)
+    _refuse_other_content(here, data.report["content"])
+    plan = plan_of(recipe, data, accelerator.num_processes)
+    for text in (*data.warnings, *plan.repeated(data.names)):
+        tell(Warned(text))
+    tell(Phase(f"loading {recipe.base_model.name}"))
+    model, injection = adapted_model(recipe, config, tokenizer)
+    _refuse_positions(model, int(data.train.lengths.max()))
+    if note := tokens.settle_pad(tokenizer, model):
+        tell(Warned(note))
+    if config.needs_batches():
+        tell(Phase("calibrating the adapter on the training data"))
+        injection = calibrate(model, injection, config, recipe, data, tokenizer, accelerator)
+    trainee = prepare(model, config, recipe, plan, accelerator)
+    efficiency = plan.efficiency
+    if plan.packs:
+        start_packing(model, accelerator)
+        efficiency = 1.0 if takes_one_row(model) else efficiency
+    state = State(trainee, accelerator.unwrap_model(trainee.model), config, Progress())
+    checkpoint = checkpoint_to_resume(here, asked, accelerator, tell)
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, state, accelerator, exactly=not here.changes)
+        if state.progress.step > plan.total_steps:
+            raise UsageError(
+                f"the run has done {state.progress.step} steps, and the recipe now wants {plan.total_steps}",
+                key="training.max_steps",
+            )
+    if here.changes:
+        for change in here.changes:
+            tell(Warned(f"{change}, since step {state.progress.step}: the result is not exactly that of one recipe"))
+        run["changes"] += [{**change.as_dict(), "step": state.progress.step} for change in here.changes]
+        run |= {"exact": False, "processes": accelerator.num_processes, **described(recipe, here.identity)}
+    run["base_model"]["quantization"] = stored_or_asked(recipe.base_model)
+    run |= {
+        "data": data.report | {"efficiency": efficiency, "passes_per_epoch": plan.passes},
+        "parameters": {"trainable": injection.trainable, "all": injection.total},
+        "mergeable": config.merge_problem() is None,
+        "makes_up_for_quantization": config.needs_base_weights(),
+        "device": accelerator.device.type,
+        "steps": {"done": state.progress.step, "total": plan.total_steps},
+    }
+    run["attempts"].append({"start": _now(), "from_step": state.progress.step})
+    if accelerator.is_main_process:
+        folder.cut_metrics(-1 if checkpoint is None else state.progress.step)
+        folder.write(run)
+    note_training()
+    tell(Ready(run, state.progress.step, plan.total_steps))
+    steps = _Steps(recipe, task, tokenizer, data, plan, state, folder, run, accelerator, stop, tell)
+    steps.take()
+    if accelerator.is_main_process:
+        _finish(recipe, state, tokenizer, folder, run)
 
-    def run_eval() -> dict[str, float]:
-        if data.eval is None or training.eval_strategy == "no":
+
+@dataclass(frozen=True)
+class _Steps:
+    """The loop, with evaluation, checkpoints and logs where the recipe wants them, and an ear for signals."""
+
+    recipe: Recipe
+    task: Task
+    tokenizer: Any
+    data: Data
+    plan: Plan
+    state: State
+    folder: RunFolder
+    run: dict[str, Any]
+    accelerator: Accelerator
+    stop: Stop
+    tell: OnEvent
+
+    def take(self) -> None:
+        """Train to the end.
+
+        Raises:
+            Interrupted: a signal came, or the time is over; there is a checkpoint.
+            Diverged: something is not finite.
+        """
+        training, progress, state, plan = self.recipe.training, self.state.progress, self.state, self.plan
+        self.stop.at_once = False
+        if progress.pending is not None:
+            self.log_pending()
+        elif progress.step == 0 and training.eval_on_start:
+            progress.pending = {}
+            self.log_pending()
+        with _timed(self.run, progress):
+            for result in fit(
+                state.trainee, self.task, self.data.train, self.tokenizer, plan, self.accelerator, progress.step
+            ):
+                entry = _note_step(result, plan, training.logging_steps, progress, self.tell)
+                last = result.step == plan.total_steps
+                if last or _due(training.eval_strategy, training.eval_steps, result.step, plan):
+                    progress.pending = entry
+                    self.log_pending()
+                else:
+                    self.log(entry)
+                if last:
+                    break
+                self.stop_if_asked()
+                if _due(training.save_strategy, training.save_steps, result.step, plan):
+                    self.save()
+                    self.stop_if_asked(saved=True)
+
+    def log_pending(self) -> None:
+        """Evaluate, and log the result in the pending line."""
+        progress = self.state.progress
+        entry = dict(progress.pending or {})
+        entry |= self.evaluated()
+        progress.pending = None
+        self.log(entry)
+
+    def evaluated(self) -> dict[str, float]:
+        """The metrics; nothing where there is no evaluation."""
+        training, progress = self.recipe.training, self.state.progress
+        if self.data.eval is None or training.eval_strategy == "no":
             return {}
-        batch_size = training.per_device_eval_batch_size
-        metrics = evaluate(state.trainee.model, task, data.eval, tokenizer, batch_size, accelerator)
+        metrics = evaluate(
+            self.state.trainee.model,
+            self.task,
+            self.data.eval,
+            self.tokenizer,
+            training.per_device_eval_batch_size,
+            self.accelerator,
+            stopping=lambda: self.asked() not in (0, TIME_LIMIT),  # or a long evaluation would never end
+        )
+        if metrics is None:
+            return self.evaluated() if self.only_saved() else self.give_up()
         if not all(map(math.isfinite, metrics.values())):
             raise Diverged(f"the evaluation after step {progress.step} is not finite: {metrics}", hint=LESS_LEARNING)
-        tell(Evaluated(progress.step, metrics, _note_eval(recipe, state, metrics)))
+        self.tell(Evaluated(progress.step, metrics, _note_eval(self.recipe, self.state, metrics)))
         return metrics
 
-    def log(entry: dict[str, Any]) -> None:
-        if entry and accelerator.is_main_process:
-            folder.log({"step": progress.step, "epoch": plan.epoch(progress.step), **entry})
+    def log(self, entry: dict[str, Any]) -> None:
+        """Write a line of metrics.jsonl, if there is something to write."""
+        if entry and self.accelerator.is_main_process:
+            step = self.state.progress.step
+            self.folder.log({"step": step, "epoch": self.plan.epoch(step), **entry})
 
-    def save() -> None:
-        path = save_checkpoint(folder.checkpoints, state, training.save_total_limit, accelerator)
+    def save(self) -> None:
+        """Write a checkpoint."""
+        progress, run = self.state.progress, self.run
+        keep, made_by = self.recipe.training.save_total_limit, digests(run["identity"])
+        path = save_checkpoint(self.folder.checkpoints, self.state, keep, self.accelerator, made_by)
+        self.stop.saved = True
         run["steps"]["done"], run["resumable"] = progress.step, True
-        if accelerator.is_main_process:
-            folder.write(run)
-        tell(Saved(path))
+        if self.accelerator.is_main_process:
+            self.folder.write(run)
+        self.tell(Saved(path))
 
-    stop.at_once = False
-    if progress.step == 0 and training.eval_on_start:
-        log(run_eval())
-    with _timed(run, progress):
-        for result in fit(state.trainee, task, data.train, tokenizer, plan, accelerator, progress.step):
-            entry = _note_step(result, plan, training.logging_steps, progress, tell)
-            last = result.step == plan.total_steps
-            if last or _due(training.eval_strategy, training.eval_steps, result.step, plan):
-                entry |= run_eval()
-            log(entry)
-            if _asked_to_stop(stop, accelerator) and not last:
-                save()
-                raise stop.interrupted(f"stopped after step {result.step} of {plan.total_steps}", saved=True)
-            if not last and _due(training.save_strategy, training.save_steps, result.step, plan):
-                save()
+    def asked(self) -> int:
+        """What any process was asked for; all of them learn it."""
+        request = self.stop.request
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(float(request), device=self.accelerator.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            request = int(flag)
+        return request
+
+    def only_saved(self) -> bool:
+        """Whether no more than a checkpoint was asked for; it is written."""
+        if not wants_save(self.asked()):
+            return False
+        self.stop.save = False
+        if self.state.progress.step:
+            self.save()
+        return True
+
+    def stop_if_asked(self, *, saved: bool = False) -> None:
+        """Write the checkpoint that was asked for, unless it stands; raise Interrupted where more was asked for."""
+        request = self.asked()
+        if not request:
+            return
+        self.stop.save = False
+        if not saved:
+            self.save()
+        if not wants_save(request):
+            self.give_up(request)
+
+    def give_up(self, request: int = 0) -> NoReturn:
+        """Raise Interrupted, with a checkpoint if a step was done."""
+        step, request = self.state.progress.step, request or self.asked()
+        if not step:
+            raise self.stop.interrupted("stopped before the first step", saved=self.stop.saved, request=request)
+        if self.state.progress.pending is not None:
+            self.save()
+        raise self.stop.interrupted(
+            f"stopped after step {step} of {self.plan.total_steps}", saved=True, request=request
+        )
 
 
 @contextlib.contextmanager
@@ -262,7 +371,7 @@ def _finish(recipe: Recipe, state: State, tokenizer: Any, folder: RunFolder, run
     progress = state.progress
     tensors = state.best_adapter if state.best_adapter is not None else adapter_state(state.model)
     kept = progress.best_eval if state.best_adapter is not None else progress.last_eval
-    write_adapter(tensors, state.config, folder.path)
+    write_finite(tensors, state.config, folder.path)
     own = tokens.save_with_adapter(folder.path, tokenizer, recipe.base_model)
     write_file(folder.path / "recipe.yaml", to_yaml(recipe).encode())
     draw_losses(folder.metrics(), folder.path / "loss.png")
@@ -313,75 +422,11 @@ def raise_failed_gates(gates: list[dict[str, Any]]) -> None:
         raise GateFailed("; ".join(failed), key="gates")
 
 
-@contextlib.contextmanager
-def _open_folder(recipe: Recipe, accelerator: Accelerator) -> Iterator[tuple[RunFolder, dict[str, Any]]]:
-    """Lock the run folder and give run.json as it stands now: new, to be gone on with, or complete.
-
-    Raises:
-        UsageError: it holds other files, or the run of another recipe, other data, another number of processes.
-        FolderBusy: another run holds it.
-    """
-    folder = RunFolder(Path(recipe.training.output_dir))
-    shared: list[Any] = [None]
-    if accelerator.is_main_process:
-        identity = _identity(recipe, accelerator.num_processes)
-        _run_so_far(folder, identity)  # refuses before anything is written
-        folder.lock()
-        before = _run_so_far(folder, identity)
-        shared[0] = before or _new_run(recipe, identity, accelerator)
-    broadcast_object_list(shared)
-    try:
-        yield folder, shared[0]
-    finally:
-        folder.unlock()
-
-
-def _run_so_far(folder: RunFolder, identity: dict[str, Any]) -> dict[str, Any] | None:
-    run = folder.read()
-    if run is None or not (run.get("attempts") or folder.checkpoints.exists()):
-        return None  # none, or one that ended before its first step: nothing can be lost
-    _refuse_drift(run.get("identity", {}), identity, folder)
-    return run
-
-
 def _of_main_process(run: dict[str, Any]) -> dict[str, Any]:
     """The main process's ``run``, in all of them."""
     shared = [run]
     broadcast_object_list(shared)
     return shared[0]
-
-
-def _identity(recipe: Recipe, num_processes: int) -> dict[str, Any]:
-    """What makes two runs the same: the recipe, but for where it stands and runs; the bytes of data and base model."""
-    described = to_dict(recipe)
-    training = {key: value for key, value in described["training"].items() if key != "output_dir"}
-    described = {key: value for key, value in described.items() if key != "launch"} | {"training": training}
-    return {
-        "recipe": described,
-        "data": _data_hashes(recipe),
-        "base_model": _base_hash(recipe.base_model.name),
-        "processes": num_processes,
-    }
-
-
-def _new_run(recipe: Recipe, identity: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
-    base = recipe.base_model
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "status": "new",
-        "exit_code": None,
-        "error": None,
-        "resumable": False,
-        "identity": identity,
-        "recipe": to_dict(recipe),
-        "recipe_sha256": hashlib.sha256(to_yaml(recipe).encode()).hexdigest(),
-        "base_model": {"name": base.name, "revision": base.revision, "sha256": identity["base_model"]},
-        "versions": versions(),
-        "processes": accelerator.num_processes,
-        "seeds": {"training": recipe.training.seed},
-        "attempts": [],
-        "artefacts": [],
-    }
 
 
 @contextlib.contextmanager
@@ -394,42 +439,29 @@ def _kept_account(folder: RunFolder, run: dict[str, Any], accelerator: Accelerat
     try:
         yield
     except BaseException as error:
-        known = _known_error(error)
-        interrupted = known.exit_code in (75, 130, 143)
+        ours = _for_account(error)
+        interrupted = isinstance(ours, Interrupted)
         run |= {
             "status": "interrupted" if interrupted else "failed",
-            "exit_code": known.exit_code,
-            "error": known.as_dict(),
+            "exit_code": ours.exit_code,
+            "error": ours.as_dict(),
             "peak_memory_bytes": peak_memory_bytes(),
         }
         if len(run["attempts"]) > attempts_before:
             run["attempts"][-1] |= {"end_step": run["steps"]["done"], "reason": run["status"]}
         if main:
-            with contextlib.suppress(StorageError):
+            with contextlib.suppress(StorageError, OSError):
+                if ours.exit_code == PeftcliError.exit_code:
+                    folder.note_bug(traceback.format_exc())
                 folder.write(run)
-        if known is error:
+        if ours is error:
             raise
-        raise known from error
+        raise ours from error
 
 
-def _known_error(error: BaseException) -> PeftcliError:
+def _for_account(error: BaseException) -> PeftcliError:
     """The error as one of ours."""
-    if isinstance(error, PeftcliError):
-        return error
-    text = str(error)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-        return OutOfMemory(
-            "not enough memory for this batch",
-            hint="lower per_device_train_batch_size and raise gradient_accumulation_steps as much; "
-            "lower dataset.max_length; or set training.gradient_checkpointing: true",
-        )
-    if "closed by peer" in text or "reset by peer" in text:  # gloo; what the other process says comes first
-        return ProcessDied(
-            "another training process ended", hint="its error says why; run the same command again to go on"
-        )
-    if isinstance(error, OSError):
-        return StorageError(f"{error.strerror or error}", file=error.filename and str(error.filename))
-    return PeftcliError(f"{type(error).__name__}: {text}")
+    return known(error) or PeftcliError(f"{type(error).__name__}: {error}", hint="the traceback is in train.log")
 
 
 def _refuse_positions(model: Any, longest: int) -> None:
@@ -444,96 +476,28 @@ def _refuse_positions(model: Any, longest: int) -> None:
         )
 
 
-def _refuse_other_content(run: dict[str, Any], content: list[str], folder: RunFolder) -> None:
+def _refuse_other_content(here: Opened, content: list[str]) -> None:
     """Stops where the rows were encoded otherwise before the run was stopped, or are by another process of it.
 
     Raises:
         UsageError: another tokenizer, chat template or version of transformers gave other tokens.
         DataError: the data changed while the processes read it.
     """
-    if run.get("attempts") and run["data"].get("content", content) != content:
+    run = here.run
+    if run["attempts"] and not here.changes and run["data"].get("content", content) != content:
         raise UsageError(
             "holds a run whose rows were encoded otherwise: the tokenizer, its chat template (which may write the "
             "date), the hub's dataset or transformers has changed; nothing was changed",
-            file=str(folder.path),
+            file=str(here.folder.path),
             key="training.output_dir",
-            hint="choose another training.output_dir, or delete that folder",
+            hint="choose another training.output_dir, or --overwrite",
         )
     if any(other != content for other in gather_object([content])):
         raise DataError("changed while the processes read it; run the command again", key="dataset")
 
 
-def _refuse_drift(before: dict[str, Any], now: dict[str, Any], folder: RunFolder) -> None:
-    """Raises UsageError when the folder's run is of another recipe, other data or another number of processes."""
-    old, new = _flat(before), _flat(now)
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    if changed:
-        lines = [f"  {key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed[:8]]
-        raise UsageError(
-            "holds a run of another recipe or other data; nothing was changed\n" + "\n".join(lines),
-            file=str(folder.path),
-            key="training.output_dir",
-            hint="choose another training.output_dir, or delete that folder",
-        )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {
-        key: leaf for name, inner in value.items() for key, leaf in _flat(inner, f"{prefix}.{name}".lstrip(".")).items()
-    }
-
-
-def _checkpoint_to_resume(folder: RunFolder, resume: str, accelerator: Accelerator, tell: OnEvent) -> Path | None:
-    """The checkpoint to go on from, agreed by all processes."""
-    found: list[Any] = [None]
-    if accelerator.is_main_process:
-        if resume == "auto":
-            found[0] = newest_whole(folder.checkpoints, lambda text: tell(Warned(text)))
-        else:
-            found[0] = Path(resume)
-            if not found[0].is_dir():
-                raise UsageError("no such checkpoint", file=resume, key="--resume")
-            if reason := damage(found[0]):
-                raise StorageError(f"damaged checkpoint: {reason}", file=resume)
-    broadcast_object_list(found)
-    checkpoint = found[0]
-    assert checkpoint is None or isinstance(checkpoint, Path)
-    return checkpoint
-
-
 def _due(strategy: str, every: int, step: int, plan: Plan) -> bool:
     return step % every == 0 if strategy == "steps" else strategy == "epoch" and plan.ends_epoch(step)
-
-
-def _asked_to_stop(stop: Stop, accelerator: Accelerator) -> bool:
-    """Whether any process was asked to stop; all of them learn it."""
-    if accelerator.num_processes > 1:
-        flag = torch.tensor(float(stop.signal), device=accelerator.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        stop.signal = int(flag)
-    return bool(stop.signal)
-
-
-def _data_hashes(recipe: Recipe) -> dict[str, str]:
-    """sha256 of the recipe's local data files, and of its chat template's."""
-    dataset, template = recipe.dataset, recipe.base_model.chat_template
-    sources = [*dataset.sources(), *filter(None, [eval_source(dataset)])]
-    local = [open_source(source) for source in sources if Path(source.train).exists()]
-    hashes = {name: digest for opened in local for name, digest in opened.fingerprint().items()}
-    if template and Path(template).is_file():
-        hashes[template] = sha256(Path(template))
-    return hashes
-
-
-def _base_hash(name: str) -> str | None:
-    """One hash over the weights and the config of a local base model; None for one of the hub."""
-    path = Path(name)
-    files = sorted(path.glob("*.safetensors")) + sorted(path.glob("config.json")) if path.is_dir() else [path]
-    if not all(file.is_file() for file in files) or not files:
-        return None
-    return hashlib.sha256("".join(f"{file.name} {sha256(file)}\n" for file in files).encode()).hexdigest()
 
 
 def _now() -> str:

@@ -159,8 +159,8 @@ def test_twice_is_once(recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "edit", "named"),
     [
-        (["training.learning_rate=1e-3"], None, "recipe.training.learning_rate: 0.005 -> 0.001"),
-        (["method.r=2"], None, "recipe.method.r: 4 -> 2"),
+        (["training.learning_rate=1e-3"], None, "training.learning_rate: 0.005 -> 0.001"),
+        (["method.r=2"], None, "method.r: 4 -> 2"),
         ([], "train.jsonl", "train.jsonl"),
         ([], "eval.jsonl", "eval.jsonl"),
     ],
@@ -467,7 +467,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "one bit": lambda folder: flip(folder / "optimizer.safetensors"),
     "one bit of the adapter": lambda folder: flip(folder / "adapter_model.safetensors"),
     "cut short": lambda folder: os.truncate(folder / "random-00000.safetensors", 10),
-    "a file is missing": lambda folder: (folder / "schedule.json").unlink(),
+    "a file is missing": lambda folder: (folder / "progress.json").unlink(),
     "a file too many": lambda folder: (folder / "extra").write_text(""),
     "no manifest": lambda folder: (folder / "MANIFEST.json").unlink(),
     "an empty manifest": lambda folder: (folder / "MANIFEST.json").write_text("[]"),

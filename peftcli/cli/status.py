@@ -1,0 +1,56 @@
+"""``peftcli status``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from peftcli.cli import console
+
+
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder: a recipe's training.output_dir.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show how a run stands: running, complete, interrupted or failed, and why."""
+    from peftcli.train.folder import status as look
+
+    found = look(folder)
+    if as_json:
+        console.print_json(found)
+        return
+    console.out(f"{folder}: {_state(found)}")
+    for line in _lines(found):
+        console.out(f"  {line}")
+
+
+def _state(found: dict[str, Any]) -> str:
+    state, error = found["status"], found["error"]
+    if state == "running":
+        return f"running, process {found['pid']}"
+    if state == "interrupted" and found["exit_code"] == 137:
+        return "interrupted: its process is gone and could not say why"
+    if state in ("interrupted", "failed") and error:
+        return f"{state}, exit code {found['exit_code']}: {error['message']}"
+    return f"{state}, exit code {found['exit_code']}" if found["exit_code"] else str(state)
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    steps, last = found["steps"], found["last"]
+    lines = [f"steps        {steps['done']} of {steps['total'] or '?'}, in {len(found['attempts'])} attempt(s)"]
+    if last and "loss" in last:
+        lines.append(f"loss         {last['loss']:.4f} after step {last['step']}")
+    lines += [f"{name:<12} {value:.4f}" for name, value in sorted((found["eval"] or {}).items())]
+    for gate in found["gates"]:
+        lines.append(f"gate         {gate['metric']} {gate['gate']}: {'passed' if gate['passed'] else 'FAILED'}")
+    if found["checkpoints"]:
+        lines.append(f"checkpoints  {', '.join(found['checkpoints'])}")
+    for change in found["changes"]:
+        lines.append(f"changed      {change['key']}: {change['before']!r} -> {change['now']!r}, step {change['step']}")
+    if found["replacement"]:
+        lines.append(f"replacement  a run that will take its place is {found['replacement']}")
+    if found["resumable"] and found["status"] != "running":
+        lines.append("next         run the same `peftcli train` again to go on")
+    return lines
