@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from peftcli.data.flags import NONE, Flag, damaged, odd_turns
 from peftcli.data.formats import ChatExample, PairExample, TextExample
-from peftcli.data.spans import Template
+from peftcli.data.spans import Template, tokenized
 from peftcli.errors import DataError
 
 if TYPE_CHECKING:
@@ -145,9 +145,10 @@ def check_ids(example: ChatExample, encoded: Encoded, tokenizer: PreTrainedToken
 
     Raises:
         DataError: the ids differ.
+        ModelError: the template does not come to an end.
     """
-    expected = tokenizer.apply_chat_template(example.messages, tools=example.tools, tokenize=True, return_dict=False)
-    if encoded.input_ids != list(expected):
+    expected = tokenized(tokenizer, example.messages, example.tools)
+    if encoded.input_ids != expected:
         raise DataError(
             "this tokenizer's apply_chat_template does not tokenise the text that it renders, so the answers in it "
             "cannot be found",

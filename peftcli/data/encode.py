@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from peftcli.data.chat import (
     IGNORED,
@@ -21,11 +21,13 @@ from peftcli.data.formats import AlpacaExample, ChatExample, Example, ExampleRea
 from peftcli.data.rows import Row
 from peftcli.data.spans import Template, render
 from peftcli.data.store import Outcome
-from peftcli.errors import DataError
+from peftcli.errors import DataError, ModelError
 from peftcli.schema import Dataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Error = TypeVar("Error", DataError, ModelError)
 
 COLUMNS = ("input_ids", "labels")
 """What a feature of a language model holds."""
@@ -44,6 +46,7 @@ class Encoder(Protocol):
 
         Raises:
             DataError: no row of the source can be encoded.
+            ModelError: the chat template does not come to an end.
         """
         ...
 
@@ -67,6 +70,8 @@ class CausalEncoder:
                 marked = self._marked(example)
             except DataError as error:
                 results.append(_placed(error, row))
+            except ModelError as error:
+                raise _placed(error, row) from error
             else:
                 examples.append(example)
                 texts.append(marked)
@@ -158,6 +163,8 @@ class Seq2SeqEncoder:
                 pair = self._source_and_target(self.reader(row), row)
             except DataError as error:
                 results.append(_placed(error, row))
+            except ModelError as error:
+                raise _placed(error, row) from error
             else:
                 pairs.append(pair)
                 places.append(len(results))
@@ -233,11 +240,12 @@ def _kind(example: ChatExample) -> tuple[object, ...]:
     return keys, bool(example.tools)
 
 
-def _placed(error: DataError, row: Row) -> DataError:
+def _placed(error: Error, row: Row) -> Error:
     """The error with the row's place, unless it has one."""
     if error.file is not None:
         return error
-    return row.place.error(error.message, key=error.key, hint=error.hint)
+    at = row.place.error(error.message)
+    return type(error)(at.message, file=at.file, line=at.line, key=error.key, hint=error.hint)
 
 
 def _too_long(row: Row, length: int, limit: int) -> DataError:

@@ -10,13 +10,14 @@ if that is a prefix of the whole. Otherwise it is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peftcli.errors import DataError, Interrupted
+from peftcli.data.bounds import Limits, TooMuch, bounded
+from peftcli.errors import DataError, Interrupted, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,19 +59,76 @@ def render(
 
     Raises:
         DataError: the template refuses the conversation.
+        ModelError: the template does not come to an end.
     """
+    if not _renders_plainly(tokenizer):
+        with _told(tokenizer, messages):
+            return str(
+                tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+            )
+    return _rendered(tokenizer, dict(tokenizer.special_tokens_map), messages, tools, prompt)
+
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None) -> list[int]:
+    """The ids that ``apply_chat_template`` gives.
+
+    Raises:
+        DataError: the template refuses the conversation.
+        ModelError: the template does not come to an end.
+    """
+    options: dict[str, Any] = {"tools": tools, "tokenize": True, "return_dict": False}
+    with _told(tokenizer, messages), Limits((messages, tools)):
+        if _renders_plainly(tokenizer):
+            options["chat_template"] = bounded(tokenizer.get_chat_template(tools=tools))
+        return list(tokenizer.apply_chat_template(messages, **options))
+
+
+def _renders_plainly(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer renders as most do. A few have code of their own for it."""
+    from transformers import PreTrainedTokenizerBase as Base
+
+    return getattr(tokenizer.apply_chat_template, "__func__", None) is Base.apply_chat_template
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    variables: dict[str, Any],
+    messages: list[Message],
+    tools: list[Any] | None,
+    prompt: bool,
+) -> str:
+    """What ``apply_chat_template`` gives, in less time."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    given: Any = [[{key: value for key, value in message.items() if value is not None} for message in messages]]
+    with _told(tokenizer, messages), Limits((given, tools)):
+        texts: Any = render_jinja_template(
+            given,
+            tools=tools,
+            chat_template=bounded(tokenizer.get_chat_template(tools=tools)),
+            add_generation_prompt=prompt,
+            **variables,
+        )
+    return str(texts[0][0])
+
+
+@contextmanager
+def _told(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> Iterator[None]:
+    """What a template raises, told by an error of ours. That of one without end is none that another row would mend."""
     try:
-        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+        yield
     except Interrupted:  # a signal is no fault of foreign code
         raise
+    except TooMuch as error:
+        raise ModelError(
+            f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} does not come to an end with a "
+            f"conversation of {len(messages)} messages: {error}",
+            key="base_model.chat_template",
+            hint="Give the model another template: base_model.chat_template: chatml, or a .jinja file.",
+        ) from error
     except Exception as error:  # a template is foreign code
-        raise _not_rendered(error) from error
-    return str(text)
-
-
-def _not_rendered(error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return DataError(f"the chat template refuses the conversation: {reason}")
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"the chat template refuses the conversation: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -162,10 +220,8 @@ class Template:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        from transformers import PreTrainedTokenizerBase as Base
-
         self.tokenizer = tokenizer
-        self._plain = getattr(tokenizer.apply_chat_template, "__func__", None) is Base.apply_chat_template
+        self._plain = _renders_plainly(tokenizer)
         self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
         # Gemma's tokenizer has added tokens of line breaks, which end no turn.
@@ -182,28 +238,15 @@ class Template:
         return self._habits(None).closings
 
     def render(self, messages: list[Message], tools: list[Any] | None = None, prompt: bool = False) -> str:
-        """As the function ``render``, in less time where the tokenizer renders as most do.
+        """As the function ``render``, in less time.
 
         Raises:
             DataError: the template refuses the conversation.
+            ModelError: the template does not come to an end.
         """
         if not self._plain:
             return render(self.tokenizer, messages, tools, prompt)
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            texts: Any = render_jinja_template(
-                [[{key: value for key, value in message.items() if value is not None} for message in messages]],
-                tools=tools,
-                chat_template=self.tokenizer.get_chat_template(tools=tools),
-                add_generation_prompt=prompt,
-                **self._variables,
-            )
-        except Interrupted:  # a signal is no fault of foreign code
-            raise
-        except Exception as error:  # a template is foreign code
-            raise _not_rendered(error) from error
-        return str(texts[0][0])
+        return _rendered(self.tokenizer, self._variables, messages, tools, prompt)
 
     def answers(
         self, messages: list[Message], tools: list[Any] | None = None, which: Container[int] | None = None
