@@ -348,7 +348,7 @@ def test_a_row_that_the_template_does_not_end_with_is_named(encoder: Any) -> Non
     source = Source(train="a.jsonl")
     encode = encoder(example_reader(["messages"], source, "a.jsonl"), tokenizer, Dataset())
     rows = [
-        Row({"messages": CHAT * times}, Place("a.jsonl", number, number + 10)) for number, times in ((1, 1), (2, 2))
+        Row({"messages": CHAT * times}, Place("a.jsonl", number, number + 10)) for number, times in ((1, 1), (2, 3))
     ]
     assert len(encode(rows[:1])) == 1
     with pytest.raises(ModelError, match="does not come to an end with a conversation of") as caught:
