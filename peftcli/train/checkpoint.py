@@ -23,7 +23,7 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import CONFIG_FILE, WEIGHTS_FILE, read_tensors, write_adapter
-from peftcli.core.weights import adapter_state, load_training_state, named_tensors, unsaved_state
+from peftcli.core.weights import adapter_state, load_training_state, named_tensors, training_state, unsaved_state
 from peftcli.errors import Diverged, PeftcliError, StorageError
 from peftcli.files import read_small, remove_folder, sha256, sync_folder, write_file
 from peftcli.train.loop import LESS_LEARNING, Trainee
@@ -227,7 +227,10 @@ def load_checkpoint(path: Path, state: State, accelerator: Accelerator, *, exact
     try:
         extra = path / _TRAINING_STATE
         more = safetensors.torch.load_file(extra) if extra.exists() else {}
-        load_training_state(state.model, {**read_tensors(path), **more})
+        tensors = {**read_tensors(path), **more}
+        if strange := tensors.keys() - adapter_state(state.model).keys() - training_state(state.model).keys():
+            raise ValueError(f"{WEIGHTS_FILE} holds {min(strange)}, which is none of this adapter's")
+        load_training_state(state.model, tensors)
         _load_optimizer(state, safetensors.torch.load_file(path / _OPTIMIZER))
         for name, value in asdict(_progress(path)).items():
             setattr(state.progress, name, value)

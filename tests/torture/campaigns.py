@@ -57,5 +57,7 @@ def results(trials: Sequence[Trial]) -> Iterator[Result]:
                 trial.run(Path(folder))
             except AssertionError as error:
                 yield Result(trial, str(error) or "an assertion failed")
+            except Exception as error:  # of the command, which was not to raise it
+                yield Result(trial, f"{type(error).__name__}: {error}")
             else:
                 yield Result(trial, None)
