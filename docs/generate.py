@@ -12,7 +12,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -20,11 +20,13 @@ from peftcli import errors
 from peftcli.cli.app import app, peftcli
 from peftcli.data.findings import FINDINGS
 from peftcli.methods import METHODS, NOT_HERE
+from peftcli.output_schemas import names
 from peftcli.recipe.settings import Setting, in_words, method_settings, settings
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
+SCHEMAS = ROOT / "peftcli/output_schemas"
 _INCLUDE = re.compile(r"(<!-- include: (\S+) -->\n).*?(<!-- /include -->)", re.DOTALL)
 _NOTE = "<!-- Written by `make docs` from the code. Do not edit. -->\n\n"
 _CODES = """
@@ -120,6 +122,71 @@ def findings_page() -> str:
     return text + _table(("finding", "level", "the rows", "what to do"), rows)
 
 
+def json_page() -> str:
+    """Every field of what commands print with ``--json``, from the schemas."""
+    schemas = {name: json.loads((SCHEMAS / f"{name}.schema.json").read_text(encoding="utf-8")) for name in names()}
+    text = (
+        "# JSON\n\nWith `--json` a command prints one JSON object on stdout and nothing else there: its answer, or an "
+    )
+    text += "[error](#an-error).\nWhat it prints, and what `run.json` holds, has a JSON Schema (draft 2020-12), which "
+    text += "`peftcli schema NAME` prints.\nThe names: " + ", ".join(f"`{name}`" for name in schemas) + ".\n"
+    for name in ("error", "run", *(name for name in schemas if name not in ("error", "run"))):
+        schema = schemas[name]
+        text += f"\n## {schema['title']}\n\n{schema['description']}\n"
+        for part in schema.get("anyOf", [schema]):
+            if "$ref" not in part:
+                text += f"\n{_fields_table(part, schemas, schema)}"
+            elif part["$ref"].startswith("#"):
+                held = schema["$defs"][part["$ref"].rpartition("/")[2]]
+                text += f"\n{held['description']}\n\n{_fields_table(held, schemas, schema)}"
+    return text
+
+
+def _fields_table(held: dict[str, Any], schemas: dict[str, Any], file: dict[str, Any]) -> str:
+    rows = [(f"`{path}`", kind, text) for path, kind, text in _fields(held, schemas, file)]
+    return _table(("field", "type", "meaning"), rows)
+
+
+def _fields(
+    held: dict[str, Any], schemas: dict[str, Any], file: dict[str, Any], before: str = ""
+) -> Iterator[tuple[str, str, str]]:
+    """Path, type and meaning of each field of an object, each object followed by what it holds."""
+    for name, field in held.get("properties", {}).items():
+        path = before + name
+        inner, kind = _described(field, schemas, file)
+        missing = "" if name in held["required"] else "; may be missing"
+        yield path, kind + missing, field.get("description") or inner[0].get("description", "")
+        for each in inner:
+            yield from _fields(each, schemas, file, f"{path}[]." if kind.startswith("list") else f"{path}.")
+
+
+def _described(
+    field: dict[str, Any], schemas: dict[str, Any], file: dict[str, Any]
+) -> tuple[list[dict[str, Any]], str]:
+    """What a field may hold, or a list in it; and its type in words."""
+    if "$ref" in field:
+        place, _, name = field["$ref"].partition("#/$defs/")
+        if not place:
+            return _described(file["$defs"][name], schemas, file)
+        title = schemas[place.partition(".")[0]]["title"]
+        return [{}], f"as in [{title}](#{title.lower().replace(' ', '-').replace('.', '')})"
+    if "anyOf" in field:
+        parts = [_described(part, schemas, file) for part in field["anyOf"]]
+        kinds = dict.fromkeys(kind for _, kind in parts)
+        return [each for held, _ in parts for each in held], (", or " if "->" in parts[0][1] else " or ").join(kinds)
+    if field.get("type") == "array":
+        inner, kind = _described(field["items"], schemas, file)
+        return inner, f"list, each {kind}" if kind.startswith("as in") else f"list of {kind}s"
+    if "enum" in field:
+        return [field], ", ".join(f"`{value}`" for value in field["enum"])
+    if "const" in field:
+        return [field], f"`{field['const']}`"
+    if isinstance(each := field.get("additionalProperties"), dict):
+        return [field], f"object: name -> {_described(each, schemas, file)[1]}"
+    one = field.get("type", "anything")
+    return [field], " or ".join([one] if isinstance(one, str) else one)
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "recipe": recipe_page,
     "methods": methods_page,
@@ -127,6 +194,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "commands": commands_page,
     "exit-codes": exit_codes_page,
     "findings": findings_page,
+    "json": json_page,
 }
 
 

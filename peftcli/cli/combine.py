@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from peftcli.cli import console
+from peftcli.cli.quiet import Quiet, teller
 from peftcli.errors import UsageError
 
 Method = Literal[
@@ -39,9 +40,11 @@ def combine(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Make one LoRA adapter of several: their weighted sum."""
     given = [_weighted(entry) for entry in adapters]
+    teller(quiet)  # what it may draw is the bars of downloads
     from peftcli.combine import combine_adapters
 
     names, weights = [name for name, _ in given], [weight for _, weight in given]

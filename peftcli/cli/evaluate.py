@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from peftcli.cli import console
+from peftcli.cli.junit_report import Junit, junit_report
+from peftcli.cli.quiet import Quiet, teller
 
 
 def evaluate(
@@ -15,16 +17,20 @@ def evaluate(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Adapter folder or hub id; without one, the base model.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    junit: Junit = None,
+    quiet: Quiet = False,
 ) -> None:
     """Metrics on the recipe's evaluation data; applies its gates."""
     from peftcli.recipe import load_recipe
 
-    settings = load_recipe(recipe, overrides or [])
+    teller(quiet)
+    with junit_report(junit, recipe) as result:
+        settings = load_recipe(recipe, overrides or [])
 
-    from peftcli.train.measure import measure
-    from peftcli.train.run import raise_failed_gates
+        from peftcli.train.measure import measure
+        from peftcli.train.run import raise_failed_gates
 
-    result = measure(settings, adapter, on_warning=lambda text: console.log(f"warning: {text}"))
+        result |= measure(settings, adapter, on_warning=lambda text: console.log(f"warning: {text}"))
     if as_json:
         console.print_json(result)
     else:

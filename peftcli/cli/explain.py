@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,11 +15,21 @@ if TYPE_CHECKING:
 
 def explain(
     key: Annotated[str, typer.Argument(metavar="KEY", help="A setting, section, method or task: training.seed, lora.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Explain a setting, a section, a method or a task."""
     from peftcli.recipe import explain as find
 
-    _print(find(key))
+    found = find(key)
+    if as_json:
+        console.print_json(_as_data(found))
+    else:
+        _print(found)
+
+
+def _as_data(found: Explanation) -> dict[str, Any]:
+    settings = [dict(zip(("name", "default", "help"), row, strict=True)) for row in found.settings]
+    return {**asdict(found), "settings": settings}
 
 
 def _print(found: Explanation) -> None:

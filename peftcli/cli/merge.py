@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from peftcli.cli import console
+from peftcli.cli.quiet import Quiet, teller
 
 
 def merge(
@@ -23,13 +24,13 @@ def merge(
     ] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare logits with base and adapter.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Fold an adapter into its base model: a checkpoint that transformers loads alone."""
+    tell = teller(quiet)
     from peftcli.merge import merge_adapter
 
-    merged = merge_adapter(
-        adapter, output, base=base, dtype=dtype, dequantize=dequantize, verify=verify, tell=console.log
-    )
+    merged = merge_adapter(adapter, output, base=base, dtype=dtype, dequantize=dequantize, verify=verify, tell=tell)
     if as_json:
         return console.print_json(merged)
     if verify:

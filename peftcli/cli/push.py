@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from peftcli.cli import console
+from peftcli.cli.quiet import Quiet, teller
 
 
 def push(
@@ -23,8 +24,10 @@ def push(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded, and send nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Upload an adapter and its model card to the hub."""
+    tell = teller(quiet and not dry_run)  # what a dry run lists is its answer
     from dataclasses import asdict
 
     from peftcli import hub
@@ -43,9 +46,7 @@ def push(
         console.print_json(asdict(pushed))
         return
     for name in pushed.files:
-        console.log(name)
+        tell(name)
     visibility = "private" if pushed.private else "public"
-    console.log(
-        f"{'would upload' if dry_run else 'uploaded'} {len(pushed.files)} files, {pushed.bytes:,} bytes, {visibility}"
-    )
+    tell(f"{'would upload' if dry_run else 'uploaded'} {len(pushed.files)} files, {pushed.bytes:,} bytes, {visibility}")
     console.out(pushed.url)

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from peftcli.cli import console
+from peftcli.errors import UsageError
+from peftcli.output_schemas import names, output_schema
+
+_OUTPUTS = names()
 
 
-def schema() -> None:
-    """Print the JSON Schema of recipes, for editors."""
-    from peftcli.recipe.reference import json_schema
+def schema(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="[NAME]",
+            help=f"Of recipes, of run.json (run), or of what a command prints with --json: {', '.join(_OUTPUTS)}.",
+        ),
+    ] = "recipe",
+) -> None:
+    """Print a JSON Schema: that of recipes, for editors, or that of what a command prints, for scripts."""
+    if name == "recipe":
+        from peftcli.recipe.reference import json_schema
 
-    console.print_json(json_schema())
+        console.print_json(json_schema())
+    elif name in _OUTPUTS:
+        console.print_json(output_schema(name))
+    else:
+        raise UsageError(f"no schema is called {name[:60]!r}", hint=f"one of recipe, {', '.join(_OUTPUTS)}")

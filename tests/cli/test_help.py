@@ -47,7 +47,7 @@ def test_python_dash_m() -> None:
     assert ran.stderr.startswith("error: No such command 'chek'.")
 
 
-@pytest.mark.parametrize("args", [["chek"], ["check"], ["check", "--nope", "x"], ["schema", "x"]])
+@pytest.mark.parametrize("args", [["chek"], ["check"], ["check", "--nope", "x"], ["schema", "x", "y"]])
 def test_usage_errors(cli, args: list[str]) -> None:
     ran = cli(*args)
     assert (ran.code, ran.out) == (2, "")
@@ -111,7 +111,7 @@ def test_a_bug_is_one_line_unless_debugged(cli, failing) -> None:
 def test_interrupt(cli, failing) -> None:
     failing(KeyboardInterrupt())
     ran = cli("schema")
-    assert (ran.code, ran.err) == (130, "error: interrupted\n")
+    assert (ran.code, ran.err) == (130, "error: stopped (SIGINT)\n")
 
 
 def test_a_closed_pipe_is_quiet() -> None:

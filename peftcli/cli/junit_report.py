@@ -1,0 +1,81 @@
+"""``--junit``: a report for a CI server, whatever becomes of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from peftcli.cli import console
+from peftcli.errors import GateFailed, PeftcliError, StorageError
+from peftcli.junit import write_junit
+
+Junit = Annotated[
+    Path | None, typer.Option("--junit", metavar="FILE", help="Write a JUnit report: each gate is a test case.")
+]
+
+_FACTS = (
+    "adapter",
+    "base_model",
+    "device",
+    "parameters",
+    "peak_memory_bytes",
+    "processes",
+    "recipe_sha256",
+    "steps",
+    "tokens_per_second",
+    "train_loss",
+    "versions",
+)
+"""What the report holds of run.json besides metrics and gates."""
+
+
+@contextmanager
+def junit_report(path: Path | None, recipe: Path) -> Iterator[dict[str, Any]]:
+    """Inside, fill the dict that it gives with the run, as run.json describes it. The report is written at the end.
+
+    An error that happens inside goes into the report, and on. Without a path nothing is written.
+
+    Raises:
+        StorageError: the report cannot be written, and nothing else went wrong.
+    """
+    run: dict[str, Any] = {}
+    try:
+        yield run
+    except Exception as error:
+        failed = not isinstance(error, GateFailed)  # the gates tell of it
+        try:
+            _write(path, recipe, run, _as_dict(error) if failed else None)
+        except StorageError as problem:
+            console.log(f"warning: {problem}")
+        raise
+    _write(path, recipe, run, None)
+
+
+def _write(path: Path | None, recipe: Path, run: dict[str, Any], error: dict[str, object] | None) -> None:
+    if path is None:
+        return
+    measured = run.get("eval", {})
+    metrics = measured.get("kept", measured.get("last", {}))
+    facts = _flat({name: run[name] for name in _FACTS if name in run})
+    gates, seconds = run.get("gates", []), run.get("wall_seconds")
+    write_junit(path, suite=recipe.stem, gates=gates, metrics={**metrics, **facts}, seconds=seconds, error=error)
+
+
+def _as_dict(error: Exception) -> dict[str, object]:
+    if isinstance(error, PeftcliError):
+        return error.as_dict()
+    return PeftcliError(f"{type(error).__name__}: {error}").as_dict()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            out[prefix + name] = value
+    return out
