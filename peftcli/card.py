@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from peftcli.methods import METHODS
+from peftcli.redact import redact
 from peftcli.tasks import TASKS, TaskRow
 
 _SETTINGS = (
@@ -42,7 +43,7 @@ def write_card(folder: Path) -> Path:
     Raises:
         StorageError: it cannot be written.
     """
-    from peftcli.core.files import write_file
+    from peftcli.files import write_file
 
     path = folder / "README.md"
     write_file(path, render_card(read_info(folder), **_beside(folder)).encode())
@@ -60,7 +61,12 @@ def for_hub(folder: Path, repo_id: str, base_model_id: str | None = None) -> str
     if written is None or written == render_card(info, **_beside(folder)):
         named = {**info, "base_model": {**info["base_model"], "name": base_model_id or base}}
         return render_card(named, adapter=repo_id, **_beside(folder))
-    return _renamed(written, base, base_model_id) if base_model_id else written
+    return redact(_renamed(written, base, base_model_id) if base_model_id else written)
+
+
+def was_local(folder: Path) -> bool:
+    """Whether the run that made an adapter folder read its base model from files of the machine."""
+    return bool(read_info(folder)["base_model"].get("sha256"))
 
 
 def is_local(base: str) -> bool:
@@ -107,7 +113,7 @@ def render_card(
         "![Loss by step](loss.png)\n" if plot else "",
         _table("Versions", ("package", "version"), sorted((info.get("versions") or {}).items())),
     ]
-    return "\n".join(section for section in sections if section)
+    return redact("\n".join(section for section in sections if section))
 
 
 def _front_matter(kind: str, use: TaskRow | None, base: str) -> str:

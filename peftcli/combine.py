@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,13 @@ import torch
 
 from peftcli.card import write_card
 from peftcli.core.combine import Combination
-from peftcli.core.files import CONFIG_FILE, read_config, read_tensors, sync_folder, write_adapter
-from peftcli.errors import AdapterError, StorageError, UsageError
+from peftcli.core.files import CONFIG_FILE, read_config, read_tensors, write_adapter
+from peftcli.errors import AdapterError, UsageError
 from peftcli.hub import local_folder
 from peftcli.methods import config_from_dict
-from peftcli.methods.lora.combine import Adapter, Combined, combine
+from peftcli.methods.lora.combine import Adapter, combine
+from peftcli.outputs import expanded, new_folder, refuse_taken
+from peftcli.redact import redact
 
 
 def combine_adapters(
@@ -48,15 +49,19 @@ def combine_adapters(
         UsageError: settings that do not go together, or the output folder holds something.
         StorageError: it cannot be written.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError("exists and is not empty; nothing was changed", file=str(output), key="--output")
+    output = expanded(output)
+    refuse_taken(output)
     how = Combination(method, r, density, generator=torch.Generator().manual_seed(seed))
     try:
         how.check()
     except AdapterError as error:
         raise UsageError(error.message, key=f"--{error.key}") from None
     made = combine([_read(adapter) for adapter in adapters], weights, how)
-    _write(made, output)
+    # what it was copied from may hold a password
+    made.config.base_model_name_or_path = redact(made.config.base_model_name_or_path or "") or None
+    with new_folder(output) as partial:
+        write_adapter(made.tensors, made.config, partial)
+        write_card(partial)
     worst = max(made.errors, key=made.errors.__getitem__)
     return {
         "output": str(output),
@@ -78,19 +83,3 @@ def _read(adapter: str) -> Adapter:
     if broken := [name for name, value in tensors.items() if not value.float().isfinite().all()]:
         raise AdapterError(f"not finite: {broken[0]}", file=str(folder))
     return Adapter(adapter, config, tensors)
-
-
-def _write(made: Combined, output: Path) -> None:
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        write_adapter(made.tensors, made.config, partial)
-        write_card(partial)
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-        sync_folder(output.parent)
-    except OSError as error:
-        raise StorageError(f"cannot write: {error.strerror or error}", file=str(output)) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftcli.core.header import CONFIG_FILE, WEIGHTS_FILE
 from peftcli.data.ends import Ends, Form, all_stops, ends_of, prompt_form
 from peftcli.errors import AdapterError, DataError, UsageError
+from peftcli.files import sha256
+from peftcli.outputs import expanded, is_stream, unfinished_file, write_output
+from peftcli.redact import redact_values
+from peftcli.signals import current
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +58,8 @@ class Speaker:
     """What a prompt that is a string becomes: a user's turn in the chat template, itself, or an Alpaca instruction."""
     ends: Ends
     """What ends an answer."""
+    made_from: dict[str, Any] = field(default_factory=dict)
+    """What it was loaded from, as JSON takes it: to tell whether answers of an earlier process are this one's too."""
 
     def answers(
         self, prompts: Sequence[str | list[Message]], settings: Settings, stream: Callable[[str], None] | None = None
@@ -205,7 +214,13 @@ def load_speaker(
     tokens.settle_pad(tokenizer, model)
     model = model.to("cuda" if cuda else "cpu").eval()  # type: ignore[arg-type]
     form = prompt_form(folder, tokenizer)
-    return Speaker(model, tokenizer, form, ends_of(tokenizer, form))
+    made_from = {
+        "base": asdict(spec),
+        "adapter": str(folder) if with_adapter else None,
+        "device": str(model.device),
+        "versions": [version(name) for name in ("peftcli", "torch", "transformers")],
+    }
+    return Speaker(model, tokenizer, form, ends_of(tokenizer, form), made_from)
 
 
 def answer_file(
@@ -218,25 +233,67 @@ def answer_file(
 ) -> int:
     """Answer every row of a .jsonl file, ``{"prompt": ...}`` or ``{"messages": [...]}``, into another.
 
+    After a stop, the same call goes on after the last batch that was answered. The target appears when all are.
+
     Returns:
         The number of rows.
 
     Raises:
         DataError: a row without a prompt; nothing is written then.
+        FolderBusy: another process is answering into the same target.
         StorageError: the target cannot be written.
     """
-    from dataclasses import asdict
-
-    from peftcli.core.files import write_file
-
+    target = expanded(target)
     prompts = list(_prompts(source))
-    lines: list[str] = []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        lines += [json.dumps(asdict(answer), ensure_ascii=False) for answer in speaker.answers(batch, settings)]
-        progress(len(lines), len(prompts))
-    write_file(target, "".join(f"{line}\n" for line in lines).encode())
-    return len(lines)
+    if is_stream(target):
+        lines: list[bytes] = []
+        for batch in _answered(speaker, prompts, settings, batch_size):
+            lines += batch
+            progress(len(lines), len(prompts))
+        write_output(target, b"".join(lines))
+        return len(lines)
+    with unfinished_file(target, _key(speaker, prompts, settings, batch_size)) as file:
+        kept = _whole(file.lines())
+        done = min(len(kept), len(prompts)) // batch_size * batch_size
+        file.keep(kept[:done])
+        if done:
+            progress(done, len(prompts))
+        for batch in _answered(speaker, prompts, settings, batch_size, done):
+            file.append(b"".join(batch))
+            done += len(batch)
+            stop = current()
+            stop.saved, stop.message = True, f"stopped after {done} of {len(prompts)} answers"
+            progress(done, len(prompts))
+    return done
+
+
+def _answered(
+    speaker: Speaker, prompts: Sequence[str | list[Message]], settings: Settings, batch_size: int, start: int = 0
+) -> Iterator[list[bytes]]:
+    """The lines of each batch of answers."""
+    for at in range(start, len(prompts), batch_size):
+        answers = speaker.answers(prompts[at : at + batch_size], settings)
+        yield [f"{json.dumps(redact_values(asdict(answer)), ensure_ascii=False)}\n".encode() for answer in answers]
+
+
+def _key(speaker: Speaker, prompts: Sequence[str | list[Message]], settings: Settings, batch_size: int) -> str:
+    """All that the answers follow from, but for the content of a base model that is a folder."""
+    adapter = speaker.made_from.get("adapter")
+    hashes = [sha256(Path(adapter) / name) for name in (CONFIG_FILE, WEIGHTS_FILE)] if adapter else []
+    return json.dumps([speaker.made_from, hashes, list(prompts), asdict(settings), batch_size], sort_keys=True)
+
+
+def _whole(lines: Sequence[bytes]) -> list[bytes]:
+    """The lines before the first that a crash of the machine has damaged."""
+    return list(takewhile(_is_json, lines))
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _prompts(source: Path) -> Iterator[str | list[Message]]:

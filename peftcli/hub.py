@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from peftcli import card
 from peftcli.core.header import CONFIG_FILE, WEIGHTS_FILE, checked_config, read_header, weights_file
 from peftcli.errors import AdapterError, HubError, NetworkError, PeftcliError, StorageError, UsageError
+from peftcli.redact import redact
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -61,6 +62,10 @@ SHARED_FILES = (
 """The only files that are pushed or pulled. recipe.yaml and run.json name paths of the machine; the card says what
 matters of them."""
 
+_WRITTEN_FILES = {CONFIG_FILE, "tokenizer_config.json", *(name for name in SHARED_FILES if name.endswith(".jinja"))}
+"""Those that a person writes in part, and so may have left a token in. Of the card, which is one of them too, it is
+taken out."""
+
 DELAYS = (1.0, 2.0, 4.0, 8.0)
 """Seconds to wait before each further try."""
 LONGEST_WAIT = 120.0
@@ -70,8 +75,6 @@ ANSWER_TIMEOUT = 60.0
 """Seconds without a byte after which a connection counts as dead."""
 
 _PICKLED = "an adapter_model.bin is a pickle and is not read: load it in PEFT, save it with safe_serialization=True"
-_TOKEN = re.compile(r"\bhf_[\w.-]{10,}")
-_USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
 
 T = TypeVar("T")
 
@@ -121,6 +124,8 @@ def push(
         NetworkError: the hub cannot be reached.
     """
     _check_repo_id(repo_id, "REPO_ID")
+    for what, text in (("--revision", revision), ("--message", message)):
+        _refuse_secret(text or "", what)
     contents = _contents(folder, repo_id, base_model_id)
     job = _Push(repo_id, contents, private, revision, create_pr, message or "Upload adapter")
     return job.result(f"{_endpoint()}/{repo_id}", None, private) if dry_run else _retried(job.run, repo_id)
@@ -149,17 +154,6 @@ def local_folder(adapter: str, revision: str | None = None) -> Path:
     return folder
 
 
-def redact(text: str) -> str:
-    """``text`` without hub tokens, without user names and passwords in URLs, and in printable characters."""
-    from huggingface_hub import get_token
-
-    token = get_token()
-    if token and len(token) >= 8:
-        text = text.replace(token, "***")
-    text = _USER_INFO.sub("***@", _TOKEN.sub("hf_***", text))
-    return "".join(char if char.isprintable() else " " for char in text)
-
-
 def _contents(folder: Path, repo_id: str, base_model_id: str | None) -> dict[str, Path | bytes]:
     """What is uploaded: name in the repository -> local file, or changed content."""
     config = checked_config(folder)
@@ -170,15 +164,31 @@ def _contents(folder: Path, repo_id: str, base_model_id: str | None) -> dict[str
         _check_repo_id(base_model_id, "--base-model-id")
         config = {**config, "base_model_name_or_path": base_model_id}
         files[CONFIG_FILE] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    elif isinstance(base, str) and card.is_local(base):
+    elif isinstance(base, str) and (card.is_local(base) or card.was_local(folder)):
         raise UsageError(
             f"the adapter's base model is {base!r}, which exists on this machine only",
             key="base_model_name_or_path",
             file=str(folder / CONFIG_FILE),
             hint="say what it is on the hub with --base-model-id USER/NAME",
         )
+    for name in _WRITTEN_FILES & files.keys():
+        _refuse_secret(_text(files[name]), str(folder / name))
     files[CARD_FILE] = card.for_hub(folder, repo_id, base_model_id).encode()
     return files
+
+
+def _refuse_secret(text: str, what: str) -> None:
+    if redact(text) != text:
+        raise UsageError(f"{what} holds what looks like a token or password; nothing was uploaded")
+
+
+def _text(content: Path | bytes) -> str:
+    return (content if isinstance(content, bytes) else content.read_bytes()).decode(errors="replace")
+
+
+def _shown(text: str) -> str:
+    """``text`` of the hub or the network in a message: without secrets, on one line."""
+    return "".join(char if char.isprintable() else " " for char in redact(text))
 
 
 def _check_repo_id(repo_id: str, what: str) -> None:
@@ -238,7 +248,7 @@ class _Push:
 
     def result(self, url: str, commit: str | None, private: bool) -> Pushed:
         size = sum(len(c) if isinstance(c, bytes) else c.stat().st_size for c in self.contents.values())
-        return Pushed(redact(url), commit, list(self.contents), size, private)
+        return Pushed(_shown(url), commit, list(self.contents), size, private)
 
     def _head(self, api: HfApi) -> ModelInfo:
         """The state of the branch. Makes the repository and the branch if they are missing."""
@@ -445,7 +455,7 @@ def _fault(error: BaseException, line: _Line, what: str) -> _Fault | None:
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
     if isinstance(error, ValueError) and CARD_FILE in str(error):
-        return _Fault(HubError(redact(f"{what}: the hub refuses the model card. {error}"), file=CARD_FILE))
+        return _Fault(HubError(_shown(f"{what}: the hub refuses the model card. {error}"), file=CARD_FILE))
     for cause in _causes(error):
         if isinstance(cause, OfflineModeIsEnabled):
             hint = "unset HF_HUB_OFFLINE to reach the hub"
@@ -457,14 +467,14 @@ def _fault(error: BaseException, line: _Line, what: str) -> _Fault | None:
         if isinstance(cause, HTTPError):  # httpx's or httpx2's, whichever this huggingface_hub uses
             if not line.answered and type(cause).__name__ in ("ConnectError", "ConnectTimeout"):
                 message = f"{what}: cannot reach {_endpoint()} ({cause})"
-                return _Fault(NetworkError(redact(message), hint="check the network, and HF_ENDPOINT if it is set"))
+                return _Fault(NetworkError(_shown(message), hint="check the network, and HF_ENDPOINT if it is set"))
             return _dropped(what, f"{type(cause).__name__} {cause}")
         if isinstance(cause, (ConnectionError, TimeoutError)):  # hf_xet's
             return _dropped(what, str(cause))
     if isinstance(error, json.JSONDecodeError):
-        return _Fault(HubError(redact(f"{_endpoint()} does not answer as a hub does")))
+        return _Fault(HubError(_shown(f"{_endpoint()} does not answer as a hub does")))
     if isinstance(error, OSError) and error.errno is not None:
-        return _Fault(StorageError(redact(f"{what}: {error.strerror}"), file=error.filename))
+        return _Fault(StorageError(_shown(f"{what}: {error.strerror}"), file=error.filename))
     return None
 
 
@@ -476,7 +486,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _dropped(what: str, reason: str, wait: float = 0.0) -> _Fault:
     hint = f"wait {wait:.0f} seconds, then run the same command again" if wait else "run the same command again later"
-    return _Fault(NetworkError(redact(f"{what}: {reason}"), hint=hint), retries=len(DELAYS), wait=wait)
+    return _Fault(NetworkError(_shown(f"{what}: {reason}"), hint=hint), retries=len(DELAYS), wait=wait)
 
 
 def _refusal(error: Any, what: str) -> _Fault:
@@ -503,5 +513,5 @@ def _refusal(error: Any, what: str) -> _Fault:
         message, hint = "somebody else is changing this repository", "run the same command again"
     else:
         message, hint = "the hub refuses", ""
-    text = redact(f"{what}: {message} ({status})" + (f": {said[:300]}" if said else ""))
+    text = _shown(f"{what}: {message} ({status})") + (f": {_shown(said)[:300]}" if said else "")
     return _Fault(HubError(text, hint=hint or None), retries=1 if status in (409, 412) else 0)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from peftcli.data.pieces import Piece, Speller
 from peftcli.data.store import BAD, USED, View
 from peftcli.errors import UsageError
 from peftcli.models.load import load_tokenizer
+from peftcli.redact import spans
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
 from peftcli.train.batches import Plan
@@ -106,8 +107,8 @@ class Inspection:
             input_ids=ids,
             labels=labels,
             # a causal model is never asked for the first token
-            pieces=self.speller.pieces(ids, [IGNORED, *labels[1:]] if self.aligned else [IGNORED] * len(ids)),
-            answer=None if self.aligned else self.speller.pieces(labels),
+            pieces=self._spelled(ids, [IGNORED, *labels[1:]] if self.aligned else [IGNORED] * len(ids)),
+            answer=None if self.aligned else self._spelled(labels),
             targets=int(view.targets[index]),
             missing=int(record["tokens"]) - len(ids) - (0 if self.aligned else len(labels)) if cut else 0,
             lost=int(record["lost"]),
@@ -155,6 +156,15 @@ class Inspection:
             DataError: an error that the recipe does not allow.
         """
         refuse(self.findings, self.recipe.dataset.allow)
+
+    def _spelled(self, ids: list[int], labels: list[int] | None = None) -> list[Piece]:
+        """The ids in pieces, without the secrets that they spell together."""
+        pieces = self.speller.pieces(ids, labels)
+        letters = list("".join(piece.text for piece in pieces))
+        for start, end in spans("".join(letters)):
+            letters[start:end] = ["***", *[""] * (end - start - 1)]
+        parts = iter(letters)
+        return [replace(piece, text="".join(islice(parts, len(piece.text)))) for piece in pieces]
 
     @cached_property
     def _views(self) -> dict[str, View]:

@@ -16,11 +16,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from peftcli.core.files import write_file
 from peftcli.data.findings import FINDINGS, Finding
 from peftcli.data.pieces import Piece
 from peftcli.errors import UsageError
 from peftcli.inspection import Inspection, ShownRow, bars, reason, shortened, tables
+from peftcli.outputs import saving, write_output
+from peftcli.redact import redact
 
 _MOST_TOKENS = 4000
 """Of a longer row, the beginning and the end are shown."""
@@ -45,9 +46,16 @@ def write_page(path: Path, inspection: Inspection, rows: Sequence[ShownRow], bor
         UsageError: the path is none of a page.
         StorageError: the file cannot be written.
     """
-    if path.suffix.lower() not in (".html", ".htm") or (path.exists() and not path.is_file()):
+    refuse_name(path)
+    write_output(path, redact(page(inspection, rows, borders)).encode())
+
+
+def refuse_name(path: Path) -> None:
+    """Raises UsageError if ``path`` is none of a page."""
+    with saving(path):
+        fits = path.suffix.lower() in (".html", ".htm") and (path.is_file() or not path.exists())
+    if not fits:
         raise UsageError("is no name of a page", file=str(path), key="--html", hint="name a file that ends in .html")
-    write_file(path, page(inspection, rows, borders).encode())
 
 
 def page(inspection: Inspection, rows: Sequence[ShownRow], borders: bool = False) -> str:

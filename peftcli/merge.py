@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.files import load_adapter, read_config, read_tensors, sync_folder
+from peftcli.core.files import load_adapter, read_config, read_tensors
 from peftcli.core.inject import inject, is_reshaped
 from peftcli.core.layer import AdapterLayer, bare, model_ends
 from peftcli.core.merge import merge, outermost
 from peftcli.core.weights import materialise
 from peftcli.data.ends import missing_stops
-from peftcli.errors import AdapterError, ModelError, StorageError, UsageError
+from peftcli.errors import AdapterError, ModelError, UsageError
+from peftcli.files import write_file
 from peftcli.hub import local_folder
 from peftcli.methods import config_from_dict
 from peftcli.models import tokens
@@ -43,6 +44,7 @@ from peftcli.models.load import (
     stored_or_asked,
 )
 from peftcli.models.quantization import forget, makes_up_for_quantization, trained_quantization
+from peftcli.outputs import expanded, new_folder, refuse_taken, saving
 from peftcli.schema import BaseModel
 from peftcli.tasks import TASKS
 
@@ -96,8 +98,8 @@ def merge_adapter(
         UsageError: the output folder holds something.
         StorageError: it cannot be written.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError("exists and is not empty; nothing was changed", file=str(output), key="--output")
+    output = expanded(output)
+    refuse_taken(output)
     folder = local_folder(adapter)
     config = config_from_dict(read_config(folder), file=str(folder / "adapter_config.json"))
     if reason := config.merge_problem():
@@ -118,10 +120,7 @@ def merge_adapter(
     _check_quantised(spec, dequantize, command)
     auto_class = classes.get(config.task_type or "", "AutoModelForCausalLM")
     job = _Job(folder, config, spec, auto_class, getattr(torch, dtype) if dtype else None, dequantize)
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(output) as partial, _reading(name):
         tell(f"merging into {name}")
         if trained and not dequantize:
             tell(f"it was trained on {trained.type} weights; these are the full-precision ones")
@@ -130,16 +129,6 @@ def merge_adapter(
             untied = _merge_whole(job, partial)
         _write_companions(job, partial, untied)
         difference = _verify(job, partial, tell) if verify else None
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-        sync_folder(output.parent)
-    except SafetensorError as error:
-        raise ModelError(f"cannot read {name}: {error}", key="base_model") from None
-    except OSError as error:
-        raise StorageError(f"cannot write: {error.strerror or error}", file=str(output)) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     shards = sorted(output.glob("*.safetensors"))
     written = json.loads((output / "config.json").read_bytes())
     return {
@@ -151,6 +140,17 @@ def merge_adapter(
         "untied": untied,
         "max_logit_difference": difference,
     }
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Inside, an error of a file is the base model's; what is written has its own (``saving``)."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ModelError(f"cannot read {name}: {error}", key="base_model") from None
+    except OSError as error:
+        raise ModelError(f"cannot read {error.filename or name}: {error.strerror or error}", key="base_model") from None
 
 
 def _check_quantised(base: BaseModel, dequantize: bool, command: str) -> None:
@@ -209,10 +209,11 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
                     else:
                         tensors[head.name] = own
         index |= dict.fromkeys(tensors, shard.name)
-        save_file(tensors, output / shard.name, {"format": "pt"})
+        with saving(output / shard.name):
+            save_file(tensors, output / shard.name, {"format": "pt"})
     if len(shards) > 1:
         described = {"metadata": {}, "weight_map": dict(sorted(index.items()))}
-        (output / "model.safetensors.index.json").write_text(json.dumps(described, indent=2) + "\n")
+        _write_json(output / "model.safetensors.index.json", described)
     return head is not None
 
 
@@ -322,7 +323,8 @@ def _merge_whole(job: _Job, output: Path) -> bool:
         forget(model)
     if untied:
         model.config.tie_word_embeddings = False
-    model.save_pretrained(output)
+    with saving(output):
+        model.save_pretrained(output)
     return untied
 
 
@@ -338,16 +340,18 @@ def _write_companions(job: _Job, output: Path, untied: bool) -> None:
     if untied:
         config.tie_word_embeddings = False
     config.dtype = job.dtype or _stored_dtype(output)
-    config.save_pretrained(output)
+    with saving(output):
+        config.save_pretrained(output)
     path = output / "config.json"
     described = json.loads(path.read_bytes())
     described.setdefault("architectures", [type(empty).__name__])
     rope = described.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:  # readers that know only the older key
         described.setdefault("rope_theta", rope["rope_theta"])
-    path.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+    _write_json(path, described)
     tokenizer = load_adapter_tokenizer(job.folder, job.base)
-    tokenizer.save_pretrained(output)
+    with saving(output):
+        tokenizer.save_pretrained(output)
     if empty.can_generate():
         _save_generation_config(job, output, tokenizer, config)
 
@@ -358,22 +362,27 @@ def _save_generation_config(job: _Job, output: Path, tokenizer: Any, config: Any
 
     path, base = output / "generation_config.json", Path(job.base.name)
     if (base / path.name).is_file():
-        shutil.copyfile(base / path.name, path)
+        write_file(path, (base / path.name).read_bytes())
     elif not path.exists():
-        try:
+        theirs = None
+        with suppress(OSError):  # the base model has none; transformers makes it from the model's config
             theirs = GenerationConfig.from_pretrained(job.base.name, revision=job.base.revision or "main")
-            theirs.save_pretrained(output)
-        except OSError:  # the base model has none; transformers makes it from the model's config
-            pass
+        if theirs is not None:
+            with saving(output):
+                theirs.save_pretrained(output)
     made = GenerationConfig.from_model_config(config)
     named = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else made.eos_token_id
     stops = missing_stops(tokenizer, job.folder, named)
     if not stops:
         return
     if not path.exists():
-        made.save_pretrained(output)
-    described = {**json.loads(path.read_bytes()), "eos_token_id": stops if len(stops) > 1 else stops[0]}
-    path.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+        with saving(output):
+            made.save_pretrained(output)
+    _write_json(path, {**json.loads(path.read_bytes()), "eos_token_id": stops if len(stops) > 1 else stops[0]})
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    write_file(path, (json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
 
 
 @torch.inference_mode()

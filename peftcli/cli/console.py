@@ -1,4 +1,4 @@
-"""What the commands print. stdout is the answer, stderr is the log.
+"""What the commands print. stdout is the answer, stderr is the log. Secrets are in neither.
 
 The only user of rich, and only on a terminal: elsewhere plain lines without colours.
 """
@@ -10,10 +10,12 @@ import math
 import os
 import sys
 import unicodedata
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from peftcli.errors import PeftcliError
+from peftcli.redact import redact, redact_values
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +37,7 @@ def print_json(data: Any) -> None:
     """The answer as one JSON object: NaN and Inf become null, anything that is not JSON its string."""
     global _json_printed
     _json_printed = True
-    _write(sys.stdout, json.dumps(_finite(data), indent=2, default=str, allow_nan=False))
+    _write(sys.stdout, json.dumps(redact_values(_finite(data)), indent=2, default=str, allow_nan=False))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -67,8 +69,24 @@ def is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Inside, what other libraries write to stdout and stderr by themselves holds no secret either."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _Guarded(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
 def clean(text: str) -> str:
-    r"""``text`` with everything that could steer a terminal written out, as ``\x1b``."""
+    r"""``text`` without secrets, and with everything that could steer a terminal written out, as ``\x1b``."""
+    return escaped(redact(text))
+
+
+def escaped(text: str) -> str:
+    """As ``clean``, of a part of a text that is known to hold no secret."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(char if char in "\n\t" or _is_harmless(char) else _escape(char) for char in text)
@@ -80,6 +98,24 @@ def report_error(error: PeftcliError, as_json: bool = False) -> int:
     if as_json and not _json_printed:
         print_json({"error": {**error.as_dict(), "exit_code": error.exit_code}})
     return error.exit_code
+
+
+class _Guarded:
+    """A text stream that takes the secrets out of what is written to it."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(redact(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _write(stream: TextIO, text: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,10 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from peftcli.cli import console
+from peftcli.cli.quiet import Quiet, teller
 from peftcli.errors import UsageError
 
 if TYPE_CHECKING:
     from peftcli.generate import Message, Settings, Speaker
+
+_LAST_WORD = re.compile(r"(?<![!-~])(?=[!-~]*\Z)")
 
 
 def generate(
@@ -33,20 +39,24 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of --input at once.")] = 8,
     no_adapter: Annotated[bool, typer.Option("--no-adapter", help="The base model alone.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Text from an adapted model: one prompt, a file of prompts, or a chat on a terminal."""
     if (source is None) != (target is None) or (prompt is not None and source is not None):
         raise UsageError("give --prompt, or --input with --output, or neither for a chat")
     chats = prompt is None and source is None
+    if chats and as_json:
+        raise UsageError("a chat is no JSON object", hint="give --prompt, or --input with --output", key="--json")
     if chats and not sys.stdin.isatty():
         raise UsageError("without a terminal, give --prompt or --input")
 
+    tell = teller(quiet)
     from peftcli.generate import Settings, answer_file, load_speaker
 
     settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     speaker = load_speaker(adapter, base, with_adapter=not no_adapter, quantization=quantization)
     if source is not None and target is not None:
-        count = answer_file(speaker, source, target, settings, batch_size, _show_progress)
+        count = answer_file(speaker, source, target, settings, batch_size, lambda done, total: tell(f"{done}/{total}"))
         return (
             console.print_json({"output": str(target), "rows": count})
             if as_json
@@ -57,8 +67,9 @@ def generate(
     assert prompt is not None
     if as_json:
         return console.print_json(asdict(speaker.answers([prompt], settings)[0]))
-    speaker.answers([prompt], settings, stream=_write)
-    return console.out()
+    with _streamed() as write:
+        speaker.answers([prompt], settings, stream=write)
+    return None
 
 
 def _chat(speaker: Speaker, settings: Settings) -> None:
@@ -73,15 +84,21 @@ def _chat(speaker: Speaker, settings: Settings) -> None:
         if not asked.strip():
             return
         messages.append({"role": "user", "content": asked})
-        said = speaker.answers([messages if speaker.form == "chat" else asked], settings, stream=_write)[0]
-        console.out()
+        with _streamed() as write:
+            said = speaker.answers([messages if speaker.form == "chat" else asked], settings, stream=write)[0]
         messages.append({"role": "assistant", "content": said.text})
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(console.clean(text))
-    sys.stdout.flush()
+@contextmanager
+def _streamed() -> Iterator[Callable[[str], None]]:
+    """Gives what writes text as it grows: a word at a time, since a secret is not recognised by its parts."""
+    held = ""
 
+    def write(text: str) -> None:
+        nonlocal held
+        *whole, held = _LAST_WORD.split(held + text, maxsplit=1)
+        sys.stdout.write(console.clean("".join(whole)))
+        sys.stdout.flush()
 
-def _show_progress(done: int, total: int) -> None:
-    console.log(f"{done}/{total}")
+    yield write
+    console.out(held)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peftcli.cli import console
+from peftcli.cli.quiet import Quiet, teller
 
 if TYPE_CHECKING:
     from peftcli.data.findings import Finding
@@ -48,27 +49,32 @@ def inspect(
     tokens: Annotated[bool, typer.Option("--tokens", help="Show where each token ends.")] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with rows and audit.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show which tokens a recipe trains, and audit its whole dataset."""
     from peftcli.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides or [])
 
+    tell = teller(quiet)
     from peftcli.cli.progress import Progress
     from peftcli.inspection import inspect as look
-    from peftcli.train.signals import handled
+    from peftcli.inspection_page import refuse_name, write_page
+    from peftcli.outputs import expanded
+    from peftcli.signals import handled
+
+    if html is not None:
+        html = expanded(html)
+        refuse_name(html)
 
     with handled(), Progress(quiet=quiet) as progress:
         inspection = look(settings, on_event=progress.show)
     asked = [found for place in row or () for found in inspection.find(place)]
     shown = asked or inspection.sample(_ROWS if rows is None else rows)
     if html is not None:
-        from peftcli.inspection_page import write_page
-
         sample = inspection.sample(_ROWS_OF_A_PAGE if rows is None else rows)
         write_page(html, inspection, asked or [*inspection.of_findings(), *sample], tokens)
-        console.log(f"page: {html}")
+        tell(f"page: {html}")
     if as_json:
         console.print_json(
             {
@@ -160,7 +166,7 @@ class _Printed:
             yield f"[[{text}]]" if trained else text
 
     def _bordered(self, piece: Piece) -> str:
-        text = console.clean(piece.text).replace("\n", _NEWLINE)
+        text = console.escaped(piece.text).replace("\n", _NEWLINE)
         if not self.borders:
             return text
         return text.removesuffix("\n") + _BORDER + ("\n" if text.endswith("\n") else "")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from peftcli.errors import Problem
+from peftcli.redact import SECRET_NAME, redact, redactor, secrets
 
 MAX_PROBLEMS = 100
 _MAX_VARIABLES = 100
@@ -19,9 +20,6 @@ _INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+|0o[0-7]+)")
 _FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 _VARIABLE = re.compile(r"\$(?P<literal>\$\{)|\$\{(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^{}]*))?\})?")
-_TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{16,}")
-_USER_INFO = re.compile(r"(://)[^/\s:@]{1,100}:[^/\s@]{1,500}@")
-_SECRET_NAME = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)
 
 Scalar = str | int | float | bool | None
 
@@ -59,7 +57,8 @@ class Value:
             return "a mapping" if isinstance(self.data, dict) else "a list"
         if self.scalar is None:
             return "nothing"
-        text = self.data if len(self.data) <= 60 else self.data[:60] + "..."
+        text = redact(self.data)  # before it is cut, which would leave a secret that is not recognised
+        text = text if len(text) <= 60 else text[:60] + "..."
         if isinstance(self.scalar, str):
             return repr(text)
         if isinstance(self.scalar, float) and not math.isfinite(self.scalar):
@@ -74,11 +73,12 @@ class Report(Protocol):
 
 
 class Problems:
-    """Collects problems, up to a bound, and keeps tokens out of their text."""
+    """Collects problems, up to a bound, and keeps secrets out of their text."""
 
     def __init__(self) -> None:
         self.found: list[Problem] = []
         self.left_out = 0
+        self.redact = redactor()
 
     @property
     def full(self) -> bool:
@@ -95,8 +95,9 @@ class Problems:
         if self.full:
             self.left_out += 1
             return
-        message, key, suggestion = redact(message), key and redact(key), suggestion and redact(suggestion)
-        self.found.append(Problem(message, place.file, place.line, place.column, key, suggestion))
+        message, file = self.redact(message), self.redact(place.file)
+        key, suggestion = key and self.redact(key), suggestion and self.redact(suggestion)
+        self.found.append(Problem(message, file, place.line, place.column, key, suggestion))
 
     def in_order(self) -> list[Problem]:
         """The problems by file and line."""
@@ -105,11 +106,6 @@ class Problems:
         if self.left_out:
             ordered.append(Problem(f"{self.left_out} more problems", ordered[0].file))
         return ordered
-
-
-def redact(text: str) -> str:
-    """``text`` without tokens and passwords."""
-    return _USER_INFO.sub(r"\1***@", _TOKEN.sub("hf_***", text))
 
 
 def read_scalar(text: str) -> Scalar:
@@ -148,10 +144,11 @@ def resolve(value: Value, key: str, problems: Problems) -> Value:
     plain = value.plain or bool(whole and whole["name"])
     if "\0" in text or not _encodes(text):
         problems.add("holds a character that is no text (NUL or half a surrogate pair)", value.place, key)
-    if _TOKEN.search(text) or _USER_INFO.search(text):
+    if problems.redact(text) != text or problems.redact(key) != key:
+        place = next((place for secret, place in secrets().items() if secret in text or secret in key), None)
         problems.add(
-            "looks like a token or password, which no recipe may hold; set HF_TOKEN in the environment, "
-            "or log in with `hf auth login`",
+            f"looks like a token or password{f' (that of {place})' if place else ''}, which no recipe may hold; "
+            "set HF_TOKEN in the environment, or log in with `hf auth login`",
             value.place,
             key,
         )
@@ -171,7 +168,7 @@ def _interpolate(value: Value, key: str, problems: Problems) -> str:
         if name is None:
             problems.add("expected ${NAME} or ${NAME:-default}; a literal ${ is written $${", value.place, key)
             return ""
-        if _SECRET_NAME.search(name):
+        if SECRET_NAME.search(name):
             problems.add(f"${{{name}}} names a secret, and a recipe is saved beside the adapter", value.place, key)
             return ""
         found = os.environ.get(name)

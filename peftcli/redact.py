@@ -1,0 +1,125 @@
+"""Keeps tokens and passwords out of all that is printed or written.
+
+A secret is:
+
+- a token of the Hugging Face hub, by its form (``hf_...``), and the one that the hub's login has stored;
+- the user-info of a URL if it holds a password, or is so long that it may be a token: not the ``git`` of
+  ``ssh://git@host``;
+- the value of an environment variable whose name ends in TOKEN, KEY, SECRET or PASSWORD, and the password of a URL in
+  any environment variable. Left alone are values of fewer than 8 characters, numbers, the path of a file or folder that
+  exists, and for KEY words without a digit, since such a variable often names a column: too much else is equal to them.
+
+A secret is found as it is, and as URLs, JSON, Python's ``repr``, HTML and base64 write it.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+_SHORTEST = 8
+_HUB_TOKEN = r"(?<![A-Za-z0-9])hf_(?:[A-Za-z0-9]{16,}|(?:oauth|jwt)_[\w.-]{16,})"
+_USER_INFO = (  # not the 80 of host:80/path@2
+    r"""(?<=://)(?:[^/\s"<>@:]{0,200}:(?!\d+[/?#])[^\s"<>]{0,500}|[^/\s"<>@:]{16,500})(?=@)"""
+)
+_PASSWORD_OF_URL = re.compile(r"://(?P<user>[^/\s:@]*):(?P<password>\S+)@")
+_WORD = re.compile(r"[A-Za-z]+(?:[-_. ]+[A-Za-z]+)*")
+SECRET_NAME = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)
+"""Names of environment variables that hold a secret."""
+
+
+def redact(text: str) -> str:
+    """``text`` with ``***`` for each secret."""
+    return redactor()(text)
+
+
+def redact_values(data: Any) -> Any:
+    """``data`` with ``***`` for each secret, in every string in it and in the keys."""
+    hide = redactor()
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, str):
+            return hide(value)
+        if isinstance(value, Mapping):
+            return {walk(key): walk(inner) for key, inner in value.items()}
+        return [walk(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return walk(data)
+
+
+def redactor() -> Callable[[str], str]:
+    """What ``redact`` does, for many texts: it looks up what is secret once."""
+    return partial(_pattern(tuple(sorted(secrets()))).sub, "***")
+
+
+def spans(text: str) -> list[tuple[int, int]]:
+    """Where the secrets are in ``text``: start and end of each."""
+    return [found.span() for found in _pattern(tuple(sorted(secrets()))).finditer(text)]
+
+
+def secrets() -> dict[str, str]:
+    """The secrets that this process knows of, and where each of them stands."""
+    found: dict[str, str] = {}
+    for name, value in os.environ.items():
+        place = f"the environment variable {name}"
+        if SECRET_NAME.search(name) and _is_secret(name, value.strip()):
+            found.setdefault(value.strip(), place)
+        if "://" in value and (url := _PASSWORD_OF_URL.search(value)):
+            pair = f"{url['user']}:{url['password']}"
+            found |= dict.fromkeys((pair, unquote(pair), url["password"], unquote(url["password"])), place)
+    found |= dict.fromkeys(_stored_tokens(), "the hub's login")
+    return {secret: place for secret, place in found.items() if len(secret) >= _SHORTEST}
+
+
+def _is_secret(name: str, value: str) -> bool:
+    if len(value) < _SHORTEST or (name.upper().endswith("KEY") and _WORD.fullmatch(value)):
+        return False
+    with suppress(ValueError):
+        float(value)
+        return False
+    with suppress(ValueError, OSError):
+        return not (os.sep in value and Path(value).expanduser().exists())
+    return True
+
+
+def _stored_tokens() -> Iterator[str]:
+    """The token of ``hf auth login``. huggingface_hub knows where it is, but is slow to import."""
+    loaded = sys.modules.get("huggingface_hub.constants")
+    path = getattr(loaded, "HF_TOKEN_PATH", None) or os.environ.get("HF_TOKEN_PATH") or _hub_home() / "token"
+    with suppress(OSError, ValueError, RuntimeError):
+        file = Path(path).expanduser()
+        if file.is_file():
+            yield file.read_text(encoding="utf-8").strip()
+
+
+def _hub_home() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("HF_HOME") or f"{cache}/huggingface")
+
+
+@lru_cache(maxsize=1)
+def _pattern(known: tuple[str, ...]) -> re.Pattern[str]:
+    """Finds every secret; of the ``known`` the longest first, since one may be a part of another."""
+    forms = {form for secret in known for form in _forms(secret)}
+    return re.compile("|".join([*map(re.escape, sorted(forms, key=len, reverse=True)), _HUB_TOKEN, _USER_INFO]))
+
+
+def _forms(secret: str) -> Iterator[str]:
+    raw = os.fsencode(secret)
+    yield secret
+    yield quote(raw, safe="")
+    yield quote(raw)
+    yield json.dumps(secret)[1:-1]
+    yield repr(secret)[1:-1]
+    yield html.escape(secret)
+    yield base64.b64encode(raw).decode().rstrip("=")

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import base64
+import html
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+from peftcli.cli import console
+from peftcli.redact import redact, redact_values, spans
+
+TOKEN = "hf_" + "aB3dE6gH9jK2mN5pQ8sT1vW4"
+
+
+@pytest.mark.parametrize("name", ["APP_TOKEN", "APP_KEY", "APP_SECRET", "APP_PASSWORD", "app_password"])
+def test_the_value_of_a_secret_variable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert redact("it is xK9 mL2pQ7.") == "it is xK9 mL2pQ7."
+    monkeypatch.setenv(name, " xK9 mL2pQ7\n")
+    assert redact("it is xK9 mL2pQ7.") == "it is ***."
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("APP_TOKEN", "true"),
+        ("APP_PASSWORD", "short12"),
+        ("APP_PASSWORD", "12345678"),
+        ("APP_SECRET", "0.12345678"),
+        ("APP_KEY", "/usr/bin/env"),
+        ("APP_KEY", "completion"),
+        ("APP_KEY", "user-messages"),
+        ("APP_KEYS", "xK9mL2pQ7"),
+        ("KEYBOARD", "xK9mL2pQ7"),
+    ],
+)
+def test_a_value_that_is_no_secret(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    assert redact(f"a {value} b") == f"a {value} b"
+
+
+def test_a_word_is_a_password_but_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APP_PASSWORD", "sunshine")
+    assert redact("sunshine") == "***"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (f"with {TOKEN}", "with ***"),
+        (f"run_{TOKEN}/x", "run_***/x"),
+        ("hf_oauth_eyJhbGciOi.J9-x_y.zzzzzzzz", "***"),
+        ("hf_hub_download and hf_transfer", "hf_hub_download and hf_transfer"),
+        ("https://me:pa55@host/x", "https://***@host/x"),
+        ("https://:pa55@host/x", "https://***@host/x"),
+        ("https://me:p@55/x@host/x", "https://***@host/x"),
+        ("https://0123456789abcdef@host/x", "https://***@host/x"),
+        ("ssh://git@github.com/x", "ssh://git@github.com/x"),
+        ("http://localhost:8080/path@2", "http://localhost:8080/path@2"),
+        ('{"a": "s3://x", "b": "c@d"}', '{"a": "s3://x", "b": "c@d"}'),
+    ],
+)
+def test_what_is_secret_by_its_form(text: str, shown: str) -> None:
+    assert redact(text) == shown
+    assert redact(shown) == shown
+
+
+def test_each_form_of_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = 'a"b\\c<d>&é/1'
+    monkeypatch.setenv("APP_PASSWORD", secret)
+    for text in (
+        secret,
+        quote(secret),
+        quote(secret, safe=""),
+        json.dumps(secret)[1:-1],
+        repr(secret)[1:-1],
+        html.escape(secret),
+        base64.b64encode(secret.encode()).decode().rstrip("="),
+    ):
+        assert redact(f"x{text}x") == "x***x"
+
+
+def test_the_password_of_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:pass%2Fword1@proxy:3128")
+    assert redact("pass/word1, pass%2Fword1") == "***, ***"
+    basic = base64.b64encode(b"me:pass/word1").decode()
+    assert redact(f"Proxy-Authorization: Basic {basic}").rstrip("=") == "Proxy-Authorization: Basic ***"
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_the_token_of_the_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: bool) -> None:
+    from huggingface_hub import constants
+
+    (tmp_path / "token").write_text("an-old-token-7\n")
+    if loaded:
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    else:
+        monkeypatch.delitem(sys.modules, "huggingface_hub.constants")
+        monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert redact("an-old-token-7") == "***"
+    (tmp_path / "token").unlink()
+    assert redact("an-old-token-7") == "an-old-token-7"
+
+
+def test_of_two_secrets_the_longer_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_TOKEN", "secret-1")
+    monkeypatch.setenv("B_TOKEN", "secret-1-and-2")
+    assert redact("secret-1-and-2 secret-1") == "*** ***"
+
+
+def test_values_and_keys_in_data() -> None:
+    data = {"a": [TOKEN, 1, None, (TOKEN, 2.5)], TOKEN: {"b": f"x {TOKEN}"}, "n": True}
+    assert redact_values(data) == {"a": ["***", 1, None, ["***", 2.5]], "***": {"b": "x ***"}, "n": True}
+    assert data["a"][0] == TOKEN
+
+
+def test_where_secrets_are() -> None:
+    assert spans(f"ab {TOKEN} {TOKEN}") == [(3, 30), (31, 58)]
+    assert spans("ab") == []
+
+
+def test_a_hostile_text_takes_no_time() -> None:
+    started = time.perf_counter()
+    for text in ("://a:" * 40_000, "://" + "a" * 200_000, "hf_" * 60_000, "://" * 60_000):
+        redact(text)
+    assert time.perf_counter() - started < 5
+
+
+def test_json_stays_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APP_PASSWORD", 'x"},\n"y": 7')
+    console.print_json({"said": 'it is x"},\n"y": 7!', "n": 1})
+    assert json.loads(capsys.readouterr().out) == {"said": "it is ***!", "n": 1}
+
+
+def test_other_libraries_write_through_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.guarded():
+        print(f"out {TOKEN}")
+        print(f"err {TOKEN}", file=sys.stderr)
+        sys.stderr.writelines([f"{TOKEN}\n", "b\n"])
+        assert not sys.stdout.isatty()
+    print(TOKEN)
+    assert capsys.readouterr() == (f"out ***\n{TOKEN}\n", "err ***\n***\nb\n")
+
+
+def test_a_streamed_answer_hides_what_comes_in_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    from peftcli.cli.generate import _streamed
+
+    with _streamed() as write:
+        for part in ("Say ", TOKEN[:9], TOKEN[9:], ", please\nor 你", "好", " not"):
+            write(part)
+    assert capsys.readouterr().out == "Say ***, please\nor 你好 not\n"
+
+
+def test_a_message(monkeypatch: pytest.MonkeyPatch, cli: Callable) -> None:
+    monkeypatch.setenv("APP_TOKEN", "not-for-you-1")
+    for option in ("--json", "--debug"):
+        ran = cli("explain", "not-for-you-1", option)
+        assert ran.code == 2
+        assert "***" in ran.err
+        assert "not-for-you-1" not in ran.out + ran.err
