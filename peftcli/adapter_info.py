@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peftcli.core.header import WEIGHTS_FILE, Entry, checked_config, read_header, weights_file
+from peftcli.core.config import Untold
+from peftcli.core.header import CONFIG_FILE, WEIGHTS_FILE, Entry, read_config, read_header, weights_file
 from peftcli.errors import AdapterError
-from peftcli.methods import METHODS
+from peftcli.methods import METHODS, config_from_dict
 
 _LARGEST_ANALYSED = 1_000_000_000
 """Bytes of an adapter file that take some seconds."""
@@ -20,17 +22,18 @@ def describe(adapter: str) -> dict[str, Any]:
     """The facts about an adapter folder or hub id, as ``peftcli info ADAPTER`` prints them.
 
     Raises:
-        AdapterError: no adapter there, or its files are damaged.
+        AdapterError: no adapter there, or one that cannot be loaded, or its files are damaged.
     """
     folder = _folder(adapter)
-    config = checked_config(folder)
-    shapes = read_header(weights_file(folder))
-    peft_type = config.get("peft_type")
+    config = read_config(folder)
+    checked = config_from_dict(config, str(folder / CONFIG_FILE))
+    path = weights_file(folder)
+    shapes = read_header(path)
     saved = config.get("modules_to_save")
     return {
         "adapter": adapter,
-        "method": next((name for name, row in METHODS.items() if row.peft_type == peft_type), None),
-        "peft_type": peft_type,
+        "method": next(name for name, row in METHODS.items() if row.peft_type == checked.peft_type),
+        "peft_type": checked.peft_type,
         "task_type": config.get("task_type"),
         "base_model": config.get("base_model_name_or_path"),
         **{
@@ -41,7 +44,7 @@ def describe(adapter: str) -> dict[str, Any]:
         "parameters": sum(entry.numel for entry in shapes.values()),
         "tensors": len(shapes),
         "dtypes": sorted({entry.dtype for entry in shapes.values()}),
-        "bytes": (folder / WEIGHTS_FILE).stat().st_size,
+        "bytes": max((entry.start + entry.size for entry in shapes.values()), default=0),
     }
 
 
@@ -54,24 +57,24 @@ def analyse(adapter: str) -> dict[str, Any]:
         the largest. Or the ``reason`` why nothing can be said.
 
     Raises:
-        AdapterError: the adapter cannot be read.
+        AdapterError: the adapter cannot be read, or its config and its tensors do not fit one another.
     """
     folder = _folder(adapter)
     if weights_file(folder).stat().st_size > _LARGEST_ANALYSED:
         return {"reason": "the file is larger than 1 GB"}
     import math
 
-    from peftcli.core.files import read_config, read_tensors
+    from peftcli.core.files import read_tensors
     from peftcli.core.updates import effective_r
-    from peftcli.methods import config_from_dict
 
+    config = config_from_dict(read_config(folder), str(folder / CONFIG_FILE))
     tensors = read_tensors(folder)
-    if broken := [name for name, value in tensors.items() if not value.float().isfinite().all()]:
-        return {"reason": f"{len(broken)} of {len(tensors)} tensors are not finite, {broken[0]} first"}
     try:
-        updates = config_from_dict(read_config(folder)).updates(tensors)
-    except AdapterError as error:
+        updates = config.updates(tensors)
+    except Untold as error:
         return {"reason": error.message}
+    except AdapterError as error:
+        raise AdapterError(error.message, key=error.key, file=str(folder / WEIGHTS_FILE)) from None
     modules: list[dict[str, Any]] = []
     for path, update in updates.items():
         values = update.singular_values()
@@ -86,7 +89,7 @@ def analyse(adapter: str) -> dict[str, Any]:
 
 
 def _folder(adapter: str) -> Path:
-    if Path(adapter).exists():
+    if adapter and os.path.lexists(adapter):
         return Path(adapter)
     from peftcli.hub import local_folder
 

@@ -10,10 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from peftcli.core.config import AdapterConfig
+from peftcli.core.config import AdapterConfig, Untold
 from peftcli.core.files import CONFIG_FILE, read_config, read_tensors
 from peftcli.core.updates import Update, distance
-from peftcli.errors import AdapterError
 from peftcli.hub import local_folder
 from peftcli.methods import config_from_dict
 
@@ -36,14 +35,14 @@ def compare(a: str, b: str) -> dict[str, Any]:
         an update in one only counts too.
 
     Raises:
-        AdapterError: an adapter cannot be read.
+        AdapterError: an adapter cannot be read, or its tensors do not fit its config.
     """
     one, other = _read(a), _read(b)
     reason = None
     updates: tuple[dict[str, Update], dict[str, Update]] = ({}, {})
     try:
         updates = one.config.updates(one.tensors), other.config.updates(other.tensors)
-    except AdapterError as error:
+    except Untold as error:
         reason = error.message
     rest = one.without(updates[0]), other.without(updates[1])
     modules = {name: _of_updates(*pair) for name, pair in _in_both(*updates, _size).items()}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
+from peftcli.core.pattern import PatternError, check_cost
+from peftcli.core.reading import cut, shown, shown_name
 from peftcli.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -24,8 +25,17 @@ if TYPE_CHECKING:
 BOOKKEEPING = {"recipe": False}
 """Metadata of the fields that describe the file, not the method: a recipe's ``method`` does not take them."""
 
+_TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+_LARGEST_FLOAT, _LARGEST_INT = 3.4e38, 2**63 - 1
+"""What float32 and int64 hold: nothing can be computed with larger numbers."""
+_LONGEST_NAME = 4096
+"""Characters of a path that file systems take, and more than a module's name or a pattern has."""
 _PROVENANCE = frozenset({"peft_version", "auto_mapping", "peft_type"})
 """Keys of the file that say who wrote it. They change nothing here."""
+
+
+class Untold(AdapterError):
+    """What an adapter changes cannot be told from its file alone."""
 
 
 @dataclass(kw_only=True)
@@ -67,12 +77,17 @@ class AdapterConfig:
 
     def problems(self) -> list[tuple[str, str]]:
         """Settings that mean nothing, whatever the model: ``(key, message)`` each."""
-        return []
+        found: list[tuple[str, str]] = []
+        if self.task_type not in (None, *_TASK_TYPES):
+            found.append(("task_type", f"must be one of {', '.join(_TASK_TYPES)}, not {shown(self.task_type)}"))
+        if self.revision is not None and ".." in self.revision:
+            found.append(("revision", f"{shown(self.revision)} is no revision: git allows no '..' in it"))
+        return found
 
     def check(self, file: str | None = None) -> None:
         """Raises AdapterError for the first of ``problems()``."""
         for key, message in self.problems():
-            raise AdapterError(message, key=key, file=file)
+            raise AdapterError(cut(message), key=key, file=file)
 
     def prepare(self, load_tokenizer: Callable[[str | None], Any]) -> None:
         """Settings that are given as text become token ids; called once before a new adapter is injected.
@@ -144,9 +159,10 @@ class AdapterConfig:
         """What the tensors of an adapter file add to each adapted weight, by the path of its module.
 
         Raises:
-            AdapterError: they alone do not tell.
+            Untold: they alone do not tell.
+            AdapterError: they do not fit the config.
         """
-        raise AdapterError(f"what {self.peft_type} changes cannot be told from its file without the base model")
+        raise Untold(f"what {self.peft_type} changes cannot be told from its file without the base model")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], file: str | None = None) -> AdapterConfig:
@@ -161,13 +177,19 @@ class AdapterConfig:
         for key in values.keys() - known - _PROVENANCE:
             value = values[key]
             if value not in cls.unsupported.get(key, ()) and value not in (None, False, [], {}):
-                raise AdapterError(f"{cls.peft_type} with {key}={value!r} is not supported", key=key, file=file)
+                message = f"{cls.peft_type} with {shown_name(key)}={shown(value)} is not supported"
+                raise AdapterError(message, key=shown_name(key), file=file)
         given = {key: value for key, value in values.items() if key in known}
         hints = _hints(cast("Any", cls))
         for entry in fields(cls):
             if entry.name in given:
-                given[entry.name] = _typed(entry, hints[entry.name], given[entry.name], entry.name, file)
-        config = cls(**given)
+                value = given[entry.name] = _typed(entry, hints[entry.name], given[entry.name], entry.name, file)
+                if not entry.metadata.get("prose") and (strange := _strange_name(value)):
+                    raise AdapterError(f"holds {strange}", key=entry.name, file=file)
+        try:
+            config = cls(**given)
+        except AdapterError as error:
+            raise AdapterError(error.message, key=error.key, file=file) from None
         config.check(file)
         return config
 
@@ -205,6 +227,13 @@ class TargetedConfig(AdapterConfig):
         found = super().problems()
         if isinstance(self.target_modules, (list, str)) and not self.target_modules:
             found.append(("target_modules", "names no module"))
+        for entry in fields(self):
+            patterns = getattr(self, entry.name)
+            if entry.name.endswith("_pattern") and isinstance(patterns, dict):
+                try:
+                    check_cost(patterns)
+                except PatternError as error:
+                    found.append((entry.name, str(error)))
         return found
 
     def targets(self, model: nn.Module) -> list[str]:
@@ -274,7 +303,7 @@ def _section(cls: Any, values: dict[str, Any], key: str) -> Any:
         if name in known:
             given[name] = _typed(known[name], _hints(cls)[name], value, f"{key}.{name}", None)
         elif value not in (None, False, [], {}):
-            raise AdapterError(f"is not known; {key} takes {', '.join(known)}", key=f"{key}.{name}")
+            raise AdapterError(f"is not known; {key} takes {', '.join(known)}", key=f"{key}.{shown_name(name)}")
     return cls(**given)
 
 
@@ -282,6 +311,16 @@ def _default(entry: dataclasses.Field[Any]) -> Any:
     if entry.default_factory is not dataclasses.MISSING:
         return entry.default_factory()
     return None if entry.default is dataclasses.MISSING else entry.default
+
+
+def _strange_name(value: object) -> str | None:
+    """What stands where a setting names something, and is no name."""
+    for name in [value] if isinstance(value, str) else value if isinstance(value, (list, dict)) else ():
+        if isinstance(name, str) and not name.isprintable():
+            return f"{shown(name)}, and no name has such characters"
+        if isinstance(name, str) and len(name) > _LONGEST_NAME:
+            return f"a name of {len(name):,} characters"
+    return None
 
 
 def _is_name_list(value: object) -> bool:
@@ -292,25 +331,28 @@ def _typed(entry: dataclasses.Field[Any], hint: Any, value: Any, key: str, file:
     """``value``, when it is of the kind that the field's annotation names; null means the default."""
     if value is None:
         return _default(entry)
-    if _fits(value, hint):
+    if fits(value, hint):
         return value
-    if isinstance(value, float) and value.is_integer() and _fits(int(value), hint):
+    if isinstance(value, float) and value.is_integer() and fits(int(value), hint):
         return int(value)
-    raise AdapterError(f"expected {entry.type}, found {value!r}", key=key, file=file)
+    raise AdapterError(f"expected {entry.type}, found {shown(value)}", key=key, file=file)
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON is of the kind that an annotation names."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return any(_fits(value, one) for one in inner)
+        return any(fits(value, one) for one in inner)
     if origin is list:
-        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
     if origin is dict:
-        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())  # JSON's keys are text
+        return isinstance(value, dict) and all(fits(item, inner[1]) for item in value.values())  # JSON's keys are text
     if origin is Literal:
         return isinstance(value, str)  # problems() says which ones there are
     if dataclasses.is_dataclass(hint):
         return isinstance(value, dict)  # read by _section
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST_INT
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST_FLOAT
     return isinstance(value, hint)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import warnings
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import nn
@@ -18,11 +17,12 @@ from torch import nn
 from peftcli.core.config import AdapterConfig
 from peftcli.core.header import CONFIG_FILE as CONFIG_FILE
 from peftcli.core.header import WEIGHTS_FILE as WEIGHTS_FILE
+from peftcli.core.header import Entry, opened_weights, weights_file
 from peftcli.core.header import read_config as read_config
-from peftcli.core.header import read_header, weights_file
 from peftcli.core.inject import Injection, inject, set_trainable, skeleton, unload
-from peftcli.core.weights import adapter_state, check_state, load_state
-from peftcli.errors import AdapterError, StorageError
+from peftcli.core.weights import adapter_state, check_finite, check_state, load_state
+from peftcli.errors import AdapterError, OutOfMemory
+from peftcli.files import write_file
 
 _DTYPES = {
     "F64": torch.float64,
@@ -75,14 +75,32 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors in the folder's ``adapter_model.safetensors``, on the CPU.
 
     Raises:
-        AdapterError: no such file, or it is damaged.
+        AdapterError: no such file, or it is damaged, or a number in it is not finite.
     """
     path = weights_file(folder)
-    read_header(path)
-    try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise AdapterError(f"damaged: {error}", file=str(path)) from None
+    with opened_weights(path) as (header, file):
+        return _read(header, file, path)
+
+
+def _read(header: Mapping[str, Entry], file: BufferedReader, path: Path) -> dict[str, torch.Tensor]:
+    """The tensors that an open file's header speaks of, in the order of their names.
+
+    The file is read, not mapped: where another process cuts a mapped file, the reader is killed.
+    """
+    tensors = {}
+    for name, entry in header.items():
+        try:
+            content = bytearray(entry.size)
+        except MemoryError:
+            raise OutOfMemory(f"this machine's memory does not hold {path}") from None
+        file.seek(entry.start)
+        if file.readinto(content) != entry.size:
+            raise AdapterError("damaged: it ended while it was read", file=str(path))
+        dtype = _DTYPES[entry.dtype]
+        flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+        tensors[name] = flat.view(entry.shape)
+    check_finite(tensors, str(path))
+    return {name: tensors[name] for name in sorted(tensors)}
 
 
 def load_adapter(
@@ -96,11 +114,13 @@ def load_adapter(
         AdapterError: the config or the tensors do not fit the model.
     """
     config.inference_mode = True
-    _check_header(model, config, weights_file(folder), adapter)
-    tensors = read_tensors(folder)
+    path = weights_file(folder)
+    with opened_weights(path) as (header, file):
+        _check_header(model, config, header, path, adapter)
+        tensors = _read(header, file, path)
     injection = inject(model, config, adapter)
     try:
-        load_state(model, tensors, str(folder / WEIGHTS_FILE), adapter)
+        load_state(model, tensors, str(path), adapter)
     except AdapterError:
         unload(model, adapter)
         raise
@@ -109,11 +129,10 @@ def load_adapter(
     return injection
 
 
-def _check_header(model: nn.Module, config: AdapterConfig, path: Path, adapter: str) -> None:
+def _check_header(
+    model: nn.Module, config: AdapterConfig, header: Mapping[str, Entry], path: Path, adapter: str
+) -> None:
     """Raises AdapterError unless the file's tensors are those of the config, before memory is taken for any."""
-    header = read_header(path)
-    if strange := [f"{name} is {entry.dtype}" for name, entry in header.items() if entry.dtype not in _DTYPES]:
-        raise AdapterError(f"{strange[0]}, which no adapter's tensors are", file=str(path))
     found = {name: torch.empty(e.shape, dtype=_DTYPES[e.dtype], device="meta") for name, e in header.items()}
     empty = skeleton(model)
     try:
@@ -123,32 +142,3 @@ def _check_header(model: nn.Module, config: AdapterConfig, path: Path, adapter: 
         check_state(empty, found, str(path), adapter)
     finally:
         unload(empty)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that after a crash it is either as before or whole: temporary file, fsync, rename.
-
-    Raises:
-        StorageError: the disk is full, read-only or fails.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot write: {error.strerror}", file=str(path)) from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,7 +12,7 @@ from torch import nn
 from peftcli.core.config import ExcludingConfig, LayeredConfig, TargetedConfig
 from peftcli.core.layer import bare, base_paths, model_ends
 from peftcli.core.linear import linear_view
-from peftcli.core.pattern import PatternError, compiled
+from peftcli.core.pattern import PatternError, compiled, ends_with
 from peftcli.errors import AdapterError
 
 FAMILY_TARGETS: dict[str, list[str]] = {
@@ -76,6 +76,12 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
     return names
 
 
+def _endings(name: str) -> set[str]:
+    """All entries that ``module_matches`` the name."""
+    parts = name.split(".")
+    return {".".join(parts[start:]) for start in range(len(parts))}
+
+
 def module_matches(name: str, entry: str) -> bool:
     """Whether ``entry`` is the module's name or ends it at a dot."""
     return name == entry or name.endswith(f".{entry}")
@@ -137,7 +143,10 @@ def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _pattern_matches(pattern: str, name: str) -> bool:
-    return _fullmatch(rf"(.*\.)?({pattern})", name, "rank_pattern")
+    try:
+        return ends_with(name, pattern)
+    except PatternError as error:
+        raise AdapterError(str(error), key="rank_pattern") from None
 
 
 def _all_linear(model: Any, modules: dict[str, nn.Module], saved: Iterable[str]) -> list[str]:
@@ -160,10 +169,13 @@ def _matches(
         if not found:
             raise AdapterError(_nothing(model, wanted, names, what), key=key)
         return found
-    for entry in wanted:
-        if not any(module_matches(name, entry) for name in names):
-            raise AdapterError(_nothing(model, entry, names, what), key=key)
-    return [name for name in names if any(module_matches(name, entry) for entry in wanted)]
+    entries = set(wanted)
+    matched = {name: entries & _endings(name) for name in names}
+    left = entries.difference(*matched.values())
+    if left:
+        first = next(entry for entry in wanted if entry in left)
+        raise AdapterError(_nothing(model, first, names, what), key=key)
+    return [name for name in names if matched[name]]
 
 
 def _in_layers(names: list[str], config: LayeredConfig) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, adapter_layers, bare, model_ends, path_in_file
+from peftcli.core.reading import shown_name
 from peftcli.errors import AdapterError
 
 _MOST_SHOWN = 8
@@ -118,7 +120,11 @@ def check_state(
     copies = {f"{layer.file_prefix}{path}.{copy}" for path, layer in paths.items() for copy in layer.copies}
     known = wanted.keys() | base.keys() | copies
     wrong = [f"missing: {name}" for name in wanted if name not in tensors]
-    wrong += [f"unexpected: {name}" for name in tensors if name not in known and _PEFT_COPY.sub("", name) not in wanted]
+    wrong += [
+        f"unexpected: {shown_name(name)}"
+        for name in tensors
+        if name not in known and _PEFT_COPY.sub("", name) not in wanted
+    ]
     shapes = {name: parameter.shape for name, (_, _, parameter) in wanted.items()}
     shapes |= {name: parameter.shape for name, parameter in base.items()}
     values |= {name: value for name, value in tensors.items() if name in base}
@@ -128,12 +134,31 @@ def check_state(
         elif value.is_floating_point() != (name in base or wanted[name][2].is_floating_point()):
             needed = "whole" if value.is_floating_point() else "floating-point"
             wrong.append(f"type: {name} is {str(value.dtype).removeprefix('torch.')}, no {needed} numbers")
-        elif not value.is_meta and not torch.isfinite(value.float()).all():
+        elif not value.is_meta and not is_finite(value):
             wrong.append(f"not finite: {name}")
     if wrong:
-        shown = wrong[:_MOST_SHOWN] + ([f"and {len(wrong) - _MOST_SHOWN} more"] if len(wrong) > _MOST_SHOWN else [])
-        raise AdapterError("the adapter does not fit this base model:\n  " + "\n  ".join(shown), file=file)
+        raise AdapterError(_listed("the adapter does not fit this base model", wrong), file=file)
     return values
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], file: str | None = None) -> None:
+    """Raises AdapterError, with their names, if tensors hold numbers that are none.
+
+    A model's output does not tell: attention hides NaN from the logits.
+    """
+    if wrong := [f"not finite: {shown_name(name)}" for name, value in tensors.items() if not is_finite(value)]:
+        raise AdapterError(_listed("holds numbers that are none", wrong), file=file)
+
+
+def is_finite(value: torch.Tensor) -> bool:
+    """Whether no number of the tensor is NaN or infinite. Reads it once, and takes no memory."""
+    if value.is_complex():
+        value = torch.view_as_real(value)
+    if not value.is_floating_point() or not value.numel():
+        return True
+    if value.dtype.itemsize == 1:  # of float8, PyTorch knows no order
+        value = value.float()
+    return all(map(math.isfinite, (end.item() for end in torch.aminmax(value))))  # NaN is the least and the largest
 
 
 def materialise(model: nn.Module, tensors: Mapping[str, torch.Tensor], file: str | None = None) -> None:
@@ -148,6 +173,12 @@ def materialise(model: nn.Module, tensors: Mapping[str, torch.Tensor], file: str
             owner, _, leaf = tensor.rpartition(".")
             value = nn.Parameter(values[layer.file_name(path, tensor)], requires_grad=False)
             setattr(layer.own_module(owner), leaf, value)
+
+
+def _listed(what: str, wrong: list[str]) -> str:
+    """``what``, and the first of what is wrong, each on a line of its own."""
+    more = [f"and {len(wrong) - _MOST_SHOWN} more"] if len(wrong) > _MOST_SHOWN else []
+    return "\n  ".join([f"{what}:", *wrong[:_MOST_SHOWN], *more])
 
 
 def _paths_in_file(model: nn.Module, adapter: str | None) -> dict[str, AdapterLayer]:

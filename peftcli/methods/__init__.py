@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftcli.core.config import AdapterConfig
+from peftcli.core.reading import shown
 from peftcli.errors import AdapterError
 
 
@@ -338,8 +339,9 @@ def config_from_dict(values: dict[str, Any], file: str | None = None) -> Adapter
     for method in METHODS.values():
         if method.peft_type == values.get("peft_type"):
             return method.config_class().from_dict(values, file)
-    name = str(values.get("peft_type"))
-    if name in NOT_HERE:
+    name = values.get("peft_type")
+    if isinstance(name, str) and name in NOT_HERE:
         raise AdapterError(f"{name} is not supported: {NOT_HERE[name]}", key="peft_type", file=file)
     known = ", ".join(method.peft_type for method in METHODS.values())
-    raise AdapterError(f"no method is called {values.get('peft_type')!r}; known: {known}", key="peft_type", file=file)
+    said = "no method is named" if name is None else f"no method is called {shown(name)}"
+    raise AdapterError(f"{said}; known: {known}", key="peft_type", file=file)

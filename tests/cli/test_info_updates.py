@@ -134,19 +134,31 @@ def test_what_cannot_be_told_is_said(
     assert f"updates: not shown: {reason}" in cli("info", tmp_path).out
 
 
-def test_a_config_that_is_not_supported_and_numbers_that_are_none_still_show_the_facts(
-    cli: Callable[..., Any], updates: Callable[[], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_cannot_be_loaded_is_not_shown(
+    cli: Callable[..., Any], updates: Callable[[], dict[str, Any]], tmp_path: Path
 ) -> None:
     write(tmp_path)
     path = tmp_path / "adapter_config.json"
     good = path.read_text()
-    path.write_text(good.replace('"LORA"', '"NEWER"'))
-    assert "no method is called 'NEWER'" in updates()["reason"]
-    path.write_text(good.replace('"r": 4', '"r": 7'))
-    assert "has 4 rows; the config says 7" in updates()["reason"]
+    refused = {'"LORA"': ('"NEWER"', "no method is called 'NEWER'"), '"r": 4': ('"r": 7', "4 rows; the config says 7")}
+    for old, (new, said) in refused.items():
+        path.write_text(good.replace(old, new))
+        ran = cli("info", tmp_path, "--json")
+        assert ran.code == 4
+        assert said in ran.err
+        assert said in json.loads(ran.out)["error"]["message"]
     path.write_text(good)
-    names = change(tmp_path, "0.self_attn.q_proj.lora_A", math.nan)
-    assert updates() == {"reason": f"1 of 8 tensors are not finite, {names[0]} first"}
+    assert updates()["norm"] > 0
+    name = change(tmp_path, "0.self_attn.q_proj.lora_A", math.nan)[0]
+    ran = cli("info", tmp_path, "--json")
+    assert ran.code == 4
+    assert f"not finite: {name}" in ran.err
+
+
+def test_a_large_file_still_shows_the_facts(
+    cli: Callable[..., Any], updates: Callable[[], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path)
     monkeypatch.setattr("peftcli.adapter_info._LARGEST_ANALYSED", 10)
     assert updates() == {"reason": "the file is larger than 1 GB"}
     assert cli("info", tmp_path).out.startswith("adapter: ")

@@ -285,15 +285,15 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pickle": (_pickled, r"adapter_model\.bin is a pickle"),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), r"no adapter_model\.safetensors"),
     "no config": (lambda folder: (folder / "adapter_config.json").unlink(), r"no adapter_config\.json here"),
-    "config is a folder": (_link, r"no adapter_config\.json here"),
+    "config is a folder": (_link, r"adapter_config\.json: is a folder, no regular file"),
     "cut short": (_cut, "damaged"),
     "no tensors": (_write("adapter_model.safetensors", b"{}"), "damaged"),
     "empty weights": (_write("adapter_model.safetensors", b""), "damaged"),
     "no JSON": (_write("adapter_config.json", b"{"), "not valid JSON"),
     "deep JSON": (_write("adapter_config.json", b"[" * 100_000), "not valid JSON"),
-    "not UTF-8": (_write("adapter_config.json", b'{"a": "\xff\xfe"}'), "not valid JSON"),
+    "not UTF-8": (_write("adapter_config.json", b'{"a": "\xff\xfe"}'), ":1: not UTF-8 text"),
     "a list": (_write("adapter_config.json", b"[]"), "holds no JSON object"),
-    "huge": (_write("adapter_config.json", b" " * (1 << 21)), "larger than 1 MB"),
+    "huge": (_write("adapter_config.json", b" " * (1 << 21)), "2,097,152 bytes, and at most 1,048,576"),
 }
 
 

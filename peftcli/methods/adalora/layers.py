@@ -143,6 +143,9 @@ def updates(config: AdaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[
         if missing := [name for name in names if name not in tensors]:
             raise AdapterError(f"missing: {missing[0]}")
         a, e, b = (tensors[name] for name in names)
+        if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == e.numel() == b.shape[1] or e.shape[1:] != (1,):
+            shapes = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in names)
+            raise AdapterError(f"these do not go together: {shapes}")
         place = path.removeprefix(config.file_prefix)
         found[place] = Update(b, a * e, _scaling(config), names)
     return found

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from peftcli.core.config import Untold
 from peftcli.core.targets import pattern_value
 from peftcli.core.updates import Update
 from peftcli.errors import AdapterError
@@ -51,10 +52,11 @@ def updates(config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str
     """The update of each adapted weight; of fused experts, one for each expert: ``path[3]``.
 
     Raises:
-        AdapterError: they depend on the base model's weights, or the tensors do not fit the config.
+        Untold: they depend on the base model's weights.
+        AdapterError: the tensors do not fit the config.
     """
     if config.use_dora:
-        raise AdapterError("what DoRA adds depends on the base model's weights")
+        raise Untold("what DoRA adds depends on the base model's weights")
     found: dict[str, Update] = {}
     plain, patterns = config.plain(), config.rank_pattern or config.alpha_pattern
     for path, pair in pairs(tensors).items():
@@ -62,24 +64,24 @@ def updates(config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str
         r = int(pattern_value(plain.rank_pattern, name, plain.r))
         alpha = pattern_value(plain.alpha_pattern, name, plain.lora_alpha)
         scaling = alpha / (math.sqrt(r) if plain.use_rslora else r)
+        if min(tensors[name].ndim for name in (pair.a, pair.b)) < 2:
+            raise AdapterError(f"{pair.a} and {pair.b} are no matrices")
         right, left = tensors[pair.a].flatten(1), tensors[pair.b].flatten(1)
         rows = right.shape[0]
         if 2 * rows == r and starts_away_from_zero(config.init_lora_weights):
-            raise AdapterError(f"what {config.init_lora_weights} started from is in the base model only")
+            raise Untold(f"what {config.init_lora_weights} started from is in the base model only")
         experts = rows // r
         if rows != r * experts or experts < 1 or (experts > 1 and (patterns or not config.target_parameters)):
             raise AdapterError(f"{pair.a} has {rows} rows; the config says {r}", key="r")
+        groups = 1 if tensors[pair.a].ndim == 2 else rows // max(1, left.shape[1])
+        if left.shape[1] * groups != rows or len(left) % groups or groups > right.shape[1]:
+            shapes = [tuple(tensors[name].shape) for name in (pair.a, pair.b)]
+            raise AdapterError(f"{pair.a} and {pair.b} do not go together: {shapes[0]} and {shapes[1]}")
         if experts > 1:
             split = zip(right.unflatten(0, (experts, r)), left.unflatten(1, (r, experts)).unbind(-1), strict=True)
             found |= {f"{path}[{i}]": Update(b, a, scaling, (pair.a, pair.b)) for i, (a, b) in enumerate(split)}
         else:
-            found[path] = Update(_without_groups(left, r), right, scaling, (pair.a, pair.b))
+            # B (out, r / groups) of a convolution with groups
+            whole = left if groups == 1 else torch.block_diag(*left.chunk(groups))
+            found[path] = Update(whole, right, scaling, (pair.a, pair.b))
     return found
-
-
-def _without_groups(left: torch.Tensor, r: int) -> torch.Tensor:
-    """B (out, r / groups) of a convolution with groups as a matrix (out, r)."""
-    if left.shape[1] == r:
-        return left
-    groups = r // left.shape[1]
-    return torch.block_diag(*left.chunk(groups))

@@ -24,7 +24,7 @@ class TextPromptConfig(EmbeddedPromptConfig):
     """What prompt_tuning_init may be."""
     prompt_tuning_init: str
 
-    prompt_tuning_init_text: str | None = None
+    prompt_tuning_init_text: str | None = field(default=None, metadata={"prose": True})
     """The text that prompt_tuning_init: TEXT starts from, repeated or cut to num_virtual_tokens."""
     tokenizer_name_or_path: str | None = None
     """The tokenizer of prompt_tuning_init_text. Unset: the base model's."""
