@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from peftcli.core.header import read_run
 from peftcli.data.spans import Template
 from peftcli.errors import DataError
 
@@ -48,10 +48,13 @@ def ends_of(tokenizer: PreTrainedTokenizerBase, form: Form) -> Ends:
 
 
 def prompt_form(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Form:
-    """The form of the data that an adapter's run was fed, so that it is asked what it was taught to answer."""
-    path = folder / "run.json"
-    data = json.loads(path.read_bytes()).get("data", {}) if path.is_file() else {}
-    trained_on = data.get("format", "messages")
+    """The form of the data that an adapter's run was fed, so that it is asked what it was taught to answer.
+
+    Raises:
+        AdapterError: the folder's run.json is damaged.
+    """
+    data = read_run(folder).get("data")
+    trained_on = data.get("format", "messages") if isinstance(data, dict) else "messages"
     if trained_on in ("text", "prompt_completion"):
         return "plain"
     if tokenizer.chat_template:

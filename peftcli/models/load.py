@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import logging
+import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from peftcli.core.quantised import is_quantised
+from peftcli.core.reading import cut, irregular, is_folder, read_object, shown_name
 from peftcli.errors import ModelError, NetworkError, OutOfMemory, PeftcliError
-from peftcli.models import quantization, tokens
+from peftcli.models import checks, quantization, tokens
 from peftcli.schema import BaseModel, Quantization
 
 if TYPE_CHECKING:
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_MOST_LINES = 16
+"""Of another library's log."""
 
 
 def load_model(base: BaseModel, auto_class: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -47,7 +53,16 @@ def load_model(base: BaseModel, auto_class: str, dtype: torch.dtype) -> PreTrain
         options["quantization_config"] = quantization.to_transformers(base.quantization, dtype)
     if how:
         quantization.hush()
-    model = _guarded(base, lambda: getattr(transformers, auto_class).from_pretrained(**_where(base), **options))
+    if not base.name.endswith(".gguf"):
+        # ignored: what it would do then is said by check_loaded, with the names
+        options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
+        _check_weights(base, auto_class, stored=how is not None)
+    model, said = _guarded(
+        base,
+        lambda: getattr(transformers, auto_class).from_pretrained(**_where(base), **options, output_loading_info=True),
+    )
+    if not how:
+        checks.check_loaded(model, said, base.name)
     if how and not any(map(is_quantised, model.modules())):
         raise ModelError(f"{how['type']} finds no linear layer in {base.name}", key="base_model.quantization")
     return model
@@ -85,7 +100,8 @@ def empty_model(base: BaseModel, auto_class: str) -> PreTrainedModel:
 
     config = load_config(base)
     with torch.device("meta"):
-        return _guarded(base, lambda: getattr(transformers, auto_class).from_config(config))
+        build = getattr(transformers, auto_class).from_config
+        return _guarded(base, lambda: build(config, trust_remote_code=base.trust_remote_code))
 
 
 def load_config(base: BaseModel) -> PreTrainedConfig:
@@ -97,7 +113,12 @@ def load_config(base: BaseModel) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
-    return _guarded(base, lambda: AutoConfig.from_pretrained(**_where(base)))
+    def load() -> PreTrainedConfig:
+        if file := _file(base, "config.json"):
+            checks.check_config(file, trusted=base.trust_remote_code)
+        return AutoConfig.from_pretrained(**_where(base))
+
+    return _guarded(base, load)
 
 
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
@@ -124,6 +145,7 @@ def load_adapter_tokenizer(folder: Path, base: BaseModel) -> PreTrainedTokenizer
     """
     from transformers import AutoTokenizer
 
+    checks.check_folder(folder)
     if not has_tokenizer(folder):
         return load_tokenizer(base)
     own = base_of(str(folder))
@@ -145,25 +167,52 @@ def base_files(base: BaseModel) -> list[Path]:
         ModelError: no such model.
         NetworkError: the hub cannot be reached.
     """
-    from transformers.utils.hub import cached_file
-
-    def found(name: str) -> Path | None:
-        where = _where(base)
-        if "gguf_file" in where:
-            return None
-        source, revision = where["pretrained_model_name_or_path"], where.get("revision")
-        path = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-        return Path(path) if path else None
+    from transformers.utils.hub import cached_files
 
     def listed() -> list[Path]:
-        if single := found("model.safetensors"):
-            return [single]
-        if (index := found("model.safetensors.index.json")) is None:
+        if (config := _file(base, "config.json")) is None:
             return []
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        return [path for name in names if (path := found(name))]
+        values = read_object(config, 1 << 24, ModelError, strict=False)
+        own = checks.weights_name(values, str(config))
+        names = [own] if own else [checks.WEIGHTS, checks.INDEX]
+        file = next((file for name in names if (file := _file(base, name))), None)
+        if file is None or file.name.endswith(".safetensors"):
+            return [file] if file else []
+        where, shards = _where(base), checks.listed_shards(file)
+        found = cached_files(where["pretrained_model_name_or_path"], shards, revision=where.get("revision"))
+        return [Path(path) for path in found or ()]
 
     return _guarded(base, listed)
+
+
+def _check_weights(base: BaseModel, auto_class: str, *, stored: bool) -> None:
+    """Raises ModelError unless the base model's weights are whole safetensors files, as large as its config says.
+
+    Args:
+        base: which model.
+        auto_class: transformers' auto class of the task.
+        stored: whether the model is quantised, so that its files hold other numbers than the model.
+    """
+    shards = base_files(base)
+    if not shards:
+        folder = _expanded(base.name)
+        names = [path.name for path in folder.iterdir()] if is_folder(folder) else []
+        raise checks.no_weights(base.name, names)
+    numbers = checks.count_stored(shards)
+    if not stored:
+        checks.check_size(empty_model(base, auto_class), numbers, str(_file(base, "config.json")))
+
+
+def _file(base: BaseModel, name: str) -> Path | None:
+    """A file of the base model, fetched from the hub if need be; None where the model has none of that name."""
+    from transformers.utils.hub import cached_file
+
+    where = _where(base)
+    if "gguf_file" in where:
+        return None
+    source, revision = where["pretrained_model_name_or_path"], where.get("revision")
+    path = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return Path(path) if path else None
 
 
 def base_of(name: str, revision: str | None = None, quantised: Quantization | None = None) -> BaseModel:
@@ -173,21 +222,42 @@ def base_of(name: str, revision: str | None = None, quantised: Quantization | No
 
 def _where(base: BaseModel) -> dict[str, Any]:
     """The arguments of ``from_pretrained`` that say which model."""
-    path = Path(base.name).expanduser()
+    path = _expanded(base.name)
     where: dict[str, Any] = {"trust_remote_code": base.trust_remote_code}
     if base.name.endswith(".gguf"):
-        if not path.is_file():
-            raise ModelError(f"no such file: {base.name}", key="base_model")
+        if (wrong := irregular(path)) or not path.exists():
+            raise ModelError(wrong or "no such file", file=shown_name(base.name), key="base_model")
         if importlib.util.find_spec("gguf") is None:
             raise ModelError("reading .gguf needs the package gguf", hint="pip install 'peftcli[gguf]'")
         return {**where, "pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{base.name} holds no config.json: no model folder", key="base_model")
+    if is_folder(path):
+        if checks.is_adapter(path):
+            raise ModelError(
+                "holds an adapter, which transformers would load too",
+                file=str(path),
+                key="base_model",
+                hint="name the base model of the adapter",
+            )
+        if not os.path.lexists(path / "config.json"):
+            raise ModelError(f"{shown_name(base.name)} holds no config.json: no model folder", key="base_model")
+        checks.check_folder(path)
         return {**where, "pretrained_model_name_or_path": str(path)}
-    if base.name.startswith((".", "/", "~")) or base.name.count("/") > 1 or path.exists():
-        raise ModelError(f"no model folder {base.name}", key="base_model")
+    if base.name.startswith((".", "/", "~")) or base.name.count("/") > 1 or os.path.lexists(path):
+        raise ModelError(f"no model folder {shown_name(base.name)}", key="base_model")
+    if base.trust_remote_code and not _COMMIT.fullmatch(base.revision or ""):
+        raise ModelError(
+            "code of the hub is run at a commit only, which nobody can change",
+            key="base_model.revision",
+            hint="give the 40 digits of the commit whose code you have read",
+        )
     return {**where, "pretrained_model_name_or_path": base.name, "revision": base.revision}
+
+
+def _expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # ~name, of a user that this machine does not know
+        return Path(name)
 
 
 def _guarded(base: BaseModel, load: Callable[[], T]) -> T:
@@ -199,7 +269,11 @@ def _guarded(base: BaseModel, load: Callable[[], T]) -> T:
         raise
     except MemoryError:
         raise OutOfMemory(f"this machine's memory does not hold {base.name}") from None
-    except Exception as error:
+    except BaseException as error:
+        # a panic of a library in Rust is no Exception, and no request to stop either
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        name = shown_name(base.name)
         chain = _causes(error)
         names = {type(cause).__name__ for cause in chain}
         refused = {"RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError", "HFValidationError"}
@@ -208,7 +282,7 @@ def _guarded(base: BaseModel, load: Callable[[], T]) -> T:
                 "it is not on the hub, or private, or gated" if "HFValidationError" not in names else "no such folder"
             )
             raise ModelError(
-                f"cannot load {base.name}: {reason}", key="base_model", hint="`hf auth login` if you have access"
+                f"cannot load {name}: {reason}", key="base_model", hint="`hf auth login` if you have access"
             ) from error
         unreachable = {
             "ConnectionError",
@@ -219,26 +293,50 @@ def _guarded(base: BaseModel, load: Callable[[], T]) -> T:
         }
         if names & unreachable or "offline" in str(error).lower() or "couldn't connect" in str(error).lower():
             raise NetworkError(
-                f"cannot load {base.name}: no such folder here, and the hub cannot be reached",
+                f"cannot load {name}: no such folder here, and the hub cannot be reached",
                 key="base_model",
                 hint="give a local folder as base_model, or try again with a network",
             ) from error
-        text = str(error).strip() or type(error).__name__
-        raise ModelError(f"cannot load {base.name}: {text.splitlines()[0][:300]}", key="base_model") from error
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"cannot load {name}: {cut(text)}", key="base_model") from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, transformers draws no progress bars of its own; what is loaded is said by whoever loads it."""
-    from transformers.utils import logging
+    """Inside, transformers draws no progress bars of its own; what is loaded is said by whoever loads it.
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    What it logs may repeat what is in the files: ``_harmless`` makes something of it that is shown if nothing failed.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    held: list[logging.LogRecord] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        held.append(record)
+        return False
+
+    handlers = logging.getLogger("transformers").handlers
+    for handler in handlers:
+        handler.addFilter(hold)
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        for handler in handlers:
+            handler.removeFilter(hold)
+        if bars:
+            transformers_logging.enable_progress_bar()
+    for record in held:
+        record.msg, record.args = _harmless(record.getMessage()), None
+        logging.getLogger(record.name).handle(record)
+
+
+def _harmless(text: str) -> str:
+    """Some lines of what another library logs, without what could steer a terminal."""
+    lines = re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()  # transformers' own bold letters
+    more = [f"and {len(lines) - _MOST_LINES} lines more"] if len(lines) > _MOST_LINES else []
+    return "\n".join([*map(cut, lines[:_MOST_LINES]), *more])
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

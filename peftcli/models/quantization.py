@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from peftcli.errors import ModelError
+from peftcli.core.config import fits
+from peftcli.core.header import RUN_FILE, read_run
+from peftcli.core.reading import shown
+from peftcli.errors import AdapterError, ModelError
 from peftcli.schema import Quantization
 
 if TYPE_CHECKING:
@@ -94,18 +95,35 @@ def forget(model: PreTrainedModel) -> None:
 
 
 def trained_quantization(folder: Path) -> Quantization | None:
-    """What the base model was quantised to when the run in ``folder`` trained its adapter."""
-    values = _run(folder).get("recipe", {}).get("base_model", {}).get("quantization")
-    known = {entry.name for entry in fields(Quantization)}
-    return Quantization(**{key: value for key, value in values.items() if key in known}) if values else None
+    """What the base model was quantised to when the run in ``folder`` trained its adapter.
+
+    Raises:
+        AdapterError: its run.json is damaged.
+    """
+    values: Any = read_run(folder)
+    for name in ("recipe", "base_model", "quantization"):
+        values = values.get(name) if isinstance(values, dict) else None
+    if not values:
+        return None
+    known = get_type_hints(Quantization)
+    given = {name: values[name] for name in known if name in values} if isinstance(values, dict) else {}
+    if "type" not in given or not all(_fits(value, known[name]) for name, value in given.items()):
+        raise AdapterError(
+            f"{shown(values)} is no quantisation",
+            file=str(folder / RUN_FILE),
+            key="recipe.base_model.quantization",
+        )
+    return Quantization(**given)
 
 
 def makes_up_for_quantization(folder: Path) -> bool:
-    """Whether the adapter holds what quantisation took away of its base model, so that it fits no other weights."""
-    return bool(_run(folder).get("makes_up_for_quantization"))
+    """Whether the adapter holds what quantisation took away of its base model, so that it fits no other weights.
+
+    Raises:
+        AdapterError: its run.json is damaged.
+    """
+    return bool(read_run(folder).get("makes_up_for_quantization"))
 
 
-def _run(folder: Path) -> dict[str, Any]:
-    path = folder / "run.json"
-    run: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
-    return run
+def _fits(value: Any, hint: Any) -> bool:
+    return value in get_args(hint) if get_origin(hint) is Literal else fits(value, hint)

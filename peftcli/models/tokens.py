@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.files import write_file
 from peftcli.core.header import read_header, weights_file
 from peftcli.core.layer import bare, base_paths, model_ends
 from peftcli.core.targets import find_modules, find_targets, shortest_names
 from peftcli.errors import AdapterError, ModelError
+from peftcli.files import write_file
 from peftcli.schema import BaseModel
 
 if TYPE_CHECKING:
