@@ -10,7 +10,7 @@ TWO := --numprocesses 2 --dist loadfile
 MODEL := models/SmolLM2-135M-Instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint type test test-all test-gpu docs docs-check bench check quickstart clean
+.PHONY: help setup fmt lint type test test-all test-gpu torture docs docs-check bench check quickstart clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  %-12s %s\n", $$1, $$2 }'
@@ -55,6 +55,10 @@ test-all: $(STAMP) $(QUANTISED)/.installed ## the slow tests too, and those that
 
 test-gpu: $(STAMP) ## the tests that need a GPU
 	@$(BIN)/pytest -m gpu
+
+torture: $(STAMP) ## try to break every promise of docs/reliability.md, and write that page; takes an hour or more
+	@command -v strace >/dev/null || { echo "torture: needs strace; on Debian: apt install strace" >&2; exit 1; }
+	@$(BIN)/python tests/torture
 
 docs: $(STAMP) ## write the recipe's JSON Schema and the reference pages anew
 	@$(BIN)/peftcli schema > recipe.schema.tmp && mv recipe.schema.tmp peftcli/recipe.schema.json

@@ -376,7 +376,6 @@ def _finish(recipe: Recipe, state: State, tokenizer: Any, folder: RunFolder, run
     write_file(folder.path / "recipe.yaml", to_yaml(recipe).encode())
     draw_losses(folder.metrics(), folder.path / "loss.png")
     run["steps"]["done"] = progress.step
-    run["attempts"][-1] |= {"end_step": progress.step, "reason": "complete"}
     run |= {
         "train_loss": progress.loss_sum / progress.num_targets if progress.num_targets else None,
         "eval": {
@@ -393,14 +392,15 @@ def _finish(recipe: Recipe, state: State, tokenizer: Any, folder: RunFolder, run
     generation = getattr(state.model, "generation_config", None)
     if stops := missing_stops(tokenizer, folder.path, getattr(generation, "eos_token_id", None)):
         run["eos_token_id"] = stops
-    run |= {"status": "complete", "resumable": False, "error": None, "exit_code": 12 if failed else 0}
     folder.write(run)
-    write_card(folder.path)
+    write_card(folder.path)  # reads what run.json says
     names = ("adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png", "recipe.yaml", *own)
     run["artefacts"] = [
         {"path": name, "bytes": (folder.path / name).stat().st_size, "sha256": sha256(folder.path / name)}
         for name in names
     ]
+    run["attempts"][-1] |= {"end_step": progress.step, "reason": "complete"}
+    run |= {"status": "complete", "resumable": False, "error": None, "exit_code": 12 if failed else 0}
     folder.write(run)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -61,3 +62,26 @@ def results(trials: Sequence[Trial]) -> Iterator[Result]:
                 yield Result(trial, f"{type(error).__name__}: {error}")
             else:
                 yield Result(trial, None)
+
+
+MODULES = (
+    "kills",
+    "disk_faults",
+    "checkpoints",
+    "signals_in_training",
+    "processes",
+    "other_commands",
+    "paths_and_modes",
+    "planted_secrets",
+    "hub_faults",
+    "offline",
+    "bad_recipes",
+    "bad_data",
+    "bad_adapters",
+)
+"""The modules beside this one that hold campaigns, in the order of the report."""
+
+
+def campaigns() -> list[Campaign]:
+    """All campaigns."""
+    return [campaign for name in MODULES for campaign in importlib.import_module(name).CAMPAIGNS]

@@ -1,0 +1,65 @@
+"""docs/reliability.md, from what the campaigns found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from campaigns import Campaign
+
+_HEAD = """\
+# What was tried, and what came of it
+
+Written by `make torture`; change the campaigns in `tests/torture/`, not this page. Each row is a promise and the number
+of trials that tried to break it. A trial is a seed, a moment or a file, the same each time. `make test` runs a sample of
+each, `make torture` all of them; `python tests/torture NAME ...` runs some, `python tests/torture --list` names them.
+
+{system}; {packages}.
+
+| campaign | what is promised | trials | as promised | minutes |
+| --- | --- | ---: | ---: | ---: |
+"""
+
+_COMPARED = """
+## The same on other tools
+
+The harnesses above, where they apply, on PEFT with transformers' Trainer and on `datasets.load_dataset`; and the kill
+harness on a saver that writes its files in place, which it must be able to break.
+
+| harness | what came of it |
+| --- | --- |
+"""
+
+
+def page(found: dict[str, Any], campaigns: Sequence[Campaign], machine: dict[str, str]) -> str:
+    """The page.
+
+    Args:
+        found: Name of a campaign or comparison -> what it found.
+        campaigns: All of them, in the order of the page.
+        machine: What it ran on.
+    """
+    text = _HEAD.format(**machine)
+    broken: list[str] = []
+    for campaign in campaigns:
+        if (result := found.get(campaign.name)) is None:
+            text += f"| {campaign.name} | {campaign.promise} | not run | | |\n"
+            continue
+        failures = result["failures"]
+        held = result["trials"] - len(failures)
+        minutes = result["seconds"] / 60
+        text += f"| {campaign.name} | {campaign.promise} | {result['trials']} | {held} | {minutes:.1f} |\n"
+        broken += [f"- {campaign.name}: {each['trial']}: {_first_line(each['failure'])}" for each in failures]
+    if broken:
+        text += "\n## Not as promised\n\n" + "\n".join(broken) + "\n"
+    compared = {name: result["counts"] for name, result in found.items() if "counts" in result}
+    if compared:
+        text += _COMPARED
+        for name, counts in compared.items():
+            shown = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in counts.items())
+            text += f"| {name.removeprefix('compare: ')} | {shown} |\n"
+    return text
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip()[:200] for line in text.splitlines() if line.strip()), "")
