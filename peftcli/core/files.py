@@ -20,7 +20,7 @@ from peftcli.core.header import WEIGHTS_FILE as WEIGHTS_FILE
 from peftcli.core.header import Entry, opened_weights, weights_file
 from peftcli.core.header import read_config as read_config
 from peftcli.core.inject import Injection, inject, set_trainable, skeleton, unload
-from peftcli.core.weights import adapter_state, check_finite, check_state, load_state
+from peftcli.core.weights import adapter_state, check_finite, check_state, load_state, materialise
 from peftcli.errors import AdapterError, OutOfMemory
 from peftcli.files import write_file
 
@@ -114,19 +114,45 @@ def load_adapter(
         AdapterError: the config or the tensors do not fit the model.
     """
     config.inference_mode = True
-    path = weights_file(folder)
-    with opened_weights(path) as (header, file):
-        _check_header(model, config, header, path, adapter)
-        tensors = _read(header, file, path)
+    tensors = _checked_tensors(model, config, folder, adapter)
     injection = inject(model, config, adapter)
     try:
-        load_state(model, tensors, str(path), adapter)
+        load_state(model, tensors, str(folder / WEIGHTS_FILE), adapter)
     except AdapterError:
         unload(model, adapter)
         raise
     set_trainable(model, trainable, adapter)
     config.inference_mode = not trainable
     return injection
+
+
+def load_empty(model: nn.Module, config: AdapterConfig, folder: Path) -> None:
+    """As ``load_adapter``, for a base model on the meta device: the adapter's own tensors alone take memory.
+
+    Raises:
+        AdapterError: as ``load_adapter``.
+    """
+    config.inference_mode = True
+    tensors = _checked_tensors(model, config, folder, "default")
+    inject(model, config)
+    materialise(model, tensors, str(folder / WEIGHTS_FILE))
+
+
+def _checked_tensors(model: nn.Module, config: AdapterConfig, folder: Path, adapter: str) -> dict[str, torch.Tensor]:
+    """The folder's tensors, once their header has shown that they are those of the config over this model.
+
+    Raises:
+        AdapterError: they are not. No memory was taken for them then.
+    """
+    path = weights_file(folder)
+    with opened_weights(path) as (header, file):
+        try:
+            _check_header(model, config, header, path, adapter)
+        except AdapterError as error:
+            if error.file is not None:
+                raise
+            raise AdapterError(error.message, key=error.key, hint=error.hint, file=str(folder / CONFIG_FILE)) from None
+        return _read(header, file, path)
 
 
 def _check_header(

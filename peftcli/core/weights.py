@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -125,16 +124,15 @@ def check_state(
         for name in tensors
         if name not in known and _PEFT_COPY.sub("", name) not in wanted
     ]
-    shapes = {name: parameter.shape for name, (_, _, parameter) in wanted.items()}
-    shapes |= {name: parameter.shape for name, parameter in base.items()}
+    places = {name: parameter for name, (_, _, parameter) in wanted.items()} | dict(base)
     values |= {name: value for name, value in tensors.items() if name in base}
     for name, value in values.items():
-        if value.shape != shapes[name]:
-            wrong.append(f"shape: {name} is {tuple(value.shape)}, the model needs {tuple(shapes[name])}")
+        if value.shape != places[name].shape:
+            wrong.append(f"shape: {name} is {tuple(value.shape)}, the model needs {tuple(places[name].shape)}")
         elif value.is_floating_point() != (name in base or wanted[name][2].is_floating_point()):
             needed = "whole" if value.is_floating_point() else "floating-point"
             wrong.append(f"type: {name} is {str(value.dtype).removeprefix('torch.')}, no {needed} numbers")
-        elif not value.is_meta and not is_finite(value):
+        elif not value.is_meta and not is_finite(value, places[name].dtype):
             wrong.append(f"not finite: {name}")
     if wrong:
         raise AdapterError(_listed("the adapter does not fit this base model", wrong), file=file)
@@ -150,15 +148,19 @@ def check_finite(tensors: Mapping[str, torch.Tensor], file: str | None = None) -
         raise AdapterError(_listed("holds numbers that are none", wrong), file=file)
 
 
-def is_finite(value: torch.Tensor) -> bool:
-    """Whether no number of the tensor is NaN or infinite. Reads it once, and takes no memory."""
+def is_finite(value: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether no number of the tensor is NaN or infinite, or would be in another dtype.
+
+    Reads it once, and takes no memory.
+    """
     if value.is_complex():
         value = torch.view_as_real(value)
     if not value.is_floating_point() or not value.numel():
         return True
     if value.dtype.itemsize == 1:  # of float8, PyTorch knows no order
         value = value.float()
-    return all(map(math.isfinite, (end.item() for end in torch.aminmax(value))))  # NaN is the least and the largest
+    ends = torch.stack(tuple(torch.aminmax(value)))  # NaN is both the least and the largest
+    return bool(torch.isfinite(ends.to(dtype or ends.dtype)).all())
 
 
 def materialise(model: nn.Module, tensors: Mapping[str, torch.Tensor], file: str | None = None) -> None:

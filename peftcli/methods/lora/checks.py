@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from peftcli.methods.lora.config import LoraConfig
 
 Problems = list[tuple[str, str]]
+_MOST_LAYERS = 500
 
 
 def lora_problems(config: LoraConfig) -> Problems:
@@ -60,4 +61,6 @@ def _range_problems(config: LoraConfig) -> Problems:
     if not ranges:
         return [("layer_replication", "names no layer")]
     wrong = [pair for pair in ranges if len(pair) != 2 or not 0 <= pair[0] < pair[1]]
+    if not wrong and sum(end - start for start, end in ranges) > _MOST_LAYERS:
+        return [("layer_replication", f"makes more than {_MOST_LAYERS} layers, and no model has so many")]
     return [("layer_replication", f"each range is [first layer, last layer + 1], not {pair}") for pair in wrong]
