@@ -1,18 +1,14 @@
-"""An adapter folder made without torch, and a hub on this machine for huggingface_hub's real client."""
+"""A hub on this machine for huggingface_hub's real client, and an adapter folder."""
 
 from __future__ import annotations
 
-import json
-import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from hub_folders import make_folder
 from hub_server import TOKEN, Hub
-
-REPO = "alice/my-adapter"
 
 
 @pytest.fixture
@@ -42,33 +38,3 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def folder(tmp_path: Path) -> Path:
     """A run folder: the adapter, and much that is nobody else's business."""
     return make_folder(tmp_path / "run")
-
-
-def make_folder(path: Path, **config: Any) -> Path:
-    (path / "checkpoints" / "step-000001").mkdir(parents=True)
-    write_config(path, **config)
-    (path / "adapter_model.safetensors").write_bytes(safetensors_bytes(4))
-    (path / "loss.png").write_bytes(b"\x89PNG")
-    (path / "tokenizer.json").write_text("{}")
-    for name in ("recipe.yaml", "run.json", "metrics.jsonl", "train.log", "checkpoints/step-000001/state.json"):
-        (path / name).write_text("{}")
-    return path
-
-
-def write_config(path: Path, **changes: Any) -> None:
-    config = {
-        "base_model_name_or_path": "acme/tiny-base",
-        "lora_alpha": 16,
-        "peft_type": "LORA",
-        "r": 8,
-        "target_modules": ["q_proj", "v_proj"],
-        "task_type": "CAUSAL_LM",
-    }
-    (path / "adapter_config.json").write_text(json.dumps({**config, **changes}, indent=2, sort_keys=True) + "\n")
-
-
-def safetensors_bytes(numbers: int) -> bytes:
-    """A file of one tensor."""
-    offsets = {"dtype": "F32", "shape": [numbers], "data_offsets": [0, 4 * numbers]}
-    header = json.dumps({"__metadata__": {"format": "pt"}, "base_model.model.q_proj.lora_A.weight": offsets}).encode()
-    return struct.pack("<Q", len(header)) + header + struct.pack(f"<{numbers}f", *range(numbers))

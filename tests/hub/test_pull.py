@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO
+from hub_folders import REPO
 from hub_server import TOKEN, Commit, Hub, Repo
 
 from peftcli.errors import AdapterError, HubError, NetworkError

@@ -5,7 +5,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from conftest import REPO, make_folder, write_config
+from hub_folders import REPO, make_folder, write_config
 from hub_server import TOKEN, Commit, Hub, Repo
 
 from peftcli import hub as hub_module
