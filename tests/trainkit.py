@@ -225,7 +225,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run.json").read_text())
 
 
-def run_recipe(path: Path, *overrides: str, resume: str = "auto", **options: Any) -> Trained:
+def run_recipe(path: Path, *overrides: str, **options: Any) -> Trained:
     """Train the recipe at ``path`` in this process."""
     reset_accelerate()
     recipe, events = load_recipe(path, overrides), list[Event]()
@@ -235,7 +235,7 @@ def run_recipe(path: Path, *overrides: str, resume: str = "auto", **options: Any
         events.append(event)
         listen(event)
 
-    return Trained(recipe, train(recipe, resume=resume, on_event=on_event), events)
+    return Trained(recipe, train(recipe, on_event=on_event, **options), events)
 
 
 def reset_accelerate() -> None:

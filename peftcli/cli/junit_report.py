@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from peftcli.cli import console
-from peftcli.errors import GateFailed, PeftcliError, StorageError
-from peftcli.junit import write_junit
+from peftcli.errors import GateFailed, PeftcliError, StorageError, known
 
 Junit = Annotated[
     Path | None, typer.Option("--junit", metavar="FILE", help="Write a JUnit report: each gate is a test case.")
@@ -45,8 +44,12 @@ def junit_report(path: Path | None, recipe: Path) -> Iterator[dict[str, Any]]:
     run: dict[str, Any] = {}
     try:
         yield run
+    except typer.Exit:  # other processes have run, and written it
+        raise
     except Exception as error:
-        failed = not isinstance(error, GateFailed)  # the gates tell of it
+        failed = getattr(error, "exit_code", 1) != GateFailed.exit_code  # the gates tell of it
+        if not failed and not run:
+            raise  # another process has measured, and written it
         try:
             _write(path, recipe, run, _as_dict(error) if failed else None)
         except StorageError as problem:
@@ -58,6 +61,8 @@ def junit_report(path: Path | None, recipe: Path) -> Iterator[dict[str, Any]]:
 def _write(path: Path | None, recipe: Path, run: dict[str, Any], error: dict[str, object] | None) -> None:
     if path is None:
         return
+    from peftcli.junit import write_junit
+
     measured = run.get("eval", {})
     metrics = measured.get("kept", measured.get("last", {}))
     facts = _flat({name: run[name] for name in _FACTS if name in run})
@@ -66,9 +71,7 @@ def _write(path: Path | None, recipe: Path, run: dict[str, Any], error: dict[str
 
 
 def _as_dict(error: Exception) -> dict[str, object]:
-    if isinstance(error, PeftcliError):
-        return error.as_dict()
-    return PeftcliError(f"{type(error).__name__}: {error}").as_dict()
+    return (known(error) or PeftcliError(f"{type(error).__name__}: {error}")).as_dict()
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

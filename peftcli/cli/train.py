@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peftcli.cli import console
+from peftcli.cli.junit_report import Junit, junit_report
 from peftcli.cli.progress import Progress, summary
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def train(
             "--overwrite", help="Take the place of another run in the folder, which is moved aside at the end."
         ),
     ] = False,
+    junit: Junit = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print run.json instead of a summary.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the summary.")] = False,
     dry_run: Annotated[
@@ -53,23 +55,25 @@ def train(
 
     from peftcli.train import launch
 
-    _note_what_is_saved(settings)
-    launch.follow_parent()
-    if not launch.launched() and (count := launch.process_count(settings.launch)) > 1:
-        raise typer.Exit(_launch(settings, count, quiet=quiet, overwrite=overwrite))
+    with junit_report(junit if launch.is_main_process() else None, recipe) as report:
+        _note_what_is_saved(settings)
+        launch.follow_parent()
+        if not launch.launched() and (count := launch.process_count(settings.launch)) > 1:
+            raise typer.Exit(_launch(settings, count, quiet=quiet, overwrite=overwrite))
 
-    from peftcli.train.run import raise_failed_gates
-    from peftcli.train.run import train as run
+        from peftcli.train.run import raise_failed_gates
+        from peftcli.train.run import train as run
 
-    with launch.left_in_the_end(), Progress(quiet=quiet or not launch.is_main_process()) as progress:
-        result = run(
-            settings, resume=resume, allow_change=allow_change or (), overwrite=overwrite, on_event=progress.show
-        )
-    if launch.is_main_process():
-        if not progress.trained:
-            console.log(f"{settings.training.output_dir} is complete already; nothing was done")
-        console.print_json(result) if as_json else console.out(summary(result))
-        raise_failed_gates(result["gates"])
+        with launch.left_in_the_end(), Progress(quiet=quiet or not launch.is_main_process()) as progress:
+            result = run(
+                settings, resume=resume, allow_change=allow_change or (), overwrite=overwrite, on_event=progress.show
+            )
+        if launch.is_main_process():
+            report |= result
+            if not progress.trained:
+                console.log(f"{settings.training.output_dir} is complete already; nothing was done")
+            console.print_json(result) if as_json else console.out(summary(result))
+            raise_failed_gates(result["gates"])
 
 
 def _note_what_is_saved(settings: Recipe) -> None:
@@ -104,4 +108,4 @@ def _launch(settings: Recipe, count: int, *, quiet: bool, overwrite: bool) -> in
         mark_ended(folder, error)
         raise
     finally:
-        folder.unlock()
+        folder.close()

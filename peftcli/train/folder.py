@@ -61,10 +61,10 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.unlock()
+            self.close()
             raise FolderBusy("another run is using this folder", file=str(self.path)) from None
         except OSError as error:
-            self.unlock()
+            self.close()
             raise StorageError(f"cannot be locked: {error.strerror}", file=str(file)) from None
 
     def give_lock(self) -> tuple[int, dict[str, str]]:
@@ -73,7 +73,7 @@ class RunFolder:
         handle = self._lock.fileno()
         return handle, {_LOCK: str(handle)}
 
-    def unlock(self) -> None:
+    def close(self) -> None:
         """Let the folder go."""
         for file in (self._metrics, self._lock):
             if file is not None:

@@ -78,9 +78,11 @@ def opened(recipe: Recipe, asked: Asked, accelerator: Accelerator) -> Iterator[O
         broadcast_object_list(shared)
         path, run, now, changed = shared[0]
         replaces = None if path == folder.path else folder
-        yield Opened(folder if replaces is None else RunFolder(path), run, now, changed, replaces)
+        within = folder if replaces is None else RunFolder(path)
+        with contextlib.closing(within):
+            yield Opened(within, run, now, changed, replaces)
     finally:
-        folder.unlock()
+        folder.close()
 
 
 def _choose(

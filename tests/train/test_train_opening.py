@@ -1,0 +1,369 @@
+"""How a run begins in a folder that holds another one, and how it stands."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trainkit
+from trainkit import Child, files_of, read_run, run_recipe
+
+from peftcli.cli.app import main
+from peftcli.errors import Interrupted, PeftcliError, StorageError, UsageError
+from peftcli.recipe import load_recipe
+from peftcli.train.folder import RunFolder, status
+from peftcli.train.report import Event, Stepped, Warned
+
+EVERY_TWO = ("training.save_strategy=steps", "training.save_steps=2")
+
+
+def stop_after(step: int) -> Callable[[Event], None]:
+    def on_event(event: Event) -> None:
+        if isinstance(event, Stepped) and event.result.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return on_event
+
+
+def stopped(recipe: Path, *settings: str, step: int = 4) -> Path:
+    """A run that was stopped; gives its folder."""
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, *settings, on_event=stop_after(step))
+    return recipe.parent / "out"
+
+
+# --- --resume ---------------------------------------------------------------------------------------------------------
+
+
+def test_must_resume_refuses_to_begin_anew(recipe: Path) -> None:
+    with pytest.raises(StorageError, match="no run to go on with"):
+        run_recipe(recipe, resume="must")
+    assert not (recipe.parent / "out").exists(), "nothing is made"
+    stopped(recipe)
+    assert run_recipe(recipe, resume="must").run["attempts"][-1]["from_step"] == 4
+
+
+def test_must_resume_needs_a_whole_checkpoint(recipe: Path) -> None:
+    out = stopped(recipe)
+    for path in out.glob("checkpoints/*/optimizer.safetensors"):
+        path.write_bytes(b"")
+    with pytest.raises(StorageError, match="no whole checkpoint"):
+        run_recipe(recipe, resume="must")
+
+
+def test_never_resume_refuses_a_run_that_can_be_gone_on_with(recipe: Path) -> None:
+    out = stopped(recipe)
+    before = files_of(out)
+    with pytest.raises(UsageError, match="can be gone on with; nothing was changed"):
+        run_recipe(recipe, resume="never")
+    assert files_of(out) == before
+    anew = run_recipe(recipe, resume="never", overwrite=True)
+    assert [attempt["from_step"] for attempt in anew.run["attempts"]] == [0]
+    assert (out / "previous-1/checkpoints/step-000004").is_dir()
+
+
+def test_never_resume_in_a_new_folder_and_a_complete_one(recipe: Path) -> None:
+    first = run_recipe(recipe, resume="never")
+    assert run_recipe(recipe, resume="never").run == first.run
+
+
+# --- --allow-change ---------------------------------------------------------------------------------------------------
+
+
+def test_an_allowed_change_is_noted_and_goes_on(recipe: Path) -> None:
+    out = stopped(recipe, *EVERY_TWO)
+    with pytest.raises(UsageError, match=r"training\.learning_rate: 0\.005 -> 0\.001") as caught:
+        run_recipe(recipe, *EVERY_TWO, "training.learning_rate=1e-3")
+    assert "--allow-change training.learning_rate" in str(caught.value)
+    done = run_recipe(recipe, *EVERY_TWO, "training.learning_rate=1e-3", allow_change=["training.learning_rate"])
+    assert done.run["attempts"][-1]["from_step"] == 4
+    assert done.run["exact"] is False
+    assert done.run["changes"] == [{"key": "training.learning_rate", "before": 5e-3, "now": 1e-3, "step": 4}]
+    assert done.run["recipe"]["training"]["learning_rate"] == 1e-3
+    assert any("not exactly that of one recipe" in event.text for event in done.events if isinstance(event, Warned))
+    rates = {entry["step"]: entry["learning_rate"] for entry in done.metrics}
+    assert rates[4] == pytest.approx(5e-3 * 5 / 8)
+    assert rates[5] == pytest.approx(1e-3 * 4 / 8), "the schedule follows the new rate"
+    assert load_recipe(out / "recipe.yaml").training.learning_rate == 1e-3
+    again = run_recipe(recipe, *EVERY_TWO, "training.learning_rate=1e-3")
+    assert again.run == done.run, "the changed recipe is now the folder's"
+
+
+def test_other_data_may_be_allowed(recipe: Path) -> None:
+    out = stopped(recipe)
+    with (recipe.parent / "train.jsonl").open("a") as file:
+        file.write(json.dumps(trainkit.MESSAGES[0]) + "\n")
+    done = run_recipe(recipe, allow_change=["data"])
+    assert [change["key"] for change in done.run["changes"]] == [f"data.{recipe.parent}/train.jsonl"]
+    assert done.run["data"]["rows"] == 11
+    assert read_run(out)["exact"] is False
+
+
+def test_more_steps_may_be_allowed_and_fewer_than_done_are_refused(recipe: Path) -> None:
+    stopped(recipe)
+    with pytest.raises(UsageError, match="has done 4 steps, and the recipe now wants 3"):
+        run_recipe(recipe, "training.max_steps=3", allow_change=["training.max_steps"])
+    done = run_recipe(recipe, "training.max_steps=10", allow_change=["training.max_steps"])
+    assert done.run["steps"] == {"done": 10, "total": 10}
+
+
+def test_a_change_that_does_not_fit_the_checkpoint_changes_nothing(recipe: Path) -> None:
+    out = stopped(recipe)
+    with pytest.raises(StorageError, match="does not fit this run"):
+        run_recipe(recipe, "method.r=2", allow_change=["method"])
+    assert read_run(out)["identity"]["recipe"]["method"]["r"] == 4
+    assert run_recipe(recipe).run["status"] == "complete", "the run itself goes on"
+
+
+def test_a_change_of_a_complete_run_is_refused_even_if_allowed(recipe: Path) -> None:
+    run_recipe(recipe)
+    with pytest.raises(UsageError, match="a complete run of another recipe"):
+        run_recipe(recipe, "training.max_steps=9", allow_change=["training.max_steps"])
+
+
+def test_an_unknown_key_is_refused(recipe: Path) -> None:
+    with pytest.raises(UsageError, match=r"nothing is called 'training\.learning_rte'") as caught:
+        run_recipe(recipe, allow_change=["training.learning_rte"])
+    assert "training.learning_rate" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("setting", ["training.max_time=3h", "training.save_on_signal=null"])
+def test_what_does_not_change_the_result_may_change(recipe: Path, setting: str) -> None:
+    stopped(recipe)
+    assert run_recipe(recipe, setting).run["exact"] is True
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(recipe: Path) -> None:
+    chosen = stopped(recipe) / "checkpoints/step-000004"
+    other = f"training.output_dir={recipe.parent}/other"
+    with pytest.raises(UsageError, match="was written with another recipe") as caught:
+        run_recipe(recipe, other, "training.learning_rate=1e-3", resume=str(chosen))
+    assert "--allow-change recipe" in str(caught.value)
+    done = run_recipe(recipe, other, resume=str(chosen))
+    assert done.run["attempts"][-1]["from_step"] == 4
+
+
+# --- --overwrite ------------------------------------------------------------------------------------------------------
+
+
+def test_overwrite_moves_the_old_run_aside_once_the_new_one_is_complete(recipe: Path) -> None:
+    old = run_recipe(recipe)
+    (old.folder / "notes.txt").write_text("mine")
+    before = files_of(old.folder)
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, "method.r=2", overwrite=True, on_event=stop_after(3))
+    assert {name: content for name, content in files_of(old.folder).items() if ".overwrite/" not in name} == before
+    assert status(old.folder)["replacement"] == "interrupted"
+    new = run_recipe(recipe, "method.r=2", overwrite=True)
+    assert [attempt["from_step"] for attempt in new.run["attempts"]] == [0, 3]
+    assert read_run(old.folder)["recipe"]["method"]["r"] == 2
+    assert not (old.folder / ".overwrite").exists()
+    assert files_of(old.folder / "previous-1") == before
+    again = run_recipe(recipe, "method.r=2", overwrite=True)
+    assert again.run == new.run, "twice is once"
+    run_recipe(recipe, overwrite=True)
+    assert {path.name for path in old.folder.glob("previous-*")} == {"previous-1", "previous-2"}
+
+
+def test_a_run_that_was_to_replace_another_is_begun_anew_for_a_third_recipe(recipe: Path) -> None:
+    run_recipe(recipe)
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, "method.r=2", overwrite=True, on_event=stop_after(3))
+    done = run_recipe(recipe, "method.r=3", overwrite=True)
+    assert [attempt["from_step"] for attempt in done.run["attempts"]] == [0]
+
+
+def test_overwrite_takes_no_foreign_files(recipe: Path) -> None:
+    folder = recipe.parent / "out"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match=r"thesis\.tex"):
+        run_recipe(recipe, overwrite=True)
+
+
+# --- run.json and the product -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_complete_run_whose_adapter_is_gone_or_changed_says_so(recipe: Path, name: str) -> None:
+    done = run_recipe(recipe)
+    path = done.folder / name
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(StorageError, match="has changed since the run was complete"):
+        run_recipe(recipe)
+    path.unlink()
+    with pytest.raises(StorageError, match="is gone since the run was complete"):
+        run_recipe(recipe)
+
+
+BAD_RUNS: dict[str, bytes] = {
+    "empty": b"",
+    "cut": b'{"status": "comp',
+    "a list": b"[]",
+    "no JSON": b"\xff\xfe",
+    "nested": b"[" * 100_000,
+    "nothing in it": b"{}",
+    "wrong types": b'{"status": 5, "attempts": 3, "identity": []}',
+}
+
+
+@pytest.mark.parametrize("kind", BAD_RUNS)
+def test_a_run_json_that_is_none(recipe: Path, kind: str) -> None:
+    out = stopped(recipe)
+    (out / "run.json").write_bytes(BAD_RUNS[kind])
+    before = files_of(out)
+    with pytest.raises(StorageError) as caught:
+        run_recipe(recipe)
+    assert caught.value.file == str(out / "run.json")
+    assert len(str(caught.value)) < 500
+    assert files_of(out) == before
+
+
+def _without(key: str) -> Callable[[dict[str, Any]], object]:
+    return lambda run: run.pop(key)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *map(
+            _without,
+            ("status", "identity", "attempts", "error", "exit_code", "resumable", "artefacts", "recipe", "data"),
+        ),
+        lambda run: run.update(attempts=[1]),
+        lambda run: run.update(steps={"done": "many"}),
+        lambda run: run.update(schema_version=99),
+    ],
+)
+def test_a_run_json_that_lacks_something(recipe: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    out = stopped(recipe)
+    run = read_run(out)
+    change(run)
+    (out / "run.json").write_text(json.dumps(run))
+    with pytest.raises(PeftcliError) as caught:
+        run_recipe(recipe)
+    assert caught.value.exit_code == 7
+
+
+def test_a_pipe_in_the_place_of_run_json(recipe: Path) -> None:
+    out = recipe.parent / "out"
+    out.mkdir()
+    os.mkfifo(out / "run.json")
+    with pytest.raises(StorageError, match="no regular file"):
+        run_recipe(recipe)
+
+
+def test_what_killed_writers_left_is_removed(recipe: Path) -> None:
+    out = stopped(recipe)
+    (out / ".run.json.4711.tmp").write_text("{")
+    (out / "checkpoints/.step-000006.tmp").mkdir()
+    (out / "checkpoints/.old-step-000002").mkdir()
+    (out / "checkpoints/.old-step-000002/file").write_text("")
+    done = run_recipe(recipe)
+    assert not [path.name for path in done.folder.rglob(".*") if path.name != ".lock"]
+
+
+def test_a_bug_leaves_its_traceback_in_train_log(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_PASSWORD", "correct-horse-9")
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("correct-horse-9")
+
+    monkeypatch.setattr("peftcli.train.run.plan_of", broken)
+    with pytest.raises(PeftcliError) as caught:
+        run_recipe(recipe)
+    assert caught.value.exit_code == 1
+    log = (recipe.parent / "out/train.log").read_text()
+    assert "ZeroDivisionError" in log
+    assert "plan_of" in log
+    assert "correct-horse" not in log
+    assert "correct-horse" not in (recipe.parent / "out/run.json").read_text()
+
+
+# --- the time that a run may take -------------------------------------------------------------------------------------
+
+
+def test_a_stopped_evaluation_is_made_when_the_run_goes_on(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import peftcli.train.run as module
+
+    settings = ("training.eval_strategy=steps", "training.eval_steps=2")
+    whole = run_recipe(recipe, *settings, f"training.output_dir={recipe.parent}/whole")
+    evaluate = module.evaluate
+
+    def interrupted(*args: Any, stopping: Callable[[], bool]) -> Any:
+        if not (recipe.parent / "out/checkpoints").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, stopping=stopping)
+
+    monkeypatch.setattr(module, "evaluate", interrupted)
+    with pytest.raises(Interrupted, match="after step 2 of 8"):
+        run_recipe(recipe, *settings)
+    out = recipe.parent / "out"
+    assert [entry["step"] for entry in trainkit.read_metrics(out)] == [1], "the line of step 2 waits for its evaluation"
+    done = run_recipe(recipe, *settings)
+    assert done.metrics == whole.metrics
+    assert done.weights == whole.weights
+
+
+# --- peftcli status ---------------------------------------------------------------------------------------------------
+
+
+def test_status_of_runs_that_ended(recipe: Path) -> None:
+    out = stopped(recipe)
+    found = status(out)
+    assert (found["status"], found["exit_code"], found["resumable"], found["pid"]) == ("interrupted", 75, True, None)
+    assert found["steps"] == {"done": 4, "total": 8}
+    assert found["checkpoints"] == ["step-000004"]
+    run_recipe(recipe)
+    assert (status(out)["status"], status(out)["resumable"]) == ("complete", False)
+
+
+def test_status_of_a_running_and_of_a_killed_run(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    child = Child(recipe.parent, "train", recipe, "training.max_steps=100000")
+    out = recipe.parent / "out"
+    child.until(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size > 0)
+    found = status(out)
+    assert (found["status"], found["pid"]) == ("running", child.process.pid)
+    assert found["steps"]["done"] >= 1
+    assert main(["status", str(out)]) == 0
+    assert f"running, process {child.process.pid}" in capsys.readouterr().out
+    child.signal(signal.SIGKILL)
+    child.wait()
+    found = status(out)
+    assert (found["status"], found["exit_code"], found["pid"]) == ("interrupted", 137, None)
+    assert main(["status", str(out)]) == 0
+    assert "its process is gone" in capsys.readouterr().out
+
+
+def test_status_where_there_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(tmp_path)]) == 2
+    assert main(["status", str(tmp_path / "nowhere")]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_a_lock_that_a_process_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path)
+    folder.lock()
+    handle, variables = folder.give_lock()
+    assert handle > 2
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    given = RunFolder(tmp_path)
+    given.lock()
+    folder.close()
+    assert folder.is_locked(), "it lasts until both have let it go"
+    given.close()
+    assert not folder.is_locked()
+
+
+def test_a_folder_that_was_copied_goes_on_elsewhere(recipe: Path) -> None:
+    out = stopped(recipe)
+    shutil.copytree(out, recipe.parent / "copy")
+    done = run_recipe(recipe, f"training.output_dir={recipe.parent}/copy", resume="must")
+    assert done.weights == run_recipe(recipe).weights
