@@ -172,13 +172,7 @@ def _check_repo_id(repo_id: str, what: str) -> None:
 
 
 def _is_repo_id(text: str) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    with contextlib.suppress(HFValidationError):
-        validate_repo_id(text)
-        return "/" in text
-    return False
+    return "/" in text and hub_client.is_repo_id(text)
 
 
 @dataclass

@@ -53,6 +53,17 @@ def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
 
 
+def is_repo_id(text: str) -> bool:
+    """Whether ``text`` could be the name of a repository, ``user/name`` or an old ``name``."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    with contextlib.suppress(HFValidationError):
+        validate_repo_id(text)
+        return True
+    return False
+
+
 def shown(text: str) -> str:
     """``text`` of the hub or the network in a message: without secrets, on one line."""
     return "".join(char if char.isprintable() else " " for char in redact(text))
@@ -292,7 +303,7 @@ def _fault(error: BaseException, line: _Line, what: str) -> _Fault | None:
         if isinstance(cause, _Unanswered):
             return _dropped(what, cause.reason, cause.wait)
         if isinstance(cause, HfHubHTTPError):
-            return _refusal(cause, what)
+            return _refusal(cause, what, reading=line.downloads)
         if isinstance(cause, _NoHub) or type(cause).__name__ == "TooManyRedirects":
             return _no_hub(what, cause)
         if isinstance(cause, HTTPError):  # httpx's or httpx2's, whichever this huggingface_hub uses
@@ -333,10 +344,10 @@ def _no_hub(what: str, error: BaseException) -> _Fault:
     return _Fault(HubError(text, hint="check HF_ENDPOINT if it is set; or a page of the network came in between"))
 
 
-def _refusal(error: Any, what: str) -> _Fault:
+def _refusal(error: Any, what: str, *, reading: bool) -> _Fault:
     """The hub's answer below 500, in words."""
     from huggingface_hub import get_token
-    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RevisionNotFoundError
 
     status, said = error.response.status_code, (error.server_message or "").strip()
     login = "log in with `hf auth login`, or set HF_TOKEN"
@@ -347,9 +358,12 @@ def _refusal(error: Any, what: str) -> _Fault:
         message, hint = "access to this repository must be granted first", "ask for it on the repository's page"
     elif status == 403:
         message = "the token may not do this"
-        hint = "use a token with write access to this name: https://huggingface.co/settings/tokens"
+        access = "read access to this repository" if reading else "write access to this name"
+        hint = f"use a token with {access}: https://huggingface.co/settings/tokens"
     elif isinstance(error, RevisionNotFoundError):
-        message, hint = "no such revision", "check --revision"
+        message, hint = "no such revision", "check the revision"
+    elif isinstance(error, EntryNotFoundError):
+        message, hint = "a file that it lists is missing", "ask its owner"
     elif status == 404:
         message = "no such repository, or the token may not see it"
         hint = f"check the name; for a private repository {login}"
