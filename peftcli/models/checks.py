@@ -102,8 +102,8 @@ def check_config(path: Path, *, trusted: bool) -> None:
                         key=shown_name(key),
                     )
         most = _MOST_LABELS if key.endswith("num_labels") else _MOST_LAYERS if _counts_layers(key) else None
-        if most and isinstance(value, (int, float)) and value > most:
-            raise ModelError(f"{shown(value)} is more than any model has", file=file, key=shown_name(key))
+        if most and isinstance(value, (int, float)) and not 0 <= value <= most:
+            raise ModelError(f"{shown(value)} is not what any model has", file=file, key=shown_name(key))
     weights_name(values, file)
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -57,12 +58,15 @@ def load_model(base: BaseModel, auto_class: str, dtype: torch.dtype) -> PreTrain
         # ignored: what it would do then is said by check_loaded, with the names
         options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
         _check_weights(base, auto_class, stored=how is not None)
-    model, said = _guarded(
-        base,
-        lambda: getattr(transformers, auto_class).from_pretrained(**_where(base), **options, output_loading_info=True),
-    )
-    if not how:
-        checks.check_loaded(model, said, base.name)
+
+    def load() -> PreTrainedModel:
+        build = getattr(transformers, auto_class).from_pretrained
+        model, said = build(**_where(base), **options, output_loading_info=True)
+        if not how:
+            checks.check_loaded(model, said, base.name)
+        return model
+
+    model = _guarded(base, load)
     if how and not any(map(is_quantised, model.modules())):
         raise ModelError(f"{how['type']} finds no linear layer in {base.name}", key="base_model.quantization")
     return model
@@ -99,8 +103,8 @@ def empty_model(base: BaseModel, auto_class: str) -> PreTrainedModel:
     import transformers
 
     config = load_config(base)
+    build = getattr(transformers, auto_class).from_config
     with torch.device("meta"):
-        build = getattr(transformers, auto_class).from_config
         return _guarded(base, lambda: build(config, trust_remote_code=base.trust_remote_code))
 
 
@@ -164,7 +168,7 @@ def base_files(base: BaseModel) -> list[Path]:
     """The base model's safetensors files on this machine, in order; empty when it is stored otherwise.
 
     Raises:
-        ModelError: no such model.
+        ModelError: no such model, or one of its files is damaged.
         NetworkError: the hub cannot be reached.
     """
     from transformers.utils.hub import cached_files
@@ -182,7 +186,9 @@ def base_files(base: BaseModel) -> list[Path]:
         found = cached_files(where["pretrained_model_name_or_path"], shards, revision=where.get("revision"))
         return [Path(path) for path in found or ()]
 
-    return _guarded(base, listed)
+    files = _guarded(base, listed)
+    checks.count_stored(files)
+    return files
 
 
 def _check_weights(base: BaseModel, auto_class: str, *, stored: bool) -> None:
@@ -321,7 +327,9 @@ def _quiet() -> Iterator[None]:
     for handler in handlers:
         handler.addFilter(hold)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element")
+            yield
     finally:
         for handler in handlers:
             handler.removeFilter(hold)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 from peftcli.core.config import fits
 from peftcli.core.header import RUN_FILE, read_run
-from peftcli.core.reading import shown
+from peftcli.core.reading import shown, shown_name
 from peftcli.errors import AdapterError, ModelError
 from peftcli.schema import Quantization
 
@@ -41,12 +41,22 @@ def need_package(kind: str) -> None:
 
 
 def stored_kind(config: PreTrainedConfig) -> str | None:
-    """How the weights of a model folder are quantised, in transformers' word; None where they are not."""
+    """How the weights of a model folder are quantised, in transformers' word; None where they are not.
+
+    Raises:
+        ModelError: in no way that transformers knows.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return None
-    values: dict[str, Any] = stored if isinstance(stored, dict) else stored.to_dict()
-    return str(values.get("quant_method", "bitsandbytes"))  # whose older configs do not say
+    values: Any = stored if isinstance(stored, dict) or not hasattr(stored, "to_dict") else stored.to_dict()
+    kind = values.get("quant_method", "bitsandbytes") if isinstance(values, dict) else values  # older ones do not say
+    if kind != "bitsandbytes" and not (isinstance(kind, str) and kind in AUTO_QUANTIZATION_CONFIG_MAPPING):
+        message = f"{shown(kind)} is no way to quantise that is known"
+        raise ModelError(message, file=shown_name(str(config.name_or_path)), key="quantization_config")
+    return str(getattr(kind, "value", kind))
 
 
 def to_transformers(quantization: Quantization, dtype: torch.dtype) -> Any:

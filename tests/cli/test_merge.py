@@ -410,7 +410,7 @@ def test_refusals(cli: Callable, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(base_folder(), damaged)
     (damaged / "model.safetensors").write_bytes(b"\xff" * 100)
-    refused(4, "cannot read", lora, "--base", damaged)
+    refused(4, "model.safetensors: damaged", lora, "--base", damaged)
     refused(7, "cannot write", lora, to=Path("/proc/peftcli"))
 
 
