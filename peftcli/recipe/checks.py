@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
+from peftcli.core.pattern import PatternError, compiled
 from peftcli.errors import UsageError
 from peftcli.methods import METHODS
 from peftcli.recipe.data_checks import check_data, exists
@@ -23,6 +27,8 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
 }
 _GATE = re.compile(r"\s*(<=|>=|==|<|>)\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?)\s*")
 _TIME = re.compile(r"(?:(?P<d>[0-9]{1,4})d)?(?:(?P<h>[0-9]{1,6})h)?(?:(?P<m>[0-9]{1,8})m)?(?:(?P<s>[0-9]{1,9})s)?")
+_LARGEST_FLOAT, _LARGEST_SIZE = 3.4e38, 2**31 - 1
+_SEED = re.compile(r"seed|_key$")
 _AT_LEAST_ONE = (
     "dataset.max_length",
     "training.per_device_train_batch_size",
@@ -42,7 +48,19 @@ _NOT_NEGATIVE = (
     "training.max_grad_norm",
     "launch.machine_rank",
 )
-_NOT_EMPTY = ("base_model.name", "training.output_dir")
+_AT_MOST = {
+    "training.per_device_train_batch_size": 1_000_000,
+    "training.per_device_eval_batch_size": 1_000_000,
+    "training.gradient_accumulation_steps": 1_000_000,
+    "training.learning_rate": 1_000_000,
+    "training.loraplus_lr_ratio": 1_000_000,
+    "training.loraplus_lr_embedding": 1_000_000,
+    "launch.num_processes": 1024,
+    "launch.num_machines": 100_000,
+}
+"""Far above what is of use. Memory is taken in proportion to most of them."""
+_LARGEST_BATCH = 10_000_000
+_NOT_EMPTY = ("base_model.name", "training.output_dir", "training.metric_for_best_model")
 
 
 def parse_gate(text: str) -> tuple[str, float]:
@@ -81,7 +99,19 @@ def seconds(text: str) -> float:
 
 def check(recipe: Recipe, report: Report) -> None:
     """Reports every problem of a recipe whose settings have the right types."""
-    for part in (_names, _words, _quantization, _ranges, _length, check_data, _evaluation, _gates, _launch, _method):
+    for part in (
+        _names,
+        _words,
+        _quantization,
+        _ranges,
+        _sizes,
+        _length,
+        check_data,
+        _evaluation,
+        _gates,
+        _launch,
+        _method,
+    ):
         part(recipe, report)
 
 
@@ -113,6 +143,8 @@ def _words(recipe: Recipe, report: Report) -> None:
             report((key,), message, near(template, ["chatml"]))
         elif not exists(template):
             report((key,), f"no such file: {template[:200]}", near_file(template))
+        elif not Path(template).is_file():
+            report((key,), f"is no regular file: {template[:200]}")
     seen: set[str] = set()
     for index, token in enumerate(recipe.base_model.new_tokens):
         key = f"base_model.new_tokens[{index}]"
@@ -154,6 +186,10 @@ def _ranges(recipe: Recipe, report: Report) -> None:
         value = _get(recipe, key)
         if isinstance(value, (int, float)) and value < 0:
             report((key,), f"must not be negative, found {value}")
+    for key, most in _AT_MOST.items():
+        value = _get(recipe, key)
+        if isinstance(value, (int, float)) and value > most:
+            report((key,), f"must be at most {most:,}, found {value:g}")
     training = recipe.training
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(training, name) < 1:
@@ -176,6 +212,33 @@ def _ranges(recipe: Recipe, report: Report) -> None:
             report(("training.max_time",), error.message)
     if not 0 <= training.seed < 2**32:
         report(("training.seed",), f"must be in [0, 2**32), not {training.seed}")
+
+
+def _sizes(recipe: Recipe, report: Report) -> None:
+    """Numbers that nothing can be computed with, wherever they stand, and batches that no memory holds."""
+    for key, value in _numbers(asdict(recipe), ""):
+        if isinstance(value, float) and abs(value) > _LARGEST_FLOAT:
+            report((key,), f"must be at most {_LARGEST_FLOAT:g}, the largest number of float32, found {value:g}")
+        elif isinstance(value, int) and value > _LARGEST_SIZE and key.startswith("method.") and not _SEED.search(key):
+            report((key,), f"must be at most {_LARGEST_SIZE}, found {value}")
+    one, times = recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps
+    if one * times > _LARGEST_BATCH and max(one, times) <= 1_000_000:
+        report(
+            ("training.per_device_train_batch_size", "training.gradient_accumulation_steps"),
+            f"and gradient_accumulation_steps make a batch of {one * times:,} examples; at most {_LARGEST_BATCH:,}",
+        )
+
+
+def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    """Every number of a recipe, with its key."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _numbers(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _numbers(item, f"{key}[{index}]")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield key, value
 
 
 def _length(recipe: Recipe, report: Report) -> None:
@@ -204,6 +267,8 @@ def _evaluation(recipe: Recipe, report: Report) -> None:
 def _gates(recipe: Recipe, report: Report) -> None:
     for name, text in recipe.gates.items():
         key = f"gates.{name}"
+        if not name.strip():
+            report((key, "gates"), "is the gate of no metric: its name is empty")
         try:
             parse_gate(text)
         except UsageError as error:
@@ -239,6 +304,13 @@ def _method(recipe: Recipe, report: Report) -> None:
         return
     for name, message in method.config_class()(**values).problems():
         report((f"method.{name}",), message)
+    for name in ("target_modules", "exclude_modules"):
+        pattern = values.get(name)
+        if isinstance(pattern, str):
+            try:
+                compiled(pattern)
+            except PatternError as error:
+                report((f"method.{name}",), str(error))
 
 
 _EVAL_KEYS = "dataset.eval, eval_split or eval_fraction"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from peftcli.recipe.values import Place, Problems, Value, resolve
+from peftcli.recipe.values import NO_TEXT, Place, Problems, Value, is_text, resolve
 from peftcli.recipe.yaml_file import parse_text, read_file
 
 COMMAND_LINE = Place("command line")
@@ -63,6 +63,9 @@ def _merge(base: Value, top: Value) -> Value:
 def _override(tree: Value, text: str, problems: Problems) -> Value:
     key, equals, written = text.partition("=")
     path = key.strip().split(".", 2)
+    if not is_text(key):
+        problems.add(NO_TEXT, COMMAND_LINE, key[:60])
+        return tree
     if not equals or not all(path):
         problems.add(f"expected KEY=VALUE, found {text[:60]!r}", COMMAND_LINE)
         return tree

@@ -13,6 +13,7 @@ from peftcli.errors import Problem
 from peftcli.redact import SECRET_NAME, redact, redactor, secrets
 
 MAX_PROBLEMS = 100
+NO_TEXT = "holds a character that is no text (NUL or half a surrogate pair)"
 _MAX_VARIABLES = 100
 _NULL = frozenset({"", "~", "null", "Null", "NULL"})
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
@@ -142,8 +143,8 @@ def resolve(value: Value, key: str, problems: Problems) -> Value:
     text = _interpolate(value, key, problems)
     whole = _VARIABLE.fullmatch(str(value.data))
     plain = value.plain or bool(whole and whole["name"])
-    if "\0" in text or not _encodes(text):
-        problems.add("holds a character that is no text (NUL or half a surrogate pair)", value.place, key)
+    if not is_text(text):
+        problems.add(NO_TEXT, value.place, key)
     if problems.redact(text) != text or problems.redact(key) != key:
         place = next((place for secret, place in secrets().items() if secret in text or secret in key), None)
         problems.add(
@@ -183,9 +184,9 @@ def _interpolate(value: Value, key: str, problems: Problems) -> str:
     return _VARIABLE.sub(fill, text)
 
 
-def _encodes(text: str) -> bool:
+def is_text(text: str) -> bool:
+    """Whether a text can be written to a file and read by anybody."""
     try:
-        text.encode()
+        return b"\0" not in text.encode()
     except UnicodeEncodeError:
         return False
-    return True

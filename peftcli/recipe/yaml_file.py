@@ -10,12 +10,14 @@ from typing import Any
 
 import yaml
 
+from peftcli.files import read_small
 from peftcli.recipe.names import near_file
-from peftcli.recipe.values import Place, Problems, Value, read_scalar, resolve
+from peftcli.recipe.values import NO_TEXT, Place, Problems, Value, is_text, read_scalar, resolve
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 64
 MAX_VALUES = 20_000
+_LONGEST_NAME = 200
 
 _PLAIN, _QUOTED, _COLLECTION = "plain", "quoted", "collection"
 _TAGS = {
@@ -24,6 +26,7 @@ _TAGS = {
     "tag:yaml.org,2002:map": _COLLECTION,
     "tag:yaml.org,2002:seq": _COLLECTION,
 }
+_NO_TAGS = "YAML tags are not used in recipes; leave it out"
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _PLAIN_WORDS = (
     (r"found character '\\t'", "a tab; YAML is indented with spaces"),
@@ -34,6 +37,7 @@ _PLAIN_WORDS = (
     (r"found unexpected end of stream|while scanning a quoted", "a quote that is never closed"),
     (r"expected ',' or '[\]}]'", "a [ or { that is never closed, or a missing comma"),
     (r"found undefined alias", "an alias whose anchor is not defined above it"),
+    (r"found duplicate anchor", "an anchor that is defined twice"),
 )
 
 
@@ -125,7 +129,7 @@ class _Converter:
         place = _marked(self.file, node.start_mark)
         kind = _TAGS.get(node.tag, node.tag)
         if kind not in (_PLAIN, _QUOTED, _COLLECTION):
-            self.problems.add("YAML tags are not used in recipes; leave it out", place, key or None)
+            self.problems.add(_NO_TAGS, place, key or None)
         if isinstance(node, yaml.MappingNode):
             return Value(self.mapping(node, key, depth), place)
         if isinstance(node, yaml.SequenceNode):
@@ -136,6 +140,7 @@ class _Converter:
     def mapping(self, node: yaml.MappingNode, key: str, depth: int) -> dict[str, Value]:
         own: dict[str, Value] = {}
         merged: dict[str, Value] = {}
+        places: dict[str, Place] = {}
         for key_node, value_node in node.value:
             place = _marked(self.file, key_node.start_mark)
             name = self.name(key_node, place, key)
@@ -143,11 +148,11 @@ class _Converter:
                 continue
             path = f"{key}.{name}" if key else name
             value = replace(self.convert(value_node, path, depth + 1), key_place=place)
-            if name == "<<" and key_node.tag == _PLAIN:
-                merged = {**self.inherited(value, place), **merged}
-            elif name in own:
-                first = own[name].key_place or place
+            first = places.setdefault(name, place)
+            if first is not place:
                 self.problems.add(f"given twice, first in line {first.line}", place, path)
+            elif name == "<<" and key_node.tag == _PLAIN:
+                merged = self.inherited(value, place)
             else:
                 own[name] = value
         return {**merged, **own}
@@ -156,10 +161,15 @@ class _Converter:
         if not isinstance(node, yaml.ScalarNode):
             self.problems.add("a key must be a name, not a list or a mapping", place, key or None)
             return None
-        if node.tag == _PLAIN and not isinstance(read_scalar(node.value), str):
+        kind = _TAGS.get(node.tag, node.tag)
+        if kind == _PLAIN and not isinstance(read_scalar(node.value), str):
             shown = node.value[:60] or "nothing"
             self.problems.add(f"a key must be a name, found {shown}; quote it to make it one", place, key or None)
             return None
+        if kind not in (_PLAIN, _QUOTED):
+            self.problems.add(_NO_TAGS, place, key or None)
+        if not is_text(node.value):
+            self.problems.add(NO_TEXT, place, f"{key}.{node.value}" if key else node.value)
         return str(node.value)
 
     def inherited(self, value: Value, place: Place) -> dict[str, Value]:
@@ -174,20 +184,21 @@ class _Converter:
 
 
 def _read_text(path: Path, problems: Problems, shown: Place) -> str | None:
+    name = str(path) if len(str(path)) <= _LONGEST_NAME else f"{str(path)[:_LONGEST_NAME]}..."
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            problems.add(f"{path} is {'a folder' if stat.S_ISDIR(found.st_mode) else 'no regular file'}", shown)
+            problems.add(f"{name} is {'a folder' if stat.S_ISDIR(found.st_mode) else 'no regular file'}", shown)
             return None
         if found.st_size > MAX_BYTES:
-            problems.add(f"{path} has {found.st_size} bytes; a recipe has at most {MAX_BYTES}", shown)
+            problems.add(f"{name} has {found.st_size} bytes; a recipe has at most {MAX_BYTES}", shown)
             return None
-        raw = path.read_bytes()
+        raw = read_small(path, MAX_BYTES)  # the file may be another one by now
     except FileNotFoundError:
-        problems.add(f"no such file: {path}", shown, suggestion=near_file(str(path)))
+        problems.add(f"no such file: {name}", shown, suggestion=near_file(str(path)))
         return None
     except (OSError, ValueError) as error:
-        problems.add(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}", shown)
+        problems.add(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}", shown)
         return None
     try:
         return raw.decode("utf-8-sig")

@@ -25,6 +25,28 @@ from peftcli.recipe import gate_holds, parse_gate
         (["training.save_total_limit=1"], "training.save_total_limit", "must be at least 2, not 1"),
         (["training.warmup_ratio=1.5"], "training.warmup_ratio", "must be in [0, 1], not 1.5"),
         (["training.seed=4294967296"], "training.seed", "must be in [0, 2**32)"),
+        (["training.metric_for_best_model=' '"], "training.metric_for_best_model", "is empty"),
+        (["training.learning_rate=3e38"], "training.learning_rate", "must be at most 1,000,000, found 3e+38"),
+        (
+            ["training.weight_decay=1e39"],
+            "training.weight_decay",
+            "must be at most 3.4e+38, the largest number of float32",
+        ),
+        (
+            ["training.gradient_accumulation_steps=1000000000"],
+            "training.gradient_accumulation_steps",
+            "must be at most",
+        ),
+        (
+            ["training.gradient_accumulation_steps=100000", "training.per_device_train_batch_size=1000"],
+            "training.per_device_train_batch_size",
+            "and gradient_accumulation_steps make a batch of 100,000,000 examples; at most 10,000,000",
+        ),
+        (["launch.num_processes=100000"], "launch.num_processes", "must be at most 1,024"),
+        (["method.r=4294967296"], "method.r", "must be at most 2147483647, found 4294967296"),
+        (["method.alpha_pattern={q_proj: 1e300}"], "method.alpha_pattern.q_proj", "the largest number of float32"),
+        (["method.target_modules='(q'"], "method.target_modules", "is no regular expression"),
+        (["method.exclude_modules='*'"], "method.exclude_modules", "is no regular expression"),
         (
             ["training.load_best_model_at_end=true", "dataset.eval=null"],
             "training.load_best_model_at_end",
@@ -66,6 +88,9 @@ def test_what_settings_mean_together(problem, overrides: list[str], key: str, me
         ["method.init_lora_weights=gaussian"],
         ["method.layers_to_transform=3"],
         ["training.metric_for_best_model=anything at all"],
+        ["training.per_device_train_batch_size=10000", "training.gradient_accumulation_steps=1000"],
+        ["method.target_modules=.*\\.(q|v)_proj"],
+        ["method.lora_alpha=3e38"],
     ],
 )
 def test_valid_recipes_are_not_refused(load, overrides: list[str]) -> None:

@@ -26,6 +26,7 @@ from peftcli.recipe import load_recipe, read_recipe
         ("a: [1, 2\nb: 1\n", 2, "never closed"),
         ("a: @x\n", 1, "cannot start with this character"),
         ("a: *x\n", 1, "an alias whose anchor"),
+        ("a: &x 1\nb: &x 2\n", 2, "an anchor that is defined twice"),
         ("a: 1\nb: \0\n", 2, "a control character (0x00)"),
         ("a: 1\nb: \x1b[31m\n", 2, "a control character (0x1b)"),
         ('a: "\\UFFFFFFFF"\n', 1, "not valid YAML"),
@@ -61,6 +62,9 @@ def test_unreadable(tmp_path: Path, text: str, line: int, message: str) -> None:
         ("? [a]\n: x\n", None, "a key must be a name, not a list"),
         ("  seed: !!python/name:os.system\n", "training.seed", "tags are not used"),
         ("  <<: 5\n", None, "<< takes a mapping"),
+        ("  <<: {seed: 1}\n  <<: {seed: 2}\n", "training.<<", "given twice, first in line 8"),
+        ("!!python/name:os.system x: 1\n", None, "tags are not used"),
+        ('gates: {"\\ud800": "> 1"}\n', "gates.\ud800", "no text"),
         ('  metric_for_best_model: "\\0"\n', "training.metric_for_best_model", "no text"),
         ('  metric_for_best_model: "\\ud800"\n', "training.metric_for_best_model", "no text"),
         (
@@ -93,6 +97,30 @@ def test_bytes_and_files_that_are_no_recipe(tmp_path: Path, good: str) -> None:
     assert "no regular file" in read_recipe(tmp_path / "fifo")[1][0].message
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert "cannot be read" in read_recipe(tmp_path / "loop")[1][0].message
+
+
+def test_a_long_path_is_cut(tmp_path: Path) -> None:
+    (found,) = read_recipe(tmp_path / ("x" * 5000))[1]
+    assert len(found.message) < 300
+    assert "cannot be read: File name too long" in found.message
+
+
+def test_a_file_that_becomes_a_pipe_is_not_waited_for(
+    tmp_path: Path, good: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = tmp_path / "recipe.yaml", tmp_path / "file"
+    real.write_text(good)
+    os.mkfifo(path)
+    found = real.stat()
+    monkeypatch.setattr(Path, "stat", lambda self, **options: found)
+    (problem,) = read_recipe(path)[1]
+    assert "no regular file" in problem.message
+
+
+def test_an_override_whose_key_is_no_text(problem) -> None:
+    found = problem("", "gates.\udcff=> 1")
+    assert "no text" in found.message
+    assert found.key == "gates.\udcff"
 
 
 def test_mutations_raise_nothing_else(tmp_path: Path, good: str) -> None:
