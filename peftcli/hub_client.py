@@ -18,6 +18,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -62,6 +63,13 @@ def is_repo_id(text: str) -> bool:
         validate_repo_id(text)
         return True
     return False
+
+
+def is_of_huggingface_hub(error: BaseException) -> bool:
+    """Whether an error was raised there. Of an answer that it does not expect, it raises anything."""
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = [name.partition(".")[0] for name in modules]
+    return next((p == "huggingface_hub" for p in reversed(packages) if p in ("huggingface_hub", "peftcli")), False)
 
 
 def shown(text: str) -> str:
@@ -116,7 +124,7 @@ def fetched(
                     blob.unlink(missing_ok=True)
                     damaged.append(blob)
         if damaged:
-            raise _Unanswered("what came of a file has another hash than the hub says")
+            raise Unanswered("what came of a file has another hash than the hub says")
         return folder
 
     try:
@@ -147,7 +155,7 @@ def _is_whole(blob: Path) -> bool:
     return blob.name in {digest.hexdigest() for digest in digests}
 
 
-class _Unanswered(Exception):
+class Unanswered(Exception):
     """A request that may be tried again. Raised inside huggingface_hub, so that its own retries end."""
 
     def __init__(self, reason: str, wait: float = 0.0):
@@ -160,7 +168,7 @@ class _NoHub(Exception):
 
 
 @dataclass
-class _Line:
+class Line:
     """What is known of the connection to the hub."""
 
     downloads: bool
@@ -168,7 +176,30 @@ class _Line:
     answered: bool = False
     """Whether the hub ever answered."""
     open: dict[tuple[str, str], int] = field(default_factory=dict)
-    """Requests without a whole answer so far, and at which byte of the file each began."""
+    """Requests without an answer so far, of downloads without a whole one, and at which byte of the file each began."""
+    last: dict[int, tuple[tuple[str, str], int, Any]] = field(default_factory=dict)
+    """Of each thread the last request, where it began, and its answer, which may still be on its way."""
+
+    def tried(self, action: Callable[[], T], what: str) -> T:
+        """What ``action`` returns, tried again as the module's docstring says. Messages call it ``what``."""
+        seen: Counter[int] = Counter()
+        for delay in (*DELAYS, None):
+            self.open.clear()
+            self.last.clear()
+            try:
+                return action()
+            except PeftcliError:
+                raise
+            except Exception as error:
+                fault = _fault(error, self, what)
+                if fault is None:
+                    raise
+            seen[fault.retries] += 1
+            if delay is None or seen[fault.retries] > fault.retries or fault.wait > LONGEST_WAIT:
+                # Without its cause: huggingface_hub's messages repeat URLs and what the server said, secrets included.
+                raise fault.error from None
+            time.sleep(max(delay, fault.wait))
+        raise AssertionError("unreachable")
 
     def on_request(self, request: Any) -> None:
         limits = {"connect": CONNECT_TIMEOUT, "read": ANSWER_TIMEOUT, "write": ANSWER_TIMEOUT, "pool": ANSWER_TIMEOUT}
@@ -177,7 +208,10 @@ class _Line:
         part = re.match(r"bytes=(\d+)-", request.headers.get("Range", ""))
         start = int(part[1]) if part else 0
         if name in self.open and start < self.open[name] + _PROGRESS:
-            raise _Unanswered("the connection was dropped, or no answer came")
+            raise Unanswered("the connection was dropped, or no answer came")
+        before, begun, answer = self.last.pop(threading.get_ident(), ((), 0, None))
+        if name == before and start < begun + _PROGRESS and _was_cut(answer):
+            raise Unanswered("the connection was dropped in the middle of an answer")
         self.open[name] = start
 
     def on_response(self, response: Any) -> None:
@@ -185,13 +219,21 @@ class _Line:
 
         self.answered = True
         status = response.status_code
+        name = (response.request.method, str(response.request.url))
+        self.last[threading.get_ident()] = (name, self.open.get(name, 0), response)
         if not self.downloads or 300 <= status < 400:
-            self.open.pop((response.request.method, str(response.request.url)), None)
+            self.open.pop(name, None)
         if status in (408, 429) or status >= 500:
-            raise _Unanswered(f"the hub answers {status}", _wait_asked(response.headers))
+            raise Unanswered(f"the hub answers {status}", _wait_asked(response.headers))
         if status == 409 and b"conflicting operation" in response.read():
             hf_raise_for_status(response)  # create_repo itself would ask again for ever
         _check_names(response)
+
+
+def _was_cut(response: Any) -> bool:
+    """Whether less of an answer came than it said."""
+    length = response.headers.get("Content-Length", "") if response.request.method != "HEAD" else ""
+    return bool(length.isdecimal() and response.num_bytes_downloaded < int(length))
 
 
 def _check_names(response: Any) -> None:
@@ -219,10 +261,13 @@ def _wait_asked(headers: Any) -> float:
 
 
 @contextlib.contextmanager
-def _watched(downloads: bool) -> Iterator[_Line]:
-    """huggingface_hub's HTTP client with time limits, and without retries and log lines of its own.
+def watched(downloads: bool = False) -> Iterator[Line]:
+    """Inside, huggingface_hub's HTTP client has time limits, and neither retries nor log lines of its own.
 
     Progress bars are left to terminals.
+
+    Args:
+        downloads: whether no request is made twice in one try, so that a second one is a retry of huggingface_hub's.
     """
     from huggingface_hub import constants, set_client_factory
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -234,7 +279,7 @@ def _watched(downloads: bool) -> Iterator[_Line]:
     )
 
     # No public function gives the factory back, and a user may have set one for a proxy or a certificate.
-    line, factory, verbosity = _Line(downloads), _http._GLOBAL_CLIENT_FACTORY, logging.get_verbosity()
+    line, factory, verbosity = Line(downloads), _http._GLOBAL_CLIENT_FACTORY, logging.get_verbosity()
 
     def build() -> Any:
         client = factory()
@@ -271,28 +316,12 @@ class _Fault:
 
 
 def retried(action: Callable[[], T], what: str, *, downloads: bool = False) -> T:
-    """What ``action`` returns, tried again as the module's docstring says."""
-    seen: Counter[int] = Counter()
-    with _watched(downloads) as line:
-        for delay in (*DELAYS, None):
-            line.open.clear()
-            try:
-                return action()
-            except PeftcliError:
-                raise
-            except Exception as error:
-                fault = _fault(error, line, what)
-                if fault is None:
-                    raise
-            seen[fault.retries] += 1
-            if delay is None or seen[fault.retries] > fault.retries or fault.wait > LONGEST_WAIT:
-                # Without its cause: huggingface_hub's messages repeat URLs and what the server said, secrets included.
-                raise fault.error from None
-            time.sleep(max(delay, fault.wait))
-    raise AssertionError("unreachable")
+    """What ``action`` returns, tried again as the module's docstring says. Messages call it ``what``."""
+    with watched(downloads) as line:
+        return line.tried(action, what)
 
 
-def _fault(error: BaseException, line: _Line, what: str) -> _Fault | None:
+def _fault(error: BaseException, line: Line, what: str) -> _Fault | None:
     """What a failure of huggingface_hub means; None when it is a bug."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
@@ -300,7 +329,7 @@ def _fault(error: BaseException, line: _Line, what: str) -> _Fault | None:
         if isinstance(cause, OfflineModeIsEnabled):
             hint = "unset HF_HUB_OFFLINE to reach the hub"
             return _Fault(NetworkError(f"{what}: not in the cache, and HF_HUB_OFFLINE is set", hint=hint))
-        if isinstance(cause, _Unanswered):
+        if isinstance(cause, Unanswered):
             return _dropped(what, cause.reason, cause.wait)
         if isinstance(cause, HfHubHTTPError):
             return _refusal(cause, what, reading=line.downloads)
@@ -317,14 +346,7 @@ def _fault(error: BaseException, line: _Line, what: str) -> _Fault | None:
         return _Fault(StorageError(shown(f"{what}: {error.strerror}"), file=error.filename))
     if isinstance(error, OSError) and "Consistency check failed" in str(error):
         return _dropped(what, "what came of a file has another size than the hub says")
-    return _no_hub(what, error) if _is_of_huggingface_hub(error) else None
-
-
-def _is_of_huggingface_hub(error: BaseException) -> bool:
-    """Whether it was raised there. Of an answer that it does not expect, it raises anything."""
-    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    packages = [name.partition(".")[0] for name in modules]
-    return next((p == "huggingface_hub" for p in reversed(packages) if p in ("huggingface_hub", "peftcli")), False)
+    return _no_hub(what, error) if is_of_huggingface_hub(error) else None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
