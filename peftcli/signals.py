@@ -62,6 +62,12 @@ class Stop:
         if self.signal:
             raise self.interrupted(self.message, saved=self.saved)
 
+    def explains(self, error: BaseException) -> Interrupted | None:
+        """The Interrupted that an error stands for: foreign code may turn the one that a signal raises into another."""
+        if isinstance(error, Interrupted):
+            return error
+        return self.interrupted(self.message, saved=self.saved) if self.signal and self.at_once else None
+
     def note(self, number: int, _frame: FrameType | None = None) -> None:
         """Handles a stopping signal."""
         if self.signal:
@@ -119,6 +125,10 @@ def handled(message: str = "stopped", save_on: signal.Signals | None = SAVING) -
     _current.append(stop)
     try:
         yield stop
+    except Exception as error:
+        if (interrupted := stop.explains(error)) is None or interrupted is error:
+            raise
+        raise interrupted from error
     finally:
         _current.remove(stop)
         for number, handler in before.items():

@@ -290,12 +290,21 @@ class Child:
         self.process.start()
 
     @property
+    def begun(self) -> bool:
+        """Whether it has come to peftcli's command line."""
+        return (self._out / "err").exists()
+
+    @property
     def out(self) -> str:
-        return (self._out / "out").read_text()
+        return self._text("out")
 
     @property
     def err(self) -> str:
-        return (self._out / "err").read_text()
+        return self._text("err")
+
+    def _text(self, name: str) -> str:
+        """What it has written so far; nothing if it was killed before it could."""
+        return (self._out / name).read_text() if (self._out / name).exists() else ""
 
     def wait(self, seconds: float = 120.0) -> int:
         """Its exit code; negative: the signal that killed it."""

@@ -101,7 +101,7 @@ def train(
             folder, run = here.folder, here.run
             if run["status"] != "complete":
                 stop.saved = run["resumable"]
-                with _kept_account(folder, run, accelerator):
+                with _kept_account(folder, run, accelerator, stop):
                     _train(recipe, here, asked, accelerator, stop, tell)
             if here.replaces is not None and accelerator.is_main_process:
                 here.replaces.replace()
@@ -200,6 +200,7 @@ class _Steps:
             Diverged: something is not finite.
         """
         training, progress, state, plan = self.recipe.training, self.state.progress, self.state, self.plan
+        self.stop.check()
         self.stop.at_once = False
         if progress.pending is not None:
             self.log_pending()
@@ -430,7 +431,7 @@ def _of_main_process(run: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _kept_account(folder: RunFolder, run: dict[str, Any], accelerator: Accelerator) -> Iterator[None]:
+def _kept_account(folder: RunFolder, run: dict[str, Any], accelerator: Accelerator, stop: Stop) -> Iterator[None]:
     """Inside, run.json says running; afterwards it says how the run ended."""
     main, attempts_before = accelerator.is_main_process, len(run["attempts"])
     run |= {"status": "running", "pid": os.getpid(), "exit_code": None, "error": None}
@@ -439,7 +440,7 @@ def _kept_account(folder: RunFolder, run: dict[str, Any], accelerator: Accelerat
     try:
         yield
     except BaseException as error:
-        ours = _for_account(error)
+        ours = stop.explains(error) or _for_account(error)
         interrupted = isinstance(ours, Interrupted)
         run |= {
             "status": "interrupted" if interrupted else "failed",

@@ -123,8 +123,8 @@ def _at_random(seed: int, folder: Path) -> None:
         codes.append(child.wait())
         if codes[-1] == 0:
             break
-        # before Python listens, a signal does what signals do
-        assert codes[-1] in (75, 130, 143, -number), f"{codes}: {child.err}"
+        # before peftcli listens, a signal does what signals do
+        assert codes[-1] in (75, 130, 143, -number) or not child.begun, f"{codes}: {child.err}"
     else:
         raise AssertionError(f"it never ended: {codes}")
     assert_same(folder / "out", whole())
@@ -191,18 +191,15 @@ def _continued(number: int, folder: Path) -> None:
     first = SignalAt("peftcli.train.batches:Plan", "micro_batches", 4, (signal.SIGTERM,))
     assert Child(folder, "train", recipe, *FULL, before=first).wait() == 75
     before = read_metrics(folder / "out")
-    for name, (place, attribute, _) in list(MOMENTS.items())[1:9]:
+    for name, (place, attribute, _) in list(MOMENTS.items())[1:9]:  # those before the first step
         moment = SignalAt(place, attribute, 1, (number,))
         child = Child(folder, "train", recipe, *FULL, before=moment)
         code = child.wait()
-        if name == "rows are encoded":  # they are in the cache: nothing is encoded, and the run ends
-            assert code == 0, child.err
-            break
         assert code == (130 if number == signal.SIGINT else 75), f"{name}: {code}: {child.err}"
         run = read_run(folder / "out")
         assert run["steps"]["done"] == 4, f"{name}: steps {run['steps']}"
         assert read_metrics(folder / "out")[: len(before)] == before, name
-    assert_same(folder / "out", whole())
+    _goes_on(folder, recipe)
 
 
 def trials() -> Sequence[Trial]:
