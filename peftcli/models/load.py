@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from peftcli.core.quantised import is_quantised
 from peftcli.core.reading import cut, irregular, is_folder, read_object, shown_name
 from peftcli.errors import ModelError, NetworkError, OutOfMemory, PeftcliError
-from peftcli.models import checks, quantization, tokens
+from peftcli.models import checks, hub_files, quantization, tokens
 from peftcli.schema import BaseModel, Quantization
 
 if TYPE_CHECKING:
@@ -171,7 +171,6 @@ def base_files(base: BaseModel) -> list[Path]:
         ModelError: no such model, or one of its files is damaged.
         NetworkError: the hub cannot be reached.
     """
-    from transformers.utils.hub import cached_files
 
     def listed() -> list[Path]:
         if (config := _file(base, "config.json")) is None:
@@ -182,9 +181,9 @@ def base_files(base: BaseModel) -> list[Path]:
         file = next((file for name in names if (file := _file(base, name))), None)
         if file is None or file.name.endswith(".safetensors"):
             return [file] if file else []
-        where, shards = _where(base), checks.listed_shards(file)
-        found = cached_files(where["pretrained_model_name_or_path"], shards, revision=where.get("revision"))
-        return [Path(path) for path in found or ()]
+        shards = checks.listed_shards(file)
+        folder = Path(_where(base, *shards)["pretrained_model_name_or_path"])
+        return [folder / name for name in shards]
 
     files = _guarded(base, listed)
     checks.count_stored(files)
@@ -211,14 +210,9 @@ def _check_weights(base: BaseModel, auto_class: str, *, stored: bool) -> None:
 
 def _file(base: BaseModel, name: str) -> Path | None:
     """A file of the base model, fetched from the hub if need be; None where the model has none of that name."""
-    from transformers.utils.hub import cached_file
-
-    where = _where(base)
-    if "gguf_file" in where:
-        return None
-    source, revision = where["pretrained_model_name_or_path"], where.get("revision")
-    path = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-    return Path(path) if path else None
+    where = _where(base, name)
+    path = Path(where["pretrained_model_name_or_path"]) / name
+    return path if "gguf_file" not in where and path.exists() else None
 
 
 def base_of(name: str, revision: str | None = None, quantised: Quantization | None = None) -> BaseModel:
@@ -226,8 +220,8 @@ def base_of(name: str, revision: str | None = None, quantised: Quantization | No
     return BaseModel(name=name, revision=revision, quantization=quantised)
 
 
-def _where(base: BaseModel) -> dict[str, Any]:
-    """The arguments of ``from_pretrained`` that say which model."""
+def _where(base: BaseModel, *names: str) -> dict[str, Any]:
+    """The arguments of ``from_pretrained`` that say which model: a folder here, with its small files and ``names``."""
     path = _expanded(base.name)
     where: dict[str, Any] = {"trust_remote_code": base.trust_remote_code}
     if base.name.endswith(".gguf"):
@@ -256,7 +250,11 @@ def _where(base: BaseModel) -> dict[str, Any]:
             key="base_model.revision",
             hint="give the 40 digits of the commit whose code you have read",
         )
-    return {**where, "pretrained_model_name_or_path": base.name, "revision": base.revision}
+    folder = hub_files.fetch(base, *names)
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{base.name} on the hub holds no config.json: no model", key="base_model")
+    checks.check_folder(folder)
+    return {**where, "pretrained_model_name_or_path": str(folder)}
 
 
 def _expanded(name: str) -> Path:

@@ -112,6 +112,7 @@ def _train(recipe: Recipe, here: Opened, asked: Asked, accelerator: Accelerator,
     """The run, from its data to its product. ``here.run`` is the account of it."""
     folder, run = here.folder, here.run
     task, config = TASKS[recipe.task].load(), method_config(recipe)
+    stored = stored_or_asked(recipe.base_model)
     tell(Phase("reading the data"))
     tokenizer = load_tokenizer(recipe.base_model)
     data = load_data(
@@ -155,7 +156,7 @@ def _train(recipe: Recipe, here: Opened, asked: Asked, accelerator: Accelerator,
             tell(Warned(f"{change}, since step {state.progress.step}: the result is not exactly that of one recipe"))
         run["changes"] += [{**change.as_dict(), "step": state.progress.step} for change in here.changes]
         run |= {"exact": False, "processes": accelerator.num_processes, **described(recipe, here.identity)}
-    run["base_model"]["quantization"] = stored_or_asked(recipe.base_model)
+    run["base_model"]["quantization"] = stored
     run |= {
         "data": data.report | {"efficiency": efficiency, "passes_per_epoch": plan.passes},
         "parameters": {"trainable": injection.trainable, "all": injection.total},

@@ -401,9 +401,9 @@ def test_the_hub_goes_away_between_commit_and_rows(hub: DatasetHub, offline: Any
 @pytest.mark.parametrize(
     ("settings", "kind", "key", "message"),
     [
-        ({"train": "owner/other"}, DataError, None, "no such dataset on the hub, and no such file"),
-        ({"train": "json"}, DataError, None, "no such dataset on the hub"),
-        ({"revision": "v9"}, DataError, "dataset.revision", "no revision 'v9'"),
+        ({"train": "owner/other"}, HubError, None, "no such dataset on the hub, and no such file"),
+        ({"train": "json"}, HubError, None, "no such dataset on the hub"),
+        ({"revision": "v9"}, HubError, "dataset.revision", "no revision 'v9'"),
         ({"split": "tset"}, DataError, "dataset.split", "no split 'tset'"),
         ({"split": "tset", "streaming": True}, DataError, "dataset.split", "no split 'tset'"),
         ({"name": "part"}, DataError, "dataset.name", "part"),

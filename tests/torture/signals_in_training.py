@@ -115,10 +115,10 @@ def _at_random(seed: int, folder: Path) -> None:
     """Signals from outside at random times, one attempt after another, until the run is complete."""
     chance = random.Random(seed)
     recipe, codes = write_recipe(folder), list[int]()
-    for _ in range(30):
+    for attempt in range(30):
         child = Child(folder, "train", recipe, *FULL)
         number = chance.choice(STOPPING)
-        child.process.join(chance.uniform(0.3, 2.5))
+        child.process.join(chance.uniform(0.3, 2.5 + attempt))
         child.signal(number)
         codes.append(child.wait())
         if codes[-1] == 0:

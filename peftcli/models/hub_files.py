@@ -1,0 +1,50 @@
+"""The files of a base model that is on the hub, in the cache of this machine.
+
+transformers would fetch them itself, with retries and time limits of its own, and takes a file that the hub refuses, as
+the chat template, for one that the model does not have.
+"""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+
+from peftcli import hub_client
+from peftcli.errors import HubError, ModelError, NetworkError
+from peftcli.schema import BaseModel
+
+_SMALL = ("*.json", "*.txt", "*.model", "*.spm", "*.codes", "*.tokenizer", "*.tiktoken", "*.bpe", "*.vocab")
+"""What configs, tokenizers and processors are made of, besides templates."""
+_DEEPER = [f"*/{pattern}" for pattern in _SMALL]
+"""Of other formats of the same model, and of checkpoints."""
+
+_folders: dict[tuple[str, ...], Path] = {}
+"""So all that a process reads of a model is of one commit."""
+
+
+def fetch(base: BaseModel, *names: str) -> Path:
+    """The folder in the cache that holds the base model's small files, and those of ``names`` that it has.
+
+    Raises:
+        ModelError: a name that is no hub id.
+        HubError: the hub has no such model, or refuses it.
+        NetworkError: the hub cannot be reached, and the cache has no copy.
+    """
+    from huggingface_hub import constants
+
+    if not hub_client.is_repo_id(base.name):
+        raise ModelError(f"{base.name!r} is neither a folder nor a hub id", key="base_model")
+    model = (constants.HF_HUB_CACHE, hub_client.endpoint(), base.name, base.revision or "")
+    code = ["*.py"] if base.trust_remote_code else []
+    patterns = [*_SMALL, "*.jinja", *code, *map(glob.escape, names)]
+    if (known := _folders.get((*model, *patterns))) is not None:
+        return known
+    revision = _folders[model].name if model in _folders else base.revision
+    what = f"no folder {base.name} here; on the hub: {base.name}"
+    try:
+        folder = hub_client.fetched(base.name, patterns, revision, ignored=_DEEPER, what=what)
+    except (HubError, NetworkError) as error:
+        error.key = "base_model"
+        raise
+    _folders[model] = _folders[(*model, *patterns)] = folder
+    return folder
