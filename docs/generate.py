@@ -33,7 +33,7 @@ _CODES = """
 1 a bug of peftcli; `--debug` shows the traceback
 130 Ctrl-C
 143 SIGTERM or SIGUSR1 before there was anything to save
-75 SIGTERM or SIGUSR1, with a checkpoint: run the same command again
+75 SIGTERM, SIGUSR1 or training.max_time, with a checkpoint: run the same command again
 """
 
 
@@ -184,6 +184,8 @@ def _described(
     if isinstance(each := field.get("additionalProperties"), dict):
         return [field], f"object: name -> {_described(each, schemas, file)[1]}"
     one = field.get("type", "anything")
+    if isinstance(one, list) and "array" in one:
+        one = [f"list of {field['items']['type']}s" if kind == "array" else kind for kind in one]
     return [field], " or ".join([one] if isinstance(one, str) else one)
 
 
@@ -252,7 +254,7 @@ def _first_line(kind: type) -> str:
 
 def _included(found: re.Match[str]) -> str:
     path = ROOT / found[2]
-    kind = {".py": "python"}.get(path.suffix, path.suffix[1:])
+    kind = {".py": "python", ".yml": "yaml", ".sbatch": "bash"}.get(path.suffix, path.suffix[1:])
     return f"{found[1]}```{kind}\n{path.read_text(encoding='utf-8').strip()}\n```\n{found[3]}"
 
 

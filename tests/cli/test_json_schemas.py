@@ -189,6 +189,21 @@ def test_train_misses_a_gate(answer: Callable, recipe: Path) -> None:
     assert [gate["passed"] for gate in run["gates"]] == [False, False]
 
 
+@pytest.mark.slow  # starts processes
+def test_train_in_two_processes(recipe: Path) -> None:
+    def train(*settings: str) -> tuple[int, dict[str, Any]]:
+        child = trainkit.Child(recipe.parent, "train", recipe, "launch.num_processes=2", *settings, "--json")
+        code = child.wait()
+        data = json.loads(child.out)
+        assert_valid("train", data)
+        return code, data
+
+    code, run = train()
+    assert (code, run["status"], run["processes"]) == (0, "complete", 2)
+    code, failed = train("method.target_modules=[q_porj]", f"training.output_dir={recipe.parent}/typo")
+    assert (code, failed["error"]["kind"], failed["error"]["exit_code"]) == (4, "AdapterError", 4)
+
+
 def test_train_dry_run(answer: Callable, fails: Callable, recipe: Path) -> None:
     assert answer("train", recipe, "--dry-run")["steps"] == 8
     fails(2, "RecipeError", "train", recipe, "--dry-run", "method.target_modules=[q_porj]")

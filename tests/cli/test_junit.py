@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from xml.etree import ElementTree
 import junitparser
 import pytest
 import trainkit
+import typer
 from trainkit import write_recipe
 
 from peftcli.cli.junit_report import junit_report
@@ -183,6 +185,16 @@ def test_a_bug_is_an_error_too(tmp_path: Path) -> None:
     assert cases(tmp_path / "r.xml") == {"run": "Error PeftcliError: ZeroDivisionError: 1 / 0"}
 
 
+def test_an_error_of_the_operating_system_is_one_of_ours(tmp_path: Path) -> None:
+    ends(tmp_path / "r.xml", OSError(28, "No space left on device"))
+    assert cases(tmp_path / "r.xml") == {"run": "Error StorageError: No space left on device"}
+
+
+def test_of_processes_that_were_launched_those_write_it(tmp_path: Path) -> None:
+    ends(tmp_path / "r.xml", typer.Exit(3))
+    assert not (tmp_path / "r.xml").exists()
+
+
 def test_a_report_that_cannot_be_written_hides_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ends(tmp_path, DataError("no field"))
     assert capsys.readouterr().err.startswith(f"warning: {tmp_path}: cannot write")
@@ -233,3 +245,56 @@ def test_evaluate_where_the_report_cannot_be_written(cli: Callable, tmp_path: Pa
     ran = cli("evaluate", write_recipe(tmp_path), "--junit", trainkit.base_folder())
     assert ran.code == 7
     assert str(trainkit.base_folder()) in ran.err
+
+
+# --- train ----------------------------------------------------------------------------------------------------------
+
+MEASURED = "training.eval_strategy=epoch"
+
+
+@pytest.mark.parametrize(("gate", "code"), [("<= 100", 0), ("<= 0.01", 12)])
+def test_train(cli: Callable, tmp_path: Path, gate: str, code: int) -> None:
+    path, recipe = tmp_path / "junit.xml", write_recipe(tmp_path)
+    trainkit.reset_accelerate()
+    for _ in range(2):  # trained, and complete already
+        ran = cli("train", recipe, MEASURED, f"gates.eval_loss={gate}", "--junit", path)
+        assert ran.code == code, ran.err
+        assert_shape(path)
+        [(name, said)] = cases(path).items()
+        assert name == f"eval_loss {gate}"
+        assert said.startswith("passed" if code == 0 else "Failure GateFailed: eval_loss is ")
+        path.rename(tmp_path / "before.xml")
+    [suite] = junitparser.JUnitXml.fromfile(str(tmp_path / "before.xml"))
+    facts = {one.name: one.value for one in suite.properties()}
+    run = trainkit.read_run(tmp_path / "out")
+    assert facts["eval_loss"] == f"{run['eval']['kept']['eval_loss']:.6g}"
+    assert facts["recipe_sha256"] == run["recipe_sha256"]
+    assert (facts["steps.done"], facts["parameters.trainable"]) == ("8", "3712")
+    assert suite.time == pytest.approx(run["wall_seconds"], abs=1e-3)
+
+
+def test_train_that_fails(cli: Callable, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    (tmp_path / "train.jsonl").write_text("{broken\n")
+    assert cli("train", recipe, "--junit", tmp_path / "junit.xml").code == 3
+    assert cases(tmp_path / "junit.xml")["run"].startswith("Error DataError: ")
+
+
+def test_train_that_is_stopped(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    child = trainkit.Child(tmp_path, "train", recipe, "training.max_steps=100000", "--junit", tmp_path / "junit.xml")
+    metrics = tmp_path / "out/metrics.jsonl"
+    child.until(lambda: metrics.exists() and bool(metrics.read_text()))
+    child.signal(signal.SIGUSR1)
+    assert child.wait() == 75
+    assert cases(tmp_path / "junit.xml")["run"].startswith("Error Interrupted: stopped after step ")
+
+
+@pytest.mark.slow  # starts processes
+def test_train_in_two_processes(tmp_path: Path) -> None:
+    path, recipe = tmp_path / "junit.xml", write_recipe(tmp_path)
+    words = ("train", recipe, "launch.num_processes=2", MEASURED, "--junit", path)
+    assert trainkit.Child(tmp_path, *words, "gates.eval_loss=<= 0.01").wait() == 12
+    assert list(cases(path)) == ["eval_loss <= 0.01"]
+    assert trainkit.Child(tmp_path, *words, "method.target_modules=[q_porj]", "--overwrite").wait() == 4
+    assert cases(path)["run"].startswith("Error AdapterError: ")

@@ -10,7 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(
-    r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"(?:^<!-- (?:not run: (?P<reason>[^\n]+)|include: (?P<file>\S+)) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
 )
 
 
@@ -24,6 +25,8 @@ class Block:
     text: str
     reason: str | None
     """Why it is not run: the comment ``<!-- not run: ... -->`` on the line above it."""
+    file: str | None = None
+    """What it includes."""
 
     @property
     def place(self) -> str:
@@ -39,7 +42,14 @@ class Block:
 def blocks(page: Path) -> Iterator[Block]:
     text = page.read_text(encoding="utf-8")
     for found in _BLOCK.finditer(text):
-        yield Block(page, text.count("\n", 0, found.end("kind")) + 1, found["kind"], found["text"], found["reason"])
+        yield Block(
+            page,
+            text.count("\n", 0, found.end("kind")) + 1,
+            found["kind"],
+            found["text"],
+            found["reason"],
+            found["file"],
+        )
 
 
 def page_id(page: Path) -> str:
