@@ -356,10 +356,12 @@ class Cluster:
         (machine.folder / "recipe").mkdir()
         (machine.folder / "recipe.yaml").rename(machine.folder / "recipe/recipe.yaml")
         self.pods: list[list[int]] = []
+        self.failures = 0
+        """Of pods, those that count for the job's limit."""
 
     def run(self) -> str:
         """``Complete``, or why the job failed."""
-        failures = 0
+        self.failures = 0
         while True:
             codes = self.pod()
             self.pods.append(codes)
@@ -368,8 +370,8 @@ class Cluster:
             action = self.action(codes[-1])
             if action == "FailJob":
                 return "PodFailurePolicy"
-            failures += action == "Count"
-            if failures > self.job["spec"]["backoffLimit"]:
+            self.failures += action == "Count"
+            if self.failures > self.job["spec"]["backoffLimit"]:
                 return "BackoffLimitExceeded"
 
     def pod(self) -> list[int]:
@@ -408,6 +410,7 @@ def test_kubernetes_replaces_pods_that_were_stopped(machine: Machine) -> None:
     machine.stops = [signal.SIGTERM, signal.SIGTERM]
     assert cluster.run() == "Complete"
     assert cluster.pods == [[0, 75], [0, 75], [0, 0, 0]]
+    assert cluster.failures == 0
     assert attempts(machine) == ["interrupted", "interrupted", "complete"]
     assert_published(machine)
     assert_only_push_sees_the_token(machine)
