@@ -10,6 +10,7 @@ what quantisation took from the base model is nothing that merging could lose.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,14 +24,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.files import load_adapter, read_config, read_tensors
-from peftcli.core.inject import inject, is_reshaped
+from peftcli.core.files import load_adapter, load_empty, read_config
+from peftcli.core.inject import is_reshaped
 from peftcli.core.layer import AdapterLayer, bare, model_ends
 from peftcli.core.merge import merge, outermost
-from peftcli.core.weights import materialise
 from peftcli.data.ends import missing_stops
 from peftcli.errors import AdapterError, ModelError, UsageError
-from peftcli.files import write_file
 from peftcli.hub import local_folder
 from peftcli.methods import config_from_dict
 from peftcli.models import tokens
@@ -100,6 +99,7 @@ def merge_adapter(
     """
     output = expanded(output)
     refuse_taken(output)
+    _refuse_name(output)
     folder = local_folder(adapter)
     config = config_from_dict(read_config(folder), file=str(folder / "adapter_config.json"))
     if reason := config.merge_problem():
@@ -140,6 +140,15 @@ def merge_adapter(
         "untied": untied,
         "max_logit_difference": difference,
     }
+
+
+def _refuse_name(output: Path) -> None:
+    try:
+        os.path.realpath(output).encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            "has a name that is no UTF-8, and safetensors cannot write there", file=str(output), key="--output"
+        ) from None
 
 
 @contextmanager
@@ -284,8 +293,7 @@ def _every_tensor(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _layers_without_base(model: nn.Module, job: _Job) -> dict[str, AdapterLayer]:
     """Adapter layers with the adapter's real weights, put into a model on the meta device."""
-    inject(model, job.config)
-    materialise(model, read_tensors(job.folder), str(job.folder))
+    load_empty(model, job.config, job.folder)
     return outermost(model)
 
 
@@ -340,10 +348,10 @@ def _write_companions(job: _Job, output: Path, untied: bool) -> None:
     if untied:
         config.tie_word_embeddings = False
     config.dtype = job.dtype or _stored_dtype(output)
-    with saving(output):
-        config.save_pretrained(output)
     path = output / "config.json"
-    described = json.loads(path.read_bytes())
+    with saving(path):
+        config.save_pretrained(output)
+        described = json.loads(path.read_bytes())
     described.setdefault("architectures", [type(empty).__name__])
     rope = described.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:  # readers that know only the older key
@@ -352,8 +360,8 @@ def _write_companions(job: _Job, output: Path, untied: bool) -> None:
     tokenizer = load_adapter_tokenizer(job.folder, job.base)
     with saving(output):
         tokenizer.save_pretrained(output)
-    if empty.can_generate():
-        _save_generation_config(job, output, tokenizer, config)
+        if empty.can_generate():
+            _save_generation_config(job, output, tokenizer, config)
 
 
 def _save_generation_config(job: _Job, output: Path, tokenizer: Any, config: Any) -> None:
@@ -362,27 +370,26 @@ def _save_generation_config(job: _Job, output: Path, tokenizer: Any, config: Any
 
     path, base = output / "generation_config.json", Path(job.base.name)
     if (base / path.name).is_file():
-        write_file(path, (base / path.name).read_bytes())
+        path.write_bytes((base / path.name).read_bytes())
     elif not path.exists():
         theirs = None
         with suppress(OSError):  # the base model has none; transformers makes it from the model's config
             theirs = GenerationConfig.from_pretrained(job.base.name, revision=job.base.revision or "main")
         if theirs is not None:
-            with saving(output):
-                theirs.save_pretrained(output)
+            theirs.save_pretrained(output)
     made = GenerationConfig.from_model_config(config)
     named = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else made.eos_token_id
     stops = missing_stops(tokenizer, job.folder, named)
     if not stops:
         return
     if not path.exists():
-        with saving(output):
-            made.save_pretrained(output)
+        made.save_pretrained(output)
     _write_json(path, {**json.loads(path.read_bytes()), "eos_token_id": stops if len(stops) > 1 else stops[0]})
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    write_file(path, (json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
+    with saving(path):
+        path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
 
 
 @torch.inference_mode()

@@ -11,23 +11,23 @@ import fcntl
 import hashlib
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
+from itertools import count
 from pathlib import Path
 
 from peftcli.errors import FolderBusy, StorageError, UsageError
-from peftcli.files import sync_file, sync_folder, write_file
+from peftcli.files import sync_file, sync_folder
 from peftcli.signals import check
 
 _LONGEST_NAME = 200
 """Bytes of a name that its partial name repeats, which must not have more than 255."""
 _LAST = "config.json"
 """What makes a folder one that others load."""
-_STREAMS = tuple(map(Path, ("/dev", "/dev/fd", "/proc/self/fd")))
-_ENDING = re.compile(r"(\d+-[0-9a-f]{8}|[0-9a-f]{16})\.partial")
+_DESCRIPTOR = re.compile(r"/dev/(?P<name>stdout|stderr)|/(?:dev|proc/self)/fd/(?P<number>\d+)")
+_ENDING = re.compile(r"(\d+(-\d+)?|[0-9a-f]{16})\.partial")
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -50,11 +50,10 @@ def new_folder(output: Path) -> Iterator[Path]:
                 _remove_leftovers(place, target.name)
             partial, handle = _begin(target)
         try:
-            yield partial
-            with saving(output):
-                _publish(partial, target, output)
-        except StorageError as error:  # of a file in the partial folder, which the user need not know
-            raise StorageError(error.message, file=str(output), hint=error.hint) from None
+            with _named(output):
+                yield partial
+                with saving(output):
+                    _publish(partial, target, output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             os.close(handle)
@@ -76,12 +75,14 @@ def write_output(path: Path, content: bytes) -> None:
         StorageError: it cannot be written.
     """
     if is_stream(path):
-        with saving(path), path.open("wb") as stream:
+        number = _descriptor(path)
+        # not opened anew, which would begin at the start of what stdout may be redirected to
+        with saving(path), path.open("wb") if number is None else os.fdopen(os.dup(number), "wb") as stream:
             stream.write(content)
         return
-    target = _where(path)
-    with _made_parents(target, path):
-        write_file(target, content)
+    with unfinished_file(path) as file:
+        file.keep([])
+        file.append(content)
 
 
 def expanded(path: Path) -> Path:
@@ -101,7 +102,14 @@ def is_stream(path: Path) -> bool:
     with saving(path):
         if path.is_dir():
             raise UsageError("is a folder", file=str(path), hint="name a file")
-        return path.parent in _STREAMS or (path.exists() and not path.is_file())
+        return _descriptor(path) is not None or (path.exists() and not path.is_file())
+
+
+def _descriptor(path: Path) -> int | None:
+    """The number of the open file of this process that a path is a name of."""
+    if (found := _DESCRIPTOR.fullmatch(str(path))) is None:
+        return None
+    return int(found["number"]) if found["number"] else ("stdout", "stderr").index(found["name"]) + 1
 
 
 class Unfinished:
@@ -130,8 +138,8 @@ class Unfinished:
 
 
 @contextmanager
-def unfinished_file(path: Path, key: str) -> Iterator[Unfinished]:
-    """A file that becomes ``path`` when the block ends. After an error it is kept, for the same ``key``.
+def unfinished_file(path: Path, key: str = "") -> Iterator[Unfinished]:
+    """A file that becomes ``path`` when the block ends. After an error it goes, or is kept for the same ``key``.
 
     Raises:
         FolderBusy: another process is writing it.
@@ -154,7 +162,8 @@ def unfinished_file(path: Path, key: str) -> Iterator[Unfinished]:
                     sync_folder(target.parent)
                     _remove_leftovers(target.parent, target.name)
             finally:
-                if not os.fstat(file.fileno()).st_size and _is_at(file.fileno(), partial):
+                worthless = not key or not os.fstat(file.fileno()).st_size
+                if worthless and _is_at(file.fileno(), partial):
                     partial.unlink()
 
 
@@ -175,6 +184,15 @@ def saving(path: Path) -> Iterator[None]:
         raise StorageError(f"cannot write: {os.strerror(int(found[1]))}", file=str(path)) from None
 
 
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Inside, a StorageError is about ``path``: what stands for it until it is whole, the user need not know."""
+    try:
+        yield
+    except StorageError as error:
+        raise StorageError(error.message, file=str(path), hint=error.hint) from None
+
+
 def _where(path: Path) -> Path:
     """Where a path leads by its links."""
     with saving(path):
@@ -188,19 +206,24 @@ def _opened(path: str, flags: int) -> int:
 def _begin(target: Path) -> tuple[Path, int]:
     """A new folder for the work on ``target``, and a handle that holds its lock."""
     place = target if target.is_dir() else target.parent
-    while True:
-        partial = place / f"{_partial_prefix(target.name)}{os.getpid()}-{secrets.token_hex(4)}.partial"
-        partial.mkdir()
+    for number in count():
+        ending = f"{os.getpid()}-{number}" if number else str(os.getpid())  # there are other machines' processes
+        partial = place / f"{_partial_prefix(target.name)}{ending}.partial"
+        try:
+            partial.mkdir()
+        except FileExistsError:
+            continue
         handle = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
         if _lock(handle) is not False and _is_at(handle, partial):
-            return partial, handle
+            break
         os.close(handle)  # another process took it for a leftover
+    return partial, handle
 
 
 def _publish(partial: Path, target: Path, output: Path) -> None:
     """Makes a folder's files last, and gives them their place, unless another process was faster."""
     check()
-    for path in [*partial.rglob("*"), partial]:
+    for path in [*sorted(partial.rglob("*")), partial]:
         if path.is_dir():
             sync_folder(path)
         else:

@@ -52,16 +52,15 @@ def generate(
 
     tell = teller(quiet)
     from peftcli.generate import Settings, answer_file, load_speaker
+    from peftcli.outputs import is_stream
 
     settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     speaker = load_speaker(adapter, base, with_adapter=not no_adapter, quantization=quantization)
     if source is not None and target is not None:
         count = answer_file(speaker, source, target, settings, batch_size, lambda done, total: tell(f"{done}/{total}"))
-        return (
-            console.print_json({"output": str(target), "rows": count})
-            if as_json
-            else console.out(f"{target}: {count} answers")
-        )
+        if as_json:
+            return console.print_json({"output": str(target), "rows": count})
+        return (tell if is_stream(target) else console.out)(f"{target}: {count} answers")
     if chats:
         return _chat(speaker, settings)
     assert prompt is not None

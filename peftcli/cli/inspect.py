@@ -61,13 +61,12 @@ def inspect(
     from peftcli.inspection import inspect as look
     from peftcli.inspection_page import refuse_name, write_page
     from peftcli.outputs import expanded
-    from peftcli.signals import handled
 
     if html is not None:
         html = expanded(html)
         refuse_name(html)
 
-    with handled(), Progress(quiet=quiet) as progress:
+    with Progress(quiet=quiet) as progress:
         inspection = look(settings, on_event=progress.show)
     asked = [found for place in row or () for found in inspection.find(place)]
     shown = asked or inspection.sample(_ROWS if rows is None else rows)

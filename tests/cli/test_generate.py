@@ -5,10 +5,12 @@ import os
 import pty
 import re
 import shutil
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from trainkit import MESSAGES, PAIRS, PROMPT_TUNING, PROMPTS, Child, run_recipe,
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from peftcli.data.ends import Ends, Form
+from peftcli.generate import Speaker
 
 LONG = ("training.max_steps=150", "training.learning_rate=1e-2", "method.r=8", "training.logging_steps=50")
 QUESTIONS = [question for question, _ in PAIRS[:5]]
@@ -167,6 +170,49 @@ def test_a_batch_file_holds_what_single_prompts_give(
     assert ran.err.splitlines()[-1] == "5/5"
     rows = [json.loads(line) for line in target.read_text().splitlines()]
     assert rows == [said(folder, question) for question in QUESTIONS]
+
+
+def test_a_batch_file_goes_on_after_a_stop(
+    cli: Callable, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_rows(tmp_path / "in.jsonl", [{"prompt": question} for question in QUESTIONS])
+    args = ("generate", lora, "--input", source, "--batch-size", 2, "--max-new-tokens", 8)
+    assert cli(*args, "--output", tmp_path / "whole.jsonl").code == 0
+    asked: list[int] = []
+    answers = Speaker.answers
+
+    def stopped(self: Speaker, prompts: Sequence[Any], *more: Any, **options: Any) -> Any:
+        asked.append(len(prompts))
+        if len(asked) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answers(self, prompts, *more, **options)
+
+    monkeypatch.setattr(Speaker, "answers", stopped)
+    ran = cli(*args, "--output", tmp_path / "out.jsonl")
+    assert ran.code == 75
+    assert f"stopped after 4 of {len(QUESTIONS)} answers (SIGTERM)\nrun the same command again to go on" in ran.err
+    assert not (tmp_path / "out.jsonl").exists()
+    other = cli(*args, "--output", tmp_path / "out.jsonl", "--max-new-tokens", 1)
+    assert other.code == 0, "other settings begin anew"
+    assert not list(tmp_path.glob(".*"))
+
+    asked.clear()
+    assert cli(*args, "--output", tmp_path / "out.jsonl").code == 75
+    asked[:] = [2, 2, 2]
+    ran = cli(*args, "--output", tmp_path / "out.jsonl")
+    assert ran.code == 0
+    assert ran.err.startswith(f"4/{len(QUESTIONS)}\n")
+    assert sum(asked[3:]) == len(QUESTIONS) - 4
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_answers_hold_no_secret(cli: Callable, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APP_PASSWORD", "sun and moon 7")
+    source = write_rows(tmp_path / "in.jsonl", [{"prompt": "say sun and moon 7"}])
+    ran = cli("generate", lora, "--input", source, "--output", tmp_path / "out.jsonl", "--max-new-tokens", 2)
+    assert ran.code == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text())["prompt"] == "say ***"
 
 
 def test_messages_in_a_batch_file(cli: Callable, said: Callable, lora: Path, tmp_path: Path) -> None:

@@ -146,6 +146,39 @@ def test_base_model_id_replaces_a_local_base_in_the_uploaded_copies(hub: Hub, tm
     assert "/data/secret/llama" in (folder / "adapter_config.json").read_text()
 
 
+def test_a_base_that_was_a_folder_is_not_pushed_from_elsewhere(hub: Hub, folder: Path) -> None:
+    (folder / "run.json").write_text(json.dumps({"base_model": {"name": "acme/tiny-base", "sha256": "0" * 64}}))
+    with pytest.raises(UsageError, match="--base-model-id"):
+        push(folder, REPO)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_file_with_a_token_is_not_pushed(hub: Hub, folder: Path, name: str) -> None:
+    if name == "adapter_config.json":
+        write_config(folder, base_model_name_or_path=f"acme/{TOKEN}")
+    else:
+        (folder / name).write_text(f"{{# {TOKEN} #}}")
+    with pytest.raises(UsageError, match=f"{name} holds what looks like a token") as caught:
+        push(folder, REPO)
+    assert TOKEN not in str(caught.value)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("what", ["message", "revision"])
+def test_a_token_is_no_message_and_no_branch(hub: Hub, folder: Path, what: str) -> None:
+    with pytest.raises(UsageError, match=f"--{what} holds what looks like a token"):
+        push(folder, REPO, **{what: f"with-{TOKEN}"})
+    assert hub.requests == []
+
+
+def test_a_card_is_pushed_without_its_token(hub: Hub, folder: Path) -> None:
+    head = "---\nlicense: mit\n---\n"
+    (folder / "README.md").write_text(f"{head}export HF_TOKEN={TOKEN}\n")
+    push(folder, REPO)
+    assert hub.repos[REPO].refs["main"][-1].files["README.md"].decode() == f"{head}export HF_TOKEN=***\n"
+
+
 def test_an_invalid_folder_is_refused_before_anything_is_asked(hub: Hub, folder: Path) -> None:
     weights = (folder / "adapter_model.safetensors").read_bytes()
     for damaged in (b"", weights[:-1], weights + b"x", b"\xff" * 64, weights.replace(b"data_offsets", b"data_offsetz")):
