@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -27,7 +28,9 @@ from dataclasses import dataclass, field
 from logging import ERROR
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
+from peftcli import signals
 from peftcli.errors import HubError, NetworkError, PeftcliError, StorageError
 from peftcli.redact import redact
 
@@ -39,6 +42,10 @@ CONNECT_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 60.0
 """Seconds without a byte after which a connection counts as dead."""
 
+_OFFICIAL = "https://huggingface.co"
+"""Where mirrors send for what they do not have."""
+_POLL = 0.2
+"""Seconds between looks for a signal."""
 _PROGRESS = 1 << 20
 """Bytes of a file that must have come before its connection dropped for the next request to be no new try."""
 _NAME = re.compile(r"\w[\w.+=-]{0,127}")
@@ -177,6 +184,9 @@ class Line:
     """Whether the hub ever answered."""
     open: dict[tuple[str, str], int] = field(default_factory=dict)
     """Requests without an answer so far, of downloads without a whole one, and at which byte of the file each began."""
+    streams: list[Any] = field(default_factory=list)
+    """Its connections."""
+    stopped: bool = False
     last: dict[int, tuple[tuple[str, str], int, Any]] = field(default_factory=dict)
     """Of each thread the last request, where it began, and its answer, which may still be on its way."""
 
@@ -203,7 +213,11 @@ class Line:
 
     def on_request(self, request: Any) -> None:
         limits = {"connect": CONNECT_TIMEOUT, "read": ANSWER_TIMEOUT, "write": ANSWER_TIMEOUT, "pool": ANSWER_TIMEOUT}
-        request.extensions = {**request.extensions, "timeout": limits}
+        request.extensions = {**request.extensions, "timeout": limits, "trace": self.on_event}
+        if self.stopped:
+            raise Unanswered("stopped")
+        if _origin(str(request.url)) not in (_origin(endpoint()), _origin(_OFFICIAL)):
+            request.headers.pop("Authorization", None)  # huggingface_hub verifies uploads wherever the hub says
         name = (request.method, str(request.url))
         part = re.match(r"bytes=(\d+)-", request.headers.get("Range", ""))
         start = int(part[1]) if part else 0
@@ -213,6 +227,19 @@ class Line:
         if name == before and start < begun + _PROGRESS and _was_cut(answer):
             raise Unanswered("the connection was dropped in the middle of an answer")
         self.open[name] = start
+
+    def on_event(self, event: str, info: Any) -> None:
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            self.streams.append(info["return_value"])
+            if self.stopped:
+                self.hang_up()
+
+    def hang_up(self) -> None:
+        """Ends all requests, of whatever thread."""
+        self.stopped = True
+        for stream in self.streams:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(stream.get_extra_info("socket"), socket.SHUT_RDWR)
 
     def on_response(self, response: Any) -> None:
         from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
@@ -228,6 +255,11 @@ class Line:
         if status == 409 and b"conflicting operation" in response.read():
             hf_raise_for_status(response)  # create_repo itself would ask again for ever
         _check_names(response)
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def _was_cut(response: Any) -> bool:
@@ -292,6 +324,8 @@ def watched(downloads: bool = False) -> Iterator[Line]:
 
     undecided = constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
     hide_bars = undecided and not sys.stderr.isatty()
+    done = threading.Event()
+    threading.Thread(target=_hang_up_when_stopped, args=(line, done), daemon=True).start()
     set_client_factory(build)
     logging.set_verbosity(ERROR)
     if hide_bars:
@@ -299,10 +333,19 @@ def watched(downloads: bool = False) -> Iterator[Line]:
     try:
         yield line
     finally:
+        done.set()
         if hide_bars:
             enable_progress_bars()
         logging.set_verbosity(verbosity)
         set_client_factory(factory)
+
+
+def _hang_up_when_stopped(line: Line, done: threading.Event) -> None:
+    """huggingface_hub fetches in threads, and waits for them though a signal has ended the command."""
+    while not done.wait(_POLL):
+        if signals.current().signal:
+            return line.hang_up()
+    return None
 
 
 @dataclass(frozen=True)
