@@ -1,0 +1,726 @@
+"""A hub that refuses, fails, lies and falls silent, under every command that talks to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+import signal
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from campaigns import Campaign, Trial
+from hub_client import Seen, peftcli, start
+from hub_server import TOKEN, USER, Answer, Commit, Hub, Repo
+from in_process import inputs
+from trainkit import PROMPTS, base_folder, scratch
+
+from peftcli.hub import SHARED_FILES
+
+PUSHED = f"{USER}/my-adapter"
+ADAPTER = "acme/adapter"
+BASE = "acme/tiny"
+ROWS = "datasets/acme/rows"
+TRIES = 5
+LONGEST_MESSAGE = 1000
+LIMIT = 0.3
+"""Seconds of silence after which a connection counts as dead, in trials of silence."""
+
+HTML = {"body": "<html>Welcome to the hotel's network</html>", "headers": {"Content-Type": "text/html"}}
+SAID = {"body": {"error": f"because of {TOKEN}\x1b[31m " + "x" * 5000}}
+"""An answer of a hub that repeats a secret, tries to steer the terminal, and does not end."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fault, and what must come of it."""
+
+    name: str
+    fault: Callable[[Hub], None]
+    """Sets it up. Faults that did not all happen fail the trial, as more requests than faults do."""
+    code: int
+    says: str = ""
+    """A pattern that the error has."""
+    asked: dict[str, int] = dataclasses.field(default_factory=dict)
+    """How many requests an endpoint gets, as ``commit`` or ``GET resolve``."""
+    waits: Sequence[float] | None = None
+    """What is waited between the tries."""
+    limit: float | None = None
+    token: str = TOKEN
+    command: str = ""
+
+
+# --- what is on the hub, and on this machine
+
+
+def _shared(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in SHARED_FILES if (folder / name).is_file()}
+
+
+def hub_with(*names: str) -> Hub:
+    """A hub with some of the adapter, its base model and a dataset."""
+    hub = Hub()
+    contents: dict[str, Callable[[], dict[str, bytes]]] = {
+        ADAPTER: lambda: _shared(inputs().adapter),
+        BASE: lambda: {path.name: path.read_bytes() for path in base_folder().iterdir()},
+        ROWS: lambda: {"train.jsonl": "".join(json.dumps(row) + "\n" for row in PROMPTS).encode()},
+    }
+    for name in names:
+        hub.repos[name] = Repo(private=False)
+        hub.repos[name].refs["main"].append(Commit("files", contents[name]()))
+    return hub
+
+
+# --- what holds whatever the hub does
+
+
+def _as_promised(seen: Seen, hub: Hub, case: Case, folder: Path) -> None:
+    told = f"exit {seen.code}: {seen.err[-1500:]}"
+    assert seen.code == case.code, f"exit {case.code} expected; {told}"
+    assert re.search(case.says, seen.error), f"{case.says!r} is not said; {told}"
+    assert bool(seen.error) == (case.code != 0), told
+    assert len(seen.error) <= LONGEST_MESSAGE, f"an error of {len(seen.error)} characters; {told}"
+    for text in (seen.out, seen.err):
+        assert "Traceback" not in text, told
+        assert TOKEN not in text, "the token is printed"
+        assert "\x1b" not in text, "the hub steers the terminal"
+    assert seen.strangers == [], f"asked {seen.strangers}"
+    assert hub.faults_left == 0, f"{hub.faults_left} faults did not happen; {told}"
+    for what, count in case.asked.items():
+        method, _, endpoint = what.rpartition(" ")
+        found = len(hub.asked(endpoint, method or None))
+        assert found == count, f"{found} requests of {what}, not {count}; {told}"
+    if case.waits is not None:
+        assert seen.waits == list(case.waits), f"waited {seen.waits}, not {list(case.waits)}"
+    for path in folder.rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), f"the token is in {path}"
+
+
+# --- push
+
+
+def _push(case: Case, folder: Path) -> None:
+    with hub_with() as hub:
+        case.fault(hub)
+        seen = peftcli(folder, "push", _pushable(), PUSHED, url=hub.url, limit=case.limit, token=case.token)
+        _as_promised(seen, hub, case, folder)
+        made = hub.repos[PUSHED].commits if PUSHED in hub.repos else 0
+        assert made == (case.code == 0), f"{made} commits"
+        hub.faults.clear()
+        again = peftcli(folder, "push", _pushable(), PUSHED, url=hub.url)
+        assert again.code == 0, f"the hub is well again, and the push is not: {again.err}"
+        assert hub.repos[PUSHED].commits == 1, "a second commit of the same files"
+        pushed = hub.repos[PUSHED].refs["main"][-1].files
+        assert {name: content for name, content in pushed.items() if name != "README.md"} == _shared(_pushable())
+
+
+# --- pulls of an adapter
+
+
+def _pull(case: Case, folder: Path) -> None:
+    cache = folder / "cache"
+    with hub_with(ADAPTER) as hub:
+        case.fault(hub)
+        pull = functools.partial(peftcli, folder, "info", ADAPTER, "--no-updates", cache=cache)
+        seen = pull(url=hub.url, limit=case.limit, token=case.token)
+        _as_promised(seen, hub, case, folder)
+        assert not list(folder.glob("escaped*")), "a file outside of the cache"
+        if case.code == 0:
+            _is_pulled(hub, cache)
+            return
+        alone = pull(network=False)
+        assert alone.code == 5, f"half an adapter in the cache counts as a whole one: {alone.err or alone.out}"
+        hub.faults.clear()
+        _holds(hub, _shared(inputs().adapter))
+        again = pull(url=hub.url)
+        assert again.code == 0, f"the hub is well again, and the pull is not: {again.err}"
+        _is_pulled(hub, cache)
+
+
+def _is_pulled(hub: Hub, cache: Path) -> None:
+    head = hub.repos[ADAPTER].refs["main"][-1]
+    snapshot = cache / "hub" / f"models--{ADAPTER.replace('/', '--')}" / "snapshots" / head.oid
+    pulled = {str(path.relative_to(snapshot)): path.read_bytes() for path in snapshot.rglob("*") if path.is_file()}
+    assert pulled == {name: head.files[name] for name in SHARED_FILES if name in head.files}, "other bytes are cached"
+    assert not list(cache.rglob("*.incomplete"))
+
+
+# --- other hosts, no host, and signals
+
+
+def _elsewhere(command: str, send: Callable[[Hub, Hub], None], folder: Path) -> None:
+    """The hub sends a command to another host, which must not see the token, and may know nothing."""
+    with hub_with(ADAPTER, BASE) as hub, hub_with(ADAPTER, BASE) as other:
+        hub.repos[PUSHED] = Repo(private=True)
+        other.token = None
+        send(hub, other)
+        seen = peftcli(folder, *_words(command), url=hub.url)
+        assert seen.code in (0, 5, 6), f"exit {seen.code}: {seen.err[-1500:]}"
+        assert "Traceback" not in seen.err
+        assert TOKEN not in seen.err + seen.out
+        assert hub.faults_left == 0, "nobody was sent"
+        assert other.requests, f"nobody went; exit {seen.code}: {seen.err[-1500:]}"
+        assert not [request for request in other.requests if request.token], "the token went to another host"
+
+
+def _to(endpoint: str, status: int, path: str, method: str | None = None) -> Callable[[Hub, Hub], None]:
+    """Send the requests of an endpoint to a path of the other host."""
+
+    def send(hub: Hub, other: Hub) -> None:
+        hub.fail(endpoint, status, headers={"Location": f"{other.url}{path}"}, method=method)
+
+    return send
+
+
+def _uploads_to(hub: Hub, other: Hub) -> None:
+    """Large files go to the other host, and are verified there."""
+
+    def change(answer: Answer) -> Answer:
+        return dataclasses.replace(answer, content=answer.content.replace(hub.url.encode(), other.url.encode()))
+
+    hub.alter("lfs_batch", change)
+
+
+def _refused(command: str, folder: Path) -> None:
+    """Nobody listens: told after one try."""
+    with hub_with() as hub:
+        url = hub.url
+    seen = peftcli(folder, *_words(command), url=url)
+    assert seen.code == 5, f"exit {seen.code}: {seen.err[-1500:]}"
+    assert seen.waits == []
+    assert "cannot reach" in seen.error
+    assert len(seen.error) <= LONGEST_MESSAGE
+
+
+def _stopped(command: str, endpoint: str, method: str | None, number: signal.Signals, folder: Path) -> None:
+    """A signal while the hub is silent ends the command, whatever threads wait for an answer."""
+    with hub_with(ADAPTER) as hub:
+        hub.delay(endpoint, 60, method=method, times=8)
+        child, _ = start(folder, *_words(command), url=hub.url)
+        child.until(lambda: bool(hub.asked(endpoint, method)))
+        child.signal(number)
+        code = child.wait(10)
+    assert code == (130 if number == signal.SIGINT else 143), f"exit {code}: {child.err}"
+    assert child.err.count("error: ") == 1, child.err
+
+
+def _words(command: str) -> list[object]:
+    return ["push", _pushable(), PUSHED] if command == "push" else ["info", ADAPTER, "--no-updates"]
+
+
+def _others() -> list[Trial]:
+    sent = [
+        ("push", "the look", _to("info", 307, f"/api/models/{PUSHED}")),
+        ("push", "the preparation", _to("preupload", 307, f"/api/models/{ADAPTER}/preupload/main")),
+        ("push", "the commit", _to("commit", 307, f"/api/models/{ADAPTER}/commit/main")),
+        ("push", "the upload", _uploads_to),
+        ("pull", "the look", _to("info", 302, f"/api/models/{ADAPTER}")),
+        ("pull", "the list", _to("tree", 302, f"/api/models/{ADAPTER}/tree/main")),
+        ("pull", "the file", _to("resolve", 302, f"/{ADAPTER}/resolve/main/{WEIGHTS}", "GET")),
+    ]
+    waiting = [
+        ("push", "commit", None),
+        ("pull", "info", None),
+        ("pull", "resolve", "HEAD"),
+        ("pull", "resolve", "GET"),
+    ]
+    return [
+        *(
+            Trial(f"{command}: {what} is sent elsewhere", functools.partial(_elsewhere, command, send))
+            for command, what, send in sent
+        ),
+        *(Trial(f"{command}: nobody listens", functools.partial(_refused, command)) for command in ("push", "pull")),
+        *(
+            Trial(
+                f"{command}: {number.name} while {endpoint}{f' ({method})' if method else ''} is silent",
+                functools.partial(_stopped, command, endpoint, method, number),
+            )
+            for command, endpoint, method in waiting
+            for number in (signal.SIGINT, signal.SIGTERM)
+        ),
+    ]
+
+
+# --- other commands, base models and datasets
+
+
+def _read(case: Case, folder: Path) -> None:
+    """A command that reads from the hub, and again once the hub is well."""
+    cache = folder / "cache"
+    with hub_with(ADAPTER, BASE, ROWS) as hub:
+        case.fault(hub)
+        seen = peftcli(folder, *_command(case.command, folder / "first"), url=hub.url, cache=cache, limit=case.limit)
+        _as_promised(seen, hub, case, folder)
+        assert case.code == 0 or not list((folder / "first").rglob("*.safetensors")), "what failed left a model"
+        hub.faults.clear()
+        again = peftcli(folder, *_command(case.command, folder / "second"), url=hub.url, cache=cache)
+        assert again.code == 0, f"the hub is well again, and the command is not: {again.err}"
+        for name in (BASE, ADAPTER, ROWS):
+            _holds_only(hub, name, cache)
+
+
+def _command(name: str, output: Path) -> list[object]:
+    recipe = inputs().recipe
+    rows = [f"dataset.train={ROWS.removeprefix('datasets/')}", "dataset.eval=null"]
+    train = ["train", recipe, f"training.output_dir={output}", "training.max_steps=1"]
+    generate = ["generate", "--prompt", "What follows?", "--max-new-tokens", "1"]
+    return {
+        "check --deep": ["check", "--deep", _recipe_ofhub_with()],
+        "train": [*train, f"base_model={BASE}"],
+        "generate": [*generate, inputs().adapter, "--base", BASE],
+        "merge": ["merge", inputs().adapter, "--base", BASE, "--output", output],
+        "train on a dataset": [*train, *rows],
+        "train on a stream": [*train, *rows, "dataset.streaming=true"],
+        "inspect a dataset": ["inspect", recipe, *rows],
+        "generate with an adapter": [*generate, ADAPTER],
+        "merge an adapter": ["merge", ADAPTER, "--output", output],
+        "evaluate an adapter": ["evaluate", recipe, "--adapter", ADAPTER],
+        "compare adapters": ["diff", ADAPTER, inputs().adapter],
+        "combine adapters": ["combine", f"{ADAPTER}=1", f"{inputs().adapter}=1", "--output", output],
+    }[name]
+
+
+@functools.cache
+def _recipe_ofhub_with() -> Path:
+    path = scratch() / "of-hub.yaml"
+    recipe = inputs().recipe
+    path.write_text(recipe.read_text().replace(str(base_folder()), BASE))
+    return path
+
+
+def _holds_only(hub: Hub, name: str, cache: Path) -> None:
+    """Of a repository, the cache holds the bytes of the hub, though perhaps not all files."""
+    head = hub.repos[name].refs["main"][-1]
+    kind = "" if name.startswith("datasets/") else "models/"
+    snapshot = cache / "hub" / f"{kind}{name}".replace("/", "--") / "snapshots" / head.oid
+    for path in snapshot.rglob("*"):
+        held = str(path.relative_to(snapshot))
+        assert not path.is_file() or path.read_bytes() == head.files[held], f"other bytes of {held} are cached"
+
+
+@functools.cache
+def _pushable() -> Path:
+    """An adapter folder of one tensor whose base model is on the hub."""
+    folder = scratch() / "pushable"
+    folder.mkdir()
+    config = {"base_model_name_or_path": BASE, "lora_alpha": 16, "peft_type": "LORA", "r": 8, "task_type": "CAUSAL_LM"}
+    config["target_modules"] = ["q_proj"]
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    entry = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+    header = json.dumps({"base_model.model.q_proj.lora_A.weight": entry}).encode()
+    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+    return folder
+
+
+BACKING_OFF = (1, 2, 4, 8)
+DROPPED = "connection was dropped|closed|disconnected|no answer"
+
+PUSHES = [
+    # refusals: at once
+    Case("401", lambda hub: hub.fail("info", 401, **SAID), 6, "does not accept the token", {"info": 1}, ()),
+    Case("401 without a token", lambda hub: None, 6, "asks for a token", {"info": 1}, (), token=""),
+    Case("403 at the look", lambda hub: hub.fail("info", 403, **SAID), 6, "may not do this", {"info": 1}, ()),
+    Case("403 at the repository", lambda hub: hub.fail("create_repo", 403), 6, "403", {"create_repo": 1}, ()),
+    Case("403 at the commit", lambda hub: hub.fail("commit", 403, **SAID), 6, "may not do this", {"commit": 1}, ()),
+    Case("404 at the commit", lambda hub: hub.fail("commit", 404), 6, "no such repository", {"commit": 1}, ()),
+    Case("404 for a page", lambda hub: hub.fail("preupload", 404, **HTML), 6, "404", {"preupload": 1}, ()),
+    Case("413", lambda hub: hub.fail("commit", 413), 6, "413", {"commit": 1}, ()),
+    Case("422", lambda hub: hub.fail("commit", 422), 6, "422", {"commit": 1}, ()),
+    Case("a gated name", lambda hub: hub.fail("info", 403, headers=GATED), 6, "granted", {"create_repo": 0}, ()),
+    Case("a refused card", lambda hub: hub.fail("validate_yaml", 400, body=BAD_CARD), 6, "model card", {"commit": 0}),
+    Case("a refused upload", lambda hub: hub.fail("lfs_put", 403), 6, "403", {"lfs_put": 1, "commit": 0}, ()),
+    Case("an unverified upload", lambda hub: hub.fail("lfs_verify", 404), 6, "404", {"lfs_verify": 1}, ()),
+    Case("an object that is refused", lambda hub: hub.fail("lfs_batch", 200, body=NO_OBJECT), 6, "", {"commit": 0}),
+    # conflicts: once more
+    Case("409 once", lambda hub: hub.fail("commit", 409), 0, "", {"commit": 2}),
+    Case("412 once", lambda hub: hub.fail("commit", 412), 0, "", {"commit": 2}),
+    Case("409 twice", lambda hub: hub.fail("commit", 409, times=2), 6, "somebody else", {"commit": 2}),
+    Case("412 twice", lambda hub: hub.fail("commit", 412, times=2), 6, "somebody else", {"commit": 2}),
+    Case("412, then 503, then 412", lambda hub: _each(hub, "commit", 412, 503, 412), 6, "somebody", {"commit": 3}),
+    Case("a busy namespace", lambda hub: hub.fail("create_repo", 409, times=2, body=BUSY), 6, "409"),
+    # too many requests
+    Case("429", lambda hub: hub.fail("commit", 429), 0, "", {"commit": 2}, (1,)),
+    Case("429 for 3 seconds", lambda hub: hub.fail("commit", 429, headers={"Retry-After": "3"}), 0, "", {}, (3,)),
+    Case("429 for an hour", lambda hub: hub.fail("info", 429, headers={"Retry-After": "3600"}), 5, "3600", {}, ()),
+    Case("429 for ages", lambda hub: hub.fail("info", 429, headers={"Retry-After": "9" * 400}), 5, "wait", {}, ()),
+    Case("429 until a date", lambda hub: hub.fail("info", 429, headers={"Retry-After": DATE}), 0, "", {}, (1,)),
+    Case("429 always", lambda hub: hub.fail("commit", 429, times=5), 5, "429", {"commit": 5}, BACKING_OFF),
+    # failures that may pass
+    Case("500 once", lambda hub: hub.fail("lfs_put", 500), 0, "", {"lfs_put": 2}, (1,)),
+    Case("503 with a page", lambda hub: hub.fail("commit", 503, **HTML), 0, "", {"commit": 2}, (1,)),
+    Case("502 always", lambda hub: hub.fail("info", 502, times=5), 5, "502", {"info": 5}, BACKING_OFF),
+    Case("500 always", lambda hub: hub.fail("commit", 500, times=5, **SAID), 5, "500", {"commit": 5}, BACKING_OFF),
+    Case("500 and others", lambda hub: _each(hub, "preupload", 500, 502, 503, 504, 408), 5, "408", {}, BACKING_OFF),
+    Case("dropped once", lambda hub: hub.drop("commit"), 0, "", {"commit": 2}, (1,)),
+    Case("dropped always", lambda hub: hub.drop("commit", times=5), 5, DROPPED, {"commit": 5}, BACKING_OFF),
+    Case("dropped in the upload", lambda hub: hub.drop("lfs_put", times=5), 5, DROPPED, {"lfs_put": 5}),
+    Case("cut at the look", lambda hub: hub.cut("info", times=5), 5, "", {"info": 5, "commit": 0}, BACKING_OFF),
+    Case("cut at the preparation", lambda hub: hub.cut("preupload"), 0, "", {"commit": 1}, (1,)),
+    Case("silent once", lambda hub: hub.delay("commit", 9), 0, "", {"commit": 2}, (1,), limit=LIMIT),
+    Case("silent always", lambda hub: hub.delay("info", 9, times=5), 5, "", {"info": 5}, BACKING_OFF, limit=0.1),
+    Case("silent in the answer", lambda hub: hub.cut("info", 9), 0, "", {"commit": 1}, (1,), limit=LIMIT),
+    # a commit that stands though its answer does not come
+    Case("an answer lost", lambda hub: hub.lose_answer("commit"), 0, "", {"commit": 1}, (1,)),
+    Case("an answer cut", lambda hub: hub.cut("commit"), 0, "", {"commit": 1}, (1,)),
+    Case("an answer cut in silence", lambda hub: hub.cut("commit", 9), 0, "", {"commit": 1}, (1,), limit=LIMIT),
+    Case("an answer lost, then 503", lambda hub: _lost_then_503(hub), 0, "", {"commit": 1}, BACKING_OFF),
+    Case("an answer lost of each step", lambda hub: _all_lost(hub), 0, "", {"commit": 1}),
+    # what is no hub
+    Case("a page", lambda hub: hub.fail("info", 200, **HTML), 6, "does not answer as a hub", {"info": 1}, ()),
+    Case("no JSON", lambda hub: hub.fail("info", 200, body="{"), 6, "does not answer as a hub", {"info": 1}, ()),
+    Case("an empty object", lambda hub: hub.fail("info", 200, body={}), 6, "does not answer as a hub", {}, ()),
+    Case("a list", lambda hub: hub.fail("info", 200, body=[]), 6, "does not answer as a hub", {"info": 1}, ()),
+    Case("nothing to say", lambda hub: hub.fail("info", 200, body="null"), 6, "does not answer as a hub", {}, ()),
+    Case("no upload modes", lambda hub: hub.fail("preupload", 200, body={}), 6, "does not answer as a hub", {}, ()),
+    Case("no objects", lambda hub: hub.fail("lfs_batch", 200, body={"objects": 3}), 6, "as a hub", {"commit": 0}, ()),
+    Case(
+        "half a commit", lambda hub: hub.fail("commit", 200, body={"success": True}), 6, "as a hub", {"commit": 1}, ()
+    ),
+    # redirections
+    Case(
+        "a circle",
+        lambda hub: hub.fail("info", 302, headers={"Location": f"/api/models/{PUSHED}"}, times=21),
+        6,
+        "as a hub",
+    ),
+]
+
+WEIGHTS = "adapter_model.safetensors"
+GET = {"method": "GET", "path": WEIGHTS}
+HEAD = {"method": "HEAD", "path": WEIGHTS}
+
+PULLS = [
+    # refusals: at once
+    Case("401", lambda hub: hub.fail("info", 401, **SAID), 6, "does not accept the token", {"info": 1}, ()),
+    Case("401 without a token", lambda hub: None, 6, "asks for a token", {"info": 1}, (), token=""),
+    Case("403", lambda hub: hub.fail("info", 403, **SAID), 6, "may not do this", {"info": 1}, ()),
+    Case("404", lambda hub: hub.fail("info", 404, headers=MISSING), 6, "no such repository", {"info": 1}, ()),
+    Case("gated", lambda hub: hub.fail("info", 403, headers=GATED), 6, "granted", {"info": 1}, ()),
+    Case("gated files", lambda hub: hub.fail("resolve", 403, headers=GATED, **HEAD), 6, "granted", {"info": 1}, ()),
+    Case("403 for the list", lambda hub: hub.fail("tree", 403, **SAID), 6, "403", {"tree": 1}, ()),
+    Case("403 for a file", lambda hub: hub.fail("resolve", 403, **HEAD), 6, "403", {"info": 1}, ()),
+    Case("403 for its content", lambda hub: hub.fail("resolve", 403, **GET), 6, "403", {"info": 1}, ()),
+    Case("a listed file is missing", lambda hub: hub.fail("resolve", 404, headers=NO_ENTRY, **HEAD), 6, "404"),
+    Case("an empty repository", lambda hub: _holds(hub, {}), 4, "no adapter_model.safetensors"),
+    Case("a pickle", lambda hub: _holds(hub, {"adapter_model.bin": b"pickle"}), 4, "is a pickle"),
+    # failures that may pass
+    Case("429", lambda hub: hub.fail("info", 429), 0, "", {"info": 2}, (1,)),
+    Case("429 for 3 seconds", lambda hub: hub.fail("resolve", 429, headers={"Retry-After": "3"}), 0, "", {}, (3,)),
+    Case("429 for an hour", lambda hub: hub.fail("info", 429, headers={"Retry-After": "3600"}), 5, "3600", {}, ()),
+    Case("429 always", lambda hub: hub.fail("info", 429, times=5), 5, "429", {"info": 5}, BACKING_OFF),
+    Case("429 always for a file", lambda hub: hub.fail("resolve", 429, times=5, **HEAD), 5, "429", {}, BACKING_OFF),
+    Case("500 once", lambda hub: hub.fail("tree", 500), 0, "", {"tree": 2}, (1,)),
+    Case("502 once for a file", lambda hub: hub.fail("resolve", 502, **HEAD), 0, "", {}, (1,)),
+    Case("503 once for its content", lambda hub: hub.fail("resolve", 503, **GET), 0, "", {}, (1,)),
+    Case("503 always", lambda hub: hub.fail("info", 503, times=5, **HTML), 5, "503", {"info": 5}, BACKING_OFF),
+    Case("503 always for a file", lambda hub: hub.fail("resolve", 503, times=5, **HEAD), 5, "503", {}, BACKING_OFF),
+    Case("503 always for its content", lambda hub: hub.fail("resolve", 503, times=5, **GET), 5, "", {}, BACKING_OFF),
+    Case("dropped once", lambda hub: hub.drop("info"), 0, "", {"info": 2}, (1,)),
+    Case("dropped always", lambda hub: hub.drop("info", times=5), 5, DROPPED, {"info": 5}, BACKING_OFF),
+    Case("dropped at a file", lambda hub: hub.drop("resolve", times=5, **HEAD), 5, DROPPED, {"info": 5}),
+    Case("dropped at its content", lambda hub: hub.drop("resolve", times=5, **GET), 5, DROPPED, {"info": 5}),
+    Case("silent once", lambda hub: hub.delay("info", 9), 0, "", {"info": 2}, (1,), limit=LIMIT),
+    Case("silent always", lambda hub: hub.delay("info", 9, times=5), 5, "", {"info": 5}, BACKING_OFF, limit=0.1),
+    Case("silent at a file", lambda hub: hub.delay("resolve", 9, **HEAD), 0, "", {"info": 2}, limit=LIMIT),
+    Case("silent in a file", lambda hub: hub.cut("resolve", 9, **GET), 0, "", {}, limit=LIMIT),
+    # what is half, or other than announced
+    Case("a list that is cut", lambda hub: hub.cut("tree", times=5), 5, "", {"tree": 5}),
+    Case("a file that is cut", lambda hub: hub.cut("resolve", **GET), 0, ""),
+    Case("a file that is always cut", lambda hub: hub.cut("resolve", times=5, **GET), 5, DROPPED),
+    Case("a large file that is often cut", lambda hub: _large_and_cut(hub), 0, "", {"info": 1}),
+    Case("a short file", lambda hub: hub.alter("resolve", _short, **GET), 0, "", {}, (1,)),
+    Case("a file that is always short", lambda hub: hub.alter("resolve", _short, times=5, **GET), 5, "size"),
+    Case("a long file", lambda hub: hub.alter("resolve", _long, **GET), 0, "", {}, (1,)),
+    Case("a file that is always long", lambda hub: hub.alter("resolve", _long, times=5, **GET), 5, "size"),
+    Case("another content", lambda hub: hub.alter("resolve", _flipped, **GET), 0, "", {}, (1,)),
+    Case("always another content", lambda hub: hub.alter("resolve", _flipped, times=5, **GET), 5, "hash"),
+    Case("a page for a file", lambda hub: hub.fail("resolve", 200, times=5, **HTML, **GET), 5, "size"),
+    # what is no hub, or a hostile one
+    Case("a page", lambda hub: hub.fail("info", 200, **HTML), 6, "does not answer as a hub", {"info": 1}, ()),
+    Case("no JSON", lambda hub: hub.fail("tree", 200, body="["), 6, "does not answer as a hub", {"tree": 1}, ()),
+    Case("an empty object", lambda hub: hub.fail("info", 200, body={}), 6, "does not answer as a hub", {}, ()),
+    Case("a list of nothing", lambda hub: hub.fail("tree", 200, body=[{}]), 6, "does not answer as a hub", {}, ()),
+    Case("no commit", lambda hub: hub.alter("info", _with(sha=None)), 6, "does not answer as a hub", {}, ()),
+    Case("no ETag", lambda hub: hub.alter("resolve", _headed(ETag=None), **SMALL), 6, "as a hub", {}, ()),
+    Case("no commit of a file", lambda hub: hub.alter("resolve", _headed(**NO_COMMIT), **SMALL), 6, "as a hub", {}, ()),
+    Case("a commit that climbs", lambda hub: _climbing_commit(hub), 6, "as a hub", {}, ()),
+    Case("an ETag that climbs", lambda hub: hub.alter("resolve", _headed(ETag=CLIMBS), **SMALL), 6, "as a hub", {}, ()),
+    Case("names that climb", lambda hub: hub.alter("tree", _listing("../../../../escaped", "/escaped")), 0, ""),
+    # redirections
+    Case("a circle", lambda hub: hub.fail("info", 302, headers=AROUND, times=21), 6, "as a hub", {}, ()),
+    Case(
+        "a circle of a file",
+        lambda hub: hub.fail("resolve", 302, headers=AROUND_FILE, times=20, **SMALL),
+        6,
+        "as a hub",
+    ),
+]
+
+MISSING = {"X-Error-Code": "RepoNotFound"}
+NO_ENTRY = {"X-Error-Code": "EntryNotFound"}
+SMALL = {"method": "HEAD", "path": "adapter_config.json"}
+NO_COMMIT = {"X-Repo-Commit": None}
+CLIMBS = "../../../../escaped"
+AROUND = {"Location": f"/api/models/{ADAPTER}"}
+AROUND_FILE = {"Location": f"/{ADAPTER}/resolve/main/adapter_config.json"}
+
+
+def _holds(hub: Hub, files: dict[str, bytes]) -> None:
+    """A commit of other files."""
+    hub.repos[ADAPTER].refs["main"].append(Commit("others", files))
+
+
+def _large_and_cut(hub: Hub) -> None:
+    """Of the rest of 32 megabytes one half comes each time; huggingface_hub keeps what it has of it in tens."""
+    files = hub.repos[ADAPTER].refs["main"][-1].files
+    _holds(hub, {**files, WEIGHTS: _grown(files[WEIGHTS])})
+    hub.cut("resolve", times=2, **GET)
+
+
+def _grown(weights: bytes) -> bytes:
+    """One more tensor."""
+    (size,) = struct.unpack("<Q", weights[:8])
+    header, data = json.loads(weights[8 : 8 + size]), weights[8 + size :]
+    more = bytes(32 << 20)
+    header["base_model.model.more.weight"] = {
+        "dtype": "U8",
+        "shape": [len(more)],
+        "data_offsets": [len(data), len(data) + len(more)],
+    }
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data + more
+
+
+def _climbing_commit(hub: Hub) -> None:
+    hub.repos[ADAPTER].refs[CLIMBS] = hub.repos[ADAPTER].refs["main"]
+    hub.alter("info", _with(sha=CLIMBS))
+
+
+def _with(**changes: object) -> Callable[[Answer], Answer]:
+    return lambda answer: dataclasses.replace(
+        answer, content=json.dumps({**json.loads(answer.content), **changes}).encode()
+    )
+
+
+def _listing(*names: str) -> Callable[[Answer], Answer]:
+    more = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in names]
+    return lambda answer: dataclasses.replace(answer, content=json.dumps(json.loads(answer.content) + more).encode())
+
+
+def _headed(**changes: str | None) -> Callable[[Answer], Answer]:
+    return lambda answer: dataclasses.replace(
+        answer, headers={name: value for name, value in {**answer.headers, **changes}.items() if value is not None}
+    )
+
+
+def _short(answer: Answer) -> Answer:
+    return dataclasses.replace(answer, content=answer.content[:-5])
+
+
+def _long(answer: Answer) -> Answer:
+    return dataclasses.replace(answer, content=answer.content + b"more")
+
+
+def _flipped(answer: Answer) -> Answer:
+    """Another content of the same size."""
+    return dataclasses.replace(answer, content=answer.content[:-1] + bytes([answer.content[-1] ^ 1]))
+
+
+GATED = {"X-Error-Code": "GatedRepo"}
+BAD_CARD = {"errors": [{"message": '"license" must be a string'}], "warnings": []}
+BUSY = "Cannot create repo: another conflicting operation is in progress"
+DATE = "Wed, 21 Oct 2099 07:28:00 GMT"
+NO_OBJECT = {"transfer": "basic", "objects": [{"oid": "0" * 64, "size": 1, "error": {"code": 403, "message": TOKEN}}]}
+
+
+def _each(hub: Hub, endpoint: str, *statuses: int) -> None:
+    for status in statuses:
+        hub.fail(endpoint, status)
+
+
+def _lost_then_503(hub: Hub) -> None:
+    hub.lose_answer("commit")
+    hub.fail("paths_info", 503, times=3)
+
+
+def _all_lost(hub: Hub) -> None:
+    for endpoint in ("create_repo", "preupload", "lfs_put", "commit"):
+        hub.lose_answer(endpoint)
+
+
+def _on(path: str, method: str = "HEAD") -> dict[str, str]:
+    return {"method": method, "path": path}
+
+
+READS = [
+    # base models
+    *(
+        Case(name, fault, code, says, asked, waits, command=command)
+        for command in ("check --deep", "train", "generate", "merge")
+        for name, fault, code, says, asked, waits in (
+            ("404", lambda hub: hub.fail("info", 404, headers=MISSING), 6, "no such repository", {"info": 1}, ()),
+            ("503 always", lambda hub: hub.fail("info", 503, times=5), 5, "503", {"info": 5}, BACKING_OFF),
+        )
+    ),
+    *(
+        Case(name, fault, code, says, asked, waits, limit, command="check --deep")
+        for name, fault, code, says, asked, waits, limit in (
+            ("401", lambda hub: hub.fail("info", 401, **SAID), 6, "does not accept the token", {"info": 1}, (), None),
+            ("403", lambda hub: hub.fail("info", 403, **SAID), 6, "may not do this", {"info": 1}, (), None),
+            ("gated", lambda hub: hub.fail("info", 403, headers=GATED), 6, "granted", {"info": 1}, (), None),
+            ("403 for the template", lambda hub: hub.fail("resolve", 403, **_on(TEMPLATE)), 6, "403", {}, (), None),
+            ("429 for an hour", lambda hub: hub.fail("info", 429, headers=AN_HOUR), 5, "3600", {"info": 1}, (), None),
+            ("503 once for the config", lambda hub: hub.fail("resolve", 503, **_on(CONFIG)), 0, "", {}, (1,), None),
+            ("503 once for the template", lambda hub: hub.fail("resolve", 503, **_on(TEMPLATE)), 0, "", {}, (1,), None),
+            ("the template is dropped", lambda hub: hub.drop("resolve", **_on(TEMPLATE)), 0, "", {}, None, None),
+            ("dropped always", lambda hub: hub.drop("info", times=5), 5, DROPPED, {"info": 5}, BACKING_OFF, None),
+            ("silent always", lambda hub: hub.delay("info", 9, times=5), 5, "", {"info": 5}, BACKING_OFF, 0.1),
+            ("silent for the tokenizer", lambda hub: hub.delay("resolve", 9, **_on(TOKENIZER)), 0, "", {}, None, LIMIT),
+            ("a page", lambda hub: hub.fail("info", 200, **HTML), 6, "as a hub", {"info": 1}, (), None),
+        )
+    ),
+    *(
+        Case(name, fault, code, says, {}, waits, command="generate")
+        for name, fault, code, says, waits in (
+            ("403 for the weights", lambda hub: hub.fail("resolve", 403, **_on(MODEL)), 6, "403", ()),
+            ("the weights are cut", lambda hub: hub.cut("resolve", **_on(MODEL, "GET")), 0, "", None),
+            (
+                "the weights are always cut",
+                lambda hub: hub.cut("resolve", times=5, **_on(MODEL, "GET")),
+                5,
+                DROPPED,
+                None,
+            ),
+            ("other weights", lambda hub: hub.alter("resolve", _flipped, **_on(MODEL, "GET")), 0, "", (1,)),
+            (
+                "short weights",
+                lambda hub: hub.alter("resolve", _short, times=5, **_on(MODEL, "GET")),
+                5,
+                "size",
+                BACKING_OFF,
+            ),
+            ("another tokenizer", lambda hub: hub.alter("resolve", _flipped, **_on(TOKENIZER, "GET")), 0, "", (1,)),
+        )
+    ),
+    # datasets
+    *(
+        Case(name, fault, code, says, asked, waits, limit, command=command)
+        for command in ("inspect a dataset", "train on a dataset")
+        for name, fault, code, says, asked, waits, limit in (
+            ("404", lambda hub: hub.fail("info", 404, headers=MISSING), 6, "no such dataset", {"info": 1}, (), None),
+            ("503 once", lambda hub: hub.fail("info", 503), 0, "", {}, (1,), None),
+            ("503 always", lambda hub: hub.fail("info", 503, times=5), 5, "503", {"info": 5}, BACKING_OFF, None),
+        )
+    ),
+    *(
+        Case(name, fault, code, says, asked, waits, limit, command="inspect a dataset")
+        for name, fault, code, says, asked, waits, limit in (
+            ("401", lambda hub: hub.fail("info", 401, **SAID), 6, "401", {"info": 1}, (), None),
+            ("403", lambda hub: hub.fail("info", 403, **SAID), 6, "403", {"info": 1}, (), None),
+            ("gated", lambda hub: hub.fail("info", 403, headers=GATED), 6, "gated", {"info": 1}, (), None),
+            ("429 for an hour", lambda hub: hub.fail("info", 429, headers=AN_HOUR), 5, "3600", {"info": 1}, (), None),
+            ("dropped always", lambda hub: hub.drop("info", times=5), 5, DROPPED, {"info": 5}, BACKING_OFF, None),
+            ("silent always", lambda hub: hub.delay("info", 9, times=5), 5, "", {"info": 5}, BACKING_OFF, 0.1),
+            ("403 for the rows", lambda hub: hub.fail("resolve", 403, **_on("train.jsonl")), 6, "403", {}, (), None),
+            (
+                "503 once for the rows",
+                lambda hub: hub.fail("resolve", 503, **_on("train.jsonl")),
+                0,
+                "",
+                {},
+                (1,),
+                None,
+            ),
+            ("the rows are cut", lambda hub: hub.cut("resolve", **_on("train.jsonl", "GET")), 0, "", {}, None, None),
+            (
+                "short rows",
+                lambda hub: hub.alter("resolve", _short, **_on("train.jsonl", "GET")),
+                0,
+                "",
+                {},
+                (1,),
+                None,
+            ),
+            ("a page", lambda hub: hub.fail("info", 200, **HTML), 6, "as a hub", {"info": 1}, (), None),
+        )
+    ),
+    *(
+        Case(name, fault, code, says, {}, waits, command="train on a stream")
+        for name, fault, code, says, waits in (
+            ("503 once in the rows", lambda hub: hub.fail("resolve", 503, **_on("train.jsonl", "GET")), 0, "", (1,)),
+            (
+                "503 always",
+                lambda hub: hub.fail("resolve", 503, times=5, **_on("train.jsonl", "GET")),
+                5,
+                "503",
+                BACKING_OFF,
+            ),
+            ("the rows are cut", lambda hub: hub.cut("resolve", **_on("train.jsonl", "GET")), 0, "", None),
+        )
+    ),
+    # adapters in other commands
+    *(
+        Case(name, fault, code, says, asked, waits, command=command)
+        for command in (
+            "generate with an adapter",
+            "merge an adapter",
+            "evaluate an adapter",
+            "compare adapters",
+            "combine adapters",
+        )
+        for name, fault, code, says, asked, waits in (
+            ("404", lambda hub: hub.fail("info", 404, headers=MISSING), 6, "no such repository", {"info": 1}, ()),
+            ("503 always", lambda hub: hub.fail("info", 503, times=5), 5, "503", {"info": 5}, BACKING_OFF),
+        )
+    ),
+]
+
+MODEL, TOKENIZER, TEMPLATE, CONFIG = "model.safetensors", "tokenizer.json", "chat_template.jinja", "config.json"
+AN_HOUR = {"Retry-After": "3600"}
+
+
+def _pushes() -> list[Trial]:
+    return [Trial(f"push: {case.name}", functools.partial(_push, case)) for case in PUSHES]
+
+
+def _pulls() -> list[Trial]:
+    return [Trial(f"pull: {case.name}", functools.partial(_pull, case)) for case in PULLS]
+
+
+def _reads() -> list[Trial]:
+    return [Trial(f"{case.command}: {case.name}", functools.partial(_read, case)) for case in READS]
+
+
+CAMPAIGNS = [
+    Campaign(
+        name="hub faults: push",
+        promise="a refusal ends a push at once, a failure after at most 5 tries, and no commit is made twice",
+        trials=_pushes,
+        least=30,
+        sample=2,
+    ),
+    Campaign(
+        name="hub faults: adapters",
+        promise="a refusal ends a pull at once, a failure after at most 5 tries, and nothing half is left for later",
+        trials=_pulls,
+        least=40,
+        sample=2,
+    ),
+    Campaign(
+        name="hub faults: other hosts, no host, and signals",
+        promise="no other host sees the token, nobody at all is told at once, a signal ends all waiting",
+        trials=_others,
+        least=15,
+        sample=2,
+    ),
+    Campaign(
+        name="hub faults: base models, datasets and other commands",
+        promise="a refusal ends a command with exit 6 at once, a failure with exit 5 after at most 5 tries",
+        trials=_reads,
+        least=40,
+        sample=2,
+    ),
+]
