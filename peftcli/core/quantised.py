@@ -87,16 +87,6 @@ def num_values(parameter: torch.Tensor) -> int:
     return parameter.numel() if state is None else math.prod(state.shape)
 
 
-def quantised_tensors(model: nn.Module) -> list[str]:
-    """Names of the parameters and buffers of the model's quantised layers."""
-    return [
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if is_quantised(module)
-        for name in (*dict(module.named_parameters()), *dict(module.named_buffers()))
-    ]
-
-
 def keep_layout(model: nn.Module) -> None:
     """Have the model's 4-bit layers compute in evaluation what they compute in training.
 

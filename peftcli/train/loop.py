@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,16 +78,17 @@ def fit(
         micro_batches = plan.micro_batches(step, accelerator.process_index)
         total = torch.zeros((), dtype=torch.float32, device=accelerator.device)
         for number, rows in enumerate(micro_batches, 1):
-            last = number == len(micro_batches)
-            with contextlib.nullcontext() if last else accelerator.no_sync(trainee.model):
-                # without rows of its own, a process keeps in step with the others by a loss that counts zero times
-                examples = _examples(features, rows or [[0]], plan.packs, one_row)
-                loss = _micro_batch_loss(trainee.model, task, examples, tokenizer, accelerator) * bool(rows)
-                # processes average their gradients; the loss is a sum over all of them
-                mean = loss * (accelerator.num_processes / num_targets)
-                penalty = trainee.config.penalty(trainee.model) if last else None
-                accelerator.backward(mean if penalty is None else mean + penalty)
-            total += loss.detach()
+            parts = []
+            if rows:  # the others may have more
+                examples = _examples(features, rows, plan.packs, one_row)
+                loss = _micro_batch_loss(trainee.model, task, examples, tokenizer, accelerator)
+                parts.append(loss * (1 / num_targets))
+                total += loss.detach()
+            if number == len(micro_batches) and (penalty := trainee.config.penalty(trainee.model)) is not None:
+                parts.append(penalty / accelerator.num_processes)
+            if parts:
+                accelerator.backward(sum(parts))
+        _add_up(trainee.parameters, accelerator)
         loss_sum = float(accelerator.reduce(total, reduction="sum"))
         grad_norm = float(accelerator.clip_grad_norm_(trainee.parameters, limit))
         if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
@@ -104,6 +104,23 @@ def fit(
         trainee.optimizer.zero_grad(set_to_none=True)
         num_tokens = int(plan.lengths[batch].sum())
         yield StepResult(step + 1, loss_sum / num_targets, grad_norm, learning_rate, num_targets, num_tokens)
+
+
+def _add_up(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
+    """Sum the gradients over the processes, as one vector whose layout never changes.
+
+    DDP's buckets are laid out anew after a process's first step. With three processes or more the order in which floats
+    are added depends on the layout, so that a run which was stopped would end with other bits.
+    """
+    if accelerator.num_processes == 1:
+        return
+    found = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+    has_one = torch.tensor([each.grad is not None for each in parameters], device=accelerator.device)
+    flat = torch.cat([*(gradient.flatten().float() for gradient in found), has_one.float()])
+    torch.distributed.all_reduce(flat)
+    *summed, counts = flat.split([*(each.numel() for each in parameters), len(parameters)])
+    for parameter, gradient, count in zip(parameters, summed, counts.tolist(), strict=True):
+        parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if count else None
 
 
 def _examples(features: View, rows: MicroBatch, packs: bool, one_row: bool) -> list[Feature]:

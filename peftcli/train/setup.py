@@ -16,7 +16,6 @@ from torch import nn
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import Injection, inject
 from peftcli.core.layer import adapter_layers
-from peftcli.core.quantised import quantised_tensors
 from peftcli.core.weights import named_tensors
 from peftcli.data.store import Feature
 from peftcli.errors import ModelError, UsageError
@@ -149,13 +148,14 @@ def calibrate(
 
 def prepare(model: nn.Module, config: AdapterConfig, recipe: Recipe, plan: Plan, accelerator: Accelerator) -> Trainee:
     """Model, optimizer and schedule, placed on the devices by accelerate."""
-    # every process quantised the same weights alike, and torch cannot send all the tensors that hold them
-    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, quantised_tensors(model))
-    prepared = accelerator.prepare_model(model)
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)  # without DDP: the loop adds the gradients up
     tensors = named_tensors(model)
     parameters = [parameter for _, _, parameter in tensors.values()]
+    if accelerator.num_processes > 1:
+        for parameter in parameters:  # the same seed started the same adapter; a GPU may differ in a last bit
+            torch.distributed.broadcast(parameter.data, 0)
     optimizer = build_optimizer(parameter_groups(tensors, recipe.training), recipe.training)
     schedule = build_schedule(optimizer, recipe.training, plan.total_steps)
-    # the same seed everywhere started the same adapter; from here on each process draws its own dropout
+    # from here on each process draws its own dropout
     set_seed(recipe.training.seed + accelerator.process_index)
     return Trainee(prepared, parameters, optimizer, schedule, config)
