@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hub_folders import REPO
-from hub_server import TOKEN, Commit, Hub, Repo
+from hub_server import TOKEN, Answer, Commit, Hub, Repo
 
 from peftcli.errors import AdapterError, HubError, NetworkError
 from peftcli.hub import SHARED_FILES, local_folder, push
@@ -150,3 +152,79 @@ def test_a_pickled_adapter_is_refused(hub: Hub, folder: Path) -> None:
     with pytest.raises(AdapterError, match="safe_serialization"):
         local_folder(REPO)
     assert not any(request.path.endswith(".bin") for request in hub.requests)
+
+
+# What came is not believed.
+
+WEIGHTS = {"method": "GET", "path": "adapter_model.safetensors"}
+
+
+def content(change: Callable[[bytes], bytes]) -> Callable[[Answer], Answer]:
+    return lambda answer: dataclasses.replace(answer, content=change(answer.content))
+
+
+OTHERS = {
+    "short": content(lambda data: data[:-1]),
+    "long": content(lambda data: data + b"more"),
+    "flipped": content(lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_bytes_than_announced_are_fetched_again(pushed: Hub, folder: Path, other: str) -> None:
+    pushed.alter("resolve", OTHERS[other], **WEIGHTS)
+    pulled = local_folder(REPO)
+    assert (pulled / "adapter_model.safetensors").read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
+    assert len(pushed.asked("resolve", **WEIGHTS)) == 2
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_bytes_are_never_taken_for_the_adapter(pushed: Hub, monkeypatch: pytest.MonkeyPatch, other: str) -> None:
+    pushed.alter("resolve", OTHERS[other], times=5, **WEIGHTS)
+    with pytest.raises(NetworkError, match="than the hub says"):
+        local_folder(REPO)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(NetworkError, match="cannot reach"):
+        local_folder(REPO)
+
+
+def test_other_bytes_are_not_left_when_the_try_fails_elsewhere(pushed: Hub, folder: Path) -> None:
+    pushed.alter("resolve", OTHERS["flipped"], **WEIGHTS)
+    pushed.fail("resolve", 403, path="loss.png")
+    with pytest.raises(HubError):
+        local_folder(REPO)
+    pulled = local_folder(REPO)
+    assert (pulled / "adapter_model.safetensors").read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("header", ["ETag", "X-Repo-Commit"])
+@pytest.mark.parametrize("value", ["../../../escaped", "..", "a/b", ""])
+def test_a_hash_that_is_a_path_is_refused(pushed: Hub, tmp_path: Path, header: str, value: str) -> None:
+    def change(answer: Answer) -> Answer:
+        return dataclasses.replace(answer, headers={**answer.headers, header: value})
+
+    pushed.alter("resolve", change, method="HEAD", path="adapter_config.json")
+    with pytest.raises(HubError, match="does not answer as a hub does"):
+        local_folder(REPO)
+    assert not list(tmp_path.rglob("escaped*"))
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "answer"),
+    [
+        *(("info", answer) for answer in ("{}", "[{}]", "null", "7", "{", "<html>")),
+        *(("tree", answer) for answer in ("[{}]", "7", "[", "<html>")),
+    ],
+)
+def test_what_no_hub_answers_is_refused_at_once(pushed: Hub, slept: list[float], endpoint: str, answer: str) -> None:
+    pushed.fail(endpoint, 200, body=answer)
+    with pytest.raises(HubError, match="does not answer as a hub does"):
+        local_folder(REPO)
+    assert slept == []
+
+
+def test_a_circle_is_refused_at_once(pushed: Hub, slept: list[float]) -> None:
+    pushed.fail("info", 302, headers={"Location": f"/api/models/{REPO}"}, times=21)
+    with pytest.raises(HubError, match="does not answer as a hub does"):
+        local_folder(REPO)
+    assert slept == []

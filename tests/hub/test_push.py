@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -273,6 +274,42 @@ def test_what_is_no_hub(hub: Hub, folder: Path) -> None:
     hub.fail("info", 200, body="<html>welcome</html>", headers={"Content-Type": "text/html"})
     with pytest.raises(HubError, match="does not answer as a hub does"):
         push(folder, REPO)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "answer"),
+    [("info", "{}"), ("info", "[]"), ("preupload", "{}"), ("lfs_batch", '{"objects": 3}'), ("commit", "{}")],
+)
+def test_what_no_hub_answers_is_refused_at_once(
+    hub: Hub, folder: Path, slept: list[float], endpoint: str, answer: str
+) -> None:
+    hub.repos[REPO] = Repo(private=True)
+    hub.fail(endpoint, 200, body=answer)
+    with pytest.raises(HubError, match="does not answer as a hub does"):
+        push(folder, REPO)
+    assert slept == []
+    assert hub.repos[REPO].commits == 0
+
+
+def test_a_gated_repository_is_not_made_anew(hub: Hub, folder: Path) -> None:
+    hub.fail("info", 403, headers={"X-Error-Code": "GatedRepo"})
+    with pytest.raises(HubError, match="must be granted first"):
+        push(folder, REPO)
+    assert not hub.asked("create_repo")
+
+
+def test_another_host_does_not_see_the_token(hub: Hub, folder: Path) -> None:
+    """huggingface_hub has an upload verified wherever the hub says."""
+    with Hub() as other:
+        other.token, other.blobs, other.unverified = None, hub.blobs, hub.unverified
+        urls = (hub.url.encode(), other.url.encode())
+        hub.alter("lfs_batch", lambda answer: replace(answer, content=answer.content.replace(*urls)))
+        push(folder, REPO)
+        assert [(request.endpoint, request.token) for request in other.requests] == [
+            ("lfs_put", None),
+            ("lfs_verify", None),
+        ]
+    assert hub.repos[REPO].commits == 1
 
 
 # Conflicts.

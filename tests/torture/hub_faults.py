@@ -358,7 +358,7 @@ PUSHES = [
     Case("dropped always", lambda hub: hub.drop("commit", times=5), 5, DROPPED, {"commit": 5}, BACKING_OFF),
     Case("dropped in the upload", lambda hub: hub.drop("lfs_put", times=5), 5, DROPPED, {"lfs_put": 5}),
     Case("cut at the look", lambda hub: hub.cut("info", times=5), 5, "", {"info": 5, "commit": 0}, BACKING_OFF),
-    Case("cut at the preparation", lambda hub: hub.cut("preupload"), 0, "", {"commit": 1}, (1,)),
+    Case("cut at the preparation", lambda hub: hub.cut("preupload"), 0, "", {"preupload": 2, "commit": 1}),
     Case("silent once", lambda hub: hub.delay("commit", 9), 0, "", {"commit": 2}, (1,), limit=LIMIT),
     Case("silent always", lambda hub: hub.delay("info", 9, times=5), 5, "", {"info": 5}, BACKING_OFF, limit=0.1),
     Case("silent in the answer", lambda hub: hub.cut("info", 9), 0, "", {"commit": 1}, (1,), limit=LIMIT),
