@@ -117,8 +117,7 @@ def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelera
                 remove_folder(final, final.with_name(f".old-{final.name}"))
             temporary.rename(final)
             sync_folder(folder)
-        for old in checkpoints(folder)[keep:]:
-            remove_folder(old, old.with_name(f".old-{old.name}"))
+        prune(folder, keep)
     accelerator.wait_for_everyone()
     return final
 
@@ -152,6 +151,12 @@ def tidy(folder: Path) -> None:
         for path in folder.glob(".*"):
             if re.fullmatch(r"\.(step-\d+\.tmp|old-step-\d+)", path.name) and not path.is_symlink():
                 shutil.rmtree(path)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the ``keep`` newest checkpoints below ``folder``."""
+    for old in checkpoints(folder)[keep:]:
+        remove_folder(old, old.with_name(f".old-{old.name}"))
 
 
 def newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:

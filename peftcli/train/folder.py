@@ -38,7 +38,6 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self._metrics: TextIO | None = None
         self._lock: TextIO | None = None
 
     def lock(self) -> None:
@@ -75,10 +74,9 @@ class RunFolder:
 
     def close(self) -> None:
         """Let the folder go."""
-        for file in (self._metrics, self._lock):
-            if file is not None:
-                file.close()
-        self._metrics = self._lock = None
+        if self._lock is not None:
+            self._lock.close()
+        self._lock = None
 
     def is_locked(self) -> bool:
         """Whether a run holds the folder now."""
@@ -167,10 +165,8 @@ class RunFolder:
         """
         file = self.path / "metrics.jsonl"
         try:
-            if self._metrics is None:
-                self._metrics = file.open("a")
-            self._metrics.write(json.dumps(entry, sort_keys=True) + "\n")
-            self._metrics.flush()
+            with file.open("a") as metrics:
+                metrics.write(json.dumps(entry, sort_keys=True) + "\n")
         except OSError as error:
             raise StorageError(f"cannot be written: {error.strerror}", file=str(file)) from None
 

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from peftcli.errors import StorageError, UsageError
 from peftcli.recipe import to_dict, to_yaml
 from peftcli.schema import Recipe
-from peftcli.train.checkpoint import damage, newest_whole, read_manifest, tidy
+from peftcli.train.checkpoint import damage, newest_whole, prune, read_manifest, tidy
 from peftcli.train.folder import SCHEMA_VERSION, RunFolder, refuse_without_product
 from peftcli.train.identity import Change, changes, check_keys, digests, identity, is_allowed
 from peftcli.train.report import OnEvent, Warned, versions
@@ -161,7 +161,7 @@ def described(recipe: Recipe, now: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def checkpoint_to_resume(here: Opened, asked: Asked, accelerator: Accelerator, tell: OnEvent) -> Path | None:
+def checkpoint_to_resume(here: Opened, asked: Asked, keep: int, accelerator: Accelerator, tell: OnEvent) -> Path | None:
     """The checkpoint to go on from, agreed by all processes; None: from the start.
 
     Raises:
@@ -172,6 +172,7 @@ def checkpoint_to_resume(here: Opened, asked: Asked, accelerator: Accelerator, t
     if accelerator.is_main_process:
         if asked.resume in ("auto", "must", "never"):
             found[0] = newest_whole(here.folder.checkpoints, lambda text: tell(Warned(text)))
+            prune(here.folder.checkpoints, keep)  # a kill may have left one more
             if asked.resume == "must" and found[0] is None:
                 raise StorageError("no whole checkpoint", file=str(here.folder.checkpoints), key="--resume must")
         else:

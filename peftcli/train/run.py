@@ -143,7 +143,7 @@ def _train(recipe: Recipe, here: Opened, asked: Asked, accelerator: Accelerator,
         start_packing(model, accelerator)
         efficiency = 1.0 if takes_one_row(model) else efficiency
     state = State(trainee, accelerator.unwrap_model(trainee.model), config, Progress())
-    checkpoint = checkpoint_to_resume(here, asked, accelerator, tell)
+    checkpoint = checkpoint_to_resume(here, asked, recipe.training.save_total_limit, accelerator, tell)
     if checkpoint is not None:
         load_checkpoint(checkpoint, state, accelerator, exactly=not here.changes)
         if state.progress.step > plan.total_steps:
