@@ -44,6 +44,7 @@ from peftcli.models.load import (
 )
 from peftcli.models.quantization import forget, makes_up_for_quantization, trained_quantization
 from peftcli.outputs import expanded, new_folder, refuse_taken, saving
+from peftcli.redact import redact_values
 from peftcli.schema import BaseModel
 from peftcli.tasks import TASKS
 
@@ -389,7 +390,7 @@ def _save_generation_config(job: _Job, output: Path, tokenizer: Any, config: Any
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
     with saving(path):
-        path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
+        path.write_text(json.dumps(redact_values(data), indent=2, sort_keys=True) + "\n")
 
 
 @torch.inference_mode()

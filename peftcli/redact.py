@@ -6,8 +6,9 @@ A secret is:
 - the user-info of a URL if it holds a password, or is so long that it may be a token: not the ``git`` of
   ``ssh://git@host``;
 - the value of an environment variable whose name ends in TOKEN, KEY, SECRET or PASSWORD, and the password of a URL in
-  any environment variable. Left alone are values of fewer than 8 characters, numbers, the path of a file or folder that
-  exists, and for KEY words without a digit, since such a variable often names a column: too much else is equal to them.
+  any environment variable. Left alone is what much else is equal to: values of fewer than 8 characters, numbers, the
+  path of a file or folder that exists, a model's special tokens (``EOS_TOKEN=<|im_end|>``), and for KEY words without a
+  digit, since such a variable often names a column.
 
 A secret is found as it is, and as URLs, JSON, Python's ``repr``, HTML and base64 write it.
 """
@@ -33,6 +34,7 @@ _USER_INFO = (  # not the 80 of host:80/path@2
     r"""(?<=://)(?:[^/\s"<>@:]{0,200}:(?!\d+[/?#])[^\s"<>]{0,500}|[^/\s"<>@:]{16,500})(?=@)"""
 )
 _PASSWORD_OF_URL = re.compile(r"://(?P<user>[^/\s:@]*):(?P<password>\S+)@")
+_SPECIAL_TOKEN = re.compile(r"<\S*>|\[\S*\]")
 _WORD = re.compile(r"[A-Za-z]+(?:[-_. ]+[A-Za-z]+)*")
 SECRET_NAME = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)
 """Names of environment variables that hold a secret."""
@@ -82,7 +84,9 @@ def secrets() -> dict[str, str]:
 
 
 def _is_secret(name: str, value: str) -> bool:
-    if len(value) < _SHORTEST or (name.upper().endswith("KEY") and _WORD.fullmatch(value)):
+    if len(value) < _SHORTEST or _SPECIAL_TOKEN.fullmatch(value):
+        return False
+    if name.upper().endswith("KEY") and _WORD.fullmatch(value):
         return False
     with suppress(ValueError):
         float(value)

@@ -34,6 +34,8 @@ def test_the_value_of_a_secret_variable(name: str, monkeypatch: pytest.MonkeyPat
         ("APP_KEY", "/usr/bin/env"),
         ("APP_KEY", "completion"),
         ("APP_KEY", "user-messages"),
+        ("EOS_TOKEN", "<|endoftext|>"),
+        ("MASK_TOKEN", "[MASKED-1]"),
         ("APP_KEYS", "xK9mL2pQ7"),
         ("KEYBOARD", "xK9mL2pQ7"),
     ],

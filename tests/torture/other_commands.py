@@ -413,7 +413,7 @@ CAMPAIGNS = [
         "A signal ends them with 130, 143 or 75 and one message; nothing half is left.",
         _stops,
         least=80,
-        sample=2,
+        sample=1,
     ),
     Campaign(
         "two commands with one output",

@@ -412,7 +412,7 @@ def _trials() -> Sequence[Trial]:
     trials += [
         Trial(f"a run that fails: {name}", functools.partial(train_that_fails, settings, code))
         for name, settings, code in (
-            ("it diverges", ["training.learning_rate=1e30"], 9),
+            ("it diverges", ["training.learning_rate=1e6", "training.max_grad_norm=0"], 9),
             ("a gate", ["gates={eval_loss: < 0.001}", "training.eval_strategy=steps", "training.eval_steps=4"], 12),
         )
     ]
