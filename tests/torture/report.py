@@ -11,8 +11,9 @@ _HEAD = """\
 # What was tried, and what came of it
 
 Written by `make torture`; change the campaigns in `tests/torture/`, not this page. Each row is a promise, and the
-number of trials that tried to break it. A trial is a seed, a moment or a file, the same each time. `make test` runs a sample of
-each, `make torture` all of them; `python tests/torture NAME ...` runs some, `python tests/torture --list` names them.
+number of trials that tried to break it. A trial is a seed, a moment or a file, the same each time. `make test` runs a
+sample of each, `make torture` all of them; `python tests/torture NAME ...` runs some of them, and
+`python tests/torture --list` names them.
 
 {system}; {packages}.
 
