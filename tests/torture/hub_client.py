@@ -10,6 +10,8 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,8 @@ class Seen:
     """Seconds of each wait of half a second or more. None of them took time."""
     strangers: list[str]
     """Hosts beyond this machine that it asked for."""
-    seconds: float
-    """How long it ran."""
+    asking: float
+    """Seconds that it waited for their addresses and connections."""
 
     @property
     def error(self) -> str:
@@ -44,13 +46,13 @@ class Seen:
 
 def peftcli(folder: Path, *args: object, **how: Any) -> Seen:
     """Run ``peftcli ARGS``, as ``start`` starts it."""
-    begun = time.monotonic()
     child, record = start(folder, *args, **how)
-    code = child.wait(60)
-    seconds = time.monotonic() - begun
+    code = child.wait()
     noted = [json.loads(line) for line in record.read_text().splitlines()]
     waits = [entry["wait"] for entry in noted if "wait" in entry]
-    return Seen(code, child.out, child.err, waits, [e["stranger"] for e in noted if "stranger" in e], seconds)
+    asked = [entry for entry in noted if "stranger" in entry]
+    strangers, seconds = [entry["stranger"] for entry in asked], sum(entry["seconds"] for entry in asked)
+    return Seen(code, child.out, child.err, waits, strangers, seconds)
 
 
 def start(
@@ -109,7 +111,7 @@ def _prepare(url: str, cache: str, record: str, limit: float | None, network: bo
         if url:
             config.HF_ENDPOINT, config.HUB_DATASETS_URL = url, url + "/datasets/{repo_id}/resolve/{revision}/{path}"
     if limit is not None:
-        hub_client.CONNECT_TIMEOUT = hub_client.ANSWER_TIMEOUT = limit
+        hub_client.ANSWER_TIMEOUT = limit
     _note_waits(record)
     if not network:
         _leave_the_network()
@@ -137,19 +139,29 @@ def _note_strangers(record: str, *, answer: bool) -> None:
     """Write down who is asked for beyond this machine. With a network to ``answer``, have them be out of reach."""
     connect, look_up = socket.socket.connect, socket.getaddrinfo
 
+    @contextmanager
+    def asked(host: str) -> Iterator[None]:
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            _note(record, stranger=host, seconds=time.monotonic() - begun)
+
     def only_local(self: socket.socket, address: Any) -> None:
-        if self.family != socket.AF_UNIX and address[0] not in _LOCAL:
-            _note(record, stranger=str(address[0]))
+        if self.family == socket.AF_UNIX or address[0] in _LOCAL:
+            return connect(self, address)
+        with asked(str(address[0])):
             if answer:
                 raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
-        connect(self, address)
+            return connect(self, address)
 
     def look_up_local(host: Any, *args: Any, **options: Any) -> Any:
-        if host not in _LOCAL and host is not None:
-            _note(record, stranger=str(host))
+        if host in _LOCAL or host is None:
+            return look_up(host, *args, **options)
+        with asked(str(host)):
             if answer:
                 raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
-        return look_up(host, *args, **options)
+            return look_up(host, *args, **options)
 
     socket.socket.connect = only_local
     socket.getaddrinfo = look_up_local
