@@ -8,6 +8,7 @@ are functions of the step, so they are not in it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 import shutil
@@ -29,6 +30,7 @@ from peftcli.files import read_small, remove_folder, sha256, sync_folder, write_
 from peftcli.train.loop import LESS_LEARNING, Trainee
 
 _MANIFEST = "MANIFEST.json"
+_SEAL = "manifest_sha256"
 _PROGRESS = "progress.json"
 _OPTIMIZER = "optimizer.safetensors"
 _BEST = "best_adapter.safetensors"
@@ -211,10 +213,26 @@ def read_manifest(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
         ValueError: it is none.
     """
-    manifest = json.loads(read_small(path / _MANIFEST, _LARGEST_JSON))
+    file = path / _MANIFEST
+    if file.is_symlink():
+        raise ValueError("it is a link")
+    content = read_small(file, _LARGEST_JSON)
+    manifest = json.loads(content)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise ValueError("no manifest of a checkpoint")
+    if content != _as_json(_sealed(manifest)):
+        raise ValueError("it has changed")
     return manifest
+
+
+def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the hash of all else in it."""
+    rest = {key: value for key, value in manifest.items() if key != _SEAL}
+    return {**rest, _SEAL: hashlib.sha256(_as_json(rest)).hexdigest()}
+
+
+def _as_json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
 def load_checkpoint(path: Path, state: State, accelerator: Accelerator, *, exactly: bool = True) -> None:
@@ -297,7 +315,7 @@ def _manifest(folder: Path, step: int, num_processes: int, made_by: dict[str, st
         for path in sorted(folder.iterdir())
         if path.name != _MANIFEST
     }
-    return {"step": step, "num_processes": num_processes, **made_by, "files": files}
+    return _sealed({"step": step, "num_processes": num_processes, **made_by, "files": files})
 
 
 def _optimizer_state(state: State) -> dict[str, torch.Tensor]:
@@ -348,4 +366,4 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _write_json(path: Path, value: object) -> None:
-    write_file(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+    write_file(path, _as_json(value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -66,16 +67,27 @@ OF_A_FILE: dict[str, Damage] = {
 
 
 def _manifest(change: Callable[[dict], object]) -> Damage:
+    """Changes a manifest, and its hash of itself with it."""
+
     def damage(folder: Path) -> None:
         path = folder / "MANIFEST.json"
         values = json.loads(path.read_text())
         change(values)
-        path.write_text(json.dumps(values))
+        rest = {key: value for key, value in values.items() if key != "manifest_sha256"}
+        seal = hashlib.sha256(_as_json(rest)).hexdigest()
+        path.write_bytes(_as_json({**rest, "manifest_sha256": seal}))
 
     return damage
 
 
+def _as_json(values: dict) -> bytes:
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+
+
 OF_THE_FOLDER: dict[str, Damage] = {
+    "another recipe in the manifest": lambda folder: (folder / "MANIFEST.json").write_text(
+        (folder / "MANIFEST.json").read_text().replace('"recipe_sha256": "', '"recipe_sha256": "0')
+    ),
     "a file too many": lambda folder: (folder / "extra").write_text(""),
     "a folder too many": lambda folder: (folder / "more").mkdir(),
     "a manifest that is a list": lambda folder: (folder / "MANIFEST.json").write_text("[]"),
