@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -101,7 +101,8 @@ def main(words: list[str]) -> int:
     failed = False
     if words != ["--write"]:
         with ThreadPoolExecutor(2) as pool:
-            for name, found in pool.map(_run_apart, words or known):
+            for done in as_completed([pool.submit(_run_apart, name) for name in words or known]):
+                name, found = done.result()
                 failed |= found is None or bool(found.get("failures"))
                 if found is not None:
                     kept[name] = found
