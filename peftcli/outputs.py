@@ -50,10 +50,14 @@ def new_folder(output: Path) -> Iterator[Path]:
                 _remove_leftovers(place, target.name)
             partial, handle = _begin(target)
         try:
-            with _named(output):
-                yield partial
-                with saving(output):
-                    _publish(partial, target, output)
+            yield partial
+            with saving(output):
+                _publish(partial, target, output)
+        except StorageError as error:
+            if error.file is None or not Path(error.file).is_relative_to(partial):
+                raise
+            # the user need not know what stands for the output until it is whole
+            raise StorageError(error.message, file=str(output), hint=error.hint) from None
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             os.close(handle)
@@ -182,15 +186,6 @@ def saving(path: Path) -> Iterator[None]:
         if (found := _RUST_ERROR.search(str(error))) is None:
             raise
         raise StorageError(f"cannot write: {os.strerror(int(found[1]))}", file=str(path)) from None
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Inside, a StorageError is about ``path``: what stands for it until it is whole, the user need not know."""
-    try:
-        yield
-    except StorageError as error:
-        raise StorageError(error.message, file=str(path), hint=error.hint) from None
 
 
 def _where(path: Path) -> Path:
