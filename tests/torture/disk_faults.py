@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import unittest
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,6 @@ from kills import LORA, RESUMED, Program
 from trainkit import Child, read_run
 
 _REMOVES = ("unlink", "unlinkat", "rmdir")
-_MAKES = ("open", "openat", "mkdir", "mkdirat", "write")
 _RUNNING_ON = ("metrics.jsonl", ".lock", "train.log")
 """What grows in place."""
 
@@ -61,49 +60,28 @@ def check_stopped(program: Program, child: Child, folder: Path, out: Path | None
 # --- an error at one call ---------------------------------------------------------------------------------------------
 
 
-def fail_at(program: Program, point: strace.Point, error: str, folder: Path) -> None:
+def fail_at(program: Program, error: str, point: strace.Point, folder: Path) -> None:
     """Let one call fail, then run again."""
     child = strace.inject(program.start, folder, point, f"error={error}")
-    # an old checkpoint that cannot be deleted need not stop a run
-    if child.wait() != 0 or point.syscall not in _REMOVES:
+    code = child.wait()
+    if program is LORA and point in kills.of_saves(kills.points(LORA)):
+        run = read_run(folder / "out")
+        said = (run["status"], run["exit_code"])
+        assert said == (("failed", 7) if code else ("complete", 0)), f"ended with {code}, and run.json says {said}"
+        standing = {path.name for path in (folder / "out/checkpoints").glob("step-*")}
+        assert "step-000004" in standing, f"the checkpoint before is lost; {', '.join(standing) or 'none'} stands"
+    if code or point.syscall not in _REMOVES:  # an old checkpoint that cannot be deleted need not stop a run
         check_stopped(program, child, folder)
     program.finish(folder)
 
 
-def fail_at_save(point: strace.Point, error: str, folder: Path) -> None:
-    """Let one call fail of those of LORA from its last checkpoint on, then run again."""
-    child = strace.inject(LORA.start, folder, point, f"error={error}")
-    if child.wait() != 0:
-        run = read_run(folder / "out")
-        assert (run["status"], run["exit_code"]) == ("failed", 7), f"run.json says {run['status']}, {run['exit_code']}"
-    standing = {path.name for path in (folder / "out/checkpoints").glob("step-*")}
-    assert "step-000004" in standing, f"the checkpoint before is lost; {', '.join(standing) or 'none'} stands"
-    if child.wait() != 0 or point.syscall not in _REMOVES:
-        check_stopped(LORA, child, folder)
-    LORA.finish(folder)
-
-
-def _failing_calls() -> Sequence[Trial]:
-    found = kills.points(LORA)
-    return [
-        *_with_errors(kills.of_saves(found), fail_at_save),
-        *_with_errors(kills.of_start(found), functools.partial(fail_at, LORA)),
-    ]
-
-
-def _failing_calls_of_resume() -> Sequence[Trial]:
-    return _with_errors(kills.of_start(kills.points(RESUMED)), functools.partial(fail_at, RESUMED))
-
-
-def _with_errors(found: list[strace.Point], fail: Callable[[strace.Point, str, Path], None]) -> list[Trial]:
+def _faults(calls: kills.Calls) -> list[Trial]:
+    """ENOSPC and EIO at each call, EDQUOT and EROFS at some."""
     trials = []
-    for index, point in enumerate(found):
-        errors = ["EIO"] if point.syscall == "close" else ["ENOSPC", "EIO"]
-        if index % 4 == 0 and point.syscall in _MAKES:
-            errors.append("EDQUOT")
-        if index % 4 == 1 and point.syscall not in ("write", "fsync", "close"):
-            errors.append("EROFS")
-        trials += [Trial(f"{error} at {point.name}", functools.partial(fail, point, error)) for error in errors]
+    for number in range(calls.count):
+        for error in ("ENOSPC", "EIO", *(("EDQUOT",) if number % 8 == 0 else ("EROFS",) if number % 8 == 4 else ())):
+            fault = functools.partial(fail_at, calls.program, error)
+            trials.append(Trial(f"{error} at call {number + 1}", functools.partial(calls.each, number, fault)))
     return trials
 
 
@@ -226,16 +204,16 @@ CAMPAIGNS = [
         "ENOSPC, EIO, EDQUOT, EROFS at every system call of a save",
         "Exit code 7 and one message that names the path, whole checkpoints, no half file; the same command ends with"
         " the same bytes.",
-        _failing_calls,
-        least=200,
+        functools.partial(_faults, kills.SAVE),
+        least=270,
         sample=2,
     ),
     Campaign(
         "ENOSPC, EIO, EDQUOT, EROFS at every system call of a resume",
         "Exit code 7 and one message that names the path, whole checkpoints, no half file; the same command ends with"
         " the same bytes.",
-        _failing_calls_of_resume,
-        least=40,
+        functools.partial(_faults, kills.RESUME),
+        least=100,
         sample=1,
     ),
     Campaign(

@@ -47,7 +47,7 @@ class Program:
             seen: Where the folder is seen from here, if not there.
         """
         child = self.start(folder, before)
-        code = child.wait()
+        code = child.wait(strace.PATIENCE)
         assert code == 0, f"started again, it ended with {code}:\n{child.err}"
         differences = self.differences(seen or folder, uninterrupted(self).folder)
         assert not differences, f"{'; '.join(differences)}\n{child.err}"
@@ -305,11 +305,6 @@ def kill_at(program: Program, point: strace.Point, folder: Path) -> None:
     program.finish(folder)
 
 
-def _crash_points() -> Sequence[Trial]:
-    found = points(LORA)
-    return [Trial(point.name, functools.partial(kill_at, LORA, point)) for point in of_saves(found) + of_start(found)]
-
-
 DAMAGED = "step-000007"
 """The newest checkpoint of RESUMED, which is to be set aside."""
 
@@ -340,8 +335,36 @@ def _differences_of_resumed(folder: Path, _whole: Path) -> list[str]:
 RESUMED = Program("a stopped run that goes on", _resume, _differences_of_resumed)
 
 
-def _crash_points_of_resume() -> Sequence[Trial]:
-    return [Trial(point.name, functools.partial(kill_at, RESUMED, point)) for point in of_start(points(RESUMED))]
+@dataclass(frozen=True)
+class Calls:
+    """Calls of a program, shared out among trials whose number does not depend on the machine."""
+
+    program: Program
+    chosen: Callable[[list[strace.Point]], list[strace.Point]]
+    """Of all its calls."""
+    count: int
+    """Of trials. The program may make some calls more; the first trials then have two."""
+
+    def each(self, number: int, fault: Callable[[strace.Point, Path], None], folder: Path) -> None:
+        """One trial: let the fault happen at its calls, each time in a folder of its own."""
+        found = self.chosen(points(self.program))
+        assert len(found) >= self.count, f"there are {len(found)} calls, fewer than trials"
+        for point in found[number :: self.count]:
+            try:
+                fault(point, Path(tempfile.mkdtemp(dir=folder)))
+            except AssertionError as error:
+                raise AssertionError(f"{point.name}: {error}") from error
+
+    def kills(self) -> list[Trial]:
+        """SIGKILL at each."""
+        kill = functools.partial(kill_at, self.program)
+        return [
+            Trial(f"at call {number + 1}", functools.partial(self.each, number, kill)) for number in range(self.count)
+        ]
+
+
+SAVE = Calls(LORA, lambda found: of_saves(found) + of_start(found), 120)
+RESUME = Calls(RESUMED, of_start, 45)
 
 
 CAMPAIGNS = [
@@ -355,15 +378,15 @@ CAMPAIGNS = [
     Campaign(
         "SIGKILL at every system call of a save",
         "Whatever the kill left, the same command again ends with the bytes of the run that was never killed.",
-        _crash_points,
-        least=100,
+        SAVE.kills,
+        least=120,
         sample=2,
     ),
     Campaign(
         "SIGKILL at every system call of a resume",
         "Whatever the kill left, the same command again ends with the bytes of the run that was never killed.",
-        _crash_points_of_resume,
-        least=20,
+        RESUME.kills,
+        least=45,
         sample=1,
     ),
 ]
