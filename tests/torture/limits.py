@@ -79,16 +79,6 @@ def _poisoned(poison: _Poison, folder: Path) -> None:
     assert_same(out, whole())
 
 
-def _too_fast(rate: str, folder: Path) -> None:
-    """A learning rate with which training cannot end well; the second time it fails alike."""
-    recipe, out = write_recipe(folder), folder / "out"
-    settings = ("training.max_steps=60", "training.save_strategy=steps", "training.save_steps=2")
-    settings = (*settings, f"training.learning_rate={rate}", "training.max_grad_norm=0")
-    for _ in range(2):
-        _failed(Child(folder, "train", recipe, *settings), out, 9, "not finite")
-        assert read_run(out)["status"] == "failed"
-
-
 def _bad_base(value: float, folder: Path) -> None:
     """A base model whose weights are not finite."""
     base = shutil.copytree(trainkit.base_folder(), folder / "base")
@@ -147,7 +137,6 @@ def divergence() -> Sequence[Trial]:
         for step in (1, 4, 7)
         for value in (float("nan"), float("inf"))
     ]
-    made += [Trial(f"learning rate {rate}", partial(_too_fast, rate)) for rate in ("1e37", "3e38")]
     return made + [
         Trial(f"base weights with {value}", partial(_bad_base, value)) for value in (float("nan"), float("inf"))
     ]
@@ -167,7 +156,7 @@ CAMPAIGNS = [
         "divergence",
         "Training stops at the step, with exit code 9; nothing final is written, and the last good checkpoint stays.",
         divergence,
-        least=15,
+        least=14,
         sample=2,
     ),
     Campaign(
