@@ -187,6 +187,7 @@ class Line:
     streams: list[Any] = field(default_factory=list)
     """Its connections."""
     stopped: bool = False
+    """Whether a signal has ended the command, and all requests with it."""
     last: dict[int, tuple[tuple[str, str], int, Any]] = field(default_factory=dict)
     """Of each thread the last request, where it began, and its answer, which may still be on its way."""
 
@@ -277,7 +278,7 @@ def _check_names(response: Any) -> None:
         if not all(map(_NAME.fullmatch, names)):
             raise _NoHub("a hash that is none")
     elif "/api/" in path and response.status_code == 200:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             told = json.loads(response.read())
             commit = told.get("sha") if isinstance(told, dict) else None
             if commit is not None and not (isinstance(commit, str) and _NAME.fullmatch(commit)):
@@ -343,7 +344,8 @@ def watched(downloads: bool = False) -> Iterator[Line]:
 def _hang_up_when_stopped(line: Line, done: threading.Event) -> None:
     """huggingface_hub fetches in threads, and waits for them though a signal has ended the command."""
     while not done.wait(_POLL):
-        if signals.current().signal:
+        stop = signals.current()
+        if stop.signal and stop.at_once:
             return line.hang_up()
     return None
 
