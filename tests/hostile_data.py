@@ -213,9 +213,11 @@ BAD_FILES: dict[str, tuple[str, str | bytes, int | None, str]] = {
 
 
 def make_socket(path: Path) -> None:
+    here = Path.cwd()
+    os.chdir(path.parent)  # the name of a socket must be short
     with socket.socket(socket.AF_UNIX) as made:
-        os.chdir(path.parent)  # the name of a socket must be short
         made.bind(path.name)
+    os.chdir(here)
 
 
 SPECIAL: dict[str, tuple[Callable[[Path], Any], str]] = {

@@ -48,6 +48,8 @@ class AdapterConfig:
     """What stands before a module's path in the names of the adapter file."""
     always_written: ClassVar[tuple[str, ...]] = ()
     """Fields that readers need even at their default."""
+    sizes: ClassVar[tuple[str, ...]] = ("r", "rank_pattern")
+    """Fields that say how much is made: numbers, or numbers by pattern. A file that says absurd ones is refused."""
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
     """PEFT's keys that this config does not carry, each with the values that mean "off"."""
 

@@ -41,6 +41,9 @@ _DTYPES = {
 }
 """safetensors' names. Adapters have no tensors of other kinds."""
 
+_WIDER = 8
+"""So many times as large as a side of the base model's weights, an adapter's size is believed."""
+
 
 def save_adapter(model: nn.Module, config: AdapterConfig, folder: Path, adapter: str | None = None) -> None:
     """Write the model's adapter, or of several the one of that name, into ``folder``. Equal adapters give equal bytes.
@@ -159,6 +162,7 @@ def _check_header(
     model: nn.Module, config: AdapterConfig, header: Mapping[str, Entry], path: Path, adapter: str
 ) -> None:
     """Raises AdapterError unless the file's tensors are those of the config, before memory is taken for any."""
+    _check_sizes(model, config, sum(entry.numel for entry in header.values()))
     found = {name: torch.empty(e.shape, dtype=_DTYPES[e.dtype], device="meta") for name, e in header.items()}
     empty = skeleton(model)
     try:
@@ -168,3 +172,16 @@ def _check_header(
         check_state(empty, found, str(path), adapter)
     finally:
         unload(empty)
+
+
+def _check_sizes(model: nn.Module, config: AdapterConfig, stored: int) -> None:
+    """Raises AdapterError for a size beyond all that the model and the file could explain: its tensors take memory.
+
+    Some methods draw tensors that their files do not hold.
+    """
+    most = max([stored, *(_WIDER * max(value.shape, default=0) for value in model.parameters())])
+    for key in config.sizes:
+        said = getattr(config, key, None)
+        for number in said.values() if isinstance(said, dict) else [said]:
+            if isinstance(number, (int, float)) and number > most:
+                raise AdapterError(f"{number:,} is far larger than anything in the base model or the file", key=key)

@@ -20,6 +20,7 @@ class SoftPromptConfig(AdapterConfig):
     """A config of a method that trains virtual tokens."""
 
     file_prefix: ClassVar[str] = "base_model."
+    sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens",)
     always_written: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim", "num_transformer_submodules")
 
     num_virtual_tokens: int = 20

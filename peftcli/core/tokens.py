@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -130,6 +131,6 @@ def check_tokens(module: nn.Module, name: str, tokens: Iterable[int], key: str) 
     wrong = [token for token in tokens if not 0 <= token < count]
     if wrong:
         raise AdapterError(f"{name} has the tokens 0 to {count - 1}, not {wrong[0]}", key=key)
-    twice = [token for token in tokens if tokens.count(token) > 1]
-    if twice:
-        raise AdapterError(f"names token {twice[0]} twice", key=key)
+    token, times = Counter(tokens).most_common(1)[0]
+    if times > 1:
+        raise AdapterError(f"names token {token} twice", key=key)

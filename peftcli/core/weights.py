@@ -164,16 +164,16 @@ def is_finite(value: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
 
 
 def materialise(model: nn.Module, tensors: Mapping[str, torch.Tensor], file: str | None = None) -> None:
-    """As ``load_state``, for a model on the meta device: the layers get the tensors themselves.
+    """As ``load_state``, for a model on the meta device: the layers get the tensors themselves, in their own dtypes.
 
     Raises:
         AdapterError: as ``load_state``.
     """
     values = check_state(model, tensors, file)
     for path, layer in _paths_in_file(model, None).items():
-        for tensor in layer.file_tensors():
+        for tensor, empty in layer.file_tensors().items():
             owner, _, leaf = tensor.rpartition(".")
-            value = nn.Parameter(values[layer.file_name(path, tensor)], requires_grad=False)
+            value = nn.Parameter(values[layer.file_name(path, tensor)].to(empty.dtype), requires_grad=False)
             setattr(layer.own_module(owner), leaf, value)
 
 

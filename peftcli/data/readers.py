@@ -31,6 +31,11 @@ ACCEPTED = f"Files that can be read: {', '.join(EXTENSIONS)}, each also with {' 
 
 _PARQUET_BATCH = 64
 """Rows held at once. A row may be large."""
+_LARGEST_BATCH = 256 << 20
+"""Bytes that the texts of one column may take then."""
+_LARGEST_TEXT = 40_000_000
+"""Bytes of a text of a table. None that can be trained has as many."""
+_DICTIONARY_PAGE, _NEXT_INT32 = 2, 0x15
 
 _CONTENT = {
     b"PAR1\x15": "parquet",
@@ -179,7 +184,7 @@ def _read_parquet(text: Text, *, packed: bool) -> Iterator[Row | DataError]:
                 names = parquet.schema_arrow.names
                 if len(set(names)) < len(names):
                     raise DataError(f"two columns are named {cut(repeated(names))}", file=text.source)
-                for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH):
+                for batch in parquet.iter_batches(batch_size=_rows_at_once(parquet.metadata, file, text.source)):
                     for values in table_rows(batch):
                         text.number += 1
                         place = Place(text.source, text.number)
@@ -189,6 +194,49 @@ def _read_parquet(text: Text, *, packed: bool) -> Iterator[Row | DataError]:
             found = content(file.read(64))
             what = f"but {found}" if found not in ("parquet", None) else f"or it is damaged: {reason(error)}"
             raise DataError(f"is not a parquet file, {what}", file=text.source) from error
+
+
+def _rows_at_once(metadata: Any, file: Any, source: str) -> int:
+    """How many rows may be read together, so that their texts fit into memory.
+
+    Raises:
+        DataError: a row alone would not.
+    """
+    most = _PARQUET_BATCH
+    for group in range(metadata.num_row_groups):
+        for column in map(metadata.row_group(group).column, range(metadata.num_columns)):
+            if column.physical_type != "BYTE_ARRAY" or not column.num_values:
+                continue
+            size = column.total_uncompressed_size
+            kind, first = _first_page(file, column)
+            if size > _LARGEST_TEXT * column.num_values or first > size + _LARGEST_TEXT:
+                name = cut(column.path_in_schema)
+                message = (
+                    f"row group {group + 1}: a text of the column {name} unpacks to more than {_LARGEST_TEXT:,} bytes"
+                )
+                raise DataError(message, file=source)
+            # one text of a dictionary may be that of all rows, and one that is told by what differs from the last
+            shared = size if "DELTA_BYTE_ARRAY" in column.encodings else first if kind == _DICTIONARY_PAGE else 0
+            most = min(most, _LARGEST_BATCH // max(shared, 1))
+    return max(1, most)
+
+
+def _first_page(file: Any, column: Any) -> tuple[int, int]:
+    """Of which kind the first page of a column's chunk is, and how many bytes it unpacks to, as its header says."""
+    starts = [column.data_page_offset, column.dictionary_page_offset if column.has_dictionary_page else None]
+    file.seek(min(start for start in starts if start is not None))
+    found, head = [], iter(file.read(32))
+    for _ in range(2):  # Thrift's compact protocol: the next field, a 32-bit number in zigzag
+        if next(head, None) != _NEXT_INT32:
+            return 0, 0
+        number = shift = 0
+        for byte in head:
+            number |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                break
+        found.append(number >> 1 ^ -(number & 1))
+    return found[0], found[1]
 
 
 def table_rows(table: Any) -> list[dict[str, Any] | str]:

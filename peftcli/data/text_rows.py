@@ -17,6 +17,8 @@ from peftcli.errors import DataError
 
 LONGEST_ROW = 64 << 20
 """Bytes of text that one row may take."""
+_ENDLESS = 1 << 30
+"""Bytes of a line after which no other is waited for: a few megabytes can unpack to days of reading."""
 CHUNK = 1 << 20
 """Bytes read at once."""
 _DEEPEST = 100
@@ -40,14 +42,22 @@ class Text:
         """Of the last line; for the rows of CSV and lists, the line that the row starts on."""
 
     def lines(self) -> Iterator[bytes | None]:
-        """The lines with their ends; None for one that is too long, of which no more is held than the limit."""
+        """The lines with their ends; None for one that is too long, of which no more is held than the limit.
+
+        Raises:
+            DataError: a line is so long that the file seems to have no more of them.
+        """
         while raw := self.stream.readline(LONGEST_ROW + 2):
             self.line += 1
             if self.line == 1:
                 raw = raw.removeprefix(codecs.BOM_UTF8)
             if len(raw) > LONGEST_ROW and len(raw.rstrip(b"\r\n")) > LONGEST_ROW:
+                skipped = len(raw)
                 while raw and not raw.endswith(b"\n"):
                     raw = self.stream.readline(CHUNK)
+                    skipped += len(raw)
+                    if skipped > _ENDLESS:
+                        raise self.error(f"a row of more than {_ENDLESS >> 20:,} MiB; what follows it is not read")
                 yield None
             else:
                 yield raw

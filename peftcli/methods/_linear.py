@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,10 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype
 from peftcli.core.linear import dense_weight, need_linear, stored_weight
+from peftcli.errors import AdapterError
+
+_LARGEST_R = 4096
+"""Of drawn tensors, which may be larger than a small layer."""
 
 
 class DeltaLinear(AdapterLayer):
@@ -96,6 +100,13 @@ def beside(layer: nn.Module) -> dict[str, Any]:
     """Device and dtype of adapter weights beside the layer's own."""
     weight = stored_weight(layer)
     return {"device": weight.device, "dtype": adapter_dtype(weight)}
+
+
+def check_drawn(r: int, layers: Iterable[Any]) -> None:
+    """Raises AdapterError for an r with which tensors that all layers share, and no file may hold, fill the memory."""
+    widest = max(side for layer in layers for side in (layer.view.in_features, layer.view.out_features))
+    if r > max(_LARGEST_R, 2 * widest):
+        raise AdapterError(f"{r:,} is far larger than the layers, whose largest side is {widest:,}", key="r")
 
 
 def share_tensors(layers: Sequence[AdapterLayer], tensors: Mapping[str, torch.Tensor]) -> None:

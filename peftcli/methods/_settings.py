@@ -58,6 +58,12 @@ def too_small(config: object, **least: float) -> Problems:
     return [(key, f"must be at least {least[key]}, not {value}") for key, value in found.items() if value < least[key]]
 
 
+def too_large(config: object, **most: float) -> Problems:
+    """Settings above the most that each may be."""
+    found = {key: getattr(config, key) for key in most}
+    return [(key, f"must be at most {most[key]}, not {value}") for key, value in found.items() if value > most[key]]
+
+
 def not_positive(config: object, *keys: str) -> Problems:
     """Settings that are not above zero."""
     found = {key: getattr(config, key) for key in keys}

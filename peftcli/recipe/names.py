@@ -262,5 +262,6 @@ def near_file(path: str) -> str | None:
         names = [entry.name for entry, _ in zip(folder.iterdir(), range(_MAX_FILES), strict=False)]
     except (OSError, ValueError):
         return None
-    found = difflib.get_close_matches(Path(path).name[:100], sorted(names), 1, 0.7)
+    own = Path(path).name  # a link that leads nowhere is there, and no help
+    found = difflib.get_close_matches(own[:100], sorted(set(names) - {own}), 1, 0.7)
     return str(folder / found[0]) if found else None

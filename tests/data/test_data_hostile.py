@@ -6,6 +6,7 @@ None crashes, hangs, takes memory without bound, or gives rows that the file doe
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import random
@@ -30,7 +31,7 @@ from hostile_data import (
     zstd,
 )
 
-from peftcli.data import text_rows
+from peftcli.data import readers, text_rows
 from peftcli.data.formats import Example, example_reader
 from peftcli.data.rows import Row
 from peftcli.data.sources import open_source
@@ -247,6 +248,16 @@ def test_a_bomb_of_zeros_is_one_line_too_long(tmp_path: Path, monkeypatch: pytes
         assert (error.line, error.message) == (2, "a row of more than 64 MiB")
 
 
+def test_a_line_without_an_end_ends_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_rows, "LONGEST_ROW", 1000)
+    monkeypatch.setattr(text_rows, "CHUNK", 1000)
+    monkeypatch.setattr(text_rows, "_ENDLESS", 5 << 20)
+    data = b'{"a": 1}\n' + b" " * (6 << 20) + b'\n{"a": 2}\n'
+    rows, [error] = read(write(tmp_path, "a.jsonl.gz", gzip.compress(data, 1)))
+    assert rows == [{"a": 1}]
+    assert (error.line, error.message) == (2, "a row of more than 5 MiB; what follows it is not read")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "line"),
     [
@@ -265,6 +276,56 @@ def test_a_row_without_an_end_is_not_held(
     assert len(rows) == 1
     assert error.line == line
     assert "a row of more than 64 MiB" in error.message
+
+
+def same_text(size: int, rows: int, **options: Any) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    data = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x" * size] * rows}), data, compression="zstd", **options)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("options", "at_once"),
+    [
+        ({"use_dictionary": True}, 1),
+        ({"use_dictionary": False}, 64),
+        ({"use_dictionary": False, "column_encoding": "DELTA_BYTE_ARRAY"}, 1),
+    ],
+)
+def test_a_text_that_all_rows_of_a_table_share_is_read_row_by_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], at_once: int
+) -> None:
+    monkeypatch.setattr(readers, "_LARGEST_BATCH", 1_500_000)
+    path, sizes = write(tmp_path, "a.parquet", same_text(1_000_000, 70, **options)), []
+    real = readers.table_rows
+    monkeypatch.setattr(readers, "table_rows", lambda batch: sizes.append(len(batch)) or real(batch))
+    rows, errors = read(path)
+    assert (len(rows), errors) == (70, [])
+    assert max(sizes) == at_once
+
+
+def test_a_table_whose_texts_no_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "_LARGEST_TEXT", 100_000)
+    path = write(tmp_path, "a.parquet", same_text(200_000, 1))
+    rows, [error] = read(path)
+    assert rows == []
+    assert error.message == "row group 1: a text of the column 'text' unpacks to more than 100,000 bytes"
+    assert read(write(tmp_path, "a.parquet", same_text(90_000, 1)))[1] == []
+
+
+def test_a_page_that_claims_to_unpack_to_gigabytes_is_not_unpacked(tmp_path: Path) -> None:
+    data = bytearray(same_text(10, 3, use_dictionary=False))
+    start = 4  # of the first page, behind PAR1: 0x15, kind, 0x15, size
+    assert data[start] == data[start + 2] == 0x15
+    assert data[start + 3] < 0x80
+    data[start + 3 : start + 4] = b"\xfe\xff\xff\xff\x0f"  # 2**31 - 1
+    path = write(tmp_path, "a.parquet", bytes(data))
+    rows, [error] = read(path)
+    assert rows == []
+    assert "unpacks to more than 40,000,000 bytes" in error.message or "is not a parquet file" in error.message
 
 
 # --- what is no file

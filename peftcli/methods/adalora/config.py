@@ -33,6 +33,7 @@ class AdaLoraConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Settings of AdaLoRA, under PEFT's names."""
 
     peft_type: ClassVar[str] = "ADALORA"
+    sizes: ClassVar[tuple[str, ...]] = ("init_r",)
     always_written: ClassVar[tuple[str, ...]] = ("target_modules", "lora_alpha", "target_r", "init_r", "total_step")
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
         "megatron_core": ("megatron.core",),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from peftcli.core.config import ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_share, too_small
+from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_share, too_large, too_small
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,6 +19,7 @@ class BOFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Settings of BOFT, under PEFT's names."""
 
     peft_type: ClassVar[str] = "BOFT"
+    sizes: ClassVar[tuple[str, ...]] = ("boft_block_size", "boft_block_num", "boft_n_butterfly_factor")
     always_written: ClassVar[tuple[str, ...]] = (
         "boft_block_size",
         "boft_block_num",
@@ -43,6 +44,7 @@ class BOFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     def problems(self) -> Problems:
         found = super().problems() + no_share(self, "boft_dropout")
         found += too_small(self, boft_block_size=0, boft_block_num=0, boft_n_butterfly_factor=1)
+        found += too_large(self, boft_n_butterfly_factor=62)
         if (self.boft_block_size == 0) == (self.boft_block_num == 0):
             found.append(("boft_block_size", "give either boft_block_size or boft_block_num, and 0 for the other"))
         return found

@@ -22,6 +22,7 @@ class C3AConfig(BiasConfig, LayeredConfig):
     """Settings of C3A, under PEFT's names."""
 
     peft_type: ClassVar[str] = "C3A"
+    sizes: ClassVar[tuple[str, ...]] = ("block_size", "block_size_pattern")
     always_written: ClassVar[tuple[str, ...]] = ("block_size", "target_modules")
 
     block_size: int = 256

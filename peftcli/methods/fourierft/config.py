@@ -22,6 +22,7 @@ class FourierFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Settings of FourierFT, under PEFT's names."""
 
     peft_type: ClassVar[str] = "FOURIERFT"
+    sizes: ClassVar[tuple[str, ...]] = ("n_frequency", "n_frequency_pattern")
     always_written: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "target_modules", "random_loc_seed")
 
     n_frequency: int = 1000

@@ -19,6 +19,7 @@ class GraloraConfig(BiasConfig, FanInConfig, LayeredConfig):
     """Settings of GraLoRA, under PEFT's names."""
 
     peft_type: ClassVar[str] = "GRALORA"
+    sizes: ClassVar[tuple[str, ...]] = ("r", "hybrid_r", "gralora_k")
     always_written: ClassVar[tuple[str, ...]] = ("r", "alpha", "gralora_k", "target_modules")
 
     r: int = 32

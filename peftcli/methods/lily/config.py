@@ -19,6 +19,7 @@ class LilyConfig(ExcludingConfig, LayeredConfig):
     """Settings of Lily, under PEFT's names."""
 
     peft_type: ClassVar[str] = "LILY"
+    sizes: ClassVar[tuple[str, ...]] = ("r", "stride_A", "num_B")
     always_written: ClassVar[tuple[str, ...]] = ("r", "stride_A", "num_B", "scaling", "target_modules")
 
     r: int = 32

@@ -19,6 +19,7 @@ class MissConfig(BiasConfig, ExcludingConfig, LayeredConfig):
     """Settings of MiSS, under PEFT's names."""
 
     peft_type: ClassVar[str] = "MISS"
+    sizes: ClassVar[tuple[str, ...]] = ("r", "mini_r")
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "init_weights", "mini_r")
 
     r: int = 64

@@ -21,6 +21,7 @@ class MultitaskPromptTuningConfig(TextPromptConfig):
     """Settings of multitask prompt tuning, under PEFT's names."""
 
     peft_type: ClassVar[str] = "MULTITASK_PROMPT_TUNING"
+    sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "num_tasks", "num_ranks")
     always_written: ClassVar[tuple[str, ...]] = (*TextPromptConfig.always_written, "num_tasks", "num_ranks")
     inits: ClassVar[tuple[str, ...]] = ("RANDOM", "TEXT", *_FROM_SOURCE)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftcli.core.config import AdapterConfig, ExcludingConfig, LayeredConfig
 from peftcli.errors import AdapterError
-from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_share, not_positive, too_small
+from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_share, not_positive, too_large, too_small
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,6 +21,7 @@ class OFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Settings of OFT, under PEFT's names."""
 
     peft_type: ClassVar[str] = "OFT"
+    sizes: ClassVar[tuple[str, ...]] = ("r", "oft_block_size")
     always_written: ClassVar[tuple[str, ...]] = (
         "r",
         "oft_block_size",
@@ -55,6 +56,7 @@ class OFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
 
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, r=0, oft_block_size=0, num_cayley_neumann_terms=1)
+        found += too_large(self, num_cayley_neumann_terms=100)
         found += no_share(self, "module_dropout") + not_positive(self, "eps")
         if (self.r == 0) == (self.oft_block_size == 0):
             found.append(("oft_block_size", "give either r or oft_block_size, and 0 for the other"))

@@ -35,6 +35,7 @@ class OSFConfig(TargetedConfig):
     """Settings of OSF, under PEFT's names."""
 
     peft_type: ClassVar[str] = "OSF"
+    sizes: ClassVar[tuple[str, ...]] = ("effective_rank", "rank_pattern")
     always_written: ClassVar[tuple[str, ...]] = ("target_modules", "effective_rank")
 
     effective_rank: int | float | None = None

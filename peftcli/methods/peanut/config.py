@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from peftcli.core.config import ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import Problems, no_choice, not_positive, too_small
+from peftcli.methods._settings import Problems, no_choice, not_positive, too_large, too_small
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,6 +26,7 @@ class PeanutConfig(ExcludingConfig, LayeredConfig):
     """Settings of PEANuT, under PEFT's names."""
 
     peft_type: ClassVar[str] = "PEANUT"
+    sizes: ClassVar[tuple[str, ...]] = ("r", "depth")
     always_written: ClassVar[tuple[str, ...]] = ("r", "depth", "act_fn", "scaling", "target_modules")
 
     r: int = 32
@@ -41,6 +42,7 @@ class PeanutConfig(ExcludingConfig, LayeredConfig):
 
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, r=1, depth=0) + not_positive(self, "scaling")
+        found += too_large(self, depth=100)
         return found + no_choice(self, "act_fn", *ACTIVATIONS)
 
     def wrap(self, module: nn.Module, name: str) -> AdapterLayer:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from peftcli.core.config import ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import FanInConfig, Problems, no_choice, no_share, not_positive, too_small
+from peftcli.methods._settings import FanInConfig, Problems, no_choice, no_share, not_positive, too_large, too_small
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,6 +55,7 @@ class PsoftConfig(FanInConfig, ExcludingConfig, LayeredConfig):
 
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, r=1, num_cayley_neumann_terms=1, psoft_svd_lowrank_niter=0)
+        found += too_large(self, num_cayley_neumann_terms=100, psoft_svd_lowrank_niter=1000)
         found += not_positive(self, "psoft_alpha") + no_share(self, "psoft_dropout")
         found += no_choice(self, "ab_svd_init", "psoft_init", "pissa_init")
         found += no_choice(self, "psoft_svd", "full", "lowrank")

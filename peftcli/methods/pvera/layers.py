@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.methods._linear import SharingLinear, beside, share_tensors
+from peftcli.methods._linear import SharingLinear, beside, check_drawn, share_tensors
 from peftcli.methods.pvera.config import PveraConfig
 
 
@@ -60,6 +60,7 @@ def share(layers: Iterable[Any], config: PveraConfig) -> None:
     They are drawn as PEFT draws them: its files may hold the seed alone.
     """
     layers = list(layers)
+    check_drawn(config.r, layers)
     generator = torch.Generator().manual_seed(config.projection_prng_key)
     a = torch.empty(2 * config.r, max(layer.view.in_features for layer in layers))
     b = torch.empty(max(layer.view.out_features for layer in layers), config.r)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import SharingLinear, beside, share_tensors
+from peftcli.methods._linear import SharingLinear, beside, check_drawn, share_tensors
 from peftcli.methods.randlora.config import RandLoraConfig
 
 
@@ -69,6 +69,7 @@ def share(layers: Iterable[Any], config: RandLoraConfig) -> None:
     They are drawn as PEFT draws them: its files may hold the seed alone.
     """
     layers = list(layers)
+    check_drawn(config.r, layers)
     sides = [max(layer.view.in_features for layer in layers), max(layer.view.out_features for layer in layers)]
     count = math.ceil(min(sides) / config.r)
     generator = torch.Generator().manual_seed(config.projection_prng_key)

@@ -19,6 +19,7 @@ class RoadConfig(TargetedConfig):
     """Settings of RoAd, under PEFT's names."""
 
     peft_type: ClassVar[str] = "ROAD"
+    sizes: ClassVar[tuple[str, ...]] = ("group_size",)
     always_written: ClassVar[tuple[str, ...]] = ("variant", "group_size", "target_modules")
 
     variant: Literal["road_1", "road_2", "road_4"] = "road_1"

@@ -19,6 +19,7 @@ class TinyLoraConfig(BiasConfig, FanInConfig, LayeredConfig):
     """Settings of TinyLoRA, under PEFT's names."""
 
     peft_type: ClassVar[str] = "TINYLORA"
+    sizes: ClassVar[tuple[str, ...]] = ("r", "u")
     always_written: ClassVar[tuple[str, ...]] = (
         "r", "u", "weight_tying", "target_modules", "projection_seed", "save_projection",
     )  # fmt: skip

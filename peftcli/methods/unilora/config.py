@@ -19,6 +19,7 @@ class UniLoraConfig(BiasConfig, FanInConfig, LayeredConfig):
     """Settings of Uni-LoRA, under PEFT's names."""
 
     peft_type: ClassVar[str] = "UNILORA"
+    sizes: ClassVar[tuple[str, ...]] = ("r", "theta_d_length")
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "theta_d_length", "proj_seed", "save_indices")
 
     r: int = 4

@@ -10,11 +10,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.linear import stored_weight
+from peftcli.errors import AdapterError
 from peftcli.methods._linear import SharingLinear, beside
 from peftcli.methods.unilora.config import UniLoraConfig
 from peftcli.methods.unilora.numpy_random import NumpyRandom
 
 _PLACES = ("unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B")
+
+_MOST_PLACES = 200_000_000
+"""Gigabytes while they are drawn."""
 
 
 class UniLoraLinear(SharingLinear):
@@ -50,6 +54,9 @@ class UniLoraLinear(SharingLinear):
 def share(layers: Iterable[Any], config: UniLoraConfig) -> None:
     """Give every layer the vector, and the places of its numbers in the layer's matrices."""
     layers = list(layers)
+    sizes = [rows * columns for layer in layers for rows, columns in layer.shapes.values()]
+    if sum(sizes) > _MOST_PLACES:
+        raise AdapterError(f"{config.r:,} makes matrices of {sum(sizes):,} numbers", key="r")
     theta = torch.empty(config.theta_d_length, **beside(layers[0]))
     bound = config.init_theta_d_bound
     if config.init_weights:
@@ -57,7 +64,6 @@ def share(layers: Iterable[Any], config: UniLoraConfig) -> None:
     else:
         nn.init.normal_(theta)
     parameter = nn.Parameter(theta)
-    sizes = [rows * columns for layer in layers for rows, columns in layer.shapes.values()]
     in_file = config.save_indices and config.inference_mode
     indices = torch.zeros(sum(sizes), dtype=torch.long) if in_file else _assigned(sum(sizes), config)
     scales = indices.bincount(minlength=config.theta_d_length).float().rsqrt()[indices]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.methods._linear import SharingLinear, beside, share_tensors
+from peftcli.methods._linear import SharingLinear, beside, check_drawn, share_tensors
 from peftcli.methods.vera.config import VeraConfig
 
 
@@ -56,6 +56,7 @@ def share(layers: Iterable[Any], config: VeraConfig) -> None:
     They are drawn as PEFT draws them: its files may hold the seed alone.
     """
     layers = list(layers)
+    check_drawn(config.r, layers)
     generator = torch.Generator().manual_seed(config.projection_prng_key)
     shapes = {
         "vera_A": (config.r, max(layer.view.in_features for layer in layers)),

@@ -33,6 +33,7 @@ class WaveFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Settings of WaveFT, under PEFT's names."""
 
     peft_type: ClassVar[str] = "WAVEFT"
+    sizes: ClassVar[tuple[str, ...]] = ("n_frequency", "n_frequency_pattern")
     always_written: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "target_modules", "random_loc_seed")
 
     n_frequency: int = 2592
