@@ -24,6 +24,8 @@ from hub_server import Commit, Hub, Repo
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What the recipe names. A tiny model has that name on the machine's hub."""
+PATIENCE = 200.0
+"""Seconds that a command may take on a busy machine."""
 _CLIENT = """\
 import json, os, signal, socket, sys
 passed_on = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
@@ -110,7 +112,7 @@ class Machine:
     def run(self, script: str | list[str], env: Mapping[str, str] | None = None) -> int:
         """Run one to its end. What it printed stands in the test's output."""
         process = self.start(script, env)
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=PATIENCE)
         print(f"$ {script if isinstance(script, str) else shlex.join(script)}\n{out}{err}-> {process.returncode}")
         return process.returncode
 
@@ -156,9 +158,9 @@ class Machine:
                 file.write(f"{child.process.pid}\n")
                 file.flush()
                 if stop:
-                    child.until(lambda: self.logged() > steps + 1)
+                    child.until(lambda: self.logged() > steps + 1, PATIENCE)
                     child.signal(stop)
-                code = child.wait()
+                code = child.wait(PATIENCE)
                 file.write(json.dumps({"code": code, "out": child.out, "err": child.err}) + "\n")
                 file.flush()
 

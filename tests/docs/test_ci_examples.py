@@ -18,7 +18,7 @@ import kubernetes_validate
 import pytest
 import trainkit
 import yaml
-from ci_machine import BASE, Machine
+from ci_machine import BASE, PATIENCE, Machine
 from docs_pages import ROOT
 from hub_server import TOKEN
 
@@ -301,13 +301,13 @@ def slurm(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., in
         before = machine.logged()
         process = machine.start(["bash", str(SLURM)], env)
         if number is not None:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + PATIENCE
             while machine.logged() <= before:
                 assert process.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             process.send_signal(number)  # the shell's alone: B:
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=PATIENCE)
         print(out, err)
         return process.returncode
 
