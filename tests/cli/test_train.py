@@ -136,7 +136,7 @@ def test_failures(cli: Callable, recipe: Path, tmp_path: Path) -> None:
     fails(2, "no such file", str(recipe), "dataset.train=nowhere.jsonl")
     fails(2, "nowhere.yaml", str(tmp_path / "nowhere.yaml"))
     fails(4, "no model folder", str(recipe), "base_model=./nowhere")
-    fails(5, "the hub cannot be reached", str(recipe), "base_model=acme/tiny", f"training.output_dir={tmp_path}/hub")
+    fails(5, "HF_HUB_OFFLINE is set", str(recipe), "base_model=acme/tiny", f"training.output_dir={tmp_path}/hub")
     fails(4, "q_proj", str(recipe), "method.target_modules=[q_porj]", f"training.output_dir={tmp_path}/typo")
     fails(2, "no such checkpoint", str(recipe), "--resume", "nowhere", f"training.output_dir={tmp_path}/resume")
     (tmp_path / "train.jsonl").write_text('{"text": 1}\n')

@@ -216,6 +216,6 @@ CAMPAIGNS = [
         "first; no process is left; the same command ends byte-identical to a group that did not fail.",
         trials,
         least=20,
-        sample=1,
+        sample=0,
     )
 ]
