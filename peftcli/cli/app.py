@@ -159,8 +159,4 @@ def _for_user(error: Exception) -> PeftcliError:
         return UsageError(error.format_message(), hint=f"see `{path} --help`")
     if isinstance(error, typer.Abort):
         return Interrupted("aborted", exit_code=130)
-    return _Bug(f"peftcli failed: {type(error).__name__}: {error}; run with --debug to see where")
-
-
-class _Bug(PeftcliError):
-    """An exception that nobody foresaw."""
+    return PeftcliError(f"peftcli failed: {type(error).__name__}: {error}; run with --debug to see where")
