@@ -28,7 +28,7 @@ from jinja2.visitor import NodeTransformer
 
 LONGEST = 1_000_000
 """Characters of a template."""
-_SECONDS, _SECONDS_EACH = 5.0, 20e-6
+_SECONDS, _SECONDS_EACH = 4.0, 20e-6
 """Of this thread's computing that one rendering may take, and as much more for each character of the conversation."""
 _SIZE, _SIZE_EACH = 100_000_000, 1000
 """The same for the characters, list items and digits that it makes, those that it throws away among them."""

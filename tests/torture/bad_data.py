@@ -74,7 +74,7 @@ def refused(case: Case, folder: Path) -> None:
     if "run.json" not in made:
         return
     run = trainkit.read_run(folder / "out")
-    assert (run["status"], run["exit_code"], run["resumable"]) == ("failed", 3, False)
+    assert (run["status"], run["exit_code"], run["resumable"]) == ("failed", case.code, False)
     assert run["error"]["message"] == error["message"]
 
 

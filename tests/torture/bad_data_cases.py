@@ -294,6 +294,55 @@ WHOLE = {
 }
 
 
+def template(
+    text: str, says: str = "does not come to an end", code: int = 4, row: dict[str, Any] = CHAT, **rest: Any
+) -> Case:
+    """A conversation, and a chat template for it."""
+    files = {"data.jsonl": lines(row), "t.jinja": text.encode()}
+    given: dict[str, Any] = {"key": "base_model.chat_template", "file": None} | rest
+    return Case(files, says, code=code, more={"chat_template": "t.jinja"}, **given)
+
+
+PLAIN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+TEMPLATES = {
+    "loops in loops": template(
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}" + PLAIN
+    ),
+    "a macro that calls itself twice": template(
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}" + PLAIN
+    ),
+    "loops in a long conversation only": template(
+        "{% if messages | length > 3 %}{% for a in range(99999) %}{% for b in range(99999) %}"
+        "{% endfor %}{% endfor %}{% endif %}" + PLAIN,
+        row=turns(*[USER, ANSWER] * 3),
+        file="data.jsonl",
+        line=1,
+    ),
+    "a text that doubles": template(
+        "{% set ns = namespace(x='ab') %}{% for a in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}" + PLAIN
+    ),
+    "a text of ten billion characters": template("{{ 'x' * 10000000000 }}" + PLAIN),
+    "a number without end": template("{% if false %}{{ 9 ** (9 ** 9) }}{% endif %}{{ 9 ** (9 ** 9) }}" + PLAIN),
+    "a width of ten billion": template("{{ 'x' | center(10000000000) }}" + PLAIN),
+    "no conversation in it": template(
+        "Hello", "does not show a plain question and its answer", 3, key=None, file="data.jsonl"
+    ),
+    "a refusal": template(
+        "{{ raise_exception('no \x1b[31m') }}", "refuses the conversation", 3, key=None, file="data.jsonl"
+    ),
+    "an escape from the sandbox": template(
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}" + PLAIN, "unsafe", 3, key=None, file="data.jsonl"
+    ),
+    "an include": template(
+        "{% include '/etc/passwd' %}" + PLAIN, "refuses the conversation", 3, key=None, file="data.jsonl"
+    ),
+    "a tag that is not closed": template(
+        "{% for m in messages %}", "no chat template", key="base_model.chat_template", file="t.jinja", line=1
+    ),
+    "nothing": template("", "is empty", file="t.jinja"),
+}
+
+
 def _folder(**files: str) -> Callable[[Path], None]:
     """A folder ``d`` with such files in it."""
 
@@ -414,6 +463,13 @@ def _damaged() -> Iterator[tuple[str, Case]]:
 def bad_data() -> dict[str, Case]:
     """All of them, by name."""
     found = dict([*_shared(), *((f"damaged: {name}", case) for name, case in _damaged())])
-    for of, cases in {"chat": CHATS, "columns": COLUMNS, "table": TABLES, "whole": WHOLE, "folder": FOLDERS}.items():
+    for of, cases in {
+        "chat": CHATS,
+        "columns": COLUMNS,
+        "table": TABLES,
+        "whole": WHOLE,
+        "template": TEMPLATES,
+        "folder": FOLDERS,
+    }.items():
         found |= {f"{of}: {name}": case for name, case in cases.items()}
     return found
