@@ -173,6 +173,6 @@ CAMPAIGNS = [
         "code 5 and its name are told within a second.",
         trials=_trials,
         least=15,
-        sample=3,
+        sample=2,
     )
 ]
