@@ -206,7 +206,7 @@ CAMPAIGNS = [
         " the same bytes.",
         functools.partial(_faults, kills.SAVE),
         least=270,
-        sample=2,
+        sample=1,
     ),
     Campaign(
         "ENOSPC, EIO, EDQUOT, EROFS at every system call of a resume",
@@ -214,7 +214,7 @@ CAMPAIGNS = [
         " the same bytes.",
         functools.partial(_faults, kills.RESUME),
         least=100,
-        sample=1,
+        sample=0,
     ),
     Campaign(
         "A full disk",

@@ -268,7 +268,7 @@ def _run_for(child: Child, seconds: float) -> float:
 def _random_kills() -> Sequence[Trial]:
     return [
         Trial(f"{program.name}, seed {seed}", functools.partial(kill_at_random, program, seed))
-        for seed in range(SEEDS)
+        for seed in [*range(SEEDS // 2, SEEDS), *range(SEEDS // 2)]  # the sample's kill comes amid the run
         for program in PROGRAMS
     ]
 
@@ -373,20 +373,20 @@ CAMPAIGNS = [
         "The same command again ends with the bytes of the run that was never killed.",
         _random_kills,
         least=210,
-        sample=2,
+        sample=1,
     ),
     Campaign(
         "SIGKILL at every system call of a save",
         "Whatever the kill left, the same command again ends with the bytes of the run that was never killed.",
         SAVE.kills,
         least=120,
-        sample=2,
+        sample=1,
     ),
     Campaign(
         "SIGKILL at every system call of a resume",
         "Whatever the kill left, the same command again ends with the bytes of the run that was never killed.",
         RESUME.kills,
         least=45,
-        sample=1,
+        sample=0,  # those of damaged checkpoints resume too
     ),
 ]
