@@ -17,6 +17,7 @@ from peftcli import card, hub_client
 from peftcli.core.header import CONFIG_FILE, WEIGHTS_FILE, checked_config, read_header, weights_file
 from peftcli.errors import AdapterError, HubError, UsageError
 from peftcli.hub_client import endpoint, shown
+from peftcli.outputs import expanded
 from peftcli.redact import redact
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def local_folder(adapter: str, revision: str | None = None) -> Path:
         HubError: the hub has no such repository, or refuses it.
         NetworkError: the hub cannot be reached, and the cache has no copy.
     """
-    folder = Path(adapter)
+    folder = expanded(Path(adapter))
     if adapter and folder.is_dir():
         if (folder / "adapter_model.bin").is_file() and not (folder / WEIGHTS_FILE).is_file():
             raise AdapterError(f"no {WEIGHTS_FILE} here", file=adapter, hint=_PICKLED)

@@ -23,8 +23,10 @@ def pushed(hub: Hub, folder: Path) -> Hub:
     return hub
 
 
-def test_a_folder_is_returned_as_it_is(folder: Path) -> None:
+def test_a_folder_is_returned_as_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert local_folder(str(folder)) == folder
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert local_folder(f"~/{folder.name}") == folder
 
 
 def test_the_round_trip_is_byte_identical(pushed: Hub, folder: Path) -> None:
