@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,16 @@ def test_gate_holds() -> None:
     assert not gate_holds(">", 1.0, 1.0)
     assert gate_holds("==", 1.0, 1.0)
     assert not any(gate_holds(op, math.nan, 1.0) for op in ("<=", "<", ">=", ">", "=="))
+
+
+def test_a_link_that_leads_nowhere_is_not_suggested_in_its_own_place(problem, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").symlink_to(tmp_path / "gone")
+    found = problem("", f"dataset.train={tmp_path}/data.jsonl")
+    assert (found.message, found.suggestion) == (f"no such file: {tmp_path}/data.jsonl", None)
+
+
+def test_a_template_that_is_a_folder_or_a_pipe(problem, tmp_path: Path) -> None:
+    (tmp_path / "a.jinja").mkdir()
+    os.mkfifo(tmp_path / "b.jinja")
+    for name in ("a.jinja", "b.jinja"):
+        assert "is no regular file" in problem("", f"base_model.chat_template={tmp_path}/{name}").message
