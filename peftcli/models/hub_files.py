@@ -10,6 +10,7 @@ import glob
 from pathlib import Path
 
 from peftcli import hub_client
+from peftcli.core.reading import shown
 from peftcli.errors import HubError, ModelError, NetworkError
 from peftcli.schema import BaseModel
 
@@ -33,7 +34,7 @@ def fetch(base: BaseModel, *names: str) -> Path:
     from huggingface_hub import constants
 
     if not hub_client.is_repo_id(base.name):
-        raise ModelError(f"{base.name!r} is neither a folder nor a hub id", key="base_model")
+        raise ModelError(f"{shown(base.name)} is neither a folder nor a hub id", key="base_model")
     model = (constants.HF_HUB_CACHE, hub_client.endpoint(), base.name, base.revision or "")
     code = ["*.py"] if base.trust_remote_code else []
     patterns = [*_SMALL, "*.jinja", *code, *map(glob.escape, names)]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -142,6 +143,9 @@ HEADERS: dict[str, tuple[bytes, int]] = {
     "three offsets": (json.dumps({"a": _entry(offsets=(0, 4, 8))}).encode(), 8),
     "text": (json.dumps({"a": "b"}).encode(), 0),
     "a strange dtype": (json.dumps({"a": _entry(dtype="F33")}).encode(), 8),
+    "offsets that are floats": (json.dumps({"a": _entry(offsets=(0.0, 8.0))}).encode(), 8),
+    "notes that are no text": (b'{"__metadata__": {"a": 1}}', 0),
+    "UTF-16": ("{}".encode("utf-16"), 0),
     "a list as dtype": (json.dumps({"a": _entry(dtype=["F32"])}).encode(), 8),
 }
 
@@ -332,4 +336,6 @@ def _larger(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 @given(st.recursive(_ONE, _larger, max_leaves=8), st.text("abAB._1", min_size=1, max_size=6))
 @settings(max_examples=400, derandomize=True, deadline=None, database=None)
 def test_any_pattern_means_what_it_means_to_python(pattern: str, text: str) -> None:
+    with mock.patch("peftcli.core.pattern._QUICK", -1.0):  # else Python itself is asked
+        assert compiled.__wrapped__(pattern).fullmatch(text) == bool(re.fullmatch(pattern, text))
     assert compiled(pattern).fullmatch(text) == bool(re.fullmatch(pattern, text))

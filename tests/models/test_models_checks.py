@@ -1,0 +1,240 @@
+"""Base models that must not hurt: no code of theirs runs, no pickle is read, no weight is noise."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trainkit
+from safetensors.torch import load_file, save_file
+
+from peftcli.errors import AdapterError, ModelError, OutOfMemory
+from peftcli.models.checks import check_config, check_folder, listed_shards
+from peftcli.models.load import _guarded as guarded
+from peftcli.models.load import _harmless as harmless
+from peftcli.models.load import base_files, load_config, load_model
+from peftcli.models.quantization import trained_quantization
+from peftcli.schema import BaseModel
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trainkit.base_folder(), tmp_path / "base"))
+
+
+def load(folder: Path, **more: Any) -> Any:
+    return load_model(BaseModel(name=str(folder), **more), "AutoModelForCausalLM", torch.float32)
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+class Evil:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_pickle_is_never_read(keep: bool, folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(folder / "mark")))
+    if keep:
+        assert load(folder).num_parameters() > 0
+    else:
+        (folder / SINGLE).unlink()
+        with pytest.raises(ModelError, match=r"pytorch_model\.bin can run code when it is read") as caught:
+            load(folder)
+        assert "save_pretrained" in (caught.value.hint or "")
+    assert not (folder / "mark").exists()
+
+
+def test_a_model_without_weights_is_refused(folder: Path) -> None:
+    (folder / SINGLE).unlink()
+    with pytest.raises(ModelError, match=r"holds neither model\.safetensors nor"):
+        load(folder)
+
+
+ATTENTION: dict[str, dict[str, Any]] = {
+    "_attn_implementation": {"_attn_implementation": "org/kernel"},
+    "attn_implementation": {"attn_implementation": {"": "eager", "text": "org/kernel:run"}},
+    "text_config._attn_implementation_internal": {"text_config": {"_attn_implementation_internal": "org/kernel@v1"}},
+    "parts.attn_implementation": {"parts": [{"attn_implementation": "magic"}]},
+}
+
+
+@pytest.mark.parametrize("key", ATTENTION)
+def test_attention_from_the_hub_is_refused(key: str, folder: Path) -> None:
+    change(folder / "config.json", **ATTENTION[key])
+    with pytest.raises(ModelError, match="is not known, and code is not fetched") as caught:
+        load(folder)
+    assert (caught.value.file, caught.value.key) == (str(folder / "config.json"), key)
+
+
+@pytest.mark.parametrize("value", ["eager", "sdpa", None, {"": "eager"}, "paged|eager"])
+def test_known_attention_is_not_refused(value: object, folder: Path) -> None:
+    change(folder / "config.json", _attn_implementation=value)
+    check_config(folder / "config.json", trusted=False)
+
+
+def test_code_beside_a_model_is_not_run_and_refused_where_it_is_needed(folder: Path) -> None:
+    (folder / "modeling_evil.py").write_text(f"from pathlib import Path\nPath({str(folder / 'mark')!r}).touch()\n")
+    code = {"AutoConfig": "modeling_evil.EvilConfig", "AutoModelForCausalLM": "modeling_evil.Evil"}
+    change(folder / "config.json", auto_map=code)
+    assert type(load(folder)).__name__ == "LlamaForCausalLM"
+    change(folder / "config.json", model_type="evil")
+    with pytest.raises(ModelError, match="needs Python code that comes with the model") as caught:
+        load(folder)
+    assert caught.value.key == "auto_map"
+    assert not (folder / "mark").exists()
+
+
+def test_trusted_code_is_that_of_a_commit_and_of_one_repository(folder: Path) -> None:
+    with pytest.raises(ModelError, match="at a commit only") as caught:
+        load_config(BaseModel(name="org/model", trust_remote_code=True, revision="main"))
+    assert caught.value.key == "base_model.revision"
+    change(folder / "config.json", auto_map={"AutoConfig": "org/other--modeling.Config"}, model_type="evil")
+    with pytest.raises(ModelError, match="code of another repository"):
+        check_config(folder / "config.json", trusted=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/etc/passwd", "..", "", "pytorch_model.bin", "a/b.safetensors", 3]
+)
+def test_an_index_lists_files_beside_it_only(name: object, folder: Path) -> None:
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"a": "b.safetensors", "c": name}}))
+    with pytest.raises(ModelError, match="is no safetensors file beside it"):
+        listed_shards(folder / INDEX)
+
+
+def test_files_of_several_are_missed(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(trainkit.base_folder(shard="20KB"), tmp_path / "base"))
+    files = base_files(BaseModel(name=str(folder)))
+    assert len(files) > 1
+    files[1].unlink()
+    with pytest.raises(ModelError, match=files[1].name):
+        base_files(BaseModel(name=str(folder)))
+    os.mkfifo(files[1])
+    with pytest.raises(ModelError, match=f"{files[1].name}: is a pipe"):
+        load(folder)
+
+
+SPOILT: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "missing": (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "model.layers.1.mlp.up_proj.weight is missing"),
+    "head": (lambda t: t.pop("lm_head.weight"), "lm_head.weight is missing"),
+    "shape": (
+        lambda t: t.update({"model.norm.weight": torch.ones(7)}),
+        r"model.norm.weight is \(7,\), not \(32,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_no_weight_is_noise(name: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    spoil, message = SPOILT[name]
+    tensors = load_file(folder / SINGLE)
+    spoil(tensors)
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
+    with pytest.raises(ModelError, match=message):
+        load(folder)
+    assert "LOAD REPORT" not in capfd.readouterr().err
+
+
+def test_a_new_head_is_no_noise(folder: Path) -> None:
+    model = load_model(BaseModel(name=str(folder)), "AutoModelForSequenceClassification", torch.float32)
+    assert type(model).__name__ == "LlamaForSequenceClassification"
+
+
+def test_a_model_far_larger_than_its_weights_takes_no_memory(folder: Path) -> None:
+    change(folder / "config.json", vocab_size=10**10)
+    with pytest.raises(ModelError, match=r"describes a model of .* numbers, and its weights are"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_hidden_layers", 10**9), ("decoder_layers", -1), ("num_labels", 10**9)]
+)
+def test_a_model_of_endless_parts_is_refused_before_it_is_made(key: str, value: int, folder: Path) -> None:
+    change(folder / "config.json", **{key: value})
+    with pytest.raises(ModelError, match="is not what any model has") as caught:
+        load(folder)
+    assert caught.value.key == key
+
+
+def test_a_damaged_generation_config_is_not_taken_for_none(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"generation_config\.json:1: not valid JSON"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "source.spm"])
+def test_a_pipe_is_not_waited_for(name: str, folder: Path) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ModelError, match=f"{name}: is a pipe"):
+        check_folder(folder)
+
+
+def test_a_hidden_pipe_and_a_link_to_nothing_are_no_concern(folder: Path) -> None:
+    os.mkfifo(folder / ".lock")
+    (folder / "notes.txt").symlink_to("nowhere")
+    check_folder(folder)
+
+
+def test_an_adapter_is_no_base_model(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="holds an adapter"):
+        load(folder)
+
+
+class PanicException(BaseException):
+    """As libraries in Rust raise."""
+
+
+RAISED: dict[str, tuple[BaseException, type[BaseException], str]] = {
+    "a panic": (PanicException("called `Option::unwrap()`"), ModelError, "cannot load x: called"),
+    "many lines": (ValueError("a\n\n b\x1b[2J"), ModelError, r"cannot load x: a b\\x1b\[2J"),
+    "no words": (KeyError(), ModelError, "cannot load x: KeyError"),
+    "no memory": (MemoryError(), OutOfMemory, "does not hold x"),
+    "Ctrl-C": (KeyboardInterrupt("2"), KeyboardInterrupt, "2"),
+    "an exit": (SystemExit(3), SystemExit, "3"),
+}
+
+
+@pytest.mark.parametrize("name", RAISED)
+def test_what_transformers_raises_is_one_line(name: str) -> None:
+    raised, expected, message = RAISED[name]
+
+    def fail() -> None:
+        raise raised
+
+    with pytest.raises(expected, match=message) as caught:
+        guarded(BaseModel(name="x"), fail)
+    assert "\n" not in getattr(caught.value, "message", "")
+
+
+def test_what_transformers_logs_is_short_and_harmless() -> None:
+    text = harmless("\x1b[1mReport\x1b[0m\n" + "tensor \x1b]0;owned\x07\n" * 100)
+    lines = text.splitlines()
+    assert lines[:2] == ["Report", r"tensor \x1b]0;owned\x07"]
+    assert lines[-1] == "and 85 lines more"
+
+
+@pytest.mark.parametrize("said", ["{", "[]", '{"recipe": {"base_model": {"quantization": {"type": "nf5"}}}}'])
+def test_a_damaged_run_is_said(said: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(said)
+    with pytest.raises(AdapterError, match=r"run\.json"):
+        trained_quantization(tmp_path)
