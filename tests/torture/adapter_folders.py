@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import resource
 import shutil
 import signal
 import struct
@@ -28,6 +29,7 @@ from peftcli.methods import METHODS
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SECONDS, LONGEST_WAIT = 10, 60
 """Of the process, and on the clock of a busy machine."""
+MEMORY = 2 << 30
 LONGEST_ERROR = 3000
 MOST_LINES = 20
 PROGRESS = ("merging into ", "shard ", "verifying: ", "[transformers] Model config: ")
@@ -196,12 +198,16 @@ def bounded(what: str) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, LONGEST_WAIT)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, limits[1]))
     start = time.process_time()
     try:
         yield
     except _Late:
         raise AssertionError(f"{what} still ran after {LONGEST_WAIT} s") from None
     finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     spent = time.process_time() - start

@@ -11,7 +11,7 @@ import shutil
 import socket
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ LOADED: tuple[Command, ...] = (generate, merge)
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 STEER = "\x1b[31m\x1b]0;owned\x07\r\n\u202eerror: nothing is wrong"
 """Colours, a title for the window, a line of its own, and letters from right to left."""
+NOT_ASKED = ("base_model_name_or_path", "revision")
+"""What a reader that is given the base model does not need."""
 HUGE = 10**12
 GREATEST = 2**63 - 1
 
@@ -42,6 +44,13 @@ class Case:
     commands: tuple[Command, ...] = BOTH
     code: int = 4
     method: str = "lora"
+    anywhere: bool = True
+    """Whether it is wrong for any reader; else only a limit or a choice of peftcli's."""
+
+
+def here(case: Case) -> Case:
+    """The case, as one that another reader may well take."""
+    return replace(case, anywhere=False)
 
 
 def config(says: str, commands: tuple[Command, ...] = BOTH, method: str = "lora", **changes: Any) -> Case:
@@ -154,8 +163,8 @@ NO_CONFIG = {
     "deeply nested lists": raw("[" * 200_000, "nested deeper"),
     "deeply nested objects": raw('{"a":' * 100_000, "nested deeper"),
     "nested 70 levels": raw('{"peft_type": "LORA", "x": ' + "[" * 70 + "]" * 70 + "}", "nested deeper"),
-    "larger than 1 MB": raw('{"peft_type": "LORA", "r": 4}' + " " * (1 << 20), "and at most 1,048,576 are read"),
-    "100 MB of nothing": Case(lambda folder: os.truncate(folder.path / CONFIG, 100 << 20), (CONFIG, "at most")),
+    "larger than 1 MB": here(raw('{"peft_type": "LORA", "r": 4}' + " " * (1 << 20), "and at most 1,048,576 are read")),
+    "100 MB of nothing": here(Case(lambda folder: os.truncate(folder.path / CONFIG, 100 << 20), (CONFIG, "at most"))),
     "NaN": raw('{"peft_type": "LORA", "lora_alpha": NaN}', "NaN is no number"),
     "Infinity": raw('{"peft_type": "LORA", "lora_alpha": Infinity}', "Infinity is no number"),
     "-Infinity": raw('{"peft_type": "LORA", "x": [-Infinity]}', "-Infinity is no number"),
@@ -187,14 +196,16 @@ NO_METHOD = {
 """peft_type."""
 
 NO_SETTING = {
-    "an unknown key": config("LORA with lora_magic=2 is not supported", lora_magic=2),
-    "an unknown key that steers": Case(lambda folder: folder.config(**{STEER: STEER}), (CONFIG, "is not supported")),
-    "an unknown key of 100,000 entries": config("is not supported", lora_magic=list(range(100_000))),
-    "code to import": config("is not supported", auto_map={"AutoModel": "evil.Model"}),
+    "an unknown key": here(config("LORA with lora_magic=2 is not supported", lora_magic=2)),
+    "an unknown key that steers": here(
+        Case(lambda folder: folder.config(**{STEER: STEER}), (CONFIG, "is not supported"))
+    ),
+    "an unknown key of 100,000 entries": here(config("is not supported", lora_magic=list(range(100_000)))),
+    "code to import": here(config("is not supported", auto_map={"AutoModel": "evil.Model"})),
     "Megatron": config("is not supported", megatron_config={"a": 1}),
-    "activated LoRA": config("is not supported", alora_invocation_tokens=[1, 2]),
-    "QALoRA": config("is not supported", use_qalora=True),
-    "Arrow": config("is not supported", arrow_config={"top_k": 2}),
+    "activated LoRA": here(config("is not supported", alora_invocation_tokens=[1, 2])),
+    "QALoRA": here(config("is not supported", use_qalora=True)),
+    "Arrow": here(config("is not supported", arrow_config={"top_k": 2})),
     "a quantised start that reads a file": Case(
         lambda folder: folder.config(init_lora_weights="corda", corda_config={"cache_file": "/etc/passwd"}),
         (CONFIG, "corda_config.cache_file: is not supported"),
@@ -203,13 +214,17 @@ NO_SETTING = {
     "an unknown bias": config("must be none, all or lora_only", bias="some"),
     "an unknown task": config("must be one of CAUSAL_LM", task_type="TALKING"),
     "a task that steers": config("holds", task_type=STEER),
-    "OFT of an older series": Case(
-        lambda folder: folder.config(peft_version="0.17.0", use_cayley_neumann=True),
-        (CONFIG, "peft_version: written before PEFT 0.18"),
-        method="oft",
+    "OFT of an older series": here(
+        Case(
+            lambda folder: folder.config(peft_version="0.17.0", use_cayley_neumann=True),
+            (CONFIG, "peft_version: written before PEFT 0.18"),
+            method="oft",
+        )
     ),
     **{
-        f"{key} is {json.dumps(value)[:30]}": config(says, **{key: value})
+        f"{key} is {json.dumps(value)[:30]}": replace(
+            config(says, **{key: value}), anywhere=key not in NOT_ASKED and not says.startswith("must be")
+        )
         for key, value, says in (
             ("r", "8", "expected int, found '8'"),
             ("r", 8.5, "expected int, found 8.5"),
@@ -300,8 +315,8 @@ PATTERNS = {
         for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
     },
     "no regular expression": loaded("'(' is no regular expression", target_modules="("),
-    "too long": loaded("a pattern of 3000 characters; at most 2000", target_modules="q" * 3000),
-    "a reference back": loaded("groupref is not supported", target_modules=r"(.)\1*(.*)*q_proj"),
+    "too long": here(loaded("a pattern of 3000 characters; at most 2000", target_modules="q" * 3000)),
+    "a reference back": here(loaded("groupref is not supported", target_modules=r"(.)\1*(.*)*q_proj")),
     "looks back at any length": loaded("is no regular expression", target_modules=r"(?<=a*)b"),
     "steers": Case(lambda folder: folder.config(target_modules=f"q_proj{STEER}"), (CONFIG, "target_modules")),
     "10,000 bombs": Case(
@@ -503,9 +518,9 @@ NO_TENSORS = {
         lambda folder: folder.config(r=8), (WEIGHTS, "r: ", "4 rows; the config says 8"), (info,)
     ),
     "r 8 over a file of 4, loaded": loaded(f"shape: {Q} is (4, 32), the model needs (8, 32)", r=8),
-    "r 10**12": loaded(f"{CONFIG}: r: {HUGE} is far larger", r=HUGE),
-    "r of a pattern": loaded(f"{CONFIG}: r: {HUGE} is far larger", rank_pattern={"q_proj": HUGE}),
-    "r 2**63 - 1": loaded(f"{CONFIG}: r: {GREATEST} is far larger", r=GREATEST),
+    "r 10**12": loaded(f"{CONFIG}: r: {HUGE:,} is far larger", r=HUGE),
+    "r of a pattern": loaded(f"{CONFIG}: rank_pattern: {HUGE:,} is far larger", rank_pattern={"q_proj": HUGE}),
+    "r 2**63 - 1": loaded(f"{CONFIG}: r: {GREATEST:,} is far larger", r=GREATEST),
     "DoRA without lengths": loaded("missing", use_dora=True),
     "biases that are not there": loaded("missing", lora_bias=True),
     "a head that is not there": loaded("missing: base_model.model.lm_head.weight", modules_to_save=["lm_head"]),
@@ -565,12 +580,12 @@ BASES = {
     "above": Case(_named("../nowhere"), ("no model folder ../nowhere",), LOADED),
     "far above": Case(_named("../../../../../../../../etc"), ("holds no config.json",), LOADED),
     "above an organisation": Case(_named("org/../../etc"), ("no model folder",), LOADED),
-    "a name of 3,000 letters": Case(_named("a" * 3000), ("cannot load", "no such folder"), LOADED),
+    "a name of 3,000 letters": Case(_named("a" * 3000), ("base_model: ", "is neither a folder nor a hub id"), LOADED),
     "a path of 3,000 letters": Case(_named("/" + "a" * 3000), ("no model folder",), LOADED),
     "a home that nobody has": Case(_named("~nobody-here/model"), ("no model folder",), LOADED),
     "a device": Case(_named("/dev/zero"), ("no model folder",), LOADED),
-    "a command": Case(_named("$(reboot)"), ("cannot load", "no such folder"), LOADED),
-    "an option": Case(_named("--base"), ("cannot load", "no such folder"), LOADED),
+    "a command": Case(_named("$(reboot)"), ("base_model: ", "is neither a folder nor a hub id"), LOADED),
+    "an option": Case(_named("--base"), ("base_model: ", "is neither a folder nor a hub id"), LOADED),
     "a pipe": Case(_beside(os.mkfifo), ("no model folder",), LOADED),
     "a file": Case(_beside(lambda path: path.write_text("{}")), ("no model folder",), LOADED),
     "an empty folder": Case(_beside(Path.mkdir), ("holds no config.json",), LOADED),
@@ -581,7 +596,9 @@ BASES = {
         LOADED,
     ),
     "itself": Case(lambda folder: _named(str(folder.path))(folder), ("holds an adapter",), LOADED),
-    "on a hub that cannot be reached": Case(_named("nobody/nothing"), ("cannot load nobody/nothing",), LOADED, code=5),
+    "on a hub that cannot be reached": Case(
+        _named("nobody/nothing"), ("base_model: ", "nobody/nothing"), LOADED, code=5
+    ),
 }
 """The base model that it names."""
 

@@ -88,7 +88,7 @@ def _one(index: int, place: Path) -> None:
         assert ("error" in said) == (ran.code == 4), ran.out[:300]
         if ran.code == 0:
             _check_sound(folder)
-        if index % LOADED_EACH == 0:
+        if ran.code == 0 or index % LOADED_EACH == 0:
             _check_loaded(folder, ran.code == 0)
         assert listing(place) == before, "something was made"
     except AssertionError as error:
@@ -173,19 +173,21 @@ def wrong_types(method: str, place: Path) -> None:
         ]
         wrong += [] if "int" in kind or "float" in kind else [7]
         for value in wrong:
-            try:
-                config_from_dict({**config, entry.name: value}, "adapter_config.json")
-            except AdapterError as error:
-                refused: AdapterError | None = error
-            else:
-                refused = None
-            if refused is None:
-                taken = kind.endswith("Config | None") and entry.name not in config
-                assert taken, f"{entry.name}={value!r} is taken for {kind}"
-                continue
-            assert (refused.file, refused.exit_code) == ("adapter_config.json", 4)
-            assert (refused.key or "").startswith(entry.name), f"{entry.name}={value!r}: {refused}"
-            assert len(str(refused)) < 1000
+            if kind.endswith("Config | None") and entry.name not in config:
+                continue  # PEFT writes the settings of other starts too
+            error = _refusal({**config, entry.name: value})
+            assert error is not None, f"{entry.name}={value!r} is taken for {kind}"
+            assert error.file == CONFIG
+            assert (error.key or "").startswith(entry.name), f"{entry.name}={value!r}: {error}"
+            assert len(str(error)) < 1000
+
+
+def _refusal(config: dict[str, Any]) -> AdapterError | None:
+    try:
+        config_from_dict(config, CONFIG)
+    except AdapterError as error:
+        return error
+    return None
 
 
 # --- mutations
