@@ -254,6 +254,12 @@ def mutated_recipes() -> list[Trial]:
 def unshaken(start: int, folder: Path) -> None:
     """``check`` accepts or refuses each of some mutated recipes, and does nothing else."""
     path = folder / "recipe.yaml"
+    for name, of in {
+        "configs": CONFIGS,
+        "lora.yaml": CONFIGS / "methods/lora.yaml",
+    }.items():  # what they extend and name
+        (folder / name).symlink_to(of)
+    (folder / "quickstart.yaml").symlink_to(CONFIGS / "quickstart.yaml")
     for number in range(start, start + GROUP):
         text = mutated(number)
         path.write_bytes(text)
