@@ -29,11 +29,13 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 _SHORTEST = 8
+_CUT = 16
+"""Characters of a longer secret that are enough to know it by: a message may have cut it."""
 _HUB_TOKEN = r"(?<![A-Za-z0-9])hf_(?:[A-Za-z0-9]{16,}|(?:oauth|jwt)_[\w.-]{16,})"
 _USER_INFO = (  # not the 80 of host:80/path@2
     r"""(?<=://)(?:[^/\s"<>@:]{0,200}:(?!\d+[/?#])[^\s"<>]{0,500}|[^/\s"<>@:]{16,500})(?=@)"""
 )
-_PASSWORD_OF_URL = re.compile(r"://(?P<user>[^/\s:@]*):(?P<password>\S+)@")
+_PASSWORD_OF_URL = re.compile(r"://(?P<user>[^/\s:@]*):(?!\d+[/?#])(?P<password>\S+)@")
 _SPECIAL_TOKEN = re.compile(r"<\S*>|\[\S*\]")
 _WORD = re.compile(r"[A-Za-z]+(?:[-_. ]+[A-Za-z]+)*")
 SECRET_NAME = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)
@@ -115,7 +117,10 @@ def _hub_home() -> Path:
 def _pattern(known: tuple[str, ...]) -> re.Pattern[str]:
     """Finds every secret; of the ``known`` the longest first, since one may be a part of another."""
     forms = {form for secret in known for form in _forms(secret)}
-    return re.compile("|".join([*map(re.escape, sorted(forms, key=len, reverse=True)), _HUB_TOKEN, _USER_INFO]))
+    whole = map(re.escape, sorted(forms, key=len, reverse=True))
+    known = tuple(secret for secret in known if len(secret) > _CUT and ":" not in secret)  # not a user's name first
+    cut = [re.escape(secret[:_CUT]) + r"[^\s\"'<>]*" for secret in known]
+    return re.compile("|".join([*whole, *cut, _HUB_TOKEN, _USER_INFO]))
 
 
 def _forms(secret: str) -> Iterator[str]:

@@ -65,6 +65,9 @@ def test_a_word_is_a_password_but_no_key(monkeypatch: pytest.MonkeyPatch) -> Non
         ("http://localhost:8080/path@2", "http://localhost:8080/path@2"),
         ('{"a": "s3://x", "b": "c@d"}', '{"a": "s3://x", "b": "c@d"}'),
     ],
+    ids=lambda text: str(
+        len(text)
+    ),  # pytest puts the name of a test into the environment, where a URL's password is a secret
 )
 def test_what_is_secret_by_its_form(text: str, shown: str) -> None:
     assert redact(text) == shown
@@ -112,6 +115,15 @@ def test_of_two_secrets_the_longer_one_is_taken(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("A_TOKEN", "secret-1")
     monkeypatch.setenv("B_TOKEN", "secret-1-and-2")
     assert redact("secret-1-and-2 secret-1") == "*** ***"
+
+
+def test_a_secret_that_a_message_has_cut(monkeypatch: pytest.MonkeyPatch, cli: Callable) -> None:
+    monkeypatch.setenv("APP_KEY", "0123456789abcdef" * 4)
+    assert redact("found 'x 0123456789abcdef0123...'") == "found 'x ***'"
+    assert redact("0123456789abcdef" * 4 + "/a") == "***/a"
+    assert redact("0123456789abcde") == "0123456789abcde"
+    ran = cli("check", "a" * 20 + "0123456789abcdef" * 4)
+    assert "0123" not in ran.out + ran.err
 
 
 def test_values_and_keys_in_data() -> None:
