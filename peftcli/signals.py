@@ -130,6 +130,6 @@ def handled(message: str = "stopped", save_on: signal.Signals | None = SAVING) -
             raise
         raise interrupted from error
     finally:
-        _current.remove(stop)
+        _current.pop()
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -107,7 +107,7 @@ def main(args: Sequence[str] | None = None) -> int:
     debug, as_json = "--debug" in options, "--json" in options
     rest = [arg for arg in options if arg != "--debug"] + given[len(options) :]
     try:
-        with signals.handled():
+        with console.guarded(), signals.handled():
             code = _run(rest or ["--help"])
         sys.stdout.flush()
         _ended(None)

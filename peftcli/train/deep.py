@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from peftcli.core.inject import inject
 from peftcli.data.findings import refuse
-from peftcli.errors import HubError, NetworkError, PeftcliError, Problem, RecipeError
+from peftcli.errors import HubError, Interrupted, NetworkError, PeftcliError, Problem, RecipeError
 from peftcli.models import tokens
 from peftcli.models.load import base_of, empty_model, load_tokenizer, stored_or_asked
 from peftcli.recipe import method_config
@@ -45,7 +45,7 @@ def _look(recipe: Recipe) -> tuple[list[Problem], list[Problem], dict[str, Any]]
     def attempt(key: str, action: Callable[[], T]) -> T | None:
         try:
             return action()
-        except (HubError, NetworkError):  # no mistake of the recipe
+        except (HubError, Interrupted, NetworkError):  # no mistake of the recipe
             raise
         except PeftcliError as error:
             place = f"{error.file}:{error.line}" if error.line else error.file

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from peftcli.errors import FolderBusy, Interrupted, PeftcliError, StorageError, UsageError
 from peftcli.files import TEMPORARY, read_small, remove_folder, sha256, sync_folder, write_file
+from peftcli.outputs import expanded
 from peftcli.redact import redact, redact_values
 from peftcli.schema import Recipe
 
@@ -36,7 +37,7 @@ class RunFolder:
     """``training.output_dir``. Only the main process writes to it."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path = path = expanded(path)
         self.checkpoints = path / "checkpoints"
         self._lock: TextIO | None = None
 
@@ -143,7 +144,7 @@ class RunFolder:
         unfinished = self.path / ".skipped.jsonl.tmp"
         try:
             with unfinished.open("w", encoding="utf-8") as written:
-                written.writelines(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+                written.writelines(json.dumps(redact_values(row), sort_keys=True) + "\n" for row in rows)
             if unfinished.stat().st_size:
                 unfinished.replace(file)
             else:
