@@ -19,6 +19,7 @@ PeftcliError
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 
 
@@ -175,13 +176,17 @@ def known(error: BaseException) -> PeftcliError | None:
         return error
     text = str(error)
     # torch's OutOfMemoryError by its name, since torch may not be loaded
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "t allocate memory" in text:
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(each in text for each in _NO_MEMORY)
+    ):
         return OutOfMemory(
             "not enough memory",
             hint="lower per_device_train_batch_size and raise gradient_accumulation_steps as much; "
             "lower dataset.max_length; or set training.gradient_checkpointing: true",
         )
-    if any(phrase in text for phrase in _OTHER_ENDED):
+    if os.environ.get("WORLD_SIZE", "1") != "1" and any(phrase in text for phrase in _OTHER_ENDED):
         return ProcessDied(
             "another training process ended", hint="its error says why; run the same command again to go on"
         )
@@ -190,6 +195,8 @@ def known(error: BaseException) -> PeftcliError | None:
     return None
 
 
+_NO_MEMORY = ("t allocate memory", "Storage size calculation overflowed")
+"""What torch says."""
 _OTHER_ENDED = (
     "closed by peer",
     "reset by peer",

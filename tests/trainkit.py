@@ -36,7 +36,7 @@ from transformers import (
 
 from peftcli.recipe import load_recipe
 from peftcli.schema import Recipe
-from peftcli.train.report import Event
+from peftcli.train.report import Event, Stepped
 from peftcli.train.run import train
 
 CHATML = (
@@ -191,7 +191,34 @@ training:
     return path
 
 
+PRODUCT = ("adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "loss.png")
+"""What must be the same, byte for byte, however often a run was stopped."""
+FULL = (
+    "method.lora_dropout=0.2",
+    "training.per_device_train_batch_size=2",
+    "training.gradient_accumulation_steps=2",
+    "training.eval_strategy=steps",
+    "training.eval_steps=2",
+    "training.eval_on_start=true",
+    "training.save_strategy=steps",
+    "training.save_steps=3",
+    "training.load_best_model_at_end=true",
+    "training.logging_steps=2",
+    "training.warmup_steps=2",
+)
+"""All that a checkpoint must carry: dropout, accumulation, best adapter, schedule, the loss since the last line."""
+
 PROMPT_TUNING = "method={type: prompt_tuning, num_virtual_tokens: 5}"
+
+
+def at_step(step: int, action: Callable[[], None]) -> Callable[[Event], None]:
+    """A listener that acts once ``step`` is done."""
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, Stepped) and event.result.step == step:
+            action()
+
+    return on_event
 
 
 class Trained:

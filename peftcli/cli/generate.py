@@ -26,7 +26,9 @@ def generate(
     adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
     prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
     source: Annotated[Path | None, typer.Option("--input", help='A .jsonl file of {"prompt"} or {"messages"}.')] = None,
-    target: Annotated[Path | None, typer.Option("--output", help="Where its answers go.")] = None,
+    target: Annotated[
+        Path | None, typer.Option("--output", help="Where its answers go. After a stop, the same command goes on.")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Base model instead of the adapter's.")] = None,
     quantization: Annotated[
         Literal["none", "nf4", "fp4", "int8", "int8_weight_only", "int4_weight_only"] | None,

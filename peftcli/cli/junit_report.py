@@ -44,7 +44,7 @@ def junit_report(path: Path | None, recipe: Path) -> Iterator[dict[str, Any]]:
     run: dict[str, Any] = {}
     try:
         yield run
-    except typer.Exit:  # other processes have run, and written it
+    except typer.Exit:  # other processes have run, and written it; or nothing has
         raise
     except Exception as error:
         failed = getattr(error, "exit_code", 1) != GateFailed.exit_code  # the gates tell of it

@@ -11,6 +11,7 @@ import typer
 from peftcli.cli import console
 from peftcli.cli.junit_report import Junit, junit_report
 from peftcli.cli.progress import Progress, summary
+from peftcli.cli.quiet import Quiet, teller
 
 if TYPE_CHECKING:
     from peftcli.schema import Recipe
@@ -38,28 +39,29 @@ def train(
     ] = False,
     junit: Junit = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print run.json instead of a summary.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the summary.")] = False,
+    quiet: Quiet = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Open data and model config, show what would train, and stop.")
     ] = False,
 ) -> None:
     """Fine-tune the model that a recipe names; run it again to go on after a stop."""
     from peftcli.recipe import load_recipe
-
-    settings = load_recipe(recipe, overrides or [])
-    if dry_run:
-        from peftcli.train.deep import preview
-
-        console.print_json(preview(settings))
-        return
-
     from peftcli.train import launch
 
+    teller(quiet)
     with junit_report(junit if launch.is_main_process() else None, recipe) as report:
+        settings = load_recipe(recipe, overrides or [])
+        if dry_run:
+            from peftcli.train.deep import preview
+
+            console.print_json(preview(settings))
+            raise typer.Exit
         _note_what_is_saved(settings)
         launch.follow_parent()
-        if not launch.launched() and (count := launch.process_count(settings.launch)) > 1:
-            raise typer.Exit(_launch(settings, count, quiet=quiet, overwrite=overwrite))
+        if not launch.launched():
+            count = launch.process_count(settings.launch)
+            if count > 1 or settings.launch.num_machines > 1:
+                raise typer.Exit(_launch(settings, count, quiet=quiet, overwrite=overwrite))
 
         from peftcli.train.run import raise_failed_gates
         from peftcli.train.run import train as run
@@ -97,15 +99,18 @@ def _launch(settings: Recipe, count: int, *, quiet: bool, overwrite: bool) -> in
     from peftcli.train.folder import RunFolder, is_complete, mark_ended
 
     folder = RunFolder(Path(settings.training.output_dir))
-    complete = is_complete(settings)
-    folder.lock()
+    complete, first = is_complete(settings), settings.launch.machine_rank == 0
+    if first:  # the others may share the folder
+        folder.lock()
     try:
         if overwrite or not complete:
             with Progress(quiet=quiet) as progress:
                 prepare_data(settings, progress.show)
-        return launch.run_processes(sys.argv[1:], count, settings.launch, folder.give_lock())
+        lock = folder.give_lock() if first else None
+        return launch.run_processes(sys.argv[1:], count, settings.launch, lock)
     except PeftcliError as error:
-        mark_ended(folder, error)
+        if first:
+            mark_ended(folder, error)
         raise
     finally:
         folder.close()

@@ -9,7 +9,7 @@ from enum import Enum
 from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from peftcli.core.pattern import PatternError, check_cost
+from peftcli.core.pattern import PatternError, check_cost, compiled
 from peftcli.core.reading import cut, shown, shown_name
 from peftcli.errors import AdapterError
 
@@ -230,12 +230,14 @@ class TargetedConfig(AdapterConfig):
         if isinstance(self.target_modules, (list, str)) and not self.target_modules:
             found.append(("target_modules", "names no module"))
         for entry in fields(self):
-            patterns = getattr(self, entry.name)
-            if entry.name.endswith("_pattern") and isinstance(patterns, dict):
-                try:
-                    check_cost(patterns)
-                except PatternError as error:
-                    found.append((entry.name, str(error)))
+            value = getattr(self, entry.name)
+            try:
+                if entry.name in ("target_modules", "exclude_modules") and isinstance(value, str):
+                    compiled(value)
+                elif entry.name.endswith("_pattern") and isinstance(value, dict):
+                    check_cost(value)
+            except PatternError as error:
+                found.append((entry.name, str(error)))
         return found
 
     def targets(self, model: nn.Module) -> list[str]:

@@ -23,7 +23,7 @@ from peftcli.core.header import read_header, weights_file
 from peftcli.core.layer import bare, base_paths, model_ends
 from peftcli.core.targets import find_modules, find_targets, shortest_names
 from peftcli.errors import AdapterError, ModelError
-from peftcli.files import write_file
+from peftcli.files import read_small, write_file
 from peftcli.schema import BaseModel
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ CHATML = (
     f"{{%- if add_generation_prompt %}}{{{{- '{START}assistant\\n' }}}}{{% endif %}}"
 )
 _TEMPLATE, _TOKENS = "base_model.chat_template", "base_model.new_tokens"
+_LARGEST_TEMPLATE = 1_000_000
+"""Bytes. Models' templates have up to 20,000."""
 _LARGEST_GAP = 1024
 """So many rows between the base model's and an adapter's tokens are believed."""
 
@@ -57,8 +59,8 @@ def template_text(base: BaseModel) -> str | None:
     if not path.is_file():
         raise ModelError("no such file", file=name, key=_TEMPLATE)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_small(path, _LARGEST_TEMPLATE).decode("utf-8-sig")
+    except (OSError, ValueError) as error:
         raise ModelError(f"cannot be read: {error}", file=name, key=_TEMPLATE) from None
     if not text.strip():
         raise ModelError("is empty", file=name, key=_TEMPLATE)

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peftcli.core.pattern import PatternError, compiled
 from peftcli.errors import UsageError
 from peftcli.methods import METHODS
 from peftcli.recipe.data_checks import check_data, exists
@@ -304,13 +303,6 @@ def _method(recipe: Recipe, report: Report) -> None:
         return
     for name, message in method.config_class()(**values).problems():
         report((f"method.{name}",), message)
-    for name in ("target_modules", "exclude_modules"):
-        pattern = values.get(name)
-        if isinstance(pattern, str):
-            try:
-                compiled(pattern)
-            except PatternError as error:
-                report((f"method.{name}",), str(error))
 
 
 _EVAL_KEYS = "dataset.eval, eval_split or eval_fraction"

@@ -181,7 +181,11 @@ class RunFolder:
         """The lines of metrics.jsonl, up to one that is none: a kill may cut the last one short."""
         file = self.path / "metrics.jsonl"
         entries = []
-        for line in file.read_bytes().splitlines() if file.is_file() else []:
+        try:
+            lines = file.read_bytes().splitlines() if file.is_file() else []
+        except OSError as error:
+            raise StorageError(f"cannot be read: {error.strerror}", file=str(file)) from None
+        for line in lines:
             try:
                 entry = json.loads(line)
                 if type(entry["step"]) is not int:

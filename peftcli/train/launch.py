@@ -89,7 +89,9 @@ def total_processes(launch: Launch) -> int:
     return (process_count(launch) if asked == "auto" else asked) * launch.num_machines
 
 
-def run_processes(command: Sequence[str], count: int, launch: Launch, lock: tuple[int, dict[str, str]]) -> int:
+def run_processes(
+    command: Sequence[str], count: int, launch: Launch, lock: tuple[int, dict[str, str]] | None = None
+) -> int:
     """Run ``python -m peftcli`` with ``command`` in ``count`` processes that know of one another.
 
     INT, TERM, USR1 and USR2 are passed on, so that they stop with a checkpoint, or write one.
@@ -98,16 +100,18 @@ def run_processes(command: Sequence[str], count: int, launch: Launch, lock: tupl
         command: The words after ``peftcli``.
         count: How many processes.
         launch: Where the others are.
-        lock: The open file that locks the run folder, and the variables that tell process 0 of it.
+        lock: The open file that locks the run folder, and the variables that tell process 0 of it; None on machines
+            other than the first.
 
     Returns:
-        0, or 12 for a gate that failed.
+        0.
 
     Raises:
-        PeftcliError: what the first failing process raised.
+        PeftcliError: what the first failing process raised; of a failed gate, once the answer is printed.
         ProcessDied: a process was killed, crashed, stopped, or ended while the others went on.
         Interrupted: a signal ended them.
     """
+    handles, told = ([lock[0]], lock[1]) if lock else ([], {})
     port = _free_port() if launch.main_process_port == "auto" else launch.main_process_port
     with tempfile.TemporaryDirectory(prefix="peftcli-") as status, tempfile.TemporaryFile() as answer:
         group = _Group(Path(status), alone=launch.num_machines == 1)
@@ -117,9 +121,9 @@ def run_processes(command: Sequence[str], count: int, launch: Launch, lock: tupl
                 group.processes.append(
                     subprocess.Popen(
                         [sys.executable, "-m", "peftcli", *command],
-                        env=os.environ | variables | (lock[1] if number == 0 else {}),
+                        env=os.environ | variables | (told if number == 0 else {}),
                         stdout=answer if number == 0 else subprocess.DEVNULL,
-                        pass_fds=[lock[0]] if number == 0 else [],
+                        pass_fds=handles if number == 0 else [],
                         start_new_session=True,  # Ctrl-C reaches them once, through us
                     )
                 )
@@ -266,9 +270,9 @@ class _Group:
                 return ProcessDied(
                     f"process {number} of {len(self.processes)} failed: {reported['shown']}", hint=_GO_ON
                 )
-        if -code in self.forwarded:  # it had not begun to listen to signals
-            name = signal.Signals(-code).name
-            return Interrupted(f"stopped before the first step ({name})", exit_code=128 - code)
+        ended_by = -code if code < 0 else code - 128
+        if ended_by in self.forwarded:  # it did not listen to signals yet, or had two
+            return Interrupted(f"stopped at once ({signal.Signals(ended_by).name})", exit_code=128 + ended_by)
         how = (
             f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code} before its work was done"
         )

@@ -120,7 +120,7 @@ def test_no_two_definitions_have_one_name() -> None:
 
 
 def test_every_command_that_prints_json_has_one() -> None:
-    commands = get_command(app).commands  # type: ignore[attr-defined]
+    commands = get_command(app).commands
     with_json = {name for name, command in commands.items() if any("--json" in one.opts for one in command.params)}
     assert with_json == set(commands) - {"schema"}  # which prints nothing else
     assert set(names()) == with_json | {"run", "error"}
@@ -446,7 +446,7 @@ def test_a_push_may_lack_nothing_and_hold_nothing_else() -> None:
 
 def assert_closed(
     name: str, data: dict[str, Any], open_: set[str] = frozenset(), optional: set[str] = frozenset()
-) -> None:  # type: ignore[assignment]
+) -> None:
     data = copy.deepcopy(data)
     assert_valid(name, data)
     for path, each in objects(data):

@@ -34,6 +34,7 @@ COMPARISONS: dict[str, tuple[str, str]] = {
     "compare: a naive saver": ("naive_saver", "naive_failures"),
     "compare: Trainer, killed while it saves": ("peers_trainer", "trainer_kills"),
     "compare: Trainer, damaged checkpoints": ("peers_trainer", "trainer_damage"),
+    "compare: PEFT, bad adapters": ("peft_adapters", "peft_accepts"),
     "compare: datasets, bad data files": ("peers_data", "datasets_accepts"),
 }
 """What runs the same on other tools, and on a saver that is known to be bad: module and function."""

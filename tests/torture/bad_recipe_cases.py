@@ -42,13 +42,13 @@ class Case:
 
 def more(text: str, says: str, key: str | None = None, line: int = 8, **rest: object) -> Case:
     """The good recipe with lines after it, the first of which is wrong."""
-    return Case(GOOD + text, says, key, line, **rest)  # type: ignore[arg-type]
+    return Case(GOOD + text, says, key, line, **rest)
 
 
 def instead(old: str, new: str, says: str, key: str | None = None, line: int | None = None, **rest: object) -> Case:
     """The good recipe with a part replaced."""
     assert GOOD.count(old) == 1, old
-    return Case(GOOD.replace(old, new), says, key, line or GOOD[: GOOD.index(old)].count("\n") + 1, **rest)  # type: ignore[arg-type]
+    return Case(GOOD.replace(old, new), says, key, line or GOOD[: GOOD.index(old)].count("\n") + 1, **rest)
 
 
 def method(settings: str, says: str, key: str, **rest: object) -> Case:
@@ -71,7 +71,7 @@ def training(line: str, says: str, **rest: object) -> Case:
 
 
 def override(text: str, says: str, key: str | None = None, **rest: object) -> Case:
-    return Case(GOOD, says, key, None, (text,), **rest)  # type: ignore[arg-type]
+    return Case(GOOD, says, key, None, (text,), **rest)
 
 
 def bomb(width: int, depth: int, what: str = "[{}]") -> str:

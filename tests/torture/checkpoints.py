@@ -16,8 +16,8 @@ from pathlib import Path
 import safetensors.torch
 import trainkit
 from campaigns import Campaign, Trial
-from training import FULL, assert_same, stopped_copy, whole
-from trainkit import Child, read_run, run_recipe, write_recipe
+from training import assert_same, stopped_copy, whole
+from trainkit import FULL, Child, read_run, run_recipe, write_recipe
 
 from peftcli.errors import StorageError
 from peftcli.files import sha256

@@ -70,9 +70,16 @@ def fail_at(program: Program, error: str, point: strace.Point, folder: Path) -> 
         assert said == (("failed", 7) if code else ("complete", 0)), f"ended with {code}, and run.json says {said}"
         standing = {path.name for path in (folder / "out/checkpoints").glob("step-*")}
         assert "step-000004" in standing, f"the checkpoint before is lost; {', '.join(standing) or 'none'} stands"
-    if code or point.syscall not in _REMOVES:  # an old checkpoint that cannot be deleted need not stop a run
+    if code or not _removes(point):  # an old checkpoint that cannot be deleted need not stop a run
         check_stopped(program, child, folder)
     program.finish(folder)
+
+
+def _removes(point: strace.Point) -> bool:
+    """Whether the call deletes something: a checkpoint is renamed before."""
+    return point.syscall in _REMOVES or (
+        point.syscall.startswith("rename") and point.path.startswith("out/checkpoints/step-")
+    )
 
 
 def _faults(calls: kills.Calls) -> list[Trial]:

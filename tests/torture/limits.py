@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 import trainkit
 from campaigns import Campaign, Trial
-from training import FULL, assert_same, whole
-from trainkit import Child, read_metrics, read_run, write_recipe
+from training import assert_same, whole
+from trainkit import FULL, Child, read_metrics, read_run, write_recipe
 
 from peftcli.train.checkpoint import damage
 

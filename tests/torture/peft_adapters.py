@@ -62,7 +62,7 @@ def _load(peft: object, base: object, folder: Path) -> None:
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
         warnings.simplefilter("ignore")
-        peft.PeftModel.from_pretrained(base, str(folder))  # type: ignore[attr-defined]
+        peft.PeftModel.from_pretrained(base, str(folder))
         code = 0
     except MemoryError:
         code = 1

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 
 from campaigns import Campaign, Trial
-from training import FULL, assert_same
-from trainkit import Child, read_run, write_recipe
+from training import assert_same
+from trainkit import FULL, Child, read_run, write_recipe
 
 _AT_STEP = 5
 """The first checkpoint is that of step 3."""
@@ -81,16 +81,16 @@ class Launcher:
     def __call__(self) -> None:
         launcher = self
 
-        class Forked(subprocess.Popen):  # type: ignore[type-arg]
+        class Forked(subprocess.Popen):
             """A process that is forked instead of started anew."""
 
             def __init__(self, command: list[str], *, env: dict[str, str], **how: object):
                 fault = launcher if env["RANK"] == str(launcher.number) else None
                 words = [sys.executable, str(Path(__file__).with_name("rank.py")), str(launcher.marks)]
                 words += [fault.fault if fault else "-", *command[3:]]
-                super().__init__(words, env=env, **how)  # type: ignore[call-overload]
+                super().__init__(words, env=env, **how)
 
-        subprocess.Popen = Forked  # type: ignore[misc]
+        subprocess.Popen = Forked
 
 
 def strike(fault: str, marks: Path) -> None:

@@ -56,7 +56,7 @@ def page(found: dict[str, Any], campaigns: Sequence[Campaign], machine: dict[str
     compared = {name: result["counts"] for name, result in found.items() if "counts" in result}
     if compared:
         text += _COMPARED
-        for name, counts in compared.items():
+        for name, counts in sorted(compared.items()):
             shown = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in counts.items())
             text += f"| {name.removeprefix('compare: ')} | {shown} |\n"
     return text

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 
 from campaigns import Campaign, Trial
-from training import FULL, assert_same, whole
-from trainkit import Child, read_metrics, read_run, write_recipe
+from training import assert_same, whole
+from trainkit import FULL, Child, read_metrics, read_run, write_recipe
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 MOMENTS: dict[str, tuple[str, str, Sequence[int]]] = {

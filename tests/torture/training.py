@@ -5,30 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import trainkit
-from trainkit import read_run, run_recipe, write_recipe
+from trainkit import FULL, PRODUCT, at_step, read_run, run_recipe, write_recipe
 
 from peftcli.errors import Interrupted
-from peftcli.train.report import Event, Stepped
 
-FULL = (
-    "method.lora_dropout=0.2",
-    "training.per_device_train_batch_size=2",
-    "training.gradient_accumulation_steps=2",
-    "training.eval_strategy=steps",
-    "training.eval_steps=2",
-    "training.eval_on_start=true",
-    "training.save_strategy=steps",
-    "training.save_steps=3",
-    "training.load_best_model_at_end=true",
-    "training.logging_steps=2",
-    "training.warmup_steps=2",
-)
-"""All that a checkpoint must carry: dropout, accumulation, best adapter, schedule, the loss since the last line."""
-PRODUCT = ("adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "loss.png")
 _AGREE = ("status", "exit_code", "error", "steps", "train_loss", "eval", "parameters")
 
 
@@ -62,16 +45,6 @@ def _stop() -> None:
     import signal
 
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def at_step(step: int, action: Callable[[], None]) -> Callable[[Event], None]:
-    """A listener that acts once ``step`` is done."""
-
-    def on_event(event: Event) -> None:
-        if isinstance(event, Stepped) and event.result.step == step:
-            action()
-
-    return on_event
 
 
 def assert_same(folder: Path, expected: Path) -> None:

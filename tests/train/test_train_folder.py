@@ -17,34 +17,11 @@ from typing import Any
 
 import pytest
 import trainkit
-from trainkit import Child, files_of, read_run, run_recipe, write_recipe
+from trainkit import FULL, PRODUCT, Child, at_step, files_of, read_run, run_recipe, write_recipe
 
 from peftcli.errors import DataError, FolderBusy, Interrupted, StorageError, UsageError
 from peftcli.recipe import load_recipe
 from peftcli.train.report import Event, Phase, Saved, Stepped, Warned
-
-FULL = (
-    "method.lora_dropout=0.2",
-    "training.per_device_train_batch_size=2",
-    "training.gradient_accumulation_steps=2",
-    "training.eval_strategy=steps",
-    "training.eval_steps=2",
-    "training.eval_on_start=true",
-    "training.save_strategy=steps",
-    "training.save_steps=3",
-    "training.load_best_model_at_end=true",
-    "training.logging_steps=2",
-    "training.warmup_steps=2",
-)
-"""All that a checkpoint must carry: dropout, accumulation, best adapter, schedule, the loss since the last line."""
-
-
-def at_step(step: int, action: Callable[[], None]) -> Callable[[Event], None]:
-    def on_event(event: Event) -> None:
-        if isinstance(event, Stepped) and event.result.step == step:
-            action()
-
-    return on_event
 
 
 def send(number: int) -> Callable[[], None]:
@@ -54,9 +31,6 @@ def send(number: int) -> Callable[[], None]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> trainkit.Trained:
     return run_recipe(write_recipe(tmp_path_factory.mktemp("whole")), *FULL)
-
-
-PRODUCT = ("adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "loss.png")
 
 
 def assert_same(folder: Path, whole: trainkit.Trained) -> None:

@@ -320,3 +320,38 @@ def test_a_killed_launcher_leaves_no_orphans(recipe: Path, early: bool) -> None:
     while not all(gone(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+@linux
+@pytest.mark.slow
+def test_a_second_signal_to_the_launcher_ends_all_at_once(recipe: Path) -> None:
+    started = Started(recipe)
+    started.until_it_trains()
+    pids = started.processes()
+    os.kill(pids[1], signal.SIGSTOP)  # so that the first signal cannot be answered
+    started.launcher.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    os.kill(pids[1], signal.SIGCONT)
+    started.launcher.send_signal(signal.SIGTERM)
+    _, err = started.launcher.communicate(timeout=60)
+    assert started.launcher.returncode in (75, 143), err
+    assert all(gone(pid) for pid in pids)
+
+
+@pytest.mark.slow
+def test_two_machines_share_the_run_folder(recipe: Path) -> None:
+    one = run_recipe(recipe, "training.eval_strategy=epoch", f"training.output_dir={recipe.parent}/one")
+    machines = [
+        subprocess.Popen(
+            [sys.executable, "-m", "peftcli", "train", str(recipe), *HALF, "launch.num_processes=1",
+             "launch.num_machines=2", f"launch.machine_rank={rank}", f"launch.main_process_port={port}"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=trainkit.subprocess_environment(),
+        )
+        for port in [free_port()]
+        for rank in (0, 1)
+    ]  # fmt: skip
+    for machine in machines:
+        _, err = machine.communicate(timeout=120)
+        assert machine.returncode == 0, err
+    assert losses(recipe.parent / "out") == pytest.approx(one.losses, rel=1e-5)
+    assert read_run(recipe.parent / "out")["processes"] == 2
