@@ -48,10 +48,11 @@ type: $(STAMP) ## mypy
 test: $(STAMP) ## the tests that need neither patience, a GPU nor the network
 	@$(BIN)/pytest $(TWO) -m "not slow and not gpu and not network"
 
-test-all: $(STAMP) $(QUANTISED)/.installed ## the slow tests too, and those that need bitsandbytes and torchao
+test-all: $(STAMP) $(QUANTISED)/.installed ## the slow tests too, those that need bitsandbytes and torchao, and torture; takes hours
 	@command -v chromium google-chrome >/dev/null || echo "test-all: no Chromium here, so nobody looks at inspect's page; on Debian: apt install chromium" >&2
 	@$(BIN)/pytest $(TWO) -m "not gpu and not network"
 	@$(QUANTISED)/bin/pytest -m "not gpu and not network" tests/models tests/recipes -k "models or qlora"
+	@$(MAKE) torture
 
 test-gpu: $(STAMP) ## the tests that need a GPU
 	@$(BIN)/pytest -m gpu

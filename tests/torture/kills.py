@@ -18,10 +18,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import hub_client
 import strace
 import training
 import trainkit
 from campaigns import Campaign, Trial
+from hub_faults import ROWS, hub_with
+from hub_server import Hub
 from trainkit import Child, read_run, write_recipe
 
 SEEDS = 30
@@ -131,6 +134,24 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
+def streamed(*settings: str) -> Callable[[Path, Callable[[], None] | None], Child]:
+    """``peftcli train`` on rows that a hub on 127.0.0.1 streams, and with caches of its own."""
+
+    def start(folder: Path, before: Callable[[], None] | None) -> Child:
+        assert before is None
+        rows = (f"dataset.train={ROWS.removeprefix('datasets/')}", "dataset.eval=null", "dataset.streaming=true")
+        command = ("train", write_recipe(folder), *rows, *settings)
+        return hub_client.start(folder, *command, url=_hub().url, cache=folder / "cache")[0]
+
+    return start
+
+
+@functools.cache
+def _hub() -> Hub:
+    """Serves as long as this process lives."""
+    return hub_with(ROWS)
+
+
 _SMALL = ("training.per_device_train_batch_size=2", "training.save_strategy=steps", "training.logging_steps=2")
 LORA = Program(
     "LoRA, dropout, gradient accumulation, warm-up, best adapter",
@@ -222,6 +243,7 @@ PROGRAMS = [
         ),
         differences,
     ),
+    Program("rows streamed from a hub", streamed(*_SMALL, "training.save_steps=2"), differences),
 ]
 
 
@@ -372,7 +394,7 @@ CAMPAIGNS = [
         "SIGKILL at a random time",
         "The same command again ends with the bytes of the run that was never killed.",
         _random_kills,
-        least=210,
+        least=240,
         sample=1,
     ),
     Campaign(
