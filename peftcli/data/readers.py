@@ -32,7 +32,11 @@ ACCEPTED = f"Files that can be read: {', '.join(EXTENSIONS)}, each also with {' 
 _PARQUET_BATCH = 64
 """Rows held at once. A row may be large."""
 _LARGEST_BATCH = 256 << 20
-"""Bytes that the texts of one column may take then."""
+"""Bytes that the texts of one column may take then, and all values of one row."""
+_EACH = 25
+"""Bytes that a value of a row takes, about, its text aside."""
+_MOST_ITEMS = 1 << 28
+"""Items that a list of a table may hold by what its file tells beforehand. As they are read, they take 3 GB."""
 _LARGEST_TEXT = 40_000_000
 """Bytes of a text of a table. None that can be trained has as many."""
 _DICTIONARY_PAGE, _NEXT_INT32 = 2, 0x15
@@ -179,12 +183,14 @@ def _read_parquet(text: Text, *, packed: bool) -> Iterator[Row | DataError]:
         if packed:
             shutil.copyfileobj(text.stream, file, CHUNK)
         try:
+            metadata = pyarrow.parquet.read_metadata(file)
+            rows, once = _bounds(metadata, file, text.source)
             options = {"pre_buffer": False, "buffer_size": CHUNK, "page_checksum_verification": True}
-            with pyarrow.parquet.ParquetFile(file, **options) as parquet:
+            with pyarrow.parquet.ParquetFile(file, metadata=metadata, read_dictionary=once, **options) as parquet:
                 names = parquet.schema_arrow.names
                 if len(set(names)) < len(names):
                     raise DataError(f"two columns are named {cut(repeated(names))}", file=text.source)
-                for batch in parquet.iter_batches(batch_size=_rows_at_once(parquet.metadata, file, text.source)):
+                for batch in parquet.iter_batches(batch_size=rows):
                     for values in table_rows(batch):
                         text.number += 1
                         place = Place(text.source, text.number)
@@ -196,29 +202,39 @@ def _read_parquet(text: Text, *, packed: bool) -> Iterator[Row | DataError]:
             raise DataError(f"is not a parquet file, {what}", file=text.source) from error
 
 
-def _rows_at_once(metadata: Any, file: Any, source: str) -> int:
-    """How many rows may be read together, so that their texts fit into memory.
+def _bounds(metadata: Any, file: Any, source: str) -> tuple[int, list[str]]:
+    """How many rows may be read together, so that their texts fit into memory, and of which columns each text once.
 
     Raises:
         DataError: a row alone would not.
     """
-    most = _PARQUET_BATCH
+    most, once = _PARQUET_BATCH, set[str]()
     for group in range(metadata.num_row_groups):
-        for column in map(metadata.row_group(group).column, range(metadata.num_columns)):
+        rows = metadata.row_group(group)
+        for at in range(metadata.num_columns):
+            column, items = rows.column(at), 1
+            place = f"row group {group + 1}: {{}} of the column {cut(column.path_in_schema)}"
+            if metadata.schema.column(at).max_repetition_level:
+                items = column.num_values - rows.num_rows + 1  # of a row, if the others are empty
+                if items > _MOST_ITEMS:
+                    raise DataError(
+                        f"{place.format('a row')} may hold {items:,} list items, more than {_MOST_ITEMS:,}",
+                        file=source,
+                        hint="Leave the column out, or write the file with smaller row groups.",
+                    )
             if column.physical_type != "BYTE_ARRAY" or not column.num_values:
                 continue
             size = column.total_uncompressed_size
             kind, first = _first_page(file, column)
             if size > _LARGEST_TEXT * column.num_values or first > size + _LARGEST_TEXT:
-                name = cut(column.path_in_schema)
-                message = (
-                    f"row group {group + 1}: a text of the column {name} unpacks to more than {_LARGEST_TEXT:,} bytes"
-                )
+                message = f"{place.format('a text')} unpacks to more than {_LARGEST_TEXT:,} bytes"
                 raise DataError(message, file=source)
             # one text of a dictionary may be that of all rows, and one that is told by what differs from the last
             shared = size if "DELTA_BYTE_ARRAY" in column.encodings else first if kind == _DICTIONARY_PAGE else 0
+            if items > 1 and kind == _DICTIONARY_PAGE:  # or that of all items of a row
+                once.add(column.path_in_schema)
             most = min(most, _LARGEST_BATCH // max(shared, 1))
-    return max(1, most)
+    return max(1, most), sorted(once)
 
 
 def _first_page(file: Any, column: Any) -> tuple[int, int]:
@@ -239,11 +255,38 @@ def _first_page(file: Any, column: Any) -> tuple[int, int]:
     return found[0], found[1]
 
 
-def table_rows(table: Any) -> list[dict[str, Any] | str]:
+def table_rows(table: Any) -> Iterator[dict[str, Any] | str]:
     """The rows of an Arrow table or batch; for one that cannot be read, what is wrong with it."""
-    try:
-        return table.to_pylist()
-    except (ValueError, OverflowError) as error:
-        if len(table) == 1:
-            return [f"cannot be read: {reason(error)}"]
-        return [row for at in range(len(table)) for row in table_rows(table.slice(at, 1))]
+    size = sum(_memory(part) for column in table.columns for part in getattr(column, "chunks", [column]))
+    problem = f"unpacks to about {size:,} bytes, more than {_LARGEST_BATCH:,}" if size > _LARGEST_BATCH else None
+    if problem is None:
+        try:
+            yield from table.to_pylist()
+            return
+        except (ValueError, OverflowError) as error:
+            problem = f"cannot be read: {reason(error)}"
+    if len(table) == 1:
+        yield problem
+        return
+    for at in range(len(table)):
+        yield from table_rows(table.slice(at, 1))
+
+
+def _memory(array: Any) -> int:
+    """Bytes, about, that the values of an Arrow array take as Python's."""
+    from pyarrow import compute, types
+
+    kind, own = array.type, _EACH * len(array)
+    if hasattr(array, "storage"):
+        return _memory(array.storage)
+    if types.is_dictionary(kind):
+        of = kind.value_type
+        if not any((types.is_string(of), types.is_large_string(of), types.is_binary(of), types.is_large_binary(of))):
+            return own
+        return own + (compute.sum(compute.binary_length(array.dictionary).take(array.indices)).as_py() or 0)
+    if types.is_struct(kind):
+        return own + sum(map(_memory, array.flatten()))
+    if types.is_map(kind):
+        start, end = array.offsets[0].as_py(), array.offsets[-1].as_py()
+        return own + sum(_memory(part.slice(start, end - start)) for part in (array.keys, array.items))
+    return own + (_memory(array.flatten()) if hasattr(array, "flatten") else array.nbytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,8 @@ _SAVED = {"dataset_info.json", "dataset_dict.json"}
 """Files beside the data of a dataset that the library datasets wrote."""
 _SPLIT = re.compile(r"(?:^|/)(train|test|valid|validation|val|dev|eval)(?![a-z])", re.IGNORECASE)
 """A file or folder that is named after a split."""
+_DEEPEST, _MOST = 100, 1_000_000
+"""Folders in each other, and what is in all folders of a source together."""
 
 
 class Opened:
@@ -142,7 +145,7 @@ def shown(name: str) -> str:
 
 def _listed(folder: Path, source: str) -> tuple[dict[str, Path], list[str]]:
     """Of a folder and its subfolders, hidden ones aside: the files that can be read, by name, and the others' names."""
-    paths = sorted(_files(folder, ()))
+    paths = sorted(_files(folder, source))
     names = [path.relative_to(folder).as_posix() for path in paths]
     if _SAVED & {path.name for path in paths}:
         hint = "Write it anew with Dataset.to_parquet, and name that file."
@@ -162,19 +165,33 @@ def _listed(folder: Path, source: str) -> tuple[dict[str, Path], list[str]]:
     return files, [shown(name) for name in names if name not in found]
 
 
-def _files(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    try:
-        real = folder.resolve()
-        entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    except OSError as error:
-        raise DataError(f"the folder cannot be read: {reason(error)}", file=shown(str(folder))) from error
-    if real in above:
-        raise DataError("is a link to a folder that holds it", file=shown(str(folder)))
-    for entry in entries:
-        if _is_folder(entry):
-            yield from _files(entry, (*above, real))
-        else:
-            yield entry
+def _files(top: Path, source: str) -> Iterator[Path]:
+    """The files in a folder and its subfolders. One with several names is read once, not by a link if it can be."""
+    plain: list[tuple[Path, tuple[Path, ...]]] = [(top, ())]
+    links: deque[tuple[Path, tuple[Path, ...]]] = deque()
+    read, found = set[Path](), 0
+    while plain or links:
+        folder, above = plain.pop() if plain else links.popleft()
+        try:
+            real = folder.resolve()
+            entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+        except OSError as error:
+            raise DataError(f"the folder cannot be read: {reason(error)}", file=shown(str(folder))) from error
+        if real in above:
+            raise DataError("is a link to a folder that holds it", file=shown(str(folder)))
+        if real in read:
+            continue
+        read.add(real)
+        found += len(entries)
+        if len(above) > _DEEPEST or found > _MOST:
+            what = f"more than {_DEEPEST} folders in each other" if found <= _MOST else f"more than {_MOST:,} files"
+            hint = "Name a subfolder, or put the rows into fewer files."
+            raise DataError(f"a folder with {what}", file=shown(source), hint=hint)
+        for entry in entries:
+            if not _is_folder(entry):
+                yield entry
+            else:
+                (links if entry.is_symlink() else plain).append((entry, (*above, real)))
 
 
 def _is_folder(path: Path) -> bool:

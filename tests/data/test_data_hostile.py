@@ -316,6 +316,72 @@ def test_a_table_whose_texts_no_memory_holds(tmp_path: Path, monkeypatch: pytest
     assert read(write(tmp_path, "a.parquet", same_text(90_000, 1)))[1] == []
 
 
+def lists(path: Path, *columns: tuple[str, Any, int], **options: Any) -> Path:
+    """A table of three rows. In each column, named so, the second is a list of one value, that many times."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = {"text": pyarrow.array(["one", "two", "three"])}
+    for name, value, times in columns:
+        items = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * times, pyarrow.int32()), [value])
+        items = items if isinstance(value, str) else items.dictionary_decode()
+        table[name] = pyarrow.ListArray.from_arrays([0, 0, times, times], items)
+    options = {"compression": "zstd", "dictionary_pagesize_limit": 1 << 30, "store_schema": False, **options}
+    pyarrow.parquet.write_table(pyarrow.table(table), path, **options)
+    return path
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        [("n", 1, 60_000)],
+        [("n", None, 60_000)],
+        [("n", "ab", 60_000)],
+        [("n", "x" * 1000, 1100)],
+        [("n", 1, 30_000), ("m", 1, 30_000)],
+    ],
+)
+@pytest.mark.parametrize("store_schema", [True, False])
+def test_a_row_of_a_table_that_no_memory_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: list[tuple[str, Any, int]], store_schema: bool
+) -> None:
+    monkeypatch.setattr(readers, "_LARGEST_BATCH", 1_000_000)
+    rows, [error] = read(lists(tmp_path / "a.parquet", *columns, store_schema=store_schema))
+    assert [row["text"] for row in rows] == ["one", "three"]
+    assert error.message.startswith("row 2: unpacks to about 1,")
+    assert error.message.endswith(" bytes, more than 1,000,000")
+    half = [(name, value, times // 2) for name, value, times in columns]
+    rows, errors = read(lists(tmp_path / "a.parquet", *half, store_schema=store_schema))
+    assert errors == []
+    assert rows[1] == {"text": "two", **{name: [value] * times for name, value, times in half}}
+
+
+def test_a_small_table_whose_list_has_20_million_items(tmp_path: Path) -> None:
+    import pyarrow
+
+    path = lists(tmp_path / "a.parquet", ("n", "x" * 1_000_000, 3000))  # 3 GB, and none of them in memory
+    before = pyarrow.default_memory_pool().max_memory()
+    rows, [error] = read(path)
+    assert error.message.startswith("row 2: unpacks to about 3,000,")
+    assert pyarrow.default_memory_pool().max_memory() - before < 100 << 20
+    assert path.stat().st_size < 3000
+    values = pyarrow.array(memoryview(bytes(20_000_000)).cast("b")).cast(pyarrow.int8())
+    write(tmp_path, "b.parquet", parquet(n=pyarrow.ListArray.from_arrays([0, 20_000_000], values)))
+    rows, [error] = read(tmp_path / "b.parquet")
+    assert rows == []
+    assert error.message.startswith("row 1: unpacks to about 5")
+
+
+def test_a_list_that_a_table_tells_beforehand_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "_MOST_ITEMS", 1000)
+    rows, [error] = read(lists(tmp_path / "a.parquet", ("n", 1, 2000)))
+    assert rows == []
+    assert "a row of the column 'n.list.element' may hold " in error.message
+    assert error.message.endswith(" list items, more than 1,000")
+    assert error.hint
+    assert read(lists(tmp_path / "a.parquet", ("n", 1, 900)))[1] == []
+
+
 def test_a_page_that_claims_to_unpack_to_gigabytes_is_not_unpacked(tmp_path: Path) -> None:
     data = bytearray(same_text(10, 3, use_dictionary=False))
     start = 4  # of the first page, behind PAR1: 0x15, kind, 0x15, size

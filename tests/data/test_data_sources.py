@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from dataset_hub import DatasetHub
 
+from peftcli.data import sources
 from peftcli.data.rows import Place, Row
 from peftcli.data.sources import eval_source, held_out, open_source
 from peftcli.errors import DataError, HubError, NetworkError, PeftcliError
@@ -85,6 +86,42 @@ def test_a_link_to_a_folder_is_followed_and_a_loop_is_refused(tmp_path: Path) ->
     assert texts(Source(train=str(tmp_path / "data"))) == ["x"]
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
     assert "is a link to a folder that holds it" in refused(tmp_path / "data").message
+
+
+def test_a_folder_with_several_names_is_read_once(tmp_path: Path) -> None:
+    write(tmp_path / "data" / "z" / "a.jsonl", "x")
+    for name in ("first", "second"):
+        (tmp_path / "data" / name).symlink_to("z")
+    opened = open_source(Source(train=str(tmp_path / "data")))
+    assert [str(path.relative_to(tmp_path)) for path in opened.files] == ["data/z/a.jsonl"]
+    assert texts(Source(train=str(tmp_path / "data"))) == ["x"]
+
+
+def test_links_that_double_the_folders_at_each_level(tmp_path: Path) -> None:
+    for level in range(40):
+        (tmp_path / f"{level}").mkdir()
+        for name in "ab":
+            (tmp_path / f"{level}" / name).symlink_to(tmp_path / f"{level + 1}")
+    write(tmp_path / "40" / "a.jsonl", "x")
+    assert texts(Source(train=str(tmp_path / "0"))) == ["x"]
+
+
+def test_a_folder_that_is_very_deep_or_holds_very_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path.joinpath("deep", *["d"] * 100, "a.jsonl"), "x")
+    assert texts(Source(train=str(tmp_path / "deep"))) == ["x"]
+    write(tmp_path.joinpath("deeper", *["d"] * 101, "a.jsonl"), "x")
+    error = refused(tmp_path / "deeper")
+    assert (error.message, error.file) == (
+        "a folder with more than 100 folders in each other",
+        str(tmp_path / "deeper"),
+    )
+    assert error.hint
+    for name in "ab":
+        write(tmp_path / "wide" / name / "a.jsonl", "x")
+    monkeypatch.setattr(sources, "_MOST", 4)
+    assert len(texts(Source(train=str(tmp_path / "wide")))) == 2
+    monkeypatch.setattr(sources, "_MOST", 3)
+    assert refused(tmp_path / "wide").message == "a folder with more than 3 files"
 
 
 def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
