@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -10,6 +11,10 @@ from typing import Any
 
 import yaml
 
+from peftcli.core.header import CONFIG_FILE, read_config, read_run
+from peftcli.core.reading import cut, irregular, reason
+from peftcli.errors import AdapterError
+from peftcli.files import read_small
 from peftcli.methods import METHODS
 from peftcli.redact import redact
 from peftcli.tasks import TASKS, TaskRow
@@ -33,6 +38,8 @@ _SETTINGS = (
 _NOT_SETTINGS = {"base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type"}
 _COUNTS = ("rows", "used", "truncated", "tokens", "targets")
 _SOMEWHERE = "path/to/this/adapter"
+_LARGEST_CARD, _LONGEST_HEAD = 1 << 24, 100_000
+"""Bytes of a card that somebody wrote, and characters of its front matter."""
 
 _Row = tuple[str, ...]
 
@@ -41,6 +48,7 @@ def write_card(folder: Path) -> Path:
     """Write the README.md of an adapter folder, from its run.json and adapter_config.json.
 
     Raises:
+        AdapterError: those cannot be read.
         StorageError: it cannot be written.
     """
     from peftcli.files import write_file
@@ -54,34 +62,46 @@ def for_hub(folder: Path, repo_id: str, base_model_id: str | None = None) -> str
     """The card to upload: one that names ``repo_id``, unless somebody wrote or edited the folder's own.
 
     ``base_model_id`` takes the place of the base model's name in either.
+
+    Raises:
+        AdapterError: a file of the folder cannot be read, or the card's front matter cannot be changed.
     """
     info, path = read_info(folder), folder / "README.md"
     base = str(info["base_model"].get("name") or "")
-    written = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    written = _read_card(path) if os.path.lexists(path) else None
     if written is None or written == render_card(info, **_beside(folder)):
         named = {**info, "base_model": {**info["base_model"], "name": base_model_id or base}}
         return render_card(named, adapter=repo_id, **_beside(folder))
-    return redact(_renamed(written, base, base_model_id) if base_model_id else written)
+    return redact(_renamed(written, base, base_model_id, path) if base_model_id else written)
 
 
 def was_local(folder: Path) -> bool:
-    """Whether the run that made an adapter folder read its base model from files of the machine."""
-    return bool(read_info(folder)["base_model"].get("sha256"))
+    """Whether the run that made an adapter folder read its base model from files of the machine.
+
+    Raises:
+        AdapterError: a file of the folder cannot be read.
+    """
+    return bool(_part(read_info(folder), "identity").get("base_model"))
 
 
 def is_local(base: str) -> bool:
     """Whether a base model's name is a file or folder of this machine and no hub id."""
     path_like = _is_absolute(base) or base.startswith((".", "~")) or base.count("/") > 1 or "\\" in base
-    return path_like or (bool(base) and Path(base).exists())
+    return path_like or (bool(base) and os.path.lexists(base))
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """What the folder knows of its adapter, in the shape of run.json."""
-    run, config = _read_json(folder / "run.json"), _read_json(folder / "adapter_config.json")
-    recipe = dict(run.get("recipe") or {})
+    """What the folder knows of its adapter, in the shape of run.json.
+
+    Raises:
+        AdapterError: a file of the folder cannot be read.
+    """
+    run = read_run(folder)
+    config = read_config(folder) if os.path.lexists(folder / CONFIG_FILE) else {}
+    recipe = _part(run, "recipe")
     recipe.setdefault("task", _task_of(config.get("task_type")))
     recipe.setdefault("method", {"type": str(config.get("peft_type", "")).lower(), **config})
-    base = {"name": config.get("base_model_name_or_path"), **(run.get("base_model") or {})}
+    base = {"name": config.get("base_model_name_or_path"), **_part(run, "base_model")}
     return {**run, "recipe": recipe, "base_model": base}
 
 
@@ -96,22 +116,21 @@ def render_card(
         plot: Whether loss.png stands beside the card.
         tokenizer: Whether a tokenizer does.
     """
-    recipe = info.get("recipe") or {}
-    method = dict(recipe.get("method") or {})
+    recipe, method = _part(info, "recipe"), _part(info, "recipe", "method")
     kind = str(method.pop("type", ""))
     task = str(recipe.get("task") or "")
     use = TASKS.get(task)
-    base = str((info.get("base_model") or {}).get("name") or "")
+    base = str(_part(info, "base_model").get("name") or "")
     sections = [
         _front_matter(kind, use, base),
         _summary(kind, task, base, info),
         _usage(kind, use, adapter, _loading(info, base, adapter, tokenizer)),
-        _tokenizer_note(recipe.get("base_model")) if tokenizer else "",
+        _tokenizer_note(_part(recipe, "base_model")) if tokenizer else "",
         _table("Training data", ("split", "count", "value"), _data_rows(info)),
         _table("Settings", ("setting", "value"), _setting_rows(method, recipe, info)),
         _table("Results", ("metric", "first evaluation", "this adapter"), _result_rows(info)),
         "![Loss by step](loss.png)\n" if plot else "",
-        _table("Versions", ("package", "version"), sorted((info.get("versions") or {}).items())),
+        _table("Versions", ("package", "version"), sorted(_part(info, "versions").items())),
     ]
     return redact("\n".join(section for section in sections if section))
 
@@ -134,10 +153,10 @@ def _summary(kind: str, task: str, base: str, info: Mapping[str, Any]) -> str:
     text += f"its base model, {_code(base)}." if base else "its base model."
     if task:
         text += f" Its task is {_code(task)}."
-    counts = info.get("parameters") or {}
-    if counts.get("trainable") and counts.get("all"):
-        share = 100 * counts["trainable"] / counts["all"]
-        text += f" {counts['trainable']:,} of {counts['all']:,} parameters were trained ({share:.3g} %)."
+    counts = _part(info, "parameters")
+    trained, every = counts.get("trainable"), counts.get("all")
+    if isinstance(trained, int) and isinstance(every, int) and 0 < trained <= every:
+        text += f" {trained:,} of {every:,} parameters were trained ({100 * trained / every:.3g} %)."
     return text + "\n"
 
 
@@ -163,10 +182,10 @@ def _loading(info: Mapping[str, Any], base: str, adapter: str, own: bool) -> lis
     return lines
 
 
-def _tokenizer_note(base: Any) -> str:
+def _tokenizer_note(settings: Mapping[str, Any]) -> str:
     """What is in the adapter's own tokenizer that the base model's lacks."""
-    settings = base if isinstance(base, Mapping) else {}
-    new = ", ".join(_code(str(token)) for token in settings.get("new_tokens") or [])
+    tokens = settings.get("new_tokens")
+    new = ", ".join(_code(str(token)) for token in tokens) if isinstance(tokens, list) else ""
     parts = [f"the special tokens {new}"] * bool(new) + ["the chat template"] * bool(settings.get("chat_template"))
     text = "The tokenizer is the adapter's own" + (f": it has {' and '.join(parts)} of its training." if parts else ".")
     if new:
@@ -193,27 +212,27 @@ def _python(library: str, use: TaskRow | None, adapter: str, loading: list[str])
 
 
 def _data_rows(info: Mapping[str, Any]) -> list[_Row]:
-    data = info.get("data") or {}
     rows: list[_Row] = []
-    for split, counts in (("train", data), ("eval", data.get("eval") or {})):
-        rows += [(split, name, f"{counts[name]:,}") for name in _COUNTS if isinstance(counts.get(name), int)]
-        rows += [(split, f"dropped: {reason}", f"{count:,}") for reason, count in (counts.get("dropped") or {}).items()]
+    for split, data in (("train", _part(info, "data")), ("eval", _part(info, "data", "eval"))):
+        counts = {name: data.get(name) for name in _COUNTS}
+        counts |= {f"dropped: {why}": count for why, count in _part(data, "dropped").items()}
+        rows += [(split, name, f"{count:,}") for name, count in counts.items() if isinstance(count, int)]
     return rows
 
 
 def _setting_rows(method: Mapping[str, Any], recipe: Mapping[str, Any], info: Mapping[str, Any]) -> list[_Row]:
-    training = recipe.get("training") or {}
+    training = _part(recipe, "training")
     rows = [(f"method.{key}", value) for key, value in sorted(method.items()) if key not in _NOT_SETTINGS]
     rows += [(f"training.{key}", training[key]) for key in _SETTINGS if training.get(key, -1) != -1]
-    rows.append(("dataset.max_length", (recipe.get("dataset") or {}).get("max_length")))
-    rows.append(("steps", (info.get("steps") or {}).get("done")))
+    rows.append(("dataset.max_length", _part(recipe, "dataset").get("max_length")))
+    rows.append(("steps", _part(info, "steps").get("done")))
     return [(key, _value(value)) for key, value in rows if value not in (None, {}, [], "")]
 
 
 def _result_rows(info: Mapping[str, Any]) -> list[_Row]:
     """Metrics at the first evaluation, and of the adapter that was kept."""
-    measured = info.get("eval") or {}
-    first, kept = measured.get("first") or {}, measured.get("kept") or measured.get("last") or {}
+    measured = _part(info, "eval")
+    first, kept = _part(measured, "first"), _part(measured, "kept") or _part(measured, "last")
     rows = [(name, first.get(name), value) for name, value in kept.items()]
     rows.append(("train_loss", None, info.get("train_loss")))
     return [(name, _value(start), _value(end)) for name, start, end in rows if end is not None]
@@ -266,29 +285,56 @@ def _task_of(task_type: object) -> str:
     return next((name for name, row in TASKS.items() if row.task_type == task_type), "")
 
 
-def _renamed(card: str, base: str, base_model_id: str) -> str:
+def _renamed(card: str, base: str, base_model_id: str, path: Path) -> str:
     """``card`` with ``base_model_id`` for ``base``, in the front matter and in the text."""
     if "/" in base or "\\" in base:
         card = card.replace(base, base_model_id)
-    front = re.match(r"---\n(.*?\n)---\n", card, re.DOTALL)
+    front = re.match(r"---\n(|.*?\n)---(\n|\Z)", card, re.DOTALL)
+    if front and len(front[1]) > _LONGEST_HEAD:
+        raise AdapterError(f"its front matter has more than {_LONGEST_HEAD:,} characters", file=str(path))
     try:
-        head = yaml.safe_load(front[1]) if front else {}
-    except yaml.YAMLError:
-        return card
-    if not isinstance(head, dict):
-        return card
-    head["base_model"] = base_model_id
+        head = (yaml.load(front[1], _HeadLoader) if front else None) or {}
+        if not isinstance(head, dict):
+            raise TypeError("no mapping")
+        head["base_model"] = base_model_id
+        written = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
+    except _YAML_ERRORS as error:
+        mark = getattr(error, "problem_mark", None)
+        raise AdapterError(
+            f"its front matter cannot be read: {cut(' '.join(str(getattr(error, 'problem', None) or error).split()))}",
+            file=str(path),
+            line=mark.line + 2 if mark else None,
+            hint="mend it, or take the file away: a new one is made",
+        ) from None
     body = card[front.end() :] if front else "\n" + card
-    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n{body}"
+    return f"---\n{written}---\n{body}"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty if there is none. The adapter's reader is the one that complains."""
+class _HeadLoader(yaml.SafeLoader):
+    """PyYAML without merge keys, which can make a short text a large one."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        pass
+
+
+_YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError, OverflowError)
+"""What PyYAML raises on malformed input."""
+
+
+def _read_card(path: Path) -> str:
     try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
+        content = read_small(path, _LARGEST_CARD)
+    except (OSError, ValueError) as error:
+        raise AdapterError(irregular(path) or f"cannot be read: {reason(error)}", file=str(path)) from None
+    return content.decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
+
+
+def _part(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """The object that stands there in run.json; empty where there is none."""
+    found: Any = values
+    for name in names:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return dict(found) if isinstance(found, Mapping) else {}
 
 
 def _beside(folder: Path) -> dict[str, Any]:

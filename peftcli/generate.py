@@ -210,7 +210,7 @@ def load_speaker(
         tokens.fit_adapter(model, config, folder)
         load_adapter(model, config, folder)
     elif has_tokenizer(folder):
-        tokens.grow(model, max(tokenizer.get_vocab().values()) + 1)
+        tokens.fit_tokenizer(model, tokenizer, folder)
     tokens.settle_pad(tokenizer, model)
     model = model.to("cuda" if cuda else "cpu").eval()  # type: ignore[arg-type]
     form = prompt_form(folder, tokenizer)

@@ -13,7 +13,7 @@ import json
 import os
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from peftcli.hub import local_folder
 from peftcli.methods import config_from_dict
 from peftcli.models import tokens
 from peftcli.models.load import (
+    base_file,
     base_files,
     base_of,
     empty_model,
@@ -369,15 +370,9 @@ def _save_generation_config(job: _Job, output: Path, tokenizer: Any, config: Any
     """The base model's generation config, with the tokens that the adapter's answers end with."""
     from transformers import GenerationConfig
 
-    path, base = output / "generation_config.json", Path(job.base.name)
-    if (base / path.name).is_file():
-        path.write_bytes((base / path.name).read_bytes())
-    elif not path.exists():
-        theirs = None
-        with suppress(OSError):  # the base model has none; transformers makes it from the model's config
-            theirs = GenerationConfig.from_pretrained(job.base.name, revision=job.base.revision or "main")
-        if theirs is not None:
-            theirs.save_pretrained(output)
+    path = output / "generation_config.json"
+    if theirs := base_file(job.base, path.name):
+        path.write_bytes(theirs.read_bytes())
     made = GenerationConfig.from_model_config(config)
     named = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else made.eos_token_id
     stops = missing_stops(tokenizer, job.folder, named)

@@ -21,6 +21,7 @@ RUN_FILE = "run.json"
 _LARGEST_CONFIG, _LARGEST_RUN = 1 << 20, 1 << 24
 _LARGEST = 1 << 24
 """Bytes: room for 100,000 tensors."""
+_LONGEST_NAME = 4096
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -189,6 +190,8 @@ def _parsed(file: BufferedReader) -> dict[str, Entry]:
 
 def _entry(name: str, said: Any, data: int) -> Entry:
     """What the header says of one tensor, whose bytes stand behind place ``data``."""
+    if len(name) > _LONGEST_NAME:
+        raise ValueError(f"{shown_name(name)} is a name of more than {_LONGEST_NAME:,} characters")
     if not isinstance(said, dict):
         raise ValueError(f"its header says {shown(said)} of {shown_name(name)}")
     dtype: Any = said.get("dtype")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -182,19 +181,29 @@ def _in_layers(names: list[str], config: LayeredConfig) -> list[str]:
     layers = config.layers_to_transform
     wanted = {layers} if isinstance(layers, int) else set(layers or ())
     lists = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    patterns = [rf".*?\.{re.escape(entry)}\.(\d+)\." for entry in lists or ()] or [r".*?\.[^.]*\.(\d+)\."]
-
-    def layer(name: str) -> int | None:
-        found = (re.match(pattern, f".{name}") for pattern in patterns)
-        return next((int(match[1]) for match in found if match), None)
-
-    indices = {name: layer(name) for name in names}
+    ranks = {entry: rank for rank, entry in reversed(list(enumerate(lists or ())))}
+    indices = {name: _layer_index(name.split("."), ranks) for name in names}
     missing = wanted - set(indices.values())
     if missing:
         there = sorted(index for index in set(indices.values()) if index is not None)
         span = f"layers {there[0]} to {there[-1]}" if there else "no numbered layers"
         raise AdapterError(f"no target module in layer {min(missing)}; there are {span}", key="layers_to_transform")
     return [name for name in names if indices[name] in wanted]
+
+
+def _layer_index(parts: list[str], ranks: Mapping[str, int]) -> int | None:
+    """The first number within a module's name that stands behind the name of a list; without names, behind any.
+
+    Args:
+        parts: of the module's name, between dots.
+        ranks: name endings of lists of layers. The lowest that there is counts.
+    """
+    numbers = [place for place in range(1, len(parts) - 1) if parts[place].isdecimal()]
+    if ranks:
+        before = ((place, ".".join(parts[start:place])) for place in numbers for start in range(place))
+        found = [(ranks[ending], place) for place, ending in before if ending in ranks]
+        numbers = [min(found)[1]] if found else []
+    return int(parts[numbers[0]]) if numbers else None
 
 
 def _fullmatch(pattern: str, name: str, key: str) -> bool:

@@ -6,6 +6,7 @@ with random numbers, and fetches attention code from the hub that a config names
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
@@ -30,6 +31,7 @@ _OBJECTS = (
     "chat_template.json",
     "preprocessor_config.json",
     "processor_config.json",
+    "video_preprocessor_config.json",
 )
 _FILES = (
     *_OBJECTS,
@@ -51,8 +53,15 @@ _MOST_SHOWN = 6
 _CONVERT = "load it once in transformers where you trust it, and save it again: save_pretrained writes safetensors"
 
 
-def check_folder(folder: Path) -> None:
-    """Raises ModelError for what is no file where transformers expects one, and for JSON that is none."""
+def check_folder(folder: Path, *, trusted: bool = False) -> None:
+    """Raises ModelError for what is no file where transformers expects one, and for JSON that is none.
+
+    Also for a config whose numbers take memory as soon as it is read; and where the recipe lets the model's repository
+    run code (``trusted``), for JSON that names another one's.
+    """
+    read = _configs(folder)
+    for path, values in read.items():
+        _refuse_counts(values, str(path))
     for path in sorted(folder.iterdir()) + sorted(folder.glob("additional_chat_templates/*")):
         if path.name in _FILES:
             try:
@@ -63,34 +72,50 @@ def check_folder(folder: Path) -> None:
                 raise ModelError(f"has {path.stat().st_size:,} bytes, which no vocabulary has", file=str(path))
         elif not path.name.startswith(".") and _would_block(path):
             raise ModelError(f"{irregular(path)}; a model folder holds none", file=str(path))
-        if path.name in _OBJECTS:
-            read_object(path, _LARGEST_JSON, ModelError, strict=False)
+        if path.name in _OBJECTS and path not in read:
+            read[path] = read_object(path, _LARGEST_JSON, ModelError, strict=False)
+    for path, values in read.items() if trusted else ():
+        _refuse_foreign_code(values, str(path))
 
 
 def check_config(path: Path, *, trusted: bool) -> None:
-    """Raises ModelError for a config.json that names code to run, or a model that no machine holds.
+    """Raises ModelError for a config.json that names code to run; ``check_folder`` has looked at the rest of it.
 
     Args:
         path: the file.
         trusted: whether the recipe lets the model's repository run code.
     """
+    for config, values in _configs(path.parent).items():
+        if not trusted:
+            _refuse_own_code(values, str(config))
+        _refuse_attention(values, str(config))
+        weights_name(values, str(config))
+
+
+def _configs(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The contents of config.json, and of the files that one may name in its place for versions of transformers."""
+    path = folder / "config.json"
+    found = {path: read_object(path, _LARGEST_JSON, ModelError, strict=False)} if os.path.lexists(path) else {}
+    if found and "configuration_files" in found[path]:
+        for other in sorted(folder.glob("config.*.json")):
+            found[other] = read_object(other, _LARGEST_JSON, ModelError, strict=False)
+    return found
+
+
+def _refuse_own_code(values: dict[str, Any], file: str) -> None:
     from transformers import CONFIG_MAPPING
 
-    values = read_object(path, _LARGEST_JSON, ModelError, strict=False)
-    file = str(path)
     kind = values.get("model_type")
-    code = values.get("auto_map", {})
-    if trusted and any("--" in str(place) for place in (code.values() if isinstance(code, dict) else [code])):
-        raise ModelError(
-            f"{shown(code)} is code of another repository, which no revision pins", file=file, key="auto_map"
-        )
-    if "auto_map" in values and not trusted and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+    if "auto_map" in values and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         raise ModelError(
             "needs Python code that comes with the model, which is not run",
             file=file,
             key="auto_map",
             hint="a recipe can allow it, for code that you have read: base_model.trust_remote_code and its revision",
         )
+
+
+def _refuse_attention(values: dict[str, Any], file: str) -> None:
     for key, value in _settings(values):
         if key.rpartition(".")[2].lstrip("_") in ("attn_implementation", "attn_implementation_internal"):
             for name in value.values() if isinstance(value, dict) else [value]:
@@ -101,10 +126,21 @@ def check_config(path: Path, *, trusted: bool) -> None:
                         file=file,
                         key=shown_name(key),
                     )
+
+
+def _refuse_counts(values: dict[str, Any], file: str) -> None:
+    for key, value in _settings(values):
         most = _MOST_LABELS if key.endswith("num_labels") else _MOST_LAYERS if _counts_layers(key) else None
         if most and isinstance(value, (int, float)) and not 0 <= value <= most:
             raise ModelError(f"{shown(value)} is not what any model has", file=file, key=shown_name(key))
-    weights_name(values, file)
+
+
+def _refuse_foreign_code(values: dict[str, Any], file: str) -> None:
+    for key, code in _settings(values):
+        if key.rpartition(".")[2] == "auto_map" and "--" in str(code):
+            raise ModelError(
+                f"{shown(code)} is code of another repository, which no revision pins", file=file, key=shown_name(key)
+            )
 
 
 def weights_name(values: dict[str, Any], file: str) -> str | None:

@@ -10,14 +10,16 @@ import glob
 from pathlib import Path
 
 from peftcli import hub_client
+from peftcli.core.header import CONFIG_FILE
 from peftcli.core.reading import shown
 from peftcli.errors import HubError, ModelError, NetworkError
 from peftcli.schema import BaseModel
 
 _SMALL = ("*.json", "*.txt", "*.model", "*.spm", "*.codes", "*.tokenizer", "*.tiktoken", "*.bpe", "*.vocab")
 """What configs, tokenizers and processors are made of, besides templates."""
-_DEEPER = [f"*/{pattern}" for pattern in _SMALL]
-"""Of other formats of the same model, and of checkpoints."""
+_LEFT = [CONFIG_FILE, *(f"*/{pattern}" for pattern in _SMALL)]
+"""An adapter's config, with which transformers would load more than the base model; and files of other formats of the
+same model, and of checkpoints."""
 
 _folders: dict[tuple[str, ...], Path] = {}
 """So all that a process reads of a model is of one commit."""
@@ -31,11 +33,9 @@ def fetch(base: BaseModel, *names: str) -> Path:
         HubError: the hub has no such model, or refuses it.
         NetworkError: the hub cannot be reached, and the cache has no copy.
     """
-    from huggingface_hub import constants
-
     if not hub_client.is_repo_id(base.name):
         raise ModelError(f"{shown(base.name)} is neither a folder nor a hub id", key="base_model")
-    model = (constants.HF_HUB_CACHE, hub_client.endpoint(), base.name, base.revision or "")
+    model = _key(base)
     code = ["*.py"] if base.trust_remote_code else []
     patterns = [*_SMALL, "*.jinja", *code, *map(glob.escape, names)]
     if (known := _folders.get((*model, *patterns))) is not None:
@@ -43,9 +43,20 @@ def fetch(base: BaseModel, *names: str) -> Path:
     revision = _folders[model].name if model in _folders else base.revision
     what = f"no folder {base.name} here; on the hub: {base.name}"
     try:
-        folder = hub_client.fetched(base.name, patterns, revision, ignored=_DEEPER, what=what)
+        folder = hub_client.fetched(base.name, patterns, revision, ignored=_LEFT, what=what)
     except (HubError, NetworkError) as error:
         error.key = "base_model"
         raise
     _folders[model] = _folders[(*model, *patterns)] = folder
     return folder
+
+
+def snapshot(base: BaseModel) -> Path | None:
+    """The folder in the cache that this process has read the base model from, named as its commit; None: from none."""
+    return _folders.get(_key(base))
+
+
+def _key(base: BaseModel) -> tuple[str, ...]:
+    from huggingface_hub import constants
+
+    return (constants.HF_HUB_CACHE, hub_client.endpoint(), base.name, base.revision or "")

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_UNREACHABLE = {"ConnectError", "ConnectTimeout", "ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}
+"""Errors of a network that is not there."""
 _MOST_LINES = 16
 """Of another library's log."""
 
@@ -118,7 +120,7 @@ def load_config(base: BaseModel) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     def load() -> PreTrainedConfig:
-        if file := _file(base, "config.json"):
+        if file := base_file(base, "config.json"):
             checks.check_config(file, trusted=base.trust_remote_code)
         return AutoConfig.from_pretrained(**_where(base))
 
@@ -164,6 +166,19 @@ def has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer_config.json").is_file()
 
 
+def base_file(base: BaseModel, name: str) -> Path | None:
+    """A file of the base model, fetched from the hub if need be; None where the model has none of that name.
+
+    Raises:
+        ModelError: no such model, or one of its small files is damaged.
+        HubError: the hub has no such model, or refuses it.
+        NetworkError: the hub cannot be reached.
+    """
+    where = _where(base, name)
+    path = Path(where["pretrained_model_name_or_path"]) / name
+    return path if "gguf_file" not in where and path.exists() else None
+
+
 def base_files(base: BaseModel) -> list[Path]:
     """The base model's safetensors files on this machine, in order; empty when it is stored otherwise.
 
@@ -173,12 +188,12 @@ def base_files(base: BaseModel) -> list[Path]:
     """
 
     def listed() -> list[Path]:
-        if (config := _file(base, "config.json")) is None:
+        if (config := base_file(base, "config.json")) is None:
             return []
         values = read_object(config, 1 << 24, ModelError, strict=False)
         own = checks.weights_name(values, str(config))
         names = [own] if own else [checks.WEIGHTS, checks.INDEX]
-        file = next((file for name in names if (file := _file(base, name))), None)
+        file = next((file for name in names if (file := base_file(base, name))), None)
         if file is None or file.name.endswith(".safetensors"):
             return [file] if file else []
         shards = checks.listed_shards(file)
@@ -205,14 +220,7 @@ def _check_weights(base: BaseModel, auto_class: str, *, stored: bool) -> None:
         raise checks.no_weights(base.name, names)
     numbers = checks.count_stored(shards)
     if not stored:
-        checks.check_size(empty_model(base, auto_class), numbers, str(_file(base, "config.json")))
-
-
-def _file(base: BaseModel, name: str) -> Path | None:
-    """A file of the base model, fetched from the hub if need be; None where the model has none of that name."""
-    where = _where(base, name)
-    path = Path(where["pretrained_model_name_or_path"]) / name
-    return path if "gguf_file" not in where and path.exists() else None
+        checks.check_size(empty_model(base, auto_class), numbers, str(base_file(base, "config.json")))
 
 
 def base_of(name: str, revision: str | None = None, quantised: Quantization | None = None) -> BaseModel:
@@ -229,18 +237,14 @@ def _where(base: BaseModel, *names: str) -> dict[str, Any]:
             raise ModelError(wrong or "no such file", file=shown_name(base.name), key="base_model")
         if importlib.util.find_spec("gguf") is None:
             raise ModelError("reading .gguf needs the package gguf", hint="pip install 'peftcli[gguf]'")
+        if base.trust_remote_code:  # of a tokenizer beside it
+            checks.check_folder(path.parent, trusted=True)
         return {**where, "pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if is_folder(path):
-        if checks.is_adapter(path):
-            raise ModelError(
-                "holds an adapter, which transformers would load too",
-                file=str(path),
-                key="base_model",
-                hint="name the base model of the adapter",
-            )
+        _refuse_adapter(path)
         if not os.path.lexists(path / "config.json"):
             raise ModelError(f"{shown_name(base.name)} holds no config.json: no model folder", key="base_model")
-        checks.check_folder(path)
+        checks.check_folder(path, trusted=base.trust_remote_code)
         return {**where, "pretrained_model_name_or_path": str(path)}
     if base.name.startswith((".", "/", "~")) or base.name.count("/") > 1 or os.path.lexists(path):
         raise ModelError(f"no model folder {shown_name(base.name)}", key="base_model")
@@ -253,8 +257,19 @@ def _where(base: BaseModel, *names: str) -> dict[str, Any]:
     folder = hub_files.fetch(base, *names)
     if not (folder / "config.json").exists():
         raise ModelError(f"{base.name} on the hub holds no config.json: no model", key="base_model")
-    checks.check_folder(folder)
+    _refuse_adapter(folder)  # one that was fetched as an adapter; the base model's own is not
+    checks.check_folder(folder, trusted=base.trust_remote_code)
     return {**where, "pretrained_model_name_or_path": str(folder)}
+
+
+def _refuse_adapter(folder: Path) -> None:
+    if checks.is_adapter(folder):
+        raise ModelError(
+            "holds an adapter, which transformers would load too",
+            file=str(folder),
+            key="base_model",
+            hint="name the base model of the adapter",
+        )
 
 
 def _expanded(name: str) -> Path:
@@ -265,7 +280,7 @@ def _expanded(name: str) -> Path:
 
 
 def _guarded(base: BaseModel, load: Callable[[], T]) -> T:
-    """``load()``, with whatever transformers and huggingface_hub raise said in one line."""
+    """``load()``, with whatever transformers raises said in one line."""
     try:
         with _quiet():
             return load()
@@ -278,28 +293,9 @@ def _guarded(base: BaseModel, load: Callable[[], T]) -> T:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         name = shown_name(base.name)
-        chain = _causes(error)
-        names = {type(cause).__name__ for cause in chain}
-        refused = {"RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError", "HFValidationError"}
-        if names & refused:
-            reason = (
-                "it is not on the hub, or private, or gated" if "HFValidationError" not in names else "no such folder"
-            )
-            raise ModelError(
-                f"cannot load {name}: {reason}", key="base_model", hint="`hf auth login` if you have access"
-            ) from error
-        unreachable = {
-            "ConnectionError",
-            "ConnectError",
-            "LocalEntryNotFoundError",
-            "OfflineModeIsEnabled",
-            "ConnectTimeout",
-        }
-        if names & unreachable or "offline" in str(error).lower() or "couldn't connect" in str(error).lower():
+        if any(type(cause).__name__ in _UNREACHABLE for cause in _causes(error)):  # by the model's own code
             raise NetworkError(
-                f"cannot load {name}: no such folder here, and the hub cannot be reached",
-                key="base_model",
-                hint="give a local folder as base_model, or try again with a network",
+                f"cannot load {name}: the hub cannot be reached", key="base_model", hint="try again with a network"
             ) from error
         text = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"cannot load {name}: {cut(text)}", key="base_model") from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,6 +128,8 @@ def grow_for(model: Any, tokenizer: PreTrainedTokenizerBase, base: BaseModel) ->
 def fit_adapter(model: Any, config: AdapterConfig, folder: Path) -> int | None:
     """Let the model hold the tokens that a saved adapter has rows for; to be called before it is loaded.
 
+    Rows are believed where the file holds them in the model's width; ``load_adapter`` refuses tensors of other shapes.
+
     Returns:
         How many rows there are now, if there are more than there were.
 
@@ -139,14 +141,31 @@ def fit_adapter(model: Any, config: AdapterConfig, folder: Path) -> int | None:
         return None
     rows = next(iter(ends.values())).weight.shape[0]
     header = read_header(weights_file(folder))
-    held = [f"{config.file_prefix}{name}.{leaf}" for name in ends for leaf in ("weight", "base_layer.weight")]
-    wanted = [header[name].shape[0] for name in held if name in header and header[name].shape]
-    beyond = sorted(token for token in set(_named_tokens(config)) if token >= rows)
-    if beyond and beyond[-1] < rows + len(beyond) + _LARGEST_GAP:
-        wanted.append(beyond[-1] + 1)
-    more = max(wanted, default=0)
+    wanted = [
+        held.shape[0]
+        for name, end in ends.items()
+        for leaf in ("weight", "base_layer.weight")
+        if (held := header.get(f"{config.file_prefix}{name}.{leaf}")) and held.shape[1:] == end.weight.shape[1:]
+    ]
+    more = max([*wanted, _believed(_named_tokens(config), rows)])
     grow(model, more)
     return more if more > rows else None
+
+
+def fit_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Let the model hold every token of a saved adapter's own tokenizer, untrained.
+
+    Raises:
+        AdapterError: a token is numbered far beyond the others.
+    """
+    ends, ids = _vocabulary(model), tokenizer.get_vocab().values()
+    if not ends or not ids:
+        return
+    rows, last = next(iter(ends.values())).weight.shape[0], max(ids)
+    if last >= max(rows, _believed(ids, rows)):
+        message = f"its tokenizer has a token {last:,}, far beyond the {rows:,} rows of the base model"
+        raise AdapterError(message, file=str(folder))
+    grow(model, last + 1)
 
 
 def grow(model: Any, rows: int) -> None:
@@ -260,6 +279,12 @@ def _vocabulary(model: Any) -> dict[str, Any]:
     ends = [embedding, *([head] if isinstance(head, nn.Linear) else [])]
     names = {id(bare(model.get_submodule(path))): name for name, path in base_paths(model).items()}
     return {names[id(end)]: end for end in ends}
+
+
+def _believed(ids: Collection[int], rows: int) -> int:
+    """How many rows the largest of an adapter's tokens needs; 0 where it is too far beyond the others."""
+    beyond = sorted(token for token in set(ids) if token >= rows)
+    return beyond[-1] + 1 if beyond and beyond[-1] < rows + len(beyond) + _LARGEST_GAP else 0
 
 
 def _rows_of(module: Any) -> list[torch.Tensor]:

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import yaml
 
 from peftcli.card import for_hub, read_info, render_card, write_card
+from peftcli.errors import AdapterError
 
 RUN: dict[str, Any] = {
     "recipe": {
@@ -309,3 +312,85 @@ def test_the_folder_says_whether_it_holds_a_tokenizer(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text("{}")
     assert "The tokenizer is the adapter's own" in write_card(folder).read_text()
     assert for_hub(folder, "me/mine") == render_card(NEW, adapter="me/mine", tokenizer=True)
+
+
+BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a pipe": (os.mkfifo, "is a pipe"),
+    "a folder": (Path.mkdir, "is a folder"),
+    "larger than any": (lambda path: path.write_bytes(b"") or os.truncate(path, 1 << 40), "at most"),
+}
+
+
+@pytest.mark.parametrize("name", ["run.json", "README.md"])
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_what_is_no_file_is_refused(tmp_path: Path, name: str, kind: str) -> None:
+    make, message = BAD_FILES[kind]
+    folder = make_folder(tmp_path / "a", CONFIG)
+    make(folder / name)
+    with pytest.raises(AdapterError, match=f"{name}: .*{message}"):
+        for_hub(folder, "me/mine")
+
+
+def test_a_run_json_that_is_nested_deeply_is_refused(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a", CONFIG)
+    (folder / "run.json").write_text("[" * 200_000)
+    with pytest.raises(AdapterError, match=r"run\.json: not valid JSON: nested deeper"):
+        read_info(folder)
+
+
+def paths(values: dict[str, Any]) -> list[tuple[str, ...]]:
+    """To everything in nested objects."""
+    inner = {key: paths(value) if isinstance(value, dict) else [] for key, value in values.items()}
+    return [(key, *path) for key, found in inner.items() for path in [(), *found]]
+
+
+@pytest.mark.parametrize("path", paths(RUN), ids=".".join)
+def test_anything_may_stand_in_a_run_json(tmp_path: Path, path: tuple[str, ...]) -> None:
+    for number, junk in enumerate(("x", 3, -1.5, True, None, [], ["x"], {"x": "y"}, 10**400)):
+        run = json.loads(json.dumps(RUN))
+        within = run
+        for key in path[:-1]:
+            within = within[key]
+        within[path[-1]] = junk
+        folder = make_folder(tmp_path / str(number), CONFIG, run)
+        (folder / "tokenizer_config.json").write_text("{}")
+        assert front_matter(for_hub(folder, "me/mine"))["library_name"] == "peft"
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ("date: 2024-13-45", "month must be in"),
+        ("a: " + "[" * 5000, "recursion"),
+        ("a: b\nb: [", r"README\.md:4: .*expected the node content"),
+        ("- a", "no mapping"),
+        ("{a: 1}: 2", "unhashable"),
+        ("a: !!python/name:os.system", "constructor"),
+        ("a: &a {x: 1}\nb: {<<: [*a, *a]}", "merge"),
+        ("a: 1\n" * 30_000, "more than 100,000 characters"),
+    ],
+)
+def test_front_matter_that_cannot_be_changed_is_said(tmp_path: Path, head: str, message: str) -> None:
+    folder = make_folder(tmp_path / "a", CONFIG)
+    (folder / "README.md").write_text(f"---\n{head}\n---\n# My words\n")
+    assert for_hub(folder, "me/mine").endswith("# My words\n"), "pushed as it is"
+    with pytest.raises(AdapterError, match=message) as caught:
+        for_hub(folder, "me/mine", "acme/x")
+    assert caught.value.file == str(folder / "README.md")
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ("---\r\nlicense: mit\r\n---\r\nHi\r\n", "---\nlicense: mit\nbase_model: acme/x\n---\nHi\n"),
+        ("\ufeff---\nlicense: mit\n---\nHi\n", "---\nlicense: mit\nbase_model: acme/x\n---\nHi\n"),
+        ("---\nlicense: mit\n---", "---\nlicense: mit\nbase_model: acme/x\n---\n"),
+        ("---\n---\nHi\n", "---\nbase_model: acme/x\n---\nHi\n"),
+        ("---\ndate: 2024-01-05\n---\n", "---\ndate: 2024-01-05\nbase_model: acme/x\n---\n"),
+        ("# Hi\n\n---\na: b\n---\n", "---\nbase_model: acme/x\n---\n\n# Hi\n\n---\na: b\n---\n"),
+    ],
+)
+def test_front_matter_of_any_writer_is_kept(tmp_path: Path, card: str, expected: str) -> None:
+    folder = make_folder(tmp_path / "a", CONFIG)
+    (folder / "README.md").write_bytes(card.encode())
+    assert for_hub(folder, "me/mine", "acme/x") == expected

@@ -345,6 +345,15 @@ def test_a_base_without_a_generation_config_gets_one_only_if_it_must(merged: Cal
     assert not (tmp_path / "merged/generation_config.json").exists(), "its own EOS ends plain texts"
 
 
+def test_a_base_below_the_home_keeps_its_generation_config(
+    merged: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = endless(tmp_path / "base", {"temperature": 0.6, "eos_token_id": [0, 2]})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    merged(make_adapter(tmp_path / "adapter", base), "--base", "~/base")
+    assert (tmp_path / "merged/generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
+
+
 def test_new_tokens_and_template_come_from_the_recipe(cli: Callable, merged: Callable, tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text(trainkit.CHATML.replace("<|im_end|>", "<done>"))

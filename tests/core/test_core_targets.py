@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from models_tiny import KINDS, tiny
 
-from peftcli.core.targets import FAMILY_TARGETS, find_targets, module_matches, shortest_names
+from peftcli.core.targets import FAMILY_TARGETS, _layer_index, find_targets, module_matches, shortest_names
 from peftcli.methods.lora.config import LoraConfig
 
 
@@ -47,12 +47,33 @@ def test_the_order_is_the_models() -> None:
         ({"layers_to_transform": [0, 1]}, ["0", "1"]),
         ({"layers_to_transform": [1], "layers_pattern": "layers"}, ["1"]),
         ({"layers_to_transform": [0], "layers_pattern": ["h", "layers"]}, ["0"]),
+        ({"layers_to_transform": [0], "layers_pattern": ["h", "model.layers"]}, ["0"]),
+        ({"layers_to_transform": [1], "layers_pattern": [*map(str, range(50_000)), "layers"]}, ["1"]),
         ({"exclude_modules": ["layers.0.self_attn.q_proj"]}, ["1"]),
         ({"exclude_modules": r".*\.1\..*"}, ["0"]),
     ],
 )
 def test_layers_and_exclusions(settings: dict[str, object], expected: list[str]) -> None:
     assert [name.split(".")[2] for name in _found("llama", target_modules=["q_proj"], **settings)] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "lists", "expected"),
+    [
+        ("model.layers.3.experts.7.up", [], 3),
+        ("model.layers.3.experts.7.up", ["experts"], 7),
+        ("model.layers.3.experts.7.up", ["experts", "layers"], 7),
+        ("model.layers.3.experts.7.up", ["layers", "experts"], 3),
+        ("model.layers.3.experts.7.up", ["3.experts"], 7),
+        ("model.layers.3.experts.7.up", ["expert", "ayers", ".*", ""], None),
+        ("h.3.h.4.x", ["h"], 3),
+        ("layers.3", [], None),
+        ("0.1.2", [], 1),
+        ("up", [], None),
+    ],
+)
+def test_which_number_is_the_layers(name: str, lists: list[str], expected: int | None) -> None:
+    assert _layer_index(name.split("."), {entry: rank for rank, entry in enumerate(lists)}) == expected
 
 
 def test_the_shortest_names_name_these_and_no_others() -> None:

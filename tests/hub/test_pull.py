@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import trainkit
 from hub_folders import REPO
 from hub_server import TOKEN, Answer, Commit, Hub, Repo
 
-from peftcli.errors import AdapterError, HubError, NetworkError
+from peftcli.errors import AdapterError, HubError, ModelError, NetworkError
 from peftcli.hub import SHARED_FILES, local_folder, push
+from peftcli.models.load import base_file, base_of, load_config, load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
@@ -230,3 +232,36 @@ def test_a_circle_is_refused_at_once(pushed: Hub, slept: list[float]) -> None:
     with pytest.raises(HubError, match="does not answer as a hub does"):
         local_folder(REPO)
     assert slept == []
+
+
+@pytest.fixture
+def base(hub: Hub) -> str:
+    """A base model on the hub, where somebody left the config of an adapter."""
+    files = {path.name: path.read_bytes() for path in trainkit.base_folder().iterdir()}
+    hub.repos["acme/tiny"] = Repo(False, {"main": [Commit("base", {**files, "adapter_config.json": b"{}"})]})
+    return "acme/tiny"
+
+
+def test_an_adapters_config_is_no_part_of_a_base_model(base: str) -> None:
+    import torch
+
+    model = load_model(base_of(base), "AutoModelForCausalLM", torch.float32)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert not hasattr(model, "peft_config")
+
+
+def test_what_was_fetched_as_an_adapter_is_no_base_model(base: str) -> None:
+    with pytest.raises(AdapterError, match=r"no adapter_model\.safetensors"):
+        local_folder(base)
+    with pytest.raises(ModelError, match="holds an adapter"):
+        load_config(base_of(base))
+
+
+def test_a_file_of_a_base_model_is_fetched_or_missing_or_refused(hub: Hub, base: str) -> None:
+    hub.fail("resolve", 403, path="generation_config.json")
+    with pytest.raises(HubError, match="may not do this"):
+        base_file(base_of(base), "generation_config.json")
+    found = base_file(base_of(base), "generation_config.json")
+    assert found is not None
+    assert found.read_bytes() == (trainkit.base_folder() / "generation_config.json").read_bytes()
+    assert base_file(base_of(base), "nothing.json") is None

@@ -148,7 +148,7 @@ def test_base_model_id_replaces_a_local_base_in_the_uploaded_copies(hub: Hub, tm
 
 
 def test_a_base_that_was_a_folder_is_not_pushed_from_elsewhere(hub: Hub, folder: Path) -> None:
-    (folder / "run.json").write_text(json.dumps({"base_model": {"name": "acme/tiny-base", "sha256": "0" * 64}}))
+    (folder / "run.json").write_text(json.dumps({"identity": {"base_model": "0" * 64}}))
     with pytest.raises(UsageError, match="--base-model-id"):
         push(folder, REPO)
     assert hub.requests == []

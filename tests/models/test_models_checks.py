@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ import torch
 import trainkit
 from safetensors.torch import load_file, save_file
 
-from peftcli.errors import AdapterError, ModelError, OutOfMemory
+from peftcli.errors import AdapterError, ModelError, NetworkError, OutOfMemory
 from peftcli.models.checks import check_config, check_folder, listed_shards
 from peftcli.models.load import _guarded as guarded
 from peftcli.models.load import _harmless as harmless
-from peftcli.models.load import base_files, load_config, load_model
+from peftcli.models.load import base_files, base_of, load_adapter_tokenizer, load_config, load_model, load_tokenizer
 from peftcli.models.quantization import trained_quantization
 from peftcli.schema import BaseModel
 
@@ -106,9 +107,60 @@ def test_trusted_code_is_that_of_a_commit_and_of_one_repository(folder: Path) ->
     with pytest.raises(ModelError, match="at a commit only") as caught:
         load_config(BaseModel(name="org/model", trust_remote_code=True, revision="main"))
     assert caught.value.key == "base_model.revision"
-    change(folder / "config.json", auto_map={"AutoConfig": "org/other--modeling.Config"}, model_type="evil")
-    with pytest.raises(ModelError, match="code of another repository"):
-        check_config(folder / "config.json", trusted=True)
+
+
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "a config": ("config.json", {"auto_map": {"AutoConfig": "evil/other--modeling.Config"}}),
+    "a part of a config": ("config.json", {"text_config": {"auto_map": {"AutoModel": "evil/other--modeling.Model"}}}),
+    "a config of a version": ("config.4.0.json", {"auto_map": {"AutoConfig": "evil/other--modeling.Config"}}),
+    "a tokenizer": ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "evil/other--tok.Tok"]}}),
+    "a tokenizer as of old": ("tokenizer_config.json", {"auto_map": ["evil/other--tok.Tok", None]}),
+    "a processor": ("processor_config.json", {"image_processor": {"auto_map": {"AutoImageProcessor": "e/o--i.I"}}}),
+    "images": ("preprocessor_config.json", {"auto_map": {"AutoImageProcessor": {"pil": "evil/other--i.I"}}}),
+    "videos": ("video_preprocessor_config.json", {"auto_map": {"AutoVideoProcessor": "evil/other--v.V"}}),
+    "answers": ("generation_config.json", {"auto_map": {"AutoModel": "evil/other--g.G"}}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_trusted_code_is_of_one_repository(name: str, folder: Path) -> None:
+    file, values = OTHERS[name]
+    shutil.copy(folder / "config.json", folder / "config.4.0.json")
+    change(folder / "config.json", configuration_files=["config.4.0.json"])
+    before = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps(before | values))
+    with pytest.raises(ModelError, match="is code of another repository, which no revision pins") as caught:
+        load_tokenizer(BaseModel(name=str(folder), trust_remote_code=True, revision="0" * 40))
+    assert (caught.value.file, str(caught.value.key)[-8:]) == (str(folder / file), "auto_map")
+    assert load(folder).num_parameters() > 0, "what is not run need not be pinned"
+
+
+def test_code_of_the_trusted_repository_is_run(folder: Path) -> None:
+    (folder / "mine.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\nclass Mine(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "mine.Mine"]}, tokenizer_class="Mine")
+    base = BaseModel(name=str(folder), trust_remote_code=True, revision="0" * 40)
+    assert type(load_tokenizer(base)).__name__ == "Mine"
+
+
+def test_a_config_of_a_version_is_looked_at_too(folder: Path) -> None:
+    shutil.copy(folder / "config.json", folder / "config.4.0.json")
+    change(folder / "config.4.0.json", _attn_implementation="org/kernel")
+    assert load(folder).num_parameters() > 0
+    change(folder / "config.json", configuration_files=["config.4.0.json"])
+    with pytest.raises(ModelError, match="'org/kernel' is not known") as caught:
+        load(folder)
+    assert caught.value.file == str(folder / "config.4.0.json")
+
+
+@pytest.mark.parametrize("of_an_adapter", [False, True])
+def test_a_tokenizers_config_takes_no_memory(of_an_adapter: bool, folder: Path) -> None:
+    change(folder / "config.json", num_labels=10**9)
+    load_one = partial(load_adapter_tokenizer, folder) if of_an_adapter else load_tokenizer
+    base = base_of("no/such-model" if of_an_adapter else str(folder))
+    with pytest.raises(ModelError, match="is not what any model has"):
+        load_one(base)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +263,8 @@ RAISED: dict[str, tuple[BaseException, type[BaseException], str]] = {
     "no memory": (MemoryError(), OutOfMemory, "does not hold x"),
     "Ctrl-C": (KeyboardInterrupt("2"), KeyboardInterrupt, "2"),
     "an exit": (SystemExit(3), SystemExit, "3"),
+    "a folder's name": (ValueError("/data/offline-models/e couldn't connect"), ModelError, "cannot load x: /data/off"),
+    "no network": (ConnectionError("refused"), NetworkError, "cannot load x: the hub cannot be reached"),
 }
 
 

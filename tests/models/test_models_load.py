@@ -66,7 +66,7 @@ def test_a_missing_package_is_named_before_data_is_read(recipe: Path, kind: str,
 
 @pytest.mark.usefixtures("bare_machine")
 def test_check_deep_names_it_at_its_place(recipe: Path) -> None:
-    errors, _ = deep_check(load_recipe(recipe, ["base_model.quantization=nf4"]))
+    errors = deep_check(load_recipe(recipe, ["base_model.quantization=nf4"])).errors
     assert [error.key for error in errors] == ["base_model.quantization"]
     assert "pip install 'peftcli[bitsandbytes]'" in errors[0].message
 

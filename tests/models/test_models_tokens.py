@@ -455,6 +455,32 @@ def test_a_file_cannot_ask_for_any_number_of_rows(tmp_path: Path) -> None:
         load_adapter(model, config, folder)
 
 
+@pytest.mark.parametrize("shape", [(2_000_000, 0), (2_000_000,), (0, 2_000_000), (2_000_000, 32, 0)])
+def test_rows_that_the_file_does_not_hold_are_not_believed(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    model, config = loaded("llama"), LoraConfig(target_modules=["embed_tokens"])
+    inject(model, config)
+    save_adapter(model, config, tmp_path)
+    name, file = "base_model.model.model.embed_tokens.base_layer.weight", tmp_path / "adapter_model.safetensors"
+    save_file({**load_file(file), name: torch.ones(shape, dtype=torch.uint8)}, file)
+    fresh = loaded("llama")
+    assert tokens.fit_adapter(fresh, config, tmp_path) is None
+    assert fresh.get_input_embeddings().weight.shape[0] == VOCABULARY
+    with pytest.raises(AdapterError, match=name):
+        load_adapter(fresh, config, tmp_path)
+
+
+def test_a_tokenizer_cannot_ask_for_any_number_of_rows(tmp_path: Path) -> None:
+    folder, _ = adapter(tmp_path, "llama")
+    model = loaded("llama")
+    tokens.fit_tokenizer(model, load_adapter_tokenizer(folder, base_of("no/such-model")), folder)
+    assert model.get_input_embeddings().weight.shape[0] == VOCABULARY + 2
+    described = json.loads((folder / "tokenizer.json").read_text())
+    described["model"]["vocab"]["far"] = 20_000_000
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(AdapterError, match="has a token 20,000,000, far beyond the 302 rows of the base model"):
+        tokens.fit_tokenizer(model, load_adapter_tokenizer(folder, base_of("no/such-model")), folder)
+
+
 def test_an_adapter_without_rows_of_its_own_changes_nothing(tmp_path: Path) -> None:
     model, config = loaded("llama"), LoraConfig(modules_to_save=["lm_head"])
     inject(model, config)

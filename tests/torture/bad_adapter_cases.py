@@ -26,6 +26,7 @@ BOTH: tuple[Command, ...] = (info, generate)
 LOADED: tuple[Command, ...] = (generate, merge)
 """What needs the base model to be seen as wrong."""
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+EMBEDDING = "base_model.model.model.embed_tokens.base_layer.weight"
 STEER = "\x1b[31m\x1b]0;owned\x07\r\n\u202eerror: nothing is wrong"
 """Colours, a title for the window, a line of its own, and letters from right to left."""
 NOT_ASKED = ("base_model_name_or_path", "revision")
@@ -486,6 +487,11 @@ NO_TENSORS = {
     "one too many": tensors(lambda values: values.update(extra=torch.zeros(2)), "unexpected: extra", commands=LOADED),
     "one that steers": tensors(lambda values: values.update({STEER: torch.zeros(2)}), "unexpected: ", commands=LOADED),
     "20,000 too many": tensors(_many(20_000), "unexpected: base_model.model.extra.", "more", commands=LOADED),
+    "20 million rows of no width": tensors(
+        lambda values: values.update({EMBEDDING: torch.ones(20_000_000, 0)}),
+        f"unexpected: {EMBEDDING}",
+        commands=LOADED,
+    ),
     "names without their prefix": tensors(
         lambda values: [values.update({name.removeprefix("base_model."): values.pop(name)}) for name in list(values)],
         f"missing: {Q}",
@@ -657,6 +663,11 @@ BESIDE = {
     "tokenizer.json is an object": Case(_file("tokenizer.json", "{}"), ("cannot load",), (generate,)),
     "tokenizer.json is nested": Case(_file("tokenizer.json", "[" * 100_000), ("cannot load",), (generate,)),
     "tokenizer.json is not UTF-8": Case(_file("tokenizer.json", b'{"\xff": 1}'), ("cannot load",), (generate,)),
+    "config.json of a trillion labels": Case(
+        _file("config.json", json.dumps({"model_type": "llama", "num_labels": HUGE})),
+        ("config.json: num_labels", "is not what any model has"),
+        (generate,),
+    ),
     "special_tokens_map.json is no JSON": Case(
         _file("special_tokens_map.json", "{'a': 1}"), ("special_tokens_map.json:1", "not valid JSON"), (generate,)
     ),
