@@ -78,11 +78,16 @@ def analyse(adapter: str) -> dict[str, Any]:
     modules: list[dict[str, Any]] = []
     for path, update in updates.items():
         values = update.singular_values()
-        norm = float(values.norm())
+        norm = math.hypot(*values.tolist())  # whose squares may be too large, or too small
+        if norm == math.inf:
+            return {"reason": f"that of {path[:200]} is too large for numbers of 64 bits"}
         modules.append({"module": path, "r": update.r, "norm": norm, "effective_r": effective_r(values)})
     largest = max((module["norm"] for module in modules), default=0.0)
+    norm = math.hypot(*(module["norm"] for module in modules))
+    if norm == math.inf:
+        return {"reason": "together they are too large for numbers of 64 bits"}
     return {
-        "norm": math.hypot(*(module["norm"] for module in modules)),
+        "norm": norm,
         "dead": [module["module"] for module in modules if module["norm"] <= _DEAD * largest],
         "modules": modules,
     }

@@ -32,7 +32,8 @@ from peftcli.train.data import Data, load_data, plan_of
 from peftcli.train.launch import total_processes
 from peftcli.train.report import OnEvent, Phase, RowsRead, Warned
 
-_PLACE = re.compile(r"(.+?)(?::| row )([0-9]+)")
+_PLACE = re.compile(r"(.+?)(?::| row )([0-9]{1,18})")
+_NUMBER = re.compile(r"\d{1,18}")
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,13 @@ class Inspection:
         Raises:
             UsageError: there is no such row, or it is not used.
         """
-        if place.isdecimal():
+        refuse_place(place)
+        if _NUMBER.fullmatch(place):
             if int(place) >= len(self.data.train):
                 raise UsageError(f"no example {place}: there are {len(self.data.train)}, counted from 0")
             return [self.row(int(place))]
         named = _PLACE.fullmatch(place)
-        if named is None:
-            raise UsageError(f"{place[:200]!r} is neither the number of an example nor FILE:LINE")
+        assert named is not None
         for split, view in self._views.items():
             if (found := self._find(view, split, named[1], int(named[2]))) is not None:
                 return found
@@ -187,6 +188,12 @@ class Inspection:
                 return [self.row(int(index), split) for index in at]
             before += size
         return None
+
+
+def refuse_place(place: str) -> None:
+    """Raises UsageError unless ``place`` has the form of what ``Inspection.find`` finds."""
+    if not _NUMBER.fullmatch(place) and not _PLACE.fullmatch(place):
+        raise UsageError(f"{place[:200]!r} is neither the number of an example nor FILE:LINE", key="--row")
 
 
 def inspect(recipe: Recipe, on_event: OnEvent = lambda event: None) -> Inspection:

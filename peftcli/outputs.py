@@ -75,7 +75,7 @@ def write_output(path: Path, content: bytes) -> None:
     """Write a file for the user: through a link to where it points, into a pipe or device, else whole or not at all.
 
     Raises:
-        UsageError: it is a folder.
+        UsageError: it is a folder, or a file of this process that is not open for writing.
         StorageError: it cannot be written.
     """
     if is_stream(path):
@@ -100,7 +100,7 @@ def is_stream(path: Path) -> bool:
     """Whether a path is a pipe, a device or an open file of this process: what can only be written to as it is.
 
     Raises:
-        UsageError: it is a folder.
+        UsageError: it is a folder, or a file of this process that is not open for writing.
         StorageError: it cannot be reached.
     """
     with saving(path):
@@ -110,10 +110,18 @@ def is_stream(path: Path) -> bool:
 
 
 def _descriptor(path: Path) -> int | None:
-    """The number of the open file of this process that a path is a name of."""
+    """The number of the open file of this process that a path is a name of.
+
+    Raises:
+        UsageError: it is not open for writing.
+    """
     if (found := _DESCRIPTOR.fullmatch(str(path))) is None:
         return None
-    return int(found["number"]) if found["number"] else ("stdout", "stderr").index(found["name"]) + 1
+    number = int(found["number"]) if found["number"] else ("stdout", "stderr").index(found["name"]) + 1
+    with suppress(OSError, OverflowError):  # no such file, or a number that none can have
+        if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY:
+            return number
+    raise UsageError("is not open for writing", file=str(path), key="--output")
 
 
 class Unfinished:

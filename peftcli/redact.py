@@ -10,7 +10,8 @@ A secret is:
   path of a file or folder that exists, a model's special tokens (``EOS_TOKEN=<|im_end|>``), and for KEY words without a
   digit, since such a variable often names a column.
 
-A secret is found as it is, and as URLs, JSON, Python's ``repr``, HTML and base64 write it.
+A secret is found as it is, and as URLs, JSON, Python's ``repr``, HTML and base64 write it; in base64 also behind a
+user's name, as in ``Authorization: Basic``.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote, quote_plus, unquote
 
 _SHORTEST = 8
 _CUT = 16
@@ -40,6 +42,11 @@ _SPECIAL_TOKEN = re.compile(r"<\S*>|\[\S*\]")
 _WORD = re.compile(r"[A-Za-z]+(?:[-_. ]+[A-Za-z]+)*")
 SECRET_NAME = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)
 """Names of environment variables that hold a secret."""
+_PERCENT, _CODE = re.compile("%[0-9A-F]{2}"), re.compile(r"\\u[0-9a-f]{4}")
+_IN_HTML = [str.maketrans({char: f"\\u{ord(char):04x}" for char in chars}) for chars in ("", "<>&", "<>&'")]
+"""What JSON writes as codes, by itself and where it stands within HTML."""
+_LAST_WORD = re.compile(r"(?<![!-~])[!-~]*\Z")
+_URL_BEGUN = re.compile(r"""://[^\s"<>]{0,700}\Z""")
 
 
 def redact(text: str) -> str:
@@ -69,6 +76,20 @@ def redactor() -> Callable[[str], str]:
 def spans(text: str) -> list[tuple[int, int]]:
     """Where the secrets are in ``text``: start and end of each."""
     return [found.span() for found in _pattern(tuple(sorted(secrets()))).finditer(text)]
+
+
+def settled(text: str) -> int:
+    """How many characters of a text that is still growing can be shown: no secret ends, or may yet end, behind them."""
+    known = tuple(sorted(secrets()))
+    ends = [len(text), *(found.start() for each in (_LAST_WORD, _URL_BEGUN) if (found := each.search(text)))]
+    ends += [len(text) - _begun(text, form) for form in _known_forms(known)]
+    end = min(ends)
+    return next((found.start() for found in _pattern(known).finditer(text) if found.end() > end), end)
+
+
+def _begun(text: str, form: str) -> int:
+    """How many of the last characters of the text are the first of ``form``, but not all of it."""
+    return next((size for size in range(len(form) - 1, 0, -1) if text.endswith(form[:size])), 0)
 
 
 def secrets() -> dict[str, str]:
@@ -116,19 +137,34 @@ def _hub_home() -> Path:
 @lru_cache(maxsize=1)
 def _pattern(known: tuple[str, ...]) -> re.Pattern[str]:
     """Finds every secret; of the ``known`` the longest first, since one may be a part of another."""
-    forms = {form for secret in known for form in _forms(secret)}
-    whole = map(re.escape, sorted(forms, key=len, reverse=True))
-    known = tuple(secret for secret in known if len(secret) > _CUT and ":" not in secret)  # not a user's name first
-    cut = [re.escape(secret[:_CUT]) + r"[^\s\"'<>]*" for secret in known]
+    whole = map(re.escape, _known_forms(known))
+    long = [secret for secret in known if len(secret) > _CUT]
+    cut = [re.escape(secret[:_CUT]) + r"[^\s\"'<>]*" for secret in long if ":" not in secret]  # not a user's name first
+    # the end of one, as of a long text that was shortened in its middle
+    cut += [r"(?<=\.\.\.)[^\s\"'<>]{0,200}?" + re.escape(secret[-_CUT:]) for secret in long]
     return re.compile("|".join([*whole, *cut, _HUB_TOKEN, _USER_INFO]))
+
+
+@lru_cache(maxsize=1)
+def _known_forms(known: tuple[str, ...]) -> tuple[str, ...]:
+    """All that the ``known`` secrets are written as, the longest first."""
+    return tuple(sorted({form for secret in known for form in _forms(secret)}, key=len, reverse=True))
 
 
 def _forms(secret: str) -> Iterator[str]:
     raw = os.fsencode(secret)
     yield secret
-    yield quote(raw, safe="")
-    yield quote(raw)
-    yield json.dumps(secret)[1:-1]
+    for quoted in (quote(raw, safe=""), quote(raw), quote_plus(raw)):
+        yield quoted
+        yield _PERCENT.sub(lambda found: found[0].lower(), quoted)
+    for in_ascii, mark, coded, slash in product((True, False), ('\\"', "\\u0022"), _IN_HTML, ("/", "\\/")):
+        text = json.dumps(secret, ensure_ascii=in_ascii)[1:-1].replace('\\"', mark).translate(coded)
+        yield text.replace("/", slash)
+        yield _CODE.sub(lambda found: f"\\u{found[0][2:].upper()}", text).replace("/", slash)
     yield repr(secret)[1:-1]
     yield html.escape(secret)
     yield base64.b64encode(raw).decode().rstrip("=")
+    for before in range(3):  # how many bytes share the first group of three with the secret
+        known = base64.b64encode(bytes(before) + raw).decode()[-(-before * 8 // 6) : (before + len(raw)) * 8 // 6]
+        yield known
+        yield known.translate(str.maketrans("+/", "-_"))

@@ -156,7 +156,8 @@ def _for_user(error: Exception) -> PeftcliError:
         return ours
     if hasattr(error, "format_message"):
         path = getattr(getattr(error, "ctx", None), "command_path", "peftcli")
-        return UsageError(error.format_message(), hint=f"see `{path} --help`")
+        message = error.format_message().replace("Value error, ", "")  # pydantic's, of which typer makes use
+        return UsageError(message, hint=f"see `{path} --help`")
     if isinstance(error, typer.Abort):
         return Interrupted("aborted", exit_code=130)
     return PeftcliError(f"peftcli failed: {type(error).__name__}: {error}; run with --debug to see where")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +11,9 @@ import typer
 from peftcli.cli import console
 from peftcli.cli.quiet import Quiet, teller
 from peftcli.errors import UsageError
+
+_LARGEST = 3.4e38
+"""Of 32 bits, in which the result is written."""
 
 Method = Literal[
     "cat",
@@ -38,7 +42,7 @@ def combine(
     r: Annotated[
         int | None, typer.Option("--r", help="r of the result, for svd; by default the largest given.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**64 - 1, help="Of what dare drops.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -60,10 +64,12 @@ def combine(
 
 
 def _weighted(entry: str) -> tuple[str, float]:
-    adapter, _, weight = entry.rpartition("=")
-    try:
-        if adapter:
-            return adapter, float(weight)
-    except ValueError:
-        pass
-    raise UsageError(f"{entry!r} is not of the form ADAPTER=WEIGHT, as outputs/a=0.7")
+    adapter, _, said = entry.rpartition("=")
+    weight = None
+    with suppress(ValueError):
+        weight = float(said)
+    if not adapter or weight is None:
+        raise UsageError(f"{entry!r} is not of the form ADAPTER=WEIGHT, as outputs/a=0.7")
+    if not abs(weight) <= _LARGEST:
+        raise UsageError(f"{entry!r}: the weight must be finite, and at most {_LARGEST:g}", key="ADAPTER=WEIGHT")
+    return adapter, weight

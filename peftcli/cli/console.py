@@ -20,6 +20,7 @@ from peftcli.redact import redact, redact_values
 if TYPE_CHECKING:
     from rich.console import Console
 
+_LONGEST_CELL = 200
 _json_printed = False
 
 
@@ -29,8 +30,11 @@ def out(text: str = "") -> None:
 
 
 def log(text: str) -> None:
-    """A line of the log."""
-    _write(sys.stderr, text)
+    """A line of the log. Where nobody reads it any more, the work goes on."""
+    try:
+        _write(sys.stderr, text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def print_json(data: Any) -> None:
@@ -41,8 +45,9 @@ def print_json(data: Any) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table of the answer."""
+    """A table of the answer. A long cell before the last column is cut, since all there are padded to the widest."""
     cells = [[clean(str(cell)) for cell in row] for row in rows]
+    cells = [[*map(_cut, row[:-1]), *row[-1:]] for row in cells]
     if is_terminal(sys.stdout):
         from rich.table import Table
         from rich.text import Text
@@ -116,6 +121,10 @@ class _Guarded:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def _cut(cell: str) -> str:
+    return cell if len(cell) <= _LONGEST_CELL else f"{cell[: _LONGEST_CELL - 3]}..."
 
 
 def _write(stream: TextIO, text: str) -> None:

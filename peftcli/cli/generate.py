@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,11 +15,13 @@ import typer
 from peftcli.cli import console
 from peftcli.cli.quiet import Quiet, teller
 from peftcli.errors import UsageError
+from peftcli.redact import settled
 
 if TYPE_CHECKING:
     from peftcli.generate import Message, Settings, Speaker
 
-_LAST_WORD = re.compile(r"(?<![!-~])(?=[!-~]*\Z)")
+_COLDEST = 1e-30
+"""A lower temperature makes the scores of tokens too large for numbers of 32 bits."""
 
 
 def generate(
@@ -37,7 +39,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="With a temperature: nucleus sampling.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of --input at once.")] = 8,
     no_adapter: Annotated[bool, typer.Option("--no-adapter", help="The base model alone.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -51,10 +53,17 @@ def generate(
         raise UsageError("a chat is no JSON object", hint="give --prompt, or --input with --output", key="--json")
     if chats and not sys.stdin.isatty():
         raise UsageError("without a terminal, give --prompt or --input")
+    if 0 < temperature < _COLDEST or temperature == math.inf:
+        raise UsageError(f"must be 0, or a number from {_COLDEST:g}", key="--temperature")
+    if prompt is not None and not _is_text(prompt):
+        raise UsageError("is no UTF-8 text", key="--prompt")
 
     tell = teller(quiet)
+    from peftcli.outputs import expanded, is_stream
+
+    if target is not None:
+        is_stream(expanded(target))  # raises before any work for what cannot be written
     from peftcli.generate import Settings, answer_file, load_speaker
-    from peftcli.outputs import is_stream
 
     settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     speaker = load_speaker(adapter, base, with_adapter=not no_adapter, quantization=quantization)
@@ -82,6 +91,11 @@ def _chat(speaker: Speaker, settings: Settings) -> None:
             asked = input("> ")
         except EOFError:
             return
+        except UnicodeDecodeError:
+            asked = None
+        if asked is None or not _is_text(asked):
+            console.log("that is no UTF-8 text")
+            continue
         if not asked.strip():
             return
         messages.append({"role": "user", "content": asked})
@@ -90,16 +104,23 @@ def _chat(speaker: Speaker, settings: Settings) -> None:
         messages.append({"role": "assistant", "content": said.text})
 
 
+def _is_text(text: str) -> bool:
+    """Whether it was UTF-8 before Python read it."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
 @contextmanager
 def _streamed() -> Iterator[Callable[[str], None]]:
-    """Gives what writes text as it grows: a word at a time, since a secret is not recognised by its parts."""
+    """Gives what writes text as it grows, but for what may become a secret, which is not recognised by its parts."""
     held = ""
 
     def write(text: str) -> None:
         nonlocal held
-        *whole, held = _LAST_WORD.split(held + text, maxsplit=1)
-        sys.stdout.write(console.clean("".join(whole)))
+        held += text
+        end = settled(held)
+        sys.stdout.write(console.clean(held[:end]))
         sys.stdout.flush()
+        held = held[end:]
 
     yield write
     console.out(held)

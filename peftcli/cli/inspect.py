@@ -59,6 +59,7 @@ def inspect(
     tell = teller(quiet)
     from peftcli.cli.progress import Progress
     from peftcli.inspection import inspect as look
+    from peftcli.inspection import refuse_place
     from peftcli.inspection_page import refuse_name, write_page
     from peftcli.outputs import expanded
 
@@ -66,6 +67,8 @@ def inspect(
         html = expanded(html)
         refuse_name(html)
 
+    for place in row or ():
+        refuse_place(place)
     with Progress(quiet=quiet) as progress:
         inspection = look(settings, on_event=progress.show)
     asked = [found for place in row or () for found in inspection.find(place)]

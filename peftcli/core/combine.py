@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peftcli.core.updates import Update, weighted_sum
+from peftcli.core.updates import Update, svd, weighted_sum
 from peftcli.errors import AdapterError
 
 COMBINATIONS = (
@@ -80,7 +80,7 @@ class Combination:
         if self.method.endswith("_svd"):
             deltas = [update.scaling * (update.left @ update.right) for _, update in parts]
             dense = arithmetic(torch.stack(deltas), [weight for weight, _ in parts])
-            u, values, v = torch.linalg.svd(dense, full_matrices=False)
+            u, values, v = svd(dense)
             return Update(u[:, :r] * values[:r], v[:r])
         if len({update.r for _, update in parts}) > 1:
             sizes = ", ".join(str(update.r) for _, update in parts)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from peftcli.errors import AdapterError
+
 
 @dataclass(frozen=True)
 class Update:
@@ -33,8 +35,14 @@ class Update:
         return float((_triangle(self._scaled_left()) @ self.right.double()).norm())
 
     def singular_values(self) -> torch.Tensor:
-        """The update's singular values, from the largest: as many as r and the weight's sides allow, in float64."""
-        return torch.linalg.svdvals(_triangle(self._scaled_left()) @ _triangle(self.right.double().T).T)
+        """The update's singular values, from the largest: as many as r and the weight's sides allow, in float64.
+
+        All are infinite where float64 does not hold the update.
+        """
+        product = _triangle(self._scaled_left()) @ _triangle(self.right.double().T).T
+        if not product.isfinite().all():
+            return product.new_full((min(product.shape),), torch.inf)
+        return torch.linalg.svdvals(product)
 
     def dot(self, other: Update) -> float:
         """Sum of the products of the updates' elements."""
@@ -43,10 +51,14 @@ class Update:
         return float((lefts * rights).sum())
 
     def truncated(self, r: int) -> Update:
-        """The update of bottleneck ``r``, or less where this one has less, that is nearest to this one."""
+        """The update of bottleneck ``r``, or less where this one has less, that is nearest to this one.
+
+        Raises:
+            AdapterError: the update is too large for float64.
+        """
         left, first = torch.linalg.qr(self._scaled_left())
         right, second = torch.linalg.qr(self.right.double().T)
-        u, values, v = torch.linalg.svd(first @ second.T, full_matrices=False)
+        u, values, v = svd(first @ second.T)
         return Update(left @ (u[:, :r] * values[:r]), v[:r] @ right.T)
 
     def _scaled_left(self) -> torch.Tensor:
@@ -64,16 +76,29 @@ def distance(one: Update, other: Update) -> float:
     return weighted_sum([(1.0, _double(one)), (-1.0, _double(other))]).norm()
 
 
+def svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U, the singular values from the largest, and V^T of a matrix, each only as large as these need.
+
+    Raises:
+        AdapterError: an element is not finite.
+    """
+    if not matrix.isfinite().all():
+        raise AdapterError("the combined values are not finite", hint="take smaller weights, or a larger density")
+    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+    return u, values, v
+
+
 def effective_r(values: torch.Tensor) -> float:
     """How many directions an update with these singular values uses: the exponential of their entropy.
 
     From 1, where one direction is all of it, to their number, where all count alike (Roy and Vetterli, "The effective
     rank"); 0 where there is no update.
     """
-    total = values.sum()
-    if total == 0:
+    largest = values.max()
+    if largest == 0:
         return 0.0
-    share = values / total
+    share = values / largest  # the sum of very large ones would be infinite
+    share = share / share.sum()
     return float(torch.special.entr(share).sum().exp())
 
 

@@ -57,6 +57,13 @@ def test_norms_and_products_are_those_of_the_dense_update(out: int, width: int, 
         torch.testing.assert_close(_dense(one.truncated(smaller)), nearest, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("method", ["svd", "magnitude_prune_svd"])
+def test_what_no_number_holds_is_refused(method: str) -> None:
+    how = Combination(method, density=None if method == "svd" else 1.0)
+    with pytest.raises(AdapterError, match="not finite"):
+        how.combined([(3e38, _update(scaling=1e300))], "q_proj")
+
+
 def test_effective_r() -> None:
     assert effective_r(torch.tensor([2.0, 2.0, 2.0, 0.0])) == pytest.approx(3)
     assert effective_r(torch.tensor([5.0, 0.0])) == pytest.approx(1)
