@@ -26,24 +26,26 @@ def check(
 
     errors: list[Problem] = []
     warnings: list[Problem] = []
+    codes: list[int] = []
     for path in recipes:
         reading = read(path)
-        found, noted = _check_deep(reading) if deep and reading.recipe else (reading.problems, [])
+        found, noted, code = _check_deep(reading) if deep and reading.recipe else (reading.problems, [], 2)
         errors += found
         warnings += noted
+        codes += [code] * bool(found)
         if not as_json:
             _print(path, found, noted)
     if as_json:
         console.print_json({"errors": [asdict(p) for p in errors], "warnings": [asdict(p) for p in warnings]})
-    raise typer.Exit(2 if errors else 0)
+    raise typer.Exit(codes[0] if codes else 0)
 
 
-def _check_deep(reading: Reading) -> tuple[list[Problem], list[Problem]]:
+def _check_deep(reading: Reading) -> tuple[list[Problem], list[Problem], int]:
     from peftcli.train.deep import deep_check
 
     assert reading.recipe is not None
-    errors, warnings = deep_check(reading.recipe)
-    return [reading.placed(p) for p in errors], [reading.placed(p) for p in warnings]
+    found = deep_check(reading.recipe)
+    return [reading.placed(p) for p in found.errors], [reading.placed(p) for p in found.warnings], found.exit_code
 
 
 def _print(path: Path, errors: list[Problem], warnings: list[Problem]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from peftcli.core.inject import inject
@@ -19,28 +20,40 @@ from peftcli.train.launch import total_processes
 T = TypeVar("T")
 
 
-def deep_check(recipe: Recipe) -> tuple[list[Problem], list[Problem]]:
-    """Every error and every warning that opening the recipe's data and model brings up."""
-    errors, warnings, _ = _look(recipe)
-    return errors, warnings
+@dataclass
+class Found:
+    """What opening a recipe's data and model has brought up."""
+
+    errors: list[Problem] = field(default_factory=list)
+    exit_code: int = 0
+    """That of the first error's kind."""
+    would: dict[str, Any] = field(default_factory=dict)
+    """What a run would do, as far as it is known."""
+
+    @property
+    def warnings(self) -> list[Problem]:
+        """What is odd with the data."""
+        return [Problem(text, file="", key="dataset") for text in self.would.get("warnings", [])]
 
 
 def preview(recipe: Recipe) -> dict[str, Any]:
     """What a run of the recipe would do: its data, its parameters, its steps.
 
     Raises:
-        RecipeError: it would fail.
+        RecipeError: it would fail. Its exit code is that of the first error.
     """
-    errors, _, found = _look(recipe)
-    if errors:
-        raise RecipeError(errors)
-    return found
+    found = deep_check(recipe)
+    if found.errors:
+        error = RecipeError(found.errors)
+        error.exit_code = found.exit_code
+        raise error
+    return found.would
 
 
-def _look(recipe: Recipe) -> tuple[list[Problem], list[Problem], dict[str, Any]]:
+def deep_check(recipe: Recipe) -> Found:
+    """Every error and every warning that opening the recipe's data and model brings up."""
     row, base, config = TASKS[recipe.task], recipe.base_model, method_config(recipe)
-    errors: list[Problem] = []
-    found: dict[str, Any] = {}
+    found = Found()
 
     def attempt(key: str, action: Callable[[], T]) -> T | None:
         try:
@@ -50,7 +63,8 @@ def _look(recipe: Recipe) -> tuple[list[Problem], list[Problem], dict[str, Any]]
         except PeftcliError as error:
             place = f"{error.file}:{error.line}" if error.line else error.file
             text = f"{place}: {error.message}" if place else error.message
-            errors.append(Problem(text, file="", key=_recipe_key(error.key, key)))
+            found.errors.append(Problem(text, file="", key=_recipe_key(error.key, key)))
+            found.exit_code = found.exit_code or error.exit_code
             return None
 
     tokenizer = attempt("base_model", lambda: load_tokenizer(base))
@@ -59,7 +73,7 @@ def _look(recipe: Recipe) -> tuple[list[Problem], list[Problem], dict[str, Any]]
         if data is not None:
             attempt("dataset", lambda: refuse(data.findings, recipe.dataset.allow))
             plan = plan_of(recipe, data, total_processes(recipe.launch))
-            found |= {
+            found.would |= {
                 "data": data.report,
                 "steps": plan.total_steps,
                 "warnings": data.warnings + plan.repeated(data.names),
@@ -72,12 +86,8 @@ def _look(recipe: Recipe) -> tuple[list[Problem], list[Problem], dict[str, Any]]
             attempt("method", lambda: tokens.make_room(model, tokenizer, config, base))
         injection = attempt("method", lambda: inject(model, config))
         if injection is not None:
-            found["parameters"] = {"trainable": injection.trainable, "all": injection.total}
-    return errors, _warnings(found), found
-
-
-def _warnings(found: dict[str, Any]) -> list[Problem]:
-    return [Problem(text, file="", key="dataset") for text in found.get("warnings", [])]
+            found.would["parameters"] = {"trainable": injection.trainable, "all": injection.total}
+    return found
 
 
 def _recipe_key(key: str | None, section: str) -> str:

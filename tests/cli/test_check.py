@@ -57,10 +57,11 @@ def test_foreign_text_cannot_steer_the_terminal(cli, recipe) -> None:
 
 
 def test_deep_problems_get_their_place(cli, recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    def deep_check(_: object) -> tuple[list[Problem], list[Problem]]:
-        return (
-            [Problem("matches nothing", "", key="method.r")],
-            [Problem("empty row", "data.jsonl", line=4), Problem("is slow", "", key="launch")],
+    def deep_check(_: object) -> types.SimpleNamespace:
+        return types.SimpleNamespace(
+            errors=[Problem("matches nothing", "", key="method.r")],
+            warnings=[Problem("empty row", "data.jsonl", line=4), Problem("is slow", "", key="launch")],
+            exit_code=4,
         )
 
     module = types.ModuleType("peftcli.train.deep")
@@ -68,7 +69,7 @@ def test_deep_problems_get_their_place(cli, recipe, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "peftcli.train.deep", module)
     path = recipe()
     ran = cli("check", path, "--deep")
-    assert ran.code == 2
+    assert ran.code == 4
     assert ran.out.splitlines() == [
         "warning: data.jsonl:4: empty row",
         f"warning: {path}: launch: is slow",
