@@ -149,6 +149,8 @@ def main() -> None:
     sys.path.insert(0, str(TESTS))
     import mask_matrix as matrix
 
+    from peftcli.data import day
+
     rendering.datetime = matrix.Today
     warnings.simplefilter("ignore")
     templates = Path(trl.__file__).parent / "chat_templates"
@@ -173,7 +175,8 @@ def main() -> None:
             truth = truth_of(matrix, name, shape)
             for side, run in (("TRL", by_trl), ("peftcli", by_us)):
                 messages, tools = matrix.conversation(name, shape)
-                found = verdict(run, tokenizer, messages, tools, truth, bool(matrix.PUBLISHED[name].swallow))
+                with day.on(matrix.DAY):
+                    found = verdict(run, tokenizer, messages, tools, truth, bool(matrix.PUBLISHED[name].swallow))
                 counts[side][truth is None, found] += 1
         rows = {side: row(each) for side, each in counts.items()}
         print(f"| {name} | " + " | ".join(map(str, [*rows["TRL"], sum(rows["peftcli"][i] for i in (1, 7))])) + " |")

@@ -31,9 +31,16 @@ _INCLUDE = re.compile(r"(<!-- include: (\S+) -->\n).*?(<!-- /include -->)", re.D
 _NOTE = "<!-- Written by `make docs` from the code. Do not edit. -->\n\n"
 _CODES = """
 1 a bug of peftcli; `--debug` shows the traceback
-130 Ctrl-C
-143 SIGTERM or SIGUSR1 before there was anything to save
+130 Ctrl-C, or a second one
+141 nobody reads stdout any more
+143 SIGTERM or SIGUSR1 before there was anything to save; a second one
 75 SIGTERM, SIGUSR1 or training.max_time, with a checkpoint: run the same command again
+"""
+_MORE_OF_CODES = """\
+`check --deep` and `train --dry-run` list every problem that they find, and end with the code of the first.
+
+`status` ends with 0 however the run stands; with 2 where there is no run, and with 7 where its account cannot be read.
+`status --json` gives the code with which the run ended: 137 where it was killed before it could say so.
 """
 
 
@@ -106,9 +113,10 @@ def exit_codes_page() -> str:
     merged: dict[int, list[str]] = {0: ["done, or done already"]}
     for code, text in sorted(rows, key=lambda row: int(row[0])):
         merged.setdefault(int(code), []).append(text.rstrip("."))
-    return "# Exit codes\n\nOf every command.\n\n" + _table(
+    text = "# Exit codes\n\nOf every command.\n\n" + _table(
         ("code", "meaning"), [(str(code), "; or: ".join(texts)) for code, texts in merged.items()]
     )
+    return f"{text}\n{_MORE_OF_CODES}"
 
 
 def findings_page() -> str:

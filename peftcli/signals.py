@@ -73,7 +73,7 @@ class Stop:
         if self.signal:
             if self.signal == number and time.monotonic() - self.when < _ECHO_SECONDS:
                 return
-            os._exit(128 + number)
+            os._exit(130 if number == signal.SIGINT else 143)
         self.signal, self.when = number, time.monotonic()
         if self.at_once:
             self.check()

@@ -152,7 +152,8 @@ def summary(run: dict[str, Any]) -> str:
     lines += ["next:", f"  peftcli generate {quoted} --prompt '...'"]
     if run["mergeable"]:
         lines.append(f"  peftcli merge {quoted} --output {shlex.quote(folder.rstrip('/') + '-merged')}")
-    lines.append(f"  peftcli push {quoted} USER/NAME")
+    base = " --base-model-id USER/BASE" if run["identity"]["base_model"] else ""  # a folder, which the hub cannot know
+    lines.append(f"  peftcli push {quoted} USER/NAME{base}")
     return "\n".join(lines)
 
 

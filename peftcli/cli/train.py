@@ -96,21 +96,22 @@ def _launch(settings: Recipe, count: int, *, quiet: bool, overwrite: bool) -> in
     from peftcli.errors import PeftcliError
     from peftcli.train import launch
     from peftcli.train.data import prepare_data
-    from peftcli.train.folder import RunFolder, is_complete, mark_ended
+    from peftcli.train.folder import RunFolder, accounts, mark_ended
 
-    folder = RunFolder(Path(settings.training.output_dir))
-    complete, first = is_complete(settings), settings.launch.machine_rank == 0
+    folder, first = RunFolder(Path(settings.training.output_dir)), settings.launch.machine_rank == 0
+    run = folder.read()
     if first:  # the others may share the folder
         folder.lock()
+    before = accounts(folder)
     try:
-        if overwrite or not complete:
+        if overwrite or run is None or run["status"] != "complete":
             with Progress(quiet=quiet) as progress:
-                prepare_data(settings, progress.show)
+                prepare_data(settings, run.get("day") if run else None, progress.show)
         lock = folder.give_lock() if first else None
-        return launch.run_processes(sys.argv[1:], count, settings.launch, lock)
+        return launch.run_processes(sys.argv[1:], count, settings.launch, lock, settings.training.save_on_signal)
     except PeftcliError as error:
         if first:
-            mark_ended(folder, error)
+            mark_ended(folder, error, before)
         raise
     finally:
         folder.close()

@@ -150,6 +150,12 @@ class AdapterConfig:
     def after_step(self, model: nn.Module, step: int, total: int) -> None:
         """Called after optimizer step ``step``, counted from 1, of ``total``, while the gradients are still there."""
 
+    def after_resume(self, model: nn.Module, step: int, total: int) -> None:
+        """Called once the model holds a checkpoint written after step ``step``, of ``total``.
+
+        What ``after_step`` had put in the config by then is to be put there again.
+        """
+
     def after_merge(self, model: nn.Module) -> None:
         """Called once the adapter is folded into the model's weights, and none of its layers is left."""
 

@@ -26,6 +26,8 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
+from peftcli.data import day
+
 LONGEST = 1_000_000
 """Characters of a template."""
 _SECONDS, _SECONDS_EACH = 4.0, 20e-6
@@ -111,7 +113,8 @@ def bounded(text: str) -> Any:
     if len(text) > LONGEST:
         raise TooMuch(f"it is {len(text):,} characters long; at most {LONGEST:,} are read")
     tree = _parser.parse(text)
-    _Steps().visit(tree)
+    dated = not any(each.name == day.FUNCTION and each.ctx != "load" for each in tree.find_all(nodes.Name))
+    _Steps(dated).visit(tree)
     return tree.set_environment(_parser)
 
 
@@ -159,6 +162,14 @@ _BLOCK = "_peftcli_block"
 
 class _Steps(NodeTransformer):
     """Puts our steps into a tree."""
+
+    def __init__(self, dated: bool):
+        self._dated = dated  # whether the name of the function that gives the date means that function
+
+    def visit_Name(self, node: nodes.Name) -> nodes.Node:
+        if node.name == day.FUNCTION and self._dated:
+            return nodes.ImportedName(f"{day.__name__}.{day.FUNCTION}", lineno=node.lineno)
+        return node
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self._with_pass(node)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import tempfile
@@ -11,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftcli.data import day
 from peftcli.data.cache import cached
 from peftcli.data.encode import Encoder
 from peftcli.data.rows import Place, Row
@@ -98,7 +98,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "settings": {name: getattr(tokenizer, name, None) for name in ("split_special_tokens", "truncation_side")},
         "template": tokenizer.chat_template,
-        "date": datetime.date.today().isoformat() if writes_the_date(tokenizer) else None,
+        "date": day.today().isoformat() if day.writes_the_date(tokenizer) else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -113,11 +113,6 @@ def _model_of(tokenizer: PreTrainedTokenizerBase) -> Any:
         files = sorted(path for path in Path(scratch).rglob("*") if path.is_file())
         hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     return [hashes, tokenizer.get_vocab(), tokenizer.init_kwargs]
-
-
-def writes_the_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template can write today's date."""
-    return "strftime_now" in str(tokenizer.chat_template or "")
 
 
 def _write(

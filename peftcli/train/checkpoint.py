@@ -8,6 +8,7 @@ are functions of the step, so they are not in it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import re
@@ -41,6 +42,8 @@ _NEEDED = {WEIGHTS_FILE, CONFIG_FILE, _PROGRESS, _OPTIMIZER, "random-00000.safet
 _AVERAGES = ("step", "exp_avg", "exp_avg_sq")
 _STEP = re.compile(r"step-\d{6,}")
 _LARGEST_JSON = 1 << 24
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
+"""How the system says that a file is gone, or something else stands in its place."""
 
 
 @dataclass
@@ -100,7 +103,7 @@ def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelera
                 shutil.rmtree(temporary)
             temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    _write_tensors(temporary / _random_file(accelerator.process_index), _random_state())
+    _write_tensors(temporary / _random_file(accelerator.process_index), random_state())
     if accelerator.is_main_process:
         write_finite(adapter_state(state.model), state.config, temporary)
         if extra := unsaved_state(state.model):
@@ -115,10 +118,13 @@ def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelera
             temporary / _MANIFEST, _manifest(temporary, state.progress.step, accelerator.num_processes, made_by)
         )
         with _storing(final):
-            if final.exists():  # of an attempt that went on from an older one
-                remove_folder(final, final.with_name(f".old-{final.name}"))
+            replaced = final.with_name(f".replaced-{final.name}")
+            if final.exists():  # saved twice at one step; a kill between the two renames loses neither: see ``tidy``
+                final.rename(replaced)
             temporary.rename(final)
             sync_folder(folder)
+            if replaced.exists():
+                shutil.rmtree(replaced)
         prune(folder, keep)
     accelerator.wait_for_everyone()
     return final
@@ -150,8 +156,11 @@ def tidy(folder: Path) -> None:
         StorageError: a file cannot be removed.
     """
     with _storing(folder):
+        for path in folder.glob(".replaced-step-*"):
+            if not (final := path.with_name(path.name.removeprefix(".replaced-"))).exists():
+                path.rename(final)
         for path in folder.glob(".*"):
-            if re.fullmatch(r"\.(step-\d+\.tmp|old-step-\d+)", path.name) and not path.is_symlink():
+            if re.fullmatch(r"\.(step-\d+\.tmp|(old|replaced)-step-\d+)", path.name) and not path.is_symlink():
                 shutil.rmtree(path)
 
 
@@ -167,20 +176,44 @@ def newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
     Raises:
         StorageError: one cannot be read or set aside.
     """
-    for path in checkpoints(folder):
+    found = checkpoints(folder)
+    for path, older in zip(found, [*found[1:], None], strict=False):
         if (reason := damage(path)) is None:
             return path
-        aside = path.with_name(f".damaged-{path.name}")
-        with _storing(path):
-            if aside.exists():
-                shutil.rmtree(aside)
-            path.rename(aside)
-        warn(f"{path.name} is damaged ({reason}); set aside as {aside.name}, using the one before")
+        aside = _set_aside(path, "damaged")
+        instead = f"using {older.name}" if older else "and there is none before it"
+        warn(f"{path.name} is damaged ({reason}); set aside as {aside.name}, {instead}")
     return None
 
 
+def set_newer_aside(folder: Path, step: int, warn: Callable[[str], None]) -> None:
+    """Set the checkpoints after ``step`` aside, of a run that goes on from there another way.
+
+    Raises:
+        StorageError: one cannot be moved.
+    """
+    for path in checkpoints(folder):
+        if int(path.name.removeprefix("step-")) > step:
+            aside = _set_aside(path, "left")
+            warn(f"{path.name} is newer than the checkpoint to go on from; set aside as {aside.name}")
+
+
+def _set_aside(path: Path, why: str) -> Path:
+    """Give a checkpoint a name under which no run finds it."""
+    aside = path.with_name(f".{why}-{path.name}")
+    with _storing(path):
+        if aside.exists():
+            shutil.rmtree(aside)
+        path.rename(aside)
+    return aside
+
+
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None when every file has the size and sha256 that its manifest says."""
+    """What is wrong with a checkpoint; None when every file has the size and sha256 that its manifest says.
+
+    Raises:
+        StorageError: it cannot be read now, which says nothing of what it holds.
+    """
     try:
         if path.is_symlink():
             return "it is a link"
@@ -200,6 +233,10 @@ def damage(path: Path) -> str | None:
         if not path.name.endswith(f"-{manifest['step']:06d}") or _progress(path).step != manifest["step"]:
             return "its step is not the one that its name says"
     except OSError as error:
+        if error.errno not in _NOT_THERE:
+            file = error.filename or path
+            hint = "if the disk has lost it for good, delete this checkpoint to go on from the one before"
+            raise StorageError(f"cannot be read: {error.strerror}", file=str(file), hint=hint) from None
         return f"{_MANIFEST}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{_MANIFEST}: {error}"
@@ -235,19 +272,20 @@ def _as_json(value: object) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
-def load_checkpoint(path: Path, state: State, accelerator: Accelerator, *, exactly: bool = True) -> None:
+def load_checkpoint(path: Path, state: State, accelerator: Accelerator) -> None:
     """Fill ``state`` from a checkpoint.
 
     Args:
         path: The checkpoint, which is whole.
         state: Is filled.
-        accelerator: Of this process.
-        exactly: False where the recipe or the number of processes is another one than the checkpoint's.
+        accelerator: Of this process. Where the checkpoint is of fewer processes, those that it does not know begin with
+            random states of their own.
 
     Raises:
         StorageError: it does not fit the model, or cannot be read.
     """
     try:
+        known = accelerator.process_index < read_manifest(path)["num_processes"]
         extra = path / _TRAINING_STATE
         more = safetensors.torch.load_file(extra) if extra.exists() else {}
         tensors = {**read_tensors(path), **more}
@@ -262,8 +300,8 @@ def load_checkpoint(path: Path, state: State, accelerator: Accelerator, *, exact
         _set_schedule(state)
         random = path / _random_file(accelerator.process_index)
         if random.exists():
-            _restore_random(safetensors.torch.load_file(random))
-        elif exactly:
+            restore_random(safetensors.torch.load_file(random))
+        elif known:
             raise ValueError(f"there is no {random.name}")
     except PeftcliError as error:
         raise StorageError(f"does not fit this run: {error.message}", file=str(path)) from None
@@ -343,14 +381,16 @@ def _load_optimizer(state: State, tensors: dict[str, torch.Tensor]) -> None:
         raise ValueError(f"{_OPTIMIZER}: {min(rest)} is of another optimizer or adapter")
 
 
-def _random_state() -> dict[str, torch.Tensor]:
+def random_state() -> dict[str, torch.Tensor]:
+    """The states of this process's random numbers, for ``restore_random``."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 
 
-def _restore_random(states: dict[str, torch.Tensor]) -> None:
+def restore_random(states: dict[str, torch.Tensor]) -> None:
+    """Let the random numbers go on from what ``random_state`` gave."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

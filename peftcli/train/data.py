@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from peftcli.data import day
 from peftcli.data.encode import CUT_OFF, OVERLONG
 from peftcli.data.findings import Finding, from_records, refuse, worst_first
 from peftcli.data.flags import Flag
-from peftcli.data.prepare import OnRows, prepare, writes_the_date
+from peftcli.data.prepare import OnRows, prepare
 from peftcli.data.sources import eval_source, held_out
 from peftcli.data.store import BAD, USED, Part, Store, View
 from peftcli.errors import DataError
@@ -98,8 +99,8 @@ def load_data(
     from_eval = eval_source(dataset)
     if only_eval and from_eval is None and dataset.eval_fraction is None:
         raise DataError("the recipe names no evaluation data", key="dataset.eval")
-    if writes_the_date(tokenizer):
-        notes.append("the chat template can write today's date: rows that are rendered on another day may differ")
+    if day.writes_the_date(tokenizer):
+        notes.append(f"the chat template can write the date: rows are rendered as on {day.today()}")
     parts = [Part(store_of(source)) for source in dataset.sources()] if not (only_eval and from_eval) else []
     held = [Part(store_of(from_eval))] if from_eval else []
     if dataset.eval_fraction is not None:
@@ -127,21 +128,27 @@ def load_data(
     return Data(train, evaluation, report, findings, notes)
 
 
-def prepare_data(recipe: Recipe, on_event: OnEvent) -> None:
+def prepare_data(recipe: Recipe, as_on: str | None, on_event: OnEvent) -> None:
     """Encode the recipe's data into the cache, before processes are started that would wait for it.
+
+    Args:
+        recipe: Whose data.
+        as_on: The day that chat templates write, as 2026-01-31; None: today.
+        on_event: Is told what happens.
 
     Raises:
         DataError: a row that cannot be used, or data that would be trained wrongly.
     """
     on_event(Phase("reading the data"))
     task, tokenizer = TASKS[recipe.task].load(), load_tokenizer(recipe.base_model)
-    data = load_data(
-        recipe,
-        task,
-        tokenizer,
-        on_rows=lambda *read: on_event(RowsRead(*read)),
-        on_note=lambda text: on_event(Warned(text)),
-    )
+    with day.on(as_on):
+        data = load_data(
+            recipe,
+            task,
+            tokenizer,
+            on_rows=lambda *read: on_event(RowsRead(*read)),
+            on_note=lambda text: on_event(Warned(text)),
+        )
     refuse(data.findings, recipe.dataset.allow)
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import platform
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,7 +18,6 @@ from peftcli.errors import FolderBusy, Interrupted, PeftcliError, StorageError, 
 from peftcli.files import TEMPORARY, read_small, remove_folder, sha256, sync_folder, write_file
 from peftcli.outputs import expanded
 from peftcli.redact import redact, redact_values
-from peftcli.schema import Recipe
 
 SCHEMA_VERSION = 1
 _LARGEST_RUN = 1 << 26
@@ -25,12 +27,6 @@ _OWN = re.compile(r"run\.json|train\.log|\.lock|\.?skipped\.jsonl(\.tmp)?|\.over
 """What a run that was killed at its very beginning may leave, and what stands beside a run."""
 _LOCK = "PEFTCLI_LOCK"
 """Holds the number of the open file by which the launcher has locked the folder."""
-
-
-def is_complete(recipe: Recipe) -> bool:
-    """Whether the recipe's run folder holds a run that is complete, be it of this recipe or another."""
-    run = RunFolder(Path(recipe.training.output_dir)).read()
-    return run is not None and run.get("status") == "complete"
 
 
 class RunFolder:
@@ -54,18 +50,23 @@ class RunFolder:
             given = os.environ.get(_LOCK)
             if given and os.path.samestat(os.fstat(int(given)), file.stat()):
                 self._lock = os.fdopen(os.dup(int(given)), "a")
-                return
+                return None
             self._lock = file.open("a")
         except OSError as error:
             raise StorageError(f"cannot write: {error.strerror}", file=str(self.path)) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise FolderBusy("another run is using this folder", file=str(self.path)) from None
-        except OSError as error:
-            self.close()
-            raise StorageError(f"cannot be locked: {error.strerror}", file=str(file)) from None
+        tries = 10
+        while True:
+            try:
+                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                tries -= 1
+                if not tries:
+                    self.close()
+                    raise FolderBusy("another run is using this folder", file=str(self.path)) from None
+                time.sleep(0.05)  # one that only looks, as ``is_locked``, lets go at once
+            except OSError as error:
+                self.close()
+                raise StorageError(f"cannot be locked: {error.strerror}", file=str(file)) from None
 
     def give_lock(self) -> tuple[int, dict[str, str]]:
         """The lock for a process to be started: the file to pass on, and the variable that tells of it."""
@@ -171,6 +172,23 @@ class RunFolder:
         except OSError as error:
             raise StorageError(f"cannot be written: {error.strerror}", file=str(file)) from None
 
+    def sync_metrics(self) -> None:
+        """Bring the lines of metrics.jsonl to the disk, before a checkpoint that counts on them.
+
+        Raises:
+            StorageError: they cannot be written.
+        """
+        file = self.path / "metrics.jsonl"
+        try:
+            with file.open("ab") as metrics:
+                os.fsync(metrics.fileno())
+        except OSError as error:
+            raise StorageError(f"cannot be written: {error.strerror}", file=str(file)) from None
+
+    def line_of(self, step: int) -> dict[str, Any]:
+        """What metrics.jsonl holds of a step."""
+        return next((entry for entry in self.metrics() if entry["step"] == step), {})
+
     def cut_metrics(self, step: int) -> None:
         """Drop the lines of metrics.jsonl after ``step``, which will be written again."""
         kept = [entry for entry in self.metrics() if entry["step"] <= step]
@@ -246,8 +264,14 @@ class RunFolder:
                 yield entry
 
     def clear(self) -> None:
-        """Remove the folder and all that is in it."""
+        """Remove the folder and all that is in it.
+
+        Raises:
+            StorageError: it cannot be removed.
+        """
         remove_folder(self.path, self.path.with_name(f"{self.path.name}.gone"))
+        if self.path.exists():
+            raise StorageError("cannot be removed", file=str(self.path))
 
 
 def refuse_without_product(folder: RunFolder, run: dict[str, Any]) -> None:
@@ -262,16 +286,31 @@ def refuse_without_product(folder: RunFolder, run: dict[str, Any]) -> None:
             )
 
 
-def mark_ended(folder: RunFolder, error: PeftcliError) -> None:
-    """Say in run.json how a run ended whose processes could not; nothing where they have."""
-    for each in (folder.beside(), folder):
+def accounts(folder: RunFolder) -> list[dict[str, Any] | None]:
+    """run.json of a folder and of the run that is made in it to take its place; None: it cannot be read."""
+    found = list[dict[str, Any] | None]()
+    for each in (folder, folder.beside()):
         try:
-            run = each.read()
-            if run is not None and run["status"] == "running":
-                status = "interrupted" if isinstance(error, Interrupted) else "failed"
-                each.write(run | {"status": status, "exit_code": error.exit_code, "error": error.as_dict()})
+            found.append(each.read())
         except PeftcliError:
-            pass
+            found.append(None)
+    return found
+
+
+def mark_ended(folder: RunFolder, error: PeftcliError, before: Sequence[dict[str, Any] | None]) -> None:
+    """Say in run.json how a run ended whose processes could not, or knew less of it than their launcher.
+
+    Args:
+        folder: The run's.
+        error: How it ended.
+        before: Its ``accounts`` before the processes were started. What is still the same is of another attempt.
+    """
+    for each, run, old in zip((folder, folder.beside()), accounts(folder), before, strict=True):
+        if run is None or run == old or run["status"] == "complete" or run["exit_code"] == error.exit_code:
+            continue
+        status = "interrupted" if isinstance(error, Interrupted) else "failed"
+        with suppress(PeftcliError):
+            each.write(run | {"status": status, "exit_code": error.exit_code, "error": error.as_dict()})
 
 
 def status(path: Path) -> dict[str, Any]:
@@ -286,11 +325,11 @@ def status(path: Path) -> dict[str, Any]:
     if run is None:
         raise UsageError("holds no run", file=str(path), hint="name the training.output_dir of a recipe")
     held = folder.is_locked()
-    metrics = folder.metrics()
+    metrics, standing = folder.metrics(), sorted(entry.name for entry in folder.checkpoints.glob("step-*"))
     steps = dict(run.get("steps", {"done": 0, "total": None}))
     known = run["status"]
     if known == "running":
-        if held:
+        if held and _may_live(folder, run):
             steps["done"] = max(steps["done"], metrics[-1]["step"] if metrics else 0)
         else:
             known = "interrupted"  # killed: nobody could say so
@@ -300,10 +339,10 @@ def status(path: Path) -> dict[str, Any]:
         "status": known,
         "exit_code": run["exit_code"] if known == run["status"] else 137,
         "error": run["error"],
-        "resumable": bool(run["resumable"]) and known != "complete",
+        "resumable": bool(standing) and known != "complete",
         "pid": run.get("pid") if known == "running" else None,
         "steps": steps,
-        "checkpoints": sorted(entry.name for entry in folder.checkpoints.glob("step-*")),
+        "checkpoints": standing,
         "last": metrics[-1] if metrics else None,
         "eval": evaluation.get("kept") or None,
         "gates": run.get("gates", []),
@@ -312,6 +351,21 @@ def status(path: Path) -> dict[str, Any]:
         "attempts": run["attempts"],
         "replacement": _replacement(folder),
     }
+
+
+def _may_live(folder: RunFolder, run: dict[str, Any]) -> bool:
+    """Whether the process of a run may be the one that holds its folder: another command may do so."""
+    if _replacement(folder) == "running":
+        return False
+    if run.get("host") != platform.node() or not isinstance(pid := run.get("pid"), int):
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _replacement(folder: RunFolder) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ def identity(recipe: Recipe, num_processes: int) -> dict[str, Any]:
     return {
         "recipe": described,
         "data": _data_hashes(recipe),
-        "base_model": _base_hash(recipe.base_model.name),
+        "base_model": base_hash(Path(recipe.base_model.name).expanduser()),
         "processes": num_processes,
     }
 
@@ -111,10 +112,15 @@ def _data_hashes(recipe: Recipe) -> dict[str, str]:
     return hashes
 
 
-def _base_hash(name: str) -> str | None:
-    """One hash over the weights and the config of a local base model; None for one of the hub."""
-    path = Path(name).expanduser()
+def base_hash(path: Path) -> str | None:
+    """One hash over the weights and the config of a base model; None where there is no folder or file of it."""
     files = sorted(path.glob("*.safetensors")) + sorted(path.glob("config.json")) if path.is_dir() else [path]
     if not all(file.is_file() for file in files) or not files:
         return None
-    return hashlib.sha256("".join(f"{file.name} {sha256(file)}\n" for file in files).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{file.name} {_content_hash(file)}\n" for file in files).encode()).hexdigest()
+
+
+def _content_hash(file: Path) -> str:
+    """sha256 of a file. In the hub's cache, a large one is a link to a file of that name."""
+    stored = file.resolve().name
+    return stored if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", stored) else sha256(file)

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftcli.errors import Interrupted, PeftcliError, ProcessDied, UsageError
+from peftcli.errors import Interrupted, PeftcliError, ProcessDied, StorageError, UsageError
 from peftcli.schema import Launch
-from peftcli.signals import STARTED, STOPPING
+from peftcli.signals import SAVING, STARTED, STOPPING
 
 _GRACE_SECONDS = 12.0
 """How long the other processes may take to end after one has failed."""
@@ -90,11 +90,15 @@ def total_processes(launch: Launch) -> int:
 
 
 def run_processes(
-    command: Sequence[str], count: int, launch: Launch, lock: tuple[int, dict[str, str]] | None = None
+    command: Sequence[str],
+    count: int,
+    launch: Launch,
+    lock: tuple[int, dict[str, str]] | None = None,
+    save_on: str | None = None,
 ) -> int:
     """Run ``python -m peftcli`` with ``command`` in ``count`` processes that know of one another.
 
-    INT, TERM, USR1 and USR2 are passed on, so that they stop with a checkpoint, or write one.
+    INT, TERM and USR1 are passed on, so that they stop with a checkpoint, and ``save_on``, so that they write one.
 
     Args:
         command: The words after ``peftcli``.
@@ -102,6 +106,7 @@ def run_processes(
         launch: Where the others are.
         lock: The open file that locks the run folder, and the variables that tell process 0 of it; None on machines
             other than the first.
+        save_on: Name of the signal that asks for a checkpoint.
 
     Returns:
         0.
@@ -114,7 +119,7 @@ def run_processes(
     handles, told = ([lock[0]], lock[1]) if lock else ([], {})
     port = _free_port() if launch.main_process_port == "auto" else launch.main_process_port
     with tempfile.TemporaryDirectory(prefix="peftcli-") as status, tempfile.TemporaryFile() as answer:
-        group = _Group(Path(status), alone=launch.num_machines == 1)
+        group = _Group(Path(status), launch.num_machines == 1, signal.Signals[save_on] if save_on else None)
         with _forwarding(group):
             for number in range(count):
                 variables = _environment(launch, number, count, port) | {_STATUS: status}
@@ -141,18 +146,24 @@ def report(error: PeftcliError | None) -> bool:
     """Tell the launcher how this process ended: well, or with an error, which the launcher then shows.
 
     Returns:
-        Whether there is a launcher to show it.
+        Whether there is a launcher that will show the error.
+
+    Raises:
+        StorageError: there is one, and it cannot be told that all is well.
     """
     folder = os.environ.get(_STATUS)
     if folder is None:
         return False
     ended = None if error is None else {**error.as_dict(), "exit_code": error.exit_code, "shown": str(error)}
     path = Path(folder) / f"{os.environ['LOCAL_RANK']}.json"
-    with suppress(OSError):
+    try:
         path.with_suffix(".tmp").write_text(json.dumps(ended))
         path.with_suffix(".tmp").rename(path)
-        return True
-    return False
+    except OSError as full:
+        if error is None:
+            raise StorageError(f"cannot be written: {full.strerror}", file=str(path)) from None
+        return False
+    return True
 
 
 def note_training() -> None:
@@ -212,9 +223,13 @@ class _Group:
     """The folder in which each reports how it ended."""
     alone: bool
     """Whether they are all there are: processes on other machines may be waited for."""
+    save_on: signal.Signals | None
+    """The signal that asks for a checkpoint."""
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    waiting: list[int] = field(default_factory=list)
+    """Signals to be passed on."""
     forwarded: list[int] = field(default_factory=list)
-    """Signals that were passed on to them."""
+    """Signals that were passed on."""
 
     def wait(self) -> PeftcliError | None:
         """Wait for all. Gives the error of the first that failed, once the others have ended or been ended."""
@@ -222,13 +237,14 @@ class _Group:
         ended: dict[int, float] = {}  # process -> when it was seen to have ended, in that order
         error: PeftcliError | None = None
         while len(ended) < len(self.processes):
+            training = (self.status / _TRAINING).exists()
+            self.pass_on(training=training)
             for number, process in enumerate(self.processes):
                 if process.poll() is not None:
                     ended.setdefault(number, time.monotonic())
             error = self._first_error(ended)
             late = bool(ended) and time.monotonic() - next(iter(ended.values())) > _GRACE_SECONDS
             if error is None and len(ended) < len(self.processes):
-                training = (self.status / _TRAINING).exists()
                 living = {
                     number: self.processes[number].pid for number in range(len(self.processes)) if number not in ended
                 }
@@ -244,6 +260,17 @@ class _Group:
             error = ProcessDied(f"process {number} of {len(self.processes)} ended before the others", hint=_GO_ON)
         self.end()
         return error
+
+    def pass_on(self, *, training: bool) -> None:
+        """Send the processes the signals that have come. A wish for a checkpoint would kill one that does not train."""
+        held = [number for number in self.waiting if number == self.save_on and not training]
+        now = [number for number in self.waiting if number not in held]
+        self.waiting[: len(held) + len(now)] = held  # others may come meanwhile
+        for number in now:
+            self.forwarded.append(number)
+            for process in self.processes:
+                with suppress(ProcessLookupError):
+                    process.send_signal(number)
 
     def end(self) -> None:
         """Kill those that live."""
@@ -270,9 +297,12 @@ class _Group:
                 return ProcessDied(
                     f"process {number} of {len(self.processes)} failed: {reported['shown']}", hint=_GO_ON
                 )
-        ended_by = -code if code < 0 else code - 128
-        if ended_by in self.forwarded:  # it did not listen to signals yet, or had two
-            return Interrupted(f"stopped at once ({signal.Signals(ended_by).name})", exit_code=128 + ended_by)
+        if -code in self.forwarded or (code in _AT_ONCE and self.forwarded):  # it did not listen yet, or had two
+            last = signal.Signals(self.forwarded[-1])
+            return Interrupted(f"stopped at once ({last.name})", exit_code=130 if last == signal.SIGINT else 143)
+        if 1 < code <= _GATE_FAILED:  # the disk of the status files may be full
+            kind = {each.exit_code: each for each in PeftcliError.__subclasses__()}[code]
+            return kind(f"process {number} of {len(self.processes)} ended with {code}; what it printed says why")
         how = (
             f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code} before its work was done"
         )
@@ -282,6 +312,7 @@ class _Group:
 
 _GO_ON = "run the same command again to go on"
 _GATE_FAILED = 12
+_AT_ONCE = (130, 143)
 
 
 @dataclass
@@ -333,12 +364,9 @@ def _forwarding(group: _Group) -> Iterator[None]:
     """Inside, signals are passed on to the processes; afterwards none of these lives."""
 
     def forward(number: int, _frame: object) -> None:
-        group.forwarded.append(number)
-        for process in group.processes:
-            with suppress(ProcessLookupError):
-                process.send_signal(number)
+        group.waiting.append(number)
 
-    before = {number: signal.signal(number, forward) for number in (*STOPPING, signal.SIGUSR2)}
+    before = {number: signal.signal(number, forward) for number in {*STOPPING, group.save_on or SAVING}}
     try:
         yield
     finally:

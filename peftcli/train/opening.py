@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from peftcli.data import day
 from peftcli.errors import StorageError, UsageError
+from peftcli.models import hub_files
 from peftcli.recipe import to_dict, to_yaml
-from peftcli.schema import Recipe
-from peftcli.train.checkpoint import damage, newest_whole, prune, read_manifest, tidy
+from peftcli.schema import BaseModel, Recipe
+from peftcli.train.checkpoint import checkpoints, damage, newest_whole, prune, read_manifest, tidy
 from peftcli.train.folder import SCHEMA_VERSION, RunFolder, refuse_without_product
-from peftcli.train.identity import Change, changes, check_keys, digests, identity, is_allowed
+from peftcli.train.identity import Change, base_hash, changes, check_keys, digests, identity, is_allowed
 from peftcli.train.report import OnEvent, Warned, versions
 
 
@@ -38,6 +40,7 @@ class Asked:
 class Opened:
     """A run folder that is held."""
 
+    recipe: Recipe
     folder: RunFolder
     run: dict[str, Any]
     """run.json as it stands now."""
@@ -74,13 +77,19 @@ def opened(recipe: Recipe, asked: Asked, accelerator: Accelerator) -> Iterator[O
             for each in (folder, chosen):
                 each.tidy()
                 tidy(each.checkpoints)
-            shared[0] = (chosen.path, run or _new_run(recipe, now, accelerator), now, changed)
+            if run is None:
+                run = _new_run(recipe, now, accelerator)
+            elif run["status"] != "complete":
+                run["resumable"] = bool(checkpoints(chosen.checkpoints))  # a kill may have come before it was said
+                changed = [*changed, *_other_versions(run)] if run["attempts"] else changed
+                run["versions"] = versions()
+            shared[0] = (chosen.path, run, now, changed)
         broadcast_object_list(shared)
         path, run, now, changed = shared[0]
         replaces = None if path == folder.path else folder
         within = folder if replaces is None else RunFolder(path)
         with contextlib.closing(within):
-            yield Opened(within, run, now, changed, replaces)
+            yield Opened(recipe, within, run, now, changed, replaces)
     finally:
         folder.close()
 
@@ -144,6 +153,7 @@ def _new_run(recipe: Recipe, now: dict[str, Any], accelerator: Accelerator) -> d
         "processes": accelerator.num_processes,
         "attempts": [],
         "artefacts": [],
+        "day": day.today().isoformat(),
         **described(recipe, now),
     }
 
@@ -159,6 +169,29 @@ def described(recipe: Recipe, now: dict[str, Any]) -> dict[str, Any]:
         "versions": versions(),
         "seeds": {"training": recipe.training.seed},
     }
+
+
+def _other_versions(run: dict[str, Any]) -> list[Change]:
+    """The packages that the run goes on with in another version, with which a result need not be the same."""
+    before, now = run["versions"], versions()
+    return [Change(f"versions.{name}", before.get(name), now[name]) for name in now if before.get(name) != now[name]]
+
+
+def at_commit(recipe: Recipe, here: Opened) -> Recipe:
+    """The recipe with a base model of the hub at the commit at which the run began, whatever is the newest now."""
+    base, began = recipe.base_model, here.run["base_model"].get("revision")
+    other = any(change.key.startswith("base_model") for change in here.changes)
+    if not here.run["attempts"] or other or began in (None, base.revision):
+        return recipe
+    return replace(recipe, base_model=replace(base, revision=began))
+
+
+def commit_of(base: BaseModel) -> dict[str, str | None]:
+    """For run.json, the commit and the hash of a base model of the hub, which was loaded; nothing of a local one."""
+    folder = hub_files.snapshot(base)
+    if folder is None:
+        return {}
+    return {"revision": folder.name, "sha256": base_hash(folder)}
 
 
 def checkpoint_to_resume(here: Opened, asked: Asked, keep: int, accelerator: Accelerator, tell: OnEvent) -> Path | None:
@@ -189,14 +222,20 @@ def _chosen(path: Path, here: Opened, asked: Asked) -> Path:
         raise UsageError("no such checkpoint", file=str(path), key="--resume", hint=hint)
     if reason := damage(path):
         raise StorageError(f"damaged checkpoint: {reason}", file=str(path))
-    manifest, wanted = read_manifest(path), digests(here.run["identity"])
-    names = {name: name.removesuffix("_sha256") for name in wanted}
-    other = [names[name] for name, digest in wanted.items() if manifest.get(name) != digest]
-    if other and not set(other) <= set(asked.allow_change):
+    manifest, wanted = read_manifest(path), dict[str, Any](digests(here.run["identity"]))
+    wanted["processes"], manifest["processes"] = here.run["identity"]["processes"], manifest.get("num_processes")
+    other = [
+        Change(name.removesuffix("_sha256"), manifest.get(name), value)
+        for name, value in wanted.items()
+        if manifest.get(name) != value
+    ]
+    names = [change.key for change in other]
+    if not set(names) <= set(asked.allow_change):
         raise UsageError(
-            f"was written with another {' and another '.join(other)}",
+            f"was written with another {' and another '.join(names)}",
             file=str(path),
             key="--resume",
-            hint=f"to go on all the same: {' '.join(f'--allow-change {name}' for name in other)}",
+            hint=f"to go on all the same: {' '.join(f'--allow-change {name}' for name in names)}",
         )
+    here.changes.extend(other)
     return path

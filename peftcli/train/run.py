@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import os
+import platform
 import signal
 import time
 import traceback
@@ -19,6 +21,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from peftcli.card import write_card
 from peftcli.core.weights import adapter_state
+from peftcli.data import day
 from peftcli.data.ends import missing_stops
 from peftcli.data.findings import refuse
 from peftcli.errors import (
@@ -41,14 +44,24 @@ from peftcli.tasks import TASKS
 from peftcli.tasks.base import Task
 from peftcli.train.attention import takes_one_row
 from peftcli.train.batches import Plan
-from peftcli.train.checkpoint import Progress, State, load_checkpoint, save_checkpoint, write_finite
+from peftcli.train.checkpoint import (
+    Progress,
+    State,
+    load_checkpoint,
+    prune,
+    random_state,
+    restore_random,
+    save_checkpoint,
+    set_newer_aside,
+    write_finite,
+)
 from peftcli.train.data import Data, load_data, plan_of
 from peftcli.train.evaluate import evaluate
 from peftcli.train.folder import RunFolder
-from peftcli.train.identity import digests
+from peftcli.train.identity import Change, digests
 from peftcli.train.launch import note_training
 from peftcli.train.loop import LESS_LEARNING, StepResult, fit
-from peftcli.train.opening import Asked, Opened, checkpoint_to_resume, described, opened
+from peftcli.train.opening import Asked, Opened, at_commit, checkpoint_to_resume, commit_of, described, opened
 from peftcli.train.packing_check import start_packing
 from peftcli.train.report import (
     Evaluated,
@@ -112,25 +125,28 @@ def _train(recipe: Recipe, here: Opened, asked: Asked, accelerator: Accelerator,
     """The run, from its data to its product. ``here.run`` is the account of it."""
     folder, run = here.folder, here.run
     task, config = TASKS[recipe.task].load(), method_config(recipe)
+    base, recipe = recipe.base_model, at_commit(recipe, here)
     stored = stored_or_asked(recipe.base_model)
     tell(Phase("reading the data"))
     tokenizer = load_tokenizer(recipe.base_model)
-    data = load_data(
-        recipe,
-        task,
-        tokenizer,
-        on_rows=lambda *read: tell(RowsRead(*read)),
-        on_note=lambda text: tell(Warned(text)),
-    )
+    with day.on(run["day"]):
+        data = load_data(
+            recipe,
+            task,
+            tokenizer,
+            on_rows=lambda *read: tell(RowsRead(*read)),
+            on_note=lambda text: tell(Warned(text)),
+        )
     if accelerator.is_main_process:
         folder.write_skipped(data.skipped())
     refuse(data.findings, recipe.dataset.allow)
-    _refuse_other_content(here, data.report["content"])
+    _refuse_other_content(here, asked, data.report["content"])
     plan = plan_of(recipe, data, accelerator.num_processes)
     for text in (*data.warnings, *plan.repeated(data.names)):
         tell(Warned(text))
     tell(Phase(f"loading {recipe.base_model.name}"))
     model, injection = adapted_model(recipe, config, tokenizer)
+    config.revision = base.revision
     _refuse_positions(model, int(data.train.lengths.max()))
     if note := tokens.settle_pad(tokenizer, model):
         tell(Warned(note))
@@ -145,18 +161,21 @@ def _train(recipe: Recipe, here: Opened, asked: Asked, accelerator: Accelerator,
     state = State(trainee, accelerator.unwrap_model(trainee.model), config, Progress())
     checkpoint = checkpoint_to_resume(here, asked, recipe.training.save_total_limit, accelerator, tell)
     if checkpoint is not None:
-        load_checkpoint(checkpoint, state, accelerator, exactly=not here.changes)
+        load_checkpoint(checkpoint, state, accelerator)
         if state.progress.step > plan.total_steps:
             raise UsageError(
                 f"the run has done {state.progress.step} steps, and the recipe now wants {plan.total_steps}",
                 key="training.max_steps",
             )
+        config.after_resume(state.model, state.progress.step, plan.total_steps)
+        if state.progress.step == plan.total_steps and state.progress.pending is None:
+            state.progress.pending = folder.line_of(state.progress.step)  # an earlier step than the last one, before
     if here.changes:
         for change in here.changes:
             tell(Warned(f"{change}, since step {state.progress.step}: the result is not exactly that of one recipe"))
         run["changes"] += [{**change.as_dict(), "step": state.progress.step} for change in here.changes]
-        run |= {"exact": False, "processes": accelerator.num_processes, **described(recipe, here.identity)}
-    run["base_model"]["quantization"] = stored
+        run |= {"exact": False, "processes": accelerator.num_processes, **described(here.recipe, here.identity)}
+    run["base_model"] |= {"quantization": stored, **commit_of(recipe.base_model)}
     run |= {
         "data": data.report | {"efficiency": efficiency, "passes_per_epoch": plan.passes},
         "parameters": {"trainable": injection.trainable, "all": injection.total},
@@ -165,16 +184,43 @@ def _train(recipe: Recipe, here: Opened, asked: Asked, accelerator: Accelerator,
         "device": accelerator.device.type,
         "steps": {"done": state.progress.step, "total": plan.total_steps},
     }
+    if run["attempts"] and "reason" not in run["attempts"][-1]:  # it could not say so
+        run["attempts"][-1] |= {"end_step": state.progress.step, "reason": "killed"}
     run["attempts"].append({"start": _now(), "from_step": state.progress.step})
     if accelerator.is_main_process:
-        folder.cut_metrics(-1 if checkpoint is None else state.progress.step)
+        if checkpoint is not None:
+            set_newer_aside(folder.checkpoints, state.progress.step, lambda text: tell(Warned(text)))
+        # the line of a pending evaluation is written once that is made
+        folder.cut_metrics(-1 if checkpoint is None else state.progress.step - (state.progress.pending is not None))
         folder.write(run)
     note_training()
     tell(Ready(run, state.progress.step, plan.total_steps))
-    steps = _Steps(recipe, task, tokenizer, data, plan, state, folder, run, accelerator, stop, tell)
-    steps.take()
+    clock = _Clock(run, state.progress)
+    steps = _Steps(recipe, task, tokenizer, data, plan, state, folder, run, accelerator, stop, tell, clock)
+    try:
+        steps.take()
+    finally:
+        clock.note()
     if accelerator.is_main_process:
-        _finish(recipe, state, tokenizer, folder, run)
+        _finish(here.recipe, state, tokenizer, folder, run)
+
+
+@dataclass
+class _Clock:
+    """Counts the seconds of training from now on, and the speed, for run.json."""
+
+    run: dict[str, Any]
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self._started, self._seconds = time.perf_counter(), self.run.get("wall_seconds", 0.0)
+        self._tokens = self.progress.num_tokens
+
+    def note(self) -> None:
+        """Write both into the run."""
+        elapsed = time.perf_counter() - self._started
+        self.run["wall_seconds"] = round(self._seconds + elapsed, 3)
+        self.run["tokens_per_second"] = round((self.progress.num_tokens - self._tokens) / elapsed, 1)
 
 
 @dataclass(frozen=True)
@@ -192,6 +238,7 @@ class _Steps:
     accelerator: Accelerator
     stop: Stop
     tell: OnEvent
+    clock: _Clock
 
     def take(self) -> None:
         """Train to the end.
@@ -208,23 +255,22 @@ class _Steps:
         elif progress.step == 0 and training.eval_on_start:
             progress.pending = {}
             self.log_pending()
-        with _timed(self.run, progress):
-            for result in fit(
-                state.trainee, self.task, self.data.train, self.tokenizer, plan, self.accelerator, progress.step
-            ):
-                entry = _note_step(result, plan, training.logging_steps, progress, self.tell)
-                last = result.step == plan.total_steps
-                if last or _due(training.eval_strategy, training.eval_steps, result.step, plan):
-                    progress.pending = entry
-                    self.log_pending()
-                else:
-                    self.log(entry)
-                if last:
-                    break
-                self.stop_if_asked()
-                if _due(training.save_strategy, training.save_steps, result.step, plan):
-                    self.save()
-                    self.stop_if_asked(saved=True)
+        for result in fit(
+            state.trainee, self.task, self.data.train, self.tokenizer, plan, self.accelerator, progress.step
+        ):
+            entry = _note_step(result, plan, training.logging_steps, progress, self.tell)
+            last = result.step == plan.total_steps
+            if last or _due(training.eval_strategy, training.eval_steps, result.step, plan):
+                progress.pending = entry
+                self.log_pending()
+            else:
+                self.log(entry)
+            if last:
+                break
+            self.stop_if_asked()
+            if _due(training.save_strategy, training.save_steps, result.step, plan):
+                self.save()
+                self.stop_if_asked(saved=True)
 
     def log_pending(self) -> None:
         """Evaluate, and log the result in the pending line."""
@@ -239,6 +285,7 @@ class _Steps:
         training, progress = self.recipe.training, self.state.progress
         if self.data.eval is None or training.eval_strategy == "no":
             return {}
+        random = random_state()
         metrics = evaluate(
             self.state.trainee.model,
             self.task,
@@ -249,6 +296,7 @@ class _Steps:
             stopping=lambda: self.asked() not in (0, TIME_LIMIT),  # or a long evaluation would never end
         )
         if metrics is None:
+            restore_random(random)  # as when it is made from the beginning
             return self.evaluated() if self.only_saved() else self.give_up()
         if not all(map(math.isfinite, metrics.values())):
             raise Diverged(f"the evaluation after step {progress.step} is not finite: {metrics}", hint=LESS_LEARNING)
@@ -265,9 +313,12 @@ class _Steps:
         """Write a checkpoint."""
         progress, run = self.state.progress, self.run
         keep, made_by = self.recipe.training.save_total_limit, digests(run["identity"])
+        if self.accelerator.is_main_process:
+            self.folder.sync_metrics()
         path = save_checkpoint(self.folder.checkpoints, self.state, keep, self.accelerator, made_by)
         self.stop.saved = True
         run["steps"]["done"], run["resumable"] = progress.step, True
+        self.clock.note()
         if self.accelerator.is_main_process:
             self.folder.write(run)
         self.tell(Saved(path))
@@ -311,18 +362,6 @@ class _Steps:
         raise self.stop.interrupted(
             f"stopped after step {step} of {self.plan.total_steps}", saved=True, request=request
         )
-
-
-@contextlib.contextmanager
-def _timed(run: dict[str, Any], progress: Progress) -> Iterator[None]:
-    """Adds the seconds spent inside to the run's, and notes the speed."""
-    started, tokens_before = time.perf_counter(), progress.num_tokens
-    try:
-        yield
-    finally:
-        elapsed = time.perf_counter() - started
-        run["wall_seconds"] = round(run.get("wall_seconds", 0.0) + elapsed, 3)
-        run["tokens_per_second"] = round((progress.num_tokens - tokens_before) / elapsed, 1)
 
 
 def _note_step(result: StepResult, plan: Plan, logging_steps: int, progress: Progress, tell: OnEvent) -> dict[str, Any]:
@@ -401,6 +440,7 @@ def _finish(recipe: Recipe, state: State, tokenizer: Any, folder: RunFolder, run
         {"path": name, "bytes": (folder.path / name).stat().st_size, "sha256": sha256(folder.path / name)}
         for name in names
     ]
+    prune(folder.checkpoints, recipe.training.save_total_limit)  # what could not be deleted when its time came
     run["attempts"][-1] |= {"end_step": progress.step, "reason": "complete"}
     run |= {"status": "complete", "resumable": False, "error": None, "exit_code": 12 if failed else 0}
     folder.write(run)
@@ -435,7 +475,7 @@ def _of_main_process(run: dict[str, Any]) -> dict[str, Any]:
 def _kept_account(folder: RunFolder, run: dict[str, Any], accelerator: Accelerator, stop: Stop) -> Iterator[None]:
     """Inside, run.json says running; afterwards it says how the run ended."""
     main, attempts_before = accelerator.is_main_process, len(run["attempts"])
-    run |= {"status": "running", "pid": os.getpid(), "exit_code": None, "error": None}
+    run |= {"status": "running", "pid": os.getpid(), "host": platform.node(), "exit_code": None, "error": None}
     if main:
         folder.write(run)
     try:
@@ -478,7 +518,7 @@ def _refuse_positions(model: Any, longest: int) -> None:
         )
 
 
-def _refuse_other_content(here: Opened, content: list[str]) -> None:
+def _refuse_other_content(here: Opened, asked: Asked, content: list[str]) -> None:
     """Stops where the rows were encoded otherwise before the run was stopped, or are by another process of it.
 
     Raises:
@@ -486,13 +526,19 @@ def _refuse_other_content(here: Opened, content: list[str]) -> None:
         DataError: the data changed while the processes read it.
     """
     run = here.run
-    if run["attempts"] and not here.changes and run["data"].get("content", content) != content:
-        raise UsageError(
-            "holds a run whose rows were encoded otherwise: the tokenizer, its chat template (which may write the "
-            "date), the hub's dataset or transformers has changed; nothing was changed",
-            file=str(here.folder.path),
-            key="training.output_dir",
-            hint="choose another training.output_dir, or --overwrite",
+    before = run["data"].get("content", content) if run["attempts"] else content
+    expected = any(change.key.partition(".")[0] in ("data", "dataset", "base_model", "task") for change in here.changes)
+    if before != content and not expected:
+        if "data" not in asked.allow_change:
+            raise UsageError(
+                "holds a run whose rows were encoded otherwise: the tokenizer, its chat template, the hub's dataset or "
+                "transformers has changed; nothing was changed",
+                file=str(here.folder.path),
+                key="training.output_dir",
+                hint="choose another training.output_dir, or --overwrite; to go on all the same: --allow-change data",
+            )
+        here.changes.append(
+            Change("data", *(hashlib.sha256(repr(each).encode()).hexdigest() for each in (before, content)))
         )
     if any(other != content for other in gather_object([content])):
         raise DataError("changed while the processes read it; run the command again", key="dataset")

@@ -106,8 +106,14 @@ def test_dry_run_changes_nothing(cli: Callable, recipe: Path) -> None:
 
 def test_dry_run_of_a_recipe_that_would_fail(cli: Callable, recipe: Path) -> None:
     ran = cli("train", recipe, "--dry-run", "method.target_modules=[q_porj]")
-    assert ran.code != 0
+    assert ran.code == 4
     assert "q_proj" in ran.err
+    (recipe.parent / "train.jsonl").write_text("{")
+    ran = cli("train", recipe, "--dry-run", "method.target_modules=[q_porj]")
+    assert ran.code == 3
+    assert "train.jsonl:1: " in ran.err
+    assert "q_proj" in ran.err
+    assert cli("check", recipe, "--deep").code == 3
 
 
 @pytest.mark.parametrize(("gate", "code"), [("<= 100", 0), ("<= 0.01", 12)])

@@ -20,13 +20,15 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+DAY = "2025-03-14"
+
 
 class Today(datetime):
-    """The date that templates see, in place of ``transformers.utils.chat_template_utils.datetime``."""
+    """The date that templates see where transformers renders, in place of its ``chat_template_utils.datetime``."""
 
     @classmethod
     def now(cls, tz: tzinfo | None = None) -> Today:
-        return cls(2025, 3, 14, tzinfo=tz)
+        return cls.fromisoformat(DAY).replace(tzinfo=tz)
 
 
 _ALTERNATE = (

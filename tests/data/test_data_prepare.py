@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 from collections.abc import Callable
@@ -13,10 +12,12 @@ import pytest
 from chat_templates import make_tokenizer
 from transformers import ByT5Tokenizer
 
+from peftcli.data import day
 from peftcli.data import prepare as preparing
 from peftcli.data.encode import COLUMNS, CausalEncoder
 from peftcli.data.formats import example_reader
-from peftcli.data.prepare import prepare, tokenizer_fingerprint, writes_the_date
+from peftcli.data.prepare import prepare, tokenizer_fingerprint
+from peftcli.data.spans import render, tokenized
 from peftcli.data.store import Store
 from peftcli.errors import DataError
 from peftcli.schema import Dataset, Source
@@ -154,18 +155,26 @@ def test_a_slow_tokenizer_has_a_fingerprint() -> None:
     assert tokenizer_fingerprint(ByT5Tokenizer()) != tokenizer_fingerprint(ByT5Tokenizer(extra_ids=7))
 
 
-def test_a_template_that_writes_the_date_has_another_fingerprint_each_day(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Tomorrow(datetime.date):
-        @classmethod
-        def today(cls) -> datetime.date:
-            return datetime.date(2999, 1, 1)
-
+def test_a_template_that_writes_the_date_has_another_fingerprint_each_day() -> None:
     dated, plain = make_tokenizer("{{ strftime_now('%d') }}"), make_tokenizer("smollm")
-    assert (writes_the_date(dated), writes_the_date(plain)) == (True, False)
+    assert (day.writes_the_date(dated), day.writes_the_date(plain)) == (True, False)
     before = [tokenizer_fingerprint(each) for each in (dated, plain)]
-    monkeypatch.setattr(preparing.datetime, "date", Tomorrow)
-    after = [tokenizer_fingerprint(each) for each in (dated, plain)]
+    with day.on("2999-01-01"):
+        after = [tokenizer_fingerprint(each) for each in (dated, plain)]
     assert [one == other for one, other in zip(before, after, strict=True)] == [False, True]
+
+
+def test_templates_write_the_day_of_the_run() -> None:
+    tokenizer = make_tokenizer("{{ strftime_now('%d %b %Y') if strftime_now is defined else '-' }}")
+    messages = CHATS[0]["messages"]
+    with day.on("2024-07-26"):
+        assert render(tokenizer, messages) == tokenizer.decode(tokenized(tokenizer, messages, None)) == "26 Jul 2024"
+    assert render(tokenizer, messages) == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def test_a_template_may_have_a_date_of_its_own() -> None:
+    tokenizer = make_tokenizer("{% set strftime_now = 'never' %}{{ strftime_now }}")
+    assert render(tokenizer, CHATS[0]["messages"]) == "never"
 
 
 def test_a_row_that_would_take_all_memory_is_refused_at_its_line(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

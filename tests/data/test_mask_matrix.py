@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mask_matrix import PUBLISHED, SHAPES, answer, conversation, expected, user
 
+from peftcli.data import day
 from peftcli.data.chat import IGNORED, MarkedText, check_ids, encode_marked, mark_chat
 from peftcli.data.flags import Flag
 from peftcli.data.formats import ChatExample
@@ -25,8 +27,10 @@ REFUSED = {pair: want for pair in PAIRS if isinstance(want := expected(*pair), s
 
 
 @pytest.fixture(autouse=True)
-def _today(monkeypatch: pytest.MonkeyPatch) -> None:
+def _today(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", mask_matrix.Today)
+    with day.on(mask_matrix.DAY):
+        yield
 
 
 def plan(

@@ -104,7 +104,7 @@ def check_line(line: str, block: Block, *, run: bool) -> None:
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
         assert set(words[1:]) - {word for word in words if "=" in word} <= set(targets), block.place
-    elif "peftcli" in words[:1] or "-m" in words:
+    elif words[0] in ("peftcli", "srun") or "-m" in words:
         ours = words[words.index("peftcli") + 1 :]
         parse(ours, block)
         if run:

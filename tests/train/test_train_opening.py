@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +20,10 @@ import trainkit
 from trainkit import Child, files_of, read_run, run_recipe
 
 from peftcli.cli.app import main
-from peftcli.errors import Interrupted, PeftcliError, StorageError, UsageError
+from peftcli.data import day
+from peftcli.errors import Interrupted, OutOfMemory, PeftcliError, StorageError, UsageError
 from peftcli.recipe import load_recipe
-from peftcli.train.folder import RunFolder, status
+from peftcli.train.folder import RunFolder, accounts, mark_ended, status
 from peftcli.train.report import Event, Stepped, Warned
 
 EVERY_TWO = ("training.save_strategy=steps", "training.save_steps=2")
@@ -367,3 +373,239 @@ def test_a_folder_that_was_copied_goes_on_elsewhere(recipe: Path) -> None:
     shutil.copytree(out, recipe.parent / "copy")
     done = run_recipe(recipe, f"training.output_dir={recipe.parent}/copy", resume="must")
     assert done.weights == run_recipe(recipe).weights
+
+
+# --- more than one way on ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_the_newer_ones(recipe: Path) -> None:
+    out = stopped(recipe, *EVERY_TWO, "training.save_total_limit=9", step=7)
+    changed = (*EVERY_TWO, "training.save_total_limit=9", "training.learning_rate=0.001")
+    allowed = ["training.learning_rate", "training.save_total_limit"]
+    with pytest.raises(Interrupted, match="after step 5"):
+        run_recipe(
+            recipe,
+            *changed,
+            resume=str(out / "checkpoints/step-000004"),
+            allow_change=allowed,
+            on_event=stop_after(5),
+        )
+    names = [path.name for path in sorted(out.glob("checkpoints/step-*"))]
+    assert names == ["step-000002", "step-000004", "step-000005"], "those of the old learning rate are set aside"
+    assert {path.name for path in out.glob("checkpoints/.left-*")} == {".left-step-000006", ".left-step-000007"}
+    done = run_recipe(recipe, *changed)
+    assert done.run["attempts"][-1]["from_step"] == 5
+    rates = [entry["learning_rate"] for entry in done.metrics[4:]]
+    assert rates == pytest.approx([0.001 * left / 8 for left in (4, 3, 2, 1)])
+
+
+def test_what_a_checkpoint_of_another_run_brings_is_noted(recipe: Path) -> None:
+    out = stopped(recipe)
+    path = str(out / "checkpoints/step-000004")
+    other = ("training.learning_rate=0.001", f"training.output_dir={recipe.parent}/other")
+    with pytest.raises(UsageError, match="was written with another recipe"):
+        run_recipe(recipe, *other, resume=path)
+    run = run_recipe(recipe, *other, resume=path, allow_change=["recipe"]).run
+    assert run["exact"] is False
+    assert [(change["key"], change["step"]) for change in run["changes"]] == [("recipe", 4)]
+
+
+def test_a_file_that_cannot_be_read_now_is_no_damage(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import peftcli.train.checkpoint as module
+
+    out = stopped(recipe, *EVERY_TWO)
+    before = files_of(out / "checkpoints")
+
+    def busy(path: Path) -> str:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "sha256", busy)
+        with pytest.raises(StorageError, match="Too many open files"):
+            run_recipe(recipe, *EVERY_TWO)
+    assert files_of(out / "checkpoints") == before
+    assert run_recipe(recipe, *EVERY_TWO).run["attempts"][-1]["from_step"] == 4
+
+
+def test_one_line_a_step_when_a_pending_evaluation_was_made_and_the_run_killed(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("training.eval_strategy=steps", "training.eval_steps=2")
+    whole = run_recipe(recipe, *settings, f"training.output_dir={recipe.parent}/whole")
+    out = _stopped_in_evaluation(recipe, monkeypatch, *settings)
+
+    def kill(event: Event) -> None:
+        if isinstance(event, Stepped) and event.result.step == 4:
+            raise RuntimeError("as good as killed: nothing is saved")
+
+    with pytest.raises(PeftcliError, match="as good as killed"):
+        run_recipe(recipe, *settings, on_event=kill)
+    done = run_recipe(recipe, *settings)
+    assert done.metrics == whole.metrics
+    assert (out / "loss.png").read_bytes() == (whole.folder / "loss.png").read_bytes()
+
+
+def _stopped_in_evaluation(recipe: Path, monkeypatch: pytest.MonkeyPatch, *settings: str, at: int = 1) -> Path:
+    """A run that was stopped in its ``at``-th evaluation; gives its folder."""
+    import peftcli.train.run as module
+
+    evaluate, calls = module.evaluate, []
+
+    def interrupted(*args: Any, stopping: Callable[[], bool]) -> Any:
+        calls.append(0)
+        asked = 0
+
+        def after_a_batch() -> bool:
+            nonlocal asked
+            asked += 1
+            if len(calls) == at and asked == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return stopping()
+
+        return evaluate(*args, stopping=after_a_batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "evaluate", interrupted)
+        with pytest.raises(Interrupted):
+            run_recipe(recipe, *settings)
+    return recipe.parent / "out"
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_adalora_and_methods_that_draw_while_they_evaluate(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Stopped amid an evaluation, at half of the run and at its end: the bytes of a run that was not."""
+    methods = {
+        "adalora": "method={type: adalora, init_r: 4, target_r: 2, tinit: 2, tfinal: 2, deltaT: 1,"
+        " target_modules: all-linear}",
+        "pvera": "method={type: pvera, r: 4, sample_at_inference: true, target_modules: all-linear}",
+    }
+    settings = ("training.eval_strategy=steps", "training.eval_steps=2", "training.per_device_eval_batch_size=1")
+    for name, method in methods.items():
+        place = f"training.output_dir={recipe.parent}/out-{name}"
+        whole = run_recipe(recipe, method, *settings, f"training.output_dir={recipe.parent}/whole-{name}")
+        _stopped_in_evaluation(recipe, monkeypatch, method, *settings, place, at=at)
+        done = run_recipe(recipe, method, *settings, place)
+        assert done.metrics == whole.metrics, name
+        assert done.weights == whole.weights, name
+        config = "adapter_config.json"
+        assert (done.folder / config).read_text() == (whole.folder / config).read_text(), name
+
+
+def test_steps_cut_to_those_done_are_evaluated(recipe: Path) -> None:
+    settings = ("training.eval_strategy=steps", "training.eval_steps=3")
+    stopped(recipe, *settings)
+    done = run_recipe(recipe, *settings, "training.max_steps=4", allow_change=["training.max_steps"])
+    assert [entry["step"] for entry in done.metrics] == [1, 2, 3, 4]
+    assert "eval_loss" in done.metrics[-1]
+    assert done.run["eval"]["last"]["eval_loss"] == done.metrics[-1]["eval_loss"]
+
+
+def test_a_change_allows_no_other_rows(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = stopped(recipe)
+    run = read_run(out)
+    run["data"]["content"] = ["of another tokenizer"]
+    (out / "run.json").write_text(json.dumps(run))
+    with pytest.raises(UsageError, match="encoded otherwise"):
+        run_recipe(recipe, "training.learning_rate=0.001", allow_change=["training.learning_rate"])
+    changed = run_recipe(recipe, allow_change=["data"]).run["changes"]
+    assert [change["key"] for change in changed] == ["data"]
+
+
+def test_rows_are_rendered_as_on_the_day_that_the_run_began(recipe: Path) -> None:
+    dated = recipe.parent / "dated.jinja"
+    dated.write_text("{{ strftime_now('%d %b %Y') }}" + trainkit.CHATML)
+    settings = (f"base_model.chat_template={dated}",)
+    with day.on("2024-07-26"):
+        whole = run_recipe(recipe, *settings, f"training.output_dir={recipe.parent}/whole")
+        stopped(recipe, *settings)
+    with day.on("2024-07-27"):
+        done = run_recipe(recipe, *settings)
+        other = run_recipe(recipe, *settings, f"training.output_dir={recipe.parent}/other")
+    assert done.run["day"] == "2024-07-26"
+    assert done.weights == whole.weights
+    assert other.weights != whole.weights
+
+
+def test_other_versions_are_noted(recipe: Path) -> None:
+    out = stopped(recipe)
+    run = read_run(out)
+    run["versions"]["torch"] = "1.0"
+    (out / "run.json").write_text(json.dumps(run))
+    done = run_recipe(recipe)
+    assert [(each["key"], each["before"]) for each in done.run["changes"]] == [("versions.torch", "1.0")]
+    assert done.run["exact"] is False
+    assert done.run["versions"]["torch"] != "1.0"
+
+
+def test_a_killed_attempt_is_accounted_for(recipe: Path) -> None:
+    child = Child(recipe.parent, "train", recipe, *EVERY_TWO, "training.max_steps=100000")
+    out = recipe.parent / "out"
+    child.until(lambda: (out / "checkpoints/step-000004").exists())
+    child.signal(signal.SIGKILL)
+    child.wait()
+    killed = read_run(out)
+    assert killed["wall_seconds"] > 0
+    newest = max(int(path.name[5:]) for path in out.glob("checkpoints/step-*"))
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, *EVERY_TWO, "training.max_steps=100000", on_event=stop_after(newest + 1))
+    first, second = read_run(out)["attempts"]
+    assert (first["reason"], first["end_step"]) == ("killed", second["from_step"])
+    assert read_run(out)["wall_seconds"] > killed["wall_seconds"]
+
+
+def test_a_checkpoint_that_was_to_be_replaced_is_found_again(recipe: Path) -> None:
+    out = stopped(recipe)
+    (out / "checkpoints/step-000004").rename(out / "checkpoints/.replaced-step-000004")
+    assert run_recipe(recipe).run["attempts"][-1]["from_step"] == 4
+
+
+def test_a_pid_that_is_gone_is_not_running_though_another_holds_the_folder(recipe: Path) -> None:
+    out = stopped(recipe)
+    run = read_run(out) | {"status": "running", "pid": 4_194_999}
+    (out / "run.json").write_text(json.dumps(run))
+    holder = RunFolder(out)
+    holder.lock()
+    assert status(out)["status"] == "interrupted"
+    run["pid"] = os.getpid()
+    (out / "run.json").write_text(json.dumps(run))
+    assert status(out)["status"] == "running"
+    holder.close()
+
+
+def test_a_look_at_the_lock_makes_no_run_busy(tmp_path: Path) -> None:
+    looking = (tmp_path / ".lock").open("a")
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    threading.Timer(0.2, looking.close).start()
+    folder = RunFolder(tmp_path)
+    folder.lock()
+    folder.close()
+
+
+def test_a_log_that_nobody_reads_any_more_ends_no_training(recipe: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "peftcli", "train", str(recipe)],
+        stderr=write, stdout=subprocess.PIPE, check=False, env=trainkit.subprocess_environment(),
+    )  # fmt: skip
+    os.close(write)
+    assert done.returncode == 0
+    assert read_run(recipe.parent / "out")["status"] == "complete"
+
+
+# --- what a launcher says of its processes ----------------------------------------------------------------------------
+
+
+def test_the_launcher_tells_what_its_processes_could_not(recipe: Path) -> None:
+    out = stopped(recipe)
+    folder = RunFolder(out)
+    before = accounts(folder)
+    mark_ended(folder, OutOfMemory("not enough memory"), before)
+    assert read_run(out)["exit_code"] == 75, "nothing was started since"
+    run = read_run(out) | {"status": "failed", "exit_code": 10, "error": None, "pid": 1}
+    (out / "run.json").write_text(json.dumps(run))
+    mark_ended(folder, OutOfMemory("not enough memory"), before)
+    assert (read_run(out)["status"], read_run(out)["exit_code"]) == ("failed", 8)
+    assert read_run(out)["error"]["kind"] == "OutOfMemory"

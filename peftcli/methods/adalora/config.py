@@ -98,10 +98,19 @@ class AdaLoraConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     def after_step(self, model: nn.Module, step: int, total: int) -> None:
         from peftcli.methods.adalora.layers import update_and_allocate
 
+        self._know_total(total)
+        update_and_allocate(model, self, step)
+
+    def after_resume(self, model: nn.Module, step: int, total: int) -> None:
+        from peftcli.methods.adalora.layers import note_kept
+
+        self._know_total(total)
+        note_kept(model, self, step)
+
+    def _know_total(self, total: int) -> None:
         if self.total_step is None:
             self.total_step = total
             self.check()
-        update_and_allocate(model, self, step)
 
     def updates(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Update]:
         from peftcli.methods.adalora.layers import updates

@@ -175,7 +175,7 @@ def update_and_allocate(model: nn.Module, config: AdaLoraConfig, step: int) -> N
     Raises:
         AdapterError: the config does not know its total_step.
     """
-    layers = {path: layer for path, layer in _layers(model).items() if layer.fixed and layer.lora_E.requires_grad}
+    layers = _sharing(model)
     if config.total_step is None:
         raise AdapterError("is needed to share out the budget", key="total_step")
     last = config.total_step - config.tfinal
@@ -194,10 +194,21 @@ def update_and_allocate(model: nn.Module, config: AdaLoraConfig, step: int) -> N
     elif step > last:
         for layer in layers.values():
             layer.clear(layer.kept)
-    if step >= last and not config.rank_pattern:
+    note_kept(model, config, step)
+
+
+def note_kept(model: nn.Module, config: AdaLoraConfig, step: int) -> None:
+    """Write which directions are left into the config, if ``step`` is one from which on that is settled."""
+    assert config.total_step is not None
+    if step >= config.total_step - config.tfinal and not config.rank_pattern:
         config.rank_pattern = {
-            f"{path_in_file(model, path)}.lora_E": layer.kept.tolist() for path, layer in layers.items()
+            f"{path_in_file(model, path)}.lora_E": layer.kept.tolist() for path, layer in _sharing(model).items()
         }
+
+
+def _sharing(model: nn.Module) -> dict[str, AdaLoraLayer]:
+    """The layers that share the budget. Those that were loaded from a file keep their directions."""
+    return {path: layer for path, layer in _layers(model).items() if layer.fixed and layer.lora_E.requires_grad}
 
 
 def _layers(model: nn.Module) -> dict[str, AdaLoraLayer]:

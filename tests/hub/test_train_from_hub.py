@@ -1,0 +1,46 @@
+"""A run whose base model is on the hub."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import trainkit
+from hub_server import Commit, Hub, Repo
+from trainkit import at_step, read_run, run_recipe, write_recipe
+
+from peftcli.errors import Interrupted
+from peftcli.models import hub_files
+
+NAME = "acme/tiny"
+
+
+def _commit(hub: Hub, files: dict[str, bytes]) -> None:
+    repo = hub.repos.setdefault(NAME, Repo(private=False))
+    repo.refs["main"].append(Commit("files", files))
+
+
+def test_it_goes_on_with_the_commit_that_it_began_with(hub: Hub, tmp_path: Path) -> None:
+    files = {path.name: path.read_bytes() for path in trainkit.base_folder().iterdir()}
+    _commit(hub, files)
+    first = hub.repos[NAME].refs["main"][-1].oid
+    recipe, base = write_recipe(tmp_path), f"base_model={NAME}"
+    whole = run_recipe(recipe, base, f"training.output_dir={tmp_path}/whole")
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, base, on_event=at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    tensors = safetensors.torch.load(files["model.safetensors"])
+    other = {name: torch.zeros_like(value) for name, value in tensors.items()}
+    _commit(hub, {**files, "model.safetensors": safetensors.torch.save(other, {"format": "pt"})})
+    hub_files._folders.clear()  # as another process
+    done = run_recipe(recipe, base)
+    assert done.weights == whole.weights
+    assert read_run(tmp_path / "out")["base_model"]["revision"] == first
+    assert len(done.run["base_model"]["sha256"]) == 64
+    assert first not in (tmp_path / "out/recipe.yaml").read_text()
+    assert first not in (tmp_path / "out/adapter_config.json").read_text()
+    hub_files._folders.clear()
+    assert run_recipe(recipe, base, f"training.output_dir={tmp_path}/new").weights != whole.weights
