@@ -113,8 +113,7 @@ def bounded(text: str) -> Any:
     if len(text) > LONGEST:
         raise TooMuch(f"it is {len(text):,} characters long; at most {LONGEST:,} are read")
     tree = _parser.parse(text)
-    dated = not any(each.name == day.FUNCTION and each.ctx != "load" for each in tree.find_all(nodes.Name))
-    _Steps(dated).visit(tree)
+    _Steps(tree).visit(tree)
     return tree.set_environment(_parser)
 
 
@@ -135,17 +134,18 @@ _parser = ImmutableSandboxedEnvironment(
 _context = nodes.EvalContext(_parser)
 
 _NO_TEXT = frozenset((
-    "abs", "attr", "count", "d", "default", "first", "float", "int", "items", "last", "length", "list", "random",
-    "reverse",
+    "abs", "attr", "count", "d", "default", "first", "float", "int", "items", "last", "length", "random",
 ))  # fmt: skip
 """Filters that neither make nor compare text."""
-_NO_GROWTH = frozenset(("capitalize", "lower", "safe", "string", "striptags", "title", "trim", "upper", "wordcount"))
+_AGAIN = frozenset(("list", "reverse"))
+"""Filters that make another list or text of all items."""
+_NO_GROWTH = frozenset(("capitalize", "lower", "safe", "string", "title", "trim", "upper", "wordcount"))
 """Filters that make no more text than they are given."""
 _EACH = frozenset(("map", "reject", "rejectattr", "select", "selectattr"))
 """Filters that do something with an item when it is asked for."""
 _GROWTH = frozenset((
-    "batch", "center", "format", "indent", "join", "replace", "round", "slice", "sum", "truncate", "urlize", "wordwrap",
-    "xmlattr",
+    "batch", "center", "format", "indent", "join", "replace", "round", "slice", "striptags", "sum", "truncate",
+    "urlize", "wordwrap", "xmlattr",
 ))  # fmt: skip
 """Filters that can make very much of little."""
 _GROWTH_METHODS = frozenset((
@@ -155,6 +155,8 @@ _NO_GROWTH_METHODS = frozenset((
     "count", "endswith", "find", "get", "index", "items", "keys", "lower", "lstrip", "partition", "removeprefix",
     "removesuffix", "rfind", "rpartition", "rstrip", "startswith", "strip", "upper", "values",
 ))  # fmt: skip
+_MOST_UNWATCHED = 100
+"""Of those, and of such filters, that a template may have without each looking at the clock."""
 _FUNCTIONS = frozenset(("format", "format_map", "generate_lorem_ipsum"))
 """What jinja2 has written in Python that can make very much of little."""
 _BLOCK = "_peftcli_block"
@@ -163,8 +165,12 @@ _BLOCK = "_peftcli_block"
 class _Steps(NodeTransformer):
     """Puts our steps into a tree."""
 
-    def __init__(self, dated: bool):
-        self._dated = dated  # whether the name of the function that gives the date means that function
+    def __init__(self, tree: nodes.Template):
+        names = tree.find_all(nodes.Name)
+        # whether the name of the function that gives the date means that function
+        self._dated = not any(each.name == day.FUNCTION and each.ctx != "load" for each in names)
+        plain = [each for each in tree.find_all((nodes.Filter, nodes.Call)) if _is_plain(each)]
+        self._watched = len(plain) > _MOST_UNWATCHED
 
     def visit_Name(self, node: nodes.Name) -> nodes.Node:
         if node.name == day.FUNCTION and self._dated:
@@ -233,8 +239,11 @@ class _Steps(NodeTransformer):
         if not isinstance(node.node, nodes.Getattr) or node.node.attr in _GROWTH_METHODS | _FUNCTIONS:
             node.node = _step("called", node.node)
         elif node.node.attr in _NO_GROWTH_METHODS:
-            return node
+            return self._plain(node)
         return _step("made", node)
+
+    def _plain(self, node: nodes.Expr) -> nodes.Expr:
+        return _step("clocked", node) if self._watched else node
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
         return self._with_pass(node)
@@ -265,10 +274,13 @@ class _Steps(NodeTransformer):
         if node.name in _EACH:
             node.node = _step("timed", node.node)
             return node
+        if node.name in _AGAIN:
+            node.node = _step("copied", node.node)
+            return node
         if node.name not in _GROWTH:
             node.node = _step("walked", node.node)
             if node.name in _NO_GROWTH:
-                return node
+                return self._plain(node)
             node.args = [_step("small", each) for each in node.args]
             for each in node.kwargs:
                 each.value = _step("small", each.value)
@@ -286,6 +298,15 @@ class _Steps(NodeTransformer):
         if node.filter is None:
             return node
         return [_block(node), nodes.Assign(node.target, node.filter, lineno=node.lineno)]
+
+
+def _is_plain(node: nodes.Expr) -> bool:
+    """Whether it is a filter or method that makes no more text than it is given."""
+    if isinstance(node, nodes.Filter):
+        return node.name in _NO_GROWTH
+    return (
+        isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) and node.node.attr in _NO_GROWTH_METHODS
+    )
 
 
 def _is_counted(node: nodes.Expr) -> bool:
@@ -322,6 +343,14 @@ def passes(_: Any, nothing: tuple[Any, ...]) -> bool:
     if time.monotonic() > _spent.deadline:
         _spent.look()
     return True
+
+
+@_as_step
+def clocked(_: Any, values: tuple[Any, ...]) -> Any:
+    """What one of very many small steps gave."""
+    if time.monotonic() > _spent.deadline:
+        _spent.look()
+    return values[0]
 
 
 @_as_step
@@ -407,6 +436,17 @@ def timed(_: Any, values: tuple[Any, ...]) -> Any:
 
 
 @_as_step
+def copied(_: Any, values: tuple[Any, ...]) -> Any:
+    """What a list is made of, or the same backwards."""
+    value = values[0]
+    if isinstance(value, Iterator):
+        return _timed(value)
+    if isinstance(value, (str, bytes, list, tuple, dict, range)):
+        _spent.make(8 * len(value))
+    return value
+
+
+@_as_step
 def small(_: Any, values: tuple[Any, ...]) -> Any:
     """What says, among other things, how far JSON is indented."""
     if isinstance(values[0], (int, str)):
@@ -437,7 +477,15 @@ def filtered(_: Any, what: tuple[Any, ...]) -> Any:
         _check_format(str(value), [*args, kwargs])
     elif name == "sum":
         _spent.check(_size(value) * len(value))
+    elif name == "wordwrap":  # a word that is too long is copied once for each line that it gives
+        width = kwargs.get("width", args[0] if args else 79)
+        longest = max(map(len, str(value).splitlines()), default=0)
+        _spent.check(longest**2 // max(1, width if isinstance(width, int) else 1))
+    elif name == "striptags":  # some versions copy all for each
+        _spent.check(_size(value) * str(value).count("<"))
     else:
+        if name in ("batch", "slice") and isinstance(value, (str, list, tuple, dict)):
+            _spent.make(80 * len(value))  # a list for each item
         _check_growth(_size(value), [*args, *kwargs.values()])
     result = _parser.call_filter(name, value, args, kwargs, eval_ctx=_context)
     if isinstance(result, str):
@@ -475,6 +523,7 @@ def _timed(items: Iterable[Any]) -> Iterator[Any]:
     for item in items:
         if time.monotonic() > _spent.deadline:
             _spent.look()
+        _spent.make(len(item) if type(item) is str else 8)
         yield item
 
 

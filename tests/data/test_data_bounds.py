@@ -56,6 +56,8 @@ ENDLESS = {
     "{% if ns.n > 0 %}{{ self.a() }}{{ self.a() }}{% endif %}{% set ns.n = ns.n + 1 %}{% endblock %}",
     "filters that test": times(99999, "{{ range(99999) | select('equalto', -1) | list }}"),
     "filters that test lists": "{% set l = range(99999) | list %}{{ l | reject('in', l) | list }}",
+    "very many small steps": "{% set x = 'ab' * 999999 %}" + "{% set x = x | upper %}" * 999,
+    "very many small calls": "{% set x = 'ab' * 999999 %}" + "{% set x = x.upper() %}" * 999,
     "a long list that is written again and again": times(99999, "{{ range(99999) | list }}"),
 }
 GROWING = {
@@ -103,6 +105,12 @@ GROWING = {
     "JSON that is indented": "{{ messages | tojson(indent=999999999) }}",
     "round": "{{ 1.5 | round(999999999) }}",
     "batch": "{{ [1] | batch(999999999, 'a') | list }}",
+    "batches of one": "{{ (('a ' * 999999) | list) | batch(1) | list | length }}",
+    "lists of a long text": "{% set x = 'a' * 999999 %}{{ " + " ~ ".join(["(x | list | length)"] * 99) + " }}",
+    "copies that a filter makes": "{% set x = 'a' * 9999 %}{{ ([x] * 9999) | map('upper') | list | length }}",
+    "words that are too long": "{{ ('a' * 999999) | wordwrap(1) }}",
+    "words that are too long, by name": "{{ ('a' * 999999) | wordwrap(width=2) }}",
+    "tags in tags": "{{ ('<!---->' * 99999) | striptags }}",
     "slice": "{{ [1] | slice(999999999) | list }}",
     "replace": "{% set a = 'a' * 999999 %}{{ a | replace('a', a) }}",
     "replace, as a method": "{% set a = 'a' * 999999 %}{{ a.replace('', a) }}",
