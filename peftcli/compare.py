@@ -90,6 +90,8 @@ class _Difference:
 
     def described(self) -> dict[str, float | None]:
         larger, product = max(self.norm_a, self.norm_b), self.norm_a * self.norm_b
+        if not math.isfinite(product) or not math.isfinite(self.dot):
+            return {"difference": None, "cosine": None}
         return {
             "difference": self.distance / larger if larger else 0.0,
             "cosine": max(-1.0, min(1.0, self.dot / product)) if product else None,

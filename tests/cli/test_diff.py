@@ -137,6 +137,16 @@ def test_methods_whose_files_do_not_tell_are_compared_by_value(
     assert "compared value by value: what IA3 changes" in ran.err
 
 
+def test_what_no_number_holds_is_null(diff: Callable[[], dict[str, Any]], tmp_path: Path) -> None:
+    for name in "ab":
+        write(tmp_path / name, peftcli.LoraConfig(r=4))
+    path = tmp_path / "b/adapter_model.safetensors"
+    save_file({name: value.double() * 1e200 for name, value in load_file(path).items()}, path)
+    found = diff()
+    assert {(row["difference"], row["cosine"]) for row in found["modules"]} == {(None, None)}
+    assert (found["equal"], found["difference"], found["cosine"]) == (False, None, None)
+
+
 def test_text(cli: Callable[..., Any], tmp_path: Path) -> None:
     write(tmp_path / "a", peftcli.LoraConfig(r=4))
     write(tmp_path / "b", peftcli.LoraConfig(r=4, target_modules=["q_proj"]), seed=2)

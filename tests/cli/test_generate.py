@@ -272,6 +272,17 @@ def test_failures(cli: Callable, lora: Path, plain: Path, tmp_path: Path) -> Non
         return ("--input", source, "--output", tmp_path / "out.jsonl")
 
     fails(2, "--output", lora, "--input", tmp_path / "x.jsonl")
+    for option, value in (
+        ("--seed", -1),
+        ("--seed", 2**32),
+        ("--temperature", 1e-40),
+        ("--temperature", "inf"),
+        ("--temperature", "nan"),
+        ("--top-p", "nan"),
+    ):
+        fails(2, option, lora, "--prompt", "a", option, value)
+    fails(2, "--prompt: is no UTF-8 text", lora, "--prompt", "a\udcff")
+    fails(2, "is not open for writing", lora, "--input", tmp_path / "x.jsonl", "--output", "/dev/fd/99999")
     fails(2, "without a terminal", lora)
     fails(2, "no tokens", plain, "--prompt", "")
     fails(3, "no such file", lora, "--input", tmp_path / "x.jsonl", "--output", tmp_path / "out.jsonl")
@@ -458,7 +469,7 @@ class Terminal:
 
     @property
     def text(self) -> str:
-        plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", b"".join(self._shown).decode())
+        plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", b"".join(self._shown).decode(errors="replace"))
         return plain.replace("\r\n", "\n")
 
     def type(self, line: str) -> None:
@@ -493,6 +504,17 @@ def test_chat_on_a_terminal(said: Callable, lora: Path, tmp_path: Path) -> None:
     assert lines[1] == f"> {QUESTIONS[0]}"
     assert lines[2] == said(lora, QUESTIONS[0])["text"]
     assert lines[3] == f"> {QUESTIONS[1]}"
+
+
+def test_what_is_typed_but_no_text_is_asked_again(lora: Path, tmp_path: Path) -> None:
+    terminal = Terminal()
+    child = Child(tmp_path, "generate", lora, terminal=terminal.name, env={"TERM": "dumb"})
+    terminal.until(child, lambda: terminal.text.count("> ") == 1)
+    os.write(terminal.controller, b"caf\xe9\n")
+    terminal.until(child, lambda: terminal.text.count("> ") == 2)
+    assert "that is no UTF-8 text" in terminal.text
+    terminal.type("\n")
+    assert child.wait(20) == 0, terminal.text
 
 
 def test_the_end_of_input_ends_the_chat(lora: Path, tmp_path: Path) -> None:

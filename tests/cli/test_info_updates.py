@@ -134,6 +134,15 @@ def test_what_cannot_be_told_is_said(
     assert f"updates: not shown: {reason}" in cli("info", tmp_path).out
 
 
+@pytest.mark.parametrize("factor", [1e200, 1e152])
+def test_what_no_number_holds_is_said(factor: float, updates: Callable[[], dict[str, Any]], tmp_path: Path) -> None:
+    write(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file({name: value.double() * factor for name, value in tensors.items()}, tmp_path / WEIGHTS)
+    found = updates()
+    assert "too large for numbers of 64 bits" in found["reason"] if factor > 1e153 else math.isfinite(found["norm"])
+
+
 def test_what_cannot_be_loaded_is_not_shown(
     cli: Callable[..., Any], updates: Callable[[], dict[str, Any]], tmp_path: Path
 ) -> None:

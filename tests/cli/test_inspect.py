@@ -255,6 +255,8 @@ def test_a_row_that_is_not_there_or_not_used(cli: Callable, tmp_path: Path) -> N
         "none.jsonl:1": "no row none.jsonl:1",
         "99": "no example 99: there are 9",
         "first": "'first' is neither",
+        "9" * 5000: "99' is neither",
+        "train.jsonl:" + "9" * 5000: "99' is neither",
         "train.jsonl:2": "messages: expected a list",
     }.items():
         ran = cli("inspect", path, "dataset.on_bad_row=skip", "--row", place)

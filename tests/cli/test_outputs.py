@@ -177,6 +177,9 @@ def test_a_pipe_and_a_device_are_written_as_they_are(tmp_path: Path) -> None:
     assert os.read(reader, 99) == b"through"
     os.close(reader)
     write_output(Path("/dev/null"), b"a")
+    for name in ("9" * 4, "9" * 40, str(os.open("/dev/null", os.O_RDONLY))):
+        with pytest.raises(UsageError, match="is not open for writing"):
+            write_output(Path("/dev/fd") / name, b"a")
     with pytest.raises(StorageError, match="/dev/full: cannot write: No space left"):
         write_output(Path("/dev/full"), b"a")
     with pytest.raises(UsageError, match="is a folder"):

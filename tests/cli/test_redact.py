@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -85,8 +86,33 @@ def test_each_form_of_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
         repr(secret)[1:-1],
         html.escape(secret),
         base64.b64encode(secret.encode()).decode().rstrip("="),
+        re.sub("%..", lambda found: found[0].lower(), quote(secret, safe="")),
+        json.dumps(secret, ensure_ascii=False)[1:-1],
+        json.dumps(secret)[1:-1].replace("/", "\\/"),
+        json.dumps(secret)[1:-1].replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"),
     ):
-        assert redact(f"x{text}x") == "x***x"
+        assert redact(f"x{text}x") == "x***x", text
+
+
+def test_a_secret_with_spaces_in_a_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APP_PASSWORD", "correct horse 7+")
+    assert redact("p=correct+horse+7%2B&q") == "p=***&q"
+    assert redact("p=correct%20horse%207%2b&q") == "p=***&q"
+
+
+@pytest.mark.parametrize("user", ["", "m", "me", "you", "them:"])
+def test_basic_authorization(user: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APP_PASSWORD", "xK9?mL2>pQ7~")
+    for encode in (base64.b64encode, base64.urlsafe_b64encode):
+        header = encode(f"{user}:xK9?mL2>pQ7~".encode()).decode()
+        shown = redact(f"Authorization: Basic {header}").removeprefix("Authorization: Basic ")
+        assert "***" in shown
+        assert len(shown) < len(header) - 8
+
+
+def test_the_end_of_a_secret_behind_what_was_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APP_KEY", "0123456789abcdef" * 4)
+    assert redact("found '...89abcdef0123456789abcdef'") == "found '...***'"
 
 
 def test_the_password_of_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +193,30 @@ def test_a_streamed_answer_hides_what_comes_in_parts(capsys: pytest.CaptureFixtu
         for part in ("Say ", TOKEN[:9], TOKEN[9:], ", please\nor 你", "好", " not"):
             write(part)
     assert capsys.readouterr().out == "Say ***, please\nor 你好 not\n"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_a_streamed_secret_with_spaces(
+    size: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peftcli.cli.generate import _streamed
+
+    monkeypatch.setenv("APP_PASSWORD", "correct horse 7")
+    text = "It is correct horse 7, or correct horse 8, or https://me:correct horse@x, or correct"
+    with _streamed() as write:
+        for start in range(0, len(text), size):
+            write(text[start : start + size])
+    assert capsys.readouterr().out == redact(text) + "\n"
+
+
+def test_what_is_streamed_is_shown_soon(capsys: pytest.CaptureFixture[str]) -> None:
+    from peftcli.cli.generate import _streamed
+
+    with _streamed() as write:
+        write("One two three ")
+        assert capsys.readouterr().out == "One two three "
+        write("four")
+        assert capsys.readouterr().out == ""
 
 
 def test_a_message(monkeypatch: pytest.MonkeyPatch, cli: Callable) -> None:
