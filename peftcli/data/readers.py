@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
+import os
 import shutil
 import stat
 import tempfile
@@ -35,8 +36,9 @@ _LARGEST_BATCH = 256 << 20
 """Bytes that the texts of one column may take then, and all values of one row."""
 _EACH = 25
 """Bytes that a value of a row takes, about, its text aside."""
-_MOST_ITEMS = 1 << 28
-"""Items that a list of a table may hold by what its file tells beforehand. As they are read, they take 3 GB."""
+_MOST_ITEMS = max(1 << 28, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 24)
+"""Items that a list of a table may hold by what its file tells beforehand: as many as half of the memory takes in, at
+12 bytes each, while they are read."""
 _LARGEST_TEXT = 40_000_000
 """Bytes of a text of a table. None that can be trained has as many."""
 _DICTIONARY_PAGE, _NEXT_INT32 = 2, 0x15
