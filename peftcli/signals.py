@@ -103,7 +103,7 @@ def wants_save(request: int) -> bool:
 
 
 @contextmanager
-def handled(message: str = "stopped", save_on: signal.Signals | None = SAVING) -> Iterator[Stop]:
+def handled(message: str = "stopped", save_on: signal.Signals | None = SAVING, *, last: bool = False) -> Iterator[Stop]:
     """Inside, INT, TERM and USR1 are noted in the Stop; a second one ends the process.
 
     Only a main thread can handle signals; elsewhere nothing is caught.
@@ -111,6 +111,7 @@ def handled(message: str = "stopped", save_on: signal.Signals | None = SAVING) -
     Args:
         message: What is said when a signal ends the command.
         save_on: The signal that asks for a checkpoint, which does not stop then.
+        last: Whether stopping signals are ignored afterwards, in a process that then only says how it ended.
     """
     outer = current()
     outer.check()
@@ -126,10 +127,12 @@ def handled(message: str = "stopped", save_on: signal.Signals | None = SAVING) -
     try:
         yield stop
     except Exception as error:
+        if stop.signal:  # an echo of it may come when this is over
+            outer.signal, outer.when, outer.saved, outer.at_once = stop.signal, stop.when, stop.saved, False
         if (interrupted := stop.explains(error)) is None or interrupted is error:
             raise
         raise interrupted from error
     finally:
         _current.pop()
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if last and number in STOPPING else handler)

@@ -107,7 +107,7 @@ def main(args: Sequence[str] | None = None) -> int:
     debug, as_json = "--debug" in options, "--json" in options
     rest = [arg for arg in options if arg != "--debug"] + given[len(options) :]
     try:
-        with console.guarded(), signals.handled():
+        with console.guarded(), signals.handled(last=_is_launched()):
             code = _run(rest or ["--help"])
         sys.stdout.flush()
         _ended(None)
@@ -133,11 +133,15 @@ def _failed(error: PeftcliError, as_json: bool) -> int:
 
 def _ended(error: PeftcliError | None) -> bool:
     """Tells the launcher that started this process, if there is one, how it ended."""
-    if "PEFTCLI_STATUS" not in os.environ:
+    if not _is_launched():
         return False
     from peftcli.train.launch import report
 
     return report(error)
+
+
+def _is_launched() -> bool:
+    return "PEFTCLI_STATUS" in os.environ
 
 
 def _run(args: list[str]) -> int:

@@ -197,7 +197,7 @@ def _read_parquet(text: Text, *, packed: bool) -> Iterator[Row | DataError]:
                         text.number += 1
                         place = Place(text.source, text.number)
                         yield Row(values, place) if isinstance(values, dict) else place.error(values)
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:  # KeyError: two names of a column
             file.seek(0)
             found = content(file.read(64))
             what = f"but {found}" if found not in ("parquet", None) else f"or it is damaged: {reason(error)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import fcntl
 import json
 import os
@@ -9,7 +10,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -206,7 +207,7 @@ class RunFolder:
         for line in lines:
             try:
                 entry = json.loads(line)
-                if type(entry["step"]) is not int:
+                if type(entry["step"]) is not int or type(entry.get("loss", 0.0)) not in (int, float):
                     break
             except (ValueError, TypeError, KeyError, RecursionError):
                 break
@@ -375,14 +376,51 @@ def _replacement(folder: RunFolder) -> str | None:
 
 
 _BEGIN_ANEW = "choose another training.output_dir, or delete that folder"
-_TYPES = {
-    "status": str,
-    "attempts": list,
-    "identity": dict,
-    "resumable": bool,
-    "recipe": dict,
-    "artefacts": list,
-    "base_model": dict,
+
+
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) in kinds
+
+
+def _lists(*keys: str) -> Callable[[Any], bool]:
+    """For a list of objects with these keys."""
+    return lambda value: (
+        isinstance(value, list) and all(isinstance(each, dict) and set(keys) <= each.keys() for each in value)
+    )
+
+
+def _maps_to_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(each) in (int, float) for each in value.values())
+
+
+def _is_day(value: Any) -> bool:
+    try:
+        datetime.date.fromisoformat(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+_NEEDED: dict[str, Callable[[Any], bool]] = {
+    "status": _is(str),
+    "exit_code": _is(int, type(None)),
+    "error": lambda value: value is None or (isinstance(value, dict) and isinstance(value.get("message"), str)),
+    "resumable": _is(bool),
+    "identity": _is(dict),
+    "recipe": _is(dict),
+    "base_model": lambda value: isinstance(value, dict) and isinstance(value.get("revision"), (str, type(None))),
+    "versions": _is(dict),
+    "attempts": _lists(),
+    "changes": _lists("key", "before", "now", "step"),
+    "artefacts": _lists("path", "bytes", "sha256"),
+    "day": _is_day,
+}
+_POSSIBLE: dict[str, Callable[[Any], bool]] = {
+    "data": _is(dict),
+    "steps": lambda value: isinstance(value, dict) and type(value.get("done")) is int and "total" in value,
+    "wall_seconds": _is(int, float),
+    "eval": lambda value: isinstance(value, dict) and _maps_to_numbers(value.get("kept") or {}),
+    "gates": _lists("metric", "gate", "passed"),
 }
 
 
@@ -390,20 +428,10 @@ def _unsound(run: Any) -> str | None:
     """What a run.json lacks that the code relies on."""
     if not isinstance(run, dict):
         return "it holds no JSON object"
-    for name, kind in _TYPES.items():
-        if not isinstance(run.get(name), kind):
-            return f"{name} is missing or wrong"
     if run.get("schema_version") != SCHEMA_VERSION:
         return f"schema_version is {str(run.get('schema_version'))[:20]}, and {SCHEMA_VERSION} is read"
-    if not {"exit_code", "error"} <= run.keys() or not all(isinstance(each, dict) for each in run["attempts"]):
-        return "exit_code, error or attempts are missing or wrong"
-    steps = run.get("steps", {"done": 0})
-    if not isinstance(steps, dict) or type(steps.get("done")) is not int:
-        return "steps is wrong"
-    if run["attempts"] and not isinstance(run.get("data"), dict):
-        return "data is missing or wrong"
-    if run["status"] == "complete" and not all(
-        isinstance(each, dict) and {"path", "sha256", "bytes"} <= each.keys() for each in run["artefacts"]
-    ):
-        return "artefacts is wrong"
+    needed = {**_NEEDED, **({"data": _POSSIBLE["data"]} if run.get("attempts") else {})}
+    for name, sound in {**_POSSIBLE, **needed}.items():
+        if (name in needed or name in run) and not (name in run and sound(run[name])):
+            return f"{name} is missing or wrong"
     return None

@@ -81,8 +81,10 @@ def opened(recipe: Recipe, asked: Asked, accelerator: Accelerator) -> Iterator[O
                 run = _new_run(recipe, now, accelerator)
             elif run["status"] != "complete":
                 run["resumable"] = bool(checkpoints(chosen.checkpoints))  # a kill may have come before it was said
-                changed = [*changed, *_other_versions(run)] if run["attempts"] else changed
-                run["versions"] = versions()
+                if run["attempts"]:
+                    changed = [*changed, *_other_versions(run)]
+                else:
+                    run["versions"] = versions()
             shared[0] = (chosen.path, run, now, changed)
         broadcast_object_list(shared)
         path, run, now, changed = shared[0]

@@ -240,8 +240,11 @@ def _without(key: str) -> Callable[[dict[str, Any]], object]:
     [
         *map(
             _without,
-            ("status", "identity", "attempts", "error", "exit_code", "resumable", "artefacts", "recipe", "data"),
+            ("status", "identity", "attempts", "error", "exit_code", "resumable", "artefacts", "recipe", "data", "day"),
         ),
+        lambda run: run.update(day="2026-13-45"),
+        lambda run: run.update(wall_seconds=None),
+        lambda run: run["base_model"].update(revision=[]),
         lambda run: run.update(attempts=[1]),
         lambda run: run.update(steps={"done": "many"}),
         lambda run: run.update(schema_version=99),

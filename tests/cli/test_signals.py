@@ -1,0 +1,57 @@
+"""Of two signals that are one request, the second does no harm, whenever it comes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from peftcli.errors import Interrupted, StorageError
+from peftcli.signals import handled
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stopped_twice() -> None:
+    """A run that a signal stops, and the same signal again as it ends."""
+    with handled():
+        try:
+            with handled("stopped before the first step") as stop:
+                stop.at_once = False
+                terminate()
+                raise stop.interrupted("stopped after step 3", saved=True)
+        finally:
+            terminate()
+
+
+def failed_after_a_signal() -> None:
+    with handled(), handled() as stop:
+        stop.at_once = False
+        terminate()
+        raise StorageError("no space")
+
+
+def test_an_echo_that_comes_when_the_run_is_over() -> None:
+    with pytest.raises(Interrupted, match=r"stopped after step 3 \(SIGTERM\)") as caught:
+        stopped_twice()
+    assert caught.value.exit_code == 75
+
+
+def test_what_fails_after_a_signal_is_still_what_failed() -> None:
+    with pytest.raises(StorageError, match="no space"):
+        failed_after_a_signal()
+
+
+@pytest.mark.parametrize(("last", "code"), [(True, 0), (False, -signal.SIGTERM)])
+def test_a_process_that_only_says_how_it_ended(last: bool, code: int) -> None:
+    program = (
+        "import os, signal; from peftcli.signals import handled\n"
+        f"with handled(last={last}): pass\n"
+        "os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == code
