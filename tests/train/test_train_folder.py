@@ -321,7 +321,7 @@ def test_training_in_another_thread(recipe: Path) -> None:
 # --- killed -----------------------------------------------------------------------------------------------------------
 
 
-WRITES = 82
+WRITES = 80
 """Calls of fsync in the uninterrupted run, those of the token cache among them."""
 
 
