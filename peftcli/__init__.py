@@ -42,7 +42,7 @@ _PLACES = {
             "get_peft_model_state_dict",
             "set_peft_model_state_dict",
         ),
-        "peftcli.peft_api",
+        "peftcli.peft_api.model",
     ),
     **dict.fromkeys(("CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig"), "peftcli.methods.lora.init_config"),
     **dict.fromkeys(
@@ -54,7 +54,7 @@ _PLACES = {
             "preprocess_loraga",
             "replace_lora_weights_loftq",
         ),
-        "peftcli.peft_init",
+        "peftcli.peft_api.initialisations",
     ),
 }
 """Public name -> the module that holds it; imported when the name is first used, so `import peftcli` loads no torch."""

@@ -15,7 +15,6 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from peftcli import signals
 from peftcli.cli import (
     cache,
     check,
@@ -34,6 +33,7 @@ from peftcli.cli import (
     train,
 )
 from peftcli.errors import Interrupted, PeftcliError, UsageError, known
+from peftcli.system import signals
 
 _BROKEN_PIPE = 141
 

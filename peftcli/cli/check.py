@@ -41,7 +41,7 @@ def check(
 
 
 def _check_deep(reading: Reading) -> tuple[list[Problem], list[Problem], int]:
-    from peftcli.train.deep import deep_check
+    from peftcli.train.preview import deep_check
 
     assert reading.recipe is not None
     found = deep_check(reading.recipe)

@@ -49,7 +49,7 @@ def combine(
     """Make one LoRA adapter of several: their weighted sum."""
     given = [_weighted(entry) for entry in adapters]
     teller(quiet)  # what it may draw is the bars of downloads
-    from peftcli.combine import combine_adapters
+    from peftcli.adapters.combine import combine_adapters
 
     names, weights = [name for name, _ in given], [weight for _, weight in given]
     made = combine_adapters(names, weights, output, method=method, density=density, r=r, seed=seed)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from peftcli.errors import PeftcliError
-from peftcli.redact import redact, redact_values
+from peftcli.system.secrets import redact, redact_values
 
 if TYPE_CHECKING:
     from rich.console import Console

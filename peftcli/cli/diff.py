@@ -17,7 +17,7 @@ def diff(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what differs between two adapters: settings, modules, and what they do to each weight."""
-    from peftcli.compare import compare
+    from peftcli.adapters.diff import compare
 
     found = compare(a, b)
     if as_json:

@@ -27,7 +27,7 @@ def evaluate(
     with junit_report(junit, recipe) as result:
         settings = load_recipe(recipe, overrides or [])
 
-        from peftcli.train.measure import measure
+        from peftcli.train.evaluate_adapter import measure
         from peftcli.train.run import raise_failed_gates
 
         result |= measure(settings, adapter, on_warning=lambda text: console.log(f"warning: {text}"))

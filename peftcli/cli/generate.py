@@ -15,10 +15,10 @@ import typer
 from peftcli.cli import console
 from peftcli.cli.quiet import Quiet, teller
 from peftcli.errors import UsageError
-from peftcli.redact import settled
+from peftcli.system.secrets import settled
 
 if TYPE_CHECKING:
-    from peftcli.generate import Message, Settings, Speaker
+    from peftcli.adapters.generate import Message, Settings, Speaker
 
 _COLDEST = 1e-30
 """A lower temperature makes the scores of tokens too large for numbers of 32 bits."""
@@ -59,11 +59,11 @@ def generate(
         raise UsageError("is no UTF-8 text", key="--prompt")
 
     tell = teller(quiet)
-    from peftcli.outputs import expanded, is_stream
+    from peftcli.system.outputs import expanded, is_stream
 
     if target is not None:
         is_stream(expanded(target))  # raises before any work for what cannot be written
-    from peftcli.generate import Settings, answer_file, load_speaker
+    from peftcli.adapters.generate import Settings, answer_file, load_speaker
 
     settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     speaker = load_speaker(adapter, base, with_adapter=not no_adapter, quantization=quantization)

@@ -36,7 +36,7 @@ def info(
 
 def _adapter(adapter: str, updates: bool, as_json: bool) -> None:
     """What needs no torch is printed before it is imported, which takes seconds."""
-    from peftcli.adapter_info import analyse, describe
+    from peftcli.adapters.info import analyse, describe
 
     facts = describe(adapter)
     if not as_json:

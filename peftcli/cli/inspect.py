@@ -17,7 +17,7 @@ from peftcli.cli.quiet import Quiet, teller
 if TYPE_CHECKING:
     from peftcli.data.findings import Finding
     from peftcli.data.pieces import Piece
-    from peftcli.inspection import Inspection, ShownRow
+    from peftcli.inspection.report import Inspection, ShownRow
 
 _ROWS = 3
 _ROWS_OF_A_PAGE = 200
@@ -58,10 +58,10 @@ def inspect(
 
     tell = teller(quiet)
     from peftcli.cli.progress import Progress
-    from peftcli.inspection import inspect as look
-    from peftcli.inspection import refuse_place
-    from peftcli.inspection_page import refuse_name, write_page
-    from peftcli.outputs import expanded
+    from peftcli.inspection.page import refuse_name, write_page
+    from peftcli.inspection.report import inspect as look
+    from peftcli.inspection.report import refuse_place
+    from peftcli.system.outputs import expanded
 
     if html is not None:
         html = expanded(html)
@@ -138,7 +138,7 @@ class _Printed:
         console.out(f"=== {row.place} ({name} {row.index}{part}): {size:,} tokens, {row.targets:,} trained")
 
     def _print(self, pieces: list[Piece]) -> None:
-        from peftcli.inspection import shortened
+        from peftcli.inspection.report import shortened
 
         first, between, last = shortened(pieces, _MOST_TOKENS)
         for some in (first, last):
@@ -175,7 +175,7 @@ class _Printed:
 
 
 def _show_audit(audit: dict[str, Any]) -> None:
-    from peftcli.inspection import bars, tables
+    from peftcli.inspection.report import bars, tables
 
     for title, (columns, *rows) in tables(audit).items():
         console.table([title, *columns[1:]], rows)
@@ -207,7 +207,7 @@ def _show_findings(inspection: Inspection) -> None:
 
 def _details(finding: Finding, facts: dict[str, Any]) -> list[str]:
     """The first of the rows, with what is known of each."""
-    from peftcli.inspection import reason
+    from peftcli.inspection.report import reason
 
     if finding.name == "bad_rows":
         return [f"{bad['row']}: {reason(bad)}" for bad in facts["bad_rows"][:_ROWS]]

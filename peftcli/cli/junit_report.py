@@ -61,7 +61,7 @@ def junit_report(path: Path | None, recipe: Path) -> Iterator[dict[str, Any]]:
 def _write(path: Path | None, recipe: Path, run: dict[str, Any], error: dict[str, object] | None) -> None:
     if path is None:
         return
-    from peftcli.junit import write_junit
+    from peftcli.cli.junit import write_junit
 
     measured = run.get("eval", {})
     metrics = measured.get("kept", measured.get("last", {}))

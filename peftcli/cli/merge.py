@@ -28,7 +28,7 @@ def merge(
 ) -> None:
     """Fold an adapter into its base model: a checkpoint that transformers loads alone."""
     tell = teller(quiet)
-    from peftcli.merge import merge_adapter
+    from peftcli.adapters.merge import merge_adapter
 
     merged = merge_adapter(adapter, output, base=base, dtype=dtype, dequantize=dequantize, verify=verify, tell=tell)
     if as_json:

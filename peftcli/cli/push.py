@@ -30,7 +30,7 @@ def push(
     tell = teller(quiet and not dry_run)  # what a dry run lists is its answer
     from dataclasses import asdict
 
-    from peftcli import hub
+    from peftcli.adapters import hub
 
     pushed = hub.push(
         hub.local_folder(adapter),

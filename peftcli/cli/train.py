@@ -52,7 +52,7 @@ def train(
     with junit_report(junit if launch.is_main_process() else None, recipe) as report:
         settings = load_recipe(recipe, overrides or [])
         if dry_run:
-            from peftcli.train.deep import preview
+            from peftcli.train.preview import preview
 
             console.print_json(preview(settings))
             raise typer.Exit
@@ -80,9 +80,9 @@ def train(
 
 def _note_what_is_saved(settings: Recipe) -> None:
     """A signal that comes while torch is loaded ends a run that can be gone on with, or not."""
-    from peftcli import signals
     from peftcli.errors import PeftcliError
-    from peftcli.train.folder import RunFolder
+    from peftcli.system import signals
+    from peftcli.train.runs.folder import RunFolder
 
     try:
         run = RunFolder(Path(settings.training.output_dir)).read()
@@ -96,7 +96,7 @@ def _launch(settings: Recipe, count: int, *, quiet: bool, overwrite: bool) -> in
     from peftcli.errors import PeftcliError
     from peftcli.train import launch
     from peftcli.train.data import prepare_data
-    from peftcli.train.folder import RunFolder, accounts, mark_ended
+    from peftcli.train.runs.folder import RunFolder, accounts, mark_ended
 
     folder, first = RunFolder(Path(settings.training.output_dir)), settings.launch.machine_rank == 0
     run = folder.read()

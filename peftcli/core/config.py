@@ -9,9 +9,9 @@ from enum import Enum
 from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from peftcli.core.pattern import PatternError, check_cost, compiled
-from peftcli.core.reading import cut, shown, shown_name
 from peftcli.errors import AdapterError
+from peftcli.guard.files import cut, shown, shown_name
+from peftcli.guard.patterns import PatternError, check_cost, compiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

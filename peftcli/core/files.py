@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.header import CONFIG_FILE as CONFIG_FILE
-from peftcli.core.header import WEIGHTS_FILE as WEIGHTS_FILE
-from peftcli.core.header import Entry, opened_weights, weights_file
-from peftcli.core.header import read_config as read_config
 from peftcli.core.inject import Injection, inject, set_trainable, skeleton, unload
 from peftcli.core.weights import adapter_state, check_finite, check_state, load_state, materialise
 from peftcli.errors import AdapterError, OutOfMemory
-from peftcli.files import write_file
+from peftcli.guard.adapter_header import CONFIG_FILE as CONFIG_FILE
+from peftcli.guard.adapter_header import WEIGHTS_FILE as WEIGHTS_FILE
+from peftcli.guard.adapter_header import Entry, opened_weights, weights_file
+from peftcli.guard.adapter_header import read_config as read_config
+from peftcli.system.disk import write_file
 
 _DTYPES = {
     "F64": torch.float64,

@@ -11,8 +11,8 @@ from torch import nn
 from peftcli.core.config import ExcludingConfig, LayeredConfig, TargetedConfig
 from peftcli.core.layer import bare, base_paths, model_ends
 from peftcli.core.linear import linear_view
-from peftcli.core.pattern import PatternError, compiled, ends_with
 from peftcli.errors import AdapterError
+from peftcli.guard.patterns import PatternError, compiled, ends_with
 
 FAMILY_TARGETS: dict[str, list[str]] = {
     "bart": ["q_proj", "v_proj"],

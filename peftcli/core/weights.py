@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, adapter_layers, bare, model_ends, path_in_file
-from peftcli.core.reading import shown_name
 from peftcli.errors import AdapterError
+from peftcli.guard.files import shown_name
 
 _MOST_SHOWN = 8
 _PEFT_COPY = re.compile(r"\.(modules_to_save|original_module)(?=\.bias$)")

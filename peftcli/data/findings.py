@@ -3,7 +3,7 @@
 A finding of level ``error`` stops ``peftcli train`` and gives ``peftcli inspect`` exit code 3, unless the recipe allows
 it by name in ``dataset.allow``. About evaluation rows, only bad ones can be. So whatever can be an error is found by
 ``from_records``, which both commands call and which reads one small record a row, and never the tokens. What needs the
-tokens is found by ``peftcli.data.audit`` for ``inspect`` alone, and is a warning at most.
+tokens is found by ``peftcli.inspection.audit`` for ``inspect`` alone, and is a warning at most.
 
 Readable without numpy, so that ``peftcli check`` knows the names.
 """

@@ -9,11 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from peftcli import hub_client
 from peftcli.data.readers import table_rows
 from peftcli.data.text_rows import cut, reason
 from peftcli.errors import DataError, HubError, NetworkError, PeftcliError
 from peftcli.schema import Source
+from peftcli.system import hub_requests
 
 _BATCH = 64
 """Rows held at once. A row may be large."""
@@ -37,9 +37,9 @@ class HubRows:
         """
         from huggingface_hub import HfApi
 
-        source, api = self._source, HfApi(endpoint=hub_client.endpoint(), library_name="peftcli")
+        source, api = self._source, HfApi(endpoint=hub_requests.endpoint(), library_name="peftcli")
         try:
-            with hub_client.watched() as line:
+            with hub_requests.watched() as line:
                 return self._tried(line, lambda: str(api.dataset_info(source.train, revision=source.revision).sha))
         except NetworkError as error:
             return self._cached(error)
@@ -53,7 +53,7 @@ class HubRows:
             HubError: the hub refuses access.
         """
         commit = self.commit
-        with hub_client.watched() as line:
+        with hub_requests.watched() as line:
             found, given = self._tried(line, lambda: self._opened(commit)), 0
             tables: Iterator[Any] | None = None
 
@@ -83,7 +83,7 @@ class HubRows:
         builder.download_and_prepare()
         return builder.as_dataset(source.split)
 
-    def _tried(self, line: hub_client.Line, action: Callable[[], T]) -> T:
+    def _tried(self, line: hub_requests.Line, action: Callable[[], T]) -> T:
         """What ``action`` returns, tried again where the hub or the network failed."""
         source = self._source
 
@@ -95,7 +95,7 @@ class HubRows:
             except Exception as error:  # of HTTP, of the hub, of the system; every builder raises its own kinds
                 told = _told(error, source)
                 if isinstance(told, NetworkError) or (
-                    isinstance(told, DataError) and hub_client.is_of_huggingface_hub(error)
+                    isinstance(told, DataError) and hub_requests.is_of_huggingface_hub(error)
                 ):
                     raise
                 raise told from error
@@ -192,7 +192,7 @@ def _told(error: Exception, source: Source) -> DataError | HubError | NetworkErr
     if any(words in message for words in ("Config name", "BuilderConfig", "for config", "configurations")):
         return DataError(reason(message, 300), file=name, key="dataset.name")
     unanswered = caused_by(HTTPError) and not caused_by(HfHubHTTPError)
-    if unanswered or status >= 429 or caused_by(ConnectionError, TimeoutError, hub_client.Unanswered):
+    if unanswered or status >= 429 or caused_by(ConnectionError, TimeoutError, hub_requests.Unanswered):
         hint = "A local file needs no network; HF_HUB_OFFLINE=1 uses what is cached."
         return NetworkError(f"dataset {name}: no file of that name, and the hub cannot be reached", hint=hint)
     return DataError(f"cannot be loaded: {reason(error.__cause__ or message)}", file=name)

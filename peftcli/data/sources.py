@@ -11,9 +11,9 @@ from itertools import islice
 from pathlib import Path
 
 from peftcli.data.hub_rows import HubRows
-from peftcli.data.names import is_path
 from peftcli.data.readers import ACCEPTED, check_file, kind_of, read_file
 from peftcli.data.rows import Place, Row
+from peftcli.data.source_names import is_path
 from peftcli.data.text_rows import CHUNK, cut, reason
 from peftcli.errors import DataError
 from peftcli.schema import Dataset, Source

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.reading import shown
 from peftcli.errors import AdapterError
+from peftcli.guard.files import shown
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
-from peftcli import hub_client
-from peftcli.core.header import CONFIG_FILE
-from peftcli.core.reading import shown
 from peftcli.errors import HubError, ModelError, NetworkError
+from peftcli.guard.adapter_header import CONFIG_FILE
+from peftcli.guard.files import shown
 from peftcli.schema import BaseModel
+from peftcli.system import hub_requests
 
 _SMALL = ("*.json", "*.txt", "*.model", "*.spm", "*.codes", "*.tokenizer", "*.tiktoken", "*.bpe", "*.vocab")
 """What configs, tokenizers and processors are made of, besides templates."""
@@ -33,7 +33,7 @@ def fetch(base: BaseModel, *names: str) -> Path:
         HubError: the hub has no such model, or refuses it.
         NetworkError: the hub cannot be reached, and the cache has no copy.
     """
-    if not hub_client.is_repo_id(base.name):
+    if not hub_requests.is_repo_id(base.name):
         raise ModelError(f"{shown(base.name)} is neither a folder nor a hub id", key="base_model")
     model = _key(base)
     code = ["*.py"] if base.trust_remote_code else []
@@ -43,7 +43,7 @@ def fetch(base: BaseModel, *names: str) -> Path:
     revision = _folders[model].name if model in _folders else base.revision
     what = f"no folder {base.name} here; on the hub: {base.name}"
     try:
-        folder = hub_client.fetched(base.name, patterns, revision, ignored=_LEFT, what=what)
+        folder = hub_requests.fetched(base.name, patterns, revision, ignored=_LEFT, what=what)
     except (HubError, NetworkError) as error:
         error.key = "base_model"
         raise
@@ -59,4 +59,4 @@ def snapshot(base: BaseModel) -> Path | None:
 def _key(base: BaseModel) -> tuple[str, ...]:
     from huggingface_hub import constants
 
-    return (constants.HF_HUB_CACHE, hub_client.endpoint(), base.name, base.revision or "")
+    return (constants.HF_HUB_CACHE, hub_requests.endpoint(), base.name, base.revision or "")

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from peftcli.core.quantised import is_quantised
-from peftcli.core.reading import cut, irregular, is_folder, read_object, shown_name
 from peftcli.errors import ModelError, NetworkError, OutOfMemory, PeftcliError
-from peftcli.models import checks, hub_files, quantization, tokens
+from peftcli.guard.files import cut, irregular, is_folder, read_object, shown_name
+from peftcli.models import hub_files, quantization, tokens, validate
 from peftcli.schema import BaseModel, Quantization
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def load_model(base: BaseModel, auto_class: str, dtype: torch.dtype) -> PreTrain
         build = getattr(transformers, auto_class).from_pretrained
         model, said = build(**_where(base), **options, output_loading_info=True)
         if not how:
-            checks.check_loaded(model, said, base.name)
+            validate.check_loaded(model, said, base.name)
         return model
 
     model = _guarded(base, load)
@@ -121,7 +121,7 @@ def load_config(base: BaseModel) -> PreTrainedConfig:
 
     def load() -> PreTrainedConfig:
         if file := base_file(base, "config.json"):
-            checks.check_config(file, trusted=base.trust_remote_code)
+            validate.check_config(file, trusted=base.trust_remote_code)
         return AutoConfig.from_pretrained(**_where(base))
 
     return _guarded(base, load)
@@ -151,7 +151,7 @@ def load_adapter_tokenizer(folder: Path, base: BaseModel) -> PreTrainedTokenizer
     """
     from transformers import AutoTokenizer
 
-    checks.check_folder(folder)
+    validate.check_folder(folder)
     if not has_tokenizer(folder):
         return load_tokenizer(base)
     own = base_of(str(folder))
@@ -191,17 +191,17 @@ def base_files(base: BaseModel) -> list[Path]:
         if (config := base_file(base, "config.json")) is None:
             return []
         values = read_object(config, 1 << 24, ModelError, strict=False)
-        own = checks.weights_name(values, str(config))
-        names = [own] if own else [checks.WEIGHTS, checks.INDEX]
+        own = validate.weights_name(values, str(config))
+        names = [own] if own else [validate.WEIGHTS, validate.INDEX]
         file = next((file for name in names if (file := base_file(base, name))), None)
         if file is None or file.name.endswith(".safetensors"):
             return [file] if file else []
-        shards = checks.listed_shards(file)
+        shards = validate.listed_shards(file)
         folder = Path(_where(base, *shards)["pretrained_model_name_or_path"])
         return [folder / name for name in shards]
 
     files = _guarded(base, listed)
-    checks.count_stored(files)
+    validate.count_stored(files)
     return files
 
 
@@ -217,10 +217,10 @@ def _check_weights(base: BaseModel, auto_class: str, *, stored: bool) -> None:
     if not shards:
         folder = _expanded(base.name)
         names = [path.name for path in folder.iterdir()] if is_folder(folder) else []
-        raise checks.no_weights(base.name, names)
-    numbers = checks.count_stored(shards)
+        raise validate.no_weights(base.name, names)
+    numbers = validate.count_stored(shards)
     if not stored:
-        checks.check_size(empty_model(base, auto_class), numbers, str(base_file(base, "config.json")))
+        validate.check_size(empty_model(base, auto_class), numbers, str(base_file(base, "config.json")))
 
 
 def base_of(name: str, revision: str | None = None, quantised: Quantization | None = None) -> BaseModel:
@@ -238,13 +238,13 @@ def _where(base: BaseModel, *names: str) -> dict[str, Any]:
         if importlib.util.find_spec("gguf") is None:
             raise ModelError("reading .gguf needs the package gguf", hint="pip install 'peftcli[gguf]'")
         if base.trust_remote_code:  # of a tokenizer beside it
-            checks.check_folder(path.parent, trusted=True)
+            validate.check_folder(path.parent, trusted=True)
         return {**where, "pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if is_folder(path):
         _refuse_adapter(path)
         if not os.path.lexists(path / "config.json"):
             raise ModelError(f"{shown_name(base.name)} holds no config.json: no model folder", key="base_model")
-        checks.check_folder(path, trusted=base.trust_remote_code)
+        validate.check_folder(path, trusted=base.trust_remote_code)
         return {**where, "pretrained_model_name_or_path": str(path)}
     if base.name.startswith((".", "/", "~")) or base.name.count("/") > 1 or os.path.lexists(path):
         raise ModelError(f"no model folder {shown_name(base.name)}", key="base_model")
@@ -258,12 +258,12 @@ def _where(base: BaseModel, *names: str) -> dict[str, Any]:
     if not (folder / "config.json").exists():
         raise ModelError(f"{base.name} on the hub holds no config.json: no model", key="base_model")
     _refuse_adapter(folder)  # one that was fetched as an adapter; the base model's own is not
-    checks.check_folder(folder, trusted=base.trust_remote_code)
+    validate.check_folder(folder, trusted=base.trust_remote_code)
     return {**where, "pretrained_model_name_or_path": str(folder)}
 
 
 def _refuse_adapter(folder: Path) -> None:
-    if checks.is_adapter(folder):
+    if validate.is_adapter(folder):
         raise ModelError(
             "holds an adapter, which transformers would load too",
             file=str(folder),

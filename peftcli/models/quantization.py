@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from peftcli.core.config import fits
-from peftcli.core.header import RUN_FILE, read_run
-from peftcli.core.reading import shown, shown_name
 from peftcli.errors import AdapterError, ModelError
+from peftcli.guard.adapter_header import RUN_FILE, read_run
+from peftcli.guard.files import shown, shown_name
 from peftcli.schema import Quantization
 
 if TYPE_CHECKING:

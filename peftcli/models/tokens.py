@@ -19,12 +19,13 @@ import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.header import read_header, weights_file
 from peftcli.core.layer import bare, base_paths, model_ends
 from peftcli.core.targets import find_modules, find_targets, shortest_names
 from peftcli.errors import AdapterError, ModelError
-from peftcli.files import read_small, write_file
+from peftcli.guard.adapter_header import read_header, weights_file
+from peftcli.guard.files import read_small
 from peftcli.schema import BaseModel
+from peftcli.system.disk import write_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

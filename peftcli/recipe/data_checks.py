@@ -6,8 +6,8 @@ import dataclasses
 import os
 from pathlib import Path
 
-from peftcli.core.prompt_config import SoftPromptConfig
-from peftcli.data.names import is_path
+from peftcli.core.prompts.config import SoftPromptConfig
+from peftcli.data.source_names import is_path
 from peftcli.methods import METHODS
 from peftcli.recipe.names import near, near_file
 from peftcli.recipe.values import Report

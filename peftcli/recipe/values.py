@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from peftcli.errors import Problem
-from peftcli.redact import SECRET_NAME, redact, redactor, secrets
+from peftcli.system.secrets import SECRET_NAME, redact, redactor, secrets
 
 MAX_PROBLEMS = 100
 NO_TEXT = "holds a character that is no text (NUL or half a surrogate pair)"

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from peftcli.files import read_small
+from peftcli.guard.files import read_small
 from peftcli.recipe.names import near_file
 from peftcli.recipe.values import NO_TEXT, Place, Problems, Value, is_text, read_scalar, resolve
 

@@ -21,7 +21,7 @@ from peftcli.models.load import load_tokenizer
 from peftcli.schema import Recipe, Source
 from peftcli.tasks import TASKS
 from peftcli.tasks.base import Task
-from peftcli.train.batches import Plan
+from peftcli.train.plan import Plan
 from peftcli.train.report import OnEvent, Phase, RowsRead, Warned
 
 

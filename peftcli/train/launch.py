@@ -23,7 +23,7 @@ from typing import Any
 
 from peftcli.errors import Interrupted, PeftcliError, ProcessDied, StorageError, UsageError
 from peftcli.schema import Launch
-from peftcli.signals import SAVING, STARTED, STOPPING
+from peftcli.system.signals import SAVING, STARTED, STOPPING
 
 _GRACE_SECONDS = 12.0
 """How long the other processes may take to end after one has failed."""

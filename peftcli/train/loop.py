@@ -18,7 +18,7 @@ from peftcli.data.store import Feature, View
 from peftcli.errors import Diverged
 from peftcli.tasks.base import Task
 from peftcli.train.attention import takes_one_row
-from peftcli.train.batches import MicroBatch, Plan
+from peftcli.train.plan import MicroBatch, Plan
 
 LESS_LEARNING = "lower training.learning_rate, or add warm-up; the last checkpoint is kept"
 """What to do about a run that diverged."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from peftcli.files import write_file
+from peftcli.system.disk import write_file
 from peftcli.train.loop import StepResult
 
 

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from peftcli.card import write_card
+from peftcli.adapters.card import write_card
 from peftcli.core.weights import adapter_state
 from peftcli.data import day
 from peftcli.data.ends import missing_stops
@@ -34,35 +34,21 @@ from peftcli.errors import (
     UsageError,
     known,
 )
-from peftcli.files import sha256, write_file
 from peftcli.models import tokens
 from peftcli.models.load import load_tokenizer, stored_or_asked
 from peftcli.recipe import gate_holds, method_config, parse_gate, seconds, to_yaml
 from peftcli.schema import Recipe
-from peftcli.signals import STARTED, TIME_LIMIT, Stop, handled, wants_save
+from peftcli.system.disk import sha256, write_file
+from peftcli.system.signals import STARTED, TIME_LIMIT, Stop, handled, wants_save
 from peftcli.tasks import TASKS
 from peftcli.tasks.base import Task
 from peftcli.train.attention import takes_one_row
-from peftcli.train.batches import Plan
-from peftcli.train.checkpoint import (
-    Progress,
-    State,
-    load_checkpoint,
-    prune,
-    random_state,
-    restore_random,
-    save_checkpoint,
-    set_newer_aside,
-    write_finite,
-)
 from peftcli.train.data import Data, load_data, plan_of
 from peftcli.train.evaluate import evaluate
-from peftcli.train.folder import RunFolder
-from peftcli.train.identity import Change, digests
 from peftcli.train.launch import note_training
 from peftcli.train.loop import LESS_LEARNING, StepResult, fit
-from peftcli.train.opening import Asked, Opened, at_commit, checkpoint_to_resume, commit_of, described, opened
 from peftcli.train.packing_check import start_packing
+from peftcli.train.plan import Plan
 from peftcli.train.report import (
     Evaluated,
     OnEvent,
@@ -75,6 +61,20 @@ from peftcli.train.report import (
     draw_losses,
     peak_memory_bytes,
 )
+from peftcli.train.runs.checkpoint import (
+    Progress,
+    State,
+    load_checkpoint,
+    prune,
+    random_state,
+    restore_random,
+    save_checkpoint,
+    set_newer_aside,
+    write_finite,
+)
+from peftcli.train.runs.folder import RunFolder
+from peftcli.train.runs.identity import Change, digests
+from peftcli.train.runs.resume import Asked, Opened, at_commit, checkpoint_to_resume, commit_of, described, opened
 from peftcli.train.setup import adapted_model, calibrate, prepare, start_accelerator
 
 

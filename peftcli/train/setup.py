@@ -25,10 +25,10 @@ from peftcli.models.weights import BaseWeights
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
 from peftcli.tasks.base import Task
-from peftcli.train.batches import Plan
 from peftcli.train.data import Data
 from peftcli.train.loop import Trainee
 from peftcli.train.optim import build_optimizer, build_schedule, parameter_groups
+from peftcli.train.plan import Plan
 
 
 def start_accelerator(recipe: Recipe) -> Accelerator:

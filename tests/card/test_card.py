@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from peftcli.card import for_hub, read_info, render_card, write_card
+from peftcli.adapters.card import for_hub, read_info, render_card, write_card
 from peftcli.errors import AdapterError
 
 RUN: dict[str, Any] = {

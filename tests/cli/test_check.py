@@ -64,9 +64,9 @@ def test_deep_problems_get_their_place(cli, recipe, monkeypatch: pytest.MonkeyPa
             exit_code=4,
         )
 
-    module = types.ModuleType("peftcli.train.deep")
+    module = types.ModuleType("peftcli.train.preview")
     module.deep_check = deep_check  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "peftcli.train.deep", module)
+    monkeypatch.setitem(sys.modules, "peftcli.train.preview", module)
     path = recipe()
     ran = cli("check", path, "--deep")
     assert ran.code == 4

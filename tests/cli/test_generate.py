@@ -18,8 +18,8 @@ import trainkit
 from trainkit import MESSAGES, PAIRS, PROMPT_TUNING, PROMPTS, Child, run_recipe, write_recipe, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from peftcli.adapters.generate import Speaker
 from peftcli.data.ends import Ends, Form
-from peftcli.generate import Speaker
 
 LONG = ("training.max_steps=150", "training.learning_rate=1e-2", "method.r=8", "training.logging_steps=50")
 QUESTIONS = [question for question, _ in PAIRS[:5]]
@@ -403,7 +403,7 @@ def test_the_end_of_text_ends_a_plain_answer_too(tmp_path: Path, endless: Path, 
 
 @pytest.mark.parametrize("pad", ["<|im_end|>", "<|im_start|>", None])
 def test_padding_changes_no_answer(lora: Path, pad: str | None) -> None:
-    from peftcli.generate import Settings, load_speaker
+    from peftcli.adapters.generate import Settings, load_speaker
     from peftcli.models.tokens import settle_pad
 
     speaker, settings = load_speaker(str(lora)), Settings(max_new_tokens=24)
@@ -432,7 +432,7 @@ def test_bos_is_read_once(
 ) -> None:
     from tokenizers import AddedToken, processors
 
-    from peftcli.generate import Settings, Speaker, load_speaker
+    from peftcli.adapters.generate import Settings, Speaker, load_speaker
 
     seen: list[list[int]] = []
 
@@ -440,7 +440,7 @@ def test_bos_is_read_once(
         seen.append(input_ids[0].tolist())
         return input_ids
 
-    monkeypatch.setattr("peftcli.core.prompt.generate", generate)
+    monkeypatch.setattr("peftcli.core.prompts.virtual_tokens.generate", generate)
     tokenizer = trainkit.tokenizer()
     tokenizer.add_special_tokens({"bos_token": AddedToken("<s>", special=True)})
     bos = tokenizer.bos_token_id
@@ -527,7 +527,7 @@ def test_the_end_of_input_ends_the_chat(lora: Path, tmp_path: Path) -> None:
 
 def test_chat_remembers(lora: Path) -> None:
     """The second turn is asked with the first before it."""
-    from peftcli.generate import Settings, load_speaker
+    from peftcli.adapters.generate import Settings, load_speaker
 
     speaker = load_speaker(str(lora))
     settings = Settings(max_new_tokens=8)

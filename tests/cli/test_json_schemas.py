@@ -20,10 +20,10 @@ from jsonschema import Draft202012Validator
 from typer.main import get_command
 
 from peftcli import errors, output_schemas
+from peftcli.adapters.hub import Pushed
 from peftcli.cli.app import app
 from peftcli.cli.explain import _as_data
 from peftcli.errors import PeftcliError
-from peftcli.hub import Pushed
 from peftcli.output_schemas import names, output_schema
 from peftcli.recipe import json_schema, load_recipe
 from peftcli.recipe.reference import _explainable

@@ -13,9 +13,9 @@ import trainkit
 import typer
 from trainkit import write_recipe
 
+from peftcli.cli.junit import write_junit
 from peftcli.cli.junit_report import junit_report
 from peftcli.errors import DataError, GateFailed, Problem, RecipeError, StorageError
-from peftcli.junit import write_junit
 
 PASSED = {"metric": "eval_loss", "gate": "<= 1.2", "value": 1.1, "passed": True}
 FAILED = {"metric": "eval_token_accuracy", "gate": ">= 0.5", "value": 0.25, "passed": False}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from peftcli.errors import FolderBusy, StorageError, UsageError
-from peftcli.outputs import new_folder, unfinished_file, write_output
+from peftcli.system.outputs import new_folder, unfinished_file, write_output
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import pytest
 
 from peftcli.cli import console
-from peftcli.redact import redact, redact_values, spans
+from peftcli.system.secrets import redact, redact_values, spans
 
 TOKEN = "hf_" + "aB3dE6gH9jK2mN5pQ8sT1vW4"
 

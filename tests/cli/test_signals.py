@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from peftcli.errors import Interrupted, StorageError
-from peftcli.signals import handled
+from peftcli.system.signals import handled
 
 
 def terminate() -> None:
@@ -50,7 +50,7 @@ def test_what_fails_after_a_signal_is_still_what_failed() -> None:
 @pytest.mark.parametrize(("last", "code"), [(True, 0), (False, -signal.SIGTERM)])
 def test_a_process_that_only_says_how_it_ended(last: bool, code: int) -> None:
     program = (
-        "import os, signal; from peftcli.signals import handled\n"
+        "import os, signal; from peftcli.system.signals import handled\n"
         f"with handled(last={last}): pass\n"
         "os.kill(os.getpid(), signal.SIGTERM)"
     )

@@ -13,9 +13,9 @@ from models_tiny import PAD, batch, ids, labelled, randomise, tiny
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from peftcli.core import prompt
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import disabled, inject, set_trainable, unload
+from peftcli.core.prompts import virtual_tokens
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
@@ -79,13 +79,13 @@ def test_generate_equals_a_greedy_loop(model: nn.Module, cached: bool) -> None:
     tokens, mask = _padded()
     expected = _loop(model, tokens, mask, cached=cached)
     for use_cache in (False, True):
-        got = prompt.generate(model, input_ids=tokens, attention_mask=mask, use_cache=use_cache, **GREEDY)
+        got = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, use_cache=use_cache, **GREEDY)
         assert torch.equal(got, expected)
 
 
 def test_each_row_of_a_padded_batch_equals_its_unpadded_run(model: nn.Module) -> None:
     tokens, mask = _padded()
-    together = prompt.generate(model, input_ids=tokens, attention_mask=mask, **GREEDY)
+    together = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, **GREEDY)
     for row, empty in enumerate((0, 3, 5)):
         alone = _loop(model, tokens[row : row + 1, empty:], mask[row : row + 1, empty:], cached=False)
         assert torch.equal(together[row, empty:], alone[0])
@@ -101,19 +101,19 @@ def test_logits_of_a_padded_row_equal_its_unpadded_run(model: nn.Module) -> None
 
 def test_a_static_cache_gives_the_same(model: nn.Module) -> None:
     tokens, mask = _padded()
-    got = prompt.generate(model, input_ids=tokens, attention_mask=mask, cache_implementation="static", **GREEDY)
+    got = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, cache_implementation="static", **GREEDY)
     assert torch.equal(got, _loop(model, tokens, mask, cached=False))
 
 
 def test_beams_are_the_same_with_and_without_a_cache(model: nn.Module) -> None:
     tokens, mask = _padded()
     beams = [
-        prompt.generate(model, input_ids=tokens, attention_mask=mask, num_beams=3, use_cache=cached, **GREEDY)
+        virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, num_beams=3, use_cache=cached, **GREEDY)
         for cached in (False, True)
     ]
     assert torch.equal(*beams)
     for row, empty in enumerate((0, 3, 5)):
-        alone = prompt.generate(
+        alone = virtual_tokens.generate(
             model,
             input_ids=tokens[row : row + 1, empty:],
             attention_mask=mask[row : row + 1, empty:],
@@ -134,10 +134,10 @@ def _score(model: nn.Module, tokens: torch.Tensor, given: int) -> float:
 def test_the_best_beam_is_at_least_as_likely_as_the_greedy_answer(model: nn.Module) -> None:
     tokens, mask = _padded()
     options: dict[str, Any] = {"input_ids": tokens[:1], "attention_mask": mask[:1], **GREEDY}
-    beam = prompt.generate(
+    beam = virtual_tokens.generate(
         model, **options, num_beams=8, length_penalty=0.0, return_dict_in_generate=True, output_scores=True
     )
-    greedy = prompt.generate(model, **options)
+    greedy = virtual_tokens.generate(model, **options)
     assert _score(model, beam.sequences[0], 7) >= _score(model, greedy[0], 7) - 1e-3
     assert abs(_score(model, beam.sequences[0], 7) - float(beam.sequences_scores[0])) < 1e-2
 
@@ -145,20 +145,20 @@ def test_the_best_beam_is_at_least_as_likely_as_the_greedy_answer(model: nn.Modu
 def test_no_mask_means_the_mask_that_transformers_infers(model: nn.Module) -> None:
     tokens, mask = _padded()
     options = {**GREEDY, "eos_token_id": 95, "max_new_tokens": 4}
-    expected = prompt.generate(model, input_ids=tokens, attention_mask=mask, **options)
-    assert torch.equal(prompt.generate(model, tokens, **options), expected)
-    assert torch.equal(prompt.generate(model, inputs=tokens, **options), expected)
+    expected = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, **options)
+    assert torch.equal(virtual_tokens.generate(model, tokens, **options), expected)
+    assert torch.equal(virtual_tokens.generate(model, inputs=tokens, **options), expected)
 
 
 def test_repetition_penalty_counts_real_tokens_only(model: nn.Module) -> None:
     tokens = ids(1, 6, seed=3)
     mask = torch.ones_like(tokens)
-    got = prompt.generate(model, input_ids=tokens, attention_mask=mask, repetition_penalty=1e9, **GREEDY)
+    got = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, repetition_penalty=1e9, **GREEDY)
     new = got[0, 6:].tolist()
     assert len(set(new)) == len(new)
     assert not set(new) & set(tokens[0].tolist())
     assert torch.equal(
-        prompt.generate(
+        virtual_tokens.generate(
             model, input_ids=tokens, attention_mask=mask, repetition_penalty=1e9, use_cache=False, **GREEDY
         ),
         got,
@@ -168,24 +168,27 @@ def test_repetition_penalty_counts_real_tokens_only(model: nn.Module) -> None:
 def test_lengths_count_what_the_user_gave(model: nn.Module) -> None:
     tokens, mask = ids(1, 6), torch.ones(1, 6, dtype=torch.long)
     options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
-    assert prompt.generate(model, input_ids=tokens, attention_mask=mask, max_length=11, **options).shape == (1, 11)
+    assert virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, max_length=11, **options).shape == (
+        1,
+        11,
+    )
     config = copy.deepcopy(model.generation_config)
     config.update(max_length=10, do_sample=False, eos_token_id=None)
-    given = prompt.generate(model, input_ids=tokens, attention_mask=mask, generation_config=config)
+    given = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, generation_config=config)
     assert given.shape == (1, 10)
     assert config.max_length == 10
 
 
 def test_min_new_tokens_and_eos(model: nn.Module) -> None:
     tokens, mask = _padded()
-    free = prompt.generate(model, input_ids=tokens, attention_mask=mask, **GREEDY)
+    free = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, **GREEDY)
     stop = int(free[0, 8])
     options = {**GREEDY, "eos_token_id": stop}
-    got = prompt.generate(model, input_ids=tokens[:1], attention_mask=mask[:1], **options)
+    got = virtual_tokens.generate(model, input_ids=tokens[:1], attention_mask=mask[:1], **options)
     assert got[0, -1] == stop
     assert torch.equal(got[0], free[0, : got.shape[1]])
     assert got.shape[1] <= 9
-    longer = prompt.generate(model, input_ids=tokens[:1], attention_mask=mask[:1], min_new_tokens=6, **options)
+    longer = virtual_tokens.generate(model, input_ids=tokens[:1], attention_mask=mask[:1], min_new_tokens=6, **options)
     assert stop not in longer[0, 7:12].tolist()
 
 
@@ -195,7 +198,7 @@ def test_samples_of_one_prompt_are_drawn_alike_with_and_without_a_cache(model: n
     for cached in (False, True):
         torch.manual_seed(0)
         options = {**GREEDY, "do_sample": True, "num_return_sequences": 2, "use_cache": cached}
-        drawn.append(prompt.generate(model, input_ids=tokens, attention_mask=mask, **options))
+        drawn.append(virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, **options))
     assert drawn[0].shape == (6, 7 + STEPS)
     assert torch.equal(*drawn)
     assert torch.equal(drawn[0][:, :7], tokens.repeat_interleave(2, 0))
@@ -204,19 +207,19 @@ def test_samples_of_one_prompt_are_drawn_alike_with_and_without_a_cache(model: n
 def test_repetition_penalty_spares_the_token_that_pads_and_ends() -> None:
     model = _adapted("llama")
     tokens, mask = ids(1, 6), torch.ones(1, 6, dtype=torch.long)
-    expected = prompt.generate(model, input_ids=tokens, attention_mask=mask, **GREEDY)
+    expected = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, **GREEDY)
     ends = int(expected[0, 6])
     options = {**GREEDY, "eos_token_id": ends, "pad_token_id": ends, "repetition_penalty": 1e9}
     assert ends not in tokens
-    assert prompt.generate(model, input_ids=tokens, attention_mask=mask, **options)[0, 6:].tolist() == [ends]
+    assert virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, **options)[0, 6:].tolist() == [ends]
 
 
 def test_the_answer_holds_no_placeholder_and_the_model_is_left_as_it_was(model: nn.Module) -> None:
     tokens, mask = _padded()
-    got = prompt.generate(model, input_ids=tokens, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
+    got = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(got.sequences[:, :7], tokens)
     assert torch.equal(got.sequences, _loop(model, tokens, mask, cached=False))
-    layer = prompt.soft_prompt(model)
+    layer = virtual_tokens.soft_prompt(model)
     assert layer is not None
     assert layer.placeholders is None
 
@@ -227,7 +230,7 @@ def test_disabled_generates_what_the_base_model_does(model: nn.Module) -> None:
     unload(plain)
     expected = plain.generate(input_ids=tokens, attention_mask=mask, **GREEDY)
     with disabled(model):
-        assert torch.equal(prompt.generate(model, input_ids=tokens, attention_mask=mask, **GREEDY), expected)
+        assert torch.equal(virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, **GREEDY), expected)
     with torch.no_grad():
         changed = model(input_ids=tokens, attention_mask=mask).logits[:, -7:]
         assert not torch.allclose(changed, plain(input_ids=tokens, attention_mask=mask).logits, atol=1e-2)
@@ -241,7 +244,7 @@ def test_streamers_and_stopping_criteria_see_ids_of_the_vocabulary(model: nn.Mod
         return torch.zeros(given.shape[0], dtype=torch.bool)
 
     tokens, mask = _padded()
-    prompt.generate(model, input_ids=tokens, attention_mask=mask, stopping_criteria=[watch], **GREEDY)
+    virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, stopping_criteria=[watch], **GREEDY)
     assert len(seen) == STEPS
     assert all(int(given.max()) < 96 for given in seen)
 
@@ -251,35 +254,41 @@ def test_tokens_that_are_guessed_ahead_change_nothing(model: nn.Module) -> None:
         pytest.skip("one of each kind of attention is enough")
     tokens = ids(1, 5).repeat(1, 2)
     expected = _loop(model, tokens, torch.ones_like(tokens), cached=False)
-    got = prompt.generate(model, tokens, attention_mask=torch.ones_like(tokens), prompt_lookup_num_tokens=3, **GREEDY)
+    got = virtual_tokens.generate(
+        model, tokens, attention_mask=torch.ones_like(tokens), prompt_lookup_num_tokens=3, **GREEDY
+    )
     assert torch.equal(got, expected)
 
 
 def test_a_long_prompt_is_read_in_chunks(model: nn.Module) -> None:
     tokens, mask = _padded()
     options = {"input_ids": tokens, "attention_mask": mask, "prefill_chunk_size": 3, **GREEDY}
-    layer = prompt.soft_prompt(model)
+    layer = virtual_tokens.soft_prompt(model)
     if layer is not None and not layer.chunks:
         with pytest.raises(AdapterError, match="prefill_chunk_size: this soft prompt is read in one piece"):
-            prompt.generate(model, **options)
+            virtual_tokens.generate(model, **options)
     elif model.config.model_type == "llama":
-        assert torch.equal(prompt.generate(model, **options), _loop(model, tokens, mask, cached=False))
+        assert torch.equal(virtual_tokens.generate(model, **options), _loop(model, tokens, mask, cached=False))
 
 
 def test_a_conversation_goes_on_with_its_cache(model: nn.Module) -> None:
     tokens = ids(1, 7)
     mask = torch.ones_like(tokens)
-    first = prompt.generate(model, input_ids=tokens, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
+    first = virtual_tokens.generate(
+        model, input_ids=tokens, attention_mask=mask, return_dict_in_generate=True, **GREEDY
+    )
     longer = torch.cat([first.sequences, ids(1, N + 4, seed=4)], 1)
     mask = torch.ones_like(longer)
-    expected = prompt.generate(model, input_ids=longer, attention_mask=mask, **GREEDY)
+    expected = virtual_tokens.generate(model, input_ids=longer, attention_mask=mask, **GREEDY)
     cache = {CACHE: first[CACHE]}
-    assert torch.equal(prompt.generate(model, input_ids=longer, attention_mask=mask, **cache, **GREEDY), expected)
+    assert torch.equal(
+        virtual_tokens.generate(model, input_ids=longer, attention_mask=mask, **cache, **GREEDY), expected
+    )
 
 
 def test_generation_from_embeddings_is_refused(model: nn.Module) -> None:
     with pytest.raises(AdapterError, match="needs input_ids"):
-        prompt.generate(model, inputs_embeds=torch.zeros(1, 3, 32), **GREEDY)
+        virtual_tokens.generate(model, inputs_embeds=torch.zeros(1, 3, 32), **GREEDY)
 
 
 @torch.no_grad()
@@ -297,7 +306,7 @@ def test_embeddings_as_inputs_of_forward_are_the_ids_looked_up(model: nn.Module)
 
 @torch.no_grad()
 def test_positions_that_the_caller_counts_are_shifted(model: nn.Module) -> None:
-    if not prompt.takes(model, "position_ids"):
+    if not virtual_tokens.takes(model, "position_ids"):
         pytest.skip("this model takes no position_ids")
     tokens = ids(2, 6)
     mask, positions = torch.ones_like(tokens), torch.arange(6)[None]
@@ -330,20 +339,20 @@ def _decode(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor) -> torch
 def test_encoder_decoder_generate_equals_a_greedy_loop(t5: nn.Module, extra: dict[str, Any]) -> None:
     tokens, mask = ids(3, 7), torch.ones(3, 7, dtype=torch.long)
     mask[1, 4:], tokens[1, 4:] = 0, PAD
-    layer = prompt.soft_prompt(t5)
+    layer = virtual_tokens.soft_prompt(t5)
     if layer is not None and layer.decodes and "cache_implementation" in extra:
         with pytest.raises(AdapterError, match="static cache has no room"):
-            prompt.generate(t5, input_ids=tokens, attention_mask=mask, **GREEDY, **extra)
+            virtual_tokens.generate(t5, input_ids=tokens, attention_mask=mask, **GREEDY, **extra)
         return
-    got = prompt.generate(t5, input_ids=tokens, attention_mask=mask, **GREEDY, **extra)
+    got = virtual_tokens.generate(t5, input_ids=tokens, attention_mask=mask, **GREEDY, **extra)
     assert torch.equal(got, _decode(t5, tokens, mask))
-    alone = prompt.generate(t5, input_ids=tokens[1:2, :4], attention_mask=mask[1:2, :4], **GREEDY, **extra)
+    alone = virtual_tokens.generate(t5, input_ids=tokens[1:2, :4], attention_mask=mask[1:2, :4], **GREEDY, **extra)
     assert torch.equal(got[1], alone[0])
 
 
 def test_encoder_decoder_beams_are_the_same_with_and_without_a_cache(t5: nn.Module) -> None:
     inputs = {name: value for name, value in batch("t5").items() if name != "decoder_input_ids"}
-    beams = [prompt.generate(t5, **inputs, num_beams=3, use_cache=cached, **GREEDY) for cached in (False, True)]
+    beams = [virtual_tokens.generate(t5, **inputs, num_beams=3, use_cache=cached, **GREEDY) for cached in (False, True)]
     assert torch.equal(*beams)
 
 
@@ -353,8 +362,8 @@ def test_encoder_decoder_disabled_generates_what_the_base_model_does(t5: nn.Modu
     unload(plain)
     expected = plain.generate(input_ids=tokens, attention_mask=mask, **GREEDY)
     with disabled(t5):
-        assert torch.equal(prompt.generate(t5, input_ids=tokens, attention_mask=mask, **GREEDY), expected)
-    assert not torch.equal(prompt.generate(t5, input_ids=tokens, attention_mask=mask, **GREEDY), expected)
+        assert torch.equal(virtual_tokens.generate(t5, input_ids=tokens, attention_mask=mask, **GREEDY), expected)
+    assert not torch.equal(virtual_tokens.generate(t5, input_ids=tokens, attention_mask=mask, **GREEDY), expected)
 
 
 # training goes on

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from peftcli.core.inject import disabled, inject, set_active, set_trainable, unload
-from peftcli.core.prompt import generate
+from peftcli.core.prompts.virtual_tokens import generate
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
 

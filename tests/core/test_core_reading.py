@@ -15,13 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftcli.core import files, pattern
+from peftcli.core import files
 from peftcli.core.files import read_tensors
-from peftcli.core.header import DTYPES, WEIGHTS_FILE, opened_weights
-from peftcli.core.pattern import PatternError, check_cost, compiled, ends_with
-from peftcli.core.reading import cut, open_regular, read_object, shown, shown_name
 from peftcli.core.weights import is_finite
 from peftcli.errors import AdapterError, ModelError
+from peftcli.guard import patterns
+from peftcli.guard.adapter_header import DTYPES, WEIGHTS_FILE, opened_weights
+from peftcli.guard.files import cut, open_regular, read_object, shown, shown_name
+from peftcli.guard.patterns import PatternError, check_cost, compiled, ends_with
 
 # objects
 
@@ -183,7 +184,7 @@ def test_many_patterns_are_refused_before_they_are_tried() -> None:
 
 
 def test_every_way_to_match_is_tried_by_bits_too() -> None:
-    with mock.patch.object(pattern, "_QUICK", -1.0):
+    with mock.patch.object(patterns, "_QUICK", -1.0):
         for text, names in {
             r"a.*?\.b{1,2}(?!c)": ["a.b", "ax.bb", "a.bbb", "b"],
             "(?i)A_?1": ["a_1", "A1", "a11"],

@@ -24,11 +24,11 @@ from torch import nn
 
 import peftcli
 from peftcli.core.files import load_adapter, read_config, save_adapter
-from peftcli.core.header import read_header
 from peftcli.core.inject import inject
-from peftcli.core.pattern import PatternError, compiled
 from peftcli.core.targets import find_targets
 from peftcli.errors import AdapterError
+from peftcli.guard.adapter_header import read_header
+from peftcli.guard.patterns import PatternError, compiled
 from peftcli.methods import METHODS, config_from_dict
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -336,6 +336,6 @@ def _larger(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 @given(st.recursive(_ONE, _larger, max_leaves=8), st.text("abAB._1", min_size=1, max_size=6))
 @settings(max_examples=400, derandomize=True, deadline=None, database=None)
 def test_any_pattern_means_what_it_means_to_python(pattern: str, text: str) -> None:
-    with mock.patch("peftcli.core.pattern._QUICK", -1.0):  # else Python itself is asked
+    with mock.patch("peftcli.guard.patterns._QUICK", -1.0):  # else Python itself is asked
         assert compiled.__wrapped__(pattern).fullmatch(text) == bool(re.fullmatch(pattern, text))
     assert compiled(pattern).fullmatch(text) == bool(re.fullmatch(pattern, text))

@@ -90,14 +90,12 @@ def test_the_package_tree_of_the_readme_is_right() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     named, folder = set(), ""
     for line in text.partition("peftcli/\n")[2].partition("```")[0].splitlines():
-        depth, names = len(line) - len(line.lstrip()), re.split(r"\s{2,}", line.strip())[0].split()
+        depth, name = len(line) - len(line.lstrip()), line.split()[0]
         folder = folder if depth > 2 else ""
-        named |= {folder + name for name in names}
-        folder = names[0] if depth == 2 and names[0].endswith("/") else folder
+        named.add(folder + name)
+        folder = name if depth == 2 else folder
     package = ROOT / "peftcli"
-    assert [name for name in named if not (package / name).exists()] == []
-    modules = {path.relative_to(package) for path in package.rglob("*.py")}
-    whole = tuple(name for name in named if name.count("/") > 1)  # described as one
-    whole += tuple(f"methods/{row.config_place.partition('.')[0]}/" for row in METHODS.values())
-    unnamed = [str(m) for m in modules if str(m) not in named and not str(m).startswith(whole)]
-    assert [name for name in unnamed if not name.endswith("/__init__.py")] == []
+    found = {f"{path.parent.relative_to(package)}/" for path in package.rglob("*.py") if path.parent != package}
+    methods = {f"methods/{row.config_place.partition('.')[0]}/" for row in METHODS.values()}
+    loose = {path.name for path in package.iterdir() if path.is_file()}
+    assert named == (found - methods) | loose

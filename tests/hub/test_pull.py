@@ -11,8 +11,8 @@ import trainkit
 from hub_folders import REPO
 from hub_server import TOKEN, Answer, Commit, Hub, Repo
 
+from peftcli.adapters.hub import SHARED_FILES, local_folder, push
 from peftcli.errors import AdapterError, HubError, ModelError, NetworkError
-from peftcli.hub import SHARED_FILES, local_folder, push
 from peftcli.models.load import base_file, base_of, load_config, load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -96,7 +96,7 @@ def test_a_fresh_process_without_a_terminal_prints_nothing(pushed: Hub, tmp_path
 
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(tmp_path / "other")}
     del environment["HF_HUB_DISABLE_PROGRESS_BARS"]
-    code = f"from peftcli.hub import local_folder; print(local_folder({REPO!r}))"
+    code = f"from peftcli.adapters.hub import local_folder; print(local_folder({REPO!r}))"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stderr == ""
     assert (Path(done.stdout.strip()) / "adapter_model.safetensors").is_file()

@@ -9,10 +9,10 @@ import pytest
 from hub_folders import REPO, make_folder, write_config
 from hub_server import TOKEN, Commit, Hub, Repo
 
-from peftcli import hub as hub_module
-from peftcli import hub_client
+from peftcli.adapters import hub as hub_module
+from peftcli.adapters.hub import push
 from peftcli.errors import AdapterError, HubError, NetworkError, UsageError
-from peftcli.hub import push
+from peftcli.system import hub_requests
 
 # huggingface_hub 2.4 hands a file to httpx2 in the way that httpx2 is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -396,7 +396,7 @@ def test_a_lasting_fault_ends_after_five_tries(
     with pytest.raises(NetworkError, match="run the same command again"):
         push(folder, REPO)
     assert len(hub.asked(endpoint)) == TRIES
-    assert [wait for wait in slept if wait in hub_client.DELAYS][:1] == [1.0]
+    assert [wait for wait in slept if wait in hub_requests.DELAYS][:1] == [1.0]
     assert REPO not in hub.repos or hub.repos[REPO].commits == 0
 
 
@@ -407,11 +407,11 @@ def test_different_faults_share_the_five_tries(hub: Hub, folder: Path, slept: li
     hub.fail("commit", 503, times=1)
     with pytest.raises(NetworkError):
         push(folder, REPO)
-    assert slept == list(hub_client.DELAYS)
+    assert slept == list(hub_requests.DELAYS)
 
 
 def test_a_slow_answer_counts_as_none(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_client, "ANSWER_TIMEOUT", 0.1)
+    monkeypatch.setattr(hub_requests, "ANSWER_TIMEOUT", 0.1)
     hub.delay("commit", seconds=30, times=1)
     push(folder, REPO)
     assert hub.repos[REPO].commits == 1

@@ -21,9 +21,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import peftcli
+from peftcli.adapters.merge import merge_adapter
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.errors import AdapterError, ModelError
-from peftcli.merge import merge_adapter
 from peftcli.methods import config_from_dict
 
 RSLORA = {"use_rslora": True, "lora_alpha": 5, "r": 4}

@@ -21,7 +21,7 @@ from peftcli.methods.lora.calibrate import start_loftq
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.eva import eva_directions, start_eva
 from peftcli.methods.lora.init_config import EvaConfig, LoftQConfig, LoraGAConfig
-from peftcli.methods.lora.started import StartedLinear
+from peftcli.methods.lora.residual_init import StartedLinear
 from peftcli.methods.lora.statistics import covariances, gradients
 from peftcli.models.load import base_of
 from peftcli.models.weights import BaseWeights

@@ -11,9 +11,9 @@ from models_tiny import VOCABULARY, ids, logits, randomise, tiny
 from trainkit import tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from peftcli.adapters.merge import merge_adapter
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject, set_trainable
-from peftcli.merge import merge_adapter
 from peftcli.methods import config_from_dict
 from peftcli.methods.lora.config import LoraConfig
 

@@ -12,9 +12,9 @@ from models_tiny import batch, labelled, logits, randomise, tiny
 from torch import nn
 from transformers import DynamicCache, MptConfig, MptForCausalLM
 
-from peftcli.core import prompt
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject, set_trainable
+from peftcli.core.prompts import virtual_tokens
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
@@ -133,4 +133,4 @@ def test_a_prefix_for_another_shape_of_attention_does_not_fit(tmp_path: Path) ->
 def test_a_chunk_at_a_time_is_refused() -> None:
     model, _ = _adapted()
     with pytest.raises(AdapterError, match="prefill_chunk_size: this soft prompt is read in one piece"):
-        prompt.generate(model, **batch("llama"), prefill_chunk_size=4, max_new_tokens=3)
+        virtual_tokens.generate(model, **batch("llama"), prefill_chunk_size=4, max_new_tokens=3)

@@ -17,11 +17,11 @@ import trainkit
 from safetensors.torch import load_file, save_file
 
 from peftcli.errors import AdapterError, ModelError, NetworkError, OutOfMemory
-from peftcli.models.checks import check_config, check_folder, listed_shards
 from peftcli.models.load import _guarded as guarded
 from peftcli.models.load import _harmless as harmless
 from peftcli.models.load import base_files, base_of, load_adapter_tokenizer, load_config, load_model, load_tokenizer
 from peftcli.models.quantization import trained_quantization
+from peftcli.models.validate import check_config, check_folder, listed_shards
 from peftcli.schema import BaseModel
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -22,7 +22,7 @@ from peftcli.models.load import load_model, stored_or_asked
 from peftcli.models.quantization import trained_quantization
 from peftcli.recipe import load_recipe
 from peftcli.schema import BaseModel, Quantization
-from peftcli.train.deep import deep_check
+from peftcli.train.preview import deep_check
 from peftcli.train.report import Event, Phase
 
 

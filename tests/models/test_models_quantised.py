@@ -18,8 +18,8 @@ from safetensors import safe_open
 from trainkit import run_recipe
 from transformers import AutoModelForCausalLM
 
-from peftcli import merge as merging
-from peftcli import peft_api
+from peftcli.adapters import merge as merging
+from peftcli.adapters.generate import load_speaker
 from peftcli.core.files import load_adapter, read_config
 from peftcli.core.inject import inject, set_trainable
 from peftcli.core.layer import adapter_layers, bare
@@ -28,10 +28,10 @@ from peftcli.core.merge import merge
 from peftcli.core.quantised import is_quantised, num_weights
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError, Interrupted, ModelError, UsageError
-from peftcli.generate import load_speaker
 from peftcli.methods import METHODS, config_from_dict
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.models.load import load_model
+from peftcli.peft_api import model as peft_api
 from peftcli.schema import BaseModel, Quantization
 from peftcli.train.report import Event, Stepped
 
@@ -440,6 +440,6 @@ def test_answers_come_from_the_model_as_it_was_trained_on(trained: Callable[[str
 
 
 def _settings() -> Any:
-    from peftcli.generate import Settings
+    from peftcli.adapters.generate import Settings
 
     return Settings(max_new_tokens=4)

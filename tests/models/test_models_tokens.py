@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from peftcli.adapters.merge import merge_adapter
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
@@ -36,7 +37,6 @@ from peftcli.data.formats import example_reader
 from peftcli.data.packing import join
 from peftcli.data.rows import Place, Row
 from peftcli.errors import AdapterError, ModelError
-from peftcli.merge import merge_adapter
 from peftcli.methods import METHODS, config_from_dict
 from peftcli.methods.ia3.config import IA3Config
 from peftcli.methods.lora.config import LoraConfig
@@ -420,7 +420,7 @@ def test_the_merged_model_holds_them(
 ) -> None:
     folder, model = adapter(tmp_path / "adapter", kind, **settings)
     if whole:
-        monkeypatch.setattr("peftcli.merge.base_files", lambda base: [])
+        monkeypatch.setattr("peftcli.adapters.merge.base_files", lambda base: [])
     made = merge_adapter(str(folder), tmp_path / "merged")
     merged, report = AUTO.get(kind, AutoModelForCausalLM).from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not report["missing_keys"]

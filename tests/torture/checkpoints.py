@@ -20,7 +20,7 @@ from training import assert_same, stopped_copy, whole
 from trainkit import FULL, Child, read_run, run_recipe, write_recipe
 
 from peftcli.errors import StorageError
-from peftcli.files import sha256
+from peftcli.system.disk import sha256
 from peftcli.train.report import Warned
 
 FILES = (
@@ -278,7 +278,7 @@ class _KillAtRename:
         self.count = count
 
     def __call__(self) -> None:
-        from peftcli.train.folder import RunFolder
+        from peftcli.train.runs.folder import RunFolder
 
         finish = RunFolder.finish_replacing
 

@@ -97,7 +97,7 @@ def _prepare(url: str, cache: str, record: str, limit: float | None, network: bo
     import huggingface_hub
     from huggingface_hub import constants
 
-    from peftcli import hub_client
+    from peftcli.system import hub_requests
 
     constants.HF_HUB_CACHE = f"{cache}/hub"
     constants.HF_TOKEN_PATH = f"{cache}/token"
@@ -111,7 +111,7 @@ def _prepare(url: str, cache: str, record: str, limit: float | None, network: bo
         if url:
             config.HF_ENDPOINT, config.HUB_DATASETS_URL = url, url + "/datasets/{repo_id}/resolve/{revision}/{path}"
     if limit is not None:
-        hub_client.ANSWER_TIMEOUT = limit
+        hub_requests.ANSWER_TIMEOUT = limit
     _note_waits(record)
     if not network:
         _leave_the_network()

@@ -16,7 +16,7 @@ from campaigns import Campaign, Trial
 from training import assert_same, whole
 from trainkit import FULL, Child, read_metrics, read_run, write_recipe
 
-from peftcli.train.checkpoint import damage
+from peftcli.train.runs.checkpoint import damage
 
 
 def _failed(child: Child, out: Path, code: int, words: str) -> None:
@@ -44,7 +44,7 @@ class _Poison:
     def __call__(self) -> None:
         from accelerate import Accelerator
 
-        from peftcli.train.batches import Plan
+        from peftcli.train.plan import Plan
 
         micro_batches, backward = Plan.micro_batches, Accelerator.backward
         now = [0]

@@ -210,24 +210,24 @@ class Signal:
 
 NAMES = {signal.SIGINT: "INT", signal.SIGTERM: "TERM", signal.SIGUSR1: "USR1"}
 STOPPED = [
-    (MERGE, Moment("peftcli.merge:local_folder")),
-    (MERGE, Moment("peftcli.merge:empty_model")),
-    (MERGE, Moment("peftcli.merge:save_file")),
-    (MERGE, Moment("peftcli.merge:load_adapter_tokenizer")),
-    (MERGE, Moment("peftcli.outputs:_publish")),
-    (MERGE_INTO, Moment("peftcli.merge:save_file")),
-    (MERGE_INTO, Moment("peftcli.outputs:_move_into")),
-    (COMBINE, Moment("peftcli.combine:read_tensors", 2)),
-    (COMBINE, Moment("peftcli.combine:write_adapter")),
-    (COMBINE, Moment("peftcli.outputs:_publish")),
+    (MERGE, Moment("peftcli.adapters.merge:local_folder")),
+    (MERGE, Moment("peftcli.adapters.merge:empty_model")),
+    (MERGE, Moment("peftcli.adapters.merge:save_file")),
+    (MERGE, Moment("peftcli.adapters.merge:load_adapter_tokenizer")),
+    (MERGE, Moment("peftcli.system.outputs:_publish")),
+    (MERGE_INTO, Moment("peftcli.adapters.merge:save_file")),
+    (MERGE_INTO, Moment("peftcli.system.outputs:_move_into")),
+    (COMBINE, Moment("peftcli.adapters.combine:read_tensors", 2)),
+    (COMBINE, Moment("peftcli.adapters.combine:write_adapter")),
+    (COMBINE, Moment("peftcli.system.outputs:_publish")),
     (GENERATE, Moment("peftcli.models.load:load_model")),
-    (GENERATE, Moment("peftcli.generate:Speaker.answers")),
-    (GENERATE, Moment("peftcli.generate:Speaker.answers", 2)),
-    (GENERATE, Moment("peftcli.generate:Speaker.answers", 3)),
-    (GENERATE, Moment("peftcli.outputs:sync_folder")),
-    (INSPECT, Moment("peftcli.inspection:load_tokenizer")),
-    (INSPECT, Moment("peftcli.inspection:audit")),
-    (INSPECT, Moment("peftcli.inspection_page:write_output")),
+    (GENERATE, Moment("peftcli.adapters.generate:Speaker.answers")),
+    (GENERATE, Moment("peftcli.adapters.generate:Speaker.answers", 2)),
+    (GENERATE, Moment("peftcli.adapters.generate:Speaker.answers", 3)),
+    (GENERATE, Moment("peftcli.system.outputs:sync_folder")),
+    (INSPECT, Moment("peftcli.inspection.report:load_tokenizer")),
+    (INSPECT, Moment("peftcli.inspection.report:audit")),
+    (INSPECT, Moment("peftcli.inspection.page:write_output")),
 ]
 
 
@@ -237,7 +237,7 @@ def stop(command: Command, moment: Moment, number: signal.Signals, folder: Path)
     code = child.wait()
     made = check_whole_or_absent(command, folder)
     kept = [path for path in command.leftovers(folder) if (folder / path).stat().st_size]
-    assert not made or moment.place.startswith("peftcli.outputs"), "it went on as if nothing had happened"
+    assert not made or moment.place.startswith("peftcli.system.outputs"), "it went on as if nothing had happened"
     _check_stopped(child, code, number, resumable=bool(kept) or (made and command is GENERATE))
     assert not kept or command is GENERATE, f"left over: {kept}"
     if kept:
@@ -257,16 +257,23 @@ def _check_stopped(child: Child, code: int, number: signal.Signals, resumable: b
 READING = {
     "evaluate": (
         ("evaluate", "{recipe}", "--adapter={adapter}"),
-        ("peftcli.train.measure:load_data", "peftcli.train.measure:load_model", "peftcli.train.measure:evaluate"),
+        (
+            "peftcli.train.evaluate_adapter:load_data",
+            "peftcli.train.evaluate_adapter:load_model",
+            "peftcli.train.evaluate_adapter:evaluate",
+        ),
     ),
     "check --deep": (
         ("check", "{recipe}", "--deep"),
-        ("peftcli.train.deep:load_data", "peftcli.train.deep:empty_model"),
+        ("peftcli.train.preview:load_data", "peftcli.train.preview:empty_model"),
     ),
-    "train --dry-run": (("train", "{recipe}", "--dry-run"), ("peftcli.train.deep:load_tokenizer",)),
-    "generate, one prompt": (("generate", "{adapter}", "--prompt=a"), ("peftcli.core.prompt:generate",)),
+    "train --dry-run": (("train", "{recipe}", "--dry-run"), ("peftcli.train.preview:load_tokenizer",)),
+    "generate, one prompt": (
+        ("generate", "{adapter}", "--prompt=a"),
+        ("peftcli.core.prompts.virtual_tokens:generate",),
+    ),
     "info": (("info", "{adapter}"), ("peftcli.core.files:read_tensors",)),
-    "diff": (("diff", "{adapter}", "{other}"), ("peftcli.compare:read_tensors",)),
+    "diff": (("diff", "{adapter}", "{other}"), ("peftcli.adapters.diff:read_tensors",)),
     "check": (("check", "{recipe}"), ("peftcli.recipe.parse:read_tree",)),
 }
 """Commands that write nothing, and where a signal finds them."""
@@ -329,7 +336,7 @@ def _stops() -> Sequence[Trial]:
             f"push: {name} at {Moment(place, turn)}", functools.partial(stop_push, Moment(place, turn), number, failing)
         )
         for place, turn, failing in (
-            ("peftcli.hub:_contents", 1, 0),
+            ("peftcli.adapters.hub:_contents", 1, 0),
             ("huggingface_hub:HfApi.create_commit", 1, 0),
             ("huggingface_hub:HfApi.create_commit", 2, 1),
         )
@@ -369,10 +376,10 @@ def one_was_killed(command: Command, folder: Path) -> None:
 
 
 _HALF_WAY = {
-    "merge": Moment("peftcli.merge:load_adapter_tokenizer"),
-    "merge into a folder that is there": Moment("peftcli.merge:load_adapter_tokenizer"),
-    "combine": Moment("peftcli.combine:write_card"),
-    "generate": Moment("peftcli.generate:Speaker.answers", 2),
+    "merge": Moment("peftcli.adapters.merge:load_adapter_tokenizer"),
+    "merge into a folder that is there": Moment("peftcli.adapters.merge:load_adapter_tokenizer"),
+    "combine": Moment("peftcli.adapters.combine:write_card"),
+    "generate": Moment("peftcli.adapters.generate:Speaker.answers", 2),
 }
 
 

@@ -328,10 +328,10 @@ def raised_by_a_library(where: str, words: list[str], folder: Path) -> None:
 _RAISED = {
     "train, its model": ("peftcli.train.run.load_tokenizer", COMMANDS["train"]),
     "train, a step": ("peftcli.train.run.fit", COMMANDS["train"]),
-    "merge": ("peftcli.merge.save_file", COMMANDS["merge"]),
-    "generate": ("peftcli.generate.Speaker.answers", COMMANDS["generate a file"]),
-    "inspect": ("peftcli.inspection.audit", COMMANDS["inspect"]),
-    "combine": ("peftcli.combine.combine", COMMANDS["combine"]),
+    "merge": ("peftcli.adapters.merge.save_file", COMMANDS["merge"]),
+    "generate": ("peftcli.adapters.generate.Speaker.answers", COMMANDS["generate a file"]),
+    "inspect": ("peftcli.inspection.report.audit", COMMANDS["inspect"]),
+    "combine": ("peftcli.adapters.combine.combine", COMMANDS["combine"]),
     "transformers, the config": ("transformers.AutoConfig.from_pretrained", COMMANDS["merge"]),
     "push": ("huggingface_hub.HfApi.model_info", COMMANDS["push"]),
 }

@@ -98,7 +98,7 @@ def strike(fault: str, marks: Path) -> None:
     (marks / f"pid-{os.getpid()}").touch()
     if fault == "-":
         return
-    from peftcli.train.batches import Plan
+    from peftcli.train.plan import Plan
 
     micro_batches = Plan.micro_batches
 

@@ -202,7 +202,7 @@ def test_a_folder_in_use(recipe: Path) -> None:
 
 def test_a_run_that_ended_while_this_one_waited_for_the_folder(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is decided before the lock is held is decided again after."""
-    from peftcli.train.folder import RunFolder
+    from peftcli.train.runs.folder import RunFolder
 
     whole = run_recipe(recipe, f"training.output_dir={recipe.parent}/other")
     lock = RunFolder.lock
@@ -405,7 +405,7 @@ def test_a_second_signal_ends_at_once(recipe: Path) -> None:
 def _endless_second_step() -> None:
     import time
 
-    from peftcli.train.batches import Plan
+    from peftcli.train.plan import Plan
 
     ends_epoch = Plan.global_batch
 

@@ -23,8 +23,8 @@ from peftcli.cli.app import main
 from peftcli.data import day
 from peftcli.errors import Interrupted, OutOfMemory, PeftcliError, StorageError, UsageError
 from peftcli.recipe import load_recipe
-from peftcli.train.folder import RunFolder, accounts, mark_ended, status
 from peftcli.train.report import Event, Stepped, Warned
+from peftcli.train.runs.folder import RunFolder, accounts, mark_ended, status
 
 EVERY_TWO = ("training.save_strategy=steps", "training.save_steps=2")
 
@@ -414,7 +414,7 @@ def test_what_a_checkpoint_of_another_run_brings_is_noted(recipe: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read_now_is_no_damage(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import peftcli.train.checkpoint as module
+    import peftcli.train.runs.checkpoint as module
 
     out = stopped(recipe, *EVERY_TWO)
     before = files_of(out / "checkpoints")

@@ -44,9 +44,9 @@ from peftcli.methods.lora.config import LoraConfig
 from peftcli.schema import Training
 from peftcli.tasks.causal_lm import TASK
 from peftcli.train.attention import PACKED, Segments, attend, takes_one_row, use_segments
-from peftcli.train.batches import MicroBatch, Plan
 from peftcli.train.loop import StepResult, Trainee, fit
 from peftcli.train.packing_check import refuse_contamination, start_packing
+from peftcli.train.plan import MicroBatch, Plan
 from peftcli.train.report import Stepped
 
 WINDOW = 16

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftcli.schema import Training
-from peftcli.train.batches import Plan
 from peftcli.train.optim import build_optimizer, build_schedule
+from peftcli.train.plan import Plan
 
 LENGTHS = [(7 * n) % 31 + 1 for n in range(57)]
 
@@ -163,7 +163,7 @@ def test_each_epoch_packs_anew() -> None:
 
 
 def test_packing_keeps_the_order_of_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peftcli.train.batches._PACKED", 100)
+    monkeypatch.setattr("peftcli.train.plan._PACKED", 100)
     made = plan([10] * 400, max_length=40, train_sampling_strategy="sequential")
     rows = rows_of(made, range(made.steps_per_epoch))
     assert [row[0] for row in rows] == sorted(row[0] for row in rows)

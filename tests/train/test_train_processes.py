@@ -123,7 +123,7 @@ def _die_in_step_4() -> None:
 
 
 def _in_step_4(action: Callable[[], None]) -> None:
-    from peftcli.train.batches import Plan
+    from peftcli.train.plan import Plan
 
     micro_batches = Plan.micro_batches
 

@@ -11,7 +11,7 @@ from torch import nn
 from peftcli.core.inject import replace_modules, train_other_biases
 from peftcli.core.layer import AdapterLayer, TrainedCopy, bare, base_paths
 from peftcli.core.targets import find_modules
-from peftcli.core.tokens import share_rows, wrap_rows
+from peftcli.core.token_rows import share_rows, wrap_rows
 from peftcli.methods._linear import dropout_layer
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.layers import LoraEmbedding, LoraLayer, LoraLinear

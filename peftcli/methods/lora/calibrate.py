@@ -16,7 +16,7 @@ from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.eva import eva_directions, start_eva
 from peftcli.methods.lora.init import loftq
 from peftcli.methods.lora.layers import LoraLayer, LoraLinear
-from peftcli.methods.lora.started import StartedLinear
+from peftcli.methods.lora.residual_init import StartedLinear
 from peftcli.methods.lora.statistics import Batches, covariances, gradients
 
 CORDA_EXAMPLES = 256

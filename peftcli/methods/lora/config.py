@@ -129,7 +129,7 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
 
     def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
         from peftcli.methods.lora.attach import attach
-        from peftcli.methods.lora.inside import LoraParameter
+        from peftcli.methods.lora.parameters import LoraParameter
 
         super().attach(model, {name: layer for name, layer in layers.items() if not isinstance(layer, LoraParameter)})
         attach(model, self, layers)

@@ -12,7 +12,7 @@ from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype, bare
 from peftcli.core.linear import dense_weight
 from peftcli.methods.lora.conv import LoraConv
 from peftcli.methods.lora.layers import LoraEmbedding, LoraLayer, LoraLinear, LoraPair
-from peftcli.methods.lora.started import ReadLinear, ResidualLinear, StartedLinear
+from peftcli.methods.lora.residual_init import ReadLinear, ResidualLinear, StartedLinear
 
 
 class Dora(LoraLayer):

@@ -2,7 +2,7 @@
 
 Those that are drawn fill ``A: (r, in)`` and ``B: (out, r)`` in place; those that look at the base weight (out, in)
 compute them from it. None changes the base weight: where ``B A`` is not zero at the start, the layer subtracts what it
-starts with (``peftcli.methods.lora.started``).
+starts with (``peftcli.methods.lora.residual_init``).
 """
 
 from __future__ import annotations

@@ -15,15 +15,15 @@ from peftcli.methods._linear import with_bias
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.conv import KINDS, LoraConv
 from peftcli.methods.lora.dora import DORA
-from peftcli.methods.lora.inside import (
+from peftcli.methods.lora.layers import LoraEmbedding, LoraLayer, LoraLinear, check_size
+from peftcli.methods.lora.parameters import (
     LoraAttention,
     LoraOutputProjection,
     check_attention,
     named_parameters,
     wrap_parameters,
 )
-from peftcli.methods.lora.layers import LoraEmbedding, LoraLayer, LoraLinear, check_size
-from peftcli.methods.lora.started import check_kind, linear_kind
+from peftcli.methods.lora.residual_init import check_kind, linear_kind
 
 
 def wrap(module: nn.Module, name: str, config: LoraConfig) -> LoraLayer:

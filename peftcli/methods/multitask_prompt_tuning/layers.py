@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import adapter_dtype
-from peftcli.core.prompt import VirtualTokens
+from peftcli.core.prompts.virtual_tokens import VirtualTokens
 from peftcli.errors import AdapterError
 from peftcli.methods.multitask_prompt_tuning.config import MultitaskPromptTuningConfig
 from peftcli.methods.prompt_tuning.layers import start

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from peftcli.core.prompt_config import EmbeddedPromptConfig
+from peftcli.core.prompts.config import EmbeddedPromptConfig
 
 if TYPE_CHECKING:
     from torch import nn

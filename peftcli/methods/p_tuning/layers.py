@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import adapter_dtype
-from peftcli.core.prompt import TrainedTokens, VirtualTokens
+from peftcli.core.prompts.virtual_tokens import TrainedTokens, VirtualTokens
 from peftcli.methods.p_tuning.config import PromptEncoderConfig
 
 

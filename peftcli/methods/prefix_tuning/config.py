@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from peftcli.core.prompt_config import PrefixConfig
+from peftcli.core.prompts.config import PrefixConfig
 
 if TYPE_CHECKING:
-    from peftcli.core.prefix import Prefix
+    from peftcli.core.prompts.prefix import Prefix
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.prefix import Prefix, TrainedPrefix
+from peftcli.core.prompts.prefix import Prefix, TrainedPrefix
 from peftcli.methods.prefix_tuning.config import PrefixTuningConfig
 
 

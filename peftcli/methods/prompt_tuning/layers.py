@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from peftcli.core.layer import bare
-from peftcli.core.prompt import TrainedTokens
+from peftcli.core.prompts.virtual_tokens import TrainedTokens
 from peftcli.errors import AdapterError
 from peftcli.methods.prompt_tuning.config import PromptTuningConfig, TextPromptConfig
 

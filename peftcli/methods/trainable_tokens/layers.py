@@ -8,7 +8,7 @@ from typing import cast
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, bare, base_paths, model_ends
-from peftcli.core.tokens import TrainedRows, check_tokens, share_rows, wrap_rows
+from peftcli.core.token_rows import TrainedRows, check_tokens, share_rows, wrap_rows
 from peftcli.errors import AdapterError
 from peftcli.methods.trainable_tokens.config import TrainableTokensConfig
 

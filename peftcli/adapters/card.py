@@ -1,0 +1,341 @@
+"""The adapter's model card: README.md with YAML front matter, as the hub reads it. The same run gives the same text."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import yaml
+
+from peftcli.errors import AdapterError
+from peftcli.guard.adapter_header import CONFIG_FILE, read_config, read_run
+from peftcli.guard.files import cut, irregular, read_small, reason
+from peftcli.methods import METHODS
+from peftcli.system.secrets import redact
+from peftcli.tasks import TASKS, TaskRow
+
+_SETTINGS = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_ratio",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
+    "seed",
+)
+"""Of the recipe's training section: what decides the result."""
+
+_NOT_SETTINGS = {"base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type"}
+_COUNTS = ("rows", "used", "truncated", "tokens", "targets")
+_SOMEWHERE = "path/to/this/adapter"
+_LARGEST_CARD, _LONGEST_HEAD = 1 << 24, 100_000
+"""Bytes of a card that somebody wrote, and characters of its front matter."""
+
+_Row = tuple[str, ...]
+
+
+def write_card(folder: Path) -> Path:
+    """Write the README.md of an adapter folder, from its run.json and adapter_config.json.
+
+    Raises:
+        AdapterError: those cannot be read.
+        StorageError: it cannot be written.
+    """
+    from peftcli.system.disk import write_file
+
+    path = folder / "README.md"
+    write_file(path, render_card(read_info(folder), **_beside(folder)).encode())
+    return path
+
+
+def for_hub(folder: Path, repo_id: str, base_model_id: str | None = None) -> str:
+    """The card to upload: one that names ``repo_id``, unless somebody wrote or edited the folder's own.
+
+    ``base_model_id`` takes the place of the base model's name in either.
+
+    Raises:
+        AdapterError: a file of the folder cannot be read, or the card's front matter cannot be changed.
+    """
+    info, path = read_info(folder), folder / "README.md"
+    base = str(info["base_model"].get("name") or "")
+    written = _read_card(path) if os.path.lexists(path) else None
+    if written is None or written == render_card(info, **_beside(folder)):
+        named = {**info, "base_model": {**info["base_model"], "name": base_model_id or base}}
+        return render_card(named, adapter=repo_id, **_beside(folder))
+    return redact(_renamed(written, base, base_model_id, path) if base_model_id else written)
+
+
+def was_local(folder: Path) -> bool:
+    """Whether the run that made an adapter folder read its base model from files of the machine.
+
+    Raises:
+        AdapterError: a file of the folder cannot be read.
+    """
+    return bool(_part(read_info(folder), "identity").get("base_model"))
+
+
+def is_local(base: str) -> bool:
+    """Whether a base model's name is a file or folder of this machine and no hub id."""
+    path_like = _is_absolute(base) or base.startswith((".", "~")) or base.count("/") > 1 or "\\" in base
+    return path_like or (bool(base) and os.path.lexists(base))
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """What the folder knows of its adapter, in the shape of run.json.
+
+    Raises:
+        AdapterError: a file of the folder cannot be read.
+    """
+    run = read_run(folder)
+    config = read_config(folder) if os.path.lexists(folder / CONFIG_FILE) else {}
+    recipe = _part(run, "recipe")
+    recipe.setdefault("task", _task_of(config.get("task_type")))
+    recipe.setdefault("method", {"type": str(config.get("peft_type", "")).lower(), **config})
+    base = {"name": config.get("base_model_name_or_path"), **_part(run, "base_model")}
+    return {**run, "recipe": recipe, "base_model": base}
+
+
+def render_card(
+    info: Mapping[str, Any], *, adapter: str = _SOMEWHERE, plot: bool = False, tokenizer: bool = False
+) -> str:
+    """The card's text.
+
+    Args:
+        info: The content of run.json, of which any part may be missing.
+        adapter: Hub id or folder that the examples load.
+        plot: Whether loss.png stands beside the card.
+        tokenizer: Whether a tokenizer does.
+    """
+    recipe, method = _part(info, "recipe"), _part(info, "recipe", "method")
+    kind = str(method.pop("type", ""))
+    task = str(recipe.get("task") or "")
+    use = TASKS.get(task)
+    base = str(_part(info, "base_model").get("name") or "")
+    sections = [
+        _front_matter(kind, use, base),
+        _summary(kind, task, base, info),
+        _usage(kind, use, adapter, _loading(info, base, adapter, tokenizer)),
+        _tokenizer_note(_part(recipe, "base_model")) if tokenizer else "",
+        _table("Training data", ("split", "count", "value"), _data_rows(info)),
+        _table("Settings", ("setting", "value"), _setting_rows(method, recipe, info)),
+        _table("Results", ("metric", "first evaluation", "this adapter"), _result_rows(info)),
+        "![Loss by step](loss.png)\n" if plot else "",
+        _table("Versions", ("package", "version"), sorted(_part(info, "versions").items())),
+    ]
+    return redact("\n".join(section for section in sections if section))
+
+
+def _front_matter(kind: str, use: TaskRow | None, base: str) -> str:
+    head: dict[str, Any] = {"library_name": "peft"}
+    if base and not is_local(base):
+        head = {"base_model": base, "base_model_relation": "adapter", **head}
+    if use:
+        head["pipeline_tag"] = use.pipeline_tag
+    head["tags"] = [tag for tag in (kind.replace("_", "-"), "peftcli") if tag]
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _summary(kind: str, task: str, base: str, info: Mapping[str, Any]) -> str:
+    name = _method_name(kind)
+    base = _last_part(base) if is_local(base) else base
+    title = f"{name} adapter" + (f" for {_text(base)}" if base else "")
+    text = f"# {title}\n\nThis is not a whole model: it is an adapter made with {name}, and it is loaded on top of "
+    text += f"its base model, {_code(base)}." if base else "its base model."
+    if task:
+        text += f" Its task is {_code(task)}."
+    counts = _part(info, "parameters")
+    trained, every = counts.get("trainable"), counts.get("all")
+    if isinstance(trained, int) and isinstance(every, int) and 0 < trained <= every:
+        text += f" {trained:,} of {every:,} parameters were trained ({100 * trained / every:.3g} %)."
+    return text + "\n"
+
+
+def _usage(kind: str, use: TaskRow | None, adapter: str, loading: list[str]) -> str:
+    text = "## How to use it\n\n"
+    if use and use.pipeline_tag == "text-generation":
+        text += f'With peftcli, on the command line:\n\n```bash\npeftcli generate {adapter} --prompt "Hello"\n```\n\n'
+    if kind in METHODS and not METHODS[kind].peft_generates:
+        text += (
+            "With peftcli in Python. Some releases of PEFT repeat the virtual tokens at each generated token when they"
+            " run on transformers 5, and then generate other text.\n\n"
+        )
+        return text + _python("peftcli", use, adapter, loading)
+    return text + "With PEFT and transformers, in Python:\n\n" + _python("peft", use, adapter, loading)
+
+
+def _loading(info: Mapping[str, Any], base: str, adapter: str, own: bool) -> list[str]:
+    """Lines of Python that load the tokenizer, and tell a loaded model where its answers end if it does not know."""
+    name = base if base and not is_local(base) else "path/to/the/base/model"
+    lines = [f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(adapter if own else name)})"]
+    if stops := info.get("eos_token_id"):
+        lines.append(f"model.generation_config.eos_token_id = {json.dumps(stops)}  # what its answers end with")
+    return lines
+
+
+def _tokenizer_note(settings: Mapping[str, Any]) -> str:
+    """What is in the adapter's own tokenizer that the base model's lacks."""
+    tokens = settings.get("new_tokens")
+    new = ", ".join(_code(str(token)) for token in tokens) if isinstance(tokens, list) else ""
+    parts = [f"the special tokens {new}"] * bool(new) + ["the chat template"] * bool(settings.get("chat_template"))
+    text = "The tokenizer is the adapter's own" + (f": it has {' and '.join(parts)} of its training." if parts else ".")
+    if new:
+        text += (
+            " The `AutoPeftModel` classes give the base model rows for the new tokens where it has none;"
+            " with `PeftModel.from_pretrained`, call `model.resize_token_embeddings(len(tokenizer))` on the base model"
+            " first if it has fewer rows than that."
+        )
+    return text + "\n"
+
+
+def _python(library: str, use: TaskRow | None, adapter: str, loading: list[str]) -> str:
+    """A Python block that loads the adapter and calls it once."""
+    auto_class = use.peft_class if use else "AutoPeftModel"
+    lines = [
+        f"from {library} import {auto_class}",
+        "from transformers import AutoTokenizer",
+        "",
+        f"model = {auto_class}.from_pretrained({json.dumps(adapter)})",
+        *loading,
+        *(use.usage if use else ['inputs = tokenizer("Hello", return_tensors="pt")', "print(model(**inputs))"]),
+    ]
+    return "```python\n" + "\n".join(lines) + "\n```\n"
+
+
+def _data_rows(info: Mapping[str, Any]) -> list[_Row]:
+    rows: list[_Row] = []
+    for split, data in (("train", _part(info, "data")), ("eval", _part(info, "data", "eval"))):
+        counts = {name: data.get(name) for name in _COUNTS}
+        counts |= {f"dropped: {why}": count for why, count in _part(data, "dropped").items()}
+        rows += [(split, name, f"{count:,}") for name, count in counts.items() if isinstance(count, int)]
+    return rows
+
+
+def _setting_rows(method: Mapping[str, Any], recipe: Mapping[str, Any], info: Mapping[str, Any]) -> list[_Row]:
+    training = _part(recipe, "training")
+    rows = [(f"method.{key}", value) for key, value in sorted(method.items()) if key not in _NOT_SETTINGS]
+    rows += [(f"training.{key}", training[key]) for key in _SETTINGS if training.get(key, -1) != -1]
+    rows.append(("dataset.max_length", _part(recipe, "dataset").get("max_length")))
+    rows.append(("steps", _part(info, "steps").get("done")))
+    return [(key, _value(value)) for key, value in rows if value not in (None, {}, [], "")]
+
+
+def _result_rows(info: Mapping[str, Any]) -> list[_Row]:
+    """Metrics at the first evaluation, and of the adapter that was kept."""
+    measured = _part(info, "eval")
+    first, kept = _part(measured, "first"), _part(measured, "kept") or _part(measured, "last")
+    rows = [(name, first.get(name), value) for name, value in kept.items()]
+    rows.append(("train_loss", None, info.get("train_loss")))
+    return [(name, _value(start), _value(end)) for name, start, end in rows if end is not None]
+
+
+def _table(title: str, head: tuple[str, ...], rows: list[_Row]) -> str:
+    if not rows:
+        return ""
+    lines = [head, ("---",) * len(head), *rows]
+    return f"## {title}\n\n" + "".join("| " + " | ".join(_text(cell) for cell in line) + " |\n" for line in lines)
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return ", ".join(_value(item) for item in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_value(item)}" for key, item in value.items())
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _text(value: object) -> str:
+    """A value within the card's text: one line, no Markdown of its own, no folder of the machine."""
+    text = str(value)
+    text = _last_part(text) if _is_absolute(text) else text
+    text = "".join(char if char.isprintable() else " " for char in text)
+    return re.sub(r"([|<>`\[\]])", r"\\\1", text)
+
+
+def _code(value: str) -> str:
+    return "`" + _text(value).replace("\\", "").replace("`", "") + "`"
+
+
+def _is_absolute(text: str) -> bool:
+    return PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()
+
+
+def _last_part(path: str) -> str:
+    return PureWindowsPath(path).name or path
+
+
+def _method_name(kind: str) -> str:
+    return METHODS[kind].title if kind in METHODS else _text(kind).replace("_", " ") or "unknown method"
+
+
+def _task_of(task_type: object) -> str:
+    return next((name for name, row in TASKS.items() if row.task_type == task_type), "")
+
+
+def _renamed(card: str, base: str, base_model_id: str, path: Path) -> str:
+    """``card`` with ``base_model_id`` for ``base``, in the front matter and in the text."""
+    if "/" in base or "\\" in base:
+        card = card.replace(base, base_model_id)
+    front = re.match(r"---\n(|.*?\n)---(\n|\Z)", card, re.DOTALL)
+    if front and len(front[1]) > _LONGEST_HEAD:
+        raise AdapterError(f"its front matter has more than {_LONGEST_HEAD:,} characters", file=str(path))
+    try:
+        head = (yaml.load(front[1], _HeadLoader) if front else None) or {}
+        if not isinstance(head, dict):
+            raise TypeError("no mapping")
+        head["base_model"] = base_model_id
+        written = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
+    except _YAML_ERRORS as error:
+        mark = getattr(error, "problem_mark", None)
+        raise AdapterError(
+            f"its front matter cannot be read: {cut(' '.join(str(getattr(error, 'problem', None) or error).split()))}",
+            file=str(path),
+            line=mark.line + 2 if mark else None,
+            hint="mend it, or take the file away: a new one is made",
+        ) from None
+    body = card[front.end() :] if front else "\n" + card
+    return f"---\n{written}---\n{body}"
+
+
+class _HeadLoader(yaml.SafeLoader):
+    """PyYAML without merge keys, which can make a short text a large one."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        pass
+
+
+_YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError, OverflowError)
+"""What PyYAML raises on malformed input."""
+
+
+def _read_card(path: Path) -> str:
+    try:
+        content = read_small(path, _LARGEST_CARD)
+    except (OSError, ValueError) as error:
+        raise AdapterError(irregular(path) or f"cannot be read: {reason(error)}", file=str(path)) from None
+    return content.decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
+
+
+def _part(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """The object that stands there in run.json; empty where there is none."""
+    found: Any = values
+    for name in names:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def _beside(folder: Path) -> dict[str, Any]:
+    """What of the things that a card speaks of is in the folder."""
+    return {"plot": (folder / "loss.png").is_file(), "tokenizer": (folder / "tokenizer_config.json").is_file()}

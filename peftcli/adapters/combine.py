@@ -1,0 +1,85 @@
+"""Combine adapter folders into one, from their files alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftcli.adapters.card import write_card
+from peftcli.adapters.hub import local_folder
+from peftcli.core.combine import Combination
+from peftcli.core.files import CONFIG_FILE, read_config, read_tensors, write_adapter
+from peftcli.errors import AdapterError, UsageError
+from peftcli.methods import config_from_dict
+from peftcli.methods.lora.combine import Adapter, combine
+from peftcli.system.outputs import expanded, new_folder, refuse_taken
+from peftcli.system.secrets import redact
+
+
+def combine_adapters(
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    output: Path,
+    *,
+    method: str = "cat",
+    density: float | None = None,
+    r: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Write one adapter of several, each times its weight, to ``output``.
+
+    Args:
+        adapters: folders or hub ids.
+        weights: one for each.
+        output: new or empty folder; it appears whole or not at all.
+        method: one of ``peftcli.core.combine.COMBINATIONS``.
+        density: the share of values that ``ties``, ``dare`` and ``magnitude_prune`` keep.
+        r: that of the result, for ``svd``.
+        seed: of what ``dare`` draws.
+
+    Returns:
+        What was written: output, adapters, method, r, modules, parameters, bytes, and ``error``: how far the update is
+        from the weighted sum, as a share of it, in all and in the ``worst_module``.
+
+    Raises:
+        AdapterError: an adapter cannot be read, or they cannot be combined.
+        UsageError: settings that do not go together, or the output folder holds something.
+        StorageError: it cannot be written.
+    """
+    output = expanded(output)
+    refuse_taken(output)
+    how = Combination(method, r, density, generator=torch.Generator().manual_seed(seed))
+    try:
+        how.check()
+    except AdapterError as error:
+        raise UsageError(error.message, key=f"--{error.key}") from None
+    made = combine([_read(adapter) for adapter in adapters], weights, how)
+    # what it was copied from may hold a password
+    made.config.base_model_name_or_path = redact(made.config.base_model_name_or_path or "") or None
+    with new_folder(output) as partial:
+        write_adapter(made.tensors, made.config, partial)
+        write_card(partial)
+    worst = max(made.errors, key=made.errors.__getitem__)
+    return {
+        "output": str(output),
+        "adapters": [{"adapter": adapter, "weight": weight} for adapter, weight in zip(adapters, weights, strict=True)],
+        "method": method,
+        "r": made.config.r,
+        "modules": len(made.errors),
+        "parameters": sum(value.numel() for value in made.tensors.values()),
+        "bytes": (output / "adapter_model.safetensors").stat().st_size,
+        "error": made.error,
+        "worst_module": {"module": worst, "error": made.errors[worst]},
+    }
+
+
+def _read(adapter: str) -> Adapter:
+    folder = local_folder(adapter)
+    config = config_from_dict(read_config(folder), file=str(folder / CONFIG_FILE))
+    tensors = read_tensors(folder)
+    if broken := [name for name, value in tensors.items() if not value.float().isfinite().all()]:
+        raise AdapterError(f"not finite: {broken[0]}", file=str(folder))
+    return Adapter(adapter, config, tensors)

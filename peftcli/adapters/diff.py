@@ -1,0 +1,141 @@
+"""What differs between two adapters, from their files alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from peftcli.adapters.hub import local_folder
+from peftcli.core.config import AdapterConfig, Untold
+from peftcli.core.files import CONFIG_FILE, read_config, read_tensors
+from peftcli.core.updates import Update, distance
+from peftcli.methods import config_from_dict
+
+_T = TypeVar("_T")
+_OF_THE_FILE = ("inference_mode",)
+"""Fields of a config that say nothing of the adapter."""
+
+
+def compare(a: str, b: str) -> dict[str, Any]:
+    """The differences of two adapters, each a folder or a hub id.
+
+    Updates of weights are compared as what they add, whatever the r and the method. Tensors that are no part of an
+    update, and all those of methods whose files do not tell their updates, are compared value by value.
+
+    Returns:
+        ``equal``; ``config``: the settings that differ, each ``{"key", "a", "b"}``; ``reason``: why updates cannot be
+        compared, or None; ``modules`` and ``tensors``: of each in both, name, ``difference`` (the norm of the
+        difference, as a share of the larger one's norm) and ``cosine``; ``only_a`` and ``only_b``: names of updates and
+        tensors in one only, or of another size in the other; ``difference`` and ``cosine`` of all together, to which
+        an update in one only counts too.
+
+    Raises:
+        AdapterError: an adapter cannot be read, or its tensors do not fit its config.
+    """
+    one, other = _read(a), _read(b)
+    reason = None
+    updates: tuple[dict[str, Update], dict[str, Update]] = ({}, {})
+    try:
+        updates = one.config.updates(one.tensors), other.config.updates(other.tensors)
+    except Untold as error:
+        reason = error.message
+    rest = one.without(updates[0]), other.without(updates[1])
+    modules = {name: _of_updates(*pair) for name, pair in _in_both(*updates, _size).items()}
+    tensors = {name: _of_tensors(*pair) for name, pair in _in_both(*rest, torch.Tensor.size).items()}
+    names = [{*changed, *others} - {*modules, *tensors} for changed, others in zip(updates, rest, strict=True)]
+    only_a, only_b = sorted(names[0]), sorted(names[1])
+    config = _differences(one.config, other.config)
+    parts = [*modules.values(), *tensors.values()]
+    norms = [[own[name].norm() for name in own.keys() - modules.keys()] for own in updates]
+    alone = [_Difference(norm, 0.0, 0.0, norm) for norm in norms[0]]
+    alone += [_Difference(0.0, norm, 0.0, norm) for norm in norms[1]]
+    return {
+        "a": a,
+        "b": b,
+        "equal": not config and not only_a and not only_b and all(part.distance == 0 for part in parts),
+        "config": config,
+        "reason": reason,
+        "only_a": only_a,
+        "only_b": only_b,
+        "modules": [{"module": name, **part.described()} for name, part in modules.items()],
+        "tensors": [{"tensor": name, **part.described()} for name, part in tensors.items()],
+        **_together([*parts, *alone]).described(),
+    }
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    config: AdapterConfig
+    tensors: dict[str, torch.Tensor]
+
+    def without(self, updates: Mapping[str, Update]) -> dict[str, torch.Tensor]:
+        """The tensors that are no part of ``updates``."""
+        told = {name for update in updates.values() for name in update.tensors}
+        return {name: value for name, value in self.tensors.items() if name not in told}
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """Of two vectors: the norms, the inner product, and the norm of the difference."""
+
+    norm_a: float
+    norm_b: float
+    dot: float
+    distance: float
+
+    def described(self) -> dict[str, float | None]:
+        larger, product = max(self.norm_a, self.norm_b), self.norm_a * self.norm_b
+        if not math.isfinite(product) or not math.isfinite(self.dot):
+            return {"difference": None, "cosine": None}
+        return {
+            "difference": self.distance / larger if larger else 0.0,
+            "cosine": max(-1.0, min(1.0, self.dot / product)) if product else None,
+        }
+
+
+def _read(adapter: str) -> _Adapter:
+    folder: Path = local_folder(adapter)
+    return _Adapter(config_from_dict(read_config(folder), file=str(folder / CONFIG_FILE)), read_tensors(folder))
+
+
+def _size(update: Update) -> tuple[int, int]:
+    return update.left.shape[0], update.right.shape[1]
+
+
+def _in_both(a: Mapping[str, _T], b: Mapping[str, _T], size: Callable[[_T], Any]) -> dict[str, tuple[_T, _T]]:
+    """What has the same name and size in both."""
+    return {name: (a[name], b[name]) for name in a if name in b and size(a[name]) == size(b[name])}
+
+
+def _differences(one: AdapterConfig, other: AdapterConfig) -> list[dict[str, Any]]:
+    described = [
+        {"peft_type": config.peft_type, **{entry.name: getattr(config, entry.name) for entry in fields(config)}}
+        for config in (one, other)
+    ]
+    keys = [key for key in {**described[0], **described[1]} if key not in _OF_THE_FILE]
+    values = {key: tuple(values.get(key) for values in described) for key in keys}
+    return [{"key": key, "a": a, "b": b} for key, (a, b) in values.items() if a != b]
+
+
+def _of_updates(a: Update, b: Update) -> _Difference:
+    same = a.scaling == b.scaling and torch.equal(a.left, b.left) and torch.equal(a.right, b.right)
+    return _Difference(a.norm(), b.norm(), a.dot(b), 0.0 if same else distance(a, b))
+
+
+def _of_tensors(a: torch.Tensor, b: torch.Tensor) -> _Difference:
+    one, other = a.double(), b.double()
+    return _Difference(float(one.norm()), float(other.norm()), float((one * other).sum()), float((one - other).norm()))
+
+
+def _together(parts: list[_Difference]) -> _Difference:
+    return _Difference(
+        math.hypot(*(part.norm_a for part in parts)),
+        math.hypot(*(part.norm_b for part in parts)),
+        sum(part.dot for part in parts),
+        math.hypot(*(part.distance for part in parts)),
+    )

@@ -1,0 +1,277 @@
+"""Push adapter folders to the hub, and pull them from it.
+
+``peftcli.system.hub_requests`` says which faults are retried. When the answer is lost after the hub accepted a commit,
+the commit is found there and not made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass
+from hashlib import sha1, sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftcli.adapters import card
+from peftcli.errors import AdapterError, HubError, UsageError
+from peftcli.guard.adapter_header import CONFIG_FILE, WEIGHTS_FILE, checked_config, read_header, weights_file
+from peftcli.system import hub_requests
+from peftcli.system.hub_requests import endpoint, shown
+from peftcli.system.outputs import expanded
+from peftcli.system.secrets import redact
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import ModelInfo
+
+CARD_FILE = "README.md"
+SHARED_FILES = (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    CARD_FILE,
+    "loss.png",
+    "added_tokens.json",
+    "additional_chat_templates/rag.jinja",
+    "additional_chat_templates/tool_use.jinja",
+    "chat_template.jinja",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "special_tokens_map.json",
+    "spiece.model",
+    "spm.model",
+    "target.spm",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""The only files that are pushed or pulled. recipe.yaml and run.json name paths of the machine; the card says what
+matters of them."""
+
+_WRITTEN_FILES = {CONFIG_FILE, "tokenizer_config.json", *(name for name in SHARED_FILES if name.endswith(".jinja"))}
+"""Those that a person writes in part, and so may have left a token in. Of the card, which is one of them too, it is
+taken out."""
+
+_PICKLED = "an adapter_model.bin is a pickle and is not read: load it in PEFT, save it with safe_serialization=True"
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push made, or with ``dry_run`` would make."""
+
+    url: str
+    """Page of the repository, or of the pull request."""
+    commit: str | None
+    """Id of the commit; None after a dry run."""
+    files: list[str]
+    bytes: int
+    private: bool
+    """Whether the repository is private. An existing one keeps its visibility."""
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    dry_run: bool = False,
+    base_model_id: str | None = None,
+) -> Pushed:
+    """Upload an adapter folder to the hub as one commit; the repository and the branch are made if missing.
+
+    Args:
+        folder: Holds adapter_config.json and adapter_model.safetensors. Only ``SHARED_FILES`` leave it.
+        repo_id: ``user/name`` on the hub.
+        private: Visibility of a repository that this call creates.
+        revision: Branch to push to; by default main.
+        create_pr: Open a pull request instead of committing to the branch.
+        message: The commit's first line.
+        dry_run: Only say what would be uploaded; nothing is sent.
+        base_model_id: Hub id of the base model, for an adapter that names a folder of this machine. It is written
+            into the uploaded copies of the config and the card.
+
+    Raises:
+        AdapterError: the folder holds no adapter that others could load.
+        UsageError: an id that is none, or a base model that others do not have.
+        HubError: the hub refused.
+        NetworkError: the hub cannot be reached.
+    """
+    _check_repo_id(repo_id, "REPO_ID")
+    for what, text in (("--revision", revision), ("--message", message)):
+        _refuse_secret(text or "", what)
+    contents = _contents(folder, repo_id, base_model_id)
+    job = _Push(repo_id, contents, private, revision, create_pr, message or "Upload adapter")
+    return job.result(f"{endpoint()}/{repo_id}", None, private) if dry_run else hub_requests.retried(job.run, repo_id)
+
+
+def local_folder(adapter: str, revision: str | None = None) -> Path:
+    """The folder that holds ``adapter``: itself, or a copy of the hub's in the cache.
+
+    Works offline with a copy that is already in the cache.
+
+    Raises:
+        AdapterError: neither a folder nor a hub id, or an adapter that is a pickle.
+        HubError: the hub has no such repository, or refuses it.
+        NetworkError: the hub cannot be reached, and the cache has no copy.
+    """
+    folder = expanded(Path(adapter))
+    if adapter and folder.is_dir():
+        if (folder / "adapter_model.bin").is_file() and not (folder / WEIGHTS_FILE).is_file():
+            raise AdapterError(f"no {WEIGHTS_FILE} here", file=adapter, hint=_PICKLED)
+        return folder
+    if not _is_repo_id(adapter):
+        raise AdapterError(f"{adapter!r} is neither a folder nor a hub id of the form user/name")
+    what = f"no folder {adapter} here; on the hub: {adapter}"
+    folder = hub_requests.fetched(adapter, SHARED_FILES, revision, what=what)
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise AdapterError(f"no {WEIGHTS_FILE} in {adapter} on the hub", hint=_PICKLED)
+    return folder
+
+
+def _contents(folder: Path, repo_id: str, base_model_id: str | None) -> dict[str, Path | bytes]:
+    """What is uploaded: name in the repository -> local file, or changed content."""
+    config = checked_config(folder)
+    read_header(weights_file(folder))
+    files: dict[str, Path | bytes] = {name: folder / name for name in SHARED_FILES if (folder / name).is_file()}
+    base = base_model_id or config.get("base_model_name_or_path")
+    if base_model_id:
+        _check_repo_id(base_model_id, "--base-model-id")
+        config = {**config, "base_model_name_or_path": base_model_id}
+        files[CONFIG_FILE] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    elif isinstance(base, str) and (card.is_local(base) or card.was_local(folder)):
+        raise UsageError(
+            f"the adapter's base model is {base!r}, which exists on this machine only",
+            key="base_model_name_or_path",
+            file=str(folder / CONFIG_FILE),
+            hint="say what it is on the hub with --base-model-id USER/NAME",
+        )
+    for name in _WRITTEN_FILES & files.keys():
+        _refuse_secret(_text(files[name]), str(folder / name))
+    files[CARD_FILE] = card.for_hub(folder, repo_id, base_model_id).encode()
+    return files
+
+
+def _refuse_secret(text: str, what: str) -> None:
+    if redact(text) != text:
+        raise UsageError(f"{what} holds what looks like a token or password; nothing was uploaded")
+
+
+def _text(content: Path | bytes) -> str:
+    return (content if isinstance(content, bytes) else content.read_bytes()).decode(errors="replace")
+
+
+def _check_repo_id(repo_id: str, what: str) -> None:
+    if not _is_repo_id(repo_id):
+        raise UsageError(f"{what}: {repo_id!r} is no hub id of the form user/name")
+
+
+def _is_repo_id(text: str) -> bool:
+    return "/" in text and hub_requests.is_repo_id(text)
+
+
+@dataclass
+class _Push:
+    """One push. ``run`` may be called again after a failure: what was done stays done."""
+
+    repo_id: str
+    contents: dict[str, Path | bytes]
+    private: bool
+    revision: str | None
+    create_pr: bool
+    message: str
+    sent: bool = False
+    """Whether a commit may have reached the hub."""
+
+    def run(self) -> Pushed:
+        from huggingface_hub import HfApi
+
+        api = HfApi(endpoint=endpoint(), library_name="peftcli")
+        head = self._head(api)
+        private = bool(head.private)
+        if self.sent and (found := self._found(api, head)):
+            return self.result(*found, private)
+        with contextlib.ExitStack() as files:
+            self.sent = True
+            try:
+                made = api.create_commit(
+                    self.repo_id,
+                    [_addition(name, content, files) for name, content in self.contents.items()],
+                    commit_message=self.message,
+                    revision=self.revision,
+                    create_pr=self.create_pr,
+                    parent_commit=head.sha,
+                )
+            except ValueError as error:  # the hub looks at the card before it takes a commit
+                if CARD_FILE not in str(error):
+                    raise
+                text = shown(f"{self.repo_id}: the hub refuses the model card. {error}")
+                raise HubError(text, file=CARD_FILE) from None
+        return self.result(made.pr_url or f"{endpoint()}/{self.repo_id}", made.oid, private)
+
+    def result(self, url: str, commit: str | None, private: bool) -> Pushed:
+        size = sum(len(c) if isinstance(c, bytes) else c.stat().st_size for c in self.contents.values())
+        return Pushed(shown(url), commit, list(self.contents), size, private)
+
+    def _head(self, api: HfApi) -> ModelInfo:
+        """The state of the branch. Makes the repository and the branch if they are missing."""
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+        try:
+            return api.model_info(self.repo_id, revision=self.revision)
+        except GatedRepoError:  # a kind of RepositoryNotFoundError to huggingface_hub
+            raise
+        except RepositoryNotFoundError:
+            api.create_repo(self.repo_id, private=self.private, exist_ok=True)
+        except RevisionNotFoundError:
+            pass
+        if self.revision and self._may_branch():
+            api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+        return api.model_info(self.repo_id, revision=self.revision)
+
+    def _may_branch(self) -> bool:
+        return not self.create_pr and not str(self.revision).startswith("refs/")
+
+    def _found(self, api: HfApi, head: ModelInfo) -> tuple[str, str] | None:
+        """Page and id of the commit that an earlier try made, though its answer was lost."""
+        page = f"{endpoint()}/{self.repo_id}"
+        if not self.create_pr:
+            return (page, str(head.sha)) if self._is_at(api, self.revision) else None
+        for request in api.get_repo_discussions(self.repo_id, discussion_type="pull_request", discussion_status="open"):
+            ref = f"refs/pr/{request.num}"
+            if request.title == self.message and self._is_at(api, ref):
+                commit = api.model_info(self.repo_id, revision=ref).sha
+                return f"{page}/discussions/{request.num}", str(commit)
+        return None
+
+    def _is_at(self, api: HfApi, revision: str | None) -> bool:
+        """Whether the files at ``revision`` are those of this push."""
+        from huggingface_hub.hf_api import RepoFile
+
+        entries = api.get_paths_info(self.repo_id, list(self.contents), revision=revision)
+        there = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+        return all(name in there and _equal(there[name], content) for name, content in self.contents.items())
+
+
+def _addition(name: str, content: Path | bytes, files: contextlib.ExitStack) -> Any:
+    """The upload of one file, as an open file: so it goes by HTTP, where this module sees and limits every request.
+
+    Paths would go through Xet where hf_xet is installed, which has retries of its own and needs a hub with Xet.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    return CommitOperationAdd(name, content if isinstance(content, bytes) else files.enter_context(content.open("rb")))
+
+
+def _equal(entry: Any, content: Path | bytes) -> bool:
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    if entry.lfs:
+        return bool(entry.lfs.sha256 == sha256(data).hexdigest())
+    return bool(entry.blob_id == sha1(b"blob %d\0" % len(data) + data).hexdigest())

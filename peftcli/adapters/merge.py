@@ -1,0 +1,442 @@
+"""Fold an adapter into its base model and write a checkpoint that transformers loads alone.
+
+A base model in safetensors is streamed: one tensor is in memory at a time, and one shard is written at a time. Any
+other base model (GGUF, or a checkpoint whose tensors are named unlike the model's) is loaded whole.
+
+An adapter that was trained on a quantised base model is merged into the full-precision one, and verified against it:
+what quantisation took from the base model is nothing that merging could lose.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from peftcli.adapters.hub import local_folder
+from peftcli.core.config import AdapterConfig
+from peftcli.core.files import load_adapter, load_empty, read_config
+from peftcli.core.inject import is_reshaped
+from peftcli.core.layer import AdapterLayer, bare, model_ends
+from peftcli.core.merge import merge, outermost
+from peftcli.data.ends import missing_stops
+from peftcli.errors import AdapterError, ModelError, UsageError
+from peftcli.methods import config_from_dict
+from peftcli.models import tokens
+from peftcli.models.load import (
+    base_file,
+    base_files,
+    base_of,
+    empty_model,
+    load_adapter_tokenizer,
+    load_config,
+    load_model,
+    stored_or_asked,
+)
+from peftcli.models.quantization import forget, makes_up_for_quantization, trained_quantization
+from peftcli.schema import BaseModel
+from peftcli.system.outputs import expanded, new_folder, refuse_taken, saving
+from peftcli.system.secrets import redact_values
+from peftcli.tasks import TASKS
+
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
+"""Largest difference of logits that rounding the merged weights explains, as a share of the logits' deviation."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is merged into what."""
+
+    folder: Path
+    config: AdapterConfig
+    base: BaseModel
+    auto_class: str
+    dtype: torch.dtype | None
+    """Of the result; None: the base model's own."""
+    dequantise: bool
+    """Whether the base model is quantised, and is to be made dense."""
+
+
+def merge_adapter(
+    adapter: str,
+    output: Path,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    dequantize: bool = False,
+    verify: bool = True,
+    tell: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Write base model + adapter to ``output`` as one plain checkpoint with its tokenizer.
+
+    Args:
+        adapter: folder or hub id.
+        output: new or empty folder; it appears whole or not at all.
+        base: base model instead of the one that the adapter names.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps the base model's.
+        dequantize: merge into the weights of a quantised base model, made dense: one that is stored so, or the one that
+            the adapter was trained on.
+        verify: compare the merged model's logits with those of base model and adapter.
+        tell: is told what is being done.
+
+    Returns:
+        What was written: folder, shards, bytes, dtype, untied, max_logit_difference.
+
+    Raises:
+        AdapterError: the adapter cannot be merged, does not fit, its base model is stored quantised, or the logits
+            differ.
+        ModelError: the base model cannot be read.
+        UsageError: the output folder holds something.
+        StorageError: it cannot be written.
+    """
+    output = expanded(output)
+    refuse_taken(output)
+    _refuse_name(output)
+    folder = local_folder(adapter)
+    config = config_from_dict(read_config(folder), file=str(folder / "adapter_config.json"))
+    if reason := config.merge_problem():
+        raise AdapterError(reason, file=str(folder))
+    name = base or config.base_model_name_or_path
+    if not name:
+        raise AdapterError("names no base model", file=str(folder), hint="give one with --base")
+    config.inference_mode = True
+    classes = {row.task_type: row.auto_class for row in TASKS.values()}
+    trained = None if base else trained_quantization(folder)
+    spec = base_of(name, None if base else config.revision, trained if dequantize else None)
+    command = shlex.join(["peftcli", "merge", adapter, "--output", str(output)])
+    if makes_up_for_quantization(folder) and not dequantize:
+        raise AdapterError(
+            f"it makes up for the error of the quantised weights of {name}, and fits no others",
+            hint=f"merge into those weights, made dense: {command} --dequantize",
+        )
+    _check_quantised(spec, dequantize, command)
+    auto_class = classes.get(config.task_type or "", "AutoModelForCausalLM")
+    job = _Job(folder, config, spec, auto_class, getattr(torch, dtype) if dtype else None, dequantize)
+    with new_folder(output) as partial, _reading(name):
+        tell(f"merging into {name}")
+        if trained and not dequantize:
+            tell(f"it was trained on {trained.type} weights; these are the full-precision ones")
+        untied = None if dequantize else _stream(job, partial, tell)
+        if untied is None:
+            untied = _merge_whole(job, partial)
+        _write_companions(job, partial, untied)
+        difference = _verify(job, partial, tell) if verify else None
+    shards = sorted(output.glob("*.safetensors"))
+    written = json.loads((output / "config.json").read_bytes())
+    return {
+        "output": str(output),
+        "base_model": name,
+        "dtype": written.get("dtype"),
+        "shards": len(shards),
+        "bytes": sum(shard.stat().st_size for shard in shards),
+        "untied": untied,
+        "max_logit_difference": difference,
+    }
+
+
+def _refuse_name(output: Path) -> None:
+    try:
+        os.path.realpath(output).encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            "has a name that is no UTF-8, and safetensors cannot write there", file=str(output), key="--output"
+        ) from None
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Inside, an error of a file is the base model's; what is written has its own (``saving``)."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ModelError(f"cannot read {name}: {error}", key="base_model") from None
+    except OSError as error:
+        raise ModelError(f"cannot read {error.filename or name}: {error.strerror or error}", key="base_model") from None
+
+
+def _check_quantised(base: BaseModel, dequantize: bool, command: str) -> None:
+    """Refuse to merge into weights that would have to be rounded again, or to make dense weights dense."""
+    how = stored_or_asked(base)
+    if how and not dequantize:
+        raise AdapterError(
+            f"{base.name} is stored quantised ({how['type']}), and rounding the merged weights again would lose "
+            "much of what was learned",
+            hint=f"merge into the full-precision model that it was made of: {command} --base MODEL\n"
+            f"or into its own weights, made dense: {command} --dequantize",
+        )
+    if dequantize and not how:
+        raise UsageError(f"{base.name} is not quantised", key="--dequantize")
+
+
+def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None:
+    """Merge shard by shard.
+
+    Returns:
+        Whether input and output embeddings were untied; None when this base model cannot be streamed.
+    """
+    shards = base_files(job.base)
+    if not shards:
+        return None
+    places = {key: shard for shard in shards for key in _keys(shard)}
+    model = empty_model(job.base, job.auto_class)
+    longer = _made_longer(model, job)
+    layers = _layers_without_base(model, job)
+    if longer is None or is_reshaped(model):
+        return None  # its tensors are not the checkpoint's
+    parents = {f"{path}.{leaf}": path for path, layer in layers.items() for leaf in _base_leaves(layer)}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    rows = {key: longer[name] for name, key in _checkpoint_keys(list(longer), set(places), prefix).items()}
+    keys = _checkpoint_keys(list(parents), set(places), prefix)
+    head = _tied_head(model, layers, places, prefix)
+    if head is not None:
+        parents[head.name] = head.path
+        keys[head.name] = head.source
+    if any(key not in places for key in keys.values()):
+        return None  # the checkpoint names its tensors otherwise
+    merged = _MergedTensors(layers, parents, keys, places, rows)
+    names = {key: name for name, key in keys.items() if head is None or name != head.name}
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        tell(f"shard {number} of {len(shards)}")
+        tensors: dict[str, torch.Tensor] = {}
+        with safe_open(shard, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                value = merged.base(key, file)
+                tensors[key] = _cast(merged.get(names[key], value) if key in names else value, value, job.dtype)
+                if head is not None and key == head.source:
+                    own = _cast(merged.get(head.name, value), value, job.dtype)
+                    if torch.equal(own, tensors[key]):
+                        head = None  # changed alike: they stay tied
+                    else:
+                        tensors[head.name] = own
+        index |= dict.fromkeys(tensors, shard.name)
+        with saving(output / shard.name):
+            save_file(tensors, output / shard.name, {"format": "pt"})
+    if len(shards) > 1:
+        described = {"metadata": {}, "weight_map": dict(sorted(index.items()))}
+        _write_json(output / "model.safetensors.index.json", described)
+    return head is not None
+
+
+@dataclass(frozen=True)
+class _Head:
+    """An output head that shares its weight with the input embedding, and must not any more."""
+
+    path: str
+    name: str
+    """Its weight's name in the model and in the merged checkpoint."""
+    source: str
+    """The embedding's key in the base checkpoint, which holds the weight of both."""
+
+
+@dataclass(frozen=True)
+class _MergedTensors:
+    """The adapted layers' tensors, each merged when it is asked for."""
+
+    layers: dict[str, AdapterLayer]
+    parents: dict[str, str]
+    keys: dict[str, str]
+    places: dict[str, Path]
+    rows: dict[str, int]
+    """Key -> how many rows it has in the merged checkpoint, where these are more."""
+
+    def base(self, key: str, file: Any) -> torch.Tensor:
+        """A tensor of the base checkpoint, from its opened shard."""
+        value: torch.Tensor = file.get_tensor(key)
+        return tokens.grown(value, self.rows[key]) if key in self.rows else value
+
+    def get(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """The merged tensor called ``name`` in the model, whose base value is ``value``."""
+        path = self.parents[name]
+        layer, leaf = self.layers.get(path), name[len(path) + 1 :]
+        if layer is None:
+            return value
+        base = {leaf: value}
+        for other in _base_leaves(layer):
+            key = self.keys.get(f"{path}.{other}")
+            if other not in base and key is not None:
+                with safe_open(self.places[key], framework="pt") as file:
+                    base[other] = self.base(key, file)
+        with torch.no_grad():
+            merged = layer.folded(base).get(leaf, value)
+        if not torch.isfinite(merged).all():
+            raise AdapterError(f"{name} is not finite after merging")
+        return merged
+
+
+def _made_longer(model: nn.Module, job: _Job) -> dict[str, int] | None:
+    """Let the empty model hold the adapter's tokens.
+
+    Returns:
+        The tensors that got more rows: name -> rows; None where a tensor changed in another way.
+    """
+    before = {name: value.shape for name, value in _every_tensor(model)}
+    if not tokens.fit_adapter(model, job.config, job.folder):
+        return {}
+    changed = {name: value.shape for name, value in _every_tensor(model) if value.shape != before[name]}
+    rows_only = all(shape[1:] == before[name][1:] for name, shape in changed.items())
+    return {name: shape[0] for name, shape in changed.items()} if rows_only else None
+
+
+def _every_tensor(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _layers_without_base(model: nn.Module, job: _Job) -> dict[str, AdapterLayer]:
+    """Adapter layers with the adapter's real weights, put into a model on the meta device."""
+    load_empty(model, job.config, job.folder)
+    return outermost(model)
+
+
+def _base_leaves(layer: AdapterLayer) -> list[str]:
+    return [name for name, _ in bare(layer).named_parameters()]
+
+
+def _checkpoint_keys(names: list[str], keys: set[str], prefix: str) -> dict[str, str]:
+    """Name in the model -> key in the checkpoint, which may have or lack the model's outer prefix."""
+    return {
+        name: next((key for key in (name, name.removeprefix(prefix), prefix + name) if key in keys), name)
+        for name in names
+    }
+
+
+def _tied_head(model: nn.Module, layers: dict[str, AdapterLayer], places: dict[str, Path], prefix: str) -> _Head | None:
+    """The head to untie: it shares its weight with the embedding, and the adapter changes one of them."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return None
+    paths = {id(module): name for name, module in model.named_modules()}
+    embedding, head = (paths.get(id(module)) for module in model_ends(model))
+    if embedding is None or head is None or not {embedding, head} & set(layers):
+        return None
+    source = _checkpoint_keys([f"{embedding}.weight"], set(places), prefix)[f"{embedding}.weight"]
+    return _Head(head, f"{head}.weight", source)
+
+
+def _merge_whole(job: _Job, output: Path) -> bool:
+    """Merge with the whole model in memory."""
+    model = load_model(job.base, job.auto_class, job.dtype or _dtype_of(load_config(job.base)))
+    tokens.fit_adapter(model, job.config, job.folder)
+    load_adapter(model, job.config, job.folder)
+    untied = merge(model, job.config, dequantise=job.dequantise)
+    if job.dequantise:
+        forget(model)
+    if untied:
+        model.config.tie_word_embeddings = False
+    with saving(output):
+        model.save_pretrained(output)
+    return untied
+
+
+def _write_companions(job: _Job, output: Path, untied: bool) -> None:
+    """Config, generation config and tokenizer."""
+    saved = (output / "config.json").exists()  # with the whole model, whose layers may be other ones than the base's
+    config = load_config(base_of(str(output)) if saved else job.base)
+    empty = empty_model(job.base, job.auto_class)
+    if rows := tokens.fit_adapter(empty, job.config, job.folder):
+        config.get_text_config().vocab_size = rows
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if untied:
+        config.tie_word_embeddings = False
+    config.dtype = job.dtype or _stored_dtype(output)
+    path = output / "config.json"
+    with saving(path):
+        config.save_pretrained(output)
+        described = json.loads(path.read_bytes())
+    described.setdefault("architectures", [type(empty).__name__])
+    rope = described.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:  # readers that know only the older key
+        described.setdefault("rope_theta", rope["rope_theta"])
+    _write_json(path, described)
+    tokenizer = load_adapter_tokenizer(job.folder, job.base)
+    with saving(output):
+        tokenizer.save_pretrained(output)
+        if empty.can_generate():
+            _save_generation_config(job, output, tokenizer, config)
+
+
+def _save_generation_config(job: _Job, output: Path, tokenizer: Any, config: Any) -> None:
+    """The base model's generation config, with the tokens that the adapter's answers end with."""
+    from transformers import GenerationConfig
+
+    path = output / "generation_config.json"
+    if theirs := base_file(job.base, path.name):
+        path.write_bytes(theirs.read_bytes())
+    made = GenerationConfig.from_model_config(config)
+    named = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else made.eos_token_id
+    stops = missing_stops(tokenizer, job.folder, named)
+    if not stops:
+        return
+    if not path.exists():
+        made.save_pretrained(output)
+    _write_json(path, {**json.loads(path.read_bytes()), "eos_token_id": stops if len(stops) > 1 else stops[0]})
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    with saving(path):
+        path.write_text(json.dumps(redact_values(data), indent=2, sort_keys=True) + "\n")
+
+
+@torch.inference_mode()
+def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
+    """The largest difference of logits between the merged model and base model + adapter, both in float32.
+
+    Raises:
+        AdapterError: it is more than rounding the merged weights explains.
+    """
+    tell("verifying: base model with adapter")
+    model = load_model(job.base, job.auto_class, torch.float32).eval()
+    tokens.fit_adapter(model, job.config, job.folder)
+    ids = torch.randint(
+        model.get_input_embeddings().weight.shape[0], (2, 16), generator=torch.Generator().manual_seed(0)
+    )
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    load_adapter(model, job.config, job.folder)
+    expected = model(**inputs).logits
+    del model
+    tell("verifying: merged model")
+    found = load_model(base_of(str(output)), job.auto_class, torch.float32).eval()(**inputs).logits
+    difference = float((found - expected).abs().max())
+    # a quantised model computes in a dtype of its own
+    tolerance = 0.15 if job.dequantise else _TOLERANCE.get(_stored_dtype(output), 0.15)
+    allowed = tolerance * max(1.0, float(expected.std()))
+    if not difference <= allowed:
+        raise AdapterError(
+            f"the merged model's logits differ by {difference:.3g}, and rounding explains {allowed:.3g}; "
+            "nothing was written"
+        )
+    return difference
+
+
+def _keys(shard: Path) -> list[str]:
+    with safe_open(shard, framework="pt") as file:
+        return list(file.keys())
+
+
+def _cast(value: torch.Tensor, like: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """``value`` in ``dtype``, or in that of ``like``; what is no floating-point number stays as it is."""
+    return value.to(dtype or like.dtype).contiguous() if like.is_floating_point() else value
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the largest tensor in the folder's first shard."""
+    with safe_open(min(folder.glob("*.safetensors")), framework="pt") as file:
+        slices = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118 - safe_open is no mapping
+        largest = max(slices, key=lambda each: torch.Size(each.get_shape()).numel())
+        return largest[:1].dtype if largest.get_shape() else torch.float32
+
+
+def _dtype_of(config: Any) -> torch.dtype:
+    dtype = getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32

@@ -1,0 +1,113 @@
+"""JUnit XML, which CI servers show: the gates of a recipe as test cases. No torch here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from peftcli.errors import Problem
+from peftcli.system.disk import write_file
+from peftcli.system.secrets import redact_values
+
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""What no XML 1.0 document may hold, even escaped."""
+
+
+def write_junit(
+    path: Path,
+    *,
+    suite: str,
+    gates: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, Any],
+    seconds: float | None,
+    error: Mapping[str, Any] | None,
+) -> None:
+    """Write a report of one test suite, whole or not at all.
+
+    Each gate is a test case, which fails with the value that was measured. A run that failed is one more, ``run``, with
+    the error; so is one without gates that went well, since a report without test cases counts as broken.
+
+    Args:
+        path: The file; folders are made.
+        suite: Name of the suite and of its cases' class: the recipe's.
+        gates: As run.json has them: ``metric``, ``gate``, ``value`` and ``passed`` of each.
+        metrics: Name -> value: the suite's properties.
+        seconds: How long the run took; None: nobody knows.
+        error: As run.json has it, where the run failed.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    suite, gates, metrics, error = redact_values([suite, gates, metrics, error])
+    cases = [_gate_case(gate) for gate in gates]
+    if error is not None or not cases:
+        cases.append(_run_case(error, seconds))
+    totals = {
+        "tests": len(cases),
+        "failures": sum(case.find("failure") is not None for case in cases),
+        "errors": sum(case.find("error") is not None for case in cases),
+        "skipped": 0,
+    }
+    # hostname is wanted by the schema of Ant's reports; the machine's own name is nobody's business
+    about: dict[str, Any] = {
+        "name": suite,
+        "hostname": "localhost",
+        "timestamp": _now(),
+        "time": f"{seconds or 0:.3f}",
+        **totals,
+    }
+    root = _element("testsuites")
+    element = _element("testsuite", package="peftcli", id=0, **about)
+    properties = _element("properties")
+    properties.extend(_element("property", name=name, value=_text(value)) for name, value in metrics.items())
+    for case in cases:
+        case.set("classname", _clean(suite))
+    element.extend([properties, *cases, _element("system-out"), _element("system-err")])
+    root.append(element)
+    ElementTree.indent(root)
+    # with a declaration, and ASCII whatever the names hold
+    write_file(path, ElementTree.tostring(root, encoding="us-ascii", xml_declaration=True) + b"\n")
+
+
+def _gate_case(gate: Mapping[str, Any]) -> ElementTree.Element:
+    case = _element("testcase", name=f"{gate['metric']} {gate['gate']}", time="0.000")
+    if not gate["passed"]:
+        value = "was not measured" if gate["value"] is None else f"is {_text(gate['value'])}"
+        message = f"{gate['metric']} {value}, wanted {gate['gate']}"
+        case.append(_element("failure", message, message=message, type="GateFailed"))
+    return case
+
+
+def _run_case(error: Mapping[str, Any] | None, seconds: float | None) -> ElementTree.Element:
+    case = _element("testcase", name="run", time=f"{seconds or 0:.3f}")
+    if error is not None:
+        place = {name: error.get(name) for name in ("line", "key")}
+        only = {"message": error["message"], "file": error.get("file") or "", **place}
+        lines = [str(Problem(**each)) for each in error.get("problems") or [only]]
+        text = "\n".join(filter(None, [*lines, error.get("hint")]))
+        case.append(_element("error", text, message=error["message"], type=error["kind"]))
+    return case
+
+
+def _element(tag: str, text: str | None = None, **attributes: Any) -> ElementTree.Element:
+    element = ElementTree.Element(tag, {name: _clean(str(value)) for name, value in attributes.items()})
+    element.text = text and _clean(text)
+    return element
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _clean(text: str) -> str:
+    r"""``text`` with everything that XML cannot hold written out, as ``\x1b``."""
+    return _NOT_XML.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
+
+
+def _now() -> str:
+    """The time in UTC, as XML Schema's dateTime without a zone, which is all that CI servers read."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds").removesuffix("+00:00")

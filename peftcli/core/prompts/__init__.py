@@ -1,0 +1,1 @@
+"""Soft prompts: virtual tokens, prefixes, and where they stand in the inputs."""

@@ -1,0 +1,330 @@
+"""A prefix: trained keys and values that every attention layer sees before its own.
+
+Virtual tokens are put into the decoder's inputs as ``core.prompt`` does it, and each attention layer replaces what it
+computed of them by the trained keys and values. To masks, positions and every kind of cache they are ordinary tokens;
+they stand after a row's left padding. What comes out for them is cut off again, so nothing above the decoder sees them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcli.core.layer import adapter_dtype, bare, base_paths
+from peftcli.core.linear import linear_view
+from peftcli.core.prompts.inputs import (
+    SoftPrompt,
+    active_at,
+    bound,
+    cached_length,
+    continued,
+    hook_once,
+    inserted,
+    length_of,
+    name_in,
+    positions,
+    rows_in,
+    settle,
+    starts,
+    takes,
+    without,
+)
+from peftcli.core.prompts.virtual_tokens import VirtualTokens
+from peftcli.errors import AdapterError
+
+_CACHE = ("cache", "past_key_values", "past_key_value", "layer_past")
+"""What an attention layer calls its cache, by model and by version of transformers."""
+_MASK = ("attention_mask", "mask")
+_SIZE = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+"""What an attention layer calls the size of a head. Layers of other kinds, with states of their own, have none."""
+
+
+class Prefix(nn.Module):
+    """The keys and values of all layers, which share this module."""
+
+    def __init__(self, count: int, pairs: int, width: int):
+        super().__init__()
+        self.count, self.pairs, self.width = count, pairs, width
+        self.start: torch.Tensor | None = None
+        """While the decoder starts sequences: where the prefix starts in each row (B, 1)."""
+        self.cuts = False
+        """Whether what comes of its places is cut off again."""
+
+    def pair(self, index: int) -> torch.Tensor:
+        """A layer's keys, and behind them its values: (n, 2 * width)."""
+        raise NotImplementedError
+
+    def whole(self) -> torch.Tensor:
+        """What the adapter file holds: (n, pairs * 2 * width)."""
+        return torch.cat([self.pair(index) for index in range(self.pairs)], dim=1)
+
+
+class TrainedPrefix(Prefix):
+    """Keys and values that train as they are."""
+
+    def __init__(self, count: int, pairs: int, width: int):
+        super().__init__(count, pairs, width)
+        self.prompt_embeddings = nn.Parameter(torch.randn(count, pairs * 2 * width))
+
+    def pair(self, index: int) -> torch.Tensor:
+        return self.prompt_embeddings[:, index * 2 * self.width : (index + 1) * 2 * self.width]
+
+    def whole(self) -> torch.Tensor:
+        return self.prompt_embeddings
+
+
+class PrefixAttention(SoftPrompt):
+    """A self-attention layer that sees the prefix."""
+
+    decodes = True
+    chunks = False
+    prefix: Prefix
+
+    def __init__(self, base_layer: nn.Module, pair: int, heads: int):
+        super().__init__(base_layer)
+        self.pair, self.heads = pair, heads
+        arguments = inspect.signature(bare(base_layer).forward).parameters
+        self._cache = next(name for name in _CACHE if name in arguments)
+        self._mask = next(name for name in _MASK if name in arguments)
+        self._true_hides: bool | None = None  # whether a mask of truth values hides what is true, as MPT's does
+
+    @property
+    def count(self) -> int:
+        return self.prefix.count
+
+    def file_name(self, path: str, tensor: str) -> str:
+        return tensor.removeprefix("prefix.")
+
+    def file_tensors(self) -> dict[str, torch.Tensor]:
+        return {"prompt_embeddings": self.prefix.whole()}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        batch, length = (args[0] if args else kwargs["hidden_states"]).shape[:2]
+        if not self.enabled or length <= self.count:  # a later step
+            return self.base_layer(*args, **kwargs)
+        inputs = bound(bare(self).forward, args, kwargs)
+        cache = inputs.get(self._cache)
+        cache = getattr(cache, "self_attention_cache", cache)
+        if cache is not None and cache.get_seq_length(bare(self).layer_idx):
+            return self.base_layer(*args, **kwargs)
+        start = self._start(inputs.get(self._mask), batch, length)
+        return self.base_layer(**inputs | {self._cache: _WithPrefix(cache, self, start)})
+
+    def _start(self, mask: Any, batch: int, length: int) -> torch.Tensor:
+        """Where the prefix starts in each row (B, 1).
+
+        When checkpointing calls the layer again, perhaps after other batches, its own mask tells.
+        """
+        start = self.prefix.start
+        if start is None and mask is None:
+            return torch.zeros(batch, 1, dtype=torch.long)
+        if start is None:
+            return _start_in(mask, length, bool(self._true_hides)).expand(batch, 1)
+        if self.training and self._true_hides is None and getattr(mask, "dtype", None) is torch.bool:
+            self._true_hides = not bool((_start_in(mask, length, False) == start).all())
+        return start
+
+
+class _WithPrefix:
+    """A cache for one call of one attention layer, which puts the prefix into what it is given.
+
+    Attention layers hand their keys and values to the cache when they are finished, rotated and all.
+    """
+
+    def __init__(self, cache: Any, layer: PrefixAttention, start: torch.Tensor):
+        self.cache, self.layer, self.start = cache, layer, start
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the true cache gives for keys and values (B, heads, n + T, dim) that hold the prefix."""
+        trained = self.layer.prefix.pair(self.layer.pair)
+        keys, values = (self._put(mine, into) for mine, into in zip(trained.chunk(2, -1), (keys, values), strict=True))
+        return (keys, values) if self.cache is None else self.cache.update(keys, values, *args, **kwargs)
+
+    def get_seq_length(self, *args: Any) -> int:
+        return 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+    def _put(self, trained: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+        heads, length, width = into.shape[1:]
+        if (heads, heads * width) != (self.layer.heads, trained.shape[1]):
+            raise AdapterError(
+                f"this model's attention has {heads} heads of {width}, the prefix {self.layer.heads} of "
+                f"{trained.shape[1] // self.layer.heads}",
+                key="token_dim",
+            )
+        trained = trained.to(into.device, into.dtype).view(-1, heads, width).transpose(0, 1)  # (heads, n, dim)
+        number = torch.arange(length, device=into.device) - self.start.to(into.device)  # (B, n + T)
+        virtual = ((number >= 0) & (number < self.layer.count))[:, None, :, None]
+        rows = trained[:, number.clamp(0, self.layer.count - 1)].transpose(0, 1)  # (B, heads, n + T, dim)
+        return torch.where(virtual, rows, into)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The self-attention layers that a prefix goes into."""
+
+    names: list[str]
+    """In the order of the layers."""
+    heads: int
+    """Heads that have keys and values of their own."""
+    width: int
+    """Size of a layer's keys: heads * size of one."""
+
+
+def find_attention(model: Any) -> Attention:
+    """The self-attention layers of the model's decoder, or of its encoder if it has nothing else.
+
+    Raises:
+        AdapterError: not every layer has attention that keeps keys and values.
+    """
+    decoder = model.get_decoder()
+    below = f"{name_in(model, decoder)}.".lstrip(".")
+    modules = {name: bare(model.get_submodule(path)) for name, path in base_paths(model).items()}
+    found: dict[int, str] = {}
+    for name, module in modules.items():
+        index = getattr(module, "layer_idx", None)
+        if not name.startswith(below) or not isinstance(index, int) or not _keeps(module):
+            continue
+        # of a layer's attentions the first counts, the second is to an encoder; a block may know its index too
+        if index not in found or name.startswith(f"{found[index]}."):
+            found[index] = name
+    names = [found[index] for index in sorted(found)]
+    parts = names[0].split(".") if names else []
+    above = [modules[".".join(parts[:count])] for count in range(1, len(parts))]
+    lists = [len(module) for module in above if isinstance(module, nn.ModuleList)]
+    if not lists or sorted(found) != list(range(lists[0])):
+        raise AdapterError(
+            f"a prefix needs attention that keeps keys and values in every layer; {type(model).__name__} has it in "
+            f"{len(names)} of {lists[0] if lists else 'its'} layers"
+        )
+    return Attention(names, *_key_size(modules[names[0]], decoder.config))
+
+
+def insert_prefix(model: Any, layers: list[PrefixAttention], prefix: Prefix) -> None:
+    """Let all ``layers`` share ``prefix``, and every sequence that the model's decoder starts, start with it."""
+    decoder = model.get_decoder()
+    like = next(itertools.chain(bare(layers[0]).parameters(), bare(layers[0]).buffers()))
+    prefix.to(like.device, adapter_dtype(like))
+    # keys of a prefix are not rotated, so that its distance from the tokens counts, whatever the padding
+    counts = hasattr(model, "prepare_inputs_for_generation") or getattr(bare(layers[0]), "is_causal", False)
+    for layer in layers:
+        layer.prefix = prefix.train(layer.training)
+        settle(layer, model, counts=counts)
+    embedding = decoder.get_input_embeddings()
+    names = {bare(decoder.get_submodule(path)): name for name, path in base_paths(decoder).items()}
+    hook_once(decoder, _Insert(names[bare(layers[0])], names.get(bare(embedding))))
+    hook_once(decoder, _Cut(names[bare(layers[0])]), after=True)
+    pooler = getattr(decoder, "pooler", None)
+    if isinstance(pooler, nn.Module):
+        hook_once(pooler, _CutForPooler(prefix))
+
+
+@dataclass(frozen=True)
+class _Insert:
+    """The decoder's forward pre-hook: makes room for the prefix where a sequence starts."""
+
+    attention: str
+    """Path of the first layer, to whatever adapter layers stand there."""
+    embedding: str | None
+    """Path of the input embedding."""
+
+    def __call__(self, decoder: Any, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]] | None:
+        layer = active_at(decoder.get_submodule(self.attention), PrefixAttention)
+        if layer is None:
+            return None
+        if self.embedding and active_at(decoder.get_submodule(self.embedding), VirtualTokens):
+            raise AdapterError("two soft prompts are active; set one of them active")
+        inputs = bound(decoder.forward, args, kwargs)
+        layer.rows_of(inputs.pop("task_ids", None), 0)
+        past, prefix, placed = cached_length(inputs), layer.prefix, layer.placeholders
+        prefix.start, prefix.cuts = None, placed is None
+        if placed is not None:  # generate has made the room
+            prefix.start = placed.repeat_interleave(rows_in(inputs) // len(placed), dim=0)
+            return None
+        if past:
+            return (), inputs | continued(decoder, inputs, past, layer.count)
+        mask = inputs.get("attention_mask")
+        if layer.counts and mask is not None and inputs.get("position_ids") is None and takes(decoder, "position_ids"):
+            inputs["position_ids"] = positions(mask)
+        inputs.pop("cache_position", None)  # counted without the prefix; models find it by themselves
+        room = layer.room(inputs)
+        prefix.start = room.start
+        return (), inputs | inserted(inputs, room)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The decoder's forward hook: takes out what came of the prefix's places."""
+
+    attention: str
+
+    def __call__(self, decoder: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        layer = active_at(decoder.get_submodule(self.attention), PrefixAttention)
+        if layer is None:
+            return output
+        start, layer.prefix.start = layer.prefix.start, None
+        return (
+            _cut(output, start, length_of(kwargs), layer.count) if start is not None and layer.prefix.cuts else output
+        )
+
+
+@dataclass(frozen=True)
+class _CutForPooler:
+    """The pre-hook of a pooler, which reads the first token inside the decoder."""
+
+    prefix: Prefix
+
+    def __call__(self, pooler: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if self.prefix.start is None or not self.prefix.cuts:
+            return None
+        return (without(args[0], self.prefix.start, self.prefix.count), *args[1:]), kwargs
+
+
+def _cut(output: Any, start: torch.Tensor, length: int, count: int) -> Any:
+    """``output`` with every (B, n + T, D) in it cut to (B, T, D)."""
+    if isinstance(output, torch.Tensor):
+        return without(output, start, count) if output.ndim == 3 and output.shape[1] == length else output
+    if isinstance(output, dict):
+        for name, value in output.items():
+            output[name] = _cut(value, start, length, count)
+        return output
+    return tuple(_cut(value, start, length, count) for value in output) if isinstance(output, tuple) else output
+
+
+def _keeps(module: nn.Module) -> bool:
+    arguments = inspect.signature(module.forward).parameters
+    reads = all(any(name in arguments for name in names) for names in (_CACHE, _MASK))
+    return reads and any(hasattr(module, name) for name in _SIZE)
+
+
+def _key_size(attention: Any, config: Any) -> tuple[int, int]:
+    """Number of heads that have keys of their own, and the size of all their keys together."""
+    config = config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = next(getattr(attention, name) for name in _SIZE if hasattr(attention, name))
+    for name in ("k_proj", "key", "k"):
+        if hasattr(attention, name) and (view := linear_view(getattr(attention, name))) is not None:
+            heads = view.out_features // size
+    return heads, heads * size
+
+
+def _start_in(mask: Any, length: int, true_hides: bool) -> torch.Tensor:
+    """Where each row's left padding ends (B, 1), by a layer's mask: a token sees itself, padding does not."""
+    if not isinstance(mask, torch.Tensor):
+        raise AdapterError(
+            f"a prefix cannot train with checkpointed activations and a {type(mask).__name__}; set attn_implementation "
+            "to sdpa or eager"
+        )
+    if mask.ndim == 4:
+        mask = mask[:, 0]  # (B, 1 or n + T, keys)
+        mask = mask[:, 0] if mask.shape[1] == 1 else mask.diagonal(dim1=1, dim2=2)
+    if mask.is_floating_point():
+        mask = mask > torch.finfo(mask.dtype).min / 2
+    return starts(~mask[:, :length] if true_hides else mask[:, :length])

@@ -1,0 +1,312 @@
+"""Virtual tokens: trained vectors that stand before the input.
+
+A virtual token is a token id past the base model's vocabulary. ``insert_virtual_tokens`` puts those ids into the
+input once, where the sequence starts, and the layer over the input embedding gives them their trained vectors. To
+the model they are ordinary tokens, so positions, attention masks, every kind of cache and beam search need no care.
+They stand after a row's left padding, so each row of a padded batch computes what it computes alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftcli.core.layer import adapter_dtype, bare, model_ends
+from peftcli.core.prompts.inputs import (
+    Room,
+    SoftPrompt,
+    active_at,
+    bound,
+    cached_length,
+    continued,
+    extended,
+    hook_once,
+    inserted,
+    length_of,
+    name_in,
+    positions,
+    settle,
+    soft_prompt,
+    starts,
+    takes,
+    without,
+)
+from peftcli.errors import AdapterError
+
+
+class VirtualTokens(SoftPrompt):
+    """An input embedding that knows more ids than the vocabulary has: (B, T) -> (B, T, D).
+
+    Id ``V + task * n + i`` is the task's virtual token ``i``. Most prompts have one task only.
+    """
+
+    token_labels = True
+    """Whether labels of the inputs' shape are labels of tokens."""
+
+    def __init__(self, base_layer: nn.Module, count: int, tasks: int = 1):
+        super().__init__(base_layer)
+        self._count, self.tasks = count, tasks
+
+    @property
+    def count(self) -> int:
+        return self._count
+
+    @property
+    def first_id(self) -> int:
+        """Id of the first virtual token: the size of the base vocabulary."""
+        return int(self.base_layer.weight.shape[0])
+
+    def table(self) -> torch.Tensor:
+        """The vectors of the virtual tokens, task after task: (tasks * n, D)."""
+        raise NotImplementedError
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if not self.enabled:
+            return self.base_layer(ids)
+        tokens = self.base_layer(ids.clamp(max=self.first_id - 1))
+        virtual = F.embedding((ids - self.first_id).clamp(min=0), self.table()).to(tokens.dtype)
+        return torch.where((ids >= self.first_id).unsqueeze(-1), virtual, tokens)
+
+    def numbers(self, room: Room, task_ids: torch.Tensor | None) -> torch.Tensor:
+        """Which row of the table each virtual slot holds: (B, n + T)."""
+        rows = self.rows_of(task_ids, len(room.start))
+        return room.number.clamp(0, self.count - 1) + (0 if rows is None else rows * self.count)
+
+
+class TrainedTokens(VirtualTokens):
+    """Virtual tokens whose vectors (n, D) are what trains."""
+
+    def __init__(self, base_layer: nn.Module, vectors: torch.Tensor):
+        super().__init__(base_layer, len(vectors))
+        self.prompt_embeddings = nn.Parameter(vectors.to(adapter_dtype(self.base_layer.weight)))
+
+    def table(self) -> torch.Tensor:
+        return self.prompt_embeddings
+
+    def accepts(self, tensor: str, value: torch.Tensor) -> torch.Tensor:
+        # PEFT allocates the rows twice for encoder-decoder models and trains the first half
+        return value[: self.count] if value.shape == (2 * self.count, self.prompt_embeddings.shape[1]) else value
+
+
+def input_embedding_name(model: Any) -> str:
+    """Path of the module that embeds the ids of the input: an encoder-decoder's encoder reads it.
+
+    Raises:
+        AdapterError: the model reads no ids.
+    """
+    return name_in(model, _embedding(_reader(model)))
+
+
+def insert_virtual_tokens(model: Any, layer: VirtualTokens, *, token_labels: bool = True) -> None:
+    """Let every forward call of ``model`` that starts a sequence start it with the virtual tokens of ``layer``.
+
+    Logits of each token come back for the tokens of the input only, unless the model generates text.
+
+    Args:
+        model: the whole of it.
+        layer: the new layer over its input embedding.
+        token_labels: whether labels of the inputs' shape are labels of tokens.
+    """
+    layer.token_labels = token_labels
+    settle(layer, model, counts=_generates(model))
+    reader = _reader(model)
+    path = name_in(reader, _embedding(reader))
+    hook_once(reader, _Insert(path, encodes=reader is not model))
+    if reader is not model:
+        hook_once(model, _Extend(name_in(model, _embedding(reader))))
+    elif model.base_model is not model and not _generates(model):
+        hook_once(model, _Cut(path), after=True)
+
+
+def generate(model: Any, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    """``model.generate``, with the virtual tokens if there are any; they are not in the answer.
+
+    Takes and returns what ``transformers.GenerationMixin.generate`` does, and the rows' tasks if the prompt has some.
+    While it runs, the ids hold a placeholder of the vocabulary for each virtual token, so that lengths, positions and
+    logits processors stay right.
+    """
+    layer = soft_prompt(model)
+    if layer is None:
+        return model.generate(*args, **kwargs)
+    inputs = bound(model.generate, args, kwargs)
+    settings = inputs.get("generation_config") or model.generation_config
+    start = None
+    if not model.config.is_encoder_decoder:  # there the ids that grow are the decoder's
+        inputs, start = _with_placeholders(inputs, settings, layer)
+    _refuse(inputs, settings, layer, model.config.is_encoder_decoder)
+    if task_ids is not None:
+        layer.rows_of(task_ids, len(task_ids))
+    layer.placeholders, layer.task_ids = start, task_ids
+    try:
+        output = model.generate(**inputs)
+    finally:
+        layer.placeholders = layer.task_ids = None
+    if start is None:
+        return output
+    if isinstance(output, torch.Tensor):
+        return without(output, start, layer.count)
+    output.sequences = without(output.sequences, start, layer.count)
+    return output
+
+
+def _with_placeholders(inputs: dict[str, Any], settings: Any, layer: SoftPrompt) -> tuple[dict[str, Any], torch.Tensor]:
+    """The arguments of ``generate`` with placeholders for the virtual tokens, and where these start in each row."""
+    if inputs.get("inputs") is not None:
+        inputs["input_ids"] = inputs.pop("inputs")
+    ids = inputs.get("input_ids")
+    if ids is None:
+        raise AdapterError("generation with virtual tokens needs input_ids")
+    if inputs.get("attention_mask") is None:
+        inputs["attention_mask"] = _mask_of(ids, settings.pad_token_id, settings.eos_token_id)
+    room = layer.room(inputs)
+    inputs |= inserted({key: inputs.get(key) for key in ("input_ids", "attention_mask", "token_type_ids")}, room)
+    inputs = {key: value for key, value in inputs.items() if value is not None}
+    for length in ("max_length", "min_length"):  # both count the prompt
+        if value := inputs.get(length) or getattr(settings, length):
+            inputs[length] = value + layer.count
+    return inputs, room.start
+
+
+def _refuse(inputs: dict[str, Any], settings: Any, layer: SoftPrompt, encoder_decoder: bool) -> None:
+    """Raises AdapterError for a way of generating that would go wrong in silence."""
+    chunk = inputs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None)
+    if chunk and not layer.chunks:
+        raise AdapterError("this soft prompt is read in one piece; unset it", key="prefill_chunk_size")
+    cache = inputs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
+    if encoder_decoder and layer.decodes and cache is not None and "static" in cache:
+        raise AdapterError(
+            "a static cache has no room for the virtual tokens that an encoder-decoder's decoder reads; leave it unset",
+            key="cache_implementation",
+        )
+
+
+@dataclass(frozen=True)
+class _Insert:
+    """The forward pre-hook of the model or encoder that reads the input.
+
+    Holds a path, not the layer: a copied model's hook finds the copy's layer, and one hook serves every adapter.
+    """
+
+    path: str
+    encodes: bool
+    """Whether it is an encoder inside an encoder-decoder."""
+
+    def __call__(self, model: Any, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]] | None:
+        layer = _active(model.get_submodule(self.path))
+        if layer is None:
+            return None
+        kwargs = dict(kwargs)
+        task_ids = kwargs.pop("task_ids", layer.task_ids)
+        if self.encodes:
+            layer.task_ids = None  # as _Extend or generate left them for this one call
+        inputs = bound(model.forward, args, kwargs)
+        past = cached_length(inputs)
+        if layer.placeholders is not None:
+            return (), inputs | _restored(inputs, layer.placeholders, past, task_ids, layer)
+        if past:
+            return (), inputs | continued(model, inputs, past, layer.count)
+        if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
+            return None
+        mask = inputs.get("attention_mask")
+        if self.encodes and mask is not None and mask.shape[1] == length_of(inputs) + layer.count:
+            inputs["attention_mask"] = without(mask, starts(mask), layer.count)  # _Extend was here first
+        if layer.counts and mask is not None and inputs.get("position_ids") is None and takes(model, "position_ids"):
+            inputs["position_ids"] = positions(inputs["attention_mask"])
+        inputs.pop("cache_position", None)  # counted without them; models find it by themselves
+        room = layer.room(inputs)
+        numbers = layer.numbers(room, task_ids)
+        vectors = None if inputs.get("inputs_embeds") is None else F.embedding(numbers, layer.table())
+        new = inserted(inputs, room, layer.first_id + numbers, vectors, token_labels=layer.token_labels)
+        return (), inputs | new
+
+
+@dataclass(frozen=True)
+class _Extend:
+    """The forward pre-hook of an encoder-decoder, whose decoder attends to what the encoder read."""
+
+    path: str
+
+    def __call__(self, model: Any, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]] | None:
+        layer = _active(model.get_submodule(self.path))
+        if layer is None:
+            return None
+        kwargs = dict(kwargs)
+        layer.task_ids = kwargs.pop("task_ids", None)
+        inputs = bound(model.forward, args, kwargs)
+        mask, encoded = inputs.get("attention_mask"), inputs.get("encoder_outputs")
+        if mask is not None and (encoded is None or mask.shape[1] != encoded[0].shape[1]):
+            inputs["attention_mask"] = extended(mask, layer.count)
+        return (), inputs
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The forward hook of a model with a head for each token: its logits are those of the tokens of the input."""
+
+    path: str
+
+    def __call__(self, model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        layer = _active(model.get_submodule(self.path))
+        if layer is None or not layer.token_labels:
+            return
+        if not isinstance(output, dict):
+            raise AdapterError("virtual tokens need return_dict=True", key="return_dict")
+        length, mask = length_of(kwargs), kwargs.get("attention_mask")
+        for name in ("logits", "start_logits", "end_logits"):
+            logits = output.get(name)
+            if logits is not None and logits.ndim == (3 if name == "logits" else 2) and logits.shape[1] == length:
+                start = torch.zeros(len(logits), 1, dtype=torch.long) if mask is None else starts(mask)
+                output[name] = without(logits, start.to(logits.device), layer.count)
+
+
+def _active(embedding: Any) -> VirtualTokens | None:
+    """The active virtual tokens over an input embedding."""
+    layer: VirtualTokens | None = active_at(embedding, VirtualTokens)
+    while layer is not None and embedding is not layer:
+        if embedding.enabled and not isinstance(embedding, SoftPrompt):
+            raise AdapterError("another adapter of the input embedding stands around the soft prompt; load that last")
+        embedding = embedding.base_layer
+    return layer
+
+
+def _generates(model: nn.Module) -> bool:
+    return hasattr(model, "prepare_inputs_for_generation")
+
+
+def _reader(model: Any) -> Any:
+    """The module that takes the input ids."""
+    return model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+
+
+def _embedding(reader: Any) -> nn.Module:
+    """The input embedding that ``reader`` uses. T5's encoder has one of its own, which shares the model's weight."""
+    owners = [reader.get_encoder(), reader] if hasattr(reader, "get_encoder") else [reader]
+    for owner in owners:
+        embedding: Any = model_ends(owner)[0]
+        if isinstance(bare(embedding), nn.Embedding):
+            return embedding
+    raise AdapterError(f"{type(reader).__name__} reads no token ids: there is no place for virtual tokens")
+
+
+def _restored(
+    inputs: dict[str, Any], start: torch.Tensor, past: int, task_ids: torch.Tensor | None, layer: VirtualTokens
+) -> dict[str, Any]:
+    """The ids (B, T) with the virtual tokens where ``generate`` put placeholders."""
+    ids = inputs.get("input_ids")
+    if ids is None:
+        return {}
+    copies = ids.shape[0] // start.shape[0]  # rows of one example: beams, samples
+    room = Room(start.repeat_interleave(copies, dim=0) - past, ids.shape[1] - layer.count, layer.count)
+    task_ids = None if task_ids is None else task_ids.repeat_interleave(copies, dim=0)
+    return {"input_ids": torch.where(room.virtual, layer.first_id + layer.numbers(room, task_ids), ids)}
+
+
+def _mask_of(ids: torch.Tensor, pad: int | None, eos: int | list[int] | None) -> torch.Tensor:
+    """The attention mask that transformers infers when none is given: pad is padding unless it is EOS too."""
+    if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
+        return torch.ones_like(ids)
+    return (ids != pad).long()

@@ -1,0 +1,1 @@
+"""Safe reading of untrusted input: files, JSON, safetensors headers, patterns. No torch here."""

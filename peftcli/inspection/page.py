@@ -1,0 +1,261 @@
+"""An inspection as one HTML page that needs nothing else: no network, no fonts, and no JavaScript to be read.
+
+The page forbids itself whatever it does not hold, by a content security policy with the hashes of its own style and
+script: foreign text that got into it as markup in spite of the escaping would still load and run nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import unicodedata
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from peftcli.data.findings import FINDINGS, Finding
+from peftcli.data.pieces import Piece
+from peftcli.errors import UsageError
+from peftcli.inspection.report import Inspection, ShownRow, bars, reason, shortened, tables
+from peftcli.system.outputs import saving, write_output
+from peftcli.system.secrets import redact
+
+_MOST_TOKENS = 4000
+"""Of a longer row, the beginning and the end are shown."""
+_MOST_CHARACTERS = 4_000_000
+"""Rows beyond so much HTML are left out, and counted."""
+_HARMLESS = "\u200c\u200d\t"
+"""The zero-width joiners are part of ordinary writing."""
+_LABEL, _LINE, _WIDTH = 96, 18, 360
+"""Of the histogram, in its own units: where bars begin, the height of one, and the width of all."""
+
+
+def write_page(path: Path, inspection: Inspection, rows: Sequence[ShownRow], borders: bool = False) -> None:
+    """Writes the page, whole or not at all.
+
+    Args:
+        path: The file.
+        inspection: What was found out.
+        rows: Examples to show.
+        borders: Show where each token ends.
+
+    Raises:
+        UsageError: the path is none of a page.
+        StorageError: the file cannot be written.
+    """
+    refuse_name(path)
+    write_output(path, redact(page(inspection, rows, borders)).encode())
+
+
+def refuse_name(path: Path) -> None:
+    """Raises UsageError if ``path`` is none of a page."""
+    with saving(path):
+        fits = path.suffix.lower() in (".html", ".htm") and (path.is_file() or not path.exists())
+    if not fits:
+        raise UsageError("is no name of a page", file=str(path), key="--html", hint="name a file that ends in .html")
+
+
+def page(inspection: Inspection, rows: Sequence[ShownRow], borders: bool = False) -> str:
+    """The page's text."""
+    style, script = (files("peftcli.inspection").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    named = {f"{row.split}-{row.index}": row for row in rows}
+    shown, ids = _rows(named, borders)
+    dataset = inspection.recipe.dataset
+    data = ", ".join(source.train for source in dataset.sources())
+    left_out = len(named) - len(shown)
+    more = f" {left_out} more are left out, so that the page stays small." if left_out else ""
+    joined = "\n".join(shown)
+    policy = f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'"
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="{policy}; base-uri 'none'; form-action 'none'">
+<link rel="icon" href="data:,">
+<title>peftcli inspect: {escape(ascii(data)[1:-1])}</title>
+<style>{style}</style>
+</head>
+<body>
+<header>
+<h1>What this recipe trains</h1>
+<p>{_text(data)}, as {_text(inspection.recipe.task)} for {_text(inspection.recipe.base_model.name)}</p>
+<nav aria-label="Parts of this page"><a href="#findings">Findings</a> <a href="#audit">Audit</a>
+<a href="#rows">Rows</a></nav>
+</header>
+<main>
+<section id="findings">
+<h2>Findings</h2>
+{_findings(inspection, ids)}
+</section>
+<section id="audit">
+<h2>Audit of the whole dataset</h2>
+{_audit(inspection.audit)}
+</section>
+<section id="rows">
+<h2>Rows</h2>
+<p>Examples here: {len(shown)}, of {len(inspection.data.train):,} that are trained{_measured(inspection)}.{more}
+In them: <mark>trained, underlined</mark>, <span class="p">prompt</span>,
+<span class="s">special token</span>, and <span class="n">\u23ce</span> for a newline.</p>
+<div id="controls" hidden>
+<label>Only rows with <input id="filter" type="search"></label>
+<button id="back" type="button">Back</button> <button id="on" type="button">Next</button>
+<span id="where" role="status"></span>
+</div>
+{joined}
+</section>
+</main>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def _measured(inspection: Inspection) -> str:
+    return "" if inspection.data.eval is None else f" and {len(inspection.data.eval):,} that are evaluated"
+
+
+def _rows(rows: dict[str, ShownRow], borders: bool) -> tuple[list[str], dict[str, str]]:
+    """The rows that there is room for, and where on the page the rows of each place are."""
+    parts: list[str] = []
+    ids: dict[str, str] = {}
+    size = 0
+    for name, row in rows.items():
+        part = _row(row, name, borders)
+        size += len(part)
+        if size > _MOST_CHARACTERS and parts:
+            break
+        parts.append(part)
+        ids.setdefault(row.place, name)
+    return parts, ids
+
+
+def _row(row: ShownRow, name: str, borders: bool) -> str:
+    piece = f", part {row.part[0]} of {row.part[1]} of the row" if row.part[1] > 1 else ""
+    size = len(row.input_ids) + (0 if row.answer is None else len(row.labels))
+    kind = "Example" if row.split == "train" else "Evaluation example"
+    texts = [_tokens(row.pieces, borders)]
+    if row.answer is not None:
+        texts = ["<h4>Input</h4>", *texts, "<h4>Answer</h4>", _tokens(row.answer, borders)]
+    if row.missing:
+        lost = f", {row.lost:,} of them trained" if row.lost else ""
+        texts.append(f'<p class="cut">Cut here: {row.missing:,} tokens are missing{lost}.</p>')
+    return (
+        f'<article class="row" id="{name}"><h3>{_text(row.place)}</h3>\n'
+        f"<p>{kind} {row.index}{piece}: {size:,} tokens, {row.targets:,} trained.</p>\n{''.join(texts)}</article>"
+    )
+
+
+def _tokens(pieces: list[Piece], borders: bool) -> str:
+    first, between, last = shortened(pieces, _MOST_TOKENS)
+    gap = f'<p class="cut">{between:,} tokens are not shown here.</p>' if between else ""
+    parts = [f'<pre tabindex="0">{"".join(_spans(some, borders))}</pre>' for some in (first, last) if some]
+    return gap.join(parts)
+
+
+def _spans(pieces: list[Piece], borders: bool) -> Iterable[str]:
+    """Pieces of one kind as one element, unless the borders of tokens or the token itself shall be seen."""
+    for (trained, special), run in groupby(pieces, key=lambda piece: (piece.trained, piece.special)):
+        tag = "mark" if trained else "span"
+        kind = " ".join(name for name, wanted in (("s", special), ("p", not trained), ("b", borders)) if wanted)
+        classes = f' class="{kind}"' if kind else ""
+        if borders or special:
+            for piece in run:
+                numbers = " ".join(map(str, piece.ids))
+                yield f'<{tag}{classes} title="{numbers}">{_visible(piece.text)}</{tag}>'
+        else:
+            yield f"<{tag}{classes}>{_visible(''.join(piece.text for piece in run))}</{tag}>"
+
+
+def _findings(inspection: Inspection, ids: dict[str, str]) -> str:
+    if not inspection.findings:
+        return "<p>None.</p>"
+    allow = inspection.recipe.dataset.allow
+    return "\n".join(_finding(each, number, ids, allow) for number, each in enumerate(inspection.findings))
+
+
+def _finding(finding: Finding, number: int, ids: dict[str, str], allow: Sequence[str]) -> str:
+    places = [
+        f'<a href="#{ids[place]}">{_text(place)}</a>' if place in ids else f"<span>{_text(place)}</span>"
+        for place in finding.rows
+    ]
+    more = ", ..." if finding.count > len(places) else ""
+    allowed = " (allowed)" if finding.level == "error" and finding.name in allow else ""
+    return (
+        f'<article class="finding {finding.level}" id="finding-{number}-{finding.name}">'
+        f'<h3><span class="level">{finding.level}{allowed}</span> {finding.name}</h3>\n'
+        f"<p>{_text(finding.message)}. {_text(FINDINGS[finding.name].advice)}</p>\n"
+        f'<p class="places">{", ".join(places)}{more}</p></article>'
+    )
+
+
+def _audit(audit: dict[str, Any]) -> str:
+    parts = [_table(title, rows) for title, rows in tables(audit).items()]
+    caption = "<figcaption>Tokens of the training rows, before any cut</figcaption>"
+    parts.append(f"<figure>{caption}\n{_histogram(bars(audit['train']))}</figure>")
+    longest = [[each["row"], f"{each['tokens']:,}", each["outcome"]] for each in audit["train"]["longest"]]
+    parts.append(_table("longest rows", [["", "tokens", "outcome"], *longest]))
+    if pairs := audit["train"]["duplicates"]["pairs"]:
+        listed = [[each["row"], each["like"], f"{each['alike']:.0%}"] for each in pairs]
+        parts.append(_table("near duplicates", [["row", "is like", "overlap"], *listed]))
+    if bad := audit["train"]["bad_rows"]:
+        listed = [[each["row"], reason(each)] for each in bad]
+        parts.append(_table("rows that cannot be used", [["", "why"], *listed]))
+    return "\n".join(parts)
+
+
+def _table(title: str, rows: list[list[str]]) -> str:
+    head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in rows[0])
+    body = "".join(
+        f'<tr><th scope="row">{_text(first)}</th>{"".join(f"<td>{_text(cell)}</td>" for cell in rest)}</tr>'
+        for first, *rest in rows[1:]
+    )
+    top = f"<thead><tr>{head}</tr></thead>" if any(rows[0]) else ""
+    caption = title[0].upper() + title[1:]
+    return f'<div class="wide"><table><caption>{caption}</caption>{top}<tbody>{body}</tbody></table></div>'
+
+
+def _histogram(counted: list[tuple[str, int]]) -> str:
+    most = max(1, *(count for _, count in counted))
+    room = _WIDTH - _LABEL - 64
+    drawn = []
+    for number, (label, count) in enumerate(counted):
+        y, width = number * _LINE, count / most * room
+        drawn.append(
+            f'<text x="{_LABEL - 6}" y="{y + 13}" text-anchor="end">{label}</text>'
+            f'<rect x="{_LABEL}" y="{y + 2}" width="{max(width, 1 if count else 0):.1f}" height="{_LINE - 4}"/>'
+            f'<text x="{_LABEL + width + 5:.1f}" y="{y + 13}">{count:,}</text>'
+        )
+    height = len(counted) * _LINE
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="Tokens, and how many rows have so many">'
+        f"{''.join(drawn)}</svg>"
+    )
+
+
+def _visible(text: str) -> str:
+    """Escaped, with newlines marked and everything that could reorder or hide text written out."""
+    return _text(text).replace("\n", '<span class="n">\u23ce</span>\n')
+
+
+def _text(text: str) -> str:
+    if text.isascii() and text.isprintable():
+        return escape(text)
+    return "".join(escape(char) if char == "\n" or _is_plain(char) else _written_out(char) for char in text)
+
+
+def _is_plain(char: str) -> bool:
+    return char in _HARMLESS or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def _written_out(char: str) -> str:
+    code = char.encode("unicode_escape", "surrogatepass").decode("ascii")
+    return f'<span class="e">{code}</span>'
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -1,0 +1,327 @@
+"""What a recipe would train: its rows as tokens, the audit of all of its data, and what is wrong with it.
+
+The rows are read from where ``peftcli train`` reads them, so what is shown is what is trained.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice, pairwise
+from typing import Any
+
+import numpy as np
+
+from peftcli.data.chat import IGNORED
+from peftcli.data.findings import Finding, refuse, shown, worst_first
+from peftcli.data.flags import Flag
+from peftcli.data.pieces import Piece, Speller
+from peftcli.data.store import BAD, USED, View
+from peftcli.errors import UsageError
+from peftcli.inspection.audit import audit, leaks
+from peftcli.inspection.duplicates import spread
+from peftcli.models.load import load_tokenizer
+from peftcli.schema import Recipe
+from peftcli.system.secrets import spans
+from peftcli.tasks import TASKS
+from peftcli.train.data import Data, load_data, plan_of
+from peftcli.train.launch import total_processes
+from peftcli.train.plan import Plan
+from peftcli.train.report import OnEvent, Phase, RowsRead, Warned
+
+_PLACE = re.compile(r"(.+?)(?::| row )([0-9]{1,18})")
+_NUMBER = re.compile(r"\d{1,18}")
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """One example, as it is trained."""
+
+    index: int
+    """Which of the examples, from 0."""
+    split: str
+    """``train`` or ``eval``."""
+    place: str
+    input_ids: list[int]
+    labels: list[int]
+    pieces: list[Piece]
+    """The input. In a causal model those that are trained say so."""
+    answer: list[Piece] | None
+    """What an encoder-decoder is trained to write."""
+    targets: int
+    missing: int
+    """Tokens that were cut from its end."""
+    lost: int
+    """Targets among them."""
+    part: tuple[int, int]
+    """Which of how many examples of its row it is, from 1."""
+
+    def as_dict(self, text: str) -> dict[str, Any]:
+        """The row as ``inspect --json`` gives it."""
+        return {"index": self.index, "input_ids": self.input_ids, "labels": self.labels, "text": text}
+
+
+class Inspection:
+    """A recipe's data, looked at."""
+
+    def __init__(self, recipe: Recipe, data: Data, tokenizer: Any, processes: int):
+        self.recipe, self.data = recipe, data
+        self.speller = Speller(tokenizer)
+        task = TASKS[recipe.task]
+        self.aligned = task.packs
+        self.plan = plan_of(recipe, data, processes)
+        train = audit(data.train, tokenizer, aligned=self.aligned)
+        findings = [*data.findings, *train.findings]
+        self.audit: dict[str, Any] = {
+            "train": train.facts,
+            "eval": None,
+            "train_in_eval": None,
+            "batches": _batches(recipe, data, self.plan),
+        }
+        if data.eval is not None:
+            evaluation = audit(data.eval, tokenizer, aligned=self.aligned, split="eval")
+            shared, leaked = leaks(train, evaluation)
+            findings += [*evaluation.findings, *leaked]
+            self.audit |= {"eval": evaluation.facts, "train_in_eval": shared}
+        self.findings: list[Finding] = worst_first(findings)
+
+    def sample(self, count: int) -> list[ShownRow]:
+        """At most ``count`` training examples, spread evenly: the first, the last, and others between."""
+        return [self.row(int(index)) for index in spread(len(self.data.train), count)]
+
+    def row(self, index: int, split: str = "train") -> ShownRow:
+        """An example by its number, from 0."""
+        view = self._views[split]
+        store, position = view.locate(index)
+        feature, row = store[position], int(store.row_of[position])
+        first, last = np.searchsorted(store.row_of, [row, row + 1]).tolist()
+        record = store.rows[row]
+        ids, labels = feature["input_ids"], feature["labels"]
+        cut = bool(record["flags"] & Flag.TRUNCATED)
+        return ShownRow(
+            index=index,
+            split=split,
+            place=shown(store.place(row)),
+            input_ids=ids,
+            labels=labels,
+            # a causal model is never asked for the first token
+            pieces=self._spelled(ids, [IGNORED, *labels[1:]] if self.aligned else [IGNORED] * len(ids)),
+            answer=None if self.aligned else self._spelled(labels),
+            targets=int(view.targets[index]),
+            missing=int(record["tokens"]) - len(ids) - (0 if self.aligned else len(labels)) if cut else 0,
+            lost=int(record["lost"]),
+            part=(position - first + 1, last - first),
+        )
+
+    def of_findings(self) -> list[ShownRow]:
+        """The rows that findings name, but not those that are left out."""
+        rows: dict[tuple[str, int], ShownRow] = {}
+        for place in dict.fromkeys(place for finding in self.findings for place in finding.rows):
+            with suppress(UsageError):
+                rows |= {(row.split, row.index): row for row in self.find(place)}
+        return list(rows.values())
+
+    def find(self, place: str) -> list[ShownRow]:
+        """The examples of one row.
+
+        Args:
+            place: As findings name it, ``FILE:LINE`` or ``FILE row N``; or the number of a training example, from 0.
+
+        Raises:
+            UsageError: there is no such row, or it is not used.
+        """
+        refuse_place(place)
+        if _NUMBER.fullmatch(place):
+            if int(place) >= len(self.data.train):
+                raise UsageError(f"no example {place}: there are {len(self.data.train)}, counted from 0")
+            return [self.row(int(place))]
+        named = _PLACE.fullmatch(place)
+        assert named is not None
+        for split, view in self._views.items():
+            if (found := self._find(view, split, named[1], int(named[2]))) is not None:
+                return found
+        names = sorted({name for view in self._views.values() for part in view.parts for name in part.store.files})
+        raise UsageError(f"no row {place[:200]}", hint=f"The files are: {', '.join(names[:5])}")
+
+    def text(self, row: ShownRow) -> str:
+        """A row's input as the tokenizer decodes it."""
+        return self.speller.text(row.input_ids)
+
+    def refuse(self) -> None:
+        """Stops where ``peftcli train`` would.
+
+        Raises:
+            DataError: an error that the recipe does not allow.
+        """
+        refuse(self.findings, self.recipe.dataset.allow)
+
+    def _spelled(self, ids: list[int], labels: list[int] | None = None) -> list[Piece]:
+        """The ids in pieces, without the secrets that they spell together."""
+        pieces = self.speller.pieces(ids, labels)
+        letters = list("".join(piece.text for piece in pieces))
+        for start, end in spans("".join(letters)):
+            letters[start:end] = ["***", *[""] * (end - start - 1)]
+        parts = iter(letters)
+        return [replace(piece, text="".join(islice(parts, len(piece.text)))) for piece in pieces]
+
+    @cached_property
+    def _views(self) -> dict[str, View]:
+        return {"train": self.data.train} | ({"eval": self.data.eval} if self.data.eval is not None else {})
+
+    def _find(self, view: View, split: str, file: str, number: int) -> list[ShownRow] | None:
+        before = 0
+        for part, size in zip(view.parts, view.sizes, strict=True):
+            store = part.store
+            files = [at for at, name in enumerate(store.files) if name == file or name.endswith(f"/{file}")]
+            rows = store.rows
+            here = np.where(rows["line"] > 0, rows["line"], rows["number"]) == number
+            found = np.flatnonzero(here & part.mask & np.isin(rows["file"], files))
+            if len(found):
+                row = int(found[0])
+                if (outcome := store.outcomes[rows[row]["outcome"]]) != USED:
+                    reason = next((str(error) for at, error in store.bad_rows() if at == row), "")
+                    raise UsageError(reason if outcome == BAD else f"{file}:{number} is left out: {outcome}")
+                at = np.flatnonzero(store.row_of[part.features] == row) + before
+                return [self.row(int(index), split) for index in at]
+            before += size
+        return None
+
+
+def refuse_place(place: str) -> None:
+    """Raises UsageError unless ``place`` has the form of what ``Inspection.find`` finds."""
+    if not _NUMBER.fullmatch(place) and not _PLACE.fullmatch(place):
+        raise UsageError(f"{place[:200]!r} is neither the number of an example nor FILE:LINE", key="--row")
+
+
+def inspect(recipe: Recipe, on_event: OnEvent = lambda event: None) -> Inspection:
+    """Reads and encodes a recipe's data as training would, and looks at all of it.
+
+    Raises:
+        DataError: the data cannot be read, or holds nothing that can be trained.
+        ModelError: the tokenizer cannot be loaded.
+        NetworkError: the hub cannot be reached.
+    """
+    on_event(Phase("reading the data"))
+    tokenizer = load_tokenizer(recipe.base_model)
+    data = load_data(
+        recipe,
+        TASKS[recipe.task].load(),
+        tokenizer,
+        keep_bad_rows=True,
+        on_rows=lambda *read: on_event(RowsRead(*read)),
+        on_note=lambda text: on_event(Warned(text)),
+    )
+    on_event(Phase(f"looking at {len(data.train):,} examples"))
+    inspection = Inspection(recipe, data, tokenizer, total_processes(recipe.launch))
+    for text in (*data.notes, *inspection.plan.repeated(data.names)):
+        on_event(Warned(text))
+    return inspection
+
+
+def _batches(recipe: Recipe, data: Data, plan: Plan) -> dict[str, Any]:
+    """What a step and an epoch hold, and which share of a batch is no padding, with and without packing."""
+    efficiency: dict[str, float | None] = {"padded": None, "packed": None}
+    for name, packing in {"padded": False, "packed": True}.items():
+        if not packing or TASKS[recipe.task].packs:
+            other = replace(recipe, dataset=replace(recipe.dataset, packing=packing))
+            efficiency[name] = round(plan_of(other, data, plan.num_processes).efficiency, 4)
+    return {
+        "processes": plan.num_processes,
+        "per_device_train_batch_size": recipe.training.per_device_train_batch_size,
+        "gradient_accumulation_steps": recipe.training.gradient_accumulation_steps,
+        "global_batch_size": plan.global_batch_size,
+        "packing": plan.packs,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "steps": plan.total_steps,
+        "epochs": round(plan.epoch(plan.total_steps), 4),
+        "passes_per_epoch": [round(passes, 4) for passes in plan.passes],
+        "tokens_per_epoch": plan.tokens_per_epoch,
+        "tokens_per_step": round(plan.tokens_per_epoch / plan.steps_per_epoch, 1),
+        "efficiency": efficiency,
+    }
+
+
+def tables(audit: dict[str, Any]) -> dict[str, list[list[str]]]:
+    """The audit in words and numbers to be read: title -> rows, the first of which names the columns."""
+    splits = {name: audit[name] for name in ("train", "eval") if audit[name]}
+    facts = list(splits.values())
+    rows = [["", *splits]]
+
+    def row(name: str, cell: Callable[[dict[str, Any]], str]) -> None:
+        rows.append([name, *map(cell, facts)])
+
+    row("rows", lambda each: f"{each['rows']:,}")
+    row("used", lambda each: f"{each['used']:,}")
+    for reason in dict.fromkeys(reason for each in facts for reason in each["left_out"]):
+        rows.append([f"left out: {reason}", *(f"{each['left_out'].get(reason, 0):,}" for each in facts)])
+    if any(each["columns_not_read"] for each in facts):
+        row("columns that are not read", lambda each: ", ".join(each["columns_not_read"][:8]) or "none")
+    row("examples", lambda each: f"{each['examples']:,}")
+    row("tokens", lambda each: f"{each['tokens']:,}")
+    row("trained tokens", lambda each: f"{each['targets']:,} ({each['share_trained']:.1%})")
+    row("tokens of a row: median", lambda each: f"{each['lengths']['rows']['median']:,}")
+    row("95 % have at most", lambda each: f"{each['lengths']['rows']['p95']:,}")
+    row("longest", lambda each: f"{each['lengths']['rows']['max']:,}")
+    row("rows cut at max_length", lambda each: f"{each['flags']['truncated']:,}")
+    row("trained tokens lost there", lambda each: f"{each['targets_cut']:,}")
+    row("rows whose answers' ends are trained", lambda each: f"{each['ends_trained']:.1%}")
+    row("last trained token", lambda each: ", ".join(f"{text!r} {share:.0%}" for text, share in _ends(each)))
+    row("exact duplicates", lambda each: f"{each['duplicates']['exact']:,}")
+    row("near duplicates", lambda each: f"{each['duplicates']['near']:,}")
+    if audit["train_in_eval"]:
+        rows.append(["evaluation rows that are trained too", "", f"{audit['train_in_eval']['rows']:,}"])
+    found = {"data": rows}
+    if len(sources := audit["train"]["sources"]) > 1:
+        names = ("rows", "used", "tokens", "targets")
+        listed = [
+            [each["source"], *(f"{each[name]:,}" for name in names), f"{passes:.2f}"]
+            for each, passes in zip(sources, audit["batches"]["passes_per_epoch"], strict=True)
+        ]
+        found["sources"] = [["", "rows", "used", "tokens", "trained tokens", "passes an epoch"], *listed]
+    return found | {"batches": [["", "one epoch"], *_batch_rows(audit["batches"])]}
+
+
+def _ends(facts: dict[str, Any]) -> list[tuple[str, float]]:
+    """The two tokens that most rows end with, and the share of the rows that do."""
+    return [(text, count / facts["used"]) for text, count in list(facts["ends"].items())[:2]]
+
+
+def _batch_rows(batches: dict[str, Any]) -> list[list[str]]:
+    size, accumulated = batches["per_device_train_batch_size"], batches["gradient_accumulation_steps"]
+    what = "packed rows" if batches["packing"] else "examples"
+    packed = batches["efficiency"]["packed"]
+    return [
+        [f"{what} of a step", f"{batches['global_batch_size']:,}"],
+        ["  batch size x micro-batches x processes", f"{size:,} x {accumulated:,} x {batches['processes']:,}"],
+        ["steps", f"{batches['steps_per_epoch']:,}"],
+        ["steps in all", f"{batches['steps']:,} ({batches['epochs']:g} epochs)"],
+        ["tokens", f"{batches['tokens_per_epoch']:,}"],
+        ["tokens of a step", f"{batches['tokens_per_step']:,.0f}"],
+        ["tokens in a batch that are no padding", f"{batches['efficiency']['padded']:.1%}"],
+        *([] if packed is None else [["  the same with packing", f"{packed:.1%}"]]),
+    ]
+
+
+def reason(bad: dict[str, Any]) -> str:
+    """What is wrong with a bad row of the audit, and under which key."""
+    return ": ".join(filter(None, [bad["key"], bad["message"]]))
+
+
+def bars(facts: dict[str, Any]) -> list[tuple[str, int]]:
+    """The histogram of row lengths before any cut: a label and a count for each bar."""
+    histogram = facts["lengths"]["rows"]["histogram"]
+    return [
+        (f"{start:,} - {end - 1:,}", count)
+        for (start, end), count in zip(pairwise(histogram["edges"]), histogram["counts"], strict=True)
+    ]
+
+
+def shortened(pieces: list[Piece], most: int) -> tuple[list[Piece], int, list[Piece]]:
+    """The beginning and the end of a row of more than ``most`` pieces, and how many are left out between."""
+    if len(pieces) <= most:
+        return pieces, 0, []
+    half = most // 2
+    return pieces[:half], len(pieces) - 2 * half, pieces[-half:]

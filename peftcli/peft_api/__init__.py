@@ -1,0 +1,1 @@
+"""PEFT's names over the core, so that code written for PEFT runs with its import changed."""

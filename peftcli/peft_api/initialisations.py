@@ -1,0 +1,202 @@
+"""PEFT's functions that start or train a LoRA adapter in a way of its own, over a model of ``get_peft_model``.
+
+A recipe needs none of them: ``peftcli train`` does what ``init_lora_weights`` and ``loraplus_lr_ratio`` say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcli.core.layer import bare, base_paths
+from peftcli.core.linear import linear_view
+from peftcli.core.rates import rate_groups
+from peftcli.core.weights import named_tensors
+from peftcli.errors import AdapterError
+from peftcli.methods.lora.calibrate import lora_layers, start_loftq
+from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora.eva import eva_directions, start_eva
+from peftcli.methods.lora.residual_init import STATISTIC
+from peftcli.methods.lora.statistics import covariances, gradients
+from peftcli.models.load import base_of
+from peftcli.models.weights import BaseWeights
+
+_KEY = "init_lora_weights"
+
+
+def initialize_lora_eva_weights(
+    model: nn.Module,
+    dataloader: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    eva_state_dict: Mapping[str, torch.Tensor] | None = None,
+    adapter_name: str = "default",
+) -> None:
+    """Start a model of ``get_peft_model`` whose config says ``init_lora_weights="eva"``.
+
+    Args:
+        model: the model.
+        dataloader: batches of keyword arguments; gone through until the directions are known.
+        eva_state_dict: instead of them, what ``get_eva_state_dict`` gave.
+        adapter_name: which of the model's adapters.
+
+    Raises:
+        AdapterError: the config says otherwise, or the data do not suffice.
+    """
+    if (dataloader is None) == (eva_state_dict is None):
+        raise AdapterError("EVA needs either a dataloader or an eva_state_dict")
+    if eva_state_dict is None:
+        assert dataloader is not None
+        eva_state_dict = get_eva_state_dict(model, dataloader, adapter_name)
+    base, config, adapter = _parts(model, adapter_name, "eva")
+    directions = {name.removeprefix(config.file_prefix): value for name, value in eva_state_dict.items()}
+    start_eva(base, config, lora_layers(base, adapter), directions)
+
+
+def get_eva_state_dict(
+    model: nn.Module, dataloader: Iterable[Mapping[str, torch.Tensor]], adapter_name: str = "default"
+) -> dict[str, torch.Tensor]:
+    """EVA's directions (r, in) of each layer, as many as the layer is to get.
+
+    Raises:
+        AdapterError: the config says otherwise, or the data do not suffice.
+    """
+    base, config, adapter = _parts(model, adapter_name, "eva")
+    found = eva_directions(base, config, lora_layers(base, adapter), _OnDevice(dataloader, _device(base)))
+    return {config.file_prefix + name: value for name, value in found.items()}
+
+
+def preprocess_corda(model: nn.Module, lora_config: LoraConfig, run_model: Callable[[], Any]) -> None:
+    """Learn what CorDA starts from; ``get_peft_model(model, lora_config)`` comes next.
+
+    Args:
+        model: the base model.
+        lora_config: says ``init_lora_weights="corda"``.
+        run_model: runs the model on examples of the data, 256 or so.
+
+    Raises:
+        AdapterError: the config says otherwise, or the data do not reach a layer.
+    """
+    _leave(model, covariances(model, _targets(model, lora_config, "corda"), run_model))
+
+
+def preprocess_loraga(model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any]) -> None:
+    """Learn what LoRA-GA starts from; ``get_peft_model(model, lora_config)`` comes next.
+
+    Args:
+        model: the base model.
+        lora_config: says ``init_lora_weights="lora_ga"``.
+        train_step: calls ``backward`` on the losses of a few batches. It must not change the model.
+
+    Raises:
+        AdapterError: the config says otherwise, or the data do not reach a layer.
+    """
+    _leave(model, gradients(model, _targets(model, lora_config, "lora_ga"), train_step))
+
+
+def replace_lora_weights_loftq(
+    peft_model: nn.Module,
+    model_path: str | Path | None = None,
+    adapter_name: str = "default",
+    callback: Callable[[nn.Module, str], bool] | None = None,
+) -> None:
+    """Start a LoRA adapter on a quantised base model from what quantisation took away.
+
+    Args:
+        peft_model: the model.
+        model_path: folder or hub id of the base model in full precision. None: where the model was loaded from.
+        adapter_name: which of the model's adapters.
+        callback: is given the model and a layer's name after each layer; where it says False, the layer is put back.
+
+    Raises:
+        AdapterError: no layer is quantised.
+        ModelError: the full weights cannot be read.
+    """
+    base, _, adapter = _parts(peft_model, adapter_name)
+    where = str(model_path or getattr(base, "name_or_path", ""))
+    weights = BaseWeights(base_of(where.removesuffix("/model.safetensors")), getattr(base, "base_model_prefix", ""))
+    keep = callback or (lambda model, name: True)
+    start_loftq(base, weights, adapter, lambda name: keep(peft_model, name))
+
+
+def create_loraplus_optimizer(
+    model: nn.Module,
+    optimizer_cls: type[torch.optim.Optimizer],
+    *,
+    lr: float,
+    loraplus_lr_ratio: float,
+    loraplus_lr_embedding: float = 1e-6,
+    loraplus_weight_decay: float = 0.0,
+    **options: Any,
+) -> torch.optim.Optimizer:
+    """An optimizer that trains LoRA's B ``loraplus_lr_ratio`` times as fast as A: LoRA+.
+
+    Args:
+        model: a model of ``get_peft_model``.
+        optimizer_cls: class of the optimizer.
+        lr: learning rate of A.
+        loraplus_lr_ratio: the learning rate of B, and of vectors, over ``lr``.
+        loraplus_lr_embedding: learning rate of LoRA on embeddings.
+        loraplus_weight_decay: weight decay of all but vectors.
+        options: the optimizer's other arguments.
+
+    Raises:
+        AdapterError: the adapter has no B.
+    """
+    groups = rate_groups(named_tensors(_base_of(model)), lr, loraplus_lr_ratio, loraplus_lr_embedding)
+    decayed = []
+    for group in groups:
+        for vectors in (False, True):
+            if parameters := [value for value in group["params"] if (value.ndim == 1) == vectors]:
+                decay = 0.0 if vectors else loraplus_weight_decay
+                decayed.append({"params": parameters, "lr": group["lr"], "weight_decay": decay})
+    return optimizer_cls(decayed, lr=lr, **options)  # type: ignore[call-arg]
+
+
+@dataclass(frozen=True)
+class _OnDevice:
+    """Batches, with their tensors on a device; as often as they are gone through."""
+
+    batches: Iterable[Mapping[str, torch.Tensor]]
+    device: torch.device
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for batch in self.batches:
+            yield {name: value.to(self.device) for name, value in batch.items()}
+
+
+def _parts(model: Any, adapter_name: str, init: str | None = None) -> tuple[nn.Module, LoraConfig, str | None]:
+    """Of a model of ``get_peft_model``: what it wraps, the adapter's config, and its name where there are several."""
+    config = model.peft_config[adapter_name]
+    if not isinstance(config, LoraConfig):
+        raise AdapterError(f"the adapter is {config.peft_type}, not LORA", key="peft_type")
+    if init is not None and config.init_lora_weights != init:
+        raise AdapterError(f"must be {init!r}, not {config.init_lora_weights!r}", key=_KEY)
+    return _base_of(model), config, adapter_name if len(model.peft_config) > 1 else None
+
+
+def _targets(model: nn.Module, config: LoraConfig, init: str) -> dict[str, nn.Module]:
+    if config.init_lora_weights != init:
+        raise AdapterError(f"must be {init!r}, not {config.init_lora_weights!r}", key=_KEY)
+    paths = base_paths(model)
+    modules = {name: model.get_submodule(paths[name]) for name in config.targets(model)}
+    return {name: module for name, module in modules.items() if linear_view(module) is not None}
+
+
+def _leave(model: nn.Module, statistics: Mapping[str, torch.Tensor]) -> None:
+    """Leave what was found at the base model's layers, where the adapter's layers take it."""
+    paths = base_paths(model)
+    for name, value in statistics.items():
+        bare(model.get_submodule(paths[name])).__dict__[STATISTIC] = value
+
+
+def _base_of(model: Any) -> nn.Module:
+    base: nn.Module = model.get_base_model() if hasattr(model, "peft_config") else model
+    return base
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

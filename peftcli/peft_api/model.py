@@ -1,0 +1,823 @@
+"""PEFT's names over the core, so that code written for PEFT runs with its import changed."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from peftcli.adapters.card import write_card
+from peftcli.adapters.hub import local_folder, push
+from peftcli.core.combine import Combination
+from peftcli.core.config import AdapterConfig
+from peftcli.core.files import load_adapter, read_config, read_tensors, save_adapter
+from peftcli.core.inject import disabled, inject, set_active, set_trainable, unload
+from peftcli.core.layer import adapter_layers
+from peftcli.core.merge import Folded, fold, merge
+from peftcli.core.mixed_batch import BASE, adapted_by_row
+from peftcli.core.prompts import virtual_tokens
+from peftcli.core.quantised import num_weights
+from peftcli.core.weights import (
+    adapter_state,
+    holds_its_file,
+    load_state,
+    load_training_state,
+    named_tensors,
+    training_state,
+)
+from peftcli.errors import AdapterError
+from peftcli.guard.adapter_header import WEIGHTS_FILE
+from peftcli.methods import METHODS, config_from_dict
+from peftcli.methods.lora.combine import Adapter, combine
+from peftcli.models.load import base_of, load_tokenizer
+from peftcli.models.quantization import forget
+from peftcli.models.tokens import fit_adapter
+from peftcli.tasks import TASKS
+
+_NAME = re.compile(r"[\w-]+")
+
+
+class TaskType(str, Enum):
+    """PEFT's names of the tasks."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+PeftType = Enum("PeftType", {method.peft_type: method.peft_type for method in METHODS.values()}, type=str)  # type: ignore[misc]
+"""PEFT's names of the methods."""
+
+
+class PromptTuningInit(str, Enum):
+    """How virtual tokens start."""
+
+    TEXT = "TEXT"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    RANDOM = "RANDOM"
+
+
+class MultitaskPromptTuningInit(str, Enum):
+    """How the virtual tokens of several tasks start."""
+
+    TEXT = "TEXT"
+    RANDOM = "RANDOM"
+    AVERAGE_SOURCE_TASKS = "AVERAGE_SOURCE_TASKS"
+    EXACT_SOURCE_TASK = "EXACT_SOURCE_TASK"
+    ONLY_SOURCE_SHARED = "ONLY_SOURCE_SHARED"
+
+
+class PromptEncoderReparameterizationType(str, Enum):
+    """What makes p-tuning's virtual tokens while they train."""
+
+    MLP = "MLP"
+    LSTM = "LSTM"
+
+
+class PeftConfig:
+    """Reads any method's config from an adapter folder."""
+
+    @staticmethod
+    def from_pretrained(adapter: str | Path, revision: str | None = None) -> AdapterConfig:
+        """The config in a folder or hub repository.
+
+        Raises:
+            AdapterError: it cannot be read, or names a method or setting that is not supported.
+        """
+        folder = local_folder(str(adapter), revision=revision)
+        return config_from_dict(read_config(folder), file=str(folder / "adapter_config.json"))
+
+
+class _Tuner(nn.Module):
+    """Holds the model as ``base_model.model``, so that parameters are called what the adapter file calls them."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.folded: Folded | None = None
+        """What ``merge_adapter`` did, until ``unmerge_adapter``."""
+        self.disabled = False
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        with self.by_row(adapter_names):
+            return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def by_row(self, names: Sequence[str] | None, copies: int = 1) -> AbstractContextManager[None]:
+        """``adapted_by_row`` of the model, or nothing to enter where no names are given.
+
+        Raises:
+            AdapterError: the model is in training mode, or its adapters are merged or disabled.
+        """
+        if names is None:
+            return nullcontext()
+        if self.training:
+            raise AdapterError("needs a model in evaluation mode; call eval()", key="adapter_names")
+        if self.folded or self.disabled:
+            how = "merged; call unmerge_adapter()" if self.folded else "disabled"
+            raise AdapterError(f"the adapters are {how}", key="adapter_names")
+        return adapted_by_row(self.model, names, copies)
+
+
+class PeftModel(nn.Module):
+    """A model with adapters in it, of which one or some are active.
+
+    ``state_dict()`` holds the adapters' weights only: what is saved in the middle of training, by Accelerate or by
+    ``transformers.Trainer``, is small and free of tied weights. ``base_model.state_dict()`` holds everything.
+
+    ``forward`` and ``generate`` take ``adapter_names``, one a row: the adapter of that row, or ``__base__`` for none.
+    """
+
+    def __init__(self, model: nn.Module, peft_config: AdapterConfig, adapter_name: str = "default"):
+        super().__init__()
+        self.base_model = _Tuner(model)
+        self.peft_config = {adapter_name: peft_config}
+        self._active = [adapter_name]
+        self._merged: list[str] = []
+        self.train(model.training)
+        self.register_state_dict_post_hook(_keep_adapter)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_expect_adapter)  # type: ignore[no-untyped-call]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":  # not set yet: a copy in the making
+                raise
+            return getattr(self.base_model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model computes with its active adapters."""
+        return self.base_model(*args, **kwargs)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that are active."""
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """Name of the active adapter; a list, unless there is exactly one."""
+        return self._active[0] if len(self._active) == 1 else self.active_adapters
+
+    @property
+    def active_peft_config(self) -> AdapterConfig:
+        """The config of the active adapter, of several the first."""
+        if not self._active:
+            raise AdapterError("no adapter is active")
+        return self.peft_config[self._active[0]]
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the model takes the number of targets of the global batch, which Trainer asks."""
+        model = self.get_base_model()
+        if hasattr(model, "accepts_loss_kwargs"):
+            return bool(model.accepts_loss_kwargs)
+        kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+        return inspect.Parameter.VAR_KEYWORD in kinds
+
+    def get_base_model(self) -> nn.Module:
+        """The transformers model, adapter layers and all."""
+        model = self.base_model.model
+        assert isinstance(model, nn.Module)
+        return model
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """What ``generate`` of transformers returns, virtual tokens left out."""
+        model = self.get_base_model()
+        copies = 1 if adapter_names is None else _rows_of_an_example(model, kwargs)
+        with self.base_model.by_row(adapter_names, copies):
+            return virtual_tokens.generate(model, *args, **kwargs)
+
+    def add_adapter(self, adapter_name: str, peft_config: AdapterConfig) -> None:
+        """Put another new adapter into the model, of any method. It is neither active nor trained: ``set_adapter``.
+
+        Raises:
+            AdapterError: the name is taken, or the config does not fit the model. Nothing is changed then.
+        """
+        self._check_new(adapter_name)
+        _start(self.get_base_model(), peft_config, adapter_name)
+        self._added(adapter_name, peft_config, trainable=False)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one adapter, or several together, the active ones. Their weights train, and those of no other.
+
+        Args:
+            adapter_name: one name or several.
+            inference_mode: train none of them.
+
+        Raises:
+            AdapterError: an unknown name, or one adapter would hide what another does.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._check_known(names)
+        self.unmerge_adapter()
+        set_active(self.get_base_model(), names)
+        self._active = names
+        set_trainable(self.get_base_model(), False)
+        self.set_requires_grad(names, not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let the weights of these adapters take gradients, or not, whether or not they are active."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._check_known(names)
+        for name in names:
+            set_trainable(self.get_base_model(), requires_grad, name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out. Where it was the only active one, the first of those left becomes active.
+
+        Raises:
+            AdapterError: an unknown name, or the adapters are merged.
+        """
+        self._check_known([adapter_name])
+        self._check_unmerged()
+        unload(self.get_base_model(), adapter_name)
+        del self.peft_config[adapter_name]
+        if self._active == [adapter_name] and self.peft_config:
+            warnings.warn(f"{adapter_name} was active; now {next(iter(self.peft_config))} is", stacklevel=2)
+            self.set_adapter(next(iter(self.peft_config)))
+        self._active = [name for name in self._active if name != adapter_name]
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, the model computes what the base model computes."""
+        tuner, merged = self.base_model, self._merged
+        self.unmerge_adapter()
+        before, tuner.disabled = tuner.disabled, True
+        try:
+            with disabled(self.get_base_model()):
+                yield
+        finally:
+            tuner.disabled = before
+            if merged:
+                self.merge_adapter(merged)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Parameters that train, and all of them."""
+        trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        return trained, num_weights(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print both counts and their ratio."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        **_unused: Any,
+    ) -> None:
+        """Write each adapter's folder: config, weights, model card. Never the base model.
+
+        Args:
+            save_directory: the folder of the adapter called ``default``; the others get a folder of their name in it.
+            is_main_process: whether to write at all.
+            selected_adapters: which adapters; None: all.
+
+        Raises:
+            AdapterError: an unknown name, or a weight is not finite.
+            StorageError: the folder cannot be written.
+        """
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        self._check_known(names)
+        if is_main_process:
+            for name in names:
+                self._save(name, Path(save_directory) / ("" if name == "default" else name))
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, **options: Any) -> Any:
+        """Save the active adapter and push it to the hub, private by default. See ``peftcli.adapters.hub.push``."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._save(self._only_active(), Path(folder))
+            return push(Path(folder), repo_id, private=private, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: AdapterConfig | None = None,
+        revision: str | None = None,
+    ) -> PeftModel:
+        """``model`` with the adapter of a folder or hub repository in it, frozen unless ``is_trainable``.
+
+        Raises:
+            AdapterError: the adapter cannot be read or does not fit the model.
+        """
+        _check_name(adapter_name)
+        folder = local_folder(str(model_id), revision=revision)
+        if config is None:
+            config = PeftConfig.from_pretrained(folder)
+        load_adapter(model, config, folder, trainable=is_trainable, adapter=adapter_name)
+        return _wrapped(model, config, adapter_name).train(is_trainable)
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str | None = None,
+        is_trainable: bool = False,
+        revision: str | None = None,
+    ) -> None:
+        """Load the adapter of a folder or hub repository beside the others, or in the place of the one of its name.
+
+        A new one is not active: ``set_adapter``. An old one is replaced in place when the configs say the same.
+
+        Args:
+            model_id: the folder or repository.
+            adapter_name: the adapter's name here; None: the active adapter is replaced.
+            is_trainable: whether its weights take gradients.
+            revision: revision of the repository.
+
+        Raises:
+            AdapterError: it does not fit. The model is as it was then.
+        """
+        self._check_unmerged()
+        folder = local_folder(str(model_id), revision=revision)
+        config = PeftConfig.from_pretrained(folder)
+        name = self._only_active() if adapter_name is None else adapter_name
+        if name in self.peft_config:
+            self._replace(name, config, folder, is_trainable)
+            return
+        self._check_new(name)
+        load_adapter(self.get_base_model(), config, folder, trainable=is_trainable, adapter=name)
+        self._added(name, config, trainable=is_trainable)
+        if not is_trainable:
+            self.eval()
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Make a new adapter, not active, of a weighted sum of others. See ``peftcli.core.combine``.
+
+        Raises:
+            AdapterError: the adapters cannot be combined like that, or the name is taken.
+        """
+        self._check_known(adapters)
+        self._check_new(adapter_name)
+        model = self.get_base_model()
+        given = [Adapter(name, self.peft_config[name], adapter_state(model, name)) for name in adapters]
+        combined = combine(given, weights, Combination(combination_type, svd_rank, density, majority_sign_method))
+        combined.config.inference_mode = True
+        inject(model, combined.config, adapter_name)
+        load_state(model, combined.tensors, adapter=adapter_name)
+        self._added(adapter_name, combined.config, trainable=False)
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> None:
+        """Put the updates of these adapters, or of the active ones, into the base weights until ``unmerge_adapter``.
+
+        Until then the model computes with these adapters, as fast as the base model.
+
+        Args:
+            adapter_names: which adapters; None: the active ones.
+            safe_merge: PEFT's; merged weights are always checked to be finite.
+
+        Raises:
+            AdapterError: they are merged already, an adapter cannot be merged, or a merged weight is not finite. The
+                model is as it was then.
+        """
+        self._check_unmerged()
+        names = self._mergeable(adapter_names)
+        model = self.get_base_model()
+        set_active(model, names)
+        try:
+            self.base_model.folded = fold(model)
+        except AdapterError:
+            set_active(model, self._active)
+            raise
+        self._merged = names
+
+    def unmerge_adapter(self) -> None:
+        """Take back ``merge_adapter``, exactly: the base weights are the same objects as before."""
+        if self.base_model.folded:
+            self.base_model.folded.undo()
+            self.base_model.folded, self._merged = None, []
+            set_active(self.get_base_model(), self._active)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = True,
+        adapter_names: Sequence[str] | None = None,
+        *,
+        dequantize: bool = False,
+    ) -> nn.Module:
+        """The base model with these adapters, or the active ones, folded in, and no adapter layer left.
+
+        Args:
+            progressbar: PEFT's; there is none.
+            safe_merge: PEFT's; merged weights are always checked to be finite.
+            adapter_names: which adapters; None: the active ones.
+            dequantize: make a quantised base model's weights dense, so that they can be merged into.
+
+        Raises:
+            AdapterError: a method cannot be merged, the base model is quantised, or a merged weight is not finite. The
+                model is as it was then.
+        """
+        self.unmerge_adapter()
+        names = self._mergeable(adapter_names)
+        model = self.get_base_model()
+        set_active(model, names)
+        try:
+            untied = merge(model, *(self.peft_config[name] for name in names), dequantise=dequantize)
+        except AdapterError:
+            set_active(model, self._active)
+            raise
+        if dequantize:
+            forget(model)  # type: ignore[arg-type]
+        if untied:
+            model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        return model
+
+    def unload(self) -> nn.Module:
+        """The base model as it was before the adapters."""
+        self.unmerge_adapter()
+        model = self.get_base_model()
+        unload(model)
+        return model
+
+    def _added(self, name: str, config: AdapterConfig, trainable: bool) -> None:
+        """Take note of an adapter that is in the model now, without being active."""
+        self.peft_config[name] = config
+        set_active(self.get_base_model(), self._active)
+        set_trainable(self.get_base_model(), trainable, name)
+
+    def _replace(self, name: str, config: AdapterConfig, folder: Path, trainable: bool) -> None:
+        model, old = self.get_base_model(), self.peft_config[name]
+        if _content(config) == _content(old) and holds_its_file(model, name):
+            # an optimizer may hold the weights: they stay the same objects
+            load_state(model, read_tensors(folder), str(folder / WEIGHTS_FILE), name)
+            set_trainable(model, trainable, name)
+            return
+        kept, mode = training_state(model, name), old.inference_mode
+        trained = any(value.requires_grad for _, _, value in named_tensors(model, name).values())
+        old.inference_mode = holds_its_file(model, name)  # what its layers were made for, should they be made again
+        unload(model, name)
+        try:
+            load_adapter(model, config, folder, trainable=trainable, adapter=name)
+        except AdapterError:
+            inject(model, old, name)
+            load_training_state(model, kept, name)
+            set_trainable(model, trained, name)
+            raise
+        finally:
+            old.inference_mode = mode
+            set_active(model, self._active)
+        self.peft_config[name] = config
+
+    def _save(self, name: str, folder: Path) -> None:
+        save_adapter(self.get_base_model(), self.peft_config[name], folder, name)
+        write_card(folder)
+
+    def _only_active(self) -> str:
+        if len(self._active) != 1:
+            raise AdapterError(f"{len(self._active)} adapters are active; name one", key="adapter_name")
+        return self._active[0]
+
+    def _mergeable(self, names: Sequence[str] | None) -> list[str]:
+        chosen = self.active_adapters if names is None else list(names)
+        self._check_known(chosen)
+        for name in chosen:
+            if reason := self.peft_config[name].merge_problem():
+                raise AdapterError(reason)
+        return chosen
+
+    def _check_known(self, names: Sequence[str]) -> None:
+        if unknown := [name for name in names if name not in self.peft_config]:
+            there = ", ".join(self.peft_config) or "none"
+            raise AdapterError(f"no adapter is called {unknown[0]!r}; there are: {there}", key="adapter_name")
+
+    def _check_new(self, name: str) -> None:
+        _check_name(name)
+        self._check_unmerged()
+        if name in self.peft_config:
+            raise AdapterError(f"there is an adapter called {name!r} already", key="adapter_name")
+
+    def _check_unmerged(self) -> None:
+        if self.base_model.folded:
+            raise AdapterError("adapters are merged; call unmerge_adapter() first")
+
+
+class PeftModelForCausalLM(PeftModel):
+    """A causal language model with an adapter. Names its arguments, which Trainer reads."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        given = {"position_ids": position_ids, "inputs_embeds": inputs_embeds, "labels": labels}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """An encoder-decoder language model with an adapter. Names its arguments, which Trainer reads."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        given = {
+            "inputs_embeds": inputs_embeds,
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+            "labels": labels,
+        }
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """A model that classifies texts, with an adapter. Names its arguments, which Trainer reads."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        given = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "labels": labels}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        return self.base_model(input_ids=input_ids, **kwargs)
+
+
+class PeftModelForTokenClassification(PeftModelForSequenceClassification):
+    """The same, for a model that classifies each token. Logits and labels are those of the tokens of the input."""
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """A model that finds answers in texts, with an adapter. Names its arguments, which Trainer reads."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        given = {
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "inputs_embeds": inputs_embeds,
+            "start_positions": start_positions,
+            "end_positions": end_positions,
+        }
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        return self.base_model(input_ids=input_ids, **kwargs)
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """A model without a head, with an adapter."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        given = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        return self.base_model(input_ids=input_ids, **kwargs)
+
+
+_CLASSES: dict[str | None, type[PeftModel]] = {
+    None: PeftModel,
+    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
+    "SEQ_CLS": PeftModelForSequenceClassification,
+    "TOKEN_CLS": PeftModelForTokenClassification,
+    "QUESTION_ANS": PeftModelForQuestionAnswering,
+    "CAUSAL_LM": PeftModelForCausalLM,
+    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
+}
+
+
+def get_peft_model(model: nn.Module, peft_config: AdapterConfig, adapter_name: str = "default") -> PeftModel:
+    """Put a new adapter into ``model``, in place, and wrap it.
+
+    Raises:
+        AdapterError: the config does not fit the model.
+    """
+    _check_name(adapter_name)
+    _start(model, peft_config, adapter_name)
+    set_trainable(model, not peft_config.inference_mode)
+    return _wrapped(model, peft_config, adapter_name)
+
+
+def get_peft_model_state_dict(model: nn.Module, *, adapter_name: str | None = None) -> dict[str, torch.Tensor]:
+    """An adapter's tensors by the names of the adapter file; without a name, the active adapter's.
+
+    Raises:
+        AdapterError: there is no such adapter, or without a name there are several.
+    """
+    return adapter_state(*_place(model, adapter_name))
+
+
+def set_peft_model_state_dict(
+    model: nn.Module, peft_model_state_dict: Mapping[str, torch.Tensor], adapter_name: str | None = None
+) -> None:
+    """Copy an adapter's tensors, by the names of the adapter file, into the model; without a name, the active one's.
+
+    Raises:
+        AdapterError: there is no such adapter, or the tensors are not those that it has. Nothing is changed then.
+    """
+    place, name = _place(model, adapter_name)
+    load_state(place, peft_model_state_dict, adapter=name)
+
+
+class AutoPeftModel:
+    """Loads an adapter and, from what its config says, the base model below it."""
+
+    auto_class: ClassVar[str | None] = None
+    """transformers' auto class of the base model. None: by the config's task type, or the base model's own class."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        adapter: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        revision: str | None = None,
+        **base_options: Any,
+    ) -> PeftModel:
+        """The adapted model; ``base_options`` go to the base model's ``from_pretrained``.
+
+        Raises:
+            AdapterError: the adapter cannot be read, names no base model, or does not fit it.
+        """
+        folder = local_folder(str(adapter), revision=revision)
+        config = PeftConfig.from_pretrained(folder)
+        if not config.base_model_name_or_path:
+            raise AdapterError("names no base model; use PeftModel.from_pretrained(model, ...)", file=str(folder))
+        base_options.setdefault("revision", config.revision)
+        model = cls._base_class(config).from_pretrained(config.base_model_name_or_path, **base_options)
+        fit_adapter(model, config, folder)
+        return PeftModel.from_pretrained(model, folder, adapter_name, is_trainable, config)
+
+    @classmethod
+    def _base_class(cls, config: AdapterConfig) -> Any:
+        import transformers
+
+        by_task = {row.task_type: row.auto_class for row in TASKS.values()}
+        name = cls.auto_class or by_task.get(config.task_type or "")
+        if name is None:
+            assert config.base_model_name_or_path is not None
+            described = transformers.AutoConfig.from_pretrained(
+                config.base_model_name_or_path, revision=config.revision
+            )
+            name = (described.architectures or ["AutoModel"])[0]
+        found = getattr(transformers, name, None)
+        if found is None or not hasattr(found, "from_pretrained"):
+            raise AdapterError(f"transformers has no class {name}, which the base model's config names")
+        return found
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    """The same, for causal language models."""
+
+    auto_class = "AutoModelForCausalLM"
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    """The same, for encoder-decoder language models."""
+
+    auto_class = "AutoModelForSeq2SeqLM"
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    """The same, for models that classify texts."""
+
+    auto_class = "AutoModelForSequenceClassification"
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    """The same, for models that classify each token."""
+
+    auto_class = "AutoModelForTokenClassification"
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    """The same, for models that find answers in texts."""
+
+    auto_class = "AutoModelForQuestionAnswering"
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    """The same, for models without a head."""
+
+    auto_class = "AutoModel"
+
+
+def _wrapped(model: nn.Module, config: AdapterConfig, adapter_name: str) -> PeftModel:
+    if config.task_type not in _CLASSES:
+        known = ", ".join(name for name in _CLASSES if name)
+        raise AdapterError(f"{config.task_type!r} is not supported; known: {known}", key="task_type")
+    return _CLASSES[config.task_type](model, config, adapter_name)
+
+
+def _start(model: nn.Module, config: AdapterConfig, name: str) -> None:
+    """Put a new adapter into ``model``."""
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    config.prepare(lambda tokenizer: load_tokenizer(base_of(tokenizer or _name_of(model))))
+    inject(model, config, name)
+
+
+def _rows_of_an_example(model: Any, kwargs: dict[str, Any]) -> int:
+    """How many rows ``generate`` makes of each row that it is given: beams, or samples."""
+    settings = kwargs.get("generation_config") or model.generation_config
+    return max(kwargs.get(key) or getattr(settings, key) or 1 for key in ("num_beams", "num_return_sequences"))
+
+
+def _place(model: nn.Module, name: str | None) -> tuple[nn.Module, str | None]:
+    """The model that holds the adapter layers, and the adapter's name."""
+    if not isinstance(model, PeftModel):
+        return model, name
+    chosen = model._only_active() if name is None else name
+    model._check_known([chosen])
+    return model.get_base_model(), chosen
+
+
+def _check_name(name: str) -> None:
+    """Raises AdapterError for a name that could not be a folder's, or that means something else."""
+    if not _NAME.fullmatch(name) or name == BASE:
+        raise AdapterError(f"{name!r} is no name; letters, digits, - and _ make one", key="adapter_name")
+
+
+def _content(config: AdapterConfig) -> dict[str, Any]:
+    """The config without what says where the adapter belongs."""
+    place = ("task_type", "base_model_name_or_path", "revision", "inference_mode")
+    return {key: value for key, value in config.to_dict().items() if key not in place}
+
+
+def _name_of(model: nn.Module) -> str:
+    name = getattr(model, "name_or_path", None)
+    if not name:
+        raise AdapterError("the model does not say which tokenizer is its own", key="tokenizer_name_or_path")
+    return str(name)
+
+
+def _adapter_names(model: PeftModel) -> set[str]:
+    """The names that the adapters' parameters have in ``model``."""
+    layers = adapter_layers(model).values()
+    owned = {id(parameter) for layer in layers for parameter in layer.own_tensors().values()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in owned}
+
+
+def _keep_adapter(model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    assert isinstance(model, PeftModel)
+    names = {prefix + name for name in _adapter_names(model)}
+    for name in [name for name in state if name.startswith(prefix) and name not in names]:
+        del state[name]
+
+
+def _expect_adapter(model: nn.Module, keys: Any) -> None:
+    assert isinstance(model, PeftModel)
+    names = _adapter_names(model)
+    keys.missing_keys[:] = [name for name in keys.missing_keys if any(name.endswith(own) for own in names)]

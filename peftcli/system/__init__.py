@@ -1,0 +1,1 @@
+"""Operating-system matters: files, signals, the hub's HTTP requests, output files, secrets. No torch here."""

@@ -1,0 +1,77 @@
+"""Measure an adapter, or the base model alone, on a recipe's evaluation data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from peftcli.adapters.hub import local_folder
+from peftcli.core.files import load_adapter, read_config
+from peftcli.data.findings import refuse
+from peftcli.methods import config_from_dict
+from peftcli.models import tokens
+from peftcli.models.load import load_model, load_tokenizer
+from peftcli.recipe import to_dict
+from peftcli.schema import Launch, Recipe
+from peftcli.tasks import TASKS
+from peftcli.train.data import load_data
+from peftcli.train.evaluate import evaluate
+from peftcli.train.report import peak_memory_bytes, versions
+from peftcli.train.run import check_gates
+from peftcli.train.runs.folder import SCHEMA_VERSION
+from peftcli.train.setup import base_dtype, start_accelerator
+
+
+def measure(
+    recipe: Recipe, adapter: str | None, on_warning: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """The metrics, in the shape of a finished run's run.json.
+
+    Args:
+        recipe: names base model, task and evaluation data.
+        adapter: folder or hub id; None measures the base model alone.
+        on_warning: is told what is odd with the evaluation data.
+
+    Raises:
+        DataError: the recipe has no evaluation data, or it cannot be used.
+        AdapterError: the adapter does not fit the recipe's base model.
+    """
+    started = time.perf_counter()
+    row = TASKS[recipe.task]
+    task, accelerator = row.load(), start_accelerator(replace(recipe, launch=Launch()))  # one process measures
+    tokenizer = load_tokenizer(recipe.base_model)
+    data = load_data(recipe, task, tokenizer, only_eval=True, on_note=on_warning)
+    refuse(data.findings, recipe.dataset.allow)
+    for text in data.warnings:
+        on_warning(text)
+    assert data.eval is not None
+    model = load_model(recipe.base_model, row.auto_class, base_dtype(recipe))
+    tokens.grow_for(model, tokenizer, recipe.base_model)
+    tokens.settle_pad(tokenizer, model)
+    if adapter is not None:
+        folder = local_folder(adapter)
+        config = config_from_dict(read_config(folder), file=str(folder / "adapter_config.json"))
+        config.inference_mode = True
+        tokens.fit_adapter(model, config, folder)
+        load_adapter(model, config, folder)
+    model = model.to(accelerator.device)
+    metrics = evaluate(model, task, data.eval, tokenizer, recipe.training.per_device_eval_batch_size, accelerator)
+    assert metrics is not None  # nothing asks for less
+    gates = check_gates(recipe.gates, metrics)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "status": "complete",
+        "exit_code": 0 if all(gate["passed"] for gate in gates) else 12,
+        "recipe": to_dict(recipe),
+        "adapter": adapter,
+        "base_model": {"name": recipe.base_model.name, "revision": recipe.base_model.revision},
+        "data": data.report,
+        "eval": {"last": metrics},
+        "gates": gates,
+        "versions": versions(),
+        "device": str(accelerator.device),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "wall_seconds": round(time.perf_counter() - started, 3),
+    }

@@ -1,0 +1,410 @@
+"""Checkpoints: everything that training needs to go on as if it had never stopped. No pickle.
+
+A checkpoint is a folder ``step-000100`` with adapter, optimizer, random states and progress, and a ``MANIFEST.json``
+of every file's size and sha256. It gets its name only when it is whole. The learning rate and the order of the examples
+are functions of the step, so they are not in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from peftcli.core.config import AdapterConfig
+from peftcli.core.files import CONFIG_FILE, WEIGHTS_FILE, read_tensors, write_adapter
+from peftcli.core.weights import adapter_state, load_training_state, named_tensors, training_state, unsaved_state
+from peftcli.errors import Diverged, PeftcliError, StorageError
+from peftcli.guard.files import read_small
+from peftcli.system.disk import remove_folder, sha256, sync_folder, write_file
+from peftcli.train.loop import LESS_LEARNING, Trainee
+
+_MANIFEST = "MANIFEST.json"
+_SEAL = "manifest_sha256"
+_PROGRESS = "progress.json"
+_OPTIMIZER = "optimizer.safetensors"
+_BEST = "best_adapter.safetensors"
+_TRAINING_STATE = "training_state.safetensors"
+"""What training needs of the adapter and the adapter file does not hold as it is; most methods have nothing such."""
+
+_NEEDED = {WEIGHTS_FILE, CONFIG_FILE, _PROGRESS, _OPTIMIZER, "random-00000.safetensors"}
+_AVERAGES = ("step", "exp_avg", "exp_avg_sq")
+_STEP = re.compile(r"step-\d{6,}")
+_LARGEST_JSON = 1 << 24
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
+"""How the system says that a file is gone, or something else stands in its place."""
+
+
+@dataclass
+class Progress:
+    """How far a run is. All of it goes through checkpoints."""
+
+    step: int = 0
+    """Steps done."""
+    loss_sum: float = 0.0
+    """Sum of the training loss over all targets so far."""
+    num_targets: int = 0
+    num_tokens: int = 0
+    window_loss_sum: float = 0.0
+    """The same since the last logged step."""
+    window_num_targets: int = 0
+    last_eval: dict[str, float] = field(default_factory=dict)
+    first_eval: dict[str, float] = field(default_factory=dict)
+    """Metrics before the first step, with eval_on_start."""
+    best_eval: dict[str, float] = field(default_factory=dict)
+    best_step: int = -1
+    pending: dict[str, Any] | None = None
+    """The line of metrics.jsonl of a step whose evaluation was due when the run was stopped."""
+
+
+@dataclass
+class State:
+    """What a checkpoint holds, live."""
+
+    trainee: Trainee
+    model: nn.Module
+    """The model without accelerate's wrapper."""
+    config: AdapterConfig
+    progress: Progress
+    best_adapter: dict[str, torch.Tensor] | None = None
+    """The adapter at the best evaluation, where the recipe keeps that one."""
+
+
+def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelerator, made_by: dict[str, str]) -> Path:
+    """Write a checkpoint below ``folder``, then delete all but the ``keep`` newest.
+
+    Args:
+        folder: Of the checkpoints.
+        state: What to write.
+        keep: How many checkpoints stay.
+        accelerator: Of this process; all processes save together.
+        made_by: Hashes of what trains: recipe, data, base model.
+
+    Raises:
+        StorageError: it cannot be written; the older checkpoints stand.
+        Diverged: the adapter holds a number that is not finite.
+    """
+    final = folder / f"step-{state.progress.step:06d}"
+    temporary = folder / f".{final.name}.tmp"
+    if accelerator.is_main_process:
+        with _storing(temporary):
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    _write_tensors(temporary / _random_file(accelerator.process_index), random_state())
+    if accelerator.is_main_process:
+        write_finite(adapter_state(state.model), state.config, temporary)
+        if extra := unsaved_state(state.model):
+            _write_tensors(temporary / _TRAINING_STATE, extra)
+        _write_tensors(temporary / _OPTIMIZER, _optimizer_state(state))
+        if state.best_adapter is not None:
+            _write_tensors(temporary / _BEST, state.best_adapter)
+        _write_json(temporary / _PROGRESS, asdict(state.progress))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _write_json(
+            temporary / _MANIFEST, _manifest(temporary, state.progress.step, accelerator.num_processes, made_by)
+        )
+        with _storing(final):
+            replaced = final.with_name(f".replaced-{final.name}")
+            if final.exists():  # saved twice at one step; a kill between the two renames loses neither: see ``tidy``
+                final.rename(replaced)
+            temporary.rename(final)
+            sync_folder(folder)
+            if replaced.exists():
+                shutil.rmtree(replaced)
+        prune(folder, keep)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def write_finite(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, folder: Path) -> None:
+    """Write an adapter that training has made.
+
+    Raises:
+        Diverged: a number in it is not finite.
+        StorageError: it cannot be written.
+    """
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise Diverged(f"{name} holds a number that is not finite; it is not written", hint=LESS_LEARNING)
+    write_adapter(tensors, config, folder)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints below ``folder``, newest first, unverified."""
+    found = [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what killed runs were writing and deleting. The run folder is locked.
+
+    Raises:
+        StorageError: a file cannot be removed.
+    """
+    with _storing(folder):
+        for path in folder.glob(".replaced-step-*"):
+            if not (final := path.with_name(path.name.removeprefix(".replaced-"))).exists():
+                path.rename(final)
+        for path in folder.glob(".*"):
+            if re.fullmatch(r"\.(step-\d+\.tmp|(old|replaced)-step-\d+)", path.name) and not path.is_symlink():
+                shutil.rmtree(path)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the ``keep`` newest checkpoints below ``folder``."""
+    for old in checkpoints(folder)[keep:]:
+        remove_folder(old, old.with_name(f".old-{old.name}"))
+
+
+def newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose every file is as it was written; damaged ones are set aside with a warning.
+
+    Raises:
+        StorageError: one cannot be read or set aside.
+    """
+    found = checkpoints(folder)
+    for path, older in zip(found, [*found[1:], None], strict=False):
+        if (reason := damage(path)) is None:
+            return path
+        aside = _set_aside(path, "damaged")
+        instead = f"using {older.name}" if older else "and there is none before it"
+        warn(f"{path.name} is damaged ({reason}); set aside as {aside.name}, {instead}")
+    return None
+
+
+def set_newer_aside(folder: Path, step: int, warn: Callable[[str], None]) -> None:
+    """Set the checkpoints after ``step`` aside, of a run that goes on from there another way.
+
+    Raises:
+        StorageError: one cannot be moved.
+    """
+    for path in checkpoints(folder):
+        if int(path.name.removeprefix("step-")) > step:
+            aside = _set_aside(path, "left")
+            warn(f"{path.name} is newer than the checkpoint to go on from; set aside as {aside.name}")
+
+
+def _set_aside(path: Path, why: str) -> Path:
+    """Give a checkpoint a name under which no run finds it."""
+    aside = path.with_name(f".{why}-{path.name}")
+    with _storing(path):
+        if aside.exists():
+            shutil.rmtree(aside)
+        path.rename(aside)
+    return aside
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None when every file has the size and sha256 that its manifest says.
+
+    Raises:
+        StorageError: it cannot be read now, which says nothing of what it holds.
+    """
+    try:
+        if path.is_symlink():
+            return "it is a link"
+        manifest = read_manifest(path)
+        listed = dict(manifest["files"])
+        found = {entry.name for entry in path.iterdir()} - {_MANIFEST}
+        if found != set(listed):
+            return f"files differ from the manifest: {min(found ^ set(listed))}"
+        if missing := _NEEDED - found:
+            return f"there is no {min(missing)}"
+        for name, said in listed.items():
+            file = path / name
+            if file.is_symlink() or not file.is_file():
+                return f"{name} is no regular file"
+            if file.stat().st_size != said["bytes"] or sha256(file) != said["sha256"]:
+                return f"{name} has changed"
+        if not path.name.endswith(f"-{manifest['step']:06d}") or _progress(path).step != manifest["step"]:
+            return "its step is not the one that its name says"
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            file = error.filename or path
+            hint = "if the disk has lost it for good, delete this checkpoint to go on from the one before"
+            raise StorageError(f"cannot be read: {error.strerror}", file=str(file), hint=hint) from None
+        return f"{_MANIFEST}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{_MANIFEST}: {error}"
+    return None
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is none.
+    """
+    file = path / _MANIFEST
+    if file.is_symlink():
+        raise ValueError("it is a link")
+    content = read_small(file, _LARGEST_JSON)
+    manifest = json.loads(content)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise ValueError("no manifest of a checkpoint")
+    if content != _as_json(_sealed(manifest)):
+        raise ValueError("it has changed")
+    return manifest
+
+
+def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the hash of all else in it."""
+    rest = {key: value for key, value in manifest.items() if key != _SEAL}
+    return {**rest, _SEAL: hashlib.sha256(_as_json(rest)).hexdigest()}
+
+
+def _as_json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def load_checkpoint(path: Path, state: State, accelerator: Accelerator) -> None:
+    """Fill ``state`` from a checkpoint.
+
+    Args:
+        path: The checkpoint, which is whole.
+        state: Is filled.
+        accelerator: Of this process. Where the checkpoint is of fewer processes, those that it does not know begin with
+            random states of their own.
+
+    Raises:
+        StorageError: it does not fit the model, or cannot be read.
+    """
+    try:
+        known = accelerator.process_index < read_manifest(path)["num_processes"]
+        extra = path / _TRAINING_STATE
+        more = safetensors.torch.load_file(extra) if extra.exists() else {}
+        tensors = {**read_tensors(path), **more}
+        if strange := tensors.keys() - adapter_state(state.model).keys() - training_state(state.model).keys():
+            raise ValueError(f"{WEIGHTS_FILE} holds {min(strange)}, which is none of this adapter's")
+        load_training_state(state.model, tensors)
+        _load_optimizer(state, safetensors.torch.load_file(path / _OPTIMIZER))
+        for name, value in asdict(_progress(path)).items():
+            setattr(state.progress, name, value)
+        best = path / _BEST
+        state.best_adapter = safetensors.torch.load_file(best) if best.exists() else None
+        _set_schedule(state)
+        random = path / _random_file(accelerator.process_index)
+        if random.exists():
+            restore_random(safetensors.torch.load_file(random))
+        elif known:
+            raise ValueError(f"there is no {random.name}")
+    except PeftcliError as error:
+        raise StorageError(f"does not fit this run: {error.message}", file=str(path)) from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        raise StorageError(f"does not fit this run: {str(error)[:300]}", file=str(path)) from None
+
+
+def _progress(path: Path) -> Progress:
+    """How far a checkpoint's run was.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no progress.
+        TypeError: the same.
+    """
+    values = json.loads(read_small(path / _PROGRESS, _LARGEST_JSON))
+    fresh = asdict(Progress())
+    if not isinstance(values, dict) or values.keys() != fresh.keys():
+        raise ValueError(f"{_PROGRESS} is that of another version")
+    for name, value in fresh.items():
+        if type(values[name]) is not type(value) and not (name == "pending" and isinstance(values[name], dict)):
+            raise ValueError(f"{_PROGRESS}: {name} is wrong")
+    return Progress(**values)
+
+
+def _set_schedule(state: State) -> None:
+    """Put the schedule where it stands after the steps done; it depends on nothing else."""
+    schedule, optimizer = state.trainee.schedule, state.trainee.optimizer
+    assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+    step = schedule.last_epoch = state.progress.step
+    rates = [base * share(step) for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    schedule._last_lr = rates
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+@contextlib.contextmanager
+def _storing(path: Path) -> Iterator[None]:
+    """Raises StorageError where a file cannot be written or moved."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write: {error.strerror}", file=str(path)) from None
+
+
+def _manifest(folder: Path, step: int, num_processes: int, made_by: dict[str, str]) -> dict[str, Any]:
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != _MANIFEST
+    }
+    return _sealed({"step": step, "num_processes": num_processes, **made_by, "files": files})
+
+
+def _optimizer_state(state: State) -> dict[str, torch.Tensor]:
+    """AdamW's averages under the adapter's tensor names."""
+    return {
+        f"{name}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
+        for name, (_, _, parameter) in named_tensors(state.model).items()
+        for key, value in state.trainee.optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _load_optimizer(state: State, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError unless the tensors are AdamW's averages of the model's, but for some without a gradient."""
+    rest = dict(tensors)
+    for name, (_, _, parameter) in named_tensors(state.model).items():
+        loaded = {key: rest.pop(f"{name}.{key}") for key in _AVERAGES if f"{name}.{key}" in rest}
+        if len(loaded) not in (0, len(_AVERAGES)):
+            raise ValueError(f"{_OPTIMIZER}: part of {name} is missing")
+        if any(value.shape != parameter.shape for key, value in loaded.items() if key != "step"):
+            raise ValueError(f"{_OPTIMIZER}: {name} has another shape")
+        state.trainee.optimizer.state[parameter] = {
+            key: value if key == "step" else value.to(parameter.device) for key, value in loaded.items()
+        }
+    if rest:
+        raise ValueError(f"{_OPTIMIZER}: {min(rest)} is of another optimizer or adapter")
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """The states of this process's random numbers, for ``restore_random``."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random(states: dict[str, torch.Tensor]) -> None:
+    """Let the random numbers go on from what ``random_state`` gave."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _random_file(process: int) -> str:
+    return f"random-{process:05d}.safetensors"
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    contents = {name: value.detach().cpu().contiguous() for name, value in sorted(tensors.items())}
+    write_file(path, safetensors.torch.save(contents, {"format": "pt"}))
+
+
+def _write_json(path: Path, value: object) -> None:
+    write_file(path, _as_json(value))

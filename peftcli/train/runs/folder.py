@@ -1,0 +1,438 @@
+"""The run folder: its lock, run.json, metrics.jsonl, and how a new run takes the place of an old one."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from peftcli.errors import FolderBusy, Interrupted, PeftcliError, StorageError, UsageError
+from peftcli.guard.files import read_small
+from peftcli.system.disk import TEMPORARY, remove_folder, sha256, sync_folder, write_file
+from peftcli.system.outputs import expanded
+from peftcli.system.secrets import redact, redact_values
+
+SCHEMA_VERSION = 1
+_LARGEST_RUN = 1 << 26
+_NEW, _OLD = ".overwrite", ".previous.moving"
+_MOVING_OUT, _MOVING_IN = "MOVING-OUT", "MOVING-IN"
+_OWN = re.compile(r"run\.json|train\.log|\.lock|\.?skipped\.jsonl(\.tmp)?|\.overwrite|\.previous\.moving|previous-\d+")
+"""What a run that was killed at its very beginning may leave, and what stands beside a run."""
+_LOCK = "PEFTCLI_LOCK"
+"""Holds the number of the open file by which the launcher has locked the folder."""
+
+
+class RunFolder:
+    """``training.output_dir``. Only the main process writes to it."""
+
+    def __init__(self, path: Path):
+        self.path = path = expanded(path)
+        self.checkpoints = path / "checkpoints"
+        self._lock: TextIO | None = None
+
+    def lock(self) -> None:
+        """Hold the folder until this process ends, and those that it has given the lock to.
+
+        Raises:
+            FolderBusy: another run holds it.
+            StorageError: it cannot be written.
+        """
+        file = self.path / ".lock"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            given = os.environ.get(_LOCK)
+            if given and os.path.samestat(os.fstat(int(given)), file.stat()):
+                self._lock = os.fdopen(os.dup(int(given)), "a")
+                return None
+            self._lock = file.open("a")
+        except OSError as error:
+            raise StorageError(f"cannot write: {error.strerror}", file=str(self.path)) from None
+        tries = 10
+        while True:
+            try:
+                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                tries -= 1
+                if not tries:
+                    self.close()
+                    raise FolderBusy("another run is using this folder", file=str(self.path)) from None
+                time.sleep(0.05)  # one that only looks, as ``is_locked``, lets go at once
+            except OSError as error:
+                self.close()
+                raise StorageError(f"cannot be locked: {error.strerror}", file=str(file)) from None
+
+    def give_lock(self) -> tuple[int, dict[str, str]]:
+        """The lock for a process to be started: the file to pass on, and the variable that tells of it."""
+        assert self._lock is not None
+        handle = self._lock.fileno()
+        return handle, {_LOCK: str(handle)}
+
+    def close(self) -> None:
+        """Let the folder go."""
+        if self._lock is not None:
+            self._lock.close()
+        self._lock = None
+
+    def is_locked(self) -> bool:
+        """Whether a run holds the folder now."""
+        try:
+            with (self.path / ".lock").open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    def read(self) -> dict[str, Any] | None:
+        """The content of run.json; None when there is none.
+
+        Raises:
+            UsageError: the folder holds other files and no run.json.
+            StorageError: run.json cannot be read, or is none.
+        """
+        file = self.path / "run.json"
+        try:
+            if not self.path.exists():
+                return None
+            if not self.path.is_dir():
+                raise UsageError("is a file", file=str(self.path), key="training.output_dir", hint="name a folder")
+            if not os.path.lexists(file):
+                self._refuse_foreign()
+                return None
+            values = json.loads(read_small(file, _LARGEST_RUN))
+        except OSError as error:
+            raise StorageError(f"cannot be read: {error.strerror}", file=error.filename or str(self.path)) from None
+        except (ValueError, RecursionError) as error:
+            raise StorageError(f"cannot be read: {error}", file=str(file), hint=_BEGIN_ANEW) from None
+        if reason := _unsound(values):
+            raise StorageError(f"is no run.json: {reason}", file=str(file), hint=_BEGIN_ANEW)
+        assert isinstance(values, dict)
+        return values
+
+    def _refuse_foreign(self) -> None:
+        names = sorted(entry.name for entry in self.path.iterdir())
+        foreign = [name for name in names if not (_OWN.fullmatch(name) or TEMPORARY.fullmatch(name))]
+        if foreign and not self.is_replacing():
+            raise UsageError(
+                f"holds other files ({foreign[0]}) and no run; nothing was changed",
+                file=str(self.path),
+                key="training.output_dir",
+                hint="choose an empty or new folder",
+            )
+
+    def tidy(self) -> None:
+        """Remove what killed runs were writing. The folder is locked."""
+        for entry in self.path.iterdir() if self.path.is_dir() else ():
+            if TEMPORARY.fullmatch(entry.name) and entry.is_file() and not entry.is_symlink():
+                entry.unlink(missing_ok=True)
+
+    def write(self, run: dict[str, Any]) -> None:
+        """Replace run.json, whole or not at all."""
+        content = json.dumps(redact_values(run), indent=2, sort_keys=True, default=str) + "\n"
+        write_file(self.path / "run.json", content.encode())
+
+    def write_skipped(self, rows: Iterable[dict[str, Any]]) -> None:
+        """List the rows that could not be used in skipped.jsonl; no file where there are none."""
+        file = self.path / "skipped.jsonl"
+        unfinished = self.path / ".skipped.jsonl.tmp"
+        try:
+            with unfinished.open("w", encoding="utf-8") as written:
+                written.writelines(json.dumps(redact_values(row), sort_keys=True) + "\n" for row in rows)
+            if unfinished.stat().st_size:
+                unfinished.replace(file)
+            else:
+                unfinished.unlink()
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot be written: {error.strerror}", file=str(file)) from None
+
+    def note_bug(self, traceback: str) -> None:
+        """Append the traceback of an error that nobody foresaw to train.log."""
+        with (self.path / "train.log").open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(redact(traceback))
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        file = self.path / "metrics.jsonl"
+        try:
+            with file.open("a") as metrics:
+                metrics.write(json.dumps(entry, sort_keys=True) + "\n")
+        except OSError as error:
+            raise StorageError(f"cannot be written: {error.strerror}", file=str(file)) from None
+
+    def sync_metrics(self) -> None:
+        """Bring the lines of metrics.jsonl to the disk, before a checkpoint that counts on them.
+
+        Raises:
+            StorageError: they cannot be written.
+        """
+        file = self.path / "metrics.jsonl"
+        try:
+            with file.open("ab") as metrics:
+                os.fsync(metrics.fileno())
+        except OSError as error:
+            raise StorageError(f"cannot be written: {error.strerror}", file=str(file)) from None
+
+    def line_of(self, step: int) -> dict[str, Any]:
+        """What metrics.jsonl holds of a step."""
+        return next((entry for entry in self.metrics() if entry["step"] == step), {})
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl after ``step``, which will be written again."""
+        kept = [entry for entry in self.metrics() if entry["step"] <= step]
+        lines = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in kept)
+        write_file(self.path / "metrics.jsonl", lines.encode())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, up to one that is none: a kill may cut the last one short."""
+        file = self.path / "metrics.jsonl"
+        entries = []
+        try:
+            lines = file.read_bytes().splitlines() if file.is_file() else []
+        except OSError as error:
+            raise StorageError(f"cannot be read: {error.strerror}", file=str(file)) from None
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                if type(entry["step"]) is not int or type(entry.get("loss", 0.0)) not in (int, float):
+                    break
+            except (ValueError, TypeError, KeyError, RecursionError):
+                break
+            entries.append(entry)
+        return entries
+
+    # --- a new run in the place of an old one -------------------------------------------------------------------------
+
+    def beside(self) -> RunFolder:
+        """Where a run is made that will take this one's place once it is complete."""
+        return RunFolder(self.path / _NEW)
+
+    def is_replacing(self) -> bool:
+        """Whether a complete run is taking the place of the old one; a kill can stop that midway."""
+        return any((self.path / _NEW / name).exists() for name in (_MOVING_OUT, _MOVING_IN))
+
+    def replace(self) -> None:
+        """Move the old run aside, as ``previous-1``, and the complete new one into its place.
+
+        Each move is one rename, and a marker tells which half they belong to, so that a kill between any two of them
+        loses nothing: ``finish_replacing`` goes on. The folder itself stays, since it may be a mount point.
+
+        Raises:
+            StorageError: a file cannot be moved.
+        """
+        write_file(self.path / _NEW / _MOVING_OUT, b"")
+        self.finish_replacing()
+
+    def finish_replacing(self) -> None:
+        """Go on with what ``replace`` began; nothing where it did not. The folder is locked."""
+        new, old = self.path / _NEW, self.path / _OLD
+        try:
+            if (new / _MOVING_OUT).exists():
+                for entry in self._entries_of_the_run():
+                    old.mkdir(exist_ok=True)
+                    entry.rename(old / entry.name)
+                if old.exists():
+                    numbers = [int(path.name.rpartition("-")[2]) for path in self.path.glob("previous-*")]
+                    old.rename(self.path / f"previous-{max(numbers, default=0) + 1}")
+                sync_folder(self.path)
+                (new / _MOVING_OUT).rename(new / _MOVING_IN)
+                sync_folder(new)
+            if (new / _MOVING_IN).exists():
+                for entry in sorted(new.iterdir()):
+                    if entry.name != _MOVING_IN:
+                        entry.rename(self.path / entry.name)
+                sync_folder(self.path)
+                shutil.rmtree(new)
+        except OSError as error:
+            raise StorageError(f"cannot move: {error.strerror}", file=str(error.filename or self.path)) from None
+
+    def _entries_of_the_run(self) -> Iterator[Path]:
+        for entry in sorted(self.path.iterdir()):
+            if entry.name not in (".lock", _NEW, _OLD) and not re.fullmatch(r"previous-\d+", entry.name):
+                yield entry
+
+    def clear(self) -> None:
+        """Remove the folder and all that is in it.
+
+        Raises:
+            StorageError: it cannot be removed.
+        """
+        remove_folder(self.path, self.path.with_name(f"{self.path.name}.gone"))
+        if self.path.exists():
+            raise StorageError("cannot be removed", file=str(self.path))
+
+
+def refuse_without_product(folder: RunFolder, run: dict[str, Any]) -> None:
+    """Raises StorageError where the adapter of a complete run is not as it was written."""
+    for artefact in run.get("artefacts", []):
+        path = folder.path / artefact["path"]
+        if artefact["path"].startswith("adapter_") and not (path.is_file() and sha256(path) == artefact["sha256"]):
+            raise StorageError(
+                f"{'has changed' if path.is_file() else 'is gone'} since the run was complete",
+                file=str(path),
+                hint="choose another training.output_dir to train again, or delete that folder",
+            )
+
+
+def accounts(folder: RunFolder) -> list[dict[str, Any] | None]:
+    """run.json of a folder and of the run that is made in it to take its place; None: it cannot be read."""
+    found = list[dict[str, Any] | None]()
+    for each in (folder, folder.beside()):
+        try:
+            found.append(each.read())
+        except PeftcliError:
+            found.append(None)
+    return found
+
+
+def mark_ended(folder: RunFolder, error: PeftcliError, before: Sequence[dict[str, Any] | None]) -> None:
+    """Say in run.json how a run ended whose processes could not, or knew less of it than their launcher.
+
+    Args:
+        folder: The run's.
+        error: How it ended.
+        before: Its ``accounts`` before the processes were started. What is still the same is of another attempt.
+    """
+    for each, run, old in zip((folder, folder.beside()), accounts(folder), before, strict=True):
+        if run is None or run == old or run["status"] == "complete" or run["exit_code"] == error.exit_code:
+            continue
+        status = "interrupted" if isinstance(error, Interrupted) else "failed"
+        with suppress(PeftcliError):
+            each.write(run | {"status": status, "exit_code": error.exit_code, "error": error.as_dict()})
+
+
+def status(path: Path) -> dict[str, Any]:
+    """How the run in a folder stands.
+
+    Raises:
+        UsageError: there is no run.
+        StorageError: run.json cannot be read.
+    """
+    folder = RunFolder(path)
+    run = folder.read() if path.is_dir() else None
+    if run is None:
+        raise UsageError("holds no run", file=str(path), hint="name the training.output_dir of a recipe")
+    held = folder.is_locked()
+    metrics, standing = folder.metrics(), sorted(entry.name for entry in folder.checkpoints.glob("step-*"))
+    steps = dict(run.get("steps", {"done": 0, "total": None}))
+    known = run["status"]
+    if known == "running":
+        if held and _may_live(folder, run):
+            steps["done"] = max(steps["done"], metrics[-1]["step"] if metrics else 0)
+        else:
+            known = "interrupted"  # killed: nobody could say so
+    evaluation = run.get("eval") or {}
+    return {
+        "folder": str(path),
+        "status": known,
+        "exit_code": run["exit_code"] if known == run["status"] else 137,
+        "error": run["error"],
+        "resumable": bool(standing) and known != "complete",
+        "pid": run.get("pid") if known == "running" else None,
+        "steps": steps,
+        "checkpoints": standing,
+        "last": metrics[-1] if metrics else None,
+        "eval": evaluation.get("kept") or None,
+        "gates": run.get("gates", []),
+        "changes": run.get("changes", []),
+        "exact": run.get("exact", True),
+        "attempts": run["attempts"],
+        "replacement": _replacement(folder),
+    }
+
+
+def _may_live(folder: RunFolder, run: dict[str, Any]) -> bool:
+    """Whether the process of a run may be the one that holds its folder: another command may do so."""
+    if _replacement(folder) == "running":
+        return False
+    if run.get("host") != platform.node() or not isinstance(pid := run.get("pid"), int):
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _replacement(folder: RunFolder) -> str | None:
+    """The state of a run that will take this one's place; None: there is none."""
+    run = folder.beside().read()
+    return None if run is None else str(run["status"])
+
+
+_BEGIN_ANEW = "choose another training.output_dir, or delete that folder"
+
+
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) in kinds
+
+
+def _lists(*keys: str) -> Callable[[Any], bool]:
+    """For a list of objects with these keys."""
+    return lambda value: (
+        isinstance(value, list) and all(isinstance(each, dict) and set(keys) <= each.keys() for each in value)
+    )
+
+
+def _maps_to_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(each) in (int, float) for each in value.values())
+
+
+def _is_day(value: Any) -> bool:
+    try:
+        datetime.date.fromisoformat(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+_NEEDED: dict[str, Callable[[Any], bool]] = {
+    "status": _is(str),
+    "exit_code": _is(int, type(None)),
+    "error": lambda value: value is None or (isinstance(value, dict) and isinstance(value.get("message"), str)),
+    "resumable": _is(bool),
+    "identity": _is(dict),
+    "recipe": _is(dict),
+    "base_model": lambda value: isinstance(value, dict) and isinstance(value.get("revision"), (str, type(None))),
+    "versions": _is(dict),
+    "attempts": _lists(),
+    "changes": _lists("key", "before", "now", "step"),
+    "artefacts": _lists("path", "bytes", "sha256"),
+    "day": _is_day,
+}
+_POSSIBLE: dict[str, Callable[[Any], bool]] = {
+    "data": _is(dict),
+    "steps": lambda value: isinstance(value, dict) and type(value.get("done")) is int and "total" in value,
+    "wall_seconds": _is(int, float),
+    "eval": lambda value: isinstance(value, dict) and _maps_to_numbers(value.get("kept") or {}),
+    "gates": _lists("metric", "gate", "passed"),
+}
+
+
+def _unsound(run: Any) -> str | None:
+    """What a run.json lacks that the code relies on."""
+    if not isinstance(run, dict):
+        return "it holds no JSON object"
+    if run.get("schema_version") != SCHEMA_VERSION:
+        return f"schema_version is {str(run.get('schema_version'))[:20]}, and {SCHEMA_VERSION} is read"
+    needed = {**_NEEDED, **({"data": _POSSIBLE["data"]} if run.get("attempts") else {})}
+    for name, sound in {**_POSSIBLE, **needed}.items():
+        if (name in needed or name in run) and not (name in run and sound(run[name])):
+            return f"{name} is missing or wrong"
+    return None

@@ -1,0 +1,126 @@
+"""What makes two runs the same, and what differs between them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peftcli.data.sources import eval_source, open_source
+from peftcli.errors import UsageError
+from peftcli.recipe import to_dict
+from peftcli.recipe.names import near
+from peftcli.schema import Recipe
+from peftcli.system.disk import sha256
+
+_BESIDE_THE_RECIPE = ("data", "base_model", "processes", "recipe")
+"""Keys that are no settings: the bytes of data and base model, how many processes train, and of a chosen checkpoint the
+recipe as a whole."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing in which the run in a folder and the one that is asked for differ."""
+
+    key: str
+    """A setting as the recipe calls it, ``data.FILE``, ``base_model`` (its files) or ``processes``."""
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        """``training.learning_rate: 0.0002 -> 0.0001``."""
+        return f"{self.key}: {self.before!r} -> {self.now!r}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The change as run.json holds it."""
+        return asdict(self)
+
+
+def identity(recipe: Recipe, num_processes: int) -> dict[str, Any]:
+    """What makes two runs the same: the recipe, but for where it stands and runs; the bytes of data and base model."""
+    described = to_dict(recipe)
+    elsewhere = ("output_dir", "max_time", "save_on_signal")
+    training = {key: value for key, value in described["training"].items() if key not in elsewhere}
+    described = {key: value for key, value in described.items() if key != "launch"} | {"training": training}
+    return {
+        "recipe": described,
+        "data": _data_hashes(recipe),
+        "base_model": base_hash(Path(recipe.base_model.name).expanduser()),
+        "processes": num_processes,
+    }
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
+    """In what two identities differ."""
+    old, new = _flat(before), _flat(now)
+    differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return [Change(key.removeprefix("recipe."), old.get(key), new.get(key)) for key in differing]
+
+
+def is_allowed(change: Change, allowed: Collection[str]) -> bool:
+    """Whether one of ``allowed`` is the change's key, or a section of it."""
+    return any(change.key == key or change.key.startswith(f"{key}.") for key in allowed)
+
+
+def check_keys(allowed: Sequence[str], recipe: Recipe) -> None:
+    """Raises UsageError for a key that nothing is called."""
+    described = to_dict(recipe)
+    known = {*_sections(described), *_flat(described), *_BESIDE_THE_RECIPE}
+    for key in allowed:
+        # settings that are not given, and files that only one of two recipes names, stand in neither
+        if key not in known and not key.startswith(("data.", "method.", "gates.")):
+            suggestion = near(key, sorted(known))
+            hint = f"did you mean {suggestion!r}?" if suggestion else None
+            raise UsageError(f"nothing is called {key!r}", key="--allow-change", hint=hint)
+
+
+def digests(identity: dict[str, Any]) -> dict[str, str]:
+    """One hash each of an identity's recipe, data and base model, for a manifest."""
+    return {
+        f"{name}_sha256": hashlib.sha256(repr(sorted(_flat(identity[name]).items())).encode()).hexdigest()
+        for name in ("recipe", "data", "base_model")
+    }
+
+
+def _sections(values: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name, inner in values.items():
+        if isinstance(inner, dict):
+            found += [f"{prefix}{name}", *_sections(inner, f"{prefix}{name}.")]
+    return found
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        key: leaf for name, inner in value.items() for key, leaf in _flat(inner, f"{prefix}.{name}".lstrip(".")).items()
+    }
+
+
+def _data_hashes(recipe: Recipe) -> dict[str, str]:
+    """sha256 of the recipe's local data files, and of its chat template's."""
+    dataset, template = recipe.dataset, recipe.base_model.chat_template
+    sources = [*dataset.sources(), *filter(None, [eval_source(dataset)])]
+    local = [open_source(source) for source in sources if Path(source.train).exists()]
+    hashes = {name: digest for opened in local for name, digest in opened.fingerprint().items()}
+    if template and Path(template).is_file():
+        hashes[template] = sha256(Path(template))
+    return hashes
+
+
+def base_hash(path: Path) -> str | None:
+    """One hash over the weights and the config of a base model; None where there is no folder or file of it."""
+    files = sorted(path.glob("*.safetensors")) + sorted(path.glob("config.json")) if path.is_dir() else [path]
+    if not all(file.is_file() for file in files) or not files:
+        return None
+    return hashlib.sha256("".join(f"{file.name} {_content_hash(file)}\n" for file in files).encode()).hexdigest()
+
+
+def _content_hash(file: Path) -> str:
+    """sha256 of a file. In the hub's cache, a large one is a link to a file of that name."""
+    stored = file.resolve().name
+    return stored if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", stored) else sha256(file)
