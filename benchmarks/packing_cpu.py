@@ -102,11 +102,11 @@ def measure(side: str, dtype: str) -> dict[str, float]:
         task, config, accelerator = TASKS["causal_lm"].load(), method_config(followed), start_accelerator(followed)
         data = load_data(followed, task, tokenizer)
         plan = plan_of(followed, data, 1)
-        trainee = prepare(adapted_model(followed, config, tokenizer)[0], config, followed, plan, accelerator)
+        prepared = prepare(adapted_model(followed, config, tokenizer)[0], config, followed, plan, accelerator)
         if side == "packed":
-            start_packing(accelerator.unwrap_model(trainee.model), accelerator)
+            start_packing(accelerator.unwrap_model(prepared.model), accelerator)
         started, wall = time.process_time(), time.perf_counter()
-        steps = list(fit(trainee, task, data.train, tokenizer, plan, accelerator))
+        steps = list(fit(prepared, task, data.train, tokenizer, plan, accelerator))
         spent, waited = time.process_time() - started, time.perf_counter() - wall
     num_tokens, num_targets = sum(step.num_tokens for step in steps), sum(step.num_targets for step in steps)
     lengths = data.train.lengths

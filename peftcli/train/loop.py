@@ -42,7 +42,7 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class Trainee:
+class PreparedModel:
     """What trains, prepared by accelerate."""
 
     model: nn.Module
@@ -53,7 +53,7 @@ class Trainee:
 
 
 def fit(
-    trainee: Trainee,
+    prepared: PreparedModel,
     task: Task,
     features: View,
     tokenizer: Any,
@@ -70,9 +70,9 @@ def fit(
         Diverged: the loss or a gradient is NaN or Inf. The step is not applied.
     """
     limit = plan.training.max_grad_norm or math.inf
-    one_row = plan.packs and takes_one_row(accelerator.unwrap_model(trainee.model))
+    one_row = plan.packs and takes_one_row(accelerator.unwrap_model(prepared.model))
     for step in range(start, plan.total_steps):
-        trainee.model.train()
+        prepared.model.train()
         batch = plan.global_batch(step)
         num_targets = int(features.targets[batch].sum())
         micro_batches = plan.micro_batches(step, accelerator.process_index)
@@ -81,32 +81,32 @@ def fit(
             parts = []
             if rows:  # the others may have more
                 examples = _examples(features, rows, plan.packs, one_row)
-                loss = _micro_batch_loss(trainee.model, task, examples, tokenizer, accelerator)
+                loss = _micro_batch_loss(prepared.model, task, examples, tokenizer, accelerator)
                 parts.append(loss * (1 / num_targets))
                 total += loss.detach()
-            if number == len(micro_batches) and (penalty := trainee.config.penalty(trainee.model)) is not None:
+            if number == len(micro_batches) and (penalty := prepared.config.penalty(prepared.model)) is not None:
                 parts.append(penalty / accelerator.num_processes)
             if parts:
                 accelerator.backward(sum(parts))
-        _add_up(trainee.parameters, accelerator)
+        _sum_gradients(prepared.parameters, accelerator)
         loss_sum = float(accelerator.reduce(total, reduction="sum"))
-        grad_norm = float(accelerator.clip_grad_norm_(trainee.parameters, limit))
+        grad_norm = float(accelerator.clip_grad_norm_(prepared.parameters, limit))
         if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
             what = "loss" if not math.isfinite(loss_sum) else "gradient norm"
             raise Diverged(
                 f"the {what} of step {step + 1} is not finite",
                 hint=LESS_LEARNING,
             )
-        learning_rate = float(trainee.schedule.get_last_lr()[0])
-        trainee.optimizer.step()
-        trainee.schedule.step()
-        trainee.config.after_step(trainee.model, step + 1, plan.total_steps)
-        trainee.optimizer.zero_grad(set_to_none=True)
+        learning_rate = float(prepared.schedule.get_last_lr()[0])
+        prepared.optimizer.step()
+        prepared.schedule.step()
+        prepared.config.after_step(prepared.model, step + 1, plan.total_steps)
+        prepared.optimizer.zero_grad(set_to_none=True)
         num_tokens = int(plan.lengths[batch].sum())
         yield StepResult(step + 1, loss_sum / num_targets, grad_norm, learning_rate, num_targets, num_tokens)
 
 
-def _add_up(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
+def _sum_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
     """Sum the gradients over the processes, as one vector whose layout never changes.
 
     DDP's buckets are laid out anew after a process's first step. With three processes or more the order in which floats

@@ -74,7 +74,15 @@ from peftcli.train.runs.checkpoint import (
 )
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.identity import Change, digests
-from peftcli.train.runs.resume import Asked, Opened, at_commit, checkpoint_to_resume, commit_of, described, opened
+from peftcli.train.runs.resume import (
+    OpenRun,
+    StartOptions,
+    at_commit,
+    checkpoint_to_resume,
+    commit_of,
+    described,
+    open_run,
+)
 from peftcli.train.setup import adapted_model, calibrate, prepare, start_accelerator
 
 
@@ -103,25 +111,27 @@ def train(
     Raises:
         PeftcliError: of the kind that its class says. run.json then says so too.
     """
-    asked, training = Asked(resume, tuple(allow_change), overwrite), recipe.training
+    options, training = StartOptions(resume, tuple(allow_change), overwrite), recipe.training
     save_on = signal.Signals[training.save_on_signal] if training.save_on_signal else None
     with handled("stopped before the first step", save_on) as stop:
         if training.max_time is not None:
             stop.deadline = STARTED + seconds(training.max_time)
         accelerator = start_accelerator(recipe)
         tell: OnEvent = on_event if accelerator.is_main_process else lambda event: None
-        with opened(recipe, asked, accelerator) as here:
+        with open_run(recipe, options, accelerator) as here:
             folder, run = here.folder, here.run
             if run["status"] != "complete":
                 stop.saved = run["resumable"]
                 with _kept_account(folder, run, accelerator, stop):
-                    _train(recipe, here, asked, accelerator, stop, tell)
+                    _train(recipe, here, options, accelerator, stop, tell)
             if here.replaces is not None and accelerator.is_main_process:
                 here.replaces.replace()
             return _of_main_process(run)
 
 
-def _train(recipe: Recipe, here: Opened, asked: Asked, accelerator: Accelerator, stop: Stop, tell: OnEvent) -> None:
+def _train(
+    recipe: Recipe, here: OpenRun, options: StartOptions, accelerator: Accelerator, stop: Stop, tell: OnEvent
+) -> None:
     """The run, from its data to its product. ``here.run`` is the account of it."""
     folder, run = here.folder, here.run
     task, config = TASKS[recipe.task].load(), method_config(recipe)
@@ -140,7 +150,7 @@ def _train(recipe: Recipe, here: Opened, asked: Asked, accelerator: Accelerator,
     if accelerator.is_main_process:
         folder.write_skipped(data.skipped())
     refuse(data.findings, recipe.dataset.allow)
-    _refuse_other_content(here, asked, data.report["content"])
+    _refuse_other_content(here, options, data.report["content"])
     plan = plan_of(recipe, data, accelerator.num_processes)
     for text in (*data.warnings, *plan.repeated(data.names)):
         tell(Warned(text))
@@ -153,13 +163,13 @@ def _train(recipe: Recipe, here: Opened, asked: Asked, accelerator: Accelerator,
     if config.needs_batches():
         tell(Phase("calibrating the adapter on the training data"))
         injection = calibrate(model, injection, config, recipe, data, tokenizer, accelerator)
-    trainee = prepare(model, config, recipe, plan, accelerator)
+    prepared = prepare(model, config, recipe, plan, accelerator)
     efficiency = plan.efficiency
     if plan.packs:
         start_packing(model, accelerator)
         efficiency = 1.0 if takes_one_row(model) else efficiency
-    state = State(trainee, accelerator.unwrap_model(trainee.model), config, Progress())
-    checkpoint = checkpoint_to_resume(here, asked, recipe.training.save_total_limit, accelerator, tell)
+    state = State(prepared, accelerator.unwrap_model(prepared.model), config, Progress())
+    checkpoint = checkpoint_to_resume(here, options, recipe.training.save_total_limit, accelerator, tell)
     if checkpoint is not None:
         load_checkpoint(checkpoint, state, accelerator)
         if state.progress.step > plan.total_steps:
@@ -256,7 +266,7 @@ class _Steps:
             progress.pending = {}
             self.log_pending()
         for result in fit(
-            state.trainee, self.task, self.data.train, self.tokenizer, plan, self.accelerator, progress.step
+            state.prepared, self.task, self.data.train, self.tokenizer, plan, self.accelerator, progress.step
         ):
             entry = _note_step(result, plan, training.logging_steps, progress, self.tell)
             last = result.step == plan.total_steps
@@ -287,7 +297,7 @@ class _Steps:
             return {}
         random = random_state()
         metrics = evaluate(
-            self.state.trainee.model,
+            self.state.prepared.model,
             self.task,
             self.data.eval,
             self.tokenizer,
@@ -518,7 +528,7 @@ def _refuse_positions(model: Any, longest: int) -> None:
         )
 
 
-def _refuse_other_content(here: Opened, asked: Asked, content: list[str]) -> None:
+def _refuse_other_content(here: OpenRun, options: StartOptions, content: list[str]) -> None:
     """Stops where the rows were encoded otherwise before the run was stopped, or are by another process of it.
 
     Raises:
@@ -529,7 +539,7 @@ def _refuse_other_content(here: Opened, asked: Asked, content: list[str]) -> Non
     before = run["data"].get("content", content) if run["attempts"] else content
     expected = any(change.key.partition(".")[0] in ("data", "dataset", "base_model", "task") for change in here.changes)
     if before != content and not expected:
-        if "data" not in asked.allow_change:
+        if "data" not in options.allow_change:
             raise UsageError(
                 "holds a run whose rows were encoded otherwise: the tokenizer, its chat template, the hub's dataset or "
                 "transformers has changed; nothing was changed",

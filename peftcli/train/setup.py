@@ -26,7 +26,7 @@ from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
 from peftcli.tasks.base import Task
 from peftcli.train.data import Data
-from peftcli.train.loop import Trainee
+from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import build_optimizer, build_schedule, parameter_groups
 from peftcli.train.plan import Plan
 
@@ -146,7 +146,9 @@ def calibrate(
     return Injection(adapter_layers(model), trainable, injection.total - injection.trainable + trainable)
 
 
-def prepare(model: nn.Module, config: AdapterConfig, recipe: Recipe, plan: Plan, accelerator: Accelerator) -> Trainee:
+def prepare(
+    model: nn.Module, config: AdapterConfig, recipe: Recipe, plan: Plan, accelerator: Accelerator
+) -> PreparedModel:
     """Model, optimizer and schedule, placed on the devices by accelerate."""
     prepared = accelerator.prepare_model(model, evaluation_mode=True)  # without DDP: the loop adds the gradients up
     tensors = named_tensors(model)
@@ -158,4 +160,4 @@ def prepare(model: nn.Module, config: AdapterConfig, recipe: Recipe, plan: Plan,
     schedule = build_schedule(optimizer, recipe.training, plan.total_steps)
     # from here on each process draws its own dropout
     set_seed(recipe.training.seed + accelerator.process_index)
-    return Trainee(prepared, parameters, optimizer, schedule, config)
+    return PreparedModel(prepared, parameters, optimizer, schedule, config)

@@ -44,7 +44,7 @@ from peftcli.methods.lora.config import LoraConfig
 from peftcli.schema import Training
 from peftcli.tasks.causal_lm import TASK
 from peftcli.train.attention import PACKED, Segments, attend, takes_one_row, use_segments
-from peftcli.train.loop import StepResult, Trainee, fit
+from peftcli.train.loop import PreparedModel, StepResult, fit
 from peftcli.train.packing_check import refuse_contamination, start_packing
 from peftcli.train.plan import MicroBatch, Plan
 from peftcli.train.report import Stepped
@@ -357,8 +357,8 @@ def test_packed_training_has_the_losses_of_unpacked_training(
         parameters = [parameter for _, _, parameter in named_tensors(model).values()]
         optimizer = torch.optim.AdamW(parameters, lr=1e-2)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-        trainee = Trainee(model, parameters, optimizer, schedule, LoraConfig(r=4))
-        return list(fit(trainee, TASK, view, TOKENIZER, plan, accelerator))
+        prepared = PreparedModel(model, parameters, optimizer, schedule, LoraConfig(r=4))
+        return list(fit(prepared, TASK, view, TOKENIZER, plan, accelerator))
 
     packed, unpacked = run(plan), run(Unpacked(plan))
     assert [step.loss for step in packed] == pytest.approx([step.loss for step in unpacked], rel=1e-5)

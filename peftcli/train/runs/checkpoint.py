@@ -29,7 +29,7 @@ from peftcli.core.weights import adapter_state, load_training_state, named_tenso
 from peftcli.errors import Diverged, PeftcliError, StorageError
 from peftcli.guard.files import read_small
 from peftcli.system.disk import remove_folder, sha256, sync_folder, write_file
-from peftcli.train.loop import LESS_LEARNING, Trainee
+from peftcli.train.loop import LESS_LEARNING, PreparedModel
 
 _MANIFEST = "MANIFEST.json"
 _SEAL = "manifest_sha256"
@@ -73,7 +73,7 @@ class Progress:
 class State:
     """What a checkpoint holds, live."""
 
-    trainee: Trainee
+    prepared: PreparedModel
     model: nn.Module
     """The model without accelerate's wrapper."""
     config: AdapterConfig
@@ -330,7 +330,7 @@ def _progress(path: Path) -> Progress:
 
 def _set_schedule(state: State) -> None:
     """Put the schedule where it stands after the steps done; it depends on nothing else."""
-    schedule, optimizer = state.trainee.schedule, state.trainee.optimizer
+    schedule, optimizer = state.prepared.schedule, state.prepared.optimizer
     assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
     step = schedule.last_epoch = state.progress.step
     rates = [base * share(step) for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
@@ -362,7 +362,7 @@ def _optimizer_state(state: State) -> dict[str, torch.Tensor]:
     return {
         f"{name}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
         for name, (_, _, parameter) in named_tensors(state.model).items()
-        for key, value in state.trainee.optimizer.state.get(parameter, {}).items()
+        for key, value in state.prepared.optimizer.state.get(parameter, {}).items()
     }
 
 
@@ -375,7 +375,7 @@ def _load_optimizer(state: State, tensors: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"{_OPTIMIZER}: part of {name} is missing")
         if any(value.shape != parameter.shape for key, value in loaded.items() if key != "step"):
             raise ValueError(f"{_OPTIMIZER}: {name} has another shape")
-        state.trainee.optimizer.state[parameter] = {
+        state.prepared.optimizer.state[parameter] = {
             key: value if key == "step" else value.to(parameter.device) for key, value in loaded.items()
         }
     if rest:

@@ -24,7 +24,7 @@ from peftcli.train.runs.identity import Change, base_hash, changes, check_keys, 
 
 
 @dataclass(frozen=True)
-class Asked:
+class StartOptions:
     """How the command wants to begin."""
 
     resume: str = "auto"
@@ -37,7 +37,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenRun:
     """A run folder that is held."""
 
     recipe: Recipe
@@ -53,7 +53,7 @@ class Opened:
 
 
 @contextlib.contextmanager
-def opened(recipe: Recipe, asked: Asked, accelerator: Accelerator) -> Iterator[Opened]:
+def open_run(recipe: Recipe, options: StartOptions, accelerator: Accelerator) -> Iterator[OpenRun]:
     """Hold the run folder, and give run.json as it stands now: new, to be gone on with, or complete.
 
     Raises:
@@ -65,13 +65,13 @@ def opened(recipe: Recipe, asked: Asked, accelerator: Accelerator) -> Iterator[O
     shared: list[Any] = [None]
     try:
         if accelerator.is_main_process:
-            check_keys(asked.allow_change, recipe)
+            check_keys(options.allow_change, recipe)
             now = identity(recipe, accelerator.num_processes)
             if not folder.is_replacing():
-                _choose(folder, now, asked)  # refuses before anything is written
+                _choose(folder, now, options)  # refuses before anything is written
             folder.lock()
             folder.finish_replacing()
-            chosen, run, changed = _choose(folder, now, asked)
+            chosen, run, changed = _choose(folder, now, options)
             if run is None and chosen.path != folder.path and chosen.path.exists():
                 chosen.clear()
             for each in (folder, chosen):
@@ -91,30 +91,30 @@ def opened(recipe: Recipe, asked: Asked, accelerator: Accelerator) -> Iterator[O
         replaces = None if path == folder.path else folder
         within = folder if replaces is None else RunFolder(path)
         with contextlib.closing(within):
-            yield Opened(recipe, within, run, now, changed, replaces)
+            yield OpenRun(recipe, within, run, now, changed, replaces)
     finally:
         folder.close()
 
 
 def _choose(
-    folder: RunFolder, now: dict[str, Any], asked: Asked
+    folder: RunFolder, now: dict[str, Any], options: StartOptions
 ) -> tuple[RunFolder, dict[str, Any] | None, list[Change]]:
     """The folder to train in, its run, and in what that differs from the one that is asked for."""
     run = folder.read()
     if not _has_begun(folder, run):
-        if asked.resume == "must":
+        if options.resume == "must":
             raise StorageError("holds no run to go on with", file=str(folder.path), key="--resume")
         return folder, None, []
     assert run is not None
     changed = changes(run["identity"], now)
-    refused = [change for change in changed if not is_allowed(change, asked.allow_change)]
+    refused = [change for change in changed if not is_allowed(change, options.allow_change)]
     complete = run["status"] == "complete"
-    anew = asked.resume == "never" and not complete
+    anew = options.resume == "never" and not complete
     if not refused and not anew and not (complete and changed):
         if complete:
             refuse_without_product(folder, run)
         return folder, run, changed
-    if asked.overwrite:
+    if options.overwrite:
         new = folder.beside()
         begun = new.read()
         same = begun is not None and _has_begun(new, begun) and not changes(begun["identity"], now)
@@ -179,7 +179,7 @@ def _other_versions(run: dict[str, Any]) -> list[Change]:
     return [Change(f"versions.{name}", before.get(name), now[name]) for name in now if before.get(name) != now[name]]
 
 
-def at_commit(recipe: Recipe, here: Opened) -> Recipe:
+def at_commit(recipe: Recipe, here: OpenRun) -> Recipe:
     """The recipe with a base model of the hub at the commit at which the run began, whatever is the newest now."""
     base, began = recipe.base_model, here.run["base_model"].get("revision")
     other = any(change.key.startswith("base_model") for change in here.changes)
@@ -196,7 +196,9 @@ def commit_of(base: BaseModel) -> dict[str, str | None]:
     return {"revision": folder.name, "sha256": base_hash(folder)}
 
 
-def checkpoint_to_resume(here: Opened, asked: Asked, keep: int, accelerator: Accelerator, tell: OnEvent) -> Path | None:
+def checkpoint_to_resume(
+    here: OpenRun, options: StartOptions, keep: int, accelerator: Accelerator, tell: OnEvent
+) -> Path | None:
     """The checkpoint to go on from, agreed by all processes; None: from the start.
 
     Raises:
@@ -205,20 +207,20 @@ def checkpoint_to_resume(here: Opened, asked: Asked, keep: int, accelerator: Acc
     """
     found: list[Any] = [None]
     if accelerator.is_main_process:
-        if asked.resume in ("auto", "must", "never"):
+        if options.resume in ("auto", "must", "never"):
             found[0] = newest_whole(here.folder.checkpoints, lambda text: tell(Warned(text)))
             prune(here.folder.checkpoints, keep)  # a kill may have left one more
-            if asked.resume == "must" and found[0] is None:
+            if options.resume == "must" and found[0] is None:
                 raise StorageError("no whole checkpoint", file=str(here.folder.checkpoints), key="--resume must")
         else:
-            found[0] = _chosen(Path(asked.resume), here, asked)
+            found[0] = _chosen(Path(options.resume), here, options)
     broadcast_object_list(found)
     checkpoint = found[0]
     assert checkpoint is None or isinstance(checkpoint, Path)
     return checkpoint
 
 
-def _chosen(path: Path, here: Opened, asked: Asked) -> Path:
+def _chosen(path: Path, here: OpenRun, options: StartOptions) -> Path:
     if not path.is_dir():
         hint = "auto, must, never, or the folder of a checkpoint"
         raise UsageError("no such checkpoint", file=str(path), key="--resume", hint=hint)
@@ -232,7 +234,7 @@ def _chosen(path: Path, here: Opened, asked: Asked) -> Path:
         if manifest.get(name) != value
     ]
     names = [change.key for change in other]
-    if not set(names) <= set(asked.allow_change):
+    if not set(names) <= set(options.allow_change):
         raise UsageError(
             f"was written with another {' and another '.join(names)}",
             file=str(path),
