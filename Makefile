@@ -37,10 +37,11 @@ fmt: $(STAMP) ## format the code, and mend what ruff can
 	@$(BIN)/ruff check --fix-only --quiet
 	@$(BIN)/ruff format
 
-lint: $(STAMP) ## ruff, and the layers of the package
+lint: $(STAMP) ## ruff, the layers of the package, spelling
 	@$(BIN)/ruff format --check
 	@$(BIN)/ruff check
 	@$(BIN)/lint-imports
+	@$(BIN)/codespell peftcli docs configs benchmarks README.md CONTRIBUTING.md CHANGELOG.md
 
 type: $(STAMP) ## mypy
 	@$(BIN)/mypy
