@@ -103,10 +103,25 @@ def read_file(path: Path, source: str, first: int = 1) -> Iterator[Row | DataErr
 
 
 def check_file(path: Path, source: str) -> tuple[str, str]:
-    """Extension and compression of a file that can be opened: opening a pipe would wait until somebody writes.
+    """Extension and compression of a file that can be opened.
 
     Raises:
-        DataError: it is none, is empty, or of an unknown kind.
+        DataError: it is not a regular file, is empty, or of an unknown kind.
+    """
+    size = check_regular(path, source)
+    extensions = kind_of(path.name)
+    if extensions is None:
+        raise DataError(f"unknown kind of file {path.suffix!r}", file=source, hint=ACCEPTED)
+    if not size:
+        raise DataError("is empty", file=source)
+    return extensions
+
+
+def check_regular(path: Path, source: str) -> int:
+    """Size of a regular file in bytes. Opening a pipe would wait until somebody writes.
+
+    Raises:
+        DataError: it is none, or cannot be read.
     """
     try:
         found = path.stat()
@@ -116,12 +131,7 @@ def check_file(path: Path, source: str) -> tuple[str, str]:
     if kind != stat.S_IFREG:
         names = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
         raise DataError(f"is not a regular file but a {names.get(kind, 'device')}", file=source)
-    extensions = kind_of(path.name)
-    if extensions is None:
-        raise DataError(f"unknown kind of file {path.suffix!r}", file=source, hint=ACCEPTED)
-    if not found.st_size:
-        raise DataError("is empty", file=source)
-    return extensions
+    return found.st_size
 
 
 def _unpacked(path: Path, compression: str, stack: ExitStack) -> io.BufferedReader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,8 @@ from itertools import islice
 from pathlib import Path
 
 from peftcli.data.hub_rows import HubRows
-from peftcli.data.readers import ACCEPTED, check_file, kind_of, read_file
+from peftcli.data.media import is_media, media_rows
+from peftcli.data.readers import ACCEPTED, check_file, check_regular, kind_of, read_file
 from peftcli.data.rows import Place, Row
 from peftcli.data.source_names import is_path
 from peftcli.data.text_rows import CHUNK, cut, reason
@@ -33,6 +35,7 @@ class Opened:
         self, source: Source, files: dict[str, Path], hub: HubRows | None = None, left_out: Sequence[str] = ()
     ):
         self._source, self._files, self._hub = source, files, hub
+        self._is_media = all(map(is_media, files)) and hub is None
         self.left_out = list(left_out)
         """Files of its folder whose kind cannot be read."""
         self.described = shown(source.train)
@@ -53,7 +56,10 @@ class Opened:
         """
         if self._hub is not None:
             return {f"{self.described}@{self._hub.commit}": self._hub.commit}
-        return {name: _sha256(path, name) for name, path in self._files.items()}
+        hashes = {name: _sha256(path, name) for name, path in self._files.items()}
+        if self._is_media:  # of which there are thousands
+            return {self.described: hashlib.sha256(json.dumps(hashes).encode()).hexdigest()}
+        return hashes
 
     def check_unchanged(self, fingerprint: dict[str, str]) -> None:
         """Reads the files once more and compares. What ``rows()`` gave before is the content of ``fingerprint`` then.
@@ -83,6 +89,9 @@ class Opened:
             raise DataError("holds no rows", file=self.described)
 
     def _file_rows(self) -> Iterator[Row | DataError]:
+        if self._is_media:
+            yield from media_rows(self._files, Path(self._source.train))
+            return
         number = 0
         for name, path in self._files.items():
             for row in read_file(path, name, number + 1):
@@ -114,9 +123,10 @@ def open_source(source: Source) -> Opened:
         given = [key for key in ("split", "name", "revision") if getattr(source, key) != getattr(Source, key)]
         if given:
             raise DataError(f"means nothing for a local file: {shown(name)}", key=f"dataset.{given[0]}")
-        files, left_out = _listed(path, name) if _is_folder(path) else ({shown(name): path}, [])
+        in_folder = _is_folder(path)
+        files, left_out = _listed(path, name) if in_folder else ({shown(name): path}, [])
         for each, file in files.items():
-            check_file(file, each)
+            (check_regular if in_folder and is_media(each) else check_file)(file, each)
         return Opened(source, files, left_out=left_out)
     if is_path(name):
         raise DataError("no such file", file=shown(name), hint=_near_files(path))
@@ -150,7 +160,9 @@ def _listed(folder: Path, source: str) -> tuple[dict[str, Path], list[str]]:
     if _SAVED & {path.name for path in paths}:
         hint = "Write it anew with Dataset.to_parquet, and name that file."
         raise DataError("a dataset that was saved by save_to_disk", file=shown(source), hint=hint)
-    found = {name: path for name, path in zip(names, paths, strict=True) if kind_of(name)}
+    listed = dict(zip(names, paths, strict=True))
+    media = {name: path for name, path in listed.items() if is_media(name)}
+    found = {name: path for name, path in listed.items() if kind_of(name)} or media
     if not found:
         there = shown(", ".join(names[:5])[:200]) or "nothing"
         message = f"a folder without a file that can be read; in it: {there}"
@@ -162,7 +174,7 @@ def _listed(folder: Path, source: str) -> tuple[dict[str, Path], list[str]]:
         message = f"a folder with several splits: {shown(splits['train'])} and {shown(splits['other'])}"
         raise DataError(message, file=shown(source), hint="Name the file or the subfolder of one split.")
     files = {shown(f"{source.rstrip('/')}/{name}"): path for name, path in found.items()}
-    return files, [shown(name) for name in names if name not in found]
+    return files, [shown(name) for name in names if name not in found and name not in media]
 
 
 def _files(top: Path, source: str) -> Iterator[Path]:
@@ -215,7 +227,7 @@ def _near_files(path: Path) -> str:
 
 def _sha256(path: Path, name: str) -> str:
     digest = hashlib.sha256()
-    check_file(path, name)
+    check_regular(path, name)
     try:
         with path.open("rb") as file:
             while block := file.read(CHUNK):

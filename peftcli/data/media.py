@@ -1,0 +1,31 @@
+"""Folders of pictures or sounds: a row for each file, whose label is the folder that holds it.
+
+photos/cat/1.jpg    ->    {"image": "photos/cat/1.jpg", "label": "cat"}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+
+from peftcli.data.rows import Place, Row
+
+_COLUMNS = {
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"), "image"),
+    **dict.fromkeys((".wav", ".flac", ".ogg", ".mp3"), "audio"),
+}
+"""Extension of a file -> the column that names it."""
+
+
+def is_media(name: str) -> bool:
+    """Whether a file of this name holds a picture or a sound."""
+    return PurePosixPath(name).suffix.lower() in _COLUMNS
+
+
+def media_rows(files: Mapping[str, Path], top: Path) -> Iterator[Row]:
+    """Yield a row for each file; files directly in ``top`` have no label."""
+    for number, (name, path) in enumerate(files.items(), start=1):
+        values = {_COLUMNS[path.suffix.lower()]: str(path)}
+        if path.parent != top:
+            values["label"] = path.parent.name
+        yield Row(values, Place(name, number))

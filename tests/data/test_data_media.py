@@ -1,0 +1,68 @@
+"""Folders of pictures and sounds as rows."""
+
+import pytest
+
+from peftcli.data.sources import open_source
+from peftcli.errors import DataError
+from peftcli.schema import Source
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for name in ("dog/a.jpg", "cat/b.PNG", "cat/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    return tmp_path
+
+
+def rows(folder, **source):
+    return list(open_source(Source(train=str(folder), **source)).rows())
+
+
+def test_each_file_is_a_row_labelled_by_its_folder(photos):
+    found = rows(photos)
+    assert [row.values for row in found] == [
+        {"image": f"{photos}/cat/a.png", "label": "cat"},
+        {"image": f"{photos}/cat/b.PNG", "label": "cat"},
+        {"image": f"{photos}/dog/a.jpg", "label": "dog"},
+    ]
+    assert [(row.place.source, row.place.number) for row in found][2] == (f"{photos}/dog/a.jpg", 3)
+    assert len(rows(photos, limit=2)) == 2
+
+
+def test_files_directly_in_the_folder_have_no_label(photos):
+    assert [row.values for row in rows(photos / "cat")] == [
+        {"image": f"{photos}/cat/a.png"},
+        {"image": f"{photos}/cat/b.PNG"},
+    ]
+
+
+def test_sounds_have_a_column_of_their_own(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"RIFF")
+    assert rows(tmp_path)[0].values == {"audio": f"{tmp_path}/a.wav"}
+
+
+def test_a_file_of_rows_comes_before_the_pictures_beside_it(photos):
+    (photos / "metadata.jsonl").write_text('{"file_name": "cat/a.png", "label": "tabby"}\n')
+    opened = open_source(Source(train=str(photos)))
+    assert [row.values["label"] for row in opened.rows()] == ["tabby"]
+    assert opened.left_out == []
+
+
+def test_two_splits_in_one_folder_are_refused(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        (tmp_path / split / "cat" / "a.png").write_bytes(b"")
+    with pytest.raises(DataError, match="several splits"):
+        open_source(Source(train=str(tmp_path)))
+    assert rows(tmp_path / "train")[0].values["label"] == "cat"
+
+
+def test_the_fingerprint_is_one_hash_over_all_files(photos):
+    opened = open_source(Source(train=str(photos)))
+    before = opened.fingerprint()
+    assert list(before) == [str(photos)]
+    (photos / "cat" / "a.png").write_bytes(b"another")
+    assert opened.fingerprint() != before
+    with pytest.raises(DataError, match="changed while it was read"):
+        opened.check_unchanged(before)
