@@ -1,4 +1,4 @@
-"""Which tokens are trained: TRL's assistant_only_loss and peftcli on the mask matrix of tests/data.
+"""Which tokens are trained: TRL's assistant_only_loss and peftcli on the mask matrix of tests.
 
 Every conversation goes through TRL as SFTTrainer's preprocessing does it: the training template that TRL has for the
 model's chat template, then ``apply_chat_template(..., return_assistant_tokens_mask=True)``. Where TRL ships a copy of
@@ -21,10 +21,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from peftcli.data.chat import IGNORED, encode_chat
-from peftcli.data.formats import ChatExample
+from peftcli.tasks.text.chat import IGNORED, encode_chat
+from peftcli.tasks.text.formats import ChatExample
 
-TESTS = Path(__file__).resolve().parent.parent / "tests" / "data"
+TESTS = Path(__file__).resolve().parent.parent / "tests"
 COPIES = {
     "llama3": "llama3",
     "llama3_1": "llama3_2",

@@ -77,9 +77,9 @@ def run_trainer(folder: str) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-    from peftcli.data.collate import pad_causal
     from peftcli.models.load import base_of, load_tokenizer
     from peftcli.tasks import TASKS
+    from peftcli.tasks.text.collate import pad_causal
     from peftcli.train.setup import load_data
 
     tokenizer = load_tokenizer(base_of(MODEL))

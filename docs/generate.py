@@ -18,12 +18,12 @@ from typing import Any, get_type_hints
 
 from peftcli import errors
 from peftcli.cli.app import app, peftcli
-from peftcli.data.findings import FINDINGS
 from peftcli.methods import METHODS, NOT_HERE
 from peftcli.output_schemas import names
 from peftcli.recipe.settings import Setting, in_words, method_settings, settings
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
+from peftcli.tasks.findings import FINDINGS
 
 ROOT = Path(__file__).parent.parent
 SCHEMAS = ROOT / "peftcli/output_schemas"

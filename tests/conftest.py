@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,6 +25,22 @@ os.environ.update(
 )
 for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
     os.environ.pop(_name, None)
+
+
+@pytest.fixture(scope="session")
+def tokenizers() -> Callable[..., Any]:
+    """Makes a tokenizer with the chat template of that name; each kind is built once."""
+    from chat_templates import make_tokenizer
+
+    built: dict[tuple[Any, ...], Any] = {}
+
+    def get(template: str | None = None, **options: Any) -> Any:
+        key = (template, *sorted(options.items()))
+        if key not in built:
+            built[key] = make_tokenizer(template, **options)
+        return built[key]
+
+    return get
 
 
 def pytest_unconfigure() -> None:

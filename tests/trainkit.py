@@ -278,7 +278,7 @@ _PRELOADED = [
     "matplotlib.figure",
     "peft",  # accelerate imports it where it is installed
     "peftcli.cli.app",
-    "peftcli.data.encode",
+    "peftcli.tasks.text.encode",
     "peftcli.data.sources",
     "peftcli.methods.lora.layers",
     "peftcli.tasks.causal_lm",

@@ -10,13 +10,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcli.data.ends import Ends, Form, all_stops, ends_of, prompt_form
 from peftcli.errors import AdapterError, DataError, UsageError
 from peftcli.guard.adapter_header import CONFIG_FILE, WEIGHTS_FILE
 from peftcli.system.disk import sha256
 from peftcli.system.outputs import expanded, is_stream, unfinished_file, write_output
 from peftcli.system.secrets import redact_values
 from peftcli.system.signals import current
+from peftcli.tasks.text.stop_tokens import Ends, Form, all_stops, ends_of, prompt_form
 
 if TYPE_CHECKING:
     import torch
@@ -116,12 +116,12 @@ class Speaker:
             return prompt
         if self.form == "chat":
             return [{"role": "user", "content": prompt}]
-        from peftcli.data.formats import AlpacaExample
+        from peftcli.tasks.text.formats import AlpacaExample
 
         return AlpacaExample(prompt, output="").pair().prompt
 
     def _rendered(self, messages: list[Message]) -> str:
-        from peftcli.data.spans import render
+        from peftcli.tasks.text.spans import render
 
         if not self.tokenizer.chat_template:
             raise UsageError(

@@ -29,7 +29,6 @@ from peftcli.core.files import load_adapter, load_empty, read_config
 from peftcli.core.inject import is_reshaped
 from peftcli.core.layer import AdapterLayer, bare, model_ends
 from peftcli.core.merge import merge, outermost
-from peftcli.data.ends import missing_stops
 from peftcli.errors import AdapterError, ModelError, UsageError
 from peftcli.methods import config_from_dict
 from peftcli.models import tokens
@@ -48,6 +47,7 @@ from peftcli.schema import BaseModel
 from peftcli.system.outputs import expanded, new_folder, refuse_taken, saving
 from peftcli.system.secrets import redact_values
 from peftcli.tasks import TASKS
+from peftcli.tasks.text.stop_tokens import missing_stops
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
 """Largest difference of logits that rounding the merged weights explains, as a share of the logits' deviation."""

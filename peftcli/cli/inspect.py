@@ -16,8 +16,8 @@ from peftcli.cli.quiet import Quiet, teller
 
 if TYPE_CHECKING:
     from peftcli.data.findings import Finding
-    from peftcli.data.pieces import Piece
     from peftcli.inspection.report import Inspection, ShownRow
+    from peftcli.tasks.text.token_text import Piece
 
 _ROWS = 3
 _ROWS_OF_A_PAGE = 200
@@ -191,8 +191,6 @@ def _show_audit(audit: dict[str, Any]) -> None:
 
 
 def _show_findings(inspection: Inspection) -> None:
-    from peftcli.data.findings import FINDINGS
-
     count = len(inspection.findings)
     console.out(f"\n{count or 'no'} {'finding' if count == 1 else 'findings'}")
     for each in inspection.findings:
@@ -202,7 +200,7 @@ def _show_findings(inspection: Inspection) -> None:
         console.out(f"  {', '.join(each.rows)}{more}")
         for line in _details(each, inspection.audit[each.split]):
             console.out(f"  {line}")
-        console.out(f"  {FINDINGS[each.name].advice}")
+        console.out(f"  {each.advice}")
 
 
 def _details(finding: Finding, facts: dict[str, Any]) -> list[str]:

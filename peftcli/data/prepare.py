@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from peftcli.data import day
 from peftcli.data.cache import cached
-from peftcli.data.encode import Encoder
 from peftcli.data.rows import Place, Row
 from peftcli.data.sources import Opened, open_source
 from peftcli.data.store import Outcome, Store, Writer
@@ -21,6 +20,31 @@ from peftcli.schema import Dataset, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class Reader(Protocol):
+    """Reads the columns of a row."""
+
+    name: str
+    """The format of the rows."""
+    names: Mapping[str, str]
+    """The columns that it reads, under the names that the format has for them."""
+
+
+class Encoder(Protocol):
+    """Turns rows of one source into features."""
+
+    reader: Reader
+
+    def __call__(self, rows: Sequence[Row]) -> list[Outcome | DataError]:
+        """What became of each row: features, a reason why there are none, or the error that it is.
+
+        Raises:
+            DataError: no row of the source can be encoded.
+            ModelError: the chat template does not come to an end.
+        """
+        ...
+
 
 MakeEncoder = Callable[[Sequence[str], Source, str], Encoder]
 """Columns of the first rows, the source and its name -> what encodes its rows."""

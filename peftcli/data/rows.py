@@ -19,6 +19,10 @@ class Place:
     line: int | None = None
     """Line of the file that the row starts on, from 1; None where there are no lines."""
 
+    def __str__(self) -> str:
+        """``file:line``, or ``file row N`` where there are no lines."""
+        return f"{self.source} row {self.number}" if self.line is None else f"{self.source}:{self.line}"
+
     def error(self, message: str, *, key: str | None = None, hint: str | None = None) -> DataError:
         """A DataError about the row."""
         if self.line is not None:

@@ -69,7 +69,7 @@ class Outcome:
     lost: int = 0
     """Targets that a cut took away."""
     flags: int = 0
-    """``peftcli.data.flags.Flag`` as a number."""
+    """``peftcli.tasks.text.flags.Flag`` as a number."""
 
 
 class Writer:

@@ -14,10 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from peftcli.data.chat import IGNORED
-from peftcli.data.findings import Finding, found, shown
-from peftcli.data.flags import Flag
-from peftcli.data.pieces import Speller, special_tokens
+from peftcli.data.findings import Finding
 from peftcli.data.rows import Place
 from peftcli.data.store import BAD, USED, Store, View
 from peftcli.inspection.duplicates import (
@@ -32,6 +29,10 @@ from peftcli.inspection.duplicates import (
     slices,
     spread,
 )
+from peftcli.tasks.findings import FINDINGS
+from peftcli.tasks.text.chat import IGNORED
+from peftcli.tasks.text.flags import Flag
+from peftcli.tasks.text.token_text import Speller, special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,7 +97,7 @@ def audit(view: View, tokenizer: PreTrainedTokenizerBase, *, aligned: bool = Tru
         "low_trained_share": low,
     }
     findings = [
-        found(name, int(mask.sum()), len(used), used.places(mask), split=split)
+        FINDINGS[name].finding(int(mask.sum()), len(used), used.places(mask), split=split)
         for name, mask in found_rows.items()
         if mask.any()
     ]
@@ -124,7 +125,7 @@ def leaks(train: Audit, evaluation: Audit) -> tuple[dict[str, int], list[Finding
     telling = values[(values != 0) & (counts <= max(2, _COMMON_PROMPT * len(train.used)))]
     prompts = np.isin(evaluation.prompts, telling) & ~rows
     findings = [
-        found(name, int(mask.sum()), len(mask), evaluation.used.places(mask), split="eval")
+        FINDINGS[name].finding(int(mask.sum()), len(mask), evaluation.used.places(mask), split="eval")
         for name, mask in (("train_in_eval", rows), ("prompts_in_eval", prompts))
         if mask.any()
     ]
@@ -337,8 +338,8 @@ def _described(pairs: Pairs, used: UsedRows) -> list[dict[str, Any]]:
     best = np.argsort(-pairs.index, kind="stable")[:_LISTED]
     return [
         {
-            "row": shown(used.place(int(pairs.later[at]))),
-            "like": shown(used.place(int(pairs.earlier[at]))),
+            "row": str(used.place(int(pairs.later[at]))),
+            "like": str(used.place(int(pairs.earlier[at]))),
             "alike": round(float(pairs.index[at]), 3),
         }
         for at in best
@@ -413,11 +414,11 @@ def _longest(view: View) -> list[dict[str, Any]]:
         row = position if chosen is None else int(chosen[position])
         outcome = store.outcomes[store.rows[row]["outcome"]]
         if outcome != BAD:
-            out.append({"row": shown(store.place(row)), "tokens": -negative, "outcome": outcome})
+            out.append({"row": str(store.place(row)), "tokens": -negative, "outcome": outcome})
     return out
 
 
 def _bad_rows(view: View) -> Iterator[dict[str, Any]]:
     for part in view.parts:
         for row, error in part.bad_rows():
-            yield {"row": shown(part.store.place(row)), "message": error.message, "key": error.key}
+            yield {"row": str(part.store.place(row)), "message": error.message, "key": error.key}

@@ -16,12 +16,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from peftcli.data.findings import FINDINGS, Finding
-from peftcli.data.pieces import Piece
+from peftcli.data.findings import Finding
 from peftcli.errors import UsageError
 from peftcli.inspection.report import Inspection, ShownRow, bars, reason, shortened, tables
 from peftcli.system.outputs import saving, write_output
 from peftcli.system.secrets import redact
+from peftcli.tasks.text.token_text import Piece
 
 _MOST_TOKENS = 4000
 """Of a longer row, the beginning and the end are shown."""
@@ -188,7 +188,7 @@ def _finding(finding: Finding, number: int, ids: dict[str, str], allow: Sequence
     return (
         f'<article class="finding {finding.level}" id="finding-{number}-{finding.name}">'
         f'<h3><span class="level">{finding.level}{allowed}</span> {finding.name}</h3>\n'
-        f"<p>{_text(finding.message)}. {_text(FINDINGS[finding.name].advice)}</p>\n"
+        f"<p>{_text(finding.message)}. {_text(finding.advice)}</p>\n"
         f'<p class="places">{", ".join(places)}{more}</p></article>'
     )
 

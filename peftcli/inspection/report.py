@@ -15,10 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from peftcli.data.chat import IGNORED
-from peftcli.data.findings import Finding, refuse, shown, worst_first
-from peftcli.data.flags import Flag
-from peftcli.data.pieces import Piece, Speller
+from peftcli.data.findings import Finding, refuse, worst_first
 from peftcli.data.store import BAD, USED, View
 from peftcli.errors import UsageError
 from peftcli.inspection.audit import audit, leaks
@@ -27,6 +24,9 @@ from peftcli.models.load import load_tokenizer
 from peftcli.schema import Recipe
 from peftcli.system.secrets import spans
 from peftcli.tasks import TASKS
+from peftcli.tasks.text.chat import IGNORED
+from peftcli.tasks.text.flags import Flag
+from peftcli.tasks.text.token_text import Piece, Speller
 from peftcli.train.data import Data, load_data, plan_of
 from peftcli.train.launch import total_processes
 from peftcli.train.plan import Plan
@@ -104,7 +104,7 @@ class Inspection:
         return ShownRow(
             index=index,
             split=split,
-            place=shown(store.place(row)),
+            place=str(store.place(row)),
             input_ids=ids,
             labels=labels,
             # a causal model is never asked for the first token

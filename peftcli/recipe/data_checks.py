@@ -132,7 +132,7 @@ def _evaluation_rows(dataset: Dataset, report: Report) -> None:
 def _allowed(dataset: Dataset, report: Report) -> None:
     if not dataset.allow:
         return
-    from peftcli.data.findings import FINDINGS
+    from peftcli.tasks.findings import FINDINGS
 
     stops = [name for name, kind in FINDINGS.items() if kind.can_stop and name != "bad_rows"]
     for index, name in enumerate(dataset.allow):

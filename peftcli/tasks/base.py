@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from peftcli.data.encode import Encoder
+    from peftcli.data.prepare import Encoder
     from peftcli.data.store import Feature
     from peftcli.schema import Dataset, Source
 

@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from peftcli.data.chat import IGNORED
-from peftcli.data.collate import pad_causal, pad_token_id
-from peftcli.data.encode import COLUMNS, CausalEncoder
-from peftcli.data.formats import example_reader
 from peftcli.data.store import Feature
 from peftcli.schema import Dataset, Source
 from peftcli.tasks.base import Batch, Losses
-from peftcli.tasks.token_loss import token_losses, token_metrics
+from peftcli.tasks.text.chat import IGNORED
+from peftcli.tasks.text.collate import pad_causal, pad_token_id
+from peftcli.tasks.text.encode import COLUMNS, CausalEncoder
+from peftcli.tasks.text.formats import example_reader
+from peftcli.tasks.text.token_loss import token_losses, token_metrics
 
 
 class CausalLM:

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from peftcli.data.collate import pad_seq2seq, pad_token_id
-from peftcli.data.encode import COLUMNS, Seq2SeqEncoder
-from peftcli.data.formats import example_reader
 from peftcli.data.store import Feature
 from peftcli.schema import Dataset, Source
 from peftcli.tasks.base import Batch, Losses
-from peftcli.tasks.token_loss import token_losses, token_metrics
+from peftcli.tasks.text.collate import pad_seq2seq, pad_token_id
+from peftcli.tasks.text.encode import COLUMNS, Seq2SeqEncoder
+from peftcli.tasks.text.formats import example_reader
+from peftcli.tasks.text.token_loss import token_losses, token_metrics
 
 
 class Seq2SeqLM:

@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 
 from peftcli.data import day
-from peftcli.data.encode import CUT_OFF, OVERLONG
-from peftcli.data.findings import Finding, from_records, refuse, worst_first
-from peftcli.data.flags import Flag
+from peftcli.data.findings import Finding, Records, find_in_records, refuse, worst_first
 from peftcli.data.prepare import OnRows, prepare
 from peftcli.data.sources import eval_source, held_out
 from peftcli.data.store import BAD, USED, Part, Store, View
@@ -21,6 +19,8 @@ from peftcli.models.load import load_tokenizer
 from peftcli.schema import Recipe, Source
 from peftcli.tasks import TASKS
 from peftcli.tasks.base import Task
+from peftcli.tasks.text.findings import record_findings
+from peftcli.tasks.text.flags import CUT_OFF, OVERLONG, Flag
 from peftcli.train.plan import Plan
 from peftcli.train.report import OnEvent, Phase, RowsRead, Warned
 
@@ -120,9 +120,12 @@ def load_data(
         report["eval"] = _account(evaluation.parts, packs)
         _refuse_none(evaluation, report["eval"], dataset.max_length)
     skip = dataset.on_bad_row == "skip"
-    findings = from_records(train.parts, skip_bad_rows=skip) if train.parts else []
+    records = [Records(train.parts)] if train.parts else []
     if evaluation is not None:
-        findings = worst_first([*findings, *from_records(evaluation.parts, split="eval", skip_bad_rows=skip)])
+        records.append(Records(evaluation.parts, "eval"))
+    findings = worst_first(
+        [each for some in records for each in find_in_records(some, record_findings, skip_bad_rows=skip)]
+    )
     report["findings"] = [{**each.as_dict(), "split": each.split} for each in findings]
     report["content"] = [part.store.content for part in (*parts, *held)]
     return Data(train, evaluation, report, findings, notes)

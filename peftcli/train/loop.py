@@ -13,10 +13,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.data.packing import join
 from peftcli.data.store import Feature, View
 from peftcli.errors import Diverged
 from peftcli.tasks.base import Task
+from peftcli.tasks.text.packing import join
 from peftcli.train.attention import takes_one_row
 from peftcli.train.plan import MicroBatch, Plan
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from peftcli.data.collate import pad_causal
-from peftcli.data.packing import join
 from peftcli.errors import ModelError
 from peftcli.tasks.base import Batch
+from peftcli.tasks.text.collate import pad_causal
+from peftcli.tasks.text.packing import join
 from peftcli.train.attention import takes_one_row, use_segments
 
 _LENGTH = 8

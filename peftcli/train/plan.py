@@ -12,8 +12,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from peftcli.data.packing import best_fit
 from peftcli.schema import Training
+from peftcli.tasks.text.packing import best_fit
 
 _SORTED = 50
 """With group_by_length: how many global batches are sorted by length together."""

@@ -22,7 +22,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 from peftcli.adapters.card import write_card
 from peftcli.core.weights import adapter_state
 from peftcli.data import day
-from peftcli.data.ends import missing_stops
 from peftcli.data.findings import refuse
 from peftcli.errors import (
     DataError,
@@ -42,6 +41,7 @@ from peftcli.system.disk import sha256, write_file
 from peftcli.system.signals import STARTED, TIME_LIMIT, Stop, handled, wants_save
 from peftcli.tasks import TASKS
 from peftcli.tasks.base import Task
+from peftcli.tasks.text.stop_tokens import missing_stops
 from peftcli.train.attention import takes_one_row
 from peftcli.train.data import Data, load_data, plan_of
 from peftcli.train.evaluate import evaluate

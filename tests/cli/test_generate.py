@@ -19,7 +19,7 @@ from trainkit import MESSAGES, PAIRS, PROMPT_TUNING, PROMPTS, Child, run_recipe,
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from peftcli.adapters.generate import Speaker
-from peftcli.data.ends import Ends, Form
+from peftcli.tasks.text.stop_tokens import Ends, Form
 
 LONG = ("training.max_steps=150", "training.learning_rate=1e-2", "method.r=8", "training.logging_steps=50")
 QUESTIONS = [question for question, _ in PAIRS[:5]]

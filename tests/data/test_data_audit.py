@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peftcli.data.encode import NO_TARGET
-from peftcli.data.flags import Flag
 from peftcli.data.rows import Place
 from peftcli.data.store import Outcome, Part, Store, View, Writer
 from peftcli.errors import DataError
@@ -18,6 +16,7 @@ from peftcli.inspection import audit as audit_module
 from peftcli.inspection import duplicates
 from peftcli.inspection.audit import Audit, audit, histogram, leaks
 from peftcli.inspection.duplicates import Rows, Sketches, common_shingles, repeats, row_hashes, spread
+from peftcli.tasks.text.flags import NO_TARGET, Flag
 
 IGNORED = -100
 Ids = list[int]

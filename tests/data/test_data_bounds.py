@@ -13,13 +13,13 @@ from chat_templates import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from peftcli.data import bounds
-from peftcli.data.chat import chat_template
-from peftcli.data.encode import CausalEncoder, Seq2SeqEncoder
-from peftcli.data.formats import example_reader
 from peftcli.data.rows import Place, Row
-from peftcli.data.spans import render, tokenized
 from peftcli.errors import DataError, ModelError
 from peftcli.schema import Dataset, Source
+from peftcli.tasks.text.chat import chat_template
+from peftcli.tasks.text.encode import CausalEncoder, Seq2SeqEncoder
+from peftcli.tasks.text.formats import example_reader
+from peftcli.tasks.text.spans import render, tokenized
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
 GOOD = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

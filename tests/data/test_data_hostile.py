@@ -32,11 +32,11 @@ from hostile_data import (
 )
 
 from peftcli.data import readers, text_rows
-from peftcli.data.formats import Example, example_reader
 from peftcli.data.rows import Row
 from peftcli.data.sources import open_source
 from peftcli.errors import DataError
 from peftcli.schema import Source
+from peftcli.tasks.text.formats import Example, example_reader
 
 pytestmark = pytest.mark.timeout(60)  # a file that hangs fails here
 

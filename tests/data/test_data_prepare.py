@@ -14,13 +14,13 @@ from transformers import ByT5Tokenizer
 
 from peftcli.data import day
 from peftcli.data import prepare as preparing
-from peftcli.data.encode import COLUMNS, CausalEncoder
-from peftcli.data.formats import example_reader
 from peftcli.data.prepare import prepare, tokenizer_fingerprint
-from peftcli.data.spans import render, tokenized
 from peftcli.data.store import Store
 from peftcli.errors import DataError
 from peftcli.schema import Dataset, Source
+from peftcli.tasks.text.encode import COLUMNS, CausalEncoder
+from peftcli.tasks.text.formats import example_reader
+from peftcli.tasks.text.spans import render, tokenized
 
 CHATS = [
     {"messages": [{"role": "user", "content": f"q{at}"}, {"role": "assistant", "content": f"A{at} " * at}]}

@@ -23,11 +23,11 @@ from docs_pages import PAGES, ROOT, Block, blocks, page_id
 from typer.main import get_command
 
 from peftcli.cli import app, console
-from peftcli.data.formats import example_reader
 from peftcli.data.rows import Row
 from peftcli.data.sources import open_source
 from peftcli.recipe import read
 from peftcli.schema import Source
+from peftcli.tasks.text.formats import example_reader
 
 KINDS = {"python", "yaml", "bash", "console", "json", "text"}
 EXAMPLES = [page for page in PAGES if any(True for _ in blocks(page))]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from docs_pages import PAGES, ROOT, blocks, page_id
 
-from peftcli.data.formats import FORMATS, detect_format
 from peftcli.methods import METHODS
+from peftcli.tasks.text.formats import FORMATS, detect_format
 
 sys.path.insert(0, str(ROOT / "docs"))
 import generate

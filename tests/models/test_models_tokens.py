@@ -32,9 +32,6 @@ from peftcli.adapters.merge import merge_adapter
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
-from peftcli.data.encode import CausalEncoder
-from peftcli.data.formats import example_reader
-from peftcli.data.packing import join
 from peftcli.data.rows import Place, Row
 from peftcli.errors import AdapterError, ModelError
 from peftcli.methods import METHODS, config_from_dict
@@ -45,6 +42,9 @@ from peftcli.models import tokens
 from peftcli.models.load import base_of, empty_model, load_adapter_tokenizer, load_model, load_tokenizer
 from peftcli.schema import BaseModel, Dataset, Source
 from peftcli.tasks.causal_lm import CausalLM
+from peftcli.tasks.text.encode import CausalEncoder
+from peftcli.tasks.text.formats import example_reader
+from peftcli.tasks.text.packing import join
 
 NEW = ["<tool>", "<done>"]
 VOCABULARY = 300

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from peftcli.data.findings import FINDINGS
 from peftcli.errors import Problem
 from peftcli.methods import METHODS
 from peftcli.recipe import read_recipe
 from peftcli.recipe.names import VALUES
 from peftcli.recipe.settings import choices, method_settings, sections, settings
 from peftcli.schema import Recipe
+from peftcli.tasks.findings import FINDINGS
 
 RECIPE = """\
 base_model: {name: org/model%(base)s}

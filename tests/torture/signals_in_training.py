@@ -23,7 +23,7 @@ MOMENTS: dict[str, tuple[str, str, Sequence[int]]] = {
     "the folder is opened": ("peftcli.train.runs.resume", "identity", (1,)),
     "the tokenizer is loaded": ("peftcli.train.run", "load_tokenizer", (1,)),
     "the data is read": ("peftcli.train.run", "load_data", (1,)),
-    "rows are encoded": ("peftcli.data.encode", "encode_marked", (1, 2)),
+    "rows are encoded": ("peftcli.tasks.text.encode", "encode_marked", (1, 2)),
     "the model is loaded": ("peftcli.train.run", "adapted_model", (1,)),
     "the optimizer is made": ("peftcli.train.run", "prepare", (1,)),
     "a checkpoint is looked for": ("peftcli.train.run", "checkpoint_to_resume", (1,)),

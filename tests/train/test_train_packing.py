@@ -36,13 +36,13 @@ from transformers import (
 
 from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
-from peftcli.data.packing import join
 from peftcli.data.rows import Place
 from peftcli.data.store import Feature, Outcome, Part, Store, View, Writer
 from peftcli.errors import Interrupted, ModelError
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.schema import Training
 from peftcli.tasks.causal_lm import TASK
+from peftcli.tasks.text.packing import join
 from peftcli.train.attention import PACKED, Segments, attend, takes_one_row, use_segments
 from peftcli.train.loop import PreparedModel, StepResult, fit
 from peftcli.train.packing_check import refuse_contamination, start_packing

@@ -4,7 +4,7 @@ import pytest
 import torch
 from chat_templates import make_tokenizer
 
-from peftcli.data.collate import pad_causal, pad_seq2seq, pad_token_id
+from peftcli.tasks.text.collate import pad_causal, pad_seq2seq, pad_token_id
 
 
 def test_pad_causal_on_the_right() -> None:

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from peftcli.data.pieces import Piece, Speller
+from peftcli.tasks.text.token_text import Piece, Speller
 
 TEXTS = ["plain words", " two  spaces\n\nand\ttabs ", "h\u00e9llo \U0001f389 \u6f22\u5b57 caf\u00e9", "x\ufffdy", "a"]
 IGNORED = -100

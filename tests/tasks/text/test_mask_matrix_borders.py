@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from peftcli.data.chat import IGNORED, Encoded, encode_chat, encode_pair
-from peftcli.data.formats import AlpacaExample, ChatExample, PairExample
+from peftcli.tasks.text.chat import IGNORED, Encoded, encode_chat, encode_pair
+from peftcli.tasks.text.formats import AlpacaExample, ChatExample, PairExample
 
 LETTERS = "ab eE\u00e9\u0301\u00c5\u030aﬁⅧ\n\u00a0.日"
 TEXTS = ["a ab aa b ba", "ea be éa bé", "ab\nab a\n\nb", "  a  b", "e\u0301a ﬁ Ⅷ Å", "日a 日 b", "E Ea"] * 8

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peftcli.data.encode import CUT_OFF, NO_TARGET, OVERLONG
-from peftcli.data.findings import FINDINGS, Finding, from_records, refuse, stopping
-from peftcli.data.flags import Flag
+from peftcli.data.findings import Finding, Records, find_in_records, refuse, stopping
 from peftcli.data.rows import Place
 from peftcli.data.store import Outcome, Part, Store, Writer
 from peftcli.errors import DataError
+from peftcli.tasks.findings import FINDINGS
+from peftcli.tasks.text.findings import record_findings
+from peftcli.tasks.text.flags import CUT_OFF, NO_TARGET, OVERLONG, Flag
 
 Row = Outcome | DataError
 
@@ -24,6 +25,10 @@ def used(flags: int = 0, **more: int) -> Outcome:
 
 def left_out(reason: str) -> Outcome:
     return Outcome(reason=reason, tokens=9)
+
+
+def from_records(parts: Sequence[Part], *, split: str = "train", skip_bad_rows: bool = False) -> list[Finding]:
+    return find_in_records(Records(parts, split), record_findings, skip_bad_rows=skip_bad_rows)
 
 
 BAD = DataError("is empty", file="a.jsonl", line=3)
@@ -77,7 +82,7 @@ def test_names_and_levels_are_a_promise() -> None:
 
 
 def test_the_names_are_known_without_numpy() -> None:
-    code = "import sys, peftcli.data.findings; print(sorted({'numpy', 'torch', 'transformers'} & set(sys.modules)))"
+    code = "import sys, peftcli.tasks.findings; print(sorted({'numpy', 'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

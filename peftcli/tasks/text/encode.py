@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from peftcli.data.chat import (
+from peftcli.data.rows import Row
+from peftcli.data.store import Outcome
+from peftcli.errors import DataError, ModelError
+from peftcli.schema import Dataset
+from peftcli.tasks.text.chat import (
     IGNORED,
     Encoded,
     MarkedText,
@@ -16,13 +20,9 @@ from peftcli.data.chat import (
     mark_pair,
     mark_text,
 )
-from peftcli.data.flags import Flag, damaged
-from peftcli.data.formats import AlpacaExample, ChatExample, Example, ExampleReader, PairExample, TextExample
-from peftcli.data.rows import Row
-from peftcli.data.spans import Template, render
-from peftcli.data.store import Outcome
-from peftcli.errors import DataError, ModelError
-from peftcli.schema import Dataset
+from peftcli.tasks.text.flags import CUT_OFF, NO_TARGET, OVERLONG, Flag, damaged
+from peftcli.tasks.text.formats import AlpacaExample, ChatExample, Example, ExampleReader, PairExample, TextExample
+from peftcli.tasks.text.spans import Template, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,24 +31,6 @@ Error = TypeVar("Error", DataError, ModelError)
 
 COLUMNS = ("input_ids", "labels")
 """What a feature of a language model holds."""
-OVERLONG = "longer than max_length"
-CUT_OFF = "no trained token within max_length"
-NO_TARGET = "no trained token"
-
-
-class Encoder(Protocol):
-    """Turns rows of one source into features."""
-
-    reader: ExampleReader
-
-    def __call__(self, rows: Sequence[Row]) -> list[Outcome | DataError]:
-        """What became of each row: features, a reason why there are none, or the error that it is.
-
-        Raises:
-            DataError: no row of the source can be encoded.
-            ModelError: the chat template does not come to an end.
-        """
-        ...
 
 
 class CausalEncoder:

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
-from peftcli.data.chat import Encoded, chat_template, encode_chat, encode_pair, encode_text, mark_chat
-from peftcli.data.flags import NONE, Flag, damaged, odd_turns
-from peftcli.data.formats import ChatExample, PairExample, TextExample
 from peftcli.errors import DataError
+from peftcli.tasks.text.chat import Encoded, chat_template, encode_chat, encode_pair, encode_text, mark_chat
+from peftcli.tasks.text.flags import NONE, Flag, damaged, odd_turns
+from peftcli.tasks.text.formats import ChatExample, PairExample, TextExample
 
 SMOLLM_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

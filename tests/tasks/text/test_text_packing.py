@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftcli.data.packing import best_fit, join
+from peftcli.tasks.text.packing import best_fit, join
 
 
 def test_join_starts_positions_anew_and_drops_the_first_target_of_each() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from peftcli.data.chat import IGNORED, Encoded
+from peftcli.tasks.text.chat import IGNORED, Encoded
 
 CORPUS = [
     "The capital of France is Paris. user assistant system model tool",

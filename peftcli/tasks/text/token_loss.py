@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from peftcli.data.chat import IGNORED
 from peftcli.tasks.base import Losses
+from peftcli.tasks.text.chat import IGNORED
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> Losses:

@@ -8,7 +8,7 @@ from itertools import chain
 
 import numpy as np
 
-from peftcli.data.chat import IGNORED
+from peftcli.tasks.text.chat import IGNORED
 
 _STEPS = 32
 """Lengths are told apart in so many steps. More fill rows better, fewer pack an epoch less like the one before."""

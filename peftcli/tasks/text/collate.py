@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from peftcli.data.chat import IGNORED
+from peftcli.tasks.text.chat import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

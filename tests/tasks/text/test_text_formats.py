@@ -4,10 +4,17 @@ from typing import Any
 
 import pytest
 
-from peftcli.data.formats import AlpacaExample, ChatExample, PairExample, TextExample, detect_format, example_reader
 from peftcli.data.rows import Place, Row
 from peftcli.errors import DataError
 from peftcli.schema import Source
+from peftcli.tasks.text.formats import (
+    AlpacaExample,
+    ChatExample,
+    PairExample,
+    TextExample,
+    detect_format,
+    example_reader,
+)
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 

@@ -1,4 +1,4 @@
-"""What one example is known for besides its ids."""
+"""What is known of a row besides its token ids: why it is left out, and flags."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
+OVERLONG = "longer than max_length"
+CUT_OFF = "no trained token within max_length"
+NO_TARGET = "no trained token"
+
 
 class Flag(enum.IntFlag):
-    """Facts about one example that its ids alone do not show."""
+    """Facts about a row that its token ids alone do not show."""
 
     OPEN = 1
     """A trained answer has no end-of-turn token, or no EOS where that ends it."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peftcli.data.chat import IGNORED
+from peftcli.tasks.text.chat import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

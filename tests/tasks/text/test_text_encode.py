@@ -7,14 +7,14 @@ import pytest
 from chat_templates import trained
 from transformers import ByT5Tokenizer
 
-from peftcli.data.chat import IGNORED, Encoded
-from peftcli.data.encode import COLUMNS, CUT_OFF, NO_TARGET, OVERLONG, CausalEncoder, Seq2SeqEncoder
-from peftcli.data.flags import Flag
-from peftcli.data.formats import example_reader
 from peftcli.data.rows import Place, Row
 from peftcli.data.store import USED, Outcome
 from peftcli.errors import DataError
 from peftcli.schema import Dataset, Source
+from peftcli.tasks.text.chat import IGNORED, Encoded
+from peftcli.tasks.text.encode import COLUMNS, CausalEncoder, Seq2SeqEncoder
+from peftcli.tasks.text.flags import CUT_OFF, NO_TARGET, OVERLONG, Flag
+from peftcli.tasks.text.formats import example_reader
 
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "A"}]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from peftcli.data.spans import Template
 from peftcli.errors import DataError
 from peftcli.guard.adapter_header import read_run
+from peftcli.tasks.text.spans import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -22,7 +22,7 @@ from peftcli.errors import DataError, Interrupted, ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from peftcli.data.formats import Message
+    from peftcli.tasks.text.formats import Message
 
 _MARK = "Xq7Marker"
 _MARKS = re.compile(_MARK + r"(\d+)([arz]|c\d+q)")

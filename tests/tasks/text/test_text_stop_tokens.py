@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from chat_templates import TEMPLATES, make_tokenizer
 
-from peftcli.data.ends import Ends, all_stops, ends_of, missing_stops, prompt_form
+from peftcli.tasks.text.stop_tokens import Ends, all_stops, ends_of, missing_stops, prompt_form
 
 OURS = {
     "smollm": {"<|im_end|>"},

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from mask_matrix import PUBLISHED, SHAPES, answer, conversation, expected, user
 
 from peftcli.data import day
-from peftcli.data.chat import IGNORED, MarkedText, check_ids, encode_marked, mark_chat
-from peftcli.data.flags import Flag
-from peftcli.data.formats import ChatExample
-from peftcli.data.spans import Template
 from peftcli.errors import DataError
+from peftcli.tasks.text.chat import IGNORED, MarkedText, check_ids, encode_marked, mark_chat
+from peftcli.tasks.text.flags import Flag
+from peftcli.tasks.text.formats import ChatExample
+from peftcli.tasks.text.spans import Template
 
 PAIRS = [(template, shape) for template in PUBLISHED for shape in SHAPES]
 Span = tuple[int, int]

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peftcli.data.flags import NONE, Flag, damaged, odd_turns
-from peftcli.data.formats import ChatExample, PairExample, TextExample
-from peftcli.data.spans import Template, tokenized
 from peftcli.errors import DataError
+from peftcli.tasks.text.flags import NONE, Flag, damaged, odd_turns
+from peftcli.tasks.text.formats import ChatExample, PairExample, TextExample
+from peftcli.tasks.text.spans import Template, tokenized
 
 if TYPE_CHECKING:
     from tokenizers.normalizers import Normalizer

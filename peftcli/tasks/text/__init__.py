@@ -1,0 +1,1 @@
+"""What the language tasks share: chat templates and spans, formats, packing, collation, stop tokens."""

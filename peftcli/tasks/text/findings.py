@@ -1,0 +1,149 @@
+"""The findings of the language tasks.
+
+Readable without numpy, as ``peftcli.data.findings`` is.
+"""
+
+from __future__ import annotations
+
+from peftcli.data.findings import Finding, Kind, Records, by_name
+from peftcli.tasks.text.flags import CUT_OFF, NO_TARGET, OVERLONG, Flag
+
+_HALF = 0.5
+
+FINDINGS = by_name(
+    # A few rows without an answer are common. Most of them: the mask or the format is wrong, and the run would learn
+    # from a remnant.
+    Kind(
+        "no_trained_tokens",
+        "warning",
+        "would train nothing and are left out",
+        "Look at dataset.train_on, dataset.format and dataset.max_length.",
+        error_above=_HALF,
+    ),
+    # The model learns the beginning of an answer and never its end.
+    Kind(
+        "answers_cut",
+        "warning",
+        "lose trained tokens at dataset.max_length",
+        "Raise dataset.max_length, or set dataset.overlong: drop or split.",
+        error_above=_HALF,
+    ),
+    # Never an error: it happens only where the recipe asks for it.
+    Kind(
+        "rows_dropped_overlong",
+        "warning",
+        "are longer than dataset.max_length and are left out",
+        "Raise dataset.max_length, or set dataset.overlong: truncate or split.",
+    ),
+    # Trained so, a model does not stop. In a few rows it can be meant.
+    Kind(
+        "end_not_trained",
+        "warning",
+        "have an answer whose end is not trained: the model does not learn there where to stop",
+        "Give base_model.chat_template a template that ends its turns with a token, as chatml.",
+        error_above=_HALF,
+    ),
+    # Never meant: generation starts with one.
+    Kind(
+        "double_bos",
+        "error",
+        "begin with two beginning-of-sequence tokens",
+        "Take the token out of the rows' text: the tokenizer or its template adds it.",
+    ),
+    Kind(
+        "markers_in_text",
+        "warning",
+        "hold special tokens of the tokenizer, written in their text",
+        "Take chat markers out of the contents: the template writes them.",
+    ),
+    Kind(
+        "odd_turns",
+        "warning",
+        "have two turns of one role in a row, begin with an answer or end without one",
+        "Look whether turns are missing.",
+    ),
+    Kind(
+        "turns_left_out",
+        "warning",
+        "hold a text or a tool call that the chat template leaves out",
+        "Look at the rows: the model does not see all of them.",
+    ),
+    Kind(
+        "encoding_damage",
+        "warning",
+        "hold text that was decoded wrongly, such as U+FFFD or 'Ã©'",
+        "Make the file anew from its source, as UTF-8.",
+    ),
+    Kind(
+        "rows_truncated",
+        "info",
+        "are cut at dataset.max_length and lose no trained token",
+        "Nothing needs to be done.",
+    ),
+    Kind(
+        "rows_split",
+        "info",
+        "are split into examples of dataset.max_length",
+        "Nothing needs to be done.",
+    ),
+    Kind(
+        "pieces_left_out",
+        "info",
+        "are split, and pieces of them in which nothing is trained are left out",
+        "Nothing needs to be done, unless the prompts were to be trained: dataset.train_on: all.",
+    ),
+    # The rest needs the tokens: inspect alone.
+    Kind(
+        "empty_answers",
+        "warning",
+        "have an answer without text",
+        "Take these rows out: they teach the model to say nothing.",
+    ),
+    Kind(
+        "empty_prompts",
+        "info",
+        "have no prompt: all of their text is trained",
+        "Look whether the prompt stands in another column: dataset.columns.",
+    ),
+    Kind(
+        "prompts_in_eval",
+        "info",
+        "have a prompt that is trained too, with another answer",
+        "Look whether eval_loss shall measure that.",
+        warning_above=0.1,
+    ),
+    Kind(
+        "low_trained_share",
+        "info",
+        "have less than 1 trained token in 100",
+        "Look whether the prompts need to be so long.",
+        warning_above=_HALF,
+    ),
+)
+"""The names are a promise: recipes allow them, scripts read them."""
+
+_OF_FLAGS = {
+    "answers_cut": Flag.ANSWER_CUT,
+    "end_not_trained": Flag.OPEN,
+    "double_bos": Flag.DOUBLE_BOS,
+    "markers_in_text": Flag.MARKERS,
+    "odd_turns": Flag.ODD_TURNS,
+    "turns_left_out": Flag.UNSEEN,
+    "encoding_damage": Flag.DAMAGED,
+    "rows_split": Flag.SPLIT,
+    "pieces_left_out": Flag.PIECES_LEFT_OUT,
+}
+
+
+def record_findings(records: Records) -> list[Finding]:
+    """What the outcomes and flags of the rows show."""
+    cut_off = records.count(records.became(CUT_OFF))
+    more = f" ({cut_off} since all of their trained tokens are beyond dataset.max_length)" if cut_off else ""
+    truncated = records.flagged(Flag.TRUNCATED, but_not=Flag.ANSWER_CUT)
+    findings = [
+        *records.findings(FINDINGS["no_trained_tokens"], records.became(NO_TARGET, CUT_OFF), more=more),
+        *records.findings(FINDINGS["rows_dropped_overlong"], records.became(OVERLONG)),
+    ]
+    for name, flag in _OF_FLAGS.items():
+        findings += records.findings(FINDINGS[name], records.flagged(flag), of_used=True)
+    return findings + records.findings(FINDINGS["rows_truncated"], truncated, of_used=True)
