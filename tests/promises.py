@@ -26,6 +26,7 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import disabled, inject, set_trainable
 from peftcli.core.merge import merge
+from peftcli.core.protocols import after_step, penalty
 from peftcli.core.weights import adapter_state, load_training_state, named_tensors, training_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
@@ -397,7 +398,7 @@ def _steps(model: nn.Module, config: AdapterConfig, method: str, kind: str, star
         torch.manual_seed(step)
         optimizer.zero_grad(set_to_none=True)
         loss = model(**_labelled(method, kind, seed=step)).loss
-        penalty = config.penalty(model)
-        (loss if penalty is None else loss + penalty).backward()
+        added = penalty(model, config)
+        (loss if added is None else loss + added).backward()
         optimizer.step()
-        config.after_step(model, step + 1, 4)
+        after_step(model, config, step + 1, 4)

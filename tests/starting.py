@@ -11,6 +11,7 @@ from torch import nn
 
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
+from peftcli.core.protocols import calibrate, needs_batches
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.layers import LoraLayer
 
@@ -48,8 +49,8 @@ def started(kind: str, init: bool | str, **settings: Any) -> tuple[nn.Module, Lo
     settings.setdefault("target_modules", TARGETS[kind])
     model, config = tiny(kind), LoraConfig(init_lora_weights=init, **{"r": 4, **settings})
     inject(model, config)
-    if config.needs_batches():
-        config.calibrate(model, Rows(kind))
+    if needs_batches(config):
+        calibrate(model, config, Rows(kind))
     return model, config
 
 

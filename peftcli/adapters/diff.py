@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from peftcli.adapters.hub import local_folder
+from peftcli.core import protocols
 from peftcli.core.config import AdapterConfig, Untold
 from peftcli.core.files import CONFIG_FILE, read_config, read_tensors
 from peftcli.core.updates import Update, distance
@@ -41,7 +42,7 @@ def compare(a: str, b: str) -> dict[str, Any]:
     reason = None
     updates: tuple[dict[str, Update], dict[str, Update]] = ({}, {})
     try:
-        updates = one.config.updates(one.tensors), other.config.updates(other.tensors)
+        updates = protocols.updates(one.config, one.tensors), protocols.updates(other.config, other.tensors)
     except Untold as error:
         reason = error.message
     rest = one.without(updates[0]), other.without(updates[1])

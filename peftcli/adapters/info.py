@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peftcli.core import protocols
 from peftcli.core.config import Untold
 from peftcli.errors import AdapterError
 from peftcli.guard.adapter_header import CONFIG_FILE, WEIGHTS_FILE, Entry, read_config, read_header, weights_file
@@ -70,7 +71,7 @@ def analyse(adapter: str) -> dict[str, Any]:
     config = config_from_dict(read_config(folder), str(folder / CONFIG_FILE))
     tensors = read_tensors(folder)
     try:
-        updates = config.updates(tensors)
+        updates = protocols.updates(config, tensors)
     except Untold as error:
         return {"reason": error.message}
     except AdapterError as error:

@@ -14,13 +14,7 @@ from peftcli.guard.files import cut, shown, shown_name
 from peftcli.guard.patterns import PatternError, check_cost, compiled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
-
-    import torch
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
-    from peftcli.core.updates import Update
+    from collections.abc import Callable
 
 BOOKKEEPING = {"recipe": False}
 """Metadata of the fields that describe the file, not the method: a recipe's ``method`` does not take them."""
@@ -32,6 +26,43 @@ _LONGEST_NAME = 4096
 """Characters of a path that file systems take, and more than a module's name or a pattern has."""
 _PROVENANCE = frozenset({"peft_version", "auto_mapping", "peft_type"})
 """Keys of the file that say who wrote it. They change nothing here."""
+
+
+FAMILY_TARGETS: dict[str, list[str]] = {
+    "bart": ["q_proj", "v_proj"],
+    "bert": ["query", "value"],
+    "bloom": ["query_key_value"],
+    "codegen": ["qkv_proj"],
+    "deberta": ["in_proj"],
+    "deberta-v2": ["query_proj", "value_proj"],
+    "electra": ["query", "value"],
+    "falcon": ["query_key_value"],
+    "gemma": ["q_proj", "v_proj"],
+    "gemma2": ["q_proj", "v_proj"],
+    "gemma3_text": ["q_proj", "v_proj"],
+    "gpt2": ["c_attn"],
+    "gpt_bigcode": ["c_attn"],
+    "gpt_neo": ["q_proj", "v_proj"],
+    "gpt_neox": ["query_key_value"],
+    "gptj": ["q_proj", "v_proj"],
+    "layoutlm": ["query", "value"],
+    "llama": ["q_proj", "v_proj"],
+    "llama4": ["q_proj", "v_proj"],
+    "mistral": ["q_proj", "v_proj"],
+    "mixtral": ["q_proj", "v_proj"],
+    "mpt": ["Wqkv"],
+    "mt5": ["q", "v"],
+    "opt": ["q_proj", "v_proj"],
+    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
+    "qwen2": ["q_proj", "v_proj"],
+    "qwen3": ["q_proj", "v_proj"],
+    "roberta": ["query", "value"],
+    "stablelm": ["q_proj", "v_proj"],
+    "t5": ["q", "v"],
+    "xlm-roberta": ["query", "value"],
+}
+"""The modules that PEFT adapts by default, per model_type, so that a config without target_modules means the same
+here. Families outside the table get every linear layer but the head."""
 
 
 class Untold(AdapterError):
@@ -97,80 +128,9 @@ class AdapterConfig:
         ``load_tokenizer`` gives the tokenizer of that name, or with None the base model's.
         """
 
-    def targets(self, model: nn.Module) -> list[str]:
-        """Names of the modules of ``model`` that ``wrap`` adapts, in the model's order.
-
-        Raises:
-            AdapterError: a name that the config gives matches nothing.
-        """
-        raise NotImplementedError
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        """The adapter layer over ``module``, whose name in the model is ``name``."""
-        raise NotImplementedError
-
-    def reshape(self, model: nn.Module) -> None:
-        """Changes to the base model's structure that come before ``targets``; ``core.inject.unload`` takes them back.
-
-        See ``core.inject.on_unload``.
-        """
-
-    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
-        """Anything that a method needs on the model as a whole, once its layers are in place.
-
-        ``layers`` are those that ``wrap`` gave, by the names that ``targets`` gave. A place to draw what all layers
-        share, and to write into the config what the file's readers need.
-        """
-
-    def needs_batches(self) -> bool:
-        """Whether ``calibrate`` is to be called."""
-        return False
-
-    def calibrate(self, model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
-        """Start a new adapter from what the training data says, once, before the first step.
-
-        ``batches`` are keyword arguments of the model's forward, labels included; they can be gone through more than
-        once, and no gradient is kept of them.
-        """
-
-    def needs_base_weights(self) -> bool:
-        """Whether ``start_from_base`` is to be called."""
-        return False
-
-    def start_from_base(self, model: nn.Module, weight: Callable[[str], torch.Tensor]) -> None:
-        """Start a new adapter from the base model's weights as they were before they were quantised.
-
-        ``weight`` gives the tensor of that name in the model.
-        """
-
-    def penalty(self, model: nn.Module) -> torch.Tensor | None:
-        """What training adds to the mean loss over the global batch's targets: a scalar with gradients, or None."""
-        return None
-
-    def after_step(self, model: nn.Module, step: int, total: int) -> None:
-        """Called after optimizer step ``step``, counted from 1, of ``total``, while the gradients are still there."""
-
-    def after_resume(self, model: nn.Module, step: int, total: int) -> None:
-        """Called once the model holds a checkpoint written after step ``step``, of ``total``.
-
-        What ``after_step`` had put in the config by then is to be put there again.
-        """
-
-    def after_merge(self, model: nn.Module) -> None:
-        """Called once the adapter is folded into the model's weights, and none of its layers is left."""
-
     def merge_problem(self) -> str | None:
         """Why this adapter cannot be merged into the base model; None when it can."""
         return None
-
-    def updates(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Update]:
-        """What the tensors of an adapter file add to each adapted weight, by the path of its module.
-
-        Raises:
-            Untold: they alone do not tell.
-            AdapterError: they do not fit the config.
-        """
-        raise Untold(f"what {self.peft_type} changes cannot be told from its file without the base model")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], file: str | None = None) -> AdapterConfig:
@@ -218,10 +178,6 @@ class AdapterConfig:
                 out[entry.name] = sorted(value) if _is_name_list(value) else value
         return out
 
-    def described(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """``to_dict`` of an adapter that has these tensors. A place for settings that say their shapes."""
-        return self.to_dict()
-
 
 @dataclass(kw_only=True)
 class TargetedConfig(AdapterConfig):
@@ -246,23 +202,9 @@ class TargetedConfig(AdapterConfig):
                 found.append((entry.name, str(error)))
         return found
 
-    def targets(self, model: nn.Module) -> list[str]:
-        from peftcli.core.targets import find_targets
-
-        return find_targets(model, self)
-
     def usual_targets(self, model_type: str) -> list[str] | str:
         """What unset target_modules mean for a family of models."""
-        from peftcli.core.targets import FAMILY_TARGETS
-
         return FAMILY_TARGETS.get(model_type, "all-linear")
-
-    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
-        """The file's readers need the names of what was adapted, where the config says them in other words."""
-        from peftcli.core.targets import shortest_names
-
-        if self.target_modules is None or self.target_modules == "all-linear":
-            self.target_modules = shortest_names(model, list(layers))
 
 
 @dataclass(kw_only=True)
@@ -292,6 +234,29 @@ class LayeredConfig(TargetedConfig):
         if any(index < 0 for index in layers or ()):
             found.append(("layers_to_transform", "indices count from 0"))
         return found
+
+
+@dataclass(kw_only=True)
+class BiasConfig(TargetedConfig):
+    """A config of a method that can train biases of the base model too."""
+
+    bias: str = "none"
+    """Which biases of the base model are trained too: none, all, or those of the adapted layers. The last is written
+    as PEFT writes it for the method: vera_only, fourier_only, MiSS_only, ..."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        found = super().problems()
+        if self.bias not in ("none", "all") and not self.bias.endswith("_only"):
+            found.append(("bias", f"must be none, all or end in _only, not {self.bias!r}"))
+        return found
+
+
+@dataclass(kw_only=True)
+class FanInConfig(TargetedConfig):
+    """A config of a method whose file says how the adapted weights are stored."""
+
+    fan_in_fan_out: bool = field(default=False, metadata={"recipe": False})
+    """Whether the adapted weights are stored (in, out), as GPT-2's are. Found from the layer itself."""
 
 
 def section_class(hint: Any) -> type | None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import Injection, inject, set_trainable, skeleton, unload
+from peftcli.core.protocols import describe
 from peftcli.core.weights import adapter_state, check_finite, check_state, load_state, materialise
 from peftcli.errors import AdapterError, OutOfMemory
 from peftcli.guard.adapter_header import CONFIG_FILE as CONFIG_FILE
@@ -66,7 +67,7 @@ def write_adapter(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, fo
         if not torch.isfinite(value).all():
             raise AdapterError(f"{name} is not finite; the adapter is not written")
     # sorted, but not inside: of the patterns that match a module the first one counts
-    described = dict(sorted({**config.described(tensors), "inference_mode": True}.items()))
+    described = dict(sorted({**describe(config, tensors), "inference_mode": True}.items()))
     # copied, since safetensors takes no tensors that share memory, as those of layers that share a weight do
     to_cpu: dict[str, Any] = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
     contents = {name: tensors[name].detach().to(**to_cpu) for name in sorted(tensors)}

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from peftcli.core.config import AdapterConfig
+from peftcli.core.config import AdapterConfig, BiasConfig, FanInConfig, TargetedConfig
 from peftcli.core.heads import settle_heads
 from peftcli.core.layer import (
     AdapterLayer,
@@ -22,8 +22,10 @@ from peftcli.core.layer import (
     base_name,
     base_paths,
 )
+from peftcli.core.linear import linear_view
+from peftcli.core.protocols import Attaches, Reshapes, layers_of
 from peftcli.core.quantised import check_gradients, keep_layout, num_weights
-from peftcli.core.targets import find_modules
+from peftcli.core.targets import find_modules, shortest_names, targets
 from peftcli.errors import AdapterError
 
 
@@ -57,7 +59,9 @@ def inject(model: nn.Module, config: AdapterConfig, adapter: str = "default") ->
     keep_layout(model)
     if not config.inference_mode:
         check_gradients(model)
-    config.reshape(model)
+    method = layers_of(config)
+    if isinstance(method, Reshapes):
+        method.reshape(model, config)
     try:
         layers, saved = _wrapped(model, config)
     except AdapterError:
@@ -69,7 +73,9 @@ def inject(model: nn.Module, config: AdapterConfig, adapter: str = "default") ->
     paths = base_paths(model)
     new = {model.get_submodule(paths[name]): layer for name, layer in [*layers.items(), *saved.items()]}
     replace_modules(model, {module: layer.train(module.training) for module, layer in new.items()})
-    config.attach(model, layers)
+    _complete(model, config, layers)
+    if isinstance(method, Attaches):
+        method.attach(model, config, layers)
     _call_layers(model)
     added = {path: layer for path, layer in adapter_layers(model).items() if layer not in before}
     for layer in added.values():
@@ -162,12 +168,12 @@ def on_unload(model: nn.Module, undo: functools.partial[None]) -> None:
 
 
 def is_reshaped(model: nn.Module) -> bool:
-    """Whether ``AdapterConfig.reshape`` has changed the model's structure."""
+    """Whether a method's ``reshape`` has changed the model's structure."""
     return "_adapter_undo" in model.__dict__
 
 
 def keep_shape(model: nn.Module) -> None:
-    """Let what ``AdapterConfig.reshape`` did to the model last, after a merge."""
+    """Let what ``reshape`` did to the model last, after a merge."""
     model.__dict__.pop("_adapter_undo", None)
 
 
@@ -197,15 +203,27 @@ def _wrapped(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, Adapter
     settle_heads(model, config)
     saved = find_modules(model, config.modules_to_save or (), "modules_to_save")
     inside = tuple(f"{name}." for name in saved)  # trained in full already
-    names = [name for name in config.targets(model) if not f"{name}.".startswith(inside)]
+    names = [name for name in targets(model, config) if not f"{name}.".startswith(inside)]
     if not names and not saved:
         raise AdapterError("names no module to adapt", key="target_modules")
     if not names:
         raise AdapterError("modules_to_save leaves no module to adapt", key="target_modules")
     paths = base_paths(model)
-    layers = {name: config.wrap(model.get_submodule(paths[name]), name) for name in names}
+    method = layers_of(config)
+    layers = {name: method.wrap(model.get_submodule(paths[name]), name, config) for name in names}
     copies = {name: TrainedCopy(model.get_submodule(paths[name]), config.file_prefix) for name in saved}
     return layers, copies
+
+
+def _complete(model: nn.Module, config: AdapterConfig, layers: dict[str, AdapterLayer]) -> None:
+    """Write into the config what readers of the file need to know of the model, and train the biases it asks for."""
+    if isinstance(config, TargetedConfig) and config.target_modules in (None, "all-linear"):
+        config.target_modules = shortest_names(model, list(layers))
+    if isinstance(config, FanInConfig):
+        views = [linear_view(layer) for layer in layers.values()]
+        config.fan_in_fan_out = any(view.transposed for view in views if view)
+    if isinstance(config, BiasConfig) and config.bias == "all":
+        train_other_biases(model)
 
 
 def _call_layers(model: nn.Module) -> None:
@@ -219,6 +237,6 @@ def _call_layers(model: nn.Module) -> None:
 
 
 def _take_back(model: nn.Module) -> None:
-    """Undo what ``AdapterConfig.reshape`` did."""
+    """Undo what ``reshape`` did."""
     for undo in reversed(model.__dict__.pop("_adapter_undo", [])):
         undo()

@@ -10,6 +10,7 @@ from torch import nn
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import keep_shape, replace_modules
 from peftcli.core.layer import AdapterLayer, adapter_layers, bare, model_ends
+from peftcli.core.protocols import Reshapes, layers_of
 from peftcli.core.quantised import as_before_quantising, dense_layer, is_quantised, plain_dtype
 from peftcli.errors import AdapterError
 
@@ -46,7 +47,9 @@ def merge(model: nn.Module, *configs: AdapterConfig, dequantise: bool = False) -
     replace_modules(model, {new: as_before_quantising(new, old) for old, new in dense.items()})
     keep_shape(model)
     for config in configs:
-        config.after_merge(model)
+        method = layers_of(config)
+        if isinstance(method, Reshapes):
+            method.after_merge(model, config)
     return tied and not _tied(model)
 
 

@@ -2,53 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
-from peftcli.core.config import ExcludingConfig, LayeredConfig, TargetedConfig
+from peftcli.core.config import AdapterConfig, ExcludingConfig, LayeredConfig, TargetedConfig
 from peftcli.core.layer import bare, base_paths, model_ends
 from peftcli.core.linear import linear_view
+from peftcli.core.protocols import FindsTargets, layers_of
 from peftcli.errors import AdapterError
 from peftcli.guard.patterns import PatternError, compiled, ends_with
 
-FAMILY_TARGETS: dict[str, list[str]] = {
-    "bart": ["q_proj", "v_proj"],
-    "bert": ["query", "value"],
-    "bloom": ["query_key_value"],
-    "codegen": ["qkv_proj"],
-    "deberta": ["in_proj"],
-    "deberta-v2": ["query_proj", "value_proj"],
-    "electra": ["query", "value"],
-    "falcon": ["query_key_value"],
-    "gemma": ["q_proj", "v_proj"],
-    "gemma2": ["q_proj", "v_proj"],
-    "gemma3_text": ["q_proj", "v_proj"],
-    "gpt2": ["c_attn"],
-    "gpt_bigcode": ["c_attn"],
-    "gpt_neo": ["q_proj", "v_proj"],
-    "gpt_neox": ["query_key_value"],
-    "gptj": ["q_proj", "v_proj"],
-    "layoutlm": ["query", "value"],
-    "llama": ["q_proj", "v_proj"],
-    "llama4": ["q_proj", "v_proj"],
-    "mistral": ["q_proj", "v_proj"],
-    "mixtral": ["q_proj", "v_proj"],
-    "mpt": ["Wqkv"],
-    "mt5": ["q", "v"],
-    "opt": ["q_proj", "v_proj"],
-    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
-    "qwen2": ["q_proj", "v_proj"],
-    "qwen3": ["q_proj", "v_proj"],
-    "roberta": ["query", "value"],
-    "stablelm": ["q_proj", "v_proj"],
-    "t5": ["q", "v"],
-    "xlm-roberta": ["query", "value"],
-}
-"""The modules that PEFT adapts by default, per model_type, so that a config without target_modules means the same
-here. Families outside the table get every linear layer but the head."""
+
+def targets(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """Return the names of the modules that the config's method adapts, in the model's order.
+
+    Raises:
+        AdapterError: the config names what the model lacks.
+    """
+    layers = layers_of(config)
+    if isinstance(layers, FindsTargets):
+        return layers.targets(model, config)
+    assert isinstance(config, TargetedConfig)
+    names = find_targets(model, config)
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if entry.name.endswith("_pattern") and isinstance(value, dict) and entry.metadata.get("recipe", True):
+            check_patterns(value, names, entry.name)
+    return names
 
 
 def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:

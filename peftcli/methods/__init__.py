@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftcli.core.config import AdapterConfig
+from peftcli.core.protocols import LAYERS
 from peftcli.errors import AdapterError
 from peftcli.guard.files import shown
 
@@ -20,6 +21,8 @@ class Method:
 
     config: str
     """Config class, as ``module:Class`` below peftcli.methods."""
+    layers: str
+    """Layers module below peftcli.methods: see ``core.protocols``. Imported when the first model is adapted."""
     peft_type: str
     """The method's name in adapter_config.json."""
     title: str
@@ -47,6 +50,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "lora": Method(
         "lora.config:LoraConfig",
+        "lora.wrap",
         "LORA",
         "LoRA",
         "a low-rank update beside chosen layers",
@@ -54,6 +58,7 @@ METHODS: dict[str, Method] = {
     ),
     "adalora": Method(
         "adalora.config:AdaLoraConfig",
+        "adalora.layers",
         "ADALORA",
         "AdaLoRA",
         "LoRA that moves its budget to the layers that need it",
@@ -61,6 +66,7 @@ METHODS: dict[str, Method] = {
     ),
     "vera": Method(
         "vera.config:VeraConfig",
+        "vera.layers",
         "VERA",
         "VeRA",
         "trained vectors around two random matrices that all layers share",
@@ -68,6 +74,7 @@ METHODS: dict[str, Method] = {
     ),
     "randlora": Method(
         "randlora.config:RandLoraConfig",
+        "randlora.layers",
         "RANDLORA",
         "RandLoRA",
         "a full-rank update from random bases that all layers share",
@@ -75,6 +82,7 @@ METHODS: dict[str, Method] = {
     ),
     "vblora": Method(
         "vblora.config:VBLoRAConfig",
+        "vblora.layers",
         "VBLORA",
         "VB-LoRA",
         "LoRA put together from a bank of vectors that all layers share",
@@ -82,6 +90,7 @@ METHODS: dict[str, Method] = {
     ),
     "unilora": Method(
         "unilora.config:UniLoraConfig",
+        "unilora.layers",
         "UNILORA",
         "Uni-LoRA",
         "LoRA whose every number is one of a single trained vector",
@@ -89,6 +98,7 @@ METHODS: dict[str, Method] = {
     ),
     "fourierft": Method(
         "fourierft.config:FourierFTConfig",
+        "fourierft.layers",
         "FOURIERFT",
         "FourierFT",
         "a few trained places in the update's Fourier spectrum",
@@ -96,6 +106,7 @@ METHODS: dict[str, Method] = {
     ),
     "waveft": Method(
         "waveft.config:WaveFTConfig",
+        "waveft.layers",
         "WAVEFT",
         "WaveFT",
         "a few trained wavelet coefficients of the update",
@@ -103,6 +114,7 @@ METHODS: dict[str, Method] = {
     ),
     "c3a": Method(
         "c3a.config:C3AConfig",
+        "c3a.layers",
         "C3A",
         "C3A",
         "an update of circulant blocks",
@@ -110,6 +122,7 @@ METHODS: dict[str, Method] = {
     ),
     "miss": Method(
         "miss.config:MissConfig",
+        "miss.layers",
         "MISS",
         "MiSS",
         "one block that is repeated along a layer's inputs",
@@ -117,6 +130,7 @@ METHODS: dict[str, Method] = {
     ),
     "shira": Method(
         "shira.config:ShiraConfig",
+        "shira.layers",
         "SHIRA",
         "SHiRA",
         "a few numbers of each weight, at random places",
@@ -124,6 +138,7 @@ METHODS: dict[str, Method] = {
     ),
     "hira": Method(
         "hira.config:HiraConfig",
+        "hira.layers",
         "HIRA",
         "HiRA",
         "the base weight times a low-rank factor, number by number",
@@ -131,6 +146,7 @@ METHODS: dict[str, Method] = {
     ),
     "delora": Method(
         "delora.config:DeloraConfig",
+        "delora.layers",
         "DELORA",
         "DeLoRA",
         "LoRA whose directions and strength train apart",
@@ -138,6 +154,7 @@ METHODS: dict[str, Method] = {
     ),
     "gralora": Method(
         "gralora.config:GraloraConfig",
+        "gralora.layers",
         "GRALORA",
         "GraLoRA",
         "a LoRA for each block of a weight",
@@ -145,6 +162,7 @@ METHODS: dict[str, Method] = {
     ),
     "ia3": Method(
         "ia3.config:IA3Config",
+        "ia3.layers",
         "IA3",
         "(IA)^3",
         "a trained factor for each output or input of chosen layers",
@@ -152,6 +170,7 @@ METHODS: dict[str, Method] = {
     ),
     "loha": Method(
         "loha.config:LoHaConfig",
+        "loha.layers",
         "LOHA",
         "LoHa",
         "an update that is two low-rank ones multiplied number by number",
@@ -159,6 +178,7 @@ METHODS: dict[str, Method] = {
     ),
     "lokr": Method(
         "lokr.config:LoKrConfig",
+        "lokr.layers",
         "LOKR",
         "LoKr",
         "an update that is the Kronecker product of two small matrices",
@@ -166,6 +186,7 @@ METHODS: dict[str, Method] = {
     ),
     "ln_tuning": Method(
         "ln_tuning.config:LNTuningConfig",
+        "ln_tuning.layers",
         "LN_TUNING",
         "LN tuning",
         "the norms trained in full, and nothing else",
@@ -173,6 +194,7 @@ METHODS: dict[str, Method] = {
     ),
     "oft": Method(
         "oft.config:OFTConfig",
+        "oft.layers",
         "OFT",
         "OFT",
         "a rotation of blocks of each layer's inputs",
@@ -180,6 +202,7 @@ METHODS: dict[str, Method] = {
     ),
     "boft": Method(
         "boft.config:BOFTConfig",
+        "boft.layers",
         "BOFT",
         "BOFT",
         "a rotation of each layer's inputs, in butterfly factors",
@@ -187,6 +210,7 @@ METHODS: dict[str, Method] = {
     ),
     "hra": Method(
         "hra.config:HRAConfig",
+        "hra.layers",
         "HRA",
         "HRA",
         "a few reflections of each layer's inputs",
@@ -194,6 +218,7 @@ METHODS: dict[str, Method] = {
     ),
     "psoft": Method(
         "psoft.config:PsoftConfig",
+        "psoft.layers",
         "PSOFT",
         "PSOFT",
         "a rotation of each weight's principal directions",
@@ -201,6 +226,7 @@ METHODS: dict[str, Method] = {
     ),
     "lily": Method(
         "lily.config:LilyConfig",
+        "lily.layers",
         "LILY",
         "Lily",
         "LoRA whose matrices layers share and mix as the input asks",
@@ -208,6 +234,7 @@ METHODS: dict[str, Method] = {
     ),
     "tinylora": Method(
         "tinylora.config:TinyLoraConfig",
+        "tinylora.layers",
         "TINYLORA",
         "TinyLoRA",
         "a handful of numbers that mix each weight's principal directions",
@@ -215,6 +242,7 @@ METHODS: dict[str, Method] = {
     ),
     "pvera": Method(
         "pvera.config:PveraConfig",
+        "pvera.layers",
         "PVERA",
         "PVeRA",
         "VeRA whose bottleneck is drawn at random in training",
@@ -222,6 +250,7 @@ METHODS: dict[str, Method] = {
     ),
     "frod": Method(
         "frod.config:FrodConfig",
+        "frod.layers",
         "FROD",
         "FRoD",
         "scales and sparse rotations in a basis that layers share",
@@ -229,6 +258,7 @@ METHODS: dict[str, Method] = {
     ),
     "peanut": Method(
         "peanut.config:PeanutConfig",
+        "peanut.layers",
         "PEANUT",
         "PEANuT",
         "a small network that makes the update from the base weight",
@@ -236,6 +266,7 @@ METHODS: dict[str, Method] = {
     ),
     "deft": Method(
         "deft.config:DeftConfig",
+        "deft.layers",
         "DEFT",
         "DEFT",
         "a few directions taken from the weight and given back new",
@@ -243,6 +274,7 @@ METHODS: dict[str, Method] = {
     ),
     "supertuning": Method(
         "supertuning.config:SupertuningConfig",
+        "supertuning.layers",
         "SUPERTUNING",
         "Super-Tuning",
         "the largest numbers of each weight",
@@ -250,6 +282,7 @@ METHODS: dict[str, Method] = {
     ),
     "trainable_tokens": Method(
         "trainable_tokens.config:TrainableTokensConfig",
+        "trainable_tokens.layers",
         "TRAINABLE_TOKENS",
         "trainable tokens",
         "chosen rows of the embedding, and of a head that shares them",
@@ -257,6 +290,7 @@ METHODS: dict[str, Method] = {
     ),
     "beft": Method(
         "beft.config:BeftConfig",
+        "beft.layers",
         "BEFT",
         "BEFT",
         "a trained bias for the attention's values",
@@ -264,6 +298,7 @@ METHODS: dict[str, Method] = {
     ),
     "road": Method(
         "road.config:RoadConfig",
+        "road.layers",
         "ROAD",
         "RoAd",
         "pairs of each layer's outputs turned and scaled",
@@ -271,6 +306,7 @@ METHODS: dict[str, Method] = {
     ),
     "glora": Method(
         "glora.config:GloraConfig",
+        "glora.layers",
         "GLORA",
         "GLoRA",
         "weights and biases, each scaled and shifted by small trained parts",
@@ -278,6 +314,7 @@ METHODS: dict[str, Method] = {
     ),
     "osf": Method(
         "osf.config:OSFConfig",
+        "osf.layers",
         "OSF",
         "OSF",
         "the weaker singular directions of each weight, trained apart from the stronger",
@@ -285,6 +322,7 @@ METHODS: dict[str, Method] = {
     ),
     "prompt_tuning": Method(
         "prompt_tuning.config:PromptTuningConfig",
+        "prompt_tuning.layers",
         "PROMPT_TUNING",
         "prompt tuning",
         "trained virtual tokens before the input",
@@ -293,6 +331,7 @@ METHODS: dict[str, Method] = {
     ),
     "multitask_prompt_tuning": Method(
         "multitask_prompt_tuning.config:MultitaskPromptTuningConfig",
+        "multitask_prompt_tuning.layers",
         "MULTITASK_PROMPT_TUNING",
         "multitask prompt tuning",
         "virtual tokens that tasks share, with a factor for each task",
@@ -301,6 +340,7 @@ METHODS: dict[str, Method] = {
     ),
     "p_tuning": Method(
         "p_tuning.config:PromptEncoderConfig",
+        "p_tuning.layers",
         "P_TUNING",
         "p-tuning",
         "virtual tokens that a small network makes while they train",
@@ -309,6 +349,7 @@ METHODS: dict[str, Method] = {
     ),
     "prefix_tuning": Method(
         "prefix_tuning.config:PrefixTuningConfig",
+        "prefix_tuning.layers",
         "PREFIX_TUNING",
         "prefix tuning",
         "trained keys and values before those of every attention layer",
@@ -328,6 +369,8 @@ NOT_HERE: dict[str, str] = {
     "XLORA": "it mixes several LoRA adapters by a classifier that runs the model twice; combine the adapters instead",
 }
 """PEFT's methods that peftcli does not have: name in adapter_config.json -> why."""
+
+LAYERS.update({row.peft_type: f"{__name__}.{row.layers}" for row in METHODS.values()})
 
 
 def config_from_dict(values: dict[str, Any], file: str | None = None) -> AdapterConfig:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from peftcli.core.config import ExcludingConfig, LayeredConfig
 from peftcli.methods._settings import Problems, no_share, not_positive, pattern_too_small, too_small
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(kw_only=True)
@@ -41,11 +38,3 @@ class LycorisConfig(ExcludingConfig, LayeredConfig):
             for key, value in self.alpha_pattern.items()
             if value <= 0
         ]
-
-    def targets(self, model: nn.Module) -> list[str]:
-        from peftcli.core.targets import check_patterns
-
-        names = super().targets(model)
-        check_patterns(dict(self.rank_pattern), names, "rank_pattern")
-        check_patterns(self.alpha_pattern, names, "alpha_pattern")
-        return names

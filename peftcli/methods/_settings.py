@@ -1,55 +1,8 @@
-"""Settings that methods share, and checks of settings. No torch here."""
+"""Checks of settings that methods share. No torch here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-from peftcli.core.config import TargetedConfig
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
-
 Problems = list[tuple[str, str]]
-
-
-@dataclass(kw_only=True)
-class BiasConfig(TargetedConfig):
-    """A config of a method that can train biases of the base model too."""
-
-    bias: str = "none"
-    """Which biases of the base model are trained too: none, all, or those of the adapted layers. The last is written
-    as PEFT writes it for the method: vera_only, fourier_only, MiSS_only, ..."""
-
-    def problems(self) -> Problems:
-        found = super().problems()
-        if self.bias not in ("none", "all") and not self.bias.endswith("_only"):
-            found.append(("bias", f"must be none, all or end in _only, not {self.bias!r}"))
-        return found
-
-    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
-        from peftcli.core.inject import train_other_biases
-
-        super().attach(model, layers)
-        if self.bias == "all":
-            train_other_biases(model)
-
-
-@dataclass(kw_only=True)
-class FanInConfig(TargetedConfig):
-    """A config of a method whose file says how the adapted weights are stored."""
-
-    fan_in_fan_out: bool = field(default=False, metadata={"recipe": False})
-    """Whether the adapted weights are stored (in, out), as GPT-2's are. Found from the layer itself."""
-
-    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
-        from peftcli.core.linear import linear_view
-
-        super().attach(model, layers)
-        views = [linear_view(layer) for layer in layers.values()]
-        self.fan_in_fan_out = any(view.transposed for view in views if view)
 
 
 def too_small(config: object, **least: float) -> Problems:

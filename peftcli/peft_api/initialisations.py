@@ -16,6 +16,7 @@ from torch import nn
 from peftcli.core.layer import bare, base_paths
 from peftcli.core.linear import linear_view
 from peftcli.core.rates import rate_groups
+from peftcli.core.targets import targets
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.calibrate import lora_layers, start_loftq
@@ -182,7 +183,7 @@ def _targets(model: nn.Module, config: LoraConfig, init: str) -> dict[str, nn.Mo
     if config.init_lora_weights != init:
         raise AdapterError(f"must be {init!r}, not {config.init_lora_weights!r}", key=_KEY)
     paths = base_paths(model)
-    modules = {name: model.get_submodule(paths[name]) for name in config.targets(model)}
+    modules = {name: model.get_submodule(paths[name]) for name in targets(model, config)}
     return {name: module for name, module in modules.items() if linear_view(module) is not None}
 
 

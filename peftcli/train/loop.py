@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
+from peftcli.core.protocols import after_step, penalty
 from peftcli.data.store import Feature, View
 from peftcli.errors import Diverged
 from peftcli.tasks.base import Task
@@ -84,8 +85,8 @@ def fit(
                 loss = _micro_batch_loss(prepared.model, task, examples, tokenizer, accelerator)
                 parts.append(loss * (1 / num_targets))
                 total += loss.detach()
-            if number == len(micro_batches) and (penalty := prepared.config.penalty(prepared.model)) is not None:
-                parts.append(penalty / accelerator.num_processes)
+            if number == len(micro_batches) and (added := penalty(prepared.model, prepared.config)) is not None:
+                parts.append(added / accelerator.num_processes)
             if parts:
                 accelerator.backward(sum(parts))
         _sum_gradients(prepared.parameters, accelerator)
@@ -100,7 +101,7 @@ def fit(
         learning_rate = float(prepared.schedule.get_last_lr()[0])
         prepared.optimizer.step()
         prepared.schedule.step()
-        prepared.config.after_step(prepared.model, step + 1, plan.total_steps)
+        after_step(prepared.model, prepared.config, step + 1, plan.total_steps)
         prepared.optimizer.zero_grad(set_to_none=True)
         num_tokens = int(plan.lengths[batch].sum())
         yield StepResult(step + 1, loss_sum / num_targets, grad_norm, learning_rate, num_targets, num_tokens)

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from peftcli.adapters.card import write_card
+from peftcli.core.protocols import after_resume, needs_base_weights, needs_batches
 from peftcli.core.weights import adapter_state
 from peftcli.data import day
 from peftcli.data.findings import refuse
@@ -160,7 +161,7 @@ def _train(
     _refuse_positions(model, int(data.train.lengths.max()))
     if note := tokens.settle_pad(tokenizer, model):
         tell(Warned(note))
-    if config.needs_batches():
+    if needs_batches(config):
         tell(Phase("calibrating the adapter on the training data"))
         injection = calibrate(model, injection, config, recipe, data, tokenizer, accelerator)
     prepared = prepare(model, config, recipe, plan, accelerator)
@@ -177,7 +178,7 @@ def _train(
                 f"the run has done {state.progress.step} steps, and the recipe now wants {plan.total_steps}",
                 key="training.max_steps",
             )
-        config.after_resume(state.model, state.progress.step, plan.total_steps)
+        after_resume(state.model, config, state.progress.step, plan.total_steps)
         if state.progress.step == plan.total_steps and state.progress.pending is None:
             state.progress.pending = folder.line_of(state.progress.step)  # an earlier step than the last one, before
     if here.changes:
@@ -190,7 +191,7 @@ def _train(
         "data": data.report | {"efficiency": efficiency, "passes_per_epoch": plan.passes},
         "parameters": {"trainable": injection.trainable, "all": injection.total},
         "mergeable": config.merge_problem() is None,
-        "makes_up_for_quantization": config.needs_base_weights(),
+        "makes_up_for_quantization": needs_base_weights(config),
         "device": accelerator.device.type,
         "steps": {"done": state.progress.step, "total": plan.total_steps},
     }

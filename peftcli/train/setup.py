@@ -13,9 +13,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
+from peftcli.core import protocols
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import Injection, inject
 from peftcli.core.layer import adapter_layers
+from peftcli.core.protocols import needs_base_weights, start_from_base
 from peftcli.core.weights import named_tensors
 from peftcli.data.store import Feature
 from peftcli.errors import ModelError, UsageError
@@ -94,8 +96,8 @@ def adapted_model(recipe: Recipe, config: AdapterConfig, tokenizer: Any) -> tupl
     config.task_type, config.base_model_name_or_path, config.revision = row.task_type, base.name, base.revision
     config.prepare(lambda name: load_tokenizer(base_of(name) if name else base))
     injection = inject(model, config)
-    if config.needs_base_weights():
-        config.start_from_base(model, BaseWeights(base, getattr(model, "base_model_prefix", "")))
+    if needs_base_weights(config):
+        start_from_base(model, config, BaseWeights(base, getattr(model, "base_model_prefix", "")))
     if recipe.training.gradient_checkpointing:
         _checkpoint_activations(model)
     return model, injection
@@ -141,7 +143,7 @@ def calibrate(
     """Let the method start the adapter from the training data. Gives what is in the model then: sizes may change."""
     task, size = TASKS[recipe.task].load(), recipe.training.per_device_train_batch_size
     model.to(accelerator.device)
-    config.calibrate(model, CalibrationBatches(data.train, task, tokenizer, size, accelerator.device))
+    protocols.calibrate(model, config, CalibrationBatches(data.train, task, tokenizer, size, accelerator.device))
     trainable = sum(parameter.numel() for _, _, parameter in named_tensors(model).values())
     return Injection(adapter_layers(model), trainable, injection.total - injection.trainable + trainable)
 

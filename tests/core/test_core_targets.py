@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from models_tiny import KINDS, tiny
 
-from peftcli.core.targets import FAMILY_TARGETS, _layer_index, find_targets, module_matches, shortest_names
+from peftcli.core.config import FAMILY_TARGETS
+from peftcli.core.targets import _layer_index, find_targets, module_matches, shortest_names
 from peftcli.methods.lora.config import LoraConfig
 
 

@@ -28,6 +28,7 @@ from peft import HRAConfig, OFTConfig, PeftModel, get_peft_model, inject_adapter
 from torch import nn
 
 from peftcli.core.merge import merge
+from peftcli.core.protocols import wrap
 from peftcli.methods import METHODS
 
 KINDS = ("llama", "gpt2", "t5", "bert")
@@ -299,7 +300,7 @@ def test_one_dimensional_convolutions_are_pefts(method: str, settings: dict[str,
     torch.manual_seed(0)
     base = nn.Conv1d(32, 48, 3, stride=2, padding=1).requires_grad_(False)
     config = METHODS[method].config_class()(target_modules=["0"], **settings)
-    layer: Any = config.wrap(base, "0").eval()
+    layer: Any = wrap(base, "0", config).eval()
     their_config = peft_config_class(method)(target_modules=["0"], **settings)
     their_layer = inject_adapter_in_model(their_config, nn.Sequential(copy.deepcopy(base))).eval()[0]
     randomise(layer)

@@ -25,6 +25,7 @@ from oracle import (
 from torch import nn
 
 from peftcli.core.files import read_config, save_adapter
+from peftcli.core.protocols import after_step, penalty
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # PEFT's SHiRA, once a process
 
@@ -156,7 +157,9 @@ def test_adalora_trains_and_shares_out_its_budget_as_peft_does(kind: str, tmp_pa
     save_adapter(model, config, tmp_path / "start")
     oracle = peft.PeftModel.from_pretrained(tiny(kind), tmp_path / "start", is_trainable=True)
     inputs = labelled(kind)
-    losses = _train(model, inputs, 9, config.penalty, lambda step: config.after_step(model, step, 9))
+    losses = _train(
+        model, inputs, 9, lambda model: penalty(model, config), lambda step: after_step(model, config, step, 9)
+    )
     assert losses == pytest.approx(_train(oracle, inputs, 9, None, oracle.base_model.update_and_allocate), rel=1e-4)
     save_adapter(model, config, tmp_path / "ours")
     written, tensors = file_of(tmp_path / "ours")

@@ -21,11 +21,11 @@ from torch import nn
 
 from peftcli import PeftModel
 from peftcli.adapters.merge import merge_adapter
+from peftcli.core.config import FAMILY_TARGETS
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject
 from peftcli.core.merge import merge
 from peftcli.core.prompts import virtual_tokens
-from peftcli.core.targets import FAMILY_TARGETS
 from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
 from peftcli.methods.lora.config import LoraConfig

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject, set_trainable
 from peftcli.core.layer import adapter_layers
+from peftcli.core.protocols import after_step, describe
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError, Interrupted
 from peftcli.methods import config_from_dict
@@ -35,7 +36,7 @@ def _steps(model: nn.Module, config: AdaLoraConfig, first: int, last: int, total
     for step in range(first, last + 1):
         model(**labelled("llama")).loss.backward()
         optimizer.step()
-        config.after_step(model, step, total)
+        after_step(model, config, step, total)
         optimizer.zero_grad()
 
 
@@ -127,11 +128,11 @@ def test_the_file_says_the_ranks_of_the_tensors_in_it(tmp_path: Path) -> None:
     model, config = ours("llama", "adalora", **SCHEDULE)
     early = {name: value.clone() for name, value in adapter_state(model).items()}
     _steps(model, config, 1, 8)
-    assert "rank_pattern" not in config.described(early)
+    assert "rank_pattern" not in describe(config, early)
     late = adapter_state(model)
-    assert config.described(late)["rank_pattern"] == config.rank_pattern
+    assert describe(config, late)["rank_pattern"] == config.rank_pattern
     config.rank_pattern = {}  # a run that was resumed after its last step does not know which ones
-    counts = {name: sum(mask) for name, mask in config.described(late)["rank_pattern"].items()}
+    counts = {name: sum(mask) for name, mask in describe(config, late)["rank_pattern"].items()}
     assert counts == {name.removeprefix("base_model.model."): len(v) for name, v in late.items() if "lora_E" in name}
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from peftcli.core.inject import inject
 from peftcli.core.merge import merge
+from peftcli.core.protocols import wrap
 from peftcli.errors import AdapterError
 from peftcli.methods.beft.config import BeftConfig
 
@@ -33,8 +34,8 @@ def test_it_merges_into_layers_with_a_bias(kind: str, mergeable: bool) -> None:
 
 def test_the_bias_is_added_and_starts_at_nothing() -> None:
     base, x = nn.Linear(5, 3), torch.randn(2, 5)
-    layer = BeftConfig().wrap(base, "x")
+    layer = wrap(base, "x", BeftConfig())
     assert torch.equal(layer(x), base(x))
     layer.beft_bias.data.copy_(torch.tensor([[1.0, 2.0, 3.0]]))
     torch.testing.assert_close(layer(x), base(x) + torch.tensor([1.0, 2.0, 3.0]))
-    assert BeftConfig(init_weights=False).wrap(base, "x").beft_bias.abs().sum() > 0
+    assert wrap(base, "x", BeftConfig(init_weights=False)).beft_bias.abs().sum() > 0

@@ -10,6 +10,7 @@ from models_tiny import randomise
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer
+from peftcli.core.protocols import wrap
 from peftcli.errors import AdapterError
 from peftcli.methods.boft.config import BOFTConfig
 from peftcli.methods.ia3.config import IA3Config
@@ -18,7 +19,7 @@ from peftcli.methods.ia3.config import IA3Config
 def test_each_factor_doubles_what_comes_together() -> None:
     for factors, reach in ((1, 2), (2, 4), (3, 8)):
         config = BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=factors)
-        layer: Any = config.wrap(nn.Linear(8, 3).requires_grad_(False), "x")
+        layer: Any = wrap(nn.Linear(8, 3).requires_grad_(False), "x", config)
         randomise(layer)
         touched = layer.rotated(torch.eye(8)).abs() > 1e-6
         assert torch.equal(touched, torch.block_diag(*[torch.ones(reach, reach)] * (8 // reach)).bool())
@@ -26,10 +27,10 @@ def test_each_factor_doubles_what_comes_together() -> None:
 
 def test_the_scale_leaves_the_bias_alone_whatever_is_below() -> None:
     base = nn.Linear(8, 3).requires_grad_(False)
-    below: AdapterLayer = IA3Config(feedforward_modules=[]).wrap(base, "x")
+    below: AdapterLayer = wrap(base, "x", IA3Config(feedforward_modules=[]))
     x, zeros = torch.randn(2, 8), torch.zeros(1, 8)
     for bias, inner in (("none", base), ("none", below), ("boft_only", base)):
-        layer = BOFTConfig(bias=bias).wrap(inner, "x").requires_grad_(True)
+        layer = wrap(inner, "x", BOFTConfig(bias=bias)).requires_grad_(True)
         base.requires_grad_(False)
         randomise(layer)
         merged = {**dict(base.named_parameters()), **layer.folded(dict(base.named_parameters()))}
@@ -48,7 +49,7 @@ def test_the_scale_leaves_the_bias_alone_whatever_is_below() -> None:
 )
 def test_sizes_that_do_not_go_with_a_layer_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(AdapterError, match=words):
-        BOFTConfig(**settings).wrap(nn.Linear(24, 3), "x")
+        wrap(nn.Linear(24, 3), "x", BOFTConfig(**settings))
 
 
 @pytest.mark.parametrize("settings", [{"boft_block_num": 4}, {"boft_block_size": 0}])

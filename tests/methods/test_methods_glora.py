@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from models_tiny import randomise
 from torch import nn
 
+from peftcli.core.protocols import wrap
 from peftcli.errors import AdapterError
 from peftcli.methods.glora.config import GloraConfig
 from peftcli.methods.lora.config import LoraConfig
 
 
 def _layer(base: nn.Module, **settings: Any) -> Any:
-    layer = GloraConfig(r=2, **settings).wrap(base, "x").requires_grad_(True)
+    layer = wrap(base, "x", GloraConfig(r=2, **settings)).requires_grad_(True)
     base.requires_grad_(False)
     return layer
 
@@ -47,7 +48,7 @@ def test_without_a_bias_only_the_weight_is_changed() -> None:
 @pytest.mark.parametrize("bias", ["none", "glora_only"])
 def test_among_other_adapters_it_is_made_from_the_base_models_own(bias: str) -> None:
     base, x = nn.Linear(5, 4), torch.randn(3, 5)
-    inner = LoraConfig(r=2, init_lora_weights=False).wrap(base, "x").requires_grad_(False)
+    inner = wrap(base, "x", LoraConfig(r=2, init_lora_weights=False)).requires_grad_(False)
     layer = _layer(inner if bias == "none" else base, bias=bias)
     randomise(layer)
     merged = {**dict(base.named_parameters()), **layer.folded(dict(base.named_parameters()))}

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftcli.core.protocols import wrap
 from peftcli.methods.hra.config import HRAConfig
 
 
 def _layer(**settings: Any) -> Any:
-    return HRAConfig(**settings).wrap(nn.Linear(6, 4).requires_grad_(False), "x")
+    return wrap(nn.Linear(6, 4).requires_grad_(False), "x", HRAConfig(**settings))
 
 
 def test_each_vector_reflects() -> None:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
+from peftcli.core.protocols import wrap
 from peftcli.errors import AdapterError
 from peftcli.methods.ia3.config import IA3Config
 
@@ -30,7 +31,7 @@ BASES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 def test_outputs_or_inputs_are_scaled_and_so_is_the_merged_weight(name: str, feedforward: bool) -> None:
     base, shape = BASES[name]
     config = IA3Config(target_modules=["x"], feedforward_modules=["x"] if feedforward else [])
-    layer: Any = config.wrap(base, "x")
+    layer: Any = wrap(base, "x", config)
     x = torch.randn(shape)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), base(x))

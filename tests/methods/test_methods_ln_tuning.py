@@ -9,6 +9,7 @@ from torch import nn
 
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
+from peftcli.core.protocols import wrap
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods.ln_tuning.config import LNTuningConfig
@@ -39,7 +40,7 @@ def test_weights_and_biases_are_trained_under_the_methods_name() -> None:
 def test_the_output_has_the_dtype_of_the_base_layers(input_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
     model = tiny("llama")
     for norm in (model.model.norm.to(weight_dtype), tiny("gemma3").model.norm.to(weight_dtype)):
-        layer = LNTuningConfig().wrap(norm, "norm")
+        layer = wrap(norm, "norm", LNTuningConfig())
         x = torch.randn(2, 3, 32, dtype=input_dtype)
         expected = norm(x)
         assert layer(x).dtype == expected.dtype
@@ -71,7 +72,7 @@ def test_what_cannot_be_trained_is_refused(module: nn.Module, words: str | None)
     if isinstance(module, nn.LayerNorm):
         module = nn.LayerNorm(4, elementwise_affine=False)
     with pytest.raises(AdapterError, match=words or "with nothing to train"):
-        config.wrap(module, "norm")
+        wrap(module, "norm", config)
 
 
 def test_all_linear_names_no_norm() -> None:

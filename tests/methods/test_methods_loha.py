@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer
+from peftcli.core.protocols import wrap
 from peftcli.errors import AdapterError
 from peftcli.methods.loha.config import LoHaConfig
 from peftcli.methods.lokr.config import LoKrConfig
@@ -18,7 +19,7 @@ CONFIGS = [LoHaConfig, LoKrConfig]
 
 def wrapped(config: Any, base: nn.Module, random: bool = True) -> Any:
     """The layer over a frozen base layer, its weights random."""
-    layer: AdapterLayer = config.wrap(base.requires_grad_(False), "x.proj")
+    layer: AdapterLayer = wrap(base.requires_grad_(False), "x.proj", config)
     for parameter in layer.own_tensors().values():
         if random:
             nn.init.normal_(parameter)
@@ -86,4 +87,4 @@ def test_module_dropout_leaves_out_the_layer_and_not_its_gradients(kind: Any) ->
 @pytest.mark.parametrize(("kind", "name"), [(LoHaConfig, "LoHa"), (LoKrConfig, "LoKr")])
 def test_other_layers_are_refused(kind: Any, name: str) -> None:
     with pytest.raises(AdapterError, match=f"x is a LayerNorm; {name} adapts Linear"):
-        kind().wrap(nn.LayerNorm(4), "x")
+        wrap(nn.LayerNorm(4), "x", kind())

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from peft.tuners.lokr.layer import factorization
 from torch import nn
 
+from peftcli.core.protocols import wrap
 from peftcli.errors import AdapterError
 from peftcli.methods.lokr.config import LoKrConfig
 from peftcli.methods.lokr.layers import factors
@@ -22,7 +23,7 @@ def test_sides_are_taken_apart_as_peft_does(first: int) -> None:
 
 
 def test_the_delta_is_the_kronecker_product() -> None:
-    layer = LoKrConfig(r=4, alpha=8).wrap(nn.Linear(12, 20), "x")
+    layer = wrap(nn.Linear(12, 20), "x", LoKrConfig(r=4, alpha=8))
     nn.init.normal_(layer.lokr_w1)
     torch.testing.assert_close(layer.delta(), 2 * torch.kron(layer.lokr_w1, layer.lokr_w2))
 
@@ -36,7 +37,7 @@ def test_settings_that_mean_nothing_are_named(key: str, value: object) -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"r": 1, "decompose_both": True}, {"decompose_factor": 3}])
 def test_the_product_is_computed_without_making_it(settings: dict[str, Any]) -> None:
-    layer: Any = LoKrConfig(**settings).wrap(nn.Linear(24, 36), "x")
+    layer: Any = wrap(nn.Linear(24, 36), "x", LoKrConfig(**settings))
     for parameter in layer.own_tensors().values():
         nn.init.normal_(parameter)
     x = torch.randn(2, 3, 24)

@@ -17,6 +17,7 @@ from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import disabled, inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import merge
+from peftcli.core.protocols import calibrate, needs_batches
 from peftcli.core.weights import adapter_state, load_training_state, training_state, unsaved_state
 from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
@@ -157,8 +158,8 @@ def test_training_goes_on_from_file_and_unsaved_state(init: str) -> None:
     torch.manual_seed(9)
     other, config = tiny("llama"), LoraConfig(init_lora_weights=init, r=4, target_modules=TARGETS["llama"])
     inject(other, config)
-    if config.needs_batches():
-        config.calibrate(other, Rows("llama", count=1))  # another start, which the state replaces
+    if needs_batches(config):
+        calibrate(other, config, Rows("llama", count=1))  # another start, which the state replaces
     load_training_state(other, {name: value.clone() for name, value in kept.items()})
     assert training_state(other).keys() == training_state(model).keys()
     assert torch.equal(logits(other, batch("llama")), logits(model, batch("llama")))

@@ -14,6 +14,7 @@ from torch import nn
 
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import disabled, inject
+from peftcli.core.protocols import calibrate, needs_base_weights
 from peftcli.core.weights import adapter_state, training_state
 from peftcli.errors import AdapterError, ModelError
 from peftcli.methods import config_from_dict
@@ -45,7 +46,7 @@ def test_equal_data_give_equal_starts_and_padding_does_not_count(init: str) -> N
         model, config = tiny("llama"), LoraConfig(init_lora_weights=init, r=4, target_modules=["q_proj", "down_proj"])
         inject(model, config)
         before = model.training
-        config.calibrate(model, Rows("llama", filler))
+        calibrate(model, config, Rows("llama", filler))
         assert model.training == before
         assert not any(parameter.grad is not None for parameter in model.parameters())
         starts.append({name: value.clone() for name, value in training_state(model).items()})
@@ -64,7 +65,7 @@ def test_data_that_do_not_reach_a_layer_are_refused(init: str) -> None:
         config = LoraConfig(init_lora_weights=init, r=1, target_modules=targets)
         inject(model, config)
         with pytest.raises(AdapterError, match=f"do not reach .*{message}"):
-            config.calibrate(model, batches)
+            calibrate(model, config, batches)
 
 
 def test_the_covariance_is_that_of_what_the_layer_reads() -> None:
@@ -181,7 +182,7 @@ def test_evas_directions_are_the_main_ones_of_the_inputs() -> None:
     x = seen[0][counted]
     _, _, vh = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     inject(model, config)
-    config.calibrate(model, rows)
+    calibrate(model, config, rows)
     cosines = (layers_of(model)[path].lora_A.weight * vh[:3]).sum(1).abs()
     assert (cosines > 0.99).all()
 
@@ -227,7 +228,7 @@ def test_loftq_makes_up_for_quantisation() -> None:
     full, model = tiny("llama"), _quantised()
     config = LoraConfig(init_lora_weights="loftq", r=8, lora_alpha=24, target_modules=["q_proj"])
     inject(model, config)
-    assert config.needs_base_weights()
+    assert needs_base_weights(config)
     before = (logits(model, batch("llama")) - logits(full, batch("llama"))).norm()
     names: list[str] = []
     start_loftq(model, full.state_dict().__getitem__, keep=lambda name: names.append(name) is None)

@@ -10,6 +10,7 @@ from models_tiny import batch, logits, randomise, tiny
 from torch import nn
 
 from peftcli.core.inject import inject
+from peftcli.core.protocols import after_step, wrap
 from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
 from peftcli.methods.boft.config import BOFTConfig
@@ -28,7 +29,7 @@ CONFIGS: dict[str, Any] = {
 
 def wrapped(config: Any, base: nn.Module, random: bool = True) -> Any:
     """The layer over a frozen base layer, its weights random."""
-    layer = config.wrap(base.requires_grad_(False), "x")
+    layer = wrap(base.requires_grad_(False), "x", config)
     if random:
         randomise(layer)
     return layer.eval()
@@ -70,7 +71,7 @@ def test_merged_is_the_same(name: str, base: nn.Module, x: tuple[int, ...]) -> N
 @pytest.mark.parametrize("name", CONFIGS)
 def test_grouped_convolutions_are_refused(name: str) -> None:
     with pytest.raises(AdapterError, match="is a grouped convolution"):
-        CONFIGS[name].wrap(nn.Conv2d(4, 4, 3, groups=2), "x")
+        wrap(nn.Conv2d(4, 4, 3, groups=2), "x", CONFIGS[name])
 
 
 def test_the_series_comes_near_the_rotation() -> None:
@@ -90,7 +91,7 @@ def test_coft_holds_the_blocks_near_the_identity() -> None:
     inject(model, config)
     randomise(model)
     far = logits(model, batch("llama"))
-    config.after_step(model, 1, 1)
+    after_step(model, config, 1, 1)
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
     lengths = 2**0.5 * layer.oft_R.weight.norm(dim=1)
     torch.testing.assert_close(lengths, torch.full_like(lengths, 1e-3 / 4**0.5))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from peftcli.core.protocols import wrap
 from peftcli.errors import AdapterError
 from peftcli.methods.osf.config import OSFConfig
 
@@ -15,7 +16,7 @@ BASES = [nn.Linear(12, 8), nn.Linear(8, 12), nn.Linear(8, 8)]
 
 
 def _layer(base: nn.Module, **settings: Any) -> Any:
-    return OSFConfig(**settings).wrap(base.requires_grad_(False), "layers.3.x")
+    return wrap(base.requires_grad_(False), "layers.3.x", OSFConfig(**settings))
 
 
 @pytest.mark.parametrize("base", BASES)

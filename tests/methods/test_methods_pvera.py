@@ -13,7 +13,7 @@ from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import merge
 from peftcli.errors import AdapterError
 from peftcli.methods.pvera.config import PveraConfig
-from peftcli.methods.pvera.layers import PveraLinear, share
+from peftcli.methods.pvera.layers import PveraLinear, attach
 
 TARGETS = {"target_modules": ["q_proj", "down_proj"], "r": 3}
 
@@ -21,7 +21,7 @@ TARGETS = {"target_modules": ["q_proj", "down_proj"], "r": 3}
 def _layer(**settings: object) -> tuple[nn.Linear, PveraLinear]:
     base, config = nn.Linear(5, 7), PveraConfig(r=3, init_weights=False, **settings)  # type: ignore[arg-type]
     layer = PveraLinear(base, "x", config)
-    share([layer], config)
+    attach(base, config, {"x": layer})
     return base, layer
 
 

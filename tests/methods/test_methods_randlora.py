@@ -16,7 +16,7 @@ from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.methods import config_from_dict
 from peftcli.methods.randlora.config import RandLoraConfig
-from peftcli.methods.randlora.layers import RandLoraLinear, share
+from peftcli.methods.randlora.layers import RandLoraLinear, attach
 
 TARGETS: dict[str, Any] = {"target_modules": ["q_proj", "down_proj", "up_proj"], "r": 3}
 
@@ -25,7 +25,7 @@ TARGETS: dict[str, Any] = {"target_modules": ["q_proj", "down_proj", "up_proj"],
 def test_the_update_is_a_sum_over_scaled_bases(inputs: int, outputs: int) -> None:
     base, config = nn.Linear(inputs, outputs), RandLoraConfig(r=2, randlora_alpha=6)
     layer = RandLoraLinear(base, "x", config).eval()
-    share([layer], config)
+    attach(base, config, {"x": layer})
     nn.init.normal_(layer.randlora_lambda)
     nn.init.normal_(layer.randlora_gamma)
     short, count = min(inputs, outputs), -(-min(inputs, outputs) // 2)

@@ -11,12 +11,13 @@ from models_tiny import randomise
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peftcli.core.protocols import wrap
 from peftcli.errors import AdapterError
 from peftcli.methods.road.config import RoadConfig
 
 
 def _layer(base: nn.Module, **settings: Any) -> Any:
-    return RoadConfig(**settings).wrap(base.requires_grad_(False), "x")
+    return wrap(base.requires_grad_(False), "x", RoadConfig(**settings))
 
 
 def test_a_pair_is_turned_by_its_angle_and_scaled() -> None:

@@ -18,7 +18,7 @@ from peftcli.core.merge import merge
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError
 from peftcli.methods.tinylora.config import TinyLoraConfig
-from peftcli.methods.tinylora.layers import TinyLoraEmbedding, TinyLoraLinear, share
+from peftcli.methods.tinylora.layers import TinyLoraEmbedding, TinyLoraLinear, attach
 
 SETTINGS: dict[str, Any] = {"r": 3, "u": 5, "init_weights": "uniform", "init_v_bound": 0.5}
 
@@ -27,7 +27,7 @@ SETTINGS: dict[str, Any] = {"r": 3, "u": 5, "init_weights": "uniform", "init_v_b
 def test_the_update_mixes_the_weights_principal_directions(dropout: float) -> None:
     base, config = nn.Linear(7, 5), TinyLoraConfig(**SETTINGS, tinylora_dropout=dropout)
     layer = TinyLoraLinear(base, "x", config).eval()
-    share([layer], config)
+    attach(base, config, {"x": layer})
     u, s, vt = torch.linalg.svd(base.weight.detach())
     torch.testing.assert_close(layer.tinylora_B @ layer.tinylora_A, u[:, :3] @ torch.diag(s[:3]) @ vt[:3])
     mixture = sum(number * part for number, part in zip(layer.tinylora_v, layer.tinylora_P, strict=True))
@@ -41,7 +41,7 @@ def test_the_update_mixes_the_weights_principal_directions(dropout: float) -> No
 def test_an_embeddings_update_is_looked_up() -> None:
     base, config, ids = nn.Embedding(9, 6), TinyLoraConfig(**SETTINGS), torch.tensor([[3, 0, 3]])
     layer = TinyLoraEmbedding(base, config)
-    share([layer], config)
+    attach(base, config, {"x": layer})
     with torch.no_grad():
         merged = layer.merged_tensors({"weight": base.weight})["weight"]
         torch.testing.assert_close(layer(ids), merged[ids])

@@ -17,7 +17,7 @@ from peftcli.core.layer import adapter_layers
 from peftcli.core.weights import named_tensors
 from peftcli.methods import config_from_dict
 from peftcli.methods.unilora.config import UniLoraConfig
-from peftcli.methods.unilora.layers import UniLoraLinear, share
+from peftcli.methods.unilora.layers import UniLoraLinear, attach
 from peftcli.methods.unilora.numpy_random import NumpyRandom
 
 SETTINGS: dict[str, Any] = {"r": 2, "theta_d_length": 20}
@@ -49,7 +49,7 @@ def test_every_number_stands_at_as_many_places_and_lengths_are_kept() -> None:
         [UniLoraLinear(nn.Linear(5, 7), "x", UniLoraConfig(**SETTINGS)) for _ in range(2)],
         UniLoraConfig(**SETTINGS),
     )
-    share(layers, config)
+    attach(layers[0], config, dict(zip("ab", layers, strict=True)))
     places = torch.cat(
         [value.flatten() for layer in layers for value in (layer.unilora_indices_A, layer.unilora_indices_B)]
     )
@@ -64,7 +64,7 @@ def test_every_number_stands_at_as_many_places_and_lengths_are_kept() -> None:
 def test_the_update_is_the_product_of_both_matrices() -> None:
     base, config = nn.Linear(5, 7), UniLoraConfig(**SETTINGS, init_weights=False)
     layer = UniLoraLinear(base, "x", config).eval()
-    share([layer], config)
+    attach(base, config, {"x": layer})
     theta = layer.unilora_theta_d
     a = theta[layer.unilora_indices_A] * layer.unilora_scales_A
     b = theta[layer.unilora_indices_B] * layer.unilora_scales_B

@@ -18,7 +18,7 @@ from peftcli.core.weights import adapter_state, load_state, load_training_state,
 from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
 from peftcli.methods.vblora.config import VBLoRAConfig
-from peftcli.methods.vblora.layers import VBLoraLinear, share
+from peftcli.methods.vblora.layers import VBLoraLinear, attach
 
 SETTINGS: dict[str, Any] = {"num_vectors": 12, "vector_length": 8}
 
@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {"num_vectors": 12, "vector_length": 8}
 def test_each_piece_is_a_mixture_of_the_best_vectors() -> None:
     base, config = nn.Linear(6, 4), VBLoRAConfig(r=2, num_vectors=7, vector_length=2, topk=3)
     layer = VBLoraLinear(base, "x", config).eval()
-    share([layer], config)
+    attach(base, config, {"x": layer})
     bank = layer.vblora_vector_bank
 
     def piece(logits: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from peftcli.core.layer import adapter_layers
 from peftcli.core.weights import adapter_state, materialise
 from peftcli.methods import config_from_dict
 from peftcli.methods.vera.config import VeraConfig
-from peftcli.methods.vera.layers import VeraLinear, share
+from peftcli.methods.vera.layers import VeraLinear, attach
 
 TARGETS = {"target_modules": ["q_proj", "down_proj"], "r": 3}
 
@@ -25,7 +25,7 @@ TARGETS = {"target_modules": ["q_proj", "down_proj"], "r": 3}
 def test_the_update_is_two_scaled_projections(dropout: float) -> None:
     base = nn.Linear(5, 7)
     layer = VeraLinear(base, "x", VeraConfig(r=3, vera_dropout=dropout)).eval()
-    share([layer], VeraConfig(r=3))
+    attach(base, VeraConfig(r=3), {"x": layer})
     nn.init.normal_(layer.vera_lambda_b)
     x = torch.randn(2, 4, 5)
     with torch.no_grad():

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from peftcli.core.config import AdapterConfig
 from peftcli.errors import AdapterError
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
-    from peftcli.core.prompts.prefix import Prefix
 
 
 @dataclass(kw_only=True)
@@ -59,12 +53,6 @@ class SoftPromptConfig(AdapterConfig):
 class EmbeddedPromptConfig(SoftPromptConfig):
     """A config of a method whose virtual tokens are vectors in the place of token embeddings."""
 
-    def targets(self, model: nn.Module) -> list[str]:
-        from peftcli.core.prompts.virtual_tokens import input_embedding_name
-
-        self.check_room(model)
-        return [input_embedding_name(model)]
-
     def fit(self, embedding: Any) -> int:
         """The size of the input embedding, which the config then holds.
 
@@ -76,13 +64,6 @@ class EmbeddedPromptConfig(SoftPromptConfig):
             raise AdapterError(f"the adapter's is {self.token_dim}, the base model's {width}", key="token_dim")
         self.token_dim, self.num_transformer_submodules = width, 1
         return width
-
-    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
-        from peftcli.core.prompts.virtual_tokens import VirtualTokens, insert_virtual_tokens
-
-        for layer in layers.values():
-            assert isinstance(layer, VirtualTokens)
-            insert_virtual_tokens(model, layer, token_labels=self.task_type != "SEQ_CLS")
 
 
 @dataclass(kw_only=True)
@@ -104,44 +85,3 @@ class PrefixConfig(SoftPromptConfig):
     num_transformer_submodules: int | None = field(default=None, metadata={"recipe": False})
     """2 in an encoder-decoder, as PEFT has it: the decoder's layer i then sees pair 2 i of keys and values, counted on
     from the first after the last. 1 elsewhere."""
-
-    def targets(self, model: Any) -> list[str]:
-        from peftcli.core.prompts.prefix import find_attention
-        from peftcli.core.prompts.virtual_tokens import input_embedding_name
-
-        self.check_room(model)
-        input_embedding_name(model)  # a model that hears or sees has none
-        found = find_attention(model)
-        submodules = 2 if getattr(model.config, "is_encoder_decoder", False) else 1
-        for key, value in (
-            ("num_layers", len(found.names)),
-            ("num_attention_heads", found.heads),
-            ("token_dim", found.width),
-            ("num_transformer_submodules", submodules),
-        ):
-            if getattr(self, key) not in (None, value):
-                raise AdapterError(f"the adapter's is {getattr(self, key)}, the base model's {value}", key=key)
-            setattr(self, key, value)
-        return found.names
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.core.layer import bare
-        from peftcli.core.prompts.prefix import PrefixAttention
-
-        assert self.num_layers is not None
-        assert self.num_attention_heads is not None
-        index: int = bare(module).layer_idx
-        pair = 2 * index % self.num_layers if self.num_transformer_submodules == 2 else index
-        return PrefixAttention(module, pair, self.num_attention_heads)
-
-    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
-        from peftcli.core.prompts.prefix import PrefixAttention, insert_prefix
-
-        assert self.num_layers is not None
-        assert self.token_dim is not None
-        own = [layer for layer in layers.values() if isinstance(layer, PrefixAttention)]
-        insert_prefix(model, own, self.prefix(self.num_layers, self.token_dim))
-
-    def prefix(self, pairs: int, width: int) -> Prefix:
-        """The trained keys and values of ``pairs`` layers, each ``width`` wide."""
-        raise NotImplementedError

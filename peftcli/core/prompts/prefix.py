@@ -17,6 +17,7 @@ from torch import nn
 
 from peftcli.core.layer import adapter_dtype, bare, base_paths
 from peftcli.core.linear import linear_view
+from peftcli.core.prompts.config import PrefixConfig
 from peftcli.core.prompts.inputs import (
     SoftPrompt,
     active_at,
@@ -34,7 +35,7 @@ from peftcli.core.prompts.inputs import (
     takes,
     without,
 )
-from peftcli.core.prompts.virtual_tokens import VirtualTokens
+from peftcli.core.prompts.virtual_tokens import VirtualTokens, input_embedding_name
 from peftcli.errors import AdapterError
 
 _CACHE = ("cache", "past_key_values", "past_key_value", "layer_past")
@@ -205,6 +206,37 @@ def find_attention(model: Any) -> Attention:
             f"{len(names)} of {lists[0] if lists else 'its'} layers"
         )
     return Attention(names, *_key_size(modules[names[0]], decoder.config))
+
+
+def targets(model: Any, config: PrefixConfig) -> list[str]:
+    """Return the names of the attention layers that a prefix goes into, whose sizes the config then holds.
+
+    Raises:
+        AdapterError: the model has no such layers, or the config is of a model of other sizes.
+    """
+    config.check_room(model)
+    input_embedding_name(model)  # a model that hears or sees has none
+    found = find_attention(model)
+    submodules = 2 if getattr(model.config, "is_encoder_decoder", False) else 1
+    for key, value in (
+        ("num_layers", len(found.names)),
+        ("num_attention_heads", found.heads),
+        ("token_dim", found.width),
+        ("num_transformer_submodules", submodules),
+    ):
+        if getattr(config, key) not in (None, value):
+            raise AdapterError(f"the adapter's is {getattr(config, key)}, the base model's {value}", key=key)
+        setattr(config, key, value)
+    return found.names
+
+
+def wrap(module: nn.Module, name: str, config: PrefixConfig) -> PrefixAttention:
+    """Return the layer over an attention layer."""
+    assert config.num_layers is not None
+    assert config.num_attention_heads is not None
+    index: int = bare(module).layer_idx
+    pair = 2 * index % config.num_layers if config.num_transformer_submodules == 2 else index
+    return PrefixAttention(module, pair, config.num_attention_heads)
 
 
 def insert_prefix(model: Any, layers: list[PrefixAttention], prefix: Prefix) -> None:

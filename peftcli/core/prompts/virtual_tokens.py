@@ -8,14 +8,16 @@ They stand after a row's left padding, so each row of a padded batch computes wh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import adapter_dtype, bare, model_ends
+from peftcli.core.layer import AdapterLayer, adapter_dtype, bare, model_ends
+from peftcli.core.prompts.config import EmbeddedPromptConfig
 from peftcli.core.prompts.inputs import (
     Room,
     SoftPrompt,
@@ -90,6 +92,18 @@ class TrainedTokens(VirtualTokens):
     def accepts(self, tensor: str, value: torch.Tensor) -> torch.Tensor:
         # PEFT allocates the rows twice for encoder-decoder models and trains the first half
         return value[: self.count] if value.shape == (2 * self.count, self.prompt_embeddings.shape[1]) else value
+
+
+def targets(model: nn.Module, config: EmbeddedPromptConfig) -> list[str]:
+    """Return the name of the model's input embedding, the only module that virtual tokens adapt."""
+    config.check_room(model)
+    return [input_embedding_name(model)]
+
+
+def attach(model: nn.Module, config: EmbeddedPromptConfig, layers: Mapping[str, AdapterLayer]) -> None:
+    """Let the model's inputs start with the virtual tokens of the new layer."""
+    for layer in layers.values():
+        insert_virtual_tokens(model, cast("VirtualTokens", layer), token_labels=config.task_type != "SEQ_CLS")
 
 
 def input_embedding_name(model: Any) -> str:

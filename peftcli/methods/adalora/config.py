@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from peftcli.core.config import ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_share, not_positive, too_small
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import torch
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
-    from peftcli.core.updates import Update
+from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
+from peftcli.methods._settings import Problems, no_share, not_positive, too_small
 
 _FAMILY_TARGETS = {
     "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
@@ -85,62 +76,9 @@ class AdaLoraConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     def usual_targets(self, model_type: str) -> list[str] | str:
         return _FAMILY_TARGETS.get(model_type) or super().usual_targets(model_type)
 
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.adalora.layers import wrap
-
-        return wrap(module, name, self)
-
-    def penalty(self, model: nn.Module) -> torch.Tensor | None:
-        from peftcli.methods.adalora.layers import penalty
-
-        return penalty(model, self)
-
-    def after_step(self, model: nn.Module, step: int, total: int) -> None:
-        from peftcli.methods.adalora.layers import update_and_allocate
-
-        self._know_total(total)
-        update_and_allocate(model, self, step)
-
-    def after_resume(self, model: nn.Module, step: int, total: int) -> None:
-        from peftcli.methods.adalora.layers import note_kept
-
-        self._know_total(total)
-        note_kept(model, self, step)
-
-    def _know_total(self, total: int) -> None:
-        if self.total_step is None:
-            self.total_step = total
-            self.check()
-
-    def updates(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Update]:
-        from peftcli.methods.adalora.layers import updates
-
-        return updates(self, tensors)
-
     def to_dict(self) -> dict[str, Any]:
         # PEFT reads no file without total_step: before any training it gets the least that its schedule allows
         total = self.tinit + self.tfinal + 1 if self.total_step is None else self.total_step
         written = {**super().to_dict(), "total_step": total, "init_lora_weights": True}
         written.pop("r", None)  # PEFT warns of it
         return written
-
-    def described(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """As ``to_dict``, with the ranks that these tensors have.
-
-        They need not be the last ones: tensors may be those of an earlier, better step.
-        """
-        written = self.to_dict()
-        written.pop("rank_pattern", None)
-        left = {
-            name.removeprefix(self.file_prefix): len(value)
-            for name, value in tensors.items()
-            if name.endswith(".lora_E")
-        }
-        if any(kept < self.init_r for kept in left.values()):
-            written["rank_pattern"] = {name: self._mask(name, kept) for name, kept in left.items()}
-        return written
-
-    def _mask(self, name: str, left: int) -> list[bool]:
-        """Which directions a layer kept; where that is not known, as many at the front: readers only count them."""
-        known = self.rank_pattern.get(name, [])
-        return known if sum(known) == left else [index < left for index in range(self.init_r)]

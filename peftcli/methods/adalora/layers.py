@@ -151,6 +151,27 @@ def updates(config: AdaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[
     return found
 
 
+def describe(config: AdaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Return the config for a file with these tensors, with the ranks that they have.
+
+    They need not be the last ones: tensors may be those of an earlier, better step.
+    """
+    written = config.to_dict()
+    written.pop("rank_pattern", None)
+    left = {
+        name.removeprefix(config.file_prefix): len(value) for name, value in tensors.items() if name.endswith(".lora_E")
+    }
+    if any(kept < config.init_r for kept in left.values()):
+        written["rank_pattern"] = {name: _mask(config, name, kept) for name, kept in left.items()}
+    return written
+
+
+def _mask(config: AdaLoraConfig, name: str, left: int) -> list[bool]:
+    """Which directions a layer kept; where that is not known, as many at the front: readers only count them."""
+    known = config.rank_pattern.get(name, [])
+    return known if sum(known) == left else [index < left for index in range(config.init_r)]
+
+
 def penalty(model: nn.Module, config: AdaLoraConfig) -> torch.Tensor | None:
     """How far A's rows and B's columns are from being orthogonal, on average over the matrices, times the weight."""
     layers = [layer for layer in _layers(model).values() if layer.lora_A.requires_grad]
@@ -163,6 +184,24 @@ def penalty(model: nn.Module, config: AdaLoraConfig) -> torch.Tensor | None:
 
 def _scaling(config: AdaLoraConfig) -> float:
     return config.lora_alpha / (config.init_r + 1e-5)  # init_r whatever is left, so that nothing jumps
+
+
+def after_step(model: nn.Module, config: AdaLoraConfig, step: int, total: int) -> None:
+    """Share out the budget of this step."""
+    _know_total(config, total)
+    update_and_allocate(model, config, step)
+
+
+def after_resume(model: nn.Module, config: AdaLoraConfig, step: int, total: int) -> None:
+    """Write into the config which directions are left, if that is settled."""
+    _know_total(config, total)
+    note_kept(model, config, step)
+
+
+def _know_total(config: AdaLoraConfig, total: int) -> None:
+    if config.total_step is None:
+        config.total_step = total
+        config.check()
 
 
 def update_and_allocate(model: nn.Module, config: AdaLoraConfig, step: int) -> None:

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from peftcli.core.config import TargetedConfig
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
 
 _NAMES = {"bert": "value", "deberta-v2": "value_proj", "mt5": "v", "roberta": "value", "t5": "v"}
 _FAMILIES = ("bart", "gemma", "gemma2", "gemma3_text", "gpt_neo", "gptj", "llama", "llama4", "mistral", "mixtral")
@@ -32,15 +27,6 @@ class BeftConfig(TargetedConfig):
 
     def usual_targets(self, model_type: str) -> list[str] | str:
         return [_TARGETS[model_type]] if model_type in _TARGETS else super().usual_targets(model_type)
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.beft.layers import BeftLinear
-
-        return BeftLinear(module, name, self)
-
-    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
-        super().attach(model, layers)
-        self.without_bias = next((name for name, layer in layers.items() if layer.bias is None), None)
 
     def merge_problem(self) -> str | None:
         return self.without_bias and f"BEFT cannot be merged here: {self.without_bias} has no bias in the base model"

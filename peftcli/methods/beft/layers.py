@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,3 +32,11 @@ class BeftLinear(AdapterLayer):
         if "bias" not in base:
             raise AdapterError("BEFT cannot be merged here: the base model has no bias in the adapted layers")
         return {"bias": base["bias"] + self.beft_bias[0]}
+
+
+def attach(model: nn.Module, config: BeftConfig, layers: Mapping[str, AdapterLayer]) -> None:
+    """Note a layer that has no bias: the adapter cannot be merged then."""
+    config.without_bias = next((name for name, layer in layers.items() if layer.bias is None), None)
+
+
+wrap = BeftLinear

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from peftcli.core.config import ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_share, too_large, too_small
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
+from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
+from peftcli.methods._settings import Problems, no_share, too_large, too_small
 
 
 @dataclass(kw_only=True)
@@ -48,8 +43,3 @@ class BOFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
         if (self.boft_block_size == 0) == (self.boft_block_num == 0):
             found.append(("boft_block_size", "give either boft_block_size or boft_block_num, and 0 for the other"))
         return found
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.boft.layers import wrap
-
-        return wrap(module, name, self)

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from peftcli.core.config import LayeredConfig
-from peftcli.methods._settings import BiasConfig, Problems, no_choice, pattern_too_small, too_small
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
+from peftcli.core.config import BiasConfig, LayeredConfig
+from peftcli.methods._settings import Problems, no_choice, pattern_too_small, too_small
 
 _FAMILY_TARGETS = {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}
 """Where PEFT's usual targets for C3A are not LoRA's."""
@@ -39,15 +34,3 @@ class C3AConfig(BiasConfig, LayeredConfig):
 
     def usual_targets(self, model_type: str) -> list[str] | str:
         return _FAMILY_TARGETS.get(model_type) or super().usual_targets(model_type)
-
-    def targets(self, model: nn.Module) -> list[str]:
-        from peftcli.core.targets import check_patterns
-
-        names = super().targets(model)
-        check_patterns(dict(self.block_size_pattern), names, "block_size_pattern")
-        return names
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.c3a.layers import C3ALinear
-
-        return C3ALinear(module, name, self)

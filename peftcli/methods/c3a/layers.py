@@ -46,3 +46,6 @@ class C3ALinear(DeltaLinear):
         shifts = (steps - steps.unsqueeze(1)) % self.block
         blocks = self.c3a_kernel[..., shifts]  # (out / b, in / b, b, b)
         return blocks.transpose(1, 2).reshape(self.view.out_features, self.view.in_features) / self.view.in_features
+
+
+wrap = C3ALinear

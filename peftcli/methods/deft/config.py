@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from peftcli.core.config import ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_choice, no_share, too_small
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
+from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
+from peftcli.methods._settings import Problems, no_choice, no_share, too_small
 
 
 @dataclass(kw_only=True)
@@ -44,8 +39,3 @@ class DeftConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
         if self.alpha is not None and self.alpha <= 0:
             found.append(("alpha", f"must be above 0, not {self.alpha}"))
         return found
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.deft.layers import DeftLinear
-
-        return DeftLinear(module, name, self)

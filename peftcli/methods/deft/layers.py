@@ -60,3 +60,6 @@ class DeftLinear(WeightDeltaLinear):
         if config.init_weights:
             return k.T @ weight / self.scaling
         return 0.02 * config.init_scale * torch.randn(k.shape[1], weight.shape[1], **beside(module))
+
+
+wrap = DeftLinear

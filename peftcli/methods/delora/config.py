@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from peftcli.core.config import ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import BiasConfig, Problems, no_share, pattern_too_small, too_small
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
+from peftcli.core.config import BiasConfig, ExcludingConfig, LayeredConfig
+from peftcli.methods._settings import Problems, no_share, pattern_too_small, too_small
 
 
 @dataclass(kw_only=True)
@@ -37,16 +32,3 @@ class DeloraConfig(BiasConfig, ExcludingConfig, LayeredConfig):
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, r=1) + no_share(self, "module_dropout")
         return found + pattern_too_small(self, "rank_pattern", 1)
-
-    def targets(self, model: nn.Module) -> list[str]:
-        from peftcli.core.targets import check_patterns
-
-        names = super().targets(model)
-        check_patterns(dict(self.rank_pattern), names, "rank_pattern")
-        check_patterns(self.lambda_pattern, names, "lambda_pattern")
-        return names
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.delora.layers import DeloraLinear
-
-        return DeloraLinear(module, name, self)

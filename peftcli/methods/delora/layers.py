@@ -51,3 +51,6 @@ class DeloraLinear(DeltaLinear):
             min=_SMALLEST_NORM
         )
         return self.delora_lambda / len(norms) / norms
+
+
+wrap = DeloraLinear

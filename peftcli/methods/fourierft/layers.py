@@ -28,3 +28,6 @@ class FourierFTLinear(DeltaLinear):
     def delta(self) -> torch.Tensor:
         spectrum = scattered(self.fourierft_spectrum, self.places, self.view)
         return self.scaling * torch.fft.ifft2(spectrum).real
+
+
+wrap = FourierFTLinear

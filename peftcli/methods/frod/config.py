@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from peftcli.core.config import LayeredConfig
-from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_share, not_positive
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
+from peftcli.core.config import BiasConfig, FanInConfig, LayeredConfig
+from peftcli.methods._settings import Problems, no_share, not_positive
 
 
 @dataclass(kw_only=True)
@@ -51,24 +46,6 @@ class FrodConfig(BiasConfig, FanInConfig, LayeredConfig):
     def usual_targets(self, model_type: str) -> list[str] | str:
         usual = {"phi": ["q_proj", "v_proj"], "vit": ["query", "value"]}
         return usual.get(model_type) or super().usual_targets(model_type)
-
-    def targets(self, model: nn.Module) -> list[str]:
-        from peftcli.methods.frod.layers import check_kinds
-
-        names = super().targets(model)
-        check_kinds(model, names)
-        return names
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.frod.layers import FrodLinear
-
-        return FrodLinear(module, name, self)
-
-    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
-        from peftcli.methods.frod.layers import share
-
-        super().attach(model, layers)
-        share(layers, self)
 
     def merge_problem(self) -> str | None:
         if self.save_projection:

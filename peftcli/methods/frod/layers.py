@@ -11,6 +11,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, base_paths
 from peftcli.core.linear import dense_weight, linear_view, stored_weight
+from peftcli.core.targets import find_targets
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import WeightDeltaLinear, beside
 from peftcli.methods._product import base_product
@@ -102,7 +103,7 @@ class FrodLinear(WeightDeltaLinear):
         return None if self.frod_V.is_inference() else self.frod_V._version
 
 
-def share(layers: Mapping[str, AdapterLayer], config: FrodConfig) -> None:
+def attach(model: nn.Module, config: FrodConfig, layers: Mapping[str, AdapterLayer]) -> None:
     """Find ``V`` and draw the places in ``S`` for each kind of layer, as PEFT does, whose files may not hold them."""
     chosen: dict[str, dict[int, Any]] = {}
     for number, (name, layer) in enumerate(layers.items()):
@@ -125,6 +126,13 @@ def share(layers: Mapping[str, AdapterLayer], config: FrodConfig) -> None:
         shared = [_frozen(part.to(basis.device)) for part in (basis, places, torch.tensor(basis.shape))]
         for layer in group:
             layer.start(*shared, config)
+
+
+def targets(model: nn.Module, config: FrodConfig) -> list[str]:
+    """Return the names of the target modules, of which each kind has one number of inputs."""
+    names = find_targets(model, config)
+    check_kinds(model, names)
+    return names
 
 
 def check_kinds(model: nn.Module, names: Iterable[str]) -> None:
@@ -202,3 +210,6 @@ def _drawn_places(inputs: int, rate: float, generator: torch.Generator) -> torch
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+wrap = FrodLinear

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from peftcli.methods._settings import BiasConfig, Problems, no_choice, too_small
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
+from peftcli.core.config import BiasConfig
+from peftcli.methods._settings import Problems, no_choice, too_small
 
 
 @dataclass(kw_only=True)
@@ -40,8 +36,3 @@ class GloraConfig(BiasConfig):
         if self.config_A_B == self.config_C == self.config_D_E == "none":
             found.append(("config_A_B", "with config_C and config_D_E none too, there is nothing to train"))
         return found
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.glora.layers import GloraLinear
-
-        return GloraLinear(module, name, self)

@@ -91,3 +91,6 @@ class GloraLinear(AdapterLayer):
         coupled = 0.0 if self.glora_C.what == "none" else (weight @ self.glora_C()).squeeze(-1)
         shift: torch.Tensor = bias.to(weight.dtype) * self.glora_D() + self.glora_E() + coupled
         return shift
+
+
+wrap = GloraLinear

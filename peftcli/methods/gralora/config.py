@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from peftcli.core.config import LayeredConfig
-from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_share, not_positive, too_small
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
+from peftcli.core.config import BiasConfig, FanInConfig, LayeredConfig
+from peftcli.methods._settings import Problems, no_share, not_positive, too_small
 
 
 @dataclass(kw_only=True)
@@ -42,8 +37,3 @@ class GraloraConfig(BiasConfig, FanInConfig, LayeredConfig):
         if self.gralora_k >= 1 and self.r % self.gralora_k:
             found.append(("gralora_k", f"{self.gralora_k} does not divide r, {self.r}"))
         return found
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.gralora.layers import GraloraLinear
-
-        return GraloraLinear(module, name, self)

@@ -61,3 +61,6 @@ def _uniform(tensor: torch.Tensor, inputs: int) -> None:
     """As a linear layer of so many inputs starts."""
     bound = 1 / math.sqrt(inputs)
     nn.init.uniform_(tensor, -bound, bound)
+
+
+wrap = GraloraLinear

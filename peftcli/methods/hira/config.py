@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from peftcli.core.config import ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import FanInConfig, Problems, no_choice, no_share, too_small
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
+from peftcli.core.config import ExcludingConfig, FanInConfig, LayeredConfig
+from peftcli.methods._settings import Problems, no_choice, no_share, too_small
 
 
 @dataclass(kw_only=True)
@@ -32,8 +27,3 @@ class HiraConfig(FanInConfig, ExcludingConfig, LayeredConfig):
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, r=1) + no_share(self, "hira_dropout")
         return found + no_choice(self, "init_weights", True, False, "gaussian")
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.hira.layers import wrap
-
-        return wrap(module, name, self)

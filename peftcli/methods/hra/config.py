@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from peftcli.core.config import ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import BiasConfig, Problems, too_small
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
+from peftcli.core.config import BiasConfig, ExcludingConfig, LayeredConfig
+from peftcli.methods._settings import Problems, too_small
 
 
 @dataclass(kw_only=True)
@@ -32,8 +27,3 @@ class HRAConfig(BiasConfig, ExcludingConfig, LayeredConfig):
 
     def problems(self) -> Problems:
         return super().problems() + too_small(self, r=1)
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.hra.layers import wrap
-
-        return wrap(module, name, self)

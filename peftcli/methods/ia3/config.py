@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from peftcli.core.config import ExcludingConfig, TargetedConfig
-from peftcli.methods._settings import FanInConfig, Problems
+from peftcli.core.config import ExcludingConfig, FanInConfig
+from peftcli.methods._settings import Problems
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
-
-_TARGETS: dict[str, tuple[list[str], list[str]]] = {
+TARGETS: dict[str, tuple[list[str], list[str]]] = {
     "bart": (["q_proj", "v_proj"], ["fc2"]),
     "bert": (["key", "value"], ["output.dense"]),
     "bloom": (["query_key_value"], ["mlp.dense_4h_to_h"]),
@@ -64,31 +59,5 @@ class IA3Config(FanInConfig, ExcludingConfig):
         return found
 
     def usual_targets(self, model_type: str) -> list[str] | str:
-        outputs, inputs = _TARGETS.get(model_type, ([], []))
+        outputs, inputs = TARGETS.get(model_type, ([], []))
         return [*outputs, *inputs] or "all-linear"
-
-    def targets(self, model: nn.Module) -> list[str]:
-        from peftcli.core.targets import find_modules, find_targets, module_matches, shortest_names
-
-        names, entries = super().targets(model), self.feedforward_modules
-        if entries is None:
-            _, usual = _TARGETS.get(getattr(getattr(model, "config", None), "model_type", ""), ([], []))
-            found = [name for name in names if any(module_matches(name, entry) for entry in usual)]
-            self.feedforward_modules = shortest_names(model, found)
-        elif isinstance(entries, str):
-            found = find_targets(model, TargetedConfig(target_modules=entries))
-            self.feedforward_modules = shortest_names(model, [name for name in found if name in names])
-        else:
-            find_modules(model, entries, "feedforward_modules")
-        return names
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.ia3.layers import wrap
-
-        return wrap(module, name, self)
-
-    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
-        super().attach(model, layers)
-        if isinstance(self.target_modules, list) and isinstance(self.feedforward_modules, list):
-            # PEFT reads no file in which one is not part of the other
-            self.target_modules = sorted({*self.target_modules, *self.feedforward_modules})

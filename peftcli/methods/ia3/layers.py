@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from peftcli.core.config import TargetedConfig
 from peftcli.core.layer import AdapterLayer, bare
 from peftcli.core.linear import need_linear
-from peftcli.core.targets import module_matches
+from peftcli.core.targets import find_modules, find_targets, module_matches, shortest_names
 from peftcli.methods._linear import beside
-from peftcli.methods.ia3.config import IA3Config
+from peftcli.methods.ia3.config import TARGETS, IA3Config
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -89,3 +91,24 @@ def wrap(module: nn.Module, name: str, config: IA3Config) -> AdapterLayer:
     if isinstance(bare(module), _CONVOLUTIONS):
         return IA3Conv(module, feedforward, config)
     return IA3Linear(module, name, feedforward, config)
+
+
+def targets(model: nn.Module, config: IA3Config) -> list[str]:
+    """Return the names of the target modules; the config then says which of them have their inputs scaled."""
+    names, entries = find_targets(model, config), config.feedforward_modules
+    if entries is None:
+        _, usual = TARGETS.get(getattr(getattr(model, "config", None), "model_type", ""), ([], []))
+        found = [name for name in names if any(module_matches(name, entry) for entry in usual)]
+        config.feedforward_modules = shortest_names(model, found)
+    elif isinstance(entries, str):
+        found = find_targets(model, TargetedConfig(target_modules=entries))
+        config.feedforward_modules = shortest_names(model, [name for name in found if name in names])
+    else:
+        find_modules(model, entries, "feedforward_modules")
+    return names
+
+
+def attach(model: nn.Module, config: IA3Config, layers: Mapping[str, AdapterLayer]) -> None:
+    """Name the feedforward modules among the targets too: PEFT reads no file in which one is not part of the other."""
+    if isinstance(config.target_modules, list) and isinstance(config.feedforward_modules, list):
+        config.target_modules = sorted({*config.target_modules, *config.feedforward_modules})

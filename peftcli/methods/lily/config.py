@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from peftcli.core.config import ExcludingConfig, LayeredConfig
 from peftcli.methods._settings import Problems, not_positive, too_small
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
 
 
 @dataclass(kw_only=True)
@@ -36,17 +31,6 @@ class LilyConfig(ExcludingConfig, LayeredConfig):
 
     def problems(self) -> Problems:
         return super().problems() + too_small(self, r=1, stride_A=1, num_B=2) + not_positive(self, "scaling")
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.lily.layers import LilyLinear
-
-        return LilyLinear(module, name, self)
-
-    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
-        from peftcli.methods.lily.layers import share
-
-        super().attach(model, layers)
-        share(layers, self)
 
     def merge_problem(self) -> str | None:
         return "Lily's update depends on the input, so it cannot be merged into a weight"

@@ -56,7 +56,7 @@ class LilyLinear(AdapterLayer):
         return y + (self.scaling * hidden @ mixed).to(y.dtype)
 
 
-def share(layers: Mapping[str, AdapterLayer], config: LilyConfig) -> None:
+def attach(model: nn.Module, config: LilyConfig, layers: Mapping[str, AdapterLayer]) -> None:
     """Let the layers of each kind, by the target module that names them and their shape, share ``A`` and ``B``."""
     groups: dict[Any, list[Any]] = {}
     for name, layer in layers.items():
@@ -75,3 +75,6 @@ def _target(name: str, wanted: list[str] | str | None) -> str:
     if isinstance(wanted, str):
         return wanted
     return max((entry for entry in wanted or () if module_matches(name, entry)), key=len)
+
+
+wrap = LilyLinear

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from peftcli.core.config import ExcludingConfig
 from peftcli.methods._settings import Problems
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
-
 _AROUND_LAYERS = ["input_layernorm", "post_attention_layernorm"]
 _GEMMA = [*_AROUND_LAYERS, "pre_feedforward_layernorm", "post_feedforward_layernorm", "norm"]
-_TARGETS: dict[str, list[str]] = {
+TARGETS: dict[str, list[str]] = {
     "bart": ["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"],
     "bloom": [*_AROUND_LAYERS, "ln_f"],
     "falcon": [*_AROUND_LAYERS, "ln_f"],
@@ -47,17 +42,3 @@ class LNTuningConfig(ExcludingConfig):
         if self.target_modules == "all-linear":
             found.append(("target_modules", "all-linear names no norm"))
         return found
-
-    def targets(self, model: nn.Module) -> list[str]:
-        from peftcli.core.targets import shortest_names
-        from peftcli.methods.ln_tuning.layers import norms
-
-        if self.target_modules is None:
-            model_type = getattr(getattr(model, "config", None), "model_type", "")
-            self.target_modules = list(_TARGETS.get(model_type, ())) or shortest_names(model, norms(model))
-        return super().targets(model)
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.ln_tuning.layers import wrap
-
-        return wrap(module, name, self)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, TrainedCopy, bare, base_paths
+from peftcli.core.targets import find_targets, shortest_names
 from peftcli.errors import AdapterError
-from peftcli.methods.ln_tuning.config import LNTuningConfig
+from peftcli.methods.ln_tuning.config import TARGETS, LNTuningConfig
 
 
 class TrainedNorm(TrainedCopy):
@@ -42,6 +43,14 @@ def wrap(module: nn.Module, name: str, config: LNTuningConfig) -> AdapterLayer:
     if next(base.parameters(), None) is None:
         raise AdapterError(f"{name} is a {type(base).__name__}, with nothing to train", key="target_modules")
     return TrainedNorm(module, config.file_prefix)
+
+
+def targets(model: nn.Module, config: LNTuningConfig) -> list[str]:
+    """Return the names of the norms to train."""
+    if config.target_modules is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", "")
+        config.target_modules = list(TARGETS.get(model_type, ())) or shortest_names(model, norms(model))
+    return find_targets(model, config)
 
 
 def norms(model: nn.Module) -> list[str]:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from peftcli.methods._lycoris_settings import LycorisConfig
 from peftcli.methods._settings import Problems, no_choice
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
 
 
 @dataclass(kw_only=True)
@@ -35,8 +30,3 @@ class LoKrConfig(LycorisConfig):
         if self.decompose_factor < 1 and self.decompose_factor != -1:
             found.append(("decompose_factor", f"must be at least 1, or -1, not {self.decompose_factor}"))
         return found
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.lokr.layers import wrap
-
-        return wrap(module, name, self)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from peftcli.core.config import AdapterConfig, ExcludingConfig, LayeredConfig
 from peftcli.methods.lora.checks import lora_problems
 from peftcli.methods.lora.init_config import (
-    FROM_DATA,
     SECTIONS,
     CordaConfig,
     EvaConfig,
@@ -19,15 +18,6 @@ from peftcli.methods.lora.init_config import (
     init_problems,
     starts_away_from_zero,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
-
-    import torch
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
-    from peftcli.core.updates import Update
 
 
 @dataclass(kw_only=True)
@@ -104,56 +94,6 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
 
     def usual_targets(self, model_type: str) -> list[str] | str:
         return [] if self.target_parameters else super().usual_targets(model_type)
-
-    def reshape(self, model: nn.Module) -> None:
-        from peftcli.methods.lora.replicate import replicate
-
-        if self.layer_replication:
-            replicate(model, self.layer_replication)
-
-    def after_merge(self, model: nn.Module) -> None:
-        from peftcli.methods.lora.replicate import separate
-
-        if self.layer_replication:
-            separate(model)
-
-    def targets(self, model: nn.Module) -> list[str]:
-        from peftcli.methods.lora.names import lora_targets
-
-        return lora_targets(model, self)
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.lora.wrap import wrap
-
-        return wrap(module, name, self)
-
-    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
-        from peftcli.methods.lora.attach import attach
-        from peftcli.methods.lora.parameters import LoraParameter
-
-        super().attach(model, {name: layer for name, layer in layers.items() if not isinstance(layer, LoraParameter)})
-        attach(model, self, layers)
-
-    def needs_batches(self) -> bool:
-        return self.init_lora_weights in FROM_DATA
-
-    def calibrate(self, model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
-        from peftcli.methods.lora.calibrate import calibrate
-
-        calibrate(model, self, batches)
-
-    def needs_base_weights(self) -> bool:
-        return self.init_lora_weights == "loftq"
-
-    def start_from_base(self, model: nn.Module, weight: Callable[[str], torch.Tensor]) -> None:
-        from peftcli.methods.lora.calibrate import start_loftq
-
-        start_loftq(model, weight)
-
-    def updates(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Update]:
-        from peftcli.methods.lora.updates import updates
-
-        return updates(self, tensors)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], file: str | None = None) -> AdapterConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from peftcli.core.layer import bare, base_paths, model_ends
-from peftcli.core.targets import check_patterns, find_modules, find_parameters, find_targets
+from peftcli.core.targets import check_patterns, find_modules, find_parameters, find_targets, shortest_names
 from peftcli.core.token_rows import check_tokens, modules_sharing
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
@@ -13,7 +13,7 @@ from peftcli.methods.lora.config import LoraConfig
 _TOKENS = "trainable_token_indices"
 
 
-def lora_targets(model: nn.Module, config: LoraConfig) -> list[str]:
+def targets(model: nn.Module, config: LoraConfig) -> list[str]:
     """Names of the modules that LoRA wraps, in the model's order: target_modules, and owners of target_parameters.
 
     Raises:
@@ -27,6 +27,8 @@ def lora_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     check_patterns(dict(config.rank_pattern), adapted, "rank_pattern")
     check_patterns(config.alpha_pattern, adapted, "alpha_pattern")
     _check_tokens(model, config, modules)
+    if owners and config.target_modules in (None, "all-linear"):
+        config.target_modules = shortest_names(model, modules)
     return [name for name in base_paths(model) if name in owners or name in modules]
 
 

@@ -1,9 +1,11 @@
-"""Which layer of LoRA stands over which module."""
+"""What LoRA does in a model: see ``peftcli.core.protocols``."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -12,10 +14,15 @@ from peftcli.core.linear import linear_view
 from peftcli.core.targets import pattern_value
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import with_bias
+from peftcli.methods.lora.attach import attach as attach
+from peftcli.methods.lora.calibrate import calibrate as calibrate
+from peftcli.methods.lora.calibrate import start_loftq
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.conv import KINDS, LoraConv
 from peftcli.methods.lora.dora import DORA
+from peftcli.methods.lora.init_config import FROM_DATA
 from peftcli.methods.lora.layers import LoraEmbedding, LoraLayer, LoraLinear, check_size
+from peftcli.methods.lora.names import targets as targets
 from peftcli.methods.lora.parameters import (
     LoraAttention,
     LoraOutputProjection,
@@ -23,7 +30,9 @@ from peftcli.methods.lora.parameters import (
     named_parameters,
     wrap_parameters,
 )
+from peftcli.methods.lora.replicate import replicate, separate
 from peftcli.methods.lora.residual_init import check_kind, linear_kind
+from peftcli.methods.lora.updates import updates as updates
 
 
 def wrap(module: nn.Module, name: str, config: LoraConfig) -> LoraLayer:
@@ -60,6 +69,33 @@ def wrap(module: nn.Module, name: str, config: LoraConfig) -> LoraLayer:
     if kind is LoraEmbedding and config.lora_bias:
         raise AdapterError(f"is not supported for {name}, an Embedding", key="lora_bias")
     return (DORA[kind] if config.use_dora else kind)(base, name, config)
+
+
+def reshape(model: nn.Module, config: LoraConfig) -> None:
+    """Build the deeper model of ``layer_replication``."""
+    if config.layer_replication:
+        replicate(model, config.layer_replication)
+
+
+def after_merge(model: nn.Module, config: LoraConfig) -> None:
+    """Give the layers of the deeper model weights of their own."""
+    if config.layer_replication:
+        separate(model)
+
+
+def needs_batches(config: LoraConfig) -> bool:
+    """Return whether A and B start from the training data."""
+    return config.init_lora_weights in FROM_DATA
+
+
+def needs_base_weights(config: LoraConfig) -> bool:
+    """Return whether A and B start from the weights before quantisation."""
+    return config.init_lora_weights == "loftq"
+
+
+def start_from_base(model: nn.Module, config: LoraConfig, weight: Callable[[str], torch.Tensor]) -> None:
+    """Start from what quantisation took away."""
+    start_loftq(model, weight)
 
 
 def _matrix_shape(layer: Any) -> tuple[int, ...] | None:

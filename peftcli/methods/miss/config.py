@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from peftcli.core.config import ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import BiasConfig, Problems, no_choice, no_share, too_small
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
+from peftcli.core.config import BiasConfig, ExcludingConfig, LayeredConfig
+from peftcli.methods._settings import Problems, no_choice, no_share, too_small
 
 
 @dataclass(kw_only=True)
@@ -36,8 +31,3 @@ class MissConfig(BiasConfig, ExcludingConfig, LayeredConfig):
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, r=1, mini_r=1) + no_share(self, "miss_dropout")
         return found + no_choice(self, "init_weights", True, False, "bat", "mini")
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.miss.layers import wrap
-
-        return wrap(module, name, self)

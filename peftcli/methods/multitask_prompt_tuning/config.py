@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from peftcli.errors import AdapterError
 from peftcli.methods.prompt_tuning.config import TextPromptConfig
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
 
 _FROM_SOURCE = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
 
@@ -69,11 +64,6 @@ class MultitaskPromptTuningConfig(TextPromptConfig):
                 key="num_transformer_submodules",
             )
         return super().fit(embedding)
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.multitask_prompt_tuning.layers import wrap
-
-        return wrap(module, self)
 
     def to_dict(self) -> dict[str, Any]:
         out = super().to_dict()

@@ -12,6 +12,8 @@ from torch import nn
 
 from peftcli.core.layer import adapter_dtype
 from peftcli.core.prompts.virtual_tokens import VirtualTokens
+from peftcli.core.prompts.virtual_tokens import attach as attach
+from peftcli.core.prompts.virtual_tokens import targets as targets
 from peftcli.errors import AdapterError
 from peftcli.methods.multitask_prompt_tuning.config import MultitaskPromptTuningConfig
 from peftcli.methods.prompt_tuning.layers import start
@@ -45,7 +47,7 @@ class MultitaskTokens(VirtualTokens):
         return task_ids[:, None]
 
 
-def wrap(module: Any, config: MultitaskPromptTuningConfig) -> MultitaskTokens:
+def wrap(module: Any, name: str, config: MultitaskPromptTuningConfig) -> MultitaskTokens:
     """Virtual tokens over the input embedding ``module``, started as the config says."""
     config.fit(module)
     tensors = _start(module, config)

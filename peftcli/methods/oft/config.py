@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from peftcli.core.config import AdapterConfig, ExcludingConfig, LayeredConfig
+from peftcli.core.config import AdapterConfig, BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
 from peftcli.errors import AdapterError
-from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_share, not_positive, too_large, too_small
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
+from peftcli.methods._settings import Problems, no_share, not_positive, too_large, too_small
 
 
 @dataclass(kw_only=True)
@@ -70,17 +65,6 @@ class OFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
                 "written before PEFT 0.18, whose use_cayley_neumann is another series", key="peft_version", file=file
             )
         return super().from_dict(values, file)
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.oft.layers import wrap
-
-        return wrap(module, name, self)
-
-    def after_step(self, model: nn.Module, step: int, total: int) -> None:
-        if self.coft:
-            from peftcli.methods.oft.layers import hold
-
-            hold(model)
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "peft_version": "0.18.0"}  # since when the series is this one

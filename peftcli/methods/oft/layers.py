@@ -120,7 +120,7 @@ def wrap(module: nn.Module, name: str, config: OFTConfig) -> AdapterLayer:
 
 
 @torch.no_grad()
-def hold(model: nn.Module) -> None:
+def after_step(model: nn.Module, config: OFTConfig, step: int, total: int) -> None:
     """Bring the blocks of the layers with coft back to where they may be."""
     for module in model.modules():
         if isinstance(module, Rotation) and module.config.coft:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from peftcli.core.config import TargetedConfig
 from peftcli.methods._settings import Problems
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
 
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _GATED = [*_ATTENTION, "gate_proj", "down_proj", "up_proj"]
@@ -59,18 +54,6 @@ class OSFConfig(TargetedConfig):
     def usual_targets(self, model_type: str) -> list[str] | str:
         return _TARGETS.get(model_type, "all-linear")
 
-    def targets(self, model: nn.Module) -> list[str]:
-        from peftcli.core.targets import check_patterns
-
-        names = super().targets(model)
-        check_patterns(self.anywhere(), names, "rank_pattern")
-        return names
-
     def anywhere(self) -> dict[str, float]:
         """``rank_pattern`` as patterns that match where PEFT's do: anywhere in a name."""
         return {f".*(?:{key}).*": value for key, value in self.rank_pattern.items()}
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.osf.layers import OSFLinear
-
-        return OSFLinear(module, name, self)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from peftcli.core.linear import dense_weight, stored_weight
-from peftcli.core.targets import pattern_value
+from peftcli.core.targets import check_patterns, find_targets, pattern_value
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import WeightDeltaLinear, beside
 from peftcli.methods.osf.config import OSFConfig
@@ -80,3 +80,13 @@ def _held(vectors: torch.Tensor, start: torch.Tensor, strong: torch.Tensor | Non
     """``vectors`` (n, k), with gradients that have nothing along ``strong`` (n, r), or only what is along ``start``."""
     free = start @ (start.T @ vectors) if strong is None else vectors - strong @ (strong.T @ vectors)
     return free + (vectors - free).detach()
+
+
+def targets(model: nn.Module, config: OSFConfig) -> list[str]:
+    """Return the names of the target modules."""
+    names = find_targets(model, config)
+    check_patterns(config.anywhere(), names, "rank_pattern")
+    return names
+
+
+wrap = OSFLinear

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from peftcli.core.prompts.config import EmbeddedPromptConfig
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
 
 
 @dataclass(kw_only=True)
@@ -50,8 +45,3 @@ class PromptEncoderConfig(EmbeddedPromptConfig):
         if self.encoder_dropout and self.encoder_num_layers == 1:
             return [("encoder_dropout", "stands between the LSTM's layers; with one layer it does nothing")]
         return []
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.p_tuning.layers import wrap
-
-        return wrap(module, self)

@@ -9,6 +9,8 @@ from torch import nn
 
 from peftcli.core.layer import adapter_dtype
 from peftcli.core.prompts.virtual_tokens import TrainedTokens, VirtualTokens
+from peftcli.core.prompts.virtual_tokens import attach as attach
+from peftcli.core.prompts.virtual_tokens import targets as targets
 from peftcli.methods.p_tuning.config import PromptEncoderConfig
 
 
@@ -62,7 +64,7 @@ class EncodedTokens(VirtualTokens):
             self.prompt_encoder.train(training)
 
 
-def wrap(module: Any, config: PromptEncoderConfig) -> VirtualTokens:
+def wrap(module: Any, name: str, config: PromptEncoderConfig) -> VirtualTokens:
     """Virtual tokens over the input embedding ``module``: with their encoder, or as a file holds them."""
     if not config.inference_mode:
         return EncodedTokens(module, config)

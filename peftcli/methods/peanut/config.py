@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from peftcli.core.config import ExcludingConfig, LayeredConfig
 from peftcli.methods._settings import Problems, no_choice, not_positive, too_large, too_small
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
 
 ACTIVATIONS = (
     "relu", "relu2", "relu6", "leaky_relu", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate",
@@ -44,8 +39,3 @@ class PeanutConfig(ExcludingConfig, LayeredConfig):
         found = super().problems() + too_small(self, r=1, depth=0) + not_positive(self, "scaling")
         found += too_large(self, depth=100)
         return found + no_choice(self, "act_fn", *ACTIVATIONS)
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.peanut.layers import PeanutLinear
-
-        return PeanutLinear(module, name, self)

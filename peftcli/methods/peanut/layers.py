@@ -86,3 +86,6 @@ _ACTIVATIONS: dict[str, _Function] = {
     "tanh": torch.tanh,
     "linear": _linear,
 }
+
+
+wrap = PeanutLinear

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from peftcli.core.prompts.config import PrefixConfig
-
-if TYPE_CHECKING:
-    from peftcli.core.prompts.prefix import Prefix
 
 
 @dataclass(kw_only=True)
@@ -34,8 +31,3 @@ class PrefixTuningConfig(PrefixConfig):
         if self.init_weights not in (None, "zero"):
             found.append(("init_weights", f"must be zero or unset, not {self.init_weights!r}"))
         return found
-
-    def prefix(self, pairs: int, width: int) -> Prefix:
-        from peftcli.methods.prefix_tuning.layers import prefix
-
-        return prefix(self, pairs, width)

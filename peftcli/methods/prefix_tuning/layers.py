@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.prompts.prefix import Prefix, TrainedPrefix
+from peftcli.core.layer import AdapterLayer
+from peftcli.core.prompts.prefix import Prefix, PrefixAttention, TrainedPrefix, insert_prefix
+from peftcli.core.prompts.prefix import targets as targets
+from peftcli.core.prompts.prefix import wrap as wrap
 from peftcli.methods.prefix_tuning.config import PrefixTuningConfig
 
 
@@ -27,6 +31,14 @@ class ProjectedPrefix(Prefix):
         # in full precision: the file holds what training used
         with torch.autocast(weight.device.type, enabled=False):
             return F.linear(tanh(first(self.embedding.weight)), weight[rows], bias[rows])
+
+
+def attach(model: nn.Module, config: PrefixTuningConfig, layers: Mapping[str, AdapterLayer]) -> None:
+    """Let the new layers share a prefix, and the model's inputs make room for it."""
+    assert config.num_layers is not None
+    assert config.token_dim is not None
+    own = [cast("PrefixAttention", layer) for layer in layers.values()]
+    insert_prefix(model, own, prefix(config, config.num_layers, config.token_dim))
 
 
 @torch.no_grad()

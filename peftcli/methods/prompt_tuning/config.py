@@ -10,10 +10,6 @@ from peftcli.core.prompts.config import EmbeddedPromptConfig
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
-
 
 @dataclass(kw_only=True)
 class TextPromptConfig(EmbeddedPromptConfig):
@@ -63,8 +59,3 @@ class PromptTuningConfig(TextPromptConfig):
     prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = "RANDOM"
     """How the vectors start. RANDOM: normal; SAMPLE_VOCAB: embeddings of random tokens of the vocabulary;
     TEXT: embeddings of prompt_tuning_init_text, which learns fastest."""
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.prompt_tuning.layers import wrap
-
-        return wrap(module, self)

@@ -8,11 +8,13 @@ import torch
 
 from peftcli.core.layer import bare
 from peftcli.core.prompts.virtual_tokens import TrainedTokens
+from peftcli.core.prompts.virtual_tokens import attach as attach
+from peftcli.core.prompts.virtual_tokens import targets as targets
 from peftcli.errors import AdapterError
 from peftcli.methods.prompt_tuning.config import PromptTuningConfig, TextPromptConfig
 
 
-def wrap(module: Any, config: PromptTuningConfig) -> TrainedTokens:
+def wrap(module: Any, name: str, config: PromptTuningConfig) -> TrainedTokens:
     """Virtual tokens over the input embedding ``module``, started as the config says."""
     config.fit(module)
     return TrainedTokens(module, start(module, config))

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from peftcli.core.config import ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import FanInConfig, Problems, no_choice, no_share, not_positive, too_large, too_small
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
+from peftcli.core.config import ExcludingConfig, FanInConfig, LayeredConfig
+from peftcli.methods._settings import Problems, no_choice, no_share, not_positive, too_large, too_small
 
 
 @dataclass(kw_only=True)
@@ -62,8 +57,3 @@ class PsoftConfig(FanInConfig, ExcludingConfig, LayeredConfig):
         if self.cayley_neumann_eps is not None and not 0 < self.cayley_neumann_eps < 1:
             found.append(("cayley_neumann_eps", f"must be in (0, 1), not {self.cayley_neumann_eps}"))
         return found
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.psoft.layers import PsoftLinear
-
-        return PsoftLinear(module, name, self)

@@ -109,3 +109,6 @@ class Rotation(nn.Module):
             power = power @ q
             turned = turned + 2 * power
         return turned + power @ q
+
+
+wrap = PsoftLinear

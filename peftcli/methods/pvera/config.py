@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from peftcli.core.config import LayeredConfig
-from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_share, too_small
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
+from peftcli.core.config import BiasConfig, FanInConfig, LayeredConfig
+from peftcli.methods._settings import Problems, no_share, too_small
 
 
 @dataclass(kw_only=True)
@@ -49,17 +44,6 @@ class PveraConfig(BiasConfig, FanInConfig, LayeredConfig):
     def usual_targets(self, model_type: str) -> list[str] | str:
         usual = {"phi": ["q_proj", "v_proj"], "dinov2": ["query", "value"]}
         return usual.get(model_type) or super().usual_targets(model_type)
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.pvera.layers import PveraLinear
-
-        return PveraLinear(module, name, self)
-
-    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
-        from peftcli.methods.pvera.layers import share
-
-        super().attach(model, layers)
-        share(layers.values(), self)
 
     def merge_problem(self) -> str | None:
         return "with sample_at_inference the update is drawn anew each time" if self.sample_at_inference else None

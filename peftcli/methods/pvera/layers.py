@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,16 +54,19 @@ class PveraLinear(SharingLinear):
         return a.to(device), b.to(device)
 
 
-def share(layers: Iterable[Any], config: PveraConfig) -> None:
+def attach(model: nn.Module, config: PveraConfig, layers: Mapping[str, Any]) -> None:
     """Draw ``A`` and ``B``, as wide and as tall as the largest layer needs, and give them to every layer.
 
     They are drawn as PEFT draws them: its files may hold the seed alone.
     """
-    layers = list(layers)
-    check_drawn(config.r, layers)
+    own = list(layers.values())
+    check_drawn(config.r, own)
     generator = torch.Generator().manual_seed(config.projection_prng_key)
-    a = torch.empty(2 * config.r, max(layer.view.in_features for layer in layers))
-    b = torch.empty(max(layer.view.out_features for layer in layers), config.r)
+    a = torch.empty(2 * config.r, max(layer.view.in_features for layer in own))
+    b = torch.empty(max(layer.view.out_features for layer in own), config.r)
     for tensor in (a, b):
         nn.init.kaiming_uniform_(tensor, generator=generator)
-    share_tensors(layers, {"pvera_A": a, "pvera_B": b})
+    share_tensors(own, {"pvera_A": a, "pvera_B": b})
+
+
+wrap = PveraLinear

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from peftcli.core.config import LayeredConfig
-from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_share, too_small
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
+from peftcli.core.config import BiasConfig, FanInConfig, LayeredConfig
+from peftcli.methods._settings import Problems, no_share, too_small
 
 
 @dataclass(kw_only=True)
@@ -42,14 +37,3 @@ class RandLoraConfig(BiasConfig, FanInConfig, LayeredConfig):
 
     def problems(self) -> Problems:
         return super().problems() + too_small(self, r=1) + no_share(self, "randlora_dropout")
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.randlora.layers import RandLoraLinear
-
-        return RandLoraLinear(module, name, self)
-
-    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
-        from peftcli.methods.randlora.layers import share
-
-        super().attach(model, layers)
-        share(layers.values(), self)

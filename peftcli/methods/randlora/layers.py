@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -63,14 +63,14 @@ class RandLoraLinear(SharingLinear):
         return (scaled, fixed) if self.short == self.view.in_features else (fixed.T, scaled.T)
 
 
-def share(layers: Iterable[Any], config: RandLoraConfig) -> None:
+def attach(model: nn.Module, config: RandLoraConfig, layers: Mapping[str, Any]) -> None:
     """Draw ``A`` and ``B``, as large as the largest layer needs, and give them to every layer.
 
     They are drawn as PEFT draws them: its files may hold the seed alone.
     """
-    layers = list(layers)
-    check_drawn(config.r, layers)
-    sides = [max(layer.view.in_features for layer in layers), max(layer.view.out_features for layer in layers)]
+    own = list(layers.values())
+    check_drawn(config.r, own)
+    sides = [max(layer.view.in_features for layer in own), max(layer.view.out_features for layer in own)]
     count = math.ceil(min(sides) / config.r)
     generator = torch.Generator().manual_seed(config.projection_prng_key)
     if config.sparse or config.very_sparse:
@@ -80,7 +80,7 @@ def share(layers: Iterable[Any], config: RandLoraConfig) -> None:
     else:
         a = _uniform((config.r, 1, min(sides)), generator)
         b = torch.cat([_uniform((max(sides), 1, config.r), generator) for _ in range(count)], dim=1)
-    share_tensors(layers, {"randlora_A": a / a.std(), "randlora_B": b / b.std()})
+    share_tensors(own, {"randlora_A": a / a.std(), "randlora_B": b / b.std()})
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -92,3 +92,6 @@ def _signs(shape: tuple[int, ...], edge: float, generator: torch.Generator) -> t
     """-1, 0 and 1, the first and the last with probability ``edge`` each."""
     drawn = torch.rand(shape, generator=generator)
     return (drawn > 1 - edge).float() - (drawn < edge).float()
+
+
+wrap = RandLoraLinear

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from peftcli.core.config import TargetedConfig
 from peftcli.methods._settings import Problems, no_choice
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
 
 
 @dataclass(kw_only=True)
@@ -36,8 +31,3 @@ class RoadConfig(TargetedConfig):
         if self.group_size < 2 or self.group_size % 2:
             found.append(("group_size", f"must be even and at least 2, not {self.group_size}"))
         return found
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.road.layers import RoadLinear
-
-        return RoadLinear(module, name, self)

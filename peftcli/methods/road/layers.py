@@ -64,3 +64,6 @@ class RoadLinear(AdapterLayer):
                 value.unflatten(0, (-1, self.reach)).repeat_interleave(2, 0).flatten() for value in (theta, alpha)
             )
         return alpha * theta.cos(), alpha * theta.sin()
+
+
+wrap = RoadLinear

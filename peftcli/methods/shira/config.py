@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+from peftcli.core.config import FanInConfig
 from peftcli.errors import AdapterError
-from peftcli.methods._settings import FanInConfig, Problems, too_small
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
+from peftcli.methods._settings import Problems, too_small
 
 
 @dataclass(kw_only=True)
@@ -43,8 +39,3 @@ class ShiraConfig(FanInConfig):
 
     def usual_targets(self, model_type: str) -> list[str] | str:
         return ["q_proj", "v_proj"] if model_type == "phi" else super().usual_targets(model_type)
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.shira.layers import ShiraLinear
-
-        return ShiraLinear(module, name, self)

@@ -28,3 +28,6 @@ class ShiraLinear(DeltaLinear):
     def delta(self) -> torch.Tensor:
         rows, columns = self.shira_indices.long()
         return scattered(self.shira_weight, rows * self.view.in_features + columns, self.view)
+
+
+wrap = ShiraLinear

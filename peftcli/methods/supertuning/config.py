@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from peftcli.core.config import TargetedConfig
 from peftcli.methods._settings import Problems, no_share
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
 
 
 @dataclass(kw_only=True)
@@ -44,8 +39,3 @@ class SupertuningConfig(TargetedConfig):
         if self.lora_alpha is not None and self.r is None:
             found.append(("lora_alpha", "means nothing without r"))
         return found
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.supertuning.layers import SupertuningLinear
-
-        return SupertuningLinear(module, name, self)

@@ -65,3 +65,6 @@ class SupertuningLinear(WeightDeltaLinear):
         sizes = weight.abs().flatten()
         sizes = sizes if sizes.is_meta else sizes.cpu()
         return sizes.topk(self.count, largest=self.largest).indices.int().to(weight.device)
+
+
+wrap = SupertuningLinear

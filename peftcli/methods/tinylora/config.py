@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from peftcli.core.config import LayeredConfig
-from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_choice, no_share, not_positive, too_small
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
+from peftcli.core.config import BiasConfig, FanInConfig, LayeredConfig
+from peftcli.methods._settings import Problems, no_choice, no_share, not_positive, too_small
 
 
 @dataclass(kw_only=True)
@@ -47,14 +42,3 @@ class TinyLoraConfig(BiasConfig, FanInConfig, LayeredConfig):
         if not 0 <= self.weight_tying <= 1:
             found.append(("weight_tying", f"must be in [0, 1], not {self.weight_tying}"))
         return found
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.tinylora.layers import wrap
-
-        return wrap(module, name, self)
-
-    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
-        from peftcli.methods.tinylora.layers import share
-
-        super().attach(model, layers)
-        share(layers.values(), self)

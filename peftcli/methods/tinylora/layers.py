@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -120,13 +120,13 @@ def wrap(module: nn.Module, name: str, config: TinyLoraConfig) -> AdapterLayer:
     raise AdapterError(f"{name} is a {kind}; TinyLoRA adapts linear layers and embeddings", key="target_modules")
 
 
-def share(layers: Iterable[Any], config: TinyLoraConfig) -> None:
+def attach(model: nn.Module, config: TinyLoraConfig, layers: Mapping[str, Any]) -> None:
     """Put the layers into groups of neighbours, and give each group its trained numbers."""
-    layers = list(layers)
-    count = max(1, round(len(layers) * (1 - config.weight_tying)))
-    size = len(layers) // count
+    own = list(layers.values())
+    count = max(1, round(len(own) * (1 - config.weight_tying)))
+    size = len(own) // count
     groups: dict[int, nn.Parameter] = {}
-    for number, layer in enumerate(layers):
+    for number, layer in enumerate(own):
         group = min(number // size, count - 1)
         if group not in groups:
             start = torch.zeros(config.u, **beside(layer))

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from peftcli.core.config import TargetedConfig
 from peftcli.methods._settings import Problems
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
 
 
 @dataclass(kw_only=True)
@@ -34,26 +29,3 @@ class TrainableTokensConfig(TargetedConfig):
         if self.target_modules == "all-linear":
             found.append(("target_modules", "all-linear names no embedding"))
         return found
-
-    def targets(self, model: nn.Module) -> list[str]:
-        from peftcli.core.targets import shortest_names
-        from peftcli.methods.trainable_tokens.layers import embedding_name, first_of_each_weight
-
-        if self.target_modules is None:
-            self.target_modules = [embedding_name(model)]
-        names = super().targets(model)
-        kept = first_of_each_weight(model, names)
-        if len(kept) < len(names):  # PEFT, too, ties what shares a weight, and goes wrong where it is named
-            self.target_modules = shortest_names(model, kept)
-        return kept
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.trainable_tokens.layers import wrap
-
-        return wrap(module, name, self)
-
-    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
-        from peftcli.methods.trainable_tokens.layers import share
-
-        super().attach(model, layers)
-        share(model, layers.values())

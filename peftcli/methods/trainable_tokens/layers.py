@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import cast
 
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, bare, base_paths, model_ends
+from peftcli.core.targets import find_targets, shortest_names
 from peftcli.core.token_rows import TrainedRows, check_tokens, share_rows, wrap_rows
 from peftcli.errors import AdapterError
 from peftcli.methods.trainable_tokens.config import TrainableTokensConfig
@@ -23,9 +24,20 @@ def wrap(module: nn.Module, name: str, config: TrainableTokensConfig) -> Adapter
     return wrap_rows(module, config.token_indices, start_from_base=config.init_weights)
 
 
-def share(model: nn.Module, layers: Iterable[AdapterLayer]) -> None:
+def targets(model: nn.Module, config: TrainableTokensConfig) -> list[str]:
+    """Return the names of the modules whose rows train: one of those that share a weight."""
+    if config.target_modules is None:
+        config.target_modules = [embedding_name(model)]
+    names = find_targets(model, config)
+    kept = first_of_each_weight(model, names)
+    if len(kept) < len(names):  # PEFT, too, ties what shares a weight, and goes wrong where it is named
+        config.target_modules = shortest_names(model, kept)
+    return kept
+
+
+def attach(model: nn.Module, config: TrainableTokensConfig, layers: Mapping[str, AdapterLayer]) -> None:
     """Let each layer speak for the modules that share its weight. All are in the file, as PEFT reads it."""
-    for layer in layers:
+    for layer in layers.values():
         share_rows(model, cast("TrainedRows", layer))
 
 

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from peftcli.core.config import LayeredConfig
-from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_share, not_positive, too_small
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
+from peftcli.core.config import BiasConfig, FanInConfig, LayeredConfig
+from peftcli.methods._settings import Problems, no_share, not_positive, too_small
 
 
 @dataclass(kw_only=True)
@@ -40,14 +35,3 @@ class UniLoraConfig(BiasConfig, FanInConfig, LayeredConfig):
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, r=1, theta_d_length=1, proj_seed=0)
         return found + not_positive(self, "init_theta_d_bound") + no_share(self, "unilora_dropout")
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.unilora.layers import UniLoraLinear
-
-        return UniLoraLinear(module, name, self)
-
-    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
-        from peftcli.methods.unilora.layers import share
-
-        super().attach(model, layers)
-        share(layers.values(), self)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -51,13 +51,13 @@ class UniLoraLinear(SharingLinear):
         return self.unilora_theta_d.to(indices.device)[indices] * scales
 
 
-def share(layers: Iterable[Any], config: UniLoraConfig) -> None:
+def attach(model: nn.Module, config: UniLoraConfig, layers: Mapping[str, Any]) -> None:
     """Give every layer the vector, and the places of its numbers in the layer's matrices."""
-    layers = list(layers)
-    sizes = [rows * columns for layer in layers for rows, columns in layer.shapes.values()]
+    own = list(layers.values())
+    sizes = [rows * columns for layer in own for rows, columns in layer.shapes.values()]
     if sum(sizes) > _MOST_PLACES:
         raise AdapterError(f"{config.r:,} makes matrices of {sum(sizes):,} numbers", key="r")
-    theta = torch.empty(config.theta_d_length, **beside(layers[0]))
+    theta = torch.empty(config.theta_d_length, **beside(own[0]))
     bound = config.init_theta_d_bound
     if config.init_weights:
         nn.init.uniform_(theta, -bound, bound)
@@ -68,7 +68,7 @@ def share(layers: Iterable[Any], config: UniLoraConfig) -> None:
     indices = torch.zeros(sum(sizes), dtype=torch.long) if in_file else _assigned(sum(sizes), config)
     scales = indices.bincount(minlength=config.theta_d_length).float().rsqrt()[indices]
     parts = zip(indices.split(sizes), scales.split(sizes), strict=True)
-    for layer in layers:
+    for layer in own:
         layer.unilora_theta_d = parameter
         weight, like = stored_weight(layer), beside(layer)
         device = "cpu" if weight.is_meta else weight.device
@@ -91,3 +91,6 @@ def _assigned(count: int, config: UniLoraConfig) -> torch.Tensor:
     assigned += random.sample(config.theta_d_length, left) if left else []
     random.shuffle(assigned)
     return torch.tensor(assigned)
+
+
+wrap = UniLoraLinear

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from peftcli.core.config import ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_share, not_positive, too_small
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
+from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
+from peftcli.methods._settings import Problems, no_share, not_positive, too_small
 
 _FAMILY_TARGETS = {
     "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
@@ -58,14 +53,3 @@ class VBLoRAConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
 
     def usual_targets(self, model_type: str) -> list[str] | str:
         return _FAMILY_TARGETS.get(model_type) or super().usual_targets(model_type)
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.vblora.layers import wrap
-
-        return wrap(module, name, self)
-
-    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
-        from peftcli.methods.vblora.layers import share
-
-        super().attach(model, layers)
-        share(layers.values(), self)

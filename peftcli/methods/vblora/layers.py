@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import SharingLinear, beside
 from peftcli.methods.vblora.config import VBLoRAConfig
@@ -108,13 +108,13 @@ def wrap(module: nn.Module, name: str, config: VBLoRAConfig) -> VBLoraLayer:
     return kind(module, name, config)
 
 
-def share(layers: Iterable[AdapterLayer], config: VBLoRAConfig) -> None:
+def attach(model: nn.Module, config: VBLoRAConfig, layers: Mapping[str, Any]) -> None:
     """Draw the bank and give it to every layer."""
-    layers = list(layers)
-    bank = torch.empty(config.num_vectors, config.vector_length, **beside(layers[0]))
+    own = list(layers.values())
+    bank = torch.empty(config.num_vectors, config.vector_length, **beside(own[0]))
     bound = config.init_vector_bank_bound
     parameter = nn.Parameter(nn.init.uniform_(bank, -bound, bound))
-    for layer in layers:
+    for layer in own:
         layer.vblora_vector_bank = parameter
 
 

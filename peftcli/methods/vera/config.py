@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from peftcli.core.config import LayeredConfig
-from peftcli.methods._settings import BiasConfig, FanInConfig, Problems, no_share, too_small
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
+from peftcli.core.config import BiasConfig, FanInConfig, LayeredConfig
+from peftcli.methods._settings import Problems, no_share, too_small
 
 
 @dataclass(kw_only=True)
@@ -39,14 +34,3 @@ class VeraConfig(BiasConfig, FanInConfig, LayeredConfig):
 
     def usual_targets(self, model_type: str) -> list[str] | str:
         return ["q_proj", "v_proj"] if model_type == "phi" else super().usual_targets(model_type)
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.vera.layers import VeraLinear
-
-        return VeraLinear(module, name, self)
-
-    def attach(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
-        from peftcli.methods.vera.layers import share
-
-        super().attach(model, layers)
-        share(layers.values(), self)

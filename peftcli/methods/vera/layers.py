@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,21 +50,24 @@ class VeraLinear(SharingLinear):
         return a.to(device), b.to(device)
 
 
-def share(layers: Iterable[Any], config: VeraConfig) -> None:
+def attach(model: nn.Module, config: VeraConfig, layers: Mapping[str, Any]) -> None:
     """Draw ``A`` and ``B``, as wide and as tall as the largest layer needs, and give them to every layer.
 
     They are drawn as PEFT draws them: its files may hold the seed alone.
     """
-    layers = list(layers)
-    check_drawn(config.r, layers)
+    own = list(layers.values())
+    check_drawn(config.r, own)
     generator = torch.Generator().manual_seed(config.projection_prng_key)
     shapes = {
-        "vera_A": (config.r, max(layer.view.in_features for layer in layers)),
-        "vera_B": (max(layer.view.out_features for layer in layers), config.r),
+        "vera_A": (config.r, max(layer.view.in_features for layer in own)),
+        "vera_B": (max(layer.view.out_features for layer in own), config.r),
     }
-    share_tensors(layers, {name: _uniform(shape, generator) for name, shape in shapes.items()})
+    share_tensors(own, {name: _uniform(shape, generator) for name, shape in shapes.items()})
 
 
 def _uniform(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
     bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+wrap = VeraLinear

@@ -3,23 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from peftcli.core.config import ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import (
-    BiasConfig,
-    FanInConfig,
-    Problems,
-    no_choice,
-    not_positive,
-    pattern_too_small,
-    too_small,
-)
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peftcli.core.layer import AdapterLayer
+from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
+from peftcli.methods._settings import Problems, no_choice, not_positive, pattern_too_small, too_small
 
 _FAMILY_TARGETS = {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}
 """Where PEFT's usual targets for WaveFT are not LoRA's."""
@@ -58,15 +45,3 @@ class WaveFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
 
     def usual_targets(self, model_type: str) -> list[str] | str:
         return _FAMILY_TARGETS.get(model_type) or super().usual_targets(model_type)
-
-    def targets(self, model: nn.Module) -> list[str]:
-        from peftcli.core.targets import check_patterns
-
-        names = super().targets(model)
-        check_patterns(dict(self.n_frequency_pattern), names, "n_frequency_pattern")
-        return names
-
-    def wrap(self, module: nn.Module, name: str) -> AdapterLayer:
-        from peftcli.methods.waveft.layers import WaveFTLinear
-
-        return WaveFTLinear(module, name, self)

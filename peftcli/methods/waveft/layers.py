@@ -77,3 +77,6 @@ def _daubechies(moments: int) -> torch.Tensor:
     for root in [*roots, *[torch.tensor(-1.0)] * moments]:
         polynomial = F.pad(polynomial, (0, 1)) - F.pad(polynomial, (1, 0)) * root
     return math.sqrt(2) * polynomial.real / polynomial.real.sum()
+
+
+wrap = WaveFTLinear
