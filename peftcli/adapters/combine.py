@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from peftcli.adapters.card import write_card
-from peftcli.adapters.hub import local_folder
+from peftcli.adapters.load import find_adapter
 from peftcli.core.combine import Combination
-from peftcli.core.files import CONFIG_FILE, read_config, read_tensors, write_adapter
+from peftcli.core.files import read_tensors, write_adapter
 from peftcli.errors import AdapterError, UsageError
-from peftcli.methods import config_from_dict
 from peftcli.methods.lora.combine import Adapter, combine
 from peftcli.system.outputs import expanded, new_folder, refuse_taken
 from peftcli.system.secrets import redact
@@ -77,9 +76,8 @@ def combine_adapters(
 
 
 def _read(adapter: str) -> Adapter:
-    folder = local_folder(adapter)
-    config = config_from_dict(read_config(folder), file=str(folder / CONFIG_FILE))
-    tensors = read_tensors(folder)
+    source = find_adapter(adapter)
+    config, tensors = source.config, read_tensors(source.folder)
     if broken := [name for name, value in tensors.items() if not value.float().isfinite().all()]:
-        raise AdapterError(f"not finite: {broken[0]}", file=str(folder))
+        raise AdapterError(f"not finite: {broken[0]}", file=str(source.folder))
     return Adapter(adapter, config, tensors)

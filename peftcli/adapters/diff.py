@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from peftcli.adapters.hub import local_folder
+from peftcli.adapters.load import find_adapter
 from peftcli.core import protocols
 from peftcli.core.config import AdapterConfig, Untold
-from peftcli.core.files import CONFIG_FILE, read_config, read_tensors
+from peftcli.core.files import read_tensors
 from peftcli.core.updates import Update, distance
-from peftcli.methods import config_from_dict
 
 _T = TypeVar("_T")
 _OF_THE_FILE = ("inference_mode",)
@@ -100,8 +98,8 @@ class _Difference:
 
 
 def _read(adapter: str) -> _Adapter:
-    folder: Path = local_folder(adapter)
-    return _Adapter(config_from_dict(read_config(folder), file=str(folder / CONFIG_FILE)), read_tensors(folder))
+    source = find_adapter(adapter)
+    return _Adapter(source.config, read_tensors(source.folder))
 
 
 def _size(update: Update) -> tuple[int, int]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcli.errors import AdapterError, DataError, UsageError
+from peftcli.errors import DataError, UsageError
 from peftcli.guard.adapter_header import CONFIG_FILE, WEIGHTS_FILE
 from peftcli.system.disk import sha256
 from peftcli.system.outputs import expanded, is_stream, unfinished_file, write_output
@@ -182,37 +182,26 @@ def load_speaker(
     """
     import torch
 
-    from peftcli.adapters.hub import local_folder
-    from peftcli.core.files import load_adapter, read_config
-    from peftcli.methods import config_from_dict
+    from peftcli.adapters.load import apply_adapter, find_adapter
     from peftcli.models import tokens
-    from peftcli.models.load import base_of, has_tokenizer, load_adapter_tokenizer, load_model
-    from peftcli.models.quantization import trained_quantization
+    from peftcli.models.open import open_base
     from peftcli.schema import Quantization
-    from peftcli.tasks import TASKS
 
-    folder = local_folder(adapter)
-    config = config_from_dict(read_config(folder), file=str(folder / "adapter_config.json"))
-    name = base or config.base_model_name_or_path
-    if not name:
-        raise AdapterError("names no base model", file=str(folder), hint="give one with --base")
-    classes = {row.task_type: row.auto_class for row in TASKS.values()}
-    auto_class = classes.get(config.task_type or "", "AutoModelForCausalLM")
-    how = trained_quantization(folder) if quantization is None and not base else None
-    if quantization not in (None, "none"):
-        how = Quantization(type=quantization)  # type: ignore[arg-type]
-    spec = base_of(name, None if base else config.revision, how)
+    source = find_adapter(adapter, base)
+    folder, spec = source.folder, source.base
+    if quantization is not None:
+        wanted = None if quantization == "none" else Quantization(type=quantization)  # type: ignore[arg-type]
+        spec = replace(spec, quantization=wanted)
     cuda = torch.cuda.is_available()
-    model = load_model(spec, auto_class, torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32)
-    tokenizer = load_adapter_tokenizer(folder, spec)
+    with open_base(spec, processors=folder) as opened:
+        dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
+        loaded, tokenizer = opened.model(source.auto_class(lambda: opened.config), dtype), opened.processor("tokenizer")
     if with_adapter:
-        config.inference_mode = True
-        tokens.fit_adapter(model, config, folder)
-        load_adapter(model, config, folder)
-    elif has_tokenizer(folder):
-        tokens.fit_tokenizer(model, tokenizer, folder)
-    tokens.settle_pad(tokenizer, model)
-    model = model.to("cuda" if cuda else "cpu").eval()  # type: ignore[arg-type]
+        apply_adapter(loaded, source)
+    else:
+        tokens.fit_tokenizer(loaded.model, tokenizer, folder)
+    tokens.settle_pad(tokenizer, loaded.model)
+    model = loaded.model.to("cuda" if cuda else "cpu").eval()  # type: ignore[arg-type]
     form = prompt_form(folder, tokenizer)
     made_from = {
         "base": asdict(spec),

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from peftcli.adapters.load import find_adapter
 from peftcli.core import protocols
 from peftcli.core.config import Untold
 from peftcli.errors import AdapterError
-from peftcli.guard.adapter_header import CONFIG_FILE, WEIGHTS_FILE, Entry, read_config, read_header, weights_file
-from peftcli.methods import METHODS, config_from_dict
+from peftcli.guard.adapter_header import WEIGHTS_FILE, Entry, weights_file
+from peftcli.methods import METHODS
 
 _LARGEST_ANALYSED = 1_000_000_000
 """Bytes of an adapter file that take some seconds."""
@@ -25,16 +24,13 @@ def describe(adapter: str) -> dict[str, Any]:
     Raises:
         AdapterError: no adapter there, or one that cannot be loaded, or its files are damaged.
     """
-    folder = _folder(adapter)
-    config = read_config(folder)
-    checked = config_from_dict(config, str(folder / CONFIG_FILE))
-    path = weights_file(folder)
-    shapes = read_header(path)
+    source = find_adapter(adapter)
+    config, shapes = source.values, source.header
     saved = config.get("modules_to_save")
     return {
         "adapter": adapter,
-        "method": next(name for name, row in METHODS.items() if row.peft_type == checked.peft_type),
-        "peft_type": checked.peft_type,
+        "method": next(name for name, row in METHODS.items() if row.peft_type == source.config.peft_type),
+        "peft_type": source.config.peft_type,
         "task_type": config.get("task_type"),
         "base_model": config.get("base_model_name_or_path"),
         **{
@@ -60,22 +56,21 @@ def analyse(adapter: str) -> dict[str, Any]:
     Raises:
         AdapterError: the adapter cannot be read, or its config and its tensors do not fit one another.
     """
-    folder = _folder(adapter)
-    if weights_file(folder).stat().st_size > _LARGEST_ANALYSED:
+    source = find_adapter(adapter)
+    if weights_file(source.folder).stat().st_size > _LARGEST_ANALYSED:
         return {"reason": "the file is larger than 1 GB"}
     import math
 
     from peftcli.core.files import read_tensors
     from peftcli.core.updates import effective_r
 
-    config = config_from_dict(read_config(folder), str(folder / CONFIG_FILE))
-    tensors = read_tensors(folder)
+    tensors = read_tensors(source.folder)
     try:
-        updates = protocols.updates(config, tensors)
+        updates = protocols.updates(source.config, tensors)
     except Untold as error:
         return {"reason": error.message}
     except AdapterError as error:
-        raise AdapterError(error.message, key=error.key, file=str(folder / WEIGHTS_FILE)) from None
+        raise AdapterError(error.message, key=error.key, file=str(source.folder / WEIGHTS_FILE)) from None
     modules: list[dict[str, Any]] = []
     for path, update in updates.items():
         values = update.singular_values()
@@ -92,14 +87,6 @@ def analyse(adapter: str) -> dict[str, Any]:
         "dead": [module["module"] for module in modules if module["norm"] <= _DEAD * largest],
         "modules": modules,
     }
-
-
-def _folder(adapter: str) -> Path:
-    if adapter and os.path.lexists(adapter):
-        return Path(adapter)
-    from peftcli.adapters.hub import local_folder
-
-    return local_folder(adapter)
 
 
 def _adapted(names: Mapping[str, Entry], saved: list[str]) -> set[str]:

@@ -9,12 +9,13 @@ what quantisation took from the base model is nothing that merging could lose.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +24,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from peftcli.adapters.hub import local_folder
+from peftcli.adapters.load import find_adapter
 from peftcli.core.config import AdapterConfig
-from peftcli.core.files import load_adapter, load_empty, read_config
+from peftcli.core.files import load_adapter, load_empty
 from peftcli.core.inject import is_reshaped
 from peftcli.core.layer import AdapterLayer, bare, model_ends
 from peftcli.core.merge import merge, outermost
 from peftcli.errors import AdapterError, ModelError, UsageError
-from peftcli.methods import config_from_dict
 from peftcli.models import tokens
-from peftcli.models.load import (
-    base_file,
-    base_files,
-    base_of,
-    empty_model,
-    load_adapter_tokenizer,
-    load_config,
-    load_model,
-    stored_or_asked,
-)
-from peftcli.models.quantization import forget, makes_up_for_quantization, trained_quantization
+from peftcli.models.open import OpenBase, open_base
+from peftcli.models.quantization import forget
 from peftcli.schema import BaseModel
 from peftcli.system.outputs import expanded, new_folder, refuse_taken, saving
 from peftcli.system.secrets import redact_values
-from peftcli.tasks import TASKS
 from peftcli.tasks.text.stop_tokens import missing_stops
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
@@ -59,7 +49,7 @@ class _Job:
 
     folder: Path
     config: AdapterConfig
-    base: BaseModel
+    base: OpenBase
     auto_class: str
     dtype: torch.dtype | None
     """Of the result; None: the base model's own."""
@@ -102,28 +92,24 @@ def merge_adapter(
     output = expanded(output)
     refuse_taken(output)
     _refuse_name(output)
-    folder = local_folder(adapter)
-    config = config_from_dict(read_config(folder), file=str(folder / "adapter_config.json"))
-    if reason := config.merge_problem():
-        raise AdapterError(reason, file=str(folder))
-    name = base or config.base_model_name_or_path
-    if not name:
-        raise AdapterError("names no base model", file=str(folder), hint="give one with --base")
-    config.inference_mode = True
-    classes = {row.task_type: row.auto_class for row in TASKS.values()}
-    trained = None if base else trained_quantization(folder)
-    spec = base_of(name, None if base else config.revision, trained if dequantize else None)
+    source = find_adapter(adapter, base)
+    if reason := source.config.merge_problem():
+        raise AdapterError(reason, file=str(source.folder))
+    source.config.inference_mode = True
+    trained = source.base.quantization
+    spec = source.base if dequantize else replace(source.base, quantization=None)
     command = shlex.join(["peftcli", "merge", adapter, "--output", str(output)])
-    if makes_up_for_quantization(folder) and not dequantize:
+    if source.record.get("makes_up_for_quantization") and not dequantize:
         raise AdapterError(
-            f"it makes up for the error of the quantised weights of {name}, and fits no others",
+            f"it makes up for the error of the quantised weights of {spec.name}, and fits no others",
             hint=f"merge into those weights, made dense: {command} --dequantize",
         )
-    _check_quantised(spec, dequantize, command)
-    auto_class = classes.get(config.task_type or "", "AutoModelForCausalLM")
-    job = _Job(folder, config, spec, auto_class, getattr(torch, dtype) if dtype else None, dequantize)
-    with new_folder(output) as partial, _reading(name):
-        tell(f"merging into {name}")
+    opened = open_base(spec, processors=source.folder)
+    _check_quantised(opened, dequantize, command)
+    auto_class = source.auto_class(lambda: opened.config)
+    job = _Job(source.folder, source.config, opened, auto_class, getattr(torch, dtype) if dtype else None, dequantize)
+    with new_folder(output) as partial, _reading(spec.name):
+        tell(f"merging into {spec.name}")
         if trained and not dequantize:
             tell(f"it was trained on {trained.type} weights; these are the full-precision ones")
         untied = None if dequantize else _stream(job, partial, tell)
@@ -135,7 +121,7 @@ def merge_adapter(
     written = json.loads((output / "config.json").read_bytes())
     return {
         "output": str(output),
-        "base_model": name,
+        "base_model": spec.name,
         "dtype": written.get("dtype"),
         "shards": len(shards),
         "bytes": sum(shard.stat().st_size for shard in shards),
@@ -164,9 +150,9 @@ def _reading(name: str) -> Iterator[None]:
         raise ModelError(f"cannot read {error.filename or name}: {error.strerror or error}", key="base_model") from None
 
 
-def _check_quantised(base: BaseModel, dequantize: bool, command: str) -> None:
+def _check_quantised(base: OpenBase, dequantize: bool, command: str) -> None:
     """Refuse to merge into weights that would have to be rounded again, or to make dense weights dense."""
-    how = stored_or_asked(base)
+    how = base.quantization
     if how and not dequantize:
         raise AdapterError(
             f"{base.name} is stored quantised ({how['type']}), and rounding the merged weights again would lose "
@@ -184,11 +170,11 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
     Returns:
         Whether input and output embeddings were untied; None when this base model cannot be streamed.
     """
-    shards = base_files(job.base)
+    shards = job.base.shards()
     if not shards:
         return None
     places = {key: shard for shard in shards for key in _keys(shard)}
-    model = empty_model(job.base, job.auto_class)
+    model = job.base.empty_model(job.auto_class)
     longer = _made_longer(model, job)
     layers = _layers_without_base(model, job)
     if longer is None or is_reshaped(model):
@@ -325,7 +311,7 @@ def _tied_head(model: nn.Module, layers: dict[str, AdapterLayer], places: dict[s
 
 def _merge_whole(job: _Job, output: Path) -> bool:
     """Merge with the whole model in memory."""
-    model = load_model(job.base, job.auto_class, job.dtype or _dtype_of(load_config(job.base)))
+    model = job.base.model(job.auto_class, job.dtype or _dtype_of(job.base.config)).model
     tokens.fit_adapter(model, job.config, job.folder)
     load_adapter(model, job.config, job.folder)
     untied = merge(model, job.config, dequantise=job.dequantise)
@@ -341,8 +327,8 @@ def _merge_whole(job: _Job, output: Path) -> bool:
 def _write_companions(job: _Job, output: Path, untied: bool) -> None:
     """Config, generation config and tokenizer."""
     saved = (output / "config.json").exists()  # with the whole model, whose layers may be other ones than the base's
-    config = load_config(base_of(str(output)) if saved else job.base)
-    empty = empty_model(job.base, job.auto_class)
+    config = copy.deepcopy(open_base(BaseModel(name=str(output))).config if saved else job.base.config)
+    empty = job.base.empty_model(job.auto_class)
     if rows := tokens.fit_adapter(empty, job.config, job.folder):
         config.get_text_config().vocab_size = rows
     if hasattr(config, "quantization_config"):
@@ -359,7 +345,7 @@ def _write_companions(job: _Job, output: Path, untied: bool) -> None:
     if isinstance(rope, dict) and "rope_theta" in rope:  # readers that know only the older key
         described.setdefault("rope_theta", rope["rope_theta"])
     _write_json(path, described)
-    tokenizer = load_adapter_tokenizer(job.folder, job.base)
+    tokenizer = job.base.processor("tokenizer")
     with saving(output):
         tokenizer.save_pretrained(output)
         if empty.can_generate():
@@ -371,7 +357,7 @@ def _save_generation_config(job: _Job, output: Path, tokenizer: Any, config: Any
     from transformers import GenerationConfig
 
     path = output / "generation_config.json"
-    if theirs := base_file(job.base, path.name):
+    if theirs := job.base.file(path.name):
         path.write_bytes(theirs.read_bytes())
     made = GenerationConfig.from_model_config(config)
     named = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else made.eos_token_id
@@ -396,7 +382,7 @@ def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
         AdapterError: it is more than rounding the merged weights explains.
     """
     tell("verifying: base model with adapter")
-    model = load_model(job.base, job.auto_class, torch.float32).eval()
+    model = job.base.model(job.auto_class, torch.float32).model.eval()
     tokens.fit_adapter(model, job.config, job.folder)
     ids = torch.randint(
         model.get_input_embeddings().weight.shape[0], (2, 16), generator=torch.Generator().manual_seed(0)
@@ -406,7 +392,8 @@ def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
     expected = model(**inputs).logits
     del model
     tell("verifying: merged model")
-    found = load_model(base_of(str(output)), job.auto_class, torch.float32).eval()(**inputs).logits
+    merged = open_base(BaseModel(name=str(output))).model(job.auto_class, torch.float32).model
+    found = merged.eval()(**inputs).logits
     difference = float((found - expected).abs().max())
     # a quantised model computes in a dtype of its own
     tolerance = 0.15 if job.dequantise else _TOLERANCE.get(_stored_dtype(output), 0.15)

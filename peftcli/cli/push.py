@@ -30,10 +30,10 @@ def push(
     tell = teller(quiet and not dry_run)  # what a dry run lists is its answer
     from dataclasses import asdict
 
-    from peftcli.adapters import hub
+    from peftcli.adapters import load, push
 
-    pushed = hub.push(
-        hub.local_folder(adapter),
+    pushed = push.push(
+        load.adapter_folder(adapter),
         repo_id,
         private=private,
         revision=revision,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from peftcli.core.config import fits
 from peftcli.errors import AdapterError, ModelError
-from peftcli.guard.adapter_header import RUN_FILE, read_run
+from peftcli.guard.adapter_header import RUN_FILE
 from peftcli.guard.files import shown, shown_name
 from peftcli.schema import Quantization
 
@@ -59,7 +60,7 @@ def stored_kind(config: PreTrainedConfig) -> str | None:
     return str(getattr(kind, "value", kind))
 
 
-def to_transformers(quantization: Quantization, dtype: torch.dtype) -> Any:
+def to_transformers(quantization: Quantization, dtype: torch.dtype | None) -> Any:
     """The config for transformers of a recipe's ``base_model.quantization``, for a model that computes in ``dtype``."""
     import torch
     import transformers
@@ -104,13 +105,17 @@ def forget(model: PreTrainedModel) -> None:
         model.__dict__.pop(mark, None)
 
 
-def trained_quantization(folder: Path) -> Quantization | None:
-    """What the base model was quantised to when the run in ``folder`` trained its adapter.
+def trained_quantization(record: Mapping[str, Any], folder: Path) -> Quantization | None:
+    """Return how the base model was quantised when a run trained its adapter; None: not at all.
+
+    Args:
+        record: the content of the run's run.json.
+        folder: the run's.
 
     Raises:
-        AdapterError: its run.json is damaged.
+        AdapterError: run.json is damaged.
     """
-    values: Any = read_run(folder)
+    values: Any = record
     for name in ("recipe", "base_model", "quantization"):
         values = values.get(name) if isinstance(values, dict) else None
     if not values:
@@ -124,15 +129,6 @@ def trained_quantization(folder: Path) -> Quantization | None:
             key="recipe.base_model.quantization",
         )
     return Quantization(**given)
-
-
-def makes_up_for_quantization(folder: Path) -> bool:
-    """Whether the adapter holds what quantisation took away of its base model, so that it fits no other weights.
-
-    Raises:
-        AdapterError: its run.json is damaged.
-    """
-    return bool(read_run(folder).get("makes_up_for_quantization"))
 
 
 def _fits(value: Any, hint: Any) -> bool:

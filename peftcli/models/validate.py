@@ -9,15 +9,19 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from peftcli.core.layer import model_ends
 from peftcli.errors import ModelError
 from peftcli.guard.adapter_header import CONFIG_FILE, opened_safetensors
 from peftcli.guard.files import irregular, open_regular, read_object, reason, shown, shown_name
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+"""Where transformers looks for weights, in this order."""
 _LARGEST_JSON = 1 << 24
 """Bytes. The labels of a classifier of 20,000 classes take two million."""
 _LARGEST_FILE = 1 << 30
@@ -35,8 +39,6 @@ _OBJECTS = (
 )
 _FILES = (
     *_OBJECTS,
-    INDEX,
-    WEIGHTS,
     "chat_template.jinja",
     "merges.txt",
     "tokenizer.json",
@@ -53,43 +55,54 @@ _MOST_SHOWN = 6
 _CONVERT = "load it once in transformers where you trust it, and save it again: save_pretrained writes safetensors"
 
 
-def check_folder(folder: Path, *, trusted: bool = False) -> None:
-    """Raises ModelError for what is no file where transformers expects one, and for JSON that is none.
+def check_folder(folder: Path, *, trusted: bool = False) -> dict[Path, dict[str, Any]]:
+    """Check the small files of a model or tokenizer; weights are checked where they are read.
 
-    Also for a config whose numbers take memory as soon as it is read; and where the recipe lets the model's repository
-    run code (``trusted``), for JSON that names another one's.
+    Args:
+        folder: holds the files.
+        trusted: whether the recipe lets the model's repository run code. No file may then name another repository's.
+
+    Returns:
+        The content of each file that must hold a JSON object.
+
+    Raises:
+        ModelError: something is no regular file, is no JSON, or has counts that take memory as soon as they are read.
     """
     read = _configs(folder)
     for path, values in read.items():
         _refuse_counts(values, str(path))
     for path in sorted(folder.iterdir()) + sorted(folder.glob("additional_chat_templates/*")):
-        if path.name in _FILES:
+        if path.name in _OBJECTS:
+            if path not in read:
+                read[path] = read_object(path, _LARGEST_JSON, ModelError, strict=False)
+        elif path.name in _FILES:
             try:
-                open_regular(path).close()
+                with open_regular(path) as file:
+                    size = os.fstat(file.fileno()).st_size
             except (OSError, ValueError) as error:
                 raise ModelError(irregular(path) or f"cannot be read: {reason(error)}", file=str(path)) from None
-            if path.name not in (WEIGHTS, *_OBJECTS) and path.stat().st_size > _LARGEST_FILE:
-                raise ModelError(f"has {path.stat().st_size:,} bytes, which no vocabulary has", file=str(path))
+            if size > _LARGEST_FILE:
+                raise ModelError(f"has {size:,} bytes, which no vocabulary has", file=str(path))
         elif not path.name.startswith(".") and _would_block(path):
             raise ModelError(f"{irregular(path)}; a model folder holds none", file=str(path))
-        if path.name in _OBJECTS and path not in read:
-            read[path] = read_object(path, _LARGEST_JSON, ModelError, strict=False)
     for path, values in read.items() if trusted else ():
         _refuse_foreign_code(values, str(path))
+    return read
 
 
-def check_config(path: Path, *, trusted: bool) -> None:
-    """Raises ModelError for a config.json that names code to run; ``check_folder`` has looked at the rest of it.
+def check_config(read: dict[Path, dict[str, Any]], *, trusted: bool) -> None:
+    """Raises ModelError for a config.json that names code to run; ``check_folder`` has checked the rest of it.
 
     Args:
-        path: the file.
+        read: what ``check_folder`` returned.
         trusted: whether the recipe lets the model's repository run code.
     """
-    for config, values in _configs(path.parent).items():
-        if not trusted:
-            _refuse_own_code(values, str(config))
-        _refuse_attention(values, str(config))
-        weights_name(values, str(config))
+    for path, values in read.items():
+        if re.fullmatch(r"config(\..*)?\.json", path.name):
+            if not trusted:
+                _refuse_own_code(values, str(path))
+            _refuse_attention(values, str(path))
+            weights_name(values, str(path))
 
 
 def _configs(folder: Path) -> dict[Path, dict[str, Any]]:
@@ -174,17 +187,14 @@ def listed_shards(index: Path) -> list[str]:
     return sorted(set(names.values()))
 
 
-def count_stored(shards: Iterable[Path]) -> int:
-    """How many numbers safetensors files hold together.
+def count_stored(shard: Path) -> int:
+    """Return how many numbers a safetensors file holds.
 
     Raises:
-        ModelError: one is not whole.
+        ModelError: it is damaged.
     """
-    count = 0
-    for shard in shards:
-        with opened_safetensors(shard, ModelError) as (header, _):
-            count += sum(entry.numel for entry in header.values())
-    return count
+    with opened_safetensors(shard, ModelError) as (header, _):
+        return sum(entry.numel for entry in header.values())
 
 
 def check_size(model: Any, stored: int, file: str) -> None:
@@ -200,26 +210,70 @@ def check_size(model: Any, stored: int, file: str) -> None:
         raise ModelError(f"describes a model of {numbers:,} numbers, and its weights are {stored:,}", file=file)
 
 
-def check_loaded(model: Any, said: dict[str, Any], name: str) -> None:
-    """Raises ModelError if transformers has filled weights of the body, or of a language model's head, with noise.
+def find_initialised(
+    model: nn.Module, info: Mapping[str, Any], name: str, *, new_labels: bool, complete: bool = True
+) -> tuple[tuple[str, ...], str | None]:
+    """Tell new heads from damage in transformers' loading info of a model.
 
     Args:
         model: what was loaded.
-        said: transformers' loading info.
+        info: the loading info.
         name: of the base model.
+        new_labels: whether the labels are the task's, so that a new head replaces one for other labels.
+        complete: whether the names can be compared; those of quantised weights differ.
+
+    Returns:
+        The names of the parameters of new heads, sorted, and a note about heads that were replaced.
+
+    Raises:
+        ModelError: the checkpoint lacks weights of the body, of a part of a head or of a language model, or has them in
+            other sizes.
     """
-    wrong = [
-        f"{key} is {tuple(stored)}, not {tuple(needed)}" for key, stored, needed in sorted(said["mismatched_keys"])
-    ]
-    whole = type(model).__name__.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel"))
-    missing = [key for key in sorted(said["missing_keys"]) if whole or re.search(r"\.\d+\.", key)]
-    wrong += [f"{key} is missing" for key in missing]
-    if wrong:
-        more = f", and {len(wrong) - _MOST_SHOWN} more" if len(wrong) > _MOST_SHOWN else ""
+    body, heads = _heads(model)
+    names = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    missing, loaded = set(info["missing_keys"]), names - set(info["missing_keys"])
+    new = [head for head in heads if not any(_is_in(key, head) for key in loaded)]
+    sizes = {key: (tuple(stored), tuple(needed)) for key, stored, needed in info["mismatched_keys"]}
+    replaced = {key for key in sizes if new_labels and any(_is_in(key, head) for head in heads)}
+    initialised = {key for key in missing if any(_is_in(key, head) for head in new)}
+    # what the body itself holds, as Wav2Vec2's mask embedding, is for pretraining
+    lost = {key for key in missing - initialised if key.rpartition(".")[0] != body or body is None}
+    damage = [f"{key} is {sizes[key][0]}, not {sizes[key][1]}" for key in sorted(sizes.keys() - replaced)]
+    damage += [f"{key} is missing" for key in sorted(lost)]
+    if damage and complete:
+        more = f", and {len(damage) - _MOST_SHOWN} more" if len(damage) > _MOST_SHOWN else ""
         raise ModelError(
-            f"the weights of {name} are not those of its config.json: {', '.join(wrong[:_MOST_SHOWN])}{more}",
+            f"the weights of {name} are not those of its config.json: {', '.join(damage[:_MOST_SHOWN])}{more}",
             key="base_model",
         )
+    heads_replaced = sorted({key.rpartition(".")[0] for key in replaced})
+    note = f"{', '.join(heads_replaced)} of {name} was made for other labels; a new one replaces it"
+    return tuple(sorted((initialised | replaced) & names)), note if replaced else None
+
+
+def _heads(model: nn.Module) -> tuple[str | None, list[str]]:
+    """The body's name, and the names of what may stand on it untrained: heads and poolers. None in a language model."""
+    ends = [end for end in model_ends(model) if end is not None]
+    if model_ends(model)[1] is not None:
+        return None, []
+    body = getattr(model, "base_model", model)
+    beside = [(name, child) for name, child in model.named_children() if child is not body]
+    if body is model and not any(hasattr(child, "base_model_prefix") for _, child in beside):
+        beside = []  # the body alone
+    heads = [name for name, child in beside if not hasattr(child, "base_model_prefix") and child not in ends]
+    prefix = "" if body is model else next(f"{name}." for name, child in model.named_children() if child is body)
+    last = next(((n, c) for n, c in reversed(list(body.named_children())) if any(True for _ in c.parameters())), None)
+    if last is not None and not isinstance(last[1], nn.ModuleList):
+        parts = list(last[1].modules())
+        if any(isinstance(part, nn.Linear) for part in parts) and not any(
+            isinstance(part, nn.ModuleList) or part in ends for part in parts
+        ):
+            heads.append(prefix + last[0])
+    return prefix.rstrip("."), heads
+
+
+def _is_in(key: str, module: str) -> bool:
+    return key.startswith(f"{module}.")
 
 
 def no_weights(folder: str, names: Iterable[str]) -> ModelError:
@@ -227,13 +281,13 @@ def no_weights(folder: str, names: Iterable[str]) -> ModelError:
     pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")))
     if pickles:
         return ModelError(
-            f"{shown_name(pickles[0])} can run code when it is read, and is not; there is no {WEIGHTS}",
+            f"{shown_name(pickles[0])} can run code when it is read, and is not; there is no {WEIGHTS[0]}",
             file=folder,
             key="base_model",
             hint=_CONVERT,
         )
     return ModelError(
-        f"holds neither {WEIGHTS} nor {INDEX}, and weights of other kinds are not read",
+        f"holds neither {WEIGHTS[0]} nor {WEIGHTS[1]}, and weights of other kinds are not read",
         file=folder,
         key="base_model",
         hint=_CONVERT,

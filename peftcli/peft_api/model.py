@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from peftcli.adapters.card import write_card
-from peftcli.adapters.hub import local_folder, push
+from peftcli.adapters.load import find_adapter
+from peftcli.adapters.push import push
 from peftcli.core.combine import Combination
 from peftcli.core.config import AdapterConfig
-from peftcli.core.files import load_adapter, read_config, read_tensors, save_adapter
+from peftcli.core.files import load_adapter, read_tensors, save_adapter
 from peftcli.core.inject import disabled, inject, set_active, set_trainable, unload
 from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import Folded, fold, merge
@@ -36,12 +37,11 @@ from peftcli.core.weights import (
 )
 from peftcli.errors import AdapterError
 from peftcli.guard.adapter_header import WEIGHTS_FILE
-from peftcli.methods import METHODS, config_from_dict
+from peftcli.methods import METHODS
 from peftcli.methods.lora.combine import Adapter, combine
 from peftcli.models.load import base_of, load_tokenizer
 from peftcli.models.quantization import forget
 from peftcli.models.tokens import fit_adapter
-from peftcli.tasks import TASKS
 
 _NAME = re.compile(r"[\w-]+")
 
@@ -96,8 +96,7 @@ class PeftConfig:
         Raises:
             AdapterError: it cannot be read, or names a method or setting that is not supported.
         """
-        folder = local_folder(str(adapter), revision=revision)
-        return config_from_dict(read_config(folder), file=str(folder / "adapter_config.json"))
+        return find_adapter(str(adapter), revision=revision).config
 
 
 class _Tuner(nn.Module):
@@ -308,7 +307,7 @@ class PeftModel(nn.Module):
                 self._save(name, Path(save_directory) / ("" if name == "default" else name))
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, **options: Any) -> Any:
-        """Save the active adapter and push it to the hub, private by default. See ``peftcli.adapters.hub.push``."""
+        """Save the active adapter and push it to the hub, private by default. See ``peftcli.adapters.push.push``."""
         with tempfile.TemporaryDirectory() as folder:
             self._save(self._only_active(), Path(folder))
             return push(Path(folder), repo_id, private=private, **options)
@@ -329,10 +328,9 @@ class PeftModel(nn.Module):
             AdapterError: the adapter cannot be read or does not fit the model.
         """
         _check_name(adapter_name)
-        folder = local_folder(str(model_id), revision=revision)
-        if config is None:
-            config = PeftConfig.from_pretrained(folder)
-        load_adapter(model, config, folder, trainable=is_trainable, adapter=adapter_name)
+        source = find_adapter(str(model_id), revision=revision)
+        config = config or source.config
+        load_adapter(model, config, source.folder, trainable=is_trainable, adapter=adapter_name)
         return _wrapped(model, config, adapter_name).train(is_trainable)
 
     def load_adapter(
@@ -356,8 +354,8 @@ class PeftModel(nn.Module):
             AdapterError: it does not fit. The model is as it was then.
         """
         self._check_unmerged()
-        folder = local_folder(str(model_id), revision=revision)
-        config = PeftConfig.from_pretrained(folder)
+        source = find_adapter(str(model_id), revision=revision)
+        config, folder = source.config, source.folder
         name = self._only_active() if adapter_name is None else adapter_name
         if name in self.peft_config:
             self._replace(name, config, folder, is_trainable)
@@ -691,31 +689,22 @@ class AutoPeftModel:
         Raises:
             AdapterError: the adapter cannot be read, names no base model, or does not fit it.
         """
-        folder = local_folder(str(adapter), revision=revision)
-        config = PeftConfig.from_pretrained(folder)
-        if not config.base_model_name_or_path:
-            raise AdapterError("names no base model; use PeftModel.from_pretrained(model, ...)", file=str(folder))
-        base_options.setdefault("revision", config.revision)
-        model = cls._base_class(config).from_pretrained(config.base_model_name_or_path, **base_options)
-        fit_adapter(model, config, folder)
-        return PeftModel.from_pretrained(model, folder, adapter_name, is_trainable, config)
-
-    @classmethod
-    def _base_class(cls, config: AdapterConfig) -> Any:
         import transformers
 
-        by_task = {row.task_type: row.auto_class for row in TASKS.values()}
-        name = cls.auto_class or by_task.get(config.task_type or "")
-        if name is None:
-            assert config.base_model_name_or_path is not None
-            described = transformers.AutoConfig.from_pretrained(
-                config.base_model_name_or_path, revision=config.revision
+        source = find_adapter(str(adapter), revision=revision)
+        config, name = source.config, source.config.base_model_name_or_path
+        if not name:
+            raise AdapterError(
+                "names no base model; use PeftModel.from_pretrained(model, ...)", file=str(source.folder)
             )
-            name = (described.architectures or ["AutoModel"])[0]
-        found = getattr(transformers, name, None)
-        if found is None or not hasattr(found, "from_pretrained"):
-            raise AdapterError(f"transformers has no class {name}, which the base model's config names")
-        return found
+        base_options.setdefault("revision", config.revision)
+        auto_class = cls.auto_class or source.auto_class(
+            lambda: transformers.AutoConfig.from_pretrained(name, revision=config.revision)
+        )
+        model = getattr(transformers, auto_class).from_pretrained(name, **base_options)
+        fit_adapter(model, config, source.folder)
+        load_adapter(model, config, source.folder, trainable=is_trainable, adapter=adapter_name)
+        return _wrapped(model, config, adapter_name).train(is_trainable)
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

@@ -7,12 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from peftcli.adapters.hub import local_folder
-from peftcli.core.files import load_adapter, read_config
+from peftcli.adapters.load import apply_adapter, find_adapter
 from peftcli.data.findings import refuse
-from peftcli.methods import config_from_dict
 from peftcli.models import tokens
-from peftcli.models.load import load_model, load_tokenizer
+from peftcli.models.open import open_base
 from peftcli.recipe import to_dict
 from peftcli.schema import Launch, Recipe
 from peftcli.tasks import TASKS
@@ -41,22 +39,20 @@ def measure(
     started = time.perf_counter()
     row = TASKS[recipe.task]
     task, accelerator = row.load(), start_accelerator(replace(recipe, launch=Launch()))  # one process measures
-    tokenizer = load_tokenizer(recipe.base_model)
+    base = open_base(recipe.base_model)
+    tokenizer = base.processor()
     data = load_data(recipe, task, tokenizer, only_eval=True, on_note=on_warning)
     refuse(data.findings, recipe.dataset.allow)
     for text in data.warnings:
         on_warning(text)
     assert data.eval is not None
-    model = load_model(recipe.base_model, row.auto_class, base_dtype(recipe))
-    tokens.grow_for(model, tokenizer, recipe.base_model)
-    tokens.settle_pad(tokenizer, model)
-    if adapter is not None:
-        folder = local_folder(adapter)
-        config = config_from_dict(read_config(folder), file=str(folder / "adapter_config.json"))
-        config.inference_mode = True
-        tokens.fit_adapter(model, config, folder)
-        load_adapter(model, config, folder)
-    model = model.to(accelerator.device)
+    source = None if adapter is None else find_adapter(adapter)
+    loaded = base.model(row.auto_class, base_dtype(recipe))
+    tokens.grow_for(loaded.model, tokenizer, recipe.base_model)
+    tokens.settle_pad(tokenizer, loaded.model)
+    if source is not None:
+        apply_adapter(loaded, source)
+    model = loaded.model.to(accelerator.device)
     metrics = evaluate(model, task, data.eval, tokenizer, recipe.training.per_device_eval_batch_size, accelerator)
     assert metrics is not None  # nothing asks for less
     gates = check_gates(recipe.gates, metrics)

@@ -20,7 +20,7 @@ from jsonschema import Draft202012Validator
 from typer.main import get_command
 
 from peftcli import errors, output_schemas
-from peftcli.adapters.hub import Pushed
+from peftcli.adapters.push import Pushed
 from peftcli.cli.app import app
 from peftcli.cli.explain import _as_data
 from peftcli.errors import PeftcliError

@@ -11,7 +11,8 @@ import trainkit
 from hub_folders import REPO
 from hub_server import TOKEN, Answer, Commit, Hub, Repo
 
-from peftcli.adapters.hub import SHARED_FILES, local_folder, push
+from peftcli.adapters.load import SHARED_FILES, adapter_folder
+from peftcli.adapters.push import push
 from peftcli.errors import AdapterError, HubError, ModelError, NetworkError
 from peftcli.models.load import base_file, base_of, load_config, load_model
 
@@ -26,13 +27,13 @@ def pushed(hub: Hub, folder: Path) -> Hub:
 
 
 def test_a_folder_is_returned_as_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert local_folder(str(folder)) == folder
+    assert adapter_folder(str(folder)) == folder
     monkeypatch.setenv("HOME", str(folder.parent))
-    assert local_folder(f"~/{folder.name}") == folder
+    assert adapter_folder(f"~/{folder.name}") == folder
 
 
 def test_the_round_trip_is_byte_identical(pushed: Hub, folder: Path) -> None:
-    pulled = local_folder(REPO)
+    pulled = adapter_folder(REPO)
     for name in ("adapter_config.json", "adapter_model.safetensors", "loss.png", "tokenizer.json"):
         assert (pulled / name).read_bytes() == (folder / name).read_bytes()
 
@@ -42,7 +43,7 @@ def test_only_shared_files_are_pulled(pushed: Hub) -> None:
     pushed.repos[REPO].refs["main"].append(
         Commit("more", {**files, "optimizer.pt": b"x", "code.py": b"y", "sub/README.md": b""})
     )
-    pulled = local_folder(REPO)
+    pulled = adapter_folder(REPO)
     assert {path.name for path in pulled.rglob("*")} == set(files)
     assert set(files) <= set(SHARED_FILES)
 
@@ -50,17 +51,17 @@ def test_only_shared_files_are_pulled(pushed: Hub) -> None:
 def test_a_revision(pushed: Hub, folder: Path) -> None:
     (folder / "loss.png").write_bytes(b"other")
     push(folder, REPO, revision="second")
-    assert (local_folder(REPO, "second") / "loss.png").read_bytes() == b"other"
-    assert (local_folder(REPO) / "loss.png").read_bytes() != b"other"
+    assert (adapter_folder(REPO, "second") / "loss.png").read_bytes() == b"other"
+    assert (adapter_folder(REPO) / "loss.png").read_bytes() != b"other"
     with pytest.raises(HubError, match="no such revision"):
-        local_folder(REPO, "third")
+        adapter_folder(REPO, "third")
 
 
 @pytest.mark.parametrize("trouble", ["offline", "down", "refused", "unreachable"])
 def test_a_cached_adapter_needs_no_hub(pushed: Hub, monkeypatch: pytest.MonkeyPatch, trouble: str) -> None:
     from huggingface_hub import constants
 
-    first = local_folder(REPO)
+    first = adapter_folder(REPO)
     if trouble == "offline":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     elif trouble == "down":
@@ -69,14 +70,14 @@ def test_a_cached_adapter_needs_no_hub(pushed: Hub, monkeypatch: pytest.MonkeyPa
         pushed.fail("info", 403)
     else:
         monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert local_folder(REPO) == first
+    assert adapter_folder(REPO) == first
 
 
 @pytest.mark.parametrize("endpoint", ["info", "tree", "resolve"])
 def test_passing_faults_are_survived(pushed: Hub, endpoint: str) -> None:
     pushed.fail(endpoint, 503)
     pushed.drop(endpoint)
-    assert (local_folder(REPO) / "adapter_model.safetensors").is_file()
+    assert (adapter_folder(REPO) / "adapter_model.safetensors").is_file()
 
 
 def test_a_failure_of_xet_is_one_of_the_network(hub: Hub, monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> None:
@@ -87,7 +88,7 @@ def test_a_failure_of_xet_is_one_of_the_network(hub: Hub, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
     with pytest.raises(NetworkError, match="Network error"):
-        local_folder(REPO)
+        adapter_folder(REPO)
     assert len(slept) == 4
 
 
@@ -96,7 +97,7 @@ def test_a_fresh_process_without_a_terminal_prints_nothing(pushed: Hub, tmp_path
 
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(tmp_path / "other")}
     del environment["HF_HUB_DISABLE_PROGRESS_BARS"]
-    code = f"from peftcli.adapters.hub import local_folder; print(local_folder({REPO!r}))"
+    code = f"from peftcli.adapters.load import adapter_folder; print(adapter_folder({REPO!r}))"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stderr == ""
     assert (Path(done.stdout.strip()) / "adapter_model.safetensors").is_file()
@@ -106,14 +107,14 @@ def test_a_fresh_process_without_a_terminal_prints_nothing(pushed: Hub, tmp_path
 def test_a_lasting_fault_ends_after_five_tries(pushed: Hub, endpoint: str) -> None:
     pushed.drop(endpoint, times=5)
     with pytest.raises(NetworkError):
-        local_folder(REPO)
+        adapter_folder(REPO)
     assert len(pushed.asked(endpoint)) == 5
 
 
 def test_no_network_and_no_copy(hub: Hub, monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(NetworkError, match="cannot reach"):
-        local_folder(REPO)
+        adapter_folder(REPO)
     assert slept == []
 
 
@@ -122,12 +123,12 @@ def test_offline_and_no_copy(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(NetworkError, match="HF_HUB_OFFLINE"):
-        local_folder(REPO)
+        adapter_folder(REPO)
 
 
 def test_a_repository_that_is_not_there(hub: Hub) -> None:
     with pytest.raises(HubError, match=r"no folder alice/nothing here.*no such repository"):
-        local_folder("alice/nothing")
+        adapter_folder("alice/nothing")
     assert len(hub.asked("info")) == 1
 
 
@@ -135,7 +136,7 @@ def test_a_repository_that_is_not_there(hub: Hub) -> None:
 def test_a_refusal_ends_the_pull_at_once(pushed: Hub, status: int, says: str, slept: list[float]) -> None:
     pushed.fail("info", status, body={"error": f"{TOKEN}"})
     with pytest.raises(HubError, match=says) as caught:
-        local_folder(REPO)
+        adapter_folder(REPO)
     assert TOKEN not in str(caught.value)
     assert slept == []
 
@@ -143,18 +144,18 @@ def test_a_refusal_ends_the_pull_at_once(pushed: Hub, status: int, says: str, sl
 @pytest.mark.parametrize("adapter", ["nowhere", "/no/such/folder", "outputs/run/best", "./run", "~/run", ""])
 def test_what_is_neither_a_folder_nor_a_hub_id(hub: Hub, adapter: str) -> None:
     with pytest.raises(AdapterError, match="neither a folder nor a hub id"):
-        local_folder(adapter)
+        adapter_folder(adapter)
     assert hub.requests == []
 
 
 def test_a_pickled_adapter_is_refused(hub: Hub, folder: Path) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(AdapterError, match="safe_serialization"):
-        local_folder(str(folder))
+        adapter_folder(str(folder))
     hub.repos[REPO] = Repo(private=False)
     hub.repos[REPO].refs["main"].append(Commit("old", {"adapter_config.json": b"{}", "adapter_model.bin": b"pickle"}))
     with pytest.raises(AdapterError, match="safe_serialization"):
-        local_folder(REPO)
+        adapter_folder(REPO)
     assert not any(request.path.endswith(".bin") for request in hub.requests)
 
 
@@ -177,7 +178,7 @@ OTHERS = {
 @pytest.mark.parametrize("other", OTHERS)
 def test_other_bytes_than_announced_are_fetched_again(pushed: Hub, folder: Path, other: str) -> None:
     pushed.alter("resolve", OTHERS[other], **WEIGHTS)
-    pulled = local_folder(REPO)
+    pulled = adapter_folder(REPO)
     assert (pulled / "adapter_model.safetensors").read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
     assert len(pushed.asked("resolve", **WEIGHTS)) == 2
 
@@ -186,18 +187,18 @@ def test_other_bytes_than_announced_are_fetched_again(pushed: Hub, folder: Path,
 def test_other_bytes_are_never_taken_for_the_adapter(pushed: Hub, monkeypatch: pytest.MonkeyPatch, other: str) -> None:
     pushed.alter("resolve", OTHERS[other], times=5, **WEIGHTS)
     with pytest.raises(NetworkError, match="than the hub says"):
-        local_folder(REPO)
+        adapter_folder(REPO)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(NetworkError, match="cannot reach"):
-        local_folder(REPO)
+        adapter_folder(REPO)
 
 
 def test_other_bytes_are_not_left_when_the_try_fails_elsewhere(pushed: Hub, folder: Path) -> None:
     pushed.alter("resolve", OTHERS["flipped"], **WEIGHTS)
     pushed.fail("resolve", 403, path="loss.png")
     with pytest.raises(HubError):
-        local_folder(REPO)
-    pulled = local_folder(REPO)
+        adapter_folder(REPO)
+    pulled = adapter_folder(REPO)
     assert (pulled / "adapter_model.safetensors").read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
 
 
@@ -209,7 +210,7 @@ def test_a_hash_that_is_a_path_is_refused(pushed: Hub, tmp_path: Path, header: s
 
     pushed.alter("resolve", change, method="HEAD", path="adapter_config.json")
     with pytest.raises(HubError, match="does not answer as a hub does"):
-        local_folder(REPO)
+        adapter_folder(REPO)
     assert not list(tmp_path.rglob("escaped*"))
 
 
@@ -223,14 +224,14 @@ def test_a_hash_that_is_a_path_is_refused(pushed: Hub, tmp_path: Path, header: s
 def test_what_no_hub_answers_is_refused_at_once(pushed: Hub, slept: list[float], endpoint: str, answer: str) -> None:
     pushed.fail(endpoint, 200, body=answer)
     with pytest.raises(HubError, match="does not answer as a hub does"):
-        local_folder(REPO)
+        adapter_folder(REPO)
     assert slept == []
 
 
 def test_a_circle_is_refused_at_once(pushed: Hub, slept: list[float]) -> None:
     pushed.fail("info", 302, headers={"Location": f"/api/models/{REPO}"}, times=21)
     with pytest.raises(HubError, match="does not answer as a hub does"):
-        local_folder(REPO)
+        adapter_folder(REPO)
     assert slept == []
 
 
@@ -252,7 +253,7 @@ def test_an_adapters_config_is_no_part_of_a_base_model(base: str) -> None:
 
 def test_what_was_fetched_as_an_adapter_is_no_base_model(base: str) -> None:
     with pytest.raises(AdapterError, match=r"no adapter_model\.safetensors"):
-        local_folder(base)
+        adapter_folder(base)
     with pytest.raises(ModelError, match="holds an adapter"):
         load_config(base_of(base))
 

@@ -9,8 +9,8 @@ import pytest
 from hub_folders import REPO, make_folder, write_config
 from hub_server import TOKEN, Commit, Hub, Repo
 
-from peftcli.adapters import hub as hub_module
-from peftcli.adapters.hub import push
+from peftcli.adapters import push as hub_module
+from peftcli.adapters.push import push
 from peftcli.errors import AdapterError, HubError, NetworkError, UsageError
 from peftcli.system import hub_requests
 

@@ -94,12 +94,11 @@ def test_a_model_is_not_quantised_twice(tmp_path: Path) -> None:
 
 
 def test_a_run_tells_what_it_was_trained_on(tmp_path: Path) -> None:
-    assert trained_quantization(tmp_path) is None
+    assert trained_quantization({}, tmp_path) is None
     for quantization in (None, {"type": "nf4", "double_quant": True, "of_a_later_version": 1}):
         run = {"recipe": {"base_model": {"name": "base", "quantization": quantization}}}
-        (tmp_path / "run.json").write_text(json.dumps(run))
         expected = quantization and Quantization(type="nf4", double_quant=True)
-        assert trained_quantization(tmp_path) == expected
+        assert trained_quantization(run, tmp_path) == expected
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from hub_server import TOKEN, USER, Answer, Commit, Hub, Repo
 from in_process import inputs
 from trainkit import PROMPTS, base_folder, scratch
 
-from peftcli.adapters.hub import SHARED_FILES
+from peftcli.adapters.load import SHARED_FILES
 
 PUSHED = f"{USER}/my-adapter"
 ADAPTER = "acme/adapter"

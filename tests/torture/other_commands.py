@@ -210,10 +210,10 @@ class Signal:
 
 NAMES = {signal.SIGINT: "INT", signal.SIGTERM: "TERM", signal.SIGUSR1: "USR1"}
 STOPPED = [
-    (MERGE, Moment("peftcli.adapters.merge:local_folder")),
-    (MERGE, Moment("peftcli.adapters.merge:empty_model")),
+    (MERGE, Moment("peftcli.adapters.merge:find_adapter")),
+    (MERGE, Moment("peftcli.models.open:OpenBase.empty_model")),
     (MERGE, Moment("peftcli.adapters.merge:save_file")),
-    (MERGE, Moment("peftcli.adapters.merge:load_adapter_tokenizer")),
+    (MERGE, Moment("peftcli.models.open:OpenBase.processor")),
     (MERGE, Moment("peftcli.system.outputs:_publish")),
     (MERGE_INTO, Moment("peftcli.adapters.merge:save_file")),
     (MERGE_INTO, Moment("peftcli.system.outputs:_move_into")),
@@ -336,7 +336,7 @@ def _stops() -> Sequence[Trial]:
             f"push: {name} at {Moment(place, turn)}", functools.partial(stop_push, Moment(place, turn), number, failing)
         )
         for place, turn, failing in (
-            ("peftcli.adapters.hub:_contents", 1, 0),
+            ("peftcli.adapters.push:_contents", 1, 0),
             ("huggingface_hub:HfApi.create_commit", 1, 0),
             ("huggingface_hub:HfApi.create_commit", 2, 1),
         )
@@ -376,8 +376,8 @@ def one_was_killed(command: Command, folder: Path) -> None:
 
 
 _HALF_WAY = {
-    "merge": Moment("peftcli.adapters.merge:load_adapter_tokenizer"),
-    "merge into a folder that is there": Moment("peftcli.adapters.merge:load_adapter_tokenizer"),
+    "merge": Moment("peftcli.models.open:OpenBase.processor"),
+    "merge into a folder that is there": Moment("peftcli.models.open:OpenBase.processor"),
     "combine": Moment("peftcli.adapters.combine:write_card"),
     "generate": Moment("peftcli.adapters.generate:Speaker.answers", 2),
 }

@@ -1,4 +1,4 @@
-"""Push adapter folders to the hub, and pull them from it.
+"""Push adapter folders to the hub.
 
 ``peftcli.system.hub_requests`` says which faults are retried. When the answer is lost after the hub accepted a commit,
 the commit is found there and not made again.
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcli.adapters import card
-from peftcli.errors import AdapterError, HubError, UsageError
-from peftcli.guard.adapter_header import CONFIG_FILE, WEIGHTS_FILE, checked_config, read_header, weights_file
+from peftcli.adapters.load import SHARED_FILES, is_hub_id
+from peftcli.errors import HubError, UsageError
+from peftcli.guard.adapter_header import CONFIG_FILE, checked_config, read_header, weights_file
 from peftcli.system import hub_requests
 from peftcli.system.hub_requests import endpoint, shown
-from peftcli.system.outputs import expanded
 from peftcli.system.secrets import redact
 
 if TYPE_CHECKING:
@@ -26,38 +26,9 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
 CARD_FILE = "README.md"
-SHARED_FILES = (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    CARD_FILE,
-    "loss.png",
-    "added_tokens.json",
-    "additional_chat_templates/rag.jinja",
-    "additional_chat_templates/tool_use.jinja",
-    "chat_template.jinja",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "sentencepiece.bpe.model",
-    "source.spm",
-    "special_tokens_map.json",
-    "spiece.model",
-    "spm.model",
-    "target.spm",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
-"""The only files that are pushed or pulled. recipe.yaml and run.json name paths of the machine; the card says what
-matters of them."""
-
 _WRITTEN_FILES = {CONFIG_FILE, "tokenizer_config.json", *(name for name in SHARED_FILES if name.endswith(".jinja"))}
 """Those that a person writes in part, and so may have left a token in. Of the card, which is one of them too, it is
 taken out."""
-
-_PICKLED = "an adapter_model.bin is a pickle and is not read: load it in PEFT, save it with safe_serialization=True"
 
 
 @dataclass(frozen=True)
@@ -112,30 +83,6 @@ def push(
     return job.result(f"{endpoint()}/{repo_id}", None, private) if dry_run else hub_requests.retried(job.run, repo_id)
 
 
-def local_folder(adapter: str, revision: str | None = None) -> Path:
-    """The folder that holds ``adapter``: itself, or a copy of the hub's in the cache.
-
-    Works offline with a copy that is already in the cache.
-
-    Raises:
-        AdapterError: neither a folder nor a hub id, or an adapter that is a pickle.
-        HubError: the hub has no such repository, or refuses it.
-        NetworkError: the hub cannot be reached, and the cache has no copy.
-    """
-    folder = expanded(Path(adapter))
-    if adapter and folder.is_dir():
-        if (folder / "adapter_model.bin").is_file() and not (folder / WEIGHTS_FILE).is_file():
-            raise AdapterError(f"no {WEIGHTS_FILE} here", file=adapter, hint=_PICKLED)
-        return folder
-    if not _is_repo_id(adapter):
-        raise AdapterError(f"{adapter!r} is neither a folder nor a hub id of the form user/name")
-    what = f"no folder {adapter} here; on the hub: {adapter}"
-    folder = hub_requests.fetched(adapter, SHARED_FILES, revision, what=what)
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise AdapterError(f"no {WEIGHTS_FILE} in {adapter} on the hub", hint=_PICKLED)
-    return folder
-
-
 def _contents(folder: Path, repo_id: str, base_model_id: str | None) -> dict[str, Path | bytes]:
     """What is uploaded: name in the repository -> local file, or changed content."""
     config = checked_config(folder)
@@ -169,12 +116,8 @@ def _text(content: Path | bytes) -> str:
 
 
 def _check_repo_id(repo_id: str, what: str) -> None:
-    if not _is_repo_id(repo_id):
+    if not is_hub_id(repo_id):
         raise UsageError(f"{what}: {repo_id!r} is no hub id of the form user/name")
-
-
-def _is_repo_id(text: str) -> bool:
-    return "/" in text and hub_requests.is_repo_id(text)
 
 
 @dataclass

@@ -1,0 +1,248 @@
+"""What an adapter's name stands for: its folder, config, run record, base model and task.
+
+Nothing else turns the name of an adapter, a folder or a hub id, into things.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftcli.errors import AdapterError
+from peftcli.guard.adapter_header import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Entry,
+    read_config,
+    read_header,
+    read_run,
+    weights_file,
+)
+from peftcli.methods import config_from_dict
+from peftcli.models.quantization import trained_quantization
+from peftcli.schema import BaseModel
+from peftcli.system import hub_requests
+from peftcli.system.outputs import expanded
+from peftcli.tasks import TASKS
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedConfig
+
+    from peftcli.core.config import AdapterConfig
+    from peftcli.models.open import LoadedModel, OpenBase
+
+SHARED_FILES = (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    "README.md",
+    "loss.png",
+    "added_tokens.json",
+    "additional_chat_templates/rag.jinja",
+    "additional_chat_templates/tool_use.jinja",
+    "chat_template.jinja",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "special_tokens_map.json",
+    "spiece.model",
+    "spm.model",
+    "target.spm",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""The only files that are pushed or pulled. recipe.yaml and run.json name paths of the machine; the card says what
+matters of them."""
+
+_PICKLED = "an adapter_model.bin is a pickle and is not read: load it in PEFT, save it with safe_serialization=True"
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""What PEFT loads for each task_type."""
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter that was found. Each of its files is read once, when it is first needed."""
+
+    folder: Path
+    values: dict[str, Any]
+    """The content of adapter_config.json."""
+    base_name: str | None = None
+    """Base model to use in place of the one that the adapter names."""
+
+    @cached_property
+    def config(self) -> AdapterConfig:
+        """The adapter's config.
+
+        Raises:
+            AdapterError: it names a method or setting that is not supported.
+        """
+        return config_from_dict(self.values, file=str(self.folder / CONFIG_FILE))
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """The content of the run.json of the run that trained the adapter; empty without one.
+
+        Raises:
+            AdapterError: the file is damaged.
+        """
+        return read_run(self.folder)
+
+    @cached_property
+    def header(self) -> Mapping[str, Entry]:
+        """The tensors of the adapter's file, by name.
+
+        Raises:
+            AdapterError: the file is missing or damaged.
+        """
+        return read_header(weights_file(self.folder))
+
+    @cached_property
+    def base(self) -> BaseModel:
+        """The base model: the adapter's own, quantised as it was trained, or the one given instead.
+
+        Raises:
+            AdapterError: the adapter names none, or its run.json is damaged.
+        """
+        if self.base_name:
+            return BaseModel(name=self.base_name)
+        if not self.config.base_model_name_or_path:
+            raise AdapterError("names no base model", file=str(self.folder), hint="give one with --base")
+        return BaseModel(
+            name=self.config.base_model_name_or_path,
+            revision=self.config.revision,
+            quantization=trained_quantization(self.record, self.folder),
+        )
+
+    @cached_property
+    def task(self) -> str | None:
+        """The task in ``TASKS``: the one that run.json records, else the only one of the config's task_type.
+
+        Raises:
+            AdapterError: run.json is damaged.
+        """
+        recorded = self.record.get("recipe")
+        recorded = recorded.get("task") if isinstance(recorded, dict) else None
+        recorded = recorded.get("type") if isinstance(recorded, dict) else recorded
+        if isinstance(recorded, str) and recorded in TASKS:
+            return recorded
+        known = [name for name, row in TASKS.items() if row.task_type and row.task_type == self.config.task_type]
+        return known[0] if len(known) == 1 else None
+
+    def auto_class(self, base_config: Callable[[], PreTrainedConfig]) -> str:
+        """Return the name of the transformers class that loads the base model.
+
+        It is that of the recorded task, else of the config's task_type, else the class that PEFT noted, else the first
+        of the base model's ``architectures``.
+
+        Raises:
+            AdapterError: transformers has no such class.
+        """
+        import transformers
+
+        if self.task is not None:
+            return TASKS[self.task].auto_class
+        if self.config.task_type in _AUTO_CLASSES:
+            return _AUTO_CLASSES[self.config.task_type]
+        noted = self.values.get("auto_mapping")
+        name = str(noted.get("base_model_class")) if isinstance(noted, dict) else ""
+        if not hasattr(getattr(transformers, name, None), "from_pretrained"):
+            name = (base_config().architectures or ["AutoModel"])[0]
+        if not hasattr(getattr(transformers, name, None), "from_pretrained"):
+            raise AdapterError(f"transformers has no class {name}, which the base model's config names")
+        return name
+
+
+def find_adapter(name: str, base: str | None = None, revision: str | None = None) -> AdapterSource:
+    """Find an adapter and read its config.
+
+    Args:
+        name: a folder or hub id.
+        base: base model to use in place of the one that the adapter names.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        AdapterError: there is no such adapter, its config cannot be read, or its weights are a pickle.
+        HubError: the hub has no such repository, or refuses it.
+        NetworkError: the hub cannot be reached, and the cache has no copy.
+    """
+    folder = adapter_folder(name, revision)
+    return AdapterSource(folder, read_config(folder), base)
+
+
+def load_adapter_model(
+    source: AdapterSource, base: OpenBase, dtype: torch.dtype | None, *, auto_class: str | None = None
+) -> nn.Module:
+    """Load the base model with the adapter in it, frozen.
+
+    Args:
+        source: which adapter.
+        base: the open base model.
+        dtype: number format of the base model's weights.
+        auto_class: transformers' class of the base model. None: by ``AdapterSource.auto_class``.
+
+    Raises:
+        AdapterError: the adapter does not fit the base model.
+        ModelError: the base model cannot be loaded.
+    """
+    loaded = base.model(auto_class or source.auto_class(lambda: base.config), dtype)
+    apply_adapter(loaded, source)
+    return loaded.model
+
+
+def apply_adapter(loaded: LoadedModel, source: AdapterSource) -> None:
+    """Put an adapter into a base model, which gets rows for the adapter's tokens.
+
+    Raises:
+        AdapterError: the adapter does not fit the base model.
+    """
+    from peftcli.core.files import load_adapter
+    from peftcli.models import tokens
+
+    source.config.inference_mode = True
+    tokens.fit_adapter(loaded.model, source.config, source.folder)
+    load_adapter(loaded.model, source.config, source.folder)
+
+
+def adapter_folder(adapter: str, revision: str | None = None) -> Path:
+    """Return the folder that holds ``adapter``: itself, or a copy of the hub's in the cache.
+
+    A copy that is already in the cache is used offline.
+
+    Raises:
+        AdapterError: it is neither a folder nor a hub id, or its weights are a pickle.
+        HubError: the hub has no such repository, or refuses it.
+        NetworkError: the hub cannot be reached, and the cache has no copy.
+    """
+    folder = expanded(Path(adapter))
+    if adapter and folder.is_dir():
+        if (folder / "adapter_model.bin").is_file() and not (folder / WEIGHTS_FILE).is_file():
+            raise AdapterError(f"no {WEIGHTS_FILE} here", file=adapter, hint=_PICKLED)
+        return folder
+    if not is_hub_id(adapter):
+        raise AdapterError(f"{adapter!r} is neither a folder nor a hub id of the form user/name")
+    what = f"no folder {adapter} here; on the hub: {adapter}"
+    folder = hub_requests.fetched(adapter, SHARED_FILES, revision, what=what)
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise AdapterError(f"no {WEIGHTS_FILE} in {adapter} on the hub", hint=_PICKLED)
+    return folder
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form ``user/name``."""
+    return "/" in text and hub_requests.is_repo_id(text)

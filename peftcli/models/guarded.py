@@ -1,0 +1,90 @@
+"""Calls into transformers: its errors become one line of ours, and its log is held back until the call succeeds."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from peftcli.errors import ModelError, NetworkError, OutOfMemory, PeftcliError
+from peftcli.guard.files import cut, shown_name
+
+_UNREACHABLE = {"ConnectError", "ConnectTimeout", "ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}
+"""Errors of a missing network."""
+_MAX_LOG_LINES = 16
+
+
+@contextmanager
+def translated_errors(name: str) -> Iterator[None]:
+    """Raise in one line whatever transformers raises while it loads the base model ``name``.
+
+    Raises:
+        ModelError: transformers cannot load it.
+        NetworkError: the model's own code needs the hub, which cannot be reached.
+        OutOfMemory: the machine's memory does not hold it.
+    """
+    try:
+        with _quiet():
+            yield
+    except PeftcliError:
+        raise
+    except MemoryError:
+        raise OutOfMemory(f"this machine's memory does not hold {name}") from None
+    except BaseException as error:
+        # a panic of a library in Rust is no Exception, and no request to stop either
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        name = shown_name(name)
+        if any(type(cause).__name__ in _UNREACHABLE for cause in _causes(error)):
+            raise NetworkError(
+                f"cannot load {name}: the hub cannot be reached", key="base_model", hint="try again with a network"
+            ) from error
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"cannot load {name}: {cut(text)}", key="base_model") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Draw no progress bars of transformers, and log its messages, without control characters, only on success."""
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    held: list[logging.LogRecord] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        held.append(record)
+        return False
+
+    handlers = logging.getLogger("transformers").handlers
+    for handler in handlers:
+        handler.addFilter(hold)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element")
+            yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(hold)
+        if bars:
+            transformers_logging.enable_progress_bar()
+    for record in held:
+        record.msg, record.args = harmless(record.getMessage()), None
+        logging.getLogger(record.name).handle(record)
+
+
+def harmless(text: str) -> str:
+    """Return the first lines of another library's log, without what could steer a terminal."""
+    lines = re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()  # transformers' own bold letters
+    more = [f"and {len(lines) - _MAX_LOG_LINES} lines more"] if len(lines) > _MAX_LOG_LINES else []
+    return "\n".join([*map(cut, lines[:_MAX_LOG_LINES]), *more])
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
