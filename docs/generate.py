@@ -1,4 +1,4 @@
-"""Write the reference pages from the code, and the files that pages include.
+"""Write the reference pages and the schema of run.json from the code, and the files that pages include.
 
     python docs/generate.py            write them
     python docs/generate.py --check    fail, and name the stale ones
@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from json_schema import schema_of
+
 from peftcli import errors
 from peftcli.cli.app import app, peftcli
 from peftcli.methods import METHODS, NOT_HERE
@@ -24,6 +26,7 @@ from peftcli.recipe.settings import Setting, in_words, method_settings, settings
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
 from peftcli.tasks.findings import FINDINGS
+from peftcli.train.runs.record import RunRecord
 
 ROOT = Path(__file__).parent.parent
 SCHEMAS = ROOT / "peftcli/output_schemas"
@@ -46,7 +49,9 @@ _MORE_OF_CODES = """\
 
 def main() -> int:
     """Write the pages, or with ``--check`` compare them. Returns the exit code."""
-    pages = {ROOT / "docs/reference" / f"{name}.md": _NOTE + page() for name, page in PAGES.items()}
+    run = json.dumps(schema_of(RunRecord, "run.json"), indent=2) + "\n"
+    pages = {ROOT / "peftcli/output_schemas/run.schema.json": run}
+    pages |= {ROOT / "docs/reference" / f"{name}.md": _NOTE + page() for name, page in PAGES.items()}
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         pages[path] = _INCLUDE.sub(_included, path.read_text(encoding="utf-8"))
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
@@ -54,7 +59,7 @@ def main() -> int:
         if "--check" in sys.argv:
             print(f"{path.relative_to(ROOT)} is stale: run 'make docs'", file=sys.stderr)
         else:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(pages[path], encoding="utf-8")
     return int("--check" in sys.argv and bool(stale))
 
@@ -133,6 +138,7 @@ def findings_page() -> str:
 def json_page() -> str:
     """Every field of what commands print with ``--json``, from the schemas."""
     schemas = {name: json.loads((SCHEMAS / f"{name}.schema.json").read_text(encoding="utf-8")) for name in names()}
+    schemas["run"] = schema_of(RunRecord, "run.json")
     text = (
         "# JSON\n\nWith `--json` a command prints one JSON object on stdout and nothing else there: its answer, or an "
     )

@@ -28,7 +28,7 @@ def evaluate(
         settings = load_recipe(recipe, overrides or [])
 
         from peftcli.train.evaluate_adapter import measure
-        from peftcli.train.run import raise_failed_gates
+        from peftcli.train.finish import raise_failed_gates
 
         result |= measure(settings, adapter, on_warning=lambda text: console.log(f"warning: {text}"))
     if as_json:

@@ -15,7 +15,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show how a run stands: running, complete, interrupted or failed, and why."""
-    from peftcli.train.runs.folder import status as look
+    from peftcli.train.runs.status import status as look
 
     found = look(folder)
     if as_json:

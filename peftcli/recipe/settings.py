@@ -53,10 +53,7 @@ class Setting:
     @property
     def help(self) -> str:
         """The docstring below the field."""
-        for cls in self.owner.__mro__:
-            if found := _docstrings(cls).get(self.name):
-                return found
-        return ""
+        return field_help(self.owner, self.name)
 
 
 @cache
@@ -137,6 +134,11 @@ def in_words(hint: Any) -> str:
         elif branch is not type(None):
             words.append(_WORDS.get(branch, "a value"))
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def field_help(owner: type, name: str) -> str:
+    """The docstring below a field of a dataclass."""
+    return next((found for cls in owner.__mro__ if (found := _docstrings(cls).get(name))), "")
 
 
 @cache

@@ -16,9 +16,10 @@ from peftcli.schema import Launch, Recipe
 from peftcli.tasks import TASKS
 from peftcli.train.data import load_data
 from peftcli.train.evaluate import evaluate
+from peftcli.train.finish import check_gates
 from peftcli.train.report import peak_memory_bytes, versions
-from peftcli.train.run import check_gates
-from peftcli.train.runs.folder import SCHEMA_VERSION
+from peftcli.train.runs.record import SCHEMA_VERSION
+from peftcli.train.runs.typed_json import to_json
 from peftcli.train.setup import base_dtype, start_accelerator
 
 
@@ -59,13 +60,13 @@ def measure(
     return {
         "schema_version": SCHEMA_VERSION,
         "status": "complete",
-        "exit_code": 0 if all(gate["passed"] for gate in gates) else 12,
+        "exit_code": 0 if all(gate.passed for gate in gates) else 12,
         "recipe": to_dict(recipe),
         "adapter": adapter,
         "base_model": {"name": recipe.base_model.name, "revision": recipe.base_model.revision},
         "data": data.report,
         "eval": {"last": metrics},
-        "gates": gates,
+        "gates": to_json(gates),
         "versions": versions(),
         "device": str(accelerator.device),
         "peak_memory_bytes": peak_memory_bytes(),

@@ -76,7 +76,7 @@ def _die_before_the_end() -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("no more")
 
-    run._finish = broken
+    run.finish = broken
 
 
 def test_a_finished_run_says_so(cli: Callable, recipe: Path) -> None:

@@ -16,7 +16,7 @@ from campaigns import Campaign, Trial
 from training import assert_same, whole
 from trainkit import FULL, Child, read_metrics, read_run, write_recipe
 
-from peftcli.train.runs.checkpoint import damage
+from peftcli.train.runs.checkpoint import find_damage
 
 
 def _failed(child: Child, out: Path, code: int, words: str) -> None:
@@ -28,7 +28,7 @@ def _failed(child: Child, out: Path, code: int, words: str) -> None:
     assert words in child.err, child.err[-500:]
     assert not (out / "adapter_model.safetensors").exists(), "an adapter was written"
     for path in out.glob("checkpoints/step-*"):
-        assert damage(path) is None, f"{path.name}: {damage(path)}"
+        assert find_damage(path) is None, f"{path.name}: {find_damage(path)}"
         for name, value in safetensors.torch.load_file(path / "adapter_model.safetensors").items():
             assert bool(torch.isfinite(value).all()), f"{path.name}: {name} is not finite"
 
@@ -95,12 +95,13 @@ class _Memory:
     """Leaves the process so many more MiB from a certain moment on."""
 
     room: int
+    module: str
     place: str
 
     def __call__(self) -> None:
         import importlib
 
-        module = importlib.import_module("peftcli.train.run")
+        module = importlib.import_module(self.module)
         inner = getattr(module, self.place)
 
         def limited(*args: object, **settings: object) -> object:
@@ -111,7 +112,7 @@ class _Memory:
         setattr(module, self.place, limited)
 
 
-def _hungry(place: str, room: int, folder: Path) -> None:
+def _hungry(module: str, place: str, room: int, folder: Path) -> None:
     """Rows that take more memory than there is: exit code 8, and with memory the same command ends."""
     rows = [
         {"messages": [question, {**answer, "content": answer["content"] * 40}]}
@@ -121,7 +122,7 @@ def _hungry(place: str, room: int, folder: Path) -> None:
     trainkit.write_rows(folder / "train.jsonl", rows)
     settings = ("dataset.max_length=256", "training.per_device_train_batch_size=400", "dataset.allow=[answers_cut]")
     settings = (*settings, "training.max_steps=2")
-    child = Child(folder, "train", recipe, *settings, before=_Memory(room, place))
+    child = Child(folder, "train", recipe, *settings, before=_Memory(room, module, place))
     _failed(child, out, 8, "not enough memory")
     assert "per_device_train_batch_size" in child.err, "it does not say what to do"
     assert read_run(out)["exit_code"] == 8
@@ -145,8 +146,12 @@ def divergence() -> Sequence[Trial]:
 def memory() -> Sequence[Trial]:
     """Limits of memory at several moments."""
     return [
-        Trial(f"{room} MiB from {place} on", partial(_hungry, place, room))
-        for place, rooms in {"prepare": (10, 40), "fit": (1, 20, 60), "checkpoint_to_resume": (5, 30)}.items()
+        Trial(f"{room} MiB from {place} on", partial(_hungry, module, place, room))
+        for module, place, rooms in (
+            ("peftcli.train.run", "prepare", (10, 40)),
+            ("peftcli.train.training_loop", "fit", (1, 20, 60)),
+            ("peftcli.train.run", "checkpoint_to_resume", (5, 30)),
+        )
         for room in rooms
     ]
 

@@ -327,7 +327,7 @@ def raised_by_a_library(where: str, words: list[str], folder: Path) -> None:
 
 _RAISED = {
     "train, its model": ("peftcli.train.run.load_tokenizer", COMMANDS["train"]),
-    "train, a step": ("peftcli.train.run.fit", COMMANDS["train"]),
+    "train, a step": ("peftcli.train.training_loop.fit", COMMANDS["train"]),
     "merge": ("peftcli.adapters.merge.save_file", COMMANDS["merge"]),
     "generate": ("peftcli.adapters.generate.Speaker.answers", COMMANDS["generate a file"]),
     "inspect": ("peftcli.inspection.report.audit", COMMANDS["inspect"]),

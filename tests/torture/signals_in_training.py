@@ -28,11 +28,11 @@ MOMENTS: dict[str, tuple[str, str, Sequence[int]]] = {
     "the optimizer is made": ("peftcli.train.run", "prepare", (1,)),
     "a checkpoint is looked for": ("peftcli.train.run", "checkpoint_to_resume", (1,)),
     "a step is made": ("peftcli.train.plan:Plan", "micro_batches", (1, 2, 5, 8)),
-    "an evaluation goes on": ("peftcli.train.run:_Steps", "asked", (1, 2, 4, 6, 9)),
+    "an evaluation goes on": ("peftcli.train.training_loop:TrainingLoop", "request", (1, 2, 4, 6, 9)),
     "a checkpoint is written": ("peftcli.train.runs.checkpoint", "write_file", (1, 2, 3, 5)),
     "a checkpoint gets its name": ("peftcli.train.runs.checkpoint", "sync_folder", (1,)),
     "run.json is written": ("peftcli.train.runs.folder", "write_file", (3, 4)),
-    "the adapter is written": ("peftcli.train.run", "write_card", (1,)),
+    "the adapter is written": ("peftcli.train.finish", "write_card", (1,)),
 }
 """What is called then (module, perhaps class, and name), and at which of its calls the signal comes."""
 

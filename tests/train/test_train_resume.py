@@ -24,7 +24,8 @@ from peftcli.data import day
 from peftcli.errors import Interrupted, OutOfMemory, PeftcliError, StorageError, UsageError
 from peftcli.recipe import load_recipe
 from peftcli.train.report import Event, Stepped, Warned
-from peftcli.train.runs.folder import RunFolder, accounts, mark_ended, status
+from peftcli.train.runs.folder import RunFolder
+from peftcli.train.runs.status import read_records, record_failure, status
 
 EVERY_TWO = ("training.save_strategy=steps", "training.save_steps=2")
 
@@ -48,7 +49,7 @@ def stopped(recipe: Path, *settings: str, step: int = 4) -> Path:
 
 
 def test_must_resume_refuses_to_begin_anew(recipe: Path) -> None:
-    with pytest.raises(StorageError, match="no run to go on with"):
+    with pytest.raises(StorageError, match="no run to resume"):
         run_recipe(recipe, resume="must")
     assert not (recipe.parent / "out").exists(), "nothing is made"
     stopped(recipe)
@@ -66,7 +67,7 @@ def test_must_resume_needs_a_whole_checkpoint(recipe: Path) -> None:
 def test_never_resume_refuses_a_run_that_can_be_gone_on_with(recipe: Path) -> None:
     out = stopped(recipe)
     before = files_of(out)
-    with pytest.raises(UsageError, match="can be gone on with; nothing was changed"):
+    with pytest.raises(UsageError, match="can be resumed; nothing was changed"):
         run_recipe(recipe, resume="never")
     assert files_of(out) == before
     anew = run_recipe(recipe, resume="never", overwrite=True)
@@ -299,7 +300,7 @@ def test_a_bug_leaves_its_traceback_in_train_log(recipe: Path, monkeypatch: pyte
 
 
 def test_a_stopped_evaluation_is_made_when_the_run_goes_on(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import peftcli.train.run as module
+    import peftcli.train.training_loop as module
 
     settings = ("training.eval_strategy=steps", "training.eval_steps=2")
     whole = run_recipe(recipe, *settings, f"training.output_dir={recipe.parent}/whole")
@@ -450,7 +451,7 @@ def test_one_line_a_step_when_a_pending_evaluation_was_made_and_the_run_killed(
 
 def _stopped_in_evaluation(recipe: Path, monkeypatch: pytest.MonkeyPatch, *settings: str, at: int = 1) -> Path:
     """A run that was stopped in its ``at``-th evaluation; gives its folder."""
-    import peftcli.train.run as module
+    import peftcli.train.training_loop as module
 
     evaluate, calls = module.evaluate, []
 
@@ -604,11 +605,11 @@ def test_a_log_that_nobody_reads_any_more_ends_no_training(recipe: Path) -> None
 def test_the_launcher_tells_what_its_processes_could_not(recipe: Path) -> None:
     out = stopped(recipe)
     folder = RunFolder(out)
-    before = accounts(folder)
-    mark_ended(folder, OutOfMemory("not enough memory"), before)
+    before = read_records(folder)
+    record_failure(folder, OutOfMemory("not enough memory"), before)
     assert read_run(out)["exit_code"] == 75, "nothing was started since"
     run = read_run(out) | {"status": "failed", "exit_code": 10, "error": None, "pid": 1}
     (out / "run.json").write_text(json.dumps(run))
-    mark_ended(folder, OutOfMemory("not enough memory"), before)
+    record_failure(folder, OutOfMemory("not enough memory"), before)
     assert (read_run(out)["status"], read_run(out)["exit_code"]) == ("failed", 8)
     assert read_run(out)["error"]["kind"] == "OutOfMemory"

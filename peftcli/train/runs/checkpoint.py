@@ -179,7 +179,7 @@ def newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """
     found = checkpoints(folder)
     for path, older in zip(found, [*found[1:], None], strict=False):
-        if (reason := damage(path)) is None:
+        if (reason := find_damage(path)) is None:
             return path
         aside = _set_aside(path, "damaged")
         instead = f"using {older.name}" if older else "and there is none before it"
@@ -209,7 +209,7 @@ def _set_aside(path: Path, why: str) -> Path:
     return aside
 
 
-def damage(path: Path) -> str | None:
+def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint; None when every file has the size and sha256 that its manifest says.
 
     Raises:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import datetime
 import fcntl
 import json
 import os
-import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from peftcli.errors import FolderBusy, Interrupted, PeftcliError, StorageError, UsageError
+from peftcli.errors import FolderBusy, StorageError, UsageError
 from peftcli.guard.files import read_small
 from peftcli.system.disk import TEMPORARY, remove_folder, sha256, sync_folder, write_file
 from peftcli.system.outputs import expanded
 from peftcli.system.secrets import redact, redact_values
+from peftcli.train.runs.record import RunRecord
+from peftcli.train.runs.typed_json import WrongValue
 
-SCHEMA_VERSION = 1
 _LARGEST_RUN = 1 << 26
 _NEW, _OLD = ".overwrite", ".previous.moving"
 _MOVING_OUT, _MOVING_IN = "MOVING-OUT", "MOVING-IN"
@@ -93,12 +91,12 @@ class RunFolder:
             pass
         return False
 
-    def read(self) -> dict[str, Any] | None:
-        """The content of run.json; None when there is none.
+    def read(self) -> RunRecord | None:
+        """Read run.json; None when there is none.
 
         Raises:
             UsageError: the folder holds other files and no run.json.
-            StorageError: run.json cannot be read, or is none.
+            StorageError: run.json cannot be read, or is not valid.
         """
         file = self.path / "run.json"
         try:
@@ -109,15 +107,13 @@ class RunFolder:
             if not os.path.lexists(file):
                 self._refuse_foreign()
                 return None
-            values = json.loads(read_small(file, _LARGEST_RUN))
+            return RunRecord.read(read_small(file, _LARGEST_RUN))
         except OSError as error:
             raise StorageError(f"cannot be read: {error.strerror}", file=error.filename or str(self.path)) from None
+        except WrongValue as error:
+            raise StorageError(f"is not a valid run.json: {error}", file=str(file), hint=_BEGIN_ANEW) from None
         except (ValueError, RecursionError) as error:
             raise StorageError(f"cannot be read: {error}", file=str(file), hint=_BEGIN_ANEW) from None
-        if reason := _unsound(values):
-            raise StorageError(f"is no run.json: {reason}", file=str(file), hint=_BEGIN_ANEW)
-        assert isinstance(values, dict)
-        return values
 
     def _refuse_foreign(self) -> None:
         names = sorted(entry.name for entry in self.path.iterdir())
@@ -136,10 +132,9 @@ class RunFolder:
             if TEMPORARY.fullmatch(entry.name) and entry.is_file() and not entry.is_symlink():
                 entry.unlink(missing_ok=True)
 
-    def write(self, run: dict[str, Any]) -> None:
+    def write(self, record: RunRecord) -> None:
         """Replace run.json, whole or not at all."""
-        content = json.dumps(redact_values(run), indent=2, sort_keys=True, default=str) + "\n"
-        write_file(self.path / "run.json", content.encode())
+        write_file(self.path / "run.json", record.content())
 
     def write_skipped(self, rows: Iterable[dict[str, Any]]) -> None:
         """List the rows that could not be used in skipped.jsonl; no file where there are none."""
@@ -276,11 +271,11 @@ class RunFolder:
             raise StorageError("cannot be removed", file=str(self.path))
 
 
-def refuse_without_product(folder: RunFolder, run: dict[str, Any]) -> None:
-    """Raises StorageError where the adapter of a complete run is not as it was written."""
-    for artefact in run.get("artefacts", []):
-        path = folder.path / artefact["path"]
-        if artefact["path"].startswith("adapter_") and not (path.is_file() and sha256(path) == artefact["sha256"]):
+def refuse_without_product(folder: RunFolder, record: RunRecord) -> None:
+    """Raises StorageError when the adapter of a complete run has changed or is gone."""
+    for artefact in record.artefacts:
+        path = folder.path / artefact.path
+        if artefact.path.startswith("adapter_") and not (path.is_file() and sha256(path) == artefact.sha256):
             raise StorageError(
                 f"{'has changed' if path.is_file() else 'is gone'} since the run was complete",
                 file=str(path),
@@ -288,151 +283,4 @@ def refuse_without_product(folder: RunFolder, run: dict[str, Any]) -> None:
             )
 
 
-def accounts(folder: RunFolder) -> list[dict[str, Any] | None]:
-    """run.json of a folder and of the run that is made in it to take its place; None: it cannot be read."""
-    found = list[dict[str, Any] | None]()
-    for each in (folder, folder.beside()):
-        try:
-            found.append(each.read())
-        except PeftcliError:
-            found.append(None)
-    return found
-
-
-def mark_ended(folder: RunFolder, error: PeftcliError, before: Sequence[dict[str, Any] | None]) -> None:
-    """Say in run.json how a run ended whose processes could not, or knew less of it than their launcher.
-
-    Args:
-        folder: The run's.
-        error: How it ended.
-        before: Its ``accounts`` before the processes were started. What is still the same is of another attempt.
-    """
-    for each, run, old in zip((folder, folder.beside()), accounts(folder), before, strict=True):
-        if run is None or run == old or run["status"] == "complete" or run["exit_code"] == error.exit_code:
-            continue
-        status = "interrupted" if isinstance(error, Interrupted) else "failed"
-        with suppress(PeftcliError):
-            each.write(run | {"status": status, "exit_code": error.exit_code, "error": error.as_dict()})
-
-
-def status(path: Path) -> dict[str, Any]:
-    """How the run in a folder stands.
-
-    Raises:
-        UsageError: there is no run.
-        StorageError: run.json cannot be read.
-    """
-    folder = RunFolder(path)
-    run = folder.read() if path.is_dir() else None
-    if run is None:
-        raise UsageError("holds no run", file=str(path), hint="name the training.output_dir of a recipe")
-    held = folder.is_locked()
-    metrics, standing = folder.metrics(), sorted(entry.name for entry in folder.checkpoints.glob("step-*"))
-    steps = dict(run.get("steps", {"done": 0, "total": None}))
-    known = run["status"]
-    if known == "running":
-        if held and _may_live(folder, run):
-            steps["done"] = max(steps["done"], metrics[-1]["step"] if metrics else 0)
-        else:
-            known = "interrupted"  # killed: nobody could say so
-    evaluation = run.get("eval") or {}
-    return {
-        "folder": str(path),
-        "status": known,
-        "exit_code": run["exit_code"] if known == run["status"] else 137,
-        "error": run["error"],
-        "resumable": bool(standing) and known != "complete",
-        "pid": run.get("pid") if known == "running" else None,
-        "steps": steps,
-        "checkpoints": standing,
-        "last": metrics[-1] if metrics else None,
-        "eval": evaluation.get("kept") or None,
-        "gates": run.get("gates", []),
-        "changes": run.get("changes", []),
-        "exact": run.get("exact", True),
-        "attempts": run["attempts"],
-        "replacement": _replacement(folder),
-    }
-
-
-def _may_live(folder: RunFolder, run: dict[str, Any]) -> bool:
-    """Whether the process of a run may be the one that holds its folder: another command may do so."""
-    if _replacement(folder) == "running":
-        return False
-    if run.get("host") != platform.node() or not isinstance(pid := run.get("pid"), int):
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
-
-
-def _replacement(folder: RunFolder) -> str | None:
-    """The state of a run that will take this one's place; None: there is none."""
-    run = folder.beside().read()
-    return None if run is None else str(run["status"])
-
-
 _BEGIN_ANEW = "choose another training.output_dir, or delete that folder"
-
-
-def _is(*kinds: type) -> Callable[[Any], bool]:
-    return lambda value: type(value) in kinds
-
-
-def _lists(*keys: str) -> Callable[[Any], bool]:
-    """For a list of objects with these keys."""
-    return lambda value: (
-        isinstance(value, list) and all(isinstance(each, dict) and set(keys) <= each.keys() for each in value)
-    )
-
-
-def _maps_to_numbers(value: Any) -> bool:
-    return isinstance(value, dict) and all(type(each) in (int, float) for each in value.values())
-
-
-def _is_day(value: Any) -> bool:
-    try:
-        datetime.date.fromisoformat(value)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-_NEEDED: dict[str, Callable[[Any], bool]] = {
-    "status": _is(str),
-    "exit_code": _is(int, type(None)),
-    "error": lambda value: value is None or (isinstance(value, dict) and isinstance(value.get("message"), str)),
-    "resumable": _is(bool),
-    "identity": _is(dict),
-    "recipe": _is(dict),
-    "base_model": lambda value: isinstance(value, dict) and isinstance(value.get("revision"), (str, type(None))),
-    "versions": _is(dict),
-    "attempts": _lists(),
-    "changes": _lists("key", "before", "now", "step"),
-    "artefacts": _lists("path", "bytes", "sha256"),
-    "day": _is_day,
-}
-_POSSIBLE: dict[str, Callable[[Any], bool]] = {
-    "data": _is(dict),
-    "steps": lambda value: isinstance(value, dict) and type(value.get("done")) is int and "total" in value,
-    "wall_seconds": _is(int, float),
-    "eval": lambda value: isinstance(value, dict) and _maps_to_numbers(value.get("kept") or {}),
-    "gates": _lists("metric", "gate", "passed"),
-}
-
-
-def _unsound(run: Any) -> str | None:
-    """What a run.json lacks that the code relies on."""
-    if not isinstance(run, dict):
-        return "it holds no JSON object"
-    if run.get("schema_version") != SCHEMA_VERSION:
-        return f"schema_version is {str(run.get('schema_version'))[:20]}, and {SCHEMA_VERSION} is read"
-    needed = {**_NEEDED, **({"data": _POSSIBLE["data"]} if run.get("attempts") else {})}
-    for name, sound in {**_POSSIBLE, **needed}.items():
-        if (name in needed or name in run) and not (name in run and sound(run[name])):
-            return f"{name} is missing or wrong"
-    return None

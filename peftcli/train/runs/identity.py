@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from peftcli.recipe import to_dict
 from peftcli.recipe.names import near
 from peftcli.schema import Recipe
 from peftcli.system.disk import sha256
+from peftcli.train.runs.record import IdentityRecord
+from peftcli.train.runs.typed_json import to_json
 
 _BESIDE_THE_RECIPE = ("data", "base_model", "processes", "recipe")
 """Keys that are no settings: the bytes of data and base model, how many processes train, and of a chosen checkpoint the
@@ -23,7 +25,7 @@ recipe as a whole."""
 
 @dataclass(frozen=True)
 class Change:
-    """One thing in which the run in a folder and the one that is asked for differ."""
+    """One difference between the run in a folder and the run to start."""
 
     key: str
     """A setting as the recipe calls it, ``data.FILE``, ``base_model`` (its files) or ``processes``."""
@@ -34,28 +36,24 @@ class Change:
         """``training.learning_rate: 0.0002 -> 0.0001``."""
         return f"{self.key}: {self.before!r} -> {self.now!r}"
 
-    def as_dict(self) -> dict[str, Any]:
-        """The change as run.json holds it."""
-        return asdict(self)
 
-
-def identity(recipe: Recipe, num_processes: int) -> dict[str, Any]:
-    """What makes two runs the same: the recipe, but for where it stands and runs; the bytes of data and base model."""
+def identity(recipe: Recipe, num_processes: int) -> IdentityRecord:
+    """What makes two runs the same: the recipe, without where it runs and writes; the bytes of data and base model."""
     described = to_dict(recipe)
     elsewhere = ("output_dir", "max_time", "save_on_signal")
     training = {key: value for key, value in described["training"].items() if key not in elsewhere}
     described = {key: value for key, value in described.items() if key != "launch"} | {"training": training}
-    return {
-        "recipe": described,
-        "data": _data_hashes(recipe),
-        "base_model": base_hash(Path(recipe.base_model.name).expanduser()),
-        "processes": num_processes,
-    }
+    return IdentityRecord(
+        recipe=described,
+        data=_data_hashes(recipe),
+        base_model=base_hash(Path(recipe.base_model.name).expanduser()),
+        processes=num_processes,
+    )
 
 
-def changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
-    """In what two identities differ."""
-    old, new = _flat(before), _flat(now)
+def changes(before: IdentityRecord, now: IdentityRecord) -> list[Change]:
+    """The differences between two identities."""
+    old, new = _flat(to_json(before)), _flat(to_json(now))
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return [Change(key.removeprefix("recipe."), old.get(key), new.get(key)) for key in differing]
 
@@ -66,7 +64,7 @@ def is_allowed(change: Change, allowed: Collection[str]) -> bool:
 
 
 def check_keys(allowed: Sequence[str], recipe: Recipe) -> None:
-    """Raises UsageError for a key that nothing is called."""
+    """Raises UsageError for a key that names nothing."""
     described = to_dict(recipe)
     known = {*_sections(described), *_flat(described), *_BESIDE_THE_RECIPE}
     for key in allowed:
@@ -77,10 +75,10 @@ def check_keys(allowed: Sequence[str], recipe: Recipe) -> None:
             raise UsageError(f"nothing is called {key!r}", key="--allow-change", hint=hint)
 
 
-def digests(identity: dict[str, Any]) -> dict[str, str]:
+def digests(identity: IdentityRecord) -> dict[str, str]:
     """One hash each of an identity's recipe, data and base model, for a manifest."""
     return {
-        f"{name}_sha256": hashlib.sha256(repr(sorted(_flat(identity[name]).items())).encode()).hexdigest()
+        f"{name}_sha256": hashlib.sha256(repr(sorted(_flat(getattr(identity, name)).items())).encode()).hexdigest()
         for name in ("recipe", "data", "base_model")
     }
 

@@ -1,11 +1,11 @@
-"""Whose a run folder is: a new run's, that of a run to be gone on with, or another run's, which is refused."""
+"""Open a run: decide what the output folder holds (nothing, a run to resume, or another run, which is refused)."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +17,80 @@ from peftcli.errors import StorageError, UsageError
 from peftcli.models import hub_files
 from peftcli.recipe import to_dict, to_yaml
 from peftcli.schema import BaseModel, Recipe
+from peftcli.system.signals import Stop
 from peftcli.train.report import OnEvent, Warned, versions
-from peftcli.train.runs.checkpoint import checkpoints, damage, newest_whole, prune, read_manifest, tidy
-from peftcli.train.runs.folder import SCHEMA_VERSION, RunFolder, refuse_without_product
+from peftcli.train.runs.checkpoint import checkpoints, find_damage, newest_whole, prune, read_manifest, tidy
+from peftcli.train.runs.folder import RunFolder, refuse_without_product
 from peftcli.train.runs.identity import Change, base_hash, changes, check_keys, digests, identity, is_allowed
+from peftcli.train.runs.record import BaseModelRecord, ChangeRecord, IdentityRecord, RunRecord, SeedsRecord
 
 
 @dataclass(frozen=True)
 class StartOptions:
-    """How the command wants to begin."""
+    """How the command wants to start."""
 
     resume: str = "auto"
-    """``auto``: go on where there is something to go on with; ``never``: begin anew; ``must``: go on; or the path of a
-    checkpoint."""
+    """``auto``: resume if there is a run to resume; ``never``: start from the beginning; ``must``: resume or fail; or
+    the path of a checkpoint."""
     allow_change: tuple[str, ...] = ()
     """Keys in which the run may differ from the one in the folder."""
     overwrite: bool = False
-    """Whether a complete run of this recipe may take the place of another one."""
+    """Whether a complete run of this recipe may replace another run."""
 
 
 @dataclass(frozen=True)
-class OpenRun:
-    """A run folder that is held."""
+class Run:
+    """A run in progress, whose folder is locked."""
 
     recipe: Recipe
+    pinned: Recipe
+    """The recipe with a base model of the hub at the commit that the run began with."""
+    options: StartOptions
     folder: RunFolder
-    run: dict[str, Any]
-    """run.json as it stands now."""
-    identity: dict[str, Any]
-    """That of the run which is asked for."""
+    record: RunRecord
+    """run.json as it is now."""
+    identity: IdentityRecord
+    """The identity of this recipe, data and base model, which may differ from the recorded one."""
     changes: list[Change]
-    """In what it differs from the one in the folder, all of it allowed."""
+    """How it differs from the recorded one, all of it allowed."""
     replaces: RunFolder | None
-    """The folder whose run this one will take the place of."""
+    """The folder whose run this one will replace when it is complete."""
+    accelerator: Accelerator
+    stop: Stop
+    tell: OnEvent
+    """Receives the events of the run; in the main process only."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the main process, the only one that writes to the folder."""
+        return self.accelerator.is_main_process
+
+    def write_record(self) -> None:
+        """Write run.json."""
+        if self.is_main:
+            self.folder.write(self.record)
+
+    def warn(self, text: str) -> None:
+        """Tell the user something that stops nothing."""
+        self.tell(Warned(text))
+
+    def apply_changes(self, step: int) -> None:
+        """Record the allowed changes, which hold from after ``step``."""
+        if not self.changes:
+            return
+        for change in self.changes:
+            self.warn(f"{change}, since step {step}: the result is not exactly that of one recipe")
+            self.record.changes.append(ChangeRecord(**asdict(change), step=step))
+        self.record.exact, self.record.processes = False, self.accelerator.num_processes
+        for name, value in _description(self.recipe, self.identity).items():
+            setattr(self.record, name, value)
 
 
 @contextlib.contextmanager
-def open_run(recipe: Recipe, options: StartOptions, accelerator: Accelerator) -> Iterator[OpenRun]:
-    """Hold the run folder, and give run.json as it stands now: new, to be gone on with, or complete.
+def open_run(
+    recipe: Recipe, options: StartOptions, accelerator: Accelerator, stop: Stop, tell: OnEvent
+) -> Iterator[Run]:
+    """Lock the run folder, and give its run: a new one, one to resume, or a complete one.
 
     Raises:
         UsageError: it holds other files, or the run of another recipe, other data, another number of processes.
@@ -71,175 +107,177 @@ def open_run(recipe: Recipe, options: StartOptions, accelerator: Accelerator) ->
                 _choose(folder, now, options)  # refuses before anything is written
             folder.lock()
             folder.finish_replacing()
-            chosen, run, changed = _choose(folder, now, options)
-            if run is None and chosen.path != folder.path and chosen.path.exists():
+            chosen, record, changed = _choose(folder, now, options)
+            if record is None and chosen.path != folder.path and chosen.path.exists():
                 chosen.clear()
             for each in (folder, chosen):
                 each.tidy()
                 tidy(each.checkpoints)
-            if run is None:
-                run = _new_run(recipe, now, accelerator)
-            elif run["status"] != "complete":
-                run["resumable"] = bool(checkpoints(chosen.checkpoints))  # a kill may have come before it was said
-                if run["attempts"]:
-                    changed = [*changed, *_other_versions(run)]
+            if record is None:
+                record = _new_record(recipe, now, accelerator.num_processes)
+            elif record.status != "complete":
+                # a kill may have come before this was recorded
+                record.resumable = bool(checkpoints(chosen.checkpoints))
+                if record.attempts:
+                    changed = [*changed, *_other_versions(record)]
                 else:
-                    run["versions"] = versions()
-            shared[0] = (chosen.path, run, now, changed)
+                    record.versions = versions()
+            shared[0] = (chosen.path, record, now, changed)
         broadcast_object_list(shared)
-        path, run, now, changed = shared[0]
+        path, record, now, changed = shared[0]
         replaces = None if path == folder.path else folder
         within = folder if replaces is None else RunFolder(path)
+        pinned = _pinned(recipe, record, changed)
         with contextlib.closing(within):
-            yield OpenRun(recipe, within, run, now, changed, replaces)
+            yield Run(recipe, pinned, options, within, record, now, changed, replaces, accelerator, stop, tell)
     finally:
         folder.close()
 
 
 def _choose(
-    folder: RunFolder, now: dict[str, Any], options: StartOptions
-) -> tuple[RunFolder, dict[str, Any] | None, list[Change]]:
-    """The folder to train in, its run, and in what that differs from the one that is asked for."""
-    run = folder.read()
-    if not _has_begun(folder, run):
+    folder: RunFolder, now: IdentityRecord, options: StartOptions
+) -> tuple[RunFolder, RunRecord | None, list[Change]]:
+    """The folder to train in, its record, and how that differs from ``now``."""
+    record = folder.read()
+    if not _has_begun(folder, record):
         if options.resume == "must":
-            raise StorageError("holds no run to go on with", file=str(folder.path), key="--resume")
+            raise StorageError("holds no run to resume", file=str(folder.path), key="--resume")
         return folder, None, []
-    assert run is not None
-    changed = changes(run["identity"], now)
+    assert record is not None
+    changed = changes(record.identity, now)
     refused = [change for change in changed if not is_allowed(change, options.allow_change)]
-    complete = run["status"] == "complete"
+    complete = record.status == "complete"
     anew = options.resume == "never" and not complete
     if not refused and not anew and not (complete and changed):
         if complete:
-            refuse_without_product(folder, run)
-        return folder, run, changed
+            refuse_without_product(folder, record)
+        return folder, record, changed
     if options.overwrite:
         new = folder.beside()
         begun = new.read()
-        same = begun is not None and _has_begun(new, begun) and not changes(begun["identity"], now)
+        same = begun is not None and _has_begun(new, begun) and not changes(begun.identity, now)
         return new, begun if same and not anew else None, []
     if anew and not refused:
         raise UsageError(
-            "holds a run that can be gone on with; nothing was changed",
+            "holds a run that can be resumed; nothing was changed",
             file=str(folder.path),
             key="--resume never",
-            hint="leave --resume out to go on; or add --overwrite: the old run is moved aside once the new is complete",
+            hint="leave --resume out to resume it; or add --overwrite: the old run is moved aside once the new one is "
+            "complete",
         )
     raise UsageError(
         f"holds {'a complete run' if complete else 'a run'} of another recipe or other data; nothing was changed\n"
         + "\n".join(f"  {change}" for change in (refused or changed)[:8]),
         file=str(folder.path),
         key="training.output_dir",
-        hint=_WAYS_OUT if complete else f"{_WAYS_OUT}; to go on all the same: --allow-change {refused[0].key}",
+        hint=_WAYS_OUT if complete else f"{_WAYS_OUT}; to resume it anyway: --allow-change {refused[0].key}",
     )
 
 
 _WAYS_OUT = "choose another training.output_dir; or --overwrite: the old run is moved aside once the new is complete"
 
 
-def _has_begun(folder: RunFolder, run: dict[str, Any] | None) -> bool:
-    """Whether there is something that could be lost: a run which ended before its first step has nothing."""
-    return run is not None and bool(run["attempts"] or folder.checkpoints.exists())
+def _has_begun(folder: RunFolder, record: RunRecord | None) -> bool:
+    """Whether there is something to lose. A run that ended before its first step has nothing."""
+    return record is not None and bool(record.attempts or folder.checkpoints.exists())
 
 
-def _new_run(recipe: Recipe, now: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "status": "new",
-        "exit_code": None,
-        "error": None,
-        "resumable": False,
-        "exact": True,
-        "changes": [],
-        "processes": accelerator.num_processes,
-        "attempts": [],
-        "artefacts": [],
-        "day": day.today().isoformat(),
-        **described(recipe, now),
-    }
+def _new_record(recipe: Recipe, now: IdentityRecord, num_processes: int) -> RunRecord:
+    return RunRecord(
+        status="running",
+        exit_code=None,
+        error=None,
+        resumable=False,
+        exact=True,
+        changes=[],
+        processes=num_processes,
+        attempts=[],
+        artefacts=[],
+        day=day.today().isoformat(),
+        **_description(recipe, now),
+    )
 
 
-def described(recipe: Recipe, now: dict[str, Any]) -> dict[str, Any]:
-    """What run.json says of the recipe and of what it depends on."""
+def _description(recipe: Recipe, now: IdentityRecord) -> dict[str, Any]:
+    """The fields of a RunRecord that describe the recipe and what it depends on."""
     base = recipe.base_model
     return {
         "identity": now,
         "recipe": to_dict(recipe),
         "recipe_sha256": hashlib.sha256(to_yaml(recipe).encode()).hexdigest(),
-        "base_model": {"name": base.name, "revision": base.revision, "sha256": now["base_model"]},
+        "base_model": BaseModelRecord(name=base.name, revision=base.revision, sha256=now.base_model),
         "versions": versions(),
-        "seeds": {"training": recipe.training.seed},
+        "seeds": SeedsRecord(training=recipe.training.seed),
     }
 
 
-def _other_versions(run: dict[str, Any]) -> list[Change]:
-    """The packages that the run goes on with in another version, with which a result need not be the same."""
-    before, now = run["versions"], versions()
+def _other_versions(record: RunRecord) -> list[Change]:
+    """The packages whose version has changed since the run began; with them the result may differ."""
+    before, now = record.versions, versions()
     return [Change(f"versions.{name}", before.get(name), now[name]) for name in now if before.get(name) != now[name]]
 
 
-def at_commit(recipe: Recipe, here: OpenRun) -> Recipe:
-    """The recipe with a base model of the hub at the commit at which the run began, whatever is the newest now."""
-    base, began = recipe.base_model, here.run["base_model"].get("revision")
-    other = any(change.key.startswith("base_model") for change in here.changes)
-    if not here.run["attempts"] or other or began in (None, base.revision):
+def _pinned(recipe: Recipe, record: RunRecord, changed: list[Change]) -> Recipe:
+    """The recipe with a base model of the hub at the commit that the run began with, whatever is the newest now."""
+    base, began = recipe.base_model, record.base_model.revision
+    other = any(change.key.startswith("base_model") for change in changed)
+    if not record.attempts or other or began in (None, base.revision):
         return recipe
     return replace(recipe, base_model=replace(base, revision=began))
 
 
 def commit_of(base: BaseModel) -> dict[str, str | None]:
-    """For run.json, the commit and the hash of a base model of the hub, which was loaded; nothing of a local one."""
+    """The fields of a BaseModelRecord that say which commit of the hub was loaded; empty for a local base model."""
     folder = hub_files.snapshot(base)
     if folder is None:
         return {}
     return {"revision": folder.name, "sha256": base_hash(folder)}
 
 
-def checkpoint_to_resume(
-    here: OpenRun, options: StartOptions, keep: int, accelerator: Accelerator, tell: OnEvent
-) -> Path | None:
-    """The checkpoint to go on from, agreed by all processes; None: from the start.
+def checkpoint_to_resume(run: Run) -> Path | None:
+    """The checkpoint to resume from, agreed by all processes; None: start from the beginning.
 
     Raises:
-        UsageError: the chosen one is another run's.
+        UsageError: the chosen one belongs to another run.
         StorageError: it is damaged; or there is none, and there must be.
     """
     found: list[Any] = [None]
-    if accelerator.is_main_process:
-        if options.resume in ("auto", "must", "never"):
-            found[0] = newest_whole(here.folder.checkpoints, lambda text: tell(Warned(text)))
-            prune(here.folder.checkpoints, keep)  # a kill may have left one more
-            if options.resume == "must" and found[0] is None:
-                raise StorageError("no whole checkpoint", file=str(here.folder.checkpoints), key="--resume must")
+    if run.is_main:
+        resume, folder = run.options.resume, run.folder.checkpoints
+        if resume in ("auto", "must", "never"):
+            found[0] = newest_whole(folder, run.warn)
+            prune(folder, run.recipe.training.save_total_limit)  # a kill may have left one more
+            if resume == "must" and found[0] is None:
+                raise StorageError("no whole checkpoint", file=str(folder), key="--resume must")
         else:
-            found[0] = _chosen(Path(options.resume), here, options)
+            found[0] = _chosen(Path(resume), run)
     broadcast_object_list(found)
     checkpoint = found[0]
     assert checkpoint is None or isinstance(checkpoint, Path)
     return checkpoint
 
 
-def _chosen(path: Path, here: OpenRun, options: StartOptions) -> Path:
+def _chosen(path: Path, run: Run) -> Path:
     if not path.is_dir():
         hint = "auto, must, never, or the folder of a checkpoint"
         raise UsageError("no such checkpoint", file=str(path), key="--resume", hint=hint)
-    if reason := damage(path):
+    if reason := find_damage(path):
         raise StorageError(f"damaged checkpoint: {reason}", file=str(path))
-    manifest, wanted = read_manifest(path), dict[str, Any](digests(here.run["identity"]))
-    wanted["processes"], manifest["processes"] = here.run["identity"]["processes"], manifest.get("num_processes")
+    recorded = run.record.identity
+    manifest, wanted = read_manifest(path), dict[str, Any](digests(recorded))
+    wanted["processes"], manifest["processes"] = recorded.processes, manifest.get("num_processes")
     other = [
         Change(name.removesuffix("_sha256"), manifest.get(name), value)
         for name, value in wanted.items()
         if manifest.get(name) != value
     ]
     names = [change.key for change in other]
-    if not set(names) <= set(options.allow_change):
+    if not set(names) <= set(run.options.allow_change):
         raise UsageError(
             f"was written with another {' and another '.join(names)}",
             file=str(path),
             key="--resume",
-            hint=f"to go on all the same: {' '.join(f'--allow-change {name}' for name in names)}",
+            hint=f"to resume it anyway: {' '.join(f'--allow-change {name}' for name in names)}",
         )
-    here.changes.extend(other)
+    run.changes.extend(other)
     return path

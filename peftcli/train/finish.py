@@ -1,0 +1,73 @@
+"""The end of a run: its product, and its gates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftcli.adapters.card import write_card
+from peftcli.core.weights import adapter_state
+from peftcli.errors import GateFailed
+from peftcli.models import tokens
+from peftcli.recipe import gate_holds, parse_gate, to_yaml
+from peftcli.system.disk import sha256, write_file
+from peftcli.tasks.text.stop_tokens import missing_stops
+from peftcli.train.report import draw_losses, peak_memory_bytes
+from peftcli.train.runs.checkpoint import State, prune, write_finite
+from peftcli.train.runs.record import ArtefactRecord, EvaluationRecord, GateRecord, MemoryRecord
+from peftcli.train.runs.resume import Run
+from peftcli.train.training_loop import RunData
+
+
+def finish(run: Run, data: RunData, state: State) -> None:
+    """Write the product (adapter, tokenizer if it differs, card, curve, recipe) and what the gates say."""
+    recipe, folder, record, progress = run.recipe, run.folder, run.record, state.progress
+    tensors = state.best_adapter if state.best_adapter is not None else adapter_state(state.model)
+    kept = progress.best_eval if state.best_adapter is not None else progress.last_eval
+    write_finite(tensors, state.config, folder.path)
+    own = tokens.save_with_adapter(folder.path, data.tokenizer, recipe.base_model)
+    write_file(folder.path / "recipe.yaml", to_yaml(recipe).encode())
+    draw_losses(folder.metrics(), folder.path / "loss.png")
+    record.steps.done = progress.step
+    record.train_loss = progress.loss_sum / progress.num_targets if progress.num_targets else None
+    record.eval = EvaluationRecord(
+        first=progress.first_eval,
+        last=progress.last_eval,
+        best=progress.best_eval,
+        best_step=progress.best_step,
+        kept=kept,
+    )
+    record.peak_memory_bytes = MemoryRecord(**peak_memory_bytes())
+    record.gates = check_gates(recipe.gates, kept)
+    generation = getattr(state.model, "generation_config", None)
+    if stops := missing_stops(data.tokenizer, folder.path, getattr(generation, "eos_token_id", None)):
+        record.eos_token_id = stops
+    run.write_record()
+    write_card(folder.path)  # from run.json
+    names = ("adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png", "recipe.yaml", *own)
+    record.artefacts = [
+        ArtefactRecord(path=name, bytes=(folder.path / name).stat().st_size, sha256=sha256(folder.path / name))
+        for name in names
+    ]
+    prune(folder.checkpoints, recipe.training.save_total_limit)  # those that could not be deleted at their time
+    record.attempts[-1].end_step, record.attempts[-1].reason = progress.step, "complete"
+    record.status, record.resumable, record.error = "complete", False, None
+    record.exit_code = 0 if all(gate.passed for gate in record.gates) else GateFailed.exit_code
+    run.write_record()
+
+
+def check_gates(gates: dict[str, str], metrics: dict[str, float]) -> list[GateRecord]:
+    """Compare the metrics with the recipe's gates."""
+    checked = []
+    for name, text in gates.items():
+        operator, bound = parse_gate(text)
+        value = metrics.get(name)
+        passed = value is not None and gate_holds(operator, value, bound)
+        checked.append(GateRecord(metric=name, gate=text, value=value, passed=passed))
+    return checked
+
+
+def raise_failed_gates(gates: list[dict[str, Any]]) -> None:
+    """Raises GateFailed naming the gates of a run.json that do not hold."""
+    failed = [f"{gate['metric']} is {gate['value']}, wanted {gate['gate']}" for gate in gates if not gate["passed"]]
+    if failed:
+        raise GateFailed("; ".join(failed), key="gates")

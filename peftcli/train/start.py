@@ -1,0 +1,90 @@
+"""Start a run: in this process, or in one process for each device. Nothing here imports torch until it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftcli.errors import PeftcliError
+from peftcli.schema import Recipe
+from peftcli.system import signals
+from peftcli.train import launch
+from peftcli.train.runs.folder import RunFolder
+from peftcli.train.runs.status import read_records, record_failure
+
+if TYPE_CHECKING:
+    from peftcli.train.report import OnEvent
+
+
+def start(
+    recipe: Recipe,
+    command: Sequence[str],
+    on_event: OnEvent,
+    *,
+    resume: str = "auto",
+    allow_change: Sequence[str] = (),
+    overwrite: bool = False,
+) -> dict[str, Any] | None:
+    """Train what a recipe describes, in as many processes as it wants.
+
+    Args:
+        recipe: What to train.
+        command: The words after ``peftcli`` that start one more process of this run.
+        on_event: Receives what happens in this process.
+        resume: As in ``peftcli.train.run.train``, like the two below.
+        allow_change: The same.
+        overwrite: The same.
+
+    Returns:
+        The content of run.json; None when another process has it and prints the answer.
+
+    Raises:
+        PeftcliError: of the kind that its class says.
+    """
+    folder = RunFolder(Path(recipe.training.output_dir))
+    _note_resumable(folder)
+    launch.follow_parent()
+    if not launch.launched():
+        count = launch.process_count(recipe.launch)
+        if count > 1 or recipe.launch.num_machines > 1:
+            _launch(recipe, folder, command, count, on_event, overwrite)
+            return None
+
+    from peftcli.train.run import train
+
+    with launch.left_in_the_end():
+        run = train(recipe, resume=resume, allow_change=allow_change, overwrite=overwrite, on_event=on_event)
+    return run if launch.is_main_process() else None
+
+
+def _note_resumable(folder: RunFolder) -> None:
+    """Note whether there is a checkpoint: a signal that comes while torch is imported decides the exit code by it."""
+    try:
+        record = folder.read()
+    except PeftcliError:  # raised again later, with all that is wrong
+        return
+    signals.current().saved = record is not None and record.resumable
+
+
+def _launch(
+    recipe: Recipe, folder: RunFolder, command: Sequence[str], count: int, on_event: OnEvent, overwrite: bool
+) -> None:
+    """Lock the run folder, encode the data once, and start ``count`` processes."""
+    from peftcli.train.data import prepare_data
+
+    record, is_first = folder.read(), recipe.launch.machine_rank == 0
+    if is_first:  # other machines may share the folder
+        folder.lock()
+    before = read_records(folder)
+    try:
+        if overwrite or record is None or record.status != "complete":
+            prepare_data(recipe, record.day if record else None, on_event)
+        lock = folder.give_lock() if is_first else None
+        launch.run_processes(command, count, recipe.launch, lock, recipe.training.save_on_signal)
+    except PeftcliError as error:
+        if is_first:
+            record_failure(folder, error, before)
+        raise
+    finally:
+        folder.close()

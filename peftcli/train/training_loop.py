@@ -1,0 +1,238 @@
+"""Run the training loop; evaluate, save, log and react to signals between steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn
+
+import torch
+
+from peftcli.core.weights import adapter_state
+from peftcli.errors import Diverged, UsageError
+from peftcli.system.signals import TIME_LIMIT, wants_save
+from peftcli.tasks.base import Task
+from peftcli.train.data import Data
+from peftcli.train.evaluate import evaluate
+from peftcli.train.loop import LESS_LEARNING, StepResult, fit
+from peftcli.train.plan import Plan
+from peftcli.train.report import Evaluated, Saved, Stepped
+from peftcli.train.runs.checkpoint import Progress, State, random_state, restore_random, save_checkpoint
+from peftcli.train.runs.identity import digests
+from peftcli.train.runs.record import RunRecord
+from peftcli.train.runs.resume import Run
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains on."""
+
+    examples: Data
+    task: Task
+    tokenizer: Any
+    plan: Plan
+    """Which examples each step sees."""
+    quantization: dict[str, Any] | None
+    """How the base model's weights are stored in fewer bits."""
+
+
+class TrainingLoop:
+    """The steps of a run, and what happens between them."""
+
+    def __init__(self, run: Run, data: RunData, state: State):
+        self.active, self.data, self.state, self.plan = run, data, state, data.plan
+        self.training, self.progress = run.recipe.training, state.progress
+        self.clock = _Clock(run.record, state.progress)
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            Interrupted: a signal came, or the time limit passed; there is a checkpoint.
+            Diverged: a loss, gradient or metric is NaN or Inf.
+        """
+        try:
+            self._start()
+            self._steps()
+        finally:
+            self.clock.record_speed()
+
+    def _start(self) -> None:
+        stop, progress = self.active.stop, self.progress
+        stop.check()
+        stop.at_once = False
+        if progress.pending is None and progress.step == 0 and self.training.eval_on_start:
+            progress.pending = {}
+        if progress.pending is not None:
+            self._log_pending()
+
+    def _steps(self) -> None:
+        training, plan, state, data = self.training, self.plan, self.state, self.data
+        accelerator, start = self.active.accelerator, self.progress.step
+        for result in fit(state.prepared, data.task, data.examples.train, data.tokenizer, plan, accelerator, start):
+            line = self._count(result)
+            last = result.step == plan.total_steps
+            if last or _is_due(training.eval_strategy, training.eval_steps, result.step, plan):
+                self.progress.pending = line
+                self._log_pending()
+            else:
+                self._log(line)
+            if last:
+                break
+            self._handle_request()
+            if _is_due(training.save_strategy, training.save_steps, result.step, plan):
+                self.save()
+                self._handle_request(saved=True)
+
+    def _count(self, result: StepResult) -> dict[str, Any]:
+        """Count a step. Returns its line of metrics.jsonl; empty where the step is not logged."""
+        plan, progress = self.plan, self.progress
+        loss_sum = result.loss * result.num_targets
+        progress.step = result.step
+        progress.loss_sum += loss_sum
+        progress.num_targets += result.num_targets
+        progress.num_tokens += result.num_tokens
+        progress.window_loss_sum += loss_sum
+        progress.window_num_targets += result.num_targets
+        mean = progress.window_loss_sum / progress.window_num_targets
+        logged = result.step % self.training.logging_steps == 0 or result.step in (1, plan.total_steps)
+        self.active.tell(Stepped(result, plan.epoch(result.step), logged, mean))
+        if not logged:
+            return {}
+        progress.window_loss_sum, progress.window_num_targets = 0.0, 0
+        return {**asdict(result), "loss": mean}
+
+    def _log(self, line: dict[str, Any]) -> None:
+        """Write a line of metrics.jsonl, unless it is empty."""
+        if line and self.active.is_main:
+            step = self.progress.step
+            self.active.folder.log({"step": step, "epoch": self.plan.epoch(step), **line})
+
+    # --- evaluation ---------------------------------------------------------------------------------------------------
+
+    def _log_pending(self) -> None:
+        """Evaluate, and log the metrics in the pending line."""
+        line = dict(self.progress.pending or {})
+        line |= self.evaluate()
+        self.progress.pending = None
+        self._log(line)
+
+    def evaluate(self) -> dict[str, float]:
+        """The metrics on the evaluation data; empty where the recipe wants no evaluation."""
+        training, progress, data = self.training, self.progress, self.data
+        if data.examples.eval is None or training.eval_strategy == "no":
+            return {}
+        random = random_state()
+        metrics = evaluate(
+            self.state.prepared.model,
+            data.task,
+            data.examples.eval,
+            data.tokenizer,
+            training.per_device_eval_batch_size,
+            self.active.accelerator,
+            stopping=lambda: self.request() not in (0, TIME_LIMIT),  # or a long evaluation would never end
+        )
+        if metrics is None:
+            restore_random(random)  # as when it is made from the beginning
+            return self.evaluate() if self._saved_only() else self._interrupt()
+        if not all(map(math.isfinite, metrics.values())):
+            raise Diverged(f"the evaluation after step {progress.step} is not finite: {metrics}", hint=LESS_LEARNING)
+        self.active.tell(Evaluated(progress.step, metrics, self._is_best(metrics)))
+        return metrics
+
+    def _is_best(self, metrics: dict[str, float]) -> bool:
+        """Keep the metrics, and the adapter if it is the best so far and the recipe wants the best."""
+        training, progress = self.training, self.progress
+        progress.last_eval = metrics
+        if progress.step == 0:
+            progress.first_eval = metrics
+        name = training.metric_for_best_model
+        if name not in metrics:
+            name = f"eval_{name}"
+        if name not in metrics:
+            raise UsageError(
+                f"evaluation reports {', '.join(metrics)}, not {training.metric_for_best_model}",
+                key="training.metric_for_best_model",
+            )
+        greater = training.greater_is_better
+        greater = not name.endswith(("loss", "perplexity")) if greater is None else greater
+        before = progress.best_eval.get(name)
+        best = before is None or (metrics[name] > before if greater else metrics[name] < before)
+        if best:
+            progress.best_eval, progress.best_step = metrics, progress.step
+            if training.load_best_model_at_end:
+                tensors = adapter_state(self.state.model)
+                self.state.best_adapter = {key: value.cpu().clone() for key, value in tensors.items()}
+        return best
+
+    # --- checkpoints and signals --------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        run, record = self.active, self.active.record
+        keep, made_by = self.training.save_total_limit, digests(record.identity)
+        if run.is_main:
+            run.folder.sync_metrics()
+        path = save_checkpoint(run.folder.checkpoints, self.state, keep, run.accelerator, made_by)
+        run.stop.saved = True
+        record.steps.done, record.resumable = self.progress.step, True
+        self.clock.record_speed()
+        run.write_record()
+        run.tell(Saved(path))
+
+    def request(self) -> int:
+        """The request that any process has received, agreed by all; 0: none."""
+        accelerator, request = self.active.accelerator, self.active.stop.request
+        if accelerator.num_processes > 1:
+            flag = torch.tensor(float(request), device=accelerator.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            request = int(flag)
+        return request
+
+    def _handle_request(self, *, saved: bool = False) -> None:
+        """Save if a checkpoint is requested and not ``saved``; raise Interrupted if a stop is requested."""
+        request = self.request()
+        if not request:
+            return
+        self.active.stop.save = False
+        if not saved:
+            self.save()
+        if not wants_save(request):
+            self._interrupt(request)
+
+    def _saved_only(self) -> bool:
+        """Save if a checkpoint is requested, and no stop. Returns whether that was so."""
+        if not wants_save(self.request()):
+            return False
+        self.active.stop.save = False
+        if self.progress.step:
+            self.save()
+        return True
+
+    def _interrupt(self, request: int = 0) -> NoReturn:
+        """Raise Interrupted, with a checkpoint if a step was done."""
+        stop, step, request = self.active.stop, self.progress.step, request or self.request()
+        if not step:
+            raise stop.interrupted("stopped before the first step", saved=stop.saved, request=request)
+        if self.progress.pending is not None:
+            self.save()
+        raise stop.interrupted(f"stopped after step {step} of {self.plan.total_steps}", saved=True, request=request)
+
+
+class _Clock:
+    """Measures the seconds of training from now on, and the speed, for run.json."""
+
+    def __init__(self, record: RunRecord, progress: Progress):
+        self.record, self.progress = record, progress
+        self.started, self.seconds_before = time.perf_counter(), record.wall_seconds or 0.0
+        self.tokens_before = progress.num_tokens
+
+    def record_speed(self) -> None:
+        elapsed = time.perf_counter() - self.started
+        self.record.wall_seconds = round(self.seconds_before + elapsed, 3)
+        self.record.tokens_per_second = round((self.progress.num_tokens - self.tokens_before) / elapsed, 1)
+
+
+def _is_due(strategy: str, every: int, step: int, plan: Plan) -> bool:
+    return step % every == 0 if strategy == "steps" else strategy == "epoch" and plan.ends_epoch(step)
