@@ -13,7 +13,7 @@ from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.protocols import calibrate, needs_batches
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.layers import LoraLayer
+from peftcli.methods.lora.lora import LoraLayer
 
 FROM_WEIGHT = ("pissa", "pissa_niter_4", "olora")
 FROM_DATA = ("corda", "lora_ga")

@@ -50,7 +50,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "lora": Method(
         "lora.config:LoraConfig",
-        "lora.wrap",
+        "lora.layers",
         "LORA",
         "LoRA",
         "a low-rank update beside chosen layers",

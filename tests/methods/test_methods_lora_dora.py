@@ -13,8 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from peftcli.core.inject import inject, set_active, set_trainable
 from peftcli.core.merge import merge
+from peftcli.methods.lora import dora
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.wrap import wrap
+from peftcli.methods.lora.layers import wrap
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +94,7 @@ def test_dropout_falls_on_what_differs_from_the_base_layer() -> None:
     found = layer(x)
     torch.manual_seed(0)
     seen = layer.dropout(x)
-    factor = layer.factor()
+    factor = dora.factor(layer)
     expected = base(x) + (factor - 1) * F.linear(seen, base.weight) + factor * layer.update(seen)
     torch.testing.assert_close(found, expected)
 

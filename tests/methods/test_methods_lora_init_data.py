@@ -18,12 +18,13 @@ from peftcli.core.protocols import calibrate, needs_base_weights
 from peftcli.core.weights import adapter_state, training_state
 from peftcli.errors import AdapterError, ModelError
 from peftcli.methods import config_from_dict
-from peftcli.methods.lora.calibrate import start_loftq
+from peftcli.methods.lora.initialisations.loftq import start_loftq
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.eva import eva_directions, start_eva
+from peftcli.methods.lora.initialisations.eva import eva_directions, start_eva
 from peftcli.methods.lora.init_config import EvaConfig, LoftQConfig, LoraGAConfig
-from peftcli.methods.lora.residual_init import StartedLinear
-from peftcli.methods.lora.statistics import covariances, gradients
+from peftcli.methods.lora.initialisations.residual import ResidualLinear
+from peftcli.methods.lora.initialisations.corda import covariances
+from peftcli.methods.lora.initialisations.lora_ga import gradients
 from peftcli.models.load import base_of
 from peftcli.models.weights import BaseWeights
 
@@ -133,7 +134,7 @@ def test_lora_ga_takes_other_directions_of_the_gradient_for_a_than_for_b(directi
 def test_lora_gas_scales(scale: Any, size: float | None) -> None:
     model, _ = started("llama", "lora_ga", lora_alpha=8, lora_ga_config=LoraGAConfig(scale=scale))
     layer = layers_of(model)["model.layers.0.self_attn.q_proj"]
-    assert isinstance(layer, StartedLinear)
+    assert isinstance(layer, ResidualLinear)
     if size is None:
         size = (torch.linalg.svdvals(layer.base_layer.weight)[:4] / layer.scaling).sqrt().mean().item()
     tolerance = 1e-2 if scale == "weight_svd" else 1e-4  # the singular values there are approximate

@@ -23,7 +23,7 @@ from peftcli.core.merge import merge
 from peftcli.core.weights import adapter_state, named_tensors
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.wrap import wrap
+from peftcli.methods.lora.layers import wrap
 
 CONVOLUTIONS = {
     "1d": (nn.Conv1d, {}),
@@ -75,7 +75,7 @@ def test_a_convolution_merges_into_its_weight(name: str, settings: dict[str, Any
     torch.testing.assert_close(torch.func.functional_call(base, tensors, (x,)), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_convolution_with_groups_sees_all_channels_and_is_not_merged() -> None:
+def test_a_convolution_with_groups_reads_all_channels_and_says_why_it_is_not_merged() -> None:
     base = nn.Conv2d(4, 6, 3, groups=2, dilation=2)
     layer = _filled(base, r=4, lora_alpha=8)
     a, b = layer.lora_A.weight, layer.lora_B.weight
@@ -83,12 +83,27 @@ def test_a_convolution_with_groups_sees_all_channels_and_is_not_merged() -> None
     assert b.shape == (6, 2, 1, 1)
     x = torch.randn(2, 4, 9, 9)
     torch.testing.assert_close(layer(x), base(x) + 2 * F.conv2d(F.conv2d(x, a, dilation=2), b, groups=2))
-    with pytest.raises(AdapterError, match="convolution with groups cannot be merged"):
+    with pytest.raises(AdapterError, match="convolution with 2 groups cannot be merged: .* channels of other groups"):
         layer.folded(dict(base.named_parameters()))
     with pytest.raises(AdapterError, match=r"use_dora: is not supported for x\.proj, a convolution with groups"):
         _filled(base, r=4, use_dora=True)
     with pytest.raises(AdapterError, match=r"r: 3 is no multiple of x.proj's 2 groups"):
         _filled(base, r=3)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize("settings", [{}, {"lora_bias": True}])
+def test_a_convolution_with_groups_is_merged_where_its_update_keeps_to_them(groups: int, settings: Any) -> None:
+    base = nn.Conv2d(4, 8, 3, groups=groups, padding=1, padding_mode="reflect")
+    layer = _filled(base, r=4, **settings)
+    with torch.no_grad():  # each group's rows of A read the group's channels only
+        rows = layer.lora_A.weight.view(groups, 4 // groups, groups, 4 // groups, 3, 3)
+        rows *= torch.eye(groups).view(groups, 1, groups, 1, 1, 1)
+    x = torch.randn(2, 4, 9, 9)
+    tensors = {**dict(base.named_parameters()), **layer.folded(dict(base.named_parameters()))}
+    torch.testing.assert_close(torch.func.functional_call(base, tensors, (x,)), layer(x), atol=1e-4, rtol=1e-4)
+    nn.init.zeros_(layer.lora_B.weight)
+    assert torch.equal(layer.folded(dict(base.named_parameters()))["weight"], base.weight)
 
 
 class _Encoder(nn.Module):

@@ -12,10 +12,9 @@ from peftcli.core.inject import replace_modules, train_other_biases
 from peftcli.core.layer import AdapterLayer, TrainedCopy, bare, base_paths
 from peftcli.core.targets import find_modules
 from peftcli.core.token_rows import share_rows, wrap_rows
-from peftcli.methods._linear import dropout_layer
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.layers import LoraEmbedding, LoraLayer, LoraLinear
-from peftcli.methods.lora.names import tied_group, token_modules
+from peftcli.methods.lora.lora import LoraEmbedding, LoraLayer, LoraLinear
+from peftcli.methods.lora.targets import tied_group, token_modules
 
 
 def attach(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) -> None:
@@ -39,7 +38,6 @@ class TiedHead(LoraLayer):
         self.scaling = source.scaling
         self.place = place
         """The embedding's name in the model."""
-        self.dropout = dropout_layer(config.lora_dropout)
         self.lora_embedding_A, self.lora_embedding_B = source.lora_embedding_A, source.lora_embedding_B
 
     def file_tensors(self) -> dict[str, torch.Tensor]:

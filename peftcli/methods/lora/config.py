@@ -16,7 +16,7 @@ from peftcli.methods.lora.init_config import (
     LoraGAConfig,
     Name,
     init_problems,
-    starts_away_from_zero,
+    is_residual,
 )
 
 
@@ -108,7 +108,7 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
         """The plain LoRA that computes the same: where the start is subtracted, one of twice the r."""
         nothing: Any = dict.fromkeys(SECTIONS.values())
         same = replace(self, init_lora_weights=True, **nothing)
-        if not starts_away_from_zero(self.init_lora_weights):
+        if not is_residual(self.init_lora_weights):
             return same
         more = math.sqrt(2) if self.use_rslora else 2
         return replace(

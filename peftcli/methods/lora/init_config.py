@@ -83,8 +83,8 @@ FROM_DATA = ("eva", "corda", "lora_ga")
 """Those that look at the training data first."""
 
 
-def starts_away_from_zero(init: bool | str) -> bool:
-    """Whether B A is not zero at the start, so that the layer subtracts what it starts with."""
+def is_residual(init: bool | str) -> bool:
+    """Return whether B A is not zero at the start, so that the layer subtracts that product."""
     return init in ("pissa", "olora", "corda", "lora_ga") or FAST_PISSA.fullmatch(str(init)) is not None
 
 

@@ -1,121 +1,106 @@
-"""The layers of LoRA (https://arxiv.org/abs/2106.09685)."""
+"""What LoRA does in a model: see ``peftcli.core.protocols``."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype
-from peftcli.core.linear import Linear, dense_weight
+from peftcli.core.layer import bare
+from peftcli.core.linear import linear_view
 from peftcli.core.targets import pattern_value
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import beside, dropout_layer
+from peftcli.methods._linear import with_bias
+from peftcli.methods.lora.attach import attach as attach
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.init import start
+from peftcli.methods.lora.dora import add_magnitude
+from peftcli.methods.lora.init_config import FROM_DATA
+from peftcli.methods.lora.initialisations.from_data import calibrate as calibrate
+from peftcli.methods.lora.initialisations.loftq import start_loftq
+from peftcli.methods.lora.initialisations.residual import check_initialisation, linear_layer
+from peftcli.methods.lora.lora import CONVOLUTIONS, LoraConv, LoraEmbedding, LoraLayer, check_size
+from peftcli.methods.lora.parameters import (
+    LoraAttention,
+    LoraOutputProjection,
+    check_attention,
+    named_parameters,
+    wrap_parameters,
+)
+from peftcli.methods.lora.replicate import replicate, separate
+from peftcli.methods.lora.targets import targets as targets
+from peftcli.methods.lora.updates import updates as updates
 
 
-class LoraLayer(AdapterLayer):
-    """What LoRA's layers share: ``delta`` of the base weight, and how much of it counts."""
+def wrap(module: nn.Module, name: str, config: LoraConfig) -> LoraLayer:
+    """Return the LoRA layer over ``module``, whose name in the model is ``name``.
 
-    larger_rate = ("lora_B.weight", "lora_B.bias", "out.lora_B.weight")
-    embedding_rate = ("lora_embedding_A", "lora_embedding_B")
-
-    def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig):
-        super().__init__(base_layer)
-        self.r = int(pattern_value(config.rank_pattern, name, config.r))
-        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
-        self.scaling = alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
-
-    def delta(self) -> torch.Tensor:
-        """What the adapter adds to the base weight, in the base weight's shape."""
-        raise NotImplementedError
-
-    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"weight": base["weight"].to(adapter_dtype(base["weight"])) + self.delta()}
-
-
-class LoraPair(LoraLayer):
-    """``y = W x + scaling * B A x``, with A and B layers of the base layer's kind; ``B`` starts at zero."""
-
-    lora_A: Any
-    lora_B: Any
-
-    def place(self, a: nn.Module, b: nn.Module, config: LoraConfig) -> None:
-        """Take A and B, of which B may have a bias, and give them their first values."""
-        self.lora_A, self.lora_B = a, b
-        self.dropout = dropout_layer(config.lora_dropout)
-        init, weights = config.init_lora_weights, (self.lora_A.weight, self.lora_B.weight)
-        start(*weights, init, self.scaling, lambda: dense_weight(self.base_layer))
-        if self.lora_B.bias is not None and init:
-            nn.init.zeros_(self.lora_B.bias)
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        if not self.enabled:
-            return y
-        return y + self.update(self.dropout(x.to(self.lora_A.weight.dtype))).to(y.dtype)
-
-    def update(self, x: torch.Tensor) -> torch.Tensor:
-        """What the adapter adds to the output for the input ``x``, which has the adapter's dtype."""
-        return self.scaling * self.lora_B(self.lora_A(x))
-
-    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        merged, bias = super().merged_tensors(base), self.lora_B.bias
-        if bias is None:
-            return merged
-        if "bias" not in base:
-            raise AdapterError("cannot be merged: a base layer has no bias to add lora_B's to", key="lora_bias")
-        return merged | {"bias": base["bias"] + self.scaling * bias}
+    Raises:
+        AdapterError: LoRA does not adapt such a module, or not with these settings.
+    """
+    check_initialisation(module, name, config)
+    if named_parameters(module, name, config):
+        return wrap_parameters(module, name, config)
+    base, view = bare(module), linear_view(module)
+    weight = getattr(base, "weight", None)
+    if view is not None:  # a quantised weight has another shape
+        check_size(_r(name, config), (view.out_features, view.in_features), name)
+    elif weight is not None and weight.ndim > 1:
+        check_size(_r(name, config), weight.flatten(1).shape, name)
+    if isinstance(base, nn.MultiheadAttention):
+        check_attention(name, config)
+        return LoraAttention(module, name, config)
+    below = with_bias(module, config.bias)
+    layer: LoraLayer
+    if isinstance(base, NonDynamicallyQuantizableLinear):
+        check_attention(name, config)
+        layer = LoraOutputProjection(below, name, config.plain() if config.inference_mode else config)
+    elif view is not None:
+        layer = linear_layer(below, name, config)
+    elif isinstance(base, CONVOLUTIONS):
+        layer = LoraConv(below, name, config)
+    elif isinstance(base, nn.Embedding):
+        if config.lora_bias:
+            raise AdapterError(f"is not supported for {name}, an Embedding", key="lora_bias")
+        layer = LoraEmbedding(below, name, config)
+    else:
+        raise AdapterError(
+            f"{name} is a {type(base).__name__}; LoRA adapts Linear, Conv1D, Embedding, Conv1d, Conv2d, Conv3d and "
+            "MultiheadAttention",
+            key="target_modules",
+        )
+    if config.use_dora:
+        add_magnitude(layer)
+    return layer
 
 
-class LoraLinear(LoraPair):
-    """A linear layer with ``A: (r, in)`` and ``B: (out, r)``."""
-
-    def __init__(self, base_layer: nn.Module, view: Linear, name: str, config: LoraConfig):
-        super().__init__(base_layer, name, config)
-        self.view = view
-        like = beside(base_layer)
-        down = nn.Linear(view.in_features, self.r, bias=False, **like)
-        self.place(down, nn.Linear(self.r, view.out_features, bias=config.lora_bias, **like), config)
-
-    def delta(self) -> torch.Tensor:
-        return self.view.as_stored(self.scaling * (self.lora_B.weight @ self.lora_A.weight))
+def reshape(model: nn.Module, config: LoraConfig) -> None:
+    """Build the deeper model of ``layer_replication``."""
+    if config.layer_replication:
+        replicate(model, config.layer_replication)
 
 
-class LoraEmbedding(LoraLayer):
-    """``e(t) = W[t] + scaling * B A[:, t]`` with ``A: (r, V)``, ``B: (D, r)``; ``A`` starts at zero."""
-
-    def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig):
-        super().__init__(base_layer, name, config)
-        weight = self.base_layer.weight
-        vocabulary, width = weight.shape
-        check_size(self.r, weight.shape, name)
-        like = beside(base_layer)
-        first = torch.zeros if config.init_lora_weights else torch.randn
-        self.lora_embedding_A = nn.Parameter(first(self.r, vocabulary, **like))
-        self.lora_embedding_B = nn.Parameter(torch.randn(width, self.r, **like))
-        # some embeddings scale what they look up; the update is scaled alike, so that merging changes nothing
-        self.output_scale = getattr(base_layer, "embed_scale", 1.0)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        y = self.base_layer(ids)
-        return y + self.update(ids).to(y.dtype) if self.enabled else y
-
-    def update(self, ids: torch.Tensor) -> torch.Tensor:
-        """What the adapter adds to the output."""
-        z = F.embedding(ids, self.lora_embedding_A.T) @ self.lora_embedding_B.T
-        return self.scaling * self.output_scale * z
-
-    def delta(self) -> torch.Tensor:
-        return self.scaling * (self.lora_embedding_B @ self.lora_embedding_A).T
+def after_merge(model: nn.Module, config: LoraConfig) -> None:
+    """Give the layers of the deeper model weights of their own."""
+    if config.layer_replication:
+        separate(model)
 
 
-def check_size(r: int, shape: Sequence[int], name: str) -> None:
-    """Raises AdapterError for an r far beyond what a weight of this shape, (out, in), has room for."""
-    if r > 8 * min(shape):
-        raise AdapterError(f"{r} is far larger than {name}: {shape[0]} x {shape[1]}", key="r")
+def needs_batches(config: LoraConfig) -> bool:
+    """Return whether A and B start from the training data."""
+    return config.init_lora_weights in FROM_DATA
+
+
+def needs_base_weights(config: LoraConfig) -> bool:
+    """Return whether A and B start from the weights before quantisation."""
+    return config.init_lora_weights == "loftq"
+
+
+def start_from_base(model: nn.Module, config: LoraConfig, weight: Callable[[str], torch.Tensor]) -> None:
+    """Start from what quantisation took away."""
+    start_loftq(model, weight)
+
+
+def _r(name: str, config: LoraConfig) -> int:
+    return int(pattern_value(config.rank_pattern, name, config.r))

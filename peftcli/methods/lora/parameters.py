@@ -13,8 +13,8 @@ from peftcli.core.targets import module_matches
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import beside
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.init import start
-from peftcli.methods.lora.layers import LoraLayer, LoraLinear, check_size
+from peftcli.methods.lora.initialisations import initialise
+from peftcli.methods.lora.lora import LoraLayer, LoraLinear, check_size
 
 
 class InsideLayer(LoraLayer):
@@ -59,7 +59,7 @@ class LoraAttention(InsideLayer):
         down, up = nn.Linear(width, self.r, bias=False, **like), nn.Linear(self.r, width, bias=False, **like)
         self.out = nn.ModuleDict({"lora_A": down, "lora_B": up})
         for a, b in ((self.lora_A, self.lora_B), (down, up)):
-            start(a.weight, b.weight, config.init_lora_weights, self.scaling, lambda: attention.out_proj.weight)
+            initialise(a.weight, b.weight, config.init_lora_weights, self.scaling, lambda: attention.out_proj.weight)
 
     def file_name(self, path: str, tensor: str) -> str:
         return super().file_name(path, tensor.replace("out.", "base_layer.out_proj.", 1))
@@ -106,7 +106,7 @@ class LoraParameter(InsideLayer):
         self.lora_A = nn.Linear(inputs, self.r * self.experts, **like)
         self.lora_B = nn.Linear(self.r * self.experts, out, **like)
         for a, b in zip(*self.pairs(), strict=True):
-            start(a, b, config.init_lora_weights, self.scaling, lambda: weight)
+            initialise(a, b, config.init_lora_weights, self.scaling, lambda: weight)
 
     def pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Every expert's A ``(E, r, in)`` and B ``(E, out, r)``."""

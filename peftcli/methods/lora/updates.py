@@ -13,7 +13,7 @@ from peftcli.core.targets import pattern_value
 from peftcli.core.updates import Update
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.init_config import starts_away_from_zero
+from peftcli.methods.lora.init_config import is_residual
 
 _ENDS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 
@@ -68,7 +68,7 @@ def updates(config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str
             raise AdapterError(f"{pair.a} and {pair.b} are no matrices")
         right, left = tensors[pair.a].flatten(1), tensors[pair.b].flatten(1)
         rows = right.shape[0]
-        if 2 * rows == r and starts_away_from_zero(config.init_lora_weights):
+        if 2 * rows == r and is_residual(config.init_lora_weights):
             raise Untold(f"what {config.init_lora_weights} started from is in the base model only")
         experts = rows // r
         if rows != r * experts or experts < 1 or (experts > 1 and (patterns or not config.target_parameters)):

@@ -17,8 +17,8 @@ from peftcli.core.targets import pattern_value, shortest_names
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.init_config import EvaConfig
-from peftcli.methods.lora.layers import LoraLayer, LoraLinear
-from peftcli.methods.lora.statistics import Batches, inputs_noted, need_all
+from peftcli.methods.lora.initialisations.statistics import Batches, check_reached, inputs_recorded
+from peftcli.methods.lora.lora import LoraLayer, LoraLinear
 
 _MOST_BATCHES = 2000
 """It converges far sooner, or not at all."""
@@ -110,7 +110,7 @@ def eva_directions(
             batch = next(stream, None)
             if not open_ones or batch is None:
                 break
-            with inputs_noted(model, open_ones, lambda name, rows: spectra[name].add(rows), label):
+            with inputs_recorded(model, open_ones, lambda name, rows: spectra[name].add(rows), label):
                 model(**batch)
             if all(spectrum.values is not None for spectrum in spectra.values()):
                 counts = _counts(spectra, leaders, sum(layer.r for layer in linear.values()))
@@ -191,10 +191,10 @@ def _leaders(model: nn.Module, linear: Mapping[str, LoraLinear], batches: Batche
         x = torch.cat(rows).double()
         prints.setdefault(name, (tuple(x.shape), x.sum().item(), x.square().sum().item(), x[-1].sum().item()))
 
-    with inputs_noted(model, linear, note, label):
+    with inputs_recorded(model, linear, note, label):
         for batch in itertools.islice(batches, 1):
             model(**batch)
-    need_all(linear, prints)
+    check_reached(linear, prints)
     first: dict[Any, str] = {}
     return {name: first.setdefault(prints[name], name) for name in linear}
 

@@ -1,0 +1,88 @@
+"""LoRA-GA: Low-Rank Adaptation with Gradient Approximation (https://arxiv.org/abs/2407.05000)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora.init_config import LoraGAConfig
+from peftcli.methods.lora.initialisations.singular import Pair, check_directions
+from peftcli.methods.lora.initialisations.statistics import check_reached, eval_mode
+
+
+def lora_ga(weight: torch.Tensor, gradient: torch.Tensor, r: int, scaling: float, config: LoraConfig) -> Pair:
+    """Return A and B from the leading 2r singular vectors of the weight's gradient (out, in).
+
+    They are scaled as in the paper. PEFT leaves A as it is and multiplies B by the singular values too.
+    """
+    check_directions(weight, 2 * r)
+    settings = config.lora_ga_config or LoraGAConfig()
+    u, _, v = torch.svd_lowrank(gradient.to(weight.dtype), q=min(4 * r, *gradient.shape), niter=4)
+    orders = {
+        "ArB2r": torch.arange(2 * r),
+        "A2rBr": torch.arange(2 * r).roll(r),
+        "ArBr": torch.arange(2 * r).view(r, 2).T.flip(0).flatten(),
+    }
+    order = orders[settings.direction] if settings.direction in orders else torch.randperm(2 * r)
+    size = 1.0
+    if settings.scale == "stable":
+        size = len(weight) ** 0.25 / math.sqrt(settings.stable_gamma)
+    elif settings.scale == "weight_svd":
+        size = float((torch.svd_lowrank(weight, q=r, niter=4)[1] / scaling).sqrt().mean())
+    elif settings.scale == "gd_scale":
+        size = 1 / scaling
+    return size * v[:, order[:r].to(v.device)].T, size * u[:, order[r:].to(u.device)]
+
+
+def gradients(model: nn.Module, modules: Mapping[str, nn.Module], run: Callable[[], None]) -> dict[str, torch.Tensor]:
+    """Return the sum of the gradients (out, in) of each linear module's weight while ``run`` calls ``backward``.
+
+    They are computed from inputs and gradients of outputs, so the weights may be quantised, and nothing else of the
+    model gets a gradient.
+
+    Raises:
+        AdapterError: a module gets no gradient.
+    """
+    sums: dict[str, torch.Tensor] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tensor]:
+        def watch(_module: nn.Module, args: Any, y: torch.Tensor) -> torch.Tensor:
+            x = args[0].detach().flatten(end_dim=-2)
+            y = y if y.requires_grad else y.detach().requires_grad_()
+
+            def add(gradient: torch.Tensor) -> None:
+                product = gradient.flatten(end_dim=-2).float().T @ x.float()
+                sums[name] = sums[name] + product if name in sums else product
+
+            y.register_hook(add)
+            return y
+
+        return watch
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    try:
+        with eval_mode(model), _frozen(model), torch.enable_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    check_reached(modules, sums)
+    return sums
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -1,0 +1,168 @@
+"""LoRA: Low-Rank Adaptation of Large Language Models (https://arxiv.org/abs/2106.09685), on every kind of layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftcli.core.layer import AdapterLayer, adapter_dtype, adapter_layers, bare, path_in_file
+from peftcli.core.linear import dense_weight, linear_view
+from peftcli.core.targets import pattern_value
+from peftcli.errors import AdapterError
+from peftcli.methods._linear import beside, dropout_layer
+from peftcli.methods.lora import dora
+from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora.initialisations import initialise
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class LoraLayer(AdapterLayer):
+    """``y = W x + scaling * B A x`` with ``A: (r, in)`` and ``B: (out, r)``; W stays, and B starts at zero."""
+
+    larger_rate = ("lora_B.weight", "lora_B.bias", "out.lora_B.weight")
+    embedding_rate = ("lora_embedding_A", "lora_embedding_B")
+    lora_A: Any
+    lora_B: Any
+    lora_magnitude_vector: nn.Parameter | None
+
+    def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig):
+        super().__init__(base_layer)
+        self.r = int(pattern_value(config.rank_pattern, name, config.r))
+        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+        self.scaling = alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
+        self.dropout = dropout_layer(config.lora_dropout)
+        self.lora_magnitude_vector = None  # DoRA's
+
+    def start(self, config: LoraConfig) -> None:
+        """Give A and B their first values."""
+        a, b, init = self.lora_A.weight, self.lora_B.weight, config.init_lora_weights
+        initialise(a, b, init, self.scaling, lambda: dense_weight(self.base_layer))
+        if self.lora_B.bias is not None and init:
+            nn.init.zeros_(self.lora_B.bias)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        if not self.enabled:
+            return y
+        x = self.dropout(x.to(self.lora_A.weight.dtype))
+        z = self.update(x) if self.lora_magnitude_vector is None else dora.update(self, x, y)
+        return y + z.to(y.dtype)
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what LoRA adds to the output for the input ``x``, which has the adapter's dtype."""
+        return self.scaling * self.lora_B(self.lora_A(x))
+
+    def delta(self) -> torch.Tensor:
+        """Return what LoRA adds to the base weight, in the base weight's shape."""
+        raise NotImplementedError
+
+    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        merged = {"weight": base["weight"].to(adapter_dtype(base["weight"])) + self.delta()}
+        bias = self.own_tensors().get("lora_B.bias")
+        if bias is None:
+            return merged
+        if "bias" not in base:
+            raise AdapterError("cannot be merged: a base layer has no bias to add lora_B's to", key="lora_bias")
+        return merged | {"bias": base["bias"] + self.scaling * bias}
+
+    def folded(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return super().folded(base) if self.lora_magnitude_vector is None else dora.folded(self, base)
+
+
+class LoraLinear(LoraLayer):
+    """A linear layer, or GPT-2's Conv1D, whose weight is stored (in, out)."""
+
+    def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig):
+        super().__init__(base_layer, name, config)
+        view, like = linear_view(base_layer), beside(base_layer)
+        assert view is not None
+        self.view = view
+        self.lora_A = nn.Linear(view.in_features, self.r, bias=False, **like)
+        self.lora_B = nn.Linear(self.r, view.out_features, bias=config.lora_bias, **like)
+        self.start(config)
+
+    def delta(self) -> torch.Tensor:
+        return self.view.as_stored(self.scaling * (self.lora_B.weight @ self.lora_A.weight))
+
+
+class LoraConv(LoraLayer):
+    """A convolution with ``A: (r, in, k, ...)``, which moves as the base layer's, and ``B: (out, r/groups, 1, ...)``.
+
+    A reads all input channels, also where the base layer has groups.
+    """
+
+    def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig):
+        super().__init__(base_layer, name, config)
+        conv, like = bare(base_layer), beside(base_layer)
+        if config.use_dora and conv.groups > 1:
+            raise AdapterError(f"is not supported for {name}, a convolution with groups", key="use_dora")
+        if self.r % conv.groups:
+            raise AdapterError(f"{self.r} is no multiple of {name}'s {conv.groups} groups", key="r")
+        kind = next(kind for kind in CONVOLUTIONS if isinstance(conv, kind))
+        moves = {key: getattr(conv, key) for key in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
+        self.lora_A = kind(conv.in_channels, self.r, bias=False, **moves, **like)
+        self.lora_B = kind(self.r, conv.out_channels, 1, groups=conv.groups, bias=config.lora_bias, **like)
+        self.start(config)
+
+    def delta(self) -> torch.Tensor:
+        a, b, conv = self.lora_A.weight, self.lora_B.weight, bare(self)
+        groups, shape = conv.groups, conv.weight.shape
+        if groups == 1:
+            return (self.scaling * (b.flatten(1) @ a.flatten(1))).view(shape)
+        # the kernel that B A is has the shape (out, in, k, ...), and the base layer's has room for one block a group
+        whole = self.scaling * (torch.block_diag(*b.flatten(1).chunk(groups)) @ a.flatten(1))
+        blocks = whole.view(groups, shape[0] // groups, groups, -1)
+        own = torch.stack([blocks[group, :, group] for group in range(groups)])
+        if own.count_nonzero() != whole.count_nonzero():
+            raise AdapterError(
+                f"a convolution with {groups} groups cannot be merged: its update lets a group read the channels of "
+                "other groups, and its kernel has no place for such weights",
+                key="target_modules",
+                hint="use the adapter unmerged, or train one without this layer",
+            )
+        return own.view(shape)
+
+
+class LoraEmbedding(LoraLayer):
+    """``e(t) = W[t] + scaling * B A[:, t]`` with ``A: (r, V)`` and ``B: (D, r)``; A starts at zero."""
+
+    def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig):
+        super().__init__(base_layer, name, config)
+        (vocabulary, width), like = self.base_layer.weight.shape, beside(base_layer)
+        first = torch.zeros if config.init_lora_weights else torch.randn
+        self.lora_embedding_A = nn.Parameter(first(self.r, vocabulary, **like))
+        self.lora_embedding_B = nn.Parameter(torch.randn(width, self.r, **like))
+        # some embeddings scale what they look up; the update is scaled alike, so that merging changes nothing
+        self.output_scale = getattr(base_layer, "embed_scale", 1.0)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        y = self.base_layer(ids)
+        if not self.enabled:
+            return y
+        z = self.scaling * self.output_scale * (F.embedding(ids, self.lora_embedding_A.T) @ self.lora_embedding_B.T)
+        if self.lora_magnitude_vector is not None:
+            return (dora.factor(self) * (y + z)).to(y.dtype)
+        return y + z.to(y.dtype)
+
+    def delta(self) -> torch.Tensor:
+        return self.scaling * (self.lora_embedding_B @ self.lora_embedding_A).T
+
+
+def lora_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLayer]:
+    """Return the LoRA layers of the model's adapter, or of several the one of that name, by what they adapt."""
+    found = {path: layer for path, layer in adapter_layers(model, adapter).items() if isinstance(layer, LoraLayer)}
+    if len({layer.adapter for layer in found.values()}) > 1:
+        raise AdapterError("the model holds several adapters; name one", key="init_lora_weights")
+    return {path_in_file(model, path): layer for path, layer in found.items()}
+
+
+def check_size(r: int, shape: Sequence[int], name: str) -> None:
+    """Raises AdapterError for an r far beyond what a weight of this shape, (out, in), has room for."""
+    if r > 8 * min(shape):
+        raise AdapterError(f"{r} is far larger than {name}: {shape[0]} x {shape[1]}", key="r")
