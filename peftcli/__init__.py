@@ -44,7 +44,9 @@ _PLACES = {
         ),
         "peftcli.peft_api.model",
     ),
-    **dict.fromkeys(("CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig"), "peftcli.methods.lora.init_config"),
+    **dict.fromkeys(
+        ("CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig"), "peftcli.methods.lora.initialisations.config"
+    ),
     **dict.fromkeys(
         (
             "create_loraplus_optimizer",

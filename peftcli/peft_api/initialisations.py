@@ -19,13 +19,13 @@ from peftcli.core.rates import rate_groups
 from peftcli.core.targets import targets
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError
-from peftcli.methods.lora.initialisations.loftq import start_loftq
-from peftcli.methods.lora.lora import lora_layers
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.initialisations.eva import eva_directions, start_eva
-from peftcli.methods.lora.initialisations.residual import STATISTIC
 from peftcli.methods.lora.initialisations.corda import covariances
+from peftcli.methods.lora.initialisations.eva import eva_directions, start_eva
+from peftcli.methods.lora.initialisations.loftq import start_loftq
 from peftcli.methods.lora.initialisations.lora_ga import gradients
+from peftcli.methods.lora.initialisations.residual import STATISTIC
+from peftcli.methods.lora.lora import lora_layers
 from peftcli.models.load import base_of
 from peftcli.models.weights import BaseWeights
 

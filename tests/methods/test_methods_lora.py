@@ -14,8 +14,8 @@ from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.weights import adapter_state
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.lora import LoraEmbedding, LoraLayer, LoraLinear
 from peftcli.methods.lora.layers import wrap
+from peftcli.methods.lora.lora import LoraEmbedding, LoraLayer, LoraLinear
 
 
 def _filled(module: nn.Module, **settings: object) -> LoraLayer:

@@ -22,7 +22,7 @@ from peftcli.core.weights import adapter_state, load_training_state, training_st
 from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.init_config import CordaConfig, EvaConfig
+from peftcli.methods.lora.initialisations.config import CordaConfig, EvaConfig
 
 LR = 0.05
 

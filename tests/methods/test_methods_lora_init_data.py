@@ -18,13 +18,13 @@ from peftcli.core.protocols import calibrate, needs_base_weights
 from peftcli.core.weights import adapter_state, training_state
 from peftcli.errors import AdapterError, ModelError
 from peftcli.methods import config_from_dict
-from peftcli.methods.lora.initialisations.loftq import start_loftq
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.initialisations.eva import eva_directions, start_eva
-from peftcli.methods.lora.init_config import EvaConfig, LoftQConfig, LoraGAConfig
-from peftcli.methods.lora.initialisations.residual import ResidualLinear
+from peftcli.methods.lora.initialisations.config import EvaConfig, LoftQConfig, LoraGAConfig
 from peftcli.methods.lora.initialisations.corda import covariances
+from peftcli.methods.lora.initialisations.eva import eva_directions, start_eva
+from peftcli.methods.lora.initialisations.loftq import start_loftq
 from peftcli.methods.lora.initialisations.lora_ga import gradients
+from peftcli.methods.lora.initialisations.residual import ResidualLinear
 from peftcli.models.load import base_of
 from peftcli.models.weights import BaseWeights
 

@@ -83,7 +83,7 @@ def test_a_convolution_with_groups_reads_all_channels_and_says_why_it_is_not_mer
     assert b.shape == (6, 2, 1, 1)
     x = torch.randn(2, 4, 9, 9)
     torch.testing.assert_close(layer(x), base(x) + 2 * F.conv2d(F.conv2d(x, a, dilation=2), b, groups=2))
-    with pytest.raises(AdapterError, match="convolution with 2 groups cannot be merged: .* channels of other groups"):
+    with pytest.raises(AdapterError, match=r"convolution with 2 groups cannot be merged: .* channels of other groups"):
         layer.folded(dict(base.named_parameters()))
     with pytest.raises(AdapterError, match=r"use_dora: is not supported for x\.proj, a convolution with groups"):
         _filled(base, r=4, use_dora=True)

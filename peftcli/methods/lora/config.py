@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from peftcli.core.config import AdapterConfig, ExcludingConfig, LayeredConfig
-from peftcli.methods.lora.checks import lora_problems
-from peftcli.methods.lora.init_config import (
+from peftcli.methods.lora.initialisations.config import (
     SECTIONS,
     CordaConfig,
     EvaConfig,
@@ -18,6 +17,9 @@ from peftcli.methods.lora.init_config import (
     init_problems,
     is_residual,
 )
+
+Problems = list[tuple[str, str]]
+_MAX_LAYERS = 500
 
 
 @dataclass(kw_only=True)
@@ -90,7 +92,7 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
         found = super().problems()
         if self.target_parameters:  # enough to adapt
             found = [problem for problem in found if problem != ("target_modules", "names no module")]
-        return found + lora_problems(self) + init_problems(self)
+        return found + _own_problems(self) + init_problems(self)
 
     def usual_targets(self, model_type: str) -> list[str] | str:
         return [] if self.target_parameters else super().usual_targets(model_type)
@@ -118,3 +120,58 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
             rank_pattern={name: 2 * r for name, r in self.rank_pattern.items()},
             alpha_pattern={name: more * alpha for name, alpha in self.alpha_pattern.items()},
         )
+
+
+def _own_problems(config: LoraConfig) -> Problems:
+    """What is wrong, but for how A and B start: ``(key, message)`` each."""
+    found: Problems = []
+    if config.r < 1:
+        found.append(("r", f"must be at least 1, not {config.r}"))
+    if config.lora_alpha <= 0:
+        found.append(("lora_alpha", f"must be above 0, not {config.lora_alpha}"))
+    if not 0 <= config.lora_dropout < 1:
+        found.append(("lora_dropout", f"must be in [0, 1), not {config.lora_dropout}"))
+    found += [("rank_pattern", f"{k}: r must be at least 1, not {v}") for k, v in config.rank_pattern.items() if v < 1]
+    for key, alpha in config.alpha_pattern.items():
+        if alpha <= 0:
+            found.append(("alpha_pattern", f"{key}: lora_alpha must be above 0, not {alpha}"))
+    if config.bias not in ("none", "all", "lora_only"):
+        found.append(("bias", f"must be none, all or lora_only, not {config.bias!r}"))
+    return found + _together(config) + _token_problems(config) + _range_problems(config)
+
+
+def _together(config: LoraConfig) -> Problems:
+    """Settings that do not go with one another."""
+    found: Problems = []
+    if config.lora_bias and config.use_dora:
+        found.append(("lora_bias", "does not go with use_dora"))
+    if config.lora_bias and not isinstance(config.init_lora_weights, bool):
+        found.append(("lora_bias", "needs init_lora_weights: true or false"))
+    if config.use_dora and config.init_lora_weights == "mica":
+        found.append(("use_dora", "does not go with init_lora_weights: mica"))
+    if config.use_dora and config.ensure_weight_tying:
+        found.append(("use_dora", "does not go with ensure_weight_tying: an embedding's lengths are not its head's"))
+    for key in ("lora_dropout", "use_dora", "lora_bias"):
+        if config.target_parameters and getattr(config, key):
+            found.append((key, "does not go with target_parameters: their modules multiply by themselves"))
+    return found
+
+
+def _token_problems(config: LoraConfig) -> Problems:
+    wanted, key = config.trainable_token_indices, "trainable_token_indices"
+    lists = list(wanted.values()) if isinstance(wanted, dict) else [] if wanted is None else [wanted]
+    if wanted is not None and not any(lists):
+        return [(key, "names no token")]
+    return [(key, f"token ids count from 0, not {token}") for tokens in lists for token in tokens if token < 0]
+
+
+def _range_problems(config: LoraConfig) -> Problems:
+    ranges = config.layer_replication
+    if ranges is None:
+        return []
+    if not ranges:
+        return [("layer_replication", "names no layer")]
+    wrong = [pair for pair in ranges if len(pair) != 2 or not 0 <= pair[0] < pair[1]]
+    if not wrong and sum(end - start for start, end in ranges) > _MAX_LAYERS:
+        return [("layer_replication", f"makes more than {_MAX_LAYERS} layers, and no model has so many")]
+    return [("layer_replication", f"each range is [first layer, last layer + 1], not {pair}") for pair in wrong]

@@ -16,7 +16,7 @@ from peftcli.methods._linear import with_bias
 from peftcli.methods.lora.attach import attach as attach
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.dora import add_magnitude
-from peftcli.methods.lora.init_config import FROM_DATA
+from peftcli.methods.lora.initialisations.config import FROM_DATA
 from peftcli.methods.lora.initialisations.from_data import calibrate as calibrate
 from peftcli.methods.lora.initialisations.loftq import start_loftq
 from peftcli.methods.lora.initialisations.residual import check_initialisation, linear_layer

@@ -17,7 +17,7 @@ from peftcli.errors import AdapterError
 from peftcli.methods._linear import beside, dropout_layer
 from peftcli.methods.lora import dora
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.initialisations import initialise
+from peftcli.methods.lora.initialisations.initialise import initialise
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

@@ -13,7 +13,7 @@ from peftcli.core.targets import module_matches
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import beside
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.initialisations import initialise
+from peftcli.methods.lora.initialisations.initialise import initialise
 from peftcli.methods.lora.lora import LoraLayer, LoraLinear, check_size
 
 

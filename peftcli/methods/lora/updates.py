@@ -13,7 +13,7 @@ from peftcli.core.targets import pattern_value
 from peftcli.core.updates import Update
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.init_config import is_residual
+from peftcli.methods.lora.initialisations.config import is_residual
 
 _ENDS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.init_config import CordaConfig
+from peftcli.methods.lora.initialisations.config import CordaConfig
 from peftcli.methods.lora.initialisations.singular import Pair, balanced, check_directions
 from peftcli.methods.lora.initialisations.statistics import check_reached, inputs_recorded
 

@@ -16,7 +16,7 @@ from peftcli.core.layer import TrainedBias
 from peftcli.core.targets import pattern_value, shortest_names
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.init_config import EvaConfig
+from peftcli.methods.lora.initialisations.config import EvaConfig
 from peftcli.methods.lora.initialisations.statistics import Batches, check_reached, inputs_recorded
 from peftcli.methods.lora.lora import LoraLayer, LoraLinear
 

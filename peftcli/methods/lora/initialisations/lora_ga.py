@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.init_config import LoraGAConfig
+from peftcli.methods.lora.initialisations.config import LoraGAConfig
 from peftcli.methods.lora.initialisations.singular import Pair, check_directions
 from peftcli.methods.lora.initialisations.statistics import check_reached, eval_mode
 

@@ -17,9 +17,9 @@ from peftcli.core.linear import dense_weight, linear_view, stored_weight
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.init_config import FROM_DATA, is_residual
-from peftcli.methods.lora.initialisations import FROM_WEIGHT, from_weight
+from peftcli.methods.lora.initialisations.config import FROM_DATA, is_residual
 from peftcli.methods.lora.initialisations.corda import corda
+from peftcli.methods.lora.initialisations.initialise import FROM_WEIGHT, from_weight
 from peftcli.methods.lora.initialisations.lora_ga import lora_ga
 from peftcli.methods.lora.lora import LoraLinear
 
