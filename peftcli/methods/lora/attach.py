@@ -1,4 +1,4 @@
-"""What LoRA puts into a model besides the layers over its targets: trained biases, trained rows, shared adapters."""
+"""Complete a LoRA adapter in a model: trained biases, trained rows of embeddings, an adapter that tied layers share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peftcli.methods.lora.targets import tied_group, token_modules
 
 
 def attach(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) -> None:
-    """All of it, once the layers over the targets are in place."""
+    """Complete the adapter once its ``layers`` are in place, by the names of the modules that they adapt."""
     config.fan_in_fan_out = any(isinstance(layer, LoraLinear) and layer.view.transposed for layer in layers.values())
     if config.bias == "all":
         train_other_biases(model)
@@ -73,17 +73,15 @@ def _tie(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) 
         for layer in [*new.values(), *(at[name] for name in saved)]:
             layer.copy.weight = kept
     elif group and group[0] in layers:
-        new = {at[name]: _tied(at[name], name, config, at[group[0]], group[0]) for name in group[1:]}
+        source = at[group[0]]
+        for name in group[1:]:
+            if isinstance(bare(at[name]), nn.Embedding):
+                new[at[name]] = twin = LoraEmbedding(at[name], name, config)
+                twin.scaling = source.scaling
+                twin.lora_embedding_A, twin.lora_embedding_B = source.lora_embedding_A, source.lora_embedding_B
+            else:
+                new[at[name]] = TiedHead(at[name], name, config, source, group[0])
     replace_modules(model, {module: layer.train(module.training) for module, layer in new.items()})
-
-
-def _tied(module: nn.Module, name: str, config: LoraConfig, source: Any, place: str) -> LoraLayer:
-    if not isinstance(bare(module), nn.Embedding):
-        return TiedHead(module, name, config, source, place)
-    layer = LoraEmbedding(module, name, config)
-    layer.scaling = source.scaling
-    layer.lora_embedding_A, layer.lora_embedding_B = source.lora_embedding_A, source.lora_embedding_B
-    return layer
 
 
 def _train_rows(model: nn.Module, config: LoraConfig) -> None:

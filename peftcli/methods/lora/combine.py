@@ -24,10 +24,10 @@ _SAME = ("layer_replication", "trainable_token_indices", "ensure_weight_tying", 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One of those that are combined."""
+    """An adapter to combine."""
 
     name: str
-    """What messages call it."""
+    """Its name in messages."""
     config: AdapterConfig
     tensors: Mapping[str, torch.Tensor]
     """By the names of the adapter file."""
@@ -35,18 +35,18 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Combined:
-    """The result."""
+    """The combined adapter and its errors."""
 
     config: LoraConfig
     tensors: dict[str, torch.Tensor]
     errors: dict[str, float]
-    """Of each adapted module, how far its update is from the weighted sum, as a share of that."""
+    """Of each adapted module: distance of its update from the weighted sum, over the norm of that sum."""
     error: float
     """The same over all modules."""
 
 
 def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: Combination) -> Combined:
-    """One LoRA adapter of several, each times its weight.
+    """Combine LoRA adapters into one, each times its weight.
 
     Its lora_alpha is its r, so that B A is the update. Values that replace the base model's, of modules_to_save and
     trained biases, are averaged, which is the weighted sum of their changes where the weights add up to 1.
@@ -61,7 +61,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: Combinat
         raise AdapterError("must be finite numbers", key="weights")
     configs = [_lora(adapter) for adapter in adapters]
     _check_alike(adapters, configs)
-    given = [_said(updates, adapter, config) for adapter, config in zip(adapters, configs, strict=True)]
+    given = [_updates_of(updates, adapter, config) for adapter, config in zip(adapters, configs, strict=True)]
     names = {path: pair for adapter in adapters for path, pair in pairs(adapter.tensors).items()}
     tensors = _replaced(adapters, weights, names.values()) | _biases(adapters, weights, given, names)
     made, exact = {}, {}
@@ -73,15 +73,15 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: Combinat
             raise AdapterError(f"{path} is of other sizes in other adapters: {said}")
         made[path] = how.combined(parts, path)
         exact[path] = weighted_sum(parts)
-        tensors |= _written(adapters, names[path], made[path])
+        tensors |= _as_pair(adapters, names[path], made[path])
     errors = {path: 0.0 if how.method == "cat" else distance(made[path], exact[path]) for path in names}
     sizes = {path: exact[path].norm() for path in names}
     sizes_of_r = {path.partition(".base_layer")[0]: update.r for path, update in made.items()}
     return Combined(
         config=_config(configs, sizes_of_r, any(pair.bias in tensors for pair in names.values())),
         tensors=tensors,
-        errors={path: _share(error, sizes[path]) for path, error in errors.items()},
-        error=_share(math.hypot(*errors.values()), math.hypot(*sizes.values())),
+        errors={path: _ratio(error, sizes[path]) for path, error in errors.items()},
+        error=_ratio(math.hypot(*errors.values()), math.hypot(*sizes.values())),
     )
 
 
@@ -110,10 +110,10 @@ def _check_alike(adapters: Sequence[Adapter], configs: Sequence[LoraConfig]) -> 
             raise AdapterError(f"must be the same to be combined: {said}", key=key)
 
 
-def _said(
+def _updates_of(
     compute: Callable[[LoraConfig, Mapping[str, torch.Tensor]], dict[str, Update]], adapter: Adapter, config: LoraConfig
 ) -> dict[str, Update]:
-    """The adapter's updates in float32 or wider; errors say whose they are."""
+    """Return the adapter's updates in float32 or wider; errors name the adapter."""
     wide = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in adapter.tensors.items()}
     try:
         found = compute(config, wide)
@@ -125,8 +125,8 @@ def _said(
     return found
 
 
-def _written(adapters: Sequence[Adapter], pair: Pair, update: Update) -> dict[str, torch.Tensor]:
-    """The update as A and B in the shapes of the files."""
+def _as_pair(adapters: Sequence[Adapter], pair: Pair, update: Update) -> dict[str, torch.Tensor]:
+    """Return the update as A and B in the shapes of the files."""
     like = next(adapter.tensors for adapter in adapters if pair.a in adapter.tensors)
     dtype = torch.promote_types(like[pair.a].dtype, torch.float32)
     left, right = update.left.to(dtype), update.right.to(dtype)
@@ -139,7 +139,7 @@ def _biases(
     given: Sequence[dict[str, Update]],
     names: Mapping[str, Pair],
 ) -> dict[str, torch.Tensor]:
-    """The biases of B: their weighted sum, where any adapter has one."""
+    """Return the weighted sums of the biases of B, if any adapter has one."""
     if not any(pair.bias in adapter.tensors for pair in names.values() for adapter in adapters):
         return {}
     found = {}
@@ -153,7 +153,7 @@ def _biases(
 
 
 def _replaced(adapters: Sequence[Adapter], weights: Sequence[float], names: Iterable[Pair]) -> dict[str, torch.Tensor]:
-    """The weighted mean of what replaces values of the base model, and the base weights that files carry along."""
+    """Return the weighted means of tensors that replace the base model's, and base weights that files carry along."""
     known = {tensor for pair in names for tensor in (pair.a, pair.b, pair.bias)}
     found = {}
     for name in sorted({name for adapter in adapters for name in adapter.tensors} - known):
@@ -201,7 +201,7 @@ def _config(configs: Sequence[LoraConfig], sizes: Mapping[str, int], biased: boo
 
 
 def _named(configs: Sequence[LoraConfig], paths: Iterable[str]) -> list[str]:
-    """Target modules that name what any of the adapters adapts, and no more."""
+    """Return target_modules that match the modules that any of the adapters adapts, and no others."""
     lists = [c.target_modules for c in configs if isinstance(c.target_modules, list)]
     narrowed = any(getattr(config, key) is not None for config in configs for key in _TARGETING[1:])
     if len(lists) < len(configs) or narrowed:
@@ -210,7 +210,7 @@ def _named(configs: Sequence[LoraConfig], paths: Iterable[str]) -> list[str]:
 
 
 def _pattern(sizes: Mapping[str, int], r: int) -> dict[str, int]:
-    """rank_pattern for the modules whose r is another one: the shortest name endings that say it."""
+    """Return the rank_pattern of the modules with another r, by the shortest name endings that match no others."""
     pattern: dict[str, int] = {}
     for path, own in sizes.items():
         parts = path.split(".")
@@ -220,5 +220,5 @@ def _pattern(sizes: Mapping[str, int], r: int) -> dict[str, int]:
     return pattern
 
 
-def _share(part: float, whole: float) -> float:
+def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else float(part > 0)

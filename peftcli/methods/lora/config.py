@@ -107,7 +107,7 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
         return {**super(LoraConfig, self.plain()).to_dict(), "init_lora_weights": True}
 
     def plain(self) -> LoraConfig:
-        """The plain LoRA that computes the same: where the start is subtracted, one of twice the r."""
+        """Return the plain LoRA that computes the same: with a residual initialisation, one of twice the r."""
         nothing: Any = dict.fromkeys(SECTIONS.values())
         same = replace(self, init_lora_weights=True, **nothing)
         if not is_residual(self.init_lora_weights):
@@ -123,7 +123,7 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
 
 
 def _own_problems(config: LoraConfig) -> Problems:
-    """What is wrong, but for how A and B start: ``(key, message)`` each."""
+    """Return the problems of all settings but ``init_lora_weights``: ``(key, message)`` each."""
     found: Problems = []
     if config.r < 1:
         found.append(("r", f"must be at least 1, not {config.r}"))
@@ -137,11 +137,11 @@ def _own_problems(config: LoraConfig) -> Problems:
             found.append(("alpha_pattern", f"{key}: lora_alpha must be above 0, not {alpha}"))
     if config.bias not in ("none", "all", "lora_only"):
         found.append(("bias", f"must be none, all or lora_only, not {config.bias!r}"))
-    return found + _together(config) + _token_problems(config) + _range_problems(config)
+    return found + _conflicts(config) + _token_problems(config) + _range_problems(config)
 
 
-def _together(config: LoraConfig) -> Problems:
-    """Settings that do not go with one another."""
+def _conflicts(config: LoraConfig) -> Problems:
+    """Return settings that exclude each other."""
     found: Problems = []
     if config.lora_bias and config.use_dora:
         found.append(("lora_bias", "does not go with use_dora"))

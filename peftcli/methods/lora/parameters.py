@@ -1,4 +1,4 @@
-"""LoRA on weights inside a module that multiplies them by itself, so that no layer of their own can be wrapped."""
+"""LoRA on weights that a module multiplies by itself, without a layer that could be wrapped: attention, experts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class InsideLayer(LoraLayer):
     adapted: tuple[str, ...]
 
     def with_delta(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """``weight``, which the module calls ``name``, with the adapter's delta, in the weight's own dtype."""
+        """Return ``weight``, the module's parameter ``name``, with the adapter's delta, in the weight's own dtype."""
         raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -43,7 +43,7 @@ class LoraAttention(InsideLayer):
     """``nn.MultiheadAttention``: one pair for the projection of queries, keys and values, one for the output's.
 
     ``A: (r, D)``, ``B: (3 D, r)`` and ``out.A: (r, D)``, ``out.B: (D, r)``. PEFT adds the output's delta twice, in
-    training as in merging, so that is what its files mean, and what is done here.
+    training as in merging, so that is what its files mean, and so does this layer.
     """
 
     adapted = ("in_proj_weight", "out_proj.weight")
@@ -78,7 +78,7 @@ class LoraOutputProjection(LoraLinear):
 
     @property
     def weight(self) -> torch.Tensor:
-        """What the attention multiplies by."""
+        """The weight that the attention reads."""
         weight: torch.Tensor = self.base_layer.weight
         return weight + self.delta().to(weight.dtype) if self.enabled else weight
 
@@ -109,7 +109,7 @@ class LoraParameter(InsideLayer):
             initialise(a, b, config.init_lora_weights, self.scaling, lambda: weight)
 
     def pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Every expert's A ``(E, r, in)`` and B ``(E, out, r)``."""
+        """Return the experts' A ``(E, r, in)`` and B ``(E, out, r)``."""
         a, b = self.lora_A.weight, self.lora_B.weight
         return a.view(self.experts, self.r, -1), b.view(len(b), self.r, self.experts).permute(2, 0, 1)
 
@@ -130,14 +130,14 @@ def check_attention(name: str, config: LoraConfig) -> None:
 
 
 def named_parameters(module: nn.Module, name: str, config: LoraConfig) -> list[str]:
-    """The parameters of ``module``, whose name in the model is ``name``, that ``target_parameters`` names."""
+    """Return the parameters of ``module``, whose name in the model is ``name``, that ``target_parameters`` names."""
     own = [parameter for parameter, _ in bare(module).named_parameters(recurse=False)]
     entries = config.target_parameters or ()
     return [parameter for parameter in own if any(module_matches(f"{name}.{parameter}", entry) for entry in entries)]
 
 
 def wrap_parameters(module: nn.Module, name: str, config: LoraConfig) -> LoraLayer:
-    """The layers over the parameters of ``module`` that are targets, each over the one before."""
+    """Wrap each parameter of ``module`` that is a target, one layer over the other."""
     for parameter in named_parameters(module, name, config):
         module = LoraParameter(module, parameter, name, config)
     assert isinstance(module, LoraLayer)

@@ -14,11 +14,11 @@ from peftcli.errors import AdapterError
 
 _KEY = "layer_replication"
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type")
-"""Keys of a model's config that hold one entry for each layer."""
+"""Keys of a model's config that hold a list with one entry per layer."""
 
 
 def replicate(model: Any, ranges: list[list[int]]) -> None:
-    """Put the layers ``start`` to ``end - 1`` of each range, one range after the other, in the place of the model's.
+    """Replace the model's layers by the layers ``start`` to ``end - 1`` of each range, one range after the other.
 
     Raises:
         AdapterError: the model has adapters, no single list of layers, or fewer layers than the ranges name.
@@ -38,7 +38,7 @@ def replicate(model: Any, ranges: list[list[int]]) -> None:
 
 
 def separate(model: Any) -> None:
-    """Give each layer tensors of its own, after a merge: a checkpoint cannot hold shared ones."""
+    """Give each layer its own tensors after a merge: a checkpoint cannot hold shared ones."""
     seen: set[int] = set()
     for module in _layer_list(model)[1].modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -57,7 +57,7 @@ def _settle(owner: nn.Module, leaf: str, layers: nn.ModuleList, config: Any, per
 
 
 def _layer_list(model: Any) -> tuple[str, nn.ModuleList]:
-    """Name and list of the model's transformer layers."""
+    """Return name and list of the model's transformer layers."""
     config: Any = getattr(model, "config", None)
     count = getattr(config.get_text_config(), "num_hidden_layers", 0) if config else 0
     found = {
@@ -71,7 +71,7 @@ def _layer_list(model: Any) -> tuple[str, nn.ModuleList]:
 
 
 def _numbered(layer: nn.Module, index: int) -> nn.Module:
-    """A copy of a layer that shares its tensors and configs, and is number ``index`` to the cache."""
+    """Return a copy of a layer that shares its tensors and configs, with its own ``index`` in the cache."""
     shared = [*layer.parameters(), *layer.buffers(), *(getattr(module, "config", None) for module in layer.modules())]
     twin = copy.deepcopy(layer, {id(value): value for value in shared})
     numbered: list[Any] = [module for module in twin.modules() if hasattr(module, "layer_idx")]

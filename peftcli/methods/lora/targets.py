@@ -1,4 +1,4 @@
-"""What LoRA's settings name in a model, checked before the model is changed."""
+"""The modules of a model that LoRA's settings name, checked before the model is changed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TOKENS = "trainable_token_indices"
 
 
 def targets(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Names of the modules that LoRA wraps, in the model's order: target_modules, and owners of target_parameters.
+    """Return the names of the modules that LoRA wraps, in the model's order: see ``core.protocols.FindsTargets``.
 
     Raises:
         AdapterError: a setting names what the model lacks.
@@ -33,19 +33,19 @@ def targets(model: nn.Module, config: LoraConfig) -> list[str]:
 
 
 def tied_group(model: nn.Module) -> list[str]:
-    """Names of the input embedding and of the modules that share its weight; none where it shares with no other."""
+    """Return the names of the input embedding and of the modules that share its weight, if there are any."""
     embedding = bare(model_ends(model)[0])
     shared = modules_sharing(model, embedding) if isinstance(embedding, nn.Embedding) else {}
     return [name_of(model, embedding), *shared] if shared else []
 
 
 def name_of(model: nn.Module, module: nn.Module) -> str:
-    """The base model's name of one of its modules."""
+    """Return the base model's name of one of its modules."""
     return next(name for name, path in base_paths(model).items() if bare(model.get_submodule(path)) is module)
 
 
 def token_modules(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]:
-    """The embeddings and heads of which rows are trained: name -> token ids.
+    """Return the embeddings and heads whose rows are trained: name -> token ids.
 
     Raises:
         AdapterError: a name matches nothing.

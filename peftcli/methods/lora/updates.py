@@ -1,4 +1,4 @@
-"""What the tensors of a LoRA file add to each weight, and the file of such updates."""
+"""The weight updates in the tensors of a LoRA file."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _ENDS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embeddi
 
 @dataclass(frozen=True)
 class Pair:
-    """Names of the two tensors of one module."""
+    """The names of A and B of one module."""
 
     a: str
     b: str
 
     @property
     def bias(self) -> str:
-        """Name that the bias of B has, where there is one."""
+        """The name of B's bias, which need not exist."""
         return self.b.removesuffix("weight") + "bias"
 
 
 def pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, Pair]:
-    """The pairs of A and B in a file, by the path of their module.
+    """Return the pairs of A and B in a file, by the path of their module.
 
     Raises:
-        AdapterError: an A stands without its B.
+        AdapterError: an A has no B.
     """
     found = {}
     for name in tensors:
@@ -49,7 +49,7 @@ def pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, Pair]:
 
 
 def updates(config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, Update]:
-    """The update of each adapted weight; of fused experts, one for each expert: ``path[3]``.
+    """Return the update of each adapted weight; of fused experts, one for each expert: ``path[3]``.
 
     Raises:
         Untold: they depend on the base model's weights.

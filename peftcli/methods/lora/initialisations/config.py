@@ -1,4 +1,4 @@
-"""The names of LoRA's initialisations and their settings. No torch here."""
+"""The names of LoRA's initialisations, and their settings. No torch here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from peftcli.methods.lora.config import LoraConfig
 
 Name = Literal["gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "mica", "eva", "corda", "lora_ga", "loftq"]
-"""What PEFT calls them. The number of pissa_niter_16 may be another."""
+"""PEFT's names. The number of pissa_niter_16 may be another."""
 FAST_PISSA = re.compile(r"pissa_niter_(\d{1,4})")
 _DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
 _SCALES = ("stable", "weight_svd", "gd_scale", "unit")
@@ -80,7 +80,7 @@ class LoftQConfig:
 SECTIONS = {"eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_config", "loftq": "loftq_config"}
 """Initialisation -> the field of its settings."""
 FROM_DATA = ("eva", "corda", "lora_ga")
-"""Those that look at the training data first."""
+"""The initialisations that read training data."""
 
 
 def is_residual(init: bool | str) -> bool:
@@ -89,7 +89,7 @@ def is_residual(init: bool | str) -> bool:
 
 
 def init_problems(config: LoraConfig) -> list[tuple[str, str]]:
-    """What is wrong with how LoRA's weights are to start: ``(key, message)`` each."""
+    """Return the problems of ``init_lora_weights`` and its settings: ``(key, message)`` each."""
     init, names = config.init_lora_weights, get_args(Name)
     found: list[tuple[str, str]] = []
     if not isinstance(init, bool) and init not in names and not FAST_PISSA.fullmatch(init):

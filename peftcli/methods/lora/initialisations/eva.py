@@ -20,8 +20,8 @@ from peftcli.methods.lora.initialisations.config import EvaConfig
 from peftcli.methods.lora.initialisations.statistics import Batches, check_reached, inputs_recorded
 from peftcli.methods.lora.lora import LoraLayer, LoraLinear
 
-_MOST_BATCHES = 2000
-"""It converges far sooner, or not at all."""
+_MAX_BATCHES = 2000
+"""EVA converges far sooner, or not at all."""
 _KEY = "init_lora_weights"
 
 
@@ -42,12 +42,12 @@ class _Spectrum:
     values: torch.Tensor | None = None
     """Their singular values."""
     similar: tuple[bool, ...] = ()
-    """Which of them the last rows hardly turned."""
+    """Which of them changed by less than tau with the last rows."""
     waiting: tuple[torch.Tensor, ...] = ()
-    """Rows that are too few for so many directions."""
+    """Rows that are too few yet for ``count`` directions."""
 
     def add(self, rows: list[torch.Tensor]) -> None:
-        """Take more rows (n, in) in."""
+        """Add rows (n, in)."""
         self.waiting += tuple(rows)
         if sum(map(len, self.waiting)) < self.count:
             return
@@ -73,21 +73,21 @@ class _Spectrum:
             self.similar = tuple((cosine >= self.tau).tolist())
 
     def shares(self) -> list[float]:
-        """Each direction's share of the rows' variance."""
+        """Return each direction's share of the rows' variance."""
         assert self.values is not None
         return (self.values.square() / self.squares).tolist()
 
-    def settled(self, count: int) -> bool:
-        """Whether the first ``count`` directions are known well enough."""
+    def has_converged(self, count: int) -> bool:
+        """Return whether the first ``count`` directions have converged."""
         return len(self.similar) >= count and all(self.similar[:count])
 
 
 def eva_directions(
     model: nn.Module, config: LoraConfig, layers: Mapping[str, LoraLayer], batches: Batches
 ) -> dict[str, torch.Tensor]:
-    """Each linear layer's A, the main directions of its inputs.
+    """Return each linear layer's A: the main directions of its inputs.
 
-    Layers with more to explain get more directions, up to ``rho`` times their r, others fewer, down to none.
+    Layers whose inputs vary more get more directions, up to ``rho`` times their r; others get fewer, down to none.
 
     Raises:
         AdapterError: the data do not reach a layer, or do not converge.
@@ -104,9 +104,11 @@ def eva_directions(
         spectra = {leader: _Spectrum(count, settings.tau) for leader, count in most.items()}
         counts = {name: most[leader] for name, leader in leaders.items()}
         stream = _endless(batches)
-        for _ in range(_MOST_BATCHES):
+        for _ in range(_MAX_BATCHES):
             needed = {leader: max(counts[name] for name in counts if leaders[name] == leader) for leader in spectra}
-            open_ones = {leader: linear[leader] for leader in spectra if not spectra[leader].settled(needed[leader])}
+            open_ones = {
+                leader: linear[leader] for leader in spectra if not spectra[leader].has_converged(needed[leader])
+            }
             batch = next(stream, None)
             if not open_ones or batch is None:
                 break
@@ -134,7 +136,7 @@ def eva_directions(
 def start_eva(
     model: nn.Module, config: LoraConfig, layers: Mapping[str, LoraLayer], directions: Mapping[str, torch.Tensor]
 ) -> None:
-    """Give each layer its directions, and with them its r. A layer that gets none is taken out again.
+    """Give each layer its directions, and with them its r. A layer without directions is removed.
 
     ``config`` then says which layers there are, and their r and lora_alpha.
     """
@@ -149,7 +151,9 @@ def start_eva(
             if settings.adjust_scaling_factors and r != layer.r:
                 alpha *= r / layer.r
             if not r:
-                removed[layer] = _below(layer, config)
+                below = layer.base_layer  # with bias: all the bias is trained here, too
+                own_bias = config.bias == "lora_only" and isinstance(below, TrainedBias)
+                removed[layer] = below.base_layer if own_bias else below
                 continue
             _restart(layer, directions[name], alpha / (math.sqrt(r) if config.use_rslora else r))
         sizes[name], alphas[name] = layer.r, alpha
@@ -162,17 +166,9 @@ def start_eva(
     config.alpha_pattern = {name: alphas[name] for name in names if alphas[name] != config.lora_alpha}
 
 
-def _below(layer: LoraLayer, config: LoraConfig) -> nn.Module:
-    """What stands in a layer's place without it: with ``bias: all`` the bias is trained there, too."""
-    below: nn.Module = layer.base_layer
-    if config.bias == "lora_only" and isinstance(below, TrainedBias):
-        below = below.base_layer
-    return below
-
-
 @torch.no_grad()
 def _restart(layer: LoraLinear, a: torch.Tensor, scaling: float) -> None:
-    """Let ``layer`` start from A, whose r may be another, and a B of zeros."""
+    """Start ``layer`` from A, which may have another r, and a B of zeros."""
     r, like = len(a), layer.lora_A.weight
     if r != layer.r:
         options: dict[str, Any] = {"bias": False, "device": like.device, "dtype": like.dtype}
@@ -184,7 +180,7 @@ def _restart(layer: LoraLinear, a: torch.Tensor, scaling: float) -> None:
 
 
 def _leaders(model: nn.Module, linear: Mapping[str, LoraLinear], batches: Batches, label: int | None) -> dict[str, str]:
-    """Layer -> the first layer that has the same inputs: a query, key and value projection have."""
+    """Return layer -> the first layer with the same inputs, as query, key and value projections have."""
     prints: dict[str, Any] = {}
 
     def note(name: str, rows: list[torch.Tensor]) -> None:
@@ -200,7 +196,7 @@ def _leaders(model: nn.Module, linear: Mapping[str, LoraLinear], batches: Batche
 
 
 def _counts(spectra: Mapping[str, _Spectrum], leaders: Mapping[str, str], budget: int) -> dict[str, int]:
-    """Layer -> how many directions it gets, where the ``budget`` goes to those that explain most."""
+    """Return layer -> number of directions. The ``budget`` goes to the directions with the largest shares."""
     shares = {leader: spectrum.shares() for leader, spectrum in spectra.items()}
     order = [*spectra, *(name for name in leaders if name not in spectra)]  # of equal ones, leaders get more
     ranked = sorted(((share, name) for name in order for share in shares[leaders[name]]), key=lambda one: -one[0])
@@ -211,7 +207,7 @@ def _counts(spectra: Mapping[str, _Spectrum], leaders: Mapping[str, str], budget
 
 
 def _endless(batches: Batches) -> Iterator[Mapping[str, torch.Tensor]]:
-    """The batches again and again, unless there are none."""
+    """Repeat the batches endlessly, unless there are none."""
     found = True
     while found:
         found = False
