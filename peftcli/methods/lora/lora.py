@@ -115,7 +115,7 @@ class LoraConv(LoraLayer):
         groups, shape = conv.groups, conv.weight.shape
         if groups == 1:
             return (self.scaling * (b.flatten(1) @ a.flatten(1))).view(shape)
-        # the kernel that B A is has the shape (out, in, k, ...), and the base layer's has room for one block a group
+        # B A is a kernel (out, in, k, ...) over all channels; the base kernel holds one block of it per group
         whole = self.scaling * (torch.block_diag(*b.flatten(1).chunk(groups)) @ a.flatten(1))
         blocks = whole.view(groups, shape[0] // groups, groups, -1)
         own = torch.stack([blocks[group, :, group] for group in range(groups)])
