@@ -71,7 +71,7 @@ print(json.dumps({"opened": sum(ours.values()), "most": max(ours.values(), defau
 def main(root: Path) -> None:
     """Print the table."""
     package = root / "peftcli"
-    modules = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(package.rglob("*.py"))}
+    modules = parsed(root)
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in modules}
     core = sum(size for path, size in lines.items() if path.parent == package / "core")
     functions = sorted(_functions(modules, root), reverse=True)
@@ -81,8 +81,8 @@ def main(root: Path) -> None:
         "loose modules": str(len(list(package.glob("*.py")))),
         "lines of core, without core/prompts": f"{core:,}",
         "functions of more than 50 lines": str(sum(size > 50 for size, _ in functions)),
-        "import cycles, function-level imports included": str(len(_cycles(_imports(modules, root)))),
-        "imports of the package inside functions": str(_inner_imports(modules)),
+        "import cycles, function-level imports included": str(len(cycles(imports(modules, root)))),
+        "imports of the package inside functions": str(inner_imports(modules, root).total()),
         "files that load an adapter's config from its folder": str(_resolving(modules, root)),
         "files opened by one load of a tiny model and an adapter, by us / by all": _both(loaded, "opened"),
         "most times that we open one of them": str(loaded["most"]),
@@ -91,6 +91,11 @@ def main(root: Path) -> None:
     print("| figure | value |\n|---|---|")
     print("\n".join(f"| {name} | {value} |" for name, value in rows.items()))
     print("\nThe ten longest functions: " + ", ".join(f"`{name}` {size}" for size, name in functions[:10]))
+
+
+def parsed(root: Path) -> dict[Path, ast.Module]:
+    """The package's files, parsed."""
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((root / "peftcli").rglob("*.py"))}
 
 
 def _functions(modules: dict[Path, ast.Module], root: Path) -> Iterator[tuple[int, str]]:
@@ -106,7 +111,7 @@ def _name(path: Path, root: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _imports(modules: dict[Path, ast.Module], root: Path) -> dict[str, set[str]]:
+def imports(modules: dict[Path, ast.Module], root: Path) -> dict[str, set[str]]:
     """Module -> the modules of the package that it imports anywhere, except for type checkers only."""
     names = {_name(path, root) for path in modules}
     found: dict[str, set[str]] = {name: set() for name in names}
@@ -128,7 +133,7 @@ def _imports(modules: dict[Path, ast.Module], root: Path) -> dict[str, set[str]]
     return {name: wanted - {name} for name, wanted in found.items()}
 
 
-def _cycles(imports: dict[str, set[str]]) -> list[list[str]]:
+def cycles(imported: dict[str, set[str]]) -> list[list[str]]:
     """Groups of modules that import one another (strongly connected components of more than one), by Tarjan."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
@@ -138,7 +143,7 @@ def _cycles(imports: dict[str, set[str]]) -> list[list[str]]:
     def visit(name: str) -> None:
         index[name] = low[name] = len(index)
         stack.append(name)
-        for other in sorted(imports[name]):
+        for other in sorted(imported[name]):
             if other not in index:
                 visit(other)
             if other in stack:
@@ -149,23 +154,21 @@ def _cycles(imports: dict[str, set[str]]) -> list[list[str]]:
             if len(group) > 1:
                 found.append(sorted(group))
 
-    for name in sorted(imports):
+    for name in sorted(imported):
         if name not in index:
             visit(name)
     return found
 
 
-def _inner_imports(modules: dict[Path, ast.Module]) -> int:
-    found = set()
-    for tree in modules.values():
-        for function in ast.walk(tree):
-            if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                found |= {
-                    node
-                    for node in ast.walk(function)
-                    if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("peftcli")
-                }
-    return len(found)
+def inner_imports(modules: dict[Path, ast.Module], root: Path) -> Counter[str]:
+    """Module -> how many of its imports of the package stand inside functions."""
+    found: Counter[str] = Counter()
+    for path, tree in modules.items():
+        functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        inside = {node for function in functions for node in ast.walk(function) if isinstance(node, ast.ImportFrom)}
+        count = sum((node.module or "").startswith("peftcli") for node in inside)
+        found += Counter({_name(path, root): count})
+    return found
 
 
 def _resolving(modules: dict[Path, ast.Module], root: Path) -> int:

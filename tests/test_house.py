@@ -1,0 +1,50 @@
+"""How the package hangs together: no import circles, and no imports inside functions but those that start-up needs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+
+import house  # noqa: E402
+
+ALLOWED = {
+    "peftcli.adapters.card": 1,
+    "peftcli.adapters.generate": 14,
+    "peftcli.adapters.info": 3,
+    "peftcli.cli.app": 1,
+    "peftcli.cli.cache": 3,
+    "peftcli.cli.check": 2,
+    "peftcli.cli.combine": 1,
+    "peftcli.cli.diff": 1,
+    "peftcli.cli.evaluate": 3,
+    "peftcli.cli.explain": 1,
+    "peftcli.cli.generate": 2,
+    "peftcli.cli.info": 3,
+    "peftcli.cli.inspect": 9,
+    "peftcli.cli.junit_report": 1,
+    "peftcli.cli.merge": 1,
+    "peftcli.cli.push": 1,
+    "peftcli.cli.schema": 1,
+    "peftcli.cli.status": 1,
+    "peftcli.cli.train": 12,
+    "peftcli.data.findings": 3,
+    "peftcli.recipe.data_checks": 1,
+}
+"""Module -> how many imports of the package may stand inside its functions. A command imports what it runs when it
+runs, so that ``--help`` answers at once. No number here may grow, and no module outside ``cli`` may be added."""
+
+
+def test_no_modules_import_one_another() -> None:
+    assert house.cycles(house.imports(house.parsed(ROOT), ROOT)) == []
+
+
+def test_imports_inside_functions_only_become_fewer() -> None:
+    found = house.inner_imports(house.parsed(ROOT), ROOT)
+    assert {name: count for name, count in found.items() if count > ALLOWED.get(name, 0)} == {}
+
+
+def test_a_circle_is_found() -> None:
+    assert house.cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
