@@ -286,7 +286,7 @@ def _layers_without_base(model: nn.Module, job: _Job) -> dict[str, AdapterLayer]
 
 
 def _base_leaves(layer: AdapterLayer) -> list[str]:
-    return [name for name, _ in bare(layer).named_parameters()]
+    return [*bare(layer).state_dict()]
 
 
 def _checkpoint_keys(names: list[str], keys: set[str], prefix: str) -> dict[str, str]:

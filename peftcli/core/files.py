@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -108,18 +108,32 @@ def _read(header: Mapping[str, Entry], file: BufferedReader, path: Path) -> dict
 
 
 def load_adapter(
-    model: nn.Module, config: AdapterConfig, folder: Path, *, trainable: bool = False, adapter: str = "default"
+    model: nn.Module,
+    config: AdapterConfig,
+    folder: Path,
+    *,
+    trainable: bool = False,
+    adapter: str = "default",
+    initialised: Collection[str] = (),
 ) -> Injection:
     """Inject the config's layers into ``model`` and fill them from the folder's weights.
 
     ``config.inference_mode`` is on while the layers are made, so that each holds what the file holds.
 
+    Args:
+        model: the base model, maybe with other adapters in it.
+        config: the adapter's.
+        folder: where its weights are.
+        trainable: whether they take gradients.
+        adapter: name of the adapter in the model.
+        initialised: names of the parameters that the base model's checkpoint did not hold: see ``inject``.
+
     Raises:
-        AdapterError: the config or the tensors do not fit the model.
+        AdapterError: the config or the tensors do not fit the model, or leave a parameter random.
     """
     config.inference_mode = True
-    tensors = _checked_tensors(model, config, folder, adapter)
-    injection = inject(model, config, adapter)
+    tensors = _checked_tensors(model, config, folder, adapter, initialised)
+    injection = inject(model, config, adapter, initialised=initialised)
     try:
         load_state(model, tensors, str(folder / WEIGHTS_FILE), adapter)
     except AdapterError:
@@ -130,19 +144,21 @@ def load_adapter(
     return injection
 
 
-def load_empty(model: nn.Module, config: AdapterConfig, folder: Path) -> None:
+def load_empty(model: nn.Module, config: AdapterConfig, folder: Path, *, initialised: Collection[str] = ()) -> None:
     """As ``load_adapter``, for a base model on the meta device: the adapter's own tensors alone take memory.
 
     Raises:
         AdapterError: as ``load_adapter``.
     """
     config.inference_mode = True
-    tensors = _checked_tensors(model, config, folder, "default")
-    inject(model, config)
+    tensors = _checked_tensors(model, config, folder, "default", initialised)
+    inject(model, config, initialised=initialised)
     materialise(model, tensors, str(folder / WEIGHTS_FILE))
 
 
-def _checked_tensors(model: nn.Module, config: AdapterConfig, folder: Path, adapter: str) -> dict[str, torch.Tensor]:
+def _checked_tensors(
+    model: nn.Module, config: AdapterConfig, folder: Path, adapter: str, initialised: Collection[str]
+) -> dict[str, torch.Tensor]:
     """The folder's tensors, once their header has shown that they are those of the config over this model.
 
     Raises:
@@ -151,7 +167,7 @@ def _checked_tensors(model: nn.Module, config: AdapterConfig, folder: Path, adap
     path = weights_file(folder)
     with opened_weights(path) as (header, file):
         try:
-            _check_header(model, config, header, path, adapter)
+            _check_header(model, config, header, path, adapter, initialised)
         except AdapterError as error:
             if error.file is not None:
                 raise
@@ -160,7 +176,12 @@ def _checked_tensors(model: nn.Module, config: AdapterConfig, folder: Path, adap
 
 
 def _check_header(
-    model: nn.Module, config: AdapterConfig, header: Mapping[str, Entry], path: Path, adapter: str
+    model: nn.Module,
+    config: AdapterConfig,
+    header: Mapping[str, Entry],
+    path: Path,
+    adapter: str,
+    initialised: Collection[str],
 ) -> None:
     """Raises AdapterError unless the file's tensors are those of the config, before memory is taken for any."""
     _check_sizes(model, config, sum(entry.numel for entry in header.values()))
@@ -169,7 +190,7 @@ def _check_header(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again when the adapter is injected
-            inject(empty, copy.deepcopy(config), adapter)
+            inject(empty, copy.deepcopy(config), adapter, initialised=initialised)
         check_state(empty, found, str(path), adapter)
     finally:
         unload(empty)

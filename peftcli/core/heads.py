@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from peftcli.core.config import AdapterConfig
 from peftcli.core.layer import bare, base_paths, model_ends
 from peftcli.core.targets import find_modules
+from peftcli.errors import AdapterError
 
 TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """PEFT's names of the tasks whose models have a head of their own."""
@@ -31,20 +33,36 @@ def head_names(model: Any) -> list[str]:
     return [name for name, child in model.named_children() if is_head(child)]
 
 
-def settle_heads(model: nn.Module, config: AdapterConfig) -> None:
-    """Complete ``modules_to_save`` of a new adapter by the model's heads; of a loaded one, make it what the file holds.
+def resolve_heads(model: nn.Module, config: AdapterConfig, initialised: Collection[str] = ()) -> None:
+    """Complete the ``modules_to_save`` of a new adapter by what is new; make a loaded one's those that its file holds.
 
-    Warns when a loaded adapter's file does not hold a head.
+    Args:
+        model: the base model, maybe with other adapters in it.
+        config: the adapter's.
+        initialised: names of the parameters that the base model's checkpoint did not hold, as far as that is known.
+
+    Warns when a loaded adapter's file does not hold a head of which that is not known.
+
+    Raises:
+        AdapterError: a parameter that is new would stay random.
     """
-    if config.task_type not in TASKS_WITH_HEADS:
-        return
-    given, heads = config.modules_to_save or [], head_names(model)
-    if config.inference_mode:
+    has_head = config.task_type in TASKS_WITH_HEADS
+    given = config.modules_to_save or []
+    if has_head and config.inference_mode:
         names = [name for name in base_paths(model) if name]
         guessed = [name for name in names if any(name.endswith(guess) for guess in _PEFT_GUESSES if guess in given)]
         given = [*dict.fromkeys([*(entry for entry in given if entry not in _PEFT_GUESSES), *guessed])]
     saved = find_modules(model, given, "modules_to_save")
-    missing = [head for head in heads if not any(_overlap(head, name) for name in saved)]
+    new = _new_modules(model, initialised, saved)
+    if new and config.inference_mode:
+        raise AdapterError(
+            f"the adapter was saved without {', '.join(new)}, which the base model's checkpoint does not hold either: "
+            "the weights would stay random",
+            key="modules_to_save",
+            hint="load it over the base model that it was trained on",
+        )
+    heads = head_names(model) if has_head and not (initialised and config.inference_mode) else []
+    missing = [*dict.fromkeys(head for head in [*heads, *new] if not any(_overlap(head, name) for name in saved))]
     if missing and config.inference_mode:
         warnings.warn(
             f"the adapter was saved without {', '.join(missing)}, which is part of the head and stays as it is in the "
@@ -52,8 +70,37 @@ def settle_heads(model: nn.Module, config: AdapterConfig) -> None:
             stacklevel=2,
         )
     elif missing:
-        given = [*given, *missing]
+        given = [*given, *(name for name in missing if not any(name.startswith(f"{other}.") for other in missing))]
     config.modules_to_save = given or None
+
+
+def _new_modules(model: nn.Module, initialised: Collection[str], saved: list[str]) -> list[str]:
+    """The fewest modules that hold the parameters ``initialised``, apart from those below the modules ``saved``.
+
+    Raises:
+        AdapterError: a module holds such a parameter, and in its submodules others that are not new.
+    """
+    modules = {name: bare(model.get_submodule(path)) for name, path in base_paths(model).items()}
+    own = {
+        name: [f"{name}.{leaf}".lstrip(".") for leaf, _ in module.named_parameters(recurse=False)]
+        for name, module in modules.items()
+    }
+    known = {parameter for parameters in own.values() for parameter in parameters}
+    left = {name for name in known.intersection(initialised) if not any(name.startswith(f"{one}.") for one in saved)}
+    found: list[str] = []
+    for name, parameters in own.items():
+        if not left or any(f"{name}.".startswith(f"{one}.") for one in found):
+            continue
+        below = {each for each in known if each.startswith(f"{name}.".lstrip("."))}
+        if (name and below and below <= left) or (below == {*parameters} and left.intersection(below)):
+            found.append(name)
+        elif mixed := left.intersection(parameters):
+            raise AdapterError(
+                f"{min(mixed)} is not in the base model's checkpoint, and cannot be trained without the rest of "
+                f"{name or 'the model'}",
+                key="modules_to_save",
+            )
+    return found
 
 
 def _overlap(one: str, other: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig, BiasConfig, FanInConfig, TargetedConfig
-from peftcli.core.heads import settle_heads
+from peftcli.core.heads import resolve_heads
 from peftcli.core.layer import (
     AdapterLayer,
     TrainedBias,
@@ -41,12 +41,21 @@ class Injection:
     """Parameters of the model, the adapter's included."""
 
 
-def inject(model: nn.Module, config: AdapterConfig, adapter: str = "default") -> Injection:
+def inject(
+    model: nn.Module, config: AdapterConfig, adapter: str = "default", *, initialised: Collection[str] = ()
+) -> Injection:
     """Put the config's adapter layers into the model, in place, around those of its other adapters.
 
-    The base model is frozen; other adapters stay as they are.
+    The base model is frozen, with the running statistics of its norms; other adapters stay as they are.
 
     Nothing is changed when this raises.
+
+    Args:
+        model: the base model, maybe with other adapters in it.
+        config: the adapter's.
+        adapter: name of the adapter in the model.
+        initialised: names of the parameters that the base model's checkpoint did not hold, as its loader reports them.
+            The modules that hold them train in full and are saved with the adapter.
 
     Raises:
         AdapterError: the config names modules that the model lacks or that the method cannot adapt, or the model
@@ -63,7 +72,7 @@ def inject(model: nn.Module, config: AdapterConfig, adapter: str = "default") ->
     if isinstance(method, Reshapes):
         method.reshape(model, config)
     try:
-        layers, saved = _wrapped(model, config)
+        layers, saved = _wrapped(model, config, initialised)
     except AdapterError:
         _take_back(model)
         raise
@@ -77,6 +86,7 @@ def inject(model: nn.Module, config: AdapterConfig, adapter: str = "default") ->
     if isinstance(method, Attaches):
         method.attach(model, config, layers)
     _call_layers(model)
+    _freeze_statistics(model)
     added = {path: layer for path, layer in adapter_layers(model).items() if layer not in before}
     for layer in added.values():
         layer.adapter = adapter
@@ -198,9 +208,11 @@ def train_other_biases(model: nn.Module) -> None:
     replace_modules(model, new)
 
 
-def _wrapped(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, AdapterLayer], dict[str, TrainedCopy]]:
+def _wrapped(
+    model: nn.Module, config: AdapterConfig, initialised: Collection[str]
+) -> tuple[dict[str, AdapterLayer], dict[str, TrainedCopy]]:
     """The new layers over the config's targets, by name, and those over its modules_to_save. None is in place yet."""
-    settle_heads(model, config)
+    resolve_heads(model, config, initialised)
     saved = find_modules(model, config.modules_to_save or (), "modules_to_save")
     inside = tuple(f"{name}." for name in saved)  # trained in full already
     names = [name for name in targets(model, config) if not f"{name}.".startswith(inside)]
@@ -234,6 +246,21 @@ def _call_layers(model: nn.Module) -> None:
         if switch and getattr(module, switch) and adapter_layers(module):
             on_unload(model, functools.partial(setattr, module, switch, getattr(module, switch)))
             setattr(module, switch, False)
+
+
+def _freeze_statistics(model: nn.Module) -> None:
+    """Have every norm with running statistics use and keep them while its weights are frozen, in training too."""
+    for module in model.modules():
+        if (
+            module._buffers.get("running_mean") is not None
+            and _use_statistics not in module._forward_pre_hooks.values()
+        ):
+            module.register_forward_pre_hook(_use_statistics)
+
+
+def _use_statistics(norm: nn.Module, args: Any) -> None:
+    if not any(parameter.requires_grad for parameter in norm.parameters()):
+        norm.training = False
 
 
 def _take_back(model: nn.Module) -> None:

@@ -123,8 +123,23 @@ class TrainedCopy(AdapterLayer):
             parameter.data = parameter.data.to(adapter_dtype(parameter))
             parameter.requires_grad_(True)
 
+    def __getattr__(self, name: str) -> Any:
+        """Return what the model reads of the module, the weight for one: the copy's, in the base model's dtype."""
+        if name in ("copy", "base_layer", "enabled") or not self.enabled:
+            return super().__getattr__(name)
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            value = getattr(self.copy, name)
+            return _cast(value, getattr(bare(self), name).dtype) if isinstance(value, nn.Parameter) else value
+
     def own_tensors(self) -> dict[str, nn.Parameter]:
         return dict(self.copy.named_parameters())
+
+    def fixed_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the buffers of the copy that a checkpoint holds, such as the running statistics of a BatchNorm."""
+        state = self.copy.state_dict(keep_vars=True).items()
+        return {name: value for name, value in state if not isinstance(value, nn.Parameter)}
 
     def own_module(self, path: str) -> nn.Module:
         return self.copy.get_submodule(path)
@@ -132,17 +147,17 @@ class TrainedCopy(AdapterLayer):
     def hides(self, below: AdapterLayer) -> bool:
         return True
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.enabled:
-            return self.base_layer(x, *args, **kwargs)
-        if torch.is_autocast_enabled(x.device.type):
-            return self.copy(x, *args, **kwargs)
-        own, base = (next(module.parameters()).dtype for module in (self.copy, bare(self)))
-        y = self.copy(x.to(own) if torch.is_floating_point(x) else x, *args, **kwargs)
-        return y.to(base) if isinstance(y, torch.Tensor) and y.dtype == own else y
+            return self.base_layer(*args, **kwargs)
+        own, base = (next(module.parameters()) for module in (self.copy, bare(self)))
+        if torch.is_autocast_enabled(own.device.type):
+            return self.copy(*args, **kwargs)
+        given = {name: _cast(value, own.dtype) for name, value in kwargs.items()}
+        return _cast(self.copy(*_cast(args, own.dtype), **given), base.dtype)
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return dict(self.own_tensors())
+        return {**self.own_tensors(), **self.fixed_tensors()}
 
 
 class TrainedBias(AdapterLayer):
@@ -173,6 +188,13 @@ class TrainedBias(AdapterLayer):
             return super().folded(base)
         # as in forward: the layers below get this bias, and may change it
         return {"bias": self.bias} | self.base_layer.folded(base | {"bias": self.bias})
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Return ``value`` with the floating-point tensors in it, or in a list or tuple, in another dtype."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_cast(each, dtype) for each in value) if type(value) in (list, tuple) else value
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def adapter_dtype(like: torch.Tensor) -> torch.dtype:

@@ -57,15 +57,15 @@ def merge(model: nn.Module, *configs: AdapterConfig, dequantise: bool = False) -
 class Folded:
     """Weights that hold their adapters' updates for a while."""
 
-    before: list[tuple[nn.Module, str, nn.Parameter]]
-    """Where each weight stood: module, name, and the weight as it was."""
+    before: list[tuple[nn.Module, str, torch.Tensor]]
+    """Where each weight or buffer stood: module, name, and what it was."""
     layers: list[AdapterLayer]
     """The layers that were enabled."""
 
     def undo(self) -> None:
         """Put the weights back, exactly, and enable the layers."""
-        for module, name, parameter in self.before:
-            setattr(module, name, parameter)
+        for module, name, tensor in self.before:
+            setattr(module, name, tensor)
         for layer in self.layers:
             layer.enabled = True
 
@@ -77,7 +77,7 @@ def fold(model: nn.Module) -> Folded:
         AdapterError: a layer cannot be merged, or a merged weight is not finite. The model is as it was then.
     """
     done = Folded([], [layer for layer in adapter_layers(model).values() if layer.enabled])
-    kept: dict[nn.Parameter, nn.Parameter] = {}
+    kept: dict[torch.Tensor, torch.Tensor] = {}
     try:
         for name, layer in outermost(model).items():
             base = bare(layer)
@@ -86,17 +86,20 @@ def fold(model: nn.Module) -> Folded:
                     f"{name} is quantised, and rounding the merged weight again would lose much of what was learned",
                     hint="merge into the full-precision base model, or ask for dequantize",
                 )
-            tensors = dict(base.named_parameters())
+            tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
             with torch.no_grad():
                 values = layer.folded(dict(tensors))
             for tensor, value in values.items():
-                merged = nn.Parameter(value.to(tensors[tensor].dtype), requires_grad=False)
+                before = tensors[tensor]
+                merged = value.detach().to(before.dtype)
+                if isinstance(before, nn.Parameter):
+                    merged = nn.Parameter(merged, requires_grad=False)
                 if not torch.isfinite(merged).all():
                     raise AdapterError(f"{name}.{tensor} is not finite after merging")
-                first = kept.setdefault(tensors[tensor], merged)
+                first = kept.setdefault(before, merged)
                 merged = first if torch.equal(first, merged) else merged  # shared and changed alike: still shared
                 owner, _, leaf = tensor.rpartition(".")
-                done.before.append((base.get_submodule(owner), leaf, tensors[tensor]))
+                done.before.append((base.get_submodule(owner), leaf, before))
                 setattr(base.get_submodule(owner), leaf, merged)
     except AdapterError:
         done.undo()
@@ -125,6 +128,5 @@ def outermost(model: nn.Module) -> dict[str, AdapterLayer]:
 
 
 def _tied(model: nn.Module) -> bool:
-    ends = model_ends(model)
-    weights = [getattr(end, "weight", None) for end in ends]
-    return len(weights) == 2 and weights[0] is not None and weights[0] is weights[1]
+    first, last = (end and getattr(bare(end), "weight", None) for end in model_ends(model))
+    return first is not None and first is last

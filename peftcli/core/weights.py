@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_layers, bare, model_ends, path_in_file
+from peftcli.core.layer import AdapterLayer, TrainedCopy, adapter_layers, bare, model_ends, path_in_file
 from peftcli.errors import AdapterError
 from peftcli.guard.files import shown_name
 
@@ -118,7 +119,11 @@ def check_state(
     paths = _paths_in_file(model, adapter)
     copies = {f"{layer.file_prefix}{path}.{copy}" for path, layer in paths.items() for copy in layer.copies}
     known = wanted.keys() | base.keys() | copies
-    wrong = [f"missing: {name}" for name in wanted if name not in tensors]
+    missing = [name for name in wanted if name not in tensors]
+    buffers = [name for name in missing if _is_buffer_of_copy(*wanted[name][:2])]
+    if buffers:
+        warnings.warn(f"the adapter was saved without {buffers[0]}, which stays as in the base model", stacklevel=2)
+    wrong = [f"missing: {name}" for name in missing if name not in buffers]
     wrong += [
         f"unexpected: {shown_name(name)}"
         for name in tensors
@@ -173,8 +178,14 @@ def materialise(model: nn.Module, tensors: Mapping[str, torch.Tensor], file: str
     for path, layer in _paths_in_file(model, None).items():
         for tensor, empty in layer.file_tensors().items():
             owner, _, leaf = tensor.rpartition(".")
-            value = nn.Parameter(values[layer.file_name(path, tensor)].to(empty.dtype), requires_grad=False)
-            setattr(layer.own_module(owner), leaf, value)
+            name = layer.file_name(path, tensor)
+            if name in values:  # else a buffer that the file lacks
+                module, value = layer.own_module(owner), values[name].to(empty.dtype)
+                setattr(module, leaf, value if leaf in module._buffers else nn.Parameter(value, requires_grad=False))
+
+
+def _is_buffer_of_copy(layer: AdapterLayer, tensor: str) -> bool:
+    return isinstance(layer, TrainedCopy) and tensor in layer.fixed_tensors()
 
 
 def _listed(what: str, wrong: list[str]) -> str:
