@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, cast, get_args,
 
 from peftcli.errors import AdapterError
 from peftcli.guard.files import cut, shown, shown_name
-from peftcli.guard.patterns import PatternError, check_cost, compiled
+from peftcli.guard.patterns import Pattern, PatternError, check_patterns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -195,9 +195,9 @@ class TargetedConfig(AdapterConfig):
             value = getattr(self, entry.name)
             try:
                 if entry.name in ("target_modules", "exclude_modules") and isinstance(value, str):
-                    compiled(value)
+                    Pattern(value)
                 elif entry.name.endswith("_pattern") and isinstance(value, dict):
-                    check_cost(value)
+                    check_patterns(value)
             except PatternError as error:
                 found.append((entry.name, str(error)))
         return found

@@ -14,7 +14,7 @@ from peftcli.core.layer import bare, base_paths, model_ends
 from peftcli.core.linear import linear_view
 from peftcli.core.protocols import FindsTargets, layers_of
 from peftcli.errors import AdapterError
-from peftcli.guard.patterns import PatternError, compiled, ends_with
+from peftcli.guard.patterns import Pattern, PatternError, ends_with
 
 
 def targets(model: nn.Module, config: AdapterConfig) -> list[str]:
@@ -148,7 +148,11 @@ def _matches(
 ) -> list[str]:
     names = [name for name in names if name]
     if isinstance(wanted, str):
-        found = [name for name in names if _fullmatch(wanted, name, key)]
+        try:
+            pattern = Pattern(wanted)
+            found = [name for name in names if pattern.fullmatch(name)]
+        except PatternError as error:
+            raise AdapterError(str(error), key=key) from None
         if not found:
             raise AdapterError(_nothing(model, wanted, names, what), key=key)
         return found
@@ -188,13 +192,6 @@ def _layer_index(parts: list[str], ranks: Mapping[str, int]) -> int | None:
         found = [(ranks[ending], place) for place, ending in before if ending in ranks]
         numbers = [min(found)[1]] if found else []
     return int(parts[numbers[0]]) if numbers else None
-
-
-def _fullmatch(pattern: str, name: str, key: str) -> bool:
-    try:
-        return compiled(pattern).fullmatch(name)
-    except PatternError as error:
-        raise AdapterError(str(error), key=key) from None
 
 
 def _nothing(model: nn.Module, entry: str, names: list[str], what: str) -> str:

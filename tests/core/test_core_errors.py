@@ -42,7 +42,7 @@ WRONG: dict[str, tuple[AdapterConfig, str]] = {
     "dotted target": (LoraConfig(target_modules=["self_attn.q_porj"]), "closest: self_attn.q_proj"),
     "part of a name": (LoraConfig(target_modules=["proj"]), "target_modules: .*'proj'; closest: .*_proj"),
     "regex": (LoraConfig(target_modules=r".*\.q_porj"), "target_modules: no module of LlamaForCausalLM matches"),
-    "no regex": (LoraConfig(target_modules=r"*q_proj"), "target_modules: .* is no regular expression"),
+    "no regex": (LoraConfig(target_modules=r"*q_proj"), "target_modules: .* is not a regular expression"),
     "long regex": (LoraConfig(target_modules="a" * 5000), "target_modules: a pattern of 5000 characters"),
     "no linear": (
         LoraConfig(target_modules=["input_layernorm"]),

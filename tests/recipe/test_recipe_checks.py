@@ -46,8 +46,8 @@ from peftcli.recipe import gate_holds, parse_gate
         (["launch.num_processes=100000"], "launch.num_processes", "must be at most 1,024"),
         (["method.r=4294967296"], "method.r", "must be at most 2147483647, found 4294967296"),
         (["method.alpha_pattern={q_proj: 1e300}"], "method.alpha_pattern.q_proj", "the largest number of float32"),
-        (["method.target_modules='(q'"], "method.target_modules", "is no regular expression"),
-        (["method.exclude_modules='*'"], "method.exclude_modules", "is no regular expression"),
+        (["method.target_modules='(q'"], "method.target_modules", "is not a regular expression"),
+        (["method.exclude_modules='*'"], "method.exclude_modules", "is not a regular expression"),
         (
             ["training.load_best_model_at_end=true", "dataset.eval=null"],
             "training.load_best_model_at_end",

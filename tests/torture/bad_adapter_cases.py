@@ -251,7 +251,7 @@ NO_SETTING = {
             ("rank_pattern", {"q_proj": "4"}, "expected dict"),
             ("rank_pattern", {"q_proj": 0}, "q_proj: r must be at least 1"),
             ("rank_pattern", {"q_proj": 4.5}, "expected dict"),
-            ("rank_pattern", {"(": 4}, "is no regular expression"),
+            ("rank_pattern", {"(": 4}, "is not a regular expression"),
             ("alpha_pattern", {"q_proj": -1}, "must be above 0"),
             ("target_modules", 5, "expected list"),
             ("target_modules", [], "names no module"),
@@ -299,7 +299,7 @@ BOMBS = {
     "counted": "(?:(?:(?:a?){30}){30}){30}b",
     "many": ".*" * 900 + "x",
     "classes": r"^(([a-z_.])+.)+[A-Z]([a-z])+$",
-    "looking ahead": "(?:(?=(?:(?=(?:(?=.*a).)*).)*).)*b",
+    "looking ahead": "(?:(?=(?:(?=(?:(?=.*a).)*).)*).)*z",
     "looking ahead, nested": "(?=" * 300 + "a" + ")" * 300,
     "any letter": "(?i)" + "[\\x01-\\U0010ffff]" * 100,
     "nothing, again and again": "(?:(?:){60000}){60000}b",
@@ -315,10 +315,12 @@ PATTERNS = {
         for name, bomb in BOMBS.items()
         for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
     },
-    "no regular expression": loaded("'(' is no regular expression", target_modules="("),
+    "no regular expression": loaded("'(' is not a regular expression", target_modules="("),
     "too long": here(loaded("a pattern of 3000 characters; at most 2000", target_modules="q" * 3000)),
-    "a reference back": here(loaded("groupref is not supported", target_modules=r"(.)\1*(.*)*q_proj")),
-    "looks back at any length": loaded("is no regular expression", target_modules=r"(?<=a*)b"),
+    "nearly a name": here(loaded("contains '{e<=1}', which is not supported", target_modules=r"(.*q_proj){e<=1}")),
+    "a class of characters": here(loaded("contains '[:alpha:]', which", target_modules=r".*[_[:alpha:]]_proj")),
+    "a million times": here(loaded("repeats its parts too often", target_modules=r"(?:.{1000}){1000}q_proj")),
+    "looks back at any length": loaded("is not a regular expression", target_modules=r"(?<=a*)b"),
     "steers": Case(lambda folder: folder.config(target_modules=f"q_proj{STEER}"), (CONFIG, "target_modules")),
     "10,000 bombs": Case(
         lambda folder: folder.config(rank_pattern={f"(.*)*{number}x": 2 for number in range(10_000)}),

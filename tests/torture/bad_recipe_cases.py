@@ -556,10 +556,10 @@ METHOD = {
         "type: prompt_tuning, num_virtual_tokens: 1e12", "", "num_virtual_tokens"
     ),
     "targets that are no pattern": method(
-        "type: lora, target_modules: '(q_proj'", "is no regular expression", "target_modules"
+        "type: lora, target_modules: '(q_proj'", "is not a regular expression", "target_modules"
     ),
     "exceptions that are no pattern": method(
-        "type: lora, exclude_modules: '*.q'", "is no regular expression", "exclude_modules"
+        "type: lora, exclude_modules: '*.q'", "is not a regular expression", "exclude_modules"
     ),
     "layers below 0": method("type: lora, layers_to_transform: [-1]", "", "layers_to_transform"),
     "a pattern of layers without layers": method("type: lora, layers_pattern: h", "", "layers_pattern"),

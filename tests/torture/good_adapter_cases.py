@@ -227,6 +227,9 @@ VALID: dict[str, Valid] = {
     "modules as a pattern that takes Python long": Valid(
         lambda folder: folder.config(target_modules=r"(.*\.?)*[qv]_proj")
     ),
+    "modules as a pattern with a reference back": Valid(
+        lambda folder: folder.config(target_modules=r".*(t)\1n\.[qv]_proj")
+    ),
     "modules as whole names": Valid(
         lambda folder: folder.config(
             target_modules=[f"model.layers.{n}.self_attn.{p}_proj" for n in (0, 1) for p in "qv"]

@@ -1,0 +1,74 @@
+"""Untrusted files: what is read of them, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from peftcli.errors import AdapterError, ModelError
+from peftcli.guard.files import cut, open_regular, read_object, shown, shown_name
+
+
+def _read(folder: Path, text: str | bytes, *, strict: bool = True) -> dict[str, object]:
+    path = folder / "a.json"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return read_object(path, 1000, strict=strict)
+
+
+def test_an_object_is_read(tmp_path: Path) -> None:
+    assert _read(tmp_path, '\ufeff{"a": [1, {"b": 2.5}],\r\n"ä": null}') == {"a": [1, {"b": 2.5}], "ä": None}
+
+
+REFUSED: dict[str, tuple[str | bytes, int | None, str | None, str]] = {
+    "cut": ('{"a": 1,\n"b"', 2, None, "not valid JSON"),
+    "not UTF-8": (b'{"a":\n"\xff"}', 2, None, "not UTF-8 text"),
+    "no object": ("[1]", None, None, "holds no JSON object"),
+    "a key twice": ('{"a": {"b": 1, "b": 2}}', None, "b", "is given twice"),
+    "no number": ('{"a": NaN}', None, None, "NaN is no number"),
+    "large": ('{"a": 1}' + " " * 1000, None, None, "1,008 bytes, and at most 1,000"),
+    "deep": ('{"a": ' + "[" * 64 + "]" * 64 + "}", None, None, "nested deeper than 64"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_object_is_said_with_its_place(name: str, tmp_path: Path) -> None:
+    text, line, key, message = REFUSED[name]
+    with pytest.raises(AdapterError, match=message) as caught:
+        _read(tmp_path, text)
+    assert (caught.value.file, caught.value.line, caught.value.key) == (str(tmp_path / "a.json"), line, key)
+
+
+def test_what_json_leaves_open_is_read_unless_it_must_be_strict(tmp_path: Path) -> None:
+    found = _read(tmp_path, '{"a": 1, "a": Infinity}', strict=False)
+    assert found == {"a": math.inf}
+
+
+def test_63_levels_are_read(tmp_path: Path) -> None:
+    assert _read(tmp_path, '{"a": ' + "[" * 63 + "]" * 63 + "}")
+
+
+def test_a_pipe_is_neither_read_nor_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="a pipe, no regular file"):
+        open_regular(tmp_path / "pipe")
+    with pytest.raises(ModelError, match="is a pipe, no regular file"):
+        read_object(tmp_path / "pipe", 10, ModelError)
+
+
+@pytest.mark.parametrize(
+    "value", ["a" * 5000, ["b" * 5000] * 5000, {"k" * 99: {"x": {"y": {"z": 1}}}}, "\x1b[31m\n\u202e"]
+)
+def test_foreign_values_are_short_and_on_one_line(value: object) -> None:
+    assert shown(value).isprintable()
+    assert len(shown(value)) < 600
+
+
+def test_foreign_names_stay_as_they_are_unless_they_are_strange() -> None:
+    assert shown_name("model.layers.0.ä") == "model.layers.0.ä"
+    assert shown_name("a\nb") == r"'a\nb'"
+    assert len(shown_name("a" * 500)) < 100
+    assert cut("a\x1b[2J\nb\ud800") == r"a\x1b[2J\nb\ud800"
+    assert len(cut("a" * 10_000)) < 700
