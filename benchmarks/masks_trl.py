@@ -149,7 +149,7 @@ def main() -> None:
     sys.path.insert(0, str(TESTS))
     import mask_matrix as matrix
 
-    from peftcli.data import day
+    from peftcli.system import date
 
     rendering.datetime = matrix.Today
     warnings.simplefilter("ignore")
@@ -175,7 +175,7 @@ def main() -> None:
             truth = truth_of(matrix, name, shape)
             for side, run in (("TRL", by_trl), ("peftcli", by_us)):
                 messages, tools = matrix.conversation(name, shape)
-                with day.on(matrix.DAY):
+                with date.fixed_date(matrix.DAY):
                     found = verdict(run, tokenizer, messages, tools, truth, bool(matrix.PUBLISHED[name].swallow))
                 counts[side][truth is None, found] += 1
         rows = {side: row(each) for side, each in counts.items()}

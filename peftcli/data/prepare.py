@@ -10,13 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from peftcli.data import day
 from peftcli.data.cache import cached
 from peftcli.data.rows import Place, Row
 from peftcli.data.sources import Opened, open_source
 from peftcli.data.store import Outcome, Store, Writer
 from peftcli.errors import DataError
 from peftcli.schema import Dataset, Source
+from peftcli.system import date
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,7 +122,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "settings": {name: getattr(tokenizer, name, None) for name in ("split_special_tokens", "truncation_side")},
         "template": tokenizer.chat_template,
-        "date": day.today().isoformat() if day.writes_the_date(tokenizer) else None,
+        "date": date.today().isoformat() if date.writes_date(tokenizer.chat_template) else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 

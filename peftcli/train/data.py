@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from peftcli.data import day
 from peftcli.data.findings import Finding, Records, find_in_records, refuse, worst_first
 from peftcli.data.prepare import OnRows, prepare
 from peftcli.data.sources import eval_source, held_out
@@ -17,6 +16,7 @@ from peftcli.data.store import BAD, USED, Part, Store, View
 from peftcli.errors import DataError
 from peftcli.models.load import load_tokenizer
 from peftcli.schema import Recipe, Source
+from peftcli.system import date
 from peftcli.tasks import TASKS
 from peftcli.tasks.base import Task
 from peftcli.tasks.text.findings import record_findings
@@ -99,8 +99,8 @@ def load_data(
     from_eval = eval_source(dataset)
     if only_eval and from_eval is None and dataset.eval_fraction is None:
         raise DataError("the recipe names no evaluation data", key="dataset.eval")
-    if day.writes_the_date(tokenizer):
-        notes.append(f"the chat template can write the date: rows are rendered as on {day.today()}")
+    if date.writes_date(tokenizer.chat_template):
+        notes.append(f"the chat template can write the date: rows are rendered as on {date.today()}")
     parts = [Part(store_of(source)) for source in dataset.sources()] if not (only_eval and from_eval) else []
     held = [Part(store_of(from_eval))] if from_eval else []
     if dataset.eval_fraction is not None:
@@ -144,7 +144,7 @@ def prepare_data(recipe: Recipe, as_on: str | None, on_event: OnEvent) -> None:
     """
     on_event(Phase("reading the data"))
     task, tokenizer = TASKS[recipe.task].load(), load_tokenizer(recipe.base_model)
-    with day.on(as_on):
+    with date.fixed_date(as_on):
         data = load_data(
             recipe,
             task,

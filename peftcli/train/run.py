@@ -20,13 +20,13 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from peftcli.core.protocols import after_resume, needs_base_weights, needs_batches
-from peftcli.data import day
 from peftcli.data.findings import refuse
 from peftcli.errors import DataError, Interrupted, PeftcliError, StorageError, UsageError, known
 from peftcli.models import tokens
 from peftcli.models.load import load_tokenizer, stored_or_asked
 from peftcli.recipe import method_config, seconds
 from peftcli.schema import Recipe
+from peftcli.system import date
 from peftcli.system.signals import STARTED, handled
 from peftcli.tasks import TASKS
 from peftcli.train.attention import takes_one_row
@@ -148,7 +148,7 @@ def read_data(run: Run) -> RunData:
     task, quantization = TASKS[recipe.task].load(), stored_or_asked(recipe.base_model)
     run.tell(Phase("reading the data"))
     tokenizer = load_tokenizer(recipe.base_model)
-    with day.on(run.record.day):
+    with date.fixed_date(run.record.day):
         examples = load_data(recipe, task, tokenizer, on_rows=lambda *read: run.tell(RowsRead(*read)), on_note=run.warn)
     if run.is_main:
         run.folder.write_skipped(examples.skipped())

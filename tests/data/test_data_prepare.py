@@ -12,12 +12,12 @@ import pytest
 from chat_templates import make_tokenizer
 from transformers import ByT5Tokenizer
 
-from peftcli.data import day
 from peftcli.data import prepare as preparing
 from peftcli.data.prepare import prepare, tokenizer_fingerprint
 from peftcli.data.store import Store
 from peftcli.errors import DataError
 from peftcli.schema import Dataset, Source
+from peftcli.system import date
 from peftcli.tasks.text.encode import COLUMNS, CausalEncoder
 from peftcli.tasks.text.formats import example_reader
 from peftcli.tasks.text.spans import render, tokenized
@@ -157,9 +157,9 @@ def test_a_slow_tokenizer_has_a_fingerprint() -> None:
 
 def test_a_template_that_writes_the_date_has_another_fingerprint_each_day() -> None:
     dated, plain = make_tokenizer("{{ strftime_now('%d') }}"), make_tokenizer("smollm")
-    assert (day.writes_the_date(dated), day.writes_the_date(plain)) == (True, False)
+    assert (date.writes_date(dated.chat_template), date.writes_date(plain.chat_template)) == (True, False)
     before = [tokenizer_fingerprint(each) for each in (dated, plain)]
-    with day.on("2999-01-01"):
+    with date.fixed_date("2999-01-01"):
         after = [tokenizer_fingerprint(each) for each in (dated, plain)]
     assert [one == other for one, other in zip(before, after, strict=True)] == [False, True]
 
@@ -167,7 +167,7 @@ def test_a_template_that_writes_the_date_has_another_fingerprint_each_day() -> N
 def test_templates_write_the_day_of_the_run() -> None:
     tokenizer = make_tokenizer("{{ strftime_now('%d %b %Y') if strftime_now is defined else '-' }}")
     messages = CHATS[0]["messages"]
-    with day.on("2024-07-26"):
+    with date.fixed_date("2024-07-26"):
         assert render(tokenizer, messages) == tokenizer.decode(tokenized(tokenizer, messages, None)) == "26 Jul 2024"
     assert render(tokenizer, messages) == tokenizer.apply_chat_template(messages, tokenize=False)
 

@@ -20,9 +20,9 @@ import trainkit
 from trainkit import Child, files_of, read_run, run_recipe
 
 from peftcli.cli.app import main
-from peftcli.data import day
 from peftcli.errors import Interrupted, OutOfMemory, PeftcliError, StorageError, UsageError
 from peftcli.recipe import load_recipe
+from peftcli.system import date
 from peftcli.train.report import Event, Stepped, Warned
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.status import read_records, record_failure, status
@@ -521,10 +521,10 @@ def test_rows_are_rendered_as_on_the_day_that_the_run_began(recipe: Path) -> Non
     dated = recipe.parent / "dated.jinja"
     dated.write_text("{{ strftime_now('%d %b %Y') }}" + trainkit.CHATML)
     settings = (f"base_model.chat_template={dated}",)
-    with day.on("2024-07-26"):
+    with date.fixed_date("2024-07-26"):
         whole = run_recipe(recipe, *settings, f"training.output_dir={recipe.parent}/whole")
         stopped(recipe, *settings)
-    with day.on("2024-07-27"):
+    with date.fixed_date("2024-07-27"):
         done = run_recipe(recipe, *settings)
         other = run_recipe(recipe, *settings, f"training.output_dir={recipe.parent}/other")
     assert done.run["day"] == "2024-07-26"

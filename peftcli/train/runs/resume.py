@@ -12,11 +12,11 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from peftcli.data import day
 from peftcli.errors import StorageError, UsageError
 from peftcli.models import hub_files
 from peftcli.recipe import to_dict, to_yaml
 from peftcli.schema import BaseModel, Recipe
+from peftcli.system import date
 from peftcli.system.signals import Stop
 from peftcli.train.report import OnEvent, Warned, versions
 from peftcli.train.runs.checkpoint import checkpoints, find_damage, newest_whole, prune, read_manifest, tidy
@@ -193,7 +193,7 @@ def _new_record(recipe: Recipe, now: IdentityRecord, num_processes: int) -> RunR
         processes=num_processes,
         attempts=[],
         artefacts=[],
-        day=day.today().isoformat(),
+        day=date.today().isoformat(),
         **_description(recipe, now),
     )
 

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mask_matrix import PUBLISHED, SHAPES, answer, conversation, expected, user
 
-from peftcli.data import day
 from peftcli.errors import DataError
+from peftcli.system import date
 from peftcli.tasks.text.chat import IGNORED, MarkedText, check_ids, encode_marked, mark_chat
 from peftcli.tasks.text.flags import Flag
 from peftcli.tasks.text.formats import ChatExample
@@ -29,7 +29,7 @@ REFUSED = {pair: want for pair in PAIRS if isinstance(want := expected(*pair), s
 @pytest.fixture(autouse=True)
 def _today(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", mask_matrix.Today)
-    with day.on(mask_matrix.DAY):
+    with date.fixed_date(mask_matrix.DAY):
         yield
 
 
