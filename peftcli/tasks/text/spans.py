@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peftcli.data.bounds import Limits, TooMuch, bounded
 from peftcli.errors import DataError, Interrupted, ModelError
+from peftcli.guard.templates import TooMuch, limited
+from peftcli.system.date import strftime_now
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,9 +78,9 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools
         ModelError: the template does not come to an end.
     """
     options: dict[str, Any] = {"tools": tools, "tokenize": True, "return_dict": False}
-    with _told(tokenizer, messages), Limits((messages, tools)):
+    with _told(tokenizer, messages):
         if _renders_plainly(tokenizer):
-            options["chat_template"] = bounded(tokenizer.get_chat_template(tools=tools))
+            options["chat_template"] = limited(tokenizer.get_chat_template(tools=tools), strftime_now)
         return list(tokenizer.apply_chat_template(messages, **options))
 
 
@@ -101,11 +102,11 @@ def _rendered(
     from transformers.utils.chat_template_utils import render_jinja_template
 
     given: Any = [[{key: value for key, value in message.items() if value is not None} for message in messages]]
-    with _told(tokenizer, messages), Limits((given, tools)):
+    with _told(tokenizer, messages):
         texts: Any = render_jinja_template(
             given,
             tools=tools,
-            chat_template=bounded(tokenizer.get_chat_template(tools=tools)),
+            chat_template=limited(tokenizer.get_chat_template(tools=tools), strftime_now),
             add_generation_prompt=prompt,
             **variables,
         )

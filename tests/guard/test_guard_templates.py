@@ -12,9 +12,9 @@ import pytest
 from chat_templates import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from peftcli.data import bounds
 from peftcli.data.rows import Place, Row
 from peftcli.errors import DataError, ModelError
+from peftcli.guard import templates
 from peftcli.schema import Dataset, Source
 from peftcli.tasks.text.chat import chat_template
 from peftcli.tasks.text.encode import CausalEncoder, Seq2SeqEncoder
@@ -56,11 +56,16 @@ ENDLESS = {
     "{% if ns.n > 0 %}{{ self.a() }}{{ self.a() }}{% endif %}{% set ns.n = ns.n + 1 %}{% endblock %}",
     "filters that test": times(99999, "{{ range(99999) | select('equalto', -1) | list }}"),
     "filters that test lists": "{% set l = range(99999) | list %}{{ l | reject('in', l) | list }}",
-    "very many small steps": "{% set x = 'ab' * 999999 %}" + "{% set x = x | upper %}" * 999,
-    "very many small calls": "{% set x = 'ab' * 999999 %}" + "{% set x = x.upper() %}" * 999,
+    "small results of large texts": "{% set x = 'ab' * 999999 %}" + "{% set y = x | wordcount %}" * 999,
+    "places in large texts": "{% set x = 'ab' * 999999 %}" + "{% set y = x.find('c') %}" * 9999,
+    "very many comparisons": times(22, "{% set ns.l = ns.l + ns.l %}{% set ns.x = ns.x * 2 %}")
+    + "{% set a = ns.x | list %}{% set b = ns.x | list %}{% if a == b %}{% endif %}" * 999,
+    "very many divisions": "{% set a = 7 ** 30000 %}{% set b = 5 ** 15000 %}" + "{% if a // b %}{% endif %}" * 5000,
     "a long list that is written again and again": times(99999, "{{ range(99999) | list }}"),
 }
 GROWING = {
+    "very many small steps": "{% set x = 'ab' * 999999 %}" + "{% set x = x | upper %}" * 999,
+    "very many small calls": "{% set x = 'ab' * 999999 %}" + "{% set x = x.upper() %}" * 999,
     "text doubled": times(60, "{% set ns.x = ns.x + ns.x %}"),
     "text joined": times(60, "{% set ns.x = ns.x ~ ns.x %}"),
     "text doubled in a block": times(60, "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}"),
@@ -74,6 +79,16 @@ GROWING = {
     "lists in lists, tested": times(60, "{% set ns.l = [ns.l, ns.l] %}{% set ns.x = [ns.x, ns.x] %}")
     + "{{ ns.l is eq(ns.x) }}",
     "mappings in mappings": times(60, "{% set ns.l = {'a': ns.l, 'b': ns.l} %}") + "{{ ns.l }}",
+    "tuples in tuples": times(60, "{% set ns.l = (ns.l, ns.l) %}") + "{{ ns.l }}",
+    "views of mappings of views": times(60, "{% set ns.l = {'a': ns.l, 'b': ns.l}.items() %}") + "{{ ns.l }}",
+    "mappings by a call": times(60, "{% set ns.l = dict(a=ns.l, b=ns.l) %}") + "{{ ns.l }}",
+    "lists that are twice as long": times(60, "{% set ns.l = [ns.l] * 2 %}") + "{{ ns.l }}",
+    "arguments of arguments": "{% macro f(n) %}{% if n %}{{ f(n - 1, varargs, varargs) }}{% else %}{{ varargs }}"
+    "{% endif %}{% endmacro %}{{ f(60, 1) }}",
+    "named arguments of arguments": "{% macro f(n) %}{% if n %}{{ f(n - 1, a=kwargs, b=kwargs) }}{% else %}{{ kwargs }}"
+    "{% endif %}{% endmacro %}{{ f(60) }}",
+    "long lists in a block": "{% set l = range(99999) | list %}{% set x %}" + times(99999, "{{ l }}") + "{% endset %}",
+    "slices of a text": "{% set x = 'a' * 99999 %}" + times(9999, "{% set ns.l = ns.l + [x[1:]] %}"),
     "a long text": "{{ 'a' * 10000000000 }}",
     "a long text, the other way": "{{ 10000000000 * 'a' }}",
     "a long list": "{{ ([1] * 10000000000) | length }}",
@@ -120,6 +135,7 @@ GROWING = {
     "translate": "{% set a = 'a' * 999999 %}{{ a.translate({97: a}) }}",
     "JSON of JSON": times(60, "{% set ns.x = ns.x ~ '\"' %}{% set ns.x = ns.x | tojson %}"),
     "made-up text": "{{ lipsum(n=999999999) }}",
+    "made-up text in many words": "{{ lipsum(n=90000, max=90000) }}",
     "sum": "{{ ([[1] * 9999] * 9999) | sum(start=[]) | length }}",
     "bytes": "{{ (1).to_bytes(9999999999) | length }}",
     "copies in a list": times(99999, "{% set ns.x = 'a' * 9999 %}{% set ns.l = ns.l + [ns.x.upper()] %}"),
@@ -129,8 +145,8 @@ GROWING = {
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "_SECONDS", 0.2)
-    monkeypatch.setattr(bounds, "_SIZE", 10_000_000)
+    monkeypatch.setattr(templates, "_SECONDS", 0.2)
+    monkeypatch.setattr(templates, "_SIZE", 10_000_000)
 
 
 @pytest.mark.parametrize("case", [*ENDLESS, *GROWING])
@@ -156,7 +172,7 @@ def test_the_true_limits() -> None:
     with pytest.raises(ModelError, match="it computes for more than 4 seconds"):
         render(tokenizer, CHAT)
     assert time.thread_time() - start < 9
-    with pytest.raises(ModelError, match="it makes more than 100,004,000 characters"):
+    with pytest.raises(ModelError, match=r"it makes more than 100,0\d\d,000 characters"):
         render(speaking(GROWING["text doubled"]), [])
 
 
@@ -181,7 +197,7 @@ def test_in_any_thread() -> None:
 @pytest.mark.usefixtures("impatient")
 def test_a_thread_that_was_kept_waiting_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0] + [1000.0] * 99)
-    monkeypatch.setattr("peftcli.data.bounds.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("peftcli.guard.templates.time.monotonic", lambda: next(clock))
     assert render(speaking(GOOD), CHAT).endswith("Yes.<|im_end|>\n")
 
 
@@ -192,6 +208,11 @@ def test_a_long_conversation_may_take_as_long_as_it_needs() -> None:
     )
     messages = [{"role": "user", "content": "x" * 1000} for _ in range(300)]
     assert render(speaking(quadratic), messages) == "x" * 300_000  # 45 million characters on the way
+
+
+def test_namespaces_that_hold_one_another_are_not_written_out() -> None:
+    template = times(60, "{% set ns.x = namespace(a=ns.x, b=ns.x) %}") + "{{ ns.x }}"
+    assert render(speaking(template), CHAT).startswith("<")
 
 
 @pytest.mark.usefixtures("impatient")
