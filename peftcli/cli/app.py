@@ -1,7 +1,7 @@
-"""The ``peftcli`` command: its subcommands, and what becomes of an error.
+"""The ``peftcli`` command: its subcommands, and how errors are shown.
 
 A new command is a file here with one function, and one line below. A command imports what it runs inside its function,
-so that ``--help`` loads nothing.
+so that ``--help`` imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def peftcli(
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs the command line ``args``, by default that of this process. Returns the exit code."""
+    """Run the command line ``args``, by default that of this process. Returns the exit code."""
     given = list(sys.argv[1:] if args is None else args) or ["--help"]
     options = given[: given.index("--")] if "--" in given else given
     if not sys.stderr.isatty():
@@ -110,7 +110,7 @@ def main(args: Sequence[str] | None = None) -> int:
         with console.guarded(), signals.handled(last=_is_launched()):
             code = _run(rest or ["--help"])
         sys.stdout.flush()
-        _ended(None)
+        _report_to_launcher(None)
         return code
     except BrokenPipeError:
         # Python would meet the same pipe again when it closes stdout.
@@ -121,23 +121,23 @@ def main(args: Sequence[str] | None = None) -> int:
             import traceback
 
             console.log(traceback.format_exc())
-        return _failed(_for_user(error), as_json)
+        return _show_error(_as_peftcli_error(error), as_json)
     except KeyboardInterrupt:
-        return _failed(Interrupted("stopped (SIGINT)", exit_code=130), as_json)
+        return _show_error(Interrupted("stopped (SIGINT)", exit_code=130), as_json)
 
 
-def _failed(error: PeftcliError, as_json: bool) -> int:
-    """Shows an error, or has the launcher show it. Returns the exit code."""
-    return error.exit_code if _ended(error) else console.report_error(error, as_json)
+def _show_error(error: PeftcliError, as_json: bool) -> int:
+    """Show an error, or let the launcher show it. Returns the exit code."""
+    return error.exit_code if _report_to_launcher(error) else console.report_error(error, as_json)
 
 
-def _ended(error: PeftcliError | None) -> bool:
-    """Tells the launcher that started this process, if there is one, how it ended."""
+def _report_to_launcher(error: PeftcliError | None) -> bool:
+    """Report to the launcher that started this process, if there is one, how it ended."""
     if not _is_launched():
         return False
-    from peftcli.train.launch import report
+    from peftcli.train.launch import report_outcome
 
-    return report(error)
+    return report_outcome(error)
 
 
 def _is_launched() -> bool:
@@ -154,8 +154,8 @@ def _run(args: list[str]) -> int:
     return 0
 
 
-def _for_user(error: Exception) -> PeftcliError:
-    """``error`` as one of ours. typer's own know the command whose help would have told."""
+def _as_peftcli_error(error: Exception) -> PeftcliError:
+    """Convert an exception to a PeftcliError. Those of typer name the command whose help explains."""
     if (ours := known(error)) is not None:
         return ours
     if hasattr(error, "format_message"):

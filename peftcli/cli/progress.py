@@ -1,4 +1,4 @@
-"""How a training run looks: a redrawn line on a terminal, plain lines elsewhere, and the summary at its end."""
+"""Show a training run: a progress bar on a terminal, plain lines elsewhere, and the summary at its end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peftcli.train.report import Event
 
 _EVERY_SECONDS = 5.0
-"""How often a line tells of rows that are read."""
+"""Time between two lines about rows that are read."""
 
 
 class Progress:
@@ -42,7 +42,7 @@ class Progress:
                 shown.stop()
 
     def show(self, event: Event) -> None:
-        """Shows one event; of a quiet run, only warnings."""
+        """Show one event; of a quiet run, only warnings."""
         name = type(event).__name__.lower()
         self.trained |= name == "ready"
         if not self.quiet or name == "warned":
@@ -78,7 +78,9 @@ class Progress:
         left_out = sum(data["dropped"].values()) + data["skipped"]
         lost = f" ({data['targets_cut']:,} targets lost)" if data["targets_cut"] else ""
         split = f", {data['split']} split" if data["split"] else ""
-        split += f" ({data['pieces_left_out']} without pieces that train nothing)" if data["pieces_left_out"] else ""
+        split += (
+            f" ({data['pieces_left_out']} without the pieces that have no targets)" if data["pieces_left_out"] else ""
+        )
         console.log(
             f"on {data['examples']:,} examples: {data['tokens']:,} tokens, {data['targets']:,} of them targets; "
             f"{left_out} left out, {data['truncated']} truncated{lost}{split}"
@@ -86,7 +88,7 @@ class Progress:
         if data["packing"]:
             console.log(f"packed: {1 - data['efficiency']:.1%} of the tokens of a batch are padding")
         where = f"{run['processes']} x {run['device']}" if run["processes"] > 1 else run["device"]
-        begin = f"going on after step {event.start_step}" if event.start_step else "from the start"
+        begin = f"resuming after step {event.start_step}" if event.start_step else "from the start"
         console.log(f"{event.total_steps} steps on {where}, {begin}")
         self.total, self.first_step, self.started = event.total_steps, event.start_step, time.perf_counter()
         if console.is_terminal(sys.stderr):
@@ -135,7 +137,7 @@ class Progress:
 
 
 def summary(run: dict[str, Any]) -> str:
-    """What a run made, and what to run next."""
+    """Summarise what a run made, and suggest what to run next."""
     folder = run["recipe"]["training"]["output_dir"]
     parameters, steps, evals = run["parameters"], run["steps"], run["eval"]
     share = 100 * parameters["trainable"] / parameters["all"]

@@ -31,7 +31,7 @@ def _state(found: dict[str, Any]) -> str:
     if state == "running":
         return f"running, process {found['pid']}"
     if state == "interrupted" and found["exit_code"] == 137:
-        return "interrupted: its process is gone and could not say why"
+        return "interrupted: its process is gone and recorded no reason"
     if state in ("interrupted", "failed") and error:
         return f"{state}, exit code {found['exit_code']}: {error['message']}"
     return f"{state}, exit code {found['exit_code']}" if found["exit_code"] else str(state)
@@ -50,7 +50,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     for change in found["changes"]:
         lines.append(f"changed      {change['key']}: {change['before']!r} -> {change['now']!r}, step {change['step']}")
     if found["replacement"]:
-        lines.append(f"replacement  a run that will take its place is {found['replacement']}")
+        lines.append(f"replacement  a run that will replace it is {found['replacement']}")
     if found["resumable"] and found["status"] != "running":
-        lines.append("next         run the same `peftcli train` again to go on")
+        lines.append("next         run the same `peftcli train` again to resume")
     return lines

@@ -1,7 +1,7 @@
-"""One process per device on this machine, their signals, their exit codes, and what becomes of them if one fails.
+"""One process per device on this machine: their signals, their exit codes, and what happens when one fails.
 
-Each process writes how it ended to a file of its own, ``PEFTCLI_STATUS``/RANK.json, so that the reason is not lost: one
-that ended without such a file died. One that is stopped, and a group of which none does anything any more, are ended.
+Each process writes how it ended to a file of its own, ``PEFTCLI_STATUS``/RANK.json, so that the reason is not lost: a
+process that ended without such a file died. A stopped process ends the group, and so does a group that is idle.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from peftcli.schema import Launch
 from peftcli.system.signals import SAVING, STARTED, STOPPING
 
 _GRACE_SECONDS = 12.0
-"""How long the other processes may take to end after one has failed."""
+"""Time for the other processes to end after one has failed."""
 _STOPPED_SECONDS = 8.0
-"""How long a process may be stopped, as by SIGSTOP."""
+"""Time that a process may be stopped, as by SIGSTOP."""
 _IDLE_SECONDS = 12.0
-"""How long all processes together may do nothing, once they train."""
+"""Time that all processes together may be idle, once they train."""
 _IDLE_BEFORE = 180.0
 """The same before: they may wait for the hub."""
 _IDLE_SHARE = 0.04
-"""Of one core: a group that computes less does nothing. What redraws a progress bar takes less."""
+"""Share of one core below which a group is idle. Redrawing a progress bar takes less."""
 _REDRAWN_BYTES = 20_000
-"""The most that a progress bar writes between two looks, which is no work either."""
+"""The most that a progress bar writes between two looks, which does not count as work."""
 _STATUS = "PEFTCLI_STATUS"
 _TRAINING = "training"
 _PR_SET_PDEATHSIG = 1
 
 
-def launched() -> bool:
+def is_launched() -> bool:
     """Whether a launcher (this one, accelerate, torchrun) started this process as one of several."""
     return "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 @contextmanager
-def left_in_the_end() -> Iterator[None]:
-    """Afterwards this process has left the group of the others.
+def leave_group_on_exit() -> Iterator[None]:
+    """Leave the process group on exit.
 
-    The threads of a group that still stands when Python ends can abort the process, after all is done.
+    The threads of a group that still exists when Python ends can abort the process, after all is done.
     """
     try:
         yield
@@ -68,10 +68,10 @@ def is_main_process() -> bool:
 
 
 def process_count(launch: Launch) -> int:
-    """Processes to start on this machine: as the recipe says, by default one per visible GPU.
+    """Number of processes to start on this machine: as the recipe says, by default one per visible GPU.
 
     Raises:
-        UsageError: more than there are GPUs.
+        UsageError: there are fewer GPUs.
     """
     import torch
 
@@ -84,7 +84,7 @@ def process_count(launch: Launch) -> int:
 
 
 def total_processes(launch: Launch) -> int:
-    """Processes of a run, over all machines. A number that the recipe names may be more than this machine holds."""
+    """Number of processes of a run, over all machines."""
     asked = launch.num_processes
     return (process_count(launch) if asked == "auto" else asked) * launch.num_machines
 
@@ -95,8 +95,8 @@ def run_processes(
     launch: Launch,
     lock: tuple[int, dict[str, str]] | None = None,
     save_on: str | None = None,
-) -> int:
-    """Run ``python -m peftcli`` with ``command`` in ``count`` processes that know of one another.
+) -> None:
+    """Run ``python -m peftcli`` with ``command`` in ``count`` processes that form a group.
 
     INT, TERM and USR1 are passed on, so that they stop with a checkpoint, and ``save_on``, so that they write one.
 
@@ -104,15 +104,12 @@ def run_processes(
         command: The words after ``peftcli``.
         count: How many processes.
         launch: Where the others are.
-        lock: The open file that locks the run folder, and the variables that tell process 0 of it; None on machines
-            other than the first.
+        lock: The file descriptor that locks the run folder, and the variables that name it to process 0; None on
+            machines other than the first.
         save_on: Name of the signal that asks for a checkpoint.
 
-    Returns:
-        0.
-
     Raises:
-        PeftcliError: what the first failing process raised; of a failed gate, once the answer is printed.
+        PeftcliError: the error of the first process that failed; of a failed gate, once the answer is printed.
         ProcessDied: a process was killed, crashed, stopped, or ended while the others went on.
         Interrupted: a signal ended them.
     """
@@ -139,17 +136,16 @@ def run_processes(
         sys.stdout.write(answer.read().decode())  # only now: of a group that died, the answer is the error
         if error is not None:
             raise error
-    return 0
 
 
-def report(error: PeftcliError | None) -> bool:
-    """Tell the launcher how this process ended: well, or with an error, which the launcher then shows.
+def report_outcome(error: PeftcliError | None) -> bool:
+    """Report to the launcher how this process ended: well, or with an error, which the launcher then shows.
 
     Returns:
         Whether there is a launcher that will show the error.
 
     Raises:
-        StorageError: there is one, and it cannot be told that all is well.
+        StorageError: there is one, and success cannot be reported to it.
     """
     folder = os.environ.get(_STATUS)
     if folder is None:
@@ -166,15 +162,15 @@ def report(error: PeftcliError | None) -> bool:
     return True
 
 
-def note_training() -> None:
-    """Tell the launcher that this process trains from now on, and waits for nobody but the others."""
+def report_training() -> None:
+    """Report to the launcher that this process trains from now on, and waits only for the others."""
     if folder := os.environ.get(_STATUS):
         with suppress(OSError):
             (Path(folder) / _TRAINING).touch()
 
 
 def follow_parent() -> None:
-    """Let this process end when the launcher that started it is killed (Linux)."""
+    """Make this process end when the launcher that started it is killed (Linux)."""
     launcher = os.environ.get("PEFTCLI_LAUNCHED")
     if launcher and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -202,7 +198,7 @@ def _environment(launch: Launch, number: int, count: int, port: int) -> dict[str
 
 
 class _OfProcess(PeftcliError):
-    """What a process reported, as it showed it there."""
+    """An error that a process reported, with the text that it shows."""
 
     def __init__(self, ended: dict[str, Any]):
         super().__init__(ended["message"], file=ended["file"], line=ended["line"], key=ended["key"], hint=ended["hint"])
@@ -220,19 +216,19 @@ class _Group:
     """The processes of a run on this machine."""
 
     status: Path
-    """The folder in which each reports how it ended."""
+    """The folder in which each process reports how it ended."""
     alone: bool
-    """Whether they are all there are: processes on other machines may be waited for."""
+    """Whether the run has no processes on other machines, which these may wait for."""
     save_on: signal.Signals | None
     """The signal that asks for a checkpoint."""
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     waiting: list[int] = field(default_factory=list)
-    """Signals to be passed on."""
+    """Signals to pass on."""
     forwarded: list[int] = field(default_factory=list)
     """Signals that were passed on."""
 
     def wait(self) -> PeftcliError | None:
-        """Wait for all. Gives the error of the first that failed, once the others have ended or been ended."""
+        """Wait for all. Returns the error of the first that failed, once the others have ended or been killed."""
         watch = _Watch()
         ended: dict[int, float] = {}  # process -> when it was seen to have ended, in that order
         error: PeftcliError | None = None
@@ -262,7 +258,7 @@ class _Group:
         return error
 
     def pass_on(self, *, training: bool) -> None:
-        """Send the processes the signals that have come. A wish for a checkpoint would kill one that does not train."""
+        """Pass the received signals on. A request for a checkpoint would kill a process that does not train yet."""
         held = [number for number in self.waiting if number == self.save_on and not training]
         now = [number for number in self.waiting if number not in held]
         self.waiting[: len(held) + len(now)] = held  # others may come meanwhile
@@ -273,7 +269,7 @@ class _Group:
                     process.send_signal(number)
 
     def end(self) -> None:
-        """Kill those that live."""
+        """Kill the processes that are alive."""
         for process in self.processes:
             if process.poll() is None:
                 process.kill()
@@ -317,14 +313,14 @@ _AT_ONCE = (130, 143)
 
 @dataclass
 class _Watch:
-    """Sees processes that are stopped, and a group that does nothing (Linux)."""
+    """Detects stopped processes and an idle group (Linux)."""
 
     stopped: dict[int, float] = field(default_factory=dict)
-    """Process -> since when it is stopped."""
+    """Process -> when it was found stopped."""
     busy: float = field(default_factory=time.monotonic)
-    """When the group last did something."""
+    """When the group last worked."""
     seen: tuple[float, float, int] = (0.0, 0.0, 0)
-    """When the group was last looked at, its seconds of computing and its bytes read and written then."""
+    """When the group was last looked at, and its CPU seconds and bytes read and written then."""
 
     def look(self, living: dict[int, int], *, training: bool, alone: bool) -> str | None:
         """What is wrong with the processes (number -> pid); None if nothing is."""
@@ -350,7 +346,7 @@ class _Watch:
 
 
 def _state_of(pid: int) -> tuple[str, float, int]:
-    """A process's state as one letter, the seconds that it has computed, the bytes that it has read and written."""
+    """A process's state as one letter, its CPU seconds, and the bytes that it has read and written."""
     with suppress(OSError, ValueError, IndexError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -361,7 +357,7 @@ def _state_of(pid: int) -> tuple[str, float, int]:
 
 @contextmanager
 def _forwarding(group: _Group) -> Iterator[None]:
-    """Inside, signals are passed on to the processes; afterwards none of these lives."""
+    """Pass signals on to the processes; kill on exit those that are alive."""
 
     def forward(number: int, _frame: object) -> None:
         group.waiting.append(number)

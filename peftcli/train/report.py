@@ -1,4 +1,4 @@
-"""What a run tells: events while it goes, run.json, the loss curve."""
+"""What a run reports: its events, the versions and memory that run.json records, and the loss curve."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peftcli.train.loop import StepResult
 
 @dataclass(frozen=True)
 class Phase:
-    """Work that takes a while begins."""
+    """A phase of the run that takes a while begins."""
 
     text: str
 
@@ -31,7 +31,7 @@ class RowsRead:
 
     source: str
     count: int
-    """So many so far."""
+    """Rows so far."""
     done: bool
 
 
@@ -40,26 +40,26 @@ class Ready:
     """Training begins."""
 
     run: dict[str, Any]
-    """run.json so far."""
+    """The content of run.json so far."""
     start_step: int
     total_steps: int
 
 
 @dataclass(frozen=True)
 class Stepped:
-    """One step was done."""
+    """One optimizer step is done."""
 
     result: StepResult
     epoch: float
     logged: bool
-    """Whether it is one of the steps that metrics.jsonl holds."""
+    """Whether metrics.jsonl contains this step."""
     mean_loss: float
     """Mean loss since the last logged step."""
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The evaluation data was gone through."""
+    """An evaluation is done."""
 
     step: int
     metrics: dict[str, float]
@@ -68,14 +68,14 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint stands."""
+    """A checkpoint is written."""
 
     path: Path
 
 
 @dataclass(frozen=True)
 class Warned:
-    """Something that the user should know and that stops nothing."""
+    """A warning: something that the user should know and that does not stop the run."""
 
     text: str
 
@@ -87,12 +87,12 @@ PACKAGES = ("peftcli", "torch", "transformers", "accelerate", "datasets", "safet
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+    """Versions of the packages that a result depends on."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def peak_memory_bytes() -> dict[str, int]:
-    """The most memory that this process has held: resident, and on the GPU if there is one."""
+    """The peak memory of this process: resident, and on the GPU if there is one."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if torch.cuda.is_available():
@@ -101,7 +101,7 @@ def peak_memory_bytes() -> dict[str, int]:
 
 
 def draw_losses(metrics: list[dict[str, Any]], path: Path) -> None:
-    """The loss curve as a PNG: training loss over the steps, evaluation loss where there is one."""
+    """Draw the loss curve as a PNG: training loss over the steps, and evaluation loss where there is one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -32,7 +32,7 @@ from peftcli.tasks import TASKS
 from peftcli.train.attention import takes_one_row
 from peftcli.train.data import load_data, plan_of
 from peftcli.train.finish import finish
-from peftcli.train.launch import note_training
+from peftcli.train.launch import report_training
 from peftcli.train.loop import PreparedModel
 from peftcli.train.packing_check import start_packing
 from peftcli.train.report import OnEvent, Phase, Ready, RowsRead, peak_memory_bytes
@@ -287,5 +287,5 @@ def record_start(run: Run, data: RunData, built: BuiltModel, state: State) -> No
         # the line of a pending evaluation is written once that is made
         run.folder.cut_metrics(progress.step - (progress.pending is not None) if progress.step else -1)
         run.write_record()
-    note_training()
+    report_training()
     run.tell(Ready(record.as_dict(), progress.step, total))

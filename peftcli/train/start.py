@@ -45,7 +45,7 @@ def start(
     folder = RunFolder(Path(recipe.training.output_dir))
     _note_resumable(folder)
     launch.follow_parent()
-    if not launch.launched():
+    if not launch.is_launched():
         count = launch.process_count(recipe.launch)
         if count > 1 or recipe.launch.num_machines > 1:
             _launch(recipe, folder, command, count, on_event, overwrite)
@@ -53,7 +53,7 @@ def start(
 
     from peftcli.train.run import train
 
-    with launch.left_in_the_end():
+    with launch.leave_group_on_exit():
         run = train(recipe, resume=resume, allow_change=allow_change, overwrite=overwrite, on_event=on_event)
     return run if launch.is_main_process() else None
 

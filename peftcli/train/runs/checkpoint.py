@@ -1,7 +1,7 @@
-"""Checkpoints: everything that training needs to go on as if it had never stopped. No pickle.
+"""Checkpoints: everything that training needs to resume as if it had never stopped. No pickle.
 
 A checkpoint is a folder ``step-000100`` with adapter, optimizer, random states and progress, and a ``MANIFEST.json``
-of every file's size and sha256. It gets its name only when it is whole. The learning rate and the order of the examples
+of every file's size and sha256. It gets its name when it is complete. The learning rate and the order of the examples
 are functions of the step, so they are not in it.
 """
 
@@ -37,19 +37,19 @@ _PROGRESS = "progress.json"
 _OPTIMIZER = "optimizer.safetensors"
 _BEST = "best_adapter.safetensors"
 _TRAINING_STATE = "training_state.safetensors"
-"""What training needs of the adapter and the adapter file does not hold as it is; most methods have nothing such."""
+"""State of the adapter that training needs and the adapter file does not contain; most methods have none."""
 
 _NEEDED = {WEIGHTS_FILE, CONFIG_FILE, _PROGRESS, _OPTIMIZER, "random-00000.safetensors"}
 _AVERAGES = ("step", "exp_avg", "exp_avg_sq")
 _STEP = re.compile(r"step-\d{6,}")
 _LARGEST_JSON = 1 << 24
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
-"""How the system says that a file is gone, or something else stands in its place."""
+"""Errors that mean a file is gone, or is not a file any more."""
 
 
 @dataclass
 class Progress:
-    """How far a run is. All of it goes through checkpoints."""
+    """How far a run is. All of it is saved in checkpoints."""
 
     step: int = 0
     """Steps done."""
@@ -66,12 +66,12 @@ class Progress:
     best_eval: dict[str, float] = field(default_factory=dict)
     best_step: int = -1
     pending: dict[str, Any] | None = None
-    """The line of metrics.jsonl of a step whose evaluation was due when the run was stopped."""
+    """The line of metrics.jsonl of a step whose evaluation is still to be made."""
 
 
 @dataclass
 class State:
-    """What a checkpoint holds, live."""
+    """The live state that a checkpoint saves."""
 
     prepared: PreparedModel
     model: nn.Module
@@ -79,22 +79,22 @@ class State:
     config: AdapterConfig
     progress: Progress
     best_adapter: dict[str, torch.Tensor] | None = None
-    """The adapter at the best evaluation, where the recipe keeps that one."""
+    """The adapter at the best evaluation, where the recipe keeps the best."""
 
 
 def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelerator, made_by: dict[str, str]) -> Path:
     """Write a checkpoint below ``folder``, then delete all but the ``keep`` newest.
 
     Args:
-        folder: Of the checkpoints.
+        folder: The folder of the checkpoints.
         state: What to write.
-        keep: How many checkpoints stay.
-        accelerator: Of this process; all processes save together.
-        made_by: Hashes of what trains: recipe, data, base model.
+        keep: How many checkpoints to keep.
+        accelerator: This process's; all processes save together.
+        made_by: Hashes of recipe, data and base model.
 
     Raises:
-        StorageError: it cannot be written; the older checkpoints stand.
-        Diverged: the adapter holds a number that is not finite.
+        StorageError: it cannot be written; the older checkpoints are untouched.
+        Diverged: the adapter contains NaN or Inf.
     """
     final = folder / f"step-{state.progress.step:06d}"
     temporary = folder / f".{final.name}.tmp"
@@ -132,15 +132,15 @@ def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelera
 
 
 def write_finite(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, folder: Path) -> None:
-    """Write an adapter that training has made.
+    """Write a trained adapter.
 
     Raises:
-        Diverged: a number in it is not finite.
+        Diverged: it contains NaN or Inf.
         StorageError: it cannot be written.
     """
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
-            raise Diverged(f"{name} holds a number that is not finite; it is not written", hint=LESS_LEARNING)
+            raise Diverged(f"{name} contains NaN or Inf; it is not written", hint=LESS_LEARNING)
     write_adapter(tensors, config, folder)
 
 
@@ -151,7 +151,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what killed runs were writing and deleting. The run folder is locked.
+    """Remove what killed runs were writing and deleting. The run folder must be locked.
 
     Raises:
         StorageError: a file cannot be removed.
@@ -172,7 +172,7 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose every file is as it was written; damaged ones are set aside with a warning.
+    """Find the newest undamaged checkpoint; damaged ones are set aside with a warning.
 
     Raises:
         StorageError: one cannot be read or set aside.
@@ -188,7 +188,7 @@ def newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def set_newer_aside(folder: Path, step: int, warn: Callable[[str], None]) -> None:
-    """Set the checkpoints after ``step`` aside, of a run that goes on from there another way.
+    """Set the checkpoints after ``step`` aside, when a run resumes from there with a change.
 
     Raises:
         StorageError: one cannot be moved.
@@ -196,11 +196,11 @@ def set_newer_aside(folder: Path, step: int, warn: Callable[[str], None]) -> Non
     for path in checkpoints(folder):
         if int(path.name.removeprefix("step-")) > step:
             aside = _set_aside(path, "left")
-            warn(f"{path.name} is newer than the checkpoint to go on from; set aside as {aside.name}")
+            warn(f"{path.name} is newer than the checkpoint to resume from; set aside as {aside.name}")
 
 
 def _set_aside(path: Path, why: str) -> Path:
-    """Give a checkpoint a name under which no run finds it."""
+    """Rename a checkpoint so that no run finds it."""
     aside = path.with_name(f".{why}-{path.name}")
     with _storing(path):
         if aside.exists():
@@ -210,10 +210,10 @@ def _set_aside(path: Path, why: str) -> Path:
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None when every file has the size and sha256 that its manifest says.
+    """Describe the damage of a checkpoint; None when every file has the size and sha256 of the manifest.
 
     Raises:
-        StorageError: it cannot be read now, which says nothing of what it holds.
+        StorageError: it cannot be read now, which does not mean that it is damaged.
     """
     try:
         if path.is_symlink():
@@ -228,15 +228,15 @@ def find_damage(path: Path) -> str | None:
         for name, said in listed.items():
             file = path / name
             if file.is_symlink() or not file.is_file():
-                return f"{name} is no regular file"
+                return f"{name} is not a regular file"
             if file.stat().st_size != said["bytes"] or sha256(file) != said["sha256"]:
                 return f"{name} has changed"
         if not path.name.endswith(f"-{manifest['step']:06d}") or _progress(path).step != manifest["step"]:
-            return "its step is not the one that its name says"
+            return "its step is not the one in its name"
     except OSError as error:
         if error.errno not in _NOT_THERE:
             file = error.filename or path
-            hint = "if the disk has lost it for good, delete this checkpoint to go on from the one before"
+            hint = "if the disk has lost it for good, delete this checkpoint to resume from the one before"
             raise StorageError(f"cannot be read: {error.strerror}", file=str(file), hint=hint) from None
         return f"{_MANIFEST}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -245,11 +245,11 @@ def find_damage(path: Path) -> str | None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
+    """Read the manifest of a checkpoint.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is none.
+        ValueError: it is not valid.
     """
     file = path / _MANIFEST
     if file.is_symlink():
@@ -257,14 +257,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     content = read_small(file, _LARGEST_JSON)
     manifest = json.loads(content)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise ValueError("no manifest of a checkpoint")
+        raise ValueError("not the manifest of a checkpoint")
     if content != _as_json(_sealed(manifest)):
         raise ValueError("it has changed")
     return manifest
 
 
 def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest with the hash of all else in it."""
+    """The manifest with a hash of the rest of it."""
     rest = {key: value for key, value in manifest.items() if key != _SEAL}
     return {**rest, _SEAL: hashlib.sha256(_as_json(rest)).hexdigest()}
 
@@ -277,9 +277,9 @@ def load_checkpoint(path: Path, state: State, accelerator: Accelerator) -> None:
     """Fill ``state`` from a checkpoint.
 
     Args:
-        path: The checkpoint, which is whole.
-        state: Is filled.
-        accelerator: Of this process. Where the checkpoint is of fewer processes, those that it does not know begin with
+        path: The checkpoint, undamaged.
+        state: The state to fill.
+        accelerator: This process's. Where the checkpoint was written by fewer processes, the additional ones start with
             random states of their own.
 
     Raises:
@@ -291,7 +291,7 @@ def load_checkpoint(path: Path, state: State, accelerator: Accelerator) -> None:
         more = safetensors.torch.load_file(extra) if extra.exists() else {}
         tensors = {**read_tensors(path), **more}
         if strange := tensors.keys() - adapter_state(state.model).keys() - training_state(state.model).keys():
-            raise ValueError(f"{WEIGHTS_FILE} holds {min(strange)}, which is none of this adapter's")
+            raise ValueError(f"{WEIGHTS_FILE} contains {min(strange)}, which this adapter does not have")
         load_training_state(state.model, tensors)
         _load_optimizer(state, safetensors.torch.load_file(path / _OPTIMIZER))
         for name, value in asdict(_progress(path)).items():
@@ -311,17 +311,17 @@ def load_checkpoint(path: Path, state: State, accelerator: Accelerator) -> None:
 
 
 def _progress(path: Path) -> Progress:
-    """How far a checkpoint's run was.
+    """Read how far a checkpoint's run was.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no progress.
+        ValueError: it is not valid.
         TypeError: the same.
     """
     values = json.loads(read_small(path / _PROGRESS, _LARGEST_JSON))
     fresh = asdict(Progress())
     if not isinstance(values, dict) or values.keys() != fresh.keys():
-        raise ValueError(f"{_PROGRESS} is that of another version")
+        raise ValueError(f"{_PROGRESS} was written by another version")
     for name, value in fresh.items():
         if type(values[name]) is not type(value) and not (name == "pending" and isinstance(values[name], dict)):
             raise ValueError(f"{_PROGRESS}: {name} is wrong")
@@ -329,7 +329,7 @@ def _progress(path: Path) -> Progress:
 
 
 def _set_schedule(state: State) -> None:
-    """Put the schedule where it stands after the steps done; it depends on nothing else."""
+    """Set the schedule to the steps done; it depends on nothing else."""
     schedule, optimizer = state.prepared.schedule, state.prepared.optimizer
     assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
     step = schedule.last_epoch = state.progress.step
@@ -341,7 +341,7 @@ def _set_schedule(state: State) -> None:
 
 @contextlib.contextmanager
 def _storing(path: Path) -> Iterator[None]:
-    """Raises StorageError where a file cannot be written or moved."""
+    """Raises StorageError when a file cannot be written or moved."""
     try:
         yield
     except OSError as error:
@@ -367,7 +367,7 @@ def _optimizer_state(state: State) -> dict[str, torch.Tensor]:
 
 
 def _load_optimizer(state: State, tensors: dict[str, torch.Tensor]) -> None:
-    """Raises ValueError unless the tensors are AdamW's averages of the model's, but for some without a gradient."""
+    """Raises ValueError unless the tensors are AdamW's averages of parameters of the model."""
     rest = dict(tensors)
     for name, (_, _, parameter) in named_tensors(state.model).items():
         loaded = {key: rest.pop(f"{name}.{key}") for key in _AVERAGES if f"{name}.{key}" in rest}
@@ -379,11 +379,11 @@ def _load_optimizer(state: State, tensors: dict[str, torch.Tensor]) -> None:
             key: value if key == "step" else value.to(parameter.device) for key, value in loaded.items()
         }
     if rest:
-        raise ValueError(f"{_OPTIMIZER}: {min(rest)} is of another optimizer or adapter")
+        raise ValueError(f"{_OPTIMIZER}: {min(rest)} belongs to another optimizer or adapter")
 
 
 def random_state() -> dict[str, torch.Tensor]:
-    """The states of this process's random numbers, for ``restore_random``."""
+    """The states of this process's random number generators, for ``restore_random``."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -391,7 +391,7 @@ def random_state() -> dict[str, torch.Tensor]:
 
 
 def restore_random(states: dict[str, torch.Tensor]) -> None:
-    """Let the random numbers go on from what ``random_state`` gave."""
+    """Restore the random number generators to a ``random_state``."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

@@ -1,4 +1,4 @@
-"""The run folder: its lock, run.json, metrics.jsonl, and how a new run takes the place of an old one."""
+"""The run folder: its lock, run.json, metrics.jsonl, and the replacement of an old run by a new one."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _LARGEST_RUN = 1 << 26
 _NEW, _OLD = ".overwrite", ".previous.moving"
 _MOVING_OUT, _MOVING_IN = "MOVING-OUT", "MOVING-IN"
 _OWN = re.compile(r"run\.json|train\.log|\.lock|\.?skipped\.jsonl(\.tmp)?|\.overwrite|\.previous\.moving|previous-\d+")
-"""What a run that was killed at its very beginning may leave, and what stands beside a run."""
+"""Files that a run killed at its very beginning may leave, and files beside a run."""
 _LOCK = "PEFTCLI_LOCK"
-"""Holds the number of the open file by which the launcher has locked the folder."""
+"""The environment variable with the file descriptor by which the launcher has locked the folder."""
 
 
 class RunFolder:
@@ -38,10 +38,10 @@ class RunFolder:
         self._lock: TextIO | None = None
 
     def lock(self) -> None:
-        """Hold the folder until this process ends, and those that it has given the lock to.
+        """Lock the folder until this process ends, and those that it has given the lock to.
 
         Raises:
-            FolderBusy: another run holds it.
+            FolderBusy: another run has locked it.
             StorageError: it cannot be written.
         """
         file = self.path / ".lock"
@@ -63,25 +63,25 @@ class RunFolder:
                 if not tries:
                     self.close()
                     raise FolderBusy("another run is using this folder", file=str(self.path)) from None
-                time.sleep(0.05)  # one that only looks, as ``is_locked``, lets go at once
+                time.sleep(0.05)  # a process that only looks, as ``is_locked``, unlocks at once
             except OSError as error:
                 self.close()
                 raise StorageError(f"cannot be locked: {error.strerror}", file=str(file)) from None
 
     def give_lock(self) -> tuple[int, dict[str, str]]:
-        """The lock for a process to be started: the file to pass on, and the variable that tells of it."""
+        """The lock for a process to be started: the file descriptor to pass on, and the variable that names it."""
         assert self._lock is not None
         handle = self._lock.fileno()
         return handle, {_LOCK: str(handle)}
 
     def close(self) -> None:
-        """Let the folder go."""
+        """Unlock the folder."""
         if self._lock is not None:
             self._lock.close()
         self._lock = None
 
     def is_locked(self) -> bool:
-        """Whether a run holds the folder now."""
+        """Whether a run has locked the folder."""
         try:
             with (self.path / ".lock").open() as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -127,17 +127,17 @@ class RunFolder:
             )
 
     def tidy(self) -> None:
-        """Remove what killed runs were writing. The folder is locked."""
+        """Remove the temporary files of killed runs. The folder must be locked."""
         for entry in self.path.iterdir() if self.path.is_dir() else ():
             if TEMPORARY.fullmatch(entry.name) and entry.is_file() and not entry.is_symlink():
                 entry.unlink(missing_ok=True)
 
     def write(self, record: RunRecord) -> None:
-        """Replace run.json, whole or not at all."""
+        """Replace run.json atomically."""
         write_file(self.path / "run.json", record.content())
 
     def write_skipped(self, rows: Iterable[dict[str, Any]]) -> None:
-        """List the rows that could not be used in skipped.jsonl; no file where there are none."""
+        """List the bad rows in skipped.jsonl; no file where there are none."""
         file = self.path / "skipped.jsonl"
         unfinished = self.path / ".skipped.jsonl.tmp"
         try:
@@ -152,7 +152,7 @@ class RunFolder:
             raise StorageError(f"cannot be written: {error.strerror}", file=str(file)) from None
 
     def note_bug(self, traceback: str) -> None:
-        """Append the traceback of an error that nobody foresaw to train.log."""
+        """Append the traceback of an unexpected error to train.log."""
         with (self.path / "train.log").open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(redact(traceback))
 
@@ -170,7 +170,7 @@ class RunFolder:
             raise StorageError(f"cannot be written: {error.strerror}", file=str(file)) from None
 
     def sync_metrics(self) -> None:
-        """Bring the lines of metrics.jsonl to the disk, before a checkpoint that counts on them.
+        """Sync metrics.jsonl to the disk, before a checkpoint that relies on its lines.
 
         Raises:
             StorageError: they cannot be written.
@@ -183,7 +183,7 @@ class RunFolder:
             raise StorageError(f"cannot be written: {error.strerror}", file=str(file)) from None
 
     def line_of(self, step: int) -> dict[str, Any]:
-        """What metrics.jsonl holds of a step."""
+        """The line of metrics.jsonl of a step; empty where it has none."""
         return next((entry for entry in self.metrics() if entry["step"] == step), {})
 
     def cut_metrics(self, step: int) -> None:
@@ -193,7 +193,7 @@ class RunFolder:
         write_file(self.path / "metrics.jsonl", lines.encode())
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, up to one that is none: a kill may cut the last one short."""
+        """The lines of metrics.jsonl, up to the first invalid one: a kill may cut the last one short."""
         file = self.path / "metrics.jsonl"
         entries = []
         try:
@@ -210,21 +210,21 @@ class RunFolder:
             entries.append(entry)
         return entries
 
-    # --- a new run in the place of an old one -------------------------------------------------------------------------
+    # --- a new run replaces an old one --------------------------------------------------------------------------------
 
-    def beside(self) -> RunFolder:
-        """Where a run is made that will take this one's place once it is complete."""
+    def replacement(self) -> RunFolder:
+        """The folder of a run that will replace this one once it is complete."""
         return RunFolder(self.path / _NEW)
 
     def is_replacing(self) -> bool:
-        """Whether a complete run is taking the place of the old one; a kill can stop that midway."""
+        """Whether the replacement of the old run has begun; a kill can stop it midway."""
         return any((self.path / _NEW / name).exists() for name in (_MOVING_OUT, _MOVING_IN))
 
     def replace(self) -> None:
         """Move the old run aside, as ``previous-1``, and the complete new one into its place.
 
-        Each move is one rename, and a marker tells which half they belong to, so that a kill between any two of them
-        loses nothing: ``finish_replacing`` goes on. The folder itself stays, since it may be a mount point.
+        Each move is one rename, and a marker says which half is under way, so that a kill between any two of them
+        loses nothing: ``finish_replacing`` continues. The folder itself stays, since it may be a mount point.
 
         Raises:
             StorageError: a file cannot be moved.
@@ -233,7 +233,7 @@ class RunFolder:
         self.finish_replacing()
 
     def finish_replacing(self) -> None:
-        """Go on with what ``replace`` began; nothing where it did not. The folder is locked."""
+        """Finish a replacement that ``replace`` began, if there is one. The folder must be locked."""
         new, old = self.path / _NEW, self.path / _OLD
         try:
             if (new / _MOVING_OUT).exists():
@@ -261,7 +261,7 @@ class RunFolder:
                 yield entry
 
     def clear(self) -> None:
-        """Remove the folder and all that is in it.
+        """Remove the folder with its content.
 
         Raises:
             StorageError: it cannot be removed.

@@ -153,7 +153,7 @@ def _choose(
             refuse_without_product(folder, record)
         return folder, record, changed
     if options.overwrite:
-        new = folder.beside()
+        new = folder.replacement()
         begun = new.read()
         same = begun is not None and _has_begun(new, begun) and not changes(begun.identity, now)
         return new, begun if same and not anew else None, []

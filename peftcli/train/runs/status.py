@@ -72,14 +72,14 @@ def _may_be_alive(folder: RunFolder, record: RunRecord) -> bool:
 
 def _replacement(folder: RunFolder) -> str | None:
     """The state of the run that will take this one's place; None: there is none."""
-    record = folder.beside().read()
+    record = folder.replacement().read()
     return None if record is None else record.status
 
 
 def read_records(folder: RunFolder) -> list[RunRecord | None]:
     """run.json of a folder, and of the run inside it that will take its place; None where it cannot be read."""
     records = list[RunRecord | None]()
-    for each in (folder, folder.beside()):
+    for each in (folder, folder.replacement()):
         try:
             records.append(each.read())
         except PeftcliError:
@@ -96,7 +96,7 @@ def record_failure(folder: RunFolder, error: PeftcliError, before: Sequence[RunR
         before: Its ``read_records`` before the processes were started. A record that is unchanged since then belongs to
             an earlier attempt.
     """
-    for each, record, old in zip((folder, folder.beside()), read_records(folder), before, strict=True):
+    for each, record, old in zip((folder, folder.replacement()), read_records(folder), before, strict=True):
         if record is None or record == old or record.status == "complete" or record.exit_code == error.exit_code:
             continue
         ended = replace(record, exit_code=error.exit_code, error=ErrorRecord.of(error))
