@@ -112,6 +112,11 @@ class AdapterSource:
         """
         return read_header(weights_file(self.folder))
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the adapter has a tokenizer of its own."""
+        return (self.folder / "tokenizer_config.json").is_file()
+
     @cached_property
     def base(self) -> BaseModel:
         """The base model: the adapter's own, quantised as it was trained, or the one given instead.

@@ -18,7 +18,7 @@ from peftcli.errors import UsageError
 from peftcli.system.secrets import settled
 
 if TYPE_CHECKING:
-    from peftcli.adapters.generate import Message, Settings, Speaker
+    from peftcli.tasks.text.generation import GenerationSettings, Message, TextGenerator
 
 _COLDEST = 1e-30
 """A lower temperature makes the scores of tokens too large for numbers of 32 bits."""
@@ -63,26 +63,29 @@ def generate(
 
     if target is not None:
         is_stream(expanded(target))  # raises before any work for what cannot be written
-    from peftcli.adapters.generate import Settings, answer_file, load_speaker
+    from peftcli.adapters.generate import answer_file, load_generator
+    from peftcli.tasks.text.generation import GenerationSettings
 
-    settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    speaker = load_speaker(adapter, base, with_adapter=not no_adapter, quantization=quantization)
+    settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    generator = load_generator(adapter, base, with_adapter=not no_adapter, quantization=quantization)
     if source is not None and target is not None:
-        count = answer_file(speaker, source, target, settings, batch_size, lambda done, total: tell(f"{done}/{total}"))
+        count = answer_file(
+            generator, source, target, settings, batch_size, lambda done, total: tell(f"{done}/{total}")
+        )
         if as_json:
             return console.print_json({"output": str(target), "rows": count})
         return (tell if is_stream(target) else console.out)(f"{target}: {count} answers")
     if chats:
-        return _chat(speaker, settings)
+        return _chat(generator, settings)
     assert prompt is not None
     if as_json:
-        return console.print_json(asdict(speaker.answers([prompt], settings)[0]))
+        return console.print_json(asdict(generator.generate([prompt], settings)[0]))
     with _streamed() as write:
-        speaker.answers([prompt], settings, stream=write)
+        generator.generate([prompt], settings, stream=write)
     return None
 
 
-def _chat(speaker: Speaker, settings: Settings) -> None:
+def _chat(generator: TextGenerator, settings: GenerationSettings) -> None:
     """Turns at a terminal, until an empty line or the end of input."""
     console.log("an empty line ends the chat")
     messages: list[Message] = []
@@ -100,7 +103,7 @@ def _chat(speaker: Speaker, settings: Settings) -> None:
             return
         messages.append({"role": "user", "content": asked})
         with _streamed() as write:
-            said = speaker.answers([messages if speaker.form == "chat" else asked], settings, stream=write)[0]
+            said = generator.generate([messages if generator.form == "chat" else asked], settings, stream=write)[0]
         messages.append({"role": "assistant", "content": said.text})
 
 

@@ -18,8 +18,8 @@ import trainkit
 from trainkit import MESSAGES, PAIRS, PROMPT_TUNING, PROMPTS, Child, run_recipe, write_recipe, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from peftcli.adapters.generate import Speaker
-from peftcli.tasks.text.stop_tokens import Ends, Form
+from peftcli.tasks.text.generation import TextGenerator
+from peftcli.tasks.text.stop_tokens import Form, StopTokens
 
 LONG = ("training.max_steps=150", "training.learning_rate=1e-2", "method.r=8", "training.logging_steps=50")
 QUESTIONS = [question for question, _ in PAIRS[:5]]
@@ -179,15 +179,15 @@ def test_a_batch_file_goes_on_after_a_stop(
     args = ("generate", lora, "--input", source, "--batch-size", 2, "--max-new-tokens", 8)
     assert cli(*args, "--output", tmp_path / "whole.jsonl").code == 0
     asked: list[int] = []
-    answers = Speaker.answers
+    answers = TextGenerator.generate
 
-    def stopped(self: Speaker, prompts: Sequence[Any], *more: Any, **options: Any) -> Any:
+    def stopped(self: TextGenerator, prompts: Sequence[Any], *more: Any, **options: Any) -> Any:
         asked.append(len(prompts))
         if len(asked) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return answers(self, prompts, *more, **options)
 
-    monkeypatch.setattr(Speaker, "answers", stopped)
+    monkeypatch.setattr(TextGenerator, "generate", stopped)
     ran = cli(*args, "--output", tmp_path / "out.jsonl")
     assert ran.code == 75
     assert f"stopped after 4 of {len(QUESTIONS)} answers (SIGTERM)\nrun the same command again to go on" in ran.err
@@ -403,14 +403,15 @@ def test_the_end_of_text_ends_a_plain_answer_too(tmp_path: Path, endless: Path, 
 
 @pytest.mark.parametrize("pad", ["<|im_end|>", "<|im_start|>", None])
 def test_padding_changes_no_answer(lora: Path, pad: str | None) -> None:
-    from peftcli.adapters.generate import Settings, load_speaker
+    from peftcli.adapters.generate import load_generator
     from peftcli.models.tokens import settle_pad
+    from peftcli.tasks.text.generation import GenerationSettings
 
-    speaker, settings = load_speaker(str(lora)), Settings(max_new_tokens=24)
-    apart = [speaker.answers([question], settings)[0] for question in QUESTIONS]
-    speaker.tokenizer.pad_token = pad
-    settle_pad(speaker.tokenizer, speaker.model)
-    assert speaker.answers(QUESTIONS, settings) == apart
+    generator, settings = load_generator(str(lora)), GenerationSettings(max_new_tokens=24)
+    apart = [generator.generate([question], settings)[0] for question in QUESTIONS]
+    generator.tokenizer.pad_token = pad
+    settle_pad(generator.tokenizer, generator.model)
+    assert generator.generate(QUESTIONS, settings) == apart
 
 
 # --- what the model reads ---------------------------------------------------------------------------------------------
@@ -432,7 +433,8 @@ def test_bos_is_read_once(
 ) -> None:
     from tokenizers import AddedToken, processors
 
-    from peftcli.adapters.generate import Settings, Speaker, load_speaker
+    from peftcli.adapters.generate import load_generator
+    from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
 
     seen: list[list[int]] = []
 
@@ -448,8 +450,8 @@ def test_bos_is_read_once(
         single = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
         tokenizer.backend_tokenizer.post_processor = single
     tokenizer.chat_template = template + trainkit.CHATML
-    speaker = Speaker(load_speaker(str(lora)).model, tokenizer, form, Ends())
-    speaker.answers([prompt], Settings())
+    generator = TextGenerator(load_generator(str(lora)).model, tokenizer, form, StopTokens())
+    generator.generate([prompt], GenerationSettings())
     expected = count if form == "chat" else max(count, int(adds_bos))
     assert seen[0].count(bos) == expected
     assert seen[0].index(bos) == 0 if expected else bos not in seen[0]
@@ -527,14 +529,15 @@ def test_the_end_of_input_ends_the_chat(lora: Path, tmp_path: Path) -> None:
 
 def test_chat_remembers(lora: Path) -> None:
     """The second turn is asked with the first before it."""
-    from peftcli.adapters.generate import Settings, load_speaker
+    from peftcli.adapters.generate import load_generator
+    from peftcli.tasks.text.generation import GenerationSettings
 
-    speaker = load_speaker(str(lora))
-    settings = Settings(max_new_tokens=8)
+    generator = load_generator(str(lora))
+    settings = GenerationSettings(max_new_tokens=8)
     first = {"role": "user", "content": QUESTIONS[0]}
     answer = {"role": "assistant", "content": PAIRS[0][1]}
     second = {"role": "user", "content": QUESTIONS[1]}
-    long = speaker.answers([[first, answer, second]], settings)[0]
+    long = generator.generate([[first, answer, second]], settings)[0]
     text = f"{chatml(QUESTIONS[0])}{PAIRS[0][1]}<|im_end|>\n{chatml(QUESTIONS[1])}"
-    expected, tokens = greedy(speaker.model, text, {2}, longest=8)
+    expected, tokens = greedy(generator.model, text, {2}, longest=8)
     assert (long.text, long.tokens, long.prompt) == (expected.strip(), tokens, QUESTIONS[1])

@@ -19,7 +19,7 @@ from trainkit import run_recipe
 from transformers import AutoModelForCausalLM
 
 from peftcli.adapters import merge as merging
-from peftcli.adapters.generate import load_speaker
+from peftcli.adapters.generate import load_generator
 from peftcli.core.files import load_adapter, read_config
 from peftcli.core.inject import inject, set_trainable
 from peftcli.core.layer import adapter_layers, bare
@@ -429,17 +429,17 @@ def test_answers_come_from_the_model_as_it_was_trained_on(trained: Callable[[str
     folder = str(trained(with_package("nf4")).folder)
 
     def packed(**options: Any) -> set[str]:
-        model = load_speaker(folder, **options).model
+        model = load_generator(folder, **options).model
         return {bare(layer).weight.dtype for layer in adapter_layers(model).values()}
 
     assert packed() == {torch.uint8}
     assert packed(quantization="none") == {torch.float32}
     assert packed(quantization="int8") == {torch.int8}
     assert packed(base=str(trainkit.base_folder())) == {torch.float32}
-    assert load_speaker(folder).answers(["What follows sun 1?"], _settings())[0].tokens > 0
+    assert load_generator(folder).generate(["What follows sun 1?"], _settings())[0].tokens > 0
 
 
 def _settings() -> Any:
-    from peftcli.adapters.generate import Settings
+    from peftcli.tasks.text.generation import GenerationSettings
 
-    return Settings(max_new_tokens=4)
+    return GenerationSettings(max_new_tokens=4)

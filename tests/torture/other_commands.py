@@ -221,9 +221,9 @@ STOPPED = [
     (COMBINE, Moment("peftcli.adapters.combine:write_adapter")),
     (COMBINE, Moment("peftcli.system.outputs:_publish")),
     (GENERATE, Moment("peftcli.models.load:load_model")),
-    (GENERATE, Moment("peftcli.adapters.generate:Speaker.answers")),
-    (GENERATE, Moment("peftcli.adapters.generate:Speaker.answers", 2)),
-    (GENERATE, Moment("peftcli.adapters.generate:Speaker.answers", 3)),
+    (GENERATE, Moment("peftcli.tasks.text.generation:TextGenerator.generate")),
+    (GENERATE, Moment("peftcli.tasks.text.generation:TextGenerator.generate", 2)),
+    (GENERATE, Moment("peftcli.tasks.text.generation:TextGenerator.generate", 3)),
     (GENERATE, Moment("peftcli.system.outputs:sync_folder")),
     (INSPECT, Moment("peftcli.inspection.report:load_tokenizer")),
     (INSPECT, Moment("peftcli.inspection.report:audit")),
@@ -379,7 +379,7 @@ _HALF_WAY = {
     "merge": Moment("peftcli.models.open:OpenBase.processor"),
     "merge into a folder that is there": Moment("peftcli.models.open:OpenBase.processor"),
     "combine": Moment("peftcli.adapters.combine:write_card"),
-    "generate": Moment("peftcli.adapters.generate:Speaker.answers", 2),
+    "generate": Moment("peftcli.tasks.text.generation:TextGenerator.generate", 2),
 }
 
 

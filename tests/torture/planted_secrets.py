@@ -329,7 +329,7 @@ _RAISED = {
     "train, its model": ("peftcli.train.run.load_tokenizer", COMMANDS["train"]),
     "train, a step": ("peftcli.train.training_loop.fit", COMMANDS["train"]),
     "merge": ("peftcli.adapters.merge.save_file", COMMANDS["merge"]),
-    "generate": ("peftcli.adapters.generate.Speaker.answers", COMMANDS["generate a file"]),
+    "generate": ("peftcli.tasks.text.generation.TextGenerator.generate", COMMANDS["generate a file"]),
     "inspect": ("peftcli.inspection.report.audit", COMMANDS["inspect"]),
     "combine": ("peftcli.adapters.combine.combine", COMMANDS["combine"]),
     "transformers, the config": ("transformers.AutoConfig.from_pretrained", COMMANDS["merge"]),

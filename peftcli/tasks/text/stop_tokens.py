@@ -1,8 +1,8 @@
-"""Where a generated answer ends: at what training has taught the model to end its answers with."""
+"""Stop tokens: what training has taught the model to end its answers with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,23 +19,23 @@ _ASKED, _THOUGHT, _SAID = "Xq7Asked", "Xq7Thought", "Xq7Said"
 
 
 @dataclass(frozen=True)
-class Ends:
+class StopTokens:
     """What ends an answer, besides the tokens that the base model's generation config names."""
 
     ids: frozenset[int] = frozenset()
     texts: tuple[str, ...] = ()
-    """What a chat template ends turns with that is no special token."""
+    """Ends of turns in the chat template that are not special tokens."""
 
 
-def ends_of(tokenizer: PreTrainedTokenizerBase, form: Form) -> Ends:
-    """What ends the answers of a model that was trained on examples of this form."""
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, form: Form) -> StopTokens:
+    """Return what ends the answers of a model that was trained on examples of this form."""
     eos = frozenset(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
     if form != "chat":
-        return Ends(eos)
+        return StopTokens(eos)
     try:
         template = Template(tokenizer)
     except DataError:  # no conversation was trained with such a template
-        return Ends(eos)
+        return StopTokens(eos)
     special = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
     inside, found, texts = "".join(_thinking(template)), list[list[int]](), list[str]()
     for closing in template.closings:
@@ -44,16 +44,17 @@ def ends_of(tokenizer: PreTrainedTokenizerBase, form: Form) -> Ends:
         texts += [] if marks else [closing]
     sure = [[number for number in marks if special[number] not in inside] for marks in found]
     firsts = {marks[0] for marks in sure if marks} or {marks[0] for marks in found}
-    return Ends(eos | firsts, tuple(texts))
+    return StopTokens(eos | firsts, tuple(texts))
 
 
-def prompt_form(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Form:
-    """The form of the data that an adapter's run was fed, so that it is asked what it was taught to answer.
+def prompt_form(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Form:
+    """Return the form of the data that an adapter was trained on, in which it is to be prompted.
 
-    Raises:
-        AdapterError: the folder's run.json is damaged.
+    Args:
+        record: the content of the run's run.json; empty without one.
+        tokenizer: the adapter's.
     """
-    data = read_run(folder).get("data")
+    data = record.get("data")
     trained_on = data.get("format", "messages") if isinstance(data, dict) else "messages"
     if trained_on in ("text", "prompt_completion"):
         return "plain"
@@ -62,16 +63,16 @@ def prompt_form(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Form:
     return "alpaca" if trained_on == "alpaca" else "plain"
 
 
-def all_stops(ends: Ends, configured: int | list[int] | None) -> list[int]:
-    """The ids that end an answer, sorted: these and those of a generation config's ``eos_token_id``."""
+def all_stops(stops: StopTokens, configured: int | list[int] | None) -> list[int]:
+    """Return the ids that end an answer, sorted: these and those of a generation config's ``eos_token_id``."""
     named: Iterable[int] = configured if isinstance(configured, list) else () if configured is None else (configured,)
-    return sorted(ends.ids.union(named))
+    return sorted(stops.ids.union(named))
 
 
 def missing_stops(tokenizer: PreTrainedTokenizerBase, folder: Path, configured: int | list[int] | None) -> list[int]:
-    """All ids that end the answers of the adapter in ``folder``; none where ``configured`` names them already."""
-    stops = all_stops(ends_of(tokenizer, prompt_form(folder, tokenizer)), configured)
-    return [] if stops == all_stops(Ends(), configured) else stops
+    """Return all ids that end the answers of the adapter in ``folder``; none if ``configured`` names them already."""
+    stops = all_stops(stop_tokens(tokenizer, prompt_form(read_run(folder), tokenizer)), configured)
+    return [] if stops == all_stops(StopTokens(), configured) else stops
 
 
 def _thinking(template: Template) -> list[str]:

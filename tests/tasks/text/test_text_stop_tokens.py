@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from chat_templates import TEMPLATES, make_tokenizer
 
-from peftcli.tasks.text.stop_tokens import Ends, all_stops, ends_of, missing_stops, prompt_form
+from peftcli.guard.adapter_header import read_run
+from peftcli.tasks.text.stop_tokens import StopTokens, all_stops, missing_stops, prompt_form, stop_tokens
 
 OURS = {
     "smollm": {"<|im_end|>"},
@@ -36,15 +37,15 @@ HARMONY = (
 )
 
 
-def texts(tokenizer: Any, ends: Ends) -> set[str]:
+def texts(tokenizer: Any, ends: StopTokens) -> set[str]:
     return set(tokenizer.convert_ids_to_tokens(sorted(ends.ids)))
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_an_answer_ends_with_the_templates_end_of_turn_and_with_eos(name: str) -> None:
     tokenizer = make_tokenizer(name)
-    assert texts(tokenizer, ends_of(tokenizer, "chat")) == OURS[name] | {"</s>"}
-    assert texts(tokenizer, ends_of(tokenizer, "plain")) == {"</s>"}, "no template was at work"
+    assert texts(tokenizer, stop_tokens(tokenizer, "chat")) == OURS[name] | {"</s>"}
+    assert texts(tokenizer, stop_tokens(tokenizer, "plain")) == {"</s>"}, "no template was at work"
 
 
 def test_every_template_is_tried() -> None:
@@ -53,34 +54,34 @@ def test_every_template_is_tried() -> None:
 
 def test_marks_that_are_no_tokens_end_an_answer_as_text() -> None:
     tokenizer = make_tokenizer("plain")
-    assert ends_of(tokenizer, "chat").texts == ("[end]",)
-    assert ends_of(tokenizer, "plain").texts == ()
-    assert ends_of(make_tokenizer("llama3"), "chat").texts == ()
+    assert stop_tokens(tokenizer, "chat").texts == ("[end]",)
+    assert stop_tokens(tokenizer, "plain").texts == ()
+    assert stop_tokens(make_tokenizer("llama3"), "chat").texts == ()
 
 
 def test_what_ends_thinking_too_is_no_sure_end() -> None:
     tokenizer = make_tokenizer(HARMONY)
-    assert texts(tokenizer, ends_of(tokenizer, "chat")) == {"<|stop|>", "</s>"}
+    assert texts(tokenizer, stop_tokens(tokenizer, "chat")) == {"<|stop|>", "</s>"}
     silent = make_tokenizer(HARMONY.replace("m.thinking %}", "false %}"))
-    assert texts(silent, ends_of(silent, "chat")) == {"<|stop|>", "<|end|>", "</s>"}
+    assert texts(silent, stop_tokens(silent, "chat")) == {"<|stop|>", "<|end|>", "</s>"}
 
 
 def test_an_end_that_is_not_sure_is_better_than_none() -> None:
     tokenizer = make_tokenizer(HARMONY.replace("<|stop|>", "<|end|>"))
-    assert texts(tokenizer, ends_of(tokenizer, "chat")) == {"<|end|>", "</s>"}
+    assert texts(tokenizer, stop_tokens(tokenizer, "chat")) == {"<|end|>", "</s>"}
 
 
 def test_a_template_that_shows_no_conversation_and_a_tokenizer_without_eos() -> None:
-    assert ends_of(make_tokenizer("{{ raise_exception('no') }}", eos=None), "chat") == Ends()
-    assert ends_of(make_tokenizer(None, eos=None), "plain") == Ends()
+    assert stop_tokens(make_tokenizer("{{ raise_exception('no') }}", eos=None), "chat") == StopTokens()
+    assert stop_tokens(make_tokenizer(None, eos=None), "plain") == StopTokens()
 
 
 def test_the_base_models_own_ends_stay() -> None:
-    ends = Ends(frozenset({7, 3}))
+    ends = StopTokens(frozenset({7, 3}))
     assert all_stops(ends, None) == [3, 7]
     assert all_stops(ends, 5) == [3, 5, 7]
     assert all_stops(ends, [7, 9]) == [3, 7, 9]
-    assert all_stops(Ends(), None) == []
+    assert all_stops(StopTokens(), None) == []
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_the_form_is_that_of_the_trained_rows(
 ) -> None:
     if trained_on:
         (tmp_path / "run.json").write_text(json.dumps({"data": {"format": trained_on}}))
-    assert prompt_form(tmp_path, make_tokenizer(template)) == form
+    assert prompt_form(read_run(tmp_path), make_tokenizer(template)) == form
 
 
 def test_stops_are_named_where_the_base_model_lacks_one(tmp_path: Path) -> None:

@@ -1,0 +1,206 @@
+"""Generate text: prompts become batches, and answers end where training has taught the model to end them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from peftcli.errors import UsageError
+from peftcli.tasks.text.formats import AlpacaExample
+from peftcli.tasks.text.spans import render
+from peftcli.tasks.text.stop_tokens import Form, StopTokens, all_stops
+
+if TYPE_CHECKING:
+    import torch
+
+Message = dict[str, Any]
+Prompt = str | list[Message]
+"""A text, or a conversation that ends with a user's turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How tokens are chosen."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0: always the most probable token (greedy)."""
+    top_p: float = 1.0
+    """With a temperature: sample from the most probable tokens that together have this probability."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class GeneratedText:
+    """The answer to one prompt."""
+
+    prompt: str
+    text: str
+    tokens: int
+    """Number of generated tokens, the stop token included."""
+    finish_reason: str
+    """``stop``: the model ended its answer; ``length``: max_new_tokens was reached."""
+
+
+@dataclass(frozen=True)
+class TextGenerator:
+    """A language model with its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    form: Form
+    """What a prompt that is a string becomes: a user's turn in the chat template, itself, or an Alpaca instruction."""
+    stop_tokens: StopTokens
+    loaded_from: dict[str, Any] = field(default_factory=dict)
+    """What it was loaded from, as JSON: an interrupted file is resumed only by an equal generator."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], settings: GenerationSettings, stream: Callable[[str], None] | None = None
+    ) -> list[GeneratedText]:
+        """Answer prompts, in one left-padded batch.
+
+        Args:
+            prompts: what to answer.
+            settings: how tokens are chosen.
+            stream: receives the answer's text as it grows; for a single prompt.
+        """
+        import torch
+        from accelerate.utils import set_seed
+
+        from peftcli.core.prompts.virtual_tokens import generate
+
+        set_seed(settings.seed)
+        inputs = self._encode(prompts)
+        options = self._options(settings)
+        if stream is not None:
+            options["streamer"] = _streamer(self.tokenizer, stream, self.stop_tokens.texts, strip=self.form == "chat")
+        with torch.inference_mode():
+            output = generate(self.model, **inputs, **options)
+        if not self.model.config.is_encoder_decoder:
+            output = output[:, inputs["input_ids"].shape[1] :]
+        return [self._answer(prompt, ids.tolist()) for prompt, ids in zip(prompts, output, strict=True)]
+
+    def _encode(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+        tokenizer = self.tokenizer
+        texts, templated = [], []
+        for prompt in prompts:
+            formed = self._in_form(prompt)
+            templated.append(not isinstance(formed, str))
+            texts.append(formed if isinstance(formed, str) else self._rendered(formed))
+        # a template writes its own special tokens; other text gets the tokenizer's, but BOS once, and no EOS
+        ids = [
+            tokenizer(text, add_special_tokens=not by_template)["input_ids"]
+            for text, by_template in zip(texts, templated, strict=True)
+        ]
+        bos = tokenizer.bos_token_id
+        ids = [row[1:] if bos is not None and row[:2] == [bos, bos] else row for row in ids]
+        if not self.model.config.is_encoder_decoder:
+            ids = [row[:-1] if row and row[-1] == tokenizer.eos_token_id and len(row) > 1 else row for row in ids]
+        if not all(ids):
+            raise UsageError("the prompt is empty: it has no tokens to continue from")
+        batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+        return {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+
+    def _in_form(self, prompt: Prompt) -> Prompt:
+        """Return the prompt in the form of the training data."""
+        if not isinstance(prompt, str) or self.form == "plain":
+            return prompt
+        if self.form == "chat":
+            return [{"role": "user", "content": prompt}]
+        return AlpacaExample(prompt, output="").pair().prompt
+
+    def _rendered(self, messages: list[Message]) -> str:
+        if not self.tokenizer.chat_template:
+            raise UsageError(
+                "the base model's tokenizer has no chat template for messages", hint="give prompts instead"
+            )
+        return render(self.tokenizer, messages, prompt=True)
+
+    def _options(self, settings: GenerationSettings) -> dict[str, Any]:
+        chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if settings.temperature > 0:
+            chosen = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+        ends = self.stop_tokens.texts
+        return {
+            **chosen,
+            "max_new_tokens": settings.max_new_tokens,
+            "eos_token_id": self._stops() or None,
+            "pad_token_id": self.tokenizer.pad_token_id,
+            **({"stopping_criteria": [_text_stop(self.tokenizer, ends)]} if ends else {}),
+        }
+
+    def _stops(self) -> list[int]:
+        """Return the ids that end an answer."""
+        return all_stops(self.stop_tokens, self.model.generation_config.eos_token_id)
+
+    def _answer(self, prompt: Prompt, ids: list[int]) -> GeneratedText:
+        stops = self._stops()
+        if self.model.config.is_encoder_decoder:
+            ids = ids[1:]  # the decoder's start token
+        ends = next(
+            (place for place, token in enumerate(ids, 1) if token in stops or self._says_end(ids[:place])), None
+        )
+        kept = ids[:ends]
+        text, _ = _before(self.tokenizer.decode(kept, skip_special_tokens=True), self.stop_tokens.texts)
+        asked = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+        text = text.strip() if self.form == "chat" else text
+        return GeneratedText(asked, text, len(kept), "length" if ends is None else "stop")
+
+    def _says_end(self, ids: list[int]) -> bool:
+        """Whether the text of the ids contains an end of the template that is not a token."""
+        return bool(self.stop_tokens.texts) and _before(self.tokenizer.decode(ids), self.stop_tokens.texts)[1]
+
+
+def _before(text: str, ends: Sequence[str]) -> tuple[str, bool]:
+    """Return the text up to the first of ``ends``, and whether there is one."""
+    places = [text.find(end) for end in ends if end in text]
+    return (text[: min(places)], True) if places else (text, False)
+
+
+def _begun(text: str, ends: Sequence[str]) -> int:
+    """Return how many of the last characters of the text may begin one of ``ends``."""
+    sizes = (size for end in ends for size in range(1, len(end)) if text.endswith(end[:size]))
+    return max(sizes, default=0)
+
+
+def _text_stop(tokenizer: Any, ends: Sequence[str]) -> Any:
+    """Return a criterion that stops a row whose last tokens spell one of ``ends``."""
+    import torch
+    from transformers import StoppingCriteria
+
+    longest = max(len(tokenizer.encode(end, add_special_tokens=False)) for end in ends) + 2
+
+    class _TextStop(StoppingCriteria):
+        generated = 0
+
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            self.generated += 1
+            tails = input_ids[:, -min(self.generated, longest) :].tolist()
+            done = [_before(tokenizer.decode(tail), ends)[1] for tail in tails]
+            return torch.tensor(done, device=input_ids.device)
+
+    return _TextStop()
+
+
+def _streamer(tokenizer: Any, write: Callable[[str], None], ends: Sequence[str], *, strip: bool) -> Any:
+    """Return a streamer of the text up to one of ``ends``; with ``strip``, without the white space around it."""
+    from transformers import TextStreamer
+
+    class _Streamer(TextStreamer):
+        begun, ended, held = False, False, ""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if self.ended:
+                return
+            text, self.ended = _before(self.held + text, ends)
+            if strip and not self.begun:
+                text = text.lstrip()
+            # what may become an end, and trailing white space, waits for more text
+            kept = text[: len(text) - (0 if stream_end or self.ended else _begun(text, ends))]
+            kept = kept.rstrip() if strip else kept
+            text, self.held = kept, text[len(kept) :]
+            self.begun |= bool(text)
+            write(text)
+
+    return _Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
