@@ -1,18 +1,15 @@
-"""PEFT's names over the core, so that code written for PEFT runs with its import changed."""
+"""PEFT's model: a model with adapters in it, which are added, switched, merged, saved and loaded."""
 
 from __future__ import annotations
 
 import inspect
-import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from peftcli.adapters.card import write_card
@@ -20,83 +17,22 @@ from peftcli.adapters.load import find_adapter
 from peftcli.adapters.push import push
 from peftcli.core.combine import Combination
 from peftcli.core.config import AdapterConfig
-from peftcli.core.files import load_adapter, read_tensors, save_adapter
+from peftcli.core.files import load_adapter, save_adapter
 from peftcli.core.inject import disabled, inject, set_active, set_trainable, unload
 from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import Folded, fold, merge
-from peftcli.core.mixed_batch import BASE, adapted_by_row
+from peftcli.core.mixed_batch import adapted_by_row
 from peftcli.core.prompts import virtual_tokens
 from peftcli.core.quantised import num_weights
 from peftcli.core.weights import (
     adapter_state,
-    holds_its_file,
     load_state,
-    load_training_state,
-    named_tensors,
-    training_state,
 )
 from peftcli.errors import AdapterError
-from peftcli.guard.adapter_header import WEIGHTS_FILE
-from peftcli.methods import METHODS
 from peftcli.methods.lora.combine import Adapter, combine
-from peftcli.models.load import base_of, load_tokenizer
 from peftcli.models.quantization import forget
-from peftcli.models.tokens import fit_adapter
-
-_NAME = re.compile(r"[\w-]+")
-
-
-class TaskType(str, Enum):
-    """PEFT's names of the tasks."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-
-
-PeftType = Enum("PeftType", {method.peft_type: method.peft_type for method in METHODS.values()}, type=str)  # type: ignore[misc]
-"""PEFT's names of the methods."""
-
-
-class PromptTuningInit(str, Enum):
-    """How virtual tokens start."""
-
-    TEXT = "TEXT"
-    SAMPLE_VOCAB = "SAMPLE_VOCAB"
-    RANDOM = "RANDOM"
-
-
-class MultitaskPromptTuningInit(str, Enum):
-    """How the virtual tokens of several tasks start."""
-
-    TEXT = "TEXT"
-    RANDOM = "RANDOM"
-    AVERAGE_SOURCE_TASKS = "AVERAGE_SOURCE_TASKS"
-    EXACT_SOURCE_TASK = "EXACT_SOURCE_TASK"
-    ONLY_SOURCE_SHARED = "ONLY_SOURCE_SHARED"
-
-
-class PromptEncoderReparameterizationType(str, Enum):
-    """What makes p-tuning's virtual tokens while they train."""
-
-    MLP = "MLP"
-    LSTM = "LSTM"
-
-
-class PeftConfig:
-    """Reads any method's config from an adapter folder."""
-
-    @staticmethod
-    def from_pretrained(adapter: str | Path, revision: str | None = None) -> AdapterConfig:
-        """The config in a folder or hub repository.
-
-        Raises:
-            AdapterError: it cannot be read, or names a method or setting that is not supported.
-        """
-        return find_adapter(str(adapter), revision=revision).config
+from peftcli.peft_api.new_adapter import check_name, start_adapter
+from peftcli.peft_api.replace_adapter import replace_adapter
 
 
 class _Tuner(nn.Module):
@@ -145,6 +81,13 @@ class PeftModel(nn.Module):
 
     ``forward`` and ``generate`` take ``adapter_names``, one a row: the adapter of that row, or ``__base__`` for none.
     """
+
+    task_classes: ClassVar[dict[str, type[PeftModel]]] = {}
+    """The class of each task_type; filled by the subclasses."""
+
+    def __init_subclass__(cls, task_type: str | None = None) -> None:
+        if task_type is not None:
+            PeftModel.task_classes[task_type] = cls
 
     def __init__(self, model: nn.Module, peft_config: AdapterConfig, adapter_name: str = "default"):
         super().__init__()
@@ -214,7 +157,7 @@ class PeftModel(nn.Module):
             AdapterError: the name is taken, or the config does not fit the model. Nothing is changed then.
         """
         self._check_new(adapter_name)
-        _start(self.get_base_model(), peft_config, adapter_name)
+        start_adapter(self.get_base_model(), peft_config, adapter_name)
         self._added(adapter_name, peft_config, trainable=False)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -327,11 +270,11 @@ class PeftModel(nn.Module):
         Raises:
             AdapterError: the adapter cannot be read or does not fit the model.
         """
-        _check_name(adapter_name)
+        check_name(adapter_name)
         source = find_adapter(str(model_id), revision=revision)
         config = config or source.config
         load_adapter(model, config, source.folder, trainable=is_trainable, adapter=adapter_name)
-        return _wrapped(model, config, adapter_name).train(is_trainable)
+        return wrap(model, config, adapter_name).train(is_trainable)
 
     def load_adapter(
         self,
@@ -355,14 +298,18 @@ class PeftModel(nn.Module):
         """
         self._check_unmerged()
         source = find_adapter(str(model_id), revision=revision)
-        config, folder = source.config, source.folder
         name = self._only_active() if adapter_name is None else adapter_name
         if name in self.peft_config:
-            self._replace(name, config, folder, is_trainable)
+            old = self.peft_config[name]
+            try:
+                if replace_adapter(self.get_base_model(), name, old, source, trainable=is_trainable):
+                    self.peft_config[name] = source.config
+            finally:
+                set_active(self.get_base_model(), self._active)
             return
         self._check_new(name)
-        load_adapter(self.get_base_model(), config, folder, trainable=is_trainable, adapter=name)
-        self._added(name, config, trainable=is_trainable)
+        load_adapter(self.get_base_model(), source.config, source.folder, trainable=is_trainable, adapter=name)
+        self._added(name, source.config, trainable=is_trainable)
         if not is_trainable:
             self.eval()
 
@@ -470,29 +417,6 @@ class PeftModel(nn.Module):
         set_active(self.get_base_model(), self._active)
         set_trainable(self.get_base_model(), trainable, name)
 
-    def _replace(self, name: str, config: AdapterConfig, folder: Path, trainable: bool) -> None:
-        model, old = self.get_base_model(), self.peft_config[name]
-        if _content(config) == _content(old) and holds_its_file(model, name):
-            # an optimizer may hold the weights: they stay the same objects
-            load_state(model, read_tensors(folder), str(folder / WEIGHTS_FILE), name)
-            set_trainable(model, trainable, name)
-            return
-        kept, mode = training_state(model, name), old.inference_mode
-        trained = any(value.requires_grad for _, _, value in named_tensors(model, name).values())
-        old.inference_mode = holds_its_file(model, name)  # what its layers were made for, should they be made again
-        unload(model, name)
-        try:
-            load_adapter(model, config, folder, trainable=trainable, adapter=name)
-        except AdapterError:
-            inject(model, old, name)
-            load_training_state(model, kept, name)
-            set_trainable(model, trained, name)
-            raise
-        finally:
-            old.inference_mode = mode
-            set_active(model, self._active)
-        self.peft_config[name] = config
-
     def _save(self, name: str, folder: Path) -> None:
         save_adapter(self.get_base_model(), self.peft_config[name], folder, name)
         write_card(folder)
@@ -516,7 +440,7 @@ class PeftModel(nn.Module):
             raise AdapterError(f"no adapter is called {unknown[0]!r}; there are: {there}", key="adapter_name")
 
     def _check_new(self, name: str) -> None:
-        _check_name(name)
+        check_name(name)
         self._check_unmerged()
         if name in self.peft_config:
             raise AdapterError(f"there is an adapter called {name!r} already", key="adapter_name")
@@ -526,270 +450,24 @@ class PeftModel(nn.Module):
             raise AdapterError("adapters are merged; call unmerge_adapter() first")
 
 
-class PeftModelForCausalLM(PeftModel):
-    """A causal language model with an adapter. Names its arguments, which Trainer reads."""
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        given = {"position_ids": position_ids, "inputs_embeds": inputs_embeds, "labels": labels}
-        kwargs |= {name: value for name, value in given.items() if value is not None}
-        return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-
-
-class PeftModelForSeq2SeqLM(PeftModel):
-    """An encoder-decoder language model with an adapter. Names its arguments, which Trainer reads."""
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_input_ids: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        given = {
-            "inputs_embeds": inputs_embeds,
-            "decoder_input_ids": decoder_input_ids,
-            "decoder_attention_mask": decoder_attention_mask,
-            "labels": labels,
-        }
-        kwargs |= {name: value for name, value in given.items() if value is not None}
-        return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-
-
-class PeftModelForSequenceClassification(PeftModel):
-    """A model that classifies texts, with an adapter. Names its arguments, which Trainer reads."""
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        given = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "labels": labels}
-        kwargs |= {name: value for name, value in given.items() if value is not None}
-        return self.base_model(input_ids=input_ids, **kwargs)
-
-
-class PeftModelForTokenClassification(PeftModelForSequenceClassification):
-    """The same, for a model that classifies each token. Logits and labels are those of the tokens of the input."""
-
-
-class PeftModelForQuestionAnswering(PeftModel):
-    """A model that finds answers in texts, with an adapter. Names its arguments, which Trainer reads."""
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        start_positions: torch.Tensor | None = None,
-        end_positions: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        given = {
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "inputs_embeds": inputs_embeds,
-            "start_positions": start_positions,
-            "end_positions": end_positions,
-        }
-        kwargs |= {name: value for name, value in given.items() if value is not None}
-        return self.base_model(input_ids=input_ids, **kwargs)
-
-
-class PeftModelForFeatureExtraction(PeftModel):
-    """A model without a head, with an adapter."""
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        given = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        kwargs |= {name: value for name, value in given.items() if value is not None}
-        return self.base_model(input_ids=input_ids, **kwargs)
-
-
-_CLASSES: dict[str | None, type[PeftModel]] = {
-    None: PeftModel,
-    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
-    "SEQ_CLS": PeftModelForSequenceClassification,
-    "TOKEN_CLS": PeftModelForTokenClassification,
-    "QUESTION_ANS": PeftModelForQuestionAnswering,
-    "CAUSAL_LM": PeftModelForCausalLM,
-    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
-}
-
-
-def get_peft_model(model: nn.Module, peft_config: AdapterConfig, adapter_name: str = "default") -> PeftModel:
-    """Put a new adapter into ``model``, in place, and wrap it.
+def wrap(model: nn.Module, config: AdapterConfig, adapter_name: str) -> PeftModel:
+    """Wrap a model that holds an adapter in the class of the adapter's task_type.
 
     Raises:
-        AdapterError: the config does not fit the model.
+        AdapterError: no class has this task_type.
     """
-    _check_name(adapter_name)
-    _start(model, peft_config, adapter_name)
-    set_trainable(model, not peft_config.inference_mode)
-    return _wrapped(model, peft_config, adapter_name)
-
-
-def get_peft_model_state_dict(model: nn.Module, *, adapter_name: str | None = None) -> dict[str, torch.Tensor]:
-    """An adapter's tensors by the names of the adapter file; without a name, the active adapter's.
-
-    Raises:
-        AdapterError: there is no such adapter, or without a name there are several.
-    """
-    return adapter_state(*_place(model, adapter_name))
-
-
-def set_peft_model_state_dict(
-    model: nn.Module, peft_model_state_dict: Mapping[str, torch.Tensor], adapter_name: str | None = None
-) -> None:
-    """Copy an adapter's tensors, by the names of the adapter file, into the model; without a name, the active one's.
-
-    Raises:
-        AdapterError: there is no such adapter, or the tensors are not those that it has. Nothing is changed then.
-    """
-    place, name = _place(model, adapter_name)
-    load_state(place, peft_model_state_dict, adapter=name)
-
-
-class AutoPeftModel:
-    """Loads an adapter and, from what its config says, the base model below it."""
-
-    auto_class: ClassVar[str | None] = None
-    """transformers' auto class of the base model. None: by the config's task type, or the base model's own class."""
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        adapter: str | Path,
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        revision: str | None = None,
-        **base_options: Any,
-    ) -> PeftModel:
-        """The adapted model; ``base_options`` go to the base model's ``from_pretrained``.
-
-        Raises:
-            AdapterError: the adapter cannot be read, names no base model, or does not fit it.
-        """
-        import transformers
-
-        source = find_adapter(str(adapter), revision=revision)
-        config, name = source.config, source.config.base_model_name_or_path
-        if not name:
-            raise AdapterError(
-                "names no base model; use PeftModel.from_pretrained(model, ...)", file=str(source.folder)
-            )
-        base_options.setdefault("revision", config.revision)
-        auto_class = cls.auto_class or source.auto_class(
-            lambda: transformers.AutoConfig.from_pretrained(name, revision=config.revision)
-        )
-        model = getattr(transformers, auto_class).from_pretrained(name, **base_options)
-        fit_adapter(model, config, source.folder)
-        load_adapter(model, config, source.folder, trainable=is_trainable, adapter=adapter_name)
-        return _wrapped(model, config, adapter_name).train(is_trainable)
-
-
-class AutoPeftModelForCausalLM(AutoPeftModel):
-    """The same, for causal language models."""
-
-    auto_class = "AutoModelForCausalLM"
-
-
-class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
-    """The same, for encoder-decoder language models."""
-
-    auto_class = "AutoModelForSeq2SeqLM"
-
-
-class AutoPeftModelForSequenceClassification(AutoPeftModel):
-    """The same, for models that classify texts."""
-
-    auto_class = "AutoModelForSequenceClassification"
-
-
-class AutoPeftModelForTokenClassification(AutoPeftModel):
-    """The same, for models that classify each token."""
-
-    auto_class = "AutoModelForTokenClassification"
-
-
-class AutoPeftModelForQuestionAnswering(AutoPeftModel):
-    """The same, for models that find answers in texts."""
-
-    auto_class = "AutoModelForQuestionAnswering"
-
-
-class AutoPeftModelForFeatureExtraction(AutoPeftModel):
-    """The same, for models without a head."""
-
-    auto_class = "AutoModel"
-
-
-def _wrapped(model: nn.Module, config: AdapterConfig, adapter_name: str) -> PeftModel:
-    if config.task_type not in _CLASSES:
-        known = ", ".join(name for name in _CLASSES if name)
+    if config.task_type is None:
+        return PeftModel(model, config, adapter_name)
+    if config.task_type not in PeftModel.task_classes:
+        known = ", ".join(PeftModel.task_classes)
         raise AdapterError(f"{config.task_type!r} is not supported; known: {known}", key="task_type")
-    return _CLASSES[config.task_type](model, config, adapter_name)
-
-
-def _start(model: nn.Module, config: AdapterConfig, name: str) -> None:
-    """Put a new adapter into ``model``."""
-    if config.base_model_name_or_path is None:
-        config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
-    config.prepare(lambda tokenizer: load_tokenizer(base_of(tokenizer or _name_of(model))))
-    inject(model, config, name)
+    return PeftModel.task_classes[config.task_type](model, config, adapter_name)
 
 
 def _rows_of_an_example(model: Any, kwargs: dict[str, Any]) -> int:
     """How many rows ``generate`` makes of each row that it is given: beams, or samples."""
     settings = kwargs.get("generation_config") or model.generation_config
     return max(kwargs.get(key) or getattr(settings, key) or 1 for key in ("num_beams", "num_return_sequences"))
-
-
-def _place(model: nn.Module, name: str | None) -> tuple[nn.Module, str | None]:
-    """The model that holds the adapter layers, and the adapter's name."""
-    if not isinstance(model, PeftModel):
-        return model, name
-    chosen = model._only_active() if name is None else name
-    model._check_known([chosen])
-    return model.get_base_model(), chosen
-
-
-def _check_name(name: str) -> None:
-    """Raises AdapterError for a name that could not be a folder's, or that means something else."""
-    if not _NAME.fullmatch(name) or name == BASE:
-        raise AdapterError(f"{name!r} is no name; letters, digits, - and _ make one", key="adapter_name")
-
-
-def _content(config: AdapterConfig) -> dict[str, Any]:
-    """The config without what says where the adapter belongs."""
-    place = ("task_type", "base_model_name_or_path", "revision", "inference_mode")
-    return {key: value for key, value in config.to_dict().items() if key not in place}
-
-
-def _name_of(model: nn.Module) -> str:
-    name = getattr(model, "name_or_path", None)
-    if not name:
-        raise AdapterError("the model does not say which tokenizer is its own", key="tokenizer_name_or_path")
-    return str(name)
 
 
 def _adapter_names(model: PeftModel) -> set[str]:

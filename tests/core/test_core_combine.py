@@ -23,7 +23,7 @@ from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
 from peftcli.methods.lora.combine import Adapter, Combined, combine
-from peftcli.peft_api.model import get_peft_model
+from peftcli.peft_api import get_peft_model
 
 # updates
 

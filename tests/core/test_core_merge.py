@@ -17,7 +17,7 @@ from peftcli.core.layer import adapter_layers, bare
 from peftcli.core.merge import fold, merge
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
-from peftcli.peft_api.model import PeftModel, get_peft_model
+from peftcli.peft_api import PeftModel, get_peft_model
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"target_modules": "all-linear"}),

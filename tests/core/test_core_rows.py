@@ -15,7 +15,7 @@ from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.mixed_batch import adapted_by_row
 from peftcli.errors import AdapterError
-from peftcli.peft_api.model import PeftModel, get_peft_model
+from peftcli.peft_api import PeftModel, get_peft_model
 
 ROWS = ["b", "__base__", "a", "c", "a", "b"]
 DENSE = {"target_modules": "all-linear", "r": 3}

@@ -17,7 +17,7 @@ from peftcli.core.inject import inject, set_active, skeleton
 from peftcli.core.layer import adapter_layers
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
-from peftcli.peft_api.model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peftcli.peft_api import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 CONFIGS: dict[str, Any] = {
     "plain": lambda: peftcli.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),

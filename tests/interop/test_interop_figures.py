@@ -26,7 +26,7 @@ from peftcli.core.inject import inject
 from peftcli.core.weights import adapter_state
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.prompt_tuning.config import PromptTuningConfig
-from peftcli.peft_api.model import get_peft_model
+from peftcli.peft_api import get_peft_model
 
 
 def _mt0_large() -> nn.Module:

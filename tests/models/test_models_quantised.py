@@ -18,6 +18,7 @@ from safetensors import safe_open
 from trainkit import run_recipe
 from transformers import AutoModelForCausalLM
 
+from peftcli import peft_api
 from peftcli.adapters import merge as merging
 from peftcli.adapters.generate import load_generator
 from peftcli.core.files import load_adapter, read_config
@@ -31,7 +32,6 @@ from peftcli.errors import AdapterError, Interrupted, ModelError, UsageError
 from peftcli.methods import METHODS, config_from_dict
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.models.load import load_model
-from peftcli.peft_api import model as peft_api
 from peftcli.schema import BaseModel, Quantization
 from peftcli.train.report import Event, Stepped
 

@@ -1,0 +1,37 @@
+"""A new adapter: its name, its tokenizer, its place in the model."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from peftcli.core.config import AdapterConfig
+from peftcli.core.inject import inject
+from peftcli.core.mixed_batch import BASE
+from peftcli.errors import AdapterError
+from peftcli.models.open import open_base
+from peftcli.schema import BaseModel
+
+_NAME = re.compile(r"[\w-]+")
+
+
+def check_name(name: str) -> None:
+    """Raises AdapterError for a name that could not be a folder's, or that means something else."""
+    if not _NAME.fullmatch(name) or name == BASE:
+        raise AdapterError(f"{name!r} is no name; letters, digits, - and _ make one", key="adapter_name")
+
+
+def start_adapter(model: nn.Module, config: AdapterConfig, name: str) -> None:
+    """Put a new adapter into ``model``."""
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    config.prepare(lambda tokenizer: open_base(BaseModel(name=tokenizer or _name_of(model))).processor())
+    inject(model, config, name)
+
+
+def _name_of(model: nn.Module) -> str:
+    name = getattr(model, "name_or_path", None)
+    if not name:
+        raise AdapterError("the model does not say which tokenizer is its own", key="tokenizer_name_or_path")
+    return str(name)

@@ -1,0 +1,59 @@
+"""Replace an adapter of a model by one in a folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from peftcli.adapters.load import AdapterSource
+from peftcli.core.config import AdapterConfig
+from peftcli.core.files import load_adapter, read_tensors
+from peftcli.core.inject import inject, set_trainable, unload
+from peftcli.core.weights import holds_its_file, load_state, load_training_state, named_tensors, training_state
+from peftcli.errors import AdapterError
+from peftcli.guard.adapter_header import WEIGHTS_FILE
+
+
+def replace_adapter(model: nn.Module, name: str, old: AdapterConfig, source: AdapterSource, *, trainable: bool) -> bool:
+    """Replace an adapter's weights, or its layers where the configs differ.
+
+    Args:
+        model: holds the adapter.
+        name: which of its adapters.
+        old: the adapter's config.
+        source: the adapter that comes in its place.
+        trainable: whether its weights take gradients.
+
+    Returns:
+        Whether the layers are new ones, of the new config.
+
+    Raises:
+        AdapterError: it does not fit. The model is as it was then.
+    """
+    config, folder = source.config, source.folder
+    if _content(config) == _content(old) and holds_its_file(model, name):
+        # an optimizer may hold the weights: they stay the same objects
+        load_state(model, read_tensors(folder), str(folder / WEIGHTS_FILE), name)
+        set_trainable(model, trainable, name)
+        return False
+    kept, mode = training_state(model, name), old.inference_mode
+    trained = any(value.requires_grad for _, _, value in named_tensors(model, name).values())
+    old.inference_mode = holds_its_file(model, name)  # what its layers were made for, should they be made again
+    unload(model, name)
+    try:
+        load_adapter(model, config, folder, trainable=trainable, adapter=name)
+    except AdapterError:
+        inject(model, old, name)
+        load_training_state(model, kept, name)
+        set_trainable(model, trained, name)
+        raise
+    finally:
+        old.inference_mode = mode
+    return True
+
+
+def _content(config: AdapterConfig) -> dict[str, Any]:
+    """The config without what says where the adapter belongs."""
+    place = ("task_type", "base_model_name_or_path", "revision", "inference_mode")
+    return {key: value for key, value in config.to_dict().items() if key not in place}

@@ -1,0 +1,108 @@
+"""PEFT's model classes of the tasks. Each names the arguments of its forward pass, which Trainer reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from peftcli.peft_api.model import PeftModel
+
+
+class PeftModelForCausalLM(PeftModel, task_type="CAUSAL_LM"):
+    """A causal language model with an adapter. Names its arguments, which Trainer reads."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        given = {"position_ids": position_ids, "inputs_embeds": inputs_embeds, "labels": labels}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+class PeftModelForSeq2SeqLM(PeftModel, task_type="SEQ_2_SEQ_LM"):
+    """An encoder-decoder language model with an adapter. Names its arguments, which Trainer reads."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        given = {
+            "inputs_embeds": inputs_embeds,
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+            "labels": labels,
+        }
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+class PeftModelForSequenceClassification(PeftModel, task_type="SEQ_CLS"):
+    """A model that classifies texts, with an adapter. Names its arguments, which Trainer reads."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        given = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "labels": labels}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        return self.base_model(input_ids=input_ids, **kwargs)
+
+
+class PeftModelForTokenClassification(PeftModelForSequenceClassification, task_type="TOKEN_CLS"):
+    """The same, for a model that classifies each token. Logits and labels are those of the tokens of the input."""
+
+
+class PeftModelForQuestionAnswering(PeftModel, task_type="QUESTION_ANS"):
+    """A model that finds answers in texts, with an adapter. Names its arguments, which Trainer reads."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        given = {
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "inputs_embeds": inputs_embeds,
+            "start_positions": start_positions,
+            "end_positions": end_positions,
+        }
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        return self.base_model(input_ids=input_ids, **kwargs)
+
+
+class PeftModelForFeatureExtraction(PeftModel, task_type="FEATURE_EXTRACTION"):
+    """A model without a head, with an adapter."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        given = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        return self.base_model(input_ids=input_ids, **kwargs)
