@@ -15,6 +15,7 @@ import typer
 from peftcli.cli import console
 from peftcli.cli.quiet import Quiet, teller
 from peftcli.errors import UsageError
+from peftcli.system.outputs import expanded, is_stream
 from peftcli.system.secrets import settled
 
 if TYPE_CHECKING:
@@ -59,8 +60,6 @@ def generate(
         raise UsageError("is no UTF-8 text", key="--prompt")
 
     tell = teller(quiet)
-    from peftcli.system.outputs import expanded, is_stream
-
     if target is not None:
         is_stream(expanded(target))  # raises before any work for what cannot be written
     from peftcli.adapters.generate import answer_file, load_generator

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from accelerate.utils import set_seed
+from transformers import StoppingCriteria, TextStreamer
+
+from peftcli.core.prompts.virtual_tokens import generate
 from peftcli.errors import UsageError
 from peftcli.tasks.text.formats import AlpacaExample
 from peftcli.tasks.text.spans import render
 from peftcli.tasks.text.stop_tokens import Form, StopTokens, all_stops
-
-if TYPE_CHECKING:
-    import torch
 
 Message = dict[str, Any]
 Prompt = str | list[Message]
@@ -65,11 +67,6 @@ class TextGenerator:
             settings: how tokens are chosen.
             stream: receives the answer's text as it grows; for a single prompt.
         """
-        import torch
-        from accelerate.utils import set_seed
-
-        from peftcli.core.prompts.virtual_tokens import generate
-
         set_seed(settings.seed)
         inputs = self._encode(prompts)
         options = self._options(settings)
@@ -166,9 +163,6 @@ def _begun(text: str, ends: Sequence[str]) -> int:
 
 def _text_stop(tokenizer: Any, ends: Sequence[str]) -> Any:
     """Return a criterion that stops a row whose last tokens spell one of ``ends``."""
-    import torch
-    from transformers import StoppingCriteria
-
     longest = max(len(tokenizer.encode(end, add_special_tokens=False)) for end in ends) + 2
 
     class _TextStop(StoppingCriteria):
@@ -185,7 +179,6 @@ def _text_stop(tokenizer: Any, ends: Sequence[str]) -> Any:
 
 def _streamer(tokenizer: Any, write: Callable[[str], None], ends: Sequence[str], *, strip: bool) -> Any:
     """Return a streamer of the text up to one of ``ends``; with ``strip``, without the white space around it."""
-    from transformers import TextStreamer
 
     class _Streamer(TextStreamer):
         begun, ended, held = False, False, ""
