@@ -137,7 +137,12 @@ def _own_problems(config: LoraConfig) -> Problems:
             found.append(("alpha_pattern", f"{key}: lora_alpha must be above 0, not {alpha}"))
     if config.bias not in ("none", "all", "lora_only"):
         found.append(("bias", f"must be none, all or lora_only, not {config.bias!r}"))
-    return found + _conflicts(config) + _token_problems(config) + _range_problems(config)
+    found += _conflicts(config)
+    if (wanted := config.trainable_token_indices) is not None:
+        lists = list(wanted.values()) if isinstance(wanted, dict) else [wanted]
+        wrong = [f"token ids count from 0, not {token}" for tokens in lists for token in tokens if token < 0]
+        found += [("trainable_token_indices", message) for message in (wrong if any(lists) else ["names no token"])]
+    return found + _range_problems(config)
 
 
 def _conflicts(config: LoraConfig) -> Problems:
@@ -155,14 +160,6 @@ def _conflicts(config: LoraConfig) -> Problems:
         if config.target_parameters and getattr(config, key):
             found.append((key, "does not go with target_parameters: their modules multiply by themselves"))
     return found
-
-
-def _token_problems(config: LoraConfig) -> Problems:
-    wanted, key = config.trainable_token_indices, "trainable_token_indices"
-    lists = list(wanted.values()) if isinstance(wanted, dict) else [] if wanted is None else [wanted]
-    if wanted is not None and not any(lists):
-        return [(key, "names no token")]
-    return [(key, f"token ids count from 0, not {token}") for tokens in lists for token in tokens if token < 0]
 
 
 def _range_problems(config: LoraConfig) -> Problems:

@@ -29,11 +29,13 @@ def update(layer: AdapterLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
     ``x`` is the input after dropout, which falls on all that differs from the base layer.
     """
     ratio = factor(layer).view(-1, *_places(layer))
-    if layer.training and not isinstance(layer.dropout, nn.Identity):
-        plain = _without_bias(layer, x)
-    else:
-        bias = _bias(layer.base_layer)
+    bias = _bias(layer.base_layer)
+    if not layer.training or isinstance(layer.dropout, nn.Identity):
         plain = y if bias is None else y - bias.view(-1, *_places(layer))
+    elif linear_view(layer) is not None:
+        plain = F.linear(x, dense_weight(layer))
+    else:
+        plain = bare(layer)._conv_forward(x, _base_weight(layer), None)
     return (ratio - 1) * plain + ratio * layer.update(x)
 
 
@@ -86,14 +88,6 @@ def _base_weight(layer: AdapterLayer) -> torch.Tensor:
         return view.as_stored(dense_weight(layer))
     weight: torch.Tensor = bare(layer).weight.detach()
     return weight.to(adapter_dtype(weight))
-
-
-def _without_bias(layer: AdapterLayer, x: torch.Tensor) -> torch.Tensor:
-    """Return ``W x``."""
-    if linear_view(layer) is not None:
-        return F.linear(x, dense_weight(layer))
-    product: torch.Tensor = bare(layer)._conv_forward(x, _base_weight(layer), None)
-    return product
 
 
 def _bias(module: Any) -> torch.Tensor | None:
