@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from peftcli.errors import AdapterError
-from peftcli.guard.adapter_header import CONFIG_FILE, read_config, read_run
-from peftcli.guard.files import cut, irregular, read_small, reason
+from peftcli.guard.adapter_folder import CONFIG_FILE, read_config, read_run
+from peftcli.guard.files import irregular_kind, one_line, os_reason, read_small
 from peftcli.methods import METHODS
 from peftcli.system.secrets import redact
 from peftcli.tasks import TASKS, TaskRow
@@ -300,7 +300,8 @@ def _renamed(card: str, base: str, base_model_id: str, path: Path) -> str:
     except _YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         raise AdapterError(
-            f"its front matter cannot be read: {cut(' '.join(str(getattr(error, 'problem', None) or error).split()))}",
+            "its front matter cannot be read: "
+            + one_line(" ".join(str(getattr(error, "problem", None) or error).split())),
             file=str(path),
             line=mark.line + 2 if mark else None,
             hint="mend it, or take the file away: a new one is made",
@@ -324,7 +325,7 @@ def _read_card(path: Path) -> str:
     try:
         content = read_small(path, _LARGEST_CARD)
     except (OSError, ValueError) as error:
-        raise AdapterError(irregular(path) or f"cannot be read: {reason(error)}", file=str(path)) from None
+        raise AdapterError(irregular_kind(path) or f"cannot be read: {os_reason(error)}", file=str(path)) from None
     return content.decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from peftcli.adapters.load import apply_adapter, find_adapter
 from peftcli.errors import DataError
-from peftcli.guard.adapter_header import CONFIG_FILE, WEIGHTS_FILE
+from peftcli.guard.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from peftcli.system.disk import sha256
 from peftcli.system.outputs import expanded, is_stream, unfinished_file, write_output
 from peftcli.system.secrets import redact_values

@@ -9,7 +9,8 @@ from peftcli.adapters.load import find_adapter
 from peftcli.core import protocols
 from peftcli.core.config import Untold
 from peftcli.errors import AdapterError
-from peftcli.guard.adapter_header import WEIGHTS_FILE, Entry, weights_file
+from peftcli.guard.adapter_folder import WEIGHTS_FILE, find_weights
+from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.methods import METHODS
 
 _LARGEST_ANALYSED = 1_000_000_000
@@ -57,7 +58,7 @@ def analyse(adapter: str) -> dict[str, Any]:
         AdapterError: the adapter cannot be read, or its config and its tensors do not fit one another.
     """
     source = find_adapter(adapter)
-    if weights_file(source.folder).stat().st_size > _LARGEST_ANALYSED:
+    if find_weights(source.folder).stat().st_size > _LARGEST_ANALYSED:
         return {"reason": "the file is larger than 1 GB"}
     import math
 
@@ -89,7 +90,7 @@ def analyse(adapter: str) -> dict[str, Any]:
     }
 
 
-def _adapted(names: Mapping[str, Entry], saved: list[str]) -> set[str]:
+def _adapted(names: Mapping[str, TensorEntry], saved: list[str]) -> set[str]:
     """Paths of the modules that adapter layers stand over: a name is module path + weight name [+ .weight or .bias]."""
     found = set()
     for name in names:

@@ -12,15 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcli.errors import AdapterError
-from peftcli.guard.adapter_header import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    Entry,
-    read_config,
-    read_header,
-    read_run,
-    weights_file,
-)
+from peftcli.guard.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, find_weights, read_config, read_header, read_run
+from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.methods import config_from_dict
 from peftcli.models.quantization import trained_quantization
 from peftcli.schema import BaseModel
@@ -104,13 +97,13 @@ class AdapterSource:
         return read_run(self.folder)
 
     @cached_property
-    def header(self) -> Mapping[str, Entry]:
+    def header(self) -> Mapping[str, TensorEntry]:
         """The tensors of the adapter's file, by name.
 
         Raises:
             AdapterError: the file is missing or damaged.
         """
-        return read_header(weights_file(self.folder))
+        return read_header(find_weights(self.folder))
 
     @property
     def has_tokenizer(self) -> bool:

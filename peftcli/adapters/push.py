@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from peftcli.adapters import card
 from peftcli.adapters.load import SHARED_FILES, is_hub_id
 from peftcli.errors import HubError, UsageError
-from peftcli.guard.adapter_header import CONFIG_FILE, checked_config, read_header, weights_file
+from peftcli.guard.adapter_folder import CONFIG_FILE, find_weights, read_header, read_method_config
 from peftcli.system import hub_requests
 from peftcli.system.hub_requests import endpoint, shown
 from peftcli.system.secrets import redact
@@ -85,8 +85,8 @@ def push(
 
 def _contents(folder: Path, repo_id: str, base_model_id: str | None) -> dict[str, Path | bytes]:
     """What is uploaded: name in the repository -> local file, or changed content."""
-    config = checked_config(folder)
-    read_header(weights_file(folder))
+    config = read_method_config(folder)
+    read_header(find_weights(folder))
     files: dict[str, Path | bytes] = {name: folder / name for name in SHARED_FILES if (folder / name).is_file()}
     base = base_model_id or config.get("base_model_name_or_path")
     if base_model_id:

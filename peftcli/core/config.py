@@ -10,7 +10,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from peftcli.errors import AdapterError
-from peftcli.guard.files import cut, shown, shown_name
+from peftcli.guard.files import one_line, short_name, short_repr
 from peftcli.guard.patterns import Pattern, PatternError, check_patterns
 
 if TYPE_CHECKING:
@@ -112,15 +112,15 @@ class AdapterConfig:
         """Settings that mean nothing, whatever the model: ``(key, message)`` each."""
         found: list[tuple[str, str]] = []
         if self.task_type not in (None, *_TASK_TYPES):
-            found.append(("task_type", f"must be one of {', '.join(_TASK_TYPES)}, not {shown(self.task_type)}"))
+            found.append(("task_type", f"must be one of {', '.join(_TASK_TYPES)}, not {short_repr(self.task_type)}"))
         if self.revision is not None and ".." in self.revision:
-            found.append(("revision", f"{shown(self.revision)} is no revision: git allows no '..' in it"))
+            found.append(("revision", f"{short_repr(self.revision)} is no revision: git allows no '..' in it"))
         return found
 
     def check(self, file: str | None = None) -> None:
         """Raises AdapterError for the first of ``problems()``."""
         for key, message in self.problems():
-            raise AdapterError(cut(message), key=key, file=file)
+            raise AdapterError(one_line(message), key=key, file=file)
 
     def prepare(self, load_tokenizer: Callable[[str | None], Any]) -> None:
         """Settings that are given as text become token ids; called once before a new adapter is injected.
@@ -145,8 +145,8 @@ class AdapterConfig:
         for key in values.keys() - known - _PROVENANCE:
             value = values[key]
             if value not in cls.unsupported.get(key, ()) and value not in (None, False, [], {}):
-                message = f"{cls.peft_type} with {shown_name(key)}={shown(value)} is not supported"
-                raise AdapterError(message, key=shown_name(key), file=file)
+                message = f"{cls.peft_type} with {short_name(key)}={short_repr(value)} is not supported"
+                raise AdapterError(message, key=short_name(key), file=file)
         given = {key: value for key, value in values.items() if key in known}
         hints = _hints(cast("Any", cls))
         for entry in fields(cls):
@@ -278,7 +278,7 @@ def _section(cls: Any, values: dict[str, Any], key: str) -> Any:
         if name in known:
             given[name] = _typed(known[name], _hints(cls)[name], value, f"{key}.{name}", None)
         elif value not in (None, False, [], {}):
-            raise AdapterError(f"is not known; {key} takes {', '.join(known)}", key=f"{key}.{shown_name(name)}")
+            raise AdapterError(f"is not known; {key} takes {', '.join(known)}", key=f"{key}.{short_name(name)}")
     return cls(**given)
 
 
@@ -292,7 +292,7 @@ def _strange_name(value: object) -> str | None:
     """What stands where a setting names something, and is no name."""
     for name in [value] if isinstance(value, str) else value if isinstance(value, (list, dict)) else ():
         if isinstance(name, str) and not name.isprintable():
-            return f"{shown(name)}, and no name has such characters"
+            return f"{short_repr(name)}, and no name has such characters"
         if isinstance(name, str) and len(name) > _LONGEST_NAME:
             return f"a name of {len(name):,} characters"
     return None
@@ -310,7 +310,7 @@ def _typed(entry: dataclasses.Field[Any], hint: Any, value: Any, key: str, file:
         return value
     if isinstance(value, float) and value.is_integer() and fits(int(value), hint):
         return int(value)
-    raise AdapterError(f"expected {entry.type}, found {shown(value)}", key=key, file=file)
+    raise AdapterError(f"expected {entry.type}, found {short_repr(value)}", key=key, file=file)
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -19,10 +19,11 @@ from peftcli.core.inject import Injection, inject, set_trainable, skeleton, unlo
 from peftcli.core.protocols import describe
 from peftcli.core.weights import adapter_state, check_finite, check_state, load_state, materialise
 from peftcli.errors import AdapterError, OutOfMemory
-from peftcli.guard.adapter_header import CONFIG_FILE as CONFIG_FILE
-from peftcli.guard.adapter_header import WEIGHTS_FILE as WEIGHTS_FILE
-from peftcli.guard.adapter_header import Entry, opened_weights, weights_file
-from peftcli.guard.adapter_header import read_config as read_config
+from peftcli.guard.adapter_folder import CONFIG_FILE as CONFIG_FILE
+from peftcli.guard.adapter_folder import WEIGHTS_FILE as WEIGHTS_FILE
+from peftcli.guard.adapter_folder import find_weights, open_weights
+from peftcli.guard.adapter_folder import read_config as read_config
+from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.system.disk import write_file
 
 _DTYPES = {
@@ -81,12 +82,12 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         AdapterError: no such file, or it is damaged, or a number in it is not finite.
     """
-    path = weights_file(folder)
-    with opened_weights(path) as (header, file):
+    path = find_weights(folder)
+    with open_weights(path) as (header, file):
         return _read(header, file, path)
 
 
-def _read(header: Mapping[str, Entry], file: BufferedReader, path: Path) -> dict[str, torch.Tensor]:
+def _read(header: Mapping[str, TensorEntry], file: BufferedReader, path: Path) -> dict[str, torch.Tensor]:
     """The tensors that an open file's header speaks of, in the order of their names.
 
     The file is read, not mapped: where another process cuts a mapped file, the reader is killed.
@@ -164,8 +165,8 @@ def _checked_tensors(
     Raises:
         AdapterError: they are not. No memory was taken for them then.
     """
-    path = weights_file(folder)
-    with opened_weights(path) as (header, file):
+    path = find_weights(folder)
+    with open_weights(path) as (header, file):
         try:
             _check_header(model, config, header, path, adapter, initialised)
         except AdapterError as error:
@@ -178,7 +179,7 @@ def _checked_tensors(
 def _check_header(
     model: nn.Module,
     config: AdapterConfig,
-    header: Mapping[str, Entry],
+    header: Mapping[str, TensorEntry],
     path: Path,
     adapter: str,
     initialised: Collection[str],

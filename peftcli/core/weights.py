@@ -12,7 +12,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, TrainedCopy, adapter_layers, bare, model_ends, path_in_file
 from peftcli.errors import AdapterError
-from peftcli.guard.files import shown_name
+from peftcli.guard.files import short_name
 
 _MOST_SHOWN = 8
 _PEFT_COPY = re.compile(r"\.(modules_to_save|original_module)(?=\.bias$)")
@@ -125,7 +125,7 @@ def check_state(
         warnings.warn(f"the adapter was saved without {buffers[0]}, which stays as in the base model", stacklevel=2)
     wrong = [f"missing: {name}" for name in missing if name not in buffers]
     wrong += [
-        f"unexpected: {shown_name(name)}"
+        f"unexpected: {short_name(name)}"
         for name in tensors
         if name not in known and _PEFT_COPY.sub("", name) not in wanted
     ]
@@ -149,7 +149,7 @@ def check_finite(tensors: Mapping[str, torch.Tensor], file: str | None = None) -
 
     A model's output does not tell: attention hides NaN from the logits.
     """
-    if wrong := [f"not finite: {shown_name(name)}" for name, value in tensors.items() if not is_finite(value)]:
+    if wrong := [f"not finite: {short_name(name)}" for name, value in tensors.items() if not is_finite(value)]:
         raise AdapterError(_listed("holds numbers that are none", wrong), file=file)
 
 

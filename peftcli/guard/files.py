@@ -1,4 +1,4 @@
-"""Files that anybody may have written: opened once, regular or refused, read with a bound. No torch here."""
+"""Safe reading of untrusted files: regular files only, opened once, with a size limit. No torch here."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 
 from peftcli.errors import AdapterError, PeftcliError
 
-_DEEPEST = 64
-_LONGEST, _LONGEST_NAME = 600, 160
+_MAX_DEPTH = 64
+_MAX_MESSAGE, _MAX_NAME = 600, 160
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -22,18 +22,18 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-_shortened = reprlib.Repr()
-_shortened.maxstring = _shortened.maxother = 80
-_shortened.maxlist = _shortened.maxdict = 4
-_shortened.maxlevel = 3
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 80
+_repr.maxlist = _repr.maxdict = 4
+_repr.maxlevel = 3
 
 
 def read_small(path: Path, limit: int) -> bytes:
-    """The content of a regular file of at most ``limit`` bytes; a pipe or device is not waited for.
+    """Read a regular file of at most ``limit`` bytes; never wait for a pipe or device.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no regular file, or larger.
+        OSError: the file cannot be read.
+        ValueError: it is not a regular file, or is larger.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     with os.fdopen(handle, "rb") as file:
@@ -45,31 +45,31 @@ def read_small(path: Path, limit: int) -> bytes:
         return file.read(limit)
 
 
-def shown(value: object) -> str:
-    """A value of somebody's file for a message: on one line, no longer than some words, nothing to steer a terminal."""
-    return _shortened.repr(value)
+def short_repr(value: object) -> str:
+    """Return an untrusted value for a message: short, on one line, without terminal control characters."""
+    return _repr.repr(value)
 
 
-def shown_name(name: str) -> str:
-    """As ``shown``, of a name: without quotes while it needs none."""
-    return name if name.isprintable() and len(name) <= _LONGEST_NAME else shown(name)
+def short_name(name: str) -> str:
+    """Return an untrusted name for a message: as it is while it is short and printable, else as ``short_repr`` does."""
+    return name if name.isprintable() and len(name) <= _MAX_NAME else short_repr(name)
 
 
-def cut(text: str) -> str:
-    """A message that may repeat what a file says, on one line and no longer than a paragraph."""
+def one_line(text: str) -> str:
+    """Return a message with untrusted parts on one line, no longer than a paragraph."""
     text = "".join(
         char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
-        for char in text[:_LONGEST]
+        for char in text[:_MAX_MESSAGE]
     )
-    return text if len(text) < _LONGEST else f"{text[:_LONGEST]} ..."
+    return text if len(text) < _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]} ..."
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading; a pipe or device is neither waited for nor read.
+    """Open a regular file for reading; never wait for or read a pipe or device.
 
     Raises:
-        OSError: it cannot be opened.
-        ValueError: it is no regular file.
+        OSError: the file cannot be opened.
+        ValueError: it is not a regular file.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     kind = stat.S_IFMT(os.fstat(handle).st_mode)
@@ -80,77 +80,81 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is a folder; no path is so long or so strange that this raises."""
+    """Return whether the path is a folder, False for paths that the system refuses."""
     try:
         return stat.S_ISDIR(path.stat().st_mode)
     except (OSError, ValueError):
         return False
 
 
-def irregular(path: Path) -> str | None:
-    """What stands at ``path`` in the place of a regular file, as a pipe; None for a regular file, or nothing."""
+def irregular_kind(path: Path) -> str | None:
+    """Say what is at ``path`` if it is not a regular file, as "is a pipe"; None for a regular file, or no file."""
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        return f"cannot be read: {reason(error)}"
+        return f"cannot be read: {os_reason(error)}"
     return None if kind == stat.S_IFREG else f"is {_KINDS.get(kind, 'something')}, no regular file"
 
 
-def reason(error: OSError | ValueError) -> str:
-    """Why a file cannot be read."""
+def os_reason(error: OSError | ValueError) -> str:
+    """Return the system's reason why a file cannot be read."""
     return getattr(error, "strerror", None) or str(error)
 
 
-def read_object(
+def read_json_object(
     path: Path, largest: int, error: type[PeftcliError] = AdapterError, *, strict: bool = True
 ) -> dict[str, Any]:
-    """The JSON object in a file of at most ``largest`` bytes.
+    """Read the JSON object in a file of at most ``largest`` bytes; raise ``error`` if there is none.
 
     Args:
         path: the file.
         largest: bytes.
-        error: what is raised.
-        strict: refuse what JSON leaves open, and Python reads: a key given twice, and numbers that are none.
+        error: exception class.
+        strict: refuse what JSON leaves open and Python accepts: duplicate keys, NaN and Infinity.
     """
     file = str(path)
     try:
         text = read_small(path, largest)
     except (OSError, ValueError) as failure:
-        raise error(irregular(path) or f"cannot be read: {reason(failure)}", file=file) from None
+        raise error(irregular_kind(path) or f"cannot be read: {os_reason(failure)}", file=file) from None
     try:
-        values = parse_object(text.decode("utf-8-sig"), strict=strict)
+        values = parse_json_object(text.decode("utf-8-sig"), strict=strict)
     except json.JSONDecodeError as failure:
         raise error(f"not valid JSON: {failure.msg}", file=file, line=failure.lineno) from None
     except UnicodeDecodeError as failure:
         line = text.count(b"\n", 0, failure.start) + 1
         raise error(f"not UTF-8 text: {failure.reason}", file=file, line=line) from None
     except RecursionError:
-        raise error(f"not valid JSON: nested deeper than {_DEEPEST} levels", file=file) from None
+        raise error(f"not valid JSON: nested deeper than {_MAX_DEPTH} levels", file=file) from None
     except TypeError:
         raise error("holds no JSON object", file=file) from None
     except KeyError as failure:
-        raise error("is given twice", file=file, key=shown_name(failure.args[0])) from None
+        raise error("is given twice", file=file, key=short_name(failure.args[0])) from None
     except ValueError as failure:
         raise error(f"not valid JSON: {failure}", file=file) from None
     return values
 
 
-def parse_object(text: str, *, strict: bool = True) -> dict[str, Any]:
-    """The JSON object that a text holds.
+def parse_json_object(text: str, *, strict: bool = True) -> dict[str, Any]:
+    """Parse a JSON object.
 
     Raises:
-        KeyError: a key is given twice. Its argument is the key.
-        ValueError: it is no JSON.
-        TypeError: it is no object.
-        RecursionError: it is nested too deeply.
+        KeyError: a key is given twice; the argument is the key.
+        ValueError: the text is not JSON.
+        TypeError: the value is not an object.
+        RecursionError: the value is nested too deeply.
     """
-    values = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number) if strict else json.loads(text)
+    values = (
+        json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        if strict
+        else json.loads(text)
+    )
     if not isinstance(values, dict):
         raise TypeError("no object")
     level: list[Any] = [values]
-    for _ in range(_DEEPEST):
+    for _ in range(_MAX_DEPTH):
         level = [
             inner
             for outer in level
@@ -162,7 +166,7 @@ def parse_object(text: str, *, strict: bool = True) -> dict[str, Any]:
     raise RecursionError
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         counts = Counter(key for key, _ in pairs)
@@ -170,5 +174,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _no_number(text: str) -> Any:
+def _refuse_constant(text: str) -> Any:
     raise ValueError(f"{text} is no number")

@@ -17,7 +17,7 @@ from typing import Any
 
 import regex
 
-from peftcli.guard.files import shown
+from peftcli.guard.files import short_repr
 
 try:
     from re import _parser  # type: ignore[attr-defined]
@@ -60,7 +60,7 @@ class Pattern:
         try:
             self._expression = regex.compile(self.text)
         except (regex.error, RecursionError) as error:
-            raise PatternError(f"{shown(self.text)} is not a regular expression: {error}") from None
+            raise PatternError(f"{short_repr(self.text)} is not a regular expression: {error}") from None
 
     def fullmatch(self, text: str) -> bool:
         """Return whether the pattern matches all of ``text``, as ``re.fullmatch`` does.
@@ -74,7 +74,7 @@ class Pattern:
                 raise TimeoutError
             return self._expression.fullmatch(text, timeout=self.clock.left) is not None
         except (TimeoutError, MemoryError):
-            raise PatternError(f"{shown(self.text)} takes too long to match; write it more simply") from None
+            raise PatternError(f"{short_repr(self.text)} takes too long to match; write it more simply") from None
         finally:
             self.clock.left -= time.thread_time() - start
 
@@ -103,7 +103,9 @@ def check_patterns(patterns: Iterable[str]) -> None:
     for pattern in expressions:
         parts += _count_parts(pattern)
         if parts > _MAX_PARTS_TOGETHER:
-            raise PatternError(f"{shown(pattern)}, and all before it, take too long to match; write them more simply")
+            raise PatternError(
+                f"{short_repr(pattern)}, and all before it, take too long to match; write them more simply"
+            )
     clock = _Clock(_SECONDS)
     for pattern in expressions:
         _ending(pattern).clock = clock
@@ -120,15 +122,15 @@ def _count_parts(pattern: str) -> int:
     if len(pattern) > _MAX_CHARACTERS:
         raise PatternError(f"a pattern of {len(pattern)} characters; at most {_MAX_CHARACTERS}")
     if found := _OF_REGEX_ALONE.search(pattern):
-        raise PatternError(f"{shown(pattern)} contains {shown(found[0])}, which is not supported in patterns")
+        raise PatternError(f"{short_repr(pattern)} contains {short_repr(found[0])}, which is not supported in patterns")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sets that a later Python may read otherwise
             parts = _length(_parser.parse(pattern))
     except (re.error, RecursionError, OverflowError) as error:
-        raise PatternError(f"{shown(pattern)} is not a regular expression: {error}") from None
+        raise PatternError(f"{short_repr(pattern)} is not a regular expression: {error}") from None
     if parts > _MAX_PARTS:
-        raise PatternError(f"{shown(pattern)} repeats its parts too often")
+        raise PatternError(f"{short_repr(pattern)} repeats its parts too often")
     return parts
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from peftcli.core.config import AdapterConfig
 from peftcli.core.protocols import LAYERS
 from peftcli.errors import AdapterError
-from peftcli.guard.files import shown
+from peftcli.guard.files import short_repr
 
 
 @dataclass(frozen=True)
@@ -386,5 +386,5 @@ def config_from_dict(values: dict[str, Any], file: str | None = None) -> Adapter
     if isinstance(name, str) and name in NOT_HERE:
         raise AdapterError(f"{name} is not supported: {NOT_HERE[name]}", key="peft_type", file=file)
     known = ", ".join(method.peft_type for method in METHODS.values())
-    said = "no method is named" if name is None else f"no method is called {shown(name)}"
+    said = "no method is named" if name is None else f"no method is called {short_repr(name)}"
     raise AdapterError(f"{said}; known: {known}", key="peft_type", file=file)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from peftcli.errors import ModelError, NetworkError, OutOfMemory, PeftcliError
-from peftcli.guard.files import cut, shown_name
+from peftcli.guard.files import one_line, short_name
 
 _UNREACHABLE = {"ConnectError", "ConnectTimeout", "ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}
 """Errors of a missing network."""
@@ -36,13 +36,13 @@ def translated_errors(name: str) -> Iterator[None]:
         # a panic of a library in Rust is no Exception, and no request to stop either
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        name = shown_name(name)
+        name = short_name(name)
         if any(type(cause).__name__ in _UNREACHABLE for cause in _causes(error)):
             raise NetworkError(
                 f"cannot load {name}: the hub cannot be reached", key="base_model", hint="try again with a network"
             ) from error
         text = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"cannot load {name}: {cut(text)}", key="base_model") from error
+        raise ModelError(f"cannot load {name}: {one_line(text)}", key="base_model") from error
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def harmless(text: str) -> str:
     """Return the first lines of another library's log, without what could steer a terminal."""
     lines = re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()  # transformers' own bold letters
     more = [f"and {len(lines) - _MAX_LOG_LINES} lines more"] if len(lines) > _MAX_LOG_LINES else []
-    return "\n".join([*map(cut, lines[:_MAX_LOG_LINES]), *more])
+    return "\n".join([*map(one_line, lines[:_MAX_LOG_LINES]), *more])
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

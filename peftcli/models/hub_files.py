@@ -10,8 +10,8 @@ import glob
 from pathlib import Path
 
 from peftcli.errors import HubError, ModelError, NetworkError
-from peftcli.guard.adapter_header import CONFIG_FILE
-from peftcli.guard.files import shown
+from peftcli.guard.adapter_folder import CONFIG_FILE
+from peftcli.guard.files import short_repr
 from peftcli.schema import BaseModel
 from peftcli.system import hub_requests
 
@@ -34,7 +34,7 @@ def fetch(base: BaseModel, *names: str) -> Path:
         NetworkError: the hub cannot be reached, and the cache has no copy.
     """
     if not hub_requests.is_repo_id(base.name):
-        raise ModelError(f"{shown(base.name)} is neither a folder nor a hub id", key="base_model")
+        raise ModelError(f"{short_repr(base.name)} is neither a folder nor a hub id", key="base_model")
     model = _key(base)
     code = ["*.py"] if base.trust_remote_code else []
     patterns = [*_SMALL, "*.jinja", *code, *map(glob.escape, names)]

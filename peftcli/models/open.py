@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import ModelError
-from peftcli.guard.files import irregular, is_folder, shown_name
+from peftcli.guard.files import irregular_kind, is_folder, short_name
 from peftcli.models import hub_files, quantization, tokens, validate
 from peftcli.models.guarded import translated_errors
 from peftcli.schema import BaseModel, Quantization
@@ -264,18 +264,18 @@ class OpenBase:
         spec, path = self.spec, _expanded(self.name)
         self._on_hub = False
         if self._is_gguf:
-            if (wrong := irregular(path)) or not path.exists():
-                raise ModelError(wrong or "no such file", file=shown_name(spec.name), key="base_model")
+            if (wrong := irregular_kind(path)) or not path.exists():
+                raise ModelError(wrong or "no such file", file=short_name(spec.name), key="base_model")
             if importlib.util.find_spec("gguf") is None:
                 raise ModelError("reading .gguf needs the package gguf", hint="pip install 'peftcli[gguf]'")
             return path.parent
         if is_folder(path):
             _refuse_adapter(path)
             if not os.path.lexists(path / "config.json"):
-                raise ModelError(f"{shown_name(spec.name)} holds no config.json: no model folder", key="base_model")
+                raise ModelError(f"{short_name(spec.name)} holds no config.json: no model folder", key="base_model")
             return path
         if spec.name.startswith((".", "/", "~")) or spec.name.count("/") > 1 or os.path.lexists(path):
-            raise ModelError(f"no model folder {shown_name(spec.name)}", key="base_model")
+            raise ModelError(f"no model folder {short_name(spec.name)}", key="base_model")
         if spec.trust_remote_code and not _COMMIT.fullmatch(spec.revision or ""):
             raise ModelError(
                 "code of the hub is run at a commit only, which nobody can change",

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 from peftcli.core.config import fits
 from peftcli.errors import AdapterError, ModelError
-from peftcli.guard.adapter_header import RUN_FILE
-from peftcli.guard.files import shown, shown_name
+from peftcli.guard.adapter_folder import RUN_FILE
+from peftcli.guard.files import short_name, short_repr
 from peftcli.schema import Quantization
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ def stored_kind(config: PreTrainedConfig) -> str | None:
     values: Any = stored if isinstance(stored, dict) or not hasattr(stored, "to_dict") else stored.to_dict()
     kind = values.get("quant_method", "bitsandbytes") if isinstance(values, dict) else values  # older ones do not say
     if kind != "bitsandbytes" and not (isinstance(kind, str) and kind in AUTO_QUANTIZATION_CONFIG_MAPPING):
-        message = f"{shown(kind)} is no way to quantise that is known"
-        raise ModelError(message, file=shown_name(str(config.name_or_path)), key="quantization_config")
+        message = f"{short_repr(kind)} is no way to quantise that is known"
+        raise ModelError(message, file=short_name(str(config.name_or_path)), key="quantization_config")
     return str(getattr(kind, "value", kind))
 
 
@@ -124,7 +124,7 @@ def trained_quantization(record: Mapping[str, Any], folder: Path) -> Quantizatio
     given = {name: values[name] for name in known if name in values} if isinstance(values, dict) else {}
     if "type" not in given or not all(_fits(value, known[name]) for name, value in given.items()):
         raise AdapterError(
-            f"{shown(values)} is no quantisation",
+            f"{short_repr(values)} is no quantisation",
             file=str(folder / RUN_FILE),
             key="recipe.base_model.quantization",
         )

@@ -22,7 +22,7 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.layer import bare, base_paths, model_ends
 from peftcli.core.targets import find_modules, find_targets, shortest_names
 from peftcli.errors import AdapterError, ModelError
-from peftcli.guard.adapter_header import read_header, weights_file
+from peftcli.guard.adapter_folder import find_weights, read_header
 from peftcli.guard.files import read_small
 from peftcli.schema import BaseModel
 from peftcli.system.disk import write_file
@@ -141,7 +141,7 @@ def fit_adapter(model: Any, config: AdapterConfig, folder: Path) -> int | None:
     if not ends:
         return None
     rows = next(iter(ends.values())).weight.shape[0]
-    header = read_header(weights_file(folder))
+    header = read_header(find_weights(folder))
     wanted = [
         held.shape[0]
         for name, end in ends.items()

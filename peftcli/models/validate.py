@@ -17,8 +17,9 @@ from torch import nn
 
 from peftcli.core.layer import model_ends
 from peftcli.errors import ModelError
-from peftcli.guard.adapter_header import CONFIG_FILE, opened_safetensors
-from peftcli.guard.files import irregular, open_regular, read_object, reason, shown, shown_name
+from peftcli.guard.adapter_folder import CONFIG_FILE
+from peftcli.guard.files import irregular_kind, open_regular, os_reason, read_json_object, short_name, short_repr
+from peftcli.guard.safetensors_header import open_safetensors
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 """Where transformers looks for weights, in this order."""
@@ -74,17 +75,19 @@ def check_folder(folder: Path, *, trusted: bool = False) -> dict[Path, dict[str,
     for path in sorted(folder.iterdir()) + sorted(folder.glob("additional_chat_templates/*")):
         if path.name in _OBJECTS:
             if path not in read:
-                read[path] = read_object(path, _LARGEST_JSON, ModelError, strict=False)
+                read[path] = read_json_object(path, _LARGEST_JSON, ModelError, strict=False)
         elif path.name in _FILES:
             try:
                 with open_regular(path) as file:
                     size = os.fstat(file.fileno()).st_size
             except (OSError, ValueError) as error:
-                raise ModelError(irregular(path) or f"cannot be read: {reason(error)}", file=str(path)) from None
+                raise ModelError(
+                    irregular_kind(path) or f"cannot be read: {os_reason(error)}", file=str(path)
+                ) from None
             if size > _LARGEST_FILE:
                 raise ModelError(f"has {size:,} bytes, which no vocabulary has", file=str(path))
         elif not path.name.startswith(".") and _would_block(path):
-            raise ModelError(f"{irregular(path)}; a model folder holds none", file=str(path))
+            raise ModelError(f"{irregular_kind(path)}; a model folder holds none", file=str(path))
     for path, values in read.items() if trusted else ():
         _refuse_foreign_code(values, str(path))
     return read
@@ -108,10 +111,10 @@ def check_config(read: dict[Path, dict[str, Any]], *, trusted: bool) -> None:
 def _configs(folder: Path) -> dict[Path, dict[str, Any]]:
     """The contents of config.json, and of the files that one may name in its place for versions of transformers."""
     path = folder / "config.json"
-    found = {path: read_object(path, _LARGEST_JSON, ModelError, strict=False)} if os.path.lexists(path) else {}
+    found = {path: read_json_object(path, _LARGEST_JSON, ModelError, strict=False)} if os.path.lexists(path) else {}
     if found and "configuration_files" in found[path]:
         for other in sorted(folder.glob("config.*.json")):
-            found[other] = read_object(other, _LARGEST_JSON, ModelError, strict=False)
+            found[other] = read_json_object(other, _LARGEST_JSON, ModelError, strict=False)
     return found
 
 
@@ -134,10 +137,10 @@ def _refuse_attention(values: dict[str, Any], file: str) -> None:
             for name in value.values() if isinstance(value, dict) else [value]:
                 if name is not None and (not isinstance(name, str) or name.removeprefix("paged|") not in _ATTENTION):
                     raise ModelError(
-                        f"{shown(name)} is not known, and code is not fetched from the hub for it; "
+                        f"{short_repr(name)} is not known, and code is not fetched from the hub for it; "
                         f"known: {', '.join(_ATTENTION)}",
                         file=file,
-                        key=shown_name(key),
+                        key=short_name(key),
                     )
 
 
@@ -145,14 +148,16 @@ def _refuse_counts(values: dict[str, Any], file: str) -> None:
     for key, value in _settings(values):
         most = _MOST_LABELS if key.endswith("num_labels") else _MOST_LAYERS if _counts_layers(key) else None
         if most and isinstance(value, (int, float)) and not 0 <= value <= most:
-            raise ModelError(f"{shown(value)} is not what any model has", file=file, key=shown_name(key))
+            raise ModelError(f"{short_repr(value)} is not what any model has", file=file, key=short_name(key))
 
 
 def _refuse_foreign_code(values: dict[str, Any], file: str) -> None:
     for key, code in _settings(values):
         if key.rpartition(".")[2] == "auto_map" and "--" in str(code):
             raise ModelError(
-                f"{shown(code)} is code of another repository, which no revision pins", file=file, key=shown_name(key)
+                f"{short_repr(code)} is code of another repository, which no revision pins",
+                file=file,
+                key=short_name(key),
             )
 
 
@@ -164,7 +169,7 @@ def weights_name(values: dict[str, Any], file: str) -> str | None:
     """
     name = values.get("transformers_weights")
     if name is not None and not (_is_plain(name) and name.endswith((".safetensors", ".safetensors.index.json"))):
-        raise ModelError(f"{shown(name)} is no safetensors file beside it", file=file, key="transformers_weights")
+        raise ModelError(f"{short_repr(name)} is no safetensors file beside it", file=file, key="transformers_weights")
     return name
 
 
@@ -174,13 +179,13 @@ def listed_shards(index: Path) -> list[str]:
     Raises:
         ModelError: it is no such index, or names files elsewhere.
     """
-    names = read_object(index, _LARGEST_JSON * 4, ModelError).get("weight_map")
+    names = read_json_object(index, _LARGEST_JSON * 4, ModelError).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ModelError("lists no weights", file=str(index), key="weight_map")
     for tensor, name in names.items():
         if not (_is_plain(name) and name.endswith(".safetensors")):
             raise ModelError(
-                f"{shown_name(tensor)}: {shown(name)} is no safetensors file beside it",
+                f"{short_name(tensor)}: {short_repr(name)} is no safetensors file beside it",
                 file=str(index),
                 key="weight_map",
             )
@@ -193,7 +198,7 @@ def count_stored(shard: Path) -> int:
     Raises:
         ModelError: it is damaged.
     """
-    with opened_safetensors(shard, ModelError) as (header, _):
+    with open_safetensors(shard, ModelError) as (header, _):
         return sum(entry.numel for entry in header.values())
 
 
@@ -281,7 +286,7 @@ def no_weights(folder: str, names: Iterable[str]) -> ModelError:
     pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")))
     if pickles:
         return ModelError(
-            f"{shown_name(pickles[0])} can run code when it is read, and is not; there is no {WEIGHTS[0]}",
+            f"{short_name(pickles[0])} can run code when it is read, and is not; there is no {WEIGHTS[0]}",
             file=folder,
             key="base_model",
             hint=_CONVERT,
@@ -296,7 +301,7 @@ def no_weights(folder: str, names: Iterable[str]) -> ModelError:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter: transformers would load that, and what it names as its base."""
-    return irregular(folder / CONFIG_FILE) is not None or (folder / CONFIG_FILE).exists()
+    return irregular_kind(folder / CONFIG_FILE) is not None or (folder / CONFIG_FILE).exists()
 
 
 def _would_block(path: Path) -> bool:

@@ -12,7 +12,7 @@ from peftcli.core.files import load_adapter, read_tensors
 from peftcli.core.inject import inject, set_trainable, unload
 from peftcli.core.weights import holds_its_file, load_state, load_training_state, named_tensors, training_state
 from peftcli.errors import AdapterError
-from peftcli.guard.adapter_header import WEIGHTS_FILE
+from peftcli.guard.adapter_folder import WEIGHTS_FILE
 
 
 def replace_adapter(model: nn.Module, name: str, old: AdapterConfig, source: AdapterSource, *, trainable: bool) -> bool:

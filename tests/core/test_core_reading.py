@@ -15,7 +15,7 @@ from peftcli.core import files
 from peftcli.core.files import read_tensors
 from peftcli.core.weights import is_finite
 from peftcli.errors import AdapterError
-from peftcli.guard.adapter_header import DTYPES, WEIGHTS_FILE, opened_weights
+from peftcli.guard.adapter_folder import DTYPES, WEIGHTS_FILE, open_weights
 
 # tensors
 
@@ -40,7 +40,7 @@ def test_tensors_of_every_dtype_are_those_that_safetensors_reads(tmp_path: Path)
 def test_a_file_that_is_cut_while_it_is_read_is_damaged(tmp_path: Path) -> None:
     path = tmp_path / WEIGHTS_FILE
     safetensors.torch.save_file({"a": torch.ones(5000)}, path)
-    with opened_weights(path) as (header, file):
+    with open_weights(path) as (header, file):
         os.truncate(path, 9000)
         with pytest.raises(AdapterError, match="damaged: it ended while it was read"):
             files._read(header, file, path)

@@ -22,7 +22,7 @@ from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject
 from peftcli.core.targets import find_targets
 from peftcli.errors import AdapterError
-from peftcli.guard.adapter_header import read_header
+from peftcli.guard.adapter_folder import read_header
 from peftcli.methods import METHODS, config_from_dict
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from peftcli.errors import AdapterError, ModelError
-from peftcli.guard.files import cut, open_regular, read_object, shown, shown_name
+from peftcli.guard.files import one_line, open_regular, read_json_object, short_name, short_repr
 
 
 def _read(folder: Path, text: str | bytes, *, strict: bool = True) -> dict[str, object]:
     path = folder / "a.json"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return read_object(path, 1000, strict=strict)
+    return read_json_object(path, 1000, strict=strict)
 
 
 def test_an_object_is_read(tmp_path: Path) -> None:
@@ -55,20 +55,20 @@ def test_a_pipe_is_neither_read_nor_waited_for(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a pipe, no regular file"):
         open_regular(tmp_path / "pipe")
     with pytest.raises(ModelError, match="is a pipe, no regular file"):
-        read_object(tmp_path / "pipe", 10, ModelError)
+        read_json_object(tmp_path / "pipe", 10, ModelError)
 
 
 @pytest.mark.parametrize(
     "value", ["a" * 5000, ["b" * 5000] * 5000, {"k" * 99: {"x": {"y": {"z": 1}}}}, "\x1b[31m\n\u202e"]
 )
 def test_foreign_values_are_short_and_on_one_line(value: object) -> None:
-    assert shown(value).isprintable()
-    assert len(shown(value)) < 600
+    assert short_repr(value).isprintable()
+    assert len(short_repr(value)) < 600
 
 
 def test_foreign_names_stay_as_they_are_unless_they_are_strange() -> None:
-    assert shown_name("model.layers.0.ä") == "model.layers.0.ä"
-    assert shown_name("a\nb") == r"'a\nb'"
-    assert len(shown_name("a" * 500)) < 100
-    assert cut("a\x1b[2J\nb\ud800") == r"a\x1b[2J\nb\ud800"
-    assert len(cut("a" * 10_000)) < 700
+    assert short_name("model.layers.0.ä") == "model.layers.0.ä"
+    assert short_name("a\nb") == r"'a\nb'"
+    assert len(short_name("a" * 500)) < 100
+    assert one_line("a\x1b[2J\nb\ud800") == r"a\x1b[2J\nb\ud800"
+    assert len(one_line("a" * 10_000)) < 700

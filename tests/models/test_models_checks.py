@@ -17,7 +17,7 @@ import trainkit
 from safetensors.torch import load_file, save_file
 
 from peftcli.errors import AdapterError, ModelError, NetworkError, OutOfMemory
-from peftcli.guard.adapter_header import read_run
+from peftcli.guard.adapter_folder import read_run
 from peftcli.models.guarded import harmless, translated_errors
 from peftcli.models.load import base_files, base_of, load_adapter_tokenizer, load_config, load_model, load_tokenizer
 from peftcli.models.quantization import trained_quantization

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from peftcli.errors import DataError
-from peftcli.guard.adapter_header import read_run
+from peftcli.guard.adapter_folder import read_run
 from peftcli.tasks.text.spans import Template
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from chat_templates import TEMPLATES, make_tokenizer
 
-from peftcli.guard.adapter_header import read_run
+from peftcli.guard.adapter_folder import read_run
 from peftcli.tasks.text.stop_tokens import StopTokens, all_stops, missing_stops, prompt_form, stop_tokens
 
 OURS = {
