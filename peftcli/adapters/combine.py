@@ -10,9 +10,9 @@ import torch
 
 from peftcli.adapters.card import write_card
 from peftcli.adapters.load import find_adapter
-from peftcli.core.combine import Combination
 from peftcli.core.files import read_tensors, write_adapter
 from peftcli.errors import AdapterError, UsageError
+from peftcli.methods.combinations import Combination
 from peftcli.methods.lora.combine import Adapter, combine
 from peftcli.system.outputs import expanded, new_folder, refuse_taken
 from peftcli.system.secrets import redact
@@ -34,7 +34,7 @@ def combine_adapters(
         adapters: folders or hub ids.
         weights: one for each.
         output: new or empty folder; it appears whole or not at all.
-        method: one of ``peftcli.core.combine.COMBINATIONS``.
+        method: one of ``peftcli.methods.combinations.COMBINATIONS``.
         density: the share of values that ``ties``, ``dare`` and ``magnitude_prune`` keep.
         r: that of the result, for ``svd``.
         seed: of what ``dare`` draws.

@@ -10,10 +10,9 @@ from typing import Any, TypeVar
 import torch
 
 from peftcli.adapters.load import find_adapter
-from peftcli.core import protocols
-from peftcli.core.config import AdapterConfig, Untold
+from peftcli.core.config import AdapterConfig
 from peftcli.core.files import read_tensors
-from peftcli.core.updates import Update, distance
+from peftcli.methods.updates import Update, UpdateUnknown, distance, find_updates
 
 _T = TypeVar("_T")
 _OF_THE_FILE = ("inference_mode",)
@@ -40,8 +39,8 @@ def compare(a: str, b: str) -> dict[str, Any]:
     reason = None
     updates: tuple[dict[str, Update], dict[str, Update]] = ({}, {})
     try:
-        updates = protocols.updates(one.config, one.tensors), protocols.updates(other.config, other.tensors)
-    except Untold as error:
+        updates = find_updates(one.config, one.tensors), find_updates(other.config, other.tensors)
+    except UpdateUnknown as error:
         reason = error.message
     rest = one.without(updates[0]), other.without(updates[1])
     modules = {name: _of_updates(*pair) for name, pair in _in_both(*updates, _size).items()}

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftcli.adapters.load import find_adapter
-from peftcli.core import protocols
-from peftcli.core.config import Untold
 from peftcli.errors import AdapterError
 from peftcli.guard.adapter_folder import WEIGHTS_FILE, find_weights
 from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.methods import METHODS
+from peftcli.methods.updates import UpdateUnknown, find_updates
 
 _LARGEST_ANALYSED = 1_000_000_000
 """Bytes of an adapter file that take some seconds."""
@@ -63,12 +62,12 @@ def analyse(adapter: str) -> dict[str, Any]:
     import math
 
     from peftcli.core.files import read_tensors
-    from peftcli.core.updates import effective_r
+    from peftcli.methods.updates import effective_r
 
     tensors = read_tensors(source.folder)
     try:
-        updates = protocols.updates(source.config, tensors)
-    except Untold as error:
+        updates = find_updates(source.config, tensors)
+    except UpdateUnknown as error:
         return {"reason": error.message}
     except AdapterError as error:
         raise AdapterError(error.message, key=error.key, file=str(source.folder / WEIGHTS_FILE)) from None

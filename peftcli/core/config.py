@@ -65,10 +65,6 @@ FAMILY_TARGETS: dict[str, list[str]] = {
 here. Families outside the table get every linear layer but the head."""
 
 
-class Untold(AdapterError):
-    """What an adapter changes cannot be told from its file alone."""
-
-
 @dataclass(kw_only=True)
 class AdapterConfig:
     """What every method's config holds, and how it reads and writes ``adapter_config.json``."""

@@ -26,7 +26,7 @@ class AdapterLayer(nn.Module):
     fixed: tuple[str, ...] = ()
     """Names below the layer of the adapter's tensors that never train: projections drawn once, starting values."""
     larger_rate: tuple[str, ...] = ()
-    """Names below the layer of the tensors that LoRA+ trains faster; see ``core.rates``."""
+    """Names below the layer of the tensors that LoRA+ trains faster; see ``methods.learning_rates``."""
     embedding_rate: tuple[str, ...] = ()
     """Names below the layer of the tensors that LoRA+ trains at the rate of embeddings."""
     copies: tuple[str, ...] = ()

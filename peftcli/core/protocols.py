@@ -10,14 +10,13 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from peftcli.core.config import AdapterConfig, Untold
+from peftcli.core.config import AdapterConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from peftcli.core.layer import AdapterLayer
-    from peftcli.core.updates import Update
 
 LAYERS: dict[str, str] = {}
 """PEFT's name of a method -> the module with its layers, imported on demand. ``peftcli.methods`` fills it."""
@@ -126,19 +125,6 @@ class Describes(Protocol):
         """Return what ``to_dict`` returns for an adapter with these tensors."""
 
 
-@runtime_checkable
-class HasUpdates(Protocol):
-    """A method whose file alone says what it adds to the base weights."""
-
-    def updates(self, config: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, Update]:
-        """Return the update of each adapted weight, by the path of its module.
-
-        Raises:
-            Untold: the tensors alone do not say it.
-            AdapterError: they do not fit the config.
-        """
-
-
 def layers_of(config: AdapterConfig) -> Layers:
     """Import and return the layers module of the config's method."""
     layers: Any = importlib.import_module(LAYERS[config.peft_type])
@@ -200,16 +186,3 @@ def describe(config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> dict
     """Return the object for the ``adapter_config.json`` of an adapter with these tensors."""
     layers = layers_of(config)
     return layers.describe(config, tensors) if isinstance(layers, Describes) else config.to_dict()
-
-
-def updates(config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, Update]:
-    """Return what the tensors of an adapter file add to each adapted weight, by the path of its module.
-
-    Raises:
-        Untold: they alone do not say it.
-        AdapterError: they do not fit the config.
-    """
-    layers = layers_of(config)
-    if not isinstance(layers, HasUpdates):
-        raise Untold(f"what {config.peft_type} changes cannot be told from its file without the base model")
-    return layers.updates(config, tensors)

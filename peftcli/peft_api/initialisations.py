@@ -15,10 +15,10 @@ from torch import nn
 
 from peftcli.core.layer import bare, base_paths
 from peftcli.core.linear import linear_view
-from peftcli.core.rates import rate_groups
 from peftcli.core.targets import targets
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError
+from peftcli.methods.learning_rates import rate_groups
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.corda import covariances
 from peftcli.methods.lora.initialisations.eva import eva_directions, start_eva

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer
-from peftcli.core.rates import rate_groups
 from peftcli.errors import AdapterError, UsageError
+from peftcli.methods.learning_rates import rate_groups
 from peftcli.schema import Training
 
 

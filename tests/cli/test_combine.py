@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 import peftcli
 from peftcli.cli.combine import Method
-from peftcli.core.combine import COMBINATIONS
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.methods import config_from_dict
+from peftcli.methods.combinations import COMBINATIONS
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from oracle import silence
 from torch import nn
 
 import peftcli
-from peftcli.core.combine import COMBINATIONS
 from peftcli.core.layer import AdapterLayer
+from peftcli.methods.combinations import COMBINATIONS
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "a": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},

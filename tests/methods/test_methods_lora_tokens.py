@@ -13,9 +13,9 @@ from torch import nn
 from peftcli.core.inject import inject, set_active
 from peftcli.core.layer import bare
 from peftcli.core.merge import merge
-from peftcli.core.token_rows import wrap_rows
 from peftcli.core.weights import adapter_state, load_state, named_tensors
 from peftcli.errors import AdapterError
+from peftcli.methods._token_rows import wrap_rows
 from peftcli.methods.lora.config import LoraConfig
 
 TOKENS = [7, 3, 90]

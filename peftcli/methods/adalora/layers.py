@@ -10,10 +10,10 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, adapter_dtype, adapter_layers, bare, path_in_file
 from peftcli.core.linear import Linear, linear_view
-from peftcli.core.updates import Update
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import beside, dropout_layer, with_bias
 from peftcli.methods.adalora.config import AdaLoraConfig
+from peftcli.methods.updates import Update
 
 _TENSORS = ("lora_A", "lora_E", "lora_B")
 

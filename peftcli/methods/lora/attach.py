@@ -11,7 +11,7 @@ from torch import nn
 from peftcli.core.inject import replace_modules, train_other_biases
 from peftcli.core.layer import AdapterLayer, TrainedCopy, bare, base_paths
 from peftcli.core.targets import find_modules
-from peftcli.core.token_rows import share_rows, wrap_rows
+from peftcli.methods._token_rows import share_rows, wrap_rows
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.lora import LoraEmbedding, LoraLayer, LoraLinear
 from peftcli.methods.lora.targets import tied_group, token_modules

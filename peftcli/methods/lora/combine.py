@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from peftcli.core.combine import Combination
 from peftcli.core.config import AdapterConfig
 from peftcli.core.targets import module_matches
-from peftcli.core.updates import Update, distance, weighted_sum
 from peftcli.errors import AdapterError
+from peftcli.methods.combinations import Combination
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.updates import Pair, pairs, updates
+from peftcli.methods.updates import Update, distance, weighted_sum
 
 _TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _SAME = ("layer_replication", "trainable_token_indices", "ensure_weight_tying", "modules_to_save", "bias")

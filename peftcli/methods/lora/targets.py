@@ -6,8 +6,8 @@ from torch import nn
 
 from peftcli.core.layer import bare, base_paths, model_ends
 from peftcli.core.targets import check_patterns, find_modules, find_parameters, find_targets, shortest_names
-from peftcli.core.token_rows import check_tokens, modules_sharing
 from peftcli.errors import AdapterError
+from peftcli.methods._token_rows import check_tokens, modules_sharing
 from peftcli.methods.lora.config import LoraConfig
 
 _TOKENS = "trainable_token_indices"

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from peftcli.core.config import Untold
 from peftcli.core.targets import pattern_value
-from peftcli.core.updates import Update
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.config import is_residual
+from peftcli.methods.updates import Update, UpdateUnknown
 
 _ENDS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 
@@ -52,11 +51,11 @@ def updates(config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str
     """Return the update of each adapted weight; of fused experts, one for each expert: ``path[3]``.
 
     Raises:
-        Untold: they depend on the base model's weights.
+        UpdateUnknown: they depend on the base model's weights.
         AdapterError: the tensors do not fit the config.
     """
     if config.use_dora:
-        raise Untold("what DoRA adds depends on the base model's weights")
+        raise UpdateUnknown("what DoRA adds depends on the base model's weights")
     found: dict[str, Update] = {}
     plain, patterns = config.plain(), config.rank_pattern or config.alpha_pattern
     for path, pair in pairs(tensors).items():
@@ -69,7 +68,7 @@ def updates(config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str
         right, left = tensors[pair.a].flatten(1), tensors[pair.b].flatten(1)
         rows = right.shape[0]
         if 2 * rows == r and is_residual(config.init_lora_weights):
-            raise Untold(f"what {config.init_lora_weights} started from is in the base model only")
+            raise UpdateUnknown(f"what {config.init_lora_weights} started from is in the base model only")
         experts = rows // r
         if rows != r * experts or experts < 1 or (experts > 1 and (patterns or not config.target_parameters)):
             raise AdapterError(f"{pair.a} has {rows} rows; the config says {r}", key="r")

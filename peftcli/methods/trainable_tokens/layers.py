@@ -9,8 +9,8 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, bare, base_paths, model_ends
 from peftcli.core.targets import find_targets, shortest_names
-from peftcli.core.token_rows import TrainedRows, check_tokens, share_rows, wrap_rows
 from peftcli.errors import AdapterError
+from peftcli.methods._token_rows import TrainedRows, check_tokens, share_rows, wrap_rows
 from peftcli.methods.trainable_tokens.config import TrainableTokensConfig
 
 

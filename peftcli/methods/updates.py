@@ -5,12 +5,19 @@ Nothing here makes the product itself, which is as large as the weight.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from peftcli.core.config import AdapterConfig
+from peftcli.core.protocols import layers_of
 from peftcli.errors import AdapterError
+
+
+class UpdateUnknown(AdapterError):
+    """The weight update cannot be computed from the adapter file alone."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,27 @@ class Update:
 
     def _scaled_left(self) -> torch.Tensor:
         return self.scaling * self.left.double()
+
+
+@runtime_checkable
+class HasUpdates(Protocol):
+    """A method whose layers module computes what it adds to the base weights from the adapter file alone."""
+
+    def updates(self, config: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, Update]:
+        """Return the update of each adapted weight: see ``find_updates``."""
+
+
+def find_updates(config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, Update]:
+    """Return what the tensors of an adapter file add to each adapted weight, by the path of its module.
+
+    Raises:
+        UpdateUnknown: the base model is needed to compute it.
+        AdapterError: the tensors do not fit the config.
+    """
+    layers = layers_of(config)
+    if not isinstance(layers, HasUpdates):
+        raise UpdateUnknown(f"what {config.peft_type} changes cannot be told from its file without the base model")
+    return layers.updates(config, tensors)
 
 
 def weighted_sum(parts: Sequence[tuple[float, Update]]) -> Update:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from peftcli.core.updates import Update, svd, weighted_sum
 from peftcli.errors import AdapterError
+from peftcli.methods.updates import Update, svd, weighted_sum
 
 COMBINATIONS = (
     "cat",
