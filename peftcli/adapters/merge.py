@@ -28,7 +28,7 @@ from peftcli.adapters.load import find_adapter
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import load_adapter, load_empty
 from peftcli.core.inject import is_reshaped
-from peftcli.core.layer import AdapterLayer, bare, model_ends
+from peftcli.core.layer import AdapterLayer, base_module, model_ends
 from peftcli.core.merge import merge, outermost
 from peftcli.errors import AdapterError, ModelError, UsageError
 from peftcli.models import tokens
@@ -286,7 +286,7 @@ def _layers_without_base(model: nn.Module, job: _Job) -> dict[str, AdapterLayer]
 
 
 def _base_leaves(layer: AdapterLayer) -> list[str]:
-    return [*bare(layer).state_dict()]
+    return [*base_module(layer).state_dict()]
 
 
 def _checkpoint_keys(names: list[str], keys: set[str], prefix: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.inject import Injection, inject, set_trainable, skeleton, unload
+from peftcli.core.inject import Injection, inject, meta_copy, set_trainable, unload
 from peftcli.core.protocols import describe
 from peftcli.core.weights import adapter_state, check_finite, check_state, load_state, materialise
 from peftcli.errors import AdapterError, OutOfMemory
@@ -187,7 +187,7 @@ def _check_header(
     """Raises AdapterError unless the file's tensors are those of the config, before memory is taken for any."""
     _check_sizes(model, config, sum(entry.numel for entry in header.values()))
     found = {name: torch.empty(e.shape, dtype=_DTYPES[e.dtype], device="meta") for name, e in header.items()}
-    empty = skeleton(model)
+    empty = meta_copy(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again when the adapter is injected

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.layer import bare, base_paths, model_ends
+from peftcli.core.layer import base_module, base_paths, model_ends
 from peftcli.core.targets import find_modules
 from peftcli.errors import AdapterError
 
@@ -24,10 +24,10 @@ def head_names(model: Any) -> list[str]:
     """Names of the modules that stand beside the model's body: classifier, score, qa_outputs, or called otherwise."""
     if not hasattr(model, "base_model_prefix"):  # no model of transformers
         return []
-    ends = [bare(end) for end in model_ends(model) if end is not None]
+    ends = [base_module(end) for end in model_ends(model) if end is not None]
 
     def is_head(child: nn.Module) -> bool:
-        is_body = hasattr(child, "base_model_prefix") or any(bare(module) in ends for module in child.modules())
+        is_body = hasattr(child, "base_model_prefix") or any(base_module(module) in ends for module in child.modules())
         return not is_body and any(True for _ in child.parameters())
 
     return [name for name, child in model.named_children() if is_head(child)]
@@ -80,7 +80,7 @@ def _new_modules(model: nn.Module, initialised: Collection[str], saved: list[str
     Raises:
         AdapterError: a module holds such a parameter, and in its submodules others that are not new.
     """
-    modules = {name: bare(model.get_submodule(path)) for name, path in base_paths(model).items()}
+    modules = {name: base_module(model.get_submodule(path)) for name, path in base_paths(model).items()}
     own = {
         name: [f"{name}.{leaf}".lstrip(".") for leaf, _ in module.named_parameters(recurse=False)]
         for name, module in modules.items()

@@ -120,7 +120,7 @@ def set_active(model: nn.Module, adapters: Iterable[str]) -> None:
     for path, layer in layers.items():
         for below in (module for module in layer.base_layer.modules() if isinstance(module, AdapterLayer)):
             both = {layer.adapter, below.adapter}
-            if len(both) == 2 and both <= names and layer.hides(below):
+            if len(both) == 2 and both <= names and layer.overrides(below):
                 raise AdapterError(
                     f"{layer.adapter} replaces {base_name(model, path)}, which {below.adapter} changes too; "
                     "only one of them can be active"
@@ -144,7 +144,7 @@ def unload(model: nn.Module, adapter: str | None = None) -> None:
         _take_back(model)
 
 
-def skeleton(model: nn.Module) -> nn.Module:
+def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of the model on the meta device, to inject into: it takes no memory, and the model stays as it is.
 
     It cannot compute. Weights of kinds that are not PyTorch's own stay those of the model.

@@ -86,11 +86,11 @@ class AdapterLayer(nn.Module):
         """Name in the adapter file of ``tensor`` when the layer stands at ``path`` in the model."""
         return f"{self.file_prefix}{path}.{tensor}"
 
-    def accepts(self, tensor: str, value: torch.Tensor) -> torch.Tensor:
+    def adapt_from_file(self, tensor: str, value: torch.Tensor) -> torch.Tensor:
         """``value`` of a file as this layer holds ``tensor``. A place for other writers' shapes."""
         return value
 
-    def hides(self, below: AdapterLayer) -> bool:
+    def overrides(self, below: AdapterLayer) -> bool:
         """Whether what ``below``, of another adapter on the same module, does is lost while both are enabled."""
         return False
 
@@ -113,12 +113,12 @@ class TrainedCopy(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module, file_prefix: str):
         super().__init__(base_layer)
-        if any(is_quantised(module) for module in bare(base_layer).modules()):
+        if any(is_quantised(module) for module in base_module(base_layer).modules()):
             raise AdapterError("a quantised layer cannot be trained in full", key="modules_to_save")
-        if any(isinstance(module, AdapterLayer) for module in bare(base_layer).modules()):
+        if any(isinstance(module, AdapterLayer) for module in base_module(base_layer).modules()):
             raise AdapterError("a module that holds another adapter's layers has no copy", key="modules_to_save")
         self.file_prefix = file_prefix
-        self.copy = copy.deepcopy(bare(base_layer))
+        self.copy = copy.deepcopy(base_module(base_layer))
         for parameter in self.copy.parameters():
             parameter.data = parameter.data.to(adapter_dtype(parameter))
             parameter.requires_grad_(True)
@@ -131,7 +131,7 @@ class TrainedCopy(AdapterLayer):
             return nn.Module.__getattr__(self, name)
         except AttributeError:
             value = getattr(self.copy, name)
-            return _cast(value, getattr(bare(self), name).dtype) if isinstance(value, nn.Parameter) else value
+            return _cast(value, getattr(base_module(self), name).dtype) if isinstance(value, nn.Parameter) else value
 
     def own_tensors(self) -> dict[str, nn.Parameter]:
         return dict(self.copy.named_parameters())
@@ -144,13 +144,13 @@ class TrainedCopy(AdapterLayer):
     def own_module(self, path: str) -> nn.Module:
         return self.copy.get_submodule(path)
 
-    def hides(self, below: AdapterLayer) -> bool:
+    def overrides(self, below: AdapterLayer) -> bool:
         return True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.enabled:
             return self.base_layer(*args, **kwargs)
-        own, base = (next(module.parameters()) for module in (self.copy, bare(self)))
+        own, base = (next(module.parameters()) for module in (self.copy, base_module(self)))
         if torch.is_autocast_enabled(own.device.type):
             return self.copy(*args, **kwargs)
         given = {name: _cast(value, own.dtype) for name, value in kwargs.items()}
@@ -165,10 +165,10 @@ class TrainedBias(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module):
         super().__init__(base_layer)
-        bias: torch.Tensor = bare(base_layer).bias
+        bias: torch.Tensor = base_module(base_layer).bias
         self.bias = nn.Parameter(bias.detach().to(adapter_dtype(bias)).clone())
 
-    def hides(self, below: AdapterLayer) -> bool:
+    def overrides(self, below: AdapterLayer) -> bool:
         return isinstance(below, (TrainedBias, TrainedCopy))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -176,7 +176,7 @@ class TrainedBias(AdapterLayer):
             return self.base_layer(*args, **kwargs)
         depth = len(layers_below(self))
         # a tensor of its own: bitsandbytes casts the data of the bias that it is given
-        value = self.bias.to(bare(self).bias.dtype).view_as(self.bias)
+        value = self.bias.to(base_module(self).bias.dtype).view_as(self.bias)
         bias = {"base_layer." * depth + "bias": value}
         return torch.func.functional_call(self.base_layer, bias, args, kwargs)
 
@@ -213,7 +213,7 @@ def model_ends(model: Any) -> tuple[Any, Any]:
     return ends[0], ends[1]
 
 
-def bare(module: nn.Module) -> Any:
+def base_module(module: nn.Module) -> Any:
     """The layer of the model below any adapter layers."""
     while isinstance(module, AdapterLayer):
         module = module.base_layer

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import adapter_dtype, bare
+from peftcli.core.layer import adapter_dtype, base_module
 from peftcli.core.quantised import dequantised_weight, is_packed, is_quantised
 from peftcli.errors import AdapterError
 
@@ -29,7 +29,7 @@ class Linear:
 
 def linear_view(module: Any) -> Linear | None:
     """The view of ``module``, or of the layer below its adapter layers; None when it is no linear layer."""
-    module = bare(module)
+    module = base_module(module)
     if isinstance(module, nn.Linear) or is_packed(module):
         return Linear(module.in_features, module.out_features, transposed=False)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers', which core does not import
@@ -40,7 +40,7 @@ def linear_view(module: Any) -> Linear | None:
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
     """The weight (out, in) of a linear layer, dequantised if need be, detached, in float32 or wider."""
-    layer, view = bare(module), linear_view(module)
+    layer, view = base_module(module), linear_view(module)
     assert view is not None
     if is_quantised(layer):
         return dequantised_weight(layer)
@@ -50,12 +50,12 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
 
 def stored_weight(module: nn.Module) -> torch.Tensor:
     """The tensor that holds the layer's weight in whatever form: it says on which device, not what."""
-    layer = bare(module)
+    layer = base_module(module)
     weight: torch.Tensor = layer.qweight if is_packed(layer) else layer.weight
     return weight
 
 
-def need_linear(module: nn.Module, name: str, method: str, kinds: str = "Linear and Conv1D") -> Linear:
+def require_linear(module: nn.Module, name: str, method: str, kinds: str = "Linear and Conv1D") -> Linear:
     """The view of ``module``.
 
     Raises:
@@ -63,5 +63,7 @@ def need_linear(module: nn.Module, name: str, method: str, kinds: str = "Linear 
     """
     view = linear_view(module)
     if view is None:
-        raise AdapterError(f"{name} is a {type(bare(module)).__name__}; {method} adapts {kinds}", key="target_modules")
+        raise AdapterError(
+            f"{name} is a {type(base_module(module)).__name__}; {method} adapts {kinds}", key="target_modules"
+        )
     return view

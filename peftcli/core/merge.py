@@ -9,7 +9,7 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import keep_shape, replace_modules
-from peftcli.core.layer import AdapterLayer, adapter_layers, bare, model_ends
+from peftcli.core.layer import AdapterLayer, adapter_layers, base_module, model_ends
 from peftcli.core.protocols import Reshapes, layers_of
 from peftcli.core.quantised import as_before_quantising, dense_layer, is_quantised, plain_dtype
 from peftcli.errors import AdapterError
@@ -43,7 +43,7 @@ def merge(model: nn.Module, *configs: AdapterConfig, dequantise: bool = False) -
     except AdapterError:
         replace_modules(model, {new: old for old, new in dense.items()})
         raise
-    replace_modules(model, {layer: bare(layer) for layer in outermost(model).values()})
+    replace_modules(model, {layer: base_module(layer) for layer in outermost(model).values()})
     replace_modules(model, {new: as_before_quantising(new, old) for old, new in dense.items()})
     keep_shape(model)
     for config in configs:
@@ -80,7 +80,7 @@ def fold(model: nn.Module) -> Folded:
     kept: dict[torch.Tensor, torch.Tensor] = {}
     try:
         for name, layer in outermost(model).items():
-            base = bare(layer)
+            base = base_module(layer)
             if is_quantised(base):
                 raise AdapterError(
                     f"{name} is quantised, and rounding the merged weight again would lose much of what was learned",
@@ -128,5 +128,5 @@ def outermost(model: nn.Module) -> dict[str, AdapterLayer]:
 
 
 def _tied(model: nn.Module) -> bool:
-    first, last = (end and getattr(bare(end), "weight", None) for end in model_ends(model))
+    first, last = (end and getattr(base_module(end), "weight", None) for end in model_ends(model))
     return first is not None and first is last

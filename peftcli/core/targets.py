@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from peftcli.core.config import AdapterConfig, ExcludingConfig, LayeredConfig, TargetedConfig
-from peftcli.core.layer import bare, base_paths, model_ends
+from peftcli.core.layer import base_module, base_paths, model_ends
 from peftcli.core.linear import linear_view
 from peftcli.core.protocols import FindsTargets, layers_of
 from peftcli.errors import AdapterError
@@ -122,7 +122,7 @@ def check_patterns(patterns: Mapping[str, float], names: Iterable[str], key: str
 
 def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The base model's modules by name, as if it had no adapter."""
-    return {name: bare(model.get_submodule(path)) for name, path in base_paths(model).items()}
+    return {name: base_module(model.get_submodule(path)) for name, path in base_paths(model).items()}
 
 
 def _pattern_matches(pattern: str, name: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, TrainedCopy, adapter_layers, bare, model_ends, path_in_file
+from peftcli.core.layer import AdapterLayer, TrainedCopy, adapter_layers, base_module, model_ends, path_in_file
 from peftcli.errors import AdapterError
 from peftcli.guard.files import short_name
 
@@ -114,7 +114,9 @@ def check_state(
     wanted = file_tensors(model, adapter)
     base = _adapted_base_weights(model)
     values = {
-        name: wanted[name][0].accepts(wanted[name][1], value) for name, value in tensors.items() if name in wanted
+        name: wanted[name][0].adapt_from_file(wanted[name][1], value)
+        for name, value in tensors.items()
+        if name in wanted
     }
     paths = _paths_in_file(model, adapter)
     copies = {f"{layer.file_prefix}{path}.{copy}" for path, layer in paths.items() for copy in layer.copies}
@@ -204,9 +206,10 @@ def _paths_in_file(model: nn.Module, adapter: str | None) -> dict[str, AdapterLa
 
 def _adapted_base_weights(model: Any) -> dict[str, nn.Parameter]:
     """The base weights that an adapter file may carry: name in the file -> parameter."""
-    ends = [bare(end) for end in model_ends(model) if end is not None]
+    ends = [base_module(end) for end in model_ends(model) if end is not None]
     return {
-        layer.file_name(path_in_file(model, path), "base_layer.weight"): bare(layer).weight
+        layer.file_name(path_in_file(model, path), "base_layer.weight"): base_module(layer).weight
         for path, layer in adapter_layers(model).items()
-        if any(bare(layer) is end for end in ends) and isinstance(getattr(bare(layer), "weight", None), nn.Parameter)
+        if any(base_module(layer) is end for end in ends)
+        and isinstance(getattr(base_module(layer), "weight", None), nn.Parameter)
     }

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype, bare
+from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module
 from peftcli.methods._linear import WeightDelta, with_bias
 
 
@@ -23,7 +23,7 @@ class DeltaConv(AdapterLayer):
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         """What the adapter adds to the output for the input ``x``, which has the adapter's dtype."""
-        return bare(self)._conv_forward(x, self.delta(), None)  # with the stride, padding, ... of the base layer
+        return base_module(self)._conv_forward(x, self.delta(), None)  # with the stride, padding, ... of the base layer
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         y = self.base_layer(x, *args, **kwargs)
@@ -38,5 +38,5 @@ class WeightDeltaConv(WeightDelta, DeltaConv):
     """A convolution whose delta is made from its kernel."""
 
     def delta(self) -> torch.Tensor:
-        weight = bare(self).weight.detach()
+        weight = base_module(self).weight.detach()
         return self.delta_of(weight.to(adapter_dtype(weight)))

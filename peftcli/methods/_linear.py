@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype
-from peftcli.core.linear import dense_weight, need_linear, stored_weight
+from peftcli.core.linear import dense_weight, require_linear, stored_weight
 from peftcli.errors import AdapterError
 
 _LARGEST_R = 4096
@@ -21,7 +21,7 @@ class DeltaLinear(AdapterLayer):
     """``y = (W + delta) x + b`` with ``delta: (out, in)``, made of the adapter's weights."""
 
     def __init__(self, module: nn.Module, name: str, method: str, bias: str = "none", dropout: float = 0.0):
-        view = need_linear(module, name, method)
+        view = require_linear(module, name, method)
         super().__init__(with_bias(module, bias))
         self.view = view
         self.dropout = dropout_layer(dropout)
@@ -96,7 +96,7 @@ def dropout_layer(share: float) -> nn.Module:
     return nn.Dropout(share) if share else nn.Identity()
 
 
-def beside(layer: nn.Module) -> dict[str, Any]:
+def factory_kwargs(layer: nn.Module) -> dict[str, Any]:
     """Device and dtype of adapter weights beside the layer's own."""
     weight = stored_weight(layer)
     return {"device": weight.device, "dtype": adapter_dtype(weight)}

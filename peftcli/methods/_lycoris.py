@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, bare
+from peftcli.core.layer import AdapterLayer, base_module
 from peftcli.core.targets import pattern_value
 from peftcli.methods._conv import DeltaConv
 from peftcli.methods._linear import DeltaLinear
@@ -51,11 +51,11 @@ class LycorisConv(LycorisLayer, DeltaConv):
     """A convolution with a LyCORIS delta."""
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
-        return self.thinned(super().update(x), 1 - bare(self).weight.ndim)
+        return self.thinned(super().update(x), 1 - base_module(self).weight.ndim)
 
     def window(self, config: LycorisConfig) -> tuple[int, ...]:
         """The kernel's window, when it is taken apart too; a 1-d one is written with a second side of 1."""
-        window: tuple[int, ...] = bare(self).kernel_size
+        window: tuple[int, ...] = base_module(self).kernel_size
         return (*window, 1)[:2] if config.use_effective_conv2d and any(side > 1 for side in window) else ()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from peftcli.core.layer import AdapterLayer, TrainedBias, bare
+from peftcli.core.layer import AdapterLayer, TrainedBias, base_module
 
 
 def base_product(layer: AdapterLayer, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
@@ -14,7 +14,7 @@ def base_product(layer: AdapterLayer, x: torch.Tensor, y: torch.Tensor | None = 
     """
     below = layer.base_layer.base_layer if isinstance(layer.base_layer, TrainedBias) else layer.base_layer
     if y is None or isinstance(below, AdapterLayer):
-        y, bias = bare(layer)(x), bare(layer).bias
+        y, bias = base_module(layer)(x), base_module(layer).bias
     else:
         bias = layer.base_layer.bias
     dtype = torch.promote_types(y.dtype, torch.float32)

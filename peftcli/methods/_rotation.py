@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype, bare
-from peftcli.core.linear import need_linear
+from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module
+from peftcli.core.linear import require_linear
 from peftcli.errors import AdapterError
 from peftcli.methods._conv import WeightDeltaConv
 from peftcli.methods._linear import with_bias
@@ -34,7 +34,7 @@ class RotatedLinear(Rotating):
     """``y = W R x + b`` for a linear layer: the input is rotated, since it is smaller than the weight."""
 
     def __init__(self, module: nn.Module, name: str, method: str, bias: str):
-        view = need_linear(module, name, method, "linear layers and Conv2d")
+        view = require_linear(module, name, method, "linear layers and Conv2d")
         super().__init__(with_bias(module, bias))
         self.view = view
 
@@ -52,7 +52,7 @@ class RotatedConv(Rotating, WeightDeltaConv):
     """The same for a convolution: what is rotated is the part of the input that the kernel sees."""
 
     def __init__(self, module: nn.Module, name: str, method: str, bias: str):
-        if bare(module).groups > 1:
+        if base_module(module).groups > 1:
             raise AdapterError(
                 f"{name} is a grouped convolution; {method} adapts those without groups", key="target_modules"
             )

@@ -23,13 +23,13 @@ def not_positive(config: object, *keys: str) -> Problems:
     return [(key, f"must be above 0, not {value}") for key, value in found.items() if value <= 0]
 
 
-def no_share(config: object, *keys: str) -> Problems:
+def outside_unit_interval(config: object, *keys: str) -> Problems:
     """Settings that are no share of something: not in [0, 1)."""
     found = {key: getattr(config, key) for key in keys}
     return [(key, f"must be in [0, 1), not {value}") for key, value in found.items() if not 0 <= value < 1]
 
 
-def no_choice(config: object, key: str, *choices: object) -> Problems:
+def not_one_of(config: object, key: str, *choices: object) -> Problems:
     """The setting, when it is none of the choices."""
     value = getattr(config, key)
     shown = ", ".join(str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.inject import replace_modules
-from peftcli.core.layer import AdapterLayer, adapter_dtype, bare, base_paths
+from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module, base_paths
 from peftcli.errors import AdapterError
 
 
@@ -29,7 +29,7 @@ class TrainedRows(AdapterLayer):
         own = tensor == "trainable_tokens_delta"
         return self.written_as if own and self.written_as else super().file_name(path, tensor)
 
-    def hides(self, below: AdapterLayer) -> bool:
+    def overrides(self, below: AdapterLayer) -> bool:
         return isinstance(below, TrainedRows) and not set(self.tokens).isdisjoint(below.tokens)
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -45,7 +45,7 @@ class EmbeddingRows(TrainedRows):
 
     def __init__(self, base_layer: nn.Module, tokens: Sequence[int], rows: nn.Parameter):
         super().__init__(base_layer, tokens, rows)
-        place = torch.full(bare(base_layer).weight.shape[:1], -1)
+        place = torch.full(base_module(base_layer).weight.shape[:1], -1)
         place[self.tokens] = torch.arange(len(self.tokens))
         self.register_buffer("place", place.to(rows.device), persistent=False)
         # some embeddings scale what they look up; the rows are scaled alike
@@ -89,11 +89,11 @@ def wrap_rows(
         start_from_base: whether the rows start as the base model's; otherwise they start random.
         rows: another layer's rows, to be trained as this one's too.
     """
-    weight = bare(module).weight
+    weight = base_module(module).weight
     if rows is None:
         start = weight.detach()[list(tokens)].to(adapter_dtype(weight))
         rows = nn.Parameter(start.clone() if start_from_base else torch.randn_like(start))
-    kind = EmbeddingRows if isinstance(bare(module), nn.Embedding) else HeadRows
+    kind = EmbeddingRows if isinstance(base_module(module), nn.Embedding) else HeadRows
     return kind(module, tokens, rows)
 
 
@@ -103,7 +103,7 @@ def share_rows(model: nn.Module, layer: TrainedRows) -> dict[str, TrainedRows]:
     Returns:
         The new layers over these, by the names of their modules.
     """
-    shared = modules_sharing(model, bare(layer))
+    shared = modules_sharing(model, base_module(layer))
     new = {name: wrap_rows(module, layer.tokens, rows=layer.trainable_tokens_delta) for name, module in shared.items()}
     replace_modules(model, {shared[name]: other.train(layer.training) for name, other in new.items()})
     return new
@@ -116,13 +116,13 @@ def modules_sharing(model: nn.Module, module: nn.Module) -> dict[str, nn.Module]
     return {
         name: other
         for name, other in found.items()
-        if bare(other) is not module and getattr(bare(other), "weight", None) is weight
+        if base_module(other) is not module and getattr(base_module(other), "weight", None) is weight
     }
 
 
 def check_tokens(module: nn.Module, name: str, tokens: Iterable[int], key: str) -> None:
     """Raises AdapterError unless ``module`` has rows to train and ``tokens`` are numbers of such, none twice."""
-    layer = bare(module)
+    layer = base_module(module)
     if not isinstance(layer, (nn.Embedding, nn.Linear)):
         raise AdapterError(f"{name} is a {type(layer).__name__}; rows of Embedding and Linear can be trained", key=key)
     count, tokens = layer.weight.shape[0], list(tokens)

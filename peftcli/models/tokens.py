@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.layer import bare, base_paths, model_ends
+from peftcli.core.layer import base_module, base_paths, model_ends
 from peftcli.core.targets import find_modules, find_targets, shortest_names
 from peftcli.errors import AdapterError, ModelError
 from peftcli.guard.adapter_folder import find_weights, read_header
@@ -274,11 +274,11 @@ def _speak_chatml(tokenizer: PreTrainedTokenizerBase, base: BaseModel) -> None:
 
 def _vocabulary(model: Any) -> dict[str, Any]:
     """The input embedding and the head over the same tokens, by their names in the base model."""
-    embedding, head = (end if end is None else bare(end) for end in model_ends(model))
+    embedding, head = (end if end is None else base_module(end) for end in model_ends(model))
     if not isinstance(embedding, nn.Embedding):
         return {}
     ends = [embedding, *([head] if isinstance(head, nn.Linear) else [])]
-    names = {id(bare(model.get_submodule(path))): name for name, path in base_paths(model).items()}
+    names = {id(base_module(model.get_submodule(path))): name for name, path in base_paths(model).items()}
     return {names[id(end)]: end for end in ends}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import bare, base_paths
+from peftcli.core.layer import base_module, base_paths
 from peftcli.core.linear import linear_view
 from peftcli.core.targets import targets
 from peftcli.core.weights import named_tensors
@@ -193,7 +193,7 @@ def _leave(model: nn.Module, statistics: Mapping[str, torch.Tensor]) -> None:
     """Leave what was found at the base model's layers, where the adapter's layers take it."""
     paths = base_paths(model)
     for name, value in statistics.items():
-        bare(model.get_submodule(paths[name])).__dict__[STATISTIC] = value
+        base_module(model.get_submodule(paths[name])).__dict__[STATISTIC] = value
 
 
 def _base_of(model: Any) -> nn.Module:

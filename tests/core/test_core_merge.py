@@ -13,7 +13,7 @@ from torch import nn
 
 import peftcli
 from peftcli.core.inject import inject, set_active
-from peftcli.core.layer import adapter_layers, bare
+from peftcli.core.layer import adapter_layers, base_module
 from peftcli.core.merge import fold, merge
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
@@ -95,10 +95,10 @@ def test_disabling_while_merged_is_the_base_model_exactly(case: tuple[str, PeftM
 def test_a_narrow_base_is_rounded_once(dtype: torch.dtype) -> None:
     model = _two(dtype)
     model.set_adapter(["a", "b"])
-    base = {path: bare(layer).weight.detach().clone() for path, layer in adapter_layers(model).items()}
+    base = {path: base_module(layer).weight.detach().clone() for path, layer in adapter_layers(model).items()}
     sums: dict[nn.Module, torch.Tensor] = {}
     for layer in reversed(adapter_layers(model).values()):  # from below
-        module = bare(layer)
+        module = base_module(layer)
         sums[module] = sums.get(module, module.weight.detach().float()) + layer.delta().detach()
     expected = {
         name: sums[module].to(dtype) for name, module in model.get_base_model().named_modules() if module in sums

@@ -15,7 +15,7 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import disabled, inject, replace_modules, set_trainable
-from peftcli.core.layer import adapter_layers, bare
+from peftcli.core.layer import adapter_layers, base_module
 from peftcli.core.linear import dense_weight, linear_view, stored_weight
 from peftcli.core.merge import merge
 from peftcli.core.quantised import is_quantised, num_weights
@@ -153,7 +153,7 @@ def test_every_method_computes_trains_and_merges(method: str, form: type[nn.Modu
         assert torch.equal(logits(model, inputs), before)
     assert torch.equal(logits(copy.deepcopy(model), inputs), after)
     _trains(model, labelled("llama") | extra)
-    if config.merge_problem() is None and any(map(is_quantised, map(bare, adapter_layers(model).values()))):
+    if config.merge_problem() is None and any(map(is_quantised, map(base_module, adapter_layers(model).values()))):
         _merges(model, config, inputs)
 
 

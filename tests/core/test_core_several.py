@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import peftcli
-from peftcli.core.inject import inject, set_active, skeleton
+from peftcli.core.inject import inject, meta_copy, set_active
 from peftcli.core.layer import adapter_layers
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
@@ -339,7 +339,7 @@ def test_a_skeleton_takes_no_memory_and_leaves_the_model_alone(kind: str) -> Non
     inject(model, peftcli.LoraConfig(target_modules=["k_proj"] if kind != "t5" else ["k"]), "below")
     before = [(name, id(value), value.requires_grad) for name, value in model.named_parameters()]
     modules = [(name, id(module), len(module._forward_pre_hooks)) for name, module in model.named_modules()]
-    copied = skeleton(model)
+    copied = meta_copy(model)
     assert all(value.is_meta for value in copied.parameters())
     assert [name for name, _ in copied.named_parameters()] == [name for name, _, _ in before]
     if kind == "llama_tied":

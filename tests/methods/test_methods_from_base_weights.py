@@ -13,7 +13,7 @@ from torch import nn
 
 from peftcli.core.files import read_config, read_tensors, save_adapter
 from peftcli.core.inject import inject
-from peftcli.core.layer import adapter_layers, bare
+from peftcli.core.layer import adapter_layers, base_module
 from peftcli.core.weights import materialise
 from peftcli.methods import config_from_dict
 
@@ -42,7 +42,7 @@ def test_a_model_on_the_meta_device_is_merged_all_the_same(case: str, kind: str,
     inject(empty, read)
     materialise(empty, read_tensors(tmp_path))
     for name, layer in adapter_layers(model).items():
-        weight = {"weight": nn.Parameter(bare(layer).weight.clone())}
+        weight = {"weight": nn.Parameter(base_module(layer).weight.clone())}
         found = adapter_layers(empty)[name].folded(weight)["weight"]
         torch.testing.assert_close(found, layer.folded(weight)["weight"])
         assert not torch.allclose(found, weight["weight"], atol=1e-3)

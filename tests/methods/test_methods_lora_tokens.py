@@ -11,7 +11,7 @@ from oracle import ours
 from torch import nn
 
 from peftcli.core.inject import inject, set_active
-from peftcli.core.layer import bare
+from peftcli.core.layer import base_module
 from peftcli.core.merge import merge
 from peftcli.core.weights import adapter_state, load_state, named_tensors
 from peftcli.errors import AdapterError
@@ -72,7 +72,7 @@ def test_layers_that_share_the_weight_share_the_rows_and_stay_tied(kind: str) ->
     assert (head.trainable_tokens_delta.grad.abs().sum(dim=-1) > 0).all()  # the softmax sees every row
     assert not merge(model, config)
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    torch.testing.assert_close(embedding.trainable_tokens_delta, bare(embedding).weight[TOKENS])
+    torch.testing.assert_close(embedding.trainable_tokens_delta, base_module(embedding).weight[TOKENS])
 
 
 def test_layers_with_tokens_of_their_own_are_untied_by_merging() -> None:

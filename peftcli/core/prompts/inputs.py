@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, bare, base_paths
+from peftcli.core.layer import AdapterLayer, base_module, base_paths
 from peftcli.errors import AdapterError
 
 IGNORED = -100
@@ -18,7 +18,7 @@ _UNCOUNTED = 1 << 30
 
 
 @dataclass(frozen=True)
-class Room:
+class Insertion:
     """Where virtual tokens go in a batch (B, T)."""
 
     start: torch.Tensor
@@ -80,7 +80,7 @@ class SoftPrompt(AdapterLayer):
         """Number of virtual tokens."""
         raise NotImplementedError
 
-    def room(self, inputs: dict[str, Any]) -> Room:
+    def insertion(self, inputs: dict[str, Any]) -> Insertion:
         """Room for the virtual tokens in the inputs of a forward call.
 
         Raises:
@@ -94,9 +94,9 @@ class SoftPrompt(AdapterLayer):
                 key="num_virtual_tokens",
             )
         if mask is None:
-            return Room(torch.zeros(batch, 1, dtype=torch.long, device=given.device), length, self.count)
+            return Insertion(torch.zeros(batch, 1, dtype=torch.long, device=given.device), length, self.count)
         if isinstance(mask, torch.Tensor) and mask.shape == (batch, length):
-            return Room(starts(mask), length, self.count)
+            return Insertion(starts(mask), length, self.count)
         raise AdapterError("virtual tokens need a two-dimensional attention_mask; generate through peftcli's model")
 
     def file_name(self, path: str, tensor: str) -> str:
@@ -115,7 +115,7 @@ class SoftPrompt(AdapterLayer):
 
 def inserted(
     inputs: dict[str, Any],
-    room: Room,
+    insertion: Insertion,
     ids: torch.Tensor | None = None,
     vectors: torch.Tensor | None = None,
     *,
@@ -125,31 +125,35 @@ def inserted(
 
     Args:
         inputs: of a forward call, by name.
-        room: where the virtual tokens go.
+        insertion: where the virtual tokens go.
         ids: unset, each virtual token is the row's first token once more.
         vectors: what stands for ``ids`` where the inputs are embeddings.
         token_labels: whether labels (B, T) are labels of tokens.
     """
-    shape, out = (len(room.start), room.length), dict[str, Any]()
+    shape, out = (len(insertion.start), insertion.length), dict[str, Any]()
     if (given := inputs.get("input_ids")) is not None:
-        out["input_ids"] = room.spread(given, room.first(given) if ids is None else ids)
+        out["input_ids"] = insertion.spread(given, insertion.first(given) if ids is None else ids)
     elif (given := inputs.get("inputs_embeds")) is not None:
-        out["inputs_embeds"] = room.spread(given, room.first(given) if vectors is None else vectors.to(given.dtype))
+        out["inputs_embeds"] = insertion.spread(
+            given, insertion.first(given) if vectors is None else vectors.to(given.dtype)
+        )
     if (mask := inputs.get("attention_mask")) is not None:
-        out["attention_mask"] = room.spread(mask, 1)
+        out["attention_mask"] = insertion.spread(mask, 1)
     if (position := inputs.get("position_ids")) is not None:
         if position.ndim != 2:
             raise AdapterError("virtual tokens need position_ids of two dimensions", key="position_ids")
-        after = room.number >= room.count
-        out["position_ids"] = room.spread(position, room.first(position) + room.number) + room.count * after
+        after = insertion.number >= insertion.count
+        out["position_ids"] = (
+            insertion.spread(position, insertion.first(position) + insertion.number) + insertion.count * after
+        )
     if (types := inputs.get("token_type_ids")) is not None:
-        out["token_type_ids"] = room.spread(types, 0)
+        out["token_type_ids"] = insertion.spread(types, 0)
     labels = inputs.get("labels")
     if token_labels and labels is not None and labels.shape == shape and not labels.is_floating_point():
-        out["labels"] = room.spread(labels, IGNORED)
+        out["labels"] = insertion.spread(labels, IGNORED)
     for name in ("start_positions", "end_positions"):
         if (index := inputs.get(name)) is not None:
-            out[name] = room.moved(index)
+            out[name] = insertion.moved(index)
     return out
 
 
@@ -171,7 +175,7 @@ def continued(model: nn.Module, inputs: dict[str, Any], past: int, count: int) -
 
 def extended(mask: torch.Tensor, count: int) -> torch.Tensor:
     """The mask (B, T) with the virtual tokens: (B, n + T)."""
-    return Room(starts(mask), mask.shape[1], count).spread(mask, 1)
+    return Insertion(starts(mask), mask.shape[1], count).spread(mask, 1)
 
 
 def without(values: torch.Tensor, start: torch.Tensor, count: int) -> torch.Tensor:
@@ -252,7 +256,9 @@ def hook_once(module: nn.Module, hook: Any, *, after: bool = False) -> None:
 
 def name_in(root: nn.Module, module: nn.Module) -> str:
     """Name of ``module`` below ``root``, as if there were no adapters. It leads to whatever stands there later."""
-    return next(name for name, path in base_paths(root).items() if bare(root.get_submodule(path)) is bare(module))
+    return next(
+        name for name, path in base_paths(root).items() if base_module(root.get_submodule(path)) is base_module(module)
+    )
 
 
 def active_at(module: nn.Module, kind: type[SoftPrompt]) -> Any:
@@ -279,7 +285,7 @@ def soft_prompt(model: nn.Module) -> SoftPrompt | None:
 def position_tables(model: Any) -> list[nn.Embedding]:
     """The model's embeddings of positions, if it has any."""
     limit = getattr(model.config, "max_position_embeddings", None)
-    words = bare(model.get_input_embeddings())
+    words = base_module(model.get_input_embeddings())
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
     # OPT and its like keep up to two rows for padding
     return [table for table in tables if limit is not None and 0 <= table.weight.shape[0] - limit <= 2]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import adapter_dtype, bare, base_paths
+from peftcli.core.layer import adapter_dtype, base_module, base_paths
 from peftcli.core.linear import linear_view
 from peftcli.core.prompts.config import PrefixConfig
 from peftcli.core.prompts.inputs import (
@@ -89,7 +89,7 @@ class PrefixAttention(SoftPrompt):
     def __init__(self, base_layer: nn.Module, pair: int, heads: int):
         super().__init__(base_layer)
         self.pair, self.heads = pair, heads
-        arguments = inspect.signature(bare(base_layer).forward).parameters
+        arguments = inspect.signature(base_module(base_layer).forward).parameters
         self._cache = next(name for name in _CACHE if name in arguments)
         self._mask = next(name for name in _MASK if name in arguments)
         self._true_hides: bool | None = None  # whether a mask of truth values hides what is true, as MPT's does
@@ -108,10 +108,10 @@ class PrefixAttention(SoftPrompt):
         batch, length = (args[0] if args else kwargs["hidden_states"]).shape[:2]
         if not self.enabled or length <= self.count:  # a later step
             return self.base_layer(*args, **kwargs)
-        inputs = bound(bare(self).forward, args, kwargs)
+        inputs = bound(base_module(self).forward, args, kwargs)
         cache = inputs.get(self._cache)
         cache = getattr(cache, "self_attention_cache", cache)
-        if cache is not None and cache.get_seq_length(bare(self).layer_idx):
+        if cache is not None and cache.get_seq_length(base_module(self).layer_idx):
             return self.base_layer(*args, **kwargs)
         start = self._start(inputs.get(self._mask), batch, length)
         return self.base_layer(**inputs | {self._cache: _WithPrefix(cache, self, start)})
@@ -187,7 +187,7 @@ def find_attention(model: Any) -> Attention:
     """
     decoder = model.get_decoder()
     below = f"{name_in(model, decoder)}.".lstrip(".")
-    modules = {name: bare(model.get_submodule(path)) for name, path in base_paths(model).items()}
+    modules = {name: base_module(model.get_submodule(path)) for name, path in base_paths(model).items()}
     found: dict[int, str] = {}
     for name, module in modules.items():
         index = getattr(module, "layer_idx", None)
@@ -234,7 +234,7 @@ def wrap(module: nn.Module, name: str, config: PrefixConfig) -> PrefixAttention:
     """Return the layer over an attention layer."""
     assert config.num_layers is not None
     assert config.num_attention_heads is not None
-    index: int = bare(module).layer_idx
+    index: int = base_module(module).layer_idx
     pair = 2 * index % config.num_layers if config.num_transformer_submodules == 2 else index
     return PrefixAttention(module, pair, config.num_attention_heads)
 
@@ -242,17 +242,17 @@ def wrap(module: nn.Module, name: str, config: PrefixConfig) -> PrefixAttention:
 def insert_prefix(model: Any, layers: list[PrefixAttention], prefix: Prefix) -> None:
     """Let all ``layers`` share ``prefix``, and every sequence that the model's decoder starts, start with it."""
     decoder = model.get_decoder()
-    like = next(itertools.chain(bare(layers[0]).parameters(), bare(layers[0]).buffers()))
+    like = next(itertools.chain(base_module(layers[0]).parameters(), base_module(layers[0]).buffers()))
     prefix.to(like.device, adapter_dtype(like))
     # keys of a prefix are not rotated, so that its distance from the tokens counts, whatever the padding
-    counts = hasattr(model, "prepare_inputs_for_generation") or getattr(bare(layers[0]), "is_causal", False)
+    counts = hasattr(model, "prepare_inputs_for_generation") or getattr(base_module(layers[0]), "is_causal", False)
     for layer in layers:
         layer.prefix = prefix.train(layer.training)
         settle(layer, model, counts=counts)
     embedding = decoder.get_input_embeddings()
-    names = {bare(decoder.get_submodule(path)): name for name, path in base_paths(decoder).items()}
-    hook_once(decoder, _Insert(names[bare(layers[0])], names.get(bare(embedding))))
-    hook_once(decoder, _Cut(names[bare(layers[0])]), after=True)
+    names = {base_module(decoder.get_submodule(path)): name for name, path in base_paths(decoder).items()}
+    hook_once(decoder, _Insert(names[base_module(layers[0])], names.get(base_module(embedding))))
+    hook_once(decoder, _Cut(names[base_module(layers[0])]), after=True)
     pooler = getattr(decoder, "pooler", None)
     if isinstance(pooler, nn.Module):
         hook_once(pooler, _CutForPooler(prefix))
@@ -286,9 +286,9 @@ class _Insert:
         if layer.counts and mask is not None and inputs.get("position_ids") is None and takes(decoder, "position_ids"):
             inputs["position_ids"] = positions(mask)
         inputs.pop("cache_position", None)  # counted without the prefix; models find it by themselves
-        room = layer.room(inputs)
-        prefix.start = room.start
-        return (), inputs | inserted(inputs, room)
+        insertion = layer.insertion(inputs)
+        prefix.start = insertion.start
+        return (), inputs | inserted(inputs, insertion)
 
 
 @dataclass(frozen=True)

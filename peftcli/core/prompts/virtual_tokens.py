@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype, bare, model_ends
+from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module, model_ends
 from peftcli.core.prompts.config import EmbeddedPromptConfig
 from peftcli.core.prompts.inputs import (
-    Room,
+    Insertion,
     SoftPrompt,
     active_at,
     bound,
@@ -73,10 +73,10 @@ class VirtualTokens(SoftPrompt):
         virtual = F.embedding((ids - self.first_id).clamp(min=0), self.table()).to(tokens.dtype)
         return torch.where((ids >= self.first_id).unsqueeze(-1), virtual, tokens)
 
-    def numbers(self, room: Room, task_ids: torch.Tensor | None) -> torch.Tensor:
+    def numbers(self, insertion: Insertion, task_ids: torch.Tensor | None) -> torch.Tensor:
         """Which row of the table each virtual slot holds: (B, n + T)."""
-        rows = self.rows_of(task_ids, len(room.start))
-        return room.number.clamp(0, self.count - 1) + (0 if rows is None else rows * self.count)
+        rows = self.rows_of(task_ids, len(insertion.start))
+        return insertion.number.clamp(0, self.count - 1) + (0 if rows is None else rows * self.count)
 
 
 class TrainedTokens(VirtualTokens):
@@ -89,7 +89,7 @@ class TrainedTokens(VirtualTokens):
     def table(self) -> torch.Tensor:
         return self.prompt_embeddings
 
-    def accepts(self, tensor: str, value: torch.Tensor) -> torch.Tensor:
+    def adapt_from_file(self, tensor: str, value: torch.Tensor) -> torch.Tensor:
         # PEFT allocates the rows twice for encoder-decoder models and trains the first half
         return value[: self.count] if value.shape == (2 * self.count, self.prompt_embeddings.shape[1]) else value
 
@@ -176,13 +176,13 @@ def _with_placeholders(inputs: dict[str, Any], settings: Any, layer: SoftPrompt)
         raise AdapterError("generation with virtual tokens needs input_ids")
     if inputs.get("attention_mask") is None:
         inputs["attention_mask"] = _mask_of(ids, settings.pad_token_id, settings.eos_token_id)
-    room = layer.room(inputs)
-    inputs |= inserted({key: inputs.get(key) for key in ("input_ids", "attention_mask", "token_type_ids")}, room)
+    insertion = layer.insertion(inputs)
+    inputs |= inserted({key: inputs.get(key) for key in ("input_ids", "attention_mask", "token_type_ids")}, insertion)
     inputs = {key: value for key, value in inputs.items() if value is not None}
     for length in ("max_length", "min_length"):  # both count the prompt
         if value := inputs.get(length) or getattr(settings, length):
             inputs[length] = value + layer.count
-    return inputs, room.start
+    return inputs, insertion.start
 
 
 def _refuse(inputs: dict[str, Any], settings: Any, layer: SoftPrompt, encoder_decoder: bool) -> None:
@@ -231,10 +231,10 @@ class _Insert:
         if layer.counts and mask is not None and inputs.get("position_ids") is None and takes(model, "position_ids"):
             inputs["position_ids"] = positions(inputs["attention_mask"])
         inputs.pop("cache_position", None)  # counted without them; models find it by themselves
-        room = layer.room(inputs)
-        numbers = layer.numbers(room, task_ids)
+        insertion = layer.insertion(inputs)
+        numbers = layer.numbers(insertion, task_ids)
         vectors = None if inputs.get("inputs_embeds") is None else F.embedding(numbers, layer.table())
-        new = inserted(inputs, room, layer.first_id + numbers, vectors, token_labels=layer.token_labels)
+        new = inserted(inputs, insertion, layer.first_id + numbers, vectors, token_labels=layer.token_labels)
         return (), inputs | new
 
 
@@ -301,7 +301,7 @@ def _embedding(reader: Any) -> nn.Module:
     owners = [reader.get_encoder(), reader] if hasattr(reader, "get_encoder") else [reader]
     for owner in owners:
         embedding: Any = model_ends(owner)[0]
-        if isinstance(bare(embedding), nn.Embedding):
+        if isinstance(base_module(embedding), nn.Embedding):
             return embedding
     raise AdapterError(f"{type(reader).__name__} reads no token ids: there is no place for virtual tokens")
 
@@ -314,9 +314,9 @@ def _restored(
     if ids is None:
         return {}
     copies = ids.shape[0] // start.shape[0]  # rows of one example: beams, samples
-    room = Room(start.repeat_interleave(copies, dim=0) - past, ids.shape[1] - layer.count, layer.count)
+    insertion = Insertion(start.repeat_interleave(copies, dim=0) - past, ids.shape[1] - layer.count, layer.count)
     task_ids = None if task_ids is None else task_ids.repeat_interleave(copies, dim=0)
-    return {"input_ids": torch.where(room.virtual, layer.first_id + layer.numbers(room, task_ids), ids)}
+    return {"input_ids": torch.where(insertion.virtual, layer.first_id + layer.numbers(insertion, task_ids), ids)}
 
 
 def _mask_of(ids: torch.Tensor, pad: int | None, eos: int | list[int] | None) -> torch.Tensor:

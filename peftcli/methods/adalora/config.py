@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
-from peftcli.methods._settings import Problems, no_share, not_positive, too_small
+from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, too_small
 
 _FAMILY_TARGETS = {
     "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
@@ -62,7 +62,7 @@ class AdaLoraConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Not used, here as in PEFT: init_r and target_r say the sizes."""
 
     def problems(self) -> Problems:
-        found = super().problems() + not_positive(self, "lora_alpha") + no_share(self, "lora_dropout")
+        found = super().problems() + not_positive(self, "lora_alpha") + outside_unit_interval(self, "lora_dropout")
         found += too_small(self, target_r=1, init_r=1, tinit=0, tfinal=0, deltaT=1, orth_reg_weight=0)
         found += [(key, "must be between 0 and 1") for key in ("beta1", "beta2") if not 0 < getattr(self, key) < 1]
         if self.target_r > self.init_r:

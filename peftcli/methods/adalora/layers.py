@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype, adapter_layers, bare, path_in_file
+from peftcli.core.layer import AdapterLayer, adapter_dtype, adapter_layers, base_module, path_in_file
 from peftcli.core.linear import Linear, linear_view
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import beside, dropout_layer, with_bias
+from peftcli.methods._linear import dropout_layer, factory_kwargs, with_bias
 from peftcli.methods.adalora.config import AdaLoraConfig
 from peftcli.methods.updates import Update
 
@@ -30,7 +30,7 @@ class AdaLoraLayer(AdapterLayer):
         out_features, in_features = shape
         mask = config.rank_pattern.get(f"{name}.lora_E") if config.inference_mode else None
         r = config.init_r if mask is None else sum(mask)
-        like = beside(self)
+        like = factory_kwargs(self)
         self.lora_A = nn.Parameter(torch.empty(r, in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(out_features, r, **like))
         self.lora_E = nn.Parameter(torch.zeros(r, 1, **like))
@@ -104,15 +104,15 @@ class AdaLoraConv2d(AdaLoraLayer):
     """AdaLoRA over a convolution: its kernel as a matrix, ``in`` being input channels times kernel size."""
 
     def __init__(self, base_layer: nn.Module, name: str, config: AdaLoraConfig):
-        weight = bare(base_layer).weight
+        weight = base_module(base_layer).weight
         super().__init__(base_layer, (weight.shape[0], weight[0].numel()), name, config)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         y = self.base_layer(x, *args, **kwargs)
         if not self.enabled:
             return y
-        kernel = self.product().reshape(bare(self).weight.shape)
-        z: torch.Tensor = bare(self)._conv_forward(self.dropout(x.to(kernel.dtype)), kernel, None)
+        kernel = self.product().reshape(base_module(self).weight.shape)
+        z: torch.Tensor = base_module(self)._conv_forward(self.dropout(x.to(kernel.dtype)), kernel, None)
         return y + z.to(y.dtype)
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -129,9 +129,9 @@ def wrap(module: nn.Module, name: str, config: AdaLoraConfig) -> AdaLoraLayer:
     base, view = with_bias(module, config.bias), linear_view(module)
     if view is not None:
         return AdaLoraLinear(base, view, name, config)
-    if isinstance(bare(module), nn.Conv2d):
+    if isinstance(base_module(module), nn.Conv2d):
         return AdaLoraConv2d(base, name, config)
-    kind = type(bare(module)).__name__
+    kind = type(base_module(module)).__name__
     raise AdapterError(f"{name} is a {kind}; AdaLoRA adapts Linear, Conv1D and Conv2d", key="target_modules")
 
 

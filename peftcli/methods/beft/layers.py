@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer
-from peftcli.core.linear import need_linear
+from peftcli.core.linear import require_linear
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import beside
+from peftcli.methods._linear import factory_kwargs
 from peftcli.methods.beft.config import BeftConfig
 
 
@@ -19,10 +19,10 @@ class BeftLinear(AdapterLayer):
     """``y = W x + b + c`` with ``c: (1, out)``, which starts at zero."""
 
     def __init__(self, module: nn.Module, name: str, config: BeftConfig):
-        view = need_linear(module, name, "BEFT")
+        view = require_linear(module, name, "BEFT")
         super().__init__(module)
         start = torch.zeros if config.init_weights else torch.randn
-        self.beft_bias = nn.Parameter(start(1, view.out_features, **beside(self)))
+        self.beft_bias = nn.Parameter(start(1, view.out_features, **factory_kwargs(self)))
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         y: torch.Tensor = self.base_layer(x, *args, **kwargs)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
-from peftcli.methods._settings import Problems, no_share, too_large, too_small
+from peftcli.methods._settings import Problems, outside_unit_interval, too_large, too_small
 
 
 @dataclass(kw_only=True)
@@ -37,7 +37,7 @@ class BOFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Start from no rotation; false starts at random, for tests."""
 
     def problems(self) -> Problems:
-        found = super().problems() + no_share(self, "boft_dropout")
+        found = super().problems() + outside_unit_interval(self, "boft_dropout")
         found += too_small(self, boft_block_size=0, boft_block_num=0, boft_n_butterfly_factor=1)
         found += too_large(self, boft_n_butterfly_factor=62)
         if (self.boft_block_size == 0) == (self.boft_block_num == 0):

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, bare
+from peftcli.core.layer import AdapterLayer, base_module
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import beside
+from peftcli.methods._linear import factory_kwargs
 from peftcli.methods._rotation import RotatedConv, RotatedLinear, Rotating, leave_out
 from peftcli.methods.boft.config import BOFTConfig
 
@@ -25,7 +25,9 @@ class BOFTLayer(Rotating):
     def start(self, features: int, name: str, config: BOFTConfig) -> None:
         """Make the weights of a rotation of so many inputs."""
         size, count = block_sizes(features, name, config)
-        self.boft_R = nn.Parameter(torch.zeros(config.boft_n_butterfly_factor, count, size, size, **beside(self)))
+        self.boft_R = nn.Parameter(
+            torch.zeros(config.boft_n_butterfly_factor, count, size, size, **factory_kwargs(self))
+        )
         self.share = config.boft_dropout
         if not config.init_weights:
             nn.init.normal_(self.boft_R, std=0.1)
@@ -43,7 +45,7 @@ class BOFTLayer(Rotating):
     def scaled(self, weight: torch.Tensor) -> torch.Tensor:
         return weight * self.boft_s.flatten()[:, None]
 
-    def accepts(self, tensor: str, value: torch.Tensor) -> torch.Tensor:
+    def adapt_from_file(self, tensor: str, value: torch.Tensor) -> torch.Tensor:
         factors = len(self.boft_R)
         if tensor == "boft_R" and len(value) == 1 < factors:
             # PEFT trains one factor, whatever the config says, where it cannot build its CUDA extension
@@ -64,7 +66,7 @@ class BOFTLinear(BOFTLayer, RotatedLinear):
 
     def __init__(self, module: nn.Module, name: str, config: BOFTConfig):
         super().__init__(module, name, "BOFT", config.bias)
-        self.boft_s = nn.Parameter(torch.ones(self.view.out_features, 1, **beside(self)))
+        self.boft_s = nn.Parameter(torch.ones(self.view.out_features, 1, **factory_kwargs(self)))
         self.start(self.view.in_features, name, config)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -89,8 +91,8 @@ class BOFTConv(BOFTLayer, RotatedConv):
 
     def __init__(self, module: nn.Module, name: str, config: BOFTConfig):
         super().__init__(module, name, "BOFT", config.bias)
-        weight = bare(module).weight
-        self.boft_s = nn.Parameter(torch.ones(1, len(weight), **beside(self)))
+        weight = base_module(module).weight
+        self.boft_s = nn.Parameter(torch.ones(1, len(weight), **factory_kwargs(self)))
         self.start(weight[0].numel(), name, config)
 
 
@@ -100,7 +102,7 @@ def wrap(module: nn.Module, name: str, config: BOFTConfig) -> AdapterLayer:
     Raises:
         AdapterError: the module is of a kind that BOFT does not adapt.
     """
-    kind = BOFTConv if isinstance(bare(module), nn.Conv2d) else BOFTLinear
+    kind = BOFTConv if isinstance(base_module(module), nn.Conv2d) else BOFTLinear
     return kind(module, name, config)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from peftcli.core.config import BiasConfig, LayeredConfig
-from peftcli.methods._settings import Problems, no_choice, pattern_too_small, too_small
+from peftcli.methods._settings import Problems, not_one_of, pattern_too_small, too_small
 
 _FAMILY_TARGETS = {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}
 """Where PEFT's usual targets for C3A are not LoRA's."""
@@ -30,7 +30,7 @@ class C3AConfig(BiasConfig, LayeredConfig):
 
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, block_size=1) + pattern_too_small(self, "block_size_pattern", 1)
-        return found + no_choice(self, "init_weights", True, False, "gaussian", "kaiming_uniform", "xavier_uniform")
+        return found + not_one_of(self, "init_weights", True, False, "gaussian", "kaiming_uniform", "xavier_uniform")
 
     def usual_targets(self, model_type: str) -> list[str] | str:
         return _FAMILY_TARGETS.get(model_type) or super().usual_targets(model_type)

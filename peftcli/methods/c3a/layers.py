@@ -9,7 +9,7 @@ from torch import nn
 
 from peftcli.core.targets import pattern_value
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import DeltaLinear, beside
+from peftcli.methods._linear import DeltaLinear, factory_kwargs
 from peftcli.methods.c3a.config import C3AConfig
 
 
@@ -27,7 +27,7 @@ class C3ALinear(DeltaLinear):
             if side % self.block:
                 raise AdapterError(f"{self.block} does not divide {side}, a side of {name}", key="block_size")
         self.c3a_kernel = nn.Parameter(
-            torch.zeros(rows // self.block, columns // self.block, self.block, **beside(self))
+            torch.zeros(rows // self.block, columns // self.block, self.block, **factory_kwargs(self))
         )
         if config.init_weights == "gaussian":
             nn.init.normal_(self.c3a_kernel)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
-from peftcli.methods._settings import Problems, no_choice, no_share, too_small
+from peftcli.methods._settings import Problems, not_one_of, outside_unit_interval, too_small
 
 
 @dataclass(kw_only=True)
@@ -34,8 +34,8 @@ class DeftConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Start from no update at all; false starts with directions of the weight gone."""
 
     def problems(self) -> Problems:
-        found = super().problems() + too_small(self, r=1) + no_share(self, "deft_dropout")
-        found += no_choice(self, "decomposition_method", "relu", "qr")
+        found = super().problems() + too_small(self, r=1) + outside_unit_interval(self, "deft_dropout")
+        found += not_one_of(self, "decomposition_method", "relu", "qr")
         if self.alpha is not None and self.alpha <= 0:
             found.append(("alpha", f"must be above 0, not {self.alpha}"))
         return found

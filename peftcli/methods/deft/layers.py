@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.linear import dense_weight
-from peftcli.methods._linear import WeightDeltaLinear, beside
+from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs
 from peftcli.methods._product import base_product
 from peftcli.methods.deft.config import DeftConfig
 
@@ -23,7 +23,7 @@ class DeftLinear(WeightDeltaLinear):
 
     def __init__(self, module: nn.Module, name: str, config: DeftConfig):
         super().__init__(module, name, "DEFT", config.bias, config.deft_dropout)
-        r, like = min(config.r, self.view.out_features), beside(self)
+        r, like = min(config.r, self.view.out_features), factory_kwargs(self)
         self.orthogonal = config.decomposition_method == "qr"
         self.scaling = config.alpha / r if config.alpha else 1.0
         self.deft_P = nn.Parameter(0.02 * torch.randn(self.view.out_features, r, **like))
@@ -59,7 +59,7 @@ class DeftLinear(WeightDeltaLinear):
         weight, (_, k) = dense_weight(module), self._directions()
         if config.init_weights:
             return k.T @ weight / self.scaling
-        return 0.02 * config.init_scale * torch.randn(k.shape[1], weight.shape[1], **beside(module))
+        return 0.02 * config.init_scale * torch.randn(k.shape[1], weight.shape[1], **factory_kwargs(module))
 
 
 wrap = DeftLinear

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import Problems, no_share, pattern_too_small, too_small
+from peftcli.methods._settings import Problems, outside_unit_interval, pattern_too_small, too_small
 
 
 @dataclass(kw_only=True)
@@ -30,5 +30,5 @@ class DeloraConfig(BiasConfig, ExcludingConfig, LayeredConfig):
     """Start from no update at all; false starts at random, for tests."""
 
     def problems(self) -> Problems:
-        found = super().problems() + too_small(self, r=1) + no_share(self, "module_dropout")
+        found = super().problems() + too_small(self, r=1) + outside_unit_interval(self, "module_dropout")
         return found + pattern_too_small(self, "rank_pattern", 1)

@@ -10,7 +10,7 @@ from torch import nn
 
 from peftcli.core.linear import dense_weight
 from peftcli.core.targets import pattern_value
-from peftcli.methods._linear import DeltaLinear, beside
+from peftcli.methods._linear import DeltaLinear, factory_kwargs
 from peftcli.methods.delora.config import DeloraConfig
 
 _SMALLEST_NORM = 1e-4
@@ -30,7 +30,7 @@ class DeloraLinear(DeltaLinear):
         super().__init__(module, name, "DeLoRA", config.bias, config.module_dropout)
         r = int(pattern_value(config.rank_pattern, name, config.r))
         bound = pattern_value(config.lambda_pattern, name, config.delora_lambda)
-        like = beside(self)
+        like = factory_kwargs(self)
         self.delora_A = nn.Parameter(torch.empty(r, self.view.in_features, **like))
         self.delora_B = nn.Parameter(torch.zeros(self.view.out_features, r, **like))
         self.delora_lambda = nn.Parameter(torch.full((1,), float(bound), **like))

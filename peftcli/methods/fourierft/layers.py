@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from peftcli.core.targets import pattern_value
-from peftcli.methods._linear import DeltaLinear, beside
+from peftcli.methods._linear import DeltaLinear, factory_kwargs
 from peftcli.methods._sparse import drawn_places, scattered
 from peftcli.methods.fourierft.config import FourierFTConfig
 
@@ -20,7 +20,7 @@ class FourierFTLinear(DeltaLinear):
         super().__init__(module, name, "FourierFT", config.bias)
         count = int(pattern_value(config.n_frequency_pattern, name, config.n_frequency))
         start = torch.zeros if config.init_weights else torch.randn
-        self.fourierft_spectrum = nn.Parameter(start(count, **beside(self)))
+        self.fourierft_spectrum = nn.Parameter(start(count, **factory_kwargs(self)))
         places = drawn_places(self, name, "n_frequency", count, config.random_loc_seed)
         self.register_buffer("places", places, persistent=False)
         self.scaling = config.scaling

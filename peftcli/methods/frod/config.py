@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from peftcli.core.config import BiasConfig, FanInConfig, LayeredConfig
-from peftcli.methods._settings import Problems, no_share, not_positive
+from peftcli.methods._settings import Problems, not_positive, outside_unit_interval
 
 
 @dataclass(kw_only=True)
@@ -38,7 +38,11 @@ class FrodConfig(BiasConfig, FanInConfig, LayeredConfig):
     """Start from no update, but for rounding; false starts at random, for tests."""
 
     def problems(self) -> Problems:
-        found = super().problems() + not_positive(self, "regularization_alpha") + no_share(self, "frod_dropout")
+        found = (
+            super().problems()
+            + not_positive(self, "regularization_alpha")
+            + outside_unit_interval(self, "frod_dropout")
+        )
         if not 0 <= self.sparse_rate <= 1:
             found.append(("sparse_rate", f"must be in [0, 1], not {self.sparse_rate}"))
         return found

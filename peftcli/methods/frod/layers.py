@@ -13,7 +13,7 @@ from peftcli.core.layer import AdapterLayer, base_paths
 from peftcli.core.linear import dense_weight, linear_view, stored_weight
 from peftcli.core.targets import find_targets
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import WeightDeltaLinear, beside
+from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs
 from peftcli.methods._product import base_product
 from peftcli.methods.frod.config import FrodConfig
 
@@ -35,7 +35,7 @@ class FrodLinear(WeightDeltaLinear):
         super().__init__(module, name, "FRoD", config.bias, config.frod_dropout)
         self.kind = kind_of(name)
         self.saves_shared = config.save_projection
-        inputs, like = self.view.in_features, beside(self)
+        inputs, like = self.view.in_features, factory_kwargs(self)
         self.frod_lambda_l = nn.Parameter(torch.ones(inputs, **like))
         self.frod_lambda_s_values = nn.Parameter(torch.zeros(num_places(inputs, config.sparse_rate), **like))
         self.register_buffer("frod_U", None, persistent=False)
@@ -121,7 +121,9 @@ def attach(model: nn.Module, config: FrodConfig, layers: Mapping[str, AdapterLay
         stored = stored_weight(group[0])
         # PEFT rounds it to the base model's dtype before it widens it again
         basis = (
-            basis.to(stored.dtype if stored.is_floating_point() else basis.dtype).to(**beside(group[0])).contiguous()
+            basis.to(stored.dtype if stored.is_floating_point() else basis.dtype)
+            .to(**factory_kwargs(group[0]))
+            .contiguous()
         )
         shared = [_frozen(part.to(basis.device)) for part in (basis, places, torch.tensor(basis.shape))]
         for layer in group:

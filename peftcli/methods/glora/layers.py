@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype, bare
-from peftcli.core.linear import dense_weight, need_linear
-from peftcli.methods._linear import beside, with_bias
+from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype, base_module
+from peftcli.core.linear import dense_weight, require_linear
+from peftcli.methods._linear import factory_kwargs, with_bias
 from peftcli.methods.glora.config import GloraConfig
 
 
@@ -47,11 +47,13 @@ class GloraLinear(AdapterLayer):
     """
 
     def __init__(self, module: nn.Module, name: str, config: GloraConfig):
-        view = need_linear(module, name, "GLoRA")
+        view = require_linear(module, name, "GLoRA")
         super().__init__(with_bias(module, config.bias))
         self.view = view
-        rows, columns, like = view.out_features, view.in_features, beside(self)
-        of_c, of_d_e = (config.config_C, config.config_D_E) if bare(module).bias is not None else ("none", "none")
+        rows, columns, like = view.out_features, view.in_features, factory_kwargs(self)
+        of_c, of_d_e = (
+            (config.config_C, config.config_D_E) if base_module(module).bias is not None else ("none", "none")
+        )
         self.glora_A = Part(config.config_A_B, (rows, columns), config, like)
         self.glora_B = Part(config.config_A_B, (rows, columns), config, like)
         self.glora_C = Part(of_c, (columns, 1), config, like)
@@ -65,7 +67,7 @@ class GloraLinear(AdapterLayer):
         if not self.enabled:
             return y
         weight = dense_weight(self)
-        bias = (self.base_layer if isinstance(self.base_layer, TrainedBias) else bare(self)).bias
+        bias = (self.base_layer if isinstance(self.base_layer, TrainedBias) else base_module(self)).bias
         shift = None if bias is None else self._shift(weight, bias)
         return y + F.linear(x.to(weight.dtype), self._delta(weight), shift).to(y.dtype)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, FanInConfig, LayeredConfig
-from peftcli.methods._settings import Problems, no_share, not_positive, too_small
+from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, too_small
 
 
 @dataclass(kw_only=True)
@@ -33,7 +33,7 @@ class GraloraConfig(BiasConfig, FanInConfig, LayeredConfig):
 
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, r=1, gralora_k=1, hybrid_r=0)
-        found += not_positive(self, "alpha") + no_share(self, "gralora_dropout")
+        found += not_positive(self, "alpha") + outside_unit_interval(self, "gralora_dropout")
         if self.gralora_k >= 1 and self.r % self.gralora_k:
             found.append(("gralora_k", f"{self.gralora_k} does not divide r, {self.r}"))
         return found

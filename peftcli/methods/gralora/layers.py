@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import DeltaLinear, beside
+from peftcli.methods._linear import DeltaLinear, factory_kwargs
 from peftcli.methods.gralora.config import GraloraConfig
 
 
@@ -25,7 +25,7 @@ class GraloraLinear(DeltaLinear):
         for side in (columns, rows):
             if side % k:
                 raise AdapterError(f"{k} does not divide {side}, a side of {name}", key="gralora_k")
-        like = beside(self)
+        like = factory_kwargs(self)
         self.k, self.scaling = k, config.alpha / (config.r + config.hybrid_r)
         self.gralora_A = nn.Parameter(torch.empty(k, columns // k, config.r, **like))
         self.gralora_B = nn.Parameter(torch.zeros(k, config.r, rows // k, **like))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from peftcli.core.config import ExcludingConfig, FanInConfig, LayeredConfig
-from peftcli.methods._settings import Problems, no_choice, no_share, too_small
+from peftcli.methods._settings import Problems, not_one_of, outside_unit_interval, too_small
 
 
 @dataclass(kw_only=True)
@@ -25,5 +25,5 @@ class HiraConfig(FanInConfig, ExcludingConfig, LayeredConfig):
     false: B starts random too, for tests."""
 
     def problems(self) -> Problems:
-        found = super().problems() + too_small(self, r=1) + no_share(self, "hira_dropout")
-        return found + no_choice(self, "init_weights", True, False, "gaussian")
+        found = super().problems() + too_small(self, r=1) + outside_unit_interval(self, "hira_dropout")
+        return found + not_one_of(self, "init_weights", True, False, "gaussian")

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, bare
+from peftcli.core.layer import AdapterLayer, base_module
 from peftcli.core.linear import linear_view
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import WeightDelta, WeightDeltaLinear, beside, dropout_layer
+from peftcli.methods._linear import WeightDelta, WeightDeltaLinear, dropout_layer, factory_kwargs
 from peftcli.methods.hira.config import HiraConfig
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -23,7 +23,7 @@ class HiraLinear(WeightDeltaLinear):
 
     def __init__(self, module: nn.Module, name: str, config: HiraConfig):
         super().__init__(module, name, "HiRA", dropout=config.hira_dropout)
-        like = beside(self)
+        like = factory_kwargs(self)
         self.hira_A = nn.Parameter(torch.empty(config.r, self.view.in_features, **like))
         self.hira_B = nn.Parameter(torch.empty(self.view.out_features, config.r, **like))
         _start(self.hira_A, self.hira_B, config)
@@ -37,12 +37,12 @@ class HiraConv(WeightDelta):
 
     def __init__(self, module: nn.Module, name: str, config: HiraConfig):
         super().__init__(module)
-        weight = bare(module).weight
-        if bare(module).groups > 1:
+        weight = base_module(module).weight
+        if base_module(module).groups > 1:
             raise AdapterError(
                 f"{name} is a grouped convolution; HiRA adapts those without groups", key="target_modules"
             )
-        like, ones = beside(self), [1] * (weight.ndim - 2)
+        like, ones = factory_kwargs(self), [1] * (weight.ndim - 2)
         self.hira_A = nn.Parameter(torch.empty(config.r, *weight.shape[1:], **like))
         self.hira_B = nn.Parameter(torch.empty(weight.shape[0], config.r, *ones, **like))
         self.dropout = dropout_layer(config.hira_dropout)
@@ -52,8 +52,8 @@ class HiraConv(WeightDelta):
         y = self.base_layer(x, *args, **kwargs)
         if not self.enabled:
             return y
-        delta = self.delta_of(bare(self).weight.to(self.hira_A.dtype))
-        z: torch.Tensor = bare(self)._conv_forward(self.dropout(x.to(delta.dtype)), delta, None)
+        delta = self.delta_of(base_module(self).weight.to(self.hira_A.dtype))
+        z: torch.Tensor = base_module(self)._conv_forward(self.dropout(x.to(delta.dtype)), delta, None)
         return y + z.to(y.dtype)
 
     def delta_of(self, weight: torch.Tensor) -> torch.Tensor:
@@ -65,7 +65,7 @@ class HiraEmbedding(WeightDelta):
 
     def __init__(self, module: nn.Module, config: HiraConfig):
         super().__init__(module)
-        like, (vocabulary, width) = beside(self), bare(module).weight.shape
+        like, (vocabulary, width) = factory_kwargs(self), base_module(module).weight.shape
         start = torch.zeros if config.init_weights else torch.randn
         self.hira_embedding_A = nn.Parameter(start(config.r, vocabulary, **like))
         self.hira_embedding_B = nn.Parameter(torch.randn(width, config.r, **like))
@@ -76,8 +76,8 @@ class HiraEmbedding(WeightDelta):
             return y
         factor = F.embedding(ids, self.hira_embedding_A.T) @ self.hira_embedding_B.T
         # some embeddings scale what they look up; the update is scaled alike, so that merging changes nothing
-        scale = getattr(bare(self), "embed_scale", 1.0)
-        return y + (scale * F.embedding(ids, bare(self).weight) * factor).to(y.dtype)
+        scale = getattr(base_module(self), "embed_scale", 1.0)
+        return y + (scale * F.embedding(ids, base_module(self).weight) * factor).to(y.dtype)
 
     def delta_of(self, weight: torch.Tensor) -> torch.Tensor:
         return weight * (self.hira_embedding_B @ self.hira_embedding_A).T
@@ -91,11 +91,11 @@ def wrap(module: nn.Module, name: str, config: HiraConfig) -> AdapterLayer:
     """
     if linear_view(module) is not None:
         return HiraLinear(module, name, config)
-    if isinstance(bare(module), _CONVOLUTIONS):
+    if isinstance(base_module(module), _CONVOLUTIONS):
         return HiraConv(module, name, config)
-    if isinstance(bare(module), nn.Embedding):
+    if isinstance(base_module(module), nn.Embedding):
         return HiraEmbedding(module, config)
-    kind = type(bare(module)).__name__
+    kind = type(base_module(module)).__name__
     raise AdapterError(f"{name} is a {kind}; HiRA adapts linear layers, convolutions, embeddings", key="target_modules")
 
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, bare
-from peftcli.methods._linear import beside
+from peftcli.core.layer import AdapterLayer, base_module
+from peftcli.methods._linear import factory_kwargs
 from peftcli.methods._rotation import RotatedConv, RotatedLinear, Rotating
 from peftcli.methods.hra.config import HRAConfig
 
@@ -20,7 +20,7 @@ class HRALayer(Rotating):
     def start(self, features: int, config: HRAConfig) -> None:
         """Make the reflections of so many inputs."""
         self.orthogonal = config.apply_GS
-        self.hra_u = nn.Parameter(torch.empty(features, config.r, **beside(self)))
+        self.hra_u = nn.Parameter(torch.empty(features, config.r, **factory_kwargs(self)))
         nn.init.kaiming_uniform_(self.hra_u, a=math.sqrt(5))
         if config.init_weights and not config.apply_GS:
             pairs = self.hra_u.data[:, : 2 * (config.r // 2)]
@@ -47,7 +47,7 @@ class HRAConv(HRALayer, RotatedConv):
 
     def __init__(self, module: nn.Module, name: str, config: HRAConfig):
         super().__init__(module, name, "HRA", config.bias)
-        self.start(bare(module).weight[0].numel(), config)
+        self.start(base_module(module).weight[0].numel(), config)
 
 
 def wrap(module: nn.Module, name: str, config: HRAConfig) -> AdapterLayer:
@@ -56,7 +56,7 @@ def wrap(module: nn.Module, name: str, config: HRAConfig) -> AdapterLayer:
     Raises:
         AdapterError: the module is of a kind that HRA does not adapt.
     """
-    kind = HRAConv if isinstance(bare(module), nn.Conv2d) else HRALinear
+    kind = HRAConv if isinstance(base_module(module), nn.Conv2d) else HRALinear
     return kind(module, name, config)
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from peftcli.core.config import TargetedConfig
-from peftcli.core.layer import AdapterLayer, bare
-from peftcli.core.linear import need_linear
+from peftcli.core.layer import AdapterLayer, base_module
+from peftcli.core.linear import require_linear
 from peftcli.core.targets import find_modules, find_targets, module_matches, shortest_names
-from peftcli.methods._linear import beside
+from peftcli.methods._linear import factory_kwargs
 from peftcli.methods.ia3.config import TARGETS, IA3Config
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -25,7 +25,7 @@ class IA3Layer(AdapterLayer):
         super().__init__(module)
         self.feedforward = feedforward
         start = torch.ones if config.init_ia3_weights else torch.randn
-        self.ia3_l = nn.Parameter(start(*shape, **beside(self)))
+        self.ia3_l = nn.Parameter(start(*shape, **factory_kwargs(self)))
 
     def factors(self) -> torch.Tensor:
         """``l`` as it goes with an input or an output."""
@@ -54,7 +54,7 @@ class IA3Linear(IA3Layer):
     """(IA)^3 over a linear layer: ``l`` is (out, 1), or (1, in) for a feedforward module."""
 
     def __init__(self, module: nn.Module, name: str, feedforward: bool, config: IA3Config):
-        view = need_linear(module, name, "(IA)^3", "linear layers and convolutions")
+        view = require_linear(module, name, "(IA)^3", "linear layers and convolutions")
         super().__init__(module, (1, view.in_features) if feedforward else (view.out_features, 1), feedforward, config)
         self.view = view
 
@@ -69,12 +69,12 @@ class IA3Conv(IA3Layer):
     """(IA)^3 over a convolution: ``l`` is (1, channels, 1...)."""
 
     def __init__(self, module: nn.Module, feedforward: bool, config: IA3Config):
-        base = bare(module)
+        base = base_module(module)
         channels = base.in_channels if feedforward else base.out_channels
         super().__init__(module, (1, channels, *[1] * len(base.kernel_size)), feedforward, config)
 
     def weight_factors(self) -> torch.Tensor:
-        base = bare(self)
+        base = base_module(self)
         if not self.feedforward:
             return self.ia3_l.transpose(0, 1)
         by_group = self.ia3_l.unflatten(1, (base.groups, -1))[0]  # each group of outputs sees its own inputs
@@ -88,7 +88,7 @@ def wrap(module: nn.Module, name: str, config: IA3Config) -> AdapterLayer:
         AdapterError: the module is of a kind that (IA)^3 does not adapt.
     """
     feedforward = any(module_matches(name, entry) for entry in config.feedforward_modules or ())
-    if isinstance(bare(module), _CONVOLUTIONS):
+    if isinstance(base_module(module), _CONVOLUTIONS):
         return IA3Conv(module, feedforward, config)
     return IA3Linear(module, name, feedforward, config)
 

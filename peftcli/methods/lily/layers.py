@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer
-from peftcli.core.linear import linear_view, need_linear
+from peftcli.core.linear import linear_view, require_linear
 from peftcli.core.targets import module_matches
-from peftcli.methods._linear import beside
+from peftcli.methods._linear import factory_kwargs
 from peftcli.methods.lily.config import LilyConfig
 
 _SHARED = ("lily_A.weight", "lily_B.weight")
@@ -26,9 +26,9 @@ class LilyLinear(AdapterLayer):
     """
 
     def __init__(self, module: nn.Module, name: str, config: LilyConfig):
-        view = need_linear(module, name, "Lily")
+        view = require_linear(module, name, "Lily")
         super().__init__(module)
-        like, r, count = beside(module), config.r, config.num_B
+        like, r, count = factory_kwargs(module), config.r, config.num_B
         self.scaling, self.count = config.scaling, count
         self.lily_A = nn.Linear(view.in_features, r, bias=False, **like)
         self.lily_B = nn.Linear(view.out_features, count * r, bias=False, **like)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, TrainedCopy, bare, base_paths
+from peftcli.core.layer import AdapterLayer, TrainedCopy, base_module, base_paths
 from peftcli.core.targets import find_targets, shortest_names
 from peftcli.errors import AdapterError
 from peftcli.methods.ln_tuning.config import TARGETS, LNTuningConfig
@@ -24,7 +24,7 @@ class TrainedNorm(TrainedCopy):
         if not self.enabled or not torch.is_tensor(y):
             return y
         dtype = x.dtype
-        if dtype != next(bare(self).parameters()).dtype:  # what comes out then differs from norm to norm
+        if dtype != next(base_module(self).parameters()).dtype:  # what comes out then differs from norm to norm
             with torch.no_grad():
                 dtype = self.base_layer(x[:0], *args, **kwargs).dtype
         return y.to(dtype)
@@ -36,7 +36,7 @@ def wrap(module: nn.Module, name: str, config: LNTuningConfig) -> AdapterLayer:
     Raises:
         AdapterError: the module has nothing to train, or statistics that it collects itself.
     """
-    base: nn.Module = bare(module)
+    base: nn.Module = base_module(module)
     if next(base.buffers(), None) is not None:
         kind = type(base).__name__
         raise AdapterError(f"{name} is a {kind}, with running statistics; LN tuning trains none", key="target_modules")
@@ -55,7 +55,9 @@ def targets(model: nn.Module, config: LNTuningConfig) -> list[str]:
 
 def norms(model: nn.Module) -> list[str]:
     """Names of the model's modules that are some LayerNorm or RMSNorm."""
-    found: dict[str, nn.Module] = {name: bare(model.get_submodule(path)) for name, path in base_paths(model).items()}
+    found: dict[str, nn.Module] = {
+        name: base_module(model.get_submodule(path)) for name, path in base_paths(model).items()
+    }
     return [
         name
         for name, module in found.items()

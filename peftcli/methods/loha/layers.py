@@ -7,9 +7,9 @@ import math
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, bare
-from peftcli.core.linear import need_linear
-from peftcli.methods._linear import beside
+from peftcli.core.layer import AdapterLayer, base_module
+from peftcli.core.linear import require_linear
+from peftcli.methods._linear import factory_kwargs
 from peftcli.methods._lycoris import CONVOLUTIONS, LycorisConv, LycorisLayer, LycorisLinear, free
 from peftcli.methods.loha.config import LoHaConfig
 
@@ -26,7 +26,7 @@ class LoHaLayer(LycorisLayer):
 
     def start(self, rows: int, columns: int, window: tuple[int, ...], config: LoHaConfig) -> None:
         """Make the weights of a delta ``(rows, columns)``, or ``(rows, columns, window)``."""
-        r, like = self.r, beside(self)
+        r, like = self.r, factory_kwargs(self)
         outer = (r, rows) if window else (rows, r)
         self.hada_w1_a, self.hada_w1_b = free(*outer, **like), free(r, columns, **like)
         self.hada_w2_a, self.hada_w2_b = free(*outer, **like), free(r, columns, **like)
@@ -58,11 +58,11 @@ class LoHaConv(LoHaLayer, LycorisConv):
     def __init__(self, module: nn.Module, name: str, config: LoHaConfig):
         super().__init__(module)
         self.take(name, config)
-        weight, window = bare(module).weight, self.window(config)
+        weight, window = base_module(module).weight, self.window(config)
         self.start(weight.shape[0], weight.shape[1] if window else weight[0].numel(), window, config)
 
     def delta(self) -> torch.Tensor:
-        return super().delta().view(bare(self).weight.shape)
+        return super().delta().view(base_module(self).weight.shape)
 
 
 def wrap(module: nn.Module, name: str, config: LoHaConfig) -> AdapterLayer:
@@ -71,9 +71,9 @@ def wrap(module: nn.Module, name: str, config: LoHaConfig) -> AdapterLayer:
     Raises:
         AdapterError: the module is of a kind that LoHa does not adapt.
     """
-    if isinstance(bare(module), CONVOLUTIONS):
+    if isinstance(base_module(module), CONVOLUTIONS):
         return LoHaConv(module, name, config)
-    need_linear(module, name, "LoHa", "Linear, Conv1D, Conv1d and Conv2d")
+    require_linear(module, name, "LoHa", "Linear, Conv1D, Conv1d and Conv2d")
     return LoHaLinear(module, name, config)
 
 

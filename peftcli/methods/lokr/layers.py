@@ -7,9 +7,9 @@ import math
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, bare
-from peftcli.core.linear import need_linear
-from peftcli.methods._linear import beside
+from peftcli.core.layer import AdapterLayer, base_module
+from peftcli.core.linear import require_linear
+from peftcli.methods._linear import factory_kwargs
 from peftcli.methods._lycoris import CONVOLUTIONS, LycorisConv, LycorisLayer, LycorisLinear, free
 from peftcli.methods.lokr.config import LoKrConfig
 
@@ -27,7 +27,7 @@ class LoKrLayer(LycorisLayer):
     def start(self, shape: tuple[int, ...], split_window: bool, config: LoKrConfig) -> None:
         """Make the weights of a delta ``shape``: (out, in) or (out, in, k...)."""
         self.rescaled, self.shape = config.rank_dropout_scale, shape
-        r, like, window = self.r, beside(self), shape[2:]
+        r, like, window = self.r, factory_kwargs(self), shape[2:]
         (out1, out2), (in1, in2) = (factors(side, config.decompose_factor) for side in shape[:2])
         self.lokr_w1 = self.lokr_w2 = self.lokr_t2 = None
         if config.decompose_both and r < max(out1, in1) / 2:
@@ -87,7 +87,7 @@ class LoKrConv(LoKrLayer, LycorisConv):
     def __init__(self, module: nn.Module, name: str, config: LoKrConfig):
         super().__init__(module)
         self.take(name, config)
-        self.start(bare(module).weight.shape, bool(self.window(config)), config)
+        self.start(base_module(module).weight.shape, bool(self.window(config)), config)
 
 
 def wrap(module: nn.Module, name: str, config: LoKrConfig) -> AdapterLayer:
@@ -96,9 +96,9 @@ def wrap(module: nn.Module, name: str, config: LoKrConfig) -> AdapterLayer:
     Raises:
         AdapterError: the module is of a kind that LoKr does not adapt.
     """
-    if isinstance(bare(module), CONVOLUTIONS):
+    if isinstance(base_module(module), CONVOLUTIONS):
         return LoKrConv(module, name, config)
-    need_linear(module, name, "LoKr", "Linear, Conv1D, Conv1d and Conv2d")
+    require_linear(module, name, "LoKr", "Linear, Conv1D, Conv1d and Conv2d")
     return LoKrLinear(module, name, config)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.inject import replace_modules, train_other_biases
-from peftcli.core.layer import AdapterLayer, TrainedCopy, bare, base_paths
+from peftcli.core.layer import AdapterLayer, TrainedCopy, base_module, base_paths
 from peftcli.core.targets import find_modules
 from peftcli.methods._token_rows import share_rows, wrap_rows
 from peftcli.methods.lora.config import LoraConfig
@@ -75,7 +75,7 @@ def _tie(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) 
     elif group and group[0] in layers:
         source = at[group[0]]
         for name in group[1:]:
-            if isinstance(bare(at[name]), nn.Embedding):
+            if isinstance(base_module(at[name]), nn.Embedding):
                 new[at[name]] = twin = LoraEmbedding(at[name], name, config)
                 twin.scaling = source.scaling
                 twin.lora_embedding_A, twin.lora_embedding_B = source.lora_embedding_A, source.lora_embedding_B

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from peftcli.core.layer import bare
+from peftcli.core.layer import base_module
 from peftcli.core.linear import linear_view
 from peftcli.core.targets import pattern_value
 from peftcli.errors import AdapterError
@@ -42,7 +42,7 @@ def wrap(module: nn.Module, name: str, config: LoraConfig) -> LoraLayer:
     check_initialisation(module, name, config)
     if named_parameters(module, name, config):
         return wrap_parameters(module, name, config)
-    base, view = bare(module), linear_view(module)
+    base, view = base_module(module), linear_view(module)
     weight = getattr(base, "weight", None)
     if view is not None:  # a quantised weight has another shape
         check_size(_r(name, config), (view.out_features, view.in_features), name)

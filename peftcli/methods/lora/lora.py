@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype, adapter_layers, bare, path_in_file
+from peftcli.core.layer import AdapterLayer, adapter_dtype, adapter_layers, base_module, path_in_file
 from peftcli.core.linear import dense_weight, linear_view
 from peftcli.core.targets import pattern_value
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import beside, dropout_layer
+from peftcli.methods._linear import dropout_layer, factory_kwargs
 from peftcli.methods.lora import dora
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.initialise import initialise
@@ -80,7 +80,7 @@ class LoraLinear(LoraLayer):
 
     def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig):
         super().__init__(base_layer, name, config)
-        view, like = linear_view(base_layer), beside(base_layer)
+        view, like = linear_view(base_layer), factory_kwargs(base_layer)
         assert view is not None
         self.view = view
         self.lora_A = nn.Linear(view.in_features, self.r, bias=False, **like)
@@ -99,7 +99,7 @@ class LoraConv(LoraLayer):
 
     def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig):
         super().__init__(base_layer, name, config)
-        conv, like = bare(base_layer), beside(base_layer)
+        conv, like = base_module(base_layer), factory_kwargs(base_layer)
         if config.use_dora and conv.groups > 1:
             raise AdapterError(f"is not supported for {name}, a convolution with groups", key="use_dora")
         if self.r % conv.groups:
@@ -111,7 +111,7 @@ class LoraConv(LoraLayer):
         self.start(config)
 
     def delta(self) -> torch.Tensor:
-        a, b, conv = self.lora_A.weight, self.lora_B.weight, bare(self)
+        a, b, conv = self.lora_A.weight, self.lora_B.weight, base_module(self)
         groups, shape = conv.groups, conv.weight.shape
         if groups == 1:
             return (self.scaling * (b.flatten(1) @ a.flatten(1))).view(shape)
@@ -134,7 +134,7 @@ class LoraEmbedding(LoraLayer):
 
     def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig):
         super().__init__(base_layer, name, config)
-        (vocabulary, width), like = self.base_layer.weight.shape, beside(base_layer)
+        (vocabulary, width), like = self.base_layer.weight.shape, factory_kwargs(base_layer)
         first = torch.zeros if config.init_lora_weights else torch.randn
         self.lora_embedding_A = nn.Parameter(first(self.r, vocabulary, **like))
         self.lora_embedding_B = nn.Parameter(torch.randn(width, self.r, **like))

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import adapter_dtype, bare, layers_below
+from peftcli.core.layer import adapter_dtype, base_module, layers_below
 from peftcli.core.targets import module_matches
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import beside
+from peftcli.methods._linear import factory_kwargs
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.initialise import initialise
 from peftcli.methods.lora.lora import LoraLayer, LoraLinear, check_size
@@ -31,7 +31,7 @@ class InsideLayer(LoraLayer):
             return self.base_layer(*args, **kwargs)
         below = "base_layer." * len(layers_below(self))
         # an outer adapter's weights stand in the module already while it calls this one
-        current = {name: operator.attrgetter(name)(bare(self)) for name in self.adapted}
+        current = {name: operator.attrgetter(name)(base_module(self)) for name in self.adapted}
         weights = {f"{below}{name}": self.with_delta(name, weight) for name, weight in current.items()}
         return torch.func.functional_call(self.base_layer, weights, args, kwargs)
 
@@ -50,10 +50,10 @@ class LoraAttention(InsideLayer):
 
     def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig):
         super().__init__(base_layer, name, config)
-        attention = bare(base_layer)
+        attention = base_module(base_layer)
         if not attention._qkv_same_embed_dim:
             raise AdapterError(f"{name} has keys or values of another width; LoRA needs one", key="target_modules")
-        width, like = attention.embed_dim, beside(attention.out_proj)
+        width, like = attention.embed_dim, factory_kwargs(attention.out_proj)
         self.lora_A = nn.Linear(width, self.r, bias=False, **like)
         self.lora_B = nn.Linear(self.r, 3 * width, bias=False, **like)
         down, up = nn.Linear(width, self.r, bias=False, **like), nn.Linear(self.r, width, bias=False, **like)
@@ -94,11 +94,11 @@ class LoraParameter(InsideLayer):
         name = f"{name}.{parameter}"
         super().__init__(base_layer, name, config)
         self.adapted = (parameter,)
-        weight: torch.Tensor = getattr(bare(base_layer), parameter)
+        weight: torch.Tensor = getattr(base_module(base_layer), parameter)
         if weight.ndim not in (2, 3):
             shape = tuple(weight.shape)
             raise AdapterError(f"{name} has the shape {shape}; LoRA adapts matrices", key="target_parameters")
-        self.transposed = weight.ndim == 3 and getattr(bare(base_layer), "is_transposed", False)
+        self.transposed = weight.ndim == 3 and getattr(base_module(base_layer), "is_transposed", False)
         self.experts = len(weight) if weight.ndim == 3 else 1
         out, inputs = (weight.mT if self.transposed else weight).shape[-2:]
         check_size(self.r, (out, inputs), name)
@@ -131,7 +131,7 @@ def check_attention(name: str, config: LoraConfig) -> None:
 
 def named_parameters(module: nn.Module, name: str, config: LoraConfig) -> list[str]:
     """Return the parameters of ``module``, whose name in the model is ``name``, that ``target_parameters`` names."""
-    own = [parameter for parameter, _ in bare(module).named_parameters(recurse=False)]
+    own = [parameter for parameter, _ in base_module(module).named_parameters(recurse=False)]
     entries = config.target_parameters or ()
     return [parameter for parameter in own if any(module_matches(f"{name}.{parameter}", entry) for entry in entries)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from peftcli.core.layer import bare, base_paths, model_ends
+from peftcli.core.layer import base_module, base_paths, model_ends
 from peftcli.core.targets import check_patterns, find_modules, find_parameters, find_targets, shortest_names
 from peftcli.errors import AdapterError
 from peftcli.methods._token_rows import check_tokens, modules_sharing
@@ -34,14 +34,14 @@ def targets(model: nn.Module, config: LoraConfig) -> list[str]:
 
 def tied_group(model: nn.Module) -> list[str]:
     """Return the names of the input embedding and of the modules that share its weight, if there are any."""
-    embedding = bare(model_ends(model)[0])
+    embedding = base_module(model_ends(model)[0])
     shared = modules_sharing(model, embedding) if isinstance(embedding, nn.Embedding) else {}
     return [name_of(model, embedding), *shared] if shared else []
 
 
 def name_of(model: nn.Module, module: nn.Module) -> str:
     """Return the base model's name of one of its modules."""
-    return next(name for name, path in base_paths(model).items() if bare(model.get_submodule(path)) is module)
+    return next(name for name, path in base_paths(model).items() if base_module(model.get_submodule(path)) is module)
 
 
 def token_modules(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]:
@@ -54,7 +54,7 @@ def token_modules(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]:
     if wanted is None:
         return {}
     if isinstance(wanted, list):
-        embedding = bare(model_ends(model)[0])
+        embedding = base_module(model_ends(model)[0])
         if embedding is None:
             raise AdapterError(f"{type(model).__name__} has no input embedding; name the module", key=_TOKENS)
         return {name_of(model, embedding): wanted}

@@ -10,7 +10,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import DeltaLinear, WeightDeltaLinear, beside
+from peftcli.methods._linear import DeltaLinear, WeightDeltaLinear, factory_kwargs
 from peftcli.methods.miss.config import MissConfig
 
 
@@ -28,7 +28,7 @@ class MissLinear(DeltaLinear):
             raise AdapterError(f"{config.r} is above {self.view.in_features}, the inputs of {name}", key="r")
         if out_features % columns:
             raise AdapterError(f"{columns} does not divide {out_features}, the outputs of {name}", key="mini_r")
-        self.miss_block = nn.Parameter(torch.zeros(config.r, columns, **beside(self)))
+        self.miss_block = nn.Parameter(torch.zeros(config.r, columns, **factory_kwargs(self)))
         if not config.init_weights:
             nn.init.kaiming_uniform_(self.miss_block, a=math.sqrt(5))
 
@@ -56,7 +56,7 @@ class MissBat(WeightDeltaLinear):
             if side % config.r:
                 raise AdapterError(f"{config.r} does not divide {side}, a side of {name}; bat needs that", key="r")
         count = self.view.out_features // config.r
-        self.miss_block = nn.Parameter(torch.zeros(count, config.r, config.r, **beside(self)))
+        self.miss_block = nn.Parameter(torch.zeros(count, config.r, config.r, **factory_kwargs(self)))
 
     def delta_of(self, weight: torch.Tensor) -> torch.Tensor:
         rows = self.view.as_stored(weight)  # (out, in)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from peftcli.core.config import AdapterConfig, BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
 from peftcli.errors import AdapterError
-from peftcli.methods._settings import Problems, no_share, not_positive, too_large, too_small
+from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, too_large, too_small
 
 
 @dataclass(kw_only=True)
@@ -52,7 +52,7 @@ class OFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, r=0, oft_block_size=0, num_cayley_neumann_terms=1)
         found += too_large(self, num_cayley_neumann_terms=100)
-        found += no_share(self, "module_dropout") + not_positive(self, "eps")
+        found += outside_unit_interval(self, "module_dropout") + not_positive(self, "eps")
         if (self.r == 0) == (self.oft_block_size == 0):
             found.append(("oft_block_size", "give either r or oft_block_size, and 0 for the other"))
         return found

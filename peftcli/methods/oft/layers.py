@@ -7,8 +7,8 @@ import math
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype, bare
-from peftcli.methods._linear import beside
+from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module
+from peftcli.methods._linear import factory_kwargs
 from peftcli.methods._rotation import RotatedConv, RotatedLinear, Rotating, leave_out
 from peftcli.methods.oft.config import OFTConfig
 
@@ -79,7 +79,7 @@ class OFTLinear(OFTLayer, RotatedLinear):
 
     def __init__(self, module: nn.Module, name: str, config: OFTConfig):
         super().__init__(module, name, "OFT", config.bias)
-        self.oft_R = Rotation(self.view.in_features, config, beside(self))
+        self.oft_R = Rotation(self.view.in_features, config, factory_kwargs(self))
 
 
 class OFTConv(OFTLayer, RotatedConv):
@@ -87,7 +87,7 @@ class OFTConv(OFTLayer, RotatedConv):
 
     def __init__(self, module: nn.Module, name: str, config: OFTConfig):
         super().__init__(module, name, "OFT", config.bias)
-        self.oft_R = Rotation(bare(module).weight[0].numel(), config, beside(self))
+        self.oft_R = Rotation(base_module(module).weight[0].numel(), config, factory_kwargs(self))
 
 
 class OFTEmbedding(AdapterLayer):
@@ -95,7 +95,7 @@ class OFTEmbedding(AdapterLayer):
 
     def __init__(self, module: nn.Module, config: OFTConfig):
         super().__init__(module)
-        self.oft_embedding_R = Rotation(bare(module).weight.shape[1], config, beside(self))
+        self.oft_embedding_R = Rotation(base_module(module).weight.shape[1], config, factory_kwargs(self))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         y = self.base_layer(ids)
@@ -112,9 +112,9 @@ def wrap(module: nn.Module, name: str, config: OFTConfig) -> AdapterLayer:
     Raises:
         AdapterError: the module is of a kind that OFT does not adapt.
     """
-    if isinstance(bare(module), nn.Conv2d):
+    if isinstance(base_module(module), nn.Conv2d):
         return OFTConv(module, name, config)
-    if isinstance(bare(module), nn.Embedding):
+    if isinstance(base_module(module), nn.Embedding):
         return OFTEmbedding(module, config)
     return OFTLinear(module, name, config)
 

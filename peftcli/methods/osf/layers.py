@@ -10,7 +10,7 @@ from torch import nn
 from peftcli.core.linear import dense_weight, stored_weight
 from peftcli.core.targets import check_patterns, find_targets, pattern_value
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import WeightDeltaLinear, beside
+from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs
 from peftcli.methods.osf.config import OSFConfig
 
 
@@ -31,7 +31,7 @@ class OSFLinear(WeightDeltaLinear):
         super().__init__(module, name, "OSF")
         rows, columns = self.view.out_features, self.view.in_features
         self.kept = kept_directions(min(rows, columns), name, config)
-        k, like = min(rows, columns) - self.kept, beside(self)
+        k, like = min(rows, columns) - self.kept, factory_kwargs(self)
         sizes = {"U_low": (rows, k), "S_low": (k,), "V_low": (k, columns)}
         self.osf_svd_params = nn.ParameterDict({key: torch.randn(size, **like) for key, size in sizes.items()})
         if stored_weight(module).is_meta:

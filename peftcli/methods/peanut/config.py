@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peftcli.core.config import ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import Problems, no_choice, not_positive, too_large, too_small
+from peftcli.methods._settings import Problems, not_one_of, not_positive, too_large, too_small
 
 ACTIVATIONS = (
     "relu", "relu2", "relu6", "leaky_relu", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate",
@@ -38,4 +38,4 @@ class PeanutConfig(ExcludingConfig, LayeredConfig):
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, r=1, depth=0) + not_positive(self, "scaling")
         found += too_large(self, depth=100)
-        return found + no_choice(self, "act_fn", *ACTIVATIONS)
+        return found + not_one_of(self, "act_fn", *ACTIVATIONS)

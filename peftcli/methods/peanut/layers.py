@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.methods._linear import WeightDeltaLinear, beside
+from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs
 from peftcli.methods.peanut.config import PeanutConfig
 
 _Function = Callable[[torch.Tensor], torch.Tensor]
@@ -27,7 +27,7 @@ class PeanutLinear(WeightDeltaLinear):
     def __init__(self, module: nn.Module, name: str, config: PeanutConfig):
         super().__init__(module, name, "PEANuT")
         r, outputs = config.r, self.view.out_features
-        layer: Any = functools.partial(nn.Linear, bias=False, **beside(self))
+        layer: Any = functools.partial(nn.Linear, bias=False, **factory_kwargs(self))
         self.peanut_A = layer(outputs, r)
         self.peanut_encoders = nn.ModuleList(layer(r, r) for _ in range(config.depth))
         self.peanut_decoders = nn.ModuleList(layer(r, r) for _ in range(config.depth))

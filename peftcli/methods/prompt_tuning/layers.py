@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from peftcli.core.layer import bare
+from peftcli.core.layer import base_module
 from peftcli.core.prompts.virtual_tokens import TrainedTokens
 from peftcli.core.prompts.virtual_tokens import attach as attach
 from peftcli.core.prompts.virtual_tokens import targets as targets
@@ -23,7 +23,7 @@ def wrap(module: Any, name: str, config: PromptTuningConfig) -> TrainedTokens:
 @torch.no_grad()
 def start(module: Any, config: TextPromptConfig) -> torch.Tensor:
     """The vectors (n, D) that training starts from; a loaded adapter's replace them."""
-    embedding = bare(module)
+    embedding = base_module(module)
     count, (vocabulary, width), device = config.num_virtual_tokens, embedding.weight.shape, embedding.weight.device
     if config.prompt_tuning_init == "SAMPLE_VOCAB" and not config.inference_mode:
         ids = torch.randint(vocabulary, (count,)).tolist()

@@ -8,7 +8,7 @@ from torch import nn
 
 from peftcli.core.linear import dense_weight
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import WeightDeltaLinear, beside
+from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs
 from peftcli.methods.psoft.config import PsoftConfig
 
 
@@ -76,7 +76,7 @@ class Rotation(nn.Module):
     def __init__(self, config: PsoftConfig, module: nn.Module):
         super().__init__()
         self.config = config
-        r, like = config.r, beside(module)
+        r, like = config.r, factory_kwargs(module)
         start = torch.zeros(r * (r - 1) // 2, **like) if config.psoft_orth else torch.eye(r, **like)
         self.weight = nn.Parameter(start if config.init_weights else start + 0.1 * torch.randn_like(start))
         self.vector_b = nn.Parameter(torch.ones(r, **like)) if config.psoft_mag_b else None

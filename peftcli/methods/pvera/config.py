@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, FanInConfig, LayeredConfig
-from peftcli.methods._settings import Problems, no_share, too_small
+from peftcli.methods._settings import Problems, outside_unit_interval, too_small
 
 
 @dataclass(kw_only=True)
@@ -36,7 +36,7 @@ class PveraConfig(BiasConfig, FanInConfig, LayeredConfig):
     checkpointing, which calls a layer twice; kept for the file."""
 
     def problems(self) -> Problems:
-        found = super().problems() + too_small(self, r=1) + no_share(self, "pvera_dropout")
+        found = super().problems() + too_small(self, r=1) + outside_unit_interval(self, "pvera_dropout")
         if self.generator_seed is not None and not self.inference_mode:
             found.append(("generator_seed", "is not used in training; set the run's seed"))
         return found

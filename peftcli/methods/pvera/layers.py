@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.methods._linear import SharingLinear, beside, check_drawn, share_tensors
+from peftcli.methods._linear import SharingLinear, check_drawn, factory_kwargs, share_tensors
 from peftcli.methods.pvera.config import PveraConfig
 
 
@@ -25,7 +25,7 @@ class PveraLinear(SharingLinear):
 
     def __init__(self, module: nn.Module, name: str, config: PveraConfig):
         super().__init__(module, name, "PVeRA", config.bias, config.pvera_dropout)
-        like = beside(self)
+        like = factory_kwargs(self)
         self.pvera_lambda_b = nn.Parameter(torch.zeros(self.view.out_features, **like))
         self.pvera_lambda_d = nn.Parameter(torch.full((2 * config.r,), config.d_initial, **like))
         if not config.init_weights:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import SharingLinear, beside, check_drawn, share_tensors
+from peftcli.methods._linear import SharingLinear, check_drawn, factory_kwargs, share_tensors
 from peftcli.methods.randlora.config import RandLoraConfig
 
 
@@ -33,7 +33,7 @@ class RandLoraLinear(SharingLinear):
         if self.short * config.r < 2:
             raise AdapterError(f"{config.r} makes bases of one number for {name}", key="r")
         self.scaling = config.randlora_alpha / config.r
-        count, like = math.ceil(self.short / config.r), beside(self)
+        count, like = math.ceil(self.short / config.r), factory_kwargs(self)
         self.randlora_lambda = nn.Parameter(torch.zeros(config.r, count, **like))
         self.randlora_gamma = nn.Parameter(torch.full((count, self.short), 1 / max(count, self.short), **like))
         if not config.init_weights:

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, adapter_dtype
-from peftcli.core.linear import need_linear
+from peftcli.core.linear import require_linear
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import beside
+from peftcli.methods._linear import factory_kwargs
 from peftcli.methods.road.config import RoadConfig
 
 _PER_OUTPUT = {"road_1": 0.5, "road_2": 1, "road_4": 2}
@@ -23,13 +23,13 @@ class RoadLinear(AdapterLayer):
     """
 
     def __init__(self, module: nn.Module, name: str, config: RoadConfig):
-        view = need_linear(module, name, "RoAd")
+        view = require_linear(module, name, "RoAd")
         super().__init__(module)
         self.view, self.reach, self.variant = view, config.group_size // 2, config.variant
         if view.out_features % config.group_size:
             text = f"{config.group_size} does not divide {view.out_features}, the outputs of {name}"
             raise AdapterError(text, key="group_size")
-        size, like = int(_PER_OUTPUT[config.variant] * view.out_features), beside(self)
+        size, like = int(_PER_OUTPUT[config.variant] * view.out_features), factory_kwargs(self)
         self.road_theta = nn.Parameter(torch.zeros(size, **like))
         self.road_alpha = nn.Parameter(torch.ones(size, **like))
         if not config.init_weights:

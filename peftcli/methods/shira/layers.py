@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from peftcli.methods._linear import DeltaLinear, beside
+from peftcli.methods._linear import DeltaLinear, factory_kwargs
 from peftcli.methods._sparse import drawn_places, scattered
 from peftcli.methods.shira.config import ShiraConfig
 
@@ -21,7 +21,7 @@ class ShiraLinear(DeltaLinear):
         columns = self.view.in_features
         count = config.r * (columns + self.view.out_features)
         start = torch.zeros if config.init_weights else torch.randn
-        self.shira_weight = nn.Parameter(start(count, **beside(self)))
+        self.shira_weight = nn.Parameter(start(count, **factory_kwargs(self)))
         places = drawn_places(self, name, "r", count, config.random_seed).sort().values
         self.register_buffer("shira_indices", torch.stack([places // columns, places % columns]).int())
 

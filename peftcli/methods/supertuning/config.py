@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peftcli.core.config import TargetedConfig
-from peftcli.methods._settings import Problems, no_share
+from peftcli.methods._settings import Problems, outside_unit_interval
 
 
 @dataclass(kw_only=True)
@@ -33,7 +33,7 @@ class SupertuningConfig(TargetedConfig):
     the base weight, where some may be equally large."""
 
     def problems(self) -> Problems:
-        found = super().problems() + no_share(self, "sparsity", "lora_dropout")
+        found = super().problems() + outside_unit_interval(self, "sparsity", "lora_dropout")
         if self.r is not None and self.r < 1:
             found.append(("r", f"must be at least 1, not {self.r}"))
         if self.lora_alpha is not None and self.r is None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.linear import dense_weight
-from peftcli.methods._linear import WeightDeltaLinear, beside, dropout_layer
+from peftcli.methods._linear import WeightDeltaLinear, dropout_layer, factory_kwargs
 from peftcli.methods._sparse import scattered
 from peftcli.methods.supertuning.config import SupertuningConfig
 
@@ -26,7 +26,7 @@ class SupertuningLinear(WeightDeltaLinear):
 
     def __init__(self, module: nn.Module, name: str, config: SupertuningConfig):
         super().__init__(module, name, "Super-Tuning")
-        like, r, size = beside(self), config.r, self.view.in_features * self.view.out_features
+        like, r, size = factory_kwargs(self), config.r, self.view.in_features * self.view.out_features
         self.count = max(1, int(size * (1 - config.sparsity)))
         self.largest, self.saves_indices = config.select_top, config.save_precomputed_indices
         start = torch.zeros if config.init_weights else torch.randn

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype, bare
+from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module
 from peftcli.core.linear import dense_weight, linear_view, stored_weight
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import DeltaLinear, beside, dropout_layer
+from peftcli.methods._linear import DeltaLinear, dropout_layer, factory_kwargs
 from peftcli.methods.tinylora.config import TinyLoraConfig
 
 
@@ -87,7 +87,7 @@ class TinyLoraEmbedding(TinyLoraLayer):
 
     def __init__(self, module: nn.Module, config: TinyLoraConfig):
         super().__init__(module)
-        weight = bare(module).weight.detach()
+        weight = base_module(module).weight.detach()
         self.decompose(weight.to(adapter_dtype(weight)), config)
         self.dropout = dropout_layer(config.tinylora_dropout)
 
@@ -99,7 +99,7 @@ class TinyLoraEmbedding(TinyLoraLayer):
         return y + (chosen @ self.mixture() @ self.tinylora_A).to(y.dtype)
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        weight, layer = base["weight"], bare(self)
+        weight, layer = base["weight"], base_module(self)
         # some embeddings scale what they look up; the update is not scaled, as it is not in PEFT
         scale = getattr(layer, "scalar_embed_scale", getattr(layer, "embed_scale", 1.0))
         delta = self.tinylora_B @ self.mixture() @ self.tinylora_A
@@ -114,9 +114,9 @@ def wrap(module: nn.Module, name: str, config: TinyLoraConfig) -> AdapterLayer:
     """
     if linear_view(module) is not None:
         return TinyLoraLinear(module, name, config)
-    if isinstance(bare(module), nn.Embedding):
+    if isinstance(base_module(module), nn.Embedding):
         return TinyLoraEmbedding(module, config)
-    kind = type(bare(module)).__name__
+    kind = type(base_module(module)).__name__
     raise AdapterError(f"{name} is a {kind}; TinyLoRA adapts linear layers and embeddings", key="target_modules")
 
 
@@ -129,7 +129,7 @@ def attach(model: nn.Module, config: TinyLoraConfig, layers: Mapping[str, Any]) 
     for number, layer in enumerate(own):
         group = min(number // size, count - 1)
         if group not in groups:
-            start = torch.zeros(config.u, **beside(layer))
+            start = torch.zeros(config.u, **factory_kwargs(layer))
             if config.init_weights is not True:
                 nn.init.uniform_(start, -config.init_v_bound, config.init_v_bound)
             groups[group] = nn.Parameter(start)

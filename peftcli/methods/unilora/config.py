@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, FanInConfig, LayeredConfig
-from peftcli.methods._settings import Problems, no_share, not_positive, too_small
+from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, too_small
 
 
 @dataclass(kw_only=True)
@@ -34,4 +34,4 @@ class UniLoraConfig(BiasConfig, FanInConfig, LayeredConfig):
 
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, r=1, theta_d_length=1, proj_seed=0)
-        return found + not_positive(self, "init_theta_d_bound") + no_share(self, "unilora_dropout")
+        return found + not_positive(self, "init_theta_d_bound") + outside_unit_interval(self, "unilora_dropout")

@@ -11,7 +11,7 @@ from torch import nn
 
 from peftcli.core.linear import stored_weight
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import SharingLinear, beside
+from peftcli.methods._linear import SharingLinear, factory_kwargs
 from peftcli.methods.unilora.config import UniLoraConfig
 from peftcli.methods.unilora.numpy_random import NumpyRandom
 
@@ -57,7 +57,7 @@ def attach(model: nn.Module, config: UniLoraConfig, layers: Mapping[str, Any]) -
     sizes = [rows * columns for layer in own for rows, columns in layer.shapes.values()]
     if sum(sizes) > _MOST_PLACES:
         raise AdapterError(f"{config.r:,} makes matrices of {sum(sizes):,} numbers", key="r")
-    theta = torch.empty(config.theta_d_length, **beside(own[0]))
+    theta = torch.empty(config.theta_d_length, **factory_kwargs(own[0]))
     bound = config.init_theta_d_bound
     if config.init_weights:
         nn.init.uniform_(theta, -bound, bound)
@@ -70,7 +70,7 @@ def attach(model: nn.Module, config: UniLoraConfig, layers: Mapping[str, Any]) -
     parts = zip(indices.split(sizes), scales.split(sizes), strict=True)
     for layer in own:
         layer.unilora_theta_d = parameter
-        weight, like = stored_weight(layer), beside(layer)
+        weight, like = stored_weight(layer), factory_kwargs(layer)
         device = "cpu" if weight.is_meta else weight.device
         for which, shape in layer.shapes.items():
             places, scale = next(parts)

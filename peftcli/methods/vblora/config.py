@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
-from peftcli.methods._settings import Problems, no_share, not_positive, too_small
+from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, too_small
 
 _FAMILY_TARGETS = {
     "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
@@ -46,7 +46,7 @@ class VBLoRAConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
 
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, r=1, num_vectors=1, vector_length=1, topk=1, init_logits_std=0)
-        found += no_share(self, "vblora_dropout") + not_positive(self, "init_vector_bank_bound")
+        found += outside_unit_interval(self, "vblora_dropout") + not_positive(self, "init_vector_bank_bound")
         if self.topk > self.num_vectors:
             found.append(("topk", f"{self.topk} of {self.num_vectors} vectors cannot be chosen"))
         return found

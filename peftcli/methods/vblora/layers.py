@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import SharingLinear, beside
+from peftcli.methods._linear import SharingLinear, factory_kwargs
 from peftcli.methods.vblora.config import VBLoRAConfig
 
 _LOGITS = ("vblora_logits_A", "vblora_logits_B")
@@ -64,7 +64,7 @@ class VBLoraLinear(VBLoraLayer):
         super().__init__(module, name, config)
         self.topk, self.saves_topk = config.topk, config.save_only_topk_weights
         for tensor, shape in self.pieces.items():
-            start = torch.empty(*shape, config.num_vectors, **beside(self))
+            start = torch.empty(*shape, config.num_vectors, **factory_kwargs(self))
             setattr(self, tensor, nn.Parameter(nn.init.normal_(start, std=config.init_logits_std)))
 
     def mixture(self, tensor: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,7 +89,7 @@ class VBLoraMixed(VBLoraLayer):
 
     def __init__(self, module: nn.Module, name: str, config: VBLoRAConfig):
         super().__init__(module, name, config)
-        like = beside(self)
+        like = factory_kwargs(self)
         for tensor, shape in self.pieces.items():
             weights = torch.full((*shape, config.topk - 1), 1 / config.topk, **like)
             indices = torch.zeros(*shape, config.topk, dtype=_index_dtype(config.num_vectors), device=like["device"])
@@ -111,7 +111,7 @@ def wrap(module: nn.Module, name: str, config: VBLoRAConfig) -> VBLoraLayer:
 def attach(model: nn.Module, config: VBLoRAConfig, layers: Mapping[str, Any]) -> None:
     """Draw the bank and give it to every layer."""
     own = list(layers.values())
-    bank = torch.empty(config.num_vectors, config.vector_length, **beside(own[0]))
+    bank = torch.empty(config.num_vectors, config.vector_length, **factory_kwargs(own[0]))
     bound = config.init_vector_bank_bound
     parameter = nn.Parameter(nn.init.uniform_(bank, -bound, bound))
     for layer in own:

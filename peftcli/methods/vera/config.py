@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, FanInConfig, LayeredConfig
-from peftcli.methods._settings import Problems, no_share, too_small
+from peftcli.methods._settings import Problems, outside_unit_interval, too_small
 
 
 @dataclass(kw_only=True)
@@ -30,7 +30,7 @@ class VeraConfig(BiasConfig, FanInConfig, LayeredConfig):
     """Start from no update at all; false starts at random, for tests."""
 
     def problems(self) -> Problems:
-        return super().problems() + too_small(self, r=1) + no_share(self, "vera_dropout")
+        return super().problems() + too_small(self, r=1) + outside_unit_interval(self, "vera_dropout")
 
     def usual_targets(self, model_type: str) -> list[str] | str:
         return ["q_proj", "v_proj"] if model_type == "phi" else super().usual_targets(model_type)

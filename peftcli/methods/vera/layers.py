@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.methods._linear import SharingLinear, beside, check_drawn, share_tensors
+from peftcli.methods._linear import SharingLinear, check_drawn, factory_kwargs, share_tensors
 from peftcli.methods.vera.config import VeraConfig
 
 
@@ -25,7 +25,7 @@ class VeraLinear(SharingLinear):
 
     def __init__(self, module: nn.Module, name: str, config: VeraConfig):
         super().__init__(module, name, "VeRA", config.bias, config.vera_dropout)
-        like = beside(self)
+        like = factory_kwargs(self)
         self.vera_lambda_b = nn.Parameter(torch.zeros(self.view.out_features, **like))
         self.vera_lambda_d = nn.Parameter(torch.full((config.r,), config.d_initial, **like))
         if not config.init_weights:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
-from peftcli.methods._settings import Problems, no_choice, not_positive, pattern_too_small, too_small
+from peftcli.methods._settings import Problems, not_one_of, not_positive, pattern_too_small, too_small
 
 _FAMILY_TARGETS = {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}
 """Where PEFT's usual targets for WaveFT are not LoRA's."""
@@ -40,7 +40,7 @@ class WaveFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
 
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, n_frequency=1) + not_positive(self, "scaling")
-        found += no_choice(self, "wavelet_family", *MOMENTS)
+        found += not_one_of(self, "wavelet_family", *MOMENTS)
         return found + pattern_too_small(self, "n_frequency_pattern", 1)
 
     def usual_targets(self, model_type: str) -> list[str] | str:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.targets import pattern_value
-from peftcli.methods._linear import DeltaLinear, beside
+from peftcli.methods._linear import DeltaLinear, factory_kwargs
 from peftcli.methods._sparse import drawn_places, scattered
 from peftcli.methods.waveft.config import MOMENTS, WaveFTConfig
 
@@ -27,7 +27,7 @@ class WaveFTLinear(DeltaLinear):
     def __init__(self, module: nn.Module, name: str, config: WaveFTConfig):
         super().__init__(module, name, "WaveFT", config.bias)
         count = int(pattern_value(config.n_frequency_pattern, name, config.n_frequency))
-        self.waveft_spectrum = nn.Parameter(torch.zeros(count, **beside(self)))
+        self.waveft_spectrum = nn.Parameter(torch.zeros(count, **factory_kwargs(self)))
         if not config.init_weights:
             nn.init.normal_(self.waveft_spectrum, std=0.01)
         self.scaling, self.use_idwt = config.scaling, config.use_idwt

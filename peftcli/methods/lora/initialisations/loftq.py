@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from peftcli.core.layer import bare
+from peftcli.core.layer import base_module
 from peftcli.core.linear import dense_weight
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError
@@ -38,14 +38,14 @@ def start_loftq(
     layers = {
         name: layer
         for name, layer in lora_layers(model, adapter).items()
-        if isinstance(layer, LoraLinear) and is_quantised(bare(layer))
+        if isinstance(layer, LoraLinear) and is_quantised(base_module(layer))
     }
     if not layers:
         raise AdapterError("loftq makes up for the error of a quantised base model, and this one is not", key=_KEY)
     for name, layer in layers.items():
         quantised = dense_weight(layer.base_layer)
         original = weight(f"{name}.weight").to(quantised)
-        if getattr(bare(layer), "source_cls", nn.Linear).__name__ == "Conv1D":  # bitsandbytes turns it round
+        if getattr(base_module(layer), "source_cls", nn.Linear).__name__ == "Conv1D":  # bitsandbytes turns it round
             original = original.T
         if original.shape != quantised.shape:
             shapes = f"{tuple(original.shape)}, the model needs {tuple(quantised.shape)}"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from peftcli.core.layer import adapter_dtype, bare
+from peftcli.core.layer import adapter_dtype, base_module
 from peftcli.core.linear import dense_weight, linear_view, stored_weight
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError
@@ -44,7 +44,7 @@ class ResidualLinear(LoraLinear):
         self.start_B = nn.Parameter(self.lora_B.weight.detach().clone(), requires_grad=False)
         self.waits = config.init_lora_weights in FROM_DATA
         """Whether ``start_from`` is still to be called."""
-        if self.waits and (statistic := bare(base_layer).__dict__.pop(STATISTIC, None)) is not None:
+        if self.waits and (statistic := base_module(base_layer).__dict__.pop(STATISTIC, None)) is not None:
             self.start_from(statistic, config)
 
     @torch.no_grad()
@@ -85,7 +85,7 @@ class ResidualFromFile(LoraLinear):
             self.lora_A.weight[self.r // 2 :] = a
             self.lora_B.weight[:, self.r // 2 :] = -b
 
-    def accepts(self, tensor: str, value: torch.Tensor) -> torch.Tensor:
+    def adapt_from_file(self, tensor: str, value: torch.Tensor) -> torch.Tensor:
         along = int(tensor == "lora_B.weight")
         if value.ndim != 2 or value.shape[along] != self.r // 2:
             return value
@@ -113,7 +113,7 @@ def check_initialisation(module: nn.Module, name: str, config: LoraConfig) -> No
         AdapterError: the module is no linear layer; or the config is of a file that means nothing without what its
             writer started from.
     """
-    init, view, layer = config.init_lora_weights, linear_view(module), bare(module)
+    init, view, layer = config.init_lora_weights, linear_view(module), base_module(module)
     never_called = isinstance(layer, NonDynamicallyQuantizableLinear)  # its attention reads the weight
     needs_linear = is_residual(init) or init in ("orthogonal", "mica", "loftq")
     if needs_linear and (view is None or never_called):
