@@ -21,11 +21,11 @@ BOOKKEEPING = {"recipe": False}
 
 _TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _LARGEST_FLOAT, _LARGEST_INT = 3.4e38, 2**63 - 1
-"""What float32 and int64 hold: nothing can be computed with larger numbers."""
+"""The largest numbers of float32 and int64; nothing can be computed with larger ones."""
 _LONGEST_NAME = 4096
 """Characters of a path that file systems take, and more than a module's name or a pattern has."""
 _PROVENANCE = frozenset({"peft_version", "auto_mapping", "peft_type"})
-"""Keys of the file that say who wrote it. They change nothing here."""
+"""Keys of the file about its writer. They change nothing here."""
 
 
 FAMILY_TARGETS: dict[str, list[str]] = {
@@ -67,16 +67,16 @@ here. Families outside the table get every linear layer but the head."""
 
 @dataclass(kw_only=True)
 class AdapterConfig:
-    """What every method's config holds, and how it reads and writes ``adapter_config.json``."""
+    """The base of every method's config: common fields, and reading and writing ``adapter_config.json``."""
 
     peft_type: ClassVar[str]
     """PEFT's name of the method, upper case."""
     file_prefix: ClassVar[str] = "base_model.model."
-    """What stands before a module's path in the names of the adapter file."""
+    """Prefix of a module's path in the names of the adapter file."""
     always_written: ClassVar[tuple[str, ...]] = ()
     """Fields that readers need even at their default."""
     sizes: ClassVar[tuple[str, ...]] = ("r", "rank_pattern")
-    """Fields that say how much is made: numbers, or numbers by pattern. A file that says absurd ones is refused."""
+    """Fields that set how much memory is taken: numbers, or numbers by pattern. A file with absurd ones is refused."""
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
     """PEFT's keys that this config does not carry, each with the values that mean "off"."""
 
@@ -105,7 +105,7 @@ class AdapterConfig:
                 setattr(self, entry.name, _section(section, value, entry.name))
 
     def problems(self) -> list[tuple[str, str]]:
-        """Settings that mean nothing, whatever the model: ``(key, message)`` each."""
+        """Return the settings that are wrong whatever the model, as ``(key, message)``."""
         found: list[tuple[str, str]] = []
         if self.task_type not in (None, *_TASK_TYPES):
             found.append(("task_type", f"must be one of {', '.join(_TASK_TYPES)}, not {short_repr(self.task_type)}"))
@@ -114,23 +114,23 @@ class AdapterConfig:
         return found
 
     def check(self, file: str | None = None) -> None:
-        """Raises AdapterError for the first of ``problems()``."""
+        """Raise AdapterError for the first of ``problems()``."""
         for key, message in self.problems():
             raise AdapterError(one_line(message), key=key, file=file)
 
     def prepare(self, load_tokenizer: Callable[[str | None], Any]) -> None:
-        """Settings that are given as text become token ids; called once before a new adapter is injected.
+        """Turn settings that are text into token ids. Called once, before a new adapter is injected.
 
-        ``load_tokenizer`` gives the tokenizer of that name, or with None the base model's.
+        ``load_tokenizer`` returns the tokenizer of that name, or with None the base model's.
         """
 
     def merge_problem(self) -> str | None:
-        """Why this adapter cannot be merged into the base model; None when it can."""
+        """Return why this adapter cannot be merged into the base model, or None."""
         return None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], file: str | None = None) -> AdapterConfig:
-        """A config from the object in an ``adapter_config.json``.
+        """Return the config that the object of an ``adapter_config.json`` describes.
 
         Keys that newer writers add are accepted while they are switched off (null, false, empty).
 
@@ -158,7 +158,7 @@ class AdapterConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """The object for ``adapter_config.json``: what every reader needs, and what differs from the default.
+        """Return the object for ``adapter_config.json``: what every reader needs, and what differs from the default.
 
         ``target_modules`` and other unordered lists are sorted, so equal configs give equal bytes.
         """
@@ -199,7 +199,7 @@ class TargetedConfig(AdapterConfig):
         return found
 
     def usual_targets(self, model_type: str) -> list[str] | str:
-        """What unset target_modules mean for a family of models."""
+        """Return what unset target_modules mean for a family of models."""
         return FAMILY_TARGETS.get(model_type, "all-linear")
 
 
@@ -256,7 +256,7 @@ class FanInConfig(TargetedConfig):
 
 
 def section_class(hint: Any) -> type | None:
-    """The dataclass among what a field accepts: the field is a mapping with settings of its own."""
+    """Return the dataclass among the types of a field, whose value is then a mapping with settings of its own."""
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return next((one for one in members if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
 
@@ -267,7 +267,7 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 
 def _section(cls: Any, values: dict[str, Any], key: str) -> Any:
-    """The dataclass ``cls`` that a mapping under ``key`` describes."""
+    """Return the dataclass ``cls`` that the mapping under ``key`` describes."""
     known = {entry.name: entry for entry in fields(cls)}
     given = {}
     for name, value in values.items():
@@ -285,7 +285,7 @@ def _default(entry: dataclasses.Field[Any]) -> Any:
 
 
 def _strange_name(value: object) -> str | None:
-    """What stands where a setting names something, and is no name."""
+    """Describe a value that cannot be a name where a setting names something, or return None."""
     for name in [value] if isinstance(value, str) else value if isinstance(value, (list, dict)) else ():
         if isinstance(name, str) and not name.isprintable():
             return f"{short_repr(name)}, and no name has such characters"
@@ -299,7 +299,7 @@ def _is_name_list(value: object) -> bool:
 
 
 def _typed(entry: dataclasses.Field[Any], hint: Any, value: Any, key: str, file: str | None) -> Any:
-    """``value``, when it is of the kind that the field's annotation names; null means the default."""
+    """Return ``value`` if it has the type of the field's annotation; null means the default."""
     if value is None:
         return _default(entry)
     if fits(value, hint):
@@ -310,7 +310,7 @@ def _typed(entry: dataclasses.Field[Any], hint: Any, value: Any, key: str, file:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value read from JSON is of the kind that an annotation names."""
+    """Return whether a value read from JSON has the type of an annotation."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(fits(value, one) for one in inner)

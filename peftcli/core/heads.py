@@ -17,11 +17,11 @@ TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """PEFT's names of the tasks whose models have a head of their own."""
 
 _PEFT_GUESSES = ("classifier", "score", "qa_outputs")
-"""What PEFT adds to modules_to_save, whether the model has it or not. It takes longer names that end so, too."""
+"""What PEFT adds to modules_to_save, whether the model has it or not. Longer names with these endings match too."""
 
 
 def head_names(model: Any) -> list[str]:
-    """Names of the modules that stand beside the model's body: classifier, score, qa_outputs, or called otherwise."""
+    """Return the names of the modules beside the model's body: classifier, score, qa_outputs, or any other name."""
     if not hasattr(model, "base_model_prefix"):  # no model of transformers
         return []
     ends = [base_module(end) for end in model_ends(model) if end is not None]
@@ -75,7 +75,7 @@ def resolve_heads(model: nn.Module, config: AdapterConfig, initialised: Collecti
 
 
 def _new_modules(model: nn.Module, initialised: Collection[str], saved: list[str]) -> list[str]:
-    """The fewest modules that hold the parameters ``initialised``, apart from those below the modules ``saved``.
+    """Return the fewest modules that hold the parameters ``initialised``, apart from those below the modules ``saved``.
 
     Raises:
         AdapterError: a module holds such a parameter, and in its submodules others that are not new.

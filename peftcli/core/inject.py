@@ -31,7 +31,7 @@ from peftcli.errors import AdapterError
 
 @dataclass(frozen=True)
 class Injection:
-    """What ``inject`` did."""
+    """The result of ``inject``."""
 
     layers: dict[str, AdapterLayer]
     """Path in the model -> adapter layer."""
@@ -97,7 +97,7 @@ def inject(
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes what the base model computes."""
+    """Disable all adapters inside: the model computes what the base model computes."""
     layers = list(adapter_layers(model).values())
     before = [layer.enabled for layer in layers]
     for layer in layers:
@@ -113,7 +113,7 @@ def set_active(model: nn.Module, adapters: Iterable[str]) -> None:
     """Enable these adapters, and disable the model's others.
 
     Raises:
-        AdapterError: one of them would hide what another does. Nothing is changed then.
+        AdapterError: one of them would override another. Nothing is changed then.
     """
     names = set(adapters)
     layers = adapter_layers(model)
@@ -130,14 +130,14 @@ def set_active(model: nn.Module, adapters: Iterable[str]) -> None:
 
 
 def set_trainable(model: nn.Module, trainable: bool, adapter: str | None = None) -> None:
-    """Let the weights of one adapter, or of all, take gradients, or not. The base model stays frozen."""
+    """Switch the gradients of the weights of one adapter, or of all, on or off. The base model stays frozen."""
     for layer in adapter_layers(model, adapter).values():
         for parameter in layer.own_tensors().values():
             parameter.requires_grad_(trainable)
 
 
 def unload(model: nn.Module, adapter: str | None = None) -> None:
-    """Take the layers of one adapter, or of all, out again; what they stood over stands where it stood."""
+    """Remove the layers of one adapter, or of all, and put the modules below them back in place."""
     while layers := adapter_layers(model, adapter):
         replace_modules(model, {layer: layer.base_layer for layer in layers.values()})
     if not adapter_layers(model):
@@ -145,7 +145,7 @@ def unload(model: nn.Module, adapter: str | None = None) -> None:
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model on the meta device, to inject into: it takes no memory, and the model stays as it is.
+    """Return a copy of the model on the meta device, to inject into. It takes no memory; the model is not changed.
 
     It cannot compute. Weights of kinds that are not PyTorch's own stay those of the model.
     """
@@ -173,22 +173,22 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 
 def on_unload(model: nn.Module, undo: functools.partial[None]) -> None:
-    """Have ``undo`` called when the model's adapters are unloaded. A partial over modules survives a deep copy."""
+    """Register a call for when the model's adapters are unloaded. A partial over modules survives a deep copy."""
     model.__dict__.setdefault("_adapter_undo", []).append(undo)
 
 
 def is_reshaped(model: nn.Module) -> bool:
-    """Whether a method's ``reshape`` has changed the model's structure."""
+    """Return whether unloading has to undo changes of the model's structure."""
     return "_adapter_undo" in model.__dict__
 
 
 def keep_shape(model: nn.Module) -> None:
-    """Let what ``reshape`` did to the model last, after a merge."""
+    """Make the changes of the model's structure permanent, after a merge."""
     model.__dict__.pop("_adapter_undo", None)
 
 
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put ``new[old]`` where ``old`` stands, at every place that shares it."""
+    """Replace each module ``old`` by ``new[old]``, at every place that shares it."""
     for parent in list(model.modules()):
         for attribute, child in list(parent._modules.items()):
             if child is not None and child in new:
@@ -196,7 +196,7 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
 
 
 def train_other_biases(model: nn.Module) -> None:
-    """Train every bias of the model that stands in no adapter layer (``bias: all``)."""
+    """Train every bias of the model outside of adapter layers (``bias: all``)."""
     inside = tuple(f"{path}." for path in adapter_layers(model))
     new = {
         module: TrainedBias(module)
@@ -211,7 +211,7 @@ def train_other_biases(model: nn.Module) -> None:
 def _wrapped(
     model: nn.Module, config: AdapterConfig, initialised: Collection[str]
 ) -> tuple[dict[str, AdapterLayer], dict[str, TrainedCopy]]:
-    """The new layers over the config's targets, by name, and those over its modules_to_save. None is in place yet."""
+    """Return the new layers over the config's targets, and those over its modules_to_save. None is in place yet."""
     resolve_heads(model, config, initialised)
     saved = find_modules(model, config.modules_to_save or (), "modules_to_save")
     inside = tuple(f"{name}." for name in saved)  # trained in full already
@@ -239,7 +239,7 @@ def _complete(model: nn.Module, config: AdapterConfig, layers: dict[str, Adapter
 
 
 def _call_layers(model: nn.Module) -> None:
-    """Have PyTorch's encoders call the layers in them: out of training they read the weights, past any adapter."""
+    """Make PyTorch's encoders call their layers: in evaluation they read the weights, past any adapter."""
     switches = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
     for module in model.modules():
         switch = switches.get(type(module))
@@ -249,7 +249,7 @@ def _call_layers(model: nn.Module) -> None:
 
 
 def _freeze_statistics(model: nn.Module) -> None:
-    """Have every norm with running statistics use and keep them while its weights are frozen, in training too."""
+    """Keep every norm with running statistics in evaluation mode while its weights are frozen."""
     for module in model.modules():
         if (
             module._buffers.get("running_mean") is not None

@@ -22,17 +22,17 @@ class AdapterLayer(nn.Module):
 
     file_prefix = "base_model.model."
     adapter = "default"
-    """Name of the adapter that the layer belongs to."""
+    """Name of the layer's adapter."""
     fixed: tuple[str, ...] = ()
-    """Names below the layer of the adapter's tensors that never train: projections drawn once, starting values."""
+    """Names, below the layer, of the adapter's tensors that never train: projections drawn once, starting values."""
     larger_rate: tuple[str, ...] = ()
-    """Names below the layer of the tensors that LoRA+ trains faster; see ``methods.learning_rates``."""
+    """Names of the tensors that LoRA+ trains faster; see ``methods.learning_rates``."""
     embedding_rate: tuple[str, ...] = ()
-    """Names below the layer of the tensors that LoRA+ trains at the rate of embeddings."""
+    """Names of the tensors that LoRA+ trains at the rate of embeddings."""
     copies: tuple[str, ...] = ()
-    """Names below the layer of tensors that other writers put into the file a second time. They are not read."""
+    """Names of tensors that other writers put into the file a second time. They are not read."""
     by_row = True
-    """Whether rows of a batch can be adapted apart: all that the layer does is in what its ``forward`` returns."""
+    """Whether rows of a batch can have different adapters: ``forward`` does all that the layer does."""
     base_layer: Any
     """The layer of the model, or another adapter layer over it."""
 
@@ -59,7 +59,7 @@ class AdapterLayer(nn.Module):
         super().register_buffer(name, tensor, persistent)
 
     def own_tensors(self) -> dict[str, nn.Parameter]:
-        """The adapter's tensors that train: name below the layer -> parameter."""
+        """Return the adapter's tensors that train: name below the layer -> parameter."""
         return {
             name: value
             for name, value in self.named_parameters()
@@ -67,35 +67,35 @@ class AdapterLayer(nn.Module):
         }
 
     def fixed_tensors(self) -> dict[str, torch.Tensor]:
-        """The adapter's tensors that never train, parameters or buffers: name below the layer -> tensor."""
+        """Return the adapter's tensors that never train, parameters or buffers: name below the layer -> tensor."""
         return {name: operator.attrgetter(name)(self) for name in self.fixed}
 
     def file_tensors(self) -> dict[str, torch.Tensor]:
-        """What the adapter file holds of this layer: name below the layer -> tensor.
+        """Return what the adapter file holds of this layer: name below the layer -> tensor.
 
-        A method that trains other tensors than it saves computes these here, and builds a layer that holds them as
-        they are when its config says ``inference_mode``: it is then filled from a file.
+        A method that saves other tensors than it trains computes them here. With ``inference_mode`` in its config its
+        layer holds them as they are, to be filled from a file.
         """
         return {**self.own_tensors(), **self.fixed_tensors()}
 
     def own_module(self, path: str) -> nn.Module:
-        """The module below the layer, as ``own_tensors`` names it, that holds a tensor."""
+        """Return the module below the layer, as ``own_tensors`` names it, that holds a tensor."""
         return self.get_submodule(path)
 
     def file_name(self, path: str, tensor: str) -> str:
-        """Name in the adapter file of ``tensor`` when the layer stands at ``path`` in the model."""
+        """Return the name of ``tensor`` in the adapter file, for a layer at ``path`` in the model."""
         return f"{self.file_prefix}{path}.{tensor}"
 
     def adapt_from_file(self, tensor: str, value: torch.Tensor) -> torch.Tensor:
-        """``value`` of a file as this layer holds ``tensor``. A place for other writers' shapes."""
+        """Convert a file's ``value`` of ``tensor`` to the layer's shape, where other writers have another."""
         return value
 
     def overrides(self, below: AdapterLayer) -> bool:
-        """Whether what ``below``, of another adapter on the same module, does is lost while both are enabled."""
+        """Return whether this layer overrides ``below``, another adapter's on the same module, if both are enabled."""
         return False
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The base layer's tensors that change when the adapter is folded in, in float32 or wider.
+        """Return the base layer's tensors that change when the adapter is folded in, in float32 or wider.
 
         Raises:
             AdapterError: this kind of layer cannot be merged.
@@ -103,7 +103,7 @@ class AdapterLayer(nn.Module):
         raise AdapterError(f"{type(self).__name__} cannot be merged into the base model")
 
     def folded(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """``merged_tensors`` of this layer and of the adapter layers below it, those that are enabled."""
+        """Return the ``merged_tensors`` of this layer and of the adapter layers below it that are enabled."""
         below = self.base_layer.folded(base) if isinstance(self.base_layer, AdapterLayer) else {}
         return below | self.merged_tensors(base | below) if self.enabled else below
 
@@ -116,7 +116,9 @@ class TrainedCopy(AdapterLayer):
         if any(is_quantised(module) for module in base_module(base_layer).modules()):
             raise AdapterError("a quantised layer cannot be trained in full", key="modules_to_save")
         if any(isinstance(module, AdapterLayer) for module in base_module(base_layer).modules()):
-            raise AdapterError("a module that holds another adapter's layers has no copy", key="modules_to_save")
+            raise AdapterError(
+                "a module with layers of another adapter cannot be trained in full", key="modules_to_save"
+            )
         self.file_prefix = file_prefix
         self.copy = copy.deepcopy(base_module(base_layer))
         for parameter in self.copy.parameters():
@@ -198,12 +200,12 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def adapter_dtype(like: torch.Tensor) -> torch.dtype:
-    """The dtype of adapter weights beside ``like``: float32, or wider where the base model is wider."""
+    """Return the dtype of adapter weights for a base weight: float32, or wider where the base model is wider."""
     return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 def model_ends(model: Any) -> tuple[Any, Any]:
-    """The modules that embed the input's ids and that give the output's logits; None for one that the model lacks."""
+    """Return the input embedding and the output head of a model; None for one that it lacks."""
     ends = []
     for name in ("get_input_embeddings", "get_output_embeddings"):
         try:
@@ -214,14 +216,14 @@ def model_ends(model: Any) -> tuple[Any, Any]:
 
 
 def base_module(module: nn.Module) -> Any:
-    """The layer of the model below any adapter layers."""
+    """Return the base model's module below any adapter layers."""
     while isinstance(module, AdapterLayer):
         module = module.base_layer
     return module
 
 
 def layers_below(layer: AdapterLayer) -> list[AdapterLayer]:
-    """The adapter layers between ``layer`` and the layer of the model, from above."""
+    """Return the adapter layers between ``layer`` and the base model's module, outermost first."""
     found, module = [], layer.base_layer
     while isinstance(module, AdapterLayer):
         found.append(module)
@@ -230,7 +232,7 @@ def layers_below(layer: AdapterLayer) -> list[AdapterLayer]:
 
 
 def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, AdapterLayer]:
-    """Every adapter layer of the model, or of one of its adapters, by its path, in the model's order."""
+    """Return the adapter layers of the model, or of one of its adapters, by path, in the model's order."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -239,7 +241,7 @@ def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, Ad
 
 
 def path_in_file(model: nn.Module, path: str) -> str:
-    """The path that the adapter layer at ``path`` would have if its adapter were the only one."""
+    """Return the path that the adapter layer at ``path`` would have if its adapter were the only one."""
     module, kept = model, []
     parts = path.split(".") if path else []
     adapter = model.get_submodule(path).adapter
@@ -252,7 +254,7 @@ def path_in_file(model: nn.Module, path: str) -> str:
 
 
 def base_name(model: nn.Module, path: str) -> str:
-    """Name in the base model of the module over which the adapter layer at ``path`` stands."""
+    """Return the base model's name of the module below the adapter layer at ``path``."""
     module, kept = model, []
     for part in path.split("."):
         if not (part == "base_layer" and isinstance(module, AdapterLayer)):
@@ -262,7 +264,7 @@ def base_name(model: nn.Module, path: str) -> str:
 
 
 def base_paths(model: nn.Module) -> dict[str, str]:
-    """Names of the base model's modules -> the paths at which they, or the adapter layers over them, stand now."""
+    """Map the names of the base model's modules to their paths now, or to those of the adapter layers over them."""
     found: dict[str, str] = {}
     seen: set[nn.Module] = set()
 

@@ -15,7 +15,7 @@ from peftcli.errors import AdapterError
 
 @dataclass(frozen=True)
 class Linear:
-    """What an adapter needs to know of a linear layer."""
+    """Sizes and orientation of a linear layer."""
 
     in_features: int
     out_features: int
@@ -23,12 +23,12 @@ class Linear:
     """Whether the weight is stored (in, out), as in GPT-2's Conv1D."""
 
     def as_stored(self, weight: torch.Tensor) -> torch.Tensor:
-        """``weight`` of shape (out, in), in the layer's own orientation; and the other way round."""
+        """Turn a weight (out, in) into the layer's own orientation, or back."""
         return weight.T if self.transposed else weight
 
 
 def linear_view(module: Any) -> Linear | None:
-    """The view of ``module``, or of the layer below its adapter layers; None when it is no linear layer."""
+    """Return the view of ``module``, or of the module below its adapter layers; None if that is not a linear layer."""
     module = base_module(module)
     if isinstance(module, nn.Linear) or is_packed(module):
         return Linear(module.in_features, module.out_features, transposed=False)
@@ -39,7 +39,7 @@ def linear_view(module: Any) -> Linear | None:
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
-    """The weight (out, in) of a linear layer, dequantised if need be, detached, in float32 or wider."""
+    """Return the weight (out, in) of a linear layer, dequantised if necessary, detached, in float32 or wider."""
     layer, view = base_module(module), linear_view(module)
     assert view is not None
     if is_quantised(layer):
@@ -49,17 +49,17 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
 
 
 def stored_weight(module: nn.Module) -> torch.Tensor:
-    """The tensor that holds the layer's weight in whatever form: it says on which device, not what."""
+    """Return the tensor that stores the layer's weight, whatever the format; its device is the layer's."""
     layer = base_module(module)
     weight: torch.Tensor = layer.qweight if is_packed(layer) else layer.weight
     return weight
 
 
 def require_linear(module: nn.Module, name: str, method: str, kinds: str = "Linear and Conv1D") -> Linear:
-    """The view of ``module``.
+    """Return the view of ``module``.
 
     Raises:
-        AdapterError: it is no linear layer; ``method`` adapts ``kinds`` only.
+        AdapterError: it is not a linear layer, and ``method`` adapts ``kinds`` only.
     """
     view = linear_view(module)
     if view is None:

@@ -16,22 +16,22 @@ from peftcli.errors import AdapterError
 
 
 def merge(model: nn.Module, *configs: AdapterConfig, dequantise: bool = False) -> bool:
-    """Fold the model's enabled adapters into its weights, in place; no adapter layer is left.
+    """Fold the model's enabled adapters into its weights, in place. No adapter layer is left.
 
-    Sums are made in float32 whatever the base dtype. An adapted embedding or head that shares its weight with the
+    Sums are computed in float32 or wider. An adapted embedding or head that shares its weight with the
     other one gets a weight of its own.
 
     Args:
         model: the model, with adapters in it.
         configs: those of the enabled adapters.
-        dequantise: make ordinary layers of all that are quantised; else such layers cannot be merged into.
+        dequantise: convert quantised layers into ordinary ones. Otherwise they cannot be merged into.
 
     Returns:
         Whether input and output embeddings shared a weight before and do not now.
 
     Raises:
         AdapterError: a method cannot be merged, a layer below it is quantised, or a merged weight is not finite. The
-            model is as it was then.
+            model is not changed then.
     """
     for config in configs:
         if reason := config.merge_problem():
@@ -55,7 +55,7 @@ def merge(model: nn.Module, *configs: AdapterConfig, dequantise: bool = False) -
 
 @dataclass(frozen=True)
 class Folded:
-    """Weights that hold their adapters' updates for a while."""
+    """Weights with their adapters' updates folded in, and the way back."""
 
     before: list[tuple[nn.Module, str, torch.Tensor]]
     """Where each weight or buffer stood: module, name, and what it was."""
@@ -110,7 +110,7 @@ def fold(model: nn.Module) -> Folded:
 
 
 def _dequantise(model: nn.Module) -> dict[nn.Module, nn.Linear]:
-    """Put ordinary layers in the place of quantised ones: what stood there -> what stands there now."""
+    """Replace quantised layers by ordinary ones, and return them: old -> new."""
     dtype = plain_dtype(model)
     dense = {module: dense_layer(module, dtype) for module in model.modules() if is_quantised(module)}
     replace_modules(model, dense)
@@ -118,7 +118,7 @@ def _dequantise(model: nn.Module) -> dict[nn.Module, nn.Linear]:
 
 
 def outermost(model: nn.Module) -> dict[str, AdapterLayer]:
-    """The adapter layers that stand in no other adapter layer: path -> layer."""
+    """Return the adapter layers that are not inside another one, by path."""
     found: dict[str, AdapterLayer] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{path}.") for path in found)

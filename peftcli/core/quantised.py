@@ -1,4 +1,4 @@
-"""Layers whose weight is stored in fewer bits than it computes with.
+"""Layers whose weight is stored in fewer bits than they compute with.
 
 They are recognised by what they hold, since core imports torch only: bitsandbytes' weights by their scales, torchao's
 by being tensors that can ``dequantize``, the packed layers of GPTQ and AWQ by ``qweight``.
@@ -19,7 +19,7 @@ _ROWS_AT_ONCE = 1024
 
 
 def is_quantised(module: Any) -> bool:
-    """Whether the module is a layer whose weight is stored in fewer bits."""
+    """Return whether the module's weight is stored in fewer bits."""
     weight = module._parameters.get("weight")  # its own: an adapter layer has its base layer's attributes too
     if weight is None:
         return is_packed(module)
@@ -27,12 +27,12 @@ def is_quantised(module: Any) -> bool:
 
 
 def is_packed(module: Any) -> bool:
-    """Whether the module is a linear layer of GPTQ or AWQ, which has no tensor called weight."""
+    """Return whether the module is a linear layer of GPTQ or AWQ, which have no tensor called weight."""
     return "qweight" in module._buffers.keys() | module._parameters.keys() and hasattr(module, "in_features")
 
 
 def dequantised_weight(module: Any) -> torch.Tensor:
-    """The weight (out, in) that a quantised linear layer computes with, detached, in float32."""
+    """Return the weight (out, in) that a quantised linear layer computes with, detached, in float32."""
     weight = module._parameters.get("weight")
     if getattr(weight, "quant_state", None) is not None:
         return _from_four_bits(module)
@@ -48,10 +48,10 @@ def dequantised_weight(module: Any) -> torch.Tensor:
 
 
 def dense_layer(module: Any, dtype: torch.dtype) -> nn.Linear:
-    """An ordinary layer that computes what a quantised linear layer does.
+    """Return an ordinary layer that computes what a quantised linear layer does.
 
     Raises:
-        AdapterError: the module is no linear layer.
+        AdapterError: the module is not a linear layer.
     """
     if not hasattr(module, "in_features"):
         raise AdapterError(f"a quantised {type(module).__name__} cannot be dequantised")
@@ -64,7 +64,7 @@ def dense_layer(module: Any, dtype: torch.dtype) -> nn.Linear:
 
 
 def as_before_quantising(layer: nn.Linear, quantised: Any) -> nn.Module:
-    """``layer`` in the class that ``quantised``, whose place it took, was made from: bitsandbytes turns a Conv1D."""
+    """Return ``layer`` in the class that ``quantised`` was made from: bitsandbytes transposes a Conv1D."""
     kind = getattr(quantised, "source_cls", nn.Linear)
     if kind.__name__ != "Conv1D":
         return layer
@@ -76,19 +76,19 @@ def as_before_quantising(layer: nn.Linear, quantised: Any) -> nn.Module:
 
 
 def num_weights(model: nn.Module) -> int:
-    """How many weights the model has, however they are packed."""
+    """Return how many weights the model has, however they are packed."""
     packed: list[Any] = [module for module in model.modules() if is_packed(module)]
     return sum(map(num_values, model.parameters())) + sum(m.in_features * m.out_features for m in packed)
 
 
 def num_values(parameter: torch.Tensor) -> int:
-    """How many weights a parameter stands for."""
+    """Return how many weights a parameter stores."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else math.prod(state.shape)
 
 
 def keep_layout(model: nn.Module) -> None:
-    """Have the model's 4-bit layers compute in evaluation what they compute in training.
+    """Make the model's 4-bit layers compute the same in evaluation as in training.
 
     On a CPU with bfloat16 instructions, bitsandbytes reorders the weights of a layer in its first evaluation. From
     then on their scales are rounded, and no gradient passes the layer.
@@ -101,10 +101,10 @@ def keep_layout(model: nn.Module) -> None:
 
 
 def check_gradients(model: nn.Module) -> None:
-    """Refuse a model with quantised layers that no gradient passes: what stands below them would not train.
+    """Refuse a model with quantised layers that pass no gradients: adapters below them would not train.
 
     Raises:
-        AdapterError: it names the kind of layer.
+        AdapterError: with the kind of layer.
     """
     kinds: dict[Any, Any] = {}
     for module in model.modules():
@@ -123,7 +123,7 @@ def check_gradients(model: nn.Module) -> None:
 
 
 def plain_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of the weights that are not quantised."""
+    """Return the dtype of the weights that are not quantised."""
     return next(parameter.dtype for parameter in model.parameters() if parameter.dtype in _NUMBERS)
 
 
@@ -132,7 +132,7 @@ def _dequantises(weight: torch.Tensor) -> bool:
 
 
 def _from_four_bits(module: Any) -> torch.Tensor:
-    """A weight of bitsandbytes whose blocks have a scale each; with double_quant the scales are quantised too."""
+    """Dequantise a weight of bitsandbytes with a scale per block; with double_quant the scales are quantised too."""
     _in_order(module)
     state, ops = module.weight.quant_state, torch.ops.bitsandbytes
     scales = state.absmax
@@ -156,7 +156,7 @@ def _in_order(module: Any) -> None:
 
 @torch.no_grad()
 def _from_outputs(module: Any) -> torch.Tensor:
-    """The weight of a layer whose packing is its own affair: what it makes of each unit vector."""
+    """Compute the weight of a layer of any format from its outputs for the unit vectors."""
     device = module.qweight.device if is_packed(module) else module.weight.device
     dtype = torch.float32 if device.type == "cpu" else torch.float16  # the packages' kernels take no other there
     inputs = torch.eye(module.in_features, device=device, dtype=dtype).split(_ROWS_AT_ONCE)

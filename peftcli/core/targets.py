@@ -36,7 +36,7 @@ def targets(model: nn.Module, config: AdapterConfig) -> list[str]:
 
 
 def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
-    """Names of the modules that ``config`` names, in the model's order.
+    """Return the names of the modules that ``target_modules`` matches, in the model's order.
 
     Raises:
         AdapterError: an entry matches nothing; the message gives near names.
@@ -60,18 +60,18 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
 
 
 def _endings(name: str) -> set[str]:
-    """All entries that ``module_matches`` the name."""
+    """Return all entries that match the name."""
     parts = name.split(".")
     return {".".join(parts[start:]) for start in range(len(parts))}
 
 
 def module_matches(name: str, entry: str) -> bool:
-    """Whether ``entry`` is the module's name or ends it at a dot."""
+    """Return whether ``entry`` is the module's name or an ending of it after a dot."""
     return name == entry or name.endswith(f".{entry}")
 
 
 def find_modules(model: nn.Module, entries: Iterable[str], key: str) -> list[str]:
-    """Names of the modules that a list of names or name endings gives, in the model's order.
+    """Return the names of the modules that a list of names or name endings matches, in the model's order.
 
     Raises:
         AdapterError: an entry matches nothing; the message gives near names.
@@ -80,7 +80,7 @@ def find_modules(model: nn.Module, entries: Iterable[str], key: str) -> list[str
 
 
 def find_parameters(model: nn.Module, entries: Iterable[str], key: str) -> dict[str, list[str]]:
-    """The parameters that a list of names or name endings gives: their module's name -> their names in it.
+    """Return the parameters that a list of names or name endings matches: module's name -> names in it.
 
     Raises:
         AdapterError: an entry matches nothing; the message gives near names.
@@ -94,7 +94,7 @@ def find_parameters(model: nn.Module, entries: Iterable[str], key: str) -> dict[
 
 
 def shortest_names(model: nn.Module, names: list[str]) -> list[str]:
-    """The shortest name endings that name these modules and no others, sorted."""
+    """Return the shortest name endings that match these modules and no others, sorted."""
     chosen, found = set(names), set()
     every = [name for name in base_paths(model) if name]
     for name in names:
@@ -108,12 +108,12 @@ def shortest_names(model: nn.Module, names: list[str]) -> list[str]:
 
 
 def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:
-    """The value whose key (a name ending or regular expression) matches the module's name, or ``default``."""
+    """Return the value whose key (a name ending or regular expression) matches the module's name, or ``default``."""
     return next((value for key, value in patterns.items() if _pattern_matches(key, name)), default)
 
 
 def check_patterns(patterns: Mapping[str, float], names: Iterable[str], key: str) -> None:
-    """Raises AdapterError for a key of rank_pattern or alpha_pattern that matches no adapted module."""
+    """Raise AdapterError for a key of rank_pattern or its like that matches no adapted module."""
     names = list(names)
     for pattern in patterns:
         if not any(_pattern_matches(pattern, name) for name in names):
@@ -121,7 +121,7 @@ def check_patterns(patterns: Mapping[str, float], names: Iterable[str], key: str
 
 
 def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The base model's modules by name, as if it had no adapter."""
+    """Return the base model's modules by name, as if it had no adapter."""
     return {name: base_module(model.get_submodule(path)) for name, path in base_paths(model).items()}
 
 
@@ -180,7 +180,7 @@ def _in_layers(names: list[str], config: LayeredConfig) -> list[str]:
 
 
 def _layer_index(parts: list[str], ranks: Mapping[str, int]) -> int | None:
-    """The first number within a module's name that stands behind the name of a list; without names, behind any.
+    """Return the first number in a module's name that follows the name of a list, or without such names the first.
 
     Args:
         parts: of the module's name, between dots.

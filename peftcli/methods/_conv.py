@@ -1,4 +1,4 @@
-"""What methods share that add a delta to the kernel of a convolution."""
+"""The base of methods that add a delta to the kernel of a convolution."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class DeltaConv(AdapterLayer):
         super().__init__(with_bias(module, bias))
 
     def delta(self) -> torch.Tensor:
-        """What the adapter adds to the kernel."""
+        """Return what the adapter adds to the kernel."""
         raise NotImplementedError
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
-        """What the adapter adds to the output for the input ``x``, which has the adapter's dtype."""
+        """Return what the adapter adds to the output for the input ``x``, which has the adapter's dtype."""
         return base_module(self)._conv_forward(x, self.delta(), None)  # with the stride, padding, ... of the base layer
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What methods share that add a delta to the weight of a linear layer."""
+"""The base of methods that add a delta to the weight of a linear layer."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class DeltaLinear(AdapterLayer):
         self.dropout = dropout_layer(dropout)
 
     def delta(self) -> torch.Tensor:
-        """What the adapter adds to the weight: (out, in)."""
+        """Return what the adapter adds to the weight: (out, in)."""
         raise NotImplementedError
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
-        """What the adapter adds to the output for the input ``x``, which has the adapter's dtype: (..., out)."""
+        """Return what the adapter adds to the output for the input ``x``, which has the adapter's dtype: (..., out)."""
         return F.linear(x, self.delta())
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -64,7 +64,7 @@ class WeightDelta(AdapterLayer):
     """
 
     def delta_of(self, weight: torch.Tensor) -> torch.Tensor:
-        """What the adapter adds to the base weight ``weight``, both in the layer's own orientation."""
+        """Return what the adapter adds to the base weight ``weight``, both in the layer's own orientation."""
         raise NotImplementedError
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -87,23 +87,23 @@ class WeightDeltaLinear(WeightDelta, DeltaLinear):
 
 
 def with_bias(module: nn.Module, bias: str) -> nn.Module:
-    """``module``, with its bias trained where the setting ``bias`` says so and it has one."""
+    """Return ``module``, with its bias trained if the setting ``bias`` says so and it has one."""
     return TrainedBias(module) if bias != "none" and getattr(module, "bias", None) is not None else module
 
 
 def dropout_layer(share: float) -> nn.Module:
-    """Dropout, or nothing at all: no copy of the input."""
+    """Return dropout, or an identity that does not copy the input."""
     return nn.Dropout(share) if share else nn.Identity()
 
 
 def factory_kwargs(layer: nn.Module) -> dict[str, Any]:
-    """Device and dtype of adapter weights beside the layer's own."""
+    """Return the device and dtype for adapter weights of a layer."""
     weight = stored_weight(layer)
     return {"device": weight.device, "dtype": adapter_dtype(weight)}
 
 
 def check_drawn(r: int, layers: Iterable[Any]) -> None:
-    """Raises AdapterError for an r with which tensors that all layers share, and no file may hold, fill the memory."""
+    """Raise AdapterError for an r that is too large for tensors that all layers share and no file need hold."""
     widest = max(side for layer in layers for side in (layer.view.in_features, layer.view.out_features))
     if r > max(_LARGEST_R, 2 * widest):
         raise AdapterError(f"{r:,} is far larger than the layers, whose largest side is {widest:,}", key="r")

@@ -1,4 +1,4 @@
-"""What the layers of the methods of LyCORIS share (https://arxiv.org/abs/2309.14859)."""
+"""The base of the layers of LyCORIS's methods (https://arxiv.org/abs/2309.14859)."""
 
 from __future__ import annotations
 

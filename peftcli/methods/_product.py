@@ -1,4 +1,4 @@
-"""What methods share that take something of the base weight away."""
+"""The product with the base weight, for methods that take part of it away."""
 
 from __future__ import annotations
 

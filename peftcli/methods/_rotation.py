@@ -1,4 +1,4 @@
-"""What methods share that rotate a layer's inputs: ``y = W (R x) + b``, so ``W' = W R``, with an orthogonal ``R``."""
+"""The base of methods that rotate a layer's inputs: ``y = W (R x) + b``, so ``W' = W R``, with an orthogonal ``R``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Rotating(AdapterLayer):
         return weight
 
     def turned(self, weight: torch.Tensor) -> torch.Tensor:
-        """What takes the place of the weight (out, in), in the adapter's dtype."""
+        """Return the new weight (out, in), in the adapter's dtype."""
         return self.scaled(self.rotated(weight, back=True))
 
 

@@ -6,37 +6,37 @@ Problems = list[tuple[str, str]]
 
 
 def too_small(config: object, **least: float) -> Problems:
-    """Settings below the least that each may be."""
+    """Return the settings below their minimum."""
     found = {key: getattr(config, key) for key in least}
     return [(key, f"must be at least {least[key]}, not {value}") for key, value in found.items() if value < least[key]]
 
 
 def too_large(config: object, **most: float) -> Problems:
-    """Settings above the most that each may be."""
+    """Return the settings above their maximum."""
     found = {key: getattr(config, key) for key in most}
     return [(key, f"must be at most {most[key]}, not {value}") for key, value in found.items() if value > most[key]]
 
 
 def not_positive(config: object, *keys: str) -> Problems:
-    """Settings that are not above zero."""
+    """Return the settings that are not above zero."""
     found = {key: getattr(config, key) for key in keys}
     return [(key, f"must be above 0, not {value}") for key, value in found.items() if value <= 0]
 
 
 def outside_unit_interval(config: object, *keys: str) -> Problems:
-    """Settings that are no share of something: not in [0, 1)."""
+    """Return the settings outside [0, 1)."""
     found = {key: getattr(config, key) for key in keys}
     return [(key, f"must be in [0, 1), not {value}") for key, value in found.items() if not 0 <= value < 1]
 
 
 def not_one_of(config: object, key: str, *choices: object) -> Problems:
-    """The setting, when it is none of the choices."""
+    """Return the setting if it is not one of the choices."""
     value = getattr(config, key)
     shown = ", ".join(str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices)
     return [] if value in choices else [(key, f"must be one of {shown}, not {value!r}")]
 
 
 def pattern_too_small(config: object, key: str, least: int) -> Problems:
-    """Entries of a setting like rank_pattern that are below the least that they may be."""
+    """Return the entries of a setting like rank_pattern that are below their minimum."""
     found: dict[str, int] = getattr(config, key)
     return [(key, f"{name}: must be at least {least}, not {value}") for name, value in found.items() if value < least]

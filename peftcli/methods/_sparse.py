@@ -1,4 +1,4 @@
-"""What methods share that train single places of a matrix."""
+"""The base of methods that train single numbers of a matrix."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class Combination:
         return Update(arithmetic(torch.stack([update.left for _, update in parts]), roots), right)
 
     def _arithmetic(self, name: str) -> Callable[[torch.Tensor, list[float]], torch.Tensor]:
-        """What becomes of stacked tensors (n, ...) and a weight for each."""
+        """Return the function that combines stacked tensors (n, ...) with a weight each."""
         small, all_of_it = self._drop_small, torch.Tensor.clone
         drops: dict[str, Callable[[torch.Tensor], torch.Tensor]]
         drops = {"linear": all_of_it, "ties": small, "magnitude_prune": small}

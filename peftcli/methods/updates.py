@@ -1,4 +1,4 @@
-"""What an adapter adds to a weight, as a product of two thin matrices, and how large and how alike such updates are.
+"""The update of a weight as a product of two thin matrices, and the size and likeness of updates.
 
 Nothing here makes the product itself, which is as large as the weight.
 """

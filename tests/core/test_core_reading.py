@@ -42,7 +42,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_damaged(tmp_path: Path) -> None:
     safetensors.torch.save_file({"a": torch.ones(5000)}, path)
     with open_weights(path) as (header, file):
         os.truncate(path, 9000)
-        with pytest.raises(AdapterError, match="damaged: it ended while it was read"):
+        with pytest.raises(AdapterError, match="damaged: it was truncated while it was read"):
             files._read(header, file, path)
 
 

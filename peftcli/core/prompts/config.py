@@ -1,4 +1,4 @@
-"""What the configs of all soft prompts hold. No torch here."""
+"""The base of the configs of all soft prompts. No torch here."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class SoftPromptConfig(AdapterConfig):
         return found
 
     def check_room(self, model: Any) -> None:
-        """Raises AdapterError when the virtual tokens leave the model no position for the input."""
+        """Raise AdapterError if the virtual tokens leave the model no position for the input."""
         if not hasattr(model, "config"):
-            raise AdapterError(f"virtual tokens go into models of transformers; {type(model).__name__} is none")
+            raise AdapterError(f"virtual tokens go into models of transformers; {type(model).__name__} is not one")
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is not None and self.num_virtual_tokens >= limit:
             raise AdapterError(
@@ -54,7 +54,7 @@ class EmbeddedPromptConfig(SoftPromptConfig):
     """A config of a method whose virtual tokens are vectors in the place of token embeddings."""
 
     def fit(self, embedding: Any) -> int:
-        """The size of the input embedding, which the config then holds.
+        """Return the size of the input embedding, and write it into the config.
 
         Raises:
             AdapterError: the file's is another.

@@ -1,4 +1,4 @@
-"""Room for virtual tokens in a model's inputs: after each row's left padding, as if they had been typed there."""
+"""Insert virtual tokens into a model's inputs: after each row's left padding, as if they had been typed there."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Insertion:
         return torch.where(virtual, filler, value.gather(1, source))
 
     def first(self, value: torch.Tensor) -> torch.Tensor:
-        """What ``value`` (B, T) or (B, T, D) holds of each row's first token: (B, 1) or (B, 1, D)."""
+        """Return the first token's part of each row of ``value``, (B, T) or (B, T, D): (B, 1) or (B, 1, D)."""
         index = self.start.clamp(max=self.length - 1)
         if value.ndim == 3:
             index = index[..., None].expand(-1, -1, value.shape[2])
@@ -59,7 +59,7 @@ class Insertion:
 
 
 class SoftPrompt(AdapterLayer):
-    """What the layers of all soft prompts share. Of a model's soft prompts one can be active at a time."""
+    """The base of the layers of all soft prompts. One soft prompt of a model can be active at a time."""
 
     placeholders: torch.Tensor | None = None
     """While ``generate`` runs: where the virtual tokens start in each row (B, 1)."""
@@ -71,7 +71,7 @@ class SoftPrompt(AdapterLayer):
     """Whether the virtual tokens of an encoder-decoder stand before what the decoder reads."""
     by_row = False
     longest: int | None = None
-    """How many tokens, virtual ones included, the model has positions for; None: no telling."""
+    """How many tokens, virtual ones included, the model has positions for; None: unknown."""
     counts = False
     """Whether positions are counted from the mask, padding aside, where the caller gives none."""
 
@@ -81,10 +81,10 @@ class SoftPrompt(AdapterLayer):
         raise NotImplementedError
 
     def insertion(self, inputs: dict[str, Any]) -> Insertion:
-        """Room for the virtual tokens in the inputs of a forward call.
+        """Return where the virtual tokens go in the inputs of a forward call.
 
         Raises:
-            AdapterError: there is none, or the padding cannot be told.
+            AdapterError: there are not enough positions, or the padding is unknown.
         """
         given = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         (batch, length), mask = given.shape[:2], inputs.get("attention_mask")
@@ -192,7 +192,7 @@ def without(values: torch.Tensor, start: torch.Tensor, count: int) -> torch.Tens
 
 
 def starts(mask: torch.Tensor) -> torch.Tensor:
-    """Where each row's left padding ends: mask (B, T) -> (B, 1)."""
+    """Return where each row's left padding ends: mask (B, T) -> (B, 1)."""
     return (mask.long().cumsum(-1) == 0).sum(-1, keepdim=True)
 
 
@@ -212,7 +212,7 @@ def bound(function: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def takes(module: nn.Module, argument: str) -> bool:
-    """Whether the module's forward has that argument."""
+    """Return whether the module's forward has that argument."""
     return argument in inspect.signature(module.forward).parameters
 
 

@@ -1,6 +1,6 @@
 """A prefix: trained keys and values that every attention layer sees before its own.
 
-Virtual tokens are put into the decoder's inputs as ``core.prompt`` does it, and each attention layer replaces what it
+Virtual tokens are put into the decoder's inputs as in ``virtual_tokens``, and each attention layer replaces what it
 computed of them by the trained keys and values. To masks, positions and every kind of cache they are ordinary tokens;
 they stand after a row's left padding. What comes out for them is cut off again, so nothing above the decoder sees them.
 """
@@ -61,7 +61,7 @@ class Prefix(nn.Module):
         raise NotImplementedError
 
     def whole(self) -> torch.Tensor:
-        """What the adapter file holds: (n, pairs * 2 * width)."""
+        """Return the tensor of the adapter file: (n, pairs * 2 * width)."""
         return torch.cat([self.pair(index) for index in range(self.pairs)], dim=1)
 
 
@@ -117,7 +117,7 @@ class PrefixAttention(SoftPrompt):
         return self.base_layer(**inputs | {self._cache: _WithPrefix(cache, self, start)})
 
     def _start(self, mask: Any, batch: int, length: int) -> torch.Tensor:
-        """Where the prefix starts in each row (B, 1).
+        """Return where the prefix starts in each row (B, 1).
 
         When checkpointing calls the layer again, perhaps after other batches, its own mask tells.
         """
@@ -141,7 +141,7 @@ class _WithPrefix:
         self.cache, self.layer, self.start = cache, layer, start
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What the true cache gives for keys and values (B, heads, n + T, dim) that hold the prefix."""
+        """Return what the true cache returns for keys and values (B, heads, n + T, dim) that hold the prefix."""
         trained = self.layer.prefix.pair(self.layer.pair)
         keys, values = (self._put(mine, into) for mine, into in zip(trained.chunk(2, -1), (keys, values), strict=True))
         return (keys, values) if self.cache is None else self.cache.update(keys, values, *args, **kwargs)

@@ -74,7 +74,7 @@ class VirtualTokens(SoftPrompt):
         return torch.where((ids >= self.first_id).unsqueeze(-1), virtual, tokens)
 
     def numbers(self, insertion: Insertion, task_ids: torch.Tensor | None) -> torch.Tensor:
-        """Which row of the table each virtual slot holds: (B, n + T)."""
+        """Return the row of the table for each virtual slot: (B, n + T)."""
         rows = self.rows_of(task_ids, len(insertion.start))
         return insertion.number.clamp(0, self.count - 1) + (0 if rows is None else rows * self.count)
 
@@ -101,7 +101,7 @@ def targets(model: nn.Module, config: EmbeddedPromptConfig) -> list[str]:
 
 
 def attach(model: nn.Module, config: EmbeddedPromptConfig, layers: Mapping[str, AdapterLayer]) -> None:
-    """Let the model's inputs start with the virtual tokens of the new layer."""
+    """Start the model's inputs with the virtual tokens of the new layer."""
     for layer in layers.values():
         insert_virtual_tokens(model, cast("VirtualTokens", layer), token_labels=config.task_type != "SEQ_CLS")
 
@@ -116,7 +116,7 @@ def input_embedding_name(model: Any) -> str:
 
 
 def insert_virtual_tokens(model: Any, layer: VirtualTokens, *, token_labels: bool = True) -> None:
-    """Let every forward call of ``model`` that starts a sequence start it with the virtual tokens of ``layer``.
+    """Insert the virtual tokens of ``layer`` in every forward call of ``model`` that starts a sequence.
 
     Logits of each token come back for the tokens of the input only, unless the model generates text.
 

@@ -136,7 +136,7 @@ def wrap(module: nn.Module, name: str, config: AdaLoraConfig) -> AdaLoraLayer:
 
 
 def updates(config: AdaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, Update]:
-    """What the tensors of a file add to each weight."""
+    """Return what the tensors of a file add to each weight."""
     found = {}
     for path in (name.removesuffix(".lora_E") for name in tensors if name.endswith(".lora_E")):
         names = (f"{path}.lora_A", f"{path}.lora_E", f"{path}.lora_B")
@@ -167,7 +167,7 @@ def describe(config: AdaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict
 
 
 def _mask(config: AdaLoraConfig, name: str, left: int) -> list[bool]:
-    """Which directions a layer kept; where that is not known, as many at the front: readers only count them."""
+    """Return which directions a layer kept; if unknown, as many at the front: readers only count them."""
     known = config.rank_pattern.get(name, [])
     return known if sum(known) == left else [index < left for index in range(config.init_r)]
 

@@ -78,7 +78,7 @@ class BOFTLinear(BOFTLayer, RotatedLinear):
         return scaled.to(y.dtype)
 
     def _bias(self, x: torch.Tensor) -> torch.Tensor | None:
-        """What the base layer gives for an input of zeros, which the scale leaves alone."""
+        """Return the base layer's output for an input of zeros, which is not scaled."""
         if isinstance(self.base_layer, AdapterLayer):
             zeros: torch.Tensor = self.base_layer(x.new_zeros(1, x.shape[-1]))
             return zeros[0]
@@ -135,7 +135,7 @@ def _together(rows: torch.Tensor, size: int, blocks: int) -> torch.Tensor:
 
 
 def _apart(rows: torch.Tensor, size: int, blocks: int) -> torch.Tensor:
-    """What ``_together`` brought together, where it was."""
+    """Undo ``_together``."""
     if blocks == 1:
         return rows
     return rows.unflatten(-1, (-1, blocks, 2, size // 2)).transpose(-3, -2).flatten(-4)

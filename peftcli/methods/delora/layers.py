@@ -46,7 +46,7 @@ class DeloraLinear(DeltaLinear):
         return (self.delora_B * self._scales()) @ (self.delora_A * self.delora_w_norm)
 
     def _scales(self) -> torch.Tensor:
-        """What each direction is multiplied by: (r,)."""
+        """Return the factor of each direction: (r,)."""
         norms = self.delora_A.norm(dim=1).clamp(min=_SMALLEST_NORM) * self.delora_B.norm(dim=0).clamp(
             min=_SMALLEST_NORM
         )

@@ -187,7 +187,7 @@ def num_places(inputs: int, rate: float) -> int:
 
 
 def kind_of(name: str) -> str:
-    """What a module is called wherever it stands: its name's last two parts, or one if numbers come before it."""
+    """Return a module's name inside its block: the last two parts, or one if a number comes before it."""
     *before, last = name.split(".")
     if not before or before[-1].isdigit():
         return last

@@ -69,7 +69,7 @@ def _start(module: Any, config: MultitaskPromptTuningConfig) -> dict[str, torch.
 def _from_source(
     tensors: dict[str, torch.Tensor], config: MultitaskPromptTuningConfig, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """What the adapter that the config names gives to start from, of ``tensors``.
+    """Read the starting values of ``tensors`` from the adapter that the config names.
 
     Raises:
         AdapterError: it cannot be read, or is of other sizes.

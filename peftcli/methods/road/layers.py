@@ -41,7 +41,7 @@ class RoadLinear(AdapterLayer):
         return self.turned(y.to(self.road_theta.dtype)).to(y.dtype) if self.enabled else y
 
     def turned(self, y: torch.Tensor) -> torch.Tensor:
-        """What outputs (..., out) become."""
+        """Return the outputs (..., out), turned and scaled."""
         cosines, sines = self._factors()
         first, second = y.unflatten(-1, (-1, 2, self.reach)).unbind(-2)
         return y * cosines + torch.stack((-second, first), -2).flatten(-3) * sines

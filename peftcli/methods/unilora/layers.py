@@ -81,7 +81,7 @@ def attach(model: nn.Module, config: UniLoraConfig, layers: Mapping[str, Any]) -
 
 
 def _assigned(count: int, config: UniLoraConfig) -> torch.Tensor:
-    """Which number of the vector stands at each of ``count`` places: each at as many as the others, at random.
+    """Draw which number of the vector stands at each of ``count`` places: each at as many as the others, at random.
 
     PEFT leaves the choice to NumPy, and its files may hold the seed alone.
     """
