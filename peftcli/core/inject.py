@@ -249,7 +249,7 @@ def _call_layers(model: nn.Module) -> None:
 
 
 def _freeze_statistics(model: nn.Module) -> None:
-    """Keep every norm with running statistics in evaluation mode while its weights are frozen."""
+    """Keep every norm with running statistics in evaluation mode unless all its weights train."""
     for module in model.modules():
         if (
             module._buffers.get("running_mean") is not None
@@ -259,7 +259,8 @@ def _freeze_statistics(model: nn.Module) -> None:
 
 
 def _use_statistics(norm: nn.Module, args: Any) -> None:
-    if not any(parameter.requires_grad for parameter in norm.parameters()):
+    trained = [parameter.requires_grad for parameter in norm.parameters()]
+    if not trained or not all(trained):  # of a bias that trains beside it, the norm sees the bias only
         norm.training = False
 
 

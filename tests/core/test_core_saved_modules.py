@@ -188,13 +188,14 @@ CONVNETS: dict[str, tuple[Callable[[], Any], list[str]]] = {
 }
 
 
+@pytest.mark.parametrize("bias", ["none", "all"])
 @pytest.mark.parametrize("kind", CONVNETS)
-def test_training_moves_no_buffer_that_the_adapter_does_not_hold(kind: str, tmp_path: Path) -> None:
+def test_training_moves_no_buffer_that_the_adapter_does_not_hold(kind: str, bias: Any, tmp_path: Path) -> None:
     make, targets = CONVNETS[kind]
     model, inputs = _body(make), {"pixel_values": torch.randn(PIXELS)}
     before = {name: value.clone() for name, value in model.named_buffers()}
     plain = model(**inputs).logits
-    config = LoraConfig(r=2, target_modules=targets, modules_to_save=["classifier"])
+    config = LoraConfig(r=2, target_modules=targets, modules_to_save=["classifier"], bias=bias)
     inject(model, config)
     _train(model, inputs)
     assert any(".running_mean" in name for name in before)
