@@ -262,10 +262,10 @@ def _heads(model: nn.Module) -> tuple[str | None, list[str]]:
     if model_ends(model)[1] is not None:
         return None, []
     body = getattr(model, "base_model", model)
-    factory_kwargs = [(name, child) for name, child in model.named_children() if child is not body]
-    if body is model and not any(hasattr(child, "base_model_prefix") for _, child in factory_kwargs):
-        factory_kwargs = []  # the body alone
-    heads = [name for name, child in factory_kwargs if not hasattr(child, "base_model_prefix") and child not in ends]
+    beside = [(name, child) for name, child in model.named_children() if child is not body]
+    if body is model and not any(hasattr(child, "base_model_prefix") for _, child in beside):
+        beside = []  # the body alone
+    heads = [name for name, child in beside if not hasattr(child, "base_model_prefix") and child not in ends]
     prefix = "" if body is model else next(f"{name}." for name, child in model.named_children() if child is body)
     last = next(((n, c) for n, c in reversed(list(body.named_children())) if any(True for _ in c.parameters())), None)
     if last is not None and not isinstance(last[1], nn.ModuleList):

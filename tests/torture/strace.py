@@ -122,8 +122,8 @@ def inject(start: Start, folder: Path, point: Point, fault: str) -> Child:
 
 def _traced(start: Start, folder: Path, options: list[str] | Callable[[int], list[str]]) -> tuple[Child, Path]:
     """A child under strace, which has ended, and strace's log."""
-    factory_kwargs = Path(tempfile.mkdtemp(dir=folder, prefix="strace-"))
-    go, log = factory_kwargs / "go", factory_kwargs / "log"
+    beside = Path(tempfile.mkdtemp(dir=folder, prefix="strace-"))
+    go, log = beside / "go", beside / "log"
     child = start(folder, Gate(go))
     pid = child.process.pid
     chosen = options(pid) if callable(options) else options
