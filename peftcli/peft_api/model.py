@@ -15,13 +15,11 @@ from torch import nn
 from peftcli.adapters.card import write_card
 from peftcli.adapters.load import find_adapter
 from peftcli.adapters.push import push
-from peftcli.core.combine import Combination
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import load_adapter, save_adapter
 from peftcli.core.inject import disabled, inject, set_active, set_trainable, unload
 from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import Folded, fold, merge
-from peftcli.core.mixed_batch import adapted_by_row
 from peftcli.core.prompts import virtual_tokens
 from peftcli.core.quantised import num_weights
 from peftcli.core.weights import (
@@ -29,8 +27,10 @@ from peftcli.core.weights import (
     load_state,
 )
 from peftcli.errors import AdapterError
+from peftcli.methods.combinations import Combination
 from peftcli.methods.lora.combine import Adapter, combine
 from peftcli.models.quantization import forget
+from peftcli.peft_api.mixed_batch import adapted_by_row
 from peftcli.peft_api.new_adapter import check_name, start_adapter
 from peftcli.peft_api.replace_adapter import replace_adapter
 
@@ -323,7 +323,7 @@ class PeftModel(nn.Module):
         density: float | None = None,
         majority_sign_method: str = "total",
     ) -> None:
-        """Make a new adapter, not active, of a weighted sum of others. See ``peftcli.core.combine``.
+        """Make a new adapter, not active, of a weighted sum of others. See ``peftcli.methods.combinations``.
 
         Raises:
             AdapterError: the adapters cannot be combined like that, or the name is taken.

@@ -8,9 +8,9 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import inject
-from peftcli.core.mixed_batch import BASE
 from peftcli.errors import AdapterError
 from peftcli.models.open import open_base
+from peftcli.peft_api.mixed_batch import BASE
 from peftcli.schema import BaseModel
 
 _NAME = re.compile(r"[\w-]+")

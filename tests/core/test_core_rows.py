@@ -13,9 +13,9 @@ from torch import nn
 import peftcli
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
-from peftcli.core.mixed_batch import adapted_by_row
 from peftcli.errors import AdapterError
 from peftcli.peft_api import PeftModel, get_peft_model
+from peftcli.peft_api.mixed_batch import adapted_by_row
 
 ROWS = ["b", "__base__", "a", "c", "a", "b"]
 DENSE = {"target_modules": "all-linear", "r": 3}

@@ -12,17 +12,17 @@ from models_tiny import batch, labelled, logits, randomise, tiny
 from torch import nn
 
 import peftcli
-from peftcli.core.combine import COMBINATIONS, Combination
 from peftcli.core.files import load_adapter, read_config, write_adapter
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import merge
 from peftcli.core.protocols import updates
-from peftcli.core.updates import Update, distance, effective_r, weighted_sum
 from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
+from peftcli.methods.combinations import COMBINATIONS, Combination
 from peftcli.methods.lora.combine import Adapter, Combined, combine
+from peftcli.methods.updates import Update, distance, effective_r, weighted_sum
 from peftcli.peft_api import get_peft_model
 
 # updates

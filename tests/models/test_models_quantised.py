@@ -23,7 +23,7 @@ from peftcli.adapters import merge as merging
 from peftcli.adapters.generate import load_generator
 from peftcli.core.files import load_adapter, read_config
 from peftcli.core.inject import inject, set_trainable
-from peftcli.core.layer import adapter_layers, bare
+from peftcli.core.layer import adapter_layers, base_module
 from peftcli.core.linear import dense_weight
 from peftcli.core.merge import merge
 from peftcli.core.quantised import is_quantised, num_weights
@@ -418,7 +418,7 @@ def test_gpt2s_layers_become_what_they_were(tmp_path: Path) -> None:
     inject(model, config)
     set_trainable(model, True)
     randomise(model)
-    assert {type(bare(layer)).__name__ for layer in adapter_layers(model).values()} == {"Linear4bit"}
+    assert {type(base_module(layer)).__name__ for layer in adapter_layers(model).values()} == {"Linear4bit"}
     expected = logits(model, batch("gpt2"))
     merge(model, config, dequantise=True)
     assert close(logits(model, batch("gpt2")), expected)
@@ -430,7 +430,7 @@ def test_answers_come_from_the_model_as_it_was_trained_on(trained: Callable[[str
 
     def packed(**options: Any) -> set[str]:
         model = load_generator(folder, **options).model
-        return {bare(layer).weight.dtype for layer in adapter_layers(model).values()}
+        return {base_module(layer).weight.dtype for layer in adapter_layers(model).values()}
 
     assert packed() == {torch.uint8}
     assert packed(quantization="none") == {torch.float32}
