@@ -16,13 +16,12 @@ from peftcli.core.files import load_adapter, read_config, write_adapter
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import merge
-from peftcli.core.protocols import updates
 from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
 from peftcli.methods.combinations import COMBINATIONS, Combination
 from peftcli.methods.lora.combine import Adapter, Combined, combine
-from peftcli.methods.updates import Update, distance, effective_r, weighted_sum
+from peftcli.methods.updates import Update, distance, effective_r, find_updates, weighted_sum
 from peftcli.peft_api import get_peft_model
 
 # updates
@@ -166,8 +165,8 @@ def test_the_default_is_the_weighted_sum_exactly(case: str, tmp_path: Any) -> No
 def test_svd_is_nearest_and_says_its_error(case: str) -> None:
     exact, _ = _combined(case)
     made, _ = _combined(case, method="svd", r=3)
-    whole, sizes = updates(exact.config, exact.tensors), {}
-    found = updates(made.config, made.tensors)
+    whole, sizes = find_updates(exact.config, exact.tensors), {}
+    found = find_updates(made.config, made.tensors)
     assert found.keys() == whole.keys()
     for path, update in whole.items():
         values = update.singular_values()
@@ -185,7 +184,7 @@ def test_every_other_way_says_how_far_it_is_off(method: str) -> None:
     drops = {} if method in ("svd", "linear") else {"density": 0.5}
     made, models = _combined("alike", method=method, generator=torch.Generator().manual_seed(0), **drops)
     exact, _ = _combined("alike")
-    whole, found = updates(exact.config, exact.tensors), updates(made.config, made.tensors)
+    whole, found = find_updates(exact.config, exact.tensors), find_updates(made.config, made.tensors)
     for path, update in whole.items():
         off = float((_dense(found[path]) - _dense(update)).norm() / _dense(update).norm())
         assert made.errors[path] == pytest.approx(off, rel=1e-4)
