@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype, bare
+from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype, base_module
 from peftcli.core.linear import dense_weight, linear_view
 
 
@@ -35,7 +35,7 @@ def update(layer: AdapterLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
     elif linear_view(layer) is not None:
         plain = F.linear(x, dense_weight(layer))
     else:
-        plain = bare(layer)._conv_forward(x, _base_weight(layer), None)
+        plain = base_module(layer)._conv_forward(x, _base_weight(layer), None)
     return (ratio - 1) * plain + ratio * layer.update(x)
 
 
@@ -69,12 +69,12 @@ def _norm(layer: AdapterLayer, weight: torch.Tensor) -> torch.Tensor:
 def _in_columns(layer: AdapterLayer) -> bool:
     """Return whether the last dimension of the base weight counts the outputs, not the first."""
     view = linear_view(layer)
-    return isinstance(bare(layer), nn.Embedding) or (view is not None and view.transposed)
+    return isinstance(base_module(layer), nn.Embedding) or (view is not None and view.transposed)
 
 
 def _places(layer: AdapterLayer) -> list[int]:
     """Return a one for each dimension that an output has after its channels."""
-    return [1] * len(getattr(bare(layer), "kernel_size", ()))
+    return [1] * len(getattr(base_module(layer), "kernel_size", ()))
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def _adapted_weight(layer: AdapterLayer) -> torch.Tensor:
 def _base_weight(layer: AdapterLayer) -> torch.Tensor:
     if (view := linear_view(layer)) is not None:
         return view.as_stored(dense_weight(layer))
-    weight: torch.Tensor = bare(layer).weight.detach()
+    weight: torch.Tensor = base_module(layer).weight.detach()
     return weight.to(adapter_dtype(weight))
 
 
