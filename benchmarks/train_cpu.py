@@ -80,7 +80,7 @@ def run_trainer(folder: str) -> dict[str, Any]:
     from peftcli.models.load import base_of, load_tokenizer
     from peftcli.tasks import TASKS
     from peftcli.tasks.text.collate import pad_causal
-    from peftcli.train.setup import load_data
+    from peftcli.train.data import load_data
 
     tokenizer = load_tokenizer(base_of(MODEL))
     rows = load_data(recipe(folder), TASKS["causal_lm"].load(), tokenizer).train

@@ -237,8 +237,9 @@ class Recipe:
 
     base_model: BaseModel
     """The pretrained model: its name, or a mapping."""
-    task: str
-    """What the model does: see ``peftcli info tasks``."""
+    task: dict[str, Any] | None = None
+    """What the model does: a task's name, or ``type`` and the task's own settings. Unset: found from the base model and
+    the data, where one choice is left. See ``peftcli info tasks``."""
     method: dict[str, Any]
     """How it is adapted: ``type`` and the method's own settings, under PEFT's names. See ``peftcli info methods``."""
     dataset: Dataset

@@ -31,7 +31,7 @@ from peftcli.data.store import FORMAT, MANIFEST, Store, describe, writing
 from peftcli.errors import StorageError, UsageError
 
 DATA_PATH_VERSION = 1
-"""To be raised with every change after which the same rows and settings give other ids, labels or records."""
+"""To be raised with every change after which the same rows and settings give other examples or records."""
 
 _ROOT = "PEFTCLI_CACHE"
 _KEY = "key.json"
@@ -51,7 +51,9 @@ class Entry:
     """What it was made from, as the recipe calls it."""
     rows: int
     features: int
+    """Examples."""
     tokens: int
+    """Size of all examples, in the unit of the task."""
     bytes: int
     created: float
     """Seconds since 1970, as is ``last_used``."""
@@ -325,8 +327,8 @@ def _entry(path: Path) -> Entry | None:
         key=path.name,
         source=(held["about"].get("source") or ", ".join(held["files"])) if held else None,
         rows=held["rows"] if held else 0,
-        features=held["features"] if held else 0,
-        tokens=held["ids"].get("input_ids", 0) if held else 0,
+        features=held["examples"] if held else 0,
+        tokens=held["size"] if held else 0,
         bytes=_size(path),
         created=created,
         last_used=last_used,

@@ -1,85 +1,63 @@
-"""A source of a recipe -> its features on disk, made once for the same content and settings."""
+"""A source of a recipe -> its examples on disk, made once for the same content and settings."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from peftcli.data.cache import cached
-from peftcli.data.rows import Place, Row
+from peftcli.data.rows import Place, Reader, Row, Table
 from peftcli.data.sources import Opened, open_source
-from peftcli.data.store import Outcome, Store, Writer
+from peftcli.data.store import Column, Outcome, Store, Writer
 from peftcli.errors import DataError
-from peftcli.schema import Dataset, Source
-from peftcli.system import date
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from peftcli.schema import Source
 
 
-class Reader(Protocol):
-    """Reads the columns of a row."""
+class Encodes(Protocol):
+    """What a task does with rows."""
 
-    name: str
-    """The format of the rows."""
-    names: Mapping[str, str]
-    """The columns that it reads, under the names that the format has for them."""
+    @property
+    def columns(self) -> Mapping[str, Column]:
+        """The arrays of an example."""
+        ...
 
+    def read(self, table: Table) -> Reader:
+        """Find the columns that it reads."""
+        ...
 
-class Encoder(Protocol):
-    """Turns rows of one source into features."""
-
-    reader: Reader
-
-    def __call__(self, rows: Sequence[Row]) -> list[Outcome | DataError]:
-        """What became of each row: features, a reason why there are none, or the error that it is.
-
-        Raises:
-            DataError: no row of the source can be encoded.
-            ModelError: the chat template does not come to an end.
-        """
+    def encode(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
+        """Turn rows into examples."""
         ...
 
 
-MakeEncoder = Callable[[Sequence[str], Source, str], Encoder]
-"""Columns of the first rows, the source and its name -> what encodes its rows."""
 OnRows = Callable[[str, int, bool], None]
 """Is told a source's name, how many of its rows are encoded, and whether that is all."""
 
 _BATCH = 512
 """Rows encoded at once, at most."""
 _BATCH_SIZE = 4_000_000
-"""Characters of the rows encoded at once, about: a token takes far more memory than its text while it is encoded."""
+"""Characters and bytes of the rows encoded at once, about: a token takes far more memory than its text while it is
+encoded."""
 _LARGEST = 10_000_000
 """Characters that a row may hold: while they are encoded they take 3 to 4 GB."""
 
 
 def prepare(
     source: Source,
-    task: str,
-    columns: Sequence[str],
-    make_encoder: MakeEncoder,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
+    task: Encodes,
+    encoding: Mapping[str, Any],
     *,
     stop_at_bad: bool,
     on_rows: OnRows = lambda name, count, done: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> Store:
-    """The features of a source: from the cache where the same content was encoded the same way before.
+    """The examples of a source: from the cache where the same content was encoded the same way before.
 
     Args:
         source: Where the rows are.
-        task: Whose features they are.
-        columns: What a feature holds.
-        make_encoder: Gives what encodes the rows, once their columns are known.
-        tokenizer: The base model's.
-        dataset: Settings of the encoding.
+        task: Encodes them.
+        encoding: All that decides how, as JSON takes it: a part of the cache's key.
         stop_at_bad: Whether a row that cannot be used is an error. Else it is kept in the store's list of bad rows.
         on_rows: Is told how far it is.
         on_note: Is told what the user should know of the cache.
@@ -95,15 +73,12 @@ def prepare(
     key = {
         "content": fingerprint,
         "source": {name: getattr(source, name) for name in ("split", "name", "format", "columns", "limit")},
-        "task": task,
-        "settings": {name: getattr(dataset, name) for name in ("max_length", "overlong", "train_on")},
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "versions": {name: version(name) for name in ("transformers", "tokenizers", "jinja2")},
+        **encoding,
     }
 
     def build(folder: Path) -> None:
-        with Writer(folder, columns) as writer:
-            about = _write(opened, source, make_encoder, writer, stop_at_bad, on_rows)
+        with Writer(folder, task.columns) as writer:
+            about = _write(opened, source, task, writer, stop_at_bad, on_rows)
             opened.check_unchanged(fingerprint)
             writer.finish(source=opened.described, fingerprint=fingerprint, **about)
 
@@ -114,35 +89,10 @@ def prepare(
     return store
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that decides which ids a text gets. A template that writes the date gives another one each day."""
-    parts: dict[str, Any] = {
-        "class": type(tokenizer).__name__,
-        "tokenizer": _model_of(tokenizer),
-        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "settings": {name: getattr(tokenizer, name, None) for name in ("split_special_tokens", "truncation_side")},
-        "template": tokenizer.chat_template,
-        "date": date.today().isoformat() if date.writes_date(tokenizer.chat_template) else None,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _model_of(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """What a tokenizer is made of, without what its last call has set."""
-    if tokenizer.is_fast:
-        described = json.loads(tokenizer.backend_tokenizer.to_str())
-        return {name: value for name, value in described.items() if name not in ("truncation", "padding")}
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer.save_vocabulary(scratch)
-        files = sorted(path for path in Path(scratch).rglob("*") if path.is_file())
-        hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    return [hashes, tokenizer.get_vocab(), tokenizer.init_kwargs]
-
-
 def _write(
     opened: Opened,
     source: Source,
-    make_encoder: MakeEncoder,
+    task: Encodes,
     writer: Writer,
     stop_at_bad: bool,
     on_rows: OnRows,
@@ -152,15 +102,15 @@ def _write(
     Raises:
         DataError: with the source's name, where it is about no row.
     """
-    encoder: Encoder | None = None
+    reader: Reader | None = None
     columns: tuple[str, ...] = ()
     for batch in _batches(opened.rows()):
         good = [row for row in batch if isinstance(row, Row)]
         try:
-            if encoder is None and good:
+            if reader is None and good:
                 columns = tuple(dict.fromkeys(key for row in good for key in row.values))
-                encoder = make_encoder(columns, source, opened.described)
-            results = iter(encoder(good) if encoder else [])
+                reader = task.read(Table(source, opened.described, columns))
+            results = iter(task.encode(good, reader) if reader else [])
         except DataError as error:
             file = error.file or opened.described
             raise DataError(error.message, file=file, line=error.line, key=error.key, hint=error.hint) from error
@@ -172,9 +122,9 @@ def _write(
         writer.add(places, outcomes)
         on_rows(opened.described, writer.num_rows, False)
     on_rows(opened.described, writer.num_rows, True)
-    read = encoder.reader.names.values() if encoder else ()
+    read = reader.names.values() if reader else ()
     return {
-        "format": encoder.reader.name if encoder else None,
+        "format": reader.name if reader else None,
         "columns_not_read": [name for name in columns if name not in read],
     }
 
@@ -183,13 +133,13 @@ def _batches(rows: Iterator[Row | DataError]) -> Iterator[list[Row | DataError]]
     """The rows in batches that are encoded at once."""
     batch, size = list[Row | DataError](), 0
     for row in rows:
-        own = _size(row.values) if isinstance(row, Row) else 0
+        own = _size(row.values, str) if isinstance(row, Row) else 0
         if own > _LARGEST and isinstance(row, Row):
             message = f"holds {own:,} characters of text, more than {_LARGEST:,}"
             batch.append(row.place.error(message, hint="Split it into several rows."))
             continue
         batch.append(row)
-        size += own
+        size += own + (_size(row.values, bytes) if isinstance(row, Row) else 0)
         if len(batch) >= _BATCH or size > _BATCH_SIZE:
             yield batch
             batch, size = [], 0
@@ -197,13 +147,13 @@ def _batches(rows: Iterator[Row | DataError]) -> Iterator[list[Row | DataError]]
         yield batch
 
 
-def _size(value: Any) -> int:
-    """Characters of all texts in a value."""
-    if isinstance(value, str):
+def _size(value: Any, kind: type[str] | type[bytes]) -> int:
+    """Characters of all texts in a value, or bytes of all files in it."""
+    if isinstance(value, kind):
         return len(value)
-    if isinstance(value, dict):
-        return sum(map(_size, value.values()))
-    return sum(map(_size, value)) if isinstance(value, list) else 0
+    if isinstance(value, (dict, list)):
+        return sum(_size(each, kind) for each in (value.values() if isinstance(value, dict) else value))
+    return 0
 
 
 def _in_order(

@@ -1,11 +1,16 @@
-"""A row of a dataset, and where it came from."""
+"""A row of a dataset, where it came from, and which of its columns a task reads."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from peftcli.errors import DataError
+from peftcli.schema import Source
+
+_LISTED = 12
+"""Columns that an error lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,3 +41,75 @@ class Row:
 
     values: dict[str, Any]
     place: Place
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Which columns of a source a task reads, and under which names the source has them."""
+
+    name: str
+    """The format of the rows, as run.json reports it."""
+    names: dict[str, str]
+    """The task's column -> the source's."""
+
+    def value(self, row: Row, column: str) -> Any:
+        """The value of one of the task's columns.
+
+        Raises:
+            DataError: the row lacks it.
+        """
+        name = self.names[column]
+        if name not in row.values:
+            raise row.place.error(f"missing; the row has: {_listed(row.values)}", key=name)
+        return row.values[name]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A source whose first rows have been read."""
+
+    source: Source
+    """Its settings: ``format``, ``columns``."""
+    described: str
+    """The source as errors name it."""
+    columns: tuple[str, ...]
+    """The columns of its first rows, in order."""
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Columns whose numbers stand for names (``ClassLabel``): column -> names, in order."""
+
+    def reader(self, name: str, *, optional: Sequence[str] = (), **columns: Sequence[str]) -> Reader:
+        """Find columns by their usual names, or by ``dataset.columns``.
+
+        Args:
+            name: The format that the reader reports.
+            optional: Those of ``columns`` that may be missing.
+            columns: The task's column -> names that sources usually give it, the likeliest first.
+
+        Raises:
+            DataError: a column is missing, or ``dataset.columns`` names one that the source or the task lacks.
+        """
+        for column, given in self.source.columns.items():
+            if column not in columns:
+                message = f"the task reads no column {column!r}; it reads: {', '.join(columns)}"
+                raise DataError(message, file=self.described, key="dataset.columns")
+            if given not in self.columns:
+                message = f"no column {given!r}; the rows have: {_listed(self.columns)}"
+                raise DataError(message, file=self.described, key="dataset.columns")
+        names: dict[str, str] = {}
+        for column, usual in columns.items():
+            found = self.source.columns.get(column) or next((each for each in usual if each in self.columns), None)
+            if found is not None:
+                names[column] = found
+            elif column not in optional:
+                raise DataError(
+                    f"no column {' or '.join(map(repr, usual))}; the rows have: {_listed(self.columns)}",
+                    file=self.described,
+                    key="dataset.columns",
+                    hint=f"Name the column in the recipe: dataset: {{columns: {{{column}: ...}}}}.",
+                )
+        return Reader(name, names)
+
+
+def _listed(columns: Sequence[str] | Mapping[str, Any]) -> str:
+    names = [name if name.isprintable() else repr(name) for name in columns]
+    return ", ".join([*names[:_LISTED], *(["..."] if len(names) > _LISTED else [])])[:300] or "nothing"

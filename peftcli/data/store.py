@@ -1,4 +1,4 @@
-"""The features of one dataset on disk, read through memory maps, and a record of what became of each row.
+"""The examples of one dataset on disk, read through memory maps, and a record of what became of each row.
 
 A store is a folder: ``store.json`` describes it, the other files are plain arrays. ``MANIFEST.json``, written last, has
 the size and checksum of each, so that a flipped bit is found when the store is opened. A dataset larger than memory
@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import operator
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from itertools import accumulate, chain
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
@@ -25,15 +26,12 @@ import numpy as np
 from peftcli.data.rows import Place
 from peftcli.errors import DataError, StorageError
 
-Feature = dict[str, list[int]]
-"""One example as the model takes it: ``input_ids``, ``labels`` and what else a task reads, each a list of ids."""
-
-FORMAT = 1
+FORMAT = 2
 """Changes with the layout below."""
 MANIFEST, DESCRIPTION = "MANIFEST.json", "store.json"
 _BAD_ROWS = "bad.jsonl"
 USED, BAD = "used", "cannot be used"
-"""What became of a row that has features; of one that its reader or encoder refused."""
+"""What became of a row that has examples; of one that its reader or the task refused."""
 
 _ROW = np.dtype(
     [
@@ -42,11 +40,12 @@ _ROW = np.dtype(
         ("file", "<i4"),  # index into the description's files
         ("outcome", "<i4"),  # index into the description's outcomes
         ("flags", "<i4"),
-        ("tokens", "<i4"),  # before any cut
+        ("size", "<i8"),  # before any cut
         ("lost", "<i4"),  # targets that a cut took away
     ]
 )
-_FEATURE = np.dtype([("row", "<i8"), ("targets", "<i4")])
+_EXAMPLE = np.dtype([("row", "<i8"), ("targets", "<i4")])
+_SIZE, _END, _EDGE = np.dtype("<i8"), np.dtype("<i8"), np.dtype("<i4")
 _BLOCK = 1 << 20
 """Bytes that are checked at once."""
 _HELD, _AROUND = 64 << 20, 1 << 20
@@ -54,22 +53,103 @@ _HELD, _AROUND = 64 << 20, 1 << 20
 bytes that it may map around those of one read."""
 
 
+@dataclass(frozen=True)
+class Column:
+    """One array of every example. The writer refuses a value that does not fit.
+
+    Values of ``str`` and ``bytes`` have no shape: a text to compare with, the path or the bytes of a file that collate
+    reads.
+    """
+
+    dtype: str = "int32"
+    """A number format of numpy, ``str`` or ``bytes``."""
+    shape: tuple[int | None, ...] = (None,)
+    """Its edges; None: differs from example to example. (): a scalar."""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether values are a ``str`` or ``bytes`` instead of an array."""
+        return self.dtype in ("str", "bytes")
+
+    @property
+    def stored(self) -> np.dtype:
+        """How its elements stand in the file."""
+        return np.dtype("uint8" if self.is_text else self.dtype).newbyteorder("<")
+
+    @property
+    def varying(self) -> int:
+        """How many edges differ from example to example."""
+        return self.shape.count(None)
+
+    @property
+    def has_ends(self) -> bool:
+        """Whether examples differ in how many elements they have."""
+        return self.is_text or self.varying > 0
+
+    def fit(self, value: Any) -> np.ndarray:
+        """A value as the file holds it.
+
+        Raises:
+            ValueError: it is of another kind or shape, or not exactly a value of the number format.
+        """
+        if self.is_text:
+            wanted = str if self.dtype == "str" else bytes
+            if not isinstance(value, wanted):
+                raise ValueError(f"{_shown(value)} is no {self.dtype}")
+            return np.frombuffer(value.encode() if isinstance(value, str) else value, np.uint8)
+        found = np.asarray(value)
+        if not found.size and found.dtype == np.float64:  # an empty list
+            found = found.astype(self.stored)
+        if found.dtype.kind not in "biuf":
+            raise ValueError(f"{_shown(value)} is no {self.dtype}")
+        fits = found.ndim == len(self.shape) and all(
+            edge in (None, given) for edge, given in zip(self.shape, found.shape, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"an array of shape {found.shape} where {self.shape} is wanted")
+        with np.errstate(invalid="ignore", over="ignore"):
+            cast = found.astype(self.stored)
+        if found.dtype == cast.dtype:
+            return cast
+        if cast.dtype.kind == "f":
+            wrong = np.isfinite(found) & ~np.isfinite(cast)
+        elif cast.dtype.kind == "b":
+            wrong = (found != 0) & (found != 1)
+        else:
+            limits = np.iinfo(cast.dtype)
+            wrong = ~((found >= limits.min) & (found <= limits.max)) | (cast != found)
+        if wrong.any():
+            raise ValueError(f"{found[wrong].flat[0]!r} is no {self.dtype}")
+        return cast
+
+
+@dataclass
+class Example:
+    """What is kept of a row, and what a batch is made of."""
+
+    arrays: dict[str, Any]
+    """One value for each of the task's columns. A list where the task has just made it, an array (or str, bytes) when
+    it comes from a store."""
+    size: int
+    """Its cost in the task's unit (tokens, frames, patches): for order, packing, limits and speed."""
+    num_targets: int
+    """What its share of the loss is divided by."""
+
+
 @dataclass(slots=True)
 class Outcome:
-    """What an encoder made of one row."""
+    """What a task made of one row."""
 
-    features: list[Feature] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
     """None where the row is left out; several where it was split."""
-    targets: list[int] = field(default_factory=list)
-    """Targets of each feature."""
     reason: str = USED
     """Why the row is left out, or ``used``."""
-    tokens: int = 0
-    """Length of the row in tokens, before any cut."""
+    size: int = 0
+    """Of the row in the task's unit, before any cut."""
     lost: int = 0
     """Targets that a cut took away."""
     flags: int = 0
-    """``peftcli.tasks.text.flags.Flag`` as a number."""
+    """What else is known of the row, as bits whose meaning is the task's."""
 
 
 class Writer:
@@ -79,12 +159,12 @@ class Writer:
         StorageError: the folder cannot be written, or the disk is full.
     """
 
-    def __init__(self, folder: Path, columns: Sequence[str]):
-        self.folder, self.columns = folder, tuple(columns)
+    def __init__(self, folder: Path, columns: Mapping[str, Column]):
+        self.folder, self.columns = folder, dict(columns)
         self.outcomes, self.files = {USED: 0, BAD: 1}, dict[str, int]()
-        self.num_rows = self.num_features = 0
+        self.num_rows = self.num_examples = self.size = 0
         self._ends = dict.fromkeys(self.columns, 0)
-        arrays = ["rows", "features", *(f"{name}.{kind}" for name in self.columns for kind in ("ids", "ends"))]
+        arrays = ["rows", "features", "sizes", *(file for name in self.columns for file in _arrays_of(name))]
         with writing(folder):
             self._open = {name: _File(folder / name) for name in (*map(_file, arrays), _BAD_ROWS)}
 
@@ -98,8 +178,9 @@ class Writer:
     def add(self, places: Sequence[Place], results: Sequence[Outcome | DataError]) -> None:
         """The next rows, and what became of each."""
         rows = np.zeros(len(places), _ROW)
-        features: list[Feature] = []
+        examples: list[Example] = []
         records: list[tuple[int, int]] = []
+        values: dict[str, list[np.ndarray]] = {name: [] for name in self.columns}
         bad: list[str] = []
         for index, (place, result) in enumerate(zip(places, results, strict=True)):
             file = self.files.setdefault(place.source, len(self.files))
@@ -109,32 +190,42 @@ class Writer:
                 continue
             outcome = self.outcomes.setdefault(result.reason, len(self.outcomes))
             rows[index] = (
-                place.number, place.line or 0, file, outcome, result.flags, result.tokens, result.lost
+                place.number, place.line or 0, file, outcome, result.flags, result.size, result.lost
             )  # fmt: skip
-            for feature, targets in zip(result.features, result.targets, strict=True):
-                assert feature.keys() == self._ends.keys()
-                features.append(feature)
-                records.append((self.num_rows + index, targets))
+            for example in result.examples:
+                assert example.arrays.keys() == values.keys()
+                for name, column in self.columns.items():
+                    try:
+                        values[name].append(column.fit(example.arrays[name]))
+                    except ValueError as error:
+                        raise place.error(f"does not fit the column {name!r}: {error}") from None
+                examples.append(example)
+                records.append((self.num_rows + index, example.num_targets))
         with writing(self.folder):
             self._write("rows", rows)
-            self._write("features", np.array(records, _FEATURE))
+            self._write("features", np.array(records, _EXAMPLE))
+            self._write("sizes", np.array([example.size for example in examples], _SIZE))
             self._open[_BAD_ROWS].write("".join(bad).encode())
-            for name in self.columns:
-                sizes = [len(feature[name]) for feature in features]
-                ids = np.fromiter(chain.from_iterable(feature[name] for feature in features), "<i4", sum(sizes))
-                self._write(f"{name}.ids", ids)
-                self._write(f"{name}.ends", np.cumsum(sizes, dtype="<i8") + self._ends[name])
-                self._ends[name] += len(ids)
-        self.num_rows, self.num_features = self.num_rows + len(places), self.num_features + len(features)
+            for name, column in self.columns.items():
+                ids, ends, edges = _arrays_of(name)
+                self._write(ids, np.concatenate([np.zeros(0, column.stored), *(each.ravel() for each in values[name])]))
+                if column.has_ends:
+                    counts = [each.size for each in values[name]]
+                    self._write(ends, np.cumsum(counts, dtype=_END) + self._ends[name])
+                if column.varying > 1:
+                    self._write(edges, np.array([each.shape for each in values[name]], _EDGE))
+                self._ends[name] += sum(each.size for each in values[name])
+        self.num_rows, self.num_examples = self.num_rows + len(places), self.num_examples + len(examples)
+        self.size += sum(example.size for example in examples)
 
     def finish(self, **about: Any) -> None:
         """The description and the manifest, last: a folder without them is no store. ``about`` is kept as it is."""
         described = {
             "format": FORMAT,
-            "columns": self.columns,
+            "columns": {name: asdict(column) for name, column in self.columns.items()},
             "rows": self.num_rows,
-            "features": self.num_features,
-            "ids": self._ends,
+            "examples": self.num_examples,
+            "size": self.size,
             "outcomes": list(self.outcomes),
             "files": list(self.files),
             "about": about,
@@ -170,8 +261,8 @@ class _File:
             self._file.close()
 
 
-class Store(Sequence[Feature]):
-    """A store that was written, as a sequence of features.
+class Store(Sequence[Example]):
+    """A store that was written, as a sequence of examples.
 
     Raises:
         ValueError: the folder holds no whole store of this layout, or one whose bytes have changed.
@@ -180,45 +271,63 @@ class Store(Sequence[Feature]):
     def __init__(self, folder: Path, *, verify: bool = True):
         self.folder = folder
         described = describe(folder, verify=verify)
-        self.columns: tuple[str, ...] = tuple(described["columns"])
+        self.columns = {
+            name: Column(each["dtype"], tuple(each["shape"])) for name, each in described["columns"].items()
+        }
         self.outcomes: list[str] = described["outcomes"]
         self.files: list[str] = described["files"]
         self.about: dict[str, Any] = described["about"]
         self._maps: list[mmap.mmap] = []
         self._read = 0
         self.rows = self._mapped("rows", _ROW)
-        """A record a row: number, line, file, outcome, flags, tokens, lost."""
-        self._features = self._mapped("features", _FEATURE)
-        self._ids = {name: self._mapped(f"{name}.ids", np.dtype("<i4")) for name in self.columns}
-        self._ends = {name: self._mapped(f"{name}.ends", np.dtype("<i8")) for name in self.columns}
+        """A record a row: number, line, file, outcome, flags, size, lost."""
+        self._records = self._mapped("features", _EXAMPLE)
+        self.sizes = self._mapped("sizes", _SIZE)
+        """Of each example, in the task's unit."""
+        self._ids, self._ends, self._edges = dict[str, np.ndarray](), dict[str, np.ndarray](), dict[str, np.ndarray]()
+        for name, column in self.columns.items():
+            ids, ends, edges = _arrays_of(name)
+            self._ids[name], self._ends[name] = self._mapped(ids, column.stored), self._mapped(ends, _END)
+            self._edges[name] = self._mapped(edges, _EDGE).reshape(-1, max(1, len(column.shape)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the same files; what this one has verified is not read again."""
         return _reopened, (self.folder,)
 
     def __len__(self) -> int:
-        return len(self._features)
+        return len(self._records)
 
     @overload
-    def __getitem__(self, index: int) -> Feature: ...
+    def __getitem__(self, index: int) -> Example: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Feature]: ...
-    def __getitem__(self, index: int | slice) -> Feature | list[Feature]:
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
-        return {name: self.ids(name, index).tolist() for name in self.columns}
+        at = _position(index, len(self))
+        arrays = {name: self.value(name, at) for name in self.columns}
+        return Example(arrays, int(self.sizes[at]), int(self._records["targets"][at]))
 
-    def ids(self, column: str, index: int) -> np.ndarray:
-        """One column of one feature, without a copy."""
-        ends = self._ends[column]
-        at = _position(index, len(ends))
-        found: np.ndarray = self._ids[column][ends[at - 1] if at else 0 : ends[at]]
+    def value(self, column: str, index: int) -> Any:
+        """One column of one example: an array, without a copy, or a str or bytes."""
+        kind, at = self.columns[column], _position(index, len(self))
+        if kind.has_ends:
+            ends = self._ends[column]
+            start, end = (ends[at - 1] if at else 0), ends[at]
+        else:
+            size = math.prod(edge or 0 for edge in kind.shape)
+            start, end = at * size, (at + 1) * size
+        found: np.ndarray = self._ids[column][start:end]
         self._read += found.nbytes + _AROUND
         if self._read > _HELD:
             self._read = 0
             for each in self._maps:
                 each.madvise(mmap.MADV_DONTNEED)
-        return found
+        if kind.is_text:
+            return found.tobytes().decode() if kind.dtype == "str" else found.tobytes()
+        if kind.varying > 1:
+            return found.reshape(self._edges[column][at])
+        return found.reshape([-1 if edge is None else edge for edge in kind.shape])
 
     def _mapped(self, name: str, dtype: np.dtype) -> np.ndarray:
         """An array's file; an empty one cannot be mapped."""
@@ -229,25 +338,25 @@ class Store(Sequence[Feature]):
         return np.frombuffer(self._maps[-1], dtype)
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each feature's input."""
-        return np.diff(self._ends["input_ids"], prepend=0)
-
-    @property
     def targets(self) -> np.ndarray:
-        """Targets of each feature."""
-        return np.asarray(self._features["targets"])
+        """Targets of each example."""
+        return np.asarray(self._records["targets"])
 
     @property
     def row_of(self) -> np.ndarray:
-        """The row, counted from 0, that each feature came from."""
-        return np.asarray(self._features["row"])
+        """The row, counted from 0, that each example came from."""
+        return np.asarray(self._records["row"])
 
     @property
     def content(self) -> str:
-        """A hash over what the features hold: two stores with the same are trained alike."""
+        """A hash over what the examples hold: two stores with the same are trained alike."""
         listed = json.loads((self.folder / MANIFEST).read_bytes())["files"]
-        held = {name: said for name, said in listed.items() if name.endswith((".ids.bin", ".ends.bin", "features.bin"))}
+        kinds = (".ids.bin", ".ends.bin", "features.bin")
+        held = {
+            name: said
+            for name, said in listed.items()
+            if name.endswith(kinds) or (name.endswith(".edges.bin") and said["bytes"])
+        }
         return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
 
     def place(self, row: int) -> Place:
@@ -288,8 +397,8 @@ class Part:
         return mask
 
     @property
-    def features(self) -> np.ndarray:
-        """Positions of their features in the store."""
+    def examples(self) -> np.ndarray:
+        """Positions of their examples in the store."""
         if self.chosen is None:
             return np.arange(len(self.store))
         return np.flatnonzero(self.mask[self.store.row_of])
@@ -300,40 +409,40 @@ class Part:
         return ((row, error) for row, error in self.store.bad_rows() if mask[row])
 
 
-class View(Sequence[Feature]):
-    """The features of some rows of some stores, one after another."""
+class View(Sequence[Example]):
+    """The examples of some rows of some stores, one after another."""
 
     def __init__(self, parts: Sequence[Part]):
-        """Reads the sizes, not the features."""
+        """Reads the sizes, not the examples."""
         self.parts = list(parts)
-        self._chosen = [part.features for part in self.parts]
+        self._chosen = [part.examples for part in self.parts]
         self._starts = list(accumulate(map(len, self._chosen), initial=0))
         pairs = list(zip(self.parts, self._chosen, strict=True))
-        self.lengths = _joined(part.store.lengths[chosen] for part, chosen in pairs)
-        """Tokens of each feature's input."""
+        self.sizes = _joined(part.store.sizes[chosen] for part, chosen in pairs)
+        """Of each example, in the task's unit."""
         self.targets = _joined(part.store.targets[chosen] for part, chosen in pairs)
-        """Targets of each feature."""
+        """Targets of each example."""
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     @property
-    def sizes(self) -> list[int]:
-        """Features of each part."""
+    def counts(self) -> list[int]:
+        """Examples of each part."""
         return [len(chosen) for chosen in self._chosen]
 
     @overload
-    def __getitem__(self, index: int) -> Feature: ...
+    def __getitem__(self, index: int) -> Example: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Feature]: ...
-    def __getitem__(self, index: int | slice) -> Feature | list[Feature]:
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
         store, position = self.locate(index)
         return store[position]
 
     def locate(self, index: int) -> tuple[Store, int]:
-        """The store of a feature, and its position there."""
+        """The store of an example, and its position there."""
         at = _position(index, len(self))
         part = bisect_right(self._starts, at) - 1
         return self.parts[part].store, int(self._chosen[part][at - self._starts[part]])
@@ -391,6 +500,19 @@ def _reopened(folder: Path) -> Store:
 
 def _file(name: str) -> str:
     return f"{name}.bin"
+
+
+def _arrays_of(column: str) -> tuple[str, str, str]:
+    """The files of a column: the elements of all examples, where each example ends, the edges of each.
+
+    The first two are named as in layout 1, so that the hash over a run's content is still that of the run's beginning.
+    """
+    return f"{column}.ids", f"{column}.ends", f"{column}.edges"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _position(index: int, count: int) -> int:

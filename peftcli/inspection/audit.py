@@ -139,8 +139,8 @@ class UsedRows:
         self.view, self.aligned = view, aligned
         parts, numbers, firsts = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
         before = 0
-        positions = [part.features for part in view.parts]
-        for at, size in enumerate(view.sizes):
+        positions = [part.examples for part in view.parts]
+        for at, size in enumerate(view.counts):
             rows = view.parts[at].store.row_of[positions[at]]
             first = np.flatnonzero(np.diff(rows, prepend=-1))
             parts.append(np.full(len(first), at))
@@ -164,8 +164,8 @@ class UsedRows:
     def lengths(self) -> np.ndarray:
         """Tokens of each feature, input and labels where these are a text of their own."""
         if self.aligned:
-            return self.view.lengths
-        return self.view.lengths + self.view.targets  # such a text is a target throughout
+            return self.view.sizes
+        return self.view.sizes + self.view.targets  # such a text is a target throughout
 
     @cached_property
     def flags(self) -> np.ndarray:
@@ -229,7 +229,7 @@ class _Features:
 
     def joined(self, *columns: str) -> Rows:
         """The tokens of these columns, row by row."""
-        arrays = [np.asarray(store.ids(name, position)) for store, position in self.found for name in columns]
+        arrays = [np.asarray(store.value(name, position)) for store, position in self.found for name in columns]
         lengths = np.array([0, *map(len, arrays)])
         return Rows(np.concatenate(arrays), np.cumsum(lengths)[self.starts * len(columns)])
 
@@ -353,7 +353,7 @@ def _facts(view: View, used: UsedRows) -> dict[str, Any]:
     for part, mine in zip(view.parts, records, strict=True):
         for index, name in enumerate(part.store.outcomes):
             outcomes[name] += int((mine["outcome"] == index).sum())
-    uncut = np.concatenate([np.zeros(0, np.int64), *(mine["tokens"] for mine in records)])
+    uncut = np.concatenate([np.zeros(0, np.int64), *(mine["size"] for mine in records)])
     tokens, targets = int(used.tokens.sum()), int(used.targets.sum())
     closed = used.flags & (Flag.OPEN | Flag.ANSWER_CUT) == 0
     return {
@@ -405,7 +405,7 @@ def _longest(view: View) -> list[dict[str, Any]]:
     """The longest rows, before any cut."""
     rows: list[tuple[int, int, int]] = []
     for at, part in enumerate(view.parts):
-        tokens = part.records["tokens"]
+        tokens = part.records["size"]
         for position in np.argsort(-tokens, kind="stable")[:_LISTED].tolist():
             rows.append((-int(tokens[position]), at, position))
     out = []

@@ -83,7 +83,7 @@ def page(inspection: Inspection, rows: Sequence[ShownRow], borders: bool = False
 <body>
 <header>
 <h1>What this recipe trains</h1>
-<p>{_text(data)}, as {_text(inspection.recipe.task)} for {_text(inspection.recipe.base_model.name)}</p>
+<p>{_text(data)}, as {_text(inspection.task)} for {_text(inspection.recipe.base_model.name)}</p>
 <nav aria-label="Parts of this page"><a href="#findings">Findings</a> <a href="#audit">Audit</a>
 <a href="#rows">Rows</a></nav>
 </header>

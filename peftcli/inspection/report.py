@@ -20,10 +20,10 @@ from peftcli.data.store import BAD, USED, View
 from peftcli.errors import UsageError
 from peftcli.inspection.audit import audit, leaks
 from peftcli.inspection.duplicates import spread
-from peftcli.models.load import load_tokenizer
+from peftcli.models.open import open_base
 from peftcli.schema import Recipe
 from peftcli.system.secrets import spans
-from peftcli.tasks import TASKS
+from peftcli.tasks import open_task, row_of
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.flags import Flag
 from peftcli.tasks.text.token_text import Piece, Speller
@@ -70,7 +70,7 @@ class Inspection:
     def __init__(self, recipe: Recipe, data: Data, tokenizer: Any, processes: int):
         self.recipe, self.data = recipe, data
         self.speller = Speller(tokenizer)
-        task = TASKS[recipe.task]
+        self.task, task = (recipe.task or {})["type"], row_of(recipe)
         self.aligned = task.packs
         self.plan = plan_of(recipe, data, processes)
         train = audit(data.train, tokenizer, aligned=self.aligned)
@@ -96,10 +96,10 @@ class Inspection:
         """An example by its number, from 0."""
         view = self._views[split]
         store, position = view.locate(index)
-        feature, row = store[position], int(store.row_of[position])
+        row = int(store.row_of[position])
         first, last = np.searchsorted(store.row_of, [row, row + 1]).tolist()
         record = store.rows[row]
-        ids, labels = feature["input_ids"], feature["labels"]
+        ids, labels = (store.value(name, position).tolist() for name in ("input_ids", "labels"))
         cut = bool(record["flags"] & Flag.TRUNCATED)
         return ShownRow(
             index=index,
@@ -111,7 +111,7 @@ class Inspection:
             pieces=self._spelled(ids, [IGNORED, *labels[1:]] if self.aligned else [IGNORED] * len(ids)),
             answer=None if self.aligned else self._spelled(labels),
             targets=int(view.targets[index]),
-            missing=int(record["tokens"]) - len(ids) - (0 if self.aligned else len(labels)) if cut else 0,
+            missing=int(record["size"]) - len(ids) - (0 if self.aligned else len(labels)) if cut else 0,
             lost=int(record["lost"]),
             part=(position - first + 1, last - first),
         )
@@ -173,7 +173,7 @@ class Inspection:
 
     def _find(self, view: View, split: str, file: str, number: int) -> list[ShownRow] | None:
         before = 0
-        for part, size in zip(view.parts, view.sizes, strict=True):
+        for part, size in zip(view.parts, view.counts, strict=True):
             store = part.store
             files = [at for at, name in enumerate(store.files) if name == file or name.endswith(f"/{file}")]
             rows = store.rows
@@ -184,7 +184,7 @@ class Inspection:
                 if (outcome := store.outcomes[rows[row]["outcome"]]) != USED:
                     reason = next((str(error) for at, error in store.bad_rows() if at == row), "")
                     raise UsageError(reason if outcome == BAD else f"{file}:{number} is left out: {outcome}")
-                at = np.flatnonzero(store.row_of[part.features] == row) + before
+                at = np.flatnonzero(store.row_of[part.examples] == row) + before
                 return [self.row(int(index), split) for index in at]
             before += size
         return None
@@ -205,17 +205,16 @@ def inspect(recipe: Recipe, on_event: OnEvent = lambda event: None) -> Inspectio
         NetworkError: the hub cannot be reached.
     """
     on_event(Phase("reading the data"))
-    tokenizer = load_tokenizer(recipe.base_model)
+    task = open_task(recipe, open_base(recipe.base_model))
     data = load_data(
         recipe,
-        TASKS[recipe.task].load(),
-        tokenizer,
+        task,
         keep_bad_rows=True,
         on_rows=lambda *read: on_event(RowsRead(*read)),
         on_note=lambda text: on_event(Warned(text)),
     )
     on_event(Phase(f"looking at {len(data.train):,} examples"))
-    inspection = Inspection(recipe, data, tokenizer, total_processes(recipe.launch))
+    inspection = Inspection(recipe, data, task.processor, total_processes(recipe.launch))
     for text in (*data.notes, *inspection.plan.repeated(data.names)):
         on_event(Warned(text))
     return inspection
@@ -225,7 +224,7 @@ def _batches(recipe: Recipe, data: Data, plan: Plan) -> dict[str, Any]:
     """What a step and an epoch hold, and which share of a batch is no padding, with and without packing."""
     efficiency: dict[str, float | None] = {"padded": None, "packed": None}
     for name, packing in {"padded": False, "packed": True}.items():
-        if not packing or TASKS[recipe.task].packs:
+        if not packing or row_of(recipe).packs:
             other = replace(recipe, dataset=replace(recipe.dataset, packing=packing))
             efficiency[name] = round(plan_of(other, data, plan.num_processes).efficiency, 4)
     return {

@@ -15,7 +15,6 @@ from peftcli.recipe.data_checks import check_data, exists
 from peftcli.recipe.names import near, near_file
 from peftcli.recipe.values import Report
 from peftcli.schema import Recipe
-from peftcli.tasks import TASKS
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -118,10 +117,6 @@ def _names(recipe: Recipe, report: Report) -> None:
     for key in _NOT_EMPTY:
         if not str(_get(recipe, key)).strip():
             report((key,), "is empty")
-    if recipe.task not in TASKS:
-        by_type = {row.task_type.lower(): name for name, row in TASKS.items()}
-        suggestion = by_type.get(recipe.task.lower()) or near(recipe.task, TASKS)
-        report(("task",), f"no task is called {recipe.task[:60]!r}; known: {', '.join(TASKS)}", suggestion)
     if recipe.base_model.trust_remote_code and not recipe.base_model.revision:
         report(
             ("base_model.trust_remote_code", "base_model.revision"),

@@ -10,9 +10,11 @@ from peftcli.core.prompts.config import SoftPromptConfig
 from peftcli.data.source_names import is_path
 from peftcli.methods import METHODS
 from peftcli.recipe.names import near, near_file
+from peftcli.recipe.settings import choices, settings
 from peftcli.recipe.values import Report
 from peftcli.schema import Dataset, Recipe, Source
 from peftcli.tasks import TASKS
+from peftcli.tasks.settings import UNDER_DATASET
 
 _OF_THE_HUB = {"name": None, "revision": None, "split": "train", "streaming": False}
 _OF_ONE_DATASET = {**_OF_THE_HUB, "limit": None}
@@ -25,6 +27,26 @@ def check_data(recipe: Recipe, report: Report) -> None:
     for part in (_train_or_mix, _paths, _hub_settings, _limits, _weights, _repeats, _evaluation_rows, _allowed):
         part(recipe.dataset, report)
     _rows(recipe, report)
+
+
+def check_task(recipe: Recipe, report: Report) -> None:
+    """Reports settings under ``dataset`` that the recipe's task, where it is known, does not have."""
+    dataset, name = recipe.dataset, (recipe.task or {}).get("type", "")
+    if name not in TASKS:
+        return
+    own = settings(TASKS[name].settings)
+    for key in UNDER_DATASET:
+        value, keys = getattr(dataset, key), (f"dataset.{key}", "task")
+        if value == getattr(Dataset, key) or (key in own and value in (choices(own[key].hint) or [value])):
+            continue
+        if key == "packing":
+            report(keys, f"examples of the task {name} cannot share a row; set dataset.packing: false")
+        elif key == "overlong" and value == "split":
+            report(keys, f"examples of the task {name} cannot be split; choose truncate, drop or error")
+        elif key in own:
+            report(keys, f"the task {name} knows {', '.join(choices(own[key].hint))} only, not {value}")
+        else:
+            report(keys, f"is no setting of the task {name}; leave it out")
 
 
 def exists(path: str) -> bool:
@@ -148,18 +170,8 @@ def _allowed(dataset: Dataset, report: Report) -> None:
 
 def _rows(recipe: Recipe, report: Report) -> None:
     """What rows hold, against what the task and the method do with rows."""
-    dataset, task, method = recipe.dataset, TASKS.get(recipe.task), METHODS.get(recipe.method["type"])
-    if task and not task.packs:
-        if dataset.packing:
-            report(
-                ("dataset.packing", "task"),
-                f"examples of the task {recipe.task} cannot share a row; set dataset.packing: false",
-            )
-        if dataset.overlong == "split":
-            report(
-                ("dataset.overlong", "task"),
-                f"examples of the task {recipe.task} cannot be split; choose truncate, drop or error",
-            )
+    dataset, method = recipe.dataset, METHODS.get(recipe.method["type"])
+    check_task(recipe, report)
     if not dataset.packing:
         return
     if method and issubclass(method.config_class(), SoftPromptConfig):

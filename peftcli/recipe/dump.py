@@ -13,7 +13,10 @@ from peftcli.schema import Recipe
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain data, sections and settings in the schema's order."""
-    return dataclasses.asdict(recipe)
+    described = dataclasses.asdict(recipe)
+    if recipe.task is not None and list(recipe.task) == ["type"]:
+        described["task"] = recipe.task["type"]
+    return described
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -26,10 +26,13 @@ from peftcli.recipe.settings import (
     sections,
     settings,
     sole_required,
+    task_settings,
 )
 from peftcli.recipe.sources import read_tree
 from peftcli.recipe.values import Place, Problems, Value
 from peftcli.schema import BaseModel, Recipe
+from peftcli.tasks import TASKS
+from peftcli.tasks.settings import UNDER_DATASET
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -113,11 +116,14 @@ class _Reader:
         self.require(top, known, "", Place(self.tree.place.file, 1, 1))
         if "base_model" in top:
             top["base_model"] = _written_out(top["base_model"], BaseModel)
+        task, method = self.task(top.get("task")), self.method(top.get("method"))
+        parts = {name: self.section(cls, top.get(name), name) for name, cls in sections().items()}
+        self.share_settings(task, parts["dataset"])
         return Recipe(
-            task=self.setting(known["task"], top["task"], "task") if "task" in top else "",
-            method=self.method(top.get("method")),
+            task=task,
+            method=method,
             gates=self.setting(known["gates"], top["gates"], "gates") if "gates" in top else {},
-            **{name: _built(cls, self.section(cls, top.get(name), name)) for name, cls in sections().items()},
+            **{name: _built(cls, parts[name]) for name, cls in sections().items()},
         )
 
     def section(self, cls: type, value: Value | None, path: str) -> dict[str, Any]:
@@ -143,9 +149,41 @@ class _Reader:
             return {"type": name}
         known_settings = method_settings(name)
         own = {key: child for key, child in given.items() if key != "type"}
-        self.refuse_unknown(own, known_settings, "method", method=name)
+        self.refuse_unknown(own, known_settings, "method", kind=name)
         self.require(own, known_settings, "method", value.key_place or value.place)
         return {"type": name, **self.all_settings(known_settings, own, "method")}
+
+    def task(self, value: Value | None) -> dict[str, Any] | None:
+        """``type`` and the settings that the recipe gives; None where the task is left out."""
+        if value is None or (value.plain and value.scalar is None):
+            return None
+        alone = isinstance(value.data, str)
+        given = {"type": value} if alone else self.mapping(value, "task")
+        if given is None:
+            return None
+        key, place = "task" if alone else "task.type", value.key_place or value.place
+        self.require(given, {"type": _TYPE}, "task", place)
+        name = self.setting(_TYPE, given["type"], key) if "type" in given else ""
+        if name not in TASKS:
+            if key not in self.bad:
+                by_type = {str(row.task_type).lower(): task for task, row in TASKS.items()}
+                suggestion = by_type.get(name.lower()) or near(name, TASKS)
+                self.report((key,), f"no task is called {name[:60]!r}; known: {', '.join(TASKS)}", suggestion)
+            self.bad |= {"task", key}
+            return {"type": name}
+        known, own = task_settings(name), {one: child for one, child in given.items() if one != "type"}
+        self.refuse_unknown(own, known, "task", kind=name)
+        return {"type": name} | {one: self.setting(known[one], own[one], f"task.{one}") for one in own if one in known}
+
+    def share_settings(self, task: dict[str, Any] | None, dataset: dict[str, Any]) -> None:
+        """Move settings that may also stand under ``dataset`` from the task to where they are kept: there."""
+        for name in [name for name in UNDER_DATASET if name in (task or {})]:
+            assert task is not None
+            value, here, there = task.pop(name), f"task.{name}", f"dataset.{name}"
+            if there in self.places and dataset[name] != value:
+                self.report((here, there), f"is given as {there} too, with another value; give it once")
+            dataset[name] = value
+            self.places.setdefault(there, self.places[here])
 
     def all_settings(self, known: dict[str, Setting], given: dict[str, Value], path: str) -> dict[str, Any]:
         return {
@@ -174,12 +212,12 @@ class _Reader:
         return dict(value.data) if isinstance(value.data, dict) else {}
 
     def refuse_unknown(
-        self, given: dict[str, Value], known: dict[str, Setting], path: str, method: str | None = None
+        self, given: dict[str, Value], known: dict[str, Setting], path: str, kind: str | None = None
     ) -> None:
         for name, value in given.items():
             if name in known:
                 continue
-            message, suggestion = ("unknown key", None) if self.problems.full else _advice(name, known, path, method)
+            message, suggestion = ("unknown key", None) if self.problems.full else _advice(name, known, path, kind)
             key = f"{path}.{name}" if path else name
             self.problems.add(message, value.key_place or value.place, key[:200], suggestion)
 
@@ -332,9 +370,12 @@ def _inside(value: Value, hint: Any, key: str, loc: Sequence[int | str]) -> _Ite
     return _Item(value, hint, key)
 
 
-def _advice(name: str, known: dict[str, Setting], path: str, method: str | None) -> tuple[str, str | None]:
-    """Message and suggestion for an unknown key: where it belongs, or what may be meant."""
-    own = (*known, "type") if method else tuple(known)
+def _advice(name: str, known: dict[str, Setting], path: str, kind: str | None) -> tuple[str, str | None]:
+    """Message and suggestion for an unknown key: where it belongs, or what may be meant.
+
+    ``kind``: the method or task whose settings are read.
+    """
+    own = (*known, "type") if kind else tuple(known)
     top = path.partition(".")[0]
     if found := alias_of(name, top):
         section, _, last = found.partition(".")
@@ -342,10 +383,11 @@ def _advice(name: str, known: dict[str, Setting], path: str, method: str | None)
     elsewhere = _everywhere()
     if found := elsewhere.get(name):
         section = found.rpartition(".")[0]
-        if method and section == "method":
-            owners = [other for other in METHODS if name in method_settings(other)]
-            more = f" and {len(owners) - 4} other methods" if len(owners) > 4 else ""
-            return f"not a setting of {method}, but of {', '.join(owners[:4])}{more}", None
+        if kind and section == path:
+            table, settings_of = (METHODS, method_settings) if path == "method" else (TASKS, task_settings)
+            owners = [other for other in table if name in settings_of(other)]
+            more = f" and {len(owners) - 4} other {path}s" if len(owners) > 4 else ""
+            return f"not a setting of {kind}, but of {', '.join(owners[:4])}{more}", None
         return f"belongs {f'in the section {section}' if section else 'at the top level'}", found
     return "unknown key", near(name, own) or elsewhere.get(near(name, elsewhere, 0.8) or "")
 
@@ -360,4 +402,7 @@ def _everywhere() -> dict[str, str]:
     for method in METHODS:
         for name in ("type", *method_settings(method)):
             out.setdefault(name, f"method.{name}")
+    for task in TASKS:
+        for name in task_settings(task):
+            out.setdefault(name, f"task.{name}")
     return out

@@ -22,6 +22,7 @@ from peftcli.recipe.settings import (
     method_settings,
     settings,
     sole_required,
+    task_settings,
 )
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
@@ -104,22 +105,42 @@ def _explainable() -> dict[str, Explanation]:
         types,
         f"method:\n  type: {types[0]}",
     )
-    out["task"] = dataclasses.replace(out["task"], allowed=tuple(TASKS), example=f"task: {next(iter(TASKS))}")
+    out["task"] = dataclasses.replace(
+        out["task"],
+        kind="section",
+        type=None,
+        allowed=tuple(TASKS),
+        example=f"task: {next(iter(TASKS))}",
+        settings=tuple(("type", name, row.summary) for name, row in TASKS.items()),
+    )
+    out["task.type"] = Explanation(
+        "task.type",
+        "setting",
+        "The task; see `peftcli info tasks`.",
+        "a string",
+        "(required)",
+        tuple(TASKS),
+        f"task:\n  type: {next(iter(TASKS))}",
+    )
     for name, row in METHODS.items():
         children = method_settings(name)
         out[name] = Explanation(name, "method", row.summary, settings=_rows(children), link=row.paper)
         for child, entry in children.items():
-            for key, found in _explain_method_setting(name, child, entry).items():
+            for key, found in _explain_own_setting("method", name, child, entry).items():
                 out.setdefault(key, found)
     for name, task in TASKS.items():
-        out[name] = Explanation(name, "task", task.summary, example=f"task: {name}")
+        children = task_settings(name)
+        out[name] = Explanation(name, "task", task.summary, example=f"task: {name}", settings=_rows(children))
+        for child, entry in children.items():
+            for key, found in _explain_own_setting("task", name, child, entry).items():
+                out.setdefault(key, found)
     return out
 
 
-def _explain_method_setting(method: str, name: str, entry: Setting) -> dict[str, Explanation]:
-    """One setting of a method, and those that it holds where it is a mapping."""
-    keys = (f"{method}.{name}", f"method.{name}")
-    return {one: found for key in keys for one, found in _explain_nested(key, entry, "method").items()}
+def _explain_own_setting(section: str, kind: str, name: str, entry: Setting) -> dict[str, Explanation]:
+    """One setting of a method or task, and those that it holds where it is a mapping."""
+    keys = (f"{kind}.{name}", f"{section}.{name}")
+    return {one: found for key in keys for one, found in _explain_nested(key, entry, section).items()}
 
 
 def _explain_nested(key: str, entry: Setting, section: str) -> dict[str, Explanation]:
@@ -201,8 +222,11 @@ def json_schema() -> dict[str, Any]:
         "description": top["base_model"].help,
         "anyOf": [{"type": "string"}, {k: v for k, v in properties["base_model"].items() if k != "description"}],
     }
-    properties["task"]["enum"] = list(TASKS)
-    properties["method"] = {"description": top["method"].help, **_method_schema()}
+    methods = {name: (row.summary, method_settings(name)) for name, row in METHODS.items()}
+    properties["method"] = {"description": top["method"].help, **_kinds_schema(methods)}
+    tasks = {name: (row.summary, task_settings(name)) for name, row in TASKS.items()}
+    whole = {**_kinds_schema(tasks), "required": ["type"]}
+    properties["task"] = {"description": top["task"].help, "anyOf": [{"enum": list(TASKS)}, whole, {"type": "null"}]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "peftcli recipe",
@@ -217,18 +241,19 @@ def json_schema() -> dict[str, Any]:
     }
 
 
-def _method_schema() -> dict[str, Any]:
+def _kinds_schema(kinds: dict[str, tuple[str, dict[str, Setting]]]) -> dict[str, Any]:
+    """A mapping whose ``type`` decides which settings it may hold."""
     rules = [
         {
             "if": {"properties": {"type": {"const": name}}, "required": ["type"]},
-            "then": _object({}) | {"properties": {"type": {}, **_properties(method_settings(name))}},
+            "then": _object({}) | {"properties": {"type": {}, **_properties(own)}},
         }
-        for name in METHODS
+        for name, (_, own) in kinds.items()
     ]
-    summaries = "; ".join(f"{name}: {row.summary}" for name, row in METHODS.items())
+    summaries = "; ".join(f"{name}: {summary}" for name, (summary, _) in kinds.items())
     return {
         "type": "object",
-        "properties": {"type": {"enum": list(METHODS), "description": summaries}},
+        "properties": {"type": {"enum": list(kinds), "description": summaries}},
         "allOf": rules,
     }
 

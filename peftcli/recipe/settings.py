@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from peftcli.core.config import section_class
 from peftcli.methods import METHODS
 from peftcli.schema import Recipe
+from peftcli.tasks import TASKS
 
 _WORDS = {
     str: "a string",
@@ -83,6 +84,11 @@ def method_settings(method: str) -> dict[str, Setting]:
     """The keys of ``method`` for one type, without ``type`` itself."""
     config: Any = METHODS[method].config_class()
     return settings(config)
+
+
+def task_settings(task: str) -> dict[str, Setting]:
+    """The keys of ``task`` for one type, without ``type`` itself."""
+    return settings(TASKS[task].settings)
 
 
 def branches(hint: Any) -> tuple[Any, ...]:

@@ -12,6 +12,8 @@ from peftcli.recipe.yaml_file import parse_text, read_file
 
 COMMAND_LINE = Place("command line")
 MAX_EXTENDS = 16
+_ALONE = {"base_model": "name", "task": "type"}
+"""Sections that may be given as one of their settings alone."""
 
 
 def read_tree(path: Path, overrides: Sequence[str], problems: Problems) -> Value | None:
@@ -56,7 +58,10 @@ def _merge(base: Value, top: Value) -> Value:
         return top
     merged = dict(base.data)
     for name, value in top.data.items():
-        merged[name] = _merge(merged[name], value) if name in merged else value
+        below = merged.get(name)
+        if below is not None and name == "task" and isinstance(below.data, str) and isinstance(value.data, dict):
+            below = _written_out(below, name)
+        merged[name] = value if below is None else _merge(below, value)
     return replace(top, data=merged)
 
 
@@ -107,10 +112,15 @@ def _put(tree: Value, path: list[str], value: Value) -> Value:
         tree = Value({}, COMMAND_LINE, key_place=COMMAND_LINE)
     children = tree.data if isinstance(tree.data, dict) else {}
     old = children.get(name)
-    if name == "base_model" and old is not None:
-        if not rest and isinstance(old.data, dict) and isinstance(value.data, str):
+    if name in _ALONE and old is not None:
+        if name == "base_model" and not rest and isinstance(old.data, dict) and isinstance(value.data, str):
             rest = ["name"]
         elif rest and isinstance(old.data, str):
-            old = replace(old, data={"name": old})
+            old = _written_out(old, name)
     new = _put(old or Value({}, COMMAND_LINE, key_place=COMMAND_LINE), rest, value) if rest else value
     return replace(tree, data={**children, name: new})
+
+
+def _written_out(value: Value, section: str) -> Value:
+    """A section that is given as one setting alone, as the mapping that it means."""
+    return replace(value, data={_ALONE[section]: value})

@@ -1,15 +1,19 @@
-"""The table of tasks. Readable without torch: a task's module is imported on demand.
+"""The table of tasks. Readable without torch: a task's module is imported when the task is opened.
 
-A new task is one file that holds the functions of ``tasks.base.Task``, and one row here.
+A new task is one file with a subclass of ``tasks.base.Task``, a settings class, and one row here.
 """
 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, cast
+
+from peftcli.schema import Recipe
+from peftcli.tasks import settings
 
 if TYPE_CHECKING:
+    from peftcli.models.open import OpenBase, ProcessorKind
     from peftcli.tasks.base import Task
 
 
@@ -17,39 +21,77 @@ if TYPE_CHECKING:
 class TaskRow:
     """One row of the table."""
 
-    task_type: str
-    """PEFT's name of the task, as adapter_config.json holds it."""
+    task_type: str | None
+    """PEFT's name of the task, as adapter_config.json holds it; None: PEFT has none."""
     auto_class: str
     """transformers' auto class that loads the base model."""
-    summary: str
+    settings: type
+    """The dataclass of the task's settings, from ``tasks.settings``."""
     module: str
-    """Module below peftcli.tasks."""
+    """Module below peftcli.tasks, whose TASK is the subclass of ``Task``."""
+    processor: ProcessorKind | None
+    """What the base model's inputs are made with: tokenizer, image_processor, feature_extractor, processor."""
+    reads: tuple[tuple[str, ...], ...]
+    """Columns by which rows are known to be of this task: one of these sets must be there."""
     pipeline_tag: str
     """The hub's name of what such a model does."""
+    summary: str
     usage: tuple[str, ...]
-    """Lines of Python that use a loaded ``model`` and ``tokenizer`` once, for the model card."""
-    packs: bool
-    """Whether an example is one sequence of tokens, each with its own target: several then fit one row of a batch, and
-    a long one can be split."""
+    """Lines of Python that use a loaded ``model`` and processor once, for the model card."""
 
     @property
     def peft_class(self) -> str:
         """PEFT's class that loads base model and adapter."""
         return f"AutoPeft{self.auto_class.removeprefix('Auto')}"
 
-    def load(self) -> Task:
-        """The task itself. Imports torch."""
-        return cast("Task", importlib.import_module(f"peftcli.tasks.{self.module}").TASK)
+    @property
+    def packs(self) -> bool:
+        """Whether several examples fit one row of a batch; ``Packs``, as far as it is known without torch."""
+        return "packing" in {each.name for each in fields(self.settings)}
 
+    def settings_of(self, recipe: Recipe) -> Any:
+        """The settings that a recipe gives, under ``task`` or under ``dataset``."""
+        given = {name: value for name, value in (recipe.task or {}).items() if name != "type"}
+        names = {each.name for each in fields(self.settings)}
+        also = {name: getattr(recipe.dataset, name) for name in settings.UNDER_DATASET if name in names}
+        return self.settings(**also | given)
+
+    def open(self, settings: Any, base: OpenBase) -> Task[Any]:
+        """Bind the task to its settings and to the base model's processor. Imports torch."""
+        task = cast("type[Task[Any]]", importlib.import_module(f"peftcli.tasks.{self.module}").TASK)
+        return task(settings, base.processor(self.processor) if self.processor else None, base)
+
+
+def row_of(recipe: Recipe) -> TaskRow:
+    """The row of a recipe's task, which must be known."""
+    assert recipe.task is not None
+    return TASKS[recipe.task["type"]]
+
+
+def open_task(recipe: Recipe, base: OpenBase) -> Task[Any]:
+    """Open the recipe's task, which must be known."""
+    row = row_of(recipe)
+    return row.open(row.settings_of(recipe), base)
+
+
+def described(task: Task[Any], recipe: Recipe) -> dict[str, Any]:
+    """The recipe's task as run.json holds it: ``type``, and every setting."""
+    return {"type": (recipe.task or {})["type"], **asdict(task.settings)}
+
+
+_ANSWERED = (("prompt", "completion"), ("messages",), ("instruction", "output"), ("conversations",))
 
 TASKS: dict[str, TaskRow] = {
     "causal_lm": TaskRow(
-        "CAUSAL_LM",
-        "AutoModelForCausalLM",
-        "continue or answer a text (GPT, Llama, Qwen)",
-        "causal_lm",
-        "text-generation",
-        (
+        task_type="CAUSAL_LM",
+        auto_class="AutoModelForCausalLM",
+        settings=settings.CausalLM,
+        module="causal_lm",
+        processor="tokenizer",
+        reads=(("text",), *_ANSWERED),
+        pipeline_tag="text-generation",
+        summary="continue or answer a text (GPT, Llama, Qwen)",
+        usage=(
             'inputs = tokenizer("Hello", return_tensors="pt")',
             "if tokenizer.chat_template:",
             '    messages = [{"role": "user", "content": "Hello"}]',
@@ -59,19 +101,20 @@ TASKS: dict[str, TaskRow] = {
             "tokens = model.generate(**inputs, max_new_tokens=64)",
             'print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
         ),
-        packs=True,
     ),
     "seq2seq_lm": TaskRow(
-        "SEQ_2_SEQ_LM",
-        "AutoModelForSeq2SeqLM",
-        "turn one text into another (T5, BART)",
-        "seq2seq_lm",
-        "text-generation",
-        (
+        task_type="SEQ_2_SEQ_LM",
+        auto_class="AutoModelForSeq2SeqLM",
+        settings=settings.Seq2SeqLM,
+        module="seq2seq_lm",
+        processor="tokenizer",
+        reads=_ANSWERED,
+        pipeline_tag="text-generation",
+        summary="turn one text into another (T5, BART)",
+        usage=(
             'inputs = tokenizer("Hello", return_tensors="pt")',
             "tokens = model.generate(**inputs, max_new_tokens=64)",
             "print(tokenizer.decode(tokens[0], skip_special_tokens=True))",
         ),
-        packs=False,
     ),
 }

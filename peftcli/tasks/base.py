@@ -1,63 +1,299 @@
-"""What a task is: how rows become features, features a batch, and a batch a loss."""
+"""The task seam: how rows become examples, examples a batch, a batch a loss, and losses metrics.
+
+A task subclasses ``Task``; whatever else it can do it says by having the methods of a capability (``Packs``,
+``Predicts``, ...), for which commands ask with ``isinstance``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
+
+from peftcli.data.rows import Reader, Row, Table
+from peftcli.data.store import Column, Example, Outcome, View
+from peftcli.errors import DataError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import nn
 
-    from peftcli.data.prepare import Encoder
-    from peftcli.data.store import Feature
-    from peftcli.schema import Dataset, Source
+    from peftcli.core.config import AdapterConfig
+    from peftcli.data.findings import Finding, Records
+    from peftcli.models.open import OpenBase
 
+__all__ = [
+    "Audits",
+    "Batch",
+    "Column",
+    "Example",
+    "Exports",
+    "FitsModel",
+    "Limits",
+    "Loads",
+    "Loss",
+    "Outcome",
+    "Packs",
+    "Predicts",
+    "Probes",
+    "Reader",
+    "Row",
+    "Saves",
+    "Scans",
+    "Shows",
+    "Table",
+    "Task",
+]
+
+Settings = TypeVar("Settings")
 Batch = dict[str, "torch.Tensor"]
+"""Tensors by the names of the model's arguments, the first dimension B."""
 
 
 @dataclass(frozen=True)
-class Losses:
+class Loss:
     """What a forward pass over one batch gives."""
 
-    loss: torch.Tensor
-    """Sum of the loss over the batch's targets, float32, with gradients."""
-    sums: dict[str, torch.Tensor]
-    """Sums over the targets that metrics are made of, without gradients."""
+    total: torch.Tensor
+    """Summed over the batch's targets; a scalar, float32, with gradients."""
+    sums: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What metrics are made of, without gradients: of any shape (a confusion matrix is one), the same shape in each
+    batch. Evaluation adds them over batches and processes, in float64."""
+    outputs: Sequence[Any] = ()
+    """In evaluation alone, for metrics that no sum gives: one object an example of the batch, in order. Evaluation
+    gathers them over processes, in the order of the data."""
 
 
-class Task(Protocol):
-    """One task. Holds no state."""
+class Task(ABC, Generic[Settings]):
+    """One task, bound to its settings and its processor."""
 
-    feature_columns: tuple[str, ...]
-    """What a feature holds; ``input_ids`` is one of them."""
+    columns: ClassVar[Mapping[str, Column]]
+    """The arrays of an example."""
+    unit: ClassVar[str] = "examples"
+    """What ``Example.size`` counts, in the plural: tokens, frames, patches."""
+    targets_in_size: ClassVar[bool] = True
+    """Whether a size counts the targets too; else the account of the data adds them."""
+    flags: ClassVar[Mapping[str, int]] = {}
+    """Facts of rows that run.json counts: name -> bit of ``Outcome.flags``."""
 
-    def encoder(
-        self, columns: Sequence[str], source: Source, described: str, tokenizer: Any, dataset: Dataset
-    ) -> Encoder:
-        """What turns the rows of a source into features.
+    def __init__(self, settings: Settings, processor: Any, base: OpenBase):
+        """``TASKS[name].open`` calls this.
 
         Args:
-            columns: Those of its first rows.
-            source: Says what its rows hold.
-            described: The source as errors name it.
-            tokenizer: The base model's.
-            dataset: Settings of the encoding.
+            settings: The task's settings class, from ``tasks.settings``.
+            processor: The base model's, of the kind that the row names; None where it names none.
+            base: The base model.
+        """
+        self.settings, self.processor, self.base = settings, processor, base
+
+    @property
+    def advice(self) -> Mapping[str, str]:
+        """What to do where every row is left out, by the reason of ``Outcome``."""
+        return {}
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the user should know before rows are encoded."""
+        return ()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that decides what ``encode`` gives, besides rows and settings: part of the cache's key."""
+        described = self.processor.to_json_string() if self.processor is not None else ""
+        return {
+            "processor": hashlib.sha256(described.encode()).hexdigest(),
+            "versions": {"transformers": version("transformers")},
+        }
+
+    def model_options(self) -> dict[str, Any]:
+        """Options of ``from_pretrained``: ``num_labels``, ``id2label``, ``label2id``, ``problem_type``."""
+        return {}
+
+    def record_findings(self, records: Records) -> list[Finding]:
+        """What the outcomes and flags of rows show; errors among it stop a run."""
+        return []
+
+    @abstractmethod
+    def read(self, table: Table) -> Reader:
+        """Find the columns that the task reads in a source. Most tasks return ``table.reader(...)``.
 
         Raises:
-            DataError: the columns fit no format, or the tokenizer cannot do it.
+            DataError: they are not there.
+        """
+
+    @abstractmethod
+    def encode(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
+        """Turn rows into examples.
+
+        Returns:
+            For each row its examples (or the reason why it has none), or the error that it is:
+            ``row.place.error(message)``.
+
+        Raises:
+            DataError: no row of the source can be encoded.
+        """
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
+        """Put examples, or the packed rows that ``join`` made of them, into one batch on the CPU.
+
+        Args:
+            examples: At least one.
+            training: Whether the batch is trained on: augmentation is for these alone.
+        """
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        """Run the model and sum the loss over the targets. ``model.training`` says whether it trains."""
+
+    @abstractmethod
+    def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
+        """Compute what evaluation reports, without the prefix ``eval_``; ``loss`` is among it.
+
+        Args:
+            sums: Those of ``Loss``, over all batches, float64.
+            outputs: Those of ``Loss``, one an example of the data, in its order.
+            num_targets: Over all examples.
+        """
+
+
+@runtime_checkable
+class Loads(Protocol):
+    """Builds its model by itself: no auto class does."""
+
+    def load(self, base: OpenBase, dtype: torch.dtype) -> nn.Module:
+        """Load the base model, frozen weights in ``dtype``."""
+        ...
+
+
+@runtime_checkable
+class Scans(Protocol):
+    """Takes settings from the training data: reads it once before any row is encoded."""
+
+    def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> Any:
+        """Read the training rows, source by source, and return complete settings.
+
+        It is called where ``needs_scan`` holds; rows that cannot be read are left out.
+
+        Raises:
+            DataError: the rows do not say it.
         """
         ...
 
-    def collate(self, features: Sequence[Feature], tokenizer: Any) -> Batch:
-        """The features, or where they can be packed the rows that were joined from them, as one padded batch."""
+    @property
+    def needs_scan(self) -> bool:
+        """Whether the settings lack what only the data says, as the names of labels."""
         ...
 
-    def losses(self, model: nn.Module, batch: Batch) -> Losses:
-        """The forward pass, and the loss over its targets."""
+
+@runtime_checkable
+class Packs(Protocol):
+    """Joins examples to one row, in which the model keeps them apart; its settings have ``packing``, ``max_length``."""
+
+    def join(self, examples: Sequence[Example]) -> Example:
+        """Join examples to one row."""
         ...
 
-    def metrics(self, sums: Mapping[str, float], num_targets: int) -> dict[str, float]:
-        """What evaluation reports, without the prefix ``eval_``."""
+    def samples(self) -> Sequence[Example]:
+        """Two short examples of equal length, for the check that the model keeps packed examples apart."""
         ...
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """Answers rows."""
+
+    def predict(self, model: nn.Module, rows: Iterable[Row], options: Any) -> Iterator[dict[str, Any]]:
+        """Answer rows that have the columns of training, but for the label: one JSON object a row, in order."""
+        ...
+
+
+@runtime_checkable
+class Shows(Protocol):
+    """Shows an example to people."""
+
+    def show(self, example: Example) -> Any:
+        """Render an example for ``inspect``."""
+        ...
+
+
+@runtime_checkable
+class Audits(Protocol):
+    """Finds what is odd with examples, beyond what the records of rows show."""
+
+    def findings(self, view: View) -> list[Finding]:
+        """Look at all examples."""
+        ...
+
+
+@runtime_checkable
+class Probes(Protocol):
+    """Makes up inputs, to compare a model's outputs before and after a change."""
+
+    def probe(self) -> Batch:
+        """A small batch without targets, the same each time. The model's ``logits`` of it are compared."""
+        ...
+
+
+@runtime_checkable
+class Limits(Protocol):
+    """Has examples that may be too large for the base model."""
+
+    def refuse_size(self, largest: int) -> None:
+        """Check the size of the largest example.
+
+        Raises:
+            DataError: the base model cannot read it.
+        """
+        ...
+
+
+@runtime_checkable
+class FitsModel(Protocol):
+    """Changes the loaded base model, as new tokens need rows."""
+
+    def fit_model(self, model: nn.Module, config: AdapterConfig | None) -> list[str]:
+        """Change the model before an adapter is put into it.
+
+        Args:
+            model: The base model.
+            config: A new adapter's, which may be changed to train what is new; None where one is loaded or none is.
+
+        Returns:
+            What the user should know.
+        """
+        ...
+
+
+@runtime_checkable
+class Saves(Protocol):
+    """Keeps files beside the adapter."""
+
+    def save(self, folder: Path) -> list[str]:
+        """Write the files that a reader needs besides adapter and base model, and return their names."""
+        ...
+
+    def record(self, folder: Path, model: nn.Module) -> dict[str, Any]:
+        """Return what run.json holds besides of the finished adapter."""
+        ...
+
+
+@runtime_checkable
+class Exports(Protocol):
+    """Writes the adapter in the form of another ecosystem."""
+
+    def export(self, folder: Path, adapter: Any) -> None:
+        """Write the files into a folder."""
+        ...
+
+
+def encoding(name: str, task: Task[Any]) -> dict[str, Any]:
+    """Everything that decides how the task called ``name`` encodes a row: part of the cache's key."""
+    decisive = [each.name for each in fields(task.settings) if each.metadata.get("encodes", True)]
+    settings = {each: json.loads(json.dumps(getattr(task.settings, each))) for each in decisive}
+    return {"task": name, "settings": settings, **task.fingerprint()}

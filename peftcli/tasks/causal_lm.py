@@ -6,35 +6,44 @@ A row: ``{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
-from peftcli.data.store import Feature
-from peftcli.schema import Dataset, Source
-from peftcli.tasks.base import Batch, Losses
+from peftcli.data.store import Example
+from peftcli.tasks import settings
+from peftcli.tasks.base import Batch, Loss
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import pad_causal, pad_token_id
-from peftcli.tasks.text.encode import COLUMNS, CausalEncoder
-from peftcli.tasks.text.formats import example_reader
-from peftcli.tasks.text.token_loss import token_losses, token_metrics
+from peftcli.tasks.text.encode import CausalEncoder
+from peftcli.tasks.text.language_model import LanguageModel
+from peftcli.tasks.text.packing import join
+from peftcli.tasks.text.token_loss import token_loss
+
+_SAMPLE = 8
+"""Tokens of the examples that the packing check compares."""
 
 
-class CausalLM:
+class CausalLM(LanguageModel[settings.CausalLM]):
     """The task ``causal_lm``."""
 
-    feature_columns = COLUMNS
+    encoder = CausalEncoder
 
-    def encoder(
-        self, columns: Sequence[str], source: Source, described: str, tokenizer: Any, dataset: Dataset
-    ) -> CausalEncoder:
-        return CausalEncoder(example_reader(columns, source, described), tokenizer, dataset)
+    def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
+        return pad_causal(examples, pad_token_id(self.processor))
 
-    def collate(self, features: Sequence[Feature], tokenizer: Any) -> Batch:
-        return pad_causal(features, pad_token_id(tokenizer))
+    def join(self, examples: Sequence[Example]) -> Example:
+        return join(examples)
 
-    def losses(self, model: nn.Module, batch: Batch) -> Losses:
+    def samples(self) -> list[Example]:
+        vocabulary = self.base.config.get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randint(vocabulary, (2, _SAMPLE), generator=generator).tolist()
+        return [Example({"input_ids": row, "labels": row}, _SAMPLE, _SAMPLE - 1) for row in rows]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
         targets = batch["labels"][:, 1:]  # (B, T - 1): position t predicts token t + 1
         inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}
         length = targets.shape[1]
@@ -48,10 +57,7 @@ class CausalLM:
             if "position_ids" in inputs:
                 inputs["use_cache"] = False  # transformers looks for packed examples only where there is no cache
             logits = model(**inputs).logits[:, -(length + 1) : -1]
-        return token_losses(logits, targets)
-
-    def metrics(self, sums: Mapping[str, float], num_targets: int) -> dict[str, float]:
-        return token_metrics(sums, num_targets)
+        return token_loss(logits, targets)
 
 
 def _picks_logits(model: nn.Module) -> bool:
@@ -60,4 +66,4 @@ def _picks_logits(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
-TASK = CausalLM()
+TASK = CausalLM

@@ -5,38 +5,30 @@ A row: ``{"prompt": "translate English to German: Thank you.", "completion": "Da
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import nn
 
-from peftcli.data.store import Feature
-from peftcli.schema import Dataset, Source
-from peftcli.tasks.base import Batch, Losses
+from peftcli.data.store import Example
+from peftcli.tasks import settings
+from peftcli.tasks.base import Batch, Loss
 from peftcli.tasks.text.collate import pad_seq2seq, pad_token_id
-from peftcli.tasks.text.encode import COLUMNS, Seq2SeqEncoder
-from peftcli.tasks.text.formats import example_reader
-from peftcli.tasks.text.token_loss import token_losses, token_metrics
+from peftcli.tasks.text.encode import Seq2SeqEncoder
+from peftcli.tasks.text.language_model import LanguageModel
+from peftcli.tasks.text.token_loss import token_loss
 
 
-class Seq2SeqLM:
+class Seq2SeqLM(LanguageModel[settings.Seq2SeqLM]):
     """The task ``seq2seq_lm``."""
 
-    feature_columns = COLUMNS
+    encoder = Seq2SeqEncoder
+    targets_in_size = False
 
-    def encoder(
-        self, columns: Sequence[str], source: Source, described: str, tokenizer: Any, dataset: Dataset
-    ) -> Seq2SeqEncoder:
-        return Seq2SeqEncoder(example_reader(columns, source, described), tokenizer, dataset)
+    def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
+        return pad_seq2seq(examples, pad_token_id(self.processor))
 
-    def collate(self, features: Sequence[Feature], tokenizer: Any) -> Batch:
-        return pad_seq2seq(features, pad_token_id(tokenizer))
-
-    def losses(self, model: nn.Module, batch: Batch) -> Losses:
-        return token_losses(model(**batch, use_cache=False).logits, batch["labels"])
-
-    def metrics(self, sums: Mapping[str, float], num_targets: int) -> dict[str, float]:
-        return token_metrics(sums, num_targets)
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        return token_loss(model(**batch, use_cache=False).logits, batch["labels"])
 
 
-TASK = Seq2SeqLM()
+TASK = Seq2SeqLM

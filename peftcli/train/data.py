@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 
 from peftcli.data.findings import Finding, Records, find_in_records, refuse, worst_first
 from peftcli.data.prepare import OnRows, prepare
-from peftcli.data.sources import eval_source, held_out
+from peftcli.data.rows import Row, Table
+from peftcli.data.sources import eval_source, held_out, open_source
 from peftcli.data.store import BAD, USED, Part, Store, View
 from peftcli.errors import DataError
-from peftcli.models.load import load_tokenizer
+from peftcli.models.open import open_base
 from peftcli.schema import Recipe, Source
 from peftcli.system import date
-from peftcli.tasks import TASKS
-from peftcli.tasks.base import Task
-from peftcli.tasks.text.findings import record_findings
-from peftcli.tasks.text.flags import CUT_OFF, OVERLONG, Flag
+from peftcli.tasks import open_task, row_of
+from peftcli.tasks.base import Scans, Task, encoding
 from peftcli.train.plan import Plan
 from peftcli.train.report import OnEvent, Phase, RowsRead, Warned
+
+_COUNTED = ("truncated", "split", "pieces_left_out")
+"""Facts of rows that run.json counts for every task."""
+_FIRST = 512
+"""Rows whose columns are those of a source."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """Features of the training and the evaluation rows."""
+    """Examples of the training and the evaluation rows."""
 
+    task: Task[Any]
+    """What they are encoded for, with the settings that the data has completed."""
     train: View
     """Without any where only evaluation data was asked for."""
     eval: View | None
@@ -59,20 +66,18 @@ class Data:
 
 def load_data(
     recipe: Recipe,
-    task: Task,
-    tokenizer: Any,
+    task: Task[Any],
     *,
     only_eval: bool = False,
     keep_bad_rows: bool = False,
     on_rows: OnRows = lambda name, count, done: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> Data:
-    """Read, check and tokenise the recipe's data, or take it from the cache.
+    """Read, check and encode the recipe's data, or take it from the cache.
 
     Args:
         recipe: Names the data and how it is encoded.
         task: What it is encoded for.
-        tokenizer: The base model's.
         only_eval: Leave out the training rows.
         keep_bad_rows: A row that cannot be used is a finding, whatever the recipe says.
         on_rows: Is told how far it is.
@@ -81,16 +86,17 @@ def load_data(
     Raises:
         DataError: a row that cannot be used, or none that can.
     """
-    dataset, notes, packs = recipe.dataset, list[str](), TASKS[recipe.task].packs
+    dataset, notes = recipe.dataset, list(task.notes)
+    if isinstance(task, Scans) and task.needs_scan:
+        task = row_of(recipe).open(task.scan(map(_table, dataset.sources())), task.base)
+    assert recipe.task is not None
+    key = encoding(recipe.task["type"], task)
 
     def store_of(source: Source) -> Store:
         return prepare(
             source,
-            recipe.task,
-            task.feature_columns,
-            lambda columns, source, name: task.encoder(columns, source, name, tokenizer, dataset),
-            tokenizer,
-            dataset,
+            task,
+            key,
             stop_at_bad=not keep_bad_rows and dataset.on_bad_row == "error",
             on_rows=on_rows,
             on_note=on_note,
@@ -99,8 +105,6 @@ def load_data(
     from_eval = eval_source(dataset)
     if only_eval and from_eval is None and dataset.eval_fraction is None:
         raise DataError("the recipe names no evaluation data", key="dataset.eval")
-    if date.writes_date(tokenizer.chat_template):
-        notes.append(f"the chat template can write the date: rows are rendered as on {date.today()}")
     parts = [Part(store_of(source)) for source in dataset.sources()] if not (only_eval and from_eval) else []
     held = [Part(store_of(from_eval))] if from_eval else []
     if dataset.eval_fraction is not None:
@@ -108,27 +112,28 @@ def load_data(
     train, evaluation = View([] if only_eval else parts), View(held) if held else None
     report: dict[str, Any] = {"format": (parts or held)[0].store.about["format"]}
     if train.parts:
-        report |= _account(train.parts, packs) | {"packing": dataset.packing}
+        report |= _account(train.parts, task) | {"packing": dataset.packing}
         if len(train.parts) > 1:
             report["sources"] = [
-                {"train": part.store.about["source"], **_account([part], packs)} for part in train.parts
+                {"train": part.store.about["source"], **_account([part], task)} for part in train.parts
             ]
             for part, account in zip(train.parts, report["sources"], strict=True):
-                _refuse_none(View([part]), account, dataset.max_length)
-        _refuse_none(train, report, dataset.max_length)
+                _refuse_none(View([part]), account, task)
+        _refuse_none(train, report, task)
     if evaluation is not None:
-        report["eval"] = _account(evaluation.parts, packs)
-        _refuse_none(evaluation, report["eval"], dataset.max_length)
+        report["eval"] = _account(evaluation.parts, task)
+        _refuse_none(evaluation, report["eval"], task)
     skip = dataset.on_bad_row == "skip"
     records = [Records(train.parts)] if train.parts else []
     if evaluation is not None:
         records.append(Records(evaluation.parts, "eval"))
     findings = worst_first(
-        [each for some in records for each in find_in_records(some, record_findings, skip_bad_rows=skip)]
+        [each for some in records for each in find_in_records(some, task.record_findings, skip_bad_rows=skip)]
     )
     report["findings"] = [{**each.as_dict(), "split": each.split} for each in findings]
+    report["unit"] = task.unit
     report["content"] = [part.store.content for part in (*parts, *held)]
-    return Data(train, evaluation, report, findings, notes)
+    return Data(task, train, evaluation, report, findings, notes)
 
 
 def prepare_data(recipe: Recipe, as_on: str | None, on_event: OnEvent) -> None:
@@ -143,12 +148,10 @@ def prepare_data(recipe: Recipe, as_on: str | None, on_event: OnEvent) -> None:
         DataError: a row that cannot be used, or data that would be trained wrongly.
     """
     on_event(Phase("reading the data"))
-    task, tokenizer = TASKS[recipe.task].load(), load_tokenizer(recipe.base_model)
     with date.fixed_date(as_on):
         data = load_data(
             recipe,
-            task,
-            tokenizer,
+            open_task(recipe, open_base(recipe.base_model)),
             on_rows=lambda *read: on_event(RowsRead(*read)),
             on_note=lambda text: on_event(Warned(text)),
         )
@@ -159,13 +162,22 @@ def plan_of(recipe: Recipe, data: Data, num_processes: int) -> Plan:
     """Which examples each step sees."""
     weights = [source.weight for source in recipe.dataset.sources() if source.weight is not None]
     return Plan(
-        data.train.lengths,
+        data.train.sizes,
         recipe.training,
         num_processes,
-        sizes=data.train.sizes,
+        counts=data.train.counts,
         weights=weights or None,
         max_length=recipe.dataset.max_length if recipe.dataset.packing else None,
     )
+
+
+def _table(source: Source) -> tuple[Table, Iterator[Row]]:
+    """The rows of a source that can be read."""
+    opened = open_source(source)
+    rows = (row for row in opened.rows() if isinstance(row, Row))
+    first = list(islice(rows, _FIRST))
+    columns = tuple(dict.fromkeys(name for row in first for name in row.values))
+    return Table(source, opened.described, columns), chain(first, rows)
 
 
 def _split(parts: Sequence[Part], fraction: float, seed: int) -> tuple[list[Part], list[Part]]:
@@ -180,9 +192,9 @@ def _split(parts: Sequence[Part], fraction: float, seed: int) -> tuple[list[Part
     )
 
 
-def _account(parts: Sequence[Part], packs: bool) -> dict[str, Any]:
-    """What became of the rows; ``packs``: whether targets are part of the input."""
-    outcomes, flags = Counter[str](), Counter[str]()
+def _account(parts: Sequence[Part], task: Task[Any]) -> dict[str, Any]:
+    """What became of the rows."""
+    outcomes, flags = Counter[str](), Counter(dict.fromkeys(_COUNTED, 0))
     sha256: dict[str, str] = {}
     lost = 0
     for part in parts:
@@ -190,8 +202,8 @@ def _account(parts: Sequence[Part], packs: bool) -> dict[str, Any]:
         for index, name in enumerate(part.store.outcomes):
             outcomes[name] += int((records["outcome"] == index).sum())
         used = records[records["outcome"] == part.store.outcomes.index(USED)]
-        for flag in (Flag.TRUNCATED, Flag.SPLIT, Flag.PIECES_LEFT_OUT):
-            flags[str(flag.name).lower()] += int((used["flags"] & flag != 0).sum())
+        for name, flag in task.flags.items():
+            flags[name] += int((used["flags"] & flag != 0).sum())
         lost += int(used["lost"].sum())
         sha256 |= part.store.about["fingerprint"]
     view = View(parts)
@@ -206,12 +218,12 @@ def _account(parts: Sequence[Part], packs: bool) -> dict[str, Any]:
         "dropped": {name: count for name, count in outcomes.items() if count and name not in (USED, BAD)},
         **flags,
         "targets_cut": lost,
-        "tokens": int(view.lengths.sum()) + (0 if packs else int(view.targets.sum())),
+        "tokens": int(view.sizes.sum()) + (0 if task.targets_in_size else int(view.targets.sum())),
         "targets": int(view.targets.sum()),
     }
 
 
-def _refuse_none(view: View, account: dict[str, Any], max_length: int) -> None:
+def _refuse_none(view: View, account: dict[str, Any], task: Task[Any]) -> None:
     """Raises DataError when no row is left."""
     if len(view):
         return
@@ -226,7 +238,7 @@ def _refuse_none(view: View, account: dict[str, Any], max_length: int) -> None:
     reasons = {**dropped, BAD: account["skipped"]}
     shown = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
     raise DataError(
-        f"zero trained tokens: all {account['rows']} rows are left out ({shown})",
+        f"zero trained {task.unit}: all {account['rows']} rows are left out ({shown})",
         file=view.parts[0].store.about["source"],
-        hint=f"Raise dataset.max_length, which is {max_length}." if OVERLONG in dropped or CUT_OFF in dropped else None,
+        hint=next((task.advice[reason] for reason in dropped if reason in task.advice), None),
     )

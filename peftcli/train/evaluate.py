@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from peftcli.data.store import View
@@ -17,34 +18,33 @@ from peftcli.tasks.base import Task
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    task: Task,
-    features: View,
-    tokenizer: Any,
+    task: Task[Any],
+    examples: View,
     batch_size: int,
     accelerator: Accelerator,
     stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """The task's metrics over all targets of ``features``, each name with the prefix ``eval_``.
+    """Compute the task's metrics over all examples, each name with the prefix ``eval_``.
 
     The result does not depend on the batch size or the number of processes, float error aside.
 
     Args:
-        model: What is measured.
-        task: What its losses are.
-        features: The examples.
-        tokenizer: The model's.
+        model: The model to measure.
+        task: Gives batches, losses and metrics.
+        examples: What it is measured on.
         batch_size: Examples at once in a process.
         accelerator: Of this process; all processes evaluate together.
-        stopping: Is asked before each batch, by all processes as often, whether to give up.
+        stopping: Whether to give up; called before each batch, by all processes equally often.
 
     Returns:
-        The metrics; None if it was given up.
+        The metrics; None if it gave up.
     """
     was_training = model.training
     model.eval()
-    order = np.argsort(features.lengths, kind="stable").tolist()
+    order = np.argsort(examples.sizes, kind="stable").tolist()
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    sums: dict[str, float] = {}
+    sums: dict[str, torch.Tensor] = {}
+    outputs: list[tuple[int, Any]] = []
     inner = accelerator.unwrap_model(model)  # no gradients to synchronise, and the processes' batch counts may differ
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     rounds = -(-len(batches) // accelerator.num_processes)
@@ -55,14 +55,28 @@ def evaluate(
             return None
         if indices is None:
             continue
-        batch = task.collate([features[index] for index in indices], tokenizer)
+        batch = task.collate([examples[index] for index in indices], training=False)
         batch = {name: value.to(accelerator.device) for name, value in batch.items()}
         with accelerator.autocast():
-            losses = task.losses(inner, batch)
-        for name, value in losses.sums.items():
-            sums[name] = sums.get(name, 0.0) + float(value) * bool(mine)
+            loss = task.loss(inner, batch)
+        for name, value in loss.sums.items():
+            counted = value.detach().to("cpu", torch.float64) * bool(mine)
+            sums[name] = sums[name] + counted if name in sums else counted
+        if loss.outputs and mine:
+            outputs += zip(indices, loss.outputs, strict=True)
     model.train(was_training)
-    total = torch.tensor([sums[name] for name in sorted(sums)], dtype=torch.float64, device=accelerator.device)
-    reduced = accelerator.reduce(total, reduction="sum").tolist()
-    metrics = task.metrics(dict(zip(sorted(sums), reduced, strict=True)), int(features.targets.sum()))
-    return {f"eval_{name}": value for name, value in metrics.items()}
+    reduced = _reduce(sums, accelerator)
+    if accelerator.num_processes > 1:
+        outputs = gather_object(outputs)
+    in_order = [output for _, output in sorted(outputs, key=lambda each: each[0])]
+    metrics = task.metrics(reduced, in_order, int(examples.targets.sum()))
+    return {f"eval_{name}": float(value) for name, value in metrics.items()}
+
+
+def _reduce(sums: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[str, np.ndarray]:
+    """The sums over all processes, as one vector on the way."""
+    names = sorted(sums)
+    flat = torch.cat([torch.zeros(0, dtype=torch.float64), *(sums[name].reshape(-1) for name in names)])
+    reduced = accelerator.reduce(flat.to(accelerator.device), reduction="sum").cpu()
+    parts = reduced.split([sums[name].numel() for name in names])
+    return {name: part.view(sums[name].shape).numpy() for name, part in zip(names, parts, strict=True)}

@@ -9,18 +9,18 @@ from typing import Any
 
 from peftcli.adapters.load import apply_adapter, find_adapter
 from peftcli.data.findings import refuse
-from peftcli.models import tokens
 from peftcli.models.open import open_base
 from peftcli.recipe import to_dict
 from peftcli.schema import Launch, Recipe
-from peftcli.tasks import TASKS
+from peftcli.tasks import open_task
+from peftcli.tasks.base import FitsModel
 from peftcli.train.data import load_data
 from peftcli.train.evaluate import evaluate
 from peftcli.train.finish import check_gates
 from peftcli.train.report import peak_memory_bytes, versions
 from peftcli.train.runs.record import SCHEMA_VERSION
 from peftcli.train.runs.typed_json import to_json
-from peftcli.train.setup import base_dtype, start_accelerator
+from peftcli.train.setup import load_base, start_accelerator
 
 
 def measure(
@@ -38,23 +38,21 @@ def measure(
         AdapterError: the adapter does not fit the recipe's base model.
     """
     started = time.perf_counter()
-    row = TASKS[recipe.task]
-    task, accelerator = row.load(), start_accelerator(replace(recipe, launch=Launch()))  # one process measures
-    base = open_base(recipe.base_model)
-    tokenizer = base.processor()
-    data = load_data(recipe, task, tokenizer, only_eval=True, on_note=on_warning)
+    accelerator = start_accelerator(replace(recipe, launch=Launch()))  # one process measures
+    data = load_data(recipe, open_task(recipe, open_base(recipe.base_model)), only_eval=True, on_note=on_warning)
+    task = data.task
     refuse(data.findings, recipe.dataset.allow)
     for text in data.warnings:
         on_warning(text)
     assert data.eval is not None
     source = None if adapter is None else find_adapter(adapter)
-    loaded = base.model(row.auto_class, base_dtype(recipe))
-    tokens.grow_for(loaded.model, tokenizer, recipe.base_model)
-    tokens.settle_pad(tokenizer, loaded.model)
+    loaded = load_base(recipe, task)
+    if isinstance(task, FitsModel):
+        task.fit_model(loaded.model, None)
     if source is not None:
         apply_adapter(loaded, source)
     model = loaded.model.to(accelerator.device)
-    metrics = evaluate(model, task, data.eval, tokenizer, recipe.training.per_device_eval_batch_size, accelerator)
+    metrics = evaluate(model, task, data.eval, recipe.training.per_device_eval_batch_size, accelerator)
     assert metrics is not None  # nothing asks for less
     gates = check_gates(recipe.gates, metrics)
     return {

@@ -7,10 +7,9 @@ from typing import Any
 from peftcli.adapters.card import write_card
 from peftcli.core.weights import adapter_state
 from peftcli.errors import GateFailed
-from peftcli.models import tokens
 from peftcli.recipe import gate_holds, parse_gate, to_yaml
 from peftcli.system.disk import sha256, write_file
-from peftcli.tasks.text.stop_tokens import missing_stops
+from peftcli.tasks.base import Saves
 from peftcli.train.report import draw_losses, peak_memory_bytes
 from peftcli.train.runs.checkpoint import State, prune, write_finite
 from peftcli.train.runs.record import ArtefactRecord, EvaluationRecord, GateRecord, MemoryRecord
@@ -19,12 +18,12 @@ from peftcli.train.training_loop import RunData
 
 
 def finish(run: Run, data: RunData, state: State) -> None:
-    """Write the product (adapter, tokenizer if it differs, card, curve, recipe) and what the gates say."""
+    """Write the product (adapter, what the task keeps beside it, card, curve, recipe) and what the gates say."""
     recipe, folder, record, progress = run.recipe, run.folder, run.record, state.progress
     tensors = state.best_adapter if state.best_adapter is not None else adapter_state(state.model)
     kept = progress.best_eval if state.best_adapter is not None else progress.last_eval
     write_finite(tensors, state.config, folder.path)
-    own = tokens.save_with_adapter(folder.path, data.tokenizer, recipe.base_model)
+    own = data.task.save(folder.path) if isinstance(data.task, Saves) else []
     write_file(folder.path / "recipe.yaml", to_yaml(recipe).encode())
     draw_losses(folder.metrics(), folder.path / "loss.png")
     record.steps.done = progress.step
@@ -38,9 +37,9 @@ def finish(run: Run, data: RunData, state: State) -> None:
     )
     record.peak_memory_bytes = MemoryRecord(**peak_memory_bytes())
     record.gates = check_gates(recipe.gates, kept)
-    generation = getattr(state.model, "generation_config", None)
-    if stops := missing_stops(data.tokenizer, folder.path, getattr(generation, "eos_token_id", None)):
-        record.eos_token_id = stops
+    if isinstance(data.task, Saves):
+        for name, value in data.task.record(folder.path, state.model).items():
+            setattr(record, name, value)
     run.write_record()
     write_card(folder.path)  # from run.json
     names = ("adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png", "recipe.yaml", *own)

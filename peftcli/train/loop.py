@@ -14,10 +14,9 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.protocols import after_step, penalty
-from peftcli.data.store import Feature, View
+from peftcli.data.store import Example, View
 from peftcli.errors import Diverged
-from peftcli.tasks.base import Task
-from peftcli.tasks.text.packing import join
+from peftcli.tasks.base import Packs, Task
 from peftcli.train.attention import takes_one_row
 from peftcli.train.plan import MicroBatch, Plan
 
@@ -39,7 +38,7 @@ class StepResult:
     num_targets: int
     """Targets in the global batch."""
     num_tokens: int
-    """Tokens in the global batch, padding aside."""
+    """Size of the global batch in the task's unit, padding aside."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,8 @@ class PreparedModel:
 
 def fit(
     prepared: PreparedModel,
-    task: Task,
-    features: View,
-    tokenizer: Any,
+    task: Task[Any],
+    examples: View,
     plan: Plan,
     accelerator: Accelerator,
     start: int = 0,
@@ -75,14 +73,14 @@ def fit(
     for step in range(start, plan.total_steps):
         prepared.model.train()
         batch = plan.global_batch(step)
-        num_targets = int(features.targets[batch].sum())
+        num_targets = int(examples.targets[batch].sum())
         micro_batches = plan.micro_batches(step, accelerator.process_index)
         total = torch.zeros((), dtype=torch.float32, device=accelerator.device)
         for number, rows in enumerate(micro_batches, 1):
             parts = []
             if rows:  # the others may have more
-                examples = _examples(features, rows, plan.packs, one_row)
-                loss = _micro_batch_loss(prepared.model, task, examples, tokenizer, accelerator)
+                joined = _rows(task, examples, rows, one_row) if plan.packs else [examples[at] for (at,) in rows]
+                loss = _micro_batch_loss(prepared.model, task, joined, accelerator)
                 parts.append(loss * (1 / num_targets))
                 total += loss.detach()
             if number == len(micro_batches) and (added := penalty(prepared.model, prepared.config)) is not None:
@@ -103,7 +101,7 @@ def fit(
         prepared.schedule.step()
         after_step(prepared.model, prepared.config, step + 1, plan.total_steps)
         prepared.optimizer.zero_grad(set_to_none=True)
-        num_tokens = int(plan.lengths[batch].sum())
+        num_tokens = int(plan.sizes[batch].sum())
         yield StepResult(step + 1, loss_sum / num_targets, grad_norm, learning_rate, num_targets, num_tokens)
 
 
@@ -124,19 +122,18 @@ def _sum_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> 
         parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if count else None
 
 
-def _examples(features: View, rows: MicroBatch, packs: bool, one_row: bool) -> list[Feature]:
-    """What each row of the batch holds: an example, or several joined. ``one_row``: join them all."""
-    if not packs:
-        return [features[index] for (index,) in rows]
+def _rows(task: Task[Any], examples: View, rows: MicroBatch, one_row: bool) -> list[Example]:
+    """The packed rows of a micro-batch; ``one_row``: all of them joined to one."""
+    assert isinstance(task, Packs)
     if one_row:
         rows = [list(chain.from_iterable(rows))]
-    return [join([features[index] for index in row]) for row in rows]
+    return [task.join([examples[at] for at in row]) for row in rows]
 
 
 def _micro_batch_loss(
-    model: nn.Module, task: Task, examples: list[Feature], tokenizer: Any, accelerator: Accelerator
+    model: nn.Module, task: Task[Any], examples: list[Example], accelerator: Accelerator
 ) -> torch.Tensor:
     """Summed loss of the examples."""
-    batch = {name: value.to(accelerator.device) for name, value in task.collate(examples, tokenizer).items()}
+    batch = {name: value.to(accelerator.device) for name, value in task.collate(examples, training=True).items()}
     with accelerator.autocast():
-        return task.losses(model, batch).loss
+        return task.loss(model, batch).total

@@ -9,30 +9,26 @@ import torch
 from accelerate import Accelerator
 
 from peftcli.errors import ModelError
-from peftcli.tasks.base import Batch
-from peftcli.tasks.text.collate import pad_causal
-from peftcli.tasks.text.packing import join
+from peftcli.tasks.base import Batch, Packs, Task
 from peftcli.train.attention import takes_one_row, use_segments
 
-_LENGTH = 8
-"""Tokens of the two examples that are compared."""
 _EXACT, _ROUNDED = 1e-3, 0.3
 """How far a token's logits may be off by rounding, in float32 and in less, relative to the logits' spread. Seen over 30
 layers were 1e-5 and 0.1; where examples of a trained model saw each other, 1.2 and more."""
 
 
-def start_packing(model: Any, accelerator: Accelerator) -> None:
+def start_packing(model: Any, task: Task[Any], accelerator: Accelerator) -> None:
     """Ready a model on its device for packed rows: choose the fastest attention for them, and prove that it works.
 
     Raises:
         ModelError: examples of a packed row would see each other.
     """
     use_segments(model)
-    refuse_contamination(model, accelerator)
+    refuse_contamination(model, task, accelerator)
 
 
-def refuse_contamination(model: Any, accelerator: Accelerator) -> None:
-    """Compare the logits of two random examples in packed rows, in both orders, with those of each alone.
+def refuse_contamination(model: Any, task: Task[Any], accelerator: Accelerator) -> None:
+    """Compare the logits of two examples in packed rows, in both orders, with those of each alone.
 
     Raises:
         ModelError: they differ.
@@ -41,12 +37,12 @@ def refuse_contamination(model: Any, accelerator: Accelerator) -> None:
     takes = "position_ids" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     if model.config.is_encoder_decoder or not takes:
         raise _refusal(model)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.get_text_config().vocab_size, (2, _LENGTH), generator=generator).tolist()
-    examples = [{"input_ids": row, "labels": row} for row in (*ids, *reversed(ids))]
+    assert isinstance(task, Packs)
+    one, other = task.samples()
+    examples = [one, other, other, one]
     rows = [examples] if takes_one_row(model) else [examples[:2], examples[2:]]
-    packed = _logits(model, pad_causal([join(row) for row in rows], 0), accelerator)
-    alone = _logits(model, pad_causal(examples, 0), accelerator)
+    packed = _logits(model, task.collate([task.join(row) for row in rows], training=False), accelerator)
+    alone = _logits(model, task.collate(examples, training=False), accelerator)
     off = (packed.view_as(alone) - alone).square().mean(dim=-1).sqrt().max() / alone.std()
     exact = packed.dtype == torch.float32 and accelerator.mixed_precision == "no"
     if not off <= (_EXACT if exact else _ROUNDED):
@@ -56,7 +52,7 @@ def refuse_contamination(model: Any, accelerator: Accelerator) -> None:
 @torch.no_grad()
 def _logits(model: Any, batch: Batch, accelerator: Accelerator) -> torch.Tensor:
     """Logits (B, T, V) in evaluation mode. Leaves the modules' modes and the random state as they were."""
-    inputs = {name: value.to(accelerator.device) for name, value in batch.items() if name != "labels"}
+    inputs = {name: value.to(accelerator.device) for name, value in batch.items()}
     training = [module for module in model.modules() if module.training]
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     model.eval()

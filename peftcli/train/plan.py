@@ -31,28 +31,28 @@ class Plan:
 
     def __init__(
         self,
-        lengths: np.ndarray | Sequence[int],
+        sizes: np.ndarray | Sequence[int],
         training: Training,
         num_processes: int,
         *,
-        sizes: Sequence[int] | None = None,
+        counts: Sequence[int] | None = None,
         weights: Sequence[float] | None = None,
         max_length: int | None = None,
     ):
-        """``sizes`` and ``weights`` mix, ``max_length`` packs.
+        """``counts`` and ``weights`` mix, ``max_length`` packs.
 
         Args:
-            lengths: tokens of each training example.
+            sizes: Of each training example, in the task's unit.
             training: how long, in which batches and in which order.
             num_processes: among how many the rows of a step are divided.
-            sizes: examples of each source; the sources' examples stand one after another.
+            counts: examples of each source; the sources' examples stand one after another.
             weights: how many examples of an epoch come from each source, relative to the others. None: all it has.
-            max_length: tokens of a packed row. None: every example has a row to itself.
+            max_length: Size of a packed row. None: every example has a row to itself.
         """
-        self.lengths = np.asarray(lengths, np.int64)
+        self.sizes = np.asarray(sizes, np.int64)
         self.training, self.num_processes, self.max_length = training, num_processes, max_length
-        self.sizes = list(sizes or [len(self.lengths)])
-        self.draws = self.sizes if weights is None else _shares(weights, len(self.lengths))
+        self.counts = list(counts or [len(self.sizes)])
+        self.draws = self.counts if weights is None else _shares(weights, len(self.sizes))
         """Examples of an epoch that come from each source."""
         self._mixed = weights is not None
         self._epoch_ends: list[int] = []  # with packing: steps until the end of each epoch that was built
@@ -87,12 +87,12 @@ class Plan:
     @property
     def passes(self) -> list[float]:
         """How often an epoch goes through each source: 1, unless there are weights."""
-        return [draws / size if size else 0.0 for draws, size in zip(self.draws, self.sizes, strict=True)]
+        return [draws / size if size else 0.0 for draws, size in zip(self.draws, self.counts, strict=True)]
 
     @property
     def tokens_per_epoch(self) -> int:
         """Tokens of the first epoch, padding aside."""
-        return int(self.lengths[self._epoch(0).members].sum())
+        return int(self.sizes[self._epoch(0).members].sum())
 
     @property
     def efficiency(self) -> float:
@@ -100,7 +100,7 @@ class Plan:
 
         Where a model takes packed rows joined into one, nothing is padded at all.
         """
-        rows = self._epoch(0).row_lengths(self.lengths)
+        rows = self._epoch(0).row_sizes(self.sizes)
         whole = len(rows) // self.global_batch_size * self.global_batch_size
         padded = self._padded(rows[:whole].reshape(-1, self.global_batch_size)) + self._padded(rows[None, whole:])
         return int(rows.sum()) / padded
@@ -109,7 +109,7 @@ class Plan:
         """A warning for each source, by its name, that its weight makes the run see very often."""
         epochs = self.epoch(self.total_steps)
         never = [
-            f"{name} is never seen: its weight gives it none of the {len(self.lengths):,} examples of an epoch"
+            f"{name} is never seen: its weight gives it none of the {len(self.sizes):,} examples of an epoch"
             for name, draws in zip(names, self.draws, strict=True)
             if not draws
         ]
@@ -144,7 +144,7 @@ class Plan:
         all, some are empty. Rows of like length stand together, which saves padding and, since the loss is a sum over
         the global batch, changes nothing else.
         """
-        rows = sorted(self._rows(step), key=lambda row: int(self.lengths[row].sum()))
+        rows = sorted(self._rows(step), key=lambda row: int(self.sizes[row].sum()))
         parts = self.training.gradient_accumulation_steps * self.num_processes
         size = min(self.training.per_device_train_batch_size, math.ceil(len(rows) / parts))
         chunks = [rows[start : start + size] for start in range(0, size * parts, size)]
@@ -172,7 +172,7 @@ class Plan:
     def _steps_until(self, epochs: int) -> int:
         """Steps of the first ``epochs`` epochs."""
         if not self.packs:
-            return epochs * math.ceil(len(self.lengths) / self.global_batch_size)
+            return epochs * math.ceil(len(self.sizes) / self.global_batch_size)
         for epoch in range(len(self._epoch_ends), epochs):
             steps = math.ceil(len(self._epoch(epoch)) / self.global_batch_size)
             self._epoch_ends.append(steps + (self._epoch_ends[-1] if epoch else 0))
@@ -195,18 +195,18 @@ class Plan:
         order = self._drawn(number)
         if strategy != "sequential":
             order = order[_permutation(len(order), generator)]
-        epoch = _Epoch(order) if self.max_length is None else _packed(order, self.lengths, self.max_length)
+        epoch = _Epoch(order) if self.max_length is None else _packed(order, self.sizes, self.max_length)
         if strategy != "sequential" and self.packs:
             epoch = epoch.reordered(_permutation(len(epoch), generator))
         if strategy == "group_by_length":
-            epoch = epoch.reordered(self._by_length(epoch.row_lengths(self.lengths), generator))
+            epoch = epoch.reordered(self._by_length(epoch.row_sizes(self.sizes), generator))
         return epoch
 
     def _drawn(self, number: int) -> np.ndarray:
         """The examples of an epoch: those of the sources one after another, or interleaved where none are shuffled."""
         if not self._mixed:
-            return np.arange(len(self.lengths))
-        starts = np.cumsum([0, *self.sizes[:-1]])
+            return np.arange(len(self.sizes))
+        starts = np.cumsum([0, *self.counts[:-1]])
         drawn = [start + self._drawn_from(source, number) for source, start in enumerate(starts)]
         joined = np.concatenate(drawn)
         if self.training.train_sampling_strategy != "sequential":
@@ -216,7 +216,7 @@ class Plan:
 
     def _drawn_from(self, source: int, number: int) -> np.ndarray:
         """Positions in a source that an epoch sees: one permutation after another, from where the last epoch ended."""
-        size, draws = self.sizes[source], self.draws[source]
+        size, draws = self.counts[source], self.draws[source]
         places = np.arange(number * draws, (number + 1) * draws)
         if self.training.train_sampling_strategy == "sequential" or not draws:
             return places % size if draws else places
@@ -249,7 +249,7 @@ class _Epoch:
     def __len__(self) -> int:
         return len(self.members) if self.bounds is None else len(self.bounds) - 1
 
-    def row_lengths(self, lengths: np.ndarray) -> np.ndarray:
+    def row_sizes(self, lengths: np.ndarray) -> np.ndarray:
         """Tokens of each row."""
         taken = lengths[self.members]
         return taken if self.bounds is None else np.add.reduceat(taken, self.bounds[:-1])

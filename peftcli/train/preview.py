@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 from peftcli.core.inject import inject
 from peftcli.data.findings import refuse
 from peftcli.errors import HubError, Interrupted, NetworkError, PeftcliError, Problem, RecipeError
-from peftcli.models import tokens
-from peftcli.models.load import base_of, empty_model, load_tokenizer, stored_or_asked
+from peftcli.models.open import base_of, open_base
 from peftcli.recipe import method_config
 from peftcli.schema import Recipe
-from peftcli.tasks import TASKS
+from peftcli.tasks import open_task, row_of
+from peftcli.tasks.base import FitsModel
 from peftcli.train.data import load_data, plan_of
 from peftcli.train.launch import total_processes
 
@@ -52,7 +52,7 @@ def preview(recipe: Recipe) -> dict[str, Any]:
 
 def deep_check(recipe: Recipe) -> Found:
     """Every error and every warning that opening the recipe's data and model brings up."""
-    row, base, config = TASKS[recipe.task], recipe.base_model, method_config(recipe)
+    config = method_config(recipe)
     found = Found()
 
     def attempt(key: str, action: Callable[[], T]) -> T | None:
@@ -67,10 +67,15 @@ def deep_check(recipe: Recipe) -> Found:
             found.exit_code = found.exit_code or error.exit_code
             return None
 
-    tokenizer = attempt("base_model", lambda: load_tokenizer(base))
-    if tokenizer is not None:
-        data = attempt("dataset", lambda: load_data(recipe, row.load(), tokenizer))
+    base = attempt("base_model", lambda: open_base(recipe.base_model))
+    if base is None:
+        return found
+    task = attempt("base_model", lambda: open_task(recipe, base))
+    options: dict[str, Any] = {}
+    if task is not None:
+        data = attempt("dataset", lambda: load_data(recipe, task))
         if data is not None:
+            options = data.task.model_options()
             attempt("dataset", lambda: refuse(data.findings, recipe.dataset.allow))
             plan = plan_of(recipe, data, total_processes(recipe.launch))
             found.would |= {
@@ -78,12 +83,12 @@ def deep_check(recipe: Recipe) -> Found:
                 "steps": plan.total_steps,
                 "warnings": data.warnings + plan.repeated(data.names),
             }
-        attempt("method", lambda: config.prepare(lambda name: load_tokenizer(base_of(name)) if name else tokenizer))
-    attempt("base_model", lambda: stored_or_asked(base))
-    model = attempt("base_model", lambda: empty_model(base, row.auto_class))
+        attempt("method", lambda: config.prepare(lambda name: (open_base(base_of(name)) if name else base).processor()))
+    attempt("base_model", lambda: base.quantization)
+    model = attempt("base_model", lambda: base.empty_model(row_of(recipe).auto_class, **options))
     if model is not None:
-        if tokenizer is not None:
-            attempt("method", lambda: tokens.make_room(model, tokenizer, config, base))
+        if isinstance(task, FitsModel):
+            attempt("method", lambda: task.fit_model(model, config))
         injection = attempt("method", lambda: inject(model, config))
         if injection is not None:
             found.would["parameters"] = {"trainable": injection.trainable, "all": injection.total}

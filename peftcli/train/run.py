@@ -17,18 +17,17 @@ from datetime import datetime, timezone
 from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import nn
 
 from peftcli.core.protocols import after_resume, needs_base_weights, needs_batches
 from peftcli.data.findings import refuse
 from peftcli.errors import DataError, Interrupted, PeftcliError, StorageError, UsageError, known
-from peftcli.models import tokens
-from peftcli.models.load import load_tokenizer, stored_or_asked
+from peftcli.models.open import open_base
 from peftcli.recipe import method_config, seconds
 from peftcli.schema import Recipe
 from peftcli.system import date
 from peftcli.system.signals import STARTED, handled
-from peftcli.tasks import TASKS
+from peftcli.tasks import described, open_task
+from peftcli.tasks.base import Limits
 from peftcli.train.attention import takes_one_row
 from peftcli.train.data import load_data, plan_of
 from peftcli.train.finish import finish
@@ -145,19 +144,22 @@ def read_data(run: Run) -> RunData:
         UsageError: the run was started with other data.
     """
     recipe = run.pinned
-    task, quantization = TASKS[recipe.task].load(), stored_or_asked(recipe.base_model)
+    base = open_base(recipe.base_model)
+    quantization = base.quantization
     run.tell(Phase("reading the data"))
-    tokenizer = load_tokenizer(recipe.base_model)
     with date.fixed_date(run.record.day):
-        examples = load_data(recipe, task, tokenizer, on_rows=lambda *read: run.tell(RowsRead(*read)), on_note=run.warn)
+        task = open_task(recipe, base)
+        examples = load_data(recipe, task, on_rows=lambda *read: run.tell(RowsRead(*read)), on_note=run.warn)
     if run.is_main:
         run.folder.write_skipped(examples.skipped())
     refuse(examples.findings, recipe.dataset.allow)
     _refuse_other_content(run, examples.report["content"])
+    if isinstance(examples.task, Limits):
+        examples.task.refuse_size(int(examples.train.sizes.max()))
     plan = plan_of(recipe, examples, run.accelerator.num_processes)
     for text in (*examples.warnings, *plan.repeated(examples.names)):
         run.warn(text)
-    return RunData(examples, task, tokenizer, plan, quantization)
+    return RunData(examples, examples.task, plan, quantization)
 
 
 def _refuse_other_content(run: Run, content: list[str]) -> None:
@@ -204,36 +206,22 @@ def build(run: Run, data: RunData) -> BuiltModel:
     Raises:
         ModelError: the base model cannot be loaded.
         AdapterError: the method's settings do not fit it.
-        DataError: an example is too long for it.
     """
     recipe, config, plan = run.pinned, method_config(run.recipe), data.plan
     run.tell(Phase(f"loading {recipe.base_model.name}"))
-    model, injection = adapted_model(recipe, config, data.tokenizer)
+    model, injection, notes = adapted_model(recipe, config, data.task)
     config.revision = run.recipe.base_model.revision
-    _refuse_positions(model, int(data.examples.train.lengths.max()))
-    if note := tokens.settle_pad(data.tokenizer, model):
+    for note in notes:
         run.warn(note)
     if needs_batches(config):
         run.tell(Phase("calibrating the adapter on the training data"))
-        injection = calibrate(model, injection, config, recipe, data.examples, data.tokenizer, run.accelerator)
+        injection = calibrate(model, injection, config, recipe, data.examples, run.accelerator)
     prepared = prepare(model, config, recipe, plan, run.accelerator)
     efficiency = plan.efficiency
     if plan.packs:
-        start_packing(model, run.accelerator)
+        start_packing(model, data.task, run.accelerator)
         efficiency = 1.0 if takes_one_row(model) else efficiency
     return BuiltModel(prepared, ParametersRecord(trainable=injection.trainable, all=injection.total), efficiency)
-
-
-def _refuse_positions(model: nn.Module, longest: int) -> None:
-    """Raises DataError if the longest example has more tokens than the base model has trained positions."""
-    base: Any = model.config
-    positions = getattr(base.get_text_config(), "max_position_embeddings", None)
-    if positions and longest > positions:
-        raise DataError(
-            f"the longest example has {longest:,} tokens, and the base model {positions:,} positions",
-            key="dataset.max_length",
-            hint=f"set dataset.max_length: {positions}, or less",
-        )
 
 
 # --- where training starts --------------------------------------------------------------------------------------------
@@ -271,6 +259,7 @@ def record_start(run: Run, data: RunData, built: BuiltModel, state: State) -> No
     for name, value in commit_of(run.pinned.base_model).items():
         setattr(record.base_model, name, value)
     measured = {"efficiency": built.efficiency, "passes_per_epoch": data.plan.passes}
+    record.task = described(data.task, run.recipe)
     record.data = from_json(DataRecord, data.examples.report | measured)
     record.parameters = built.parameters
     record.mergeable = config.merge_problem() is None

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -19,14 +19,13 @@ from peftcli.core.inject import Injection, inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.protocols import needs_base_weights, start_from_base
 from peftcli.core.weights import named_tensors
-from peftcli.data.store import Feature
+from peftcli.data.store import Example
 from peftcli.errors import ModelError, UsageError
-from peftcli.models import tokens
-from peftcli.models.load import base_of, load_model, load_tokenizer
+from peftcli.models.open import LoadedModel, base_of, open_base
 from peftcli.models.weights import BaseWeights
 from peftcli.schema import Recipe
-from peftcli.tasks import TASKS
-from peftcli.tasks.base import Task
+from peftcli.tasks import row_of
+from peftcli.tasks.base import FitsModel, Loads, Task
 from peftcli.train.data import Data
 from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import build_optimizer, build_schedule, parameter_groups
@@ -82,25 +81,39 @@ def base_dtype(recipe: Recipe) -> torch.dtype:
     return dtype
 
 
-def adapted_model(recipe: Recipe, config: AdapterConfig, tokenizer: Any) -> tuple[nn.Module, Injection]:
-    """The recipe's base model, with rows for its new tokens, and a new adapter in it.
+def load_base(recipe: Recipe, task: Task[Any]) -> LoadedModel:
+    """The recipe's base model as its task wants it.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    dtype = base_dtype(recipe)
+    if isinstance(task, Loads):
+        return LoadedModel(cast(Any, task.load(task.base, dtype)))
+    return task.base.model(row_of(recipe).auto_class, dtype, **task.model_options())
+
+
+def adapted_model(recipe: Recipe, config: AdapterConfig, task: Task[Any]) -> tuple[nn.Module, Injection, list[str]]:
+    """The recipe's base model as the task needs it, with a new adapter in it, and what the user should know.
 
     Raises:
         ModelError: the base model cannot be loaded.
         AdapterError: the method's settings do not fit it.
     """
-    row, base = TASKS[recipe.task], recipe.base_model
-    model = load_model(base, row.auto_class, base_dtype(recipe))
-    tokens.make_room(model, tokenizer, config, base)
+    base, loaded = recipe.base_model, load_base(recipe, task)
+    model, notes = loaded.model, [loaded.note] if loaded.note else []
+    if isinstance(task, FitsModel):
+        notes += task.fit_model(model, config)
     set_seed(recipe.training.seed)
-    config.task_type, config.base_model_name_or_path, config.revision = row.task_type, base.name, base.revision
-    config.prepare(lambda name: load_tokenizer(base_of(name) if name else base))
+    config.task_type = row_of(recipe).task_type
+    config.base_model_name_or_path, config.revision = base.name, base.revision
+    config.prepare(lambda name: open_base(base_of(name)).processor() if name else task.base.processor())
     injection = inject(model, config)
     if needs_base_weights(config):
         start_from_base(model, config, BaseWeights(base, getattr(model, "base_model_prefix", "")))
     if recipe.training.gradient_checkpointing:
         _checkpoint_activations(model)
-    return model, injection
+    return model, injection, notes
 
 
 def _checkpoint_activations(model: Any) -> None:
@@ -119,15 +132,14 @@ class CalibrationBatches:
     Every process sees the same ones, so that every process starts the same adapter.
     """
 
-    features: Sequence[Feature]
-    task: Task
-    tokenizer: Any
+    examples: Sequence[Example]
+    task: Task[Any]
     size: int
     device: torch.device
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for start in range(0, len(self.features), self.size):
-            batch = self.task.collate(self.features[start : start + self.size], self.tokenizer)
+        for start in range(0, len(self.examples), self.size):
+            batch = self.task.collate(self.examples[start : start + self.size], training=False)
             yield {name: value.to(self.device) for name, value in batch.items()}
 
 
@@ -137,13 +149,12 @@ def calibrate(
     config: AdapterConfig,
     recipe: Recipe,
     data: Data,
-    tokenizer: Any,
     accelerator: Accelerator,
 ) -> Injection:
     """Let the method start the adapter from the training data. Gives what is in the model then: sizes may change."""
-    task, size = TASKS[recipe.task].load(), recipe.training.per_device_train_batch_size
+    size = recipe.training.per_device_train_batch_size
     model.to(accelerator.device)
-    protocols.calibrate(model, config, CalibrationBatches(data.train, task, tokenizer, size, accelerator.device))
+    protocols.calibrate(model, config, CalibrationBatches(data.train, data.task, size, accelerator.device))
     trainable = sum(parameter.numel() for _, _, parameter in named_tensors(model).values())
     return Injection(adapter_layers(model), trainable, injection.total - injection.trainable + trainable)
 

@@ -29,8 +29,7 @@ class RunData:
     """What a run trains on."""
 
     examples: Data
-    task: Task
-    tokenizer: Any
+    task: Task[Any]
     plan: Plan
     """Which examples each step sees."""
     quantization: dict[str, Any] | None
@@ -70,7 +69,7 @@ class TrainingLoop:
     def _steps(self) -> None:
         training, plan, state, data = self.training, self.plan, self.state, self.data
         accelerator, start = self.active.accelerator, self.progress.step
-        for result in fit(state.prepared, data.task, data.examples.train, data.tokenizer, plan, accelerator, start):
+        for result in fit(state.prepared, data.task, data.examples.train, plan, accelerator, start):
             line = self._count(result)
             last = result.step == plan.total_steps
             if last or _is_due(training.eval_strategy, training.eval_steps, result.step, plan):
@@ -128,7 +127,6 @@ class TrainingLoop:
             self.state.prepared.model,
             data.task,
             data.examples.eval,
-            data.tokenizer,
             training.per_device_eval_batch_size,
             self.active.accelerator,
             stopping=lambda: self.request() not in (0, TIME_LIMIT),  # or a long evaluation would never end

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import trainkit
+from examplekit import COLUMNS, outcome
 
 from peftcli.data import cache
 from peftcli.data.rows import Place
-from peftcli.data.store import Outcome, Writer
+from peftcli.data.store import Writer
 
 Cli = Callable[..., Any]
 
@@ -31,10 +32,10 @@ def fill(source: str, count: int = 3, days: float = 0.0) -> str:
     """An entry of ``count`` rows of 2 tokens, last used so many days ago. Gives its key."""
 
     def build(folder: Path) -> None:
-        with Writer(folder, ["input_ids", "labels"]) as writer:
+        with Writer(folder, COLUMNS) as writer:
             for number in range(1, count + 1):
                 feature = {"input_ids": [1, 2], "labels": [1, 2]}
-                writer.add([Place(source, number)], [Outcome([feature], [2], tokens=2)])
+                writer.add([Place(source, number)], [outcome([feature], [2], tokens=2)])
             writer.finish(source=source)
 
     folder = cache.cached({"source": source, "count": count}, build).folder

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trainkit
+from examplekit import plain
 from trainkit import MESSAGES, PROMPTS, base_folder, write_recipe, write_rows
 
 from peftcli.cli import console
@@ -70,16 +71,16 @@ def _counted(ids: list[int], labels: list[int]) -> tuple[tuple[int, ...], tuple[
 
 
 def test_rows_are_the_examples_of_train_by_their_number(cli: Callable, recipe: Path) -> None:
-    from peftcli.models.load import load_tokenizer
+    from peftcli.models.open import open_base
     from peftcli.recipe import load_recipe
-    from peftcli.tasks import TASKS
+    from peftcli.tasks import open_task
 
     settings = load_recipe(recipe, [])
-    tokenizer = load_tokenizer(settings.base_model)
-    data = load_data(settings, TASKS["causal_lm"].load(), tokenizer)
+    task = open_task(settings, open_base(settings.base_model))
+    data = load_data(settings, task)
     for row in look(cli, recipe, "--rows", 4)["rows"]:
-        assert {"input_ids": row["input_ids"], "labels": row["labels"]} == data.train[row["index"]]
-        assert row["text"] == tokenizer.decode(row["input_ids"])
+        assert {"input_ids": row["input_ids"], "labels": row["labels"]} == plain(data.train[row["index"]])
+        assert row["text"] == task.processor.decode(row["input_ids"])
 
 
 # --- JSON -----------------------------------------------------------------------------------------------------------

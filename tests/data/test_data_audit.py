@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from examplekit import COLUMNS, outcome
 
 from peftcli.data.rows import Place
 from peftcli.data.store import Outcome, Part, Store, View, Writer
@@ -35,7 +36,7 @@ def part(tmp_path: Path) -> Callable[..., Part]:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         outcomes = [used(*row) if isinstance(row, tuple) else row for row in rows]
-        with Writer(folder, ("input_ids", "labels")) as writer:
+        with Writer(folder, COLUMNS) as writer:
             for start in range(0, len(rows), 3):
                 places = [Place(file, at + 1, at + 1) for at in range(start, min(start + 3, len(rows)))]
                 writer.add(places, outcomes[start : start + 3])
@@ -50,12 +51,12 @@ def feature(prompt: Ids, answer: Ids) -> dict[str, Ids]:
 
 
 def used(prompt: Ids, answer: Ids, **more: Any) -> Outcome:
-    return Outcome([feature(prompt, answer)], [len(answer)], tokens=len(prompt) + len(answer), **more)
+    return outcome([feature(prompt, answer)], [len(answer)], tokens=len(prompt) + len(answer), **more)
 
 
 def pair(source: Ids, target: Ids) -> Outcome:
     """A row of an encoder-decoder."""
-    return Outcome([{"input_ids": source, "labels": target}], [len(target)], tokens=len(source) + len(target))
+    return outcome([{"input_ids": source, "labels": target}], [len(target)], tokens=len(source) + len(target))
 
 
 def named(found: Audit) -> dict[str, list[str]]:
@@ -73,8 +74,8 @@ def some(rng: random.Random, count: int) -> Ids:
 def test_the_facts_are_those_of_the_rows(part, tokenizer) -> None:
     error = DataError("is empty", file="a.jsonl", line=3, key="messages")
     cut = used([40] * 5, [50] * 5, flags=Flag.TRUNCATED | Flag.ANSWER_CUT, lost=7)
-    cut.tokens = 30
-    rows = [([40] * 6, [50] * 2), cut, error, Outcome(reason=NO_TARGET, tokens=4), ([40] * 2, [50, 3])]
+    cut.size = 30
+    rows = [([40] * 6, [50] * 2), cut, error, Outcome(reason=NO_TARGET, size=4), ([40] * 2, [50, 3])]
     facts = audit(View([part(rows)]), tokenizer).facts
     counts = {"rows": 5, "used": 3, "examples": 3, "tokens": 22, "targets": 9}
     assert {name: facts[name] for name in counts} == counts
@@ -119,7 +120,7 @@ def test_only_chosen_rows_are_looked_at(part, tokenizer) -> None:
 
 def test_a_split_row_is_one_row(part, tokenizer) -> None:
     whole = [45, 46, 47, 48, 49, 50]
-    split = Outcome([feature([], whole[:4]), feature([], whole[3:])], [4, 3], tokens=6, flags=Flag.SPLIT)
+    split = outcome([feature([], whole[:4]), feature([], whole[3:])], [4, 3], tokens=6, flags=Flag.SPLIT)
     found = audit(View([part([split, ([40], [41]), split])]), tokenizer)
     assert (found.facts["used"], found.facts["examples"], found.facts["tokens"]) == (3, 5, 16)
     assert named(found)["exact_duplicates"] == ["a.jsonl:3"]
@@ -164,7 +165,7 @@ def test_answers_without_text(part, tokenizer) -> None:
         ([40], [50, end]),
         ([41], [end]),
         ([42], [*space, end]),
-        Outcome([two], [3], tokens=5),
+        outcome([two], [3], tokens=5),
         ([43], [51]),
         used([44], [*space], flags=Flag.TRUNCATED | Flag.ANSWER_CUT),
     ]

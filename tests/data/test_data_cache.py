@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from examplekit import outcome
 
 from peftcli.data import cache
 from peftcli.data.rows import Place
-from peftcli.data.store import Outcome, Store, Writer
+from peftcli.data.store import Column, Store, Writer
 from peftcli.errors import StorageError, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # Python 3.12 and later
@@ -43,9 +44,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def build(folder: Path) -> None:
-    with Writer(folder, ["input_ids"]) as writer:
+    with Writer(folder, {"input_ids": Column()}) as writer:
         for number, ids in enumerate(IDS, 1):
-            writer.add([Place("a.jsonl", number)], [Outcome([{"input_ids": ids}], [len(ids)])])
+            writer.add([Place("a.jsonl", number)], [outcome([{"input_ids": ids}], [len(ids)])])
         writer.finish(source="a.jsonl")
 
 
@@ -54,7 +55,7 @@ def never(folder: Path) -> None:
 
 
 def holds(store: Store) -> list[list[int]]:
-    return [feature["input_ids"] for feature in store]
+    return [example.arrays["input_ids"].tolist() for example in store]
 
 
 def names(root: Path) -> list[str]:
@@ -346,7 +347,11 @@ if sys.argv[1] == "killed":
 
 
 def test_a_temporary_cache_goes_with_its_process(root: Path) -> None:
-    environment = {**os.environ, "PEFTCLI_CACHE": "/proc/cache", "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {
+        **os.environ,
+        "PEFTCLI_CACHE": "/proc/cache",
+        "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}",
+    }
     left = root.parent / "tmp"
 
     def run(how: str) -> int:

@@ -13,13 +13,15 @@ from chat_templates import make_tokenizer
 from transformers import ByT5Tokenizer
 
 from peftcli.data import prepare as preparing
-from peftcli.data.prepare import prepare, tokenizer_fingerprint
+from peftcli.data.prepare import prepare
 from peftcli.data.store import Store
 from peftcli.errors import DataError
-from peftcli.schema import Dataset, Source
+from peftcli.schema import Source
 from peftcli.system import date
-from peftcli.tasks.text.encode import COLUMNS, CausalEncoder
-from peftcli.tasks.text.formats import example_reader
+from peftcli.tasks import settings
+from peftcli.tasks.base import encoding
+from peftcli.tasks.causal_lm import CausalLM
+from peftcli.tasks.text.language_model import tokenizer_fingerprint
 from peftcli.tasks.text.spans import render, tokenized
 
 CHATS = [
@@ -43,21 +45,15 @@ def store(
     task: str = "causal_lm",
     stop: bool = True,
     on_note: Callable[[str], None] = lambda text: None,
-    **settings: Any,
+    **own: Any,
 ) -> Store:
-    of_source = {key: settings.pop(key) for key in ("limit", "format", "columns", "split") if key in settings}
-    source, dataset = Source(train=str(path), **of_source), Dataset(train=str(path), **settings)
-    tokenizer = tokenizer or make_tokenizer("smollm")
-    return prepare(
-        source,
-        task,
-        COLUMNS,
-        lambda columns, source, name: CausalEncoder(example_reader(columns, source, name), tokenizer, dataset),
-        tokenizer,
-        dataset,
-        stop_at_bad=stop,
-        on_note=on_note,
-    )
+    of_source = {key: own.pop(key) for key in ("limit", "format", "columns", "split") if key in own}
+    source, opened = Source(train=str(path), **of_source), causal_lm(tokenizer, **own)
+    return prepare(source, opened, encoding(task, opened), stop_at_bad=stop, on_note=on_note)
+
+
+def causal_lm(tokenizer: Any = None, kind: type[CausalLM] = CausalLM, **own: Any) -> CausalLM:
+    return kind(settings.CausalLM(**own), tokenizer or make_tokenizer("smollm"), None)
 
 
 def test_the_same_content_and_settings_are_encoded_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +61,7 @@ def test_the_same_content_and_settings_are_encoded_once(file: Path, monkeypatch:
     assert len(first) == 5
     monkeypatch.setattr(preparing, "_write", lambda *args: pytest.fail("encoded again"))
     assert store(file).folder == first.folder
-    assert store(file, on_bad_row="skip", packing=True, allow=["double_bos"]).folder == first.folder
+    assert store(file, packing=True).folder == first.folder
 
 
 def test_each_other_setting_is_another_store(file: Path) -> None:
@@ -94,18 +90,14 @@ def test_an_edited_file_is_another_store_even_with_its_old_time(file: Path) -> N
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(file: Path) -> None:
-    class Editing(CausalEncoder):
-        def __call__(self, rows: Any) -> Any:
+    class Editing(CausalLM):
+        def encode(self, rows: Any, reader: Any) -> Any:
             file.write_text(file.read_text() + json.dumps(CHATS[0]) + "\n")
-            return super().__call__(rows)
+            return super().encode(rows, reader)
 
-    source, dataset, tokenizer = Source(train=str(file)), Dataset(train=str(file)), make_tokenizer("smollm")
-
-    def make(columns: Any, source: Source, name: str) -> CausalEncoder:
-        return Editing(example_reader(columns, source, name), tokenizer, dataset)
-
+    task = causal_lm(kind=Editing)
     with pytest.raises(DataError, match="changed"):
-        prepare(source, "causal_lm", COLUMNS, make, tokenizer, dataset, stop_at_bad=True)
+        prepare(Source(train=str(file)), task, encoding("causal_lm", task), stop_at_bad=True)
 
 
 @pytest.mark.parametrize("cached_before", [False, True])

@@ -32,7 +32,8 @@ from peftcli.adapters.merge import merge_adapter
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
-from peftcli.data.rows import Place, Row
+from peftcli.data.rows import Place, Row, Table
+from peftcli.data.store import Example
 from peftcli.errors import AdapterError, ModelError
 from peftcli.methods import METHODS, config_from_dict
 from peftcli.methods.ia3.config import IA3Config
@@ -40,10 +41,9 @@ from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.trainable_tokens.config import TrainableTokensConfig
 from peftcli.models import tokens
 from peftcli.models.load import base_of, empty_model, load_adapter_tokenizer, load_model, load_tokenizer
-from peftcli.schema import BaseModel, Dataset, Source
+from peftcli.schema import BaseModel, Source
+from peftcli.tasks import settings as task_settings
 from peftcli.tasks.causal_lm import CausalLM
-from peftcli.tasks.text.encode import CausalEncoder
-from peftcli.tasks.text.formats import example_reader
 from peftcli.tasks.text.packing import join
 
 NEW = ["<tool>", "<done>"]
@@ -551,34 +551,38 @@ def test_the_pad_token_is_one_that_the_model_has(settings: Any, rows: int, pad: 
     assert tokens.settle_pad(tokenizer, model) is None
 
 
-def features(tokenizer: Any, rows: list[dict[str, Any]]) -> list[dict[str, list[int]]]:
-    reader = example_reader(list(rows[0]), Source(train="rows"), "rows")
-    encoder = CausalEncoder(reader, tokenizer, Dataset(train="rows"))
-    outcomes = encoder([Row(values, Place("rows", number)) for number, values in enumerate(rows, 1)])
-    return [outcome.features[0] for outcome in outcomes]
+def causal_lm(tokenizer: Any) -> CausalLM:
+    return CausalLM(task_settings.CausalLM(), tokenizer, None)
+
+
+def features(tokenizer: Any, rows: list[dict[str, Any]]) -> list[Example]:
+    task = causal_lm(tokenizer)
+    reader = task.read(Table(Source(train="rows"), "rows", tuple(rows[0])))
+    outcomes = task.encode([Row(values, Place("rows", number)) for number, values in enumerate(rows, 1)], reader)
+    return [outcome.examples[0] for outcome in outcomes]
 
 
 @pytest.mark.parametrize("rows", [trainkit.MESSAGES[:3], trainkit.PROMPTS[:3]])
 def test_eos_is_trained_where_it_pads_too(rows: list[dict[str, Any]]) -> None:
-    tokenizer, task = unsaved(pad_token="<|im_end|>"), CausalLM()
+    tokenizer = unsaved(pad_token="<|im_end|>")
     encoded = features(tokenizer, rows)
-    batch = task.collate(encoded, tokenizer)
+    batch = causal_lm(tokenizer).collate(encoded, training=True)
     eos = tokenizer.eos_token_id
     assert tokenizer.pad_token_id == eos
     assert (batch["labels"] == eos).sum(dim=1).tolist() == [1, 1, 1]
     for feature, labels, mask in zip(encoded, batch["labels"], batch["attention_mask"], strict=True):
-        size = len(feature["labels"])
-        assert labels[:size].tolist() == feature["labels"]
+        size = len(feature.arrays["labels"])
+        assert labels[:size].tolist() == feature.arrays["labels"]
         assert (labels[size:] == -100).all()
         assert mask.tolist() == [1] * size + [0] * (len(labels) - size)
 
 
 def test_eos_is_trained_in_packed_rows_where_it_pads_too() -> None:
-    tokenizer, task = unsaved(pad_token="<|im_end|>"), CausalLM()
+    tokenizer = unsaved(pad_token="<|im_end|>")
     encoded = features(tokenizer, trainkit.MESSAGES[:3])
-    batch = task.collate([join(encoded[:2]), join(encoded[2:])], tokenizer)
+    batch = causal_lm(tokenizer).collate([join(encoded[:2]), join(encoded[2:])], training=True)
     assert (batch["labels"] == tokenizer.eos_token_id).sum(dim=1).tolist() == [2, 1]
-    short = len(encoded[2]["labels"])
+    short = encoded[2].size
     assert (batch["labels"][1, short:] == -100).all()
     assert batch["position_ids"][1, short] == 0, "padding is nobody's"
 
@@ -588,10 +592,11 @@ def test_eos_is_trained_in_packed_rows_where_it_pads_too() -> None:
 def test_which_token_pads_changes_no_loss(pad: str, configured: int | None) -> None:
     model = loaded("llama")
     model.config.pad_token_id = configured
-    apart = [CausalLM().losses(model, CausalLM().collate([each], unsaved())) for each in some()]
-    batch = CausalLM().collate(some(), unsaved(pad_token=pad))
-    expected = sum(float(each.loss.detach()) for each in apart)
-    assert float(CausalLM().losses(model, batch).loss.detach()) == pytest.approx(expected, rel=1e-5)
+    task = causal_lm(unsaved())
+    apart = [task.loss(model, task.collate([each], training=True)) for each in some()]
+    batch = causal_lm(unsaved(pad_token=pad)).collate(some(), training=True)
+    expected = sum(float(each.total.detach()) for each in apart)
+    assert float(task.loss(model, batch).total.detach()) == pytest.approx(expected, rel=1e-5)
 
 
 def some() -> list[dict[str, list[int]]]:
@@ -647,8 +652,8 @@ def test_a_conversation_has_the_bos_of_its_template(style: str, template: str) -
     tokenizer = fast(style, template=template)
     (feature,) = features(tokenizer, trainkit.MESSAGES[:1])
     expected = int("bos_token" in template)
-    assert feature["input_ids"].count(tokenizer.bos_token_id) == expected
-    assert feature["input_ids"][:1] == [tokenizer.bos_token_id] or not expected
+    assert feature.arrays["input_ids"].count(tokenizer.bos_token_id) == expected
+    assert feature.arrays["input_ids"][:1] == [tokenizer.bos_token_id] or not expected
 
 
 @pytest.mark.parametrize("style", ["llama", "gemma"])
@@ -657,7 +662,7 @@ def test_a_conversation_has_the_bos_of_its_template(style: str, template: str) -
 def test_a_pair_has_one_bos_whether_its_text_begins_with_it_or_not(style: str, written: str, adds_bos: bool) -> None:
     tokenizer = fast(style, adds_bos)
     (feature,) = features(tokenizer, [{"prompt": f"{written}What follows?", "completion": " tea"}])
-    ids, labels = feature["input_ids"], feature["labels"]
+    ids, labels = feature.arrays["input_ids"], feature.arrays["labels"]
     assert ids.count(tokenizer.bos_token_id) == int(adds_bos or bool(written))
     assert ids[-1] == labels[-1] == tokenizer.eos_token_id
     trained = [each for each in labels if each != -100]

@@ -63,7 +63,9 @@ def test_everything_at_once_each_at_its_place(tmp_path) -> None:
         ("base_model=null", "is required"),
         ("base_model=[a]", "expected a mapping of settings, found a list"),
         ("training=5", "expected a mapping of settings, found 5"),
-        ("task.x=5", "expected a string, found a mapping"),
+        ("task.x=5", "unknown key"),
+        ("task=[a]", "expected a mapping of settings, found a list"),
+        ("task={type: 5, x: 1}", "no task is called '5'; known: causal_lm, seq2seq_lm"),
         ("gates.loss=low", "expected an operator (<=, <, >=, > or ==) and a number, as in '<= 1.2', found 'low'"),
     ],
 )

@@ -12,7 +12,7 @@ import trainkit
 from peftcli.methods import METHODS
 from peftcli.recipe import read
 from peftcli.schema import Recipe
-from peftcli.tasks import TASKS
+from peftcli.tasks import row_of
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -47,7 +47,7 @@ def test_a_recipe_trains_a_few_steps_of_a_tiny_model(path: Path, tmp_path: Path)
     assert recipe is not None
     if recipe.base_model.quantization:
         pytest.importorskip("bitsandbytes")
-    base = trainkit.base_folder("t5", chat=False) if recipe.task == "seq2seq_lm" else trainkit.base_folder()
+    base = trainkit.base_folder("t5", chat=False) if recipe.task == {"type": "seq2seq_lm"} else trainkit.base_folder()
     settings = [f"base_model={base}", f"training.output_dir={tmp_path}/out", "training.max_steps=3"]
     settings += ["training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=1"]
     settings += ["dataset.max_length=192", "gates={}"]
@@ -63,12 +63,12 @@ def test_a_recipe_trains_a_few_steps_of_a_tiny_model(path: Path, tmp_path: Path)
     assert done.run["steps"] == {"done": 3, "total": 3}
     config = json.loads((done.folder / "adapter_config.json").read_text())
     assert config["peft_type"] == METHODS[recipe.method["type"]].config_class().peft_type
-    assert config["task_type"] == TASKS[recipe.task].task_type
+    assert config["task_type"] == row_of(recipe).task_type
 
 
 def _local_data(recipe: Recipe, folder: Path) -> list[str]:
     """Settings that put local rows in the place of a hub dataset, which no test can reach, and take back its own."""
-    dataset, rows = recipe.dataset, trainkit.PROMPTS if recipe.task == "seq2seq_lm" else trainkit.MESSAGES
+    dataset, rows = recipe.dataset, trainkit.PROMPTS if recipe.task == {"type": "seq2seq_lm"} else trainkit.MESSAGES
     if Path(dataset.train or "").is_file():
         return []
     settings = ["dataset.name=null", "dataset.revision=null", "dataset.split=train", "dataset.streaming=false"]

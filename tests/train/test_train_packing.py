@@ -37,11 +37,12 @@ from transformers import (
 from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
 from peftcli.data.rows import Place
-from peftcli.data.store import Feature, Outcome, Part, Store, View, Writer
+from peftcli.data.store import Example, Outcome, Part, Store, View, Writer
 from peftcli.errors import Interrupted, ModelError
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.schema import Training
-from peftcli.tasks.causal_lm import TASK
+from peftcli.tasks import settings
+from peftcli.tasks.causal_lm import CausalLM
 from peftcli.tasks.text.packing import join
 from peftcli.train.attention import PACKED, Segments, attend, takes_one_row, use_segments
 from peftcli.train.loop import PreparedModel, StepResult, fit
@@ -61,7 +62,11 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 128,
     "pad_token_id": 0,
 }
-TOKENIZER = SimpleNamespace(pad_token_id=0, eos_token_id=EOS)
+TASK = CausalLM(settings.CausalLM(), SimpleNamespace(pad_token_id=0, eos_token_id=EOS), None)
+
+
+def task_of(model: PreTrainedModel) -> CausalLM:
+    return CausalLM(TASK.settings, TASK.processor, SimpleNamespace(config=model.config))
 
 
 def _scaled(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
@@ -104,17 +109,21 @@ def adapted(kind: str, attention: str) -> PreTrainedModel:
     return model
 
 
-def examples(*lengths: int, seed: int = 0) -> list[Feature]:
+def examples(*lengths: int, seed: int = 0) -> list[Example]:
     """Random ids; the first label counts for nothing, and a third of the others is no target."""
     generator = np.random.default_rng(seed)
     ids = [generator.integers(2, EOS, length).tolist() for length in lengths]
-    return [{"input_ids": row, "labels": [id if id % 3 else -100 for id in row]} for row in ids]
+    labels = [[id if id % 3 else -100 for id in row] for row in ids]
+    return [
+        Example({"input_ids": row, "labels": of_row}, len(row), sum(label != -100 for label in of_row[1:]))
+        for row, of_row in zip(ids, labels, strict=True)
+    ]
 
 
-def loss_and_gradients(model: PreTrainedModel, batches: list[list[Feature]]) -> tuple[float, dict[str, Any]]:
+def loss_and_gradients(model: PreTrainedModel, batches: list[list[Example]]) -> tuple[float, dict[str, Any]]:
     total = 0.0
     for batch in batches:
-        loss = TASK.losses(model, TASK.collate(batch, TOKENIZER)).loss
+        loss = TASK.loss(model, TASK.collate(batch, training=True)).total
         loss.backward()
         total += float(loss.detach())
     tensors = named_tensors(model)
@@ -155,9 +164,9 @@ def test_flex_attention_keeps_examples_apart() -> None:
     """The forward pass only: on a CPU, flex attention has no backward pass."""
     model, packed = adapted("llama", "flex_attention"), examples(7, 40, 1, 23)
     with torch.no_grad():
-        loss = TASK.losses(model, TASK.collate([join(packed)], TOKENIZER)).loss
+        loss = TASK.loss(model, TASK.collate([join(packed)], training=True)).total
         model.set_attn_implementation("sdpa")
-        alone = sum(TASK.losses(model, TASK.collate([example], TOKENIZER)).loss for example in packed)
+        alone = sum(TASK.loss(model, TASK.collate([example], training=True)).total for example in packed)
     assert float(loss) == pytest.approx(float(alone), rel=1e-5)
 
 
@@ -166,7 +175,7 @@ def test_another_example_changes_nothing_of_its_neighbours(kind: str, attention:
     model = adapted(kind, attention)
     packed = examples(9, 20, 11)
     changed = [packed[0], *examples(20, seed=1), packed[2]]
-    inputs = [TASK.collate([join(row)], TOKENIZER) for row in (packed, changed)]
+    inputs = [TASK.collate([join(row)], training=True) for row in (packed, changed)]
     with torch.no_grad():
         before, after = (
             model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
@@ -225,7 +234,7 @@ def test_no_mask_over_a_whole_row_is_made(kind: str, monkeypatch: pytest.MonkeyP
     use_segments(model)
     monkeypatch.setitem(AttentionInterface._global_mapping, PACKED, watched)
     with torch.no_grad():
-        TASK.losses(model, TASK.collate([join(examples(9, 20, 1))], TOKENIZER))
+        TASK.loss(model, TASK.collate([join(examples(9, 20, 1))], training=True))
     assert all(isinstance(mask, Segments) and mask.sizes == [9, 20, 1] for mask in seen)
     widths = [[None if mask is None else mask.shape[0] for mask in each.masks] for each in seen]
     slides = [None, 20, None]  # only the second example is longer than the window
@@ -236,12 +245,12 @@ def test_no_mask_over_a_whole_row_is_made(kind: str, monkeypatch: pytest.MonkeyP
 def test_padded_batches_are_computed_as_before(kind: str) -> None:
     """Evaluation pads, whatever training does."""
     model = base(kind)
-    batch = TASK.collate(examples(7, 30, 2), TOKENIZER)
+    batch = TASK.collate(examples(7, 30, 2), training=False)
     with torch.no_grad():
-        before = TASK.losses(model, batch).loss
+        before = TASK.loss(model, batch).total
         use_segments(model)
         assert model.config._attn_implementation == PACKED
-        assert torch.equal(TASK.losses(model, batch).loss, before)
+        assert torch.equal(TASK.loss(model, batch).total, before)
 
 
 def test_which_models_take_one_row() -> None:
@@ -263,7 +272,7 @@ def accelerator() -> Accelerator:
 def test_a_model_that_mixes_examples_is_refused(kind: str, accelerator: Accelerator) -> None:
     model = base(kind)
     with pytest.raises(ModelError, match=type(model).__name__) as caught:
-        start_packing(model, accelerator)
+        start_packing(model, task_of(model), accelerator)
     assert caught.value.key == "dataset.packing"
     assert caught.value.hint == "set dataset.packing: false"
     assert model.config._attn_implementation in caught.value.message
@@ -274,9 +283,9 @@ def test_a_model_that_keeps_examples_apart_is_accepted(kind: str, attention: str
     model = base(kind)
     if attention != PACKED:
         model.set_attn_implementation(attention)
-        refuse_contamination(model, accelerator)
+        refuse_contamination(model, task_of(model), accelerator)
     for dtype in (torch.float32, torch.bfloat16):
-        start_packing(model.to(dtype), accelerator)
+        start_packing(model.to(dtype), task_of(model), accelerator)
 
 
 def test_a_cache_hides_the_examples(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +294,7 @@ def test_a_cache_hides_the_examples(accelerator: Accelerator, monkeypatch: pytes
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda position_ids=None, **inputs: forward(**inputs))
     with pytest.raises(ModelError):
-        refuse_contamination(model, accelerator)
+        refuse_contamination(model, task_of(model), accelerator)
 
 
 def test_the_check_leaves_no_trace(accelerator: Accelerator) -> None:
@@ -295,7 +304,7 @@ def test_the_check_leaves_no_trace(accelerator: Accelerator) -> None:
     modes = [module.training for module in model.modules()]
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    refuse_contamination(model, accelerator)
+    refuse_contamination(model, task_of(model), accelerator)
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
 
@@ -308,7 +317,7 @@ class Unpacked(Plan):
 
     def __init__(self, packed: Plan):
         self.packed = packed
-        self.lengths, self.training = packed.lengths, packed.training
+        self.sizes, self.training = packed.sizes, packed.training
 
     @property
     def packs(self) -> bool:
@@ -325,12 +334,10 @@ class Unpacked(Plan):
         return [[[index] for row in part for index in row] for part in self.packed.micro_batches(step, process)]
 
 
-def view_of(features: list[Feature], folder: Path) -> View:
+def view_of(some: list[Example], folder: Path) -> View:
     folder.mkdir()
-    targets = [sum(label != -100 for label in feature["labels"][1:]) for feature in features]
-    with Writer(folder, ["input_ids", "labels"]) as writer:
-        places = [Place("a.jsonl", number) for number in range(1, len(features) + 1)]
-        writer.add(places, [Outcome([each], [count]) for each, count in zip(features, targets, strict=True)])
+    with Writer(folder, CausalLM.columns) as writer:
+        writer.add([Place("a.jsonl", number) for number in range(1, len(some) + 1)], [Outcome([each]) for each in some])
         writer.finish()
     return View([Part(Store(folder))])
 
@@ -347,7 +354,7 @@ def test_packed_training_has_the_losses_of_unpacked_training(
     training = Training(
         output_dir="out", per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=4
     )
-    plan = Plan(view.lengths, training, 1, max_length=64)
+    plan = Plan(view.sizes, training, 1, max_length=64)
     start = adapted(kind, attention)
 
     def run(plan: Plan) -> list[StepResult]:
@@ -358,7 +365,7 @@ def test_packed_training_has_the_losses_of_unpacked_training(
         optimizer = torch.optim.AdamW(parameters, lr=1e-2)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
         prepared = PreparedModel(model, parameters, optimizer, schedule, LoraConfig(r=4))
-        return list(fit(prepared, TASK, view, TOKENIZER, plan, accelerator))
+        return list(fit(prepared, TASK, view, plan, accelerator))
 
     packed, unpacked = run(plan), run(Unpacked(plan))
     assert [step.loss for step in packed] == pytest.approx([step.loss for step in unpacked], rel=1e-5)

@@ -21,7 +21,7 @@ LENGTHS = [(7 * n) % 31 + 1 for n in range(57)]
 
 
 def plan(lengths: list[int] = LENGTHS, processes: int = 1, **settings: Any) -> Plan:
-    own = {name: settings.pop(name) for name in ("sizes", "weights", "max_length") if name in settings}
+    own = {name: settings.pop(name) for name in ("counts", "weights", "max_length") if name in settings}
     training = Training(output_dir="out", **{"per_device_train_batch_size": 4, **settings})
     return Plan(lengths, training, processes, **own)
 
@@ -44,7 +44,7 @@ def test_an_epoch_sees_each_example_once(strategy: str) -> None:
 def test_group_by_length_saves_padding() -> None:
     def padding(strategy: str) -> int:
         made = plan([n % 97 + 1 for n in range(1000)], train_sampling_strategy=strategy)
-        batches = [[made.lengths[index] for index in made.global_batch(step)] for step in range(made.steps_per_epoch)]
+        batches = [[made.sizes[index] for index in made.global_batch(step)] for step in range(made.steps_per_epoch)]
         return sum(max(batch) * len(batch) - sum(batch) for batch in batches)
 
     assert padding("group_by_length") < padding("random") / 4
@@ -52,7 +52,7 @@ def test_group_by_length_saves_padding() -> None:
 
 def test_group_by_length_does_not_go_from_short_to_long() -> None:
     made = plan([n % 97 + 1 for n in range(1000)], train_sampling_strategy="group_by_length")
-    longest = [max(made.lengths[index] for index in made.global_batch(step)) for step in range(50)]
+    longest = [max(made.sizes[index] for index in made.global_batch(step)) for step in range(50)]
     assert longest != sorted(longest)
 
 
@@ -244,7 +244,7 @@ def test_sources_are_mixed_by_weight_and_seen_evenly(
     total, owner = sum(sizes), np.repeat(np.arange(len(sizes)), sizes)
     made = plan(
         [n % 7 + 1 for n in range(total)],
-        sizes=sizes,
+        counts=sizes,
         weights=weights,
         max_length=max_length,
         train_sampling_strategy=order,
@@ -265,15 +265,15 @@ def test_sources_are_mixed_by_weight_and_seen_evenly(
 
 def test_without_weights_sources_stand_one_after_another() -> None:
     sizes = [20, 30, 7]
-    assert plan(sizes=sizes).global_batch(3) == plan().global_batch(3)
-    assert plan(sizes=sizes).passes == [1.0, 1.0, 1.0]
-    in_order = plan(sizes=sizes, train_sampling_strategy="sequential")
+    assert plan(counts=sizes).global_batch(3) == plan().global_batch(3)
+    assert plan(counts=sizes).passes == [1.0, 1.0, 1.0]
+    in_order = plan(counts=sizes, train_sampling_strategy="sequential")
     assert [index for step in range(in_order.steps_per_epoch) for index in in_order.global_batch(step)] == [*range(57)]
 
 
 def test_sequential_sources_are_interleaved_and_go_on_where_they_stopped() -> None:
     made = plan(
-        [1] * 12, sizes=[8, 4], weights=[1, 1], train_sampling_strategy="sequential", per_device_train_batch_size=12
+        [1] * 12, counts=[8, 4], weights=[1, 1], train_sampling_strategy="sequential", per_device_train_batch_size=12
     )
     assert made.global_batch(0) == [0, 8, 1, 9, 2, 10, 3, 11, 4, 8, 5, 9]
     assert made.global_batch(1) == [6, 10, 7, 11, 0, 8, 1, 9, 2, 10, 3, 11]
@@ -284,7 +284,7 @@ def test_a_sources_order_is_its_own() -> None:
 
     def stream(source: int) -> list[int]:
         sizes = [0, 30, 60]
-        made = plan([1] * 60, sizes=[30, 30], weights=[1, 1], per_device_train_batch_size=60)
+        made = plan([1] * 60, counts=[30, 30], weights=[1, 1], per_device_train_batch_size=60)
         return [
             index - sizes[source]
             for step in range(2)
@@ -293,7 +293,7 @@ def test_a_sources_order_is_its_own() -> None:
         ]
 
     assert Counter(stream(0)) == Counter(stream(1)) == Counter([*range(30)] * 2)
-    made = plan([1] * 60, sizes=[30, 30], weights=[1, 3], per_device_train_batch_size=60)
+    made = plan([1] * 60, counts=[30, 30], weights=[1, 3], per_device_train_batch_size=60)
     first, second = ({index for index in made.global_batch(step) if index < 30} for step in range(2))
     assert len(first) == len(second) == 15
     assert not first & second
@@ -302,11 +302,11 @@ def test_a_sources_order_is_its_own() -> None:
 
 def test_a_source_that_is_seen_often_is_told_of() -> None:
     sizes, weights = [90, 10], [1.0, 1.0]
-    made = plan([1] * 100, sizes=sizes, weights=weights, num_train_epochs=2)
+    made = plan([1] * 100, counts=sizes, weights=weights, num_train_epochs=2)
     (text,) = made.repeated(["big.jsonl", "small.jsonl"])
     assert text.startswith("small.jsonl is seen 10.0 times over the run")
-    assert plan([1] * 100, sizes=sizes, weights=weights, num_train_epochs=0.5).repeated(["a", "b"]) == []
-    assert plan([1] * 100, sizes=sizes, num_train_epochs=9).repeated(["a", "b"]) == [], "the user asked for 9 epochs"
+    assert plan([1] * 100, counts=sizes, weights=weights, num_train_epochs=0.5).repeated(["a", "b"]) == []
+    assert plan([1] * 100, counts=sizes, num_train_epochs=9).repeated(["a", "b"]) == [], "the user asked for 9 epochs"
 
 
 # --- the learning rate ------------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
-"""Features, or packed rows of them -> one padded batch."""
+"""Examples, or packed rows of them -> one padded batch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from peftcli.data.store import Example
 from peftcli.tasks.text.chat import IGNORED
 
 if TYPE_CHECKING:
@@ -24,29 +26,32 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
-def pad_causal(features: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
+def pad_causal(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
     """``input_ids``, ``labels`` and ``attention_mask``, each ``(B, T)``, padded on the right.
 
     Packed rows get ``position_ids`` in the mask's place, in which padding starts at 0 as one more example does:
     transformers tells examples apart by restarting positions, and only where there is no mask.
     """
-    ids = [each["input_ids"] for each in features]
+    ids = [each.arrays["input_ids"] for each in examples]
     width = max(map(len, ids))
     batch = {
         "input_ids": _padded(ids, pad_token_id),
-        "labels": _padded([each["labels"] for each in features], IGNORED),
+        "labels": _padded([each.arrays["labels"] for each in examples], IGNORED),
     }
-    if "position_ids" in features[0]:
-        rows = [each["position_ids"] for each in features]
-        return batch | {"position_ids": torch.tensor([[*row, *range(width - len(row))] for row in rows])}
-    return batch | {"attention_mask": _padded([[1] * len(row) for row in ids], 0)}
+    if "position_ids" in examples[0].arrays:
+        rows = [each.arrays["position_ids"] for each in examples]
+        filled = [np.concatenate([row, np.arange(width - len(row))]) for row in rows]
+        return batch | {"position_ids": _padded(filled, 0)}
+    return batch | {"attention_mask": _padded([np.ones(len(row), np.int64) for row in ids], 0)}
 
 
-def pad_seq2seq(features: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
+def pad_seq2seq(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
     """``input_ids`` and ``attention_mask`` of the sources, ``(B, T)``, and ``labels``, padded to their own length."""
-    return pad_causal(features, pad_token_id)
+    return pad_causal(examples, pad_token_id)
 
 
-def _padded(rows: list[list[int]], filler: int) -> torch.Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([row + [filler] * (width - len(row)) for row in rows], dtype=torch.long)
+def _padded(rows: Sequence[Sequence[int] | np.ndarray], filler: int) -> torch.Tensor:
+    padded = np.full((len(rows), max(map(len, rows))), filler, np.int64)
+    for at, row in enumerate(rows):
+        padded[at, : len(row)] = row
+    return torch.from_numpy(padded)

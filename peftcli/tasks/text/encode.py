@@ -1,14 +1,15 @@
-"""Rows -> features, and what became of each row. One encoder for each kind of model."""
+"""Rows -> examples, and what became of each row. One encoder for each kind of model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+from peftcli.data import store
 from peftcli.data.rows import Row
 from peftcli.data.store import Outcome
 from peftcli.errors import DataError, ModelError
-from peftcli.schema import Dataset
+from peftcli.tasks.settings import CausalLM, Seq2SeqLM
 from peftcli.tasks.text.chat import (
     IGNORED,
     Encoded,
@@ -29,15 +30,12 @@ if TYPE_CHECKING:
 
 Error = TypeVar("Error", DataError, ModelError)
 
-COLUMNS = ("input_ids", "labels")
-"""What a feature of a language model holds."""
-
 
 class CausalEncoder:
-    """Features of a causal language model: one text, of which a part is trained."""
+    """Examples of a causal language model: one text, of which a part is trained."""
 
-    def __init__(self, reader: ExampleReader, tokenizer: PreTrainedTokenizerBase, dataset: Dataset):
-        self.reader, self.tokenizer, self.dataset = reader, tokenizer, dataset
+    def __init__(self, reader: ExampleReader, tokenizer: PreTrainedTokenizerBase, settings: CausalLM):
+        self.reader, self.tokenizer, self.settings = reader, tokenizer, settings
         wanted = reader.name in ("messages", "sharegpt") or (reader.name == "alpaca" and tokenizer.chat_template)
         self.template: Template | None = chat_template(tokenizer) if wanted else None
         self._compared: set[tuple[object, ...]] = set()
@@ -78,17 +76,17 @@ class CausalEncoder:
         if isinstance(example, TextExample):
             return mark_text(example)
         if isinstance(example, PairExample):
-            return mark_pair(example, self.dataset.train_on)
+            return mark_pair(example, self.settings.train_on)
         assert self.template is not None
         assert isinstance(example, ChatExample)
-        return mark_chat(example, self.template, self.dataset.train_on)
+        return mark_chat(example, self.template, self.settings.train_on)
 
     def _outcome(self, encoded: Encoded, row: Row) -> Outcome | DataError:
-        ids, labels, limit = encoded.input_ids, encoded.labels, self.dataset.max_length
-        outcome = Outcome(tokens=len(ids), flags=encoded.flags)
+        ids, labels, limit = encoded.input_ids, encoded.labels, self.settings.max_length
+        outcome = Outcome(size=len(ids), flags=encoded.flags)
         pieces = [(ids, labels)]
         if len(ids) > limit:
-            how = self.dataset.overlong
+            how = self.settings.overlong
             if how == "error":
                 return _too_long(row, len(ids), limit)
             if how == "drop":
@@ -106,34 +104,30 @@ class CausalEncoder:
         for piece_ids, piece_labels in pieces:
             # In a causal model the first token is never predicted.
             if targets := _count(piece_labels[1:]):
-                outcome.features.append({"input_ids": piece_ids, "labels": piece_labels})
-                outcome.targets.append(targets)
-        if len(outcome.features) < len(pieces) and outcome.flags & Flag.SPLIT:
+                arrays = {"input_ids": piece_ids, "labels": piece_labels}
+                outcome.examples.append(store.Example(arrays, len(piece_ids), targets))
+        if len(outcome.examples) < len(pieces) and outcome.flags & Flag.SPLIT:
             outcome.flags |= Flag.PIECES_LEFT_OUT
-        if not outcome.features:
+        if not outcome.examples:
             outcome.reason = CUT_OFF if outcome.lost else NO_TARGET
         return outcome
 
 
 class Seq2SeqEncoder:
-    """Features of an encoder-decoder: the source in ``input_ids``, the target and EOS in ``labels``.
+    """Examples of an encoder-decoder: the source in ``input_ids``, the target and EOS in ``labels``.
 
     The source is the prompt, the instruction and input, or the conversation up to its last answer; the target is the
     completion, the output, or that answer.
     """
 
-    def __init__(self, reader: ExampleReader, tokenizer: PreTrainedTokenizerBase, dataset: Dataset):
-        if dataset.train_on == "all":
-            raise DataError("an encoder-decoder is trained on the target only", key="dataset.train_on")
-        if dataset.overlong == "split":
-            raise DataError("a target in pieces has no source", key="dataset.overlong", hint="Use truncate or drop.")
+    def __init__(self, reader: ExampleReader, tokenizer: PreTrainedTokenizerBase, settings: Seq2SeqLM):
         if reader.name == "text":
             raise DataError(
                 "a text alone has no source and target",
                 key="dataset.format",
                 hint="An encoder-decoder is trained on prompt and completion, or on instruction and output.",
             )
-        self.reader, self.tokenizer, self.dataset = reader, tokenizer, dataset
+        self.reader, self.tokenizer, self.settings = reader, tokenizer, settings
         # A chat template has written the special tokens already.
         self.rendered = bool(tokenizer.chat_template) and reader.name in ("messages", "sharegpt")
 
@@ -160,17 +154,17 @@ class Seq2SeqEncoder:
         return results
 
     def _outcome(self, pair: tuple[str, str], source: list[int], target: list[int], row: Row) -> Outcome | DataError:
-        limit, longest = self.dataset.max_length, max(len(source), len(target))
-        outcome = Outcome(tokens=len(source) + len(target))
+        limit, longest = self.settings.max_length, max(len(source), len(target))
+        outcome = Outcome(size=len(source) + len(target))
         eos = self.tokenizer.eos_token_id
         if damaged("\n".join(pair)):
             outcome.flags |= Flag.DAMAGED
         if eos is None or eos not in target[-2:]:
             outcome.flags |= Flag.OPEN
         if longest > limit:
-            if self.dataset.overlong == "error":
+            if self.settings.overlong == "error":
                 return _too_long(row, longest, limit)
-            if self.dataset.overlong == "drop":
+            if self.settings.overlong == "drop":
                 outcome.reason = OVERLONG
                 return outcome
             outcome.lost = max(0, len(target) - limit)
@@ -178,8 +172,7 @@ class Seq2SeqEncoder:
             if len(source) > limit:
                 source = self._cut_source(pair[0])
         labels = target[:limit]
-        outcome.features.append({"input_ids": source, "labels": labels})
-        outcome.targets.append(len(labels))
+        outcome.examples.append(store.Example({"input_ids": source, "labels": labels}, len(source), len(labels)))
         return outcome
 
     def _source_and_target(self, example: Example, row: Row) -> tuple[str, str]:
@@ -212,7 +205,7 @@ class Seq2SeqEncoder:
     def _cut_source(self, text: str) -> list[int]:
         """The beginning of ``text``, with the special tokens that the tokenizer puts at its end."""
         special = not self.rendered
-        cut = self.tokenizer(text, add_special_tokens=special, truncation=True, max_length=self.dataset.max_length)
+        cut = self.tokenizer(text, add_special_tokens=special, truncation=True, max_length=self.settings.max_length)
         return list(cut["input_ids"])
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftcli.data.rows import Row
+from peftcli.data.rows import Reader, Row
 from peftcli.errors import DataError
 from peftcli.schema import Source
 
@@ -90,13 +90,8 @@ class _Fault(Exception):
 
 
 @dataclass(frozen=True)
-class ExampleReader:
+class ExampleReader(Reader):
     """Reads rows of one format, whose columns may have other names."""
-
-    name: str
-    """The format's name."""
-    names: dict[str, str]
-    """The format's column -> the file's."""
 
     def __call__(self, row: Row) -> Example:
         """The row as an example.

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from itertools import chain
 
 import numpy as np
 
+from peftcli.data.store import Example
 from peftcli.tasks.text.chat import IGNORED
 
 _STEPS = 32
 """Lengths are told apart in so many steps. More fill rows better, fewer pack an epoch less like the one before."""
 
 
-def join(examples: Sequence[dict[str, list[int]]]) -> dict[str, list[int]]:
+def join(examples: Sequence[Example]) -> Example:
     """The examples as one row, with ``position_ids`` that start at 0 in each: by them a model knows where one ends.
 
     The first label of each is left out of the loss, since it would be predicted from the example before.
     """
-    return {
-        "input_ids": list(chain.from_iterable(each["input_ids"] for each in examples)),
-        "labels": list(chain.from_iterable([IGNORED, *each["labels"][1:]] for each in examples)),
-        "position_ids": list(chain.from_iterable(range(len(each["input_ids"])) for each in examples)),
+    arrays = {
+        "input_ids": np.concatenate([each.arrays["input_ids"] for each in examples]),
+        "labels": np.concatenate([[IGNORED, *each.arrays["labels"][1:]] for each in examples]),
+        "position_ids": np.concatenate([np.arange(len(each.arrays["input_ids"])) for each in examples]),
     }
+    return Example(arrays, sum(each.size for each in examples), sum(each.num_targets for each in examples))
 
 
 def best_fit(lengths: np.ndarray, max_length: int) -> np.ndarray:

@@ -197,6 +197,8 @@ class DataRecord(AccountRecord):
     """Of a mix: the account of each source."""
     eval: AccountRecord = ABSENT
     """The account of the evaluation rows."""
+    unit: str = ABSENT
+    """What ``tokens`` counts; absent: tokens."""
     findings: list[FindingRecord]
     """What is odd about the rows."""
     content: list[str]
@@ -312,6 +314,8 @@ class RunRecord:
     """The name of its machine."""
     day: Annotated[str, Keywords(format="date")]
     """The day on which the run began. Chat templates write this day, however often the run is resumed."""
+    task: dict[str, Any] = ABSENT
+    """The task: its type and its settings, with those that only the data says, as the names of labels."""
     data: DataRecord = LATER
     """What was read and trained on."""
     parameters: ParametersRecord = LATER

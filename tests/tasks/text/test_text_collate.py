@@ -3,13 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 from chat_templates import make_tokenizer
+from examplekit import example
 
 from peftcli.tasks.text.collate import pad_causal, pad_seq2seq, pad_token_id
 
 
 def test_pad_causal_on_the_right() -> None:
     batch = pad_causal(
-        [{"input_ids": [5, 6, 2], "labels": [-100, 6, 2]}, {"input_ids": [7], "labels": [7]}], pad_token_id=2
+        [example({"input_ids": [5, 6, 2], "labels": [-100, 6, 2]}), example({"input_ids": [7], "labels": [7]})],
+        pad_token_id=2,
     )
     assert batch.keys() == {"input_ids", "attention_mask", "labels"}
     assert batch["input_ids"].tolist() == [[5, 6, 2], [7, 2, 2]]
@@ -21,8 +23,8 @@ def test_pad_causal_on_the_right() -> None:
 def test_padding_of_packed_rows_is_an_example_of_its_own() -> None:
     batch = pad_causal(
         [
-            {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8], "position_ids": [0, 1, 0, 1]},
-            {"input_ids": [9], "labels": [-100], "position_ids": [0]},
+            example({"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8], "position_ids": [0, 1, 0, 1]}),
+            example({"input_ids": [9], "labels": [-100], "position_ids": [0]}),
         ],
         pad_token_id=2,
     )
@@ -35,7 +37,8 @@ def test_padding_of_packed_rows_is_an_example_of_its_own() -> None:
 
 def test_pad_seq2seq_has_two_widths() -> None:
     batch = pad_seq2seq(
-        [{"input_ids": [5, 6, 1], "labels": [8, 1]}, {"input_ids": [7], "labels": [9, 9, 9, 1]}], pad_token_id=0
+        [example({"input_ids": [5, 6, 1], "labels": [8, 1]}), example({"input_ids": [7], "labels": [9, 9, 9, 1]})],
+        pad_token_id=0,
     )
     assert batch["input_ids"].tolist() == [[5, 6, 1], [7, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]

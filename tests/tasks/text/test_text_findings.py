@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from examplekit import COLUMNS, outcome
 
 from peftcli.data.findings import Finding, Records, find_in_records, refuse, stopping
 from peftcli.data.rows import Place
@@ -20,11 +21,11 @@ Row = Outcome | DataError
 
 
 def used(flags: int = 0, **more: int) -> Outcome:
-    return Outcome([{"input_ids": [1, 2], "labels": [-100, 2]}], [1], tokens=2, flags=flags, **more)
+    return outcome([{"input_ids": [1, 2], "labels": [-100, 2]}], [1], tokens=2, flags=flags, **more)
 
 
 def left_out(reason: str) -> Outcome:
-    return Outcome(reason=reason, tokens=9)
+    return Outcome(reason=reason, size=9)
 
 
 def from_records(parts: Sequence[Part], *, split: str = "train", skip_bad_rows: bool = False) -> list[Finding]:
@@ -43,7 +44,7 @@ def part(tmp_path: Path):
     ) -> Part:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
-        with Writer(folder, ("input_ids", "labels")) as writer:
+        with Writer(folder, COLUMNS) as writer:
             writer.add([Place(file, at + 1, at + 1 if lines else None) for at in range(len(rows))], rows)
             writer.finish()
         return Part(Store(folder), None if chosen is None else np.array(chosen))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from examplekit import example, plain
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,22 +13,23 @@ from peftcli.tasks.text.packing import best_fit, join
 def test_join_starts_positions_anew_and_drops_the_first_target_of_each() -> None:
     row = join(
         [
-            {"input_ids": [5, 6, 2], "labels": [5, -100, 2]},
-            {"input_ids": [7], "labels": [7]},
-            {"input_ids": [8, 9], "labels": [8, 9]},
+            example({"input_ids": [5, 6, 2], "labels": [5, -100, 2]}, 1),
+            example({"input_ids": [7], "labels": [7]}, 0),
+            example({"input_ids": [8, 9], "labels": [8, 9]}, 1),
         ]
     )
-    assert row == {
+    assert plain(row) == {
         "input_ids": [5, 6, 2, 7, 8, 9],
         "labels": [-100, -100, 2, -100, -100, 9],
         "position_ids": [0, 1, 2, 0, 0, 1],
     }
+    assert (row.size, row.num_targets) == (6, 2)
 
 
 def test_join_leaves_its_examples_as_they_are() -> None:
-    example = {"input_ids": [5, 6], "labels": [5, 6]}
-    join([example])
-    assert example == {"input_ids": [5, 6], "labels": [5, 6]}
+    one = example({"input_ids": [5, 6], "labels": [5, 6]})
+    join([one])
+    assert plain(one) == {"input_ids": [5, 6], "labels": [5, 6]}
 
 
 def textbook(lengths: list[int], max_length: int) -> list[int]:

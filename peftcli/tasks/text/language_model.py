@@ -1,0 +1,146 @@
+"""What causal_lm and seq2seq_lm share: a tokenizer, two columns of token ids, and the loss over target tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from peftcli.core.config import AdapterConfig
+from peftcli.data.findings import Finding, Records
+from peftcli.data.rows import Row, Table
+from peftcli.data.store import Column, Outcome
+from peftcli.errors import DataError
+from peftcli.models import tokens
+from peftcli.system import date
+from peftcli.tasks.base import Task
+from peftcli.tasks.settings import CausalLM, Seq2SeqLM
+from peftcli.tasks.text.encode import CausalEncoder, Seq2SeqEncoder
+from peftcli.tasks.text.findings import record_findings
+from peftcli.tasks.text.flags import CUT_OFF, OVERLONG, Flag
+from peftcli.tasks.text.formats import ExampleReader, example_reader
+from peftcli.tasks.text.stop_tokens import missing_stops
+from peftcli.tasks.text.token_loss import token_metrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from peftcli.models.open import OpenBase
+
+Settings = TypeVar("Settings", bound=CausalLM | Seq2SeqLM)
+
+
+class LanguageModel(Task[Settings]):
+    """A task whose examples are token ids with labels."""
+
+    columns: ClassVar = {"input_ids": Column(), "labels": Column()}
+    unit = "tokens"
+    flags: ClassVar = {
+        "truncated": Flag.TRUNCATED,
+        "split": Flag.SPLIT,
+        "pieces_left_out": Flag.PIECES_LEFT_OUT,
+    }
+
+    encoder: ClassVar[type[CausalEncoder] | type[Seq2SeqEncoder]]
+
+    def __init__(self, settings: Settings, processor: Any, base: OpenBase):
+        super().__init__(settings, processor, base)
+        self._encoders: dict[Any, CausalEncoder | Seq2SeqEncoder] = {}
+
+    @property
+    def advice(self) -> Mapping[str, str]:
+        raised = f"Raise dataset.max_length, which is {self.settings.max_length}."
+        return {OVERLONG: raised, CUT_OFF: raised}
+
+    @property
+    def notes(self) -> Sequence[str]:
+        if not date.writes_date(self.processor.chat_template):
+            return ()
+        return (f"the chat template can write the date: rows are rendered as on {date.today()}",)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            "tokenizer": tokenizer_fingerprint(self.processor),
+            "versions": {name: version(name) for name in ("transformers", "tokenizers", "jinja2")},
+        }
+
+    def record_findings(self, records: Records) -> list[Finding]:
+        return record_findings(records)
+
+    def read(self, table: Table) -> ExampleReader:
+        return example_reader(table.columns, table.source, table.described)
+
+    def encode(self, rows: Sequence[Row], reader: Any) -> list[Outcome | DataError]:
+        key = (reader.name, *reader.names.items())
+        if key not in self._encoders:
+            self._encoders[key] = self.encoder(reader, self.processor, self.settings)  # type: ignore[arg-type]
+        return self._encoders[key](rows)
+
+    def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
+        return token_metrics(sums, num_targets)
+
+    def probe(self) -> dict[str, torch.Tensor]:
+        """Random tokens (2, 16)."""
+        config = self.base.config.get_text_config()
+        ids = torch.randint(config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+        return {"input_ids": ids} | ({"decoder_input_ids": ids} if self.base.config.is_encoder_decoder else {})
+
+    def refuse_size(self, largest: int) -> None:
+        positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        if positions and largest > positions:
+            raise DataError(
+                f"the longest example has {largest:,} tokens, and the base model {positions:,} positions",
+                key="dataset.max_length",
+                hint=f"set dataset.max_length: {positions}, or less",
+            )
+
+    def fit_model(self, model: nn.Module, config: AdapterConfig | None) -> list[str]:
+        """Give the model rows for the recipe's new tokens, and the tokenizer a pad token that the model knows."""
+        if config is None:
+            tokens.grow_for(model, self.processor, self.base.spec)
+        else:
+            tokens.make_room(model, self.processor, config, self.base.spec)
+        note = tokens.settle_pad(self.processor, model)
+        return [note] if note else []
+
+    def save(self, folder: Path) -> list[str]:
+        return tokens.save_with_adapter(folder, self.processor, self.base.spec)
+
+    def record(self, folder: Path, model: nn.Module) -> dict[str, Any]:
+        """``eos_token_id``: tokens that end an answer, where the model's own generation config lacks them."""
+        named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        stops = missing_stops(self.processor, folder, named)
+        return {"eos_token_id": stops} if stops else {}
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all that decides which ids a text gets. A template that writes the date gives another one each day."""
+    parts: dict[str, Any] = {
+        "class": type(tokenizer).__name__,
+        "tokenizer": _described(tokenizer),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "settings": {name: getattr(tokenizer, name, None) for name in ("split_special_tokens", "truncation_side")},
+        "template": tokenizer.chat_template,
+        "date": date.today().isoformat() if date.writes_date(tokenizer.chat_template) else None,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _described(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """What a tokenizer is made of, without what its last call has set."""
+    if tokenizer.is_fast:
+        described = json.loads(tokenizer.backend_tokenizer.to_str())
+        return {name: value for name, value in described.items() if name not in ("truncation", "padding")}
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_vocabulary(scratch)
+        files = sorted(path for path in Path(scratch).rglob("*") if path.is_file())
+        hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return [hashes, tokenizer.get_vocab(), tokenizer.init_kwargs]
