@@ -86,9 +86,9 @@ def recipe(folder: str, side: str, dtype: str) -> Any:
 
 def measure(side: str, dtype: str) -> dict[str, float]:
     """Train one side in this process."""
-    from peftcli.models.load import load_tokenizer
+    from peftcli.models.open import open_base
     from peftcli.recipe import method_config
-    from peftcli.tasks import TASKS
+    from peftcli.tasks import open_task
     from peftcli.train.data import load_data, plan_of
     from peftcli.train.loop import fit
     from peftcli.train.packing_check import start_packing
@@ -96,20 +96,20 @@ def measure(side: str, dtype: str) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as folder:
         followed = recipe(folder, side, dtype)
-        tokenizer = load_tokenizer(followed.base_model)
-        lines = [json.dumps({"messages": each}) for each in conversations(tokenizer)]
+        task = open_task(followed, open_base(followed.base_model))
+        lines = [json.dumps({"messages": each}) for each in conversations(task.processor)]
         Path(folder, "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
-        task, config, accelerator = TASKS["causal_lm"].load(), method_config(followed), start_accelerator(followed)
-        data = load_data(followed, task, tokenizer)
+        config, accelerator = method_config(followed), start_accelerator(followed)
+        data = load_data(followed, task)
         plan = plan_of(followed, data, 1)
-        prepared = prepare(adapted_model(followed, config, tokenizer)[0], config, followed, plan, accelerator)
+        prepared = prepare(adapted_model(followed, config, task)[0], config, followed, plan, accelerator)
         if side == "packed":
-            start_packing(accelerator.unwrap_model(prepared.model), accelerator)
+            start_packing(accelerator.unwrap_model(prepared.model), task, accelerator)
         started, wall = time.process_time(), time.perf_counter()
-        steps = list(fit(prepared, task, data.train, tokenizer, plan, accelerator))
+        steps = list(fit(prepared, task, data.train, plan, accelerator))
         spent, waited = time.process_time() - started, time.perf_counter() - wall
     num_tokens, num_targets = sum(step.num_tokens for step in steps), sum(step.num_targets for step in steps)
-    lengths = data.train.lengths
+    lengths = data.train.sizes
     return {
         "tokens": num_tokens,
         "targets": num_targets,

@@ -77,13 +77,13 @@ def run_trainer(folder: str) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-    from peftcli.models.load import base_of, load_tokenizer
-    from peftcli.tasks import TASKS
-    from peftcli.tasks.text.collate import pad_causal
+    from peftcli.models.open import open_base
+    from peftcli.tasks import open_task
     from peftcli.train.data import load_data
 
-    tokenizer = load_tokenizer(base_of(MODEL))
-    rows = load_data(recipe(folder), TASKS["causal_lm"].load(), tokenizer).train
+    settings = recipe(folder)
+    task = open_task(settings, open_base(settings.base_model))
+    rows = load_data(settings, task).train
     times: list[float] = []
     losses: list[float] = []
 
@@ -117,12 +117,10 @@ def run_trainer(folder: str) -> dict[str, Any]:
         model=model,
         args=arguments,
         train_dataset=rows,
-        data_collator=lambda batch: pad_causal(batch, tokenizer.pad_token_id),
+        data_collator=lambda batch: task.collate(batch, training=True),
         callbacks=[Note()],
     ).train()
-    tokens = [
-        sum(len(row["input_ids"]) for row in rows[start : start + BATCH]) for start in range(0, STEPS * BATCH, BATCH)
-    ]
+    tokens = [sum(row.size for row in rows[start : start + BATCH]) for start in range(0, STEPS * BATCH, BATCH)]
     return {"times": times, "losses": losses, "tokens": tokens}
 
 

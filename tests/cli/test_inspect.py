@@ -50,12 +50,12 @@ def test_train_sees_the_ids_and_labels_that_inspect_shows(
     trained: list[tuple[list[int], list[int]]] = []
     collate = CausalLM.collate
 
-    def note(self: CausalLM, features: Any, *args: Any, **options: Any) -> Any:
-        for feature in features:
+    def note(self: CausalLM, examples: Any, *, training: bool) -> Any:
+        for feature in map(plain, examples if training else ()):
             ends = [at for at, position in enumerate(feature.get("position_ids", [0])) if position == 0]
             for start, end in zip(ends, [*ends[1:], len(feature["input_ids"])], strict=True):
                 trained.append((feature["input_ids"][start:end], feature["labels"][start:end]))
-        return collate(self, features, *args, **options)
+        return collate(self, examples, training=training)
 
     monkeypatch.setattr(CausalLM, "collate", note)
     trainkit.reset_accelerate()

@@ -181,7 +181,7 @@ def test_packing_keeps_the_order_of_windows(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_packed_step_depends_on_seed_and_step_alone(
     lengths: list[int], seed: int, step: int, weights: list[float] | None
 ) -> None:
-    settings: dict[str, Any] = {"max_length": 30, "seed": seed, "sizes": [1, len(lengths)], "weights": weights}
+    settings: dict[str, Any] = {"max_length": 30, "seed": seed, "counts": [1, len(lengths)], "weights": weights}
     first, later = plan([5, *lengths], **settings), plan([5, *lengths], **settings)
     before = [first.micro_batches(earlier, 0) for earlier in range(step + 1)]
     assert later.micro_batches(step, 0) == before[step], "a resumed run reads nothing of what came before"
