@@ -44,7 +44,7 @@ _DTYPES = {
 """safetensors' names. Adapters have no tensors of other kinds."""
 
 _WIDER = 8
-"""So many times as large as a side of the base model's weights, an adapter's size is believed."""
+"""Sizes above this multiple of the base model's largest dimension are rejected."""
 
 
 def save_adapter(model: nn.Module, config: AdapterConfig, folder: Path, adapter: str | None = None) -> None:
@@ -77,10 +77,10 @@ def write_adapter(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, fo
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors in the folder's ``adapter_model.safetensors``, on the CPU.
+    """Read the tensors of the folder's ``adapter_model.safetensors``, on the CPU.
 
     Raises:
-        AdapterError: no such file, or it is damaged, or a number in it is not finite.
+        AdapterError: the file is missing, damaged, or contains NaN or Inf.
     """
     path = find_weights(folder)
     with open_weights(path) as (header, file):
@@ -88,9 +88,9 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _read(header: Mapping[str, TensorEntry], file: BufferedReader, path: Path) -> dict[str, torch.Tensor]:
-    """The tensors that an open file's header speaks of, in the order of their names.
+    """Read the tensors of an open file's header, sorted by name.
 
-    The file is read, not mapped: where another process cuts a mapped file, the reader is killed.
+    The file is not mapped: a reader of a mapped file is killed when another process truncates it.
     """
     tensors = {}
     for name, entry in header.items():
@@ -100,7 +100,7 @@ def _read(header: Mapping[str, TensorEntry], file: BufferedReader, path: Path) -
             raise OutOfMemory(f"this machine's memory does not hold {path}") from None
         file.seek(entry.start)
         if file.readinto(content) != entry.size:
-            raise AdapterError("damaged: it ended while it was read", file=str(path))
+            raise AdapterError("damaged: it was truncated while it was read", file=str(path))
         dtype = _DTYPES[entry.dtype]
         flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
         tensors[name] = flat.view(entry.shape)
@@ -146,7 +146,7 @@ def load_adapter(
 
 
 def load_empty(model: nn.Module, config: AdapterConfig, folder: Path, *, initialised: Collection[str] = ()) -> None:
-    """As ``load_adapter``, for a base model on the meta device: the adapter's own tensors alone take memory.
+    """Load an adapter over a base model on the meta device: only the adapter's tensors take memory.
 
     Raises:
         AdapterError: as ``load_adapter``.
@@ -160,45 +160,32 @@ def load_empty(model: nn.Module, config: AdapterConfig, folder: Path, *, initial
 def _checked_tensors(
     model: nn.Module, config: AdapterConfig, folder: Path, adapter: str, initialised: Collection[str]
 ) -> dict[str, torch.Tensor]:
-    """The folder's tensors, once their header has shown that they are those of the config over this model.
+    """Read the folder's tensors, once their header has shown that they are those of the config over this model.
 
     Raises:
         AdapterError: they are not. No memory was taken for them then.
     """
     path = find_weights(folder)
     with open_weights(path) as (header, file):
+        found = {name: torch.empty(e.shape, dtype=_DTYPES[e.dtype], device="meta") for name, e in header.items()}
+        empty = meta_copy(model)
         try:
-            _check_header(model, config, header, path, adapter, initialised)
+            _check_sizes(model, config, sum(entry.numel for entry in header.values()))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # they come again when the adapter is injected
+                inject(empty, copy.deepcopy(config), adapter, initialised=initialised)
+            check_state(empty, found, str(path), adapter)
         except AdapterError as error:
             if error.file is not None:
                 raise
             raise AdapterError(error.message, key=error.key, hint=error.hint, file=str(folder / CONFIG_FILE)) from None
+        finally:
+            unload(empty)
         return _read(header, file, path)
 
 
-def _check_header(
-    model: nn.Module,
-    config: AdapterConfig,
-    header: Mapping[str, TensorEntry],
-    path: Path,
-    adapter: str,
-    initialised: Collection[str],
-) -> None:
-    """Raises AdapterError unless the file's tensors are those of the config, before memory is taken for any."""
-    _check_sizes(model, config, sum(entry.numel for entry in header.values()))
-    found = {name: torch.empty(e.shape, dtype=_DTYPES[e.dtype], device="meta") for name, e in header.items()}
-    empty = meta_copy(model)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they come again when the adapter is injected
-            inject(empty, copy.deepcopy(config), adapter, initialised=initialised)
-        check_state(empty, found, str(path), adapter)
-    finally:
-        unload(empty)
-
-
 def _check_sizes(model: nn.Module, config: AdapterConfig, stored: int) -> None:
-    """Raises AdapterError for a size beyond all that the model and the file could explain: its tensors take memory.
+    """Raise AdapterError for a size that neither the model nor the file explains: its tensors would take memory.
 
     Some methods draw tensors that their files do not hold.
     """

@@ -20,7 +20,7 @@ _PEFT_COPY = re.compile(r"\.(modules_to_save|original_module)(?=\.bias$)")
 
 
 def named_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, tuple[AdapterLayer, str, nn.Parameter]]:
-    """The tensors that train, of one adapter or of all: name -> the layer, the tensor's name in it, the parameter.
+    """Return the tensors that train, of one adapter or of all: name -> layer, the tensor's name in it, parameter.
 
     A tensor that layers share has one entry.
     """
@@ -32,12 +32,12 @@ def named_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, tup
 
 
 def adapter_state(model: nn.Module, adapter: str | None = None) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by the names of the adapter file, detached."""
+    """Return the adapter's tensors by the names of the adapter file, detached."""
     return {name: value.detach() for name, (_, _, value) in file_tensors(model, adapter).items()}
 
 
 def training_state(model: nn.Module, adapter: str | None = None) -> dict[str, torch.Tensor]:
-    """All that training needs of the adapter to go on: what trains, and what was drawn when it started. Detached."""
+    """Return what resuming needs of the adapter: the tensors that train, and those drawn at the start. Detached."""
     return {
         layer.file_name(path, tensor): value.detach()
         for path, layer in _paths_in_file(model, adapter).items()
@@ -46,7 +46,7 @@ def training_state(model: nn.Module, adapter: str | None = None) -> dict[str, to
 
 
 def unsaved_state(model: nn.Module, adapter: str | None = None) -> dict[str, torch.Tensor]:
-    """What of ``training_state`` the adapter file does not hold as it is."""
+    """Return the part of ``training_state`` that the adapter file does not hold as it is."""
     file = {name: value.data_ptr() for name, value in adapter_state(model, adapter).items()}
     return {name: value for name, value in training_state(model, adapter).items() if file.get(name) != value.data_ptr()}
 
@@ -66,13 +66,13 @@ def load_training_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], a
 
 
 def holds_its_file(model: nn.Module, adapter: str | None = None) -> bool:
-    """Whether the model holds the adapter file's tensors as they are, so that ``load_state`` can fill them."""
+    """Return whether the model holds the adapter file's tensors as they are, so that ``load_state`` can fill them."""
     state = {value.data_ptr() for value in training_state(model, adapter).values()}
     return all(value.data_ptr() in state for value in adapter_state(model, adapter).values())
 
 
 def file_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, tuple[AdapterLayer, str, torch.Tensor]]:
-    """Name in the adapter file -> the layer, the tensor's name in it, the tensor. A shared tensor has one entry."""
+    """Return the file's tensors: name -> layer, the tensor's name in it, tensor. A shared tensor has one entry."""
     return {
         name: (layer, tensor, value)
         for path, layer in _paths_in_file(model, adapter).items()
@@ -94,7 +94,7 @@ def load_state(
             changed then.
     """
     if not holds_its_file(model, adapter):
-        raise AdapterError("what this adapter trains is not what its file holds; load the file into a model of its own")
+        raise AdapterError("what this adapter trains is not what its file holds; load the file into another model")
     values = check_state(model, tensors, file, adapter)
     targets = {name: value for name, (_, _, value) in file_tensors(model, adapter).items()}
     targets |= _adapted_base_weights(model)
@@ -106,7 +106,7 @@ def load_state(
 def check_state(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], file: str | None = None, adapter: str | None = None
 ) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter file in the shapes that the model's adapter layers hold.
+    """Return the tensors of an adapter file in the shapes of the model's adapter layers.
 
     Raises:
         AdapterError: a missing, unexpected, misshapen or non-finite tensor; all of them in one message.
@@ -147,18 +147,18 @@ def check_state(
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], file: str | None = None) -> None:
-    """Raises AdapterError, with their names, if tensors hold numbers that are none.
+    """Raise AdapterError with the names of tensors that contain NaN or Inf.
 
-    A model's output does not tell: attention hides NaN from the logits.
+    The model's output does not show it: attention hides NaN from the logits.
     """
     if wrong := [f"not finite: {short_name(name)}" for name, value in tensors.items() if not is_finite(value)]:
-        raise AdapterError(_listed("holds numbers that are none", wrong), file=file)
+        raise AdapterError(_listed("contains NaN or Inf", wrong), file=file)
 
 
 def is_finite(value: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether no number of the tensor is NaN or infinite, or would be in another dtype.
+    """Return whether the tensor contains no NaN or Inf, nor would in another dtype.
 
-    Reads it once, and takes no memory.
+    It is read once, and no memory is taken.
     """
     if value.is_complex():
         value = torch.view_as_real(value)
@@ -171,7 +171,7 @@ def is_finite(value: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
 
 
 def materialise(model: nn.Module, tensors: Mapping[str, torch.Tensor], file: str | None = None) -> None:
-    """As ``load_state``, for a model on the meta device: the layers get the tensors themselves, in their own dtypes.
+    """Fill a model on the meta device as ``load_state`` does: its layers take the tensors themselves, in their dtypes.
 
     Raises:
         AdapterError: as ``load_state``.
@@ -191,7 +191,7 @@ def _is_buffer_of_copy(layer: AdapterLayer, tensor: str) -> bool:
 
 
 def _listed(what: str, wrong: list[str]) -> str:
-    """``what``, and the first of what is wrong, each on a line of its own."""
+    """Return the message ``what`` with the first problems, each on its own line."""
     more = [f"and {len(wrong) - _MOST_SHOWN} more"] if len(wrong) > _MOST_SHOWN else []
     return "\n  ".join([f"{what}:", *wrong[:_MOST_SHOWN], *more])
 
@@ -205,7 +205,7 @@ def _paths_in_file(model: nn.Module, adapter: str | None) -> dict[str, AdapterLa
 
 
 def _adapted_base_weights(model: Any) -> dict[str, nn.Parameter]:
-    """The base weights that an adapter file may carry: name in the file -> parameter."""
+    """Return the base weights that an adapter file may carry: name in the file -> parameter."""
     ends = [base_module(end) for end in model_ends(model) if end is not None]
     return {
         layer.file_name(path_in_file(model, path), "base_layer.weight"): base_module(layer).weight
