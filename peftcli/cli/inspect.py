@@ -17,11 +17,11 @@ from peftcli.cli.quiet import Quiet, teller
 if TYPE_CHECKING:
     from peftcli.data.findings import Finding
     from peftcli.inspection.report import Inspection, ShownRow
-    from peftcli.tasks.text.token_text import Piece
+    from peftcli.tasks.shown import Part, TokenText
 
 _ROWS = 3
 _ROWS_OF_A_PAGE = 200
-_MOST_TOKENS = 2000
+_MAX_TOKENS = 2000
 """Of a longer row, the beginning and the end are shown."""
 _BAR = 40
 _NEWLINE = "\u23ce\n"
@@ -80,14 +80,14 @@ def inspect(
     if as_json:
         console.print_json(
             {
-                "rows": [each.as_dict(inspection.text(each)) for each in shown],
+                "rows": [each.as_dict() for each in shown],
                 "audit": inspection.audit,
                 "findings": [finding.as_dict() for finding in inspection.findings],
             }
         )
     else:
-        _Printed(inspection, tokens).show(shown)
-        _show_audit(inspection.audit)
+        _Printer(tokens).show(shown)
+        _show_audit(inspection)
         _show_findings(inspection)
     inspection.refuse()
     if not as_json:
@@ -95,29 +95,25 @@ def inspect(
         console.out(f"next:\n  peftcli train {words}")
 
 
-class _Printed:
+class _Printer:
     """Rows on the terminal, or as plain text."""
 
-    def __init__(self, inspection: Inspection, borders: bool):
-        self.inspection, self.borders = inspection, borders
+    def __init__(self, borders: bool):
+        self.borders = borders
         self.coloured = console.is_terminal(sys.stdout)
 
     def show(self, rows: Sequence[ShownRow]) -> None:
-        if not rows:
-            return
-        self._legend()
+        from peftcli.inspection.report import has_text
+
+        if has_text(rows):
+            self._legend()
         for row in rows:
-            self._head(row)
-            if row.answer is None:
-                self._print(row.pieces)
-            else:
-                console.out("input:")
-                self._print(row.pieces)
-                console.out("answer:")
-                self._print(row.answer)
+            console.out(f"=== {row.place} ({row.title}): {row.size}")
+            for part in row.shown.parts:
+                self._part(part)
             if row.missing:
                 lost = f", {row.lost:,} of them trained" if row.lost else ""
-                console.out(f"--- cut here: {row.missing:,} tokens are missing{lost} ---")
+                console.out(f"--- cut here: {row.missing:,} {row.unit} are missing{lost} ---")
             console.out()
 
     def _legend(self) -> None:
@@ -131,16 +127,26 @@ class _Printed:
         console.rich_console().print(Text.assemble(*styled))
         console.out()
 
-    def _head(self, row: ShownRow) -> None:
-        part = f", part {row.part[0]} of {row.part[1]} of the row" if row.part[1] > 1 else ""
-        size = len(row.input_ids) + (0 if row.answer is None else len(row.labels))
-        name = "example" if row.split == "train" else "evaluation example"
-        console.out(f"=== {row.place} ({name} {row.index}{part}): {size:,} tokens, {row.targets:,} trained")
+    def _part(self, part: Part) -> None:
+        from peftcli.tasks.shown import Image, Label, Text, TokenText
 
-    def _print(self, pieces: list[Piece]) -> None:
+        if isinstance(part, Text):
+            if part.title:
+                console.out(f"{part.title}:")
+            self._print(part.tokens)
+        elif isinstance(part, Label):
+            console.out(f"{part.title}:")
+            self._print([TokenText(part.text, trained=True)])
+        elif isinstance(part, Image):
+            console.out(f"{part.title}: {part.source}, {part.width:,} x {part.height:,}, {part.mode}")
+        else:
+            for name, value in part.values.items():
+                console.out(f"{name}: {value}")
+
+    def _print(self, tokens: Sequence[TokenText]) -> None:
         from peftcli.inspection.report import shortened
 
-        first, between, last = shortened(pieces, _MOST_TOKENS)
+        first, between, last = shortened(tokens, _MAX_TOKENS)
         for some in (first, last):
             if self.coloured:
                 self._print_coloured(some)
@@ -151,42 +157,45 @@ class _Printed:
             if some is first:
                 console.out(f"--- {between:,} tokens are not shown; a page shows more: --html FILE ---")
 
-    def _print_coloured(self, pieces: Sequence[Piece]) -> None:
+    def _print_coloured(self, tokens: Sequence[TokenText]) -> None:
         from rich.text import Text
 
         text = Text()
-        for piece in pieces:
-            text.append(self._bordered(piece), _STYLES[piece.trained, piece.special])
+        for token in tokens:
+            text.append(self._bordered(token), _STYLES[token.trained, token.special])
         if text.plain.endswith("\n"):
             text.right_crop()
         console.rich_console().print(text, soft_wrap=True)
 
-    def _plain(self, pieces: Sequence[Piece]) -> Iterable[str]:
-        for trained, run in groupby(pieces, key=lambda piece: piece.trained):
+    def _plain(self, tokens: Sequence[TokenText]) -> Iterable[str]:
+        for trained, run in groupby(tokens, key=lambda token: token.trained):
             # what the data holds is not taken for our marks
             text = "".join(map(self._bordered, run)).replace("[[", "\\[[").replace("]]", "\\]]")
             yield f"[[{text}]]" if trained else text
 
-    def _bordered(self, piece: Piece) -> str:
-        text = console.escaped(piece.text).replace("\n", _NEWLINE)
+    def _bordered(self, token: TokenText) -> str:
+        text = console.escaped(token.text).replace("\n", _NEWLINE)
         if not self.borders:
             return text
         return text.removesuffix("\n") + _BORDER + ("\n" if text.endswith("\n") else "")
 
 
-def _show_audit(audit: dict[str, Any]) -> None:
-    from peftcli.inspection.report import bars, tables
+def _show_audit(inspection: Inspection) -> None:
+    from peftcli.inspection.report import bars, has_sizes
 
-    for title, (columns, *rows) in tables(audit).items():
+    train, unit = inspection.audit["train"], inspection.task.unit
+    for title, (columns, *rows) in inspection.tables().items():
         console.table([title, *columns[1:]], rows)
         console.out()
-    counted, mark = bars(audit["train"]), "\u2588" if console.is_terminal(sys.stdout) else "#"
+    if not has_sizes(inspection.audit):
+        return
+    counted, mark = bars(train), "\u2588" if console.is_terminal(sys.stdout) else "#"
     width, most = max(len(label) for label, _ in counted), max(count for _, count in counted)
-    console.out("tokens of the training rows, before any cut")
+    console.out(f"{unit} of the training rows, before any cut")
     for label, count in counted:
         # a bar of few rows is shown, too
         console.out(f"  {label.rjust(width)}  {mark * -(-count * _BAR // max(most, 1))} {count:,}")
-    longest = ", ".join(f"{each['row']} ({each['tokens']:,})" for each in audit["train"]["longest"][:3])
+    longest = ", ".join(f"{each['row']} ({each['tokens']:,})" for each in train["longest"][:3])
     console.out(f"  the longest: {longest}")
 
 
@@ -205,10 +214,10 @@ def _show_findings(inspection: Inspection) -> None:
 
 def _details(finding: Finding, facts: dict[str, Any]) -> list[str]:
     """The first of the rows, with what is known of each."""
-    from peftcli.inspection.report import reason
+    from peftcli.inspection.report import what_is_wrong
 
     if finding.name == "bad_rows":
-        return [f"{bad['row']}: {reason(bad)}" for bad in facts["bad_rows"][:_ROWS]]
+        return [f"{bad['row']}: {what_is_wrong(bad)}" for bad in facts["bad_rows"][:_ROWS]]
     if finding.name == "near_duplicates":
         pairs = facts["duplicates"]["pairs"][:_ROWS]
         return [f"{pair['row']} is like {pair['like']} ({pair['alike']:.0%})" for pair in pairs]

@@ -72,10 +72,8 @@ class Kind:
             split: ``train`` or ``eval``.
             more: Added to the message.
         """
-        rows = "rows" if split == "train" else "evaluation rows"
-        message = f"{count} of {total} {rows} {self.summary}{more}"
         listed = list(map(str, islice(places, _MAX_PLACES)))
-        return Finding(self.name, self.level_at(count / total), count, listed, message, self.advice, split)
+        return Finding(self, self.level_at(count / total), count, total, listed, more, split)
 
 
 def by_name(*kinds: Kind) -> dict[str, Kind]:
@@ -120,18 +118,34 @@ FINDINGS = by_name(
 class Finding:
     """Something that is true of some rows."""
 
-    name: str
+    kind: Kind
     level: Level
     count: int
-    """Rows."""
+    """Rows that it is true of."""
+    total: int
+    """Rows that were examined."""
     rows: list[str]
     """The places of the first ten of them: ``file:line``, or ``file row N``."""
-    message: str
-    """One sentence for the user."""
-    advice: str
-    """What to do."""
+    more: str = ""
+    """Added to the message."""
     split: str = "train"
     """Which rows: ``train`` or ``eval``."""
+
+    @property
+    def name(self) -> str:
+        """One of the names that never change."""
+        return self.kind.name
+
+    @property
+    def message(self) -> str:
+        """One sentence for the user."""
+        rows = "rows" if self.split == "train" else "evaluation rows"
+        return f"{self.count} of {self.total} {rows} {self.kind.summary}{self.more}"
+
+    @property
+    def advice(self) -> str:
+        """What to do."""
+        return self.kind.advice
 
     def as_dict(self) -> dict[str, Any]:
         """The finding as ``inspect --json`` prints it."""

@@ -308,6 +308,13 @@ class Store(Sequence[Example]):
         arrays = {name: self.value(name, at) for name in self.columns}
         return Example(arrays, int(self.sizes[at]), int(self._records["targets"][at]))
 
+    def lengths(self, column: str) -> np.ndarray:
+        """Elements that each example has in one column."""
+        kind = self.columns[column]
+        if kind.has_ends:
+            return np.diff(self._ends[column], prepend=0)
+        return np.full(len(self), math.prod(edge or 0 for edge in kind.shape))
+
     def value(self, column: str, index: int) -> Any:
         """One column of one example: an array, without a copy, or a str or bytes."""
         kind, at = self.columns[column], _position(index, len(self))

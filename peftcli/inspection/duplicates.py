@@ -1,7 +1,7 @@
 """Rows that repeat other rows, exactly or nearly, found from hashes in memory that does not grow with their length.
 
-Exact: the same token ids. Compared are hashes of 64 bits, so that among 100,000 rows one pair is taken for equal
-wrongly with a probability of 3e-10.
+Exact: the same values (token ids). Compared are hashes of 64 bits, so that among 100,000 rows one pair is taken for
+equal wrongly with a probability of 3e-10.
 
 Near: the sets of their shingles (runs of three tokens) overlap to at least 0.7 (Jaccard index: shared / all). Shingles
 that stand in more than 5 % of the rows, as a shared prompt's, are left out on both sides, and so are rows with less
@@ -15,18 +15,18 @@ that is reported is one, and a few that are hardly alike enough are missed: the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from peftcli.data.used_rows import Ragged, scatter, slices
 
 ALIKE = 0.7
 """Rows are near duplicates from this Jaccard index on."""
 MOST_ROWS = 500_000
 """Of more rows, an even sample of so many is looked at: each takes 128 bytes."""
 
-_CHUNK = 1 << 18
-"""Tokens looked at together."""
 _SHINGLE = 3
 _COMMON = 0.05
 _FEWEST = 8
@@ -38,36 +38,6 @@ _PAIRS = 1 << 16
 _TABLE = 22
 """Common shingles are told by so many bits of their hash: of the others, one in a thousand passes for common."""
 _MULTIPLIERS = np.random.default_rng(20240229).integers(0, 1 << 32, _HASHES, dtype=np.uint32) | np.uint32(1)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The tokens of some rows, one after another."""
-
-    ids: np.ndarray
-    starts: np.ndarray
-    """Where each row starts. Every row has a token."""
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each row."""
-        return np.diff(self.starts, append=len(self.ids))
-
-    def owners(self) -> np.ndarray:
-        """The row of each token."""
-        return np.repeat(np.arange(len(self.starts)), self.lengths)
-
-    def pick(self, rows: np.ndarray) -> Rows:
-        """The rows of a mask."""
-        lengths = self.lengths[rows]
-        return Rows(self.ids[rows[self.owners()]], np.cumsum(lengths) - lengths)
-
-
-def row_hashes(rows: Rows) -> np.ndarray:
-    """A number of 64 bits for each row; the same ids give the same one."""
-    positions = np.arange(len(rows.ids)) - np.repeat(rows.starts, rows.lengths)
-    mixed = _mixed((positions.astype(np.uint64) << np.uint64(32)) + rows.ids.astype(np.uint32).astype(np.uint64))
-    return _mixed(np.add.reduceat(mixed, rows.starts) if len(rows.starts) else mixed)
 
 
 def repeats(hashes: np.ndarray) -> np.ndarray:
@@ -101,7 +71,7 @@ class Sketches:
     _numbers: list[np.ndarray] = field(default_factory=list)
     _signatures: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, first: int, rows: Rows) -> None:
+    def add(self, first: int, rows: Ragged) -> None:
         """The next rows; ``first`` is the number of the first of them."""
         numbers = np.arange(first, first + len(rows.starts))
         if self.every > 1:
@@ -118,7 +88,7 @@ class Sketches:
         self._numbers.append(numbers[enough])
         self._signatures.append(signatures)
 
-    def pairs(self, read: Callable[[np.ndarray], Rows], tokens: np.ndarray, among: np.ndarray) -> Pairs:
+    def pairs(self, read: Callable[[np.ndarray], Ragged], tokens: np.ndarray, among: np.ndarray) -> Pairs:
         """The near duplicates among the rows that came.
 
         Args:
@@ -141,7 +111,7 @@ class Sketches:
         near = index >= ALIKE
         return Pairs(later[near], earlier[near], index[near], compared=len(numbers))
 
-    def _overlaps(self, later: Rows, earlier: Rows) -> np.ndarray:
+    def _overlaps(self, later: Ragged, earlier: Ragged) -> np.ndarray:
         """The Jaccard index of each row of the one with that of the other."""
         one, other = (np.unique(_keyed(*self._distinctive(rows))) for rows in (later, earlier))
         both = np.intersect1d(one, other, assume_unique=True)
@@ -151,14 +121,14 @@ class Sketches:
         )
         return shared / (a + b - shared)
 
-    def _distinctive(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    def _distinctive(self, rows: Ragged) -> tuple[np.ndarray, np.ndarray]:
         """Hashes of the shingles that are not common, and their rows."""
         shingles, owners = _shingles(rows)
         kept = ~self.common[shingles >> np.uint32(32 - _TABLE)]
         return shingles[kept], owners[kept]
 
 
-def common_shingles(sample: Iterable[Rows]) -> np.ndarray:
+def common_shingles(sample: Iterable[Ragged]) -> np.ndarray:
     """Which shingles are common, for Sketches. Rows that repeat another one are counted once.
 
     In a sample so small that 5 % are less than ten rows, those of ten or of half the rows are.
@@ -167,7 +137,7 @@ def common_shingles(sample: Iterable[Rows]) -> np.ndarray:
     seen: set[int] = set()
     count = 0
     for chunk in sample:
-        hashes = row_hashes(chunk)
+        hashes = chunk.hashes()
         rows = chunk.pick(~repeats(hashes) & [each not in seen for each in hashes.tolist()])
         seen.update(hashes.tolist())
         shingles, owners = _shingles(rows)
@@ -179,17 +149,6 @@ def common_shingles(sample: Iterable[Rows]) -> np.ndarray:
     return table
 
 
-def slices(tokens: np.ndarray) -> Iterator[slice]:
-    """All rows, a few at a time: about ``_CHUNK`` tokens, and at least one row."""
-    ends = np.cumsum(tokens)
-    start = 0
-    while start < len(tokens):
-        before = ends[start - 1] if start else 0
-        end = max(start + 1, int(np.searchsorted(ends, before + _CHUNK, side="right")))
-        yield slice(start, end)
-        start = end
-
-
 def spread(count: int, most: int) -> np.ndarray:
     """At most ``most`` of the numbers below ``count``, evenly: the first, the last, and others between."""
     if most >= count:
@@ -197,15 +156,15 @@ def spread(count: int, most: int) -> np.ndarray:
     return np.linspace(0, count - 1, most).round().astype(int) if most > 1 else np.arange(most)
 
 
-def _shingles(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+def _shingles(rows: Ragged) -> tuple[np.ndarray, np.ndarray]:
     """A hash of 32 bits for each run of three tokens in a row, and the row."""
     owners = rows.owners()
     if len(owners) < _SHINGLE:
         return np.zeros(0, np.uint32), np.zeros(0, int)
-    tokens = _mixed(rows.ids.astype(np.uint64))
+    tokens = scatter(rows.values.astype(np.uint64))
     mixed = tokens[:-2] * np.uint64(3) + tokens[1:-1] * np.uint64(5) + tokens[2:] * np.uint64(7)
     inside = owners[:-2] == owners[2:]
-    return (_mixed(mixed[inside]) >> np.uint64(32)).astype(np.uint32), owners[:-2][inside]
+    return (scatter(mixed[inside]) >> np.uint64(32)).astype(np.uint32), owners[:-2][inside]
 
 
 def _keyed(shingles: np.ndarray, owners: np.ndarray) -> np.ndarray:
@@ -229,11 +188,3 @@ def _partners(signatures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
                 better = share > alike[later]
                 partner[later[better]], alike[later[better]] = earlier[better], share[better]
     return partner, alike
-
-
-def _mixed(numbers: np.ndarray) -> np.ndarray:
-    """Each number of 64 bits scattered over all of them (splitmix64)."""
-    numbers = numbers + np.uint64(0x9E3779B97F4A7C15)
-    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return numbers ^ (numbers >> np.uint64(31))

@@ -14,19 +14,20 @@ from html import escape
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from peftcli.data.findings import Finding
 from peftcli.errors import UsageError
-from peftcli.inspection.report import Inspection, ShownRow, bars, reason, shortened, tables
+from peftcli.inspection.report import Inspection, ShownRow, bars, has_sizes, has_text, shortened, what_is_wrong
 from peftcli.system.outputs import saving, write_output
 from peftcli.system.secrets import redact
-from peftcli.tasks.text.token_text import Piece
+from peftcli.tasks.shown import Image, Label, Part, Text, TokenText
 
-_MOST_TOKENS = 4000
+_MAX_TOKENS = 4000
 """Of a longer row, the beginning and the end are shown."""
-_MOST_CHARACTERS = 4_000_000
+_MAX_CHARACTERS = 4_000_000
 """Rows beyond so much HTML are left out, and counted."""
+_LEGEND = """In them: <mark>trained, underlined</mark>, <span class="p">prompt</span>,
+<span class="s">special token</span>, and <span class="n">\u23ce</span> for a newline."""
 _HARMLESS = "\u200c\u200d\t"
 """The zero-width joiners are part of ordinary writing."""
 _LABEL, _LINE, _WIDTH = 96, 18, 360
@@ -83,7 +84,7 @@ def page(inspection: Inspection, rows: Sequence[ShownRow], borders: bool = False
 <body>
 <header>
 <h1>What this recipe trains</h1>
-<p>{_text(data)}, as {_text(inspection.task)} for {_text(inspection.recipe.base_model.name)}</p>
+<p>{_html(data)}, as {_html(inspection.task_name)} for {_html(inspection.recipe.base_model.name)}</p>
 <nav aria-label="Parts of this page"><a href="#findings">Findings</a> <a href="#audit">Audit</a>
 <a href="#rows">Rows</a></nav>
 </header>
@@ -94,13 +95,12 @@ def page(inspection: Inspection, rows: Sequence[ShownRow], borders: bool = False
 </section>
 <section id="audit">
 <h2>Audit of the whole dataset</h2>
-{_audit(inspection.audit)}
+{_audit(inspection)}
 </section>
 <section id="rows">
 <h2>Rows</h2>
 <p>Examples here: {len(shown)}, of {len(inspection.data.train):,} that are trained{_measured(inspection)}.{more}
-In them: <mark>trained, underlined</mark>, <span class="p">prompt</span>,
-<span class="s">special token</span>, and <span class="n">\u23ce</span> for a newline.</p>
+{_LEGEND if has_text(rows) else ""}</p>
 <div id="controls" hidden>
 <label>Only rows with <input id="filter" type="search"></label>
 <button id="back" type="button">Back</button> <button id="on" type="button">Next</button>
@@ -127,7 +127,7 @@ def _rows(rows: dict[str, ShownRow], borders: bool) -> tuple[list[str], dict[str
     for name, row in rows.items():
         part = _row(row, name, borders)
         size += len(part)
-        if size > _MOST_CHARACTERS and parts:
+        if size > _MAX_CHARACTERS and parts:
             break
         parts.append(part)
         ids.setdefault(row.place, name)
@@ -135,40 +135,49 @@ def _rows(rows: dict[str, ShownRow], borders: bool) -> tuple[list[str], dict[str
 
 
 def _row(row: ShownRow, name: str, borders: bool) -> str:
-    piece = f", part {row.part[0]} of {row.part[1]} of the row" if row.part[1] > 1 else ""
-    size = len(row.input_ids) + (0 if row.answer is None else len(row.labels))
-    kind = "Example" if row.split == "train" else "Evaluation example"
-    texts = [_tokens(row.pieces, borders)]
-    if row.answer is not None:
-        texts = ["<h4>Input</h4>", *texts, "<h4>Answer</h4>", _tokens(row.answer, borders)]
+    parts = [_part(part, borders) for part in row.shown.parts]
     if row.missing:
         lost = f", {row.lost:,} of them trained" if row.lost else ""
-        texts.append(f'<p class="cut">Cut here: {row.missing:,} tokens are missing{lost}.</p>')
+        parts.append(f'<p class="cut">Cut here: {row.missing:,} {row.unit} are missing{lost}.</p>')
     return (
-        f'<article class="row" id="{name}"><h3>{_text(row.place)}</h3>\n'
-        f"<p>{kind} {row.index}{piece}: {size:,} tokens, {row.targets:,} trained.</p>\n{''.join(texts)}</article>"
+        f'<article class="row" id="{name}"><h3>{_html(row.place)}</h3>\n'
+        f"<p>{_capital(row.title)}: {_html(row.size)}.</p>\n{''.join(parts)}</article>"
     )
 
 
-def _tokens(pieces: list[Piece], borders: bool) -> str:
-    first, between, last = shortened(pieces, _MOST_TOKENS)
+def _part(part: Part, borders: bool) -> str:
+    if isinstance(part, Text):
+        heading = f"<h4>{_html(_capital(part.title))}</h4>" if part.title else ""
+        return heading + _tokens(part.tokens, borders)
+    if isinstance(part, Label):
+        return f"<p>{_html(_capital(part.title))}: <mark>{_html(part.text)}</mark></p>"
+    if isinstance(part, Image):
+        data = base64.b64encode(part.thumbnail).decode()
+        caption = f"{_html(part.source)}, {part.width:,} x {part.height:,}, {_html(part.mode)}"
+        picture = f'<img src="data:image/png;base64,{data}" alt="{_html(part.title)}">'
+        return f'<figure class="picture">{picture}<figcaption>{caption}</figcaption></figure>'
+    return _table("", [["", ""], *map(list, part.values.items())])
+
+
+def _tokens(tokens: Sequence[TokenText], borders: bool) -> str:
+    first, between, last = shortened(tokens, _MAX_TOKENS)
     gap = f'<p class="cut">{between:,} tokens are not shown here.</p>' if between else ""
     parts = [f'<pre tabindex="0">{"".join(_spans(some, borders))}</pre>' for some in (first, last) if some]
     return gap.join(parts)
 
 
-def _spans(pieces: list[Piece], borders: bool) -> Iterable[str]:
-    """Pieces of one kind as one element, unless the borders of tokens or the token itself shall be seen."""
-    for (trained, special), run in groupby(pieces, key=lambda piece: (piece.trained, piece.special)):
+def _spans(tokens: Sequence[TokenText], borders: bool) -> Iterable[str]:
+    """Tokens of one kind as one element, unless the borders of tokens or the token itself must be seen."""
+    for (trained, special), run in groupby(tokens, key=lambda token: (token.trained, token.special)):
         tag = "mark" if trained else "span"
         kind = " ".join(name for name, wanted in (("s", special), ("p", not trained), ("b", borders)) if wanted)
         classes = f' class="{kind}"' if kind else ""
         if borders or special:
-            for piece in run:
-                numbers = " ".join(map(str, piece.ids))
-                yield f'<{tag}{classes} title="{numbers}">{_visible(piece.text)}</{tag}>'
+            for token in run:
+                numbers = " ".join(map(str, token.ids))
+                yield f'<{tag}{classes} title="{numbers}">{_visible(token.text)}</{tag}>'
         else:
-            yield f"<{tag}{classes}>{_visible(''.join(piece.text for piece in run))}</{tag}>"
+            yield f"<{tag}{classes}>{_visible(''.join(token.text for token in run))}</{tag}>"
 
 
 def _findings(inspection: Inspection, ids: dict[str, str]) -> str:
@@ -180,7 +189,7 @@ def _findings(inspection: Inspection, ids: dict[str, str]) -> str:
 
 def _finding(finding: Finding, number: int, ids: dict[str, str], allow: Sequence[str]) -> str:
     places = [
-        f'<a href="#{ids[place]}">{_text(place)}</a>' if place in ids else f"<span>{_text(place)}</span>"
+        f'<a href="#{ids[place]}">{_html(place)}</a>' if place in ids else f"<span>{_html(place)}</span>"
         for place in finding.rows
     ]
     more = ", ..." if finding.count > len(places) else ""
@@ -188,38 +197,40 @@ def _finding(finding: Finding, number: int, ids: dict[str, str], allow: Sequence
     return (
         f'<article class="finding {finding.level}" id="finding-{number}-{finding.name}">'
         f'<h3><span class="level">{finding.level}{allowed}</span> {finding.name}</h3>\n'
-        f"<p>{_text(finding.message)}. {_text(finding.advice)}</p>\n"
+        f"<p>{_html(finding.message)}. {_html(finding.advice)}</p>\n"
         f'<p class="places">{", ".join(places)}{more}</p></article>'
     )
 
 
-def _audit(audit: dict[str, Any]) -> str:
-    parts = [_table(title, rows) for title, rows in tables(audit).items()]
-    caption = "<figcaption>Tokens of the training rows, before any cut</figcaption>"
-    parts.append(f"<figure>{caption}\n{_histogram(bars(audit['train']))}</figure>")
-    longest = [[each["row"], f"{each['tokens']:,}", each["outcome"]] for each in audit["train"]["longest"]]
-    parts.append(_table("longest rows", [["", "tokens", "outcome"], *longest]))
-    if pairs := audit["train"]["duplicates"]["pairs"]:
+def _audit(inspection: Inspection) -> str:
+    train, unit = inspection.audit["train"], inspection.task.unit
+    parts = [_table(title, rows) for title, rows in inspection.tables().items()]
+    if has_sizes(inspection.audit):
+        caption = f"<figcaption>{_capital(unit)} of the training rows, before any cut</figcaption>"
+        parts.append(f"<figure>{caption}\n{_histogram(bars(train), unit)}</figure>")
+        longest = [[each["row"], f"{each['tokens']:,}", each["outcome"]] for each in train["longest"]]
+        parts.append(_table("longest rows", [["", unit, "outcome"], *longest]))
+    if pairs := train.get("duplicates", {}).get("pairs"):
         listed = [[each["row"], each["like"], f"{each['alike']:.0%}"] for each in pairs]
         parts.append(_table("near duplicates", [["row", "is like", "overlap"], *listed]))
-    if bad := audit["train"]["bad_rows"]:
-        listed = [[each["row"], reason(each)] for each in bad]
+    if bad := train["bad_rows"]:
+        listed = [[each["row"], what_is_wrong(each)] for each in bad]
         parts.append(_table("rows that cannot be used", [["", "why"], *listed]))
     return "\n".join(parts)
 
 
 def _table(title: str, rows: list[list[str]]) -> str:
-    head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in rows[0])
+    head = "".join(f'<th scope="col">{_html(cell)}</th>' for cell in rows[0])
     body = "".join(
-        f'<tr><th scope="row">{_text(first)}</th>{"".join(f"<td>{_text(cell)}</td>" for cell in rest)}</tr>'
+        f'<tr><th scope="row">{_html(first)}</th>{"".join(f"<td>{_html(cell)}</td>" for cell in rest)}</tr>'
         for first, *rest in rows[1:]
     )
     top = f"<thead><tr>{head}</tr></thead>" if any(rows[0]) else ""
-    caption = title[0].upper() + title[1:]
-    return f'<div class="wide"><table><caption>{caption}</caption>{top}<tbody>{body}</tbody></table></div>'
+    caption = f"<caption>{_capital(title)}</caption>" if title else ""
+    return f'<div class="wide"><table>{caption}{top}<tbody>{body}</tbody></table></div>'
 
 
-def _histogram(counted: list[tuple[str, int]]) -> str:
+def _histogram(counted: list[tuple[str, int]], unit: str) -> str:
     most = max(1, *(count for _, count in counted))
     room = _WIDTH - _LABEL - 64
     drawn = []
@@ -231,18 +242,20 @@ def _histogram(counted: list[tuple[str, int]]) -> str:
             f'<text x="{_LABEL + width + 5:.1f}" y="{y + 13}">{count:,}</text>'
         )
     height = len(counted) * _LINE
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="Tokens, and how many rows have so many">'
-        f"{''.join(drawn)}</svg>"
-    )
+    label = f"{_capital(unit)}, and how many rows have so many"
+    return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{label}">{"".join(drawn)}</svg>'
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _visible(text: str) -> str:
     """Escaped, with newlines marked and everything that could reorder or hide text written out."""
-    return _text(text).replace("\n", '<span class="n">\u23ce</span>\n')
+    return _html(text).replace("\n", '<span class="n">\u23ce</span>\n')
 
 
-def _text(text: str) -> str:
+def _html(text: str) -> str:
     if text.isascii() and text.isprintable():
         return escape(text)
     return "".join(escape(char) if char == "\n" or _is_plain(char) else _written_out(char) for char in text)

@@ -1,4 +1,4 @@
-"""What a recipe would train: its rows as tokens, the audit of all of its data, and what is wrong with it.
+"""What a recipe would train: its rows, the audit of all of its data, and what is wrong with it.
 
 The rows are read from where ``peftcli train`` reads them, so what is shown is what is trained.
 """
@@ -6,7 +6,7 @@ The rows are read from where ``peftcli train`` reads them, so what is shown is w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,10 +23,9 @@ from peftcli.inspection.duplicates import spread
 from peftcli.models.open import open_base
 from peftcli.schema import Recipe
 from peftcli.system.secrets import spans
-from peftcli.tasks import open_task, row_of
-from peftcli.tasks.text.chat import IGNORED
-from peftcli.tasks.text.flags import Flag
-from peftcli.tasks.text.token_text import Piece, Speller
+from peftcli.tasks import open_task
+from peftcli.tasks.base import Packs, Shows
+from peftcli.tasks.shown import Part, Shown, Text, TokenText
 from peftcli.train.data import Data, load_data, plan_of
 from peftcli.train.launch import total_processes
 from peftcli.train.plan import Plan
@@ -41,39 +40,42 @@ class ShownRow:
     """One example, as it is trained."""
 
     index: int
-    """Which of the examples, from 0."""
+    """Its number among the examples, from 0."""
     split: str
     """``train`` or ``eval``."""
     place: str
-    input_ids: list[int]
-    labels: list[int]
-    pieces: list[Piece]
-    """The input. In a causal model those that are trained say so."""
-    answer: list[Piece] | None
-    """What an encoder-decoder is trained to write."""
-    targets: int
+    shown: Shown
+    size: str
+    """``40 tokens, 12 trained``."""
+    unit: str
+    """What sizes count: tokens, frames."""
     missing: int
-    """Tokens that were cut from its end."""
+    """How much was cut from its end, in this unit."""
     lost: int
-    """Targets among them."""
+    """Targets among it."""
     part: tuple[int, int]
     """Which of how many examples of its row it is, from 1."""
 
-    def as_dict(self, text: str) -> dict[str, Any]:
-        """The row as ``inspect --json`` gives it."""
-        return {"index": self.index, "input_ids": self.input_ids, "labels": self.labels, "text": text}
+    @property
+    def title(self) -> str:
+        """``example 3, part 2 of 4 of the row``."""
+        kind = "example" if self.split == "train" else "evaluation example"
+        part = f", part {self.part[0]} of {self.part[1]} of the row" if self.part[1] > 1 else ""
+        return f"{kind} {self.index}{part}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row as ``inspect --json`` prints it."""
+        return {"index": self.index, **self.shown.values}
 
 
 class Inspection:
-    """A recipe's data, looked at."""
+    """The data of a recipe: its rows, the audit of all of it, and the findings."""
 
-    def __init__(self, recipe: Recipe, data: Data, tokenizer: Any, processes: int):
-        self.recipe, self.data = recipe, data
-        self.speller = Speller(tokenizer)
-        self.task, task = (recipe.task or {})["type"], row_of(recipe)
-        self.aligned = task.packs
+    def __init__(self, recipe: Recipe, data: Data, processes: int):
+        self.recipe, self.data, self.task = recipe, data, data.task
+        self.task_name = str((recipe.task or {})["type"])
         self.plan = plan_of(recipe, data, processes)
-        train = audit(data.train, tokenizer, aligned=self.aligned)
+        train = audit(data.train, self.task)
         findings = [*data.findings, *train.findings]
         self.audit: dict[str, Any] = {
             "train": train.facts,
@@ -81,11 +83,13 @@ class Inspection:
             "train_in_eval": None,
             "batches": _batches(recipe, data, self.plan),
         }
+        self._lines = {"train": train.description.lines}
         if data.eval is not None:
-            evaluation = audit(data.eval, tokenizer, aligned=self.aligned, split="eval")
+            evaluation = audit(data.eval, self.task, split="eval")
             shared, leaked = leaks(train, evaluation)
             findings += [*evaluation.findings, *leaked]
             self.audit |= {"eval": evaluation.facts, "train_in_eval": shared}
+            self._lines["eval"] = evaluation.description.lines
         self.findings: list[Finding] = worst_first(findings)
 
     def sample(self, count: int) -> list[ShownRow]:
@@ -94,24 +98,20 @@ class Inspection:
 
     def row(self, index: int, split: str = "train") -> ShownRow:
         """An example by its number, from 0."""
-        view = self._views[split]
-        store, position = view.locate(index)
-        row = int(store.row_of[position])
+        store, position = self._views[split].locate(index)
+        example, row = store[position], int(store.row_of[position])
         first, last = np.searchsorted(store.row_of, [row, row + 1]).tolist()
-        record = store.rows[row]
-        ids, labels = (store.value(name, position).tolist() for name in ("input_ids", "labels"))
-        cut = bool(record["flags"] & Flag.TRUNCATED)
+        record, task = store.rows[row], self.task
+        shown = task.show(example) if isinstance(task, Shows) else Shown()
+        size = example.size + (0 if task.targets_in_size else example.num_targets)
         return ShownRow(
             index=index,
             split=split,
             place=str(store.place(row)),
-            input_ids=ids,
-            labels=labels,
-            # a causal model is never asked for the first token
-            pieces=self._spelled(ids, [IGNORED, *labels[1:]] if self.aligned else [IGNORED] * len(ids)),
-            answer=None if self.aligned else self._spelled(labels),
-            targets=int(view.targets[index]),
-            missing=int(record["size"]) - len(ids) - (0 if self.aligned else len(labels)) if cut else 0,
+            shown=replace(shown, parts=[_without_secrets(part) for part in shown.parts]),
+            size=", ".join(filter(None, [f"{size:,} {task.unit}", shown.summary])),
+            unit=task.unit,
+            missing=int(record["size"]) - size if record["flags"] & task.flags.get("truncated", 0) else 0,
             lost=int(record["lost"]),
             part=(position - first + 1, last - first),
         )
@@ -146,10 +146,6 @@ class Inspection:
         names = sorted({name for view in self._views.values() for part in view.parts for name in part.store.files})
         raise UsageError(f"no row {place[:200]}", hint=f"The files are: {', '.join(names[:5])}")
 
-    def text(self, row: ShownRow) -> str:
-        """A row's input as the tokenizer decodes it."""
-        return self.speller.text(row.input_ids)
-
     def refuse(self) -> None:
         """Stops where ``peftcli train`` would.
 
@@ -158,14 +154,9 @@ class Inspection:
         """
         refuse(self.findings, self.recipe.dataset.allow)
 
-    def _spelled(self, ids: list[int], labels: list[int] | None = None) -> list[Piece]:
-        """The ids in pieces, without the secrets that they spell together."""
-        pieces = self.speller.pieces(ids, labels)
-        letters = list("".join(piece.text for piece in pieces))
-        for start, end in spans("".join(letters)):
-            letters[start:end] = ["***", *[""] * (end - start - 1)]
-        parts = iter(letters)
-        return [replace(piece, text="".join(islice(parts, len(piece.text)))) for piece in pieces]
+    def tables(self) -> dict[str, list[list[str]]]:
+        """The audit in words: title -> rows, the first of which names the columns."""
+        return _tables(self.audit, self._lines, self.task.unit)
 
     @cached_property
     def _views(self) -> dict[str, View]:
@@ -182,8 +173,8 @@ class Inspection:
             if len(found):
                 row = int(found[0])
                 if (outcome := store.outcomes[rows[row]["outcome"]]) != USED:
-                    reason = next((str(error) for at, error in store.bad_rows() if at == row), "")
-                    raise UsageError(reason if outcome == BAD else f"{file}:{number} is left out: {outcome}")
+                    error = next((str(error) for at, error in store.bad_rows() if at == row), "")
+                    raise UsageError(error if outcome == BAD else f"{file}:{number} is left out: {outcome}")
                 at = np.flatnonzero(store.row_of[part.examples] == row) + before
                 return [self.row(int(index), split) for index in at]
             before += size
@@ -214,7 +205,7 @@ def inspect(recipe: Recipe, on_event: OnEvent = lambda event: None) -> Inspectio
         on_note=lambda text: on_event(Warned(text)),
     )
     on_event(Phase(f"looking at {len(data.train):,} examples"))
-    inspection = Inspection(recipe, data, task.processor, total_processes(recipe.launch))
+    inspection = Inspection(recipe, data, total_processes(recipe.launch))
     for text in (*data.notes, *inspection.plan.repeated(data.names)):
         on_event(Warned(text))
     return inspection
@@ -224,7 +215,7 @@ def _batches(recipe: Recipe, data: Data, plan: Plan) -> dict[str, Any]:
     """What a step and an epoch hold, and which share of a batch is no padding, with and without packing."""
     efficiency: dict[str, float | None] = {"padded": None, "packed": None}
     for name, packing in {"padded": False, "packed": True}.items():
-        if not packing or row_of(recipe).packs:
+        if not packing or isinstance(data.task, Packs):
             other = replace(recipe, dataset=replace(recipe.dataset, packing=packing))
             efficiency[name] = round(plan_of(other, data, plan.num_processes).efficiency, 4)
     return {
@@ -243,8 +234,7 @@ def _batches(recipe: Recipe, data: Data, plan: Plan) -> dict[str, Any]:
     }
 
 
-def tables(audit: dict[str, Any]) -> dict[str, list[list[str]]]:
-    """The audit in words and numbers to be read: title -> rows, the first of which names the columns."""
+def _tables(audit: dict[str, Any], lines: dict[str, Mapping[str, str]], unit: str) -> dict[str, list[list[str]]]:
     splits = {name: audit[name] for name in ("train", "eval") if audit[name]}
     facts = list(splits.values())
     rows = [["", *splits]]
@@ -254,57 +244,64 @@ def tables(audit: dict[str, Any]) -> dict[str, list[list[str]]]:
 
     row("rows", lambda each: f"{each['rows']:,}")
     row("used", lambda each: f"{each['used']:,}")
-    for reason in dict.fromkeys(reason for each in facts for reason in each["left_out"]):
-        rows.append([f"left out: {reason}", *(f"{each['left_out'].get(reason, 0):,}" for each in facts)])
+    for outcome in dict.fromkeys(outcome for each in facts for outcome in each["left_out"]):
+        rows.append([f"left out: {outcome}", *(f"{each['left_out'].get(outcome, 0):,}" for each in facts)])
     if any(each["columns_not_read"] for each in facts):
         row("columns that are not read", lambda each: ", ".join(each["columns_not_read"][:8]) or "none")
     row("examples", lambda each: f"{each['examples']:,}")
-    row("tokens", lambda each: f"{each['tokens']:,}")
-    row("trained tokens", lambda each: f"{each['targets']:,} ({each['share_trained']:.1%})")
-    row("tokens of a row: median", lambda each: f"{each['lengths']['rows']['median']:,}")
-    row("95 % have at most", lambda each: f"{each['lengths']['rows']['p95']:,}")
-    row("longest", lambda each: f"{each['lengths']['rows']['max']:,}")
-    row("rows cut at max_length", lambda each: f"{each['flags']['truncated']:,}")
-    row("trained tokens lost there", lambda each: f"{each['targets_cut']:,}")
-    row("rows whose answers' ends are trained", lambda each: f"{each['ends_trained']:.1%}")
-    row("last trained token", lambda each: ", ".join(f"{text!r} {share:.0%}" for text, share in _ends(each)))
-    row("exact duplicates", lambda each: f"{each['duplicates']['exact']:,}")
-    row("near duplicates", lambda each: f"{each['duplicates']['near']:,}")
+    if has_sizes(audit):
+        row(unit, lambda each: f"{each['tokens']:,}")
+        row(f"{unit} of a row: median", lambda each: f"{each['lengths']['rows']['median']:,}")
+        row("95 % have at most", lambda each: f"{each['lengths']['rows']['p95']:,}")
+        row("longest", lambda each: f"{each['lengths']['rows']['max']:,}")
+    for name in dict.fromkeys(name for each in lines.values() for name in each):
+        rows.append([name, *(lines[split].get(name, "") for split in splits)])
+    if any("duplicates" in each for each in facts):
+        row("exact duplicates", lambda each: f"{each['duplicates']['exact']:,}")
+        row("near duplicates", lambda each: f"{each['duplicates']['near']:,}")
     if audit["train_in_eval"]:
         rows.append(["evaluation rows that are trained too", "", f"{audit['train_in_eval']['rows']:,}"])
     found = {"data": rows}
     if len(sources := audit["train"]["sources"]) > 1:
-        names = ("rows", "used", "tokens", "targets")
+        names = {"rows": "rows", "used": "used", "tokens": unit, "targets": "targets"}
         listed = [
             [each["source"], *(f"{each[name]:,}" for name in names), f"{passes:.2f}"]
             for each, passes in zip(sources, audit["batches"]["passes_per_epoch"], strict=True)
         ]
-        found["sources"] = [["", "rows", "used", "tokens", "trained tokens", "passes an epoch"], *listed]
-    return found | {"batches": [["", "one epoch"], *_batch_rows(audit["batches"])]}
+        found["sources"] = [["", *names.values(), "passes an epoch"], *listed]
+    batches = _batch_rows(audit["batches"], unit if has_sizes(audit) else None)
+    return found | {"batches": [["", "one epoch"], *batches]}
 
 
-def _ends(facts: dict[str, Any]) -> list[tuple[str, float]]:
-    """The two tokens that most rows end with, and the share of the rows that do."""
-    return [(text, count / facts["used"]) for text, count in list(facts["ends"].items())[:2]]
-
-
-def _batch_rows(batches: dict[str, Any]) -> list[list[str]]:
+def _batch_rows(batches: dict[str, Any], unit: str | None) -> list[list[str]]:
     size, accumulated = batches["per_device_train_batch_size"], batches["gradient_accumulation_steps"]
-    what = "packed rows" if batches["packing"] else "examples"
     packed = batches["efficiency"]["packed"]
-    return [
-        [f"{what} of a step", f"{batches['global_batch_size']:,}"],
+    rows = [
+        [f"{'packed rows' if batches['packing'] else 'examples'} of a step", f"{batches['global_batch_size']:,}"],
         ["  batch size x micro-batches x processes", f"{size:,} x {accumulated:,} x {batches['processes']:,}"],
         ["steps", f"{batches['steps_per_epoch']:,}"],
         ["steps in all", f"{batches['steps']:,} ({batches['epochs']:g} epochs)"],
-        ["tokens", f"{batches['tokens_per_epoch']:,}"],
-        ["tokens of a step", f"{batches['tokens_per_step']:,.0f}"],
-        ["tokens in a batch that are no padding", f"{batches['efficiency']['padded']:.1%}"],
-        *([] if packed is None else [["  the same with packing", f"{packed:.1%}"]]),
     ]
+    if unit is not None:
+        rows += [
+            [unit, f"{batches['tokens_per_epoch']:,}"],
+            [f"{unit} of a step", f"{batches['tokens_per_step']:,.0f}"],
+            [f"{unit} in a batch that are no padding", f"{batches['efficiency']['padded']:.1%}"],
+        ]
+    return rows if packed is None else [*rows, ["  the same with packing", f"{packed:.1%}"]]
 
 
-def reason(bad: dict[str, Any]) -> str:
+def has_sizes(audit: dict[str, Any]) -> bool:
+    """Whether examples have sizes: pictures count 1 each."""
+    return bool(audit["train"]["lengths"]["rows"]["max"] > 1)
+
+
+def has_text(rows: Sequence[ShownRow]) -> bool:
+    """Whether the legend of texts is needed."""
+    return any(isinstance(part, Text) for row in rows for part in row.shown.parts)
+
+
+def what_is_wrong(bad: dict[str, Any]) -> str:
     """What is wrong with a bad row of the audit, and under which key."""
     return ": ".join(filter(None, [bad["key"], bad["message"]]))
 
@@ -318,9 +315,21 @@ def bars(facts: dict[str, Any]) -> list[tuple[str, int]]:
     ]
 
 
-def shortened(pieces: list[Piece], most: int) -> tuple[list[Piece], int, list[Piece]]:
-    """The beginning and the end of a row of more than ``most`` pieces, and how many are left out between."""
-    if len(pieces) <= most:
-        return pieces, 0, []
+def shortened(tokens: Sequence[TokenText], most: int) -> tuple[Sequence[TokenText], int, Sequence[TokenText]]:
+    """The beginning and the end of a text of more than ``most`` tokens, and how many are left out between."""
+    if len(tokens) <= most:
+        return tokens, 0, []
     half = most // 2
-    return pieces[:half], len(pieces) - 2 * half, pieces[-half:]
+    return tokens[:half], len(tokens) - 2 * half, tokens[-half:]
+
+
+def _without_secrets(part: Part) -> Part:
+    """A text without the secrets that its tokens spell together. Whatever is printed is redacted as a whole, too."""
+    if not isinstance(part, Text):
+        return part
+    letters = list("".join(token.text for token in part.tokens))
+    for start, end in spans("".join(letters)):
+        letters[start:end] = ["***", *[""] * (end - start - 1)]
+    rest = iter(letters)
+    tokens = [replace(token, text="".join(islice(rest, len(token.text)))) for token in part.tokens]
+    return replace(part, tokens=tokens)

@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from peftcli.core.config import AdapterConfig
     from peftcli.data.findings import Finding, Records
     from peftcli.models.open import OpenBase
+    from peftcli.tasks.shown import Description, Shown
 
 __all__ = [
     "Audits",
     "Batch",
     "Column",
+    "Describes",
     "Example",
     "Exports",
     "FitsModel",
@@ -80,7 +82,9 @@ class Task(ABC, Generic[Settings]):
     targets_in_size: ClassVar[bool] = True
     """Whether a size counts the targets too; else the account of the data adds them."""
     flags: ClassVar[Mapping[str, int]] = {}
-    """Facts of rows that run.json counts: name -> bit of ``Outcome.flags``."""
+    """Facts of rows that run.json counts: name -> bit of ``Outcome.flags``. ``truncated`` says that a row was cut."""
+    identity: ClassVar[Sequence[str]] = ()
+    """Columns whose values make two rows equal, by which ``inspect`` finds duplicates. None: it does not look."""
 
     def __init__(self, settings: Settings, processor: Any, base: OpenBase):
         """``TASKS[name].open`` calls this.
@@ -217,8 +221,8 @@ class Predicts(Protocol):
 class Shows(Protocol):
     """Shows an example to people."""
 
-    def show(self, example: Example) -> Any:
-        """Render an example for ``inspect``."""
+    def show(self, example: Example) -> Shown:
+        """Show an example as texts, labels, pictures and facts."""
         ...
 
 
@@ -227,7 +231,16 @@ class Audits(Protocol):
     """Finds what is odd with examples, beyond what the records of rows show."""
 
     def findings(self, view: View) -> list[Finding]:
-        """Look at all examples."""
+        """Examine all examples, of the training rows or of the evaluation rows. No finding may be an error."""
+        ...
+
+
+@runtime_checkable
+class Describes(Protocol):
+    """Knows more of the data than sizes and outcomes: shares, counts of classes, how answers end."""
+
+    def describe(self, view: View) -> Description:
+        """Describe all examples, of the training rows or of the evaluation rows."""
         ...
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from peftcli.data.store import Example
 from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, Loss
+from peftcli.tasks.shown import Text
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import pad_causal, pad_token_id
 from peftcli.tasks.text.encode import CausalEncoder
@@ -33,6 +34,10 @@ class CausalLM(LanguageModel[settings.CausalLM]):
 
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
         return pad_causal(examples, pad_token_id(self.processor))
+
+    def texts(self, ids: list[int], labels: list[int]) -> list[Text]:
+        # a causal model never predicts the first token
+        return [Text(self.renderer.render(ids, [IGNORED, *labels[1:]]))]
 
     def join(self, examples: Sequence[Example]) -> Example:
         return join(examples)

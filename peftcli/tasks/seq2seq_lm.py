@@ -6,12 +6,15 @@ A row: ``{"prompt": "translate English to German: Thank you.", "completion": "Da
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import nn
 
 from peftcli.data.store import Example
 from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, Loss
+from peftcli.tasks.shown import Text
+from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import pad_seq2seq, pad_token_id
 from peftcli.tasks.text.encode import Seq2SeqEncoder
 from peftcli.tasks.text.language_model import LanguageModel
@@ -23,9 +26,14 @@ class Seq2SeqLM(LanguageModel[settings.Seq2SeqLM]):
 
     encoder = Seq2SeqEncoder
     targets_in_size = False
+    identity: ClassVar = ("input_ids", "labels")
 
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
         return pad_seq2seq(examples, pad_token_id(self.processor))
+
+    def texts(self, ids: list[int], labels: list[int]) -> list[Text]:
+        source = self.renderer.render(ids, [IGNORED] * len(ids))
+        return [Text(source, "input"), Text(self.renderer.render(labels), "answer")]
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         return token_loss(model(**batch, use_cache=False).logits, batch["labels"])

@@ -173,8 +173,8 @@ def test_an_encoder_decoder(write: Callable) -> None:
 
 
 def test_the_page_stays_small(write: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peftcli.inspection.page._MOST_CHARACTERS", 2000)
-    monkeypatch.setattr("peftcli.inspection.page._MOST_TOKENS", 20)
+    monkeypatch.setattr("peftcli.inspection.page._MAX_CHARACTERS", 2000)
+    monkeypatch.setattr("peftcli.inspection.page._MAX_TOKENS", 20)
     page = write("--rows", 99, rows=MESSAGES)
     left_out = re.search(
         r"Examples here: (\d+), of 10 that are trained and 3 that are evaluated. (\d+) more are left out", page

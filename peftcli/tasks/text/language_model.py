@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -17,18 +19,21 @@ from torch import nn
 from peftcli.core.config import AdapterConfig
 from peftcli.data.findings import Finding, Records
 from peftcli.data.rows import Row, Table
-from peftcli.data.store import Column, Outcome
+from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models import tokens
 from peftcli.system import date
 from peftcli.tasks.base import Task
 from peftcli.tasks.settings import CausalLM, Seq2SeqLM
+from peftcli.tasks.shown import Description, Shown, Text
+from peftcli.tasks.text.audit import TextAudit
 from peftcli.tasks.text.encode import CausalEncoder, Seq2SeqEncoder
 from peftcli.tasks.text.findings import record_findings
 from peftcli.tasks.text.flags import CUT_OFF, OVERLONG, Flag
 from peftcli.tasks.text.formats import ExampleReader, example_reader
 from peftcli.tasks.text.stop_tokens import missing_stops
 from peftcli.tasks.text.token_loss import token_metrics
+from peftcli.tasks.text.token_text import TokenRenderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,11 +54,19 @@ class LanguageModel(Task[Settings]):
         "pieces_left_out": Flag.PIECES_LEFT_OUT,
     }
 
+    identity: ClassVar[Sequence[str]] = ("input_ids",)
+
     encoder: ClassVar[type[CausalEncoder] | type[Seq2SeqEncoder]]
 
     def __init__(self, settings: Settings, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)
         self._encoders: dict[Any, CausalEncoder | Seq2SeqEncoder] = {}
+        self._audit: TextAudit | None = None
+
+    @cached_property
+    def renderer(self) -> TokenRenderer:
+        """Renders token ids as text that people can read."""
+        return TokenRenderer(self.processor)
 
     @property
     def advice(self) -> Mapping[str, str]:
@@ -86,6 +99,27 @@ class LanguageModel(Task[Settings]):
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
         return token_metrics(sums, num_targets)
+
+    def findings(self, view: View) -> list[Finding]:
+        return self._audited(view).findings()
+
+    def describe(self, view: View) -> Description:
+        return self._audited(view).describe()
+
+    def _audited(self, view: View) -> TextAudit:
+        """The audit of a view; that of the last one is kept."""
+        if self._audit is None or self._audit.rows.view is not view:
+            self._audit = TextAudit(view, self.processor, aligned=self.targets_in_size)
+        return self._audit
+
+    def show(self, example: Example) -> Shown:
+        ids, labels = (np.asarray(example.arrays[name]).tolist() for name in ("input_ids", "labels"))
+        values = {"input_ids": ids, "labels": labels, "text": self.renderer.text(ids)}
+        return Shown(self.texts(ids, labels), values, f"{example.num_targets:,} trained")
+
+    @abstractmethod
+    def texts(self, ids: list[int], labels: list[int]) -> list[Text]:
+        """Render the texts of an example for ``inspect``."""
 
     def probe(self) -> dict[str, torch.Tensor]:
         """Random tokens (2, 16)."""

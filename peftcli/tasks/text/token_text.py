@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from peftcli.tasks.shown import TokenText
 from peftcli.tasks.text.chat import IGNORED
 
 if TYPE_CHECKING:
@@ -26,18 +26,8 @@ _WINDOW = 6
 """Tokens before one that may change how it is decoded."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """One token, or several that only together are text."""
-
-    text: str
-    ids: tuple[int, ...]
-    trained: bool
-    special: bool
-
-
-class Speller:
-    """Spells token ids of one tokenizer."""
+class TokenRenderer:
+    """Renders token ids of one tokenizer as text that people can read."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
@@ -53,30 +43,30 @@ class Speller:
         decoded = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return str(decoded)
 
-    def pieces(self, ids: Sequence[int], labels: Sequence[int] | None = None) -> list[Piece]:
-        """The ids in pieces.
+    def render(self, ids: Sequence[int], labels: Sequence[int] | None = None) -> list[TokenText]:
+        """Render the ids token by token.
 
         Args:
             ids: Token ids.
-            labels: The label beside each; a token whose label counts is trained. None: every token is.
+            labels: The label of each; a token whose label counts is trained. None: every token is.
         """
         trained = [True] * len(ids) if labels is None else [label != IGNORED for label in labels]
         spelled = self._bytes(ids)
         if spelled is None:
-            return [self._piece(text, (token,), counts) for text, token, counts in self._windows(ids, trained)]
-        pieces: list[Piece] = []
+            return [self._token(text, (token,), counts) for text, token, counts in self._windows(ids, trained)]
+        rendered: list[TokenText] = []
         held, held_ids = b"", list[int]()
         for at, (token, spelling) in enumerate(zip(ids, spelled, strict=True)):
             held, held_ids = held + spelling, [*held_ids, token]
             last = at + 1 == len(ids)
             closed = last or trained[at + 1] != trained[at] or token in self._added or ids[at + 1] in self._added
             if closed or not _ends_inside_a_character(held):
-                pieces.append(self._piece(held.decode("utf-8", "backslashreplace"), tuple(held_ids), trained[at]))
+                rendered.append(self._token(held.decode("utf-8", "backslashreplace"), tuple(held_ids), trained[at]))
                 held, held_ids = b"", []
-        return pieces
+        return rendered
 
-    def _piece(self, text: str, ids: tuple[int, ...], trained: bool) -> Piece:
-        return Piece(text, ids, trained, ids[0] in self._special)
+    def _token(self, text: str, ids: tuple[int, ...], trained: bool) -> TokenText:
+        return TokenText(text, ids, trained, ids[0] in self._special)
 
     def _bytes(self, ids: Sequence[int]) -> list[bytes] | None:
         """The bytes of each token; None where the tokenizer decodes by rules that are not known here."""

@@ -4,7 +4,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from peftcli.tasks.text.token_text import Piece, Speller
+from peftcli.tasks.shown import TokenText
+from peftcli.tasks.text.token_text import TokenRenderer
 
 TEXTS = ["plain words", " two  spaces\n\nand\ttabs ", "h\u00e9llo \U0001f389 \u6f22\u5b57 caf\u00e9", "x\ufffdy", "a"]
 IGNORED = -100
@@ -56,9 +57,9 @@ def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def texts(pieces: list[Piece]) -> list[str]:
+def texts(tokens: list[TokenText]) -> list[str]:
     """Without tokens that add nothing, as the space that some tokenizers put before a text."""
-    return [piece.text for piece in pieces if piece.text]
+    return [piece.text for piece in tokens if piece.text]
 
 
 @pytest.mark.parametrize("make", [_byte_level, _byte_fallback])
@@ -66,32 +67,32 @@ def texts(pieces: list[Piece]) -> list[str]:
 def test_pieces_are_the_text_and_all_of_the_ids(make, text: str) -> None:
     tokenizer = make()
     ids = ids_of(tokenizer, text)
-    pieces = Speller(tokenizer).pieces(ids)
-    assert "".join(texts(pieces)) == text
-    assert [token for piece in pieces for token in piece.ids] == ids
-    assert Speller(tokenizer).text(ids) == text
+    tokens = TokenRenderer(tokenizer).render(ids)
+    assert "".join(texts(tokens)) == text
+    assert [token for piece in tokens for token in piece.ids] == ids
+    assert TokenRenderer(tokenizer).text(ids) == text
 
 
 @pytest.mark.parametrize("make", [_byte_level, _byte_fallback])
 def test_a_character_is_one_piece(make) -> None:
     tokenizer = make()
-    pieces = Speller(tokenizer).pieces(ids_of(tokenizer, "x\U0001f389y"))
-    assert texts(pieces) == ["x", "\U0001f389", "y"]
-    assert len(pieces[-2].ids) == 4
+    tokens = TokenRenderer(tokenizer).render(ids_of(tokenizer, "x\U0001f389y"))
+    assert texts(tokens) == ["x", "\U0001f389", "y"]
+    assert len(tokens[-2].ids) == 4
 
 
 @pytest.mark.parametrize("make", [_byte_level, _byte_fallback])
 def test_a_character_that_is_cut_shows_its_bytes(make) -> None:
     tokenizer = make()
-    pieces = Speller(tokenizer).pieces(ids_of(tokenizer, "x\U0001f389")[:-1])
-    assert texts(pieces) == ["x", "\\xf0\\x9f\\x8e"]
+    tokens = TokenRenderer(tokenizer).render(ids_of(tokenizer, "x\U0001f389")[:-1])
+    assert texts(tokens) == ["x", "\\xf0\\x9f\\x8e"]
 
 
 def test_a_character_that_is_trained_in_part_shows_which() -> None:
     tokenizer = _byte_level()
     ids = ids_of(tokenizer, "\U0001f389")
-    pieces = Speller(tokenizer).pieces(ids, [IGNORED, IGNORED, *ids[2:]])
-    assert [(piece.text, piece.trained) for piece in pieces] == [
+    tokens = TokenRenderer(tokenizer).render(ids, [IGNORED, IGNORED, *ids[2:]])
+    assert [(piece.text, piece.trained) for piece in tokens] == [
         ("\\xf0\\x9f", False),
         ("\\x8e", True),
         ("\\x89", True),
@@ -101,28 +102,28 @@ def test_a_character_that_is_trained_in_part_shows_which() -> None:
 def test_trained_and_special_tokens_are_told() -> None:
     tokenizer = _byte_level()
     ids = ids_of(tokenizer, "plain<think> words<|end|>")
-    pieces = Speller(tokenizer).pieces(ids, [IGNORED, *ids[1:]])
-    assert pieces[0].trained is False
-    assert all(piece.trained for piece in pieces[1:])
-    assert [piece.text for piece in pieces if piece.special] == ["<|end|>"]
-    assert "<think>" in texts(pieces)
+    tokens = TokenRenderer(tokenizer).render(ids, [IGNORED, *ids[1:]])
+    assert tokens[0].trained is False
+    assert all(piece.trained for piece in tokens[1:])
+    assert [piece.text for piece in tokens if piece.special] == ["<|end|>"]
+    assert "<think>" in texts(tokens)
 
 
 def test_a_special_token_ends_what_is_before_it() -> None:
     tokenizer = _byte_level()
     ids = [*ids_of(tokenizer, "\U0001f389")[:2], *ids_of(tokenizer, "<|end|>"), *ids_of(tokenizer, "\U0001f389")[2:]]
-    assert texts(Speller(tokenizer).pieces(ids)) == ["\\xf0\\x9f", "<|end|>", "\\x8e", "\\x89"]
+    assert texts(TokenRenderer(tokenizer).render(ids)) == ["\\xf0\\x9f", "<|end|>", "\\x8e", "\\x89"]
 
 
 def test_metaspace() -> None:
     tokenizer = _metaspace()
     ids = [*ids_of(tokenizer, "plain words wordsly"), 0]
-    assert texts(Speller(tokenizer).pieces(ids)) == ["plain", " words", " words", "ly", "</s>"]
+    assert texts(TokenRenderer(tokenizer).render(ids)) == ["plain", " words", " words", "ly", "</s>"]
 
 
 def test_a_tokenizer_of_another_kind_is_spelled_by_what_each_token_adds() -> None:
     tokenizer = _wordpiece()
     ids = [*ids_of(tokenizer, "plain words unplain"), 1]
-    pieces = Speller(tokenizer).pieces(ids)
-    assert texts(pieces) == ["plain", " word", "s", " un", "plain", " [SEP]"]
-    assert pieces[-1].special
+    tokens = TokenRenderer(tokenizer).render(ids)
+    assert texts(tokens) == ["plain", " word", "s", " un", "plain", " [SEP]"]
+    assert tokens[-1].special

@@ -10,13 +10,18 @@ import numpy as np
 import pytest
 from examplekit import COLUMNS, outcome
 
+from peftcli.data import used_rows
 from peftcli.data.rows import Place
 from peftcli.data.store import Outcome, Part, Store, View, Writer
+from peftcli.data.used_rows import Ragged
 from peftcli.errors import DataError
 from peftcli.inspection import audit as audit_module
 from peftcli.inspection import duplicates
 from peftcli.inspection.audit import Audit, audit, histogram, leaks
-from peftcli.inspection.duplicates import Rows, Sketches, common_shingles, repeats, row_hashes, spread
+from peftcli.inspection.duplicates import Sketches, common_shingles, repeats, spread
+from peftcli.tasks import settings
+from peftcli.tasks.causal_lm import CausalLM
+from peftcli.tasks.seq2seq_lm import Seq2SeqLM
 from peftcli.tasks.text.flags import NO_TARGET, Flag
 
 IGNORED = -100
@@ -24,8 +29,13 @@ Ids = list[int]
 
 
 @pytest.fixture
-def tokenizer(tokenizers):
-    return tokenizers("smollm")
+def causal(tokenizers) -> CausalLM:
+    return CausalLM(settings.CausalLM(), tokenizers("smollm"), base=None)
+
+
+@pytest.fixture
+def seq2seq(tokenizers) -> Seq2SeqLM:
+    return Seq2SeqLM(settings.Seq2SeqLM(), tokenizers("smollm"), base=None)
 
 
 @pytest.fixture
@@ -71,12 +81,12 @@ def some(rng: random.Random, count: int) -> Ids:
 # --- the facts ------------------------------------------------------------------------------------------------------
 
 
-def test_the_facts_are_those_of_the_rows(part, tokenizer) -> None:
+def test_the_facts_are_those_of_the_rows(part, causal) -> None:
     error = DataError("is empty", file="a.jsonl", line=3, key="messages")
     cut = used([40] * 5, [50] * 5, flags=Flag.TRUNCATED | Flag.ANSWER_CUT, lost=7)
     cut.size = 30
     rows = [([40] * 6, [50] * 2), cut, error, Outcome(reason=NO_TARGET, size=4), ([40] * 2, [50, 3])]
-    facts = audit(View([part(rows)]), tokenizer).facts
+    facts = audit(View([part(rows)]), causal).facts
     counts = {"rows": 5, "used": 3, "examples": 3, "tokens": 22, "targets": 9}
     assert {name: facts[name] for name in counts} == counts
     assert {name for name, count in facts["flags"].items() if count} == {"truncated", "answer_cut"}
@@ -94,51 +104,51 @@ def test_the_facts_are_those_of_the_rows(part, tokenizer) -> None:
     assert facts["lengths"]["examples"]["max"] == 10
 
 
-def test_what_rows_end_with_is_told(part, tokenizer) -> None:
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+def test_what_rows_end_with_is_told(part, causal) -> None:
+    end = causal.processor.convert_tokens_to_ids("<|im_end|>")
     rows = [([40], [50, end]), ([41], [51, end]), ([42], [52])]
-    word = tokenizer.decode([52])
-    assert audit(View([part(rows)]), tokenizer).facts["ends"] == {"<|im_end|>": 2, word: 1}
+    word = causal.processor.decode([52])
+    assert audit(View([part(rows)]), causal).facts["ends"] == {"<|im_end|>": 2, word: 1}
 
 
-def test_each_file_is_counted(part, tokenizer) -> None:
+def test_each_file_is_counted(part, causal) -> None:
     first, second = part([([40], [50]), ([41], [51] * 3)]), part([([42], [52]), DataError("bad")], "b.jsonl")
-    assert audit(View([first, second]), tokenizer).facts["sources"] == [
+    assert audit(View([first, second]), causal).facts["sources"] == [
         {"source": "a.jsonl", "rows": 2, "used": 2, "tokens": 6, "targets": 4},
         {"source": "b.jsonl", "rows": 2, "used": 1, "tokens": 2, "targets": 1},
     ]
 
 
-def test_only_chosen_rows_are_looked_at(part, tokenizer) -> None:
+def test_only_chosen_rows_are_looked_at(part, causal) -> None:
     rows = [([40], [50]), DataError("bad"), ([40], [50]), ([41], [51] * 9), ([44], [55])]
-    found = audit(View([part(rows, chosen=[2, 3])]), tokenizer)
+    found = audit(View([part(rows, chosen=[2, 3])]), causal)
     assert (found.facts["rows"], found.facts["used"], found.facts["tokens"]) == (2, 2, 12)
     assert found.facts["bad_rows"] == []
     assert found.facts["longest"][0]["row"] == "a.jsonl:4"
     assert found.findings == []
 
 
-def test_a_split_row_is_one_row(part, tokenizer) -> None:
+def test_a_split_row_is_one_row(part, causal) -> None:
     whole = [45, 46, 47, 48, 49, 50]
     split = outcome([feature([], whole[:4]), feature([], whole[3:])], [4, 3], tokens=6, flags=Flag.SPLIT)
-    found = audit(View([part([split, ([40], [41]), split])]), tokenizer)
+    found = audit(View([part([split, ([40], [41]), split])]), causal)
     assert (found.facts["used"], found.facts["examples"], found.facts["tokens"]) == (3, 5, 16)
     assert named(found)["exact_duplicates"] == ["a.jsonl:3"]
 
 
-def test_chunks_do_not_show(part, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_do_not_show(part, causal, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(0)
     rows = [(some(rng, rng.randrange(1, 60)), some(rng, rng.randrange(1, 20))) for _ in range(60)]
     view = View([part([*rows, *rows[:7]]), part(rows[5:9], "b.jsonl")])
-    whole = audit(view, tokenizer)
-    monkeypatch.setattr(duplicates, "_CHUNK", 50)
-    pieces = audit(view, tokenizer)
+    whole = audit(view, causal)
+    monkeypatch.setattr(used_rows, "_CHUNK", 50)
+    pieces = audit(view, causal)
     assert (pieces.facts, pieces.findings) == (whole.facts, whole.findings)
     assert whole.facts["duplicates"]["exact"] == 11
 
 
-def test_no_row_at_all(part, tokenizer) -> None:
-    found = audit(View([part([DataError("bad")])]), tokenizer)
+def test_no_row_at_all(part, causal) -> None:
+    found = audit(View([part([DataError("bad")])]), causal)
     assert (found.facts["used"], found.facts["share_trained"], found.findings) == (0, 0.0, [])
 
 
@@ -156,9 +166,9 @@ def test_histogram_counts_every_row_in_few_bars(values: list[int]) -> None:
 # --- findings of inspect alone --------------------------------------------------------------------------------------
 
 
-def test_answers_without_text(part, tokenizer) -> None:
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    space = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+def test_answers_without_text(part, causal) -> None:
+    end = causal.processor.convert_tokens_to_ids("<|im_end|>")
+    space = causal.processor("\n\n", add_special_tokens=False)["input_ids"]
     two = feature([40], [50, end])
     two = {name: two[name] + more for name, more in (("input_ids", [41, end]), ("labels", [IGNORED, end]))}
     rows = [
@@ -169,45 +179,45 @@ def test_answers_without_text(part, tokenizer) -> None:
         ([43], [51]),
         used([44], [*space], flags=Flag.TRUNCATED | Flag.ANSWER_CUT),
     ]
-    found = audit(View([part(rows)]), tokenizer)
+    found = audit(View([part(rows)]), causal)
     assert named(found)["empty_answers"] == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:4"]
 
 
-def test_prompts_that_are_empty_beside_others(part, tokenizer) -> None:
-    bos, text = tokenizer.bos_token_id, [50, 51, 52]
-    assert named(audit(View([part([([40], text), ([], text[:2]), ([bos], text)])]), tokenizer)) == {
+def test_prompts_that_are_empty_beside_others(part, causal) -> None:
+    bos, text = causal.processor.bos_token_id, [50, 51, 52]
+    assert named(audit(View([part([([40], text), ([], text[:2]), ([bos], text)])]), causal)) == {
         "empty_prompts": ["a.jsonl:2", "a.jsonl:3"]
     }
     # where no row has a prompt they are texts, and all is as it should be
-    assert audit(View([part([([], text), ([bos], text[:2])])]), tokenizer).findings == []
+    assert audit(View([part([([], text), ([bos], text[:2])])]), causal).findings == []
 
 
-def test_rows_that_hardly_train(part, tokenizer) -> None:
+def test_rows_that_hardly_train(part, causal) -> None:
     rows = [([40] * 300, [50]), ([41] * 99, [50]), ([42] * 3, [50])]
-    assert named(audit(View([part(rows)]), tokenizer)) == {"low_trained_share": ["a.jsonl:1"]}
+    assert named(audit(View([part(rows)]), causal)) == {"low_trained_share": ["a.jsonl:1"]}
 
 
-def test_levels_follow_the_share(part, tokenizer) -> None:
+def test_levels_follow_the_share(part, causal) -> None:
     rng = random.Random(1)
     rows = [([40], some(rng, 5)) for _ in range(199)]
-    few, many = audit(View([part([*rows, rows[0]])]), tokenizer), audit(View([part([*rows, *rows[:3]])]), tokenizer)
+    few, many = audit(View([part([*rows, rows[0]])]), causal), audit(View([part([*rows, *rows[:3]])]), causal)
     assert [(each.name, each.level, each.count) for each in few.findings] == [("exact_duplicates", "info", 1)]
     assert [(each.name, each.level, each.count) for each in many.findings] == [("exact_duplicates", "warning", 3)]
 
 
-def test_duplicates_across_sources(part, tokenizer) -> None:
-    found = audit(View([part([([40], [50])]), part([([40], [51]), ([40], [50])], "b.jsonl")]), tokenizer)
+def test_duplicates_across_sources(part, causal) -> None:
+    found = audit(View([part([([40], [50])]), part([([40], [51]), ([40], [50])], "b.jsonl")]), causal)
     assert named(found) == {"exact_duplicates": ["b.jsonl:2"]}
 
 
-def test_evaluation_rows_that_are_trained(part, tokenizer) -> None:
+def test_evaluation_rows_that_are_trained(part, causal) -> None:
     rng = random.Random(2)
     trained = [(some(rng, 12), some(rng, 6)) for _ in range(30)]
     # the shared prompt of half the rows says nothing
     trained += [([40] * 9, some(rng, 6)) for _ in range(30)]
     others = [(trained[4][0], some(rng, 6)), ([40] * 9, some(rng, 6)), (some(rng, 9), some(rng, 5))]
-    train = audit(View([part(trained)]), tokenizer)
-    evaluation = audit(View([part([others[0], trained[3], *others[1:]], "e.jsonl")]), tokenizer, split="eval")
+    train = audit(View([part(trained)]), causal)
+    evaluation = audit(View([part([others[0], trained[3], *others[1:]], "e.jsonl")]), causal, split="eval")
     counts, findings = leaks(train, evaluation)
     assert counts == {"rows": 1, "prompts": 1}
     assert [(each.name, each.level, each.rows, each.split) for each in findings] == [
@@ -217,32 +227,32 @@ def test_evaluation_rows_that_are_trained(part, tokenizer) -> None:
     assert findings[0].message.startswith("1 of 4 evaluation rows are trained on too")
 
 
-def test_an_encoder_decoder(part, tokenizer) -> None:
+def test_an_encoder_decoder(part, seq2seq) -> None:
     rows = [pair([40, 41, 42], [50, 2]), pair([40, 41, 42], [51, 2]), pair([40, 41, 42], [50, 2]), pair([43, 44], [2])]
-    found = audit(View([part(rows)]), tokenizer, aligned=False)
+    found = audit(View([part(rows)]), seq2seq)
     assert (found.facts["tokens"], found.facts["targets"], found.facts["share_trained"]) == (18, 7, 7 / 18)
     assert named(found) == {"empty_answers": ["a.jsonl:4"], "exact_duplicates": ["a.jsonl:3"]}
-    held = audit(View([part([pair([40, 41, 42], [51, 2]), pair([40, 41, 42], [55, 2])])]), tokenizer, aligned=False)
+    held = audit(View([part([pair([40, 41, 42], [51, 2]), pair([40, 41, 42], [55, 2])])]), seq2seq)
     assert leaks(found, held)[0] == {"rows": 1, "prompts": 0}
 
 
 # --- hashes ---------------------------------------------------------------------------------------------------------
 
 
-def rows_of(lists: Sequence[Sequence[int]]) -> Rows:
+def rows_of(lists: Sequence[Sequence[int]]) -> Ragged:
     lengths = np.array([len(each) for each in lists])
-    return Rows(np.concatenate([np.array(each, np.int32) for each in lists]), np.cumsum(lengths) - lengths)
+    return Ragged(np.concatenate([np.array(each, np.int32) for each in lists]), np.cumsum(lengths) - lengths)
 
 
 def test_equal_rows_and_only_they_have_equal_hashes() -> None:
     rng = random.Random(3)
     lists = [[rng.randrange(4) for _ in range(rng.randrange(1, 6))] for _ in range(3000)]
-    hashes = row_hashes(rows_of(lists))
+    hashes = rows_of(lists).hashes()
     assert len(set(hashes.tolist())) == len({tuple(each) for each in lists})
     seen: set[tuple[int, ...]] = set()
     again = [tuple(each) in seen or seen.add(tuple(each)) is not None for each in lists]
     assert repeats(hashes).tolist() == again
-    assert row_hashes(rows_of(lists[5:7])).tolist() == hashes[5:7].tolist()
+    assert rows_of(lists[5:7]).hashes().tolist() == hashes[5:7].tolist()
 
 
 def test_spread_covers_both_ends() -> None:
@@ -331,25 +341,25 @@ def test_the_same_rows_give_the_same_pairs(planted) -> None:
     assert near(lists) == near(lists)
 
 
-def test_exact_duplicates_are_not_near_ones(planted, part, tokenizer) -> None:
+def test_exact_duplicates_are_not_near_ones(planted, part, causal) -> None:
     rng = random.Random(7)
     first = some(rng, 90)
     close = [*first[:-1], 29]
-    found = audit(View([part([([40], first), ([40], first), ([40], close), ([40], some(rng, 90))])]), tokenizer)
+    found = audit(View([part([([40], first), ([40], first), ([40], close), ([40], some(rng, 90))])]), causal)
     assert named(found) == {"exact_duplicates": ["a.jsonl:2"], "near_duplicates": ["a.jsonl:3"]}
     assert found.facts["duplicates"]["pairs"][0]["like"] == "a.jsonl:1"
     assert found.facts["duplicates"]["compared"] == 3
 
 
-def test_of_very_many_rows_a_sample_is_compared(part, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_very_many_rows_a_sample_is_compared(part, causal, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(8)
     lists = [some(rng, 90) for _ in range(4)]
     rows = [([40], [*row[: 90 - at], *some(rng, at)]) for row in lists for at in (0, 3)]
     monkeypatch.setattr(audit_module, "MOST_ROWS", 4)
-    facts = audit(View([part(rows)]), tokenizer).facts
+    facts = audit(View([part(rows)]), causal).facts
     assert (facts["duplicates"]["near"], facts["duplicates"]["compared"]) == (0, 4)
     monkeypatch.setattr(audit_module, "MOST_ROWS", duplicates.MOST_ROWS)
-    assert audit(View([part(rows)]), tokenizer).facts["duplicates"]["near"] == 4
+    assert audit(View([part(rows)]), causal).facts["duplicates"]["near"] == 4
 
 
 def test_very_short_rows_are_not_compared() -> None:

@@ -1,0 +1,100 @@
+"""What a task tells people of its data, for ``inspect`` to print, draw and write as JSON. Readable without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from peftcli.data.findings import Kind
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """One token, or several that only together are text."""
+
+    text: str
+    ids: tuple[int, ...] = ()
+    trained: bool = False
+    """Whether it counts in the loss."""
+    special: bool = False
+    """Whether it marks something, as the end of a turn, and is no text."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, token by token."""
+
+    tokens: Sequence[TokenText]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Label:
+    """What the model is trained to answer: the name of a class, a number."""
+
+    text: str
+    title: str = "label"
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture."""
+
+    source: str
+    """Its file, or where it comes from."""
+    width: int
+    """In pixels, as is ``height``."""
+    height: int
+    mode: str
+    """Pillow's name of its channels: L, RGB, RGBA."""
+    thumbnail: bytes
+    """A small copy, as PNG."""
+    title: str = "image"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Other facts about an example: name -> value."""
+
+    values: Mapping[str, str]
+
+
+Part = Text | Label | Image | Facts
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One example, as people see it."""
+
+    parts: Sequence[Part] = ()
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """What ``inspect --json`` prints of it."""
+    summary: str = ""
+    """Added to its size in the heading: ``12 trained``."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A part of each row that training and evaluation data should not share, as prompts."""
+
+    name: str
+    """Its key below ``train_in_eval`` in ``inspect --json``."""
+    kind: Kind
+    """The finding about evaluation rows that share it with a training row but are not equal to one."""
+    hashes: np.ndarray
+    """A hash for each used row; 0: the row has no such part."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a task knows of all examples together."""
+
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Added to the audit in ``inspect --json``."""
+    lines: Mapping[str, str] = field(default_factory=dict)
+    """The same in words: name -> value."""
+    shared: Sequence[Shared] = ()
