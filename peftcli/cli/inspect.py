@@ -108,7 +108,7 @@ class _Printer:
         if has_text(rows):
             self._legend()
         for row in rows:
-            console.out(f"=== {row.place} ({row.title}): {row.size}")
+            console.out(f"=== {row.place} ({row.title}){f': {row.size}' if row.size else ''}")
             for part in row.shown.parts:
                 self._part(part)
             if row.missing:

@@ -87,28 +87,28 @@ FINDINGS = by_name(
         "bad_rows",
         "error",
         "cannot be used, as the messages say",
-        "Mend them, or set dataset.on_bad_row: skip.",
+        "Correct them, or set dataset.on_bad_row: skip.",
     ),
     Kind(
         "exact_duplicates",
         "info",
-        "repeat an earlier row, token by token",
-        "Take them out: what is repeated is learnt by heart.",
+        "repeat an earlier row exactly",
+        "Remove them: what is repeated is memorised.",
         warning_above=0.01,
     ),
     Kind(
         "near_duplicates",
         "info",
         "nearly repeat an earlier row",
-        "Look at them: what is repeated is learnt by heart.",
+        "Look at them: what is repeated is memorised.",
         warning_above=0.05,
     ),
-    # A warning at most, since to measure on rows that were trained is a fair test of whether a model learns at all.
+    # A warning at most: measuring on trained rows is a fair test of whether a model learns at all.
     Kind(
         "train_in_eval",
         "warning",
-        "are trained on too: eval_loss is too good",
-        "Take them out of one of the two.",
+        "are trained on too: evaluation looks better than it is",
+        "Remove them from one of the two.",
     ),
 )
 """The findings of every task. The names are a promise: recipes allow them, scripts read them."""

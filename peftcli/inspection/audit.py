@@ -158,6 +158,7 @@ def _facts(view: View, rows: UsedRows, task: Task[Any]) -> dict[str, Any]:
         "left_out": {name: count for name, count in outcomes.items() if count and name != USED},
         "targets_cut": int(rows.records("lost").sum()),
         "examples": len(view),
+        "unit": task.unit,
         "tokens": int(sizes.sum()),
         "targets": int(view.targets.sum()),
         "lengths": {"rows": _lengths(uncut[uncut > 0]), "examples": _lengths(sizes)},

@@ -141,7 +141,7 @@ def _row(row: ShownRow, name: str, borders: bool) -> str:
         parts.append(f'<p class="cut">Cut here: {row.missing:,} {row.unit} are missing{lost}.</p>')
     return (
         f'<article class="row" id="{name}"><h3>{_html(row.place)}</h3>\n'
-        f"<p>{_capital(row.title)}: {_html(row.size)}.</p>\n{''.join(parts)}</article>"
+        f"<p>{_capital(row.title)}{_html(f': {row.size}' if row.size else '')}.</p>\n{''.join(parts)}</article>"
     )
 
 

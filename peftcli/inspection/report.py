@@ -46,7 +46,7 @@ class ShownRow:
     place: str
     shown: Shown
     size: str
-    """``40 tokens, 12 trained``."""
+    """``40 tokens, 12 trained``; may be empty."""
     unit: str
     """What sizes count: tokens, frames."""
     missing: int
@@ -65,7 +65,7 @@ class ShownRow:
 
     def as_dict(self) -> dict[str, Any]:
         """The row as ``inspect --json`` prints it."""
-        return {"index": self.index, **self.shown.values}
+        return {"index": self.index, **self.shown.as_dict()}
 
 
 class Inspection:
@@ -109,7 +109,7 @@ class Inspection:
             split=split,
             place=str(store.place(row)),
             shown=replace(shown, parts=[_without_secrets(part) for part in shown.parts]),
-            size=", ".join(filter(None, [f"{size:,} {task.unit}", shown.summary])),
+            size=", ".join(filter(None, [f"{size:,} {task.unit}" if size > 1 else "", shown.summary])),
             unit=task.unit,
             missing=int(record["size"]) - size if record["flags"] & task.flags.get("truncated", 0) else 0,
             lost=int(record["lost"]),

@@ -72,9 +72,24 @@ class Shown:
 
     parts: Sequence[Part] = ()
     values: Mapping[str, Any] = field(default_factory=dict)
-    """What ``inspect --json`` prints of it."""
+    """What ``inspect --json`` prints of it besides of the parts, or in their place."""
     summary: str = ""
     """Added to its size in the heading: ``12 trained``."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The example as ``inspect --json`` prints it."""
+        found = dict(self.values)
+        texts = ["".join(token.text for token in part.tokens) for part in self.parts if isinstance(part, Text)]
+        if texts:
+            found.setdefault("text", "\n".join(texts))
+        for part in self.parts:
+            if isinstance(part, Label):
+                found.setdefault("label", part.text)
+            elif isinstance(part, Image):
+                found["image"] = {name: getattr(part, name) for name in ("source", "width", "height", "mode")}
+            elif isinstance(part, Facts):
+                found.setdefault("facts", {}).update(part.values)
+        return found
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from peftcli.tasks.text.flags import CUT_OFF, NO_TARGET, OVERLONG, Flag
 _HALF = 0.5
 
 FINDINGS = by_name(
-    # A few rows without an answer are common. Most of them: the mask or the format is wrong, and the run would learn
-    # from a remnant.
+    # A few rows without an answer are common. If most rows are such, the mask or the format is wrong, and
+    # the run would learn from the rest.
     Kind(
         "no_trained_tokens",
         "warning",
         "would train nothing and are left out",
-        "Look at dataset.train_on, dataset.format and dataset.max_length.",
+        "Check dataset.train_on, dataset.format and dataset.max_length.",
         error_above=_HALF,
     ),
     # The model learns the beginning of an answer and never its end.
@@ -35,44 +35,44 @@ FINDINGS = by_name(
         "are longer than dataset.max_length and are left out",
         "Raise dataset.max_length, or set dataset.overlong: truncate or split.",
     ),
-    # Trained so, a model does not stop. In a few rows it can be meant.
+    # A model that is trained on them does not stop. In a few rows it can be intended.
     Kind(
         "end_not_trained",
         "warning",
-        "have an answer whose end is not trained: the model does not learn there where to stop",
-        "Give base_model.chat_template a template that ends its turns with a token, as chatml.",
+        "have an answer whose end is not trained: the model does not learn from them where to stop",
+        "Set base_model.chat_template to a template that ends its turns with a token, such as chatml.",
         error_above=_HALF,
     ),
-    # Never meant: generation starts with one.
+    # Never intended: generation starts with one.
     Kind(
         "double_bos",
         "error",
         "begin with two beginning-of-sequence tokens",
-        "Take the token out of the rows' text: the tokenizer or its template adds it.",
+        "Remove the token from the text of the rows: the tokenizer or its template adds it.",
     ),
     Kind(
         "markers_in_text",
         "warning",
-        "hold special tokens of the tokenizer, written in their text",
-        "Take chat markers out of the contents: the template writes them.",
+        "contain special tokens of the tokenizer in their text",
+        "Remove chat markers from the contents: the template writes them.",
     ),
     Kind(
         "odd_turns",
         "warning",
         "have two turns of one role in a row, begin with an answer or end without one",
-        "Look whether turns are missing.",
+        "Check whether turns are missing.",
     ),
     Kind(
         "turns_left_out",
         "warning",
-        "hold a text or a tool call that the chat template leaves out",
-        "Look at the rows: the model does not see all of them.",
+        "contain a text or a tool call that the chat template leaves out",
+        "Look at the rows: the model does not see all of their content.",
     ),
     Kind(
         "encoding_damage",
         "warning",
-        "hold text that was decoded wrongly, such as U+FFFD or 'Ã©'",
-        "Make the file anew from its source, as UTF-8.",
+        "contain text that was decoded wrongly, such as U+FFFD or 'Ã©'",
+        "Recreate the file from its source, as UTF-8.",
     ),
     Kind(
         "rows_truncated",
@@ -97,26 +97,26 @@ FINDINGS = by_name(
         "empty_answers",
         "warning",
         "have an answer without text",
-        "Take these rows out: they teach the model to say nothing.",
+        "Remove these rows: they teach the model to say nothing.",
     ),
     Kind(
         "empty_prompts",
         "info",
         "have no prompt: all of their text is trained",
-        "Look whether the prompt stands in another column: dataset.columns.",
+        "Check whether the prompt is in another column: dataset.columns.",
     ),
     Kind(
         "prompts_in_eval",
         "info",
         "have a prompt that is trained too, with another answer",
-        "Look whether eval_loss shall measure that.",
+        "Check whether eval_loss should measure that.",
         warning_above=0.1,
     ),
     Kind(
         "low_trained_share",
         "info",
         "have less than 1 trained token in 100",
-        "Look whether the prompts need to be so long.",
+        "Check whether the prompts need to be this long.",
         warning_above=_HALF,
     ),
 )
