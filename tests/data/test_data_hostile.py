@@ -36,7 +36,7 @@ from peftcli.data.rows import Row
 from peftcli.data.sources import open_source
 from peftcli.errors import DataError
 from peftcli.schema import Source
-from peftcli.tasks.text.formats import Example, example_reader
+from peftcli.tasks.text.formats import ParsedRow, example_reader
 
 pytestmark = pytest.mark.timeout(60)  # a file that hangs fails here
 
@@ -457,7 +457,7 @@ def test_the_system_fails_while_a_file_is_read(tmp_path: Path, monkeypatch: pyte
 # --- content: each of these is a file in order, and nothing that could be trained on
 
 
-def first_example(path: Path) -> Example:
+def first_example(path: Path) -> ParsedRow:
     source = Source(train=str(path))
     row = next(open_source(source).rows())
     if isinstance(row, DataError):

@@ -1,7 +1,7 @@
-"""Examples as token ids and labels: what a model reads, and which of it is trained.
+"""Token ids and labels: what a model reads, and which part of it is trained.
 
-A token that stands across the border of an answer belongs to the answer: its text cannot be produced without it. A
-special token never does unless it begins inside.
+A token that crosses the border of an answer belongs to the answer: the answer's text cannot be produced without it. A
+special token belongs to it only if it begins inside.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from peftcli.errors import DataError
-from peftcli.tasks.text.flags import NONE, Flag, damaged, odd_turns
+from peftcli.tasks.text.flags import NONE, Flag, has_odd_turns, is_damaged
 from peftcli.tasks.text.formats import ChatExample, PairExample, TextExample
 from peftcli.tasks.text.spans import Template, tokenized
 
@@ -33,39 +33,39 @@ class Encoded:
     labels: list[int]
     """The ids again, IGNORED where not trained."""
     flags: Flag = NONE
-    """What is odd about it."""
+    """Facts about the row."""
 
 
 @dataclass(frozen=True)
 class MarkedText:
-    """A text to tokenise, and which of its characters are trained."""
+    """A text to tokenise, and its trained characters."""
 
     text: str
     spans: tuple[Span, ...] | None = None
     """Trained characters; None: every token."""
     rendered: bool = False
-    """Whether a chat template wrote the special tokens into ``text``. Else the tokenizer adds its own, and EOS."""
+    """Whether a chat template wrote the special tokens into ``text``. Otherwise the tokenizer adds its own, and EOS."""
     closed: bool = True
     """Whether every trained answer has an end-of-turn token."""
     flags: Flag = NONE
-    """What is odd about the example."""
+    """Facts about the row."""
 
 
 def encode_text(example: TextExample, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """The text and EOS, all of it trained."""
+    """Encode a text and EOS, all of it trained."""
     return encode_marked([mark_text(example)], tokenizer)[0]
 
 
 def encode_pair(example: PairExample, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Prompt, completion and EOS in one text; the completion and EOS are trained."""
+    """Encode prompt, completion and EOS as one text; the completion and EOS are trained."""
     return encode_marked([mark_pair(example)], tokenizer)[0]
 
 
 def encode_chat(example: ChatExample, tokenizer: PreTrainedTokenizerBase, train_on: str) -> Encoded:
-    """The conversation exactly as ``apply_chat_template`` gives it; which turns are trained, ``train_on`` says.
+    """Encode a conversation exactly as ``apply_chat_template`` does; ``train_on`` says which turns are trained.
 
     Raises:
-        DataError: the template refuses the conversation, or does not show for certain where its answers are.
+        DataError: the template refuses the conversation, or its answers cannot be located with certainty.
     """
     encoded = encode_marked([mark_chat(example, chat_template(tokenizer), train_on)], tokenizer)[0]
     check_ids(example, encoded, tokenizer)
@@ -73,22 +73,22 @@ def encode_chat(example: ChatExample, tokenizer: PreTrainedTokenizerBase, train_
 
 
 def mark_text(example: TextExample) -> MarkedText:
-    """A text, all of it trained."""
-    return MarkedText(example.text, flags=Flag.DAMAGED if damaged(example.text) else NONE)
+    """Mark all of a text as trained."""
+    return MarkedText(example.text, flags=Flag.DAMAGED if is_damaged(example.text) else NONE)
 
 
 def mark_pair(example: PairExample, train_on: str = "answers") -> MarkedText:
-    """Prompt and completion as one text, of which the completion is trained, or all."""
+    """Join prompt and completion; the completion is trained, or both."""
     text = example.prompt + example.completion
     spans = None if train_on == "all" else ((len(example.prompt), len(text)),)
-    return MarkedText(text, spans, flags=Flag.DAMAGED if damaged(text) else NONE)
+    return MarkedText(text, spans, flags=Flag.DAMAGED if is_damaged(text) else NONE)
 
 
 def mark_chat(example: ChatExample, template: Template, train_on: str) -> MarkedText:
-    """A rendered conversation, of which the answers are trained that ``train_on`` says.
+    """Render a conversation and mark the answers that ``train_on`` says.
 
     Raises:
-        DataError: the template refuses the conversation, or does not show for certain where its answers are.
+        DataError: the template refuses the conversation, or its answers cannot be located with certainty.
     """
     flags = _flags(example, template)
     if train_on == "all" and (other := [at for at in example.untrained if example.messages[at]["role"] != "assistant"]):
@@ -115,25 +115,25 @@ def mark_chat(example: ChatExample, template: Template, train_on: str) -> Marked
 
 
 def _flags(example: ChatExample, template: Template) -> Flag:
-    """What is odd about a conversation before it is rendered."""
+    """The flags of a conversation before it is rendered."""
     contents = "\n".join(text for message in example.messages for text in message.values() if isinstance(text, str))
-    flags = Flag.DAMAGED if damaged(contents) else NONE
+    flags = Flag.DAMAGED if is_damaged(contents) else NONE
     if template.markers.search(contents):
         flags |= Flag.MARKERS
-    if odd_turns([message["role"] for message in example.messages]):
+    if has_odd_turns([message["role"] for message in example.messages]):
         flags |= Flag.ODD_TURNS
     return flags
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The tokenizer's chat template.
+    """Return the tokenizer's chat template.
 
     Raises:
-        DataError: it has none.
+        DataError: the tokenizer has none.
     """
     if not tokenizer.chat_template:
         raise DataError(
-            "the base model's tokenizer has no chat template, so conversations cannot be written as it expects",
+            "the base model's tokenizer has no chat template, so conversations cannot be written in the model's format",
             hint="Use the model's instruct version, give it a template (base_model.chat_template: chatml, or a .jinja "
             "file), or give the rows as prompt and completion.",
         )
@@ -141,7 +141,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> Template:
 
 
 def check_ids(example: ChatExample, encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Compares with ``apply_chat_template``, which some tokenizers replace.
+    """Compare with ``apply_chat_template``, which some tokenizers override.
 
     Raises:
         DataError: the ids differ.
@@ -150,23 +150,23 @@ def check_ids(example: ChatExample, encoded: Encoded, tokenizer: PreTrainedToken
     expected = tokenized(tokenizer, example.messages, example.tools)
     if encoded.input_ids != expected:
         raise DataError(
-            "this tokenizer's apply_chat_template does not tokenise the text that it renders, so the answers in it "
-            "cannot be found",
+            "this tokenizer's apply_chat_template does not tokenise the text that it renders, so the answers cannot be "
+            "located",
             hint="Give the rows as prompt and completion.",
         )
 
 
 def encode_marked(texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    """Tokenises texts that are all rendered, or all not, in one batch.
+    """Tokenise texts in one batch; either all of them are rendered or none is.
 
     Raises:
-        DataError: labels are needed for part of a text, and the tokenizer does not tell where its tokens stand.
+        DataError: part of a text is trained, and the tokenizer does not report the offsets of its tokens.
     """
     partial = any(marked.spans is not None for marked in texts)
     if partial and not tokenizer.is_fast:
         raise DataError(
-            f"{type(tokenizer).__name__} does not tell where its tokens stand in the text, so answers cannot be told "
-            "from prompts",
+            f"{type(tokenizer).__name__} does not report the offsets of its tokens, so answers cannot be "
+            "separated from prompts",
             hint="Use a base model with a fast tokenizer, or train on every token: format: text.",
         )
     batch = tokenizer(
@@ -193,7 +193,7 @@ def encode_marked(texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerBas
 
 
 def _finish(marked: MarkedText, ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """One BOS where the tokenizer adds it, one EOS at the end, and EOS is trained."""
+    """Keep one BOS if the tokenizer adds it, and end with one EOS, which is trained."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and bos != eos and ids[:2] == [bos, bos]:
         ids, labels = ids[1:], labels[1:]
@@ -207,7 +207,7 @@ def _finish(marked: MarkedText, ids: list[int], labels: list[int], tokenizer: Pr
 def _labels(
     marked: MarkedText, ids: list[int], offsets: list[Span], special: set[int], normalizer: Normalizer | None
 ) -> list[int]:
-    """The ids of the tokens that stand, wholly or in part, in one of the text's spans; IGNORED for the others."""
+    """The ids of tokens that overlap one of the text's spans; IGNORED for the others."""
     labels = [IGNORED] * len(ids)
     rest = iter([(_begin(marked.text, start, normalizer), end) for start, end in marked.spans or ()])
     start, end = next(rest, (0, 0))
@@ -227,7 +227,7 @@ def _labels(
 
 
 def _begin(text: str, start: int, normalizer: Normalizer | None) -> int:
-    """Where the characters begin that the tokenizer makes one with the one at ``start``, as of e and an accent."""
+    """The first of the characters that the tokenizer composes with the one at ``start``, such as e and an accent."""
     while normalizer and 0 < start < len(text) and not text[start].isascii():
         # Eight characters hold any letter and its accents.
         before, both = (normalizer.normalize_str(text[max(0, start - 8) : end]) for end in (start, start + 1))

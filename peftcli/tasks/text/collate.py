@@ -1,4 +1,4 @@
-"""Examples, or packed rows of them -> one padded batch."""
+"""Collate examples, or packed rows of them, into one padded batch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills rows up: the pad token's, else EOS's, else 0.
+    """Return the id that pads rows: the pad token's, else EOS's, else 0.
 
-    Which one it is changes nothing: attention mask and labels leave the padding out by position, not by id.
+    The choice changes nothing: attention mask and labels exclude padding by position, not by id.
     """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
@@ -27,10 +27,10 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def pad_causal(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """``input_ids``, ``labels`` and ``attention_mask``, each ``(B, T)``, padded on the right.
+    """Pad ``input_ids``, ``labels`` and ``attention_mask`` on the right, each ``(B, T)``.
 
-    Packed rows get ``position_ids`` in the mask's place, in which padding starts at 0 as one more example does:
-    transformers tells examples apart by restarting positions, and only where there is no mask.
+    Packed rows get ``position_ids`` instead of the mask, in which padding restarts at 0 like another example:
+    transformers separates examples by restarting positions, and only without a mask.
     """
     ids = [each.arrays["input_ids"] for each in examples]
     width = max(map(len, ids))
@@ -46,7 +46,7 @@ def pad_causal(examples: Sequence[Example], pad_token_id: int) -> dict[str, torc
 
 
 def pad_seq2seq(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``attention_mask`` of the sources, ``(B, T)``, and ``labels``, padded to their own length."""
+    """Pad sources as ``input_ids`` and ``attention_mask``, ``(B, T)``, and targets as ``labels``, ``(B, S)``."""
     return pad_causal(examples, pad_token_id)
 
 

@@ -1,4 +1,4 @@
-"""Rows -> examples, and what became of each row. One encoder for each kind of model."""
+"""Encode rows as examples, and say what became of each row. One encoder for each kind of model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from peftcli.tasks.text.chat import (
     mark_pair,
     mark_text,
 )
-from peftcli.tasks.text.flags import CUT_OFF, NO_TARGET, OVERLONG, Flag, damaged
-from peftcli.tasks.text.formats import AlpacaExample, ChatExample, Example, ExampleReader, PairExample, TextExample
+from peftcli.tasks.text.flags import CUT_OFF, NO_TARGET, OVERLONG, Flag, is_damaged
+from peftcli.tasks.text.formats import AlpacaExample, ChatExample, ExampleReader, PairExample, ParsedRow, TextExample
 from peftcli.tasks.text.spans import Template, render
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ Error = TypeVar("Error", DataError, ModelError)
 
 
 class CausalEncoder:
-    """Examples of a causal language model: one text, of which a part is trained."""
+    """Encodes rows for a causal language model: one text, part of which is trained."""
 
     def __init__(self, reader: ExampleReader, tokenizer: PreTrainedTokenizerBase, settings: CausalLM):
         self.reader, self.tokenizer, self.settings = reader, tokenizer, settings
@@ -41,7 +41,7 @@ class CausalEncoder:
         self._compared: set[tuple[object, ...]] = set()
 
     def __call__(self, rows: Sequence[Row]) -> list[Outcome | DataError]:
-        examples: list[Example] = []
+        examples: list[ParsedRow] = []
         texts: list[MarkedText] = []
         places, results = [], list[Outcome | DataError]()
         for row in rows:
@@ -49,9 +49,9 @@ class CausalEncoder:
                 example = self._example(row)
                 marked = self._marked(example)
             except DataError as error:
-                results.append(_placed(error, row))
+                results.append(_with_place(error, row))
             except ModelError as error:
-                raise _placed(error, row) from error
+                raise _with_place(error, row) from error
             else:
                 examples.append(example)
                 texts.append(marked)
@@ -66,13 +66,13 @@ class CausalEncoder:
             results[at] = self._outcome(each, rows[at])
         return results
 
-    def _example(self, row: Row) -> Example:
+    def _example(self, row: Row) -> ParsedRow:
         example = self.reader(row)
         if isinstance(example, AlpacaExample):
             return example.pair() if self.template is None else example.chat()
         return example
 
-    def _marked(self, example: Example) -> MarkedText:
+    def _marked(self, example: ParsedRow) -> MarkedText:
         if isinstance(example, TextExample):
             return mark_text(example)
         if isinstance(example, PairExample):
@@ -138,9 +138,9 @@ class Seq2SeqEncoder:
             try:
                 pair = self._source_and_target(self.reader(row), row)
             except DataError as error:
-                results.append(_placed(error, row))
+                results.append(_with_place(error, row))
             except ModelError as error:
-                raise _placed(error, row) from error
+                raise _with_place(error, row) from error
             else:
                 pairs.append(pair)
                 places.append(len(results))
@@ -157,7 +157,7 @@ class Seq2SeqEncoder:
         limit, longest = self.settings.max_length, max(len(source), len(target))
         outcome = Outcome(size=len(source) + len(target))
         eos = self.tokenizer.eos_token_id
-        if damaged("\n".join(pair)):
+        if is_damaged("\n".join(pair)):
             outcome.flags |= Flag.DAMAGED
         if eos is None or eos not in target[-2:]:
             outcome.flags |= Flag.OPEN
@@ -175,7 +175,7 @@ class Seq2SeqEncoder:
         outcome.examples.append(store.Example({"input_ids": source, "labels": labels}, len(source), len(labels)))
         return outcome
 
-    def _source_and_target(self, example: Example, row: Row) -> tuple[str, str]:
+    def _source_and_target(self, example: ParsedRow, row: Row) -> tuple[str, str]:
         if isinstance(example, PairExample):
             return example.prompt, example.completion
         if isinstance(example, AlpacaExample):
@@ -185,7 +185,7 @@ class Seq2SeqEncoder:
         last = max((at for at in answers if at not in example.untrained), default=0)
         answer, before = example.messages[last].get("content"), example.messages[:last]
         if not isinstance(answer, str) or not answer.strip() or not before:
-            raise row.place.error("the conversation has no question with a trained answer in text")
+            raise row.place.error("the conversation has no question followed by a trained answer in text")
         if not self.tokenizer.chat_template:
             if len(before) == 1:
                 return str(before[0].get("content", "")), answer
@@ -193,7 +193,7 @@ class Seq2SeqEncoder:
         return render(self.tokenizer, before, example.tools, prompt=True), answer
 
     def _ids(self, texts: list[str], *, target: bool = False, add_special_tokens: bool = True) -> list[list[int]]:
-        """Token ids of sources, or of targets with EOS."""
+        """Tokenise sources, or targets with EOS."""
         options = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
         found = self.tokenizer(text_target=texts, **options) if target else self.tokenizer(texts, **options)
         eos = self.tokenizer.eos_token_id
@@ -203,20 +203,19 @@ class Seq2SeqEncoder:
         return [ids if eos in ids[-2:] else [*ids, eos] for ids in found["input_ids"]]
 
     def _cut_source(self, text: str) -> list[int]:
-        """The beginning of ``text``, with the special tokens that the tokenizer puts at its end."""
-        special = not self.rendered
-        cut = self.tokenizer(text, add_special_tokens=special, truncation=True, max_length=self.settings.max_length)
-        return list(cut["input_ids"])
+        """Tokenise the beginning of ``text``, with the special tokens that the tokenizer puts at its end."""
+        special, limit = not self.rendered, self.settings.max_length
+        return list(self.tokenizer(text, add_special_tokens=special, truncation=True, max_length=limit)["input_ids"])
 
 
 def _kind(example: ChatExample) -> tuple[object, ...]:
-    """What conversations have in common that a tokenizer writes by the same code."""
+    """Conversations of one kind are written by the same code of a tokenizer."""
     keys = frozenset(key for message in example.messages for key in (message["role"], *message))
     return keys, bool(example.tools)
 
 
-def _placed(error: Error, row: Row) -> Error:
-    """The error with the row's place, unless it has one."""
+def _with_place(error: Error, row: Row) -> Error:
+    """Add the row's place to an error that has none."""
     if error.file is not None:
         return error
     at = row.place.error(error.message)
@@ -225,7 +224,7 @@ def _placed(error: Error, row: Row) -> Error:
 
 def _too_long(row: Row, length: int, limit: int) -> DataError:
     return row.place.error(
-        f"{length} tokens, more than dataset.max_length: {limit}",
+        f"has {length} tokens, more than dataset.max_length: {limit}",
         hint="Raise dataset.max_length, or set dataset.overlong: truncate or drop.",
     )
 

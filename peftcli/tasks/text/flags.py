@@ -39,8 +39,8 @@ class Flag(enum.IntFlag):
 
 NONE = Flag(0)
 
-# UTF-8 read as Windows-1252. What follows the first byte of a character is one of these, or of the quotation marks and
-# dashes, which may also stand rightly after a letter.
+# UTF-8 read as Windows-1252. The first byte of a character is followed by one of these, or by quotation marks and
+# dashes, which may also follow a letter legitimately.
 _NEXT = (
     "\xa0-\xbf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2020-\u2022"
     "\u201a\u201e\u2030\u2039\u203a\u20ac\u2122"
@@ -64,12 +64,12 @@ _DAMAGE = re.compile(
 )
 
 
-def damaged(text: str) -> bool:
-    """Whether a text was decoded wrongly somewhere: NUL, replacement characters, or UTF-8 read as Latin-1."""
+def is_damaged(text: str) -> bool:
+    """Whether a text shows signs of wrong decoding: NUL, replacement characters, or UTF-8 read as Latin-1."""
     return not (text.isascii() and "\0" not in text) and _DAMAGE.search(text) is not None
 
 
-def odd_turns(roles: Sequence[str]) -> bool:
+def has_odd_turns(roles: Sequence[str]) -> bool:
     """Whether a conversation's turns do not alternate, or do not end with an answer."""
     turns = [role for role in roles if role not in ("system", "developer")]
     twice = any(one == other != "tool" for one, other in pairwise(turns))

@@ -1,4 +1,4 @@
-"""Turns rows into examples: which columns a format needs, and what each must hold."""
+"""Formats of text rows: the columns that each needs, and what each column must contain."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class TextExample:
-    """A text, all of which is trained."""
+    """A text that is trained whole."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class PairExample:
-    """A prompt and the completion that is trained. They are joined as they stand, with nothing between them."""
+    """A prompt and the completion that is trained. They are joined with nothing between them."""
 
     prompt: str
     completion: str
@@ -44,7 +44,7 @@ class ChatExample:
 
 @dataclass(frozen=True)
 class AlpacaExample:
-    """An instruction, perhaps with an input, and the output that is trained."""
+    """An instruction, optionally with an input, and the output that is trained."""
 
     instruction: str
     output: str
@@ -52,7 +52,7 @@ class AlpacaExample:
     system: str = ""
 
     def request(self) -> str:
-        """What the user says: the instruction, a blank line, the input."""
+        """The user's text: the instruction, a blank line, the input."""
         return f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
 
     def chat(self) -> ChatExample:
@@ -69,15 +69,15 @@ class AlpacaExample:
         return PairExample("\n\n".join([*filter(None, parts), "### Response:\n"]), self.output)
 
 
-Example = TextExample | PairExample | ChatExample | AlpacaExample
+ParsedRow = TextExample | PairExample | ChatExample | AlpacaExample
 
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of row: the columns it needs, and those it also reads."""
+    """A kind of row: the columns that it needs, and those that it also reads."""
 
     needs: tuple[str, ...]
-    build: Callable[[dict[str, Any]], Example]
+    build: Callable[[dict[str, Any]], ParsedRow]
     reads: tuple[str, ...] = ()
 
 
@@ -93,11 +93,11 @@ class _Fault(Exception):
 class ExampleReader(Reader):
     """Reads rows of one format, whose columns may have other names."""
 
-    def __call__(self, row: Row) -> Example:
-        """The row as an example.
+    def __call__(self, row: Row) -> ParsedRow:
+        """Parse a row.
 
         Raises:
-            DataError: it does not hold what its format says.
+            DataError: the row does not contain what its format needs.
         """
         chosen, values = FORMATS[self.name], row.values
         if row.place.line is None:  # a table gives every object the keys of all, null where there was none
@@ -113,15 +113,15 @@ class ExampleReader(Reader):
 
 
 def example_reader(columns: Sequence[str], source: Source, described: str) -> ExampleReader:
-    """What reads rows that have these columns.
+    """Return the reader of rows with these columns.
 
     Args:
-        columns: Of the first rows.
-        source: Says which format the rows have, or ``auto``, and what their columns are called.
+        columns: The columns of the first rows.
+        source: Names the format, or ``auto``, and the columns.
         described: The source as errors name it.
 
     Raises:
-        DataError: the columns fit no format, or not the one that was asked for.
+        DataError: the columns fit no format, or not the given one.
     """
     known_as = _rename(columns, source.columns, described)
     name: str = source.format
@@ -148,10 +148,10 @@ def example_reader(columns: Sequence[str], source: Source, described: str) -> Ex
 
 
 def detect_format(columns: Iterable[str]) -> str:
-    """The name of the one format whose columns are all there.
+    """Find the one format whose columns are all present.
 
     Raises:
-        DataError: none or several are.
+        DataError: no format fits, or several do.
     """
     columns = tuple(columns)
     fitting = [name for name, each in FORMATS.items() if set(each.needs) <= set(columns)]
@@ -173,7 +173,7 @@ def detect_format(columns: Iterable[str]) -> str:
 
 
 def _rename(columns: Sequence[str], mapping: dict[str, str], described: str) -> tuple[str, ...]:
-    """The columns under the names that the formats use."""
+    """Rename columns to the names that the formats use."""
     known = sorted({key for each in FORMATS.values() for key in (*each.needs, *each.reads)})
     for key, column in mapping.items():
         if key not in known:
@@ -201,11 +201,11 @@ _OTHER_NAMES = {
     "conversations": ("conversation", "dialog"),
     "text": ("content", "document", "body", "sentence"),
 }
-"""What datasets call the columns of the formats. For suggestions only."""
+"""Other names of the formats' columns in datasets. For suggestions only."""
 
 
 def _columns_hint(missing: dict[str, list[str]], columns: tuple[str, ...]) -> str:
-    """How to name the columns in the recipe, for the format that they come closest to."""
+    """The recipe's setting that names the columns, for the format that they are closest to."""
     best: tuple[int, str, dict[str, str]] = (0, "", {})
     for name, keys in missing.items():
         guess = {key: near for key in keys if (near := _near(key, columns))}
@@ -243,7 +243,7 @@ def _string(row: dict[str, Any], key: str, *, where: str = "") -> str:
 def _answer(row: dict[str, Any], key: str, *, where: str = "") -> str:
     value = _string(row, key, where=where)
     if not value.strip():
-        raise _Fault(where + key, "is empty: there is nothing to train on")
+        raise _Fault(where + key, "is empty; there is nothing to train on")
     return value
 
 
@@ -251,15 +251,15 @@ def _optional(row: dict[str, Any], key: str) -> str:
     return "" if row.get(key) is None else _string(row, key)
 
 
-def _text(row: dict[str, Any]) -> Example:
+def _text_example(row: dict[str, Any]) -> ParsedRow:
     return TextExample(_answer(row, "text"))
 
 
-def _pair(row: dict[str, Any]) -> Example:
+def _pair(row: dict[str, Any]) -> ParsedRow:
     return PairExample(_string(row, "prompt"), _answer(row, "completion"))
 
 
-def _alpaca(row: dict[str, Any]) -> Example:
+def _alpaca(row: dict[str, Any]) -> ParsedRow:
     return AlpacaExample(
         _string(row, "instruction"), _answer(row, "output"), _optional(row, "input"), _optional(row, "system")
     )
@@ -278,12 +278,12 @@ _SHAREGPT_ROLES = {
 }
 
 
-def _messages(row: dict[str, Any]) -> Example:
+def _messages(row: dict[str, Any]) -> ParsedRow:
     turns = _turns(row, "messages")
     return _conversation("messages", turns, _tools(row), "")
 
 
-def _sharegpt(row: dict[str, Any]) -> Example:
+def _sharegpt(row: dict[str, Any]) -> ParsedRow:
     turns = []
     for index, turn in enumerate(_turns(row, "conversations")):
         where = f"conversations[{index}]."
@@ -333,17 +333,19 @@ def _conversation(
         if turn.get("train") is False or turn.get("weight") == 0:
             untrained.add(index + shift)
         kept = {key: value for key, value in turn.items() if key not in ("train", "weight") and value is not None}
-        messages.append(kept | ({"tool_calls": list(map(_called, kept["tool_calls"]))} if "tool_calls" in kept else {}))
+        if "tool_calls" in kept:
+            kept["tool_calls"] = list(map(_parsed_call, kept["tool_calls"]))
+        messages.append(kept)
     if not any(message["role"] == "assistant" for message in messages):
-        raise _Fault(column, "holds no assistant turn: there is nothing to train on")
+        raise _Fault(column, "contains no assistant turn; there is nothing to train on")
     return ChatExample(messages, tools, frozenset(untrained))
 
 
 _KEYS = ("role", "content", "train", "weight", "tool_calls", "name", "reasoning_content", "thinking", "reasoning")
 
 
-def _called(call: dict[str, Any]) -> dict[str, Any]:
-    """A tool call whose arguments are an object, as templates expect, where they are JSON in a string."""
+def _parsed_call(call: dict[str, Any]) -> dict[str, Any]:
+    """Parse a tool call's arguments where they are JSON in a string: templates expect an object."""
     function = call.get("function", call)
     arguments = function.get("arguments")
     if isinstance(arguments, str):
@@ -398,10 +400,10 @@ def _kind(value: Any) -> str:
 
 
 FORMATS = {
-    "text": Format(("text",), _text),
+    "text": Format(("text",), _text_example),
     "prompt_completion": Format(("prompt", "completion"), _pair),
     "messages": Format(("messages",), _messages, ("tools",)),
     "alpaca": Format(("instruction", "output"), _alpaca, ("input", "system")),
     "sharegpt": Format(("conversations",), _sharegpt, ("system", "tools")),
 }
-"""Every format that rows can have."""
+"""Every format of text rows."""

@@ -1,4 +1,4 @@
-"""Packing: several examples in one row of a batch, none of which sees another."""
+"""Packing: several examples share a row of a batch without seeing each other."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from peftcli.data.store import Example
 from peftcli.tasks.text.chat import IGNORED
 
 _STEPS = 32
-"""Lengths are told apart in so many steps. More fill rows better, fewer pack an epoch less like the one before."""
+"""Number of length classes. More of them fill rows better; fewer of them make the packing of epochs differ more."""
 
 
 def join(examples: Sequence[Example]) -> Example:
-    """The examples as one row, with ``position_ids`` that start at 0 in each: by them a model knows where one ends.
+    """Join examples to one row. ``position_ids`` restart at 0 in each, by which a model separates them.
 
-    The first label of each is left out of the loss, since it would be predicted from the example before.
+    The first label of each does not count in the loss, since it would be predicted from the previous example.
     """
     arrays = {
         "input_ids": np.concatenate([each.arrays["input_ids"] for each in examples]),
@@ -28,11 +28,11 @@ def join(examples: Sequence[Example]) -> Example:
 
 
 def best_fit(lengths: np.ndarray, max_length: int) -> np.ndarray:
-    """The number, from 0, of the row of at most ``max_length`` tokens that each example goes into.
+    """Assign each example to a row of at most ``max_length`` tokens; return the row's number, from 0.
 
-    Longest first, each into the fullest row that still has room for it. Those of about the same length keep the order
-    that they are given in: so another order packs other examples together. A longer one than ``max_length`` has a row
-    to itself.
+    Best fit, longest first: each example goes into the fullest row that has room for it. Examples of about the same
+    length keep the given order, so another order packs other examples together. An example longer than ``max_length``
+    gets its own row.
     """
     order = np.argsort(-(lengths // max(1, max_length // _STEPS)), kind="stable")
     rows: list[int] = []

@@ -1,8 +1,8 @@
-r"""Token ids as text that can be shown: what each token is, with characters that span several tokens kept whole.
+r"""Render token ids as text, token by token; characters that span several tokens stay whole.
 
-A token of a byte-level tokenizer may hold part of a character. Decoded alone it would show U+FFFD, which the data does
-not hold: so tokens are put together until their bytes are text, and bytes that never are (a row cut inside a
-character) are written as ``\xe2\x82``.
+A token of a byte-level tokenizer may contain part of a character. Decoded alone it would show U+FFFD, which is not in
+the data. So tokens are joined until their bytes are text; bytes that never are (a row cut inside a character) are
+written as ``\xe2\x82``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class TokenRenderer:
         self._alphabet = _byte_alphabet() if self._byte_level else {}
 
     def text(self, ids: Sequence[int]) -> str:
-        """The ids as the tokenizer decodes them, special tokens and all."""
+        """Decode the ids, special tokens included."""
         decoded = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return str(decoded)
 
@@ -51,13 +51,13 @@ class TokenRenderer:
             labels: The label of each; a token whose label counts is trained. None: every token is.
         """
         trained = [True] * len(ids) if labels is None else [label != IGNORED for label in labels]
-        spelled = self._bytes(ids)
-        if spelled is None:
+        pieces = self._bytes(ids)
+        if pieces is None:
             return [self._token(text, (token,), counts) for text, token, counts in self._windows(ids, trained)]
         rendered: list[TokenText] = []
         held, held_ids = b"", list[int]()
-        for at, (token, spelling) in enumerate(zip(ids, spelled, strict=True)):
-            held, held_ids = held + spelling, [*held_ids, token]
+        for at, (token, piece) in enumerate(zip(ids, pieces, strict=True)):
+            held, held_ids = held + piece, [*held_ids, token]
             last = at + 1 == len(ids)
             closed = last or trained[at + 1] != trained[at] or token in self._added or ids[at + 1] in self._added
             if closed or not _ends_inside_a_character(held):
@@ -69,21 +69,21 @@ class TokenRenderer:
         return TokenText(text, ids, trained, ids[0] in self._special)
 
     def _bytes(self, ids: Sequence[int]) -> list[bytes] | None:
-        """The bytes of each token; None where the tokenizer decodes by rules that are not known here."""
+        """The bytes of each token; None if the tokenizer decodes by unknown rules."""
         if not (self._byte_level or self._spaces):
             return None
         names = self._tokenizer.convert_ids_to_tokens(list(ids))
-        spelled = [self._spelling(token, name) for token, name in zip(ids, names, strict=True)]
-        whole, expected = b"".join(spelled).decode("utf-8", "replace"), self.text(ids)
-        if _same(whole, expected):
-            return spelled
-        if _same(whole.removeprefix(" "), expected):  # some tokenizers put a space before a text
-            first = next(at for at, spelling in enumerate(spelled) if spelling)
-            spelled[first] = spelled[first].removeprefix(b" ")
-            return spelled
+        pieces = [self._bytes_of(token, name) for token, name in zip(ids, names, strict=True)]
+        whole, decoded = b"".join(pieces).decode("utf-8", "replace"), self.text(ids)
+        if _same(whole, decoded):
+            return pieces
+        if _same(whole.removeprefix(" "), decoded):  # some tokenizers put a space before a text
+            first = next(at for at, piece in enumerate(pieces) if piece)
+            pieces[first] = pieces[first].removeprefix(b" ")
+            return pieces
         return None
 
-    def _spelling(self, token: int, name: str) -> bytes:
+    def _bytes_of(self, token: int, name: str) -> bytes:
         if token in self._added:
             return self._added[token].encode()
         if self._byte_level:
@@ -95,7 +95,7 @@ class TokenRenderer:
         return bytes.fromhex(byte[1]) if byte else name.replace(_SPACE, " ").encode()
 
     def _windows(self, ids: Sequence[int], trained: Sequence[bool]) -> list[tuple[str, int, bool]]:
-        """What each token adds to the text of those before it."""
+        """The text that each token adds to the tokens before it."""
         out = []
         for at, token in enumerate(ids):
             start = max(0, at - _WINDOW)
@@ -106,13 +106,13 @@ class TokenRenderer:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of the tokens that mark, as BOS and the ends of turns do, and are no text."""
+    """Return the ids of tokens that mark something, such as BOS or the end of a turn, and are not text."""
     added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
     return added | set(tokenizer.all_special_ids)
 
 
 def _decoders(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The kinds of steps that a fast tokenizer decodes by."""
+    """The kinds of decoding steps of a fast tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.decoder is None:
         return set()
@@ -121,14 +121,14 @@ def _decoders(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary: itself where it is visible in Latin-1."""
+    """The character that represents each byte in a byte-level vocabulary: the Latin-1 character if it is visible."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + at): byte for at, byte in enumerate(others)}
 
 
 def _same(one: str, other: str) -> bool:
-    """Whether two texts differ at most in how many U+FFFD stand for bytes that are no character."""
+    """Whether two texts are equal but for the number of U+FFFD in place of invalid bytes."""
     return _REPLACED.sub("\ufffd", one) == _REPLACED.sub("\ufffd", other)
 
 

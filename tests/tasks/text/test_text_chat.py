@@ -13,7 +13,7 @@ from transformers import ByT5Tokenizer
 
 from peftcli.errors import DataError
 from peftcli.tasks.text.chat import Encoded, chat_template, encode_chat, encode_pair, encode_text, mark_chat
-from peftcli.tasks.text.flags import NONE, Flag, damaged, odd_turns
+from peftcli.tasks.text.flags import NONE, Flag, has_odd_turns, is_damaged
 from peftcli.tasks.text.formats import ChatExample, PairExample, TextExample
 
 SMOLLM_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -319,7 +319,7 @@ TEXTS = [
     "text", [*(text.encode().decode("cp1252") for text in TEXTS), "so.\u00c2 And", "\ufffd", "\x93so\x94", "a\0"]
 )
 def test_encoding_damage(text: str) -> None:
-    assert damaged(text)
+    assert is_damaged(text)
     assert encode_text(TextExample(text), make_tokenizer()).flags == Flag.DAMAGED
     assert encode_pair(PairExample(text, "a"), make_tokenizer()).flags == Flag.DAMAGED
 
@@ -332,7 +332,7 @@ def test_encoding_damage(text: str) -> None:
     ],
 )  # fmt: skip
 def test_no_encoding_damage(text: str) -> None:
-    assert not damaged(text)
+    assert not is_damaged(text)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def test_no_encoding_damage(text: str) -> None:
     ],
 )
 def test_odd_turns(roles: str, odd: bool) -> None:
-    assert odd_turns(roles.split()) is odd
+    assert has_odd_turns(roles.split()) is odd
 
 
 def test_no_chat_template(tokenizers: Callable[..., Any]) -> None:
@@ -374,7 +374,7 @@ def test_a_tokenizer_that_renders_otherwise_is_refused(monkeypatch: pytest.Monke
 
 def test_a_tokenizer_without_offsets_is_refused_where_they_are_needed() -> None:
     tokenizer = ByT5Tokenizer()
-    with pytest.raises(DataError, match="ByT5Tokenizer does not tell where its tokens stand"):
+    with pytest.raises(DataError, match="ByT5Tokenizer does not report the offsets of its tokens"):
         encode_pair(PairExample("a", "b"), tokenizer)
     assert trained(encode_text(TextExample("ab"), tokenizer), tokenizer) == ["ab</s>"]
 

@@ -249,8 +249,8 @@ def test_seq2seq_overlong() -> None:
     ("row", "settings", "message"),
     [
         ({"text": "a"}, {}, "no source and target"),
-        (chat(CHAT[1]), {}, "no question with a trained answer"),
-        (chat(CHAT[0], {**CHAT[1], "train": False}), {}, "no question with a trained answer"),
+        (chat(CHAT[1]), {}, "no question followed by a trained answer"),
+        (chat(CHAT[0], {**CHAT[1], "train": False}), {}, "no question followed by a trained answer"),
     ],
 )
 def test_seq2seq_refused(row: dict[str, Any], settings: dict[str, Any], message: str) -> None:
