@@ -22,7 +22,7 @@ from peftcli.tasks import settings
 from peftcli.tasks.base import encoding
 from peftcli.tasks.causal_lm import CausalLM
 from peftcli.tasks.text.language_model import tokenizer_fingerprint
-from peftcli.tasks.text.spans import render, tokenized
+from peftcli.tasks.text.spans import render, tokenize
 
 CHATS = [
     {"messages": [{"role": "user", "content": f"q{at}"}, {"role": "assistant", "content": f"A{at} " * at}]}
@@ -160,7 +160,7 @@ def test_templates_write_the_day_of_the_run() -> None:
     tokenizer = make_tokenizer("{{ strftime_now('%d %b %Y') if strftime_now is defined else '-' }}")
     messages = CHATS[0]["messages"]
     with date.fixed_date("2024-07-26"):
-        assert render(tokenizer, messages) == tokenizer.decode(tokenized(tokenizer, messages, None)) == "26 Jul 2024"
+        assert render(tokenizer, messages) == tokenizer.decode(tokenize(tokenizer, messages, None)) == "26 Jul 2024"
     assert render(tokenizer, messages) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 

@@ -19,7 +19,7 @@ from peftcli.schema import Dataset, Source
 from peftcli.tasks.text.chat import chat_template
 from peftcli.tasks.text.encode import CausalEncoder, Seq2SeqEncoder
 from peftcli.tasks.text.formats import example_reader
-from peftcli.tasks.text.spans import render, tokenized
+from peftcli.tasks.text.spans import render, tokenize
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
 GOOD = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -219,7 +219,7 @@ def test_namespaces_that_hold_one_another_are_not_written_out() -> None:
 def test_the_ids_are_compared_within_bounds() -> None:
     tokenizer = speaking(ENDLESS["loops in loops"] + GOOD)
     with pytest.raises(ModelError, match="does not come to an end"):
-        tokenized(tokenizer, CHAT, None)
+        tokenize(tokenizer, CHAT, None)
 
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"a": [1, 2.5, None, True]}}}]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from peftcli.errors import DataError
 from peftcli.tasks.text.flags import NONE, Flag, has_odd_turns, is_damaged
 from peftcli.tasks.text.formats import ChatExample, PairExample, TextExample
-from peftcli.tasks.text.spans import Template, tokenized
+from peftcli.tasks.text.spans import Template, tokenize
 
 if TYPE_CHECKING:
     from tokenizers.normalizers import Normalizer
@@ -147,7 +147,7 @@ def check_ids(example: ChatExample, encoded: Encoded, tokenizer: PreTrainedToken
         DataError: the ids differ.
         ModelError: the template does not come to an end.
     """
-    expected = tokenized(tokenizer, example.messages, example.tools)
+    expected = tokenize(tokenizer, example.messages, example.tools)
     if encoded.input_ids != expected:
         raise DataError(
             "this tokenizer's apply_chat_template does not tokenise the text that it renders, so the answers cannot be "

@@ -1,10 +1,10 @@
-"""Where the assistant's answers stand in a rendered conversation, for any chat template.
+"""Locate the assistant's answers in a rendered conversation, for any chat template.
 
-A template is a program, so the places are found by running it. The conversation is rendered a second time with marks
-around the contents. If taking the marks out gives the first rendering again, they show where each content went.
-How the template opens and closes an assistant turn is learnt once, from a short conversation. How tool calls begin and
-end is seen in the conversation up to them. A turn that no mark shows is found by rendering the conversation up to it,
-if that is a prefix of the whole. Otherwise it is refused.
+A template is a program, so answers are located by running it. The conversation is rendered a second time with marks
+around the contents. If removing the marks gives the first rendering again, they show the position of each content.
+How the template opens and closes an assistant turn is learnt once, from a short conversation. Where tool calls begin
+and end is seen in the conversation up to them. A turn without a mark is located by rendering the conversation up to
+it, if that is a prefix of the whole. Otherwise the row is refused.
 """
 
 from __future__ import annotations
@@ -27,82 +27,82 @@ if TYPE_CHECKING:
 
 _MARK = "Xq7Marker"
 _MARKS = re.compile(_MARK + r"(\d+)([arz]|c\d+q)")
-_PATTERNS = 1000
-"""Patterns that are kept, at most."""
+_MAX_PATTERNS = 1000
+"""Maximum number of cached patterns."""
 _THINKING = ("reasoning_content", "reasoning", "thinking")
 
 
 class _Mark(NamedTuple):
-    """A mark, and where it came out in the rendered conversation without marks."""
+    """A mark, and its position in the rendered conversation without marks."""
 
     position: int
     message: int
     kind: str
-    """a and z: where the content begins and ends; r: where its thinking begins; c0q, c1q, ...: the end of the name of
-    the function that a tool call names."""
+    """a and z: the beginning and the end of the content; r: the beginning of its thinking; c0q, c1q, ...: the end of
+    the name of the function that a tool call names."""
 
 
 _Sides = tuple[bool | None, bool]
-"""Whether the marks before and after a content stand outside the white space at its edges; None: no mark before it."""
-# A template may keep the white space around a content or strip it, and ask what a content begins with.
+"""Whether the marks before and after a content are outside the white space at its edges; None: no mark before it."""
+# A template may keep or strip the white space around a content, and may test how a content begins.
 _EDGELESS: tuple[_Sides, ...] = ((True, True), (None, True))
 _EDGED: tuple[_Sides, ...] = ((True, True), (False, False), (False, True), (True, False), (None, True), (None, False))
 
 
 class _Unclear(Exception):
-    """Why a turn cannot be found by marks."""
+    """The reason why marks do not locate a turn."""
 
 
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None = None, prompt: bool = False
 ) -> str:
-    """The conversation as text, with ``prompt`` followed by what asks for an answer.
+    """Render a conversation as text, with ``prompt`` followed by the generation prompt.
 
     Raises:
         DataError: the template refuses the conversation.
         ModelError: the template does not come to an end.
     """
     if not _renders_plainly(tokenizer):
-        with _told(tokenizer, messages):
+        with _translated_errors(tokenizer, messages):
             return str(
                 tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
             )
-    return _rendered(tokenizer, dict(tokenizer.special_tokens_map), messages, tools, prompt)
+    return _render_quickly(tokenizer, dict(tokenizer.special_tokens_map), messages, tools, prompt)
 
 
-def tokenized(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None) -> list[int]:
-    """The ids that ``apply_chat_template`` gives.
+def tokenize(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None) -> list[int]:
+    """Return the ids that ``apply_chat_template`` gives.
 
     Raises:
         DataError: the template refuses the conversation.
         ModelError: the template does not come to an end.
     """
     options: dict[str, Any] = {"tools": tools, "tokenize": True, "return_dict": False}
-    with _told(tokenizer, messages):
+    with _translated_errors(tokenizer, messages):
         if _renders_plainly(tokenizer):
             options["chat_template"] = limited(tokenizer.get_chat_template(tools=tools), strftime_now)
         return list(tokenizer.apply_chat_template(messages, **options))
 
 
 def _renders_plainly(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer renders as most do. A few have code of their own for it."""
+    """Whether a tokenizer renders with transformers' code. A few have their own."""
     from transformers import PreTrainedTokenizerBase as Base
 
     return getattr(tokenizer.apply_chat_template, "__func__", None) is Base.apply_chat_template
 
 
-def _rendered(
+def _render_quickly(
     tokenizer: PreTrainedTokenizerBase,
     variables: dict[str, Any],
     messages: list[Message],
     tools: list[Any] | None,
     prompt: bool,
 ) -> str:
-    """What ``apply_chat_template`` gives, in less time."""
+    """Render like ``apply_chat_template``, in less time."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     given: Any = [[{key: value for key, value in message.items() if value is not None} for message in messages]]
-    with _told(tokenizer, messages):
+    with _translated_errors(tokenizer, messages):
         texts: Any = render_jinja_template(
             given,
             tools=tools,
@@ -114,11 +114,11 @@ def _rendered(
 
 
 @contextmanager
-def _told(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> Iterator[None]:
-    """What a template raises, told by an error of ours. That of one without end is none that another row would mend."""
+def _translated_errors(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> Iterator[None]:
+    """Translate the template's exceptions. An endless template is a ModelError: no other row would succeed either."""
     try:
         yield
-    except Interrupted:  # a signal is no fault of foreign code
+    except Interrupted:  # a signal is not a fault of the template
         raise
     except TooMuch as error:
         raise ModelError(
@@ -128,29 +128,29 @@ def _told(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> Iterat
             hint="Give the model another template: base_model.chat_template: chatml, or a .jinja file.",
         ) from error
     except Exception as error:  # a template is foreign code
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(f"the chat template refuses the conversation: {reason}") from error
+        problem = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"the chat template refuses the conversation: {problem}") from error
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerSpan:
     """One assistant turn in a rendered conversation: characters ``start`` to ``end`` are trained."""
 
     message: int
     start: int
     end: int
     closed: bool
-    """Whether an end-of-turn token is part of it."""
+    """Whether it includes an end-of-turn token."""
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A rendered conversation, and where its assistant turns stand."""
+    """A rendered conversation, and the spans of its assistant turns."""
 
     text: str
-    answers: list[Answer]
+    answers: list[AnswerSpan]
     unseen: bool
-    """Whether the template leaves out the text of a turn, or a tool call."""
+    """Whether the template omits the text of a turn, or a tool call."""
 
 
 @dataclass(frozen=True)
@@ -160,40 +160,40 @@ class _Conversation:
     messages: list[Message]
     tools: list[Any] | None
     text: str
-    habits: _Habits
+    format: _TurnFormat
 
 
 @dataclass(frozen=True)
-class _Habits:
-    """How a template writes an assistant turn."""
+class _TurnFormat:
+    """How a template writes assistant turns."""
 
     openings: tuple[str, ...]
-    """What may stand before it: the generation prompt, and as much of it as a conversation shows."""
+    """Texts that may precede one: the generation prompt, and the part of it that conversations contain."""
     closings: tuple[str, ...]
-    """What may end it, the longest first."""
+    """Texts that may end one, the longest first."""
     closing: re.Pattern[str]
     """One of the closings, after white space."""
 
 
 @dataclass(frozen=True)
 class _Pattern:
-    """What a template writes around the contents of turns with certain roles. It saves marking each conversation."""
+    """What a template writes around the contents of turns with certain roles. It saves marking every conversation."""
 
     pieces: list[str]
     answers: list[tuple[int, int, int, bool]]
-    """Of each answer: message, trained characters before and after its content, closed."""
+    """For each answer: message, trained characters before and after its content, closed."""
 
     @classmethod
-    def of(cls, text: str, marks: list[_Mark], answers: list[Answer]) -> _Pattern:
-        """The pattern of a conversation in which the marks of each message follow one another."""
+    def of(cls, text: str, marks: list[_Mark], answers: list[AnswerSpan]) -> _Pattern:
+        """The pattern of a conversation in which the marks of each message are adjacent."""
         places = [0, *(mark.position for mark in marks), len(text)]
         pieces = [text[start:end] for start, end in zip(places[::2], places[1::2], strict=True)]
         begins, ends = places[1::2], places[2::2]
         around = [(each.message, begins[each.message] - each.start, each.end - ends[each.message]) for each in answers]
         return cls(pieces, [(*each, answer.closed) for each, answer in zip(around, answers, strict=True)])
 
-    def fit(self, messages: list[Message], text: str) -> list[Answer] | None:
-        """The answers in ``text``, if it is these pieces around the contents of ``messages``."""
+    def fit(self, messages: list[Message], text: str) -> list[AnswerSpan] | None:
+        """Locate the answers in ``text`` if it consists of these pieces around the contents of ``messages``."""
         contents = [message["content"] for message in messages]
         stripped = list(map(str.strip, contents))
         choices = [contents]
@@ -207,14 +207,14 @@ class _Pattern:
             if "".join(parts) == text:
                 ends = list(accumulate(map(len, parts)))
                 return [
-                    Answer(index, ends[2 * index] - before, ends[2 * index + 1] + after, closed)
+                    AnswerSpan(index, ends[2 * index] - before, ends[2 * index + 1] + after, closed)
                     for index, before, after, closed in self.answers
                 ]
         return None
 
 
 class Template:
-    """A tokenizer's chat template, or templates: some have another one for conversations with tools.
+    """A tokenizer's chat template, or templates: some have a separate one for conversations with tools.
 
     Raises:
         DataError: the template does not render a question and its answer.
@@ -229,17 +229,17 @@ class Template:
         self._special = _any_of(token for token in tokens if token.strip())
         self.markers = _any_of(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         """Finds special tokens in a text."""
-        self._learnt: dict[str, _Habits] = {}
+        self._learnt: dict[str, _TurnFormat] = {}
         self._patterns: dict[tuple[str, ...], _Pattern | None] = {}
-        self._habits(None)
+        self._turn_format(None)
 
     @property
     def closings(self) -> tuple[str, ...]:
-        """What may close an assistant's turn."""
-        return self._habits(None).closings
+        """Texts that may close an assistant turn."""
+        return self._turn_format(None).closings
 
     def render(self, messages: list[Message], tools: list[Any] | None = None, prompt: bool = False) -> str:
-        """As the function ``render``, in less time.
+        """Render like the function ``render``, in less time.
 
         Raises:
             DataError: the template refuses the conversation.
@@ -247,15 +247,15 @@ class Template:
         """
         if not self._plain:
             return render(self.tokenizer, messages, tools, prompt)
-        return _rendered(self.tokenizer, self._variables, messages, tools, prompt)
+        return _render_quickly(self.tokenizer, self._variables, messages, tools, prompt)
 
     def answers(
         self, messages: list[Message], tools: list[Any] | None = None, which: Container[int] | None = None
     ) -> Rendered:
-        """The rendered conversation, and where its assistant turns stand in it, or those of them in ``which``.
+        """Render a conversation and locate its assistant turns, or those of them in ``which``.
 
         Raises:
-            DataError: the template refuses the conversation, or a turn cannot be found for certain.
+            DataError: the template refuses the conversation, or a turn cannot be located with certainty.
         """
         text = self.render(messages, tools)
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -265,13 +265,13 @@ class Template:
             pattern = self._pattern(tuple(message["role"] for message in messages))
             if pattern and (found := pattern.fit(messages, text)) is not None:
                 return Rendered(text, [each for each in found if each.message in turns], unseen=False)
-        return self._search(_Conversation(messages, tools, text, self._habits(tools)), turns)[0]
+        return self._search(_Conversation(messages, tools, text, self._turn_format(tools)), turns)[0]
 
     def _search(self, whole: _Conversation, turns: list[int]) -> tuple[Rendered, list[_Mark] | None]:
-        """The turns of any conversation, and the marks of all its messages."""
+        """Locate the turns of any conversation; also return the marks of all its messages."""
         marks = self._marks(whole, range(len(whole.messages)))
         places = _by_message(marks or [])
-        found: list[Answer] = []
+        found: list[AnswerSpan] = []
         for index in turns:
             after = found[-1].end if found else 0
             try:
@@ -282,12 +282,12 @@ class Template:
         return Rendered(whole.text, found, marks is not None and _unseen(whole.messages, marks)), marks
 
     def _pattern(self, roles: tuple[str, ...]) -> _Pattern | None:
-        """What the template writes around the contents of turns with these roles, if that is known."""
-        if roles not in self._patterns and len(self._patterns) < _PATTERNS:
+        """The pattern of turns with these roles, if the template has one."""
+        if roles not in self._patterns and len(self._patterns) < _MAX_PATTERNS:
             messages = [{"role": role, "content": f"{index}."} for index, role in enumerate(roles)]
             pattern = None
             with suppress(DataError):
-                whole = _Conversation(messages, None, self.render(messages), self._habits(None))
+                whole = _Conversation(messages, None, self.render(messages), self._turn_format(None))
                 answers = [index for index, role in enumerate(roles) if role == "assistant"]
                 rendered, marks = self._search(whole, answers)
                 in_order = [(index, kind) for index in range(len(roles)) for kind in "az"]
@@ -296,14 +296,14 @@ class Template:
             self._patterns[roles] = pattern
         return self._patterns.get(roles)
 
-    def _habits(self, tools: list[Any] | None) -> _Habits:
-        """How the template for conversations with ``tools`` writes an assistant turn, learnt once."""
+    def _turn_format(self, tools: list[Any] | None) -> _TurnFormat:
+        """How the template for conversations with ``tools`` writes assistant turns, learnt once."""
         name = self.tokenizer.get_chat_template(tools=tools) if self._plain else ""
         if name not in self._learnt:
             self._learnt[name] = self._learn(tools if self._learnt else None)
         return self._learnt[name]
 
-    def _learn(self, tools: list[Any] | None) -> _Habits:
+    def _learn(self, tools: list[Any] | None) -> _TurnFormat:
         ask, answer, again = (_MARK + name for name in ("Ask", "Answer", "Again"))
         turns = [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]
         try:
@@ -319,47 +319,47 @@ class Template:
         except DataError:
             middle = last
         asked, opened = self.render(turns[:-1], tools), self.render(turns[:-1], tools, prompt=True)
-        opening = opened[len(self._both(opened, asked)) :]
+        opening = opened[len(self._common_start(opened, asked)) :]
         if not opening.strip() and last.startswith(asked):
             # The template has no generation prompt: an answer opens as it does in the conversation.
             opening = last[len(asked) :].partition(answer)[0]
         header = middle.partition(answer)[0].rpartition(ask)[2]
-        openings = (opening + _gap(header, opening), _bare(header, opening))
+        openings = (opening + _gap(header, opening), _opening_part(header, opening))
         first, following = last.partition(ask)[0], middle.partition(answer)[2].partition(again)[0]
         closings = self._closings_of(first, header, following, last.partition(answer)[2])
-        return _Habits(
+        return _TurnFormat(
             tuple(dict.fromkeys(text for text in openings if text.strip())),
             tuple(sorted(closings, key=len, reverse=True)),
             re.compile(rf"\s*(?:{_any_of(closings).pattern})"),
         )
 
     def _closings_of(self, first: str, header: str, middle: str, last: str) -> tuple[str, ...]:
-        """What may close a turn.
+        """Texts that may close a turn.
 
         Args:
-            first: What stands before the first question.
-            header: What stands between a question and its answer.
-            middle: What stands between an answer and the next question.
-            last: What stands after the last answer.
+            first: The text before the first question.
+            header: The text between a question and its answer.
+            middle: The text between an answer and the next question.
+            last: The text after the last answer.
         """
         opener = self._special.match(first.removeprefix(self.tokenizer.bos_token or "").lstrip())
         runs = [self._run(text, opener.group() if opener else None) for text in (last, middle)]
-        if size := _shared(*runs):
+        if size := _common_length(*runs):
             return ("".join(runs[0][:size]),)
         if all(runs):
             return runs[0][0], runs[1][0]
         if runs[0]:
             # It may be a generation prompt that the template writes in any case.
             return () if header.endswith(last) else ("".join(runs[0]),)
-        # What every question has before it opens its turn, and does not close the one before.
-        own = middle[: len(middle) - _shared(first[::-1], middle[::-1])]
+        # The text before every question opens its turn and does not close the previous one.
+        own = middle[: len(middle) - _common_length(first[::-1], middle[::-1])]
         if runs[1]:
             return ("".join(runs[1]),) if own else ()
-        words = self._both(last, own).strip()
+        words = self._common_start(last, own).strip()
         return (words,) if words else ()
 
     def _run(self, text: str, stop: str | None) -> list[str]:
-        """The special tokens that ``text`` begins with, one directly after another, up to ``stop``."""
+        """The adjacent special tokens at the beginning of ``text``, up to ``stop``."""
         run: list[str] = []
         position = len(text) - len(text.lstrip())
         while (found := self._special.match(text, position)) and found.group() != stop:
@@ -367,14 +367,14 @@ class Template:
             position = found.end()
         return run
 
-    def _both(self, one: str, other: str) -> str:
-        """What the two texts begin with, without part of a special token."""
-        size = _shared(one, other)
-        cut = (found.start() for found in self._special.finditer(one) if found.start() < size < found.end())
-        return one[: next(cut, size)]
+    def _common_start(self, one: str, other: str) -> str:
+        """The common beginning of two texts, without part of a special token."""
+        size = _common_length(one, other)
+        splits = (found.start() for found in self._special.finditer(one) if found.start() < size < found.end())
+        return one[: next(splits, size)]
 
     def _marks(self, whole: _Conversation, which: Sequence[int]) -> list[_Mark] | None:
-        """The marks of the messages ``which``, in the order of the text; None where marking changes the rendering."""
+        """The marks of the messages ``which``, in the order of the text; None if marking changes the rendering."""
         if _MARK in whole.text:
             return None
         answers = [whole.messages[index] for index in which if whole.messages[index]["role"] == "assistant"]
@@ -396,7 +396,7 @@ class Template:
 
     def _by_marks(
         self, whole: _Conversation, index: int, marks: list[_Mark] | None, places: dict[int, list[int]], after: int
-    ) -> Answer:
+    ) -> AnswerSpan:
         if marks is None:
             if (marks := self._marks(whole, [index])) is None:
                 raise _Unclear("the template changes its text")
@@ -406,7 +406,7 @@ class Template:
         calls = len(whole.messages[index].get("tool_calls") or ())
         missing = [at for at in range(calls) if f"c{at}q" not in kinds]
         if missing:
-            raise _refused(index, "the template does not show " + ("all " * (len(missing) < calls)) + "its tool calls")
+            raise _refusal(index, "the template does not show " + ("all " * (len(missing) < calls)) + "its tool calls")
         last = max((place for kind, place in kinds.items() if kind not in "ra"), default=None)
         if last is None:
             raise _Unclear("the template does not show its content")
@@ -421,17 +421,17 @@ class Template:
             raise _Unclear("the template changes the order of the turns")
         start = self._start(whole, index, kinds, before, sure)
         if calls:
-            return Answer(index, start, self._end_of_calls(whole, index, kinds, limit), closed=True)
+            return AnswerSpan(index, start, self._end_of_calls(whole, index, kinds, limit), closed=True)
         if not whole.text[start:last].strip():
             raise _Unclear("the template shows nothing of its content")
-        closing = whole.habits.closing.match(whole.text, last, limit)
-        return Answer(index, start, closing.end() if closing else last, closed=closing is not None)
+        closing = whole.format.closing.match(whole.text, last, limit)
+        return AnswerSpan(index, start, closing.end() if closing else last, closed=closing is not None)
 
     def _start(self, whole: _Conversation, index: int, kinds: dict[str, int], before: int, sure: bool) -> int:
-        """Where the turn's header ends: after ``before``, the end of the turn before, and not after its text."""
+        """The end of the turn's header: after ``before``, the end of the previous turn, and not after its text."""
         first = min((place for kind, place in kinds.items() if kind in "ra"), default=None)
         head_end = min(kinds.values())
-        for opening in whole.habits.openings:
+        for opening in whole.format.openings:
             if first is not None and whole.text.endswith(opening, before, first):
                 return first
             position = whole.text.find(opening, before, head_end)
@@ -441,43 +441,43 @@ class Template:
                 return position + len(opening)
         if first is not None:
             return first
-        # Nothing tells where it begins but the difference that another answer in its place makes.
+        # Only the difference that another answer in its place makes shows where it begins.
         kind, place = min(kinds.items(), key=lambda each: each[1])
         upto = whole.messages[:index]
         try:
-            text, position = self._place(whole, [*upto, whole.messages[index]], index, kind)
+            text, position = self._render_mark(whole, [*upto, whole.messages[index]], index, kind)
             other = self.render([*upto, {"role": "assistant", "content": _MARK}], whole.tools)
         except DataError:
             raise _Unclear("where it begins is not clear") from None
-        head = text[_shared(text, other) : position]
+        head = text[_common_length(text, other) : position]
         if not whole.text.endswith(head, before, place):
             raise _Unclear("where it begins is not clear")
         return place - len(head)
 
     def _end_of_calls(self, whole: _Conversation, index: int, kinds: dict[str, int], limit: int) -> int:
-        """Where a turn with tool calls ends: with the last special token that does not depend on what follows."""
+        """The end of a turn with tool calls: the last special token that does not depend on what follows."""
         kind, last = max(kinds.items(), key=lambda each: each[1])
         upto = whole.messages[: index + 1]
         tails = [whole.text[last:limit]] if index + 1 < len(whole.messages) else []
         for following in ([], *([each] for each in _followers(upto[-1]))):
             if len(tails) < 2:
                 with suppress(DataError):
-                    text, position = self._place(whole, [*upto, *following], index, kind)
+                    text, position = self._render_mark(whole, [*upto, *following], index, kind)
                     tails.append(text[position:])
-        common = self._both(tails[0], tails[-1]).rstrip() if tails else ""
+        common = self._common_start(tails[0], tails[-1]).rstrip() if tails else ""
         begin = end = 0
         for found in self._special.finditer(common):
             begin, end = begin if found.start() == end else found.start(), found.end()
         run = common[begin:] if end == len(common) else ""
-        for closing in whole.habits.closings:
+        for closing in whole.format.closings:
             if closing in run:
                 return last + begin + run.index(closing) + len(closing)
-        if run or common.endswith(whole.habits.closings):
+        if run or common.endswith(whole.format.closings):
             return last + len(common)
         raise _Unclear("where its tool calls end is not clear")
 
-    def _place(self, whole: _Conversation, messages: list[Message], index: int, kind: str) -> tuple[str, int]:
-        """Other messages rendered, and where that mark of message ``index`` comes out in them."""
+    def _render_mark(self, whole: _Conversation, messages: list[Message], index: int, kind: str) -> tuple[str, int]:
+        """Render other messages; also return the position of this kind of mark of message ``index``."""
         marked = [*messages[:index], _mark(messages[index], index, (False, False)), *messages[index + 1 :]]
         text, marks = _unmark(self.render(marked, whole.tools))
         for mark in marks or ():
@@ -485,8 +485,8 @@ class Template:
                 return text, mark.position
         raise _Unclear("the template shows it otherwise at the end of a conversation")
 
-    def _by_prefix(self, whole: _Conversation, index: int, after: int, unclear: _Unclear) -> Answer:
-        refusal = _refused(index, str(unclear))
+    def _by_prefix(self, whole: _Conversation, index: int, after: int, unclear: _Unclear) -> AnswerSpan:
+        refusal = _refusal(index, str(unclear))
         full, earlier, message = whole.text, whole.messages[:index], whole.messages[index]
         if not earlier:
             raise refusal from unclear
@@ -499,24 +499,24 @@ class Template:
         except DataError:
             raise refusal from unclear
         start, end = len(before), len(upto)
-        if opening := next((text for text in whole.habits.openings if full.startswith(text, start)), ""):
+        if opening := next((text for text in whole.format.openings if full.startswith(text, start)), ""):
             start += len(opening) if not before.endswith(opening) else 0
-        closings = [text for text in whole.habits.closings if text in full[start:end]]
+        closings = [text for text in whole.format.closings if text in full[start:end]]
         if not (full.startswith(before) and full.startswith(upto) and after <= start < end and len(closings) == 1):
             raise refusal from unclear
         content, closing, rest = full[start:end].partition(closings[0])
         if not content.strip() or closing in rest:
             raise refusal from unclear
-        return Answer(index, start, start + len(content + closing), closed=True)
+        return AnswerSpan(index, start, start + len(content + closing), closed=True)
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Matches the longest of ``texts``."""
+    """A pattern that matches the longest of ``texts``."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
 
-def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many items the two begin with alike."""
+def _common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """The length of the common beginning."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
@@ -528,27 +528,27 @@ def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
 
 
 def _gap(header: str, opening: str) -> str:
-    """The white space that a conversation has between ``opening`` and the answer."""
+    """The white space between ``opening`` and the answer in a conversation."""
     gap = header.rpartition(opening)[2] if opening and opening in header else ""
     return gap if gap.isspace() else ""
 
 
-def _bare(header: str, opening: str) -> str:
-    """As much of the generation prompt as stands before an answer in a conversation."""
+def _opening_part(header: str, opening: str) -> str:
+    """The part of the generation prompt that precedes an answer in a conversation."""
     ends = (opening[:size] for size in range(len(opening), 0, -1) if header.endswith(opening[:size]))
     return next(ends, "")
 
 
-def _refused(index: int, reason: str) -> DataError:
+def _refusal(index: int, problem: str) -> DataError:
     return DataError(
-        f"which tokens of message {index + 1} (assistant) to train is not clear with this model's chat template: "
-        f"{reason}",
-        hint="Leave the row out, give it another form, or train on every token: dataset.train_on: all",
+        f"the tokens of message {index + 1} (assistant) cannot be located in the output of this model's chat template: "
+        f"{problem}",
+        hint="Remove the row, rewrite it, or train on every token: dataset.train_on: all",
     )
 
 
 def _simple(message: Message) -> bool:
-    """Whether a message has nothing but a content."""
+    """Whether a message has only a content."""
     content = message.get("content")
     return len(message) == 2 and isinstance(content, str) and bool(content) and not content.isspace()
 
@@ -558,7 +558,7 @@ def _edged(content: Any) -> bool:
 
 
 def _by_message(marks: list[_Mark]) -> dict[int, list[int]]:
-    """Message -> where its marks stand in the list."""
+    """The indices of each message's marks in the list."""
     places: dict[int, list[int]] = {}
     for at, mark in enumerate(marks):
         places.setdefault(mark.message, []).append(at)
@@ -566,13 +566,13 @@ def _by_message(marks: list[_Mark]) -> dict[int, list[int]]:
 
 
 def _unseen(messages: list[Message], marks: list[_Mark]) -> bool:
-    """Whether a text or a tool call of the messages, all of which were marked, has no mark in the rendering."""
-    shown = {(mark.message, mark.kind) for mark in marks}
+    """Whether a text or a tool call of the messages, all of which were marked, is missing from the rendering."""
+    found = {(mark.message, mark.kind) for mark in marks}
     for index, message in enumerate(messages):
         content, calls = message.get("content"), message.get("tool_calls") or ()
-        if isinstance(content, str) and content.strip() and (index, "z") not in shown:
+        if isinstance(content, str) and content.strip() and (index, "z") not in found:
             return True
-        if any((index, f"c{at}q") not in shown for at in range(len(calls))):
+        if any((index, f"c{at}q") not in found for at in range(len(calls))):
             return True
     return False
 
@@ -585,7 +585,7 @@ def _followers(message: Message) -> list[Message]:
 
 
 def _mark(message: Message, index: int, sides: _Sides) -> Message:
-    """``message`` with marks around its content, before its thinking and after the names of the functions it calls."""
+    """Add marks around a message's content, before its thinking and after the names of the functions that it calls."""
     marked = dict(message)
     content = message.get("content")
     if isinstance(content, str) and content.strip():
@@ -611,7 +611,7 @@ def _mark_call(call: dict[str, Any], mark: str) -> dict[str, Any]:
 
 
 def _unmark(text: str) -> tuple[str, list[_Mark] | None]:
-    """The text without marks, and the marks in its order; None where a content comes twice."""
+    """Remove the marks from a text; also return them in order, or None if a content occurs twice."""
     marks: list[_Mark] = []
     seen: set[str] = set()
     parts = []
