@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +143,19 @@ class AdapterSource:
         known = [name for name, row in TASKS.items() if row.task_type and row.task_type == self.config.task_type]
         return known[0] if len(known) == 1 else None
 
+    def label_options(self, build: Callable[..., nn.Module]) -> dict[str, int]:
+        """Return ``num_labels`` if the adapter holds a head for other labels than the base model's config says.
+
+        Args:
+            build: returns the base model on the meta device, with these options in its config.
+        """
+        if not self.config.modules_to_save:
+            return {}
+        stored = {name.removeprefix(self.config.file_prefix): entry.shape for name, entry in self.header.items()}
+        counts = sorted({shape[0] for shape in _unfit(build(), stored) if shape})
+        fitting = next((count for count in counts if not _unfit(build(num_labels=count), stored)), None)
+        return {} if fitting is None else {"num_labels": fitting}
+
     def auto_class(self, base_config: Callable[[], PreTrainedConfig]) -> str:
         """Return the name of the transformers class that loads the base model.
 
@@ -167,6 +180,18 @@ class AdapterSource:
         return name
 
 
+def _unfit(model: nn.Module, stored: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Return the stored sizes of parameters that have another size in the model, but for those of its vocabulary."""
+    from peftcli.core.layer import model_ends
+
+    ends = {id(value) for end in model_ends(model) if end is not None for value in end.parameters()}
+    return [
+        stored[name]
+        for name, value in model.named_parameters()
+        if name in stored and stored[name] != tuple(value.shape) and id(value) not in ends
+    ]
+
+
 def find_adapter(name: str, base: str | None = None, revision: str | None = None) -> AdapterSource:
     """Find an adapter and read its config.
 
@@ -184,22 +209,23 @@ def find_adapter(name: str, base: str | None = None, revision: str | None = None
     return AdapterSource(folder, read_config(folder), base)
 
 
-def load_adapter_model(
-    source: AdapterSource, base: OpenBase, dtype: torch.dtype | None, *, auto_class: str | None = None
-) -> nn.Module:
+def load_adapter_model(source: AdapterSource, base: OpenBase, dtype: torch.dtype | None, **options: Any) -> nn.Module:
     """Load the base model with the adapter in it, frozen.
 
     Args:
         source: which adapter.
         base: the open base model.
         dtype: number format of the base model's weights.
-        auto_class: transformers' class of the base model. None: by ``AdapterSource.auto_class``.
+        options: what the task sets in the base model's config. None: as many labels as the adapter's head has.
 
     Raises:
         AdapterError: the adapter does not fit the base model.
         ModelError: the base model cannot be loaded.
     """
-    loaded = base.model(auto_class or source.auto_class(lambda: base.config), dtype)
+    auto_class = source.auto_class(lambda: base.config)
+    if not options:
+        options = source.label_options(partial(base.empty_model, auto_class))
+    loaded = base.model(auto_class, dtype, **options)
     apply_adapter(loaded, source)
     return loaded.model
 
@@ -213,9 +239,14 @@ def apply_adapter(loaded: LoadedModel, source: AdapterSource) -> None:
     from peftcli.core.files import load_adapter
     from peftcli.models import tokens
 
-    source.config.inference_mode = True
-    tokens.fit_adapter(loaded.model, source.config, source.folder)
-    load_adapter(loaded.model, source.config, source.folder)
+    model, config = loaded.model, source.config
+    load_adapter(
+        model,
+        config,
+        source.folder,
+        initialised=loaded.initialised,
+        prepare=lambda header: tokens.fit_adapter(model, config, header),
+    )
 
 
 def adapter_folder(adapter: str, revision: str | None = None) -> Path:

@@ -24,9 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from peftcli.adapters.load import find_adapter
-from peftcli.core.config import AdapterConfig
-from peftcli.core.files import load_adapter, load_empty
+from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
+from peftcli.core.files import load_empty
 from peftcli.core.inject import is_reshaped
 from peftcli.core.layer import AdapterLayer, base_module, model_ends
 from peftcli.core.merge import merge, outermost
@@ -47,14 +46,21 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
 class _Job:
     """What is merged into what."""
 
-    folder: Path
-    config: AdapterConfig
+    source: AdapterSource
     base: OpenBase
     auto_class: str
+    options: dict[str, Any]
+    """What the base model's config says otherwise, as ``num_labels``."""
     dtype: torch.dtype | None
     """Of the result; None: the base model's own."""
     dequantise: bool
     """Whether the base model is quantised, and is to be made dense."""
+
+    def load(self, dtype: torch.dtype) -> nn.Module:
+        """Load the base model with the adapter in it."""
+        loaded = self.base.model(self.auto_class, dtype, **self.options)
+        apply_adapter(loaded, self.source)
+        return loaded.model
 
 
 def merge_adapter(
@@ -107,7 +113,8 @@ def merge_adapter(
     opened = open_base(spec, processors=source.folder)
     _check_quantised(opened, dequantize, command)
     auto_class = source.auto_class(lambda: opened.config)
-    job = _Job(source.folder, source.config, opened, auto_class, getattr(torch, dtype) if dtype else None, dequantize)
+    options = source.label_options(lambda **labels: opened.empty_model(auto_class, **labels))
+    job = _Job(source, opened, auto_class, options, getattr(torch, dtype) if dtype else None, dequantize)
     with new_folder(output) as partial, _reading(spec.name):
         tell(f"merging into {spec.name}")
         if trained and not dequantize:
@@ -174,7 +181,7 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
     if not shards:
         return None
     places = {key: shard for shard in shards for key in _keys(shard)}
-    model = job.base.empty_model(job.auto_class)
+    model = job.base.empty_model(job.auto_class, **job.options)
     longer = _made_longer(model, job)
     layers = _layers_without_base(model, job)
     if longer is None or is_reshaped(model):
@@ -267,7 +274,7 @@ def _made_longer(model: nn.Module, job: _Job) -> dict[str, int] | None:
         The tensors that got more rows: name -> rows; None where a tensor changed in another way.
     """
     before = {name: value.shape for name, value in _every_tensor(model)}
-    if not tokens.fit_adapter(model, job.config, job.folder):
+    if not tokens.fit_adapter(model, job.source.config, job.source.header):
         return {}
     changed = {name: value.shape for name, value in _every_tensor(model) if value.shape != before[name]}
     rows_only = all(shape[1:] == before[name][1:] for name, shape in changed.items())
@@ -281,7 +288,7 @@ def _every_tensor(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _layers_without_base(model: nn.Module, job: _Job) -> dict[str, AdapterLayer]:
     """Adapter layers with the adapter's real weights, put into a model on the meta device."""
-    load_empty(model, job.config, job.folder)
+    load_empty(model, job.source.config, job.source.folder)
     return outermost(model)
 
 
@@ -311,10 +318,8 @@ def _tied_head(model: nn.Module, layers: dict[str, AdapterLayer], places: dict[s
 
 def _merge_whole(job: _Job, output: Path) -> bool:
     """Merge with the whole model in memory."""
-    model = job.base.model(job.auto_class, job.dtype or _dtype_of(job.base.config)).model
-    tokens.fit_adapter(model, job.config, job.folder)
-    load_adapter(model, job.config, job.folder)
-    untied = merge(model, job.config, dequantise=job.dequantise)
+    model: Any = job.load(job.dtype or _dtype_of(job.base.config))
+    untied = merge(model, job.source.config, dequantise=job.dequantise)
     if job.dequantise:
         forget(model)
     if untied:
@@ -328,9 +333,11 @@ def _write_companions(job: _Job, output: Path, untied: bool) -> None:
     """Config, generation config and tokenizer."""
     saved = (output / "config.json").exists()  # with the whole model, whose layers may be other ones than the base's
     config = copy.deepcopy(open_base(BaseModel(name=str(output))).config if saved else job.base.config)
-    empty = job.base.empty_model(job.auto_class)
-    if rows := tokens.fit_adapter(empty, job.config, job.folder):
+    empty = job.base.empty_model(job.auto_class, **job.options)
+    if rows := tokens.fit_adapter(empty, job.source.config, job.source.header):
         config.get_text_config().vocab_size = rows
+    for key, value in job.options.items():
+        setattr(config, key, value)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if untied:
@@ -361,7 +368,7 @@ def _save_generation_config(job: _Job, output: Path, tokenizer: Any, config: Any
         path.write_bytes(theirs.read_bytes())
     made = GenerationConfig.from_model_config(config)
     named = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else made.eos_token_id
-    stops = missing_stops(tokenizer, job.folder, named)
+    stops = missing_stops(tokenizer, job.source.folder, named)
     if not stops:
         return
     if not path.exists():
@@ -382,13 +389,8 @@ def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
         AdapterError: it is more than rounding the merged weights explains.
     """
     tell("verifying: base model with adapter")
-    model = job.base.model(job.auto_class, torch.float32).model.eval()
-    tokens.fit_adapter(model, job.config, job.folder)
-    ids = torch.randint(
-        model.get_input_embeddings().weight.shape[0], (2, 16), generator=torch.Generator().manual_seed(0)
-    )
-    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
-    load_adapter(model, job.config, job.folder)
+    model = job.load(torch.float32).eval()
+    inputs = _probe(model)
     expected = model(**inputs).logits
     del model
     tell("verifying: merged model")
@@ -404,6 +406,13 @@ def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
             "nothing was written"
         )
     return difference
+
+
+def _probe(model: Any) -> dict[str, torch.Tensor]:
+    """Return a batch to compare models with."""
+    rows = base_module(model.get_input_embeddings()).weight.shape[0]
+    ids = torch.randint(rows, (2, 16), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
 
 
 def _keys(shard: Path) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,7 @@ def load_adapter(
     trainable: bool = False,
     adapter: str = "default",
     initialised: Collection[str] = (),
+    prepare: Callable[[Mapping[str, TensorEntry]], object] | None = None,
 ) -> Injection:
     """Inject the config's layers into ``model`` and fill them from the folder's weights.
 
@@ -128,12 +129,13 @@ def load_adapter(
         trainable: whether they take gradients.
         adapter: name of the adapter in the model.
         initialised: names of the parameters that the base model's checkpoint did not hold: see ``inject``.
+        prepare: receives the header of the weights before it is compared, to give the model rows for new tokens.
 
     Raises:
         AdapterError: the config or the tensors do not fit the model, or leave a parameter random.
     """
     config.inference_mode = True
-    tensors = _checked_tensors(model, config, folder, adapter, initialised)
+    tensors = _checked_tensors(model, config, folder, adapter, initialised, prepare)
     injection = inject(model, config, adapter, initialised=initialised)
     try:
         load_state(model, tensors, str(folder / WEIGHTS_FILE), adapter)
@@ -158,7 +160,12 @@ def load_empty(model: nn.Module, config: AdapterConfig, folder: Path, *, initial
 
 
 def _checked_tensors(
-    model: nn.Module, config: AdapterConfig, folder: Path, adapter: str, initialised: Collection[str]
+    model: nn.Module,
+    config: AdapterConfig,
+    folder: Path,
+    adapter: str,
+    initialised: Collection[str],
+    prepare: Callable[[Mapping[str, TensorEntry]], object] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Read the folder's tensors, once their header has shown that they are those of the config over this model.
 
@@ -167,6 +174,8 @@ def _checked_tensors(
     """
     path = find_weights(folder)
     with open_weights(path) as (header, file):
+        if prepare is not None:
+            prepare(header)
         found = {name: torch.empty(e.shape, dtype=_DTYPES[e.dtype], device="meta") for name, e in header.items()}
         empty = meta_copy(model)
         try:

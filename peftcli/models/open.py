@@ -194,16 +194,11 @@ class OpenBase:
         Raises:
             ModelError: the model is not of this class.
         """
-        import torch
-        import transformers
-
         config = copy.deepcopy(self.config)
         for key, value in options.items():
             setattr(config, key, value)
-        with translated_errors(self.name), torch.device("meta"):
-            build = getattr(transformers, auto_class).from_config
-            model: PreTrainedModel = build(config, trust_remote_code=self.spec.trust_remote_code)
-            return model
+        with translated_errors(self.name):
+            return build_empty(auto_class, config, trust_remote_code=self.spec.trust_remote_code)
 
     def file(self, name: str) -> Path | None:
         """Return the path of one of the model's small files; None if the model lacks it."""
@@ -288,6 +283,19 @@ class OpenBase:
             raise ModelError(f"{spec.name} on the hub holds no config.json: no model", key="base_model")
         _refuse_adapter(folder)  # one that was fetched as an adapter; the base model's own is not
         return folder
+
+
+def build_empty(auto_class: str, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """Build a model on the meta device; ``auto_class`` may be a model class, too."""
+    import torch
+    import transformers
+
+    found: Any = getattr(transformers, auto_class)
+    with torch.device("meta"):
+        model: PreTrainedModel = (
+            found.from_config(config, **options) if hasattr(found, "from_config") else found._from_config(config)
+        )
+    return model
 
 
 def base_of(name: str, revision: str | None = None, quantised: Quantization | None = None) -> BaseModel:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,8 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.layer import base_module, base_paths, model_ends
 from peftcli.core.targets import find_modules, find_targets, shortest_names
 from peftcli.errors import AdapterError, ModelError
-from peftcli.guard.adapter_folder import find_weights, read_header
 from peftcli.guard.files import read_small
+from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.schema import BaseModel
 from peftcli.system.disk import write_file
 
@@ -126,22 +126,18 @@ def grow_for(model: Any, tokenizer: PreTrainedTokenizerBase, base: BaseModel) ->
         grow(model, max(len(tokenizer), _new_ids(tokenizer, base)[-1] + 1))
 
 
-def fit_adapter(model: Any, config: AdapterConfig, folder: Path) -> int | None:
+def fit_adapter(model: Any, config: AdapterConfig, header: Mapping[str, TensorEntry]) -> int | None:
     """Let the model hold the tokens that a saved adapter has rows for; to be called before it is loaded.
 
     Rows are believed where the file holds them in the model's width; ``load_adapter`` refuses tensors of other shapes.
 
     Returns:
         How many rows there are now, if there are more than there were.
-
-    Raises:
-        AdapterError: the folder's weights cannot be read.
     """
     ends = _vocabulary(model)
     if not ends:
         return None
     rows = next(iter(ends.values())).weight.shape[0]
-    header = read_header(find_weights(folder))
     wanted = [
         held.shape[0]
         for name, end in ends.items()

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
+
+import transformers
+from transformers import AutoConfig
 
 from peftcli.adapters.load import find_adapter
 from peftcli.core.files import load_adapter
 from peftcli.errors import AdapterError
+from peftcli.models.open import build_empty
 from peftcli.models.tokens import fit_adapter
+from peftcli.models.validate import find_initialised
 from peftcli.peft_api.model import PeftModel, wrap
+
+_LABELS = {"config", "num_labels", "id2label", "label2id"}
+_HUB_OPTIONS = {"cache_dir", "code_revision", "local_files_only", "revision", "subfolder", "token", "trust_remote_code"}
+"""Arguments of ``from_pretrained`` that say where a model is."""
 
 
 class AutoPeftModel:
@@ -27,13 +37,13 @@ class AutoPeftModel:
         revision: str | None = None,
         **base_options: Any,
     ) -> PeftModel:
-        """The adapted model; ``base_options`` go to the base model's ``from_pretrained``.
+        """Load the base model with the adapter in it; ``base_options`` go to the base model's ``from_pretrained``.
+
+        ``num_labels`` is that of the adapter's head unless it is given.
 
         Raises:
             AdapterError: the adapter cannot be read, names no base model, or does not fit it.
         """
-        import transformers
-
         source = find_adapter(str(adapter), revision=revision)
         config, name = source.config, source.config.base_model_name_or_path
         if not name:
@@ -41,12 +51,25 @@ class AutoPeftModel:
                 "names no base model; use PeftModel.from_pretrained(model, ...)", file=str(source.folder)
             )
         base_options.setdefault("revision", config.revision)
-        auto_class = cls.auto_class or source.auto_class(
-            lambda: transformers.AutoConfig.from_pretrained(name, revision=config.revision)
+        read_config = partial(
+            AutoConfig.from_pretrained, name, **{key: base_options[key] for key in _HUB_OPTIONS & base_options.keys()}
         )
-        model = getattr(transformers, auto_class).from_pretrained(name, **base_options)
-        fit_adapter(model, config, source.folder)
-        load_adapter(model, config, source.folder, trainable=is_trainable, adapter=adapter_name)
+        auto_class = cls.auto_class or source.auto_class(read_config)
+        if base_options.keys().isdisjoint(_LABELS):
+            labels = source.label_options(lambda **labels: build_empty(auto_class, read_config(**labels)))
+            base_options |= labels and {**labels, "ignore_mismatched_sizes": True}
+        build = getattr(transformers, auto_class).from_pretrained
+        model, info = build(name, **base_options, output_loading_info=True)
+        initialised, _ = find_initialised(model, info, name, new_labels=True, complete=False)
+        load_adapter(
+            model,
+            config,
+            source.folder,
+            trainable=is_trainable,
+            adapter=adapter_name,
+            initialised=initialised,
+            prepare=lambda header: fit_adapter(model, config, header),
+        )
         return wrap(model, config, adapter_name).train(is_trainable)
 
 

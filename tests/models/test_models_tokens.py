@@ -35,6 +35,7 @@ from peftcli.core.weights import named_tensors
 from peftcli.data.rows import Place, Row, Table
 from peftcli.data.store import Example
 from peftcli.errors import AdapterError, ModelError
+from peftcli.guard.adapter_folder import find_weights, read_header
 from peftcli.methods import METHODS, config_from_dict
 from peftcli.methods.ia3.config import IA3Config
 from peftcli.methods.lora.config import LoraConfig
@@ -405,7 +406,7 @@ def test_the_file_holds_only_the_new_rows(tmp_path: Path) -> None:
 def test_we_read_it_and_grow_the_base_model_ourselves(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
     folder, model = adapter(tmp_path, kind, **settings)
     found, config = loaded(kind), config_from_dict(read_config(folder))
-    rows = tokens.fit_adapter(found, config, folder)
+    rows = tokens.fit_adapter(found, config, read_header(find_weights(folder)))
     assert rows == (None if kind == "roomy" else VOCABULARY + 2)
     load_adapter(found, config, folder)
     torch.testing.assert_close(logits(found.eval()), logits(model), atol=1e-6, rtol=1e-6)
@@ -450,7 +451,7 @@ def test_a_file_cannot_ask_for_any_number_of_rows(tmp_path: Path) -> None:
     values = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(values | {"trainable_token_indices": [300, 10**12]}))
     model, config = loaded("llama_tied"), config_from_dict(read_config(folder))
-    assert tokens.fit_adapter(model, config, folder) is None
+    assert tokens.fit_adapter(model, config, read_header(find_weights(folder))) is None
     with pytest.raises(AdapterError, match="has the tokens 0 to 299, not 300"):
         load_adapter(model, config, folder)
 
@@ -463,7 +464,7 @@ def test_rows_that_the_file_does_not_hold_are_not_believed(tmp_path: Path, shape
     name, file = "base_model.model.model.embed_tokens.base_layer.weight", tmp_path / "adapter_model.safetensors"
     save_file({**load_file(file), name: torch.ones(shape, dtype=torch.uint8)}, file)
     fresh = loaded("llama")
-    assert tokens.fit_adapter(fresh, config, tmp_path) is None
+    assert tokens.fit_adapter(fresh, config, read_header(find_weights(tmp_path))) is None
     assert fresh.get_input_embeddings().weight.shape[0] == VOCABULARY
     with pytest.raises(AdapterError, match=name):
         load_adapter(fresh, config, tmp_path)
@@ -486,7 +487,9 @@ def test_an_adapter_without_rows_of_its_own_changes_nothing(tmp_path: Path) -> N
     inject(model, config)
     save_adapter(model, config, tmp_path)
     fresh = loaded("llama")
-    assert tokens.fit_adapter(fresh, config_from_dict(read_config(tmp_path)), tmp_path) is None
+    assert (
+        tokens.fit_adapter(fresh, config_from_dict(read_config(tmp_path)), read_header(find_weights(tmp_path))) is None
+    )
     assert ends(fresh)[0].weight.shape[0] == VOCABULARY
 
 

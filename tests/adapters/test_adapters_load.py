@@ -1,0 +1,137 @@
+"""What an adapter's name stands for, and loading it over its base model: head, labels and class included."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import trainkit
+import transformers
+from models_tiny import batch, logits, tiny
+from safetensors.torch import load_file, save_file
+
+import peftcli
+from peftcli.adapters.load import find_adapter, load_adapter_model
+from peftcli.adapters.merge import merge_adapter
+from peftcli.errors import AdapterError
+from peftcli.models.open import open_base
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A language model, which has no head for classes."""
+    tiny("llama").save_pretrained(tmp_path / "base")
+    trainkit.tokenizer().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def classifier(lib: Any, base: Path, folder: Path, labels: int = 3) -> torch.Tensor:
+    """Save an adapter that classifies, and return the logits of its model."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
+    adapted = lib.get_peft_model(model, lib.LoraConfig(task_type="SEQ_CLS", init_lora_weights=False))
+    adapted.save_pretrained(folder)
+    return logits(adapted.eval(), batch("llama"))
+
+
+@pytest.mark.parametrize("lib", [peft, peftcli], ids=["peft", "peftcli"])
+def test_the_number_of_labels_is_that_of_the_adapters_head(lib: Any, base: Path, tmp_path: Path) -> None:
+    expected = classifier(lib, base, tmp_path / "adapter")
+    assert expected.shape[1] == 3
+    for auto_class in (peftcli.AutoPeftModelForSequenceClassification, peftcli.AutoPeftModel):
+        model: Any = auto_class.from_pretrained(tmp_path / "adapter")
+        assert model.config.num_labels == 3
+        torch.testing.assert_close(logits(model, batch("llama")), expected)
+    source = find_adapter(str(tmp_path / "adapter"))
+    with open_base(source.base) as opened:
+        torch.testing.assert_close(
+            logits(load_adapter_model(source, opened, torch.float32).eval(), batch("llama")), expected
+        )
+
+
+def test_a_head_of_the_base_model_for_other_labels_gives_way(base: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=5)
+    model.save_pretrained(tmp_path / "five")
+    expected = classifier(peftcli, base, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "five")}))
+    model = peftcli.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(logits(model, batch("llama")), expected)
+
+
+def test_a_classifier_is_merged_with_its_head(base: Path, tmp_path: Path) -> None:
+    expected = classifier(peftcli, base, tmp_path / "adapter")
+    merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged")
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.config.num_labels == 3
+    torch.testing.assert_close(logits(merged.eval(), batch("llama")), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_without_the_head_leaves_it_random(base: Path, tmp_path: Path) -> None:
+    classifier(peftcli, base, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    left = {name: value for name, value in tensors.items() if "score" not in name}
+    assert len(left) == len(tensors) - 1
+    save_file(left, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": None}))
+    source = find_adapter(str(tmp_path))
+    with pytest.raises(AdapterError, match="the weights would stay random"), open_base(source.base) as opened:
+        load_adapter_model(source, opened, torch.float32)
+    with pytest.raises(AdapterError, match="the weights would stay random"):
+        peftcli.AutoPeftModel.from_pretrained(tmp_path)
+
+
+def image_model(tmp_path: Path) -> Path:
+    config = transformers.ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    transformers.ViTModel(config).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_the_class_that_peft_noted_is_loaded(tmp_path: Path) -> None:
+    """Models of pictures have no task_type."""
+    model = transformers.ViTForImageClassification.from_pretrained(image_model(tmp_path), num_labels=3).eval()
+    config = peft.LoraConfig(target_modules="all-linear", modules_to_save=["classifier"], init_lora_weights=False)
+    adapted: Any = peft.get_peft_model(model, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    pixels = torch.randn(2, 3, 16, 16)
+    model = peftcli.AutoPeftModel.from_pretrained(tmp_path / "adapter").eval()
+    torch.testing.assert_close(model(pixel_values=pixels).logits, adapted.eval()(pixel_values=pixels).logits)
+
+
+RECORDS: dict[str, tuple[dict[str, Any], str | None, str | None, str]] = {
+    "recorded": ({"recipe": {"task": "seq2seq_lm"}}, "CAUSAL_LM", "seq2seq_lm", "AutoModelForSeq2SeqLM"),
+    "with settings": ({"recipe": {"task": {"type": "causal_lm"}}}, None, "causal_lm", "AutoModelForCausalLM"),
+    "of a later version": ({"recipe": {"task": "song"}}, "CAUSAL_LM", "causal_lm", "AutoModelForCausalLM"),
+    "by task_type": ({}, "CAUSAL_LM", "causal_lm", "AutoModelForCausalLM"),
+    "of a task without a row": ({}, "QUESTION_ANS", None, "AutoModelForQuestionAnswering"),
+    "by architecture": ({}, None, None, "LlamaForCausalLM"),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_the_task_is_the_recorded_one(name: str, base: Path, tmp_path: Path) -> None:
+    record, task_type, task, auto_class = RECORDS[name]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    values = {"peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": str(base)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    source = find_adapter(str(tmp_path))
+    with open_base(source.base) as opened:
+        assert (source.task, source.auto_class(lambda: opened.config)) == (task, auto_class)
+        if name == "by architecture":
+            assert type(opened.empty_model(auto_class)).__name__ == auto_class
+
+
+def test_another_base_model_has_no_revision(base: Path, tmp_path: Path) -> None:
+    values = {"peft_type": "LORA", "base_model_name_or_path": "org/model", "revision": "abc"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    assert find_adapter(str(tmp_path)).base.revision == "abc"
+    assert (find_adapter(str(tmp_path), base=str(base)).base.name, find_adapter(str(tmp_path), "x").base.revision) == (
+        str(base),
+        None,
+    )
