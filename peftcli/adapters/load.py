@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,18 +143,12 @@ class AdapterSource:
         known = [name for name, row in TASKS.items() if row.task_type and row.task_type == self.config.task_type]
         return known[0] if len(known) == 1 else None
 
-    def label_options(self, build: Callable[..., nn.Module]) -> dict[str, int]:
-        """Return ``num_labels`` if the adapter holds a head for other labels than the base model's config says.
-
-        Args:
-            build: returns the base model on the meta device, with these options in its config.
-        """
+    @property
+    def saved_sizes(self) -> dict[str, tuple[int, ...]]:
+        """The sizes of the base model's parameters that the adapter holds itself; empty without ``modules_to_save``."""
         if not self.config.modules_to_save:
             return {}
-        stored = {name.removeprefix(self.config.file_prefix): entry.shape for name, entry in self.header.items()}
-        counts = sorted({shape[0] for shape in _unfit(build(), stored) if shape})
-        fitting = next((count for count in counts if not _unfit(build(num_labels=count), stored)), None)
-        return {} if fitting is None else {"num_labels": fitting}
+        return {name.removeprefix(self.config.file_prefix): entry.shape for name, entry in self.header.items()}
 
     def auto_class(self, base_config: Callable[[], PreTrainedConfig]) -> str:
         """Return the name of the transformers class that loads the base model.
@@ -178,18 +172,6 @@ class AdapterSource:
         if not hasattr(getattr(transformers, name, None), "from_pretrained"):
             raise AdapterError(f"transformers has no class {name}, which the base model's config names")
         return name
-
-
-def _unfit(model: nn.Module, stored: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Return the stored sizes of parameters that have another size in the model, but for those of its vocabulary."""
-    from peftcli.core.layer import model_ends
-
-    ends = {id(value) for end in model_ends(model) if end is not None for value in end.parameters()}
-    return [
-        stored[name]
-        for name, value in model.named_parameters()
-        if name in stored and stored[name] != tuple(value.shape) and id(value) not in ends
-    ]
 
 
 def find_adapter(name: str, base: str | None = None, revision: str | None = None) -> AdapterSource:
@@ -224,7 +206,7 @@ def load_adapter_model(source: AdapterSource, base: OpenBase, dtype: torch.dtype
     """
     auto_class = source.auto_class(lambda: base.config)
     if not options:
-        options = source.label_options(partial(base.empty_model, auto_class))
+        options = base.label_options(auto_class, source.saved_sizes)
     loaded = base.model(auto_class, dtype, **options)
     apply_adapter(loaded, source)
     return loaded.model

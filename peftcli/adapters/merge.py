@@ -113,7 +113,7 @@ def merge_adapter(
     opened = open_base(spec, processors=source.folder)
     _check_quantised(opened, dequantize, command)
     auto_class = source.auto_class(lambda: opened.config)
-    options = source.label_options(lambda **labels: opened.empty_model(auto_class, **labels))
+    options = opened.label_options(auto_class, source.saved_sizes)
     job = _Job(source, opened, auto_class, options, getattr(torch, dtype) if dtype else None, dequantize)
     with new_folder(output) as partial, _reading(spec.name):
         tell(f"merging into {spec.name}")

@@ -10,11 +10,13 @@ import copy
 import importlib.util
 import os
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from peftcli.core.layer import model_ends
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import ModelError
 from peftcli.guard.files import irregular_kind, is_folder, short_name
@@ -24,6 +26,7 @@ from peftcli.schema import BaseModel, Quantization
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
 ProcessorKind = Literal["tokenizer", "image_processor", "feature_extractor", "processor"]
@@ -200,6 +203,10 @@ class OpenBase:
         with translated_errors(self.name):
             return build_empty(auto_class, config, trust_remote_code=self.spec.trust_remote_code)
 
+    def label_options(self, auto_class: str, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """Return ``num_labels`` if a head of these sizes is for other labels than the config says."""
+        return label_options(partial(self.empty_model, auto_class), sizes)
+
     def file(self, name: str) -> Path | None:
         """Return the path of one of the model's small files; None if the model lacks it."""
         path = self.folder / name
@@ -296,6 +303,24 @@ def build_empty(auto_class: str, config: PreTrainedConfig, **options: Any) -> Pr
             found.from_config(config, **options) if hasattr(found, "from_config") else found._from_config(config)
         )
     return model
+
+
+def label_options(build: Callable[..., nn.Module], sizes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Return ``num_labels`` if a head of these sizes is for other labels than the model's config says.
+
+    Args:
+        build: returns the model on the meta device, with such options in its config.
+        sizes: of parameters, by name; those of the vocabulary may differ from the model's.
+    """
+
+    def differing(model: nn.Module) -> list[int]:
+        ends = {id(value) for end in model_ends(model) if end is not None for value in end.parameters()}
+        named = ((sizes[name], value) for name, value in model.named_parameters() if name in sizes)
+        return [size[0] for size, value in named if size and size != tuple(value.shape) and id(value) not in ends]
+
+    counts = sorted(set(differing(build()))) if sizes else []
+    found = next((count for count in counts if not differing(build(num_labels=count))), None)
+    return {} if found is None else {"num_labels": found}
 
 
 def base_of(name: str, revision: str | None = None, quantised: Quantization | None = None) -> BaseModel:

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from peftcli.adapters.load import find_adapter
 from peftcli.core.files import load_adapter
 from peftcli.errors import AdapterError
-from peftcli.models.open import build_empty
+from peftcli.models.open import build_empty, label_options
 from peftcli.models.tokens import fit_adapter
 from peftcli.models.validate import find_initialised
 from peftcli.peft_api.model import PeftModel, wrap
@@ -56,7 +56,7 @@ class AutoPeftModel:
         )
         auto_class = cls.auto_class or source.auto_class(read_config)
         if base_options.keys().isdisjoint(_LABELS):
-            labels = source.label_options(lambda **labels: build_empty(auto_class, read_config(**labels)))
+            labels = label_options(lambda **labels: build_empty(auto_class, read_config(**labels)), source.saved_sizes)
             base_options |= labels and {**labels, "ignore_mismatched_sizes": True}
         build = getattr(transformers, auto_class).from_pretrained
         model, info = build(name, **base_options, output_loading_info=True)
