@@ -13,7 +13,6 @@ import house  # noqa: E402
 ALLOWED = {
     "peftcli.adapters.card": 1,
     "peftcli.adapters.generate": 6,
-    "peftcli.adapters.info": 2,
     "peftcli.adapters.load": 2,
     "peftcli.cli.app": 1,
     "peftcli.cli.cache": 3,

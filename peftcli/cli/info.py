@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from peftcli.cli import console
+from peftcli.methods import METHODS
 
 _PACKAGES = ("peftcli", "torch", "transformers", "accelerate", "datasets", "safetensors", "huggingface-hub")
 
@@ -36,13 +37,15 @@ def info(
 
 def _adapter(adapter: str, updates: bool, as_json: bool) -> None:
     """What needs no torch is printed before it is imported, which takes seconds."""
-    from peftcli.adapters.info import analyse, describe
+    from peftcli.adapters.info import describe
 
     facts = describe(adapter)
     if not as_json:
         _print_facts(facts, as_json)
     if not updates:
         return _print_facts(facts, as_json) if as_json else None
+    from peftcli.adapters.updates import analyse
+
     found = analyse(adapter)
     if as_json:
         return console.print_json({**facts, "updates": found})
@@ -55,8 +58,6 @@ def _adapter(adapter: str, updates: bool, as_json: bool) -> None:
 
 
 def _methods() -> list[dict[str, Any]]:
-    from peftcli.methods import METHODS
-
     return [
         {"method": name, "peft_type": row.peft_type, "summary": row.summary, "paper": row.paper}
         for name, row in METHODS.items()
