@@ -56,7 +56,9 @@ SHARED_FILES = (
 """The only files that are pushed or pulled. recipe.yaml and run.json name paths of the machine; the card says what
 matters of them."""
 
-_PICKLED = "an adapter_model.bin is a pickle and is not read: load it in PEFT, save it with safe_serialization=True"
+_PICKLED = (
+    "adapter_model.bin is a pickle and is not read: load it once in PEFT, save it again with safe_serialization=True"
+)
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
