@@ -25,23 +25,23 @@ from peftcli.data.used_rows import Ragged, scatter, slices
 ALIKE = 0.7
 """Rows are near duplicates from this Jaccard index on."""
 MOST_ROWS = 500_000
-"""Of more rows, an even sample of so many is looked at: each takes 128 bytes."""
+"""Of more rows, an even sample of this size is compared: each takes 128 bytes."""
 
 _SHINGLE = 3
 _COMMON = 0.05
 _FEWEST = 8
 _HASHES = 64
 SAMPLE = 2000
-"""So many rows show well enough which shingles are common."""
+"""Number of rows that show which shingles are common."""
 _PAIRS = 1 << 16
 """Pairs of signatures compared at once."""
 _TABLE = 22
-"""Common shingles are told by so many bits of their hash: of the others, one in a thousand passes for common."""
+"""Number of bits of a hash that identify common shingles: one in a thousand others passes for common."""
 _MULTIPLIERS = np.random.default_rng(20240229).integers(0, 1 << 32, _HASHES, dtype=np.uint32) | np.uint32(1)
 
 
 def repeats(hashes: np.ndarray) -> np.ndarray:
-    """Which rows have the hash of an earlier one."""
+    """A mask of the rows that have the hash of an earlier one."""
     _, first = np.unique(hashes, return_index=True)
     again = np.ones(len(hashes), bool)
     again[first] = False
@@ -57,22 +57,22 @@ class Pairs:
     index: np.ndarray
     """The Jaccard index of each pair."""
     compared: int
-    """How many rows were compared: those with shingles enough."""
+    """Number of compared rows: those with enough shingles."""
 
 
 @dataclass
 class Sketches:
-    """Signatures of rows that come one chunk after another."""
+    """Signatures of rows, added chunk by chunk."""
 
     common: np.ndarray
-    """Which shingles are common, by ``_TABLE`` bits of their hash."""
+    """A mask of the common shingles, by ``_TABLE`` bits of their hash."""
     every: int = 1
-    """Of so many rows, one is looked at."""
+    """One in this number of rows is compared."""
     _numbers: list[np.ndarray] = field(default_factory=list)
     _signatures: list[np.ndarray] = field(default_factory=list)
 
     def add(self, first: int, rows: Ragged) -> None:
-        """The next rows; ``first`` is the number of the first of them."""
+        """Add the next rows; ``first`` is the number of the first of them."""
         numbers = np.arange(first, first + len(rows.starts))
         if self.every > 1:
             looked_at = numbers % self.every == 0
@@ -89,12 +89,12 @@ class Sketches:
         self._signatures.append(signatures)
 
     def pairs(self, read: Callable[[np.ndarray], Ragged], tokens: np.ndarray, among: np.ndarray) -> Pairs:
-        """The near duplicates among the rows that came.
+        """Find the near duplicates among the rows.
 
         Args:
-            read: Gives rows again, by their numbers.
-            tokens: How many each row has.
-            among: Which of the rows are compared.
+            read: Returns rows by their numbers.
+            tokens: The length of each row.
+            among: A mask of the rows to compare.
         """
         kept = [among[numbers] for numbers in self._numbers]
         numbers = np.concatenate([np.zeros(0, int), *(a[mask] for a, mask in zip(self._numbers, kept, strict=True))])
@@ -102,7 +102,7 @@ class Sketches:
             [np.zeros((0, _HASHES), np.uint16), *(a[mask] for a, mask in zip(self._signatures, kept, strict=True))]
         )
         partners, alike = _partners(signatures)
-        # Three standard deviations of the estimate below what counts.
+        # Three standard deviations of the estimate below the threshold.
         likely = np.flatnonzero(alike >= ALIKE - 3 * (ALIKE * (1 - ALIKE) / _HASHES) ** 0.5)
         later, earlier = numbers[likely], numbers[partners[likely]]
         index = np.zeros(len(later))
@@ -129,9 +129,9 @@ class Sketches:
 
 
 def common_shingles(sample: Iterable[Ragged]) -> np.ndarray:
-    """Which shingles are common, for Sketches. Rows that repeat another one are counted once.
+    """A mask of the common shingles, for Sketches. Rows that repeat another one count once.
 
-    In a sample so small that 5 % are less than ten rows, those of ten or of half the rows are.
+    In a sample so small that 5 % are fewer than ten rows, shingles of ten or of half the rows are common.
     """
     found: list[np.ndarray] = []
     seen: set[int] = set()
@@ -173,7 +173,7 @@ def _keyed(shingles: np.ndarray, owners: np.ndarray) -> np.ndarray:
 
 
 def _partners(signatures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each row the earlier candidate whose signature is most alike, and the share of values that agree."""
+    """For each row, the earlier candidate with the most similar signature, and the share of equal values."""
     partner, alike = np.zeros(len(signatures), int), np.zeros(len(signatures), np.float32)
     for keys in signatures.view(np.uint64).T:  # one band: four values of 16 bits are one key
         order = np.argsort(keys, kind="stable")

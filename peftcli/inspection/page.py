@@ -1,7 +1,7 @@
-"""An inspection as one HTML page that needs nothing else: no network, no fonts, and no JavaScript to be read.
+"""An inspection as one self-contained HTML page: no network, no fonts, readable without JavaScript.
 
-The page forbids itself whatever it does not hold, by a content security policy with the hashes of its own style and
-script: foreign text that got into it as markup in spite of the escaping would still load and run nothing.
+A content security policy with the hashes of its own style and script forbids everything that is not in the page: even
+if foreign text got into it as markup, despite the escaping, it would load and run nothing.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from peftcli.tasks.shown import Image, Label, Part, Text, TokenText
 _MAX_TOKENS = 4000
 """Of a longer row, the beginning and the end are shown."""
 _MAX_CHARACTERS = 4_000_000
-"""Rows beyond so much HTML are left out, and counted."""
+"""Rows beyond this amount of HTML are left out, and counted."""
 _LEGEND = """In them: <mark>trained, underlined</mark>, <span class="p">prompt</span>,
 <span class="s">special token</span>, and <span class="n">\u23ce</span> for a newline."""
 _HARMLESS = "\u200c\u200d\t"
 """The zero-width joiners are part of ordinary writing."""
 _LABEL, _LINE, _WIDTH = 96, 18, 360
-"""Of the histogram, in its own units: where bars begin, the height of one, and the width of all."""
+"""The histogram's layout, in its own units: the start of bars, the height of one, and the total width."""
 
 
 def write_page(path: Path, inspection: Inspection, rows: Sequence[ShownRow], borders: bool = False) -> None:
-    """Writes the page, whole or not at all.
+    """Write the page, whole or not at all.
 
     Args:
         path: The file.
-        inspection: What was found out.
+        inspection: The inspected data.
         rows: Examples to show.
-        borders: Show where each token ends.
+        borders: Whether to show where each token ends.
 
     Raises:
-        UsageError: the path is none of a page.
+        UsageError: the path does not name a page.
         StorageError: the file cannot be written.
     """
     refuse_name(path)
@@ -52,15 +52,15 @@ def write_page(path: Path, inspection: Inspection, rows: Sequence[ShownRow], bor
 
 
 def refuse_name(path: Path) -> None:
-    """Raises UsageError if ``path`` is none of a page."""
+    """Raise UsageError if ``path`` does not name a page."""
     with saving(path):
         fits = path.suffix.lower() in (".html", ".htm") and (path.is_file() or not path.exists())
     if not fits:
-        raise UsageError("is no name of a page", file=str(path), key="--html", hint="name a file that ends in .html")
+        raise UsageError("does not name a page", file=str(path), key="--html", hint="name a file that ends in .html")
 
 
 def page(inspection: Inspection, rows: Sequence[ShownRow], borders: bool = False) -> str:
-    """The page's text."""
+    """Return the page's text."""
     style, script = (files("peftcli.inspection").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
     named = {f"{row.split}-{row.index}": row for row in rows}
     shown, ids = _rows(named, borders)
@@ -120,7 +120,7 @@ def _measured(inspection: Inspection) -> str:
 
 
 def _rows(rows: dict[str, ShownRow], borders: bool) -> tuple[list[str], dict[str, str]]:
-    """The rows that there is room for, and where on the page the rows of each place are."""
+    """The rows that fit on the page, and the id of the first row of each place."""
     parts: list[str] = []
     ids: dict[str, str] = {}
     size = 0
@@ -242,7 +242,7 @@ def _histogram(counted: list[tuple[str, int]], unit: str) -> str:
             f'<text x="{_LABEL + width + 5:.1f}" y="{y + 13}">{count:,}</text>'
         )
     height = len(counted) * _LINE
-    label = f"{_capital(unit)}, and how many rows have so many"
+    label = f"{_capital(unit)}, and the number of rows of each size"
     return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{label}">{"".join(drawn)}</svg>'
 
 
@@ -251,7 +251,7 @@ def _capital(text: str) -> str:
 
 
 def _visible(text: str) -> str:
-    """Escaped, with newlines marked and everything that could reorder or hide text written out."""
+    """Escape a text, mark its newlines, and write out characters that could reorder or hide text."""
     return _html(text).replace("\n", '<span class="n">\u23ce</span>\n')
 
 

@@ -117,7 +117,7 @@ class Inspection:
         )
 
     def of_findings(self) -> list[ShownRow]:
-        """The rows that findings name, but not those that are left out."""
+        """The rows that findings name, except those that are left out."""
         rows: dict[tuple[str, int], ShownRow] = {}
         for place in dict.fromkeys(place for finding in self.findings for place in finding.rows):
             with suppress(UsageError):
@@ -125,10 +125,10 @@ class Inspection:
         return list(rows.values())
 
     def find(self, place: str) -> list[ShownRow]:
-        """The examples of one row.
+        """Find the examples of one row.
 
         Args:
-            place: As findings name it, ``FILE:LINE`` or ``FILE row N``; or the number of a training example, from 0.
+            place: ``FILE:LINE`` or ``FILE row N``, as findings name it; or the number of a training example, from 0.
 
         Raises:
             UsageError: there is no such row, or it is not used.
@@ -147,7 +147,7 @@ class Inspection:
         raise UsageError(f"no row {place[:200]}", hint=f"The files are: {', '.join(names[:5])}")
 
     def refuse(self) -> None:
-        """Stops where ``peftcli train`` would.
+        """Refuse data that ``peftcli train`` refuses.
 
         Raises:
             DataError: an error that the recipe does not allow.
@@ -182,17 +182,17 @@ class Inspection:
 
 
 def refuse_place(place: str) -> None:
-    """Raises UsageError unless ``place`` has the form of what ``Inspection.find`` finds."""
+    """Raise UsageError unless ``place`` has a form that ``Inspection.find`` accepts."""
     if not _NUMBER.fullmatch(place) and not _PLACE.fullmatch(place):
         raise UsageError(f"{place[:200]!r} is neither the number of an example nor FILE:LINE", key="--row")
 
 
 def inspect(recipe: Recipe, on_event: OnEvent = lambda event: None) -> Inspection:
-    """Reads and encodes a recipe's data as training would, and looks at all of it.
+    """Read and encode a recipe's data as training does, and audit all of it.
 
     Raises:
-        DataError: the data cannot be read, or holds nothing that can be trained.
-        ModelError: the tokenizer cannot be loaded.
+        DataError: the data cannot be read, or contains nothing to train on.
+        ModelError: the base model's processor cannot be loaded.
         NetworkError: the hub cannot be reached.
     """
     on_event(Phase("reading the data"))
@@ -212,7 +212,7 @@ def inspect(recipe: Recipe, on_event: OnEvent = lambda event: None) -> Inspectio
 
 
 def _batches(recipe: Recipe, data: Data, plan: Plan) -> dict[str, Any]:
-    """What a step and an epoch hold, and which share of a batch is no padding, with and without packing."""
+    """The contents of a step and an epoch, and the share of a batch that is not padding, with and without packing."""
     efficiency: dict[str, float | None] = {"padded": None, "packed": None}
     for name, packing in {"padded": False, "packed": True}.items():
         if not packing or isinstance(data.task, Packs):
@@ -302,12 +302,12 @@ def has_text(rows: Sequence[ShownRow]) -> bool:
 
 
 def what_is_wrong(bad: dict[str, Any]) -> str:
-    """What is wrong with a bad row of the audit, and under which key."""
+    """The problem of a bad row in the audit, after its key."""
     return ": ".join(filter(None, [bad["key"], bad["message"]]))
 
 
 def bars(facts: dict[str, Any]) -> list[tuple[str, int]]:
-    """The histogram of row lengths before any cut: a label and a count for each bar."""
+    """The histogram of row sizes before any cut: a label and a count for each bar."""
     histogram = facts["lengths"]["rows"]["histogram"]
     return [
         (f"{start:,} - {end - 1:,}", count)
