@@ -1,4 +1,4 @@
-"""What every test has: no network, no user's cache or token, one thread, and plots without a display."""
+"""What every test has: no network, no user's cache or token, one thread, no display; and grids, see grid.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from grid import mark_slow
 
 # Read when torch, huggingface_hub and matplotlib are first imported, so they are set before any test module is.
 _HF_HOME = tempfile.mkdtemp(prefix="peftcli-tests-")
@@ -41,6 +42,10 @@ def tokenizers() -> Callable[..., Any]:
         return built[key]
 
     return get
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_slow(items)
 
 
 def pytest_unconfigure() -> None:

@@ -22,6 +22,8 @@ from peftcli.core.weights import load_training_state, named_tensors, training_st
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
 
+pytestmark = pytest.mark.grid(keep=4)
+
 
 @pytest.fixture(params=METHODS)
 def method(request: pytest.FixtureRequest) -> str:
@@ -57,6 +59,7 @@ def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.grid(each="method")
 def test_only_the_adapters_weights_get_gradients(method: str, kind: str) -> None:
     model, _ = _adapted(kind, method)
     own = {id(parameter) for _, _, parameter in named_tensors(model).values()}
@@ -73,6 +76,7 @@ def test_a_new_adapter_is_counted_right(method: str, kind: str) -> None:
     assert injection.total == before + injection.trainable
 
 
+@pytest.mark.grid(each="method")
 def test_disabled_is_the_base_model_exactly(method: str, kind: str) -> None:
     model, _ = _adapted(kind, method)
     expected = logits(tiny(kind), batch(kind))
@@ -94,6 +98,7 @@ def test_disabled_comes_back_after_an_error_and_keeps_what_was_off(method: str) 
         assert not any(layer.enabled for layer in adapter_layers(model).values())
 
 
+@pytest.mark.grid(each="method")
 def test_saved_and_loaded_is_the_same(method: str, kind: str, tmp_path: Path) -> None:
     model, config = _adapted(kind, method)
     save_adapter(model, config, tmp_path / "a")
@@ -119,6 +124,7 @@ def test_state_goes_out_and_in_again(method: str, kind: str) -> None:
     assert torch.equal(logits(other, batch(kind)), logits(model, batch(kind)))
 
 
+@pytest.mark.grid(each="method")
 def test_unload_restores_the_base_model(method: str, kind: str) -> None:
     base = tiny(kind)
     model, _ = _adapted(kind, method)
@@ -136,6 +142,7 @@ def test_another_adapter_goes_in_after_unload(method: str, kind: str) -> None:
     assert torch.equal(logits(again, batch(kind)), logits(fresh, batch(kind)))
 
 
+@pytest.mark.grid(each="method")
 def test_merged_equals_unmerged_or_is_refused(method: str, kind: str) -> None:
     model, config = _adapted(kind, method)
     expected = logits(model, batch(kind))
@@ -150,6 +157,7 @@ def test_merged_equals_unmerged_or_is_refused(method: str, kind: str) -> None:
     torch.testing.assert_close(logits(model, batch(kind)), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.grid(each="method")
 def test_a_bf16_base_carries_an_fp32_adapter(method: str, kind: str, tmp_path: Path) -> None:
     model, config = _adapted(kind, method, base=tiny(kind).to(torch.bfloat16))
     assert {value.dtype for _, _, value in named_tensors(model).values()} == {torch.float32}
@@ -163,6 +171,7 @@ def test_a_bf16_base_carries_an_fp32_adapter(method: str, kind: str, tmp_path: P
     assert _distance(logits(model, batch(kind)).float(), logits(exact, batch(kind))) < 0.2
 
 
+@pytest.mark.grid(each="method")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(method: str, kind: str, reentrant: bool) -> None:
     model, _ = _adapted(kind, method)

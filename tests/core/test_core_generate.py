@@ -21,6 +21,8 @@ from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
 from peftcli.methods.prompt_tuning.config import PromptTuningConfig
 
+pytestmark = pytest.mark.grid(each=lambda model: model[0])
+
 N, STEPS = 5, 10
 KINDS = ("llama", "llama_tied", "gpt2", "opt", "qwen2", "gemma3", "bloom")
 MODELS = [
@@ -74,6 +76,7 @@ def _loop(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor, *, cached:
     return tokens
 
 
+@pytest.mark.grid(each="model")
 @pytest.mark.parametrize("cached", [False, True])
 def test_generate_equals_a_greedy_loop(model: nn.Module, cached: bool) -> None:
     tokens, mask = _padded()

@@ -117,6 +117,7 @@ def _head(output: Any) -> torch.Tensor:
     return found
 
 
+@pytest.mark.grid(each="method")
 @pytest.mark.parametrize("method", EVERY)
 @pytest.mark.parametrize("kind", ["bert token", "llama token", "t5 token"])
 def test_logits_of_tokens_line_up_with_their_labels(kind: str, method: str) -> None:
@@ -130,6 +131,7 @@ def test_logits_of_tokens_line_up_with_their_labels(kind: str, method: str) -> N
     assert all(value.grad.abs().sum() > 0 for value in model.parameters() if value.requires_grad)
 
 
+@pytest.mark.grid(each="kind")
 @torch.no_grad()
 @pytest.mark.parametrize("method", EVERY)
 @pytest.mark.parametrize("kind", BUILDERS)
@@ -140,6 +142,7 @@ def test_a_right_padded_row_equals_its_unpadded_run(kind: str, method: str) -> N
     torch.testing.assert_close(together[: len(alone)], alone, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.grid(each="method")
 @torch.no_grad()
 @pytest.mark.parametrize("method", EVERY)
 @pytest.mark.parametrize("kind", ["llama sequence", "llama token"])
@@ -151,6 +154,7 @@ def test_a_left_padded_row_equals_its_unpadded_run(kind: str, method: str) -> No
     torch.testing.assert_close(together[-len(alone) :], alone, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.grid(each="method")
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["bert question", "llama question"])
 @pytest.mark.parametrize("method", EVERY)
@@ -215,6 +219,7 @@ def test_token_types_reach_their_tokens(kind: str, method: str) -> None:
     torch.testing.assert_close(plain, zeros)
 
 
+@pytest.mark.grid(each="method")
 @torch.no_grad()
 @pytest.mark.parametrize("method", EVERY)
 @pytest.mark.parametrize("kind", ["bert token", "llama sequence", "gpt2 sequence"])
@@ -234,6 +239,7 @@ def test_hidden_states_of_a_prefix_are_those_of_the_tokens(method: str) -> None:
     assert {state.shape[1] for state in states} == {9 if method == "prefix_tuning" else 9 + N}
 
 
+@pytest.mark.grid(each="kind")
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", ["llama sequence", "bert token", "gpt2 sequence"])

@@ -55,6 +55,7 @@ def method(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.mark.grid(keep=6)
 def test_all_that_is_wrong_with_a_file_is_one_error(method: str, tmp_path: Path) -> None:
     tensors = load_file(_saved(tmp_path, method) / WEIGHTS)
     names = list(tensors)
@@ -79,6 +80,7 @@ def test_all_that_is_wrong_with_a_file_is_one_error(method: str, tmp_path: Path)
     assert list(model.state_dict()) == list(tiny("llama").state_dict())
 
 
+@pytest.mark.grid(keep=6)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_one_number_that_is_none_is_found(method: str, value: float, tmp_path: Path) -> None:
     tensors = load_file(_saved(tmp_path, method) / WEIGHTS)
@@ -91,6 +93,7 @@ def test_one_number_that_is_none_is_found(method: str, value: float, tmp_path: P
     assert list(model.state_dict()) == list(tiny("llama").state_dict())
 
 
+@pytest.mark.grid(keep=3)
 def test_a_sound_file_of_every_method_loads(method: str, tmp_path: Path) -> None:
     _load(_saved(tmp_path, method))
 

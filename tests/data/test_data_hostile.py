@@ -80,6 +80,7 @@ def test_a_bad_row(tmp_path: Path, case: str) -> None:
     assert message in error.message
 
 
+@pytest.mark.grid(each="case")
 @pytest.mark.parametrize("packed", [".gz", ".zst"])
 @pytest.mark.parametrize("case", ["Latin-1", "a NUL byte", "a key twice", "an object that is cut"])
 def test_a_bad_row_in_a_packed_file(tmp_path: Path, case: str, packed: str) -> None:
@@ -111,6 +112,7 @@ def test_a_bad_row_in_a_list(tmp_path: Path, case: str) -> None:
     assert message in error.message
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5])
 def test_numbers_in_a_list_that_is_read_in_stretches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
@@ -175,6 +177,7 @@ LINES = b"".join(
 ROWS = [json.loads(line) for line in LINES.splitlines()]
 
 
+@pytest.mark.grid(keep=6)
 @pytest.mark.parametrize("cut", [0.002, 0.01, 0.1, 0.5, 0.9, 0.99, -9, -8, -5, -4, -1])
 @pytest.mark.parametrize("packed", [".gz", ".zst"])
 def test_a_packed_file_that_is_cut_off(tmp_path: Path, packed: str, cut: float) -> None:
@@ -187,6 +190,7 @@ def test_a_packed_file_that_is_cut_off(tmp_path: Path, packed: str, cut: float) 
     assert error.line == (len(rows) or None)
 
 
+@pytest.mark.grid(each="garbage")
 @pytest.mark.parametrize("packed", [".gz", ".zst"])
 @pytest.mark.parametrize("garbage", [b"x", b"garbage", b"\xff" * 1000, b'{"n": 1}\n'])
 def test_a_packed_file_with_something_behind_it(tmp_path: Path, packed: str, garbage: bytes) -> None:
@@ -203,6 +207,7 @@ def test_a_packed_file_whose_checksum_is_wrong(tmp_path: Path) -> None:
     assert "the gzip data are damaged: CRC check failed" in error.message
 
 
+@pytest.mark.grid(keep=6)
 @pytest.mark.parametrize("packed", ["", ".gz"])
 @pytest.mark.parametrize("cut", [4, 5, 12, 0.25, 0.5, 0.75, -100, -9, -8, -5, -4, -1])
 def test_a_parquet_file_that_is_cut_off(tmp_path: Path, packed: str, cut: float) -> None:
@@ -489,6 +494,7 @@ def test_content_of_parquet_that_is_no_example(tmp_path: Path, case: str) -> Non
 # --- mutations of good files
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("packed", PACKERS)
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet"])
 def test_mutated_files_give_rows_or_errors(tmp_path: Path, kind: str, packed: str) -> None:

@@ -145,6 +145,7 @@ GOOD = {
 }
 
 
+@pytest.mark.grid(each="case")
 @pytest.mark.parametrize("packed", ["", ".gz"])
 @pytest.mark.parametrize("case", GOOD)
 def test_odd_but_good(tmp_path: Path, case: str, packed: str) -> None:
@@ -187,6 +188,7 @@ def test_rows_across_the_stretches_that_are_read(
     assert values(path) == rows
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("chunk", range(1, 25))
 def test_a_list_can_be_cut_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(text_rows, "CHUNK", chunk)

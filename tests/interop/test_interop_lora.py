@@ -28,6 +28,7 @@ def case(request: pytest.FixtureRequest) -> tuple[str, str, dict[str, Any]]:
     return (request.param, *CASES[request.param])
 
 
+@pytest.mark.grid(keep=16)
 def test_what_we_write_peft_reads(case: tuple[str, str, dict[str, Any]], tmp_path: Path) -> None:
     _, kind, settings = case
     model, config = ours(kind, "lora", **settings)
@@ -46,6 +47,7 @@ def test_what_peft_writes_we_read(case: tuple[str, str, dict[str, Any]], tmp_pat
     torch.testing.assert_close(logits(model, batch(kind)), logits(written, batch(kind)), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.grid(keep=16)
 def test_names_shapes_and_counts_are_pefts(case: tuple[str, str, dict[str, Any]]) -> None:
     _, kind, settings = case
     model, _ = ours(kind, "lora", **settings)

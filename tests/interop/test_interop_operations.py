@@ -258,6 +258,7 @@ def test_interop_3_4_weighted_adapters_err_as_pefts_and_by_default_not_at_all(
     assert 0.05 < off["peft"]["svd"] < off["peft"]["linear"]
 
 
+@pytest.mark.grid(each="way")
 @pytest.mark.parametrize("weights", [[0.5, 0.5], [0.7, 0.3], [1.0, -0.5]])
 @pytest.mark.parametrize("way", COMBINATIONS)
 def test_every_way_to_combine_gives_pefts_updates(

@@ -157,6 +157,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     return method, kind, {**SETTINGS.get(method, {}), **settings}
 
 
+@pytest.mark.grid(each=lambda case: CASES[case][0])
 def test_what_we_write_peft_reads(case: Case, tmp_path: Path) -> None:
     kind = case[1]
     model, folder = written_by_us(case, tmp_path)
@@ -170,6 +171,7 @@ def test_what_peft_writes_we_read(case: Case, tmp_path: Path) -> None:
     same_logits(kind, loaded_here(kind, saved_by_peft(written, tmp_path)), written)
 
 
+@pytest.mark.grid(each=lambda case: CASES[case][0])
 def test_names_shapes_dtypes_and_counts_are_pefts(case: Case, tmp_path: Path) -> None:
     method, kind, settings = case
     model, folder = written_by_us(case, tmp_path / "ours")

@@ -57,6 +57,7 @@ def _adapted(model: nn.Module, **settings: Any) -> tuple[Any, LoraConfig]:
     return model.eval(), config
 
 
+@pytest.mark.grid(each="name")
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize("settings", [{}, {"lora_bias": True}, {"use_dora": True}])
 def test_a_convolution_merges_into_its_weight(name: str, settings: dict[str, Any]) -> None:
@@ -126,6 +127,7 @@ ATTENTION: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.grid(keep=8)
 @pytest.mark.parametrize("inputs", ATTENTION.values(), ids=ATTENTION)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("build", [{}, {"bias": False}, {"batch_first": True}, {"add_bias_kv": True}])
@@ -235,6 +237,7 @@ def test_each_expert_has_a_pair_of_its_own(name: str) -> None:
         torch.testing.assert_close(first.with_delta(parameter, weight)[expert], expected)
 
 
+@pytest.mark.grid(each="name")
 @pytest.mark.parametrize("name", EXPERTS)
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_experts_are_merged_right(name: str, implementation: str) -> None:

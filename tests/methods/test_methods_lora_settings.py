@@ -50,6 +50,7 @@ def test_merged_it_computes_the_same(case: tuple[str, dict[str, Any]]) -> None:
     assert len({value.data_ptr() for value in merged}) == len(merged)
 
 
+@pytest.mark.grid(keep=4)
 def test_a_copy_is_a_model_of_its_own(case: tuple[str, dict[str, Any]]) -> None:
     kind, settings = case
     model, _ = ours(kind, "lora", **settings)
@@ -78,6 +79,7 @@ def _gradients(model: nn.Module, kind: str) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, (_, _, parameter) in named_tensors(model).items()}
 
 
+@pytest.mark.grid(each="name")
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", ["experts", "replicated", "tokens-llama_tied", "dora-gpt2", "tied-head", "lora-bias"])
 def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: bool) -> None:
@@ -91,6 +93,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: b
         torch.testing.assert_close(gradient, expected[tensor], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.grid(keep=8)
 def test_a_bf16_base_carries_an_fp32_adapter(case: tuple[str, dict[str, Any]]) -> None:
     kind, settings = case
     exact, _ = ours(kind, "lora", **settings)

@@ -70,6 +70,7 @@ def test_the_frozen_file_has_every_pair_and_no_other() -> None:
     assert [(template, shape) for template, row in mask_matrix.frozen().items() for shape in row] == PAIRS
 
 
+@pytest.mark.grid(each="template")
 @pytest.mark.parametrize(("template", "shape"), FOUND)
 def test_answers(template: str, shape: str) -> None:
     text, spans = FOUND[template, shape]
@@ -83,6 +84,7 @@ def test_answers(template: str, shape: str) -> None:
         assert label_spans(tokenizer, encoded.input_ids, encoded.labels, text) == joined(spans)
 
 
+@pytest.mark.grid(each="template")
 @pytest.mark.parametrize(("template", "shape"), REFUSED)
 def test_refused(template: str, shape: str) -> None:
     with pytest.raises(DataError) as caught:
@@ -106,6 +108,7 @@ def test_what_was_learnt_from_one_conversation_holds_for_the_next(template: str)
 SEVERAL = ("multi", "tool_text_steps", "answer_twice", "typed", "thinking", "edges")
 
 
+@pytest.mark.grid(each="template")
 @pytest.mark.parametrize(("template", "shape"), [pair for pair in FOUND if pair[1] in SEVERAL])
 def test_which_turns_are_trained(template: str, shape: str) -> None:
     text, spans = FOUND[template, shape]
@@ -122,6 +125,7 @@ def test_which_turns_are_trained(template: str, shape: str) -> None:
     assert plan(template, shape, "answers", *answers).spans == ()
 
 
+@pytest.mark.grid(each="template")
 @pytest.mark.parametrize(("template", "shape"), FOUND)
 def test_a_template_with_generation_tags(template: str, shape: str) -> None:
     """It is masked as without them, and as transformers does by the tags."""
