@@ -98,14 +98,14 @@ def read_info(folder: Path) -> dict[str, Any]:
     run = read_run(folder)
     config = read_config(folder) if os.path.lexists(folder / CONFIG_FILE) else {}
     recipe = _part(run, "recipe")
-    recipe.setdefault("task", _task_of(config.get("task_type")))
+    recipe["task"] = _task_name(recipe.get("task")) or _task_of(config.get("task_type"))
     recipe.setdefault("method", {"type": str(config.get("peft_type", "")).lower(), **config})
     base = {"name": config.get("base_model_name_or_path"), **_part(run, "base_model")}
     return {**run, "recipe": recipe, "base_model": base}
 
 
 def render_card(
-    info: Mapping[str, Any], *, adapter: str = _SOMEWHERE, plot: bool = False, tokenizer: bool = False
+    info: Mapping[str, Any], *, adapter: str = _SOMEWHERE, plot: bool = False, processor: bool = False
 ) -> str:
     """The card's text.
 
@@ -113,7 +113,7 @@ def render_card(
         info: The content of run.json, of which any part may be missing.
         adapter: Hub id or folder that the examples load.
         plot: Whether loss.png stands beside the card.
-        tokenizer: Whether a tokenizer does.
+        processor: Whether a tokenizer or another processor does.
     """
     recipe, method = _part(info, "recipe"), _part(info, "recipe", "method")
     kind = str(method.pop("type", ""))
@@ -123,8 +123,8 @@ def render_card(
     sections = [
         _front_matter(kind, use, base),
         _summary(kind, task, base, info),
-        _usage(kind, use, adapter, _loading(info, base, adapter, tokenizer)),
-        _tokenizer_note(_part(recipe, "base_model")) if tokenizer else "",
+        _usage(kind, use, adapter, _loading(info, use, base, adapter, processor)),
+        _processor_note(use, _part(recipe, "base_model")) if processor else "",
         _table("Training data", ("split", "count", "value"), _data_rows(info)),
         _table("Settings", ("setting", "value"), _setting_rows(method, recipe, info)),
         _table("Results", ("metric", "first evaluation", "this adapter"), _result_rows(info)),
@@ -161,8 +161,8 @@ def _summary(kind: str, task: str, base: str, info: Mapping[str, Any]) -> str:
 
 def _usage(kind: str, use: TaskRow | None, adapter: str, loading: list[str]) -> str:
     text = "## How to use it\n\n"
-    if use and use.pipeline_tag == "text-generation":
-        text += f'With peftcli, on the command line:\n\n```bash\npeftcli generate {adapter} --prompt "Hello"\n```\n\n'
+    if use:
+        text += f"With peftcli, on the command line:\n\n```bash\n{use.command(adapter)}\n```\n\n"
     if kind in METHODS and not METHODS[kind].peft_generates:
         text += (
             "With peftcli in Python. Some releases of PEFT repeat the virtual tokens at each generated token when they"
@@ -172,21 +172,33 @@ def _usage(kind: str, use: TaskRow | None, adapter: str, loading: list[str]) -> 
     return text + "With PEFT and transformers, in Python:\n\n" + _python("peft", use, adapter, loading)
 
 
-def _loading(info: Mapping[str, Any], base: str, adapter: str, own: bool) -> list[str]:
-    """Lines of Python that load the tokenizer, and tell a loaded model where its answers end if it does not know."""
+def _loading(info: Mapping[str, Any], use: TaskRow | None, base: str, adapter: str, own: bool) -> list[str]:
+    """Lines of Python that load the processor, and tell a loaded model where its answers end if it does not know."""
     name = base if base and not is_local(base) else "path/to/the/base/model"
-    lines = [f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(adapter if own else name)})"]
+    kind = _processor(use)
+    lines = [f"{kind} = {_processor_class(kind)}.from_pretrained({json.dumps(adapter if own else name)})"]
     if stops := info.get("eos_token_id"):
         lines.append(f"model.generation_config.eos_token_id = {json.dumps(stops)}  # what its answers end with")
     return lines
 
 
-def _tokenizer_note(settings: Mapping[str, Any]) -> str:
-    """What is in the adapter's own tokenizer that the base model's lacks."""
+def _processor(use: TaskRow | None) -> str:
+    """The kind of processor that makes the inputs."""
+    return use.processor if use and use.processor else "tokenizer"
+
+
+def _processor_class(kind: str) -> str:
+    """The class of transformers: AutoTokenizer, AutoImageProcessor, ..."""
+    return "Auto" + kind.title().replace("_", "")
+
+
+def _processor_note(use: TaskRow | None, settings: Mapping[str, Any]) -> str:
+    """What is in the adapter's own processor that the base model's lacks."""
     tokens = settings.get("new_tokens")
     new = ", ".join(_code(str(token)) for token in tokens) if isinstance(tokens, list) else ""
     parts = [f"the special tokens {new}"] * bool(new) + ["the chat template"] * bool(settings.get("chat_template"))
-    text = "The tokenizer is the adapter's own" + (f": it has {' and '.join(parts)} of its training." if parts else ".")
+    what = _processor(use).replace("_", " ")
+    text = f"The {what} is the adapter's own" + (f": it has {' and '.join(parts)} of its training." if parts else ".")
     if new:
         text += (
             " The `AutoPeftModel` classes give the base model rows for the new tokens where it has none;"
@@ -201,7 +213,7 @@ def _python(library: str, use: TaskRow | None, adapter: str, loading: list[str])
     auto_class = use.peft_class if use else "AutoPeftModel"
     lines = [
         f"from {library} import {auto_class}",
-        "from transformers import AutoTokenizer",
+        f"from transformers import {_processor_class(_processor(use))}",
         "",
         f"model = {auto_class}.from_pretrained({json.dumps(adapter)})",
         *loading,
@@ -329,6 +341,11 @@ def _read_card(path: Path) -> str:
     return content.decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
 
 
+def _task_name(task: object) -> object:
+    """The name of a recipe's task, which may be given with settings."""
+    return task.get("type") if isinstance(task, Mapping) else task
+
+
 def _part(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """The object that stands there in run.json; empty where there is none."""
     found: Any = values
@@ -339,4 +356,6 @@ def _part(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 def _beside(folder: Path) -> dict[str, Any]:
     """What of the things that a card speaks of is in the folder."""
-    return {"plot": (folder / "loss.png").is_file(), "tokenizer": (folder / "tokenizer_config.json").is_file()}
+    processors = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+    own = any((folder / name).is_file() for name in processors)
+    return {"plot": (folder / "loss.png").is_file(), "processor": own}

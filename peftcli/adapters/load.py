@@ -139,7 +139,6 @@ class AdapterSource:
         recorded = self.record.get("recipe")
         recorded = recorded.get("task") if isinstance(recorded, dict) else None
         recorded = recorded.get("type") if isinstance(recorded, dict) else recorded
-        recorded = recorded.get("type") if isinstance(recorded, dict) else recorded
         if isinstance(recorded, str) and recorded in TASKS:
             return recorded
         known = [name for name, row in TASKS.items() if row.task_type and row.task_type == self.config.task_type]

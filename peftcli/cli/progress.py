@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from peftcli.cli import console
+from peftcli.tasks import TASKS
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -26,7 +27,7 @@ class Progress:
         self.quiet = quiet
         self.trained = False
         self.total = 0
-        self.tokens = 0
+        self.size, self.unit = 0, "tokens"
         self.started = time.perf_counter()
         self.first_step = 0
         self.bar: RichProgress | None = None
@@ -75,6 +76,7 @@ class Progress:
         parameters, data = run["parameters"], run["data"]
         share = 100 * parameters["trainable"] / parameters["all"]
         console.log(f"training {parameters['trainable']:,} of {parameters['all']:,} parameters ({share:.2f} %)")
+        self.unit = data.get("unit", self.unit)
         left_out = sum(data["dropped"].values()) + data["skipped"]
         lost = f" ({data['targets_cut']:,} targets lost)" if data["targets_cut"] else ""
         split = f", {data['split']} split" if data["split"] else ""
@@ -82,11 +84,11 @@ class Progress:
             f" ({data['pieces_left_out']} without the pieces that have no targets)" if data["pieces_left_out"] else ""
         )
         console.log(
-            f"on {data['examples']:,} examples: {data['tokens']:,} tokens, {data['targets']:,} of them targets; "
+            f"on {data['examples']:,} examples: {data['tokens']:,} {self.unit}, {data['targets']:,} of them targets; "
             f"{left_out} left out, {data['truncated']} truncated{lost}{split}"
         )
         if data["packing"]:
-            console.log(f"packed: {1 - data['efficiency']:.1%} of the tokens of a batch are padding")
+            console.log(f"packed: {1 - data['efficiency']:.1%} of the {self.unit} of a batch are padding")
         where = f"{run['processes']} x {run['device']}" if run["processes"] > 1 else run["device"]
         begin = f"resuming after step {event.start_step}" if event.start_step else "from the start"
         console.log(f"{event.total_steps} steps on {where}, {begin}")
@@ -112,10 +114,10 @@ class Progress:
 
     def _show_stepped(self, event: Any) -> None:
         result = event.result
-        self.tokens += result.num_tokens
+        self.size += result.num_tokens
         elapsed = time.perf_counter() - self.started
-        rate = self.tokens / elapsed
-        state = f"loss {event.mean_loss:.4f}  lr {result.learning_rate:.1e}  {rate:,.0f} tokens/s"
+        rate = self.size / elapsed
+        state = f"loss {event.mean_loss:.4f}  lr {result.learning_rate:.1e}  {rate:,.0f} {self.unit}/s"
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=result.step, state=state)
         elif event.logged:
@@ -151,7 +153,8 @@ def summary(run: dict[str, Any]) -> str:
         lines.append(f"  gate        {gate['metric']} {gate['gate']}: {'passed' if gate['passed'] else 'FAILED'}")
     lines.append(f"  adapter     {folder} ({parameters['trainable']:,} parameters, {share:.2f} %; {size / 1e6:.1f} MB)")
     quoted = shlex.quote(folder)
-    lines += ["next:", f"  peftcli generate {quoted} --prompt '...'"]
+    task = run.get("task", {}).get("type") or run["recipe"]["task"]  # of older runs
+    lines += ["next:", f"  {TASKS[task].command(quoted)}"]
     if run["mergeable"]:
         lines.append(f"  peftcli merge {quoted} --output {shlex.quote(folder.rstrip('/') + '-merged')}")
     base = " --base-model-id USER/BASE" if run["identity"]["base_model"] else ""  # a folder, which the hub cannot know
@@ -162,8 +165,9 @@ def summary(run: dict[str, Any]) -> str:
 def _pace(run: dict[str, Any]) -> str:
     if not run.get("tokens_per_second"):
         return ""
+    unit = run["data"].get("unit", "tokens")
     peak = max(run["peak_memory_bytes"].values()) / 2**30
-    return f" in {_clock(run['wall_seconds'])}, {run['tokens_per_second']:,.0f} tokens/s, peak memory {peak:.1f} GiB"
+    return f" in {_clock(run['wall_seconds'])}, {run['tokens_per_second']:,.0f} {unit}/s, peak memory {peak:.1f} GiB"
 
 
 def _clock(seconds: float) -> str:

@@ -1,1 +1,1 @@
-"""Rows of a dataset -> examples -> token ids and labels -> padded batches."""
+"""Rows of a dataset -> examples in a store. Knows no task."""

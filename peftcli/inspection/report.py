@@ -26,7 +26,7 @@ from peftcli.system.secrets import spans
 from peftcli.tasks import open_task
 from peftcli.tasks.base import Packs, Shows
 from peftcli.tasks.shown import Part, Shown, Text, TokenText
-from peftcli.train.data import Data, load_data, plan_of
+from peftcli.train.data import Data, load_data, plan_of, with_task
 from peftcli.train.launch import total_processes
 from peftcli.train.plan import Plan
 from peftcli.train.report import OnEvent, Phase, RowsRead, Warned
@@ -196,6 +196,7 @@ def inspect(recipe: Recipe, on_event: OnEvent = lambda event: None) -> Inspectio
         NetworkError: the hub cannot be reached.
     """
     on_event(Phase("reading the data"))
+    recipe = with_task(recipe, lambda text: on_event(Warned(text)))
     task = open_task(recipe, open_base(recipe.base_model))
     data = load_data(
         recipe,

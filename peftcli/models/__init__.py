@@ -1,1 +1,1 @@
-"""The transformers boundary: base models, tokenizers, model cards."""
+"""The transformers boundary: base models, processors, model cards."""

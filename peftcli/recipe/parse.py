@@ -383,9 +383,9 @@ def _advice(name: str, known: dict[str, Setting], path: str, kind: str | None) -
     elsewhere = _everywhere()
     if found := elsewhere.get(name):
         section = found.rpartition(".")[0]
-        if kind and section == path:
-            table, settings_of = (METHODS, method_settings) if path == "method" else (TASKS, task_settings)
-            owners = [other for other in table if name in settings_of(other)]
+        table, settings_of = (METHODS, method_settings) if path == "method" else (TASKS, task_settings)
+        owners = [other for other in table if name in settings_of(other)]
+        if kind and owners and section in (path, "dataset"):
             more = f" and {len(owners) - 4} other {path}s" if len(owners) > 4 else ""
             return f"not a setting of {kind}, but of {', '.join(owners[:4])}{more}", None
         return f"belongs {f'in the section {section}' if section else 'at the top level'}", found

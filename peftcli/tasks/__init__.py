@@ -42,7 +42,13 @@ class TaskRow:
     @property
     def peft_class(self) -> str:
         """PEFT's class that loads base model and adapter."""
-        return f"AutoPeft{self.auto_class.removeprefix('Auto')}"
+        return "AutoPeftModel" if self.task_type is None else f"AutoPeft{self.auto_class.removeprefix('Auto')}"
+
+    def command(self, adapter: str) -> str:
+        """A command line that uses an adapter of the task once."""
+        if self.pipeline_tag == "text-generation":
+            return f'peftcli generate {adapter} --prompt "Hello"'
+        return f"peftcli predict {adapter} " + ('"Hello"' if self.processor == "tokenizer" else "FILE")
 
     @property
     def packs(self) -> bool:

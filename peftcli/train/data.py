@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
 
@@ -15,12 +15,14 @@ from peftcli.data.prepare import OnRows, prepare
 from peftcli.data.rows import Row, Table
 from peftcli.data.sources import eval_source, held_out, open_source
 from peftcli.data.store import BAD, USED, Part, Store, View
-from peftcli.errors import DataError
+from peftcli.errors import DataError, UsageError
 from peftcli.models.open import open_base
+from peftcli.recipe.data_checks import check_task
 from peftcli.schema import Recipe, Source
 from peftcli.system import date
 from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import Scans, Task, encoding
+from peftcli.tasks.found import find_task
 from peftcli.train.plan import Plan
 from peftcli.train.report import OnEvent, Phase, RowsRead, Warned
 
@@ -136,6 +138,32 @@ def load_data(
     return Data(task, train, evaluation, report, findings, notes)
 
 
+def with_task(recipe: Recipe, on_note: Callable[[str], None] = lambda text: None) -> Recipe:
+    """The recipe with its task, which is found from base model and data where the recipe leaves it out.
+
+    Args:
+        recipe: Names the base model and the data.
+        on_note: Receives which task was found, and from what.
+
+    Raises:
+        UsageError: not one task fits, or the one that fits lacks a setting that the recipe gives.
+        DataError: the training data cannot be read.
+        ModelError: the base model's config cannot be read.
+    """
+    if recipe.task is not None:
+        return recipe
+    table, _ = _table(recipe.dataset.sources()[0])
+    name, reason = find_task(open_base(recipe.base_model).config, {*table.columns, *table.source.columns})
+    on_note(f"task: {name}, found from {reason}")
+    found = replace(recipe, task={"type": name})
+
+    def refuse_setting(keys: Sequence[str], message: str, suggestion: str | None = None) -> None:
+        raise UsageError(message, key=keys[0])
+
+    check_task(found, refuse_setting)
+    return found
+
+
 def prepare_data(recipe: Recipe, as_on: str | None, on_event: OnEvent) -> None:
     """Encode the recipe's data into the cache, before processes are started that would wait for it.
 
@@ -147,6 +175,7 @@ def prepare_data(recipe: Recipe, as_on: str | None, on_event: OnEvent) -> None:
     Raises:
         DataError: a row that cannot be used, or data that would be trained wrongly.
     """
+    recipe = with_task(recipe, lambda text: on_event(Warned(text)))
     on_event(Phase("reading the data"))
     with date.fixed_date(as_on):
         data = load_data(

@@ -14,7 +14,7 @@ from peftcli.recipe import to_dict
 from peftcli.schema import Launch, Recipe
 from peftcli.tasks import open_task
 from peftcli.tasks.base import FitsModel
-from peftcli.train.data import load_data
+from peftcli.train.data import load_data, with_task
 from peftcli.train.evaluate import evaluate
 from peftcli.train.finish import check_gates
 from peftcli.train.report import peak_memory_bytes, versions
@@ -38,6 +38,7 @@ def measure(
         AdapterError: the adapter does not fit the recipe's base model.
     """
     started = time.perf_counter()
+    recipe = with_task(recipe, on_warning)
     accelerator = start_accelerator(replace(recipe, launch=Launch()))  # one process measures
     data = load_data(recipe, open_task(recipe, open_base(recipe.base_model)), only_eval=True, on_note=on_warning)
     task = data.task

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from peftcli.core.heads import head_names
 from peftcli.core.inject import inject
 from peftcli.data.findings import refuse
 from peftcli.errors import HubError, Interrupted, NetworkError, PeftcliError, Problem, RecipeError
@@ -14,7 +15,7 @@ from peftcli.recipe import method_config
 from peftcli.schema import Recipe
 from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import FitsModel
-from peftcli.train.data import load_data, plan_of
+from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.launch import total_processes
 
 T = TypeVar("T")
@@ -70,6 +71,11 @@ def deep_check(recipe: Recipe) -> Found:
     base = attempt("base_model", lambda: open_base(recipe.base_model))
     if base is None:
         return found
+    notes: list[str] = []
+    named = attempt("task", lambda: with_task(recipe, notes.append))
+    if named is None:
+        return found
+    recipe = named
     task = attempt("base_model", lambda: open_task(recipe, base))
     options: dict[str, Any] = {}
     if task is not None:
@@ -81,7 +87,7 @@ def deep_check(recipe: Recipe) -> Found:
             found.would |= {
                 "data": data.report,
                 "steps": plan.total_steps,
-                "warnings": data.warnings + plan.repeated(data.names),
+                "warnings": notes + data.warnings + plan.repeated(data.names),
             }
         attempt("method", lambda: config.prepare(lambda name: (open_base(base_of(name)) if name else base).processor()))
     attempt("base_model", lambda: base.quantization)
@@ -89,7 +95,10 @@ def deep_check(recipe: Recipe) -> Found:
     if model is not None:
         if isinstance(task, FitsModel):
             attempt("method", lambda: task.fit_model(model, config))
-        injection = attempt("method", lambda: inject(model, config))
+        config.task_type = row_of(recipe).task_type
+        heads = head_names(model) if options else []  # taken to be new
+        new = [name for name, _ in model.named_parameters() if any(name.startswith(f"{head}.") for head in heads)]
+        injection = attempt("method", lambda: inject(model, config, initialised=new))
         if injection is not None:
             found.would["parameters"] = {"trainable": injection.trainable, "all": injection.total}
     return found

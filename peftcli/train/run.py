@@ -29,12 +29,12 @@ from peftcli.system.signals import STARTED, handled
 from peftcli.tasks import described, open_task
 from peftcli.tasks.base import Limits
 from peftcli.train.attention import takes_one_row
-from peftcli.train.data import load_data, plan_of
+from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.finish import finish
 from peftcli.train.launch import report_training
 from peftcli.train.loop import PreparedModel
 from peftcli.train.packing_check import start_packing
-from peftcli.train.report import OnEvent, Phase, Ready, RowsRead, peak_memory_bytes
+from peftcli.train.report import OnEvent, Phase, Ready, RowsRead, Warned, peak_memory_bytes
 from peftcli.train.runs.checkpoint import Progress, State, load_checkpoint, set_newer_aside
 from peftcli.train.runs.identity import Change
 from peftcli.train.runs.record import (
@@ -83,6 +83,7 @@ def train(
             stop.deadline = STARTED + seconds(training.max_time)
         accelerator = start_accelerator(recipe)
         tell: OnEvent = on_event if accelerator.is_main_process else lambda event: None
+        recipe = with_task(recipe, lambda text: tell(Warned(text)))
         with open_run(recipe, options, accelerator, stop, tell) as run:
             if run.record.status != "complete":
                 stop.saved = run.record.resumable
@@ -166,7 +167,7 @@ def _refuse_other_content(run: Run, content: list[str]) -> None:
     """Refuse rows whose encoding differs from the one that the run began with, or between processes.
 
     Raises:
-        UsageError: another tokenizer, chat template or version of transformers gave other tokens.
+        UsageError: another processor or another version of transformers gave other examples.
         DataError: the data changed while the processes read it.
     """
     before = run.record.data.content if run.record.attempts else content

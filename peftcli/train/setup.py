@@ -108,7 +108,7 @@ def adapted_model(recipe: Recipe, config: AdapterConfig, task: Task[Any]) -> tup
     config.task_type = row_of(recipe).task_type
     config.base_model_name_or_path, config.revision = base.name, base.revision
     config.prepare(lambda name: open_base(base_of(name)).processor() if name else task.base.processor())
-    injection = inject(model, config)
+    injection = inject(model, config, initialised=loaded.initialised)
     if needs_base_weights(config):
         start_from_base(model, config, BaseWeights(base, getattr(model, "base_model_prefix", "")))
     if recipe.training.gradient_checkpointing:

@@ -275,7 +275,7 @@ NEW: dict[str, Any] = {
 
 
 def test_the_adapters_own_tokenizer_is_the_one_to_load() -> None:
-    card = render_card(NEW, adapter="me/mine", tokenizer=True)
+    card = render_card(NEW, adapter="me/mine", processor=True)
     block = python_blocks(card)[0]
     ast.parse(block)
     assert 'tokenizer = AutoTokenizer.from_pretrained("me/mine")' in block
@@ -291,15 +291,15 @@ def test_the_adapters_own_tokenizer_is_the_one_to_load() -> None:
 
 def test_a_tokenizer_that_only_has_another_template() -> None:
     base = {"name": "acme/tiny-base", "chat_template": "chatml", "new_tokens": []}
-    card = render_card({**NEW, "recipe": {**RUN["recipe"], "base_model": base}}, tokenizer=True)
+    card = render_card({**NEW, "recipe": {**RUN["recipe"], "base_model": base}}, processor=True)
     assert "The tokenizer is the adapter's own: it has the chat template of its training." in card
     assert "resize_token_embeddings" not in card
-    assert "The tokenizer is the adapter's own.\n" in render_card(RUN, tokenizer=True)
+    assert "The tokenizer is the adapter's own.\n" in render_card(RUN, processor=True)
 
 
 def test_a_model_is_told_where_answers_end_if_it_does_not_know() -> None:
     line = "model.generation_config.eos_token_id = [0, 302]"
-    for card in (render_card(NEW), render_card(NEW, tokenizer=True)):
+    for card in (render_card(NEW), render_card(NEW, processor=True)):
         block = python_blocks(card)[0]
         ast.parse(block)
         assert block.index("from_pretrained") < block.index(line) < block.index(".generate(")
@@ -311,7 +311,7 @@ def test_the_folder_says_whether_it_holds_a_tokenizer(tmp_path: Path) -> None:
     assert "own" not in write_card(folder).read_text()
     (folder / "tokenizer_config.json").write_text("{}")
     assert "The tokenizer is the adapter's own" in write_card(folder).read_text()
-    assert for_hub(folder, "me/mine") == render_card(NEW, adapter="me/mine", tokenizer=True)
+    assert for_hub(folder, "me/mine") == render_card(NEW, adapter="me/mine", processor=True)
 
 
 BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -7,6 +7,7 @@ import operator
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from examplekit import COLUMNS, Ids, outcome, plain
 
 from peftcli.data import store as store_module
 from peftcli.data.rows import Place
-from peftcli.data.store import BAD, USED, Column, Outcome, Part, Store, View, Writer
+from peftcli.data.store import BAD, USED, Column, Example, Outcome, Part, Store, View, Writer
 from peftcli.errors import DataError, StorageError
 
 Write = Callable[..., Store]
@@ -258,3 +259,100 @@ def test_another_process_gets_names_not_contents(write: Write, monkeypatch: pyte
     assert list(map(plain, sent)) == list(map(plain, view))
     assert sent.parts[0].store is sent.parts[1].store
     assert (sent.sizes.tolist(), sent.targets.tolist()) == (view.sizes.tolist(), view.targets.tolist())
+
+
+# --- typed columns ----------------------------------------------------------------------------------------------------
+
+COLUMNS_OF_KINDS = {
+    "ids": Column(),
+    "class": Column("int64", ()),
+    "score": Column("float32", ()),
+    "box": Column("int16", (4,)),
+    "frames": Column("float32", (None, 3)),
+    "grid": Column("uint8", (None, None, 2)),
+    "kept": Column("bool", ()),
+    "path": Column("str", ()),
+    "file": Column("bytes", ()),
+}
+
+
+def arrays(size: int) -> dict[str, Any]:
+    return {
+        "ids": list(range(size)),
+        "class": size,
+        "score": size / 2,
+        "box": [size, -1, 0, 32767],
+        "frames": np.arange(3.0 * size).reshape(size, 3),
+        "grid": np.full((size, size + 1, 2), size),
+        "kept": size % 2 == 0,
+        "path": f"pictures/{size}-ü.png",
+        "file": bytes(range(size)),
+    }
+
+
+def test_columns_of_every_kind_are_read_as_they_were_written(tmp_path: Path) -> None:
+    sizes = [3, 0, 5, 1]
+    with Writer(tmp_path, COLUMNS_OF_KINDS) as writer:
+        for number, size in enumerate(sizes, start=1):
+            writer.add([Place("a", number)], [Outcome([Example(arrays(size), size, 1)])])
+        writer.finish()
+    store = Store(tmp_path)
+    assert store.columns == COLUMNS_OF_KINDS
+    assert store.sizes.tolist() == sizes
+    for size, found in zip(sizes, store, strict=True):
+        for name, wanted in arrays(size).items():
+            value = found.arrays[name]
+            if isinstance(wanted, (str, bytes)):
+                assert value == wanted
+            else:
+                assert value.dtype == np.dtype(COLUMNS_OF_KINDS[name].dtype)
+                assert value.shape == np.shape(wanted)
+                assert np.array_equal(value, np.asarray(wanted).astype(value.dtype))
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        (Column("int32", ()), 1.7),
+        (Column("int32", ()), float("nan")),
+        (Column("int32", ()), 2**31),
+        (Column("int32", ()), 2**80),
+        (Column("uint8", ()), -1),
+        (Column("int32", ()), None),
+        (Column("int32", ()), "7"),
+        (Column("int32", ()), [7]),
+        (Column("int32"), 7),
+        (Column("int32"), [1, None]),
+        (Column("int32"), [[1], [2]]),
+        (Column("int32"), [1.5]),
+        (Column("float32", ()), 1e39),
+        (Column("float32", (None, 3)), np.zeros((2, 4))),
+        (Column("bool", ()), 2),
+        (Column("str", ()), b"a"),
+        (Column("bytes", ()), "a"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused_with_its_row(tmp_path: Path, column: Column, value: Any) -> None:
+    with (
+        Writer(tmp_path, {"x": column}) as writer,
+        pytest.raises(DataError, match="does not fit the column 'x'") as caught,
+    ):
+        writer.add([Place("a.jsonl", 7, 9)], [Outcome([Example({"x": value}, 1, 1)])])
+    assert (caught.value.file, caught.value.line) == ("a.jsonl", 9)
+
+
+def test_a_value_that_fits_exactly_is_taken(tmp_path: Path) -> None:
+    assert Column("int32", ()).fit(3.0) == 3
+    assert Column("float32", ()).fit(float("inf")) == np.inf
+    assert np.isnan(Column("float32", ()).fit(float("nan")))
+    assert Column("uint8").fit([]).tolist() == []
+
+
+def test_the_content_of_token_ids_is_that_of_layout_1(write: Write) -> None:
+    """A run that began before goes on: its hash over what it is trained on has not changed."""
+    listed = json.loads((write(MIXED).folder / "MANIFEST.json").read_bytes())["files"]
+    assert {"features.bin", "input_ids.ids.bin", "input_ids.ends.bin", "labels.ids.bin", "labels.ends.bin"} <= set(
+        listed
+    )
+    assert listed["input_ids.ids.bin"]["bytes"] == 4 * 9
+    assert listed["features.bin"]["bytes"] == 12 * 4

@@ -315,7 +315,7 @@ class RunRecord:
     day: Annotated[str, Keywords(format="date")]
     """The day on which the run began. Chat templates write this day, however often the run is resumed."""
     task: dict[str, Any] = ABSENT
-    """The task: its type and its settings, with those that only the data says, as the names of labels."""
+    """The task: its type and its settings, with those that only the data says, as the names of classes."""
     data: DataRecord = LATER
     """What was read and trained on."""
     parameters: ParametersRecord = LATER

@@ -1,0 +1,66 @@
+"""The task of a recipe that names none: found from the base model's architecture and the columns of its data."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from peftcli.errors import UsageError
+from peftcli.tasks import TASKS, TaskRow
+
+
+def find_task(config: Any, columns: Collection[str]) -> tuple[str, str]:
+    """Find the one task that fits the base model and the data.
+
+    A task whose columns are part of another fitting task's is left out: rows of text and label are for classification,
+    though text alone would be enough for a language model.
+
+    Args:
+        config: The base model's, of transformers.
+        columns: Those of the training rows, and the names that ``dataset.columns`` gives them.
+
+    Returns:
+        The task's name and what it was found from.
+
+    Raises:
+        UsageError: no task fits, or several do.
+    """
+    architecture = (config.architectures or [type(config).__name__])[0]
+    classes = {name: _classes(row, config) for name, row in TASKS.items()}
+    by_model = [name for name, known in classes.items() if architecture in known] or [
+        name for name, known in classes.items() if known
+    ]
+    matches = {name: match for name, row in TASKS.items() if (match := _match(row, columns))}
+    by_columns = [name for name, match in matches.items() if not any(match < other for other in matches.values())]
+    fitting = [name for name in by_model if name in by_columns]
+    if len(fitting) == 1:
+        return fitting[0], f"{architecture} and the columns {', '.join(sorted(matches[fitting[0]]))}"
+    candidates = fitting or list(dict.fromkeys([*by_model, *by_columns]))
+    facts = f"{architecture} ({_listed(by_model)}) and the columns {_listed(columns)} ({_listed(by_columns)})"
+    raise UsageError(
+        f"{'is left out, and ' if fitting else 'is left out, and no one task fits '}"
+        + (f"several tasks fit {facts}" if fitting else facts),
+        key="task",
+        hint=f"set task to one of {', '.join(candidates or TASKS)}",
+    )
+
+
+def _classes(row: TaskRow, config: Any) -> Collection[str]:
+    """The classes of transformers that the task's auto class builds for this kind of model."""
+    import transformers
+
+    mapping = getattr(getattr(transformers, row.auto_class, None), "_model_mapping", None)
+    try:
+        known = mapping[type(config)] if mapping is not None else ()
+    except KeyError:
+        return ()
+    return {each.__name__ for each in (known if isinstance(known, (list, tuple)) else [known])}
+
+
+def _match(row: TaskRow, columns: Collection[str]) -> frozenset[str]:
+    """The largest set of the task's columns that is there."""
+    return max((frozenset(each) for each in row.reads if set(each) <= set(columns)), key=len, default=frozenset())
+
+
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:12]) or "none"

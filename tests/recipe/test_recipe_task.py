@@ -1,0 +1,144 @@
+"""``task``: a name, a mapping with settings, or left out; settings that may stand under ``dataset`` too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from peftcli.recipe import explain, json_schema, load_recipe, to_dict, to_yaml
+from peftcli.tasks import row_of
+
+BARE = "task: causal_lm\n"
+
+
+@pytest.fixture
+def task(good: str, load: Callable) -> Callable[..., Any]:
+    """The recipe with another ``task``."""
+    return lambda text, *overrides: load("", *overrides, text=good.replace(BARE, text))
+
+
+@pytest.fixture
+def problem(good: str, problems: Callable) -> Callable[..., Any]:
+    def problem(text: str, *overrides: str) -> Any:
+        (found,) = problems("", *overrides, text=good.replace(BARE, text))
+        return found
+
+    return problem
+
+
+def test_a_name_and_a_mapping_with_the_name_are_one(task: Callable) -> None:
+    assert task(BARE) == task("task: {type: causal_lm}\n") == task("task:\n  type: causal_lm\n")
+    assert task(BARE).task == {"type": "causal_lm"}
+
+
+@pytest.mark.parametrize("text", ["", "task:\n", "task: null\n"])
+def test_it_may_be_left_out(task: Callable, text: str) -> None:
+    assert task(text).task is None
+    assert to_dict(task(text))["task"] is None
+
+
+def test_settings_may_stand_under_dataset_too(task: Callable) -> None:
+    here = task("task: {type: causal_lm, max_length: 77, train_on: all}\n")
+    there = task(BARE, "dataset.max_length=77", "dataset.train_on=all")
+    assert here == there
+    assert here.dataset.max_length == 77
+    settings = row_of(here).settings_of(here)
+    assert (settings.max_length, settings.train_on, settings.packing) == (77, "all", False)
+
+
+def test_the_same_value_in_both_places_is_no_problem_and_another_is(problem: Callable, task: Callable) -> None:
+    assert task("task: {type: causal_lm, max_length: 77}\n", "dataset.max_length=77").dataset.max_length == 77
+    found = problem("task: {type: causal_lm, max_length: 77}\n", "dataset.max_length=78")
+    assert (found.key, found.line, found.column) == ("task.max_length", 2, 37)
+    assert found.message == "is given as dataset.max_length too, with another value; give it once"
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "message", "suggestion"),
+    [
+        ("task: causal\n", "task", "no task is called 'causal'; known: ", "causal_lm"),
+        ("task: CAUSAL_LM\n", "task", "no task is called 'CAUSAL_LM'; known: ", "causal_lm"),
+        ("task: {type: causel_lm}\n", "task.type", "no task is called 'causel_lm'; known: ", "causal_lm"),
+        ("task: {max_length: 5}\n", "task.type", "is required", None),
+        ("task: [causal_lm]\n", "task", "expected a mapping of settings, found a list", None),
+        ("task: {type: causal_lm, max_lenght: 5}\n", "task.max_lenght", "unknown key", "max_length"),
+        ("task: {type: causal_lm, seed: 5}\n", "task.seed", "belongs in the section training", "training.seed"),
+        ("task: {type: seq2seq_lm, packing: true}\n", "task.packing", "not a setting of seq2seq_lm, but of", None),
+        ("task: {type: causal_lm, max_length: many}\n", "task.max_length", "expected an integer, found 'many'", None),
+        ("task: {type: causal_lm, max_length: 0}\n", "dataset.max_length", "must be at least 1, not 0", None),
+        ("task: {type: seq2seq_lm, overlong: split}\n", "task.overlong", "expected truncate, drop or error", None),
+    ],
+)
+def test_mistakes_have_their_place(problem: Callable, text: str, key: str, message: str, suggestion: str) -> None:
+    found = problem(text)
+    assert found.key == key
+    assert message in found.message
+    assert found.suggestion == suggestion
+    assert found.line == 2
+    assert found.column > 1 or key == "task.type"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dataset.packing=true", "examples of the task seq2seq_lm cannot share a row; set dataset.packing: false"),
+        ("dataset.overlong=split", "examples of the task seq2seq_lm cannot be split; choose truncate, drop or error"),
+        ("dataset.train_on=all", "the task seq2seq_lm knows answers, last_answer only, not all"),
+    ],
+)
+def test_what_a_task_lacks_is_refused_under_dataset(problem: Callable, override: str, message: str) -> None:
+    found = problem("task: seq2seq_lm\n", override)
+    assert (found.key, found.message) == (override.partition("=")[0], message)
+
+
+def test_overrides_and_inheritance(task: Callable, write: Callable, good: str) -> None:
+    assert task(BARE, "task=seq2seq_lm").task == {"type": "seq2seq_lm"}
+    assert task(BARE, "task.max_length=9").dataset.max_length == 9
+    assert task("task: {type: causal_lm, max_length: 8}\n", "task.max_length=9").dataset.max_length == 9
+    write(name="base.yaml")
+    changed = write(text="extends: base.yaml\ntask: {max_length: 7}\n")
+    assert load_recipe(changed).task == {"type": "causal_lm"}
+    assert load_recipe(changed).dataset.max_length == 7
+    other = write(text="extends: base.yaml\ntask: {type: seq2seq_lm, max_length: 6}\n", name="other.yaml")
+    assert load_recipe(other).task == {"type": "seq2seq_lm"}
+
+
+def test_a_recipe_of_a_name_alone_is_written_as_before(task: Callable, write: Callable) -> None:
+    recipe = task("task: {type: causal_lm, max_length: 12}\n")
+    described = to_dict(recipe)
+    assert described["task"] == "causal_lm"
+    assert described["dataset"]["max_length"] == 12
+    assert load_recipe(write(text=to_yaml(recipe))) == recipe
+
+
+@pytest.mark.parametrize("given", ["causal_lm", None, {"type": "seq2seq_lm", "max_length": 5}])
+def test_the_schema_accepts_what_the_parser_does(good: str, given: Any) -> None:
+    written = yaml.safe_load(good.replace("1e-4", "0.0001"))
+    jsonschema.validate(written | {"task": given}, json_schema())
+    left_out = {name: value for name, value in written.items() if name != "task"}
+    jsonschema.validate(left_out, json_schema())
+
+
+@pytest.mark.parametrize("given", ["causal", 5, {}, {"type": "seq2seq_lm", "packing": True}, {"type": "x"}])
+def test_and_refuses_what_it_refuses(good: str, given: Any) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(yaml.safe_load(good.replace("1e-4", "0.0001")) | {"task": given}, json_schema())
+
+
+def test_settings_of_tasks_are_explained() -> None:
+    assert explain("causal_lm").kind == "task"
+    assert [name for name, _, _ in explain("seq2seq_lm").settings] == ["max_length", "overlong", "train_on"]
+    assert explain("causal_lm.packing").default == "false"
+    assert explain("task.max_length").example == "task:\n  max_length: 1024"
+    assert "causal_lm" in explain("task.type").allowed
+    assert json.dumps(explain("max_length").key) == '"dataset.max_length"'
+
+
+def test_a_recipe_without_a_task_passes_the_check_of_a_file(write: Callable[..., Path], good: str) -> None:
+    assert load_recipe(write(text=good.replace(BARE, ""))).task is None

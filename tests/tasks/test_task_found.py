@@ -1,0 +1,75 @@
+"""The task of a recipe that names none."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, LlamaConfig, T5Config, ViTConfig
+
+from peftcli.errors import UsageError
+from peftcli.tasks import TASKS
+from peftcli.tasks.base import Packs
+from peftcli.tasks.found import find_task
+
+
+def config(kind: type, architecture: str | None = None) -> Any:
+    made = kind()
+    made.architectures = [architecture] if architecture else None
+    return made
+
+
+LLAMA = config(LlamaConfig, "LlamaForCausalLM")
+T5 = config(T5Config, "T5ForConditionalGeneration")
+
+
+@pytest.mark.parametrize(
+    ("model", "columns", "task"),
+    [
+        (LLAMA, ["text"], "causal_lm"),
+        (LLAMA, ["prompt", "completion", "id"], "causal_lm"),
+        (LLAMA, ["messages"], "causal_lm"),
+        (config(LlamaConfig), ["messages"], "causal_lm"),
+        (T5, ["prompt", "completion"], "seq2seq_lm"),
+    ],
+)
+def test_one_task_is_left(model: Any, columns: list[str], task: str) -> None:
+    name, reason = find_task(model, columns)
+    assert name == task
+    assert columns[0] in reason
+
+
+@pytest.mark.parametrize(
+    ("model", "columns", "said"),
+    [
+        (T5, ["text"], "causal_lm"),
+        (LLAMA, ["question"], "none"),
+        (config(ViTConfig, "ViTModel"), ["text"], "ViTModel"),
+    ],
+)
+def test_otherwise_the_candidates_are_listed(model: Any, columns: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        find_task(model, columns)
+    assert caught.value.key == "task"
+    assert str(caught.value.hint).startswith("set task to one of ")
+
+
+def test_a_task_that_reads_more_of_the_columns_goes_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = dataclasses.replace(
+        TASKS["causal_lm"], auto_class="AutoModelForSequenceClassification", reads=(("text", "label"),)
+    )
+    monkeypatch.setitem(TASKS, "sequence_classification", row)
+    bert = AutoConfig.for_model("bert")
+    bert.architectures = ["BertForMaskedLM"]
+    assert find_task(bert, ["text", "label"])[0] == "sequence_classification"
+    with pytest.raises(UsageError, match="no one task fits"):  # a language model, and rows for classification
+        find_task(LLAMA, ["text", "label"])
+
+
+def test_rows_say_of_their_tasks_what_is_true() -> None:
+    for row in TASKS.values():
+        task = row.open(row.settings(), SimpleNamespace(processor=lambda kind: None))  # type: ignore[arg-type]
+        assert isinstance(task, Packs) == row.packs
+        assert task.columns
