@@ -23,7 +23,7 @@ ALLOWED = {
     "peftcli.cli.explain": 1,
     "peftcli.cli.generate": 2,
     "peftcli.cli.info": 3,
-    "peftcli.cli.inspect": 9,
+    "peftcli.cli.inspect": 11,
     "peftcli.cli.junit_report": 1,
     "peftcli.cli.merge": 1,
     "peftcli.cli.push": 1,
