@@ -22,7 +22,7 @@ from peftcli.errors import ModelError
 from peftcli.guard.files import irregular_kind, is_folder, short_name
 from peftcli.models import hub_files, quantization, tokens, validate
 from peftcli.models.guarded import translated_errors
-from peftcli.schema import BaseModel, Quantization
+from peftcli.schema import BaseModel
 
 if TYPE_CHECKING:
     import torch
@@ -321,11 +321,6 @@ def label_options(build: Callable[..., nn.Module], sizes: Mapping[str, tuple[int
     counts = sorted(set(differing(build()))) if sizes else []
     found = next((count for count in counts if not differing(build(num_labels=count))), None)
     return {} if found is None else {"num_labels": found}
-
-
-def base_of(name: str, revision: str | None = None, quantised: Quantization | None = None) -> BaseModel:
-    """Return the spec of the base model that an adapter's config or a command line names."""
-    return BaseModel(name=name, revision=revision, quantization=quantised)
 
 
 def _refuse_adapter(folder: Path) -> None:

@@ -26,8 +26,9 @@ from peftcli.methods.lora.initialisations.loftq import start_loftq
 from peftcli.methods.lora.initialisations.lora_ga import gradients
 from peftcli.methods.lora.initialisations.residual import STATISTIC
 from peftcli.methods.lora.lora import lora_layers
-from peftcli.models.load import base_of
+from peftcli.models.open import open_base
 from peftcli.models.weights import BaseWeights
+from peftcli.schema import BaseModel
 
 _KEY = "init_lora_weights"
 
@@ -120,7 +121,8 @@ def replace_lora_weights_loftq(
     """
     base, _, adapter = _parts(peft_model, adapter_name)
     where = str(model_path or getattr(base, "name_or_path", ""))
-    weights = BaseWeights(base_of(where.removesuffix("/model.safetensors")), getattr(base, "base_model_prefix", ""))
+    opened = open_base(BaseModel(name=where.removesuffix("/model.safetensors")))
+    weights = BaseWeights(opened, getattr(base, "base_model_prefix", ""))
     keep = callback or (lambda model, name: True)
     start_loftq(base, weights, adapter, lambda name: keep(peft_model, name))
 

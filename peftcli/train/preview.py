@@ -10,9 +10,9 @@ from peftcli.core.heads import head_names
 from peftcli.core.inject import inject
 from peftcli.data.findings import refuse
 from peftcli.errors import HubError, Interrupted, NetworkError, PeftcliError, Problem, RecipeError
-from peftcli.models.open import base_of, open_base
+from peftcli.models.open import open_base
 from peftcli.recipe import method_config
-from peftcli.schema import Recipe
+from peftcli.schema import BaseModel, Recipe
 from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import FitsModel
 from peftcli.train.data import load_data, plan_of, with_task
@@ -89,7 +89,10 @@ def deep_check(recipe: Recipe) -> Found:
                 "steps": plan.total_steps,
                 "warnings": notes + data.warnings + plan.repeated(data.names),
             }
-        attempt("method", lambda: config.prepare(lambda name: (open_base(base_of(name)) if name else base).processor()))
+        attempt(
+            "method",
+            lambda: config.prepare(lambda name: (open_base(BaseModel(name=name)) if name else base).processor()),
+        )
     attempt("base_model", lambda: base.quantization)
     model = attempt("base_model", lambda: base.empty_model(row_of(recipe).auto_class, **options))
     if model is not None:

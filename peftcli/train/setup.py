@@ -21,9 +21,9 @@ from peftcli.core.protocols import needs_base_weights, start_from_base
 from peftcli.core.weights import named_tensors
 from peftcli.data.store import Example
 from peftcli.errors import ModelError, UsageError
-from peftcli.models.open import LoadedModel, base_of, open_base
+from peftcli.models.open import LoadedModel, open_base
 from peftcli.models.weights import BaseWeights
-from peftcli.schema import Recipe
+from peftcli.schema import BaseModel, Recipe
 from peftcli.tasks import row_of
 from peftcli.tasks.base import FitsModel, Loads, Task
 from peftcli.train.data import Data
@@ -107,10 +107,10 @@ def adapted_model(recipe: Recipe, config: AdapterConfig, task: Task[Any]) -> tup
     set_seed(recipe.training.seed)
     config.task_type = row_of(recipe).task_type
     config.base_model_name_or_path, config.revision = base.name, base.revision
-    config.prepare(lambda name: open_base(base_of(name)).processor() if name else task.base.processor())
+    config.prepare(lambda name: open_base(BaseModel(name=name)).processor() if name else task.base.processor())
     injection = inject(model, config, initialised=loaded.initialised)
     if needs_base_weights(config):
-        start_from_base(model, config, BaseWeights(base, getattr(model, "base_model_prefix", "")))
+        start_from_base(model, config, BaseWeights(task.base, getattr(model, "base_model_prefix", "")))
     if recipe.training.gradient_checkpointing:
         _checkpoint_activations(model)
     return model, injection, notes

@@ -10,11 +10,13 @@ import pytest
 import trainkit
 from hub_folders import REPO
 from hub_server import TOKEN, Answer, Commit, Hub, Repo
+from opened import load_config, load_model
 
 from peftcli.adapters.load import SHARED_FILES, adapter_folder
 from peftcli.adapters.push import push
 from peftcli.errors import AdapterError, HubError, ModelError, NetworkError
-from peftcli.models.load import base_file, base_of, load_config, load_model
+from peftcli.models.open import open_base
+from peftcli.schema import BaseModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
@@ -246,7 +248,7 @@ def base(hub: Hub) -> str:
 def test_an_adapters_config_is_no_part_of_a_base_model(base: str) -> None:
     import torch
 
-    model = load_model(base_of(base), "AutoModelForCausalLM", torch.float32)
+    model = load_model(BaseModel(name=base), "AutoModelForCausalLM", torch.float32)
     assert type(model).__name__ == "LlamaForCausalLM"
     assert not hasattr(model, "peft_config")
 
@@ -255,14 +257,14 @@ def test_what_was_fetched_as_an_adapter_is_no_base_model(base: str) -> None:
     with pytest.raises(AdapterError, match=r"no adapter_model\.safetensors"):
         adapter_folder(base)
     with pytest.raises(ModelError, match="holds an adapter"):
-        load_config(base_of(base))
+        load_config(BaseModel(name=base))
 
 
 def test_a_file_of_a_base_model_is_fetched_or_missing_or_refused(hub: Hub, base: str) -> None:
     hub.fail("resolve", 403, path="generation_config.json")
     with pytest.raises(HubError, match="may not do this"):
-        base_file(base_of(base), "generation_config.json")
-    found = base_file(base_of(base), "generation_config.json")
+        open_base(BaseModel(name=base)).file("generation_config.json")
+    found = open_base(BaseModel(name=base)).file("generation_config.json")
     assert found is not None
     assert found.read_bytes() == (trainkit.base_folder() / "generation_config.json").read_bytes()
-    assert base_file(base_of(base), "nothing.json") is None
+    assert open_base(BaseModel(name=base)).file("nothing.json") is None

@@ -25,8 +25,9 @@ from peftcli.methods.lora.initialisations.eva import eva_directions, start_eva
 from peftcli.methods.lora.initialisations.loftq import start_loftq
 from peftcli.methods.lora.initialisations.lora_ga import gradients
 from peftcli.methods.lora.initialisations.residual import ResidualLinear
-from peftcli.models.load import base_of
+from peftcli.models.open import open_base
 from peftcli.models.weights import BaseWeights
+from peftcli.schema import BaseModel
 
 
 @pytest.mark.parametrize("init", FROM_DATA)
@@ -268,11 +269,11 @@ def test_full_weights_are_found_with_and_without_the_models_prefix(tmp_path: Pat
     full.save_pretrained(tmp_path / "whole", max_shard_size="20KB")
     full.model.save_pretrained(tmp_path / "body")
     for folder in ("whole", "body"):
-        weights = BaseWeights(base_of(str(tmp_path / folder)), "model")
+        weights = BaseWeights(open_base(BaseModel(name=str(tmp_path / folder))), "model")
         assert torch.equal(weights(name), full.get_parameter(name))
-    with pytest.raises(ModelError, match=r"holds no tensor model\.nothing"):
+    with pytest.raises(ModelError, match=r"has no tensor model\.nothing"):
         weights("model.nothing")
     tensors = {name: torch.zeros(2, 2, dtype=torch.int8)}
     save_file(tensors, tmp_path / "body" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match="quantised"):
-        BaseWeights(base_of(str(tmp_path / "body")), "model")(name)
+        BaseWeights(open_base(BaseModel(name=str(tmp_path / "body"))), "model")(name)

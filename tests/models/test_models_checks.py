@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 import trainkit
+from opened import load_config, load_model, load_tokenizer
 from safetensors.torch import load_file, save_file
 
 from peftcli.errors import AdapterError, ModelError, NetworkError, OutOfMemory
 from peftcli.guard.adapter_folder import read_run
 from peftcli.models.guarded import harmless, translated_errors
-from peftcli.models.load import base_files, base_of, load_adapter_tokenizer, load_config, load_model, load_tokenizer
+from peftcli.models.open import open_base
 from peftcli.models.quantization import trained_quantization
 from peftcli.models.validate import check_config, check_folder, listed_shards
 from peftcli.schema import BaseModel
@@ -157,8 +158,8 @@ def test_a_config_of_a_version_is_looked_at_too(folder: Path) -> None:
 @pytest.mark.parametrize("of_an_adapter", [False, True])
 def test_a_tokenizers_config_takes_no_memory(of_an_adapter: bool, folder: Path) -> None:
     change(folder / "config.json", num_labels=10**9)
-    load_one = partial(load_adapter_tokenizer, folder) if of_an_adapter else load_tokenizer
-    base = base_of("no/such-model" if of_an_adapter else str(folder))
+    load_one = partial(load_tokenizer, adapter=folder) if of_an_adapter else load_tokenizer
+    base = BaseModel(name=str(trainkit.base_folder() if of_an_adapter else folder))
     with pytest.raises(ModelError, match="is not what any model has"):
         load_one(base)
 
@@ -174,11 +175,11 @@ def test_an_index_lists_files_beside_it_only(name: object, folder: Path) -> None
 
 def test_files_of_several_are_missed(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(trainkit.base_folder(shard="20KB"), tmp_path / "base"))
-    files = base_files(BaseModel(name=str(folder)))
+    files = open_base(BaseModel(name=str(folder))).shards()
     assert len(files) > 1
     files[1].unlink()
     with pytest.raises(ModelError, match=files[1].name):
-        base_files(BaseModel(name=str(folder)))
+        open_base(BaseModel(name=str(folder))).shards()
     os.mkfifo(files[1])
     with pytest.raises(ModelError, match=f"{files[1].name}: is a pipe"):
         load(folder)

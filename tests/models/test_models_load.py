@@ -13,12 +13,13 @@ import pytest
 import torch
 import trainkit
 from models_tiny import batch, labelled, logits, tiny
+from opened import load_model
 
 from peftcli.core.inject import inject
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import ModelError
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.models.load import load_model, stored_or_asked
+from peftcli.models.open import open_base
 from peftcli.models.quantization import trained_quantization
 from peftcli.recipe import load_recipe
 from peftcli.schema import BaseModel, Quantization
@@ -84,13 +85,13 @@ def test_a_model_that_is_stored_quantised_names_its_package(
     quantization: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ModelError, match=message):
-        stored_or_asked(BaseModel(name=str(stored(tmp_path / "base", **quantization))))
+        assert open_base(BaseModel(name=str(stored(tmp_path / "base", **quantization)))).quantization
 
 
 def test_a_model_is_not_quantised_twice(tmp_path: Path) -> None:
     base = stored(tmp_path / "base", quant_method="gptq", bits=4)
     with pytest.raises(ModelError, match=r"stored quantised already \(gptq\); it cannot become nf4"):
-        stored_or_asked(BaseModel(name=str(base), quantization=Quantization(type="nf4")))
+        assert open_base(BaseModel(name=str(base), quantization=Quantization(type="nf4"))).quantization
 
 
 def test_a_run_tells_what_it_was_trained_on(tmp_path: Path) -> None:
@@ -137,7 +138,7 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_gguf_file_is_unpacked_and_trained_on(gguf_file: Path) -> None:
     base = BaseModel(name=str(gguf_file))
-    assert stored_or_asked(base) is None
+    assert open_base(base).quantization is None
     model: Any = load_model(base, "AutoModelForCausalLM", torch.float32)
     assert not any(map(is_quantised, model.modules()))
     assert not hasattr(model.config, "quantization_config")

@@ -13,6 +13,7 @@ import pytest
 import torch
 import trainkit
 from models_tiny import batch, labelled, logits, randomise, tiny
+from opened import load_model
 from oracle import silence
 from safetensors import safe_open
 from trainkit import run_recipe
@@ -31,7 +32,6 @@ from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError, Interrupted, ModelError, UsageError
 from peftcli.methods import METHODS, config_from_dict
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.models.load import load_model
 from peftcli.schema import BaseModel, Quantization
 from peftcli.train.report import Event, Stepped
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import trainkit
 from models_tiny import randomise
+from opened import empty_model, load_model, load_tokenizer
 from oracle import silence
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -41,7 +42,6 @@ from peftcli.methods.ia3.config import IA3Config
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.trainable_tokens.config import TrainableTokensConfig
 from peftcli.models import tokens
-from peftcli.models.load import base_of, empty_model, load_adapter_tokenizer, load_model, load_tokenizer
 from peftcli.schema import BaseModel, Source
 from peftcli.tasks import settings as task_settings
 from peftcli.tasks.causal_lm import CausalLM
@@ -98,7 +98,7 @@ def with_new(kind: str, **more: Any) -> BaseModel:
 
 def loaded(kind: str) -> Any:
     name = AUTO.get(kind, AutoModelForCausalLM).__name__
-    return load_model(base_of(str(base_folder(kind))), name, torch.float32).eval()
+    return load_model(BaseModel(name=str(base_folder(kind))), name, torch.float32).eval()
 
 
 def prepared(kind: str, config: Any) -> tuple[Any, Any]:
@@ -182,7 +182,7 @@ def test_a_file_takes_the_place_of_the_template(tmp_path: Path) -> None:
     tokenizer: Any = load_tokenizer(BaseModel(name=str(trainkit.base_folder()), chat_template=str(file)))
     assert tokenizer.chat_template == text
     assert tokenizer.apply_chat_template(CHAT, tokenize=False) == "Hi"
-    assert tokenizer.eos_token_id == load_tokenizer(base_of(str(trainkit.base_folder()))).eos_token_id
+    assert tokenizer.eos_token_id == load_tokenizer(BaseModel(name=str(trainkit.base_folder()))).eos_token_id
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_the_refusal_names_the_methods_that_can() -> None:
 
 
 def test_a_recipe_without_new_tokens_changes_nothing() -> None:
-    base, model, config = base_of(str(base_folder("llama"))), loaded("llama"), LoraConfig()
+    base, model, config = BaseModel(name=str(base_folder("llama"))), loaded("llama"), LoraConfig()
     tokens.make_room(model, load_tokenizer(base), config, base)
     tokens.grow_for(model, load_tokenizer(base), base)
     assert ends(model)[0].weight.shape[0] == VOCABULARY
@@ -410,7 +410,7 @@ def test_we_read_it_and_grow_the_base_model_ourselves(tmp_path: Path, kind: str,
     assert rows == (None if kind == "roomy" else VOCABULARY + 2)
     load_adapter(found, config, folder)
     torch.testing.assert_close(logits(found.eval()), logits(model), atol=1e-6, rtol=1e-6)
-    tokenizer: Any = load_adapter_tokenizer(folder, base_of(str(base_folder(kind))))
+    tokenizer: Any = load_tokenizer(BaseModel(name=str(base_folder(kind))), folder)
     assert tokenizer("a<tool>")["input_ids"][-1] == VOCABULARY
 
 
@@ -473,13 +473,13 @@ def test_rows_that_the_file_does_not_hold_are_not_believed(tmp_path: Path, shape
 def test_a_tokenizer_cannot_ask_for_any_number_of_rows(tmp_path: Path) -> None:
     folder, _ = adapter(tmp_path, "llama")
     model = loaded("llama")
-    tokens.fit_tokenizer(model, load_adapter_tokenizer(folder, base_of("no/such-model")), folder)
+    tokens.fit_tokenizer(model, load_tokenizer(BaseModel(name=str(trainkit.base_folder())), folder), folder)
     assert model.get_input_embeddings().weight.shape[0] == VOCABULARY + 2
     described = json.loads((folder / "tokenizer.json").read_text())
     described["model"]["vocab"]["far"] = 20_000_000
     (folder / "tokenizer.json").write_text(json.dumps(described))
     with pytest.raises(AdapterError, match="has a token 20,000,000, far beyond the 302 rows of the base model"):
-        tokens.fit_tokenizer(model, load_adapter_tokenizer(folder, base_of("no/such-model")), folder)
+        tokens.fit_tokenizer(model, load_tokenizer(BaseModel(name=str(trainkit.base_folder())), folder), folder)
 
 
 def test_an_adapter_without_rows_of_its_own_changes_nothing(tmp_path: Path) -> None:
@@ -495,13 +495,13 @@ def test_an_adapter_without_rows_of_its_own_changes_nothing(tmp_path: Path) -> N
 
 def test_the_tokenizer_is_saved_where_it_is_not_the_base_models(tmp_path: Path) -> None:
     name = str(trainkit.base_folder())
-    assert tokens.save_with_adapter(tmp_path, load_tokenizer(base_of(name)), base_of(name)) == []
+    assert tokens.save_with_adapter(tmp_path, load_tokenizer(BaseModel(name=name)), BaseModel(name=name)) == []
     assert not list(tmp_path.iterdir())
     for number, base in enumerate((with_new("llama"), BaseModel(name=name, chat_template="chatml"))):
         folder, tokenizer = tmp_path / str(number), load_tokenizer(base)
         names = tokens.save_with_adapter(folder, tokenizer, base)
         assert names == sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-        found: Any = load_adapter_tokenizer(folder, base_of("no/such-model"))
+        found: Any = load_tokenizer(BaseModel(name=str(trainkit.base_folder())), folder)
         assert found.chat_template == tokenizer.chat_template
         assert found.special_tokens_map == tokenizer.special_tokens_map
         text = "a red fox<tool><|im_end|> north"
@@ -515,12 +515,12 @@ def test_a_folder_runs_no_code(tmp_path: Path) -> None:
     described = {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}, "tokenizer_class": "Mine"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
     with pytest.raises(ModelError, match="cannot load"):
-        load_adapter_tokenizer(tmp_path, base_of("no/such-model"))
+        load_tokenizer(BaseModel(name=str(trainkit.base_folder())), tmp_path)
 
 
 def test_the_base_models_tokenizer_is_the_adapters_where_it_has_none(tmp_path: Path) -> None:
     spec = BaseModel(name=str(trainkit.base_folder()), new_tokens=["<a>"])
-    assert len(load_adapter_tokenizer(tmp_path, spec)) == VOCABULARY + 1
+    assert len(load_tokenizer(spec, tmp_path)) == VOCABULARY + 1
 
 
 # --- padding ----------------------------------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ STOPPED = [
     (COMBINE, Moment("peftcli.adapters.combine:read_tensors", 2)),
     (COMBINE, Moment("peftcli.adapters.combine:write_adapter")),
     (COMBINE, Moment("peftcli.system.outputs:_publish")),
-    (GENERATE, Moment("peftcli.models.load:load_model")),
+    (GENERATE, Moment("peftcli.models.open:OpenBase.model")),
     (GENERATE, Moment("peftcli.tasks.text.generation:TextGenerator.generate")),
     (GENERATE, Moment("peftcli.tasks.text.generation:TextGenerator.generate", 2)),
     (GENERATE, Moment("peftcli.tasks.text.generation:TextGenerator.generate", 3)),
