@@ -1,0 +1,122 @@
+"""Runs of recipes that name no task, and of settings that stand under ``task``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trainkit
+from trainkit import run_recipe, write_recipe
+
+from peftcli.adapters.load import find_adapter
+from peftcli.cli.app import main
+from peftcli.errors import UsageError
+from peftcli.inspection.report import inspect
+from peftcli.recipe import load_recipe
+from peftcli.train.evaluate_adapter import measure
+from peftcli.train.preview import deep_check
+from peftcli.train.report import Warned
+
+SAID = "task: causal_lm, found from LlamaForCausalLM and the columns messages"
+
+
+def without_task(path: Path) -> Path:
+    path.write_text(path.read_text().replace("task: causal_lm\n", ""))
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return without_task(write_recipe(tmp_path / "left_out"))
+
+
+def test_it_is_found_said_recorded_and_trained_as_if_it_had_been_named(recipe: Path, tmp_path: Path) -> None:
+    named = run_recipe(write_recipe(tmp_path / "named"))
+    found = run_recipe(recipe)
+    assert SAID in [event.text for event in found.events if isinstance(event, Warned)]
+    assert found.run["task"] == named.run["task"]
+    assert found.run["task"]["type"] == found.run["recipe"]["task"] == "causal_lm"
+    assert load_recipe(found.folder / "recipe.yaml").task == {"type": "causal_lm"}
+    assert find_adapter(str(found.folder)).task == "causal_lm"
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (found.folder / name).read_bytes() == (named.folder / name).read_bytes()
+
+
+def test_other_commands_find_it_too(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(recipe)]) == 0
+    assert main(["check", "--deep", str(recipe)]) == 0
+    assert f"dataset: {SAID}" in capsys.readouterr().out
+    settings = load_recipe(recipe)
+    events: list[Any] = []
+    assert len(inspect(settings, events.append).data.train) == 10
+    assert SAID in [event.text for event in events if isinstance(event, Warned)]
+    trainkit.reset_accelerate()
+    notes: list[str] = []
+    assert measure(settings, None, notes.append)["recipe"]["task"] == "causal_lm"
+    assert notes[0] == SAID
+
+
+def test_where_no_one_task_fits_the_recipe_is_refused_at_its_place(recipe: Path) -> None:
+    rows = [{"question": "a", "answer": "b"}] * 10
+    Path(recipe.parent / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UsageError, match="no one task fits") as caught:
+        run_recipe(recipe)
+    assert caught.value.key == "task"
+    assert "causal_lm" in str(caught.value.hint)
+    (problem,) = deep_check(load_recipe(recipe)).errors
+    assert problem.key == "task"
+
+
+def test_the_other_names_of_columns_count(recipe: Path) -> None:
+    rows = [{"ask": "What?", "answer": "That."}] * 10
+    Path(recipe.parent / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run_recipe(recipe, "dataset.columns={prompt: ask, completion: answer}", "dataset.eval=null")
+    assert done.run["task"]["type"] == "causal_lm"
+
+
+def test_a_setting_that_the_found_task_lacks_is_refused(tmp_path: Path) -> None:
+    path = without_task(write_recipe(tmp_path, trainkit.base_folder("t5", chat=False), trainkit.PROMPTS))
+    assert run_recipe(path).run["task"]["type"] == "seq2seq_lm"
+    with pytest.raises(UsageError, match="cannot share a row") as caught:
+        run_recipe(path, "dataset.packing=true", f"training.output_dir={tmp_path}/other")
+    assert caught.value.key == "dataset.packing"
+
+
+def test_settings_under_task_train_as_those_under_dataset(tmp_path: Path) -> None:
+    one, other = (write_recipe(tmp_path / name) for name in ("one", "other"))
+    under = run_recipe(one, "dataset.max_length=96", "dataset.packing=true")
+    own = run_recipe(other, "dataset.max_length=96", "task={type: causal_lm, packing: true}")
+    assert under.run["task"] == own.run["task"]
+    assert (own.run["task"]["max_length"], own.run["task"]["packing"]) == (96, True)
+    assert under.losses == own.losses
+
+
+def test_a_run_is_resumed_whether_its_task_is_named_or_found(recipe: Path, fails: Callable[..., Any]) -> None:
+    settings = ("training.save_strategy=steps", "training.save_steps=2")
+    fails(recipe, *settings)
+    named = recipe.with_name("named.yaml")
+    named.write_text(f"task: causal_lm\n{recipe.read_text()}")
+    done = run_recipe(named, *settings)
+    assert done.run["attempts"][-1]["from_step"] > 0
+    assert done.run["changes"] == []
+
+
+@pytest.fixture
+def fails() -> Callable[..., Any]:
+    """Train until step 5 and stop there."""
+
+    def fails(path: Path, *settings: str) -> None:
+        class Stopped(Exception):
+            pass
+
+        def stop(event: Any) -> None:
+            if getattr(getattr(event, "result", None), "step", 0) == 5:
+                raise Stopped
+
+        with pytest.raises(Exception, match="Stopped"):
+            run_recipe(path, *settings, on_event=stop)
+
+    return fails
