@@ -528,7 +528,9 @@ METHOD = {
     "an alpha beyond float32": method("type: lora, lora_alpha: 1e300", "float32", "lora_alpha"),
     "a rank of 0 in a pattern": method("type: lora, rank_pattern: {q_proj: 0}", "", "rank_pattern"),
     "a pattern that is none": method("type: lora, rank_pattern: {'(q': 4}", "", "rank_pattern"),
-    "a pattern without end": method("type: lora, rank_pattern: {'(q+)+x': 4}", "", "rank_pattern"),
+    "a pattern without end": method(
+        "type: lora, rank_pattern: {'(q{1000}){1000}x': 4}", "repeats its parts too often", "rank_pattern"
+    ),
     "an initialisation that is none": method("type: lora, init_lora_weights: pisa", "", "init_lora_weights"),
     "a layer replication that is none": method("type: lora, layer_replication: [[0]]", "", "layer_replication"),
     "no virtual tokens": method("type: prompt_tuning, num_virtual_tokens: 0", "", "num_virtual_tokens"),
