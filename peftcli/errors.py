@@ -1,18 +1,18 @@
-"""Every error that a user can meet. Each class carries the exit code of its kind.
+"""The errors that users see. Each class has its own exit code.
 
 PeftcliError
-├── RecipeError      2   a recipe that cannot be read or means nothing
-├── UsageError       2   a command that cannot be carried out as asked
+├── RecipeError      2   a recipe that cannot be read, or has wrong settings
+├── UsageError       2   a command with wrong arguments
 ├── DataError        3   a dataset that cannot be trained on
 ├── ModelError       4   a base model that cannot be loaded
 ├── AdapterError     4   an adapter, or a method's settings, that do not fit the base model
 ├── NetworkError     5   the network; the same command may work later
 ├── HubError         6   the hub refused
 ├── StorageError     7   disk, permissions, checkpoints
-├── OutOfMemory      8   the device's memory, or the machine's
+├── OutOfMemory      8   too little memory on the device or the machine
 ├── Diverged         9   NaN or Inf in the loss or the gradients
 ├── ProcessDied     10   one of several training processes
-├── FolderBusy      11   another run holds the folder
+├── FolderBusy      11   another run uses the folder
 ├── GateFailed      12   a quality gate of the recipe
 └── Interrupted     75 | 130 | 143   a signal
 """
@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 
 
 class PeftcliError(Exception):
-    """An error with a message for the user: what is wrong, where, and what to do."""
+    """An error for the user: what is wrong, where, and what to do."""
 
     exit_code = 1
 
@@ -41,20 +41,20 @@ class PeftcliError(Exception):
         self.message, self.file, self.line, self.key, self.hint = message, file, line, key, hint
 
     def __str__(self) -> str:
-        """``file:line: key: message`` and, on a line of its own, the hint."""
+        """Return ``file:line: key: message`` and, on a second line, the hint."""
         place = ":".join(str(part) for part in (self.file, self.line) if part is not None)
         text = ": ".join(part for part in (place, self.key, self.message) if part)
         return f"{text}\n{self.hint}" if self.hint else text
 
     def as_dict(self) -> dict[str, object]:
-        """The error as run.json holds it."""
+        """Return the error as run.json contains it."""
         fields = {name: getattr(self, name) for name in ("message", "file", "line", "key", "hint")}
         return {"kind": type(self).__name__, **fields}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake in a recipe, with its place in the file that holds it."""
+    """One mistake in a recipe, with its place in the file."""
 
     message: str
     file: str
@@ -62,10 +62,10 @@ class Problem:
     column: int | None = None
     key: str | None = None
     suggestion: str | None = None
-    """A nearby key or value that would be valid."""
+    """A similar key or value that is valid."""
 
     def __str__(self) -> str:
-        """``file:line:column: key: message; did you mean 'x'?``."""
+        """Return ``file:line:column: key: message; did you mean 'x'?``."""
         place = ":".join(str(part) for part in (self.file, self.line, self.column) if part is not None)
         text = ": ".join(part for part in (place, self.key, self.message) if part)
         return f"{text}; did you mean {self.suggestion!r}?" if self.suggestion else text
@@ -82,22 +82,22 @@ class RecipeError(PeftcliError):
         self.problems = problems
 
     def as_dict(self) -> dict[str, object]:
-        """The first problem as the error, and all of them under ``problems``."""
+        """Return the first problem as the error, and all of them under ``problems``."""
         return {**super().as_dict(), "problems": [asdict(problem) for problem in self.problems]}
 
     def __str__(self) -> str:
-        """One line a problem."""
+        """Return one line per problem."""
         return "\n".join(str(problem) for problem in self.problems)
 
 
 class UsageError(PeftcliError):
-    """A command that cannot be carried out as asked."""
+    """A command with wrong arguments."""
 
     exit_code = 2
 
 
 class DataError(PeftcliError):
-    """A dataset that cannot be read, or that would train nothing."""
+    """A dataset that cannot be read, or that contains nothing to train on."""
 
     exit_code = 3
 
@@ -109,7 +109,7 @@ class ModelError(PeftcliError):
 
 
 class AdapterError(PeftcliError):
-    """An adapter or a method's settings that cannot be read, or do not fit the base model."""
+    """An adapter or a method's settings that cannot be read, or that do not fit the base model."""
 
     exit_code = 4
 
@@ -133,7 +133,7 @@ class StorageError(PeftcliError):
 
 
 class OutOfMemory(PeftcliError):
-    """The device or the machine has too little memory for what was asked."""
+    """The device or the machine has too little memory."""
 
     exit_code = 8
 
@@ -151,7 +151,7 @@ class ProcessDied(PeftcliError):
 
 
 class FolderBusy(PeftcliError):
-    """Another run holds the output folder."""
+    """Another run uses the output folder."""
 
     exit_code = 11
 
@@ -170,25 +170,25 @@ class Interrupted(PeftcliError):
         self.exit_code = exit_code
 
 
-def known(error: BaseException) -> PeftcliError | None:
-    """``error`` as one of ours; None where nobody foresaw it."""
+def to_peftcli_error(error: BaseException) -> PeftcliError | None:
+    """Translate an exception into a PeftcliError; return None if it is unexpected."""
     if isinstance(error, PeftcliError):
         return error
     text = str(error)
-    # torch's OutOfMemoryError by its name, since torch may not be loaded
+    # torch's OutOfMemoryError is recognised by name, since torch may not be loaded
     if (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or any(each in text for each in _NO_MEMORY)
+        or any(phrase in text for phrase in _NO_MEMORY)
     ):
         return OutOfMemory(
             "not enough memory",
-            hint="lower per_device_train_batch_size and raise gradient_accumulation_steps as much; "
+            hint="lower per_device_train_batch_size and raise gradient_accumulation_steps by the same factor; "
             "lower dataset.max_length; or set training.gradient_checkpointing: true",
         )
     if os.environ.get("WORLD_SIZE", "1") != "1" and any(phrase in text for phrase in _OTHER_ENDED):
         return ProcessDied(
-            "another training process ended", hint="its error says why; run the same command again to go on"
+            "another training process ended", hint="its error gives the reason; run the same command again to resume"
         )
     if isinstance(error, OSError) and error.errno is not None:
         return StorageError(f"{error.strerror or error}", file=str(error.filename) if error.filename else None)
@@ -196,7 +196,7 @@ def known(error: BaseException) -> PeftcliError | None:
 
 
 _NO_MEMORY = ("t allocate memory", "Storage size calculation overflowed")
-"""What torch says."""
+"""Parts of torch's messages about too little memory."""
 _OTHER_ENDED = (
     "closed by peer",
     "reset by peer",
@@ -205,4 +205,4 @@ _OTHER_ENDED = (
     "Socket Timeout",
     "ncclRemoteError",
 )
-"""What torch's process groups say when one of them is gone."""
+"""Parts of the messages of torch's process groups after another process has ended."""

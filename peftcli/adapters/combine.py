@@ -14,7 +14,7 @@ from peftcli.core.files import read_tensors, write_adapter
 from peftcli.errors import AdapterError, UsageError
 from peftcli.methods.combinations import Combination
 from peftcli.methods.lora.combine import Adapter, combine
-from peftcli.system.outputs import expanded, new_folder, refuse_taken
+from peftcli.system.outputs import expand_user, new_folder, require_empty
 from peftcli.system.secrets import redact
 
 
@@ -48,8 +48,8 @@ def combine_adapters(
         UsageError: settings that do not go together, or the output folder holds something.
         StorageError: it cannot be written.
     """
-    output = expanded(output)
-    refuse_taken(output)
+    output = expand_user(output)
+    require_empty(output)
     how = Combination(method, r, density, generator=torch.Generator().manual_seed(seed))
     try:
         how.check()

@@ -13,7 +13,7 @@ from peftcli.adapters.load import apply_adapter, find_adapter
 from peftcli.errors import DataError
 from peftcli.guard.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from peftcli.system.disk import sha256
-from peftcli.system.outputs import expanded, is_stream, unfinished_file, write_output
+from peftcli.system.outputs import expand_user, is_stream, partial_file, write_output
 from peftcli.system.secrets import redact_values
 from peftcli.system.signals import current
 from peftcli.tasks.text.generation import GenerationSettings, Prompt, TextGenerator
@@ -86,7 +86,7 @@ def answer_file(
         FolderBusy: another process is answering into the same target.
         StorageError: the target cannot be written.
     """
-    target = expanded(target)
+    target = expand_user(target)
     prompts = list(_prompts(source))
     if is_stream(target):
         lines: list[bytes] = []
@@ -95,10 +95,10 @@ def answer_file(
             progress(len(lines), len(prompts))
         write_output(target, b"".join(lines))
         return len(lines)
-    with unfinished_file(target, _key(generator, prompts, settings, batch_size)) as file:
+    with partial_file(target, _key(generator, prompts, settings, batch_size)) as file:
         kept = _whole(file.lines())
         done = min(len(kept), len(prompts)) // batch_size * batch_size
-        file.keep(kept[:done])
+        file.truncate(kept[:done])
         if done:
             progress(done, len(prompts))
         for batch in _answered(generator, prompts, settings, batch_size, done):
@@ -141,7 +141,7 @@ def _is_json(line: bytes) -> bool:
 
 def _prompts(source: Path) -> Iterator[Prompt]:
     from peftcli.data.sources import open_source
-    from peftcli.data.text_rows import cut
+    from peftcli.data.text_rows import quote
     from peftcli.schema import Source
 
     for row in open_source(Source(train=str(source))).rows():
@@ -157,5 +157,5 @@ def _prompts(source: Path) -> Iterator[Prompt]:
         elif isinstance(prompt, str) and prompt:
             yield prompt
         else:
-            names = ", ".join(cut(name, 40) for name in list(row.values)[:12])
+            names = ", ".join(quote(name, 40) for name in list(row.values)[:12])
             raise row.place.error(f'needs "prompt" or "messages"; it has {names or "no columns"}')

@@ -18,7 +18,7 @@ from peftcli.methods import config_from_dict
 from peftcli.models.quantization import trained_quantization
 from peftcli.schema import BaseModel
 from peftcli.system import hub_requests
-from peftcli.system.outputs import expanded
+from peftcli.system.outputs import expand_user
 from peftcli.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ def adapter_folder(adapter: str, revision: str | None = None) -> Path:
         HubError: the hub has no such repository, or refuses it.
         NetworkError: the hub cannot be reached, and the cache has no copy.
     """
-    folder = expanded(Path(adapter))
+    folder = expand_user(Path(adapter))
     if adapter and folder.is_dir():
         if (folder / "adapter_model.bin").is_file() and not (folder / WEIGHTS_FILE).is_file():
             raise AdapterError(f"no {WEIGHTS_FILE} here", file=adapter, hint=_PICKLED)
@@ -250,7 +250,7 @@ def adapter_folder(adapter: str, revision: str | None = None) -> Path:
     if not is_hub_id(adapter):
         raise AdapterError(f"{adapter!r} is neither a folder nor a hub id of the form user/name")
     what = f"no folder {adapter} here; on the hub: {adapter}"
-    folder = hub_requests.fetched(adapter, SHARED_FILES, revision, what=what)
+    folder = hub_requests.download_files(adapter, SHARED_FILES, revision, what=what)
     if not (folder / WEIGHTS_FILE).is_file():
         raise AdapterError(f"no {WEIGHTS_FILE} in {adapter} on the hub", hint=_PICKLED)
     return folder

@@ -34,7 +34,7 @@ from peftcli.models import tokens
 from peftcli.models.open import OpenBase, open_base
 from peftcli.models.quantization import forget
 from peftcli.schema import BaseModel
-from peftcli.system.outputs import expanded, new_folder, refuse_taken, saving
+from peftcli.system.outputs import expand_user, new_folder, require_empty, storage_errors
 from peftcli.system.secrets import redact_values
 from peftcli.tasks.text.stop_tokens import missing_stops
 
@@ -95,8 +95,8 @@ def merge_adapter(
         UsageError: the output folder holds something.
         StorageError: it cannot be written.
     """
-    output = expanded(output)
-    refuse_taken(output)
+    output = expand_user(output)
+    require_empty(output)
     _refuse_name(output)
     source = find_adapter(adapter, base)
     if reason := source.config.merge_problem():
@@ -148,7 +148,7 @@ def _refuse_name(output: Path) -> None:
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Inside, an error of a file is the base model's; what is written has its own (``saving``)."""
+    """Inside, an error of a file is the base model's; what is written has its own (``storage_errors``)."""
     try:
         yield
     except SafetensorError as error:
@@ -213,7 +213,7 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
                     else:
                         tensors[head.name] = own
         index |= dict.fromkeys(tensors, shard.name)
-        with saving(output / shard.name):
+        with storage_errors(output / shard.name):
             save_file(tensors, output / shard.name, {"format": "pt"})
     if len(shards) > 1:
         described = {"metadata": {}, "weight_map": dict(sorted(index.items()))}
@@ -324,7 +324,7 @@ def _merge_whole(job: _Job, output: Path) -> bool:
         forget(model)
     if untied:
         model.config.tie_word_embeddings = False
-    with saving(output):
+    with storage_errors(output):
         model.save_pretrained(output)
     return untied
 
@@ -344,7 +344,7 @@ def _write_companions(job: _Job, output: Path, untied: bool) -> None:
         config.tie_word_embeddings = False
     config.dtype = job.dtype or _stored_dtype(output)
     path = output / "config.json"
-    with saving(path):
+    with storage_errors(path):
         config.save_pretrained(output)
         described = json.loads(path.read_bytes())
     described.setdefault("architectures", [type(empty).__name__])
@@ -353,7 +353,7 @@ def _write_companions(job: _Job, output: Path, untied: bool) -> None:
         described.setdefault("rope_theta", rope["rope_theta"])
     _write_json(path, described)
     tokenizer = job.base.processor("tokenizer")
-    with saving(output):
+    with storage_errors(output):
         tokenizer.save_pretrained(output)
         if empty.can_generate():
             _save_generation_config(job, output, tokenizer, config)
@@ -377,7 +377,7 @@ def _save_generation_config(job: _Job, output: Path, tokenizer: Any, config: Any
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    with saving(path):
+    with storage_errors(path):
         path.write_text(json.dumps(redact_values(data), indent=2, sort_keys=True) + "\n")
 
 
@@ -386,7 +386,7 @@ def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
     """The largest difference of logits between the merged model and base model + adapter, both in float32.
 
     Raises:
-        AdapterError: it is more than rounding the merged weights explains.
+        AdapterError: it is more than rounding the merged weights as_interrupted.
     """
     tell("verifying: base model with adapter")
     model = job.load(torch.float32).eval()
@@ -402,7 +402,7 @@ def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
     allowed = tolerance * max(1.0, float(expected.std()))
     if not difference <= allowed:
         raise AdapterError(
-            f"the merged model's logits differ by {difference:.3g}, and rounding explains {allowed:.3g}; "
+            f"the merged model's logits differ by {difference:.3g}, and rounding as_interrupted {allowed:.3g}; "
             "nothing was written"
         )
     return difference

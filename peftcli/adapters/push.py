@@ -18,7 +18,7 @@ from peftcli.adapters.load import SHARED_FILES, is_hub_id
 from peftcli.errors import HubError, UsageError
 from peftcli.guard.adapter_folder import CONFIG_FILE, find_weights, read_header, read_method_config
 from peftcli.system import hub_requests
-from peftcli.system.hub_requests import endpoint, shown
+from peftcli.system.hub_requests import clean_line, endpoint
 from peftcli.system.secrets import redact
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def push(
         _refuse_secret(text or "", what)
     contents = _contents(folder, repo_id, base_model_id)
     job = _Push(repo_id, contents, private, revision, create_pr, message or "Upload adapter")
-    return job.result(f"{endpoint()}/{repo_id}", None, private) if dry_run else hub_requests.retried(job.run, repo_id)
+    return job.result(f"{endpoint()}/{repo_id}", None, private) if dry_run else hub_requests.retry(job.run, repo_id)
 
 
 def _contents(folder: Path, repo_id: str, base_model_id: str | None) -> dict[str, Path | bytes]:
@@ -155,13 +155,13 @@ class _Push:
             except ValueError as error:  # the hub looks at the card before it takes a commit
                 if CARD_FILE not in str(error):
                     raise
-                text = shown(f"{self.repo_id}: the hub refuses the model card. {error}")
+                text = clean_line(f"{self.repo_id}: the hub refuses the model card. {error}")
                 raise HubError(text, file=CARD_FILE) from None
         return self.result(made.pr_url or f"{endpoint()}/{self.repo_id}", made.oid, private)
 
     def result(self, url: str, commit: str | None, private: bool) -> Pushed:
         size = sum(len(c) if isinstance(c, bytes) else c.stat().st_size for c in self.contents.values())
-        return Pushed(shown(url), commit, list(self.contents), size, private)
+        return Pushed(clean_line(url), commit, list(self.contents), size, private)
 
     def _head(self, api: HfApi) -> ModelInfo:
         """The state of the branch. Makes the repository and the branch if they are missing."""

@@ -1,7 +1,7 @@
 """The ``peftcli`` command: its subcommands, and how errors are shown.
 
-A new command is a file here with one function, and one line below. A command imports what it runs inside its function,
-so that ``--help`` imports nothing heavy.
+A new command is a file here with one function, and one line below. Its function imports what it runs, so that
+``--help`` imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from peftcli.cli import (
     status,
     train,
 )
-from peftcli.errors import Interrupted, PeftcliError, UsageError, known
+from peftcli.errors import Interrupted, PeftcliError, UsageError, to_peftcli_error
 from peftcli.system import signals
 
 _BROKEN_PIPE = 141
@@ -92,14 +92,14 @@ def peftcli(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error. Any command takes it.")
+        bool, typer.Option("--debug", help="Show the traceback of an error. Works with every command.")
     ] = False,
 ) -> None:
     """Fine-tune large pretrained models by training few parameters, from one YAML recipe."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line ``args``, by default that of this process. Returns the exit code."""
+    """Run the command line ``args``, by default that of this process; return the exit code."""
     given = list(sys.argv[1:] if args is None else args) or ["--help"]
     options = given[: given.index("--")] if "--" in given else given
     if not sys.stderr.isatty():
@@ -107,13 +107,13 @@ def main(args: Sequence[str] | None = None) -> int:
     debug, as_json = "--debug" in options, "--json" in options
     rest = [arg for arg in options if arg != "--debug"] + given[len(options) :]
     try:
-        with console.guarded(), signals.handled(last=_is_launched()):
+        with console.redacted_streams(), signals.handle_signals(last=_is_launched()):
             code = _run(rest or ["--help"])
         sys.stdout.flush()
         _report_to_launcher(None)
         return code
     except BrokenPipeError:
-        # Python would meet the same pipe again when it closes stdout.
+        # Python would write to the same pipe again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     except Exception as error:
@@ -127,12 +127,12 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _show_error(error: PeftcliError, as_json: bool) -> int:
-    """Show an error, or let the launcher show it. Returns the exit code."""
+    """Show an error, or let the launcher show it; return the exit code."""
     return error.exit_code if _report_to_launcher(error) else console.report_error(error, as_json)
 
 
 def _report_to_launcher(error: PeftcliError | None) -> bool:
-    """Report to the launcher that started this process, if there is one, how it ended."""
+    """Report how this process ended to the launcher that started it, if there is one."""
     if not _is_launched():
         return False
     from peftcli.train.launch import report_outcome
@@ -155,13 +155,13 @@ def _run(args: list[str]) -> int:
 
 
 def _as_peftcli_error(error: Exception) -> PeftcliError:
-    """Convert an exception to a PeftcliError. Those of typer name the command whose help explains."""
-    if (ours := known(error)) is not None:
+    """Convert an exception to a PeftcliError. For typer's, the hint names the command's help."""
+    if (ours := to_peftcli_error(error)) is not None:
         return ours
     if hasattr(error, "format_message"):
         path = getattr(getattr(error, "ctx", None), "command_path", "peftcli")
-        message = error.format_message().replace("Value error, ", "")  # pydantic's, of which typer makes use
+        message = error.format_message().replace("Value error, ", "")  # typer uses pydantic
         return UsageError(message, hint=f"see `{path} --help`")
     if isinstance(error, typer.Abort):
         return Interrupted("aborted", exit_code=130)
-    return PeftcliError(f"peftcli failed: {type(error).__name__}: {error}; run with --debug to see where")
+    return PeftcliError(f"peftcli failed: {type(error).__name__}: {error}; run with --debug for the traceback")

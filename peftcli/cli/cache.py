@@ -18,21 +18,22 @@ _DAY = 86400
 
 
 def cache(
-    what: Annotated[str, typer.Argument(metavar="[list|clear|dir]", help="What to do with it.")] = "list",
+    what: Annotated[str, typer.Argument(metavar="[list|clear|dir]", help="What to do with the cache.")] = "list",
     keys: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY]...", help="Of clear: which entries; by default all.")
+        list[str] | None, typer.Argument(metavar="[KEY]...", help="With clear: the entries to remove; by default all.")
     ] = None,
     older_than: Annotated[
-        float | None, typer.Option("--older-than", metavar="DAYS", min=0, help="Of clear: only what is unused so long.")
+        float | None,
+        typer.Option("--older-than", metavar="DAYS", min=0, help="With clear: only entries unused for this many days."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """List or clear the tokens that earlier runs have kept, or print the folder where they are."""
+    """List or clear the cache of tokenized datasets, or print its folder."""
     actions = ("list", "clear", "dir")
     if what not in actions:
-        raise UsageError(f"no such action: {what!r}", hint=f"one of {', '.join(actions)}")
+        raise UsageError(f"unknown action: {what!r}", hint=f"known: {', '.join(actions)}")
     if what != "clear" and (keys or older_than is not None):
-        raise UsageError(f"{what} takes neither KEY nor --older-than", hint="peftcli cache clear does")
+        raise UsageError(f"{what} takes neither KEY nor --older-than", hint="use them with peftcli cache clear")
     if what == "clear":
         _clear(keys or [], older_than, as_json)
     elif what == "dir":
@@ -48,30 +49,32 @@ def _list(as_json: bool) -> None:
     total = sum(entry.bytes for entry in found) + left
     if as_json:
         return console.print_json(
-            {"folder": str(root()), "bytes": total, "unfinished_bytes": left, "entries": [_facts(e) for e in found]}
+            {"folder": str(root()), "bytes": total, "unfinished_bytes": left, "entries": [_as_dict(e) for e in found]}
         )
     if found:
         columns = ["key", "source", "rows", "features", "tokens", "size", "last used"]
         console.table(columns, [_row(entry) for entry in found])
     if left:
-        console.out(f"{_size(left)} being built, or left by runs that were killed")
-    return console.out(f"{_entries(len(found))}, {_size(total)}, in {root()}; cleared by `peftcli cache clear` only")
+        console.out(f"{_format_size(left)} in unfinished entries, of running or killed runs")
+    return console.out(
+        f"{_count_entries(len(found))}, {_format_size(total)}, in {root()}; only `peftcli cache clear` removes entries"
+    )
 
 
 def _clear(keys: list[str], older_than: float | None, as_json: bool) -> None:
     from peftcli.data.cache import clear, entries, find, root
 
-    chosen = find(keys) if keys else entries()
+    selected = find(keys) if keys else entries()
     if older_than is not None:
         limit = time.time() - older_than * _DAY
-        chosen = [entry for entry in chosen if entry.last_used <= limit]
-    done = clear(chosen)
+        selected = [entry for entry in selected if entry.last_used <= limit]
+    cleared = clear(selected)
     if as_json:
-        removed, kept = ([_facts(entry) for entry in entries] for entries in (done.removed, done.kept))
-        return console.print_json({"folder": str(root()), "bytes": done.bytes, "removed": removed, "kept": kept})
-    for entry in done.kept:
+        removed, kept = ([_as_dict(entry) for entry in entries] for entries in (cleared.removed, cleared.kept))
+        return console.print_json({"folder": str(root()), "bytes": cleared.bytes, "removed": removed, "kept": kept})
+    for entry in cleared.kept:
         console.out(f"kept {entry.key[:12]} ({entry.source}): a run uses it")
-    return console.out(f"removed {_entries(len(done.removed))}, {_size(done.bytes)}")
+    return console.out(f"removed {_count_entries(len(cleared.removed))}, {_format_size(cleared.bytes)}")
 
 
 def _dir(as_json: bool) -> None:
@@ -84,34 +87,34 @@ def _dir(as_json: bool) -> None:
         console.out(folder)
 
 
-def _facts(entry: Entry) -> dict[str, Any]:
-    times = {name: _utc(getattr(entry, name)) for name in ("created", "last_used")}
+def _as_dict(entry: Entry) -> dict[str, Any]:
+    times = {name: _format_utc(getattr(entry, name)) for name in ("created", "last_used")}
     return {**asdict(entry), **times}
 
 
 def _row(entry: Entry) -> list[str]:
-    used = "in use" if entry.in_use else "damaged" if entry.damaged else _ago(time.time() - entry.last_used)
+    used = "in use" if entry.in_use else "damaged" if entry.damaged else _format_age(time.time() - entry.last_used)
     counts = (f"{count:,}" for count in (entry.rows, entry.features, entry.tokens))
     source = " ".join((entry.source or "-").split())  # on one line
-    return [entry.key[:12], source, *counts, _size(entry.bytes), used]
+    return [entry.key[:12], source, *counts, _format_size(entry.bytes), used]
 
 
-def _utc(seconds: float) -> str:
+def _format_utc(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
-def _ago(seconds: float) -> str:
+def _format_age(seconds: float) -> str:
     for size, name in ((_DAY, "day"), (3600, "hour"), (60, "minute")):
         if (count := int(seconds // size)) > 0:
             return f"{count} {name}{'s' if count > 1 else ''} ago"
     return "just now"
 
 
-def _entries(count: int) -> str:
+def _count_entries(count: int) -> str:
     return "1 entry" if count == 1 else f"{count:,} entries"
 
 
-def _size(count: int) -> str:
+def _format_size(count: int) -> str:
     value, unit = float(count), "bytes"
     for larger in ("kB", "MB", "GB", "TB"):
         if value < 1000:

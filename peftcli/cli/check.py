@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 def check(
     recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="YAML recipes.", show_default=False)],
-    deep: Annotated[bool, typer.Option("--deep", help="Also open data, model config and tokenizer.")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also read the data, the model config and the tokenizer.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Find every mistake of a recipe, without training."""
+    """Find every mistake in recipes, without training."""
     from dataclasses import asdict
 
     from peftcli.recipe import read

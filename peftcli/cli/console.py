@@ -1,6 +1,6 @@
-"""What the commands print. stdout is the answer, stderr is the log. Secrets are in neither.
+"""Print the output of commands: the answer on stdout, the log on stderr, without secrets.
 
-The only user of rich, and only on a terminal: elsewhere plain lines without colours.
+Uses rich on terminals only; elsewhere, plain lines without colours.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from peftcli.system.secrets import redact, redact_values
 if TYPE_CHECKING:
     from rich.console import Console
 
-_LONGEST_CELL = 200
+_MAX_CELL = 200
 _json_printed = False
 
 
 def out(text: str = "") -> None:
-    """A line of the answer."""
+    """Print a line of the answer."""
     _write(sys.stdout, text)
 
 
 def log(text: str) -> None:
-    """A line of the log. Where nobody reads it any more, the work goes on."""
+    """Print a line of the log. Do not fail if stderr is closed."""
     try:
         _write(sys.stderr, text)
     except BrokenPipeError:
@@ -38,16 +38,16 @@ def log(text: str) -> None:
 
 
 def print_json(data: Any) -> None:
-    """The answer as one JSON object: NaN and Inf become null, anything that is not JSON its string."""
+    """Print the answer as one JSON object: NaN and Inf become null, other values that are not JSON become strings."""
     global _json_printed
     _json_printed = True
     _write(sys.stdout, json.dumps(redact_values(_finite(data)), indent=2, default=str, allow_nan=False))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table of the answer. A long cell before the last column is cut, since all there are padded to the widest."""
+    """Print a table of the answer. Long cells are shortened, except in the last column, which is not padded."""
     cells = [[clean(str(cell)) for cell in row] for row in rows]
-    cells = [[*map(_cut, row[:-1]), *row[-1:]] for row in cells]
+    cells = [[*map(_shorten, row[:-1]), *row[-1:]] for row in cells]
     if is_terminal(sys.stdout):
         from rich.table import Table
         from rich.text import Text
@@ -63,22 +63,22 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 def rich_console(stderr: bool = False) -> Console:
-    """The console of rich, for a display that needs a terminal."""
+    """Return a console of rich, for output that needs a terminal."""
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether ``stream`` shows colours and redraws."""
+    """Return whether ``stream`` is a terminal that can show colours and redraw lines."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
-    """Inside, what other libraries write to stdout and stderr by themselves holds no secret either."""
+def redacted_streams() -> Iterator[None]:
+    """Remove secrets from what other libraries write to stdout and stderr in the block."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (cast(TextIO, _Guarded(stream)) for stream in before)
+    sys.stdout, sys.stderr = (cast(TextIO, _RedactedStream(stream)) for stream in before)
     try:
         yield
     finally:
@@ -86,27 +86,27 @@ def guarded() -> Iterator[None]:
 
 
 def clean(text: str) -> str:
-    r"""``text`` without secrets, and with everything that could steer a terminal written out, as ``\x1b``."""
-    return escaped(redact(text))
+    r"""Remove secrets from ``text``, and escape everything that could control a terminal, as ``\x1b``."""
+    return escape(redact(text))
 
 
-def escaped(text: str) -> str:
-    """As ``clean``, of a part of a text that is known to hold no secret."""
+def escape(text: str) -> str:
+    """Escape everything that could control a terminal, in a text without secrets."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(char if char in "\n\t" or _is_harmless(char) else _escape(char) for char in text)
+    return "".join(char if char in "\n\t" or _is_harmless(char) else _escape_char(char) for char in text)
 
 
 def report_error(error: PeftcliError, as_json: bool = False) -> int:
-    """Prints an error, and with ``as_json`` the one JSON object if none was printed yet. Returns the exit code."""
+    """Print an error, with ``as_json`` also as the JSON object if none was printed yet; return the exit code."""
     log(f"error: {error}")
     if as_json and not _json_printed:
         print_json({"error": {**error.as_dict(), "exit_code": error.exit_code}})
     return error.exit_code
 
 
-class _Guarded:
-    """A text stream that takes the secrets out of what is written to it."""
+class _RedactedStream:
+    """A text stream that removes the secrets from what is written to it."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -123,8 +123,8 @@ class _Guarded:
         return getattr(self._stream, name)
 
 
-def _cut(cell: str) -> str:
-    return cell if len(cell) <= _LONGEST_CELL else f"{cell[: _LONGEST_CELL - 3]}..."
+def _shorten(cell: str) -> str:
+    return cell if len(cell) <= _MAX_CELL else f"{cell[: _MAX_CELL - 3]}..."
 
 
 def _write(stream: TextIO, text: str) -> None:
@@ -134,12 +134,12 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 def _is_harmless(char: str) -> bool:
-    # Cc, Cf, Cs, Co, Cn: control, formatting (as right-to-left overrides), surrogates, private, unassigned;
-    # Zl, Zp: line and paragraph separators. The zero-width joiners are part of ordinary writing.
+    # Cc, Cf, Cs: control, formatting (such as right-to-left overrides), surrogates; Zl, Zp: line and paragraph
+    # separators. Ordinary text contains the zero-width joiners.
     return char in "\u200c\u200d" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
-def _escape(char: str) -> str:
+def _escape_char(char: str) -> str:
     return char.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 

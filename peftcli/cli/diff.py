@@ -8,15 +8,15 @@ import typer
 
 from peftcli.cli import console
 
-_LONGEST = 60
+_MAX_VALUE = 60
 
 
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="Adapter folder or hub id.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="The other one.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other adapter.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what differs between two adapters: settings, modules, and what they do to each weight."""
+    """Show the differences between two adapters: settings, modules, and the change of each weight."""
     from peftcli.adapters.diff import compare
 
     found = compare(a, b)
@@ -25,29 +25,29 @@ def diff(
     if found["equal"]:
         return console.out("the adapters are equal")
     if found["config"]:
-        settings = [[_cut(_shown(value)) for value in row.values()] for row in found["config"]]
+        settings = [[_shorten(_format(value)) for value in row.values()] for row in found["config"]]
         console.table(["setting", "A", "B"], settings)
         console.out()
     for name, side in (("only_a", "A"), ("only_b", "B")):
         for entry in found[name]:
             console.out(f"only in {side}: {entry}")
     if found["reason"]:
-        console.log(f"compared value by value: {found['reason']}")
+        console.log(f"stored values are compared, not updates: {found['reason']}")
     rows = [*found["modules"], *found["tensors"]]
     if rows:
         total = {"name": "all", "difference": found["difference"], "cosine": found["cosine"]}
         console.table(
-            ["module", "difference", "cosine"], [[_shown(value) for value in row.values()] for row in [*rows, total]]
+            ["module", "difference", "cosine"], [[_format(value) for value in row.values()] for row in [*rows, total]]
         )
     return None
 
 
-def _cut(text: str) -> str:
-    """A value that fits on a line; ``--json`` has all of it."""
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+def _shorten(text: str) -> str:
+    """Shorten a value to fit on a line; ``--json`` prints it whole."""
+    return text if len(text) <= _MAX_VALUE else f"{text[: _MAX_VALUE - 3]}..."
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list):

@@ -9,21 +9,25 @@ import typer
 
 from peftcli.cli import console
 from peftcli.cli.junit_report import Junit, junit_report
-from peftcli.cli.quiet import Quiet, teller
+from peftcli.cli.quiet import Quiet, progress_log
 
 
 def evaluate(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Adapter folder or hub id; without one, the base model.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to override.")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Adapter folder or hub id; by default the base model alone is evaluated.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     junit: Junit = None,
     quiet: Quiet = False,
 ) -> None:
-    """Metrics on the recipe's evaluation data; applies its gates."""
+    """Measure metrics on the recipe's evaluation data, and apply its gates."""
     from peftcli.recipe import load_recipe
 
-    teller(quiet)
+    progress_log(quiet)
     with junit_report(junit, recipe) as result:
         settings = load_recipe(recipe, overrides or [])
 

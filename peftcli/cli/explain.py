@@ -18,16 +18,16 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Explain a setting, a section, a method or a task."""
-    from peftcli.recipe import explain as find
+    from peftcli.recipe import explain as find_explanation
 
-    found = find(key)
+    found = find_explanation(key)
     if as_json:
-        console.print_json(_as_data(found))
+        console.print_json(_as_dict(found))
     else:
         _print(found)
 
 
-def _as_data(found: Explanation) -> dict[str, Any]:
+def _as_dict(found: Explanation) -> dict[str, Any]:
     settings = [dict(zip(("name", "default", "help"), row, strict=True)) for row in found.settings]
     return {**asdict(found), "settings": settings}
 

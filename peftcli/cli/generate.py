@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from peftcli.cli import console
-from peftcli.cli.quiet import Quiet, teller
+from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.errors import UsageError
-from peftcli.system.outputs import expanded, is_stream
-from peftcli.system.secrets import settled
+from peftcli.system.outputs import expand_user, is_stream
+from peftcli.system.secrets import safe_length
 
 if TYPE_CHECKING:
     from peftcli.tasks.text.generation import GenerationSettings, Message, TextGenerator
 
-_COLDEST = 1e-30
-"""A lower temperature makes the scores of tokens too large for numbers of 32 bits."""
+_MIN_TEMPERATURE = 1e-30
+"""A lower temperature makes the scores of tokens too large for float32."""
 
 
 def generate(
@@ -30,38 +30,39 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
     source: Annotated[Path | None, typer.Option("--input", help='A .jsonl file of {"prompt"} or {"messages"}.')] = None,
     target: Annotated[
-        Path | None, typer.Option("--output", help="Where its answers go. After a stop, the same command goes on.")
+        Path | None,
+        typer.Option("--output", help="File for the answers. After a stop, run the same command again to resume."),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model instead of the adapter's.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model to use instead of the adapter's.")] = None,
     quantization: Annotated[
         Literal["none", "nf4", "fp4", "int8", "int8_weight_only", "int4_weight_only"] | None,
-        typer.Option(help="Of the base model's weights; by default as the adapter was trained."),
+        typer.Option(help="Quantization of the base model; by default as in training."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="With a temperature: nucleus sampling.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0: greedy decoding.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling, with a temperature above 0.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of --input at once.")] = 8,
-    no_adapter: Annotated[bool, typer.Option("--no-adapter", help="The base model alone.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of --input per batch.")] = 8,
+    no_adapter: Annotated[bool, typer.Option("--no-adapter", help="Use the base model alone.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Text from an adapted model: one prompt, a file of prompts, or a chat on a terminal."""
+    """Generate text with an adapter: for one prompt, a file of prompts, or in a chat on a terminal."""
     if (source is None) != (target is None) or (prompt is not None and source is not None):
         raise UsageError("give --prompt, or --input with --output, or neither for a chat")
     chats = prompt is None and source is None
     if chats and as_json:
-        raise UsageError("a chat is no JSON object", hint="give --prompt, or --input with --output", key="--json")
+        raise UsageError("cannot print a chat as JSON", hint="give --prompt, or --input with --output", key="--json")
     if chats and not sys.stdin.isatty():
-        raise UsageError("without a terminal, give --prompt or --input")
-    if 0 < temperature < _COLDEST or temperature == math.inf:
-        raise UsageError(f"must be 0, or a number from {_COLDEST:g}", key="--temperature")
+        raise UsageError("a chat needs a terminal; give --prompt, or --input with --output")
+    if 0 < temperature < _MIN_TEMPERATURE or temperature == math.inf:
+        raise UsageError(f"must be 0, or at least {_MIN_TEMPERATURE:g} and finite", key="--temperature")
     if prompt is not None and not _is_text(prompt):
-        raise UsageError("is no UTF-8 text", key="--prompt")
+        raise UsageError("is not UTF-8 text", key="--prompt")
 
-    tell = teller(quiet)
+    tell = progress_log(quiet)
     if target is not None:
-        is_stream(expanded(target))  # raises before any work for what cannot be written
+        is_stream(expand_user(target))  # raises before any work if the file cannot be written
     from peftcli.adapters.generate import answer_file, load_generator
     from peftcli.tasks.text.generation import GenerationSettings
 
@@ -79,47 +80,47 @@ def generate(
     assert prompt is not None
     if as_json:
         return console.print_json(asdict(generator.generate([prompt], settings)[0]))
-    with _streamed() as write:
+    with _streamed_output() as write:
         generator.generate([prompt], settings, stream=write)
     return None
 
 
 def _chat(generator: TextGenerator, settings: GenerationSettings) -> None:
-    """Turns at a terminal, until an empty line or the end of input."""
+    """Chat on a terminal until an empty line or the end of the input."""
     console.log("an empty line ends the chat")
     messages: list[Message] = []
     while True:
         try:
-            asked = input("> ")
+            line = input("> ")
         except EOFError:
             return
         except UnicodeDecodeError:
-            asked = None
-        if asked is None or not _is_text(asked):
-            console.log("that is no UTF-8 text")
+            line = None
+        if line is None or not _is_text(line):
+            console.log("the input is not UTF-8 text")
             continue
-        if not asked.strip():
+        if not line.strip():
             return
-        messages.append({"role": "user", "content": asked})
-        with _streamed() as write:
-            said = generator.generate([messages if generator.form == "chat" else asked], settings, stream=write)[0]
-        messages.append({"role": "assistant", "content": said.text})
+        messages.append({"role": "user", "content": line})
+        with _streamed_output() as write:
+            answer = generator.generate([messages if generator.form == "chat" else line], settings, stream=write)[0]
+        messages.append({"role": "assistant", "content": answer.text})
 
 
 def _is_text(text: str) -> bool:
-    """Whether it was UTF-8 before Python read it."""
+    """Return whether the text was UTF-8 before Python decoded it."""
     return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 @contextmanager
-def _streamed() -> Iterator[Callable[[str], None]]:
-    """Gives what writes text as it grows, but for what may become a secret, which is not recognised by its parts."""
+def _streamed_output() -> Iterator[Callable[[str], None]]:
+    """Yield a function that prints growing text, and holds back what may become a secret."""
     held = ""
 
     def write(text: str) -> None:
         nonlocal held
         held += text
-        end = settled(held)
+        end = safe_length(held)
         sys.stdout.write(console.clean(held[:end]))
         sys.stdout.flush()
         held = held[end:]

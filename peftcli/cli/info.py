@@ -14,14 +14,15 @@ _PACKAGES = ("peftcli", "torch", "transformers", "accelerate", "datasets", "safe
 
 def info(
     what: Annotated[
-        str, typer.Argument(metavar="[ADAPTER|methods|tasks|env]", help="Adapter folder or hub id, or a table.")
+        str,
+        typer.Argument(metavar="[ADAPTER|methods|tasks|env]", help="An adapter (folder or hub id), or what to list."),
     ] = "env",
     updates: Annotated[
-        bool, typer.Option("--updates/--no-updates", help="Of an adapter: how much it changes each weight.")
+        bool, typer.Option("--updates/--no-updates", help="Show how much an adapter changes each weight.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show an adapter, the methods, the tasks or the versions."""
+    """Show an adapter, the methods, the tasks or the versions installed."""
     tables = {"methods": _methods, "tasks": _tasks}
     if what == "env":
         _env(as_json)
@@ -36,7 +37,7 @@ def info(
 
 
 def _adapter(adapter: str, updates: bool, as_json: bool) -> None:
-    """What needs no torch is printed before it is imported, which takes seconds."""
+    """Print an adapter's facts; those that need no torch come before its import, which takes seconds."""
     from peftcli.adapters.info import describe
 
     facts = describe(adapter)
@@ -50,7 +51,7 @@ def _adapter(adapter: str, updates: bool, as_json: bool) -> None:
     if as_json:
         return console.print_json({**facts, "updates": found})
     if "reason" in found:
-        return console.out(f"updates: not shown: {found['reason']}")
+        return console.out(f"updates: cannot be computed: {found['reason']}")
     console.out(f"norm of all updates: {found['norm']:.4g}")
     console.out(f"dead modules: {', '.join(found['dead']) or 'none'}\n")
     rows = [[m["module"], m["r"], f"{m['norm']:.4g}", f"{m['effective_r']:.1f}"] for m in found["modules"]]
@@ -74,7 +75,7 @@ def _tasks() -> list[dict[str, Any]]:
 
 
 def _env(as_json: bool) -> None:
-    """Versions are printed before torch is imported, which takes seconds and may fail."""
+    """Print versions and devices; the versions come before the import of torch, which takes seconds and may fail."""
     import platform
 
     facts = {"python": platform.python_version(), "platform": platform.platform()}
@@ -109,5 +110,5 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
         console.print_json(facts)
         return
     for name, value in facts.items():
-        shown = ", ".join(str(item) for item in value) if isinstance(value, list) else value
-        console.out(f"{name}: {'-' if shown is None else shown}")
+        text = ", ".join(str(item) for item in value) if isinstance(value, list) else value
+        console.out(f"{name}: {'-' if text is None else text}")

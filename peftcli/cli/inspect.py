@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peftcli.cli import console
-from peftcli.cli.quiet import Quiet, teller
+from peftcli.cli.quiet import Quiet, progress_log
 
 if TYPE_CHECKING:
     from peftcli.data.findings import Finding
@@ -56,15 +56,15 @@ def inspect(
 
     settings = load_recipe(recipe, overrides or [])
 
-    tell = teller(quiet)
+    tell = progress_log(quiet)
     from peftcli.cli.progress import Progress
     from peftcli.inspection.page import refuse_name, write_page
     from peftcli.inspection.report import inspect as look
     from peftcli.inspection.report import refuse_place
-    from peftcli.system.outputs import expanded
+    from peftcli.system.outputs import expand_user
 
     if html is not None:
-        html = expanded(html)
+        html = expand_user(html)
         refuse_name(html)
 
     for place in row or ():
@@ -174,7 +174,7 @@ class _Printer:
             yield f"[[{text}]]" if trained else text
 
     def _bordered(self, token: TokenText) -> str:
-        text = console.escaped(token.text).replace("\n", _NEWLINE)
+        text = console.escape(token.text).replace("\n", _NEWLINE)
         if not self.borders:
             return text
         return text.removesuffix("\n") + _BORDER + ("\n" if text.endswith("\n") else "")

@@ -1,4 +1,4 @@
-"""JUnit XML, which CI servers show: the gates of a recipe as test cases. No torch here."""
+"""JUnit XML for CI servers: each gate of a recipe is a test case. No torch here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftcli.system.disk import write_file
 from peftcli.system.secrets import redact_values
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""What no XML 1.0 document may hold, even escaped."""
+"""Characters that XML 1.0 forbids, even escaped."""
 
 
 def write_junit(
@@ -26,18 +26,18 @@ def write_junit(
     seconds: float | None,
     error: Mapping[str, Any] | None,
 ) -> None:
-    """Write a report of one test suite, whole or not at all.
+    """Write a report of one test suite, complete or not at all.
 
-    Each gate is a test case, which fails with the value that was measured. A run that failed is one more, ``run``, with
-    the error; so is one without gates that went well, since a report without test cases counts as broken.
+    Each gate is a test case; a failed one contains the measured value. A failed run adds the test case ``run`` with the
+    error. A successful run without gates adds it too, since CI servers reject a report without test cases.
 
     Args:
-        path: The file; folders are made.
-        suite: Name of the suite and of its cases' class: the recipe's.
-        gates: As run.json has them: ``metric``, ``gate``, ``value`` and ``passed`` of each.
+        path: The file; missing folders are created.
+        suite: Name of the suite and class of its cases: the recipe's name.
+        gates: ``metric``, ``gate``, ``value`` and ``passed`` of each gate, as in run.json.
         metrics: Name -> value: the suite's properties.
-        seconds: How long the run took; None: nobody knows.
-        error: As run.json has it, where the run failed.
+        seconds: Duration of the run; None if unknown.
+        error: The error of a failed run, as in run.json.
 
     Raises:
         StorageError: the file cannot be written.
@@ -52,7 +52,7 @@ def write_junit(
         "errors": sum(case.find("error") is not None for case in cases),
         "skipped": 0,
     }
-    # hostname is wanted by the schema of Ant's reports; the machine's own name is nobody's business
+    # the schema of Ant's reports requires a hostname; the machine's own name stays private
     about: dict[str, Any] = {
         "name": suite,
         "hostname": "localhost",
@@ -63,21 +63,21 @@ def write_junit(
     root = _element("testsuites")
     element = _element("testsuite", package="peftcli", id=0, **about)
     properties = _element("properties")
-    properties.extend(_element("property", name=name, value=_text(value)) for name, value in metrics.items())
+    properties.extend(_element("property", name=name, value=_format(value)) for name, value in metrics.items())
     for case in cases:
         case.set("classname", _clean(suite))
     element.extend([properties, *cases, _element("system-out"), _element("system-err")])
     root.append(element)
     ElementTree.indent(root)
-    # with a declaration, and ASCII whatever the names hold
+    # with a declaration, and ASCII even if names contain other characters
     write_file(path, ElementTree.tostring(root, encoding="us-ascii", xml_declaration=True) + b"\n")
 
 
 def _gate_case(gate: Mapping[str, Any]) -> ElementTree.Element:
     case = _element("testcase", name=f"{gate['metric']} {gate['gate']}", time="0.000")
     if not gate["passed"]:
-        value = "was not measured" if gate["value"] is None else f"is {_text(gate['value'])}"
-        message = f"{gate['metric']} {value}, wanted {gate['gate']}"
+        value = "was not measured" if gate["value"] is None else f"is {_format(gate['value'])}"
+        message = f"{gate['metric']} {value}, expected {gate['gate']}"
         case.append(_element("failure", message, message=message, type="GateFailed"))
     return case
 
@@ -99,15 +99,15 @@ def _element(tag: str, text: str | None = None, **attributes: Any) -> ElementTre
     return element
 
 
-def _text(value: Any) -> str:
+def _format(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _clean(text: str) -> str:
-    r"""``text`` with everything that XML cannot hold written out, as ``\x1b``."""
+    r"""Escape everything that XML cannot contain, as ``\x1b``."""
     return _NOT_XML.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
 
 
 def _now() -> str:
-    """The time in UTC, as XML Schema's dateTime without a zone, which is all that CI servers read."""
+    """Return the time in UTC as XML Schema's dateTime without a zone, the only form that CI servers read."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds").removesuffix("+00:00")

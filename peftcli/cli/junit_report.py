@@ -1,4 +1,4 @@
-"""``--junit``: a report for a CI server, whatever becomes of the run."""
+"""``--junit``: a report for a CI server, also of a failed run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from peftcli.cli import console
-from peftcli.errors import GateFailed, PeftcliError, StorageError, known
+from peftcli.errors import GateFailed, PeftcliError, StorageError, to_peftcli_error
 
 Junit = Annotated[
     Path | None, typer.Option("--junit", metavar="FILE", help="Write a JUnit report: each gate is a test case.")
@@ -29,27 +29,27 @@ _FACTS = (
     "train_loss",
     "versions",
 )
-"""What the report holds of run.json besides metrics and gates."""
+"""What the report contains of run.json besides metrics and gates."""
 
 
 @contextmanager
 def junit_report(path: Path | None, recipe: Path) -> Iterator[dict[str, Any]]:
-    """Inside, fill the dict that it gives with the run, as run.json describes it. The report is written at the end.
+    """Yield a dict to fill with the content of run.json; write the report when the block ends.
 
-    An error that happens inside goes into the report, and on. Without a path nothing is written.
+    An error in the block goes into the report and is raised again. Without a path nothing is written.
 
     Raises:
-        StorageError: the report cannot be written, and nothing else went wrong.
+        StorageError: the report cannot be written, and no other error occurred.
     """
     run: dict[str, Any] = {}
     try:
         yield run
-    except typer.Exit:  # other processes have run, and written it; or nothing has
+    except typer.Exit:  # another process ran and wrote the report, or nothing ran
         raise
     except Exception as error:
-        failed = getattr(error, "exit_code", 1) != GateFailed.exit_code  # the gates tell of it
+        failed = getattr(error, "exit_code", 1) != GateFailed.exit_code  # the report contains the gates
         if not failed and not run:
-            raise  # another process has measured, and written it
+            raise  # another process measured and wrote the report
         try:
             _write(path, recipe, run, _as_dict(error) if failed else None)
         except StorageError as problem:
@@ -65,20 +65,20 @@ def _write(path: Path | None, recipe: Path, run: dict[str, Any], error: dict[str
 
     measured = run.get("eval", {})
     metrics = measured.get("kept", measured.get("last", {}))
-    facts = _flat({name: run[name] for name in _FACTS if name in run})
+    facts = _flatten({name: run[name] for name in _FACTS if name in run})
     gates, seconds = run.get("gates", []), run.get("wall_seconds")
     write_junit(path, suite=recipe.stem, gates=gates, metrics={**metrics, **facts}, seconds=seconds, error=error)
 
 
 def _as_dict(error: Exception) -> dict[str, object]:
-    return (known(error) or PeftcliError(f"{type(error).__name__}: {error}")).as_dict()
+    return (to_peftcli_error(error) or PeftcliError(f"{type(error).__name__}: {error}")).as_dict()
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{name}.")
+            out |= _flatten(value, f"{prefix}{name}.")
         elif value is not None:
             out[prefix + name] = value
     return out

@@ -8,26 +8,32 @@ from typing import Annotated, Literal
 import typer
 
 from peftcli.cli import console
-from peftcli.cli.quiet import Quiet, teller
+from peftcli.cli.quiet import Quiet, progress_log
 
 
 def merge(
     adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
     output: Annotated[Path, typer.Option(help="Folder for the merged model; must be new or empty.")],
-    base: Annotated[str | None, typer.Option(help="Base model instead of the adapter's.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model to use instead of the adapter's.")] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Number format; by default the base model's."),
+        typer.Option(help="Number format of the merged weights; by default the base model's."),
     ] = None,
     dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="Merge into the weights of the quantised base model, made dense.")
+        bool,
+        typer.Option("--dequantize", help="Dequantise the weights of a quantised base model, and merge into them."),
     ] = False,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare logits with base and adapter.")] = True,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify/--no-verify", help="Compare the merged model's logits with those of base model and adapter."
+        ),
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fold an adapter into its base model: a checkpoint that transformers loads alone."""
-    tell = teller(quiet)
+    """Merge an adapter into its base model, as a checkpoint that transformers loads on its own."""
+    tell = progress_log(quiet)
     from peftcli.adapters.merge import merge_adapter
 
     merged = merge_adapter(adapter, output, base=base, dtype=dtype, dequantize=dequantize, verify=verify, tell=tell)

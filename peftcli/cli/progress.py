@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from peftcli.train.report import Event
 
-_EVERY_SECONDS = 5.0
-"""Time between two lines about rows that are read."""
+_ROWS_INTERVAL = 5.0
+"""Seconds between two lines about rows read."""
 
 
 class Progress:
@@ -32,18 +32,18 @@ class Progress:
         self.first_step = 0
         self.bar: RichProgress | None = None
         self.status: Status | None = None
-        self.told = time.perf_counter()
+        self.last_rows_line = time.perf_counter()
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        for shown in (self.bar, self.status):
-            if shown is not None:
-                shown.stop()
+        for display in (self.bar, self.status):
+            if display is not None:
+                display.stop()
 
     def show(self, event: Event) -> None:
-        """Show one event; of a quiet run, only warnings."""
+        """Show an event; of a quiet run, only warnings."""
         name = type(event).__name__.lower()
         self.trained |= name == "ready"
         if not self.quiet or name == "warned":
@@ -62,11 +62,11 @@ class Progress:
             if event.done:
                 self.status.stop()
                 self.status = None
-        elif not event.done and time.perf_counter() - self.told < _EVERY_SECONDS:
+        elif not event.done and time.perf_counter() - self.last_rows_line < _ROWS_INTERVAL:
             return
         if event.done or self.status is None:
             console.log(text)
-            self.told = time.perf_counter()
+            self.last_rows_line = time.perf_counter()
 
     def _show_warned(self, event: Any) -> None:
         console.log(f"warning: {event.text}")
@@ -80,9 +80,7 @@ class Progress:
         left_out = sum(data["dropped"].values()) + data["skipped"]
         lost = f" ({data['targets_cut']:,} targets lost)" if data["targets_cut"] else ""
         split = f", {data['split']} split" if data["split"] else ""
-        split += (
-            f" ({data['pieces_left_out']} without the pieces that have no targets)" if data["pieces_left_out"] else ""
-        )
+        split += f" ({data['pieces_left_out']} lose pieces without targets)" if data["pieces_left_out"] else ""
         console.log(
             f"on {data['examples']:,} examples: {data['tokens']:,} {self.unit}, {data['targets']:,} of them targets; "
             f"{left_out} left out, {data['truncated']} truncated{lost}{split}"
@@ -125,8 +123,8 @@ class Progress:
             console.log(f"step {result.step}/{self.total}  epoch {event.epoch:.2f}  {state}  {_clock(left)} left")
 
     def _show_evaluated(self, event: Any) -> None:
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in sorted(event.metrics.items()))
-        self._line(f"evaluation after step {event.step}: {shown}{'  (best)' if event.best and event.step else ''}")
+        metrics = "  ".join(f"{name} {value:.4f}" for name, value in sorted(event.metrics.items()))
+        self._line(f"evaluation after step {event.step}: {metrics}{'  (best)' if event.best and event.step else ''}")
 
     def _show_saved(self, event: Any) -> None:
         self._line(f"checkpoint: {event.path}")
@@ -139,7 +137,7 @@ class Progress:
 
 
 def summary(run: dict[str, Any]) -> str:
-    """Summarise what a run made, and suggest what to run next."""
+    """Summarise a run, and suggest the next commands."""
     folder = run["recipe"]["training"]["output_dir"]
     parameters, steps, evals = run["parameters"], run["steps"], run["eval"]
     share = 100 * parameters["trainable"] / parameters["all"]
@@ -157,7 +155,9 @@ def summary(run: dict[str, Any]) -> str:
     lines += ["next:", f"  {TASKS[task].command(quoted)}"]
     if run["mergeable"]:
         lines.append(f"  peftcli merge {quoted} --output {shlex.quote(folder.rstrip('/') + '-merged')}")
-    base = " --base-model-id USER/BASE" if run["identity"]["base_model"] else ""  # a folder, which the hub cannot know
+    base = (
+        " --base-model-id USER/BASE" if run["identity"]["base_model"] else ""
+    )  # the base model is a folder, not on the hub
     lines.append(f"  peftcli push {quoted} USER/NAME{base}")
     return "\n".join(lines)
 

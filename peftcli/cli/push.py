@@ -7,27 +7,28 @@ from typing import Annotated
 import typer
 
 from peftcli.cli import console
-from peftcli.cli.quiet import Quiet, teller
+from peftcli.cli.quiet import Quiet, progress_log
 
 
 def push(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Adapter folder or hub id.")],
-    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="USER/NAME on the hub; made if missing.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="USER/NAME on the hub; created if missing.")],
     private: Annotated[
-        bool, typer.Option("--private/--public", help="Who may see a repository that this push makes.")
+        bool, typer.Option("--private/--public", help="Visibility of a repository that this push creates.")
     ] = True,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to; made if missing.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; created if missing.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
-    message: Annotated[str | None, typer.Option(help="First line of the commit.")] = None,
+    message: Annotated[str | None, typer.Option(help="First line of the commit message.")] = None,
     base_model_id: Annotated[
-        str | None, typer.Option(metavar="USER/NAME", help="The base model on the hub, for one trained from a folder.")
+        str | None,
+        typer.Option(metavar="USER/NAME", help="Hub id of the base model, if the adapter was trained from a folder."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded, and send nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files without uploading them.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Upload an adapter and its model card to the hub."""
-    tell = teller(quiet and not dry_run)  # what a dry run lists is its answer
+    tell = progress_log(quiet and not dry_run)  # the list is the answer of a dry run
     from dataclasses import asdict
 
     from peftcli.adapters import load, push

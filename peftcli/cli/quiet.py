@@ -1,4 +1,4 @@
-"""``--quiet``, which means the same in every command that has it."""
+"""``--quiet``, the same in every command."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import typer
 
 from peftcli.cli import console
 
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress: only warnings, errors and the answer.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress, only warnings, errors and the answer.")]
 
 
-def teller(quiet: bool) -> Callable[[str], None]:
-    """What tells of progress. Of a quiet command it tells nothing, and other libraries draw no bars.
+def progress_log(quiet: bool) -> Callable[[str], None]:
+    """Return the function that logs progress. For a quiet command it does nothing, and other libraries draw no bars.
 
-    To be called before these are imported: they look at the environment only then.
+    Call it before these libraries are imported: they read the environment only then.
     """
     if not quiet:
         return console.log

@@ -18,11 +18,11 @@ def schema(
         str,
         typer.Argument(
             metavar="[NAME]",
-            help=f"Of recipes, of run.json (run), or of what a command prints with --json: {', '.join(_OUTPUTS)}.",
+            help=f"recipe, run (run.json), or the JSON output of a command: {', '.join(_OUTPUTS)}.",
         ),
     ] = "recipe",
 ) -> None:
-    """Print a JSON Schema: that of recipes, for editors, or that of what a command prints, for scripts."""
+    """Print a JSON Schema: of recipes, for editors, or of a command's output, for scripts."""
     if name == "recipe":
         from peftcli.recipe.reference import json_schema
 
@@ -30,4 +30,4 @@ def schema(
     elif name in _OUTPUTS:
         console.print_json(output_schema(name))
     else:
-        raise UsageError(f"no schema is called {name[:60]!r}", hint=f"one of recipe, {', '.join(_OUTPUTS)}")
+        raise UsageError(f"unknown schema: {name[:60]!r}", hint=f"known: recipe, {', '.join(_OUTPUTS)}")

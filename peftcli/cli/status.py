@@ -14,10 +14,10 @@ def status(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder: a recipe's training.output_dir.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show how a run stands: running, complete, interrupted or failed, and why."""
-    from peftcli.train.runs.status import status as look
+    """Show the status of a run: running, complete, interrupted or failed, and why."""
+    from peftcli.train.runs.status import status as read_status
 
-    found = look(folder)
+    found = read_status(folder)
     if as_json:
         console.print_json(found)
         return
@@ -31,7 +31,7 @@ def _state(found: dict[str, Any]) -> str:
     if state == "running":
         return f"running, process {found['pid']}"
     if state == "interrupted" and found["exit_code"] == 137:
-        return "interrupted: its process is gone and recorded no reason"
+        return "interrupted: the process ended without recording a reason"
     if state in ("interrupted", "failed") and error:
         return f"{state}, exit code {found['exit_code']}: {error['message']}"
     return f"{state}, exit code {found['exit_code']}" if found["exit_code"] else str(state)

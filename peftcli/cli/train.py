@@ -11,12 +11,14 @@ import typer
 from peftcli.cli import console
 from peftcli.cli.junit_report import Junit, junit_report
 from peftcli.cli.progress import Progress, summary
-from peftcli.cli.quiet import Quiet, teller
+from peftcli.cli.quiet import Quiet, progress_log
 
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to override.")
+    ] = None,
     resume: Annotated[
         str,
         typer.Option(
@@ -43,7 +45,7 @@ def train(
     from peftcli.recipe import load_recipe
     from peftcli.train import launch
 
-    teller(quiet)
+    progress_log(quiet)
     is_main = launch.is_main_process()
     with junit_report(junit if is_main else None, recipe) as report:
         settings = load_recipe(recipe, overrides or [])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from peftcli.data.readers import table_rows
-from peftcli.data.text_rows import cut, reason
+from peftcli.data.text_rows import first_line, quote
 from peftcli.errors import DataError, HubError, NetworkError, PeftcliError
 from peftcli.schema import Source
 from peftcli.system import hub_requests
@@ -22,43 +22,43 @@ T = TypeVar("T")
 
 
 class HubRows:
-    """A split of a dataset on the hub. Nothing is fetched before it is asked for."""
+    """A split of a dataset on the hub. Nothing is fetched before it is needed."""
 
     def __init__(self, source: Source):
         self._source = source
 
     @cached_property
     def commit(self) -> str:
-        """The commit that the revision means; without the hub, the one that is cached on this machine.
+        """The commit of the revision; if the hub cannot be reached, the cached one.
 
         Raises:
-            NetworkError: the hub cannot be reached, and nothing is cached, or another revision.
-            HubError: no such dataset or revision, or the hub refuses access.
+            NetworkError: the hub cannot be reached, and the revision is not cached.
+            HubError: the dataset or revision does not exist, or the hub refuses access.
         """
         from huggingface_hub import HfApi
 
         source, api = self._source, HfApi(endpoint=hub_requests.endpoint(), library_name="peftcli")
         try:
-            with hub_requests.watched() as line:
-                return self._tried(line, lambda: str(api.dataset_info(source.train, revision=source.revision).sha))
+            with hub_requests.hub_session() as session:
+                return self._retry(session, lambda: str(api.dataset_info(source.train, revision=source.revision).sha))
         except NetworkError as error:
-            return self._cached(error)
+            return self._cached_commit(error)
 
     def rows(self) -> Iterator[dict[str, Any] | str]:
-        """The rows, in order; for one that cannot be read, what is wrong with it.
+        """Yield the rows in order; for a row that cannot be read, a message about it.
 
         Raises:
-            DataError: no such split or configuration, or not rows.
+            DataError: the split or configuration does not exist, or the files do not contain rows.
             NetworkError: the hub cannot be reached.
             HubError: the hub refuses access.
         """
         commit = self.commit
-        with hub_requests.watched() as line:
-            found, given = self._tried(line, lambda: self._opened(commit)), 0
+        with hub_requests.hub_session() as session:
+            found, given = self._retry(session, lambda: self._open(commit)), 0
             tables: Iterator[Any] | None = None
 
-            def following() -> Any:
-                """The next rows. A stream that broke is opened again where it did."""
+            def next_table() -> Any:
+                """Return the next rows. After an error, the next call reopens the stream at the same row."""
                 nonlocal tables
                 if tables is None:
                     rest = (found.skip(given) if given else found).with_format("arrow")
@@ -69,22 +69,22 @@ class HubRows:
                     tables = None
                     raise
 
-            while (table := self._tried(line, following)) is not None:
+            while (table := self._retry(session, next_table)) is not None:
                 given += table.num_rows
                 yield from table_rows(table)
 
-    def _opened(self, commit: str) -> Any:
-        """The split as datasets reads it: fetched and prepared, or a stream."""
+    def _open(self, commit: str) -> Any:
+        """Open the split with datasets: downloaded and prepared, or as a stream."""
         source, builder = self._source, self._builder(commit)
         if builder.hash != commit:
-            raise ConnectionError("the hub was there a moment ago, and datasets took to its cache")
+            raise ConnectionError("the connection was lost, and datasets used its cache")
         if source.streaming:
             return builder.as_streaming_dataset(source.split)
         builder.download_and_prepare()
         return builder.as_dataset(source.split)
 
-    def _tried(self, line: hub_requests.Line, action: Callable[[], T]) -> T:
-        """What ``action`` returns, tried again where the hub or the network failed."""
+    def _retry(self, session: hub_requests.HubSession, action: Callable[[], T]) -> T:
+        """Return the result of ``action``, retried when the hub or the network fails."""
         source = self._source
 
         def attempt() -> T:
@@ -92,72 +92,72 @@ class HubRows:
                 return action()
             except PeftcliError:
                 raise
-            except Exception as error:  # of HTTP, of the hub, of the system; every builder raises its own kinds
-                told = _told(error, source)
-                if isinstance(told, NetworkError) or (
-                    isinstance(told, DataError) and hub_requests.is_of_huggingface_hub(error)
+            except Exception as error:  # every builder of datasets raises its own kinds
+                ours = _translate(error, source)
+                if isinstance(ours, NetworkError) or (
+                    isinstance(ours, DataError) and hub_requests.raised_by_huggingface_hub(error)
                 ):
                     raise
-                raise told from error
+                raise ours from error
 
-        return line.tried(attempt, f"dataset {source.train}: no file of that name here; on the hub")
+        return session.retry(attempt, f"dataset {source.train}: no file of that name here; on the hub")
 
     def _builder(self, commit: str | None = None) -> Any:
-        """What datasets reads it with. Where the hub fails, it takes the newest commit in its cache instead."""
+        """Return the builder of datasets. If the hub fails, it uses the newest commit in its cache."""
         import datasets
 
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it tells another host than the hub
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # that request goes to another host than the hub
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
         return datasets.load_dataset_builder(self._source.train, self._source.name, revision=commit)
 
-    def _cached(self, unreachable: NetworkError) -> str:
-        """The commit in the cache, if that is the revision that is asked for."""
+    def _cached_commit(self, unreachable: NetworkError) -> str:
+        """Return the commit in the cache if it is the revision of the source; else raise ``unreachable``."""
         from huggingface_hub.constants import HF_HUB_CACHE
 
         source, revision = self._source, self._source.revision
-        if "/" not in source.train:  # perhaps a kind of file, as json: datasets would look for such files here
+        if "/" not in source.train:  # for the name of a builder, such as json, datasets would look for local files
             raise unreachable
         try:
             with _offline():
                 commit = str(self._builder().hash)
-        except PeftcliError:  # as a signal, which is no fault of foreign code
+        except PeftcliError:  # a signal
             raise
         except Exception as error:
-            if isinstance(told := _told(error, source), NetworkError):
+            if isinstance(ours := _translate(error, source), NetworkError):
                 raise unreachable from None
-            raise told from error
+            raise ours from error
         if revision is None or (len(revision) >= 7 and commit.startswith(revision)):
             return commit
         ref = Path(HF_HUB_CACHE) / f"datasets--{source.train.replace('/', '--')}" / "refs" / revision
         if ref.is_file() and ref.read_text(encoding="utf-8").strip() == commit:
             return commit
         raise NetworkError(
-            f"dataset {source.train}: the hub cannot be reached, and the cache holds commit {commit[:12]}, "
-            f"which is not known to be {cut(revision)}",
-            hint=f"To use what is cached: dataset: {{revision: {commit}}}",
+            f"dataset {source.train}: the hub cannot be reached, and the cache contains commit {commit[:12]}, "
+            f"which may differ from {quote(revision)}",
+            hint=f"To use the cached commit: dataset: {{revision: {commit}}}",
         )
 
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Inside, datasets looks into its cache only."""
+    """Let datasets use only its cache in the block."""
     import datasets
     from huggingface_hub import constants
 
-    places: tuple[Any, Any] = (constants, datasets.config)
-    before = [place.HF_HUB_OFFLINE for place in places]
+    modules: tuple[Any, Any] = (constants, datasets.config)
+    before = [module.HF_HUB_OFFLINE for module in modules]
     try:
-        for place in places:
-            place.HF_HUB_OFFLINE = True
+        for module in modules:
+            module.HF_HUB_OFFLINE = True
         yield
     finally:
-        for place, value in zip(places, before, strict=True):
-            place.HF_HUB_OFFLINE = value
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
-def _told(error: Exception, source: Source) -> DataError | HubError | NetworkError:
-    """What a failure of datasets or huggingface_hub means."""
+def _translate(error: Exception, source: Source) -> DataError | HubError | NetworkError:
+    """Translate an exception of datasets or huggingface_hub."""
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         GatedRepoError,
@@ -177,25 +177,25 @@ def _told(error: Exception, source: Source) -> DataError | HubError | NetworkErr
     name, message = source.train, " ".join(str(error).split())
     status = next((code for each in causes if (code := _status(each))), 0)
     if caused_by(GatedRepoError) or "gated dataset" in message:
-        hint = "Ask for access on its page, then log in: hf auth login."
+        hint = "Request access on its page, then log in: hf auth login."
         return HubError(f"the dataset {name} is gated", hint=hint)
     if caused_by(RevisionNotFoundError):
-        return HubError(f"no revision {cut(str(source.revision))}", file=name, key="dataset.revision")
+        return HubError(f"no revision {quote(str(source.revision))}", file=name, key="dataset.revision")
     if caused_by(RepositoryNotFoundError, DatasetNotFoundError):
         hint = "Check the name, or name a local file. A private dataset needs: hf auth login."
         return HubError("no such dataset on the hub, and no such file", file=name, hint=hint)
     if status in (401, 403):
         return HubError(f"{name}: the hub refuses access ({status})", hint="Log in with: hf auth login.")
     if "Unknown split" in message or "Bad split" in message:
-        text = f"no split {cut(source.split)}: {reason(message, 300)}"
+        text = f"no split {quote(source.split)}: {first_line(message, 300)}"
         return DataError(text, file=name, key="dataset.split")
     if any(words in message for words in ("Config name", "BuilderConfig", "for config", "configurations")):
-        return DataError(reason(message, 300), file=name, key="dataset.name")
-    unanswered = caused_by(HTTPError) and not caused_by(HfHubHTTPError)
-    if unanswered or status >= 429 or caused_by(ConnectionError, TimeoutError, hub_requests.Unanswered):
-        hint = "A local file needs no network; HF_HUB_OFFLINE=1 uses what is cached."
+        return DataError(first_line(message, 300), file=name, key="dataset.name")
+    no_response = caused_by(HTTPError) and not caused_by(HfHubHTTPError)
+    if no_response or status >= 429 or caused_by(ConnectionError, TimeoutError, hub_requests.RetryableError):
+        hint = "A local file needs no network; HF_HUB_OFFLINE=1 uses the cache."
         return NetworkError(f"dataset {name}: no file of that name, and the hub cannot be reached", hint=hint)
-    return DataError(f"cannot be loaded: {reason(error.__cause__ or message)}", file=name)
+    return DataError(f"cannot be loaded: {first_line(error.__cause__ or message)}", file=name)
 
 
 def _status(error: Exception) -> int | None:

@@ -1,4 +1,4 @@
-"""Folders of pictures or sounds: a row for each file, whose label is the folder that holds it.
+"""Folders of images or sounds: one row per file, labelled with the name of its folder.
 
 photos/cat/1.jpg    ->    {"image": "photos/cat/1.jpg", "label": "cat"}
 """
@@ -14,16 +14,16 @@ _COLUMNS = {
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"), "image"),
     **dict.fromkeys((".wav", ".flac", ".ogg", ".mp3"), "audio"),
 }
-"""Extension of a file -> the column that names it."""
+"""Extension of a file -> column with its path."""
 
 
 def is_media(name: str) -> bool:
-    """Whether a file of this name holds a picture or a sound."""
+    """Return whether a file name has the extension of an image or a sound."""
     return PurePosixPath(name).suffix.lower() in _COLUMNS
 
 
 def media_rows(files: Mapping[str, Path], top: Path) -> Iterator[Row]:
-    """Yield a row for each file; files directly in ``top`` have no label."""
+    """Yield one row per file; files directly in ``top`` have no label."""
     for number, (name, path) in enumerate(files.items(), start=1):
         values = {_COLUMNS[path.suffix.lower()]: str(path)}
         if path.parent != top:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from peftcli.data.cache import cached
 from peftcli.data.rows import Place, Reader, Row, Table
-from peftcli.data.sources import Opened, open_source
+from peftcli.data.sources import ResolvedSource, open_source
 from peftcli.data.store import Column, Outcome, Store, Writer
 from peftcli.errors import DataError
 from peftcli.schema import Source
@@ -68,7 +68,7 @@ def prepare(
     opened = open_source(source)
     if opened.left_out:
         first = ", ".join(opened.left_out[:3]) + (", ..." if len(opened.left_out) > 3 else "")
-        on_note(f"{opened.described}: {len(opened.left_out)} files of other kinds are left out: {first}")
+        on_note(f"{opened.name}: {len(opened.left_out)} files of other kinds are left out: {first}")
     fingerprint = opened.fingerprint()
     key = {
         "content": fingerprint,
@@ -80,7 +80,7 @@ def prepare(
         with Writer(folder, task.columns) as writer:
             about = _write(opened, source, task, writer, stop_at_bad, on_rows)
             opened.check_unchanged(fingerprint)
-            writer.finish(source=opened.described, fingerprint=fingerprint, **about)
+            writer.finish(source=opened.name, fingerprint=fingerprint, **about)
 
     store = cached(key, build, on_wait=on_note)
     if stop_at_bad:
@@ -90,7 +90,7 @@ def prepare(
 
 
 def _write(
-    opened: Opened,
+    opened: ResolvedSource,
     source: Source,
     task: Encodes,
     writer: Writer,
@@ -109,19 +109,19 @@ def _write(
         try:
             if reader is None and good:
                 columns = tuple(dict.fromkeys(key for row in good for key in row.values))
-                reader = task.read(Table(source, opened.described, columns))
+                reader = task.read(Table(source, opened.name, columns))
             results = iter(task.encode(good, reader) if reader else [])
         except DataError as error:
-            file = error.file or opened.described
+            file = error.file or opened.name
             raise DataError(error.message, file=file, line=error.line, key=error.key, hint=error.hint) from error
-        places, outcomes = _in_order(batch, results, opened.described, writer.num_rows)
+        places, outcomes = _in_order(batch, results, opened.name, writer.num_rows)
         if stop_at_bad:
             for outcome in outcomes:
                 if isinstance(outcome, DataError):
                     raise outcome
         writer.add(places, outcomes)
-        on_rows(opened.described, writer.num_rows, False)
-    on_rows(opened.described, writer.num_rows, True)
+        on_rows(opened.name, writer.num_rows, False)
+    on_rows(opened.name, writer.num_rows, True)
     read = reader.names.values() if reader else ()
     return {
         "format": reader.name if reader else None,

@@ -1,7 +1,7 @@
-"""Reads the rows of one file: .jsonl, .json, .csv or .parquet, also compressed. Strict, and in bounded memory.
+"""Read the rows of one file: .jsonl, .json, .csv or .parquet, also compressed. Strict, and in bounded memory.
 
-A row that is wrong gives an error in its place, and the reader goes on where it can tell where the next row begins.
-What leaves that open, as an unclosed quote in CSV or a stream that is cut off, ends the file with an error.
+For a bad row the reader yields an error and continues with the next row. If it cannot know where the next row begins,
+as after an unclosed quote in CSV or in a truncated stream, it raises the error.
 """
 
 from __future__ import annotations
@@ -20,27 +20,26 @@ from pathlib import Path
 from typing import Any
 
 from peftcli.data.rows import Place, Row
-from peftcli.data.text_rows import CHUNK, JsonList, Text, cut, read_csv, read_lines, reason, repeated
+from peftcli.data.text_rows import CHUNK, JsonList, TextFile, first_duplicate, first_line, quote, read_csv, read_lines
 from peftcli.errors import DataError
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
-"""Files that can be read."""
+"""Extensions of the files that can be read."""
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-"""What may stand behind an extension, as in ``a.jsonl.gz``."""
-ACCEPTED = f"Files that can be read: {', '.join(EXTENSIONS)}, each also with {' or '.join(COMPRESSED)} behind it."
-"""For hints."""
+"""Extensions of compressed files, as in ``a.jsonl.gz``."""
+ACCEPTED = f"Files that can be read: {', '.join(EXTENSIONS)}, each also as {' or '.join(COMPRESSED)}."
+"""A hint."""
 
 _PARQUET_BATCH = 64
-"""Rows held at once. A row may be large."""
-_LARGEST_BATCH = 256 << 20
-"""Bytes that the texts of one column may take then, and all values of one row."""
-_EACH = 25
-"""Bytes that a value of a row takes, about, its text aside."""
-_MOST_ITEMS = max(1 << 28, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 24)
-"""Items that a list of a table may hold by what its file tells beforehand: as many as half of the memory takes in, at
-12 bytes each, while they are read."""
-_LARGEST_TEXT = 40_000_000
-"""Bytes of a text of a table. None that can be trained has as many."""
+"""Rows in memory at once. A row may be large."""
+_MAX_BATCH = 256 << 20
+"""Bytes of the texts of one column in a batch, and of all values of one row."""
+_VALUE_BYTES = 25
+"""Approximate bytes of a value in Python, without its text."""
+_MAX_ITEMS = max(1 << 28, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 24)
+"""Items of one list, as announced in the file: as many as fit into half of the memory, at 12 bytes each."""
+_MAX_TEXT = 40_000_000
+"""Bytes of one text of a table; far more than can be trained on."""
 _DICTIONARY_PAGE, _NEXT_INT32 = 2, 0x15
 
 _CONTENT = {
@@ -62,11 +61,11 @@ _CONTENT = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-"""First bytes of a file -> what it is, for one whose name says something else."""
+"""First bytes of a file -> its kind, for messages about wrongly named files."""
 
 
 def kind_of(name: str) -> tuple[str, str] | None:
-    """Extension and compression of a file name, as in ``(".jsonl", ".gz")``; None where it cannot be read."""
+    """Return extension and compression of a file name, such as ``(".jsonl", ".gz")``; None for other files."""
     name = name.lower()
     compression = next((each for each in COMPRESSED if name.endswith(each)), "")
     kind = next((each for each in EXTENSIONS if name.removesuffix(compression).endswith(each)), None)
@@ -74,20 +73,20 @@ def kind_of(name: str) -> tuple[str, str] | None:
 
 
 def read_file(path: Path, source: str, first: int = 1) -> Iterator[Row | DataError]:
-    """The rows of a file, in order; for a row that is wrong, the error about it instead.
+    """Yield the rows of a file in order; for a bad row, the error about it.
 
     Args:
         path: The file.
-        source: What the user calls it.
-        first: Number of its first row.
+        source: The file's name in messages.
+        first: Number of the first row.
 
     Raises:
-        DataError: the file as a whole cannot be read, or not any further.
+        DataError: the file, or the rest of it, cannot be read.
     """
     kind, compression = check_file(path, source)
-    text = Text(source, first)
-    with _told(path, compression, text), ExitStack() as stack:
-        text.stream = _unpacked(path, compression, stack)
+    text = TextFile(source, first)
+    with _translated_errors(path, compression, text), ExitStack() as stack:
+        text.stream = _open_uncompressed(path, compression, stack)
         if kind == ".parquet":
             yield from _read_parquet(text, packed=bool(compression))
             return
@@ -103,30 +102,30 @@ def read_file(path: Path, source: str, first: int = 1) -> Iterator[Row | DataErr
 
 
 def check_file(path: Path, source: str) -> tuple[str, str]:
-    """Extension and compression of a file that can be opened.
+    """Return extension and compression of a file that can be opened.
 
     Raises:
-        DataError: it is not a regular file, is empty, or of an unknown kind.
+        DataError: the file is not regular, is empty, or has an unknown extension.
     """
     size = check_regular(path, source)
     extensions = kind_of(path.name)
     if extensions is None:
-        raise DataError(f"unknown kind of file {path.suffix!r}", file=source, hint=ACCEPTED)
+        raise DataError(f"unknown file type {path.suffix!r}", file=source, hint=ACCEPTED)
     if not size:
         raise DataError("is empty", file=source)
     return extensions
 
 
 def check_regular(path: Path, source: str) -> int:
-    """Size of a regular file in bytes. Opening a pipe would wait until somebody writes.
+    """Return the size of a regular file in bytes. Opening a pipe would wait until somebody writes.
 
     Raises:
-        DataError: it is none, or cannot be read.
+        DataError: the file is not regular, or cannot be read.
     """
     try:
         found = path.stat()
     except OSError as error:
-        raise DataError(f"cannot be read: {reason(error)}", file=source) from error
+        raise DataError(f"cannot be read: {first_line(error)}", file=source) from error
     kind = stat.S_IFMT(found.st_mode)
     if kind != stat.S_IFREG:
         names = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
@@ -134,7 +133,7 @@ def check_regular(path: Path, source: str) -> int:
     return found.st_size
 
 
-def _unpacked(path: Path, compression: str, stack: ExitStack) -> io.BufferedReader:
+def _open_uncompressed(path: Path, compression: str, stack: ExitStack) -> io.BufferedReader:
     file: io.BufferedReader = io.BufferedReader(stack.enter_context(path.open("rb", buffering=0)), CHUNK)
     if compression == ".gz":
         return io.BufferedReader(stack.enter_context(gzip.GzipFile(fileobj=file)), CHUNK)
@@ -146,30 +145,30 @@ def _unpacked(path: Path, compression: str, stack: ExitStack) -> io.BufferedRead
 
 
 @contextmanager
-def _told(path: Path, compression: str, text: Text) -> Iterator[None]:
-    """What the system or a decompressor raises, told by a DataError."""
+def _translated_errors(path: Path, compression: str, text: TextFile) -> Iterator[None]:
+    """Translate the exceptions of the system and of decompressors into DataErrors."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
         source, line = text.source, text.line or None
         if not compression or getattr(error, "errno", None) is not None:
-            raise DataError(f"cannot be read: {reason(error)}", file=source, line=line) from error
+            raise DataError(f"cannot be read: {first_line(error)}", file=source, line=line) from error
         with path.open("rb") as file:
-            found = content(file.read(64))
+            found = detect_kind(file.read(64))
         name = COMPRESSED[compression]
         if found not in (name, None):
-            raise DataError(f"is named {compression}, but it is {found}", file=source) from error
+            raise DataError(f"is named {compression}, but is {found}", file=source) from error
         cut_off = isinstance(error, EOFError) or "Truncated" in str(error)
-        problem = "end too early: the file is cut off" if cut_off else f"are damaged: {reason(error)}"
+        problem = "end too early: the file is truncated" if cut_off else f"are damaged: {first_line(error)}"
         place = ", somewhere after this line" if line else ""
         raise DataError(f"the {name} data {problem}{place}", file=source, line=line) from error
 
 
-def content(head: bytes) -> str | None:
-    """What a file is by its first bytes, if that can be told; ``text`` for UTF-8."""
+def detect_kind(head: bytes) -> str | None:
+    """Return the kind of a file by its first bytes; ``text`` for UTF-8, None if unknown."""
     known = next((name for magic, name in _CONTENT.items() if head.startswith(magic)), None)
     if known is None and any(head[:4]) and b"\0\0" in (head[0:4:2], head[1:4:2]):
-        return "UTF-16"  # without its mark
+        return "UTF-16"  # without a byte order mark
     if known is None:
         with suppress(UnicodeDecodeError):
             text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)
@@ -178,17 +177,17 @@ def content(head: bytes) -> str | None:
 
 
 def _check_is_text(head: bytes, source: str) -> None:
-    found = content(head[:64])
+    found = detect_kind(head[:64])
     if not head:
         raise DataError("is empty", file=source)
     if found in ("UTF-16", "UTF-32"):
         raise DataError(f"is not UTF-8 but {found}", file=source, line=1, hint="Convert the file to UTF-8.")
     if found not in ("text", None):
-        raise DataError(f"is not what its name says, but {found}", file=source, hint=ACCEPTED)
+        raise DataError(f"does not match its extension: it is {found}", file=source, hint=ACCEPTED)
 
 
-def _read_parquet(text: Text, *, packed: bool) -> Iterator[Row | DataError]:
-    """Batch by batch. A parquet file is read from its end, so a packed one is unpacked into a temporary file."""
+def _read_parquet(text: TextFile, *, packed: bool) -> Iterator[Row | DataError]:
+    """Read batch by batch. Parquet needs random access, so a compressed file is unpacked into a temporary file."""
     import pyarrow.parquet  # comes with datasets
 
     with tempfile.TemporaryFile() if packed else nullcontext(text.stream) as file:
@@ -196,41 +195,43 @@ def _read_parquet(text: Text, *, packed: bool) -> Iterator[Row | DataError]:
             shutil.copyfileobj(text.stream, file, CHUNK)
         try:
             metadata = pyarrow.parquet.read_metadata(file)
-            rows, once = _bounds(metadata, file, text.source)
+            rows, as_dictionary = _batch_size(metadata, file, text.source)
             options = {"pre_buffer": False, "buffer_size": CHUNK, "page_checksum_verification": True}
-            with pyarrow.parquet.ParquetFile(file, metadata=metadata, read_dictionary=once, **options) as parquet:
+            with pyarrow.parquet.ParquetFile(
+                file, metadata=metadata, read_dictionary=as_dictionary, **options
+            ) as parquet:
                 names = parquet.schema_arrow.names
                 if len(set(names)) < len(names):
-                    raise DataError(f"two columns are named {cut(repeated(names))}", file=text.source)
+                    raise DataError(f"two columns are named {quote(first_duplicate(names))}", file=text.source)
                 for batch in parquet.iter_batches(batch_size=rows):
                     for values in table_rows(batch):
                         text.number += 1
                         place = Place(text.source, text.number)
                         yield Row(values, place) if isinstance(values, dict) else place.error(values)
-        except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:  # KeyError: two names of a column
+        except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:  # KeyError: a column has two names
             file.seek(0)
-            found = content(file.read(64))
-            what = f"but {found}" if found not in ("parquet", None) else f"or it is damaged: {reason(error)}"
+            found = detect_kind(file.read(64))
+            what = f"but {found}" if found not in ("parquet", None) else f"or is damaged: {first_line(error)}"
             raise DataError(f"is not a parquet file, {what}", file=text.source) from error
 
 
-def _bounds(metadata: Any, file: Any, source: str) -> tuple[int, list[str]]:
-    """How many rows may be read together, so that their texts fit into memory, and of which columns each text once.
+def _batch_size(metadata: Any, file: Any, source: str) -> tuple[int, list[str]]:
+    """Return how many rows fit into memory together, and the columns to read as dictionaries, each text once.
 
     Raises:
-        DataError: a row alone would not.
+        DataError: one row does not fit.
     """
-    most, once = _PARQUET_BATCH, set[str]()
+    most, as_dictionary = _PARQUET_BATCH, set[str]()
     for group in range(metadata.num_row_groups):
         rows = metadata.row_group(group)
         for at in range(metadata.num_columns):
             column, items = rows.column(at), 1
-            place = f"row group {group + 1}: {{}} of the column {cut(column.path_in_schema)}"
+            place = f"row group {group + 1}: {{}} of the column {quote(column.path_in_schema)}"
             if metadata.schema.column(at).max_repetition_level:
-                items = column.num_values - rows.num_rows + 1  # of a row, if the others are empty
-                if items > _MOST_ITEMS:
+                items = column.num_values - rows.num_rows + 1  # in one row, if the others are empty
+                if items > _MAX_ITEMS:
                     raise DataError(
-                        f"{place.format('a row')} may hold {items:,} list items, more than {_MOST_ITEMS:,}",
+                        f"{place.format('a row')} may contain {items:,} list items, more than {_MAX_ITEMS:,}",
                         file=source,
                         hint="Leave the column out, or write the file with smaller row groups.",
                     )
@@ -238,19 +239,19 @@ def _bounds(metadata: Any, file: Any, source: str) -> tuple[int, list[str]]:
                 continue
             size = column.total_uncompressed_size
             kind, first = _first_page(file, column)
-            if size > _LARGEST_TEXT * column.num_values or first > size + _LARGEST_TEXT:
-                message = f"{place.format('a text')} unpacks to more than {_LARGEST_TEXT:,} bytes"
+            if size > _MAX_TEXT * column.num_values or first > size + _MAX_TEXT:
+                message = f"{place.format('a text')} unpacks to more than {_MAX_TEXT:,} bytes"
                 raise DataError(message, file=source)
-            # one text of a dictionary may be that of all rows, and one that is told by what differs from the last
+            # all rows may share one text of a dictionary, or repeat it by its difference from the last
             shared = size if "DELTA_BYTE_ARRAY" in column.encodings else first if kind == _DICTIONARY_PAGE else 0
-            if items > 1 and kind == _DICTIONARY_PAGE:  # or that of all items of a row
-                once.add(column.path_in_schema)
-            most = min(most, _LARGEST_BATCH // max(shared, 1))
-    return max(1, most), sorted(once)
+            if items > 1 and kind == _DICTIONARY_PAGE:  # or all items of a row may share it
+                as_dictionary.add(column.path_in_schema)
+            most = min(most, _MAX_BATCH // max(shared, 1))
+    return max(1, most), sorted(as_dictionary)
 
 
 def _first_page(file: Any, column: Any) -> tuple[int, int]:
-    """Of which kind the first page of a column's chunk is, and how many bytes it unpacks to, as its header says."""
+    """Return type and uncompressed size of the first page of a column chunk, from the page's header."""
     starts = [column.data_page_offset, column.dictionary_page_offset if column.has_dictionary_page else None]
     file.seek(min(start for start in starts if start is not None))
     found, head = [], iter(file.read(32))
@@ -268,15 +269,15 @@ def _first_page(file: Any, column: Any) -> tuple[int, int]:
 
 
 def table_rows(table: Any) -> Iterator[dict[str, Any] | str]:
-    """The rows of an Arrow table or batch; for one that cannot be read, what is wrong with it."""
+    """Yield the rows of an Arrow table or batch; for a row that cannot be read, a message about it."""
     size = sum(_memory(part) for column in table.columns for part in getattr(column, "chunks", [column]))
-    problem = f"unpacks to about {size:,} bytes, more than {_LARGEST_BATCH:,}" if size > _LARGEST_BATCH else None
+    problem = f"unpacks to about {size:,} bytes, more than {_MAX_BATCH:,}" if size > _MAX_BATCH else None
     if problem is None:
         try:
             yield from table.to_pylist()
             return
         except (ValueError, OverflowError) as error:
-            problem = f"cannot be read: {reason(error)}"
+            problem = f"cannot be read: {first_line(error)}"
     if len(table) == 1:
         yield problem
         return
@@ -285,10 +286,10 @@ def table_rows(table: Any) -> Iterator[dict[str, Any] | str]:
 
 
 def _memory(array: Any) -> int:
-    """Bytes, about, that the values of an Arrow array take as Python's."""
+    """Estimate the bytes of the values of an Arrow array as Python objects."""
     from pyarrow import compute, types
 
-    kind, own = array.type, _EACH * len(array)
+    kind, own = array.type, _VALUE_BYTES * len(array)
     if hasattr(array, "storage"):
         return _memory(array.storage)
     if types.is_dictionary(kind):

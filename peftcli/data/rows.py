@@ -1,4 +1,4 @@
-"""A row of a dataset, where it came from, and which of its columns a task reads."""
+"""Rows of a dataset, where they come from, and the columns that a task reads."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _LISTED = 12
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a row stands."""
+    """Where a row comes from."""
 
     source: str
-    """File or hub id, as it is shown to the user."""
+    """File or hub id, as messages name it."""
     number: int
-    """Which row of it, from 1."""
+    """Number of the row, from 1."""
     line: int | None = None
-    """Line of the file that the row starts on, from 1; None where there are no lines."""
+    """Line on which the row starts, from 1; None if the source has no lines."""
 
     def __str__(self) -> str:
-        """``file:line``, or ``file row N`` where there are no lines."""
+        """Return ``file:line``, or ``file row N`` if there are no lines."""
         return f"{self.source} row {self.number}" if self.line is None else f"{self.source}:{self.line}"
 
     def error(self, message: str, *, key: str | None = None, hint: str | None = None) -> DataError:
-        """A DataError about the row."""
+        """Return a DataError about the row."""
         if self.line is not None:
             return DataError(message, file=self.source, line=self.line, key=key, hint=hint)
         return DataError(f"row {self.number}: {message}", file=self.source, key=key, hint=hint)
@@ -37,7 +37,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row, as its file holds it."""
+    """One row, as its file contains it."""
 
     values: dict[str, Any]
     place: Place

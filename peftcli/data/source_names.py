@@ -1,4 +1,4 @@
-"""What a name in a recipe's section ``dataset`` means: a file or folder, or a dataset of the hub."""
+"""Whether a name under ``dataset`` in a recipe is a path or a hub dataset."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _FILE_ENDINGS = (
     *(".jsonl", ".json", ".csv", ".parquet", ".txt", ".tsv", ".md"),
     *(".gz", ".zip", ".zst", ".bz2", ".xz", ".arrow", ".yaml", ".xlsx"),
 )
-"""A name that ends so is meant as a file, though it could be a hub id."""
+"""A name with one of these endings is a file, though it could be a hub id."""
 
 
 def is_path(name: str) -> bool:
-    """Whether the name cannot be a hub id, or is not meant as one: where nothing has it, a file is missing."""
+    """Return whether the name is a path and not a hub id, even if no such file exists."""
     return name.lower().endswith(_FILE_ENDINGS) or name.startswith((".", "~")) or not _HUB_ID.fullmatch(name)

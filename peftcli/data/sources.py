@@ -1,4 +1,4 @@
-"""Where rows come from: a file, a folder of files, or a dataset of the hub."""
+"""Sources of rows: a file, a folder of files, or a dataset on the hub."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from peftcli.data.media import is_media, media_rows
 from peftcli.data.readers import ACCEPTED, check_file, check_regular, kind_of, read_file
 from peftcli.data.rows import Place, Row
 from peftcli.data.source_names import is_path
-from peftcli.data.text_rows import CHUNK, cut, reason
+from peftcli.data.text_rows import CHUNK, first_line, quote
 from peftcli.errors import DataError
 from peftcli.schema import Dataset, Source
 
 _SAVED = {"dataset_info.json", "dataset_dict.json"}
-"""Files beside the data of a dataset that the library datasets wrote."""
+"""Files that ``Dataset.save_to_disk`` writes beside the data."""
 _SPLIT = re.compile(r"(?:^|/)(train|test|valid|validation|val|dev|eval)(?![a-z])", re.IGNORECASE)
-"""A file or folder that is named after a split."""
-_DEEPEST, _MOST = 100, 1_000_000
-"""Folders in each other, and what is in all folders of a source together."""
+"""The name of a split in a path."""
+_MAX_DEPTH, _MAX_FILES = 100, 1_000_000
+"""Levels of folders, and entries of all folders of a source together."""
 
 
-class Opened:
-    """A source of a recipe, found: its files, or the dataset on the hub."""
+class ResolvedSource:
+    """A source of a recipe, resolved to its files or to a dataset on the hub."""
 
     def __init__(
         self, source: Source, files: dict[str, Path], hub: HubRows | None = None, left_out: Sequence[str] = ()
@@ -37,17 +37,17 @@ class Opened:
         self._source, self._files, self._hub = source, files, hub
         self._is_media = all(map(is_media, files)) and hub is None
         self.left_out = list(left_out)
-        """Files of its folder whose kind cannot be read."""
-        self.described = shown(source.train)
-        """What the recipe calls it."""
+        """Files of the folder that cannot be read."""
+        self.name = display_name(source.train)
+        """The name in the recipe, for messages."""
 
     @property
     def files(self) -> list[Path]:
-        """Its files, in order; none for a dataset of the hub."""
+        """The files in order; none for a dataset on the hub."""
         return list(self._files.values())
 
     def fingerprint(self) -> dict[str, str]:
-        """What its content is: file -> SHA-256 of the bytes, read each time; or ``name@commit`` -> commit.
+        """Identify the content: file -> SHA-256 of the bytes, read at each call; or ``name@commit`` -> commit.
 
         Raises:
             DataError: a file cannot be read.
@@ -55,28 +55,32 @@ class Opened:
             HubError: the hub refuses access.
         """
         if self._hub is not None:
-            return {f"{self.described}@{self._hub.commit}": self._hub.commit}
+            return {f"{self.name}@{self._hub.commit}": self._hub.commit}
         hashes = {name: _sha256(path, name) for name, path in self._files.items()}
-        if self._is_media:  # of which there are thousands
-            return {self.described: hashlib.sha256(json.dumps(hashes).encode()).hexdigest()}
+        if self._is_media:  # of which there may be thousands
+            return {self.name: hashlib.sha256(json.dumps(hashes).encode()).hexdigest()}
         return hashes
 
     def check_unchanged(self, fingerprint: dict[str, str]) -> None:
-        """Reads the files once more and compares. What ``rows()`` gave before is the content of ``fingerprint`` then.
+        """Check that the content still has the ``fingerprint`` taken before ``rows()`` was called.
 
         Raises:
-            DataError: something has changed since.
+            DataError: the content has changed.
         """
         now = self.fingerprint()
         for name, known in fingerprint.items():
             if now.get(name) != known:
-                raise DataError("changed while it was read", file=name, hint="Start again once nothing writes to it.")
+                raise DataError(
+                    "changed while it was read",
+                    file=name,
+                    hint="Run the command again when no process writes to the file.",
+                )
 
     def rows(self) -> Iterator[Row | DataError]:
-        """The rows, in order; for a row that is wrong, the error about it instead. ``limit`` counts both.
+        """Yield the rows in order; for a bad row, the error about it. ``limit`` counts both.
 
         Raises:
-            DataError: a file cannot be read, or not any further, or there are no rows.
+            DataError: a file, or the rest of it, cannot be read, or there are no rows.
             NetworkError: the hub cannot be reached.
             HubError: the hub refuses access.
         """
@@ -86,7 +90,7 @@ class Opened:
             empty = False
             yield row
         if empty:
-            raise DataError("holds no rows", file=self.described)
+            raise DataError("contains no rows", file=self.name)
 
     def _file_rows(self) -> Iterator[Row | DataError]:
         if self._is_media:
@@ -100,85 +104,89 @@ class Opened:
 
     def _hub_rows(self, hub: HubRows) -> Iterator[Row | DataError]:
         for number, values in enumerate(hub.rows(), start=1):
-            place = Place(self.described, number)
+            place = Place(self.name, number)
             yield place.error(values) if isinstance(values, str) else Row(values, place)
 
 
-def open_source(source: Source) -> Opened:
-    """Finds a source. Nothing is read yet.
+def open_source(source: Source) -> ResolvedSource:
+    """Resolve a source without reading it.
 
     Raises:
-        DataError: it does not exist, or is nothing that can be read.
+        DataError: the source does not exist, or cannot be read.
     """
     name = source.train
     if not name:
-        raise DataError("names no file", key="dataset.train")
+        raise DataError("is empty; name a file or a hub dataset", key="dataset.train")
     if "://" in name:
-        hint = "Download the file and name it, or give a hub dataset id."
-        raise DataError(f"{cut(name)} is a URL", key="dataset", hint=hint)
+        hint = "Download the file and give its path, or give a hub dataset id."
+        raise DataError(f"{quote(name)} is a URL", key="dataset", hint=hint)
     if source.limit is not None and source.limit < 1:
         raise DataError(f"must be at least 1, not {source.limit}", key="dataset.limit")
     path = Path(name)
-    if is_local(name):
+    if exists_locally(name):
         given = [key for key in ("split", "name", "revision") if getattr(source, key) != getattr(Source, key)]
         if given:
-            raise DataError(f"means nothing for a local file: {shown(name)}", key=f"dataset.{given[0]}")
+            raise DataError(f"does not apply to a local file: {display_name(name)}", key=f"dataset.{given[0]}")
         in_folder = _is_folder(path)
-        files, left_out = _listed(path, name) if in_folder else ({shown(name): path}, [])
+        files, left_out = _list_folder(path, name) if in_folder else ({display_name(name): path}, [])
         for each, file in files.items():
             (check_regular if in_folder and is_media(each) else check_file)(file, each)
-        return Opened(source, files, left_out=left_out)
+        return ResolvedSource(source, files, left_out=left_out)
     if is_path(name):
-        raise DataError("no such file", file=shown(name), hint=_near_files(path))
-    return Opened(source, {}, HubRows(source))
+        raise DataError("no such file", file=display_name(name), hint=_near_files(path))
+    return ResolvedSource(source, {}, HubRows(source))
 
 
-def is_local(name: str) -> bool:
-    """Whether a file or folder has this name; a link that leads nowhere counts.
+def exists_locally(name: str) -> bool:
+    """Return whether a file, folder or link (even a broken one) has this name.
 
     Raises:
-        DataError: the system refuses to look.
+        DataError: the system refuses access.
     """
     try:
         Path(name).lstat()
     except FileNotFoundError:
         return False
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot be opened: {reason(error)}", file=shown(name[:200])) from error
+        raise DataError(f"cannot be opened: {first_line(error)}", file=display_name(name[:200])) from error
     return True
 
 
-def shown(name: str) -> str:
-    """A file's name as errors and reports name it: escaped where it cannot be printed."""
+def display_name(name: str) -> str:
+    """Return a file's name for messages: escaped if it cannot be printed."""
     return name if name.isprintable() else repr(name)
 
 
-def _listed(folder: Path, source: str) -> tuple[dict[str, Path], list[str]]:
-    """Of a folder and its subfolders, hidden ones aside: the files that can be read, by name, and the others' names."""
-    paths = sorted(_files(folder, source))
+def _list_folder(folder: Path, source: str) -> tuple[dict[str, Path], list[str]]:
+    """Return the readable files below a folder by name, and the names of the others; skip hidden ones."""
+    paths = sorted(_walk(folder, source))
     names = [path.relative_to(folder).as_posix() for path in paths]
     if _SAVED & {path.name for path in paths}:
-        hint = "Write it anew with Dataset.to_parquet, and name that file."
-        raise DataError("a dataset that was saved by save_to_disk", file=shown(source), hint=hint)
+        hint = "Write the dataset with Dataset.to_parquet, and give that file."
+        raise DataError(
+            "was written by Dataset.save_to_disk, whose format cannot be read", file=display_name(source), hint=hint
+        )
     listed = dict(zip(names, paths, strict=True))
     media = {name: path for name, path in listed.items() if is_media(name)}
     found = {name: path for name, path in listed.items() if kind_of(name)} or media
     if not found:
-        there = shown(", ".join(names[:5])[:200]) or "nothing"
-        message = f"a folder without a file that can be read; in it: {there}"
-        raise DataError(message, file=shown(source), hint=ACCEPTED)
+        there = display_name(", ".join(names[:5])[:200]) or "nothing"
+        message = f"the folder contains no file that can be read; it contains: {there}"
+        raise DataError(message, file=display_name(source), hint=ACCEPTED)
     splits = {
         "train" if part[1].lower() == "train" else "other": name for name in found if (part := _SPLIT.search(name))
     }
     if len(splits) > 1:
-        message = f"a folder with several splits: {shown(splits['train'])} and {shown(splits['other'])}"
-        raise DataError(message, file=shown(source), hint="Name the file or the subfolder of one split.")
-    files = {shown(f"{source.rstrip('/')}/{name}"): path for name, path in found.items()}
-    return files, [shown(name) for name in names if name not in found and name not in media]
+        message = (
+            f"the folder contains several splits: {display_name(splits['train'])} and {display_name(splits['other'])}"
+        )
+        raise DataError(message, file=display_name(source), hint="Give the file or the subfolder of one split.")
+    files = {display_name(f"{source.rstrip('/')}/{name}"): path for name, path in found.items()}
+    return files, [display_name(name) for name in names if name not in found and name not in media]
 
 
-def _files(top: Path, source: str) -> Iterator[Path]:
-    """The files in a folder and its subfolders. One with several names is read once, not by a link if it can be."""
+def _walk(top: Path, source: str) -> Iterator[Path]:
+    """Yield the files below a folder. A folder with links to it is read once, by its real path if possible."""
     plain: list[tuple[Path, tuple[Path, ...]]] = [(top, ())]
     links: deque[tuple[Path, tuple[Path, ...]]] = deque()
     read, found = set[Path](), 0
@@ -188,17 +196,23 @@ def _files(top: Path, source: str) -> Iterator[Path]:
             real = folder.resolve()
             entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
         except OSError as error:
-            raise DataError(f"the folder cannot be read: {reason(error)}", file=shown(str(folder))) from error
+            raise DataError(
+                f"the folder cannot be read: {first_line(error)}", file=display_name(str(folder))
+            ) from error
         if real in above:
-            raise DataError("is a link to a folder that holds it", file=shown(str(folder)))
+            raise DataError("is a link to a folder above itself", file=display_name(str(folder)))
         if real in read:
             continue
         read.add(real)
         found += len(entries)
-        if len(above) > _DEEPEST or found > _MOST:
-            what = f"more than {_DEEPEST} folders in each other" if found <= _MOST else f"more than {_MOST:,} files"
-            hint = "Name a subfolder, or put the rows into fewer files."
-            raise DataError(f"a folder with {what}", file=shown(source), hint=hint)
+        if len(above) > _MAX_DEPTH or found > _MAX_FILES:
+            what = (
+                f"more than {_MAX_DEPTH} levels of folders"
+                if found <= _MAX_FILES
+                else f"more than {_MAX_FILES:,} files"
+            )
+            hint = "Give a subfolder, or put the rows into fewer files."
+            raise DataError(f"the folder contains {what}", file=display_name(source), hint=hint)
         for entry in entries:
             if not _is_folder(entry):
                 yield entry
@@ -210,19 +224,21 @@ def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
     except OSError as error:
-        raise DataError(f"cannot be read: {reason(error)}", file=shown(str(path))) from error
+        raise DataError(f"cannot be read: {first_line(error)}", file=display_name(str(path))) from error
 
 
 def _near_files(path: Path) -> str:
-    folder = shown(str(path.parent))
+    folder = display_name(str(path.parent))
     if not path.parent.is_dir():
         return f"The folder {folder} does not exist either."
     try:
         names = [entry.name for entry in islice(path.parent.iterdir(), 1000)]
     except OSError as error:
-        return f"The folder {folder} cannot be read: {reason(error)}."
+        return f"The folder {folder} cannot be read: {first_line(error)}."
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or sorted(filter(kind_of, names))[:3]
-    return f"Near it in {folder}: {', '.join(map(shown, near))}" if near else f"{folder} holds no file of that kind."
+    if not near:
+        return f"{folder} contains no file of that kind."
+    return f"Similar names in {folder}: {', '.join(map(display_name, near))}"
 
 
 def _sha256(path: Path, name: str) -> str:
@@ -233,15 +249,15 @@ def _sha256(path: Path, name: str) -> str:
             while block := file.read(CHUNK):
                 digest.update(block)
     except OSError as error:
-        raise DataError(f"cannot be read: {reason(error)}", file=name) from error
+        raise DataError(f"cannot be read: {first_line(error)}", file=name) from error
     return digest.hexdigest()
 
 
 def eval_source(dataset: Dataset) -> Source | None:
-    """What is evaluated on, if ``eval`` or ``eval_split`` names it.
+    """Return the evaluation source if ``eval`` or ``eval_split`` names one.
 
     Raises:
-        DataError: settings that contradict each other.
+        DataError: settings contradict each other.
     """
     ways = [name for name in ("eval", "eval_fraction") if getattr(dataset, name) is not None]
     if dataset.eval is None and dataset.eval_split is not None:
@@ -252,12 +268,10 @@ def eval_source(dataset: Dataset) -> Source | None:
         return None
     name = dataset.train if dataset.eval is None else dataset.eval
     if name is None:
-        raise DataError(
-            "which dataset of the mix has this split is not said; name it in dataset.eval", key="dataset.eval_split"
-        )
-    local, same = is_local(name), name == dataset.train
+        raise DataError("is ambiguous with dataset.mix; set dataset.eval", key="dataset.eval_split")
+    local, same = exists_locally(name), name == dataset.train
     if local and dataset.eval_split is not None:
-        raise DataError(f"means nothing for a local file: {shown(name)}", key="dataset.eval_split")
+        raise DataError(f"does not apply to a local file: {display_name(name)}", key="dataset.eval_split")
     return Source(
         train=name,
         split="train" if local else dataset.eval_split or dataset.split,
@@ -270,9 +284,9 @@ def eval_source(dataset: Dataset) -> Source | None:
 
 
 def held_out(count: int, fraction: float, seed: int) -> set[int]:
-    """Which of ``count`` rows ``eval_fraction`` holds out, as positions from 0: at least one, and not all.
+    """Choose the rows, as positions from 0, that ``eval_fraction`` holds out of ``count``: at least one, not all.
 
-    It depends on the seed and a row's position only, through SHA-256, so it is the same with every Python version.
+    The choice depends only on the seed and a row's position, through SHA-256: it is the same in every Python version.
 
     Raises:
         DataError: ``fraction`` is not between 0 and 1, or there are fewer than two rows.
@@ -283,7 +297,7 @@ def held_out(count: int, fraction: float, seed: int) -> set[int]:
         raise DataError(f"expected a number between 0 and 1, found {fraction}", key="dataset.eval_fraction")
     if count < 2:
         raise DataError("one row cannot be split into training and evaluation rows", key="dataset.eval_fraction")
-    # The first 8 bytes of a digest put the rows in an order; 80 MB for 10 million rows.
+    # The rows are ordered by the first 8 bytes of a digest: 80 MB for 10 million rows.
     starts = (hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8] for index in range(count))
     order = np.fromiter((int.from_bytes(start, "big") for start in starts), np.uint64, count)
     size = min(max(1, round(count * fraction)), count - 1)

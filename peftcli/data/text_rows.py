@@ -1,4 +1,4 @@
-"""The rows of text: JSON objects one a line, a JSON list of them, CSV. One row at a time is held."""
+"""Readers of text files: one JSON object per line, a JSON list of objects, CSV. One row is in memory at a time."""
 
 from __future__ import annotations
 
@@ -15,70 +15,72 @@ from typing import Any
 from peftcli.data.rows import Place, Row
 from peftcli.errors import DataError
 
-LONGEST_ROW = 64 << 20
-"""Bytes of text that one row may take."""
-_ENDLESS = 1 << 30
-"""Bytes of a line after which no other is waited for: a few megabytes can unpack to days of reading."""
+MAX_ROW = 64 << 20
+"""Bytes of text of one row."""
+_MAX_LINE = 1 << 30
+"""Bytes of a line after which reading stops: a few compressed megabytes can unpack to a line of terabytes."""
 CHUNK = 1 << 20
-"""Bytes read at once."""
-_DEEPEST = 100
-"""Lists and objects within one another. Code that walks a row by recursion must not run out of stack."""
-_TOO_LONG = f"a row of more than {LONGEST_ROW >> 20} MiB"
+"""Bytes per read."""
+_MAX_DEPTH = 100
+"""Levels of lists and objects. Code that walks a row by recursion must not run out of stack."""
+_TOO_LONG = f"a row of more than {MAX_ROW >> 20} MiB"
 _BLANK = re.compile(r"[ \t\r\n]*")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_LONGEST_LITERAL = len("-Infinity")
+_MAX_LITERAL = len("-Infinity")
 
 
-class Text:
-    """A file that is being read, and how far it has been read."""
+class TextFile:
+    """A file that is being read, with the current row and line."""
 
     stream: io.BufferedReader
 
     def __init__(self, source: str, first: int):
         self.source = source
         self.number = first - 1
-        """Of the last row."""
+        """Number of the last row."""
         self.line = 0
-        """Of the last line; for the rows of CSV and lists, the line that the row starts on."""
+        """Number of the last line; for CSV and lists, of the line on which the row starts."""
 
     def lines(self) -> Iterator[bytes | None]:
-        """The lines with their ends; None for one that is too long, of which no more is held than the limit.
+        """Yield the lines with their ends; None for a line that is too long, which is skipped without being kept.
 
         Raises:
-            DataError: a line is so long that the file seems to have no more of them.
+            DataError: a line is longer than 1 GiB.
         """
-        while raw := self.stream.readline(LONGEST_ROW + 2):
+        while raw := self.stream.readline(MAX_ROW + 2):
             self.line += 1
             if self.line == 1:
                 raw = raw.removeprefix(codecs.BOM_UTF8)
-            if len(raw) > LONGEST_ROW and len(raw.rstrip(b"\r\n")) > LONGEST_ROW:
+            if len(raw) > MAX_ROW and len(raw.rstrip(b"\r\n")) > MAX_ROW:
                 skipped = len(raw)
                 while raw and not raw.endswith(b"\n"):
                     raw = self.stream.readline(CHUNK)
                     skipped += len(raw)
-                    if skipped > _ENDLESS:
-                        raise self.error(f"a row of more than {_ENDLESS >> 20:,} MiB; what follows it is not read")
+                    if skipped > _MAX_LINE:
+                        raise self.error(
+                            f"a row of more than {_MAX_LINE >> 20:,} MiB; the rest of the file was not read"
+                        )
                 yield None
             else:
                 yield raw
 
     def row(self, values: dict[str, Any]) -> Row:
-        """A row on the current line."""
+        """Return a row on the current line."""
         return Row(values, Place(self.source, self.number, self.line))
 
     def error(self, message: str, *, line: int | None = None, hint: str | None = None) -> DataError:
-        """An error about the current line, or another one."""
+        """Return an error about the current line, or about ``line``."""
         return DataError(message, file=self.source, line=line or self.line, hint=hint)
 
 
-def _decoded(raw: bytes) -> str:
-    """The text of a line.
+def _decode(raw: bytes) -> str:
+    """Decode a line.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the line is not text.
     """
     if b"\0" in raw:
-        raise ValueError("holds a NUL byte")
+        raise ValueError("contains a NUL byte")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -86,20 +88,20 @@ def _decoded(raw: bytes) -> str:
         raise ValueError(f"is not UTF-8: {place}") from error
 
 
-def read_lines(text: Text) -> Iterator[Row | DataError]:
-    """One JSON object a line."""
+def read_lines(text: TextFile) -> Iterator[Row | DataError]:
+    """Read one JSON object per line."""
     parser = _Json()
     for raw in text.lines():
         if raw is None or raw.strip(b" \t\r\n"):
             text.number += 1
-            yield _object_line(raw, parser, text)
+            yield _parse_line(raw, parser, text)
 
 
-def _object_line(raw: bytes | None, parser: _Json, text: Text) -> Row | DataError:
+def _parse_line(raw: bytes | None, parser: _Json, text: TextFile) -> Row | DataError:
     if raw is None:
         return text.error(_TOO_LONG)
     try:
-        line = _decoded(raw).strip(" \t\r\n")
+        line = _decode(raw).strip(" \t\r\n")
     except ValueError as error:
         return text.error(str(error))
     try:
@@ -108,23 +110,23 @@ def _object_line(raw: bytes | None, parser: _Json, text: Text) -> Row | DataErro
             raise json.JSONDecodeError("Text after the object", line, end)
     except (ValueError, RecursionError) as error:
         place = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
-        message = f"is not a JSON object: {_what(error)}{place}; the line begins {cut(line)}"
+        message = f"is not a JSON object: {_json_problem(error)}{place}; the line begins {quote(line)}"
         return text.error(message, hint=_line_hint(text, line))
     fault = parser.fault(value, line)
     hint = _line_hint(text, line) if isinstance(value, list) else None
     return text.error(fault, hint=hint) if fault else text.row(value)
 
 
-def _line_hint(text: Text, line: str) -> str | None:
+def _line_hint(text: TextFile, line: str) -> str | None:
     if "\r" in line:
-        return "This line holds a carriage return (\\r) alone: lines end in \\n or \\r\\n."
+        return "This line contains a lone carriage return (\\r): lines end in \\n or \\r\\n."
     if text.number == 1 and line.startswith(("[", "{")):
-        return "A .jsonl file holds one object a line; a .json file holds that, or one list of objects."
+        return "A .jsonl file contains one object per line; a .json file contains that, or one list of objects."
     return None
 
 
 class _Json:
-    """A JSON parser that also notes what the grammar allows and a dataset must not hold."""
+    """A JSON parser that also records what the grammar allows but a dataset must not contain."""
 
     def __init__(self) -> None:
         self._faults: list[str] = []
@@ -133,34 +135,34 @@ class _Json:
         )
 
     def parse(self, text: str, start: int) -> tuple[Any, int]:
-        """The value that starts at a position, and where it ends.
+        """Parse the value that starts at a position; return it with its end.
 
         Raises:
             ValueError: the text is not JSON.
-            RecursionError: it is nested too deeply to be parsed.
+            RecursionError: the value is nested too deeply to be parsed.
         """
         self._faults.clear()
         return self._decoder.raw_decode(text, start)
 
     def fault(self, value: Any, text: str) -> str | None:
-        """Why the value parsed last, from ``text``, is no row."""
+        """Say why the value parsed last, from ``text``, is not a row; None if it is one."""
         if not isinstance(value, dict):
-            return f"expected a JSON object, found {_kind(value)}: {cut(text)}"
+            return f"expected a JSON object, found {_kind(value)}: {quote(text)}"
         if self._faults:
             return self._faults[0]
-        if text.count("{") + text.count("[") > _DEEPEST and _is_deep(value, _DEEPEST):
-            return f"nested too deeply: more than {_DEEPEST} levels"
+        if text.count("{") + text.count("[") > _MAX_DEPTH and _is_deep(value, _MAX_DEPTH):
+            return f"nested too deeply: more than {_MAX_DEPTH} levels"
         if _SURROGATE.search(text):
             try:
                 json.dumps(value, ensure_ascii=False).encode("utf-8")
             except UnicodeEncodeError:
-                return "holds half of a surrogate pair (\\ud800-\\udfff)"
+                return "contains half of a surrogate pair (\\ud800-\\udfff)"
         return None
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            self._faults.append(f"the key {cut(repeated(key for key, _ in pairs))} stands twice in one object")
+            self._faults.append(f"the key {quote(first_duplicate(key for key, _ in pairs))} occurs twice in one object")
         return found
 
     def _constant(self, name: str) -> None:
@@ -169,7 +171,7 @@ class _Json:
     def _float(self, digits: str) -> float:
         value = float(digits)
         if math.isinf(value):
-            self._faults.append(f"{cut(digits)} is too large for a number")
+            self._faults.append(f"{quote(digits)} is too large for a number")
         return value
 
 
@@ -178,60 +180,60 @@ def _is_deep(value: Any, levels: int) -> bool:
     return bool(inner) and (levels == 0 or any(_is_deep(each, levels - 1) for each in inner))
 
 
-def _what(error: Exception) -> str:
-    """What the JSON parser says, without its place."""
-    return error.msg.rstrip(": ").removesuffix(" at") if isinstance(error, json.JSONDecodeError) else reason(error)
+def _json_problem(error: Exception) -> str:
+    """Return the message of the JSON parser, without the position."""
+    return error.msg.rstrip(": ").removesuffix(" at") if isinstance(error, json.JSONDecodeError) else first_line(error)
 
 
 class JsonList:
-    """A JSON list, of whose text one stretch at a time is held."""
+    """A JSON list, of which one part of the text is in memory at a time."""
 
-    def __init__(self, text: Text):
+    def __init__(self, text: TextFile):
         self._text = text
         self._decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
         self._buffer, self._at, self._ended = "", 0, False
         text.line = 1  # of self._at
 
     def rows(self) -> Iterator[Row | DataError]:
-        """The objects of the list."""
+        """Yield the objects of the list."""
         parser, text = _Json(), self._text
-        self._mark()
+        self._next_char()
         self._advance(self._at + 1)  # over the opening bracket
-        while self._mark() != "]":
+        while self._next_char() != "]":
             text.number += 1
-            value, end = self._value(parser)
+            value, end = self._parse_value(parser)
             taken = self._buffer[self._at : end]
             fault = _escaped_byte(taken) or parser.fault(value, taken)
             yield text.error(fault) if fault else text.row(value)
             self._advance(end)
-            mark = self._mark()
+            mark = self._next_char()
             if mark == ",":
                 self._advance(self._at + 1)
-                if self._mark() == "]":
+                if self._next_char() == "]":
                     raise text.error("is not JSON: a comma before the closing ']'")
             elif mark != "]":
                 raise text.error(f"is not JSON: expected ',' or ']', found {self._near(self._at)}")
         self._advance(self._at + 1)
-        if self._mark():
+        if self._next_char():
             raise text.error(f"text after the end of the list: {self._near(self._at)}")
 
-    def _mark(self) -> str:
-        """The next character that is not blank; none at the end."""
+    def _next_char(self) -> str:
+        """Skip white space and return the next character; an empty string at the end."""
         while True:
             blank = _BLANK.match(self._buffer, self._at)
             self._advance(blank.end() if blank else self._at)
             if self._at < len(self._buffer) or not self._grow():
                 return self._buffer[self._at : self._at + 1]
 
-    def _value(self, parser: _Json) -> tuple[Any, int]:
-        """The value that starts here, and where it ends."""
+    def _parse_value(self, parser: _Json) -> tuple[Any, int]:
+        """Parse the value at the current position; return it with its end."""
         while True:
             try:
                 value, end = parser.parse(self._buffer, self._at)
-                if end + 2 < len(self._buffer) or not self._grow():  # 1.5 may go on as 1.5e+3
+                if end + 2 < len(self._buffer) or not self._grow():  # 1.5 may continue as 1.5e+3
                     return value, end
             except json.JSONDecodeError as error:
-                cut_off = error.msg.startswith("Unterminated") or error.pos > len(self._buffer) - _LONGEST_LITERAL
+                cut_off = error.msg.startswith("Unterminated") or error.pos > len(self._buffer) - _MAX_LITERAL
                 if not (cut_off and self._grow()):
                     raise self._error(error, error.pos) from error
             except (ValueError, RecursionError) as error:
@@ -239,20 +241,22 @@ class JsonList:
 
     def _error(self, error: Exception, at: int) -> DataError:
         line = self._text.line + self._buffer.count("\n", self._at, at)
-        fault = _escaped_byte(self._buffer[at : at + 1]) or f"is not JSON: {_what(error)}; near {self._near(at)}"
+        fault = (
+            _escaped_byte(self._buffer[at : at + 1]) or f"is not JSON: {_json_problem(error)}; near {self._near(at)}"
+        )
         return self._text.error(fault, line=line)
 
     def _near(self, at: int) -> str:
-        return cut(self._buffer[at : at + 100])
+        return quote(self._buffer[at : at + 100])
 
     def _advance(self, end: int) -> None:
         self._text.line += self._buffer.count("\n", self._at, end)
         self._at = end
 
     def _grow(self) -> bool:
-        """Reads on. The stretch doubles where a value does not fit, so that a long value is not parsed too often."""
+        """Read more text: twice as much each time, so that a long value is parsed only a few times."""
         held = len(self._buffer) - self._at
-        if held > LONGEST_ROW:
+        if held > MAX_ROW:
             raise self._text.error(_TOO_LONG)
         raw = b"" if self._ended else self._text.stream.read(max(CHUNK, held))
         if raw:
@@ -263,17 +267,17 @@ class JsonList:
 
 
 def _escaped_byte(text: str) -> str | None:
-    """Says which byte was no UTF-8, if the text was decoded around one."""
+    """Describe the first byte that was not UTF-8 when the text was decoded; None if there is none."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        return f"is not UTF-8: byte 0x{ord(text[error.start]) & 0xFF:02x} in {cut(text)}"
+        return f"is not UTF-8: byte 0x{ord(text[error.start]) & 0xFF:02x} in {quote(text)}"
     return None
 
 
-def read_csv(text: Text) -> Iterator[Row | DataError]:
-    """A header, and a record a row. Fields stay text."""
-    csv.field_size_limit(2 * LONGEST_ROW)
+def read_csv(text: TextFile) -> Iterator[Row | DataError]:
+    """Read a header, then one row per record. Fields stay text."""
+    csv.field_size_limit(2 * MAX_ROW)
     lines = _CsvLines(text)
     reader = csv.reader(lines, strict=True)
     header: list[str] | None = None
@@ -283,7 +287,7 @@ def read_csv(text: Text) -> Iterator[Row | DataError]:
         try:
             record = next(reader, None)
         except csv.Error as error:
-            raise text.error(f"is not CSV: {reason(error)}; the row starts here", line=start) from error
+            raise text.error(f"is not CSV: {first_line(error)}; the row starts here", line=start) from error
         text.line = start
         if record is None:
             return
@@ -297,43 +301,43 @@ def read_csv(text: Text) -> Iterator[Row | DataError]:
 
 
 class _CsvLines:
-    """The lines of a CSV file, as the csv module wants them: an end of line only at the end."""
+    """The lines of a CSV file as the csv module needs them: a line break only at the end."""
 
-    def __init__(self, text: Text):
+    def __init__(self, text: TextFile):
         self._text = text
         self.size = 0
         """Bytes of the current record."""
         self.fault: str | None = None
-        """What is wrong with its text."""
+        """What is wrong with the text of the current record."""
 
     def __iter__(self) -> Iterator[str]:
         for raw in self._text.lines():
             self.size += len(raw or ())
-            if raw is None or self.size > LONGEST_ROW:
+            if raw is None or self.size > MAX_ROW:
                 raise csv.Error(f"{_TOO_LONG}, perhaps a quote that is not closed")
             for piece in raw.splitlines(keepends=True):
                 try:
-                    yield _decoded(piece)
+                    yield _decode(piece)
                 except ValueError as error:
                     self.fault = self.fault or str(error)
                     yield piece.replace(b"\0", b"").decode("utf-8", "replace")
 
 
-def _record(header: list[str], record: list[str], text: Text) -> Row | DataError:
+def _record(header: list[str], record: list[str], text: TextFile) -> Row | DataError:
     if len(record) == len(header):
         return text.row(dict(zip(header, record, strict=True)))
-    message = f"{len(record)} fields, but the header has {len(header)}: {cut(','.join(record))}"
+    message = f"{len(record)} fields, but the header has {len(header)}: {quote(','.join(record))}"
     return text.error(message, hint="Put fields that hold commas in double quotes.")
 
 
-def _header(record: list[str], text: Text) -> list[str]:
+def _header(record: list[str], text: TextFile) -> list[str]:
     names = [name.strip() for name in record]
     if "" in names:
         raise text.error(f"column {names.index('') + 1} of the header has no name")
     if len(set(names)) < len(names):
-        raise text.error(f"the header names {cut(repeated(names))} twice")
+        raise text.error(f"the header names {quote(first_duplicate(names))} twice")
     if len(names) == 1 and (separator := next((mark for mark in ";\t" if mark in names[0]), None)):
-        raise text.error(f"one column, {cut(names[0])}: fields are separated by commas, not by {separator!r}")
+        raise text.error(f"one column, {quote(names[0])}: fields are separated by commas, not by {separator!r}")
     return names
 
 
@@ -342,13 +346,13 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "null")
 
 
-def cut(text: str, length: int = 60) -> str:
-    """At most ``length`` characters of foreign text, escaped."""
+def quote(text: str, length: int = 60) -> str:
+    """Quote at most ``length`` characters of untrusted text, escaped."""
     return repr(text if len(text) <= length else text[:length] + "...")
 
 
-def reason(error: BaseException | str, length: int = 160) -> str:
-    """The first line of what another library says, without control characters."""
+def first_line(error: BaseException | str, length: int = 160) -> str:
+    """Return the first line of another library's message, without control characters."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().split("\n")[0]
@@ -356,6 +360,6 @@ def reason(error: BaseException | str, length: int = 160) -> str:
     return text if len(text) <= length else text[:length] + "..."
 
 
-def repeated(names: Iterable[str]) -> str:
-    """The first name that stands there more than once."""
+def first_duplicate(names: Iterable[str]) -> str:
+    """Return the first name that occurs more than once."""
     return next(name for name, count in Counter(names).items() if count > 1)

@@ -18,7 +18,7 @@ from pathlib import Path
 from peftcli.data.findings import Finding
 from peftcli.errors import UsageError
 from peftcli.inspection.report import Inspection, ShownRow, bars, has_sizes, has_text, shortened, what_is_wrong
-from peftcli.system.outputs import saving, write_output
+from peftcli.system.outputs import storage_errors, write_output
 from peftcli.system.secrets import redact
 from peftcli.tasks.shown import Image, Label, Part, Text, TokenText
 
@@ -53,7 +53,7 @@ def write_page(path: Path, inspection: Inspection, rows: Sequence[ShownRow], bor
 
 def refuse_name(path: Path) -> None:
     """Raise UsageError if ``path`` does not name a page."""
-    with saving(path):
+    with storage_errors(path):
         fits = path.suffix.lower() in (".html", ".htm") and (path.is_file() or not path.exists())
     if not fits:
         raise UsageError("does not name a page", file=str(path), key="--html", hint="name a file that ends in .html")

@@ -22,7 +22,7 @@ from peftcli.inspection.audit import audit, leaks
 from peftcli.inspection.duplicates import spread
 from peftcli.models.open import open_base
 from peftcli.schema import Recipe
-from peftcli.system.secrets import spans
+from peftcli.system.secrets import secret_spans
 from peftcli.tasks import open_task
 from peftcli.tasks.base import Packs, Shows
 from peftcli.tasks.shown import Part, Shown, Text, TokenText
@@ -329,7 +329,7 @@ def _without_secrets(part: Part) -> Part:
     if not isinstance(part, Text):
         return part
     letters = list("".join(token.text for token in part.tokens))
-    for start, end in spans("".join(letters)):
+    for start, end in secret_spans("".join(letters)):
         letters[start:end] = ["***", *[""] * (end - start - 1)]
     rest = iter(letters)
     tokens = [replace(token, text="".join(islice(rest, len(token.text)))) for token in part.tokens]

@@ -43,7 +43,7 @@ def fetch(base: BaseModel, *names: str) -> Path:
     revision = _folders[model].name if model in _folders else base.revision
     what = f"no folder {base.name} here; on the hub: {base.name}"
     try:
-        folder = hub_requests.fetched(base.name, patterns, revision, ignored=_LEFT, what=what)
+        folder = hub_requests.download_files(base.name, patterns, revision, ignored=_LEFT, what=what)
     except (HubError, NetworkError) as error:
         error.key = "base_model"
         raise

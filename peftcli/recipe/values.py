@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from peftcli.errors import Problem
-from peftcli.system.secrets import SECRET_NAME, redact, redactor, secrets
+from peftcli.system.secrets import SECRET_NAME, known_secrets, redact, redactor
 
 MAX_PROBLEMS = 100
 NO_TEXT = "holds a character that is no text (NUL or half a surrogate pair)"
@@ -146,7 +146,7 @@ def resolve(value: Value, key: str, problems: Problems) -> Value:
     if not is_text(text):
         problems.add(NO_TEXT, value.place, key)
     if problems.redact(text) != text or problems.redact(key) != key:
-        place = next((place for secret, place in secrets().items() if secret in text or secret in key), None)
+        place = next((place for secret, place in known_secrets().items() if secret in text or secret in key), None)
         problems.add(
             f"looks like a token or password{f' (that of {place})' if place else ''}, which no recipe may hold; "
             "set HF_TOKEN in the environment, or log in with `hf auth login`",

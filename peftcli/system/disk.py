@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, after a crash too. No torch here."""
+"""Files and folders that are complete or absent, even after a crash. No torch here."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 from peftcli.errors import StorageError
 
-_KEPT_OF_A_NAME = 100
-"""Bytes of a file's name that its temporary name repeats, which with its ending must not be longer than 255."""
+_MAX_NAME = 100
+"""Bytes of a file's name that its temporary name repeats: the whole temporary name must fit into 255."""
 TEMPORARY = re.compile(r"\..*\.\d+\.tmp", re.DOTALL)
-"""The names that ``write_file`` gives files until they are whole."""
+"""The names that ``write_file`` gives files until they are complete."""
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that after a crash it is either as before or whole: temporary file, fsync, rename.
+    """Write a file atomically: temporary file, fsync, rename. After a crash it is as before, or complete.
 
     Raises:
         StorageError: the disk is full, read-only or fails.
@@ -44,13 +44,13 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Where this process keeps a file or folder until it is whole: beside it, and hidden."""
-    kept = os.fsencode(path.name)[:_KEPT_OF_A_NAME].decode(errors="ignore")
-    return path.with_name(f".{kept}.{os.getpid()}.tmp")
+    """Return the hidden name, in the same folder, of a file or folder that this process has not completed."""
+    name = os.fsencode(path.name)[:_MAX_NAME].decode(errors="ignore")
+    return path.with_name(f".{name}.{os.getpid()}.tmp")
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` last through a power cut."""
+    """Flush the renames in ``folder`` to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -59,7 +59,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Make the content of a file that another library wrote last, and give it the mode that the umask wants."""
+    """Flush a file that another library wrote to the disk, and give it the mode of the umask."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
@@ -71,7 +71,7 @@ def sync_file(path: Path) -> None:
 
 
 def remove_folder(folder: Path, aside: Path) -> None:
-    """Remove a folder by way of the name ``aside``, so that a crash leaves no part of it under its own name."""
+    """Rename a folder to ``aside``, then remove it: a crash leaves no partial folder under its own name."""
     with suppress(OSError):
         if aside.exists():
             shutil.rmtree(aside)
@@ -80,13 +80,13 @@ def remove_folder(folder: Path, aside: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Return the hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
 
 def _digest(file: Any) -> str:
-    """``hashlib.file_digest`` for Python 3.10."""
+    """Replace ``hashlib.file_digest``, which Python 3.10 lacks."""
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
         digest.update(block)

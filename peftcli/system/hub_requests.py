@@ -1,13 +1,13 @@
-"""Requests to the hub, and the files that come of them.
+"""Requests to the hub, with retries, and downloads of its files.
 
 What happens when the hub or the network fails:
 
 - 401, 403, 404 and other refusals: HubError at once.
-- 409, 412 (somebody else changed the repository): its state is read again, one retry, then HubError.
-- 429, 5xx, dropped and slow connections, files of another size or hash than the hub says: at most 5 tries in all, then
+- 409, 412 (somebody else changed the repository): read its state again, retry once, then HubError.
+- 429, 5xx, dropped and slow connections, files whose size or hash differs from the hub's: at most 5 attempts, then
   NetworkError.
-- the hub cannot be reached at all: NetworkError after the first try.
-- answers that no hub gives: HubError at once.
+- the hub cannot be reached at all: NetworkError after the first attempt.
+- responses that do not come from a hub: HubError at once.
 """
 
 from __future__ import annotations
@@ -34,35 +34,35 @@ from peftcli.errors import HubError, NetworkError, PeftcliError, StorageError
 from peftcli.system import signals
 from peftcli.system.secrets import redact
 
-DELAYS = (1.0, 2.0, 4.0, 8.0)
-"""Seconds to wait before each further try."""
-LONGEST_WAIT = 120.0
-"""The longest ``Retry-After``, in seconds, that is waited for."""
-CONNECT_TIMEOUT = 10.0
-ANSWER_TIMEOUT = 60.0
+RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0)
+"""Seconds to wait before each retry."""
+_MAX_WAIT = 120.0
+"""The longest ``Retry-After``, in seconds, that a retry waits for."""
+_CONNECT_TIMEOUT = 10.0
+READ_TIMEOUT = 60.0
 """Seconds without a byte after which a connection counts as dead."""
 
 _OFFICIAL = "https://huggingface.co"
-"""Where mirrors send for what they do not have."""
+"""Where mirrors redirect requests for files that they do not have."""
 _POLL = 0.2
-"""Seconds between looks for a signal."""
+"""Seconds between checks for a signal."""
 _PROGRESS = 1 << 20
-"""Bytes of a file that must have come before its connection dropped for the next request to be no new try."""
-_NAME = re.compile(r"\w[\w.+=-]{0,127}")
-"""Of a commit or a file's content. The cache makes file names of them."""
+"""A dropped download that received at least this many bytes continues without counting as a retry."""
+_HASH = re.compile(r"\w[\w.+=-]{0,127}")
+"""A commit or an ETag. huggingface_hub uses them as file names in its cache."""
 
 T = TypeVar("T")
 
 
 def endpoint() -> str:
-    """Base URL of the hub. Read at each call: huggingface_hub reads HF_ENDPOINT once, when imported."""
+    """Return the base URL of the hub. Read at each call: huggingface_hub reads HF_ENDPOINT only when imported."""
     from huggingface_hub import constants
 
     return os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
 
 
 def is_repo_id(text: str) -> bool:
-    """Whether ``text`` could be the name of a repository, ``user/name`` or an old ``name``."""
+    """Return whether ``text`` is a valid repository name: ``user/name``, or an old ``name``."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -72,41 +72,41 @@ def is_repo_id(text: str) -> bool:
     return False
 
 
-def is_of_huggingface_hub(error: BaseException) -> bool:
-    """Whether an error was raised there. Of an answer that it does not expect, it raises anything."""
+def raised_by_huggingface_hub(error: BaseException) -> bool:
+    """Return whether huggingface_hub raised the error. On an unexpected response it may raise any exception."""
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     packages = [name.partition(".")[0] for name in modules]
     return next((p == "huggingface_hub" for p in reversed(packages) if p in ("huggingface_hub", "peftcli")), False)
 
 
-def shown(text: str) -> str:
-    """``text`` of the hub or the network in a message: without secrets, on one line."""
+def clean_line(text: str) -> str:
+    """Return text from the hub or the network for a message: without secrets, on one line."""
     return "".join(char if char.isprintable() else " " for char in redact(text))
 
 
-def fetched(
+def download_files(
     repo_id: str, patterns: Sequence[str], revision: str | None = None, *, ignored: Sequence[str] = (), what: str = ""
 ) -> Path:
-    """A model repository's files in the cache, fetched if need be.
+    """Download the files of a model repository into the cache; return their folder.
 
-    Without the hub, a copy that is in the cache already serves.
+    If the hub cannot be reached, a complete copy in the cache is used.
 
     Args:
-        repo_id: its name on the hub.
-        patterns: of the names of the files that are wanted. The folder may hold others.
-        revision: branch, tag or commit; by default main.
-        ignored: patterns of names that are not wanted after all.
-        what: what messages call it, by default its name.
+        repo_id: Name of the repository on the hub.
+        patterns: Patterns of the file names to download. The folder may contain other files.
+        revision: Branch, tag or commit; by default main.
+        ignored: Patterns of file names to leave out.
+        what: How messages name the repository; by default ``repo_id``.
 
     Raises:
-        HubError: the hub has no such repository, or refuses it.
-        NetworkError: the hub cannot be reached, and the cache has no whole copy.
+        HubError: the repository does not exist, or the hub refuses access.
+        NetworkError: the hub cannot be reached, and the cache has no complete copy.
         StorageError: the cache cannot be written.
     """
     from huggingface_hub import constants, snapshot_download
 
     blobs = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "blobs"
-    held = _files(blobs)
+    before = _complete_blobs(blobs)
 
     def download(local_files_only: bool = False) -> Path:
         return Path(
@@ -125,31 +125,31 @@ def fetched(
         damaged: list[Path] = []
         try:
             folder = download()
-        finally:  # a later try or command would take them for whole
-            for blob in _files(blobs) - held:
-                if not _is_whole(blob):
+        finally:  # otherwise a later attempt or command would use a damaged file
+            for blob in _complete_blobs(blobs) - before:
+                if not _matches_hash(blob):
                     blob.unlink(missing_ok=True)
                     damaged.append(blob)
         if damaged:
-            raise Unanswered("what came of a file has another hash than the hub says")
+            raise RetryableError("the hash of a downloaded file differs from the hub's")
         return folder
 
     try:
-        return retried(fetch, what or repo_id, downloads=True)
+        return retry(fetch, what or repo_id, downloads=True)
     except NetworkError:
         with contextlib.suppress(OSError):
             return download(local_files_only=True)
         raise
 
 
-def _files(folder: Path) -> set[Path]:
+def _complete_blobs(folder: Path) -> set[Path]:
     return {path for path in folder.glob("*") if path.is_file() and path.suffix != ".incomplete"}
 
 
-def _is_whole(blob: Path) -> bool:
-    """Whether a file of the cache has the content that its name says, which is the hash that the hub gave for it.
+def _matches_hash(blob: Path) -> bool:
+    """Return whether the content of a cached file matches its name, which is the hash that the hub gave.
 
-    That is SHA-256, or git's hash of small files; of some mirrors SHA-1. Other names say nothing.
+    The hash is SHA-256, or git's hash for small files, or SHA-1 on some mirrors. Other names are not hashes.
     """
     if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
         return True
@@ -162,81 +162,81 @@ def _is_whole(blob: Path) -> bool:
     return blob.name in {digest.hexdigest() for digest in digests}
 
 
-class Unanswered(Exception):
-    """A request that may be tried again. Raised inside huggingface_hub, so that its own retries end."""
+class RetryableError(Exception):
+    """A request failed and may be retried. Raised inside huggingface_hub, to end its own retries."""
 
     def __init__(self, reason: str, wait: float = 0.0):
         super().__init__(reason)
         self.reason, self.wait = reason, wait
 
 
-class _NoHub(Exception):
-    """An answer that no hub gives. Raised inside huggingface_hub, before it is believed."""
+class _NotAHubResponse(Exception):
+    """The response does not come from a hub. Raised in the HTTP hook, before huggingface_hub parses it."""
 
 
 @dataclass
-class Line:
-    """What is known of the connection to the hub."""
+class HubSession:
+    """The state of the requests that huggingface_hub makes."""
 
     downloads: bool
-    """Whether no request is made twice in one try, so that a second one is a retry."""
+    """Whether one attempt makes each request once, so that a second equal request is a retry of huggingface_hub's."""
     answered: bool = False
-    """Whether the hub ever answered."""
-    open: dict[tuple[str, str], int] = field(default_factory=dict)
-    """Requests without an answer so far, of downloads without a whole one, and at which byte of the file each began."""
+    """Whether the hub has ever responded."""
+    pending: dict[tuple[str, str], int] = field(default_factory=dict)
+    """Requests without a (for downloads: complete) response, with the byte of the file at which each began."""
     streams: list[Any] = field(default_factory=list)
-    """Its connections."""
+    """The open connections."""
     stopped: bool = False
     """Whether a signal has ended the command, and all requests with it."""
     last: dict[int, tuple[tuple[str, str], int, Any]] = field(default_factory=dict)
-    """Of each thread the last request, where it began, and its answer, which may still be on its way."""
+    """The last request of each thread, the byte at which it began, and its response, which may be incomplete."""
 
-    def tried(self, action: Callable[[], T], what: str) -> T:
-        """What ``action`` returns, tried again as the module's docstring says. Messages call it ``what``."""
+    def retry(self, action: Callable[[], T], what: str) -> T:
+        """Return the result of ``action``, retried as the module's docstring says. Messages call it ``what``."""
         seen: Counter[int] = Counter()
-        for delay in (*DELAYS, None):
-            self.open.clear()
+        for delay in (*RETRY_DELAYS, None):
+            self.pending.clear()
             self.last.clear()
             try:
                 return action()
             except PeftcliError:
                 raise
             except Exception as error:
-                fault = _fault(error, self, what)
-                if fault is None:
+                failure = _classify(error, self, what)
+                if failure is None:
                     raise
-            seen[fault.retries] += 1
-            if delay is None or seen[fault.retries] > fault.retries or fault.wait > LONGEST_WAIT:
-                # Without its cause: huggingface_hub's messages repeat URLs and what the server said, secrets included.
-                raise fault.error from None
-            time.sleep(max(delay, fault.wait))
+            seen[failure.retries] += 1
+            if delay is None or seen[failure.retries] > failure.retries or failure.wait > _MAX_WAIT:
+                # Without its cause: huggingface_hub's messages repeat URLs and the server's text, secrets included.
+                raise failure.error from None
+            time.sleep(max(delay, failure.wait))
         raise AssertionError("unreachable")
 
     def on_request(self, request: Any) -> None:
-        limits = {"connect": CONNECT_TIMEOUT, "read": ANSWER_TIMEOUT, "write": ANSWER_TIMEOUT, "pool": ANSWER_TIMEOUT}
+        limits = {"connect": _CONNECT_TIMEOUT, "read": READ_TIMEOUT, "write": READ_TIMEOUT, "pool": READ_TIMEOUT}
         request.extensions = {**request.extensions, "timeout": limits, "trace": self.on_event}
         if self.stopped:
-            raise Unanswered("stopped")
+            raise RetryableError("stopped")
         if _origin(str(request.url)) not in (_origin(endpoint()), _origin(_OFFICIAL)):
-            request.headers.pop("Authorization", None)  # huggingface_hub verifies uploads wherever the hub says
+            request.headers.pop("Authorization", None)  # the hub may name any host for the check of an upload
         name = (request.method, str(request.url))
         part = re.match(r"bytes=(\d+)-", request.headers.get("Range", ""))
         start = int(part[1]) if part else 0
-        if name in self.open and start < self.open[name] + _PROGRESS:
-            raise Unanswered("the connection was dropped, or no answer came")
-        before, begun, answer = self.last.pop(threading.get_ident(), ((), 0, None))
-        if name == before and start < begun + _PROGRESS and _was_cut(answer):
-            raise Unanswered("the connection was dropped in the middle of an answer")
-        self.open[name] = start
+        if name in self.pending and start < self.pending[name] + _PROGRESS:
+            raise RetryableError("the connection was dropped, or the hub did not respond")
+        before, begun, response = self.last.pop(threading.get_ident(), ((), 0, None))
+        if name == before and start < begun + _PROGRESS and _is_incomplete(response):
+            raise RetryableError("the connection was dropped in the middle of a response")
+        self.pending[name] = start
 
     def on_event(self, event: str, info: Any) -> None:
         if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
             self.streams.append(info["return_value"])
             if self.stopped:
-                self.hang_up()
+                self.close()
 
-    def hang_up(self) -> None:
-        """Ends all requests, of whatever thread."""
+    def close(self) -> None:
+        """End all requests, in every thread."""
         self.stopped = True
         for stream in self.streams:
             with contextlib.suppress(OSError):
@@ -248,14 +248,14 @@ class Line:
         self.answered = True
         status = response.status_code
         name = (response.request.method, str(response.request.url))
-        self.last[threading.get_ident()] = (name, self.open.get(name, 0), response)
+        self.last[threading.get_ident()] = (name, self.pending.get(name, 0), response)
         if not self.downloads or 300 <= status < 400:
-            self.open.pop(name, None)
+            self.pending.pop(name, None)
         if status in (408, 429) or status >= 500:
-            raise Unanswered(f"the hub answers {status}", _wait_asked(response.headers))
+            raise RetryableError(f"the hub responded with status {status}", _retry_after(response.headers))
         if status == 409 and b"conflicting operation" in response.read():
-            hf_raise_for_status(response)  # create_repo itself would ask again for ever
-        _check_names(response)
+            hf_raise_for_status(response)  # create_repo itself would retry for ever
+        _check_hashes(response)
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
@@ -263,30 +263,30 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
-def _was_cut(response: Any) -> bool:
-    """Whether less of an answer came than it said."""
+def _is_incomplete(response: Any) -> bool:
+    """Return whether fewer bytes arrived than the response announced."""
     length = response.headers.get("Content-Length", "") if response.request.method != "HEAD" else ""
     return bool(length.isdecimal() and response.num_bytes_downloaded < int(length))
 
 
-def _check_names(response: Any) -> None:
-    """Raises ``_NoHub`` for hashes that are none: huggingface_hub makes paths of them, ``../`` and all."""
+def _check_hashes(response: Any) -> None:
+    """Raise ``_NotAHubResponse`` for malformed hashes: huggingface_hub makes paths of them, even of ``../``."""
     path = response.request.url.path
     if "/resolve/" in path:
         headers = ("X-Repo-Commit", "X-Linked-Etag", "ETag")
-        names = [response.headers.get(header, "x").removeprefix("W/").strip('"') for header in headers]
-        if not all(map(_NAME.fullmatch, names)):
-            raise _NoHub("a hash that is none")
+        hashes = [response.headers.get(header, "x").removeprefix("W/").strip('"') for header in headers]
+        if not all(map(_HASH.fullmatch, hashes)):
+            raise _NotAHubResponse("a malformed hash")
     elif "/api/" in path and response.status_code == 200:
         with contextlib.suppress(ValueError, RecursionError):
-            told = json.loads(response.read())
-            commit = told.get("sha") if isinstance(told, dict) else None
-            if commit is not None and not (isinstance(commit, str) and _NAME.fullmatch(commit)):
-                raise _NoHub("a commit that is none")
+            data = json.loads(response.read())
+            commit = data.get("sha") if isinstance(data, dict) else None
+            if commit is not None and not (isinstance(commit, str) and _HASH.fullmatch(commit)):
+                raise _NotAHubResponse("a malformed commit")
 
 
-def _wait_asked(headers: Any) -> float:
-    """Seconds that the answer asks to wait: ``Retry-After: 3``, or ``RateLimit: "api";r=0;t=3``."""
+def _retry_after(headers: Any) -> float:
+    """Return the seconds to wait, from ``Retry-After: 3`` or ``RateLimit: "api";r=0;t=3``."""
     found = re.fullmatch(r"\s*(\d+)\s*", headers.get("Retry-After", "")) or re.search(
         r"\br=0;\s*t=(\d+)", headers.get("RateLimit", "")
     )
@@ -294,13 +294,13 @@ def _wait_asked(headers: Any) -> float:
 
 
 @contextlib.contextmanager
-def watched(downloads: bool = False) -> Iterator[Line]:
-    """Inside, huggingface_hub's HTTP client has time limits, and neither retries nor log lines of its own.
+def hub_session(downloads: bool = False) -> Iterator[HubSession]:
+    """Give huggingface_hub's HTTP client time limits in the block, and turn off its own retries and log lines.
 
-    Progress bars are left to terminals.
+    Progress bars are drawn on terminals only.
 
     Args:
-        downloads: whether no request is made twice in one try, so that a second one is a retry of huggingface_hub's.
+        downloads: See ``HubSession.downloads``.
     """
     from huggingface_hub import constants, set_client_factory
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -311,28 +311,28 @@ def watched(downloads: bool = False) -> Iterator[Line]:
         logging,
     )
 
-    # No public function gives the factory back, and a user may have set one for a proxy or a certificate.
-    line, factory, verbosity = Line(downloads), _http._GLOBAL_CLIENT_FACTORY, logging.get_verbosity()
+    # No public function returns the factory, and a user may have set one for a proxy or a certificate.
+    session, factory, verbosity = HubSession(downloads), _http._GLOBAL_CLIENT_FACTORY, logging.get_verbosity()
 
     def build() -> Any:
         client = factory()
         hooks = client.event_hooks
         client.event_hooks = {
-            "request": [*hooks["request"], line.on_request],
-            "response": [*hooks["response"], line.on_response],
+            "request": [*hooks["request"], session.on_request],
+            "response": [*hooks["response"], session.on_response],
         }
         return client
 
     undecided = constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
     hide_bars = undecided and not sys.stderr.isatty()
     done = threading.Event()
-    threading.Thread(target=_hang_up_when_stopped, args=(line, done), daemon=True).start()
+    threading.Thread(target=_close_on_signal, args=(session, done), daemon=True).start()
     set_client_factory(build)
     logging.set_verbosity(ERROR)
     if hide_bars:
         disable_progress_bars()
     try:
-        yield line
+        yield session
     finally:
         done.set()
         if hide_bars:
@@ -341,57 +341,58 @@ def watched(downloads: bool = False) -> Iterator[Line]:
         set_client_factory(factory)
 
 
-def _hang_up_when_stopped(line: Line, done: threading.Event) -> None:
-    """huggingface_hub fetches in threads, and waits for them though a signal has ended the command."""
+def _close_on_signal(session: HubSession, done: threading.Event) -> None:
+    """Close the session after a signal: huggingface_hub would wait for its download threads."""
     while not done.wait(_POLL):
         stop = signals.current()
         if stop.signal and stop.at_once:
-            return line.hang_up()
+            return session.close()
     return None
 
 
 @dataclass(frozen=True)
-class _Fault:
-    """A failure, as the user sees it if it is final."""
+class _Failure:
+    """A failed request: the error for the user, and how often to retry first."""
 
     error: PeftcliError
     retries: int = 0
-    """How often this kind of failure is tried again."""
     wait: float = 0.0
 
 
-def retried(action: Callable[[], T], what: str, *, downloads: bool = False) -> T:
-    """What ``action`` returns, tried again as the module's docstring says. Messages call it ``what``."""
-    with watched(downloads) as line:
-        return line.tried(action, what)
+def retry(action: Callable[[], T], what: str, *, downloads: bool = False) -> T:
+    """Return the result of ``action``, retried as the module's docstring says. Messages call it ``what``."""
+    with hub_session(downloads) as session:
+        return session.retry(action, what)
 
 
-def _fault(error: BaseException, line: Line, what: str) -> _Fault | None:
-    """What a failure of huggingface_hub means; None when it is a bug."""
+def _classify(error: BaseException, session: HubSession, what: str) -> _Failure | None:
+    """Translate an exception of huggingface_hub; return None if it is a bug."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
     for cause in _causes(error):
         if isinstance(cause, OfflineModeIsEnabled):
             hint = "unset HF_HUB_OFFLINE to reach the hub"
-            return _Fault(NetworkError(f"{what}: not in the cache, and HF_HUB_OFFLINE is set", hint=hint))
-        if isinstance(cause, Unanswered):
-            return _dropped(what, cause.reason, cause.wait)
+            return _Failure(NetworkError(f"{what}: not in the cache, and HF_HUB_OFFLINE is set", hint=hint))
+        if isinstance(cause, RetryableError):
+            return _network_failure(what, cause.reason, cause.wait)
         if isinstance(cause, HfHubHTTPError):
-            return _refusal(cause, what, reading=line.downloads)
-        if isinstance(cause, _NoHub) or type(cause).__name__ == "TooManyRedirects":
-            return _no_hub(what, cause)
+            return _refusal(cause, what, reading=session.downloads)
+        if isinstance(cause, _NotAHubResponse) or type(cause).__name__ == "TooManyRedirects":
+            return _not_a_hub(what, cause)
         if isinstance(cause, HTTPError):  # httpx's or httpx2's, whichever this huggingface_hub uses
-            if not line.answered and type(cause).__name__ in ("ConnectError", "ConnectTimeout"):
+            if not session.answered and type(cause).__name__ in ("ConnectError", "ConnectTimeout"):
                 message = f"{what}: cannot reach {endpoint()} ({cause})"
-                return _Fault(NetworkError(shown(message), hint="check the network, and HF_ENDPOINT if it is set"))
-            return _dropped(what, f"{type(cause).__name__} {cause}")
+                return _Failure(
+                    NetworkError(clean_line(message), hint="check the network, and HF_ENDPOINT if it is set")
+                )
+            return _network_failure(what, f"{type(cause).__name__} {cause}")
         if isinstance(cause, (ConnectionError, TimeoutError)):  # hf_xet's
-            return _dropped(what, str(cause))
+            return _network_failure(what, str(cause))
     if isinstance(error, OSError) and error.errno is not None:
-        return _Fault(StorageError(shown(f"{what}: {error.strerror}"), file=error.filename))
+        return _Failure(StorageError(clean_line(f"{what}: {error.strerror}"), file=error.filename))
     if isinstance(error, OSError) and "Consistency check failed" in str(error):
-        return _dropped(what, "what came of a file has another size than the hub says")
-    return _no_hub(what, error) if is_of_huggingface_hub(error) else None
+        return _network_failure(what, "the size of a downloaded file differs from the hub's")
+    return _not_a_hub(what, error) if raised_by_huggingface_hub(error) else None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -400,43 +401,46 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _dropped(what: str, reason: str, wait: float = 0.0) -> _Fault:
+def _network_failure(what: str, reason: str, wait: float = 0.0) -> _Failure:
     hint = f"wait {wait:.0f} seconds, then run the same command again" if wait else "run the same command again later"
-    return _Fault(NetworkError(shown(f"{what}: {reason}"), hint=hint), retries=len(DELAYS), wait=wait)
+    return _Failure(NetworkError(clean_line(f"{what}: {reason}"), hint=hint), retries=len(RETRY_DELAYS), wait=wait)
 
 
-def _no_hub(what: str, error: BaseException) -> _Fault:
-    reason = str(error) if isinstance(error, _NoHub) else " ".join(f"{type(error).__name__}: {error}".split())
-    text = f"{shown(what)}: {shown(endpoint())} does not answer as a hub does ({shown(reason)[:200]})"
-    return _Fault(HubError(text, hint="check HF_ENDPOINT if it is set; or a page of the network came in between"))
+def _not_a_hub(what: str, error: BaseException) -> _Failure:
+    is_ours = isinstance(error, _NotAHubResponse)
+    reason = str(error) if is_ours else " ".join(f"{type(error).__name__}: {error}".split())
+    text = f"{clean_line(what)}: {clean_line(endpoint())} does not respond like a hub ({clean_line(reason)[:200]})"
+    return _Failure(
+        HubError(text, hint="check HF_ENDPOINT if it is set; a login page of the network may have answered")
+    )
 
 
-def _refusal(error: Any, what: str, *, reading: bool) -> _Fault:
-    """The hub's answer below 500, in words."""
+def _refusal(error: Any, what: str, *, reading: bool) -> _Failure:
+    """Describe a response of the hub with a status from 400 to 499."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RevisionNotFoundError
 
     status, said = error.response.status_code, (error.server_message or "").strip()
     login = "log in with `hf auth login`, or set HF_TOKEN"
     if status == 401:
-        message = "the hub does not accept the token" if get_token() else "the hub asks for a token"
-        hint = f"{login} to a valid token of https://huggingface.co/settings/tokens"
+        message = "the hub does not accept the token" if get_token() else "the hub requires a token"
+        hint = f"{login} to a valid token from https://huggingface.co/settings/tokens"
     elif isinstance(error, GatedRepoError):
-        message, hint = "access to this repository must be granted first", "ask for it on the repository's page"
+        message, hint = "access to this repository must be granted first", "request access on the repository's page"
     elif status == 403:
-        message = "the token may not do this"
+        message = "the token does not permit this"
         access = "read access to this repository" if reading else "write access to this name"
         hint = f"use a token with {access}: https://huggingface.co/settings/tokens"
     elif isinstance(error, RevisionNotFoundError):
         message, hint = "no such revision", "check the revision"
     elif isinstance(error, EntryNotFoundError):
-        message, hint = "a file that it lists is missing", "ask its owner"
+        message, hint = "a file that the repository lists is missing", "contact its owner"
     elif status == 404:
-        message = "no such repository, or the token may not see it"
+        message = "no such repository, or the token does not give access to it"
         hint = f"check the name; for a private repository {login}"
     elif status in (409, 412):
         message, hint = "somebody else is changing this repository", "run the same command again"
     else:
         message, hint = "the hub refuses", ""
-    text = shown(f"{what}: {message} ({status})") + (f": {shown(said)[:300]}" if said else "")
-    return _Fault(HubError(text, hint=hint or None), retries=1 if status in (409, 412) else 0)
+    text = clean_line(f"{what}: {message} ({status})") + (f": {clean_line(said)[:300]}" if said else "")
+    return _Failure(HubError(text, hint=hint or None), retries=1 if status in (409, 412) else 0)

@@ -1,4 +1,4 @@
-"""Signals: the first asks a command to stop, the second ends it at once; another asks a run for a checkpoint."""
+"""Signals: the first stops a command cleanly, the second ends it at once; another requests a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,64 +12,64 @@ from types import FrameType
 
 from peftcli.errors import Interrupted
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-SAVING = signal.SIGUSR2
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SAVE_SIGNAL = signal.SIGUSR2
 STARTED = float(os.environ.get("PEFTCLI_STARTED") or time.monotonic())
-"""When this command began, on the machine's monotonic clock; a process that was launched knows the launcher's."""
+"""Start of this command on the monotonic clock; a launched process has the launcher's."""
 TIME_LIMIT = 64
-"""Stands where a signal's number does: the time that a run may take is over."""
+"""A request like a signal's number: the time limit of the run has passed."""
 _SAVE = 1
-"""The same: a checkpoint is wanted, and training goes on."""
+"""A request like a signal's number: write a checkpoint and continue."""
 _ECHO_SECONDS = 0.3
-"""A scheduler signals a launcher and its processes, and the launcher passes the signal on: both are one request."""
+"""A scheduler signals a launcher and its processes, and the launcher forwards the signal: both are one request."""
 
 
 @dataclass
 class Stop:
-    """Whether a signal asked to stop, or for a checkpoint."""
+    """The request to stop or to save that a command has received."""
 
     signal: int = 0
-    """The signal's number; 0: none came."""
+    """Number of the signal to stop; 0: none."""
     save: bool = False
-    """Whether a checkpoint is wanted."""
+    """Whether a checkpoint is requested."""
     saved: bool = False
     """Whether an earlier attempt left a checkpoint."""
     at_once: bool = True
-    """Whether there is nothing to save yet, so that a signal ends the run right away."""
+    """Whether a signal ends the command immediately, since there is nothing to save."""
     message: str = "stopped"
-    """What is said then."""
+    """Message of the error that ends the command."""
     when: float = 0.0
-    """When the signal came, on the monotonic clock."""
+    """When the signal arrived, on the monotonic clock."""
     deadline: float | None = None
-    """Until when a run may go on, on the same clock."""
+    """Time limit of the run, on the same clock."""
 
     @property
     def request(self) -> int:
-        """What is asked for, so that of several processes' requests the greatest counts; 0: nothing."""
+        """The request as a number, of which the largest among several processes counts; 0: none."""
         late = self.deadline is not None and time.monotonic() > self.deadline
         return self.signal or (TIME_LIMIT if late else _SAVE if self.save else 0)
 
-    def interrupted(self, message: str, *, saved: bool, request: int = 0) -> Interrupted:
-        """The error that ends the run: 130 after Ctrl-C; else 75 with a checkpoint, 143 without."""
+    def to_error(self, message: str, *, saved: bool, request: int = 0) -> Interrupted:
+        """Return the error that ends the run: exit code 130 after Ctrl-C, else 75 with a checkpoint, 143 without."""
         number = request or self.signal
         code = 130 if number == signal.SIGINT else 75 if saved else 143
-        hint = "run the same command again to go on" if saved else None
+        hint = "run the same command again to resume" if saved else None
         why = "training.max_time" if number == TIME_LIMIT else signal.Signals(number).name
         return Interrupted(f"{message} ({why})", exit_code=code, hint=hint)
 
     def check(self) -> None:
-        """Raises Interrupted if a signal came whose exception somebody else's code has swallowed."""
+        """Raise Interrupted if a signal arrived whose exception other code has swallowed."""
         if self.signal:
-            raise self.interrupted(self.message, saved=self.saved)
+            raise self.to_error(self.message, saved=self.saved)
 
-    def explains(self, error: BaseException) -> Interrupted | None:
-        """The Interrupted that an error stands for: foreign code may turn the one that a signal raises into another."""
+    def as_interrupted(self, error: BaseException) -> Interrupted | None:
+        """Return the Interrupted that caused an error, or None: other code may have replaced the exception."""
         if isinstance(error, Interrupted):
             return error
-        return self.interrupted(self.message, saved=self.saved) if self.signal and self.at_once else None
+        return self.to_error(self.message, saved=self.saved) if self.signal and self.at_once else None
 
-    def note(self, number: int, _frame: FrameType | None = None) -> None:
-        """Handles a stopping signal."""
+    def on_stop_signal(self, number: int, _frame: FrameType | None = None) -> None:
+        """Handle a signal to stop."""
         if self.signal:
             if self.signal == number and time.monotonic() - self.when < _ECHO_SECONDS:
                 return
@@ -78,47 +78,51 @@ class Stop:
         if self.at_once:
             self.check()
 
-    def note_save(self, _number: int, _frame: FrameType | None = None) -> None:
-        """Handles the signal that asks for a checkpoint."""
+    def on_save_signal(self, _number: int, _frame: FrameType | None = None) -> None:
+        """Handle the signal that requests a checkpoint."""
         self.save = True
 
 
 _current: list[Stop] = []
-"""Those of the commands that this process is in, the innermost last."""
+"""One per active ``handle_signals`` block, the innermost last."""
 
 
 def current() -> Stop:
-    """What the running command was asked; outside of ``handled``, nothing."""
+    """Return the requests to the running command; outside of ``handle_signals``, an empty Stop."""
     return _current[-1] if _current else Stop()
 
 
 def check() -> None:
-    """Raises Interrupted if the running command was asked to stop. To be called between pieces of long work."""
+    """Raise Interrupted if a signal has asked the running command to stop. Call it between parts of long work."""
     current().check()
 
 
 def wants_save(request: int) -> bool:
-    """Whether a request is for a checkpoint and no more."""
+    """Return whether a request is only for a checkpoint."""
     return request == _SAVE
 
 
 @contextmanager
-def handled(message: str = "stopped", save_on: signal.Signals | None = SAVING, *, last: bool = False) -> Iterator[Stop]:
-    """Inside, INT, TERM and USR1 are noted in the Stop; a second one ends the process.
+def handle_signals(
+    message: str = "stopped", save_on: signal.Signals | None = SAVE_SIGNAL, *, last: bool = False
+) -> Iterator[Stop]:
+    """Record INT, TERM and USR1 in the Stop during the block; a second one ends the process.
 
-    Only a main thread can handle signals; elsewhere nothing is caught.
+    Outside the main thread, which alone can handle signals, nothing is recorded.
 
     Args:
-        message: What is said when a signal ends the command.
-        save_on: The signal that asks for a checkpoint, which does not stop then.
-        last: Whether stopping signals are ignored afterwards, in a process that then only says how it ended.
+        message: Message of the error that ends the command.
+        save_on: The signal that requests a checkpoint, and then does not stop.
+        last: Whether to ignore signals to stop afterwards, while the process reports how it ended.
     """
     outer = current()
     outer.check()
     stop = Stop(save=outer.save, saved=outer.saved, message=message)
-    handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]] = dict.fromkeys(STOPPING, stop.note)
+    handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]] = dict.fromkeys(
+        STOP_SIGNALS, stop.on_stop_signal
+    )
     if save_on is not None:
-        handlers[save_on] = stop.note_save
+        handlers[save_on] = stop.on_save_signal
     try:
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     except ValueError:  # not the main thread
@@ -127,12 +131,12 @@ def handled(message: str = "stopped", save_on: signal.Signals | None = SAVING, *
     try:
         yield stop
     except Exception as error:
-        if stop.signal:  # an echo of it may come when this is over
+        if stop.signal:  # its echo may arrive after this block
             outer.signal, outer.when, outer.saved, outer.at_once = stop.signal, stop.when, stop.saved, False
-        if (interrupted := stop.explains(error)) is None or interrupted is error:
+        if (interrupted := stop.as_interrupted(error)) is None or interrupted is error:
             raise
         raise interrupted from error
     finally:
         _current.pop()
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if last and number in STOPPING else handler)
+            signal.signal(number, signal.SIG_IGN if last and number in STOP_SIGNALS else handler)

@@ -67,6 +67,6 @@ def check_gates(gates: dict[str, str], metrics: dict[str, float]) -> list[GateRe
 
 def raise_failed_gates(gates: list[dict[str, Any]]) -> None:
     """Raises GateFailed naming the gates of a run.json that do not hold."""
-    failed = [f"{gate['metric']} is {gate['value']}, wanted {gate['gate']}" for gate in gates if not gate["passed"]]
+    failed = [f"{gate['metric']} is {gate['value']}, expected {gate['gate']}" for gate in gates if not gate["passed"]]
     if failed:
         raise GateFailed("; ".join(failed), key="gates")

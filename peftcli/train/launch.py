@@ -23,7 +23,7 @@ from typing import Any
 
 from peftcli.errors import Interrupted, PeftcliError, ProcessDied, StorageError, UsageError
 from peftcli.schema import Launch
-from peftcli.system.signals import SAVING, STARTED, STOPPING
+from peftcli.system.signals import SAVE_SIGNAL, STARTED, STOP_SIGNALS
 
 _GRACE_SECONDS = 12.0
 """Time for the other processes to end after one has failed."""
@@ -362,7 +362,7 @@ def _forwarding(group: _Group) -> Iterator[None]:
     def forward(number: int, _frame: object) -> None:
         group.waiting.append(number)
 
-    before = {number: signal.signal(number, forward) for number in {*STOPPING, group.save_on or SAVING}}
+    before = {number: signal.signal(number, forward) for number in {*STOP_SIGNALS, group.save_on or SAVE_SIGNAL}}
     try:
         yield
     finally:

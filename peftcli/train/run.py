@@ -20,12 +20,12 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from peftcli.core.protocols import after_resume, needs_base_weights, needs_batches
 from peftcli.data.findings import refuse
-from peftcli.errors import DataError, Interrupted, PeftcliError, StorageError, UsageError, known
+from peftcli.errors import DataError, Interrupted, PeftcliError, StorageError, UsageError, to_peftcli_error
 from peftcli.models.open import open_base
 from peftcli.recipe import method_config, seconds
 from peftcli.schema import Recipe
 from peftcli.system import date
-from peftcli.system.signals import STARTED, handled
+from peftcli.system.signals import STARTED, handle_signals
 from peftcli.tasks import described, open_task
 from peftcli.tasks.base import Limits
 from peftcli.train.attention import takes_one_row
@@ -78,7 +78,7 @@ def train(
     """
     options, training = StartOptions(resume, tuple(allow_change), overwrite), recipe.training
     save_on = signal.Signals[training.save_on_signal] if training.save_on_signal else None
-    with handled("stopped before the first step", save_on) as stop:
+    with handle_signals("stopped before the first step", save_on) as stop:
         if training.max_time is not None:
             stop.deadline = STARTED + seconds(training.max_time)
         accelerator = start_accelerator(recipe)
@@ -116,7 +116,7 @@ def record_outcome(run: Run) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        ours = run.stop.explains(error) or known(error)
+        ours = run.stop.as_interrupted(error) or to_peftcli_error(error)
         if ours is None:
             ours = PeftcliError(f"{type(error).__name__}: {error}", hint="the traceback is in train.log")
         record.status = "interrupted" if isinstance(ours, Interrupted) else "failed"

@@ -212,10 +212,10 @@ class TrainingLoop:
         """Raise Interrupted, with a checkpoint if a step was done."""
         stop, step, request = self.active.stop, self.progress.step, request or self.request()
         if not step:
-            raise stop.interrupted("stopped before the first step", saved=stop.saved, request=request)
+            raise stop.to_error("stopped before the first step", saved=stop.saved, request=request)
         if self.progress.pending is not None:
             self.save()
-        raise stop.interrupted(f"stopped after step {step} of {self.plan.total_steps}", saved=True, request=request)
+        raise stop.to_error(f"stopped after step {step} of {self.plan.total_steps}", saved=True, request=request)
 
 
 class _Clock:

@@ -48,7 +48,7 @@ def test_an_empty_cache(cli: Cli, root: Path) -> None:
     for args in (["cache"], ["cache", "list"]):
         ran = cli(*args)
         assert (ran.code, ran.err) == (0, "")
-        assert ran.out == f"0 entries, 0 bytes, in {root}; cleared by `peftcli cache clear` only\n"
+        assert ran.out == f"0 entries, 0 bytes, in {root}; only `peftcli cache clear` removes entries\n"
     assert cli("cache", "clear").out == "removed 0 entries, 0 bytes\n"
     assert not root.exists()
 
@@ -90,7 +90,7 @@ def test_in_use_damaged_and_unfinished(cli: Cli, root: Path) -> None:
     assert lines[1].endswith("in use")
     assert lines[2].split()[:5] == [broken[:12], "-", "0", "0", "0"]
     assert lines[2].endswith("damaged")
-    assert lines[3] == "2.5 MB being built, or left by runs that were killed"
+    assert lines[3] == "2.5 MB in unfinished entries, of running or killed runs"
     ran = cli("cache", "clear")
     assert (ran.code, ran.err) == (0, "")
     assert ran.out.splitlines()[0] == f"kept {store.folder.name[:12]} (a): a run uses it"

@@ -73,9 +73,9 @@ def test_the_default_is_the_weighted_sum(cli: Callable[..., Any], pair: list[str
 
 def test_the_error_is_said(cli: Callable[..., Any], pair: list[str], tmp_path: Path) -> None:
     first = cli("combine", *pair, "--output", tmp_path / "exact")
-    assert first.out.splitlines()[0] == "the weighted sum, exactly"
+    assert first.out.splitlines()[0] == "equals the weighted sum exactly"
     ran = cli("combine", *pair, "--output", tmp_path / "svd", "--method", "svd", "--r", 2)
-    assert ran.out.startswith("off the weighted sum by 0.")
+    assert ran.out.startswith("relative error of the weighted sum 0.")
     assert "in model.layers." in ran.out
     assert f"{tmp_path}/svd: r 2, 6 modules, " in ran.out
 
@@ -100,9 +100,9 @@ def test_the_commands_ways_are_the_cores() -> None:
 
 
 REFUSED: dict[str, tuple[list[object], int, str]] = {
-    "no weight": (["{a}"], 2, "is not of the form ADAPTER=WEIGHT, as outputs/a=0.7"),
-    "no number": (["{a}=much"], 2, "is not of the form ADAPTER=WEIGHT"),
-    "no adapter": (["=0.5"], 2, "is not of the form ADAPTER=WEIGHT"),
+    "no weight": (["{a}"], 2, "must have the form ADAPTER=WEIGHT, such as outputs/a=0.7"),
+    "no number": (["{a}=much"], 2, "must have the form ADAPTER=WEIGHT"),
+    "no adapter": (["=0.5"], 2, "must have the form ADAPTER=WEIGHT"),
     "not finite": (["{a}=nan"], 2, "the weight must be finite"),
     "more than 32 bits hold": (["{a}=1e39"], 2, "the weight must be finite, and at most 3.4e+38"),
     "nowhere": (["no such=0.5"], 4, "neither a folder nor a hub id"),

@@ -134,7 +134,7 @@ def test_methods_whose_files_do_not_tell_are_compared_by_value(
     assert bool(found["only_b"]) == (other == "lora")
     ran = cli("diff", tmp_path / "a", tmp_path / "b")
     assert ran.code == 0
-    assert "compared value by value: what IA3 changes" in ran.err
+    assert "stored values are compared, not updates: what IA3 changes" in ran.err
 
 
 def test_what_no_number_holds_is_null(diff: Callable[[], dict[str, Any]], tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_a_batch_file_goes_on_after_a_stop(
     monkeypatch.setattr(TextGenerator, "generate", stopped)
     ran = cli(*args, "--output", tmp_path / "out.jsonl")
     assert ran.code == 75
-    assert f"stopped after 4 of {len(QUESTIONS)} answers (SIGTERM)\nrun the same command again to go on" in ran.err
+    assert f"stopped after 4 of {len(QUESTIONS)} answers (SIGTERM)\nrun the same command again to resume" in ran.err
     assert not (tmp_path / "out.jsonl").exists()
     other = cli(*args, "--output", tmp_path / "out.jsonl", "--max-new-tokens", 1)
     assert other.code == 0, "other settings begin anew"
@@ -281,7 +281,7 @@ def test_failures(cli: Callable, lora: Path, plain: Path, tmp_path: Path) -> Non
         ("--top-p", "nan"),
     ):
         fails(2, option, lora, "--prompt", "a", option, value)
-    fails(2, "--prompt: is no UTF-8 text", lora, "--prompt", "a\udcff")
+    fails(2, "--prompt: is not UTF-8 text", lora, "--prompt", "a\udcff")
     fails(2, "is not open for writing", lora, "--input", tmp_path / "x.jsonl", "--output", "/dev/fd/99999")
     fails(2, "without a terminal", lora)
     fails(2, "no tokens", plain, "--prompt", "")
@@ -514,7 +514,7 @@ def test_what_is_typed_but_no_text_is_asked_again(lora: Path, tmp_path: Path) ->
     terminal.until(child, lambda: terminal.text.count("> ") == 1)
     os.write(terminal.controller, b"caf\xe9\n")
     terminal.until(child, lambda: terminal.text.count("> ") == 2)
-    assert "that is no UTF-8 text" in terminal.text
+    assert "the input is not UTF-8 text" in terminal.text
     terminal.type("\n")
     assert child.wait(20) == 0, terminal.text
 

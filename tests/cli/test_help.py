@@ -101,7 +101,9 @@ def test_a_bug_is_one_line_unless_debugged(cli, failing) -> None:
     failing(ZeroDivisionError("1 / 0 \x1b[31m"))
     ran = cli("schema")
     assert (ran.code, ran.out) == (1, "")
-    assert ran.err == ("error: peftcli failed: ZeroDivisionError: 1 / 0 \\x1b[31m; run with --debug to see where\n")
+    assert ran.err == (
+        "error: peftcli failed: ZeroDivisionError: 1 / 0 \\x1b[31m; run with --debug for the traceback\n"
+    )
     for args in (["schema", "--debug"], ["--debug", "schema"]):
         ran = cli(*args)
         assert ran.code == 1

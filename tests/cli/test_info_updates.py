@@ -131,7 +131,7 @@ def test_what_cannot_be_told_is_said(
     make, reason = CANNOT[case]
     write(tmp_path, make())
     assert reason in updates()["reason"]
-    assert f"updates: not shown: {reason}" in cli("info", tmp_path).out
+    assert f"updates: cannot be computed: {reason}" in cli("info", tmp_path).out
 
 
 @pytest.mark.parametrize("factor", [1e200, 1e152])

@@ -22,7 +22,7 @@ from typer.main import get_command
 from peftcli import errors, output_schemas
 from peftcli.adapters.push import Pushed
 from peftcli.cli.app import app
-from peftcli.cli.explain import _as_data
+from peftcli.cli.explain import _as_dict
 from peftcli.errors import PeftcliError
 from peftcli.output_schemas import names, output_schema
 from peftcli.recipe import json_schema, load_recipe
@@ -272,7 +272,7 @@ def test_explain(answer: Callable, fails: Callable) -> None:
     for key in ("training.seed", "method", "lora", "causal_lm", "dataset.mix"):
         assert answer("explain", key)["key"] == key
     for found in _explainable().values():
-        assert_valid("explain", json.loads(json.dumps(_as_data(found))))
+        assert_valid("explain", json.loads(json.dumps(_as_dict(found))))
     assert "hint" in fails(2, "UsageError", "explain", "lora_rank")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from peftcli.errors import FolderBusy, StorageError, UsageError
-from peftcli.system.outputs import new_folder, unfinished_file, write_output
+from peftcli.system.outputs import new_folder, partial_file, write_output
 
 
 @pytest.fixture
@@ -188,32 +188,32 @@ def test_a_pipe_and_a_device_are_written_as_they_are(tmp_path: Path) -> None:
 
 def test_an_unfinished_file_is_gone_on_with(tmp_path: Path) -> None:
     target = tmp_path / "new" / "out.jsonl"
-    with ended_by(Stopped, unfinished_file(target, "key")) as file:
+    with ended_by(Stopped, partial_file(target, "key")) as file:
         file.append(b"1\n2\nhalf")
         raise Stopped
-    with ended_by(Stopped, unfinished_file(target, "another key")) as other:
+    with ended_by(Stopped, partial_file(target, "another key")) as other:
         assert other.lines() == []
         raise Stopped
     assert len(tree(tmp_path)) == 2
     assert not target.exists()
-    with unfinished_file(target, "key") as file:
+    with partial_file(target, "key") as file:
         assert file.lines() == [b"1\n", b"2\n"]
-        file.keep(file.lines()[:1])
+        file.truncate(file.lines()[:1])
         file.append(b"3\n")
     assert target.read_bytes() == b"1\n3\n"
     assert tree(tmp_path) == ["new", "new/out.jsonl"]
 
 
 def test_an_unfinished_file_without_a_line_goes(tmp_path: Path) -> None:
-    with ended_by(Stopped, unfinished_file(tmp_path / "new" / "out", "key")):
+    with ended_by(Stopped, partial_file(tmp_path / "new" / "out", "key")):
         raise Stopped
     assert tree(tmp_path) == []
 
 
 def test_two_do_not_write_one_unfinished_file(tmp_path: Path) -> None:
-    with unfinished_file(tmp_path / "out", "key") as file:
+    with partial_file(tmp_path / "out", "key") as file:
         file.append(b"1\n")
-        with pytest.raises(FolderBusy, match="another process"), unfinished_file(tmp_path / "out", "key"):
+        with pytest.raises(FolderBusy, match="another process"), partial_file(tmp_path / "out", "key"):
             raise AssertionError
         file.append(b"2\n")
     assert (tmp_path / "out").read_bytes() == b"1\n2\n"
@@ -221,12 +221,12 @@ def test_two_do_not_write_one_unfinished_file(tmp_path: Path) -> None:
 
 def test_leftovers_of_other_keys_go_unless_they_are_held(tmp_path: Path) -> None:
     for key in ("dead", "alive"):
-        with ended_by(Stopped, unfinished_file(tmp_path / "out", key)) as file:
+        with ended_by(Stopped, partial_file(tmp_path / "out", key)) as file:
             file.append(key.encode())
             raise Stopped
     alive = next(path for path in tmp_path.iterdir() if path.read_bytes() == b"alive")
     with alive.open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with unfinished_file(tmp_path / "out", "key") as file:
+        with partial_file(tmp_path / "out", "key") as file:
             file.append(b"1\n")
     assert sorted(tmp_path.iterdir()) == sorted([alive, tmp_path / "out"])

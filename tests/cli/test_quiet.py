@@ -54,7 +54,7 @@ def test_every_command_that_shows_progress_has_it() -> None:
     commands = get_command(app).commands
     options = {(name, one.help) for name, command in commands.items() for one in command.params if one.name == "quiet"}
     assert {name for name, _ in options} == ALL
-    assert {text for _, text in options} == {"No progress: only warnings, errors and the answer."}
+    assert {text for _, text in options} == {"Print no progress, only warnings, errors and the answer."}
 
 
 def test_generate(told: Callable, place: Path, tmp_path: Path) -> None:

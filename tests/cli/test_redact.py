@@ -13,7 +13,7 @@ from urllib.parse import quote
 import pytest
 
 from peftcli.cli import console
-from peftcli.system.secrets import redact, redact_values, spans
+from peftcli.system.secrets import redact, redact_values, secret_spans
 
 TOKEN = "hf_" + "aB3dE6gH9jK2mN5pQ8sT1vW4"
 
@@ -159,8 +159,8 @@ def test_values_and_keys_in_data() -> None:
 
 
 def test_where_secrets_are() -> None:
-    assert spans(f"ab {TOKEN} {TOKEN}") == [(3, 30), (31, 58)]
-    assert spans("ab") == []
+    assert secret_spans(f"ab {TOKEN} {TOKEN}") == [(3, 30), (31, 58)]
+    assert secret_spans("ab") == []
 
 
 def test_a_hostile_text_takes_no_time() -> None:
@@ -177,7 +177,7 @@ def test_json_stays_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 
 
 def test_other_libraries_write_through_it(capsys: pytest.CaptureFixture[str]) -> None:
-    with console.guarded():
+    with console.redacted_streams():
         print(f"out {TOKEN}")
         print(f"err {TOKEN}", file=sys.stderr)
         sys.stderr.writelines([f"{TOKEN}\n", "b\n"])
@@ -187,9 +187,9 @@ def test_other_libraries_write_through_it(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_streamed_answer_hides_what_comes_in_parts(capsys: pytest.CaptureFixture[str]) -> None:
-    from peftcli.cli.generate import _streamed
+    from peftcli.cli.generate import _streamed_output
 
-    with _streamed() as write:
+    with _streamed_output() as write:
         for part in ("Say ", TOKEN[:9], TOKEN[9:], ", please\nor 你", "好", " not"):
             write(part)
     assert capsys.readouterr().out == "Say ***, please\nor 你好 not\n"
@@ -199,20 +199,20 @@ def test_a_streamed_answer_hides_what_comes_in_parts(capsys: pytest.CaptureFixtu
 def test_a_streamed_secret_with_spaces(
     size: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peftcli.cli.generate import _streamed
+    from peftcli.cli.generate import _streamed_output
 
     monkeypatch.setenv("APP_PASSWORD", "correct horse 7")
     text = "It is correct horse 7, or correct horse 8, or https://me:correct horse@x, or correct"
-    with _streamed() as write:
+    with _streamed_output() as write:
         for start in range(0, len(text), size):
             write(text[start : start + size])
     assert capsys.readouterr().out == redact(text) + "\n"
 
 
 def test_what_is_streamed_is_shown_soon(capsys: pytest.CaptureFixture[str]) -> None:
-    from peftcli.cli.generate import _streamed
+    from peftcli.cli.generate import _streamed_output
 
-    with _streamed() as write:
+    with _streamed_output() as write:
         write("One two three ")
         assert capsys.readouterr().out == "One two three "
         write("four")

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from peftcli.errors import Interrupted, StorageError
-from peftcli.system.signals import handled
+from peftcli.system.signals import handle_signals
 
 
 def terminate() -> None:
@@ -19,9 +19,9 @@ def terminate() -> None:
 
 def stopped_twice() -> None:
     """A run that a signal stops, and the same signal again as it ends."""
-    with handled():
+    with handle_signals():
         try:
-            with handled("stopped before the first step") as stop:
+            with handle_signals("stopped before the first step") as stop:
                 stop.at_once = False
                 terminate()
                 raise stop.interrupted("stopped after step 3", saved=True)
@@ -30,7 +30,7 @@ def stopped_twice() -> None:
 
 
 def failed_after_a_signal() -> None:
-    with handled(), handled() as stop:
+    with handle_signals(), handle_signals() as stop:
         stop.at_once = False
         terminate()
         raise StorageError("no space")
@@ -50,8 +50,8 @@ def test_what_fails_after_a_signal_is_still_what_failed() -> None:
 @pytest.mark.parametrize(("last", "code"), [(True, 0), (False, -signal.SIGTERM)])
 def test_a_process_that_only_says_how_it_ended(last: bool, code: int) -> None:
     program = (
-        "import os, signal; from peftcli.system.signals import handled\n"
-        f"with handled(last={last}): pass\n"
+        "import os, signal; from peftcli.system.signals import handle_signals\n"
+        f"with handle_signals(last={last}): pass\n"
         "os.kill(os.getpid(), signal.SIGTERM)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == code

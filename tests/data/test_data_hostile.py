@@ -100,7 +100,7 @@ def test_a_carriage_return_alone_is_explained(tmp_path: Path) -> None:
 @pytest.mark.parametrize("first", ["[", "{", '[{"a": 1}, {"a": 2}]', '[{"a": 1},'])
 def test_a_list_named_jsonl_is_explained(tmp_path: Path, first: str) -> None:
     _, errors = read(write(tmp_path, "a.jsonl", first + "\n"))
-    assert "a .json file holds that, or one list of objects" in (errors[0].hint or "")
+    assert "a .json file contains that, or one list of objects" in (errors[0].hint or "")
 
 
 @pytest.mark.parametrize("case", IN_LISTS)
@@ -186,7 +186,7 @@ def test_a_packed_file_that_is_cut_off(tmp_path: Path, packed: str, cut: float) 
         write(tmp_path, f"a.jsonl{packed}", whole[: cut if cut < 0 else max(5, int(len(whole) * cut))])
     )
     assert rows == ROWS[: len(rows)]
-    assert "end too early: the file is cut off" in error.message
+    assert "end too early: the file is truncated" in error.message
     assert error.line == (len(rows) or None)
 
 
@@ -245,7 +245,7 @@ def test_a_text_file_that_is_cut_off(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_bomb_of_zeros_is_one_line_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_rows, "LONGEST_ROW", 1 << 20)
+    monkeypatch.setattr(text_rows, "MAX_ROW", 1 << 20)
     data = b'{"a": 1}\n' + b"\0" * (20 << 20) + b'\n{"a": 2}\n'
     for name, packed in (("a.jsonl.gz", gzip.compress(data, 1)), ("a.jsonl.zst", zstd(data))):
         rows, [error] = read(write(tmp_path, name, packed))
@@ -254,13 +254,13 @@ def test_a_bomb_of_zeros_is_one_line_too_long(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_line_without_an_end_ends_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_rows, "LONGEST_ROW", 1000)
+    monkeypatch.setattr(text_rows, "MAX_ROW", 1000)
     monkeypatch.setattr(text_rows, "CHUNK", 1000)
-    monkeypatch.setattr(text_rows, "_ENDLESS", 5 << 20)
+    monkeypatch.setattr(text_rows, "_MAX_LINE", 5 << 20)
     data = b'{"a": 1}\n' + b" " * (6 << 20) + b'\n{"a": 2}\n'
     rows, [error] = read(write(tmp_path, "a.jsonl.gz", gzip.compress(data, 1)))
     assert rows == [{"a": 1}]
-    assert (error.line, error.message) == (2, "a row of more than 5 MiB; what follows it is not read")
+    assert (error.line, error.message) == (2, "a row of more than 5 MiB; the rest of the file was not read")
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_a_line_without_an_end_ends_the_file(tmp_path: Path, monkeypatch: pytest
 def test_a_row_without_an_end_is_not_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, line: int
 ) -> None:
-    monkeypatch.setattr(text_rows, "LONGEST_ROW", 10_000)
+    monkeypatch.setattr(text_rows, "MAX_ROW", 10_000)
     monkeypatch.setattr(text_rows, "CHUNK", 1000)
     rows, [error] = read(write(tmp_path, name, text))
     assert len(rows) == 1
@@ -303,7 +303,7 @@ def same_text(size: int, rows: int, **options: Any) -> bytes:
 def test_a_text_that_all_rows_of_a_table_share_is_read_row_by_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], at_once: int
 ) -> None:
-    monkeypatch.setattr(readers, "_LARGEST_BATCH", 1_500_000)
+    monkeypatch.setattr(readers, "_MAX_BATCH", 1_500_000)
     path, sizes = write(tmp_path, "a.parquet", same_text(1_000_000, 70, **options)), []
     real = readers.table_rows
     monkeypatch.setattr(readers, "table_rows", lambda batch: sizes.append(len(batch)) or real(batch))
@@ -313,7 +313,7 @@ def test_a_text_that_all_rows_of_a_table_share_is_read_row_by_row(
 
 
 def test_a_table_whose_texts_no_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "_LARGEST_TEXT", 100_000)
+    monkeypatch.setattr(readers, "_MAX_TEXT", 100_000)
     path = write(tmp_path, "a.parquet", same_text(200_000, 1))
     rows, [error] = read(path)
     assert rows == []
@@ -350,7 +350,7 @@ def lists(path: Path, *columns: tuple[str, Any, int], **options: Any) -> Path:
 def test_a_row_of_a_table_that_no_memory_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: list[tuple[str, Any, int]], store_schema: bool
 ) -> None:
-    monkeypatch.setattr(readers, "_LARGEST_BATCH", 1_000_000)
+    monkeypatch.setattr(readers, "_MAX_BATCH", 1_000_000)
     rows, [error] = read(lists(tmp_path / "a.parquet", *columns, store_schema=store_schema))
     assert [row["text"] for row in rows] == ["one", "three"]
     assert error.message.startswith("row 2: unpacks to about 1,")
@@ -378,10 +378,10 @@ def test_a_small_table_whose_list_has_20_million_items(tmp_path: Path) -> None:
 
 
 def test_a_list_that_a_table_tells_beforehand_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "_MOST_ITEMS", 1000)
+    monkeypatch.setattr(readers, "_MAX_ITEMS", 1000)
     rows, [error] = read(lists(tmp_path / "a.parquet", ("n", 1, 2000)))
     assert rows == []
-    assert "a row of the column 'n.list.element' may hold " in error.message
+    assert "a row of the column 'n.list.element' may contain " in error.message
     assert error.message.endswith(" list items, more than 1,000")
     assert error.hint
     assert read(lists(tmp_path / "a.parquet", ("n", 1, 900)))[1] == []
@@ -450,11 +450,11 @@ def test_files_that_may_not_be_read(as_nobody: Path) -> None:
 def test_the_system_fails_while_a_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, "a.jsonl", '{"a": 1}\n' * 10)
 
-    def fails(self: text_rows.Text) -> Any:
+    def fails(self: text_rows.TextFile) -> Any:
         self.line = 3
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(text_rows.Text, "lines", fails)
+    monkeypatch.setattr(text_rows.TextFile, "lines", fails)
     _, [error] = read(path)
     assert (error.line, error.message) == (3, "cannot be read: Input/output error")
 

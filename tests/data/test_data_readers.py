@@ -232,8 +232,8 @@ def test_parquet_in_row_groups_and_of_several_types(tmp_path: Path) -> None:
 
 
 def test_a_row_of_64_mib_is_the_longest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert text_rows.LONGEST_ROW == 64 << 20
-    monkeypatch.setattr(text_rows, "LONGEST_ROW", 1000)
+    assert text_rows.MAX_ROW == 64 << 20
+    monkeypatch.setattr(text_rows, "MAX_ROW", 1000)
     fits = '{"a": "' + "x" * 991 + '"}'
     assert len(fits) == 1000
     text = f'{fits}\r\n{fits[:-2]}x"}}\n{fits}\n{fits}x'
@@ -246,7 +246,7 @@ def test_a_row_of_64_mib_is_the_longest(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
 def test_only_a_row_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(text_rows, "LONGEST_ROW", 1000)
+    monkeypatch.setattr(text_rows, "MAX_ROW", 1000)
     monkeypatch.setattr(text_rows, "CHUNK", 100)
     rows = [{"a": "x" * 200}] * 50
     assert values(write(tmp_path, f"a{kind}", WRITERS[kind](rows))) == rows

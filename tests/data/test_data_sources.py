@@ -43,7 +43,7 @@ def refused(source: str | Path, **settings: Any) -> PeftcliError:
 def test_a_file(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", "x", "y")
     opened = open_source(Source(train=str(path)))
-    assert opened.described == str(path)
+    assert opened.name == str(path)
     assert opened.files == [path]
     assert list(opened.rows()) == [Row({"text": t}, Place(str(path), n, n)) for n, t in enumerate("xy", start=1)]
     assert list(opened.rows()) == list(opened.rows())
@@ -85,7 +85,7 @@ def test_a_link_to_a_folder_is_followed_and_a_loop_is_refused(tmp_path: Path) ->
     (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
     assert texts(Source(train=str(tmp_path / "data"))) == ["x"]
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
-    assert "is a link to a folder that holds it" in refused(tmp_path / "data").message
+    assert "is a link to a folder above itself" in refused(tmp_path / "data").message
 
 
 def test_a_folder_with_several_names_is_read_once(tmp_path: Path) -> None:
@@ -112,23 +112,23 @@ def test_a_folder_that_is_very_deep_or_holds_very_much(tmp_path: Path, monkeypat
     write(tmp_path.joinpath("deeper", *["d"] * 101, "a.jsonl"), "x")
     error = refused(tmp_path / "deeper")
     assert (error.message, error.file) == (
-        "a folder with more than 100 folders in each other",
+        "the folder contains more than 100 levels of folders",
         str(tmp_path / "deeper"),
     )
     assert error.hint
     for name in "ab":
         write(tmp_path / "wide" / name / "a.jsonl", "x")
-    monkeypatch.setattr(sources, "_MOST", 4)
+    monkeypatch.setattr(sources, "_MAX_FILES", 4)
     assert len(texts(Source(train=str(tmp_path / "wide")))) == 2
-    monkeypatch.setattr(sources, "_MOST", 3)
-    assert refused(tmp_path / "wide").message == "a folder with more than 3 files"
+    monkeypatch.setattr(sources, "_MAX_FILES", 3)
+    assert refused(tmp_path / "wide").message == "the folder contains more than 3 files"
 
 
 def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
-    assert "in it: nothing" in refused(tmp_path).message
+    assert "it contains: nothing" in refused(tmp_path).message
     (tmp_path / "notes.txt").write_text("x")
     error = refused(tmp_path)
-    assert "in it: notes.txt" in error.message
+    assert "it contains: notes.txt" in error.message
     assert ".jsonl, .json, .csv, .parquet" in (error.hint or "")
 
 
@@ -161,7 +161,7 @@ def test_a_dataset_saved_by_the_library_datasets_is_named(tmp_path: Path) -> Non
     datasets.Dataset.from_list([{"text": "x"}]).save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": "x"}])}).save_to_disk(tmp_path / "several")
     for folder in ("one", "several"):
-        assert "saved by save_to_disk" in refused(tmp_path / folder).message
+        assert "written by Dataset.save_to_disk" in refused(tmp_path / folder).message
 
 
 def test_a_folder_with_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
     assert "train.jsonl.gz" in str(refused(tmp_path / "trian.jsonl"))
     assert "does not exist either" in str(refused(tmp_path / "no" / "train.jsonl"))
     (tmp_path / "train.jsonl.gz").rename(tmp_path / "x")
-    assert "holds no file of that kind" in str(refused(tmp_path / "trian.jsonl"))
+    assert "contains no file of that kind" in str(refused(tmp_path / "trian.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
         ("a/b/c", "no such file"),
         ("./name", "no such file"),
         ("owner/data.csv", "no such file"),
-        ("", "names no file"),  # and not the working folder, as to pathlib
+        ("", "is empty; name a file"),  # and not the working folder, as to pathlib
     ],
 )
 def test_names_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
@@ -361,7 +361,7 @@ def test_a_hub_dataset_at_its_newest_commit_or_another(hub: DatasetHub, streamin
     second = hub.commit(NAME, {**FILES, "train.jsonl": b'{"text": "new"}\n'})
     source = Source(train=NAME, streaming=streaming)
     opened = open_source(source)
-    assert (opened.described, opened.files) == (NAME, [])
+    assert (opened.name, opened.files) == (NAME, [])
     assert opened.fingerprint() == {f"{NAME}@{second}": second}
     assert list(opened.rows()) == [Row({"text": "new"}, Place(NAME, 1))]
     opened.check_unchanged(opened.fingerprint())
@@ -419,7 +419,7 @@ def test_another_commit_in_the_cache_is_not_taken(hub: DatasetHub, offline: Any)
     offline()
     error = refused(NAME, revision=old)
     assert isinstance(error, NetworkError)
-    assert f"the cache holds commit {new[:12]}" in error.message
+    assert f"the cache contains commit {new[:12]}" in error.message
     assert isinstance(refused(NAME, revision="v1"), NetworkError)
 
 

@@ -213,13 +213,13 @@ def test_an_invalid_repo_id_is_refused_before_anything_is_asked(hub: Hub, folder
     ("endpoint", "status", "says"),
     [
         ("info", 401, "does not accept the token"),
-        ("info", 403, "may not do this"),
-        ("preupload", 403, "may not do this"),
+        ("info", 403, "does not permit this"),
+        ("preupload", 403, "does not permit this"),
         ("preupload", 404, "no such repository"),
-        ("lfs_batch", 403, "may not do this"),
-        ("lfs_put", 403, "may not do this"),
+        ("lfs_batch", 403, "does not permit this"),
+        ("lfs_put", 403, "does not permit this"),
         ("commit", 401, "does not accept the token"),
-        ("commit", 403, "may not do this"),
+        ("commit", 403, "does not permit this"),
         ("commit", 404, "no such repository"),
         ("commit", 400, "the hub refuses"),
         ("commit", 413, "the hub refuses"),
@@ -252,7 +252,7 @@ def test_a_bad_token(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_no_token(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(HubError, match="asks for a token"):
+    with pytest.raises(HubError, match="requires a token"):
         push(folder, REPO)
 
 
@@ -272,7 +272,7 @@ def test_a_card_that_the_hub_refuses(hub: Hub, folder: Path) -> None:
 
 def test_what_is_no_hub(hub: Hub, folder: Path) -> None:
     hub.fail("info", 200, body="<html>welcome</html>", headers={"Content-Type": "text/html"})
-    with pytest.raises(HubError, match="does not answer as a hub does"):
+    with pytest.raises(HubError, match="does not respond like a hub"):
         push(folder, REPO)
 
 
@@ -285,7 +285,7 @@ def test_what_no_hub_answers_is_refused_at_once(
 ) -> None:
     hub.repos[REPO] = Repo(private=True)
     hub.fail(endpoint, 200, body=answer)
-    with pytest.raises(HubError, match="does not answer as a hub does"):
+    with pytest.raises(HubError, match="does not respond like a hub"):
         push(folder, REPO)
     assert slept == []
     assert hub.repos[REPO].commits == 0
@@ -396,7 +396,7 @@ def test_a_lasting_fault_ends_after_five_tries(
     with pytest.raises(NetworkError, match="run the same command again"):
         push(folder, REPO)
     assert len(hub.asked(endpoint)) == TRIES
-    assert [wait for wait in slept if wait in hub_requests.DELAYS][:1] == [1.0]
+    assert [wait for wait in slept if wait in hub_requests.RETRY_DELAYS][:1] == [1.0]
     assert REPO not in hub.repos or hub.repos[REPO].commits == 0
 
 
@@ -407,11 +407,11 @@ def test_different_faults_share_the_five_tries(hub: Hub, folder: Path, slept: li
     hub.fail("commit", 503, times=1)
     with pytest.raises(NetworkError):
         push(folder, REPO)
-    assert slept == list(hub_requests.DELAYS)
+    assert slept == list(hub_requests.RETRY_DELAYS)
 
 
 def test_a_slow_answer_counts_as_none(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_requests, "ANSWER_TIMEOUT", 0.1)
+    monkeypatch.setattr(hub_requests, "READ_TIMEOUT", 0.1)
     hub.delay("commit", seconds=30, times=1)
     push(folder, REPO)
     assert hub.repos[REPO].commits == 1

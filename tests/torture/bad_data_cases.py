@@ -216,7 +216,7 @@ TABLES = {
     "nothing but nulls": table("found null", text=[None, None]),
     "a null among texts": table("row 2: ", text=["x", None]),
     "an empty text among texts": table("row 3: is empty", text=["x", "y", " "]),
-    "no rows": table("holds no rows", text=[]),
+    "no rows": table("contains no rows", text=[]),
     "other columns": table("no format fits", q=["x"], a=["y"]),
     "turns without a role": table("unknown role", messages=[[{"content": "q"}, {"content": "a"}]]),
     "turns whose answer is null": table(
@@ -258,7 +258,7 @@ WHOLE = {
     ),
     "a folder to evaluate on that holds nothing": Case(
         {"data.jsonl": GOOD},
-        "a folder without a file that can be read",
+        "the folder contains no file that can be read",
         "./held",
         dataset="train: data.jsonl, eval: ./held",
         setup=lambda folder: (folder / "held").mkdir(),
@@ -377,17 +377,19 @@ def _many(at: Path) -> None:
 
 
 FOLDERS = {
-    "nothing in it": folder("a folder without a file that can be read", _folder()),
-    "hidden files only": folder("a folder without a file that can be read", _folder(**{".a.jsonl": "{}"})),
-    "files of other kinds": folder("in it: a.txt, b.md", _folder(**{"a.txt": "x", "b.md": "y"})),
-    "train and test": folder("a folder with several splits", _folder(**{"train.jsonl": "{}", "test.jsonl": "{}"})),
+    "nothing in it": folder("the folder contains no file that can be read", _folder()),
+    "hidden files only": folder("the folder contains no file that can be read", _folder(**{".a.jsonl": "{}"})),
+    "files of other kinds": folder("it contains: a.txt, b.md", _folder(**{"a.txt": "x", "b.md": "y"})),
+    "train and test": folder(
+        "the folder contains several splits", _folder(**{"train.jsonl": "{}", "test.jsonl": "{}"})
+    ),
     "train and validation in folders": folder(
-        "a folder with several splits", _folder(**{"train/a.jsonl": "{}", "validation/a.jsonl": "{}"})
+        "the folder contains several splits", _folder(**{"train/a.jsonl": "{}", "validation/a.jsonl": "{}"})
     ),
     "what save_to_disk wrote": folder(
-        "a dataset that was saved by save_to_disk", _folder(**{"dataset_info.json": "{}", "a.arrow": "x"})
+        "was written by Dataset.save_to_disk", _folder(**{"dataset_info.json": "{}", "a.arrow": "x"})
     ),
-    "a link to itself": folder("is a link to a folder that holds it", _loop, file="d/in"),
+    "a link to itself": folder("is a link to a folder above itself", _loop, file="d/in"),
     "a pipe among files": folder("is not a regular file but a pipe", _pipe, file="./d/b.jsonl"),
     "an empty file among files": folder(
         "is empty", _folder(**{"a.jsonl": GOOD.decode(), "b.jsonl": ""}), file="./d/b.jsonl"

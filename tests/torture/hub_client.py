@@ -111,7 +111,7 @@ def _prepare(url: str, cache: str, record: str, limit: float | None, network: bo
         if url:
             config.HF_ENDPOINT, config.HUB_DATASETS_URL = url, url + "/datasets/{repo_id}/resolve/{revision}/{path}"
     if limit is not None:
-        hub_requests.ANSWER_TIMEOUT = limit
+        hub_requests.READ_TIMEOUT = limit
     _note_waits(record)
     if not network:
         _leave_the_network()

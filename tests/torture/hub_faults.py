@@ -321,10 +321,12 @@ DROPPED = "connection was dropped|closed|disconnected|no answer"
 PUSHES = [
     # refusals: at once
     Case("401", lambda hub: hub.fail("info", 401, **SAID), 6, "does not accept the token", {"info": 1}, ()),
-    Case("401 without a token", lambda hub: None, 6, "asks for a token", {"info": 1}, (), token=""),
-    Case("403 at the look", lambda hub: hub.fail("info", 403, **SAID), 6, "may not do this", {"info": 1}, ()),
+    Case("401 without a token", lambda hub: None, 6, "requires a token", {"info": 1}, (), token=""),
+    Case("403 at the look", lambda hub: hub.fail("info", 403, **SAID), 6, "does not permit this", {"info": 1}, ()),
     Case("403 at the repository", lambda hub: hub.fail("create_repo", 403), 6, "403", {"create_repo": 1}, ()),
-    Case("403 at the commit", lambda hub: hub.fail("commit", 403, **SAID), 6, "may not do this", {"commit": 1}, ()),
+    Case(
+        "403 at the commit", lambda hub: hub.fail("commit", 403, **SAID), 6, "does not permit this", {"commit": 1}, ()
+    ),
     Case("404 at the commit", lambda hub: hub.fail("commit", 404), 6, "no such repository", {"commit": 1}, ()),
     Case("404 for a page", lambda hub: hub.fail("preupload", 404, **HTML), 6, "404", {"preupload": 1}, ()),
     Case("413", lambda hub: hub.fail("commit", 413), 6, "413", {"commit": 1}, ()),
@@ -369,12 +371,12 @@ PUSHES = [
     Case("an answer lost, then 503", lambda hub: _lost_then_503(hub), 0, "", {"commit": 1}, BACKING_OFF),
     Case("an answer lost of each step", lambda hub: _all_lost(hub), 0, "", {"commit": 1}),
     # what is no hub
-    Case("a page", lambda hub: hub.fail("info", 200, **HTML), 6, "does not answer as a hub", {"info": 1}, ()),
-    Case("no JSON", lambda hub: hub.fail("info", 200, body="{"), 6, "does not answer as a hub", {"info": 1}, ()),
-    Case("an empty object", lambda hub: hub.fail("info", 200, body={}), 6, "does not answer as a hub", {}, ()),
-    Case("a list", lambda hub: hub.fail("info", 200, body=[]), 6, "does not answer as a hub", {"info": 1}, ()),
-    Case("nothing to say", lambda hub: hub.fail("info", 200, body="null"), 6, "does not answer as a hub", {}, ()),
-    Case("no upload modes", lambda hub: hub.fail("preupload", 200, body={}), 6, "does not answer as a hub", {}, ()),
+    Case("a page", lambda hub: hub.fail("info", 200, **HTML), 6, "does not respond like a hub", {"info": 1}, ()),
+    Case("no JSON", lambda hub: hub.fail("info", 200, body="{"), 6, "does not respond like a hub", {"info": 1}, ()),
+    Case("an empty object", lambda hub: hub.fail("info", 200, body={}), 6, "does not respond like a hub", {}, ()),
+    Case("a list", lambda hub: hub.fail("info", 200, body=[]), 6, "does not respond like a hub", {"info": 1}, ()),
+    Case("nothing to say", lambda hub: hub.fail("info", 200, body="null"), 6, "does not respond like a hub", {}, ()),
+    Case("no upload modes", lambda hub: hub.fail("preupload", 200, body={}), 6, "does not respond like a hub", {}, ()),
     Case("no objects", lambda hub: hub.fail("lfs_batch", 200, body={"objects": 3}), 6, "as a hub", {"commit": 0}, ()),
     Case(
         "half a commit", lambda hub: hub.fail("commit", 200, body={"success": True}), 6, "as a hub", {"commit": 1}, ()
@@ -395,8 +397,8 @@ HEAD = {"method": "HEAD", "path": WEIGHTS}
 PULLS = [
     # refusals: at once
     Case("401", lambda hub: hub.fail("info", 401, **SAID), 6, "does not accept the token", {"info": 1}, ()),
-    Case("401 without a token", lambda hub: None, 6, "asks for a token", {"info": 1}, (), token=""),
-    Case("403", lambda hub: hub.fail("info", 403, **SAID), 6, "may not do this", {"info": 1}, ()),
+    Case("401 without a token", lambda hub: None, 6, "requires a token", {"info": 1}, (), token=""),
+    Case("403", lambda hub: hub.fail("info", 403, **SAID), 6, "does not permit this", {"info": 1}, ()),
     Case("404", lambda hub: hub.fail("info", 404, headers=MISSING), 6, "no such repository", {"info": 1}, ()),
     Case("gated", lambda hub: hub.fail("info", 403, headers=GATED), 6, "granted", {"info": 1}, ()),
     Case("gated files", lambda hub: hub.fail("resolve", 403, headers=GATED, **HEAD), 6, "granted", {"info": 1}, ()),
@@ -439,11 +441,11 @@ PULLS = [
     Case("always another content", lambda hub: hub.alter("resolve", _flipped, times=5, **GET), 5, "hash"),
     Case("a page for a file", lambda hub: hub.fail("resolve", 200, times=5, **HTML, **GET), 5, "size"),
     # what is no hub, or a hostile one
-    Case("a page", lambda hub: hub.fail("info", 200, **HTML), 6, "does not answer as a hub", {"info": 1}, ()),
-    Case("no JSON", lambda hub: hub.fail("tree", 200, body="["), 6, "does not answer as a hub", {"tree": 1}, ()),
-    Case("an empty object", lambda hub: hub.fail("info", 200, body={}), 6, "does not answer as a hub", {}, ()),
-    Case("a list of nothing", lambda hub: hub.fail("tree", 200, body=[{}]), 6, "does not answer as a hub", {}, ()),
-    Case("no commit", lambda hub: hub.alter("info", _with(sha=None)), 6, "does not answer as a hub", {}, ()),
+    Case("a page", lambda hub: hub.fail("info", 200, **HTML), 6, "does not respond like a hub", {"info": 1}, ()),
+    Case("no JSON", lambda hub: hub.fail("tree", 200, body="["), 6, "does not respond like a hub", {"tree": 1}, ()),
+    Case("an empty object", lambda hub: hub.fail("info", 200, body={}), 6, "does not respond like a hub", {}, ()),
+    Case("a list of nothing", lambda hub: hub.fail("tree", 200, body=[{}]), 6, "does not respond like a hub", {}, ()),
+    Case("no commit", lambda hub: hub.alter("info", _with(sha=None)), 6, "does not respond like a hub", {}, ()),
     Case("no ETag", lambda hub: hub.alter("resolve", _headed(ETag=None), **SMALL), 6, "as a hub", {}, ()),
     Case("no commit of a file", lambda hub: hub.alter("resolve", _headed(**NO_COMMIT), **SMALL), 6, "as a hub", {}, ()),
     Case("a commit that climbs", lambda hub: _climbing_commit(hub), 6, "as a hub", {}, ()),
@@ -569,7 +571,7 @@ READS = [
         Case(name, fault, code, says, asked, waits, limit, command="check --deep")
         for name, fault, code, says, asked, waits, limit in (
             ("401", lambda hub: hub.fail("info", 401, **SAID), 6, "does not accept the token", {"info": 1}, (), None),
-            ("403", lambda hub: hub.fail("info", 403, **SAID), 6, "may not do this", {"info": 1}, (), None),
+            ("403", lambda hub: hub.fail("info", 403, **SAID), 6, "does not permit this", {"info": 1}, (), None),
             ("gated", lambda hub: hub.fail("info", 403, headers=GATED), 6, "granted", {"info": 1}, (), None),
             ("403 for the template", lambda hub: hub.fail("resolve", 403, **_on(TEMPLATE)), 6, "403", {}, (), None),
             ("429 for an hour", lambda hub: hub.fail("info", 429, headers=AN_HOUR), 5, "3600", {"info": 1}, (), None),

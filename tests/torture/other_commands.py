@@ -241,7 +241,7 @@ def stop(command: Command, moment: Moment, number: signal.Signals, folder: Path)
     _check_stopped(child, code, number, resumable=bool(kept) or (made and command is GENERATE))
     assert not kept or command is GENERATE, f"left over: {kept}"
     if kept:
-        assert "run the same command again to go on" in child.err, child.err
+        assert "run the same command again to resume" in child.err, child.err
     finish(command, folder)
 
 

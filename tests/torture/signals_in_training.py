@@ -16,7 +16,7 @@ from campaigns import Campaign, Trial
 from training import assert_same, whole
 from trainkit import FULL, Child, read_metrics, read_run, write_recipe
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 MOMENTS: dict[str, tuple[str, str, Sequence[int]]] = {
     "the recipe is read": ("peftcli.recipe", "load_recipe", (1,)),
     "torch is loaded": ("peftcli.train.launch", "follow_parent", (1,)),
@@ -117,7 +117,7 @@ def _at_random(seed: int, folder: Path) -> None:
     recipe, codes = write_recipe(folder), list[int]()
     for attempt in range(30):
         child = Child(folder, "train", recipe, *FULL)
-        number = chance.choice(STOPPING)
+        number = chance.choice(STOP_SIGNALS)
         child.process.join(chance.uniform(0.3, 2.5 + attempt))
         child.signal(number)
         codes.append(child.wait())
@@ -215,7 +215,7 @@ def trials() -> Sequence[Trial]:
         )
         for name, (place, attribute, counts) in MOMENTS.items()
         for count in counts
-        for number in STOPPING
+        for number in STOP_SIGNALS
     ]
     made += [
         Trial(
@@ -230,7 +230,7 @@ def trials() -> Sequence[Trial]:
     made += [Trial(f"max_time: {seconds}s", partial(_limited, seconds)) for seconds in (1, 2)]
     return made + [
         Trial(f"{signal.Signals(number).name} while a resumed run is loaded", partial(_continued, number))
-        for number in STOPPING
+        for number in STOP_SIGNALS
     ]
 
 

@@ -1,6 +1,6 @@
 """The findings of the language tasks.
 
-Readable without numpy, as ``peftcli.data.findings`` is.
+Imported without numpy, like ``peftcli.data.findings``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FINDINGS = by_name(
     Kind(
         "no_trained_tokens",
         "warning",
-        "would train nothing and are left out",
+        "have no trained token and are left out",
         "Check dataset.train_on, dataset.format and dataset.max_length.",
         error_above=_HALF,
     ),
@@ -28,7 +28,7 @@ FINDINGS = by_name(
         "Raise dataset.max_length, or set dataset.overlong: drop or split.",
         error_above=_HALF,
     ),
-    # Never an error: it happens only where the recipe asks for it.
+    # Never an error: it happens only if the recipe asks for it.
     Kind(
         "rows_dropped_overlong",
         "warning",
@@ -66,7 +66,7 @@ FINDINGS = by_name(
         "turns_left_out",
         "warning",
         "contain a text or a tool call that the chat template leaves out",
-        "Look at the rows: the model does not see all of their content.",
+        "Check the rows: the model does not see all of their content.",
     ),
     Kind(
         "encoding_damage",
@@ -77,7 +77,7 @@ FINDINGS = by_name(
     Kind(
         "rows_truncated",
         "info",
-        "are cut at dataset.max_length and lose no trained token",
+        "are truncated at dataset.max_length without losing a trained token",
         "Nothing needs to be done.",
     ),
     Kind(
@@ -89,10 +89,10 @@ FINDINGS = by_name(
     Kind(
         "pieces_left_out",
         "info",
-        "are split, and pieces of them in which nothing is trained are left out",
-        "Nothing needs to be done, unless the prompts were to be trained: dataset.train_on: all.",
+        "are split, and their pieces without trained tokens are left out",
+        "Nothing needs to be done, unless prompts should be trained: dataset.train_on: all.",
     ),
-    # The rest needs the tokens: inspect alone.
+    # The others need the tokens, which only inspect reads.
     Kind(
         "empty_answers",
         "warning",
@@ -108,7 +108,7 @@ FINDINGS = by_name(
     Kind(
         "prompts_in_eval",
         "info",
-        "have a prompt that is trained too, with another answer",
+        "have a prompt that is also a training prompt, with another answer",
         "Check whether eval_loss should measure that.",
         warning_above=0.1,
     ),
@@ -136,14 +136,14 @@ _OF_FLAGS = {
 
 
 def record_findings(records: Records) -> list[Finding]:
-    """What the outcomes and flags of the rows show."""
-    cut_off = records.count(records.became(CUT_OFF))
-    more = f" ({cut_off} since all of their trained tokens are beyond dataset.max_length)" if cut_off else ""
-    truncated = records.flagged(Flag.TRUNCATED, but_not=Flag.ANSWER_CUT)
+    """Return the findings from the outcomes and flags of the rows."""
+    cut_off = records.count(records.with_outcome(CUT_OFF))
+    more = f" ({cut_off} because all of their trained tokens are beyond dataset.max_length)" if cut_off else ""
+    truncated = records.with_flag(Flag.TRUNCATED, without=Flag.ANSWER_CUT)
     findings = [
-        *records.findings(FINDINGS["no_trained_tokens"], records.became(NO_TARGET, CUT_OFF), more=more),
-        *records.findings(FINDINGS["rows_dropped_overlong"], records.became(OVERLONG)),
+        *records.findings(FINDINGS["no_trained_tokens"], records.with_outcome(NO_TARGET, CUT_OFF), more=more),
+        *records.findings(FINDINGS["rows_dropped_overlong"], records.with_outcome(OVERLONG)),
     ]
     for name, flag in _OF_FLAGS.items():
-        findings += records.findings(FINDINGS[name], records.flagged(flag), of_used=True)
+        findings += records.findings(FINDINGS[name], records.with_flag(flag), of_used=True)
     return findings + records.findings(FINDINGS["rows_truncated"], truncated, of_used=True)

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from peftcli.errors import FolderBusy, StorageError, UsageError
 from peftcli.guard.files import read_small
 from peftcli.system.disk import TEMPORARY, remove_folder, sha256, sync_folder, write_file
-from peftcli.system.outputs import expanded
+from peftcli.system.outputs import expand_user
 from peftcli.system.secrets import redact, redact_values
 from peftcli.train.runs.record import RunRecord
 from peftcli.train.runs.typed_json import WrongValue
@@ -33,7 +33,7 @@ class RunFolder:
     """``training.output_dir``. Only the main process writes to it."""
 
     def __init__(self, path: Path):
-        self.path = path = expanded(path)
+        self.path = path = expand_user(path)
         self.checkpoints = path / "checkpoints"
         self._lock: TextIO | None = None
 

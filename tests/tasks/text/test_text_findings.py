@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from examplekit import COLUMNS, outcome
 
-from peftcli.data.findings import Finding, Records, find_in_records, refuse, stopping
+from peftcli.data.findings import Finding, Records, blocking, find_in_records, refuse
 from peftcli.data.rows import Place
 from peftcli.data.store import Outcome, Part, Store, Writer
 from peftcli.errors import DataError
@@ -123,8 +123,8 @@ def test_each_kind_of_row_has_its_finding(part, name: str, row: Row) -> None:
 def test_the_message_says_how_many_of_how_many(part) -> None:
     assert only(from_records([part([used(Flag.ODD_TURNS), used(), BAD, BAD])])[1:]).message.startswith("1 of 2 rows ")
     cut = only(from_records([part([left_out(CUT_OFF), left_out(NO_TARGET), *[used()] * 9])]))
-    assert cut.message.startswith("2 of 11 rows would train nothing")
-    assert "(1 since all of their trained tokens are beyond dataset.max_length)" in cut.message
+    assert cut.message.startswith("2 of 11 rows have no trained token")
+    assert "(1 because all of their trained tokens are beyond dataset.max_length)" in cut.message
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_an_error_stops_unless_it_is_allowed_by_name(part) -> None:
     assert "dataset.allow: [double_bos, end_not_trained]" in text
     assert "peftcli inspect" in text
     assert "odd_turns" not in text
-    assert [each.name for each in stopping(findings, ["double_bos"])] == ["end_not_trained"]
+    assert [each.name for each in blocking(findings, ["double_bos"])] == ["end_not_trained"]
     refuse(findings, ["double_bos", "end_not_trained"])
 
 
