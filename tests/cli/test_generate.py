@@ -442,7 +442,7 @@ def test_bos_is_read_once(
         seen.append(input_ids[0].tolist())
         return input_ids
 
-    monkeypatch.setattr("peftcli.core.prompts.virtual_tokens.generate", generate)
+    monkeypatch.setattr("peftcli.tasks.text.generation.generate", generate)
     tokenizer = trainkit.tokenizer()
     tokenizer.add_special_tokens({"bos_token": AddedToken("<s>", special=True)})
     bos = tokenizer.bos_token_id
