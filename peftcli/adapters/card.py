@@ -37,7 +37,7 @@ _SETTINGS = (
 _NOT_SETTINGS = {"base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type"}
 _COUNTS = ("rows", "used", "truncated", "tokens", "targets")
 _SOMEWHERE = "path/to/this/adapter"
-_LARGEST_CARD, _LONGEST_HEAD = 1 << 24, 100_000
+_MAX_CARD_BYTES, _MAX_HEAD = 1 << 24, 100_000
 """Bytes of a card that somebody wrote, and characters of its front matter."""
 
 _Row = tuple[str, ...]
@@ -301,8 +301,8 @@ def _renamed(card: str, base: str, base_model_id: str, path: Path) -> str:
     if "/" in base or "\\" in base:
         card = card.replace(base, base_model_id)
     front = re.match(r"---\n(|.*?\n)---(\n|\Z)", card, re.DOTALL)
-    if front and len(front[1]) > _LONGEST_HEAD:
-        raise AdapterError(f"its front matter has more than {_LONGEST_HEAD:,} characters", file=str(path))
+    if front and len(front[1]) > _MAX_HEAD:
+        raise AdapterError(f"its front matter has more than {_MAX_HEAD:,} characters", file=str(path))
     try:
         head = (yaml.load(front[1], _HeadLoader) if front else None) or {}
         if not isinstance(head, dict):
@@ -335,7 +335,7 @@ _YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupErr
 
 def _read_card(path: Path) -> str:
     try:
-        content = read_small(path, _LARGEST_CARD)
+        content = read_small(path, _MAX_CARD_BYTES)
     except (OSError, ValueError) as error:
         raise AdapterError(irregular_kind(path) or f"cannot be read: {os_reason(error)}", file=str(path)) from None
     return content.decode("utf-8-sig", errors="replace").replace("\r\n", "\n")

@@ -107,7 +107,7 @@ def merge_adapter(
     command = shlex.join(["peftcli", "merge", adapter, "--output", str(output)])
     if source.record.get("makes_up_for_quantization") and not dequantize:
         raise AdapterError(
-            f"it makes up for the error of the quantised weights of {spec.name}, and fits no others",
+            f"it corrects the error of the quantised weights of {spec.name}, and fits no others",
             hint=f"merge into those weights, made dense: {command} --dequantize",
         )
     opened = open_base(spec, processors=source.folder)
@@ -142,7 +142,7 @@ def _refuse_name(output: Path) -> None:
         os.path.realpath(output).encode()
     except UnicodeEncodeError:
         raise UsageError(
-            "has a name that is no UTF-8, and safetensors cannot write there", file=str(output), key="--output"
+            "has a name that is not UTF-8; safetensors cannot write there", file=str(output), key="--output"
         ) from None
 
 

@@ -108,7 +108,7 @@ def _contents(folder: Path, repo_id: str, base_model_id: str | None) -> dict[str
 
 def _refuse_secret(text: str, what: str) -> None:
     if redact(text) != text:
-        raise UsageError(f"{what} holds what looks like a token or password; nothing was uploaded")
+        raise UsageError(f"{what} contains what looks like a token or password; nothing was uploaded")
 
 
 def _text(content: Path | bytes) -> str:
@@ -117,7 +117,7 @@ def _text(content: Path | bytes) -> str:
 
 def _check_repo_id(repo_id: str, what: str) -> None:
     if not is_hub_id(repo_id):
-        raise UsageError(f"{what}: {repo_id!r} is no hub id of the form user/name")
+        raise UsageError(f"{what}: {repo_id!r} is not a hub id of the form user/name")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The files of a base model that is on the hub, in the cache of this machine.
+"""Files of a base model on the hub, in the cache of this machine.
 
 transformers would fetch them itself, with retries and time limits of its own, and takes a file that the hub refuses, as
 the chat template, for one that the model does not have.
@@ -22,14 +22,14 @@ _LEFT = [CONFIG_FILE, *(f"*/{pattern}" for pattern in _SMALL)]
 same model, and of checkpoints."""
 
 _folders: dict[tuple[str, ...], Path] = {}
-"""So all that a process reads of a model is of one commit."""
+"""Keeps everything that a process reads of a model at one commit."""
 
 
 def fetch(base: BaseModel, *names: str) -> Path:
-    """The folder in the cache that holds the base model's small files, and those of ``names`` that it has.
+    """Fetch the base model's small files, and those of ``names`` that it has; return their folder in the cache.
 
     Raises:
-        ModelError: a name that is no hub id.
+        ModelError: the name is not a hub id.
         HubError: the hub has no such model, or refuses it.
         NetworkError: the hub cannot be reached, and the cache has no copy.
     """

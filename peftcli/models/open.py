@@ -274,20 +274,22 @@ class OpenBase:
         if is_folder(path):
             _refuse_adapter(path)
             if not os.path.lexists(path / "config.json"):
-                raise ModelError(f"{short_name(spec.name)} holds no config.json: no model folder", key="base_model")
+                raise ModelError(
+                    f"{short_name(spec.name)} is not a model folder: it has no config.json", key="base_model"
+                )
             return path
         if spec.name.startswith((".", "/", "~")) or spec.name.count("/") > 1 or os.path.lexists(path):
             raise ModelError(f"no model folder {short_name(spec.name)}", key="base_model")
         if spec.trust_remote_code and not _COMMIT.fullmatch(spec.revision or ""):
             raise ModelError(
-                "code of the hub is run at a commit only, which nobody can change",
+                "code from the hub runs at a pinned commit only",
                 key="base_model.revision",
                 hint="give the 40 digits of the commit whose code you have read",
             )
         self._on_hub = True
         folder = hub_files.fetch(spec)
         if not (folder / "config.json").exists():
-            raise ModelError(f"{spec.name} on the hub holds no config.json: no model", key="base_model")
+            raise ModelError(f"{spec.name} on the hub is not a model: it has no config.json", key="base_model")
         _refuse_adapter(folder)  # one that was fetched as an adapter; the base model's own is not
         return folder
 
@@ -326,7 +328,7 @@ def label_options(build: Callable[..., nn.Module], sizes: Mapping[str, tuple[int
 def _refuse_adapter(folder: Path) -> None:
     if validate.is_adapter(folder):
         raise ModelError(
-            "holds an adapter, which transformers would load too",
+            "contains an adapter, which transformers would also load",
             file=str(folder),
             key="base_model",
             hint="name the base model of the adapter",

@@ -1,4 +1,4 @@
-"""Quantised base models: what transformers and the packages behind it must be told, and whether they are there."""
+"""Quantised base models: the configs for transformers, and the packages that they need."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ _NEEDS = {
 
 
 def need_package(kind: str) -> None:
-    """Raises ModelError where the package that reads or makes such weights is not installed."""
+    """Raise ModelError if the package that reads or makes such weights is not installed."""
     package, command = _NEEDS.get(kind, ("", ""))
     if package and importlib.util.find_spec(package) is None:
         raise ModelError(f"{kind} weights need the package {package}: {command}", key="base_model.quantization")
 
 
 def stored_kind(config: PreTrainedConfig) -> str | None:
-    """How the weights of a model folder are quantised, in transformers' word; None where they are not.
+    """Return how the weights of a model folder are quantised, in transformers' term; None: not at all.
 
     Raises:
-        ModelError: in no way that transformers knows.
+        ModelError: transformers does not know the method.
     """
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
@@ -55,13 +55,13 @@ def stored_kind(config: PreTrainedConfig) -> str | None:
     values: Any = stored if isinstance(stored, dict) or not hasattr(stored, "to_dict") else stored.to_dict()
     kind = values.get("quant_method", "bitsandbytes") if isinstance(values, dict) else values  # older ones do not say
     if kind != "bitsandbytes" and not (isinstance(kind, str) and kind in AUTO_QUANTIZATION_CONFIG_MAPPING):
-        message = f"{short_repr(kind)} is no way to quantise that is known"
+        message = f"{short_repr(kind)} is not a known quantisation method"
         raise ModelError(message, file=short_name(str(config.name_or_path)), key="quantization_config")
     return str(getattr(kind, "value", kind))
 
 
 def to_transformers(quantization: Quantization, dtype: torch.dtype | None) -> Any:
-    """The config for transformers of a recipe's ``base_model.quantization``, for a model that computes in ``dtype``."""
+    """Return transformers' config for a recipe's ``base_model.quantization``, to compute in ``dtype``."""
     import torch
     import transformers
 
@@ -84,7 +84,7 @@ def to_transformers(quantization: Quantization, dtype: torch.dtype | None) -> An
 
 
 def unpacked_gguf() -> Any:
-    """The config for transformers that unpacks a .gguf file's weights; None where transformers can do nothing else."""
+    """Return transformers' config that dequantises a .gguf file; None for versions that always do."""
     import transformers
 
     config = getattr(transformers, "GgufConfig", None)
@@ -92,12 +92,12 @@ def unpacked_gguf() -> Any:
 
 
 def hush() -> None:
-    """Stop bitsandbytes from saying in every 8-bit layer of every forward pass that it rounds the input."""
+    """Silence bitsandbytes' message, in every 8-bit layer of every forward pass, that it rounds the input."""
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def forget(model: PreTrainedModel) -> None:
-    """Let transformers know that none of the model's weights are quantised any more."""
+    """Tell transformers that the model's weights are no longer quantised."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
@@ -124,7 +124,7 @@ def trained_quantization(record: Mapping[str, Any], folder: Path) -> Quantizatio
     given = {name: values[name] for name in known if name in values} if isinstance(values, dict) else {}
     if "type" not in given or not all(_fits(value, known[name]) for name, value in given.items()):
         raise AdapterError(
-            f"{short_repr(values)} is no quantisation",
+            f"{short_repr(values)} is not a known quantisation",
             file=str(folder / RUN_FILE),
             key="recipe.base_model.quantization",
         )

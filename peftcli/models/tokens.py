@@ -41,9 +41,9 @@ CHATML = (
     f"{{%- if add_generation_prompt %}}{{{{- '{START}assistant\\n' }}}}{{% endif %}}"
 )
 _TEMPLATE, _TOKENS = "base_model.chat_template", "base_model.new_tokens"
-_LARGEST_TEMPLATE = 1_000_000
+_MAX_TEMPLATE_BYTES = 1_000_000
 """Bytes. Models' templates have up to 20,000."""
-_LARGEST_GAP = 1024
+_MAX_GAP = 1024
 """So many rows between the base model's and an adapter's tokens are believed."""
 
 
@@ -60,7 +60,7 @@ def template_text(base: BaseModel) -> str | None:
     if not path.is_file():
         raise ModelError("no such file", file=name, key=_TEMPLATE)
     try:
-        text = read_small(path, _LARGEST_TEMPLATE).decode("utf-8-sig")
+        text = read_small(path, _MAX_TEMPLATE_BYTES).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot be read: {error}", file=name, key=_TEMPLATE) from None
     if not text.strip():
@@ -281,7 +281,7 @@ def _vocabulary(model: Any) -> dict[str, Any]:
 def _believed(ids: Collection[int], rows: int) -> int:
     """How many rows the largest of an adapter's tokens needs; 0 where it is too far beyond the others."""
     beyond = sorted(token for token in set(ids) if token >= rows)
-    return beyond[-1] + 1 if beyond and beyond[-1] < rows + len(beyond) + _LARGEST_GAP else 0
+    return beyond[-1] + 1 if beyond and beyond[-1] < rows + len(beyond) + _MAX_GAP else 0
 
 
 def _rows_of(module: Any) -> list[torch.Tensor]:

@@ -1,7 +1,7 @@
-"""What the files of a base model may say, looked at before transformers reads them.
+"""Checks of a base model's files before transformers reads them, and of its weights afterwards.
 
-transformers trusts a folder: it waits for a pipe, takes a damaged generation config for none, fills what weights lack
-with random numbers, and fetches attention code from the hub that a config names.
+transformers trusts a folder: it waits for a pipe, ignores a damaged generation config, fills missing weights with
+random numbers, and fetches attention code from the hub if a config names it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from peftcli.guard.safetensors_header import open_safetensors
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 """Where transformers looks for weights, in this order."""
-_LARGEST_JSON = 1 << 24
+_MAX_JSON_BYTES = 1 << 24
 """Bytes. The labels of a classifier of 20,000 classes take two million."""
-_LARGEST_FILE = 1 << 30
+_MAX_VOCABULARY_BYTES = 1 << 30
 """Bytes of a vocabulary; the largest known take 40 million."""
 _OBJECTS = (
     "config.json",
@@ -48,11 +48,11 @@ _FILES = (
     "vocab.txt",
 )
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
-_MOST_LAYERS, _MOST_LABELS = 500, 1_000_000
+_MAX_LAYERS, _MAX_LABELS = 500, 1_000_000
 """More than any model has."""
 _SPARE = 100_000_000
 """Numbers that a model may hold beyond twice those of its files: a new head, or masks."""
-_MOST_SHOWN = 6
+_MAX_SHOWN = 6
 _CONVERT = "load it once in transformers where you trust it, and save it again: save_pretrained writes safetensors"
 
 
@@ -75,7 +75,7 @@ def check_folder(folder: Path, *, trusted: bool = False) -> dict[Path, dict[str,
     for path in sorted(folder.iterdir()) + sorted(folder.glob("additional_chat_templates/*")):
         if path.name in _OBJECTS:
             if path not in read:
-                read[path] = read_json_object(path, _LARGEST_JSON, ModelError, strict=False)
+                read[path] = read_json_object(path, _MAX_JSON_BYTES, ModelError, strict=False)
         elif path.name in _FILES:
             try:
                 with open_regular(path) as file:
@@ -84,17 +84,17 @@ def check_folder(folder: Path, *, trusted: bool = False) -> dict[Path, dict[str,
                 raise ModelError(
                     irregular_kind(path) or f"cannot be read: {os_reason(error)}", file=str(path)
                 ) from None
-            if size > _LARGEST_FILE:
-                raise ModelError(f"has {size:,} bytes, which no vocabulary has", file=str(path))
+            if size > _MAX_VOCABULARY_BYTES:
+                raise ModelError(f"has {size:,} bytes, too many for a vocabulary", file=str(path))
         elif not path.name.startswith(".") and _would_block(path):
-            raise ModelError(f"{irregular_kind(path)}; a model folder holds none", file=str(path))
+            raise ModelError(f"{irregular_kind(path)}; a model folder must not contain one", file=str(path))
     for path, values in read.items() if trusted else ():
         _refuse_foreign_code(values, str(path))
     return read
 
 
 def check_config(read: dict[Path, dict[str, Any]], *, trusted: bool) -> None:
-    """Raises ModelError for a config.json that names code to run; ``check_folder`` has checked the rest of it.
+    """Raise ModelError for a config.json that names code to run; ``check_folder`` has checked the rest of it.
 
     Args:
         read: what ``check_folder`` returned.
@@ -109,12 +109,12 @@ def check_config(read: dict[Path, dict[str, Any]], *, trusted: bool) -> None:
 
 
 def _configs(folder: Path) -> dict[Path, dict[str, Any]]:
-    """The contents of config.json, and of the files that one may name in its place for versions of transformers."""
+    """Read config.json, and the files that it may name in its place for versions of transformers."""
     path = folder / "config.json"
-    found = {path: read_json_object(path, _LARGEST_JSON, ModelError, strict=False)} if os.path.lexists(path) else {}
+    found = {path: read_json_object(path, _MAX_JSON_BYTES, ModelError, strict=False)} if os.path.lexists(path) else {}
     if found and "configuration_files" in found[path]:
         for other in sorted(folder.glob("config.*.json")):
-            found[other] = read_json_object(other, _LARGEST_JSON, ModelError, strict=False)
+            found[other] = read_json_object(other, _MAX_JSON_BYTES, ModelError, strict=False)
     return found
 
 
@@ -146,46 +146,48 @@ def _refuse_attention(values: dict[str, Any], file: str) -> None:
 
 def _refuse_counts(values: dict[str, Any], file: str) -> None:
     for key, value in _settings(values):
-        most = _MOST_LABELS if key.endswith("num_labels") else _MOST_LAYERS if _counts_layers(key) else None
+        most = _MAX_LABELS if key.endswith("num_labels") else _MAX_LAYERS if _counts_layers(key) else None
         if most and isinstance(value, (int, float)) and not 0 <= value <= most:
-            raise ModelError(f"{short_repr(value)} is not what any model has", file=file, key=short_name(key))
+            raise ModelError(f"{short_repr(value)} is not a plausible value", file=file, key=short_name(key))
 
 
 def _refuse_foreign_code(values: dict[str, Any], file: str) -> None:
     for key, code in _settings(values):
         if key.rpartition(".")[2] == "auto_map" and "--" in str(code):
             raise ModelError(
-                f"{short_repr(code)} is code of another repository, which no revision pins",
+                f"{short_repr(code)} is code from another repository, which the revision does not pin",
                 file=file,
                 key=short_name(key),
             )
 
 
 def weights_name(values: dict[str, Any], file: str) -> str | None:
-    """The file of weights that a config names in place of the usual ones.
+    """Return the file of weights that a config names in place of the usual ones.
 
     Raises:
-        ModelError: it is no name of a safetensors file beside the config.
+        ModelError: it is not the name of a safetensors file in the same folder.
     """
     name = values.get("transformers_weights")
     if name is not None and not (_is_plain(name) and name.endswith((".safetensors", ".safetensors.index.json"))):
-        raise ModelError(f"{short_repr(name)} is no safetensors file beside it", file=file, key="transformers_weights")
+        raise ModelError(
+            f"{short_repr(name)} is not a safetensors file in the same folder", file=file, key="transformers_weights"
+        )
     return name
 
 
 def listed_shards(index: Path) -> list[str]:
-    """The names of the files that an index of weights lists, sorted.
+    """Return the names of the files that an index of weights lists, sorted.
 
     Raises:
-        ModelError: it is no such index, or names files elsewhere.
+        ModelError: it is not such an index, or names files elsewhere.
     """
-    names = read_json_object(index, _LARGEST_JSON * 4, ModelError).get("weight_map")
+    names = read_json_object(index, _MAX_JSON_BYTES * 4, ModelError).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ModelError("lists no weights", file=str(index), key="weight_map")
     for tensor, name in names.items():
         if not (_is_plain(name) and name.endswith(".safetensors")):
             raise ModelError(
-                f"{short_name(tensor)}: {short_repr(name)} is no safetensors file beside it",
+                f"{short_name(tensor)}: {short_repr(name)} is not a safetensors file in the same folder",
                 file=str(index),
                 key="weight_map",
             )
@@ -203,7 +205,7 @@ def count_stored(shard: Path) -> int:
 
 
 def check_size(model: Any, stored: int, file: str) -> None:
-    """Raises ModelError if the model that a config describes is far larger than its weights, so that memory is lost.
+    """Raise ModelError if the model that a config describes is far larger than its weights, and would exhaust memory.
 
     Args:
         model: on the meta device.
@@ -212,7 +214,7 @@ def check_size(model: Any, stored: int, file: str) -> None:
     """
     numbers = sum(value.numel() for value in {*model.parameters(), *model.buffers()})
     if numbers > 2 * stored + _SPARE:
-        raise ModelError(f"describes a model of {numbers:,} numbers, and its weights are {stored:,}", file=file)
+        raise ModelError(f"describes a model of {numbers:,} numbers, but its weights have {stored:,}", file=file)
 
 
 def find_initialised(
@@ -246,9 +248,9 @@ def find_initialised(
     damage = [f"{key} is {sizes[key][0]}, not {sizes[key][1]}" for key in sorted(sizes.keys() - replaced)]
     damage += [f"{key} is missing" for key in sorted(lost)]
     if damage and complete:
-        more = f", and {len(damage) - _MOST_SHOWN} more" if len(damage) > _MOST_SHOWN else ""
+        more = f", and {len(damage) - _MAX_SHOWN} more" if len(damage) > _MAX_SHOWN else ""
         raise ModelError(
-            f"the weights of {name} are not those of its config.json: {', '.join(damage[:_MOST_SHOWN])}{more}",
+            f"the weights of {name} are not those of its config.json: {', '.join(damage[:_MAX_SHOWN])}{more}",
             key="base_model",
         )
     heads_replaced = sorted({key.rpartition(".")[0] for key in replaced})
@@ -282,17 +284,17 @@ def _is_in(key: str, module: str) -> bool:
 
 
 def no_weights(folder: str, names: Iterable[str]) -> ModelError:
-    """The error for a model without safetensors, which holds files of these names."""
+    """Return the error for a model without safetensors whose folder has files of these names."""
     pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")))
     if pickles:
         return ModelError(
-            f"{short_name(pickles[0])} can run code when it is read, and is not; there is no {WEIGHTS[0]}",
+            f"{short_name(pickles[0])} can run code when it is read, so it is not read; there is no {WEIGHTS[0]}",
             file=folder,
             key="base_model",
             hint=_CONVERT,
         )
     return ModelError(
-        f"holds neither {WEIGHTS[0]} nor {WEIGHTS[1]}, and weights of other kinds are not read",
+        f"contains neither {WEIGHTS[0]} nor {WEIGHTS[1]}; other formats are not read",
         file=folder,
         key="base_model",
         hint=_CONVERT,
@@ -300,12 +302,12 @@ def no_weights(folder: str, names: Iterable[str]) -> ModelError:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter: transformers would load that, and what it names as its base."""
+    """Whether a folder contains an adapter: transformers would load it, and the base model that it names."""
     return irregular_kind(folder / CONFIG_FILE) is not None or (folder / CONFIG_FILE).exists()
 
 
 def _would_block(path: Path) -> bool:
-    """Whether a reader would wait at it, as at a pipe."""
+    """Whether reading it would block, as reading a pipe does."""
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
     except OSError:
@@ -314,7 +316,7 @@ def _would_block(path: Path) -> bool:
 
 
 def _is_plain(name: object) -> bool:
-    """Whether it is a file's name, and no path."""
+    """Whether it is a file name and not a path."""
     return isinstance(name, str) and Path(name).name == name and name.isprintable()
 
 
@@ -324,7 +326,7 @@ def _counts_layers(key: str) -> bool:
 
 
 def _settings(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """All settings of a config and of those inside it, with their paths."""
+    """Yield all settings of a config and of those inside it, with their paths."""
     for key, value in values.items():
         yield above + key, value
         for inner in value if isinstance(value, list) else [value]:

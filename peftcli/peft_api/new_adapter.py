@@ -19,7 +19,7 @@ _NAME = re.compile(r"[\w-]+")
 def check_name(name: str) -> None:
     """Raises AdapterError for a name that could not be a folder's, or that means something else."""
     if not _NAME.fullmatch(name) or name == BASE:
-        raise AdapterError(f"{name!r} is no name; letters, digits, - and _ make one", key="adapter_name")
+        raise AdapterError(f"{name!r} is not a valid name; use letters, digits, - and _", key="adapter_name")
 
 
 def start_adapter(model: nn.Module, config: AdapterConfig, name: str) -> None:

@@ -245,9 +245,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "state": (lambda model: get_peft_model_state_dict(model, adapter_name="x"), "no adapter is called 'x'"),
     "set state": (lambda model: set_peft_model_state_dict(model, {}, "x"), "no adapter is called 'x'"),
     "taken": (lambda model: model.add_adapter("wide", CONFIGS["wide"]()), "an adapter called 'wide' already"),
-    "a path": (lambda model: model.add_adapter("../x", CONFIGS["wide"]()), "'../x' is no name"),
-    "empty": (lambda model: model.add_adapter("", CONFIGS["wide"]()), "'' is no name"),
-    "base": (lambda model: model.add_adapter("__base__", CONFIGS["wide"]()), "'__base__' is no name"),
+    "a path": (lambda model: model.add_adapter("../x", CONFIGS["wide"]()), "'../x' is not a valid name"),
+    "empty": (lambda model: model.add_adapter("", CONFIGS["wide"]()), "'' is not a valid name"),
+    "base": (lambda model: model.add_adapter("__base__", CONFIGS["wide"]()), "'__base__' is not a valid name"),
     "no fit": (lambda model: model.add_adapter("x", peftcli.LoraConfig(target_modules=["q_porj"])), "closest: q_proj"),
     "tensors": (lambda model: set_peft_model_state_dict(model, {}), "missing: "),
 }

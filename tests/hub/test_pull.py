@@ -256,7 +256,7 @@ def test_an_adapters_config_is_no_part_of_a_base_model(base: str) -> None:
 def test_what_was_fetched_as_an_adapter_is_no_base_model(base: str) -> None:
     with pytest.raises(AdapterError, match=r"no adapter_model\.safetensors"):
         adapter_folder(base)
-    with pytest.raises(ModelError, match="holds an adapter"):
+    with pytest.raises(ModelError, match="contains an adapter"):
         load_config(BaseModel(name=base))
 
 

@@ -160,7 +160,7 @@ def test_a_file_with_a_token_is_not_pushed(hub: Hub, folder: Path, name: str) ->
         write_config(folder, base_model_name_or_path=f"acme/{TOKEN}")
     else:
         (folder / name).write_text(f"{{# {TOKEN} #}}")
-    with pytest.raises(UsageError, match=f"{name} holds what looks like a token") as caught:
+    with pytest.raises(UsageError, match=f"{name} contains what looks like a token") as caught:
         push(folder, REPO)
     assert TOKEN not in str(caught.value)
     assert hub.requests == []
@@ -168,7 +168,7 @@ def test_a_file_with_a_token_is_not_pushed(hub: Hub, folder: Path, name: str) ->
 
 @pytest.mark.parametrize("what", ["message", "revision"])
 def test_a_token_is_no_message_and_no_branch(hub: Hub, folder: Path, what: str) -> None:
-    with pytest.raises(UsageError, match=f"--{what} holds what looks like a token"):
+    with pytest.raises(UsageError, match=f"--{what} contains what looks like a token"):
         push(folder, REPO, **{what: f"with-{TOKEN}"})
     assert hub.requests == []
 

@@ -383,7 +383,7 @@ def test_what_makes_up_for_quantisation_goes_into_those_weights_only(tmp_path: P
     recipe = trainkit.write_recipe(tmp_path)
     method = "method={type: lora, r: 4, target_modules: all-linear, init_lora_weights: loftq}"
     folder = run_recipe(recipe, "training.max_steps=2", override(with_package("nf4")), method).folder
-    with pytest.raises(AdapterError, match="makes up for the error of the quantised weights") as caught:
+    with pytest.raises(AdapterError, match="corrects the error of the quantised weights") as caught:
         merging.merge_adapter(str(folder), tmp_path / "merged")
     assert str(caught.value.hint).endswith(f"peftcli merge {folder} --output {tmp_path}/merged --dequantize")
     merging.merge_adapter(str(folder), tmp_path / "merged", dequantize=True)

@@ -126,7 +126,7 @@ FILES = {
         for kind, (make, says) in NO_FILES.items()
         for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     },
-    "no config.json": Case(lambda folder: (folder.base / "config.json").unlink(), ("holds no config.json",), BOTH),
+    "no config.json": Case(lambda folder: (folder.base / "config.json").unlink(), ("has no config.json",), BOTH),
     "config.json is empty": file("config.json", "", "config.json:1: not valid JSON"),
     "config.json is cut": file("config.json", '{"model_type":\n "lla', "config.json:2: not valid JSON"),
     "config.json is a list": file("config.json", "[]", "config.json: holds no JSON object"),
@@ -170,7 +170,7 @@ FILES = {
         ("cannot load",),
         TOKENS,
     ),
-    "an adapter beside the model": file("adapter_config.json", "{}", "holds an adapter"),
+    "an adapter beside the model": file("adapter_config.json", "{}", "contains an adapter"),
     "a pipe among its files": Case(
         lambda folder: os.mkfifo(folder.base / "vocab.bpe"), ("vocab.bpe: is a pipe",), BOTH
     ),
@@ -254,20 +254,20 @@ CODE = {
             ("consolidated.00.pth",),
         )
     },
-    "a pickle in the index": Case(_mapped("pytorch_model.bin"), ("is no safetensors file beside it",), BOTH),
+    "a pickle in the index": Case(_mapped("pytorch_model.bin"), ("is not a safetensors file",), BOTH),
     "a pickle as transformers_weights": setting(
-        "config.json: transformers_weights", "is no safetensors file", transformers_weights="pytorch_model.bin"
+        "config.json: transformers_weights", "is not a safetensors file", transformers_weights="pytorch_model.bin"
     ),
     "an adapter's pickle as transformers_weights": setting(
-        "config.json: transformers_weights", "is no safetensors file", transformers_weights="adapter_model.bin"
+        "config.json: transformers_weights", "is not a safetensors file", transformers_weights="adapter_model.bin"
     ),
     "transformers_weights above": setting(
         "config.json: transformers_weights",
-        "is no safetensors file beside it",
+        "is not a safetensors file in the same folder",
         transformers_weights="../model.safetensors",
     ),
     "transformers_weights that is a list": setting(
-        "config.json: transformers_weights", "is no safetensors file", transformers_weights=["model.safetensors"]
+        "config.json: transformers_weights", "is not a safetensors file", transformers_weights=["model.safetensors"]
     ),
 }
 """What would run code."""
@@ -304,7 +304,7 @@ CONFIGS = {
 """Settings of config.json."""
 
 WEIGHTS = {
-    "none": Case(lambda folder: (folder.base / SINGLE).unlink(), ("holds neither model.safetensors",), BOTH),
+    "none": Case(lambda folder: (folder.base / SINGLE).unlink(), ("contains neither model.safetensors",), BOTH),
     "empty": file(SINGLE, b"", SINGLE, "damaged"),
     "cut to half": Case(_cut(SINGLE, 0.5), (SINGLE, "damaged"), BOTH),
     "one byte too few": Case(_cut(SINGLE, 0.99999), (SINGLE, "damaged"), BOTH),
@@ -372,14 +372,14 @@ WEIGHTS = {
     "the index lists nothing": Case(_index(weight_map=...), (f"{INDEX}: weight_map", "lists no weights"), BOTH),
     "the index lists a list": Case(_index(weight_map=["a"]), (f"{INDEX}: weight_map", "lists no weights"), BOTH),
     "the index lists numbers": Case(
-        _index(weight_map={"a": 3}), (f"{INDEX}: weight_map", "is no safetensors file"), BOTH
+        _index(weight_map={"a": 3}), (f"{INDEX}: weight_map", "is not a safetensors file"), BOTH
     ),
     "the index lists a file that steers": Case(
         _index(weight_map={STEER: STEER}), (f"{INDEX}: weight_map", "is no safetensors"), BOTH
     ),
     **{
         f"the index lists {name}": Case(
-            _mapped(name), (f"{INDEX}: weight_map", "is no safetensors file beside it"), BOTH
+            _mapped(name), (f"{INDEX}: weight_map", "is not a safetensors file in the same folder"), BOTH
         )
         for name in (
             f"../{SINGLE}",
