@@ -333,7 +333,7 @@ class Child:
         """What it has written so far; nothing if it was killed before it could."""
         return (self._out / name).read_text() if (self._out / name).exists() else ""
 
-    def wait(self, seconds: float = 120.0) -> int:
+    def wait(self, seconds: float = 240.0) -> int:
         """Its exit code; negative: the signal that killed it."""
         self.process.join(seconds)
         if self.process.exitcode is None:
@@ -346,7 +346,7 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, number)
 
-    def until(self, happened: Callable[[], bool], seconds: float = 60.0) -> None:
+    def until(self, happened: Callable[[], bool], seconds: float = 240.0) -> None:
         """Wait until ``happened()``, while the child lives."""
         deadline = time.monotonic() + seconds
         while not happened():

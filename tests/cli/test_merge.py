@@ -266,6 +266,7 @@ def test_tensors_that_are_no_numbers_of_the_model_stay(merged: Callable, tmp_pat
 # --- verification -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.grid(each="mistake")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mistake", ["no change", "wrong scaling", "transposed"])
 def test_a_wrong_merge_is_caught(

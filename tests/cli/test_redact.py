@@ -164,10 +164,10 @@ def test_where_secrets_are() -> None:
 
 
 def test_a_hostile_text_takes_no_time() -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     for text in ("://a:" * 40_000, "://" + "a" * 200_000, "hf_" * 60_000, "://" * 60_000):
         redact(text)
-    assert time.perf_counter() - started < 5
+    assert time.thread_time() - started < 5
 
 
 def test_json_stays_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,7 @@ def test_heads_are_what_stands_beside_the_body(kind: str) -> None:
     assert head_names(_base(kind)) == MODELS[kind][2]
 
 
+@pytest.mark.grid(each="kind")
 @every_model
 @every_method
 def test_a_head_trains_and_comes_back_over_another_bases(kind: str, method: str, tmp_path: Path) -> None:

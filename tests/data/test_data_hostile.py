@@ -38,8 +38,6 @@ from peftcli.errors import DataError
 from peftcli.schema import Source
 from peftcli.tasks.text.formats import ParsedRow, example_reader
 
-pytestmark = pytest.mark.timeout(60)  # a file that hangs fails here
-
 
 def read(path: Path) -> tuple[list[dict[str, Any]], list[DataError]]:
     """The rows of a file, and the errors about others or about the whole."""

@@ -34,10 +34,10 @@ LONG = "model.layers.0.self_attn." + "a" * 60
 
 @pytest.mark.parametrize("pattern", BOMBS)
 def test_no_pattern_takes_long(pattern: str) -> None:
-    start = time.perf_counter()
+    start = time.thread_time()
     with suppress(PatternError):
         assert not Pattern(pattern).fullmatch(LONG)
-    assert time.perf_counter() - start < 5
+    assert time.thread_time() - start < 5
 
 
 @pytest.mark.parametrize(

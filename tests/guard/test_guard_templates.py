@@ -156,7 +156,7 @@ def test_a_template_without_end(case: str) -> None:
     start = time.thread_time()
     with pytest.raises(ModelError) as caught:
         chat_template(tokenizer)
-    assert time.thread_time() - start < 3
+    assert time.thread_time() - start < 10
     error = caught.value
     assert error.key == "base_model.chat_template"
     assert "the chat template of the tokenizer does not come to an end with a conversation of 2 messages: it " in str(
@@ -171,7 +171,7 @@ def test_the_true_limits() -> None:
     start = time.thread_time()
     with pytest.raises(ModelError, match="it computes for more than 4 seconds"):
         render(tokenizer, CHAT)
-    assert time.thread_time() - start < 9
+    assert time.thread_time() - start < 15
     with pytest.raises(ModelError, match=r"it makes more than 100,0\d\d,000 characters"):
         render(speaking(GROWING["text doubled"]), [])
 
@@ -190,7 +190,7 @@ def test_in_any_thread() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(240)
     assert len(errors) == 4
 
 

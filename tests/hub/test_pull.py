@@ -100,7 +100,7 @@ def test_a_fresh_process_without_a_terminal_prints_nothing(pushed: Hub, tmp_path
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(tmp_path / "other")}
     del environment["HF_HUB_DISABLE_PROGRESS_BARS"]
     code = f"from peftcli.adapters.load import adapter_folder; print(adapter_folder({REPO!r}))"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240)
     assert done.stderr == ""
     assert (Path(done.stdout.strip()) / "adapter_model.safetensors").is_file()
 

@@ -95,6 +95,7 @@ def test_starts_from_the_base_weight_are_pefts(init: str, kind: str) -> None:
     close(logits(oracle, batch(kind)), logits(model, batch(kind)))
 
 
+@pytest.mark.grid(each="init")
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
 @pytest.mark.parametrize("init", [*STARTED, "eva", "mica", "orthogonal"])
 def test_what_we_train_peft_loads_as_plain_lora(init: str, kind: str, tmp_path: Path) -> None:

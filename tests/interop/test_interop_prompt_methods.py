@@ -74,6 +74,7 @@ def _close(got: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(got, expected, atol=1e-5 * max(scale, 1.0), rtol=1e-5)
 
 
+@pytest.mark.grid(each="name")
 @every_case
 def test_what_we_write_peft_reads(name: str, kind: str, tmp_path: Path) -> None:
     model, config = ours(kind, _method(name), **_settings(name, kind))
@@ -87,6 +88,7 @@ def test_what_we_write_peft_reads(name: str, kind: str, tmp_path: Path) -> None:
     assert file_of(tmp_path)[0]["num_virtual_tokens"] == N
 
 
+@pytest.mark.grid(each="name")
 @every_case
 def test_what_peft_writes_we_read(name: str, kind: str, tmp_path: Path) -> None:
     oracle = theirs(kind, _method(name), **_peft_settings(name, kind))
@@ -95,6 +97,7 @@ def test_what_peft_writes_we_read(name: str, kind: str, tmp_path: Path) -> None:
     _close(logits(_read(kind, tmp_path), inputs), logits(oracle, inputs))
 
 
+@pytest.mark.grid(each="name")
 @every_case
 def test_names_shapes_dtypes_and_counts_are_pefts(name: str, kind: str) -> None:
     model, _ = ours(kind, _method(name), **_settings(name, kind))

@@ -331,6 +331,7 @@ def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
     return METHODS[request.param]
 
 
+@pytest.mark.grid(each="settings")
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_trainer_gives_pefts_losses(kind: str, settings: dict[str, Any], bases: dict[str, str], tmp_path: Path) -> None:
     series: dict[str, list[float]] = {}
@@ -349,6 +350,7 @@ def test_trainer_gives_pefts_losses(kind: str, settings: dict[str, Any], bases: 
     assert len(series["peftcli"]) == 6 + 6 + 3 + 3
 
 
+@pytest.mark.grid(each="settings")
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_trainer_saves_adapters_only_and_restores_the_best(
     kind: str, settings: dict[str, Any], bases: dict[str, str], tmp_path: Path

@@ -414,6 +414,7 @@ def test_we_read_it_and_grow_the_base_model_ourselves(tmp_path: Path, kind: str,
     assert tokenizer("a<tool>")["input_ids"][-1] == VOCABULARY
 
 
+@pytest.mark.grid(each=lambda kind, settings: f"{kind} {settings}")
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize(("kind", "settings"), [*READ, ("phi", {})])
 def test_the_merged_model_holds_them(

@@ -147,7 +147,7 @@ def test_another_number_of_processes_is_refused(recipe: Path) -> None:
 def test_the_others_end_when_one_dies(recipe: Path) -> None:
     children = group(recipe.parent, "train", recipe, *HALF, before={1: _die_in_step_4})
     assert children[1].wait() == -signal.SIGKILL
-    assert children[0].wait(30) == 10
+    assert children[0].wait() == 10
     run = read_run(recipe.parent / "out")
     assert (run["status"], run["exit_code"], run["error"]["kind"]) == ("failed", 10, "ProcessDied")
 
@@ -235,7 +235,7 @@ class Started:
         )  # fmt: skip
 
     def until_it_trains(self) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         metrics = self.folder / "metrics.jsonl"
         while not (metrics.exists() and metrics.stat().st_size):
             assert self.launcher.poll() is None
@@ -267,7 +267,7 @@ def test_a_process_that_is_killed_ends_all(recipe: Path, victim: int) -> None:
     pids = started.processes()
     assert len(pids) == 2
     os.kill(pids[victim], signal.SIGKILL)
-    out, err = started.launcher.communicate(timeout=30)
+    out, err = started.launcher.communicate(timeout=240)
     assert started.launcher.returncode == 10, err
     assert f"process {victim} of 2 was killed by SIGKILL" in err
     assert out.count('"kind"') == 1
@@ -283,7 +283,7 @@ def test_a_signal_to_the_launcher_stops_all_with_a_checkpoint(recipe: Path, numb
     started.until_it_trains()
     pids = started.processes()
     started.launcher.send_signal(number)
-    _, err = started.launcher.communicate(timeout=60)
+    _, err = started.launcher.communicate(timeout=240)
     assert started.launcher.returncode == code, err
     run = read_run(started.folder)
     assert (run["status"], run["resumable"]) == ("interrupted", True)
@@ -294,12 +294,12 @@ def test_a_signal_to_the_launcher_stops_all_with_a_checkpoint(recipe: Path, numb
 @pytest.mark.slow
 def test_a_signal_while_the_processes_import(recipe: Path) -> None:
     started = Started(recipe)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while len(started.processes()) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     started.launcher.send_signal(signal.SIGTERM)
-    _, err = started.launcher.communicate(timeout=60)
+    _, err = started.launcher.communicate(timeout=240)
     assert started.launcher.returncode == 143, err
 
 
@@ -315,8 +315,8 @@ def test_a_killed_launcher_leaves_no_orphans(recipe: Path, early: bool) -> None:
         started.until_it_trains()
     pids = started.processes()
     started.launcher.kill()
-    started.launcher.communicate(timeout=30)
-    deadline = time.monotonic() + 30
+    started.launcher.communicate(timeout=240)
+    deadline = time.monotonic() + 240
     while not all(gone(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -333,7 +333,7 @@ def test_a_second_signal_to_the_launcher_ends_all_at_once(recipe: Path) -> None:
     time.sleep(1)
     os.kill(pids[1], signal.SIGCONT)
     started.launcher.send_signal(signal.SIGTERM)
-    _, err = started.launcher.communicate(timeout=60)
+    _, err = started.launcher.communicate(timeout=240)
     assert started.launcher.returncode in (75, 143), err
     assert all(gone(pid) for pid in pids)
 
@@ -351,7 +351,7 @@ def test_two_machines_share_the_run_folder(recipe: Path) -> None:
         for rank in (0, 1)
     ]  # fmt: skip
     for machine in machines:
-        _, err = machine.communicate(timeout=120)
+        _, err = machine.communicate(timeout=240)
         assert machine.returncode == 0, err
     assert losses(recipe.parent / "out") == pytest.approx(one.losses, rel=1e-5)
     assert read_run(recipe.parent / "out")["processes"] == 2
