@@ -12,6 +12,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -393,7 +394,7 @@ def test_a_killed_run_says_running(recipe: Path) -> None:
 def test_a_second_signal_ends_at_once(recipe: Path) -> None:
     """The first is noted, and waits for the end of a step that takes for ever."""
     noted = recipe.parent / "noted"
-    child = Child(recipe.parent, "train", recipe, before=lambda: _endless_second_step(noted))
+    child = Child(recipe.parent, "train", recipe, before=partial(_endless_second_step, noted))
     metrics = recipe.parent / "out/metrics.jsonl"
     child.until(lambda: metrics.exists() and metrics.stat().st_size > 0)
     child.signal(signal.SIGTERM)
