@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from peftcli.schema import Training
-from peftcli.tasks.text.packing import best_fit
+from peftcli.train.best_fit import best_fit
 
 _SORTED = 50
 """With group_by_length: how many global batches are sorted by length together."""

@@ -24,8 +24,10 @@ from in_process import Ran, peftcli
 
 from peftcli.data.prepare import prepare
 from peftcli.errors import DataError
-from peftcli.schema import Dataset
-from peftcli.tasks import TASKS
+from peftcli.schema import Source
+from peftcli.tasks import settings
+from peftcli.tasks.base import encoding
+from peftcli.tasks.causal_lm import CausalLM
 
 LONGEST_MESSAGE = 1000
 SECONDS = 10.0
@@ -293,18 +295,9 @@ def unshaken(start: int, folder: Path) -> None:
 
 def _encode(path: Path, number: int) -> None:
     """What ``train`` does with a file before it trains."""
-    dataset, task = Dataset(train=str(path)), TASKS["causal_lm"].load()
-    tokenizer = _tokenizer()
+    task = CausalLM(settings.CausalLM(), _tokenizer(), None)
     try:
-        store = prepare(
-            dataset.sources()[0],
-            "causal_lm",
-            task.feature_columns,
-            lambda columns, source, name: task.encoder(columns, source, name, tokenizer, dataset),
-            tokenizer,
-            dataset,
-            stop_at_bad=False,
-        )
+        store = prepare(Source(train=str(path)), task, encoding("causal_lm", task), stop_at_bad=False)
         errors = [error for _, error in store.bad_rows()]
     except DataError as error:
         errors = [error]
