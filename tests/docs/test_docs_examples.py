@@ -68,7 +68,9 @@ def test_every_block_says_what_it_is() -> None:
 def save_recipe(block: Block) -> Path:
     named = re.match(r"# ([\w.-]+\.yaml)\n", block.text)
     path = Path(named[1] if named else "example.yaml")
-    whole = re.search(r"^(task|extends):", block.text, re.MULTILINE)
+    whole = re.search(r"^extends:", block.text, re.MULTILINE) or re.search(
+        r"^base_model:[^$]*^training:", block.text, re.M
+    )
     path.write_text(block.text if whole else f"extends: configs/quickstart.yaml\n{block.text}", encoding="utf-8")
     return path
 
