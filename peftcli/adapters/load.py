@@ -5,6 +5,7 @@ Nothing else turns the name of an adapter, a folder or a hub id, into things.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -110,7 +111,7 @@ class AdapterSource:
     @property
     def has_tokenizer(self) -> bool:
         """Whether the adapter has a tokenizer of its own."""
-        return (self.folder / "tokenizer_config.json").is_file()
+        return os.path.lexists(self.folder / "tokenizer_config.json")
 
     @cached_property
     def base(self) -> BaseModel:

@@ -140,7 +140,7 @@ class OpenBase:
 
             auto_class, file, options = _PROCESSORS[kind]
             build, own = getattr(transformers, auto_class).from_pretrained, self._own_processors
-            if own is not None and (own / file).is_file():
+            if own is not None and os.path.lexists(own / file):
                 validate.check_folder(own)
                 with translated_errors(str(own)):
                     loaded = build(own, trust_remote_code=False, **options)
@@ -210,7 +210,7 @@ class OpenBase:
     def file(self, name: str) -> Path | None:
         """Return the path of one of the model's small files; None if the model lacks it."""
         path = self.folder / name
-        return path if not self._is_gguf and path.exists() else None
+        return path if not self._is_gguf and os.path.lexists(path) else None
 
     def shards(self) -> list[Path]:
         """Return the safetensors files, whole and on this machine, in order; none if the model is stored otherwise.
@@ -260,7 +260,7 @@ class OpenBase:
         if self._on_hub:
             hub_files.fetch(self.spec, *names)
         path = self.folder / names[0]
-        return path if path.exists() else None
+        return path if os.path.lexists(path) else None
 
     def _find_folder(self) -> Path:
         spec, path = self.spec, _expanded(self.name)
