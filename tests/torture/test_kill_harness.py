@@ -12,6 +12,7 @@ from naive_saver import NAIVE, naive_failures, naive_trials
 WEIGHTS = "out/adapter_model.safetensors"
 
 
+@pytest.mark.slow
 def test_the_naive_saver_fails() -> None:
     trials = naive_trials()
     counts = naive_failures([*trials[10::15], *trials[-8:-4]])

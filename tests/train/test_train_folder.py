@@ -242,6 +242,7 @@ def test_a_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(
     assert_same(folder, uninterrupted)
 
 
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 6, 7])
 def test_stopped_after_any_step(recipe: Path, uninterrupted: trainkit.Trained, step: int) -> None:
     with pytest.raises(Interrupted):

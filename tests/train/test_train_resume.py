@@ -236,6 +236,7 @@ def _without(key: str) -> Callable[[dict[str, Any]], object]:
     return lambda run: run.pop(key)
 
 
+@pytest.mark.grid(keep=5)
 @pytest.mark.parametrize(
     "change",
     [
