@@ -22,7 +22,7 @@ from peftcli import errors
 from peftcli.cli.app import app, peftcli
 from peftcli.methods import METHODS, NOT_HERE
 from peftcli.output_schemas import names
-from peftcli.recipe.settings import Setting, in_words, method_settings, settings
+from peftcli.recipe.settings import Setting, describe_type, method_settings, settings
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
 from peftcli.tasks.findings import FINDINGS
@@ -215,7 +215,7 @@ PAGES: dict[str, Callable[[], str]] = {
 
 
 def _settings_table(known: dict[str, Setting]) -> str:
-    rows = [(f"`{name}`", in_words(e.hint), _default(e), e.help) for name, e in known.items()]
+    rows = [(f"`{name}`", describe_type(e.hint), _default(e), e.help) for name, e in known.items()]
     return _table(("setting", "type", "default", "what it does"), rows)
 
 

@@ -1,4 +1,4 @@
-"""The recipe: frozen dataclasses. The docstring below a field is its only help text."""
+"""The recipe as frozen dataclasses. The docstring below a field is its only help text."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ Format = Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sha
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """How the frozen weights of the base model's linear layers are stored. Embeddings, norms and head stay as they are.
+    """Storage of the base model's frozen linear weights. Embeddings, norms and head stay unquantized.
 
-    Adapter weights are float32 in any case.
+    Adapter weights are always float32.
     """
 
     type: Literal["nf4", "fp4", "int8", "int8_weight_only", "int4_weight_only"]
-    """nf4: 4 bits, for weights that are spread like a bell curve (QLoRA's); fp4: 4-bit floats; int8: 8 bits, and inputs
-    are rounded to 8 bits too; those are bitsandbytes'. int8_weight_only, int4_weight_only: torchao's; int4 takes the
-    memory of int8, since torchao's packed weights pass no gradients."""
+    """bitsandbytes: nf4 is 4 bits for normally distributed weights (QLoRA), fp4 is 4-bit floats, int8 is 8 bits and
+    also rounds the inputs to 8 bits. torchao: int8_weight_only, int4_weight_only; int4 takes as much memory as int8,
+    because torchao's packed weights do not pass gradients."""
     double_quant: bool = False
-    """nf4 and fp4: quantise the scales too, 0.4 bits a weight less."""
+    """nf4 and fp4: also quantise the scales, which saves 0.4 bits per weight."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """nf4 and fp4: number format that weights are unpacked to and multiplied in. auto: that of the other weights."""
+    """nf4 and fp4: number format of the unpacked weights in computations. auto: the format of the other weights."""
     group_size: int | None = None
-    """int4_weight_only: so many weights share a scale; it must divide every layer's width. Unset: 32."""
+    """int4_weight_only: number of weights that share a scale; must divide the width of every layer. Unset: 32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,94 +37,97 @@ class BaseModel:
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the frozen weights. auto: bfloat16 where training.bf16 holds, else float32."""
+    """Number format of the frozen weights. auto: bfloat16 if training.bf16 is true, else float32."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
-    """How attention is computed. Unset: transformers' choice for the model."""
+    """Implementation of attention. Unset: transformers' default for the model."""
     quantization: Quantization | None = None
-    """Store the frozen linear weights in fewer bits: a type alone, as nf4, or a mapping. Unset: as the model stores
-    them. Needs the extra ``bitsandbytes`` or ``torchao``."""
+    """Store the frozen linear weights in fewer bits: a type, such as nf4, or a mapping. Unset: as in the model's files.
+    Needs the extra ``bitsandbytes`` or ``torchao``."""
     chat_template: str | None = None
-    """Chat template in place of the tokenizer's own: ``chatml``, or a .jinja file. It is saved beside the adapter."""
+    """Chat template that replaces the tokenizer's: ``chatml``, or a .jinja file. It is saved beside the adapter."""
     new_tokens: list[str] = field(default_factory=list)
-    """Special tokens to add to the vocabulary. The embedding grows by a row each; those rows are trained and saved."""
+    """Special tokens to add to the vocabulary. The embedding gets a row for each; these rows are trained and saved."""
     trust_remote_code: bool = False
-    """Run Python code that the model's repository carries. Needs a pinned ``revision``."""
+    """Run Python code from the model's repository. Needs ``revision``, the commit of the code."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One of the datasets of ``dataset.mix``. Format and columns that it does not give are those of ``dataset``."""
+    """One of the datasets of ``dataset.mix``. Format and columns default to those of ``dataset``."""
 
     train: str
     """File, folder of files, or hub dataset id."""
     weight: float | None = None
-    """Its share of the examples of an epoch, relative to the others' weights: all datasets of a mix have one, or none.
-    Unset: as many as it has."""
+    """Share of an epoch's examples from this dataset, relative to the other weights. Give weights to all datasets of a
+    mix or to none. Unset: each example once."""
     name: str | None = None
-    """Configuration of a hub dataset."""
+    """Configuration name of a hub dataset."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     split: str = "train"
     """Split of a hub dataset."""
     streaming: bool = False
-    """Fetch the rows of a hub dataset as they are read, instead of downloading its files first."""
+    """Stream the rows of a hub dataset instead of downloading its files first."""
     format: Format = "auto"
-    """What its rows hold. auto: what dataset.format says."""
+    """Format of the rows. auto: the value of dataset.format."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Its columns under other names. None: what dataset.columns says."""
+    """Column names, as in dataset.columns. Empty: the value of dataset.columns."""
     limit: int | None = None
-    """Use only its first so many rows."""
+    """Use only the first N rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """What is trained on, and what is measured on."""
+    """The training and evaluation data."""
 
     train: str | None = None
     """File (.jsonl, .json, .csv, .parquet, each also as .gz or .zst), folder of such files, or hub dataset id."""
     mix: list[Source] = field(default_factory=list)
-    """Instead of ``train``: several datasets, each with a weight, as in
-    [{train: a.jsonl, weight: 3}, {train: b.jsonl, weight: 1}], or as they are, as in [a.jsonl, b.jsonl]."""
+    """Several datasets instead of ``train``, with weights, as in [{train: a.jsonl, weight: 3}, {train: b.jsonl, weight:
+    1}], or without, as in [a.jsonl, b.jsonl]."""
     eval: str | None = None
-    """File, folder or hub dataset to evaluate on."""
+    """File, folder or hub dataset for evaluation."""
     eval_fraction: float | None = None
-    """Instead of ``eval``: this share of the training rows, chosen by training.seed, is held out."""
+    """Hold out this fraction of the training rows for evaluation, instead of ``eval``. training.seed chooses the
+    rows."""
     name: str | None = None
-    """Configuration of a hub dataset."""
+    """Configuration name of a hub dataset."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     split: str = "train"
-    """Split of a hub dataset to train on."""
+    """Split of a hub dataset for training."""
     eval_split: str | None = None
-    """Split of the same hub dataset to evaluate on."""
+    """Split of the same hub dataset for evaluation."""
     streaming: bool = False
-    """Fetch the rows of a hub dataset as they are read, instead of downloading its files first; with ``limit``, no more
-    of it is fetched."""
+    """Stream the rows of a hub dataset instead of downloading its files first; with ``limit``, only as many rows are
+    fetched."""
     format: Format = "auto"
-    """What a row holds. auto: found from the columns. text: {text}; prompt_completion: {prompt, completion};
-    messages: {messages: [{role, content}]}; alpaca: {instruction, input, output};
-    sharegpt: {conversations: [{from, value}]}."""
+    """Format of the rows. auto: found from the columns. text: {text}; prompt_completion: {prompt, completion};
+    messages: {messages: [{role, content}]}; alpaca: {instruction, input, output}; sharegpt: {conversations: [{from,
+    value}]}."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Columns under other names: the format's name -> the file's name, as in {prompt: question}."""
+    """Names of the columns in the file, by the format's names, as in {prompt: question}."""
     max_length: int = 1024
-    """Longest example, in tokens."""
+    """Maximum length of an example, in tokens."""
     overlong: Literal["truncate", "drop", "error", "split"] = "truncate"
-    """What happens to a longer example: cut at the end, left out, refused, or split into pieces that are trained one by
-    one. Always counted."""
+    """What to do with longer examples: truncate them at the end, drop them, stop with an error, or split them into
+    pieces that are separate examples. They are counted in any case."""
     packing: bool = False
-    """Fill each row of a batch with several examples, up to max_length. They do not see each other: attention stays
-    within an example. per_device_train_batch_size then counts such rows."""
+    """Put several examples into each row of a batch, up to max_length. Attention stays within an example.
+    per_device_train_batch_size then counts these rows."""
     train_on: Literal["answers", "last_answer", "all"] = "answers"
-    """Which tokens count in the loss. answers: what the assistant says, and its end-of-turn token."""
+    """Which tokens count in the loss. answers: the text of each assistant turn and its end-of-turn token; last_answer:
+    the same of the last assistant turn; all: every token."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What happens at a row that cannot be used: stop, or go on without it. Skipped rows are counted and listed."""
+    """What to do with a row that cannot be used: stop with an error, or skip it. Skipped rows are counted and
+    listed."""
     allow: list[str] = field(default_factory=list)
-    """Findings of ``peftcli inspect`` that would stop the run, and shall not: their names."""
+    """Names of findings of ``peftcli inspect`` that must not stop the run."""
     limit: int | None = None
-    """Use only the first so many training rows."""
+    """Use only the first N training rows."""
 
     def sources(self) -> list[Source]:
-        """What is trained on: the datasets of ``mix``, or the one of ``train``."""
+        """Return the training datasets: those of ``mix``, or the one of ``train``."""
         if not self.mix:
             names = ("name", "revision", "split", "streaming", "format", "columns", "limit")
             return [Source(train=self.train or "", **{name: getattr(self, name) for name in names})]
@@ -140,95 +143,94 @@ class Dataset:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How long, how fast, and where to. Names are those of transformers.TrainingArguments."""
+    """Duration, learning rate, batches and output. Names are those of transformers.TrainingArguments."""
 
     output_dir: str
     """The run folder: adapter, logs and checkpoints."""
     num_train_epochs: float = 3.0
-    """Passes over the training data."""
+    """Number of passes over the training data."""
     max_steps: int = -1
-    """Stop after so many steps instead; -1: num_train_epochs decides."""
+    """Number of steps, which overrides num_train_epochs; -1: num_train_epochs decides."""
     per_device_train_batch_size: int = 8
-    """Examples that one device holds at once. More is faster and takes more memory."""
+    """Examples per device and micro-batch. More is faster and takes more memory."""
     per_device_eval_batch_size: int = 8
-    """The same, while evaluating."""
+    """Examples per device and batch in evaluation."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches that make one step. The result equals that of one big batch."""
+    """Micro-batches per step. The result is the same as with one large batch."""
     learning_rate: float = 2e-4
-    """Peak step size. 1e-4 to 3e-4 suits LoRA; prompt tuning wants 100 times more."""
+    """Peak learning rate. LoRA works with 1e-4 to 3e-4; prompt tuning needs about 100 times more."""
     loraplus_lr_ratio: float | None = None
-    """LoRA+ (https://arxiv.org/abs/2402.12354): LoRA's B learns at so many times learning_rate; 2 to 16 is usual.
-    Unset: at the same rate."""
+    """LoRA+ (https://arxiv.org/abs/2402.12354): learning-rate multiplier of LoRA's B, usually 2 to 16. Unset: 1."""
     loraplus_lr_embedding: float = 1e-6
-    """With loraplus_lr_ratio: the learning rate of LoRA on embeddings."""
+    """Learning rate of LoRA on embeddings, if loraplus_lr_ratio is set."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
         "linear"
     )
-    """How the learning rate falls after the warm-up."""
+    """Schedule of the learning rate after the warm-up."""
     warmup_ratio: float = 0.0
-    """Share of the steps in which the learning rate rises from 0."""
+    """Fraction of the steps during which the learning rate rises from 0."""
     warmup_steps: int = 0
-    """The same as a number of steps; overrides warmup_ratio when above 0."""
+    """Number of warm-up steps; overrides warmup_ratio if above 0."""
     weight_decay: float = 0.0
-    """AdamW's decay of the trained weights."""
+    """Weight decay of AdamW."""
     adam_beta1: float = 0.9
-    """AdamW's memory of past gradients."""
+    """AdamW's decay rate of the mean of past gradients."""
     adam_beta2: float = 0.999
-    """AdamW's memory of past squared gradients."""
+    """AdamW's decay rate of the mean of past squared gradients."""
     adam_epsilon: float = 1e-8
-    """AdamW's floor of the divisor."""
+    """AdamW's term that is added to the divisor."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0: never."""
+    """Clip the norm of the gradients to this value; 0: no clipping."""
     bf16: bool | Literal["auto"] = "auto"
-    """Compute in bfloat16. auto: where the device is fast at it. The adapter stays float32."""
+    """Compute in bfloat16. auto: if the device is fast with it. The adapter stays float32."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third slower, far less memory for long examples."""
+    """Recompute activations in the backward pass: about a third slower, much less memory for long examples."""
     train_sampling_strategy: Literal["random", "group_by_length", "sequential"] = "random"
-    """Order of the examples. group_by_length puts similar lengths together, which saves padding."""
+    """Order of the examples. group_by_length puts examples of similar length together, which saves padding."""
     seed: int = 42
-    """Seed of initialisation, order and dropout. The same seed gives the same adapter."""
+    """Seed of initialisation, example order and dropout. The same seed gives the same adapter."""
     eval_strategy: Literal["no", "steps", "epoch"] = "epoch"
-    """When to evaluate, if there is evaluation data. It is done at the end in any case, unless ``no``."""
+    """When to evaluate, if there is evaluation data. Unless ``no``, evaluation also runs at the end."""
     eval_on_start: bool = False
-    """Evaluate before the first step too: what the base model does."""
+    """Also evaluate before the first step, which measures the base model."""
     eval_steps: int = 100
-    """With eval_strategy steps: how often."""
+    """Steps between evaluations, with eval_strategy steps."""
     save_strategy: Literal["no", "steps", "epoch"] = "epoch"
     """When to write a checkpoint that training can resume from."""
     save_steps: int = 100
-    """With save_strategy steps: how often."""
+    """Steps between checkpoints, with save_strategy steps."""
     save_total_limit: int = 2
-    """How many checkpoints are kept, the newest; at least 2."""
+    """Number of checkpoints to keep, the newest ones; at least 2."""
     max_time: str | None = None
-    """Stop with a checkpoint once so much time has gone by since the start of the command, as in 3h30m or 90s; the same
-    command then goes on. What the step under way and the checkpoint take comes on top."""
+    """Stop with a checkpoint this long after the start of the command, as in 3h30m or 90s; the same command then
+    resumes. The time for the current step and the checkpoint is added."""
     save_on_signal: Literal["SIGUSR1", "SIGUSR2"] | None = "SIGUSR2"
-    """At this signal a checkpoint is written and training goes on: for the notice that a spot machine or a scheduler
-    gives. null: at none. INT, TERM and USR1, unless it is named here, stop with a checkpoint."""
+    """Signal on which a checkpoint is written while training continues, for the warning of a spot machine or scheduler.
+    null: none. INT, TERM and USR1 (unless it is chosen here) stop with a checkpoint."""
     load_best_model_at_end: bool = False
-    """Keep the adapter of the best evaluation instead of the last one."""
+    """Save the adapter of the best evaluation instead of the last one."""
     metric_for_best_model: str = "eval_loss"
-    """Which metric is best: the name of a metric as evaluation reports it."""
+    """Metric that decides which evaluation is best: a name as evaluation reports it."""
     greater_is_better: bool | None = None
-    """Whether more of it is better. Unset: yes, unless the name ends in loss or perplexity."""
+    """Whether a larger metric_for_best_model is better. Unset: yes, unless its name ends in loss or perplexity."""
     logging_steps: int = 10
-    """How often a line is written to metrics.jsonl and shown."""
+    """Steps between lines in metrics.jsonl and in the log."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """On which devices. By default every visible GPU, or one process on the CPU."""
+    """The devices. By default every visible GPU, or one process on the CPU."""
 
     num_processes: NumberOrAuto = "auto"
     """Processes on this machine, one device each."""
     num_machines: int = 1
-    """Machines that train together; the same command runs on each."""
+    """Number of machines that train together; run the same command on each."""
     machine_rank: int = 0
-    """Which of them this is, from 0."""
+    """Number of this machine, from 0."""
     main_process_ip: str = "127.0.0.1"
     """Address of machine 0."""
     main_process_port: NumberOrAuto = "auto"
-    """Port of machine 0. auto: a free one; with several machines it must be given."""
+    """Port of machine 0. auto: a free port; required with several machines."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,15 +240,15 @@ class Recipe:
     base_model: BaseModel
     """The pretrained model: its name, or a mapping."""
     task: dict[str, Any] | None = None
-    """What the model does: a task's name, or ``type`` and the task's own settings. Unset: found from the base model and
-    the data, where one choice is left. See ``peftcli info tasks``."""
+    """The task: a name, or a mapping with ``type`` and the task's own settings. Unset: found from the base model and
+    the data, if they leave one choice. See ``peftcli info tasks``."""
     method: dict[str, Any]
-    """How it is adapted: ``type`` and the method's own settings, under PEFT's names. See ``peftcli info methods``."""
+    """The method: ``type`` and the method's own settings, under PEFT's names. See ``peftcli info methods``."""
     dataset: Dataset
-    """What it learns from."""
+    """The training and evaluation data."""
     training: Training
-    """How it learns."""
+    """The training: duration, learning rate, batches and output."""
     launch: Launch = field(default_factory=Launch)
-    """Where it runs."""
+    """The devices and machines."""
     gates: dict[str, str] = field(default_factory=dict)
-    """Metrics that must hold at the end, as in {eval_loss: "<= 1.2"}; else exit code 12."""
+    """Conditions on the final metrics, as in {eval_loss: "<= 1.2"}. If one fails, the exit code is 12."""

@@ -47,7 +47,7 @@ def _check_deep(reading: Reading) -> tuple[list[Problem], list[Problem], int]:
 
     assert reading.recipe is not None
     found = deep_check(reading.recipe)
-    return [reading.placed(p) for p in found.errors], [reading.placed(p) for p in found.warnings], found.exit_code
+    return [reading.locate(p) for p in found.errors], [reading.locate(p) for p in found.warnings], found.exit_code
 
 
 def _print(path: Path, errors: list[Problem], warnings: list[Problem]) -> None:

@@ -39,7 +39,7 @@ def read_small(path: Path, limit: int) -> bytes:
     with os.fdopen(handle, "rb") as file:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
-            raise ValueError("no regular file")
+            raise ValueError("not a regular file")
         if found.st_size > limit:
             raise ValueError(f"it has {found.st_size:,} bytes, and at most {limit:,} are read")
         return file.read(limit)
@@ -75,7 +75,7 @@ def open_regular(path: Path) -> BufferedReader:
     kind = stat.S_IFMT(os.fstat(handle).st_mode)
     if kind != stat.S_IFREG:
         os.close(handle)
-        raise ValueError(f"it is {_KINDS.get(kind, 'something')}, no regular file")
+        raise ValueError(f"it is {_KINDS.get(kind, 'something')}, not a regular file")
     return os.fdopen(handle, "rb")
 
 
@@ -95,7 +95,7 @@ def irregular_kind(path: Path) -> str | None:
         return None
     except (OSError, ValueError) as error:
         return f"cannot be read: {os_reason(error)}"
-    return None if kind == stat.S_IFREG else f"is {_KINDS.get(kind, 'something')}, no regular file"
+    return None if kind == stat.S_IFREG else f"is {_KINDS.get(kind, 'something')}, not a regular file"
 
 
 def os_reason(error: OSError | ValueError) -> str:

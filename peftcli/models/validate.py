@@ -67,7 +67,7 @@ def check_folder(folder: Path, *, trusted: bool = False) -> dict[Path, dict[str,
         The content of each file that must hold a JSON object.
 
     Raises:
-        ModelError: something is no regular file, is no JSON, or has counts that take memory as soon as they are read.
+        ModelError: a file is not regular, is not JSON, or has counts that take memory as soon as they are read.
     """
     read = _configs(folder)
     for path, values in read.items():

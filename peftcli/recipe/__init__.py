@@ -1,13 +1,13 @@
-"""Recipes: YAML files and overrides in, a checked ``schema.Recipe`` out. Every mistake at once, each with its place.
+"""Recipes: from YAML files and overrides to a checked ``schema.Recipe``. Reports all mistakes, each with its place.
 
 values      scalars, places, ``${ENV}``
 yaml_file   one YAML file -> values with places
 sources     ``extends`` and overrides -> one tree
-settings    what a section or method takes: types, defaults and help, read from the dataclasses
+settings    the settings of a section or method: types, defaults and help, read from the dataclasses
 parse       tree -> Recipe
-checks      what settings mean together; gates
-data_checks the same for the data, and whether its paths exist
-names       other tools' spellings, near names
+checks      ranges and combinations of settings; gates
+data_checks the same for ``dataset``, and whether its paths exist
+names       other tools' spellings, similar names
 reference   help on one key; the JSON Schema
 dump        Recipe -> YAML
 """

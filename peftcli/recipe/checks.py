@@ -1,4 +1,4 @@
-"""What the settings of a recipe mean together."""
+"""Checks of a recipe's settings: ranges, and combinations that do not work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from peftcli.errors import UsageError
 from peftcli.methods import METHODS
 from peftcli.recipe.data_checks import check_data, exists
-from peftcli.recipe.names import near, near_file
+from peftcli.recipe.names import closest, closest_file
 from peftcli.recipe.values import Report
 from peftcli.schema import Recipe
 
@@ -25,7 +25,7 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
 }
 _GATE = re.compile(r"\s*(<=|>=|==|<|>)\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?)\s*")
 _TIME = re.compile(r"(?:(?P<d>[0-9]{1,4})d)?(?:(?P<h>[0-9]{1,6})h)?(?:(?P<m>[0-9]{1,8})m)?(?:(?P<s>[0-9]{1,9})s)?")
-_LARGEST_FLOAT, _LARGEST_SIZE = 3.4e38, 2**31 - 1
+_MAX_FLOAT, _MAX_SIZE = 3.4e38, 2**31 - 1
 _SEED = re.compile(r"seed|_key$")
 _AT_LEAST_ONE = (
     "dataset.max_length",
@@ -56,16 +56,16 @@ _AT_MOST = {
     "launch.num_processes": 1024,
     "launch.num_machines": 100_000,
 }
-"""Far above what is of use. Memory is taken in proportion to most of them."""
-_LARGEST_BATCH = 10_000_000
+"""Far above useful values. Most of these settings take memory in proportion."""
+_MAX_BATCH = 10_000_000
 _NOT_EMPTY = ("base_model.name", "training.output_dir", "training.metric_for_best_model")
 
 
 def parse_gate(text: str) -> tuple[str, float]:
-    """Operator and bound of a gate like ``<= 1.2``.
+    """Return operator and bound of a gate such as ``<= 1.2``.
 
     Raises:
-        UsageError: it is no gate.
+        UsageError: the text is not a gate.
     """
     match = _GATE.fullmatch(text) if len(text) <= 100 else None
     if match is None:
@@ -74,15 +74,15 @@ def parse_gate(text: str) -> tuple[str, float]:
 
 
 def gate_holds(op: str, value: float, bound: float) -> bool:
-    """Whether a metric meets its gate. NaN never does."""
+    """Return whether a metric passes its gate. NaN never does."""
     return _OPERATORS[op](value, bound)
 
 
 def seconds(text: str) -> float:
-    """How long a time like ``3h30m`` is, in seconds.
+    """Convert a duration such as ``3h30m`` to seconds.
 
     Raises:
-        UsageError: it is no time.
+        UsageError: the text is not a duration.
     """
     match = _TIME.fullmatch(text.replace(" ", "")) if len(text) <= 40 else None
     total = (
@@ -96,10 +96,10 @@ def seconds(text: str) -> float:
 
 
 def check(recipe: Recipe, report: Report) -> None:
-    """Reports every problem of a recipe whose settings have the right types."""
+    """Report every problem of a recipe whose settings have the right types."""
     for part in (
         _names,
-        _words,
+        _tokenizer,
         _quantization,
         _ranges,
         _sizes,
@@ -120,34 +120,34 @@ def _names(recipe: Recipe, report: Report) -> None:
     if recipe.base_model.trust_remote_code and not recipe.base_model.revision:
         report(
             ("base_model.trust_remote_code", "base_model.revision"),
-            "runs code from the hub, so base_model.revision must name the commit whose code it is",
+            "runs code from the hub, so base_model.revision must name the commit of that code",
         )
     if "://" in recipe.base_model.name:
         report(("base_model.name",), "must be a path or a hub id, not a URL")
 
 
-def _words(recipe: Recipe, report: Report) -> None:
-    """The chat template and the tokens that the tokenizer is given."""
+def _tokenizer(recipe: Recipe, report: Report) -> None:
+    """Check the chat template and the new tokens."""
     template, key = recipe.base_model.chat_template, "base_model.chat_template"
     if template is not None and template != "chatml":
         if "{%" in template or "{{" in template:
-            report((key,), "holds a template; write it into a .jinja file, and name that")
+            report((key,), "contains a template; write it to a .jinja file and give the file's path")
         elif not template.endswith(".jinja"):
             message = f"expected chatml or a .jinja file, found {template[:60]!r}; unset: the tokenizer's own"
-            report((key,), message, near(template, ["chatml"]))
+            report((key,), message, closest(template, ["chatml"]))
         elif not exists(template):
-            report((key,), f"no such file: {template[:200]}", near_file(template))
+            report((key,), f"no such file: {template[:200]}", closest_file(template))
         elif not Path(template).is_file():
-            report((key,), f"is no regular file: {template[:200]}")
+            report((key,), f"not a regular file: {template[:200]}")
     seen: set[str] = set()
     for index, token in enumerate(recipe.base_model.new_tokens):
         key = f"base_model.new_tokens[{index}]"
         if not token.strip():
             report((key,), "is empty")
         elif token != token.strip():
-            report((key,), f"has white space around it: {token[:60]!r}")
+            report((key,), f"begins or ends with white space: {token[:60]!r}")
         elif token in seen:
-            report((key,), f"stands twice in the list: {token[:60]!r}")
+            report((key,), f"occurs twice in the list: {token[:60]!r}")
         seen.add(token)
 
 
@@ -158,7 +158,8 @@ def _quantization(recipe: Recipe, report: Report) -> None:
     kind = f"{key}.type"
     if recipe.base_model.name.endswith(".gguf"):
         report(
-            (key, "base_model.name"), "a .gguf file is unpacked when it is loaded; name the model that it was made of"
+            (key, "base_model.name"),
+            "does not work with a .gguf file, which is dequantised on loading; give the original model",
         )
     if wanted.type not in ("nf4", "fp4"):
         if wanted.double_quant:
@@ -197,7 +198,7 @@ def _ranges(recipe: Recipe, report: Report) -> None:
     if training.save_total_limit < 2:
         report(
             ("training.save_total_limit",),
-            f"must be at least 2, not {training.save_total_limit}: an older checkpoint is the way back from a bad one",
+            f"must be at least 2, not {training.save_total_limit}: an older checkpoint replaces a damaged one",
         )
     if training.max_time is not None:
         try:
@@ -209,22 +210,22 @@ def _ranges(recipe: Recipe, report: Report) -> None:
 
 
 def _sizes(recipe: Recipe, report: Report) -> None:
-    """Numbers that nothing can be computed with, wherever they stand, and batches that no memory holds."""
+    """Check that all numbers fit their types, and that a batch fits into memory."""
     for key, value in _numbers(asdict(recipe), ""):
-        if isinstance(value, float) and abs(value) > _LARGEST_FLOAT:
-            report((key,), f"must be at most {_LARGEST_FLOAT:g}, the largest number of float32, found {value:g}")
-        elif isinstance(value, int) and value > _LARGEST_SIZE and key.startswith("method.") and not _SEED.search(key):
-            report((key,), f"must be at most {_LARGEST_SIZE}, found {value}")
+        if isinstance(value, float) and abs(value) > _MAX_FLOAT:
+            report((key,), f"must be at most {_MAX_FLOAT:g}, the largest number of float32, found {value:g}")
+        elif isinstance(value, int) and value > _MAX_SIZE and key.startswith("method.") and not _SEED.search(key):
+            report((key,), f"must be at most {_MAX_SIZE}, found {value}")
     one, times = recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps
-    if one * times > _LARGEST_BATCH and max(one, times) <= 1_000_000:
+    if one * times > _MAX_BATCH and max(one, times) <= 1_000_000:
         report(
             ("training.per_device_train_batch_size", "training.gradient_accumulation_steps"),
-            f"and gradient_accumulation_steps make a batch of {one * times:,} examples; at most {_LARGEST_BATCH:,}",
+            f"and gradient_accumulation_steps make a batch of {one * times:,} examples; at most {_MAX_BATCH:,}",
         )
 
 
 def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
-    """Every number of a recipe, with its key."""
+    """Yield every number of a recipe with its key."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield from _numbers(item, f"{key}.{name}" if key else str(name))
@@ -238,11 +239,11 @@ def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
 def _length(recipe: Recipe, report: Report) -> None:
     epochs, steps = recipe.training.num_train_epochs, recipe.training.max_steps
     if steps < 1 and steps != -1:
-        report(("training.max_steps",), f"must be at least 1, or -1 for num_train_epochs to decide; not {steps}")
+        report(("training.max_steps",), f"must be at least 1, or -1 to use num_train_epochs; not {steps}")
     elif epochs <= 0 and steps == -1:
         report(
             ("training.num_train_epochs", "training.max_steps"),
-            f"must be above 0 where max_steps is not given, not {epochs}",
+            f"must be above 0 if max_steps is not given, not {epochs}",
         )
 
 
@@ -262,7 +263,7 @@ def _gates(recipe: Recipe, report: Report) -> None:
     for name, text in recipe.gates.items():
         key = f"gates.{name}"
         if not name.strip():
-            report((key, "gates"), "is the gate of no metric: its name is empty")
+            report((key, "gates"), "has an empty name; give the name of a metric")
         try:
             parse_gate(text)
         except UsageError as error:
@@ -272,7 +273,7 @@ def _gates(recipe: Recipe, report: Report) -> None:
         if not _has_eval_data(recipe):
             report((key, "gates", "dataset"), f"needs evaluation data: {_EVAL_KEYS}")
         elif recipe.training.eval_strategy == "no":
-            report((key, "gates", "training.eval_strategy"), "needs an evaluation, and training.eval_strategy is no")
+            report((key, "gates", "training.eval_strategy"), "needs an evaluation, but training.eval_strategy is no")
 
 
 def _launch(recipe: Recipe, report: Report) -> None:
@@ -285,7 +286,7 @@ def _launch(recipe: Recipe, report: Report) -> None:
     if launch.num_machines > 1 and launch.main_process_port == "auto":
         report(
             ("launch.num_machines", "launch.main_process_port"),
-            "several machines need launch.main_process_port: the same free port in each command",
+            "above 1 needs launch.main_process_port: the same free port in each command",
         )
     if isinstance(launch.main_process_port, int) and not 1 <= launch.main_process_port <= 65535:
         report(("launch.main_process_port",), f"must be in [1, 65535], not {launch.main_process_port}")

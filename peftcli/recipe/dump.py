@@ -1,4 +1,4 @@
-"""Recipe -> YAML, every setting written out."""
+"""Write a Recipe as YAML, with every setting."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from peftcli.schema import Recipe
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data, sections and settings in the schema's order."""
-    described = dataclasses.asdict(recipe)
+    """Convert a recipe to plain data, in the order of the schema."""
+    data = dataclasses.asdict(recipe)
     if recipe.task is not None and list(recipe.task) == ["type"]:
-        described["task"] = recipe.task["type"]
-    return described
+        data["task"] = recipe.task["type"]
+    return data
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The recipe as a file that ``load_recipe`` reads back as an equal Recipe."""
+    """Convert a recipe to YAML that ``load_recipe`` reads back as an equal Recipe."""
     text: str = yaml.dump(
-        _escaped(to_dict(recipe)),
+        _escape(to_dict(recipe)),
         Dumper=_Dumper,
         sort_keys=False,
         allow_unicode=True,
@@ -45,10 +45,10 @@ def _string(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _string)
 
 
-def _escaped(data: Any) -> Any:
-    """``data`` with each literal ``${`` written so that reading it fills nothing in. Keys are never filled in."""
+def _escape(data: Any) -> Any:
+    """Escape each literal ``${`` in values, so that reading them does not substitute variables; keys have none."""
     if isinstance(data, dict):
-        return {key: _escaped(value) for key, value in data.items()}
+        return {key: _escape(value) for key, value in data.items()}
     if isinstance(data, list):
-        return [_escaped(item) for item in data]
+        return [_escape(item) for item in data]
     return data.replace("${", "$${") if isinstance(data, str) else data

@@ -1,4 +1,4 @@
-"""Names that are meant: other tools' spellings of our keys, and near names."""
+"""Suggestions for unknown names: other tools' spellings of our keys, and similar names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ALIASES = {
-    # axolotl, LLaMA-Factory, TRL, unsloth and others: their key, or section and key, -> ours, or ours with a value.
+    # axolotl, LLaMA-Factory, TRL, unsloth and others: their key, or section and key -> ours, or ours with a value.
     # Suggested, never accepted.
     "model": "base_model",
     "model_name": "base_model",
@@ -186,7 +186,7 @@ ALIASES = {
 }
 
 VALUES = {
-    # Their value -> ours, where a setting takes ours.
+    # Their value -> ours, for settings that accept ours.
     "fp32": "float32",
     "float": "float32",
     "bf16": "bfloat16",
@@ -233,20 +233,20 @@ VALUES = {
 _MAX_FILES = 2000
 
 
-def alias_of(name: str, section: str = "") -> str | None:
-    """Our key for another tool's spelling in a section; with ``: value`` where theirs means one value of it."""
+def find_alias(name: str, section: str = "") -> str | None:
+    """Return our key for another tool's spelling in a section, with ``: value`` if theirs means one value of it."""
     spelled = name.lower().replace("-", "_")
     return ALIASES.get(f"{section}.{spelled}") or ALIASES.get(spelled)
 
 
-def meant_value(text: str, choices: Sequence[str]) -> str | None:
-    """The choice that another tool calls ``text``, or that it resembles."""
+def suggest_value(text: str, choices: Sequence[str]) -> str | None:
+    """Return the choice that another tool calls ``text``, or that ``text`` resembles."""
     found = VALUES.get(text.lower().replace("-", "_"))
-    return found if found in choices else near(text, choices)
+    return found if found in choices else closest(text, choices)
 
 
-def near(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name that ``name`` most resembles, if any does."""
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the known name most similar to ``name``, or None."""
     if len(name) > 100:
         return None
     candidates = list(known)
@@ -255,13 +255,13 @@ def near(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     return folded[found[0]] if found else None
 
 
-def near_file(path: str) -> str | None:
-    """A file beside ``path`` with a similar name."""
+def closest_file(path: str) -> str | None:
+    """Return a file with a similar name in the same folder, or None."""
     folder = Path(path).parent
     try:
         names = [entry.name for entry, _ in zip(folder.iterdir(), range(_MAX_FILES), strict=False)]
     except (OSError, ValueError):
         return None
-    own = Path(path).name  # a link that leads nowhere is there, and no help
+    own = Path(path).name  # a broken link has this name, and is no suggestion
     found = difflib.get_close_matches(own[:100], sorted(set(names) - {own}), 1, 0.7)
     return str(folder / found[0]) if found else None

@@ -1,4 +1,4 @@
-"""A tree of values -> a Recipe, with every problem at its place."""
+"""Convert a tree of values into a Recipe, and report every problem with its place."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from peftcli.core.config import AdapterConfig
 from peftcli.errors import Problem, RecipeError
 from peftcli.methods import METHODS
 from peftcli.recipe.checks import check
-from peftcli.recipe.names import alias_of, meant_value, near
+from peftcli.recipe.names import closest, find_alias, suggest_value
 from peftcli.recipe.settings import (
     Setting,
     branches,
     choices,
-    in_words,
+    describe_type,
     item_hint,
     kinds,
     method_settings,
+    only_required,
     sections,
     settings,
-    sole_required,
     task_settings,
 )
 from peftcli.recipe.sources import read_tree
@@ -43,32 +43,32 @@ _TYPE = Setting("type", str, dataclasses.MISSING, Recipe)
 
 @dataclass(frozen=True)
 class Reading:
-    """What reading a recipe gave."""
+    """The result of reading a recipe."""
 
     recipe: Recipe | None
-    """None where there are problems."""
+    """None if there are problems."""
     problems: list[Problem]
     file: str
     places: dict[str, Place]
-    """Where each key's value stands."""
+    """Key -> place of its value."""
 
     def place(self, key: str) -> Place | None:
-        """The place of ``key``, else that of the nearest key above it."""
-        return _nearest(self.places, key)
+        """Return the place of ``key``, or of the nearest key above it."""
+        return _nearest_place(self.places, key)
 
-    def placed(self, problem: Problem) -> Problem:
-        """``problem`` at the place of its key, where it names no file of its own (``file=""``)."""
+    def locate(self, problem: Problem) -> Problem:
+        """Add the place of its key to a problem without a file (``file=""``)."""
         if problem.file:
             return problem
-        place = _nearest(self.places, problem.key or "") or Place(self.file)
+        place = _nearest_place(self.places, problem.key or "") or Place(self.file)
         return replace(problem, file=place.file, line=place.line, column=place.column)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a file, with ``KEY=VALUE`` overrides on top.
+    """Load the recipe in a file, with ``KEY=VALUE`` overrides.
 
     Raises:
-        RecipeError: with every problem that was found.
+        RecipeError: the recipe has problems; the error contains all of them.
     """
     reading = read(path, overrides)
     if reading.recipe is None:
@@ -77,13 +77,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe | None, list[Problem]]:
-    """As load_recipe, with the problems returned."""
+    """Like ``load_recipe``, but return the problems."""
     reading = read(path, overrides)
     return reading.recipe, reading.problems
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Reading:
-    """As load_recipe, with the problems returned and the places of all keys."""
+    """Like ``load_recipe``, but return the problems and the places of all keys."""
     problems = Problems()
     tree = read_tree(path, overrides, problems)
     if tree is None:
@@ -96,13 +96,13 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Reading:
 
 
 def method_config(recipe: Recipe) -> AdapterConfig:
-    """The config that ``recipe.method`` describes."""
+    """Create the adapter config of ``recipe.method``."""
     values = dict(recipe.method)
     return METHODS[values.pop("type")].config_class()(**values)
 
 
 class _Reader:
-    """Reads what can be read; a setting that cannot holds its default, and its key is in ``bad``."""
+    """Read all settings. One that cannot be read gets its default, and its key is added to ``bad``."""
 
     def __init__(self, tree: Value, problems: Problems):
         self.tree, self.problems = tree, problems
@@ -115,7 +115,7 @@ class _Reader:
         self.refuse_unknown(top, known, "")
         self.require(top, known, "", Place(self.tree.place.file, 1, 1))
         if "base_model" in top:
-            top["base_model"] = _written_out(top["base_model"], BaseModel)
+            top["base_model"] = _expand_short_form(top["base_model"], BaseModel)
         task, method = self.task(top.get("task")), self.method(top.get("method"))
         parts = {name: self.section(cls, top.get(name), name) for name, cls in sections().items()}
         self.share_settings(task, parts["dataset"])
@@ -123,11 +123,11 @@ class _Reader:
             task=task,
             method=method,
             gates=self.setting(known["gates"], top["gates"], "gates") if "gates" in top else {},
-            **{name: _built(cls, parts[name]) for name, cls in sections().items()},
+            **{name: _build(cls, parts[name]) for name, cls in sections().items()},
         )
 
     def section(self, cls: type, value: Value | None, path: str) -> dict[str, Any]:
-        """Every setting of a section, by name."""
+        """Return every setting of a section by name."""
         given = self.mapping(value, path)
         if given is not None and value is not None:
             self.refuse_unknown(given, settings(cls), path)
@@ -135,7 +135,7 @@ class _Reader:
         return self.all_settings(settings(cls), given or {}, path)
 
     def method(self, value: Value | None) -> dict[str, Any]:
-        """``type`` and every setting of the method; only ``type`` where the method is unknown."""
+        """Return ``type`` and every setting of the method; only ``type`` if the method is unknown."""
         given = self.mapping(value, "method")
         if given is None or value is None:
             return {"type": ""}
@@ -144,7 +144,7 @@ class _Reader:
         if name not in METHODS:
             if "method.type" not in self.bad:
                 known = ", ".join(METHODS)
-                self.report(("method.type",), f"no method is called {name[:60]!r}; known: {known}", near(name, METHODS))
+                self.report(("method.type",), f"unknown method: {name[:60]!r}; known: {known}", closest(name, METHODS))
                 self.bad.add("method.type")
             return {"type": name}
         known_settings = method_settings(name)
@@ -154,7 +154,7 @@ class _Reader:
         return {"type": name, **self.all_settings(known_settings, own, "method")}
 
     def task(self, value: Value | None) -> dict[str, Any] | None:
-        """``type`` and the settings that the recipe gives; None where the task is left out."""
+        """Return ``type`` and the given settings of the task; None if the recipe names no task."""
         if value is None or (value.plain and value.scalar is None):
             return None
         alone = isinstance(value.data, str)
@@ -167,8 +167,8 @@ class _Reader:
         if name not in TASKS:
             if key not in self.bad:
                 by_type = {str(row.task_type).lower(): task for task, row in TASKS.items()}
-                suggestion = by_type.get(name.lower()) or near(name, TASKS)
-                self.report((key,), f"no task is called {name[:60]!r}; known: {', '.join(TASKS)}", suggestion)
+                suggestion = by_type.get(name.lower()) or closest(name, TASKS)
+                self.report((key,), f"unknown task: {name[:60]!r}; known: {', '.join(TASKS)}", suggestion)
             self.bad |= {"task", key}
             return {"type": name}
         known, own = task_settings(name), {one: child for one, child in given.items() if one != "type"}
@@ -176,23 +176,23 @@ class _Reader:
         return {"type": name} | {one: self.setting(known[one], own[one], f"task.{one}") for one in own if one in known}
 
     def share_settings(self, task: dict[str, Any] | None, dataset: dict[str, Any]) -> None:
-        """Move settings that may also stand under ``dataset`` from the task to where they are kept: there."""
+        """Move the settings that recipes may also give under ``dataset`` from the task to ``dataset``."""
         for name in [name for name in UNDER_DATASET if name in (task or {})]:
             assert task is not None
             value, here, there = task.pop(name), f"task.{name}", f"dataset.{name}"
             if there in self.places and dataset[name] != value:
-                self.report((here, there), f"is given as {there} too, with another value; give it once")
+                self.report((here, there), f"differs from {there}; give it only once")
             dataset[name] = value
             self.places.setdefault(there, self.places[here])
 
     def all_settings(self, known: dict[str, Setting], given: dict[str, Value], path: str) -> dict[str, Any]:
         return {
-            name: self.setting(entry, given[name], f"{path}.{name}") if name in given else _absent(entry)
+            name: self.setting(entry, given[name], f"{path}.{name}") if name in given else _default(entry)
             for name, entry in known.items()
         }
 
     def mapping(self, value: Value | None, path: str) -> dict[str, Value] | None:
-        """The keys of a section; None, and a problem, where it is no mapping."""
+        """Return the keys of a section; report a problem and return None if it is not a mapping."""
         if value is None:
             return None
         self.places[path] = value.key_place or value.place
@@ -204,7 +204,7 @@ class _Reader:
                 meant = f"{{type: {value.data}}}"
             elif path == "dataset" and isinstance(value.data, str) and isinstance(value.scalar, str):
                 meant = f"{{train: {value.data[:60]}}}"
-            self.problem(f"expected a mapping of settings, found {value.shown()}", value.place, path, meant)
+            self.problem(f"expected a mapping of settings, found {value.describe()}", value.place, path, meant)
             return None
         return value.data
 
@@ -227,7 +227,7 @@ class _Reader:
                 self.problem("is required", place, f"{path}.{name}" if path else name)
 
     def setting(self, entry: Setting, value: Value, key: str) -> Any:
-        """The value of one setting; its default, and a problem, where it is of the wrong type."""
+        """Return the value of a setting; report a problem and return the default if its type is wrong."""
         from pydantic import ValidationError
 
         self.places[key] = value.place
@@ -238,38 +238,41 @@ class _Reader:
         if entry.items:
             return self.items(entry.items, value, entry.hint, key)
         if entry.section and (isinstance(value.data, dict) or value.scalar is not None):
-            return self.section(entry.section, _written_out(value, entry.section), key)
+            return self.section(entry.section, _expand_short_form(value, entry.section), key)
         try:
-            return _adapter(entry.hint).validate_python(_fit(value, entry.hint))
+            return _adapter(entry.hint).validate_python(_to_python(value, entry.hint))
         except ValidationError as error:
-            items = [_inside(value, entry.hint, key, problem["loc"]) for problem in error.errors(include_url=False)]
+            items = [_find_item(value, entry.hint, key, problem["loc"]) for problem in error.errors(include_url=False)]
         wrong = {item.key: item for item in items}
-        if len(wrong) > 1:  # the value as a whole is only no other member of a union
+        if len(wrong) > 1:  # the problem of the whole value only says that it is no other member of the union
             wrong.pop(key, None)
         for item in wrong.values():
             if item.value.refused:
                 continue
-            found = item.value.shown() + (" in quotes; leave them out" if item.is_quoted else "")
-            self.problem(f"expected {in_words(item.hint)}, found {found}", item.value.place, item.key, item.instead)
+            found = item.value.describe() + (" in quotes; remove the quotes" if item.is_quoted else "")
+            self.problem(
+                f"expected {describe_type(item.hint)}, found {found}", item.value.place, item.key, item.suggestion
+            )
         self.bad.add(key)
-        return _absent(entry)
+        return _default(entry)
 
     def items(self, cls: type, value: Value, hint: Any, key: str) -> list[dict[str, Any]]:
-        """Every setting of each section of a list."""
+        """Return every setting of each section of a list."""
         if isinstance(value.data, list):
             return [
-                self.section(cls, _written_out(item, cls), f"{key}[{index}]") for index, item in enumerate(value.data)
+                self.section(cls, _expand_short_form(item, cls), f"{key}[{index}]")
+                for index, item in enumerate(value.data)
             ]
         if not value.refused and (isinstance(value.data, dict) or value.scalar is not None):
-            example = f"[{{{sole_required(cls)}: ...}}]"
-            self.problem(f"expected {in_words(hint)}, found {value.shown()}", value.place, key, example)
+            example = f"[{{{only_required(cls)}: ...}}]"
+            self.problem(f"expected {describe_type(hint)}, found {value.describe()}", value.place, key, example)
         return []
 
     def report(self, keys: Sequence[str], message: str, suggestion: str | None = None) -> None:
-        """Notes a problem of ``keys[0]``, unless one of ``keys`` could not be read."""
+        """Report a problem of ``keys[0]``, unless one of ``keys`` could not be read."""
         parts = {key[:end] for key in keys for end in [*(i for i, c in enumerate(key) if c in ".["), len(key)]}
         if not parts & self.bad:
-            place = _nearest(self.places, keys[0]) or Place(self.tree.place.file)
+            place = _nearest_place(self.places, keys[0]) or Place(self.tree.place.file)
             self.problems.add(message, place, keys[0], suggestion)
 
     def problem(self, message: str, place: Place, key: str, suggestion: str | None = None) -> None:
@@ -277,28 +280,28 @@ class _Reader:
         self.problems.add(message, place, key, suggestion)
 
 
-def _nearest(places: dict[str, Place], key: str) -> Place | None:
+def _nearest_place(places: dict[str, Place], key: str) -> Place | None:
     while key and key not in places:
         key = key[: max(key.rfind("."), key.rfind("["), 0)]
     return places.get(key)
 
 
-def _written_out(value: Value, section: type) -> Value:
-    """A section that is given as its sole required setting alone, as the mapping that it means."""
-    alone = sole_required(section)
+def _expand_short_form(value: Value, section: type) -> Value:
+    """Expand a section that is given as its only required setting to a mapping."""
+    alone = only_required(section)
     if alone and isinstance(value.data, str) and (value.refused or value.scalar is not None):
         return replace(value, data={alone: value})
     return value
 
 
-def _built(cls: Any, values: dict[str, Any]) -> Any:
-    """The dataclass of a section, and those of the sections within it."""
+def _build(cls: Any, values: dict[str, Any]) -> Any:
+    """Build the dataclass of a section and of the sections within it."""
     out = dict(values)
     for name, entry in settings(cls).items():
         if entry.section and isinstance(out[name], dict):
-            out[name] = _built(entry.section, out[name])
+            out[name] = _build(entry.section, out[name])
         elif entry.items:
-            out[name] = [_built(entry.items, item) for item in out[name]]
+            out[name] = [_build(entry.items, item) for item in out[name]]
     return cls(**out)
 
 
@@ -309,12 +312,12 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
     return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
-def _fit(value: Value, hint: Any) -> Any:
-    """A value as Python data, where what a scalar means depends on the types that the setting takes."""
+def _to_python(value: Value, hint: Any) -> Any:
+    """Convert a value to Python data; the meaning of a scalar depends on the types that the setting accepts."""
     if isinstance(value.data, dict):
-        return {name: _fit(child, item_hint(hint, dict)) for name, child in value.data.items()}
+        return {name: _to_python(child, item_hint(hint, dict)) for name, child in value.data.items()}
     if isinstance(value.data, list):
-        return [_fit(child, item_hint(hint, list)) for child in value.data]
+        return [_to_python(child, item_hint(hint, list)) for child in value.data]
     text, found, accepted = value.data, value.scalar, kinds(hint)
     if not value.plain or text in choices(hint):
         return text
@@ -327,13 +330,13 @@ def _fit(value: Value, hint: Any) -> Any:
     return found
 
 
-def _absent(entry: Setting) -> Any:
+def _default(entry: Setting) -> Any:
     return "" if entry.required else copy(entry.default)
 
 
 @dataclass(frozen=True)
 class _Item:
-    """A value, or an item within it, that is not of the type that it should be."""
+    """A value, or an item of a value, of the wrong type."""
 
     value: Value
     hint: Any
@@ -341,15 +344,15 @@ class _Item:
 
     @property
     def is_quoted(self) -> bool:
-        """Whether a scalar would be of the right type without its quotes."""
+        """Whether a scalar would have the right type without its quotes."""
         plain = replace(self.value, plain=True)
         return (
             isinstance(self.value.data, str) and not self.value.plain and type(plain.scalar) in kinds(self.hint) - {str}
         )
 
     @property
-    def instead(self) -> str | None:
-        """A value that would be valid, close to the one that was found."""
+    def suggestion(self) -> str | None:
+        """A similar value that is valid."""
         if not isinstance(self.value.data, str):
             return None
         found = self.value.scalar
@@ -357,11 +360,11 @@ class _Item:
             return str(int(found))
         if kinds(self.hint) == {list} and item_hint(self.hint, list) is str and isinstance(found, str):
             return f"[{found[:60]}]"
-        return meant_value(self.value.data, choices(self.hint))
+        return suggest_value(self.value.data, choices(self.hint))
 
 
-def _inside(value: Value, hint: Any, key: str, loc: Sequence[int | str]) -> _Item:
-    """The item that a pydantic location names. Parts of it that name no item name members of unions."""
+def _find_item(value: Value, hint: Any, key: str, loc: Sequence[int | str]) -> _Item:
+    """Find the item of a pydantic location. Parts of the location that are not items are members of unions."""
     for part in loc:
         if isinstance(value.data, list) and isinstance(part, int):
             value, hint, key = value.data[part], item_hint(hint, list), f"{key}[{part}]"
@@ -371,30 +374,30 @@ def _inside(value: Value, hint: Any, key: str, loc: Sequence[int | str]) -> _Ite
 
 
 def _advice(name: str, known: dict[str, Setting], path: str, kind: str | None) -> tuple[str, str | None]:
-    """Message and suggestion for an unknown key: where it belongs, or what may be meant.
+    """Return message and suggestion for an unknown key: where it belongs, or a similar key.
 
-    ``kind``: the method or task whose settings are read.
+    ``kind`` is the method or task whose settings are read.
     """
     own = (*known, "type") if kind else tuple(known)
     top = path.partition(".")[0]
-    if found := alias_of(name, top):
+    if found := find_alias(name, top):
         section, _, last = found.partition(".")
         return "unknown key", last if section == top and last.partition(":")[0] in own else found
-    elsewhere = _everywhere()
+    elsewhere = _keys_by_name()
     if found := elsewhere.get(name):
         section = found.rpartition(".")[0]
         table, settings_of = (METHODS, method_settings) if path == "method" else (TASKS, task_settings)
         owners = [other for other in table if name in settings_of(other)]
         if kind and owners and section in (path, "dataset"):
             more = f" and {len(owners) - 4} other {path}s" if len(owners) > 4 else ""
-            return f"not a setting of {kind}, but of {', '.join(owners[:4])}{more}", None
+            return f"not a setting of {kind}, only of {', '.join(owners[:4])}{more}", None
         return f"belongs {f'in the section {section}' if section else 'at the top level'}", found
-    return "unknown key", near(name, own) or elsewhere.get(near(name, elsewhere, 0.8) or "")
+    return "unknown key", closest(name, own) or elsewhere.get(closest(name, elsewhere, 0.8) or "")
 
 
 @cache
-def _everywhere() -> dict[str, str]:
-    """Every key of a recipe by its last name; of equal names, the first."""
+def _keys_by_name() -> dict[str, str]:
+    """Return every key of a recipe by its last name; of equal names, the first."""
     out: dict[str, str] = {name: name for name in settings(Recipe)}
     for section, cls in sections().items():
         for name in settings(cls):

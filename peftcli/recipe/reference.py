@@ -1,4 +1,4 @@
-"""Help on one key of a recipe, and the JSON Schema: both read from the dataclasses and their docstrings."""
+"""Help on a key of a recipe, and the JSON Schema, from the dataclasses and their docstrings."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 from peftcli.core.config import section_class
 from peftcli.errors import UsageError
 from peftcli.methods import METHODS
-from peftcli.recipe.names import alias_of, near
+from peftcli.recipe.names import closest, find_alias
 from peftcli.recipe.settings import (
     Setting,
     branches,
     choices,
-    in_words,
+    describe_type,
     item_hint,
     kinds,
     method_settings,
+    only_required,
     settings,
-    sole_required,
     task_settings,
 )
 from peftcli.schema import Recipe
@@ -29,7 +29,7 @@ from peftcli.tasks import TASKS
 
 _VARIABLE = r"\$\{.+\}"
 _JSON_TYPES: dict[Any, tuple[str, str]] = {
-    # What a YAML editor sees, and which strings stand for it.
+    # The JSON type, and the strings that a recipe may contain instead.
     int: ("integer", f"^{_VARIABLE}$"),
     float: ("number", f"^{_VARIABLE}$"),
     bool: ("boolean", f"^([yY]es|[nN]o|[oO]n|[oO]ff|{_VARIABLE})$"),
@@ -38,7 +38,7 @@ _JSON_TYPES: dict[Any, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Explanation:
-    """What is to be said about one key, method or task."""
+    """The help on one key, method or task."""
 
     key: str
     kind: str
@@ -49,17 +49,17 @@ class Explanation:
     allowed: tuple[str, ...] = ()
     example: str | None = None
     settings: tuple[tuple[str, str, str], ...] = ()
-    """Of a section or a method: name, default and help of each setting."""
+    """For sections and methods: name, default and help of each setting."""
     link: str | None = None
 
 
 def explain(key: str) -> Explanation:
-    """What ``key`` is: a setting, a section, a method or a task, by its full or its last name.
+    """Explain a setting, a section, a method or a task, given by its full or its last name.
 
-    An item of a list may be named as problems name it: ``dataset.mix[1].weight``.
+    Items of lists are accepted as in error messages: ``dataset.mix[1].weight``.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the name is unknown.
     """
     known, key = _explainable(), re.sub(r"\[[0-9]+\]", "", key)
     if key in known:
@@ -67,15 +67,15 @@ def explain(key: str) -> Explanation:
     ends = [found for name, found in known.items() if name.endswith(f".{key}")]
     if ends:
         return min(ends, key=lambda found: found.key.count("."))
-    alias = alias_of(key.rpartition(".")[2], key.partition(".")[0]) or ""
+    alias = find_alias(key.rpartition(".")[2], key.partition(".")[0]) or ""
     suggestion = (
         alias.partition(":")[0]
-        or near(key, (name for name in known if "." not in name))
-        or near(key, known)
-        or near(key, (name.rpartition(".")[2] for name in known))
+        or closest(key, (name for name in known if "." not in name))
+        or closest(key, known)
+        or closest(key, (name.rpartition(".")[2] for name in known))
     )
     hint = f"did you mean {suggestion!r}?" if suggestion else "`peftcli schema` lists every key"
-    raise UsageError(f"no setting, section, method or task is called {key[:60]!r}", hint=hint)
+    raise UsageError(f"unknown setting, section, method or task: {key[:60]!r}", hint=hint)
 
 
 def _explainable() -> dict[str, Explanation]:
@@ -138,13 +138,13 @@ def _explainable() -> dict[str, Explanation]:
 
 
 def _explain_own_setting(section: str, kind: str, name: str, entry: Setting) -> dict[str, Explanation]:
-    """One setting of a method or task, and those that it holds where it is a mapping."""
+    """Explain a setting of a method or task, and the settings within it if it is a mapping."""
     keys = (f"{kind}.{name}", f"{section}.{name}")
     return {one: found for key in keys for one, found in _explain_nested(key, entry, section).items()}
 
 
 def _explain_nested(key: str, entry: Setting, section: str) -> dict[str, Explanation]:
-    """One setting of a section, and those that it holds where it is a mapping or a list of them."""
+    """Explain a setting of a section, and the settings within it if it is a mapping or a list of mappings."""
     whole, name = _explain_setting(key, entry, section), key.rpartition(".")[2]
     held = entry.section or entry.items
     if held is None:
@@ -153,7 +153,7 @@ def _explain_nested(key: str, entry: Setting, section: str) -> dict[str, Explana
     for inner, found in settings(held).items():
         one, given = _explain_setting(f"{key}.{inner}", found), f"{inner}: {_example(found)}"
         if entry.items:
-            given = f"- {given}" if found.required else f"- {sole_required(held)}: ...\n      {given}"
+            given = f"- {given}" if found.required else f"- {only_required(held)}: ...\n      {given}"
         out[one.key] = dataclasses.replace(one, example=f"{section}:\n  {name}:\n    {given}")
     return out
 
@@ -165,8 +165,8 @@ def _explain_setting(key: str, entry: Setting, section: str | None = None) -> Ex
         key=key,
         kind="setting",
         help=entry.help,
-        type=in_words(entry.hint),
-        default="(required)" if entry.required else _shown(entry.default),
+        type=describe_type(entry.hint),
+        default="(required)" if entry.required else _format_default(entry.default),
         allowed=tuple(choices(entry.hint)),
         example=f"{section or first}:\n  {line}" if first else line,
     )
@@ -174,40 +174,43 @@ def _explain_setting(key: str, entry: Setting, section: str | None = None) -> Ex
 
 def _rows(children: dict[str, Setting]) -> tuple[tuple[str, str, str], ...]:
     return tuple(
-        (name, "(required)" if entry.required else _shown(entry.default), entry.help)
+        (name, "(required)" if entry.required else _format_default(entry.default), entry.help)
         for name, entry in children.items()
     )
 
 
 def _example(entry: Setting) -> str:
-    """A value of the right type: the default, else what the type suggests."""
+    """Return an example value: the default, or one of the right type."""
     if not entry.required and entry.default not in (None, {}, []):
-        return _shown(entry.default)
+        return _format_default(entry.default)
     if found := choices(entry.hint):
         return found[0]
     accepted = kinds(entry.hint)
     if entry.section:
-        alone = sole_required(entry.section)
+        alone = only_required(entry.section)
         return _example(settings(entry.section)[alone]) if alone else "{...}"
     if entry.items:
-        return f"[{{{sole_required(entry.items)}: ...}}]"
+        return f"[{{{only_required(entry.items)}: ...}}]"
     for kind, text in ((list, "[...]"), (dict, "{...}"), (int, "1"), (float, "0.1"), (bool, "true")):
         if kind in accepted:
             return text
     return "..."
 
 
-def _shown(default: Any) -> str:
+def _format_default(default: Any) -> str:
     if default is None:
         return "(unset)"
     return default if isinstance(default, str) else json.dumps(default)
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of a recipe, for editors."""
+    """Return the JSON Schema (draft 2020-12) of a recipe, for editors."""
     top = settings(Recipe)
     properties: dict[str, Any] = {
-        "extends": {"type": "string", "description": "Another recipe, relative to this one, that this one changes."}
+        "extends": {
+            "type": "string",
+            "description": "Path of a recipe, relative to this one, whose settings this one inherits and overrides.",
+        }
     }
     needed: dict[str, Any] = {"method": {"required": ["type"]}}
     for name, entry in top.items():
@@ -242,7 +245,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _kinds_schema(kinds: dict[str, tuple[str, dict[str, Setting]]]) -> dict[str, Any]:
-    """A mapping whose ``type`` decides which settings it may hold."""
+    """Return the schema of a mapping whose ``type`` decides its settings."""
     rules = [
         {
             "if": {"properties": {"type": {"const": name}}, "required": ["type"]},
@@ -259,8 +262,8 @@ def _kinds_schema(kinds: dict[str, tuple[str, dict[str, Setting]]]) -> dict[str,
 
 
 def _section_schema(section: type) -> dict[str, Any]:
-    """A mapping, or its sole required setting alone."""
-    known, alone = settings(section), sole_required(section)
+    """Return the schema of a section: a mapping, or its only required setting."""
+    known, alone = settings(section), only_required(section)
     whole = _object(known)
     if needed := _required(known):
         whole["required"] = needed

@@ -1,4 +1,4 @@
-"""What a section or a method takes: names, types, defaults and help, read from its dataclass."""
+"""The settings of a section or a method: names, types, defaults and help, read from its dataclass."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Setting:
     name: str
     hint: Any
     default: Any
-    """The value when the key is absent; ``dataclasses.MISSING`` where it must be given."""
+    """The value if the key is absent; ``dataclasses.MISSING`` if the key is required."""
     owner: type
 
     @property
@@ -43,12 +43,12 @@ class Setting:
 
     @property
     def section(self) -> type | None:
-        """The dataclass of a key that holds settings of its own."""
+        """The dataclass of a key whose value is a mapping of settings."""
         return section_class(self.hint)
 
     @property
     def items(self) -> type | None:
-        """The dataclass of a key that holds a list of such sections."""
+        """The dataclass of a key whose value is a list of mappings of settings."""
         return section_class(item_hint(self.hint, list))
 
     @property
@@ -59,7 +59,7 @@ class Setting:
 
 @cache
 def settings(cls: type) -> dict[str, Setting]:
-    """The keys that a recipe may give for a dataclass, in order."""
+    """Return the keys that a recipe may give for a dataclass, in order."""
     hints = get_type_hints(cls)
     out = {}
     for entry in dataclasses.fields(cls):
@@ -70,34 +70,34 @@ def settings(cls: type) -> dict[str, Setting]:
 
 
 def sections() -> dict[str, type]:
-    """The fixed sections of a recipe: name -> dataclass."""
+    """Return the fixed sections of a recipe: name -> dataclass."""
     return {name: entry.section for name, entry in settings(Recipe).items() if entry.section}
 
 
-def sole_required(section: type) -> str | None:
-    """The setting that a section may be given as alone, since it needs no other: ``{type: nf4}`` as ``nf4``."""
+def only_required(section: type) -> str | None:
+    """Return the only required setting of a section, or None: ``{type: nf4}`` may be written as ``nf4``."""
     needed = [name for name, entry in settings(section).items() if entry.required]
     return needed[0] if len(needed) == 1 else None
 
 
 def method_settings(method: str) -> dict[str, Setting]:
-    """The keys of ``method`` for one type, without ``type`` itself."""
+    """Return the settings of a method, without ``type``."""
     config: Any = METHODS[method].config_class()
     return settings(config)
 
 
 def task_settings(task: str) -> dict[str, Setting]:
-    """The keys of ``task`` for one type, without ``type`` itself."""
+    """Return the settings of a task, without ``type``."""
     return settings(TASKS[task].settings)
 
 
 def branches(hint: Any) -> tuple[Any, ...]:
-    """The members of a union; the hint itself where it is none."""
+    """Return the members of a union; the hint itself if it is not a union."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def kinds(hint: Any) -> set[Any]:
-    """The plain types that a hint accepts: {list, NoneType} for ``list[int] | None``, {str} for Literal["a"]."""
+    """Return the plain types that a hint accepts: {list, NoneType} for ``list[int] | None``, {str} for Literal["a"]."""
     out = set()
     for branch in branches(hint):
         if get_origin(branch) is Literal:
@@ -108,7 +108,7 @@ def kinds(hint: Any) -> set[Any]:
 
 
 def item_hint(hint: Any, container: type) -> Any:
-    """The hint of the items of a list, or of the values of a mapping."""
+    """Return the hint of the items of a list, or of the values of a mapping."""
     for branch in branches(hint):
         if get_origin(branch) is container:
             return get_args(branch)[-1]
@@ -116,12 +116,12 @@ def item_hint(hint: Any, container: type) -> Any:
 
 
 def choices(hint: Any) -> list[str]:
-    """The literal values that a hint names."""
+    """Return the literal values of a hint."""
     return [str(value) for branch in branches(hint) if get_origin(branch) is Literal for value in get_args(branch)]
 
 
-def in_words(hint: Any) -> str:
-    """A hint for the reader of a recipe: ``a list of strings or a string``."""
+def describe_type(hint: Any) -> str:
+    """Describe a hint in words: ``a list of strings or a string``."""
     words: list[str] = []
     for branch in branches(hint):
         origin, args = get_origin(branch), get_args(branch)
@@ -135,7 +135,7 @@ def in_words(hint: Any) -> str:
         elif origin is dict:
             words.append(f"a mapping of names to {_PLURALS.get(args[1], 'values')}")
         elif dataclasses.is_dataclass(branch):
-            alone = sole_required(branch)  # type: ignore[arg-type]
+            alone = only_required(branch)  # type: ignore[arg-type]
             words += [*(choices(settings(branch)[alone].hint) if alone else ()), "a mapping"]  # type: ignore[arg-type]
         elif branch is not type(None):
             words.append(_WORDS.get(branch, "a value"))
@@ -143,13 +143,13 @@ def in_words(hint: Any) -> str:
 
 
 def field_help(owner: type, name: str) -> str:
-    """The docstring below a field of a dataclass."""
+    """Return the docstring below a field of a dataclass."""
     return next((found for cls in owner.__mro__ if (found := _docstrings(cls).get(name))), "")
 
 
 @cache
 def _docstrings(cls: type) -> dict[str, str]:
-    """Field name -> the string below it in the source of ``cls``."""
+    """Return field name -> the string below it in the source of ``cls``."""
     out: dict[str, str] = {}
     for node in ast.walk(_module_tree(cls.__module__)) if dataclasses.is_dataclass(cls) else ():
         if not isinstance(node, ast.ClassDef) or node.name != cls.__name__:

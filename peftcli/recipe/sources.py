@@ -1,4 +1,4 @@
-"""A recipe's files and overrides -> one tree of values."""
+"""Merge a recipe's files and overrides into one tree of values."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from peftcli.recipe.yaml_file import parse_text, read_file
 
 COMMAND_LINE = Place("command line")
 MAX_EXTENDS = 16
-_ALONE = {"base_model": "name", "task": "type"}
-"""Sections that may be given as one of their settings alone."""
+_SHORT_FORMS = {"base_model": "name", "task": "type"}
+"""Sections that may be given as one setting: section -> setting."""
 
 
 def read_tree(path: Path, overrides: Sequence[str], problems: Problems) -> Value | None:
-    """The values of a recipe, what it extends, and the overrides on top; None where a file cannot be read."""
+    """Read a recipe, the recipes it extends, and the overrides; return None if a file cannot be read."""
     tree = _read_chain(path, Place(str(path)), (), problems)
     top = tree or Value({}, Place(str(path)))
     for text in overrides:
@@ -25,33 +25,33 @@ def read_tree(path: Path, overrides: Sequence[str], problems: Problems) -> Value
     return top if tree else None
 
 
-def _read_chain(path: Path, shown: Place, below: tuple[str, ...], problems: Problems) -> Value | None:
-    """The file at ``path`` over the file that it extends. ``below``: the files that led here."""
-    tree = read_file(path, problems, shown)
+def _read_chain(path: Path, named_at: Place, below: tuple[str, ...], problems: Problems) -> Value | None:
+    """Merge the file at ``path`` over the file that it extends. ``below`` is the chain of files so far."""
+    tree = read_file(path, problems, named_at)
     if tree is None or not isinstance(tree.data, dict) or "extends" not in tree.data:
         return tree
     own = {name: value for name, value in tree.data.items() if name != "extends"}
     named = tree.data["extends"]
     tree = replace(tree, data=own)
     if not isinstance(named.data, str) or not named.data:
-        problems.add(f"expected the path of a recipe, found {named.shown()}", named.place, "extends")
+        problems.add(f"expected the path of a recipe, found {named.describe()}", named.place, "extends")
         return None
     if "\0" in named.data:  # reported where it was read
         return None
     chain = (*below, os.path.realpath(path))
     base_path = path.parent / named.data
     if os.path.realpath(base_path) in chain:
-        problems.add(f"{base_path} extends itself, by way of {path}", named.place, "extends")
+        problems.add(f"{base_path} extends itself through {path}", named.place, "extends")
         return None
     if len(chain) >= MAX_EXTENDS:
-        problems.add(f"more than {MAX_EXTENDS} recipes that extend one another", named.place, "extends")
+        problems.add(f"more than {MAX_EXTENDS} recipes extend one another", named.place, "extends")
         return None
     base = _read_chain(base_path, named.place, chain, problems)
     return None if base is None else _merge(base, tree)
 
 
 def _merge(base: Value, top: Value) -> Value:
-    """``top`` over ``base``. Mappings merge key by key, unless their ``type`` differs: other methods share nothing."""
+    """Merge ``top`` over ``base``. Mappings merge key by key, unless their ``type`` differs."""
     if not isinstance(base.data, dict) or not isinstance(top.data, dict):
         return top
     if "type" in base.data and "type" in top.data and base.data["type"].data != top.data["type"].data:
@@ -60,7 +60,7 @@ def _merge(base: Value, top: Value) -> Value:
     for name, value in top.data.items():
         below = merged.get(name)
         if below is not None and name == "task" and isinstance(below.data, str) and isinstance(value.data, dict):
-            below = _written_out(below, name)
+            below = _expand_short_form(below, name)
         merged[name] = value if below is None else _merge(below, value)
     return replace(top, data=merged)
 
@@ -78,11 +78,11 @@ def _override(tree: Value, text: str, problems: Problems) -> Value:
         problems.add("cannot be overridden", COMMAND_LINE, "extends")
         return tree
     value = _parse_value(written.strip(), key, problems)
-    return tree if value is None else _put(tree, path, value)
+    return tree if value is None else _set(tree, path, value)
 
 
 def _parse_value(written: str, key: str, problems: Problems) -> Value | None:
-    """A value of the command line: a YAML list, mapping or quoted string where it starts like one, else plain text."""
+    """Parse a value of the command line: YAML if it starts like a list, mapping or quoted string, else plain text."""
     if not written.startswith(("[", "{", '"', "'")):
         return resolve(Value(written, COMMAND_LINE, plain=True, key_place=COMMAND_LINE), key, problems)
     own = Problems()
@@ -93,34 +93,34 @@ def _parse_value(written: str, key: str, problems: Problems) -> Value | None:
         return None
     if list(document.data) != ["value"]:
         problems.add("expected one value", COMMAND_LINE, key)
-    return _on_command_line(document.data["value"])
+    return _at_command_line(document.data["value"])
 
 
-def _on_command_line(value: Value) -> Value:
+def _at_command_line(value: Value) -> Value:
     data = value.data
     if isinstance(data, list):
-        data = [_on_command_line(item) for item in data]
+        data = [_at_command_line(item) for item in data]
     elif isinstance(data, dict):
-        data = {name: _on_command_line(item) for name, item in data.items()}
+        data = {name: _at_command_line(item) for name, item in data.items()}
     return Value(data, COMMAND_LINE, value.plain, COMMAND_LINE)
 
 
-def _put(tree: Value, path: list[str], value: Value) -> Value:
-    """``tree`` with ``value`` at ``path``."""
+def _set(tree: Value, path: list[str], value: Value) -> Value:
+    """Return ``tree`` with ``value`` at ``path``."""
     name, *rest = path
     if not isinstance(tree.data, dict):
         tree = Value({}, COMMAND_LINE, key_place=COMMAND_LINE)
     children = tree.data if isinstance(tree.data, dict) else {}
     old = children.get(name)
-    if name in _ALONE and old is not None:
+    if name in _SHORT_FORMS and old is not None:
         if name == "base_model" and not rest and isinstance(old.data, dict) and isinstance(value.data, str):
             rest = ["name"]
         elif rest and isinstance(old.data, str):
-            old = _written_out(old, name)
-    new = _put(old or Value({}, COMMAND_LINE, key_place=COMMAND_LINE), rest, value) if rest else value
+            old = _expand_short_form(old, name)
+    new = _set(old or Value({}, COMMAND_LINE, key_place=COMMAND_LINE), rest, value) if rest else value
     return replace(tree, data={**children, name: new})
 
 
-def _written_out(value: Value, section: str) -> Value:
-    """A section that is given as one setting alone, as the mapping that it means."""
-    return replace(value, data={_ALONE[section]: value})
+def _expand_short_form(value: Value, section: str) -> Value:
+    """Expand a section that is given as one setting to a mapping."""
+    return replace(value, data={_SHORT_FORMS[section]: value})

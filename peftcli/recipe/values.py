@@ -1,4 +1,4 @@
-"""Values of a recipe as they stand in the file: text with its place, read as a type only when a setting asks."""
+"""Values of a recipe as in the file: text with its place. The setting decides the type."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftcli.errors import Problem
 from peftcli.system.secrets import SECRET_NAME, known_secrets, redact, redactor
 
 MAX_PROBLEMS = 100
-NO_TEXT = "holds a character that is no text (NUL or half a surrogate pair)"
+NO_TEXT = "contains a character that is not text (NUL or half a surrogate pair)"
 _MAX_VARIABLES = 100
 _NULL = frozenset({"", "~", "null", "Null", "NULL"})
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
@@ -27,7 +27,7 @@ Scalar = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class Place:
-    """Where something stands, counted from 1."""
+    """A place in a file; lines and columns count from 1."""
 
     file: str
     line: int | None = None
@@ -41,24 +41,24 @@ class Value:
     data: str | list[Value] | dict[str, Value]
     place: Place
     plain: bool = False
-    """A scalar without quotes: it may mean a number, true, false or null."""
+    """Whether this is a scalar without quotes, which may be a number, true, false or null."""
     key_place: Place | None = None
-    """Where the key of this value stands."""
+    """The place of the value's key."""
     refused: bool = False
-    """A problem of this value is noted already: nothing more is to be said about it."""
+    """Whether a problem of this value is reported already."""
 
     @property
     def scalar(self) -> Scalar:
-        """What a scalar's text means by itself."""
+        """The scalar that the text means by itself."""
         return read_scalar(self.data) if self.plain and isinstance(self.data, str) else str(self.data)
 
-    def shown(self) -> str:
-        """The value in an error message."""
+    def describe(self) -> str:
+        """Describe the value in an error message."""
         if not isinstance(self.data, str):
             return "a mapping" if isinstance(self.data, dict) else "a list"
         if self.scalar is None:
             return "nothing"
-        text = redact(self.data)  # before it is cut, which would leave a secret that is not recognised
+        text = redact(self.data)  # before it is shortened: a part of a secret is not recognised
         text = text if len(text) <= 60 else text[:60] + "..."
         if isinstance(self.scalar, str):
             return repr(text)
@@ -68,13 +68,13 @@ class Value:
 
 
 class Report(Protocol):
-    """Notes a problem of the first key. The others are what the problem follows from."""
+    """Report a problem of the first key, which depends on the other keys."""
 
     def __call__(self, keys: Sequence[str], message: str, suggestion: str | None = None) -> None: ...
 
 
 class Problems:
-    """Collects problems, up to a bound, and keeps secrets out of their text."""
+    """Collect problems, up to a limit, without secrets in their text."""
 
     def __init__(self) -> None:
         self.found: list[Problem] = []
@@ -83,16 +83,16 @@ class Problems:
 
     @property
     def full(self) -> bool:
-        """Whether further problems are only counted."""
+        """Whether the limit is reached, so that further problems are only counted."""
         return len(self.found) >= MAX_PROBLEMS
 
     @property
     def count(self) -> int:
-        """How many problems there are, with those left out."""
+        """The number of problems, including those left out."""
         return len(self.found) + self.left_out
 
     def add(self, message: str, place: Place, key: str | None = None, suggestion: str | None = None) -> None:
-        """Notes one problem."""
+        """Add one problem."""
         if self.full:
             self.left_out += 1
             return
@@ -101,7 +101,7 @@ class Problems:
         self.found.append(Problem(message, file, place.line, place.column, key, suggestion))
 
     def in_order(self) -> list[Problem]:
-        """The problems by file and line."""
+        """Return the problems sorted by file and line."""
         files = list(dict.fromkeys(problem.file for problem in self.found))
         ordered = sorted(self.found, key=lambda p: (files.index(p.file), p.line or 0, p.column or 0))
         if self.left_out:
@@ -110,9 +110,9 @@ class Problems:
 
 
 def read_scalar(text: str) -> Scalar:
-    """What an unquoted scalar means: a number, true, false, null, else itself.
+    """Convert an unquoted scalar to a number, true, false or null; otherwise return the text.
 
-    ``yes``, ``no``, dates and numbers with leading zeros stay strings: what they mean differs between YAML versions.
+    ``yes``, ``no``, dates and numbers with leading zeros stay strings: YAML versions disagree about them.
     """
     if text in _NULL:
         return None
@@ -138,28 +138,28 @@ def _integer(text: str) -> int | float:
 
 
 def resolve(value: Value, key: str, problems: Problems) -> Value:
-    """A scalar with its ``${ENV}`` filled in, and refused when it holds what no recipe may hold."""
-    noted = problems.count
-    text = _interpolate(value, key, problems)
+    """Substitute ``${ENV}`` in a scalar; refuse it if it contains a secret or is not text."""
+    before = problems.count
+    text = _substitute(value, key, problems)
     whole = _VARIABLE.fullmatch(str(value.data))
     plain = value.plain or bool(whole and whole["name"])
     if not is_text(text):
         problems.add(NO_TEXT, value.place, key)
     if problems.redact(text) != text or problems.redact(key) != key:
-        place = next((place for secret, place in known_secrets().items() if secret in text or secret in key), None)
+        origin = next((origin for secret, origin in known_secrets().items() if secret in text or secret in key), None)
         problems.add(
-            f"looks like a token or password{f' (that of {place})' if place else ''}, which no recipe may hold; "
+            f"looks like a token or password{f' (from {origin})' if origin else ''}, which a recipe must not contain; "
             "set HF_TOKEN in the environment, or log in with `hf auth login`",
             value.place,
             key,
         )
-    return replace(value, data=text, plain=plain, refused=problems.count > noted)
+    return replace(value, data=text, plain=plain, refused=problems.count > before)
 
 
-def _interpolate(value: Value, key: str, problems: Problems) -> str:
+def _substitute(value: Value, key: str, problems: Problems) -> str:
     text = str(value.data)
     if text.count("${") > _MAX_VARIABLES:
-        problems.add(f"holds more than {_MAX_VARIABLES} variables", value.place, key)
+        problems.add(f"contains more than {_MAX_VARIABLES} variables", value.place, key)
         return text
 
     def fill(match: re.Match[str]) -> str:
@@ -170,7 +170,11 @@ def _interpolate(value: Value, key: str, problems: Problems) -> str:
             problems.add("expected ${NAME} or ${NAME:-default}; a literal ${ is written $${", value.place, key)
             return ""
         if SECRET_NAME.search(name):
-            problems.add(f"${{{name}}} names a secret, and a recipe is saved beside the adapter", value.place, key)
+            problems.add(
+                f"${{{name}}} is a secret; a recipe must not contain it, since it is saved beside the adapter",
+                value.place,
+                key,
+            )
             return ""
         found = os.environ.get(name)
         if default is not None:
@@ -185,7 +189,7 @@ def _interpolate(value: Value, key: str, problems: Problems) -> str:
 
 
 def is_text(text: str) -> bool:
-    """Whether a text can be written to a file and read by anybody."""
+    """Return whether a text can be encoded as UTF-8 and contains no NUL."""
     try:
         return b"\0" not in text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""One YAML file -> values with places. Stricter than YAML: nothing in the file is guessed, repeated or unbounded."""
+"""Read a YAML file into values with places. Stricter than YAML: no guessed types, repeated keys or unbounded sizes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import yaml
 
 from peftcli.guard.files import read_small
-from peftcli.recipe.names import near_file
+from peftcli.recipe.names import closest_file
 from peftcli.recipe.values import NO_TEXT, Place, Problems, Value, is_text, read_scalar, resolve
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 64
 MAX_VALUES = 20_000
-_LONGEST_NAME = 200
+_MAX_NAME = 200
 
 _PLAIN, _QUOTED, _COLLECTION = "plain", "quoted", "collection"
 _TAGS = {
@@ -26,12 +26,12 @@ _TAGS = {
     "tag:yaml.org,2002:map": _COLLECTION,
     "tag:yaml.org,2002:seq": _COLLECTION,
 }
-_NO_TAGS = "YAML tags are not used in recipes; leave it out"
+_NO_TAGS = "has a YAML tag, which recipes do not use; remove it"
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-_PLAIN_WORDS = (
-    (r"found character '\\t'", "a tab; YAML is indented with spaces"),
+_EXPLANATIONS = (
+    (r"found character '\\t'", "a tab; YAML uses spaces for indentation"),
     (r"cannot start any token", "a value cannot start with this character; quote it"),
-    (r"mapping values are not allowed here", "a second ': ' on this line; quote a value that holds one"),
+    (r"mapping values are not allowed here", "a second ': ' on this line; quote a value that contains one"),
     (r"could not find expected ':'", "a key without ':'"),
     (r"expected <block end>", "this line does not fit the indentation of the lines above"),
     (r"found unexpected end of stream|while scanning a quoted", "a quote that is never closed"),
@@ -42,7 +42,7 @@ _PLAIN_WORDS = (
 
 
 class _Refused(Exception):
-    """The file cannot be read on: the message, and its place in the file."""
+    """Reading stops, with a message and its place in the file."""
 
     def __init__(self, message: str, mark: Any = None):
         super().__init__(message)
@@ -50,7 +50,7 @@ class _Refused(Exception):
 
 
 class _Composer(yaml.SafeLoader):
-    """PyYAML up to its nodes, without its reading of scalars, bounded in depth and number."""
+    """PyYAML's loader up to the nodes, without types of scalars, and limited in depth and number."""
 
     depth = count = 0
 
@@ -72,17 +72,17 @@ class _Composer(yaml.SafeLoader):
             self.depth -= 1
 
 
-def read_file(path: Path, problems: Problems, shown: Place) -> Value | None:
-    """The top mapping of a file; None where it cannot be read, with the reason in ``problems``.
+def read_file(path: Path, problems: Problems, named_at: Place) -> Value | None:
+    """Read the top mapping of a file; return None if it cannot be read, with the reason in ``problems``.
 
-    ``shown`` is the place that names the file, for a problem with the file as a whole.
+    ``named_at`` is the place that names the file, for problems of the whole file.
     """
-    text = _read_text(path, problems, shown)
+    text = _read_text(path, problems, named_at)
     return None if text is None else parse_text(text, str(path), problems)
 
 
 def parse_text(text: str, file: str, problems: Problems) -> Value | None:
-    """The top mapping of a YAML document."""
+    """Parse the top mapping of a YAML document."""
     if control := _CONTROL.search(text):
         place = _place_of(text, control.start(), file)
         problems.add(f"a control character (0x{ord(control.group()):02x}), which YAML does not allow", place)
@@ -93,10 +93,10 @@ def parse_text(text: str, file: str, problems: Problems) -> Value | None:
         root = loader.get_single_node()
         value = None if root is None else _Converter(file, problems).convert(root, "", 1)
     except _Refused as error:
-        problems.add(error.message, _marked(file, error.mark))
+        problems.add(error.message, _place_at(file, error.mark))
         return None
     except yaml.MarkedYAMLError as error:
-        problems.add(_in_words(error), _marked(file, error.problem_mark or error.context_mark))
+        problems.add(_explain(error), _place_at(file, error.problem_mark or error.context_mark))
         return None
     except yaml.reader.ReaderError as error:
         place = _place_of(text, error.position, file)
@@ -104,13 +104,13 @@ def parse_text(text: str, file: str, problems: Problems) -> Value | None:
         return None
     except (AttributeError, ValueError, RecursionError, TypeError, IndexError, OverflowError):
         # PyYAML raises these on some malformed input.
-        problems.add("not valid YAML", _marked(file, loader.get_mark() if loader else None))
+        problems.add("not valid YAML", _place_at(file, loader.get_mark() if loader else None))
         return None
     if value is None or value.scalar is None:
         problems.add("the recipe is empty", Place(file, 1, 1))
         return None
     if not isinstance(value.data, dict):
-        problems.add(f"expected a mapping of sections, found {value.shown()}", value.place)
+        problems.add(f"expected a mapping of sections, found {value.describe()}", value.place)
         return None
     return value
 
@@ -120,13 +120,13 @@ class _Converter:
         self.file, self.problems, self.count = file, problems, 0
 
     def convert(self, node: yaml.Node, key: str, depth: int) -> Value:
-        """``node`` with its aliases written out, which is what makes them worth bounding."""
+        """Convert a node, with its aliases expanded, which is why the number of values is limited."""
         self.count += 1
         if self.count > MAX_VALUES:
-            raise _Refused(f"more than {MAX_VALUES} values once its aliases are written out", node.start_mark)
+            raise _Refused(f"more than {MAX_VALUES} values once its aliases are expanded", node.start_mark)
         if depth > MAX_DEPTH:
             raise _Refused(f"nested more than {MAX_DEPTH} levels deep, or within itself", node.start_mark)
-        place = _marked(self.file, node.start_mark)
+        place = _place_at(self.file, node.start_mark)
         kind = _TAGS.get(node.tag, node.tag)
         if kind not in (_PLAIN, _QUOTED, _COLLECTION):
             self.problems.add(_NO_TAGS, place, key or None)
@@ -142,7 +142,7 @@ class _Converter:
         merged: dict[str, Value] = {}
         places: dict[str, Place] = {}
         for key_node, value_node in node.value:
-            place = _marked(self.file, key_node.start_mark)
+            place = _place_at(self.file, key_node.start_mark)
             name = self.name(key_node, place, key)
             if name is None:
                 continue
@@ -150,9 +150,9 @@ class _Converter:
             value = replace(self.convert(value_node, path, depth + 1), key_place=place)
             first = places.setdefault(name, place)
             if first is not place:
-                self.problems.add(f"given twice, first in line {first.line}", place, path)
+                self.problems.add(f"given twice; first in line {first.line}", place, path)
             elif name == "<<" and key_node.tag == _PLAIN:
-                merged = self.inherited(value, place)
+                merged = self.merged_keys(value, place)
             else:
                 own[name] = value
         return {**merged, **own}
@@ -163,8 +163,8 @@ class _Converter:
             return None
         kind = _TAGS.get(node.tag, node.tag)
         if kind == _PLAIN and not isinstance(read_scalar(node.value), str):
-            shown = node.value[:60] or "nothing"
-            self.problems.add(f"a key must be a name, found {shown}; quote it to make it one", place, key or None)
+            found = node.value[:60] or "nothing"
+            self.problems.add(f"a key must be a name, found {found}; quote it", place, key or None)
             return None
         if kind not in (_PLAIN, _QUOTED):
             self.problems.add(_NO_TAGS, place, key or None)
@@ -172,33 +172,33 @@ class _Converter:
             self.problems.add(NO_TEXT, place, f"{key}.{node.value}" if key else node.value)
         return str(node.value)
 
-    def inherited(self, value: Value, place: Place) -> dict[str, Value]:
+    def merged_keys(self, value: Value, place: Place) -> dict[str, Value]:
         sources = value.data if isinstance(value.data, list) else [value]
         out: dict[str, Value] = {}
         for source in sources:
             if isinstance(source.data, dict):
                 out = {**source.data, **out}
             else:
-                self.problems.add("<< takes a mapping, or a list of them", place)
+                self.problems.add("<< takes a mapping or a list of mappings", place)
         return out
 
 
-def _read_text(path: Path, problems: Problems, shown: Place) -> str | None:
-    name = str(path) if len(str(path)) <= _LONGEST_NAME else f"{str(path)[:_LONGEST_NAME]}..."
+def _read_text(path: Path, problems: Problems, named_at: Place) -> str | None:
+    name = str(path) if len(str(path)) <= _MAX_NAME else f"{str(path)[:_MAX_NAME]}..."
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            problems.add(f"{name} is {'a folder' if stat.S_ISDIR(found.st_mode) else 'no regular file'}", shown)
+            problems.add(f"{name} is {'a folder' if stat.S_ISDIR(found.st_mode) else 'not a regular file'}", named_at)
             return None
         if found.st_size > MAX_BYTES:
-            problems.add(f"{name} has {found.st_size} bytes; a recipe has at most {MAX_BYTES}", shown)
+            problems.add(f"{name} has {found.st_size} bytes; a recipe has at most {MAX_BYTES}", named_at)
             return None
-        raw = read_small(path, MAX_BYTES)  # the file may be another one by now
+        raw = read_small(path, MAX_BYTES)  # the file may have been replaced since
     except FileNotFoundError:
-        problems.add(f"no such file: {name}", shown, suggestion=near_file(str(path)))
+        problems.add(f"no such file: {name}", named_at, suggestion=closest_file(str(path)))
         return None
     except (OSError, ValueError) as error:
-        problems.add(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}", shown)
+        problems.add(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}", named_at)
         return None
     try:
         return raw.decode("utf-8-sig")
@@ -208,17 +208,17 @@ def _read_text(path: Path, problems: Problems, shown: Place) -> str | None:
         return None
 
 
-def _in_words(error: yaml.MarkedYAMLError) -> str:
+def _explain(error: yaml.MarkedYAMLError) -> str:
     found = error.problem or error.context or "cannot be read"
-    for pattern, words in _PLAIN_WORDS:
+    for pattern, words in _EXPLANATIONS:
         if re.search(pattern, f"{error.context}; {found}"):
             return f"not valid YAML: {words}"
     if "but found another document" in found:
-        return "a second YAML document; a recipe is one"
+        return "a second YAML document; a recipe has only one"
     return f"not valid YAML: {found[:200]}"
 
 
-def _marked(file: str, mark: Any) -> Place:
+def _place_at(file: str, mark: Any) -> Place:
     return Place(file) if mark is None else Place(file, mark.line + 1, mark.column + 1)
 
 

@@ -1,4 +1,4 @@
-"""The settings of each task, which a recipe gives under ``task``. Readable without torch.
+"""The settings of each task, which recipes give under ``task``. Imported without torch.
 
 ``NOT_ENCODED`` marks a setting that does not change how rows are encoded: the cache's key leaves it out.
 """
@@ -16,26 +16,28 @@ UNDER_DATASET = ("max_length", "overlong", "packing", "train_on")
 
 @dataclass(frozen=True, kw_only=True)
 class CausalLM:
-    """Settings of causal_lm. All may stand under ``dataset`` as well."""
+    """Settings of causal_lm. Recipes may also give them under ``dataset``."""
 
     max_length: int = 1024
-    """Longest example, in tokens."""
+    """Maximum length of an example, in tokens."""
     overlong: Literal["truncate", "drop", "error", "split"] = "truncate"
-    """What happens to a longer example: cut at the end, left out, refused, or split into pieces that are trained one by
-    one. Always counted."""
+    """What to do with longer examples: truncate them at the end, drop them, stop with an error, or split them into
+    pieces that are separate examples. They are counted in any case."""
     packing: bool = field(default=False, metadata=NOT_ENCODED)
-    """Fill each row of a batch with several examples, up to max_length. They do not see each other."""
+    """Put several examples into each row of a batch, up to max_length. Attention stays within an example."""
     train_on: Literal["answers", "last_answer", "all"] = "answers"
-    """Which tokens count in the loss. answers: what the assistant says, and its end-of-turn token."""
+    """Which tokens count in the loss. answers: the text of each assistant turn and its end-of-turn token; last_answer:
+    the same of the last assistant turn; all: every token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seq2SeqLM:
-    """Settings of seq2seq_lm. All may stand under ``dataset`` as well."""
+    """Settings of seq2seq_lm. Recipes may also give them under ``dataset``."""
 
     max_length: int = 1024
-    """Longest source and longest target, in tokens."""
+    """Maximum length of the source and of the target, in tokens."""
     overlong: Literal["truncate", "drop", "error"] = "truncate"
-    """What happens to a longer example: cut at the end, left out or refused. Always counted."""
+    """What to do with longer examples: truncate them at the end, drop them, or stop with an error. They are counted in
+    any case."""
     train_on: Literal["answers", "last_answer"] = "answers"
-    """Which tokens count in the loss: the target's, in any case."""
+    """Which tokens count in the loss: those of the target, with either value."""

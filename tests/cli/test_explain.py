@@ -4,8 +4,8 @@ from __future__ import annotations
 def test_a_setting(cli) -> None:
     assert cli("explain", "dataset.overlong").out == (
         "dataset.overlong (setting)\n"
-        "  What happens to a longer example: cut at the end, left out, refused, or split into pieces that are trained "
-        "one by one. Always counted.\n"
+        "  What to do with longer examples: truncate them at the end, drop them, stop with an error, or split them "
+        "into pieces that are separate examples. They are counted in any case.\n"
         "  type: truncate, drop, error or split\n"
         "  default: truncate\n"
         "  allowed: truncate, drop, error, split\n"
@@ -26,6 +26,6 @@ def test_an_unknown_key(cli) -> None:
     ran = cli("explain", "lora_rank")
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.splitlines() == [
-        "error: no setting, section, method or task is called 'lora_rank'",
+        "error: unknown setting, section, method or task: 'lora_rank'",
         "did you mean 'method.r'?",
     ]

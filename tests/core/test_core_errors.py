@@ -285,7 +285,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pickle": (_pickled, r"adapter_model\.bin is a pickle"),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), r"no adapter_model\.safetensors"),
     "no config": (lambda folder: (folder / "adapter_config.json").unlink(), r"no adapter_config\.json here"),
-    "config is a folder": (_link, r"adapter_config\.json: is a folder, no regular file"),
+    "config is a folder": (_link, r"adapter_config\.json: is a folder, not a regular file"),
     "cut short": (_cut, "damaged"),
     "no tensors": (_write("adapter_model.safetensors", b"{}"), "damaged"),
     "empty weights": (_write("adapter_model.safetensors", b""), "damaged"),

@@ -178,7 +178,7 @@ def test_headers_of_many_tensors_and_of_empty_ones_are_read(tmp_path: Path) -> N
 def test_a_pipe_is_no_file(file: str, tmp_path: Path) -> None:
     (_saved(tmp_path) / file).unlink()
     os.mkfifo(tmp_path / file)
-    with pytest.raises(AdapterError, match=f"{file}: is a pipe, no regular file"):
+    with pytest.raises(AdapterError, match=f"{file}: is a pipe, not a regular file"):
         _load(tmp_path)
 
 

@@ -52,9 +52,9 @@ def test_63_levels_are_read(tmp_path: Path) -> None:
 
 def test_a_pipe_is_neither_read_nor_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="a pipe, no regular file"):
+    with pytest.raises(ValueError, match="a pipe, not a regular file"):
         open_regular(tmp_path / "pipe")
-    with pytest.raises(ModelError, match="is a pipe, no regular file"):
+    with pytest.raises(ModelError, match="is a pipe, not a regular file"):
         read_json_object(tmp_path / "pipe", 10, ModelError)
 
 

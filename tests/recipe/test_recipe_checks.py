@@ -21,7 +21,7 @@ from peftcli.recipe import gate_holds, parse_gate
         (["training.per_device_train_batch_size=0"], "training.per_device_train_batch_size", "must be at least 1"),
         (["training.gradient_accumulation_steps=-1"], "training.gradient_accumulation_steps", "must be at least 1"),
         (["training.learning_rate=-1"], "training.learning_rate", "must not be negative, found -1.0"),
-        (["training.num_train_epochs=0"], "training.num_train_epochs", "must be above 0 where max_steps is not given"),
+        (["training.num_train_epochs=0"], "training.num_train_epochs", "must be above 0 if max_steps is not given"),
         (["training.max_steps=0"], "training.max_steps", "must be at least 1, or -1"),
         (["training.save_total_limit=1"], "training.save_total_limit", "must be at least 2, not 1"),
         (["training.warmup_ratio=1.5"], "training.warmup_ratio", "must be in [0, 1], not 1.5"),
@@ -62,9 +62,9 @@ from peftcli.recipe import gate_holds, parse_gate
         (["gates.eval_loss=< 1", "training.eval_strategy=no"], "gates.eval_loss", "needs an evaluation"),
         (["base_model.trust_remote_code=true"], "base_model.trust_remote_code", "base_model.revision must name"),
         (["launch.machine_rank=1"], "launch.machine_rank", "must be below launch.num_machines (1), not 1"),
-        (["launch.num_machines=2"], "launch.num_machines", "need launch.main_process_port"),
+        (["launch.num_machines=2"], "launch.num_machines", "above 1 needs launch.main_process_port"),
         (["launch.main_process_port=70000"], "launch.main_process_port", "must be in [1, 65535]"),
-        (["task=CAUSAL_LM"], "task", "no task is called 'CAUSAL_LM'"),
+        (["task=CAUSAL_LM"], "task", "unknown task: 'CAUSAL_LM'"),
         (["dataset.train=https://host/x"], "dataset.train", "must be a path or a hub id, not a URL"),
         (["training.output_dir=''"], "training.output_dir", "is empty"),
         (["dataset.train=./missing"], "dataset.train", "no such file: ./missing"),
@@ -146,4 +146,4 @@ def test_a_template_that_is_a_folder_or_a_pipe(problem, tmp_path: Path) -> None:
     (tmp_path / "a.jinja").mkdir()
     os.mkfifo(tmp_path / "b.jinja")
     for name in ("a.jinja", "b.jinja"):
-        assert "is no regular file" in problem("", f"base_model.chat_template={tmp_path}/{name}").message
+        assert "not a regular file" in problem("", f"base_model.chat_template={tmp_path}/{name}").message

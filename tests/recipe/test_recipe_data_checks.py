@@ -46,13 +46,13 @@ def recipe(**parts: str) -> str:
         # one of train and mix
         ("eval: org/eval", 1, "train", "is required, unless dataset.mix names several datasets"),
         ("mix: []", 1, "train", "is required, unless dataset.mix names several datasets"),
-        ("train: org/a, mix: [org/b]", 30, "mix", "cannot be given together with dataset.train; where one of them is"),
-        ("mix: [org/a], name: x", 31, "name", "is a setting of one dataset; give it in the entries of dataset.mix"),
-        ("mix: [org/a], revision: x", 35, "revision", "is a setting of one dataset"),
-        ("mix: [org/a], split: x", 32, "split", "is a setting of one dataset"),
-        ("mix: [org/a], streaming: true", 36, "streaming", "is a setting of one dataset"),
-        ("mix: [org/a], limit: 9", 32, "limit", "is a setting of one dataset"),
-        ("mix: [org/a], eval_split: x", 37, "eval_split", "is a split of dataset.train; with dataset.mix give"),
+        ("train: org/a, mix: [org/b]", 30, "mix", "cannot be given together with dataset.train; if one of them is"),
+        ("mix: [org/a], name: x", 31, "name", "applies to a single dataset; set it in the entries of dataset.mix"),
+        ("mix: [org/a], revision: x", 35, "revision", "applies to a single dataset"),
+        ("mix: [org/a], split: x", 32, "split", "applies to a single dataset"),
+        ("mix: [org/a], streaming: true", 36, "streaming", "applies to a single dataset"),
+        ("mix: [org/a], limit: 9", 32, "limit", "applies to a single dataset"),
+        ("mix: [org/a], eval_split: x", 37, "eval_split", "is a split of dataset.train; with dataset.mix, use"),
         # paths
         ("train: ''", 18, "train", "is empty"),
         ("mix: [' ']", 17, "mix[0].train", "is empty"),
@@ -64,44 +64,44 @@ def recipe(**parts: str) -> str:
         ("train: ~/data", 18, "train", "no such file: ~/data"),
         ("train: org/a, eval: data/eval.JSON", 31, "eval", "no such file: data/eval.JSON"),
         # settings of hub datasets
-        ("train: data/train.jsonl, name: x", 42, "name", "is for datasets of the hub, and dataset.train is local"),
-        ("train: data, revision: x", 34, "revision", "is for datasets of the hub, and dataset.train is local"),
-        ("train: data, split: x", 31, "split", "is for datasets of the hub, and dataset.train is local"),
-        ("train: data, eval_split: x", 36, "eval_split", "is for datasets of the hub, and dataset.train is local"),
+        ("train: data/train.jsonl, name: x", 42, "name", "applies to hub datasets, but dataset.train is local"),
+        ("train: data, revision: x", 34, "revision", "applies to hub datasets, but dataset.train is local"),
+        ("train: data, split: x", 31, "split", "applies to hub datasets, but dataset.train is local"),
+        ("train: data, eval_split: x", 36, "eval_split", "applies to hub datasets, but dataset.train is local"),
         ("train: data, streaming: true", 35, "streaming", "is local; local files are always streamed"),
         (
             "mix: [{train: data, streaming: true}]",
             42,
             "mix[0].streaming",
-            "is for datasets of the hub, and dataset.mix[0].train is local; local files are always streamed",
+            "applies to hub datasets, but dataset.mix[0].train is local; local files are always streamed",
         ),
         # amounts
         ("train: org/a, limit: 0", 32, "limit", "must be at least 1, not 0"),
         ("mix: [{train: org/a, limit: -1}]", 39, "mix[0].limit", "must be at least 1, not -1"),
         ("mix: [{train: org/a, weight: 0}]", 40, "mix[0].weight", "must be above 0, not 0.0"),
         ("mix: [{train: org/a, weight: -.5}]", 40, "mix[0].weight", "must be above 0, not -0.5"),
-        ("mix: [{train: org/a, weight: 2}, org/b]", 44, "mix[1].weight", "is missing: either every dataset"),
+        ("mix: [{train: org/a, weight: 2}, org/b]", 44, "mix[1].weight", "is missing; give weights to all datasets"),
         # the same again
-        ("mix: [org/a, org/b, org/a]", 31, "mix[2].train", "is dataset.mix[0] again"),
-        ("mix: [data, ./data/]", 23, "mix[1].train", "is dataset.mix[0] again"),
+        ("mix: [org/a, org/b, org/a]", 31, "mix[2].train", "repeats dataset.mix[0]"),
+        ("mix: [data, ./data/]", 23, "mix[1].train", "repeats dataset.mix[0]"),
         (
             "mix: [{train: org/a, weight: 1}, {train: org/a, weight: 2}]",
             52,
             "mix[1].train",
-            "is dataset.mix[0] again; give it once, with a larger weight",
+            "repeats dataset.mix[0]; give it once, with a larger weight",
         ),
         (
             "columns: {a: b, c: d}, mix: [org/a, {train: org/a, columns: {c: d, a: b}}]",
             55,
             "mix[1].train",
-            "is dataset.mix[0] again",
+            "repeats dataset.mix[0]",
         ),
         # rows to evaluate on
         ("train: org/a, eval: org/b, eval_split: x", 50, "eval_split", "cannot be given together with dataset.eval"),
         ("mix: [org/a], eval_fraction: 0", 40, "eval_fraction", "must be between 0 and 1, not 0.0"),
         # findings
-        ("train: org/a, allow: [double_boss]", 33, "allow[0]", "no finding is called 'double_boss'; those that stop"),
-        ("train: org/a, allow: [double_bos, bad_rows]", 45, "allow[1]", "dataset.on_bad_row says what happens at"),
+        ("train: org/a, allow: [double_boss]", 33, "allow[0]", "unknown finding: 'double_boss'; those that stop"),
+        ("train: org/a, allow: [double_bos, bad_rows]", 45, "allow[1]", "dataset.on_bad_row decides about bad rows"),
         ("train: org/a, allow: [rows_truncated]", 33, "allow[0]", "never stops a run; leave it out"),
     ],
 )
@@ -187,7 +187,7 @@ def test_methods_with_virtual_tokens_are_not_packed(write: Callable[..., Path], 
     [problem] = found
     assert (problem.key, problem.line, problem.column) == ("dataset.packing", 4, 37)
     assert problem.message == (
-        f"packed rows hold several examples, and {METHODS[method].title} puts its virtual tokens once before each row; "
+        f"packed rows contain several examples, but {METHODS[method].title} adds its virtual tokens only once per row; "
         "set dataset.packing: false"
     )
 
@@ -199,19 +199,19 @@ def test_methods_with_virtual_tokens_are_not_packed(write: Callable[..., Path], 
             {"dataset": "train: org/data, packing: true", "task": "seq2seq_lm"},
             "dataset.packing",
             (4, 37),
-            "examples of the task seq2seq_lm cannot share a row; set dataset.packing: false",
+            "the task seq2seq_lm cannot pack examples; set dataset.packing: false",
         ),
         (
             {"dataset": "train: org/data, overlong: split", "task": "seq2seq_lm"},
             "dataset.overlong",
             (4, 38),
-            "examples of the task seq2seq_lm cannot be split; choose truncate, drop or error",
+            "the task seq2seq_lm cannot split examples; choose truncate, drop or error",
         ),
         (
             {"dataset": "train: org/data, packing: true", "training": ", train_sampling_strategy: group_by_length"},
             "training.train_sampling_strategy",
             (5, 62),
-            "group_by_length means nothing with dataset.packing, whose rows are all about equally long; choose random",
+            "group_by_length has no effect with dataset.packing, whose rows have about equal lengths; choose random",
         ),
     ],
 )
@@ -232,11 +232,17 @@ def test_what_does_not_go_with_task_or_order(
         ("chat_template: ''", 46, "chat_template", "expected chatml or a .jinja file, found ''", None),
         ("chat_template: data/train.jsonl", 46, "chat_template", "expected chatml or a .jinja file", None),
         ("chat_template: caht.jinja", 46, "chat_template", "no such file: caht.jinja", "chat.jinja"),
-        ("chat_template: '{{ messages }}'", 46, "chat_template", "holds a template; write it into a .jinja file", None),
+        (
+            "chat_template: '{{ messages }}'",
+            46,
+            "chat_template",
+            "contains a template; write it to a .jinja file",
+            None,
+        ),
         ("new_tokens: <a>", 43, "new_tokens", "expected a list of strings, found '<a>'", "[<a>]"),
         ("new_tokens: [<a>, ' ']", 49, "new_tokens[1]", "is empty", None),
-        ("new_tokens: [<a>, ' <b>']", 49, "new_tokens[1]", "has white space around it: ' <b>'", None),
-        ("new_tokens: [<a>, <b>, <a>]", 54, "new_tokens[2]", "stands twice in the list: '<a>'", None),
+        ("new_tokens: [<a>, ' <b>']", 49, "new_tokens[1]", "begins or ends with white space: ' <b>'", None),
+        ("new_tokens: [<a>, <b>, <a>]", 54, "new_tokens[2]", "occurs twice in the list: '<a>'", None),
     ],
 )
 def test_what_the_tokenizer_is_given(

@@ -60,7 +60,7 @@ def test_the_schema_accepts_a_resolved_recipe(write) -> None:
 def test_explain_a_setting() -> None:
     found = explain("training.learning_rate")
     assert (found.kind, found.type, found.default) == ("setting", "a number", "0.0002")
-    assert "Peak step size" in found.help
+    assert "Peak learning rate" in found.help
     assert found.example == "training:\n  learning_rate: 0.0002"
     assert explain("learning_rate") == found
     assert explain("training.output_dir").default == "(required)"

@@ -40,7 +40,7 @@ from peftcli.recipe import load_recipe, read_recipe
             "a0: &a0 [1,1,1,1,1,1,1,1,1]\n"
             + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)),
             1,
-            "once its aliases are written out",
+            "once its aliases are expanded",
         ),
     ],
 )
@@ -56,17 +56,17 @@ def test_unreadable(tmp_path: Path, text: str, line: int, message: str) -> None:
 @pytest.mark.parametrize(
     ("more", "key", "message"),
     [
-        ("  seed: 1\n  seed: 2\n", "training.seed", "given twice, first in line 8"),
+        ("  seed: 1\n  seed: 2\n", "training.seed", "given twice; first in line 8"),
         ("1: x\n", None, "a key must be a name, found 1"),
         ("null: x\n", None, "a key must be a name, found null"),
         ("? [a]\n: x\n", None, "a key must be a name, not a list"),
-        ("  seed: !!python/name:os.system\n", "training.seed", "tags are not used"),
+        ("  seed: !!python/name:os.system\n", "training.seed", "has a YAML tag"),
         ("  <<: 5\n", None, "<< takes a mapping"),
-        ("  <<: {seed: 1}\n  <<: {seed: 2}\n", "training.<<", "given twice, first in line 8"),
-        ("!!python/name:os.system x: 1\n", None, "tags are not used"),
-        ('gates: {"\\ud800": "> 1"}\n', "gates.\ud800", "no text"),
-        ('  metric_for_best_model: "\\0"\n', "training.metric_for_best_model", "no text"),
-        ('  metric_for_best_model: "\\ud800"\n', "training.metric_for_best_model", "no text"),
+        ("  <<: {seed: 1}\n  <<: {seed: 2}\n", "training.<<", "given twice; first in line 8"),
+        ("!!python/name:os.system x: 1\n", None, "has a YAML tag"),
+        ('gates: {"\\ud800": "> 1"}\n', "gates.\ud800", "that is not text"),
+        ('  metric_for_best_model: "\\0"\n', "training.metric_for_best_model", "that is not text"),
+        ('  metric_for_best_model: "\\ud800"\n', "training.metric_for_best_model", "that is not text"),
         (
             "  metric_for_best_model: " + "${A}" * 200 + "\n",
             "training.metric_for_best_model",
@@ -94,7 +94,7 @@ def test_bytes_and_files_that_are_no_recipe(tmp_path: Path, good: str) -> None:
     assert "is a folder" in read_recipe(tmp_path)[1][0].message
     assert "no such file" in read_recipe(tmp_path / "x")[1][0].message
     os.mkfifo(tmp_path / "fifo")
-    assert "no regular file" in read_recipe(tmp_path / "fifo")[1][0].message
+    assert "not a regular file" in read_recipe(tmp_path / "fifo")[1][0].message
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert "cannot be read" in read_recipe(tmp_path / "loop")[1][0].message
 
@@ -114,12 +114,12 @@ def test_a_file_that_becomes_a_pipe_is_not_waited_for(
     found = real.stat()
     monkeypatch.setattr(Path, "stat", lambda self, **options: found)
     (problem,) = read_recipe(path)[1]
-    assert "no regular file" in problem.message
+    assert "not a regular file" in problem.message
 
 
 def test_an_override_whose_key_is_no_text(problem) -> None:
     found = problem("", "gates.\udcff=> 1")
-    assert "no text" in found.message
+    assert "that is not text" in found.message
     assert found.key == "gates.\udcff"
 
 

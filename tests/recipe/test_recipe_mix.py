@@ -109,11 +109,11 @@ def test_many_entries_are_read_and_looked_up_once(
     problems: Callable[..., list[Problem]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked_up: list[str] = []
-    monkeypatch.setattr("peftcli.recipe.data_checks.near_file", looked_up.append)
+    monkeypatch.setattr("peftcli.recipe.data_checks.closest_file", looked_up.append)
     entries = "".join(f"    - {tmp_path}/{index}.jsonl\n" for index in range(3000))
     found = problems(text=MIX.replace(MIX[MIX.index("    - train") : MIX.index("  eval")], entries))
     assert (len(found), found[-1].message) == (101, "2900 more problems")
-    assert len(looked_up) == 20, "a near name costs the reading of a folder"
+    assert len(looked_up) == 20, "a similar name costs the reading of a folder"
 
 
 def test_overrides_replace_the_list(load: Callable[..., Recipe]) -> None:
@@ -168,7 +168,7 @@ def test_recipes_share_no_entries(load: Callable[..., Recipe]) -> None:
 def test_a_setting_of_an_entry_is_explained(key: str) -> None:
     found = explain(key)
     assert (found.key, found.type, found.default) == ("dataset.mix.weight", "a number", "(unset)")
-    assert found.help.startswith("Its share of the examples")
+    assert found.help.startswith("Share of an epoch's examples from this dataset")
     assert found.example == "dataset:\n  mix:\n    - train: ...\n      weight: 0.1"
 
 

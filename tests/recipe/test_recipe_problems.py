@@ -8,7 +8,7 @@ from peftcli.errors import RecipeError
 from peftcli.methods import METHODS
 from peftcli.recipe import load_recipe, method_config
 from peftcli.recipe.names import ALIASES
-from peftcli.recipe.parse import _everywhere
+from peftcli.recipe.parse import _keys_by_name
 from peftcli.recipe.settings import method_settings, sections, settings
 
 
@@ -28,7 +28,7 @@ def test_everything_at_once_each_at_its_place(tmp_path) -> None:
         load_recipe(path)
     assert [(p.line, p.column, p.key, p.message, p.suggestion) for p in caught.value.problems] == [
         (1, 31, "base_model.dtyp", "unknown key", "dtype"),
-        (2, 7, "task", "no task is called 'causl_lm'; known: causal_lm, seq2seq_lm", "causal_lm"),
+        (2, 7, "task", "unknown task: 'causl_lm'; known: causal_lm, seq2seq_lm", "causal_lm"),
         (3, 1, "learning_rate", "belongs in the section training", "training.learning_rate"),
         (4, 22, "method.lora_r", "unknown key", "r"),
         (4, 54, "method.target_modules[1]", "expected a string, found true", None),
@@ -48,7 +48,7 @@ def test_everything_at_once_each_at_its_place(tmp_path) -> None:
         ("method.r=8.5", "expected an integer, found 8.5"),
         ("method.r=true", "expected an integer, found true"),
         ("method.r=", "expected an integer, found nothing"),
-        ("method.r='8'", "expected an integer, found '8' in quotes; leave them out"),
+        ("method.r='8'", "expected an integer, found '8' in quotes; remove the quotes"),
         ("method.r=[8]", "expected an integer, found a list"),
         ("method.r=99999999999999999999", "expected an integer, found 99999999999999999999, which is too large"),
         ("method.lora_alpha=true", "expected a number, found true"),
@@ -65,7 +65,7 @@ def test_everything_at_once_each_at_its_place(tmp_path) -> None:
         ("training=5", "expected a mapping of settings, found 5"),
         ("task.x=5", "unknown key"),
         ("task=[a]", "expected a mapping of settings, found a list"),
-        ("task={type: 5, x: 1}", "no task is called '5'; known: causal_lm, seq2seq_lm"),
+        ("task={type: 5, x: 1}", "unknown task: '5'; known: causal_lm, seq2seq_lm"),
         ("gates.loss=low", "expected an operator (<=, <, >=, > or ==) and a number, as in '<= 1.2', found 'low'"),
     ],
 )
@@ -102,12 +102,12 @@ def test_unknown_keys_say_what_is_meant(problem, more: str, key: str, suggestion
 
 def test_another_methods_setting_is_named(problem) -> None:
     assert problem("", "method.num_virtual_tokens=3").message == (
-        "not a setting of lora, but of prompt_tuning, multitask_prompt_tuning, p_tuning, prefix_tuning"
+        "not a setting of lora, only of prompt_tuning, multitask_prompt_tuning, p_tuning, prefix_tuning"
     )
     message = problem("", "method.num_vectors=3").message
-    assert message == "not a setting of lora, but of vblora"
+    assert message == "not a setting of lora, only of vblora"
     assert re.fullmatch(
-        r"not a setting of prompt_tuning, but of (\w+, ){3}\w+ and \d+ other methods",
+        r"not a setting of prompt_tuning, only of (\w+, ){3}\w+ and \d+ other methods",
         problem("", "method={type: prompt_tuning, target_modules: [q_proj]}").message,
     )
 
@@ -120,12 +120,12 @@ def test_aliases_are_true() -> None:
     for alias, key in ALIASES.items():
         assert key in known, key
         # of a method's own setting, the others' users are told what they have instead
-        assert _everywhere().get(alias, "method.").startswith("method."), f"{alias} is a key of ours"
+        assert _keys_by_name().get(alias, "method.").startswith("method."), f"{alias} is a key of ours"
 
 
 def test_an_unknown_method(problem) -> None:
     found = problem("", "method.type=Lora", "method.anything=1")
-    assert found.message == f"no method is called 'Lora'; known: {', '.join(METHODS)}"
+    assert found.message == f"unknown method: 'Lora'; known: {', '.join(METHODS)}"
     assert found.suggestion == "lora"
 
 

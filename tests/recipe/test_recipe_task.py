@@ -56,20 +56,20 @@ def test_the_same_value_in_both_places_is_no_problem_and_another_is(problem: Cal
     assert task("task: {type: causal_lm, max_length: 77}\n", "dataset.max_length=77").dataset.max_length == 77
     found = problem("task: {type: causal_lm, max_length: 77}\n", "dataset.max_length=78")
     assert (found.key, found.line, found.column) == ("task.max_length", 2, 37)
-    assert found.message == "is given as dataset.max_length too, with another value; give it once"
+    assert found.message == "differs from dataset.max_length; give it only once"
 
 
 @pytest.mark.parametrize(
     ("text", "key", "message", "suggestion"),
     [
-        ("task: causal\n", "task", "no task is called 'causal'; known: ", "causal_lm"),
-        ("task: CAUSAL_LM\n", "task", "no task is called 'CAUSAL_LM'; known: ", "causal_lm"),
-        ("task: {type: causel_lm}\n", "task.type", "no task is called 'causel_lm'; known: ", "causal_lm"),
+        ("task: causal\n", "task", "unknown task: 'causal'; known: ", "causal_lm"),
+        ("task: CAUSAL_LM\n", "task", "unknown task: 'CAUSAL_LM'; known: ", "causal_lm"),
+        ("task: {type: causel_lm}\n", "task.type", "unknown task: 'causel_lm'; known: ", "causal_lm"),
         ("task: {max_length: 5}\n", "task.type", "is required", None),
         ("task: [causal_lm]\n", "task", "expected a mapping of settings, found a list", None),
         ("task: {type: causal_lm, max_lenght: 5}\n", "task.max_lenght", "unknown key", "max_length"),
         ("task: {type: causal_lm, seed: 5}\n", "task.seed", "belongs in the section training", "training.seed"),
-        ("task: {type: seq2seq_lm, packing: true}\n", "task.packing", "not a setting of seq2seq_lm, but of", None),
+        ("task: {type: seq2seq_lm, packing: true}\n", "task.packing", "not a setting of seq2seq_lm, only of", None),
         ("task: {type: causal_lm, max_length: many}\n", "task.max_length", "expected an integer, found 'many'", None),
         ("task: {type: causal_lm, max_length: 0}\n", "dataset.max_length", "must be at least 1, not 0", None),
         ("task: {type: seq2seq_lm, overlong: split}\n", "task.overlong", "expected truncate, drop or error", None),
@@ -87,9 +87,9 @@ def test_mistakes_have_their_place(problem: Callable, text: str, key: str, messa
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("dataset.packing=true", "examples of the task seq2seq_lm cannot share a row; set dataset.packing: false"),
-        ("dataset.overlong=split", "examples of the task seq2seq_lm cannot be split; choose truncate, drop or error"),
-        ("dataset.train_on=all", "the task seq2seq_lm knows answers, last_answer only, not all"),
+        ("dataset.packing=true", "the task seq2seq_lm cannot pack examples; set dataset.packing: false"),
+        ("dataset.overlong=split", "the task seq2seq_lm cannot split examples; choose truncate, drop or error"),
+        ("dataset.train_on=all", "the task seq2seq_lm supports only answers, last_answer, not all"),
     ],
 )
 def test_what_a_task_lacks_is_refused_under_dataset(problem: Callable, override: str, message: str) -> None:

@@ -109,11 +109,11 @@ def _pipe_behind_link(path: Path) -> None:
 
 
 NO_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "pipe": (os.mkfifo, "is a pipe, no regular file"),
-    "link to a pipe": (_pipe_behind_link, "is a pipe, no regular file"),
-    "socket": (_socket, "is a socket, no regular file"),
-    "folder": (Path.mkdir, "is a folder, no regular file"),
-    "link to a device": (lambda path: path.symlink_to("/dev/zero"), "is a device, no regular file"),
+    "pipe": (os.mkfifo, "is a pipe, not a regular file"),
+    "link to a pipe": (_pipe_behind_link, "is a pipe, not a regular file"),
+    "socket": (_socket, "is a socket, not a regular file"),
+    "folder": (Path.mkdir, "is a folder, not a regular file"),
+    "link to a device": (lambda path: path.symlink_to("/dev/zero"), "is a device, not a regular file"),
     "link to itself": (_loop, "cannot be read: Too many levels of symbolic links"),
     "dangling link": (lambda path: path.symlink_to("nowhere"), "cannot be read: No such file"),
 }

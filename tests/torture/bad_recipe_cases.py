@@ -179,38 +179,38 @@ TEXT = {
     "a delete": more("  seed: 1\x7f\n", "a control character (0x7f)"),
     "a control character of Latin-1": more("  seed: \x9b31m\n", ""),
     "a non-character": more("  metric_for_best_model: \uffff\n", "a character that YAML does not allow"),
-    "NUL by an escape": more('  metric_for_best_model: "\\0"\n', "no text", "training.metric_for_best_model"),
-    "half a surrogate pair": more('  metric_for_best_model: "\\ud800"\n', "no text", "training.metric_for_best_model"),
-    "half a surrogate pair in a key": more('"\\ud800": 1\n', "no text"),
-    "half a surrogate pair in a gate's name": more('gates: {"\\ud800": "> 1"}\n', "no text"),
-    "NUL in a key": more('"\\0": 1\n', "no text"),
-    "NUL in a column's name": dataset('train: a/b, columns: {"prompt\\0": a}', "no text", "columns.prompt\0"),
+    "NUL by an escape": more('  metric_for_best_model: "\\0"\n', "that is not text", "training.metric_for_best_model"),
+    "half a surrogate pair": more(
+        '  metric_for_best_model: "\\ud800"\n', "that is not text", "training.metric_for_best_model"
+    ),
+    "half a surrogate pair in a key": more('"\\ud800": 1\n', "that is not text"),
+    "half a surrogate pair in a gate's name": more('gates: {"\\ud800": "> 1"}\n', "that is not text"),
+    "NUL in a key": more('"\\0": 1\n', "that is not text"),
+    "NUL in a column's name": dataset('train: a/b, columns: {"prompt\\0": a}', "that is not text", "columns.prompt\0"),
     "a key that moves the cursor": more('"\\e[2J\\e]0;x\\a": 1\n', "unknown key"),
     "a key that is written backwards": more('"\\u202eseed": 1\n', "unknown key"),
-    "a value that moves the cursor": instead("causal_lm", '"\\e[2J\\n\\rx"', "no task is called", "task"),
-    "a line separator in a value": instead("causal_lm", '"causal\\u2028lm"', "no task is called", "task"),
+    "a value that moves the cursor": instead("causal_lm", '"\\e[2J\\n\\rx"', "unknown task", "task"),
+    "a line separator in a value": instead("causal_lm", '"causal\\u2028lm"', "unknown task", "task"),
     "a no-break space for an indent": more("\u00a0 seed: 1\n", "", line=8),
     "full-width letters": more("\uff53\uff45\uff45\uff44: 1\n", "unknown key"),
     "a letter that looks like another": more("  s\u0435ed: 1\n", "unknown key"),
 }
 
 TAGS = {
-    "a function": more("  seed: !!python/object/apply:os.system ['id']\n", "tags are not used", "training.seed"),
-    "an object": more("  seed: !!python/object/new:os.system [id]\n", "tags are not used", "training.seed"),
-    "a name": more("  seed: !!python/name:os.system\n", "tags are not used", "training.seed"),
-    "a module": more("  seed: !!python/module:os\n", "tags are not used", "training.seed"),
-    "a tuple": more("gates: !!python/tuple [a]\n", "tags are not used", "gates"),
-    "binary": more(
-        "  metric_for_best_model: !!binary aGVsbG8=\n", "tags are not used", "training.metric_for_best_model"
-    ),
-    "a set": more("gates: !!set {a, b}\n", "tags are not used", "gates"),
-    "an ordered map": more("gates: !!omap [a: 1]\n", "tags are not used", "gates"),
-    "pairs": more("gates: !!pairs [a: 1]\n", "tags are not used", "gates"),
-    "a date": more("  seed: !!timestamp 2024-01-01\n", "tags are not used", "training.seed"),
-    "one of their own": more("  seed: !mine 3\n", "tags are not used", "training.seed"),
-    "in full": more("  seed: !<tag:yaml.org,2002:python/none> 1\n", "tags are not used", "training.seed"),
-    "for the whole recipe": Case("!!python/object:os.x\n" + GOOD, "tags are not used", line=1),
-    "for a key": more("!!python/name:os.system x: 1\n", "tags are not used"),
+    "a function": more("  seed: !!python/object/apply:os.system ['id']\n", "has a YAML tag", "training.seed"),
+    "an object": more("  seed: !!python/object/new:os.system [id]\n", "has a YAML tag", "training.seed"),
+    "a name": more("  seed: !!python/name:os.system\n", "has a YAML tag", "training.seed"),
+    "a module": more("  seed: !!python/module:os\n", "has a YAML tag", "training.seed"),
+    "a tuple": more("gates: !!python/tuple [a]\n", "has a YAML tag", "gates"),
+    "binary": more("  metric_for_best_model: !!binary aGVsbG8=\n", "has a YAML tag", "training.metric_for_best_model"),
+    "a set": more("gates: !!set {a, b}\n", "has a YAML tag", "gates"),
+    "an ordered map": more("gates: !!omap [a: 1]\n", "has a YAML tag", "gates"),
+    "pairs": more("gates: !!pairs [a: 1]\n", "has a YAML tag", "gates"),
+    "a date": more("  seed: !!timestamp 2024-01-01\n", "has a YAML tag", "training.seed"),
+    "one of their own": more("  seed: !mine 3\n", "has a YAML tag", "training.seed"),
+    "in full": more("  seed: !<tag:yaml.org,2002:python/none> 1\n", "has a YAML tag", "training.seed"),
+    "for the whole recipe": Case("!!python/object:os.x\n" + GOOD, "has a YAML tag", line=1),
+    "for a key": more("!!python/name:os.system x: 1\n", "has a YAML tag"),
     "with a handle that nobody made": more("  seed: !x!y 1\n", "not valid YAML"),
     "a tag that is cut": more("  seed: !<tag\n", "not valid YAML", line=8),
     "a merge key of a number": more("  <<: 5\n", "<< takes a mapping"),
@@ -222,32 +222,30 @@ TAGS = {
 }
 
 TWICE = {
-    "a section": more("task: seq2seq_lm\n", "given twice, first in line 2", "task"),
-    "a setting": more("  learning_rate: 2e-4\n", "given twice, first in line 7", "training.learning_rate"),
+    "a section": more("task: seq2seq_lm\n", "given twice; first in line 2", "task"),
+    "a setting": more("  learning_rate: 2e-4\n", "given twice; first in line 7", "training.learning_rate"),
     "a setting with the same value": more("  learning_rate: 1e-4\n", "given twice", "training.learning_rate"),
-    "in braces": method("type: lora, r: 4, r: 8", "given twice, first in line 3", "r"),
-    "once in quotes": more('"task": causal_lm\n', "given twice, first in line 2", "task"),
-    "once by an escape": more('"\\x74ask": causal_lm\n', "given twice, first in line 2", "task"),
-    "a whole section": more("training:\n  output_dir: x\n", "given twice, first in line 5", "training"),
+    "in braces": method("type: lora, r: 4, r: 8", "given twice; first in line 3", "r"),
+    "once in quotes": more('"task": causal_lm\n', "given twice; first in line 2", "task"),
+    "once by an escape": more('"\\x74ask": causal_lm\n', "given twice; first in line 2", "task"),
+    "a whole section": more("training:\n  output_dir: x\n", "given twice; first in line 5", "training"),
     "a gate": more("gates: {a: '> 1', a: '> 2'}\n", "given twice", "gates.a"),
     "a thousand times": more("task: x\n" * 1000, "given twice", "task"),
     "a column": dataset("train: a/b, columns: {prompt: a, prompt: b}", "given twice", "columns.prompt"),
-    "extends": Case("extends: a.yaml\nextends: b.yaml\n", "given twice, first in line 1", "extends", 2),
+    "extends": Case("extends: a.yaml\nextends: b.yaml\n", "given twice; first in line 1", "extends", 2),
 }
 
 ANCHORS = {
-    "a bomb": Case(bomb(9, 12), "once its aliases are written out", line=1),
+    "a bomb": Case(bomb(9, 12), "once its aliases are expanded", line=1),
     "a bomb of mappings": Case(
         "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{p: *a{n - 1}, q: *a{n - 1}}}\n" for n in range(1, 40)),
-        "once its aliases are written out",
+        "once its aliases are expanded",
         line=1,
     ),
-    "a wide bomb": Case(
-        "a: &a [" + "x, " * 5000 + "]\nb: [" + "*a, " * 5000 + "]\n", "once its aliases are written out"
-    ),
+    "a wide bomb": Case("a: &a [" + "x, " * 5000 + "]\nb: [" + "*a, " * 5000 + "]\n", "once its aliases are expanded"),
     "a bomb of merge keys": Case(
         "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1, 40)),
-        "once its aliases are written out",
+        "once its aliases are expanded",
     ),
     "a list within itself": Case("a: &a [*a]\n", "within itself", line=1),
     "a mapping within itself": Case("a: &a {b: *a}\n", "within itself", line=1),
@@ -348,7 +346,7 @@ KINDS = {
     "null for the base model": base("null", "is required", "base_model"),
     "null for the task": instead("causal_lm", "null", "expected a string, found nothing", "task"),
     "a number for a number in quotes": training(
-        "seed: '3'", "expected an integer, found '3' in quotes; leave them out"
+        "seed: '3'", "expected an integer, found '3' in quotes; remove the quotes"
     ),
     "a fraction for an integer": training("seed: 1.5", "expected an integer, found 1.5"),
     "a whole fraction for an integer": training("max_steps: 10.0", "did you mean '10'?"),
@@ -513,7 +511,7 @@ RANGES = {
 }
 
 METHOD = {
-    "a method that is none": method("type: lorra", "no method is called 'lorra'", "type"),
+    "a method that is none": method("type: lorra", "unknown method: 'lorra'", "type"),
     "a method in capitals": method("type: LORA", "did you mean 'lora'?", "type"),
     "a list of methods": method("type: [lora, dora]", "expected a string, found a list", "type"),
     "r: 0": method("type: lora, r: 0", "must be", "r"),
@@ -574,19 +572,19 @@ TOGETHER = {
     ),
     "a split and a file to evaluate": dataset("train: a/b, eval: c/d, eval_split: test", "", "eval_split"),
     "weights for some": dataset("mix: [{train: a/b, weight: 1}, c/d]", "is missing", "mix[1].weight"),
-    "one dataset twice": dataset("mix: [a/b, a/b]", "is dataset.mix[0] again", "mix[1]"),
-    "a limit beside a mix": dataset("mix: [a/b], limit: 5", "is a setting of one dataset", "limit"),
+    "one dataset twice": dataset("mix: [a/b, a/b]", "repeats dataset.mix[0]", "mix[1]"),
+    "a limit beside a mix": dataset("mix: [a/b], limit: 5", "applies to a single dataset", "limit"),
     "a split beside a mix": dataset("mix: [a/b], eval_split: test", "is a split of dataset.train", "eval_split"),
     "an empty mix": dataset("mix: []", "is required", "train"),
     "packing for an encoder-decoder": Case(
         GOOD.replace("causal_lm", "seq2seq_lm").replace("eval:", "packing: true, eval:"),
-        "cannot share a row",
+        "cannot pack examples",
         "dataset.packing",
         4,
     ),
     "pieces for an encoder-decoder": Case(
         GOOD.replace("causal_lm", "seq2seq_lm").replace("eval:", "overlong: split, eval:"),
-        "cannot be split",
+        "cannot split examples",
         "dataset.overlong",
         4,
     ),
@@ -600,7 +598,7 @@ TOGETHER = {
     ),
     "packing by length": Case(
         GOOD.replace("eval:", "packing: true, eval:") + "  train_sampling_strategy: group_by_length\n",
-        "means nothing with dataset.packing",
+        "has no effect with dataset.packing",
         "training.train_sampling_strategy",
         8,
     ),
@@ -624,7 +622,7 @@ TOGETHER = {
         9,
     ),
     "several machines without a port": more(
-        "launch: {num_machines: 2}\n", "several machines need launch.main_process_port", "launch.num_machines"
+        "launch: {num_machines: 2}\n", "above 1 needs launch.main_process_port", "launch.num_machines"
     ),
     "foreign code of an unnamed commit": base(
         "{name: a/b, trust_remote_code: true}",
@@ -647,14 +645,14 @@ TOGETHER = {
         "base_model.quantization.group_size",
     ),
     "a .gguf file to quantise": base(
-        "{name: a.gguf, quantization: nf4}", "is unpacked when it is loaded", "base_model.quantization"
+        "{name: a.gguf, quantization: nf4}", "is dequantised on loading", "base_model.quantization"
     ),
-    "a task that is none": instead("causal_lm", "causal_language_model", "no task is called", "task"),
+    "a task that is none": instead("causal_lm", "causal_language_model", "unknown task", "task"),
     "a task by PEFT's name": instead("causal_lm", "CAUSAL_LM", "did you mean 'causal_lm'?", "task"),
     "a finding that is none": dataset(
         "train: a/b, allow: [no_trained_token]", "did you mean 'no_trained_tokens'?", "allow[0]"
     ),
-    "bad rows that are allowed": dataset("train: a/b, allow: [bad_rows]", "is no finding to allow", "allow[0]"),
+    "bad rows that are allowed": dataset("train: a/b, allow: [bad_rows]", "cannot be allowed", "allow[0]"),
     "a finding that never stops a run": dataset("train: a/b, allow: [rows_truncated]", "never stops a run", "allow[0]"),
     "a format that is none": dataset("train: a/b, format: chatml", "expected auto, text", "format"),
 }
@@ -706,7 +704,7 @@ OVERRIDES = {
     "another tool's spelling": override("lora_r=8", "did you mean 'method.r'?", "lora_r"),
     "text for an integer": override("method.r=eight", "expected an integer, found 'eight'", "method.r"),
     "nothing for an integer": override("method.r=", "expected an integer, found nothing", "method.r"),
-    "quotes": override("method.r='8'", "in quotes; leave them out", "method.r"),
+    "quotes": override("method.r='8'", "in quotes; remove the quotes", "method.r"),
     "NaN": override("training.learning_rate=.nan", "which is not finite", "training.learning_rate"),
     "a list that is not closed": override("method.target_modules=[a", "never closed", "method.target_modules"),
     "a mapping that is not closed": override("method={type: lora", "never closed", "method"),
@@ -717,14 +715,12 @@ OVERRIDES = {
     "a second key by a newline": override(
         "method.target_modules=[a]\nx: 2", "expected one value", "method.target_modules"
     ),
-    "a tag": override(
-        "method.target_modules=[!!python/name:os.system x]", "tags are not used", "method.target_modules"
-    ),
+    "a tag": override("method.target_modules=[!!python/name:os.system x]", "has a YAML tag", "method.target_modules"),
     "an alias": override("method.target_modules=[*x]", "an alias whose anchor", "method.target_modules"),
     "a bomb": override(
         "method.target_modules=[&a [x,x,x,x,x,x,x,x,x,x], &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a], "
         "&c [*b,*b,*b,*b,*b,*b,*b,*b,*b], &d [*c,*c,*c,*c,*c,*c,*c,*c,*c], &e [*d,*d,*d,*d,*d,*d,*d,*d,*d]]",
-        "once its aliases are written out",
+        "once its aliases are expanded",
         "method.target_modules",
     ),
     "65 levels": override(
@@ -742,11 +738,11 @@ OVERRIDES = {
     "a variable that is not set": override("training.seed=${PEFTCLI_NOT_SET}", "is not set", "training.seed"),
     "a gate that is none": override("gates.eval_loss=low", "expected an operator", "gates.eval_loss"),
     "a gate without its operator": override("gates.eval_loss=1", "expected an operator", "gates.eval_loss"),
-    "a NUL": override('training.output_dir="a\\0b"', "no text", "training.output_dir"),
-    "an escape": override("task=\x1b[31mx", "no task is called", "task"),
-    "half a surrogate pair in a key": override("gates.\udcff=> 1", "no text"),
-    "half a surrogate pair": override("base_model=\udcff", "no text", "base_model"),
-    "a megabyte": override("task=" + "x" * 100_000, "no task is called", "task"),
+    "a NUL": override('training.output_dir="a\\0b"', "that is not text", "training.output_dir"),
+    "an escape": override("task=\x1b[31mx", "unknown task", "task"),
+    "half a surrogate pair in a key": override("gates.\udcff=> 1", "that is not text"),
+    "half a surrogate pair": override("base_model=\udcff", "that is not text", "base_model"),
+    "a megabyte": override("task=" + "x" * 100_000, "unknown task", "task"),
     "a key of a megabyte": override("x" * 100_000 + "=1", "unknown key"),
     "an option that is none": override("--learning-rate=3", "No such option"),
     "a flag of another tool": override("--lora_r", "No such option"),
@@ -789,10 +785,10 @@ EXTENDS = {
     "a file that is not there": Case("extends: none.yaml\n", "no such file", "", 1),
     "a file with a near name": Case("extends: othr.yaml\n", "did you mean", "", 1, setup=_write("other.yaml", GOOD)),
     "a folder": Case("extends: .\n", "is a folder", "", 1),
-    "a pipe": Case(OTHER, "no regular file", "", 1, setup=lambda folder: os.mkfifo(folder / "other.yaml")),
-    "a socket": Case(OTHER, "no regular file", "", 1, setup=_socket),
-    "a device": Case("extends: /dev/zero\n", "no regular file", "", 1),
-    "the terminal": Case("extends: /dev/tty\n", "no regular file", "", 1),
+    "a pipe": Case(OTHER, "not a regular file", "", 1, setup=lambda folder: os.mkfifo(folder / "other.yaml")),
+    "a socket": Case(OTHER, "not a regular file", "", 1, setup=_socket),
+    "a device": Case("extends: /dev/zero\n", "not a regular file", "", 1),
+    "the terminal": Case("extends: /dev/tty\n", "not a regular file", "", 1),
     "a link to nowhere": Case(OTHER, "no such file", "", 1, setup=lambda f: (f / "other.yaml").symlink_to("gone")),
     "a link to itself": Case(
         OTHER, "cannot be read", "", 1, setup=lambda f: (f / "other.yaml").symlink_to("other.yaml")
@@ -802,10 +798,10 @@ EXTENDS = {
     "nothing": Case("extends:\n", "expected the path of a recipe, found nothing", "extends", 1),
     "a number": Case("extends: 5\n", "no such file", "", 1),
     "a URL": Case("extends: https://example.org/a.yaml\n", "no such file", "", 1),
-    "a NUL": Case('extends: "a\\0"\n', "no text", "extends", 1),
+    "a NUL": Case('extends: "a\\0"\n', "that is not text", "extends", 1),
     "a very long name": Case(f"extends: {'x' * 5000}\n", "cannot be read", "", 1),
     "a long chain": Case(
-        "extends: r0.yaml\n", "more than 16 recipes that extend one another", "extends", 1, setup=_chain(40)
+        "extends: r0.yaml\n", "more than 16 recipes extend one another", "extends", 1, setup=_chain(40)
     ),
     "a file that is no YAML": Case(OTHER, "not valid YAML", None, 1, setup=_write("other.yaml", "a: b: c\n")),
     "a file that is a list": Case(
@@ -834,16 +830,16 @@ ENVIRONMENT = {
     "a shell's other forms": training("seed: '${HOME:?no}'", "expected ${NAME}"),
     "a shell's commands": training("metric_for_best_model: '${$(id)}'", "expected ${NAME}"),
     "the hub's token": training(
-        "metric_for_best_model: ${HF_TOKEN}", "names a secret", env={"HF_TOKEN": TOKEN}, secret=TOKEN
+        "metric_for_best_model: ${HF_TOKEN}", "is a secret", env={"HF_TOKEN": TOKEN}, secret=TOKEN
     ),
     "a key": training(
-        "metric_for_best_model: ${MY_API_KEY}", "names a secret", env={"MY_API_KEY": PASSWORD}, secret=PASSWORD
+        "metric_for_best_model: ${MY_API_KEY}", "is a secret", env={"MY_API_KEY": PASSWORD}, secret=PASSWORD
     ),
     "a password": training(
-        "metric_for_best_model: ${MY_PASSWORD:-x}", "names a secret", env={"MY_PASSWORD": PASSWORD}, secret=PASSWORD
+        "metric_for_best_model: ${MY_PASSWORD:-x}", "is a secret", env={"MY_PASSWORD": PASSWORD}, secret=PASSWORD
     ),
     "a secret": training(
-        "metric_for_best_model: ${my_secret}", "names a secret", env={"my_secret": PASSWORD}, secret=PASSWORD
+        "metric_for_best_model: ${my_secret}", "is a secret", env={"my_secret": PASSWORD}, secret=PASSWORD
     ),
     "a token by another name": training(
         "metric_for_best_model: ${PEFTCLI_X}", "looks like a token", env={"PEFTCLI_X": TOKEN}, secret=TOKEN
@@ -880,7 +876,7 @@ SECRETS = {
         "train: org/data", f"train: ./{TOKEN}.jsonl", "looks like a token", "dataset.train", secret=TOKEN
     ),
     "a token in a YAML error": more(f"  seed: {TOKEN}: 1\n", "a second ': '", secret=TOKEN),
-    "a token in a tag": more(f"  seed: !{TOKEN} 1\n", "tags are not used", secret=TOKEN),
+    "a token in a tag": more(f"  seed: !{TOKEN} 1\n", "has a YAML tag", secret=TOKEN),
     "a token for an anchor": more(f"  seed: *{TOKEN}\n", "an alias whose anchor", secret=TOKEN),
     "a token in a comment and an error": more(f"  seed: x # {TOKEN}\n", "expected an integer", secret=TOKEN),
     "a password in the model's URL": base(
@@ -938,7 +934,7 @@ PATHS = {
     "a model of white space": base("'  '", "is empty", "base_model.name"),
     "a very long file name": instead("org/data", "./" + "x" * 5000 + ".jsonl", "no such file", "dataset.train"),
     "a template in the recipe": base(
-        "{name: a/b, chat_template: '{% for m in messages %}'}", "holds a template", "base_model.chat_template"
+        "{name: a/b, chat_template: '{% for m in messages %}'}", "contains a template", "base_model.chat_template"
     ),
     "a template that is not there": base(
         "{name: a/b, chat_template: none.jinja}", "no such file", "base_model.chat_template"
@@ -948,13 +944,13 @@ PATHS = {
     ),
     "a template that is a folder": base(
         "{name: a/b, chat_template: t.jinja}",
-        "is no regular file",
+        "not a regular file",
         "base_model.chat_template",
         setup=_file("t.jinja", Path.mkdir),
     ),
     "a template that is a pipe": base(
         "{name: a/b, chat_template: t.jinja}",
-        "is no regular file",
+        "not a regular file",
         "base_model.chat_template",
         setup=_file("t.jinja", os.mkfifo),
     ),
@@ -964,14 +960,14 @@ PATHS = {
     "a split of a file": instead(
         "org/data",
         "./d.jsonl, split: test",
-        "is for datasets of the hub",
+        "applies to hub datasets",
         "dataset.split",
         setup=_write("d.jsonl", "{}"),
     ),
     "a revision of a file": instead(
         "org/data",
         "./d.jsonl, revision: main",
-        "is for datasets of the hub",
+        "applies to hub datasets",
         "dataset.revision",
         setup=_write("d.jsonl", "{}"),
     ),

@@ -266,7 +266,7 @@ def test_a_pipe_in_the_place_of_run_json(recipe: Path) -> None:
     out = recipe.parent / "out"
     out.mkdir()
     os.mkfifo(out / "run.json")
-    with pytest.raises(StorageError, match="no regular file"):
+    with pytest.raises(StorageError, match="not a regular file"):
         run_recipe(recipe)
 
 

@@ -80,7 +80,7 @@ def test_the_other_names_of_columns_count(recipe: Path) -> None:
 def test_a_setting_that_the_found_task_lacks_is_refused(tmp_path: Path) -> None:
     path = without_task(write_recipe(tmp_path, trainkit.base_folder("t5", chat=False), trainkit.PROMPTS))
     assert run_recipe(path).run["task"]["type"] == "seq2seq_lm"
-    with pytest.raises(UsageError, match="cannot share a row") as caught:
+    with pytest.raises(UsageError, match="cannot pack examples") as caught:
         run_recipe(path, "dataset.packing=true", f"training.output_dir={tmp_path}/other")
     assert caught.value.key == "dataset.packing"
 

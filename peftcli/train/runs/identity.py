@@ -12,7 +12,7 @@ from typing import Any
 from peftcli.data.sources import eval_source, open_source
 from peftcli.errors import UsageError
 from peftcli.recipe import to_dict
-from peftcli.recipe.names import near
+from peftcli.recipe.names import closest
 from peftcli.schema import Recipe
 from peftcli.system.disk import sha256
 from peftcli.train.runs.record import IdentityRecord
@@ -70,7 +70,7 @@ def check_keys(allowed: Sequence[str], recipe: Recipe) -> None:
     for key in allowed:
         # settings that are not given, and files that only one of two recipes names, stand in neither
         if key not in known and not key.startswith(("data.", "method.", "gates.")):
-            suggestion = near(key, sorted(known))
+            suggestion = closest(key, sorted(known))
             hint = f"did you mean {suggestion!r}?" if suggestion else None
             raise UsageError(f"nothing is called {key!r}", key="--allow-change", hint=hint)
 
