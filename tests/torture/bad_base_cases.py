@@ -375,7 +375,7 @@ WEIGHTS = {
         _index(weight_map={"a": 3}), (f"{INDEX}: weight_map", "is not a safetensors file"), BOTH
     ),
     "the index lists a file that steers": Case(
-        _index(weight_map={STEER: STEER}), (f"{INDEX}: weight_map", "is no safetensors"), BOTH
+        _index(weight_map={STEER: STEER}), (f"{INDEX}: weight_map", "is not a safetensors"), BOTH
     ),
     **{
         f"the index lists {name}": Case(
