@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from peftcli.data.readers import table_rows
+from peftcli.data.readers import class_names, table_rows
 from peftcli.data.text_rows import first_line, quote
 from peftcli.errors import DataError, HubError, NetworkError, PeftcliError
 from peftcli.schema import Source
@@ -43,6 +43,19 @@ class HubRows:
                 return self._retry(session, lambda: str(api.dataset_info(source.train, revision=source.revision).sha))
         except NetworkError as error:
             return self._cached_commit(error)
+
+    def class_names(self) -> dict[str, tuple[str, ...]]:
+        """The names of classes that the dataset declares, by column.
+
+        Raises:
+            DataError: no such split or configuration.
+            NetworkError: the hub cannot be reached.
+            HubError: the hub refuses access.
+        """
+        commit = self.commit
+        with hub_requests.hub_session() as session:
+            features = self._retry(session, lambda: self._open(commit)).features
+        return class_names(features.to_dict() if features else {})
 
     def rows(self) -> Iterator[dict[str, Any] | str]:
         """Yield the rows in order; for a row that cannot be read, a message about it.

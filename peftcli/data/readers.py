@@ -9,12 +9,13 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
+import json
 import os
 import shutil
 import stat
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,26 @@ def _read_parquet(text: TextFile, *, packed: bool) -> Iterator[Row | DataError]:
             found = detect_kind(file.read(64))
             what = f"but {found}" if found not in ("parquet", None) else f"or is damaged: {first_line(error)}"
             raise DataError(f"is not a parquet file, {what}", file=text.source) from error
+
+
+def parquet_class_names(path: Path) -> dict[str, tuple[str, ...]]:
+    """The names of classes that a file which datasets wrote declares, by column."""
+    import pyarrow.parquet  # comes with datasets
+
+    with suppress(pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError):
+        described = pyarrow.parquet.read_schema(path).metadata or {}
+        return class_names(json.loads(described[b"huggingface"])["info"]["features"])
+    return {}
+
+
+def class_names(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The names of classes among the features of a dataset, as JSON describes them: column -> names."""
+    found = {}
+    for column, feature in features.items():
+        inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
+        if inner.get("_type") == "ClassLabel" and isinstance(inner.get("names"), list):
+            found[column] = tuple(map(str, inner["names"]))
+    return found
 
 
 def _batch_size(metadata: Any, file: Any, source: str) -> tuple[int, list[str]]:

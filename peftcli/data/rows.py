@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from peftcli.errors import DataError
@@ -74,8 +74,8 @@ class Table:
     """The source as errors name it."""
     columns: tuple[str, ...]
     """The columns of its first rows, in order."""
-    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Columns whose numbers stand for names (``ClassLabel``): column -> names, in order."""
+    class_names: Callable[[], Mapping[str, tuple[str, ...]]] = dict
+    """Returns the columns whose numbers stand for names (``ClassLabel``): column -> names, in order."""
 
     def reader(self, name: str, *, optional: Sequence[str] = (), **columns: Sequence[str]) -> Reader:
         """Find columns by their usual names, or by ``dataset.columns``.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from peftcli.data.hub_rows import HubRows
 from peftcli.data.media import is_media, media_rows
-from peftcli.data.readers import ACCEPTED, check_file, check_regular, kind_of, read_file
+from peftcli.data.readers import ACCEPTED, check_file, check_regular, kind_of, parquet_class_names, read_file
 from peftcli.data.rows import Place, Row
 from peftcli.data.source_names import is_path
 from peftcli.data.text_rows import CHUNK, first_line, quote
@@ -45,6 +45,19 @@ class ResolvedSource:
     def files(self) -> list[Path]:
         """The files in order; none for a dataset on the hub."""
         return list(self._files.values())
+
+    def class_names(self) -> dict[str, tuple[str, ...]]:
+        """The names of classes that the source declares for the numbers of a column, as datasets' ``ClassLabel``.
+
+        Raises:
+            DataError: no such split or configuration.
+            NetworkError: the hub cannot be reached.
+            HubError: the hub refuses access.
+        """
+        if self._hub is not None:
+            return self._hub.class_names()
+        paths = [path for path in self._files.values() if path.suffix == ".parquet"]
+        return parquet_class_names(paths[0]) if paths else {}
 
     def fingerprint(self) -> dict[str, str]:
         """Identify the content: file -> SHA-256 of the bytes, read at each call; or ``name@commit`` -> commit.

@@ -206,7 +206,7 @@ def _table(source: Source) -> tuple[Table, Iterator[Row]]:
     rows = (row for row in opened.rows() if isinstance(row, Row))
     first = list(islice(rows, _FIRST))
     columns = tuple(dict.fromkeys(name for row in first for name in row.values))
-    return Table(source, opened.name, columns), chain(first, rows)
+    return Table(source, opened.name, columns, opened.class_names), chain(first, rows)
 
 
 def _split(parts: Sequence[Part], fraction: float, seed: int) -> tuple[list[Part], list[Part]]:
