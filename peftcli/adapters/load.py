@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from peftcli.errors import AdapterError
 from peftcli.guard.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, find_weights, read_config, read_header, read_run
+from peftcli.guard.files import read_json_object
 from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.methods import config_from_dict
 from peftcli.models.quantization import trained_quantization
 from peftcli.schema import BaseModel
 from peftcli.system import hub_requests
 from peftcli.system.outputs import expand_user
-from peftcli.tasks import TASKS
+from peftcli.tasks import TASK_FILE, TASKS
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from peftcli.core.config import AdapterConfig
     from peftcli.models.open import LoadedModel, OpenBase
+    from peftcli.tasks.base import Task
 
 SHARED_FILES = (
     CONFIG_FILE,
@@ -48,6 +50,7 @@ SHARED_FILES = (
     "spiece.model",
     "spm.model",
     "target.spm",
+    TASK_FILE,
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -57,6 +60,8 @@ SHARED_FILES = (
 """The only files that are pushed or pulled. recipe.yaml and run.json name paths of the machine; the card says what
 matters of them."""
 
+_MAX_TASK_FILE = 10_000_000
+"""Bytes. The names of 100,000 classes take less."""
 _PICKLED = (
     "adapter_model.bin is a pickle and is not read: load it once in PEFT, save it again with safe_serialization=True"
 )
@@ -131,14 +136,24 @@ class AdapterSource:
         )
 
     @cached_property
-    def task(self) -> str | None:
-        """The task in ``TASKS``: the one that run.json records, else the only one of the config's task_type.
+    def task_values(self) -> dict[str, Any]:
+        """The content of task.json: type, settings, config (what the base model's needs); empty without the file.
 
         Raises:
-            AdapterError: run.json is damaged.
+            AdapterError: the file is damaged.
+        """
+        path = self.folder / TASK_FILE
+        return read_json_object(path, _MAX_TASK_FILE) if path.is_file() else {}
+
+    @cached_property
+    def task(self) -> str | None:
+        """The task in ``TASKS``: the one that task.json or run.json records, else the only one of the task_type.
+
+        Raises:
+            AdapterError: one of the two is damaged.
         """
         recorded = self.record.get("recipe")
-        recorded = recorded.get("task") if isinstance(recorded, dict) else None
+        recorded = self.task_values or (recorded.get("task") if isinstance(recorded, dict) else None)
         recorded = recorded.get("type") if isinstance(recorded, dict) else recorded
         if isinstance(recorded, str) and recorded in TASKS:
             return recorded
@@ -151,6 +166,43 @@ class AdapterSource:
         if not self.config.modules_to_save:
             return {}
         return {name.removeprefix(self.config.file_prefix): entry.shape for name, entry in self.header.items()}
+
+    @cached_property
+    def recorded_settings(self) -> Any:
+        """The settings of the task that task.json holds; None without the file.
+
+        Raises:
+            AdapterError: it holds something else.
+        """
+        if not self.task_values or self.task is None:
+            return None
+        try:
+            return TASKS[self.task].settings(**self.task_values["settings"])
+        except (KeyError, TypeError) as error:
+            message = f"does not contain the settings of {self.task}"
+            raise AdapterError(message, file=str(self.folder / TASK_FILE)) from error
+
+    @property
+    def recorded_options(self) -> dict[str, Any]:
+        """The options of ``from_pretrained`` that task.json says, as ``id2label``; empty without the file."""
+        options = self.recorded_settings.model_options() if self.recorded_settings is not None else {}
+        return {**options, **self.task_values.get("config", {})}
+
+    def model_options(self, base: OpenBase) -> dict[str, Any]:
+        """Return the options of ``from_pretrained`` that give the base model the adapter's head."""
+        return self.recorded_options or base.label_options(self.auto_class(lambda: base.config), self.saved_sizes)
+
+    def open_task(self, base: OpenBase) -> Task[Any] | None:
+        """Open the adapter's task over its base model; None where the task is not known.
+
+        Of an adapter without task.json, the head says how many classes there are.
+        """
+        if self.task is None:
+            return None
+        row, settings = TASKS[self.task], self.recorded_settings
+        if settings is None and hasattr(row.settings, "of_model"):
+            settings = row.settings.of_model(base.config, self.model_options(base).get("num_labels"))
+        return row.open(row.settings() if settings is None else settings, base)
 
     def auto_class(self, base_config: Callable[[], PreTrainedConfig]) -> str:
         """Return the name of the transformers class that loads the base model.
@@ -206,10 +258,7 @@ def load_adapter_model(source: AdapterSource, base: OpenBase, dtype: torch.dtype
         AdapterError: the adapter does not fit the base model.
         ModelError: the base model cannot be loaded.
     """
-    auto_class = source.auto_class(lambda: base.config)
-    if not options:
-        options = base.label_options(auto_class, source.saved_sizes)
-    loaded = base.model(auto_class, dtype, **options)
+    loaded = base.model(source.auto_class(lambda: base.config), dtype, **options or source.model_options(base))
     apply_adapter(loaded, source)
     return loaded.model
 

@@ -36,6 +36,7 @@ from peftcli.models.quantization import forget
 from peftcli.schema import BaseModel
 from peftcli.system.outputs import expand_user, new_folder, require_empty, storage_errors
 from peftcli.system.secrets import redact_values
+from peftcli.tasks.base import Probes, Task
 from peftcli.tasks.text.stop_tokens import missing_stops
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
@@ -55,6 +56,8 @@ class _Job:
     """Of the result; None: the base model's own."""
     dequantise: bool
     """Whether the base model is quantised, and is to be made dense."""
+    task: Task[Any] | None
+    """The adapter's, where it is known."""
 
     def load(self, dtype: torch.dtype) -> nn.Module:
         """Load the base model with the adapter in it."""
@@ -113,8 +116,15 @@ def merge_adapter(
     opened = open_base(spec, processors=source.folder)
     _check_quantised(opened, dequantize, command)
     auto_class = source.auto_class(lambda: opened.config)
-    options = opened.label_options(auto_class, source.saved_sizes)
-    job = _Job(source, opened, auto_class, options, getattr(torch, dtype) if dtype else None, dequantize)
+    job = _Job(
+        source,
+        opened,
+        auto_class,
+        source.model_options(opened),
+        getattr(torch, dtype) if dtype else None,
+        dequantize,
+        source.open_task(opened),
+    )
     with new_folder(output) as partial, _reading(spec.name):
         tell(f"merging into {spec.name}")
         if trained and not dequantize:
@@ -352,11 +362,13 @@ def _write_companions(job: _Job, output: Path, untied: bool) -> None:
     if isinstance(rope, dict) and "rope_theta" in rope:  # readers that know only the older key
         described.setdefault("rope_theta", rope["rope_theta"])
     _write_json(path, described)
-    tokenizer = job.base.processor("tokenizer")
+    processor = job.base.processor() if job.task is None else job.task.processor
+    if "pad_token_id" in job.options and processor.pad_token_id is None:
+        processor.pad_token = processor.convert_ids_to_tokens(job.options["pad_token_id"])
     with storage_errors(output):
-        tokenizer.save_pretrained(output)
+        processor.save_pretrained(output)
         if empty.can_generate():
-            _save_generation_config(job, output, tokenizer, config)
+            _save_generation_config(job, output, processor, config)
 
 
 def _save_generation_config(job: _Job, output: Path, tokenizer: Any, config: Any) -> None:
@@ -390,7 +402,7 @@ def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
     """
     tell("verifying: base model with adapter")
     model = job.load(torch.float32).eval()
-    inputs = _probe(model)
+    inputs = job.task.probe() if isinstance(job.task, Probes) else _random_tokens(model)
     expected = model(**inputs).logits
     del model
     tell("verifying: merged model")
@@ -408,8 +420,8 @@ def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
     return difference
 
 
-def _probe(model: Any) -> dict[str, torch.Tensor]:
-    """Return a batch to compare models with."""
+def _random_tokens(model: Any) -> dict[str, torch.Tensor]:
+    """Return a batch to compare models with whose task is not known."""
     rows = base_module(model.get_input_embeddings()).weight.shape[0]
     ids = torch.randint(rows, (2, 16), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})

@@ -56,7 +56,9 @@ class AutoPeftModel:
         )
         auto_class = cls.auto_class or source.auto_class(read_config)
         if base_options.keys().isdisjoint(_LABELS):
-            labels = label_options(lambda **labels: build_empty(auto_class, read_config(**labels)), source.saved_sizes)
+            labels = source.recorded_options or label_options(
+                lambda **labels: build_empty(auto_class, read_config(**labels)), source.saved_sizes
+            )
             base_options |= labels and {**labels, "ignore_mismatched_sizes": True}
         build = getattr(transformers, auto_class).from_pretrained
         model, info = build(name, **base_options, output_loading_info=True)

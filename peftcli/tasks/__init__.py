@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from peftcli.models.open import OpenBase, ProcessorKind
     from peftcli.tasks.base import Task
 
+TASK_FILE = "task.json"
+"""Beside an adapter: its task and the settings that the training data completed."""
+
 
 @dataclass(frozen=True)
 class TaskRow:
@@ -86,7 +89,6 @@ def described(task: Task[Any], recipe: Recipe) -> dict[str, Any]:
 
 
 _ANSWERED = (("prompt", "completion"), ("messages",), ("instruction", "output"), ("conversations",))
-
 TASKS: dict[str, TaskRow] = {
     "causal_lm": TaskRow(
         task_type="CAUSAL_LM",

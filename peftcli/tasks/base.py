@@ -42,6 +42,7 @@ __all__ = [
     "Loss",
     "Outcome",
     "Packs",
+    "PredictOptions",
     "Predicts",
     "Probes",
     "Reader",
@@ -208,11 +209,26 @@ class Packs(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions:
+    """How rows are answered."""
+
+    batch_size: int = 8
+    """Rows at once in the model."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Columns under other names, as ``dataset.columns`` gave them for training."""
+
+
 @runtime_checkable
 class Predicts(Protocol):
     """Answers rows."""
 
-    def predict(self, model: nn.Module, rows: Iterable[Row], options: Any) -> Iterator[dict[str, Any]]:
+    @property
+    def argument(self) -> str:
+        """The column that a text or file on the command line fills."""
+        ...
+
+    def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Answer rows that have the columns of training, but for the label: one JSON object a row, in order."""
         ...
 

@@ -40,13 +40,15 @@ def measure(
     started = time.perf_counter()
     recipe = with_task(recipe, on_warning)
     accelerator = start_accelerator(replace(recipe, launch=Launch()))  # one process measures
-    data = load_data(recipe, open_task(recipe, open_base(recipe.base_model)), only_eval=True, on_note=on_warning)
+    source, base = None if adapter is None else find_adapter(adapter), open_base(recipe.base_model)
+    trained = source is not None and source.task_values and source.task == (recipe.task or {}).get("type")
+    opened = source.open_task(base) if source is not None and trained else None
+    data = load_data(recipe, opened or open_task(recipe, base), only_eval=True, on_note=on_warning)
     task = data.task
     refuse(data.findings, recipe.dataset.allow)
     for text in data.warnings:
         on_warning(text)
     assert data.eval is not None
-    source = None if adapter is None else find_adapter(adapter)
     loaded = load_base(recipe, task)
     if isinstance(task, FitsModel):
         task.fit_model(loaded.model, None)

@@ -100,6 +100,7 @@ def adapted_model(recipe: Recipe, config: AdapterConfig, task: Task[Any]) -> tup
         ModelError: the base model cannot be loaded.
         AdapterError: the method's settings do not fit it.
     """
+    set_seed(recipe.training.seed)  # a new head starts from it
     base, loaded = recipe.base_model, load_base(recipe, task)
     model, notes = loaded.model, [loaded.note] if loaded.note else []
     if isinstance(task, FitsModel):

@@ -35,14 +35,14 @@ def pad_causal(examples: Sequence[Example], pad_token_id: int) -> dict[str, torc
     ids = [each.arrays["input_ids"] for each in examples]
     width = max(map(len, ids))
     batch = {
-        "input_ids": _padded(ids, pad_token_id),
-        "labels": _padded([each.arrays["labels"] for each in examples], IGNORED),
+        "input_ids": padded(ids, pad_token_id),
+        "labels": padded([each.arrays["labels"] for each in examples], IGNORED),
     }
     if "position_ids" in examples[0].arrays:
         rows = [each.arrays["position_ids"] for each in examples]
         filled = [np.concatenate([row, np.arange(width - len(row))]) for row in rows]
-        return batch | {"position_ids": _padded(filled, 0)}
-    return batch | {"attention_mask": _padded([np.ones(len(row), np.int64) for row in ids], 0)}
+        return batch | {"position_ids": padded(filled, 0)}
+    return batch | {"attention_mask": padded([np.ones(len(row), np.int64) for row in ids], 0)}
 
 
 def pad_seq2seq(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -50,7 +50,8 @@ def pad_seq2seq(examples: Sequence[Example], pad_token_id: int) -> dict[str, tor
     return pad_causal(examples, pad_token_id)
 
 
-def _padded(rows: Sequence[Sequence[int] | np.ndarray], filler: int) -> torch.Tensor:
+def padded(rows: Sequence[Sequence[int] | np.ndarray], filler: int) -> torch.Tensor:
+    """Put rows of different lengths into one tensor (B, T), padded on the right."""
     padded = np.full((len(rows), max(map(len, rows))), filler, np.int64)
     for at, row in enumerate(rows):
         padded[at, : len(row)] = row
