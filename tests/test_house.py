@@ -26,6 +26,7 @@ ALLOWED = {
     "peftcli.cli.inspect": 11,
     "peftcli.cli.junit_report": 1,
     "peftcli.cli.merge": 1,
+    "peftcli.cli.predict": 1,
     "peftcli.cli.push": 1,
     "peftcli.cli.schema": 1,
     "peftcli.cli.status": 1,

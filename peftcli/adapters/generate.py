@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
-from peftcli.adapters.load import apply_adapter, find_adapter
+from peftcli.adapters.answer_file import content_key, write_answers
+from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
+from peftcli.data.rows import Row
+from peftcli.data.sources import open_source
+from peftcli.data.text_rows import quote
 from peftcli.errors import DataError
-from peftcli.guard.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
-from peftcli.system.disk import sha256
-from peftcli.system.outputs import expand_user, is_stream, partial_file, write_output
-from peftcli.system.secrets import redact_values
-from peftcli.system.signals import current
+from peftcli.schema import BaseModel, Source
 from peftcli.tasks.text.generation import GenerationSettings, Prompt, TextGenerator
 from peftcli.tasks.text.stop_tokens import prompt_form, stop_tokens
 
@@ -57,13 +56,18 @@ def load_generator(
     tokens.settle_pad(tokenizer, loaded.model)
     model = loaded.model.to("cuda" if cuda else "cpu").eval()  # type: ignore[arg-type]
     form = prompt_form(source.record, tokenizer)
-    loaded_from = {
+    loaded_from = describe(source, spec, model, with_adapter)
+    return TextGenerator(model, tokenizer, form, stop_tokens(tokenizer, form), loaded_from)
+
+
+def describe(source: AdapterSource, spec: BaseModel, model: Any, with_adapter: bool) -> dict[str, Any]:
+    """Return what a model was loaded from, as JSON: to tell whether earlier answers are its own."""
+    return {
         "base": asdict(spec),
-        "adapter": str(folder) if with_adapter else None,
+        "adapter": str(source.folder) if with_adapter else None,
         "device": str(model.device),
         "versions": [version(name) for name in ("peftcli", "torch", "transformers")],
     }
-    return TextGenerator(model, tokenizer, form, stop_tokens(tokenizer, form), loaded_from)
 
 
 def answer_file(
@@ -86,76 +90,36 @@ def answer_file(
         FolderBusy: another process is answering into the same target.
         StorageError: the target cannot be written.
     """
-    target = expand_user(target)
+
+    def answer(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        return [asdict(each) for each in generator.generate(prompts, settings)]
+
     prompts = list(_prompts(source))
-    if is_stream(target):
-        lines: list[bytes] = []
-        for batch in _answered(generator, prompts, settings, batch_size):
-            lines += batch
-            progress(len(lines), len(prompts))
-        write_output(target, b"".join(lines))
-        return len(lines)
-    with partial_file(target, _key(generator, prompts, settings, batch_size)) as file:
-        kept = _whole(file.lines())
-        done = min(len(kept), len(prompts)) // batch_size * batch_size
-        file.truncate(kept[:done])
-        if done:
-            progress(done, len(prompts))
-        for batch in _answered(generator, prompts, settings, batch_size, done):
-            file.append(b"".join(batch))
-            done += len(batch)
-            stop = current()
-            stop.saved, stop.message = True, f"stopped after {done} of {len(prompts)} answers"
-            progress(done, len(prompts))
-    return done
-
-
-def _answered(
-    generator: TextGenerator, prompts: Sequence[Prompt], settings: GenerationSettings, batch_size: int, start: int = 0
-) -> Iterator[list[bytes]]:
-    """The lines of each batch of answers."""
-    for at in range(start, len(prompts), batch_size):
-        answers = generator.generate(prompts[at : at + batch_size], settings)
-        yield [f"{json.dumps(redact_values(asdict(answer)), ensure_ascii=False)}\n".encode() for answer in answers]
-
-
-def _key(generator: TextGenerator, prompts: Sequence[Prompt], settings: GenerationSettings, batch_size: int) -> str:
-    """All that the answers follow from, but for the content of a base model that is a folder."""
-    adapter = generator.loaded_from.get("adapter")
-    hashes = [sha256(Path(adapter) / name) for name in (CONFIG_FILE, WEIGHTS_FILE)] if adapter else []
-    return json.dumps([generator.loaded_from, hashes, list(prompts), asdict(settings), batch_size], sort_keys=True)
-
-
-def _whole(lines: Sequence[bytes]) -> list[bytes]:
-    """The lines before the first that a crash of the machine has damaged."""
-    return list(takewhile(_is_json, lines))
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
+    key = [*content_key(generator.loaded_from), prompts, asdict(settings)]
+    return write_answers(prompts, target, answer, key=key, batch_size=batch_size, progress=progress)
 
 
 def _prompts(source: Path) -> Iterator[Prompt]:
-    from peftcli.data.sources import open_source
-    from peftcli.data.text_rows import quote
-    from peftcli.schema import Source
-
     for row in open_source(Source(train=str(source))).rows():
         if isinstance(row, DataError):
             raise row
-        prompt, messages = row.values.get("prompt"), row.values.get("messages")
-        if isinstance(messages, list) and all(isinstance(turn, dict) and "content" in turn for turn in messages):
-            while messages and messages[-1].get("role") == "assistant":
-                messages = messages[:-1]  # the answer that a dataset's row holds
-            if not messages:
-                raise row.place.error("the conversation has no turn to answer")
-            yield messages
-        elif isinstance(prompt, str) and prompt:
-            yield prompt
-        else:
-            names = ", ".join(quote(name, 40) for name in list(row.values)[:12])
-            raise row.place.error(f'needs "prompt" or "messages"; it has {names or "no columns"}')
+        yield prompt_of(row)
+
+
+def prompt_of(row: Row) -> Prompt:
+    """Return the prompt of a row: of a conversation, the turns before the last answer.
+
+    Raises:
+        DataError: it has none.
+    """
+    prompt, messages = row.values.get("prompt"), row.values.get("messages")
+    if isinstance(messages, list) and all(isinstance(turn, dict) and "content" in turn for turn in messages):
+        while messages and messages[-1].get("role") == "assistant":
+            messages = messages[:-1]  # the answer that a dataset's row holds
+        if not messages:
+            raise row.place.error("the conversation has no turn to answer")
+        return messages
+    if isinstance(prompt, str) and prompt:
+        return prompt
+    names = ", ".join(quote(name, 40) for name in list(row.values)[:12])
+    raise row.place.error(f'needs "prompt" or "messages"; it has {names or "no columns"}')

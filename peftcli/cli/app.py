@@ -27,6 +27,7 @@ from peftcli.cli import (
     info,
     inspect,
     merge,
+    predict,
     push,
     schema,
     status,
@@ -71,6 +72,7 @@ app.command("explain", rich_help_panel=RECIPES)(explain.explain)
 app.command("schema", rich_help_panel=RECIPES)(schema.schema)
 app.command("cache", rich_help_panel=RECIPES)(cache.cache)
 app.command("generate", rich_help_panel=ADAPTERS)(generate.generate)
+app.command("predict", rich_help_panel=ADAPTERS)(predict.predict)
 app.command("merge", rich_help_panel=ADAPTERS)(merge.merge)
 app.command("info", rich_help_panel=ADAPTERS)(info.info)
 app.command("diff", rich_help_panel=ADAPTERS)(diff.diff)

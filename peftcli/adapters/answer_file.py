@@ -1,0 +1,86 @@
+"""Answer the rows of a file into another one. After a stop, the same call resumes after the last batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, TypeVar
+
+from peftcli.guard.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
+from peftcli.system.disk import sha256
+from peftcli.system.outputs import expand_user, is_stream, partial_file, write_output
+from peftcli.system.secrets import redact_values
+from peftcli.system.signals import current
+
+T = TypeVar("T")
+
+
+def write_answers(
+    rows: Sequence[T],
+    target: Path,
+    answer: Callable[[Sequence[T]], Sequence[dict[str, Any]]],
+    *,
+    key: Any,
+    batch_size: int,
+    progress: Callable[[int, int], None],
+) -> int:
+    """Write one JSON object per row, in order. The target appears when all are there.
+
+    Args:
+        rows: What to answer.
+        target: The file, or a stream as /dev/stdout.
+        answer: Answers a batch of rows.
+        key: Everything that the answers follow from, as JSON: an unfinished file is resumed under the same key only.
+        batch_size: Rows answered together.
+        progress: Is told how many of how many rows are done.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        FolderBusy: another process is answering into the same target.
+        StorageError: the target cannot be written.
+    """
+
+    def batches(start: int = 0) -> Iterator[list[bytes]]:
+        for at in range(start, len(rows), batch_size):
+            answers = answer(rows[at : at + batch_size])
+            yield [f"{json.dumps(redact_values(each), ensure_ascii=False)}\n".encode() for each in answers]
+
+    target = expand_user(target)
+    if is_stream(target):
+        lines: list[bytes] = []
+        for batch in batches():
+            lines += batch
+            progress(len(lines), len(rows))
+        write_output(target, b"".join(lines))
+        return len(lines)
+    with partial_file(target, json.dumps([key, batch_size], sort_keys=True, default=str)) as file:
+        kept = list(takewhile(_is_json, file.lines()))  # a crash of the machine may have damaged the rest
+        done = min(len(kept), len(rows)) // batch_size * batch_size
+        file.truncate(kept[:done])
+        if done:
+            progress(done, len(rows))
+        for batch in batches(done):
+            file.append(b"".join(batch))
+            done += len(batch)
+            stop = current()
+            stop.saved, stop.message = True, f"stopped after {done} of {len(rows)} answers"
+            progress(done, len(rows))
+    return done
+
+
+def content_key(loaded_from: dict[str, Any]) -> list[Any]:
+    """What a loaded model follows from, but for the content of a base model that is a folder."""
+    adapter = loaded_from.get("adapter")
+    return [loaded_from, [sha256(Path(adapter) / name) for name in (CONFIG_FILE, WEIGHTS_FILE)] if adapter else []]
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,124 @@
+"""Answer rows with an adapter, whatever its task: rows as in training, less the label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftcli.adapters.answer_file import content_key, write_answers
+from peftcli.adapters.generate import describe, load_generator, prompt_of
+from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
+from peftcli.data.rows import Place, Row
+from peftcli.data.sources import open_source
+from peftcli.errors import AdapterError, DataError
+from peftcli.models.open import open_base
+from peftcli.schema import Source
+from peftcli.tasks.base import FitsModel, PredictOptions, Predicts
+from peftcli.tasks.text.generation import GenerationSettings
+
+_BATCHES = 8
+"""Batches that are answered together, so that rows of similar size can share one."""
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model with an adapter, and the task that answers rows with it."""
+
+    answer: Callable[[Sequence[Row]], list[dict[str, Any]]]
+    """One JSON object a row, in order."""
+    argument: str
+    """The column that a text or file of the command line fills."""
+    rows_at_once: int
+    loaded_from: dict[str, Any]
+
+    def row(self, argument: str, number: int) -> Row:
+        """Make the row of a text or file of the command line."""
+        return Row({self.argument: argument}, Place("the command line", number))
+
+
+def load_predictor(
+    adapter: str, base: str | None = None, *, with_adapter: bool = True, batch_size: int = 8
+) -> Predictor:
+    """Load the base model that an adapter names, with the adapter in it.
+
+    Args:
+        adapter: folder or hub id.
+        base: base model to use instead of the one that the adapter names.
+        with_adapter: False gives the base model alone.
+        batch_size: rows at once in the model.
+
+    Raises:
+        AdapterError: the adapter cannot be read, does not fit, or its task answers no rows.
+        ModelError: the base model cannot be loaded.
+    """
+    source = find_adapter(adapter, base)
+    with open_base(source.base, processors=source.folder) as opened:
+        task = source.open_task(opened)
+        if not isinstance(task, Predicts):
+            return _text_predictor(adapter, base, with_adapter, batch_size)
+        cuda = torch.cuda.is_available()
+        dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
+        loaded = opened.model(source.auto_class(lambda: opened.config), dtype, **source.model_options(opened))
+    if isinstance(task, FitsModel):
+        task.fit_model(loaded.model, None)
+    if with_adapter:
+        apply_adapter(loaded, source)
+    elif loaded.initialised:
+        message = f"has no head for {source.task}: without the adapter, answers would be random"
+        raise AdapterError(message, file=source.base.name, key="--no-adapter")
+    model = loaded.model.to("cuda" if cuda else "cpu").eval()
+    columns = _columns(source)
+
+    def answer(rows: Sequence[Row]) -> list[dict[str, Any]]:
+        there = {name for row in rows for name in row.values}
+        renamed = {name: column for name, column in columns.items() if column in there}
+        return list(task.predict(model, rows, PredictOptions(batch_size=batch_size, columns=renamed)))
+
+    return Predictor(answer, task.argument, batch_size * _BATCHES, describe(source, source.base, model, with_adapter))
+
+
+def predict_file(predictor: Predictor, source: Path, target: Path, progress: Callable[[int, int], None]) -> int:
+    """Answer every row of a file, folder or hub dataset into a .jsonl file. After a stop, the same call resumes.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        DataError: a row that cannot be read.
+        FolderBusy: another process is answering into the same target.
+        StorageError: the target cannot be written.
+    """
+    rows = []
+    for row in open_source(Source(train=str(source))).rows():
+        if isinstance(row, DataError):
+            raise row
+        rows.append(row)
+    return write_answers(
+        rows,
+        target,
+        predictor.answer,
+        key=[*content_key(predictor.loaded_from), [row.values for row in rows]],
+        batch_size=predictor.rows_at_once,
+        progress=progress,
+    )
+
+
+def _columns(source: AdapterSource) -> dict[str, str]:
+    """The names that the training rows gave the task's columns, where run.json is there to say it."""
+    dataset = source.record.get("recipe", {}).get("dataset", {})
+    return {name: column for name, column in (dataset.get("columns") or {}).items() if isinstance(column, str)}
+
+
+def _text_predictor(adapter: str, base: str | None, with_adapter: bool, batch_size: int) -> Predictor:
+    """A predictor whose answers are those of ``generate``."""
+    generator = load_generator(adapter, base, with_adapter=with_adapter)
+
+    def answer(rows: Sequence[Row]) -> list[dict[str, Any]]:
+        prompts = [prompt_of(row) for row in rows]
+        return [asdict(each) for each in generator.generate(prompts, GenerationSettings())]
+
+    return Predictor(answer, "prompt", batch_size, generator.loaded_from)

@@ -1,0 +1,55 @@
+"""``peftcli predict``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftcli.cli import console
+from peftcli.cli.quiet import Quiet, progress_log
+from peftcli.errors import UsageError
+from peftcli.system.outputs import expand_user, is_stream
+from peftcli.system.secrets import redact_values
+
+
+def predict(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
+    inputs: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT|FILE]...", help="Texts, or picture files, to answer.")
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option("--input", help="Rows as in training, without the label: a file or folder.")
+    ] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option("--output", help="File for the answers. After a stop, run the same command again to resume."),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Base model to use instead of the adapter's.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
+    no_adapter: Annotated[bool, typer.Option("--no-adapter", help="Use the base model alone.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Answer rows with an adapter, whatever its task: one JSON object per row, in order."""
+    if (source is None) != (target is None) or (source is None) == (not inputs):
+        raise UsageError("give texts or files, or --input with --output")
+    tell = progress_log(quiet)
+    if target is not None:
+        is_stream(expand_user(target))  # raises before any work if the file cannot be written
+    from peftcli.adapters.predict import load_predictor, predict_file
+
+    predictor = load_predictor(adapter, base, with_adapter=not no_adapter, batch_size=batch_size)
+    if source is not None and target is not None:
+        count = predict_file(predictor, source, target, lambda done, total: tell(f"{done}/{total}"))
+        if as_json:
+            return console.print_json({"output": str(target), "rows": count})
+        return (tell if is_stream(target) else console.out)(f"{target}: {count} answers")
+    answers = predictor.answer([predictor.row(each, number) for number, each in enumerate(inputs or (), start=1)])
+    if as_json:
+        return console.print_json({"rows": answers})
+    for answer in answers:
+        console.out(json.dumps(redact_values(answer)))
+    return None
