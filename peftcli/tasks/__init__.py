@@ -89,6 +89,8 @@ def described(task: Task[Any], recipe: Recipe) -> dict[str, Any]:
 
 
 _ANSWERED = (("prompt", "completion"), ("messages",), ("instruction", "output"), ("conversations",))
+_PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"))
+
 TASKS: dict[str, TaskRow] = {
     "causal_lm": TaskRow(
         task_type="CAUSAL_LM",
@@ -123,6 +125,21 @@ TASKS: dict[str, TaskRow] = {
             'inputs = tokenizer("Hello", return_tensors="pt")',
             "tokens = model.generate(**inputs, max_new_tokens=64)",
             "print(tokenizer.decode(tokens[0], skip_special_tokens=True))",
+        ),
+    ),
+    "sequence_classification": TaskRow(
+        task_type="SEQ_CLS",
+        auto_class="AutoModelForSequenceClassification",
+        settings=settings.SequenceClassification,
+        module="sequence_classification",
+        processor="tokenizer",
+        reads=tuple((*texts, "label") for texts in (("text",), ("sentence",), *_PAIRS)),
+        pipeline_tag="text-classification",
+        summary="put a text, or a pair of texts, into classes or on a scale (BERT, Qwen)",
+        usage=(
+            'inputs = tokenizer("Hello", return_tensors="pt")',
+            "logits = model(**inputs).logits[0]",
+            "print(model.config.id2label[int(logits.argmax())])",
         ),
     ),
 }

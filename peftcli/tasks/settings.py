@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from typing import Self
 
 NOT_ENCODED = {"encodes": False}
 
@@ -41,3 +44,56 @@ class Seq2SeqLM:
     any case."""
     train_on: Literal["answers", "last_answer"] = "answers"
     """Which tokens count in the loss: those of the target, with either value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification:
+    """Settings of every classification task."""
+
+    labels: list[str] | None = None
+    """Names of the classes, in the order of the model's outputs. Unset: those of the training rows, in the order of
+    their ClassLabel, else of first sight."""
+    problem_type: Literal["single_label", "multi_label", "regression"] | None = None
+    """What the label of a row is: one class, a list of classes, or a number to predict. Unset: found in the training
+    rows."""
+    class_weights: dict[str, float] | None = field(default=None, metadata=NOT_ENCODED)
+    """Factors of the loss for rows of a class, as in {spam: 3}; 1 for the other classes."""
+
+    @classmethod
+    def of_model(cls, config: Any, num_labels: int | None) -> Self:
+        """The settings of another tool's model, as far as its config names its outputs.
+
+        Args:
+            config: The base model's.
+            num_labels: Outputs of the head; None: as many as the config says.
+        """
+        num_labels = int(num_labels or config.num_labels)
+        if num_labels == 1:
+            return cls(problem_type="regression")
+        names = getattr(config, "id2label", None) or {}
+        several = getattr(config, "problem_type", None) == "multi_label_classification"
+        return cls(
+            labels=[str(names[n]) if len(names) == num_labels else f"LABEL_{n}" for n in range(num_labels)],
+            problem_type="multi_label" if several else "single_label",
+        )
+
+    def model_options(self) -> dict[str, Any]:
+        """Options of ``from_pretrained`` for these classes."""
+        if self.problem_type == "regression":
+            return {"num_labels": 1, "problem_type": "regression"}
+        labels = self.labels or []
+        return {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {name: index for index, name in enumerate(labels)},
+            "problem_type": f"{self.problem_type}_classification",
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceClassification(Classification):
+    """Settings of sequence_classification."""
+
+    max_length: int = 1024
+    """Longest row, in tokens, if the base model can read so many; the end of a longer one is cut. May stand under
+    ``dataset`` as well."""

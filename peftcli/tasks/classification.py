@@ -1,0 +1,394 @@
+"""What the classification tasks share: the labels of rows, the loss and the metrics over them, and answers.
+
+A label is the name of a class, a list of names of which several or none hold, or a number to predict.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftcli.data.findings import Finding
+from peftcli.data.rows import Reader, Row, Table
+from peftcli.data.store import Column, Example, Outcome, View
+from peftcli.errors import DataError
+from peftcli.models.open import OpenBase
+from peftcli.schema import Source
+from peftcli.system.disk import write_file
+from peftcli.tasks import TASK_FILE, settings
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task
+from peftcli.tasks.findings import CLASSES as FINDINGS
+from peftcli.tasks.shown import Description
+
+Settings = TypeVar("Settings", bound=settings.Classification)
+
+LABEL = Column("float32", (None,))
+"""The column ``label``: the index of the class; for multi_label 0 or 1 of each class; for regression the number."""
+_UNBALANCED = 0.95
+_HALF = 0.5
+_TOP = 5
+_MAX_LISTED = 12
+
+
+@dataclass(frozen=True)
+class LabelReader(Reader):
+    """Which columns hold a row's inputs and its label."""
+
+    classes: tuple[str, ...] = ()
+    """What the numbers in the column of labels stand for, if the source says so."""
+
+
+class Classification(Task[Settings]):
+    """A task whose rows have labels. A subclass reads and collates the model's other inputs."""
+
+    name: ClassVar[str]
+    """The task's name in ``TASKS``."""
+    argument: ClassVar[str]
+    """The column that a text or file on the command line fills."""
+
+    def __init__(self, settings: Settings, processor: Any, base: OpenBase):
+        super().__init__(settings, processor, base)
+        self.labels = tuple(settings.labels or ())
+        """Names of the classes, in the order of the model's outputs; none for regression."""
+        self._index = {name: index for index, name in enumerate(self.labels)}
+        weights = settings.class_weights or {}
+        for key in ("labels", "class_weights"):
+            if settings.problem_type == "regression" and getattr(settings, key):
+                raise DataError("is a setting of classes; regression predicts a number", key=f"task.{key}")
+        if len(self._index) < len(self.labels):
+            raise DataError("names a class twice", key="task.labels")
+        if self.labels and (unknown := [name for name in weights if name not in self._index]):
+            raise DataError(f"{unknown[0]!r} is not one of the classes: {self._listed}", key="task.class_weights")
+        self._weights = torch.tensor([weights.get(name, 1.0) for name in self.labels])
+
+    @abstractmethod
+    def input_columns(self, table: Table) -> Mapping[str, Sequence[str]]:
+        """Name the columns of the model's inputs: the task's name -> the names that sources give it."""
+
+    @abstractmethod
+    def encode_inputs(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
+        """Turn rows into examples that lack their labels, one each."""
+
+    @abstractmethod
+    def collate_inputs(self, examples: Sequence[Example]) -> Batch:
+        """Put the inputs of examples into one batch."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        if self.settings.problem_type == "regression":
+            return ("the labels are numbers, which the model learns to predict (regression)",)
+        return (f"{len(self.labels)} classes: {self._listed}",) if self.labels else ()
+
+    def model_options(self) -> dict[str, Any]:
+        return self.settings.model_options()
+
+    def config_options(self) -> dict[str, Any]:
+        """Keys of the base model's config, besides those of the classes, that a reader must set."""
+        return {}
+
+    def save(self, folder: Path) -> list[str]:
+        """Write task.json: the task with the settings that the training rows completed."""
+        values = {"type": self.name, "settings": asdict(self.settings), "config": self.config_options()}
+        write_file(folder / TASK_FILE, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+        return [TASK_FILE]
+
+    def record(self, folder: Path, model: nn.Module) -> dict[str, Any]:
+        return {}
+
+    @property
+    def needs_scan(self) -> bool:
+        kind = self.settings.problem_type
+        return kind is None or (kind != "regression" and not self.labels)
+
+    def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> Settings:
+        """Find what kind of labels the rows have, and the names of the classes.
+
+        Names keep the order of a ``ClassLabel``, else that in which the rows show them. Classes that are called 0 to
+        n - 1 keep their numbers.
+        """
+        declared, seen, lists, floats = dict[str, None](), dict[str, float | None](), False, False
+        for table, rows in tables:
+            reader = self.read(table)
+            declared |= dict.fromkeys(reader.classes)
+            for row in rows:
+                with suppress(DataError):
+                    label = self._label(row, reader)
+                    lists, floats = lists or isinstance(label, list), floats or isinstance(label, float)
+                    seen |= {str(name): _number(name) for name in (label if isinstance(label, list) else [label])}
+        kind = self.settings.problem_type or ("multi_label" if lists else None)
+        numbers = [number for number in seen.values() if number is not None]
+        fractions = len(numbers) == len(seen) and any(number % 1 for number in numbers)
+        if kind == "regression" or (kind is None and not self.labels and not declared and (floats or fractions)):
+            return replace(self.settings, problem_type="regression")
+        labels = list(self.labels or declared or seen)
+        if not self.labels and set(labels) == set(map(str, range(len(labels)))):
+            labels.sort(key=int)
+        if len(labels) < 2 and kind != "multi_label":
+            found = f"all have the label {labels[0]!r}" if labels else "none has a label"
+            raise DataError(f"of the training rows {found}; a classifier needs two classes", key="dataset.train")
+        return replace(self.settings, labels=labels, problem_type=kind or "single_label")
+
+    def read(self, table: Table, *, labelled: bool = True) -> LabelReader:
+        columns = {**self.input_columns(table), "label": ("label", "labels")}
+        found = table.reader("classification", optional=() if labelled else ("label",), **columns)
+        classes = table.class_names().get(found.names["label"], ()) if labelled else ()
+        return LabelReader(found.name, found.names, tuple(classes))
+
+    def encode(self, rows: Sequence[Row], reader: Any) -> list[Outcome | DataError]:
+        outcomes = self.encode_inputs(rows, reader)
+        for at, (row, outcome) in enumerate(zip(rows, outcomes, strict=True)):
+            try:
+                target = self._target(row, reader)
+            except DataError as error:
+                outcomes[at] = error
+                continue
+            if isinstance(outcome, Outcome):
+                outcome.examples[0].arrays["label"] = target
+        return outcomes
+
+    def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
+        held = np.stack([np.asarray(each.arrays["label"], np.float32) for each in examples])  # (B, 1) or (B, C)
+        labels = torch.from_numpy(held if self.settings.problem_type == "multi_label" else held[:, 0])
+        return self.collate_inputs(examples) | {
+            "labels": labels.long() if self.settings.problem_type == "single_label" else labels
+        }
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits.float()  # (B, C)
+        labels, weights = batch["labels"], self._weights.to(logits.device)
+        if self.settings.problem_type == "regression":
+            total = F.mse_loss(logits[:, 0], labels, reduction="sum")
+        elif self.settings.problem_type == "multi_label":
+            parts = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+            total = (parts * weights).mean(dim=1).sum()
+        else:
+            total = (F.cross_entropy(logits, labels, reduction="none") * weights[labels]).sum()
+        outputs = () if model.training else self._outputs(logits.detach(), labels)
+        return Loss(total, {"loss": total.detach()}, outputs)
+
+    def _outputs(self, logits: torch.Tensor, labels: torch.Tensor) -> list[tuple[Any, list[float]]]:
+        """Return the label and the prediction of each row.
+
+        A prediction is the number, the probability of each class (multi_label), or the likeliest classes. Where there
+        are two classes, the probability of the second follows them.
+        """
+        if self.settings.problem_type == "regression":
+            found = logits
+        elif self.settings.problem_type == "multi_label":
+            found = logits.sigmoid()
+        else:
+            found = logits.topk(min(_TOP, logits.shape[1])).indices.float()
+            if len(self.labels) == 2:
+                found = torch.cat([found, logits.softmax(dim=1)[:, 1:]], dim=1)
+        return list(zip(labels.tolist(), found.tolist(), strict=True))
+
+    def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
+        from sklearn import metrics
+
+        loss = {"loss": float(sums["loss"]) / num_targets}
+        wanted, found = (np.array(each) for each in zip(*outputs, strict=True))
+        if self.settings.problem_type == "regression":
+            numbers = found[:, 0]
+            return loss | {"mse": metrics.mean_squared_error(wanted, numbers), **_correlations(wanted, numbers)}
+        more = dict[str, float]()
+        if self.settings.problem_type == "multi_label":
+            chosen, scores = found > _HALF, found
+            both = wanted.min(axis=0) != wanted.max(axis=0)
+            if both.any():
+                more["auc"] = metrics.roc_auc_score(wanted[:, both], scores[:, both])
+        else:
+            chosen = found[:, 0]
+            more["matthews"] = metrics.matthews_corrcoef(wanted, chosen)
+            if len(self.labels) == 2 and len(set(wanted)) == 2:
+                more["auc"] = metrics.roc_auc_score(wanted, found[:, -1])
+            if len(self.labels) > _TOP:
+                more["top5_accuracy"] = float((found == wanted[:, None]).any(axis=1).mean())
+        return loss | {
+            "accuracy": metrics.accuracy_score(wanted, chosen),
+            "macro_f1": metrics.f1_score(wanted, chosen, average="macro", zero_division=0),
+            "micro_f1": metrics.f1_score(wanted, chosen, average="micro", zero_division=0),
+            **more,
+        }
+
+    def _classes(self, view: View) -> np.ndarray:
+        """Which classes each example is of: (N, C), true and false."""
+        rows = np.stack([store.value("label", at) for store, at in map(view.locate, range(len(view)))])
+        held: np.ndarray = rows > 0
+        return held if self.settings.problem_type == "multi_label" else rows == np.arange(len(self.labels))
+
+    def describe(self, view: View) -> Description:
+        if not self.labels or not len(view):
+            return Description()
+        counts = dict(zip(self.labels, self._classes(view).sum(axis=0).tolist(), strict=True))
+        shares = [f"{name} {count / len(view):.0%}" for name, count in counts.items()]
+        return Description({"classes": counts}, {"classes": _listed(shares)})
+
+    def label_text(self, example: Example) -> str:
+        """The label of an example, in words."""
+        label = np.asarray(example.arrays["label"]).tolist()
+        if self.settings.problem_type == "regression":
+            return f"{label[0]:g}"
+        if self.settings.problem_type == "multi_label":
+            return ", ".join(name for name, is_in in zip(self.labels, label, strict=True) if is_in)
+        return self.labels[int(label[0])]
+
+    def findings(self, view: View) -> list[Finding]:
+        """Look for classes without rows, and for one that nearly all rows are of."""
+        if not self.labels or not len(view):
+            return []
+        rows, found = self._classes(view), list[Finding]()
+        counts = rows.sum(axis=0)
+        for at in np.flatnonzero(counts >= _UNBALANCED * len(rows)):
+            places = map(view.locate, np.flatnonzero(rows[:, at]).tolist())
+            named = (store.place(int(store.row_of[each])) for store, each in places)
+            more = f": {self.labels[at]!r}"
+            found.append(FINDINGS["unbalanced_classes"].finding(int(counts[at]), len(rows), named, more=more))
+        if missing := [name for name, count in zip(self.labels, counts, strict=True) if not count]:
+            more = f" {_listed(missing)}, which have no row"
+            found.append(FINDINGS["missing_classes"].finding(len(rows), len(rows), (), more=more))
+        return found
+
+    def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
+        """Answer rows in their order; those of similar size share a batch."""
+        rows = list(rows)
+        columns = tuple(dict.fromkeys(name for row in rows for name in row.values))
+        table = Table(Source(train="", columns=dict(options.columns)), rows[0].place.source, columns)
+        examples = list[Example]()
+        for outcome in self.encode_inputs(rows, self.read(table, labelled=False)):
+            if isinstance(outcome, DataError):
+                raise outcome
+            examples += outcome.examples
+        order = sorted(range(len(rows)), key=lambda at: examples[at].size)
+        logits = dict[int, torch.Tensor]()
+        device = next(model.parameters()).device
+        for start in range(0, len(order), options.batch_size):
+            chosen = order[start : start + options.batch_size]
+            batch = self.collate_inputs([examples[at] for at in chosen])
+            with torch.inference_mode():
+                found = model(**{name: value.to(device) for name, value in batch.items()}).logits
+            logits |= zip(chosen, found.float().cpu(), strict=True)
+        for at in range(len(rows)):
+            yield self._answer(logits[at])
+
+    def _answer(self, logits: torch.Tensor) -> dict[str, Any]:
+        """What ``predict`` says of one row, from its logits (C,)."""
+        if self.settings.problem_type == "regression":
+            return {"value": float(logits[0])}
+        if self.settings.problem_type == "multi_label":
+            scores = dict(zip(self.labels, logits.sigmoid().tolist(), strict=True))
+            return {"labels": [name for name, score in scores.items() if score > _HALF], "scores": scores}
+        scores = dict(zip(self.labels, logits.softmax(dim=0).tolist(), strict=True))
+        best = self.labels[int(logits.argmax())]
+        return {"label": best, "score": scores[best], "scores": scores}
+
+    def _label(self, row: Row, reader: LabelReader) -> str | float | list[str]:
+        """Return the row's label: a class or several by their names, or a number with a decimal point.
+
+        Raises:
+            DataError: there is none.
+        """
+        value, key = reader.value(row, "label"), reader.names["label"]
+        try:
+            if isinstance(value, float) and math.isfinite(value):
+                return value
+            if isinstance(value, int) and self.settings.problem_type == "regression":
+                return float(value)
+            return [_class(each, reader) for each in value] if isinstance(value, list) else _class(value, reader)
+        except ValueError as error:
+            raise row.place.error(str(error), key=key) from None
+
+    def _target(self, row: Row, reader: LabelReader) -> list[float]:
+        """Return the row's label as the column ``label`` holds it.
+
+        Raises:
+            DataError: there is none, or it is not one of the classes.
+        """
+        label, kind, key = self._label(row, reader), self.settings.problem_type, reader.names["label"]
+        if kind == "regression":
+            number = None if isinstance(label, list) else _number(label)
+            if number is None:
+                raise row.place.error(f"expected a number, found {_shown(label)}", key=key)
+            return [number]
+        if isinstance(label, list) != (kind == "multi_label"):
+            expected = "a list of classes" if kind == "multi_label" else "one class"
+            raise row.place.error(f"expected {expected}, found {_shown(label)}", key=key)
+        names = label if isinstance(label, list) else [str(label)]
+        if unknown := [name for name in names if name not in self._index]:
+            raise row.place.error(
+                f"the label {_shown(unknown[0])} is not one of the classes: {self._listed}",
+                key=key,
+                hint="The classes are those of the training rows, unless task.labels names them.",
+            )
+        if kind == "multi_label":
+            return [float(name in names) for name in self.labels]
+        return [float(self._index[names[0]])]
+
+    @property
+    def _listed(self) -> str:
+        return _listed(self.labels)
+
+
+def require_extra(package: str, extra: str) -> None:
+    """Check that an optional package is installed.
+
+    Raises:
+        DataError: it is not; names the extra that brings it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise DataError(f"needs the package {package}", key="task", hint=f"pip install 'peftcli[{extra}]'")
+
+
+def _class(value: Any, reader: LabelReader) -> str:
+    """Return the name of a class.
+
+    Raises:
+        ValueError: the value does not name one.
+    """
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, int) and value >= 0 and (not reader.classes or value < len(reader.classes)):
+        return reader.classes[value] if reader.classes else str(value)
+    if isinstance(value, int):
+        raise ValueError(f"{value} is not the number of a class; it marks rows without a label in some datasets")
+    raise ValueError(f"expected a label, found {_shown(value)}")
+
+
+def _number(value: str | float) -> float | None:
+    """Return the number that a value is or spells, if it is finite."""
+    with suppress(ValueError):
+        if math.isfinite(number := float(value)):
+            return number
+    return None
+
+
+def _correlations(wanted: np.ndarray, found: np.ndarray) -> dict[str, float]:
+    """Pearson's and Spearman's correlation; 0 where one of the two is constant."""
+    from scipy import stats  # comes with scikit-learn
+
+    if np.ptp(wanted) == 0 or np.ptp(found) == 0:
+        return {"pearson": 0.0, "spearman": 0.0}
+    pearson, spearman = stats.pearsonr(wanted, found), stats.spearmanr(wanted, found)
+    return {"pearson": float(pearson.statistic), "spearman": float(spearman.statistic)}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join([*names[:_MAX_LISTED], *(["..."] if len(names) > _MAX_LISTED else [])])
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -1,0 +1,158 @@
+"""What the tests of the classification tasks share: tiny base models on disk, rows, pictures, open tasks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from trainkit import base_folder, scratch, tokenizer, write_rows
+
+from peftcli.data.rows import Place, Row, Table
+from peftcli.errors import DataError
+from peftcli.schema import BaseModel, Source
+from peftcli.tasks import TASKS
+
+_SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+SIDE = 32
+WORDS = {"good": "sun tea north seven", "bad": "winter stone moon mill"}
+ROWS = [
+    {"text": f"{words.split()[n % 4]} {words.split()[n % 3]} {n}", "label": label}
+    for n in range(12)
+    for label, words in WORDS.items()
+]
+"""Two classes that words tell apart, the first of which comes first."""
+COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200)}
+
+
+@functools.cache
+def classifier_base(kind: str) -> Path:
+    """A base model without a head, with its processor, as a folder."""
+    if kind in ("llama", "gpt2"):
+        return base_folder(kind, chat=False)
+    folder = scratch() / f"classifier-{kind}"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if kind == "bert":
+            config = transformers.BertConfig(vocab_size=300, max_position_embeddings=64, **_SMALL)
+            transformers.BertModel(config).save_pretrained(folder)
+            tokenizer(chat=False).save_pretrained(folder)
+            return folder
+        if kind == "vit":
+            model = transformers.ViTModel(transformers.ViTConfig(image_size=SIDE, patch_size=8, **_SMALL))
+        elif kind == "resnet":
+            sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+            model = transformers.ResNetModel(transformers.ResNetConfig(**sizes))
+        else:
+            config = transformers.EfficientNetConfig(
+                image_size=SIDE, width_coefficient=0.1, depth_coefficient=0.1, hidden_dim=128
+            )
+            model = transformers.EfficientNetModel(config)
+    model.save_pretrained(folder)
+    size = {"height": SIDE, "width": SIDE}
+    transformers.ViTImageProcessorPil(size=size).save_pretrained(folder)
+    return folder
+
+
+def base_of(kind: str) -> Any:
+    """A base model as far as tasks need it."""
+    folder = classifier_base(kind)
+
+    def processor(wanted: str) -> Any:
+        if wanted == "tokenizer":
+            return transformers.AutoTokenizer.from_pretrained(folder)
+        return transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    return SimpleNamespace(spec=BaseModel(name=str(folder)), name=str(folder), config=config, processor=processor)
+
+
+def open_task(name: str = "sequence_classification", kind: str = "bert", **settings: Any) -> Any:
+    """The task over a tiny base model."""
+    row = TASKS[name]
+    return row.open(row.settings(**settings), base_of(kind))
+
+
+def table_of(
+    values: Sequence[Mapping[str, Any]],
+    columns: dict[str, str] | None = None,
+    classes: Mapping[str, tuple[str, ...]] | None = None,
+) -> tuple[Table, list[Row]]:
+    """Rows of a file ``a.jsonl`` that was never written."""
+    rows = [Row(dict(each), Place("a.jsonl", number, number)) for number, each in enumerate(values, start=1)]
+    names = tuple(dict.fromkeys(name for each in values for name in each))
+    return Table(Source(train="a.jsonl", columns=columns or {}), "a.jsonl", names, lambda: classes or {}), rows
+
+
+def scanned(values: Sequence[Mapping[str, Any]], name: str = "sequence_classification", **options: Any) -> Any:
+    """The task with the settings that the rows complete."""
+    classes, kind = options.pop("classes", None), options.pop("kind", "bert")
+    task = open_task(name, kind, **options)
+    assert task.needs_scan
+    table, rows = table_of(values, classes=classes)
+    return TASKS[name].open(task.scan([(table, iter(rows))]), task.base)
+
+
+def encoded(task: Any, values: Sequence[Mapping[str, Any]], **options: Any) -> list[Any]:
+    """The examples of rows, an error for a row that has none."""
+    table, rows = table_of(values, **options)
+    outcomes = task.encode(rows, task.read(table))
+    return [each if isinstance(each, DataError) else each.examples[0] for each in outcomes]
+
+
+def write_pictures(folder: Path, count: int = 8) -> Path:
+    """Pictures of two colours, a folder for each."""
+    random = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            noise = random.integers(-30, 30, (20, 24, 3))
+            Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)).save(
+                folder / name / f"{number}.png"
+            )
+    return folder
+
+
+def write_classifier_recipe(folder: Path, kind: str = "bert", **settings: Any) -> Path:
+    """A recipe beside its data: LoRA, float32, 8 steps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind in ("bert", "llama", "gpt2"):
+        task, targets = "sequence_classification", "all-linear"
+        train, held_out = write_rows(folder / "train.jsonl", ROWS[:18]), write_rows(folder / "eval.jsonl", ROWS[18:])
+    else:
+        task, targets = "image_classification", "all-linear" if kind == "vit" else "[convolution]"
+        train, held_out = write_pictures(folder / "pictures"), write_pictures(folder / "held_out", 3)
+    path = folder / "recipe.yaml"
+    extra = "".join(f", {name}: {value}" for name, value in settings.items())
+    path.write_text(
+        f"""\
+base_model: {classifier_base(kind)}
+task: {{type: {task}{extra}}}
+method: {{type: lora, r: 4, lora_alpha: 8, target_modules: {targets}}}
+dataset: {{train: {train}, eval: {held_out}}}
+training:
+  output_dir: {folder}/out
+  max_steps: 8
+  learning_rate: 1e-2
+  per_device_train_batch_size: 4
+  per_device_eval_batch_size: 3
+  bf16: false
+  eval_strategy: "no"
+  save_strategy: "no"
+  logging_steps: 1
+"""
+    )
+    return path

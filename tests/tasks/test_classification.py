@@ -1,0 +1,284 @@
+"""Labels, losses and metrics of the classification tasks."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from classifierkit import encoded, open_task, scanned, table_of
+from torch import nn
+
+from peftcli.errors import DataError
+from peftcli.tasks import TASKS
+from peftcli.tasks.classification import require_extra
+
+
+def rows(*labels: Any) -> list[dict[str, Any]]:
+    return [{"text": f"row {number}", "label": label} for number, label in enumerate(labels)]
+
+
+def test_names_keep_the_order_of_first_sight() -> None:
+    task = scanned(rows("spam", "ham", "spam", "eggs"))
+    assert task.labels == ("spam", "ham", "eggs")
+    assert task.model_options() == {
+        "num_labels": 3,
+        "id2label": {0: "spam", 1: "ham", 2: "eggs"},
+        "label2id": {"spam": 0, "ham": 1, "eggs": 2},
+        "problem_type": "single_label_classification",
+    }
+
+
+def test_names_numbers_and_class_labels_give_one_mapping() -> None:
+    names = ("ham", "spam", "eggs")
+    by_name = scanned(rows("ham", "spam", "eggs", "spam"))
+    by_class_label = scanned(rows(2, 1, 1, 0), classes={"label": names})
+    by_number = scanned(rows(2, 1, 1, 0))
+    assert by_name.labels == by_class_label.labels == names
+    assert by_number.labels == ("0", "1", "2")
+    for task, values, classes in (
+        (by_name, rows("spam", "eggs"), None),
+        (by_class_label, rows(1, 2), {"label": names}),
+        (by_number, rows(1, 2), None),
+    ):
+        found = encoded(task, values, classes=classes)
+        assert [list(each.arrays["label"]) for each in found] == [[1.0], [2.0]]
+
+
+def test_numbers_that_are_no_indices_keep_the_order_of_first_sight() -> None:
+    assert scanned(rows(5, 1, 3)).labels == ("5", "1", "3")
+
+
+def test_a_class_label_names_classes_that_no_row_has() -> None:
+    assert scanned(rows(1, 1), classes={"label": ("ham", "spam")}).labels == ("ham", "spam")
+
+
+def test_given_labels_are_kept_in_their_order() -> None:
+    task = scanned(rows("ham", "spam"), labels=["spam", "ham", "other"])
+    assert task.labels == ("spam", "ham", "other")
+    assert not open_task(labels=["a", "b"], problem_type="single_label").needs_scan
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind"),
+    [
+        (["a", "b"], "single_label"),
+        ([0, 1, 1], "single_label"),
+        ([True, False], "single_label"),
+        ([0.5, 2.0], "regression"),
+        (["0.5", "2", "7.25"], "regression"),
+        (["1", "2"], "single_label"),
+        ([["a"], ["b", "a"], []], "multi_label"),
+    ],
+)
+def test_the_labels_say_what_kind_of_problem_it_is(labels: list[Any], kind: str) -> None:
+    assert scanned(rows(*labels)).settings.problem_type == kind
+
+
+def test_numbers_are_targets_of_a_regression() -> None:
+    task = open_task(problem_type="regression")
+    assert not task.needs_scan
+    assert [list(each.arrays["label"]) for each in encoded(task, rows(0.5, 3, "2.5", -1))] == [[0.5], [3], [2.5], [-1]]
+    assert task.model_options() == {"num_labels": 1, "problem_type": "regression"}
+    assert "expected a number" in encoded(task, rows("much"))[0].message
+
+
+def test_lists_are_several_classes() -> None:
+    task = scanned(rows(["red"], ["blue", "red"], []))
+    found = encoded(task, rows(["blue"], [], ["red", "blue"]))
+    assert [list(each.arrays["label"]) for each in found] == [[0, 1], [0, 0], [1, 1]]
+    assert "expected a list of classes" in encoded(task, rows("red"))[0].message
+
+
+@pytest.mark.parametrize("missing", [None, "", " ", -1, -100, float("nan")])
+def test_a_row_without_a_label_is_an_error_with_its_place(missing: Any) -> None:
+    task = scanned(rows("a", "b", missing))
+    assert task.labels == ("a", "b")
+    good, bad = encoded(task, rows("a", missing))
+    assert list(good.arrays["label"]) == [0]
+    assert isinstance(bad, DataError)
+    assert (bad.file, bad.line, bad.key) == ("a.jsonl", 2, "label")
+
+
+def test_a_number_beyond_the_class_label_is_an_error() -> None:
+    task = scanned(rows(0, 1), classes={"label": ("ham", "spam")})
+    [bad] = encoded(task, rows(2), classes={"label": ("ham", "spam")})
+    assert "not the number of a class" in bad.message
+
+
+def test_a_label_that_training_lacks_is_an_error() -> None:
+    task = scanned(rows("ham", "spam"))
+    [bad] = encoded(task, rows("eggs"))
+    assert bad.message == "the label 'eggs' is not one of the classes: ham, spam"
+    assert "task.labels" in bad.hint
+
+
+def test_one_class_alone_is_refused() -> None:
+    with pytest.raises(DataError, match="all have the label 'ham'"):
+        scanned(rows("ham", "ham"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"labels": ["a", "a"]}, "task.labels"),
+        ({"problem_type": "regression", "labels": ["a", "b"]}, "task.labels"),
+        ({"problem_type": "regression", "class_weights": {"a": 2.0}}, "task.class_weights"),
+        ({"labels": ["a", "b"], "class_weights": {"c": 2.0}}, "task.class_weights"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings: dict[str, Any], key: str) -> None:
+    with pytest.raises(DataError) as caught:
+        open_task(**settings)
+    assert caught.value.key == key
+
+
+class Fixed(nn.Module):
+    """A model that gives the same logits."""
+
+    def __init__(self, logits: Any):
+        super().__init__()
+        self.logits = torch.as_tensor(logits, dtype=torch.float32)
+        self.eval()
+
+    def forward(self, **_inputs: Any) -> Any:
+        return SimpleNamespace(logits=self.logits)
+
+
+def measured(task: Any, values: list[dict[str, Any]], logits: Any) -> dict[str, float]:
+    """The metrics of a model with these logits."""
+    found = encoded(task, values)
+    loss = task.loss(Fixed(logits), task.collate(found, training=False))
+    sums = {name: value.numpy() for name, value in loss.sums.items()}
+    return task.metrics(sums, list(loss.outputs), len(found))
+
+
+def one_hot(task: Any, labels: list[str]) -> torch.Tensor:
+    return 20.0 * torch.eye(len(task.labels))[[task.labels.index(label) for label in labels]]
+
+
+def test_a_perfect_classifier() -> None:
+    labels = ["a", "b", "b", "a", "b"]
+    task = scanned(rows(*labels))
+    metrics = measured(task, rows(*labels), one_hot(task, labels))
+    assert metrics.pop("loss") == pytest.approx(0, abs=1e-6)
+    assert metrics == dict.fromkeys(["accuracy", "macro_f1", "micro_f1", "matthews", "auc"], 1.0)
+
+
+def test_a_random_classifier() -> None:
+    random = np.random.default_rng(0)
+    labels = ["a" if draw < 0.8 else "b" for draw in random.random(2000)]
+    task = scanned(rows("a", "b"), labels=["a", "b"])
+    metrics = measured(task, rows(*labels), random.normal(size=(2000, 2)))
+    assert metrics["accuracy"] == pytest.approx(0.5, abs=0.05)
+    assert metrics["micro_f1"] == metrics["accuracy"]
+    assert metrics["macro_f1"] == pytest.approx((2 * 0.8 * 0.5 / 1.3 + 2 * 0.2 * 0.5 / 0.7) / 2, abs=0.05)
+    assert metrics["matthews"] == pytest.approx(0, abs=0.06)
+    assert metrics["auc"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_many_classes_have_the_accuracy_of_the_best_five() -> None:
+    labels = [f"c{number}" for number in range(20)]
+    task = scanned(rows(*labels))
+    metrics = measured(task, rows(*labels), one_hot(task, labels))
+    assert metrics["top5_accuracy"] == metrics["accuracy"] == 1
+    assert "auc" not in metrics
+    random = np.random.default_rng(0)
+    metrics = measured(task, rows(*labels * 100), random.normal(size=(2000, 20)))
+    assert metrics["top5_accuracy"] == pytest.approx(0.25, abs=0.05)
+    assert metrics["accuracy"] == pytest.approx(0.05, abs=0.03)
+
+
+def test_perfect_and_random_predictions_of_several_classes() -> None:
+    random = np.random.default_rng(0)
+    held = random.random((1000, 3)) < 0.5
+    values = rows(*([name for name, is_in in zip("abc", row, strict=True) if is_in] for row in held))
+    task = scanned(values, labels=["a", "b", "c"])
+    perfect = measured(task, values, 20.0 * (2 * held - 1))
+    assert {perfect[name] for name in ("accuracy", "macro_f1", "micro_f1", "auc")} == {1.0}
+    guessed = measured(task, values, random.normal(size=(1000, 3)))
+    assert guessed["accuracy"] == pytest.approx(1 / 8, abs=0.04)
+    assert {round(guessed[name], 1) for name in ("macro_f1", "micro_f1", "auc")} == {0.5}
+    assert guessed["loss"] > 0.6
+
+
+def test_perfect_and_random_predictions_of_numbers() -> None:
+    random = np.random.default_rng(0)
+    numbers = random.normal(size=1000)
+    values = rows(*numbers.tolist())
+    task = scanned(values)
+    perfect = measured(task, values, numbers[:, None])
+    assert perfect["mse"] == pytest.approx(perfect["loss"]) == pytest.approx(0, abs=1e-9)
+    assert perfect["pearson"] == pytest.approx(1)
+    assert perfect["spearman"] == pytest.approx(1)
+    guessed = measured(task, values, random.normal(size=(1000, 1)))
+    assert guessed["mse"] == pytest.approx(2, abs=0.3)
+    assert guessed["pearson"] == pytest.approx(0, abs=0.1)
+    assert guessed["spearman"] == pytest.approx(0, abs=0.1)
+    assert measured(task, values, np.zeros((1000, 1)))["pearson"] == 0
+
+
+def test_the_loss_is_that_of_transformers() -> None:
+    import transformers
+
+    random = torch.Generator().manual_seed(0)
+    for values, settings in (
+        (rows("a", "b", "c", "b"), {}),
+        (rows(["a"], [], ["b", "c"], ["c"]), {"labels": ["a", "b", "c"]}),
+        (rows(0.5, 1.5, -2.0, 0.0), {}),
+    ):
+        task = scanned(values, **settings)
+        batch = task.collate(encoded(task, values), training=True)
+        config = transformers.AutoConfig.from_pretrained(task.base.name, **task.model_options())
+        torch.manual_seed(int(torch.randint(100, (1,), generator=random)))
+        model = transformers.AutoModelForSequenceClassification.from_config(config).train()
+        loss = task.loss(model, batch)
+        assert loss.outputs == ()
+        assert loss.total.item() / 4 == pytest.approx(model(**batch).loss.item(), rel=1e-6)
+
+
+def test_class_weights_scale_the_loss_of_their_rows() -> None:
+    values = rows("a", "b", "b")
+    logits = [[0.0, 1.0], [0.0, 1.0], [2.0, 0.0]]
+    plain, weighed = (scanned(values, class_weights=weights) for weights in (None, {"b": 3.0}))
+    each = [-torch.log_softmax(torch.tensor(row), 0)[at].item() for row, at in zip(logits, (0, 1, 1), strict=True)]
+    assert measured(plain, values, logits)["loss"] == pytest.approx(sum(each) / 3)
+    assert measured(weighed, values, logits)["loss"] == pytest.approx((each[0] + 3 * each[1] + 3 * each[2]) / 3)
+
+
+def test_answers() -> None:
+    task = scanned(rows("ham", "spam"))
+    answer = task._answer(torch.tensor([0.0, math.log(3)]))
+    assert answer["label"] == "spam"
+    assert answer["score"] == answer["scores"]["spam"] == pytest.approx(0.75)
+    assert list(answer["scores"]) == ["ham", "spam"]
+    several = scanned(rows(["a"], ["b"]))._answer(torch.tensor([1.0, -1.0]))
+    assert several["labels"] == ["a"]
+    assert several["scores"]["a"] == pytest.approx(1 / (1 + math.exp(-1)))
+    assert scanned(rows(0.5, 1.5))._answer(torch.tensor([2.5])) == {"value": 2.5}
+
+
+def test_a_missing_extra_is_named_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError) as caught:
+        require_extra("sklearn", "metrics")
+    assert caught.value.hint == "pip install 'peftcli[metrics]'"
+
+
+def test_a_source_may_call_its_columns_otherwise() -> None:
+    task = scanned(rows("a", "b"))
+    values = [{"mail": "x", "kind": "b"}]
+    [example] = encoded(task, values, columns={"text": "mail", "label": "kind"})
+    assert list(example.arrays["label"]) == [1]
+    table, _ = table_of(values)
+    with pytest.raises(DataError, match="no column 'text'"):
+        task.read(table)
+
+
+def test_every_row_of_the_table_has_what_the_card_needs() -> None:
+    for name in ("sequence_classification", "image_classification"):
+        assert TASKS[name].usage
+        assert TASKS[name].summary
