@@ -142,4 +142,21 @@ TASKS: dict[str, TaskRow] = {
             "print(model.config.id2label[int(logits.argmax())])",
         ),
     ),
+    "image_classification": TaskRow(
+        task_type=None,
+        auto_class="AutoModelForImageClassification",
+        settings=settings.ImageClassification,
+        module="image_classification",
+        processor="image_processor",
+        reads=(("image", "label"), ("file_name", "label"), ("img", "label")),
+        pipeline_tag="image-classification",
+        summary="put pictures into classes (ViT, ResNet, EfficientNet)",
+        usage=(
+            "from PIL import Image",
+            "",
+            'inputs = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")',
+            "logits = model(**inputs).logits[0]",
+            "print(model.config.id2label[int(logits.argmax())])",
+        ),
+    ),
 }

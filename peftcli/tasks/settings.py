@@ -97,3 +97,8 @@ class SequenceClassification(Classification):
     max_length: int = 1024
     """Longest row, in tokens, if the base model can read so many; the end of a longer one is cut. May stand under
     ``dataset`` as well."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageClassification(Classification):
+    """Settings of image_classification."""

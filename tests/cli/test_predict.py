@@ -1,0 +1,142 @@
+"""``peftcli predict``: rows as in training, less the label; one JSON object a row, in order."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trainkit
+from classifierkit import ROWS, write_classifier_recipe
+from jsonschema import Draft202012Validator
+from trainkit import run_recipe, write_rows
+
+from peftcli.output_schemas import output_schema
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_recipe(write_classifier_recipe(tmp_path_factory.mktemp("texts"))).folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_recipe(write_classifier_recipe(tmp_path_factory.mktemp("pictures"), "vit")).folder
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_recipe(trainkit.write_recipe(tmp_path_factory.mktemp("words")), "training.max_steps=2").folder
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_texts_as_arguments(cli: Callable, texts: Path) -> None:
+    ran = cli("predict", texts, "sun tea", "moon")
+    assert ran.code == 0, ran.err
+    first, second = map(json.loads, ran.out.splitlines())
+    assert first["label"] in ("good", "bad")
+    assert first["score"] == first["scores"][first["label"]] == max(first["scores"].values())
+    assert list(second["scores"]) == ["good", "bad"]
+    whole = json.loads(cli("predict", texts, "sun tea", "moon", "--json").out)
+    assert [row["scores"] for row in whole["rows"]] == [pytest.approx(each["scores"]) for each in (first, second)]
+    Draft202012Validator(output_schema("predict")).validate(whole)
+
+
+def test_pictures_as_arguments(cli: Callable, pictures: Path) -> None:
+    files = sorted((pictures.parent / "held_out").rglob("*.png"))
+    ran = cli("predict", pictures, *files)
+    assert ran.code == 0, ran.err
+    assert [json.loads(line)["label"] for line in ran.out.splitlines()] == [file.parent.name for file in files]
+    missing = cli("predict", pictures, "missing.png")
+    assert missing.code == 3
+    assert "missing.png: no such file" in missing.err
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_file_of_rows(cli: Callable, texts: Path, tmp_path: Path, batch_size: int) -> None:
+    source = write_rows(tmp_path / "in.jsonl", [{"text": row["text"]} for row in ROWS])
+    target = tmp_path / "new" / "out.jsonl"
+    ran = cli("predict", texts, "--input", source, "--output", target, "--batch-size", batch_size, "--json")
+    assert json.loads(ran.out) == {"output": str(target), "rows": len(ROWS)}
+    found = lines(target)
+    alone = json.loads(cli("predict", texts, *(row["text"] for row in ROWS), "--json").out)["rows"]
+    assert [each["score"] for each in found] == pytest.approx([each["score"] for each in alone], abs=1e-5)
+
+
+def test_a_folder_of_pictures(cli: Callable, pictures: Path, tmp_path: Path) -> None:
+    ran = cli("predict", pictures, "--input", pictures.parent / "held_out", "--output", tmp_path / "out.jsonl")
+    assert ran.out == f"{tmp_path}/out.jsonl: 6 answers\n"
+    assert [each["label"] for each in lines(tmp_path / "out.jsonl")] == ["blue"] * 3 + ["red"] * 3
+
+
+def test_columns_of_other_names(cli: Callable, tmp_path: Path) -> None:
+    recipe = write_classifier_recipe(tmp_path)
+    rows = [{"mail": row["text"], "kind": row["label"]} for row in ROWS]
+    for name in ("train", "eval"):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    folder = run_recipe(recipe, "dataset.columns={text: mail, label: kind}").folder
+    source = write_rows(tmp_path / "in.jsonl", [{"mail": "sun"}])
+    assert cli("predict", folder, "--input", source, "--output", tmp_path / "a.jsonl").code == 0
+    assert lines(tmp_path / "a.jsonl")[0]["label"] in ("good", "bad")
+    assert cli("predict", folder, "sun").code == 0
+
+
+def test_a_stopped_file_goes_on(cli: Callable, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftcli.tasks.sequence_classification import SequenceClassification
+
+    source = write_rows(tmp_path / "in.jsonl", [{"text": row["text"]} for row in ROWS])
+    args = ("predict", texts, "--input", source, "--batch-size", 1)
+    assert cli(*args, "--output", tmp_path / "whole.jsonl").code == 0
+    asked: list[int] = []
+    encode = SequenceClassification.encode_inputs
+
+    def stopped(self: Any, rows: Any, reader: Any) -> Any:
+        asked.append(len(rows))
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return encode(self, rows, reader)
+
+    monkeypatch.setattr(SequenceClassification, "encode_inputs", stopped)
+    ran = cli(*args, "--output", tmp_path / "out.jsonl")
+    assert ran.code == 75
+    assert not (tmp_path / "out.jsonl").exists()
+    ran = cli(*args, "--output", tmp_path / "out.jsonl")
+    assert ran.code == 0
+    assert ran.err.startswith(f"8/{len(ROWS)}\n")
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_language_models_answer_as_generate(cli: Callable, words: Path, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", [{"prompt": "What follows tea?"}, trainkit.MESSAGES[0]])
+    for command in ("predict", "generate"):
+        assert cli(command, words, "--input", source, "--output", tmp_path / f"{command}.jsonl").code == 0
+    assert lines(tmp_path / "predict.jsonl") == lines(tmp_path / "generate.jsonl")
+    whole = json.loads(cli("predict", words, "What follows tea?", "--json").out)
+    assert whole["rows"] == lines(tmp_path / "generate.jsonl")[:1]
+    Draft202012Validator(output_schema("predict")).validate(whole)
+
+
+def test_without_the_adapter_there_is_no_head(cli: Callable, texts: Path) -> None:
+    ran = cli("predict", texts, "sun", "--no-adapter")
+    assert ran.code == 4
+    assert "answers would be random" in ran.err
+
+
+def test_a_row_that_cannot_be_answered(cli: Callable, texts: Path, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", [{"text": "sun"}, {"text": None}])
+    ran = cli("predict", texts, "--input", source, "--output", tmp_path / "out.jsonl")
+    assert ran.code == 3
+    assert f"{source}:2" in ran.err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("args", [(), ("sun", "--input", "a.jsonl", "--output", "b.jsonl"), ("--input", "a.jsonl")])
+def test_wrong_arguments(cli: Callable, texts: Path, args: tuple[str, ...]) -> None:
+    assert cli("predict", texts, *args).code == 2

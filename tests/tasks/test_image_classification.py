@@ -1,0 +1,158 @@
+"""Image classification: pictures of every kind come out right, broken ones are named."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from classifierkit import SIDE, encoded, open_task, scanned, table_of, write_pictures
+from PIL import Image
+
+from peftcli.data.sources import open_source
+from peftcli.errors import DataError
+from peftcli.schema import Source
+from peftcli.tasks.image_classification import open_image
+
+LABELS: dict[str, Any] = {"labels": ["red", "blue"], "problem_type": "single_label"}
+RED = (200, 30, 30)
+
+
+def task(kind: str = "vit") -> Any:
+    return open_task("image_classification", kind, **LABELS)
+
+
+def picture(mode: str = "RGB", **options: Any) -> Image.Image:
+    """Red on the left, blue on the right."""
+    pixels = np.zeros((12, 16, 3), np.uint8)
+    pixels[:, :8], pixels[:, 8:] = RED, (30, 30, 200)
+    return Image.fromarray(pixels).convert(mode, **options)
+
+
+def saved(image: Image.Image, path: Path, **options: Any) -> str:
+    image.save(path, **options)
+    return str(path)
+
+
+def pixels(path: str) -> np.ndarray:
+    return np.asarray(open_image(Path(path).read_bytes(), path).convert("RGB"))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "a.gif", "a.webp", "a.jpg"])
+def test_formats(tmp_path: Path, name: str) -> None:
+    found = pixels(saved(picture(), tmp_path / name)).astype(int)
+    assert np.abs(found[6, 2] - RED).max() < 25
+
+
+def test_grey_palette_and_transparency_become_rgb(tmp_path: Path) -> None:
+    grey = pixels(saved(picture("L"), tmp_path / "grey.png"))
+    assert (grey[..., 0] == grey[..., 1]).all()
+    assert (pixels(saved(picture("RGBA"), tmp_path / "rgba.png")) == np.asarray(picture())).all()
+    palette = pixels(saved(picture("P", palette=Image.Palette.ADAPTIVE), tmp_path / "p.png")).astype(int)
+    assert np.abs(palette[6, 2] - RED).max() < 5
+    assert pixels(saved(picture("1"), tmp_path / "bits.png")).max() == 255
+    assert pixels(saved(picture("CMYK"), tmp_path / "cmyk.jpg")).shape == (12, 16, 3)
+
+
+def test_16_bits_of_grey_keep_their_shades(tmp_path: Path) -> None:
+    shades = np.linspace(0, 65535, 16 * 12).reshape(12, 16).astype(np.uint16)
+    found = pixels(saved(Image.fromarray(shades), tmp_path / "deep.png"))
+    assert (found[..., 0] == shades // 256).all()
+
+
+def test_a_turned_picture_stands_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
+    turned = pixels(saved(picture(), tmp_path / "turned.jpg", exif=exif, quality=100))
+    assert turned.shape == (16, 12, 3)
+    assert np.abs(turned[2, 6].astype(int) - RED).max() < 10  # the left of the file is on top
+
+
+def test_pictures_come_as_paths_bytes_and_dictionaries(tmp_path: Path) -> None:
+    path = saved(picture(), tmp_path / "a.png")
+    content = Path(path).read_bytes()
+    values = [path, content, {"bytes": content, "path": "a.png"}, {"bytes": None, "path": path}]
+    found = encoded(task(), [{"image": value, "label": "red"} for value in values])
+    batches = [task().collate([each], training=True)["pixel_values"] for each in found]
+    assert batches[0].shape == (1, 3, SIDE, SIDE)
+    assert all(torch.equal(batches[0], batch) for batch in batches)
+    assert found[0].arrays["content"] == b""
+
+
+def test_a_path_may_be_relative_to_the_file_of_rows(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    saved(picture(), tmp_path / "pictures" / "a.png")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"file_name": "pictures/a.png", "label": "red"}\n')
+    found = list(open_source(Source(train=str(rows))).rows())
+    table, _ = table_of([found[0].values])
+    [outcome] = task().encode(found, task().read(table))
+    assert outcome.examples[0].arrays["path"] == str(tmp_path / "pictures" / "a.png")
+
+
+def test_broken_pictures_are_errors_with_row_and_path(tmp_path: Path) -> None:
+    good = saved(picture(), tmp_path / "good.jpg")
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes(Path(good).read_bytes()[:300])
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty.png").write_bytes(b"")
+    names = ["good.jpg", "cut.jpg", "text.png", "empty.png", "missing.png"]
+    found = encoded(task(), [{"image": str(tmp_path / name), "label": "red"} for name in names])
+    assert not isinstance(found[0], DataError)
+    for number, (name, error) in enumerate(zip(names[1:], found[1:], strict=True), start=2):
+        assert (error.file, error.line, error.key) == ("a.jsonl", number, "image")
+        assert str(tmp_path / name) in error.message
+    [bad] = encoded(task(), [{"image": b"no picture", "label": "red"}])
+    assert "is not a picture" in bad.message
+    [bad] = encoded(task(), [{"image": None, "label": "red"}])
+    assert "expected a file or the bytes" in bad.message
+
+
+def test_a_folder_of_pictures_is_labelled_by_its_folders(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 3)
+    rows = list(open_source(Source(train=str(tmp_path))).rows())
+    found = scanned([row.values for row in rows], "image_classification", kind="vit")
+    assert found.labels == ("blue", "red")  # the folders' sorted names
+    table, _ = table_of([rows[0].values])
+    assert [outcome.examples[0].arrays["label"] for outcome in found.encode(rows, found.read(table))] == [[0.0]] * 3 + [
+        [1.0]
+    ] * 3
+
+
+def test_a_picture_that_changed_since_is_named(tmp_path: Path) -> None:
+    path = saved(picture(), tmp_path / "a.png")
+    [example] = encoded(task(), [{"image": path, "label": "red"}])
+    Path(path).write_bytes(b"gone")
+    with pytest.raises(DataError, match="has changed since the rows were read") as caught:
+        task().collate([example], training=True)
+    assert caught.value.file == path
+
+
+def test_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    content = io.BytesIO()
+    picture().save(content, "PNG")
+    with pytest.raises(DataError, match=re.escape("the picture cannot be read")):
+        open_image(content.getvalue())
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet", "efficientnet"])
+def test_the_model_reads_pictures(tmp_path: Path, kind: str) -> None:
+    import transformers
+
+    path = saved(picture(), tmp_path / "a.png")
+    opened = task(kind)
+    model = transformers.AutoModelForImageClassification.from_pretrained(opened.base.name, **opened.model_options())
+    batch = opened.collate(encoded(opened, [{"image": path, "label": "blue"}] * 2), training=True)
+    assert batch["labels"].tolist() == [1, 1]
+    assert opened.loss(model.train(), batch).total.requires_grad
+    assert model.eval()(**opened.probe()).logits.shape == (2, 2)
+
+
+def test_the_processor_is_saved(tmp_path: Path) -> None:
+    assert task().save(tmp_path) == ["task.json", "preprocessor_config.json"]
+    assert (tmp_path / "preprocessor_config.json").is_file()
