@@ -79,6 +79,8 @@ def test_names_and_levels_are_a_promise() -> None:
         "train_in_eval": ("warning", False),
         "prompts_in_eval": ("info", False),
         "low_trained_share": ("info", False),
+        "unbalanced_classes": ("warning", False),
+        "missing_classes": ("warning", False),
     }
 
 
