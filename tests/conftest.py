@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from grid import mark_slow
+from hypothesis import HealthCheck, settings
 
 # Read when torch, huggingface_hub and matplotlib are first imported, so they are set before any test module is.
 _HF_HOME = tempfile.mkdtemp(prefix="peftcli-tests-")
@@ -26,6 +27,9 @@ os.environ.update(
 )
 for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
     os.environ.pop(_name, None)
+
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")  # the machine may be
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from peftcli.core.weights import adapter_state
 from peftcli.methods import config_from_dict
 from peftcli.methods.lora.config import LoraConfig
 
-repeatable = settings(max_examples=40, derandomize=True, deadline=None, database=None)
+repeatable = settings(max_examples=40, derandomize=True, database=None)
 
 
 class Block(nn.Module):

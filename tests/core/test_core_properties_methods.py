@@ -35,7 +35,7 @@ R_IS_ANOTHERS = ("oft",)
 ALWAYS_FIT = {"width": 8, "inner": 16}
 """Sizes that no method can refuse at r 4 and the settings of the tests: multiples of 8."""
 
-repeatable = settings(max_examples=15, derandomize=True, deadline=None, database=None)
+repeatable = settings(max_examples=15, derandomize=True, database=None)
 
 
 @st.composite

@@ -264,7 +264,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.lists(st.dictionaries(st.text(max_size=4), json_values, max_size=4), max_size=5),
     indent=st.sampled_from([None, 1]),
@@ -281,7 +281,7 @@ def test_any_rows_of_json_come_back(
         assert values(write(folder, name + packed, PACKERS[packed](text.encode()))) == rows
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.lists(
         st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), min_size=2, max_size=2),

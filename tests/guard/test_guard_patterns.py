@@ -110,7 +110,7 @@ def _larger(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 
 
 @given(st.recursive(_ONE, _larger, max_leaves=8), st.text("abAB._1", min_size=1, max_size=6))
-@settings(max_examples=800, derandomize=True, deadline=None, database=None)
+@settings(max_examples=800, derandomize=True, database=None)
 def test_any_pattern_means_what_it_means_to_python(pattern: str, text: str) -> None:
     assert Pattern(pattern).fullmatch(text) == bool(re.fullmatch(pattern, text))
 
@@ -119,7 +119,7 @@ _WORDS = st.lists(st.sampled_from(["a", "b", "ab", "_", ".", "a.b", "1"]), min_s
 
 
 @given(_WORDS, st.text("ab_.1", min_size=1, max_size=9))
-@settings(max_examples=500, derandomize=True, deadline=None, database=None)
+@settings(max_examples=500, derandomize=True, database=None)
 def test_a_plain_name_means_what_it_means_as_a_pattern(name: str, text: str) -> None:
     assert ends_with(text, name) == bool(re.fullmatch(rf"(.*\.)?({name})", text))
 

@@ -223,7 +223,7 @@ PIECES = st.sampled_from(
 NASTY = st.lists(PIECES, max_size=4).map("".join)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(template=st.sampled_from(list(PUBLISHED)), around=st.lists(st.tuples(NASTY, NASTY), min_size=2, max_size=6))
 def test_no_content_of_a_user_is_trained_and_every_answer_is(template: str, around: list[tuple[str, str]]) -> None:
     """Whatever the contents: each has a text of its own, which tells where it went."""

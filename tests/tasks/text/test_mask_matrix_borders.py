@@ -93,7 +93,7 @@ WORDS = st.text(st.sampled_from(LETTERS), max_size=5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(prompt=WORDS, completion=WORDS)
 @example(prompt="e", completion="\u0301a")
 @example(prompt="a\n", completion="\n\nb")
@@ -122,7 +122,7 @@ def test_only_tokens_of_the_prompt_alone_are_untrained(kind: str, prompt: str, c
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(question=WORDS, answer=WORDS.filter(str.strip))
 def test_a_conversation_and_a_pair_have_the_same_border(kind: str, question: str, answer: str) -> None:
     made = tokenizer(kind)

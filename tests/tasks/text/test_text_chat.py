@@ -147,7 +147,7 @@ def test_untrained_turns(tokenizers: Callable[..., Any]) -> None:
     ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     contents=st.lists(
         st.text(st.sampled_from("ab \n\té🙂1") | st.characters(codec="utf-8"), max_size=6)
