@@ -347,7 +347,7 @@ def _task_name(task: object) -> object:
 
 
 def _part(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """The object that stands there in run.json; empty where there is none."""
+    """Return the object under this key of run.json; empty without one."""
     found: Any = values
     for name in names:
         found = found.get(name) if isinstance(found, Mapping) else None

@@ -71,7 +71,7 @@ def push(
 
     Raises:
         AdapterError: the folder holds no adapter that others could load.
-        UsageError: an id that is none, or a base model that others do not have.
+        UsageError: an invalid id, or a base model that others cannot load.
         HubError: the hub refused.
         NetworkError: the hub cannot be reached.
     """

@@ -143,7 +143,7 @@ def scatter(numbers: np.ndarray) -> np.ndarray:
 
 
 def _integers(value: Any) -> np.ndarray:
-    """A value of a column as a flat array of integers: numbers that are none, and texts, by their bytes."""
+    """A value of a column as a flat array of integers: NaN and texts by their bytes."""
     if isinstance(value, (str, bytes)):
         return np.frombuffer(value.encode() if isinstance(value, str) else value, np.uint8)
     flat = np.asarray(value).ravel()

@@ -18,7 +18,7 @@ class LycorisLayer(AdapterLayer):
     """How strong the delta is, and what of it is left out in training."""
 
     rescaled = True
-    """Whether what rank_dropout leaves is made stronger by as much."""
+    """Whether to scale up what rank_dropout keeps, so that its mean stays the same."""
 
     def take(self, name: str, config: LycorisConfig) -> None:
         """Read the settings for the module ``name``."""

@@ -16,7 +16,7 @@ def drawn_places(layer: DeltaLinear, name: str, key: str, count: int, seed: int 
     device. Without a seed the generator has its own, always the same.
 
     Raises:
-        AdapterError: the matrix has not so many; ``key`` is the setting that asks for them.
+        AdapterError: the matrix has fewer entries; ``key`` is the setting that asks for them.
     """
     view, weight = layer.view, stored_weight(layer)
     size = view.out_features * view.in_features

@@ -110,7 +110,7 @@ def share_rows(model: nn.Module, layer: TrainedRows) -> dict[str, TrainedRows]:
 
 
 def modules_sharing(model: nn.Module, module: nn.Module) -> dict[str, nn.Module]:
-    """The other modules whose weight is ``module``'s: name in the base model -> what stands there now."""
+    """Return the other modules that share ``module``'s weight: name in the base model -> module."""
     found = {name: model.get_submodule(path) for name, path in base_paths(model).items()}
     weight = module.weight
     return {

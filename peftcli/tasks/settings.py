@@ -95,7 +95,7 @@ class SequenceClassification(Classification):
     """Settings of sequence_classification."""
 
     max_length: int = 1024
-    """Longest row, in tokens, if the base model can read so many; the end of a longer one is cut. May stand under
+    """Longest row, in tokens, within what the base model can read; the end of a longer one is cut. May stand under
     ``dataset`` as well."""
 
 

@@ -173,7 +173,7 @@ def prepare_data(recipe: Recipe, as_on: str | None, on_event: OnEvent) -> None:
         on_event: Is told what happens.
 
     Raises:
-        DataError: a row that cannot be used, or data that would be trained wrongly.
+        DataError: a row that cannot be used, or data with a finding that stops a run.
     """
     recipe = with_task(recipe, lambda text: on_event(Warned(text)))
     on_event(Phase("reading the data"))

@@ -54,7 +54,7 @@ class Prefix(nn.Module):
         self.start: torch.Tensor | None = None
         """While the decoder starts sequences: where the prefix starts in each row (B, 1)."""
         self.cuts = False
-        """Whether what comes of its places is cut off again."""
+        """Whether the outputs at its positions are removed again."""
 
     def pair(self, index: int) -> torch.Tensor:
         """A layer's keys, and behind them its values: (n, 2 * width)."""

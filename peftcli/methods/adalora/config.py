@@ -41,7 +41,7 @@ class AdaLoraConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     tfinal: int = 0
     """Steps at the end during which what is left is trained and no longer changes place."""
     deltaT: int = 1
-    """Every so many steps in between, the least important directions are set to zero."""
+    """Number of steps between two prunings, each of which sets the least important directions to zero."""
     beta1: float = 0.85
     """How slowly the importance of a weight follows its last steps; nearer to 1 is slower."""
     beta2: float = 0.85

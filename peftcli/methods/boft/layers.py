@@ -23,7 +23,7 @@ class BOFTLayer(Rotating):
     boft_s: nn.Parameter
 
     def start(self, features: int, name: str, config: BOFTConfig) -> None:
-        """Make the weights of a rotation of so many inputs."""
+        """Make the weights that rotate a layer's inputs."""
         size, count = block_sizes(features, name, config)
         self.boft_R = nn.Parameter(
             torch.zeros(config.boft_n_butterfly_factor, count, size, size, **factory_kwargs(self))
@@ -107,7 +107,7 @@ def wrap(module: nn.Module, name: str, config: BOFTConfig) -> AdapterLayer:
 
 
 def block_sizes(features: int, name: str, config: BOFTConfig) -> tuple[int, int]:
-    """Side and number of the blocks of a layer with so many inputs.
+    """Return side and number of the blocks of a layer.
 
     Raises:
         AdapterError: the config's numbers do not divide the inputs.
@@ -128,7 +128,7 @@ def block_sizes(features: int, name: str, config: BOFTConfig) -> tuple[int, int]
 
 
 def _together(rows: torch.Tensor, size: int, blocks: int) -> torch.Tensor:
-    """In each run of so many blocks: its first half-block beside the first of its second half, and so on."""
+    """Permute each run of blocks: its first half-block beside the first of its second half, and so on."""
     if blocks == 1:
         return rows
     return rows.unflatten(-1, (-1, 2, blocks, size // 2)).transpose(-3, -2).flatten(-4)

@@ -21,7 +21,7 @@ class FourierFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     always_written: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "target_modules", "random_loc_seed")
 
     n_frequency: int = 1000
-    """Trained coefficients of the update's spectrum, in each layer. The whole file is so many numbers a layer."""
+    """Trained coefficients of the update's spectrum, in each layer. The file holds this many numbers for each layer."""
     scaling: float = 150.0
     """Strength of the update. About 300 for Llama models."""
     random_loc_seed: int = 777

@@ -58,7 +58,7 @@ class GraloraLinear(DeltaLinear):
 
 
 def _uniform(tensor: torch.Tensor, inputs: int) -> None:
-    """As a linear layer of so many inputs starts."""
+    """Initialise as a linear layer with as many inputs does."""
     bound = 1 / math.sqrt(inputs)
     nn.init.uniform_(tensor, -bound, bound)
 

@@ -18,7 +18,7 @@ class HRALayer(Rotating):
     """``W' = W H_1 ... H_r`` with the reflections ``H_i = I - 2 u_i u_i'`` along the unit columns of ``u: (in, r)``."""
 
     def start(self, features: int, config: HRAConfig) -> None:
-        """Make the reflections of so many inputs."""
+        """Make the reflections for a layer with ``in_features`` inputs."""
         self.orthogonal = config.apply_GS
         self.hra_u = nn.Parameter(torch.empty(features, config.r, **factory_kwargs(self)))
         nn.init.kaiming_uniform_(self.hra_u, a=math.sqrt(5))

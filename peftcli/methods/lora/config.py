@@ -170,5 +170,5 @@ def _range_problems(config: LoraConfig) -> Problems:
         return [("layer_replication", "names no layer")]
     wrong = [pair for pair in ranges if len(pair) != 2 or not 0 <= pair[0] < pair[1]]
     if not wrong and sum(end - start for start, end in ranges) > _MAX_LAYERS:
-        return [("layer_replication", f"makes more than {_MAX_LAYERS} layers, and no model has so many")]
+        return [("layer_replication", f"makes more than {_MAX_LAYERS} layers, the most that is accepted")]
     return [("layer_replication", f"each range is [first layer, last layer + 1], not {pair}") for pair in wrong]

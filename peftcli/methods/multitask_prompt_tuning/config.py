@@ -26,7 +26,7 @@ class MultitaskPromptTuningConfig(TextPromptConfig):
     """How the prompt starts. RANDOM: normal; TEXT: embeddings of prompt_tuning_init_text. The others go on from an
     adapter that was trained on many tasks: the mean of its tasks, one of them, or the part that they share."""
     prompt_tuning_init_state_dict_path: str | None = None
-    """The adapter_model.safetensors of the adapter to go on from."""
+    """The adapter_model.safetensors of the adapter to start from."""
     prompt_tuning_init_task: int = 0
     """Which of its tasks EXACT_SOURCE_TASK starts from, counted from 0."""
     num_ranks: int = 1

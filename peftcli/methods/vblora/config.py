@@ -33,7 +33,7 @@ class VBLoRAConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     vector_length: int = 256
     """Numbers in each vector. It divides the inputs and outputs of every adapted layer."""
     topk: int = 2
-    """Each piece of a matrix is a mixture of so many vectors of the bank. The file grows with it."""
+    """Number of the bank's vectors that each piece of a matrix mixes. The file grows with it."""
     save_only_topk_weights: bool = False
     """Write the mixtures instead of the scores that they are made from: a far smaller file, with which the choice of
     vectors can no longer be trained."""

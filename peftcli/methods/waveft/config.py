@@ -24,7 +24,7 @@ class WaveFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     always_written: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "target_modules", "random_loc_seed")
 
     n_frequency: int = 2592
-    """Trained wavelet coefficients of the update, in each layer. The whole file is so many numbers a layer."""
+    """Trained wavelet coefficients of the update, in each layer. The file holds this many numbers for each layer."""
     scaling: float = 25.0
     """Strength of the update."""
     wavelet_family: str = "db1"

@@ -61,7 +61,7 @@ def synthesis(moments: int) -> torch.Tensor:
 
 
 def _daubechies(moments: int) -> torch.Tensor:
-    """The low-pass filter with so many vanishing moments: (2 * moments,).
+    """Return the low-pass filter with ``moments`` vanishing moments: (2 * moments,).
 
     Its polynomial is ``(1 + z)^n`` times that half of ``P(y) = sum of C(n-1+k, k) y^k`` whose roots are inside the unit
     circle, where ``y = (2 - z - 1/z) / 4`` (Daubechies, Ten Lectures on Wavelets, chapter 6).

@@ -71,7 +71,7 @@ def _may_be_alive(folder: RunFolder, record: RunRecord) -> bool:
 
 
 def _replacement(folder: RunFolder) -> str | None:
-    """The state of the run that will take this one's place; None: there is none."""
+    """The state of the run that will replace this one; None without one."""
     record = folder.replacement().read()
     return None if record is None else record.status
 
