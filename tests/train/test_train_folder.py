@@ -412,7 +412,7 @@ def _endless_second_step(noted: Path) -> None:
     from peftcli.system.signals import Stop
     from peftcli.train.plan import Plan
 
-    note, ends_epoch = Stop.note, Plan.global_batch
+    note, ends_epoch = Stop.on_stop_signal, Plan.global_batch
 
     def tell(self: Stop, *signal: Any) -> None:
         note(self, *signal)
@@ -423,7 +423,7 @@ def _endless_second_step(noted: Path) -> None:
             time.sleep(0.05)
         return ends_epoch(self, step)
 
-    Stop.note, Plan.global_batch = tell, stuck  # type: ignore[method-assign]
+    Stop.on_stop_signal, Plan.global_batch = tell, stuck  # type: ignore[method-assign]
 
 
 # --- damaged checkpoints ----------------------------------------------------------------------------------------------

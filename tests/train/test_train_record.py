@@ -17,14 +17,14 @@ from peftcli.train.runs.typed_json import WrongValue
 
 WRONG: tuple[Any, ...] = (None, [], {}, "x", -1, 1.5, True)
 SETTINGS = ("training.eval_strategy=epoch", "training.eval_on_start=true", "gates.eval_loss=<= 100")
-FREE = ("recipe", "identity.recipe", "base_model.quantization")
+FREE = ("recipe", "identity.recipe", "base_model.quantization", "task")
 """Objects that are described elsewhere."""
 NAMES = {"versions", "identity.data"} | {
     *(f"{rows}.{name}" for rows in ("data", "data.eval") for name in ("sha256", "dropped")),
     *(f"eval.{name}" for name in ("first", "last", "best", "kept")),
 }
 """Objects whose keys are names of other things."""
-OPTIONAL = {"pid", "host", "data.eval", "attempts.0.end_step", "attempts.0.reason"}
+OPTIONAL = {"pid", "host", "task", "data.unit", "data.eval", "attempts.0.end_step", "attempts.0.reason"}
 
 
 @pytest.fixture(scope="module")

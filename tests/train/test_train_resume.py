@@ -349,7 +349,7 @@ def test_status_of_a_running_and_of_a_killed_run(recipe: Path, capsys: pytest.Ca
     found = status(out)
     assert (found["status"], found["exit_code"], found["pid"]) == ("interrupted", 137, None)
     assert main(["status", str(out)]) == 0
-    assert "its process is gone" in capsys.readouterr().out
+    assert "the process ended without recording a reason" in capsys.readouterr().out
 
 
 def test_status_where_there_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
