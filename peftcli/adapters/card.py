@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -123,7 +124,7 @@ def render_card(
     sections = [
         _front_matter(kind, use, base),
         _summary(kind, task, base, info),
-        _usage(kind, use, adapter, _loading(info, use, base, adapter, processor)),
+        _usage(kind, use, adapter, [*_model(info, use, base, adapter), *_loading(info, use, base, adapter, processor)]),
         _processor_note(use, _part(recipe, "base_model")) if processor else "",
         _table("Training data", ("split", "count", "value"), _data_rows(info)),
         _table("Settings", ("setting", "value"), _setting_rows(method, recipe, info)),
@@ -172,6 +173,30 @@ def _usage(kind: str, use: TaskRow | None, adapter: str, loading: list[str]) -> 
     return text + "With PEFT and transformers, in Python:\n\n" + _python("peft", use, adapter, loading)
 
 
+def _model(info: Mapping[str, Any], use: TaskRow | None, base: str, adapter: str) -> list[str]:
+    """Lines of Python that load a model whose head depends on the classes; none where PEFT's class does it."""
+    recorded = {name: value for name, value in _part(info, "task").items() if name != "type"}
+    options: dict[str, Any] = {}
+    with suppress(AttributeError, TypeError):
+        options = use.settings(**recorded).model_options() if use and recorded else {}
+    if not use or not options:
+        return []
+    names = list(options.get("id2label", {}).values())
+    head = f"id2label=dict(enumerate({_quoted(names)}))" if names else f"num_labels={options['num_labels']}"
+    name = base if base and not is_local(base) else "path/to/the/base/model"
+    return [
+        "from peft import PeftModel",
+        f"from transformers import {', '.join(sorted([use.auto_class, _processor_class(_processor(use))]))}",
+        "",
+        f"base = {use.auto_class}.from_pretrained({json.dumps(name)}, {head})",
+        f"model = PeftModel.from_pretrained(base, {json.dumps(adapter)})",
+    ]
+
+
+def _quoted(names: list[Any]) -> str:
+    return json.dumps(names).replace("`", "\\u0060")
+
+
 def _loading(info: Mapping[str, Any], use: TaskRow | None, base: str, adapter: str, own: bool) -> list[str]:
     """Lines of Python that load the processor, and tell a loaded model where its answers end if it does not know."""
     name = base if base and not is_local(base) else "path/to/the/base/model"
@@ -211,11 +236,14 @@ def _processor_note(use: TaskRow | None, settings: Mapping[str, Any]) -> str:
 def _python(library: str, use: TaskRow | None, adapter: str, loading: list[str]) -> str:
     """A Python block that loads the adapter and calls it once."""
     auto_class = use.peft_class if use else "AutoPeftModel"
-    lines = [
+    loads = [
         f"from {library} import {auto_class}",
         f"from transformers import {_processor_class(_processor(use))}",
         "",
         f"model = {auto_class}.from_pretrained({json.dumps(adapter)})",
+    ]
+    lines = [
+        *([] if any(line.startswith("model = ") for line in loading) else loads),
         *loading,
         *(use.usage if use else ['inputs = tokenizer("Hello", return_tensors="pt")', "print(model(**inputs))"]),
     ]
@@ -293,7 +321,7 @@ def _method_name(kind: str) -> str:
 
 
 def _task_of(task_type: object) -> str:
-    return next((name for name, row in TASKS.items() if row.task_type == task_type), "")
+    return next((name for name, row in TASKS.items() if task_type and row.task_type == task_type), "")
 
 
 def _renamed(card: str, base: str, base_model_id: str, path: Path) -> str:

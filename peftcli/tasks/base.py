@@ -7,6 +7,7 @@ A task subclasses ``Task``; whatever else it can do it says by having the method
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -84,6 +85,8 @@ class Task(ABC, Generic[Settings]):
     """Whether a size counts the targets too; else the account of the data adds them."""
     flags: ClassVar[Mapping[str, int]] = {}
     """Facts of rows that run.json counts: name -> bit of ``Outcome.flags``. ``truncated`` says that a row was cut."""
+    packages: ClassVar[Mapping[str, str]] = {}
+    """Optional packages that training and evaluation need -> the extra that brings each."""
     identity: ClassVar[Sequence[str]] = ()
     """Columns whose values make two rows equal, by which ``inspect`` finds duplicates. None: it does not look."""
 
@@ -319,6 +322,16 @@ class Exports(Protocol):
     def export(self, folder: Path, adapter: Any) -> None:
         """Write the files into a folder."""
         ...
+
+
+def require_extra(package: str, extra: str) -> None:
+    """Check that an optional package is installed.
+
+    Raises:
+        DataError: it is not; names the extra that brings it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise DataError(f"needs the package {package}", key="task", hint=f"pip install 'peftcli[{extra}]'")
 
 
 def encoding(name: str, task: Task[Any]) -> dict[str, Any]:

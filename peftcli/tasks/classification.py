@@ -5,7 +5,6 @@ A label is the name of a class, a list of names of which several or none hold, o
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from abc import abstractmethod
@@ -57,6 +56,7 @@ class Classification(Task[Settings]):
     """The task's name in ``TASKS``."""
     argument: ClassVar[str]
     """The column that a text or file on the command line fills."""
+    packages: ClassVar = {"sklearn": "metrics"}
 
     def __init__(self, settings: Settings, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)
@@ -338,16 +338,6 @@ class Classification(Task[Settings]):
     @property
     def _listed(self) -> str:
         return _listed(self.labels)
-
-
-def require_extra(package: str, extra: str) -> None:
-    """Check that an optional package is installed.
-
-    Raises:
-        DataError: it is not; names the extra that brings it.
-    """
-    if importlib.util.find_spec(package) is None:
-        raise DataError(f"needs the package {package}", key="task", hint=f"pip install 'peftcli[{extra}]'")
 
 
 def _class(value: Any, reader: LabelReader) -> str:

@@ -20,8 +20,8 @@ from peftcli.data.store import Column, Example, Outcome
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import settings, shown
-from peftcli.tasks.base import Batch
-from peftcli.tasks.classification import LABEL, Classification, require_extra
+from peftcli.tasks.base import Batch, require_extra
+from peftcli.tasks.classification import LABEL, Classification
 from peftcli.tasks.shown import Label, Shown
 
 if TYPE_CHECKING:

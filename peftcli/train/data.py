@@ -21,7 +21,7 @@ from peftcli.recipe.data_checks import check_task
 from peftcli.schema import Recipe, Source
 from peftcli.system import date
 from peftcli.tasks import open_task, row_of
-from peftcli.tasks.base import Scans, Task, encoding
+from peftcli.tasks.base import Scans, Task, encoding, require_extra
 from peftcli.tasks.found import find_task
 from peftcli.train.plan import Plan
 from peftcli.train.report import OnEvent, Phase, RowsRead, Warned
@@ -88,6 +88,8 @@ def load_data(
     Raises:
         DataError: a row that cannot be used, or none that can.
     """
+    for package, extra in task.packages.items():
+        require_extra(package, extra)
     dataset, notes = recipe.dataset, list(task.notes)
     if isinstance(task, Scans) and task.needs_scan:
         task = row_of(recipe).open(task.scan(map(_table, dataset.sources())), task.base)

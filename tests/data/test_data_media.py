@@ -66,3 +66,18 @@ def test_the_fingerprint_is_one_hash_over_all_files(photos):
     assert opened.fingerprint() != before
     with pytest.raises(DataError, match="changed while it was read"):
         opened.check_unchanged(before)
+
+
+def test_class_labels_of_a_parquet_file(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        text=datasets.Value("string"),
+        label=datasets.ClassLabel(names=["ham", "spam"]),
+        topics=datasets.List(datasets.ClassLabel(names=["a", "b"])),
+    )
+    made = datasets.Dataset.from_dict({"text": ["x"], "label": [1], "topics": [[0]]}, features)
+    made.to_parquet(tmp_path / "a.parquet")
+    opened = open_source(Source(train=str(tmp_path / "a.parquet")))
+    assert opened.class_names() == {"label": ("ham", "spam"), "topics": ("a", "b")}
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "label": 1}\n')
+    assert open_source(Source(train=str(tmp_path / "a.jsonl"))).class_names() == {}

@@ -14,7 +14,7 @@ from torch import nn
 
 from peftcli.errors import DataError
 from peftcli.tasks import TASKS
-from peftcli.tasks.classification import require_extra
+from peftcli.tasks.base import require_extra
 
 
 def rows(*labels: Any) -> list[dict[str, Any]]:

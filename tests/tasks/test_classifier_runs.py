@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -35,7 +36,7 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         trainkit.reset_accelerate()
         assert main([str(arg) for arg in args]) == code, capsys.readouterr().err
         out, err = capsys.readouterr()
-        return json.loads(out) if "--json" in args else out if not code else err
+        return json.loads(out) if "--json" in args else out + err * bool(code)
 
     return cli
 
@@ -181,6 +182,17 @@ def test_peft_predicts_the_same(runs: Callable, kind: str, recwarn: pytest.Warni
     assert [str(each.message) for each in recwarn if "peft" in str(each.filename)] == []
 
 
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_the_cards_example_runs(runs: Callable, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, run = runs(kind)
+    card = (run.folder / "README.md").read_text()
+    assert f"peftcli predict {run.folder}" in card or "peftcli predict path/to/this/adapter" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    code = code.replace("path/to/this/adapter", str(run.folder))
+    exec(code.replace("path/to/the/base/model", run.recipe.base_model.name), {})
+    assert capsys.readouterr().out.strip() in ("good", "bad", "red", "blue")
+
+
 def test_gates_are_applied(cli: Callable, tmp_path: Path) -> None:
     recipe = write_classifier_recipe(tmp_path)
     assert "eval_accuracy is" in cli("train", recipe, *EVALUATES, "gates.eval_accuracy=> 1", code=12)
@@ -192,6 +204,16 @@ def test_a_label_of_evaluation_that_training_lacks_stops_the_run(tmp_path: Path)
     with pytest.raises(DataError, match="'ugly' is not one of the classes: good, bad") as caught:
         run_recipe(recipe)
     assert (caught.value.file, caught.value.line) == (f"{tmp_path}/eval.jsonl", 7)
+
+
+def test_a_missing_extra_is_named_before_the_model_is_loaded(
+    cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_classifier_recipe(tmp_path, labels="[good, bad]", problem_type="single_label")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else find_spec(name))
+    for command in (("check", "--deep"), ("train",), ("evaluate",)):
+        assert "pip install 'peftcli[metrics]'" in cli(*command, recipe, code=3)
 
 
 def test_the_second_run_takes_its_examples_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
