@@ -17,7 +17,7 @@ from typer.main import get_command
 
 from peftcli.cli.app import app
 
-ALL = {"train", "evaluate", "inspect", "generate", "merge", "combine", "push"}
+ALL = {"train", "evaluate", "inspect", "generate", "predict", "merge", "combine", "push"}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,7 @@ def test_every_command_that_shows_progress_has_it() -> None:
 def test_generate(told: Callable, place: Path, tmp_path: Path) -> None:
     files = ("--input", place / "asked.jsonl", "--max-new-tokens", 2)
     assert told("generate", place / "lora", *files, new=tmp_path / "answers.jsonl") == ["2/2"]
+    assert told("predict", place / "lora", *files[:2], new=tmp_path / "predictions.jsonl")[-1].startswith("2")
 
 
 def test_merge(told: Callable, place: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def stopped_twice() -> None:
             with handle_signals("stopped before the first step") as stop:
                 stop.at_once = False
                 terminate()
-                raise stop.interrupted("stopped after step 3", saved=True)
+                raise stop.to_error("stopped after step 3", saved=True)
         finally:
             terminate()
 

@@ -224,7 +224,7 @@ def test_evaluation_rows_that_are_trained(part, causal) -> None:
         ("train_in_eval", "warning", ["e.jsonl:2"], "eval"),
         ("prompts_in_eval", "warning", ["e.jsonl:1"], "eval"),
     ]
-    assert findings[0].message.startswith("1 of 4 evaluation rows are trained on too")
+    assert findings[0].message.startswith("1 of 4 evaluation rows are also training rows")
 
 
 def test_an_encoder_decoder(part, seq2seq) -> None:

@@ -10,6 +10,7 @@ from peftcli.recipe import load_recipe, method_config
 from peftcli.recipe.names import ALIASES
 from peftcli.recipe.parse import _keys_by_name
 from peftcli.recipe.settings import method_settings, sections, settings
+from peftcli.tasks import TASKS
 
 
 def test_everything_at_once_each_at_its_place(tmp_path) -> None:
@@ -28,7 +29,7 @@ def test_everything_at_once_each_at_its_place(tmp_path) -> None:
         load_recipe(path)
     assert [(p.line, p.column, p.key, p.message, p.suggestion) for p in caught.value.problems] == [
         (1, 31, "base_model.dtyp", "unknown key", "dtype"),
-        (2, 7, "task", "unknown task: 'causl_lm'; known: causal_lm, seq2seq_lm", "causal_lm"),
+        (2, 7, "task", f"unknown task: 'causl_lm'; known: {', '.join(TASKS)}", "causal_lm"),
         (3, 1, "learning_rate", "belongs in the section training", "training.learning_rate"),
         (4, 22, "method.lora_r", "unknown key", "r"),
         (4, 54, "method.target_modules[1]", "expected a string, found true", None),
@@ -65,7 +66,7 @@ def test_everything_at_once_each_at_its_place(tmp_path) -> None:
         ("training=5", "expected a mapping of settings, found 5"),
         ("task.x=5", "unknown key"),
         ("task=[a]", "expected a mapping of settings, found a list"),
-        ("task={type: 5, x: 1}", "unknown task: '5'; known: causal_lm, seq2seq_lm"),
+        ("task={type: 5, x: 1}", f"unknown task: '5'; known: {', '.join(TASKS)}"),
         ("gates.loss=low", "expected an operator (<=, <, >=, > or ==) and a number, as in '<= 1.2', found 'low'"),
     ],
 )
