@@ -331,7 +331,7 @@ def require_extra(package: str, extra: str) -> None:
         DataError: it is not; names the extra that brings it.
     """
     if importlib.util.find_spec(package) is None:
-        raise DataError(f"needs the package {package}", key="task", hint=f"pip install 'peftcli[{extra}]'")
+        raise DataError(f"needs the package {package}: pip install 'peftcli[{extra}]'", key="task")
 
 
 def encoding(name: str, task: Task[Any]) -> dict[str, Any]:

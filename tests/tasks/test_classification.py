@@ -265,7 +265,7 @@ def test_a_missing_extra_is_named_before_anything_is_read(monkeypatch: pytest.Mo
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DataError) as caught:
         require_extra("sklearn", "metrics")
-    assert caught.value.hint == "pip install 'peftcli[metrics]'"
+    assert caught.value.message == "needs the package sklearn: pip install 'peftcli[metrics]'"
 
 
 def test_a_source_may_call_its_columns_otherwise() -> None:
