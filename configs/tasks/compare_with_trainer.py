@@ -25,6 +25,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from peftcli.recipe import load_recipe
 from peftcli.schema import Recipe
 from peftcli.train.run import train
+from peftcli.train.setup import uses_bf16
 
 
 def main() -> None:
@@ -101,7 +102,7 @@ class Sides:
             lr_scheduler_type=settings.lr_scheduler_type,
             train_sampling_strategy=settings.train_sampling_strategy,
             seed=settings.seed,
-            bf16=" avx512_bf16" in Path("/proc/cpuinfo").read_text(),
+            bf16=uses_bf16(self.recipe),
             use_cpu=True,
             save_strategy="no",
             report_to=[],
