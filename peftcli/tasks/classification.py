@@ -297,7 +297,7 @@ class Classification(Task[Settings]):
         """Return the row's label: a class or several by their names, or a number with a decimal point.
 
         Raises:
-            DataError: there is none.
+            DataError: the row has no such value.
         """
         value, key = reader.value(row, "label"), reader.names["label"]
         try:
@@ -313,7 +313,7 @@ class Classification(Task[Settings]):
         """Return the row's label as the column ``label`` holds it.
 
         Raises:
-            DataError: there is none, or it is not one of the classes.
+            DataError: the row has no label, or one that is not among the classes.
         """
         label, kind, key = self._label(row, reader), self.settings.problem_type, reader.names["label"]
         if kind == "regression":

@@ -116,7 +116,7 @@ def _read(path: str) -> bytes:
     """Read a file.
 
     Raises:
-        DataError: there is none, or it cannot be read.
+        DataError: the row has no picture, or it cannot be read.
     """
     if not Path(path).is_file():
         raise DataError("no such file", file=path)
