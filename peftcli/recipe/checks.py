@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import re
 from collections.abc import Callable, Iterator
@@ -297,8 +298,12 @@ def _method(recipe: Recipe, report: Report) -> None:
     method = METHODS.get(values.pop("type"))
     if method is None:
         return
-    for name, message in method.config_class()(**values).problems():
+    config = method.config_class()(**values)
+    for name, message in config.problems():
         report((f"method.{name}",), message)
+    for entry in dataclasses.fields(config):
+        if "python_only" in entry.metadata and getattr(config, entry.name) != entry.default:
+            report((f"method.{entry.name}",), f"must be {entry.default} in a recipe: {entry.metadata['python_only']}")
 
 
 _EVAL_KEYS = "dataset.eval, eval_split or eval_fraction"

@@ -49,6 +49,11 @@ from peftcli.recipe import gate_holds, parse_gate
         (["method.target_modules='(q'"], "method.target_modules", "is not a regular expression"),
         (["method.exclude_modules='*'"], "method.exclude_modules", "is not a regular expression"),
         (
+            ["method={type: multitask_prompt_tuning, num_virtual_tokens: 4, num_tasks: 2}"],
+            "method.num_tasks",
+            "must be 1 in a recipe",
+        ),
+        (
             ["training.load_best_model_at_end=true", "dataset.eval=null"],
             "training.load_best_model_at_end",
             "needs evaluation data",

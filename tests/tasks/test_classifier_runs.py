@@ -322,8 +322,7 @@ def test_every_method_trains_an_encoder(tmp_path: Path, method: str) -> None:
     if why_not(method, "bert"):
         pytest.skip("PEFT's method does not fit this kind of model")
     recipe = write_classifier_recipe(tmp_path)
-    settings = {
-        key: value for key, value in settings_of(method, "bert").items() if key not in ("task_type", "inference_mode")
-    }
+    not_of_recipes = ("task_type", "inference_mode", "num_tasks")
+    settings = {key: value for key, value in settings_of(method, "bert").items() if key not in not_of_recipes}
     run = run_recipe(recipe, f"method={json.dumps({**settings, 'type': method})}", "training.max_steps=2", *EVALUATES)
     assert run.run["eval"]["last"]["eval_loss"] > 0
