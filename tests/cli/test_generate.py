@@ -149,10 +149,9 @@ def test_the_printed_text_is_the_text(
     cli: Callable, said: Callable, request: pytest.FixtureRequest, adapter: str
 ) -> None:
     folder = request.getfixturevalue(adapter)
-    for question in QUESTIONS[:3]:
-        printed = cli("generate", folder, "--prompt", question, "--max-new-tokens", 24)
-        assert (printed.code, printed.err) == (0, "")
-        assert printed.out == said(folder, question)["text"] + "\n"
+    printed = cli("generate", folder, "--prompt", QUESTIONS[0], "--max-new-tokens", 24)
+    assert (printed.code, printed.err) == (0, "")
+    assert printed.out == said(folder, QUESTIONS[0])["text"] + "\n"
 
 
 @pytest.mark.grid(each="adapter")

@@ -3,10 +3,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from peftcli.errors import Problem
-from peftcli.recipe import load_recipe, read_recipe
+from peftcli.recipe import json_schema, load_recipe, read_recipe
 from peftcli.schema import Recipe
 
 GOOD = """\
@@ -23,6 +24,13 @@ training:
 @pytest.fixture
 def good() -> str:
     return GOOD
+
+
+@pytest.fixture(scope="session")
+def schema() -> jsonschema.Draft202012Validator:
+    """The recipe's JSON Schema, ready to check with."""
+    jsonschema.Draft202012Validator.check_schema(json_schema())
+    return jsonschema.Draft202012Validator(json_schema())
 
 
 @pytest.fixture

@@ -46,15 +46,15 @@ def test_what_describes_the_file_is_no_setting() -> None:
         ({"lr": 1}, False),
     ],
 )
-def test_the_schema_accepts_what_is_valid(good: str, change: dict, valid: bool) -> None:
+def test_the_schema_accepts_what_is_valid(
+    schema: jsonschema.Draft202012Validator, good: str, change: dict, valid: bool
+) -> None:
     recipe = {**yaml.safe_load(good.replace("1e-4", "0.0001")), **change}
-    checker = jsonschema.Draft202012Validator(json_schema())
-    checker.check_schema(json_schema())
-    assert checker.is_valid(recipe) is valid
+    assert schema.is_valid(recipe) is valid
 
 
-def test_the_schema_accepts_a_resolved_recipe(write) -> None:
-    jsonschema.validate(to_dict(load_recipe(write())), json_schema())
+def test_the_schema_accepts_a_resolved_recipe(schema: jsonschema.Draft202012Validator, write) -> None:
+    schema.validate(to_dict(load_recipe(write())))
 
 
 def test_explain_a_setting() -> None:

@@ -90,6 +90,7 @@ def test_a_resumed_run_is_the_same_byte_for_byte(tmp_path: Path, kind: str) -> N
         assert (resumed.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", ["bert", "vit"])
 def test_two_processes_give_the_series_of_one(tmp_path: Path, kind: str) -> None:
     recipe = write_classifier_recipe(tmp_path, kind)
