@@ -27,7 +27,7 @@ from peftcli.core.inject import inject, set_trainable
 from peftcli.core.layer import adapter_layers, base_module
 from peftcli.core.linear import dense_weight
 from peftcli.core.merge import merge
-from peftcli.core.quantised import is_quantised, num_weights
+from peftcli.core.quantised import is_quantised, keep_layout, num_weights
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError, Interrupted, ModelError, UsageError
 from peftcli.methods import METHODS, config_from_dict
@@ -73,6 +73,7 @@ def override(kind: str) -> str:
 
 @torch.no_grad()
 def answers(model: torch.nn.Module) -> torch.Tensor:
+    keep_layout(model)  # bitsandbytes cannot reorder layers as narrow as these
     return model.eval()(input_ids=IDS).logits.float()
 
 
