@@ -102,31 +102,11 @@ def merge_adapter(
     require_empty(output)
     _refuse_name(output)
     source = find_adapter(adapter, base)
-    if reason := source.config.merge_problem():
-        raise AdapterError(reason, file=str(source.folder))
-    source.config.inference_mode = True
-    trained = source.base.quantization
-    spec = source.base if dequantize else replace(source.base, quantization=None)
     command = shlex.join(["peftcli", "merge", adapter, "--output", str(output)])
-    if source.record.get("makes_up_for_quantization") and not dequantize:
-        raise AdapterError(
-            f"it corrects the error of the quantised weights of {spec.name}, and fits no others",
-            hint=f"merge into those weights, made dense: {command} --dequantize",
-        )
-    opened = open_base(spec, processors=source.folder)
-    _check_quantised(opened, dequantize, command)
-    auto_class = source.auto_class(lambda: opened.config)
-    job = _Job(
-        source,
-        opened,
-        auto_class,
-        source.model_options(opened),
-        getattr(torch, dtype) if dtype else None,
-        dequantize,
-        source.open_task(opened),
-    )
-    with new_folder(output) as partial, _reading(spec.name):
-        tell(f"merging into {spec.name}")
+    job = _open_job(source, dtype, dequantize, command)
+    name, trained = job.base.spec.name, source.base.quantization
+    with new_folder(output) as partial, _reading(name):
+        tell(f"merging into {name}")
         if trained and not dequantize:
             tell(f"it was trained on {trained.type} weights; these are the full-precision ones")
         untied = None if dequantize else _stream(job, partial, tell)
@@ -138,13 +118,46 @@ def merge_adapter(
     written = json.loads((output / "config.json").read_bytes())
     return {
         "output": str(output),
-        "base_model": spec.name,
+        "base_model": name,
         "dtype": written.get("dtype"),
         "shards": len(shards),
         "bytes": sum(shard.stat().st_size for shard in shards),
         "untied": untied,
         "max_logit_difference": difference,
     }
+
+
+def _open_job(source: AdapterSource, dtype: str | None, dequantize: bool, command: str) -> _Job:
+    """Open the base model that the adapter is merged into, and refuse what cannot be merged."""
+    if reason := source.config.merge_problem():
+        raise AdapterError(reason, file=str(source.folder))
+    source.config.inference_mode = True
+    spec = source.base if dequantize else replace(source.base, quantization=None)
+    if source.record.get("makes_up_for_quantization") and not dequantize:
+        raise AdapterError(
+            f"it corrects the error of the quantised weights of {spec.name}, and fits no others",
+            hint=f"merge into those weights, made dense: {command} --dequantize",
+        )
+    base = open_base(spec, processors=source.folder)
+    how = base.quantization
+    if how and not dequantize:
+        raise AdapterError(
+            f"{base.name} is stored quantised ({how['type']}), and rounding the merged weights again would lose "
+            "much of what was learned",
+            hint=f"merge into the full-precision model that it was made of: {command} --base MODEL\n"
+            f"or into its own weights, made dense: {command} --dequantize",
+        )
+    if dequantize and not how:
+        raise UsageError(f"{base.name} is not quantised", key="--dequantize")
+    return _Job(
+        source,
+        base,
+        source.auto_class(lambda: base.config),
+        source.model_options(base),
+        getattr(torch, dtype) if dtype else None,
+        dequantize,
+        source.open_task(base),
+    )
 
 
 def _refuse_name(output: Path) -> None:
@@ -165,20 +178,6 @@ def _reading(name: str) -> Iterator[None]:
         raise ModelError(f"cannot read {name}: {error}", key="base_model") from None
     except OSError as error:
         raise ModelError(f"cannot read {error.filename or name}: {error.strerror or error}", key="base_model") from None
-
-
-def _check_quantised(base: OpenBase, dequantize: bool, command: str) -> None:
-    """Refuse to merge into weights that would have to be rounded again, or to make dense weights dense."""
-    how = base.quantization
-    if how and not dequantize:
-        raise AdapterError(
-            f"{base.name} is stored quantised ({how['type']}), and rounding the merged weights again would lose "
-            "much of what was learned",
-            hint=f"merge into the full-precision model that it was made of: {command} --base MODEL\n"
-            f"or into its own weights, made dense: {command} --dequantize",
-        )
-    if dequantize and not how:
-        raise UsageError(f"{base.name} is not quantised", key="--dequantize")
 
 
 def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None:

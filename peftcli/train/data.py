@@ -114,19 +114,7 @@ def load_data(
     if dataset.eval_fraction is not None:
         parts, held = _split(parts, dataset.eval_fraction, recipe.training.seed)
     train, evaluation = View([] if only_eval else parts), View(held) if held else None
-    report: dict[str, Any] = {"format": (parts or held)[0].store.about["format"]}
-    if train.parts:
-        report |= _account(train.parts, task) | {"packing": dataset.packing}
-        if len(train.parts) > 1:
-            report["sources"] = [
-                {"train": part.store.about["source"], **_account([part], task)} for part in train.parts
-            ]
-            for part, account in zip(train.parts, report["sources"], strict=True):
-                _refuse_none(View([part]), account, task)
-        _refuse_none(train, report, task)
-    if evaluation is not None:
-        report["eval"] = _account(evaluation.parts, task)
-        _refuse_none(evaluation, report["eval"], task)
+    report = _report(train, evaluation, task, dataset.packing)
     skip = dataset.on_bad_row == "skip"
     records = [Records(train.parts)] if train.parts else []
     if evaluation is not None:
@@ -138,6 +126,25 @@ def load_data(
     report["unit"] = task.unit
     report["content"] = [part.store.content for part in (*parts, *held)]
     return Data(task, train, evaluation, report, findings, notes)
+
+
+def _report(train: View, evaluation: View | None, task: Task[Any], packing: bool) -> dict[str, Any]:
+    """Account for what each source gave, and refuse one of which nothing is left."""
+    parts = [*train.parts, *evaluation.parts] if evaluation else train.parts
+    report: dict[str, Any] = {"format": parts[0].store.about["format"]}
+    if train.parts:
+        report |= _account(train.parts, task) | {"packing": packing}
+        if len(train.parts) > 1:
+            report["sources"] = [
+                {"train": part.store.about["source"], **_account([part], task)} for part in train.parts
+            ]
+            for part, account in zip(train.parts, report["sources"], strict=True):
+                _refuse_none(View([part]), account, task)
+        _refuse_none(train, report, task)
+    if evaluation is not None:
+        report["eval"] = _account(evaluation.parts, task)
+        _refuse_none(evaluation, report["eval"], task)
+    return report
 
 
 def with_task(recipe: Recipe, on_note: Callable[[str], None] = lambda text: None) -> Recipe:

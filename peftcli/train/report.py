@@ -106,9 +106,7 @@ def draw_losses(metrics: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4))
-    axes = figure.add_axes(
-        (0.1, 0.12, 0.87, 0.85)
-    )  # left, bottom, width, height
+    axes = figure.add_axes((0.1, 0.12, 0.87, 0.85))  # left, bottom, width, height
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
         points = [(entry["step"], entry[key]) for entry in metrics if key in entry]
         if points:
