@@ -180,22 +180,23 @@ def _lengths(values: np.ndarray) -> dict[str, Any]:
 
 
 def _sources(view: View, rows: UsedRows, sizes: np.ndarray) -> list[dict[str, Any]]:
-    """What each file, or dataset of the hub, gives."""
+    """What each file, or dataset of the hub, gives. A folder of pictures, each a file of its own, is one source."""
     of_row = {"tokens": rows.sums(sizes), "targets": rows.sums(view.targets)}
-    out: dict[str, dict[str, Any]] = {}
+    out: list[dict[str, Any]] = []
     for at, part in enumerate(view.parts):
-        mine, count = rows.part == at, len(part.store.files)
-        files = part.store.rows["file"][rows.number[mine]]
+        store, mine = part.store, rows.part == at
+        names, read, used = store.files, part.records["file"], store.rows["file"][rows.number[mine]]
+        if len(names) == len(store.rows) > 1:
+            names, read, used = [store.about["source"]], np.zeros_like(read), np.zeros_like(used)
         counts = {
-            "rows": np.bincount(part.records["file"], minlength=count),
-            "used": np.bincount(files, minlength=count),
-            **{name: np.bincount(files, values[mine], minlength=count) for name, values in of_row.items()},
+            "rows": np.bincount(read, minlength=len(names)),
+            "used": np.bincount(used, minlength=len(names)),
+            **{key: np.bincount(used, values[mine], minlength=len(names)) for key, values in of_row.items()},
         }
-        for index, name in enumerate(part.store.files):
-            entry = out.setdefault(name, {"source": name, **dict.fromkeys(counts, 0)})
-            for key, values in counts.items():
-                entry[key] += int(values[index])
-    return list(out.values())
+        for index, name in enumerate(names):
+            found = {key: int(values[index]) for key, values in counts.items()}
+            out.append({"source": name, "dataset": at, **found})
+    return out
 
 
 def _longest(view: View) -> list[dict[str, Any]]:

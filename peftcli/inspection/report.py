@@ -265,9 +265,10 @@ def _tables(audit: dict[str, Any], lines: dict[str, Mapping[str, str]], unit: st
     found = {"data": rows}
     if len(sources := audit["train"]["sources"]) > 1:
         names = {"rows": "rows", "used": "used", "tokens": unit, "targets": "targets"}
+        passes = audit["batches"]["passes_per_epoch"]
         listed = [
-            [each["source"], *(f"{each[name]:,}" for name in names), f"{passes:.2f}"]
-            for each, passes in zip(sources, audit["batches"]["passes_per_epoch"], strict=True)
+            [each["source"], *(f"{each[name]:,}" for name in names), f"{passes[each['dataset']]:.2f}"]
+            for each in sources
         ]
         found["sources"] = [["", *names.values(), "passes an epoch"], *listed]
     batches = _batch_rows(audit["batches"], unit if has_sizes(audit) else None)

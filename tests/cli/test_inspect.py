@@ -37,6 +37,16 @@ def look(cli: Callable, *args: object, code: int = 0) -> dict[str, Any]:
     return found
 
 
+def test_a_folder_of_files_is_told_file_by_file(cli: Callable, tmp_path: Path) -> None:
+    rows = [json.dumps(row) for row in MESSAGES[:5]]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/a.jsonl").write_text("\n".join(rows[:2]))
+    (tmp_path / "rows/b.jsonl").write_text("\n".join(rows[2:]))
+    told = cli("inspect", write_recipe(tmp_path), f"dataset.train={tmp_path}/rows").out
+    for name, count in (("a.jsonl", 2), ("b.jsonl", 3)):
+        assert re.search(rf"rows/{name} +{count} +{count} .* 1\.00\n", told), told
+
+
 # --- what is shown is what is trained -------------------------------------------------------------------------------
 
 

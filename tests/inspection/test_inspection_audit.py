@@ -114,8 +114,8 @@ def test_what_rows_end_with_is_told(part, causal) -> None:
 def test_each_file_is_counted(part, causal) -> None:
     first, second = part([([40], [50]), ([41], [51] * 3)]), part([([42], [52]), DataError("bad")], "b.jsonl")
     assert audit(View([first, second]), causal).facts["sources"] == [
-        {"source": "a.jsonl", "rows": 2, "used": 2, "tokens": 6, "targets": 4},
-        {"source": "b.jsonl", "rows": 2, "used": 1, "tokens": 2, "targets": 1},
+        {"source": "a.jsonl", "dataset": 0, "rows": 2, "used": 2, "tokens": 6, "targets": 4},
+        {"source": "b.jsonl", "dataset": 1, "rows": 2, "used": 1, "tokens": 2, "targets": 1},
     ]
 
 

@@ -232,7 +232,9 @@ def test_the_commands_know_the_task(runs: Callable, cli: Callable, kind: str) ->
     assert "problems" not in cli("check", recipe)
     cli("check", "--deep", recipe)
     cli("info", run.folder)
+    assert "examples of a step" in cli("inspect", recipe)
     inspected = cli("inspect", recipe, "--json")
+    assert len(inspected["audit"]["train"]["sources"]) == 1
     assert inspected["audit"]["train"]["rows"] == run.run["data"]["rows"]
     cli("train", recipe, "--dry-run")
 
