@@ -8,10 +8,8 @@ import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.inject import set_trainable
 from peftcli.core.weights import adapter_state, load_state
-from peftcli.peft_api.model import PeftModel, wrap
-from peftcli.peft_api.new_adapter import check_name, start_adapter
+from peftcli.peft_api.model import PeftModel, class_of
 
 
 def get_peft_model(model: nn.Module, peft_config: AdapterConfig, adapter_name: str = "default") -> PeftModel:
@@ -20,10 +18,7 @@ def get_peft_model(model: nn.Module, peft_config: AdapterConfig, adapter_name: s
     Raises:
         AdapterError: the config does not fit the model.
     """
-    check_name(adapter_name)
-    start_adapter(model, peft_config, adapter_name)
-    set_trainable(model, not peft_config.inference_mode)
-    return wrap(model, peft_config, adapter_name)
+    return class_of(peft_config)(model, peft_config, adapter_name)
 
 
 def get_peft_model_state_dict(model: nn.Module, *, adapter_name: str | None = None) -> dict[str, torch.Tensor]:

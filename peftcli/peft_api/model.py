@@ -90,6 +90,18 @@ class PeftModel(nn.Module):
             PeftModel.task_classes[task_type] = cls
 
     def __init__(self, model: nn.Module, peft_config: AdapterConfig, adapter_name: str = "default"):
+        """Put a new adapter into ``model``, in place, and wrap it. ``get_peft_model`` does the same.
+
+        Raises:
+            AdapterError: the config does not fit the model.
+        """
+        check_name(adapter_name)
+        start_adapter(model, peft_config, adapter_name)
+        set_trainable(model, not peft_config.inference_mode)
+        self._hold(model, peft_config, adapter_name)
+
+    def _hold(self, model: nn.Module, peft_config: AdapterConfig, adapter_name: str) -> None:
+        """Wrap ``model``, which holds the adapter already."""
         super().__init__()
         self.base_model = _Tuner(model)
         self.peft_config = {adapter_name: peft_config}
@@ -450,18 +462,30 @@ class PeftModel(nn.Module):
             raise AdapterError("adapters are merged; call unmerge_adapter() first")
 
 
+def class_of(config: AdapterConfig) -> type[PeftModel]:
+    """The class of the adapter's task_type.
+
+    Raises:
+        AdapterError: no class has it.
+    """
+    if config.task_type is None:
+        return PeftModel
+    if config.task_type not in PeftModel.task_classes:
+        known = ", ".join(PeftModel.task_classes)
+        raise AdapterError(f"{config.task_type!r} is not supported; known: {known}", key="task_type")
+    return PeftModel.task_classes[config.task_type]
+
+
 def wrap(model: nn.Module, config: AdapterConfig, adapter_name: str) -> PeftModel:
-    """Wrap a model that holds an adapter in the class of the adapter's task_type.
+    """Wrap a model that holds an adapter already in the class of the adapter's task_type.
 
     Raises:
         AdapterError: no class has this task_type.
     """
-    if config.task_type is None:
-        return PeftModel(model, config, adapter_name)
-    if config.task_type not in PeftModel.task_classes:
-        known = ", ".join(PeftModel.task_classes)
-        raise AdapterError(f"{config.task_type!r} is not supported; known: {known}", key="task_type")
-    return PeftModel.task_classes[config.task_type](model, config, adapter_name)
+    kind = class_of(config)
+    wrapped = kind.__new__(kind)
+    wrapped._hold(model, config, adapter_name)
+    return wrapped
 
 
 def _rows_of_an_example(model: Any, kwargs: dict[str, Any]) -> int:

@@ -32,6 +32,14 @@ import peftcli
 from peftcli.errors import AdapterError
 
 AUTO = {"llama": AutoModelForCausalLM, "llama_tied": AutoModelForCausalLM, "t5": AutoModelForSeq2SeqLM}
+TASKS_OF_CLASSES = {
+    "CausalLM": "CAUSAL_LM",
+    "Seq2SeqLM": "SEQ_2_SEQ_LM",
+    "SequenceClassification": "SEQ_CLS",
+    "TokenClassification": "TOKEN_CLS",
+    "QuestionAnswering": "QUESTION_ANS",
+    "FeatureExtraction": "FEATURE_EXTRACTION",
+}
 TASK = {"llama": "CAUSAL_LM", "llama_tied": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
 
 
@@ -167,6 +175,23 @@ def test_what_is_saved_trains_on(lib: ModuleType, bases: dict[str, str], tmp_pat
 def test_the_state_dict_of_the_adapter_has_pefts_names(bases: dict[str, str]) -> None:
     names = [set(lib.get_peft_model_state_dict(_start(lib, "llama", bases["llama"]))) for lib in (peft, peftcli)]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("kind", ["PeftModel", *(f"PeftModelFor{task}" for task in TASKS_OF_CLASSES)])
+def test_the_classes_put_the_adapter_in_as_get_peft_model_does(kind: str, tmp_path: Path) -> None:
+    models = []
+    for make in (getattr(peftcli, kind), peftcli.get_peft_model):
+        torch.manual_seed(0)
+        config = peftcli.LoraConfig(r=4, target_modules=["q_proj"], task_type=TASKS_OF_CLASSES.get(kind[12:]))
+        models.append(make(tiny("llama"), config, adapter_name="own"))
+    assert [type(model) is getattr(peftcli, kind) for model in models] == [True, True]
+    trained = [{name for name, value in model.named_parameters() if value.requires_grad} for model in models]
+    assert trained[0] == trained[1]
+    assert len(trained[0]) == 4
+    for model, folder in zip(models, ("class", "function"), strict=True):
+        model.save_pretrained(tmp_path / folder)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert len({(tmp_path / folder / "own" / file).read_bytes() for folder in ("class", "function")}) == 1
 
 
 def test_a_wrapped_model_is_copied_with_its_adapter(bases: dict[str, str]) -> None:
