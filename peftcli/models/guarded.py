@@ -45,6 +45,10 @@ def translated_errors(name: str) -> Iterator[None]:
         raise ModelError(f"cannot load {name}: {one_line(text)}", key="base_model") from error
 
 
+_OF_NEW_HEADS = re.compile(r"LOAD REPORT from|^You passed `num_labels=")
+"""What transformers says of a head that its checkpoint lacks; ``find_initialised`` looks at what is missing."""
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Draw no progress bars of transformers, and log its messages, without control characters, only on success."""
@@ -72,7 +76,8 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
     for record in held:
         record.msg, record.args = harmless(record.getMessage()), None
-        logging.getLogger(record.name).handle(record)
+        if not _OF_NEW_HEADS.search(record.msg):
+            logging.getLogger(record.name).handle(record)
 
 
 def harmless(text: str) -> str:

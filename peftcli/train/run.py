@@ -214,6 +214,8 @@ def build(run: Run, data: RunData) -> BuiltModel:
     config.revision = run.recipe.base_model.revision
     for note in notes:
         run.warn(note)
+    if config.modules_to_save:
+        run.tell(Phase(f"training in full: {', '.join(config.modules_to_save)}"))
     if needs_batches(config):
         run.tell(Phase("calibrating the adapter on the training data"))
         injection = calibrate(model, injection, config, recipe, data.examples, run.accelerator)
