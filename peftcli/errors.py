@@ -108,8 +108,11 @@ class ModelError(PeftcliError):
     exit_code = 4
 
 
-class AdapterError(PeftcliError):
-    """An adapter or a method's settings that cannot be read, or that do not fit the base model."""
+class AdapterError(PeftcliError, ValueError):
+    """An adapter or a method's settings that cannot be read, or that do not fit the base model.
+
+    A ValueError too: code that was written for PEFT catches that.
+    """
 
     exit_code = 4
 
