@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -41,21 +42,56 @@ _SOMEWHERE = "path/to/this/adapter"
 _MAX_CARD_BYTES, _MAX_HEAD = 1 << 24, 100_000
 """Bytes of a card that somebody wrote, and characters of its front matter."""
 
+_TRANSFORMERS = ("transformers",)
+
 _Row = tuple[str, ...]
 
 
-def write_card(folder: Path) -> Path:
+def write_card(folder: Path, tags: Collection[str] = _TRANSFORMERS) -> Path:
     """Write the README.md of an adapter folder, from its run.json and adapter_config.json.
 
     Raises:
         AdapterError: those cannot be read.
         StorageError: it cannot be written.
     """
-    from peftcli.system.disk import write_file
+    return _write(folder / "README.md", render_card(read_info(folder), tags=tags, **_beside(folder)))
 
+
+def has_own_card(folder: Path, tags: Collection[str] = _TRANSFORMERS) -> bool:
+    """Whether the folder's README.md is missing, or as ``write_card`` writes it: nobody's text is lost with it."""
     path = folder / "README.md"
-    write_file(path, render_card(read_info(folder), **_beside(folder)).encode())
-    return path
+    try:
+        return not os.path.lexists(path) or _read_card(path) == render_card(
+            read_info(folder), tags=tags, **_beside(folder)
+        )
+    except AdapterError:
+        return False
+
+
+def complete_card(folder: Path, tags: Collection[str] = _TRANSFORMERS) -> None:
+    """Add to the front matter of a README.md that somebody wrote what the hub needs to know, where it is missing.
+
+    Raises:
+        AdapterError: a file of the folder cannot be read, or the card's front matter cannot be changed.
+        StorageError: it cannot be written.
+    """
+    path, info = folder / "README.md", read_info(folder)
+    written = _read_card(path)
+    kind, use, base = _subject(info)
+    ours = _head(kind, use, base, tags)
+
+    def complete(head: dict[str, Any]) -> None:
+        given = head.get("tags") or []
+        given = [given] if isinstance(given, str) else list(given)
+        if head.get("library_name") == "transformers":  # as Trainer writes of every model
+            del head["library_name"]
+        if head.get("base_model"):
+            del ours["base_model_relation"]
+        head.update({**ours, **head, "tags": [*given, *(tag for tag in ours["tags"] if tag not in given)]})
+
+    card = _with_head(written, complete, path)
+    if card != written:
+        _write(path, card)
 
 
 def for_hub(folder: Path, repo_id: str, base_model_id: str | None = None) -> str:
@@ -106,7 +142,12 @@ def read_info(folder: Path) -> dict[str, Any]:
 
 
 def render_card(
-    info: Mapping[str, Any], *, adapter: str = _SOMEWHERE, plot: bool = False, processor: bool = False
+    info: Mapping[str, Any],
+    *,
+    adapter: str = _SOMEWHERE,
+    plot: bool = False,
+    processor: bool = False,
+    tags: Collection[str] = _TRANSFORMERS,
 ) -> str:
     """The card's text.
 
@@ -115,14 +156,14 @@ def render_card(
         adapter: Hub id or folder that the examples load.
         plot: Whether loss.png stands beside the card.
         processor: Whether a tokenizer or another processor does.
+        tags: Tags of the base model, beside those of the adapter.
     """
     recipe, method = _part(info, "recipe"), _part(info, "recipe", "method")
-    kind = str(method.pop("type", ""))
+    method.pop("type", None)
     task = str(recipe.get("task") or "")
-    use = TASKS.get(task)
-    base = str(_part(info, "base_model").get("name") or "")
+    kind, use, base = _subject(info)
     sections = [
-        _front_matter(kind, use, base),
+        _front_matter(_head(kind, use, base, tags)),
         _summary(kind, task, base, info),
         _usage(kind, use, adapter, [*_model(info, use, base, adapter), *_loading(info, use, base, adapter, processor)]),
         _processor_note(use, _part(recipe, "base_model")) if processor else "",
@@ -135,14 +176,27 @@ def render_card(
     return redact("\n".join(section for section in sections if section))
 
 
-def _front_matter(kind: str, use: TaskRow | None, base: str) -> str:
+def _subject(info: Mapping[str, Any]) -> tuple[str, TaskRow | None, str]:
+    """The adapter's method, its task and its base model's name; empty or None where they are not known."""
+    kind = str(_part(info, "recipe", "method").get("type", ""))
+    use = TASKS.get(str(_part(info, "recipe").get("task") or ""))
+    return kind, use, str(_part(info, "base_model").get("name") or "")
+
+
+def _head(kind: str, use: TaskRow | None, base: str, tags: Collection[str]) -> dict[str, Any]:
+    """What the front matter says."""
     head: dict[str, Any] = {"library_name": "peft"}
+    found = {kind.replace("_", "-"), "peftcli", *tags} - {""}
     if base and not is_local(base):
         head = {"base_model": base, "base_model_relation": "adapter", **head}
+        found.add(f"base_model:adapter:{base}")
     if use:
         head["pipeline_tag"] = use.pipeline_tag
-    head["tags"] = [tag for tag in (kind.replace("_", "-"), "peftcli") if tag]
-    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
+    return {**head, "tags": sorted(found)}
+
+
+def _front_matter(head: Mapping[str, Any]) -> str:
+    return f"---\n{yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True)}---\n"
 
 
 def _summary(kind: str, task: str, base: str, info: Mapping[str, Any]) -> str:
@@ -328,6 +382,11 @@ def _renamed(card: str, base: str, base_model_id: str, path: Path) -> str:
     """``card`` with ``base_model_id`` for ``base``, in the front matter and in the text."""
     if "/" in base or "\\" in base:
         card = card.replace(base, base_model_id)
+    return _with_head(card, lambda head: head.update(base_model=base_model_id), path)
+
+
+def _with_head(card: str, change: Callable[[dict[str, Any]], None], path: Path) -> str:
+    """``card`` with its front matter changed; the same text where that changes nothing."""
     front = re.match(r"---\n(|.*?\n)---(\n|\Z)", card, re.DOTALL)
     if front and len(front[1]) > _MAX_HEAD:
         raise AdapterError(f"its front matter has more than {_MAX_HEAD:,} characters", file=str(path))
@@ -335,8 +394,9 @@ def _renamed(card: str, base: str, base_model_id: str, path: Path) -> str:
         head = (yaml.load(front[1], _HeadLoader) if front else None) or {}
         if not isinstance(head, dict):
             raise TypeError("no mapping")
-        head["base_model"] = base_model_id
-        written = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
+        before = copy.deepcopy(head)
+        change(head)
+        written = _front_matter(head)
     except _YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         raise AdapterError(
@@ -346,8 +406,9 @@ def _renamed(card: str, base: str, base_model_id: str, path: Path) -> str:
             line=mark.line + 2 if mark else None,
             hint="mend it, or take the file away: a new one is made",
         ) from None
-    body = card[front.end() :] if front else "\n" + card
-    return f"---\n{written}---\n{body}"
+    if head == before:
+        return card
+    return written + (card[front.end() :] if front else "\n" + card)
 
 
 class _HeadLoader(yaml.SafeLoader):
@@ -359,6 +420,13 @@ class _HeadLoader(yaml.SafeLoader):
 
 _YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError, OverflowError)
 """What PyYAML raises on malformed input."""
+
+
+def _write(path: Path, card: str) -> Path:
+    from peftcli.system.disk import write_file
+
+    write_file(path, card.encode())
+    return path
 
 
 def _read_card(path: Path) -> str:

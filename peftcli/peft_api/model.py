@@ -5,19 +5,20 @@ from __future__ import annotations
 import inspect
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
-from peftcli.adapters.card import write_card
+from peftcli.adapters.card import complete_card, has_own_card, write_card
 from peftcli.adapters.load import find_adapter
 from peftcli.adapters.push import push
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import load_adapter, save_adapter
-from peftcli.core.inject import disabled, inject, set_active, set_trainable, unload
+from peftcli.core.inject import disabled, inject, meta_copy, set_active, set_trainable, unload
 from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import Folded, fold, merge
 from peftcli.core.prompts import virtual_tokens
@@ -33,6 +34,7 @@ from peftcli.models.quantization import forget
 from peftcli.peft_api.mixed_batch import adapted_by_row
 from peftcli.peft_api.new_adapter import check_name, start_adapter
 from peftcli.peft_api.replace_adapter import replace_adapter
+from peftcli.peft_api.saved_by_trainer import SavedByTrainer, write_for_trainer
 
 
 class _Tuner(nn.Module):
@@ -73,7 +75,7 @@ class _Tuner(nn.Module):
         return adapted_by_row(self.model, names, copies)
 
 
-class PeftModel(nn.Module):
+class PeftModel(SavedByTrainer):
     """A model with adapters in it, of which one or some are active.
 
     ``state_dict()`` holds the adapters' weights only: what is saved in the middle of training, by Accelerate or by
@@ -242,24 +244,45 @@ class PeftModel(nn.Module):
         save_directory: str | Path,
         is_main_process: bool = True,
         selected_adapters: Sequence[str] | None = None,
+        *,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
         **_unused: Any,
     ) -> None:
         """Write each adapter's folder: config, weights, model card. Never the base model.
+
+        A folder that is called as Trainer calls its checkpoints also gets what Trainer reads again.
 
         Args:
             save_directory: the folder of the adapter called ``default``; the others get a folder of their name in it.
             is_main_process: whether to write at all.
             selected_adapters: which adapters; None: all.
+            state_dict: the model's state, where it is gathered from several devices; None: what the model holds.
 
         Raises:
-            AdapterError: an unknown name, or a weight is not finite.
+            AdapterError: an unknown name, a weight is not finite, or ``state_dict`` lacks one.
             StorageError: the folder cannot be written.
         """
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self._check_known(names)
         if is_main_process:
+            model = self if state_dict is None else self._holding(state_dict)
             for name in names:
-                self._save(name, Path(save_directory) / ("" if name == "default" else name))
+                model._save(name, Path(save_directory) / ("" if name == "default" else name))
+            write_for_trainer(Path(save_directory), model.state_dict())
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Write the model card of a saved adapter's folder, or add to that of somebody else what it lacks.
+
+        A card that cannot be read stays as it is, with a warning.
+        """
+        folder, tags = Path(output_dir), self._card_tags()
+        if has_own_card(folder, tags):
+            write_card(folder, tags)
+            return
+        try:
+            complete_card(folder, tags)
+        except AdapterError as error:
+            warnings.warn(f"the model card stays as it is: {error}", stacklevel=2)
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, **options: Any) -> Any:
         """Save the active adapter and push it to the hub, private by default. See ``peftcli.adapters.push.push``."""
@@ -430,8 +453,31 @@ class PeftModel(nn.Module):
         set_trainable(self.get_base_model(), trainable, name)
 
     def _save(self, name: str, folder: Path) -> None:
+        tags = self._card_tags()
+        own = has_own_card(folder, tags)
         save_adapter(self.get_base_model(), self.peft_config[name], folder, name)
-        write_card(folder)
+        if own:
+            write_card(folder, tags)
+        else:
+            self.create_or_update_model_card(folder)
+
+    def _card_tags(self) -> list[str]:
+        """The base model's own tags, and its library's."""
+        model: Any = self.get_base_model()
+        return [*(getattr(model, "model_tags", None) or []), *(["transformers"] * hasattr(model, "base_model_prefix"))]
+
+    def _holding(self, state: Mapping[str, torch.Tensor]) -> PeftModel:
+        """A copy without a base model that holds the adapters' weights of ``state``.
+
+        Raises:
+            AdapterError: it lacks one.
+        """
+        model = meta_copy(self)
+        assert isinstance(model, PeftModel)
+        model.load_state_dict({name.removeprefix("_orig_mod."): state[name] for name in state}, False, assign=True)
+        if missing := [name for name, value in model.state_dict().items() if value.is_meta]:
+            raise AdapterError(f"lacks {missing[0]}", key="state_dict")
+        return model
 
     def _only_active(self) -> str:
         if len(self._active) != 1:

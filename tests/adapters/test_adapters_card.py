@@ -86,7 +86,7 @@ def test_the_front_matter_is_what_the_hub_reads() -> None:
         "base_model_relation": "adapter",
         "library_name": "peft",
         "pipeline_tag": "text-generation",
-        "tags": ["lora", "peftcli"],
+        "tags": ["base_model:adapter:acme/tiny-base", "lora", "peftcli", "transformers"],
     }
 
 
@@ -237,7 +237,7 @@ def test_without_run_json_the_config_says_what_there_is_to_say(tmp_path: Path) -
 
 def test_an_empty_folder_gives_a_valid_card(tmp_path: Path) -> None:
     card = render_card(read_info(tmp_path))
-    assert front_matter(card) == {"library_name": "peft", "tags": ["peftcli"]}
+    assert front_matter(card) == {"library_name": "peft", "tags": ["peftcli", "transformers"]}
 
 
 def test_the_uploaded_card_names_the_repository_unless_it_was_edited(tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""What lets ``transformers.Trainer`` save an adapted model by the model's own ``save_pretrained``."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from peftcli.system.disk import write_file
+
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+
+
+class SavedByTrainer(nn.Module):
+    """A module that ``isinstance`` takes for a ``PreTrainedModel`` of transformers too.
+
+    Trainer asks that, and writes the bare weights of a module that is none. Nothing is inherited from that class: like
+    the attributes of a proxy, ``__class__`` says what the module can stand for, and ``type`` what it is.
+    """
+
+    @property
+    def __class__(self) -> Any:
+        return _known_to_trainer(type(self))
+
+    @__class__.setter
+    def __class__(self, new: type) -> None:
+        """Become ``new``, which FSDP and ``parametrize`` derive from the class that they read."""
+        object.__dict__["__class__"].__set__(self, _without_disguise(new))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return object.__new__, (type(self),), self.__getstate__()  # type: ignore[no-untyped-call]
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether activations are computed again in the backward pass; Trainer asks every model that it knows."""
+        return _asked(self, "is_activation_checkpointing")
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """The same under transformers' old name."""
+        return _asked(self, "is_gradient_checkpointing")
+
+
+def write_for_trainer(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write what Trainer itself reads when it resumes from one of its checkpoints, or loads the best of them."""
+    if _CHECKPOINT.fullmatch(folder.name):
+        to_cpu: dict[str, Any] = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
+        contents = {name: value.detach().to(**to_cpu) for name, value in tensors.items()}
+        write_file(folder / "model.safetensors", safetensors.torch.save(contents, {"format": "pt"}))
+
+
+def _asked(model: Any, name: str) -> bool:
+    return bool(getattr(model.get_base_model(), name, False))
+
+
+def _known_to_trainer(kind: type) -> type:
+    """A class for ``isinstance`` alone: ``kind`` and ``PreTrainedModel``. ``kind`` while nobody has that class yet."""
+    known = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    return kind if known is None else _disguise(kind, known)
+
+
+@functools.cache
+def _disguise(kind: type, known: type) -> type:
+    described = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind, known), {**described, "worn_by": kind})
+
+
+@functools.cache
+def _without_disguise(kind: type) -> type:
+    """``kind``, derived from the classes that the modules have in truth."""
+    if "worn_by" in kind.__dict__:
+        return kind.__dict__["worn_by"]
+    bases = tuple(base.__dict__.get("worn_by", base) for base in kind.__bases__)
+    return kind if bases == kind.__bases__ else type(kind)(kind.__name__, bases, dict(kind.__dict__))
