@@ -242,11 +242,14 @@ class PeftModel(SavedByTrainer):
     def save_pretrained(
         self,
         save_directory: str | Path,
-        is_main_process: bool = True,
+        safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | Path | None = None,
         *,
         state_dict: Mapping[str, torch.Tensor] | None = None,
-        **_unused: Any,
+        save_function: Any = None,
     ) -> None:
         """Write each adapter's folder: config, weights, model card. Never the base model.
 
@@ -254,14 +257,28 @@ class PeftModel(SavedByTrainer):
 
         Args:
             save_directory: the folder of the adapter called ``default``; the others get a folder of their name in it.
-            is_main_process: whether to write at all.
+            safe_serialization: PEFT's; pickles are not written.
             selected_adapters: which adapters; None: all.
+            save_embedding_layers: PEFT's; the embedding and the head of the base model are not written.
+            is_main_process: whether to write at all.
+            path_initial_model_for_weight_conversion: PEFT's; what starts from the base weights, as PiSSA does, is
+                always written as a plain adapter over the base model as it was.
             state_dict: the model's state, where it is gathered from several devices; None: what the model holds.
+            save_function: transformers'; each file is written whole or not at all.
 
         Raises:
-            AdapterError: an unknown name, a weight is not finite, or ``state_dict`` lacks one.
+            AdapterError: an unknown name, an option that is not supported, a weight is not finite, or ``state_dict``
+                lacks one.
             StorageError: the folder cannot be written.
         """
+        if not safe_serialization:
+            raise AdapterError(
+                "False would write a pickle, which can run code when it is read", key="safe_serialization"
+            )
+        if save_embedding_layers is True:
+            raise AdapterError(
+                "True is not supported; modules_to_save trains and saves them", key="save_embedding_layers"
+            )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self._check_known(names)
         if is_main_process:

@@ -181,3 +181,23 @@ def test_our_own_card_is_renewed_and_one_that_cannot_be_read_stays(tmp_path: Pat
     with pytest.warns(UserWarning, match="the model card stays as it is: .*front matter"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "---\na: [\n---\nMine.\n"
+
+
+@pytest.mark.parametrize("options", [{"slected_adapters": ["default"]}, {"max_shard_size": "1GB"}])
+def test_an_option_that_is_not_known_is_an_error_that_names_it(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=next(iter(options))):
+        _model().save_pretrained(tmp_path / "adapter", **options)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_no_pickle_is_written(tmp_path: Path) -> None:
+    model = _model()
+    for options in ((False,), ()):
+        named = {} if options else {"safe_serialization": False}
+        with pytest.raises(AdapterError, match="safe_serialization: False would write a pickle"):
+            model.save_pretrained(tmp_path / "adapter", *options, **named)
+    assert not (tmp_path / "adapter").exists()
+    model.save_pretrained(
+        tmp_path / "adapter", True, ["default"], "auto", False
+    )  # in PEFT's order: not the main process
+    assert not (tmp_path / "adapter").exists()
