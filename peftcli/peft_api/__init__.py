@@ -17,7 +17,14 @@ from peftcli.peft_api.config import (
     PromptTuningInit,
     TaskType,
 )
-from peftcli.peft_api.functions import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peftcli.peft_api.functions import (
+    get_peft_config,
+    get_peft_model,
+    get_peft_model_state_dict,
+    prepare_model_for_gradient_checkpointing,
+    prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
+)
 from peftcli.peft_api.initialisations import (
     create_loraplus_optimizer,
     get_eva_state_dict,
@@ -59,9 +66,12 @@ __all__ = [
     "TaskType",
     "create_loraplus_optimizer",
     "get_eva_state_dict",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "initialize_lora_eva_weights",
+    "prepare_model_for_gradient_checkpointing",
+    "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",
     "replace_lora_weights_loftq",

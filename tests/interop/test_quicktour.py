@@ -478,3 +478,24 @@ def test_gradient_checkpointing_under_trainer_gives_the_same_losses(
         series.append(_series(trainer, "loss"))
         assert math.isfinite(series[-1][-1])
     assert series[0] == pytest.approx(series[1], abs=1e-5)
+
+
+def test_a_model_is_prepared_as_by_peft() -> None:
+    """Frozen, in float32, and with gradients through checkpointed blocks."""
+    prepared = []
+    for library in (peft, peftcli):
+        model: Any = tiny("llama").to(torch.bfloat16)
+        assert library.prepare_model_for_kbit_training(model) is model
+        prepared.append(model)
+    for theirs, ours in zip(*(model.named_parameters() for model in prepared), strict=True):
+        assert (ours[0], ours[1].dtype, ours[1].requires_grad) == (theirs[0], theirs[1].dtype, theirs[1].requires_grad)
+    peftcli.prepare_model_for_gradient_checkpointing(prepared[1])
+    assert prepared[1].get_input_embeddings()(torch.tensor([[3]])).requires_grad
+
+
+def test_a_config_is_made_from_a_dict() -> None:
+    values = peft.LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM").to_dict()
+    config = peftcli.get_peft_config(values)
+    assert (type(config), config.r, config.target_modules) == (peftcli.LoraConfig, 3, ["q_proj"])
+    with pytest.raises(ValueError, match="LORRA"):
+        peftcli.get_peft_config({"peft_type": "LORRA"})

@@ -252,6 +252,17 @@ def test_peft_counts_the_same() -> None:
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
 
 
+def test_prepared_as_by_peft_it_trains() -> None:
+    with_package("nf4")
+    model = peft_api.prepare_model_for_kbit_training(quantised("nf4", dtype=torch.bfloat16))
+    assert model.model.norm.weight.dtype == torch.float32
+    adapted = peft_api.get_peft_model(model, LoraConfig(target_modules="all-linear")).train()
+    adapted(input_ids=IDS, labels=IDS).loss.backward()
+    assert adapted.get_base_model().is_gradient_checkpointing
+    first = adapter_layers(adapted.get_base_model())["model.layers.0.self_attn.q_proj"]
+    assert first.lora_B.weight.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_on_four_bits(method: str, tmp_path: Path) -> None:
     with_package("nf4-double")
