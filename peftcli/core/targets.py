@@ -83,12 +83,16 @@ def find_parameters(model: nn.Module, entries: Iterable[str], key: str) -> dict[
     """Return the parameters that a list of names or name endings matches: module's name -> names in it.
 
     Raises:
-        AdapterError: an entry matches nothing; the message gives near names.
+        AdapterError: an entry matches nothing, and the message gives near names; or a parameter of the model itself,
+            which stands in no module that a layer could be put around.
     """
     modules = _base_modules(model).items()
     places = {f"{name}.{own}": name for name, module in modules for own, _ in module.named_parameters(recurse=False)}
     found: dict[str, list[str]] = {}
     for name in _matches(model, places, list(entries), key, "parameter"):
+        if not places[name]:
+            reason = f"{name.lstrip('.')} is a parameter of {type(model).__name__} itself, not of a module inside it"
+            raise AdapterError(reason, key=key, hint="adapt a model that holds this one as a module")
         found.setdefault(places[name], []).append(name.rpartition(".")[2])
     return found
 

@@ -7,7 +7,7 @@ below it, which routes them on. Outside nothing of this is on the way.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +53,19 @@ def adapted_by_row(model: nn.Module, names: Sequence[str], copies: int = 1) -> I
             del vars(layer)["forward"]
             if forward is not None:
                 vars(layer)["forward"] = forward
+
+
+def check_count(model: nn.Module, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse another number of names than there are rows, as far as the inputs of the model show how many there are.
+
+    Raises:
+        AdapterError: the numbers differ.
+    """
+    main = (getattr(model, "main_input_name", "input_ids"), "inputs", "input_ids", "inputs_embeds")
+    first = [*args[:1], *(kwargs[key] for key in main if key in kwargs)] or list(kwargs.values())
+    rows = {value.shape[0] for value in first if isinstance(value, torch.Tensor) and value.ndim}
+    if rows and len(names) not in rows:
+        raise AdapterError(f"{len(names)} names for a batch of {min(rows)} rows; give one a row", key="adapter_names")
 
 
 @dataclass

@@ -17,7 +17,7 @@ from peftcli.adapters.card import complete_card, has_own_card, write_card
 from peftcli.adapters.load import find_adapter
 from peftcli.adapters.push import push
 from peftcli.core.config import AdapterConfig
-from peftcli.core.files import load_adapter, save_adapter
+from peftcli.core.files import load_adapter, write_adapter
 from peftcli.core.inject import disabled, inject, meta_copy, set_active, set_trainable, unload
 from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import Folded, fold, merge
@@ -31,10 +31,11 @@ from peftcli.errors import AdapterError
 from peftcli.methods.combinations import Combination
 from peftcli.methods.lora.combine import Adapter, combine
 from peftcli.models.quantization import forget
-from peftcli.peft_api.mixed_batch import adapted_by_row
+from peftcli.peft_api.mixed_batch import adapted_by_row, check_count
 from peftcli.peft_api.new_adapter import check_name, start_adapter
 from peftcli.peft_api.replace_adapter import replace_adapter
 from peftcli.peft_api.saved_by_trainer import SavedByTrainer, write_for_trainer
+from peftcli.peft_api.without_start import without_start
 
 
 class _Tuner(nn.Module):
@@ -48,7 +49,7 @@ class _Tuner(nn.Module):
         self.disabled = False
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        with self.by_row(adapter_names):
+        with self.by_row(adapter_names, args, kwargs):
             return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -59,11 +60,14 @@ class _Tuner(nn.Module):
                 raise
             return getattr(self.model, name)
 
-    def by_row(self, names: Sequence[str] | None, copies: int = 1) -> AbstractContextManager[None]:
-        """``adapted_by_row`` of the model, or nothing to enter where no names are given.
+    def by_row(
+        self, names: Sequence[str] | None, args: Sequence[Any], kwargs: Mapping[str, Any], copies: int = 1
+    ) -> AbstractContextManager[None]:
+        """``adapted_by_row`` of the model for these inputs, or nothing to enter where no names are given.
 
         Raises:
-            AdapterError: the model is in training mode, or its adapters are merged or disabled.
+            AdapterError: there are more or fewer names than rows, or the model is in training mode, or its adapters are
+                merged or disabled.
         """
         if names is None:
             return nullcontext()
@@ -72,6 +76,7 @@ class _Tuner(nn.Module):
         if self.folded or self.disabled:
             how = "merged; call unmerge_adapter()" if self.folded else "disabled"
             raise AdapterError(f"the adapters are {how}", key="adapter_names")
+        check_count(self.model, names, args, kwargs)
         return adapted_by_row(self.model, names, copies)
 
 
@@ -161,7 +166,7 @@ class PeftModel(SavedByTrainer):
         """What ``generate`` of transformers returns, virtual tokens left out."""
         model = self.get_base_model()
         copies = 1 if adapter_names is None else _rows_of_an_example(model, kwargs)
-        with self.base_model.by_row(adapter_names, copies):
+        with self.base_model.by_row(adapter_names, args, kwargs, copies):
             return virtual_tokens.generate(model, *args, **kwargs)
 
     def add_adapter(self, adapter_name: str, peft_config: AdapterConfig) -> None:
@@ -261,8 +266,9 @@ class PeftModel(SavedByTrainer):
             selected_adapters: which adapters; None: all.
             save_embedding_layers: PEFT's; the embedding and the head of the base model are not written.
             is_main_process: whether to write at all.
-            path_initial_model_for_weight_conversion: PEFT's; what starts from the base weights, as PiSSA does, is
-                always written as a plain adapter over the base model as it was.
+            path_initial_model_for_weight_conversion: PEFT's, for LoRA that starts by PiSSA, OLoRA, CorDA or LoRA-GA:
+                the folder of the adapter before it was trained. Those made here need none: they are saved as a
+                plain LoRA.
             state_dict: the model's state, where it is gathered from several devices; None: what the model holds.
             save_function: transformers'; each file is written whole or not at all.
 
@@ -284,7 +290,8 @@ class PeftModel(SavedByTrainer):
         if is_main_process:
             model = self if state_dict is None else self._holding(state_dict)
             for name in names:
-                model._save(name, Path(save_directory) / ("" if name == "default" else name))
+                folder = Path(save_directory) / ("" if name == "default" else name)
+                model._save(name, folder, path_initial_model_for_weight_conversion)
             write_for_trainer(Path(save_directory), model.state_dict())
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
@@ -469,10 +476,14 @@ class PeftModel(SavedByTrainer):
         set_active(self.get_base_model(), self._active)
         set_trainable(self.get_base_model(), trainable, name)
 
-    def _save(self, name: str, folder: Path) -> None:
+    def _save(self, name: str, folder: Path, start: str | Path | None = None) -> None:
+        tensors: Mapping[str, torch.Tensor]
+        config, tensors = self.peft_config[name], adapter_state(self.get_base_model(), name)
+        if start is not None:
+            config, tensors = without_start(config, tensors, start)
         tags = self._card_tags()
         own = has_own_card(folder, tags)
-        save_adapter(self.get_base_model(), self.peft_config[name], folder, name)
+        write_adapter(tensors, config, folder)
         if own:
             write_card(folder, tags)
         else:

@@ -155,8 +155,10 @@ def test_other_methods_and_soft_prompts() -> None:
 
 REFUSED: dict[str, tuple[list[str], str]] = {
     "unknown": (["a", "x"], "no adapter is called 'x'; there are: a, b, c"),
-    "too few": (["a"] * 1 + ["b"] * 2, r"gets an input of the shape \(2, 9, 32\), which is no batch of 3 rows"),
-    "none": ([], "which is no batch of 0 rows"),
+    "too many": (["a"] * 1 + ["b"] * 2, "adapter_names: 3 names for a batch of 2 rows; give one a row"),
+    "too many that are alike": (["a"] * 3, "adapter_names: 3 names for a batch of 2 rows; give one a row"),
+    "one for all rows": (["__base__"], "adapter_names: 1 names for a batch of 2 rows"),
+    "none": ([], "adapter_names: 0 names for a batch of 2 rows"),
 }
 
 
@@ -165,6 +167,8 @@ def test_names_that_do_not_fit_are_refused(llama: PeftModel, name: str) -> None:
     names, message = REFUSED[name]
     with pytest.raises(AdapterError, match=message):
         llama(**batch("llama"), adapter_names=names)
+    with pytest.raises(AdapterError, match=message):
+        llama.generate(batch("llama")["input_ids"], adapter_names=names, max_new_tokens=2)
     assert not any("forward" in vars(layer) for layer in adapter_layers(llama).values())
 
 

@@ -25,6 +25,7 @@ from peftcli.adapters.merge import merge_adapter
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.errors import AdapterError, ModelError
 from peftcli.methods import config_from_dict
+from peftcli.peft_api.model import wrap
 
 RSLORA = {"use_rslora": True, "lora_alpha": 5, "r": 4}
 PATTERNS: dict[str, Any] = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 20}, "r": 4}
@@ -130,6 +131,35 @@ def test_what_peft_writes_with_its_start_in_the_config_we_read(name: str, tmp_pa
     again = tiny(kind)
     load_adapter(again, config_from_dict(read_config(tmp_path / "ours")), tmp_path / "ours")
     assert torch.equal(logits(again, batch(kind)), logits(model, batch(kind)))
+
+
+@pytest.mark.parametrize("init", STARTED)
+@pytest.mark.parametrize("settings", [{}, {**RSLORA, "rank_pattern": {"q_proj": 2}}], ids=["plain", "rslora"])
+def test_what_is_saved_as_pefts_docs_say_is_plain_lora(init: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    base, config = started("llama", init, **settings)
+    model = wrap(base, config, "default")
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    close(logits(loaded_by_peft("llama", tmp_path / "start"), batch("llama")), logits(tiny("llama"), batch("llama")))
+    randomise(model)
+    model.save_pretrained(tmp_path / "trained", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    assert file_of(tmp_path / "trained")[0]["r"] == 8
+    close(logits(loaded_by_peft("llama", tmp_path / "trained"), batch("llama")), logits(model, batch("llama")))
+    again = peftcli.PeftModel.from_pretrained(tiny("llama"), tmp_path / "trained")
+    close(logits(again, batch("llama")), logits(model, batch("llama")))
+
+
+def test_pefts_adapter_over_a_residual_base_is_saved_for_the_base_model_itself(tmp_path: Path) -> None:
+    oracle = wrapped(tiny("llama"), init_lora_weights="pissa", r=4, modules_to_save=["lm_head"])
+    oracle.peft_config["default"].init_lora_weights = True
+    saved_by_peft(oracle, tmp_path / "start")
+    model = peftcli.PeftModel.from_pretrained(oracle.unload(), tmp_path / "start", is_trainable=True)
+    randomise(model)
+    model.save_pretrained(tmp_path / "trained", path_initial_model_for_weight_conversion=tmp_path / "start")
+    close(logits(loaded_by_peft("llama", tmp_path / "trained"), batch("llama")), logits(model.eval(), batch("llama")))
+    other = peftcli.get_peft_model(tiny("llama"), peftcli.IA3Config())
+    with pytest.raises(AdapterError, match="works for LORA, not IA3"):
+        other.save_pretrained(tmp_path / "other", path_initial_model_for_weight_conversion=tmp_path / "start")
 
 
 def test_pefts_pissa_on_a_bf16_base_differs_by_what_it_rounds_only(tmp_path: Path) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from models_tiny import tiny
+from torch import nn
 
 from peftcli.core.inject import inject
+from peftcli.core.layer import adapter_layers
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
 
@@ -159,3 +162,12 @@ def test_a_wrong_setting_is_named_and_nothing_is_changed(name: str) -> None:
     inject(
         model, LoraConfig(target_modules=["convolution" if kind == "convnet" else "q_proj"])
     )  # and a right one still goes in
+
+
+def test_a_parameter_of_the_model_itself_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.register_parameter("own", nn.Parameter(torch.ones(4, 4)))
+    with pytest.raises(AdapterError, match="target_parameters: own is a parameter of Sequential itself"):
+        inject(model, LoraConfig(target_parameters=["own"]))
+    assert not adapter_layers(model)
+    inject(nn.ModuleDict({"inner": model}), LoraConfig(target_parameters=["own"], r=2))

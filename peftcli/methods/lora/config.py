@@ -110,11 +110,13 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
         """Return the plain LoRA that computes the same: with a residual initialisation, one of twice the r."""
         nothing: Any = dict.fromkeys(SECTIONS.values())
         same = replace(self, init_lora_weights=True, **nothing)
-        if not is_residual(self.init_lora_weights):
-            return same
+        return same.doubled() if is_residual(self.init_lora_weights) else same
+
+    def doubled(self) -> LoraConfig:
+        """Return the config of twice the r and the same strength."""
         more = math.sqrt(2) if self.use_rslora else 2
         return replace(
-            same,
+            self,
             r=2 * self.r,
             lora_alpha=more * self.lora_alpha,
             rank_pattern={name: 2 * r for name, r in self.rank_pattern.items()},

@@ -30,6 +30,7 @@ from peftcli.methods.lora.parameters import (
 )
 from peftcli.methods.lora.replicate import replicate, separate
 from peftcli.methods.lora.targets import targets as targets
+from peftcli.methods.lora.updates import describe as describe
 from peftcli.methods.lora.updates import updates as updates
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -45,6 +46,19 @@ def pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, Pair]:
                 if pair.b not in tensors:
                     raise AdapterError(f"missing: {pair.b}")
     return found
+
+
+def describe(config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Return the config for a file with these tensors: of twice the r where the layers subtract what they started from.
+
+    Code for PEFT sets ``init_lora_weights`` to true before it saves, so that alone does not tell.
+    """
+    plain = config.plain()
+    twice = not plain.target_parameters and any(
+        len(tensors[pair.a]) == 2 * pattern_value(plain.rank_pattern, path.partition(".base_layer")[0], plain.r)
+        for path, pair in pairs(tensors).items()
+    )
+    return (plain.doubled() if twice else plain).to_dict()
 
 
 def updates(config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, Update]:
