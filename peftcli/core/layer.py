@@ -113,6 +113,9 @@ class TrainedCopy(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module, file_prefix: str):
         super().__init__(base_layer)
+        if isinstance(base_module(base_layer), (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
+            kind = type(base_module(base_layer)).__name__
+            raise AdapterError(f"a {kind} is no module that is called; name the modules in it", key="modules_to_save")
         if any(is_quantised(module) for module in base_module(base_layer).modules()):
             raise AdapterError("a quantised layer cannot be trained in full", key="modules_to_save")
         if any(isinstance(module, AdapterLayer) for module in base_module(base_layer).modules()):
