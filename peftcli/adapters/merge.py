@@ -29,6 +29,7 @@ from peftcli.core.files import load_empty
 from peftcli.core.inject import is_reshaped
 from peftcli.core.layer import AdapterLayer, base_module, model_ends
 from peftcli.core.merge import merge, outermost
+from peftcli.core.weights import base_weights
 from peftcli.errors import AdapterError, ModelError, UsageError
 from peftcli.models import tokens
 from peftcli.models.open import OpenBase, open_base
@@ -193,7 +194,7 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
     model = job.base.empty_model(job.auto_class, **job.options)
     longer = _made_longer(model, job)
     layers = _layers_without_base(model, job)
-    if longer is None or is_reshaped(model):
+    if longer is None or is_reshaped(model) or base_weights(model).keys() & job.source.header.keys():
         return None  # its tensors are not the checkpoint's
     parents = {f"{path}.{leaf}": path for path, layer in layers.items() for leaf in _base_leaves(layer)}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, TrainedCopy, adapter_layers, base_module, model_ends, path_in_file
+from peftcli.core.layer import (
+    AdapterLayer,
+    TrainedCopy,
+    adapter_layers,
+    base_module,
+    base_paths,
+    model_ends,
+    path_in_file,
+)
 from peftcli.errors import AdapterError
 from peftcli.guard.files import short_name
 
@@ -86,8 +94,8 @@ def load_state(
 ) -> None:
     """Copy the tensors of an adapter file into the model's adapter layers.
 
-    A file may also hold the base weights of adapted embeddings and heads, as PEFT writes them when the vocabulary
-    was resized; they replace the model's.
+    A file may also hold the base weights of embedding and head, as PEFT writes them when they are adapted or the
+    vocabulary was resized; they replace the model's.
 
     Raises:
         AdapterError: a missing, unexpected, misshapen or non-finite tensor; all of them in one message. Nothing is
@@ -97,7 +105,7 @@ def load_state(
         raise AdapterError("what this adapter trains is not what its file holds; load the file into another model")
     values = check_state(model, tensors, file, adapter)
     targets = {name: value for name, (_, _, value) in file_tensors(model, adapter).items()}
-    targets |= _adapted_base_weights(model)
+    targets = base_weights(model, adapter) | targets
     with torch.no_grad():
         for name, value in values.items():
             targets[name].copy_(value)
@@ -112,7 +120,7 @@ def check_state(
         AdapterError: a missing, unexpected, misshapen or non-finite tensor; all of them in one message.
     """
     wanted = file_tensors(model, adapter)
-    base = _adapted_base_weights(model)
+    base = {name: value for name, value in base_weights(model, adapter).items() if name not in wanted}
     values = {
         name: wanted[name][0].adapt_from_file(wanted[name][1], value)
         for name, value in tensors.items()
@@ -204,12 +212,30 @@ def _paths_in_file(model: nn.Module, adapter: str | None) -> dict[str, AdapterLa
     return {path_in_file(model, path): layer for path, layer in layers.items()}
 
 
-def _adapted_base_weights(model: Any) -> dict[str, nn.Parameter]:
-    """Return the base weights that an adapter file may carry: name in the file -> parameter."""
-    ends = [base_module(end) for end in model_ends(model) if end is not None]
-    return {
-        layer.file_name(path_in_file(model, path), "base_layer.weight"): base_module(layer).weight
-        for path, layer in adapter_layers(model).items()
-        if any(base_module(layer) is end for end in ends)
-        and isinstance(getattr(base_module(layer), "weight", None), nn.Parameter)
-    }
+def base_weights(model: Any, adapter: str | None = None, prefix: str | None = None) -> dict[str, nn.Parameter]:
+    """Return the weights of the base model's embedding and head that an adapter file may carry.
+
+    PEFT writes them when they are adapted, or when the vocabulary was resized.
+
+    Args:
+        model: holds the adapter.
+        adapter: its name in the model.
+        prefix: of the names in its file; None: names with either that there is.
+
+    Returns:
+        Name in the file -> parameter. Without those of modules that the adapter trains in full.
+    """
+    prefixes = ("base_model.model.", "base_model.") if prefix is None else (prefix,)
+    layers = adapter_layers(model, adapter)
+    names = {id(base_module(model.get_submodule(path))): name for name, path in base_paths(model).items()}
+    found: dict[str, nn.Parameter] = {}
+    for end in (base_module(end) for end in model_ends(model) if end is not None):
+        over = {path: layer for path, layer in layers.items() if base_module(layer) is end}
+        places = [layer.file_name(path_in_file(model, path), "base_layer") for path, layer in over.items()]
+        if not any(isinstance(layer, TrainedCopy) for layer in over.values()):
+            places = places or [start + names[id(end)] for start in prefixes]
+        held = {leaf: value for leaf, value in end._parameters.items() if value is not None}
+        found |= {
+            f"{place}.{leaf}": value for place in places for leaf, value in held.items() if value.is_floating_point()
+        }
+    return found

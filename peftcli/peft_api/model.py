@@ -31,6 +31,7 @@ from peftcli.errors import AdapterError
 from peftcli.methods.combinations import Combination
 from peftcli.methods.lora.combine import Adapter, combine
 from peftcli.models.quantization import forget
+from peftcli.peft_api.embedding_layers import embedding_layers
 from peftcli.peft_api.mixed_batch import adapted_by_row, check_count
 from peftcli.peft_api.new_adapter import check_name, start_adapter
 from peftcli.peft_api.replace_adapter import replace_adapter
@@ -264,7 +265,8 @@ class PeftModel(SavedByTrainer):
             save_directory: the folder of the adapter called ``default``; the others get a folder of their name in it.
             safe_serialization: PEFT's; pickles are not written.
             selected_adapters: which adapters; None: all.
-            save_embedding_layers: PEFT's; the embedding and the head of the base model are not written.
+            save_embedding_layers: whether to write the base model's embedding and head too. ``auto``: where their
+                number of tokens was changed, and where they are targets.
             is_main_process: whether to write at all.
             path_initial_model_for_weight_conversion: PEFT's, for LoRA that starts by PiSSA, OLoRA, CorDA or LoRA-GA:
                 the folder of the adapter before it was trained. Those made here need none: they are saved as a
@@ -281,17 +283,13 @@ class PeftModel(SavedByTrainer):
             raise AdapterError(
                 "False would write a pickle, which can run code when it is read", key="safe_serialization"
             )
-        if save_embedding_layers is True:
-            raise AdapterError(
-                "True is not supported; modules_to_save trains and saves them", key="save_embedding_layers"
-            )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self._check_known(names)
         if is_main_process:
             model = self if state_dict is None else self._holding(state_dict)
             for name in names:
                 folder = Path(save_directory) / ("" if name == "default" else name)
-                model._save(name, folder, path_initial_model_for_weight_conversion)
+                model._save(name, folder, path_initial_model_for_weight_conversion, save_embedding_layers)
             write_for_trainer(Path(save_directory), model.state_dict())
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
@@ -476,14 +474,15 @@ class PeftModel(SavedByTrainer):
         set_active(self.get_base_model(), self._active)
         set_trainable(self.get_base_model(), trainable, name)
 
-    def _save(self, name: str, folder: Path, start: str | Path | None = None) -> None:
+    def _save(self, name: str, folder: Path, start: str | Path | None = None, embedding: bool | str = "auto") -> None:
         tensors: Mapping[str, torch.Tensor]
         config, tensors = self.peft_config[name], adapter_state(self.get_base_model(), name)
+        beside = embedding_layers(self.get_base_model(), config, name, embedding)
         if start is not None:
             config, tensors = without_start(config, tensors, start)
         tags = self._card_tags()
         own = has_own_card(folder, tags)
-        write_adapter(tensors, config, folder)
+        write_adapter({**tensors, **beside}, config, folder)
         if own:
             write_card(folder, tags)
         else:

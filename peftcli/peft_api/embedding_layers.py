@@ -1,0 +1,58 @@
+"""The base model's embedding and head in an adapter file: ``save_embedding_layers`` of PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+
+from peftcli.adapters.load import is_hub_id
+from peftcli.core.config import AdapterConfig
+from peftcli.core.weights import base_weights
+from peftcli.errors import AdapterError
+
+_TARGETS = ("embed_tokens.base_layer", "lm_head.base_layer")
+"""What PEFT writes where an adapter targets it. Other names of embeddings and heads it does not look for."""
+
+
+def embedding_layers(model: Any, config: AdapterConfig, adapter: str, save: bool | str) -> dict[str, torch.Tensor]:
+    """Return the weights to write beside an adapter's own, by their names in the file.
+
+    Args:
+        model: the base model, adapter layers and all.
+        config: the adapter's.
+        adapter: its name in the model.
+        save: True: embedding and head. ``auto``: the same where the model has another number of tokens than the
+            checkpoint that the config names, else those that are targets. False: none.
+
+    Raises:
+        AdapterError: ``save`` is something else, or a weight is not here.
+    """
+    if save not in (True, False, "auto"):
+        raise AdapterError(f'is {save!r}; known: "auto", True, False', key="save_embedding_layers")
+    if save is False:
+        return {}
+    found = {parameter: name for name, parameter in reversed(base_weights(model, adapter, config.file_prefix).items())}
+    if save == "auto" and not _is_resized(model, config):
+        rows = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None)
+        found = {value: name for value, name in found.items() if not rows and any(part in name for part in _TARGETS)}
+    if missing := [name for value, name in found.items() if value.is_meta]:
+        raise AdapterError(f"lacks {missing[0]}", key="state_dict")
+    return {name: value.detach() for value, name in found.items()}
+
+
+def _is_resized(model: Any, config: AdapterConfig) -> bool:
+    """Whether the model has another number of tokens than its checkpoint, as far as this machine knows that one."""
+    name = config.base_model_name_or_path
+    if not name or not hasattr(getattr(model, "config", None), "get_text_config"):
+        return False
+    path = Path(name, "config.json")
+    if not path.is_file() and is_hub_id(name):
+        path = Path(try_to_load_from_cache(name, "config.json", revision=config.revision) or path)
+    if not path.is_file():
+        return False
+    before = type(model.config).from_pretrained(path.parent)
+    sizes = [getattr(each.get_text_config(), "vocab_size", None) for each in (before, model.config)]
+    return sizes[0] != sizes[1]
