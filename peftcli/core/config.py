@@ -77,6 +77,8 @@ class AdapterConfig:
     """Fields that readers need even at their default."""
     sizes: ClassVar[tuple[str, ...]] = ("r", "rank_pattern")
     """Fields that set how much memory is taken: numbers, or numbers by pattern. A file with absurd ones is refused."""
+    found_by_training: ClassVar[tuple[str, ...]] = ()
+    """Fields that ``peftcli train`` sets where they are None, and that code of one's own has to give."""
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
     """PEFT's keys that this config does not carry, each with the values that mean "off"."""
 

@@ -22,6 +22,7 @@ from peftcli.core.inject import disabled, inject, meta_copy, set_active, set_tra
 from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import Folded, fold, merge
 from peftcli.core.prompts import virtual_tokens
+from peftcli.core.protocols import after_step, penalty
 from peftcli.core.quantised import num_weights
 from peftcli.core.weights import (
     adapter_state,
@@ -42,16 +43,30 @@ from peftcli.peft_api.without_start import without_start
 class _Tuner(nn.Module):
     """Holds the model as ``base_model.model``, so that parameters are called what the adapter file calls them."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, configs: Mapping[str, AdapterConfig]):
         super().__init__()
-        self.model = model
+        self.model, self.configs = model, configs
         self.folded: Folded | None = None
         """What ``merge_adapter`` did, until ``unmerge_adapter``."""
         self.disabled = False
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         with self.by_row(adapter_names, args, kwargs):
-            return self.model(*args, **kwargs)
+            output = self.model(*args, **kwargs)
+        if self.training and isinstance(getattr(output, "loss", None), torch.Tensor):
+            found = (penalty(self.model, config) for config in self.configs.values())
+            output.loss = output.loss + next((each for each in found if each is not None), 0)
+        return output
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Share out AdaLoRA's budget. Call it after each optimizer step, while the gradients are there.
+
+        Raises:
+            AdapterError: the gradients are gone.
+        """
+        for config in self.configs.values():
+            if (total := getattr(config, "total_step", None)) is not None:
+                after_step(self.model, config, global_step, total)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -111,8 +126,8 @@ class PeftModel(SavedByTrainer):
     def _hold(self, model: nn.Module, peft_config: AdapterConfig, adapter_name: str) -> None:
         """Wrap ``model``, which holds the adapter already."""
         super().__init__()
-        self.base_model = _Tuner(model)
         self.peft_config = {adapter_name: peft_config}
+        self.base_model = _Tuner(model, self.peft_config)
         self._active = [adapter_name]
         self._merged: list[str] = []
         self.train(model.training)

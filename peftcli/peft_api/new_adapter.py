@@ -23,7 +23,14 @@ def check_name(name: str) -> None:
 
 
 def start_adapter(model: nn.Module, config: AdapterConfig, name: str) -> None:
-    """Put a new adapter into ``model``."""
+    """Put a new adapter into ``model``.
+
+    Raises:
+        AdapterError: a setting is missing that a recipe's training would find, or the config does not fit the model.
+    """
+    for key in config.found_by_training:
+        if getattr(config, key) is None and not config.inference_mode:
+            raise AdapterError("is needed: the number of optimizer steps of the whole training", key=key)
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     config.prepare(lambda tokenizer: open_base(BaseModel(name=tokenizer or _name_of(model))).processor())

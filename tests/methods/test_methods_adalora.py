@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import trainkit
 from models_tiny import batch, labelled, logits, tiny
-from oracle import file_of, ours
+from oracle import file_of, ours, silence
 from torch import nn
 from trainkit import run_recipe, write_recipe
 from transformers.pytorch_utils import Conv1D
 
+import peftcli
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject, set_trainable
 from peftcli.core.layer import adapter_layers
@@ -203,3 +207,48 @@ def test_the_best_adapter_from_before_the_decision_is_whole(tmp_path: Path) -> N
     written, tensors = file_of(done.folder)
     assert "rank_pattern" not in written
     assert {len(value) for name, value in tensors.items() if name.endswith("lora_E")} == {4}
+
+
+# --- code for PEFT ----------------------------------------------------------------------------------------------------
+
+
+def _trained(library: Any, start: dict[str, torch.Tensor] | None) -> tuple[Any, list[float], Any]:
+    """A loop as PEFT's documentation has it: the state before, the losses, the state after."""
+    settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"], "total_step": 8}
+    losses = []
+    torch.manual_seed(0)
+    with silence():
+        model: Any = library.get_peft_model(tiny("llama"), library.AdaLoraConfig(**settings, **SCHEDULE)).train()
+    if start is not None:
+        library.set_peft_model_state_dict(model, start)
+    before = copy.deepcopy(library.get_peft_model_state_dict(model))
+    optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.05)
+    for step in range(1, 9):
+        loss = model(**labelled("llama")).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, where nothing is left of a layer
+        return before, losses, library.get_peft_model_state_dict(model)
+
+
+def test_a_loop_of_ones_own_trains_as_in_peft() -> None:
+    start, expected, after = _trained(peft, None)
+    _, losses, found = _trained(peftcli, start)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(found, after, atol=1e-5, rtol=1e-4)
+
+
+def test_the_loss_of_an_evaluation_has_no_penalty() -> None:
+    config = AdaLoraConfig(task_type="CAUSAL_LM", total_step=8, **SCHEDULE)
+    model = peftcli.get_peft_model(tiny("llama"), config).train()
+    trained = model(**labelled("llama")).loss.item()
+    assert trained - model.eval()(**labelled("llama")).loss.item() > 0.1
+
+
+def test_code_of_ones_own_says_how_many_steps_there_are() -> None:
+    with pytest.raises(ValueError, match="total_step: is needed"):
+        peftcli.get_peft_model(tiny("llama"), AdaLoraConfig())

@@ -25,6 +25,7 @@ class AdaLoraConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
 
     peft_type: ClassVar[str] = "ADALORA"
     sizes: ClassVar[tuple[str, ...]] = ("init_r",)
+    found_by_training: ClassVar[tuple[str, ...]] = ("total_step",)
     always_written: ClassVar[tuple[str, ...]] = ("target_modules", "lora_alpha", "target_r", "init_r", "total_step")
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
         "megatron_core": ("megatron.core",),
