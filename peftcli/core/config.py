@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
+import warnings
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from types import UnionType
@@ -24,6 +26,8 @@ _LARGEST_FLOAT, _LARGEST_INT = 3.4e38, 2**63 - 1
 """The largest numbers of float32 and int64; nothing can be computed with larger ones."""
 _LONGEST_NAME = 4096
 """Characters of a path that file systems take, and more than a module's name or a pattern has."""
+_NEWEST_PEFT = (0, 21)
+"""The newest version of PEFT whose settings are known."""
 _PROVENANCE = frozenset({"peft_version", "auto_mapping", "peft_type"})
 """Keys of the file about its writer. They change nothing here."""
 
@@ -80,7 +84,7 @@ class AdapterConfig:
     found_by_training: ClassVar[tuple[str, ...]] = ()
     """Fields that ``peftcli train`` sets where they are None, and that code of one's own has to give."""
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    """PEFT's keys that this config does not carry, each with the values that mean "off"."""
+    """PEFT's keys that this config lacks, each with the values that mean "off" beside null, false and empty."""
 
     task_type: str | None = field(default=None, metadata=BOOKKEEPING)
     """PEFT's task name: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, TOKEN_CLS, QUESTION_ANS or FEATURE_EXTRACTION."""
@@ -134,7 +138,8 @@ class AdapterConfig:
     def from_dict(cls, values: dict[str, Any], file: str | None = None) -> AdapterConfig:
         """Return the config that the object of an ``adapter_config.json`` describes.
 
-        Keys that newer writers add are accepted while they are switched off (null, false, empty).
+        Keys that newer writers add are accepted while they are switched off (null, false, empty). Warns of others if
+        the file says that a newer PEFT than those known here wrote it.
 
         Raises:
             AdapterError: a key that changes the result and is not supported, or a value of the wrong kind.
@@ -142,9 +147,13 @@ class AdapterConfig:
         known = {entry.name for entry in fields(cls) if entry.metadata.get("file", True)}
         for key in values.keys() - known - _PROVENANCE:
             value = values[key]
-            if value not in cls.unsupported.get(key, ()) and value not in (None, False, [], {}):
-                message = f"{cls.peft_type} with {short_name(key)}={short_repr(value)} is not supported"
+            if value in cls.unsupported.get(key, ()) or value in (None, False, [], {}):
+                continue
+            message = f"{cls.peft_type} with {short_name(key)}={short_repr(value)} is not supported"
+            if key in cls.unsupported or not _is_newer(values.get("peft_version")):
                 raise AdapterError(message, key=short_name(key), file=file)
+            told = f"{message}; PEFT {short_name(values['peft_version'])} wrote it, and what the key means is not known"
+            warnings.warn(one_line(f"{file or 'the config'}: {told}"), stacklevel=2)
         given = {key: value for key, value in values.items() if key in known}
         hints = _hints(cast("Any", cls))
         for entry in fields(cls):
@@ -175,6 +184,12 @@ class AdapterConfig:
             if entry.name in keep or value != _default(entry):
                 out[entry.name] = sorted(value) if _is_name_list(value) else value
         return out
+
+
+def _is_newer(version: object) -> bool:
+    """Return whether that is a version of PEFT above the newest known one."""
+    found = re.match(r"(\d{1,4})\.(\d{1,4})(?![\d])", version) if isinstance(version, str) else None
+    return found is not None and (int(found[1]), int(found[2])) > _NEWEST_PEFT
 
 
 @dataclass(kw_only=True)

@@ -83,15 +83,14 @@ class _Tuner(nn.Module):
 
         Raises:
             AdapterError: there are more or fewer names than rows, or the model is in training mode, or its adapters are
-                merged or disabled.
+                merged.
         """
-        if names is None:
+        if names is None or self.disabled:
             return nullcontext()
         if self.training:
             raise AdapterError("needs a model in evaluation mode; call eval()", key="adapter_names")
-        if self.folded or self.disabled:
-            how = "merged; call unmerge_adapter()" if self.folded else "disabled"
-            raise AdapterError(f"the adapters are {how}", key="adapter_names")
+        if self.folded:
+            raise AdapterError("the adapters are merged; call unmerge_adapter()", key="adapter_names")
         check_count(self.model, names, args, kwargs)
         return adapted_by_row(self.model, names, copies)
 
@@ -413,7 +412,7 @@ class PeftModel(SavedByTrainer):
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> None:
         """Put the updates of these adapters, or of the active ones, into the base weights until ``unmerge_adapter``.
 
-        Until then the model computes with these adapters, as fast as the base model.
+        Until then the model computes with these adapters, as fast as the base model, and with those merged before.
 
         Args:
             adapter_names: which adapters; None: the active ones.
@@ -423,14 +422,18 @@ class PeftModel(SavedByTrainer):
             AdapterError: they are merged already, an adapter cannot be merged, or a merged weight is not finite. The
                 model is as it was then.
         """
-        self._check_unmerged()
-        names = self._mergeable(adapter_names)
-        model = self.get_base_model()
+        before, model = self._merged, self.get_base_model()
+        names = [*before, *(name for name in self._mergeable(adapter_names) if name not in before)]
+        if names == before:
+            self._check_unmerged()
+        self.unmerge_adapter()
         set_active(model, names)
         try:
             self.base_model.folded = fold(model)
         except AdapterError:
             set_active(model, self._active)
+            if before:
+                self.merge_adapter(before)
             raise
         self._merged = names
 

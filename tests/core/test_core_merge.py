@@ -140,6 +140,17 @@ def test_named_adapters_are_merged_and_no_others(names: list[str]) -> None:
     assert not adapter_layers(merged)
 
 
+def test_a_second_adapter_is_merged_beside_the_first() -> None:
+    model, together = _two(), _two()
+    before = logits(model, batch("llama"))
+    model.merge_adapter(["a"])
+    model.merge_adapter(["b"])
+    together.merge_adapter(["a", "b"])
+    assert torch.equal(logits(model, batch("llama")), logits(together, batch("llama")))
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, batch("llama")), before)
+
+
 def test_while_merged_other_changes_are_refused_and_switching_takes_it_back(tmp_path: Path) -> None:
     model = _two()
     model.save_pretrained(tmp_path / "before")

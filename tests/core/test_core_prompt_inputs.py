@@ -275,6 +275,8 @@ def test_each_row_gets_the_prompt_of_its_task(kind: str) -> None:
         torch.testing.assert_close(together[row], alone[0], atol=1e-5, rtol=1e-4)
         other = logits(model, {**one, "task_ids": torch.tensor([1])})
         assert not torch.allclose(alone, other, atol=1e-2)
+    alike = logits(model, {**inputs, "task_ids": torch.tensor([2, 2, 2])})
+    assert torch.equal(logits(model, {**inputs, "task_ids": torch.tensor([2])}), alike)
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
@@ -288,6 +290,8 @@ def test_generation_knows_the_rows_tasks(kind: str, options: dict[str, Any]) -> 
         one = {name: value[row : row + 1] for name, value in inputs.items()}
         assert torch.equal(together[row], generate(model, **one, task_ids=tasks[row : row + 1], **settings)[0])
     assert not torch.equal(together, generate(model, **inputs, task_ids=1 - tasks, **settings))
+    alike = generate(model, **inputs, task_ids=torch.tensor([1, 1, 1]), **settings)
+    assert torch.equal(generate(model, **inputs, task_ids=torch.tensor([1]), **settings), alike)
     with pytest.raises(AdapterError, match="the prompt has 2 tasks"):
         generate(model, **inputs, **settings)
 
@@ -299,7 +303,7 @@ def test_tasks_that_cannot_be_right_are_refused(kind: str) -> None:
         (None, "task_ids: the prompt has 3 tasks; say the task of each row"),
         (torch.tensor([0, 3]), r"task_ids: \[0, 3\]: the prompt's tasks are 0 to 2"),
         (torch.tensor([-1, 0]), "tasks are 0 to 2"),
-        (torch.tensor([0]), "must be 2 whole numbers"),
+        (torch.tensor([0, 1, 2]), "must be 2 whole numbers"),
         (torch.tensor([0.0, 1.0]), "must be 2 whole numbers"),
     ):
         given = {} if tasks is None else {"task_ids": tasks}

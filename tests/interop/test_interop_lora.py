@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -14,10 +15,14 @@ from lora_cases import CASES
 from models_tiny import DECODERS, batch, logits, tiny
 from oracle import file_of, loaded_by_peft, ours, saved_by_peft, theirs
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from peftcli.core.files import load_adapter, read_config, save_adapter
+from peftcli.core.inject import inject
 from peftcli.core.weights import adapter_state
-from peftcli.methods import config_from_dict
+from peftcli.errors import AdapterError
+from peftcli.methods import METHODS, config_from_dict
+from peftcli.methods.lora.config import LoraConfig
 
 BASE_WEIGHTS = {"embedding", "embedding-scaled", "head", "head-tied", "embedding-tied", "both-ends-tied"}
 """Cases for which PEFT also writes the base weights of the adapted embedding or head."""
@@ -105,6 +110,29 @@ def test_keys_of_newer_writers_are_accepted_while_they_are_off(tmp_path: Path) -
     newer = {"some_new_switch": False, "some_new_list": None, "some_new_table": {}, "peft_version": "9.9.9"}
     path.write_text(json.dumps(json.loads(path.read_text()) | newer))
     load_adapter(tiny("llama"), config_from_dict(read_config(tmp_path)), tmp_path)
+
+
+def test_keys_of_a_newer_peft_that_are_on_are_told_and_those_known_to_matter_refused() -> None:
+    values = {"peft_type": "LORA", "peft_version": "0.99.0.dev0", "some_new_switch": True}
+    with pytest.warns(UserWarning, match="some_new_switch=True is not supported; PEFT 0.99.0.dev0 wrote it"):
+        assert config_from_dict(values).r == 8
+    for wrong in ({"peft_version": "0.21.2"}, {"peft_version": None}, {"use_qalora": True, "some_new_switch": False}):
+        with pytest.raises(AdapterError, match="=True is not supported"):
+            config_from_dict({**values, **wrong})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_setting_of_peft_is_carried_or_known_as_unsupported(method: str) -> None:
+    config = METHODS[method].config_class()
+    known = {field.name for field in dataclasses.fields(config)} | config.unsupported.keys()
+    in_peft = dataclasses.fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[config.peft_type]])
+    assert {field.name for field in in_peft} - known <= {"auto_mapping", "peft_type", "peft_version"}
+
+
+def test_r_above_a_narrow_layers_side() -> None:
+    """The gate of Qwen2-MoE's shared expert has one output."""
+    model = nn.Sequential(nn.Linear(32, 1))
+    assert inject(model, LoraConfig(r=16, target_modules=["0"])).trainable == 16 * (32 + 1)
 
 
 def test_two_writes_of_equal_adapters_are_equal_bytes(tmp_path: Path) -> None:

@@ -315,7 +315,8 @@ def _restored(
         return {}
     copies = ids.shape[0] // start.shape[0]  # rows of one example: beams, samples
     insertion = Insertion(start.repeat_interleave(copies, dim=0) - past, ids.shape[1] - layer.count, layer.count)
-    task_ids = None if task_ids is None else task_ids.repeat_interleave(copies, dim=0)
+    if task_ids is not None and len(task_ids) > 1:
+        task_ids = task_ids.repeat_interleave(copies, dim=0)
     return {"input_ids": torch.where(insertion.virtual, layer.first_id + layer.numbers(insertion, task_ids), ids)}
 
 

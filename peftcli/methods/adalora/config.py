@@ -19,6 +19,15 @@ _FAMILY_TARGETS = {
 """Where PEFT's usual targets for AdaLoRA are not LoRA's."""
 
 
+_OF_LORA = (
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "corda_config", "ensure_weight_tying", "eva_config",
+    "kasa_config", "layer_replication", "loftq_config", "lora_bias", "lora_ga_config", "megatron_config",
+    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora",
+    "use_rslora", "velora_config",
+)  # fmt: skip
+"""LoRA's keys, which AdaLoRA's config in PEFT inherits."""
+
+
 @dataclass(kw_only=True)
 class AdaLoraConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Settings of AdaLoRA, under PEFT's names."""
@@ -31,6 +40,7 @@ class AdaLoraConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
         "megatron_core": ("megatron.core",),
         "qalora_group_size": (16,),
         "runtime_config": ({"ephemeral_gpu_offload": False},),
+        **dict.fromkeys(_OF_LORA, ()),
     }
 
     target_r: int = 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from peftcli.core.config import ExcludingConfig, FanInConfig, LayeredConfig
 from peftcli.methods._settings import Problems, not_one_of, outside_unit_interval, too_small
@@ -15,6 +15,7 @@ class HiraConfig(FanInConfig, ExcludingConfig, LayeredConfig):
 
     peft_type: ClassVar[str] = "HIRA"
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules")
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"rank_pattern": ()}
 
     r: int = 32
     """Size of the bottleneck. Parameters grow linearly with it; the update has a higher rank."""

@@ -22,6 +22,13 @@ Problems = list[tuple[str, str]]
 _MAX_LAYERS = 500
 
 
+_VARIANTS = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "megatron_config", "monteclora_config", "use_bdlora",
+    "use_qalora", "velora_config",
+)  # fmt: skip
+"""PEFT's keys of variants of LoRA that are not here."""
+
+
 @dataclass(kw_only=True)
 class LoraConfig(ExcludingConfig, LayeredConfig):
     """Settings of LoRA, under PEFT's names."""
@@ -32,6 +39,7 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
         "megatron_core": ("megatron.core",),
         "qalora_group_size": (16,),
         "runtime_config": ({"ephemeral_gpu_offload": False},),
+        **dict.fromkeys(_VARIANTS, ()),
     }
 
     r: int = 8

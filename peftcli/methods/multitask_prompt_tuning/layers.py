@@ -40,11 +40,13 @@ class MultitaskTokens(VirtualTokens):
             return None
         if task_ids is None:
             raise AdapterError(f"the prompt has {self.tasks} tasks; say the task of each row", key="task_ids")
-        if task_ids.shape != (batch,) or task_ids.is_floating_point():
-            raise AdapterError(f"must be {batch} whole numbers, one a row, not {task_ids!r}", key="task_ids")
+        if task_ids.shape not in ((batch,), (1,)) or task_ids.is_floating_point():
+            raise AdapterError(
+                f"must be {batch} whole numbers, one a row, or one for all rows, not {task_ids!r}", key="task_ids"
+            )
         if (task_ids < 0).any() or (task_ids >= self.tasks).any():
             raise AdapterError(f"{task_ids.tolist()}: the prompt's tasks are 0 to {self.tasks - 1}", key="task_ids")
-        return task_ids[:, None]
+        return task_ids.expand(batch)[:, None]
 
 
 def wrap(module: Any, name: str, config: MultitaskPromptTuningConfig) -> MultitaskTokens:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peftcli.core.config import TargetedConfig
 from peftcli.methods._settings import Problems
@@ -30,6 +30,7 @@ class OSFConfig(TargetedConfig):
     """Settings of OSF, under PEFT's names."""
 
     peft_type: ClassVar[str] = "OSF"
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"target_svd_config": ()}
     sizes: ClassVar[tuple[str, ...]] = ("effective_rank", "rank_pattern")
     always_written: ClassVar[tuple[str, ...]] = ("target_modules", "effective_rank")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
 from peftcli.methods._settings import Problems, not_one_of, not_positive, pattern_too_small, too_small
@@ -22,6 +22,7 @@ class WaveFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     peft_type: ClassVar[str] = "WAVEFT"
     sizes: ClassVar[tuple[str, ...]] = ("n_frequency", "n_frequency_pattern")
     always_written: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "target_modules", "random_loc_seed")
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"proportional_parameters": ()}
 
     n_frequency: int = 2592
     """Trained wavelet coefficients of the update, in each layer. The file holds this many numbers for each layer."""
