@@ -167,6 +167,7 @@ def test_a_template_without_end(case: str) -> None:
         assert "it computes for more than 0 seconds" in error.message
 
 
+@pytest.mark.slow
 def test_the_true_limits() -> None:
     tokenizer = speaking(ENDLESS["loops over one name"] + GOOD)
     start = time.thread_time()

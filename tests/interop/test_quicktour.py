@@ -439,6 +439,7 @@ def test_seq2seq_trainer_generates_with_the_adapter(
     assert expected[0, 0] == PAD
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("kind", AUTO)
 def test_a_model_that_inject_made_trains_under_trainer(
     kind: str, settings: dict[str, Any], bases: dict[str, str], tmp_path: Path

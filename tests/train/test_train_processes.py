@@ -45,6 +45,7 @@ def losses(folder: Path, key: str = "loss") -> list[float]:
     return [entry[key] for entry in read_metrics(folder) if key in entry]
 
 
+@pytest.mark.grid(each="method")
 @pytest.mark.parametrize("method", [None, trainkit.PROMPT_TUNING], ids=["lora", "prompt_tuning"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_two_processes_give_the_series_of_one(recipe: Path, method: str | None, accumulation: int) -> None:
