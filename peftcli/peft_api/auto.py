@@ -39,7 +39,7 @@ class AutoPeftModel:
     ) -> PeftModel:
         """Load the base model with the adapter in it; ``base_options`` go to the base model's ``from_pretrained``.
 
-        ``num_labels`` is that of the adapter's head unless it is given.
+        ``num_labels`` is that of the adapter's head, and ``use_safetensors`` is True, unless they are given.
 
         Raises:
             AdapterError: the adapter cannot be read, names no base model, or does not fit it.
@@ -60,6 +60,7 @@ class AutoPeftModel:
                 lambda **labels: build_empty(auto_class, read_config(**labels)), source.saved_sizes
             )
             base_options |= labels and {**labels, "ignore_mismatched_sizes": True}
+        base_options.setdefault("use_safetensors", True)  # a pickle can run code when it is read
         build = getattr(transformers, auto_class).from_pretrained
         model, info = build(name, **base_options, output_loading_info=True)
         initialised, _ = find_initialised(model, info, name, new_labels=True, complete=False)

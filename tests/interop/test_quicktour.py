@@ -160,6 +160,17 @@ def test_an_adapter_without_a_base_model_is_one_clear_error(bases: dict[str, str
         peftcli.AutoPeftModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_a_base_model_that_is_a_pickle_is_not_read(bases: dict[str, str], tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    _start(peftcli, "llama", bases["llama"]).save_pretrained(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
+    tiny("llama").config.save_pretrained(base)
+    torch.save(tiny("llama").state_dict(), base / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        peftcli.AutoPeftModelForCausalLM.from_pretrained(adapter)
+
+
 def test_what_is_saved_trains_on(lib: ModuleType, bases: dict[str, str], tmp_path: Path) -> None:
     model = _start(lib, "llama", bases["llama"])
     model.save_pretrained(tmp_path)
