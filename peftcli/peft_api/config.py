@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from peftcli.adapters.load import find_adapter
 from peftcli.core.config import AdapterConfig
-from peftcli.methods import METHODS
+from peftcli.methods import METHODS, config_from_dict
 
 
 class TaskType(str, Enum):
@@ -50,8 +51,15 @@ class PromptEncoderReparameterizationType(str, Enum):
     LSTM = "LSTM"
 
 
-class PeftConfig:
-    """Reads any method's config from an adapter folder."""
+class _AnyConfig(type):
+    """``isinstance`` takes every method's config for one."""
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, AdapterConfig)
+
+
+class PeftConfig(metaclass=_AnyConfig):
+    """Any method's config: reads it from an adapter folder, or makes it from its keys."""
 
     @staticmethod
     def from_pretrained(adapter: str | Path, revision: str | None = None) -> AdapterConfig:
@@ -61,3 +69,15 @@ class PeftConfig:
             AdapterError: it cannot be read, or names a method or setting that is not supported.
         """
         return find_adapter(str(adapter), revision=revision).config
+
+    @staticmethod
+    def from_peft_type(**values: Any) -> AdapterConfig:
+        """The config of the method that ``peft_type`` names, from the keys of ``adapter_config.json``.
+
+        Sets and PEFT's enums are taken too: ``to_dict`` of a PEFT config gives them.
+
+        Raises:
+            AdapterError: there is no such method, or a key or value that it does not know.
+        """
+        plain = {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
+        return config_from_dict({name: each.value if isinstance(each, Enum) else each for name, each in plain.items()})

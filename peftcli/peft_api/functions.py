@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import Enum
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from peftcli.core.config import AdapterConfig
 from peftcli.core.quantised import is_quantised
 from peftcli.core.weights import adapter_state, load_state
-from peftcli.methods import config_from_dict
+from peftcli.peft_api.config import PeftConfig
 from peftcli.peft_api.model import PeftModel, class_of
 
 _HALVES = ("gptq", "aqlm", "eetq", "hqq", "torchao")
@@ -29,15 +28,8 @@ def get_peft_model(model: nn.Module, peft_config: AdapterConfig, adapter_name: s
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> AdapterConfig:
-    """Make the config of the method that ``peft_type`` names, from the keys of ``adapter_config.json``.
-
-    Sets and PEFT's enums are taken too: ``to_dict`` of a PEFT config gives them.
-
-    Raises:
-        AdapterError: there is no such method, or a key or value that it does not know.
-    """
-    values = {name: sorted(value) if isinstance(value, set) else value for name, value in config_dict.items()}
-    return config_from_dict({name: value.value if isinstance(value, Enum) else value for name, value in values.items()})
+    """Make a config as ``PeftConfig.from_peft_type`` does."""
+    return PeftConfig.from_peft_type(**config_dict)
 
 
 def prepare_model_for_kbit_training(

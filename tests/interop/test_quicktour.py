@@ -509,5 +509,7 @@ def test_a_config_is_made_from_a_dict() -> None:
     values = peft.LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM").to_dict()
     config = peftcli.get_peft_config(values)
     assert (type(config), config.r, config.target_modules) == (peftcli.LoraConfig, 3, ["q_proj"])
+    assert isinstance(config, peftcli.PeftConfig)
+    assert not isinstance(values, peftcli.PeftConfig)
     with pytest.raises(ValueError, match="LORRA"):
         peftcli.get_peft_config({"peft_type": "LORRA"})
