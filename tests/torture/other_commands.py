@@ -225,7 +225,7 @@ STOPPED = [
     (GENERATE, Moment("peftcli.tasks.text.generation:TextGenerator.generate", 2)),
     (GENERATE, Moment("peftcli.tasks.text.generation:TextGenerator.generate", 3)),
     (GENERATE, Moment("peftcli.system.outputs:sync_folder")),
-    (INSPECT, Moment("peftcli.inspection.report:load_tokenizer")),
+    (INSPECT, Moment("peftcli.models.open:OpenBase.processor")),
     (INSPECT, Moment("peftcli.inspection.report:audit")),
     (INSPECT, Moment("peftcli.inspection.page:write_output")),
 ]
@@ -259,15 +259,15 @@ READING = {
         ("evaluate", "{recipe}", "--adapter={adapter}"),
         (
             "peftcli.train.evaluate_adapter:load_data",
-            "peftcli.train.evaluate_adapter:load_model",
+            "peftcli.train.evaluate_adapter:load_base",
             "peftcli.train.evaluate_adapter:evaluate",
         ),
     ),
     "check --deep": (
         ("check", "{recipe}", "--deep"),
-        ("peftcli.train.preview:load_data", "peftcli.train.preview:empty_model"),
+        ("peftcli.train.preview:load_data", "peftcli.models.open:OpenBase.empty_model"),
     ),
-    "train --dry-run": (("train", "{recipe}", "--dry-run"), ("peftcli.train.preview:load_tokenizer",)),
+    "train --dry-run": (("train", "{recipe}", "--dry-run"), ("peftcli.models.open:OpenBase.processor",)),
     "generate, one prompt": (
         ("generate", "{adapter}", "--prompt=a"),
         ("peftcli.core.prompts.virtual_tokens:generate",),

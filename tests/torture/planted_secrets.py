@@ -326,7 +326,7 @@ def raised_by_a_library(where: str, words: list[str], folder: Path) -> None:
 
 
 _RAISED = {
-    "train, its model": ("peftcli.train.run.load_tokenizer", COMMANDS["train"]),
+    "train, its model": ("peftcli.models.open.OpenBase.processor", COMMANDS["train"]),
     "train, a step": ("peftcli.train.training_loop.fit", COMMANDS["train"]),
     "merge": ("peftcli.adapters.merge.save_file", COMMANDS["merge"]),
     "generate": ("peftcli.tasks.text.generation.TextGenerator.generate", COMMANDS["generate a file"]),

@@ -21,7 +21,7 @@ MOMENTS: dict[str, tuple[str, str, Sequence[int]]] = {
     "the recipe is read": ("peftcli.recipe", "load_recipe", (1,)),
     "torch is loaded": ("peftcli.train.launch", "follow_parent", (1,)),
     "the folder is opened": ("peftcli.train.runs.resume", "identity", (1,)),
-    "the tokenizer is loaded": ("peftcli.train.run", "load_tokenizer", (1,)),
+    "the tokenizer is loaded": ("peftcli.models.open:OpenBase", "processor", (1,)),
     "the data is read": ("peftcli.train.run", "load_data", (1,)),
     "rows are encoded": ("peftcli.tasks.text.encode", "encode_marked", (1, 2)),
     "the model is loaded": ("peftcli.train.run", "adapted_model", (1,)),
