@@ -377,16 +377,16 @@ PUSHES = [
     Case("a list", lambda hub: hub.fail("info", 200, body=[]), 6, "does not respond like a hub", {"info": 1}, ()),
     Case("nothing to say", lambda hub: hub.fail("info", 200, body="null"), 6, "does not respond like a hub", {}, ()),
     Case("no upload modes", lambda hub: hub.fail("preupload", 200, body={}), 6, "does not respond like a hub", {}, ()),
-    Case("no objects", lambda hub: hub.fail("lfs_batch", 200, body={"objects": 3}), 6, "as a hub", {"commit": 0}, ()),
+    Case("no objects", lambda hub: hub.fail("lfs_batch", 200, body={"objects": 3}), 6, "like a hub", {"commit": 0}, ()),
     Case(
-        "half a commit", lambda hub: hub.fail("commit", 200, body={"success": True}), 6, "as a hub", {"commit": 1}, ()
+        "half a commit", lambda hub: hub.fail("commit", 200, body={"success": True}), 6, "like a hub", {"commit": 1}, ()
     ),
     # redirections
     Case(
         "a circle",
         lambda hub: hub.fail("info", 302, headers={"Location": f"/api/models/{PUSHED}"}, times=21),
         6,
-        "as a hub",
+        "like a hub",
     ),
 ]
 
@@ -446,18 +446,18 @@ PULLS = [
     Case("an empty object", lambda hub: hub.fail("info", 200, body={}), 6, "does not respond like a hub", {}, ()),
     Case("a list of nothing", lambda hub: hub.fail("tree", 200, body=[{}]), 6, "does not respond like a hub", {}, ()),
     Case("no commit", lambda hub: hub.alter("info", _with(sha=None)), 6, "does not respond like a hub", {}, ()),
-    Case("no ETag", lambda hub: hub.alter("resolve", _headed(ETag=None), **SMALL), 6, "as a hub", {}, ()),
-    Case("no commit of a file", lambda hub: hub.alter("resolve", _headed(**NO_COMMIT), **SMALL), 6, "as a hub", {}, ()),
-    Case("a commit that climbs", lambda hub: _climbing_commit(hub), 6, "as a hub", {}, ()),
-    Case("an ETag that climbs", lambda hub: hub.alter("resolve", _headed(ETag=CLIMBS), **SMALL), 6, "as a hub", {}, ()),
+    Case("no ETag", lambda hub: hub.alter("resolve", _headed(ETag=None), **SMALL), 6, "like a hub", {}, ()),
+    Case("no commit of a file", lambda hub: hub.alter("resolve", _headed(**NO_COMMIT), **SMALL), 6, "like a hub", {}, ()),
+    Case("a commit that climbs", lambda hub: _climbing_commit(hub), 6, "like a hub", {}, ()),
+    Case("an ETag that climbs", lambda hub: hub.alter("resolve", _headed(ETag=CLIMBS), **SMALL), 6, "like a hub", {}, ()),
     Case("names that climb", lambda hub: hub.alter("tree", _listing("../../../../escaped", "/escaped")), 0, ""),
     # redirections
-    Case("a circle", lambda hub: hub.fail("info", 302, headers=AROUND, times=21), 6, "as a hub", {}, ()),
+    Case("a circle", lambda hub: hub.fail("info", 302, headers=AROUND, times=21), 6, "like a hub", {}, ()),
     Case(
         "a circle of a file",
         lambda hub: hub.fail("resolve", 302, headers=AROUND_FILE, times=20, **SMALL),
         6,
-        "as a hub",
+        "like a hub",
     ),
 ]
 
@@ -581,7 +581,7 @@ READS = [
             ("dropped always", lambda hub: hub.drop("info", times=5), 5, DROPPED, {"info": 5}, BACKING_OFF, None),
             ("silent always", lambda hub: hub.delay("info", 9, times=5), 5, "", {"info": 5}, BACKING_OFF, 0.1),
             ("silent for the tokenizer", lambda hub: hub.delay("resolve", 9, **_on(TOKENIZER)), 0, "", {}, None, LIMIT),
-            ("a page", lambda hub: hub.fail("info", 200, **HTML), 6, "as a hub", {"info": 1}, (), None),
+            ("a page", lambda hub: hub.fail("info", 200, **HTML), 6, "like a hub", {"info": 1}, (), None),
         )
     ),
     *(
@@ -646,7 +646,7 @@ READS = [
                 (1,),
                 None,
             ),
-            ("a page", lambda hub: hub.fail("info", 200, **HTML), 6, "as a hub", {"info": 1}, (), None),
+            ("a page", lambda hub: hub.fail("info", 200, **HTML), 6, "like a hub", {"info": 1}, (), None),
         )
     ),
     *(

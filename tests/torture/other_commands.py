@@ -376,8 +376,8 @@ def one_was_killed(command: Command, folder: Path) -> None:
 
 
 _HALF_WAY = {
-    "merge": Moment("peftcli.models.open:OpenBase.processor"),
-    "merge into a folder that is there": Moment("peftcli.models.open:OpenBase.processor"),
+    "merge": Moment("peftcli.adapters.merge:_write_companions"),
+    "merge into a folder that is there": Moment("peftcli.adapters.merge:_write_companions"),
     "combine": Moment("peftcli.adapters.combine:write_card"),
     "generate": Moment("peftcli.tasks.text.generation:TextGenerator.generate", 2),
 }
