@@ -160,9 +160,9 @@ CHATS = {
     "sharegpt of numbers": rows({"conversations": [1, 2]}, says="expected an object"),
     "sharegpt that is text": rows({"conversations": "human: q"}, says="expected a list of turns"),
     "sharegpt without an answer": rows(
-        {"conversations": [{"from": "human", "value": "q"}]}, says="holds no assistant turn"
+        {"conversations": [{"from": "human", "value": "q"}]}, says="contains no assistant turn"
     ),
-    "no answer in the second row": rows(CHAT, turns(USER), says="holds no assistant turn", line=2),
+    "no answer in the second row": rows(CHAT, turns(USER), says="contains no assistant turn", line=2),
     "a role in the third row": rows(
         CHAT, CHAT, turns({"role": "bot", "content": "q"}, ANSWER), says="unknown role", line=3
     ),

@@ -317,7 +317,6 @@ KEYS = {
     ),
     # what is missing
     "no base model": instead("base_model: org/model\n", "", "is required", "base_model"),
-    "no task": instead("task: causal_lm\n", "", "is required", "task", line=1),
     "no method": instead(
         "method: {type: lora, r: 4, target_modules: [q_proj, v_proj]}\n", "", "is required", "method", line=1
     ),
@@ -344,7 +343,6 @@ KINDS = {
     "a mapping for a name": base("{name: {a: b}}", "expected a string, found a mapping", "base_model.name"),
     "a list for the base model": base("[a]", "expected a mapping of settings, found a list", "base_model"),
     "null for the base model": base("null", "is required", "base_model"),
-    "null for the task": instead("causal_lm", "null", "expected a string, found nothing", "task"),
     "a number for a number in quotes": training(
         "seed: '3'", "expected an integer, found '3' in quotes; remove the quotes"
     ),
@@ -592,7 +590,7 @@ TOGETHER = {
         GOOD.replace("{type: lora, r: 4, target_modules: [q_proj, v_proj]}", "{type: prompt_tuning}").replace(
             "eval:", "packing: true, eval:"
         ),
-        "puts its virtual tokens once before each row",
+        "adds its virtual tokens only once per row",
         "dataset.packing",
         4,
     ),
@@ -689,7 +687,7 @@ GATES = {
     "a gate of a mapping": more(
         "gates: {eval_loss: {max: 1}}\n", "expected a string, found a mapping", "gates.eval_loss"
     ),
-    "a gate without a name": more("gates: {'': '< 1'}\n", "is empty", "gates."),
+    "a gate without a name": more("gates: {'': '< 1'}\n", "has an empty name", "gates."),
 }
 
 OVERRIDES = {

@@ -49,6 +49,7 @@ WRITTEN = {
     "as it is": Valid(
         GOOD, {"training.learning_rate": 1e-4, "method.r": 4, "method.target_modules": ["q_proj", "v_proj"]}
     ),
+    "no task, which is found from base model and data": instead("task: causal_lm\n", "", task=None),
     "lines that end as on Windows": Valid(GOOD.replace("\n", "\r\n"), {"training.learning_rate": 1e-4}),
     "lines that end as on an old Macintosh": Valid(GOOD.replace("\n", "\r"), {"training.learning_rate": 1e-4}),
     "a byte order mark": Valid(codecs.BOM_UTF8 + GOOD.encode(), {"base_model.name": "org/model"}),
@@ -73,7 +74,7 @@ WRITTEN = {
     "every key in quotes": Valid(
         '"base_model": org/model\n\'task\': causal_lm\n"method": {\'type\': lora}\n"dataset": {"train": org/data}\n'
         "'training': {\"output_dir\": out}\n",
-        {"task": "causal_lm"},
+        {"task.type": "causal_lm"},
     ),
     "a key by an escape": more('"\\x67ates": {eval_loss: "< 1"}\n', gates={"eval_loss": "< 1"}),
     "a question mark before a key": more("? gates\n: eval_loss: '< 1'\n", gates={"eval_loss": "< 1"}),
@@ -87,7 +88,7 @@ WRITTEN = {
     "deep indentation": Valid(GOOD.replace("\n  ", "\n                    "), {"training.learning_rate": 1e-4}),
     "sections in another order": Valid(
         "".join(reversed(GOOD.partition("training:\n")[0].splitlines(True))) + "training:\n  output_dir: out\n",
-        {"task": "causal_lm"},
+        {"task.type": "causal_lm"},
     ),
     "60 levels that are a comment": more("# " + "[" * 1000 + "\n"),
     "nearly a megabyte": more("#" * 990_000 + "\n"),
@@ -101,7 +102,7 @@ ANCHORS = {
     "an anchor used twice": Valid(
         GOOD.replace("org/data", "&d org/data").replace("org/held-out", "*d"), {"dataset.eval": "org/data"}
     ),
-    "an anchor nobody uses": Valid(GOOD.replace("causal_lm", "&x causal_lm"), {"task": "causal_lm"}),
+    "an anchor nobody uses": Valid(GOOD.replace("causal_lm", "&x causal_lm"), {"task.type": "causal_lm"}),
     "a merge key": more("  <<: {seed: 3, save_steps: 7}\n", training__seed=3, training__save_steps=7),
     "a merge key under its own settings": more(
         "  <<: {learning_rate: 1, seed: 3}\n", training__learning_rate=1e-4, training__seed=3
@@ -302,7 +303,7 @@ EXTENDS = {
     ),
     "a chain of 15": Valid(
         "extends: r1.yaml\n",
-        {"task": "causal_lm"},
+        {"task.type": "causal_lm"},
         setup=_files(**{f"r{n}": f"extends: r{n + 1}.yaml\n" for n in range(1, 15)}, r15=GOOD),
     ),
     "one by way of two": Valid(
@@ -315,12 +316,12 @@ EXTENDS = {
     ),
     "a name with spaces": Valid(
         "extends: 'my base.yaml'\n",
-        {"task": "causal_lm"},
+        {"task.type": "causal_lm"},
         setup=lambda folder: (folder / "my base.yaml").write_text(GOOD),
     ),
     "a link": Valid(
         "extends: link.yaml\n",
-        {"task": "causal_lm"},
+        {"task.type": "causal_lm"},
         setup=lambda folder: (_files(base=GOOD)(folder), (folder / "link.yaml").symlink_to("base.yaml")),
     ),
     "a mistake that is written over": Valid(
@@ -352,4 +353,12 @@ def valid_recipes() -> dict[str, Valid]:
 def _of_configs(path: Path) -> Valid:
     """A recipe of configs/, with the data that it names."""
     name = path.relative_to(CONFIGS.parent)
-    return Valid(f"extends: {name}\n", setup=lambda folder: (folder / "configs").symlink_to(CONFIGS))
+    return Valid(f"extends: {name}\n", setup=_checkout)
+
+
+def _checkout(folder: Path) -> None:
+    (folder / "configs").symlink_to(CONFIGS)
+    (folder / "data/spam").mkdir(parents=True)
+    for part in ("train", "eval"):  # what configs/tasks/fetch.py fetches
+        (folder / f"data/spam/{part}.jsonl").touch()
+        (folder / f"data/fashion-mnist/{part}").mkdir(parents=True)

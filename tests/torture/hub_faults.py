@@ -447,9 +447,13 @@ PULLS = [
     Case("a list of nothing", lambda hub: hub.fail("tree", 200, body=[{}]), 6, "does not respond like a hub", {}, ()),
     Case("no commit", lambda hub: hub.alter("info", _with(sha=None)), 6, "does not respond like a hub", {}, ()),
     Case("no ETag", lambda hub: hub.alter("resolve", _headed(ETag=None), **SMALL), 6, "like a hub", {}, ()),
-    Case("no commit of a file", lambda hub: hub.alter("resolve", _headed(**NO_COMMIT), **SMALL), 6, "like a hub", {}, ()),
+    Case(
+        "no commit of a file", lambda hub: hub.alter("resolve", _headed(**NO_COMMIT), **SMALL), 6, "like a hub", {}, ()
+    ),
     Case("a commit that climbs", lambda hub: _climbing_commit(hub), 6, "like a hub", {}, ()),
-    Case("an ETag that climbs", lambda hub: hub.alter("resolve", _headed(ETag=CLIMBS), **SMALL), 6, "like a hub", {}, ()),
+    Case(
+        "an ETag that climbs", lambda hub: hub.alter("resolve", _headed(ETag=CLIMBS), **SMALL), 6, "like a hub", {}, ()
+    ),
     Case("names that climb", lambda hub: hub.alter("tree", _listing("../../../../escaped", "/escaped")), 0, ""),
     # redirections
     Case("a circle", lambda hub: hub.fail("info", 302, headers=AROUND, times=21), 6, "like a hub", {}, ()),
