@@ -223,7 +223,7 @@ def base_weights(model: Any, adapter: str | None = None, prefix: str | None = No
         prefix: of the names in its file; None: names with either that there is.
 
     Returns:
-        Name in the file -> parameter. Without those of modules that the adapter trains in full.
+        Name in the file -> parameter.
     """
     prefixes = ("base_model.model.", "base_model.") if prefix is None else (prefix,)
     layers = adapter_layers(model, adapter)
@@ -231,11 +231,9 @@ def base_weights(model: Any, adapter: str | None = None, prefix: str | None = No
     found: dict[str, nn.Parameter] = {}
     for end in (base_module(end) for end in model_ends(model) if end is not None):
         over = {path: layer for path, layer in layers.items() if base_module(layer) is end}
-        places = [layer.file_name(path_in_file(model, path), "base_layer") for path, layer in over.items()]
-        if not any(isinstance(layer, TrainedCopy) for layer in over.values()):
-            places = places or [start + names[id(end)] for start in prefixes]
-        held = {leaf: value for leaf, value in end._parameters.items() if value is not None}
-        found |= {
-            f"{place}.{leaf}": value for place in places for leaf, value in held.items() if value.is_floating_point()
-        }
+        for leaf, value in end._parameters.items():
+            if value is None or not value.is_floating_point():
+                continue
+            written = [layer.file_name(path_in_file(model, path), f"base_layer.{leaf}") for path, layer in over.items()]
+            found |= dict.fromkeys(written or [f"{start}{names[id(end)]}.{leaf}" for start in prefixes], value)
     return found

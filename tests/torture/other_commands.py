@@ -365,13 +365,15 @@ def one_was_killed(command: Command, folder: Path) -> None:
     """Of two processes one is killed half-way: the other one's work stands, and what the first left goes."""
     first = command.start(folder, Signal(_HALF_WAY[command.name], signal.SIGSTOP))
     first.until(lambda: _state(first) == "T")
-    assert command.leftovers(folder), "it had not begun"
-    second = command.start(folder)
-    code = second.wait()
-    assert command.leftovers(folder) or code == 11, "what a living process was writing was removed"
-    assert code == (11 if command is GENERATE else 0), f"it ended with {code}: {second.err}"
-    first.signal(signal.SIGKILL)
-    first.wait()
+    try:
+        assert command.leftovers(folder), "it had not begun"
+        second = command.start(folder)
+        code = second.wait()
+        assert command.leftovers(folder) or code == 11, "what a living process was writing was removed"
+        assert code == (11 if command is GENERATE else 0), f"it ended with {code}: {second.err}"
+    finally:
+        first.signal(signal.SIGKILL)
+        first.wait()
     finish(command, folder)
 
 
