@@ -43,6 +43,7 @@ _MAX_CARD_BYTES, _MAX_HEAD = 1 << 24, 100_000
 """Bytes of a card that somebody wrote, and characters of its front matter."""
 
 _TRANSFORMERS = ("transformers",)
+"""Tags of a base model of which only its library is known."""
 
 _Row = tuple[str, ...]
 

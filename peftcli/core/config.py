@@ -188,7 +188,7 @@ class AdapterConfig:
 
 def _is_newer(version: object) -> bool:
     """Return whether that is a version of PEFT above the newest known one."""
-    found = re.match(r"(\d{1,4})\.(\d{1,4})(?![\d])", version) if isinstance(version, str) else None
+    found = re.match(r"(\d{1,4})\.(\d{1,4})(?!\d)", version) if isinstance(version, str) else None
     return found is not None and (int(found[1]), int(found[2])) > _NEWEST_PEFT
 
 

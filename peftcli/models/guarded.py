@@ -46,7 +46,7 @@ def translated_errors(name: str) -> Iterator[None]:
 
 
 _OF_NEW_HEADS = re.compile(r"LOAD REPORT from|^You passed `num_labels=")
-"""What transformers says of a head that its checkpoint lacks; ``find_initialised`` looks at what is missing."""
+"""Messages of transformers about weights that the checkpoint lacks. ``find_initialised`` checks and reports those."""
 
 
 @contextmanager

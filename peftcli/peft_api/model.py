@@ -55,7 +55,8 @@ class _Tuner(nn.Module):
             output = self.model(*args, **kwargs)
         if self.training and isinstance(getattr(output, "loss", None), torch.Tensor):
             found = (penalty(self.model, config) for config in self.configs.values())
-            output.loss = output.loss + next((each for each in found if each is not None), 0)
+            if (added := next((each for each in found if each is not None), None)) is not None:
+                output.loss = output.loss + added
         return output
 
     def update_and_allocate(self, global_step: int) -> None:

@@ -21,8 +21,8 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")
 class SavedByTrainer(nn.Module):
     """A module that ``isinstance`` takes for a ``PreTrainedModel`` of transformers too.
 
-    Trainer asks that, and writes the bare weights of a module that is none. Nothing is inherited from that class: like
-    the attributes of a proxy, ``__class__`` says what the module can stand for, and ``type`` what it is.
+    Trainer calls ``save_pretrained`` of a ``PreTrainedModel`` only, and otherwise writes the plain state_dict. Nothing
+    is inherited from that class: ``__class__`` is a property, as in a proxy, and ``type`` is still the real class.
     """
 
     @property
