@@ -115,7 +115,7 @@ class TrainedCopy(AdapterLayer):
         super().__init__(base_layer)
         if isinstance(base_module(base_layer), (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
             kind = type(base_module(base_layer)).__name__
-            raise AdapterError(f"a {kind} is no module that is called; name the modules in it", key="modules_to_save")
+            raise AdapterError(f"a {kind} cannot be trained as a whole; name the modules in it", key="modules_to_save")
         if any(is_quantised(module) for module in base_module(base_layer).modules()):
             raise AdapterError("a quantised layer cannot be trained in full", key="modules_to_save")
         if any(isinstance(module, AdapterLayer) for module in base_module(base_layer).modules()):
