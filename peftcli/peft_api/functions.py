@@ -95,6 +95,6 @@ def _place(model: nn.Module, name: str | None) -> tuple[nn.Module, str | None]:
     """The model that holds the adapter layers, and the adapter's name."""
     if not isinstance(model, PeftModel):
         return model, name
-    chosen = model._only_active() if name is None else name
-    model._check_known([chosen])
+    chosen = model.base_model.only_active() if name is None else name
+    model.base_model.check_known([chosen])
     return model.get_base_model(), chosen

@@ -6,7 +6,7 @@ import inspect
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,82 +18,18 @@ from peftcli.adapters.load import find_adapter
 from peftcli.adapters.push import push
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import load_adapter, write_adapter
-from peftcli.core.inject import disabled, inject, meta_copy, set_active, set_trainable, unload
+from peftcli.core.inject import meta_copy, set_trainable
 from peftcli.core.layer import adapter_layers
-from peftcli.core.merge import Folded, fold, merge
 from peftcli.core.prompts import virtual_tokens
-from peftcli.core.protocols import after_step, penalty
 from peftcli.core.quantised import num_weights
-from peftcli.core.weights import (
-    adapter_state,
-    load_state,
-)
+from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
-from peftcli.methods.combinations import Combination
-from peftcli.methods.lora.combine import Adapter, combine
-from peftcli.models.quantization import forget
 from peftcli.peft_api.embedding_layers import embedding_layers
-from peftcli.peft_api.mixed_batch import adapted_by_row, check_count
 from peftcli.peft_api.new_adapter import check_name, start_adapter
 from peftcli.peft_api.replace_adapter import replace_adapter
 from peftcli.peft_api.saved_by_trainer import SavedByTrainer, write_for_trainer
+from peftcli.peft_api.tuner import Tuner
 from peftcli.peft_api.without_start import without_start
-
-
-class _Tuner(nn.Module):
-    """Holds the model as ``base_model.model``, so that parameters are called what the adapter file calls them."""
-
-    def __init__(self, model: nn.Module, configs: Mapping[str, AdapterConfig]):
-        super().__init__()
-        self.model, self.configs = model, configs
-        self.folded: Folded | None = None
-        """What ``merge_adapter`` did, until ``unmerge_adapter``."""
-        self.disabled = False
-
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        with self.by_row(adapter_names, args, kwargs):
-            output = self.model(*args, **kwargs)
-        if self.training and isinstance(getattr(output, "loss", None), torch.Tensor):
-            found = (penalty(self.model, config) for config in self.configs.values())
-            if (added := next((each for each in found if each is not None), None)) is not None:
-                output.loss = output.loss + added
-        return output
-
-    def update_and_allocate(self, global_step: int) -> None:
-        """Share out AdaLoRA's budget. Call it after each optimizer step, while the gradients are there.
-
-        Raises:
-            AdapterError: the gradients are gone.
-        """
-        for config in self.configs.values():
-            if (total := getattr(config, "total_step", None)) is not None:
-                after_step(self.model, config, global_step, total)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            return getattr(self.model, name)
-
-    def by_row(
-        self, names: Sequence[str] | None, args: Sequence[Any], kwargs: Mapping[str, Any], copies: int = 1
-    ) -> AbstractContextManager[None]:
-        """``adapted_by_row`` of the model for these inputs, or nothing to enter where no names are given.
-
-        Raises:
-            AdapterError: there are more or fewer names than rows, or the model is in training mode, or its adapters are
-                merged.
-        """
-        if names is None or self.disabled:
-            return nullcontext()
-        if self.training:
-            raise AdapterError("needs a model in evaluation mode; call eval()", key="adapter_names")
-        if self.folded:
-            raise AdapterError("the adapters are merged; call unmerge_adapter()", key="adapter_names")
-        check_count(self.model, names, args, kwargs)
-        return adapted_by_row(self.model, names, copies)
 
 
 class PeftModel(SavedByTrainer):
@@ -126,10 +62,7 @@ class PeftModel(SavedByTrainer):
     def _hold(self, model: nn.Module, peft_config: AdapterConfig, adapter_name: str) -> None:
         """Wrap ``model``, which holds the adapter already."""
         super().__init__()
-        self.peft_config = {adapter_name: peft_config}
-        self.base_model = _Tuner(model, self.peft_config)
-        self._active = [adapter_name]
-        self._merged: list[str] = []
+        self.base_model = Tuner(model, {adapter_name: peft_config})
         self.train(model.training)
         self.register_state_dict_post_hook(_keep_adapter)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_expect_adapter)  # type: ignore[no-untyped-call]
@@ -147,21 +80,26 @@ class PeftModel(SavedByTrainer):
         return self.base_model(*args, **kwargs)
 
     @property
+    def peft_config(self) -> dict[str, AdapterConfig]:
+        """The adapters' configs, by name."""
+        return self.base_model.peft_config
+
+    @property
     def active_adapters(self) -> list[str]:
         """Names of the adapters that are active."""
-        return list(self._active)
+        return list(self.base_model.active_adapters)
 
     @property
     def active_adapter(self) -> str | list[str]:
         """Name of the active adapter; a list, unless there is exactly one."""
-        return self._active[0] if len(self._active) == 1 else self.active_adapters
+        return self.base_model.active_adapter
 
     @property
     def active_peft_config(self) -> AdapterConfig:
         """The config of the active adapter, of several the first."""
-        if not self._active:
+        if not self.active_adapters:
             raise AdapterError("no adapter is active")
-        return self.peft_config[self._active[0]]
+        return self.peft_config[self.active_adapters[0]]
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -174,9 +112,7 @@ class PeftModel(SavedByTrainer):
 
     def get_base_model(self) -> nn.Module:
         """The transformers model, adapter layers and all."""
-        model = self.base_model.model
-        assert isinstance(model, nn.Module)
-        return model
+        return self.base_model.model
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """What ``generate`` of transformers returns, virtual tokens left out."""
@@ -191,63 +127,35 @@ class PeftModel(SavedByTrainer):
         Raises:
             AdapterError: the name is taken, or the config does not fit the model. Nothing is changed then.
         """
-        self._check_new(adapter_name)
+        self.base_model.check_new(adapter_name)
         start_adapter(self.get_base_model(), peft_config, adapter_name)
-        self._added(adapter_name, peft_config, trainable=False)
+        self.base_model.added(adapter_name, peft_config, trainable=False)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make one adapter, or several together, the active ones. Their weights train, and those of no other.
-
-        Args:
-            adapter_name: one name or several.
-            inference_mode: train none of them.
-
-        Raises:
-            AdapterError: an unknown name, or one adapter would hide what another does.
-        """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self._check_known(names)
-        self.unmerge_adapter()
-        set_active(self.get_base_model(), names)
-        self._active = names
-        set_trainable(self.get_base_model(), False)
-        self.set_requires_grad(names, not inference_mode)
+        """Make one adapter, or several together, the active ones: ``Tuner.set_adapter``."""
+        self.base_model.set_adapter(adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let the weights of these adapters take gradients, or not, whether or not they are active."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._check_known(names)
-        for name in names:
-            set_trainable(self.get_base_model(), requires_grad, name)
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter out. Where it was the only active one, the first of those left becomes active.
-
-        Raises:
-            AdapterError: an unknown name, or the adapters are merged.
-        """
-        self._check_known([adapter_name])
-        self._check_unmerged()
-        unload(self.get_base_model(), adapter_name)
-        del self.peft_config[adapter_name]
-        if self._active == [adapter_name] and self.peft_config:
-            warnings.warn(f"{adapter_name} was active; now {next(iter(self.peft_config))} is", stacklevel=2)
-            self.set_adapter(next(iter(self.peft_config)))
-        self._active = [name for name in self._active if name != adapter_name]
+        """Remove an adapter: ``Tuner.delete_adapter``."""
+        self.base_model.delete_adapter(adapter_name)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the model computes what the base model computes."""
-        tuner, merged = self.base_model, self._merged
-        self.unmerge_adapter()
-        before, tuner.disabled = tuner.disabled, True
+        tuner = self.base_model
+        before, merged = tuner.disabled, tuner.merged_adapters
+        tuner.disable_adapter_layers()
         try:
-            with disabled(self.get_base_model()):
-                yield
+            yield
         finally:
-            tuner.disabled = before
+            if not before:
+                tuner.enable_adapter_layers()
             if merged:
-                self.merge_adapter(merged)
+                tuner.merge_adapter(merged)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Parameters that train, and all of them."""
@@ -299,7 +207,7 @@ class PeftModel(SavedByTrainer):
                 "False would write a pickle, which can run code when it is read", key="safe_serialization"
             )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        self._check_known(names)
+        self.base_model.check_known(names)
         if is_main_process:
             model = self if state_dict is None else self._holding(state_dict)
             for name in names:
@@ -324,7 +232,7 @@ class PeftModel(SavedByTrainer):
     def push_to_hub(self, repo_id: str, *, private: bool = True, **options: Any) -> Any:
         """Save the active adapter and push it to the hub, private by default. See ``peftcli.adapters.push.push``."""
         with tempfile.TemporaryDirectory() as folder:
-            self._save(self._only_active(), Path(folder))
+            self._save(self.base_model.only_active(), Path(folder))
             return push(Path(folder), repo_id, private=private, **options)
 
     @classmethod
@@ -368,130 +276,22 @@ class PeftModel(SavedByTrainer):
         Raises:
             AdapterError: it does not fit. The model is as it was then.
         """
-        self._check_unmerged()
+        self.base_model.check_unmerged()
         source = find_adapter(str(model_id), revision=revision)
-        name = self._only_active() if adapter_name is None else adapter_name
+        name = self.base_model.only_active() if adapter_name is None else adapter_name
         if name in self.peft_config:
             old = self.peft_config[name]
             try:
                 if replace_adapter(self.get_base_model(), name, old, source, trainable=is_trainable):
                     self.peft_config[name] = source.config
             finally:
-                set_active(self.get_base_model(), self._active)
+                self.base_model.switch()
             return
-        self._check_new(name)
+        self.base_model.check_new(name)
         load_adapter(self.get_base_model(), source.config, source.folder, trainable=is_trainable, adapter=name)
-        self._added(name, source.config, trainable=is_trainable)
+        self.base_model.added(name, source.config, trainable=is_trainable)
         if not is_trainable:
             self.eval()
-
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "cat",
-        svd_rank: int | None = None,
-        density: float | None = None,
-        majority_sign_method: str = "total",
-    ) -> None:
-        """Make a new adapter, not active, of a weighted sum of others. See ``peftcli.methods.combinations``.
-
-        Raises:
-            AdapterError: the adapters cannot be combined like that, or the name is taken.
-        """
-        self._check_known(adapters)
-        self._check_new(adapter_name)
-        model = self.get_base_model()
-        given = [Adapter(name, self.peft_config[name], adapter_state(model, name)) for name in adapters]
-        combined = combine(given, weights, Combination(combination_type, svd_rank, density, majority_sign_method))
-        combined.config.inference_mode = True
-        inject(model, combined.config, adapter_name)
-        load_state(model, combined.tensors, adapter=adapter_name)
-        self._added(adapter_name, combined.config, trainable=False)
-
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> None:
-        """Put the updates of these adapters, or of the active ones, into the base weights until ``unmerge_adapter``.
-
-        Until then the model computes with these adapters, as fast as the base model, and with those merged before.
-
-        Args:
-            adapter_names: which adapters; None: the active ones.
-            safe_merge: PEFT's; merged weights are always checked to be finite.
-
-        Raises:
-            AdapterError: they are merged already, an adapter cannot be merged, or a merged weight is not finite. The
-                model is as it was then.
-        """
-        before, model = self._merged, self.get_base_model()
-        names = [*before, *(name for name in self._mergeable(adapter_names) if name not in before)]
-        if names == before:
-            self._check_unmerged()
-        self.unmerge_adapter()
-        set_active(model, names)
-        try:
-            self.base_model.folded = fold(model)
-        except AdapterError:
-            set_active(model, self._active)
-            if before:
-                self.merge_adapter(before)
-            raise
-        self._merged = names
-
-    def unmerge_adapter(self) -> None:
-        """Take back ``merge_adapter``, exactly: the base weights are the same objects as before."""
-        if self.base_model.folded:
-            self.base_model.folded.undo()
-            self.base_model.folded, self._merged = None, []
-            set_active(self.get_base_model(), self._active)
-
-    def merge_and_unload(
-        self,
-        progressbar: bool = False,
-        safe_merge: bool = True,
-        adapter_names: Sequence[str] | None = None,
-        *,
-        dequantize: bool = False,
-    ) -> nn.Module:
-        """The base model with these adapters, or the active ones, folded in, and no adapter layer left.
-
-        Args:
-            progressbar: PEFT's; there is none.
-            safe_merge: PEFT's; merged weights are always checked to be finite.
-            adapter_names: which adapters; None: the active ones.
-            dequantize: make a quantised base model's weights dense, so that they can be merged into.
-
-        Raises:
-            AdapterError: a method cannot be merged, the base model is quantised, or a merged weight is not finite. The
-                model is as it was then.
-        """
-        self.unmerge_adapter()
-        names = self._mergeable(adapter_names)
-        model = self.get_base_model()
-        set_active(model, names)
-        try:
-            untied = merge(model, *(self.peft_config[name] for name in names), dequantise=dequantize)
-        except AdapterError:
-            set_active(model, self._active)
-            raise
-        if dequantize:
-            forget(model)  # type: ignore[arg-type]
-        if untied:
-            model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-        return model
-
-    def unload(self) -> nn.Module:
-        """The base model as it was before the adapters."""
-        self.unmerge_adapter()
-        model = self.get_base_model()
-        unload(model)
-        return model
-
-    def _added(self, name: str, config: AdapterConfig, trainable: bool) -> None:
-        """Take note of an adapter that is in the model now, without being active."""
-        self.peft_config[name] = config
-        set_active(self.get_base_model(), self._active)
-        set_trainable(self.get_base_model(), trainable, name)
 
     def _save(self, name: str, folder: Path, start: str | Path | None = None, embedding: bool | str = "auto") -> None:
         tensors: Mapping[str, torch.Tensor]
@@ -524,34 +324,6 @@ class PeftModel(SavedByTrainer):
         if missing := [name for name, value in model.state_dict().items() if value.is_meta]:
             raise AdapterError(f"lacks {missing[0]}", key="state_dict")
         return model
-
-    def _only_active(self) -> str:
-        if len(self._active) != 1:
-            raise AdapterError(f"{len(self._active)} adapters are active; name one", key="adapter_name")
-        return self._active[0]
-
-    def _mergeable(self, names: Sequence[str] | None) -> list[str]:
-        chosen = self.active_adapters if names is None else list(names)
-        self._check_known(chosen)
-        for name in chosen:
-            if reason := self.peft_config[name].merge_problem():
-                raise AdapterError(reason)
-        return chosen
-
-    def _check_known(self, names: Sequence[str]) -> None:
-        if unknown := [name for name in names if name not in self.peft_config]:
-            there = ", ".join(self.peft_config) or "none"
-            raise AdapterError(f"no adapter is called {unknown[0]!r}; there are: {there}", key="adapter_name")
-
-    def _check_new(self, name: str) -> None:
-        check_name(name)
-        self._check_unmerged()
-        if name in self.peft_config:
-            raise AdapterError(f"there is an adapter called {name!r} already", key="adapter_name")
-
-    def _check_unmerged(self) -> None:
-        if self.base_model.folded:
-            raise AdapterError("adapters are merged; call unmerge_adapter() first")
 
 
 def class_of(config: AdapterConfig) -> type[PeftModel]:

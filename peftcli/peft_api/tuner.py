@@ -1,0 +1,294 @@
+"""What PEFT calls the tuner: the model with adapters in it, which are switched, merged, combined and removed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcli.core.config import AdapterConfig
+from peftcli.core.inject import inject, set_active, set_trainable, unload
+from peftcli.core.merge import Folded, fold, merge
+from peftcli.core.protocols import after_step, penalty
+from peftcli.core.weights import adapter_state, load_state
+from peftcli.errors import AdapterError
+from peftcli.methods.combinations import Combination
+from peftcli.methods.lora.combine import Adapter, combine
+from peftcli.models.quantization import forget
+from peftcli.peft_api.mixed_batch import adapted_by_row, check_count
+from peftcli.peft_api.new_adapter import check_name
+
+
+class Tuner(nn.Module):
+    """Holds the model and the state of its adapters: their configs, which are active, which are merged.
+
+    It is ``PeftModel.base_model``. The model is ``base_model.model``, so that parameters have the names that the
+    adapter file gives them.
+    """
+
+    def __init__(self, model: nn.Module, peft_config: dict[str, AdapterConfig]):
+        """Hold ``model``, whose adapters are those of ``peft_config``, all of them active."""
+        super().__init__()
+        self.model, self.peft_config = model, peft_config
+        self.active_adapters = list(peft_config)
+        """Names of the active adapters. While adapters are disabled or merged they are active too."""
+        self.merged_adapters: list[str] = []
+        """Names of the adapters that are merged."""
+        self.folded: Folded | None = None
+        """What ``merge_adapter`` did, until ``unmerge_adapter``."""
+        self.disabled = False
+        """Whether the model computes what the base model computes."""
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        with self.by_row(adapter_names, args, kwargs):
+            output = self.model(*args, **kwargs)
+        if self.training and isinstance(getattr(output, "loss", None), torch.Tensor):
+            found = (penalty(self.model, config) for config in self.peft_config.values())
+            if (added := next((each for each in found if each is not None), None)) is not None:
+                output.loss = output.loss + added
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """Name of the active adapter; a list, unless there is exactly one."""
+        return self.active_adapters[0] if len(self.active_adapters) == 1 else list(self.active_adapters)
+
+    def by_row(
+        self, names: Sequence[str] | None, args: Sequence[Any], kwargs: Mapping[str, Any], copies: int = 1
+    ) -> AbstractContextManager[None]:
+        """``adapted_by_row`` of the model for these inputs, or nothing to enter where no names are given.
+
+        Raises:
+            AdapterError: there are more or fewer names than rows, or the model is in training mode, or its adapters are
+                merged.
+        """
+        if names is None or self.disabled:
+            return nullcontext()
+        if self.training:
+            raise AdapterError("needs a model in evaluation mode; call eval()", key="adapter_names")
+        if self.folded:
+            raise AdapterError("the adapters are merged; call unmerge_adapter()", key="adapter_names")
+        check_count(self.model, names, args, kwargs)
+        return adapted_by_row(self.model, names, copies)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Share out AdaLoRA's budget. Call it after each optimizer step, while the gradients are there.
+
+        Raises:
+            AdapterError: the gradients are gone.
+        """
+        for config in self.peft_config.values():
+            if (total := getattr(config, "total_step", None)) is not None:
+                after_step(self.model, config, global_step, total)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one adapter, or several together, the active ones. Their weights train, and those of no other.
+
+        Args:
+            adapter_name: one name or several.
+            inference_mode: train none of them.
+
+        Raises:
+            AdapterError: an unknown name, or one adapter would hide what another does.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self.check_known(names)
+        self.unmerge_adapter()
+        set_active(self.model, names)  # raises before anything changes, also while adapters are disabled
+        self.active_adapters = names
+        self.switch()
+        set_trainable(self.model, False)
+        self.set_requires_grad(names, not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let the weights of these adapters take gradients, or not, whether or not they are active."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.check_known(names)
+        for name in names:
+            set_trainable(self.model, requires_grad, name)
+
+    def disable_adapter_layers(self) -> None:
+        """Make the model compute what the base model computes, until ``enable_adapter_layers``. Merged ones unmerge."""
+        self.unmerge_adapter()
+        self.disabled = True
+        self.switch()
+
+    def enable_adapter_layers(self) -> None:
+        """Let the active adapters adapt the model again."""
+        self.disabled = False
+        if not self.folded:
+            self.switch()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was the only active one, the first of those left becomes active.
+
+        Raises:
+            AdapterError: an unknown name, or the adapters are merged.
+        """
+        self.check_known([adapter_name])
+        self.check_unmerged()
+        unload(self.model, adapter_name)
+        del self.peft_config[adapter_name]
+        if self.active_adapters == [adapter_name] and self.peft_config:
+            warnings.warn(f"{adapter_name} was active; now {next(iter(self.peft_config))} is", stacklevel=2)
+            self.set_adapter(next(iter(self.peft_config)))
+        self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Make a new adapter, not active, of a weighted sum of others. See ``peftcli.methods.combinations``.
+
+        Raises:
+            AdapterError: the adapters cannot be combined like that, or the name is taken.
+        """
+        self.check_known(adapters)
+        self.check_new(adapter_name)
+        given = [Adapter(name, self.peft_config[name], adapter_state(self.model, name)) for name in adapters]
+        combined = combine(given, weights, Combination(combination_type, svd_rank, density, majority_sign_method))
+        combined.config.inference_mode = True
+        inject(self.model, combined.config, adapter_name)
+        load_state(self.model, combined.tensors, adapter=adapter_name)
+        self.added(adapter_name, combined.config, trainable=False)
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> None:
+        """Put the updates of these adapters, or of the active ones, into the base weights until ``unmerge_adapter``.
+
+        Until then the model computes with these adapters, as fast as the base model, and with those merged before.
+
+        Args:
+            adapter_names: which adapters; None: the active ones.
+            safe_merge: PEFT's; merged weights are always checked to be finite.
+
+        Raises:
+            AdapterError: they are merged already, adapters are disabled, an adapter cannot be merged, or a merged
+                weight is not finite. The model is as it was then.
+        """
+        if self.disabled:
+            raise AdapterError("adapters are disabled; call enable_adapter_layers() first")
+        before = self.merged_adapters
+        names = [*before, *(name for name in self._mergeable(adapter_names) if name not in before)]
+        if names == before:
+            self.check_unmerged()
+        self.unmerge_adapter()
+        set_active(self.model, names)
+        try:
+            self.folded = fold(self.model)
+        except AdapterError:
+            self.switch()
+            if before:
+                self.merge_adapter(before)
+            raise
+        self.merged_adapters = names
+
+    def unmerge_adapter(self) -> None:
+        """Take back ``merge_adapter``, exactly: the base weights are the same objects as before."""
+        if self.folded:
+            self.folded.undo()
+            self.folded, self.merged_adapters = None, []
+            self.switch()
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = True,
+        adapter_names: Sequence[str] | None = None,
+        *,
+        dequantize: bool = False,
+    ) -> nn.Module:
+        """The base model with these adapters, or the active ones, folded in, and no adapter layer left.
+
+        Args:
+            progressbar: PEFT's; there is none.
+            safe_merge: PEFT's; merged weights are always checked to be finite.
+            adapter_names: which adapters; None: the active ones.
+            dequantize: make a quantised base model's weights dense, so that they can be merged into.
+
+        Raises:
+            AdapterError: a method cannot be merged, the base model is quantised, or a merged weight is not finite. The
+                model is as it was then.
+        """
+        self.unmerge_adapter()
+        names = self._mergeable(adapter_names)
+        set_active(self.model, names)
+        try:
+            untied = merge(self.model, *(self.peft_config[name] for name in names), dequantise=dequantize)
+        except AdapterError:
+            self.switch()
+            raise
+        if dequantize:
+            forget(self.model)  # type: ignore[arg-type]
+        if untied:
+            self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        return self.model
+
+    def unload(self) -> nn.Module:
+        """The base model as it was before the adapters."""
+        self.unmerge_adapter()
+        unload(self.model)
+        return self.model
+
+    def added(self, name: str, config: AdapterConfig, trainable: bool) -> None:
+        """Take note of an adapter that is in the model now, without being active."""
+        self.peft_config[name] = config
+        self.switch()
+        set_trainable(self.model, trainable, name)
+
+    def switch(self) -> None:
+        """Enable the layers of the active adapters; while adapters are disabled, none."""
+        set_active(self.model, [] if self.disabled else self.active_adapters)
+
+    def only_active(self) -> str:
+        """Return the name of the active adapter.
+
+        Raises:
+            AdapterError: there is not exactly one.
+        """
+        if len(self.active_adapters) != 1:
+            raise AdapterError(f"{len(self.active_adapters)} adapters are active; name one", key="adapter_name")
+        return self.active_adapters[0]
+
+    def check_known(self, names: Sequence[str]) -> None:
+        """Raise AdapterError for a name that no adapter has."""
+        if unknown := [name for name in names if name not in self.peft_config]:
+            there = ", ".join(self.peft_config) or "none"
+            raise AdapterError(f"no adapter is called {unknown[0]!r}; there are: {there}", key="adapter_name")
+
+    def check_new(self, name: str) -> None:
+        """Raise AdapterError for a name that is taken or not valid, and while adapters are merged."""
+        check_name(name)
+        self.check_unmerged()
+        if name in self.peft_config:
+            raise AdapterError(f"there is an adapter called {name!r} already", key="adapter_name")
+
+    def check_unmerged(self) -> None:
+        """Raise AdapterError while adapters are merged."""
+        if self.folded:
+            raise AdapterError("adapters are merged; call unmerge_adapter() first")
+
+    def _mergeable(self, names: Sequence[str] | None) -> list[str]:
+        chosen = self.active_adapters if names is None else list(names)
+        self.check_known(chosen)
+        for name in chosen:
+            if reason := self.peft_config[name].merge_problem():
+                raise AdapterError(reason)
+        return chosen

@@ -1,0 +1,86 @@
+"""``model.base_model`` has the methods of PEFT's tuner, and ``PeftModel`` no state beside it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from models_tiny import batch, logits, tiny
+
+import peftcli
+from peftcli.errors import AdapterError
+from peftcli.peft_api.model import PeftModel
+
+
+@pytest.fixture(scope="module")
+def two() -> PeftModel:
+    """Two adapters, the first one active. Not to be changed by a test."""
+    return _two(peftcli)
+
+
+def _two(lib: Any) -> Any:
+    model = lib.get_peft_model(tiny("llama"), lib.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), "one")
+    model.add_adapter("two", lib.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    for name in ("one", "two"):
+        tensors = lib.get_peft_model_state_dict(model, adapter_name=name)
+        generator = torch.Generator().manual_seed(len(tensors))
+        drawn = {key: 0.3 * torch.randn(tensors[key].shape, generator=generator) for key in sorted(tensors)}
+        lib.set_peft_model_state_dict(model, drawn, adapter_name=name)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda tuner: tuner.set_adapter(["one", "two"]),
+        lambda tuner: tuner.delete_adapter("two"),
+        lambda tuner: tuner.merge_adapter(["two"]),
+        lambda tuner: (tuner.merge_adapter(), tuner.unmerge_adapter()),
+        lambda tuner: (tuner.disable_adapter_layers(), tuner.set_adapter("two")),
+        lambda tuner: (tuner.disable_adapter_layers(), tuner.set_adapter("two"), tuner.enable_adapter_layers()),
+        lambda tuner: tuner.set_requires_grad("two"),
+    ],
+)
+def test_a_call_of_the_tuner_does_what_it_does_in_peft(two: PeftModel, call: Any) -> None:
+    here, there = copy.deepcopy(two), _two(peft)
+    for model in (here, there):
+        call(model.base_model)
+    torch.testing.assert_close(logits(here, batch("llama")), logits(there, batch("llama")), atol=1e-4, rtol=1e-4)
+    assert here.active_adapters == here.base_model.active_adapters == there.base_model.active_adapters
+    assert here.get_nb_trainable_parameters() == there.get_nb_trainable_parameters()
+    assert here.peft_config is here.base_model.peft_config
+
+
+@pytest.mark.parametrize("method", ["merge_and_unload", "unload"])
+def test_the_tuner_gives_the_base_model_back(two: PeftModel, method: str) -> None:
+    options = (
+        {"adapter_names": ["two"], "progressbar": False, "safe_merge": True} if method == "merge_and_unload" else {}
+    )
+    here, there = (getattr(model.base_model, method)(**options) for model in (copy.deepcopy(two), _two(peft)))
+    assert type(here) is type(there)
+    torch.testing.assert_close(logits(here, batch("llama")), logits(there, batch("llama")), atol=1e-4, rtol=1e-4)
+
+
+def test_disabled_adapters_are_not_merged_and_stay_disabled(two: PeftModel) -> None:
+    model = copy.deepcopy(two)
+    model.merge_adapter()
+    model.base_model.disable_adapter_layers()
+    with model.disable_adapter():
+        pass
+    assert torch.equal(logits(model, batch("llama")), logits(tiny("llama"), batch("llama")))
+    with pytest.raises(AdapterError, match="adapters are disabled"):
+        model.merge_adapter()
+    model.enable_adapter_layers()
+    assert torch.equal(logits(model, batch("llama")), logits(two, batch("llama")))
+
+
+def test_a_combination_is_added_through_the_tuner(two: PeftModel) -> None:
+    model = copy.deepcopy(two)
+    model.base_model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "both")
+    model.base_model.set_adapter("both")
+    both = copy.deepcopy(two)
+    both.set_adapter(["one", "two"])
+    torch.testing.assert_close(logits(model, batch("llama")), logits(both, batch("llama")), atol=1e-4, rtol=1e-4)
