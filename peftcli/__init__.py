@@ -40,6 +40,8 @@ _PLACES = {
             "TaskType",
             "create_loraplus_optimizer",
             "get_eva_state_dict",
+            "get_layer_status",
+            "get_model_status",
             "get_peft_config",
             "get_peft_model",
             "get_peft_model_state_dict",

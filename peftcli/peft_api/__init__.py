@@ -34,6 +34,7 @@ from peftcli.peft_api.initialisations import (
     replace_lora_weights_loftq,
 )
 from peftcli.peft_api.model import PeftModel
+from peftcli.peft_api.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from peftcli.peft_api.task_models import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -64,8 +65,12 @@ __all__ = [
     "PromptEncoderReparameterizationType",
     "PromptTuningInit",
     "TaskType",
+    "TunerLayerStatus",
+    "TunerModelStatus",
     "create_loraplus_optimizer",
     "get_eva_state_dict",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",

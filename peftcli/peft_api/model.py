@@ -28,6 +28,7 @@ from peftcli.peft_api.embedding_layers import embedding_layers
 from peftcli.peft_api.new_adapter import check_name, start_adapter
 from peftcli.peft_api.replace_adapter import replace_adapter
 from peftcli.peft_api.saved_by_trainer import SavedByTrainer, write_for_trainer
+from peftcli.peft_api.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from peftcli.peft_api.tuner import Tuner
 from peftcli.peft_api.without_start import without_start
 
@@ -102,6 +103,26 @@ class PeftModel(SavedByTrainer):
         return self.peft_config[self.active_adapters[0]]
 
     @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter adapts what the model computes."""
+        return bool(self.active_adapters) and not self.base_model.disabled
+
+    @property
+    def peft_type(self) -> str | None:
+        """PEFT's name of the method of the adapter that was there first; None without adapters."""
+        return next((config.peft_type for config in self.peft_config.values()), None)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that the adapters train in full; None if there are none."""
+        return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The dtype that the base model states."""
+        return getattr(self.get_base_model(), "dtype", None)
+
+    @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether the model takes the number of targets of the global batch, which Trainer asks."""
         model = self.get_base_model()
@@ -167,6 +188,14 @@ class PeftModel(SavedByTrainer):
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The state of each adapted module: ``status.get_layer_status``."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The state of the adapters as a whole: ``status.get_model_status``."""
+        return get_model_status(self)
 
     def save_pretrained(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import torch
@@ -64,6 +65,14 @@ class Tuner(nn.Module):
     def active_adapter(self) -> str | list[str]:
         """Name of the active adapter; a list, unless there is exactly one."""
         return self.active_adapters[0] if len(self.active_adapters) == 1 else list(self.active_adapters)
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """The config of a model of any library as a dictionary; that of PEFT's custom models where it has none."""
+        config: Any = getattr(model, "config", None) or {"model_type": "custom"}
+        if hasattr(config, "to_dict"):
+            return dict(config.to_dict())
+        return asdict(config) if is_dataclass(config) else dict(config)  # type: ignore[arg-type]
 
     def by_row(
         self, names: Sequence[str] | None, args: Sequence[Any], kwargs: Mapping[str, Any], copies: int = 1
