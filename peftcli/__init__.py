@@ -46,6 +46,7 @@ _PLACES = {
             "get_peft_model",
             "get_peft_model_state_dict",
             "initialize_lora_eva_weights",
+            "inject_adapter_in_model",
             "prepare_model_for_gradient_checkpointing",
             "prepare_model_for_kbit_training",
             "preprocess_corda",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -192,6 +192,18 @@ def materialise(model: nn.Module, tensors: Mapping[str, torch.Tensor], file: str
             if name in values:  # else a buffer that the file lacks
                 module, value = layer.own_module(owner), values[name].to(empty.dtype)
                 setattr(module, leaf, value if leaf in module._buffers else nn.Parameter(value, requires_grad=False))
+
+
+def replace_tensors(model: nn.Module, adapter: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Replace each tensor of the adapter by ``change(tensor)``; parameters become new parameters."""
+    new: dict[torch.Tensor, torch.Tensor] = {}
+    for layer in adapter_layers(model, adapter).values():
+        for tensor, value in {**layer.own_tensors(), **layer.fixed_tensors()}.items():
+            owner, _, leaf = tensor.rpartition(".")
+            if value not in new:
+                changed = change(value).detach()
+                new[value] = nn.Parameter(changed, value.requires_grad) if isinstance(value, nn.Parameter) else changed
+            setattr(layer.own_module(owner), leaf, new[value])
 
 
 def _is_buffer_of_copy(layer: AdapterLayer, tensor: str) -> bool:

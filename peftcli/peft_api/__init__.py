@@ -17,6 +17,7 @@ from peftcli.peft_api.config import (
     PromptTuningInit,
     TaskType,
 )
+from peftcli.peft_api.functional import inject_adapter_in_model
 from peftcli.peft_api.functions import (
     get_peft_config,
     get_peft_model,
@@ -75,6 +76,7 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "initialize_lora_eva_weights",
+    "inject_adapter_in_model",
     "prepare_model_for_gradient_checkpointing",
     "prepare_model_for_kbit_training",
     "preprocess_corda",

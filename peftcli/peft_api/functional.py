@@ -1,0 +1,173 @@
+"""PEFT's functions for adapters in a plain model, one without a PeftModel around it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from peftcli.core.config import AdapterConfig
+from peftcli.core.inject import set_active, set_trainable, unload
+from peftcli.core.layer import adapter_dtype, adapter_layers, base_paths
+from peftcli.core.prompts.config import SoftPromptConfig
+from peftcli.core.targets import find_modules, targets
+from peftcli.core.weights import file_tensors, replace_tensors
+from peftcli.errors import AdapterError
+from peftcli.peft_api.functions import get_peft_model_state_dict, set_peft_model_state_dict
+from peftcli.peft_api.new_adapter import check_name, start_adapter
+
+__all__ = [
+    "cast_adapter_dtype",
+    "delete_adapter",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "set_adapter",
+    "set_peft_model_state_dict",
+    "set_requires_grad",
+]
+
+
+def inject_adapter_in_model(
+    peft_config: AdapterConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Iterable[str] | None = None,
+) -> nn.Module:
+    """Put a new adapter into ``model``, in place, and return the model. The new adapter is the active one.
+
+    Args:
+        peft_config: the adapter's.
+        model: the model, maybe with other adapters in it.
+        adapter_name: the adapter's name in the model.
+        low_cpu_mem_usage: leave the adapter's tensors on the meta device; ``set_peft_model_state_dict`` fills them.
+        state_dict: tensors of an adapter, by the names that ``get_peft_model_state_dict`` gives them. The modules that
+            they belong to are adapted, whatever ``target_modules`` says; their values are not read.
+
+    Raises:
+        AdapterError: the config does not fit the model, or is that of a soft prompt: use ``get_peft_model``.
+    """
+    if isinstance(peft_config, SoftPromptConfig):
+        raise AdapterError(f"{peft_config.peft_type} puts no layers into a model; use get_peft_model", key="peft_type")
+    check_name(adapter_name)
+    if state_dict is not None:
+        peft_config = _with_targets_of(model, peft_config, state_dict)
+    start_adapter(model, peft_config, adapter_name)
+    set_adapter(model, adapter_name, inference_mode=peft_config.inference_mode)
+    if low_cpu_mem_usage:
+        held = {value for _, _, value in file_tensors(model, adapter_name).values()}
+        replace_tensors(model, adapter_name, lambda value: value.to("meta") if value in held else value)
+    return model
+
+
+def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+    """Make one adapter, or several together, the active ones. Their weights train.
+
+    Args:
+        model: the model.
+        adapter_name: one name or several.
+        inference_mode: freeze their weights instead.
+
+    Raises:
+        AdapterError: an unknown name, or one adapter would hide what another does. Nothing is changed then.
+    """
+    names = _known(model, adapter_name)
+    set_active(model, names)
+    for name in names:
+        set_trainable(model, not inference_mode, name)
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Let the weights of these adapters take gradients, or not, whether or not they are active."""
+    for name in _known(model, adapter_names):
+        set_trainable(model, requires_grad, name)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = None) -> list[str]:
+    """Remove an adapter and return the active ones. If it was the only active one, the first of those left is that.
+
+    Args:
+        model: the model.
+        adapter_name: which of its adapters.
+        prefix: PEFT's, the start of the names of the method's tensors; not needed.
+
+    Raises:
+        AdapterError: an unknown name.
+    """
+    unload(model, *_known(model, adapter_name))
+    layers = adapter_layers(model).values()
+    if layers and not any(layer.enabled for layer in layers):
+        set_active(model, [next(iter(layers)).adapter])
+    return list(dict.fromkeys(layer.adapter for layer in layers if layer.enabled))
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Hold an adapter's weights in float32 where they are in a smaller dtype. The parameters are new ones.
+
+    New and loaded adapters are in float32 already.
+
+    Args:
+        model: the model.
+        adapter_name: which of its adapters.
+        autocast_adapter_dtype: PEFT's; with False nothing is done.
+    """
+    _known(model, adapter_name)
+    if autocast_adapter_dtype:
+        replace_tensors(
+            model, adapter_name, lambda value: value.to(adapter_dtype(value)) if value.is_floating_point() else value
+        )
+
+
+def _known(model: nn.Module, names: str | Iterable[str]) -> list[str]:
+    """Return the names as a list.
+
+    Raises:
+        AdapterError: no adapter of the model has such a name.
+    """
+    wanted = [names] if isinstance(names, str) else list(names)
+    known = dict.fromkeys(layer.adapter for layer in adapter_layers(model).values())
+    if unknown := [name for name in wanted if name not in known]:
+        there = ", ".join(known) or "none"
+        raise AdapterError(f"no adapter is called {unknown[0]!r}; there are: {there}", key="adapter_name")
+    return wanted
+
+
+def _with_targets_of(model: nn.Module, config: AdapterConfig, names: Iterable[str]) -> AdapterConfig:
+    """Return a copy of the config that adapts the modules that the tensors of these names belong to.
+
+    Warns where the config says otherwise.
+
+    Raises:
+        AdapterError: the names are those of no module, or the config adapts parameters, which names do not show.
+    """
+    if getattr(config, "target_parameters", None):
+        raise AdapterError("cannot be found from a state_dict; leave one of them out", key="target_parameters")
+    modules = {name.removeprefix("_orig_mod."): name for name in base_paths(model)}
+    saved = tuple(f"{name}." for name in find_modules(model, config.modules_to_save or (), "modules_to_save"))
+    plain = [name.removeprefix(config.file_prefix).removeprefix("_orig_mod.") for name in names]
+    owners = {_owner(name, modules) for name in plain if not name.endswith(".bias")}
+    found = sorted(modules[owner] for owner in owners if owner and not f"{modules[owner]}.".startswith(saved))
+    if not found:
+        raise AdapterError(f"holds no tensor of a module of {type(model).__name__}", key="state_dict")
+    said = targets(model, copy.deepcopy(config))
+    for others, what in ((set(said).difference(found), "config"), (set(found).difference(said), "state_dict")):
+        if others:
+            warnings.warn(f"only the {what} adapts {', '.join(sorted(others))}", RuntimeWarning, stacklevel=3)
+    narrowed = copy.deepcopy(config)
+    for key, value in {
+        "target_modules": found,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }.items():
+        if hasattr(narrowed, key):
+            setattr(narrowed, key, value)
+    return narrowed
+
+
+def _owner(tensor: str, modules: Iterable[str]) -> str:
+    """Return the innermost of the modules that a tensor of this name belongs to."""
+    parts = tensor.split(".")
+    return next((name for end in range(len(parts), 0, -1) if (name := ".".join(parts[:end])) in modules), "")
