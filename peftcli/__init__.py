@@ -7,65 +7,86 @@ from typing import Any
 
 from peftcli.methods import METHODS
 
-_PLACES = {
-    **{row.config_name: f"peftcli.methods.{row.config_place}" for row in METHODS.values()},
-    "inject": "peftcli.core.inject",
-    "disabled": "peftcli.core.inject",
-    "unload": "peftcli.core.inject",
-    "adapter_state": "peftcli.core.weights",
-    "load_state": "peftcli.core.weights",
-    "save_adapter": "peftcli.core.files",
-    "load_adapter": "peftcli.core.files",
-    **dict.fromkeys(
-        (
-            "AutoPeftModel",
-            "AutoPeftModelForCausalLM",
-            "AutoPeftModelForFeatureExtraction",
-            "AutoPeftModelForQuestionAnswering",
-            "AutoPeftModelForSeq2SeqLM",
-            "AutoPeftModelForSequenceClassification",
-            "AutoPeftModelForTokenClassification",
-            "MultitaskPromptTuningInit",
-            "PeftConfig",
-            "PeftModel",
-            "PeftModelForCausalLM",
-            "PeftModelForFeatureExtraction",
-            "PeftModelForQuestionAnswering",
-            "PeftModelForSeq2SeqLM",
-            "PeftModelForSequenceClassification",
-            "PeftModelForTokenClassification",
-            "PeftType",
-            "PromptEncoderReparameterizationType",
-            "PromptTuningInit",
-            "TaskType",
-            "create_loraplus_optimizer",
-            "get_eva_state_dict",
-            "get_layer_status",
-            "get_model_status",
-            "get_peft_config",
-            "get_peft_model",
-            "get_peft_model_state_dict",
-            "initialize_lora_eva_weights",
-            "inject_adapter_in_model",
-            "prepare_model_for_gradient_checkpointing",
-            "prepare_model_for_kbit_training",
-            "preprocess_corda",
-            "preprocess_loraga",
-            "replace_lora_weights_loftq",
-            "set_peft_model_state_dict",
-        ),
-        "peftcli.peft_api",
+_CORE = {
+    "peftcli.core.files": ("load_adapter", "save_adapter"),
+    "peftcli.core.inject": ("disabled", "inject", "unload"),
+    "peftcli.core.weights": ("adapter_state", "load_state"),
+}
+"""Module -> the public names that it holds."""
+
+_PEFT = {
+    "peftcli.methods.lora.initialisations.config": ("CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig"),
+    "peftcli.peft_api.auto": (
+        "AutoPeftModel",
+        "AutoPeftModelForCausalLM",
+        "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering",
+        "AutoPeftModelForSeq2SeqLM",
+        "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
     ),
-    **dict.fromkeys(
-        ("CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig"), "peftcli.methods.lora.initialisations.config"
+    "peftcli.peft_api.config": (
+        "MultitaskPromptTuningInit",
+        "PeftConfig",
+        "PeftType",
+        "PromptEncoderReparameterizationType",
+        "PromptTuningInit",
+        "TaskType",
+    ),
+    "peftcli.peft_api.constants": (
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+        "PEFT_TYPE_TO_CONFIG_MAPPING",
+        "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+        "PEFT_TYPE_TO_TUNER_MAPPING",
+        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
+    ),
+    "peftcli.peft_api.functional": ("inject_adapter_in_model",),
+    "peftcli.peft_api.functions": (
+        "get_peft_config",
+        "get_peft_model",
+        "get_peft_model_state_dict",
+        "set_peft_model_state_dict",
+    ),
+    "peftcli.peft_api.initialisations": (
+        "create_loraplus_optimizer",
+        "get_eva_state_dict",
+        "initialize_lora_eva_weights",
+        "preprocess_corda",
+        "preprocess_loraga",
+        "replace_lora_weights_loftq",
+    ),
+    "peftcli.peft_api.model": ("PeftModel",),
+    "peftcli.peft_api.prepare": (
+        "cast_mixed_precision_params",
+        "prepare_model_for_gradient_checkpointing",
+        "prepare_model_for_kbit_training",
+        "shift_tokens_right",
+    ),
+    "peftcli.peft_api.status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
+    "peftcli.peft_api.task_models": (
+        "PeftModelForCausalLM",
+        "PeftModelForFeatureExtraction",
+        "PeftModelForQuestionAnswering",
+        "PeftModelForSeq2SeqLM",
+        "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification",
     ),
 }
-"""Public name -> the module that holds it; imported when the name is first used, so `import peftcli` loads no torch."""
+"""The same for PEFT's names, but for the config classes of the methods."""
+
+PEFT_NAMES = {
+    **{row.config_name: f"peftcli.methods.{row.config_place}" for row in METHODS.values()},
+    **{name: module for module, names in _PEFT.items() for name in names},
+}
+"""PEFT's public names -> the module that holds it; ``peftcli.peft_api`` has these too."""
+
+_PLACES = {**PEFT_NAMES, **{name: module for module, names in _CORE.items() for name in names}}
 
 __all__ = ["__version__", *sorted(_PLACES)]
 
 
 def __getattr__(name: str) -> Any:
+    """Import a name's module when the name is first used, so that ``import peftcli`` loads no torch."""
     if name == "__version__":
         from importlib.metadata import version
 

@@ -1,0 +1,34 @@
+"""PEFT's constants and tables, and its names for the classes of the core that scripts ask for by ``isinstance``."""
+
+from __future__ import annotations
+
+from peftcli.core.config import FAMILY_TARGETS
+from peftcli.core.layer import AdapterLayer, TrainedCopy
+from peftcli.guard.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
+from peftcli.methods import METHODS
+from peftcli.methods.ia3.config import TARGETS
+from peftcli.peft_api.config import PeftType
+from peftcli.peft_api.model import PeftModel
+from peftcli.peft_api.tuner import Tuner
+
+CONFIG_NAME = CONFIG_FILE
+SAFETENSORS_WEIGHTS_NAME = WEIGHTS_FILE
+WEIGHTS_NAME = "adapter_model.bin"
+"""The pickle, which is not read here."""
+INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
+
+TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = FAMILY_TARGETS
+TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING = {name: [*outer, *inner] for name, (outer, inner) in TARGETS.items()}
+TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING = {name: inner for name, (_, inner) in TARGETS.items()}
+TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, object] = {}
+"""Families whose cache has a layout of its own: none, in the versions of transformers that peftcli runs with."""
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING = PeftModel.task_classes
+PEFT_TYPE_TO_CONFIG_MAPPING = {PeftType(row.peft_type): row.config_class() for row in METHODS.values()}
+PEFT_TYPE_TO_TUNER_MAPPING = dict.fromkeys(PEFT_TYPE_TO_CONFIG_MAPPING, Tuner)
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING = PEFT_TYPE_TO_TUNER_MAPPING
+"""All methods: adapters of any of them can be in one model."""
+
+BaseTuner = Tuner
+BaseTunerLayer = AdapterLayer
+ModulesToSaveWrapper = TrainedCopy

@@ -1,0 +1,69 @@
+"""PEFT's modules: ``peftcli.peft_api.utils.save_and_load`` for ``peft.utils.save_and_load``.
+
+Code that was written for PEFT imports names from many modules. Those that are no files here, because their names live
+together, are made from the table below. ``config``, ``auto``, ``functional`` and a few others are files.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+from peftcli.methods import METHODS
+
+_TUNERS = {f"tuners.{name}": (f"methods.{row.config_place}",) for name, row in METHODS.items()}
+_LORA = ("methods.lora.config", "methods.lora.initialisations.config", "peft_api.initialisations", "methods.lora.lora")
+
+NAMESPACES: dict[str, tuple[str, ...]] = {
+    "mapping": ("peft_api.constants", "peft_api.functions", "peft_api.functional"),
+    "mapping_func": ("peft_api.functions",),
+    "peft_model": ("peft_api.model", "peft_api.task_models", "peft_api.status"),
+    **_TUNERS,
+    **{f"{name}.config": places for name, places in _TUNERS.items()},
+    "tuners": ("peft_api", "peft_api.constants", "peft_api.initialisations"),
+    "tuners.lora": _LORA,
+    "tuners.lora.config": _LORA,
+    "tuners.lora.corda": ("peft_api.initialisations",),
+    "tuners.lora.eva": ("peft_api.initialisations",),
+    "tuners.lora.layer": ("methods.lora.lora",),
+    "tuners.lora.loraga": ("peft_api.initialisations",),
+    "tuners.lora.model": ("peft_api.constants",),
+    "tuners.tuners_utils": ("peft_api.constants", "peft_api.functional", "peft_api.status"),
+    "utils": (
+        "peft_api.constants",
+        "peft_api.prepare",
+        "peft_api.config",
+        "peft_api.functions",
+        "peft_api.initialisations",
+    ),
+    "utils.constants": ("peft_api.constants",),
+    "utils.loftq_utils": ("peft_api.initialisations",),
+    "utils.other": ("peft_api.constants", "peft_api.prepare"),
+    "utils.peft_types": ("peft_api.config",),
+    "utils.save_and_load": ("peft_api.functions",),
+}
+"""PEFT's module -> modules of peftcli that hold its names; a name is taken from the first that has it."""
+
+
+def add_namespaces() -> None:
+    """Make the modules of the table importable."""
+    for path in sorted(NAMESPACES):  # a package before the modules in it
+        module = ModuleType(f"{__package__}.{path}", f"The names of PEFT's ``peft.{path}``.")
+        module.__path__ = []  # one that others may be in
+        module.__getattr__ = _finder(path)  # type: ignore[method-assign]
+        sys.modules[module.__name__] = module
+        parent, _, own = module.__name__.rpartition(".")
+        setattr(sys.modules[parent], own, module)
+
+
+def _finder(path: str) -> Any:
+    def find(name: str) -> Any:
+        for place in NAMESPACES[path]:
+            module = importlib.import_module(f"peftcli.{place}")
+            if not name.startswith("_") and hasattr(module, name):
+                return getattr(module, name)
+        raise AttributeError(f"module '{__package__}.{path}' has no attribute {name!r}")
+
+    return find

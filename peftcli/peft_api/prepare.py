@@ -1,0 +1,105 @@
+"""PEFT's functions that prepare a model or its inputs for training."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils.dataclasses import get_module_class_from_name
+from torch import nn
+from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
+
+from peftcli.core.quantised import is_quantised
+from peftcli.errors import AdapterError
+
+_HALVES = ("gptq", "aqlm", "eetq", "hqq", "torchao")
+"""Of transformers' quantisation methods those whose layers want inputs in half precision."""
+
+
+def prepare_model_for_kbit_training(
+    model: Any,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """Freeze a model, and hold what is not quantised of it in float32.
+
+    Args:
+        model: a model of transformers, quantised by bitsandbytes or not.
+        use_gradient_checkpointing: compute the activations of a quantised model again in the backward pass.
+        gradient_checkpointing_kwargs: of ``torch.utils.checkpoint``; ``use_reentrant`` is False where not given.
+    """
+    quantised = [module for module in model.modules() if is_quantised(module)]
+    kept = {id(value) for module in quantised for value in module.parameters(recurse=False)}
+    model.requires_grad_(False)
+    if getattr(model, "quantization_method", None) not in _HALVES:
+        for value in model.parameters():
+            if value.dtype in (torch.float16, torch.bfloat16) and id(value) not in kept:
+                value.data = value.data.float()
+    if quantised and use_gradient_checkpointing:
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if options["use_reentrant"]:
+            prepare_model_for_gradient_checkpointing(model)
+        # under the name of transformers 5.24 and later, or the one before
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(options)
+    return model
+
+
+def prepare_model_for_gradient_checkpointing(model: Any) -> Any:
+    """Make the input embeddings' outputs require gradients, so that checkpointed blocks over frozen ones pass them."""
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+    else:
+        model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+    return model
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the frozen weights in ``dtype`` and those that train in float32, for training with autocast."""
+    for value in model.parameters():
+        value.data = value.data.to(torch.float32 if value.requires_grad else dtype)
+
+
+def infer_device() -> str:
+    """Return the kind of device that this machine computes on: cuda, mps, xpu, npu or cpu."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator is not None else "cpu"
+
+
+def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
+    """Return the inputs of a decoder for these labels: (B, T), each one place later, -100 as padding."""
+    first = torch.full_like(input_ids[:, :1], decoder_start_token_id)
+    shifted = torch.cat([first, input_ids[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+def fsdp_auto_wrap_policy(model: Any) -> Callable[..., bool]:
+    """Return FSDP's ``auto_wrap_policy`` for a model with adapters: each block by itself, each trained layer by itself.
+
+    The classes of the blocks are those that transformers never splits between devices, or those that
+    ``FSDP_TRANSFORMER_CLS_TO_WRAP`` names.
+
+    Raises:
+        AdapterError: the model has no module of such a class.
+    """
+    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    kept = [name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()]
+    blocks = set()
+    for name in dict.fromkeys(named.split(",") if named else kept):
+        block = get_module_class_from_name(model, name)
+        if block is None and named:
+            raise AdapterError(f"{type(model).__name__} has no {name}", key="FSDP_TRANSFORMER_CLS_TO_WRAP")
+        blocks.add(block)
+    policies = [
+        functools.partial(lambda_auto_wrap_policy, lambda_fn=_is_trained_leaf),
+        functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=blocks - {None}),
+    ]
+    return functools.partial(_or_policy, policies=policies)
+
+
+def _is_trained_leaf(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return not any(True for _ in module.children()) and weight is not None and weight.requires_grad

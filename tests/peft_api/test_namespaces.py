@@ -1,0 +1,92 @@
+"""PEFT's modules and names, found by the same imports."""
+
+from __future__ import annotations
+
+import importlib
+
+import peft
+import pytest
+import torch
+from models_tiny import tiny
+
+import peftcli
+import peftcli.peft_api
+from peftcli.peft_api import constants, prepare
+from peftcli.peft_api.namespaces import NAMESPACES
+
+
+def test_every_public_name_is_there_under_both_packages() -> None:
+    for name in peftcli.PEFT_NAMES:
+        assert getattr(peftcli, name) is getattr(peftcli.peft_api, name)
+    assert set(peftcli.peft_api.__all__) <= set(dir(peftcli.peft_api))
+    with pytest.raises(AttributeError, match="no attribute 'get_peft_mode'"):
+        _ = peftcli.peft_api.get_peft_mode
+
+
+def test_every_module_is_one_of_pefts() -> None:
+    for path in NAMESPACES:
+        importlib.import_module(f"peft.{path}")
+        importlib.import_module(f"peftcli.peft_api.{path}")
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("auto", "AutoPeftModelForCausalLM"),
+        ("config", "PeftConfig"),
+        ("functional", "inject_adapter_in_model set_adapter get_peft_model_state_dict"),
+        ("mapping", "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_TUNER_MAPPING get_peft_config inject_adapter_in_model"),
+        ("mapping_func", "get_peft_model"),
+        ("peft_model", "PeftModel PeftModelForCausalLM get_layer_status"),
+        ("tuners", "LoraConfig IA3Config PrefixTuningConfig"),
+        ("tuners.lora", "LoraConfig LoraLayer EvaConfig initialize_lora_eva_weights"),
+        ("tuners.lora.corda", "preprocess_corda"),
+        ("tuners.lora.layer", "LoraLayer"),
+        ("tuners.multitask_prompt_tuning", "MultitaskPromptTuningConfig"),
+        ("tuners.tuners_utils", "BaseTunerLayer BaseTuner set_adapter"),
+        ("utils", "TaskType PeftType infer_device SAFETENSORS_WEIGHTS_NAME CONFIG_NAME ModulesToSaveWrapper"),
+        ("utils.other", "prepare_model_for_kbit_training fsdp_auto_wrap_policy ModulesToSaveWrapper"),
+        ("utils.save_and_load", "get_peft_model_state_dict set_peft_model_state_dict"),
+    ],
+)
+def test_the_names_that_scripts_import_are_where_peft_has_them(path: str, names: str) -> None:
+    here, there = (importlib.import_module(f"{root}.{path}") for root in ("peftcli.peft_api", "peft"))
+    missing = [name for name in names.split() if not (hasattr(here, name) and hasattr(there, name))]
+    assert not missing
+    assert not hasattr(here, "no_such_name")
+
+
+def test_the_tables_say_what_pefts_say() -> None:
+    theirs = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    ours = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    assert ours.items() <= theirs.items()
+    theirs = peft.utils.constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    ours = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    assert {name for name in ours if sorted(ours[name]) != sorted(theirs[name])} == {"mixtral"}
+    for name in ("CONFIG_NAME", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME", "INCLUDE_LINEAR_LAYERS_SHORTHAND"):
+        assert getattr(constants, name) == getattr(peft.utils, name)
+    assert constants.PEFT_TYPE_TO_CONFIG_MAPPING["LORA"] is peftcli.LoraConfig
+    assert constants.MODEL_TYPE_TO_PEFT_MODEL_MAPPING["CAUSAL_LM"] is peftcli.PeftModelForCausalLM
+
+
+def test_the_small_functions_give_what_pefts_give() -> None:
+    labels = torch.tensor([[5, 6, -100, -100], [7, -100, 8, 9]])
+    assert prepare.shift_tokens_right(labels, 1, 2).equal(peft.utils.shift_tokens_right(labels, 1, 2))
+    assert prepare.infer_device() == peft.utils.infer_device()
+    model = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(r=2))
+    prepare.cast_mixed_precision_params(model, torch.bfloat16)
+    kinds = {(value.requires_grad, value.dtype) for value in model.parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+def test_fsdp_wraps_the_blocks_and_the_trained_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(r=2))
+    policy, theirs = prepare.fsdp_auto_wrap_policy(model), peft.utils.other.fsdp_auto_wrap_policy(model)
+    wrapped = {name for name, module in model.named_modules() if policy(module, recurse=False, nonwrapped_numel=0)}
+    assert wrapped == {
+        name for name, module in model.named_modules() if theirs(module, recurse=False, nonwrapped_numel=0)
+    }
+    assert {name.rpartition(".")[2] for name in wrapped} == {"0", "1", "lora_A", "lora_B"}
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "NoSuchBlock")
+    with pytest.raises(peftcli.errors.AdapterError, match="has no NoSuchBlock"):
+        prepare.fsdp_auto_wrap_policy(model)
