@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ class AdapterLayer(nn.Module):
     """Names of the tensors that LoRA+ trains at the rate of embeddings."""
     copies: tuple[str, ...] = ()
     """Names of tensors that other writers put into the file a second time. They are not read."""
+    optional: tuple[str, ...] = ()
+    """Names of tensors that files of other writers lack. The layer then finds them by itself."""
     by_row = True
     """Whether rows of a batch can have different adapters: ``forward`` does all that the layer does."""
     base_layer: Any
@@ -85,6 +88,15 @@ class AdapterLayer(nn.Module):
     def file_name(self, path: str, tensor: str) -> str:
         """Return the name of ``tensor`` in the adapter file, for a layer at ``path`` in the model."""
         return f"{self.file_prefix}{path}.{tensor}"
+
+    def before_loading(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Prepare for the ``tensors`` of a file, name below the layer -> tensor: take sizes that only it says.
+
+        They may be on the meta device, and may not fit.
+
+        Raises:
+            AdapterError: the layer cannot find what the file lacks.
+        """
 
     def adapt_from_file(self, tensor: str, value: torch.Tensor) -> torch.Tensor:
         """Convert a file's ``value`` of ``tensor`` to the layer's shape, where other writers have another."""

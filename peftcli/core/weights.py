@@ -119,6 +119,10 @@ def check_state(
     Raises:
         AdapterError: a missing, unexpected, misshapen or non-finite tensor; all of them in one message.
     """
+    paths = _paths_in_file(model, adapter)
+    for path, layer in paths.items():
+        names = {tensor: layer.file_name(path, tensor) for tensor in layer.file_tensors()}
+        layer.before_loading({tensor: tensors[name] for tensor, name in names.items() if name in tensors})
     wanted = file_tensors(model, adapter)
     base = {name: value for name, value in base_weights(model, adapter).items() if name not in wanted}
     values = {
@@ -126,10 +130,9 @@ def check_state(
         for name, value in tensors.items()
         if name in wanted
     }
-    paths = _paths_in_file(model, adapter)
     copies = {f"{layer.file_prefix}{path}.{copy}" for path, layer in paths.items() for copy in layer.copies}
     known = wanted.keys() | base.keys() | copies
-    missing = [name for name in wanted if name not in tensors]
+    missing = [name for name, (layer, own, _) in wanted.items() if name not in tensors and own not in layer.optional]
     buffers = [name for name in missing if _is_buffer_of_copy(*wanted[name][:2])]
     if buffers:
         warnings.warn(f"the adapter was saved without {buffers[0]}, which stays as in the base model", stacklevel=2)

@@ -280,6 +280,14 @@ METHODS: dict[str, Method] = {
         "the largest numbers of each weight",
         "https://arxiv.org/abs/2607.09287",
     ),
+    "adamss": Method(
+        "adamss.config:AdamssConfig",
+        "adamss.layers",
+        "ADAMSS",
+        "AdaMSS",
+        "a small update for each group of outputs, through each weight's principal directions",
+        "https://neurips.cc/virtual/2025/poster/119606",
+    ),
     "trainable_tokens": Method(
         "trainable_tokens.config:TrainableTokensConfig",
         "trainable_tokens.layers",
@@ -364,7 +372,6 @@ NOT_HERE: dict[str, str] = {
     "CARTRIDGE": "its file is one tensor of which a part is frozen, started from a document that the base model reads",
     "CPT": "it trains with a loss of its own, weighted by where a token stands in the context's examples",
     "SHADOW": "it trains a second model beside the base model",
-    "ADAMSS": "its file does not say which outputs form a subspace, and only scikit-learn's k-means finds them again",
     "POLY": "its forward pass needs the number of each row's task, which data sets here do not have",
     "XLORA": "it mixes several LoRA adapters by a classifier that runs the model twice; combine the adapters instead",
 }

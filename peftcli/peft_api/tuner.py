@@ -93,13 +93,13 @@ class Tuner(nn.Module):
         return adapted_by_row(self.model, names, copies)
 
     def update_and_allocate(self, global_step: int) -> None:
-        """Share out AdaLoRA's budget. Call it after each optimizer step, while the gradients are there.
+        """Share out the budget of AdaLoRA or AdaMSS. Call it after each optimizer step, while the gradients are there.
 
         Raises:
             AdapterError: the gradients are gone.
         """
         for config in self.peft_config.values():
-            if (total := getattr(config, "total_step", None)) is not None:
+            if (total := getattr(config, "total_step", 0)) is not None:
                 after_step(self.model, config, global_step, total)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:

@@ -23,7 +23,6 @@ from oracle import (
 
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.merge import merge
-from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
 
 KINDS = ("llama", "gpt2", "t5", "bert", "whisper", "mixtral")
@@ -163,11 +162,6 @@ def test_pveras_seed_of_what_is_drawn_is_kept_for_peft(tmp_path: Path) -> None:
     save_adapter(model, config, tmp_path / "b")
     assert file_of(tmp_path / "b")[0]["generator_seed"] == 3
     same_logits("llama", loaded_by_peft("llama", tmp_path / "b"), oracle)
-
-
-def test_adamss_is_refused_by_name() -> None:
-    with pytest.raises(AdapterError, match="ADAMSS is not supported: its file does not say"):
-        config_from_dict({"peft_type": "ADAMSS", "target_modules": ["q_proj"]})
 
 
 # --- where PEFT is wrong: each of these fails when PEFT mends it ------------------------------------------------------

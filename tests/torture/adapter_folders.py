@@ -54,6 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pvera": {"r": 16},
     "peanut": {"r": 4},
     "deft": {"r": 4},
+    "adamss": {"r": 8},
     "prompt_tuning": {"num_virtual_tokens": 4},
     "p_tuning": {"num_virtual_tokens": 4},
     "prefix_tuning": {"num_virtual_tokens": 4},
