@@ -55,6 +55,12 @@ _PEFT = {
         "preprocess_loraga",
         "replace_lora_weights_loftq",
     ),
+    "peftcli.peft_api.kv_prefix": (
+        "compose_cartridge_adapters",
+        "initialize_kv_prefix_from_past_key_values",
+        "initialize_kv_prefix_from_text",
+        "prompt_embeddings_from_past_key_values",
+    ),
     "peftcli.peft_api.model": ("PeftModel",),
     "peftcli.peft_api.prepare": (
         "cast_mixed_precision_params",

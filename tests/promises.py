@@ -58,6 +58,13 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "p_tuning": {"num_virtual_tokens": 4},
     "prefix_tuning": {"num_virtual_tokens": 4},
     "multitask_prompt_tuning": {"num_virtual_tokens": 4},
+    "cartridge": {"num_virtual_tokens": 4, "num_frozen_tokens": 2},
+    "cpt": {
+        "cpt_token_ids": [50, 51, 52, 53],
+        "cpt_tokens_type_mask": [1, 2, 3, 2],
+        "opt_projection_epsilon": 30.0,  # so that what trains matters
+        "opt_projection_format_epsilon": 30.0,
+    },
     "randlora": {"r": 8, "randlora_alpha": 8},
     "vblora": {"num_vectors": 20, "vector_length": 8},
     "fourierft": {"n_frequency": 50},
@@ -111,12 +118,15 @@ NOT_FOR: dict[tuple[str, ...], str] = {
     ("ln_tuning", "convnet"): "the model's norms keep running statistics, which training would change",
     ("trainable_tokens", "convnet"): "the model reads pixels, not token ids",
     ("prefix_tuning", "convnet"): "the model has no attention that could attend to a prefix",
+    ("cartridge", "convnet"): "the model has no attention that could attend to a prefix",
     ("prefix_tuning", "whisper"): "the encoder hears sound; PEFT puts a prefix into text models only",
+    ("cartridge", "whisper"): "the encoder hears sound; PEFT puts a prefix into text models only",
     **{
         (method, kind): f"the model reads {what}, not token ids: virtual tokens have no place there"
         for method in ("prompt_tuning", "multitask_prompt_tuning", "p_tuning")
         for kind, what in (("whisper", "sound"), ("convnet", "pixels"))
     },
+    **{("cpt", kind): "its loss is that of a causal language model" for kind in ("t5", "bert", "whisper", "convnet")},
 }
 """Methods that do not go with a model: (method, kind) patterns -> reason. ``inject`` must refuse them."""
 
@@ -129,6 +139,7 @@ PEFT_CANNOT: dict[tuple[str, ...], str] = {
     ("randlora", "*", "our file loads"): "warns of missing copies of the shared bases, which it does not use",
     ("osf", "gpt2", "[fP]*"): "leaves Conv1D as it is, in silence",
     ("prefix_tuning", "bert", "[fP]*"): "demands a model that returns keys and values",
+    ("cartridge", "bert", "[fP]*"): "demands a model that returns keys and values",
     ("multitask_prompt_tuning", "t5", "[fP]*"): "gives the encoder both ids and embeddings",
 }
 """Where PEFT 0.21 fails itself: (method, kind, promise) patterns -> what it does. It must still do so."""

@@ -364,13 +364,29 @@ METHODS: dict[str, Method] = {
         "https://arxiv.org/abs/2101.00190",
         peft_generates=False,
     ),
+    "cpt": Method(
+        "cpt.config:CPTConfig",
+        "cpt.layers",
+        "CPT",
+        "CPT",
+        "example tokens before the input, whose vectors train within a bound",
+        "https://arxiv.org/abs/2410.17222",
+        peft_generates=False,
+    ),
+    "cartridge": Method(
+        "cartridge.config:CartridgeConfig",
+        "cartridge.layers",
+        "CARTRIDGE",
+        "cartridge",
+        "keys and values of a document, trained on, before those of every attention layer",
+        "https://arxiv.org/abs/2506.06266",
+        peft_generates=False,
+    ),
 }
 
 
 NOT_HERE: dict[str, str] = {
     "ADAPTION_PROMPT": "it needs the attention code of each family written anew, and PEFT has three; use prefix_tuning",
-    "CARTRIDGE": "its file is one tensor of which a part is frozen, started from a document that the base model reads",
-    "CPT": "it trains with a loss of its own, weighted by where a token stands in the context's examples",
     "SHADOW": "it trains a second model beside the base model",
     "POLY": "its forward pass needs the number of each row's task, which data sets here do not have",
     "XLORA": "it mixes several LoRA adapters by a classifier that runs the model twice; combine the adapters instead",

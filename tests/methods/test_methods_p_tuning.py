@@ -117,8 +117,10 @@ def _stop(event: Event) -> None:
         "{type: prefix_tuning, num_virtual_tokens: 5, prefix_projection: true}",
         "{type: prefix_tuning, num_virtual_tokens: 5}",
         "{type: multitask_prompt_tuning, num_virtual_tokens: 5}",
+        "{type: cartridge, num_virtual_tokens: 5, num_frozen_tokens: 2}",
+        "{type: cpt, cpt_token_ids: [5, 6, 7], opt_projection_format_epsilon: 4}",
     ],
-    ids=["p_tuning", "projected prefix_tuning", "prefix_tuning", "multitask_prompt_tuning"],
+    ids=["p_tuning", "projected prefix_tuning", "prefix_tuning", "multitask_prompt_tuning", "cartridge", "cpt"],
 )
 def test_stopped_and_resumed_ends_with_the_same_bytes(method: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "run")

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from peftcli.core.prompts.config import SoftPromptConfig
 from peftcli.errors import Problem
 from peftcli.methods import METHODS
 from peftcli.recipe import read_recipe
 from peftcli.recipe.names import VALUES
-from peftcli.recipe.settings import choices, method_settings, sections, settings
+from peftcli.recipe.settings import choices, sections, settings
 from peftcli.schema import Recipe
 from peftcli.tasks.findings import FINDINGS
 
@@ -181,7 +182,7 @@ def test_the_checks_import_nothing_slow(write: Callable[..., Path]) -> None:
 def test_methods_with_virtual_tokens_are_not_packed(write: Callable[..., Path], method: str) -> None:
     path = write(text=recipe(dataset="train: org/data, packing: true", method=method))
     found = [problem for problem in read_recipe(path)[1] if problem.key != "method.token_indices"]
-    if "num_virtual_tokens" not in method_settings(method):
+    if not issubclass(METHODS[method].config_class(), SoftPromptConfig):
         assert not found
         return
     [problem] = found

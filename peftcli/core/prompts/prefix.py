@@ -64,6 +64,14 @@ class Prefix(nn.Module):
         """Return the tensor of the adapter file: (n, pairs * 2 * width)."""
         return torch.cat([self.pair(index) for index in range(self.pairs)], dim=1)
 
+    def fill(self, values: torch.Tensor) -> None:
+        """Copy ``values``, as ``whole`` returns them, into what trains.
+
+        Raises:
+            AdapterError: something else trains.
+        """
+        raise AdapterError("a network makes this prefix; leave prefix_projection out", key="prefix_projection")
+
 
 class TrainedPrefix(Prefix):
     """Keys and values that train as they are."""
@@ -77,6 +85,9 @@ class TrainedPrefix(Prefix):
 
     def whole(self) -> torch.Tensor:
         return self.prompt_embeddings
+
+    def fill(self, values: torch.Tensor) -> None:
+        self.prompt_embeddings.copy_(values)
 
 
 class PrefixAttention(SoftPrompt):

@@ -1,0 +1,1 @@
+"""Cartridges (https://arxiv.org/abs/2506.06266)."""

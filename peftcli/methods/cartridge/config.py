@@ -1,0 +1,52 @@
+"""The settings of a cartridge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from peftcli.core.prompts.config import PrefixConfig
+from peftcli.errors import AdapterError
+from peftcli.methods._settings import too_small
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(kw_only=True)
+class CartridgeConfig(PrefixConfig):
+    """Settings of a cartridge, under PEFT's names."""
+
+    peft_type: ClassVar[str] = "CARTRIDGE"
+
+    num_frozen_tokens: int = 1
+    """How many of the first virtual tokens do not train. Models attend much to the first token, whatever it says, and
+    training that one is unsteady."""
+    document: str | None = field(default=None, metadata={"file": False})
+    """A text file. The cartridge starts as the keys and values of its first num_virtual_tokens tokens. Unset: random,
+    which takes long to tame."""
+    document_ids: list[int] | None = field(default=None, metadata={"recipe": False, "file": False}, repr=False)
+    """Token ids of the document, as ``prepare`` finds them."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        found = super().problems() + too_small(self, num_frozen_tokens=0)
+        if self.num_frozen_tokens > self.num_virtual_tokens:
+            found.append(("num_frozen_tokens", f"cannot be more than the {self.num_virtual_tokens} virtual tokens"))
+        return found
+
+    def prepare(self, load_tokenizer: Callable[[str | None], Any]) -> None:
+        if self.document is None:
+            return
+        try:
+            text = Path(self.document).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise AdapterError(f"cannot be read: {error}", key="document", file=self.document) from None
+        ids = load_tokenizer(None)(text)["input_ids"][: self.num_virtual_tokens]
+        if len(ids) < self.num_virtual_tokens:
+            raise AdapterError(
+                f"has {len(ids)} tokens, fewer than num_virtual_tokens, {self.num_virtual_tokens}",
+                key="document",
+                file=self.document,
+            )
+        self.document_ids = ids

@@ -1,0 +1,136 @@
+"""A cartridge: a trained prefix that starts as what the model remembers of a document (https://arxiv.org/abs/2506.06266)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from peftcli.core.inject import disabled
+from peftcli.core.layer import AdapterLayer, adapter_layers
+from peftcli.core.prompts.prefix import Prefix, PrefixAttention, TrainedPrefix, insert_prefix
+from peftcli.core.prompts.prefix import targets as targets
+from peftcli.core.prompts.prefix import wrap as wrap
+from peftcli.errors import AdapterError
+from peftcli.methods.cartridge.config import CartridgeConfig
+
+_FROZEN = "prefix.frozen_embedding"
+
+
+class Cartridge(Prefix):
+    """Keys and values of which the first tokens' stay as they are: (k, pairs * 2 * width), and the others' train."""
+
+    def __init__(self, count: int, pairs: int, width: int, frozen: int):
+        super().__init__(count, pairs, width)
+        size = pairs * 2 * width
+        self.frozen_embedding = nn.Parameter(torch.randn(frozen, size), requires_grad=False)
+        self.trainable_embedding = nn.Parameter(torch.randn(count - frozen, size))
+
+    def pair(self, index: int) -> torch.Tensor:
+        columns = slice(index * 2 * self.width, (index + 1) * 2 * self.width)
+        return torch.cat([self.frozen_embedding[:, columns], self.trainable_embedding[:, columns]])
+
+    def whole(self) -> torch.Tensor:
+        return torch.cat([self.frozen_embedding, self.trainable_embedding])
+
+    def fill(self, values: torch.Tensor) -> None:
+        frozen = len(self.frozen_embedding)
+        self.frozen_embedding.copy_(values[:frozen])
+        self.trainable_embedding.copy_(values[frozen:])
+
+
+class LoadedCartridge(TrainedPrefix):
+    """One tensor, as the file holds it. Trained on, the first tokens get no gradient."""
+
+    def __init__(self, count: int, pairs: int, width: int, frozen: int):
+        super().__init__(count, pairs, width)
+        self.frozen = frozen
+
+    def pair(self, index: int) -> torch.Tensor:
+        pair = super().pair(index)
+        return torch.cat([pair[: self.frozen].detach(), pair[self.frozen :]]) if pair.requires_grad else pair
+
+
+def attach(model: nn.Module, config: CartridgeConfig, layers: Mapping[str, AdapterLayer]) -> None:
+    """Let the new layers share a cartridge, and the model's inputs make room for it."""
+    assert config.num_layers is not None
+    assert config.token_dim is not None
+    own = [cast("PrefixAttention", layer) for layer in layers.values()]
+    kind = LoadedCartridge if config.inference_mode else Cartridge
+    insert_prefix(
+        model, own, kind(config.num_virtual_tokens, config.num_layers, config.token_dim, config.num_frozen_tokens)
+    )
+    for layer in own if kind is Cartridge else ():
+        layer.fixed = (_FROZEN,)
+
+
+def needs_batches(config: CartridgeConfig) -> bool:
+    """Return whether the cartridge starts from a document."""
+    return config.document_ids is not None
+
+
+@torch.no_grad()
+def calibrate(model: Any, config: CartridgeConfig, batches: Iterable[Any]) -> None:
+    """Start from the keys and values of the document."""
+    ids = torch.tensor([config.document_ids], device=next(model.parameters()).device)
+    start_from_tokens(model, ids, config.num_virtual_tokens)
+
+
+@torch.no_grad()
+def start_from_tokens(model: Any, ids: torch.Tensor, count: int, adapter: str | None = None) -> torch.Tensor:
+    """Start an adapter's prefix from what the base model remembers of ``ids`` (1, T): see ``start_prefix``."""
+    before = model.training
+    model.eval()
+    try:
+        with disabled(model):
+            output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+    finally:
+        model.train(before)
+    cache = output.get("past_key_values")
+    values = prefix_from_cache(output["cache"] if cache is None else cache, count)  # transformers 5.24's name
+    start_prefix(model, values, adapter)
+    return values
+
+
+@torch.no_grad()
+def start_prefix(model: nn.Module, values: torch.Tensor, adapter: str | None = None) -> None:
+    """Copy the keys and values (n, pairs * 2 * width) into the prefix of the model's adapter.
+
+    Raises:
+        AdapterError: it has no prefix, or one that a network makes, or of another size.
+    """
+    layers = [layer for layer in adapter_layers(model, adapter).values() if isinstance(layer, PrefixAttention)]
+    if not layers:
+        raise AdapterError("the adapter has no prefix; use CARTRIDGE or PREFIX_TUNING", key="adapter_name")
+    prefix = layers[0].prefix
+    if prefix.whole().shape != values.shape:
+        raise AdapterError(f"the prefix is {tuple(prefix.whole().shape)}, the values are {tuple(values.shape)}")
+    prefix.fill(values)
+
+
+def prefix_from_cache(cache: Any, count: int) -> torch.Tensor:
+    """Return the keys and values of a sequence's first tokens, as a prefix has them: (n, pairs * 2 * width).
+
+    Args:
+        cache: what a model returned for one sequence: a cache of transformers, or its pairs (1, heads, T, dim).
+        count: number n of tokens.
+
+    Raises:
+        AdapterError: it does not hold them.
+    """
+    pairs = [(each.keys, each.values) for each in cache.layers] if hasattr(cache, "layers") else [*cache]
+    tensors = [tensor for keys, values, *_ in pairs for tensor in (keys, values)]
+    if not tensors or any(tensor is None or tensor.ndim != 4 for tensor in tensors):
+        raise AdapterError("holds no keys and values of every layer", key="past_key_values")
+    if len({tensor.shape for tensor in tensors}) > 1:
+        raise AdapterError("holds keys and values of different sizes", key="past_key_values")
+    rows, heads, length, width = tensors[0].shape
+    if rows != 1:
+        raise AdapterError(f"holds {rows} sequences; read one", key="past_key_values")
+    seen = [each.get_seq_length() for each in getattr(cache, "layers", ())]
+    if min([length, *seen]) < count or max([length, *seen]) > length:  # a window forgets the first tokens
+        raise AdapterError(f"does not hold the first {count} tokens", key="past_key_values")
+    first = [tensor[0, :, :count].transpose(0, 1).reshape(count, heads * width) for tensor in tensors]
+    return torch.cat(first, dim=1)

@@ -1,0 +1,1 @@
+"""CPT: Context-aware Prompt Tuning (https://arxiv.org/abs/2410.17222)."""
