@@ -389,8 +389,9 @@ def _advice(name: str, known: dict[str, Setting], path: str, kind: str | None) -
         table, settings_of = (METHODS, method_settings) if path == "method" else (TASKS, task_settings)
         owners = [other for other in table if name in settings_of(other)]
         if kind and owners and section in (path, "dataset"):
-            more = f" and {len(owners) - 4} other {path}s" if len(owners) > 4 else ""
-            return f"not a setting of {kind}, only of {', '.join(owners[:4])}{more}", None
+            shown = owners if len(owners) < 6 else owners[:4]
+            more = f" and {len(owners) - 4} other {path}s" if len(owners) > len(shown) else ""
+            return f"not a setting of {kind}, only of {', '.join(shown)}{more}", None
         return f"belongs {f'in the section {section}' if section else 'at the top level'}", found
     return "unknown key", closest(name, own) or elsewhere.get(closest(name, elsewhere, 0.8) or "")
 

@@ -103,7 +103,7 @@ def test_unknown_keys_say_what_is_meant(problem, more: str, key: str, suggestion
 
 def test_another_methods_setting_is_named(problem) -> None:
     assert problem("", "method.num_virtual_tokens=3").message == (
-        "not a setting of lora, only of prompt_tuning, multitask_prompt_tuning, p_tuning, prefix_tuning"
+        "not a setting of lora, only of prompt_tuning, multitask_prompt_tuning, p_tuning, prefix_tuning, cartridge"
     )
     message = problem("", "method.num_vectors=3").message
     assert message == "not a setting of lora, only of vblora"
