@@ -23,6 +23,7 @@ NAMESPACES: dict[str, tuple[str, ...]] = {
     **_TUNERS,
     **{f"{name}.config": places for name, places in _TUNERS.items()},
     "tuners": ("peft_api", "peft_api.constants", "peft_api.initialisations"),
+    "tuners.cartridge.utils": ("peft_api.kv_prefix",),
     "tuners.lora": _LORA,
     "tuners.lora.config": _LORA,
     "tuners.lora.corda": ("peft_api.initialisations",),
