@@ -47,6 +47,7 @@ _PEFT = {
         "get_peft_model_state_dict",
         "set_peft_model_state_dict",
     ),
+    "peftcli.peft_api.helpers": ("find_kappa_target_modules",),
     "peftcli.peft_api.initialisations": (
         "create_loraplus_optimizer",
         "get_eva_state_dict",

@@ -36,6 +36,9 @@ class AdapterLayer(nn.Module):
     """Names of tensors that files of other writers lack. The layer then finds them by itself."""
     by_row = True
     """Whether rows of a batch can have different adapters: ``forward`` does all that the layer does."""
+    casts_input = True
+    """Whether LoRA and trained copies convert their input to the adapter's dtype. Off where hooks convert the weights
+    on their way."""
     base_layer: Any
     """The layer of the model, or another adapter layer over it."""
 
@@ -168,7 +171,7 @@ class TrainedCopy(AdapterLayer):
         if not self.enabled:
             return self.base_layer(*args, **kwargs)
         own, base = (next(module.parameters()) for module in (self.copy, base_module(self)))
-        if torch.is_autocast_enabled(own.device.type):
+        if torch.is_autocast_enabled(own.device.type) or not self.casts_input:
             return self.copy(*args, **kwargs)
         given = {name: _cast(value, own.dtype) for name, value in kwargs.items()}
         return _cast(self.copy(*_cast(args, own.dtype), **given), base.dtype)

@@ -7,6 +7,7 @@ one layer, each takes its norm with the base model's own weight.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,16 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype, base_module
 from peftcli.core.linear import dense_weight, linear_view
+
+
+@dataclass
+class Cache:
+    """Whether layers in evaluation mode keep their ``factor`` until a weight changes, for the whole process."""
+
+    enabled: bool = False
+
+
+CACHE = Cache()
 
 
 def add_magnitude(layer: AdapterLayer) -> None:
@@ -41,7 +52,15 @@ def update(layer: AdapterLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
 
 def factor(layer: AdapterLayer) -> torch.Tensor:
     """Return ``m / |V|``: (out,)."""
-    return _over_norm(layer, _adapted_weight(layer))
+    if layer.training or not CACHE.enabled:
+        vars(layer).pop("kept_factor", None)
+        return _over_norm(layer, _adapted_weight(layer))
+    weights = [*layer.own_tensors().values(), *base_module(layer).parameters(recurse=False)]
+    state = (layer.scaling, *((value.data_ptr(), value._version) for value in weights))
+    if vars(layer).get("kept_factor", (None,))[0] != state:
+        vars(layer)["kept_factor"] = (state, _over_norm(layer, _adapted_weight(layer)).detach())
+    kept: torch.Tensor = vars(layer)["kept_factor"][1]
+    return kept
 
 
 def folded(layer: AdapterLayer, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -50,7 +50,7 @@ class LoraLayer(AdapterLayer):
         y = self.base_layer(x, *args, **kwargs)
         if not self.enabled:
             return y
-        x = self.dropout(x.to(self.lora_A.weight.dtype))
+        x = self.dropout(x.to(self.lora_A.weight.dtype) if self.casts_input else x)
         z = self.update(x) if self.lora_magnitude_vector is None else dora.update(self, x, y)
         return y + z.to(y.dtype)
 
