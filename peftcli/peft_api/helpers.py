@@ -21,7 +21,7 @@ from peftcli.methods.lora.lora import LoraLayer
 
 
 def check_if_peft_model(model_name_or_path: str | Path) -> bool:
-    """Return whether a folder or hub repository contains an adapter that can be read, as far as this machine can tell."""
+    """Return whether a folder or hub repository is known here to contain an adapter that can be read."""
     try:
         _ = find_adapter(str(model_name_or_path)).config
     except PeftcliError:
@@ -78,7 +78,7 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
 
 
 class DoraCaching:
-    """Keep the norms of DoRA in evaluation mode, inside ``with`` or, by a call, until another call: faster, more memory.
+    """Keep the norms of DoRA in evaluation mode: faster, for more memory. Inside ``with``, or from a call to another.
 
     A norm is computed again when a weight that it depends on has changed.
     """
