@@ -78,6 +78,9 @@ _PEFT = {
         "PeftModelForSequenceClassification",
         "PeftModelForTokenClassification",
     ),
+    **dict.fromkeys(
+        ("BdLoraConfig", "KasaConfig", "MontecloraConfig", "VeloraConfig"), "peftcli.methods.lora.variant_settings"
+    ),
 }
 """The same for PEFT's names, but for the config classes of the methods."""
 

@@ -82,4 +82,27 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """What makes other layers, or other models."""
 
-CASES = PLAIN | FURTHER
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bdlora": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "o_proj", "up_proj"],
+            "use_bdlora": {
+                "target_modules_bd_a": ["o_proj"],
+                "target_modules_bd_b": ["q_proj"],
+                "nblocks": 2,
+                "match_strict": False,
+            },
+        },
+    ),
+    "kasa": ("llama", {"kasa_config": {"beta": 0.1, "gamma": 0.2}, "r": 4, "bias": "lora_only"}),
+    "monteclora": ("llama", {"monteclora_config": {"num_samples": 3, "use_entropy": True}}),
+    "monteclora-conv1d": ("gpt2", {"monteclora_config": {}}),
+    "velora": ("llama", {"velora_config": {"num_groups": 5}}),
+    "velora-random": ("gpt2", {"velora_config": {"init_type": "random", "scale": 2.0}}),
+}
+FURTHER |= VARIANTS
+ALORA: tuple[str, dict[str, Any]] = ("llama", {"alora_invocation_tokens": [56, 81], "task_type": "CAUSAL_LM"})
+"""The tokens are in the first row of the batch. It cannot be merged."""
+
+CASES = PLAIN | FURTHER | {"alora": ALORA}

@@ -134,6 +134,10 @@ class AdapterConfig:
         """Return why this adapter cannot be merged into the base model, or None."""
         return None
 
+    def packing_problem(self) -> str | None:
+        """Return why several examples cannot share a row in training, or None."""
+        return None
+
     @classmethod
     def from_dict(cls, values: dict[str, Any], file: str | None = None) -> AdapterConfig:
         """Return the config that the object of an ``adapter_config.json`` describes.

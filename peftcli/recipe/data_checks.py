@@ -6,7 +6,6 @@ import dataclasses
 import os
 from pathlib import Path
 
-from peftcli.core.prompts.config import SoftPromptConfig
 from peftcli.data.source_names import is_path
 from peftcli.methods import METHODS
 from peftcli.recipe.names import closest, closest_file
@@ -172,11 +171,11 @@ def _rows(recipe: Recipe, report: Report) -> None:
     check_task(recipe, report)
     if not dataset.packing:
         return
-    if method and issubclass(method.config_class(), SoftPromptConfig):
+    settings = {key: value for key, value in recipe.method.items() if key != "type"}
+    if method and (problem := method.config_class()(**settings).packing_problem()):
         report(
             ("dataset.packing", "method.type"),
-            f"packed rows contain several examples, but {method.title} adds its virtual tokens only once per row; "
-            "set dataset.packing: false",
+            f"packed rows contain several examples, but {method.title} {problem}; set dataset.packing: false",
         )
     if recipe.training.train_sampling_strategy == "group_by_length":
         report(

@@ -116,7 +116,11 @@ def test_keys_of_a_newer_peft_that_are_on_are_told_and_those_known_to_matter_ref
     values = {"peft_type": "LORA", "peft_version": "0.99.0.dev0", "some_new_switch": True}
     with pytest.warns(UserWarning, match="some_new_switch=True is not supported; PEFT 0.99.0.dev0 wrote it"):
         assert config_from_dict(values).r == 8
-    for wrong in ({"peft_version": "0.21.2"}, {"peft_version": None}, {"use_qalora": True, "some_new_switch": False}):
+    for wrong in (
+        {"peft_version": "0.21.2"},
+        {"peft_version": None},
+        {"megatron_config": True, "some_new_switch": False},
+    ):
         with pytest.raises(AdapterError, match="=True is not supported"):
             config_from_dict({**values, **wrong})
 

@@ -12,6 +12,7 @@ from peftcli.core.inject import replace_modules, train_other_biases
 from peftcli.core.layer import AdapterLayer, TrainedCopy, base_module, base_paths
 from peftcli.core.targets import find_modules
 from peftcli.methods._token_rows import share_rows, wrap_rows
+from peftcli.methods.lora.alora import watch_input_ids
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.lora import LoraEmbedding, LoraLayer, LoraLinear
 from peftcli.methods.lora.targets import tied_group, token_modules
@@ -22,6 +23,8 @@ def attach(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]
     config.fan_in_fan_out = any(isinstance(layer, LoraLinear) and layer.view.transposed for layer in layers.values())
     if config.bias == "all":
         train_other_biases(model)
+    if config.alora_invocation_tokens:
+        watch_input_ids(model)
     if config.ensure_weight_tying:
         _tie(model, config, layers)
     _train_rows(model, config)

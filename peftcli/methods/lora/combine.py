@@ -15,6 +15,7 @@ from peftcli.errors import AdapterError
 from peftcli.methods.combinations import Combination
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.updates import Pair, pairs, updates
+from peftcli.methods.lora.variant_settings import variant_of
 from peftcli.methods.updates import Update, distance, weighted_sum
 
 _TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -89,6 +90,8 @@ def _lora(adapter: Adapter) -> LoraConfig:
     config = adapter.config
     if not isinstance(config, LoraConfig):
         raise AdapterError(f"{adapter.name} is {config.peft_type}; only LoRA adapters can be combined")
+    if (variant := variant_of(config)) is not None:
+        raise AdapterError(f"{adapter.name} is a variant of LoRA, and only plain ones can be combined", key=variant)
     if config.target_parameters:
         raise AdapterError(
             f"{adapter.name} adapts parameters without layers, which cannot be combined", key="target_parameters"

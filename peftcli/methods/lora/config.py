@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftcli.core.config import AdapterConfig, ExcludingConfig, LayeredConfig
 from peftcli.methods.lora.initialisations.config import (
@@ -17,16 +17,19 @@ from peftcli.methods.lora.initialisations.config import (
     init_problems,
     is_residual,
 )
+from peftcli.methods.lora.variant_settings import (
+    BdLoraConfig,
+    KasaConfig,
+    MontecloraConfig,
+    Problems,
+    VeloraConfig,
+    variant_problems,
+)
 
-Problems = list[tuple[str, str]]
 _MAX_LAYERS = 500
 
-
-_VARIANTS = (
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "megatron_config", "monteclora_config", "use_bdlora",
-    "use_qalora", "velora_config",
-)  # fmt: skip
-"""PEFT's keys of variants of LoRA that are not here."""
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @dataclass(kw_only=True)
@@ -37,9 +40,9 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
     always_written: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "target_modules", "lora_dropout", "bias")
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
         "megatron_core": ("megatron.core",),
-        "qalora_group_size": (16,),
         "runtime_config": ({"ephemeral_gpu_offload": False},),
-        **dict.fromkeys(_VARIANTS, ()),
+        "arrow_config": (),
+        "megatron_config": (),
     }
 
     r: int = 8
@@ -72,6 +75,23 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
     0 1 2 3 2 3 4. The base weights are shared."""
     ensure_weight_tying: bool = False
     """Let a head that shares its weight with the input embedding share the embedding's adapter too."""
+    alora_invocation_tokens: list[int] | str | None = None
+    """Token ids, or a text, from whose last place in a row the adapter is on (aLoRA, https://arxiv.org/abs/2504.12397),
+    such as what begins an answer. What stands before it is the base model's, so its cache can be used. The file holds
+    the ids. Rows without them train nothing."""
+    use_bdlora: BdLoraConfig | None = None
+    """Block-diagonal A or B (BD-LoRA, https://arxiv.org/abs/2510.23346), for servers that split layers over devices."""
+    use_qalora: bool = False
+    """Let A read averages of inputs (QA-LoRA, https://arxiv.org/abs/2309.14717), on a base model of GPTQ or AWQ."""
+    qalora_group_size: int = 16
+    """Inputs that use_qalora averages."""
+    kasa_config: KasaConfig | None = None
+    """Replace the weakest directions of the base weight (KaSA, https://arxiv.org/abs/2412.06071)."""
+    monteclora_config: MontecloraConfig | None = None
+    """Train on random samples around A (MonteCLoRA, https://arxiv.org/abs/2411.04358), which guards against
+    overfitting."""
+    velora_config: VeloraConfig | None = None
+    """Train A from compressed inputs, which saves memory (VeLoRA, https://arxiv.org/abs/2405.17991)."""
     init_lora_weights: bool | Name | str = True
     """How A and B start. true: A Kaiming uniform, B zero. gaussian: A normal with deviation 1/r, B zero. orthogonal:
     both random, their product zero. pissa, olora: the strongest directions of the base weight, which learns faster;
@@ -100,7 +120,19 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
         found = super().problems()
         if self.target_parameters:  # enough to adapt
             found = [problem for problem in found if problem != ("target_modules", "names no module")]
-        return found + _own_problems(self) + init_problems(self)
+        return found + _own_problems(self) + init_problems(self) + variant_problems(self)
+
+    def prepare(self, load_tokenizer: Callable[[str | None], Any]) -> None:
+        if isinstance(text := self.alora_invocation_tokens, str):
+            self.alora_invocation_tokens = load_tokenizer(None)(text, add_special_tokens=False)["input_ids"]
+
+    def packing_problem(self) -> str | None:
+        return "finds alora_invocation_tokens only once per row" if self.alora_invocation_tokens else None
+
+    def merge_problem(self) -> str | None:
+        if self.alora_invocation_tokens:
+            return "aLoRA cannot be merged: the tokens before the invocation need the base weights"
+        return None
 
     def usual_targets(self, model_type: str) -> list[str] | str:
         return [] if self.target_parameters else super().usual_targets(model_type)

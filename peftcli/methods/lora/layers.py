@@ -32,6 +32,10 @@ from peftcli.methods.lora.replicate import replicate, separate
 from peftcli.methods.lora.targets import targets as targets
 from peftcli.methods.lora.updates import describe as describe
 from peftcli.methods.lora.updates import updates as updates
+from peftcli.methods.lora.variant_settings import variant_of
+from peftcli.methods.lora.variants import LAYERS as VARIANT_LAYERS
+from peftcli.methods.lora.variants import check_variant
+from peftcli.methods.lora.variants import penalty as penalty
 
 
 def wrap(module: nn.Module, name: str, config: LoraConfig) -> LoraLayer:
@@ -41,6 +45,8 @@ def wrap(module: nn.Module, name: str, config: LoraConfig) -> LoraLayer:
         AdapterError: LoRA does not adapt such a module, or not with these settings.
     """
     check_initialisation(module, name, config)
+    check_variant(module, name, config)
+    variant = variant_of(config)
     if named_parameters(module, name, config):
         return wrap_parameters(module, name, config)
     base, view = base_module(module), linear_view(module)
@@ -57,6 +63,8 @@ def wrap(module: nn.Module, name: str, config: LoraConfig) -> LoraLayer:
     if isinstance(base, NonDynamicallyQuantizableLinear):
         check_attention(name, config)
         layer = LoraOutputProjection(below, name, config.plain() if config.inference_mode else config)
+    elif variant is not None:
+        layer = VARIANT_LAYERS[variant](below, name, config.plain() if config.inference_mode else config)
     elif view is not None:
         layer = linear_layer(below, name, config)
     elif isinstance(base, CONVOLUTIONS):

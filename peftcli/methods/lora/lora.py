@@ -80,12 +80,17 @@ class LoraLinear(LoraLayer):
 
     def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig):
         super().__init__(base_layer, name, config)
-        view, like = linear_view(base_layer), factory_kwargs(base_layer)
+        view = linear_view(base_layer)
         assert view is not None
         self.view = view
-        self.lora_A = nn.Linear(view.in_features, self.r, bias=False, **like)
-        self.lora_B = nn.Linear(self.r, view.out_features, bias=config.lora_bias, **like)
+        self.make_pair(name, config)
         self.start(config)
+
+    def make_pair(self, name: str, config: LoraConfig) -> None:
+        """Make A and B, not filled yet."""
+        like = factory_kwargs(self.base_layer)
+        self.lora_A = nn.Linear(self.view.in_features, self.r, bias=False, **like)
+        self.lora_B = nn.Linear(self.r, self.view.out_features, bias=config.lora_bias, **like)
 
     def delta(self) -> torch.Tensor:
         return self.view.as_stored(self.scaling * (self.lora_B.weight @ self.lora_A.weight))

@@ -11,8 +11,10 @@ import torch
 
 from peftcli.core.targets import pattern_value
 from peftcli.errors import AdapterError
+from peftcli.methods.lora.bdlora import dense_pair
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.config import is_residual
+from peftcli.methods.lora.qalora import spread
 from peftcli.methods.updates import Update, UpdateUnknown
 
 _ENDS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
@@ -70,6 +72,8 @@ def updates(config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str
     """
     if config.use_dora:
         raise UpdateUnknown("what DoRA adds depends on the base model's weights")
+    if config.kasa_config:
+        raise UpdateUnknown("what KaSA takes away is in the base model's weights only")
     found: dict[str, Update] = {}
     plain, patterns = config.plain(), config.rank_pattern or config.alpha_pattern
     for path, pair in pairs(tensors).items():
@@ -80,6 +84,10 @@ def updates(config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str
         if min(tensors[name].ndim for name in (pair.a, pair.b)) < 2:
             raise AdapterError(f"{pair.a} and {pair.b} are no matrices")
         right, left = tensors[pair.a].flatten(1), tensors[pair.b].flatten(1)
+        if config.use_qalora:
+            right = spread(right, config.qalora_group_size)
+        if config.use_bdlora:
+            right, left = dense_pair(config.use_bdlora, name, right, left)
         rows = right.shape[0]
         if 2 * rows == r and is_residual(config.init_lora_weights):
             raise UpdateUnknown(f"what {config.init_lora_weights} started from is in the base model only")

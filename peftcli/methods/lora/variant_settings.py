@@ -1,0 +1,172 @@
+"""The settings of LoRA's variants. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from peftcli.methods.lora.initialisations.config import is_residual
+
+if TYPE_CHECKING:
+    from peftcli.methods.lora.config import LoraConfig
+
+Problems = list[tuple[str, str]]
+
+VARIANTS = ("alora_invocation_tokens", "use_bdlora", "use_qalora", "kasa_config", "monteclora_config", "velora_config")
+"""The fields that switch a variant on. They adapt linear layers only, and one layer has one variant."""
+_INIT_TYPES = ("batch_average", "batch_average_once", "random")
+_MOST_SAMPLES = 1024
+
+
+@dataclass
+class BdLoraConfig:
+    """Settings of BD-LoRA."""
+
+    target_modules_bd_a: list[str] | None = None
+    """Parts of names of modules whose A is block-diagonal: those that the server splits by rows, such as down_proj."""
+    target_modules_bd_b: list[str] | None = None
+    """Parts of names of modules whose B is block-diagonal: those that the server splits by columns, such as q_proj."""
+    nblocks: int = 1
+    """Number of blocks: on how many devices the server splits a layer."""
+    match_strict: bool = True
+    """Refuse modules that neither list names. false: they get a plain LoRA."""
+
+
+@dataclass
+class KasaConfig:
+    """Settings of KaSA."""
+
+    beta: float = 1e-4
+    """Weight in the loss of the squared singular values of the update."""
+    gamma: float = 1e-3
+    """Weight in the loss of how far A's rows and B's columns are from orthonormal."""
+
+
+@dataclass
+class MontecloraConfig:
+    """Settings of MonteCLoRA."""
+
+    num_samples: int = 8
+    """Samples of A that are drawn and averaged at each step."""
+    use_entropy: bool = False
+    """Add the sum of the squared weights of the samples to the loss, which keeps one sample from taking over."""
+    dirichlet_prior: float = 0.1
+    """Prior of the weights of the samples: larger pulls them together."""
+    sample_scaler: float = 1e-4
+    """Size of the noise on A. Near 0, training is that of a plain LoRA."""
+    kl_loss_weight: float = 1e-5
+    """Weight in the loss of the distance from the priors."""
+    buffer_size: int = 150
+    """Changes nothing here: noise is drawn when it is needed."""
+
+
+@dataclass
+class VeloraConfig:
+    """Settings of VeLoRA."""
+
+    num_groups: int = 64
+    """Groups that an input is cut into; one number of each is kept for the backward pass. More: a better gradient, and
+    more memory."""
+    scale: float = 1.0
+    """Factor on the inputs that the backward pass rebuilds."""
+    init_type: Literal["batch_average", "batch_average_once", "random"] = "batch_average"
+    """The direction that groups are projected on: the average of each batch, that of the first batch, or a random one.
+    """
+
+
+def variant_of(config: LoraConfig) -> str | None:
+    """Return the field that switches the config's variant on, or None for a plain LoRA."""
+    return next((key for key in VARIANTS if getattr(config, key)), None)
+
+
+def variant_problems(config: LoraConfig) -> Problems:
+    """Return the problems of the variants' settings: ``(key, message)`` each."""
+    on = [key for key in (*VARIANTS, "use_dora") if getattr(config, key)]
+    if not on or on == ["use_dora"]:
+        return []
+    key, init = on[0], config.init_lora_weights
+    if len(on) > 1:
+        return [(key, f"does not go with {on[1]}: a layer has one variant")]
+    found: Problems = []
+    if is_residual(init) or init == "mica":
+        found.append((key, f"does not go with init_lora_weights: {init}"))
+    if config.target_parameters:
+        found.append((key, "does not go with target_parameters: it adapts linear layers"))
+    return found + _OWN[key](config)
+
+
+def _alora(config: LoraConfig) -> Problems:
+    key, tokens = "alora_invocation_tokens", config.alora_invocation_tokens
+    ids = tokens if isinstance(tokens, list) else []
+    found = [(key, f"token ids count from 0, not {token}") for token in ids if token < 0]
+    if config.task_type not in (None, "CAUSAL_LM"):
+        found.append((key, f"needs a causal language model, not {config.task_type}"))
+    if config.bias != "none":
+        found.append((key, "does not go with bias: that changes the tokens before the invocation too"))
+    return found
+
+
+def _bdlora(config: LoraConfig) -> Problems:
+    assert config.use_bdlora
+    own, found = config.use_bdlora, _with_plain_start("use_bdlora", config)
+    both = sorted({*(own.target_modules_bd_a or ())} & {*(own.target_modules_bd_b or ())})
+    if both:
+        found.append(("use_bdlora", f"{both[0]} is in both lists; block-diagonal are A or B"))
+    if own.nblocks < 1:
+        found.append(("use_bdlora.nblocks", f"must be at least 1, not {own.nblocks}"))
+    return found
+
+
+def _qalora(config: LoraConfig) -> Problems:
+    size = config.qalora_group_size
+    wrong = [("qalora_group_size", f"must be at least 1, not {size}")] if size < 1 else []
+    return wrong + _with_plain_start("use_qalora", config)
+
+
+def _with_plain_start(key: str, config: LoraConfig) -> Problems:
+    """Return what does not go with an A or B of another shape."""
+    found = []
+    if not isinstance(config.init_lora_weights, bool) and not config.inference_mode:
+        found.append((key, f"needs init_lora_weights: true or false, not {config.init_lora_weights}"))
+    if config.lora_bias:
+        found.append((key, "does not go with lora_bias"))
+    return found
+
+
+def _kasa(config: LoraConfig) -> Problems:
+    own = config.kasa_config
+    wrong = {key: getattr(own, key) for key in ("beta", "gamma") if getattr(own, key) < 0}
+    return [(f"kasa_config.{key}", f"must be at least 0, not {value}") for key, value in wrong.items()]
+
+
+def _monteclora(config: LoraConfig) -> Problems:
+    assert config.monteclora_config
+    own, found = config.monteclora_config, []
+    if not 1 <= own.num_samples <= _MOST_SAMPLES:
+        found.append(("monteclora_config.num_samples", f"must be in 1 to {_MOST_SAMPLES}, not {own.num_samples}"))
+    for key in ("dirichlet_prior", "buffer_size"):
+        if getattr(own, key) <= 0:
+            found.append((f"monteclora_config.{key}", f"must be above 0, not {getattr(own, key)}"))
+    for key in ("sample_scaler", "kl_loss_weight"):
+        if getattr(own, key) < 0:
+            found.append((f"monteclora_config.{key}", f"must be at least 0, not {getattr(own, key)}"))
+    return found
+
+
+def _velora(config: LoraConfig) -> Problems:
+    own = config.velora_config
+    wrong = {key: getattr(own, key) for key in ("num_groups", "scale") if getattr(own, key) <= 0}
+    found = [(f"velora_config.{key}", f"must be above 0, not {value}") for key, value in wrong.items()]
+    if own and own.init_type not in _INIT_TYPES:
+        found.append(("velora_config.init_type", f"must be one of {', '.join(_INIT_TYPES)}, not {own.init_type!r}"))
+    return found
+
+
+_OWN = {
+    "alora_invocation_tokens": _alora,
+    "use_bdlora": _bdlora,
+    "use_qalora": _qalora,
+    "kasa_config": _kasa,
+    "monteclora_config": _monteclora,
+    "velora_config": _velora,
+}
