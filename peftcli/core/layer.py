@@ -39,6 +39,8 @@ class AdapterLayer(nn.Module):
     casts_input = True
     """Whether LoRA and trained copies convert their input to the adapter's dtype. Off where hooks convert the weights
     on their way."""
+    rows: list[int] | None = None
+    """The rows of the batch that ``forward`` gets, while rows have different adapters; None: all."""
     base_layer: Any
     """The layer of the model, or another adapter layer over it."""
 

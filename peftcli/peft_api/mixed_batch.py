@@ -73,15 +73,21 @@ class _Routing:
     names: list[str]
     """Whose the rows of the batch are, or of the part of it that is on its way through a layer."""
     copies: int
+    places: list[int] | None = None
+    """Which rows of the batch those are; None: all."""
 
     def forward(self, path: str, layer: AdapterLayer, forward: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         """What ``layer`` computes of its adapter's rows, and what stands below it of the others, in their order."""
         if len(set(self.names)) == 1:
-            return (forward if self.names[0] == layer.adapter else layer.base_layer)(x, *args, **kwargs)
+            if self.names[0] != layer.adapter:
+                return layer.base_layer(x, *args, **kwargs)
+            with _given(layer, self.places):
+                return forward(x, *args, **kwargs)
         rows = self._rows_of(path, x)
         own = [name == layer.adapter for name in rows]
         if all(own):
-            return forward(x, *args, **kwargs)
+            with _given(layer, self.places):
+                return forward(x, *args, **kwargs)
         if not any(own):
             return layer.base_layer(x, *args, **kwargs)
         if any(not isinstance(value, (bool, int, float, str, type(None))) for value in [*args, *kwargs.values()]):
@@ -89,7 +95,7 @@ class _Routing:
         parts, places = [], []
         for compute, chosen in ((forward, True), (layer.base_layer, False)):
             index = [i for i, mine in enumerate(own) if mine is chosen]
-            with self._only([rows[i] for i in index]):
+            with self._only([rows[i] for i in index], index), _given(layer, self.places):
                 parts.append(compute(x[index], *args, **kwargs))
             places += index
         order = torch.tensor(places, device=x.device).argsort()
@@ -109,13 +115,24 @@ class _Routing:
         )
 
     @contextmanager
-    def _only(self, names: list[str]) -> Iterator[None]:
-        before = self.names, self.copies
-        self.names, self.copies = names, 1
+    def _only(self, names: list[str], index: list[int]) -> Iterator[None]:
+        before = self.names, self.copies, self.places
+        places = index if self.places is None else [self.places[i] for i in index]
+        self.names, self.copies, self.places = names, 1, places
         try:
             yield
         finally:
-            self.names, self.copies = before
+            self.names, self.copies, self.places = before
+
+
+@contextmanager
+def _given(layer: AdapterLayer, rows: list[int] | None) -> Iterator[None]:
+    """Inside, the layer knows which rows of the batch it gets."""
+    layer.rows = rows
+    try:
+        yield
+    finally:
+        layer.rows = None
 
 
 def _check(model: nn.Module, names: Sequence[str], layers: dict[str, AdapterLayer]) -> None:

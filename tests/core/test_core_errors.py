@@ -139,16 +139,14 @@ def test_the_same_on_a_trainable_model_in_training(bad: LoraConfig) -> None:
         ("trainable_token_indices", {"embed_tokens": 3}),
         ("trainable_token_indices", [-1]),
         ("target_parameters", "experts"),
-        ("use_qalora", True),
-        ("qalora_group_size", 32),
-        ("alora_invocation_tokens", [5]),
+        ("alora_invocation_tokens", [-5]),
         ("megatron_config", {"a": 1}),
         ("megatron_core", "mine"),
         ("velora_config", {"rank": 4}),
-        ("monteclora_config", {"num_samples": 4}),
-        ("use_bdlora", {"nblocks": 2}),
+        ("monteclora_config", {"num_samples": 4000000}),
+        ("use_bdlora", {"nblocks": 0}),
         ("arrow_config", {"top_k": 3}),
-        ("kasa_config", {"beta": 1e-4}),
+        ("kasa_config", {"beta": -1e-4}),
         ("runtime_config", {"ephemeral_gpu_offload": True}),
         ("some_new_key", "on"),
         ("r", "8"),
@@ -172,7 +170,7 @@ def test_a_setting_of_a_file_that_is_not_supported_or_wrong_is_refused_by_name(k
         config_from_dict(
             {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], key: value}, "x/adapter_config.json"
         )
-    assert caught.value.key == key
+    assert (caught.value.key or "").partition(".")[0] == key
     assert "x/adapter_config.json" in str(caught.value)
 
 

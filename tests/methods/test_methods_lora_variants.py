@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -290,6 +291,24 @@ def test_aloras_offsets_may_be_given_as_in_peft() -> None:
     offsets = [9 - start or None for start in STARTS]
     assert torch.equal(model(LONG, alora_offsets=offsets).logits, model(LONG).logits)
     assert not torch.equal(model(LONG, alora_offsets=[9, 9, 9, 9]).logits, model(LONG).logits)
+
+
+def test_rows_of_a_batch_have_aloras_of_their_own() -> None:
+    model = _alora()
+    model.add_adapter("plain", LoraConfig(init_lora_weights=False))
+    model.add_adapter(
+        "b", LoraConfig(init_lora_weights=False, alora_invocation_tokens=[9], target_modules="all-linear")
+    )
+    names = ["b", "default", "b", "plain", "default", "__base__"]
+    ids = torch.cat([LONG[:1], LONG[:3], LONG[3:], LONG[3:]])
+    with torch.no_grad():
+        found = model(ids, adapter_names=names).logits
+        for row, name in enumerate(names):
+            if name != "__base__":
+                model.set_adapter(name)
+            with model.disable_adapter() if name == "__base__" else nullcontext():
+                expected = model(ids[row : row + 1]).logits
+            torch.testing.assert_close(found[row : row + 1], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_alora_needs_the_ids_and_cannot_be_merged() -> None:

@@ -204,8 +204,8 @@ NO_SETTING = {
     "an unknown key of 100,000 entries": here(config("is not supported", lora_magic=list(range(100_000)))),
     "code to import": here(config("is not supported", auto_map={"AutoModel": "evil.Model"})),
     "Megatron": config("is not supported", megatron_config={"a": 1}),
-    "activated LoRA": here(config("is not supported", alora_invocation_tokens=[1, 2])),
-    "QALoRA": here(config("is not supported", use_qalora=True)),
+    "activated LoRA": here(config("token ids count from 0", alora_invocation_tokens=[1, -2])),
+    "QALoRA": here(config("must be at least 1", qalora_group_size=0, use_qalora=True)),
     "Arrow": here(config("is not supported", arrow_config={"top_k": 2})),
     "a quantised start that reads a file": Case(
         lambda folder: folder.config(init_lora_weights="corda", corda_config={"cache_file": "/etc/passwd"}),

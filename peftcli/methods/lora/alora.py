@@ -34,8 +34,6 @@ _KEY = "alora_invocation_tokens"
 class ALoraLinear(LoraLinear):
     """A linear layer with a LoRA that is on from the invocation tokens of each row."""
 
-    by_row = False
-
     def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig):
         super().__init__(base_layer, name, config)
         if isinstance(config.alora_invocation_tokens, str):
@@ -57,6 +55,8 @@ class ALoraLinear(LoraLinear):
 
     def _places(self, active: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return ``active`` for the positions of ``x``: (B, T, D), its last ones (B, t, D), or all as (B * T, D)."""
+        if self.rows is not None:
+            active = active[self.rows]
         rows, tokens = active.shape
         if x.ndim == 3 and len(x) == rows and x.shape[1] <= tokens:
             return active[:, tokens - x.shape[1] :].unsqueeze(-1)
