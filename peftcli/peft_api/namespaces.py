@@ -61,9 +61,10 @@ def add_namespaces() -> None:
 
 def _finder(path: str) -> Any:
     def find(name: str) -> Any:
-        for place in NAMESPACES[path]:
+        # inspect asks every module for __file__: no reason to import anything
+        for place in () if name.startswith("_") else NAMESPACES[path]:
             module = importlib.import_module(f"peftcli.{place}")
-            if not name.startswith("_") and hasattr(module, name):
+            if hasattr(module, name):
                 return getattr(module, name)
         raise AttributeError(f"module '{__package__}.{path}' has no attribute {name!r}")
 

@@ -39,6 +39,7 @@ def test_every_module_is_one_of_pefts() -> None:
         ("mapping_func", "get_peft_model"),
         ("peft_model", "PeftModel PeftModelForCausalLM get_layer_status"),
         ("tuners", "LoraConfig IA3Config PrefixTuningConfig"),
+        ("tuners.cartridge.utils", "initialize_kv_prefix_from_text compose_cartridge_adapters"),
         ("tuners.lora", "LoraConfig LoraLayer EvaConfig initialize_lora_eva_weights"),
         ("tuners.lora.corda", "preprocess_corda"),
         ("tuners.lora.layer", "LoraLayer"),
@@ -54,6 +55,13 @@ def test_the_names_that_scripts_import_are_where_peft_has_them(path: str, names:
     missing = [name for name in names.split() if not (hasattr(here, name) and hasattr(there, name))]
     assert not missing
     assert not hasattr(here, "no_such_name")
+
+
+def test_a_module_asked_for_its_file_imports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``inspect.getmodule`` asks all modules, in the middle of an import of torch's too."""
+    modules = [importlib.import_module(f"peftcli.peft_api.{path}") for path in NAMESPACES]
+    monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail(f"imports {name}"))
+    assert not any(hasattr(module, "__file__") for module in modules)
 
 
 def test_the_tables_say_what_pefts_say() -> None:
