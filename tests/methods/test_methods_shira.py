@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import peft
 import pytest
 import torch
-from models_tiny import tiny
-from oracle import ours
+from models_tiny import randomise, tiny
+from oracle import loaded_by_peft, ours, same_logits
 from torch import nn
 
 from peftcli.core.inject import inject
@@ -14,6 +18,7 @@ from peftcli.core.weights import adapter_state, named_tensors
 from peftcli.errors import AdapterError
 from peftcli.methods.shira.config import ShiraConfig
 from peftcli.methods.shira.layers import ShiraLinear
+from peftcli.peft_api import PeftModel, get_peft_model
 
 
 def test_the_update_is_the_numbers_at_their_places() -> None:
@@ -46,12 +51,44 @@ def test_a_seed_chooses_the_places() -> None:
     assert not torch.equal(places(3), places(4))
 
 
-def test_masks_of_ones_own_are_refused_by_name_and_their_files_are_read() -> None:
-    with pytest.raises(AdapterError, match="mask of your own") as caught:
-        ShiraConfig().mask_fn = lambda layer, r: None  # type: ignore[attr-defined]
-    assert caught.value.key == "mask_fn"
-    with pytest.raises(AdapterError, match="'mine' is not supported"):
-        ShiraConfig(mask_type="mine").check()  # type: ignore[arg-type]
+def _every_eighth(layer: nn.Linear, r: int, **_: Any) -> torch.Tensor:
+    return (torch.arange(layer.weight.numel()).view(layer.weight.shape) % 8 == 3).to(layer.weight)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_a_mask_of_ones_own_is_pefts(tmp_path: Path) -> None:
+    masked = {}
+    for name, classes in {
+        "here": (ShiraConfig, get_peft_model),
+        "peft": (peft.ShiraConfig, peft.get_peft_model),
+    }.items():
+        settings = classes[0](r=2, target_modules=["q_proj"], mask_type="random")
+        settings.mask_fn = _every_eighth
+        settings.mask_type = "every eighth"
+        masked[name] = classes[1](tiny("llama"), settings)
+    here, there = adapter_state(masked["here"].get_base_model()), peft.get_peft_model_state_dict(masked["peft"])
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[key].int(), there[key].int()) for key in here if key.endswith("indices"))
+    model = masked["here"]
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    same_logits("llama", PeftModel.from_pretrained(tiny("llama"), tmp_path), model)
+    same_logits("llama", loaded_by_peft("llama", tmp_path), model)
+
+
+def test_what_is_no_mask_is_refused_and_files_need_none() -> None:
+    wrong: dict[str, Any] = {
+        r"must return a tensor \(6, 9\) of zeros and ones": lambda layer, r, **_: layer.weight.T,
+        "chose 1 numbers of x, not 30": lambda layer, r, **_: torch.eye(6, 9) * torch.eye(9)[0],
+    }
+    for message, mask_fn in wrong.items():
+        config = ShiraConfig(r=2)
+        config.mask_fn = mask_fn  # type: ignore[misc]
+        with pytest.raises(AdapterError, match=message) as caught:
+            ShiraLinear(nn.Linear(9, 6), "x", config)
+        assert caught.value.key == "mask_fn"
+    with pytest.raises(AdapterError, match="'mine' needs a function"):
+        ShiraConfig(mask_type="mine").check()
     ShiraConfig.from_dict({"peft_type": "SHIRA", "mask_type": "mine", "inference_mode": True})
 
 

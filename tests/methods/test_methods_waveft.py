@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 
+import peft
 import pytest
 import torch
+from models_tiny import tiny
+from oracle import ours, theirs
 from peft.tuners.waveft.wavelet import Wavelet
 from peft.tuners.waveft.waverec2d import waverec2d
 from torch import nn
 
+from peftcli.core.inject import inject
+from peftcli.core.layer import adapter_layers
+from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods.waveft.config import MOMENTS, WaveFTConfig
 from peftcli.methods.waveft.layers import WaveFTLinear, _daubechies, synthesis
@@ -69,9 +75,21 @@ def test_without_the_transform_the_numbers_are_the_update() -> None:
     assert layer.delta().count_nonzero() == 3
 
 
-def test_other_wavelets_and_proportional_sizes_are_refused_by_name() -> None:
+def test_proportional_sizes_are_pefts() -> None:
+    settings = {"target_modules": "all-linear", "n_frequency": 37, "proportional_parameters": True}
+    model, oracle = ours("llama", "waveft", **settings)[0], theirs("llama", "waveft", **settings)
+    sizes = {name: len(value) for name, value in adapter_state(model).items()}
+    assert sizes == {name: len(value) for name, value in peft.get_peft_model_state_dict(oracle).items()}
+    assert len(set(sizes.values())) > 1
+
+
+def test_what_means_nothing_is_named() -> None:
     with pytest.raises(AdapterError, match="coif2") as caught:
         WaveFTConfig(wavelet_family="coif2").check()
     assert caught.value.key == "wavelet_family"
-    with pytest.raises(AdapterError, match="proportional_parameters=True is not supported"):
-        WaveFTConfig.from_dict({"peft_type": "WAVEFT", "proportional_parameters": True})
+    with pytest.raises(AdapterError, match="n_frequency_pattern: means nothing with proportional_parameters"):
+        WaveFTConfig(proportional_parameters=True, n_frequency_pattern={"q_proj": 3}).check()
+    model = tiny("llama")
+    with pytest.raises(AdapterError, match="n_frequency: asks for 2592 x 4 of the 3072 numbers of the layers"):
+        inject(model, WaveFTConfig(proportional_parameters=True))
+    assert not adapter_layers(model)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from peftcli.core.config import FanInConfig
-from peftcli.errors import AdapterError
 from peftcli.methods._settings import Problems, too_small
 
 
@@ -19,22 +18,24 @@ class ShiraConfig(FanInConfig):
 
     r: int = 32
     """As many numbers of each weight are trained as LoRA of this r would train: r * (in + out)."""
-    mask_type: Literal["random"] = "random"
-    """How the numbers are chosen. The file says which they are, so files of other masks can be read."""
+    mask_fn: ClassVar[Any] = None
+    """A function that chooses the numbers, set on a config in Python: ``config.mask_fn = choose``. It gets the base
+    layer and ``r`` (and ``random_seed`` while mask_type is random), and returns a mask of the weight, (out, in), of
+    zeros and r * (in + out) ones."""
+    mask_type: str = field(default="random", metadata={"python_only": "a mask of your own is a function, mask_fn"})
+    """How the numbers are chosen: at random, or under another name by mask_fn in Python. The file says which they are.
+    """
     random_seed: int | None = None
     """Seed of the choice. Unset: one that is always the same."""
     init_weights: bool = True
     """Start from no update at all; false starts at random, for tests."""
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "mask_fn":  # PEFT's way to give a mask of one's own
-            raise AdapterError("a mask of your own is not supported; the mask is random", key="mask_fn")
-        super().__setattr__(name, value)
-
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, r=1)
-        if self.mask_type != "random" and not self.inference_mode:
-            found.append(("mask_type", f"{self.mask_type!r} is not supported; the mask is random"))
+        if self.mask_type != "random" and self.mask_fn is None and not self.inference_mode:
+            found.append(
+                ("mask_type", f"{self.mask_type!r} needs a function, config.mask_fn; without one it is random")
+            )
         return found
 
     def usual_targets(self, model_type: str) -> list[str] | str:

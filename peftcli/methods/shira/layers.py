@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from peftcli.core.layer import base_module
+from peftcli.errors import AdapterError
 from peftcli.methods._linear import DeltaLinear, factory_kwargs
 from peftcli.methods._sparse import drawn_places, scattered
 from peftcli.methods.shira.config import ShiraConfig
 
 
 class ShiraLinear(DeltaLinear):
-    """``delta: (out, in)`` is zero but for ``r * (in + out)`` trained numbers, at random places."""
+    """``delta: (out, in)`` is zero but for ``r * (in + out)`` trained numbers, at random places or those of a mask."""
 
     fixed = ("shira_indices",)
     shira_indices: torch.Tensor
@@ -23,7 +25,23 @@ class ShiraLinear(DeltaLinear):
         start = torch.zeros if config.init_weights else torch.randn
         self.shira_weight = nn.Parameter(start(count, **factory_kwargs(self)))
         places = drawn_places(self, name, "r", count, config.random_seed).sort().values
+        if config.mask_fn is not None and not config.inference_mode:
+            places = self._masked(name, config)
         self.register_buffer("shira_indices", torch.stack([places // columns, places % columns]).int())
+
+    def _masked(self, name: str, config: ShiraConfig) -> torch.Tensor:
+        """Return the places that the config's own function chooses, as indices into the flat weight (out, in)."""
+        seed = {"random_seed": config.random_seed} if config.mask_type == "random" else {}
+        mask, shape = (
+            config.mask_fn(base_module(self), config.r, **seed),
+            (self.view.out_features, self.view.in_features),
+        )
+        if not isinstance(mask, torch.Tensor) or mask.shape != shape or not ((mask == 0) | (mask == 1)).all():
+            raise AdapterError(f"must return a tensor {shape} of zeros and ones for {name}", key="mask_fn")
+        places = mask.flatten().nonzero().flatten()
+        if len(places) != len(self.shira_weight):
+            raise AdapterError(f"chose {len(places)} numbers of {name}, not {len(self.shira_weight)}", key="mask_fn")
+        return places
 
     def delta(self) -> torch.Tensor:
         rows, columns = self.shira_indices.long()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
 from peftcli.methods._settings import Problems, not_one_of, not_positive, pattern_too_small, too_small
@@ -22,7 +22,6 @@ class WaveFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     peft_type: ClassVar[str] = "WAVEFT"
     sizes: ClassVar[tuple[str, ...]] = ("n_frequency", "n_frequency_pattern")
     always_written: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "target_modules", "random_loc_seed")
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"proportional_parameters": ()}
 
     n_frequency: int = 2592
     """Trained wavelet coefficients of the update, in each layer. The file holds this many numbers for each layer."""
@@ -36,12 +35,16 @@ class WaveFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Seed of the coefficients that are trained."""
     n_frequency_pattern: dict[str, int] = field(default_factory=dict)
     """An n_frequency of their own for some layers: name ending or regular expression -> n_frequency."""
+    proportional_parameters: bool = False
+    """Share the coefficients of all layers out in proportion to the layers' sizes, in place of n_frequency for each."""
     init_weights: bool = True
     """Start from no update at all; false starts at random."""
 
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, n_frequency=1) + not_positive(self, "scaling")
         found += not_one_of(self, "wavelet_family", *MOMENTS)
+        if self.proportional_parameters and self.n_frequency_pattern:
+            found.append(("n_frequency_pattern", "means nothing with proportional_parameters"))
         return found + pattern_too_small(self, "n_frequency_pattern", 1)
 
     def usual_targets(self, model_type: str) -> list[str] | str:

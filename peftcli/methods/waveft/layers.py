@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.targets import pattern_value
+from peftcli.core.layer import AdapterLayer, base_paths
+from peftcli.core.linear import linear_view
+from peftcli.core.targets import find_targets, pattern_value
+from peftcli.errors import AdapterError
 from peftcli.methods._linear import DeltaLinear, factory_kwargs
 from peftcli.methods._sparse import drawn_places, scattered
 from peftcli.methods.waveft.config import MOMENTS, WaveFTConfig
@@ -26,11 +31,15 @@ class WaveFTLinear(DeltaLinear):
 
     def __init__(self, module: nn.Module, name: str, config: WaveFTConfig):
         super().__init__(module, name, "WaveFT", config.bias)
-        count = int(pattern_value(config.n_frequency_pattern, name, config.n_frequency))
+        self.scaling, self.use_idwt = config.scaling, config.use_idwt
+        if not config.proportional_parameters:  # else the sizes of all layers decide: see attach
+            self.allocate(name, int(pattern_value(config.n_frequency_pattern, name, config.n_frequency)), config)
+
+    def allocate(self, name: str, count: int, config: WaveFTConfig) -> None:
+        """Make ``count`` trained coefficients."""
         self.waveft_spectrum = nn.Parameter(torch.zeros(count, **factory_kwargs(self)))
         if not config.init_weights:
             nn.init.normal_(self.waveft_spectrum, std=0.01)
-        self.scaling, self.use_idwt = config.scaling, config.use_idwt
         places = drawn_places(self, name, "n_frequency", count, config.random_loc_seed)
         self.register_buffer("places", places, persistent=False)
         self.register_buffer("filters", synthesis(MOMENTS[config.wavelet_family]).to(places.device), persistent=False)
@@ -48,6 +57,35 @@ class WaveFTLinear(DeltaLinear):
         whole = F.conv_transpose2d(quarters.unsqueeze(0), self.filters.to(numbers), stride=2)[0, 0]
         first = length - 2
         return whole[first : first + rows, first : first + columns]
+
+
+def targets(model: nn.Module, config: WaveFTConfig) -> list[str]:
+    """Return the names of the target modules.
+
+    Raises:
+        AdapterError: ``proportional_parameters`` would train more numbers than they have.
+    """
+    names = find_targets(model, config)
+    if config.proportional_parameters:
+        paths = base_paths(model)
+        views = [linear_view(model.get_submodule(paths[name])) for name in names]
+        total = sum(view.in_features * view.out_features for view in views if view)
+        if config.n_frequency * len(names) > total:
+            raise AdapterError(
+                f"asks for {config.n_frequency} x {len(names)} of the {total} numbers of the layers", key="n_frequency"
+            )
+    return names
+
+
+def attach(model: nn.Module, config: WaveFTConfig, layers: Mapping[str, AdapterLayer]) -> None:
+    """Share out the coefficients of ``proportional_parameters``, rounded as PEFT rounds: its files need the counts."""
+    if not config.proportional_parameters:
+        return
+    given: dict[str, Any] = dict(layers)
+    sizes = {name: layer.view.in_features * layer.view.out_features for name, layer in given.items()}
+    total, budget = sum(sizes.values()), config.n_frequency * len(sizes)
+    for name, layer in given.items():
+        layer.allocate(name, max(1, round(sizes[name] / total * budget)), config)
 
 
 @cache
