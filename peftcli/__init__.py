@@ -15,6 +15,7 @@ _CORE = {
 """Module -> the public names that it holds."""
 
 _PEFT = {
+    "peftcli.methods.lora.config": ("LoraRuntimeConfig",),
     "peftcli.methods.lora.initialisations.config": ("CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig"),
     "peftcli.peft_api.auto": (
         "AutoPeftModel",
@@ -28,8 +29,10 @@ _PEFT = {
     "peftcli.peft_api.config": (
         "MultitaskPromptTuningInit",
         "PeftConfig",
+        "PeftConfigMixin",
         "PeftType",
         "PromptEncoderReparameterizationType",
+        "PromptLearningConfig",
         "PromptTuningInit",
         "TaskType",
     ),

@@ -15,7 +15,7 @@ from peftcli.core.files import read_tensors
 from peftcli.methods.updates import Update, UpdateUnknown, distance, find_updates
 
 _T = TypeVar("_T")
-_OF_THE_FILE = ("inference_mode",)
+_OF_THE_FILE = ("auto_mapping", "inference_mode", "peft_version", "runtime_config")
 """Fields of a config that say nothing of the adapter."""
 
 
@@ -111,10 +111,7 @@ def _in_both(a: Mapping[str, _T], b: Mapping[str, _T], size: Callable[[_T], Any]
 
 
 def _differences(one: AdapterConfig, other: AdapterConfig) -> list[dict[str, Any]]:
-    described = [
-        {"peft_type": config.peft_type, **{entry.name: getattr(config, entry.name) for entry in fields(config)}}
-        for config in (one, other)
-    ]
+    described = [{entry.name: getattr(config, entry.name) for entry in fields(config)} for config in (one, other)]
     keys = [key for key in {**described[0], **described[1]} if key not in _OF_THE_FILE]
     values = {key: tuple(values.get(key) for values in described) for key in keys}
     return [{"key": key, "a": a, "b": b} for key, (a, b) in values.items() if a != b]

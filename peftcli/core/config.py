@@ -11,26 +11,24 @@ from enum import Enum
 from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
+from peftcli.core.config_mixin import BOOKKEEPING as BOOKKEEPING
+from peftcli.core.config_mixin import CONFIGS, PeftConfigMixin, TaskType
 from peftcli.errors import AdapterError
 from peftcli.guard.files import one_line, short_name, short_repr
 from peftcli.guard.patterns import Pattern, PatternError, check_patterns
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
-BOOKKEEPING = {"recipe": False}
-"""Metadata of the fields that describe the file, not the method: a recipe's ``method`` does not take them."""
-
-_TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+UNSUPPORTED = {"recipe": False, "unsupported": True}
+"""Metadata of PEFT's settings that are taken while they are switched off, and otherwise are an error."""
+_OFF: tuple[Any, ...] = (None, False, [], {})
 _LARGEST_FLOAT, _LARGEST_INT = 3.4e38, 2**63 - 1
 """The largest numbers of float32 and int64; nothing can be computed with larger ones."""
 _LONGEST_NAME = 4096
 """Characters of a path that file systems take, and more than a module's name or a pattern has."""
 _NEWEST_PEFT = (0, 21)
 """The newest version of PEFT whose settings are known."""
-_PROVENANCE = frozenset({"peft_version", "auto_mapping", "peft_type"})
-"""Keys of the file about its writer. They change nothing here."""
-
 
 FAMILY_TARGETS: dict[str, list[str]] = {
     "bart": ["q_proj", "v_proj"],
@@ -70,11 +68,12 @@ here. Families outside the table get every linear layer but the head."""
 
 
 @dataclass(kw_only=True)
-class AdapterConfig:
-    """The base of every method's config: common fields, and reading and writing ``adapter_config.json``."""
+class AdapterConfig(PeftConfigMixin):
+    """The base of every method's config: common fields, and reading and writing ``adapter_config.json``.
 
-    peft_type: ClassVar[str]
-    """PEFT's name of the method, upper case."""
+    A method's class gives its ``peft_type``. Settings that are wrong are an error when the config is made.
+    """
+
     file_prefix: ClassVar[str] = "base_model.model."
     """Prefix of a module's path in the names of the adapter file."""
     always_written: ClassVar[tuple[str, ...]] = ()
@@ -83,8 +82,10 @@ class AdapterConfig:
     """Fields that set how much memory is taken: numbers, or numbers by pattern. A file with absurd ones is refused."""
     found_by_training: ClassVar[tuple[str, ...]] = ()
     """Fields that ``peftcli train`` sets where they are None, and that code of one's own has to give."""
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    """PEFT's keys that this config lacks, each with the values that mean "off" beside null, false and empty."""
+    filled_later: ClassVar[tuple[str, ...]] = ()
+    """Fields that are checked when the adapter is put into a model only: they may be set in between."""
+    as_sets: ClassVar[tuple[str, ...]] = ()
+    """Fields whose lists become sets, as PEFT's do: their order means nothing."""
 
     task_type: str | None = field(default=None, metadata=BOOKKEEPING)
     """PEFT's task name: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, TOKEN_CLS, QUESTION_ANS or FEATURE_EXTRACTION."""
@@ -98,36 +99,62 @@ class AdapterConfig:
     """Modules, besides the adapter's, that are trained in full and saved with it: a new classification head."""
 
     def __post_init__(self) -> None:
+        self.normalise()
+        self.check(later=self.filled_later)
+
+    @classmethod
+    def unchecked(cls, **values: Any) -> AdapterConfig:
+        """Return the config with these settings, whatever ``problems`` finds in them."""
+        config = cls.__new__(cls)
+        for entry in fields(cls):
+            setattr(config, entry.name, values.get(entry.name, _default(entry)))
+        config.normalise()
+        return config
+
+    def normalise(self) -> None:
+        """Convert values to the types that all code here relies on."""
         kind = cast("Any", type(self))
         for entry in fields(self):
             value = getattr(self, entry.name)
             if isinstance(value, Enum):
-                setattr(self, entry.name, value.value)
-            elif isinstance(value, (set, frozenset)):
-                setattr(self, entry.name, sorted(value))
-            elif isinstance(value, tuple):
-                setattr(self, entry.name, list(value))
+                value = value.value
+            if isinstance(value, (set, frozenset)):
+                value = sorted(value)
+            if isinstance(value, (list, tuple)):
+                value = set(value) if entry.name in self.as_sets else list(value)
             elif isinstance(value, dict) and (section := section_class(_hints(kind)[entry.name])):
-                setattr(self, entry.name, _section(section, value, entry.name))
+                value = _section(section, value, entry.name)
+            if value is None and not fits(None, _hints(kind)[entry.name]):
+                value = _default(entry)
+            setattr(self, entry.name, value)
+        name = kind.peft_type or self.peft_type
+        self.peft_type = next((known for known in CONFIGS if known == name), name)  # a PeftType
+        if self.task_type in list(TaskType):
+            self.task_type = TaskType(self.task_type)
 
     def problems(self) -> list[tuple[str, str]]:
         """Return the settings that are wrong whatever the model, as ``(key, message)``."""
         found: list[tuple[str, str]] = []
-        if self.task_type not in (None, *_TASK_TYPES):
-            found.append(("task_type", f"must be one of {', '.join(_TASK_TYPES)}, not {short_repr(self.task_type)}"))
+        if self.task_type not in (None, *TaskType):
+            found.append(("task_type", f"must be one of {', '.join(TaskType)}, not {short_repr(self.task_type)}"))
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.metadata.get("unsupported") and value not in (_default(entry), *_OFF):
+                found.append((entry.name, f"{self.peft_type} with {entry.name}={short_repr(value)} is not supported"))
         if self.revision is not None and ".." in self.revision:
             found.append(("revision", f"{short_repr(self.revision)} is no revision: git allows no '..' in it"))
         return found
 
-    def check(self, file: str | None = None) -> None:
-        """Raise AdapterError for the first of ``problems()``."""
+    def check(self, later: Collection[str] = ()) -> None:
+        """Raise AdapterError for the first of ``problems()``, but for those of the fields ``later``."""
         for key, message in self.problems():
-            raise AdapterError(one_line(message), key=key, file=file)
+            if key not in later:
+                raise AdapterError(one_line(message), key=key)
 
-    def prepare(self, load_tokenizer: Callable[[str | None], Any]) -> None:
+    def prepare(self, load_tokenizer: Callable[..., Any]) -> None:
         """Turn settings that are text into token ids. Called once, before a new adapter is injected.
 
-        ``load_tokenizer`` returns the tokenizer of that name, or with None the base model's.
+        ``load_tokenizer(name, **options)`` returns the tokenizer of that name, or with None the base model's.
         """
 
     def merge_problem(self) -> str | None:
@@ -139,25 +166,31 @@ class AdapterConfig:
         return None
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], file: str | None = None) -> AdapterConfig:
+    def from_dict(
+        cls, values: dict[str, Any], file: str | None = None, *, unknown_keys: Literal["refuse", "warn"] = "refuse"
+    ) -> AdapterConfig:
         """Return the config that the object of an ``adapter_config.json`` describes.
 
         Keys that newer writers add are accepted while they are switched off (null, false, empty). Warns of others if
-        the file says that a newer PEFT than those known here wrote it.
+        the file says that a newer PEFT than those known here wrote it, or if only the settings matter.
+
+        Args:
+            values: the object.
+            file: where it was read from, for messages.
+            unknown_keys: ``refuse`` those that may change what an adapter computes, or ``warn`` of them.
 
         Raises:
             AdapterError: a key that changes the result and is not supported, or a value of the wrong kind.
         """
         known = {entry.name for entry in fields(cls) if entry.metadata.get("file", True)}
-        for key in values.keys() - known - _PROVENANCE:
-            value = values[key]
-            if value in cls.unsupported.get(key, ()) or value in (None, False, [], {}):
-                continue
-            message = f"{cls.peft_type} with {short_name(key)}={short_repr(value)} is not supported"
-            if key in cls.unsupported or not _is_newer(values.get("peft_version")):
-                raise AdapterError(message, key=short_name(key), file=file)
-            told = f"{message}; PEFT {short_name(values['peft_version'])} wrote it, and what the key means is not known"
-            warnings.warn(one_line(f"{file or 'the config'}: {told}"), stacklevel=2)
+        unknown = sorted(key for key in values.keys() - known if values[key] not in _OFF)
+        if unknown and (unknown_keys == "warn" or _is_newer(values.get("peft_version"))):
+            names = ", ".join(f"{short_name(key)}={short_repr(values[key])}" for key in unknown)
+            told = f"{file or cls.__name__}: ignores what it does not know: {names}; a newer PEFT may have written it"
+            warnings.warn(one_line(told), stacklevel=2)
+        elif unknown:
+            message = f"{cls.peft_type} with {short_name(unknown[0])}={short_repr(values[unknown[0]])} is not supported"
+            raise AdapterError(message, key=short_name(unknown[0]), file=file)
         given = {key: value for key, value in values.items() if key in known}
         hints = _hints(cast("Any", cls))
         for entry in fields(cls):
@@ -169,24 +202,25 @@ class AdapterConfig:
             config = cls(**given)
         except AdapterError as error:
             raise AdapterError(error.message, key=error.key, file=file) from None
-        config.check(file)
         return config
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the object for ``adapter_config.json``: what every reader needs, and what differs from the default.
+    def file_dict(self) -> dict[str, Any]:
+        """Return the object for an adapter's file: what every reader needs, and what differs from the default.
 
         ``target_modules`` and other unordered lists are sorted, so equal configs give equal bytes.
         """
         keep = {"task_type", "base_model_name_or_path", "inference_mode", *self.always_written}
-        out: dict[str, Any] = {"peft_type": self.peft_type, "peft_version": "0.13.0"}
+        out: dict[str, Any] = {"peft_type": type(self).peft_type, "peft_version": type(self).peft_version}
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if not entry.metadata.get("file", True):
+            if not entry.metadata.get("file", True) or entry.name in out:
                 continue
+            if isinstance(value, Enum):
+                value = value.value
             if dataclasses.is_dataclass(value) and not isinstance(value, type):
                 value = dataclasses.asdict(value)
             if entry.name in keep or value != _default(entry):
-                out[entry.name] = sorted(value) if _is_name_list(value) else value
+                out[entry.name] = sorted(value) if isinstance(value, set) or _is_name_list(value) else value
         return out
 
 
@@ -200,13 +234,15 @@ def _is_newer(version: object) -> bool:
 class TargetedConfig(AdapterConfig):
     """A config of a method that wraps chosen modules of the model."""
 
+    as_sets: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules")
+
     target_modules: list[str] | str | None = None
     """Which modules to adapt: a list of names or name endings, one regular expression over full names,
     or ``all-linear`` (every linear layer but the output head). Unset: the usual choice for the model's family."""
 
     def problems(self) -> list[tuple[str, str]]:
         found = super().problems()
-        if isinstance(self.target_modules, (list, str)) and not self.target_modules:
+        if self.target_modules is not None and not self.target_modules:
             found.append(("target_modules", "names no module"))
         for entry in fields(self):
             value = getattr(self, entry.name)
@@ -343,6 +379,8 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, str)  # problems() says which ones there are
     if dataclasses.is_dataclass(hint):
         return isinstance(value, dict)  # read by _section
+    if hint is Any:
+        return True
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST_INT
     if hint is float:

@@ -61,6 +61,7 @@ def inject(
         AdapterError: the config names modules that the model lacks or that the method cannot adapt, or the model
             holds an adapter of this name already, or a new adapter cannot be trained on it.
     """
+    config.normalise()  # fields may have been set since it was made
     config.check()
     before = set(adapter_layers(model).values())
     if any(layer.adapter == adapter for layer in before):
@@ -236,6 +237,7 @@ def _complete(model: nn.Module, config: AdapterConfig, layers: dict[str, Adapter
         config.fan_in_fan_out = any(view.transposed for view in views if view)
     if isinstance(config, BiasConfig) and config.bias == "all":
         train_other_biases(model)
+    config.normalise()
 
 
 def _call_layers(model: nn.Module) -> None:

@@ -122,7 +122,7 @@ class Describes(Protocol):
     """A method whose ``adapter_config.json`` depends on the adapter's tensors."""
 
     def describe(self, config: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """Return what ``to_dict`` returns for an adapter with these tensors."""
+        """Return what ``file_dict`` returns for an adapter with these tensors."""
 
 
 def layers_of(config: AdapterConfig) -> Layers:
@@ -185,4 +185,4 @@ def after_resume(model: nn.Module, config: AdapterConfig, step: int, total: int)
 def describe(config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Return the object for the ``adapter_config.json`` of an adapter with these tensors."""
     layers = layers_of(config)
-    return layers.describe(config, tensors) if isinstance(layers, Describes) else config.to_dict()
+    return layers.describe(config, tensors) if isinstance(layers, Describes) else config.file_dict()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -148,7 +148,7 @@ def _all_linear(model: Any, modules: dict[str, nn.Module], saved: Iterable[str])
 
 
 def _matches(
-    model: nn.Module, names: Iterable[str], wanted: list[str] | str, key: str, what: str = "module"
+    model: nn.Module, names: Iterable[str], wanted: Collection[str], key: str, what: str = "module"
 ) -> list[str]:
     names = [name for name in names if name]
     if isinstance(wanted, str):
@@ -164,8 +164,7 @@ def _matches(
     matched = {name: entries & _endings(name) for name in names}
     left = entries.difference(*matched.values())
     if left:
-        first = next(entry for entry in wanted if entry in left)
-        raise AdapterError(_nothing(model, first, names, what), key=key)
+        raise AdapterError(_nothing(model, min(left), names, what), key=key)
     return [name for name in names if matched[name]]
 
 

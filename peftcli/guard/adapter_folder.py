@@ -21,15 +21,15 @@ DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16"
 """Dtypes that tensors of an adapter may have."""
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read the object in the folder's ``adapter_config.json``.
+def read_config(folder: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
+    """Read the object in the folder's ``adapter_config.json``, or in its file of another name.
 
     Raises:
         AdapterError: the file is missing, cannot be read, is not a JSON object, or gives a key twice.
     """
-    path = folder / CONFIG_FILE
+    path = folder / name
     if not os.path.lexists(path):
-        raise AdapterError(f"no {CONFIG_FILE} here; this is no adapter folder", file=str(folder))
+        raise AdapterError(f"no {name} here; this is no adapter folder", file=str(folder))
     return read_json_object(path, _MAX_CONFIG_BYTES)
 
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+from peftcli.core import config_mixin
 from peftcli.core.config import AdapterConfig
 from peftcli.core.protocols import LAYERS
-from peftcli.errors import AdapterError
-from peftcli.guard.files import short_repr
 
 
 @dataclass(frozen=True)
@@ -393,7 +392,15 @@ NOT_HERE: dict[str, str] = {
 }
 """PEFT's methods that peftcli does not have: name in adapter_config.json -> why."""
 
+
+PeftType: Any = cast("Any", config_mixin.NameEnum)(
+    "PeftType", {row.peft_type: row.peft_type for row in METHODS.values()}
+)
+"""PEFT's names of the methods."""
+
 LAYERS.update({row.peft_type: f"{__name__}.{row.layers}" for row in METHODS.values()})
+config_mixin.CONFIGS.update({PeftType[row.peft_type]: row.config_class for row in METHODS.values()})
+config_mixin.NOT_HERE.update(NOT_HERE)
 
 
 def config_from_dict(values: dict[str, Any], file: str | None = None) -> AdapterConfig:
@@ -402,12 +409,4 @@ def config_from_dict(values: dict[str, Any], file: str | None = None) -> Adapter
     Raises:
         AdapterError: no such method, or its settings cannot be read.
     """
-    for method in METHODS.values():
-        if method.peft_type == values.get("peft_type"):
-            return method.config_class().from_dict(values, file)
-    name = values.get("peft_type")
-    if isinstance(name, str) and name in NOT_HERE:
-        raise AdapterError(f"{name} is not supported: {NOT_HERE[name]}", key="peft_type", file=file)
-    known = ", ".join(method.peft_type for method in METHODS.values())
-    said = "no method is named" if name is None else f"no method is called {short_repr(name)}"
-    raise AdapterError(f"{said}; known: {known}", key="peft_type", file=file)
+    return config_mixin.config_class(values, file).from_dict(values, file)

@@ -129,16 +129,21 @@ class OpenBase:
             quantization.need_package(found["type"])
         return found
 
-    def processor(self, kind: ProcessorKind = "tokenizer") -> Any:
+    def processor(self, kind: ProcessorKind = "tokenizer", **more: Any) -> Any:
         """Return the tokenizer, with the recipe's chat template and new tokens, or another processor of the model.
+
+        Args:
+            kind: which processor.
+            more: options of its ``from_pretrained``.
 
         Raises:
             ModelError: the model has none, or it cannot be changed as the recipe says.
         """
-        if kind not in self._processors:
+        if more or kind not in self._processors:
             import transformers
 
             auto_class, file, options = _PROCESSORS[kind]
+            options = {**options, **more}
             build, own = getattr(transformers, auto_class).from_pretrained, self._own_processors
             if own is not None and os.path.lexists(own / file):
                 validate.check_folder(own)

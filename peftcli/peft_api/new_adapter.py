@@ -33,7 +33,7 @@ def start_adapter(model: nn.Module, config: AdapterConfig, name: str) -> None:
             raise AdapterError("is needed: the number of optimizer steps of the whole training", key=key)
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
-    config.prepare(lambda tokenizer: open_base(BaseModel(name=tokenizer or _name_of(model))).processor())
+    config.prepare(lambda name, **options: open_base(BaseModel(name=name or _name_of(model))).processor(**options))
     inject(model, config, name)
 
 

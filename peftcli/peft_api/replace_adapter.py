@@ -55,5 +55,5 @@ def replace_adapter(model: nn.Module, name: str, old: AdapterConfig, source: Ada
 
 def _content(config: AdapterConfig) -> dict[str, Any]:
     """The config without what says where the adapter belongs."""
-    place = ("task_type", "base_model_name_or_path", "revision", "inference_mode")
-    return {key: value for key, value in config.to_dict().items() if key not in place}
+    place = ("task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode")
+    return {key: value for key, value in config.file_dict().items() if key not in place}

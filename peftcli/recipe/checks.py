@@ -298,7 +298,7 @@ def _method(recipe: Recipe, report: Report) -> None:
     method = METHODS.get(values.pop("type"))
     if method is None:
         return
-    config = method.config_class()(**values)
+    config = method.config_class().unchecked(**values)
     for name, message in config.problems():
         report((f"method.{name}",), message)
     for entry in dataclasses.fields(config):

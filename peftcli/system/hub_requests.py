@@ -85,7 +85,13 @@ def clean_line(text: str) -> str:
 
 
 def download_files(
-    repo_id: str, patterns: Sequence[str], revision: str | None = None, *, ignored: Sequence[str] = (), what: str = ""
+    repo_id: str,
+    patterns: Sequence[str],
+    revision: str | None = None,
+    *,
+    ignored: Sequence[str] = (),
+    what: str = "",
+    **options: Any,
 ) -> Path:
     """Download the files of a model repository into the cache; return their folder.
 
@@ -97,6 +103,7 @@ def download_files(
         revision: Branch, tag or commit; by default main.
         ignored: Patterns of file names to leave out.
         what: How messages name the repository; by default ``repo_id``.
+        options: Others of ``snapshot_download``: token, cache_dir, local_files_only, force_download, ...
 
     Raises:
         HubError: the repository does not exist, or the hub refuses access.
@@ -105,10 +112,10 @@ def download_files(
     """
     from huggingface_hub import constants, snapshot_download
 
-    blobs = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "blobs"
+    blobs = Path(options.get("cache_dir") or constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "blobs"
     before = _complete_blobs(blobs)
 
-    def download(local_files_only: bool = False) -> Path:
+    def download(**more: Any) -> Path:
         return Path(
             snapshot_download(
                 repo_id,
@@ -116,8 +123,8 @@ def download_files(
                 allow_patterns=list(patterns),
                 ignore_patterns=list(ignored) or None,
                 endpoint=endpoint(),
-                local_files_only=local_files_only,
                 library_name="peftcli",
+                **{**options, **more},
             )
         )
 

@@ -35,75 +35,90 @@ def _fingerprint(model: nn.Module) -> list[Any]:
 
 WRONG: dict[str, tuple[AdapterConfig, str]] = {
     "target": (
-        LoraConfig(target_modules=["q_porj"]),
+        LoraConfig.unchecked(target_modules=["q_porj"]),
         r"target_modules: no module of LlamaForCausalLM matches 'q_porj'; closest: q_proj",
     ),
-    "one of two targets": (LoraConfig(target_modules=["v_proj", "q_porj"]), "'q_porj'; closest: q_proj"),
-    "dotted target": (LoraConfig(target_modules=["self_attn.q_porj"]), "closest: self_attn.q_proj"),
-    "part of a name": (LoraConfig(target_modules=["proj"]), "target_modules: .*'proj'; closest: .*_proj"),
-    "regex": (LoraConfig(target_modules=r".*\.q_porj"), "target_modules: no module of LlamaForCausalLM matches"),
-    "no regex": (LoraConfig(target_modules=r"*q_proj"), "target_modules: .* is not a regular expression"),
-    "long regex": (LoraConfig(target_modules="a" * 5000), "target_modules: a pattern of 5000 characters"),
+    "one of two targets": (LoraConfig.unchecked(target_modules=["v_proj", "q_porj"]), "'q_porj'; closest: q_proj"),
+    "dotted target": (LoraConfig.unchecked(target_modules=["self_attn.q_porj"]), "closest: self_attn.q_proj"),
+    "part of a name": (LoraConfig.unchecked(target_modules=["proj"]), "target_modules: .*'proj'; closest: .*_proj"),
+    "regex": (
+        LoraConfig.unchecked(target_modules=r".*\.q_porj"),
+        "target_modules: no module of LlamaForCausalLM matches",
+    ),
+    "no regex": (LoraConfig.unchecked(target_modules=r"*q_proj"), "target_modules: .* is not a regular expression"),
+    "long regex": (LoraConfig.unchecked(target_modules="a" * 5000), "target_modules: a pattern of 5000 characters"),
     "no linear": (
-        LoraConfig(target_modules=["input_layernorm"]),
+        LoraConfig.unchecked(target_modules=["input_layernorm"]),
         "input_layernorm is a LlamaRMSNorm; LoRA adapts Linear",
     ),
-    "a whole block": (LoraConfig(target_modules=["mlp"]), "mlp is a LlamaMLP; LoRA adapts"),
-    "empty": (LoraConfig(target_modules=[]), "target_modules: names no module"),
-    "saved": (LoraConfig(modules_to_save=["lm_haed"]), "modules_to_save: .*'lm_haed'; closest: lm_head"),
-    "saved by part of a name": (LoraConfig(modules_to_save=["head"]), "modules_to_save: .*'head'"),
+    "a whole block": (LoraConfig.unchecked(target_modules=["mlp"]), "mlp is a LlamaMLP; LoRA adapts"),
+    "empty": (LoraConfig.unchecked(target_modules=[]), "target_modules: names no module"),
+    "saved": (LoraConfig.unchecked(modules_to_save=["lm_haed"]), "modules_to_save: .*'lm_haed'; closest: lm_head"),
+    "saved by part of a name": (LoraConfig.unchecked(modules_to_save=["head"]), "modules_to_save: .*'head'"),
     "saved and adapted": (
-        LoraConfig(target_modules=["lm_head"], modules_to_save=["lm_head"]),
+        LoraConfig.unchecked(target_modules=["lm_head"], modules_to_save=["lm_head"]),
         "modules_to_save leaves no",
     ),
-    "excluded": (LoraConfig(exclude_modules=["v_porj"]), "exclude_modules: .*'v_porj'; closest: v_proj"),
-    "all excluded": (LoraConfig(exclude_modules=["q_proj", "v_proj"]), "target_modules: no module .* is left to adapt"),
+    "excluded": (LoraConfig.unchecked(exclude_modules=["v_porj"]), "exclude_modules: .*'v_porj'; closest: v_proj"),
+    "all excluded": (
+        LoraConfig.unchecked(exclude_modules=["q_proj", "v_proj"]),
+        "target_modules: no module .* is left to adapt",
+    ),
     "rank pattern": (
-        LoraConfig(rank_pattern={"q_porj": 4}),
+        LoraConfig.unchecked(rank_pattern={"q_porj": 4}),
         "rank_pattern: no adapted module matches 'q_porj'; closest: q_proj",
     ),
     "rank pattern of another module": (
-        LoraConfig(rank_pattern={"o_proj": 4}),
+        LoraConfig.unchecked(rank_pattern={"o_proj": 4}),
         "rank_pattern: no adapted module matches",
     ),
-    "alpha pattern": (LoraConfig(alpha_pattern={"q_porj": 4.0}), "alpha_pattern: no adapted module matches 'q_porj'"),
+    "alpha pattern": (
+        LoraConfig.unchecked(alpha_pattern={"q_porj": 4.0}),
+        "alpha_pattern: no adapted module matches 'q_porj'",
+    ),
     "layer": (
-        LoraConfig(target_modules=["q_proj"], layers_to_transform=[0, 7]),
+        LoraConfig.unchecked(target_modules=["q_proj"], layers_to_transform=[0, 7]),
         "layers_to_transform: no target module in layer 7; there are layers 0 to 1",
     ),
     "negative layer": (
-        LoraConfig(target_modules=["q_proj"], layers_to_transform=-1),
+        LoraConfig.unchecked(target_modules=["q_proj"], layers_to_transform=-1),
         "layers_to_transform: indices count from 0",
     ),
     "layers of a regex": (
-        LoraConfig(target_modules=r".*q_proj", layers_to_transform=1),
+        LoraConfig.unchecked(target_modules=r".*q_proj", layers_to_transform=1),
         "layers_to_transform: needs target_modules as a list",
     ),
     "layers pattern": (
-        LoraConfig(target_modules=["q_proj"], layers_to_transform=1, layers_pattern="blocks"),
+        LoraConfig.unchecked(target_modules=["q_proj"], layers_to_transform=1, layers_pattern="blocks"),
         "layers_to_transform: ",
     ),
-    "layers pattern alone": (LoraConfig(layers_pattern="layers"), "layers_pattern: means nothing without"),
-    "r": (LoraConfig(r=0), "r: must be at least 1, not 0"),
-    "r far too large": (LoraConfig(r=4096), "r: 4096 is far larger"),
-    "alpha": (LoraConfig(lora_alpha=-1), "lora_alpha: must be above 0, not -1"),
-    "dropout": (LoraConfig(lora_dropout=1.0), r"lora_dropout: must be in \[0, 1\)"),
-    "r of a pattern": (LoraConfig(rank_pattern={"q_proj": 0}), "rank_pattern: q_proj: r must be at least 1"),
+    "layers pattern alone": (LoraConfig.unchecked(layers_pattern="layers"), "layers_pattern: means nothing without"),
+    "r": (LoraConfig.unchecked(r=0), "r: must be at least 1, not 0"),
+    "r far too large": (LoraConfig.unchecked(r=4096), "r: 4096 is far larger"),
+    "alpha": (LoraConfig.unchecked(lora_alpha=-1), "lora_alpha: must be above 0, not -1"),
+    "dropout": (LoraConfig.unchecked(lora_dropout=1.0), r"lora_dropout: must be in \[0, 1\)"),
+    "r of a pattern": (LoraConfig.unchecked(rank_pattern={"q_proj": 0}), "rank_pattern: q_proj: r must be at least 1"),
     "alpha of a pattern": (
-        LoraConfig(alpha_pattern={"q_proj": 0}),
+        LoraConfig.unchecked(alpha_pattern={"q_proj": 0}),
         "alpha_pattern: q_proj: lora_alpha must be above 0",
     ),
-    "bias": (LoraConfig(bias="some"), "bias: must be none, all or lora_only"),  # type: ignore[arg-type]
-    "init": (LoraConfig(init_lora_weights="pisa"), "init_lora_weights: 'pisa' is not supported"),  # type: ignore[arg-type]
-    "virtual tokens": (PromptTuningConfig(num_virtual_tokens=0), "num_virtual_tokens: must be at least 1"),
-    "prompt init": (PromptTuningConfig(prompt_tuning_init="WORDS"), "prompt_tuning_init: must be"),  # type: ignore[arg-type]
-    "prompt without text": (PromptTuningConfig(prompt_tuning_init="TEXT"), "prompt_tuning_init_text: .* needs it"),
-    "prompt width": (PromptTuningConfig(token_dim=99), "token_dim: the adapter's is 99, the base model's 32"),
+    "bias": (LoraConfig.unchecked(bias="some"), "bias: must be none, all or lora_only"),  # type: ignore[arg-type]
+    "init": (LoraConfig.unchecked(init_lora_weights="pisa"), "init_lora_weights: 'pisa' is not supported"),  # type: ignore[arg-type]
+    "virtual tokens": (PromptTuningConfig.unchecked(num_virtual_tokens=0), "num_virtual_tokens: must be at least 1"),
+    "prompt init": (PromptTuningConfig.unchecked(prompt_tuning_init="WORDS"), "prompt_tuning_init: must be"),  # type: ignore[arg-type]
+    "prompt without text": (
+        PromptTuningConfig.unchecked(prompt_tuning_init="TEXT"),
+        "prompt_tuning_init_text: .* needs it",
+    ),
+    "prompt width": (PromptTuningConfig.unchecked(token_dim=99), "token_dim: the adapter's is 99, the base model's 32"),
     "prompt text not prepared": (
-        PromptTuningConfig(prompt_tuning_init="TEXT", prompt_tuning_init_text="x"),
+        PromptTuningConfig.unchecked(prompt_tuning_init="TEXT", prompt_tuning_init_text="x"),
         "call prepare",
     ),
-    "prompt saved": (PromptTuningConfig(modules_to_save=["lm_haed"]), "modules_to_save: .*'lm_haed'; closest: lm_head"),
+    "prompt saved": (
+        PromptTuningConfig.unchecked(modules_to_save=["lm_haed"]),
+        "modules_to_save: .*'lm_haed'; closest: lm_head",
+    ),
 }
 
 

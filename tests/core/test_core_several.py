@@ -323,14 +323,14 @@ def test_a_failed_replacement_brings_everything_back(case: str, loaded: bool, tm
     if loaded:
         model.save_pretrained(tmp_path / "good")
         model = PeftModel.from_pretrained(tiny("llama"), tmp_path / "good", is_trainable=True)
-    expected, config = logits(model.eval(), batch("llama")), model.active_peft_config.to_dict()
+    expected, config = logits(model.eval(), batch("llama")), model.active_peft_config.file_dict()
     trains, names = model.get_nb_trainable_parameters(), [name for name, _ in model.named_parameters()]
     with pytest.raises(AdapterError, match="target_modules"):
         model.load_adapter(tmp_path / "bad")
     assert torch.equal(logits(model, batch("llama")), expected)
     assert [name for name, _ in model.named_parameters()] == names
     assert model.get_nb_trainable_parameters() == trains
-    assert model.active_peft_config.to_dict() == config
+    assert model.active_peft_config.file_dict() == config
 
 
 @pytest.mark.parametrize("kind", ["llama_tied", "t5", "whisper"])

@@ -233,7 +233,7 @@ def test_load_adapter_takes_one_of_another_config(bases: dict[str, str], tmp_pat
     saved.save_pretrained(tmp_path)
     model.load_adapter(tmp_path)
     assert torch.equal(logits(model.eval(), batch("llama")), logits(saved.eval(), batch("llama")))
-    assert model.active_peft_config.target_modules == ["up_proj"]
+    assert model.active_peft_config.target_modules == {"up_proj"}
 
 
 @pytest.mark.parametrize("targets", [["up_proj"], ["q_proj", "v_proj"]])
@@ -251,7 +251,7 @@ def test_load_adapter_keeps_the_old_one_when_the_new_does_not_fit(
     with pytest.raises(AdapterError, match="missing: "):
         model.load_adapter(tmp_path, "other")
     assert torch.equal(logits(model, batch("llama")), expected)
-    assert model.active_peft_config.target_modules == ["q_proj", "v_proj"]
+    assert model.active_peft_config.target_modules == {"q_proj", "v_proj"}
     assert model.get_nb_trainable_parameters()[0] > 0
 
 
@@ -508,7 +508,7 @@ def test_a_model_is_prepared_as_by_peft() -> None:
 def test_a_config_is_made_from_a_dict() -> None:
     values = peft.LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM").to_dict()
     config = peftcli.get_peft_config(values)
-    assert (type(config), config.r, config.target_modules) == (peftcli.LoraConfig, 3, ["q_proj"])
+    assert (type(config), config.r, config.target_modules) == (peftcli.LoraConfig, 3, {"q_proj"})
     assert isinstance(config, peftcli.PeftConfig)
     assert not isinstance(values, peftcli.PeftConfig)
     with pytest.raises(ValueError, match="LORRA"):

@@ -52,7 +52,7 @@ def _zeros(model: nn.Module) -> int:
     "base", [nn.Linear(5, 7), Conv1D(7, 5), nn.Conv2d(5, 7, 3, padding=1, padding_mode="circular")]
 )
 def test_the_update_is_the_scaled_product(base: nn.Module) -> None:
-    layer = wrap(base, "x", AdaLoraConfig(init_r=3, lora_alpha=12)).eval()
+    layer = wrap(base, "x", AdaLoraConfig(init_r=3, target_r=3, lora_alpha=12)).eval()
     x = torch.randn(2, 5, 6, 6) if isinstance(base, nn.Conv2d) else torch.randn(2, 5)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), base(x))

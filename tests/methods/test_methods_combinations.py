@@ -234,7 +234,7 @@ def test_a_seed_decides_what_dare_drops() -> None:
 
 def test_what_is_written_is_plain() -> None:
     made, _ = _combined("other modules")
-    values = made.config.to_dict()
+    values = made.config.file_dict()
     assert (values["r"], values["lora_alpha"]) == (8, 8)
     assert values["target_modules"] == ["k_proj", "o_proj", "q_proj"]
     assert values["rank_pattern"] == values["alpha_pattern"] == {"k_proj": 11, "o_proj": 3}

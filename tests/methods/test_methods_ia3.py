@@ -58,14 +58,14 @@ def inject_into(kind: str, config: IA3Config) -> nn.Module:
 def test_the_family_says_which_inputs_are_scaled() -> None:
     found, config = _feedforward("llama")
     assert found == {f"model.layers.{index}.mlp.down_proj" for index in (0, 1)}
-    assert config.feedforward_modules == ["down_proj"]
+    assert config.feedforward_modules == {"down_proj"}
     assert _feedforward("llama", target_modules=["q_proj"])[0] == set()
 
 
 def test_inputs_to_scale_are_named_by_a_pattern_too() -> None:
     found, config = _feedforward("llama", target_modules=r".*\.(q|down)_proj", feedforward_modules=r".*\.1\..*")
     assert found == {"model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"}
-    assert config.feedforward_modules == ["1.mlp.down_proj", "1.self_attn.q_proj"]
+    assert config.feedforward_modules == {"1.mlp.down_proj", "1.self_attn.q_proj"}
 
 
 @pytest.mark.parametrize("entries", [["down_porj"], r".*\.down_porj"])

@@ -241,7 +241,7 @@ def test_loftq_makes_up_for_quantisation() -> None:
         u, s, vh = torch.linalg.svd(error)
         best = u[:, :8] @ torch.diag(s[:8]) @ vh[:8]
         torch.testing.assert_close(layer.delta(), best, atol=1e-5, rtol=1e-3)
-    assert config.to_dict()["init_lora_weights"] is True
+    assert config.file_dict()["init_lora_weights"] is True
 
 
 def test_loftq_puts_a_layer_back_that_the_callback_refuses() -> None:

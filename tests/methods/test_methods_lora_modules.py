@@ -272,4 +272,4 @@ def test_several_adapters_on_experts_add_up() -> None:
 def test_the_weights_of_experts_need_no_other_target() -> None:
     model, config = _adapted(_experts("mixtral"), target_parameters=["down_proj"])
     assert {name.split(".")[-3] for name in adapter_state(model)} == {"experts"}
-    assert config.target_modules == []
+    assert config.target_modules == set()

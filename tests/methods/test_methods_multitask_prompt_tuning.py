@@ -134,4 +134,4 @@ def test_a_text_starts_the_shared_prompt() -> None:
     inject(model, config)
     expected = model.get_input_embeddings().base_layer.weight[[5, 6, 7, 5]]
     assert torch.equal(adapter_state(model)["prompt_embeddings"], expected)
-    assert config.to_dict()["tokenizer_name_or_path"] == "base"  # PEFT reads no TEXT without one
+    assert config.file_dict()["tokenizer_name_or_path"] == "base"  # PEFT reads no TEXT without one

@@ -100,8 +100,11 @@ def test_what_the_file_leaves_out_restores_the_network() -> None:
 
 def test_a_files_settings_of_the_network_that_it_does_not_hold_change_nothing() -> None:
     settings: dict[str, Any] = {"encoder_dropout": 0.1, "encoder_num_layers": 4}
-    assert [key for key, _ in PromptEncoderConfig(**settings).problems()] == ["encoder_num_layers", "encoder_dropout"]
-    assert PromptEncoderConfig(**settings, inference_mode=True).problems() == []
+    assert [key for key, _ in PromptEncoderConfig.unchecked(**settings).problems()] == [
+        "encoder_num_layers",
+        "encoder_dropout",
+    ]
+    assert PromptEncoderConfig.unchecked(**settings, inference_mode=True).problems() == []
 
 
 def _stop(event: Event) -> None:

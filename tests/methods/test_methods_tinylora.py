@@ -91,4 +91,4 @@ def test_other_layers_are_refused() -> None:
 
 
 def test_weight_tying_is_a_share() -> None:
-    assert [key for key, _ in TinyLoraConfig(weight_tying=1.5).problems()] == ["weight_tying"]
+    assert [key for key, _ in TinyLoraConfig.unchecked(weight_tying=1.5).problems()] == ["weight_tying"]

@@ -151,7 +151,7 @@ def test_method_config_is_built(load) -> None:
         "LORA",
         4,
         12,
-        ["q_proj", "v_proj"],
+        {"q_proj", "v_proj"},
     )
 
 

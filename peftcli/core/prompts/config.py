@@ -28,6 +28,10 @@ class SoftPromptConfig(AdapterConfig):
     num_transformer_submodules: int | None = field(default=None, metadata={"recipe": False})
     """Always 1 as written: PEFT's 2 for seq2seq allocates rows that get no gradient."""
 
+    @property
+    def is_prompt_learning(self) -> bool:
+        return True
+
     def problems(self) -> list[tuple[str, str]]:
         found = super().problems()
         if self.num_virtual_tokens < 1:

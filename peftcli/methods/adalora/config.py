@@ -5,8 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
+from peftcli.core.config import (
+    BOOKKEEPING,
+    UNSUPPORTED,
+    BiasConfig,
+    ExcludingConfig,
+    FanInConfig,
+    LayeredConfig,
+    TargetedConfig,
+)
 from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, too_small
+from peftcli.methods.lora.config import LoraRuntimeConfig
 
 _FAMILY_TARGETS = {
     "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
@@ -19,29 +28,45 @@ _FAMILY_TARGETS = {
 """Where PEFT's usual targets for AdaLoRA are not LoRA's."""
 
 
-_OF_LORA = (
-    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "corda_config", "ensure_weight_tying", "eva_config",
-    "kasa_config", "layer_replication", "loftq_config", "lora_bias", "lora_ga_config", "megatron_config",
-    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora",
-    "use_rslora", "velora_config",
-)  # fmt: skip
-"""LoRA's keys, which AdaLoRA's config in PEFT inherits."""
+@dataclass(kw_only=True)
+class _LoraSettings(TargetedConfig):
+    """LoRA's settings, which AdaLoRA's config in PEFT inherits, and which AdaLoRA does not have."""
+
+    alora_invocation_tokens: Any = field(default=None, metadata=UNSUPPORTED)
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata=UNSUPPORTED)
+    arrow_config: Any = field(default=None, metadata=UNSUPPORTED)
+    corda_config: Any = field(default=None, metadata=UNSUPPORTED)
+    ensure_weight_tying: bool = field(default=False, metadata=UNSUPPORTED)
+    eva_config: Any = field(default=None, metadata=UNSUPPORTED)
+    kasa_config: Any = field(default=None, metadata=UNSUPPORTED)
+    layer_replication: Any = field(default=None, metadata=UNSUPPORTED)
+    loftq_config: Any = field(default=None, metadata=UNSUPPORTED)
+    lora_bias: bool = field(default=False, metadata=UNSUPPORTED)
+    lora_ga_config: Any = field(default=None, metadata=UNSUPPORTED)
+    megatron_config: Any = field(default=None, metadata=UNSUPPORTED)
+    megatron_core: str | None = field(default="megatron.core", metadata=UNSUPPORTED)
+    monteclora_config: Any = field(default=None, metadata=UNSUPPORTED)
+    qalora_group_size: int = field(default=16, metadata=UNSUPPORTED)
+    runtime_config: LoraRuntimeConfig = field(
+        default_factory=LoraRuntimeConfig, metadata={**BOOKKEEPING, "file": False}
+    )
+    target_parameters: Any = field(default=None, metadata=UNSUPPORTED)
+    trainable_token_indices: Any = field(default=None, metadata=UNSUPPORTED)
+    use_bdlora: Any = field(default=None, metadata=UNSUPPORTED)
+    use_dora: bool = field(default=False, metadata=UNSUPPORTED)
+    use_qalora: bool = field(default=False, metadata=UNSUPPORTED)
+    use_rslora: bool = field(default=False, metadata=UNSUPPORTED)
+    velora_config: Any = field(default=None, metadata=UNSUPPORTED)
 
 
 @dataclass(kw_only=True)
-class AdaLoraConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
+class AdaLoraConfig(_LoraSettings, BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Settings of AdaLoRA, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "ADALORA"
+    peft_type = "ADALORA"
     sizes: ClassVar[tuple[str, ...]] = ("init_r",)
     found_by_training: ClassVar[tuple[str, ...]] = ("total_step",)
     always_written: ClassVar[tuple[str, ...]] = ("target_modules", "lora_alpha", "target_r", "init_r", "total_step")
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "megatron_core": ("megatron.core",),
-        "qalora_group_size": (16,),
-        "runtime_config": ({"ephemeral_gpu_offload": False},),
-        **dict.fromkeys(_OF_LORA, ()),
-    }
 
     target_r: int = 8
     """Size of the bottleneck that is left at the end, on average over the layers."""
@@ -87,9 +112,9 @@ class AdaLoraConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     def usual_targets(self, model_type: str) -> list[str] | str:
         return _FAMILY_TARGETS.get(model_type) or super().usual_targets(model_type)
 
-    def to_dict(self) -> dict[str, Any]:
+    def file_dict(self) -> dict[str, Any]:
         # PEFT reads no file without total_step: before any training it gets the least that its schedule allows
         total = self.tinit + self.tfinal + 1 if self.total_step is None else self.total_step
-        written = {**super().to_dict(), "total_step": total, "init_lora_weights": True}
+        written = {**super().file_dict(), "total_step": total, "init_lora_weights": True}
         written.pop("r", None)  # PEFT warns of it
         return written

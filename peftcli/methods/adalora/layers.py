@@ -156,7 +156,7 @@ def describe(config: AdaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict
 
     They need not be the last ones: tensors may be those of an earlier, better step.
     """
-    written = config.to_dict()
+    written = config.file_dict()
     written.pop("rank_pattern", None)
     left = {
         name.removeprefix(config.file_prefix): len(value) for name, value in tensors.items() if name.endswith(".lora_E")

@@ -13,7 +13,7 @@ from peftcli.methods._settings import Problems, not_one_of, not_positive, outsid
 class AdamssConfig(LayeredConfig):
     """Settings of AdaMSS, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "ADAMSS"
+    peft_type = "ADAMSS"
     sizes: ClassVar[tuple[str, ...]] = ()  # a layer's own sizes are the limit of each
     always_written: ClassVar[tuple[str, ...]] = ("r", "num_subspaces", "subspace_rank", "target_modules", "random_seed")
 
@@ -48,8 +48,8 @@ class AdamssConfig(LayeredConfig):
     random_seed: int = 0
     """Seed of the decomposition, which starts from a random matrix."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def normalise(self) -> None:
+        super().normalise()
         if self.init_weights is False:
             self.init_weights = None
 
@@ -65,7 +65,7 @@ class AdamssConfig(LayeredConfig):
             found.append(("init_warmup", f"{self.init_warmup} is not below final_warmup, {self.final_warmup}"))
         return found
 
-    def to_dict(self) -> dict[str, Any]:
-        written = super().to_dict()
+    def file_dict(self) -> dict[str, Any]:
+        written = super().file_dict()
         written.pop("init_weights", None)  # what is read from a file does not start anew
         return written

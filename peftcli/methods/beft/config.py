@@ -17,7 +17,7 @@ _TARGETS = dict.fromkeys((*_FAMILIES, "opt", "phi", "qwen2", "qwen3"), "v_proj")
 class BeftConfig(TargetedConfig):
     """Settings of BEFT, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "BEFT"
+    peft_type = "BEFT"
     always_written: ClassVar[tuple[str, ...]] = ("target_modules",)
 
     init_weights: bool = True

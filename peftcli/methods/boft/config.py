@@ -13,7 +13,7 @@ from peftcli.methods._settings import Problems, outside_unit_interval, too_large
 class BOFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Settings of BOFT, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "BOFT"
+    peft_type = "BOFT"
     sizes: ClassVar[tuple[str, ...]] = ("boft_block_size", "boft_block_num", "boft_n_butterfly_factor")
     always_written: ClassVar[tuple[str, ...]] = (
         "boft_block_size",

@@ -16,7 +16,7 @@ _FAMILY_TARGETS = {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}
 class C3AConfig(BiasConfig, LayeredConfig):
     """Settings of C3A, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "C3A"
+    peft_type = "C3A"
     sizes: ClassVar[tuple[str, ...]] = ("block_size", "block_size_pattern")
     always_written: ClassVar[tuple[str, ...]] = ("block_size", "target_modules")
 

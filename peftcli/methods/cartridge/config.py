@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from peftcli.core.prompts.config import PrefixConfig
 from peftcli.errors import AdapterError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class CartridgeConfig(PrefixConfig):
     """Settings of a cartridge, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "CARTRIDGE"
+    peft_type = "CARTRIDGE"
 
     num_frozen_tokens: int = 1
     """How many of the first virtual tokens do not train. Models attend much to the first token, whatever it says, and
@@ -35,7 +35,7 @@ class CartridgeConfig(PrefixConfig):
             found.append(("num_frozen_tokens", f"cannot be more than the {self.num_virtual_tokens} virtual tokens"))
         return found
 
-    def prepare(self, load_tokenizer: Callable[[str | None], Any]) -> None:
+    def prepare(self, load_tokenizer: Callable[..., Any]) -> None:
         if self.document is None:
             return
         try:

@@ -32,7 +32,7 @@ class ContextExample:
 class CPTConfig(EmbeddedPromptConfig):
     """Settings of context-aware prompt tuning, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "CPT"
+    peft_type = "CPT"
     always_written: ClassVar[tuple[str, ...]] = (
         *EmbeddedPromptConfig.always_written,
         "cpt_token_ids",
@@ -64,8 +64,8 @@ class CPTConfig(EmbeddedPromptConfig):
     tokenizer_name_or_path: str | None = None
     """The tokenizer of context. Unset: the base model's."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def normalise(self) -> None:
+        super().normalise()
         if self.context:  # of a recipe, the examples are mappings
             self.context = [ContextExample(**each) if isinstance(each, dict) else each for each in self.context]
         if self.cpt_token_ids or not self.context:
@@ -91,7 +91,7 @@ class CPTConfig(EmbeddedPromptConfig):
             found.append(("num_virtual_tokens", f"is {self.num_virtual_tokens}, and cpt_token_ids has {len(ids)}"))
         return found
 
-    def prepare(self, load_tokenizer: Callable[[str | None], Any]) -> None:
+    def prepare(self, load_tokenizer: Callable[..., Any]) -> None:
         if not self.context:
             return
         tokenizer = load_tokenizer(self.tokenizer_name_or_path)

@@ -13,7 +13,7 @@ from peftcli.methods._settings import Problems, not_one_of, outside_unit_interva
 class DeftConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Settings of DEFT, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "DEFT"
+    peft_type = "DEFT"
     always_written: ClassVar[tuple[str, ...]] = ("r", "decomposition_method", "target_modules")
 
     r: int = 8

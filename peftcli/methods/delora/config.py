@@ -13,7 +13,7 @@ from peftcli.methods._settings import Problems, outside_unit_interval, pattern_t
 class DeloraConfig(BiasConfig, ExcludingConfig, LayeredConfig):
     """Settings of DeLoRA, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "DELORA"
+    peft_type = "DELORA"
     always_written: ClassVar[tuple[str, ...]] = ("r", "delora_lambda", "target_modules")
 
     r: int = 8

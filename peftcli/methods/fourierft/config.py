@@ -16,7 +16,7 @@ _FAMILY_TARGETS = {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}
 class FourierFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Settings of FourierFT, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "FOURIERFT"
+    peft_type = "FOURIERFT"
     sizes: ClassVar[tuple[str, ...]] = ("n_frequency", "n_frequency_pattern")
     always_written: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "target_modules", "random_loc_seed")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, FanInConfig, LayeredConfig
 from peftcli.methods._settings import Problems, not_positive, outside_unit_interval
@@ -13,15 +13,10 @@ from peftcli.methods._settings import Problems, not_positive, outside_unit_inter
 class FrodConfig(BiasConfig, FanInConfig, LayeredConfig):
     """Settings of FRoD, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "FROD"
+    peft_type = "FROD"
     always_written: ClassVar[tuple[str, ...]] = (
         "target_modules", "sparse_rate", "projection_prng_key", "save_projection",
     )  # fmt: skip
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
-        # how PEFT works, not what it computes
-        "progressbar": (True,),
-        "runtime_offload_base_weight": (True,),
-    }
 
     sparse_rate: float = 0.01
     """Share of the numbers of an inputs x inputs matrix that train in each layer, besides one for each input."""
@@ -36,6 +31,10 @@ class FrodConfig(BiasConfig, FanInConfig, LayeredConfig):
     """Share of the input values that the update does not see during training."""
     init_weights: bool = True
     """Start from no update, but for rounding; false starts at random, for tests."""
+    progressbar: bool = field(default=True, metadata={"recipe": False})
+    """Changes nothing here."""
+    runtime_offload_base_weight: bool = field(default=True, metadata={"recipe": False})
+    """Changes nothing here."""
 
     def problems(self) -> Problems:
         found = (

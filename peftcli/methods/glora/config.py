@@ -13,7 +13,7 @@ from peftcli.methods._settings import Problems, not_one_of, too_small
 class GloraConfig(BiasConfig):
     """Settings of GLoRA, under PEFT's names. A layer becomes ``(W + W * A + B) x + b + b * D + E + W C``."""
 
-    peft_type: ClassVar[str] = "GLORA"
+    peft_type = "GLORA"
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "config_A_B", "config_C", "config_D_E")
 
     r: int = 8

@@ -13,7 +13,7 @@ from peftcli.methods._settings import Problems, not_positive, outside_unit_inter
 class GraloraConfig(BiasConfig, FanInConfig, LayeredConfig):
     """Settings of GraLoRA, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "GRALORA"
+    peft_type = "GRALORA"
     sizes: ClassVar[tuple[str, ...]] = ("r", "hybrid_r", "gralora_k")
     always_written: ClassVar[tuple[str, ...]] = ("r", "alpha", "gralora_k", "target_modules")
 

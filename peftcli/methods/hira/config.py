@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
-from peftcli.core.config import ExcludingConfig, FanInConfig, LayeredConfig
+from peftcli.core.config import UNSUPPORTED, ExcludingConfig, FanInConfig, LayeredConfig
 from peftcli.methods._settings import Problems, not_one_of, outside_unit_interval, too_small
 
 
 @dataclass(kw_only=True)
 class HiraConfig(FanInConfig, ExcludingConfig, LayeredConfig):
-    """Settings of HiRA, under PEFT's names. PEFT's rank_pattern, which does nothing there, is not among them."""
+    """Settings of HiRA, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "HIRA"
+    peft_type = "HIRA"
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules")
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"rank_pattern": ()}
 
     r: int = 32
     """Size of the bottleneck. Parameters grow linearly with it; the update has a higher rank."""
@@ -24,6 +23,8 @@ class HiraConfig(FanInConfig, ExcludingConfig, LayeredConfig):
     init_weights: bool | Literal["gaussian"] = True
     """How A starts; B starts at zero. true: Kaiming uniform; gaussian: normal with deviation 1/r;
     false: B starts random too, for tests."""
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata=UNSUPPORTED)
+    """Not supported: it does nothing in PEFT."""
 
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, r=1) + outside_unit_interval(self, "hira_dropout")

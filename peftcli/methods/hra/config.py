@@ -13,7 +13,7 @@ from peftcli.methods._settings import Problems, too_small
 class HRAConfig(BiasConfig, ExcludingConfig, LayeredConfig):
     """Settings of HRA, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "HRA"
+    peft_type = "HRA"
     always_written: ClassVar[tuple[str, ...]] = ("r", "apply_GS", "target_modules", "bias")
 
     r: int = 8

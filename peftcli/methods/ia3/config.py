@@ -42,7 +42,8 @@ TARGETS: dict[str, tuple[list[str], list[str]]] = {
 class IA3Config(FanInConfig, ExcludingConfig):
     """Settings of (IA)^3, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "IA3"
+    peft_type = "IA3"
+    as_sets: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules", "feedforward_modules")
     always_written: ClassVar[tuple[str, ...]] = ("target_modules", "feedforward_modules")
 
     feedforward_modules: list[str] | str | None = None
@@ -53,8 +54,8 @@ class IA3Config(FanInConfig, ExcludingConfig):
 
     def problems(self) -> Problems:
         found = super().problems()
-        if isinstance(self.target_modules, list) and isinstance(self.feedforward_modules, list):
-            strange = [name for name in self.feedforward_modules if name not in self.target_modules]
+        if isinstance(self.target_modules, set) and isinstance(self.feedforward_modules, set):
+            strange = sorted(self.feedforward_modules - self.target_modules)
             found += [("feedforward_modules", f"{name!r} is not in target_modules") for name in strange[:1]]
         return found
 

@@ -110,5 +110,6 @@ def targets(model: nn.Module, config: IA3Config) -> list[str]:
 
 def attach(model: nn.Module, config: IA3Config, layers: Mapping[str, AdapterLayer]) -> None:
     """Name the feedforward modules among the targets too: PEFT reads no file in which one is not part of the other."""
-    if isinstance(config.target_modules, list) and isinstance(config.feedforward_modules, list):
-        config.target_modules = sorted({*config.target_modules, *config.feedforward_modules})
+    wanted, inside = config.target_modules, config.feedforward_modules
+    if not isinstance(wanted, str) and not isinstance(inside, str):
+        config.target_modules = sorted({*(wanted or ()), *(inside or ())})

@@ -13,7 +13,7 @@ from peftcli.methods._settings import Problems, not_positive, too_small
 class LilyConfig(ExcludingConfig, LayeredConfig):
     """Settings of Lily, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "LILY"
+    peft_type = "LILY"
     sizes: ClassVar[tuple[str, ...]] = ("r", "stride_A", "num_B")
     always_written: ClassVar[tuple[str, ...]] = ("r", "stride_A", "num_B", "scaling", "target_modules")
 

@@ -34,7 +34,8 @@ TARGETS: dict[str, list[str]] = {
 class LNTuningConfig(ExcludingConfig):
     """Settings of LN tuning, under PEFT's names. Its target_modules are the norms to train, by default all of them."""
 
-    peft_type: ClassVar[str] = "LN_TUNING"
+    peft_type = "LN_TUNING"
+    as_sets: ClassVar[tuple[str, ...]] = ()
     always_written: ClassVar[tuple[str, ...]] = ("target_modules",)
 
     def problems(self) -> Problems:

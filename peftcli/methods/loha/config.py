@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from peftcli.methods._lycoris_settings import LycorisConfig
 
@@ -12,7 +11,7 @@ from peftcli.methods._lycoris_settings import LycorisConfig
 class LoHaConfig(LycorisConfig):
     """Settings of LoHa, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "LOHA"
+    peft_type = "LOHA"
 
     init_weights: bool = True
     """Start from no update at all; false starts at random, for tests."""

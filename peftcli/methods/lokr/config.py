@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from peftcli.methods._lycoris_settings import LycorisConfig
 from peftcli.methods._settings import Problems, not_one_of
@@ -13,7 +13,7 @@ from peftcli.methods._settings import Problems, not_one_of
 class LoKrConfig(LycorisConfig):
     """Settings of LoKr, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "LOKR"
+    peft_type = "LOKR"
 
     decompose_both: bool = False
     """Make the first matrix of the Kronecker product of two thin ones too, where r is below half its sides."""

@@ -205,7 +205,7 @@ def _config(configs: Sequence[LoraConfig], sizes: Mapping[str, int], biased: boo
 
 def _named(configs: Sequence[LoraConfig], paths: Iterable[str]) -> list[str]:
     """Return target_modules that match the modules that any of the adapters adapts, and no others."""
-    lists = [c.target_modules for c in configs if isinstance(c.target_modules, list)]
+    lists = [config.target_modules for config in configs if not isinstance(config.target_modules, (str, type(None)))]
     narrowed = any(getattr(config, key) is not None for config in configs for key in _TARGETING[1:])
     if len(lists) < len(configs) or narrowed:
         return sorted(paths)

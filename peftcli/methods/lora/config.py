@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from peftcli.core.config import AdapterConfig, ExcludingConfig, LayeredConfig
+from peftcli.core.config import BOOKKEEPING, UNSUPPORTED, AdapterConfig, ExcludingConfig, LayeredConfig
 from peftcli.methods.lora.initialisations.config import (
     SECTIONS,
     CordaConfig,
@@ -32,18 +32,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+@dataclass
+class LoraRuntimeConfig:
+    """PEFT's settings of how LoRA runs. They change no result and are not saved."""
+
+    ephemeral_gpu_offload: bool = False
+    """Changes nothing here: what DoRA needs of an offloaded weight is computed where the weight is."""
+
+
 @dataclass(kw_only=True)
 class LoraConfig(ExcludingConfig, LayeredConfig):
     """Settings of LoRA, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "LORA"
+    peft_type = "LORA"
     always_written: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "target_modules", "lora_dropout", "bias")
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "megatron_core": ("megatron.core",),
-        "runtime_config": ({"ephemeral_gpu_offload": False},),
-        "arrow_config": (),
-        "megatron_config": (),
-    }
 
     r: int = 8
     """Size of the bottleneck. Parameters and memory grow linearly with it."""
@@ -110,9 +112,20 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
     here."""
     fan_in_fan_out: bool = field(default=False, metadata={"recipe": False})
     """Whether the adapted weights are stored (in, out), as GPT-2's are. Found from the layer itself."""
+    runtime_config: LoraRuntimeConfig = field(
+        default_factory=LoraRuntimeConfig, metadata={**BOOKKEEPING, "file": False}
+    )
+    """PEFT's settings that are not saved."""
+    arrow_config: Any = field(default=None, metadata=UNSUPPORTED)
+    """Not supported: LoRA's variant Arrow."""
+    megatron_config: Any = field(default=None, metadata=UNSUPPORTED)
+    """Not supported: layers of Megatron."""
+    megatron_core: str | None = field(default="megatron.core", metadata=UNSUPPORTED)
+    """Not supported: layers of Megatron."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def normalise(self) -> None:
+        self.loftq_config = self.loftq_config or None  # PEFT writes {}
+        super().normalise()
         if self.layer_replication:
             self.layer_replication = [list(pair) for pair in self.layer_replication]
 
@@ -122,7 +135,7 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
             found = [problem for problem in found if problem != ("target_modules", "names no module")]
         return found + _own_problems(self) + init_problems(self) + variant_problems(self)
 
-    def prepare(self, load_tokenizer: Callable[[str | None], Any]) -> None:
+    def prepare(self, load_tokenizer: Callable[..., Any]) -> None:
         if isinstance(text := self.alora_invocation_tokens, str):
             self.alora_invocation_tokens = load_tokenizer(None)(text, add_special_tokens=False)["input_ids"]
 
@@ -138,13 +151,13 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
         return [] if self.target_parameters else super().usual_targets(model_type)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], file: str | None = None) -> AdapterConfig:
+    def from_dict(cls, values: dict[str, Any], file: str | None = None, **options: Any) -> AdapterConfig:
         init = values.get("init_lora_weights")  # PEFT writes the settings of other initialisations too
         others = {section for name, section in SECTIONS.items() if name != init}
-        return super().from_dict({key: value for key, value in values.items() if key not in others}, file)
+        return super().from_dict({key: value for key, value in values.items() if key not in others}, file, **options)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**super(LoraConfig, self.plain()).to_dict(), "init_lora_weights": True}
+    def file_dict(self) -> dict[str, Any]:
+        return {**super(LoraConfig, self.plain()).file_dict(), "init_lora_weights": True}
 
     def plain(self) -> LoraConfig:
         """Return the plain LoRA that computes the same: with a residual initialisation, one of twice the r."""

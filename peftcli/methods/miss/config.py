@@ -13,7 +13,7 @@ from peftcli.methods._settings import Problems, not_one_of, outside_unit_interva
 class MissConfig(BiasConfig, ExcludingConfig, LayeredConfig):
     """Settings of MiSS, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "MISS"
+    peft_type = "MISS"
     sizes: ClassVar[tuple[str, ...]] = ("r", "mini_r")
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "init_weights", "mini_r")
 

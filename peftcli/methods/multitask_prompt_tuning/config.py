@@ -15,7 +15,7 @@ _FROM_SOURCE = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED
 class MultitaskPromptTuningConfig(TextPromptConfig):
     """Settings of multitask prompt tuning, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "MULTITASK_PROMPT_TUNING"
+    peft_type = "MULTITASK_PROMPT_TUNING"
     sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "num_tasks", "num_ranks")
     always_written: ClassVar[tuple[str, ...]] = (*TextPromptConfig.always_written, "num_tasks", "num_ranks")
     inits: ClassVar[tuple[str, ...]] = ("RANDOM", "TEXT", *_FROM_SOURCE)
@@ -65,8 +65,8 @@ class MultitaskPromptTuningConfig(TextPromptConfig):
             )
         return super().fit(embedding)
 
-    def to_dict(self) -> dict[str, Any]:
-        out = super().to_dict()
+    def file_dict(self) -> dict[str, Any]:
+        out = super().file_dict()
         if self.prompt_tuning_init in _FROM_SOURCE:  # PEFT would read the source again whenever it loads the adapter
             out.pop("prompt_tuning_init_state_dict_path", None)
             out["prompt_tuning_init"] = "RANDOM"

@@ -15,7 +15,7 @@ from peftcli.methods._settings import Problems, not_positive, outside_unit_inter
 class OFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Settings of OFT, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "OFT"
+    peft_type = "OFT"
     sizes: ClassVar[tuple[str, ...]] = ("r", "oft_block_size")
     always_written: ClassVar[tuple[str, ...]] = (
         "r",
@@ -29,6 +29,7 @@ class OFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
         "eps",
     )
 
+    peft_version = "0.18.0"  # since when the series is this one
     r: int = 0
     """Number of blocks that the inputs of a layer are cut into; 0: as oft_block_size says."""
     oft_block_size: int = 32
@@ -58,13 +59,10 @@ class OFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
         return found
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], file: str | None = None) -> AdapterConfig:
+    def from_dict(cls, values: dict[str, Any], file: str | None = None, **options: Any) -> AdapterConfig:
         version = [int(part) for part in re.findall(r"\d+", str(values.get("peft_version", "")))[:2]]
         if values.get("use_cayley_neumann") and version < [0, 18]:
             raise AdapterError(
                 "written before PEFT 0.18, whose use_cayley_neumann is another series", key="peft_version", file=file
             )
-        return super().from_dict(values, file)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "peft_version": "0.18.0"}  # since when the series is this one
+        return super().from_dict(values, file, **options)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from peftcli.core.config import TargetedConfig
+from peftcli.core.config import UNSUPPORTED, TargetedConfig
 from peftcli.methods._settings import Problems
 
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -29,8 +29,8 @@ _TARGETS: dict[str, list[str]] = {
 class OSFConfig(TargetedConfig):
     """Settings of OSF, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "OSF"
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"target_svd_config": ()}
+    peft_type = "OSF"
+    as_sets: ClassVar[tuple[str, ...]] = ()
     sizes: ClassVar[tuple[str, ...]] = ("effective_rank", "rank_pattern")
     always_written: ClassVar[tuple[str, ...]] = ("target_modules", "effective_rank")
 
@@ -41,6 +41,8 @@ class OSFConfig(TargetedConfig):
     """An effective_rank of their own for some layers: part of the name or regular expression -> effective_rank."""
     init_weights: bool = True
     """Start from the base model's weights; false starts at random, for tests."""
+    target_svd_config: dict[str, int] | None = field(default=None, metadata=UNSUPPORTED)
+    """Not supported: rank_pattern says the same."""
 
     def problems(self) -> Problems:
         given = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from peftcli.core.prompts.config import EmbeddedPromptConfig
 
@@ -12,7 +12,7 @@ from peftcli.core.prompts.config import EmbeddedPromptConfig
 class PromptEncoderConfig(EmbeddedPromptConfig):
     """Settings of p-tuning, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "P_TUNING"
+    peft_type = "P_TUNING"
 
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
     """The network that makes the vectors while they train. The adapter file holds the vectors alone."""

@@ -20,7 +20,7 @@ ACTIVATIONS = (
 class PeanutConfig(ExcludingConfig, LayeredConfig):
     """Settings of PEANuT, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "PEANUT"
+    peft_type = "PEANUT"
     sizes: ClassVar[tuple[str, ...]] = ("r", "depth")
     always_written: ClassVar[tuple[str, ...]] = ("r", "depth", "act_fn", "scaling", "target_modules")
 

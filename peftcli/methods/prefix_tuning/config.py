@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from peftcli.core.prompts.config import PrefixConfig
 
@@ -12,7 +12,7 @@ from peftcli.core.prompts.config import PrefixConfig
 class PrefixTuningConfig(PrefixConfig):
     """Settings of prefix tuning, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "PREFIX_TUNING"
+    peft_type = "PREFIX_TUNING"
 
     prefix_projection: bool = False
     """Let a two-layer network make the keys and values while they train. Steadier, and many more weights to train;

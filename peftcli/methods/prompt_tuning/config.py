@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 class TextPromptConfig(EmbeddedPromptConfig):
     """A config of a method whose virtual tokens can start as the embeddings of a text."""
 
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"tokenizer_kwargs": (None,)}
     inits: ClassVar[tuple[str, ...]]
     """What prompt_tuning_init may be."""
     prompt_tuning_init: str
@@ -24,6 +23,8 @@ class TextPromptConfig(EmbeddedPromptConfig):
     """The text that prompt_tuning_init: TEXT starts from, repeated or cut to num_virtual_tokens."""
     tokenizer_name_or_path: str | None = None
     """The tokenizer of prompt_tuning_init_text. Unset: the base model's."""
+    tokenizer_kwargs: dict[str, Any] | None = field(default=None, metadata={"recipe": False})
+    """Options of that tokenizer's from_pretrained."""
 
     init_token_ids: list[int] | None = field(default=None, metadata={"recipe": False, "file": False}, repr=False)
     """Token ids of prompt_tuning_init_text, as ``prepare`` finds them."""
@@ -35,15 +36,19 @@ class TextPromptConfig(EmbeddedPromptConfig):
             found.append(("prompt_tuning_init", f"must be {choice}, not {self.prompt_tuning_init!r}"))
         if self.prompt_tuning_init == "TEXT" and not self.prompt_tuning_init_text and not self.inference_mode:
             found.append(("prompt_tuning_init_text", "prompt_tuning_init: TEXT needs it"))
+        if self.tokenizer_kwargs and self.prompt_tuning_init != "TEXT":
+            found.append(("tokenizer_kwargs", "means nothing without prompt_tuning_init: TEXT"))
+        if self.tokenizer_kwargs and "trust_remote_code" in self.tokenizer_kwargs:
+            found.append(("tokenizer_kwargs", "trust_remote_code is not taken: no code of the hub is run for a prompt"))
         return found
 
-    def prepare(self, load_tokenizer: Callable[[str | None], Any]) -> None:
+    def prepare(self, load_tokenizer: Callable[..., Any]) -> None:
         if self.prompt_tuning_init == "TEXT":
-            tokenizer = load_tokenizer(self.tokenizer_name_or_path)
+            tokenizer = load_tokenizer(self.tokenizer_name_or_path, **(self.tokenizer_kwargs or {}))
             self.init_token_ids = tokenizer(self.prompt_tuning_init_text)["input_ids"]
 
-    def to_dict(self) -> dict[str, Any]:
-        out = super().to_dict()
+    def file_dict(self) -> dict[str, Any]:
+        out = super().file_dict()
         if self.prompt_tuning_init == "TEXT" and not self.tokenizer_name_or_path and self.base_model_name_or_path:
             out["tokenizer_name_or_path"] = self.base_model_name_or_path  # PEFT reads no TEXT without one
         return out
@@ -53,7 +58,7 @@ class TextPromptConfig(EmbeddedPromptConfig):
 class PromptTuningConfig(TextPromptConfig):
     """Settings of prompt tuning, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "PROMPT_TUNING"
+    peft_type = "PROMPT_TUNING"
     inits: ClassVar[tuple[str, ...]] = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
 
     prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = "RANDOM"

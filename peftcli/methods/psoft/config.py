@@ -13,7 +13,7 @@ from peftcli.methods._settings import Problems, not_one_of, not_positive, outsid
 class PsoftConfig(FanInConfig, ExcludingConfig, LayeredConfig):
     """Settings of PSOFT, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "PSOFT"
+    peft_type = "PSOFT"
     always_written: ClassVar[tuple[str, ...]] = ("r", "psoft_alpha", "target_modules", "ab_svd_init", "psoft_svd")
 
     r: int = 32

@@ -13,7 +13,7 @@ from peftcli.methods._settings import Problems, outside_unit_interval, too_small
 class PveraConfig(BiasConfig, FanInConfig, LayeredConfig):
     """Settings of PVeRA, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "PVERA"
+    peft_type = "PVERA"
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "projection_prng_key", "save_projection")
 
     r: int = 256

@@ -13,7 +13,7 @@ from peftcli.methods._settings import Problems, outside_unit_interval, too_small
 class RandLoraConfig(BiasConfig, FanInConfig, LayeredConfig):
     """Settings of RandLoRA, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "RANDLORA"
+    peft_type = "RANDLORA"
     always_written: ClassVar[tuple[str, ...]] = (
         "r", "randlora_alpha", "target_modules", "projection_prng_key", "save_projection",
     )  # fmt: skip

@@ -13,7 +13,7 @@ from peftcli.methods._settings import Problems, not_one_of
 class RoadConfig(TargetedConfig):
     """Settings of RoAd, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "ROAD"
+    peft_type = "ROAD"
     sizes: ClassVar[tuple[str, ...]] = ("group_size",)
     always_written: ClassVar[tuple[str, ...]] = ("variant", "group_size", "target_modules")
 

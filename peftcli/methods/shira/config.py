@@ -13,7 +13,7 @@ from peftcli.methods._settings import Problems, too_small
 class ShiraConfig(FanInConfig):
     """Settings of SHiRA, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "SHIRA"
+    peft_type = "SHIRA"
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules")
 
     r: int = 32

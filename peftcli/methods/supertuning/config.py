@@ -13,7 +13,7 @@ from peftcli.methods._settings import Problems, outside_unit_interval
 class SupertuningConfig(TargetedConfig):
     """Settings of Super-Tuning, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "SUPERTUNING"
+    peft_type = "SUPERTUNING"
     always_written: ClassVar[tuple[str, ...]] = ("sparsity", "select_top", "target_modules", "save_precomputed_indices")
 
     sparsity: float = 0.99

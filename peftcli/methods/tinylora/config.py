@@ -13,7 +13,7 @@ from peftcli.methods._settings import Problems, not_one_of, not_positive, outsid
 class TinyLoraConfig(BiasConfig, FanInConfig, LayeredConfig):
     """Settings of TinyLoRA, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "TINYLORA"
+    peft_type = "TINYLORA"
     sizes: ClassVar[tuple[str, ...]] = ("r", "u")
     always_written: ClassVar[tuple[str, ...]] = (
         "r", "u", "weight_tying", "target_modules", "projection_seed", "save_projection",

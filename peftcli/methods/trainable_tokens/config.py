@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peftcli.core.config import TargetedConfig
 from peftcli.methods._settings import Problems
@@ -13,13 +13,21 @@ from peftcli.methods._settings import Problems
 class TrainableTokensConfig(TargetedConfig):
     """Settings of trainable tokens, under PEFT's names. The target_modules are by default the input embedding."""
 
-    peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
+    peft_type = "TRAINABLE_TOKENS"
+    as_sets: ClassVar[tuple[str, ...]] = ()
+    filled_later: ClassVar[tuple[str, ...]] = ("token_indices",)
     always_written: ClassVar[tuple[str, ...]] = ("target_modules", "token_indices")
 
     token_indices: list[int] = field(default_factory=list)
     """Ids of the tokens to train. Each costs as many parameters as the embedding is wide."""
     init_weights: bool = True
     """Start from the base model's rows; false starts at random."""
+
+    def to_dict(self) -> dict[str, Any]:
+        out = super().to_dict()
+        if self.modules_to_save is None:  # PEFT does not know the key for this method, and warns of it
+            del out["modules_to_save"]
+        return out
 
     def problems(self) -> Problems:
         found = super().problems()

@@ -13,7 +13,7 @@ from peftcli.methods._settings import Problems, not_positive, outside_unit_inter
 class UniLoraConfig(BiasConfig, FanInConfig, LayeredConfig):
     """Settings of Uni-LoRA, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "UNILORA"
+    peft_type = "UNILORA"
     sizes: ClassVar[tuple[str, ...]] = ("r", "theta_d_length")
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "theta_d_length", "proj_seed", "save_indices")
 

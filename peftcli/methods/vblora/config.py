@@ -22,7 +22,7 @@ _FAMILY_TARGETS = {
 class VBLoRAConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Settings of VB-LoRA, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "VBLORA"
+    peft_type = "VBLORA"
     sizes: ClassVar[tuple[str, ...]] = ("r", "num_vectors", "vector_length", "topk")
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "num_vectors", "vector_length", "topk")
 

@@ -1,0 +1,164 @@
+"""What every config can do under PEFT's names: be read from a folder or the hub, and be written. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from peftcli.errors import AdapterError, HubError, NetworkError
+from peftcli.guard.adapter_folder import CONFIG_FILE, read_config
+from peftcli.guard.files import short_repr
+from peftcli.system.disk import write_file
+from peftcli.system.hub_requests import download_files, is_repo_id
+
+BOOKKEEPING = {"recipe": False}
+"""Metadata of the fields that describe the file, not the method: a recipe's ``method`` does not take them."""
+
+CONFIGS: dict[str, Callable[[], Any]] = {}
+"""PEFT's name of a method, a ``PeftType`` -> how to import its config class. ``peftcli.methods`` fills it."""
+NOT_HERE: dict[str, str] = {}
+"""PEFT's methods that peftcli does not have: name in adapter_config.json -> why. ``peftcli.methods`` fills it."""
+
+
+class NameEnum(str, Enum):
+    """A text with a ``value``, and shown as that."""
+
+    __str__ = str.__str__
+
+
+class TaskType(NameEnum):
+    """PEFT's names of the tasks."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+@dataclass(kw_only=True)
+class PeftConfigMixin:
+    """The keys that say who wrote a config, and PEFT's methods of reading and writing one."""
+
+    peft_type: str = field(default="", metadata=BOOKKEEPING)
+    """PEFT's name of the method, upper case; a ``PeftType`` in a config. The class says it, whatever is given."""
+    auto_mapping: dict[str, Any] | None = field(default=None, metadata=BOOKKEEPING, compare=False)
+    """PEFT's note of the base model's class, where task_type does not say it."""
+    peft_version: str = field(default="0.13.0", metadata=BOOKKEEPING, compare=False)
+    """The version of PEFT that wrote the file that the config was read from. The class's is the oldest that can read
+    what is written here."""
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method trains virtual tokens."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """Whether the method is PEFT's adaption prompt."""
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all settings as they are, under the keys of ``adapter_config.json``."""
+        kept = {entry.name for entry in dataclasses.fields(self) if entry.metadata.get("file", True)}
+        return {key: value for key, value in dataclasses.asdict(self).items() if key in kept}
+
+    def save_pretrained(self, save_directory: str | Path, auto_mapping_dict: dict[str, Any] | None = None) -> None:
+        """Write all settings into the folder's ``adapter_config.json``: sorted, so equal configs give equal bytes.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        values = self.to_dict()
+        if auto_mapping_dict is not None:
+            values["auto_mapping"] = auto_mapping_dict
+        text = json.dumps(values, indent=2, sort_keys=True, default=sorted)  # sets alone need the default
+        write_file(Path(save_directory) / CONFIG_FILE, f"{text}\n".encode())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        subfolder: str | None = None,
+        *,
+        revision: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """Return the config in a folder or hub repository, of the method that it names.
+
+        Args:
+            pretrained_model_name_or_path: the folder or hub id.
+            subfolder: where in it the adapter is.
+            revision: branch, tag or commit on the hub.
+            options: of ``huggingface_hub.snapshot_download``: token, cache_dir, local_files_only, ...
+
+        Raises:
+            AdapterError: it is not there, cannot be read, or names a method or setting that is not supported.
+        """
+        folder, inside = Path(pretrained_model_name_or_path).expanduser(), subfolder or "."
+        if not folder.is_dir():
+            folder = _from_hub(str(pretrained_model_name_or_path), inside, revision, options)
+        return cls.from_peft_type(**cls.from_json_file(folder / inside / CONFIG_FILE))
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | Path) -> dict[str, Any]:
+        """Return the object in a config's file.
+
+        Raises:
+            AdapterError: the file is missing, cannot be read, or is not a JSON object.
+        """
+        path = Path(path_json_file)
+        values = read_config(path.parent, path.name)
+        if values.pop("runtime_config", None):
+            warnings.warn(f"{path}: runtime_config is ignored; it holds for one run only", stacklevel=2)
+        return values
+
+    @classmethod
+    def from_peft_type(cls, **values: Any) -> Any:
+        """Return the config of the method that ``peft_type`` names, or of this class, with these settings.
+
+        Sets and PEFT's enums are taken, as ``to_dict`` gives them. Warns of keys that the method does not have.
+
+        Raises:
+            AdapterError: there is no such method, or a value is wrong.
+        """
+        kind: Any = cls if cls.peft_type and "peft_type" not in values else config_class(values)
+        plain = {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
+        plain = {name: each.value if isinstance(each, Enum) else each for name, each in plain.items()}
+        return kind.from_dict(plain, unknown_keys="warn")
+
+
+def _from_hub(name: str, inside: str, revision: str | None, options: dict[str, Any]) -> Path:
+    """Return the folder of a hub repository's copy in the cache that holds the config."""
+    if not is_repo_id(name):
+        raise AdapterError(f"{name!r} is neither a folder nor a hub id of the form user/name")
+    try:
+        what = f"no folder {name} here; on the hub: {name}"
+        return download_files(name, [Path(inside, CONFIG_FILE).as_posix()], revision, what=what, **options)
+    except (
+        HubError,
+        NetworkError,
+    ) as error:  # PEFT's is a ValueError, by which code for it sees that this is no adapter
+        raise AdapterError(error.message, hint=error.hint) from error
+
+
+def config_class(values: dict[str, Any], file: str | None = None) -> Any:
+    """Return the config class of the method that an ``adapter_config.json`` object names.
+
+    Raises:
+        AdapterError: there is no such method.
+    """
+    name = values.get("peft_type")
+    if isinstance(name, str) and name in CONFIGS:
+        return CONFIGS[name]()
+    if isinstance(name, str) and name in NOT_HERE:
+        raise AdapterError(f"{name} is not supported: {NOT_HERE[name]}", key="peft_type", file=file)
+    said = "no method is named" if name is None else f"no method is called {short_repr(name)}"
+    raise AdapterError(f"{said}; known: {', '.join(CONFIGS)}", key="peft_type", file=file)

@@ -1,0 +1,95 @@
+"""Configs have the keys, the defaults, the types and the methods of PEFT's."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+
+import peftcli
+from peftcli.errors import AdapterError
+from peftcli.methods import METHODS
+from peftcli.peft_api import PeftConfig, PeftType, TaskType
+from peftcli.peft_api.config import PromptLearningConfig
+
+_NEEDED: dict[str, dict[str, Any]] = {
+    "adalora": {"total_step": 1},
+    **{
+        method: {"num_virtual_tokens": 4}
+        for method in ("prompt_tuning", "multitask_prompt_tuning", "p_tuning", "prefix_tuning")
+    },
+}
+_NOTHING = (None, {}, [])
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if value in _NOTHING else value for key, value in values.items() if key != "peft_version"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_reads_what_the_other_writes(method: str, tmp_path: Path) -> None:
+    cls, given = METHODS[method].config_class(), _NEEDED.get(method, {})
+    theirs = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[cls.peft_type]](**given)
+    for key in {"target_modules", "exclude_modules"} & set(vars(theirs)):
+        setattr(theirs, key, ["b", "a"])
+    theirs = type(theirs)(**theirs.to_dict())
+    ours = cls(**theirs.to_dict())
+    assert all(
+        type(getattr(ours, key)) is type(value) for key, value in vars(theirs).items() if key == "target_modules"
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    read = PeftConfig.from_pretrained(tmp_path / "theirs")
+    assert read == ours
+    assert read.peft_version == peft.__version__
+    ours.save_pretrained(tmp_path / "ours")
+    assert cls.from_pretrained(tmp_path, subfolder="ours") == ours
+    assert _plain(peft.PeftConfig.from_pretrained(tmp_path / "ours").to_dict()) == _plain(theirs.to_dict())
+    assert cls(peft_type="another") == cls.from_peft_type() == copy.deepcopy(pickle.loads(pickle.dumps(cls())))
+
+
+def test_what_a_config_says_of_itself() -> None:
+    config = peftcli.LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=("b", "a"))
+    assert (config.peft_type, config.peft_type.value, f"{config.peft_type}") == (PeftType.LORA, "LORA", "LORA")
+    assert (config.task_type, config.task_type.value) == ("CAUSAL_LM", "CAUSAL_LM")
+    assert issubclass(peftcli.LoraConfig, PeftConfig)
+    assert not config.is_prompt_learning
+    assert not config.is_adaption_prompt
+    assert peftcli.PrefixTuningConfig().is_prompt_learning
+    assert issubclass(peftcli.PrefixTuningConfig, PromptLearningConfig)
+
+
+def test_settings_stay_what_they_are(tmp_path: Path) -> None:
+    """The file of a trained adapter says another r, that of the config alone does not."""
+    config = peftcli.LoraConfig(init_lora_weights="pissa", runtime_config=peftcli.LoraRuntimeConfig(True))
+    config.save_pretrained(tmp_path, auto_mapping_dict={"base_model_class": "LlamaModel"})
+    values = peftcli.LoraConfig.from_json_file(tmp_path / "adapter_config.json")
+    assert (values["r"], values["init_lora_weights"], "runtime_config" in values) == (8, "pissa", False)
+    assert values["auto_mapping"] == {"base_model_class": "LlamaModel"}
+    assert peftcli.PeftConfig.from_pretrained(tmp_path) == peftcli.LoraConfig(init_lora_weights="pissa")
+
+
+def test_unknown_keys_are_told_in_a_file_and_an_error_in_code(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="LoraConfig: ignores what it does not know: spam=1"):
+        assert peftcli.LoraConfig.from_peft_type(spam=1, r=4).r == 4
+    with pytest.raises(TypeError, match="spam"):
+        peftcli.LoraConfig(spam=1)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match=r"no adapter_config\.json"):
+        peftcli.PeftConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"task_type": "CAUSAL"},
+        {"target_modules": "q_.*", "layers_to_transform": [0]},
+        {"layers_pattern": "layers"},
+        {"use_bdlora": {"nblocks": 2}},
+    ],
+)
+def test_wrong_settings_are_an_error_when_the_config_is_made(wrong: dict[str, Any]) -> None:
+    with pytest.raises(AdapterError, match=next(reversed(wrong))):
+        peftcli.LoraConfig(**wrong)
