@@ -18,9 +18,10 @@ from peftcli.peft_api.config import PromptLearningConfig
 
 _NEEDED: dict[str, dict[str, Any]] = {
     "adalora": {"total_step": 1},
+    "cpt": {"task_type": "CAUSAL_LM"},
     **{
         method: {"num_virtual_tokens": 4}
-        for method in ("prompt_tuning", "multitask_prompt_tuning", "p_tuning", "prefix_tuning")
+        for method in ("prompt_tuning", "multitask_prompt_tuning", "p_tuning", "prefix_tuning", "cartridge")
     },
 }
 _NOTHING = (None, {}, [])
