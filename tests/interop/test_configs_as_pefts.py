@@ -88,7 +88,7 @@ def test_unknown_keys_are_told_in_a_file_and_an_error_in_code(tmp_path: Path) ->
         {"task_type": "CAUSAL"},
         {"target_modules": "q_.*", "layers_to_transform": [0]},
         {"layers_pattern": "layers"},
-        {"use_bdlora": {"nblocks": 2}},
+        {"megatron_config": {"tp": 2}},
     ],
 )
 def test_wrong_settings_are_an_error_when_the_config_is_made(wrong: dict[str, Any]) -> None:
