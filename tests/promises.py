@@ -132,12 +132,13 @@ NOT_FOR: dict[tuple[str, ...], str] = {
 
 _PLAIN_LINEAR_IN_PEFT = (
     "c3a", "miss", "shira", "delora", "loha", "lokr", "oft", "boft", "hra", "psoft", "lily", "peanut", "supertuning",
-    "beft", "road", "glora", "adamss",
+    "beft", "road", "glora", "adamss", "poly",
 )  # fmt: skip
 PEFT_CANNOT: dict[tuple[str, ...], str] = {
     **{(method, "gpt2", "*"): "does not adapt Conv1D" for method in _PLAIN_LINEAR_IN_PEFT},
     ("randlora", "*", "our file loads"): "warns of missing copies of the shared bases, which it does not use",
     ("osf", "gpt2", "[fP]*"): "leaves Conv1D as it is, in silence",
+    ("poly", "[wc]*", "[fP]*"): "drops task_ids where the adapter has no task_type",
     ("prefix_tuning", "bert", "[fP]*"): "demands a model that returns keys and values",
     ("cartridge", "bert", "[fP]*"): "demands a model that returns keys and values",
     ("multitask_prompt_tuning", "t5", "[fP]*"): "gives the encoder both ids and embeddings",
@@ -361,7 +362,8 @@ def _reason(table: Mapping[tuple[str, ...], str], *place: str) -> str | None:
 
 def _inputs(method: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The inputs with what the method reads besides."""
-    return {**inputs, "task_ids": torch.zeros(2, dtype=torch.long)} if method == "multitask_prompt_tuning" else inputs
+    by_task = method in ("multitask_prompt_tuning", "poly")
+    return {**inputs, "task_ids": torch.zeros(2, dtype=torch.long)} if by_task else inputs
 
 
 def _labelled(method: str, kind: str, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -287,6 +287,14 @@ METHODS: dict[str, Method] = {
         "a small update for each group of outputs, through each weight's principal directions",
         "https://neurips.cc/virtual/2025/poster/119606",
     ),
+    "poly": Method(
+        "poly.config:PolyConfig",
+        "poly.layers",
+        "POLY",
+        "Poly",
+        "a few low-rank updates that tasks mix in shares of their own",
+        "https://arxiv.org/abs/2202.13914",
+    ),
     "trainable_tokens": Method(
         "trainable_tokens.config:TrainableTokensConfig",
         "trainable_tokens.layers",
@@ -387,7 +395,6 @@ METHODS: dict[str, Method] = {
 NOT_HERE: dict[str, str] = {
     "ADAPTION_PROMPT": "it needs the attention code of each family written anew, and PEFT has three; use prefix_tuning",
     "SHADOW": "it trains a second model beside the base model",
-    "POLY": "its forward pass needs the number of each row's task, which data sets here do not have",
     "XLORA": "it mixes several LoRA adapters by a classifier that runs the model twice; combine the adapters instead",
 }
 """PEFT's methods that peftcli does not have: name in adapter_config.json -> why."""

@@ -301,7 +301,7 @@ def test_tasks_that_cannot_be_right_are_refused(kind: str) -> None:
     model = _adapted("", "multitask_prompt_tuning", base=tiny(kind), num_tasks=3)
     for tasks, message in (
         (None, "task_ids: the prompt has 3 tasks; say the task of each row"),
-        (torch.tensor([0, 3]), r"task_ids: \[0, 3\]: the prompt's tasks are 0 to 2"),
+        (torch.tensor([0, 3]), r"task_ids: \[0, 3\]: the adapter's tasks are 0 to 2"),
         (torch.tensor([-1, 0]), "tasks are 0 to 2"),
         (torch.tensor([0, 1, 2]), "must be 2 whole numbers"),
         (torch.tensor([0.0, 1.0]), "must be 2 whole numbers"),

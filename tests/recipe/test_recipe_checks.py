@@ -48,6 +48,7 @@ from peftcli.recipe import gate_holds, parse_gate
         (["method.alpha_pattern={q_proj: 1e300}"], "method.alpha_pattern.q_proj", "the largest number of float32"),
         (["method.target_modules='(q'"], "method.target_modules", "is not a regular expression"),
         (["method.exclude_modules='*'"], "method.exclude_modules", "is not a regular expression"),
+        (["method={type: poly, n_tasks: 2}"], "method.n_tasks", "must be 1 in a recipe"),
         (
             ["method={type: multitask_prompt_tuning, num_virtual_tokens: 4, num_tasks: 2}"],
             "method.num_tasks",

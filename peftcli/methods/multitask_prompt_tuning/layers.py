@@ -14,6 +14,7 @@ from peftcli.core.layer import adapter_dtype
 from peftcli.core.prompts.virtual_tokens import VirtualTokens
 from peftcli.core.prompts.virtual_tokens import attach as attach
 from peftcli.core.prompts.virtual_tokens import targets as targets
+from peftcli.core.task_ids import check_task_ids
 from peftcli.errors import AdapterError
 from peftcli.methods.multitask_prompt_tuning.config import MultitaskPromptTuningConfig
 from peftcli.methods.prompt_tuning.layers import start
@@ -40,12 +41,7 @@ class MultitaskTokens(VirtualTokens):
             return None
         if task_ids is None:
             raise AdapterError(f"the prompt has {self.tasks} tasks; say the task of each row", key="task_ids")
-        if task_ids.shape not in ((batch,), (1,)) or task_ids.is_floating_point():
-            raise AdapterError(
-                f"must be {batch} whole numbers, one a row, or one for all rows, not {task_ids!r}", key="task_ids"
-            )
-        if (task_ids < 0).any() or (task_ids >= self.tasks).any():
-            raise AdapterError(f"{task_ids.tolist()}: the prompt's tasks are 0 to {self.tasks - 1}", key="task_ids")
+        check_task_ids(task_ids, self.tasks, batch)
         return task_ids.expand(batch)[:, None]
 
 
