@@ -40,6 +40,7 @@ NAMESPACES: dict[str, tuple[str, ...]] = {
         "peft_api.initialisations",
     ),
     "utils.constants": ("peft_api.constants",),
+    "utils.hotswap": ("peft_api.hotswap",),
     "utils.loftq_utils": ("peft_api.initialisations",),
     "utils.other": ("peft_api.constants", "peft_api.prepare"),
     "utils.peft_types": ("peft_api.config",),

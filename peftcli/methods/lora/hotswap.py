@@ -1,0 +1,153 @@
+"""Replace the weights of a LoRA adapter by those of another one, in place, so that a compiled model stays compiled.
+
+The parameters stay the same objects, and so does the factor alpha / r, a constant of compiled code: the new B is
+multiplied by the ratio of the two factors. An adapter of a smaller r fills its part of A and B, and zeros the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from peftcli.core.layer import adapter_layers, base_module, base_name
+from peftcli.core.targets import pattern_value
+from peftcli.core.weights import check_finite, file_tensors, holds_its_file
+from peftcli.errors import AdapterError
+from peftcli.guard.files import short_name
+from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora.initialisations.config import SECTIONS
+from peftcli.methods.lora.lora import LoraConv, LoraEmbedding, LoraLayer, LoraLinear
+
+_R = {"lora_A.weight": 0, "lora_B.weight": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
+"""Names of the tensors with a dimension of size r, and which one that is. In B of a convolution it is r / groups."""
+_A = ("lora_A.weight", "lora_embedding_A")
+_SCALED = ("lora_B.weight", "lora_B.bias", "lora_embedding_B")
+_MAY_DIFFER = {
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout"),
+    *("task_type", "base_model_name_or_path", "revision", "inference_mode", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights"),
+    *("peft_type", "peft_version", *SECTIONS.values()),
+}
+"""Settings that do not matter, or that ``swap`` follows. What they say of tensors is checked by the tensors."""
+
+
+def check_same(old: LoraConfig, new: LoraConfig) -> None:
+    """Raise AdapterError for settings that the layers were built with and that ``new`` has otherwise."""
+    before, after = old.to_dict(), new.to_dict()
+    for key in sorted(before.keys() | after.keys() - _MAY_DIFFER):
+        if key not in _MAY_DIFFER and before.get(key) != after.get(key):
+            raise AdapterError(f"the adapters differ: {before.get(key)!r} and {after.get(key)!r}", key=key)
+
+
+def widen(model: nn.Module, adapter: str, r: int, *configs: LoraConfig) -> None:
+    """Give all layers of an adapter the same r, a larger one. What they compute stays; their parameters are new ones.
+
+    Args:
+        model: holds the adapter.
+        adapter: its name.
+        r: the new size.
+        configs: those of the adapter, which are changed to say the same.
+
+    Raises:
+        AdapterError: a layer has a larger r, or its r cannot be changed. Nothing is changed then.
+    """
+    layers = {base_name(model, path): layer for path, layer in _layers(model, adapter).items()}
+    for name, layer in layers.items():
+        if type(layer) not in (LoraLinear, LoraConv, LoraEmbedding):
+            raise AdapterError(f"{name} is a {type(layer).__name__}, whose r cannot be changed", key="r")
+        if layer.r > r or r % _groups(layer):
+            larger = f"it is {layer.r} already" if layer.r > r else f"it must be a multiple of {_groups(layer)} groups"
+            raise AdapterError(f"{name} cannot have {r}: {larger}", key="r")
+    for layer in layers.values():
+        for tensor, value in layer.own_tensors().items():
+            if tensor in _R:
+                owner, _, leaf = tensor.rpartition(".")
+                padded = _padded(value.detach(), _R[tensor], r, _groups(layer))
+                setattr(layer.own_module(owner), leaf, nn.Parameter(padded, value.requires_grad))
+        layer.r = r
+    for config in configs:
+        size = math.sqrt(r) if config.use_rslora else r
+        alphas = {name: layer.scaling * size for name, layer in layers.items()}
+        config.r, config.rank_pattern = r, dict.fromkeys(config.rank_pattern, r)
+        config.lora_alpha = Counter(alphas.values()).most_common(1)[0][0]
+        config.alpha_pattern = {name: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
+
+
+def swap(
+    model: nn.Module,
+    adapter: str,
+    new: LoraConfig,
+    tensors: Mapping[str, torch.Tensor],
+    *configs: LoraConfig,
+    may_widen: bool = True,
+) -> None:
+    """Copy another adapter's tensors over those of an adapter. Modules that it does not adapt are adapted by nothing.
+
+    Args:
+        model: holds the adapter.
+        adapter: its name.
+        new: the config of the other one.
+        tensors: of the other one, by the names of the adapter file.
+        configs: those of the adapter, for ``widen``.
+        may_widen: whether layers may be widened for an adapter of a larger r.
+
+    Raises:
+        AdapterError: the tensors do not fit. Nothing is changed then.
+    """
+    check_finite(tensors)
+    if not holds_its_file(model, adapter):
+        raise AdapterError("what this adapter trains is not what its file holds; load it from its folder first")
+    names = {layer: base_name(model, path) for path, layer in adapter_layers(model, adapter).items()}
+    places = file_tensors(model, adapter)
+    r = max((len(value) for name, value in tensors.items() if name.endswith(_A)), default=0) if may_widen else 0
+    r = r if any(isinstance(layer, LoraLayer) and layer.r < r for layer in names) else 0
+    wrong = [f"unexpected: {short_name(name)}" for name in tensors if name not in places]
+    values = {}
+    for name, (layer, tensor, place) in places.items():
+        if not isinstance(layer, LoraLayer) or name not in tensors:
+            wrong += [] if tensor in (*_R, "lora_B.bias") else [f"not of LoRA, and other: {name}"]
+            continue
+        value, shape = tensors[name].to(place.device, place.dtype), list(place.shape)
+        if tensor in _SCALED:
+            value = value * (_scaling(new, names[layer]) / layer.scaling)
+        if tensor in _R:
+            groups, dimension = _groups(layer), _R[tensor]
+            shape[dimension] = (r or layer.r) // (groups if dimension else 1)
+            if value.ndim == len(shape) and value.shape[dimension] < shape[dimension]:
+                value = _padded(value, dimension, r or layer.r, groups)
+        if list(value.shape) != shape:
+            wrong.append(f"shape: {name} is {tuple(tensors[name].shape)}, the model has {tuple(place.shape)}")
+        values[name] = value
+    if wrong:
+        raise AdapterError("\n  ".join(["the adapter cannot take the place of this one:", *wrong[:8]]))
+    if r:
+        widen(model, adapter, r, *configs)
+    with torch.no_grad():
+        for name, (_, _, place) in file_tensors(model, adapter).items():
+            place.copy_(values[name]) if name in values else place.zero_()
+
+
+def _layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
+    return {path: layer for path, layer in adapter_layers(model, adapter).items() if isinstance(layer, LoraLayer)}
+
+
+def _groups(layer: LoraLayer) -> int:
+    return getattr(base_module(layer), "groups", 1)
+
+
+def _scaling(config: LoraConfig, name: str) -> float:
+    r = pattern_value(config.rank_pattern, name, config.r)
+    return pattern_value(config.alpha_pattern, name, config.lora_alpha) / (math.sqrt(r) if config.use_rslora else r)
+
+
+def _padded(value: torch.Tensor, dimension: int, r: int, groups: int) -> torch.Tensor:
+    """Return A or B with zeros up to ``r``. Of a convolution with groups each has its part of the rows of A."""
+    if dimension == 1:
+        return torch.cat([value, value.new_zeros(len(value), r // groups - value.shape[1], *value.shape[2:])], dim=1)
+    parts = value.unflatten(0, (groups, -1))
+    more = value.new_zeros(groups, r // groups - parts.shape[1], *value.shape[1:])
+    return torch.cat([parts, more], dim=1).flatten(0, 1)

@@ -1,0 +1,151 @@
+"""PEFT's hot-swapping: another LoRA adapter in the place of one, without compiling the model again."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcli.adapters.load import find_adapter
+from peftcli.core.config import AdapterConfig
+from peftcli.core.files import read_tensors
+from peftcli.core.layer import adapter_layers
+from peftcli.errors import AdapterError
+from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora.hotswap import check_same, swap, widen
+from peftcli.methods.lora.lora import LoraLayer
+from peftcli.peft_api.model import PeftModel
+
+
+def hotswap_adapter(
+    model: nn.Module,
+    model_name_or_path: str | Path,
+    adapter_name: str,
+    torch_device: str | None = None,
+    revision: str | None = None,
+) -> None:
+    """Put the LoRA adapter of a folder or hub repository in the place of one of the model's, under its name.
+
+    The adapter may have another r and lora_alpha, and fewer modules. In a compiled model its r must not be above that
+    of the adapter that it replaces: ``prepare_model_for_compiled_hotswap``.
+
+    Args:
+        model: a model of ``get_peft_model``, compiled or not.
+        model_name_or_path: the new adapter.
+        adapter_name: which of the model's adapters it replaces.
+        torch_device: PEFT's; the weights go where the old ones are.
+        revision: revision of the repository.
+
+    Raises:
+        AdapterError: the new adapter cannot be read or does not fit, or the old one is merged. Nothing is changed then.
+    """
+    peft_model = _unwrapped(model)
+    if not isinstance(peft_model, PeftModel):
+        raise AdapterError(
+            f"needs a PeftModel, not a {type(peft_model).__name__}", hint="hotswap_adapter_from_state_dict"
+        )
+    peft_model.base_model.check_known([adapter_name])
+    old, source = peft_model.peft_config[adapter_name], find_adapter(str(model_name_or_path), revision=revision)
+    check_same(_lora(old), _lora(source.config))
+    hotswap_adapter_from_state_dict(model, read_tensors(source.folder), adapter_name, _lora(source.config))
+
+
+def hotswap_adapter_from_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str,
+    config: LoraConfig,
+    parameter_prefix: str = "lora_",
+) -> None:
+    """The same with tensors. Of the config, what says how strong the update is counts.
+
+    Args:
+        model: a model with adapters, of ``get_peft_model`` or plain, compiled or not.
+        state_dict: the new adapter's tensors by the names of its file, or as PEFT writes them, which is with the
+            adapter's name before ``.weight`` and for plain models without ``base_model.model.``.
+        adapter_name: which of the model's adapters is replaced.
+        config: the new adapter's.
+        parameter_prefix: PEFT's; there is no other.
+
+    Raises:
+        AdapterError: the tensors do not fit, or the old adapter is merged. Nothing is changed then.
+    """
+    inner = _unwrapped(model)
+    configs = []
+    if isinstance(inner, PeftModel):
+        if adapter_name in inner.base_model.merged_adapters:
+            raise AdapterError(f"{adapter_name} is merged; call unmerge_adapter() first", key="adapter_name")
+        configs = [_lora(inner.peft_config[adapter_name])]
+        inner = inner.get_base_model()
+    tensors = {_name_in_file(name, adapter_name): value for name, value in state_dict.items()}
+    swap(inner, adapter_name, config, tensors, *configs, may_widen=not _is_compiled(model))
+
+
+def prepare_model_for_compiled_hotswap(
+    model: nn.Module,
+    *,
+    target_rank: int | None = None,
+    config: LoraConfig | Mapping[str, AdapterConfig] | None = None,
+    check_compiled: str = "error",
+) -> None:
+    """Give the LoRA adapters of a model the largest r of those that will take their place, before it is compiled.
+
+    What the model computes stays. Without ``target_rank`` there is nothing to do.
+
+    Args:
+        model: a model with an adapter.
+        target_rank: the r. None: what it is.
+        config: configs that are changed to say the same: one, or by the names of the adapters. Those of a model of
+            ``get_peft_model`` are changed in any case.
+        check_compiled: what a model that is compiled already is: ``error``, ``warn``, or nothing (``ignore``).
+
+    Raises:
+        AdapterError: the model is compiled already, has no LoRA layer, or one of a larger r.
+    """
+    if check_compiled not in ("error", "warn", "ignore"):
+        raise AdapterError(f"must be error, warn or ignore, not {check_compiled!r}", key="check_compiled")
+    if _is_compiled(model) and check_compiled != "ignore":
+        if check_compiled == "error":
+            raise AdapterError("the model is compiled already; prepare it before")
+        warnings.warn("the model is compiled already, and will be compiled again", stacklevel=2)
+    inner = _unwrapped(model)
+    known: dict[str, AdapterConfig] = {}
+    if isinstance(inner, PeftModel):
+        known, inner = inner.peft_config, inner.get_base_model()
+    adapters = list(dict.fromkeys(layer.adapter for layer in _lora_layers(inner)))
+    if not adapters:
+        raise AdapterError("the model has no LoRA layer; load the first adapter before")
+    if target_rank is None:
+        return
+    for name in adapters:
+        given = config.get(name) if isinstance(config, Mapping) else config
+        configs = {id(each): _lora(each) for each in (known.get(name), given) if each is not None}
+        widen(inner, name, target_rank, *configs.values())
+
+
+def _lora_layers(model: nn.Module) -> list[LoraLayer]:
+    return [layer for layer in adapter_layers(model).values() if isinstance(layer, LoraLayer)]
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+
+
+def _unwrapped(model: nn.Module) -> Any:
+    return getattr(model, "_orig_mod", model)
+
+
+def _lora(config: AdapterConfig) -> LoraConfig:
+    if not isinstance(config, LoraConfig):
+        raise AdapterError(f"hot-swapping works for LORA, not {config.peft_type}", key="peft_type")
+    return config
+
+
+def _name_in_file(name: str, adapter: str) -> str:
+    plain = name.removeprefix("_orig_mod.").removeprefix(LoraConfig.file_prefix)
+    return LoraConfig.file_prefix + re.sub(rf"(lora_\w+)\.{re.escape(adapter)}(?=(\.weight|\.bias)?$)", r"\1", plain)
