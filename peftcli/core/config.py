@@ -129,6 +129,7 @@ class AdapterConfig(PeftConfigMixin):
             setattr(self, entry.name, value)
         name = kind.peft_type or self.peft_type
         self.peft_type = next((known for known in CONFIGS if known == name), name)  # a PeftType
+        self.peft_version = self.peft_version or self.readable_by
         if self.task_type in list(TaskType):
             self.task_type = TaskType(self.task_type)
 
@@ -210,7 +211,7 @@ class AdapterConfig(PeftConfigMixin):
         ``target_modules`` and other unordered lists are sorted, so equal configs give equal bytes.
         """
         keep = {"task_type", "base_model_name_or_path", "inference_mode", *self.always_written}
-        out: dict[str, Any] = {"peft_type": type(self).peft_type, "peft_version": type(self).peft_version}
+        out: dict[str, Any] = {"peft_type": type(self).peft_type, "peft_version": self.readable_by}
         for entry in fields(self):
             value = getattr(self, entry.name)
             if not entry.metadata.get("file", True) or entry.name in out:

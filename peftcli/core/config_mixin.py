@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peftcli.errors import AdapterError, HubError, NetworkError
 from peftcli.guard.adapter_folder import CONFIG_FILE, read_config
@@ -47,13 +47,15 @@ class TaskType(NameEnum):
 class PeftConfigMixin:
     """The keys that say who wrote a config, and PEFT's methods of reading and writing one."""
 
+    readable_by: ClassVar[str] = "0.13.0"
+    """The oldest version of PEFT that reads what is written here."""
+
     peft_type: str = field(default="", metadata=BOOKKEEPING)
     """PEFT's name of the method, upper case; a ``PeftType`` in a config. The class says it, whatever is given."""
     auto_mapping: dict[str, Any] | None = field(default=None, metadata=BOOKKEEPING, compare=False)
     """PEFT's note of the base model's class, where task_type does not say it."""
-    peft_version: str = field(default="0.13.0", metadata=BOOKKEEPING, compare=False)
-    """The version of PEFT that wrote the file that the config was read from. The class's is the oldest that can read
-    what is written here."""
+    peft_version: str | None = field(default=None, metadata=BOOKKEEPING, compare=False)
+    """The version of PEFT that wrote the file that the config was read from. Unset: ``readable_by``."""
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -105,7 +107,8 @@ class PeftConfigMixin:
         folder, inside = Path(pretrained_model_name_or_path).expanduser(), subfolder or "."
         if not folder.is_dir():
             folder = _from_hub(str(pretrained_model_name_or_path), inside, revision, options)
-        return cls.from_peft_type(**cls.from_json_file(folder / inside / CONFIG_FILE))
+        values = cls.from_json_file(folder / inside / CONFIG_FILE)
+        return cls.from_peft_type(**{"peft_type": None, **values})  # a file has to name its method
 
     @classmethod
     def from_json_file(cls, path_json_file: str | Path) -> dict[str, Any]:

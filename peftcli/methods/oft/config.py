@@ -16,6 +16,7 @@ class OFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Settings of OFT, under PEFT's names."""
 
     peft_type = "OFT"
+    readable_by: ClassVar[str] = "0.18.0"  # since when the series is this one
     sizes: ClassVar[tuple[str, ...]] = ("r", "oft_block_size")
     always_written: ClassVar[tuple[str, ...]] = (
         "r",
@@ -29,7 +30,6 @@ class OFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
         "eps",
     )
 
-    peft_version = "0.18.0"  # since when the series is this one
     r: int = 0
     """Number of blocks that the inputs of a layer are cut into; 0: as oft_block_size says."""
     oft_block_size: int = 32

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from peftcli.core.config import UNSUPPORTED, BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
+from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
 from peftcli.methods._settings import Problems, not_one_of, not_positive, pattern_too_small, too_small
 
 _FAMILY_TARGETS = {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}
@@ -39,8 +39,6 @@ class WaveFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Share the coefficients of all layers out in proportion to the layers' sizes, in place of n_frequency for each."""
     init_weights: bool = True
     """Start from no update at all; false starts at random."""
-    proportional_parameters: bool = field(default=False, metadata=UNSUPPORTED)
-    """Not supported: an n_frequency for each layer by its size. n_frequency_pattern says it."""
 
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, n_frequency=1) + not_positive(self, "scaling")
