@@ -17,6 +17,7 @@ _CORE = {
 _PEFT = {
     "peftcli.methods.lora.config": ("LoraRuntimeConfig",),
     "peftcli.methods.lora.initialisations.config": ("CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig"),
+    "peftcli.methods.lora.variant_settings": ("BdLoraConfig", "KasaConfig", "MontecloraConfig", "VeloraConfig"),
     "peftcli.peft_api.auto": (
         "AutoPeftModel",
         "AutoPeftModelForCausalLM",
@@ -80,9 +81,6 @@ _PEFT = {
         "PeftModelForSeq2SeqLM",
         "PeftModelForSequenceClassification",
         "PeftModelForTokenClassification",
-    ),
-    **dict.fromkeys(
-        ("BdLoraConfig", "KasaConfig", "MontecloraConfig", "VeloraConfig"), "peftcli.methods.lora.variant_settings"
     ),
 }
 """The same for PEFT's names, but for the config classes of the methods."""
