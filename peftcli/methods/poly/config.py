@@ -13,7 +13,7 @@ from peftcli.methods._settings import Problems, not_one_of, too_small
 class PolyConfig(ExcludingConfig):
     """Settings of Poly, under PEFT's names."""
 
-    peft_type: ClassVar[str] = "POLY"
+    peft_type = "POLY"
     sizes: ClassVar[tuple[str, ...]] = ("r", "n_tasks", "n_skills", "n_splits")
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "n_tasks", "n_skills", "n_splits")
 
