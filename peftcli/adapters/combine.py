@@ -12,8 +12,8 @@ from peftcli.adapters.card import write_card
 from peftcli.adapters.load import find_adapter
 from peftcli.core.files import read_tensors, write_adapter
 from peftcli.errors import AdapterError, UsageError
-from peftcli.methods.combinations import Combination
-from peftcli.methods.lora.combine import Adapter, combine
+from peftcli.methods.combinations import Adapter, Combination
+from peftcli.methods.lora.combine import combine
 from peftcli.system.outputs import expand_user, new_folder, require_empty
 from peftcli.system.secrets import redact
 

@@ -13,11 +13,14 @@ factors by ``svd``:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from peftcli.core.config import AdapterConfig
+from peftcli.core.protocols import layers_of
 from peftcli.errors import AdapterError
 from peftcli.methods.updates import Update, svd, weighted_sum
 
@@ -50,6 +53,10 @@ class Combination:
     """How signs vote in TIES: by the sum of the values (total), or one vote a value (frequency)."""
     generator: torch.Generator | None = None
     """What DARE draws from. None: PyTorch's own."""
+    clamp: float | None = None
+    """Of ``svd`` and ``..._svd``: the quantile of the values of the factors that limits their size. None: no limit."""
+    driver: str | None = None
+    """Of the same: cuSOLVER's algorithm, for adapters on a GPU: gesvd, gesvdj or gesvda. None: PyTorch's choice."""
 
     def check(self) -> None:
         """Raises AdapterError for settings that mean nothing."""
@@ -57,6 +64,11 @@ class Combination:
             raise AdapterError(f"no way to combine is called {self.method!r}; there are: {', '.join(COMBINATIONS)}")
         if self.r is not None and (self.r < 1 or not self.method.endswith("svd")):
             raise AdapterError("must be at least 1" if self.r < 1 else f"{self.method} chooses its own", key="r")
+        for key, value in (("svd_clamp", self.clamp), ("svd_driver", self.driver)):
+            if value is not None and not self.method.endswith("svd"):
+                raise AdapterError(f"{self.method} decomposes nothing", key=key)
+        if self.clamp is not None and not 0 < self.clamp <= 1:
+            raise AdapterError(f"must be above 0 and at most 1, not {self.clamp}", key="svd_clamp")
         drops = self.method.startswith(("ties", "dare", "magnitude"))
         if drops and (self.density is None or not 0 < self.density <= 1):
             raise AdapterError(f"{self.method} needs the share of values to keep, above 0, at most 1", key="density")
@@ -74,21 +86,33 @@ class Combination:
         r = self.r or max(update.r for _, update in parts)
         if self.method == "cat":
             return weighted_sum(parts)
-        if self.method == "svd":
+        if self.method == "svd" and self.clamp is None and self.driver is None:
             return weighted_sum(parts).truncated(r)
-        arithmetic = self._arithmetic(self.method.removesuffix("_svd"))
-        if self.method.endswith("_svd"):
+        if self.method.endswith("svd"):
             deltas = [update.scaling * (update.left @ update.right) for _, update in parts]
-            dense = arithmetic(torch.stack(deltas), [weight for weight, _ in parts])
-            u, values, v = svd(dense)
-            return Update(u[:, :r] * values[:r], v[:r])
+            dense = self.merged(torch.stack(deltas), [weight for weight, _ in parts])
+            u, values, v = svd(dense, self.driver)
+            return self._clamped(u[:, :r] * values[:r], v[:r])
         if len({update.r for _, update in parts}) > 1:
             sizes = ", ".join(str(update.r) for _, update in parts)
             raise AdapterError(f"{self.method} needs adapters of one r; {place} has {sizes}", hint="cat or svd do not")
         roots = [math.sqrt(abs(weight * update.scaling)) for weight, update in parts]
         signed = [math.copysign(root, weight) for root, (weight, _) in zip(roots, parts, strict=True)]
-        right = arithmetic(torch.stack([update.right for _, update in parts]), signed)
-        return Update(arithmetic(torch.stack([update.left for _, update in parts]), roots), right)
+        right = self.merged(torch.stack([update.right for _, update in parts]), signed)
+        return Update(self.merged(torch.stack([update.left for _, update in parts]), roots), right)
+
+    def merged(self, values: torch.Tensor, weights: list[float]) -> torch.Tensor:
+        """One tensor of stacked ones (n, ...) with a weight each. Of ``cat`` and ``svd`` the sum."""
+        name = self.method.removesuffix("_svd")
+        return self._arithmetic("linear" if name in ("cat", "svd") else name)(values, weights)
+
+    def _clamped(self, left: torch.Tensor, right: torch.Tensor) -> Update:
+        if self.clamp is None:
+            return Update(left, right)
+        values = torch.cat([left.flatten(), right.flatten()]).sort().values
+        place = self.clamp * (len(values) - 1)  # as torch.quantile, which takes no more than 16 million values
+        limit = values[math.floor(place)].lerp(values[math.ceil(place)], place % 1).abs()
+        return Update(left.clamp(-limit, limit), right.clamp(-limit, limit))
 
     def _arithmetic(self, name: str) -> Callable[[torch.Tensor, list[float]], torch.Tensor]:
         """Return the function that combines stacked tensors (n, ...) with a weight each."""
@@ -122,3 +146,97 @@ class Combination:
 
 def _sum(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return torch.tensordot(weights, values, dims=1)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter to combine."""
+
+    name: str
+    """Its name in messages."""
+    config: AdapterConfig
+    tensors: Mapping[str, torch.Tensor]
+    """By the names of the adapter file."""
+
+
+@dataclass(frozen=True)
+class Combined:
+    """The combined adapter and its errors."""
+
+    config: Any
+    """Of the method of the adapters."""
+    tensors: dict[str, torch.Tensor]
+    errors: dict[str, float]
+    """Of each adapted module: distance of its update from the weighted sum, over the norm of that sum."""
+    error: float
+    """The same over all modules."""
+
+
+@runtime_checkable
+class Combines(Protocol):
+    """A method whose adapters can be combined."""
+
+    def combine(self, adapters: Sequence[Adapter], weights: Sequence[float], how: Combination) -> Combined:
+        """Combine adapters of the method into one, each times its weight: see ``combine``."""
+
+
+def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: Combination) -> Combined:
+    """Combine adapters of one method into one, each times its weight.
+
+    Raises:
+        AdapterError: the adapters are not of one base model and method, or cannot be combined like that.
+    """
+    if not adapters:
+        raise AdapterError("names no adapter", key="adapters")
+    layers = layers_of(adapters[0].config)
+    if not isinstance(layers, Combines):
+        raise AdapterError(f"{adapters[0].name} is {adapters[0].config.peft_type}, which cannot be combined")
+    return layers.combine(adapters, weights, how)
+
+
+def check_alike(adapters: Sequence[Adapter], weights: Sequence[float], same: Sequence[str]) -> None:
+    """Raise AdapterError for adapters of different base models, methods or settings ``same``, and for wrong weights."""
+    if len(adapters) != len(weights) or not adapters:
+        raise AdapterError(f"{len(weights)} weights for {len(adapters)} adapters", key="weights")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise AdapterError("must be finite numbers", key="weights")
+    for key in ("base_model_name_or_path", "revision", "task_type", "peft_type"):
+        values = {value: adapter.name for adapter in adapters if (value := getattr(adapter.config, key))}
+        if len(values) > 1:
+            said = ", ".join(f"{name} is for {value}" for value, name in values.items())
+            raise AdapterError(f"the adapters do not belong together: {said}", key=key)
+    for key in same:
+        if len({repr(getattr(adapter.config, key)) for adapter in adapters}) > 1:
+            said = ", ".join(f"{adapter.name} has {getattr(adapter.config, key)!r}" for adapter in adapters)
+            raise AdapterError(f"must be the same to be combined: {said}", key=key)
+
+
+def replaced(adapters: Sequence[Adapter], weights: Sequence[float], known: Collection[str]) -> dict[str, torch.Tensor]:
+    """Return the weighted means of tensors that replace the base model's, and base weights that files carry along.
+
+    Args:
+        adapters: which adapters.
+        weights: one for each.
+        known: names of the tensors that the method combines itself.
+    """
+    found = {}
+    for name in sorted({name for adapter in adapters for name in adapter.tensors}.difference(known)):
+        values = [adapter.tensors.get(name) for adapter in adapters]
+        there = [value for value in values if value is not None]
+        if name.endswith(".base_layer.weight"):
+            if any(value.shape != there[0].shape or not torch.equal(value, there[0]) for value in there):
+                raise AdapterError(f"the adapters are for base models with another {name}")
+            found[name] = there[0]
+        elif len(there) < len(adapters):
+            without = adapters[[value is None for value in values].index(True)].name
+            raise AdapterError(f"{without} does not hold {name}, which another of the adapters replaces")
+        elif not math.isclose(sum(weights), 1.0, rel_tol=1e-9):
+            raise AdapterError(
+                f"{name} replaces values of the base model; such values can only be averaged, and the weights add up "
+                f"to {sum(weights):g}, not 1",
+                key="weights",
+            )
+        else:
+            wide = [value.to(torch.promote_types(value.dtype, torch.float32)) for value in there]
+            found[name] = torch.stack([w * value for w, value in zip(weights, wide, strict=True)]).sum(0)
+    return found

@@ -104,15 +104,17 @@ def distance(one: Update, other: Update) -> float:
     return weighted_sum([(1.0, _double(one)), (-1.0, _double(other))]).norm()
 
 
-def svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def svd(matrix: torch.Tensor, driver: str | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """U, the singular values from the largest, and V^T of a matrix, each only as large as these need.
 
     Raises:
-        AdapterError: an element is not finite.
+        AdapterError: an element is not finite, or ``driver`` is not for this device.
     """
     if not matrix.isfinite().all():
         raise AdapterError("the combined values are not finite", hint="take smaller weights, or a larger density")
-    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+    if driver is not None and not matrix.is_cuda:
+        raise AdapterError("is for adapters on an NVIDIA GPU", key="svd_driver")
+    u, values, v = torch.linalg.svd(matrix, full_matrices=False, driver=driver)
     return u, values, v
 
 

@@ -42,6 +42,7 @@ NAMESPACES: dict[str, tuple[str, ...]] = {
     "utils.constants": ("peft_api.constants",),
     "utils.hotswap": ("peft_api.hotswap",),
     "utils.loftq_utils": ("peft_api.initialisations",),
+    "utils.merge_utils": ("peft_api.merge_utils",),
     "utils.other": ("peft_api.constants", "peft_api.prepare"),
     "utils.peft_types": ("peft_api.config",),
     "utils.save_and_load": ("peft_api.functions",),

@@ -17,8 +17,7 @@ from peftcli.core.merge import Folded, fold, merge
 from peftcli.core.protocols import after_step, penalty
 from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
-from peftcli.methods.combinations import Combination
-from peftcli.methods.lora.combine import Adapter, combine
+from peftcli.methods.combinations import Adapter, Combination, combine
 from peftcli.models.quantization import forget
 from peftcli.peft_api.mixed_batch import adapted_by_row, check_count
 from peftcli.peft_api.new_adapter import check_name
@@ -162,18 +161,39 @@ class Tuner(nn.Module):
         adapter_name: str,
         combination_type: str = "cat",
         svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
         density: float | None = None,
         majority_sign_method: str = "total",
     ) -> None:
         """Make a new adapter, not active, of a weighted sum of others. See ``peftcli.methods.combinations``.
 
+        Where there is an adapter of that name already, nothing is done, with a warning.
+
+        Args:
+            adapters: the adapters to combine, of one method: LoRA or (IA)^3.
+            weights: one for each.
+            adapter_name: name of the new one.
+            combination_type: one of ``COMBINATIONS``. For (IA)^3 cat or linear, the sum of the factors.
+            svd_rank: the r of the result, for svd and ..._svd.
+            svd_clamp: the quantile of their factors' values that limits these.
+            svd_full_matrices: PEFT's; it does not change the result.
+            svd_driver: cuSOLVER's algorithm.
+            density: the share of values to keep, for the methods that drop some.
+            majority_sign_method: how signs vote in TIES.
+
         Raises:
-            AdapterError: the adapters cannot be combined like that, or the name is taken.
+            AdapterError: the adapters cannot be combined like that.
         """
         self.check_known(adapters)
+        if adapter_name in self.peft_config:
+            warnings.warn(f"there is an adapter called {adapter_name!r} already; nothing is done", stacklevel=2)
+            return
         self.check_new(adapter_name)
+        how = Combination(combination_type, svd_rank, density, majority_sign_method, clamp=svd_clamp, driver=svd_driver)
         given = [Adapter(name, self.peft_config[name], adapter_state(self.model, name)) for name in adapters]
-        combined = combine(given, weights, Combination(combination_type, svd_rank, density, majority_sign_method))
+        combined = combine(given, weights, how)
         combined.config.inference_mode = True
         inject(self.model, combined.config, adapter_name)
         load_state(self.model, combined.tensors, adapter=adapter_name)

@@ -12,8 +12,8 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.files import read_tensors
 from peftcli.core.protocols import describe
 from peftcli.errors import AdapterError
-from peftcli.methods.combinations import Combination
-from peftcli.methods.lora.combine import Adapter, combine
+from peftcli.methods.combinations import Adapter, Combination
+from peftcli.methods.lora.combine import combine
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.updates import pairs
 

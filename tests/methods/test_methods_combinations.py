@@ -19,8 +19,8 @@ from peftcli.core.merge import merge
 from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
-from peftcli.methods.combinations import COMBINATIONS, Combination
-from peftcli.methods.lora.combine import Adapter, Combined, combine
+from peftcli.methods.combinations import COMBINATIONS, Adapter, Combination, Combined
+from peftcli.methods.lora.combine import combine
 from peftcli.methods.updates import Update, distance, effective_r, find_updates, weighted_sum
 from peftcli.peft_api import get_peft_model
 
@@ -359,6 +359,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "no density": ({"method": "ties"}, "density: ties needs the share of values to keep"),
     "density 0": ({"method": "dare_linear", "density": 0.0}, "density: dare_linear needs"),
     "density 2": ({"method": "magnitude_prune_svd", "density": 2.0}, "density: magnitude_prune_svd needs"),
+    "clamp of cat": ({"clamp": 0.9}, "svd_clamp: cat decomposes nothing"),
+    "clamp 2": ({"method": "svd", "clamp": 2.0}, "svd_clamp: must be above 0 and at most 1"),
     "useless density": ({"method": "svd", "density": 0.5}, "density: svd drops nothing"),
     "votes": ({"method": "ties", "density": 0.5, "majority_sign": "some"}, "majority_sign_method: must be total or"),
     "two r's": ({"method": "linear"}, r"linear needs adapters of one r; .*q_proj has 8, 4\ncat or svd do not"),
@@ -395,12 +397,15 @@ def test_a_combined_adapter_in_a_model_is_the_weighted_sum() -> None:
     torch.testing.assert_close(logits(model, batch("llama")), logits(expected, batch("llama")), atol=1e-4, rtol=1e-4)
     model(**labelled("llama")).loss.backward()
     for act, message in (
-        (lambda: model.add_weighted_adapter(["a"], [1.0], "sum"), "an adapter called 'sum' already"),
         (lambda: model.add_weighted_adapter(["x"], [1.0], "y"), "no adapter is called 'x'"),
         (lambda: model.add_weighted_adapter(["a"], [1.0], "y", "mean"), "no way to combine is called 'mean'"),
     ):
         with pytest.raises(AdapterError, match=message):
             act()
+    before = logits(model, batch("llama"))
+    with pytest.warns(UserWarning, match="an adapter called 'sum' already"):
+        model.add_weighted_adapter(["a"], [1.0], "sum")
+    assert torch.equal(logits(model, batch("llama")), before)
     assert list(model.peft_config) == ["a", "b", "sum"]
 
 

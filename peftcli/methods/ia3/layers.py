@@ -13,6 +13,7 @@ from peftcli.core.layer import AdapterLayer, base_module
 from peftcli.core.linear import require_linear
 from peftcli.core.targets import find_modules, find_targets, module_matches, shortest_names
 from peftcli.methods._linear import factory_kwargs
+from peftcli.methods.ia3.combine import combine as combine
 from peftcli.methods.ia3.config import TARGETS, IA3Config
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from peftcli.core.config import AdapterConfig
 from peftcli.core.targets import module_matches
 from peftcli.errors import AdapterError
-from peftcli.methods.combinations import Combination
+from peftcli.methods.combinations import Adapter, Combination, Combined, check_alike, replaced
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.updates import Pair, pairs, updates
 from peftcli.methods.lora.variant_settings import variant_of
@@ -21,29 +20,6 @@ from peftcli.methods.updates import Update, distance, weighted_sum
 _TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _SAME = ("layer_replication", "trainable_token_indices", "ensure_weight_tying", "modules_to_save", "bias")
 """Settings that the adapters must share."""
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter to combine."""
-
-    name: str
-    """Its name in messages."""
-    config: AdapterConfig
-    tensors: Mapping[str, torch.Tensor]
-    """By the names of the adapter file."""
-
-
-@dataclass(frozen=True)
-class Combined:
-    """The combined adapter and its errors."""
-
-    config: LoraConfig
-    tensors: dict[str, torch.Tensor]
-    errors: dict[str, float]
-    """Of each adapted module: distance of its update from the weighted sum, over the norm of that sum."""
-    error: float
-    """The same over all modules."""
 
 
 def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: Combination) -> Combined:
@@ -56,15 +32,12 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: Combinat
         AdapterError: the adapters are not of one base model, not LoRA, or cannot be combined like that.
     """
     how.check()
-    if len(adapters) != len(weights) or not adapters:
-        raise AdapterError(f"{len(weights)} weights for {len(adapters)} adapters", key="weights")
-    if not all(math.isfinite(weight) for weight in weights):
-        raise AdapterError("must be finite numbers", key="weights")
     configs = [_lora(adapter) for adapter in adapters]
-    _check_alike(adapters, configs)
+    check_alike(adapters, weights, _SAME)
     given = [_updates_of(updates, adapter, config) for adapter, config in zip(adapters, configs, strict=True)]
     names = {path: pair for adapter in adapters for path, pair in pairs(adapter.tensors).items()}
-    tensors = _replaced(adapters, weights, names.values()) | _biases(adapters, weights, given, names)
+    known = {tensor for pair in names.values() for tensor in (pair.a, pair.b, pair.bias)}
+    tensors = replaced(adapters, weights, known) | _biases(adapters, weights, given, names)
     made, exact = {}, {}
     for path in names:
         parts = [(weight, own[path]) for weight, own in zip(weights, given, strict=True) if path in own]
@@ -97,20 +70,6 @@ def _lora(adapter: Adapter) -> LoraConfig:
             f"{adapter.name} adapts parameters without layers, which cannot be combined", key="target_parameters"
         )
     return config
-
-
-def _check_alike(adapters: Sequence[Adapter], configs: Sequence[LoraConfig]) -> None:
-    for key in ("base_model_name_or_path", "revision", "task_type"):
-        values = {
-            value: adapter.name for adapter, c in zip(adapters, configs, strict=True) if (value := getattr(c, key))
-        }
-        if len(values) > 1:
-            said = ", ".join(f"{name} is for {value}" for value, name in values.items())
-            raise AdapterError(f"the adapters do not belong together: {said}", key=key)
-    for key in _SAME:
-        if len({repr(getattr(config, key)) for config in configs}) > 1:
-            said = ", ".join(f"{a.name} has {getattr(c, key)!r}" for a, c in zip(adapters, configs, strict=True))
-            raise AdapterError(f"must be the same to be combined: {said}", key=key)
 
 
 def _updates_of(
@@ -152,32 +111,6 @@ def _biases(
         for adapter, weight, own in zip(adapters, weights, given, strict=True):
             if pair.bias in adapter.tensors:
                 found[pair.bias] += weight * own[path].scaling * adapter.tensors[pair.bias].float()
-    return found
-
-
-def _replaced(adapters: Sequence[Adapter], weights: Sequence[float], names: Iterable[Pair]) -> dict[str, torch.Tensor]:
-    """Return the weighted means of tensors that replace the base model's, and base weights that files carry along."""
-    known = {tensor for pair in names for tensor in (pair.a, pair.b, pair.bias)}
-    found = {}
-    for name in sorted({name for adapter in adapters for name in adapter.tensors} - known):
-        values = [adapter.tensors.get(name) for adapter in adapters]
-        there = [value for value in values if value is not None]
-        if name.endswith(".base_layer.weight"):
-            if any(value.shape != there[0].shape or not torch.equal(value, there[0]) for value in there):
-                raise AdapterError(f"the adapters are for base models with another {name}")
-            found[name] = there[0]
-        elif len(there) < len(adapters):
-            without = adapters[[value is None for value in values].index(True)].name
-            raise AdapterError(f"{without} does not hold {name}, which another of the adapters replaces")
-        elif not math.isclose(sum(weights), 1.0, rel_tol=1e-9):
-            raise AdapterError(
-                f"{name} replaces values of the base model; such values can only be averaged, and the weights add up "
-                f"to {sum(weights):g}, not 1",
-                key="weights",
-            )
-        else:
-            wide = [value.to(torch.promote_types(value.dtype, torch.float32)) for value in there]
-            found[name] = torch.stack([w * value for w, value in zip(weights, wide, strict=True)]).sum(0)
     return found
 
 

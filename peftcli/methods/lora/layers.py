@@ -14,6 +14,7 @@ from peftcli.core.targets import pattern_value
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import with_bias
 from peftcli.methods.lora.attach import attach as attach
+from peftcli.methods.lora.combine import combine as combine
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.dora import add_magnitude
 from peftcli.methods.lora.initialisations.config import FROM_DATA

@@ -1,0 +1,66 @@
+"""PEFT's functions that merge tensors, over ``methods.combinations``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from peftcli.errors import AdapterError
+from peftcli.methods.combinations import Combination
+
+Tensors = Sequence[torch.Tensor]
+Weights = torch.Tensor | Sequence[float]
+
+
+def task_arithmetic(task_tensors: Tensors, weights: Weights) -> torch.Tensor:
+    """Return the weighted sum."""
+    return _merged(Combination("linear"), task_tensors, weights)
+
+
+def magnitude_prune(task_tensors: Tensors, weights: Weights, density: float) -> torch.Tensor:
+    """Return the weighted sum of what is left of each tensor without its smallest values."""
+    return _merged(Combination("magnitude_prune", density=density), task_tensors, weights)
+
+
+def ties(task_tensors: Tensors, weights: Weights, density: float, majority_sign_method: str = "total") -> torch.Tensor:
+    """Return the mean of the weighted values whose sign has the majority, small ones left out."""
+    how = Combination("ties", density=density, majority_sign=majority_sign_method)
+    return _merged(how, task_tensors, weights)
+
+
+def dare_linear(task_tensors: Tensors, weights: Weights, density: float) -> torch.Tensor:
+    """Return the weighted sum of what is left of each tensor without values that are drawn, the others enlarged."""
+    return _merged(Combination("dare_linear", density=density), task_tensors, weights)
+
+
+def dare_ties(
+    task_tensors: Tensors, weights: Weights, density: float, majority_sign_method: str = "total"
+) -> torch.Tensor:
+    """Return what ``ties`` does, with values dropped at random as in ``dare_linear``."""
+    how = Combination("dare_ties", density=density, majority_sign=majority_sign_method)
+    return _merged(how, task_tensors, weights)
+
+
+def prune(tensor: torch.Tensor, density: float, method: str, rescale: bool = False) -> torch.Tensor:
+    """Return a tensor with a share ``density`` of its values left.
+
+    Args:
+        tensor: any tensor.
+        density: the share, from 0 to 1.
+        method: ``magnitude``: the largest are left; ``random``: any.
+        rescale: enlarge those that are left of random ones, so that the expectation stays.
+
+    Raises:
+        AdapterError: no method is called that, or the share is outside of 0 to 1.
+    """
+    if method not in ("magnitude", "random"):
+        raise AdapterError(f"must be magnitude or random, not {method!r}", key="method")
+    how = Combination("magnitude_prune" if method == "magnitude" else "dare_linear", density=density)
+    pruned = _merged(how, [tensor], [1.0])
+    return pruned if method == "magnitude" or rescale else pruned * density
+
+
+def _merged(how: Combination, tensors: Tensors, weights: Weights) -> torch.Tensor:
+    how.check()
+    return how.merged(torch.stack(list(tensors)), [float(weight) for weight in weights])
