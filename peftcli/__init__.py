@@ -15,6 +15,7 @@ _CORE = {
 """Module -> the public names that it holds."""
 
 _PEFT = {
+    "peftcli.errors": ("NoMatchingPeftModuleError", "PeftError", "PeftWarning"),
     "peftcli.methods.lora.config": ("LoraRuntimeConfig",),
     "peftcli.methods.lora.initialisations.config": ("CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig"),
     "peftcli.methods.lora.variant_settings": ("BdLoraConfig", "KasaConfig", "MontecloraConfig", "VeloraConfig"),

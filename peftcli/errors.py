@@ -5,7 +5,9 @@ PeftcliError
 ├── UsageError       2   a command with wrong arguments
 ├── DataError        3   a dataset that cannot be trained on
 ├── ModelError       4   a base model that cannot be loaded
-├── AdapterError     4   an adapter, or a method's settings, that do not fit the base model
+├── AdapterError     4   an adapter, or a method's settings, that do not fit the base model; also a ValueError
+│   ├── AdapterTypeError           the same, where PEFT raises TypeError; also a TypeError
+│   └── NoMatchingPeftModuleError  the base model has no module that the settings name
 ├── NetworkError     5   the network; the same command may work later
 ├── HubError         6   the hub refused
 ├── StorageError     7   disk, permissions, checkpoints
@@ -115,6 +117,22 @@ class AdapterError(PeftcliError, ValueError):
     """
 
     exit_code = 4
+
+
+class AdapterTypeError(AdapterError, TypeError):
+    """A setting of another type, or a file that is no adapter's config. A TypeError too, as PEFT's is."""
+
+
+class NoMatchingPeftModuleError(AdapterError):
+    """The base model has no module that the settings name. The name is PEFT's, whose users catch it."""
+
+
+PeftError = AdapterError
+"""PEFT's name."""
+
+
+class PeftWarning(UserWarning):
+    """Something that the caller asked for changes nothing, or changes more than it says."""
 
 
 class NetworkError(PeftcliError):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, cast, get_args,
 
 from peftcli.core.config_mixin import BOOKKEEPING as BOOKKEEPING
 from peftcli.core.config_mixin import CONFIGS, PeftConfigMixin, TaskType
-from peftcli.errors import AdapterError
+from peftcli.errors import AdapterError, AdapterTypeError
 from peftcli.guard.files import one_line, short_name, short_repr
 from peftcli.guard.patterns import Pattern, PatternError, check_patterns
 
@@ -202,7 +202,7 @@ class AdapterConfig(PeftConfigMixin):
         try:
             config = cls(**given)
         except AdapterError as error:
-            raise AdapterError(error.message, key=error.key, file=file) from None
+            raise type(error)(error.message, key=error.key, file=file) from None
         return config
 
     def file_dict(self) -> dict[str, Any]:
@@ -364,7 +364,7 @@ def _typed(entry: dataclasses.Field[Any], hint: Any, value: Any, key: str, file:
         return value
     if isinstance(value, float) and value.is_integer() and fits(int(value), hint):
         return int(value)
-    raise AdapterError(f"expected {entry.type}, found {short_repr(value)}", key=key, file=file)
+    raise AdapterTypeError(f"expected {entry.type}, found {short_repr(value)}", key=key, file=file)
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -11,7 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peftcli.errors import AdapterError, HubError, NetworkError
+from peftcli.errors import AdapterError, AdapterTypeError, HubError, NetworkError
 from peftcli.guard.adapter_folder import CONFIG_FILE, read_config
 from peftcli.guard.files import short_repr
 from peftcli.system.disk import write_file
@@ -164,4 +164,5 @@ def config_class(values: dict[str, Any], file: str | None = None) -> Any:
     if isinstance(name, str) and name in NOT_HERE:
         raise AdapterError(f"{name} is not supported: {NOT_HERE[name]}", key="peft_type", file=file)
     said = "no method is named" if name is None else f"no method is called {short_repr(name)}"
-    raise AdapterError(f"{said}; known: {', '.join(CONFIGS)}", key="peft_type", file=file)
+    kind = AdapterTypeError if name is None else AdapterError
+    raise kind(f"{said}; known: {', '.join(CONFIGS)}", key="peft_type", file=file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from peftcli.core.config import AdapterConfig, ExcludingConfig, LayeredConfig, T
 from peftcli.core.layer import base_module, base_paths, model_ends
 from peftcli.core.linear import linear_view
 from peftcli.core.protocols import FindsTargets, layers_of
-from peftcli.errors import AdapterError
+from peftcli.errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
 from peftcli.guard.patterns import Pattern, PatternError, ends_with
 
 
@@ -51,11 +52,13 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
         names = _matches(model, modules, wanted, "target_modules")
     if isinstance(config, ExcludingConfig) and config.exclude_modules is not None:
         excluded = set(_matches(model, modules, config.exclude_modules, "exclude_modules"))
+        if excluded.isdisjoint(names):
+            warnings.warn("exclude_modules excludes none of the modules to adapt", PeftWarning, stacklevel=2)
         names = [name for name in names if name not in excluded]
     if isinstance(config, LayeredConfig) and config.layers_to_transform is not None:
         names = _in_layers(names, config)
     if not names:
-        raise AdapterError(f"no module of {type(model).__name__} is left to adapt", key="target_modules")
+        raise NoMatchingPeftModuleError(f"no module of {type(model).__name__} is left to adapt", key="target_modules")
     return names
 
 
@@ -158,13 +161,13 @@ def _matches(
         except PatternError as error:
             raise AdapterError(str(error), key=key) from None
         if not found:
-            raise AdapterError(_nothing(model, wanted, names, what), key=key)
+            raise NoMatchingPeftModuleError(_nothing(model, wanted, names, what), key=key)
         return found
     entries = set(wanted)
     matched = {name: entries & _endings(name) for name in names}
     left = entries.difference(*matched.values())
     if left:
-        raise AdapterError(_nothing(model, min(left), names, what), key=key)
+        raise NoMatchingPeftModuleError(_nothing(model, min(left), names, what), key=key)
     return [name for name in names if matched[name]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
+from peftcli.core.layer import adapter_layers
 from peftcli.core.weights import adapter_state, load_state
+from peftcli.errors import PeftWarning
 from peftcli.peft_api.config import PeftConfig
 from peftcli.peft_api.model import PeftModel, class_of
 
@@ -20,6 +23,9 @@ def get_peft_model(model: nn.Module, peft_config: AdapterConfig, adapter_name: s
     Raises:
         AdapterError: the config does not fit the model.
     """
+    if adapter_layers(model):
+        told = "the model has an adapter already, and keeps it beside the new one; unload() takes it out"
+        warnings.warn(told, PeftWarning, stacklevel=2)
     return class_of(peft_config)(model, peft_config, adapter_name)
 
 

@@ -40,12 +40,14 @@ NAMESPACES: dict[str, tuple[str, ...]] = {
         "peft_api.initialisations",
     ),
     "utils.constants": ("peft_api.constants",),
+    "utils.error": ("errors",),
     "utils.hotswap": ("peft_api.hotswap",),
     "utils.loftq_utils": ("peft_api.initialisations",),
     "utils.merge_utils": ("peft_api.merge_utils",),
     "utils.other": ("peft_api.constants", "peft_api.prepare"),
     "utils.peft_types": ("peft_api.config",),
     "utils.save_and_load": ("peft_api.functions",),
+    "utils.warning": ("errors",),
 }
 """PEFT's module -> modules of peftcli that hold its names; a name is taken from the first that has it."""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import inject
-from peftcli.errors import AdapterError
+from peftcli.errors import AdapterError, PeftWarning
 from peftcli.models.open import open_base
 from peftcli.peft_api.mixed_batch import BASE
 from peftcli.schema import BaseModel
@@ -31,8 +32,15 @@ def start_adapter(model: nn.Module, config: AdapterConfig, name: str) -> None:
     for key in config.found_by_training:
         if getattr(config, key) is None and not config.inference_mode:
             raise AdapterError("is needed: the number of optimizer steps of the whole training", key=key)
-    if config.base_model_name_or_path is None:
-        config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    named, base = config.base_model_name_or_path, getattr(model, "name_or_path", None)
+    if base and named != base:
+        if named is not None:
+            warnings.warn(
+                f"base_model_name_or_path is {base} now, the model's name; the config said {named}",
+                PeftWarning,
+                stacklevel=2,
+            )
+        config.base_model_name_or_path = base
     config.prepare(lambda name, **options: open_base(BaseModel(name=name or _name_of(model))).processor(**options))
     inject(model, config, name)
 

@@ -15,6 +15,7 @@ from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
 from peftcli.peft_api import PeftConfig, PeftType, TaskType
 from peftcli.peft_api.config import PromptLearningConfig
+from tests.models_tiny import tiny
 
 _NEEDED: dict[str, dict[str, Any]] = {
     "adalora": {"total_step": 1},
@@ -94,3 +95,27 @@ def test_unknown_keys_are_told_in_a_file_and_an_error_in_code(tmp_path: Path) ->
 def test_wrong_settings_are_an_error_when_the_config_is_made(wrong: dict[str, Any]) -> None:
     with pytest.raises(AdapterError, match=next(reversed(wrong))):
         peftcli.LoraConfig(**wrong)
+
+
+def test_errors_are_of_the_classes_that_pefts_are() -> None:
+    with pytest.raises(peftcli.NoMatchingPeftModuleError, match="q_porj") as error:
+        peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(target_modules=["q_porj"]))
+    assert isinstance(error.value, (peftcli.PeftError, ValueError))
+    for wrong in ({"target_parameters": "up_proj"}, {"peft_type": None}):
+        with pytest.raises(TypeError, match=r"peft_type|target_parameters"):
+            peftcli.LoraConfig.from_peft_type(**wrong)
+    with pytest.raises(TypeError, match="list of names"):
+        peftcli.LoraConfig(target_parameters="up_proj")  # type: ignore[arg-type]
+
+
+def test_what_changes_nothing_or_more_than_it_says_is_told() -> None:
+    with pytest.warns(peftcli.PeftWarning, match="does not use r"):
+        peftcli.AdaLoraConfig(r=4)
+    config = peftcli.LoraConfig(base_model_name_or_path="another", exclude_modules=["lm_head"])
+    model: Any = tiny("llama")
+    model.name_or_path = "a name"
+    with pytest.warns(peftcli.PeftWarning, match="is a name now"), pytest.warns(UserWarning, match="excludes none"):
+        model = peftcli.get_peft_model(model, config)
+    assert config.base_model_name_or_path == "a name"
+    with pytest.warns(peftcli.PeftWarning, match="has an adapter already"):
+        peftcli.get_peft_model(model.get_base_model(), peftcli.LoraConfig(), "second")

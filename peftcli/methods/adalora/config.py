@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from peftcli.core.config import (
     LayeredConfig,
     TargetedConfig,
 )
+from peftcli.errors import PeftWarning
 from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, too_small
 from peftcli.methods.lora.config import LoraRuntimeConfig
 
@@ -96,6 +98,11 @@ class AdaLoraConfig(_LoraSettings, BiasConfig, FanInConfig, ExcludingConfig, Lay
     """Which directions of each layer were kept; the file's tensors hold only those. Training writes it."""
     r: int = field(default=8, metadata={"recipe": False})
     """Not used, here as in PEFT: init_r and target_r say the sizes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r != 8:
+            warnings.warn("AdaLoRA does not use r; init_r and target_r say its sizes", PeftWarning, stacklevel=3)
 
     def problems(self) -> Problems:
         found = super().problems() + not_positive(self, "lora_alpha") + outside_unit_interval(self, "lora_dropout")

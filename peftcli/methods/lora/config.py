@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftcli.core.config import BOOKKEEPING, UNSUPPORTED, AdapterConfig, ExcludingConfig, LayeredConfig
+from peftcli.errors import AdapterTypeError
 from peftcli.methods.lora.initialisations.config import (
     SECTIONS,
     CordaConfig,
@@ -124,6 +125,8 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
     """Not supported: layers of Megatron."""
 
     def normalise(self) -> None:
+        if isinstance(self.target_parameters, str):
+            raise AdapterTypeError("must be a list of names", key="target_parameters")
         self.loftq_config = self.loftq_config or None  # PEFT writes {}
         super().normalise()
         if self.layer_replication:
