@@ -15,7 +15,7 @@ _CORE = {
 """Module -> the public names that it holds."""
 
 _PEFT = {
-    "peftcli.errors": ("NoMatchingPeftModuleError", "PeftError", "PeftWarning"),
+    "peftcli.errors": ("NoMatchingPeftModuleError", "PeftWarning"),
     "peftcli.methods.lora.config": ("LoraRuntimeConfig",),
     "peftcli.methods.lora.initialisations.config": ("CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig"),
     "peftcli.methods.lora.variant_settings": ("BdLoraConfig", "KasaConfig", "MontecloraConfig", "VeloraConfig"),
@@ -32,6 +32,7 @@ _PEFT = {
         "MultitaskPromptTuningInit",
         "PeftConfig",
         "PeftConfigMixin",
+        "PeftError",
         "PeftType",
         "PromptEncoderReparameterizationType",
         "PromptLearningConfig",

@@ -127,10 +127,6 @@ class NoMatchingPeftModuleError(AdapterError):
     """The base model has no module that the settings name. The name is PEFT's, whose users catch it."""
 
 
-PeftError = AdapterError
-"""PEFT's name."""
-
-
 class PeftWarning(UserWarning):
     """Something that the caller asked for changes nothing, or changes more than it says."""
 

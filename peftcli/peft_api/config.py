@@ -8,10 +8,12 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.config_mixin import PeftConfigMixin as PeftConfigMixin
 from peftcli.core.config_mixin import TaskType as TaskType
 from peftcli.core.prompts.config import SoftPromptConfig
+from peftcli.errors import AdapterError
 from peftcli.methods import PeftType as PeftType
 
 PeftConfig = AdapterConfig
 PromptLearningConfig = SoftPromptConfig
+PeftError = AdapterError
 
 
 class PromptTuningInit(str, Enum):

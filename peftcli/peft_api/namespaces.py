@@ -40,7 +40,7 @@ NAMESPACES: dict[str, tuple[str, ...]] = {
         "peft_api.initialisations",
     ),
     "utils.constants": ("peft_api.constants",),
-    "utils.error": ("errors",),
+    "utils.error": ("errors", "peft_api.config"),
     "utils.hotswap": ("peft_api.hotswap",),
     "utils.loftq_utils": ("peft_api.initialisations",),
     "utils.merge_utils": ("peft_api.merge_utils",),
