@@ -18,7 +18,14 @@ _PEFT = {
     "peftcli.errors": ("NoMatchingPeftModuleError", "PeftWarning"),
     "peftcli.methods.lora.config": ("LoraRuntimeConfig",),
     "peftcli.methods.lora.initialisations.config": ("CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig"),
-    "peftcli.methods.lora.variant_settings": ("BdLoraConfig", "KasaConfig", "MontecloraConfig", "VeloraConfig"),
+    "peftcli.methods.lora.variant_settings": (
+        "ArrowConfig",
+        "BdLoraConfig",
+        "KasaConfig",
+        "MontecloraConfig",
+        "VeloraConfig",
+    ),
+    "peftcli.peft_api.arrow": ("create_arrow_model",),
     "peftcli.peft_api.auto": (
         "AutoPeftModel",
         "AutoPeftModelForCausalLM",

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.inject import on_unload
+from peftcli.core.inject import watch_calls
 from peftcli.core.layer import adapter_layers
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
@@ -81,16 +81,7 @@ class ALoraLinear(LoraLinear):
 
 def watch_input_ids(model: nn.Module) -> None:
     """Let every call of the model find the invocation tokens, until its adapters are unloaded."""
-    if _find not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_find, with_kwargs=True)
-        model.register_forward_hook(_keep, with_kwargs=True)
-        on_unload(model, functools.partial(_stop_watching, model))
-
-
-def _stop_watching(model: nn.Module) -> None:
-    for hooks, own in ((model._forward_pre_hooks, _find), (model._forward_hooks, _keep)):
-        for number in [number for number, hook in hooks.items() if hook is own]:
-            del hooks[number]
+    watch_calls(model, _find, _keep)
 
 
 def _find(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -13,6 +13,7 @@ from peftcli.core.layer import AdapterLayer, TrainedCopy, base_module, base_path
 from peftcli.core.targets import find_modules
 from peftcli.methods._token_rows import share_rows, wrap_rows
 from peftcli.methods.lora.alora import watch_input_ids
+from peftcli.methods.lora.arrow import find_experts
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.lora import LoraEmbedding, LoraLayer, LoraLinear
 from peftcli.methods.lora.targets import tied_group, token_modules
@@ -25,6 +26,8 @@ def attach(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]
         train_other_biases(model)
     if config.alora_invocation_tokens:
         watch_input_ids(model)
+    if config.arrow_config:
+        find_experts(model)
     if config.ensure_weight_tying:
         _tie(model, config, layers)
     _train_rows(model, config)

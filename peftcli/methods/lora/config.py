@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftcli.core.config import BOOKKEEPING, UNSUPPORTED, AdapterConfig, ExcludingConfig, LayeredConfig
 from peftcli.errors import AdapterTypeError
+from peftcli.errors import AdapterError
 from peftcli.methods.lora.initialisations.config import (
     SECTIONS,
     CordaConfig,
@@ -19,6 +20,7 @@ from peftcli.methods.lora.initialisations.config import (
     is_residual,
 )
 from peftcli.methods.lora.variant_settings import (
+    ArrowConfig,
     BdLoraConfig,
     KasaConfig,
     MontecloraConfig,
@@ -88,6 +90,8 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
     """Let A read averages of inputs (QA-LoRA, https://arxiv.org/abs/2309.14717), on a base model of GPTQ or AWQ."""
     qalora_group_size: int = 16
     """Inputs that use_qalora averages."""
+    arrow_config: ArrowConfig | None = field(default=None, metadata={"recipe": False})
+    """The router of ``create_arrow_model`` (Arrow, https://arxiv.org/abs/2405.11157)."""
     kasa_config: KasaConfig | None = None
     """Replace the weakest directions of the base weight (KaSA, https://arxiv.org/abs/2412.06071)."""
     monteclora_config: MontecloraConfig | None = None
@@ -117,8 +121,6 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
         default_factory=LoraRuntimeConfig, metadata={**BOOKKEEPING, "file": False}
     )
     """PEFT's settings that are not saved."""
-    arrow_config: Any = field(default=None, metadata=UNSUPPORTED)
-    """Not supported: LoRA's variant Arrow."""
     megatron_config: Any = field(default=None, metadata=UNSUPPORTED)
     """Not supported: layers of Megatron."""
     megatron_core: str | None = field(default="megatron.core", metadata=UNSUPPORTED)
@@ -146,6 +148,8 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
         return "finds alora_invocation_tokens only once per row" if self.alora_invocation_tokens else None
 
     def merge_problem(self) -> str | None:
+        if self.arrow_config:
+            return "Cannot merge an active Arrow router adapter: each token has weights of its own"
         if self.alora_invocation_tokens:
             return "aLoRA cannot be merged: the tokens before the invocation need the base weights"
         return None
@@ -155,6 +159,9 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], file: str | None = None, **options: Any) -> AdapterConfig:
+        if values.get("arrow_config"):
+            reason = "is not supported in a file: a router has no weights, and create_arrow_model makes it"
+            raise AdapterError(reason, key="arrow_config", file=file)
         init = values.get("init_lora_weights")  # PEFT writes the settings of other initialisations too
         others = {section for name, section in SECTIONS.items() if name != init}
         return super().from_dict({key: value for key, value in values.items() if key not in others}, file, **options)

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from peftcli.core.layer import base_module
+from peftcli.core.layer import AdapterLayer, base_module
 from peftcli.core.linear import linear_view
 from peftcli.core.targets import pattern_value
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import with_bias
+from peftcli.methods.lora.arrow import ArrowLayer
 from peftcli.methods.lora.attach import attach as attach
 from peftcli.methods.lora.combine import combine as combine
 from peftcli.methods.lora.config import LoraConfig
@@ -39,12 +40,14 @@ from peftcli.methods.lora.variants import check_variant
 from peftcli.methods.lora.variants import penalty as penalty
 
 
-def wrap(module: nn.Module, name: str, config: LoraConfig) -> LoraLayer:
+def wrap(module: nn.Module, name: str, config: LoraConfig) -> AdapterLayer:
     """Return the LoRA layer over ``module``, whose name in the model is ``name``.
 
     Raises:
         AdapterError: LoRA does not adapt such a module, or not with these settings.
     """
+    if config.arrow_config:
+        return ArrowLayer(module, name, config)
     check_initialisation(module, name, config)
     check_variant(module, name, config)
     variant = variant_of(config)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from peftcli.errors import AdapterError
 from peftcli.methods.lora.initialisations.config import is_residual
 
 if TYPE_CHECKING:
@@ -16,6 +17,29 @@ VARIANTS = ("alora_invocation_tokens", "use_bdlora", "use_qalora", "kasa_config"
 """The fields that switch a variant on. They adapt linear layers only, and one layer has one variant."""
 _INIT_TYPES = ("batch_average", "batch_average_once", "random")
 _MOST_SAMPLES = 1024
+
+
+@dataclass
+class ArrowConfig:
+    """Settings of Arrow's router, for ``create_arrow_model``."""
+
+    top_k: int = 3
+    """Experts that a token is routed to."""
+    router_temperature: float = 1.0
+    """Higher shares a token out more evenly among them."""
+    use_gks: bool = False
+    """Take the average of general adapters away from every expert (GenKnowSub)."""
+    task_adapter_names: list[str] | None = field(default=None, init=False)
+    """The experts; ``create_arrow_model`` sets it."""
+    gks_adapter_names: list[str] | None = field(default=None, init=False)
+    """The general adapters; ``create_arrow_model`` sets it."""
+    rng_seed: int | None = None
+    """Seed of the search for an expert's direction. None: one that is always the same."""
+
+    def __post_init__(self) -> None:
+        for key in ("top_k", "router_temperature"):
+            if getattr(self, key) <= 0:
+                raise AdapterError(f"must be above 0, not {getattr(self, key)}", key=f"arrow_config.{key}")
 
 
 @dataclass
