@@ -54,12 +54,7 @@ _PEFT = {
         "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     ),
     "peftcli.peft_api.functional": ("inject_adapter_in_model",),
-    "peftcli.peft_api.functions": (
-        "get_peft_config",
-        "get_peft_model",
-        "get_peft_model_state_dict",
-        "set_peft_model_state_dict",
-    ),
+    "peftcli.peft_api.functions": ("get_peft_config", "get_peft_model"),
     "peftcli.peft_api.helpers": ("find_kappa_target_modules",),
     "peftcli.peft_api.initialisations": (
         "create_loraplus_optimizer",
@@ -75,12 +70,20 @@ _PEFT = {
         "initialize_kv_prefix_from_text",
         "prompt_embeddings_from_past_key_values",
     ),
+    "peftcli.peft_api.mixed_model": ("PeftMixedModel",),
     "peftcli.peft_api.model": ("PeftModel",),
     "peftcli.peft_api.prepare": (
         "cast_mixed_precision_params",
         "prepare_model_for_gradient_checkpointing",
         "prepare_model_for_kbit_training",
         "shift_tokens_right",
+    ),
+    "peftcli.peft_api.state_dicts": (
+        "get_base_model_state_dict",
+        "get_peft_model_state_dict",
+        "load_peft_weights",
+        "set_base_model_state_dict",
+        "set_peft_model_state_dict",
     ),
     "peftcli.peft_api.status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
     "peftcli.peft_api.task_models": (

@@ -6,6 +6,7 @@ Nothing else turns the name of an adapter, a folder or a hub id, into things.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,6 +63,7 @@ matters of them."""
 
 _MAX_TASK_FILE = 10_000_000
 """Bytes. The names of 100,000 classes take less."""
+_SUBFOLDER = re.compile(r"[\w.-]+(/[\w.-]+)*")
 _PICKLED = (
     "adapter_model.bin is a pickle and is not read: load it once in PEFT, save it again with safe_serialization=True"
 )
@@ -228,20 +230,28 @@ class AdapterSource:
         return name
 
 
-def find_adapter(name: str, base: str | None = None, revision: str | None = None) -> AdapterSource:
+def find_adapter(
+    name: str,
+    base: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    **options: Any,
+) -> AdapterSource:
     """Find an adapter and read its config.
 
     Args:
         name: a folder or hub id.
         base: base model to use in place of the one that the adapter names.
         revision: branch, tag or commit on the hub.
+        subfolder: where in the folder or repository the adapter is.
+        options: of ``huggingface_hub.snapshot_download``: token, cache_dir, local_files_only, force_download.
 
     Raises:
         AdapterError: there is no such adapter, its config cannot be read, or its weights are a pickle.
         HubError: the hub has no such repository, or refuses it.
         NetworkError: the hub cannot be reached, and the cache has no copy.
     """
-    folder = adapter_folder(name, revision)
+    folder = adapter_folder(name, revision, subfolder, **options)
     return AdapterSource(folder, read_config(folder), base)
 
 
@@ -282,10 +292,15 @@ def apply_adapter(loaded: LoadedModel, source: AdapterSource) -> None:
     )
 
 
-def adapter_folder(adapter: str, revision: str | None = None) -> Path:
+def adapter_folder(
+    adapter: str,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    **options: Any,
+) -> Path:
     """Return the folder that holds ``adapter``: itself, or a copy of the hub's in the cache.
 
-    A copy that is already in the cache is used offline.
+    A copy that is already in the cache is used offline. For the arguments see ``find_adapter``.
 
     Raises:
         AdapterError: it is neither a folder nor a hub id, or its weights are a pickle.
@@ -294,15 +309,20 @@ def adapter_folder(adapter: str, revision: str | None = None) -> Path:
     """
     folder = expand_user(Path(adapter))
     if adapter and folder.is_dir():
+        folder = folder / (subfolder or "")
         if (folder / "adapter_model.bin").is_file() and not (folder / WEIGHTS_FILE).is_file():
-            raise AdapterError(f"no {WEIGHTS_FILE} here", file=adapter, hint=_PICKLED)
+            raise AdapterError(f"no {WEIGHTS_FILE} here", file=str(folder), hint=_PICKLED)
         return folder
     if not is_hub_id(adapter):
         raise AdapterError(f"{adapter!r} is neither a folder nor a hub id of the form user/name")
+    if subfolder and (not _SUBFOLDER.fullmatch(subfolder) or ".." in subfolder.split("/")):
+        raise AdapterError(f"{subfolder!r} is not a folder of a repository", key="subfolder")
     what = f"no folder {adapter} here; on the hub: {adapter}"
-    folder = hub_requests.download_files(adapter, SHARED_FILES, revision, what=what)
+    files = [f"{subfolder}/{name}" if subfolder else name for name in SHARED_FILES]
+    folder = hub_requests.download_files(adapter, files, revision, what=what, **options) / (subfolder or "")
     if not (folder / WEIGHTS_FILE).is_file():
-        raise AdapterError(f"no {WEIGHTS_FILE} in {adapter} on the hub", hint=_PICKLED)
+        place = f"{subfolder} of {adapter}" if subfolder else adapter
+        raise AdapterError(f"no {WEIGHTS_FILE} in {place} on the hub", hint=_PICKLED)
     return folder
 
 

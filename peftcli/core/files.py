@@ -17,7 +17,7 @@ from torch import nn
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import Injection, inject, meta_copy, set_trainable, unload
 from peftcli.core.protocols import describe
-from peftcli.core.weights import adapter_state, check_finite, check_state, load_state, materialise
+from peftcli.core.weights import adapter_state, check_finite, check_state, load_state
 from peftcli.errors import AdapterError, OutOfMemory
 from peftcli.guard.adapter_folder import CONFIG_FILE as CONFIG_FILE
 from peftcli.guard.adapter_folder import WEIGHTS_FILE as WEIGHTS_FILE
@@ -76,15 +76,26 @@ def write_adapter(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, fo
     write_file(folder / CONFIG_FILE, (json.dumps(described, indent=2) + "\n").encode())
 
 
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of the folder's ``adapter_model.safetensors``, on the CPU.
+def read_tensors(folder: Path, rename: Callable[[str], str] | None = None) -> dict[str, torch.Tensor]:
+    """Read the tensors of the folder's ``adapter_model.safetensors``, on the CPU. ``rename`` translates their names.
 
     Raises:
-        AdapterError: the file is missing, damaged, or contains NaN or Inf.
+        AdapterError: the file is missing, damaged, or contains NaN or Inf, or two tensors get one name.
     """
     path = find_weights(folder)
     with open_weights(path) as (header, file):
-        return _read(header, file, path)
+        return _read(_renamed(header, rename), file, path)
+
+
+def _renamed(header: Mapping[str, TensorEntry], rename: Callable[[str], str] | None) -> Mapping[str, TensorEntry]:
+    if rename is None:
+        return header
+    renamed: dict[str, TensorEntry] = {}
+    for name, entry in header.items():
+        if (new := rename(name)) in renamed:
+            raise AdapterError(f"two tensors get the name {new}", key="key_mapping")
+        renamed[new] = entry
+    return renamed
 
 
 def _read(header: Mapping[str, TensorEntry], file: BufferedReader, path: Path) -> dict[str, torch.Tensor]:
@@ -117,6 +128,7 @@ def load_adapter(
     adapter: str = "default",
     initialised: Collection[str] = (),
     prepare: Callable[[Mapping[str, TensorEntry]], object] | None = None,
+    rename: Callable[[str], str] | None = None,
 ) -> Injection:
     """Inject the config's layers into ``model`` and fill them from the folder's weights.
 
@@ -130,12 +142,13 @@ def load_adapter(
         adapter: name of the adapter in the model.
         initialised: names of the parameters that the base model's checkpoint did not hold: see ``inject``.
         prepare: receives the header of the weights before it is compared, to give the model rows for new tokens.
+        rename: translates the names of the file's tensors into those of this model.
 
     Raises:
         AdapterError: the config or the tensors do not fit the model, or leave a parameter random.
     """
     config.inference_mode = True
-    tensors = _checked_tensors(model, config, folder, adapter, initialised, prepare)
+    tensors = _checked_tensors(model, config, folder, adapter, initialised, prepare, rename)
     injection = inject(model, config, adapter, initialised=initialised)
     try:
         load_state(model, tensors, str(folder / WEIGHTS_FILE), adapter)
@@ -156,7 +169,8 @@ def load_empty(model: nn.Module, config: AdapterConfig, folder: Path, *, initial
     config.inference_mode = True
     tensors = _checked_tensors(model, config, folder, "default", initialised)
     inject(model, config, initialised=initialised)
-    materialise(model, tensors, str(folder / WEIGHTS_FILE))
+    load_state(model, tensors, str(folder / WEIGHTS_FILE))
+    set_trainable(model, False)
 
 
 def _checked_tensors(
@@ -166,6 +180,7 @@ def _checked_tensors(
     adapter: str,
     initialised: Collection[str],
     prepare: Callable[[Mapping[str, TensorEntry]], object] | None = None,
+    rename: Callable[[str], str] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Read the folder's tensors, once their header has shown that they are those of the config over this model.
 
@@ -173,7 +188,8 @@ def _checked_tensors(
         AdapterError: they are not. No memory was taken for them then.
     """
     path = find_weights(folder)
-    with open_weights(path) as (header, file):
+    with open_weights(path) as (stored, file):
+        header = _renamed(stored, rename)
         if prepare is not None:
             prepare(header)
         found = {name: torch.empty(e.shape, dtype=_DTYPES[e.dtype], device="meta") for name, e in header.items()}

@@ -13,6 +13,8 @@ from torch import nn
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError
 
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
 
 class AdapterLayer(nn.Module):
     """A base layer of the model with one adapter's weights beside it.
@@ -260,6 +262,11 @@ def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, Ad
     }
 
 
+def without_wrappers(path: str) -> str:
+    """Return the path of a module or tensor without the modules that PyTorch wraps others in: compiled, sharded."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
 def path_in_file(model: nn.Module, path: str) -> str:
     """Return the path that the adapter layer at ``path`` would have if its adapter were the only one."""
     module, kept = model, []
@@ -270,7 +277,7 @@ def path_in_file(model: nn.Module, path: str) -> str:
         if not foreign:
             kept.append(part)
         module = module.get_submodule(part)
-    return ".".join(kept)
+    return without_wrappers(".".join(kept))
 
 
 def base_name(model: nn.Module, path: str) -> str:
@@ -280,7 +287,7 @@ def base_name(model: nn.Module, path: str) -> str:
         if not (part == "base_layer" and isinstance(module, AdapterLayer)):
             kept.append(part)
         module = module.get_submodule(part)
-    return ".".join(kept)
+    return without_wrappers(".".join(kept))
 
 
 def base_paths(model: nn.Module) -> dict[str, str]:
@@ -296,7 +303,7 @@ def base_paths(model: nn.Module) -> dict[str, str]:
         while isinstance(module, AdapterLayer):
             module, path = module.base_layer, f"{path}.base_layer"
         for child, inner in module.named_children():
-            walk(inner, f"{name}.{child}".lstrip("."), f"{path}.{child}".lstrip("."))
+            walk(inner, without_wrappers(f"{name}.{child}".lstrip(".")), f"{path}.{child}".lstrip("."))
 
     walk(model, "", "")
     return found

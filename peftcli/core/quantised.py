@@ -14,7 +14,8 @@ from torch import nn
 
 from peftcli.errors import AdapterError
 
-_NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of weights that are not quantised."""
 _ROWS_AT_ONCE = 1024
 
 
@@ -23,7 +24,7 @@ def is_quantised(module: Any) -> bool:
     weight = module._parameters.get("weight")  # its own: an adapter layer has its base layer's attributes too
     if weight is None:
         return is_packed(module)
-    return weight.dtype not in _NUMBERS or _dequantises(weight)
+    return weight.dtype not in FLOATS or _dequantises(weight)
 
 
 def is_packed(module: Any) -> bool:
@@ -124,7 +125,7 @@ def check_gradients(model: nn.Module) -> None:
 
 def plain_dtype(model: nn.Module) -> torch.dtype:
     """Return the dtype of the weights that are not quantised."""
-    return next(parameter.dtype for parameter in model.parameters() if parameter.dtype in _NUMBERS)
+    return next(parameter.dtype for parameter in model.parameters() if parameter.dtype in FLOATS)
 
 
 def _dequantises(weight: torch.Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,12 +13,14 @@ from torch import nn
 from peftcli.core.layer import (
     AdapterLayer,
     TrainedCopy,
+    adapter_dtype,
     adapter_layers,
     base_module,
     base_paths,
     model_ends,
     path_in_file,
 )
+from peftcli.core.quantised import FLOATS, plain_dtype
 from peftcli.errors import AdapterError
 from peftcli.guard.files import short_name
 
@@ -92,10 +94,11 @@ def file_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, tupl
 def load_state(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], file: str | None = None, adapter: str | None = None
 ) -> None:
-    """Copy the tensors of an adapter file into the model's adapter layers.
+    """Copy the tensors of an adapter file into the model's adapter layers, in their dtypes.
 
-    A file may also hold the base weights of embedding and head, as PEFT writes them when they are adapted or the
-    vocabulary was resized; they replace the model's.
+    Weights on the meta device get memory, on the device of the layer that they adapt. A file may also hold the base
+    weights of embedding and head, as PEFT writes them when they are adapted or the vocabulary was resized; they
+    replace the model's.
 
     Raises:
         AdapterError: a missing, unexpected, misshapen or non-finite tensor; all of them in one message. Nothing is
@@ -104,11 +107,32 @@ def load_state(
     if not holds_its_file(model, adapter):
         raise AdapterError("what this adapter trains is not what its file holds; load the file into another model")
     values = check_state(model, tensors, file, adapter)
-    targets = {name: value for name, (_, _, value) in file_tensors(model, adapter).items()}
-    targets = base_weights(model, adapter) | targets
+    own, base = file_tensors(model, adapter), base_weights(model, adapter)
     with torch.no_grad():
         for name, value in values.items():
-            targets[name].copy_(value)
+            if name in own:
+                _fill(own[name][2], value, own[name][0])
+            else:
+                base[name].copy_(value)
+
+
+def empty_state(model: nn.Module, adapter: str | None = None) -> None:
+    """Move the tensors that the adapter's file holds to the meta device, to be filled by ``load_state``."""
+    for _, _, value in file_tensors(model, adapter).values():
+        empty = torch.empty_like(value, device="meta")
+        torch.utils.swap_tensors(
+            value, nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
+        )
+
+
+def cast_weights(model: nn.Module, adapter: str | None = None, *, as_base: bool = False) -> None:
+    """Hold the adapter's weights in float32 or wider, or in the dtypes of the layers that they adapt."""
+    for layer in adapter_layers(model, adapter).values():
+        found = [value.dtype for value in base_module(layer).parameters() if value.dtype in FLOATS]
+        base = found[0] if found else plain_dtype(model)
+        for value in {**layer.own_tensors(), **layer.fixed_tensors()}.values():
+            if value.is_floating_point():
+                value.data = value.data.to(base if as_base else adapter_dtype(value))
 
 
 def check_state(
@@ -181,32 +205,16 @@ def is_finite(value: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
     return bool(torch.isfinite(ends.to(dtype or ends.dtype)).all())
 
 
-def materialise(model: nn.Module, tensors: Mapping[str, torch.Tensor], file: str | None = None) -> None:
-    """Fill a model on the meta device as ``load_state`` does: its layers take the tensors themselves, in their dtypes.
-
-    Raises:
-        AdapterError: as ``load_state``.
-    """
-    values = check_state(model, tensors, file)
-    for path, layer in _paths_in_file(model, None).items():
-        for tensor, empty in layer.file_tensors().items():
-            owner, _, leaf = tensor.rpartition(".")
-            name = layer.file_name(path, tensor)
-            if name in values:  # else a buffer that the file lacks
-                module, value = layer.own_module(owner), values[name].to(empty.dtype)
-                setattr(module, leaf, value if leaf in module._buffers else nn.Parameter(value, requires_grad=False))
-
-
-def replace_tensors(model: nn.Module, adapter: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Replace each tensor of the adapter by ``change(tensor)``; parameters become new parameters."""
-    new: dict[torch.Tensor, torch.Tensor] = {}
-    for layer in adapter_layers(model, adapter).values():
-        for tensor, value in {**layer.own_tensors(), **layer.fixed_tensors()}.items():
-            owner, _, leaf = tensor.rpartition(".")
-            if value not in new:
-                changed = change(value).detach()
-                new[value] = nn.Parameter(changed, value.requires_grad) if isinstance(value, nn.Parameter) else changed
-            setattr(layer.own_module(owner), leaf, new[value])
+def _fill(target: torch.Tensor, value: torch.Tensor, layer: AdapterLayer) -> None:
+    """Copy ``value`` into a tensor of ``layer``, which gets memory if it is on the meta device."""
+    if not target.is_meta:
+        target.copy_(value)
+        return
+    base = base_module(layer)
+    devices = [each.device for each in (*base.parameters(), *base.buffers()) if not each.is_meta]
+    value = value.detach().to(devices[0] if devices else value.device, target.dtype, copy=True)
+    new = nn.Parameter(value, target.requires_grad) if isinstance(target, nn.Parameter) else value
+    torch.utils.swap_tensors(target, new)
 
 
 def _is_buffer_of_copy(layer: AdapterLayer, tensor: str) -> bool:

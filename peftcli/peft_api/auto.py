@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,16 +10,19 @@ from typing import Any, ClassVar
 import transformers
 from transformers import AutoConfig
 
-from peftcli.adapters.load import find_adapter
+from peftcli.adapters.load import AdapterSource
+from peftcli.core.config import AdapterConfig
 from peftcli.core.files import load_adapter
+from peftcli.core.weights import cast_weights
 from peftcli.errors import AdapterError
 from peftcli.models.open import build_empty, label_options
 from peftcli.models.tokens import fit_adapter
 from peftcli.models.validate import find_initialised
+from peftcli.peft_api.loading import DOWNLOAD, find, key_mapping_for, renaming
 from peftcli.peft_api.model import PeftModel, wrap
 
 _LABELS = {"config", "num_labels", "id2label", "label2id"}
-_HUB_OPTIONS = {"cache_dir", "code_revision", "local_files_only", "revision", "subfolder", "token", "trust_remote_code"}
+_HUB_OPTIONS = {"cache_dir", "code_revision", "local_files_only", "revision", "token", "trust_remote_code"}
 """Arguments of ``from_pretrained`` that say where a model is."""
 
 
@@ -31,49 +35,93 @@ class AutoPeftModel:
     @classmethod
     def from_pretrained(
         cls,
-        adapter: str | Path,
+        pretrained_model_name_or_path: str | Path,
         adapter_name: str = "default",
         is_trainable: bool = False,
+        config: Any = None,
         revision: str | None = None,
+        import_allowlist: Sequence[str] | None = None,
+        *,
+        subfolder: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        torch_device: str | None = None,
         **base_options: Any,
     ) -> PeftModel:
-        """Load the base model with the adapter in it; ``base_options`` go to the base model's ``from_pretrained``.
+        """Load the base model with the adapter in it.
 
         ``num_labels`` is that of the adapter's head, and ``use_safetensors`` is True, unless they are given.
 
+        Args:
+            pretrained_model_name_or_path: the adapter's folder or hub repository.
+            adapter_name: the adapter's name in the model.
+            is_trainable: whether its weights take gradients.
+            config: a config of the adapter to use in place of its own, or one of transformers for the base model.
+            revision: the adapter's; that of the base model is in the adapter's config.
+            import_allowlist: libraries beside transformers that may be those of the base model's class. They are not
+                imported: the class is found by the base model's config.
+            subfolder: where in the folder or repository the adapter is.
+            autocast_adapter_dtype: as in ``PeftModel.from_pretrained``, like the arguments after it.
+            ephemeral_gpu_offload: changes nothing.
+            low_cpu_mem_usage: changes nothing.
+            key_mapping: for the names of the adapter file's tensors.
+            torch_device: changes nothing.
+            base_options: go to the base model's ``from_pretrained``; ``token``, ``cache_dir``, ``local_files_only`` and
+                ``force_download`` count for the adapter too.
+
         Raises:
-            AdapterError: the adapter cannot be read, names no base model, or does not fit it.
+            AdapterError: the adapter cannot be read, names no base model or one of another library, or does not fit it.
         """
-        source = find_adapter(str(adapter), revision=revision)
-        config, name = source.config, source.config.base_model_name_or_path
-        if not name:
-            raise AdapterError(
-                "names no base model; use PeftModel.from_pretrained(model, ...)", file=str(source.folder)
-            )
-        base_options.setdefault("revision", config.revision)
-        read_config = partial(
-            AutoConfig.from_pretrained, name, **{key: base_options[key] for key in _HUB_OPTIONS & base_options.keys()}
-        )
-        auto_class = cls.auto_class or source.auto_class(read_config)
-        if base_options.keys().isdisjoint(_LABELS):
-            labels = source.recorded_options or label_options(
-                lambda **labels: build_empty(auto_class, read_config(**labels)), source.saved_sizes
-            )
-            base_options |= labels and {**labels, "ignore_mismatched_sizes": True}
-        base_options.setdefault("use_safetensors", True)  # a pickle can run code when it is read
-        build = getattr(transformers, auto_class).from_pretrained
-        model, info = build(name, **base_options, output_loading_info=True)
-        initialised, _ = find_initialised(model, info, name, new_labels=True, complete=False)
+        if "use_auth_token" in base_options:
+            base_options.setdefault("token", base_options.pop("use_auth_token"))
+        download = {key: base_options[key] for key in DOWNLOAD if key in base_options}
+        source = find(pretrained_model_name_or_path, {"revision": revision, "subfolder": subfolder, **download})
+        if isinstance(config, AdapterConfig):
+            own = config
+        else:
+            own = source.config
+            base_options |= {} if config is None else {"config": config}
+        _check_library(source, import_allowlist)
+        model, initialised = cls._load_base(source, base_options)
         load_adapter(
             model,
-            config,
+            own,
             source.folder,
             trainable=is_trainable,
             adapter=adapter_name,
             initialised=initialised,
-            prepare=lambda header: fit_adapter(model, config, header),
+            prepare=lambda header: fit_adapter(model, own, header),
+            rename=renaming(key_mapping_for(model, own, key_mapping)),
         )
-        return wrap(model, config, adapter_name).train(is_trainable)
+        if not autocast_adapter_dtype:
+            cast_weights(model, adapter_name, as_base=True)
+        return wrap(model, own, adapter_name).train(is_trainable)
+
+    @classmethod
+    def _load_base(cls, source: AdapterSource, options: dict[str, Any]) -> tuple[Any, Sequence[str]]:
+        """Load the base model of an adapter; return it with the names of the parameters that its file does not hold."""
+        name = source.config.base_model_name_or_path
+        if not name:
+            raise AdapterError(
+                "names no base model; use PeftModel.from_pretrained(model, ...)", file=str(source.folder)
+            )
+        options.setdefault("revision", source.config.revision)
+        read_config = partial(
+            AutoConfig.from_pretrained, name, **{key: options[key] for key in _HUB_OPTIONS & options.keys()}
+        )
+        auto_class = cls.auto_class or source.auto_class(read_config)
+        if options.keys().isdisjoint(_LABELS):
+            labels = source.recorded_options or label_options(
+                lambda **labels: build_empty(auto_class, read_config(**labels)), source.saved_sizes
+            )
+            options |= labels and {**labels, "ignore_mismatched_sizes": True}
+        options.setdefault("use_safetensors", True)  # a pickle can run code when it is read
+        build = getattr(transformers, auto_class).from_pretrained
+        model, info = build(name, **options, output_loading_info=True)
+        initialised, _ = find_initialised(model, info, name, new_labels=True, complete=False)
+        return model, initialised
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):
@@ -110,3 +158,16 @@ class AutoPeftModelForFeatureExtraction(AutoPeftModel):
     """The same, for models without a head."""
 
     auto_class = "AutoModel"
+
+
+def _check_library(source: AdapterSource, allowed: Sequence[str] | None) -> None:
+    """Raise AdapterError where an adapter without a task notes a class that is not in transformers, nor allowed."""
+    noted = source.values.get("auto_mapping")
+    library = str(noted.get("parent_library") or "") if isinstance(noted, dict) else ""
+    known = ("", "transformers", "transformers_modules", *(allowed or ()))
+    if source.config.task_type is None and library.partition(".")[0] not in known and library not in known:
+        raise AdapterError(
+            f"the base model's class is one of {library!r}, which is not in the import allowlist",
+            file=str(source.folder),
+            hint="load the base model yourself, and use PeftModel.from_pretrained(model, ...)",
+        )

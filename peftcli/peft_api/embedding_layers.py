@@ -10,6 +10,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from peftcli.adapters.load import is_hub_id
 from peftcli.core.config import AdapterConfig
+from peftcli.core.layer import TrainedCopy, adapter_layers, base_module, model_ends
 from peftcli.core.weights import base_weights
 from peftcli.errors import AdapterError
 
@@ -35,6 +36,10 @@ def embedding_layers(model: Any, config: AdapterConfig, adapter: str, save: bool
     if save is False:
         return {}
     found = {parameter: name for name, parameter in reversed(base_weights(model, adapter, config.file_prefix).items())}
+    copied = [base_module(each) for each in adapter_layers(model, adapter).values() if isinstance(each, TrainedCopy)]
+    ends = [end for end in map(base_module, filter(None, model_ends(model))) if end not in copied]
+    frozen = {value for end in ends for value in end.parameters()}  # of the others the file holds the copy
+    found = {value: name for value, name in found.items() if value in frozen}
     if save == "auto" and not _is_resized(model, config):
         rows = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None)
         found = {value: name for value, name in found.items() if not rows and any(part in name for part in _TARGETS)}

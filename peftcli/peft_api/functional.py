@@ -10,13 +10,13 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import set_active, set_trainable, unload
-from peftcli.core.layer import adapter_dtype, adapter_layers, base_paths
+from peftcli.core.layer import adapter_layers, base_paths
 from peftcli.core.prompts.config import SoftPromptConfig
 from peftcli.core.targets import find_modules, targets
-from peftcli.core.weights import file_tensors, replace_tensors
+from peftcli.core.weights import cast_weights
 from peftcli.errors import AdapterError
-from peftcli.peft_api.functions import get_peft_model_state_dict, set_peft_model_state_dict
 from peftcli.peft_api.new_adapter import check_name, start_adapter
+from peftcli.peft_api.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
 
 __all__ = [
     "cast_adapter_dtype",
@@ -54,11 +54,8 @@ def inject_adapter_in_model(
     check_name(adapter_name)
     if state_dict is not None:
         peft_config = _with_targets_of(model, peft_config, state_dict)
-    start_adapter(model, peft_config, adapter_name)
+    start_adapter(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
     set_adapter(model, adapter_name, inference_mode=peft_config.inference_mode)
-    if low_cpu_mem_usage:
-        held = {value for _, _, value in file_tensors(model, adapter_name).values()}
-        replace_tensors(model, adapter_name, lambda value: value.to("meta") if value in held else value)
     return model
 
 
@@ -104,7 +101,7 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = Non
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-    """Hold an adapter's weights in float32 where they are in a smaller dtype. The parameters are new ones.
+    """Hold an adapter's weights in float32 where they are in a smaller dtype.
 
     New and loaded adapters are in float32 already.
 
@@ -115,9 +112,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     """
     _known(model, adapter_name)
     if autocast_adapter_dtype:
-        replace_tensors(
-            model, adapter_name, lambda value: value.to(adapter_dtype(value)) if value.is_floating_point() else value
-        )
+        cast_weights(model, adapter_name)
 
 
 def _known(model: nn.Module, names: str | Iterable[str]) -> list[str]:

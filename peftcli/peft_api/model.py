@@ -14,10 +14,9 @@ import torch
 from torch import nn
 
 from peftcli.adapters.card import complete_card, has_own_card, write_card
-from peftcli.adapters.load import find_adapter
 from peftcli.adapters.push import push
 from peftcli.core.config import AdapterConfig
-from peftcli.core.files import load_adapter, write_adapter
+from peftcli.core.files import write_adapter
 from peftcli.core.inject import meta_copy, set_trainable
 from peftcli.core.layer import adapter_layers
 from peftcli.core.prompts import virtual_tokens
@@ -25,9 +24,11 @@ from peftcli.core.quantised import num_weights
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.peft_api.embedding_layers import embedding_layers
+from peftcli.peft_api.loading import LoadResult, find, key_mapping_for, load, renaming
 from peftcli.peft_api.new_adapter import check_name, start_adapter
 from peftcli.peft_api.replace_adapter import replace_adapter
 from peftcli.peft_api.saved_by_trainer import SavedByTrainer, write_for_trainer
+from peftcli.peft_api.state_dicts import take
 from peftcli.peft_api.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from peftcli.peft_api.tuner import Tuner
 from peftcli.peft_api.without_start import without_start
@@ -49,14 +50,41 @@ class PeftModel(SavedByTrainer):
         if task_type is not None:
             PeftModel.task_classes[task_type] = cls
 
-    def __init__(self, model: nn.Module, peft_config: AdapterConfig, adapter_name: str = "default"):
+    @classmethod
+    def class_of(cls, config: AdapterConfig) -> type[PeftModel]:
+        """The class for an adapter: that of its task_type, or this one where it has none.
+
+        Raises:
+            AdapterError: no class has it.
+        """
+        if config.task_type is None:
+            return cls
+        if config.task_type not in PeftModel.task_classes:
+            known = ", ".join(PeftModel.task_classes)
+            raise AdapterError(f"{config.task_type!r} is not supported; known: {known}", key="task_type")
+        return PeftModel.task_classes[config.task_type]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: AdapterConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ):
         """Put a new adapter into ``model``, in place, and wrap it. ``get_peft_model`` does the same.
 
         Raises:
             AdapterError: the config does not fit the model.
         """
         check_name(adapter_name)
-        start_adapter(model, peft_config, adapter_name)
+        start_adapter(
+            model,
+            peft_config,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+        )
         set_trainable(model, not peft_config.inference_mode)
         self._hold(model, peft_config, adapter_name)
 
@@ -142,14 +170,28 @@ class PeftModel(SavedByTrainer):
         with self.base_model.by_row(adapter_names, args, kwargs, copies):
             return virtual_tokens.generate(model, *args, **kwargs)
 
-    def add_adapter(self, adapter_name: str, peft_config: AdapterConfig) -> None:
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: AdapterConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
         """Put another new adapter into the model, of any method. It is neither active nor trained: ``set_adapter``.
+
+        For the last two arguments see ``get_peft_model``.
 
         Raises:
             AdapterError: the name is taken, or the config does not fit the model. Nothing is changed then.
         """
         self.base_model.check_new(adapter_name)
-        start_adapter(self.get_base_model(), peft_config, adapter_name)
+        start_adapter(
+            self.get_base_model(),
+            peft_config,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+        )
         self.base_model.added(adapter_name, peft_config, trainable=False)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -160,8 +202,8 @@ class PeftModel(SavedByTrainer):
         """Let the weights of these adapters take gradients, or not, whether or not they are active."""
         self.base_model.set_requires_grad(adapter_names, requires_grad)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter: ``Tuner.delete_adapter``."""
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Remove one adapter or several: ``Tuner.delete_adapter``."""
         self.base_model.delete_adapter(adapter_name)
 
     @contextmanager
@@ -272,26 +314,59 @@ class PeftModel(SavedByTrainer):
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: AdapterConfig | None = None,
-        revision: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **options: Any,
     ) -> PeftModel:
         """``model`` with the adapter of a folder or hub repository in it, frozen unless ``is_trainable``.
 
+        Args:
+            model: the base model.
+            model_id: the folder or repository.
+            adapter_name: the adapter's name in the model.
+            is_trainable: whether its weights take gradients.
+            config: a config to use in place of the adapter's own.
+            autocast_adapter_dtype: whether the adapter's weights are float32 over a base model in half precision, or in
+                the base model's dtype.
+            ephemeral_gpu_offload: PEFT's; changes nothing here.
+            low_cpu_mem_usage: PEFT's; changes nothing here.
+            key_mapping: regular expressions for the names of the file's tensors, without ``base_model.model.``, and
+                what to put in their place.
+            options: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only`` and ``force_download``,
+                as in huggingface_hub. What PEFT takes for a base model that is offloaded (``device_map``,
+                ``max_memory`` and others), or that is loaded with the adapter (``dtype`` and others), changes nothing.
+
         Raises:
-            AdapterError: the adapter cannot be read or does not fit the model.
+            AdapterError: the adapter cannot be read or does not fit the model, or an option is unknown.
         """
         check_name(adapter_name)
-        source = find_adapter(str(model_id), revision=revision)
+        source = find(model_id, options)
         config = config or source.config
-        load_adapter(model, config, source.folder, trainable=is_trainable, adapter=adapter_name)
-        return wrap(model, config, adapter_name).train(is_trainable)
+        load(
+            model,
+            config,
+            source,
+            adapter_name,
+            trainable=is_trainable,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            rename=renaming(key_mapping_for(model, config, key_mapping)),
+        )
+        return wrap(model, config, adapter_name, cls).train(is_trainable)
 
     def load_adapter(
         self,
         model_id: str | Path,
         adapter_name: str | None = None,
         is_trainable: bool = False,
-        revision: str | None = None,
-    ) -> None:
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> LoadResult:
         """Load the adapter of a folder or hub repository beside the others, or in the place of the one of its name.
 
         A new one is not active: ``set_adapter``. An old one is replaced in place when the configs say the same.
@@ -300,27 +375,46 @@ class PeftModel(SavedByTrainer):
             model_id: the folder or repository.
             adapter_name: the adapter's name here; None: the active adapter is replaced.
             is_trainable: whether its weights take gradients.
-            revision: revision of the repository.
+            torch_device: PEFT's; weights go to the device of the layer that they adapt.
+            autocast_adapter_dtype: as in ``from_pretrained``, like the arguments after it.
+            ephemeral_gpu_offload: changes nothing.
+            low_cpu_mem_usage: changes nothing.
+            key_mapping: for the names of the file's tensors.
+            options: those of ``from_pretrained``.
+
+        Returns:
+            Names that are missing or unexpected: none, since these are errors.
 
         Raises:
-            AdapterError: it does not fit. The model is as it was then.
+            AdapterError: it does not fit, or an option is unknown. The model is as it was then.
         """
-        self.base_model.check_unmerged()
-        source = find_adapter(str(model_id), revision=revision)
-        name = self.base_model.only_active() if adapter_name is None else adapter_name
+        tuner, model = self.base_model, self.get_base_model()
+        tuner.check_unmerged()
+        source = find(model_id, options)
+        name = tuner.only_active() if adapter_name is None else adapter_name
+        rename = renaming(key_mapping_for(model, source.config, key_mapping))
         if name in self.peft_config:
             old = self.peft_config[name]
             try:
-                if replace_adapter(self.get_base_model(), name, old, source, trainable=is_trainable):
+                if replace_adapter(model, name, old, source, trainable=is_trainable, rename=rename):
                     self.peft_config[name] = source.config
             finally:
-                self.base_model.switch()
-            return
-        self.base_model.check_new(name)
-        load_adapter(self.get_base_model(), source.config, source.folder, trainable=is_trainable, adapter=name)
-        self.base_model.added(name, source.config, trainable=is_trainable)
+                tuner.switch()
+        else:
+            tuner.check_new(name)
+            load(
+                model,
+                source.config,
+                source,
+                name,
+                trainable=is_trainable,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                rename=rename,
+            )
+            tuner.added(name, source.config, trainable=is_trainable)
         if not is_trainable:
             self.eval()
+        return LoadResult([], [])
 
     def _save(self, name: str, folder: Path, start: str | Path | None = None, embedding: bool | str = "auto") -> None:
         tensors: Mapping[str, torch.Tensor]
@@ -349,34 +443,20 @@ class PeftModel(SavedByTrainer):
         """
         model = meta_copy(self)
         assert isinstance(model, PeftModel)
-        model.load_state_dict({name.removeprefix("_orig_mod."): state[name] for name in state}, False, assign=True)
+        take(model.get_base_model(), state)
         if missing := [name for name, value in model.state_dict().items() if value.is_meta]:
             raise AdapterError(f"lacks {missing[0]}", key="state_dict")
         return model
 
 
-def class_of(config: AdapterConfig) -> type[PeftModel]:
-    """The class of the adapter's task_type.
+def wrap(model: nn.Module, config: AdapterConfig, adapter_name: str, kind: type[PeftModel] = PeftModel) -> PeftModel:
+    """Wrap a model that holds an adapter already in ``kind``'s class for the adapter.
 
     Raises:
-        AdapterError: no class has it.
+        AdapterError: no class has the adapter's task_type.
     """
-    if config.task_type is None:
-        return PeftModel
-    if config.task_type not in PeftModel.task_classes:
-        known = ", ".join(PeftModel.task_classes)
-        raise AdapterError(f"{config.task_type!r} is not supported; known: {known}", key="task_type")
-    return PeftModel.task_classes[config.task_type]
-
-
-def wrap(model: nn.Module, config: AdapterConfig, adapter_name: str) -> PeftModel:
-    """Wrap a model that holds an adapter already in the class of the adapter's task_type.
-
-    Raises:
-        AdapterError: no class has this task_type.
-    """
-    kind = class_of(config)
-    wrapped = kind.__new__(kind)
+    found = kind.class_of(config)
+    wrapped = found.__new__(found)
     wrapped._hold(model, config, adapter_name)
     return wrapped
 

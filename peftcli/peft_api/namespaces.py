@@ -37,6 +37,7 @@ NAMESPACES: dict[str, tuple[str, ...]] = {
         "peft_api.prepare",
         "peft_api.config",
         "peft_api.functions",
+        "peft_api.state_dicts",
         "peft_api.initialisations",
     ),
     "utils.constants": ("peft_api.constants",),
@@ -46,7 +47,7 @@ NAMESPACES: dict[str, tuple[str, ...]] = {
     "utils.merge_utils": ("peft_api.merge_utils",),
     "utils.other": ("peft_api.constants", "peft_api.prepare"),
     "utils.peft_types": ("peft_api.config",),
-    "utils.save_and_load": ("peft_api.functions",),
+    "utils.save_and_load": ("peft_api.state_dicts",),
     "utils.warning": ("errors",),
 }
 """PEFT's module -> modules of peftcli that hold its names; a name is taken from the first that has it."""

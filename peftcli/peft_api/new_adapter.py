@@ -9,6 +9,8 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import inject
+from peftcli.core.protocols import needs_batches
+from peftcli.core.weights import cast_weights, empty_state, holds_its_file
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.models.open import open_base
 from peftcli.peft_api.mixed_batch import BASE
@@ -23,8 +25,23 @@ def check_name(name: str) -> None:
         raise AdapterError(f"{name!r} is not a valid name; use letters, digits, - and _", key="adapter_name")
 
 
-def start_adapter(model: nn.Module, config: AdapterConfig, name: str) -> None:
+def start_adapter(
+    model: nn.Module,
+    config: AdapterConfig,
+    name: str,
+    *,
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+) -> None:
     """Put a new adapter into ``model``.
+
+    Args:
+        model: the base model, maybe with other adapters in it.
+        config: the adapter's.
+        name: its name in the model.
+        autocast_adapter_dtype: whether its weights are float32 over a model in half precision, or as the model's.
+        low_cpu_mem_usage: whether its weights stay on the meta device until they are loaded. Those that start from the
+            base model or from training data do not.
 
     Raises:
         AdapterError: a setting is missing that a recipe's training would find, or the config does not fit the model.
@@ -43,6 +60,10 @@ def start_adapter(model: nn.Module, config: AdapterConfig, name: str) -> None:
         config.base_model_name_or_path = base
     config.prepare(lambda name, **options: open_base(BaseModel(name=name or _name_of(model))).processor(**options))
     inject(model, config, name)
+    if not autocast_adapter_dtype:
+        cast_weights(model, name, as_base=True)
+    if low_cpu_mem_usage and holds_its_file(model, name) and not needs_batches(config):
+        empty_state(model, name)
 
 
 def _name_of(model: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -15,7 +16,15 @@ from peftcli.errors import AdapterError
 from peftcli.guard.adapter_folder import WEIGHTS_FILE
 
 
-def replace_adapter(model: nn.Module, name: str, old: AdapterConfig, source: AdapterSource, *, trainable: bool) -> bool:
+def replace_adapter(
+    model: nn.Module,
+    name: str,
+    old: AdapterConfig,
+    source: AdapterSource,
+    *,
+    trainable: bool,
+    rename: Callable[[str], str] | None = None,
+) -> bool:
     """Replace an adapter's weights, or its layers where the configs differ.
 
     Args:
@@ -24,6 +33,7 @@ def replace_adapter(model: nn.Module, name: str, old: AdapterConfig, source: Ada
         old: the adapter's config.
         source: the adapter that comes in its place.
         trainable: whether its weights take gradients.
+        rename: translates the names of its tensors into those of this model.
 
     Returns:
         Whether the layers are new ones, of the new config.
@@ -34,7 +44,7 @@ def replace_adapter(model: nn.Module, name: str, old: AdapterConfig, source: Ada
     config, folder = source.config, source.folder
     if _content(config) == _content(old) and holds_its_file(model, name):
         # an optimizer may hold the weights: they stay the same objects
-        load_state(model, read_tensors(folder), str(folder / WEIGHTS_FILE), name)
+        load_state(model, read_tensors(folder, rename), str(folder / WEIGHTS_FILE), name)
         set_trainable(model, trainable, name)
         return False
     kept, mode = training_state(model, name), old.inference_mode
@@ -42,7 +52,7 @@ def replace_adapter(model: nn.Module, name: str, old: AdapterConfig, source: Ada
     old.inference_mode = holds_its_file(model, name)  # what its layers were made for, should they be made again
     unload(model, name)
     try:
-        load_adapter(model, config, folder, trainable=trainable, adapter=name)
+        load_adapter(model, config, folder, trainable=trainable, adapter=name, rename=rename)
     except AdapterError:
         inject(model, old, name)
         load_training_state(model, kept, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +14,7 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import inject, set_active, set_trainable, unload
+from peftcli.core.layer import TrainedBias, TrainedCopy, adapter_layers
 from peftcli.core.merge import Folded, fold, merge
 from peftcli.core.protocols import after_step, penalty
 from peftcli.core.weights import adapter_state, load_state
@@ -64,6 +66,16 @@ class Tuner(nn.Module):
     def active_adapter(self) -> str | list[str]:
         """Name of the active adapter; a list, unless there is exactly one."""
         return self.active_adapters[0] if len(self.active_adapters) == 1 else list(self.active_adapters)
+
+    @property
+    def prefix(self) -> str:
+        """What the names of an adapter's weights begin with, for example ``lora_``; empty if nothing is common."""
+        layers = [
+            layer for layer in adapter_layers(self.model).values() if type(layer) not in (TrainedBias, TrainedCopy)
+        ]
+        names = [*layers[0].own_tensors()] if layers else []
+        head, found, _ = os.path.commonprefix(names).rpartition("_")  # noqa: RUF071 - of characters, not of paths
+        return head + found
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
@@ -139,20 +151,24 @@ class Tuner(nn.Module):
         if not self.folded:
             self.switch()
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was the only active one, the first of those left becomes active.
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Remove one adapter or several. If no active one is left, the first of those left becomes active.
 
         Raises:
-            AdapterError: an unknown name, or the adapters are merged.
+            AdapterError: an unknown name, or adapters are merged. Nothing is changed then.
         """
-        self.check_known([adapter_name])
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self.check_known(names)
         self.check_unmerged()
-        unload(self.model, adapter_name)
-        del self.peft_config[adapter_name]
-        if self.active_adapters == [adapter_name] and self.peft_config:
-            warnings.warn(f"{adapter_name} was active; now {next(iter(self.peft_config))} is", stacklevel=2)
-            self.set_adapter(next(iter(self.peft_config)))
-        self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
+        was_active = list(self.active_adapters)
+        for name in names:
+            unload(self.model, name)
+            del self.peft_config[name]
+        self.active_adapters = [name for name in was_active if name not in names]
+        if was_active and not self.active_adapters and self.peft_config:
+            first = next(iter(self.peft_config))
+            warnings.warn(f"{', '.join(was_active)} was active; now {first} is", stacklevel=2)
+            self.set_adapter(first)
 
     def add_weighted_adapter(
         self,

@@ -111,6 +111,7 @@ def download_files(
         StorageError: the cache cannot be written.
     """
     from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     blobs = Path(options.get("cache_dir") or constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "blobs"
     before = _complete_blobs(blobs)
@@ -141,11 +142,16 @@ def download_files(
             raise RetryableError("the hash of a downloaded file differs from the hub's")
         return folder
 
+    if options.get("local_files_only"):
+        try:
+            return download()
+        except LocalEntryNotFoundError:
+            raise NetworkError(f"{what or repo_id}: not in the cache, and local_files_only is set") from None
     try:
         return retry(fetch, what or repo_id, downloads=True)
     except NetworkError:
         with contextlib.suppress(OSError):
-            return download(local_files_only=True)
+            return download(local_files_only=True, force_download=False)
         raise
 
 
@@ -424,13 +430,13 @@ def _not_a_hub(what: str, error: BaseException) -> _Failure:
 
 def _refusal(error: Any, what: str, *, reading: bool) -> _Failure:
     """Describe a response of the hub with a status from 400 to 499."""
-    from huggingface_hub import get_token
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RevisionNotFoundError
 
     status, said = error.response.status_code, (error.server_message or "").strip()
+    has_token = "Authorization" in error.response.request.headers
     login = "log in with `hf auth login`, or set HF_TOKEN"
     if status == 401:
-        message = "the hub does not accept the token" if get_token() else "the hub requires a token"
+        message = "the hub does not accept the token" if has_token else "the hub requires a token"
         hint = f"{login} to a valid token from https://huggingface.co/settings/tokens"
     elif isinstance(error, GatedRepoError):
         message, hint = "access to this repository must be granted first", "request access on the repository's page"

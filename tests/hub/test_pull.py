@@ -268,3 +268,22 @@ def test_a_file_of_a_base_model_is_fetched_or_missing_or_refused(hub: Hub, base:
     assert found is not None
     assert found.read_bytes() == (trainkit.base_folder() / "generation_config.json").read_bytes()
     assert open_base(BaseModel(name=base)).file("nothing.json") is None
+
+
+def test_options_of_huggingface_hub(pushed: Hub, tmp_path: Path) -> None:
+    files = dict(pushed.repos[REPO].refs["main"][-1].files)
+    inside = {f"best/one/{name}": content for name, content in files.items()}
+    pushed.repos[REPO].refs["main"].append(Commit("more", {"README.md": b"", **inside}))
+    with pytest.raises(NetworkError, match="local_files_only is set"):
+        adapter_folder(REPO, None, "best/one", local_files_only=True, cache_dir=tmp_path)
+    pulled = adapter_folder(REPO, None, "best/one", cache_dir=tmp_path)
+    assert tmp_path in pulled.parents
+    assert (pulled / "adapter_model.safetensors").read_bytes() == files["adapter_model.safetensors"]
+    before = len(pushed.requests)
+    assert adapter_folder(REPO, None, "best/one", cache_dir=tmp_path, local_files_only=True) == pulled
+    assert len(pushed.requests) == before
+    for wrong in ("../one", "best/*"):
+        with pytest.raises(AdapterError, match="not a folder of a repository"):
+            adapter_folder(REPO, None, wrong)
+    with pytest.raises(HubError, match="the hub does not accept the token"):
+        adapter_folder(REPO, None, None, token="hf_other", cache_dir=tmp_path / "empty")

@@ -14,7 +14,7 @@ from torch import nn
 from peftcli.core.files import read_config, read_tensors, save_adapter
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers, base_module
-from peftcli.core.weights import materialise
+from peftcli.core.weights import load_state
 from peftcli.methods import config_from_dict
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -40,7 +40,7 @@ def test_a_model_on_the_meta_device_is_merged_all_the_same(case: str, kind: str,
     empty, read = tiny(kind).to("meta"), config_from_dict(read_config(tmp_path))
     read.inference_mode = True
     inject(empty, read)
-    materialise(empty, read_tensors(tmp_path))
+    load_state(empty, read_tensors(tmp_path))
     for name, layer in adapter_layers(model).items():
         weight = {"weight": nn.Parameter(base_module(layer).weight.clone())}
         found = adapter_layers(empty)[name].folded(weight)["weight"]

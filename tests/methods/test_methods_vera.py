@@ -13,7 +13,7 @@ from torch import nn
 from peftcli.core.files import load_adapter, read_config, read_tensors, save_adapter
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
-from peftcli.core.weights import adapter_state, materialise
+from peftcli.core.weights import adapter_state, load_state
 from peftcli.methods import config_from_dict
 from peftcli.methods.vera.config import VeraConfig
 from peftcli.methods.vera.layers import VeraLinear, attach
@@ -82,7 +82,7 @@ def test_a_model_on_the_meta_device_is_merged_all_the_same(saved: bool, tmp_path
     empty, read = tiny("llama").to("meta"), config_from_dict(read_config(tmp_path))
     read.inference_mode = True
     inject(empty, read)
-    materialise(empty, read_tensors(tmp_path))
+    load_state(empty, read_tensors(tmp_path))
     for name, layer in adapter_layers(model).items():
         weight = {"weight": layer.base_layer.weight}
         found = adapter_layers(empty)[name].folded(weight)["weight"]

@@ -13,7 +13,7 @@ from torch import nn
 
 import peftcli
 from peftcli.core.layer import adapter_layers
-from peftcli.core.weights import adapter_state, file_tensors, materialise
+from peftcli.core.weights import adapter_state, file_tensors, load_state
 from peftcli.errors import AdapterError
 from peftcli.peft_api import functional
 
@@ -92,7 +92,7 @@ def test_tensors_name_the_modules_and_fill_an_empty_adapter(method: str) -> None
         )
     assert adapter_state(narrowed).keys() == tensors.keys()
     assert all(value.is_meta for _, _, value in file_tensors(narrowed).values())
-    materialise(narrowed, tensors)
+    load_state(narrowed, tensors)
     assert adapter_state(narrowed).keys() == tensors.keys()
     assert not any(value.is_meta for value in narrowed.parameters())
     assert torch.isfinite(logits(narrowed, batch("llama"))).all()

@@ -1,0 +1,124 @@
+"""The keywords of PEFT's loading functions: what each does here, and an error for one that is not known."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from peftcli.adapters.load import AdapterSource, find_adapter
+from peftcli.core.config import AdapterConfig
+from peftcli.core.files import load_adapter
+from peftcli.core.weights import cast_weights
+from peftcli.errors import AdapterError
+
+DOWNLOAD = ("token", "cache_dir", "local_files_only", "force_download")
+"""Options of huggingface_hub, for a base model too."""
+_PLACE = ("revision", "subfolder")
+_NO_EFFECT = (
+    "device_map",
+    "dtype",
+    "max_memory",
+    "offload_buffers",
+    "offload_dir",
+    "offload_folder",
+    "offload_index",
+    "offload_state_dict",
+    "quantization_config",
+    "torch_dtype",
+    "torch_device",
+    "trust_remote_code",
+    "use_safetensors",
+)
+"""About a base model that is loaded already, which stays as it is and where it is. Adapter weights go to the device of
+the layer that they adapt."""
+
+
+class LoadResult(NamedTuple):
+    """What did not fit when tensors were loaded. What would be a mistake is an error instead."""
+
+    missing_keys: list[str]
+    """Names of weights that the tensors lack, and that stay as they were."""
+    unexpected_keys: list[str]
+    """Names of tensors that belong to no weight."""
+
+
+def find(model_id: str | Path, options: Mapping[str, Any]) -> AdapterSource:
+    """Find the adapter of a folder or hub repository, by the options of PEFT's that say where it is.
+
+    Raises:
+        AdapterError: an option is unknown, or the adapter cannot be read.
+    """
+    known = (*_PLACE, *DOWNLOAD, "use_auth_token", *_NO_EFFECT)
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, (*known, "autocast_adapter_dtype", "key_mapping"), 1)
+            raise AdapterError("unknown option" + (f"; did you mean {near[0]}?" if near else ""), key=key)
+    given = {key: options[key] for key in DOWNLOAD if options.get(key) is not None}
+    if options.get("use_auth_token") is not None:
+        given.setdefault("token", options["use_auth_token"])
+    place = {key: options.get(key) for key in _PLACE}
+    return find_adapter(str(model_id), **place, **given)
+
+
+def key_mapping_for(model: nn.Module, config: AdapterConfig, given: Mapping[str, str] | None) -> Mapping[str, str]:
+    """Return the mapping that is given, or the one that the model states for checkpoints of its older forms."""
+    if given is None and config.file_prefix == "base_model.model.":
+        return getattr(model, "_checkpoint_conversion_mapping", None) or {}
+    return given or {}
+
+
+def renaming(key_mapping: Mapping[str, str] | None) -> Callable[[str], str] | None:
+    """Return the function that translates names of an adapter file; None if they stay as they are.
+
+    Args:
+        key_mapping: regular expressions for names without ``base_model.model.``, and their replacements; the first
+            that matches counts.
+    """
+    if not key_mapping:
+        return None
+    patterns = {re.compile(pattern): replacement for pattern, replacement in key_mapping.items()}
+
+    def rename(name: str) -> str:
+        prefix = next((prefix for prefix in ("base_model.model.", "base_model.") if name.startswith(prefix)), "")
+        path = name.removeprefix(prefix)
+        for pattern, replacement in patterns.items():
+            new, count = pattern.subn(replacement, path)
+            if count:
+                return prefix + new
+        return name
+
+    return rename
+
+
+def load(
+    model: nn.Module,
+    config: AdapterConfig,
+    source: AdapterSource,
+    adapter: str,
+    *,
+    trainable: bool,
+    autocast_adapter_dtype: bool,
+    rename: Callable[[str], str] | None,
+) -> None:
+    """Put an adapter of a folder into ``model``.
+
+    Args:
+        model: the base model, maybe with other adapters in it.
+        config: the adapter's.
+        source: where its weights are.
+        adapter: its name in the model.
+        trainable: whether its weights take gradients.
+        autocast_adapter_dtype: whether they are float32 over a model in half precision, or as the model's.
+        rename: translates the names of its tensors into those of this model.
+
+    Raises:
+        AdapterError: it does not fit. The model is as it was then.
+    """
+    load_adapter(model, config, source.folder, trainable=trainable, adapter=adapter, rename=rename)
+    if not autocast_adapter_dtype:
+        cast_weights(model, adapter, as_base=True)

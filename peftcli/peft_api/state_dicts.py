@@ -1,0 +1,186 @@
+"""PEFT's state dicts: an adapter's tensors by the names of its file, and the base model's by their own names."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcli.core.files import read_tensors
+from peftcli.core.inject import meta_copy
+from peftcli.core.layer import AdapterLayer, adapter_layers, without_wrappers
+from peftcli.core.weights import adapter_state, file_tensors, load_state
+from peftcli.errors import AdapterError
+from peftcli.peft_api.embedding_layers import embedding_layers
+from peftcli.peft_api.loading import LoadResult, find, renaming
+from peftcli.peft_api.tuner import Tuner
+
+_PREFIX = "base_model.model."
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    adapter_name: str | None = None,
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, torch.Tensor]:
+    """Return an adapter's tensors by the names of the adapter file.
+
+    Args:
+        model: a ``PeftModel``, or a model with an adapter in it, whose names have no ``base_model.model.``.
+        state_dict: the model's state, where it is gathered from several devices; None: what the model holds.
+        adapter_name: which adapter; None: ``default``, or the active one if none is called so.
+        unwrap_compiled: PEFT's; a compiled model is always unwrapped, and names never contain ``_orig_mod``.
+        save_embedding_layers: whether the base model's embedding and head belong to it: see ``save_pretrained``.
+
+    Raises:
+        AdapterError: there is no such adapter, or without a name there are several, or ``state_dict`` lacks a tensor.
+    """
+    tuner, place, name = _place(model, adapter_name)
+    if state_dict is not None:
+        place = meta_copy(place)
+        take(place, state_dict)
+    tensors = adapter_state(place, name)
+    if state_dict is not None and (missing := [key for key, value in tensors.items() if value.is_meta]):
+        raise AdapterError(f"lacks {missing[0]}", key="state_dict")
+    if tuner is None:
+        return {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
+    assert name is not None
+    return {**tensors, **embedding_layers(place, tuner.peft_config[name], name, save_embedding_layers)}
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str | None = None,
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadResult:
+    """Copy an adapter's tensors, by the names of the adapter file, into the model.
+
+    Args:
+        model: a ``PeftModel``, or a model with an adapter in it.
+        peft_model_state_dict: the tensors. For a model that is not a ``PeftModel``, with ``base_model.model.`` or
+            without.
+        adapter_name: which adapter; None: ``default``, or the active one if none is called so.
+        ignore_mismatched_sizes: whether weights of another shape stay as they are, with a warning.
+        low_cpu_mem_usage: PEFT's; weights on the meta device always get memory.
+
+    Returns:
+        Names that are missing or unexpected: none, since these are errors.
+
+    Raises:
+        AdapterError: there is no such adapter, or the tensors are not those that it has. Nothing is changed then.
+    """
+    tuner, place, name = _place(model, adapter_name)
+    tensors = {without_wrappers(key): value for key, value in peft_model_state_dict.items()}
+    own = file_tensors(place, name)
+    if tuner is None:
+        tensors = {key if key in own else _PREFIX + key: value for key, value in tensors.items()}
+    if ignore_mismatched_sizes:
+        for key, (layer, tensor, value) in own.items():
+            if key in tensors and layer.adapt_from_file(tensor, tensors[key]).shape != value.shape:
+                shapes = f"{tuple(tensors[key].shape)} in the state, {tuple(value.shape)} in the model"
+                warnings.warn(f"{key} stays as it is: {shapes}", stacklevel=2)
+                tensors[key] = value.detach().clone()
+    load_state(place, tensors, adapter=name)
+    return LoadResult([], [])
+
+
+def load_peft_weights(
+    model_id: str | Path, device: str | None = None, key_mapping: Mapping[str, str] | None = None, **options: Any
+) -> dict[str, torch.Tensor]:
+    """Read the tensors of an adapter in a folder or hub repository.
+
+    Args:
+        model_id: the folder or repository.
+        device: where to put them; None: the CPU.
+        key_mapping: regular expressions for their names, without ``base_model.model.``, and what to put in their place.
+        options: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
+
+    Raises:
+        AdapterError: there is no adapter, its weights are damaged or a pickle, or an option is unknown.
+    """
+    tensors = read_tensors(find(model_id, options).folder, renaming(key_mapping))
+    return {name: value.to(device or "cpu") for name, value in tensors.items()}
+
+
+def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the base model's state by the names that it has without adapters. Merged adapters are in its weights."""
+    _, place, _ = _place(model, None, one=False)
+    return {name: value for key, value in place.state_dict().items() if (name := _base_key(place, key)) is not None}
+
+
+def set_base_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor], strict: bool = True
+) -> LoadResult:
+    """Load a state of the base model, by the names that it has without adapters, into a model with adapters.
+
+    Args:
+        model: a ``PeftModel``, or a model with adapters in it.
+        state_dict: the base model's state.
+        strict: whether its names must be those of the base model.
+
+    Returns:
+        Names that are missing in ``state_dict``, and those of it that the base model lacks.
+
+    Raises:
+        RuntimeError: as ``load_state_dict`` of PyTorch: names with ``strict``, or shapes, do not fit.
+        AdapterError: adapters are merged into the weights.
+    """
+    tuner, place, _ = _place(model, None, one=False)
+    if tuner is not None:
+        tuner.check_unmerged()
+    keys = {name: key for key in place.state_dict() if (name := _base_key(place, key)) is not None}
+    result = LoadResult([name for name in keys if name not in state_dict], [k for k in state_dict if k not in keys])
+    if strict and (result.missing_keys or result.unexpected_keys):
+        kinds = {"Missing": result.missing_keys, "Unexpected": result.unexpected_keys}
+        listed = [f"{kind} key(s) in state_dict: {', '.join(names)}" for kind, names in kinds.items() if names]
+        raise RuntimeError("the state does not fit the base model:\n  " + "\n  ".join(listed))
+    place.load_state_dict({keys[name]: value for name, value in state_dict.items() if name in keys}, strict=False)
+    return result
+
+
+def take(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Put the tensors of a state into a ``meta_copy`` of a model, or of the one in a ``PeftModel``, as they are."""
+    keys = {without_wrappers(key): key for key in model.state_dict()}
+    given = {without_wrappers(key).removeprefix(_PREFIX): value for key, value in state.items()}
+    model.load_state_dict({keys[key]: value for key, value in given.items() if key in keys}, strict=False, assign=True)
+
+
+def _place(model: Any, name: str | None, one: bool = True) -> tuple[Tuner | None, nn.Module, str | None]:
+    """Return the tuner, where there is one, the model that holds the adapter layers, and the adapter's name.
+
+    Raises:
+        AdapterError: there is no such adapter, or without a name, if ``one`` is wanted, there are several.
+    """
+    model = getattr(model, "_orig_mod", model)
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, Tuner):
+        names = {layer.adapter for layer in adapter_layers(model).values()}
+        return None, model, "default" if name is None and len(names) > 1 and "default" in names else name
+    if not one:
+        return tuner, tuner.model, None
+    if name is None:
+        name = "default" if "default" in tuner.peft_config else tuner.only_active()
+    tuner.check_known([name])
+    return tuner, tuner.model, name
+
+
+def _base_key(model: nn.Module, key: str) -> str | None:
+    """Return the name that the tensor ``key`` of the model's state has without adapters; None for an adapter's."""
+    module: Any = model
+    kept = []
+    for part in key.split("."):
+        if isinstance(module, AdapterLayer):
+            if part != "base_layer":
+                return None
+        else:
+            kept.append(part)
+        module = module._modules.get(part) if isinstance(module, nn.Module) else None
+    return without_wrappers(".".join(kept))

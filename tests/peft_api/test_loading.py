@@ -1,0 +1,178 @@
+"""The keywords of PEFT's loading functions: what they do, and which are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import peft
+import pytest
+import torch
+from models_tiny import batch, logits, randomise, tiny
+from torch import nn
+
+import peftcli
+from peftcli.core.layer import adapter_layers
+from peftcli.core.weights import adapter_state
+from peftcli.errors import AdapterError
+from peftcli.peft_api import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+
+
+def _config(lib: ModuleType, **settings: Any) -> Any:
+    return lib.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """An adapter's folder, and the base model's beside it."""
+    base = tiny("llama")
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, _config(peftcli, base_model_name_or_path=str(tmp_path / "base")))
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_what_concerns_a_base_model_changes_nothing(saved: Path) -> None:
+    expected = logits(PeftModel.from_pretrained(tiny("llama"), saved), batch("llama"))
+    model = PeftModel.from_pretrained(
+        tiny("llama"),
+        saved,
+        torch_dtype=torch.float16,
+        device_map={"": "cpu"},
+        max_memory={"cpu": "1GB"},
+        offload_folder="off",
+        low_cpu_mem_usage=True,
+        ephemeral_gpu_offload=True,
+        torch_device="cpu",
+    )
+    assert torch.equal(logits(model, batch("llama")), expected)
+    result = model.load_adapter(saved, "other", torch_device="cpu", low_cpu_mem_usage=True)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    model.set_adapter("other")
+    assert torch.equal(logits(model, batch("llama")), expected)
+
+
+def test_an_unknown_option_is_refused(saved: Path) -> None:
+    with pytest.raises(AdapterError, match="subfoler: unknown option; did you mean subfolder"):
+        PeftModel.from_pretrained(tiny("llama"), saved, subfoler="x")
+    model = PeftModel.from_pretrained(tiny("llama"), saved)
+    with pytest.raises(AdapterError, match="load_in_2bit: unknown option"):
+        model.load_adapter(saved, "other", load_in_2bit=True)
+    assert list(model.peft_config) == ["default"]
+
+
+def test_a_subfolder(saved: Path) -> None:
+    loaded = PeftModel.from_pretrained(tiny("llama"), saved.parent, subfolder="adapter")
+    auto = AutoPeftModelForCausalLM.from_pretrained(
+        pretrained_model_name_or_path=saved.parent, subfolder="adapter", dtype=torch.bfloat16
+    )
+    assert auto.get_base_model().lm_head.weight.dtype == torch.bfloat16
+    assert adapter_state(loaded).keys() == adapter_state(auto).keys()
+
+
+def test_another_config_in_place_of_the_adapters_own(saved: Path) -> None:
+    config = _config(peftcli, lora_alpha=32)
+    for model in (
+        PeftModel.from_pretrained(tiny("llama"), saved, config=config),
+        AutoPeftModelForCausalLM.from_pretrained(saved, config=config),
+    ):
+        assert model.peft_config["default"].lora_alpha == 32
+        assert next(iter(adapter_layers(model).values())).scaling == 16
+
+
+def test_a_base_model_of_a_library_that_is_not_allowed(saved: Path) -> None:
+    config = (saved / "adapter_config.json").read_text()
+    noted = '"auto_mapping": {"parent_library": "os", "base_model_class": "system"},'
+    (saved / "adapter_config.json").write_text(config.replace('"CAUSAL_LM"', "null").replace("{", "{" + noted, 1))
+    with pytest.raises(AdapterError, match="'os', which is not in the import allowlist"):
+        AutoPeftModelForCausalLM.from_pretrained(saved)
+    AutoPeftModelForCausalLM.from_pretrained(saved, import_allowlist=["os"])
+
+
+class Old(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+
+
+class New(nn.Module):
+    _checkpoint_conversion_mapping: ClassVar[dict[str, str]] = {r"^body": "model.language"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict({"language": nn.Linear(4, 4)})
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_names_are_mapped(tmp_path: Path, given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = get_peft_model(Old(), peftcli.LoraConfig(target_modules=["body"], init_lora_weights=False))
+    old.save_pretrained(tmp_path)
+    options: dict[str, Any] = {"config": peftcli.LoraConfig(target_modules=["language"])}
+    if given:
+        monkeypatch.setattr(New, "_checkpoint_conversion_mapping", {})
+        with pytest.raises(AdapterError, match="missing"):
+            PeftModel.from_pretrained(New(), tmp_path, **options)
+        options["key_mapping"] = {r"^body": "model.language"}
+    new = PeftModel.from_pretrained(New(), tmp_path, **options)
+    found, expected = adapter_state(new.get_base_model()), adapter_state(old.get_base_model())
+    assert set(found) == {name.replace("body", "model.language") for name in expected}
+    for name, value in expected.items():
+        assert torch.equal(found[name.replace("body", "model.language")], value)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapter_weights_are_float32_or_as_the_base_model(saved: Path, autocast: bool, dtype: torch.dtype) -> None:
+    found = []
+    for lib in (peftcli, peft):
+        model = lib.get_peft_model(
+            tiny("llama").to(dtype), _config(lib, modules_to_save=["norm"]), autocast_adapter_dtype=autocast
+        )
+        model.add_adapter("added", _config(lib), autocast_adapter_dtype=autocast)
+        model.load_adapter(saved, "loaded", autocast_adapter_dtype=autocast)
+        lora = {value.dtype for name, value in model.named_parameters() if "lora_" in name}
+        loaded = lib.PeftModel.from_pretrained(tiny("llama").to(dtype), saved, autocast_adapter_dtype=autocast)
+        lora |= {value.dtype for name, value in loaded.named_parameters() if "lora_" in name}
+        found.append((lora, logits(loaded, batch("llama"))))
+    assert found[0][0] == found[1][0] == {torch.float32 if autocast else dtype}
+    torch.testing.assert_close(found[0][1], found[1][1], atol=2e-2 if dtype == torch.bfloat16 else 1e-4, rtol=1e-2)
+
+
+def test_weights_on_the_meta_device_until_they_are_loaded(saved: Path) -> None:
+    model = get_peft_model(tiny("llama"), _config(peftcli, modules_to_save=["norm"]), low_cpu_mem_usage=True)
+    model.add_adapter("other", _config(peftcli), low_cpu_mem_usage=True)
+    layers = adapter_layers(model).values()
+    assert {value.device.type for layer in layers for value in layer.own_tensors().values()} == {"meta"}
+    before = dict(model.named_parameters())
+    state = adapter_state(PeftModel.from_pretrained(tiny("llama"), saved).get_base_model())
+    peftcli.set_peft_model_state_dict(model, state, "other", low_cpu_mem_usage=True)
+    model.set_adapter("other")
+    expected = logits(PeftModel.from_pretrained(tiny("llama"), saved), batch("llama"))
+    assert torch.equal(logits(model.eval(), batch("llama")), expected)
+    assert all(before[name] is value for name, value in model.named_parameters())
+    assert model.get_nb_trainable_parameters()[0] == sum(value.numel() for value in state.values())
+
+
+def test_weights_that_are_computed_are_there_at_once() -> None:
+    model = get_peft_model(tiny("llama"), _config(peftcli, init_lora_weights="pissa"), low_cpu_mem_usage=True)
+    assert not any(value.is_meta for value in model.parameters())
+
+
+def test_a_mixed_model(saved: Path) -> None:
+    model = get_peft_model(tiny("llama"), _config(peftcli), mixed=True, revision="main")
+    assert type(model) is peftcli.PeftMixedModel
+    assert model.peft_config["default"].revision == "main"
+    model.add_adapter("other", peftcli.LoHaConfig(target_modules=["q_proj"]))
+    model.set_adapter(["default", "other"])
+    model.delete_adapter(["default", "other"])
+    assert torch.equal(logits(model, batch("llama")), logits(tiny("llama"), batch("llama")))
+    loaded = peftcli.PeftMixedModel.from_pretrained(tiny("llama"), saved)
+    assert type(loaded) is peftcli.PeftMixedModel
+
+
+def test_another_revision_is_said() -> None:
+    with pytest.warns(UserWarning, match="revision: first in the config becomes second"):
+        model = get_peft_model(tiny("llama"), _config(peftcli, revision="first"), revision="second")
+    assert model.peft_config["default"].revision == "second"

@@ -1,0 +1,181 @@
+"""PEFT's functions for the tensors of an adapter and of the base model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from models_tiny import batch, logits, randomise, tiny
+from torch import nn
+
+import peftcli
+from peftcli.core.inject import inject
+from peftcli.core.layer import AdapterLayer
+from peftcli.core.weights import adapter_state
+from peftcli.errors import AdapterError
+from peftcli.peft_api import (
+    PeftModel,
+    get_base_model_state_dict,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_base_model_state_dict,
+    set_peft_model_state_dict,
+)
+
+
+def _config(lib: Any = peftcli, **settings: Any) -> Any:
+    return lib.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"], **settings})
+
+
+@pytest.fixture
+def model() -> PeftModel:
+    model = peftcli.get_peft_model(tiny("llama"), _config())
+    randomise(model)
+    return model
+
+
+class Sharded(nn.Module):
+    """Named as PyTorch names the modules that FSDP wraps."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self._fsdp_wrapped_module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._fsdp_wrapped_module(*args, **kwargs)
+
+
+def test_names_are_free_of_what_wraps_modules(model: PeftModel) -> None:
+    expected = get_peft_model_state_dict(model)
+    decoder = model.get_base_model().model
+    decoder.layers[0] = Sharded(decoder.layers[0])
+    decoder.layers[1].self_attn = torch.compile(decoder.layers[1].self_attn, backend="eager")
+    for found in (
+        get_peft_model_state_dict(model),
+        get_peft_model_state_dict(torch.compile(model, backend="eager")),
+        get_peft_model_state_dict(torch.compile(model, backend="eager"), unwrap_compiled=True),
+    ):
+        assert list(found) == list(expected)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert set_peft_model_state_dict(model, expected) == ([], [])
+    wrapped = tiny("llama")
+    wrapped.model.layers[0] = Sharded(wrapped.model.layers[0])
+    assert list(get_peft_model_state_dict(peftcli.get_peft_model(wrapped, _config()))) == list(expected)
+
+
+def test_a_plainly_injected_model_has_its_own_names() -> None:
+    names = []
+    for lib in (peftcli, peft):
+        plain = tiny("llama")
+        if lib is peft:
+            peft.inject_adapter_in_model(_config(peft), plain)
+        else:
+            inject(plain, _config())
+        state = lib.get_peft_model_state_dict(plain)
+        names.append(set(state))
+        lib.set_peft_model_state_dict(plain, {name: torch.ones_like(value) for name, value in state.items()})
+        assert all((value == 1).all() for value in lib.get_peft_model_state_dict(plain).values())
+    assert names[0] == names[1]
+    with_prefix = {f"base_model.model.{name}": torch.zeros_like(value) for name, value in state.items()}
+    plain = tiny("llama")
+    inject(plain, _config())
+    set_peft_model_state_dict(plain, with_prefix)
+    assert not any(value.any() for value in adapter_state(plain).values())
+
+
+def test_from_a_state_that_is_given(model: PeftModel) -> None:
+    model.add_adapter("other", _config())
+    expected = get_peft_model_state_dict(model, adapter_name="other")
+    gathered = {name.replace("layers.0.", "layers.0._fsdp_wrapped_module."): value for name, value in _all(model)}
+    found = get_peft_model_state_dict(model, {name: value + 1 for name, value in gathered.items()}, "other")
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], value + 1) for name, value in expected.items())
+    del gathered[next(name for name in gathered if name.endswith("q_proj.lora_B.weight"))]
+    with pytest.raises(AdapterError, match=r"state_dict: lacks .*lora_B"):
+        get_peft_model_state_dict(model, gathered, "other")
+
+
+def _all(model: PeftModel) -> list[tuple[str, torch.Tensor]]:
+    return [(f"base_model.model.{name}", value) for name, value in model.get_base_model().state_dict().items()]
+
+
+@pytest.mark.parametrize(("target", "save"), [("embed_tokens", False), ("q_proj", False), ("q_proj", True)])
+def test_embeddings_belong_to_it_as_in_peft(target: str, save: bool) -> None:
+    here, there = (
+        lib.get_peft_model(tiny("llama"), _config(lib, target_modules=[target], modules_to_save=None))
+        for lib in (peftcli, peft)
+    )
+    found = get_peft_model_state_dict(here, save_embedding_layers=save)
+    assert set(found) == set(peft.get_peft_model_state_dict(there, save_embedding_layers=save))
+    by_itself = set(get_peft_model_state_dict(here))
+    assert any("embed_tokens.base_layer" in name for name in by_itself) == (target == "embed_tokens")
+
+
+def test_a_head_that_is_trained_in_full_is_there_once() -> None:
+    here, there = (lib.get_peft_model(tiny("llama"), _config(lib)) for lib in (peftcli, peft))
+    assert set(get_peft_model_state_dict(here)) == set(peft.get_peft_model_state_dict(there))
+
+
+def test_weights_of_another_shape_stay_if_that_is_asked(model: PeftModel) -> None:
+    state = get_peft_model_state_dict(model)
+    wrong = {
+        name: value[:1] + 1 if name.endswith("layers.0.self_attn.q_proj.lora_A.weight") else value + 1
+        for name, value in state.items()
+    }
+    with pytest.raises(AdapterError, match=r"shape: .*lora_A"):
+        set_peft_model_state_dict(model, wrong)
+    before = {name: value.clone() for name, value in state.items()}
+    with pytest.warns(UserWarning, match="lora_A.weight stays as it is"):
+        set_peft_model_state_dict(model, wrong, ignore_mismatched_sizes=True)
+    for name, value in get_peft_model_state_dict(model).items():
+        assert torch.equal(value, before[name] + (0 if wrong[name].shape != value.shape else 1))
+
+
+def test_weights_of_a_folder(model: PeftModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "sub")
+    found = load_peft_weights(tmp_path, subfolder="sub", key_mapping={"^lm_head": "head"})
+    there = peft.load_peft_weights(str(tmp_path / "sub"), "cpu", key_mapping={"^lm_head": "head"})
+    assert found.keys() == there.keys()
+    assert all(torch.equal(found[name], value) for name, value in there.items())
+    with pytest.raises(AdapterError, match="two tensors get the name"):
+        load_peft_weights(tmp_path / "sub", key_mapping={"lora_[AB]": "lora_A"})
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_base_models_state(kind: str) -> None:
+    base = tiny(kind)
+    expected = {name: value.clone() for name, value in base.state_dict().items()}
+    target = "q_proj" if kind == "llama" else "c_attn"
+    model = peftcli.get_peft_model(base, _config(target_modules=[target]))
+    model.add_adapter("other", peftcli.IA3Config(target_modules=[target], feedforward_modules=[]))
+    found = get_base_model_state_dict(model)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert set_base_model_state_dict(model, {name: value + 1 for name, value in expected.items()}) == ([], [])
+    assert all(torch.equal(value, expected[name] + 1) for name, value in get_base_model_state_dict(model).items())
+    assert list(get_base_model_state_dict(model.get_base_model())) == list(expected)
+
+
+def test_a_state_that_is_not_the_base_models(model: PeftModel) -> None:
+    state = get_base_model_state_dict(model)
+    expected = copy.deepcopy(state)
+    wrong = {"new.weight": torch.ones(1), **{name: value + 1 for name, value in list(state.items())[1:]}}
+    with pytest.raises(RuntimeError, match=r"Missing key[\s\S]*Unexpected key\(s\) in state_dict: new.weight"):
+        set_base_model_state_dict(model, wrong)
+    assert all(torch.equal(get_base_model_state_dict(model)[name], value) for name, value in expected.items())
+    assert set_base_model_state_dict(model, wrong, strict=False) == ([next(iter(state))], ["new.weight"])
+    model.merge_adapter()
+    with pytest.raises(AdapterError, match="merged"):
+        set_base_model_state_dict(model, state)
+
+
+def test_a_wrapped_model_still_computes() -> None:
+    base = tiny("llama")
+    base.model.layers[0] = Sharded(base.model.layers[0])
+    model = peftcli.get_peft_model(base, _config())
+    assert any(isinstance(module, AdapterLayer) for module in base.model.layers[0].modules())
+    assert torch.equal(logits(model, batch("llama")), logits(tiny("llama"), batch("llama")))
