@@ -55,6 +55,7 @@ def push(
     message: str | None = None,
     dry_run: bool = False,
     base_model_id: str | None = None,
+    token: str | None = None,
 ) -> Pushed:
     """Upload an adapter folder to the hub as one commit; the repository and the branch are made if missing.
 
@@ -68,6 +69,7 @@ def push(
         dry_run: Only say what would be uploaded; nothing is sent.
         base_model_id: Hub id of the base model, for an adapter that names a folder of this machine. It is written
             into the uploaded copies of the config and the card.
+        token: Of the hub. None: the one that this machine is logged in with.
 
     Raises:
         AdapterError: the folder holds no adapter that others could load.
@@ -79,7 +81,7 @@ def push(
     for what, text in (("--revision", revision), ("--message", message)):
         _refuse_secret(text or "", what)
     contents = _contents(folder, repo_id, base_model_id)
-    job = _Push(repo_id, contents, private, revision, create_pr, message or "Upload adapter")
+    job = _Push(repo_id, contents, private, revision, create_pr, message or "Upload adapter", token)
     return job.result(f"{endpoint()}/{repo_id}", None, private) if dry_run else hub_requests.retry(job.run, repo_id)
 
 
@@ -130,13 +132,14 @@ class _Push:
     revision: str | None
     create_pr: bool
     message: str
+    token: str | None
     sent: bool = False
     """Whether a commit may have reached the hub."""
 
     def run(self) -> Pushed:
         from huggingface_hub import HfApi
 
-        api = HfApi(endpoint=endpoint(), library_name="peftcli")
+        api = HfApi(endpoint=endpoint(), token=self.token, library_name="peftcli")
         head = self._head(api)
         private = bool(head.private)
         if self.sent and (found := self._found(api, head)):

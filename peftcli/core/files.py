@@ -69,10 +69,7 @@ def write_adapter(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, fo
             raise AdapterError(f"{name} is not finite; the adapter is not written")
     # sorted, but not inside: of the patterns that match a module the first one counts
     described = dict(sorted({**describe(config, tensors), "inference_mode": True}.items()))
-    # copied, since safetensors takes no tensors that share memory, as those of layers that share a weight do
-    to_cpu: dict[str, Any] = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
-    contents = {name: tensors[name].detach().to(**to_cpu) for name in sorted(tensors)}
-    write_file(folder / WEIGHTS_FILE, safetensors.torch.save(contents, {"format": "pt"}))
+    write_tensor_file(folder / WEIGHTS_FILE, tensors)
     write_file(folder / CONFIG_FILE, (json.dumps(described, indent=2) + "\n").encode())
 
 
@@ -82,7 +79,15 @@ def read_tensors(folder: Path, rename: Callable[[str], str] | None = None) -> di
     Raises:
         AdapterError: the file is missing, damaged, or contains NaN or Inf, or two tensors get one name.
     """
-    path = find_weights(folder)
+    return read_tensor_file(find_weights(folder))
+
+
+def read_tensor_file(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file, on the CPU.
+
+    Raises:
+        AdapterError: the file is missing, damaged, of another format, or contains NaN or Inf.
+    """
     with open_weights(path) as (header, file):
         return _read(_renamed(header, rename), file, path)
 
@@ -96,6 +101,18 @@ def _renamed(header: Mapping[str, TensorEntry], rename: Callable[[str], str] | N
             raise AdapterError(f"two tensors get the name {new}", key="key_mapping")
         renamed[new] = entry
     return renamed
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file, whole or not at all. Equal tensors give equal bytes.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    # copied, since safetensors takes no tensors that share memory, as those of layers that share a weight do
+    to_cpu: dict[str, Any] = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
+    contents = {name: tensors[name].detach().to(**to_cpu) for name in sorted(tensors)}
+    write_file(path, safetensors.torch.save(contents, {"format": "pt"}))
 
 
 def _read(header: Mapping[str, TensorEntry], file: BufferedReader, path: Path) -> dict[str, torch.Tensor]:

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftcli.core.files import read_tensor_file, write_tensor_file
 from peftcli.core.layer import base_module, base_paths
-from peftcli.core.linear import linear_view
+from peftcli.core.linear import Linear, linear_view
 from peftcli.core.targets import targets
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError
 from peftcli.methods.learning_rates import rate_groups
 from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora.initialisations.config import CordaConfig
 from peftcli.methods.lora.initialisations.corda import covariances
 from peftcli.methods.lora.initialisations.eva import eva_directions, start_eva
 from peftcli.methods.lora.initialisations.loftq import start_loftq
@@ -73,32 +75,56 @@ def get_eva_state_dict(
     return {config.file_prefix + name: value for name, value in found.items()}
 
 
-def preprocess_corda(model: nn.Module, lora_config: LoraConfig, run_model: Callable[[], Any]) -> None:
+def preprocess_corda(
+    model: nn.Module,
+    lora_config: LoraConfig,
+    run_model: Callable[[], Any] | None = None,
+    hooked_model: nn.Module | None = None,
+) -> None:
     """Learn what CorDA starts from; ``get_peft_model(model, lora_config)`` comes next.
 
     Args:
         model: the base model.
-        lora_config: says ``init_lora_weights="corda"``.
-        run_model: runs the model on examples of the data, 256 or so.
+        lora_config: says ``init_lora_weights="corda"``. If ``corda_config`` names a ``cache_file`` or a
+            ``covariance_file``, what is learnt is kept in it, in safetensors, and read from it the next time.
+        run_model: runs the model on examples of the data, 256 or so. May be left out where such a file is there.
+        hooked_model: the model that ``run_model`` runs, if it is another one: a copy of the base model.
 
     Raises:
-        AdapterError: the config says otherwise, or the data do not reach a layer.
+        AdapterError: the config says otherwise, the data do not reach a layer, or the file is not one of this model.
     """
-    _leave(model, covariances(model, _targets(model, lora_config, "corda"), run_model))
+    modules, settings = _targets(model, lora_config, "corda"), lora_config.corda_config or CordaConfig()
+    shapes = {name: (view.in_features,) * 2 for name, view in _views(modules).items()}
+
+    def learn() -> dict[str, torch.Tensor]:
+        if run_model is None:
+            raise AdapterError("is needed, since there is no file of an earlier run", key="run_model")
+        watched = hooked_model or model
+        return covariances(watched, _targets(watched, lora_config, "corda"), run_model)
+
+    _leave(model, _kept(settings.cache_file or settings.covariance_file, shapes, learn))
 
 
-def preprocess_loraga(model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any]) -> None:
+def preprocess_loraga(
+    model: nn.Module,
+    lora_config: LoraConfig,
+    train_step: Callable[[], Any],
+    cache_file: str | Path | None = None,
+) -> None:
     """Learn what LoRA-GA starts from; ``get_peft_model(model, lora_config)`` comes next.
 
     Args:
         model: the base model.
         lora_config: says ``init_lora_weights="lora_ga"``.
         train_step: calls ``backward`` on the losses of a few batches. It must not change the model.
+        cache_file: keeps what is learnt, in safetensors; where it is there already, it is read instead.
 
     Raises:
-        AdapterError: the config says otherwise, or the data do not reach a layer.
+        AdapterError: the config says otherwise, the data do not reach a layer, or the file is not one of this model.
     """
-    _leave(model, gradients(model, _targets(model, lora_config, "lora_ga"), train_step))
+    modules = _targets(model, lora_config, "lora_ga")
+    shapes = {name: (view.out_features, view.in_features) for name, view in _views(modules).items()}
+    _leave(model, _kept(cache_file, shapes, lambda: gradients(model, modules, train_step)))
 
 
 def replace_lora_weights_loftq(
@@ -189,6 +215,29 @@ def _targets(model: nn.Module, config: LoraConfig, init: str) -> dict[str, nn.Mo
     paths = base_paths(model)
     modules = {name: model.get_submodule(paths[name]) for name in targets(model, config)}
     return {name: module for name, module in modules.items() if linear_view(module) is not None}
+
+
+def _views(modules: Mapping[str, nn.Module]) -> dict[str, Linear]:
+    return {name: view for name, module in modules.items() if (view := linear_view(module)) is not None}
+
+
+def _kept(
+    file: str | Path | None, shapes: Mapping[str, tuple[int, ...]], learn: Callable[[], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """What a file of an earlier run holds; without one what ``learn`` gives, which is written to it.
+
+    Raises:
+        AdapterError: the file is no safetensors file, or does not hold tensors of these names and shapes.
+    """
+    if file is None or not Path(file).exists():
+        found = learn()
+        if file is not None:
+            write_tensor_file(Path(file), found)
+        return found
+    found = read_tensor_file(Path(file))
+    if {name: tuple(value.shape) for name, value in found.items()} != dict(shapes):
+        raise AdapterError("was made for other modules; delete it, or name another file", file=str(file))
+    return found
 
 
 def _leave(model: nn.Module, statistics: Mapping[str, torch.Tensor]) -> None:

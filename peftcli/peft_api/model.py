@@ -300,11 +300,37 @@ class PeftModel(SavedByTrainer):
         except AdapterError as error:
             warnings.warn(f"the model card stays as it is: {error}", stacklevel=2)
 
-    def push_to_hub(self, repo_id: str, *, private: bool = True, **options: Any) -> Any:
-        """Save the active adapter and push it to the hub, private by default. See ``peftcli.adapters.push.push``."""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Save the active adapter and push it to the hub, private by default.
+
+        Args:
+            repo_id: ``user/name``.
+            commit_message: the commit's first line.
+            private: visibility of a repository that this call creates.
+            token: of the hub; None: the one that this machine is logged in with.
+            revision: branch to push to.
+            create_pr: open a pull request instead of committing to the branch.
+            options: the other arguments of ``peftcli.adapters.push.push``.
+
+        Raises:
+            AdapterError: not exactly one adapter is active.
+            HubError: the hub refused.
+            NetworkError: the hub cannot be reached.
+        """
+        options = {"message": commit_message, "private": private, "token": token, "revision": revision, **options}
         with tempfile.TemporaryDirectory() as folder:
             self._save(self.base_model.only_active(), Path(folder))
-            return push(Path(folder), repo_id, private=private, **options)
+            return push(Path(folder), repo_id, create_pr=create_pr, **options)
 
     @classmethod
     def from_pretrained(

@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import nn
 
-from peftcli.system.disk import write_file
+from peftcli.core.files import write_tensor_file
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
@@ -51,9 +50,7 @@ class SavedByTrainer(nn.Module):
 def write_for_trainer(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write what Trainer itself reads when it resumes from one of its checkpoints, or loads the best of them."""
     if _CHECKPOINT.fullmatch(folder.name):
-        to_cpu: dict[str, Any] = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
-        contents = {name: value.detach().to(**to_cpu) for name, value in tensors.items()}
-        write_file(folder / "model.safetensors", safetensors.torch.save(contents, {"format": "pt"}))
+        write_tensor_file(folder / "model.safetensors", tensors)
 
 
 def _asked(model: Any, name: str) -> bool:

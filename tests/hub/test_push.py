@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from hub_folders import REPO, make_folder, write_config
 from hub_server import TOKEN, Commit, Hub, Repo
+from models_tiny import tiny
 
+import peftcli
 from peftcli.adapters import push as hub_module
 from peftcli.adapters.push import push
 from peftcli.errors import AdapterError, HubError, NetworkError, UsageError
@@ -539,3 +541,17 @@ def test_the_command(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str])
     assert hub.repos[REPO].pull_requests == ["Upload adapter"]
     captured = capsys.readouterr()
     assert TOKEN not in captured.out + captured.err
+
+
+def test_a_model_is_pushed_with_the_message_branch_and_token_that_python_gives(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    model = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(base_model_name_or_path="acme/tiny-base"))
+    model.push_to_hub(REPO, commit_message="Third epoch", token=TOKEN, revision="epoch-3", private=False)
+    repo = hub.repos[REPO]
+    assert repo.refs["epoch-3"][-1].message == "Third epoch"
+    assert not repo.private
+    assert "adapter_model.safetensors" in repo.refs["epoch-3"][-1].files
+    with pytest.raises(TypeError, match="unexpected keyword argument 'commit_mesage'"):
+        model.push_to_hub(REPO, commit_mesage="Third epoch")

@@ -239,6 +239,45 @@ def test_lora_ga_takes_pefts_directions(kind: str, direction: Any) -> None:
     assert torch.equal(logits(model, batch(kind)), logits(tiny(kind), batch(kind)))
 
 
+@pytest.mark.parametrize("init", ["corda", "lora_ga"])
+def test_what_was_learnt_is_kept_in_a_file_and_read_from_it(init: str, tmp_path: Path) -> None:
+    file, runs = tmp_path / "new" / "learnt.safetensors", []
+
+    def started(kind: str = "llama", run: bool = True, file: Path = file, other: Any = None) -> dict[str, torch.Tensor]:
+        model, rows = tiny(kind), Rows(kind)
+        config = peftcli.LoraConfig(init_lora_weights=init, r=2, target_modules=TARGETS[kind])
+
+        def learn() -> None:
+            runs.append(kind)
+            for each in rows:
+                loss = (other or model)(**each).loss
+                if init == "lora_ga":
+                    loss.backward()
+
+        torch.manual_seed(0)
+        if init == "lora_ga":
+            peftcli.preprocess_loraga(model, config, learn, cache_file=file)
+        else:
+            config.corda_config = peftcli.CordaConfig(cache_file=str(file))
+            peftcli.preprocess_corda(model, config, learn if run else None, hooked_model=other)
+        return peftcli.get_peft_model_state_dict(peftcli.get_peft_model(model, config))
+
+    first, second = started(), started(run=False)
+    assert runs == ["llama"]
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value)
+    if init == "corda":
+        again = started(file=tmp_path / "another", other=tiny("llama"))
+        torch.testing.assert_close(again, first)
+        with pytest.raises(AdapterError, match="run_model: is needed"):
+            started(run=False, file=tmp_path / "missing")
+    with pytest.raises(AdapterError, match="was made for other modules"):
+        started("gpt2")
+    torch.save(first, file)
+    with pytest.raises(AdapterError, match=r"learnt\.safetensors"):
+        started()
+
+
 def test_pefts_functions_refuse_a_config_of_another_start() -> None:
     model = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig())
     with pytest.raises(AdapterError, match="must be 'eva', not True"):

@@ -184,7 +184,10 @@ def test_a_bf16_base_keeps_its_bits() -> None:
         ({"init_lora_weights": "eva", "eva_config": {"tau": 2}}, "eva_config.tau"),
         ({"init_lora_weights": "eva", "corda_config": CordaConfig()}, "corda_config"),
         ({"init_lora_weights": "corda", "corda_config": {"corda_method": "x"}}, "corda_config.corda_method"),
-        ({"init_lora_weights": "corda", "corda_config": {"cache_file": "x"}}, "corda_config.cache_file"),
+        (
+            {"init_lora_weights": "corda", "corda_config": {"use_float16_for_covariance": True}},
+            "corda_config.use_float16_for_covariance",
+        ),
         ({"init_lora_weights": "lora_ga", "lora_ga_config": {"direction": "x"}}, "lora_ga_config.direction"),
         ({"init_lora_weights": "lora_ga", "lora_ga_config": {"scale": "x"}}, "lora_ga_config.scale"),
         ({"init_lora_weights": "lora_ga", "lora_ga_config": {"stable_gamma": 0}}, "lora_ga_config.stable_gamma"),

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftcli.core.config import BOOKKEEPING, UNSUPPORTED, AdapterConfig, ExcludingConfig, LayeredConfig
-from peftcli.errors import AdapterTypeError
-from peftcli.errors import AdapterError
+from peftcli.errors import AdapterError, AdapterTypeError
 from peftcli.methods.lora.initialisations.config import (
     SECTIONS,
     CordaConfig,
@@ -164,6 +163,10 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
             raise AdapterError(reason, key="arrow_config", file=file)
         init = values.get("init_lora_weights")  # PEFT writes the settings of other initialisations too
         others = {section for name, section in SECTIONS.items() if name != init}
+        corda = values.get("corda_config") if init == "corda" and file else None
+        for key in ("cache_file", "covariance_file"):
+            if isinstance(corda, dict) and corda.get(key):
+                raise AdapterError("is not supported in an adapter's file", key=f"corda_config.{key}", file=file)
         return super().from_dict({key: value for key, value in values.items() if key not in others}, file, **options)
 
     def file_dict(self) -> dict[str, Any]:

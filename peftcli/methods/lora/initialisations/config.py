@@ -39,9 +39,9 @@ class CordaConfig:
     """Settings of init_lora_weights: corda."""
 
     cache_file: str | None = field(default=None, metadata={"recipe": False})
-    """Not supported: PEFT's is a pickle."""
+    """Where ``preprocess_corda`` keeps the covariances for the next time, in safetensors."""
     covariance_file: str | None = field(default=None, metadata={"recipe": False})
-    """Not supported: PEFT's is a pickle."""
+    """The same."""
     corda_method: Literal["ipm", "kpm"] = "ipm"
     """ipm: train the directions that matter most for the data. kpm: those that matter least, which keeps what the
     model knows about it."""
@@ -115,9 +115,8 @@ def _choice_problems(config: LoraConfig) -> list[tuple[str, str]]:
     found = []
     if corda := config.corda_config:
         found += _one_of("corda_config.corda_method", corda.corda_method, ("ipm", "kpm"))
-        for name in ("cache_file", "covariance_file", "use_float16_for_covariance"):
-            if getattr(corda, name):
-                found.append((f"corda_config.{name}", "is not supported; the start is computed anew in each run"))
+        if corda.use_float16_for_covariance:
+            found.append(("corda_config.use_float16_for_covariance", "is not supported: squares overflow in float16"))
     if ga := config.lora_ga_config:
         found += _one_of("lora_ga_config.direction", ga.direction, _DIRECTIONS)
         found += _one_of("lora_ga_config.scale", ga.scale, _SCALES)
