@@ -79,15 +79,11 @@ def read_tensors(folder: Path, rename: Callable[[str], str] | None = None) -> di
     Raises:
         AdapterError: the file is missing, damaged, or contains NaN or Inf, or two tensors get one name.
     """
-    return read_tensor_file(find_weights(folder))
+    return read_tensor_file(find_weights(folder), rename)
 
 
-def read_tensor_file(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file, on the CPU.
-
-    Raises:
-        AdapterError: the file is missing, damaged, of another format, or contains NaN or Inf.
-    """
+def read_tensor_file(path: Path, rename: Callable[[str], str] | None = None) -> dict[str, torch.Tensor]:
+    """Read a safetensors file as ``read_tensors`` does."""
     with open_weights(path) as (header, file):
         return _read(_renamed(header, rename), file, path)
 
