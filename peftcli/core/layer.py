@@ -226,6 +226,11 @@ def adapter_dtype(like: torch.Tensor) -> torch.dtype:
     return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor in float32 or wider: some operations have no half precision, or too few digits in it."""
+    return tensor.to(adapter_dtype(tensor))
+
+
 def model_ends(model: Any) -> tuple[Any, Any]:
     """Return the input embedding and the output head of a model; None for one that it lacks."""
     ends = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +89,7 @@ def fold(model: nn.Module) -> Folded:
                     hint="merge into the full-precision base model, or ask for dequantize",
                 )
             tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
-            with torch.no_grad():
+            with torch.no_grad(), _widened(layer):
                 values = layer.folded(dict(tensors))
             for tensor, value in values.items():
                 before = tensors[tensor]
@@ -107,6 +109,25 @@ def fold(model: nn.Module) -> Folded:
     for layer in done.layers:
         layer.enabled = False
     return done
+
+
+@contextmanager
+def _widened(layer: AdapterLayer) -> Iterator[None]:
+    """Hold the adapters' tensors on one module in float32 inside, if the whole model was cast to half precision.
+
+    Merging needs their digits, and operations that have no half precision.
+    """
+    base = base_module(layer)
+    foreign = {id(tensor) for tensor in (*base.parameters(), *base.buffers())}
+    own = [tensor for tensor in (*layer.parameters(), *layer.buffers()) if id(tensor) not in foreign]
+    narrow = [(tensor, tensor.data) for tensor in own if tensor.dtype in (torch.float16, torch.bfloat16)]
+    for tensor, value in narrow:
+        tensor.data = value.float()
+    try:
+        yield
+    finally:
+        for tensor, value in narrow:
+            tensor.data = value
 
 
 def _dequantise(model: nn.Module) -> dict[nn.Module, nn.Linear]:

@@ -23,7 +23,9 @@ class DeltaConv(AdapterLayer):
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the adapter adds to the output for the input ``x``, which has the adapter's dtype."""
-        return base_module(self)._conv_forward(x, self.delta(), None)  # with the stride, padding, ... of the base layer
+        return base_module(self)._conv_forward(
+            x, self.delta().to(x.dtype), None
+        )  # with the stride, padding, ... of the base layer
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         y = self.base_layer(x, *args, **kwargs)

@@ -32,7 +32,8 @@ class DeltaLinear(AdapterLayer):
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the adapter adds to the output for the input ``x``, which has the adapter's dtype: (..., out)."""
-        return F.linear(x, self.delta())
+        delta = self.delta()
+        return F.linear(x.to(delta.dtype), delta)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         y = self.base_layer(x, *args, **kwargs)

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from models_tiny import batch, logits, randomise, tiny
+from promises import METHOD_SETTINGS
 from torch import nn
 
 import peftcli
 from peftcli.core.inject import inject, set_active
 from peftcli.core.layer import adapter_layers, base_module
 from peftcli.core.merge import fold, merge
+from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
 from peftcli.peft_api import PeftModel, get_peft_model
@@ -233,3 +235,23 @@ def test_a_module_with_anothers_layers_inside_has_no_copy() -> None:
     model.add_adapter("b", peftcli.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(AdapterError, match=r"default replaces model\.layers\.0\.self_attn, which b changes too"):
         model.set_adapter(["default", "b"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_was_cast_to_half_precision_computes_and_merges(method: str, dtype: torch.dtype) -> None:
+    config = METHODS[method].config_class()(**METHOD_SETTINGS.get(method, {}))
+    kind = "gpt2" if method in ("beft", "glora") else "llama"  # these change biases too
+    model = tiny(kind)
+    inject(model, config)
+    if config.merge_problem():
+        return
+    randomise(model)
+    model.to(dtype).eval()
+    state = {name: value.clone() for name, value in adapter_state(model).items()}
+    adapted = logits(model, batch(kind)).float()
+    fold(model)
+    assert all(torch.equal(value, state[name]) for name, value in adapter_state(model).items())
+    assert {parameter.dtype for parameter in model.parameters()} <= {dtype, torch.int64}
+    error = (logits(model, batch(kind)).float() - adapted).norm() / adapted.norm()
+    assert error < (0.05 if dtype is torch.float16 else 0.2)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, base_module
+from peftcli.core.layer import AdapterLayer, base_module, widened
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import factory_kwargs
 from peftcli.methods._rotation import RotatedConv, RotatedLinear, Rotating, leave_out
@@ -55,7 +55,7 @@ class BOFTLayer(Rotating):
     def _blocks(self) -> torch.Tensor:
         """The rotations of all factors: (m, blocks, k, k)."""
         with torch.autocast(self.boft_R.device.type, enabled=False):
-            skew = (self.boft_R - self.boft_R.mT) / 2
+            skew = widened(self.boft_R - self.boft_R.mT) / 2
             identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
             blocks = torch.linalg.solve(identity + skew, identity - skew, left=False)
         return leave_out(blocks, self.share) if self.training and self.share else blocks

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from peftcli.core.layer import widened
 from peftcli.core.targets import pattern_value
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import DeltaLinear, factory_kwargs
@@ -37,8 +38,8 @@ class C3ALinear(DeltaLinear):
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         # a circulant block is a circular correlation with its kernel, which the Fourier transform makes a product
-        blocks = torch.fft.rfft(x.unflatten(-1, (-1, self.block)))
-        kernel = torch.fft.rfft(self.c3a_kernel / self.view.in_features).conj()
+        blocks = torch.fft.rfft(widened(x).unflatten(-1, (-1, self.block)))
+        kernel = torch.fft.rfft(widened(self.c3a_kernel) / self.view.in_features).conj()
         return torch.fft.irfft(torch.einsum("...nb,mnb->...mb", blocks, kernel), n=self.block).flatten(-2)
 
     def delta(self) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from peftcli.core.layer import widened
 from peftcli.core.targets import pattern_value
 from peftcli.methods._linear import DeltaLinear, factory_kwargs
 from peftcli.methods._sparse import drawn_places, scattered
@@ -26,7 +27,7 @@ class FourierFTLinear(DeltaLinear):
         self.scaling = config.scaling
 
     def delta(self) -> torch.Tensor:
-        spectrum = scattered(self.fourierft_spectrum, self.places, self.view)
+        spectrum = scattered(widened(self.fourierft_spectrum), self.places, self.view)
         return self.scaling * torch.fft.ifft2(spectrum).real
 
 

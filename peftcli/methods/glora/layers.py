@@ -90,7 +90,7 @@ class GloraLinear(AdapterLayer):
         return (weight * self.glora_A() + self.glora_B()).expand(weight.shape)
 
     def _shift(self, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        coupled = 0.0 if self.glora_C.what == "none" else (weight @ self.glora_C()).squeeze(-1)
+        coupled = 0.0 if self.glora_C.what == "none" else (weight @ self.glora_C().to(weight)).squeeze(-1)
         shift: torch.Tensor = bias.to(weight.dtype) * self.glora_D() + self.glora_E() + coupled
         return shift
 

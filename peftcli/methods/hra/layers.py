@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, base_module
+from peftcli.core.layer import AdapterLayer, base_module, widened
 from peftcli.methods._linear import factory_kwargs
 from peftcli.methods._rotation import RotatedConv, RotatedLinear, Rotating
 from peftcli.methods.hra.config import HRAConfig
@@ -27,7 +27,8 @@ class HRALayer(Rotating):
             pairs[:, 1::2] = pairs[:, ::2]
 
     def rotated(self, rows: torch.Tensor, back: bool = False) -> torch.Tensor:
-        columns = _orthogonalised(self.hra_u) if self.orthogonal else F.normalize(self.hra_u, dim=0)
+        u = widened(self.hra_u)
+        columns = _orthogonalised(u) if self.orthogonal else F.normalize(u, dim=0)
         vectors = list(columns.unbind(1))
         for vector in vectors if back else reversed(vectors):
             rows = rows - 2 * (rows @ vector)[..., None] * vector

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module
+from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module, widened
 from peftcli.methods._linear import factory_kwargs
 from peftcli.methods._rotation import RotatedConv, RotatedLinear, Rotating, leave_out
 from peftcli.methods.oft.config import OFTConfig
@@ -57,7 +57,7 @@ class Rotation(nn.Module):
         return (furthest / length).clamp(max=1)
 
     def _skew(self) -> torch.Tensor:
-        numbers = self.weight * self.room() if self.config.coft else self.weight
+        numbers = widened(self.weight * self.room() if self.config.coft else self.weight)
         rows, columns = torch.triu_indices(self.size, self.size, 1, device=numbers.device)
         upper = numbers.new_zeros(len(numbers), self.size, self.size)
         upper[:, rows, columns] = numbers

@@ -47,7 +47,8 @@ class PeanutLinear(WeightDeltaLinear):
 
     def delta_of(self, weight: torch.Tensor) -> torch.Tensor:
         function = _ACTIVATIONS[self.activation]
-        z, levels = function(self.peanut_A(self.view.as_stored(weight).T)), []
+        rows = self.view.as_stored(weight).T.to(self.peanut_A.weight.dtype)
+        z, levels = function(self.peanut_A(rows)), []
         for encoder in self.peanut_encoders:
             levels.append(z)
             z = function(encoder(z))

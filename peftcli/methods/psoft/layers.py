@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from peftcli.core.layer import widened
 from peftcli.core.linear import dense_weight
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs
@@ -39,7 +40,7 @@ class PsoftLinear(WeightDeltaLinear):
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         a = F.linear(x, self.psoft_A)
-        return self.scaling * F.linear(F.linear(a, self.psoft_R()) - a, self.psoft_B)
+        return self.scaling * F.linear(F.linear(a, self.psoft_R().to(a.dtype)) - a, self.psoft_B)
 
     def delta_of(self, weight: torch.Tensor) -> torch.Tensor:
         a, b = self._principal(self.view.as_stored(weight))
@@ -89,7 +90,7 @@ class Rotation(nn.Module):
         return turned if self.vector_a is None else turned * self.vector_a
 
     def _cayley(self) -> torch.Tensor:
-        r, weight = self.config.r, self.weight
+        r, weight = self.config.r, widened(self.weight)
         rows, columns = torch.triu_indices(r, r, 1, device=weight.device)
         upper = weight.new_zeros(r, r).index_put((rows, columns), weight)
         q, identity = upper - upper.T, torch.eye(r, device=weight.device, dtype=weight.dtype)
