@@ -11,7 +11,7 @@ from torch import nn
 from peftcli.core.config import AdapterConfig
 from peftcli.core.layer import adapter_layers, base_module, base_name
 from peftcli.core.linear import linear_view
-from peftcli.errors import AdapterError
+from peftcli.errors import AdapterError, AdapterTypeError
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.lora import LoraLinear
 from peftcli.methods.lora.variant_settings import ArrowConfig, variant_of
@@ -85,7 +85,7 @@ def _common_targets(model: PeftModel, names: list[str]) -> tuple[list[str], int]
         for path, layer in layers.items():
             if linear_view(layer) is None or not isinstance(layer, LoraLinear):
                 kind = type(base_module(layer)).__name__
-                raise AdapterError(f"LoRA adapters must only target Linear layers; {path} in {name} is a {kind}")
+                raise AdapterTypeError(f"LoRA adapters must only target Linear layers; {path} in {name} is a {kind}")
         found[name] = {path: layer.r for path, layer in layers.items()}
     first = found[names[0]]
     for name, sizes in found.items():
