@@ -20,6 +20,7 @@ from peftcli.core.protocols import after_step, penalty
 from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
 from peftcli.methods.combinations import Adapter, Combination, combine
+from peftcli.methods.lora.variants import kasa_penalty, monteclora_penalty
 from peftcli.models.quantization import forget
 from peftcli.peft_api.mixed_batch import adapted_by_row, check_count
 from peftcli.peft_api.new_adapter import check_name
@@ -49,7 +50,8 @@ class Tuner(nn.Module):
         with self.by_row(adapter_names, args, kwargs):
             output = self.model(*args, **kwargs)
         if self.training and isinstance(getattr(output, "loss", None), torch.Tensor):
-            found = (penalty(self.model, config) for config in self.peft_config.values())
+            configs = [config for config in self.peft_config.values() if config.penalty_in_loss]
+            found = (penalty(self.model, config) for config in configs)
             if (added := next((each for each in found if each is not None), None)) is not None:
                 output.loss = output.loss + added
         return output
@@ -112,6 +114,19 @@ class Tuner(nn.Module):
         for config in self.peft_config.values():
             if (total := getattr(config, "total_step", 0)) is not None:
                 after_step(self.model, config, global_step, total)
+
+    def _get_kasa_loss(self, adapter_names: str | Sequence[str] | None = None) -> torch.Tensor | float:
+        """The penalty of KaSA, to be added to the loss; of these adapters, or of the active ones."""
+        found = kasa_penalty(self.model, self._named(adapter_names))
+        return 0.0 if found is None else found
+
+    def _get_monteclora_loss(self, adapter_names: str | Sequence[str] | None = None) -> torch.Tensor | float:
+        """The penalty of MonteCLoRA, to be added to the loss; of these adapters, or of the active ones."""
+        found = monteclora_penalty(self.model, self._named(adapter_names)) if self.training else None
+        return 0.0 if found is None else found
+
+    def _named(self, names: str | Sequence[str] | None) -> list[str]:
+        return [names] if isinstance(names, str) else list(self.active_adapters if names is None else names)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several together, the active ones. Their weights train, and those of no other.

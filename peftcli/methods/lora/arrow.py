@@ -95,11 +95,11 @@ def find_experts(model: nn.Module) -> None:
 
 
 def _tell_experts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    layers = adapter_layers(model).values()
+    layers = list(adapter_layers(model).values())
     experts: dict[nn.Module, dict[str, LoraLinear]] = {}
-    for layer in layers:
+    for layer in reversed(layers):  # the innermost, which came first, before the others
         if isinstance(layer, LoraLinear):
             experts.setdefault(base_module(layer), {})[layer.adapter] = layer
     for layer in layers:
         if isinstance(layer, ArrowLayer):
-            layer.experts = dict(sorted(experts.get(base_module(layer), {}).items()))
+            layer.experts = experts.get(base_module(layer), {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -38,10 +40,21 @@ def check_variant(module: nn.Module, name: str, config: LoraConfig) -> None:
 
 
 def penalty(model: nn.Module, config: LoraConfig) -> torch.Tensor | None:
-    """Return what KaSA, summed over its layers, and MonteCLoRA, averaged over its layers, add to the loss."""
-    layers = [layer for layer in adapter_layers(model).values() if layer.enabled]
-    kasa = [layer.penalty() for layer in layers if isinstance(layer, KasaLinear)]
-    sampled = [layer.lora_monteclora_sampler.penalty() for layer in layers if isinstance(layer, MontecloraLinear)]
-    parts = [torch.stack(kasa).sum()] if kasa else []
-    parts += [torch.stack(sampled).mean()] if sampled else []
-    return sum(parts[1:], parts[0]) if parts else None
+    """Return what the enabled layers of KaSA and MonteCLoRA add to the loss."""
+    names = {layer.adapter for layer in adapter_layers(model).values() if layer.enabled}
+    found = [part for part in (kasa_penalty(model, names), monteclora_penalty(model, names)) if part is not None]
+    return torch.stack(found).sum() if found else None
+
+
+def kasa_penalty(model: nn.Module, adapters: Collection[str]) -> torch.Tensor | None:
+    """Return the sum over the KaSA layers of these adapters, or None."""
+    layers = [layer for layer in adapter_layers(model).values() if layer.adapter in adapters]
+    parts = [layer.penalty() for layer in layers if isinstance(layer, KasaLinear)]
+    return torch.stack(parts).sum() if parts else None
+
+
+def monteclora_penalty(model: nn.Module, adapters: Collection[str]) -> torch.Tensor | None:
+    """Return the mean over the MonteCLoRA layers of these adapters, or None."""
+    layers = [layer for layer in adapter_layers(model).values() if layer.adapter in adapters]
+    parts = [layer.lora_monteclora_sampler.penalty() for layer in layers if isinstance(layer, MontecloraLinear)]
+    return torch.stack(parts).mean() if parts else None
