@@ -12,7 +12,7 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import set_active, set_trainable, unload
 from peftcli.core.layer import adapter_layers, base_paths
 from peftcli.core.prompts.config import SoftPromptConfig
-from peftcli.core.targets import find_modules, targets
+from peftcli.core.targets import find_modules, module_matches, targets
 from peftcli.core.weights import cast_weights
 from peftcli.errors import AdapterError
 from peftcli.peft_api.new_adapter import check_name, start_adapter
@@ -146,11 +146,14 @@ def _with_targets_of(model: nn.Module, config: AdapterConfig, names: Iterable[st
     found = sorted(modules[owner] for owner in owners if owner and not f"{modules[owner]}.".startswith(saved))
     if not found:
         raise AdapterError(f"holds no tensor of a module of {type(model).__name__}", key="state_dict")
-    said = targets(model, copy.deepcopy(config))
+    completed = copy.deepcopy(config)
+    said = targets(model, completed)
     for others, what in ((set(said).difference(found), "config"), (set(found).difference(said), "state_dict")):
         if others:
             warnings.warn(f"only the {what} adapts {', '.join(sorted(others))}", RuntimeWarning, stacklevel=3)
     narrowed = copy.deepcopy(config)
+    if (inner := getattr(completed, "feedforward_modules", None)) is not None:  # (IA)^3's, some of the targets
+        narrowed.feedforward_modules = [name for name in found if any(module_matches(name, each) for each in inner)]  # type: ignore[attr-defined]
     for key, value in {
         "target_modules": found,
         "exclude_modules": None,

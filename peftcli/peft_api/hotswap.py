@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.adapters.load import find_adapter
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import read_tensors
 from peftcli.core.layer import adapter_layers
@@ -19,6 +18,7 @@ from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.hotswap import check_same, swap, widen
 from peftcli.methods.lora.lora import LoraLayer
+from peftcli.peft_api.loading import find
 from peftcli.peft_api.model import PeftModel
 
 
@@ -27,7 +27,7 @@ def hotswap_adapter(
     model_name_or_path: str | Path,
     adapter_name: str,
     torch_device: str | None = None,
-    revision: str | None = None,
+    **options: Any,
 ) -> None:
     """Put the LoRA adapter of a folder or hub repository in the place of one of the model's, under its name.
 
@@ -39,7 +39,7 @@ def hotswap_adapter(
         model_name_or_path: the new adapter.
         adapter_name: which of the model's adapters it replaces.
         torch_device: PEFT's; the weights go where the old ones are.
-        revision: revision of the repository.
+        options: of loading: ``revision``, ``subfolder``, ``token`` and the others of ``load_adapter``.
 
     Raises:
         AdapterError: the new adapter cannot be read or does not fit, or the old one is merged. Nothing is changed then.
@@ -50,7 +50,7 @@ def hotswap_adapter(
             f"needs a PeftModel, not a {type(peft_model).__name__}", hint="hotswap_adapter_from_state_dict"
         )
     peft_model.base_model.check_known([adapter_name])
-    old, source = peft_model.peft_config[adapter_name], find_adapter(str(model_name_or_path), revision=revision)
+    old, source = peft_model.peft_config[adapter_name], find(model_name_or_path, options)
     check_same(_lora(old), _lora(source.config))
     hotswap_adapter_from_state_dict(model, read_tensors(source.folder), adapter_name, _lora(source.config))
 

@@ -14,9 +14,10 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import inject, set_active, set_trainable, unload
-from peftcli.core.layer import TrainedBias, TrainedCopy, adapter_layers
+from peftcli.core.layer import TrainedBias, TrainedCopy, adapter_layers, base_name
 from peftcli.core.merge import Folded, fold, merge
 from peftcli.core.protocols import after_step, penalty
+from peftcli.core.targets import find_parameters
 from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
 from peftcli.methods.combinations import Adapter, Combination, combine
@@ -78,6 +79,25 @@ class Tuner(nn.Module):
         names = [*layers[0].own_tensors()] if layers else []
         head, found, _ = os.path.commonprefix(names).rpartition("_")  # noqa: RUF071 - of characters, not of paths
         return head + found
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Names of the modules that the adapters adapt, in the order of the adapters."""
+        found = [
+            base_name(self.model, path)
+            for adapter in self.peft_config
+            for path, layer in adapter_layers(self.model, adapter).items()
+            if type(layer) not in (TrainedBias, TrainedCopy)
+        ]
+        owners = {name.rpartition(".")[0] for name in self.targeted_parameter_names}
+        return [name for name in dict.fromkeys(found) if name not in owners]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Names of the parameters that ``target_parameters`` of the adapters adapt."""
+        wanted = [getattr(config, "target_parameters", None) or () for config in self.peft_config.values()]
+        found = [find_parameters(self.model, each, "target_parameters") for each in wanted]
+        return list(dict.fromkeys(f"{name}.{leaf}" for each in found for name in each for leaf in each[name]))
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:

@@ -84,3 +84,16 @@ def test_a_combination_is_added_through_the_tuner(two: PeftModel) -> None:
     both = copy.deepcopy(two)
     both.set_adapter(["one", "two"])
     torch.testing.assert_close(logits(model, batch("llama")), logits(both, batch("llama")), atol=1e-4, rtol=1e-4)
+
+
+def test_the_targeted_modules_are_pefts() -> None:
+    names = []
+    for lib in (peftcli, peft):
+        config = lib.LoraConfig(target_modules=["v_proj"], modules_to_save=["lm_head"])
+        model = lib.get_peft_model(tiny("llama"), config, "one")
+        model.add_adapter("two", lib.LoraConfig(target_modules=["q_proj", "v_proj"]))
+        names.append(model.targeted_module_names)
+        config = lib.LoraConfig(target_modules=["v_proj"], target_parameters=["q_proj.weight"])
+        model = lib.get_peft_model(tiny("llama"), config)
+        names[-1] += [*model.targeted_parameter_names, *model.targeted_module_names]
+    assert names[0] == names[1]
