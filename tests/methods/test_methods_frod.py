@@ -17,7 +17,7 @@ from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import merge
 from peftcli.core.weights import load_state
-from peftcli.errors import AdapterError
+from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods import config_from_dict
 from peftcli.methods.frod.config import FrodConfig
 from peftcli.methods.frod.layers import FrodLinear, decompose, kind_of, num_places, shared_basis
@@ -177,3 +177,9 @@ def test_no_sparse_numbers_at_all() -> None:
     assert isinstance(layer, FrodLinear)
     assert layer.frod_lambda_s_values.shape == (0,)
     assert model(torch.ones(2, 1)).shape == (2, 3)
+
+
+def test_offloading_is_said_to_change_nothing() -> None:
+    with pytest.warns(PeftWarning, match="runtime_offload_base_weight saves no memory here"):
+        FrodConfig(runtime_offload_base_weight=True)
+    FrodConfig.from_dict({"peft_type": "FROD", "runtime_offload_base_weight": True, "inference_mode": True})
