@@ -21,6 +21,7 @@ from peftcli.core.layer import (
     adapter_layers,
     base_name,
     base_paths,
+    check_not_offloaded,
 )
 from peftcli.core.linear import linear_view
 from peftcli.core.protocols import Attaches, Reshapes, layers_of
@@ -243,6 +244,9 @@ def _wrapped(
     method = layers_of(config)
     layers = {name: method.wrap(model.get_submodule(paths[name]), name, config) for name in names}
     copies = {name: TrainedCopy(model.get_submodule(paths[name]), config.file_prefix) for name in saved}
+    for name, layer in [*layers.items(), *copies.items()]:
+        if any(value.is_meta for value in layer.own_tensors().values()):
+            check_not_offloaded(layer, name)
     return layers, copies
 
 

@@ -249,6 +249,27 @@ def base_module(module: nn.Module) -> Any:
     return module
 
 
+def offloaded_to_run_on(module: Any) -> torch.device | None:
+    """Return the device that an offloaded module runs on, to which accelerate brings its weights; None: it is not one.
+
+    Its weights are on the meta device between calls.
+    """
+    module = base_module(module)
+    device = getattr(module.__dict__.get("_hf_hook"), "execution_device", None)
+    if device is None or not any(value is not None and value.is_meta for value in module._parameters.values()):
+        return None
+    return torch.device(device)
+
+
+def check_not_offloaded(module: nn.Module, name: str) -> None:
+    """Raise AdapterError if the weights of the module called ``name`` are not in memory."""
+    if offloaded_to_run_on(module):
+        raise AdapterError(
+            f"{name} is offloaded, and its weights are needed",
+            hint="load the base model without offloading, or leave this module out",
+        )
+
+
 def layers_below(layer: AdapterLayer) -> list[AdapterLayer]:
     """Return the adapter layers between ``layer`` and the base model's module, outermost first."""
     found, module = [], layer.base_layer

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import adapter_dtype, base_module
+from peftcli.core.layer import adapter_dtype, base_module, check_not_offloaded
 from peftcli.core.quantised import dequantised_weight, is_packed, is_quantised
 from peftcli.errors import AdapterError
 
@@ -39,9 +39,14 @@ def linear_view(module: Any) -> Linear | None:
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
-    """Return the weight (out, in) of a linear layer, dequantised if necessary, detached, in float32 or wider."""
+    """Return the weight (out, in) of a linear layer, dequantised if necessary, detached, in float32 or wider.
+
+    Raises:
+        AdapterError: the layer is offloaded.
+    """
     layer, view = base_module(module), linear_view(module)
     assert view is not None
+    check_not_offloaded(layer, f"a {type(layer).__name__}")
     if is_quantised(layer):
         return dequantised_weight(layer)
     weight = layer.weight.detach()

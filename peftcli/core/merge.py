@@ -11,7 +11,7 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import keep_shape, replace_modules
-from peftcli.core.layer import AdapterLayer, adapter_layers, base_module, model_ends
+from peftcli.core.layer import AdapterLayer, adapter_layers, base_module, check_not_offloaded, model_ends
 from peftcli.core.protocols import Reshapes, layers_of
 from peftcli.core.quantised import as_before_quantising, dense_layer, is_quantised, plain_dtype
 from peftcli.errors import AdapterError
@@ -88,6 +88,7 @@ def fold(model: nn.Module) -> Folded:
                     f"{name} is quantised, and rounding the merged weight again would lose much of what was learned",
                     hint="merge into the full-precision base model, or ask for dequantize",
                 )
+            check_not_offloaded(base, name)
             tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
             with torch.no_grad(), _widened(layer):
                 values = layer.folded(dict(tensors))

@@ -18,6 +18,7 @@ from peftcli.core.layer import (
     base_module,
     base_paths,
     model_ends,
+    offloaded_to_run_on,
     path_in_file,
 )
 from peftcli.core.quantised import FLOATS, plain_dtype
@@ -212,7 +213,8 @@ def _fill(target: torch.Tensor, value: torch.Tensor, layer: AdapterLayer) -> Non
         return
     base = base_module(layer)
     devices = [each.device for each in (*base.parameters(), *base.buffers()) if not each.is_meta]
-    value = value.detach().to(devices[0] if devices else value.device, target.dtype, copy=True)
+    device = offloaded_to_run_on(base) or (devices[0] if devices else value.device)
+    value = value.detach().to(device, target.dtype, copy=True)
     new = nn.Parameter(value, target.requires_grad) if isinstance(target, nn.Parameter) else value
     torch.utils.swap_tensors(target, new)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype
+from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype, offloaded_to_run_on
 from peftcli.core.linear import dense_weight, require_linear, stored_weight
 from peftcli.errors import AdapterError
 
@@ -100,7 +100,7 @@ def dropout_layer(share: float) -> nn.Module:
 def factory_kwargs(layer: nn.Module) -> dict[str, Any]:
     """Return the device and dtype for adapter weights of a layer."""
     weight = stored_weight(layer)
-    return {"device": weight.device, "dtype": adapter_dtype(weight)}
+    return {"device": offloaded_to_run_on(layer) or weight.device, "dtype": adapter_dtype(weight)}
 
 
 def check_drawn(r: int, layers: Iterable[Any]) -> None:

@@ -34,6 +34,9 @@ class Tuner(nn.Module):
     adapter file gives them.
     """
 
+    uses_shared_state = False
+    """PEFT's: whether an adapter needs a ``PeftModel`` for the tensors that its layers share. None does here."""
+
     def __init__(self, model: nn.Module, peft_config: dict[str, AdapterConfig]):
         """Hold ``model``, whose adapters are those of ``peft_config``, all of them active."""
         super().__init__()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import peft
 import pytest
 import torch
+from accelerate import dispatch_model
 from models_tiny import batch, logits, randomise, tiny
 from torch import nn
 
@@ -176,3 +177,24 @@ def test_another_revision_is_said() -> None:
     with pytest.warns(UserWarning, match="revision: first in the config becomes second"):
         model = get_peft_model(tiny("llama"), _config(peftcli, revision="first"), revision="second")
     assert model.peft_config["default"].revision == "second"
+
+
+def _offloaded(folder: Path) -> Any:
+    """A model with a layer on the disk and the others in memory."""
+    base = tiny("llama")
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "lm_head"), "cpu")
+    places |= {"model.rotary_emb": "cpu", "model.layers.1": "disk"}
+    return dispatch_model(base, places, main_device="cpu", offload_dir=str(folder / "off"), force_hooks=True)
+
+
+def test_an_offloaded_base_model(saved: Path) -> None:
+    expected = logits(PeftModel.from_pretrained(tiny("llama"), saved), batch("llama"))
+    model = PeftModel.from_pretrained(_offloaded(saved), saved, device_map="auto", offload_folder="off")
+    torch.testing.assert_close(logits(model, batch("llama")), expected)
+    with pytest.raises(AdapterError, match=r"model\.layers\.1\.self_attn\.q_proj is offloaded"):
+        model.merge_adapter()
+    torch.testing.assert_close(logits(model, batch("llama")), expected)
+    for needs in ({"use_dora": True}, {"modules_to_save": ["layers.1.mlp.up_proj"]}):
+        with pytest.raises(AdapterError, match="is offloaded, and its weights are needed"):
+            model.add_adapter("other", _config(peftcli, **needs))
+    assert list(model.peft_config) == ["default"]
