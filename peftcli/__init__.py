@@ -57,7 +57,6 @@ _PEFT = {
     "peftcli.peft_api.functions": ("get_peft_config", "get_peft_model"),
     "peftcli.peft_api.helpers": ("find_kappa_target_modules",),
     "peftcli.peft_api.initialisations": (
-        "create_loraplus_optimizer",
         "get_eva_state_dict",
         "initialize_lora_eva_weights",
         "preprocess_corda",
@@ -72,6 +71,11 @@ _PEFT = {
     ),
     "peftcli.peft_api.mixed_model": ("PeftMixedModel",),
     "peftcli.peft_api.model": ("PeftModel",),
+    "peftcli.peft_api.optimizers": (
+        "create_lorafa_optimizer",
+        "create_loraplus_optimizer",
+        "create_riemannian_optimizer",
+    ),
     "peftcli.peft_api.prepare": (
         "cast_mixed_precision_params",
         "prepare_model_for_gradient_checkpointing",

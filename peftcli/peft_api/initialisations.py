@@ -1,6 +1,6 @@
-"""PEFT's functions that start or train a LoRA adapter in a way of its own, over a model of ``get_peft_model``.
+"""PEFT's functions that start a LoRA adapter in a way of its own, over a model of ``get_peft_model``.
 
-A recipe needs none of them: ``peftcli train`` does what ``init_lora_weights`` and ``loraplus_lr_ratio`` say.
+A recipe needs none of them: ``peftcli train`` does what ``init_lora_weights`` says.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from peftcli.core.files import read_tensor_file, write_tensor_file
 from peftcli.core.layer import base_module, base_paths
 from peftcli.core.linear import Linear, linear_view
 from peftcli.core.targets import targets
-from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError
-from peftcli.methods.learning_rates import rate_groups
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.config import CordaConfig
 from peftcli.methods.lora.initialisations.corda import covariances
@@ -151,40 +149,6 @@ def replace_lora_weights_loftq(
     weights = BaseWeights(opened, getattr(base, "base_model_prefix", ""))
     keep = callback or (lambda model, name: True)
     start_loftq(base, weights, adapter, lambda name: keep(peft_model, name))
-
-
-def create_loraplus_optimizer(
-    model: nn.Module,
-    optimizer_cls: type[torch.optim.Optimizer],
-    *,
-    lr: float,
-    loraplus_lr_ratio: float,
-    loraplus_lr_embedding: float = 1e-6,
-    loraplus_weight_decay: float = 0.0,
-    **options: Any,
-) -> torch.optim.Optimizer:
-    """An optimizer that trains LoRA's B ``loraplus_lr_ratio`` times as fast as A: LoRA+.
-
-    Args:
-        model: a model of ``get_peft_model``.
-        optimizer_cls: class of the optimizer.
-        lr: learning rate of A.
-        loraplus_lr_ratio: the learning rate of B, and of vectors, over ``lr``.
-        loraplus_lr_embedding: learning rate of LoRA on embeddings.
-        loraplus_weight_decay: weight decay of all but vectors.
-        options: the optimizer's other arguments.
-
-    Raises:
-        AdapterError: the adapter has no B.
-    """
-    groups = rate_groups(named_tensors(_base_of(model)), lr, loraplus_lr_ratio, loraplus_lr_embedding)
-    decayed = []
-    for group in groups:
-        for vectors in (False, True):
-            if parameters := [value for value in group["params"] if (value.ndim == 1) == vectors]:
-                decay = 0.0 if vectors else loraplus_weight_decay
-                decayed.append({"params": parameters, "lr": group["lr"], "weight_decay": decay})
-    return optimizer_cls(decayed, lr=lr, **options)  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ _LORA = ("methods.lora.config", "methods.lora.initialisations.config", "peft_api
 NAMESPACES: dict[str, tuple[str, ...]] = {
     "mapping": ("peft_api.constants", "peft_api.functions", "peft_api.functional"),
     "mapping_func": ("peft_api.functions",),
+    "optimizers.lorafa": ("peft_api.optimizers",),
+    "optimizers.loraplus": ("peft_api.optimizers",),
+    "optimizers.riemannian": ("peft_api.optimizers",),
     "peft_model": ("peft_api.model", "peft_api.task_models", "peft_api.status"),
     **_TUNERS,
     **{f"{name}.config": places for name, places in _TUNERS.items()},
@@ -61,7 +64,8 @@ def add_namespaces() -> None:
         module.__getattr__ = _finder(path)  # type: ignore[method-assign]
         sys.modules[module.__name__] = module
         parent, _, own = module.__name__.rpartition(".")
-        setattr(sys.modules[parent], own, module)
+        if parent in sys.modules:  # else a file that nobody has imported yet
+            setattr(sys.modules[parent], own, module)
 
 
 def _finder(path: str) -> Any:

@@ -1,0 +1,136 @@
+"""PEFT's functions that make an optimizer for a model of ``get_peft_model``."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcli.core.weights import named_tensors
+from peftcli.errors import AdapterError
+from peftcli.methods.learning_rates import rate_groups
+from peftcli.methods.lora.optimizers import LoraFAOptimizer, Pair, matrix_pairs, precondition
+
+__all__ = [
+    "LoraFAOptimizer",
+    "create_lorafa_optimizer",
+    "create_loraplus_optimizer",
+    "create_riemannian_optimizer",
+]
+
+
+def create_loraplus_optimizer(
+    model: nn.Module,
+    optimizer_cls: type[torch.optim.Optimizer],
+    *,
+    lr: float,
+    loraplus_lr_ratio: float,
+    loraplus_lr_embedding: float = 1e-6,
+    loraplus_weight_decay: float = 0.0,
+    **options: Any,
+) -> torch.optim.Optimizer:
+    """An optimizer that trains LoRA's B ``loraplus_lr_ratio`` times as fast as A: LoRA+.
+
+    Args:
+        model: a model of ``get_peft_model``.
+        optimizer_cls: class of the optimizer.
+        lr: learning rate of A.
+        loraplus_lr_ratio: the learning rate of B, and of vectors, over ``lr``.
+        loraplus_lr_embedding: learning rate of LoRA on embeddings.
+        loraplus_weight_decay: weight decay of all but vectors.
+        options: the optimizer's other arguments.
+
+    Raises:
+        AdapterError: the adapter has no B.
+    """
+    groups = rate_groups(named_tensors(_base_of(model)), lr, loraplus_lr_ratio, loraplus_lr_embedding)
+    decayed = []
+    for group in groups:
+        for vectors in (False, True):
+            if parameters := [value for value in group["params"] if (value.ndim == 1) == vectors]:
+                decay = 0.0 if vectors else loraplus_weight_decay
+                decayed.append({"params": parameters, "lr": group["lr"], "weight_decay": decay})
+    return optimizer_cls(decayed, lr=lr, **options)  # type: ignore[call-arg]
+
+
+def create_lorafa_optimizer(
+    model: nn.Module,
+    r: int | None = None,
+    lora_alpha: float | None = None,
+    lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    use_rslora: bool | None = None,
+) -> LoraFAOptimizer:
+    """An AdamW that trains LoRA's B alone: LoRA-FA. A takes no gradients any more.
+
+    On convolutions and embeddings, LoRA is trained as by AdamW.
+
+    Args:
+        model: a model of ``get_peft_model``.
+        r: PEFT's; each layer knows its own.
+        lora_alpha: PEFT's; the same.
+        lr: the learning rate.
+        weight_decay: the weight decay.
+        use_rslora: PEFT's; what the adapters' configs say.
+
+    Raises:
+        AdapterError: the model has no LoRA on linear layers that trains, or ``use_rslora`` is not what a config says.
+    """
+    for name, config in getattr(model, "peft_config", {}).items():
+        if use_rslora not in (None, getattr(config, "use_rslora", False)):
+            raise AdapterError(f"is {not use_rslora} in the config of {name}", key="use_rslora")
+    pairs = _pairs(model, "LoRA-FA")
+    for pair in pairs:
+        pair.a.requires_grad_(False)
+    trained = [value for value in model.parameters() if value.requires_grad]
+    return LoraFAOptimizer(trained, pairs, lr=lr, weight_decay=weight_decay)
+
+
+def create_riemannian_optimizer(
+    model: nn.Module, optimizer_cls: type[torch.optim.Optimizer], *, lr: float, reg: float = 1e-2, **options: Any
+) -> torch.optim.Optimizer:
+    """An optimizer that multiplies the gradients of LoRA's A and B by small matrices before each step.
+
+    Args:
+        model: a model of ``get_peft_model``.
+        optimizer_cls: class of the optimizer.
+        lr: the learning rate.
+        reg: keeps the matrices from being too large; added to the diagonal of what they are the inverses of.
+        options: the optimizer's other arguments.
+
+    Raises:
+        AdapterError: the model has no LoRA on linear layers that trains, or the optimizer computes the loss itself,
+            with gradients that would be left as they are.
+        TypeError: ``optimizer_cls`` is no class of optimizers.
+    """
+    if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)):
+        raise TypeError(f"optimizer_cls must be a class of optimizers, not {optimizer_cls!r}")
+    closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise AdapterError(
+            f"{optimizer_cls.__name__} needs a closure, which computes gradients anew", key="optimizer_cls"
+        )
+    pairs = _pairs(model, "Riemannian preconditioning")
+
+    def prepare(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(value is not None for value in (*args[1:], *kwargs.values())):  # the first is the optimizer
+            raise AdapterError("a closure computes gradients anew; call backward() before step()", key="closure")
+        precondition(pairs, reg)
+
+    trained = [value for value in model.parameters() if value.requires_grad]
+    optimizer = optimizer_cls(trained, lr=lr, **options)  # type: ignore[call-arg]
+    optimizer.register_step_pre_hook(prepare)
+    return optimizer
+
+
+def _pairs(model: nn.Module, what: str) -> list[Pair]:
+    if pairs := matrix_pairs(model):
+        return pairs
+    raise AdapterError(f"{what} needs LoRA on linear layers, with A and B that train")
+
+
+def _base_of(model: Any) -> nn.Module:
+    base: nn.Module = model.get_base_model() if hasattr(model, "peft_config") else model
+    return base
