@@ -49,9 +49,18 @@ def theirs(kind: str, method: str, seed: int = 1, **settings: Any) -> Any:
     """A tiny model with PEFT's adapter, its weights random."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(tiny(kind), peft_config_class(method)(**settings))
+        base = _base(kind, METHODS[method].peft_type)
+        model = peft.get_peft_model(base, peft_config_class(method)(**settings))
     randomise(model, seed)
     return model.eval()
+
+
+def _base(kind: str, peft_type: str) -> Any:
+    """A tiny model as PEFT wants it."""
+    base: Any = tiny(kind)
+    if peft_type == "XLORA":
+        base.config.use_cache = False
+    return base
 
 
 def peft_config_class(method: str) -> Any:
@@ -69,7 +78,7 @@ def saved_by_peft(model: Any, folder: Path) -> Path:
 
 def loaded_by_peft(kind: str, folder: Path) -> Any:
     """What PEFT makes of an adapter folder. Fails when PEFT says anything about it."""
-    base = tiny(kind)
+    base = _base(kind, read_config(folder)["peft_type"])
     with silence():
         return peft.PeftModel.from_pretrained(base, folder).eval()
 
@@ -93,7 +102,7 @@ def read_by_peft(kind: str, folder: Path) -> Any:
     """As ``loaded_by_peft``, whatever PEFT says."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return peft.PeftModel.from_pretrained(tiny(kind), folder).eval()
+        return peft.PeftModel.from_pretrained(_base(kind, read_config(folder)["peft_type"]), folder).eval()
 
 
 def same_logits(kind: str, found: Any, expected: Any) -> None:

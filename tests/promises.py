@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import fnmatch
+import functools
+import shutil
+import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -15,11 +19,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from models_tiny import batch, labelled, logits, randomise, tiny
-from oracle import file_of, loaded_by_peft, saved_by_peft, theirs
+from oracle import file_of, loaded_by_peft, ours, read_by_peft, saved_by_peft, theirs
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
@@ -126,6 +129,7 @@ NOT_FOR: dict[tuple[str, ...], str] = {
         for method in ("prompt_tuning", "multitask_prompt_tuning", "p_tuning")
         for kind, what in (("whisper", "sound"), ("convnet", "pixels"))
     },
+    **{("xlora", kind): "its classifier reads one state for each token" for kind in ("t5", "whisper", "convnet")},
     **{("cpt", kind): "its loss is that of a causal language model" for kind in ("t5", "bert", "whisper", "convnet")},
 }
 """Methods that do not go with a model: (method, kind) patterns -> reason. ``inject`` must refuse them."""
@@ -140,6 +144,11 @@ PEFT_CANNOT: dict[tuple[str, ...], str] = {
     ("osf", "gpt2", "[fP]*"): "leaves Conv1D as it is, in silence",
     ("poly", "[wc]*", "[fP]*"): "drops task_ids where the adapter has no task_type",
     ("prefix_tuning", "bert", "[fP]*"): "demands a model that returns keys and values",
+    **{
+        ("xlora", kind, "[foP]*"): "finds modules of adapters below a model called model only"
+        for kind in ("gpt2", "bert")
+    },
+    ("xlora", "*", "P*"): "leaves the classifier's first layer out of its file",
     ("cartridge", "bert", "[fP]*"): "demands a model that returns keys and values",
     ("multitask_prompt_tuning", "t5", "[fP]*"): "gives the encoder both ids and embeddings",
 }
@@ -150,10 +159,31 @@ class NotApplicable(Exception):
     """A promise that means nothing here; says why."""
 
 
+def base_settings(method: str, kind: str) -> dict[str, Any]:
+    """What a method is run with on any model, and the adapters that it mixes."""
+    return copy.deepcopy(METHOD_SETTINGS.get(method, {})) | ({"adapters": experts(kind)} if method == "xlora" else {})
+
+
+@functools.cache
+def experts(kind: str) -> dict[str, str]:
+    """Two LoRA adapters of the tiny model for X-LoRA to mix, of other sizes and modules: PEFT's name -> folder."""
+    own = {"bert": ["query", "value"], "gpt2": ["c_attn", "c_proj"], "bloom": ["query_key_value", "dense"]}.get(
+        kind, ["q_proj", "v_proj"]
+    )
+    found = {}
+    for number in range(2):
+        model, config = ours(kind, "lora", seed=number, r=2 + number, target_modules=own[: number + 1])
+        folder = Path(tempfile.mkdtemp(prefix="expert"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        save_adapter(model, config, folder)
+        found[str(number)] = str(folder)
+    return found
+
+
 def settings_of(method: str, kind: str) -> dict[str, Any]:
     """What a method is run with on a model of a kind. A copy: PEFT appends to lists that it is given."""
     known = {field.name for field in fields(METHODS[method].config_class())}
-    found = copy.deepcopy(METHOD_SETTINGS.get(method, {}))
+    found = base_settings(method, kind)
     for (methods, kinds), values in KIND_SETTINGS.items():
         if fnmatch.fnmatch(method, methods) and fnmatch.fnmatch(kind, kinds):
             found |= copy.deepcopy({name: value for name, value in values.items() if name in known})
@@ -203,7 +233,7 @@ def _forward_equals_pefts(method: str, kind: str, folder: Path) -> None:
     own = _last(_logits(model, method, kind), kind)
     with _peft(method, kind, "forward equals"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        oracle = peft.PeftModel.from_pretrained(tiny(kind), folder).eval()
+        oracle = read_by_peft(kind, folder)
         _close(_last(_logits(oracle, method, kind), kind), own)
 
 

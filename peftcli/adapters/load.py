@@ -18,6 +18,7 @@ from peftcli.guard.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, find_weights
 from peftcli.guard.files import read_json_object
 from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.methods import config_from_dict
+from peftcli.methods.xlora.config import XLoraConfig
 from peftcli.models.quantization import trained_quantization
 from peftcli.schema import BaseModel
 from peftcli.system import hub_requests
@@ -95,7 +96,10 @@ class AdapterSource:
         Raises:
             AdapterError: it names a method or setting that is not supported.
         """
-        return config_from_dict(self.values, file=str(self.folder / CONFIG_FILE))
+        config = config_from_dict(self.values, file=str(self.folder / CONFIG_FILE))
+        if isinstance(config, XLoraConfig):
+            config.find_folder = adapter_folder
+        return config
 
     @cached_property
     def record(self) -> dict[str, Any]:

@@ -389,13 +389,20 @@ METHODS: dict[str, Method] = {
         "https://arxiv.org/abs/2506.06266",
         peft_generates=False,
     ),
+    "xlora": Method(
+        "xlora.config:XLoraConfig",
+        "xlora.layers",
+        "XLORA",
+        "X-LoRA",
+        "several trained LoRA adapters, mixed for each token by a classifier",
+        "https://arxiv.org/abs/2402.07148",
+    ),
 }
 
 
 NOT_HERE: dict[str, str] = {
     "ADAPTION_PROMPT": "it needs the attention code of each family written anew, and PEFT has three; use prefix_tuning",
     "SHADOW": "it trains a second model beside the base model",
-    "XLORA": "it mixes several LoRA adapters by a classifier that runs the model twice; combine the adapters instead",
 }
 """PEFT's methods that peftcli does not have: name in adapter_config.json -> why."""
 

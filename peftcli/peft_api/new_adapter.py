@@ -7,11 +7,13 @@ import warnings
 
 from torch import nn
 
+from peftcli.adapters.load import adapter_folder
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import inject
 from peftcli.core.protocols import needs_batches
 from peftcli.core.weights import cast_weights, empty_state, holds_its_file
 from peftcli.errors import AdapterError, PeftWarning
+from peftcli.methods.xlora.config import XLoraConfig
 from peftcli.models.open import open_base
 from peftcli.peft_api.mixed_batch import BASE
 from peftcli.schema import BaseModel
@@ -58,6 +60,8 @@ def start_adapter(
                 stacklevel=2,
             )
         config.base_model_name_or_path = base
+    if isinstance(config, XLoraConfig):
+        config.find_folder = adapter_folder
     config.prepare(lambda name, **options: open_base(BaseModel(name=name or _name_of(model))).processor(**options))
     inject(model, config, name)
     if not autocast_adapter_dtype:

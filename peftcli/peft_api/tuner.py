@@ -22,9 +22,27 @@ from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
 from peftcli.methods.combinations import Adapter, Combination, combine
 from peftcli.methods.lora.variants import kasa_penalty, monteclora_penalty
+from peftcli.methods.xlora.layers import find_mixture
 from peftcli.models.quantization import forget
 from peftcli.peft_api.mixed_batch import adapted_by_row, check_count
 from peftcli.peft_api.new_adapter import check_name
+
+_OF_XLORA = frozenset(
+    {
+        "clear_scalings_log",
+        "disable_scalings_logging",
+        "enable_scalings_logging",
+        "get_bucketed_scalings_log",
+        "get_global_scaling_weight",
+        "get_latest_scalings",
+        "get_scalings_log",
+        "internal_xlora_classifier",
+        "set_global_scaling_weight",
+        "set_scaling_pass_value",
+        "set_topk_lora",
+    }
+)
+"""What PEFT's X-LoRA model has besides; here the mixture has it."""
 
 
 class Tuner(nn.Module):
@@ -66,6 +84,8 @@ class Tuner(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
+            if name in _OF_XLORA and (mixture := find_mixture(self.model)):
+                return mixture if name == "internal_xlora_classifier" else getattr(mixture, name)
             return getattr(self.model, name)
 
     @property

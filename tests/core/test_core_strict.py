@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from models_tiny import batch, logits, randomise, tiny
-from promises import METHOD_SETTINGS
+from promises import base_settings
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -30,7 +30,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 def _saved(folder: Path, method: str = "lora", **more: Any) -> Path:
     """The folder, with an adapter for the tiny Llama."""
-    config = METHODS[method].config_class()(**METHOD_SETTINGS.get(method, {}), **more)
+    config = METHODS[method].config_class()(**base_settings(method, "llama"), **more)
     model = tiny("llama")
     inject(model, config)
     randomise(model)

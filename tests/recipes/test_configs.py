@@ -10,7 +10,10 @@ import classifierkit
 import pytest
 import trainkit
 
+from peftcli.core.files import save_adapter
+from peftcli.core.inject import inject
 from peftcli.methods import METHODS
+from peftcli.methods.lora.config import LoraConfig
 from peftcli.recipe import read
 from peftcli.schema import Recipe
 from peftcli.tasks import row_of
@@ -67,6 +70,8 @@ def test_a_recipe_trains_a_few_steps_of_a_tiny_model(path: Path, tmp_path: Path)
     settings += [] if path.parent.name == "tasks" else ["dataset.max_length=192"]
     settings += ["gates={}", "training.load_best_model_at_end=false"]
     settings.append("dataset.allow=[answers_cut]")  # the tiny tokenizer makes several times as many tokens of a row
+    if recipe.method["type"] == "xlora":
+        settings.append(f"method.adapters={json.dumps(_experts(tmp_path, list(recipe.method['adapters'])))}")
     if recipe.dataset.mix:  # each dataset has a limit of its own
         few = [asdict(source) | {"limit": 12} for source in recipe.dataset.mix]
         settings.append(f"dataset.mix={json.dumps(few)}")
@@ -79,6 +84,15 @@ def test_a_recipe_trains_a_few_steps_of_a_tiny_model(path: Path, tmp_path: Path)
     config = json.loads((done.folder / "adapter_config.json").read_text())
     assert config["peft_type"] == METHODS[recipe.method["type"]].config_class().peft_type
     assert config["task_type"] == row_of(recipe).task_type
+
+
+def _experts(folder: Path, names: list[str]) -> dict[str, str]:
+    """LoRA adapters of the tiny base model."""
+    for name in names:
+        model, config = trainkit.build("llama"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        inject(model, config)
+        save_adapter(model, config, folder / name)
+    return {name: str(folder / name) for name in names}
 
 
 def _base(recipe: Recipe) -> Path:
