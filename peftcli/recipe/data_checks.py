@@ -172,7 +172,7 @@ def _rows(recipe: Recipe, report: Report) -> None:
     if not dataset.packing:
         return
     settings = {key: value for key, value in recipe.method.items() if key != "type"}
-    if method and (problem := method.config_class()(**settings).packing_problem()):
+    if method and (problem := method.config_class().unchecked(**settings).packing_problem()):
         report(
             ("dataset.packing", "method.type"),
             f"packed rows contain several examples, but {method.title} {problem}; set dataset.packing: false",
