@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models_tiny import batch, logits, randomise, tiny
-from promises import METHOD_SETTINGS
+from promises import base_settings
 from torch import nn
 
 import peftcli
@@ -240,8 +240,8 @@ def test_a_module_with_anothers_layers_inside_has_no_copy() -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_that_was_cast_to_half_precision_computes_and_merges(method: str, dtype: torch.dtype) -> None:
-    config = METHODS[method].config_class()(**METHOD_SETTINGS.get(method, {}))
     kind = "gpt2" if method in ("beft", "glora") else "llama"  # these change biases too
+    config = METHODS[method].config_class()(**base_settings(method, kind))
     model = tiny(kind)
     inject(model, config)
     if config.merge_problem():
