@@ -20,6 +20,7 @@ from tests.models_tiny import tiny
 _NEEDED: dict[str, dict[str, Any]] = {
     "adalora": {"total_step": 1},
     "cpt": {"task_type": "CAUSAL_LM"},
+    "xlora": {"hidden_size": 32, "adapters": {"0": "folder"}},  # without, PEFT warns
     **{
         method: {"num_virtual_tokens": 4}
         for method in ("prompt_tuning", "multitask_prompt_tuning", "p_tuning", "prefix_tuning", "cartridge")
