@@ -207,7 +207,7 @@ def test_pefts_frod_takes_its_basis_from_the_file_and_what_belongs_to_it_from_el
     layers = [layer for layer in model.modules() if hasattr(layer, "frod_V") and layer.base_layer is not None]
     with torch.no_grad():
         layers[0].frod_V[:, 0] *= -1
-        rows, columns = layers[0].frod_s_indices
+        rows, columns = layers[0].frod_s.indices
         for layer in layers:
             layer.frod_lambda_s_values[(rows == 0) ^ (columns == 0)] *= -1
     config = config_from_dict(read_config(folder))

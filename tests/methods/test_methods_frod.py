@@ -34,7 +34,7 @@ def test_the_weight_is_replaced_by_scales_and_a_sparse_rotation_in_the_basis(dro
     layer: Any = inject(model, config).layers["0"]
     layer.eval()
     sparse = torch.zeros(5, 5)
-    sparse[tuple(layer.frod_s_indices)] = layer.frod_lambda_s_values.detach()
+    sparse[tuple(layer.frod_s.indices)] = layer.frod_lambda_s_values.detach()
     assert torch.equal(sparse.diag(), torch.zeros(5))
     assert (sparse != 0).sum() == num_places(5, 0.3) == 7
     left, _ = decompose(layer.frod_V, base.weight)
@@ -98,10 +98,9 @@ def test_what_layers_share_is_pefts_bit_for_bit(
     layers: list[Any] = list(adapter_layers(adapted).values())
     assert {layer.kind for layer in layers} == set(oracle.frod_V)
     for layer in layers:
-        for name in layer.fixed:
-            assert torch.equal(
-                getattr(layer, name), getattr(oracle, name)[layer.kind]["default"].to(layer.frod_V.dtype)
-            )
+        for name, value in layer.fixed_tensors().items():
+            expected = getattr(oracle, name.replace(".", "_"))[layer.kind]["default"]
+            assert torch.equal(value, expected.to(layer.frod_V.dtype))
 
 
 def test_layers_of_a_kind_have_one_basis_and_the_file_has_it_once() -> None:
@@ -183,3 +182,12 @@ def test_offloading_is_said_to_change_nothing() -> None:
     with pytest.warns(PeftWarning, match="runtime_offload_base_weight saves no memory here"):
         FrodConfig(runtime_offload_base_weight=True)
     FrodConfig.from_dict({"peft_type": "FROD", "runtime_offload_base_weight": True, "inference_mode": True})
+
+
+def test_parameters_are_of_one_dtype_and_layers_share_the_places() -> None:
+    """FSDP takes no others."""
+    model = tiny("llama")
+    inject(model, FrodConfig(target_modules=["q_proj"]))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    first, second = adapter_layers(model.to("meta")).values()
+    assert first.frod_s.indices is second.frod_s.indices

@@ -18,6 +18,21 @@ from peftcli.methods._product import base_product
 from peftcli.methods.frod.config import FrodConfig
 
 
+class Places(nn.Module):
+    """Where the numbers of ``S`` stand: ``indices: (2, count)``, and the size of ``S``.
+
+    Buffers, since FSDP takes no model with parameters of another dtype. In a module of their own, since layers that
+    share a module still share its tensors when the model was moved.
+    """
+
+    indices: torch.Tensor
+
+    def __init__(self, indices: torch.Tensor, size: torch.Tensor):
+        super().__init__()
+        self.register_buffer("indices", indices)
+        self.register_buffer("size", size)
+
+
 class FrodLinear(WeightDeltaLinear):
     """``W + delta = U (diag(l) + S) V^T`` with ``U: (out, in)``, ``V: (in, in)``; ``U diag(l) V^T`` is ``W`` at first.
 
@@ -25,10 +40,9 @@ class FrodLinear(WeightDeltaLinear):
     to all layers of a kind. ``U`` comes from ``V`` and ``W``; the file does not hold it.
     """
 
-    fixed = ("frod_V", "frod_s_indices", "frod_s_size")
+    fixed = ("frod_V", "frod_s.indices", "frod_s.size")
     frod_V: nn.Parameter
-    frod_s_indices: nn.Parameter
-    frod_s_size: nn.Parameter
+    frod_s: Places
     frod_U: torch.Tensor
 
     def __init__(self, module: nn.Module, name: str, config: FrodConfig):
@@ -42,9 +56,9 @@ class FrodLinear(WeightDeltaLinear):
         self.seen: int | None = None
         """The version of ``V`` that ``U`` belongs to."""
 
-    def start(self, basis: nn.Parameter, places: nn.Parameter, size: nn.Parameter, config: FrodConfig) -> None:
+    def start(self, basis: nn.Parameter, places: Places, config: FrodConfig) -> None:
         """Take what layers of the kind share, and give the trained numbers their first values."""
-        self.frod_V, self.frod_s_indices, self.frod_s_size = basis, places, size
+        self.frod_V, self.frod_s = basis, places.train(self.training)
         with torch.no_grad():
             if config.inference_mode and config.save_projection:  # V is the identity until a file has filled it
                 lengths = dense_weight(self).norm(dim=0)
@@ -60,7 +74,9 @@ class FrodLinear(WeightDeltaLinear):
         return super().file_tensors() if self.saves_shared else {**self.own_tensors()}
 
     def file_name(self, path: str, tensor: str) -> str:
-        return f"base_model.{tensor}.{self.kind}" if tensor in self.fixed else super().file_name(path, tensor)
+        if tensor in self.fixed:
+            return f"base_model.{tensor.replace('.', '_')}.{self.kind}"
+        return super().file_name(path, tensor)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         y = self.base_layer(x, *args, **kwargs)
@@ -87,7 +103,7 @@ class FrodLinear(WeightDeltaLinear):
     def _sparse(self) -> torch.Tensor:
         """``S``, as a sparse tensor."""
         size = len(self.frod_lambda_l)
-        indices, values = self.frod_s_indices, self.frod_lambda_s_values
+        indices, values = self.frod_s.indices, self.frod_lambda_s_values
         return torch.sparse_coo_tensor(indices, values, (size, size), check_invariants=False).coalesce()
 
     def _left(self) -> torch.Tensor:
@@ -125,9 +141,10 @@ def attach(model: nn.Module, config: FrodConfig, layers: Mapping[str, AdapterLay
             .to(**factory_kwargs(group[0]))
             .contiguous()
         )
-        shared = [_frozen(part.to(basis.device)) for part in (basis, places, torch.tensor(basis.shape))]
+        shared = Places(places.to(basis.device), torch.tensor(basis.shape, device=basis.device))
+        frozen = nn.Parameter(basis, requires_grad=False)
         for layer in group:
-            layer.start(*shared, config)
+            layer.start(frozen, shared, config)
 
 
 def targets(model: nn.Module, config: FrodConfig) -> list[str]:
@@ -208,10 +225,6 @@ def _drawn_places(inputs: int, rate: float, generator: torch.Generator) -> torch
     drawn = torch.randperm(inputs * inputs - inputs, generator=generator)[: num_places(inputs, rate)]
     rows, columns = drawn // max(inputs - 1, 1), drawn % max(inputs - 1, 1)
     return torch.stack([rows, columns + (columns >= rows)])
-
-
-def _frozen(tensor: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
 
 
 wrap = FrodLinear
