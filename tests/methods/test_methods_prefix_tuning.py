@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from models_tiny import batch, labelled, logits, randomise, tiny
 from torch import nn
 from transformers import DynamicCache, MptConfig, MptForCausalLM
 
+import peftcli
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject, set_trainable
 from peftcli.core.prompts import virtual_tokens
@@ -134,3 +137,33 @@ def test_a_chunk_at_a_time_is_refused() -> None:
     model, _ = _adapted()
     with pytest.raises(AdapterError, match="prefill_chunk_size: this soft prompt is read in one piece"):
         virtual_tokens.generate(model, **batch("llama"), prefill_chunk_size=4, max_new_tokens=3)
+
+
+@pytest.mark.filterwarnings("ignore:Prefix tuning injected into layers", "ignore:`past_key_values` is deprecated")
+def test_layers_with_heads_of_other_sizes_use_the_first_numbers_of_each_as_in_peft(tmp_path: Path) -> None:
+    """Gemma 4: heads of global layers are larger, and the last layers borrow the keys of others."""
+    gemma4 = pytest.importorskip("transformers.models.gemma4")  # which older versions lack
+    settings: dict[str, Any] = {"head_dim": 8, "global_head_dim": 16, "num_kv_shared_layers": 2, "vocab_size": 96}
+    config = gemma4.Gemma4TextConfig(
+        **settings,
+        vocab_size_per_layer_input=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        hidden_size_per_layer_input=8,
+    )
+    base = gemma4.Gemma4ForCausalLM(config).eval()
+    model = peftcli.get_peft_model(copy.deepcopy(base), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    randomise(model)
+    model.eval().save_pretrained(str(tmp_path))
+    oracle = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    ids = torch.arange(3, 11).unsqueeze(0)
+    torch.testing.assert_close(model(ids).logits, oracle(ids).logits)
+    assert (model(ids).logits - base(ids).logits).abs().max() > 0.01
+    generated = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+    for _ in range(3):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(generated, ids)

@@ -117,7 +117,8 @@ class PrefixAttention(SoftPrompt):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         batch, length = (args[0] if args else kwargs["hidden_states"]).shape[:2]
-        if not self.enabled or length <= self.count:  # a later step
+        later, borrows = length <= self.count, getattr(base_module(self), "is_kv_shared_layer", False)
+        if not self.enabled or later or borrows:  # keys of another layer have the prefix already
             return self.base_layer(*args, **kwargs)
         inputs = bound(base_module(self).forward, args, kwargs)
         cache = inputs.get(self._cache)
@@ -165,13 +166,14 @@ class _WithPrefix:
 
     def _put(self, trained: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
         heads, length, width = into.shape[1:]
-        if (heads, heads * width) != (self.layer.heads, trained.shape[1]):
+        trained = trained.to(into.device, into.dtype).view(len(trained), self.layer.heads, -1)
+        if heads > trained.shape[1] or width > trained.shape[2]:
             raise AdapterError(
-                f"this model's attention has {heads} heads of {width}, the prefix {self.layer.heads} of "
-                f"{trained.shape[1] // self.layer.heads}",
+                f"this model's attention has {heads} heads of {width}, the prefix {trained.shape[1]} of "
+                f"{trained.shape[2]}",
                 key="token_dim",
             )
-        trained = trained.to(into.device, into.dtype).view(-1, heads, width).transpose(0, 1)  # (heads, n, dim)
+        trained = trained[:, :heads, :width].transpose(0, 1)  # (heads, n, dim)
         number = torch.arange(length, device=into.device) - self.start.to(into.device)  # (B, n + T)
         virtual = ((number >= 0) & (number < self.layer.count))[:, None, :, None]
         rows = trained[:, number.clamp(0, self.layer.count - 1)].transpose(0, 1)  # (B, heads, n + T, dim)
@@ -185,9 +187,9 @@ class Attention:
     names: list[str]
     """In the order of the layers."""
     heads: int
-    """Heads that have keys and values of their own."""
+    """Heads that have keys and values of their own, in the layer with the largest heads."""
     width: int
-    """Size of a layer's keys: heads * size of one."""
+    """Size of that layer's keys: heads * size of one. Others use the first numbers of each head."""
 
 
 def find_attention(model: Any) -> Attention:
@@ -216,7 +218,13 @@ def find_attention(model: Any) -> Attention:
             f"a prefix needs attention that keeps keys and values in every layer; {type(model).__name__} has it in "
             f"{len(names)} of {lists[0] if lists else 'its'} layers"
         )
-    return Attention(names, *_key_size(modules[names[0]], decoder.config))
+    sizes = {name: _key_size(modules[name], decoder.config) for name in names}
+    heads, width = max(sizes.values(), key=lambda size: size[1] / size[0])
+    if crowded := [name for name in names if sizes[name][0] > heads]:
+        raise AdapterError(
+            f"{crowded[0]} has {sizes[crowded[0]][0]} heads, more than the {heads} of the layer with the largest ones"
+        )
+    return Attention(names, heads, width)
 
 
 def targets(model: Any, config: PrefixConfig) -> list[str]:
