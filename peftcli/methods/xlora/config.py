@@ -69,6 +69,12 @@ class XLoraConfig(AdapterConfig):
             found.append(("top_k_lora", f"must be in [1, {len(self.adapters)}], not {self.top_k_lora}"))
         return found
 
+    def to_dict(self) -> dict[str, Any]:
+        out = super().to_dict()
+        if self.modules_to_save is None:  # PEFT does not know the key for this method, and warns of it
+            del out["modules_to_save"]
+        return out
+
     def merge_problem(self) -> str | None:
         return "X-LoRA's scalings differ from token to token, so it cannot be merged; combine the LoRA adapters instead"
 
