@@ -90,6 +90,7 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "peanut": {"r": 4, "scaling": 0.3},
     "deft": {"r": 4},
     "supertuning": {"sparsity": 0.9},
+    "adaption_prompt": {"adapter_len": 2, "adapter_layers": 2},
     "adamss": {"r": 8, "num_subspaces": 3, "subspace_rank": 2},
 }
 """What a method is run with in tests; nothing: its defaults."""
@@ -102,6 +103,7 @@ KIND_SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("*", "mixtral"): {"target_modules": ["q_proj", "v_proj"]},
     ("*", "convnet"): {"target_modules": ["classifier.1"]},
     **{(method, "convnet"): {"target_modules": ["layer.0.convolution"]} for method in _CONVS},
+    ("adaption_prompt", "*"): {"target_modules": None},
     ("ia3", "[wcm]*"): {"feedforward_modules": []},  # PEFT has no default there
     ("multitask_prompt_tuning", "*"): {"num_tasks": 2},
     ("multitask_prompt_tuning", "t5"): {"num_transformer_submodules": 1},  # PEFT's 2 is refused
@@ -120,6 +122,7 @@ KIND_SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
 NOT_FOR: dict[tuple[str, ...], str] = {
     ("ln_tuning", "convnet"): "the model's norms keep running statistics, which training would change",
     ("trainable_tokens", "convnet"): "the model reads pixels, not token ids",
+    ("adaption_prompt", "convnet"): "the model has no attention",
     ("prefix_tuning", "convnet"): "the model has no attention that could attend to a prefix",
     ("cartridge", "convnet"): "the model has no attention that could attend to a prefix",
     ("prefix_tuning", "whisper"): "the encoder hears sound; PEFT puts a prefix into text models only",
@@ -142,6 +145,10 @@ PEFT_CANNOT: dict[tuple[str, ...], str] = {
     **{(method, "gpt2", "*"): "does not adapt Conv1D" for method in _PLAIN_LINEAR_IN_PEFT},
     ("randlora", "*", "our file loads"): "warns of missing copies of the shared bases, which it does not use",
     ("osf", "gpt2", "[fP]*"): "leaves Conv1D as it is, in silence",
+    **{
+        ("adaption_prompt", kind, "[foP]*"): "knows Llama, Mistral and GPT-2 only"
+        for kind in ("t5", "bert", "whisper", "mixtral")
+    },
     ("poly", "[wc]*", "[fP]*"): "drops task_ids where the adapter has no task_type",
     ("prefix_tuning", "bert", "[fP]*"): "demands a model that returns keys and values",
     **{

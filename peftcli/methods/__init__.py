@@ -335,6 +335,14 @@ METHODS: dict[str, Method] = {
         "the weaker singular directions of each weight, trained apart from the stronger",
         "https://arxiv.org/abs/2504.07097",
     ),
+    "adaption_prompt": Method(
+        "adaption_prompt.config:AdaptionPromptConfig",
+        "adaption_prompt.layers",
+        "ADAPTION_PROMPT",
+        "LLaMA-Adapter",
+        "trained vectors that the last layers attend to, through a gate that starts closed",
+        "https://arxiv.org/abs/2303.16199",
+    ),
     "prompt_tuning": Method(
         "prompt_tuning.config:PromptTuningConfig",
         "prompt_tuning.layers",
@@ -401,7 +409,6 @@ METHODS: dict[str, Method] = {
 
 
 NOT_HERE: dict[str, str] = {
-    "ADAPTION_PROMPT": "it needs the attention code of each family written anew, and PEFT has three; use prefix_tuning",
     "SHADOW": "it trains a second model beside the base model",
 }
 """PEFT's methods that peftcli does not have: name in adapter_config.json -> why."""

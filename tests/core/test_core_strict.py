@@ -58,7 +58,7 @@ def method(request: pytest.FixtureRequest) -> str:
 @pytest.mark.grid(keep=6)
 def test_all_that_is_wrong_with_a_file_is_one_error(method: str, tmp_path: Path) -> None:
     tensors = load_file(_saved(tmp_path, method) / WEIGHTS)
-    names = list(tensors)
+    names = [name for name in tensors if not name.endswith("adamss_rows")]  # PEFT's files lack it
     extra = names[0] + "_of_another_kind"
     tensors[extra] = torch.ones(2)
     tensors[names[0]] = torch.zeros(*tensors[names[0]].shape, 7)

@@ -26,6 +26,7 @@ from peftcli.core.weights import file_tensors, named_tensors
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "adamss": {"r": 8, "num_subspaces": 3, "subspace_rank": 2},
+    "adaption_prompt": {"adapter_len": 5, "adapter_layers": 2},
     "poly": {"r": 3, "n_tasks": 3, "n_skills": 2},
 }
 """What each method is run with here, for the size of the tiny models."""
@@ -43,6 +44,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"modules_to_save": ["classifier"], "target_modules": ["query", "value"], "task_type": "SEQ_CLS"},
     ),
     "poly-excluded": ("poly", "llama", {"exclude_modules": ["layers.0.self_attn.q_proj"], "task_type": "CAUSAL_LM"}),
+    "adaption_prompt-llama": ("adaption_prompt", "llama", {"task_type": "CAUSAL_LM"}),
+    "adaption_prompt-gpt2": ("adaption_prompt", "gpt2", {}),
+    "adaption_prompt-last-layer": ("adaption_prompt", "llama", {"adapter_layers": 1, "target_modules": "self_attn"}),
     "adamss-all-linear": ("adamss", "llama", {"target_modules": "all-linear", "num_subspaces": 5, "random_seed": 7}),
     "adamss-saved": ("adamss", "bert", {"modules_to_save": ["classifier"], "target_modules": ["query", "dense"]}),
     "adamss-layers": ("adamss", "llama", {"layers_to_transform": [1], "subspace_rank": 7}),

@@ -55,6 +55,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "peanut": {"r": 4},
     "deft": {"r": 4},
     "adamss": {"r": 8},
+    "adaption_prompt": {"adapter_len": 4, "adapter_layers": 2},
     "poly": {"r": 4},
     "prompt_tuning": {"num_virtual_tokens": 4},
     "p_tuning": {"num_virtual_tokens": 4},

@@ -38,9 +38,10 @@ from peftcli.core.prompts.inputs import (
 from peftcli.core.prompts.virtual_tokens import VirtualTokens, input_embedding_name
 from peftcli.errors import AdapterError
 
-_CACHE = ("cache", "past_key_values", "past_key_value", "layer_past")
+CACHE = ("cache", "past_key_values", "past_key_value", "layer_past")
 """What an attention layer calls its cache, by model and by version of transformers."""
-_MASK = ("attention_mask", "mask")
+MASK = ("attention_mask", "mask")
+"""The same of its mask."""
 _SIZE = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 """What an attention layer calls the size of a head. Layers of other kinds, with states of their own, have none."""
 
@@ -101,8 +102,8 @@ class PrefixAttention(SoftPrompt):
         super().__init__(base_layer)
         self.pair, self.heads = pair, heads
         arguments = inspect.signature(base_module(base_layer).forward).parameters
-        self._cache = next(name for name in _CACHE if name in arguments)
-        self._mask = next(name for name in _MASK if name in arguments)
+        self._cache = next(name for name in CACHE if name in arguments)
+        self._mask = next(name for name in MASK if name in arguments)
         self._true_hides: bool | None = None  # whether a mask of truth values hides what is true, as MPT's does
 
     @property
@@ -204,7 +205,7 @@ def find_attention(model: Any) -> Attention:
     found: dict[int, str] = {}
     for name, module in modules.items():
         index = getattr(module, "layer_idx", None)
-        if not name.startswith(below) or not isinstance(index, int) or not _keeps(module):
+        if not name.startswith(below) or not isinstance(index, int) or not keeps_keys(module):
             continue
         # of a layer's attentions the first counts, the second is to an encoder; a block may know its index too
         if index not in found or name.startswith(f"{found[index]}."):
@@ -215,7 +216,7 @@ def find_attention(model: Any) -> Attention:
     lists = [len(module) for module in above if isinstance(module, nn.ModuleList)]
     if not lists or sorted(found) != list(range(lists[0])):
         raise AdapterError(
-            f"a prefix needs attention that keeps keys and values in every layer; {type(model).__name__} has it in "
+            f"the method needs attention that keeps keys and values in every layer; {type(model).__name__} has it in "
             f"{len(names)} of {lists[0] if lists else 'its'} layers"
         )
     sizes = {name: _key_size(modules[name], decoder.config) for name in names}
@@ -349,9 +350,10 @@ def _cut(output: Any, start: torch.Tensor, length: int, count: int) -> Any:
     return tuple(_cut(value, start, length, count) for value in output) if isinstance(output, tuple) else output
 
 
-def _keeps(module: nn.Module) -> bool:
+def keeps_keys(module: nn.Module) -> bool:
+    """Return whether the module is attention that gives its keys and values to a cache."""
     arguments = inspect.signature(module.forward).parameters
-    reads = all(any(name in arguments for name in names) for names in (_CACHE, _MASK))
+    reads = all(any(name in arguments for name in names) for names in (CACHE, MASK))
     return reads and any(hasattr(module, name) for name in _SIZE)
 
 

@@ -1,0 +1,45 @@
+"""The settings of LLaMA-Adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from peftcli.core.config import AdapterConfig
+from peftcli.methods._settings import Problems
+
+
+@dataclass(kw_only=True)
+class AdaptionPromptConfig(AdapterConfig):
+    """Settings of LLaMA-Adapter, under PEFT's names."""
+
+    peft_type = "ADAPTION_PROMPT"
+    sizes: ClassVar[tuple[str, ...]] = ("adapter_len",)
+    filled_later: ClassVar[tuple[str, ...]] = ("adapter_len", "adapter_layers", "target_modules")
+    always_written: ClassVar[tuple[str, ...]] = ("adapter_len", "adapter_layers", "target_modules")
+
+    adapter_len: int | None = None
+    """Trained vectors a layer, which every token attends to. They take no position of the context. Required."""
+    adapter_layers: int | None = None
+    """How many layers have some, counted from the last. Required."""
+    target_modules: str | None = None
+    """Name of the attention modules, self_attn for one. Unset: found from the model."""
+
+    def problems(self) -> Problems:
+        found = super().problems()
+        for key in ("adapter_len", "adapter_layers"):
+            value = getattr(self, key)
+            if value is None or value < 1:
+                found.append((key, "is required" if value is None else f"must be at least 1, not {value}"))
+        if not isinstance(self.target_modules, str | None):
+            found.append(("target_modules", f"must be one name, not {self.target_modules!r}"))
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        out = super().to_dict()
+        if self.modules_to_save is None:  # PEFT does not know the key for this method, and warns of it
+            del out["modules_to_save"]
+        return out
+
+    def merge_problem(self) -> str | None:
+        return "LLaMA-Adapter's vectors are attended to, which no weight does: it cannot be merged"
