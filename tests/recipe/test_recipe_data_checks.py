@@ -181,7 +181,7 @@ def test_the_checks_import_nothing_slow(write: Callable[..., Path]) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_with_virtual_tokens_are_not_packed(write: Callable[..., Path], method: str) -> None:
     path = write(text=recipe(dataset="train: org/data, packing: true", method=method))
-    needed = ("method.token_indices", "method.adapters")
+    needed = ("method.token_indices", "method.adapters", "method.adapter_len", "method.adapter_layers")
     found = [problem for problem in read_recipe(path)[1] if problem.key not in needed]
     if not issubclass(METHODS[method].config_class(), SoftPromptConfig):
         assert not found
