@@ -17,6 +17,7 @@ from oracle import ours, theirs
 from peft.tuners.lora import variants as peft_variants
 from torch import nn
 
+import peftcli.peft_api
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import merge
@@ -373,11 +374,22 @@ def test_what_means_nothing_is_named(name: str) -> None:
     assert torch.equal(logits(model, batch(kind)), logits(tiny(kind), batch(kind)))
 
 
-def test_two_kasas_are_not_active_together() -> None:
-    model = get_peft_model(tiny("llama"), LoraConfig(kasa_config={}))
-    model.add_adapter("b", LoraConfig(kasa_config={}))
-    with pytest.raises(AdapterError, match="only one of them can be active"):
-        model.set_adapter(["default", "b"])
+def test_two_kasas_take_a_direction_away_once_as_in_peft() -> None:
+    made = []
+    for module, kasa in ((peftcli.peft_api, {}), (peft, peft.KasaConfig())):
+        model = module.get_peft_model(tiny("llama"), module.LoraConfig(r=2, kasa_config=kasa))
+        model.add_adapter("b", module.LoraConfig(r=4, kasa_config=kasa))
+        model.base_model.set_adapter(["default", "b"])
+        for adapter in ("default", "b"):
+            state = peft.get_peft_model_state_dict if module is peft else peftcli.peft_api.get_peft_model_state_dict
+            generator = torch.Generator().manual_seed(len(adapter))
+            for _, value in sorted(state(model, adapter_name=adapter).items()):
+                value.copy_(0.3 * torch.randn(value.shape, generator=generator))
+        made.append(model.eval())
+    expected = logits(made[1], batch("llama"))
+    torch.testing.assert_close(logits(made[0], batch("llama")), expected, atol=1e-5, rtol=1e-5)
+    merged = made[0].merge_and_unload()
+    torch.testing.assert_close(logits(merged, batch("llama")), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_variants_are_not_combined(tmp_path: Path) -> None:

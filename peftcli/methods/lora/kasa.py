@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype
+from peftcli.core.layer import adapter_dtype, layers_below
 from peftcli.core.linear import dense_weight, stored_weight
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import factory_kwargs
@@ -45,7 +45,14 @@ class KasaLinear(LoraLinear):
         y = super().forward(x, *args, **kwargs)
         if not self.enabled:
             return y
-        return y - F.linear(F.linear(x.to(self.weak_A.dtype), self.weak_A), self.weak_B).to(y.dtype)
+        a, b = self._taken(self.weak_A, self.weak_B)
+        return y - F.linear(F.linear(x.to(a.dtype), a), b).to(y.dtype)
+
+    def _taken(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weak directions that other enabled KaSA layers below have not taken away yet, weakest last."""
+        below = [layer.r for layer in layers_below(self) if isinstance(layer, KasaLinear) and layer.enabled]
+        kept = max(self.r - max(below, default=0), 0)
+        return a[:kept], b[:, :kept]
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         return self.scaling * self.lora_B(self.lora_diag * self.lora_A(x))
@@ -57,14 +64,12 @@ class KasaLinear(LoraLinear):
         merged, weight = super().merged_tensors(base), base["weight"]
         # weights that come one by one are not known before
         known = not self.weak_A.is_meta and not stored_weight(self.base_layer).is_meta
-        a, b = (self.weak_A, self.weak_B) if known else weakest(weight.to(adapter_dtype(weight)), self.r)
+        pair = (self.weak_A, self.weak_B) if known else weakest(weight.to(adapter_dtype(weight)), self.r)
+        a, b = self._taken(*pair)
         return merged | {"weight": merged["weight"] - b @ a}
 
     def file_tensors(self) -> dict[str, torch.Tensor]:
         return {**self.own_tensors()}
-
-    def overrides(self, below: AdapterLayer) -> bool:
-        return isinstance(below, KasaLinear)  # the same directions would be taken away twice
 
     def penalty(self) -> torch.Tensor:
         """Return what training adds to the loss for this layer: a scalar."""
@@ -74,6 +79,6 @@ class KasaLinear(LoraLinear):
 
 
 def weakest(weight: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A (r, in) and B (out, r) of the r weakest directions of a weight (out, in)."""
+    """Return A (r, in) and B (out, r) of the r weakest directions of a weight (out, in), the weakest last."""
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
     return v[-r:], u[:, -r:] * s[-r:]
