@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from models_tiny import batch, labelled, logits
+from models_tiny import batch, labelled, logits, randomise, tiny
 from oracle import file_of, loaded_by_peft, loaded_here, ours, same_logits, saved_by_peft, theirs
 from promises import experts
 from torch import nn
 
 from peftcli.core.files import save_adapter
+from peftcli.core.inject import inject
 from peftcli.errors import AdapterError
+from peftcli.methods.xlora.config import XLoraConfig
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -31,15 +34,18 @@ def _classifier(model: nn.Module) -> list[nn.Parameter]:
     return [value for name, value in model.named_parameters() if "mixture." in name or "xlora_classifier." in name]
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_scalings_loss_gradients_and_counts_are_pefts(settings: dict[str, Any]) -> None:
-    oracle, (model, _) = (
-        theirs("llama", "xlora", **_settings(**settings)),
-        ours("llama", "xlora", **_settings(**settings)),
-    )
+def _with_the_same_classifier(settings: dict[str, Any]) -> tuple[Any, Any]:
+    """Our model and PEFT's."""
+    oracle, (model, _) = theirs("llama", "xlora", **settings), ours("llama", "xlora", **settings)
     with torch.no_grad():
         for own, its in zip(_classifier(model), _classifier(oracle), strict=True):
             own.copy_(its)
+    return model, oracle
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_scalings_loss_gradients_and_counts_are_pefts(settings: dict[str, Any]) -> None:
+    model, oracle = _with_the_same_classifier(_settings(**settings))
     same_logits("llama", model, oracle)
     losses = [each(**labelled("llama")).loss for each in (model, oracle)]
     torch.testing.assert_close(*losses, atol=1e-6, rtol=1e-6)
@@ -69,3 +75,16 @@ def test_pefts_file_lacks_what_it_needs_itself(tmp_path: Path) -> None:
     assert not torch.allclose(logits(loaded_by_peft("llama", tmp_path), batch("llama")), logits(oracle, batch("llama")))
     with pytest.raises(AdapterError, match=r"missing: base_model.internal_xlora_classifier.layers.0.weight"):
         loaded_here("llama", tmp_path)
+
+
+def test_adapters_of_an_embedding_are_mixed_over_their_own_base_model_only(tmp_path: Path) -> None:
+    adapters = {}
+    for number in range(2):
+        model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(r=2, target_modules=["embed_tokens"]))
+        randomise(model, number)
+        saved_by_peft(model, tmp_path / str(number))
+        adapters[str(number)] = str(tmp_path / str(number))
+    same_logits("llama", *_with_the_same_classifier(_settings(adapters=adapters)))
+    other = tiny("llama", seed=7)
+    with pytest.raises(AdapterError, match=r"other weights of model\.embed_tokens"):
+        inject(other, XLoraConfig(adapters=adapters))

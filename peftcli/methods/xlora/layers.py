@@ -32,6 +32,8 @@ class Expert:
     updates: dict[str, Update]
     """Path in the base model -> what the adapter adds to the weight there."""
     dropout: float
+    base: dict[str, torch.Tensor]
+    """Path -> the base model's weight, which PEFT writes into the file of an adapted embedding."""
 
 
 class XLoraLayer(AdapterLayer):
@@ -106,6 +108,10 @@ def targets(model: Any, config: XLoraConfig) -> list[str]:
     names = [name for name in base_paths(model) if name in adapted]
     if missing := adapted.difference(names):
         raise AdapterError(f"an adapter adapts {min(missing)}, which the base model does not have", key="adapters")
+    for path, weight in [item for expert in config.experts for item in expert.base.items()]:
+        own = base_module(model.get_submodule(base_paths(model)[path])).weight
+        if own.shape != weight.shape or not (own.is_meta or torch.equal(own, weight.to(own))):
+            raise AdapterError(f"an adapter holds other weights of {path} than the base model", key="adapters")
     return names
 
 
@@ -196,10 +202,10 @@ def _read(name: str, place: str, config: XLoraConfig) -> Expert:
     lora = cast("LoraConfig", LoraConfig.from_dict(values, str(folder)))
     tensors = read_tensors(folder)
     found = updates(lora, tensors)
-    used = {tensor for update in found.values() for tensor in update.tensors}
-    if more := tensors.keys() - used:
+    base = {f"{LoraConfig.file_prefix}{path}.base_layer.weight": path for path in found}
+    if more := tensors.keys() - base.keys() - {tensor for update in found.values() for tensor in update.tensors}:
         raise AdapterError(f"{name} holds {min(more)}; X-LoRA mixes plain LoRA", key="adapters", file=str(folder))
-    return Expert(found, lora.lora_dropout)
+    return Expert(found, lora.lora_dropout, {path: tensors[key] for key, path in base.items() if key in tensors})
 
 
 def _hidden_size(model: Any) -> int:
