@@ -53,6 +53,7 @@ _PEFT = {
         "PEFT_TYPE_TO_TUNER_MAPPING",
         "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     ),
+    "peftcli.peft_api.conversion": ("convert_to_lora", "save_as_lora"),
     "peftcli.peft_api.functional": ("inject_adapter_in_model",),
     "peftcli.peft_api.functions": ("get_peft_config", "get_peft_model"),
     "peftcli.peft_api.helpers": ("find_kappa_target_modules",),

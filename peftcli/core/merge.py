@@ -11,7 +11,15 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import keep_shape, replace_modules
-from peftcli.core.layer import AdapterLayer, adapter_layers, base_module, check_not_offloaded, model_ends
+from peftcli.core.layer import (
+    AdapterLayer,
+    adapter_layers,
+    base_module,
+    check_not_offloaded,
+    layers_below,
+    model_ends,
+)
+from peftcli.core.linear import dense_weight, linear_view
 from peftcli.core.protocols import Reshapes, layers_of
 from peftcli.core.quantised import as_before_quantising, dense_layer, is_quantised, plain_dtype
 from peftcli.errors import AdapterError
@@ -110,6 +118,36 @@ def fold(model: nn.Module) -> Folded:
     for layer in done.layers:
         layer.enabled = False
     return done
+
+
+def weight_update(layer: AdapterLayer) -> torch.Tensor:
+    """Return what this adapter alone adds to the weight of its module, as the weight is stored, in float32 or wider.
+
+    Raises:
+        AdapterError: the layer cannot be merged, or changes something else than the weight.
+    """
+    base = base_module(layer)
+    tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
+    if is_quantised(base):
+        view = linear_view(base)
+        assert view is not None
+        tensors["weight"] = view.as_stored(dense_weight(base))
+    layers = [layer, *layers_below(layer)]
+    enabled = [each.enabled for each in layers]
+    try:
+        for each in layers:
+            each.enabled = each is layer
+        with torch.no_grad(), _widened(layer):
+            values = layer.folded(dict(tensors))
+            changed = [
+                name for name, value in values.items() if not torch.equal(value.to(tensors[name]), tensors[name])
+            ]
+            if "weight" not in values or not {"weight"}.issuperset(changed):
+                raise AdapterError(f"{type(layer).__name__} changes more than a weight")
+            return values["weight"].detach() - tensors["weight"].detach().to(values["weight"])
+    finally:
+        for each, before in zip(layers, enabled, strict=True):
+            each.enabled = before
 
 
 @contextmanager

@@ -14,7 +14,13 @@ from typing import Any
 from peftcli.methods import METHODS
 
 _TUNERS = {f"tuners.{name}": (f"methods.{row.config_place}",) for name, row in METHODS.items()}
-_LORA = ("methods.lora.config", "methods.lora.initialisations.config", "peft_api.initialisations", "methods.lora.lora")
+_LORA = (
+    "methods.lora.config",
+    "methods.lora.initialisations.config",
+    "peft_api.initialisations",
+    "peft_api.conversion",
+    "methods.lora.lora",
+)
 
 NAMESPACES: dict[str, tuple[str, ...]] = {
     "mapping": ("peft_api.constants", "peft_api.functions", "peft_api.functional"),
@@ -29,8 +35,10 @@ NAMESPACES: dict[str, tuple[str, ...]] = {
     "tuners.cartridge.utils": ("peft_api.kv_prefix",),
     "tuners.lora": _LORA,
     "tuners.lora.config": _LORA,
+    "tuners.lora.conversion": ("peft_api.conversion",),
     "tuners.lora.corda": ("peft_api.initialisations",),
     "tuners.lora.eva": ("peft_api.initialisations",),
+    "tuners.lora.intruders": ("peft_api.conversion",),
     "tuners.lora.layer": ("methods.lora.lora",),
     "tuners.lora.loraga": ("peft_api.initialisations",),
     "tuners.lora.model": ("peft_api.constants",),

@@ -21,6 +21,7 @@ from peftcli.core.targets import find_parameters
 from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
 from peftcli.methods.combinations import Adapter, Combination, combine
+from peftcli.methods.lora.conversion import can_be_lora
 from peftcli.methods.lora.variants import kasa_penalty, monteclora_penalty
 from peftcli.methods.xlora.layers import find_mixture
 from peftcli.models.quantization import forget
@@ -121,6 +122,10 @@ class Tuner(nn.Module):
         wanted = [getattr(config, "target_parameters", None) or () for config in self.peft_config.values()]
         found = [find_parameters(self.model, each, "target_parameters") for each in wanted]
         return list(dict.fromkeys(f"{name}.{leaf}" for each in found for name in each for leaf in each[name]))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return whether ``convert_to_lora`` can turn the adapter into LoRA."""
+        return can_be_lora(self.model, adapter_name)
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:

@@ -1,0 +1,110 @@
+"""Turn an adapter of any method that adds to the weights of linear layers into LoRA: the nearest update of some r."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from peftcli.core.config import AdapterConfig, TargetedConfig
+from peftcli.core.layer import AdapterLayer, TrainedBias, TrainedCopy, adapter_layers, base_name, path_in_file
+from peftcli.core.linear import linear_view
+from peftcli.core.merge import weight_update
+from peftcli.errors import AdapterError, AdapterTypeError
+from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.updates import svd
+
+_PLACE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def as_lora(
+    model: nn.Module, adapter: str, config: AdapterConfig | None, r: float
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """Return the config and the tensors of a LoRA adapter that does what an adapter of ``model`` does, or nearly so.
+
+    Args:
+        model: holds the adapter.
+        adapter: its name.
+        config: its config, if that is known: it says which modules are adapted. None: they are named one by one.
+        r: that of all layers; or, as a float, the share of each update's squared singular values to keep, in as many
+            directions as that takes.
+
+    Raises:
+        AdapterTypeError: the model has no such adapter, or a layer's change is no update of a weight.
+        AdapterError: r is 0, above a side of a weight, or no share.
+    """
+    if isinstance(r, float) and not 0 < r <= 1:
+        raise AdapterError(f"a share must be above 0 and at most 1, not {r}", key="rank")
+    if r < 1 and not isinstance(r, float):
+        raise AdapterError(f"must be at least 1, not {r}", key="rank")
+    found: dict[str, int] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for path, layer in adapter_layers(model, adapter).items():
+        place = path_in_file(model, path)
+        if isinstance(layer, TrainedCopy):
+            own = {**layer.own_tensors(), **layer.fixed_tensors()}
+            tensors |= {layer.file_name(place, name): value.detach().clone() for name, value in own.items()}
+            continue
+        a, b = _factors(layer, base_name(model, path), r)
+        found[base_name(model, path)] = len(a)
+        prefix = f"{LoraConfig.file_prefix}{place}.lora_"
+        tensors |= {f"{prefix}A.weight": a, f"{prefix}B.weight": b}
+    if not found:
+        raise AdapterTypeError(f"the model has no layers of an adapter called {adapter!r} that could be LoRA")
+    return _config(config, found, r), tensors
+
+
+def can_be_lora(model: nn.Module, adapter: str) -> bool:
+    """Return whether ``as_lora`` can turn the adapter into LoRA."""
+    layers = {
+        base_name(model, path): layer
+        for path, layer in adapter_layers(model, adapter).items()
+        if not isinstance(layer, TrainedCopy)
+    }
+    try:
+        for name, layer in layers.items():
+            _update(layer, name)
+    except AdapterError:
+        return False
+    return bool(layers)
+
+
+def _factors(layer: AdapterLayer, name: str, r: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A (r, in) and B (out, r) of what the layer adds to its module's weight."""
+    u, values, v = svd(_update(layer, name))
+    if isinstance(r, float):
+        energy = values.square().cumsum(0)
+        count = min(int(torch.searchsorted(energy, r * energy[-1])) + 1, len(values))
+    else:
+        count = int(r)
+    if count > len(values):
+        raise AdapterError(f"{count} is more than {len(values)}, the smaller side of {name}", key="rank")
+    dtype = next(iter(layer.own_tensors().values())).dtype
+    return v[:count].to(dtype).contiguous(), (u[:, :count] * values[:count]).to(dtype).contiguous()
+
+
+def _update(layer: AdapterLayer, name: str) -> torch.Tensor:
+    """Return what the layer adds to its module's weight: (out, in)."""
+    view = linear_view(layer)
+    if isinstance(layer, TrainedBias):
+        raise AdapterError(f"the adapter trains the bias of {name} too, which LoRA's files hold otherwise", key="bias")
+    if view is None:
+        raise AdapterTypeError(f"{name} is no linear layer, and only those can become LoRA")
+    try:
+        return view.as_stored(weight_update(layer))
+    except AdapterError as error:
+        raise AdapterTypeError(f"{name} cannot become LoRA: {error.message}") from None
+
+
+def _config(config: AdapterConfig | None, sizes: dict[str, int], r: float) -> LoraConfig:
+    made = LoraConfig(r=1 if isinstance(r, float) else r, lora_alpha=1 if isinstance(r, float) else r)
+    made.target_modules = sorted(sizes)
+    if isinstance(config, TargetedConfig):
+        for key in _PLACE:
+            if hasattr(config, key):
+                setattr(made, key, getattr(config, key))
+    if config is not None:
+        made.modules_to_save, made.task_type = config.modules_to_save, config.task_type
+        made.base_model_name_or_path, made.revision = config.base_model_name_or_path, config.revision
+    if isinstance(r, float):
+        made.rank_pattern, made.alpha_pattern = dict(sizes), {name: float(size) for name, size in sizes.items()}
+    return made
