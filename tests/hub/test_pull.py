@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import trainkit
-from hub_folders import REPO
+from hub_folders import REPO, write_config
 from hub_server import TOKEN, Answer, Commit, Hub, Repo
 from opened import load_config, load_model
 
@@ -16,6 +16,7 @@ from peftcli.adapters.load import SHARED_FILES, adapter_folder
 from peftcli.adapters.push import push
 from peftcli.errors import AdapterError, HubError, ModelError, NetworkError
 from peftcli.models.open import open_base
+from peftcli.peft_api.config import PeftConfig
 from peftcli.schema import BaseModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -48,6 +49,20 @@ def test_only_shared_files_are_pulled(pushed: Hub) -> None:
     pulled = adapter_folder(REPO)
     assert {path.name for path in pulled.rglob("*")} == set(files)
     assert set(files) <= set(SHARED_FILES)
+
+
+def test_a_config_alone_is_pulled(pushed: Hub, folder: Path, tmp_path: Path) -> None:
+    write_config(folder, r=4)
+    push(folder, REPO, revision="second")
+    inside = {"sub/adapter_config.json": (folder / "adapter_config.json").read_bytes()}
+    pushed.repos[REPO].refs["main"].append(Commit("more", {**pushed.repos[REPO].refs["main"][-1].files, **inside}))
+    cache = tmp_path / "another cache"
+    assert PeftConfig.from_pretrained(REPO, cache_dir=cache).r == 8
+    assert PeftConfig.from_pretrained(REPO, revision="second").r == 4
+    assert PeftConfig.from_pretrained(REPO, subfolder="sub").r == 4
+    assert {path.name for path in cache.rglob("snapshots/*/*")} == {"adapter_config.json"}
+    with pytest.raises(ValueError, match=r"alice/other"):  # as PEFT's, by which code for it asks
+        PeftConfig.from_pretrained("alice/other")
 
 
 def test_a_revision(pushed: Hub, folder: Path) -> None:

@@ -56,7 +56,8 @@ def test_each_reads_what_the_other_writes(method: str, tmp_path: Path) -> None:
 
 
 def test_what_a_config_says_of_itself() -> None:
-    config = peftcli.LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=("b", "a"))
+    config = peftcli.LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=("b", "a"), init_lora_weights="OLoRA")
+    assert config.init_lora_weights == "olora"
     assert (config.peft_type, config.peft_type.value, f"{config.peft_type}") == (PeftType.LORA, "LORA", "LORA")
     assert (config.task_type, config.task_type.value) == ("CAUSAL_LM", "CAUSAL_LM")
     assert issubclass(peftcli.LoraConfig, PeftConfig)
@@ -121,3 +122,18 @@ def test_what_changes_nothing_or_more_than_it_says_is_told() -> None:
     assert config.base_model_name_or_path == "a name"
     with pytest.warns(peftcli.PeftWarning, match="has an adapter already"):
         peftcli.get_peft_model(model.get_base_model(), peftcli.LoraConfig(), "second")
+
+
+def test_options_of_the_tokenizer_of_a_prompts_text() -> None:
+    settings: dict[str, Any] = {"prompt_tuning_init_text": "a text", "tokenizer_kwargs": {"use_fast": False}}
+    asked = []
+
+    def load(name: str | None, **options: Any) -> Any:
+        asked.append((name, options))
+        return lambda text: {"input_ids": [len(text)]}
+
+    config = peftcli.PromptTuningConfig(prompt_tuning_init="TEXT", tokenizer_name_or_path="its", **settings)
+    config.prepare(load)
+    assert (config.init_token_ids, asked) == ([6], [("its", {"use_fast": False})])
+    with pytest.raises(ValueError, match="tokenizer_kwargs"):
+        peftcli.PromptTuningConfig(**settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from peftcli.core.config import BOOKKEEPING, UNSUPPORTED, AdapterConfig, ExcludingConfig, LayeredConfig
 from peftcli.errors import AdapterError, AdapterTypeError
@@ -129,6 +129,8 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
     def normalise(self) -> None:
         if isinstance(self.target_parameters, str):
             raise AdapterTypeError("must be a list of names", key="target_parameters")
+        init = str(self.init_lora_weights).lower()
+        self.init_lora_weights = init if init in get_args(Name) else self.init_lora_weights  # OLoRA, as PEFT takes it
         self.loftq_config = self.loftq_config or None  # PEFT writes {}
         super().normalise()
         if self.layer_replication:
