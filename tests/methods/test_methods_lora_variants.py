@@ -285,6 +285,12 @@ def test_aloras_gradients_are_the_same_with_checkpointing_and_a_mixed_up_batch_i
         first.backward()
 
 
+def test_the_invocation_may_be_a_text_and_the_file_has_its_ids() -> None:
+    config = LoraConfig(alora_invocation_tokens="ab")
+    config.prepare(lambda name: lambda text, add_special_tokens: {"input_ids": [ord(letter) for letter in text]})
+    assert config.to_dict()["alora_invocation_tokens"] == [97, 98]
+
+
 def test_a_batch_without_the_invocation_is_told_in_training() -> None:
     with pytest.warns(UserWarning, match=r"no row of the batch holds the alora_invocation_tokens \[56, 81\]"):
         _alora().train()(LONG[2:3])

@@ -118,6 +118,7 @@ def test_a_part_of_the_model_alone_is_refused_and_unloading_gives_the_cache_back
     ("method", "settings", "message"),
     [
         ("ia3", {}, "bad is IA3; X-LoRA mixes LORA"),
+        ("lora", {"alora_invocation_tokens": [5]}, "bad has alora_invocation_tokens; X-LoRA mixes plain LoRA"),
         ("lora", {"use_dora": True}, "DoRA"),
         (
             "lora",

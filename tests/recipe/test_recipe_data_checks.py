@@ -178,6 +178,13 @@ def test_the_checks_import_nothing_slow(write: Callable[..., Path]) -> None:
 # --- packing ---------------------------------------------------------------------------------------------------------
 
 
+def test_rows_of_alora_are_not_packed(write: Callable[..., Path]) -> None:
+    text = recipe(dataset="train: org/data, packing: true", method="lora, alora_invocation_tokens: [5]")
+    [problem] = read_recipe(write(text=text))[1]
+    assert problem.key == "dataset.packing"
+    assert "LoRA finds alora_invocation_tokens only once per row" in problem.message
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_with_virtual_tokens_are_not_packed(write: Callable[..., Path], method: str) -> None:
     path = write(text=recipe(dataset="train: org/data, packing: true", method=method))

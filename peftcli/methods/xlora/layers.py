@@ -20,6 +20,7 @@ from peftcli.errors import AdapterError
 from peftcli.methods._linear import factory_kwargs
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.updates import updates
+from peftcli.methods.lora.variant_settings import variant_of
 from peftcli.methods.updates import Update
 from peftcli.methods.xlora.config import XLoraConfig
 from peftcli.methods.xlora.mixture import Mixture
@@ -200,6 +201,8 @@ def _read(name: str, place: str, config: XLoraConfig) -> Expert:
     if values.get("peft_type") != LoraConfig.peft_type:
         raise AdapterError(f"{name} is {values.get('peft_type')}; X-LoRA mixes LORA", key="adapters", file=str(folder))
     lora = cast("LoraConfig", LoraConfig.from_dict(values, str(folder)))
+    if variant := variant_of(lora):
+        raise AdapterError(f"{name} has {variant}; X-LoRA mixes plain LoRA", key="adapters", file=str(folder))
     tensors = read_tensors(folder)
     found = updates(lora, tensors)
     base = {f"{LoraConfig.file_prefix}{path}.base_layer.weight": path for path in found}
