@@ -16,6 +16,7 @@ from peftcli.core.inject import inject, set_trainable, unload
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
+from peftcli.methods.updates import UpdateUnknown, find_updates
 from peftcli.methods.xlora.config import XLoraConfig
 from peftcli.methods.xlora.layers import find_mixture
 from peftcli.peft_api import PeftModel, get_peft_model
@@ -101,6 +102,12 @@ def test_pefts_methods_are_the_models(tmp_path: Path) -> None:
     model.set_global_scaling_weight(1.0)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama"), tmp_path), batch("llama")), before)
+
+
+def test_its_update_is_not_one_of_the_weights() -> None:
+    model, config, _ = _mixed()
+    with pytest.raises(UpdateUnknown, match="XLORA"):
+        find_updates(config, adapter_state(model))
 
 
 def test_a_part_of_the_model_alone_is_refused_and_unloading_gives_the_cache_back() -> None:

@@ -18,8 +18,8 @@ from peftcli.core.linear import linear_view
 from peftcli.core.prompts.inputs import bound, hook_once
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import factory_kwargs
+from peftcli.methods.lora import updates as lora_updates
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.updates import updates
 from peftcli.methods.lora.variant_settings import variant_of
 from peftcli.methods.updates import Update
 from peftcli.methods.xlora.config import XLoraConfig
@@ -204,7 +204,7 @@ def _read(name: str, place: str, config: XLoraConfig) -> Expert:
     if variant := variant_of(lora):
         raise AdapterError(f"{name} has {variant}; X-LoRA mixes plain LoRA", key="adapters", file=str(folder))
     tensors = read_tensors(folder)
-    found = updates(lora, tensors)
+    found = lora_updates.updates(lora, tensors)
     base = {f"{LoraConfig.file_prefix}{path}.base_layer.weight": path for path in found}
     if more := tensors.keys() - base.keys() - {tensor for update in found.values() for tensor in update.tensors}:
         raise AdapterError(f"{name} holds {min(more)}; X-LoRA mixes plain LoRA", key="adapters", file=str(folder))
