@@ -32,3 +32,6 @@ PEFT_TYPE_TO_MIXED_MODEL_MAPPING = PEFT_TYPE_TO_TUNER_MAPPING
 BaseTuner = Tuner
 BaseTunerLayer = AdapterLayer
 ModulesToSaveWrapper = TrainedCopy
+
+DUMMY_MODEL_CONFIG = {"model_type": "custom"}
+"""PEFT's config of a model that has none: see ``Tuner.get_model_config``."""

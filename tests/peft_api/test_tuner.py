@@ -10,7 +10,7 @@ import pytest
 import torch
 from models_tiny import batch, logits, tiny
 
-import peftcli
+import peftcli.peft_api
 from peftcli.errors import AdapterError
 from peftcli.peft_api.model import PeftModel
 
@@ -97,3 +97,11 @@ def test_the_targeted_modules_are_pefts() -> None:
         model = lib.get_peft_model(tiny("llama"), config)
         names[-1] += [*model.targeted_parameter_names, *model.targeted_module_names]
     assert names[0] == names[1]
+
+
+def test_the_config_of_any_model() -> None:
+    for lib in (peftcli.peft_api, peft):
+        tuner = lib.get_peft_model(tiny("llama"), lib.LoraConfig(target_modules=["q_proj"])).base_model
+        assert tuner.get_model_config(torch.nn.Linear(1, 1)) == {"model_type": "custom"}
+        assert tuner.get_model_config(tuner.model)["model_type"] == "llama"
+        assert tuner.prefix == "lora_"
