@@ -200,6 +200,17 @@ def test_a_resumed_run_keeps_what_was_frozen_frozen() -> None:
         assert torch.equal(value, training_state(resumed)[name]), name
 
 
+def test_a_second_adapter_has_a_budget_of_its_own() -> None:
+    model: Any = get_peft_model(tiny("llama"), AdamssConfig(**ASA))
+    model.add_adapter("other", AdamssConfig(**ASA | {"asa_target_subspaces": 1, "mask_interval": 1}))
+    model(**labelled("llama")).loss.backward()
+    model.base_model.update_and_allocate(6)
+    counts: dict[str, int] = {"default": 0, "other": 0}
+    for layer in _asa_layers(model):
+        counts[layer.adapter] += len(layer.training_subspaces())
+    assert counts == {"default": 5, "other": 12}, "the other one does not train"
+
+
 def test_update_and_allocate_from_python_and_without_gradients() -> None:
     model: Any = get_peft_model(tiny("llama"), AdamssConfig(**ASA))
     with pytest.raises(AdapterError, match="before they are cleared"):

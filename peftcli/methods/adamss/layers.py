@@ -229,7 +229,7 @@ def after_step(model: nn.Module, config: AdamssConfig, step: int, total: int) ->
     """Freeze the subspaces that matter least, as many as the schedule wants at this step."""
     if not config.use_asa or not config.init_warmup <= step <= config.final_warmup:
         return
-    layers = _allocating(model)
+    layers = _allocating(model, config)
     for layer in layers:
         layer.see_gradients()
     if not layers or step % config.mask_interval:
@@ -251,13 +251,18 @@ def after_step(model: nn.Module, config: AdamssConfig, step: int, total: int) ->
 
 def after_resume(model: nn.Module, config: AdamssConfig, step: int, total: int) -> None:
     """Freeze again what was frozen when the checkpoint was written."""
-    for layer in _allocating(model):
+    for layer in _allocating(model, config):
         layer.freeze()
 
 
-def _allocating(model: nn.Module) -> list[AdamssLinear]:
-    """Return the layers whose subspaces share the budget. Those that were loaded from a file have no averages."""
-    return [module for module in model.modules() if isinstance(module, AdamssLinear) and "active" in module.fixed]
+def _allocating(model: nn.Module, config: AdamssConfig) -> list[AdamssLinear]:
+    """Return the adapter's layers whose subspaces share the budget: none if it was loaded from a file, or is frozen."""
+    own = [module for module in model.modules() if isinstance(module, AdamssLinear) and module.config is config]
+    return [
+        layer
+        for layer in own
+        if "active" in layer.fixed and all(layer.adamss_A[each].requires_grad for each in layer.training_subspaces())
+    ]
 
 
 def _with_bias(weight: torch.Tensor, bias: Any) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, adapter_dtype, adapter_layers, base_module
 from peftcli.core.linear import linear_view
-from peftcli.core.prompts.inputs import bound, hook_once, length_of, positions, takes
+from peftcli.core.prompts.inputs import bound, hook_once, length_of, starts, takes
 from peftcli.core.prompts.prefix import CACHE, MASK, find_attention, keeps_keys
 from peftcli.core.targets import find_modules
 from peftcli.errors import AdapterError
@@ -166,7 +166,7 @@ def targets(model: Any, config: AdaptionPromptConfig) -> list[str]:
 
 
 def attach(model: Any, config: AdaptionPromptConfig, layers: Mapping[str, AdapterLayer]) -> None:
-    """Count positions without the padding: how a token sees the vectors depends on its own position."""
+    """Count positions from where left padding ends: how a token sees the vectors depends on its own position."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     if any(
         takes(base_module(layer), name) for layer in layers.values() for name in ("position_embeddings", "position_ids")
@@ -185,4 +185,5 @@ class _CountPositions:
         mask = inputs.get("attention_mask")
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or inputs.get("position_ids") is not None:
             return None
-        return (), inputs | {"position_ids": positions(mask)[:, -length_of(inputs) :]}
+        place = (torch.arange(mask.shape[1], device=mask.device) - starts(mask)).clamp(min=0)
+        return (), inputs | {"position_ids": place[:, -length_of(inputs) :]}
