@@ -111,10 +111,10 @@ class AfterStep(Protocol):
 
 @runtime_checkable
 class AfterResume(Protocol):
-    """A method whose ``after_step`` writes into the config."""
+    """A method whose ``after_step`` changes more than tensors: the config, or which weights train."""
 
     def after_resume(self, model: nn.Module, config: Any, step: int, total: int) -> None:
-        """Write it again, once the model holds a checkpoint that was written after step ``step`` of ``total``."""
+        """Do it again, once the model holds a checkpoint that was written after step ``step`` of ``total``."""
 
 
 @runtime_checkable

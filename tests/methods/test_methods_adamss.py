@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from oracle import loaded_here, ours, saved_by_peft, theirs, written_by_us
 from safetensors.torch import load_file, save_file
 from sklearn.cluster import KMeans
 from torch import nn
+from trainkit import run_recipe, write_recipe
 
 from peftcli.core.files import load_adapter, load_empty, read_config
 from peftcli.core.inject import inject
@@ -20,12 +23,13 @@ from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import outermost
 from peftcli.core.protocols import after_resume, after_step
 from peftcli.core.weights import load_training_state, training_state
-from peftcli.errors import AdapterError
+from peftcli.errors import AdapterError, Interrupted
 from peftcli.methods import config_from_dict
 from peftcli.methods.adamss import subspaces
 from peftcli.methods.adamss.config import AdamssConfig
 from peftcli.methods.adamss.layers import AdamssLinear
 from peftcli.peft_api import get_peft_model
+from peftcli.train.report import Event, Stepped
 
 SETTINGS: dict[str, Any] = {"r": 8, "num_subspaces": 3, "subspace_rank": 2}
 ASA: dict[str, Any] = {
@@ -198,6 +202,23 @@ def test_a_resumed_run_keeps_what_was_frozen_frozen() -> None:
     assert _steps(resumed, again, 5, 7) == expected
     for name, value in training_state(straight).items():
         assert torch.equal(value, training_state(resumed)[name]), name
+
+
+def test_a_run_that_stops_ends_the_same(tmp_path: Path) -> None:
+    recipe = (
+        "method={type: adamss, r: 8, num_subspaces: 3, target_modules: [q_proj, v_proj], use_asa: true, "
+        "asa_target_subspaces: 4, init_warmup: 1, final_warmup: 6, mask_interval: 2}"
+    )
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Stepped) and event.result.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = run_recipe(write_recipe(tmp_path / "whole"), recipe)
+    path = write_recipe(tmp_path / "stopped")
+    with pytest.raises(Interrupted):
+        run_recipe(path, recipe, on_event=stop)
+    assert run_recipe(path, recipe).weights == whole.weights
 
 
 def test_a_second_adapter_has_a_budget_of_its_own() -> None:
