@@ -31,6 +31,7 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "replicated": ("llama", {"layer_replication": [[0, 2], [1, 2]]}, False),
     "replicated-turned": ("llama", {"layer_replication": [[1, 2], [0, 1]]}, False),
     "replicated-some": ("llama_tied", {"layer_replication": [[0, 2], [0, 2]], "layers_to_transform": [1]}, False),
+    "kasa": ("llama", {"kasa_config": {}, "r": 4}, False),
     "experts": ("mixtral", {"target_parameters": ["gate_up_proj", "down_proj"]}, False),
 }  # with whether the ends of the model are untied
 

@@ -266,6 +266,24 @@ def test_prompt_tuning_resumes_too(recipe: Path, tmp_path: Path) -> None:
     assert run_recipe(recipe, trainkit.PROMPT_TUNING).weights == whole.weights
 
 
+@pytest.mark.grid(keep=1)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "monteclora_config: {num_samples: 2}",
+        "kasa_config: {}",
+        "velora_config: {num_groups: 4, init_type: batch_average_once}",
+        'alora_invocation_tokens: "<|im_start|>assistant\\n"',
+    ],
+)
+def test_variants_of_lora_resume_too(recipe: Path, tmp_path: Path, setting: str) -> None:
+    method = f"method={{type: lora, r: 4, lora_dropout: 0.1, {setting}}}"
+    whole = run_recipe(recipe, method, f"training.output_dir={tmp_path}/whole")
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, method, on_event=at_step(4, send(signal.SIGTERM)))
+    assert run_recipe(recipe, method).weights == whole.weights
+
+
 def test_the_best_adapter_so_far_survives_a_stop(recipe: Path, tmp_path: Path) -> None:
     settings = (*FULL, "training.greater_is_better=true", "training.eval_on_start=false")
     whole = run_recipe(recipe, *settings, f"training.output_dir={tmp_path}/whole")
