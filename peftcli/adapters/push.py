@@ -102,6 +102,15 @@ def _contents(folder: Path, repo_id: str, base_model_id: str | None) -> dict[str
             file=str(folder / CONFIG_FILE),
             hint="say what it is on the hub with --base-model-id USER/NAME",
         )
+    experts = config.get("adapters")  # X-LoRA's
+    for place in experts.values() if isinstance(experts, dict) else ():
+        if isinstance(place, str) and card.is_local(place):
+            raise UsageError(
+                f"the adapter mixes {place!r}, which exists on this machine only",
+                key="adapters",
+                file=str(folder / CONFIG_FILE),
+                hint="push that first, and write its hub id in its place",
+            )
     for name in _WRITTEN_FILES & files.keys():
         _refuse_secret(_text(files[name]), str(folder / name))
     files[CARD_FILE] = card.for_hub(folder, repo_id, base_model_id).encode()

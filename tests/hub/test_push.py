@@ -134,6 +134,13 @@ def test_a_local_base_is_not_pushed(hub: Hub, tmp_path: Path, monkeypatch: pytes
     assert hub.requests == []
 
 
+def test_a_mixture_of_local_adapters_is_not_pushed(hub: Hub, folder: Path) -> None:
+    write_config(folder, adapters={"0": "acme/first", "1": "outputs/second/run"})
+    with pytest.raises(UsageError, match="mixes 'outputs/second/run', which exists on this machine only"):
+        push(folder, REPO)
+    assert not hub.requests
+
+
 @pytest.mark.parametrize(
     "card", [None, "---\nbase_model: /data/secret/llama\ntags: [a]\n---\nOn /data/secret/llama.\n"]
 )
