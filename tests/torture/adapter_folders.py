@@ -70,6 +70,9 @@ def adapter(method: str = "lora", **settings: Any) -> dict[str, bytes]:
     """The two files of a good adapter of the tiny base model, with random weights."""
     folder = trainkit.scratch() / "adapters" / f"{method}-{len(settings)}"
     model = trainkit.build("llama")
+    if method == "xlora":
+        adapter()  # what it mixes
+        settings["adapters"] = {"0": str(folder.with_name("lora-0"))}
     config = METHODS[method].config_class()(
         **{**SETTINGS.get(method, {}), **settings},
         task_type="CAUSAL_LM",
