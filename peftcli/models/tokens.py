@@ -309,7 +309,7 @@ def _train_rows(model: Any, config: Any, ids: list[int]) -> None:
     left = [name for name in ends if name not in saved]
     if not left:
         return
-    known = {entry.name for entry in fields(config)}
+    known = {entry.name for entry in fields(config) if not entry.metadata.get("unsupported")}
     if "trainable_token_indices" in known and not (one_weight and len(left) < len(ends)):
         _check_free(model, config, left)
         _name_rows(model, config, left[:1] if one_weight else left, ids)
