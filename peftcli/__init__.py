@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from peftcli.methods import METHODS
+from peftcli.methods import METHODS, TUNER_MODELS
 
 _CORE = {
     "peftcli.core.files": ("load_adapter", "save_adapter"),
@@ -104,6 +104,7 @@ _PEFT = {
 
 PEFT_NAMES = {
     **{row.config_name: f"peftcli.methods.{row.config_place}" for row in METHODS.values()},
+    **dict.fromkeys(TUNER_MODELS, "peftcli.peft_api.tuner_models"),
     **{name: module for module, names in _PEFT.items() for name in names},
 }
 """PEFT's public names -> the module that holds it; ``peftcli.peft_api`` has these too."""

@@ -419,6 +419,13 @@ PeftType: Any = cast("Any", config_mixin.NameEnum)(
 )
 """PEFT's names of the methods."""
 
+_PROMPTS = ("prompt_tuning", "multitask_prompt_tuning", "p_tuning", "prefix_tuning", "cpt", "cartridge")
+
+TUNER_MODELS = {
+    row.config_name.replace("Config", "Model"): name for name, row in METHODS.items() if name not in _PROMPTS
+}
+"""PEFT's name of the class that holds a model with adapters of a method -> the method. Soft prompts have none."""
+
 LAYERS.update({row.peft_type: f"{__name__}.{row.layers}" for row in METHODS.values()})
 config_mixin.CONFIGS.update({PeftType[row.peft_type]: row.config_class for row in METHODS.values()})
 config_mixin.NOT_HERE.update(NOT_HERE)

@@ -1,9 +1,8 @@
-"""PEFT's constants and tables, and its names for the classes of the core that scripts ask for by ``isinstance``."""
+"""PEFT's constants and tables."""
 
 from __future__ import annotations
 
 from peftcli.core.config import FAMILY_TARGETS
-from peftcli.core.layer import AdapterLayer, TrainedCopy
 from peftcli.guard.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from peftcli.methods import METHODS
 from peftcli.methods.ia3.config import TARGETS
@@ -28,10 +27,6 @@ PEFT_TYPE_TO_CONFIG_MAPPING = {PeftType(row.peft_type): row.config_class() for r
 PEFT_TYPE_TO_TUNER_MAPPING = dict.fromkeys(PEFT_TYPE_TO_CONFIG_MAPPING, Tuner)
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING = PEFT_TYPE_TO_TUNER_MAPPING
 """All methods: adapters of any of them can be in one model."""
-
-BaseTuner = Tuner
-BaseTunerLayer = AdapterLayer
-ModulesToSaveWrapper = TrainedCopy
 
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 """PEFT's config of a model that has none: see ``Tuner.get_model_config``."""

@@ -11,15 +11,22 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from peftcli import PEFT_NAMES
 from peftcli.methods import METHODS
 
-_TUNERS = {f"tuners.{name}": (f"methods.{row.config_place}",) for name, row in METHODS.items()}
+_TUNERS = {
+    f"tuners.{name}": (f"methods.{row.config_place}", "peft_api.config", "peft_api.tuner_models")
+    for name, row in METHODS.items()
+}
 _LORA = (
     "methods.lora.config",
     "methods.lora.initialisations.config",
+    "methods.lora.variant_settings",
+    "peft_api.arrow",
     "peft_api.initialisations",
     "peft_api.conversion",
-    "methods.lora.lora",
+    "peft_api.lora_layers",
+    "peft_api.tuner_models",
 )
 
 NAMESPACES: dict[str, tuple[str, ...]] = {
@@ -34,29 +41,32 @@ NAMESPACES: dict[str, tuple[str, ...]] = {
     "tuners": ("peft_api", "peft_api.constants", "peft_api.initialisations"),
     "tuners.cartridge.utils": ("peft_api.kv_prefix",),
     "tuners.lora": _LORA,
+    "tuners.lora.arrow": ("peft_api.arrow",),
     "tuners.lora.config": _LORA,
     "tuners.lora.conversion": ("peft_api.conversion",),
     "tuners.lora.corda": ("peft_api.initialisations",),
     "tuners.lora.eva": ("peft_api.initialisations",),
     "tuners.lora.intruders": ("peft_api.conversion",),
-    "tuners.lora.layer": ("methods.lora.lora",),
+    "tuners.lora.layer": ("peft_api.lora_layers",),
     "tuners.lora.loraga": ("peft_api.initialisations",),
-    "tuners.lora.model": ("peft_api.constants",),
-    "tuners.tuners_utils": ("peft_api.constants", "peft_api.functional", "peft_api.status"),
+    "tuners.lora.model": ("peft_api.tuner_models", "peft_api.constants"),
+    "tuners.tuners_utils": ("peft_api.core_classes", "peft_api.functional", "peft_api.status"),
     "utils": (
         "peft_api.constants",
+        "peft_api.core_classes",
         "peft_api.prepare",
         "peft_api.config",
         "peft_api.functions",
         "peft_api.state_dicts",
         "peft_api.initialisations",
+        "errors",
     ),
     "utils.constants": ("peft_api.constants",),
     "utils.error": ("errors", "peft_api.config"),
     "utils.hotswap": ("peft_api.hotswap",),
     "utils.loftq_utils": ("peft_api.initialisations",),
     "utils.merge_utils": ("peft_api.merge_utils",),
-    "utils.other": ("peft_api.constants", "peft_api.prepare"),
+    "utils.other": ("peft_api.constants", "peft_api.core_classes", "peft_api.prepare"),
     "utils.peft_types": ("peft_api.config",),
     "utils.save_and_load": ("peft_api.state_dicts",),
     "utils.warning": ("errors",),
@@ -81,8 +91,17 @@ def _finder(path: str) -> Any:
         # inspect asks every module for __file__: no reason to import anything
         for place in () if name.startswith("_") else NAMESPACES[path]:
             module = importlib.import_module(f"peftcli.{place}")
-            if hasattr(module, name):
+            if _is_own(module, name):
                 return getattr(module, name)
         raise AttributeError(f"module '{__package__}.{path}' has no attribute {name!r}")
 
     return find
+
+
+def _is_own(module: ModuleType, name: str) -> bool:
+    """Return whether a name is the module's own or public, and not one that it imports for itself."""
+    if PEFT_NAMES.get(name) == module.__name__:
+        return True
+    if hasattr(module, "__all__"):
+        return name in module.__all__
+    return hasattr(module, name) and getattr(getattr(module, name), "__module__", module.__name__) == module.__name__

@@ -40,12 +40,16 @@ def test_every_module_is_one_of_pefts() -> None:
         ("peft_model", "PeftModel PeftModelForCausalLM get_layer_status"),
         ("tuners", "LoraConfig IA3Config PrefixTuningConfig"),
         ("tuners.cartridge.utils", "initialize_kv_prefix_from_text compose_cartridge_adapters"),
-        ("tuners.lora", "LoraConfig LoraLayer EvaConfig initialize_lora_eva_weights"),
+        (
+            "tuners.lora",
+            "LoraConfig LoraLayer Linear LoraModel EvaConfig ArrowConfig create_arrow_model convert_to_lora",
+        ),
         ("tuners.lora.corda", "preprocess_corda"),
         ("tuners.lora.layer", "LoraLayer"),
-        ("tuners.multitask_prompt_tuning", "MultitaskPromptTuningConfig"),
+        ("tuners.multitask_prompt_tuning", "MultitaskPromptTuningConfig MultitaskPromptTuningInit"),
+        ("tuners.ia3", "IA3Config IA3Model"),
         ("tuners.tuners_utils", "BaseTunerLayer BaseTuner set_adapter"),
-        ("utils", "TaskType PeftType infer_device SAFETENSORS_WEIGHTS_NAME CONFIG_NAME ModulesToSaveWrapper"),
+        ("utils", "PeftError TaskType PeftType infer_device SAFETENSORS_WEIGHTS_NAME CONFIG_NAME ModulesToSaveWrapper"),
         ("utils.other", "prepare_model_for_kbit_training fsdp_auto_wrap_policy ModulesToSaveWrapper"),
         ("utils.save_and_load", "get_peft_model_state_dict set_peft_model_state_dict"),
     ],
@@ -62,6 +66,21 @@ def test_a_module_asked_for_its_file_imports_nothing(monkeypatch: pytest.MonkeyP
     modules = [importlib.import_module(f"peftcli.peft_api.{path}") for path in NAMESPACES]
     monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail(f"imports {name}"))
     assert not any(hasattr(module, "__file__") for module in modules)
+
+
+def test_the_classes_tell_methods_and_layers_apart() -> None:
+    base = tiny("llama")
+    tuner = peftcli.LoraModel(base, peftcli.LoraConfig(target_modules=["q_proj"]), "default")
+    assert isinstance(tuner, peftcli.LoraModel)
+    assert not isinstance(tuner, peftcli.IA3Model)
+    assert isinstance(peftcli.get_peft_model(tiny("llama"), peftcli.IA3Config()).base_model, peftcli.IA3Model)
+    assert {value.requires_grad for name, value in tuner.named_parameters() if "lora" in name} == {True}
+    adapted = base.model.layers[0].self_attn.q_proj
+    assert isinstance(adapted, peftcli.peft_api.tuners.lora.Linear)
+    assert not isinstance(adapted, peftcli.peft_api.tuners.lora.Embedding)
+    with pytest.raises(peftcli.errors.AdapterError, match="IA3Model takes a config of IA3, not LORA"):
+        peftcli.IA3Model(base, peftcli.LoraConfig())
+    assert {name for name in peft.__all__ if name.endswith("Model")} - {*peftcli.PEFT_NAMES} == {"ShadowModel"}
 
 
 def test_the_tables_say_what_pefts_say() -> None:

@@ -1,0 +1,10 @@
+"""PEFT's names for classes of the core, for ``isinstance``."""
+
+from peftcli.core.layer import AdapterLayer, TrainedCopy
+from peftcli.peft_api.tuner import Tuner
+
+__all__ = ["BaseTuner", "BaseTunerLayer", "ModulesToSaveWrapper"]
+
+BaseTuner = Tuner
+BaseTunerLayer = AdapterLayer
+ModulesToSaveWrapper = TrainedCopy

@@ -1,0 +1,62 @@
+"""PEFT's class of each method: ``LoraModel``, ``IA3Model`` and so on. All of them are ``Tuner`` here.
+
+``isinstance(model.base_model, LoraModel)`` tells the method of the model's first adapter, and
+``LoraModel(model, config, "default")`` makes a ``Tuner`` of a model.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from peftcli.core.config import AdapterConfig
+from peftcli.core.inject import set_trainable
+from peftcli.errors import AdapterError
+from peftcli.methods import METHODS, TUNER_MODELS
+from peftcli.peft_api.new_adapter import check_name, start_adapter
+from peftcli.peft_api.tuner import Tuner
+
+__all__ = list(TUNER_MODELS)
+
+
+class TunerKind(type):
+    """The class of ``LoraModel`` and the others: ``Tuner``, of one method."""
+
+    peft_type: ClassVar[str]
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, Tuner) and next(iter(value.peft_config.values())).peft_type == cls.peft_type
+
+    def __call__(
+        cls, model: nn.Module, config: AdapterConfig | dict[str, AdapterConfig], adapter_name: str = "default"
+    ) -> Tuner:
+        """Put a new adapter into ``model``, in place.
+
+        Args:
+            model: the base model.
+            config: the adapter's, or a dictionary that holds it under the adapter's name.
+            adapter_name: the adapter's name.
+
+        Raises:
+            AdapterError: the config is another method's, or does not fit the model.
+        """
+        chosen = config[adapter_name] if isinstance(config, dict) else config
+        if chosen.peft_type != cls.peft_type:
+            raise AdapterError(f"{cls.__name__} takes a config of {cls.peft_type}, not {chosen.peft_type}")
+        check_name(adapter_name)
+        start_adapter(model, chosen, adapter_name)
+        set_trainable(model, not chosen.inference_mode, adapter_name)
+        return Tuner(model, {adapter_name: chosen})
+
+
+def __getattr__(name: str) -> Any:
+    if name not in TUNER_MODELS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _CLASSES[name]
+
+
+_CLASSES = {
+    name: TunerKind(name, (), {"peft_type": METHODS[method].peft_type, "__doc__": f"``Tuner`` of {method}."})
+    for name, method in TUNER_MODELS.items()
+}
