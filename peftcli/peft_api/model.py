@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import tempfile
 import warnings
@@ -450,7 +451,7 @@ class PeftModel(SavedByTrainer):
             config, tensors = without_start(config, tensors, start)
         tags = self._card_tags()
         own = has_own_card(folder, tags)
-        write_adapter({**tensors, **beside}, config, folder)
+        write_adapter({**tensors, **beside}, _with_base_class(config, self.get_base_model()), folder)
         if own:
             write_card(folder, tags)
         else:
@@ -485,6 +486,16 @@ def wrap(model: nn.Module, config: AdapterConfig, adapter_name: str, kind: type[
     wrapped = found.__new__(found)
     wrapped._hold(model, config, adapter_name)
     return wrapped
+
+
+def _with_base_class(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
+    """Note the class of a model of transformers in a config whose task_type does not say it: PEFT's auto class asks."""
+    kind = type(model)
+    if config.task_type is not None or not kind.__module__.startswith("transformers."):
+        return config
+    noted = copy.copy(config)
+    noted.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    return noted
 
 
 def _rows_of_an_example(model: Any, kwargs: dict[str, Any]) -> int:
