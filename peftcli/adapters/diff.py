@@ -111,10 +111,16 @@ def _in_both(a: Mapping[str, _T], b: Mapping[str, _T], size: Callable[[_T], Any]
 
 
 def _differences(one: AdapterConfig, other: AdapterConfig) -> list[dict[str, Any]]:
-    described = [{entry.name: getattr(config, entry.name) for entry in fields(config)} for config in (one, other)]
+    described = [
+        {entry.name: _shown(getattr(config, entry.name)) for entry in fields(config)} for config in (one, other)
+    ]
     keys = [key for key in {**described[0], **described[1]} if key not in _OF_THE_FILE]
     values = {key: tuple(values.get(key) for values in described) for key in keys}
     return [{"key": key, "a": a, "b": b} for key, (a, b) in values.items() if a != b]
+
+
+def _shown(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value
 
 
 def _of_updates(a: Update, b: Update) -> _Difference:
