@@ -26,7 +26,8 @@ class TunerKind(type):
     peft_type: ClassVar[str]
 
     def __instancecheck__(cls, value: object) -> bool:
-        return isinstance(value, Tuner) and next(iter(value.peft_config.values())).peft_type == cls.peft_type
+        found = [config.peft_type for config in value.peft_config.values()] if isinstance(value, Tuner) else []
+        return found[:1] == [cls.peft_type]
 
     def __call__(
         cls, model: nn.Module, config: AdapterConfig | dict[str, AdapterConfig], adapter_name: str = "default"

@@ -11,10 +11,12 @@ import pytest
 import torch
 from models_tiny import batch, logits, randomise, tiny
 from peft.tuners.lora import intruders
+from promises import config_of
 
 import peftcli
 from peftcli.core.layer import adapter_layers
 from peftcli.errors import AdapterError, AdapterTypeError
+from peftcli.methods import TUNER_MODELS
 from peftcli.peft_api import conversion
 
 
@@ -49,6 +51,29 @@ def test_a_full_r_computes_the_same_here_and_in_peft(
         for lib in (peftcli, peft):
             again = lib.PeftModel.from_pretrained(tiny(kind), tmp_path).eval()
             torch.testing.assert_close(logits(again, batch(kind)), expected, atol=2e-3, rtol=1e-3)
+
+
+_CANNOT = ("adaption_prompt", "beft", "lily", "ln_tuning", "trainable_tokens", "xlora")
+
+
+@pytest.mark.grid(keep=3)
+@pytest.mark.filterwarnings("ignore:default is LoRA already")
+@pytest.mark.parametrize("method", [*TUNER_MODELS.values()])
+def test_every_method_that_adds_to_weights_becomes_lora(method: str) -> None:
+    config = config_of(method, "llama")
+    if method == "adalora":
+        config.total_step = 10
+    model = peftcli.get_peft_model(tiny("llama"), config)
+    randomise(model)
+    model.eval()
+    assert model.supports_lora_conversion() == (method not in _CANNOT)
+    if method in _CANNOT:
+        return
+    made, tensors = peftcli.convert_to_lora(model, 1.0)
+    again = peftcli.get_peft_model(tiny("llama"), made).eval()
+    peftcli.set_peft_model_state_dict(again, tensors)
+    expected = logits(model, batch("llama"))
+    torch.testing.assert_close(logits(again, batch("llama")), expected, atol=1e-3 * expected.abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize("rank", [3, 0.5, 0.9])

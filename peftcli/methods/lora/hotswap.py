@@ -38,8 +38,8 @@ _MAY_DIFFER = {
 def check_same(old: LoraConfig, new: LoraConfig) -> None:
     """Raise AdapterError for settings that the layers were built with and that ``new`` has otherwise."""
     before, after = old.to_dict(), new.to_dict()
-    for key in sorted(before.keys() | after.keys() - _MAY_DIFFER):
-        if key not in _MAY_DIFFER and before.get(key) != after.get(key):
+    for key in sorted((before.keys() | after.keys()) - _MAY_DIFFER):
+        if before.get(key) != after.get(key):
             raise AdapterError(f"the adapters differ: {before.get(key)!r} and {after.get(key)!r}", key=key)
 
 
