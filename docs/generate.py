@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import peft_names
 from json_schema import schema_of
 
 from peftcli import errors
@@ -54,6 +55,7 @@ def main() -> int:
     pages |= {ROOT / "docs/reference" / f"{name}.md": _NOTE + page() for name, page in PAGES.items()}
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         pages[path] = _INCLUDE.sub(_included, path.read_text(encoding="utf-8"))
+    pages[ROOT / "docs/peft.md"] = _NOTE + peft_page()
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if "--check" in sys.argv:
@@ -88,6 +90,22 @@ def methods_page() -> str:
     if NOT_HERE:
         text += "\n## What PEFT 0.21 has besides\n\n`peftcli` refuses these by name.\n\n"
         text += _table(("PEFT's name", "why it is not here"), [(f"`{name}`", why) for name, why in NOT_HERE.items()])
+    return text
+
+
+def peft_page() -> str:
+    """Every public name of PEFT, and what became of it here."""
+    names = [name for listed in peft_names.PUBLIC.values() for name in listed.split()]
+    text = peft_names.INTRODUCTION.format(version=peft_names.VERSION, total=len(names))
+    text += "\n## What differs\n\n"
+    text += _table(("name", "what differs, and why"), [(f"`{n}`", how) for n, how in peft_names.DIFFERS.items()])
+    text += "\n## What is refused\n\nPEFT accepts these.\n\n" + _table(("what", "why"), peft_names.REFUSED)
+    text += "\n## What is absent\n\n"
+    text += _table(("name", "why"), [(f"`{name}`", why) for name, why in peft_names.ABSENT.items()])
+    text += "\n## What is present\n"
+    for module, listed in peft_names.PUBLIC.items():
+        if there := [name for name in listed.split() if not peft_names.absent(name)]:
+            text += f"\n`{module}`: " + ", ".join(f"`{name}`" for name in there) + "\n"
     return text
 
 

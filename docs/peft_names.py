@@ -1,0 +1,262 @@
+"""docs/peft.md: every public name of PEFT, and what became of it here. ``docs/generate.py`` writes the page.
+
+``tests/docs/test_peft_names.py`` compares the lists with the installed PEFT, and with ``peftcli.peft_api``.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+VERSION = "0.21"
+"""The version of PEFT whose names these are."""
+
+PUBLIC: dict[str, str] = {
+    "peft": """
+        AdaLoraConfig AdaLoraModel AdamssConfig AdamssModel AdaptionPromptConfig AdaptionPromptModel ArrowConfig
+        AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction
+        AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification
+        AutoPeftModelForTokenClassification BOFTConfig BOFTModel BdLoraConfig BeftConfig BeftModel C3AConfig
+        C3AModel CPTConfig CPTEmbedding CartridgeConfig CartridgeEncoder DeftConfig DeftModel DeloraConfig
+        DeloraModel EvaConfig FourierFTConfig FourierFTModel FrodConfig FrodModel GloraConfig GloraModel
+        GraloraConfig GraloraModel HRAConfig HRAModel HiraConfig HiraModel IA3Config IA3Model KasaConfig
+        LNTuningConfig LNTuningModel LilyConfig LilyModel LoHaConfig LoHaModel LoKrConfig LoKrModel LoftQConfig
+        LoraConfig LoraGAConfig LoraModel LoraRuntimeConfig MODEL_TYPE_TO_PEFT_MODEL_MAPPING MissConfig
+        MissModel MontecloraConfig MultitaskPromptTuningConfig MultitaskPromptTuningInit
+        NoMatchingPeftModuleError OFTConfig OFTModel OSFConfig OSFModel PEFT_TYPE_TO_CONFIG_MAPPING
+        PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PeanutConfig PeanutModel PeftConfig
+        PeftError PeftMixedModel PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction
+        PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification
+        PeftModelForTokenClassification PeftType PeftWarning PolyConfig PolyModel PrefixEncoder
+        PrefixTuningConfig PromptEmbedding PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType
+        PromptLearningConfig PromptTuningConfig PromptTuningInit PsoftConfig PsoftModel PveraConfig PveraModel
+        RandLoraConfig RandLoraModel RoadConfig RoadModel ShadowConfig ShadowModel ShiraConfig ShiraModel
+        SupertuningConfig SupertuningModel TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING TaskType
+        TinyLoraConfig TinyLoraModel TrainableTokensConfig TrainableTokensModel UniLoraConfig UniLoraModel
+        VBLoRAConfig VBLoRAModel VeloraConfig VeraConfig VeraModel WaveFTConfig WaveFTModel XLoraConfig
+        XLoraModel bloom_model_postprocess_past_key_value cast_mixed_precision_params compose_cartridge_adapters
+        convert_to_lora create_arrow_model find_kappa_target_modules get_base_model_state_dict
+        get_eva_state_dict get_layer_status get_model_status get_peft_config get_peft_model
+        get_peft_model_state_dict initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text
+        initialize_lora_eva_weights inject_adapter_in_model load_peft_weights prepare_model_for_kbit_training
+        preprocess_loraga prompt_embeddings_from_past_key_values replace_lora_weights_loftq save_as_lora
+        set_base_model_state_dict set_peft_model_state_dict shift_tokens_right
+    """,
+    "peft.helpers": """
+        DoraCaching KappaTuneSelector MontecloraTrainerMixin check_if_peft_model disable_input_dtype_casting
+        rescale_adapter_scale update_forward_signature update_generate_signature update_signature
+    """,
+    "peft.optimizers": """
+        create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer
+    """,
+    "peft.functional": """
+        cast_adapter_dtype delete_adapter set_adapter set_requires_grad
+    """,
+    "peft.utils": """
+        ALLOWED_COMPUTE_DTYPES AuxiliaryTrainingWrapper CONFIG_NAME INCLUDE_LINEAR_LAYERS_SHORTHAND
+        ModulesToSaveWrapper SAFETENSORS_WEIGHTS_NAME TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING
+        TRANSFORMERS_MODELS_TO_ADAMSS_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING
+        TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_C3A_TARGET_MODULES_MAPPING
+        TRANSFORMERS_MODELS_TO_DEFT_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_DELORA_TARGET_MODULES_MAPPING
+        TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING
+        TRANSFORMERS_MODELS_TO_FROD_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_GLORA_TARGET_MODULES_MAPPING
+        TRANSFORMERS_MODELS_TO_GRALORA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING
+        TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+        TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
+        TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
+        TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING
+        TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
+        TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_PEANUT_TARGET_MODULES_MAPPING
+        TRANSFORMERS_MODELS_TO_POLY_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_PSOFT_TARGET_MODULES_MAPPING
+        TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING
+        TRANSFORMERS_MODELS_TO_RANDLORA_TARGET_MODULES_MAPPING
+        TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
+        TRANSFORMERS_MODELS_TO_SUPERTUNING_TARGET_MODULES_MAPPING
+        TRANSFORMERS_MODELS_TO_TINYLORA_TARGET_MODULES_MAPPING
+        TRANSFORMERS_MODELS_TO_UNILORA_TARGET_MODULES_MAPPING
+        TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
+        TRANSFORMERS_MODELS_TO_WAVEFT_TARGET_MODULES_MAPPING TrainableTokensWrapper UPCAST_DTYPES WEIGHTS_NAME
+        get_gptqmodel_quant_linear get_quantization_config get_quantization_kwargs id_tensor_storage
+        infer_device map_cache_to_layer_device_map quantization_extra_repr register_peft_method
+        resolve_quantization_backend set_additional_trainable_modules transpose
+    """,
+    "peft.utils.hotswap": """
+        check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict
+        prepare_model_for_compiled_hotswap
+    """,
+    "peft.utils.merge_utils": """
+        calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_based_pruning
+        magnitude_prune prune random_pruning reshape_weight_task_tensors task_arithmetic ties
+    """,
+    "peft.utils.loftq_utils": """
+        loftq_init
+    """,
+    "peft.utils.other": """
+        EMBEDDING_LAYER_NAMES fsdp_auto_wrap_policy starcoder_model_postprocess_past_key_value
+    """,
+    "peft.utils.integrations": """
+        TpInfo check_deepspeed_zero3_enabled dequantize_bnb_weight dequantize_module_weight
+        dtensor_from_local_like gather_params_ctx get_bnb_param_type get_layer_device_map init_empty_weights
+        skip_init_on_device
+    """,
+    "peft.tuners": """
+        MixedModel MultitaskPromptEmbedding
+    """,
+    "peft.tuners.lora": """
+        Conv2d Conv3d Embedding GPTQLoraLinear Linear LoraLayer ParamWrapper
+    """,
+    "peft.tuners.tuners_utils": """
+        BasePromptEncoder BaseTuner BaseTunerLayer check_adapters_to_merge check_target_module_exists
+        clone_module find_parameter_name_by_module get_device_map inspect_matched_modules onload_layer
+        replicate_layers
+    """,
+    "peft.config": """
+        PeftConfigMixin
+    """,
+    "peft.peft_model": """
+        TunerLayerStatus TunerModelStatus
+    """,
+    "peft.tuners.lora.corda": """
+        CordaEigens calib_cov_distribution collect_eigens collect_eigens_for_layer crop_corda_eigens
+        get_model_device preprocess_corda target_modules
+    """,
+    "peft.tuners.lora.loraga": """
+        estimate_gradients get_target_modules
+    """,
+    "peft.tuners.lora.intruders": """
+        reduce_intruder_dimension
+    """,
+    "peft.tuners.osf.utils": """
+        decompose_weight_matrix project_gradient_to_orthogonal_space
+    """,
+}
+"""Module -> what it offers: its ``__all__``, or what is defined in it. A name stands in the first that has it."""
+
+INTRODUCTION = """\
+# PEFT's names
+
+`import peftcli.peft_api as peft` is the other import. This page has every public name of PEFT {version}, {total} of
+them: what PEFT exports, what its reference documents, and what the modules that scripts import from define. A name is
+where it is in PEFT: `peft.utils.hotswap.hotswap_adapter` is `peftcli.peft_api.utils.hotswap.hotswap_adapter`.
+[Python](python.md) shows how they are used, and [what differs](python.md#what-differs-from-peft) in results.
+
+What is inside PEFT's layers is PEFT's own. A layer here adapts one module by one adapter, and its weights are called
+what the file calls them: `layer.lora_A.weight`, and not `layer.lora_A["default"].weight`. Several adapters are
+several layers, one around the other.
+"""
+
+DIFFERS: dict[str, str] = {
+    "PeftModel.state_dict": "the adapter's weights only, so that what Trainer and Accelerate save is small; "
+    "`base_model.state_dict()` has everything",
+    "PeftModel.add_weighted_adapter": "the exact weighted sum, where PEFT's default is not; `combination_type` "
+    "selects the approximations",
+    "PeftModel.load_adapter": "its `missing_keys` and `unexpected_keys` are empty: a file that does not fit is "
+    "an error",
+    "PeftMixedModel": "can be saved and has a status: each model here takes adapters of several methods",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "all methods, for the same reason",
+    "DoraCaching": "a context: inside, the norms that DoRA divides by are computed once",
+    "preprocess_corda, preprocess_loraga": "`cache_file` is in safetensors; PEFT's is a pickle, which is not read",
+    "set_peft_model_state_dict": "tensors that are missing, unexpected, of another shape or not finite are one "
+    "error, and nothing is changed",
+    "WEIGHTS_NAME": "the name of the pickle, for scripts that look for it; it is neither read nor written",
+}
+"""Name -> what is not as in PEFT, and why."""
+
+_INSIDES = "inside PEFT's layers, which are not those here"
+_PARTS = "a part of the ways to combine tensors, which are here"
+_COLLECTED = "a part of `preprocess_corda`, which is here"
+_ENGINES = "sharded models are the engines' own: accelerate's and PyTorch's"
+_NO_CACHE_LAYOUT = "for cache layouts that no version of transformers has that peftcli runs with"
+
+ABSENT: dict[str, str] = {
+    "Shadow*": "the method is not here: it trains a second model beside the base model, with a cache of its own",
+    "PrefixEncoder": _INSIDES,
+    "PromptEmbedding": _INSIDES,
+    "PromptEncoder": _INSIDES,
+    "MultitaskPromptEmbedding": _INSIDES,
+    "CPTEmbedding": _INSIDES,
+    "CartridgeEncoder": _INSIDES,
+    "BasePromptEncoder": _INSIDES,
+    "AuxiliaryTrainingWrapper": _INSIDES,
+    "TrainableTokensWrapper": _INSIDES,
+    "bloom_model_postprocess_past_key_value": _NO_CACHE_LAYOUT,
+    "starcoder_model_postprocess_past_key_value": _NO_CACHE_LAYOUT,
+    "TRANSFORMERS_MODELS_TO_*_TARGET_MODULES_MAPPING": "only LoRA's and (IA)^3's tables are names here: the other "
+    "methods take LoRA's, and for a family that no table has, the linear layers of its attention",
+    "MontecloraTrainerMixin": "`peftcli train` adds the penalty; under Trainer, override `compute_loss` with "
+    "`model._get_monteclora_loss()`",
+    "register_peft_method": "a method is a folder and a row here: see [add a method](add-a-method.md)",
+    "EMBEDDING_LAYER_NAMES": "embeddings and heads are found by the model's own accessors, not by names",
+    "ALLOWED_COMPUTE_DTYPES": _INSIDES,
+    "UPCAST_DTYPES": _INSIDES,
+    "get_gptqmodel_quant_linear": "kinds of quantised layers are told apart in `core/quantised.py`",
+    "get_quantization_*": "kinds of quantised layers are told apart in `core/quantised.py`",
+    "quantization_extra_repr": "kinds of quantised layers are told apart in `core/quantised.py`",
+    "resolve_quantization_backend": "kinds of quantised layers are told apart in `core/quantised.py`",
+    "id_tensor_storage": "a helper of PEFT's own writing of files",
+    "map_cache_to_layer_device_map": "caches are placed by transformers",
+    "set_additional_trainable_modules": _INSIDES,
+    "transpose": _INSIDES,
+    "check_hotswap_configs_compatible": "`hotswap_adapter` checks the configs itself",
+    "calculate_majority_sign_mask": _PARTS,
+    "disjoint_merge": _PARTS,
+    "magnitude_based_pruning": _PARTS,
+    "random_pruning": _PARTS,
+    "reshape_weight_task_tensors": _PARTS,
+    "loftq_init": "a part of `replace_lora_weights_loftq`, which is here",
+    "TpInfo": _ENGINES,
+    "check_deepspeed_zero3_enabled": _ENGINES,
+    "dtensor_from_local_like": _ENGINES,
+    "gather_params_ctx": _ENGINES,
+    "dequantize_*": "the core dequantises by itself: `core/quantised.py`",
+    "get_bnb_param_type": "kinds of quantised layers are told apart in `core/quantised.py`",
+    "get_layer_device_map": "caches are placed by transformers",
+    "init_empty_weights": "`accelerate.init_empty_weights` is the function that PEFT wraps",
+    "skip_init_on_device": _INSIDES,
+    "MixedModel": "each model takes adapters of several methods",
+    "GPTQLoraLinear": _INSIDES,
+    "ParamWrapper": _INSIDES,
+    "check_adapters_to_merge": _INSIDES,
+    "check_target_module_exists": _INSIDES,
+    "clone_module": _INSIDES,
+    "find_parameter_name_by_module": _INSIDES,
+    "get_device_map": _INSIDES,
+    "inspect_matched_modules": "`model.targeted_module_names` says what was matched",
+    "onload_layer": _INSIDES,
+    "replicate_layers": "a part of the setting `layer_replication`, which is here",
+    "CordaEigens": _COLLECTED,
+    "calib_cov_distribution": _COLLECTED,
+    "collect_eigens*": _COLLECTED,
+    "crop_corda_eigens": _COLLECTED,
+    "get_model_device": _COLLECTED,
+    "target_modules": _COLLECTED,
+    "estimate_gradients": "a part of `preprocess_loraga`, which is here",
+    "get_target_modules": "a part of `preprocess_loraga`, which is here",
+    "decompose_weight_matrix": _INSIDES,
+    "project_gradient_to_orthogonal_space": _INSIDES,
+}
+"""Name, or pattern of names -> why it is not here."""
+
+REFUSED: tuple[tuple[str, str], ...] = (
+    ("`adapter_model.bin`, and `safe_serialization=False`", "a pickle can run code when it is read"),
+    (
+        "an entry of `target_modules`, `modules_to_save` or `layers_to_transform` that matches nothing, beside others "
+        "that do",
+        "a typo would train less than was asked for, in silence",
+    ),
+    ("a file that lacks a tensor, or has one too many", "the model would compute with weights that nobody trained"),
+    ("weights that are not finite, when they are written, loaded or merged", "every later result would be NaN"),
+    ("a setting that the method does not know", "a typo would leave the default in place, in silence"),
+)
+"""What PEFT accepts and peftcli refuses, and why."""
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Return whether a pattern of ``ABSENT`` is about ``name``. The tables of LoRA and (IA)^3 are here."""
+    return fnmatchcase(name, pattern) and not name.startswith(
+        ("TRANSFORMERS_MODELS_TO_LORA", "TRANSFORMERS_MODELS_TO_IA3")
+    )
+
+
+def absent(name: str) -> str | None:
+    """Return why PEFT's ``name`` is not here, or None where it is."""
+    return next((why for pattern, why in ABSENT.items() if matches(name, pattern)), None)
