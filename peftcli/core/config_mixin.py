@@ -52,7 +52,7 @@ class PeftConfigMixin:
 
     peft_type: str = field(default="", metadata=BOOKKEEPING)
     """PEFT's name of the method, upper case; a ``PeftType`` in a config. The class says it, whatever is given."""
-    auto_mapping: dict[str, Any] | None = field(default=None, metadata=BOOKKEEPING, compare=False)
+    auto_mapping: dict[str, str] | None = field(default=None, metadata=BOOKKEEPING, compare=False)
     """PEFT's note of the base model's class, where task_type does not say it."""
     peft_version: str | None = field(default=None, metadata=BOOKKEEPING, compare=False)
     """The version of PEFT that wrote the file that the config was read from. Unset: ``readable_by``."""
@@ -72,7 +72,7 @@ class PeftConfigMixin:
         kept = {entry.name for entry in dataclasses.fields(self) if entry.metadata.get("file", True)}
         return {key: value for key, value in dataclasses.asdict(self).items() if key in kept}
 
-    def save_pretrained(self, save_directory: str | Path, auto_mapping_dict: dict[str, Any] | None = None) -> None:
+    def save_pretrained(self, save_directory: str | Path, auto_mapping_dict: dict[str, str] | None = None) -> None:
         """Write all settings into the folder's ``adapter_config.json``: sorted, so equal configs give equal bytes.
 
         Raises:
