@@ -124,8 +124,11 @@ class AdapterConfig(PeftConfigMixin):
                 value = sorted(value)
             if isinstance(value, (list, tuple)):
                 value = set(value) if entry.name in self.as_sets else list(value)
-            elif isinstance(value, dict) and (section := section_class(_hints(kind)[entry.name])):
-                value = _section(section, value, entry.name)
+            elif section := section_class(_hints(kind)[entry.name]):
+                value = _section(section, value, entry.name) if isinstance(value, dict) else value
+                if value is not None and not isinstance(value, section):
+                    told = f"expected a mapping or {section.__name__}, found {short_repr(value)}"
+                    raise AdapterTypeError(told, key=entry.name)
             if value is None and not fits(None, _hints(kind)[entry.name]):
                 value = _default(entry)
             setattr(self, entry.name, value)
@@ -278,12 +281,17 @@ class LayeredConfig(TargetedConfig):
     layers_to_transform: list[int] | int | None = None
     """Indices of the transformer layers to adapt, from 0. Unset: all."""
     layers_pattern: list[str] | str | None = None
-    """Name of the model's list of layers ("layers", "h"), where layers_to_transform cannot find it by itself."""
+    """Name of the model's list of layers ("layers", "h"), or a regular expression for its end, where
+    layers_to_transform cannot find it by itself."""
 
     def problems(self) -> list[tuple[str, str]]:
         found = super().problems()
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             found.append(("layers_to_transform", "needs target_modules as a list of names"))
+        try:
+            check_patterns([self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or [])
+        except PatternError as error:
+            found.append(("layers_pattern", str(error)))
         if self.layers_pattern and self.layers_to_transform is None:
             found.append(("layers_pattern", "means nothing without layers_to_transform"))
         layers = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform

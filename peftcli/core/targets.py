@@ -15,7 +15,18 @@ from peftcli.core.layer import base_module, base_paths, model_ends
 from peftcli.core.linear import linear_view
 from peftcli.core.protocols import FindsTargets, layers_of
 from peftcli.errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
-from peftcli.guard.patterns import Pattern, PatternError, ends_with
+from peftcli.guard.patterns import PLAIN_NAME, Pattern, PatternError, ends_with
+
+_MAMBA = {
+    "falcon_h1": ["conv1d", "out_proj"],
+    "falcon_mamba": ["conv1d", "dt_proj", "out_proj"],
+    "jamba": ["conv1d", "dt_proj"],
+    "mamba": ["conv1d", "dt_proj", "out_proj"],
+    "mamba2": ["conv1d", "out_proj"],
+    "nemotron_h": ["conv1d", "out_proj"],
+}
+"""model_type -> modules whose weights the model reads itself, in its kernels or always: what an adapter adds to the
+output of such a module would be lost."""
 
 
 def targets(model: nn.Module, config: AdapterConfig) -> list[str]:
@@ -57,6 +68,8 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
         names = [name for name in names if name not in excluded]
     if isinstance(config, LayeredConfig) and config.layers_to_transform is not None:
         names = _in_layers(names, config)
+    if not config.inference_mode:
+        names = _without_mamba(model, names, config)
     if not names:
         raise NoMatchingPeftModuleError(f"no module of {type(model).__name__} is left to adapt", key="target_modules")
     return names
@@ -171,12 +184,30 @@ def _matches(
     return [name for name in names if matched[name]]
 
 
+def _without_mamba(model: Any, names: list[str], config: TargetedConfig) -> list[str]:
+    """Leave out what the model does not call, or raise AdapterError if the config names it."""
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    lost = [name for name in names if name.rpartition(".")[2] in _MAMBA.get(kind, ())]
+    if lost and config.target_modules not in (None, "all-linear"):
+        raise AdapterError(
+            f"{lost[0]} is incompatible with Mamba-based models: {kind} reads its weight without calling it, so that "
+            "an adapter there would do nothing",
+            key="target_modules",
+            hint=f"leave out {', '.join(_MAMBA[kind])}",
+        )
+    return [name for name in names if name not in lost]
+
+
 def _in_layers(names: list[str], config: LayeredConfig) -> list[str]:
     layers = config.layers_to_transform
     wanted = {layers} if isinstance(layers, int) else set(layers or ())
     lists = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
     ranks = {entry: rank for rank, entry in reversed(list(enumerate(lists or ())))}
-    indices = {name: _layer_index(name.split("."), ranks) for name in names}
+    expressions = [entry for entry in ranks if not PLAIN_NAME.fullmatch(entry)]
+    try:
+        indices = {name: _layer_index(name.split("."), ranks, expressions) for name in names}
+    except PatternError as error:
+        raise AdapterError(str(error), key="layers_pattern") from None
     missing = wanted - set(indices.values())
     if missing:
         there = sorted(index for index in set(indices.values()) if index is not None)
@@ -185,17 +216,20 @@ def _in_layers(names: list[str], config: LayeredConfig) -> list[str]:
     return [name for name in names if indices[name] in wanted]
 
 
-def _layer_index(parts: list[str], ranks: Mapping[str, int]) -> int | None:
+def _layer_index(parts: list[str], ranks: Mapping[str, int], expressions: Iterable[str]) -> int | None:
     """Return the first number in a module's name that follows the name of a list, or without such names the first.
 
     Args:
         parts: of the module's name, between dots.
         ranks: name endings of lists of layers. The lowest that there is counts.
+        expressions: those of them that are regular expressions.
     """
     numbers = [place for place in range(1, len(parts) - 1) if parts[place].isdecimal()]
     if ranks:
         before = ((place, ".".join(parts[start:place])) for place in numbers for start in range(place))
         found = [(ranks[ending], place) for place, ending in before if ending in ranks]
+        for entry in expressions:
+            found += [(ranks[entry], place) for place in numbers if ends_with(".".join(parts[:place]), entry)]
         numbers = [min(found)[1]] if found else []
     return int(parts[numbers[0]]) if numbers else None
 

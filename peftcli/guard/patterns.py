@@ -29,7 +29,8 @@ _MAX_PARTS, _MAX_PARTS_TOGETHER = 20_000, 50_000
 """Parts of one pattern, and of all patterns of a setting, repetitions written out. A usual pattern has 20."""
 _SECONDS = 2.0
 """Processor time for matching all patterns of a setting with all names. A usual match takes microseconds."""
-_NAME = re.compile(r"[\w.]+")
+PLAIN_NAME = re.compile(r"[\w.]+")
+"""A pattern that is a name."""
 _OF_REGEX_ALONE = re.compile(r"\{[^}]*[deis][^}]*\}|\[:\^?\w*:\]")
 """Fuzzy matches and POSIX classes."""
 
@@ -85,7 +86,7 @@ def ends_with(name: str, pattern: str) -> bool:
     Raises:
         PatternError: as ``check_patterns``, or the time is used up.
     """
-    if not _NAME.fullmatch(pattern):
+    if not PLAIN_NAME.fullmatch(pattern):
         return _ending(pattern).fullmatch(name)
     end = name[-len(pattern) :]
     if len(end) < len(pattern) or (len(name) > len(end) and name[-len(end) - 1] != "."):
@@ -99,7 +100,7 @@ def check_patterns(patterns: Iterable[str]) -> None:
     Raises:
         PatternError: one is not a regular expression, or too long, or has syntax that only `regex` knows.
     """
-    parts, expressions = 0, [pattern for pattern in patterns if not _NAME.fullmatch(pattern)]
+    parts, expressions = 0, [pattern for pattern in patterns if not PLAIN_NAME.fullmatch(pattern)]
     for pattern in expressions:
         parts += _count_parts(pattern)
         if parts > _MAX_PARTS_TOGETHER:

@@ -55,7 +55,7 @@ def start_adapter(
     if base and named != base:
         if named is not None:
             warnings.warn(
-                f"base_model_name_or_path is {base} now, the model's name; the config said {named}",
+                f"base_model_name_or_path was renamed from {named!r} to {base!r}, as the model is called",
                 PeftWarning,
                 stacklevel=2,
             )

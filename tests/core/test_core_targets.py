@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 from models_tiny import KINDS, tiny
+from transformers import MambaConfig, MambaForCausalLM
 
 from peftcli.core.config import FAMILY_TARGETS
 from peftcli.core.targets import _layer_index, find_targets, module_matches, shortest_names
+from peftcli.errors import AdapterError
+from peftcli.guard.patterns import PLAIN_NAME
 from peftcli.methods.lora.config import LoraConfig
 
 
@@ -66,7 +69,9 @@ def test_layers_and_exclusions(settings: dict[str, object], expected: list[str])
         ("model.layers.3.experts.7.up", ["experts", "layers"], 7),
         ("model.layers.3.experts.7.up", ["layers", "experts"], 3),
         ("model.layers.3.experts.7.up", ["3.experts"], 7),
-        ("model.layers.3.experts.7.up", ["expert", "ayers", ".*", ""], None),
+        ("model.layers.3.experts.7.up", ["expert", "ayers", ""], None),
+        ("model.layers.3.experts.7.up", [r"\d+\.experts"], 7),
+        ("model.layers.3.experts.7.up", ["(layers|h)", "experts"], 3),
         ("h.3.h.4.x", ["h"], 3),
         ("layers.3", [], None),
         ("0.1.2", [], 1),
@@ -74,7 +79,18 @@ def test_layers_and_exclusions(settings: dict[str, object], expected: list[str])
     ],
 )
 def test_which_number_is_the_layers(name: str, lists: list[str], expected: int | None) -> None:
-    assert _layer_index(name.split("."), {entry: rank for rank, entry in enumerate(lists)}) == expected
+    expressions = [entry for entry in lists if not PLAIN_NAME.fullmatch(entry)]
+    assert _layer_index(name.split("."), {entry: rank for rank, entry in enumerate(lists)}, expressions) == expected
+
+
+def test_what_mamba_reads_without_calling_it_is_left_out_or_refused() -> None:
+    model = MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, state_size=2))
+    found = find_targets(model, LoraConfig(target_modules="all-linear"))
+    assert [name.rpartition(".")[2] for name in found] == ["in_proj", "x_proj"]
+    with pytest.raises(AdapterError, match=r"out_proj is incompatible with Mamba-based models.*\n.*dt_proj, out_proj"):
+        find_targets(model, LoraConfig(target_modules=["in_proj", "out_proj"]))
+    loaded = LoraConfig(target_modules=["in_proj", "out_proj"], inference_mode=True)  # of a run that did call it
+    assert len(find_targets(model, loaded)) == 2
 
 
 def test_the_shortest_names_name_these_and_no_others() -> None:

@@ -93,7 +93,7 @@ def test_dropout_falls_on_what_differs_from_the_base_layer() -> None:
     torch.manual_seed(0)
     found = layer(x)
     torch.manual_seed(0)
-    seen = layer.dropout(x)
+    seen = layer.lora_dropout(x)
     factor = dora.factor(layer)
     expected = base(x) + (factor - 1) * F.linear(seen, base.weight) + factor * layer.update(seen)
     torch.testing.assert_close(found, expected)

@@ -11,7 +11,7 @@ from torch import nn
 
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
-from peftcli.errors import AdapterError
+from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods.lora.config import LoraConfig
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -105,10 +105,11 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
         {"trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}, "ensure_weight_tying": True},
         "trainable_token_indices: tied layers need the same tokens",
     ),
-    "nothing to tie": (
+    "a section that is none": ("llama", {"kasa_config": 3}, "kasa_config: expected a mapping or KasaConfig, found 3"),
+    "a pattern of layers": (
         "llama",
-        {"ensure_weight_tying": True},
-        "ensure_weight_tying: no target shares the input embedding's weight",
+        {"layers_to_transform": [0], "layers_pattern": "(layers"},
+        r"layers_pattern: '\(layers' is not a regular expression",
     ),
     "dora and ties": (
         "llama_tied",
@@ -162,6 +163,17 @@ def test_a_wrong_setting_is_named_and_nothing_is_changed(name: str) -> None:
     inject(
         model, LoraConfig(target_modules=["convolution" if kind == "convnet" else "q_proj"])
     )  # and a right one still goes in
+
+
+def test_a_usual_r_fits_a_layer_of_any_size() -> None:
+    model = nn.Sequential(nn.Linear(1, 1))
+    inject(model, LoraConfig(target_modules=["0"], rank_pattern={"^0": 24}))
+    assert model[0].lora_A.weight.shape == (24, 1)
+
+
+def test_a_bias_over_layers_without_one_is_a_warning() -> None:
+    with pytest.warns(PeftWarning, match=r"lora_bias: model\.layers\.0.*q_proj has no bias .* cannot be merged"):
+        inject(tiny("llama"), LoraConfig(lora_bias=True))
 
 
 def test_a_parameter_of_the_model_itself_is_refused() -> None:

@@ -152,6 +152,11 @@ def test_attention_computes_as_with_its_weights_changed(
         assert torch.equal(layer(x, x, x, **inputs)[0], base(x, x, x, **inputs)[0])
 
 
+def test_attention_keeps_what_models_read_of_it() -> None:
+    layer = _filled(nn.MultiheadAttention(16, 4, dropout=0.25, batch_first=True))
+    assert (layer.dropout, layer.num_heads, layer.batch_first) == (0.25, 4, True)
+
+
 def test_attention_that_lora_cannot_adapt_is_refused() -> None:
     with pytest.raises(AdapterError, match="keys or values of another width"):
         _filled(nn.MultiheadAttention(16, 4, kdim=8))

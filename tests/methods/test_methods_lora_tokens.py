@@ -14,7 +14,7 @@ from peftcli.core.inject import inject, set_active
 from peftcli.core.layer import base_module
 from peftcli.core.merge import merge
 from peftcli.core.weights import adapter_state, load_state, named_tensors
-from peftcli.errors import AdapterError
+from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods._token_rows import wrap_rows
 from peftcli.methods.lora.config import LoraConfig
 
@@ -100,6 +100,14 @@ def test_with_ensure_weight_tying_both_ends_have_one_adapter(settings: dict[str,
     assert not merge(model, config)
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     torch.testing.assert_close(logits(model, batch("llama_tied")), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("llama", "no tied modules were found"), ("llama_tied", "no tied modules are added")]
+)
+def test_ensure_weight_tying_that_changes_nothing_is_a_warning(kind: str, reason: str) -> None:
+    with pytest.warns(PeftWarning, match=f"ensure_weight_tying changes nothing: {reason}"):
+        inject(tiny(kind), LoraConfig(target_modules=["q_proj"], ensure_weight_tying=True))
 
 
 def test_tied_adapters_go_out_and_in_again() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from peftcli.core.inject import replace_modules, train_other_biases
 from peftcli.core.layer import AdapterLayer, TrainedCopy, base_module, base_paths
 from peftcli.core.targets import find_modules
+from peftcli.errors import PeftWarning
 from peftcli.methods._token_rows import share_rows, wrap_rows
 from peftcli.methods.lora.alora import watch_input_ids
 from peftcli.methods.lora.arrow import find_experts
@@ -28,6 +30,8 @@ def attach(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]
         watch_input_ids(model)
     if config.arrow_config:
         find_experts(model)
+    if config.lora_bias and not config.inference_mode:
+        _warn_of_lora_bias(layers)
     if config.ensure_weight_tying:
         _tie(model, config, layers)
     _train_rows(model, config)
@@ -60,7 +64,7 @@ class TiedHead(LoraLayer):
         y = self.base_layer(x, *args, **kwargs)
         if not self.enabled:
             return y
-        z = F.linear(self.dropout(x.to(self.lora_embedding_B.dtype)), self.lora_embedding_B.T)
+        z = F.linear(self.lora_dropout(x.to(self.lora_embedding_B.dtype)), self.lora_embedding_B.T)
         return y + (self.scaling * F.linear(z, self.lora_embedding_A.T)).to(y.dtype)
 
     def delta(self) -> torch.Tensor:
@@ -68,7 +72,10 @@ class TiedHead(LoraLayer):
 
 
 def _tie(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) -> None:
-    """Let the layers that share the input embedding's weight share its adapter, or its trained copy."""
+    """Let the layers that share the input embedding's weight share its adapter, or its trained copy.
+
+    Warns if there are none, or none of them is adapted.
+    """
     group = tied_group(model)
     at: dict[str, Any] = {name: model.get_submodule(base_paths(model)[name]) for name in group}
     saved = [name for name in find_modules(model, config.modules_to_save or (), "modules_to_save") if name in group]
@@ -87,7 +94,18 @@ def _tie(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) 
                 twin.lora_embedding_A, twin.lora_embedding_B = source.lora_embedding_A, source.lora_embedding_B
             else:
                 new[at[name]] = TiedHead(at[name], name, config, source, group[0])
+    elif not config.inference_mode and not (group and config.trainable_token_indices):
+        reason = "no tied modules are added by target_modules or modules_to_save"
+        if not group:
+            reason = "no tied modules were found in the model"
+        warnings.warn(f"ensure_weight_tying changes nothing: {reason}", PeftWarning, stacklevel=3)
     replace_modules(model, {module: layer.train(module.training) for module, layer in new.items()})
+
+
+def _warn_of_lora_bias(layers: dict[str, AdapterLayer]) -> None:
+    if name := next((name for name, layer in layers.items() if base_module(layer).bias is None), None):
+        told = f"lora_bias: {name} has no bias in the base model, so this adapter cannot be merged"
+        warnings.warn(told, PeftWarning, stacklevel=3)
 
 
 def _train_rows(model: nn.Module, config: LoraConfig) -> None:

@@ -41,7 +41,7 @@ def update(layer: AdapterLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
     """
     ratio = factor(layer).view(-1, *_places(layer))
     bias = _bias(layer.base_layer)
-    if not layer.training or isinstance(layer.dropout, nn.Identity):
+    if not layer.training or isinstance(layer.lora_dropout, nn.Identity):
         plain = y if bias is None else y - bias.view(-1, *_places(layer))
     elif linear_view(layer) is not None:
         plain = F.linear(x, dense_weight(layer))

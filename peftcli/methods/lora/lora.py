@@ -20,6 +20,8 @@ from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.initialise import initialise
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_USUAL_R = 64
+"""The largest r that fits a layer of any size."""
 
 
 class LoraLayer(AdapterLayer):
@@ -36,7 +38,7 @@ class LoraLayer(AdapterLayer):
         self.r = int(pattern_value(config.rank_pattern, name, config.r))
         alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
         self.scaling = alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
-        self.dropout = dropout_layer(config.lora_dropout)
+        self.lora_dropout = dropout_layer(config.lora_dropout)
         self.lora_magnitude_vector = None  # DoRA's
 
     def start(self, config: LoraConfig) -> None:
@@ -50,7 +52,7 @@ class LoraLayer(AdapterLayer):
         y = self.base_layer(x, *args, **kwargs)
         if not self.enabled:
             return y
-        x = self.dropout(x.to(self.lora_A.weight.dtype) if self.casts_input else x)
+        x = self.lora_dropout(x.to(self.lora_A.weight.dtype) if self.casts_input else x)
         z = self.update(x) if self.lora_magnitude_vector is None else dora.update(self, x, y)
         return y + z.to(y.dtype)
 
@@ -169,5 +171,5 @@ def lora_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraL
 
 def check_size(r: int, shape: Sequence[int], name: str) -> None:
     """Raises AdapterError for an r far beyond what a weight of this shape, (out, in), has room for."""
-    if r > 8 * max(shape):
+    if r > max(_USUAL_R, 8 * max(shape)):
         raise AdapterError(f"{r} is far larger than {name}: {shape[0]} x {shape[1]}", key="r")

@@ -70,8 +70,6 @@ def _target_modules(model: nn.Module, config: LoraConfig) -> list[str]:
         return names
     group = tied_group(model)
     if not any(name in group for name in names):
-        if not (config.inference_mode or config.modules_to_save or config.trainable_token_indices):
-            raise AdapterError("no target shares the input embedding's weight; leave it off", key="ensure_weight_tying")
         return names
     return [group[0], *(name for name in names if name not in group)]
 
