@@ -70,23 +70,16 @@ def inject(
     keep_layout(model)
     if not config.inference_mode:
         check_gradients(model)
-    method = layers_of(config)
-    if isinstance(method, Reshapes):
-        method.reshape(model, config)
+    trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    changes_before = len(model.__dict__.get("_adapter_undo", ()))
     try:
-        layers, saved = _wrapped(model, config, initialised)
+        total_before = _insert(model, config, initialised)
     except AdapterError:
-        _take_back(model)
+        _remove(model, lambda layer: layer not in before)
+        _take_back(model, changes_before)
+        for parameter in trained_before:
+            parameter.requires_grad_(True)
         raise
-    total_before = num_weights(model)
-    if not before:
-        model.requires_grad_(False)
-    paths = base_paths(model)
-    new = {model.get_submodule(paths[name]): layer for name, layer in [*layers.items(), *saved.items()]}
-    replace_modules(model, {module: layer.train(module.training) for module, layer in new.items()})
-    _complete(model, config, layers)
-    if isinstance(method, Attaches):
-        method.attach(model, config, layers)
     _call_layers(model)
     _freeze_statistics(model)
     added = {path: layer for path, layer in adapter_layers(model).items() if layer not in before}
@@ -140,8 +133,7 @@ def set_trainable(model: nn.Module, trainable: bool, adapter: str | None = None)
 
 def unload(model: nn.Module, adapter: str | None = None) -> None:
     """Remove the layers of one adapter, or of all, and put the modules below them back in place."""
-    while layers := adapter_layers(model, adapter):
-        replace_modules(model, {layer: layer.base_layer for layer in layers.values()})
+    _remove(model, lambda layer: adapter in (None, layer.adapter))
     if not adapter_layers(model):
         _take_back(model)
 
@@ -228,6 +220,34 @@ def train_other_biases(model: nn.Module) -> None:
     replace_modules(model, new)
 
 
+def _remove(model: nn.Module, chosen: Callable[[AdapterLayer], bool]) -> None:
+    """Put the modules below the chosen layers back in place."""
+    while layers := [layer for layer in adapter_layers(model).values() if chosen(layer)]:
+        replace_modules(model, {layer: layer.base_layer for layer in layers})
+
+
+def _insert(model: nn.Module, config: AdapterConfig, initialised: Collection[str]) -> int:
+    """Freeze the base model and put the config's layers in place; return the parameters that there were before.
+
+    Raises:
+        AdapterError: the model may be half changed then.
+    """
+    method, is_first = layers_of(config), not adapter_layers(model)
+    if isinstance(method, Reshapes):
+        method.reshape(model, config)
+    layers, saved = _wrapped(model, config, initialised)
+    total_before = num_weights(model)
+    if is_first:
+        model.requires_grad_(False)
+    paths = base_paths(model)
+    new = {model.get_submodule(paths[name]): layer for name, layer in [*layers.items(), *saved.items()]}
+    replace_modules(model, {module: layer.train(module.training) for module, layer in new.items()})
+    _complete(model, config, layers)
+    if isinstance(method, Attaches):
+        method.attach(model, config, layers)
+    return total_before
+
+
 def _wrapped(
     model: nn.Module, config: AdapterConfig, initialised: Collection[str]
 ) -> tuple[dict[str, AdapterLayer], dict[str, TrainedCopy]]:
@@ -288,7 +308,10 @@ def _use_statistics(norm: nn.Module, args: Any) -> None:
         norm.training = False
 
 
-def _take_back(model: nn.Module) -> None:
-    """Undo what ``reshape`` did."""
-    for undo in reversed(model.__dict__.pop("_adapter_undo", [])):
-        undo()
+def _take_back(model: nn.Module, earlier: int = 0) -> None:
+    """Undo the changes of the model's structure, but for the first ``earlier`` of them, which other adapters made."""
+    changes = model.__dict__.get("_adapter_undo", [])
+    while len(changes) > earlier:
+        changes.pop()()
+    if not changes:
+        model.__dict__.pop("_adapter_undo", None)

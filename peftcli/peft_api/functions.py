@@ -41,7 +41,7 @@ def get_peft_model(
     Raises:
         AdapterError: the config does not fit the model.
     """
-    if adapter_layers(model):
+    if any(layer.adapter != adapter_name for layer in adapter_layers(model).values()):
         told = "the model has an adapter already, and keeps it beside the new one; unload() takes it out"
         warnings.warn(told, PeftWarning, stacklevel=2)
     if revision is not None:

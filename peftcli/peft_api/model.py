@@ -27,7 +27,7 @@ from peftcli.errors import AdapterError
 from peftcli.peft_api.embedding_layers import embedding_layers
 from peftcli.peft_api.loading import LoadResult, find, key_mapping_for, load, renaming
 from peftcli.peft_api.new_adapter import check_name, start_adapter
-from peftcli.peft_api.replace_adapter import replace_adapter
+from peftcli.peft_api.replace_adapter import replace_adapter, replacing
 from peftcli.peft_api.saved_by_trainer import SavedByTrainer, write_for_trainer
 from peftcli.peft_api.state_dicts import take
 from peftcli.peft_api.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -75,17 +75,20 @@ class PeftModel(SavedByTrainer):
     ):
         """Put a new adapter into ``model``, in place, and wrap it. ``get_peft_model`` does the same.
 
+        An adapter of this name that the model holds already is replaced, with a warning.
+
         Raises:
             AdapterError: the config does not fit the model.
         """
         check_name(adapter_name)
-        start_adapter(
-            model,
-            peft_config,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-        )
+        with replacing(model, adapter_name):
+            start_adapter(
+                model,
+                peft_config,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+            )
         set_trainable(model, not peft_config.inference_mode)
         self._hold(model, peft_config, adapter_name)
 
@@ -371,15 +374,16 @@ class PeftModel(SavedByTrainer):
         check_name(adapter_name)
         source = find(model_id, options)
         config = config or source.config
-        load(
-            model,
-            config,
-            source,
-            adapter_name,
-            trainable=is_trainable,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            rename=renaming(key_mapping_for(model, config, key_mapping)),
-        )
+        with replacing(model, adapter_name):
+            load(
+                model,
+                config,
+                source,
+                adapter_name,
+                trainable=is_trainable,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                rename=renaming(key_mapping_for(model, config, key_mapping)),
+            )
         return wrap(model, config, adapter_name, cls).train(is_trainable)
 
     def load_adapter(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -11,9 +13,11 @@ from peftcli.adapters.load import AdapterSource
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import load_adapter, read_tensors
 from peftcli.core.inject import inject, set_trainable, unload
+from peftcli.core.layer import adapter_layers
 from peftcli.core.weights import holds_its_file, load_state, load_training_state, named_tensors, training_state
-from peftcli.errors import AdapterError
+from peftcli.errors import AdapterError, PeftWarning
 from peftcli.guard.adapter_folder import WEIGHTS_FILE
+from peftcli.peft_api.tuner import Tuner
 
 
 def replace_adapter(
@@ -61,6 +65,28 @@ def replace_adapter(
     finally:
         old.inference_mode = mode
     return True
+
+
+@contextmanager
+def replacing(model: nn.Module, name: str) -> Iterator[None]:
+    """Remove the adapter called ``name`` once another one of that name is in the model; keep it if that fails.
+
+    An adapter of a ``PeftModel`` stays: only the ``PeftModel`` itself can replace it.
+    """
+    old = list(adapter_layers(model, name).values())
+    if not old or any(isinstance(module, Tuner) for module in model.modules()):
+        yield
+        return
+    warnings.warn(f"the model's adapter {name!r} is replaced; name the new one otherwise to keep both", PeftWarning, 3)
+    for layer in old:
+        layer.adapter = f"{name} (replaced)"  # no name of an adapter has brackets
+    try:
+        yield
+    except BaseException:
+        for layer in old:
+            layer.adapter = name
+        raise
+    unload(model, f"{name} (replaced)")
 
 
 def _content(config: AdapterConfig) -> dict[str, Any]:

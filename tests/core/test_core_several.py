@@ -249,6 +249,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "empty": (lambda model: model.add_adapter("", CONFIGS["wide"]()), "'' is not a valid name"),
     "base": (lambda model: model.add_adapter("__base__", CONFIGS["wide"]()), "'__base__' is not a valid name"),
     "no fit": (lambda model: model.add_adapter("x", peftcli.LoraConfig(target_modules=["q_porj"])), "closest: q_proj"),
+    "no room": (lambda model: model.add_adapter("x", peftcli.VeraConfig(r=10**5)), "r: 100,000 is far larger"),
     "tensors": (lambda model: set_peft_model_state_dict(model, {}), "missing: "),
 }
 

@@ -117,7 +117,10 @@ def test_what_changes_nothing_or_more_than_it_says_is_told() -> None:
     config = peftcli.LoraConfig(base_model_name_or_path="another", exclude_modules=["lm_head"])
     model: Any = tiny("llama")
     model.name_or_path = "a name"
-    with pytest.warns(peftcli.PeftWarning, match="is a name now"), pytest.warns(UserWarning, match="excludes none"):
+    with (
+        pytest.warns(peftcli.PeftWarning, match="renamed from 'another' to 'a name'"),
+        pytest.warns(UserWarning, match="excludes none"),
+    ):
         model = peftcli.get_peft_model(model, config)
     assert config.base_model_name_or_path == "a name"
     with pytest.warns(peftcli.PeftWarning, match="has an adapter already"):

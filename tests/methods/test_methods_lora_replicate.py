@@ -114,3 +114,11 @@ def test_a_model_with_an_adapter_is_refused() -> None:
     model, _ = ours("llama", "lora")
     with pytest.raises(AdapterError, match="layer_replication: the model holds an adapter already"):
         inject(model, LoraConfig(layer_replication=TWICE), "second")
+
+
+def test_another_adapter_that_is_refused_does_not_take_the_layers_back() -> None:
+    model, _ = ours("llama", "lora", layer_replication=TWICE, target_modules=["q_proj"])
+    expected = logits(model, batch("llama"))
+    with pytest.raises(AdapterError, match="closest: q_proj"):
+        inject(model, LoraConfig(target_modules=["q_porj"]), "second")
+    assert torch.equal(logits(model, batch("llama")), expected)

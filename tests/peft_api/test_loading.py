@@ -173,6 +173,24 @@ def test_a_mixed_model(saved: Path) -> None:
     assert type(loaded) is peftcli.PeftMixedModel
 
 
+def test_an_adapter_of_the_same_name_is_replaced_or_kept(saved: Path) -> None:
+    base = tiny("llama")
+    model = get_peft_model(base, peftcli.LoraConfig(r=4, target_modules=["v_proj"]))
+    randomise(model)
+    before = logits(model, batch("llama"))
+    with (
+        pytest.raises(AdapterError, match="matches 'nope'"),
+        pytest.warns(peftcli.PeftWarning, match="'default' is replaced"),
+    ):
+        get_peft_model(base, peftcli.LoraConfig(target_modules=["nope"]))
+    assert torch.equal(logits(model, batch("llama")), before)
+    with pytest.warns(peftcli.PeftWarning, match="'default' is replaced"):
+        found = PeftModel.from_pretrained(base, saved)
+    expected = PeftModel.from_pretrained(tiny("llama"), saved)
+    assert torch.equal(logits(found, batch("llama")), logits(expected, batch("llama")))
+    assert found.state_dict().keys() == expected.state_dict().keys()
+
+
 def test_another_revision_is_said() -> None:
     with pytest.warns(UserWarning, match="revision: first in the config becomes second"):
         model = get_peft_model(tiny("llama"), _config(peftcli, revision="first"), revision="second")

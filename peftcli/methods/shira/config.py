@@ -15,6 +15,7 @@ class ShiraConfig(FanInConfig):
 
     peft_type = "SHIRA"
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules")
+    filled_later: ClassVar[tuple[str, ...]] = ("mask_type",)
 
     r: int = 32
     """As many numbers of each weight are trained as LoRA of this r would train: r * (in + out)."""
