@@ -142,7 +142,11 @@ class AdapterConfig(PeftConfigMixin):
         """Return the settings that are wrong whatever the model, as ``(key, message)``."""
         found: list[tuple[str, str]] = []
         if self.task_type not in (None, *TaskType):
-            found.append(("task_type", f"must be one of {', '.join(TaskType)}, not {short_repr(self.task_type)}"))
+            known = ", ".join(TaskType)
+            message = (
+                f"Invalid task type: {short_repr(self.task_type)}. Must be one of the following task types: {known}."
+            )
+            found.append(("task_type", message))
         for entry in fields(self):
             value = getattr(self, entry.name)
             if entry.metadata.get("unsupported") and value not in (_default(entry), *_OFF):
@@ -191,8 +195,10 @@ class AdapterConfig(PeftConfigMixin):
         known = {entry.name for entry in fields(cls) if entry.metadata.get("file", True)}
         unknown = sorted(key for key in values.keys() - known if values[key] not in _OFF)
         if unknown and (unknown_keys == "warn" or _is_newer(values.get("peft_version"))):
-            names = ", ".join(f"{short_name(key)}={short_repr(values[key])}" for key in unknown)
-            told = f"{file or cls.__name__}: ignores what it does not know: {names}; a newer PEFT may have written it"
+            names, place = [short_name(key) for key in unknown], f"{file}: " if file else ""
+            told = f"{place}Unexpected keyword arguments {names} for class {cls.__name__}, these are ignored."
+            given = ", ".join(f"{short_name(key)}={short_repr(values[key])}" for key in unknown)
+            told += f" A newer PEFT may have written them: {given}"
             warnings.warn(one_line(told), stacklevel=2)
         elif unknown:
             message = f"{cls.peft_type} with {short_name(unknown[0])}={short_repr(values[unknown[0]])} is not supported"

@@ -107,8 +107,12 @@ class PeftConfigMixin:
         folder, inside = Path(pretrained_model_name_or_path).expanduser(), subfolder or "."
         if not folder.is_dir():
             folder = _from_hub(str(pretrained_model_name_or_path), inside, revision, options)
-        values = cls.from_json_file(folder / inside / CONFIG_FILE)
-        return cls.from_peft_type(**{"peft_type": None, **values})  # a file has to name its method
+        path = folder / inside / CONFIG_FILE
+        values = cls.from_json_file(path)
+        if "peft_type" not in values:
+            lacks = f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
+            raise AdapterTypeError(lacks, file=str(path))
+        return cls.from_peft_type(**values)
 
     @classmethod
     def from_json_file(cls, path_json_file: str | Path) -> dict[str, Any]:

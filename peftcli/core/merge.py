@@ -106,7 +106,11 @@ def fold(model: nn.Module) -> Folded:
                 if isinstance(before, nn.Parameter):
                     merged = nn.Parameter(merged, requires_grad=False)
                 if not torch.isfinite(merged).all():
-                    raise AdapterError(f"{name}.{tensor} is not finite after merging")
+                    adapters = {each.adapter for each in (layer, *layers_below(layer)) if each.enabled}
+                    raise AdapterError(
+                        f"NaNs detected in the merged {'bias' if tensor.endswith('bias') else 'weights'}. The adapter "
+                        f"{' or '.join(sorted(adapters))} seems to be broken: {name}.{tensor} contains NaN or Inf"
+                    )
                 first = kept.setdefault(before, merged)
                 merged = first if torch.equal(first, merged) else merged  # shared and changed alike: still shared
                 owner, _, leaf = tensor.rpartition(".")

@@ -42,7 +42,9 @@ def get_peft_model(
         AdapterError: the config does not fit the model.
     """
     if any(layer.adapter != adapter_name for layer in adapter_layers(model).values()):
-        told = "the model has an adapter already, and keeps it beside the new one; unload() takes it out"
+        told = (
+            "You are trying to modify a model that has an adapter already. It keeps that one too; unload() takes it out"
+        )
         warnings.warn(told, PeftWarning, stacklevel=2)
     if revision is not None:
         if peft_config.revision not in (None, revision):

@@ -27,8 +27,10 @@ from peftcli.errors import AdapterError
 from peftcli.peft_api.embedding_layers import embedding_layers
 from peftcli.peft_api.loading import LoadResult, find, key_mapping_for, load, renaming
 from peftcli.peft_api.new_adapter import check_name, start_adapter
+from peftcli.peft_api.prepare import prepare_model_for_gradient_checkpointing
 from peftcli.peft_api.replace_adapter import replace_adapter, replacing
 from peftcli.peft_api.saved_by_trainer import SavedByTrainer, write_for_trainer
+from peftcli.peft_api.soft_prompts import prompt_embedding, prompt_encoders
 from peftcli.peft_api.state_dicts import take
 from peftcli.peft_api.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from peftcli.peft_api.tuner import Tuner
@@ -145,6 +147,16 @@ class PeftModel(SavedByTrainer):
         return next((config.peft_type for config in self.peft_config.values()), None)
 
     @property
+    def prompt_encoder(self) -> nn.ModuleDict:
+        """The weights of the soft prompts, by adapter: ``soft_prompts.prompt_encoders``."""
+        return prompt_encoders(self.get_base_model())
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
+        """Return the vectors of an adapter's virtual tokens as its file holds them: (n, D), on the CPU."""
+        self.base_model.check_known([adapter_name])
+        return prompt_embedding(self.get_base_model(), adapter_name)
+
+    @property
     def modules_to_save(self) -> set[str] | None:
         """Names of the modules that the adapters train in full; None if there are none."""
         return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
@@ -197,6 +209,10 @@ class PeftModel(SavedByTrainer):
             low_cpu_mem_usage=low_cpu_mem_usage,
         )
         self.base_model.added(adapter_name, peft_config, trainable=False)
+
+    def prepare_model_for_gradient_checkpointing(self, model: Any) -> None:
+        """Let gradients reach the adapters below checkpointed blocks: ``prepare_model_for_gradient_checkpointing``."""
+        prepare_model_for_gradient_checkpointing(model)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several together, the active ones: ``Tuner.set_adapter``."""

@@ -18,13 +18,16 @@ from peftcli.models.open import open_base
 from peftcli.peft_api.mixed_batch import BASE
 from peftcli.schema import BaseModel
 
-_NAME = re.compile(r"[\w-]+")
+_NAME = re.compile(r"[\w-]+( [\w-]+)*")
 
 
 def check_name(name: str) -> None:
     """Raises AdapterError for a name that could not be a folder's, or that means something else."""
     if not _NAME.fullmatch(name) or name == BASE:
-        raise AdapterError(f"{name!r} is not a valid name; use letters, digits, - and _", key="adapter_name")
+        raise AdapterError(
+            f"{name!r} is not a valid name; use letters, digits, - and _, and single blanks between them",
+            key="adapter_name",
+        )
 
 
 def start_adapter(

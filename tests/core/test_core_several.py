@@ -236,6 +236,16 @@ def test_names_in_the_file_do_not_depend_on_the_other_adapters(shared: PeftModel
         assert not any("base_layer" in key for key in tensors)
 
 
+def test_a_name_may_hold_a_blank(tmp_path: Path) -> None:
+    model = several("plain")
+    model.add_adapter("the other", CONFIGS["wide"]())
+    model.save_pretrained(tmp_path)
+    assert (
+        peftcli.PeftModel.from_pretrained(tiny("llama"), tmp_path / "the other", "the other").active_adapter
+        == "the other"
+    )
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "unknown": (lambda model: model.set_adapter("wdie"), "no adapter is called 'wdie'; there are: plain, wide"),
     "one of two": (lambda model: model.set_adapter(["plain", "x"]), "no adapter is called 'x'"),
@@ -246,6 +256,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "set state": (lambda model: set_peft_model_state_dict(model, {}, "x"), "no adapter is called 'x'"),
     "taken": (lambda model: model.add_adapter("wide", CONFIGS["wide"]()), "an adapter called 'wide' already"),
     "a path": (lambda model: model.add_adapter("../x", CONFIGS["wide"]()), "'../x' is not a valid name"),
+    "a blank at the end": (lambda model: model.add_adapter("x ", CONFIGS["wide"]()), "'x ' is not a valid name"),
     "empty": (lambda model: model.add_adapter("", CONFIGS["wide"]()), "'' is not a valid name"),
     "base": (lambda model: model.add_adapter("__base__", CONFIGS["wide"]()), "'__base__' is not a valid name"),
     "no fit": (lambda model: model.add_adapter("x", peftcli.LoraConfig(target_modules=["q_porj"])), "closest: q_proj"),

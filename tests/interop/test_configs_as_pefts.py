@@ -78,7 +78,8 @@ def test_settings_stay_what_they_are(tmp_path: Path) -> None:
 
 
 def test_unknown_keys_are_told_in_a_file_and_an_error_in_code(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="LoraConfig: ignores what it does not know: spam=1"):
+    told = "Unexpected keyword arguments ..spam.. for class LoraConfig, these are ignored"
+    with pytest.warns(UserWarning, match=told):
         assert peftcli.LoraConfig.from_peft_type(spam=1, r=4).r == 4
     with pytest.raises(TypeError, match="spam"):
         peftcli.LoraConfig(spam=1)  # type: ignore[call-arg]
@@ -100,13 +101,18 @@ def test_wrong_settings_are_an_error_when_the_config_is_made(wrong: dict[str, An
         peftcli.LoraConfig(**wrong)
 
 
-def test_errors_are_of_the_classes_that_pefts_are() -> None:
+def test_errors_are_of_the_classes_that_pefts_are(tmp_path: Path) -> None:
     with pytest.raises(peftcli.NoMatchingPeftModuleError, match="q_porj") as error:
         peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(target_modules=["q_porj"]))
     assert isinstance(error.value, (peftcli.PeftError, ValueError))
     for wrong in ({"target_parameters": "up_proj"}, {"peft_type": None}):
         with pytest.raises(TypeError, match=r"peft_type|target_parameters"):
             peftcli.LoraConfig.from_peft_type(**wrong)
+    tmp_path.joinpath("adapter_config.json").write_text('{"r": 4}')
+    with pytest.raises(TypeError, match=r"json: The LoraConfig config .* is missing required keys: \{'peft_type'\}"):
+        peftcli.LoraConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"Invalid task type: 'CAUSAL'\. Must be one of"):
+        peftcli.LoraConfig(task_type="CAUSAL")
     with pytest.raises(TypeError, match="list of names"):
         peftcli.LoraConfig(target_parameters="up_proj")  # type: ignore[arg-type]
 

@@ -503,6 +503,9 @@ def test_a_model_is_prepared_as_by_peft() -> None:
         assert (ours[0], ours[1].dtype, ours[1].requires_grad) == (theirs[0], theirs[1].dtype, theirs[1].requires_grad)
     peftcli.prepare_model_for_gradient_checkpointing(prepared[1])
     assert prepared[1].get_input_embeddings()(torch.tensor([[3]])).requires_grad
+    model = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig())
+    model.prepare_model_for_gradient_checkpointing(model)
+    assert model.get_input_embeddings()(torch.tensor([[3]])).requires_grad
 
 
 def test_a_config_is_made_from_a_dict() -> None:
