@@ -197,8 +197,8 @@ class AdapterConfig(PeftConfigMixin):
         if unknown and (unknown_keys == "warn" or _is_newer(values.get("peft_version"))):
             names, place = [short_name(key) for key in unknown], f"{file}: " if file else ""
             told = f"{place}Unexpected keyword arguments {names} for class {cls.__name__}, these are ignored."
-            given = ", ".join(f"{short_name(key)}={short_repr(values[key])}" for key in unknown)
-            told += f" A newer PEFT may have written them: {given}"
+            told += " A newer PEFT may have written them: "
+            told += ", ".join(f"{short_name(key)}={short_repr(values[key])}" for key in unknown)
             warnings.warn(one_line(told), stacklevel=2)
         elif unknown:
             message = f"{cls.peft_type} with {short_name(unknown[0])}={short_repr(values[unknown[0]])} is not supported"
