@@ -20,6 +20,7 @@ from peftcli.core.protocols import after_step, penalty
 from peftcli.core.targets import find_parameters
 from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
+from peftcli.methods._token_rows import TrainedRows
 from peftcli.methods.combinations import Adapter, Combination, combine
 from peftcli.methods.lora.conversion import can_be_lora
 from peftcli.methods.lora.variants import kasa_penalty, monteclora_penalty
@@ -100,6 +101,7 @@ class Tuner(nn.Module):
         layers = [
             layer for layer in adapter_layers(self.model).values() if type(layer) not in (TrainedBias, TrainedCopy)
         ]
+        layers.sort(key=lambda layer: isinstance(layer, TrainedRows))  # these are beside another method's, unless alone
         names = [*layers[0].own_tensors()] if layers else []
         head, found, _ = os.path.commonprefix(names).rpartition("_")  # noqa: RUF071 - of characters, not of paths
         return head + found

@@ -101,7 +101,8 @@ def test_the_targeted_modules_are_pefts() -> None:
 
 def test_the_config_of_any_model() -> None:
     for lib in (peftcli.peft_api, peft):
-        tuner = lib.get_peft_model(tiny("llama"), lib.LoraConfig(target_modules=["q_proj"])).base_model
+        config = lib.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3])
+        tuner = lib.get_peft_model(tiny("llama"), config).base_model
         assert tuner.get_model_config(torch.nn.Linear(1, 1)) == {"model_type": "custom"}
         assert tuner.get_model_config(tuner.model)["model_type"] == "llama"
         assert tuner.prefix == "lora_"
