@@ -77,7 +77,7 @@ def replacing(model: nn.Module, name: str) -> Iterator[None]:
     if not old or any(isinstance(module, Tuner) for module in model.modules()):
         yield
         return
-    told = f"You are trying to modify a model that has an adapter already. {name!r} is replaced; name it otherwise to keep both"
+    told = f"You are trying to modify a model that has an adapter already. {name!r} is replaced; a new name keeps both"
     warnings.warn(told, PeftWarning, stacklevel=3)
     for layer in old:
         layer.adapter = f"{name} (replaced)"  # no name of an adapter has brackets
