@@ -46,6 +46,13 @@ class SavedByTrainer(nn.Module):
         """The same under transformers' old name."""
         return _asked(self, "is_gradient_checkpointing")
 
+    @property
+    def _hf_peft_config_loaded(self) -> bool:
+        """Whether Trainer may train it, which it refuses for a quantised model without adapters."""
+        model: Any = self
+        quantizer = getattr(model.get_base_model(), "hf_quantizer", None)
+        return quantizer is None or bool(quantizer.is_trainable)
+
 
 def write_for_trainer(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write what Trainer itself reads when it resumes from one of its checkpoints, or loads the best of them."""

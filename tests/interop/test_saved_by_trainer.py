@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -141,6 +142,19 @@ def test_what_trainer_takes_it_for_changes_nothing_else(tmp_path: Path) -> None:
     assert compiled(**labelled("llama")).loss.isfinite()
     _trainer(compiled, tmp_path / "run").save_model(str(tmp_path / "compiled"))
     assert json.loads((tmp_path / "compiled" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_a_quantised_model_with_an_adapter_trains_where_its_weights_let_gradients_through(tmp_path: Path) -> None:
+    """Trainer asks both questions."""
+    for trainable in (True, False):
+        model = _model()
+        model.get_base_model().is_quantized = True
+        model.get_base_model().hf_quantizer = SimpleNamespace(is_trainable=trainable, is_qat_trainable=False)
+        if trainable:
+            _trainer(model, tmp_path).train()
+        else:
+            with pytest.raises(ValueError, match="quantized"):
+                _trainer(model, tmp_path)
 
 
 def test_a_readme_of_ones_own_keeps_its_text_and_what_it_says(tmp_path: Path) -> None:
