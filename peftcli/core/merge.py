@@ -49,10 +49,11 @@ def merge(model: nn.Module, *configs: AdapterConfig, dequantise: bool = False) -
     tied = _tied(model)
     dense = _dequantise(model) if dequantise else {}
     try:
-        fold(model)
+        folded = fold(model)
     except AdapterError:
         replace_modules(model, {new: old for old, new in dense.items()})
         raise
+    _keep_parameters(model, folded)
     replace_modules(model, {layer: base_module(layer) for layer in outermost(model).values()})
     replace_modules(model, {new: as_before_quantising(new, old) for old, new in dense.items()})
     keep_shape(model)
@@ -152,6 +153,23 @@ def weight_update(layer: AdapterLayer) -> torch.Tensor:
     finally:
         for each, before in zip(layers, enabled, strict=True):
             each.enabled = before
+
+
+def _keep_parameters(model: nn.Module, folded: Folded) -> None:
+    """Put the merged values into the parameters that were there, which others may hold, where the values are one.
+
+    A parameter that is still in the model was shared with a module that is not merged, and keeps its value.
+    """
+    shared: set[torch.Tensor] = {*model.parameters()}
+    merged: dict[torch.Tensor, torch.Tensor] = {}
+    for module, name, before in folded.before:
+        value = getattr(module, name)
+        if merged.setdefault(before, value) is not value:
+            shared.add(before)
+    for module, name, before in folded.before:
+        if isinstance(before, nn.Parameter) and before not in shared:
+            before.data = merged[before].data
+            setattr(module, name, before.requires_grad_(False))
 
 
 @contextmanager

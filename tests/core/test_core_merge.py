@@ -255,3 +255,18 @@ def test_a_model_that_was_cast_to_half_precision_computes_and_merges(method: str
     assert {parameter.dtype for parameter in model.parameters()} <= {dtype, torch.int64}
     error = (logits(model, batch(kind)).float() - adapted).norm() / adapted.norm()
     assert error < (0.05 if dtype is torch.float16 else 0.2)
+
+
+@pytest.mark.parametrize(("kind", "targets"), [("llama", ["q_proj"]), ("llama_tied", ["embed_tokens"])])
+def test_the_parameter_that_was_there_holds_the_sum_unless_another_module_has_it_too(
+    kind: str, targets: list[str]
+) -> None:
+    model = _adapted(kind, target_modules=targets)
+    module = base_module(next(iter(adapter_layers(model.get_base_model()).values())))
+    weight, before = module.weight, module.weight.clone()
+    merged = model.merge_and_unload()
+    changed = not torch.equal(weight, before)
+    assert changed == (kind == "llama")
+    assert (module.weight is weight) == changed
+    assert not any(parameter.requires_grad for parameter in merged.parameters())
+    assert torch.equal(merged.lm_head.weight, tiny(kind).lm_head.weight)
