@@ -197,8 +197,6 @@ ABSENT: dict[str, str] = {
     "set_additional_trainable_modules": _INSIDES,
     "transpose": _INSIDES,
     "check_hotswap_configs_compatible": "`hotswap_adapter` checks the configs itself",
-    "calculate_majority_sign_mask": _PARTS,
-    "disjoint_merge": _PARTS,
     "magnitude_based_pruning": _PARTS,
     "random_pruning": _PARTS,
     "reshape_weight_task_tensors": _PARTS,

@@ -138,10 +138,14 @@ class Combination:
 
     def _agreed_mean(self, values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The mean of the weighted values whose sign has the majority."""
-        votes = values if self.majority_sign == "total" else values.sign()
-        majority = torch.where(votes.sum(0) >= 0, 1.0, -1.0)
-        agree = values.sign() == majority
+        agree = majority_mask(values, self.majority_sign)
         return _sum(values * agree, weights) / agree.sum(0).clamp(min=1)
+
+
+def majority_mask(values: torch.Tensor, majority_sign: str) -> torch.Tensor:
+    """Return which of stacked values (n, ...) have the sign of the majority: see ``Combination.majority_sign``."""
+    votes = values if majority_sign == "total" else values.sign()
+    return values.sign() == torch.where(votes.sum(0) >= 0, 1.0, -1.0)
 
 
 def _sum(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from peftcli.errors import AdapterError
-from peftcli.methods.combinations import Combination
+from peftcli.methods.combinations import Combination, majority_mask
 
 Tensors = Sequence[torch.Tensor]
 Weights = torch.Tensor | Sequence[float]
@@ -59,6 +59,25 @@ def prune(tensor: torch.Tensor, density: float, method: str, rescale: bool = Fal
     how = Combination("magnitude_prune" if method == "magnitude" else "dare_linear", density=density)
     pruned = _merged(how, [tensor], [1.0])
     return pruned if method == "magnitude" or rescale else pruned * density
+
+
+def calculate_majority_sign_mask(tensor: torch.Tensor, method: str = "total") -> torch.Tensor:
+    """Return which of stacked values (n, ...) have the sign of the majority.
+
+    Args:
+        tensor: the values.
+        method: whether they count by size (``total``), or one as much as another (``frequency``).
+
+    Raises:
+        AdapterError: no method is called that.
+    """
+    Combination("ties", density=1.0, majority_sign=method).check()
+    return majority_mask(tensor, method)
+
+
+def disjoint_merge(task_tensors: torch.Tensor, majority_sign_mask: torch.Tensor) -> torch.Tensor:
+    """Return the mean over the first dimension of the values that the mask names; 0 where it names none."""
+    return (task_tensors * majority_sign_mask).sum(0) / majority_sign_mask.sum(0).clamp(min=1)
 
 
 def _merged(how: Combination, tensors: Tensors, weights: Weights) -> torch.Tensor:

@@ -89,3 +89,14 @@ def test_pruned_tensors_are_pefts() -> None:
         torch.testing.assert_close(*found)
     with pytest.raises(AdapterError, match="magnitude or random"):
         merge_utils.prune(values, 0.3, "smallest")
+
+
+def test_the_vote_on_signs_is_pefts() -> None:
+    torch.manual_seed(0)
+    values = torch.randn(3, 4, 5).round()
+    for method in ("total", "frequency"):
+        masks = [lib.calculate_majority_sign_mask(values, method) for lib in (merge_utils, theirs)]
+        assert torch.equal(*masks)
+        torch.testing.assert_close(*(lib.disjoint_merge(values, masks[0]) for lib in (merge_utils, theirs)))
+    with pytest.raises(AdapterError, match="majority_sign"):
+        merge_utils.calculate_majority_sign_mask(values, "loudest")
