@@ -1,0 +1,461 @@
+"""PEFT's guides to merging, injection, mixed methods, hot-swapping, helpers, conversion and torch.compile."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from models_tiny import batch, ids, labelled, logits, randomise, tiny
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+Base = Callable[[str], str]
+Folders = dict[str, str]
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, within: float = 1e-4) -> None:
+    torch.testing.assert_close(found, expected, atol=within, rtol=within)
+
+
+def part(lib: ModuleType, name: str) -> Any:
+    return importlib.import_module(f"{lib.__name__}.{name}")
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory: pytest.TempPathFactory, base: Base) -> Folders:
+    """Folders of trained adapters of the tiny Llama: four of LoRA, one of LoHa, three of (IA)^3."""
+    import peftcli
+
+    configs = {
+        "norobots": peftcli.LoraConfig(r=4, task_type="CAUSAL_LM"),
+        "sql": peftcli.LoraConfig(r=4, task_type="CAUSAL_LM"),
+        "adcopy": peftcli.LoraConfig(r=4, task_type="CAUSAL_LM"),
+        "larger": peftcli.LoraConfig(r=8, lora_alpha=4, task_type="CAUSAL_LM"),
+        "loha": peftcli.LoHaConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM"),
+        **{f"ia3-{n}": peftcli.IA3Config(task_type="CAUSAL_LM") for n in (1, 2, 3)},
+    }
+    folders = {name: str(tmp_path_factory.mktemp(name)) for name in configs}
+    for seed, (name, config) in enumerate(configs.items(), 1):
+        model = peftcli.get_peft_model(AutoModelForCausalLM.from_pretrained(base("llama")), config)
+        randomise(model, seed)
+        model.save_pretrained(folders[name])
+    return folders
+
+
+# --- model merging ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("combination", "weights"), [("ties", [2.0, 1.0, 1.0]), ("dare_ties", [2.0, 0.3, 0.7])])
+def test_three_adapters_become_one(
+    lib: ModuleType, combination: str, weights: list[float], base: Base, adapters: Folders
+) -> None:
+    config = lib.PeftConfig.from_pretrained(adapters["norobots"])
+    model = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, device_map="cpu").eval()
+    model = lib.PeftModel.from_pretrained(model, adapters["norobots"], adapter_name="norobots")
+    _ = model.load_adapter(adapters["sql"], adapter_name="sql")
+    _ = model.load_adapter(adapters["adcopy"], adapter_name="adcopy")
+    alone = logits(model, batch("llama"))
+    names = ["norobots", "adcopy", "sql"]
+    torch.manual_seed(0)
+    model.add_weighted_adapter(names, weights, "merge", combination_type=combination, density=0.2)
+    model.set_adapter("merge")
+    assert not torch.allclose(logits(model, batch("llama")), alone, atol=1e-3)
+    merged = lib.get_peft_model_state_dict(model, adapter_name="merge")
+    if combination == "ties":
+        given = [load_file(Path(adapters[name]) / "adapter_model.safetensors") for name in names]
+        ties = part(lib, "utils.merge_utils").ties
+        scaled = torch.tensor([math.sqrt(weight * 8 / 4) for weight in weights])
+        for name, value in merged.items():
+            close(value, ties([tensors[name] for tensors in given], scaled, density=0.2))
+    share = torch.cat([value.flatten() for value in merged.values()]).ne(0).float().mean()
+    assert 0.2 < share < 0.6
+    outputs = model.generate(
+        input_ids=ids(1, 6),
+        max_new_tokens=5,
+        do_sample=True,
+        top_p=0.95,
+        temperature=0.2,
+        repetition_penalty=1.2,
+        eos_token_id=None,
+    )
+    assert outputs.shape == (1, 11)
+
+
+def test_ia3_adapters_become_their_weighted_sum(lib: ModuleType, adapters: Folders) -> None:
+    names, weights = ["ia3-1", "ia3-2", "ia3-3"], [0.4, 0.3, 0.3]
+    model = lib.PeftModel.from_pretrained(tiny("llama"), adapters["ia3-1"], adapter_name="ia3-1")
+    for name in names[1:]:
+        model.load_adapter(adapters[name], adapter_name=name)
+    model.add_weighted_adapter(names, weights, "merge")
+    model.set_adapter("merge")
+    given = [load_file(Path(adapters[name]) / "adapter_model.safetensors") for name in names]
+    for name, value in lib.get_peft_model_state_dict(model, adapter_name="merge").items():
+        close(value, sum(weight * tensors[name] for weight, tensors in zip(weights, given, strict=True)))
+
+
+def test_the_functions_of_merging(lib: ModuleType) -> None:
+    utils = part(lib, "utils.merge_utils")
+    one, two = torch.tensor([3.0, -1.0, 0.5, 2.0]), torch.tensor([-1.5, -4.0, 0.2, 1.0])
+    weights = torch.tensor([1.0, 1.0])
+    assert utils.prune(one, 0.5, "magnitude").tolist() == [3.0, 0.0, 0.0, 2.0]
+    torch.manual_seed(0)
+    dropped = utils.prune(torch.ones(1000), 0.25, "random", rescale=True)
+    assert dropped.unique().tolist() == [0.0, 4.0]
+    assert 0.15 < dropped.ne(0).float().mean() < 0.35
+    stacked = torch.stack([one, two])
+    mask = utils.calculate_majority_sign_mask(stacked, method="total")
+    assert mask.tolist() == [[True, True, True, True], [False, True, True, True]]
+    close(utils.disjoint_merge(stacked, mask), torch.tensor([3.0, -2.5, 0.35, 1.5]))
+    close(utils.task_arithmetic([one, two], torch.tensor([0.5, 2.0])), 0.5 * one + 2 * two)
+    close(utils.magnitude_prune([one, two], weights, 0.5), torch.tensor([1.5, -4.0, 0.0, 2.0]))
+    close(utils.ties([one, two], weights, 0.5), torch.tensor([3.0, -4.0, 0.0, 2.0]))
+    for function in (utils.dare_linear, utils.dare_ties):
+        assert function([one, two], weights, 0.5).shape == (4,)
+
+
+# --- injection --------------------------------------------------------------------------------------------------------
+
+
+class DummyModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 10)
+        self.linear = nn.Linear(10, 10)
+        self.lm_head = nn.Linear(10, 10)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.linear(self.embedding(input_ids)))
+
+
+def _dummy() -> DummyModel:
+    torch.manual_seed(0)
+    return DummyModel()
+
+
+INPUTS = torch.LongTensor([[0, 1, 2, 3, 4, 5, 6, 7]])
+
+
+def test_an_adapter_in_a_plain_model(lib: ModuleType) -> None:
+    lora_config = lib.LoraConfig(lora_alpha=16, lora_dropout=0.1, r=64, bias="none", target_modules=["linear"])
+    plain = _dummy()(INPUTS)
+    model = lib.inject_adapter_in_model(lora_config, _dummy())
+    assert type(model) is DummyModel
+    close(model(INPUTS), plain)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, _ in model.named_parameters() if "lora_" in name
+    }
+    randomise(model)
+    expected = model.eval()(INPUTS)
+    peft_state_dict = lib.get_peft_model_state_dict(model)
+    assert {name: tuple(value.shape) for name, value in peft_state_dict.items()} == {
+        "linear.lora_A.weight": (64, 10),
+        "linear.lora_B.weight": (10, 64),
+    }
+    assert len(model.state_dict()) == 7
+
+    for low_cpu_mem_usage in (False, True):
+        model = lib.inject_adapter_in_model(lora_config, _dummy(), low_cpu_mem_usage=low_cpu_mem_usage)
+        empty = [p.is_meta for name, p in model.named_parameters() if "lora_" in name]
+        assert empty == [low_cpu_mem_usage] * 2
+        outcome = lib.set_peft_model_state_dict(model, peft_state_dict, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert outcome.unexpected_keys == []
+        assert not any(p.is_meta for p in model.parameters())
+        close(model.eval()(INPUTS), expected)
+
+
+def test_an_adapter_in_the_modules_that_its_tensors_name(lib: ModuleType) -> None:
+    config = lib.LoraConfig(r=2, target_modules=["linear", "lm_head"])
+    model = lib.inject_adapter_in_model(config, _dummy())
+    tensors = lib.get_peft_model_state_dict(model)
+    other = lib.inject_adapter_in_model(
+        lib.LoraConfig(r=2, target_modules=["linear", "lm_head"]), _dummy(), state_dict=tensors
+    )
+    assert lib.get_peft_model_state_dict(other).keys() == tensors.keys()
+
+
+def test_the_functions_for_plain_models(lib: ModuleType) -> None:
+    functional = part(lib, "functional")
+    model = _dummy()
+    for name in ("one", "two"):
+        functional.inject_adapter_in_model(lib.LoraConfig(r=2, target_modules=["linear"]), model, name)
+        tensors = functional.get_peft_model_state_dict(model, adapter_name=name)
+        torch.manual_seed(len(name) + ord(name[0]))
+        functional.set_peft_model_state_dict(
+            model, {key: torch.randn_like(value) for key, value in tensors.items()}, adapter_name=name
+        )
+    outputs = {}
+    for name in ("one", "two"):
+        functional.set_adapter(model, name)
+        outputs[name] = model(INPUTS)
+    assert not torch.allclose(outputs["one"], outputs["two"], atol=1e-3)
+    functional.set_requires_grad(model, "one", requires_grad=False)
+    functional.set_requires_grad(model, "two", requires_grad=True)
+    trained = [name for name, value in model.named_parameters() if value.requires_grad]
+    assert len(trained) == 2
+    functional.cast_adapter_dtype(model, "two", autocast_adapter_dtype=True)
+    functional.delete_adapter(model, "two", prefix="lora_")
+    close(model(INPUTS), outputs["one"])
+
+
+# --- mixed methods ----------------------------------------------------------------------------------------------------
+
+
+def test_adapters_of_several_methods_compute_together(lib: ModuleType, adapters: Folders) -> None:
+    def alone(name: str) -> torch.Tensor:
+        model = lib.PeftModel.from_pretrained(tiny("llama"), adapters[name]).eval()
+        return logits(model, batch("llama"))
+
+    peft_model = lib.PeftMixedModel.from_pretrained(tiny("llama"), adapters["norobots"])
+    close(logits(peft_model.eval(), batch("llama")), alone("norobots"))
+    peft_model.load_adapter(adapters["loha"], adapter_name="other")
+    close(logits(peft_model.eval(), batch("llama")), alone("norobots"))  # one is active
+    peft_model.set_adapter(["default", "other"])
+    both = logits(peft_model.eval(), batch("llama"))
+    peft_model.set_adapter("other")
+    close(logits(peft_model.eval(), batch("llama")), alone("loha"))
+    for name in ("norobots", "loha"):
+        assert not torch.allclose(both, alone(name), atol=1e-3)
+    peft_model.set_adapter(["default", "other"])
+    close(logits(peft_model.merge_and_unload(), batch("llama")), both, 1e-3)
+
+
+def test_a_mixed_model_is_made_with_get_peft_model_too(lib: ModuleType) -> None:
+    model = lib.get_peft_model(tiny("llama"), lib.LoraConfig(r=2), mixed=True)
+    assert isinstance(model, lib.PeftMixedModel)
+    model.add_adapter("other", lib.LoHaConfig(r=2, target_modules=["up_proj"]))
+    model.set_adapter(["default", "other"])
+    model(**labelled("llama")).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+# --- hot-swapping -----------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_takes_the_place_of_another(lib: ModuleType, adapters: Folders) -> None:
+    hotswap = part(lib, "utils.hotswap")
+    model = lib.PeftModel.from_pretrained(tiny("llama"), adapters["norobots"])
+    inputs, expected = ids(2, 6), {}
+    for name in ("norobots", "sql"):
+        fresh = lib.PeftModel.from_pretrained(tiny("llama"), adapters[name])
+        with torch.inference_mode():
+            expected[name] = fresh(inputs).logits
+    with torch.inference_mode():
+        output_adapter_0 = model(inputs).logits
+    hotswap.hotswap_adapter(model, adapters["sql"], adapter_name="default", torch_device="cpu")
+    with torch.inference_mode():
+        output_adapter_1 = model(inputs).logits
+    close(output_adapter_0, expected["norobots"])
+    close(output_adapter_1, expected["sql"])
+    with pytest.raises(ValueError, match=r"(?i)lora"):
+        hotswap.hotswap_adapter(model, adapters["loha"], adapter_name="default")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own compiler
+def test_a_compiled_model_takes_an_adapter_of_another_rank(lib: ModuleType, adapters: Folders) -> None:
+    hotswap = part(lib, "utils.hotswap")
+    inputs = ids(2, 6)
+    fresh = lib.PeftModel.from_pretrained(tiny("llama"), adapters["larger"])
+    with torch.inference_mode():
+        expected = fresh(inputs).logits
+    model = lib.PeftModel.from_pretrained(tiny("llama"), adapters["norobots"])
+    with torch.inference_mode():
+        first = model(inputs).logits
+    hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    torch._dynamo.reset()
+    model = torch.compile(model)
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.inference_mode():
+        close(model(inputs).logits, first)
+        hotswap.hotswap_adapter(model, adapters["larger"], adapter_name="default", torch_device="cpu")
+        close(model(inputs).logits, expected)
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_helpers(lib: ModuleType, base: Base, adapters: Folders, tmp_path: Path) -> None:
+    helpers = part(lib, "helpers")
+    assert helpers.check_if_peft_model(adapters["sql"])
+    assert not helpers.check_if_peft_model(str(tmp_path))
+
+    model = lib.PeftModel.from_pretrained(tiny("llama"), adapters["sql"]).eval()
+    full, none = logits(model, batch("llama")), logits(tiny("llama"), batch("llama"))
+    with helpers.rescale_adapter_scale(model, 0.0):
+        close(logits(model, batch("llama")), none)
+    with helpers.rescale_adapter_scale(model, 0.5):
+        assert not torch.allclose(logits(model, batch("llama")), full, atol=1e-3)
+    close(logits(model, batch("llama")), full)
+
+    with helpers.disable_input_dtype_casting(model):
+        close(logits(model, batch("llama")), full)
+
+    dora = lib.get_peft_model(tiny("llama"), lib.LoraConfig(use_dora=True, init_lora_weights=False)).eval()
+    expected = logits(dora, batch("llama"))
+    with helpers.DoraCaching():
+        for _ in range(2):
+            close(logits(dora, batch("llama")), expected)
+    dora_caching = helpers.DoraCaching()
+    dora_caching(enabled=True)
+    close(logits(dora, batch("llama")), expected)
+    dora_caching(enabled=False)
+
+    targets = helpers.find_kappa_target_modules(tiny("llama"), top_p=0.2)
+    assert len(targets["target_modules"]) == int(0.2 * (2 * 7 + 1))
+    assert targets["target_parameters"] is None
+    adapted = lib.get_peft_model(tiny("llama"), lib.LoraConfig(target_modules=targets["target_modules"]))
+    assert set(adapted.targeted_module_names) == set(targets["target_modules"])
+
+
+# --- conversion to LoRA -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [8, 0.999])
+def test_an_adapter_becomes_lora(lib: ModuleType, rank: float, tmp_path: Path) -> None:
+    config = lib.LoHaConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = lib.get_peft_model(tiny("llama"), config)
+    assert model.supports_lora_conversion()
+    randomise(model)
+    expected = logits(model.eval(), batch("llama"))
+    lib.save_as_lora(tmp_path, model, rank=rank)
+    loaded = lib.PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
+    assert loaded.peft_config["default"].peft_type == "LORA"
+    within = 1e-3 if rank == 8 else 0.1 * (expected - logits(tiny("llama"), batch("llama"))).abs().max().item()
+    close(logits(loaded, batch("llama")), expected, within)
+
+    lora_config, lora_state_dict = lib.convert_to_lora(model, rank=rank)
+    lora_model = lib.get_peft_model(tiny("llama"), lora_config)
+    lib.set_peft_model_state_dict(lora_model, lora_state_dict)
+    close(logits(lora_model.eval(), batch("llama")), logits(loaded, batch("llama")), 1e-3)
+
+
+def test_lora_becomes_lora_of_a_smaller_rank(lib: ModuleType, adapters: Folders, tmp_path: Path) -> None:
+    model = lib.PeftModel.from_pretrained(tiny("llama"), adapters["larger"])
+    with pytest.warns(UserWarning, match="already"):
+        lib.save_as_lora(tmp_path, model, rank=2)
+    shapes = {
+        value.shape[0] for name, value in load_file(tmp_path / "adapter_model.safetensors").items() if "lora_A" in name
+    }
+    assert shapes == {2}
+
+
+# --- quantization, on the path that needs no package for it -----------------------------------------------------------
+
+
+def test_a_model_is_prepared_adapted_and_started_as_for_qlora(lib: ModuleType, base: Base) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base("llama"), dtype=torch.bfloat16)
+    model = lib.prepare_model_for_kbit_training(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not any(p.requires_grad for p in model.parameters())
+    config = lib.LoraConfig(
+        r=16,
+        lora_alpha=8,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        lora_dropout=0.05,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    model = lib.get_peft_model(model, config)
+    model(**labelled("llama")).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+COMPILED: dict[str, Callable[[Any], Any]] = {
+    "adalora": lambda lib: lib.AdaLoraConfig(task_type="CAUSAL_LM", total_step=5),
+    "boft": lambda lib: lib.BOFTConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]),
+    "dora": lambda lib: lib.LoraConfig(task_type="CAUSAL_LM", use_dora=True),
+    "ia3": lambda lib: lib.IA3Config(task_type="CAUSAL_LM"),
+    "ln tuning": lambda lib: lib.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm"]),
+    "loha": lambda lib: lib.LoHaConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]),
+    "lora": lambda lib: lib.LoraConfig(task_type="CAUSAL_LM"),
+    "modules_to_save": lambda lib: lib.LoraConfig(task_type="CAUSAL_LM", modules_to_save=["lm_head"]),
+    "oft": lambda lib: lib.OFTConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]),
+    "vera": lambda lib: lib.VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "o_proj"], r=8),
+}
+
+
+@pytest.fixture
+def _fresh_compiler() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("method", COMPILED)
+def test_a_compiled_model_trains_and_computes_as_one_that_is_not(lib: ModuleType, method: str) -> None:
+    found = []
+    for compiles in (False, True):
+        model = lib.get_peft_model(tiny("llama"), COMPILED[method](lib))
+        randomise(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(0.2)
+        plain = model
+        if compiles:
+            model = torch.compile(model, backend="eager")
+        optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=1e-3)
+        for _ in range(2):
+            model(**labelled("llama")).loss.backward()
+            optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            output = model(**batch("llama")).logits
+        tokens = model.generate(input_ids=ids(1, 4), max_new_tokens=3, do_sample=False, eos_token_id=None)
+        found.append((output, tokens))
+    close(found[1][0], found[0][0])
+    assert torch.equal(found[1][1], found[0][1])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_trainer_compiles_it_with_a_compiler(lib: ModuleType, tmp_path: Path) -> None:
+    losses = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        model = lib.get_peft_model(tiny("llama"), lib.LoraConfig(task_type="CAUSAL_LM"))
+        arguments = TrainingArguments(
+            str(tmp_path / str(compiles)),
+            torch_compile=compiles,
+            max_steps=3,
+            logging_steps=1,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            save_strategy="no",
+        )
+        rows = [{"input_ids": one, "labels": one} for one in ids(8, 6)]
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        trainer.save_model(str(tmp_path / "saved"))
+        assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_merged_and_combined_adapters_are_compiled(lib: ModuleType, adapters: Folders) -> None:
+    model = lib.PeftModel.from_pretrained(tiny("llama"), adapters["norobots"], adapter_name="one")
+    model.load_adapter(adapters["sql"], adapter_name="two")
+    expected = logits(model.eval(), batch("llama"))
+    model.merge_adapter()
+    close(logits(torch.compile(model, backend="eager"), batch("llama")), expected, 1e-3)
+    model.unmerge_adapter()
+    model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "both", combination_type="cat")
+    model.set_adapter("both")
+    expected = logits(model, batch("llama"))
+    torch._dynamo.reset()
+    close(logits(torch.compile(model, backend="eager"), batch("llama")), expected)

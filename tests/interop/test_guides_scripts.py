@@ -1,0 +1,335 @@
+"""Scripts as users write them, with another import: alpaca-lora's three, QLoRA's without its packages, a Trainer's."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import trainkit
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    GenerationConfig,
+    LlamaForCausalLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    pipeline,
+)
+
+CPU: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
+INSTRUCTIONS = [
+    {"instruction": "Name a colour.", "input": "", "output": "red"},
+    {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+    {"instruction": "Say hello.", "input": "", "output": "hello"},
+    {"instruction": "Name the largest.", "input": "sun, moon", "output": "sun"},
+]
+
+
+@pytest.fixture(scope="session")
+def llama() -> str:
+    return str(trainkit.base_folder())
+
+
+def _prompt(row: dict[str, str], output: str = "") -> str:
+    given = f"### Input:\n{row['input']}\n" if row["input"] else ""
+    return f"### Instruction:\n{row['instruction']}\n{given}### Response:\n{output}"
+
+
+def _tokenized(tokenizer: Any, cutoff_len: int = 64) -> list[dict[str, list[int]]]:
+    """Labels on the answers alone."""
+    rows = []
+    for row in INSTRUCTIONS * 2:
+        full = tokenizer(_prompt(row, row["output"]), truncation=True, max_length=cutoff_len)["input_ids"]
+        full = [*full, tokenizer.eos_token_id]
+        asked = len(tokenizer(_prompt(row))["input_ids"])
+        rows.append({"input_ids": full, "attention_mask": [1] * len(full), "labels": [-100] * asked + full[asked:]})
+    return rows
+
+
+@torch.no_grad()
+def _logits(model: Any, tokenizer: Any) -> torch.Tensor:
+    return model.eval()(**tokenizer(_prompt(INSTRUCTIONS[1]), return_tensors="pt")).logits.float()
+
+
+# --- alpaca-lora ------------------------------------------------------------------------------------------------------
+
+
+def _finetune(lib: ModuleType, base_model: str, output_dir: str, resume_from: str | None = None) -> Any:
+    """alpaca-lora's finetune.py: what the model saves is replaced by what get_peft_model_state_dict returns."""
+    model = LlamaForCausalLM.from_pretrained(base_model, dtype=torch.float32, device_map={"": "cpu"})
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    tokenizer.pad_token_id = 0
+    tokenizer.padding_side = "left"
+    model = lib.prepare_model_for_kbit_training(model)
+    config = lib.LoraConfig(
+        r=8,
+        lora_alpha=16,
+        target_modules=["q_proj", "v_proj"],
+        lora_dropout=0.05,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    model = lib.get_peft_model(model, config)
+    if resume_from is not None:
+        adapters_weights = load_file(f"{resume_from}/adapter_model.safetensors")
+        lib.set_peft_model_state_dict(model, adapters_weights)
+    model.print_trainable_parameters()
+    data = _tokenized(tokenizer)
+    trainer = Trainer(
+        model=model,
+        train_dataset=data[:6],
+        eval_dataset=data[6:],
+        args=TrainingArguments(
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            warmup_steps=1,
+            num_train_epochs=4,
+            learning_rate=2e-2,
+            logging_steps=1,
+            optim="adamw_torch",
+            eval_strategy="steps",
+            save_strategy="steps",
+            eval_steps=4,
+            save_steps=4,
+            output_dir=output_dir,
+            save_total_limit=1,
+            load_best_model_at_end=True,
+            **CPU,
+        ),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8, return_tensors="pt", padding=True),
+    )
+    model.config.use_cache = False
+    old_state_dict = model.state_dict
+    model.state_dict = (lambda self, *_, **__: lib.get_peft_model_state_dict(self, old_state_dict())).__get__(
+        model, type(model)
+    )
+    trainer.train()
+    model.save_pretrained(output_dir)
+    return model, trainer
+
+
+def _export(lib: ModuleType, base: str, lora: str, folder: str) -> None:
+    """alpaca-lora's export_hf_checkpoint.py."""
+    base_model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32, device_map={"": "cpu"})
+    first_weight = base_model.model.layers[0].self_attn.q_proj.weight
+    first_weight_old = first_weight.clone()
+    lora_model = lib.PeftModel.from_pretrained(base_model, lora, device_map={"": "cpu"}, torch_dtype=torch.float32)
+    assert torch.allclose(first_weight_old, first_weight)
+    lora_model = lora_model.merge_and_unload()
+    lora_model.train(False)
+    assert not torch.allclose(first_weight_old, first_weight)  # the weight that was there holds the update
+    lora_model_sd = lora_model.state_dict()
+    deloreanized_sd = {
+        name.replace("base_model.model.", ""): value for name, value in lora_model_sd.items() if "lora" not in name
+    }
+    LlamaForCausalLM.save_pretrained(base_model, folder, state_dict=deloreanized_sd, max_shard_size="400MB")
+
+
+def test_alpaca_lora(lib: ModuleType, llama: str, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    torch.manual_seed(0)
+    model, trainer = _finetune(lib, llama, str(tmp_path / "lora"))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    expected = _logits(model, tokenizer)
+    saved = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert len(saved) == 2 * 2 * 2
+    assert all(value.abs().max() > 0 for value in saved.values())
+
+    # generate.py
+    base = LlamaForCausalLM.from_pretrained(llama, device_map={"": "cpu"}, low_cpu_mem_usage=True)
+    loaded = lib.PeftModel.from_pretrained(base, str(tmp_path / "lora"), device_map={"": "cpu"})
+    loaded.config.pad_token_id = tokenizer.pad_token_id = 0
+    loaded.eval()
+    torch.testing.assert_close(_logits(loaded, tokenizer), expected, atol=1e-4, rtol=1e-4)
+    inputs = tokenizer(_prompt(INSTRUCTIONS[0]), return_tensors="pt")
+    with torch.no_grad():
+        generation_output = loaded.generate(
+            input_ids=inputs["input_ids"].to("cpu"),
+            generation_config=GenerationConfig(num_beams=2, pad_token_id=0),
+            return_dict_in_generate=True,
+            output_scores=True,
+            max_new_tokens=4,
+        )
+    assert tokenizer.decode(generation_output.sequences[0]).startswith("### Instruction")
+
+    _export(lib, llama, str(tmp_path / "lora"), str(tmp_path / "hf_ckpt"))
+    exported = LlamaForCausalLM.from_pretrained(tmp_path / "hf_ckpt")
+    torch.testing.assert_close(_logits(exported, tokenizer), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_alpaca_lora_goes_on_from_a_checkpoints_weights(lib: ModuleType, llama: str, tmp_path: Path) -> None:
+    _, first = _finetune(lib, llama, str(tmp_path / "first"))
+    (checkpoint,) = (tmp_path / "first").glob("checkpoint-*")
+    _, second = _finetune(lib, llama, str(tmp_path / "second"), resume_from=str(checkpoint))
+    starts = [next(entry["loss"] for entry in each.state.log_history if "loss" in entry) for each in (first, second)]
+    assert starts[1] < starts[0]
+
+
+# --- QLoRA, without quantisation --------------------------------------------------------------------------------------
+
+
+class SavePeftModelCallback(TrainerCallback):
+    """Of QLoRA's script: each checkpoint gets a folder adapter_model."""
+
+    def save_model(self, args: Any, state: Any, model: Any) -> None:
+        model.save_pretrained(str(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "adapter_model"))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self.save_model(args, state, kwargs["model"])
+        return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        (Path(args.output_dir) / "completed").touch()
+        self.save_model(args, state, kwargs["model"])
+
+
+def find_all_linear_names(model: nn.Module, kind: type = nn.Linear) -> list[str]:
+    names = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, kind)}
+    return sorted(names - {"lm_head"})
+
+
+def accelerate_model(lib: ModuleType, model: Any, checkpoint_dir: str | None, kind: type = nn.Linear) -> Any:
+    """QLoRA's get_accelerate_model from where the model is loaded."""
+    lora_layer = importlib.import_module(f"{lib.__name__}.tuners.lora").LoraLayer
+    model = lib.prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
+    if checkpoint_dir is not None:
+        model = lib.PeftModel.from_pretrained(model, str(Path(checkpoint_dir) / "adapter_model"), is_trainable=True)
+    else:
+        config = lib.LoraConfig(
+            r=8,
+            lora_alpha=16,
+            target_modules=find_all_linear_names(model, kind),
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+        model = lib.get_peft_model(model, config)
+    for name, module in model.named_modules():
+        if isinstance(module, lora_layer):
+            module.to(torch.bfloat16)
+        if "norm" in name:
+            module.to(torch.float32)
+        if ("lm_head" in name or "embed_tokens" in name) and hasattr(module, "weight"):
+            module.to(torch.bfloat16)
+    return model
+
+
+def qlora_arguments(folder: str, **changes: Any) -> Seq2SeqTrainingArguments:
+    options: dict[str, Any] = {
+        "output_dir": folder,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-2,
+        "bf16": True,
+        "gradient_checkpointing": True,
+        "max_grad_norm": 0.3,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "logging_steps": 1,
+        "remove_unused_columns": False,
+        **CPU,
+    }
+    return Seq2SeqTrainingArguments(**{**options, **changes})
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
+def test_qlora_without_quantisation(lib: ModuleType, llama: str, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    data = _tokenized(tokenizer)
+    losses: list[float] = []
+    folder = tmp_path / "qlora"
+    for checkpoint_dir in (None, str(folder / "checkpoint-4")):
+        model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
+        model = accelerate_model(lib, model, checkpoint_dir)
+        model.config.use_cache = False
+        trainer = Seq2SeqTrainer(
+            model=model,
+            processing_class=tokenizer,
+            args=qlora_arguments(str(folder if checkpoint_dir is None else tmp_path / "more")),
+            train_dataset=data,
+            data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+        )
+        trainer.add_callback(SavePeftModelCallback)
+        train_result = trainer.train()
+        trainer.save_metrics("train", train_result.metrics)
+        trainer.save_state()
+        losses += [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[3] < losses[0]
+    assert losses[4] < losses[1]  # the second went on
+    last = tmp_path / "more" / "checkpoint-4"
+    expected = _logits(model, tokenizer)
+    for adapter in (last, last / "adapter_model"):  # Trainer's, and the callback's
+        assert len(load_file(adapter / "adapter_model.safetensors")) == 2 * 7 * 2
+        base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+        merged = lib.PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+        assert (_logits(merged, tokenizer) - expected).abs().max() < 0.1 * expected.std()  # bfloat16
+
+
+# --- Trainer ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_script_that_ends_in_save_model(lib: ModuleType, llama: str, tmp_path: Path) -> None:
+    labels = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=2, **labels)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    peft_config = lib.LoraConfig(task_type=lib.TaskType.SEQ_CLS, r=8, lora_alpha=16, lora_dropout=0.1)
+    model = lib.get_peft_model(model, peft_config)
+    texts = [("red fox", 0), ("stone bridge", 1), ("winter", 0), ("the old mill", 1)] * 2
+    rows = [{**tokenizer(text, truncation=True, max_length=16), "labels": label} for text, label in texts]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        learning_rate=1e-2,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        num_train_epochs=3,
+        weight_decay=0.01,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        **CPU,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=rows[:4],
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer=tokenizer),
+        compute_metrics=lambda given: {"accuracy": float((given[0].argmax(-1) == given[1]).mean())},
+    )
+    trainer.train()
+    predicted = trainer.predict(rows[:4]).predictions
+    trainer.save_model(str(tmp_path / "final"))
+    names = {path.name for path in (tmp_path / "final").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"} <= names
+    assert "model.safetensors" not in names
+
+    loaded = lib.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "final", num_labels=2, **labels)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "final")
+    loaded.config.pad_token_id = tokenizer.pad_token_id
+    loaded.eval()
+    inputs = tokenizer([text for text, _ in texts[:4]], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, torch.tensor(predicted), atol=1e-4, rtol=1e-4)
+    merged = loaded.merge_and_unload()
+    classify = pipeline("text-classification", model=merged, tokenizer=tokenizer, device="cpu")
+    answers = [answer["label"] for answer in classify([text for text, _ in texts[:4]])]
+    assert answers == [labels["id2label"][int(row.argmax())] for row in predicted]
