@@ -26,11 +26,11 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
 	@touch $@
 
-# torchao speaks up whenever transformers is imported, so it has a place of its own
+# torchao speaks up whenever transformers is imported, so it has a place of its own; so have libraries that import peft
 $(QUANTISED)/.installed: pyproject.toml
 	@test -x $(QUANTISED)/bin/pip || $(PYTHON) -m venv $(QUANTISED)
 	@echo "test-all: installing into $(QUANTISED)"
-	@$(QUANTISED)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev,bitsandbytes,torchao]'
+	@$(QUANTISED)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev,bitsandbytes,torchao]' trl sentence-transformers diffusers
 	@touch $@
 
 fmt: $(STAMP) ## format the code, and mend what ruff can
@@ -53,6 +53,7 @@ test-all: $(STAMP) $(QUANTISED)/.installed ## the slow tests too, those that nee
 	@command -v chromium google-chrome >/dev/null || echo "test-all: no Chromium here, so nobody looks at inspect's page; on Debian: apt install chromium" >&2
 	@$(BIN)/pytest $(TWO) -m "not gpu and not network"
 	@$(QUANTISED)/bin/pytest -m "not gpu and not network" tests/models tests/recipes -k "models or qlora"
+	@$(QUANTISED)/bin/pytest -m "not gpu and not network" tests/interop/test_libraries.py
 	@$(MAKE) torture
 
 test-gpu: $(STAMP) ## the tests that need a GPU

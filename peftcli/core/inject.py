@@ -84,7 +84,7 @@ def inject(
     _freeze_statistics(model)
     added = {path: layer for path, layer in adapter_layers(model).items() if layer not in before}
     for layer in added.values():
-        layer.adapter = adapter
+        layer.adapter, layer.active_adapters = adapter, [adapter]
     trained = {parameter for layer in added.values() for parameter in layer.own_tensors().values()}
     trainable = sum(parameter.numel() for parameter in trained)
     return Injection(added, trainable, total_before + trainable)
@@ -107,21 +107,24 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def set_active(model: nn.Module, adapters: Iterable[str]) -> None:
     """Enable these adapters, and disable the model's others.
 
+    Where none is to be enabled, the layers keep the names of those that were, for ``enable_adapters``.
+
     Raises:
         AdapterError: one of them would override another. Nothing is changed then.
     """
-    names = set(adapters)
+    names = list(adapters)
     layers = adapter_layers(model)
     for path, layer in layers.items():
         for below in (module for module in layer.base_layer.modules() if isinstance(module, AdapterLayer)):
             both = {layer.adapter, below.adapter}
-            if len(both) == 2 and both <= names and layer.overrides(below):
+            if len(both) == 2 and both <= set(names) and layer.overrides(below):
                 raise AdapterError(
                     f"{layer.adapter} replaces {base_name(model, path)}, which {below.adapter} changes too; "
                     "only one of them can be active"
                 )
     for layer in layers.values():
         layer.enabled = layer.adapter in names
+        layer.active_adapters = names or layer.active_adapters
 
 
 def set_trainable(model: nn.Module, trainable: bool, adapter: str | None = None) -> None:

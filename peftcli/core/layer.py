@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,8 @@ class AdapterLayer(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.enabled = True
+        self.active_adapters = [self.adapter]
+        """Names of the model's active adapters. While they are disabled they are active too."""
         self.train(base_layer.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -67,6 +69,39 @@ class AdapterLayer(nn.Module):
     def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
         self._buffers.setdefault(name, None)
         super().register_buffer(name, tensor, persistent)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """Name of the model's active adapter; a list, unless there is exactly one."""
+        return self.active_adapters[0] if len(self.active_adapters) == 1 else list(self.active_adapters)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Enable the layer if its adapter is one of these, and let its weights train; else the reverse.
+
+        Libraries that know PEFT call it on each layer of a model.
+
+        Args:
+            adapter_names: the active adapters of the model: one name or several.
+            inference_mode: freeze the weights in any case.
+
+        Raises:
+            AdapterError: the layer would override that of another of these adapters.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if self.adapter in names:
+            for below in (module for module in self.base_layer.modules() if isinstance(module, AdapterLayer)):
+                if below.adapter != self.adapter and below.adapter in names and self.overrides(below):
+                    raise AdapterError(
+                        f"{self.adapter} replaces what {below.adapter} changes too; only one can be active"
+                    )
+        self.active_adapters = names
+        self.enabled = self.adapter in names
+        for parameter in self.own_tensors().values():
+            parameter.requires_grad_(self.enabled and not inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Disable the layer, or enable it again if its adapter is an active one."""
+        self.enabled = enabled and self.adapter in self.active_adapters
 
     def own_tensors(self) -> dict[str, nn.Parameter]:
         """Return the adapter's tensors that train: name below the layer -> parameter."""
@@ -167,6 +202,10 @@ class TrainedCopy(AdapterLayer):
 
     def own_module(self, path: str) -> nn.Module:
         return self.copy.get_submodule(path)
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Return where transformers' ``load_adapter`` puts tensors: name in the file -> name below the layer."""
+        return {name: f"copy.{name}" for name in self.file_tensors()} if adapter_name == self.adapter else {}
 
     def overrides(self, below: AdapterLayer) -> bool:
         return True

@@ -7,16 +7,33 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 import peftcli.peft_api.task_models  # noqa: F401 - registers the model class of each task
 from peftcli import PEFT_NAMES
 from peftcli.peft_api.namespaces import add_namespaces
+from peftcli.peft_api.stand_in import stand_in_for_peft
 
 __version__ = "0.21.2"
 """The version of PEFT whose names these are."""
 
 __all__ = ["__version__", *sorted(PEFT_NAMES)]
+
+
+def install(version: str | None = None) -> None:
+    """Make ``import peft`` give these names, in this process, until it ends.
+
+    Call it before libraries that import peft. ``peft.__version__`` is the version of PEFT whose names these are.
+
+    Args:
+        version: what ``importlib.metadata.version("peft")`` answers from now on, for libraries that demand one. It is
+            the caller who says so. None: what is true, that peft is not installed, or in which version.
+
+    Raises:
+        AdapterError: the real peft has been imported, or a library has looked for it already. Nothing is changed then.
+    """
+    stand_in_for_peft(sys.modules[__name__], version)
 
 
 def __getattr__(name: str) -> Any:

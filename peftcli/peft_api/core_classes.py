@@ -3,8 +3,8 @@
 from peftcli.core.layer import AdapterLayer, TrainedCopy
 from peftcli.peft_api.tuner import Tuner
 
-__all__ = ["BaseTuner", "BaseTunerLayer", "ModulesToSaveWrapper"]
+__all__ = ["AuxiliaryTrainingWrapper", "BaseTuner", "BaseTunerLayer", "ModulesToSaveWrapper"]
 
 BaseTuner = Tuner
 BaseTunerLayer = AdapterLayer
-ModulesToSaveWrapper = TrainedCopy
+ModulesToSaveWrapper = AuxiliaryTrainingWrapper = TrainedCopy

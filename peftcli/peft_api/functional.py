@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -55,6 +56,8 @@ def inject_adapter_in_model(
     if state_dict is not None:
         peft_config = _with_targets_of(model, peft_config, state_dict)
     start_adapter(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    configs: Any = getattr(model, "peft_config", {})
+    model.peft_config = configs | {adapter_name: peft_config}  # libraries that use PEFT read it
     set_adapter(model, adapter_name, inference_mode=peft_config.inference_mode)
     return model
 
@@ -94,10 +97,13 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = Non
         AdapterError: an unknown name.
     """
     unload(model, *_known(model, adapter_name))
-    layers = adapter_layers(model).values()
-    if layers and not any(layer.enabled for layer in layers):
-        set_active(model, [next(iter(layers)).adapter])
-    return list(dict.fromkeys(layer.adapter for layer in layers if layer.enabled))
+    getattr(model, "peft_config", {}).pop(adapter_name, None)
+    layers = list(adapter_layers(model).values())
+    active = list(dict.fromkeys(layer.adapter for layer in layers if layer.enabled))
+    if layers:
+        active = active or [layers[0].adapter]
+        set_active(model, active)
+    return active
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

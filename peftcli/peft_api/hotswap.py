@@ -86,6 +86,11 @@ def hotswap_adapter_from_state_dict(
     swap(inner, adapter_name, config, tensors, *configs, may_widen=not _is_compiled(model))
 
 
+def check_hotswap_configs_compatible(config0: AdapterConfig, config1: AdapterConfig) -> None:
+    """Raise AdapterError if an adapter of one config cannot take the place of an adapter of the other."""
+    check_same(_lora(config0), _lora(config1))
+
+
 def prepare_model_for_compiled_hotswap(
     model: nn.Module,
     *,

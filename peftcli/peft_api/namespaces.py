@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -69,9 +70,13 @@ NAMESPACES: dict[str, tuple[str, ...]] = {
     "utils.other": ("peft_api.constants", "peft_api.core_classes", "peft_api.prepare"),
     "utils.peft_types": ("peft_api.config",),
     "utils.save_and_load": ("peft_api.state_dicts",),
+    "utils.transformers_weight_conversion": ("peft_api.weight_mapping",),
     "utils.warning": ("errors",),
 }
 """PEFT's module -> modules of peftcli that hold its names; a name is taken from the first that has it."""
+
+FILES = ("auto", "config", "functional", "helpers", "optimizers")
+"""PEFT's modules that are files here."""
 
 
 def add_namespaces() -> None:
@@ -79,6 +84,7 @@ def add_namespaces() -> None:
     for path in sorted(NAMESPACES):  # a package before the modules in it
         module = ModuleType(f"{__package__}.{path}", f"The names of PEFT's ``peft.{path}``.")
         module.__path__ = []  # one that others may be in
+        module.__spec__ = ModuleSpec(module.__name__, None, is_package=True)
         module.__getattr__ = _finder(path)  # type: ignore[method-assign]
         sys.modules[module.__name__] = module
         parent, _, own = module.__name__.rpartition(".")

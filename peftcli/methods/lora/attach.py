@@ -45,7 +45,7 @@ class TiedHead(LoraLayer):
 
     def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig, source: LoraEmbedding, place: str):
         super().__init__(base_layer, name, config)
-        self.scaling = source.scaling
+        self.scaling = self.full_scaling = source.scaling
         self.place = place
         """The embedding's name in the model."""
         self.lora_embedding_A, self.lora_embedding_B = source.lora_embedding_A, source.lora_embedding_B
@@ -90,7 +90,7 @@ def _tie(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) 
         for name in group[1:]:
             if isinstance(base_module(at[name]), nn.Embedding):
                 new[at[name]] = twin = LoraEmbedding(at[name], name, config)
-                twin.scaling = source.scaling
+                twin.scaling = twin.full_scaling = source.scaling
                 twin.lora_embedding_A, twin.lora_embedding_B = source.lora_embedding_A, source.lora_embedding_B
             else:
                 new[at[name]] = TiedHead(at[name], name, config, source, group[0])

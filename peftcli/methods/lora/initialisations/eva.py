@@ -176,7 +176,7 @@ def _restart(layer: LoraLinear, a: torch.Tensor, scaling: float) -> None:
         layer.lora_B = nn.Linear(r, layer.view.out_features, **options).requires_grad_(like.requires_grad)
     layer.lora_A.weight.copy_(a)
     nn.init.zeros_(layer.lora_B.weight)
-    layer.r, layer.scaling = r, scaling
+    layer.r, layer.scaling, layer.full_scaling = r, scaling, scaling
 
 
 def _leaders(model: nn.Module, linear: Mapping[str, LoraLinear], batches: Batches, label: int | None) -> dict[str, str]:

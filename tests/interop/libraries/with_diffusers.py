@@ -1,0 +1,82 @@
+"""diffusers with peftcli in the place of peft: LoRA in a UNet and in a pipeline, several of them, scaled."""
+
+import tempfile
+from typing import Any
+
+import peftcli.peft_api
+
+peftcli.peft_api.install(version="0.22.0")
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from transformers import CLIPTextConfig, CLIPTextModel
+
+
+def new_unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        sample_size=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        norm_num_groups=2,
+        attention_head_dim=4,
+    )
+
+
+def new_pipeline() -> StableDiffusionPipeline:
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL(block_out_channels=[4], norm_num_groups=2),
+        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=96, **sizes)),
+        tokenizer=None,
+        unet=new_unet(),
+        scheduler=DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+image, text = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 8)
+
+
+def output(unet: UNet2DConditionModel, **kwargs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return unet(image, 1, text, **kwargs).sample
+
+
+folder = tempfile.mkdtemp()
+config = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=["to_q", "to_v"])
+unet = new_unet()
+base = output(unet)
+unet.add_adapter(config)
+adapted = output(unet)
+assert not torch.allclose(adapted, base)
+assert all("lora" in name for name, value in unet.named_parameters() if value.requires_grad)
+unet.disable_adapters()
+torch.testing.assert_close(output(unet), base)
+unet.enable_adapters()
+torch.testing.assert_close(output(unet), adapted)
+StableDiffusionPipeline.save_lora_weights(
+    folder, unet_lora_layers=get_peft_model_state_dict(unet), unet_lora_adapter_metadata=config.to_dict()
+)
+
+pipe = new_pipeline()
+pipe.load_lora_weights(folder, adapter_name="first")
+torch.testing.assert_close(output(pipe.unet), adapted)
+pipe.load_lora_weights(folder, adapter_name="second")
+pipe.set_adapters(["first", "second"], [0.25, 0.75])  # two of the same, which add up to one
+torch.testing.assert_close(output(pipe.unet), adapted)
+pipe.set_adapters("first")
+torch.testing.assert_close(output(pipe.unet), adapted)
+torch.testing.assert_close(output(pipe.unet, cross_attention_kwargs={"scale": 0.0}), base)
+torch.testing.assert_close(output(pipe.unet), adapted)
+pipe.load_lora_weights(folder, adapter_name="first", hotswap=True)
+torch.testing.assert_close(output(pipe.unet), adapted)
+peftcli.unload(pipe.unet)
+torch.testing.assert_close(output(pipe.unet), base)

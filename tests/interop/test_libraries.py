@@ -1,0 +1,24 @@
+"""Libraries that import peft, with peftcli in its place: one script each, in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parent / "libraries"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["transformers", "trl", "sentence_transformers", "diffusers"])
+def test_a_library_works_with_peftcli_in_the_place_of_peft(library: str) -> None:
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    paths = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])}
+    script = [sys.executable, str(SCRIPTS / f"with_{library}.py")]
+    done = subprocess.run(script, env=os.environ | paths, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
