@@ -182,8 +182,6 @@ ABSENT: dict[str, str] = {
     "starcoder_model_postprocess_past_key_value": _NO_CACHE_LAYOUT,
     "TRANSFORMERS_MODELS_TO_*_TARGET_MODULES_MAPPING": "only LoRA's and (IA)^3's tables are names here: the other "
     "methods take LoRA's, and for a family that no table has, the linear layers of its attention",
-    "MontecloraTrainerMixin": "`peftcli train` adds the penalty; under Trainer, override `compute_loss` with "
-    "`model._get_monteclora_loss()`",
     "register_peft_method": "a method is a folder and a row here: see [add a method](add-a-method.md)",
     "EMBEDDING_LAYER_NAMES": "embeddings and heads are found by the model's own accessors, not by names",
     "ALLOWED_COMPUTE_DTYPES": _INSIDES,

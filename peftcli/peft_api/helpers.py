@@ -18,6 +18,7 @@ from peftcli.methods.adalora.layers import AdaLoraLayer
 from peftcli.methods.lora.dora import CACHE
 from peftcli.methods.lora.kappa import EXPERTS, condition_numbers_of_experts, condition_numbers_of_layers
 from peftcli.methods.lora.lora import LoraLayer
+from peftcli.peft_api.tuner import Tuner
 
 
 def check_if_peft_model(model_name_or_path: str | Path) -> bool:
@@ -75,6 +76,20 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
     finally:
         for layer, casts in zip(layers, before, strict=True):
             layer.casts_input = casts
+
+
+class MontecloraTrainerMixin:
+    """Adds MonteCLoRA's penalty to the loss of a trainer: ``class MyTrainer(MontecloraTrainerMixin, Trainer): ...``."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
+        """The trainer's loss and the penalty; with ``return_outputs`` also the model's outputs."""
+        trainer: Any = super()
+        found = trainer.compute_loss(model, inputs, return_outputs=return_outputs, **options)
+        loss, *outputs = found if return_outputs else (found,)
+        for module in model.modules():
+            if isinstance(module, Tuner):
+                loss = loss + module._get_monteclora_loss()
+        return (loss, *outputs) if return_outputs else loss
 
 
 class DoraCaching:

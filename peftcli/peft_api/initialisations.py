@@ -5,7 +5,9 @@ A recipe needs none of them: ``peftcli train`` does what ``init_lora_weights`` s
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 
 from peftcli.core.files import read_tensor_file, write_tensor_file
+from peftcli.core.inject import inject, unload
 from peftcli.core.layer import base_module, base_paths
 from peftcli.core.linear import Linear, linear_view
 from peftcli.core.targets import targets
@@ -25,12 +28,14 @@ from peftcli.methods.lora.initialisations.eva import eva_directions, start_eva
 from peftcli.methods.lora.initialisations.loftq import start_loftq
 from peftcli.methods.lora.initialisations.lora_ga import gradients
 from peftcli.methods.lora.initialisations.residual import STATISTIC
-from peftcli.methods.lora.lora import lora_layers
+from peftcli.methods.lora.lora import LoraLayer, lora_layers
 from peftcli.models.open import open_base
 from peftcli.models.weights import BaseWeights
 from peftcli.schema import BaseModel
 
 _KEY = "init_lora_weights"
+_WHILE_LEARNING = "eva-directions"
+"""Name of the adapter that a base model has while its directions are learnt."""
 
 
 def initialize_lora_eva_weights(
@@ -54,23 +59,40 @@ def initialize_lora_eva_weights(
         raise AdapterError("EVA needs either a dataloader or an eva_state_dict")
     if eva_state_dict is None:
         assert dataloader is not None
-        eva_state_dict = get_eva_state_dict(model, dataloader, adapter_name)
+        eva_state_dict = get_eva_state_dict(model, dataloader, adapter_name=adapter_name)
     base, config, adapter = _parts(model, adapter_name, "eva")
     directions = {name.removeprefix(config.file_prefix): value for name, value in eva_state_dict.items()}
     start_eva(base, config, lora_layers(base, adapter), directions)
 
 
 def get_eva_state_dict(
-    model: nn.Module, dataloader: Iterable[Mapping[str, torch.Tensor]], adapter_name: str = "default"
+    model: nn.Module,
+    dataloader: Iterable[Mapping[str, torch.Tensor]],
+    peft_config: LoraConfig | None = None,
+    adapter_name: str = "default",
 ) -> dict[str, torch.Tensor]:
     """EVA's directions (r, in) of each layer, as many as the layer is to get.
+
+    Args:
+        model: a model of ``get_peft_model``; or a base model, also one in ``DistributedDataParallel``, which is left as
+            it was, and whose names the directions have.
+        dataloader: batches of keyword arguments.
+        peft_config: for a base model, the config that ``get_peft_model`` is to get.
+        adapter_name: which of the model's adapters.
 
     Raises:
         AdapterError: the config says otherwise, or the data do not suffice.
     """
-    base, config, adapter = _parts(model, adapter_name, "eva")
-    found = eva_directions(base, config, lora_layers(base, adapter), _OnDevice(dataloader, _device(base)))
-    return {config.file_prefix + name: value for name, value in found.items()}
+    batches = _OnDevice(dataloader, _device(model))
+    if hasattr(model, "peft_config"):
+        base, config, adapter = _parts(model, adapter_name, "eva")
+        found = eva_directions(base, config, lora_layers(base, adapter), batches)
+        return {config.file_prefix + name: value for name, value in found.items()}
+    if peft_config is None:
+        raise AdapterError("is needed for a base model", key="peft_config")
+    _check_start(peft_config, "eva")
+    with _adapted(model, peft_config) as layers:
+        return eva_directions(model, peft_config, layers, batches)
 
 
 def preprocess_corda(
@@ -168,14 +190,31 @@ def _parts(model: Any, adapter_name: str, init: str | None = None) -> tuple[nn.M
     config = model.peft_config[adapter_name]
     if not isinstance(config, LoraConfig):
         raise AdapterError(f"the adapter is {config.peft_type}, not LORA", key="peft_type")
-    if init is not None and config.init_lora_weights != init:
-        raise AdapterError(f"must be {init!r}, not {config.init_lora_weights!r}", key=_KEY)
+    if init is not None:
+        _check_start(config, init)
     return _base_of(model), config, adapter_name if len(model.peft_config) > 1 else None
 
 
-def _targets(model: nn.Module, config: LoraConfig, init: str) -> dict[str, nn.Module]:
+def _check_start(config: LoraConfig, init: str) -> None:
     if config.init_lora_weights != init:
         raise AdapterError(f"must be {init!r}, not {config.init_lora_weights!r}", key=_KEY)
+
+
+@contextmanager
+def _adapted(model: nn.Module, config: LoraConfig) -> Iterator[dict[str, LoraLayer]]:
+    """Inside, the base model has the layers of a LoRA adapter."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    inject(model, copy.deepcopy(config), _WHILE_LEARNING)
+    try:
+        yield lora_layers(model, _WHILE_LEARNING)
+    finally:
+        unload(model, _WHILE_LEARNING)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _targets(model: nn.Module, config: LoraConfig, init: str) -> dict[str, nn.Module]:
+    _check_start(config, init)
     paths = base_paths(model)
     modules = {name: model.get_submodule(paths[name]) for name in targets(model, config)}
     return {name: module for name, module in modules.items() if linear_view(module) is not None}

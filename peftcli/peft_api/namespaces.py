@@ -39,6 +39,7 @@ NAMESPACES: dict[str, tuple[str, ...]] = {
     "peft_model": ("peft_api.model", "peft_api.task_models", "peft_api.status"),
     **_TUNERS,
     **{f"{name}.config": places for name, places in _TUNERS.items()},
+    "tuners.adamss.asa_callback": ("peft_api.asa_callback",),
     "tuners": ("peft_api", "peft_api.constants", "peft_api.initialisations"),
     "tuners.cartridge.utils": ("peft_api.kv_prefix",),
     "tuners.lora": _LORA,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -301,6 +302,23 @@ def test_evas_directions_can_be_kept_and_used_again() -> None:
     peftcli.initialize_lora_eva_weights(second, eva_state_dict=kept)
     for one, other in zip(*(layers_of(model.get_base_model()).values() for model in (first, second)), strict=True):
         assert torch.equal(one.lora_A.weight, other.lora_A.weight)
+
+
+def test_evas_directions_of_a_base_model_have_its_names_and_leave_it_as_it_was() -> None:
+    config = peftcli.LoraConfig(init_lora_weights="eva", r=4, target_modules=TARGETS["llama"])
+    kept = peftcli.get_eva_state_dict(peftcli.get_peft_model(tiny("llama"), copy.deepcopy(config)), Rows("llama"))
+    parallel = nn.ModuleDict({"module": tiny("llama")})  # as DistributedDataParallel has it
+    parallel.forward = parallel["module"].forward  # type: ignore[method-assign]
+    names = [name for name, parameter in parallel.named_parameters() if parameter.requires_grad]
+    found = peftcli.get_eva_state_dict(parallel, Rows("llama"), config)
+    assert names == [name for name, parameter in parallel.named_parameters() if parameter.requires_grad]
+    model = peftcli.get_peft_model(parallel["module"], config, low_cpu_mem_usage=True)
+    renamed = {name.replace("module.", "base_model.model.", 1): value for name, value in found.items()}
+    assert renamed.keys() == kept.keys()
+    assert all(torch.equal(renamed[name], kept[name]) for name in kept)
+    peftcli.initialize_lora_eva_weights(model, eva_state_dict=renamed)
+    with pytest.raises(AdapterError, match="peft_config"):
+        peftcli.get_eva_state_dict(tiny("llama"), Rows("llama"))
 
 
 def test_loftq_reads_the_full_weights_where_the_model_came_from(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models_tiny import batch, logits, randomise, tiny
+from models_tiny import batch, labelled, logits, randomise, tiny
 from torch import nn
 
 import peftcli
@@ -133,3 +133,27 @@ def test_forward_and_generate_show_the_arguments_of_the_model_inside() -> None:
     assert torch.isfinite(logits(model, batch("llama"))).all()
     with pytest.raises(AdapterError, match="forward, generate or all"):
         helpers.update_signature(model, "backward")
+
+
+class _Trainer:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+class _AddingTrainer(helpers.MontecloraTrainerMixin, _Trainer):
+    pass
+
+
+def test_the_mixin_adds_the_penalty_of_monteclora_to_a_trainers_loss() -> None:
+    model = _adapted(target_modules=["q_proj"], monteclora_config=peftcli.MontecloraConfig(num_samples=2))
+    model.train()
+    losses = []
+    for trainer in (_Trainer(), _AddingTrainer()):
+        torch.manual_seed(0)
+        losses.append(trainer.compute_loss(model, labelled("llama")))
+    torch.testing.assert_close(losses[1] - losses[0], model._get_monteclora_loss(), atol=1e-6, rtol=1e-3)
+    assert losses[1] != losses[0]
+    torch.manual_seed(0)
+    loss, outputs = _AddingTrainer().compute_loss(model, labelled("llama"), return_outputs=True)
+    assert (loss, outputs.loss) == (losses[1], losses[0])

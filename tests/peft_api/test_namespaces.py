@@ -39,6 +39,7 @@ def test_every_module_is_one_of_pefts() -> None:
         ("mapping_func", "get_peft_model"),
         ("peft_model", "PeftModel PeftModelForCausalLM get_layer_status"),
         ("tuners", "LoraConfig IA3Config PrefixTuningConfig"),
+        ("tuners.adamss.asa_callback", "AdamssAsaCallback"),
         ("tuners.cartridge.utils", "initialize_kv_prefix_from_text compose_cartridge_adapters"),
         (
             "tuners.lora",
