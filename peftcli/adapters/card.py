@@ -188,7 +188,7 @@ def _head(kind: str, use: TaskRow | None, base: str, tags: Collection[str]) -> d
     """What the front matter says."""
     head: dict[str, Any] = {"library_name": "peft"}
     found = {kind.replace("_", "-"), "peftcli", *tags} - {""}
-    if base and not is_local(base):
+    if base and not is_local(base) and ("/" in base or "transformers" in tags):  # models of others have an owner
         head = {"base_model": base, "base_model_relation": "adapter", **head}
         found.add(f"base_model:adapter:{base}")
     if use:

@@ -43,8 +43,8 @@ _DTYPES = {
 }
 """safetensors' names. Adapters have no tensors of other kinds."""
 
-_WIDER = 8
-"""Sizes above this multiple of the base model's largest dimension are rejected."""
+_WIDER, _SMALL = 8, 1024
+"""Sizes above this multiple of the base model's largest dimension, and above this number, are rejected."""
 
 
 def save_adapter(model: nn.Module, config: AdapterConfig, folder: Path, adapter: str | None = None) -> None:
@@ -227,7 +227,7 @@ def _check_sizes(model: nn.Module, config: AdapterConfig, stored: int) -> None:
 
     Some methods draw tensors that their files do not hold.
     """
-    most = max([stored, *(_WIDER * max(value.shape, default=0) for value in model.parameters())])
+    most = max([_SMALL, stored, *(_WIDER * max(value.shape, default=0) for value in model.parameters())])
     for key in config.sizes:
         said = getattr(config, key, None)
         for number in said.values() if isinstance(said, dict) else [said]:

@@ -131,7 +131,7 @@ def _known(model: nn.Module, names: str | Iterable[str]) -> list[str]:
     known = dict.fromkeys(layer.adapter for layer in adapter_layers(model).values())
     if unknown := [name for name in wanted if name not in known]:
         there = ", ".join(known) or "none"
-        raise AdapterError(f"no adapter is called {unknown[0]!r}; there are: {there}", key="adapter_name")
+        raise AdapterError(f"Adapter {unknown[0]} does not exist; there are: {there}", key="adapter_name")
     return wanted
 
 

@@ -141,7 +141,7 @@ def _check(model: nn.Module, names: Sequence[str], layers: dict[str, AdapterLaye
     known = {layer.adapter for layer in layers.values()}
     if unknown := sorted(wanted - known):
         there = ", ".join(sorted(known)) or "none"
-        raise AdapterError(f"no adapter is called {unknown[0]!r}; there are: {there}", key="adapter_names")
+        raise AdapterError(f"Adapter {unknown[0]} does not exist; there are: {there}", key="adapter_names")
     if len(set(names)) == 1:
         return
     if getattr(getattr(model, "config", None), "model_type", None) in _TIME_FIRST:

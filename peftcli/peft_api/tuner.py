@@ -220,11 +220,12 @@ class Tuner(nn.Module):
         """Remove one adapter or several. If no active one is left, the first of those left becomes active.
 
         Raises:
-            AdapterError: an unknown name, or adapters are merged. Nothing is changed then.
+            AdapterError: an unknown name, or one of them is merged. Nothing is changed then.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self.check_known(names)
-        self.check_unmerged()
+        if merged := [name for name in names if name in self.merged_adapters]:
+            raise AdapterError(f"{', '.join(merged)} cannot be deleted while merged; call unmerge_adapter() first")
         was_active = list(self.active_adapters)
         for name in names:
             unload(self.model, name)
@@ -289,16 +290,19 @@ class Tuner(nn.Module):
             adapter_names: which adapters; None: the active ones.
             safe_merge: PEFT's; merged weights are always checked to be finite.
 
+        Warns when they are merged already.
+
         Raises:
-            AdapterError: they are merged already, adapters are disabled, an adapter cannot be merged, or a merged
-                weight is not finite. The model is as it was then.
+            AdapterError: adapters are disabled, an adapter cannot be merged, or a merged weight is not finite. The
+                model is as it was then.
         """
         if self.disabled:
             raise AdapterError("adapters are disabled; call enable_adapter_layers() first")
         before = self.merged_adapters
         names = [*before, *(name for name in self._mergeable(adapter_names) if name not in before)]
-        if names == before:
-            self.check_unmerged()
+        if before and names == before:
+            warnings.warn("All adapters are already merged, nothing to do", stacklevel=2)
+            return
         self.unmerge_adapter()
         set_active(self.model, names)
         try:
@@ -381,7 +385,7 @@ class Tuner(nn.Module):
         """Raise AdapterError for a name that no adapter has."""
         if unknown := [name for name in names if name not in self.peft_config]:
             there = ", ".join(self.peft_config) or "none"
-            raise AdapterError(f"no adapter is called {unknown[0]!r}; there are: {there}", key="adapter_name")
+            raise AdapterError(f"Adapter {unknown[0]} does not exist; there are: {there}", key="adapter_name")
 
     def check_new(self, name: str) -> None:
         """Raise AdapterError for a name that is taken or not valid, and while adapters are merged."""

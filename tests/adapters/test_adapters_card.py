@@ -235,6 +235,12 @@ def test_without_run_json_the_config_says_what_there_is_to_say(tmp_path: Path) -
     assert read_info(folder)["recipe"]["task"] == "causal_lm"
 
 
+def test_a_name_without_an_owner_is_a_base_model_on_the_hub_only_where_it_is_of_transformers(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a", {**CONFIG, "base_model_name_or_path": "tiny"})
+    assert front_matter(write_card(folder).read_text())["base_model"] == "tiny"
+    assert "base_model" not in front_matter(write_card(folder, tags=()).read_text())
+
+
 def test_an_empty_folder_gives_a_valid_card(tmp_path: Path) -> None:
     card = render_card(read_info(tmp_path))
     assert front_matter(card) == {"library_name": "peft", "tags": ["peftcli", "transformers"]}

@@ -153,18 +153,32 @@ def test_a_second_adapter_is_merged_beside_the_first() -> None:
     assert torch.equal(logits(model, batch("llama")), before)
 
 
+def test_merging_again_does_nothing_and_an_adapter_that_is_not_merged_can_be_deleted() -> None:
+    model = _two()
+    model.set_adapter("a")
+    before = logits(model, batch("llama"))
+    model.merge_adapter()
+    merged = logits(model, batch("llama"))
+    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
+        model.merge_adapter()
+    model.delete_adapter("b")
+    assert torch.equal(logits(model, batch("llama")), merged)
+    assert list(model.peft_config) == ["a"]
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, batch("llama")), before)
+
+
 def test_while_merged_other_changes_are_refused_and_switching_takes_it_back(tmp_path: Path) -> None:
     model = _two()
     model.save_pretrained(tmp_path / "before")
     model.merge_adapter(["a", "b"])
     for act in (
-        model.merge_adapter,
         lambda: model.add_adapter("c", peftcli.LoraConfig()),
         lambda: model.load_adapter(tmp_path / "before/a", "c"),
         lambda: model.delete_adapter("a"),
         lambda: model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "c"),
     ):
-        with pytest.raises(AdapterError, match=r"are merged; call unmerge_adapter\(\) first"):
+        with pytest.raises(AdapterError, match=r" merged; call unmerge_adapter\(\) first"):
             act()
     model.save_pretrained(tmp_path / "after")
     for file in ("a/adapter_model.safetensors", "b/adapter_model.safetensors", "b/adapter_config.json"):
@@ -192,7 +206,7 @@ def test_a_copy_of_a_merged_model_is_taken_back_by_itself() -> None:
 def test_what_cannot_be_merged_is_refused_and_stays(act: str) -> None:
     model = _two()
     model.add_adapter("p", peftcli.PromptTuningConfig(num_virtual_tokens=3))
-    with pytest.raises(AdapterError, match="no adapter is called 'x'"):
+    with pytest.raises(AdapterError, match="Adapter x does not exist"):
         getattr(model, act)(adapter_names=["x"])
     with pytest.raises(AdapterError, match="cannot be merged"):
         getattr(model, act)(adapter_names=["a", "p"])

@@ -154,7 +154,7 @@ def test_other_methods_and_soft_prompts() -> None:
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
-    "unknown": (["a", "x"], "no adapter is called 'x'; there are: a, b, c"),
+    "unknown": (["a", "x"], "Adapter x does not exist; there are: a, b, c"),
     "too many": (["a"] * 1 + ["b"] * 2, "adapter_names: 3 names for a batch of 2 rows; give one a row"),
     "too many that are alike": (["a"] * 3, "adapter_names: 3 names for a batch of 2 rows; give one a row"),
     "one for all rows": (["__base__"], "adapter_names: 1 names for a batch of 2 rows"),

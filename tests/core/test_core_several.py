@@ -247,13 +247,13 @@ def test_a_name_may_hold_a_blank(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "unknown": (lambda model: model.set_adapter("wdie"), "no adapter is called 'wdie'; there are: plain, wide"),
-    "one of two": (lambda model: model.set_adapter(["plain", "x"]), "no adapter is called 'x'"),
-    "delete": (lambda model: model.delete_adapter("x"), "no adapter is called 'x'"),
-    "save": (lambda model: model.save_pretrained("x", selected_adapters=["x"]), "no adapter is called 'x'"),
-    "train": (lambda model: model.set_requires_grad("x"), "no adapter is called 'x'"),
-    "state": (lambda model: get_peft_model_state_dict(model, adapter_name="x"), "no adapter is called 'x'"),
-    "set state": (lambda model: set_peft_model_state_dict(model, {}, "x"), "no adapter is called 'x'"),
+    "unknown": (lambda model: model.set_adapter("wdie"), "Adapter wdie does not exist; there are: plain, wide"),
+    "one of two": (lambda model: model.set_adapter(["plain", "x"]), "Adapter x does not exist"),
+    "delete": (lambda model: model.delete_adapter("x"), "Adapter x does not exist"),
+    "save": (lambda model: model.save_pretrained("x", selected_adapters=["x"]), "Adapter x does not exist"),
+    "train": (lambda model: model.set_requires_grad("x"), "Adapter x does not exist"),
+    "state": (lambda model: get_peft_model_state_dict(model, adapter_name="x"), "Adapter x does not exist"),
+    "set state": (lambda model: set_peft_model_state_dict(model, {}, "x"), "Adapter x does not exist"),
     "taken": (lambda model: model.add_adapter("wide", CONFIGS["wide"]()), "an adapter called 'wide' already"),
     "a path": (lambda model: model.add_adapter("../x", CONFIGS["wide"]()), "'../x' is not a valid name"),
     "a blank at the end": (lambda model: model.add_adapter("x ", CONFIGS["wide"]()), "'x ' is not a valid name"),

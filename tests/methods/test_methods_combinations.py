@@ -397,7 +397,7 @@ def test_a_combined_adapter_in_a_model_is_the_weighted_sum() -> None:
     torch.testing.assert_close(logits(model, batch("llama")), logits(expected, batch("llama")), atol=1e-4, rtol=1e-4)
     model(**labelled("llama")).loss.backward()
     for act, message in (
-        (lambda: model.add_weighted_adapter(["x"], [1.0], "y"), "no adapter is called 'x'"),
+        (lambda: model.add_weighted_adapter(["x"], [1.0], "y"), "Adapter x does not exist"),
         (lambda: model.add_weighted_adapter(["a"], [1.0], "y", "mean"), "no way to combine is called 'mean'"),
     ):
         with pytest.raises(AdapterError, match=message):

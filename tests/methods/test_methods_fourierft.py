@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cmath
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from models_tiny import tiny
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import peftcli
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.errors import AdapterError
@@ -46,6 +48,13 @@ def test_layers_may_have_numbers_of_their_own() -> None:
     assert sizes == [9, 4, 2, 4]
     with pytest.raises(AdapterError, match="no adapted module matches 'k_proj'"):
         inject(tiny("llama"), FourierFTConfig(n_frequency=9, n_frequency_pattern={"k_proj": 4}))
+
+
+def test_a_default_that_no_layer_uses_does_not_keep_a_small_model_from_loading(tmp_path: Path) -> None:
+    config = FourierFTConfig(n_frequency_pattern={"0": 5}, target_modules=["0"])
+    peftcli.get_peft_model(nn.Sequential(nn.Linear(4, 3)), config).save_pretrained(tmp_path)
+    loaded = peftcli.PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 3)), tmp_path)
+    assert [len(layer.fourierft_spectrum) for layer in adapter_layers(loaded).values()] == [5]
 
 
 def test_more_places_than_numbers_are_refused() -> None:

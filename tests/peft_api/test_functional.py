@@ -61,7 +61,7 @@ def test_the_last_adapter_of_several_is_active_and_the_functions_switch_and_remo
     functional.set_adapter(model, "two", inference_mode=True)
     assert functional.delete_adapter(model, "two", "lora_") == ["default"]
     assert enabled() == {"default"}
-    with pytest.raises(AdapterError, match="no adapter is called 'two'; there are: default"):
+    with pytest.raises(AdapterError, match="Adapter two does not exist; there are: default"):
         functional.set_adapter(model, "two")
     assert functional.delete_adapter(model, "default") == []
     assert not adapter_layers(model)
