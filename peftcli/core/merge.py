@@ -99,7 +99,7 @@ def fold(model: nn.Module) -> Folded:
                 )
             check_not_offloaded(base, name)
             tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
-            with torch.no_grad(), _widened(layer):
+            with torch.no_grad(), _ready_to_merge(layer):
                 values = layer.folded(dict(tensors))
             for tensor, value in values.items():
                 before = tensors[tensor]
@@ -142,7 +142,7 @@ def weight_update(layer: AdapterLayer) -> torch.Tensor:
     try:
         for each in layers:
             each.enabled = each is layer
-        with torch.no_grad(), _widened(layer):
+        with torch.no_grad(), _ready_to_merge(layer):
             values = layer.folded(dict(tensors))
             changed = [
                 name for name, value in values.items() if not torch.equal(value.to(tensors[name]), tensors[name])
@@ -173,15 +173,19 @@ def _keep_parameters(model: nn.Module, folded: Folded) -> None:
 
 
 @contextmanager
-def _widened(layer: AdapterLayer) -> Iterator[None]:
-    """Hold the adapters' tensors on one module in float32 inside, if the whole model was cast to half precision.
+def _ready_to_merge(layer: AdapterLayer) -> Iterator[None]:
+    """Hold the adapters on one module in evaluation mode inside, and their tensors in float32 or wider.
 
-    Merging needs their digits, and operations that have no half precision.
+    Training leaves parts out at random, or adds noise, which must not stay in a merged weight. Merging a model that was
+    cast to half precision needs more digits, and operations that have no half precision.
     """
     base = base_module(layer)
-    foreign = {id(tensor) for tensor in (*base.parameters(), *base.buffers())}
+    foreign = {id(part) for part in (*base.modules(), *base.parameters(), *base.buffers())}
+    training = [module for module in layer.modules() if module.training and id(module) not in foreign]
     own = [tensor for tensor in (*layer.parameters(), *layer.buffers()) if id(tensor) not in foreign]
     narrow = [(tensor, tensor.data) for tensor in own if tensor.dtype in (torch.float16, torch.bfloat16)]
+    for module in training:
+        module.training = False
     for tensor, value in narrow:
         tensor.data = value.float()
     try:
@@ -189,6 +193,8 @@ def _widened(layer: AdapterLayer) -> Iterator[None]:
     finally:
         for tensor, value in narrow:
             tensor.data = value
+        for module in training:
+            module.training = True
 
 
 def _dequantise(model: nn.Module) -> dict[nn.Module, nn.Linear]:

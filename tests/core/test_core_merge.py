@@ -168,6 +168,27 @@ def test_merging_again_does_nothing_and_an_adapter_that_is_not_merged_can_be_del
     assert torch.equal(logits(model, batch("llama")), before)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        peftcli.OFTConfig(oft_block_size=4, module_dropout=0.5),
+        peftcli.BOFTConfig(boft_block_size=4, boft_dropout=0.5),
+        peftcli.PolyConfig(r=2, n_tasks=1),
+        peftcli.LoraConfig(monteclora_config={}),
+    ],
+    ids=lambda config: config.peft_type,
+)
+def test_a_model_in_training_mode_merges_without_what_is_random(config: Any) -> None:
+    model = get_peft_model(tiny("llama"), config)
+    randomise(model)
+    model.eval().merge_adapter()
+    expected = [value.clone() for value in model.get_base_model().parameters()]
+    model.unmerge_adapter()
+    model.train().merge_adapter()
+    assert all(torch.equal(*pair) for pair in zip(model.get_base_model().parameters(), expected, strict=True))
+    assert all(module.training for layer in adapter_layers(model).values() for module in layer.children())
+
+
 def test_while_merged_other_changes_are_refused_and_switching_takes_it_back(tmp_path: Path) -> None:
     model = _two()
     model.save_pretrained(tmp_path / "before")
