@@ -23,6 +23,7 @@ def prepare_model_for_kbit_training(
     model: Any,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+    auto_clear_cache: bool = True,
 ) -> Any:
     """Freeze a model, and hold what is not quantised of it in float32.
 
@@ -30,6 +31,7 @@ def prepare_model_for_kbit_training(
         model: a model of transformers, quantised by bitsandbytes or not.
         use_gradient_checkpointing: compute the activations of a quantised model again in the backward pass.
         gradient_checkpointing_kwargs: of ``torch.utils.checkpoint``; ``use_reentrant`` is False where not given.
+        auto_clear_cache: give the GPU the memory back that the weights took in half precision.
     """
     quantised = [module for module in model.modules() if is_quantised(module)]
     kept = {id(value) for module in quantised for value in module.parameters(recurse=False)}
@@ -38,6 +40,8 @@ def prepare_model_for_kbit_training(
         for value in model.parameters():
             if value.dtype in (torch.float16, torch.bfloat16) and id(value) not in kept:
                 value.data = value.data.float()
+    if auto_clear_cache and torch.cuda.is_available():
+        torch.cuda.empty_cache()
     if quantised and use_gradient_checkpointing:
         options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if options["use_reentrant"]:

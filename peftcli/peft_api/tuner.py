@@ -103,6 +103,8 @@ class Tuner(nn.Module):
         ]
         layers.sort(key=lambda layer: isinstance(layer, TrainedRows))  # these are beside another method's, unless alone
         names = [*layers[0].own_tensors()] if layers else []
+        depth = min((name.count(".") for name in names), default=0)
+        names = [name for name in names if name.count(".") == depth]  # deeper ones are those of a layer in this one
         head, found, _ = os.path.commonprefix(names).rpartition("_")  # noqa: RUF071 - of characters, not of paths
         return head + found
 

@@ -263,6 +263,15 @@ def test_prepared_as_by_peft_it_trains() -> None:
     assert first.lora_B.weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("clear", [True, False])
+def test_preparing_gives_memory_back_unless_told_not_to(clear: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    cleared: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: cleared.append(True))
+    peft_api.prepare_model_for_kbit_training(tiny("llama").bfloat16(), auto_clear_cache=clear)
+    assert bool(cleared) == clear
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_on_four_bits(method: str, tmp_path: Path) -> None:
     with_package("nf4-double")

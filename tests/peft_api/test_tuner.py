@@ -106,3 +106,11 @@ def test_the_config_of_any_model() -> None:
         assert tuner.get_model_config(torch.nn.Linear(1, 1)) == {"model_type": "custom"}
         assert tuner.get_model_config(tuner.model)["model_type"] == "llama"
         assert tuner.prefix == "lora_"
+
+
+def test_the_prefix_is_that_of_the_methods_own_weights() -> None:
+    for lib in (peftcli.peft_api, peft):
+        heads = torch.nn.ModuleDict({"attention": torch.nn.MultiheadAttention(8, 2)})
+        assert lib.get_peft_model(heads, lib.LoraConfig(target_modules=["attention"])).prefix == "lora_"
+        rows = lib.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1])
+        assert lib.get_peft_model(tiny("llama"), rows).prefix == "lora_"
