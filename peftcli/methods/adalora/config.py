@@ -113,7 +113,8 @@ class AdaLoraConfig(_LoraSettings, BiasConfig, FanInConfig, ExcludingConfig, Lay
                 ("target_r", f"{self.target_r} is above init_r, {self.init_r}; directions are only taken away")
             )
         if self.total_step is not None and self.tinit >= self.total_step - self.tfinal:
-            found.append(("tinit", f"tinit + tfinal leave no step of {self.total_step} to take anything away"))
+            said = f"tinit + tfinal leave no step of {self.total_step}"
+            found.append(("tinit", f"The supplied schedule values don't allow for a budgeting phase: {said}"))
         return found
 
     def usual_targets(self, model_type: str) -> list[str] | str:

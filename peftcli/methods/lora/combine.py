@@ -18,7 +18,14 @@ from peftcli.methods.lora.variant_settings import variant_of
 from peftcli.methods.updates import Update, distance, weighted_sum
 
 _TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-_SAME = ("layer_replication", "trainable_token_indices", "ensure_weight_tying", "modules_to_save", "bias")
+_SAME = (
+    "alora_invocation_tokens",
+    "layer_replication",
+    "trainable_token_indices",
+    "ensure_weight_tying",
+    "modules_to_save",
+    "bias",
+)
 """Settings that the adapters must share."""
 
 
@@ -63,8 +70,8 @@ def _lora(adapter: Adapter) -> LoraConfig:
     config = adapter.config
     if not isinstance(config, LoraConfig):
         raise AdapterError(f"{adapter.name} is {config.peft_type}; only LoRA adapters can be combined")
-    if (variant := variant_of(config)) is not None:
-        raise AdapterError(f"{adapter.name} is a variant of LoRA, and only plain ones can be combined", key=variant)
+    if (variant := variant_of(config)) not in (None, "alora_invocation_tokens"):
+        raise AdapterError(f"{adapter.name} is a variant of LoRA that cannot be combined", key=variant)
     if config.target_parameters:
         raise AdapterError(
             f"{adapter.name} adapts parameters without layers, which cannot be combined", key="target_parameters"
