@@ -242,6 +242,16 @@ REFUSED: tuple[tuple[str, str], ...] = (
     ("a file that lacks a tensor, or has one too many", "the model would compute with weights that nobody trained"),
     ("weights that are not finite, when they are written, loaded or merged", "every later result would be NaN"),
     ("a setting that the method does not know", "a typo would leave the default in place, in silence"),
+    (
+        "prefix tuning where attention keeps no keys and values, as in DeBERTa",
+        "there is no place for a prefix: with PEFT it changes nothing, or the forward pass fails",
+    ),
+    ("`bias` with `alora_invocation_tokens`", "a trained bias changes the tokens before the invocation too"),
+    (
+        "`add_weighted_adapter` of adapters with `trainable_token_indices`, unless the weights add up to 1",
+        "their rows replace the base model's, so only an average means something; PEFT leaves them out, in silence",
+    ),
+    ("an adapter name with `/`, or marks other than `-` and `_`", "its adapter is saved in a folder of that name"),
 )
 """What PEFT accepts and peftcli refuses, and why."""
 
