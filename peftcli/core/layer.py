@@ -131,6 +131,25 @@ class AdapterLayer(nn.Module):
         """Return the name of ``tensor`` in the adapter file, for a layer at ``path`` in the model."""
         return f"{self.file_prefix}{path}.{tensor}"
 
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Return where transformers' ``load_adapter`` puts tensors: name below the layer, in the file -> in the model.
+
+        Raises:
+            AdapterError: a tensor of the file belongs to several layers, or the layer does not hold it as it is.
+        """
+        if adapter_name != self.adapter:
+            return {}
+        held = {id(value): name for name, value in [*self.named_parameters(), *self.named_buffers()]}
+        start, found = f"{self.file_prefix}layer.", {}
+        for tensor, value in self.file_tensors().items():
+            name = self.file_name("layer", tensor)
+            if not name.startswith(start) or id(value) not in held:
+                raise AdapterError(
+                    f"load_adapter of transformers cannot read {tensor}", hint="use PeftModel.from_pretrained"
+                )
+            found[name.removeprefix(start)] = held[id(value)]
+        return {name: place for name, place in found.items() if name != place}
+
     def before_loading(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Prepare for the ``tensors`` of a file, name below the layer -> tensor: take sizes that only it says.
 
@@ -202,10 +221,6 @@ class TrainedCopy(AdapterLayer):
 
     def own_module(self, path: str) -> nn.Module:
         return self.copy.get_submodule(path)
-
-    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """Return where transformers' ``load_adapter`` puts tensors: name in the file -> name below the layer."""
-        return {name: f"copy.{name}" for name in self.file_tensors()} if adapter_name == self.adapter else {}
 
     def overrides(self, below: AdapterLayer) -> bool:
         return True

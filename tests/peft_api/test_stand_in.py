@@ -126,6 +126,30 @@ def test_the_adapter_methods_of_a_transformers_model(before_others: None, tmp_pa
         model.add_adapter(peftcli.PromptTuningConfig(num_virtual_tokens=2), "soft")
 
 
+def test_load_adapter_of_transformers_reads_a_file_or_refuses_it(before_others: None, tmp_path: Path) -> None:
+    """Names in the file that are not those in the model: of a norm, a trained module. Tensors that layers share."""
+    tiny("llama").save_pretrained(tmp_path / "base")
+    configs = [
+        peftcli.LNTuningConfig(target_modules=["input_layernorm"]),
+        peftcli.LoraConfig(r=2, modules_to_save=["lm_head"]),
+        peftcli.VeraConfig(r=2, target_modules=["q_proj"]),
+    ]
+    peftcli.peft_api.install()
+    for number, config in enumerate(configs):
+        wrapped, folder = peftcli.get_peft_model(_base(tmp_path), config).eval(), tmp_path / str(number)
+        with torch.no_grad():
+            for value in wrapped.parameters():
+                value.add_(0.1 * torch.randn_like(value) if value.requires_grad else 0)
+        wrapped.save_pretrained(folder)
+        model = _base(tmp_path)
+        if config.peft_type == "VERA":
+            with pytest.raises(AdapterError, match=r"cannot read vera_A\nuse PeftModel.from_pretrained"):
+                model.load_adapter(str(folder))
+        else:
+            model.load_adapter(str(folder))
+            torch.testing.assert_close(model(IDS).logits, wrapped(IDS).logits)
+
+
 def test_two_adapters_of_which_one_hides_the_other_cannot_be_active_together(before_others: None) -> None:
     peftcli.peft_api.install(version="0.22.0")
     model = tiny("llama")

@@ -10,6 +10,7 @@ peftcli.peft_api.install(version="0.22.0")
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
+from peft.functional import delete_adapter
 from peft.utils import get_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -78,5 +79,6 @@ torch.testing.assert_close(output(pipe.unet, cross_attention_kwargs={"scale": 0.
 torch.testing.assert_close(output(pipe.unet), adapted)
 pipe.load_lora_weights(folder, adapter_name="first", hotswap=True)
 torch.testing.assert_close(output(pipe.unet), adapted)
-peftcli.unload(pipe.unet)
+for name in ("second", "first"):
+    delete_adapter(pipe.unet, name)
 torch.testing.assert_close(output(pipe.unet), base)
