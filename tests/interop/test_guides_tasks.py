@@ -10,20 +10,26 @@ from typing import Any
 import pytest
 import torch
 import trainkit
-from models_tiny import ids, randomise
+from models_tiny import batch, ids, randomise
 from torch.utils.data import DataLoader
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
+    WhisperForConditionalGeneration,
     default_data_collator,
     get_linear_schedule_with_warmup,
 )
@@ -214,15 +220,15 @@ def _trained_by_hand(model: Any, rows: list[dict[str, torch.Tensor]], epochs: in
     torch.manual_seed(0)
     for _ in range(epochs):
         model.train()
-        for batch in dataloader:
-            loss = model(**batch).loss
+        for inputs in dataloader:
+            loss = model(**inputs).loss
             loss.backward()
             optimizer.step()
             lr_scheduler.step()
             optimizer.zero_grad()
         model.eval()
         with torch.no_grad():
-            outputs = [model(**batch) for batch in dataloader]
+            outputs = [model(**inputs) for inputs in dataloader]
         found.append(torch.exp(sum(output.loss for output in outputs) / len(outputs)).item())
         assert all(torch.argmax(output.logits, -1).ndim == 2 for output in outputs)
     return found
@@ -389,3 +395,137 @@ def test_a_prefix_for_an_encoder_decoder(lib: ModuleType, base: Base, tmp_path: 
     loaded = lib.PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(base("t5")), tmp_path).eval()
     inputs = default_data_collator(rows)
     torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_speech_is_recognised_with_lora(lib: ModuleType, base: Base, tmp_path: Path) -> None:
+    """The guide's hook on the first convolution, its arguments, and no task_type."""
+    model = WhisperForConditionalGeneration.from_pretrained(base("whisper"))
+    model = lib.prepare_model_for_kbit_training(model)
+    model.model.encoder.conv1.register_forward_hook(lambda module, given, output: output.requires_grad_(True))
+    config = lib.LoraConfig(r=32, lora_alpha=64, target_modules=["q_proj", "v_proj"], lora_dropout=0.05, bias="none")
+    model = lib.get_peft_model(model, config)
+    features = batch("whisper", rows=4)["input_features"]
+    rows = [{"input_features": one, "labels": label} for one, label in zip(features, ids(4, 5), strict=True)]
+    arguments = Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=4,
+        logging_steps=1,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = Seq2SeqTrainer(
+        args=arguments, model=model, train_dataset=rows, eval_dataset=rows, data_collator=default_data_collator
+    )
+    model.config.use_cache = False
+    trainer.train()
+    model.save_pretrained(tmp_path / "adapter")
+    peft_config = lib.PeftConfig.from_pretrained(tmp_path / "adapter")
+    loaded = WhisperForConditionalGeneration.from_pretrained(peft_config.base_model_name_or_path)
+    loaded = lib.PeftModel.from_pretrained(loaded, tmp_path / "adapter").eval()
+    options = {"input_features": features, "max_new_tokens": 4}
+    with torch.no_grad():
+        assert torch.equal(loaded.generate(**options), model.eval().generate(**options))
+
+
+def test_images_are_segmented_with_lora(lib: ModuleType, tmp_path: Path) -> None:
+    def segformer() -> Any:
+        torch.manual_seed(0)
+        config = SegformerConfig(
+            num_encoder_blocks=1,
+            depths=[1],
+            sr_ratios=[1],
+            hidden_sizes=[16],
+            patch_sizes=[3],
+            strides=[2],
+            num_attention_heads=[2],
+            mlp_ratios=[2],
+            decoder_hidden_size=16,
+            num_labels=3,
+        )
+        return SegformerForSemanticSegmentation(config).eval()
+
+    config = lib.LoraConfig(
+        r=8,
+        lora_alpha=32,
+        target_modules=segformer_targets(segformer()),
+        lora_dropout=0.1,
+        bias="lora_only",
+        modules_to_save=["decode_head"],
+    )
+    model = lib.get_peft_model(segformer(), config)
+    names = {name for name, value in model.named_parameters() if value.requires_grad}
+    assert any("decode_head" in name for name in names)
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(2, 16, 16, dtype=torch.long)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        model.train()(pixel_values=pixels, labels=labels).loss.backward()
+        optimizer.step()
+    expected = model.eval()(pixel_values=pixels).logits
+    model.save_pretrained(tmp_path)
+    inference_model = segformer()
+    with torch.no_grad():
+        for parameter in inference_model.decode_head.parameters():
+            parameter.zero_()
+    loaded = lib.PeftModel.from_pretrained(inference_model, tmp_path)
+    torch.testing.assert_close(loaded(pixel_values=pixels).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def segformer_targets(model: torch.nn.Module) -> list[str]:
+    """Query and value, whatever transformers calls them now."""
+    leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return ["query", "value"] if "query" in leaves else ["q_proj", "v_proj"]
+
+
+class _SentenceEmbedding(torch.nn.Module):
+    """The guide's wrapper: a mean over the tokens; what it does not have, the model in it has."""
+
+    def __init__(self, model_name: str):
+        super().__init__()
+        self.model = AutoModel.from_pretrained(model_name)
+
+    def forward(self, **kwargs: Any) -> torch.Tensor:
+        hidden = self.model(**kwargs)[0]
+        mask = kwargs["attention_mask"].unsqueeze(-1).expand(hidden.size()).float()
+        embeddings = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
+        return torch.nn.functional.normalize(embeddings, p=2, dim=1)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.model, name)
+
+
+def test_sentences_are_embedded_with_lora(lib: ModuleType, base: Base, tmp_path: Path) -> None:
+    peft_config = lib.LoraConfig(
+        r=8,
+        lora_alpha=16,
+        bias="none",
+        task_type=lib.TaskType.FEATURE_EXTRACTION,
+        target_modules=["key", "query", "value"],
+    )
+    model = lib.get_peft_model(_SentenceEmbedding(base("bert")), peft_config)
+    query, product = batch("bert", 0), batch("bert", 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(4):
+        cosine = (model(**query) * model(**product)).sum(1)
+        loss = (1 - cosine).mean()
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    expected = model.eval()(**query)
+    model.save_pretrained(tmp_path)
+    loaded = lib.PeftModel.from_pretrained(_SentenceEmbedding(base("bert")), tmp_path).eval()
+    torch.testing.assert_close(loaded(**query), expected, atol=1e-4, rtol=1e-4)
