@@ -253,6 +253,58 @@ def test_parameters_of_experts_are_targets(lib: ModuleType, tmp_path: Path) -> N
     close(logits(loaded.eval(), batch("mixtral")), expected)
 
 
+# --- variants ---------------------------------------------------------------------------------------------------------
+
+
+def test_monteclora_adds_its_penalty_to_the_loss(lib: ModuleType, tmp_path: Path) -> None:
+    config = lib.LoraConfig(
+        r=4,
+        lora_alpha=32,
+        target_modules=TARGETS,
+        task_type="CAUSAL_LM",
+        monteclora_config=lib.MontecloraConfig(num_samples=4, sample_scaler=1e-2, kl_loss_weight=1e-2),
+    )
+    model = lib.get_peft_model(tiny("llama"), config).train()
+    mixin = importlib.import_module(f"{lib.__name__}.helpers").MontecloraTrainerMixin
+
+    class MontecloraTrainer(mixin, Trainer):
+        pass
+
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no"
+    )
+    rows = [{"input_ids": one, "labels": one} for one in ids(8, 6)]
+    trainer = MontecloraTrainer(model=model, args=arguments, train_dataset=rows)
+    loss = trainer.compute_loss(model, labelled("llama")).item()
+    penalty = model._get_monteclora_loss().item()  # of the same draw
+    assert penalty > 0
+    assert loss == pytest.approx(tiny("llama")(**labelled("llama")).loss.item() + penalty, rel=1e-5)
+    trainer.train()
+    model.eval()
+    assert trainer.compute_loss(model, labelled("llama")).item() == pytest.approx(
+        model(**labelled("llama")).loss.item(), rel=1e-5
+    )
+
+
+def test_kasas_penalty_is_added_by_hand(lib: ModuleType) -> None:
+    config = lib.LoraConfig(target_modules=TARGETS, r=4, kasa_config=lib.KasaConfig(beta=1e-4, gamma=1e-3))
+    model = lib.get_peft_model(tiny("llama"), config)
+    kasa_loss = model._get_kasa_loss()
+    assert kasa_loss.item() > 0
+    (model(**labelled("llama")).loss + kasa_loss).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert lib.get_peft_model(tiny("llama"), lib.LoraConfig())._get_kasa_loss() == 0.0
+
+
+@pytest.mark.parametrize("init_type", ["batch_average", "batch_average_once", "random"])
+def test_velora_learns_from_compressed_activations(lib: ModuleType, init_type: str) -> None:
+    velora_config = lib.VeloraConfig(num_groups=8, scale=0.2, init_type=init_type)
+    torch.manual_seed(0)
+    model = lib.get_peft_model(tiny("llama"), lib.LoraConfig(target_modules=TARGETS, velora_config=velora_config))
+    close(logits(model.eval(), batch("llama")), logits(tiny("llama"), batch("llama")))
+    learns(model.train())
+
+
 # --- optimizers -------------------------------------------------------------------------------------------------------
 
 
