@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 
 from torch import nn
 
 from peftcli.adapters.load import adapter_folder
-from peftcli.core.config import AdapterConfig
+from peftcli.core.config import AdapterConfig, TargetedConfig
 from peftcli.core.inject import inject
+from peftcli.core.layer import TrainedBias, adapter_layers, base_name
 from peftcli.core.protocols import needs_batches
 from peftcli.core.weights import cast_weights, empty_state, holds_its_file
 from peftcli.errors import AdapterError, PeftWarning
+from peftcli.methods.lora.targets import tied_group
 from peftcli.methods.xlora.config import XLoraConfig
 from peftcli.models.open import open_base
 from peftcli.peft_api.mixed_batch import BASE
@@ -67,10 +70,31 @@ def start_adapter(
         config.find_folder = adapter_folder
     config.prepare(lambda name, **options: open_base(BaseModel(name=name or _name_of(model))).processor(**options))
     inject(model, config, name)
+    if isinstance(config, TargetedConfig) and not config.inference_mode:
+        _warn_of_untied(model, config, name)
     if not autocast_adapter_dtype:
         cast_weights(model, name, as_base=True)
     if low_cpu_mem_usage and holds_its_file(model, name) and not needs_batches(config):
         empty_state(model, name)
+
+
+def _warn_of_untied(model: nn.Module, config: AdapterConfig, adapter: str) -> None:
+    """Warn if modules share a weight in the base model, and the adapter changes one of them or each in its own way."""
+    trained: dict[str, set[nn.Parameter]] = {name: set() for name in tied_group(model)}
+    for path, layer in adapter_layers(model, adapter).items():
+        if (name := base_name(model, path)) in trained and not isinstance(layer, TrainedBias):
+            trained[name].update(layer.own_tensors().values())
+    changed = [name for name in trained if trained[name]]
+    if not changed or set.intersection(*trained.values()):
+        return
+    settings = {entry.name for entry in dataclasses.fields(config) if not entry.metadata.get("unsupported")}
+    reason = f"no implementation exists to tie the adapters of {config.peft_type}"
+    if "ensure_weight_tying" in settings:
+        reason = "`ensure_weight_tying` is not set to True"
+    told = f"{' and '.join(trained)} share a weight, and the adapter of {' and '.join(changed)} changes it there only"
+    if len(changed) == len(trained):
+        told = f"{' and '.join(trained)} share a weight, and each gets an adapter of its own"
+    warnings.warn(f"{told}: {reason}", PeftWarning, stacklevel=4)
 
 
 def _name_of(model: nn.Module) -> str:

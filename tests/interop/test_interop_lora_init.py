@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 import peftcli
 from peftcli.adapters.merge import merge_adapter
 from peftcli.core.files import load_adapter, read_config, save_adapter
+from peftcli.core.inject import inject
 from peftcli.errors import AdapterError, ModelError
 from peftcli.methods import config_from_dict
 from peftcli.peft_api.model import wrap
@@ -95,6 +96,17 @@ def test_starts_from_the_base_weight_are_pefts(init: str, kind: str) -> None:
         close(layer.lora_A.weight, found[name][0])
         close(layer.lora_B.weight, found[name][1])
     close(logits(oracle, batch(kind)), logits(model, batch(kind)))
+
+
+def test_mica_on_an_embedding_is_pefts() -> None:
+    settings: dict[str, Any] = {"init_lora_weights": "mica", "r": 4, "target_modules": ["embed_tokens"]}
+    model: Any = tiny("llama")
+    inject(model, peftcli.LoraConfig(**settings))
+    layer, oracle = model.model.embed_tokens, wrapped(tiny("llama"), **settings).base_model.model.model.embed_tokens
+    assert not layer.lora_embedding_A.any()
+    for name in ("lora_embedding_A", "lora_embedding_B"):
+        close(getattr(layer, name), getattr(oracle, name)["default"])
+    assert list(layer.own_tensors()) == ["lora_embedding_A"]
 
 
 @pytest.mark.grid(each="init")

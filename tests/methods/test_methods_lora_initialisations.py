@@ -221,7 +221,7 @@ def test_more_directions_than_a_layer_has_are_refused(init: str) -> None:
     assert caught.value.key == "r"
 
 
-@pytest.mark.parametrize("init", [*STARTED, "orthogonal", "mica"])
+@pytest.mark.parametrize("init", [*STARTED, "orthogonal"])
 def test_only_linear_layers_start_so(init: str) -> None:
     with pytest.raises(AdapterError, match="embed_tokens is a Embedding") as caught:
         inject(tiny("llama"), LoraConfig(init_lora_weights=init, target_modules=["q_proj", "embed_tokens"]))

@@ -191,6 +191,27 @@ def test_an_adapter_of_the_same_name_is_replaced_or_kept(saved: Path) -> None:
     assert found.state_dict().keys() == expected.state_dict().keys()
 
 
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (
+            peftcli.LoraConfig(target_modules=["lm_head"]),
+            r"lm_head changes it there only: `ensure_weight_tying` is not",
+        ),
+        (peftcli.LoraConfig(modules_to_save=["embed_tokens", "lm_head"]), "each gets an adapter of its own: `ensure_"),
+        (peftcli.LoKrConfig(target_modules=["lm_head"]), "no implementation exists to tie the adapters of LOKR"),
+        (peftcli.LoraConfig(target_modules=["lm_head"], ensure_weight_tying=True), None),
+        (peftcli.LoraConfig(trainable_token_indices=[1]), None),
+    ],
+)
+def test_an_adapter_that_unties_is_a_warning(config: Any, reason: str | None) -> None:
+    if reason is None:
+        get_peft_model(tiny("llama_tied"), config)
+        return
+    with pytest.warns(peftcli.PeftWarning, match=f"model.embed_tokens and lm_head share a weight, .*{reason}"):
+        get_peft_model(tiny("llama_tied"), config)
+
+
 def test_another_revision_is_said() -> None:
     with pytest.warns(UserWarning, match="revision: first in the config becomes second"):
         model = get_peft_model(tiny("llama"), _config(peftcli, revision="first"), revision="second")

@@ -46,6 +46,7 @@ class TiedHead(LoraLayer):
     def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig, source: LoraEmbedding, place: str):
         super().__init__(base_layer, name, config)
         self.scaling = self.full_scaling = source.scaling
+        self.fixed = source.fixed
         self.place = place
         """The embedding's name in the model."""
         self.lora_embedding_A, self.lora_embedding_B = source.lora_embedding_A, source.lora_embedding_B

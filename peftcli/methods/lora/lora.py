@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype, adapter_layers, base_module, path_in_file
+from peftcli.core.layer import AdapterLayer, adapter_dtype, adapter_layers, base_module, path_in_file, widened
 from peftcli.core.linear import dense_weight, linear_view
 from peftcli.core.targets import pattern_value
 from peftcli.errors import AdapterError
@@ -160,6 +160,11 @@ class LoraEmbedding(LoraLayer):
         first = torch.zeros if config.init_lora_weights else torch.randn
         self.lora_embedding_A = nn.Parameter(first(self.r, vocabulary, **like))
         self.lora_embedding_B = nn.Parameter(torch.randn(width, self.r, **like))
+        if config.init_lora_weights == "mica" and not config.inference_mode:
+            weight = widened(self.base_layer.weight.detach()).T
+            initialise(self.lora_embedding_A, self.lora_embedding_B, "mica", self.scaling, lambda: weight)
+            self.fixed = ("lora_embedding_B",)
+            self.lora_embedding_B.requires_grad_(False)
         # some embeddings scale what they look up; the update is scaled alike, so that merging changes nothing
         self.output_scale = getattr(base_layer, "embed_scale", 1.0)
 

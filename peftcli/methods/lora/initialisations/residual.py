@@ -110,13 +110,14 @@ def check_initialisation(module: nn.Module, name: str, config: LoraConfig) -> No
     """Refuse an initialisation that does not fit the module.
 
     Raises:
-        AdapterError: the module is no linear layer; or the config is of a file that means nothing without what its
-            writer started from.
+        AdapterError: the module is no linear layer, nor an embedding for mica; or the config is of a file that means
+            nothing without what its writer started from.
     """
     init, view, layer = config.init_lora_weights, linear_view(module), base_module(module)
     never_called = isinstance(layer, NonDynamicallyQuantizableLinear)  # its attention reads the weight
     needs_linear = is_residual(init) or init in ("orthogonal", "mica", "loftq")
-    if needs_linear and (view is None or never_called):
+    on_embedding = init == "mica" and isinstance(layer, nn.Embedding)
+    if needs_linear and (view is None or never_called) and not on_embedding:
         raise AdapterError(f"{init} starts Linear and Conv1D; {name} is a {type(layer).__name__}", key=_KEY)
     if init == "loftq" and not is_quantised(layer):
         reason = f"loftq goes with a quantised base model, and its {name} is not quantised"
