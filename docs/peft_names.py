@@ -248,6 +248,16 @@ REFUSED: tuple[tuple[str, str], ...] = (
     ),
     ("`bias` with `alora_invocation_tokens`", "a trained bias changes the tokens before the invocation too"),
     (
+        "`use_dora` on a convolution with groups",
+        "the update reads the channels of all groups, so there is no adapted weight to take the length of; PEFT takes "
+        "that of other numbers",
+    ),
+    ("`target_svd_config` of OSF", "PEFT's OSF does not read it; `rank_pattern` is what works"),
+    (
+        "two adapters of LN tuning on the same norm, active together",
+        "one would replace the other; PEFT says so in the forward pass",
+    ),
+    (
         "`add_weighted_adapter` of adapters with `trainable_token_indices`, unless the weights add up to 1",
         "their rows replace the base model's, so only an average means something; PEFT leaves them out, in silence",
     ),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peftcli.core.quantised import is_quantised
-from peftcli.errors import AdapterError
+from peftcli.errors import AdapterError, AdapterTypeError
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -188,7 +188,9 @@ class TrainedCopy(AdapterLayer):
         super().__init__(base_layer)
         if isinstance(base_module(base_layer), (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
             kind = type(base_module(base_layer)).__name__
-            raise AdapterError(f"a {kind} cannot be trained as a whole; name the modules in it", key="modules_to_save")
+            raise AdapterTypeError(
+                f"a {kind} cannot be trained as a whole; name the modules in it", key="modules_to_save"
+            )
         if any(is_quantised(module) for module in base_module(base_layer).modules()):
             raise AdapterError("a quantised layer cannot be trained in full", key="modules_to_save")
         if any(isinstance(module, AdapterLayer) for module in base_module(base_layer).modules()):
