@@ -30,6 +30,7 @@ from peftcli.peft_api.new_adapter import check_name, start_adapter
 from peftcli.peft_api.prepare import prepare_model_for_gradient_checkpointing
 from peftcli.peft_api.replace_adapter import replace_adapter, replacing
 from peftcli.peft_api.saved_by_trainer import SavedByTrainer, write_for_trainer
+from peftcli.peft_api.shown_arguments import ShowsArguments
 from peftcli.peft_api.soft_prompts import prompt_embedding, prompt_encoders
 from peftcli.peft_api.state_dicts import take
 from peftcli.peft_api.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -110,6 +111,7 @@ class PeftModel(SavedByTrainer):
                 raise
             return getattr(self.base_model, name)
 
+    @ShowsArguments
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computes with its active adapters."""
         return self.base_model(*args, **kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from peftcli.core.files import write_tensor_file
+from peftcli.peft_api.shown_arguments import forward_inside
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
@@ -26,7 +27,7 @@ class SavedByTrainer(nn.Module):
 
     @property
     def __class__(self) -> Any:
-        return _known_to_trainer(type(self))
+        return _known_to_trainer(type(self), forward_inside(self))
 
     @__class__.setter
     def __class__(self, new: type) -> None:
@@ -64,15 +65,20 @@ def _asked(model: Any, name: str) -> bool:
     return bool(getattr(model.get_base_model(), name, False))
 
 
-def _known_to_trainer(kind: type) -> type:
-    """A class for ``isinstance`` alone: ``kind`` and ``PreTrainedModel``. ``kind`` while nobody has that class yet."""
+def _known_to_trainer(kind: type, shown: Callable[..., Any] | None) -> type:
+    """A class for ``isinstance`` alone: ``kind`` and ``PreTrainedModel``. ``kind`` while nobody has that class yet.
+
+    Its ``forward`` has the arguments of ``shown``: by them Trainer finds the labels.
+    """
     known = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
-    return kind if known is None else _disguise(kind, known)
+    return kind if known is None else _disguise(kind, known, shown)
 
 
 @functools.cache
-def _disguise(kind: type, known: type) -> type:
+def _disguise(kind: Any, known: type, shown: Callable[..., Any] | None) -> type:
     described = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    if shown is not None:
+        described["forward"] = functools.wraps(shown)(lambda *args, **kwargs: kind.forward(*args, **kwargs))
     return type(kind.__name__, (kind, known), {**described, "worn_by": kind})
 
 

@@ -1,0 +1,56 @@
+"""The arguments that a model without a task shows: those of the model inside, as Trainer finds them with PEFT."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from models_tiny import ids, labelled, tiny
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+import peftcli
+
+
+def _trainer(model: nn.Module, folder: Path) -> Trainer:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    rows = [{"input_ids": one, "labels": one, "extra": one} for one in ids(8, 6)]
+    return Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_trainer_finds_the_columns_and_labels_that_it_finds_with_peft(kind: str, tmp_path: Path) -> None:
+    found = []
+    for lib in (peftcli, peft):
+        trainer = _trainer(lib.get_peft_model(tiny(kind), lib.LoraConfig(r=2)), tmp_path)
+        trainer._set_signature_columns_if_needed()
+        found.append((trainer.label_names, sorted(trainer._signature_columns)))
+    assert found[0] == found[1]
+    assert "labels" in found[0][0]
+
+
+def test_trainer_trains_and_evaluates_a_model_without_a_task(tmp_path: Path) -> None:
+    trainer = _trainer(peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(r=2)), tmp_path)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_a_model_that_shows_arguments_is_copied_and_pickled_as_before() -> None:
+    model: Any = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(r=2)).eval()
+    expected = model(**labelled("llama")).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.forward.args[0] is other
+        torch.testing.assert_close(other(**labelled("llama")).logits, expected)
