@@ -259,6 +259,26 @@ REFUSED: tuple[tuple[str, str], ...] = (
         "`add_weighted_adapter` of adapters with `trainable_token_indices`, unless the weights add up to 1",
         "their rows replace the base model's, so only an average means something; PEFT leaves them out, in silence",
     ),
+    (
+        "a key of `rank_pattern` or `alpha_pattern` that matches no adapted module",
+        "a typo would leave the default, in silence",
+    ),
+    (
+        "`target_modules` that match something beside `target_parameters` that do not, or the other way round",
+        "a typo would train less than was asked for; PEFT warns",
+    ),
+    (
+        "new adapters on `conv1d`, `out_proj` or `dt_proj` of Mamba's kin",
+        "the models read these weights without calling the layer, so most methods would change nothing",
+    ),
+    ("prefix tuning on a model that reads no token ids", "there is no place for virtual tokens"),
+    ("biases in a state dict for an adapter without `bias`", "they would change the frozen base model"),
+    ("`arrow_config` in an adapter's file", "a router has no weights; `create_arrow_model` makes it"),
+    ("LoRA+ without A and B, LoRA-FA without LoRA on a linear layer", "there is nothing to speed up, or to freeze"),
+    (
+        "`init_lora_weights: loftq` over a base model that is not quantised",
+        "LoftQ makes up for an error that is not there",
+    ),
     ("an adapter name with `/`, or marks other than `-` and `_`", "its adapter is saved in a folder of that name"),
 )
 """What PEFT accepts and peftcli refuses, and why."""

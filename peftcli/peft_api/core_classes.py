@@ -6,5 +6,5 @@ from peftcli.peft_api.tuner import Tuner
 __all__ = ["AuxiliaryTrainingWrapper", "BaseTuner", "BaseTunerLayer", "ModulesToSaveWrapper"]
 
 BaseTuner = Tuner
-BaseTunerLayer = AuxiliaryTrainingWrapper = AdapterLayer
-ModulesToSaveWrapper = TrainedCopy
+BaseTunerLayer = AdapterLayer
+ModulesToSaveWrapper = AuxiliaryTrainingWrapper = TrainedCopy
