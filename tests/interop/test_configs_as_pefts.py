@@ -9,13 +9,13 @@ from typing import Any
 
 import peft
 import pytest
+from models_tiny import tiny
 
 import peftcli
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
 from peftcli.peft_api import PeftConfig, PeftType, TaskType
 from peftcli.peft_api.config import PromptLearningConfig
-from tests.models_tiny import tiny
 
 _NEEDED: dict[str, dict[str, Any]] = {
     "adalora": {"total_step": 1},
