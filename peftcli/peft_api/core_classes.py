@@ -7,4 +7,5 @@ __all__ = ["AuxiliaryTrainingWrapper", "BaseTuner", "BaseTunerLayer", "ModulesTo
 
 BaseTuner = Tuner
 BaseTunerLayer = AdapterLayer
-ModulesToSaveWrapper = AuxiliaryTrainingWrapper = TrainedCopy
+AuxiliaryTrainingWrapper = AdapterLayer  # of such a module transformers asks how to read the tensors of a file
+ModulesToSaveWrapper = TrainedCopy

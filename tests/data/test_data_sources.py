@@ -423,6 +423,7 @@ def test_another_commit_in_the_cache_is_not_taken(hub: DatasetHub, offline: Any)
     assert isinstance(refused(NAME, revision="v1"), NetworkError)
 
 
+@pytest.mark.slow  # the hub client tries again for 15 seconds
 def test_the_hub_goes_away_between_commit_and_rows(hub: DatasetHub, offline: Any) -> None:
     """The library would take what it has, which is another commit."""
     hub.commit(NAME, FILES)
