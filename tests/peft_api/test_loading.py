@@ -11,12 +11,14 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from models_tiny import batch, logits, randomise, tiny
+from promises import base_settings
 from torch import nn
 
 import peftcli
 from peftcli.core.layer import adapter_layers
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
+from peftcli.methods import METHODS
 from peftcli.peft_api import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 
 
@@ -237,3 +239,12 @@ def test_an_offloaded_base_model(saved: Path) -> None:
         with pytest.raises(AdapterError, match="is offloaded, and its weights are needed"):
             model.add_adapter("other", _config(peftcli, **needs))
     assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("method", ["frod", "hira", "osf", "psoft"])
+def test_weights_in_the_dtype_of_a_base_model_in_half_precision_compute(method: str) -> None:
+    """What these methods hold beside their weights stays in float32."""
+    config = METHODS[method].config_class()(**base_settings(method, "llama"))
+    model = peftcli.get_peft_model(tiny("llama").to(torch.bfloat16), config, autocast_adapter_dtype=False).eval()
+    randomise(model.get_base_model())
+    assert torch.isfinite(logits(model, batch("llama"))).all()

@@ -84,7 +84,8 @@ class FrodLinear(WeightDeltaLinear):
             return y
         dropped = self.dropout(x)
         z = dropped.to(self.frod_lambda_l.dtype) @ self.frod_V
-        new = F.linear(self.frod_lambda_l * z + self._turned(z), self._left())
+        left = self._left()
+        new = F.linear((self.frod_lambda_l * z + self._turned(z)).to(left.dtype), left)
         old = base_product(self, dropped, y if dropped is x else None)
         return y + (new - old.to(new.dtype)).to(y.dtype)
 

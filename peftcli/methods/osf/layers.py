@@ -50,7 +50,7 @@ class OSFLinear(WeightDeltaLinear):
         return y + self.update(x.to(self.start_S.dtype)).to(y.dtype) if self.enabled else y
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
-        u, s, v = (self.osf_svd_params[key] for key in ("U_low", "S_low", "V_low"))
+        u, s, v = (self.osf_svd_params[key].to(x.dtype) for key in ("U_low", "S_low", "V_low"))
         if torch.is_grad_enabled():
             u = _held(u, self.start_U, self.strong_U)
             v = _held(v.T, self.start_V.T, None if self.strong_V is None else self.strong_V.T).T
