@@ -215,3 +215,10 @@ def test_no_pickle_is_written(tmp_path: Path) -> None:
         tmp_path / "adapter", True, ["default"], "auto", False
     )  # in PEFT's order: not the main process
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_compiled_model_is_one_graph() -> None:
+    torch._dynamo.reset()  # other tests compiled the same code
+    model = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(r=2, task_type="CAUSAL_LM")).eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**batch("llama")).logits, model(**batch("llama")).logits)
