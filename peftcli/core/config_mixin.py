@@ -49,6 +49,8 @@ class PeftConfigMixin:
 
     readable_by: ClassVar[str] = "0.13.0"
     """The oldest version of PEFT that reads what is written here."""
+    unknown_to_peft: ClassVar[tuple[str, ...]] = ()
+    """Keys that PEFT does not know for the method, and warns of: written where they are set."""
 
     peft_type: str = field(default="", metadata=BOOKKEEPING)
     """PEFT's name of the method, upper case; a ``PeftType`` in a config. The class says it, whatever is given."""
@@ -70,6 +72,7 @@ class PeftConfigMixin:
     def to_dict(self) -> dict[str, Any]:
         """Return all settings as they are, under the keys of ``adapter_config.json``."""
         kept = {entry.name for entry in dataclasses.fields(self) if entry.metadata.get("file", True)}
+        kept -= {key for key in self.unknown_to_peft if getattr(self, key) is None}
         return {key: value for key, value in dataclasses.asdict(self).items() if key in kept}
 
     def save_pretrained(self, save_directory: str | Path, auto_mapping_dict: dict[str, str] | None = None) -> None:

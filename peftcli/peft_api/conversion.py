@@ -33,7 +33,7 @@ def convert_to_lora(
         model: a model with an adapter of a method that adds to the weights of linear layers.
         rank: r of all layers; or, as a float, the share of each update to keep (see ``methods.lora.conversion``).
         adapter_name: which of its adapters.
-        progressbar: PEFT's; there is none.
+        progressbar: accepted as in PEFT; no bar is shown.
         compile_kwargs: PEFT's; nothing is compiled.
 
     Raises:

@@ -21,7 +21,7 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
     """Return the first tokens' keys and values of a cache as an adapter file holds them: (n, layers * 2 * width).
 
     Raises:
-        AdapterError: the cache is not of one sequence, or does not hold so many tokens.
+        AdapterError: the cache is of several sequences, or shorter than the prefix.
     """
     return prefix_from_cache(past_key_values, num_virtual_tokens)
 

@@ -160,7 +160,7 @@ class PeftModel(SavedByTrainer):
 
     @property
     def modules_to_save(self) -> set[str] | None:
-        """Names of the modules that the adapters train in full; None if there are none."""
+        """Names of the modules that the adapters train in full, or None."""
         return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
 
     @property

@@ -334,7 +334,7 @@ class Tuner(nn.Module):
         """The base model with these adapters, or the active ones, folded in, and no adapter layer left.
 
         Args:
-            progressbar: PEFT's; there is none.
+            progressbar: accepted as in PEFT; no bar is shown.
             safe_merge: PEFT's; merged weights are always checked to be finite.
             adapter_names: which adapters; None: the active ones.
             dequantize: make a quantised base model's weights dense, so that they can be merged into.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from peftcli.core.config import AdapterConfig
 from peftcli.methods._settings import Problems
@@ -14,6 +14,7 @@ class AdaptionPromptConfig(AdapterConfig):
     """Settings of LLaMA-Adapter, under PEFT's names."""
 
     peft_type = "ADAPTION_PROMPT"
+    unknown_to_peft: ClassVar[tuple[str, ...]] = ("modules_to_save",)
     sizes: ClassVar[tuple[str, ...]] = ("adapter_len",)
     filled_later: ClassVar[tuple[str, ...]] = ("adapter_len", "adapter_layers", "target_modules")
     always_written: ClassVar[tuple[str, ...]] = ("adapter_len", "adapter_layers", "target_modules")
@@ -34,12 +35,6 @@ class AdaptionPromptConfig(AdapterConfig):
         if not isinstance(self.target_modules, str | None):
             found.append(("target_modules", f"must be one name, not {self.target_modules!r}"))
         return found
-
-    def to_dict(self) -> dict[str, Any]:
-        out = super().to_dict()
-        if self.modules_to_save is None:  # PEFT does not know the key for this method, and warns of it
-            del out["modules_to_save"]
-        return out
 
     def merge_problem(self) -> str | None:
         return "LLaMA-Adapter's vectors are attended to, which no weight does: it cannot be merged"

@@ -104,7 +104,7 @@ class _Keeper:
         self.kept, self.gives, self.rows = kept, kept is not None, rows
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Return the keys and values (B, heads, n, dim) that the attention goes on with."""
+        """Return the keys and values (B, heads, n, dim) that the attention module computes its product with."""
         if not self.gives:
             self.kept = keys, values
         assert self.kept is not None

@@ -75,7 +75,7 @@ class TiedHead(LoraLayer):
 def _tie(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) -> None:
     """Let the layers that share the input embedding's weight share its adapter, or its trained copy.
 
-    Warns if there are none, or none of them is adapted.
+    Warns if no layer shares it, or if none that does is adapted.
     """
     group = tied_group(model)
     at: dict[str, Any] = {name: model.get_submodule(base_paths(model)[name]) for name in group}

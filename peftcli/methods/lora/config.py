@@ -81,9 +81,9 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
     ensure_weight_tying: bool = False
     """Let a head that shares its weight with the input embedding share the embedding's adapter too."""
     alora_invocation_tokens: list[int] | str | None = None
-    """Token ids, or a text, from whose last place in a row the adapter is on (aLoRA, https://arxiv.org/abs/2504.12397),
-    such as what begins an answer. What stands before it is the base model's, so its cache can be used. The file holds
-    the ids. Rows without them train nothing."""
+    """Token ids, or a text, that turn the adapter on (aLoRA, https://arxiv.org/abs/2504.12397), such as what begins an
+    answer. It is on from their last occurrence in a row; before that the base model computes, so its cache can be used.
+    The file holds the ids. Rows without them train nothing."""
     use_bdlora: BdLoraConfig | None = None
     """Block-diagonal A or B (BD-LoRA, https://arxiv.org/abs/2510.23346), for servers that split layers over devices."""
     use_qalora: bool = False

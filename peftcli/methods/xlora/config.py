@@ -18,6 +18,7 @@ class XLoraConfig(AdapterConfig):
     """Settings of X-LoRA, under PEFT's names."""
 
     peft_type = "XLORA"
+    unknown_to_peft: ClassVar[tuple[str, ...]] = ("modules_to_save",)
     sizes: ClassVar[tuple[str, ...]] = ("xlora_depth", "inner_size")
     always_written: ClassVar[tuple[str, ...]] = ("hidden_size", "adapters")
     filled_later: ClassVar[tuple[str, ...]] = ("adapters",)
@@ -36,7 +37,7 @@ class XLoraConfig(AdapterConfig):
     softmax_temperature: float = 1.0
     """Below 1, the shares are sharper."""
     top_k_lora: int | None = None
-    """Use only so many adapters for each token, those of the largest scalings. Unset: all."""
+    """Number of adapters that each token uses: those with the largest scalings. Unset: all."""
     enable_softmax_topk: bool = False
     """Make shares of the scalings that top_k_lora leaves, in the place of enable_softmax."""
     xlora_depth: int = 1
@@ -68,12 +69,6 @@ class XLoraConfig(AdapterConfig):
         elif self.top_k_lora is not None and not 1 <= self.top_k_lora <= len(self.adapters):
             found.append(("top_k_lora", f"must be in [1, {len(self.adapters)}], not {self.top_k_lora}"))
         return found
-
-    def to_dict(self) -> dict[str, Any]:
-        out = super().to_dict()
-        if self.modules_to_save is None:  # PEFT does not know the key for this method, and warns of it
-            del out["modules_to_save"]
-        return out
 
     def merge_problem(self) -> str | None:
         return "X-LoRA's scalings differ from token to token, so it cannot be merged; combine the LoRA adapters instead"

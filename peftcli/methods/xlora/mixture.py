@@ -94,7 +94,7 @@ class Mixture(nn.Module):
         return self.config.scaling_pass_value
 
     def set_topk_lora(self, value: int | None) -> None:
-        """Use only so many adapters for each token; None: all."""
+        """Set the number of adapters that each token uses; None: all."""
         self.config.top_k_lora = value
 
     def set_global_scaling_weight(self, weight: float) -> None:
