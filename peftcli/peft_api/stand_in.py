@@ -60,8 +60,8 @@ class _Distributions(importlib.metadata.DistributionFinder):
     def find_spec(self, *args: Any) -> None:
         return None
 
-    def find_distributions(self, context: Any = importlib.metadata.DistributionFinder.Context()) -> Iterator[Any]:  # noqa: B008
-        if context.name == "peft":
+    def find_distributions(self, context: Any = None) -> Iterator[Any]:
+        if context is not None and context.name == "peft":
             yield _Distribution(self.version)
 
 
