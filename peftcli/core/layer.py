@@ -13,6 +13,11 @@ from torch import nn
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError, AdapterTypeError
 
+_SAME_SIZE = {
+    "in_features": ("in_channels", "num_embeddings", "nx"),
+    "out_features": ("out_channels", "embedding_dim", "nf"),
+}
+"""What layers that are not linear call their sizes."""
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -20,7 +25,8 @@ class AdapterLayer(nn.Module):
     """A base layer of the model with one adapter's weights beside it.
 
     A layer holds one adapter, so its parameters carry the names that the adapter file gives them. Attributes that
-    the layer does not have itself (``weight``, ``in_features``) are the base layer's, since models read them.
+    the layer does not have itself (``weight``, ``in_features``) are the base layer's, since models read them. Of a
+    convolution or an embedding, ``in_features`` and ``out_features`` are its channels, or its rows and columns.
     """
 
     file_prefix = "base_model.model."
@@ -52,6 +58,8 @@ class AdapterLayer(nn.Module):
         self.enabled = True
         self.active_adapters = [self.adapter]
         """Names of the model's active adapters. While they are disabled they are active too."""
+        self.merged_adapters: list[str] = []
+        """The name of the layer's adapter while that is merged into the base weights."""
         self.train(base_layer.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -60,7 +68,8 @@ class AdapterLayer(nn.Module):
         except AttributeError:
             if name == "base_layer":  # not set yet: a copy in the making
                 raise
-            return getattr(self.base_layer, name)
+            known = (each for each in _SAME_SIZE.get(name, ()) if hasattr(base_module(self), each))
+            return getattr(self.base_layer, next(known, name))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         self._parameters.setdefault(name, None)  # else the same name in an adapter layer below would count as taken
@@ -74,6 +83,11 @@ class AdapterLayer(nn.Module):
     def active_adapter(self) -> str | list[str]:
         """Name of the model's active adapter; a list, unless there is exactly one."""
         return self.active_adapters[0] if len(self.active_adapters) == 1 else list(self.active_adapters)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the layer's adapter is active and switched off."""
+        return self.adapter in self.active_adapters and not self.enabled and not self.merged_adapters
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Enable the layer if its adapter is one of these, and let its weights train; else the reverse.

@@ -78,7 +78,7 @@ class Folded:
         for module, name, tensor in self.before:
             setattr(module, name, tensor)
         for layer in self.layers:
-            layer.enabled = True
+            layer.enabled, layer.merged_adapters = True, []
 
 
 def fold(model: nn.Module) -> Folded:
@@ -121,7 +121,7 @@ def fold(model: nn.Module) -> Folded:
         done.undo()
         raise
     for layer in done.layers:
-        layer.enabled = False
+        layer.enabled, layer.merged_adapters = False, [layer.adapter]
     return done
 
 

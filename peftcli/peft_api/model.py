@@ -230,8 +230,17 @@ class PeftModel(SavedByTrainer):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Inside, the model computes what the base model computes."""
+        """Inside, the model computes what the base model computes.
+
+        Warns where some of the active adapters' layers are disabled already: afterwards all are enabled.
+        """
         tuner = self.base_model
+        if not tuner.disabled and any(layer.disable_adapters for layer in adapter_layers(tuner.model).values()):
+            warnings.warn(
+                "The model contains some adapter layers that are enabled and others that are disabled; "
+                "disable_adapter enables all of them afterwards",
+                stacklevel=3,
+            )
         before, merged = tuner.disabled, tuner.merged_adapters
         tuner.disable_adapter_layers()
         try:

@@ -227,7 +227,7 @@ class Tuner(nn.Module):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self.check_known(names)
         if merged := [name for name in names if name in self.merged_adapters]:
-            raise AdapterError(f"{', '.join(merged)} cannot be deleted while merged; call unmerge_adapter() first")
+            raise AdapterError(f"Cannot delete adapter(s) {merged} while they are merged. Please unmerge them first.")
         was_active = list(self.active_adapters)
         for name in names:
             unload(self.model, name)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import peft
 import pytest
 import torch
 from models_tiny import batch, logits, tiny
+from transformers.pytorch_utils import Conv1D
 
 import peftcli.peft_api
 from peftcli.errors import AdapterError
@@ -75,6 +77,52 @@ def test_disabled_adapters_are_not_merged_and_stay_disabled(two: PeftModel) -> N
         model.merge_adapter()
     model.enable_adapter_layers()
     assert torch.equal(logits(model, batch("llama")), logits(two, batch("llama")))
+
+
+def test_each_layer_says_what_state_it_is_in_as_in_peft() -> None:
+    seen: list[list[Any]] = []
+    for lib in (peftcli.peft_api, peft):
+        model = lib.get_peft_model(tiny("llama"), lib.LoraConfig(target_modules=["q_proj", "v_proj"]))
+        layers = [layer for layer in model.modules() if isinstance(layer, lib.tuners.tuners_utils.BaseTunerLayer)]
+        seen.append([])
+        for call in ("merge_adapter", "unmerge_adapter", "disable_adapter_layers", "enable_adapter_layers"):
+            getattr(model, call)()
+            seen[-1] += [(list(layer.merged_adapters), layer.disable_adapters) for layer in layers]
+        layers[0].enable_adapters(False)
+        seen[-1] += [layer.disable_adapters for layer in layers]
+        with (
+            pytest.warns(UserWarning, match="some adapter layers that are enabled and others"),
+            model.disable_adapter(),
+        ):
+            seen[-1] += [layer.disable_adapters for layer in layers]
+        seen[-1] += [layer.disable_adapters for layer in layers]
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_each_layer_says_its_sizes_as_in_peft() -> None:
+    sizes = []
+    for lib in (peftcli.peft_api, peft):
+        parts = {
+            "linear": torch.nn.Linear(3, 4),
+            "conv": torch.nn.Conv2d(5, 6, 1),
+            "rows": torch.nn.Embedding(7, 8),
+            "turned": Conv1D(9, 10),
+            "heads": torch.nn.MultiheadAttention(12, 2),
+        }
+        model = lib.get_peft_model(torch.nn.ModuleDict(parts), lib.LoraConfig(r=2, target_modules=list(parts)))
+        layers = [getattr(model.base_model.model, name) for name in parts]
+        sizes.append([(layer.in_features, layer.out_features) for layer in layers])
+    assert sizes[0] == sizes[1]
+
+
+def test_a_merged_adapter_is_not_deleted(two: PeftModel) -> None:
+    model = copy.deepcopy(two)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=re.escape("Cannot delete adapter(s) ['one'] while they are merged")):
+        model.delete_adapter("one")
+    model.delete_adapter("two")
+    assert list(model.peft_config) == model.base_model.merged_adapters == ["one"]
 
 
 def test_a_combination_is_added_through_the_tuner(two: PeftModel) -> None:

@@ -54,6 +54,7 @@ class LoraAttention(InsideLayer):
         if not attention._qkv_same_embed_dim:
             raise AdapterError(f"{name} has keys or values of another width; LoRA needs one", key="target_modules")
         width, like = attention.embed_dim, factory_kwargs(attention.out_proj)
+        self.in_features, self.out_features = width, 3 * width
         self.lora_A = nn.Linear(width, self.r, bias=False, **like)
         self.lora_B = nn.Linear(self.r, 3 * width, bias=False, **like)
         down, up = nn.Linear(width, self.r, bias=False, **like), nn.Linear(self.r, width, bias=False, **like)
