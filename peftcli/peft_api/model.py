@@ -20,10 +20,10 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.files import write_adapter
 from peftcli.core.inject import meta_copy, set_trainable
 from peftcli.core.layer import adapter_layers
-from peftcli.core.prompts import virtual_tokens
 from peftcli.core.quantised import num_weights
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
+from peftcli.methods._task_ids import generate
 from peftcli.peft_api.embedding_layers import embedding_layers
 from peftcli.peft_api.loading import LoadResult, find, key_mapping_for, load, renaming
 from peftcli.peft_api.new_adapter import check_name, start_adapter
@@ -186,7 +186,7 @@ class PeftModel(SavedByTrainer):
         model = self.get_base_model()
         copies = 1 if adapter_names is None else _rows_of_an_example(model, kwargs)
         with self.base_model.by_row(adapter_names, args, kwargs, copies):
-            return virtual_tokens.generate(model, *args, **kwargs)
+            return generate(model, *args, **kwargs)
 
     def add_adapter(
         self,

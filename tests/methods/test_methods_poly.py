@@ -14,8 +14,8 @@ from torch import nn
 from peftcli.core.inject import disabled, inject, unload
 from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import merge
-from peftcli.core.prompts.virtual_tokens import generate
 from peftcli.errors import AdapterError
+from peftcli.methods._task_ids import generate
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.poly.config import PolyConfig
 from peftcli.methods.poly.layers import PolyLinear, attach

@@ -37,7 +37,6 @@ from peftcli.core.prompts.inputs import (
     takes,
     without,
 )
-from peftcli.core.task_ids import generating_for
 from peftcli.errors import AdapterError
 
 
@@ -140,14 +139,13 @@ def insert_virtual_tokens(model: Any, layer: VirtualTokens, *, token_labels: boo
 def generate(model: Any, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
     """``model.generate``, with the virtual tokens if there are any; they are not in the answer.
 
-    Takes and returns what ``transformers.GenerationMixin.generate`` does, and the rows' tasks if an adapter has some.
+    Takes and returns what ``transformers.GenerationMixin.generate`` does, and the rows' tasks if the prompt has some.
     While it runs, the ids hold a placeholder of the vocabulary for each virtual token, so that lengths, positions and
     logits processors stay right.
     """
     layer = soft_prompt(model)
     if layer is None:
-        with generating_for(model, task_ids, args, kwargs):
-            return model.generate(*args, **kwargs)
+        return model.generate(*args, **kwargs)
     inputs = bound(model.generate, args, kwargs)
     settings = inputs.get("generation_config") or model.generation_config
     start = None

@@ -14,8 +14,8 @@ from peftcli.core.layer import adapter_dtype
 from peftcli.core.prompts.virtual_tokens import VirtualTokens
 from peftcli.core.prompts.virtual_tokens import attach as attach
 from peftcli.core.prompts.virtual_tokens import targets as targets
-from peftcli.core.task_ids import check_task_ids
 from peftcli.errors import AdapterError
+from peftcli.methods._task_ids import check_task_ids
 from peftcli.methods.multitask_prompt_tuning.config import MultitaskPromptTuningConfig
 from peftcli.methods.prompt_tuning.layers import start
 

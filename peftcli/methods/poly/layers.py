@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.distributions import RelaxedBernoulli
 
-from peftcli.core.task_ids import TaskLayer, take_task_ids
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import DeltaLinear, factory_kwargs
+from peftcli.methods._task_ids import TaskLayer, take_task_ids
 from peftcli.methods.poly.config import PolyConfig
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer
+from peftcli.core.prompts import virtual_tokens
 from peftcli.core.prompts.inputs import SoftPrompt, hook_once
 from peftcli.errors import AdapterError
 
@@ -73,23 +73,20 @@ def take_task_ids(model: nn.Module, layers: Iterable[TaskLayer]) -> None:
     hook_once(model, _Forget(), after=True)
 
 
-@contextmanager
-def generating_for(
-    model: nn.Module, task_ids: torch.Tensor | None, args: Any, kwargs: Mapping[str, Any]
-) -> Iterator[None]:
-    """Inside, the rows of what the model generates from these arguments have these tasks.
+def generate(model: Any, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    """``generate`` of ``core.prompts.virtual_tokens``, for rows of these tasks: (B,), or (1,) for all.
 
     Raises:
         AdapterError: they are no tasks of the model's adapters.
     """
     layers = _layers(model)
-    if task_ids is not None and not layers and not any(isinstance(module, SoftPrompt) for module in model.modules()):
+    if task_ids is not None and not layers and not any(isinstance(each, SoftPrompt) for each in model.modules()):
         raise AdapterError("no adapter of this model has tasks; leave task_ids out", key="task_ids")
     _check(layers, task_ids, model, args, kwargs)
     for layer in layers[:1]:
         layer.task_ids.of_generation = task_ids
     try:
-        yield
+        return virtual_tokens.generate(model, *args, task_ids=task_ids, **kwargs)
     finally:
         for layer in layers[:1]:
             layer.task_ids.of_generation = None
