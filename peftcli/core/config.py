@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 import warnings
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from types import UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from peftcli.core.config_mixin import BOOKKEEPING as BOOKKEEPING
 from peftcli.core.config_mixin import CONFIGS, PeftConfigMixin, TaskType
 from peftcli.errors import AdapterError, AdapterTypeError
 from peftcli.guard.files import one_line, short_name, short_repr
 from peftcli.guard.patterns import Pattern, PatternError, check_patterns
+from peftcli.guard.typed_fields import OFF, default_of, fits, hints_of, read_fields, read_section, section_class
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
 UNSUPPORTED = {"recipe": False, "unsupported": True}
 """Metadata of PEFT's settings that are taken while they are switched off, and otherwise are an error."""
-_OFF: tuple[Any, ...] = (None, False, [], {})
-_LARGEST_FLOAT, _LARGEST_INT = 3.4e38, 2**63 - 1
-"""The largest numbers of float32 and int64; nothing can be computed with larger ones."""
-_LONGEST_NAME = 4096
-"""Characters of a path that file systems take, and more than a module's name or a pattern has."""
 _NEWEST_PEFT = (0, 21)
 """The newest version of PEFT whose settings are known."""
 
@@ -109,7 +103,7 @@ class AdapterConfig(PeftConfigMixin):
         """Return the config with these settings, whatever ``problems`` finds in them."""
         config = cls.__new__(cls)
         for entry in fields(cls):
-            setattr(config, entry.name, values.get(entry.name, _default(entry)))
+            setattr(config, entry.name, values.get(entry.name, default_of(entry)))
         config.normalise()
         return config
 
@@ -124,13 +118,13 @@ class AdapterConfig(PeftConfigMixin):
                 value = sorted(value)
             if isinstance(value, (list, tuple)):
                 value = set(value) if entry.name in self.as_sets else list(value)
-            elif section := section_class(_hints(kind)[entry.name]):
-                value = _section(section, value, entry.name) if isinstance(value, dict) else value
+            elif section := section_class(hints_of(kind)[entry.name]):
+                value = read_section(section, value, entry.name) if isinstance(value, dict) else value
                 if value is not None and not isinstance(value, section):
                     told = f"expected a mapping or {section.__name__}, found {short_repr(value)}"
                     raise AdapterTypeError(told, key=entry.name)
-            if value is None and not fits(None, _hints(kind)[entry.name]):
-                value = _default(entry)
+            if value is None and not fits(None, hints_of(kind)[entry.name]):
+                value = default_of(entry)
             setattr(self, entry.name, value)
         name = kind.peft_type or self.peft_type
         self.peft_type = next((known for known in CONFIGS if known == name), name)  # a PeftType
@@ -149,7 +143,7 @@ class AdapterConfig(PeftConfigMixin):
             found.append(("task_type", message))
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if entry.metadata.get("unsupported") and value not in (_default(entry), *_OFF):
+            if entry.metadata.get("unsupported") and value not in (default_of(entry), *OFF):
                 found.append((entry.name, f"{self.peft_type} with {entry.name}={short_repr(value)} is not supported"))
         if self.revision is not None and ".." in self.revision:
             found.append(("revision", f"{short_repr(self.revision)} is no revision: git allows no '..' in it"))
@@ -193,7 +187,7 @@ class AdapterConfig(PeftConfigMixin):
             AdapterError: a key that changes the result and is not supported, or a value of the wrong kind.
         """
         known = {entry.name for entry in fields(cls) if entry.metadata.get("file", True)}
-        unknown = sorted(key for key in values.keys() - known if values[key] not in _OFF)
+        unknown = sorted(key for key in values.keys() - known if values[key] not in OFF)
         if unknown and (unknown_keys == "warn" or _is_newer(values.get("peft_version"))):
             names, place = [short_name(key) for key in unknown], f"{file}: " if file else ""
             told = f"{place}Unexpected keyword arguments {names} for class {cls.__name__}, these are ignored."
@@ -203,18 +197,11 @@ class AdapterConfig(PeftConfigMixin):
         elif unknown:
             message = f"{cls.peft_type} with {short_name(unknown[0])}={short_repr(values[unknown[0]])} is not supported"
             raise AdapterError(message, key=short_name(unknown[0]), file=file)
-        given = {key: value for key, value in values.items() if key in known}
-        hints = _hints(cast("Any", cls))
-        for entry in fields(cls):
-            if entry.name in given:
-                value = given[entry.name] = _typed(entry, hints[entry.name], given[entry.name], entry.name, file)
-                if not entry.metadata.get("prose") and (strange := _strange_name(value)):
-                    raise AdapterError(f"holds {strange}", key=entry.name, file=file)
+        given = read_fields(cls, {key: value for key, value in values.items() if key in known}, file)
         try:
-            config = cls(**given)
+            return cls(**given)
         except AdapterError as error:
             raise type(error)(error.message, key=error.key, file=file) from None
-        return config
 
     def file_dict(self) -> dict[str, Any]:
         """Return the object for an adapter's file: what every reader needs, and what differs from the default.
@@ -231,8 +218,9 @@ class AdapterConfig(PeftConfigMixin):
                 value = value.value
             if dataclasses.is_dataclass(value) and not isinstance(value, type):
                 value = dataclasses.asdict(value)
-            if entry.name in keep or value != _default(entry):
-                out[entry.name] = sorted(value) if isinstance(value, set) or _is_name_list(value) else value
+            if entry.name in keep or value != default_of(entry):
+                is_names = isinstance(value, list) and all(isinstance(item, str) for item in value)
+                out[entry.name] = sorted(value) if isinstance(value, set) or is_names else value
         return out
 
 
@@ -327,79 +315,3 @@ class FanInConfig(TargetedConfig):
 
     fan_in_fan_out: bool = field(default=False, metadata={"recipe": False})
     """Whether the adapted weights are stored (in, out), as GPT-2's are. Found from the layer itself."""
-
-
-def section_class(hint: Any) -> type | None:
-    """Return the dataclass among the types of a field, whose value is then a mapping with settings of its own."""
-    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    return next((one for one in members if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
-
-
-@functools.cache
-def _hints(cls: Any) -> dict[str, Any]:
-    return get_type_hints(cls)
-
-
-def _section(cls: Any, values: dict[str, Any], key: str) -> Any:
-    """Return the dataclass ``cls`` that the mapping under ``key`` describes."""
-    known = {entry.name: entry for entry in fields(cls)}
-    given = {}
-    for name, value in values.items():
-        if name in known:
-            given[name] = _typed(known[name], _hints(cls)[name], value, f"{key}.{name}", None)
-        elif value not in (None, False, [], {}):
-            raise AdapterError(f"is not known; {key} takes {', '.join(known)}", key=f"{key}.{short_name(name)}")
-    return cls(**given)
-
-
-def _default(entry: dataclasses.Field[Any]) -> Any:
-    if entry.default_factory is not dataclasses.MISSING:
-        return entry.default_factory()
-    return None if entry.default is dataclasses.MISSING else entry.default
-
-
-def _strange_name(value: object) -> str | None:
-    """Describe a value that cannot be a name where a setting names something, or return None."""
-    for name in [value] if isinstance(value, str) else value if isinstance(value, (list, dict)) else ():
-        if isinstance(name, str) and not name.isprintable():
-            return f"{short_repr(name)}, and no name has such characters"
-        if isinstance(name, str) and len(name) > _LONGEST_NAME:
-            return f"a name of {len(name):,} characters"
-    return None
-
-
-def _is_name_list(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _typed(entry: dataclasses.Field[Any], hint: Any, value: Any, key: str, file: str | None) -> Any:
-    """Return ``value`` if it has the type of the field's annotation; null means the default."""
-    if value is None:
-        return _default(entry)
-    if fits(value, hint):
-        return value
-    if isinstance(value, float) and value.is_integer() and fits(int(value), hint):
-        return int(value)
-    raise AdapterTypeError(f"expected {entry.type}, found {short_repr(value)}", key=key, file=file)
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Return whether a value read from JSON has the type of an annotation."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(fits(value, one) for one in inner)
-    if origin is list:
-        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(fits(item, inner[1]) for item in value.values())  # JSON's keys are text
-    if origin is Literal:
-        return isinstance(value, str)  # problems() says which ones there are
-    if dataclasses.is_dataclass(hint):
-        return isinstance(value, dict)  # read by _section
-    if hint is Any:
-        return True
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST_INT
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST_FLOAT
-    return isinstance(value, hint)

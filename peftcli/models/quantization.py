@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from peftcli.core.config import fits
 from peftcli.errors import AdapterError, ModelError
 from peftcli.guard.adapter_folder import RUN_FILE
 from peftcli.guard.files import short_name, short_repr
+from peftcli.guard.typed_fields import fits
 from peftcli.schema import Quantization
 
 if TYPE_CHECKING:

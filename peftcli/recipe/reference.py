@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from peftcli.core.config import section_class
 from peftcli.errors import UsageError
+from peftcli.guard.typed_fields import section_class
 from peftcli.methods import METHODS
 from peftcli.recipe.names import closest, find_alias
 from peftcli.recipe.settings import (

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from peftcli.core.config import section_class
+from peftcli.guard.typed_fields import section_class
 from peftcli.methods import METHODS
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
