@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
-from peftcli.core.files import load_empty
+from peftcli.core.files import load_adapter
 from peftcli.core.inject import is_reshaped
 from peftcli.core.layer import AdapterLayer, base_module, model_ends
 from peftcli.core.merge import merge, outermost
@@ -298,7 +298,7 @@ def _every_tensor(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _layers_without_base(model: nn.Module, job: _Job) -> dict[str, AdapterLayer]:
     """Adapter layers with the adapter's real weights, put into a model on the meta device."""
-    load_empty(model, job.source.config, job.source.folder)
+    load_adapter(model, job.source.config, job.source.folder)
     return outermost(model)
 
 

@@ -145,7 +145,8 @@ def load_adapter(
 ) -> Injection:
     """Inject the config's layers into ``model`` and fill them from the folder's weights.
 
-    ``config.inference_mode`` is on while the layers are made, so that each holds what the file holds.
+    ``config.inference_mode`` is on while the layers are made, so that each holds what the file holds. Over a model on
+    the meta device only the adapter's tensors take memory.
 
     Args:
         model: the base model, maybe with other adapters in it.
@@ -173,27 +174,14 @@ def load_adapter(
     return injection
 
 
-def load_empty(model: nn.Module, config: AdapterConfig, folder: Path, *, initialised: Collection[str] = ()) -> None:
-    """Load an adapter over a base model on the meta device: only the adapter's tensors take memory.
-
-    Raises:
-        AdapterError: as ``load_adapter``.
-    """
-    config.inference_mode = True
-    tensors = _checked_tensors(model, config, folder, "default", initialised)
-    inject(model, config, initialised=initialised)
-    load_state(model, tensors, str(folder / WEIGHTS_FILE))
-    set_trainable(model, False)
-
-
 def _checked_tensors(
     model: nn.Module,
     config: AdapterConfig,
     folder: Path,
     adapter: str,
     initialised: Collection[str],
-    prepare: Callable[[Mapping[str, TensorEntry]], object] | None = None,
-    rename: Callable[[str], str] | None = None,
+    prepare: Callable[[Mapping[str, TensorEntry]], object] | None,
+    rename: Callable[[str], str] | None,
 ) -> dict[str, torch.Tensor]:
     """Read the folder's tensors, once their header has shown that they are those of the config over this model.
 

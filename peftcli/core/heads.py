@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.layer import base_module, base_paths, model_ends
+from peftcli.core.layer import base_module, base_modules, base_paths, model_ends
 from peftcli.core.targets import find_modules
 from peftcli.errors import AdapterError
 
@@ -80,7 +80,7 @@ def _new_modules(model: nn.Module, initialised: Collection[str], saved: list[str
     Raises:
         AdapterError: a module holds such a parameter, and in its submodules others that are not new.
     """
-    modules = {name: base_module(model.get_submodule(path)) for name, path in base_paths(model).items()}
+    modules = base_modules(model)
     own = {
         name: [f"{name}.{leaf}".lstrip(".") for leaf, _ in module.named_parameters(recurse=False)]
         for name, module in modules.items()

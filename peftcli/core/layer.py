@@ -403,3 +403,14 @@ def base_paths(model: nn.Module) -> dict[str, str]:
 
     walk(model, "", "")
     return found
+
+
+def base_modules(model: nn.Module) -> dict[str, Any]:
+    """Return the base model's modules by name, as if it had no adapter."""
+    return {name: base_module(model.get_submodule(path)) for name, path in base_paths(model).items()}
+
+
+def name_in(model: nn.Module, module: nn.Module) -> str:
+    """Return the name of a module of ``model`` as if it had no adapter. It leads to whatever stands there later."""
+    wanted = base_module(module)
+    return next(name for name, found in base_modules(model).items() if found is wanted)

@@ -19,7 +19,6 @@ from peftcli.core.layer import (
     layers_below,
     model_ends,
 )
-from peftcli.core.linear import dense_weight, linear_view
 from peftcli.core.protocols import Reshapes, layers_of
 from peftcli.core.quantised import as_before_quantising, dense_layer, is_quantised, plain_dtype
 from peftcli.errors import AdapterError
@@ -99,7 +98,7 @@ def fold(model: nn.Module) -> Folded:
                 )
             check_not_offloaded(base, name)
             tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
-            with torch.no_grad(), _ready_to_merge(layer):
+            with torch.no_grad(), ready_to_merge(layer):
                 values = layer.folded(dict(tensors))
             for tensor, value in values.items():
                 before = tensors[tensor]
@@ -125,36 +124,6 @@ def fold(model: nn.Module) -> Folded:
     return done
 
 
-def weight_update(layer: AdapterLayer) -> torch.Tensor:
-    """Return what this adapter alone adds to the weight of its module, as the weight is stored, in float32 or wider.
-
-    Raises:
-        AdapterError: the layer cannot be merged, or changes something else than the weight.
-    """
-    base = base_module(layer)
-    tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
-    if is_quantised(base):
-        view = linear_view(base)
-        assert view is not None
-        tensors["weight"] = view.as_stored(dense_weight(base))
-    layers = [layer, *layers_below(layer)]
-    enabled = [each.enabled for each in layers]
-    try:
-        for each in layers:
-            each.enabled = each is layer
-        with torch.no_grad(), _ready_to_merge(layer):
-            values = layer.folded(dict(tensors))
-            changed = [
-                name for name, value in values.items() if not torch.equal(value.to(tensors[name]), tensors[name])
-            ]
-            if "weight" not in values or not {"weight"}.issuperset(changed):
-                raise AdapterError(f"{type(layer).__name__} changes more than a weight")
-            return values["weight"].detach() - tensors["weight"].detach().to(values["weight"])
-    finally:
-        for each, before in zip(layers, enabled, strict=True):
-            each.enabled = before
-
-
 def _keep_parameters(model: nn.Module, folded: Folded) -> None:
     """Put the merged values into the parameters that were there, which others may hold, where the values are one.
 
@@ -173,7 +142,7 @@ def _keep_parameters(model: nn.Module, folded: Folded) -> None:
 
 
 @contextmanager
-def _ready_to_merge(layer: AdapterLayer) -> Iterator[None]:
+def ready_to_merge(layer: AdapterLayer) -> Iterator[None]:
     """Hold the adapters on one module in evaluation mode inside, and their tensors in float32 or wider.
 
     Training leaves parts out at random, or adds noise, which must not stay in a merged weight. Merging a model that was

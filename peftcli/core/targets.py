@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from peftcli.core.config import AdapterConfig, ExcludingConfig, LayeredConfig, TargetedConfig
-from peftcli.core.layer import base_module, base_paths, model_ends
+from peftcli.core.layer import base_modules, base_paths, model_ends
 from peftcli.core.linear import linear_view
 from peftcli.core.protocols import FindsTargets, layers_of
 from peftcli.errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
@@ -53,16 +53,16 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
     Raises:
         AdapterError: an entry matches nothing; the message gives near names.
     """
-    modules = _base_modules(model)
+    modules = base_modules(model)
     wanted = config.target_modules
     if wanted is None:
         wanted = config.usual_targets(getattr(getattr(model, "config", None), "model_type", ""))
     if wanted == "all-linear":
         names = _all_linear(model, modules, config.modules_to_save or ())
     else:
-        names = _matches(model, modules, wanted, "target_modules")
+        names = matching(model, modules, wanted, "target_modules")
     if isinstance(config, ExcludingConfig) and config.exclude_modules is not None:
-        excluded = set(_matches(model, modules, config.exclude_modules, "exclude_modules"))
+        excluded = set(matching(model, modules, config.exclude_modules, "exclude_modules"))
         if excluded.isdisjoint(names):
             warnings.warn("exclude_modules excludes none of the modules to adapt", PeftWarning, stacklevel=2)
         names = [name for name in names if name not in excluded]
@@ -92,39 +92,14 @@ def find_modules(model: nn.Module, entries: Iterable[str], key: str) -> list[str
     Raises:
         AdapterError: an entry matches nothing; the message gives near names.
     """
-    return _matches(model, _base_modules(model), list(entries), key)
-
-
-def find_parameters(model: nn.Module, entries: Iterable[str], key: str) -> dict[str, list[str]]:
-    """Return the parameters that a list of names or name endings matches: module's name -> names in it.
-
-    Raises:
-        AdapterError: an entry matches nothing, and the message gives near names; or a parameter of the model itself,
-            which stands in no module that a layer could be put around.
-    """
-    modules = _base_modules(model).items()
-    places = {f"{name}.{own}": name for name, module in modules for own, _ in module.named_parameters(recurse=False)}
-    found: dict[str, list[str]] = {}
-    for name in _matches(model, places, list(entries), key, "parameter"):
-        if not places[name]:
-            reason = f"{name.lstrip('.')} is a parameter of {type(model).__name__} itself, not of a module inside it"
-            raise AdapterError(reason, key=key, hint="adapt a model that holds this one as a module")
-        found.setdefault(places[name], []).append(name.rpartition(".")[2])
-    return found
+    return matching(model, base_modules(model), list(entries), key)
 
 
 def shortest_names(model: nn.Module, names: list[str]) -> list[str]:
     """Return the shortest name endings that match these modules and no others, sorted."""
-    chosen, found = set(names), set()
-    every = [name for name in base_paths(model) if name]
-    for name in names:
-        parts = name.split(".")
-        for count in range(1, len(parts) + 1):
-            ending = ".".join(parts[-count:])
-            if ending in found or all(other in chosen for other in every if module_matches(other, ending)):
-                found.add(ending)
-                break
-    return sorted(found)
+    others = {ending for name in base_paths(model).keys() - set(names) if name for ending in _endings(name)}
+    own = (_endings(name) - others for name in names)
+    return sorted({min(endings, key=len) for endings in own if endings})
 
 
 def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:
@@ -138,11 +113,6 @@ def check_patterns(patterns: Mapping[str, float], names: Iterable[str], key: str
     for pattern in patterns:
         if not any(_pattern_matches(pattern, name) for name in names):
             raise AdapterError(f"no adapted module matches {pattern!r}{_closest(pattern, names)}", key=key)
-
-
-def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the base model's modules by name, as if it had no adapter."""
-    return {name: base_module(model.get_submodule(path)) for name, path in base_paths(model).items()}
 
 
 def _pattern_matches(pattern: str, name: str) -> bool:
@@ -163,9 +133,14 @@ def _all_linear(model: Any, modules: dict[str, nn.Module], saved: Iterable[str])
     return [name for name, module in modules.items() if is_body(name, module)]
 
 
-def _matches(
+def matching(
     model: nn.Module, names: Iterable[str], wanted: Collection[str], key: str, what: str = "module"
 ) -> list[str]:
+    """Return those of the names that a regular expression, or a list of names or name endings, matches, in their order.
+
+    Raises:
+        AdapterError: it or one of them matches nothing; the message gives near names.
+    """
     names = [name for name in names if name]
     if isinstance(wanted, str):
         try:
@@ -173,15 +148,15 @@ def _matches(
             found = [name for name in names if pattern.fullmatch(name)]
         except PatternError as error:
             raise AdapterError(str(error), key=key) from None
-        if not found:
-            raise NoMatchingPeftModuleError(_nothing(model, wanted, names, what), key=key)
-        return found
-    entries = set(wanted)
-    matched = {name: entries & _endings(name) for name in names}
-    left = entries.difference(*matched.values())
-    if left:
-        raise NoMatchingPeftModuleError(_nothing(model, min(left), names, what), key=key)
-    return [name for name in names if matched[name]]
+        unmatched = [] if found else [wanted]
+    else:
+        entries = set(wanted)
+        matched = {name: entries & _endings(name) for name in names}
+        found, unmatched = [name for name in names if matched[name]], sorted(entries.difference(*matched.values()))
+    if unmatched:
+        nothing = f"no {what} of {type(model).__name__} matches {unmatched[0]!r}{_closest(unmatched[0], names)}"
+        raise NoMatchingPeftModuleError(nothing, key=key)
+    return found
 
 
 def _without_mamba(model: Any, names: list[str], config: TargetedConfig) -> list[str]:
@@ -232,10 +207,6 @@ def _layer_index(parts: list[str], ranks: Mapping[str, int], expressions: Iterab
             found += [(ranks[entry], place) for place in numbers if ends_with(".".join(parts[:place]), entry)]
         numbers = [min(found)[1]] if found else []
     return int(parts[numbers[0]]) if numbers else None
-
-
-def _nothing(model: nn.Module, entry: str, names: list[str], what: str) -> str:
-    return f"no {what} of {type(model).__name__} matches {entry!r}{_closest(entry, names)}"
 
 
 def _closest(entry: str, names: Iterable[str]) -> str:

@@ -13,15 +13,13 @@ from torch import nn
 from peftcli.core.layer import (
     AdapterLayer,
     TrainedCopy,
-    adapter_dtype,
     adapter_layers,
     base_module,
-    base_paths,
+    base_modules,
     model_ends,
     offloaded_to_run_on,
     path_in_file,
 )
-from peftcli.core.quantised import FLOATS, plain_dtype
 from peftcli.errors import AdapterError
 from peftcli.guard.files import short_name
 
@@ -115,25 +113,6 @@ def load_state(
                 _fill(own[name][2], value, own[name][0])
             else:
                 base[name].copy_(value)
-
-
-def empty_state(model: nn.Module, adapter: str | None = None) -> None:
-    """Move the tensors that the adapter's file holds to the meta device, to be filled by ``load_state``."""
-    for _, _, value in file_tensors(model, adapter).values():
-        empty = torch.empty_like(value, device="meta")
-        torch.utils.swap_tensors(
-            value, nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
-        )
-
-
-def cast_weights(model: nn.Module, adapter: str | None = None, *, as_base: bool = False) -> None:
-    """Hold the adapter's weights in float32 or wider, or in the dtypes of the layers that they adapt."""
-    for layer in adapter_layers(model, adapter).values():
-        found = [value.dtype for value in base_module(layer).parameters() if value.dtype in FLOATS]
-        base = found[0] if found else plain_dtype(model)
-        for value in {**layer.own_tensors(), **layer.fixed_tensors()}.values():
-            if value.is_floating_point():
-                value.data = value.data.to(base if as_base else adapter_dtype(value))
 
 
 def check_state(
@@ -252,7 +231,7 @@ def base_weights(model: Any, adapter: str | None = None, prefix: str | None = No
     """
     prefixes = ("base_model.model.", "base_model.") if prefix is None else (prefix,)
     layers = adapter_layers(model, adapter)
-    names = {id(base_module(model.get_submodule(path))): name for name, path in base_paths(model).items()}
+    names = {id(module): name for name, module in base_modules(model).items()}
     found: dict[str, nn.Parameter] = {}
     for end in (base_module(end) for end in model_ends(model) if end is not None):
         over = {path: layer for path, layer in layers.items() if base_module(layer) is end}

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.layer import base_module, base_paths, model_ends
+from peftcli.core.layer import base_module, base_modules, model_ends
 from peftcli.core.targets import find_modules, find_targets, shortest_names
 from peftcli.errors import AdapterError, ModelError
 from peftcli.guard.files import read_small
@@ -274,7 +274,7 @@ def _vocabulary(model: Any) -> dict[str, Any]:
     if not isinstance(embedding, nn.Embedding):
         return {}
     ends = [embedding, *([head] if isinstance(head, nn.Linear) else [])]
-    names = {id(base_module(model.get_submodule(path))): name for name, path in base_paths(model).items()}
+    names = {id(module): name for name, module in base_modules(model).items()}
     return {names[id(end)]: end for end in ends}
 
 

@@ -13,13 +13,13 @@ from transformers import AutoConfig
 from peftcli.adapters.load import AdapterSource
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import load_adapter
-from peftcli.core.weights import cast_weights
 from peftcli.errors import AdapterError
 from peftcli.models.open import build_empty, label_options
 from peftcli.models.tokens import fit_adapter
 from peftcli.models.validate import find_initialised
 from peftcli.peft_api.loading import DOWNLOAD, find, key_mapping_for, renaming
 from peftcli.peft_api.model import PeftModel, wrap
+from peftcli.peft_api.weights import cast_weights
 
 _LABELS = {"config", "num_labels", "id2label", "label2id"}
 _HUB_OPTIONS = {"cache_dir", "code_revision", "local_files_only", "revision", "token", "trust_remote_code"}

@@ -14,10 +14,10 @@ from peftcli.core.inject import set_active, set_trainable, unload
 from peftcli.core.layer import adapter_layers, base_paths
 from peftcli.core.prompts.config import SoftPromptConfig
 from peftcli.core.targets import find_modules, module_matches, targets
-from peftcli.core.weights import cast_weights
 from peftcli.errors import AdapterError
 from peftcli.peft_api.new_adapter import check_name, start_adapter
 from peftcli.peft_api.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
+from peftcli.peft_api.weights import cast_weights
 
 __all__ = [
     "cast_adapter_dtype",

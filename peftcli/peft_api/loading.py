@@ -13,8 +13,8 @@ from torch import nn
 from peftcli.adapters.load import AdapterSource, find_adapter
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import load_adapter
-from peftcli.core.weights import cast_weights
 from peftcli.errors import AdapterError
+from peftcli.peft_api.weights import cast_weights
 
 DOWNLOAD = ("token", "cache_dir", "local_files_only", "force_download")
 """Options of huggingface_hub, for a base model too."""

@@ -13,12 +13,13 @@ from peftcli.core.config import AdapterConfig, TargetedConfig
 from peftcli.core.inject import inject
 from peftcli.core.layer import TrainedBias, adapter_layers, base_name
 from peftcli.core.protocols import needs_batches
-from peftcli.core.weights import cast_weights, empty_state, holds_its_file
+from peftcli.core.weights import holds_its_file
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods.lora.targets import tied_group
 from peftcli.methods.xlora.config import XLoraConfig
 from peftcli.models.open import open_base
 from peftcli.peft_api.mixed_batch import BASE
+from peftcli.peft_api.weights import cast_weights, empty_state
 from peftcli.schema import BaseModel
 
 _NAME = re.compile(r"[\w-]+( [\w-]+)*")

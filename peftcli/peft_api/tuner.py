@@ -17,12 +17,12 @@ from peftcli.core.inject import inject, set_active, set_trainable, unload
 from peftcli.core.layer import TrainedBias, TrainedCopy, adapter_layers, base_name
 from peftcli.core.merge import Folded, fold, merge
 from peftcli.core.protocols import after_step, penalty
-from peftcli.core.targets import find_parameters
 from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
 from peftcli.methods._token_rows import TrainedRows
 from peftcli.methods.combinations import Adapter, Combination, combine
 from peftcli.methods.lora.conversion import can_be_lora
+from peftcli.methods.lora.targets import find_parameters
 from peftcli.methods.lora.variants import kasa_penalty, monteclora_penalty
 from peftcli.methods.xlora.layers import find_mixture
 from peftcli.models.quantization import forget

@@ -17,7 +17,7 @@ from sklearn.cluster import KMeans
 from torch import nn
 from trainkit import run_recipe, write_recipe
 
-from peftcli.core.files import load_adapter, load_empty, read_config
+from peftcli.core.files import load_adapter, read_config
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import outermost
@@ -96,7 +96,7 @@ def test_our_file_says_the_subspaces_so_that_nothing_is_decomposed(
 def test_pefts_file_is_merged_into_a_base_model_that_is_streamed(tmp_path: Path) -> None:
     oracle = theirs("opt", "adamss", **SETTINGS)
     folder, empty = saved_by_peft(oracle, tmp_path), tiny("opt").to("meta")
-    load_empty(empty, config_from_dict(read_config(folder)), folder)
+    load_adapter(empty, config_from_dict(read_config(folder)), folder)
     for path, layer in outermost(empty).items():
         base = tiny("opt").get_submodule(path).state_dict()
         with torch.no_grad():

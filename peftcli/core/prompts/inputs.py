@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, base_module, base_paths
+from peftcli.core.layer import AdapterLayer, base_module
 from peftcli.errors import AdapterError
 
 IGNORED = -100
@@ -252,13 +252,6 @@ def hook_once(module: nn.Module, hook: Any, *, after: bool = False) -> None:
         module.register_forward_hook(hook, with_kwargs=True)
     if not after and hook not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def name_in(root: nn.Module, module: nn.Module) -> str:
-    """Name of ``module`` below ``root``, as if there were no adapters. It leads to whatever stands there later."""
-    return next(
-        name for name, path in base_paths(root).items() if base_module(root.get_submodule(path)) is base_module(module)
-    )
 
 
 def active_at(module: nn.Module, kind: type[SoftPrompt]) -> Any:

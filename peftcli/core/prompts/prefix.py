@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import adapter_dtype, base_module, base_paths
+from peftcli.core.layer import adapter_dtype, base_module, base_modules, name_in
 from peftcli.core.linear import linear_view
 from peftcli.core.prompts.config import PrefixConfig
 from peftcli.core.prompts.inputs import (
@@ -27,7 +27,6 @@ from peftcli.core.prompts.inputs import (
     hook_once,
     inserted,
     length_of,
-    name_in,
     positions,
     rows_in,
     settle,
@@ -201,7 +200,7 @@ def find_attention(model: Any) -> Attention:
     """
     decoder = model.get_decoder()
     below = f"{name_in(model, decoder)}.".lstrip(".")
-    modules = {name: base_module(model.get_submodule(path)) for name, path in base_paths(model).items()}
+    modules = base_modules(model)
     found: dict[int, str] = {}
     for name, module in modules.items():
         index = getattr(module, "layer_idx", None)
@@ -270,7 +269,7 @@ def insert_prefix(model: Any, layers: list[PrefixAttention], prefix: Prefix) -> 
         layer.prefix = prefix.train(layer.training)
         settle(layer, model, counts=counts)
     embedding = decoder.get_input_embeddings()
-    names = {base_module(decoder.get_submodule(path)): name for name, path in base_paths(decoder).items()}
+    names = {module: name for name, module in base_modules(decoder).items()}
     hook_once(decoder, _Insert(names[base_module(layers[0])], names.get(base_module(embedding))))
     hook_once(decoder, _Cut(names[base_module(layers[0])]), after=True)
     pooler = getattr(decoder, "pooler", None)

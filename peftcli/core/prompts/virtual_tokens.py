@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module, model_ends
+from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module, model_ends, name_in
 from peftcli.core.prompts.config import EmbeddedPromptConfig
 from peftcli.core.prompts.inputs import (
     Insertion,
@@ -29,7 +29,6 @@ from peftcli.core.prompts.inputs import (
     hook_once,
     inserted,
     length_of,
-    name_in,
     positions,
     settle,
     soft_prompt,

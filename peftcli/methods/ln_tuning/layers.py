@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, TrainedCopy, base_module, base_paths
+from peftcli.core.layer import AdapterLayer, TrainedCopy, base_module, base_modules
 from peftcli.core.targets import find_targets, shortest_names
 from peftcli.errors import AdapterError
 from peftcli.methods.ln_tuning.config import TARGETS, LNTuningConfig
@@ -55,11 +55,8 @@ def targets(model: nn.Module, config: LNTuningConfig) -> list[str]:
 
 def norms(model: nn.Module) -> list[str]:
     """Names of the model's modules that are some LayerNorm or RMSNorm."""
-    found: dict[str, nn.Module] = {
-        name: base_module(model.get_submodule(path)) for name, path in base_paths(model).items()
-    }
     return [
         name
-        for name, module in found.items()
+        for name, module in base_modules(model).items()
         if type(module).__name__.endswith(("LayerNorm", "RMSNorm")) and next(module.parameters(), None) is not None
     ]

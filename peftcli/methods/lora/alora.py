@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.inject import watch_calls
 from peftcli.core.layer import adapter_layers
 from peftcli.errors import AdapterError
+from peftcli.methods.lora.calls import watch_calls
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.lora import LoraLinear
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.inject import watch_calls
 from peftcli.core.layer import AdapterLayer, adapter_layers, base_module
 from peftcli.errors import AdapterError
+from peftcli.methods.lora.calls import watch_calls
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.lora import LoraLinear
 

@@ -6,9 +6,19 @@ import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig, TargetedConfig
-from peftcli.core.layer import AdapterLayer, TrainedBias, TrainedCopy, adapter_layers, base_name, path_in_file
-from peftcli.core.linear import linear_view
-from peftcli.core.merge import weight_update
+from peftcli.core.layer import (
+    AdapterLayer,
+    TrainedBias,
+    TrainedCopy,
+    adapter_layers,
+    base_module,
+    base_name,
+    layers_below,
+    path_in_file,
+)
+from peftcli.core.linear import dense_weight, linear_view
+from peftcli.core.merge import ready_to_merge
+from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError, AdapterTypeError
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.updates import svd
@@ -90,9 +100,39 @@ def _update(layer: AdapterLayer, name: str) -> torch.Tensor:
     if view is None:
         raise AdapterTypeError(f"{name} is no linear layer, and only those can become LoRA")
     try:
-        return view.as_stored(weight_update(layer))
+        return view.as_stored(_weight_update(layer))
     except AdapterError as error:
         raise AdapterTypeError(f"{name} cannot become LoRA: {error.message}") from None
+
+
+def _weight_update(layer: AdapterLayer) -> torch.Tensor:
+    """Return what this adapter alone adds to the weight of its module, as the weight is stored, in float32 or wider.
+
+    Raises:
+        AdapterError: the layer cannot be merged, or changes something else than the weight.
+    """
+    base = base_module(layer)
+    tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
+    if is_quantised(base):
+        view = linear_view(base)
+        assert view is not None
+        tensors["weight"] = view.as_stored(dense_weight(base))
+    layers = [layer, *layers_below(layer)]
+    enabled = [each.enabled for each in layers]
+    try:
+        for each in layers:
+            each.enabled = each is layer
+        with torch.no_grad(), ready_to_merge(layer):
+            values = layer.folded(dict(tensors))
+            changed = [
+                name for name, value in values.items() if not torch.equal(value.to(tensors[name]), tensors[name])
+            ]
+            if "weight" not in values or not {"weight"}.issuperset(changed):
+                raise AdapterError(f"{type(layer).__name__} changes more than a weight")
+            return values["weight"].detach() - tensors["weight"].detach().to(values["weight"])
+    finally:
+        for each, before in zip(layers, enabled, strict=True):
+            each.enabled = before
 
 
 def _config(config: AdapterConfig | None, sizes: dict[str, int], r: float) -> LoraConfig:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
-from peftcli.core.layer import base_module, base_paths, model_ends
-from peftcli.core.targets import check_patterns, find_modules, find_parameters, find_targets, shortest_names
+from peftcli.core.layer import base_module, base_modules, base_paths, model_ends, name_in
+from peftcli.core.targets import check_patterns, find_modules, find_targets, matching, shortest_names
 from peftcli.errors import AdapterError
 from peftcli.methods._token_rows import check_tokens, modules_sharing
 from peftcli.methods.lora.config import LoraConfig
@@ -32,16 +34,29 @@ def targets(model: nn.Module, config: LoraConfig) -> list[str]:
     return [name for name in base_paths(model) if name in owners or name in modules]
 
 
+def find_parameters(model: nn.Module, entries: Iterable[str], key: str) -> dict[str, list[str]]:
+    """Return the parameters that a list of names or name endings matches: module's name -> names in it.
+
+    Raises:
+        AdapterError: an entry matches nothing, and the message gives near names; or a parameter of the model itself,
+            which stands in no module that a layer could be put around.
+    """
+    modules = base_modules(model).items()
+    places = {f"{name}.{own}": name for name, module in modules for own, _ in module.named_parameters(recurse=False)}
+    found: dict[str, list[str]] = {}
+    for name in matching(model, places, list(entries), key, "parameter"):
+        if not places[name]:
+            reason = f"{name.lstrip('.')} is a parameter of {type(model).__name__} itself, not of a module inside it"
+            raise AdapterError(reason, key=key, hint="adapt a model that holds this one as a module")
+        found.setdefault(places[name], []).append(name.rpartition(".")[2])
+    return found
+
+
 def tied_group(model: nn.Module) -> list[str]:
     """Return the names of the input embedding and of the modules that share its weight, if there are any."""
     embedding = base_module(model_ends(model)[0])
     shared = modules_sharing(model, embedding) if isinstance(embedding, nn.Embedding) else {}
-    return [name_of(model, embedding), *shared] if shared else []
-
-
-def name_of(model: nn.Module, module: nn.Module) -> str:
-    """Return the base model's name of one of its modules."""
-    return next(name for name, path in base_paths(model).items() if base_module(model.get_submodule(path)) is module)
+    return [name_in(model, embedding), *shared] if shared else []
 
 
 def token_modules(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]:
@@ -57,7 +72,7 @@ def token_modules(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]:
         embedding = base_module(model_ends(model)[0])
         if embedding is None:
             raise AdapterError(f"{type(model).__name__} has no input embedding; name the module", key=_TOKENS)
-        return {name_of(model, embedding): wanted}
+        return {name_in(model, embedding): wanted}
     return {name: tokens for entry, tokens in wanted.items() for name in find_modules(model, [entry], _TOKENS)}
 
 

@@ -7,7 +7,7 @@ from typing import cast
 
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, base_module, base_paths, model_ends
+from peftcli.core.layer import AdapterLayer, base_module, base_modules, model_ends, name_in
 from peftcli.core.targets import find_targets, shortest_names
 from peftcli.errors import AdapterError
 from peftcli.methods._token_rows import TrainedRows, check_tokens, share_rows, wrap_rows
@@ -50,13 +50,13 @@ def embedding_name(model: nn.Module) -> str:
     embedding = base_module(model_ends(model)[0])
     if not isinstance(embedding, nn.Embedding):
         raise AdapterError(f"{type(model).__name__} has no input embedding; name the module", key="target_modules")
-    return next(name for name, path in base_paths(model).items() if base_module(model.get_submodule(path)) is embedding)
+    return name_in(model, embedding)
 
 
 def first_of_each_weight(model: nn.Module, names: list[str]) -> list[str]:
     """Those of the modules ``names`` that share no weight with an earlier one."""
-    paths = base_paths(model)
-    weights = {name: getattr(base_module(model.get_submodule(paths[name])), "weight", None) for name in names}
+    modules = base_modules(model)
+    weights = {name: getattr(modules[name], "weight", None) for name in names}
     first: dict[int, str] = {}
     for name, weight in weights.items():
         first.setdefault(id(weight), name)
