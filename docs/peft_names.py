@@ -275,10 +275,6 @@ REFUSED: tuple[tuple[str, str], ...] = (
     ("biases in a state dict for an adapter without `bias`", "they would change the frozen base model"),
     ("`arrow_config` in an adapter's file", "a router has no weights; `create_arrow_model` makes it"),
     ("LoRA+ without A and B, LoRA-FA without LoRA on a linear layer", "there is nothing to speed up, or to freeze"),
-    (
-        "`init_lora_weights: loftq` over a base model that is not quantised",
-        "LoftQ makes up for an error that is not there",
-    ),
     ("an adapter name with `/`, or marks other than `-` and `_`", "its adapter is saved in a folder of that name"),
 )
 """What PEFT accepts and peftcli refuses, and why."""

@@ -12,12 +12,14 @@ from safetensors.torch import save_file
 from starting import FROM_DATA, TARGETS, EightBits, Rows, layers_of, started
 from torch import nn
 
-from peftcli.core.files import load_adapter, read_config, save_adapter
-from peftcli.core.inject import disabled, inject
+from peftcli import peft_api
+from peftcli.core.files import load_adapter, read_config, read_tensors, save_adapter
+from peftcli.core.inject import disabled, inject, unload
 from peftcli.core.protocols import calibrate, needs_base_weights
 from peftcli.core.weights import adapter_state, training_state
 from peftcli.errors import AdapterError, ModelError
 from peftcli.methods import config_from_dict
+from peftcli.methods.combinations import Adapter, Combination, combine
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.config import EvaConfig, LoftQConfig, LoraGAConfig
 from peftcli.methods.lora.initialisations.corda import covariances
@@ -254,10 +256,53 @@ def test_loftq_puts_a_layer_back_that_the_callback_refuses() -> None:
     }
 
 
-def test_loftq_is_refused_over_a_base_that_is_not_quantised() -> None:
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_loftq_computes_with_rounded_weights_and_makes_up_for_them(kind: str) -> None:
+    model, expected = tiny(kind), logits(tiny(kind), batch(kind))
+    distances: dict[int, torch.Tensor] = {}
+    for iterations in (1, 3):
+        settings = LoftQConfig(loftq_bits=4, loftq_iter=iterations)
+        config = LoraConfig(
+            init_lora_weights="loftq", lora_alpha=24, target_modules="all-linear", loftq_config=settings
+        )
+        inject(model, config, str(iterations))
+        distances[iterations] = (logits(model, batch(kind)) - expected).norm()
+        with torch.no_grad():
+            for layer in layers_of(model).values():
+                layer.lora_B.weight.zero_()
+        rounding = (logits(model, batch(kind)) - expected).norm()
+        assert distances[iterations] < 0.9 * rounding
+        unload(model)
+    assert distances[3] < distances[1]
+    assert torch.equal(logits(model, batch(kind)), expected)
+
+
+def test_a_reader_rounds_the_weights_again(tmp_path: Path) -> None:
+    model = peft_api.get_peft_model(
+        tiny("llama"), LoraConfig(init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_iter=2))
+    )
+    randomise(model)
+    expected = logits(model, batch("llama"))
+    model.peft_config["default"].init_lora_weights = True  # as scripts do that save PEFT's changed base model too
+    model.save_pretrained(tmp_path)
+    loaded = peft_api.PeftModel.from_pretrained(tiny("llama"), tmp_path)
+    torch.testing.assert_close(logits(loaded, batch("llama")), expected)
+    loaded.load_adapter(tmp_path, "again")
+    loaded.base_model.set_adapter(["default", "again"])
+    both = logits(loaded, batch("llama"))
+    torch.testing.assert_close(logits(loaded.merge_and_unload(), batch("llama")), both)
+    given = Adapter("one", loaded.peft_config["again"], read_tensors(tmp_path))
+    with pytest.raises(AdapterError, match="variant of LoRA that cannot be combined"):
+        combine([given, given], [0.5, 0.5], Combination())
+
+
+def test_loftq_says_what_it_needs() -> None:
     with pytest.raises(AdapterError, match="quantised") as caught:
-        inject(tiny("llama"), LoraConfig(init_lora_weights="loftq", loftq_config=LoftQConfig()))
-    assert caught.value.key == "init_lora_weights"
+        inject(tiny("llama"), LoraConfig(init_lora_weights="loftq"))
+    assert "loftq_config" in str(caught.value.hint)
+    with pytest.raises(AdapterError, match="quantised already") as caught:
+        inject(_quantised(), LoraConfig(init_lora_weights="loftq", loftq_config=LoftQConfig()))
+    assert caught.value.key == "loftq_config"
     model = tiny("llama")
     inject(model, LoraConfig())
     with pytest.raises(AdapterError, match="this one is not"):

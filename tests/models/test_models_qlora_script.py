@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,8 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
 )
+
+from peftcli import peft_api
 
 pytestmark = [
     pytest.mark.slow,
@@ -200,3 +203,26 @@ def test_weights_start_from_loftq(lib: ModuleType, base: str) -> None:
     before = (_logits(peft_model, tokenizer) - expected).abs().mean()
     lib.replace_lora_weights_loftq(peft_model, model_path=f"{base}/model.safetensors")
     assert (_logits(peft_model, tokenizer) - expected).abs().mean() < before
+
+
+@pytest.mark.parametrize(("bits", "iterations"), [(4, 1), (4, 3), (8, 2)])
+def test_loftq_over_a_base_in_full_precision_is_pefts(
+    bits: int, iterations: int, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    from peft.tuners.lora import layer
+    from peft.utils import loftq_utils
+
+    named = dict(vars(loftq_utils))
+    source = inspect.getsource(loftq_utils.loftq_init).replace('"cuda"', '"cpu"')  # PEFT's runs on GPUs only
+    exec(source, named)
+    monkeypatch.setattr(layer, "loftq_init", named["loftq_init"])
+    models = []
+    for lib in (importlib.import_module("peft"), peft_api):
+        settings = lib.LoftQConfig(loftq_bits=bits, loftq_iter=iterations)
+        config = lib.LoraConfig(
+            init_lora_weights="loftq", loftq_config=settings, r=8, lora_alpha=8, target_modules="all-linear"
+        )
+        models.append(lib.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval())
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    torch.testing.assert_close(_logits(models[1], tokenizer), _logits(models[0], tokenizer), atol=1e-4, rtol=1e-4)

@@ -29,6 +29,7 @@ STARTS = {
     "orthogonal": "init_lora_weights: orthogonal",
     "eva": "init_lora_weights: eva, eva_config: {rho: 1.5, tau: 0.9}",
     "corda": "init_lora_weights: corda, corda_config: {corda_method: kpm}",
+    "loftq": "init_lora_weights: loftq, loftq_config: {loftq_bits: 4, loftq_iter: 2}",
     "lora_ga": "init_lora_weights: lora_ga, lora_ga_config: {direction: random, scale: gd_scale}",
 }
 
@@ -120,8 +121,8 @@ def test_stopped_and_resumed_it_ends_with_the_same_bytes(name: str, recipe: Path
     done = trainkit.run_recipe(recipe, *settings)
     assert done.weights == whole.weights
     written = json.loads((whole.folder / "adapter_config.json").read_text())
-    assert written["init_lora_weights"] is True
-    assert written["r"] == (4 if name in ("mica", "orthogonal", "eva") else 8)
+    assert written["init_lora_weights"] == ("loftq" if name == "loftq" else True)
+    assert written["r"] == (4 if name in ("mica", "orthogonal", "eva", "loftq") else 8)
     assert whole.losses[-1] < whole.losses[0]
     if name not in ("mica", "eva"):  # whose file holds what trains, or whose layers change their size
         return

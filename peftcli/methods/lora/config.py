@@ -105,16 +105,17 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
     pissa_niter_16: an approximation that takes seconds. mica: B the weakest directions of the base weight, which stays,
     A zero. eva, corda, lora_ga: from the training data, before the first step. loftq: what makes up for the error of a
     quantised base. false: both random, for tests. The base model itself is never changed, and the file is that of a
-    plain LoRA, of 2r for pissa, olora, corda and lora_ga."""
+    plain LoRA, of 2r for pissa, olora, corda and lora_ga; but not with a loftq_config."""
     eva_config: EvaConfig | None = None
     """Settings of init_lora_weights: eva (https://arxiv.org/abs/2410.07170)."""
     corda_config: CordaConfig | None = None
     """Settings of init_lora_weights: corda (https://arxiv.org/abs/2406.05223)."""
     lora_ga_config: LoraGAConfig | None = None
     """Settings of init_lora_weights: lora_ga (https://arxiv.org/abs/2407.05000)."""
-    loftq_config: LoftQConfig | None = field(default=None, metadata={"recipe": False})
-    """PEFT's settings of init_lora_weights: loftq (https://arxiv.org/abs/2310.08659). base_model.quantization says them
-    here."""
+    loftq_config: LoftQConfig | None = None
+    """For init_lora_weights: loftq (https://arxiv.org/abs/2310.08659) over a base model that is not quantised: the
+    adapted layers compute with rounded weights. The adapter belongs to these; who reads it rounds the base model's
+    again. Leave it out where base_model.quantization is set."""
     fan_in_fan_out: bool = field(default=False, metadata={"recipe": False})
     """Whether the adapted weights are stored (in, out), as GPT-2's are. Found from the layer itself."""
     runtime_config: LoraRuntimeConfig = field(
@@ -173,10 +174,16 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
         return super().from_dict({key: value for key, value in values.items() if key not in others}, file, **options)
 
     def file_dict(self) -> dict[str, Any]:
-        return {**super(LoraConfig, self.plain()).file_dict(), "init_lora_weights": True}
+        plain = self.plain()
+        return {**super(LoraConfig, plain).file_dict(), "init_lora_weights": plain.init_lora_weights}
 
     def plain(self) -> LoraConfig:
-        """Return the plain LoRA that computes the same: with a residual initialisation, one of twice the r."""
+        """Return the plain LoRA that computes the same: with a residual initialisation, one of twice the r.
+
+        With a ``loftq_config`` there is none, whatever ``init_lora_weights`` is by now.
+        """
+        if self.loftq_config:
+            return replace(self, init_lora_weights="loftq")
         nothing: Any = dict.fromkeys(SECTIONS.values())
         same = replace(self, init_lora_weights=True, **nothing)
         return same.doubled() if is_residual(self.init_lora_weights) else same

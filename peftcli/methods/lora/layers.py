@@ -107,7 +107,7 @@ def needs_batches(config: LoraConfig) -> bool:
 
 def needs_base_weights(config: LoraConfig) -> bool:
     """Return whether A and B start from the weights before quantisation."""
-    return config.init_lora_weights == "loftq"
+    return config.init_lora_weights == "loftq" and config.loftq_config is None
 
 
 def start_from_base(model: nn.Module, config: LoraConfig, weight: Callable[[str], torch.Tensor]) -> None:

@@ -13,7 +13,15 @@ if TYPE_CHECKING:
 
 Problems = list[tuple[str, str]]
 
-VARIANTS = ("alora_invocation_tokens", "use_bdlora", "use_qalora", "kasa_config", "monteclora_config", "velora_config")
+VARIANTS = (
+    "alora_invocation_tokens",
+    "use_bdlora",
+    "use_qalora",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "loftq_config",
+)
 """The fields that switch a variant on. They adapt linear layers only, and one layer has one variant."""
 _INIT_TYPES = ("batch_average", "batch_average_once", "random")
 _MOST_SAMPLES = 1024
@@ -186,6 +194,16 @@ def _velora(config: LoraConfig) -> Problems:
     return found
 
 
+def _loftq(config: LoraConfig) -> Problems:
+    assert config.loftq_config
+    own, found = config.loftq_config, []
+    if own.loftq_bits not in (4, 8):
+        found.append(("loftq_config.loftq_bits", f"must be 4 or 8, not {own.loftq_bits}"))
+    if own.loftq_iter < 1:
+        found.append(("loftq_config.loftq_iter", f"must be at least 1, not {own.loftq_iter}"))
+    return found
+
+
 _OWN = {
     "alora_invocation_tokens": _alora,
     "use_bdlora": _bdlora,
@@ -193,4 +211,5 @@ _OWN = {
     "kasa_config": _kasa,
     "monteclora_config": _monteclora,
     "velora_config": _velora,
+    "loftq_config": _loftq,
 }

@@ -14,6 +14,7 @@ from peftcli.errors import AdapterError
 from peftcli.methods.lora.alora import ALoraLinear
 from peftcli.methods.lora.bdlora import BdLoraLinear
 from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora.initialisations.loftq import LoftQLinear
 from peftcli.methods.lora.kasa import KasaLinear
 from peftcli.methods.lora.lora import LoraLinear
 from peftcli.methods.lora.monteclora import MontecloraLinear
@@ -28,6 +29,7 @@ LAYERS: dict[str, type[LoraLinear]] = {
     "kasa_config": KasaLinear,
     "monteclora_config": MontecloraLinear,
     "velora_config": VeloraLinear,
+    "loftq_config": LoftQLinear,
 }
 """The field that switches a variant on -> its layer."""
 

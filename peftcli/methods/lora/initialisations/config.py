@@ -69,12 +69,12 @@ class LoraGAConfig:
 
 @dataclass
 class LoftQConfig:
-    """Settings of init_lora_weights: loftq."""
+    """Settings of init_lora_weights: loftq over a base model that is not quantised."""
 
     loftq_bits: int = 4
-    """Changes nothing here: the base model is quantised already, in as many bits as it is."""
+    """Round the weights to so many bits: 4 as NF4, 8 as integers."""
     loftq_iter: int = 1
-    """Always 1 here: more would quantise the base model anew."""
+    """How often to round the weights and compute B A, each anew from the other."""
 
 
 SECTIONS = {"eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_config", "loftq": "loftq_config"}
@@ -122,8 +122,6 @@ def _choice_problems(config: LoraConfig) -> list[tuple[str, str]]:
         found += _one_of("lora_ga_config.scale", ga.scale, _SCALES)
         if ga.stable_gamma <= 0:
             found.append(("lora_ga_config.stable_gamma", f"must be above 0, not {ga.stable_gamma}"))
-    if config.loftq_config and config.loftq_config.loftq_iter != 1:
-        found.append(("loftq_config.loftq_iter", "must be 1: more would quantise the base model anew"))
     return found
 
 

@@ -14,12 +14,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peftcli.core.layer import adapter_dtype, base_module
 from peftcli.core.linear import dense_weight, linear_view, stored_weight
-from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.config import FROM_DATA, is_residual
 from peftcli.methods.lora.initialisations.corda import corda
 from peftcli.methods.lora.initialisations.initialise import FROM_WEIGHT, from_weight
+from peftcli.methods.lora.initialisations.loftq import check_loftq
 from peftcli.methods.lora.initialisations.lora_ga import lora_ga
 from peftcli.methods.lora.lora import LoraLinear
 
@@ -119,9 +119,8 @@ def check_initialisation(module: nn.Module, name: str, config: LoraConfig) -> No
     on_embedding = init == "mica" and isinstance(layer, nn.Embedding)
     if needs_linear and (view is None or never_called) and not on_embedding:
         raise AdapterError(f"{init} starts Linear and Conv1D; {name} is a {type(layer).__name__}", key=_KEY)
-    if init == "loftq" and not is_quantised(layer):
-        reason = f"loftq goes with a quantised base model, and its {name} is not quantised"
-        raise AdapterError(reason, key=_KEY, hint="load the base model in 4 bits")
+    if init == "loftq":
+        check_loftq(layer, name, config)
     if not config.inference_mode or not is_residual(init):
         return
     if init not in FROM_WEIGHT:
