@@ -116,15 +116,19 @@ def prepare_model_for_compiled_hotswap(
         raise AdapterError(f"must be error, warn or ignore, not {check_compiled!r}", key="check_compiled")
     if _is_compiled(model) and check_compiled != "ignore":
         if check_compiled == "error":
-            raise AdapterError("the model is compiled already; prepare it before")
-        warnings.warn("the model is compiled already, and will be compiled again", stacklevel=2)
+            raise AdapterError("Call prepare_model_for_compiled_hotswap *before* compiling the model")
+        warnings.warn(
+            "prepare_model_for_compiled_hotswap was called with a model that is already compiled, "
+            "and will be compiled again",
+            stacklevel=2,
+        )
     inner = _unwrapped(model)
     known: dict[str, AdapterConfig] = {}
     if isinstance(inner, PeftModel):
         known, inner = inner.peft_config, inner.get_base_model()
     adapters = list(dict.fromkeys(layer.adapter for layer in _lora_layers(inner)))
     if not adapters:
-        raise AdapterError("the model has no LoRA layer; load the first adapter before")
+        raise AdapterError("No adapter layers found on the model; load the first LoRA adapter before")
     if target_rank is None:
         return
     for name in adapters:

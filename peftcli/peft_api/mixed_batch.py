@@ -65,7 +65,10 @@ def check_count(model: nn.Module, names: Sequence[str], args: Sequence[Any], kwa
     first = [*args[:1], *(kwargs[key] for key in main if key in kwargs)] or list(kwargs.values())
     rows = {value.shape[0] for value in first if isinstance(value, torch.Tensor) and value.ndim}
     if rows and len(names) not in rows:
-        raise AdapterError(f"{len(names)} names for a batch of {min(rows)} rows; give one a row", key="adapter_names")
+        raise AdapterError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(names)} and {min(rows)}"
+        )
 
 
 @dataclass
@@ -141,7 +144,7 @@ def _check(model: nn.Module, names: Sequence[str], layers: dict[str, AdapterLaye
     known = {layer.adapter for layer in layers.values()}
     if unknown := sorted(wanted - known):
         there = ", ".join(sorted(known)) or "none"
-        raise AdapterError(f"Adapter {unknown[0]} does not exist; there are: {there}", key="adapter_names")
+        raise AdapterError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are: {there}")
     if len(set(names)) == 1:
         return
     if getattr(getattr(model, "config", None), "model_type", None) in _TIME_FIRST:

@@ -110,7 +110,7 @@ def create_riemannian_optimizer(
     closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise AdapterError(
-            f"{optimizer_cls.__name__} needs a closure, which computes gradients anew", key="optimizer_cls"
+            f"{optimizer_cls.__name__} requires a closure, which computes gradients anew", key="optimizer_cls"
         )
     pairs = _pairs(model, "Riemannian preconditioning")
 
@@ -128,7 +128,7 @@ def create_riemannian_optimizer(
 def _pairs(model: nn.Module, what: str) -> list[Pair]:
     if pairs := matrix_pairs(model):
         return pairs
-    raise AdapterError(f"{what} needs LoRA on linear layers, with A and B that train")
+    raise AdapterError(f"{what} needs lora_A/lora_B parameter pairs that train, on linear layers")
 
 
 def _base_of(model: Any) -> nn.Module:

@@ -102,11 +102,12 @@ class Tuner(nn.Module):
             layer for layer in adapter_layers(self.model).values() if type(layer) not in (TrainedBias, TrainedCopy)
         ]
         layers.sort(key=lambda layer: isinstance(layer, TrainedRows))  # these are beside another method's, unless alone
-        names = [*layers[0].own_tensors()] if layers else []
+        names = [name.removesuffix(".weight") for name in layers[0].own_tensors()] if layers else []
         depth = min((name.count(".") for name in names), default=0)
         names = [name for name in names if name.count(".") == depth]  # deeper ones are those of a layer in this one
         head, found, _ = os.path.commonprefix(names).rpartition("_")  # noqa: RUF071 - of characters, not of paths
-        return head + found
+        method = f"{self.peft_config[layers[0].adapter].peft_type.lower()}_" if layers else ""
+        return method if head.startswith(method) else head + found
 
     @property
     def targeted_module_names(self) -> list[str]:
@@ -151,9 +152,11 @@ class Tuner(nn.Module):
         if names is None or self.disabled:
             return nullcontext()
         if self.training:
-            raise AdapterError("needs a model in evaluation mode; call eval()", key="adapter_names")
+            raise AdapterError("Cannot pass `adapter_names` when the model is in training mode. Call eval() first")
         if self.folded:
-            raise AdapterError("the adapters are merged; call unmerge_adapter()", key="adapter_names")
+            raise AdapterError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         check_count(self.model, names, args, kwargs)
         return adapted_by_row(self.model, names, copies)
 
@@ -402,6 +405,10 @@ class Tuner(nn.Module):
             raise AdapterError("adapters are merged; call unmerge_adapter() first")
 
     def _mergeable(self, names: Sequence[str] | None) -> list[str]:
+        if names is None and not (self.folded or self.disabled):
+            switched = {tuple(layer.active_adapters) for layer in adapter_layers(self.model).values()}
+            if len(switched) == 1:  # all layers alike, maybe one by one, without the tuner
+                self.active_adapters = [name for name in switched.pop() if name in self.peft_config]
         chosen = self.active_adapters if names is None else list(names)
         self.check_known(chosen)
         for name in chosen:

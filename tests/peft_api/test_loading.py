@@ -241,10 +241,13 @@ def test_an_offloaded_base_model(saved: Path) -> None:
     assert list(model.peft_config) == ["default"]
 
 
-@pytest.mark.parametrize("method", ["frod", "hira", "osf", "psoft"])
-def test_weights_in_the_dtype_of_a_base_model_in_half_precision_compute(method: str) -> None:
-    """What these methods hold beside their weights stays in float32."""
-    config = METHODS[method].config_class()(**base_settings(method, "llama"))
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [("frod", {}), ("hira", {}), ("miss", {"init_weights": "bat"}), ("osf", {}), ("psoft", {})],
+)
+def test_weights_in_the_dtype_of_a_base_model_in_half_precision_compute(method: str, more: dict[str, Any]) -> None:
+    """What these methods hold or compute beside their weights is in float32."""
+    config = METHODS[method].config_class()(**{**base_settings(method, "llama"), **more})
     model = peftcli.get_peft_model(tiny("llama").to(torch.bfloat16), config, autocast_adapter_dtype=False).eval()
     randomise(model.get_base_model())
     assert torch.isfinite(logits(model, batch("llama"))).all()

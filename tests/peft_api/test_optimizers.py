@@ -80,9 +80,9 @@ def test_what_has_no_a_and_b_of_its_own_is_an_error() -> None:
     other = peftcli.get_peft_model(tiny("llama"), peftcli.IA3Config())
     model = _adapted(peftcli)
     for make, problem in {
-        lambda: peftcli.create_lorafa_optimizer(other, lr=1): "LoRA-FA needs LoRA",
-        lambda: peftcli.create_riemannian_optimizer(other, _ADAM, lr=1): "Riemannian preconditioning needs LoRA",
-        lambda: peftcli.create_riemannian_optimizer(model, torch.optim.LBFGS, lr=1): "LBFGS needs a closure",
+        lambda: peftcli.create_lorafa_optimizer(other, lr=1): "LoRA-FA needs lora_A",
+        lambda: peftcli.create_riemannian_optimizer(other, _ADAM, lr=1): "Riemannian preconditioning needs lora_A",
+        lambda: peftcli.create_riemannian_optimizer(model, torch.optim.LBFGS, lr=1): "LBFGS requires a closure",
         lambda: peftcli.create_riemannian_optimizer(model, _ADAM, lr=1).step(lambda: 1.0): "closure computes gradients",
         lambda: peftcli.create_lorafa_optimizer(model, lr=1, use_rslora=True): "use_rslora: is False in the config",
     }.items():

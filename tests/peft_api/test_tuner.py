@@ -99,6 +99,16 @@ def test_each_layer_says_what_state_it_is_in_as_in_peft() -> None:
     assert seen[0] == seen[1]
 
 
+def test_layers_that_were_switched_one_by_one_are_merged(two: PeftModel) -> None:
+    here, there = copy.deepcopy(two), _two(peft)
+    for model, lib in ((here, peftcli.peft_api), (there, peft)):
+        for layer in model.modules():
+            if isinstance(layer, lib.tuners.tuners_utils.BaseTunerLayer):
+                layer.set_adapter(["one", "two"])
+        model.merge_adapter()
+    torch.testing.assert_close(logits(here, batch("llama")), logits(there, batch("llama")), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_each_layer_says_its_sizes_as_in_peft() -> None:
     sizes = []
@@ -160,5 +170,8 @@ def test_the_prefix_is_that_of_the_methods_own_weights() -> None:
     for lib in (peftcli.peft_api, peft):
         heads = torch.nn.ModuleDict({"attention": torch.nn.MultiheadAttention(8, 2)})
         assert lib.get_peft_model(heads, lib.LoraConfig(target_modules=["attention"])).prefix == "lora_"
+        dora = lib.LoraConfig(target_modules=["q_proj"], use_dora=True)
+        assert lib.get_peft_model(tiny("llama"), dora).prefix == "lora_"
+        assert lib.get_peft_model(tiny("llama"), lib.OSFConfig(target_modules=["q_proj"])).prefix == "osf_"
         rows = lib.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1])
         assert lib.get_peft_model(tiny("llama"), rows).prefix == "lora_"

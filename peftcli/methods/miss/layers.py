@@ -62,7 +62,8 @@ class MissBat(WeightDeltaLinear):
         rows = self.view.as_stored(weight)  # (out, in)
         r = self.miss_block.shape[-1]
         blocks = rows.unflatten(0, (-1, r)).unflatten(-1, (-1, r)).transpose(1, 2)  # (out / r, in / r, r, r)
-        delta = blocks @ self.miss_block.unsqueeze(1) + self.miss_block.unsqueeze(1)
+        block = self.miss_block.unsqueeze(1).to(rows.dtype)
+        delta = blocks @ block + block
         return self.view.as_stored(delta.transpose(1, 2).reshape(rows.shape))
 
 
