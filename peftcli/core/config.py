@@ -24,39 +24,19 @@ UNSUPPORTED = {"recipe": False, "unsupported": True}
 _NEWEST_PEFT = (0, 21)
 """The newest version of PEFT whose settings are known."""
 
-FAMILY_TARGETS: dict[str, list[str]] = {
-    "bart": ["q_proj", "v_proj"],
-    "bert": ["query", "value"],
-    "bloom": ["query_key_value"],
-    "codegen": ["qkv_proj"],
-    "deberta": ["in_proj"],
-    "deberta-v2": ["query_proj", "value_proj"],
-    "electra": ["query", "value"],
-    "falcon": ["query_key_value"],
-    "gemma": ["q_proj", "v_proj"],
-    "gemma2": ["q_proj", "v_proj"],
-    "gemma3_text": ["q_proj", "v_proj"],
-    "gpt2": ["c_attn"],
-    "gpt_bigcode": ["c_attn"],
-    "gpt_neo": ["q_proj", "v_proj"],
-    "gpt_neox": ["query_key_value"],
-    "gptj": ["q_proj", "v_proj"],
-    "layoutlm": ["query", "value"],
-    "llama": ["q_proj", "v_proj"],
-    "llama4": ["q_proj", "v_proj"],
-    "mistral": ["q_proj", "v_proj"],
-    "mixtral": ["q_proj", "v_proj"],
-    "mpt": ["Wqkv"],
-    "mt5": ["q", "v"],
-    "opt": ["q_proj", "v_proj"],
-    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
-    "qwen2": ["q_proj", "v_proj"],
-    "qwen3": ["q_proj", "v_proj"],
-    "roberta": ["query", "value"],
-    "stablelm": ["q_proj", "v_proj"],
-    "t5": ["q", "v"],
-    "xlm-roberta": ["query", "value"],
+_USUAL_TARGETS = {
+    "q_proj v_proj": "bart gemma gemma2 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt qwen2 qwen3 stablelm",
+    "query value": "bert electra layoutlm roberta xlm-roberta",
+    "query_key_value": "bloom falcon gpt_neox",
+    "c_attn": "gpt2 gpt_bigcode",
+    "q v": "mt5 t5",
+    "qkv_proj": "codegen",
+    "in_proj": "deberta",
+    "query_proj value_proj": "deberta-v2",
+    "Wqkv": "mpt",
+    "q_proj v_proj fc1 fc2": "phi",
 }
+FAMILY_TARGETS = {family: names.split() for names, families in _USUAL_TARGETS.items() for family in families.split()}
 """The modules that PEFT adapts by default, per model_type, so that a config without target_modules means the same
 here. Families outside the table get every linear layer but the head."""
 

@@ -20,28 +20,11 @@ from peftcli.core.protocols import describe
 from peftcli.core.weights import adapter_state, check_finite, check_state, load_state
 from peftcli.errors import AdapterError, OutOfMemory
 from peftcli.guard.adapter_folder import CONFIG_FILE as CONFIG_FILE
+from peftcli.guard.adapter_folder import DTYPES, find_weights, open_weights
 from peftcli.guard.adapter_folder import WEIGHTS_FILE as WEIGHTS_FILE
-from peftcli.guard.adapter_folder import find_weights, open_weights
 from peftcli.guard.adapter_folder import read_config as read_config
 from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.system.disk import write_file
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
-"""safetensors' names. Adapters have no tensors of other kinds."""
 
 _WIDER, _SMALL = 8, 1024
 """Sizes above this multiple of the base model's largest dimension, and above this number, are rejected."""
@@ -125,11 +108,16 @@ def _read(header: Mapping[str, TensorEntry], file: BufferedReader, path: Path) -
         file.seek(entry.start)
         if file.readinto(content) != entry.size:
             raise AdapterError("damaged: it was truncated while it was read", file=str(path))
-        dtype = _DTYPES[entry.dtype]
+        dtype = _dtype(entry)
         flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
         tensors[name] = flat.view(entry.shape)
     check_finite(tensors, str(path))
     return {name: tensors[name] for name in sorted(tensors)}
+
+
+def _dtype(entry: TensorEntry) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, DTYPES[entry.dtype])
+    return dtype
 
 
 def load_adapter(
@@ -193,7 +181,10 @@ def _checked_tensors(
         header = _renamed(stored, rename)
         if prepare is not None:
             prepare(header)
-        found = {name: torch.empty(e.shape, dtype=_DTYPES[e.dtype], device="meta") for name, e in header.items()}
+        found = {
+            name: torch.empty(e.shape, dtype=getattr(torch, DTYPES[e.dtype]), device="meta")
+            for name, e in header.items()
+        }
         empty = meta_copy(model)
         try:
             _check_sizes(model, config, sum(entry.numel for entry in header.values()))

@@ -115,13 +115,7 @@ def set_active(model: nn.Module, adapters: Iterable[str]) -> None:
     names = list(adapters)
     layers = adapter_layers(model)
     for path, layer in layers.items():
-        for below in (module for module in layer.base_layer.modules() if isinstance(module, AdapterLayer)):
-            both = {layer.adapter, below.adapter}
-            if len(both) == 2 and both <= set(names) and layer.overrides(below):
-                raise AdapterError(
-                    f"{layer.adapter} replaces {base_name(model, path)}, which {below.adapter} changes too; "
-                    "only one of them can be active"
-                )
+        layer.check_active(names, base_name(model, path))
     for layer in layers.values():
         layer.enabled = layer.adapter in names
         layer.active_adapters = names or layer.active_adapters

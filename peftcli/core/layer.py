@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,16 +102,21 @@ class AdapterLayer(nn.Module):
             AdapterError: the layer would override that of another of these adapters.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if self.adapter in names:
-            for below in (module for module in self.base_layer.modules() if isinstance(module, AdapterLayer)):
-                if below.adapter != self.adapter and below.adapter in names and self.overrides(below):
-                    raise AdapterError(
-                        f"{self.adapter} replaces what {below.adapter} changes too; only one can be active"
-                    )
+        self.check_active(names)
         self.active_adapters = names
         self.enabled = self.adapter in names
         for parameter in self.own_tensors().values():
             parameter.requires_grad_(self.enabled and not inference_mode)
+
+    def check_active(self, names: Collection[str], place: str = "") -> None:
+        """Raise AdapterError if the layer, at ``place``, would override that of another of these adapters."""
+        for below in (module for module in self.base_layer.modules() if isinstance(module, AdapterLayer)):
+            both = {self.adapter, below.adapter}
+            if len(both) == 2 and both <= set(names) and self.overrides(below):
+                raise AdapterError(
+                    f"{self.adapter} replaces {place or 'what'}{place and ', which'} {below.adapter} changes too; "
+                    "only one of them can be active"
+                )
 
     def enable_adapters(self, enabled: bool) -> None:
         """Disable the layer, or enable it again if its adapter is an active one."""
@@ -365,22 +370,20 @@ def without_wrappers(path: str) -> str:
 
 def path_in_file(model: nn.Module, path: str) -> str:
     """Return the path that the adapter layer at ``path`` would have if its adapter were the only one."""
-    module, kept = model, []
-    parts = path.split(".") if path else []
     adapter = model.get_submodule(path).adapter
-    for part in parts:
-        foreign = part == "base_layer" and isinstance(module, AdapterLayer) and module.adapter != adapter
-        if not foreign:
-            kept.append(part)
-        module = module.get_submodule(part)
-    return without_wrappers(".".join(kept))
+    return _path_past(model, path, lambda layer: layer.adapter != adapter)
 
 
 def base_name(model: nn.Module, path: str) -> str:
     """Return the base model's name of the module below the adapter layer at ``path``."""
+    return _path_past(model, path, lambda layer: True)
+
+
+def _path_past(model: nn.Module, path: str, absent: Callable[[AdapterLayer], bool]) -> str:
+    """Return the path as it would be without the adapter layers that are ``absent``."""
     module, kept = model, []
-    for part in path.split("."):
-        if not (part == "base_layer" and isinstance(module, AdapterLayer)):
+    for part in path.split(".") if path else ():
+        if not (part == "base_layer" and isinstance(module, AdapterLayer) and absent(module)):
             kept.append(part)
         module = module.get_submodule(part)
     return without_wrappers(".".join(kept))

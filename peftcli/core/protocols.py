@@ -142,24 +142,10 @@ def needs_batches(config: AdapterConfig) -> bool:
     return isinstance(layers, Calibrates) and layers.needs_batches(config)
 
 
-def calibrate(model: nn.Module, config: AdapterConfig, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
-    """Start a new adapter from the training data, where its method does that."""
-    layers = layers_of(config)
-    if isinstance(layers, Calibrates):
-        layers.calibrate(model, config, batches)
-
-
 def needs_base_weights(config: AdapterConfig) -> bool:
     """Return whether a new adapter starts from the weights before quantisation: see ``start_from_base``."""
     layers = layers_of(config)
     return isinstance(layers, StartsFromBase) and layers.needs_base_weights(config)
-
-
-def start_from_base(model: nn.Module, config: AdapterConfig, weight: Callable[[str], torch.Tensor]) -> None:
-    """Start a new adapter from the base model's weights as they were, where its method does that."""
-    layers = layers_of(config)
-    if isinstance(layers, StartsFromBase):
-        layers.start_from_base(model, config, weight)
 
 
 def penalty(model: nn.Module, config: AdapterConfig) -> torch.Tensor | None:
@@ -173,13 +159,6 @@ def after_step(model: nn.Module, config: AdapterConfig, step: int, total: int) -
     layers = layers_of(config)
     if isinstance(layers, AfterStep):
         layers.after_step(model, config, step, total)
-
-
-def after_resume(model: nn.Module, config: AdapterConfig, step: int, total: int) -> None:
-    """Let the method act after a checkpoint was loaded."""
-    layers = layers_of(config)
-    if isinstance(layers, AfterResume):
-        layers.after_resume(model, config, step, total)
 
 
 def describe(config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:

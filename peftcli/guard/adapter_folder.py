@@ -17,8 +17,22 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 RUN_FILE = "run.json"
 _MAX_CONFIG_BYTES, _MAX_RUN_BYTES = 1 << 20, 1 << 24
-DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL", "C64")
-"""Dtypes that tensors of an adapter may have."""
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "C64": "complex64",
+}
+"""Dtypes that tensors of an adapter may have: safetensors' names -> PyTorch's."""
 
 
 def read_config(folder: Path, name: str = CONFIG_FILE) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 
-from peftcli.core.protocols import after_resume, needs_base_weights, needs_batches
+from peftcli.core.protocols import AfterResume, layers_of, needs_base_weights, needs_batches
 from peftcli.data.findings import refuse
 from peftcli.errors import DataError, Interrupted, PeftcliError, StorageError, UsageError, to_peftcli_error
 from peftcli.models.open import open_base
@@ -248,7 +248,8 @@ def resume_state(run: Run, data: RunData, built: BuiltModel) -> State:
         raise UsageError(
             f"the run has done {progress.step} steps, and the recipe now wants {total}", key="training.max_steps"
         )
-    after_resume(state.model, prepared.config, progress.step, total)
+    if isinstance(method := layers_of(prepared.config), AfterResume):
+        method.after_resume(state.model, prepared.config, progress.step, total)
     if progress.step == total and progress.pending is None:
         progress.pending = run.folder.line_of(progress.step)  # an earlier step than the last one, before
     return state

@@ -13,11 +13,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from peftcli.core import protocols
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import Injection, inject
 from peftcli.core.layer import adapter_layers
-from peftcli.core.protocols import needs_base_weights, start_from_base
+from peftcli.core.protocols import Calibrates, StartsFromBase, layers_of
 from peftcli.core.weights import named_tensors
 from peftcli.data.store import Example
 from peftcli.errors import ModelError, UsageError
@@ -110,8 +109,8 @@ def adapted_model(recipe: Recipe, config: AdapterConfig, task: Task[Any]) -> tup
     config.base_model_name_or_path, config.revision = base.name, base.revision
     config.prepare(lambda name: open_base(BaseModel(name=name)).processor() if name else task.base.processor())
     injection = inject(model, config, initialised=loaded.initialised)
-    if needs_base_weights(config):
-        start_from_base(model, config, BaseWeights(task.base, getattr(model, "base_model_prefix", "")))
+    if isinstance(method := layers_of(config), StartsFromBase) and method.needs_base_weights(config):
+        method.start_from_base(model, config, BaseWeights(task.base, getattr(model, "base_model_prefix", "")))
     if recipe.training.gradient_checkpointing:
         _checkpoint_activations(model)
     return model, injection, notes
@@ -155,7 +154,8 @@ def calibrate(
     """Let the method start the adapter from the training data. Gives what is in the model then: sizes may change."""
     size = recipe.training.per_device_train_batch_size
     model.to(accelerator.device)
-    protocols.calibrate(model, config, CalibrationBatches(data.train, data.task, size, accelerator.device))
+    if isinstance(method := layers_of(config), Calibrates):
+        method.calibrate(model, config, CalibrationBatches(data.train, data.task, size, accelerator.device))
     trainable = sum(parameter.numel() for _, _, parameter in named_tensors(model).values())
     return Injection(adapter_layers(model), trainable, injection.total - injection.trainable + trainable)
 

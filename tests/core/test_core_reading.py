@@ -23,7 +23,7 @@ from peftcli.guard.adapter_folder import DTYPES, WEIGHTS_FILE, open_weights
 def _tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     drawn = 8 * torch.rand(6, generator=generator) - 4
-    values = {name: drawn.to(files._DTYPES[name]).view(2, 3) for name in DTYPES}
+    values = {name: drawn.to(getattr(torch, DTYPES[name])).view(2, 3) for name in DTYPES}
     return {**values, "empty": torch.empty(0, 3), "a number": torch.tensor(2.5)}
 
 

@@ -21,13 +21,13 @@ from peftcli.core.files import load_adapter, read_config
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import outermost
-from peftcli.core.protocols import after_resume, after_step
+from peftcli.core.protocols import after_step
 from peftcli.core.weights import load_training_state, training_state
 from peftcli.errors import AdapterError, Interrupted
 from peftcli.methods import config_from_dict
 from peftcli.methods.adamss import subspaces
 from peftcli.methods.adamss.config import AdamssConfig
-from peftcli.methods.adamss.layers import AdamssLinear
+from peftcli.methods.adamss.layers import AdamssLinear, after_resume
 from peftcli.peft_api import get_peft_model
 from peftcli.train.report import Event, Stepped
 

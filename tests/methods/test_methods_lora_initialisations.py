@@ -17,12 +17,13 @@ from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import disabled, inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import merge
-from peftcli.core.protocols import calibrate, needs_batches
+from peftcli.core.protocols import needs_batches
 from peftcli.core.weights import adapter_state, load_training_state, training_state, unsaved_state
 from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.config import CordaConfig, EvaConfig
+from peftcli.methods.lora.layers import calibrate
 
 LR = 0.05
 

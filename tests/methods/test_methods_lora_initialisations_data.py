@@ -15,7 +15,7 @@ from torch import nn
 from peftcli import peft_api
 from peftcli.core.files import load_adapter, read_config, read_tensors, save_adapter
 from peftcli.core.inject import disabled, inject, unload
-from peftcli.core.protocols import calibrate, needs_base_weights
+from peftcli.core.protocols import needs_base_weights
 from peftcli.core.weights import adapter_state, training_state
 from peftcli.errors import AdapterError, ModelError
 from peftcli.methods import config_from_dict
@@ -27,6 +27,7 @@ from peftcli.methods.lora.initialisations.eva import eva_directions, start_eva
 from peftcli.methods.lora.initialisations.loftq import start_loftq
 from peftcli.methods.lora.initialisations.lora_ga import gradients
 from peftcli.methods.lora.initialisations.residual import ResidualLinear
+from peftcli.methods.lora.layers import calibrate
 from peftcli.models.open import open_base
 from peftcli.models.weights import BaseWeights
 from peftcli.schema import BaseModel
