@@ -6,11 +6,10 @@ import dataclasses
 import re
 import warnings
 from dataclasses import dataclass, field, fields
-from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from peftcli.core.config_mixin import BOOKKEEPING as BOOKKEEPING
-from peftcli.core.config_mixin import CONFIGS, PeftConfigMixin, TaskType
+from peftcli.core.config_mixin import CONFIGS, PeftConfigMixin, TaskType, plain
 from peftcli.errors import AdapterError, AdapterTypeError
 from peftcli.guard.files import one_line, short_name, short_repr
 from peftcli.guard.patterns import Pattern, PatternError, check_patterns
@@ -91,11 +90,7 @@ class AdapterConfig(PeftConfigMixin):
         """Convert values to the types that all code here relies on."""
         kind = cast("Any", type(self))
         for entry in fields(self):
-            value = getattr(self, entry.name)
-            if isinstance(value, Enum):
-                value = value.value
-            if isinstance(value, (set, frozenset)):
-                value = sorted(value)
+            value = plain(getattr(self, entry.name))
             if isinstance(value, (list, tuple)):
                 value = set(value) if entry.name in self.as_sets else list(value)
             elif section := section_class(hints_of(kind)[entry.name]):
@@ -116,11 +111,8 @@ class AdapterConfig(PeftConfigMixin):
         """Return the settings that are wrong whatever the model, as ``(key, message)``."""
         found: list[tuple[str, str]] = []
         if self.task_type not in (None, *TaskType):
-            known = ", ".join(TaskType)
-            message = (
-                f"Invalid task type: {short_repr(self.task_type)}. Must be one of the following task types: {known}."
-            )
-            found.append(("task_type", message))
+            told = f"Invalid task type: {short_repr(self.task_type)}. Must be one of the following task types: "
+            found.append(("task_type", f"{told}{', '.join(TaskType)}."))
         for entry in fields(self):
             value = getattr(self, entry.name)
             if entry.metadata.get("unsupported") and value not in (default_of(entry), *OFF):
@@ -168,15 +160,16 @@ class AdapterConfig(PeftConfigMixin):
         """
         known = {entry.name for entry in fields(cls) if entry.metadata.get("file", True)}
         unknown = sorted(key for key in values.keys() - known if values[key] not in OFF)
-        if unknown and (unknown_keys == "warn" or _is_newer(values.get("peft_version"))):
-            names, place = [short_name(key) for key in unknown], f"{file}: " if file else ""
-            told = f"{place}Unexpected keyword arguments {names} for class {cls.__name__}, these are ignored."
-            told += " A newer PEFT may have written them: "
-            told += ", ".join(f"{short_name(key)}={short_repr(values[key])}" for key in unknown)
-            warnings.warn(one_line(told), stacklevel=2)
-        elif unknown:
-            message = f"{cls.peft_type} with {short_name(unknown[0])}={short_repr(values[unknown[0]])} is not supported"
-            raise AdapterError(message, key=short_name(unknown[0]), file=file)
+        names, told = (
+            [short_name(key) for key in unknown],
+            [f"{short_name(k)}={short_repr(values[k])}" for k in unknown],
+        )
+        if unknown and unknown_keys == "refuse" and not _is_newer(values.get("peft_version")):
+            raise AdapterError(f"{cls.peft_type} with {told[0]} is not supported", key=names[0], file=file)
+        if unknown:
+            ignored = f"Unexpected keyword arguments {names} for class {cls.__name__}, these are ignored. A newer PEFT "
+            place = f"{file}: " if file else ""
+            warnings.warn(one_line(f"{place}{ignored}may have written them: {', '.join(told)}"), stacklevel=2)
         given = read_fields(cls, {key: value for key, value in values.items() if key in known}, file)
         try:
             return cls(**given)
@@ -194,13 +187,12 @@ class AdapterConfig(PeftConfigMixin):
             value = getattr(self, entry.name)
             if not entry.metadata.get("file", True) or entry.name in out:
                 continue
-            if isinstance(value, Enum):
-                value = value.value
             if dataclasses.is_dataclass(value) and not isinstance(value, type):
                 value = dataclasses.asdict(value)
             if entry.name in keep or value != default_of(entry):
-                is_names = isinstance(value, list) and all(isinstance(item, str) for item in value)
-                out[entry.name] = sorted(value) if isinstance(value, set) or is_names else value
+                value = plain(value)
+                are_names = isinstance(value, list) and all(isinstance(item, str) for item in value)
+                out[entry.name] = sorted(value) if are_names else value
         return out
 
 

@@ -49,6 +49,10 @@ class PeftConfigMixin:
 
     readable_by: ClassVar[str] = "0.13.0"
     """The oldest version of PEFT that reads what is written here."""
+    is_prompt_learning: ClassVar[bool] = False
+    """Whether the method trains virtual tokens."""
+    is_adaption_prompt: ClassVar[bool] = False
+    """PEFT's: whether the method is the first form of its adaption prompt."""
     unknown_to_peft: ClassVar[tuple[str, ...]] = ()
     """Keys that PEFT does not know for the method, and warns of: written where they are set."""
 
@@ -58,16 +62,6 @@ class PeftConfigMixin:
     """PEFT's note of the base model's class, where task_type does not say it."""
     peft_version: str | None = field(default=None, metadata=BOOKKEEPING, compare=False)
     """The version of PEFT that wrote the file that the config was read from. Unset: ``readable_by``."""
-
-    @property
-    def is_prompt_learning(self) -> bool:
-        """Whether the method trains virtual tokens."""
-        return False
-
-    @property
-    def is_adaption_prompt(self) -> bool:
-        """Whether the method is PEFT's adaption prompt."""
-        return False
 
     def to_dict(self) -> dict[str, Any]:
         """Return all settings as they are, under the keys of ``adapter_config.json``."""
@@ -140,9 +134,7 @@ class PeftConfigMixin:
             AdapterError: there is no such method, or a value is wrong.
         """
         kind: Any = cls if cls.peft_type and "peft_type" not in values else config_class(values)
-        plain = {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
-        plain = {name: each.value if isinstance(each, Enum) else each for name, each in plain.items()}
-        return kind.from_dict(plain, unknown_keys="warn")
+        return kind.from_dict({name: plain(value) for name, value in values.items()}, unknown_keys="warn")
 
 
 def _from_hub(name: str, inside: str, revision: str | None, options: dict[str, Any]) -> Path:
@@ -152,11 +144,14 @@ def _from_hub(name: str, inside: str, revision: str | None, options: dict[str, A
     try:
         what = f"no folder {name} here; on the hub: {name}"
         return download_files(name, [Path(inside, CONFIG_FILE).as_posix()], revision, what=what, **options)
-    except (
-        HubError,
-        NetworkError,
-    ) as error:  # PEFT's is a ValueError, by which code for it sees that this is no adapter
+    except (HubError, NetworkError) as error:  # a ValueError, as PEFT's: so code for it sees that this is no adapter
         raise AdapterError(error.message, hint=error.hint) from error
+
+
+def plain(value: Any) -> Any:
+    """Return a setting as JSON has it: the value of an enum, the sorted list of a set."""
+    value = value.value if isinstance(value, Enum) else value
+    return sorted(value) if isinstance(value, (set, frozenset)) else value
 
 
 def config_class(values: dict[str, Any], file: str | None = None) -> Any:

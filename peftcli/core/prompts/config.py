@@ -13,6 +13,7 @@ from peftcli.errors import AdapterError
 class SoftPromptConfig(AdapterConfig):
     """A config of a method that trains virtual tokens."""
 
+    is_prompt_learning: ClassVar[bool] = True
     file_prefix: ClassVar[str] = "base_model."
     sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens",)
     always_written: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim", "num_transformer_submodules")
@@ -27,10 +28,6 @@ class SoftPromptConfig(AdapterConfig):
     """PEFT writes the base model's number of heads here. It changes nothing."""
     num_transformer_submodules: int | None = field(default=None, metadata={"recipe": False})
     """Always 1 as written: PEFT's 2 for seq2seq allocates rows that get no gradient."""
-
-    @property
-    def is_prompt_learning(self) -> bool:
-        return True
 
     def problems(self) -> list[tuple[str, str]]:
         found = super().problems()
