@@ -142,10 +142,6 @@ class AdapterLayer(nn.Module):
         """
         return {**self.own_tensors(), **self.fixed_tensors()}
 
-    def own_module(self, path: str) -> nn.Module:
-        """Return the module below the layer, as ``own_tensors`` names it, that holds a tensor."""
-        return self.get_submodule(path)
-
     def file_name(self, path: str, tensor: str) -> str:
         """Return the name of ``tensor`` in the adapter file, for a layer at ``path`` in the model."""
         return f"{self.file_prefix}{path}.{tensor}"
@@ -159,15 +155,14 @@ class AdapterLayer(nn.Module):
         if adapter_name != self.adapter:
             return {}
         held = {id(value): name for name, value in [*self.named_parameters(), *self.named_buffers()]}
-        start, found = f"{self.file_prefix}layer.", {}
+        start, places = f"{self.file_prefix}layer.", {}
         for tensor, value in self.file_tensors().items():
-            name = self.file_name("layer", tensor)
-            if not name.startswith(start) or id(value) not in held:
-                raise AdapterError(
-                    f"load_adapter of transformers cannot read {tensor}", hint="use PeftModel.from_pretrained"
-                )
-            found[name.removeprefix(start)] = held[id(value)]
-        return {name: place for name, place in found.items() if name != place}
+            name, place = self.file_name("layer", tensor), held.get(id(value))
+            if not name.startswith(start) or place is None:
+                told = f"load_adapter of transformers cannot read {tensor}"
+                raise AdapterError(told, hint="use PeftModel.from_pretrained")
+            places[name.removeprefix(start)] = place
+        return {name: place for name, place in places.items() if name != place}
 
     def before_loading(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Prepare for the ``tensors`` of a file, name below the layer -> tensor: take sizes that only it says.
@@ -205,19 +200,16 @@ class TrainedCopy(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module, file_prefix: str):
         super().__init__(base_layer)
-        if isinstance(base_module(base_layer), (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
-            kind = type(base_module(base_layer)).__name__
-            raise AdapterTypeError(
-                f"a {kind} cannot be trained as a whole; name the modules in it", key="modules_to_save"
-            )
-        if any(is_quantised(module) for module in base_module(base_layer).modules()):
-            raise AdapterError("a quantised layer cannot be trained in full", key="modules_to_save")
-        if any(isinstance(module, AdapterLayer) for module in base_module(base_layer).modules()):
-            raise AdapterError(
-                "a module with layers of another adapter cannot be trained in full", key="modules_to_save"
-            )
+        base, key = base_module(base_layer), "modules_to_save"
+        if isinstance(base, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
+            whole = f"a {type(base).__name__} cannot be trained as a whole; name the modules in it"
+            raise AdapterTypeError(whole, key=key)
+        if any(is_quantised(module) for module in base.modules()):
+            raise AdapterError("a quantised layer cannot be trained in full", key=key)
+        if adapter_layers(base):
+            raise AdapterError("a module with layers of another adapter cannot be trained in full", key=key)
         self.file_prefix = file_prefix
-        self.copy = copy.deepcopy(base_module(base_layer))
+        self.copy = copy.deepcopy(base)
         for parameter in self.copy.parameters():
             parameter.data = parameter.data.to(adapter_dtype(parameter))
             parameter.requires_grad_(True)
@@ -239,9 +231,6 @@ class TrainedCopy(AdapterLayer):
         """Return the buffers of the copy that a checkpoint holds, such as the running statistics of a BatchNorm."""
         state = self.copy.state_dict(keep_vars=True).items()
         return {name: value for name, value in state if not isinstance(value, nn.Parameter)}
-
-    def own_module(self, path: str) -> nn.Module:
-        return self.copy.get_submodule(path)
 
     def overrides(self, below: AdapterLayer) -> bool:
         return True

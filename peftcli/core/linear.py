@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import adapter_dtype, base_module, check_not_offloaded
+from peftcli.core.layer import base_module, check_not_offloaded, widened
 from peftcli.core.quantised import dequantised_weight, is_packed, is_quantised
 from peftcli.errors import AdapterError
 
@@ -49,8 +49,7 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
     check_not_offloaded(layer, f"a {type(layer).__name__}")
     if is_quantised(layer):
         return dequantised_weight(layer)
-    weight = layer.weight.detach()
-    return view.as_stored(weight).to(adapter_dtype(weight))
+    return widened(view.as_stored(layer.weight.detach()))
 
 
 def stored_weight(module: nn.Module) -> torch.Tensor:
@@ -68,7 +67,6 @@ def require_linear(module: nn.Module, name: str, method: str, kinds: str = "Line
     """
     view = linear_view(module)
     if view is None:
-        raise AdapterError(
-            f"{name} is a {type(base_module(module)).__name__}; {method} adapts {kinds}", key="target_modules"
-        )
+        found = f"{name} is a {type(base_module(module)).__name__}; {method} adapts {kinds}"
+        raise AdapterError(found, key="target_modules")
     return view

@@ -1,7 +1,7 @@
 """What the layers module of a method defines: ``wrap``, and beyond it what this method needs.
 
-Each of the other functions is a protocol here, and ``isinstance(layers_of(config), Calibrates)`` asks for it. Of those
-that the package calls in several places, the functions below give the default. No torch here.
+Each protocol says what a module does that has its function, and ``isinstance(layers_of(config), AfterStep)`` asks for
+it. Of those that are called in several places, the functions below give the default. No torch here.
 """
 
 from __future__ import annotations
@@ -23,53 +23,48 @@ LAYERS: dict[str, str] = {}
 
 
 class Layers(Protocol):
-    """A method's layers module."""
+    """A method's layers module. ``wrap`` returns the adapter layer over ``module``, called ``name`` in the model.
 
-    def wrap(self, module: nn.Module, name: str, config: Any) -> AdapterLayer:
-        """Return the adapter layer over ``module``, whose name in the model is ``name``.
+    It raises AdapterError for a module that the method does not adapt.
+    """
 
-        Raises:
-            AdapterError: the method does not adapt such a module.
-        """
+    def wrap(self, module: nn.Module, name: str, config: Any) -> AdapterLayer: ...
 
 
 @runtime_checkable
 class FindsTargets(Protocol):
-    """A method that adapts other modules than ``target_modules`` alone names."""
+    """Adapts other modules than ``target_modules`` alone names: those with the returned names, in the model's order.
 
-    def targets(self, model: nn.Module, config: Any) -> list[str]:
-        """Return the names of the modules that ``wrap`` adapts, in the model's order.
+    Raises AdapterError for a name in the config that matches nothing.
+    """
 
-        Raises:
-            AdapterError: a name that the config gives matches nothing.
-        """
+    def targets(self, model: nn.Module, config: Any) -> list[str]: ...
 
 
 @runtime_checkable
 class Reshapes(Protocol):
-    """A method that changes the base model's structure."""
+    """Changes the base model's structure."""
 
     def reshape(self, model: nn.Module, config: Any) -> None:
-        """Change the structure before targets are looked for. ``core.inject.on_unload`` registers the way back."""
+        """Change it before targets are looked for. ``core.inject.on_unload`` registers the way back."""
 
     def after_merge(self, model: nn.Module, config: Any) -> None:
-        """Finish the structure once the adapter is merged and none of its layers is left."""
+        """Finish it once the adapter is merged and none of its layers is left."""
 
 
 @runtime_checkable
 class Attaches(Protocol):
-    """A method that needs something on the model as a whole."""
+    """Completes the new adapter, whose ``layers`` are in place under the names that ``targets`` gave.
 
-    def attach(self, model: nn.Module, config: Any, layers: Mapping[str, AdapterLayer]) -> None:
-        """Complete the new adapter, whose ``layers`` are in place under the names that ``targets`` gave.
+    The place to draw what all layers share, and to write into the config what the file's readers need.
+    """
 
-        A place to draw what all layers share, and to write into the config what the file's readers need.
-        """
+    def attach(self, model: nn.Module, config: Any, layers: Mapping[str, AdapterLayer]) -> None: ...
 
 
 @runtime_checkable
 class Calibrates(Protocol):
-    """A method that can start from what the training data says."""
+    """Can start from what the training data says."""
 
     def needs_batches(self, config: Any) -> bool:
         """Return whether ``calibrate`` is to be called."""
@@ -84,7 +79,7 @@ class Calibrates(Protocol):
 
 @runtime_checkable
 class StartsFromBase(Protocol):
-    """A method that can start from the base model's weights as they were before they were quantised."""
+    """Can start from the base model's weights as they were before they were quantised."""
 
     def needs_base_weights(self, config: Any) -> bool:
         """Return whether ``start_from_base`` is to be called."""
@@ -95,34 +90,33 @@ class StartsFromBase(Protocol):
 
 @runtime_checkable
 class Penalizes(Protocol):
-    """A method that adds to the loss."""
+    """Adds to the mean loss over the global batch's targets, in training: a scalar with gradients, or None."""
 
-    def penalty(self, model: nn.Module, config: Any) -> torch.Tensor | None:
-        """Return what training adds to the mean loss over the global batch's targets: a scalar with gradients."""
+    def penalty(self, model: nn.Module, config: Any) -> torch.Tensor | None: ...
 
 
 @runtime_checkable
 class AfterStep(Protocol):
-    """A method that acts between optimizer steps."""
+    """Acts after optimizer step ``step``, counted from 1, of ``total``, while the gradients are still there."""
 
-    def after_step(self, model: nn.Module, config: Any, step: int, total: int) -> None:
-        """Act after optimizer step ``step``, counted from 1, of ``total``, while the gradients are still there."""
+    def after_step(self, model: nn.Module, config: Any, step: int, total: int) -> None: ...
 
 
 @runtime_checkable
 class AfterResume(Protocol):
-    """A method whose ``after_step`` changes more than tensors: the config, or which weights train."""
+    """Its ``after_step`` changes more than tensors, the config or which weights train, and this does it again.
 
-    def after_resume(self, model: nn.Module, config: Any, step: int, total: int) -> None:
-        """Do it again, once the model holds a checkpoint that was written after step ``step`` of ``total``."""
+    Called once the model holds a checkpoint that was written after step ``step`` of ``total``.
+    """
+
+    def after_resume(self, model: nn.Module, config: Any, step: int, total: int) -> None: ...
 
 
 @runtime_checkable
 class Describes(Protocol):
-    """A method whose ``adapter_config.json`` depends on the adapter's tensors."""
+    """Writes an ``adapter_config.json`` that depends on the adapter's tensors: returns what ``file_dict`` does."""
 
-    def describe(self, config: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """Return what ``file_dict`` returns for an adapter with these tensors."""
+    def describe(self, config: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]: ...
 
 
 def layers_of(config: AdapterConfig) -> Layers:

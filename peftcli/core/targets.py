@@ -164,12 +164,11 @@ def _without_mamba(model: Any, names: list[str], config: TargetedConfig) -> list
     kind = getattr(getattr(model, "config", None), "model_type", "")
     lost = [name for name in names if name.rpartition(".")[2] in _MAMBA.get(kind, ())]
     if lost and config.target_modules not in (None, "all-linear"):
-        raise AdapterError(
+        told = (
             f"{lost[0]} is incompatible with Mamba-based models: {kind} reads its weight without calling it, so that "
-            "an adapter there would do nothing",
-            key="target_modules",
-            hint=f"leave out {', '.join(_MAMBA[kind])}",
         )
+        hint = f"leave out {', '.join(_MAMBA[kind])}"
+        raise AdapterError(f"{told}an adapter there would do nothing", key="target_modules", hint=hint)
     return [name for name in names if name not in lost]
 
 

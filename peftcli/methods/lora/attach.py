@@ -58,9 +58,6 @@ class TiedHead(LoraLayer):
     def file_name(self, path: str, tensor: str) -> str:
         return super().file_name(path if tensor.endswith(".weight") else self.place, tensor)
 
-    def own_module(self, path: str) -> nn.Module:
-        return super().own_module(path) if not path else nn.Module()  # nothing holds the file's second copy
-
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         y = self.base_layer(x, *args, **kwargs)
         if not self.enabled:

@@ -67,7 +67,7 @@ def widen(model: nn.Module, adapter: str, r: int, *configs: LoraConfig) -> None:
             if tensor in _R:
                 owner, _, leaf = tensor.rpartition(".")
                 padded = _padded(value.detach(), _R[tensor], r, _groups(layer))
-                setattr(layer.own_module(owner), leaf, nn.Parameter(padded, value.requires_grad))
+                setattr(layer.get_submodule(owner), leaf, nn.Parameter(padded, value.requires_grad))
         layer.r = r
     for config in configs:
         size = math.sqrt(r) if config.use_rslora else r
