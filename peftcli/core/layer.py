@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from peftcli.core.peft_names.layer import PeftLayerMixin
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError, AdapterTypeError
 
@@ -21,7 +22,7 @@ _SAME_SIZE = {
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
-class AdapterLayer(nn.Module):
+class AdapterLayer(PeftLayerMixin, nn.Module):
     """A base layer of the model with one adapter's weights beside it.
 
     A layer holds one adapter, so its parameters carry the names that the adapter file gives them. Attributes that
@@ -56,10 +57,7 @@ class AdapterLayer(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.enabled = True
-        self.active_adapters = [self.adapter]
-        """Names of the model's active adapters. While they are disabled they are active too."""
-        self.merged_adapters: list[str] = []
-        """The name of the layer's adapter while that is merged into the base weights."""
+        self.active_adapters, self.merged_adapters = [self.adapter], []
         self.train(base_layer.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -79,35 +77,6 @@ class AdapterLayer(nn.Module):
         self._buffers.setdefault(name, None)
         super().register_buffer(name, tensor, persistent)
 
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """Name of the model's active adapter; a list, unless there is exactly one."""
-        return self.active_adapters[0] if len(self.active_adapters) == 1 else list(self.active_adapters)
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the layer's adapter is active and switched off."""
-        return self.adapter in self.active_adapters and not self.enabled and not self.merged_adapters
-
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Enable the layer if its adapter is one of these, and let its weights train; else the reverse.
-
-        Libraries that know PEFT call it on each layer of a model.
-
-        Args:
-            adapter_names: the active adapters of the model: one name or several.
-            inference_mode: freeze the weights in any case.
-
-        Raises:
-            AdapterError: the layer would override that of another of these adapters.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.check_active(names)
-        self.active_adapters = names
-        self.enabled = self.adapter in names
-        for parameter in self.own_tensors().values():
-            parameter.requires_grad_(self.enabled and not inference_mode)
-
     def check_active(self, names: Collection[str], place: str = "") -> None:
         """Raise AdapterError if the layer, at ``place``, would override that of another of these adapters."""
         for below in (module for module in self.base_layer.modules() if isinstance(module, AdapterLayer)):
@@ -117,10 +86,6 @@ class AdapterLayer(nn.Module):
                     f"{self.adapter} replaces {place or 'what'}{place and ', which'} {below.adapter} changes too; "
                     "only one of them can be active"
                 )
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Disable the layer, or enable it again if its adapter is an active one."""
-        self.enabled = enabled and self.adapter in self.active_adapters
 
     def own_tensors(self) -> dict[str, nn.Parameter]:
         """Return the adapter's tensors that train: name below the layer -> parameter."""
@@ -145,24 +110,6 @@ class AdapterLayer(nn.Module):
     def file_name(self, path: str, tensor: str) -> str:
         """Return the name of ``tensor`` in the adapter file, for a layer at ``path`` in the model."""
         return f"{self.file_prefix}{path}.{tensor}"
-
-    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """Return where transformers' ``load_adapter`` puts tensors: name below the layer, in the file -> in the model.
-
-        Raises:
-            AdapterError: a tensor of the file belongs to several layers, or the layer does not hold it as it is.
-        """
-        if adapter_name != self.adapter:
-            return {}
-        held = {id(value): name for name, value in [*self.named_parameters(), *self.named_buffers()]}
-        start, places = f"{self.file_prefix}layer.", {}
-        for tensor, value in self.file_tensors().items():
-            name, place = self.file_name("layer", tensor), held.get(id(value))
-            if not name.startswith(start) or place is None:
-                told = f"load_adapter of transformers cannot read {tensor}"
-                raise AdapterError(told, hint="use PeftModel.from_pretrained")
-            places[name.removeprefix(start)] = place
-        return {name: place for name, place in places.items() if name != place}
 
     def before_loading(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Prepare for the ``tensors`` of a file, name below the layer -> tensor: take sizes that only it says.

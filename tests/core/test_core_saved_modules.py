@@ -243,6 +243,7 @@ def _net() -> Any:
 
 
 def _trained_net() -> tuple[Any, LoraConfig, torch.Tensor]:
+    torch.manual_seed(0)
     model, config = _net(), LoraConfig(r=2, target_modules=["body"], modules_to_save=["head", "lm_head"])
     inject(model, config)
     set_trainable(model, True)
