@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ _SAME_SIZE = {
 }
 """What layers that are not linear call their sizes."""
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+Change = tuple[nn.Module, str, torch.Tensor, torch.Tensor]
+"""A weight or buffer that merging replaces: its module, its name there, what it was and what it becomes."""
 
 
 class AdapterLayer(PeftLayerMixin, nn.Module):
@@ -58,6 +62,7 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
         self.base_layer = base_layer
         self.enabled = True
         self.active_adapters, self.merged_adapters = [self.adapter], []
+        self.merged_layers, self.before_merging = [], []
         self.train(base_layer.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -140,6 +145,58 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
         """Return the ``merged_tensors`` of this layer and of the adapter layers below it that are enabled."""
         below = self.base_layer.folded(base) if isinstance(self.base_layer, AdapterLayer) else {}
         return below | self.merged_tensors(base | below) if self.enabled else below
+
+    def folded_weights(self, name: str) -> list[Change]:
+        """Return what ``folded`` changes on the layer's module, called ``name``. Nothing is in place yet.
+
+        Raises:
+            AdapterError: a layer cannot be merged, or a merged weight is not finite.
+        """
+        base, changes = base_module(self), []
+        if is_quantised(base):
+            raise AdapterError(
+                f"{name} is quantised, and rounding the merged weight again would lose much of what was learned",
+                hint="merge into the full-precision base model, or ask for dequantize",
+            )
+        check_not_offloaded(base, name)
+        tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
+        with torch.no_grad(), ready_to_merge(self):
+            values = self.folded(dict(tensors))
+        for tensor, value in values.items():
+            before = tensors[tensor]
+            merged = value.detach().to(before.dtype)
+            if isinstance(before, nn.Parameter):
+                merged = nn.Parameter(merged, requires_grad=False)
+            if not torch.isfinite(merged).all():
+                adapters = {each.adapter for each in (self, *layers_below(self)) if each.enabled}
+                raise AdapterError(
+                    f"NaNs detected in the merged {'bias' if tensor.endswith('bias') else 'weights'}. The adapter "
+                    f"{' or '.join(sorted(adapters))} seems to be broken: {name}.{tensor} contains NaN or Inf"
+                )
+            owner, _, leaf = tensor.rpartition(".")
+            changes.append((base.get_submodule(owner), leaf, before, merged))
+        return changes
+
+    def give_up(self) -> None:
+        """Become an empty layer, without an adapter."""
+        base, kept = self.base_layer, (self.merged_layers, self.before_merging)
+        self.__dict__.clear()
+        self.__class__ = EmptyLayer
+        EmptyLayer.__init__(self, base)  # type: ignore[arg-type]
+        self.merged_layers, self.before_merging = kept
+
+
+class EmptyLayer(AdapterLayer):
+    """What is left of a layer whose adapter was deleted by ``delete_adapter``, until the next adapter comes."""
+
+    adapter = ""
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__(base_layer)
+        self.enabled = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_layer(*args, **kwargs)
 
 
 class TrainedCopy(AdapterLayer):
@@ -281,6 +338,31 @@ def check_not_offloaded(module: nn.Module, name: str) -> None:
         )
 
 
+@contextmanager
+def ready_to_merge(layer: AdapterLayer) -> Iterator[None]:
+    """Hold the adapters on one module in evaluation mode inside, and their tensors in float32 or wider.
+
+    Training leaves parts out at random, or adds noise, which must not stay in a merged weight. Merging a model that was
+    cast to half precision needs more digits, and operations that have no half precision.
+    """
+    base = base_module(layer)
+    foreign = {id(part) for part in (*base.modules(), *base.parameters(), *base.buffers())}
+    training = [module for module in layer.modules() if module.training and id(module) not in foreign]
+    own = [tensor for tensor in (*layer.parameters(), *layer.buffers()) if id(tensor) not in foreign]
+    narrow = [(tensor, tensor.data) for tensor in own if tensor.dtype in (torch.float16, torch.bfloat16)]
+    for module in training:
+        module.training = False
+    for tensor, value in narrow:
+        tensor.data = value.float()
+    try:
+        yield
+    finally:
+        for tensor, value in narrow:
+            tensor.data = value
+        for module in training:
+            module.training = True
+
+
 def layers_below(layer: AdapterLayer) -> list[AdapterLayer]:
     """Return the adapter layers between ``layer`` and the base model's module, outermost first."""
     found, module = [], layer.base_layer
@@ -295,7 +377,7 @@ def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, Ad
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, AdapterLayer) and adapter in (None, module.adapter)
+        if isinstance(module, AdapterLayer) and module.adapter and adapter in (None, module.adapter)
     }
 
 

@@ -15,9 +15,9 @@ from peftcli.core.layer import (
     base_name,
     layers_below,
     path_in_file,
+    ready_to_merge,
 )
 from peftcli.core.linear import dense_weight, linear_view
-from peftcli.core.merge import ready_to_merge
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError, AdapterTypeError
 from peftcli.methods.lora.config import LoraConfig
