@@ -228,6 +228,17 @@ class TrainedCopy(AdapterLayer):
             value = getattr(self.copy, name)
             return _cast(value, getattr(base_module(self), name).dtype) if isinstance(value, nn.Parameter) else value
 
+    @property
+    def original_module(self) -> nn.Module:
+        """The base model's module."""
+        module: nn.Module = base_module(self)
+        return module
+
+    @property
+    def modules_to_save(self) -> dict[str, nn.Module]:
+        """The copies of the module: adapter -> its copy."""
+        return {layer.adapter: layer.copy for layer in (self, *layers_below(self)) if isinstance(layer, TrainedCopy)}
+
     def own_tensors(self) -> dict[str, nn.Parameter]:
         return dict(self.copy.named_parameters())
 

@@ -126,6 +126,20 @@ def test_each_layer_says_its_sizes_as_in_peft() -> None:
     assert sizes[0] == sizes[1]
 
 
+def test_a_module_that_trains_in_full_gives_its_copies_as_in_peft() -> None:
+    for lib in (peftcli.peft_api, peft):
+        config = lib.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+        model = lib.get_peft_model(tiny("llama"), config)
+        model.add_adapter("other", lib.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+        head, projection = model.lm_head, model.model.model.layers[0].self_attn.q_proj
+        assert isinstance(head, lib.utils.AuxiliaryTrainingWrapper)
+        assert not isinstance(projection, lib.utils.AuxiliaryTrainingWrapper)
+        assert sorted(head.modules_to_save) == ["default", "other"]
+        assert head.modules_to_save["default"].weight.requires_grad
+        assert not head.original_module.weight.requires_grad
+        assert torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
+
+
 def test_a_merged_adapter_is_not_deleted(two: PeftModel) -> None:
     model = copy.deepcopy(two)
     model.merge_adapter()
