@@ -246,6 +246,15 @@ REFUSED: tuple[tuple[str, str], ...] = (
     ),
     ("`bias` with `alora_invocation_tokens`", "a trained bias changes the tokens before the invocation too"),
     (
+        "`inputs_embeds` alone with `alora_invocation_tokens`",
+        "the invocation is not seen in embeddings; PEFT warns and leaves the adapter out",
+    ),
+    (
+        "settings of an initialisation that is not chosen, such as `eva_config` without `init_lora_weights: eva`, and "
+        "`density` for a combination that drops nothing",
+        "they would do nothing, in silence; in a file they are left out",
+    ),
+    (
         "`use_dora` on a convolution with groups",
         "the update reads the channels of all groups, so there is no adapted weight to take the length of; PEFT takes "
         "that of other numbers",
