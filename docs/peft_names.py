@@ -284,6 +284,10 @@ REFUSED: tuple[tuple[str, str], ...] = (
     ("biases in a state dict for an adapter without `bias`", "they would change the frozen base model"),
     ("`arrow_config` in an adapter's file", "a router has no weights; `create_arrow_model` makes it"),
     ("LoRA+ without A and B, LoRA-FA without LoRA on a linear layer", "there is nothing to speed up, or to freeze"),
+    (
+        "`get_peft_model` of a `PeftModel`",
+        "it would be wrapped twice; PEFT warns. `add_adapter` and `unload` are there",
+    ),
     ("an adapter name with `/`, or marks other than `-` and `_`", "its adapter is saved in a folder of that name"),
 )
 """What PEFT accepts and peftcli refuses, and why."""

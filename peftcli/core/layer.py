@@ -206,8 +206,8 @@ class TrainedCopy(AdapterLayer):
         super().__init__(base_layer)
         base, key = base_module(base_layer), "modules_to_save"
         if isinstance(base, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
-            whole = f"a {type(base).__name__} cannot be trained as a whole; name the modules in it"
-            raise AdapterTypeError(whole, key=key)
+            kind = type(base).__name__
+            raise AdapterTypeError(f"{key} cannot be applied to modules of type {kind}; name the modules in it")
         if any(is_quantised(module) for module in base.modules()):
             raise AdapterError("a quantised layer cannot be trained in full", key=key)
         if adapter_layers(base):

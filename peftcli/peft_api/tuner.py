@@ -180,6 +180,23 @@ class Tuner(nn.Module):
         found = monteclora_penalty(self.model, self._named(adapter_names)) if self.training else None
         return 0.0 if found is None else found
 
+    def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
+        """Return how many numbers of VB-LoRA an adapter's file holds, and how many others train.
+
+        An index counts as its share of the four bytes of a float.
+        """
+        saved = [value for name, value in adapter_state(self.model, adapter).items() if "vblora_" in name]
+        own = sum(value.numel() * (1 if value.is_floating_point() else value.element_size() / 4) for value in saved)
+        trained = [value for name, value in self.named_parameters() if value.requires_grad and "vblora_" not in name]
+        return int(own), sum(value.numel() for value in trained)
+
+    def print_savable_parameters(self) -> None:
+        """Print ``get_nb_savable_parameters``."""
+        own, others = self.get_nb_savable_parameters()
+        print(
+            f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + others:,d}"
+        )
+
     def _named(self, names: str | Sequence[str] | None) -> list[str]:
         return [names] if isinstance(names, str) else list(self.active_adapters if names is None else names)
 

@@ -126,6 +126,16 @@ def test_each_layer_says_its_sizes_as_in_peft() -> None:
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.parametrize("top", [False, True])
+def test_the_saved_numbers_of_vblora_are_pefts(top: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for lib in (peftcli.peft_api, peft):
+        config = lib.VBLoRAConfig(target_modules=["q_proj"], num_vectors=9, vector_length=4, save_only_topk_weights=top)
+        lib.get_peft_model(tiny("llama"), config).print_savable_parameters()
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
 def test_a_module_that_trains_in_full_gives_its_copies_as_in_peft() -> None:
     for lib in (peftcli.peft_api, peft):
         config = lib.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
