@@ -10,6 +10,8 @@ from typing import Any
 import peft
 import pytest
 from models_tiny import tiny
+from peft.utils import constants
+from transformers import CONFIG_MAPPING
 
 import peftcli
 from peftcli.errors import AdapterError
@@ -28,6 +30,8 @@ _NEEDED: dict[str, dict[str, Any]] = {
     },
 }
 _NOTHING = (None, {}, [])
+_ABSENT_MODULES = {("ia3", "mixtral"), ("osf", "mixtral"), ("osf", "phi"), ("adamss", "vit")}
+"""Where PEFT's default targets name modules that the family does not have in today's transformers."""
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -146,3 +150,15 @@ def test_options_of_the_tokenizer_of_a_prompts_text() -> None:
     assert (config.init_token_ids, asked) == ([6], [("its", {"use_fast": False})])
     with pytest.raises(ValueError, match="tokenizer_kwargs"):
         peftcli.PromptTuningConfig(**settings)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "ln_tuning"])
+def test_unset_target_modules_are_pefts_for_every_family_that_it_knows(method: str) -> None:
+    cls = METHODS[method].config_class()
+    table = f"TRANSFORMERS_MODELS_TO_{cls.__name__.removesuffix('Config').upper()}_TARGET_MODULES_MAPPING"
+    for family, expected in getattr(constants, table, {}).items():
+        if family in CONFIG_MAPPING and (method, family) not in _ABSENT_MODULES:
+            found = cls().usual_targets(family)
+            assert (found if isinstance(found, str) else set(found)) == (
+                expected if isinstance(expected, str) else set(expected)
+            ), family

@@ -10,12 +10,17 @@ from typing import Any
 import pytest
 import torch
 import trainkit
+from models_tiny import ids, randomise, tiny
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForTokenClassification,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     GenerationConfig,
@@ -25,6 +30,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
     pipeline,
 )
 
@@ -333,3 +339,97 @@ def test_a_script_that_ends_in_save_model(lib: ModuleType, llama: str, tmp_path:
     classify = pipeline("text-classification", model=merged, tokenizer=tokenizer, device="cpu")
     answers = [answer["label"] for answer in classify([text for text, _ in texts[:4]])]
     assert answers == [labels["id2label"][int(row.argmax())] for row in predicted]
+
+
+class _Classifier(nn.Module):
+    """A model of one's own around a transformers model, as in the notebook on DNA: no config, and no task_type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.classifier = tiny("bert").bert, nn.Linear(32, 2)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: Any = None, labels: Any = None) -> Any:
+        states = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        logits = self.classifier(states.mean(1))
+        return logits if labels is None else (nn.functional.cross_entropy(logits, labels), logits)
+
+
+def test_trainer_gets_the_model_inside(lib: ModuleType, tmp_path: Path) -> None:
+    config = lib.LoraConfig(r=8, lora_alpha=32, target_modules=["query", "key", "value"], lora_dropout=0.01)
+    model = lib.get_peft_model(_Classifier(), config)
+    assert isinstance(model.model, _Classifier)  # it has a `model` too
+    rows = [{"input_ids": row, "labels": torch.tensor(n % 2)} for n, row in enumerate(ids(4, 8))]
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=4, learning_rate=1e-2, logging_steps=1, **CPU)
+    trainer = Trainer(model=model.model, args=arguments, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert trainer.predict(rows).predictions.shape == (4, 2)
+
+
+def test_a_seq2seq_trainer_predicts_by_generating(lib: ModuleType, tmp_path: Path) -> None:
+    config = lib.PromptTuningConfig(task_type=lib.TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=4, inference_mode=False)
+    model = lib.get_peft_model(tiny("t5"), config)
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row[:2]} for row in ids(4, 8)]
+    arguments = Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        predict_with_generate=True,
+        generation_max_length=6,
+        **CPU,
+    )
+    trainer = Seq2SeqTrainer(
+        model=model, args=arguments, train_dataset=rows, eval_dataset=rows, data_collator=default_data_collator
+    )
+    trainer.train()
+    found = trainer.predict(rows).predictions
+    given = default_data_collator(rows)
+    with torch.no_grad():
+        expected = model.eval().generate(**{**given, "labels": None}, max_length=6)
+    assert found[:, : expected.shape[1]].tolist() == expected.tolist()
+
+
+def test_a_pipeline_takes_the_model(lib: ModuleType, llama: str, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    names = {0: "O", 1: "B-PER", 2: "I-PER"}
+
+    def base() -> Any:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        return BertForTokenClassification(
+            BertConfig(
+                vocab_size=len(tokenizer), **sizes, id2label=names, label2id={name: n for n, name in names.items()}
+            )
+        )
+
+    model = lib.get_peft_model(
+        base(), lib.LoraConfig(target_modules=["query", "key"], task_type=lib.TaskType.TOKEN_CLS)
+    )
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    loaded = lib.PeftModel.from_pretrained(base(), tmp_path)
+    classify = pipeline("token-classification", model=loaded, tokenizer=tokenizer, device="cpu")
+    answers = classify("the old mill", ignore_labels=[])
+    with torch.no_grad():
+        expected = model.eval()(**tokenizer("the old mill", return_tensors="pt")).logits[0].argmax(-1)
+    assert [answer["entity"] for answer in answers] == [names[int(label)] for label in expected[-len(answers) :]]
+
+
+def test_a_vision_and_language_model_without_target_modules(lib: ModuleType) -> None:
+    parts: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    others: dict[str, Any] = {**parts, "intermediate_size": 48}
+    text = {**parts, "model_type": "opt", "vocab_size": 64, "ffn_dim": 48, "word_embed_proj_dim": 32}
+    config = Blip2Config(
+        vision_config={**others, "image_size": 16, "patch_size": 8},
+        qformer_config={**others, "vocab_size": 64, "encoder_hidden_size": 32},
+        text_config=text,
+        num_query_tokens=4,
+        image_token_index=63,
+    )
+    model = Blip2ForConditionalGeneration(config)
+    model = lib.get_peft_model(model, lib.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, bias="none"))
+    adapted = [name for name in model.targeted_module_names if "language_model" in name]
+    assert adapted == model.targeted_module_names
+    assert [name.rpartition(".")[2] for name in adapted] == ["v_proj", "q_proj"]
+    tokens = torch.cat([torch.full((2, 4), 63), ids(2, 6) % 60], 1)
+    model(input_ids=tokens, pixel_values=torch.zeros(2, 3, 16, 16), labels=tokens).loss.backward()

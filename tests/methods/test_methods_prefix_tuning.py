@@ -19,7 +19,7 @@ from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject, set_trainable
 from peftcli.core.prompts import virtual_tokens
 from peftcli.core.weights import adapter_state
-from peftcli.errors import AdapterError
+from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods import config_from_dict
 from peftcli.methods.prefix_tuning.config import PrefixTuningConfig
 
@@ -167,3 +167,9 @@ def test_layers_with_heads_of_other_sizes_use_the_first_numbers_of_each_as_in_pe
     for _ in range(3):
         ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(generated, ids)
+
+
+def test_the_width_of_a_network_that_is_not_there_is_said_to_be_unused() -> None:
+    """As in the example of PEFT's reference, which trains a prefix without it."""
+    with pytest.warns(PeftWarning, match="encoder_hidden_size is not used"):
+        PrefixTuningConfig(num_virtual_tokens=N, encoder_hidden_size=10)

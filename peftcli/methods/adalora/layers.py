@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -234,6 +234,15 @@ def update_and_allocate(model: nn.Module, config: AdaLoraConfig, step: int) -> N
         for layer in layers.values():
             layer.clear(layer.kept)
     note_kept(model, config, step)
+
+
+def keep(model: nn.Module, adapter: str, rank_pattern: Mapping[str, Sequence[bool]]) -> None:
+    """Take away every direction of the adapter but those of ``rank_pattern``. One that was loaded has no others."""
+    for path, layer in adapter_layers(model, adapter).items():
+        mask = rank_pattern.get(f"{path_in_file(model, path)}.lora_E")
+        if isinstance(layer, AdaLoraLayer) and layer.fixed and mask is not None:
+            layer.kept.copy_(torch.as_tensor(mask))
+            layer.clear(layer.kept)
 
 
 def note_kept(model: nn.Module, config: AdaLoraConfig, step: int) -> None:

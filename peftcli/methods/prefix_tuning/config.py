@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 from peftcli.core.prompts.config import PrefixConfig
+from peftcli.errors import PeftWarning
 
 
 @dataclass(kw_only=True)
@@ -22,12 +24,16 @@ class PrefixTuningConfig(PrefixConfig):
     init_weights: Literal["zero"] | None = None
     """How keys and values start. Unset: normal; zero: all zero."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.encoder_hidden_size and not self.prefix_projection and not self.inference_mode:
+            said = "encoder_hidden_size is not used: it is the width of a network that prefix_projection switches on"
+            warnings.warn(said, PeftWarning, stacklevel=3)
+
     def problems(self) -> list[tuple[str, str]]:
         found = super().problems()
         if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
             found.append(("encoder_hidden_size", f"must be at least 1, not {self.encoder_hidden_size}"))
-        if self.encoder_hidden_size and not self.prefix_projection and not self.inference_mode:
-            found.append(("encoder_hidden_size", "is the width of a network that prefix_projection switches on"))
         if self.init_weights not in (None, "zero"):
             found.append(("init_weights", f"must be zero or unset, not {self.init_weights!r}"))
         return found
