@@ -124,6 +124,7 @@ def test_what_is_written(merged: Callable, tmp_path: Path) -> None:
     }
     assert {path.name for path in folder.iterdir()} == {path.name for path in base.iterdir()}
     assert load_file(folder / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+    assert not any(b"peftcli" in path.read_bytes() for path in folder.iterdir()), "transformers needs no peftcli"
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
@@ -133,6 +134,7 @@ def test_what_is_written(merged: Callable, tmp_path: Path) -> None:
     assert (folder / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
 
 
+@pytest.mark.slow  # a process that imports everything; test_what_is_written finds no trace of peftcli
 def test_plain_transformers_loads_it_without_peftcli(merged: Callable, tmp_path: Path) -> None:
     base = base_folder("llama_tied")
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["embed_tokens", "q_proj"])

@@ -121,7 +121,7 @@ def _hungry(module: str, place: str, room: int, folder: Path) -> None:
     recipe, out = write_recipe(folder, rows=rows), folder / "out"
     trainkit.write_rows(folder / "train.jsonl", rows)
     settings = ("dataset.max_length=256", "training.per_device_train_batch_size=400", "dataset.allow=[answers_cut]")
-    settings = (*settings, "training.max_steps=2")
+    settings = (*settings, "training.max_steps=1")
     child = Child(folder, "train", recipe, *settings, before=_Memory(room, module, place))
     _failed(child, out, 8, "not enough memory")
     assert "per_device_train_batch_size" in child.err, "it does not say what to do"

@@ -12,7 +12,7 @@ from report import page
 SAMPLES = [(campaign, trial) for campaign in campaigns() for trial in campaign.sampled()]
 
 
-@pytest.mark.grid(keep=2, each=lambda campaign: campaign.name)
+@pytest.mark.grid(each=lambda campaign: campaign.name)
 @pytest.mark.parametrize(
     ("campaign", "trial"), SAMPLES, ids=[f"{campaign.name}: {trial.name}"[:100] for campaign, trial in SAMPLES]
 )

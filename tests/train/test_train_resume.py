@@ -589,6 +589,18 @@ def test_a_look_at_the_lock_makes_no_run_busy(tmp_path: Path) -> None:
 
 
 def test_a_log_that_nobody_reads_any_more_ends_no_training(recipe: Path) -> None:
+    assert Child(recipe.parent, "train", recipe, before=_nobody_reads).wait() == 0
+    assert read_run(recipe.parent / "out")["status"] == "complete"
+
+
+def _nobody_reads() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 2)
+
+
+@pytest.mark.slow  # imports everything
+def test_nor_does_it_when_python_ends(recipe: Path) -> None:
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
