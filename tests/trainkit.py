@@ -34,9 +34,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from peftcli.errors import Interrupted
 from peftcli.recipe import load_recipe
 from peftcli.schema import Recipe
-from peftcli.train.report import Event, Stepped
+from peftcli.system.disk import write_file
+from peftcli.train import finish
+from peftcli.train.report import Event, Stepped, draw_losses
 from peftcli.train.run import train
 
 CHATML = (
@@ -255,6 +258,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 def run_recipe(path: Path, *overrides: str, **options: Any) -> Trained:
     """Train the recipe at ``path`` in this process."""
     reset_accelerate()
+    finish.draw_losses = _draw_losses
     recipe, events = load_recipe(path, overrides), list[Event]()
     listen = options.pop("on_event", lambda event: None)
 
@@ -263,6 +267,39 @@ def run_recipe(path: Path, *overrides: str, **options: Any) -> Trained:
         listen(event)
 
     return Trained(recipe, train(recipe, on_event=on_event, **options), events)
+
+
+def stopped_copy(recipe: Path, settings: Sequence[str] = (), step: int = 4) -> Path:
+    """A run of ``recipe`` that was stopped after a step; gives its folder, beside the recipe.
+
+    It is trained once in this process, in another folder, whose data the recipe then reads.
+    """
+    first = _stopped(tuple(settings), step)
+    out = recipe.parent / "out"
+    shutil.copytree(first / "out", out, symlinks=True)
+    recipe.write_text((first / "recipe.yaml").read_text().replace(f"{first}/out", str(out)))
+    return out
+
+
+@functools.cache
+def _stopped(settings: tuple[str, ...], step: int) -> Path:
+    folder = Path(tempfile.mkdtemp(dir=scratch(), prefix="stopped-"))
+    with contextlib.suppress(Interrupted):
+        run_recipe(write_recipe(folder), *settings, on_event=at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        raise AssertionError("it was not stopped")
+    return folder
+
+
+def _draw_losses(metrics: list[dict[str, Any]], path: Path) -> None:
+    """Curves take a quarter of a tiny run's time, so equal ones are drawn once in this process."""
+    key = repr([(entry["step"], entry.get("loss"), entry.get("eval_loss")) for entry in metrics])
+    if key not in _CURVES:
+        draw_losses(metrics, path)
+        _CURVES[key] = path.read_bytes()
+    write_file(path, _CURVES[key])
+
+
+_CURVES: dict[str, bytes] = {}
 
 
 def reset_accelerate() -> None:

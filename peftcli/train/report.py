@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import platform
 import resource
@@ -88,7 +89,10 @@ PACKAGES = ("peftcli", "torch", "transformers", "accelerate", "datasets", "safet
 
 def versions() -> dict[str, str]:
     """Versions of the packages that a result depends on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+_version = functools.cache(version)  # which reads a file each time
 
 
 def peak_memory_bytes() -> dict[str, int]:

@@ -90,6 +90,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.grid(keep=8)
 @pytest.mark.parametrize("case", CASES)
 def test_the_merged_model_computes_what_base_and_adapter_compute(merged: Callable, tmp_path: Path, case: str) -> None:
     kind, settings = CASES[case]
@@ -239,6 +240,7 @@ def test_a_bf16_base_stays_bf16_and_is_rounded_once(merged: Callable, tmp_path: 
     assert loaded.dtype == torch.bfloat16
 
 
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize(
     ("of_base", "wanted"),
     [(torch.bfloat16, "float32"), (torch.float32, "bfloat16"), (torch.float32, "float16"), (torch.float16, "float32")],

@@ -124,7 +124,7 @@ def test_state_goes_out_and_in_again(method: str, kind: str) -> None:
     assert torch.equal(logits(other, batch(kind)), logits(model, batch(kind)))
 
 
-@pytest.mark.grid(each="method")
+@pytest.mark.grid(keep=8)
 def test_unload_restores_the_base_model(method: str, kind: str) -> None:
     base = tiny(kind)
     model, _ = _adapted(kind, method)
@@ -157,7 +157,7 @@ def test_merged_equals_unmerged_or_is_refused(method: str, kind: str) -> None:
     torch.testing.assert_close(logits(model, batch(kind)), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.grid(each="method")
+@pytest.mark.grid(keep=8)
 def test_a_bf16_base_carries_an_fp32_adapter(method: str, kind: str, tmp_path: Path) -> None:
     model, config = _adapted(kind, method, base=tiny(kind).to(torch.bfloat16))
     assert {value.dtype for _, _, value in named_tensors(model).values()} == {torch.float32}
@@ -171,7 +171,7 @@ def test_a_bf16_base_carries_an_fp32_adapter(method: str, kind: str, tmp_path: P
     assert _distance(logits(model, batch(kind)).float(), logits(exact, batch(kind))) < 0.2
 
 
-@pytest.mark.grid(each="method")
+@pytest.mark.grid(keep=8)
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(method: str, kind: str, reentrant: bool) -> None:
     model, _ = _adapted(kind, method)

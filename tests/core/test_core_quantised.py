@@ -138,7 +138,7 @@ def test_all_linear_finds_them(form: type[nn.Module]) -> None:
     assert find_targets(quantised(form), config) == find_targets(tiny("llama"), config)
 
 
-@pytest.mark.grid(each="method")
+@pytest.mark.grid(keep=8)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_computes_trains_and_merges(method: str, form: type[nn.Module]) -> None:
     base, inputs, extra = quantised(form), batch("llama"), dict[str, torch.Tensor]()

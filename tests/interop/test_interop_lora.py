@@ -43,6 +43,7 @@ def test_what_we_write_peft_reads(case: tuple[str, str, dict[str, Any]], tmp_pat
     assert not torch.allclose(logits(model, batch(kind)), logits(tiny(kind), batch(kind)), atol=1e-2)
 
 
+@pytest.mark.grid(keep=20)
 def test_what_peft_writes_we_read(case: tuple[str, str, dict[str, Any]], tmp_path: Path) -> None:
     _, kind, settings = case
     written = theirs(kind, "lora", **settings)

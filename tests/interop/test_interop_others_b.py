@@ -115,7 +115,7 @@ def test_what_we_write_peft_reads(case: Case, tmp_path: Path) -> None:
     assert (logits(model, batch(kind)) - logits(tiny(kind), batch(kind))).abs().max() > 3e-4
 
 
-@pytest.mark.grid(keep=3, each=lambda case: CASES[case][0])
+@pytest.mark.grid(each=lambda case: CASES[case][0])
 def test_what_peft_writes_we_read(case: Case, tmp_path: Path) -> None:
     method, kind, settings = case
     written = theirs(kind, method, **settings)

@@ -101,6 +101,7 @@ def _skip_where_peft_cannot(kind: str, method: str) -> None:
         pytest.skip("PEFT passes no task_ids on there")
 
 
+@pytest.mark.grid(each="method")
 @pytest.mark.parametrize("method", EVERY)
 @pytest.mark.parametrize("kind", MODELS)
 def test_what_we_write_peft_reads(kind: str, method: str, tmp_path: Path) -> None:
@@ -109,6 +110,7 @@ def test_what_we_write_peft_reads(kind: str, method: str, tmp_path: Path) -> Non
     torch.testing.assert_close(_logits(model), _logits(oracle, method), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.grid(each="method")
 @pytest.mark.parametrize("method", EVERY)
 @pytest.mark.parametrize("kind", MODELS)
 def test_what_peft_writes_we_read_and_keep(kind: str, method: str, tmp_path: Path) -> None:

@@ -182,6 +182,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> trainkit.Trained:
     return run_recipe(write_recipe(tmp_path_factory.mktemp("whole")), RECIPE)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("step", [3, 6, 7])
 def test_a_run_that_stops_before_at_or_after_the_decision_ends_the_same(
     whole: trainkit.Trained, step: int, tmp_path: Path

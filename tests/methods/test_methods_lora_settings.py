@@ -24,6 +24,7 @@ def case(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     return FURTHER[request.param]
 
 
+@pytest.mark.grid(keep=16)
 def test_disabled_and_unloaded_it_is_the_base_model(case: tuple[str, dict[str, Any]]) -> None:
     kind, settings = case
     model, _ = ours(kind, "lora", **settings)
@@ -39,6 +40,7 @@ def test_disabled_and_unloaded_it_is_the_base_model(case: tuple[str, dict[str, A
     assert [type(module) for module in model.modules()] == [type(module) for module in base.modules()]
 
 
+@pytest.mark.grid(keep=16)
 def test_merged_it_computes_the_same(case: tuple[str, dict[str, Any]]) -> None:
     kind, settings = case
     model, config = ours(kind, "lora", **settings)
@@ -64,6 +66,7 @@ def test_a_copy_is_a_model_of_its_own(case: tuple[str, dict[str, Any]]) -> None:
     assert torch.equal(logits(model, batch(kind)), expected)
 
 
+@pytest.mark.grid(keep=16)
 def test_only_its_tensors_get_gradients_and_each_does(case: tuple[str, dict[str, Any]]) -> None:
     kind, settings = case
     model, _ = ours(kind, "lora", **settings)
@@ -79,7 +82,7 @@ def _gradients(model: nn.Module, kind: str) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, (_, _, parameter) in named_tensors(model).items()}
 
 
-@pytest.mark.grid(each="name")
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", ["experts", "replicated", "tokens-llama_tied", "dora-gpt2", "tied-head", "lora-bias"])
 def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: bool) -> None:

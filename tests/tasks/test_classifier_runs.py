@@ -70,6 +70,7 @@ def test_a_run_learns_and_records_what_it_found(runs: Callable, kind: str) -> No
     assert all(tensors[name].shape[0] == 2 for name in head)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", ["bert", "vit"])
 def test_the_same_seed_gives_the_same_adapter(runs: Callable, kind: str) -> None:
     recipe, run = runs(kind)
@@ -79,6 +80,7 @@ def test_the_same_seed_gives_the_same_adapter(runs: Callable, kind: str) -> None
     assert other.weights != run.weights
 
 
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_is_the_same_byte_for_byte(tmp_path: Path, kind: str) -> None:
     recipe = write_classifier_recipe(tmp_path, kind)

@@ -18,11 +18,12 @@ from typing import Any
 
 import pytest
 import trainkit
-from trainkit import FULL, PRODUCT, Child, at_step, files_of, read_run, run_recipe, write_recipe
+from trainkit import FULL, PRODUCT, Child, at_step, files_of, read_run, run_recipe, stopped_copy, write_recipe
 
 from peftcli.errors import DataError, FolderBusy, Interrupted, StorageError, UsageError
 from peftcli.recipe import load_recipe
 from peftcli.train.report import Event, Phase, Saved, Stepped, Warned
+from peftcli.train.runs.checkpoint import find_damage
 
 
 def send(number: int) -> Callable[[], None]:
@@ -242,7 +243,7 @@ def test_a_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(
     assert_same(folder, uninterrupted)
 
 
-@pytest.mark.grid(keep=2)
+@pytest.mark.grid
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 6, 7])
 def test_stopped_after_any_step(recipe: Path, uninterrupted: trainkit.Trained, step: int) -> None:
     with pytest.raises(Interrupted):
@@ -371,7 +372,7 @@ def killed_and_resumed(recipe: Path, whole: trainkit.Trained, moments: list[int]
 
 
 def test_killed_at_writes_and_resumed_ends_with_the_same_bytes(recipe: Path, uninterrupted: trainkit.Trained) -> None:
-    assert killed_and_resumed(recipe, uninterrupted, [1, 2, 12, 25, 17, 40]) >= 4
+    assert killed_and_resumed(recipe, uninterrupted, [2, 12, 25]) >= 2
 
 
 @pytest.mark.slow
@@ -454,9 +455,7 @@ def _endless_second_step(noted: Path) -> None:
 
 def stopped(recipe: Path) -> Path:
     """A run with checkpoints of steps 3 and 5; gives the folder of the checkpoints."""
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, *FULL, on_event=at_step(5, send(signal.SIGTERM)))
-    return recipe.parent / "out/checkpoints"
+    return stopped_copy(recipe, FULL, 5) / "checkpoints"
 
 
 def damages(done: trainkit.Trained) -> list[str]:
@@ -488,6 +487,15 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_is_found(recipe: Path, kind: str) -> None:
+    checkpoint = stopped(recipe) / "step-000005"
+    assert find_damage(checkpoint) is None
+    DAMAGES[kind](checkpoint)
+    assert find_damage(checkpoint) is not None
+
+
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_checkpoint_is_set_aside(recipe: Path, uninterrupted: trainkit.Trained, kind: str) -> None:
     checkpoints = stopped(recipe)
@@ -641,7 +649,8 @@ def test_a_run_whose_rows_are_encoded_otherwise_is_not_gone_on_with(recipe: Path
     """The chat template of the base model's folder is no part of the recipe, the data or the weights."""
     base = shutil.copytree(trainkit.base_folder(), tmp_path / "base")
     recipe.write_text(recipe.read_text().replace(str(trainkit.base_folder()), str(base)))
-    stopped(recipe)
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, *FULL, on_event=at_step(5, send(signal.SIGTERM)))
     template = base / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|>the "))
     with pytest.raises(UsageError, match="encoded otherwise"):

@@ -118,6 +118,7 @@ def test_series_equals_a_plain_loop(recipe: Path) -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("method", [None, PROMPT_TUNING], ids=["lora", "prompt_tuning"])
 def test_any_split_gives_the_series_of_the_big_batch(tmp_path: Path, method: str | None) -> None:
     runs = [
@@ -183,6 +184,7 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_others(recipe: Path, tmp_p
     assert weights("none", "method.lora_dropout=0") != first
 
 
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize("settings", [[], [PROMPT_TUNING], [DROPOUT]], ids=["lora", "prompt_tuning", "dropout"])
 def test_gradient_checkpointing_changes_nothing(recipe: Path, tmp_path: Path, settings: list[str]) -> None:
     plain = run_recipe(recipe, *settings)
@@ -199,6 +201,7 @@ def test_gradient_checkpointing_of_an_encoder_decoder(t5_recipe: Path, tmp_path:
     assert saving.losses == pytest.approx(plain.losses, rel=1e-6)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("method", [None, PROMPT_TUNING], ids=["lora", "prompt_tuning"])
 def test_bf16_trains_on_the_cpu(recipe: Path, tmp_path: Path, method: str | None) -> None:
     settings = [method] if method else []
@@ -290,6 +293,7 @@ def test_the_last_checkpoint_stands_after_a_divergence(recipe: Path) -> None:
 EVAL = ("training.eval_strategy=steps", "training.eval_steps=2")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("method", [None, PROMPT_TUNING], ids=["lora", "prompt_tuning"])
 def test_metrics_do_not_depend_on_the_batch_size(recipe: Path, tmp_path: Path, method: str | None) -> None:
     found = [
@@ -350,7 +354,7 @@ def test_the_best_adapter_is_kept(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_less_loss_and_more_accuracy_are_better(recipe: Path, tmp_path: Path) -> None:
-    settings = (*EVAL, "training.load_best_model_at_end=true", "training.learning_rate=0.1", "training.max_steps=24")
+    settings = (*EVAL, "training.load_best_model_at_end=true", "training.learning_rate=0.1", "training.max_steps=12")
     loss = run_recipe(recipe, *settings, f"training.output_dir={tmp_path}/loss")
     accuracy = run_recipe(
         recipe, *settings, f"training.output_dir={tmp_path}/accuracy", "training.metric_for_best_model=token_accuracy"

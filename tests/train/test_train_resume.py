@@ -40,9 +40,7 @@ def stop_after(step: int) -> Callable[[Event], None]:
 
 def stopped(recipe: Path, *settings: str, step: int = 4) -> Path:
     """A run that was stopped; gives its folder."""
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, *settings, on_event=stop_after(step))
-    return recipe.parent / "out"
+    return trainkit.stopped_copy(recipe, settings, step)
 
 
 # --- --resume ---------------------------------------------------------------------------------------------------------
@@ -103,13 +101,14 @@ def test_an_allowed_change_is_noted_and_goes_on(recipe: Path) -> None:
 
 
 def test_other_data_may_be_allowed(recipe: Path) -> None:
-    out = stopped(recipe)
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, on_event=stop_after(4))
     with (recipe.parent / "train.jsonl").open("a") as file:
         file.write(json.dumps(trainkit.MESSAGES[0]) + "\n")
     done = run_recipe(recipe, allow_change=["data"])
     assert [change["key"] for change in done.run["changes"]] == [f"data.{recipe.parent}/train.jsonl"]
     assert done.run["data"]["rows"] == 11
-    assert read_run(out)["exact"] is False
+    assert read_run(recipe.parent / "out")["exact"] is False
 
 
 def test_more_steps_may_be_allowed_and_fewer_than_done_are_refused(recipe: Path) -> None:
@@ -476,6 +475,7 @@ def _stopped_in_evaluation(recipe: Path, monkeypatch: pytest.MonkeyPatch, *setti
     return recipe.parent / "out"
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("at", [2, 4])
 def test_adalora_and_methods_that_draw_while_they_evaluate(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, at: int
