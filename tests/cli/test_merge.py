@@ -361,7 +361,7 @@ def test_new_tokens_and_template_come_from_the_recipe(cli: Callable, merged: Cal
     template = tmp_path / "template.jinja"
     template.write_text(trainkit.CHATML.replace("<|im_end|>", "<done>"))
     base = f"base_model={{name: {base_folder('llama_tied')}, chat_template: {template}, new_tokens: [<done>, <spare>]}}"
-    few = ("dataset.limit=3", "training.max_steps=80", "training.learning_rate=1e-2")
+    few = ("dataset.limit=1", "training.max_steps=40", "training.learning_rate=1e-2")
     adapter = run_recipe(write_recipe(tmp_path), base, *few).folder
     made = merged(adapter)
     assert made["untied"] is False

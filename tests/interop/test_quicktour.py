@@ -71,6 +71,7 @@ def _printed(capsys: pytest.CaptureFixture[str], model: Any) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.grid(each="settings")
 @pytest.mark.parametrize("kind", AUTO)
 @pytest.mark.parametrize("settings", [{}, {"target_modules": "all-linear", "r": 3}, {"num_virtual_tokens": 5}])
 def test_the_same_line_is_printed(
@@ -318,7 +319,7 @@ def _twin(lib: ModuleType, kind: str, base: str, settings: dict[str, Any]) -> An
 def _arguments(folder: Path, kind: str = "llama", **changes: Any) -> TrainingArguments:
     options: dict[str, Any] = {
         "output_dir": str(folder),
-        "num_train_epochs": 3,
+        "num_train_epochs": 2,
         "learning_rate": 2e-2,
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
@@ -359,6 +360,8 @@ def _series(trainer: Trainer, key: str) -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
+TOO_FAST = {"learning_rate": 0.5, "lr_scheduler_type": "constant"}
+"""So large a step that the loss gets worse after the first epoch."""
 METHODS = {"lora": {"r": 4}, "prompt": {"num_virtual_tokens": 4}}
 
 
@@ -383,18 +386,17 @@ def test_trainer_gives_pefts_losses(kind: str, settings: dict[str, Any], bases: 
         keys = ("loss", "grad_norm", "eval_loss", "eval_accuracy")
         series[lib.__name__] = [value for key in keys for value in _series(trainer, key)]
     assert series["peftcli"] == pytest.approx(series["peft"], abs=1e-5, rel=1e-5)
-    assert len(series["peftcli"]) == 6 + 6 + 3 + 3
+    assert len(series["peftcli"]) == 4 + 4 + 2 + 2
 
 
-@pytest.mark.grid(each="settings")
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_trainer_saves_adapters_only_and_restores_the_best(
     kind: str, settings: dict[str, Any], bases: dict[str, str], tmp_path: Path
 ) -> None:
     with silence():
         model = _twin(peftcli, kind, bases[kind], settings)
-        # so large a step that the loss gets worse after the first epoch
-        trainer = _trainer(model, kind, _arguments(tmp_path, kind, learning_rate=0.5, lr_scheduler_type="constant"))
+        trainer = _trainer(model, kind, _arguments(tmp_path, kind, num_train_epochs=3, **TOO_FAST))
         trainer.train()
     losses = _series(trainer, "eval_loss")
     assert len(losses) == 3
@@ -419,15 +421,17 @@ def test_trainer_saves_adapters_only_and_restores_the_best(
         torch.testing.assert_close(logits(model, batch(kind)), logits(oracle, batch(kind)), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.grid
 def test_trainer_resumes_from_its_checkpoint(settings: dict[str, Any], bases: dict[str, str], tmp_path: Path) -> None:
     straight = _trainer(_twin(peftcli, "llama", bases["llama"], settings), "llama", _arguments(tmp_path))
     straight.train()
     resumed = _trainer(_twin(peftcli, "llama", bases["llama"], settings), "llama", _arguments(tmp_path / "again"))
     with silence():
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert _series(resumed, "loss")[-8:] == pytest.approx(_series(straight, "loss")[-8:], abs=1e-5)
+    assert _series(resumed, "loss")[-4:] == pytest.approx(_series(straight, "loss")[-4:], abs=1e-5)
 
 
+@pytest.mark.grid
 def test_seq2seq_trainer_generates_with_the_adapter(
     settings: dict[str, Any], bases: dict[str, str], tmp_path: Path
 ) -> None:
@@ -450,7 +454,7 @@ def test_seq2seq_trainer_generates_with_the_adapter(
     assert expected[0, 0] == PAD
 
 
-@pytest.mark.grid(keep=3)
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", AUTO)
 def test_a_model_that_inject_made_trains_under_trainer(
     kind: str, settings: dict[str, Any], bases: dict[str, str], tmp_path: Path
@@ -465,8 +469,7 @@ def test_a_model_that_inject_made_trains_under_trainer(
     peftcli.load_state(model, peftcli.adapter_state(wrapped.get_base_model()))
     found = []
     for number, one in enumerate((wrapped, model)):
-        options = {"learning_rate": 0.5, "lr_scheduler_type": "constant"}
-        trainer = _trainer(one, kind, _arguments(tmp_path / str(number), kind, **options))
+        trainer = _trainer(one, kind, _arguments(tmp_path / str(number), kind, **TOO_FAST))
         trainer.train()
         found.append([_series(trainer, "loss"), _series(trainer, "eval_loss"), [trainer.evaluate()["eval_loss"]]])
     for here, there in zip(*found, strict=True):
@@ -477,6 +480,7 @@ def test_a_model_that_inject_made_trains_under_trainer(
     )
 
 
+@pytest.mark.grid
 def test_gradient_checkpointing_under_trainer_gives_the_same_losses(
     settings: dict[str, Any], bases: dict[str, str], tmp_path: Path
 ) -> None:
