@@ -285,7 +285,9 @@ def stopped_copy(recipe: Path, settings: Sequence[str] = (), step: int = 4) -> P
 def _stopped(settings: tuple[str, ...], step: int) -> Path:
     folder = Path(tempfile.mkdtemp(dir=scratch(), prefix="stopped-"))
     with contextlib.suppress(Interrupted):
-        run_recipe(write_recipe(folder), *settings, on_event=at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        run_recipe(
+            write_recipe(folder), *settings, on_event=at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        )
         raise AssertionError("it was not stopped")
     return folder
 

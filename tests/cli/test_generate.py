@@ -440,7 +440,6 @@ def test_bos_is_read_once(
 ) -> None:
     from tokenizers import AddedToken, processors
 
-
     seen: list[list[int]] = []
 
     def generate(model: object, input_ids: torch.Tensor, **_: object) -> torch.Tensor:
@@ -534,7 +533,6 @@ def test_the_end_of_input_ends_the_chat(lora: Path, tmp_path: Path) -> None:
 
 def test_chat_remembers(lora: Path) -> None:
     """The second turn is asked with the first before it."""
-
     generator = load_generator(str(lora))
     settings = GenerationSettings(max_new_tokens=8)
     first = {"role": "user", "content": QUESTIONS[0]}
