@@ -246,6 +246,15 @@ REFUSED: tuple[tuple[str, str], ...] = (
     ),
     ("`bias` with `alora_invocation_tokens`", "a trained bias changes the tokens before the invocation too"),
     (
+        "`inputs_embeds` alone with `alora_invocation_tokens`",
+        "the invocation is not seen in embeddings; PEFT warns and leaves the adapter out",
+    ),
+    (
+        "settings of an initialisation that is not chosen, such as `eva_config` without `init_lora_weights: eva`, and "
+        "`density` for a combination that drops nothing",
+        "they would do nothing, in silence; in a file they are left out",
+    ),
+    (
         "`use_dora` on a convolution with groups",
         "the update reads the channels of all groups, so there is no adapted weight to take the length of; PEFT takes "
         "that of other numbers",
@@ -275,6 +284,10 @@ REFUSED: tuple[tuple[str, str], ...] = (
     ("biases in a state dict for an adapter without `bias`", "they would change the frozen base model"),
     ("`arrow_config` in an adapter's file", "a router has no weights; `create_arrow_model` makes it"),
     ("LoRA+ without A and B, LoRA-FA without LoRA on a linear layer", "there is nothing to speed up, or to freeze"),
+    (
+        "`get_peft_model` of a `PeftModel`",
+        "it would be wrapped twice; PEFT warns. `add_adapter` and `unload` are there",
+    ),
     ("an adapter name with `/`, or marks other than `-` and `_`", "its adapter is saved in a folder of that name"),
 )
 """What PEFT accepts and peftcli refuses, and why."""

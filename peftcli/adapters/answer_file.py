@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,15 @@ from peftcli.system.secrets import redact_values
 from peftcli.system.signals import current
 
 T = TypeVar("T")
+
+
+def _write_stream(target: Path, batches: Iterable[list[bytes]], progress: Callable[[int], None]) -> int:
+    lines: list[bytes] = []
+    for batch in batches:
+        lines += batch
+        progress(len(lines))
+    write_output(target, b"".join(lines))
+    return len(lines)
 
 
 def write_answers(
@@ -51,12 +60,7 @@ def write_answers(
 
     target = expand_user(target)
     if is_stream(target):
-        lines: list[bytes] = []
-        for batch in batches():
-            lines += batch
-            progress(len(lines), len(rows))
-        write_output(target, b"".join(lines))
-        return len(lines)
+        return _write_stream(target, batches(), lambda done: progress(done, len(rows)))
     with partial_file(target, json.dumps([key, batch_size], sort_keys=True, default=str)) as file:
         kept = list(takewhile(_is_json, file.lines()))  # a crash of the machine may have damaged the rest
         done = min(len(kept), len(rows)) // batch_size * batch_size

@@ -12,7 +12,7 @@ from peftcli.adapters.card import write_card
 from peftcli.adapters.load import find_adapter
 from peftcli.core.files import read_tensors, write_adapter
 from peftcli.errors import AdapterError, UsageError
-from peftcli.methods.combinations import Adapter, Combination
+from peftcli.methods.combinations import Adapter, Combination, Combined
 from peftcli.methods.lora.combine import combine
 from peftcli.system.outputs import expand_user, new_folder, require_empty
 from peftcli.system.secrets import redact
@@ -61,11 +61,13 @@ def combine_adapters(
     with new_folder(output) as partial:
         write_adapter(made.tensors, made.config, partial)
         write_card(partial)
+    given = [{"adapter": adapter, "weight": weight} for adapter, weight in zip(adapters, weights, strict=True)]
+    return {"output": str(output), "adapters": given, "method": method, **_described(made, output)}
+
+
+def _described(made: Combined, output: Path) -> dict[str, Any]:
     worst = max(made.errors, key=made.errors.__getitem__)
     return {
-        "output": str(output),
-        "adapters": [{"adapter": adapter, "weight": weight} for adapter, weight in zip(adapters, weights, strict=True)],
-        "method": method,
         "r": made.config.r,
         "modules": len(made.errors),
         "parameters": sum(value.numel() for value in made.tensors.values()),

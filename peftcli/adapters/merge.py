@@ -115,16 +115,16 @@ def merge_adapter(
             untied = _merge_whole(job, partial)
         _write_companions(job, partial, untied)
         difference = _verify(job, partial, tell) if verify else None
+    return {**_written(output), "base_model": name, "untied": untied, "max_logit_difference": difference}
+
+
+def _written(output: Path) -> dict[str, Any]:
     shards = sorted(output.glob("*.safetensors"))
-    written = json.loads((output / "config.json").read_bytes())
     return {
         "output": str(output),
-        "base_model": name,
-        "dtype": written.get("dtype"),
+        "dtype": json.loads((output / "config.json").read_bytes()).get("dtype"),
         "shards": len(shards),
         "bytes": sum(shard.stat().st_size for shard in shards),
-        "untied": untied,
-        "max_logit_difference": difference,
     }
 
 

@@ -17,6 +17,19 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 forbids, even escaped."""
 
 
+def _about(suite: str, cases: Sequence[ElementTree.Element], seconds: float | None) -> dict[str, Any]:
+    return {
+        "name": suite,
+        "hostname": "localhost",  # the schema of Ant's reports requires one; the machine's own name stays private
+        "timestamp": _now(),
+        "time": f"{seconds or 0:.3f}",
+        "tests": len(cases),
+        "failures": sum(case.find("failure") is not None for case in cases),
+        "errors": sum(case.find("error") is not None for case in cases),
+        "skipped": 0,
+    }
+
+
 def write_junit(
     path: Path,
     *,
@@ -46,22 +59,8 @@ def write_junit(
     cases = [_gate_case(gate) for gate in gates]
     if error is not None or not cases:
         cases.append(_run_case(error, seconds))
-    totals = {
-        "tests": len(cases),
-        "failures": sum(case.find("failure") is not None for case in cases),
-        "errors": sum(case.find("error") is not None for case in cases),
-        "skipped": 0,
-    }
-    # the schema of Ant's reports requires a hostname; the machine's own name stays private
-    about: dict[str, Any] = {
-        "name": suite,
-        "hostname": "localhost",
-        "timestamp": _now(),
-        "time": f"{seconds or 0:.3f}",
-        **totals,
-    }
     root = _element("testsuites")
-    element = _element("testsuite", package="peftcli", id=0, **about)
+    element = _element("testsuite", package="peftcli", id=0, **_about(suite, cases, seconds))
     properties = _element("properties")
     properties.extend(_element("property", name=name, value=_format(value)) for name, value in metrics.items())
     for case in cases:

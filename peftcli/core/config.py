@@ -8,8 +8,8 @@ import warnings
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
-from peftcli.core.config_mixin import BOOKKEEPING as BOOKKEEPING
-from peftcli.core.config_mixin import CONFIGS, PeftConfigMixin, TaskType, plain
+from peftcli.core.config_classes import CONFIGS, TaskType, plain
+from peftcli.core.peft_names.config import PeftConfigMixin
 from peftcli.errors import AdapterError, AdapterTypeError
 from peftcli.guard.files import one_line, short_name, short_repr
 from peftcli.guard.patterns import Pattern, PatternError, check_patterns
@@ -18,6 +18,8 @@ from peftcli.guard.typed_fields import OFF, default_of, fits, hints_of, read_fie
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
+BOOKKEEPING = {"recipe": False}
+"""Metadata of the fields that describe the file, not the method: a recipe's ``method`` does not take them."""
 UNSUPPORTED = {"recipe": False, "unsupported": True}
 """Metadata of PEFT's settings that are taken while they are switched off, and otherwise are an error."""
 _NEWEST_PEFT = (0, 21)
@@ -53,6 +55,8 @@ class AdapterConfig(PeftConfigMixin):
     A method's class gives its ``peft_type``. Settings that are wrong are an error when the config is made.
     """
 
+    readable_by: ClassVar[str] = "0.13.0"
+    """The oldest version of PEFT that reads what is written here."""
     file_prefix: ClassVar[str] = "base_model.model."
     """Prefix of a module's path in the names of the adapter file."""
     always_written: ClassVar[tuple[str, ...]] = ()
@@ -68,6 +72,12 @@ class AdapterConfig(PeftConfigMixin):
     as_sets: ClassVar[tuple[str, ...]] = ()
     """Fields whose lists become sets, as PEFT's do: their order means nothing."""
 
+    peft_type: str = field(default="", metadata=BOOKKEEPING)
+    """PEFT's name of the method, upper case; a ``PeftType`` in a config. The class says it, whatever is given."""
+    auto_mapping: dict[str, str] | None = field(default=None, metadata=BOOKKEEPING, compare=False)
+    """PEFT's note of the base model's class, where task_type does not say it."""
+    peft_version: str | None = field(default=None, metadata=BOOKKEEPING, compare=False)
+    """The version of PEFT that wrote the file that the config was read from. Unset: ``readable_by``."""
     task_type: str | None = field(default=None, metadata=BOOKKEEPING)
     """PEFT's task name: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, TOKEN_CLS, QUESTION_ANS or FEATURE_EXTRACTION."""
     base_model_name_or_path: str | None = field(default=None, metadata=BOOKKEEPING)

@@ -16,6 +16,7 @@ from peftcli.core.config import AdapterConfig, BiasConfig, FanInConfig, Targeted
 from peftcli.core.heads import resolve_heads
 from peftcli.core.layer import (
     AdapterLayer,
+    EmptyLayer,
     TrainedBias,
     TrainedCopy,
     adapter_layers,
@@ -64,6 +65,7 @@ def inject(
     """
     config.normalise()  # fields may have been set since it was made
     config.check()
+    _remove(model, lambda layer: False)  # what libraries that know PEFT have emptied
     before = set(adapter_layers(model).values())
     if any(layer.adapter == adapter for layer in before):
         raise AdapterError("the model already holds an adapter of this name; merge or unload that first")
@@ -117,7 +119,7 @@ def set_active(model: nn.Module, adapters: Iterable[str]) -> None:
     for path, layer in layers.items():
         layer.check_active(names, base_name(model, path))
     for layer in layers.values():
-        layer.enabled = layer.adapter in names
+        layer.enabled = layer.adapter in names and not layer.merged_adapters
         layer.active_adapters = names or layer.active_adapters
 
 
@@ -203,6 +205,8 @@ def _remove(model: nn.Module, chosen: Callable[[AdapterLayer], bool]) -> None:
     """Put the modules below the chosen layers back in place."""
     while layers := [layer for layer in adapter_layers(model).values() if chosen(layer)]:
         replace_modules(model, {layer: layer.base_layer for layer in layers})
+    while empty := [layer for layer in model.modules() if isinstance(layer, EmptyLayer) and not layer.merged_layers]:
+        replace_modules(model, {layer: layer.base_layer for layer in empty})
 
 
 def _insert(model: nn.Module, config: AdapterConfig, initialised: Collection[str]) -> int:

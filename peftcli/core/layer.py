@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from peftcli.core.peft_names.layer import PeftLayerMixin
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError, AdapterTypeError
 
@@ -20,8 +22,11 @@ _SAME_SIZE = {
 """What layers that are not linear call their sizes."""
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
+Change = tuple[nn.Module, str, torch.Tensor, torch.Tensor]
+"""A weight or buffer that merging replaces: its module, its name there, what it was and what it becomes."""
 
-class AdapterLayer(nn.Module):
+
+class AdapterLayer(PeftLayerMixin, nn.Module):
     """A base layer of the model with one adapter's weights beside it.
 
     A layer holds one adapter, so its parameters carry the names that the adapter file gives them. Attributes that
@@ -56,10 +61,8 @@ class AdapterLayer(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.enabled = True
-        self.active_adapters = [self.adapter]
-        """Names of the model's active adapters. While they are disabled they are active too."""
-        self.merged_adapters: list[str] = []
-        """The name of the layer's adapter while that is merged into the base weights."""
+        self.active_adapters, self.merged_adapters = [self.adapter], []
+        self.merged_layers, self.before_merging = [], []
         self.train(base_layer.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -79,35 +82,6 @@ class AdapterLayer(nn.Module):
         self._buffers.setdefault(name, None)
         super().register_buffer(name, tensor, persistent)
 
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """Name of the model's active adapter; a list, unless there is exactly one."""
-        return self.active_adapters[0] if len(self.active_adapters) == 1 else list(self.active_adapters)
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the layer's adapter is active and switched off."""
-        return self.adapter in self.active_adapters and not self.enabled and not self.merged_adapters
-
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Enable the layer if its adapter is one of these, and let its weights train; else the reverse.
-
-        Libraries that know PEFT call it on each layer of a model.
-
-        Args:
-            adapter_names: the active adapters of the model: one name or several.
-            inference_mode: freeze the weights in any case.
-
-        Raises:
-            AdapterError: the layer would override that of another of these adapters.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.check_active(names)
-        self.active_adapters = names
-        self.enabled = self.adapter in names
-        for parameter in self.own_tensors().values():
-            parameter.requires_grad_(self.enabled and not inference_mode)
-
     def check_active(self, names: Collection[str], place: str = "") -> None:
         """Raise AdapterError if the layer, at ``place``, would override that of another of these adapters."""
         for below in (module for module in self.base_layer.modules() if isinstance(module, AdapterLayer)):
@@ -117,10 +91,6 @@ class AdapterLayer(nn.Module):
                     f"{self.adapter} replaces {place or 'what'}{place and ', which'} {below.adapter} changes too; "
                     "only one of them can be active"
                 )
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Disable the layer, or enable it again if its adapter is an active one."""
-        self.enabled = enabled and self.adapter in self.active_adapters
 
     def own_tensors(self) -> dict[str, nn.Parameter]:
         """Return the adapter's tensors that train: name below the layer -> parameter."""
@@ -145,24 +115,6 @@ class AdapterLayer(nn.Module):
     def file_name(self, path: str, tensor: str) -> str:
         """Return the name of ``tensor`` in the adapter file, for a layer at ``path`` in the model."""
         return f"{self.file_prefix}{path}.{tensor}"
-
-    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """Return where transformers' ``load_adapter`` puts tensors: name below the layer, in the file -> in the model.
-
-        Raises:
-            AdapterError: a tensor of the file belongs to several layers, or the layer does not hold it as it is.
-        """
-        if adapter_name != self.adapter:
-            return {}
-        held = {id(value): name for name, value in [*self.named_parameters(), *self.named_buffers()]}
-        start, places = f"{self.file_prefix}layer.", {}
-        for tensor, value in self.file_tensors().items():
-            name, place = self.file_name("layer", tensor), held.get(id(value))
-            if not name.startswith(start) or place is None:
-                told = f"load_adapter of transformers cannot read {tensor}"
-                raise AdapterError(told, hint="use PeftModel.from_pretrained")
-            places[name.removeprefix(start)] = place
-        return {name: place for name, place in places.items() if name != place}
 
     def before_loading(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Prepare for the ``tensors`` of a file, name below the layer -> tensor: take sizes that only it says.
@@ -194,6 +146,58 @@ class AdapterLayer(nn.Module):
         below = self.base_layer.folded(base) if isinstance(self.base_layer, AdapterLayer) else {}
         return below | self.merged_tensors(base | below) if self.enabled else below
 
+    def folded_weights(self, name: str) -> list[Change]:
+        """Return what ``folded`` changes on the layer's module, called ``name``. Nothing is in place yet.
+
+        Raises:
+            AdapterError: a layer cannot be merged, or a merged weight is not finite.
+        """
+        base, changes = base_module(self), []
+        if is_quantised(base):
+            raise AdapterError(
+                f"{name} is quantised, and rounding the merged weight again would lose much of what was learned",
+                hint="merge into the full-precision base model, or ask for dequantize",
+            )
+        check_not_offloaded(base, name)
+        tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
+        with torch.no_grad(), ready_to_merge(self):
+            values = self.folded(dict(tensors))
+        for tensor, value in values.items():
+            before = tensors[tensor]
+            merged = value.detach().to(before.dtype)
+            if isinstance(before, nn.Parameter):
+                merged = nn.Parameter(merged, requires_grad=False)
+            if not torch.isfinite(merged).all():
+                adapters = {each.adapter for each in (self, *layers_below(self)) if each.enabled}
+                raise AdapterError(
+                    f"NaNs detected in the merged {'bias' if tensor.endswith('bias') else 'weights'}. The adapter "
+                    f"{' or '.join(sorted(adapters))} seems to be broken: {name}.{tensor} contains NaN or Inf"
+                )
+            owner, _, leaf = tensor.rpartition(".")
+            changes.append((base.get_submodule(owner), leaf, before, merged))
+        return changes
+
+    def give_up(self) -> None:
+        """Become an empty layer, without an adapter."""
+        base, kept = self.base_layer, (self.merged_layers, self.before_merging)
+        self.__dict__.clear()
+        self.__class__ = EmptyLayer
+        EmptyLayer.__init__(self, base)  # type: ignore[arg-type]
+        self.merged_layers, self.before_merging = kept
+
+
+class EmptyLayer(AdapterLayer):
+    """What is left of a layer whose adapter was deleted by ``delete_adapter``, until the next adapter comes."""
+
+    adapter = ""
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__(base_layer)
+        self.enabled = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_layer(*args, **kwargs)
+
 
 class TrainedCopy(AdapterLayer):
     """A module of modules_to_save: a copy is trained in full, the original stays for when the adapter is disabled."""
@@ -202,8 +206,8 @@ class TrainedCopy(AdapterLayer):
         super().__init__(base_layer)
         base, key = base_module(base_layer), "modules_to_save"
         if isinstance(base, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
-            whole = f"a {type(base).__name__} cannot be trained as a whole; name the modules in it"
-            raise AdapterTypeError(whole, key=key)
+            kind = type(base).__name__
+            raise AdapterTypeError(f"{key} cannot be applied to modules of type {kind}; name the modules in it")
         if any(is_quantised(module) for module in base.modules()):
             raise AdapterError("a quantised layer cannot be trained in full", key=key)
         if adapter_layers(base):
@@ -223,6 +227,17 @@ class TrainedCopy(AdapterLayer):
         except AttributeError:
             value = getattr(self.copy, name)
             return _cast(value, getattr(base_module(self), name).dtype) if isinstance(value, nn.Parameter) else value
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The base model's module."""
+        module: nn.Module = base_module(self)
+        return module
+
+    @property
+    def modules_to_save(self) -> dict[str, nn.Module]:
+        """The copies of the module: adapter -> its copy."""
+        return {layer.adapter: layer.copy for layer in (self, *layers_below(self)) if isinstance(layer, TrainedCopy)}
 
     def own_tensors(self) -> dict[str, nn.Parameter]:
         return dict(self.copy.named_parameters())
@@ -334,6 +349,31 @@ def check_not_offloaded(module: nn.Module, name: str) -> None:
         )
 
 
+@contextmanager
+def ready_to_merge(layer: AdapterLayer) -> Iterator[None]:
+    """Hold the adapters on one module in evaluation mode inside, and their tensors in float32 or wider.
+
+    Training leaves parts out at random, or adds noise, which must not stay in a merged weight. Merging a model that was
+    cast to half precision needs more digits, and operations that have no half precision.
+    """
+    base = base_module(layer)
+    foreign = {id(part) for part in (*base.modules(), *base.parameters(), *base.buffers())}
+    training = [module for module in layer.modules() if module.training and id(module) not in foreign]
+    own = [tensor for tensor in (*layer.parameters(), *layer.buffers()) if id(tensor) not in foreign]
+    narrow = [(tensor, tensor.data) for tensor in own if tensor.dtype in (torch.float16, torch.bfloat16)]
+    for module in training:
+        module.training = False
+    for tensor, value in narrow:
+        tensor.data = value.float()
+    try:
+        yield
+    finally:
+        for tensor, value in narrow:
+            tensor.data = value
+        for module in training:
+            module.training = True
+
+
 def layers_below(layer: AdapterLayer) -> list[AdapterLayer]:
     """Return the adapter layers between ``layer`` and the base model's module, outermost first."""
     found, module = [], layer.base_layer
@@ -348,7 +388,7 @@ def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, Ad
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, AdapterLayer) and adapter in (None, module.adapter)
+        if isinstance(module, AdapterLayer) and module.adapter and adapter in (None, module.adapter)
     }
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +13,6 @@ from peftcli.core.layer import (
     AdapterLayer,
     adapter_layers,
     base_module,
-    check_not_offloaded,
-    layers_below,
     model_ends,
 )
 from peftcli.core.protocols import Reshapes, layers_of
@@ -90,32 +86,11 @@ def fold(model: nn.Module) -> Folded:
     kept: dict[torch.Tensor, torch.Tensor] = {}
     try:
         for name, layer in outermost(model).items():
-            base = base_module(layer)
-            if is_quantised(base):
-                raise AdapterError(
-                    f"{name} is quantised, and rounding the merged weight again would lose much of what was learned",
-                    hint="merge into the full-precision base model, or ask for dequantize",
-                )
-            check_not_offloaded(base, name)
-            tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
-            with torch.no_grad(), ready_to_merge(layer):
-                values = layer.folded(dict(tensors))
-            for tensor, value in values.items():
-                before = tensors[tensor]
-                merged = value.detach().to(before.dtype)
-                if isinstance(before, nn.Parameter):
-                    merged = nn.Parameter(merged, requires_grad=False)
-                if not torch.isfinite(merged).all():
-                    adapters = {each.adapter for each in (layer, *layers_below(layer)) if each.enabled}
-                    raise AdapterError(
-                        f"NaNs detected in the merged {'bias' if tensor.endswith('bias') else 'weights'}. The adapter "
-                        f"{' or '.join(sorted(adapters))} seems to be broken: {name}.{tensor} contains NaN or Inf"
-                    )
-                first = kept.setdefault(before, merged)
-                merged = first if torch.equal(first, merged) else merged  # shared and changed alike: still shared
-                owner, _, leaf = tensor.rpartition(".")
-                done.before.append((base.get_submodule(owner), leaf, before))
-                setattr(base.get_submodule(owner), leaf, merged)
+            for module, leaf, before, value in layer.folded_weights(name):
+                first = kept.setdefault(before, value)
+                merged = first if torch.equal(first, value) else value  # shared and changed alike: still shared
+                done.before.append((module, leaf, before))
+                setattr(module, leaf, merged)
     except AdapterError:
         done.undo()
         raise
@@ -139,31 +114,6 @@ def _keep_parameters(model: nn.Module, folded: Folded) -> None:
         if isinstance(before, nn.Parameter) and before not in shared:
             before.data = merged[before].data
             setattr(module, name, before.requires_grad_(False))
-
-
-@contextmanager
-def ready_to_merge(layer: AdapterLayer) -> Iterator[None]:
-    """Hold the adapters on one module in evaluation mode inside, and their tensors in float32 or wider.
-
-    Training leaves parts out at random, or adds noise, which must not stay in a merged weight. Merging a model that was
-    cast to half precision needs more digits, and operations that have no half precision.
-    """
-    base = base_module(layer)
-    foreign = {id(part) for part in (*base.modules(), *base.parameters(), *base.buffers())}
-    training = [module for module in layer.modules() if module.training and id(module) not in foreign]
-    own = [tensor for tensor in (*layer.parameters(), *layer.buffers()) if id(tensor) not in foreign]
-    narrow = [(tensor, tensor.data) for tensor in own if tensor.dtype in (torch.float16, torch.bfloat16)]
-    for module in training:
-        module.training = False
-    for tensor, value in narrow:
-        tensor.data = value.float()
-    try:
-        yield
-    finally:
-        for tensor, value in narrow:
-            tensor.data = value
-        for module in training:
-            module.training = True
 
 
 def _dequantise(model: nn.Module) -> dict[nn.Module, nn.Linear]:

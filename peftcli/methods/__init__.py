@@ -9,7 +9,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any, cast
 
-from peftcli.core import config_mixin
+from peftcli.core import config_classes
 from peftcli.core.config import AdapterConfig
 from peftcli.core.protocols import LAYERS
 
@@ -414,7 +414,7 @@ NOT_HERE: dict[str, str] = {
 """PEFT's methods that peftcli does not have: name in adapter_config.json -> why."""
 
 
-PeftType: Any = cast("Any", config_mixin.NameEnum)(
+PeftType: Any = cast("Any", config_classes.NameEnum)(
     "PeftType", {row.peft_type: row.peft_type for row in METHODS.values()}
 )
 """PEFT's names of the methods."""
@@ -427,8 +427,8 @@ TUNER_MODELS = {
 """PEFT's name of the class that holds a model with adapters of a method -> the method. Soft prompts have none."""
 
 LAYERS.update({row.peft_type: f"{__name__}.{row.layers}" for row in METHODS.values()})
-config_mixin.CONFIGS.update({PeftType[row.peft_type]: row.config_class for row in METHODS.values()})
-config_mixin.NOT_HERE.update(NOT_HERE)
+config_classes.CONFIGS.update({PeftType[row.peft_type]: row.config_class for row in METHODS.values()})
+config_classes.NOT_HERE.update(NOT_HERE)
 
 
 def config_from_dict(values: dict[str, Any], file: str | None = None) -> AdapterConfig:
@@ -437,4 +437,4 @@ def config_from_dict(values: dict[str, Any], file: str | None = None) -> Adapter
     Raises:
         AdapterError: no such method, or its settings cannot be read.
     """
-    return config_mixin.config_class(values, file).from_dict(values, file)
+    return config_classes.config_class(values, file).from_dict(values, file)

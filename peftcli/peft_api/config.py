@@ -5,8 +5,8 @@ from __future__ import annotations
 from enum import Enum
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.config_mixin import PeftConfigMixin as PeftConfigMixin
-from peftcli.core.config_mixin import TaskType as TaskType
+from peftcli.core.config_classes import TaskType as TaskType
+from peftcli.core.peft_names.config import PeftConfigMixin as PeftConfigMixin
 from peftcli.core.prompts.config import SoftPromptConfig
 from peftcli.errors import AdapterError
 from peftcli.methods import PeftType as PeftType

@@ -39,12 +39,12 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         TypeError: ``multiplier`` is not a number.
     """
     if not isinstance(multiplier, (int, float)):
-        raise TypeError(f"multiplier must be a number, not {type(multiplier).__name__}")
+        raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
     before = {
         layer: layer.scaling for layer in adapter_layers(model).values() if isinstance(layer, (LoraLayer, AdaLoraLayer))
     }
     if not before:
-        raise AdapterError("the model has no LoRA layers, and others have no scale")
+        raise AdapterError("scaling is only supported for models with `LoraLayer`s")
     for layer, scaling in before.items():
         layer.scaling = scaling * multiplier
     try:

@@ -76,6 +76,9 @@ NAMESPACES: dict[str, tuple[str, ...]] = {
 }
 """PEFT's module -> modules of peftcli that hold its names; a name is taken from the first that has it."""
 
+_PRIVATE = ("_get_submodules",)
+"""Private names that libraries take from PEFT's modules."""
+
 FILES = ("auto", "config", "functional", "helpers", "optimizers")
 """PEFT's modules that are files here."""
 
@@ -96,7 +99,7 @@ def add_namespaces() -> None:
 def _finder(path: str) -> Any:
     def find(name: str) -> Any:
         # inspect asks every module for __file__: no reason to import anything
-        for place in () if name.startswith("_") else NAMESPACES[path]:
+        for place in () if name.startswith("_") and name not in _PRIVATE else NAMESPACES[path]:
             module = importlib.import_module(f"peftcli.{place}")
             if _is_own(module, name):
                 return getattr(module, name)

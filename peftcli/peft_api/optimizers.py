@@ -80,7 +80,10 @@ def create_lorafa_optimizer(
     """
     for name, config in getattr(model, "peft_config", {}).items():
         if use_rslora not in (None, getattr(config, "use_rslora", False)):
-            raise AdapterError(f"is {not use_rslora} in the config of {name}", key="use_rslora")
+            raise AdapterError(
+                f"use_rslora={use_rslora} was passed to create_lorafa_optimizer; it is {not use_rslora} in the config "
+                f"of {name}"
+            )
     pairs = _pairs(model, "LoRA-FA")
     for pair in pairs:
         pair.a.requires_grad_(False)
@@ -106,7 +109,7 @@ def create_riemannian_optimizer(
         TypeError: ``optimizer_cls`` is no class of optimizers.
     """
     if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)):
-        raise TypeError(f"optimizer_cls must be a class of optimizers, not {optimizer_cls!r}")
+        raise TypeError(f"optimizer_cls must be a subclass of torch.optim.Optimizer, not {optimizer_cls!r}")
     closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise AdapterError(
@@ -116,7 +119,7 @@ def create_riemannian_optimizer(
 
     def prepare(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(value is not None for value in (*args[1:], *kwargs.values())):  # the first is the optimizer
-            raise AdapterError("a closure computes gradients anew; call backward() before step()", key="closure")
+            raise AdapterError("step() does not support closures, which compute gradients anew")
         precondition(pairs, reg)
 
     trained = [value for value in model.parameters() if value.requires_grad]

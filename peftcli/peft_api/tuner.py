@@ -176,24 +176,6 @@ class Tuner(nn.Module):
         self.check_known([adapter_name])
         keep(self.model, adapter_name, rank_pattern)
 
-    def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
-        """What VB-LoRA's vectors and mixtures take in the adapter's file, in numbers of 4 bytes, and the other weights.
-
-        Raises:
-            AdapterError: an unknown name.
-        """
-        self.check_known([adapter])
-        state = adapter_state(self.model, adapter)
-        own = {name: tensor.nbytes for name, tensor in state.items() if "vblora_" in name}
-        return sum(own.values()) // 4, sum(tensor.numel() for name, tensor in state.items() if name not in own)
-
-    def print_savable_parameters(self) -> None:
-        """Print the first of both counts, and their sum."""
-        own, others = self.get_nb_savable_parameters()
-        print(
-            f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + others:,d}"
-        )
-
     def _get_kasa_loss(self, adapter_names: str | Sequence[str] | None = None) -> torch.Tensor | float:
         """The penalty of KaSA, to be added to the loss; of these adapters, or of the active ones."""
         found = kasa_penalty(self.model, self._named(adapter_names))
@@ -203,6 +185,23 @@ class Tuner(nn.Module):
         """The penalty of MonteCLoRA, to be added to the loss; of these adapters, or of the active ones."""
         found = monteclora_penalty(self.model, self._named(adapter_names)) if self.training else None
         return 0.0 if found is None else found
+
+    def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
+        """Return how many numbers of VB-LoRA an adapter's file holds, and how many others train.
+
+        An index counts as its share of the four bytes of a float.
+        """
+        saved = [value for name, value in adapter_state(self.model, adapter).items() if "vblora_" in name]
+        own = sum(value.numel() * (1 if value.is_floating_point() else value.element_size() / 4) for value in saved)
+        trained = [value for name, value in self.named_parameters() if value.requires_grad and "vblora_" not in name]
+        return int(own), sum(value.numel() for value in trained)
+
+    def print_savable_parameters(self) -> None:
+        """Print ``get_nb_savable_parameters``."""
+        own, others = self.get_nb_savable_parameters()
+        print(
+            f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + others:,d}"
+        )
 
     def _named(self, names: str | Sequence[str] | None) -> list[str]:
         return [names] if isinstance(names, str) else list(self.active_adapters if names is None else names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,53 +89,32 @@ def _explainable() -> dict[str, Explanation]:
                 out |= _explain_nested(f"{name}.{child}", inner, name)
         else:
             out[name] = _explain_setting(name, entry)
-    types = tuple(METHODS)
-    out["method"] = dataclasses.replace(
-        out["method"],
-        kind="section",
-        default=None,
-        type=None,
-        settings=tuple(("type", name, row.summary) for name, row in METHODS.items()),
-    )
-    out["method.type"] = Explanation(
-        "method.type",
-        "setting",
-        "The method; see `peftcli info methods`.",
-        "a string",
-        "(required)",
-        types,
-        f"method:\n  type: {types[0]}",
-    )
-    out["task"] = dataclasses.replace(
-        out["task"],
-        kind="section",
-        type=None,
-        allowed=tuple(TASKS),
-        example=f"task: {next(iter(TASKS))}",
-        settings=tuple(("type", name, row.summary) for name, row in TASKS.items()),
-    )
-    out["task.type"] = Explanation(
-        "task.type",
-        "setting",
-        "The task; see `peftcli info tasks`.",
-        "a string",
-        "(required)",
-        tuple(TASKS),
-        f"task:\n  type: {next(iter(TASKS))}",
-    )
+    _explain_type(out, "method", METHODS, default=None)
+    _explain_type(out, "task", TASKS, allowed=tuple(TASKS), example=f"task: {next(iter(TASKS))}")
     for name, row in METHODS.items():
-        children = method_settings(name)
-        out[name] = Explanation(name, "method", row.summary, settings=_rows(children), link=row.paper)
-        for child, entry in children.items():
-            for key, found in _explain_own_setting("method", name, child, entry).items():
-                out.setdefault(key, found)
+        known = method_settings(name)
+        out[name] = Explanation(name, "method", row.summary, settings=_rows(known), link=row.paper)
+        _explain_own(out, "method", name, known)
     for name, task in TASKS.items():
-        children = task_settings(name)
-        out[name] = Explanation(name, "task", task.summary, example=f"task: {name}", settings=_rows(children))
-        for child, entry in children.items():
-            for key, found in _explain_own_setting("task", name, child, entry).items():
-                out.setdefault(key, found)
+        known = task_settings(name)
+        out[name] = Explanation(name, "task", task.summary, example=f"task: {name}", settings=_rows(known))
+        _explain_own(out, "task", name, known)
     return out
+
+
+def _explain_type(out: dict[str, Explanation], name: str, table: Mapping[str, Any], **own: Any) -> None:
+    """Explain the section ``method`` or ``task``, and its ``type``, which names a row of the table."""
+    rows = tuple(("type", each, row.summary) for each, row in table.items())
+    out[name] = dataclasses.replace(out[name], kind="section", type=None, settings=rows, **own)
+    told, example = f"The {name}; see `peftcli info {name}s`.", f"{name}:\n  type: {next(iter(table))}"
+    kind = f"{name}.type"
+    out[kind] = Explanation(kind, "setting", told, "a string", "(required)", tuple(table), example)
+
+
+def _explain_own(out: dict[str, Explanation], section: str, name: str, known: Mapping[str, Setting]) -> None:
+    for child, entry in known.items():
+        for key, found in _explain_own_setting(section, name, child, entry).items():
+            out.setdefault(key, found)
 
 
 def _explain_own_setting(section: str, kind: str, name: str, entry: Setting) -> dict[str, Explanation]:

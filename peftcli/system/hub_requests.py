@@ -84,6 +84,25 @@ def clean_line(text: str) -> str:
     return "".join(char if char.isprintable() else " " for char in redact(text))
 
 
+@contextlib.contextmanager
+def _checked(blobs: Path, before: set[Path]) -> Iterator[None]:
+    """Remove the files whose hash is wrong among those downloaded inside: a later attempt or command would use them.
+
+    Raises:
+        RetryableError: there are such files.
+    """
+    damaged: list[Path] = []
+    try:
+        yield
+    finally:
+        for blob in _complete_blobs(blobs) - before:
+            if not _matches_hash(blob):
+                blob.unlink(missing_ok=True)
+                damaged.append(blob)
+    if damaged:
+        raise RetryableError("the hash of a downloaded file differs from the hub's")
+
+
 def download_files(
     repo_id: str,
     patterns: Sequence[str],
@@ -130,17 +149,8 @@ def download_files(
         )
 
     def fetch() -> Path:
-        damaged: list[Path] = []
-        try:
-            folder = download()
-        finally:  # otherwise a later attempt or command would use a damaged file
-            for blob in _complete_blobs(blobs) - before:
-                if not _matches_hash(blob):
-                    blob.unlink(missing_ok=True)
-                    damaged.append(blob)
-        if damaged:
-            raise RetryableError("the hash of a downloaded file differs from the hub's")
-        return folder
+        with _checked(blobs, before):
+            return download()
 
     if options.get("local_files_only"):
         try:

@@ -95,16 +95,10 @@ def load_data(
         task = row_of(recipe).open(task.scan(map(_table, dataset.sources())), task.base)
     assert recipe.task is not None
     key = encoding(recipe.task["type"], task)
+    stop = not keep_bad_rows and dataset.on_bad_row == "error"
 
     def store_of(source: Source) -> Store:
-        return prepare(
-            source,
-            task,
-            key,
-            stop_at_bad=not keep_bad_rows and dataset.on_bad_row == "error",
-            on_rows=on_rows,
-            on_note=on_note,
-        )
+        return prepare(source, task, key, stop_at_bad=stop, on_rows=on_rows, on_note=on_note)
 
     from_eval = eval_source(dataset)
     if only_eval and from_eval is None and dataset.eval_fraction is None:
@@ -115,16 +109,12 @@ def load_data(
         parts, held = _split(parts, dataset.eval_fraction, recipe.training.seed)
     train, evaluation = View([] if only_eval else parts), View(held) if held else None
     report = _report(train, evaluation, task, dataset.packing)
-    skip = dataset.on_bad_row == "skip"
-    records = [Records(train.parts)] if train.parts else []
-    if evaluation is not None:
-        records.append(Records(evaluation.parts, "eval"))
-    findings = worst_first(
-        [each for some in records for each in find_in_records(some, task.record_findings, skip_bad_rows=skip)]
-    )
-    report["findings"] = [{**each.as_dict(), "split": each.split} for each in findings]
-    report["unit"] = task.unit
-    report["content"] = [part.store.content for part in (*parts, *held)]
+    findings = _findings(train, evaluation, task, skip_bad_rows=dataset.on_bad_row == "skip")
+    report |= {
+        "findings": [{**each.as_dict(), "split": each.split} for each in findings],
+        "unit": task.unit,
+        "content": [part.store.content for part in (*parts, *held)],
+    }
     return Data(task, train, evaluation, report, findings, notes)
 
 
@@ -216,6 +206,14 @@ def _table(source: Source) -> tuple[Table, Iterator[Row]]:
     first = list(islice(rows, _FIRST))
     columns = tuple(dict.fromkeys(name for row in first for name in row.values))
     return Table(source, opened.name, columns, opened.class_names), chain(first, rows)
+
+
+def _findings(train: View, evaluation: View | None, task: Task[Any], *, skip_bad_rows: bool) -> list[Finding]:
+    records = [Records(train.parts)] if train.parts else []
+    if evaluation is not None:
+        records.append(Records(evaluation.parts, "eval"))
+    found = [find_in_records(some, task.record_findings, skip_bad_rows=skip_bad_rows) for some in records]
+    return worst_first([each for some in found for each in some])
 
 
 def _split(parts: Sequence[Part], fraction: float, seed: int) -> tuple[list[Part], list[Part]]:

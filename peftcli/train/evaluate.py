@@ -16,6 +16,20 @@ from peftcli.tasks.base import Task
 
 
 @torch.no_grad()
+def _batches(
+    examples: View, batch_size: int, accelerator: Accelerator
+) -> tuple[list[list[int]], list[list[int] | None]]:
+    """Return this process's batches, of rows of like sizes, and what it does in each round of all processes.
+
+    A process without a batch counts one example zero times.
+    """
+    order = np.argsort(examples.sizes, kind="stable").tolist()
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    rounds = -(-len(batches) // accelerator.num_processes)
+    return mine, [*(mine or [order[:1]]), *[None] * (rounds - max(len(mine), 1))]
+
+
 def evaluate(
     model: nn.Module,
     task: Task[Any],
@@ -41,22 +55,18 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    order = np.argsort(examples.sizes, kind="stable").tolist()
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     sums: dict[str, torch.Tensor] = {}
     outputs: list[tuple[int, Any]] = []
     inner = accelerator.unwrap_model(model)  # no gradients to synchronise, and the processes' batch counts may differ
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
-    rounds = -(-len(batches) // accelerator.num_processes)
-    # a process without a batch counts one example zero times
-    for indices in [*(mine or [order[:1]]), *[None] * (rounds - max(len(mine), 1))]:
+    mine, rounds = _batches(examples, batch_size, accelerator)
+    for indices in rounds:
         if stopping():
             model.train(was_training)
             return None
         if indices is None:
             continue
-        batch = task.collate([examples[index] for index in indices], training=False)
-        batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+        collated = task.collate([examples[index] for index in indices], training=False)
+        batch = {name: value.to(accelerator.device) for name, value in collated.items()}
         with accelerator.autocast():
             loss = task.loss(inner, batch)
         for name, value in loss.sums.items():
@@ -66,10 +76,9 @@ def evaluate(
             outputs += zip(indices, loss.outputs, strict=True)
     model.train(was_training)
     reduced = _reduce(sums, accelerator)
-    if accelerator.num_processes > 1:
-        outputs = gather_object(outputs)
-    in_order = [output for _, output in sorted(outputs, key=lambda each: each[0])]
-    metrics = task.metrics(reduced, in_order, int(examples.targets.sum()))
+    outputs = gather_object(outputs) if accelerator.num_processes > 1 else outputs
+    outputs.sort(key=lambda each: each[0])
+    metrics = task.metrics(reduced, [output for _, output in outputs], int(examples.targets.sum()))
     return {f"eval_{name}": float(value) for name, value in metrics.items()}
 
 

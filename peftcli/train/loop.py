@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -70,32 +70,22 @@ def fit(
     """
     limit = plan.training.max_grad_norm or math.inf
     one_row = plan.packs and takes_one_row(accelerator.unwrap_model(prepared.model))
+
+    def read(rows: MicroBatch) -> list[Example]:
+        return _rows(task, examples, rows, one_row) if plan.packs else [examples[at] for (at,) in rows]
+
     for step in range(start, plan.total_steps):
         prepared.model.train()
         batch = plan.global_batch(step)
         num_targets = int(examples.targets[batch].sum())
-        micro_batches = plan.micro_batches(step, accelerator.process_index)
-        total = torch.zeros((), dtype=torch.float32, device=accelerator.device)
-        for number, rows in enumerate(micro_batches, 1):
-            parts = []
-            if rows:  # the others may have more
-                joined = _rows(task, examples, rows, one_row) if plan.packs else [examples[at] for (at,) in rows]
-                loss = _micro_batch_loss(prepared.model, task, joined, accelerator)
-                parts.append(loss * (1 / num_targets))
-                total += loss.detach()
-            if number == len(micro_batches) and (added := penalty(prepared.model, prepared.config)) is not None:
-                parts.append(added / accelerator.num_processes)
-            if parts:
-                accelerator.backward(sum(parts))
+        mine = plan.micro_batches(step, accelerator.process_index)
+        total = _backward(prepared, task, mine, read, num_targets, accelerator)
         _sum_gradients(prepared.parameters, accelerator)
         loss_sum = float(accelerator.reduce(total, reduction="sum"))
         grad_norm = float(accelerator.clip_grad_norm_(prepared.parameters, limit))
         if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
             what = "loss" if not math.isfinite(loss_sum) else "gradient norm"
-            raise Diverged(
-                f"the {what} of step {step + 1} is not finite",
-                hint=LESS_LEARNING,
-            )
+            raise Diverged(f"the {what} of step {step + 1} is not finite", hint=LESS_LEARNING)
         learning_rate = float(prepared.schedule.get_last_lr()[0])
         prepared.optimizer.step()
         prepared.schedule.step()
@@ -103,6 +93,29 @@ def fit(
         prepared.optimizer.zero_grad(set_to_none=True)
         num_tokens = int(plan.sizes[batch].sum())
         yield StepResult(step + 1, loss_sum / num_targets, grad_norm, learning_rate, num_targets, num_tokens)
+
+
+def _backward(
+    prepared: PreparedModel,
+    task: Task[Any],
+    micro_batches: Sequence[MicroBatch],
+    read: Callable[[MicroBatch], list[Example]],
+    num_targets: int,
+    accelerator: Accelerator,
+) -> torch.Tensor:
+    """Compute the gradients of a global batch's part in this process, and return its summed loss."""
+    total = torch.zeros((), dtype=torch.float32, device=accelerator.device)
+    for number, rows in enumerate(micro_batches, 1):
+        parts = []
+        if rows:  # the others may have more
+            loss = _micro_batch_loss(prepared.model, task, read(rows), accelerator)
+            parts.append(loss * (1 / num_targets))
+            total += loss.detach()
+        if number == len(micro_batches) and (added := penalty(prepared.model, prepared.config)) is not None:
+            parts.append(added / accelerator.num_processes)
+        if parts:
+            accelerator.backward(sum(parts))
+    return total
 
 
 def _sum_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:

@@ -79,11 +79,14 @@ def test_a_new_adapter_is_counted_right(method: str, kind: str) -> None:
 @pytest.mark.grid(each="method")
 def test_disabled_is_the_base_model_exactly(method: str, kind: str) -> None:
     model, _ = _adapted(kind, method)
+    if method == "adaption_prompt":  # the tiny BERT's weights let little of it through
+        for _, _, value in named_tensors(model).values():
+            value.data.mul_(10)
     expected = logits(tiny(kind), batch(kind))
     with disabled(model):
         assert torch.equal(logits(model, batch(kind)), expected)
     changed = logits(model, batch(kind))[..., -expected.shape[-1] :]
-    assert changed.shape != expected.shape or not torch.allclose(changed, expected, atol=1e-4)
+    assert changed.shape != expected.shape or not torch.allclose(changed, expected, atol=1e-3)
 
 
 def test_disabled_comes_back_after_an_error_and_keeps_what_was_off(method: str) -> None:

@@ -83,10 +83,14 @@ def test_what_has_no_a_and_b_of_its_own_is_an_error() -> None:
         lambda: peftcli.create_lorafa_optimizer(other, lr=1): "LoRA-FA needs lora_A",
         lambda: peftcli.create_riemannian_optimizer(other, _ADAM, lr=1): "Riemannian preconditioning needs lora_A",
         lambda: peftcli.create_riemannian_optimizer(model, torch.optim.LBFGS, lr=1): "LBFGS requires a closure",
-        lambda: peftcli.create_riemannian_optimizer(model, _ADAM, lr=1).step(lambda: 1.0): "closure computes gradients",
-        lambda: peftcli.create_lorafa_optimizer(model, lr=1, use_rslora=True): "use_rslora: is False in the config",
+        lambda: peftcli.create_riemannian_optimizer(model, _ADAM, lr=1).step(
+            lambda: 1.0
+        ): "step\\(\\) does not support closures",
+        lambda: peftcli.create_lorafa_optimizer(
+            model, lr=1, use_rslora=True
+        ): "use_rslora=True was passed to create_lorafa_optimizer; it is False",
     }.items():
         with pytest.raises(AdapterError, match=problem):
             make()
-    with pytest.raises(TypeError, match="class of optimizers"):
+    with pytest.raises(TypeError, match="subclass of torch.optim.Optimizer"):
         peftcli.create_riemannian_optimizer(model, dict, lr=1)

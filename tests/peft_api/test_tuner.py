@@ -126,6 +126,30 @@ def test_each_layer_says_its_sizes_as_in_peft() -> None:
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.parametrize("top", [False, True])
+def test_the_saved_numbers_of_vblora_are_pefts(top: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for lib in (peftcli.peft_api, peft):
+        config = lib.VBLoRAConfig(target_modules=["q_proj"], num_vectors=9, vector_length=4, save_only_topk_weights=top)
+        lib.get_peft_model(tiny("llama"), config).print_savable_parameters()
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
+def test_a_module_that_trains_in_full_gives_its_copies_as_in_peft() -> None:
+    for lib in (peftcli.peft_api, peft):
+        config = lib.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+        model = lib.get_peft_model(tiny("llama"), config)
+        model.add_adapter("other", lib.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+        head, projection = model.lm_head, model.model.model.layers[0].self_attn.q_proj
+        assert isinstance(head, lib.utils.AuxiliaryTrainingWrapper)
+        assert not isinstance(projection, lib.utils.AuxiliaryTrainingWrapper)
+        assert sorted(head.modules_to_save) == ["default", "other"]
+        assert head.modules_to_save["default"].weight.requires_grad
+        assert not head.original_module.weight.requires_grad
+        assert torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
+
+
 def test_a_merged_adapter_is_not_deleted(two: PeftModel) -> None:
     model = copy.deepcopy(two)
     model.merge_adapter()
@@ -175,26 +199,6 @@ def test_the_prefix_is_that_of_the_methods_own_weights() -> None:
         assert lib.get_peft_model(tiny("llama"), lib.OSFConfig(target_modules=["q_proj"])).prefix == "osf_"
         rows = lib.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1])
         assert lib.get_peft_model(tiny("llama"), rows).prefix == "lora_"
-
-
-@pytest.mark.parametrize("topk_only", [True, False])
-def test_what_the_file_of_a_vblora_adapter_will_take(topk_only: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    counts, printed = [], []
-    for lib in (peftcli.peft_api, peft):
-        config: Any = lib.VBLoRAConfig(
-            task_type="SEQ_CLS",
-            r=4,
-            num_vectors=9,
-            vector_length=8,
-            save_only_topk_weights=topk_only,
-            target_modules=["query"],
-        )
-        model = lib.get_peft_model(tiny("bert"), config)
-        counts.append(model.get_nb_savable_parameters())
-        model.print_savable_parameters()
-        printed.append(capsys.readouterr().out)
-    assert counts[0] == counts[1]
-    assert printed[0] == printed[1]
 
 
 def test_an_adalora_adapter_keeps_the_directions_of_a_pattern() -> None:

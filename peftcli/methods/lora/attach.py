@@ -93,10 +93,10 @@ def _tie(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) 
             else:
                 new[at[name]] = TiedHead(at[name], name, config, source, group[0])
     elif not config.inference_mode and not (group and config.trainable_token_indices):
-        reason = "no tied modules are added by target_modules or modules_to_save"
+        reason = "changes nothing: no tied modules are added by target_modules or modules_to_save"
         if not group:
-            reason = "no tied modules were found in the model"
-        warnings.warn(f"ensure_weight_tying changes nothing: {reason}", PeftWarning, stacklevel=3)
+            reason = "but the model does not have tied weights: no tied modules were found in the model"
+        warnings.warn(f"ensure_weight_tying=True {reason}", PeftWarning, stacklevel=3)
     replace_modules(model, {module: layer.train(module.training) for module, layer in new.items()})
 
 

@@ -15,9 +15,9 @@ from peftcli.core.layer import (
     base_name,
     layers_below,
     path_in_file,
+    ready_to_merge,
 )
 from peftcli.core.linear import dense_weight, linear_view
-from peftcli.core.merge import ready_to_merge
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError, AdapterTypeError
 from peftcli.methods.lora.config import LoraConfig
@@ -59,7 +59,7 @@ def as_lora(
         prefix = f"{LoraConfig.file_prefix}{place}.lora_"
         tensors |= {f"{prefix}A.weight": a, f"{prefix}B.weight": b}
     if not found:
-        raise AdapterTypeError(f"the model has no layers of an adapter called {adapter!r} that could be LoRA")
+        raise AdapterTypeError(f"Could not detect any layer that supports LoRA conversion in the adapter {adapter!r}")
     return _config(config, found, r), tensors
 
 

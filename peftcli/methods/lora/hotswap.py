@@ -111,17 +111,12 @@ def swap(
         if not isinstance(layer, LoraLayer) or name not in tensors:
             wrong += [] if tensor in (*_R, "lora_B.bias") else [f"not of LoRA, and other: {name}"]
             continue
-        value, shape = tensors[name].to(place.device, place.dtype), list(place.shape)
+        value = tensors[name].to(place.device, place.dtype)
         if tensor in _SCALED:
             value = value * (_scaling(new, names[layer]) / layer.scaling)
-        if tensor in _R:
-            groups, dimension = _groups(layer), _R[tensor]
-            shape[dimension] = (r or layer.r) // (groups if dimension else 1)
-            if value.ndim == len(shape) and value.shape[dimension] < shape[dimension]:
-                value = _padded(value, dimension, r or layer.r, groups)
-        if list(value.shape) != shape:
+        values[name], shape = _filled_up(value, tensor, list(place.shape), layer, r or layer.r)
+        if list(values[name].shape) != shape:
             wrong.append(f"shape: {name} is {tuple(tensors[name].shape)}, the model has {tuple(place.shape)}")
-        values[name] = value
     if wrong:
         raise AdapterError("\n  ".join(["the adapter cannot take the place of this one:", *wrong[:8]]))
     if r:
@@ -142,6 +137,18 @@ def _groups(layer: LoraLayer) -> int:
 def _scaling(config: LoraConfig, name: str) -> float:
     r = pattern_value(config.rank_pattern, name, config.r)
     return pattern_value(config.alpha_pattern, name, config.lora_alpha) / (math.sqrt(r) if config.use_rslora else r)
+
+
+def _filled_up(
+    value: torch.Tensor, tensor: str, shape: list[int], layer: LoraLayer, r: int
+) -> tuple[torch.Tensor, list[int]]:
+    """Return the value of a layer's tensor with zeros up to size r, and the shape that it must have then."""
+    if tensor in _R:
+        groups, dimension = _groups(layer), _R[tensor]
+        shape[dimension] = r // (groups if dimension else 1)
+        if value.ndim == len(shape) and value.shape[dimension] < shape[dimension]:
+            value = _padded(value, dimension, r, groups)
+    return value, shape
 
 
 def _padded(value: torch.Tensor, dimension: int, r: int, groups: int) -> torch.Tensor:

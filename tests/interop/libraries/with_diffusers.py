@@ -79,6 +79,55 @@ torch.testing.assert_close(output(pipe.unet, cross_attention_kwargs={"scale": 0.
 torch.testing.assert_close(output(pipe.unet), adapted)
 pipe.load_lora_weights(folder, adapter_name="first", hotswap=True)
 torch.testing.assert_close(output(pipe.unet), adapted)
-for name in ("second", "first"):
-    delete_adapter(pipe.unet, name)
+
+# merged, by name and by turns, and back
+pipe.fuse_lora(components=["unet"], lora_scale=0.5, adapter_names=["first"])
+assert pipe.fused_loras == {"first"}
+half = output(pipe.unet)
+assert not torch.allclose(half, adapted)
+assert not torch.allclose(half, base)
+pipe.unet.disable_adapters()
+torch.testing.assert_close(output(pipe.unet), base, rtol=0, atol=0)
+pipe.unet.enable_adapters()
+torch.testing.assert_close(output(pipe.unet), half)
+pipe.set_adapters(["first", "second"], [0.5, 0.5])
+pipe.fuse_lora(components=["unet"])
+assert pipe.fused_loras == {"first", "second"}
+torch.testing.assert_close(output(pipe.unet), adapted)
+pipe.set_adapters("second")
+torch.testing.assert_close(output(pipe.unet), adapted)  # what is merged stays
+pipe.unfuse_lora(components=["unet"])
+pipe.disable_lora()
+torch.testing.assert_close(output(pipe.unet), base, rtol=0, atol=0)
+pipe.enable_lora()
+
+# deleted: the one that is left becomes active
+pipe.set_adapters(["first", "second"])  # at full weight again
+pipe.set_adapters("second")
+pipe.delete_adapters("second")
+assert pipe.get_list_adapters() == {"unet": ["first"]}
+assert pipe.get_active_adapters() == ["first"]
+torch.testing.assert_close(output(pipe.unet), adapted)
+pipe.load_lora_weights(folder, adapter_name="second")
+pipe.set_adapters("first")
+pipe.delete_adapters("first")
+assert pipe.get_active_adapters() == ["second"]
+torch.testing.assert_close(output(pipe.unet), adapted)
+pipe.load_lora_weights(folder, adapter_name="first")
+pipe.set_adapters(["first", "second"], [0.25, 0.75])
+torch.testing.assert_close(output(pipe.unet), adapted)
+pipe.delete_adapters(["first", "second"])
 torch.testing.assert_close(output(pipe.unet), base)
+pipe.load_lora_weights(folder, adapter_name="first")
+delete_adapter(pipe.unet, "first")
+assert {name for name, _ in pipe.unet.named_modules()} == {name for name, _ in new_unet().named_modules()}
+
+# unloaded: nothing is left of it, but for what is merged
+pipe.load_lora_weights(folder, adapter_name="first")
+pipe.unload_lora_weights()
+torch.testing.assert_close(output(pipe.unet), base, rtol=0, atol=0)
+pipe.load_lora_weights(folder, adapter_name="first")
+pipe.fuse_lora(components=["unet"])
+pipe.unload_lora_weights()
+torch.testing.assert_close(output(pipe.unet), adapted)
+assert {name for name, _ in pipe.unet.named_modules()} == {name for name, _ in new_unet().named_modules()}

@@ -5,50 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
+from peftcli.core.config_classes import config_class, plain
 from peftcli.errors import AdapterError, AdapterTypeError, HubError, NetworkError
 from peftcli.guard.adapter_folder import CONFIG_FILE, read_config
-from peftcli.guard.files import short_repr
 from peftcli.system.disk import write_file
 from peftcli.system.hub_requests import download_files, is_repo_id
 
-BOOKKEEPING = {"recipe": False}
-"""Metadata of the fields that describe the file, not the method: a recipe's ``method`` does not take them."""
 
-CONFIGS: dict[str, Callable[[], Any]] = {}
-"""PEFT's name of a method, a ``PeftType`` -> how to import its config class. ``peftcli.methods`` fills it."""
-NOT_HERE: dict[str, str] = {}
-"""PEFT's methods that peftcli does not have: name in adapter_config.json -> why. ``peftcli.methods`` fills it."""
-
-
-class NameEnum(str, Enum):
-    """A text with a ``value``, and shown as that."""
-
-    __str__ = str.__str__
-
-
-class TaskType(NameEnum):
-    """PEFT's names of the tasks."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-
-
-@dataclass(kw_only=True)
 class PeftConfigMixin:
-    """The keys that say who wrote a config, and PEFT's methods of reading and writing one."""
+    """PEFT's ways of reading and writing a config."""
 
-    readable_by: ClassVar[str] = "0.13.0"
-    """The oldest version of PEFT that reads what is written here."""
     is_prompt_learning: ClassVar[bool] = False
     """Whether the method trains virtual tokens."""
     is_adaption_prompt: ClassVar[bool] = False
@@ -56,14 +25,7 @@ class PeftConfigMixin:
     unknown_to_peft: ClassVar[tuple[str, ...]] = ()
     """Keys that PEFT does not know for the method, and warns of: written where they are set."""
 
-    peft_type: str = field(default="", metadata=BOOKKEEPING)
-    """PEFT's name of the method, upper case; a ``PeftType`` in a config. The class says it, whatever is given."""
-    auto_mapping: dict[str, str] | None = field(default=None, metadata=BOOKKEEPING, compare=False)
-    """PEFT's note of the base model's class, where task_type does not say it."""
-    peft_version: str | None = field(default=None, metadata=BOOKKEEPING, compare=False)
-    """The version of PEFT that wrote the file that the config was read from. Unset: ``readable_by``."""
-
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self: Any) -> dict[str, Any]:
         """Return all settings as they are, under the keys of ``adapter_config.json``."""
         kept = {entry.name for entry in dataclasses.fields(self) if entry.metadata.get("file", True)}
         kept -= {key for key in self.unknown_to_peft if getattr(self, key) is None}
@@ -125,7 +87,7 @@ class PeftConfigMixin:
         return values
 
     @classmethod
-    def from_peft_type(cls, **values: Any) -> Any:
+    def from_peft_type(cls: Any, **values: Any) -> Any:
         """Return the config of the method that ``peft_type`` names, or of this class, with these settings.
 
         Sets and PEFT's enums are taken, as ``to_dict`` gives them. Warns of keys that the method does not have.
@@ -133,7 +95,7 @@ class PeftConfigMixin:
         Raises:
             AdapterError: there is no such method, or a value is wrong.
         """
-        kind: Any = cls if cls.peft_type and "peft_type" not in values else config_class(values)
+        kind = cls if cls.peft_type and "peft_type" not in values else config_class(values)
         return kind.from_dict({name: plain(value) for name, value in values.items()}, unknown_keys="warn")
 
 
@@ -146,25 +108,3 @@ def _from_hub(name: str, inside: str, revision: str | None, options: dict[str, A
         return download_files(name, [Path(inside, CONFIG_FILE).as_posix()], revision, what=what, **options)
     except (HubError, NetworkError) as error:  # a ValueError, as PEFT's: so code for it sees that this is no adapter
         raise AdapterError(error.message, hint=error.hint) from error
-
-
-def plain(value: Any) -> Any:
-    """Return a setting as JSON has it: the value of an enum, the sorted list of a set."""
-    value = value.value if isinstance(value, Enum) else value
-    return sorted(value) if isinstance(value, (set, frozenset)) else value
-
-
-def config_class(values: dict[str, Any], file: str | None = None) -> Any:
-    """Return the config class of the method that an ``adapter_config.json`` object names.
-
-    Raises:
-        AdapterError: there is no such method.
-    """
-    name = values.get("peft_type")
-    if isinstance(name, str) and name in CONFIGS:
-        return CONFIGS[name]()
-    if isinstance(name, str) and name in NOT_HERE:
-        raise AdapterError(f"{name} is not supported: {NOT_HERE[name]}", key="peft_type", file=file)
-    said = "no method is named" if name is None else f"no method is called {short_repr(name)}"
-    kind = AdapterTypeError if name is None else AdapterError
-    raise kind(f"{said}; known: {', '.join(CONFIGS)}", key="peft_type", file=file)

@@ -1,0 +1,54 @@
+"""PEFT's names of methods and tasks, and the config class of each method. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
+
+from peftcli.errors import AdapterError, AdapterTypeError
+from peftcli.guard.files import short_repr
+
+CONFIGS: dict[str, Callable[[], Any]] = {}
+"""PEFT's name of a method, a ``PeftType`` -> how to import its config class. ``peftcli.methods`` fills it."""
+NOT_HERE: dict[str, str] = {}
+"""PEFT's methods that peftcli does not have: name in adapter_config.json -> why. ``peftcli.methods`` fills it."""
+
+
+class NameEnum(str, Enum):
+    """A text with a ``value``, and shown as that."""
+
+    __str__ = str.__str__
+
+
+class TaskType(NameEnum):
+    """PEFT's names of the tasks."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+def config_class(values: dict[str, Any], file: str | None = None) -> Any:
+    """Return the config class of the method that an ``adapter_config.json`` object names.
+
+    Raises:
+        AdapterError: there is no such method.
+    """
+    name = values.get("peft_type")
+    if isinstance(name, str) and name in CONFIGS:
+        return CONFIGS[name]()
+    if isinstance(name, str) and name in NOT_HERE:
+        raise AdapterError(f"{name} is not supported: {NOT_HERE[name]}", key="peft_type", file=file)
+    said = "no method is named" if name is None else f"no method is called {short_repr(name)}"
+    kind = AdapterTypeError if name is None else AdapterError
+    raise kind(f"{said}; known: {', '.join(CONFIGS)}", key="peft_type", file=file)
+
+
+def plain(value: Any) -> Any:
+    """Return a setting as JSON has it: the value of an enum, the sorted list of a set."""
+    value = value.value if isinstance(value, Enum) else value
+    return sorted(value) if isinstance(value, (set, frozenset)) else value
