@@ -271,15 +271,19 @@ class LayeredConfig(TargetedConfig):
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             found.append(("layers_to_transform", "needs target_modules as a list of names"))
         try:
-            check_patterns([self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or [])
+            check_patterns(as_list(self.layers_pattern))
         except PatternError as error:
             found.append(("layers_pattern", str(error)))
         if self.layers_pattern and self.layers_to_transform is None:
             found.append(("layers_pattern", "means nothing without layers_to_transform"))
-        layers = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
-        if any(index < 0 for index in layers or ()):
+        if any(index < 0 for index in as_list(self.layers_to_transform)):
             found.append(("layers_to_transform", "indices count from 0"))
         return found
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return the entries of a setting that is one, a list of them, or None."""
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 @dataclass(kw_only=True)

@@ -42,7 +42,9 @@ def merge(model: nn.Module, *configs: AdapterConfig, dequantise: bool = False) -
         if reason := config.merge_problem():
             raise AdapterError(reason)
     tied = _tied(model)
-    dense = _dequantise(model) if dequantise else {}
+    quantised = [module for module in model.modules() if is_quantised(module)] if dequantise else []
+    dense = {module: dense_layer(module, plain_dtype(model)) for module in quantised}
+    replace_modules(model, dense)
     try:
         folded = fold(model)
     except AdapterError:
@@ -114,14 +116,6 @@ def _keep_parameters(model: nn.Module, folded: Folded) -> None:
         if isinstance(before, nn.Parameter) and before not in shared:
             before.data = merged[before].data
             setattr(module, name, before.requires_grad_(False))
-
-
-def _dequantise(model: nn.Module) -> dict[nn.Module, nn.Linear]:
-    """Replace quantised layers by ordinary ones, and return them: old -> new."""
-    dtype = plain_dtype(model)
-    dense = {module: dense_layer(module, dtype) for module in model.modules() if is_quantised(module)}
-    replace_modules(model, dense)
-    return dense
 
 
 def outermost(model: nn.Module) -> dict[str, AdapterLayer]:

@@ -79,13 +79,8 @@ def as_before_quantising(layer: nn.Linear, quantised: Any) -> nn.Module:
 def num_weights(model: nn.Module) -> int:
     """Return how many weights the model has, however they are packed."""
     packed: list[Any] = [module for module in model.modules() if is_packed(module)]
-    return sum(map(num_values, model.parameters())) + sum(m.in_features * m.out_features for m in packed)
-
-
-def num_values(parameter: torch.Tensor) -> int:
-    """Return how many weights a parameter stores."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else math.prod(state.shape)
+    shapes = [getattr(getattr(each, "quant_state", None), "shape", each.shape) for each in model.parameters()]
+    return sum(map(math.prod, shapes)) + sum(each.in_features * each.out_features for each in packed)
 
 
 def keep_layout(model: nn.Module) -> None:

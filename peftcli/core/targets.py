@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from peftcli.core.config import AdapterConfig, ExcludingConfig, LayeredConfig, TargetedConfig
+from peftcli.core.config import AdapterConfig, ExcludingConfig, LayeredConfig, TargetedConfig, as_list
 from peftcli.core.layer import base_modules, base_paths, model_ends
 from peftcli.core.linear import linear_view
 from peftcli.core.protocols import FindsTargets, layers_of
@@ -176,10 +176,8 @@ def _without_mamba(model: Any, names: list[str], config: TargetedConfig) -> list
 
 
 def _in_layers(names: list[str], config: LayeredConfig) -> list[str]:
-    layers = config.layers_to_transform
-    wanted = {layers} if isinstance(layers, int) else set(layers or ())
-    lists = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    ranks = {entry: rank for rank, entry in reversed(list(enumerate(lists or ())))}
+    wanted, lists = set(as_list(config.layers_to_transform)), as_list(config.layers_pattern)
+    ranks = {entry: rank for rank, entry in reversed(list(enumerate(lists)))}
     expressions = [entry for entry in ranks if not PLAIN_NAME.fullmatch(entry)]
     try:
         indices = {name: _layer_index(name.split("."), ranks, expressions) for name in names}

@@ -130,31 +130,28 @@ def check_state(
     wanted = file_tensors(model, adapter)
     base = {name: value for name, value in base_weights(model, adapter).items() if name not in wanted}
     values = {
-        name: wanted[name][0].adapt_from_file(wanted[name][1], value)
-        for name, value in tensors.items()
-        if name in wanted
+        name: wanted[name][0].adapt_from_file(wanted[name][1], tensors[name]) for name in tensors if name in wanted
     }
+    values |= {name: tensors[name] for name in tensors if name in base}
     copies = {f"{layer.file_prefix}{path}.{copy}" for path, layer in paths.items() for copy in layer.copies}
-    known = wanted.keys() | base.keys() | copies
-    missing = [name for name, (layer, own, _) in wanted.items() if name not in tensors and own not in layer.optional]
-    buffers = [name for name in missing if _is_buffer_of_copy(*wanted[name][:2])]
-    if buffers:
-        warnings.warn(f"the adapter was saved without {buffers[0]}, which stays as in the base model", stacklevel=2)
-    wrong = [f"missing: {name}" for name in missing if name not in buffers]
-    wrong += [
-        f"unexpected: {short_name(name)}"
-        for name in tensors
-        if name not in known and _PEFT_COPY.sub("", name) not in wanted
-    ]
-    places = {name: parameter for name, (_, _, parameter) in wanted.items()} | dict(base)
-    values |= {name: value for name, value in tensors.items() if name in base}
+    extra = [name for name in tensors if name not in copies and _PEFT_COPY.sub("", name) not in wanted]
+    missing = {
+        name: isinstance(layer, TrainedCopy) and own in layer.fixed_tensors()
+        for name, (layer, own, _) in wanted.items()
+        if name not in tensors and own not in layer.optional
+    }
+    if kept := [name for name, is_buffer in missing.items() if is_buffer]:
+        warnings.warn(f"the adapter was saved without {kept[0]}, which stays as in the base model", stacklevel=2)
+    wrong = [f"missing: {name}" for name, is_buffer in missing.items() if not is_buffer]
+    wrong += [f"unexpected: {short_name(name)}" for name in extra if name not in values]
     for name, value in values.items():
-        if value.shape != places[name].shape:
-            wrong.append(f"shape: {name} is {tuple(value.shape)}, the model needs {tuple(places[name].shape)}")
-        elif value.is_floating_point() != (name in base or wanted[name][2].is_floating_point()):
+        place = base[name] if name in base else wanted[name][2]
+        if value.shape != place.shape:
+            wrong.append(f"shape: {name} is {tuple(value.shape)}, the model needs {tuple(place.shape)}")
+        elif value.is_floating_point() != place.is_floating_point():
             needed = "whole" if value.is_floating_point() else "floating-point"
             wrong.append(f"type: {name} is {str(value.dtype).removeprefix('torch.')}, no {needed} numbers")
-        elif not value.is_meta and not is_finite(value, places[name].dtype):
+        elif not value.is_meta and not is_finite(value, place.dtype):
             wrong.append(f"not finite: {name}")
     if wrong:
         raise AdapterError(_listed("the adapter does not fit this base model", wrong), file=file)
@@ -196,10 +193,6 @@ def _fill(target: torch.Tensor, value: torch.Tensor, layer: AdapterLayer) -> Non
     value = value.detach().to(device, target.dtype, copy=True)
     new = nn.Parameter(value, target.requires_grad) if isinstance(target, nn.Parameter) else value
     torch.utils.swap_tensors(target, new)
-
-
-def _is_buffer_of_copy(layer: AdapterLayer, tensor: str) -> bool:
-    return isinstance(layer, TrainedCopy) and tensor in layer.fixed_tensors()
 
 
 def _listed(what: str, wrong: list[str]) -> str:
