@@ -10,7 +10,6 @@ from torch import nn
 
 from peftcli.core.layer import base_module, check_not_offloaded, widened
 from peftcli.core.quantised import dequantised_weight, is_packed, is_quantised
-from peftcli.errors import AdapterError
 
 
 @dataclass(frozen=True)
@@ -50,23 +49,3 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
     if is_quantised(layer):
         return dequantised_weight(layer)
     return widened(view.as_stored(layer.weight.detach()))
-
-
-def stored_weight(module: nn.Module) -> torch.Tensor:
-    """Return the tensor that stores the layer's weight, whatever the format; its device is the layer's."""
-    layer = base_module(module)
-    weight: torch.Tensor = layer.qweight if is_packed(layer) else layer.weight
-    return weight
-
-
-def require_linear(module: nn.Module, name: str, method: str, kinds: str = "Linear and Conv1D") -> Linear:
-    """Return the view of ``module``.
-
-    Raises:
-        AdapterError: it is not a linear layer, and ``method`` adapts ``kinds`` only.
-    """
-    view = linear_view(module)
-    if view is None:
-        found = f"{name} is a {type(base_module(module)).__name__}; {method} adapts {kinds}"
-        raise AdapterError(found, key="target_modules")
-    return view

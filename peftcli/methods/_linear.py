@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype, offloaded_to_run_on
-from peftcli.core.linear import dense_weight, require_linear, stored_weight
+from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype, base_module, offloaded_to_run_on
+from peftcli.core.linear import Linear, dense_weight, linear_view
+from peftcli.core.quantised import is_packed
 from peftcli.errors import AdapterError
 
 _LARGEST_R = 4096
@@ -95,6 +96,26 @@ def with_bias(module: nn.Module, bias: str) -> nn.Module:
 def dropout_layer(share: float) -> nn.Module:
     """Return dropout, or an identity that does not copy the input."""
     return nn.Dropout(share) if share else nn.Identity()
+
+
+def stored_weight(module: nn.Module) -> torch.Tensor:
+    """Return the tensor that stores the layer's weight, whatever the format; its device is the layer's."""
+    layer = base_module(module)
+    weight: torch.Tensor = layer.qweight if is_packed(layer) else layer.weight
+    return weight
+
+
+def require_linear(module: nn.Module, name: str, method: str, kinds: str = "Linear and Conv1D") -> Linear:
+    """Return the view of ``module``.
+
+    Raises:
+        AdapterError: it is not a linear layer, and ``method`` adapts ``kinds`` only.
+    """
+    view = linear_view(module)
+    if view is None:
+        found = f"{name} is a {type(base_module(module)).__name__}; {method} adapts {kinds}"
+        raise AdapterError(found, key="target_modules")
+    return view
 
 
 def factory_kwargs(layer: nn.Module) -> dict[str, Any]:

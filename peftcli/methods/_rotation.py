@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module
-from peftcli.core.linear import require_linear
 from peftcli.errors import AdapterError
 from peftcli.methods._conv import WeightDeltaConv
-from peftcli.methods._linear import with_bias
+from peftcli.methods._linear import require_linear, with_bias
 
 
 class Rotating(AdapterLayer):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from peftcli.core.linear import Linear, stored_weight
+from peftcli.core.linear import Linear
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import DeltaLinear
+from peftcli.methods._linear import DeltaLinear, stored_weight
 
 
 def drawn_places(layer: DeltaLinear, name: str, key: str, count: int, seed: int | None) -> torch.Tensor:

@@ -101,7 +101,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     if tuner is not None:
         active, off = list(tuner.active_adapters), tuner.disabled
     return [
-        _of_module(place, module, found, tuner, active, off)
+        _of_module(place, module, found, tuner, _active(found, tuner) or active, off)
         for module, found in layers.items()
         if any(type(layer) is not TrainedBias for layer in found.values())
     ]
@@ -170,6 +170,14 @@ def _of_module(
         devices={name: sorted({value.device.type for value in values}) for name, values in tensors.items()},
         quantization_backend=_quantization_backend(module),
     )
+
+
+def _active(layers: dict[str, AdapterLayer], tuner: Tuner | None) -> list[str]:
+    """Return the active adapters as the layers on a module say; none while that is not known."""
+    if tuner is None or tuner.disabled or tuner.folded:
+        return []
+    names = dict.fromkeys(name for layer in layers.values() for name in layer.active_adapters)
+    return [name for name in names if name in tuner.peft_config]
 
 
 def _places(model: Any) -> tuple[Tuner | None, nn.Module]:

@@ -16,13 +16,14 @@ from torch import nn
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import disabled, inject, replace_modules, set_trainable
 from peftcli.core.layer import adapter_layers, base_module
-from peftcli.core.linear import dense_weight, linear_view, stored_weight
+from peftcli.core.linear import dense_weight, linear_view
 from peftcli.core.merge import merge
 from peftcli.core.quantised import is_quantised, num_weights
 from peftcli.core.targets import find_targets
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
+from peftcli.methods._linear import stored_weight
 from peftcli.methods.lora.config import LoraConfig
 
 

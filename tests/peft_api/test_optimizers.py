@@ -92,5 +92,5 @@ def test_what_has_no_a_and_b_of_its_own_is_an_error() -> None:
     }.items():
         with pytest.raises(AdapterError, match=problem):
             make()
-    with pytest.raises(TypeError, match="subclass of torch.optim.Optimizer"):
+    with pytest.raises(TypeError, match=r"subclass of torch\.optim\.Optimizer"):
         peftcli.create_riemannian_optimizer(model, dict, lr=1)

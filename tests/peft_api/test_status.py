@@ -8,10 +8,11 @@ from typing import Any
 
 import peft
 import pytest
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 import peftcli
-from peftcli.core.layer import adapter_layers
+from peftcli.core.layer import AdapterLayer, adapter_layers
 from peftcli.errors import AdapterError
 
 
@@ -37,6 +38,12 @@ def _freeze_one(model: Any) -> None:
     next(value for name, value in model.named_parameters() if name.endswith(names)).requires_grad_(False)
 
 
+def _first_alone(model: Any) -> None:
+    for name, module in model.named_modules():
+        if ".first" in name and isinstance(module, (AdapterLayer, BaseTunerLayer)):
+            module.set_adapter("two")
+
+
 @pytest.mark.parametrize(
     ("saved", "change"),
     [
@@ -44,6 +51,7 @@ def _freeze_one(model: Any) -> None:
         (["last"], lambda model: model.set_requires_grad("two")),
         (["last"], _freeze_one),
         (["last"], lambda model: model.half()),
+        (None, _first_alone),
         # PEFT calls both irregular with modules_to_save
         (None, lambda model: model.set_adapter("two")),
         (None, lambda model: (model.merge_adapter(["two"]), model.merge_adapter(["one"]))),

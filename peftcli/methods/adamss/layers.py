@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.layer import adapter_dtype, base_module
-from peftcli.core.linear import dense_weight, stored_weight
+from peftcli.core.linear import dense_weight
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import DeltaLinear, factory_kwargs
+from peftcli.methods._linear import DeltaLinear, factory_kwargs, stored_weight
 from peftcli.methods.adamss.config import AdamssConfig
 from peftcli.methods.adamss.subspaces import cluster, decompose
 

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer
-from peftcli.core.linear import require_linear
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import factory_kwargs
+from peftcli.methods._linear import factory_kwargs, require_linear
 from peftcli.methods.beft.config import BeftConfig
 
 

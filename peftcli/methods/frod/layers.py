@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, base_paths
-from peftcli.core.linear import dense_weight, linear_view, stored_weight
+from peftcli.core.linear import dense_weight, linear_view
 from peftcli.core.targets import find_targets
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs
+from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs, stored_weight
 from peftcli.methods._product import base_product
 from peftcli.methods.frod.config import FrodConfig
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype, base_module
-from peftcli.core.linear import dense_weight, require_linear
-from peftcli.methods._linear import factory_kwargs, with_bias
+from peftcli.core.linear import dense_weight
+from peftcli.methods._linear import factory_kwargs, require_linear, with_bias
 from peftcli.methods.glora.config import GloraConfig
 
 

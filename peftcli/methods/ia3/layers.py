@@ -10,9 +10,8 @@ from torch import nn
 
 from peftcli.core.config import TargetedConfig
 from peftcli.core.layer import AdapterLayer, base_module
-from peftcli.core.linear import require_linear
 from peftcli.core.targets import find_modules, find_targets, module_matches, shortest_names
-from peftcli.methods._linear import factory_kwargs
+from peftcli.methods._linear import factory_kwargs, require_linear
 from peftcli.methods.ia3.combine import combine as combine
 from peftcli.methods.ia3.config import TARGETS, IA3Config
 

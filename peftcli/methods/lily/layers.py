@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer
-from peftcli.core.linear import linear_view, require_linear
+from peftcli.core.linear import linear_view
 from peftcli.core.targets import module_matches
-from peftcli.methods._linear import factory_kwargs
+from peftcli.methods._linear import factory_kwargs, require_linear
 from peftcli.methods.lily.config import LilyConfig
 
 _SHARED = ("lily_A.weight", "lily_B.weight")

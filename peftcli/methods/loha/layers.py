@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, base_module
-from peftcli.core.linear import require_linear
-from peftcli.methods._linear import factory_kwargs
+from peftcli.methods._linear import factory_kwargs, require_linear
 from peftcli.methods._lycoris import CONVOLUTIONS, LycorisConv, LycorisLayer, LycorisLinear, free
 from peftcli.methods.loha.config import LoHaConfig
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.layer import adapter_dtype, layers_below
-from peftcli.core.linear import dense_weight, stored_weight
+from peftcli.core.linear import dense_weight
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import factory_kwargs
+from peftcli.methods._linear import factory_kwargs, stored_weight
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.lora import LoraLinear
 

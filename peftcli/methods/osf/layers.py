@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.linear import dense_weight, stored_weight
+from peftcli.core.linear import dense_weight
 from peftcli.core.targets import check_patterns, find_targets, pattern_value
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs
+from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs, stored_weight
 from peftcli.methods.osf.config import OSFConfig
 
 

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, adapter_dtype
-from peftcli.core.linear import require_linear
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import factory_kwargs
+from peftcli.methods._linear import factory_kwargs, require_linear
 from peftcli.methods.road.config import RoadConfig
 
 _PER_OUTPUT = {"road_1": 0.5, "road_2": 1, "road_4": 2}

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module
-from peftcli.core.linear import dense_weight, linear_view, stored_weight
+from peftcli.core.linear import dense_weight, linear_view
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import DeltaLinear, dropout_layer, factory_kwargs
+from peftcli.methods._linear import DeltaLinear, dropout_layer, factory_kwargs, stored_weight
 from peftcli.methods.tinylora.config import TinyLoraConfig
 
 

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.linear import stored_weight
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import SharingLinear, factory_kwargs
+from peftcli.methods._linear import SharingLinear, factory_kwargs, stored_weight
 from peftcli.methods.unilora.config import UniLoraConfig
 from peftcli.methods.unilora.numpy_random import NumpyRandom
 

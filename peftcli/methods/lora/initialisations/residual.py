@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peftcli.core.layer import adapter_dtype, base_module
-from peftcli.core.linear import dense_weight, linear_view, stored_weight
+from peftcli.core.linear import dense_weight, linear_view
 from peftcli.errors import AdapterError
+from peftcli.methods._linear import stored_weight
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.config import FROM_DATA, is_residual
 from peftcli.methods.lora.initialisations.corda import corda
