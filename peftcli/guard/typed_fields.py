@@ -36,7 +36,7 @@ def read_fields(cls: Any, values: dict[str, Any], file: str | None) -> dict[str,
 
 
 def read_section(cls: Any, values: dict[str, Any], key: str) -> Any:
-    """Return the dataclass ``cls`` that the mapping under ``key`` describes.
+    """Return the dataclass ``cls`` that the mapping under ``key`` describes. What it checks when it is made is not.
 
     Raises:
         AdapterError: it lacks a field of that name, or a value is of another type.
@@ -48,7 +48,10 @@ def read_section(cls: Any, values: dict[str, Any], key: str) -> Any:
             given[name] = _typed(known[name], hints_of(cls)[name], value, f"{key}.{name}", None)
         elif value not in OFF:
             raise AdapterError(f"is not known; {key} takes {', '.join(known)}", key=f"{key}.{short_name(name)}")
-    return cls(**given)
+    section = cls.__new__(cls)
+    for name, entry in known.items():
+        setattr(section, name, given.get(name, default_of(entry)))
+    return section
 
 
 def section_class(hint: Any) -> type | None:

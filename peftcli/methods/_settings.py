@@ -2,7 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import ClassVar
+
+from peftcli.errors import AdapterError
+
 Problems = list[tuple[str, str]]
+
+
+class Section:
+    """Settings that are the value of one field of a config, checked when they are made and with the config."""
+
+    key: ClassVar[str]
+    """The config's field."""
+
+    def problems(self) -> Problems:
+        """Return the problems of these settings: ``(name, message)`` each."""
+        return []
+
+    def __post_init__(self) -> None:
+        for name, message in self.problems():
+            raise AdapterError(message, key=f"{self.key}.{name}")
+
+
+def problems_of_sections(config: object) -> Problems:
+    """Return the problems in the sections of a config."""
+    values = [getattr(config, entry.name) for entry in dataclasses.fields(config)]  # type: ignore[arg-type]
+    sections = [value for value in values if isinstance(value, Section)]
+    return [(f"{section.key}.{name}", told) for section in sections for name, told in section.problems()]
 
 
 def too_small(config: object, **least: float) -> Problems:
@@ -27,6 +54,11 @@ def outside_unit_interval(config: object, *keys: str) -> Problems:
     """Return the settings outside [0, 1)."""
     found = {key: getattr(config, key) for key in keys}
     return [(key, f"must be in [0, 1), not {value}") for key, value in found.items() if not 0 <= value < 1]
+
+
+def negative(config: object, *keys: str) -> Problems:
+    """Return the settings below zero."""
+    return too_small(config, **dict.fromkeys(keys, 0))
 
 
 def not_one_of(config: object, key: str, *choices: object) -> Problems:

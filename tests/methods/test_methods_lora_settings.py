@@ -16,7 +16,10 @@ from peftcli.core.inject import disabled, inject, set_trainable, unload
 from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import merge
 from peftcli.core.weights import named_tensors
+from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora.initialisations.config import EvaConfig, LoftQConfig
+from peftcli.methods.lora.variant_settings import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 
 @pytest.fixture(params=FURTHER)
@@ -109,3 +112,20 @@ def test_a_bf16_base_carries_an_fp32_adapter(case: tuple[str, dict[str, Any]]) -
     found, expected = logits(model.eval(), inputs), logits(exact, batch(kind))
     assert found.dtype == torch.bfloat16
     assert (found.float() - expected).norm() < 0.3 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("section", "wrong"),
+    [
+        (EvaConfig, {"rho": -1}),
+        (LoftQConfig, {"loftq_bits": 3}),
+        (KasaConfig, {"beta": -1}),
+        (MontecloraConfig, {"num_samples": 0}),
+        (VeloraConfig, {"scale": 0}),
+        (BdLoraConfig, {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["q_proj"]}),
+    ],
+)
+def test_a_section_is_checked_when_it_is_made(section: Any, wrong: dict[str, Any]) -> None:
+    with pytest.raises(AdapterError) as caught:
+        section(**wrong)
+    assert caught.value.key == f"{section.key}.{list(wrong)[-1]}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from peftcli.core.config import BOOKKEEPING, UNSUPPORTED, AdapterConfig, ExcludingConfig, LayeredConfig
 from peftcli.errors import AdapterError, AdapterTypeError
+from peftcli.methods._settings import Problems, problems_of_sections
 from peftcli.methods.lora.initialisations.config import (
     SECTIONS,
     CordaConfig,
@@ -23,7 +24,6 @@ from peftcli.methods.lora.variant_settings import (
     BdLoraConfig,
     KasaConfig,
     MontecloraConfig,
-    Problems,
     VeloraConfig,
     variant_problems,
 )
@@ -141,7 +141,7 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
         found = super().problems()
         if self.target_parameters:  # enough to adapt
             found = [problem for problem in found if problem != ("target_modules", "names no module")]
-        return found + _own_problems(self) + init_problems(self) + variant_problems(self)
+        return found + _own_problems(self) + init_problems(self) + variant_problems(self) + problems_of_sections(self)
 
     def prepare(self, load_tokenizer: Callable[..., Any]) -> None:
         if isinstance(text := self.alora_invocation_tokens, str):

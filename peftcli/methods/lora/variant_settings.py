@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from peftcli.errors import AdapterError
+from peftcli.methods._settings import Problems, Section, negative, not_one_of, not_positive, too_large, too_small
 from peftcli.methods.lora.initialisations.config import is_residual
 
 if TYPE_CHECKING:
     from peftcli.methods.lora.config import LoraConfig
-
-Problems = list[tuple[str, str]]
 
 VARIANTS = (
     "alora_invocation_tokens",
@@ -23,13 +21,14 @@ VARIANTS = (
     "loftq_config",
 )
 """The fields that switch a variant on. They adapt linear layers only, and one layer has one variant."""
-_INIT_TYPES = ("batch_average", "batch_average_once", "random")
 _MOST_SAMPLES = 1024
 
 
 @dataclass
-class ArrowConfig:
+class ArrowConfig(Section):
     """Settings of Arrow's router, for ``create_arrow_model``."""
+
+    key = "arrow_config"
 
     top_k: int = 3
     """Experts that a token is routed to."""
@@ -44,15 +43,15 @@ class ArrowConfig:
     rng_seed: int | None = None
     """Seed of the search for an expert's direction. None: one that is always the same."""
 
-    def __post_init__(self) -> None:
-        for key in ("top_k", "router_temperature"):
-            if getattr(self, key) <= 0:
-                raise AdapterError(f"must be above 0, not {getattr(self, key)}", key=f"arrow_config.{key}")
+    def problems(self) -> Problems:
+        return not_positive(self, "top_k", "router_temperature")
 
 
 @dataclass
-class BdLoraConfig:
+class BdLoraConfig(Section):
     """Settings of BD-LoRA."""
+
+    key = "use_bdlora"
 
     target_modules_bd_a: list[str] | None = None
     """Parts of names of modules whose A is block-diagonal: those that the server splits by rows, such as down_proj."""
@@ -63,20 +62,32 @@ class BdLoraConfig:
     match_strict: bool = True
     """Refuse modules that neither list names. false: they get a plain LoRA."""
 
+    def problems(self) -> Problems:
+        both = sorted({*(self.target_modules_bd_a or ())} & {*(self.target_modules_bd_b or ())})
+        found = [("target_modules_bd_b", f"{name} is in both lists; block-diagonal are A or B") for name in both[:1]]
+        return found + too_small(self, nblocks=1)
+
 
 @dataclass
-class KasaConfig:
+class KasaConfig(Section):
     """Settings of KaSA."""
+
+    key = "kasa_config"
 
     beta: float = 1e-4
     """Weight in the loss of the squared singular values of the update."""
     gamma: float = 1e-3
     """Weight in the loss of how far A's rows and B's columns are from orthonormal."""
 
+    def problems(self) -> Problems:
+        return negative(self, "beta", "gamma")
+
 
 @dataclass
-class MontecloraConfig:
+class MontecloraConfig(Section):
     """Settings of MonteCLoRA."""
+
+    key = "monteclora_config"
 
     num_samples: int = 8
     """Samples of A that are drawn and averaged at each step."""
@@ -91,10 +102,17 @@ class MontecloraConfig:
     buffer_size: int = 150
     """Changes nothing here: noise is drawn when it is needed."""
 
+    def problems(self) -> Problems:
+        found = too_small(self, num_samples=1) + too_large(self, num_samples=_MOST_SAMPLES)
+        found += not_positive(self, "dirichlet_prior", "buffer_size")
+        return found + negative(self, "sample_scaler", "kl_loss_weight")
+
 
 @dataclass
-class VeloraConfig:
+class VeloraConfig(Section):
     """Settings of VeLoRA."""
+
+    key = "velora_config"
 
     num_groups: int = 64
     """Groups that an input is cut into; one number of each is kept for the backward pass. More: a better gradient, and
@@ -105,6 +123,10 @@ class VeloraConfig:
     """The direction that groups are projected on: the average of each batch, that of the first batch, or a random one.
     """
 
+    def problems(self) -> Problems:
+        found = not_positive(self, "num_groups", "scale")
+        return found + not_one_of(self, "init_type", "batch_average", "batch_average_once", "random")
+
 
 def variant_of(config: LoraConfig) -> str | None:
     """Return the field that switches the config's variant on, or None for a plain LoRA."""
@@ -112,7 +134,7 @@ def variant_of(config: LoraConfig) -> str | None:
 
 
 def variant_problems(config: LoraConfig) -> Problems:
-    """Return the problems of the variants' settings: ``(key, message)`` each."""
+    """Return what does not go with the config's variant: ``(key, message)`` each."""
     on = [key for key in (*VARIANTS, "use_dora") if getattr(config, key)]
     if not on or on == ["use_dora"]:
         return []
@@ -124,7 +146,7 @@ def variant_problems(config: LoraConfig) -> Problems:
         found.append((key, f"does not go with init_lora_weights: {init}"))
     if config.target_parameters:
         found.append((key, "does not go with target_parameters: it adapts linear layers"))
-    return found + _OWN[key](config)
+    return found + (_OWN[key](config) if key in _OWN else [])
 
 
 def _alora(config: LoraConfig) -> Problems:
@@ -139,14 +161,7 @@ def _alora(config: LoraConfig) -> Problems:
 
 
 def _bdlora(config: LoraConfig) -> Problems:
-    assert config.use_bdlora
-    own, found = config.use_bdlora, _with_plain_start("use_bdlora", config)
-    both = sorted({*(own.target_modules_bd_a or ())} & {*(own.target_modules_bd_b or ())})
-    if both:
-        found.append(("use_bdlora", f"{both[0]} is in both lists; block-diagonal are A or B"))
-    if own.nblocks < 1:
-        found.append(("use_bdlora.nblocks", f"must be at least 1, not {own.nblocks}"))
-    return found
+    return _with_plain_start("use_bdlora", config)
 
 
 def _qalora(config: LoraConfig) -> Problems:
@@ -165,51 +180,4 @@ def _with_plain_start(key: str, config: LoraConfig) -> Problems:
     return found
 
 
-def _kasa(config: LoraConfig) -> Problems:
-    own = config.kasa_config
-    wrong = {key: getattr(own, key) for key in ("beta", "gamma") if getattr(own, key) < 0}
-    return [(f"kasa_config.{key}", f"must be at least 0, not {value}") for key, value in wrong.items()]
-
-
-def _monteclora(config: LoraConfig) -> Problems:
-    assert config.monteclora_config
-    own, found = config.monteclora_config, []
-    if not 1 <= own.num_samples <= _MOST_SAMPLES:
-        found.append(("monteclora_config.num_samples", f"must be in 1 to {_MOST_SAMPLES}, not {own.num_samples}"))
-    for key in ("dirichlet_prior", "buffer_size"):
-        if getattr(own, key) <= 0:
-            found.append((f"monteclora_config.{key}", f"must be above 0, not {getattr(own, key)}"))
-    for key in ("sample_scaler", "kl_loss_weight"):
-        if getattr(own, key) < 0:
-            found.append((f"monteclora_config.{key}", f"must be at least 0, not {getattr(own, key)}"))
-    return found
-
-
-def _velora(config: LoraConfig) -> Problems:
-    own = config.velora_config
-    wrong = {key: getattr(own, key) for key in ("num_groups", "scale") if getattr(own, key) <= 0}
-    found = [(f"velora_config.{key}", f"must be above 0, not {value}") for key, value in wrong.items()]
-    if own and own.init_type not in _INIT_TYPES:
-        found.append(("velora_config.init_type", f"must be one of {', '.join(_INIT_TYPES)}, not {own.init_type!r}"))
-    return found
-
-
-def _loftq(config: LoraConfig) -> Problems:
-    assert config.loftq_config
-    own, found = config.loftq_config, []
-    if own.loftq_bits not in (4, 8):
-        found.append(("loftq_config.loftq_bits", f"must be 4 or 8, not {own.loftq_bits}"))
-    if own.loftq_iter < 1:
-        found.append(("loftq_config.loftq_iter", f"must be at least 1, not {own.loftq_iter}"))
-    return found
-
-
-_OWN = {
-    "alora_invocation_tokens": _alora,
-    "use_bdlora": _bdlora,
-    "use_qalora": _qalora,
-    "kasa_config": _kasa,
-    "monteclora_config": _monteclora,
-    "velora_config": _velora,
-    "loftq_config": _loftq,
-}
+_OWN = {"alora_invocation_tokens": _alora, "use_bdlora": _bdlora, "use_qalora": _qalora}

@@ -6,19 +6,21 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
+from peftcli.methods._settings import Problems, Section, not_one_of, not_positive, too_small
+
 if TYPE_CHECKING:
     from peftcli.methods.lora.config import LoraConfig
 
 Name = Literal["gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "mica", "eva", "corda", "lora_ga", "loftq"]
 """PEFT's names. The number of pissa_niter_16 may be another."""
 FAST_PISSA = re.compile(r"pissa_niter_(\d{1,4})")
-_DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
-_SCALES = ("stable", "weight_svd", "gd_scale", "unit")
 
 
 @dataclass
-class EvaConfig:
+class EvaConfig(Section):
     """Settings of init_lora_weights: eva."""
+
+    key = "eva_config"
 
     rho: float = 2.0
     """A layer gets at most rho times its r when r moves between layers. 1: every layer keeps its r."""
@@ -33,10 +35,16 @@ class EvaConfig:
     adjust_scaling_factors: bool = True
     """Let lora_alpha grow and shrink with a layer's r, so that the update keeps its strength."""
 
+    def problems(self) -> Problems:
+        wrong = not 0 <= self.tau <= 1
+        return too_small(self, rho=1) + [("tau", f"must be in [0, 1], not {self.tau}")] * wrong
+
 
 @dataclass
-class CordaConfig:
+class CordaConfig(Section):
     """Settings of init_lora_weights: corda."""
+
+    key = "corda_config"
 
     cache_file: str | None = field(default=None, metadata={"recipe": False})
     """Where ``preprocess_corda`` keeps the covariances for the next time, in safetensors."""
@@ -52,10 +60,18 @@ class CordaConfig:
     prune_temporary_fields: bool = field(default=True, metadata={"recipe": False})
     """Changes nothing here: nothing temporary is kept."""
 
+    def problems(self) -> Problems:
+        found = not_one_of(self, "corda_method", "ipm", "kpm")
+        if self.use_float16_for_covariance:
+            found.append(("use_float16_for_covariance", "is not supported: squares overflow in float16"))
+        return found
+
 
 @dataclass
-class LoraGAConfig:
+class LoraGAConfig(Section):
     """Settings of init_lora_weights: lora_ga."""
+
+    key = "lora_ga_config"
 
     direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
     """Which of the gradient's 2r leading directions A and B get. ArB2r: A the first r, B the others; A2rBr: the
@@ -66,15 +82,25 @@ class LoraGAConfig:
     stable_gamma: int = 16
     """Larger starts smaller."""
 
+    def problems(self) -> Problems:
+        found = not_one_of(self, "direction", "ArBr", "A2rBr", "ArB2r", "random")
+        found += not_one_of(self, "scale", "stable", "weight_svd", "gd_scale", "unit")
+        return found + not_positive(self, "stable_gamma")
+
 
 @dataclass
-class LoftQConfig:
+class LoftQConfig(Section):
     """Settings of init_lora_weights: loftq over a base model that is not quantised."""
+
+    key = "loftq_config"
 
     loftq_bits: int = 4
     """Round the weights to so many bits: 4 as NF4, 8 as integers."""
     loftq_iter: int = 1
     """How often to round the weights and compute B A, each anew from the other."""
+
+    def problems(self) -> Problems:
+        return not_one_of(self, "loftq_bits", 4, 8) + too_small(self, loftq_iter=1)
 
 
 SECTIONS = {"eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_config", "loftq": "loftq_config"}
@@ -88,10 +114,10 @@ def is_residual(init: bool | str) -> bool:
     return init in ("pissa", "olora", "corda", "lora_ga") or FAST_PISSA.fullmatch(str(init)) is not None
 
 
-def init_problems(config: LoraConfig) -> list[tuple[str, str]]:
-    """Return the problems of ``init_lora_weights`` and its settings: ``(key, message)`` each."""
+def init_problems(config: LoraConfig) -> Problems:
+    """Return the problems of ``init_lora_weights``: ``(key, message)`` each."""
     init, names = config.init_lora_weights, get_args(Name)
-    found: list[tuple[str, str]] = []
+    found: Problems = []
     if not isinstance(init, bool) and init not in names and not FAST_PISSA.fullmatch(init):
         return [("init_lora_weights", f"{init!r} is not supported; true, false, {', '.join(names)}")]
     for name, section in SECTIONS.items():
@@ -103,28 +129,4 @@ def init_problems(config: LoraConfig) -> list[tuple[str, str]]:
         found.append(("target_parameters", f"does not go with init_lora_weights: {init}"))
     if config.use_dora and init == "loftq":
         found.append(("use_dora", "does not go with init_lora_weights: loftq"))
-    eva = config.eva_config
-    if eva and eva.rho < 1:
-        found.append(("eva_config.rho", f"must be at least 1, not {eva.rho}"))
-    if eva and not 0 <= eva.tau <= 1:
-        found.append(("eva_config.tau", f"must be in [0, 1], not {eva.tau}"))
-    return found + _choice_problems(config)
-
-
-def _choice_problems(config: LoraConfig) -> list[tuple[str, str]]:
-    found = []
-    if corda := config.corda_config:
-        found += _one_of("corda_config.corda_method", corda.corda_method, ("ipm", "kpm"))
-        if corda.use_float16_for_covariance:
-            found.append(("corda_config.use_float16_for_covariance", "is not supported: squares overflow in float16"))
-    if ga := config.lora_ga_config:
-        found += _one_of("lora_ga_config.direction", ga.direction, _DIRECTIONS)
-        found += _one_of("lora_ga_config.scale", ga.scale, _SCALES)
-        if ga.stable_gamma <= 0:
-            found.append(("lora_ga_config.stable_gamma", f"must be above 0, not {ga.stable_gamma}"))
     return found
-
-
-def _one_of(key: str, value: object, known: tuple[object, ...]) -> list[tuple[str, str]]:
-    names = ", ".join(map(str, known))
-    return [] if value in known else [(key, f"must be one of {names}, not {value!r}")]
