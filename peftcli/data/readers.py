@@ -1,4 +1,4 @@
-"""Read the rows of one file: .jsonl, .json, .csv or .parquet, also compressed. Strict, and in bounded memory.
+"""Read the rows of one file, also compressed: strict, and in bounded memory.
 
 For a bad row the reader yields an error and continues with the next row. If it cannot know where the next row begins,
 as after an unclosed quote in CSV or in a truncated stream, it raises the error.
@@ -20,11 +20,12 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from peftcli.data.conll import read_conll
 from peftcli.data.rows import Place, Row
 from peftcli.data.text_rows import CHUNK, JsonList, TextFile, first_duplicate, first_line, quote, read_csv, read_lines
 from peftcli.errors import DataError
 
-EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
+EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet", ".conll", ".conllu")
 """Extensions of the files that can be read."""
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 """Extensions of compressed files, as in ``a.jsonl.gz``."""
@@ -96,6 +97,8 @@ def read_file(path: Path, source: str, first: int = 1) -> Iterator[Row | DataErr
         is_list = head.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n").startswith(b"[")
         if kind == ".csv":
             yield from read_csv(text)
+        elif kind in (".conll", ".conllu"):
+            yield from read_conll(text, universal=kind == ".conllu")
         elif kind == ".json" and is_list:
             yield from JsonList(text).rows()
         else:

@@ -73,7 +73,7 @@ class TextFile:
         return DataError(message, file=self.source, line=line or self.line, hint=hint)
 
 
-def _decode(raw: bytes) -> str:
+def decode(raw: bytes) -> str:
     """Decode a line.
 
     Raises:
@@ -101,7 +101,7 @@ def _parse_line(raw: bytes | None, parser: _Json, text: TextFile) -> Row | DataE
     if raw is None:
         return text.error(_TOO_LONG)
     try:
-        line = _decode(raw).strip(" \t\r\n")
+        line = decode(raw).strip(" \t\r\n")
     except ValueError as error:
         return text.error(str(error))
     try:
@@ -317,7 +317,7 @@ class _CsvLines:
                 raise csv.Error(f"{_TOO_LONG}, perhaps a quote that is not closed")
             for piece in raw.splitlines(keepends=True):
                 try:
-                    yield _decode(piece)
+                    yield decode(piece)
                 except ValueError as error:
                     self.fault = self.fault or str(error)
                     yield piece.replace(b"\0", b"").decode("utf-8", "replace")

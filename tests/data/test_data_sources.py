@@ -129,7 +129,7 @@ def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     error = refused(tmp_path)
     assert "it contains: notes.txt" in error.message
-    assert ".jsonl, .json, .csv, .parquet" in (error.hint or "")
+    assert ".jsonl, .json, .csv, .parquet, .conll, .conllu" in (error.hint or "")
 
 
 @pytest.mark.parametrize(

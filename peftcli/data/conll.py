@@ -1,0 +1,72 @@
+"""Read CoNLL files: a word a line with its tags in columns, an empty line after each sentence.
+
+The last column of a ``.conll`` file is the tag that counts (https://aclanthology.org/W03-0419/). The ten columns of
+``.conllu`` have names of their own (https://universaldependencies.org/format.html).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from peftcli.data.rows import Place, Row
+from peftcli.data.text_rows import MAX_ROW, TextFile, decode, quote
+from peftcli.errors import DataError
+
+_UNIVERSAL = (None, "tokens", "lemmas", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
+_DOCUMENT = "-DOCSTART-"
+_Line = tuple[int, list[str]]
+"""Its number and its columns."""
+
+
+def read_conll(text: TextFile, *, universal: bool) -> Iterator[Row | DataError]:
+    """Yield a row for each sentence: ``tokens``, ``tags`` and the columns between; for a bad one, the error about it.
+
+    Args:
+        text: The file.
+        universal: Whether it is a ``.conllu`` file.
+    """
+    sentence, size, fault = list[_Line](), 0, None
+    for raw in text.lines():
+        size += MAX_ROW + 1 if raw is None else len(raw)
+        try:
+            line = decode(raw or b"?").rstrip("\r\n")
+        except ValueError as error:
+            line, fault = "?", fault or text.error(str(error))
+        if size > MAX_ROW:
+            fault, sentence = fault or text.error("a sentence that is too long, perhaps without an empty line"), []
+        if line.strip() and not line.startswith(_DOCUMENT):
+            sentence.append((text.line, line.split("\t") if "\t" in line else line.split()))
+        elif sentence or fault:
+            yield _row(text, sentence, fault, universal)
+            sentence, size, fault = [], 0, None
+    if sentence or fault:
+        yield _row(text, sentence, fault, universal)
+
+
+def _row(text: TextFile, lines: list[_Line], fault: DataError | None, universal: bool) -> Row | DataError:
+    text.number += 1
+    if fault is not None:
+        return fault
+    place, width = Place(text.source, text.number, lines[0][0]), len(lines[-1][1])
+    while lines[0][1][0].startswith("#") and (universal or len(lines[0][1]) != width):  # a comment before the sentence
+        lines = lines[1:]
+        if not lines:
+            return place.error("a sentence without words")
+    for number, columns in lines:
+        if len(columns) != width or (universal and width != len(_UNIVERSAL)):
+            expected = len(_UNIVERSAL) if universal else width
+            message = f"expected {expected} columns, found {len(columns)}: {quote(' '.join(columns))}"
+            return DataError(message, file=text.source, line=number)
+    if universal:  # 1-2 is a word that two others make up, 1.1 one that was left out
+        lines = [line for line in lines if line[1][0].isdigit()] or lines
+    values: dict[str, Any] = {}
+    for at in range(width):
+        name = _UNIVERSAL[at] if universal else _name(at, width)
+        if name:
+            values[name] = [columns[at] for _, columns in lines]
+    return Row(values, place)
+
+
+def _name(at: int, width: int) -> str:
+    return "tokens" if at == 0 else "tags" if at == width - 1 else f"column_{at + 1}"
