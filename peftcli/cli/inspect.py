@@ -34,6 +34,7 @@ _STYLES = {
     (True, False): "bold green",
     (True, True): "bold green reverse",
 }
+_COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
 
 
 def inspect(
@@ -103,10 +104,10 @@ class _Printer:
         self.coloured = console.is_terminal(sys.stdout)
 
     def show(self, rows: Sequence[ShownRow]) -> None:
-        from peftcli.inspection.report import has_text
+        from peftcli.inspection.report import has_labels, has_text
 
         if has_text(rows):
-            self._legend()
+            self._legend(has_labels(rows))
         for row in rows:
             console.out(f"=== {row.place} ({row.title}){f': {row.size}' if row.size else ''}")
             for part in row.shown.parts:
@@ -116,7 +117,12 @@ class _Printer:
                 console.out(f"--- cut here: {row.missing:,} {row.unit} are missing{lost} ---")
             console.out()
 
-    def _legend(self) -> None:
+    def _legend(self, labelled: bool) -> None:
+        if labelled:
+            console.out(
+                "the label of a text stands at its end\n" if self.coloured else "[[...|NAME]] has the label NAME\n"
+            )
+            return
         if not self.coloured:
             console.out("[[...]] is trained, the rest is prompt\n")
             return
@@ -161,17 +167,22 @@ class _Printer:
         from rich.text import Text
 
         text = Text()
-        for token in tokens:
-            text.append(self._bordered(token), _STYLES[token.trained, token.special])
+        for label, run in groupby(tokens, key=lambda token: token.label):
+            for token in run:
+                style = _colour(label) if label else _STYLES[token.trained, token.special]
+                text.append(self._bordered(token), style)
+            if label:
+                text.append(f" {console.escape(label)} ", f"{_colour(label)} reverse")
         if text.plain.endswith("\n"):
             text.right_crop()
         console.rich_console().print(text, soft_wrap=True)
 
     def _plain(self, tokens: Sequence[TokenText]) -> Iterable[str]:
-        for trained, run in groupby(tokens, key=lambda token: token.trained):
+        for (trained, label), run in groupby(tokens, key=lambda token: (token.trained, token.label)):
             # what the data holds is not taken for our marks
             text = "".join(map(self._bordered, run)).replace("[[", "\\[[").replace("]]", "\\]]")
-            yield f"[[{text}]]" if trained else text
+            name = f"|{console.escape(label)}" if label else ""
+            yield f"[[{text}{name}]]" if trained else text
 
     def _bordered(self, token: TokenText) -> str:
         text = console.escape(token.text).replace("\n", _NEWLINE)
@@ -222,3 +233,8 @@ def _details(finding: Finding, facts: dict[str, Any]) -> list[str]:
         pairs = facts["duplicates"]["pairs"][:_ROWS]
         return [f"{pair['row']} is like {pair['like']} ({pair['alike']:.0%})" for pair in pairs]
     return []
+
+
+def _colour(label: str) -> str:
+    """The colour of a label, the same each time."""
+    return _COLOURS[sum(label.encode()) % len(_COLOURS)]

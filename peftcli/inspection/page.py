@@ -168,7 +168,9 @@ def _tokens(tokens: Sequence[TokenText], borders: bool) -> str:
 
 def _spans(tokens: Sequence[TokenText], borders: bool) -> Iterable[str]:
     """Tokens of one kind as one element, unless the borders of tokens or the token itself must be seen."""
-    for (trained, special), run in groupby(tokens, key=lambda token: (token.trained, token.special)):
+    for (trained, special, label), run in groupby(
+        tokens, key=lambda token: (token.trained, token.special, token.label)
+    ):
         tag = "mark" if trained else "span"
         kind = " ".join(name for name, wanted in (("s", special), ("p", not trained), ("b", borders)) if wanted)
         classes = f' class="{kind}"' if kind else ""
@@ -178,6 +180,8 @@ def _spans(tokens: Sequence[TokenText], borders: bool) -> Iterable[str]:
                 yield f'<{tag}{classes} title="{numbers}">{_visible(token.text)}</{tag}>'
         else:
             yield f"<{tag}{classes}>{_visible(''.join(token.text for token in run))}</{tag}>"
+        if label:
+            yield f"<sub>{_html(label)}</sub>"
 
 
 def _findings(inspection: Inspection, ids: dict[str, str]) -> str:

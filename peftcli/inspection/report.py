@@ -303,6 +303,12 @@ def has_text(rows: Sequence[ShownRow]) -> bool:
     return any(isinstance(part, Text) for row in rows for part in row.shown.parts)
 
 
+def has_labels(rows: Sequence[ShownRow]) -> bool:
+    """Whether the legend of labelled texts is needed."""
+    texts = (part for row in rows for part in row.shown.parts if isinstance(part, Text))
+    return any(token.label for part in texts for token in part.tokens)
+
+
 def what_is_wrong(bad: dict[str, Any]) -> str:
     """The problem of a bad row in the audit, after its key."""
     return ": ".join(filter(None, [bad["key"], bad["message"]]))

@@ -10,8 +10,8 @@ import hashlib
 import importlib.util
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, run
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
+from peftcli.system.disk import write_file
+from peftcli.tasks import TASK_FILE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -322,6 +324,38 @@ class Exports(Protocol):
     def export(self, folder: Path, adapter: Any) -> None:
         """Write the files into a folder."""
         ...
+
+
+def write_task(folder: Path, name: str, settings: Any, config: Mapping[str, Any]) -> str:
+    """Write task.json, by which an adapter's readers know its task, and return the file's name.
+
+    Args:
+        folder: The adapter's.
+        name: The task's in ``TASKS``.
+        settings: The task's, with what the training rows completed.
+        config: Keys of the base model's config that a reader must set.
+    """
+    values = {"type": name, "settings": asdict(settings), "config": dict(config)}
+    write_file(folder / TASK_FILE, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+    return TASK_FILE
+
+
+def logits_of(
+    model: nn.Module, examples: Sequence[Example], collate: Callable[[Sequence[Example]], Batch], batch_size: int
+) -> list[torch.Tensor]:
+    """The logits of each example, float32 on the CPU, in order. Examples of similar size share a batch."""
+    import torch
+
+    order = sorted(range(len(examples)), key=lambda at: examples[at].size)
+    found = dict[int, torch.Tensor]()
+    device = next(model.parameters()).device
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = collate([examples[at] for at in chosen])
+        with torch.inference_mode():
+            logits = model(**{name: value.to(device) for name, value in batch.items()}).logits
+        found |= zip(chosen, logits.float().cpu(), strict=True)
+    return [found[at] for at in range(len(examples))]
 
 
 def require_extra(package: str, extra: str) -> None:

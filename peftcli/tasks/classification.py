@@ -5,12 +5,11 @@ A label is the name of a class, a list of names of which several or none hold, o
 
 from __future__ import annotations
 
-import json
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -25,9 +24,8 @@ from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.schema import Source
-from peftcli.system.disk import write_file
-from peftcli.tasks import TASK_FILE, settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task
+from peftcli.tasks import settings
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, write_task
 from peftcli.tasks.findings import CLASSES as FINDINGS
 from peftcli.tasks.shown import Description
 
@@ -99,10 +97,7 @@ class Classification(Task[Settings]):
         return {}
 
     def save(self, folder: Path) -> list[str]:
-        """Write task.json: the task with the settings that the training rows completed."""
-        values = {"type": self.name, "settings": asdict(self.settings), "config": self.config_options()}
-        write_file(folder / TASK_FILE, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
-        return [TASK_FILE]
+        return [write_task(folder, self.name, self.settings, self.config_options())]
 
     def record(self, folder: Path, model: nn.Module) -> dict[str, Any]:
         return {}
@@ -233,7 +228,7 @@ class Classification(Task[Settings]):
             return Description()
         counts = dict(zip(self.labels, self._classes(view).sum(axis=0).tolist(), strict=True))
         shares = [f"{name} {count / len(view):.0%}" for name, count in counts.items()]
-        return Description({"classes": counts}, {"classes": _listed(shares)})
+        return Description({"classes": counts}, {"classes": listed(shares)})
 
     def label_text(self, example: Example) -> str:
         """The label of an example, in words."""
@@ -256,7 +251,7 @@ class Classification(Task[Settings]):
             more = f": {self.labels[at]!r}"
             found.append(FINDINGS["unbalanced_classes"].finding(int(counts[at]), len(rows), named, more=more))
         if missing := [name for name, count in zip(self.labels, counts, strict=True) if not count]:
-            more = f" {_listed(missing)}, which have no row"
+            more = f" {listed(missing)}, which have no row"
             found.append(FINDINGS["missing_classes"].finding(len(rows), len(rows), (), more=more))
         return found
 
@@ -270,17 +265,8 @@ class Classification(Task[Settings]):
             if isinstance(outcome, DataError):
                 raise outcome
             examples += outcome.examples
-        order = sorted(range(len(rows)), key=lambda at: examples[at].size)
-        logits = dict[int, torch.Tensor]()
-        device = next(model.parameters()).device
-        for start in range(0, len(order), options.batch_size):
-            chosen = order[start : start + options.batch_size]
-            batch = self.collate_inputs([examples[at] for at in chosen])
-            with torch.inference_mode():
-                found = model(**{name: value.to(device) for name, value in batch.items()}).logits
-            logits |= zip(chosen, found.float().cpu(), strict=True)
-        for at in range(len(rows)):
-            yield self._answer(logits[at])
+        for logits in logits_of(model, examples, self.collate_inputs, options.batch_size):
+            yield self._answer(logits)
 
     def _answer(self, logits: torch.Tensor) -> dict[str, Any]:
         """What ``predict`` says of one row, from its logits (C,)."""
@@ -305,7 +291,9 @@ class Classification(Task[Settings]):
                 return value
             if isinstance(value, int) and self.settings.problem_type == "regression":
                 return float(value)
-            return [_class(each, reader) for each in value] if isinstance(value, list) else _class(value, reader)
+            return (
+                [class_name(each, reader) for each in value] if isinstance(value, list) else class_name(value, reader)
+            )
         except ValueError as error:
             raise row.place.error(str(error), key=key) from None
 
@@ -319,15 +307,15 @@ class Classification(Task[Settings]):
         if kind == "regression":
             number = None if isinstance(label, list) else _number(label)
             if number is None:
-                raise row.place.error(f"expected a number, found {_shown(label)}", key=key)
+                raise row.place.error(f"expected a number, found {shortened(label)}", key=key)
             return [number]
         if isinstance(label, list) != (kind == "multi_label"):
             expected = "a list of classes" if kind == "multi_label" else "one class"
-            raise row.place.error(f"expected {expected}, found {_shown(label)}", key=key)
+            raise row.place.error(f"expected {expected}, found {shortened(label)}", key=key)
         names = label if isinstance(label, list) else [str(label)]
         if unknown := [name for name in names if name not in self._index]:
             raise row.place.error(
-                f"the label {_shown(unknown[0])} is not one of the classes: {self._listed}",
+                f"the label {shortened(unknown[0])} is not one of the classes: {self._listed}",
                 key=key,
                 hint="The classes are those of the training rows, unless task.labels names them.",
             )
@@ -337,10 +325,10 @@ class Classification(Task[Settings]):
 
     @property
     def _listed(self) -> str:
-        return _listed(self.labels)
+        return listed(self.labels)
 
 
-def _class(value: Any, reader: LabelReader) -> str:
+def class_name(value: Any, reader: LabelReader) -> str:
     """Return the name of a class.
 
     Raises:
@@ -354,7 +342,7 @@ def _class(value: Any, reader: LabelReader) -> str:
         return reader.classes[value] if reader.classes else str(value)
     if isinstance(value, int):
         raise ValueError(f"{value} is not the number of a class; it marks rows without a label in some datasets")
-    raise ValueError(f"expected a label, found {_shown(value)}")
+    raise ValueError(f"expected a label, found {shortened(value)}")
 
 
 def _number(value: str | float) -> float | None:
@@ -375,10 +363,12 @@ def _correlations(wanted: np.ndarray, found: np.ndarray) -> dict[str, float]:
     return {"pearson": float(pearson.statistic), "spearman": float(spearman.statistic)}
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names in one line; of many, the first."""
     return ", ".join([*names[:_MAX_LISTED], *(["..."] if len(names) > _MAX_LISTED else [])])
 
 
-def _shown(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """A value as errors show it."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -22,6 +22,8 @@ class TokenText:
     """Whether it counts in the loss."""
     special: bool = False
     """Whether it marks something, as the end of a turn, and is no text."""
+    label: str = ""
+    """What it is trained to be, where that is no text: the type of an entity, a part of speech."""
 
 
 @dataclass(frozen=True)

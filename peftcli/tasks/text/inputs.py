@@ -1,0 +1,76 @@
+"""Texts as the inputs of models with a head: what the tasks share that are not language models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from peftcli.core.config import AdapterConfig
+from peftcli.data.store import Column, Example
+from peftcli.models import tokens
+from peftcli.models.open import OpenBase
+from peftcli.tasks.base import Batch
+from peftcli.tasks.text.collate import pad_token_id, padded
+from peftcli.tasks.text.language_model import tokenizer_fingerprint
+
+
+class TextInputs:
+    """Mixed into a ``Task`` whose settings have ``max_length``, and whose examples have these columns."""
+
+    text_columns: ClassVar = {"input_ids": Column(), "token_type_ids": Column("int8")}
+
+    settings: Any
+    processor: Any
+    base: OpenBase
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a row at most: the setting, or what the base model can read."""
+        positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        return min(self.settings.max_length, self.processor.model_max_length, positions or self.settings.max_length)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            "tokenizer": tokenizer_fingerprint(self.processor),
+            "max_length": self.max_length,
+            "versions": {name: version(name) for name in ("transformers", "tokenizers")},
+        }
+
+    def collate_inputs(self, examples: Sequence[Example]) -> Batch:
+        """Pad on the right: ``input_ids``, ``attention_mask`` and, where the model has them, ``token_type_ids``."""
+        rows = [each.arrays["input_ids"] for each in examples]
+        batch = {
+            "input_ids": padded(rows, pad_token_id(self.processor)),
+            "attention_mask": padded([[1] * len(row) for row in rows], 0),
+        }
+        if len(examples[0].arrays["token_type_ids"]):
+            batch["token_type_ids"] = padded([each.arrays["token_type_ids"] for each in examples], 0)
+        return batch
+
+    def probe(self) -> Batch:
+        """Two rows of random tokens."""
+        config = self.base.config.get_text_config()
+        ids = torch.randint(config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def fit_model(self, model: Any, config: AdapterConfig | None) -> list[str]:
+        """Give the model rows for new tokens, and a pad token, by which a decoder finds the last token of a row."""
+        if config is None:
+            tokens.grow_for(model, self.processor, self.base.spec)
+        else:
+            tokens.make_room(model, self.processor, config, self.base.spec)
+        note = tokens.settle_pad(self.processor, model)
+        model.config.get_text_config().pad_token_id = model.config.pad_token_id = self.processor.pad_token_id
+        return [note] if note else []
+
+    def config_options(self) -> dict[str, Any]:
+        """Keys of the base model's config that a reader of the adapter must set."""
+        return {"pad_token_id": self.processor.pad_token_id}
+
+    def save_processor(self, folder: Path) -> list[str]:
+        """Write the tokenizer's files where the recipe changed it, and return their names."""
+        return tokens.save_with_adapter(folder, self.processor, self.base.spec)
