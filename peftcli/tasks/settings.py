@@ -70,24 +70,14 @@ class Classification:
         num_labels = int(num_labels or config.num_labels)
         if num_labels == 1:
             return cls(problem_type="regression")
-        names = getattr(config, "id2label", None) or {}
         several = getattr(config, "problem_type", None) == "multi_label_classification"
-        return cls(
-            labels=[str(names[n]) if len(names) == num_labels else f"LABEL_{n}" for n in range(num_labels)],
-            problem_type="multi_label" if several else "single_label",
-        )
+        return cls(labels=_label_names(config, num_labels), problem_type="multi_label" if several else "single_label")
 
     def model_options(self) -> dict[str, Any]:
         """Options of ``from_pretrained`` for these classes."""
         if self.problem_type == "regression":
             return {"num_labels": 1, "problem_type": "regression"}
-        labels = self.labels or []
-        return {
-            "num_labels": len(labels),
-            "id2label": dict(enumerate(labels)),
-            "label2id": {name: index for index, name in enumerate(labels)},
-            "problem_type": f"{self.problem_type}_classification",
-        }
+        return {**_label_options(self.labels or []), "problem_type": f"{self.problem_type}_classification"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,3 +92,55 @@ class SequenceClassification(Classification):
 @dataclass(frozen=True, kw_only=True)
 class ImageClassification(Classification):
     """Settings of image_classification."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenClassification:
+    """Settings of token_classification."""
+
+    labels: list[str] | None = None
+    """Names of the tags, in the order of the model's outputs; or types of entities, as in [PER, ORG], which stand for O
+    and B- and I- of each. Unset: those of the training rows, in the order of their ClassLabel, else of first sight."""
+    scheme: Literal["iob2", "none"] | None = None
+    """What the tags mean. iob2: B-PER begins an entity, I-PER goes on with it, O is none; measured are whole entities.
+    none: each word has a class of its own, as a part of speech. Unset: found in the training rows."""
+    label_all_pieces: bool = False
+    """Count every piece of a word in the loss, not the first alone; the pieces after the first of a word with a B- tag
+    get the I- tag."""
+    max_length: int = 1024
+    """Longest row, in tokens, within what the base model can read; the end of a longer one is cut, and its words count
+    as not found. May stand under ``dataset`` as well."""
+
+    @classmethod
+    def of_model(cls, config: Any, num_labels: int | None) -> Self:
+        """The settings of another tool's model, whose config names its outputs.
+
+        Args:
+            config: The base model's.
+            num_labels: Outputs of the head; None: as many as the config says.
+        """
+        labels = _label_names(config, int(num_labels or config.num_labels))
+        return cls(labels=labels, scheme="iob2" if all(map(is_iob2, labels)) else "none")
+
+    def model_options(self) -> dict[str, Any]:
+        """Options of ``from_pretrained`` for these tags."""
+        return _label_options(self.labels or [])
+
+
+def is_iob2(tag: str) -> bool:
+    """Whether a tag says where an entity begins or goes on, or that there is none."""
+    return tag == "O" or (tag[:2] in ("B-", "I-") and len(tag) > 2)
+
+
+def _label_names(config: Any, count: int) -> list[str]:
+    """The names of a model's outputs, as far as its config knows them."""
+    names = getattr(config, "id2label", None) or {}
+    return [str(names[number]) if len(names) == count else f"LABEL_{number}" for number in range(count)]
+
+
+def _label_options(labels: list[str]) -> dict[str, Any]:
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {name: index for index, name in enumerate(labels)},
+    }

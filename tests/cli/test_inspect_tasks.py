@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
+from taskkit import CASES
 from trainkit import write_recipe
 
 from peftcli.data.findings import Finding, Kind
@@ -141,3 +142,11 @@ def test_as_json(cli: Callable, recipe: Path) -> None:
     assert train["duplicates"]["near"] == 0
     assert found["audit"]["train_in_eval"] == {"rows": 1}
     assert list(Draft202012Validator(output_schema("inspect")).iter_errors(found)) == []
+
+
+def test_labelled_words(cli: Callable, tmp_path: Path) -> None:
+    recipe = CASES["token_classification"].write(tmp_path)
+    ran = cli("inspect", recipe, "--rows", 9, "--html", tmp_path / "page.html")
+    assert "[[...|NAME]] has the label NAME\n" in ran.out
+    assert "[[Ada Lovelace|PER]]" in ran.out.replace("##", "")
+    assert "<mark>Turin</mark><sub>LOC</sub>" in (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ from pathlib import Path
 import classifierkit
 import pytest
 import trainkit
+from taskkit import CASES
 
 from peftcli.core.files import save_adapter
 from peftcli.core.inject import inject
@@ -31,6 +32,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in ("train", "eval"):
         trainkit.write_rows(folder / f"data/spam/{part}.jsonl", classifierkit.ROWS)
         classifierkit.write_pictures(folder / f"data/fashion-mnist/{part}", 4)
+        (folder / "data/kjv").mkdir(exist_ok=True)
+        trainkit.write_rows(folder / f"data/kjv/{part}.jsonl", CASES["token_classification"].rows)
     return folder
 
 
@@ -98,7 +101,10 @@ def _experts(folder: Path, names: list[str]) -> dict[str, str]:
 
 def _base(recipe: Recipe) -> Path:
     """A tiny base model for the recipe's task."""
-    kind = {"sequence_classification": "bert", "image_classification": "vit"}.get((recipe.task or {})["type"])
+    task = (recipe.task or {})["type"]
+    if task in CASES:
+        return CASES[task].base()
+    kind = {"sequence_classification": "bert", "image_classification": "vit"}.get(task)
     if kind:
         return classifierkit.classifier_base(kind)
     return trainkit.base_folder("t5", chat=False) if recipe.task == {"type": "seq2seq_lm"} else trainkit.base_folder()

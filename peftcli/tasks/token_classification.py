@@ -1,0 +1,377 @@
+"""Token classification: a tag for each word, as the names in a text or parts of speech.
+
+A row: ``{"tokens": ["Ada", "lives", "in", "Turin"], "ner_tags": ["B-PER", "O", "O", "B-LOC"]}``, or a text and its
+entities: ``{"text": "Ada lives in Turin", "entities": [{"start": 13, "end": 18, "label": "LOC"}]}``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftcli.data.findings import Finding
+from peftcli.data.rows import Row, Table
+from peftcli.data.store import Column, Example, Outcome, View
+from peftcli.errors import DataError
+from peftcli.models.open import OpenBase
+from peftcli.schema import Source
+from peftcli.tasks import settings
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, write_task
+from peftcli.tasks.classification import LabelReader, listed, shortened
+from peftcli.tasks.findings import CLASSES as FINDINGS
+from peftcli.tasks.shown import Description, Shown, Text
+from peftcli.tasks.text.chat import IGNORED
+from peftcli.tasks.text.collate import padded
+from peftcli.tasks.text.inputs import TextInputs
+from peftcli.tasks.text.token_text import TokenRenderer
+from peftcli.tasks.text.words import OUTSIDE, Words, tagged_words, word_spans, words_of
+
+_TRUNCATED = 1
+_TAGS = ("ner_tags", "tags", "labels", "pos_tags", "upos")
+_SPANS = ("entities", "spans")
+_UNBALANCED = 0.95
+
+
+class TokenClassification(TextInputs, Task[settings.TokenClassification]):
+    """The task ``token_classification``."""
+
+    name = "token_classification"
+    argument = "text"
+    columns: ClassVar = {**TextInputs.text_columns, "word_of": Column(), "tags": Column()}
+    unit = "tokens"
+    identity = ("input_ids",)
+    flags: ClassVar = {"truncated": _TRUNCATED}
+    packages: ClassVar = {"seqeval": "metrics", "sklearn": "metrics"}
+
+    def __init__(self, settings: settings.TokenClassification, processor: Any, base: OpenBase):
+        super().__init__(settings, processor, base)
+        self.labels = tuple(settings.labels or ())
+        """Names of the tags, in the order of the model's outputs."""
+        self._index = {name: index for index, name in enumerate(self.labels)}
+        if len(self._index) < len(self.labels):
+            raise DataError("names a tag twice", key="task.labels")
+
+    @property
+    def notes(self) -> Sequence[str]:
+        if not self.labels:
+            return ()
+        kind = "entities of {} types" if self.settings.scheme == "iob2" else "{} tags"
+        names = _types(self.labels) if self.settings.scheme == "iob2" else self.labels
+        return (f"{kind.format(len(names))}: {listed(names)}",)
+
+    def model_options(self) -> dict[str, Any]:
+        return self.settings.model_options()
+
+    def save(self, folder: Path) -> list[str]:
+        return [write_task(folder, self.name, self.settings, self.config_options()), *self.save_processor(folder)]
+
+    def record(self, folder: Path, model: nn.Module) -> dict[str, Any]:
+        return {}
+
+    @property
+    def needs_scan(self) -> bool:
+        kind = self.settings.scheme
+        return not self.labels or kind is None or (kind == "iob2" and not all(map(settings.is_iob2, self.labels)))
+
+    def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> settings.TokenClassification:
+        """Find the names of the tags, and whether they mark entities."""
+        declared, seen, spans = dict[str, None](), dict[str, None](), False
+        for table, rows in tables:
+            reader = self.read(table)
+            declared |= dict.fromkeys(reader.classes)
+            spans = spans or "entities" in reader.names
+            for row in rows:
+                with suppress(DataError):
+                    seen |= dict.fromkeys(tag for _, tag in tagged_words(row, reader) if tag is not None)
+        given = list(self.labels)
+        found = list(declared or seen)
+        is_iob2 = all(map(settings.is_iob2, found)) and any(tag != OUTSIDE for tag in found)
+        scheme = self.settings.scheme or ("iob2" if is_iob2 else "none")
+        if spans and scheme == "none":
+            raise DataError("the rows hold entities, whose tags are B- and I- of each type", key="task.scheme")
+        if scheme == "iob2" and (types := [tag for tag in given if not settings.is_iob2(tag)]):
+            if len(types) < len(given):
+                raise DataError(f"{types[0]!r} is no tag of the scheme iob2, as the others are", key="task.labels")
+            given = _with_prefixes(given)
+        labels = given or (_with_prefixes(_types(found)) if spans else found)
+        if len(labels) < 2:
+            what = f"all words have the tag {labels[0]!r}" if labels else "no word has a tag"
+            raise DataError(f"in the training rows {what}; the model needs two tags", key="dataset.train")
+        return replace(self.settings, labels=labels, scheme=scheme)
+
+    def read(self, table: Table, *, labelled: bool = True) -> LabelReader:
+        tokens = "tokens" in table.source.columns or ("text" not in table.source.columns and "tokens" in table.columns)
+        inputs, label = ({"tokens": ("tokens",)}, "tags") if tokens else ({"text": ("text", "sentence")}, "entities")
+        columns = {**inputs, label: _TAGS if tokens else _SPANS}
+        found = table.reader("tags" if tokens else "entities", optional=() if labelled else (label,), **columns)
+        classes = table.class_names().get(found.names.get(label, ""), ()) if labelled else ()
+        return LabelReader(found.name, found.names, tuple(classes))
+
+    def encode(self, rows: Sequence[Row], reader: Any) -> list[Outcome | DataError]:
+        outcomes = list[Outcome | DataError]()
+        for row in rows:
+            try:
+                pairs = tagged_words(row, reader)
+                words = words_of(row, reader, [span for span, _ in pairs])
+                outcomes.append(self._outcome(words, [self._target(tag, row, reader) for _, tag in pairs], row))
+            except DataError as error:
+                outcomes.append(error)
+        return outcomes
+
+    def _outcome(self, words: Words, tags: list[int], row: Row) -> Outcome:
+        """The example of a row, from the number of each word's tag."""
+        example, size = self._example(words)
+        if not words.spans or not example.size:
+            raise row.place.error("holds no words")
+        counted = self._labels(example.arrays["word_of"], tags)
+        example.arrays["tags"], example.num_targets = tags, sum(label != IGNORED for label in counted)
+        read = set(example.arrays["word_of"])
+        lost = sum(tag != IGNORED and at not in read for at, tag in enumerate(tags)) if size > example.size else 0
+        if not example.num_targets:
+            return Outcome([], "no word has a tag", size)
+        return Outcome([example], size=size, lost=lost, flags=_TRUNCATED * (size > example.size))
+
+    def _example(self, words: Words) -> tuple[Example, int]:
+        """The example of a row without its tags, and how many tokens the row has before any cut."""
+        if self.processor.is_fast:
+            found = self.processor(words.text, return_offsets_mapping=True, verbose=False)
+            size = len(found["input_ids"])
+            if size > self.max_length:
+                found = self.processor(
+                    words.text, return_offsets_mapping=True, truncation=True, max_length=self.max_length
+                )
+            word_of = _owners(found["offset_mapping"], words)
+        else:
+            pieces = [self._pieces(words.text[start:end]) for start, end in words.spans]
+            owners = [at for at, each in enumerate(pieces) for _ in each]
+            size = len(owners) + self.processor.num_special_tokens_to_add()
+            room = self.max_length - self.processor.num_special_tokens_to_add()
+            ids = [piece for each in pieces for piece in each][:room]
+            found = self.processor.prepare_for_model(ids, return_special_tokens_mask=True)
+            special, left = found["special_tokens_mask"], iter(owners)
+            word_of = [-1 if is_special else next(left) for is_special in special]
+        arrays = {
+            "input_ids": found["input_ids"],
+            "token_type_ids": found.get("token_type_ids", []),
+            "word_of": word_of,
+            "tags": [],
+        }
+        return Example(arrays, len(found["input_ids"]), 0), size
+
+    def _pieces(self, word: str) -> list[int]:
+        return list(self.processor.convert_tokens_to_ids(self.processor.tokenize(word)))
+
+    def _target(self, tag: str | None, row: Row, reader: LabelReader) -> int:
+        """The number of a tag; ``IGNORED`` for a word that has none.
+
+        Raises:
+            DataError: it is not among the tags.
+        """
+        if tag is None:
+            return IGNORED
+        if tag not in self._index:
+            raise row.place.error(
+                f"the tag {shortened(tag)} is not one of {listed(self.labels)}",
+                key=reader.names.get("tags") or reader.names["entities"],
+                hint="The tags are those of the training rows, unless task.labels names them.",
+            )
+        return self._index[tag]
+
+    def _labels(self, word_of: Sequence[int], tags: Sequence[int]) -> list[int]:
+        """What each piece of a row is trained to be: the tag of its word, or ``IGNORED``."""
+        labels, last = list[int](), -1
+        for word in word_of:
+            if word < 0:
+                labels.append(IGNORED)
+            elif word != last:
+                labels.append(tags[word])
+            else:
+                labels.append(self._inside(tags[word]) if self.settings.label_all_pieces else IGNORED)
+            last = word
+        return labels
+
+    def _inside(self, tag: int) -> int:
+        """The tag of the pieces after the first of a word: I-PER where the word's is B-PER."""
+        name = self.labels[tag] if tag != IGNORED else ""
+        return self._index.get(f"I-{name[2:]}", tag) if name.startswith("B-") else tag
+
+    def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
+        """Pad on the right.
+
+        For metrics there are ``first`` and ``tags`` (B, W): each word's first piece, -1 where it was cut, and its tag.
+        """
+        word_of, tags = ([np.asarray(each.arrays[name]).tolist() for each in examples] for name in ("word_of", "tags"))
+        first = [_first_pieces(pieces, len(wanted)) for pieces, wanted in zip(word_of, tags, strict=True)]
+        labels = [self._labels(pieces, wanted) for pieces, wanted in zip(word_of, tags, strict=True)]
+        return self.collate_inputs(examples) | {
+            "labels": padded(labels, IGNORED),
+            "first": padded(first, -1),
+            "tags": padded(tags, IGNORED),
+        }
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", "first", "tags")}
+        logits, counts = model(**inputs).logits, batch["labels"] != IGNORED  # (B, T, C), (B, T)
+        total = F.cross_entropy(logits[counts].float(), batch["labels"][counts], reduction="sum")
+        outputs = () if model.training else self._outputs(logits.detach(), batch["first"], batch["tags"])
+        return Loss(total, {"loss": total.detach()}, outputs)
+
+    def _outputs(self, logits: torch.Tensor, first: torch.Tensor, tags: torch.Tensor) -> list[tuple[Any, Any]]:
+        """The tag and the prediction of each word that has a tag. Of a word that was cut, O is predicted, or -1."""
+        found = torch.where(first >= 0, logits.argmax(-1).gather(1, first.clamp(min=0)), self._index.get(OUTSIDE, -1))
+        counts = tags != IGNORED
+        return [(tags[at][counts[at]].tolist(), found[at][counts[at]].tolist()) for at in range(len(tags))]
+
+    def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
+        loss = {"loss": float(sums["loss"]) / num_targets}
+        wanted, found = zip(*outputs, strict=True)
+        pairs = [pair for one, other in outputs for pair in zip(one, other, strict=True)]
+        accuracy = sum(one == other for one, other in pairs) / len(pairs)
+        if self.settings.scheme == "none":
+            from sklearn.metrics import f1_score
+
+            return loss | {
+                "accuracy": accuracy,
+                "macro_f1": float(f1_score(*zip(*pairs, strict=True), average="macro", zero_division=0)),
+            }
+        from seqeval.metrics import classification_report
+
+        names = [
+            [[self.labels[tag] if tag >= 0 else OUTSIDE for tag in row] for row in rows] for rows in (wanted, found)
+        ]
+        report = classification_report(*names, output_dict=True, zero_division=0)
+        overall = report["micro avg"]
+        return (
+            loss
+            | {"precision": overall["precision"], "recall": overall["recall"], "f1": overall["f1-score"]}
+            | {"accuracy": accuracy}
+            | {f"f1_{name}": report[name]["f1-score"] for name in _types(self.labels) if name in report}
+        )
+
+    def show(self, example: Example) -> Shown:
+        """The text, whose entities have their type as label, or whose words have their tag."""
+        ids, word_of = (np.asarray(example.arrays[name]).tolist() for name in ("input_ids", "word_of"))
+        named = [self.labels[tag] if tag != IGNORED else None for tag in np.asarray(example.arrays["tags"]).tolist()]
+        labels = [""] * len(ids)
+        for name, start, end in _entities([tag or OUTSIDE for tag in named], self.settings.scheme == "iob2"):
+            pieces = [at for at, word in enumerate(word_of) if start <= word <= end]
+            for at in range(min(pieces, default=0), max(pieces, default=-1) + 1):
+                labels[at] = name
+        renderer, at, tokens = TokenRenderer(self.processor), 0, []
+        for token in renderer.render(ids, [IGNORED] * len(ids)):
+            tokens.append(replace(token, trained=bool(labels[at]), label=labels[at]))
+            at += len(token.ids)
+        return Shown([Text(tokens, "text")], {"input_ids": ids, "text": renderer.text(ids), "tags": named})
+
+    def _counts(self, view: View) -> Counter[str]:
+        """How many words have each tag."""
+        found = Counter[str]()
+        for at in range(len(view)):
+            store, number = view.locate(at)
+            for tag in store.value("tags", number).tolist():
+                if tag != IGNORED:
+                    found[self.labels[tag]] += 1
+        return found
+
+    def describe(self, view: View) -> Description:
+        counts, total = self._counts(view), max(1, sum(self._counts(view).values()))
+        shares = [f"{name} {counts[name] / total:.1%}" for name in self.labels]
+        return Description({"tags": {name: counts[name] for name in self.labels}}, {"tags": listed(shares)})
+
+    def findings(self, view: View) -> list[Finding]:
+        """Look for tags that no word has, and for one that nearly all words have."""
+        counts = self._counts(view)
+        total, found = sum(counts.values()), list[Finding]()
+        begun = [name for name in self.labels if not name.startswith("I-")]
+        if missing := [name for name in begun if not counts[name]]:
+            found.append(FINDINGS["missing_classes"].finding(total, total, (), more=f" {listed(missing)}, in no word"))
+        for name, count in counts.items():
+            if count >= _UNBALANCED * total:
+                found.append(FINDINGS["unbalanced_classes"].finding(count, total, (), more=f": {name!r}, by words"))
+        return found
+
+    def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
+        """Answer rows in their order; those of similar size share a batch."""
+        rows = list(rows)
+        columns = tuple(dict.fromkeys(name for row in rows for name in row.values))
+        table = Table(Source(train="", columns=dict(options.columns)), rows[0].place.source, columns)
+        reader = self.read(table, labelled=False)
+        words = [words_of(row, reader, word_spans(row, reader)) for row in rows]
+        examples = [self._example(each)[0] for each in words]
+        read = [at for at in range(len(rows)) if examples[at].size]
+        logits = logits_of(model, [examples[at] for at in read], self.collate_inputs, options.batch_size)
+        scores = dict(zip(read, logits, strict=True))  # (T, C)
+        for at in range(len(rows)):
+            yield self._answer(words[at], examples[at], scores[at].softmax(-1) if at in scores else None)
+
+    def _answer(self, words: Words, example: Example, scores: torch.Tensor | None) -> dict[str, Any]:
+        """What ``predict`` says of one row, from the probabilities of its pieces' tags (T, C)."""
+        tags, sure = list[str](), list[float]()
+        for piece in _first_pieces(example.arrays["word_of"], len(words.spans)):
+            best = int(scores[piece].argmax()) if piece >= 0 and scores is not None else -1
+            tags.append(self.labels[best] if best >= 0 else OUTSIDE)
+            sure.append(float(scores[piece, best]) if best >= 0 and scores is not None else 0.0)
+        entities = [
+            {
+                "type": name,
+                "start": words.spans[first][0],
+                "end": words.spans[last][1],
+                "text": words.text[words.spans[first][0] : words.spans[last][1]],
+                "score": sum(sure[first : last + 1]) / (last + 1 - first),
+            }
+            for name, first, last in _entities(tags, self.settings.scheme == "iob2")
+        ]
+        return {"entities": entities, "tags": tags, "words": [words.text[start:end] for start, end in words.spans]}
+
+
+def _entities(tags: Sequence[str], iob2: bool) -> list[tuple[str, int, int]]:
+    """The entities that tags mark: type, first and last word. An I- tag after another type begins an entity."""
+    found = list[tuple[str, int, int]]()
+    for at, tag in enumerate(tags):
+        if tag == OUTSIDE:
+            continue
+        name = tag[2:] if iob2 else tag
+        goes_on = found and found[-1][2] == at - 1 and found[-1][0] == name and not (iob2 and tag.startswith("B-"))
+        if goes_on:
+            found[-1] = (name, found[-1][1], at)
+        else:
+            found.append((name, at, at))
+    return found
+
+
+def _types(tags: Iterable[str]) -> list[str]:
+    """The types of entities that B- and I- tags name, in order."""
+    return list(dict.fromkeys(tag[2:] for tag in tags if tag != OUTSIDE))
+
+
+def _with_prefixes(types: Sequence[str]) -> list[str]:
+    return [OUTSIDE, *(f"{prefix}-{name}" for name in types for prefix in "BI")]
+
+
+def _first_pieces(word_of: Sequence[int], count: int) -> list[int]:
+    """The first piece of each of ``count`` words; -1: it has none."""
+    first = [-1] * count
+    for at in range(len(word_of) - 1, -1, -1):
+        if word_of[at] >= 0:
+            first[word_of[at]] = at
+    return first
+
+
+def _owners(offsets: Sequence[tuple[int, int]], words: Words) -> list[int]:
+    """The word of each piece, by the characters that it stands for; -1: none, as of a special token."""
+    owner = [-1] * len(words.text)
+    for at, (start, end) in enumerate(words.spans):
+        owner[start:end] = [at] * (end - start)
+    return [max(owner[start:end], default=-1) for start, end in offsets]
+
+
+TASK = TokenClassification

@@ -1,0 +1,84 @@
+"""What the tests of every task's runs share: a small recipe of each task, and what is known of its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from classifierkit import classifier_base
+from trainkit import write_rows
+
+
+@dataclass(frozen=True)
+class Case:
+    """One task over one tiny base model."""
+
+    base: Callable[[], Path]
+    task: dict[str, Any]
+    """The recipe's ``task``."""
+    rows: Sequence[dict[str, Any]]
+    """The training rows; every third is an evaluation row too."""
+    metrics: frozenset[str]
+    """Names of eval_ metrics, without the prefix."""
+    recompute: Callable[[Sequence[dict[str, Any]], Sequence[dict[str, Any]]], dict[str, float]]
+    """From evaluation rows and their answers: metrics that must be those of ``evaluate``."""
+    targets: str = "all-linear"
+
+    @property
+    def held_out(self) -> Sequence[dict[str, Any]]:
+        """The evaluation rows."""
+        return self.rows[::3]
+
+    def write(self, folder: Path) -> Path:
+        """A recipe beside its data: LoRA, float32, 8 steps."""
+        folder.mkdir(parents=True, exist_ok=True)
+        train, held_out = (
+            write_rows(folder / "train.jsonl", self.rows),
+            write_rows(folder / "eval.jsonl", self.held_out),
+        )
+        path = folder / "recipe.yaml"
+        path.write_text(
+            f"""\
+base_model: {self.base()}
+task: {self.task}
+method: {{type: lora, r: 4, lora_alpha: 8, target_modules: {self.targets}}}
+dataset: {{train: {train}, eval: {held_out}}}
+training:
+  output_dir: {folder}/out
+  max_steps: 8
+  learning_rate: 1e-2
+  per_device_train_batch_size: 4
+  per_device_eval_batch_size: 3
+  bf16: false
+  eval_strategy: "no"
+  save_strategy: "no"
+  logging_steps: 1
+"""
+        )
+        return path
+
+
+def _entities(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    from seqeval.metrics import accuracy_score, f1_score
+
+    wanted, found = [row["ner_tags"] for row in rows], [answer["tags"] for answer in answers]
+    return {"f1": f1_score(wanted, found), "accuracy": accuracy_score(wanted, found)}
+
+
+_SENTENCES = [
+    {"tokens": [*name.split(), "saw", place], "ner_tags": [*["B-PER", "I-PER"][: len(name.split())], "O", "B-LOC"]}
+    for name in ("Ada", "Ada Lovelace", "Grace Hopper", "Alan")
+    for place in ("Turin", "Oslo", "Lima")
+]
+
+CASES: dict[str, Case] = {
+    "token_classification": Case(
+        base=lambda: classifier_base("bert"),
+        task={"type": "token_classification"},
+        rows=_SENTENCES,
+        metrics=frozenset({"loss", "precision", "recall", "f1", "accuracy", "f1_PER", "f1_LOC"}),
+        recompute=_entities,
+    ),
+}

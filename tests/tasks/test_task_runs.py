@@ -1,0 +1,168 @@
+"""What every task is promised of its runs. A new task adds a case to ``taskkit.CASES``."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trainkit
+from safetensors.torch import load_file
+from taskkit import CASES
+from trainkit import Child, Trained, at_step, read_run, run_recipe
+
+from peftcli.adapters.load import apply_adapter, find_adapter
+from peftcli.cli import console
+from peftcli.cli.app import main
+from peftcli.errors import Interrupted
+from peftcli.models.open import open_base
+
+EVALUATES = ("training.eval_strategy=steps", "training.eval_steps=4")
+SAVES = ("training.save_strategy=steps", "training.save_steps=3")
+
+pytestmark = pytest.mark.parametrize("name", CASES)
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    def cli(*args: object, code: int = 0) -> Any:
+        monkeypatch.setattr(console, "_json_printed", False)
+        trainkit.reset_accelerate()
+        assert main([str(arg) for arg in args]) == code, capsys.readouterr().err
+        out, err = capsys.readouterr()
+        return json.loads(out) if "--json" in args else out + err * bool(code)
+
+    return cli
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Trained]]:
+    """The recipe and the finished run of a task."""
+    done: dict[str, tuple[Path, Trained]] = {}
+
+    def get(name: str) -> tuple[Path, Trained]:
+        if name not in done:
+            recipe = CASES[name].write(tmp_path_factory.mktemp(name))
+            done[name] = recipe, run_recipe(recipe, *EVALUATES)
+        return done[name]
+
+    return get
+
+
+def outputs(folder: Path, merged: Path | None = None) -> tuple[Any, Any, torch.Tensor]:
+    """The adapter, its task, and what its model, or the merged one, says of the task's probe."""
+    import transformers
+
+    source = find_adapter(str(folder))
+    with open_base(source.base, processors=source.folder) as opened:
+        task = source.open_task(opened)
+        auto = source.auto_class(lambda: opened.config)
+        if merged is None:
+            loaded = opened.model(auto, torch.float32, **source.model_options(opened))
+            task.fit_model(loaded.model, None)
+            apply_adapter(loaded, source)
+            model = loaded.model
+        else:
+            model = getattr(transformers, auto).from_pretrained(merged)
+    with torch.no_grad():
+        return source, task, model.eval()(**task.probe()).logits
+
+
+def test_a_run_learns_and_measures(runs: Callable, name: str) -> None:
+    _, run = runs(name)
+    assert run.losses[-1] < run.losses[0]
+    assert {f"eval_{metric}" for metric in CASES[name].metrics} <= set(run.run["eval"]["last"])
+    head = [each for each in load_file(run.folder / "adapter_model.safetensors") if "lora_" not in each]
+    assert head, "the new head is saved"
+
+
+def test_a_resumed_run_is_the_same_byte_for_byte(tmp_path: Path, name: str) -> None:
+    recipe = CASES[name].write(tmp_path)
+    whole = run_recipe(recipe, *EVALUATES, *SAVES, f"training.output_dir={tmp_path}/whole")
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, *EVALUATES, *SAVES, on_event=at_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    resumed = run_recipe(recipe, *EVALUATES, *SAVES)
+    for file in trainkit.PRODUCT[:3]:
+        assert (resumed.folder / file).read_bytes() == (whole.folder / file).read_bytes(), file
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_series_of_one(tmp_path: Path, name: str) -> None:
+    recipe = CASES[name].write(tmp_path)
+    one = run_recipe(recipe, *EVALUATES)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    settings = (f"training.output_dir={tmp_path}/two", "training.per_device_train_batch_size=2", *EVALUATES)
+    ranks = [{**shared, "ACCELERATE_USE_CPU": "true", "RANK": each, "LOCAL_RANK": each} for each in "01"]
+    children = [Child(tmp_path, "train", recipe, *settings, env=each) for each in ranks]
+    assert [child.wait() for child in children] == [0, 0], children[0].err
+    losses = [entry["loss"] for entry in trainkit.read_metrics(tmp_path / "two") if "loss" in entry]
+    assert losses == pytest.approx(one.losses, rel=1e-4)
+    assert read_run(tmp_path / "two")["eval"]["last"] == pytest.approx(one.run["eval"]["last"], rel=1e-4)
+
+
+def test_evaluate_and_predict_agree_with_training(runs: Callable, cli: Callable, tmp_path: Path, name: str) -> None:
+    recipe, run = runs(name)
+    measured = cli("evaluate", recipe, "--adapter", run.folder, "--json")["eval"]["last"]
+    assert measured == pytest.approx(run.run["eval"]["last"], rel=1e-5)
+    cli("predict", run.folder, "--input", recipe.parent / "eval.jsonl", "--output", tmp_path / "answers.jsonl")
+    answers = list(map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines()))
+    for metric, value in CASES[name].recompute(CASES[name].held_out, answers).items():
+        assert measured[f"eval_{metric}"] == pytest.approx(value), metric
+
+
+def test_a_merged_model_says_the_same(runs: Callable, cli: Callable, tmp_path: Path, name: str) -> None:
+    _, run = runs(name)
+    cli("merge", run.folder, "--output", tmp_path / "merged")
+    expected = outputs(run.folder)[2]
+    torch.testing.assert_close(outputs(run.folder, tmp_path / "merged")[2], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_peft_says_the_same(runs: Callable, name: str, recwarn: pytest.WarningsRecorder) -> None:
+    import peft
+    import transformers
+
+    _, run = runs(name)
+    source, task, expected = outputs(run.folder)
+    auto = getattr(transformers, source.auto_class(lambda: None))
+    base = auto.from_pretrained(run.recipe.base_model.name, **source.recorded_options)
+    model = peft.PeftModel.from_pretrained(base, run.folder).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**task.probe()).logits, expected, atol=1e-5, rtol=1e-4)
+    assert [str(each.message) for each in recwarn if "peft" in str(each.filename)] == []
+
+
+def test_the_cards_example_runs(runs: Callable, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, run = runs(name)
+    card = (run.folder / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    code = code.replace("path/to/this/adapter", str(run.folder))
+    exec(code.replace("path/to/the/base/model", run.recipe.base_model.name), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_commands_know_the_task(runs: Callable, cli: Callable, name: str) -> None:
+    recipe, run = runs(name)
+    assert "problems" not in cli("check", recipe)
+    cli("check", "--deep", recipe)
+    cli("info", run.folder)
+    assert "examples of a step" in cli("inspect", recipe)
+    assert cli("inspect", recipe, "--json")["audit"]["train"]["rows"] == run.run["data"]["rows"]
+    cli("train", recipe, "--dry-run")
+
+
+def test_examples_come_from_the_cache(runs: Callable, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, _ = runs(name)
+    from peftcli.tasks import TASKS
+
+    task = __import__(f"peftcli.tasks.{TASKS[name].module}", fromlist=["TASK"]).TASK
+    monkeypatch.setattr(task, "encode", lambda *_: pytest.fail("encoded again"))
+    run_recipe(recipe, "training.max_steps=1", f"training.output_dir={recipe.parent}/again")

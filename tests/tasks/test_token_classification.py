@@ -1,0 +1,299 @@
+"""Token classification: words, pieces and tags; files of three kinds; entities in metrics and answers."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from classifierkit import base_of, encoded, open_task, scanned, table_of
+
+from peftcli.core.inject import inject
+from peftcli.errors import DataError
+from peftcli.methods import config_from_dict
+from peftcli.tasks import TASKS
+from peftcli.tasks.base import PredictOptions
+from peftcli.tasks.text.chat import IGNORED
+
+NAME = "token_classification"
+LABELS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+IOB: dict[str, Any] = {"labels": LABELS, "scheme": "iob2"}
+ROWS = [
+    {"tokens": ["Ada", "Lovelace", "lives", "in", "Turin"], "ner_tags": ["B-PER", "I-PER", "O", "O", "B-LOC"]},
+    {"tokens": ["stone", "mill"], "ner_tags": ["O", "O"]},
+]
+TEXT = {
+    "text": "Ada Lovelace lives in Turin.",
+    "entities": [{"start": 0, "end": 12, "label": "PER"}, {"start": 22, "end": 27, "label": "LOC"}],
+}
+
+
+def words_of(task: Any, example: Any) -> list[str]:
+    """The pieces of each word, joined."""
+    pieces = task.processor.convert_ids_to_tokens(list(example.arrays["input_ids"]))
+    words = dict[int, str]()
+    for piece, word in zip(pieces, example.arrays["word_of"], strict=True):
+        if word >= 0:
+            words[word] = words.get(word, "") + piece.replace("\u0120", "").removeprefix("##")
+    return list(words.values())
+
+
+def names(task: Any, tags: Any) -> list[str]:
+    return [task.labels[tag] for tag in tags]
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_each_word_has_its_tag_whatever_its_pieces(kind: str) -> None:
+    task = open_task(NAME, kind, **IOB)
+    example, _ = encoded(task, ROWS)
+    assert words_of(task, example) == ROWS[0]["tokens"]
+    assert len(example.arrays["input_ids"]) > 5  # words of several pieces
+    assert names(task, example.arrays["tags"]) == ROWS[0]["ner_tags"]
+    batch = task.collate([example], training=True)
+    counted = [label for label in batch["labels"][0].tolist() if label != IGNORED]
+    assert names(task, counted) == ROWS[0]["ner_tags"]
+    assert example.num_targets == 5
+
+
+def test_all_pieces_of_a_word_may_count() -> None:
+    first, both = open_task(NAME, **IOB), open_task(NAME, **IOB, label_all_pieces=True)
+    [one], [other] = encoded(first, ROWS[:1]), encoded(both, ROWS[:1])
+    labels = both.collate([other], training=True)["labels"][0].tolist()
+    word_of = list(other.arrays["word_of"])
+    for word, pieces in itertools.groupby(range(len(labels)), key=lambda at: word_of[at]):
+        found = [labels[at] for at in pieces]
+        tag = "" if word < 0 else ROWS[0]["ner_tags"][word]
+        inside = [tag.replace("B-", "I-")] * (len(found) - 1)
+        assert found == ([IGNORED] * len(found) if word < 0 else [LABELS.index(each) for each in [tag, *inside]])
+    assert other.num_targets == sum(word >= 0 for word in word_of) > one.num_targets
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_places_of_entities_become_tags(kind: str) -> None:
+    task = open_task(NAME, kind, **IOB)
+    [example] = encoded(task, [TEXT])
+    assert words_of(task, example) == ["Ada", "Lovelace", "lives", "in", "Turin", "."]
+    assert names(task, example.arrays["tags"]) == ["B-PER", "I-PER", "O", "O", "B-LOC", "O"]
+    assert list(example.arrays["input_ids"]) == task.processor(TEXT["text"])["input_ids"]
+
+
+def test_lists_and_types_name_entities_too() -> None:
+    task = open_task(NAME, **IOB)
+    spelled = [{"start": 22, "end": 27, "type": "LOC"}, {"start": 0, "end": 12, "type": "PER"}]
+    lists = [[0, 12, "PER"], [22, 27, "LOC"]]
+    examples = [encoded(task, [{"text": TEXT["text"], "spans": each}])[0] for each in (spelled, lists)]
+    assert [list(each.arrays["tags"]) for each in examples] == [list(encoded(task, [TEXT])[0].arrays["tags"])] * 2
+
+
+@pytest.mark.parametrize(
+    ("entities", "message"),
+    [
+        ([{"start": 22, "end": 99, "label": "LOC"}], "22 to 99 lies outside of the text, which has 28 characters"),
+        ([{"start": 3, "end": 4, "label": "LOC"}], "3 to 4 holds no word"),
+        ([[0, 12, "PER"], [4, 12, "PER"]], "two entities share the character 4"),
+        ([{"start": 0, "label": "LOC"}], "lies outside"),
+        (["LOC"], "expected {start, end, label}"),
+        ([[0, 3, "ORG"]], "the tag 'B-ORG' is not one of O, B-PER"),
+    ],
+)
+def test_entities_that_are_not_where_they_are_said_to_be(entities: Any, message: str) -> None:
+    [bad] = encoded(open_task(NAME, **IOB), [{"text": TEXT["text"], "entities": entities}])
+    assert isinstance(bad, DataError)
+    assert message in bad.message
+    assert bad.line == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"tokens": ["a", "b"], "ner_tags": ["O"]}, "expected a tag for each of the 2 tokens, found 1"),
+        ({"tokens": "a b", "ner_tags": ["O"]}, "expected a list of words"),
+        ({"tokens": [], "ner_tags": []}, "holds no words"),
+        ({"tokens": ["a"], "ner_tags": ["B-ORG"]}, "the tag 'B-ORG' is not one of"),
+        ({"tokens": ["a"], "ner_tags": [7]}, "the tag '7' is not one of"),
+    ],
+)
+def test_rows_that_cannot_be_used(row: dict[str, Any], message: str) -> None:
+    [bad] = encoded(open_task(NAME, **IOB), [row])
+    assert isinstance(bad, DataError)
+    assert message in bad.message
+
+
+def test_words_without_a_tag_do_not_count() -> None:
+    task = open_task(NAME, **IOB)
+    [example] = encoded(task, [{"tokens": ["Ada", "sun"], "ner_tags": ["B-PER", -100]}])
+    assert list(example.arrays["tags"]) == [1, IGNORED]
+    assert example.num_targets == 1
+
+
+def test_tags_are_found_in_the_rows() -> None:
+    task = scanned(ROWS, NAME)
+    assert task.labels == ("B-PER", "I-PER", "O", "B-LOC")  # of first sight
+    assert task.settings.scheme == "iob2"
+    assert scanned([TEXT], NAME).labels == tuple(LABELS)
+    numbers = [{"tokens": ["a", "b"], "ner_tags": [0, 1]}]
+    assert scanned(numbers, NAME, classes={"ner_tags": tuple(LABELS)}).labels == tuple(LABELS)
+    parts = [{"tokens": ["sun", "shines"], "pos_tags": ["NOUN", "VERB"]}]
+    assert scanned(parts, NAME).settings.scheme == "none"
+
+
+def test_types_of_entities_stand_for_their_tags() -> None:
+    assert scanned(ROWS, NAME, labels=["PER", "LOC"]).labels == tuple(LABELS)
+    assert scanned([TEXT], NAME, labels=["PER", "LOC"], scheme="iob2").labels == tuple(LABELS)
+
+
+def test_a_slow_tokenizer_gives_the_same_example() -> None:
+    fast = open_task(NAME, **IOB)
+    base = base_of("bert")
+    base.processor = lambda _: transformers.CanineTokenizer()
+    slow = TASKS[NAME].open(TASKS[NAME].settings(**IOB), base)
+    assert not slow.processor.is_fast
+    [example] = encoded(slow, ROWS[:1])
+    assert [chr(number) for number in list(example.arrays["input_ids"])[1:4]] == ["A", "d", "a"]
+    assert list(example.arrays["word_of"]) == [-1, 0, 0, 0, *[1] * 8, *[2] * 5, 3, 3, *[4] * 5, -1]
+    assert names(slow, example.arrays["tags"]) == names(fast, encoded(fast, ROWS[:1])[0].arrays["tags"])
+    short = TASKS[NAME].open(TASKS[NAME].settings(**IOB, max_length=8), base)
+    [cut] = encoded(short, ROWS[:1])
+    assert list(cut.arrays["word_of"]) == [-1, 0, 0, 0, 1, 1, 1, -1]
+
+
+def model_for(task: Any, method: dict[str, Any] | None = None) -> Any:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForTokenClassification.from_pretrained(task.base.name, **task.model_options())
+    task.fit_model(model, None)
+    if method is not None:
+        inject(model, config_from_dict({"task_type": "TOKEN_CLS", **method}))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.5)
+    return model.eval()
+
+
+def test_the_loss_is_that_of_the_model_itself() -> None:
+    task = open_task(NAME, **IOB)
+    model, examples = model_for(task), encoded(task, ROWS)
+    batch = task.collate(examples, training=True)
+    inputs = {name: value for name, value in batch.items() if name not in ("first", "tags")}
+    with torch.no_grad():
+        loss, reference = task.loss(model, batch), model(**inputs).loss
+    assert float(loss.total) / sum(each.num_targets for each in examples) == pytest.approx(float(reference), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        None,
+        {"peft_type": "LORA", "target_modules": "all-linear"},
+        {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 5},
+        {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 5},
+    ],
+    ids=lambda method: method and method["peft_type"].lower(),
+)
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_row_has_one_answer_in_a_batch_of_one_and_of_eight(kind: str, method: dict[str, Any] | None) -> None:
+    task = open_task(NAME, kind, **IOB)
+    model = model_for(task, method)
+    _, rows = table_of([{"text": " ".join(["Ada sun"] * count)} for count in (1, 4, 2, 7)])
+    alone, together = (list(task.predict(model, rows, PredictOptions(batch_size=size))) for size in (1, 8))
+    for one, other in zip(alone, together, strict=True):
+        assert one["tags"] == other["tags"]
+        assert len(one["tags"]) == len(one["words"])
+
+
+def test_the_metrics_are_those_of_the_answers() -> None:
+    from seqeval.metrics import accuracy_score, f1_score
+
+    task = open_task(NAME, **IOB, max_length=12)
+    model = model_for(task)
+    choose = random.Random(0)
+    values = [
+        {
+            "tokens": [choose.choice(["Ada", "sun", "Turin"]) for _ in range(count)],
+            "ner_tags": choose.choices(LABELS, k=count),
+        }
+        for count in (3, 9, 1, 6)
+    ]
+    examples = encoded(task, values)
+    loss = task.loss(model, task.collate(examples, training=False))
+    found = task.metrics(
+        {"loss": loss.total.detach().numpy()}, loss.outputs, sum(each.num_targets for each in examples)
+    )
+    _, rows = table_of(values)
+    answers = [each["tags"] for each in task.predict(model, rows, PredictOptions())]
+    wanted = [each["ner_tags"] for each in values]
+    assert found["f1"] == pytest.approx(f1_score(wanted, answers))
+    assert found["accuracy"] == pytest.approx(accuracy_score(wanted, answers))
+
+
+def test_words_that_were_cut_are_not_found() -> None:
+    values = [{"tokens": ["Ada"] * 30, "ner_tags": ["B-PER"] * 30}]
+    task = open_task(NAME, **IOB, max_length=10)
+    table, rows = table_of(values)
+    [outcome] = task.encode(rows, task.read(table))
+    [example] = outcome.examples
+    assert (outcome.flags, outcome.lost) == (task.flags["truncated"], 30 - example.num_targets)
+    logits = torch.zeros(1, 10, len(LABELS))
+    logits[..., 1] = 1  # whatever is read is right
+    batch = task.collate([example], training=False)
+    outputs = task._outputs(logits, batch["first"], batch["tags"])
+    found = task.metrics({"loss": torch.tensor(1.0).numpy()}, outputs, example.num_targets)
+    assert found["precision"] == 1
+    assert found["recall"] == pytest.approx(example.num_targets / 30)
+
+
+@pytest.mark.parametrize(("perfect", "f1"), [(True, 1.0), (False, 0.0)])
+def test_a_perfect_and_a_wrong_predictor(perfect: bool, f1: float) -> None:
+    task = open_task(NAME, **IOB)
+    wanted = [[1, 2, 0, 0, 3], [0, 3, 4]]
+    found = wanted if perfect else [[0, 1, 1, 1, 1], [1, 1, 1]]
+    metrics = task.metrics({"loss": torch.tensor(0.0).numpy()}, list(zip(wanted, found, strict=True)), 8)
+    assert {name: metrics[name] for name in ("f1", "f1_PER", "f1_LOC")} == {"f1": f1, "f1_PER": f1, "f1_LOC": f1}
+    assert metrics["accuracy"] == f1
+
+
+def test_parts_of_speech_have_an_f1_of_their_own() -> None:
+    task = open_task(NAME, labels=["NOUN", "VERB"], scheme="none")
+    metrics = task.metrics({"loss": torch.tensor(0.0).numpy()}, [([0, 1, 1], [0, 1, 0])], 3)
+    assert set(metrics) == {"loss", "accuracy", "macro_f1"}
+    assert metrics["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_answers_name_entities_by_their_characters() -> None:
+    task = open_task(NAME, **IOB)
+    model = model_for(task)
+    forced = {"Ada": "B-PER", "Lovelace": "I-PER", "Turin": "B-LOC"}
+
+    def forward(input_ids: torch.Tensor, **_: Any) -> Any:
+        logits = torch.zeros(*input_ids.shape, len(LABELS))
+        [example] = encoded(task, [TEXT])
+        for at, word in enumerate(example.arrays["word_of"]):
+            name = words_of(task, example)[word] if word >= 0 else ""
+            logits[:, at, LABELS.index(forced.get(name, "O"))] = 50
+        return transformers.modeling_outputs.TokenClassifierOutput(logits=logits)
+
+    model.forward = forward
+    _, rows = table_of([{"text": TEXT["text"]}])
+    [answer] = task.predict(model, rows, PredictOptions())
+    assert answer["tags"] == ["B-PER", "I-PER", "O", "O", "B-LOC", "O"]
+    assert answer["entities"] == [
+        {"type": "PER", "start": 0, "end": 12, "text": "Ada Lovelace", "score": 1.0},
+        {"type": "LOC", "start": 22, "end": 27, "text": "Turin", "score": 1.0},
+    ]
+
+
+def test_inspect_marks_the_entities() -> None:
+    task = open_task(NAME, **IOB)
+    [example] = encoded(task, [TEXT])
+    shown = task.show(example)
+    [text] = shown.parts
+    by_label = {
+        label: "".join(token.text for token in run).replace("##", "").replace(" ", "")
+        for label, run in itertools.groupby(text.tokens, key=lambda token: token.label)
+        if label
+    }
+    assert by_label == {"PER": "AdaLovelace", "LOC": "Turin"}
+    assert shown.as_dict()["tags"] == ["B-PER", "I-PER", "O", "O", "B-LOC", "O"]
