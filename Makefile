@@ -9,6 +9,9 @@ QUANTISED := .venv-quantised
 TWO := --numprocesses 2 --dist loadfile
 MODEL := models/SmolLM2-135M-Instruct
 
+# or else each process of each run rewrites the asserts of all tests
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup fmt lint type test test-all test-gpu torture docs docs-check bench check quickstart clean
 

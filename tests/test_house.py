@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
@@ -39,12 +41,17 @@ ALLOWED = {
 runs, so that ``--help`` answers at once. No number here may grow, and no module outside ``cli`` may be added."""
 
 
+@functools.cache
+def parsed() -> Any:
+    return house.parsed(ROOT)
+
+
 def test_no_modules_import_one_another() -> None:
-    assert house.cycles(house.imports(house.parsed(ROOT), ROOT)) == []
+    assert house.cycles(house.imports(parsed(), ROOT)) == []
 
 
 def test_imports_inside_functions_only_become_fewer() -> None:
-    found = house.inner_imports(house.parsed(ROOT), ROOT)
+    found = house.inner_imports(parsed(), ROOT)
     assert {name: count for name, count in found.items() if count > ALLOWED.get(name, 0)} == {}
 
 

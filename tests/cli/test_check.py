@@ -79,14 +79,12 @@ def test_deep_problems_get_their_place(cli, recipe, monkeypatch: pytest.MonkeyPa
     assert len(json.loads(cli("check", path, "--deep", "--json").out)["warnings"]) == 2
 
 
-@pytest.mark.parametrize(
-    "args", [["--help"], ["check", "RECIPE"], ["schema"], ["explain", "lora.r"], ["info", "methods"], ["info", "tasks"]]
-)
-def test_nothing_slow_is_imported(recipe, args: list[str]) -> None:
+def test_nothing_slow_is_imported(recipe) -> None:
+    commands = ["--help", f"check {recipe()}", "schema", "explain lora.r", "info methods", "info tasks"]
     code = (
-        "import sys; from peftcli.cli.app import main; code = main(sys.argv[1:]);"
-        f"print(sorted({SLOW_TO_IMPORT!r} & set(sys.modules)), code, file=sys.stderr)"
+        "import sys; from peftcli.cli.app import main\n"
+        "for line in sys.argv[1:]:\n"
+        f"    print(main(line.split()), sorted({SLOW_TO_IMPORT!r} & set(sys.modules)), file=sys.stderr)"
     )
-    args = [str(recipe()) if arg == "RECIPE" else arg for arg in args]
-    ran = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)
-    assert ran.stderr == "[] 0\n"
+    ran = subprocess.run([sys.executable, "-c", code, *commands], capture_output=True, text=True, check=True)
+    assert ran.stderr == "0 []\n" * len(commands)

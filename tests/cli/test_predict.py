@@ -30,7 +30,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_recipe(trainkit.write_recipe(tmp_path_factory.mktemp("words")), "training.max_steps=2").folder
+    brief = ("dataset.limit=1", "training.max_steps=30", "training.learning_rate=1e-2")  # its answers end soon
+    return run_recipe(trainkit.write_recipe(tmp_path_factory.mktemp("words")), *brief).folder
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,8 @@ from typer.main import get_command
 
 from peftcli.cli.app import app
 
+BRIEF = ("dataset.limit=1", "training.max_steps=30", "training.learning_rate=1e-2")
+"""So that answers come to an end soon."""
 ALL = {"train", "evaluate", "inspect", "generate", "predict", "merge", "combine", "push"}
 
 
@@ -25,8 +27,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe, and an adapter in lora/."""
     folder = tmp_path_factory.mktemp("quiet")
     recipe = trainkit.write_recipe(folder)
-    trainkit.run_recipe(recipe, "training.max_steps=1", f"training.output_dir={folder}/lora")
-    trainkit.write_rows(folder / "asked.jsonl", trainkit.PROMPTS[:2])
+    trainkit.run_recipe(recipe, *BRIEF, f"training.output_dir={folder}/lora")
+    trainkit.write_rows(folder / "asked.jsonl", 2 * trainkit.PROMPTS[:1])
     return folder
 
 

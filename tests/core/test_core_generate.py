@@ -21,7 +21,7 @@ from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
 from peftcli.methods.prompt_tuning.config import PromptTuningConfig
 
-pytestmark = pytest.mark.grid(each=lambda model: model[0])
+pytestmark = pytest.mark.grid(keep=3)
 
 N, STEPS = 5, 10
 KINDS = ("llama", "llama_tied", "gpt2", "opt", "qwen2", "gemma3", "bloom")
@@ -80,7 +80,7 @@ def _loop(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor, *, cached:
     return tokens
 
 
-@pytest.mark.grid(each="model")
+@pytest.mark.grid(each=lambda model: model[0])
 @pytest.mark.parametrize("cached", [False, True])
 def test_generate_equals_a_greedy_loop(model: nn.Module, cached: bool) -> None:
     tokens, mask = _padded()
@@ -376,6 +376,7 @@ def test_encoder_decoder_disabled_generates_what_the_base_model_does(t5: nn.Modu
 # training goes on
 
 
+@pytest.mark.grid(each="method")
 @pytest.mark.parametrize(
     ("kind", "method"),
     [(kind, method) for kind in ("llama", "t5") for method in METHODS_HERE if (kind, method) != ("t5", "cpt")],

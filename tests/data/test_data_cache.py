@@ -196,9 +196,10 @@ EVENTS |= {"fcntl.flock", "shutil.rmtree"}
 
 @pytest.fixture
 def any_operation(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Iterator[int]]:
-    """Processes that do ``work``, one after the other: in the n-th, ``act`` happens before the n-th operation on files.
+    """Processes that do ``work``, one after the other: ``act`` happens before an operation on files, each time another.
 
-    Gives their exit codes, until there are no more operations; a process that notices that ends with 99.
+    Of the operations every ``step``-th has its turn. Gives the processes' exit codes, until there are no more
+    operations; a process that notices that ends with 99.
     """
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # makes no difference here, and takes long
 
@@ -217,8 +218,8 @@ def any_operation(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         if count < number:
             raise SystemExit(99)
 
-    def any_operation(act: Callable[[], None], work: Callable[[], object]) -> Iterator[int]:
-        for number in range(1, 500):
+    def any_operation(act: Callable[[], None], work: Callable[[], object], step: int) -> Iterator[int]:
+        for number in range(1, 500, step):
             code = ended(forked(partial(run, number, act, work)))
             if code == 99:
                 return
@@ -229,19 +230,24 @@ def any_operation(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     return any_operation
 
 
-def test_killed_before_any_operation(root: Path, any_operation: Callable[..., Iterator[int]]) -> None:
+STEPS = pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
+
+
+@STEPS
+def test_killed_before_any_operation(root: Path, any_operation: Callable[..., Iterator[int]], step: int) -> None:
     killed = 0
-    for code in any_operation(lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: cache.cached(KEY, build)):
+    for code in any_operation(lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: cache.cached(KEY, build), step):
         assert code == -signal.SIGKILL
         for entry in (root / "tokens").glob("?" * 64):
             assert holds(Store(entry)) == IDS  # under its name it is whole
         assert holds(cache.cached(KEY, build, on_wait=pytest.fail)) == IDS
         assert names(root) == ["entry", "lock"]
         killed += 1
-    assert killed > 30
+    assert killed > 30 / step
 
 
-def test_the_disk_fails_at_any_operation(root: Path, any_operation: Callable[..., Iterator[int]]) -> None:
+@STEPS
+def test_the_disk_fails_at_any_operation(root: Path, any_operation: Callable[..., Iterator[int]], step: int) -> None:
     def fail() -> None:
         raise OSError(errno.EIO, "Input/output error")
 
@@ -253,12 +259,12 @@ def test_the_disk_fails_at_any_operation(root: Path, any_operation: Callable[...
             raise SystemExit(3)
 
     codes = []
-    for code in any_operation(fail, work):
+    for code in any_operation(fail, work, step):
         for entry in (root / "tokens").glob("?" * 64):
             assert holds(Store(entry)) == IDS
         codes.append(code)
     assert set(codes) == {0, 3}
-    assert codes.count(3) > 20
+    assert codes.count(3) > 20 / step
 
 
 @pytest.mark.parametrize("place", ["fsync", "write"])

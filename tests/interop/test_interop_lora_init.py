@@ -130,6 +130,7 @@ def test_dora_goes_with_it(init: str, tmp_path: Path) -> None:
     close(logits(loaded_by_peft("llama", tmp_path), batch("llama")), logits(model, batch("llama")))
 
 
+@pytest.mark.grid(keep=6)
 @pytest.mark.parametrize("name", READ)
 def test_what_peft_writes_with_its_start_in_the_config_we_read(name: str, tmp_path: Path) -> None:
     kind, settings = READ[name]
@@ -146,6 +147,7 @@ def test_what_peft_writes_with_its_start_in_the_config_we_read(name: str, tmp_pa
     assert torch.equal(logits(again, batch(kind)), logits(model, batch(kind)))
 
 
+@pytest.mark.grid(each="init")
 @pytest.mark.parametrize("init", STARTED)
 @pytest.mark.parametrize("settings", [{}, {**RSLORA, "rank_pattern": {"q_proj": 2}}], ids=["plain", "rslora"])
 def test_what_is_saved_as_pefts_docs_say_is_plain_lora(init: str, settings: dict[str, Any], tmp_path: Path) -> None:

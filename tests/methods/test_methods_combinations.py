@@ -142,6 +142,7 @@ def _merged(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in twin.named_parameters(remove_duplicate=False)}
 
 
+@pytest.mark.grid(keep=8)
 @pytest.mark.parametrize("case", CASES)
 def test_the_default_is_the_weighted_sum_exactly(case: str, tmp_path: Any) -> None:
     kind, _, weights = CASES[case]

@@ -37,6 +37,7 @@ def train_a_step(model: nn.Module, kind: str) -> None:
                 parameter.grad = None
 
 
+@pytest.mark.grid(each="init")
 @pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("init", STARTED)
 def test_the_start_is_the_base_model_exactly_and_training_leaves_its_weights(init: str, kind: str) -> None:
@@ -120,6 +121,7 @@ def test_orthogonal_starts_from_halves_of_a_basis() -> None:
         torch.testing.assert_close(layer.lora_B.weight @ layer.lora_A.weight, torch.zeros_like(layer.delta()))
 
 
+@pytest.mark.grid(each="init")
 @pytest.mark.parametrize("extra", [{}, {"use_rslora": True, "lora_alpha": 5}], ids=["plain", "rslora"])
 @pytest.mark.parametrize("init", STARTED)
 def test_the_file_is_a_plain_lora_of_twice_the_r(init: str, extra: dict[str, Any], tmp_path: Path) -> None:

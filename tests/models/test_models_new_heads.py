@@ -108,6 +108,7 @@ def without(words: Iterable[str], tensors: dict[str, torch.Tensor]) -> dict[str,
     return left
 
 
+@pytest.mark.grid(keep=6)
 @pytest.mark.parametrize(
     ("kind", "stored", "loaded", "lost"),
     [

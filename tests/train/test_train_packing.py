@@ -345,7 +345,7 @@ def view_of(some: list[Example], folder: Path) -> View:
     return View([Part(Store(folder))])
 
 
-@pytest.mark.grid(each="kind")
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("kind", "attention"), [("llama", PACKED), ("gemma3", PACKED), ("gpt2", "sdpa"), ("qwen2", "eager")]
