@@ -25,27 +25,9 @@ UNSUPPORTED = {"recipe": False, "unsupported": True}
 _NEWEST_PEFT = (0, 21)
 """The newest version of PEFT whose settings are known."""
 
-_USUAL_TARGETS = {
-    "q_proj v_proj": "bart gemma gemma2 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt qwen2 qwen3 stablelm",
-    "query value": "bert electra layoutlm roberta xlm-roberta",
-    "query_key_value": "bloom falcon gpt_neox",
-    "c_attn": "gpt2 gpt_bigcode",
-    "q v": "mt5 t5",
-    "qkv_proj": "codegen",
-    "in_proj": "deberta",
-    "query_proj value_proj": "deberta-v2",
-    "Wqkv": "mpt",
-    "q_proj v_proj fc1 fc2": "phi",
-    "q v q_proj v_proj": "blip-2",
-    "q_proj k_proj v_proj o_proj": "nemotron_h",
-    "key value receptance output": "rwkv",
-}
-FAMILY_TARGETS: dict[str, list[str] | str] = {
-    **{family: names.split() for names, families in _USUAL_TARGETS.items() for family in families.split()},
-    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
-}
-"""The modules that PEFT adapts by default, per model_type, so that a config without target_modules means the same
-here; of a list what the model has. Families outside the table get every linear layer but the head."""
+FAMILY_TARGETS: dict[str, list[str] | str] = {}
+"""model_type -> the modules that are adapted by default. ``peftcli.methods`` fills it. Families outside the table get
+every linear layer but the head."""
 
 
 @dataclass(kw_only=True)

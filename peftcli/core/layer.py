@@ -11,15 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.peft_names.layer import PeftLayerMixin
+from peftcli.core.peft_names.layer import PeftCopyMixin, PeftLayerMixin, name_of_size
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError, AdapterTypeError
 
-_SAME_SIZE = {
-    "in_features": ("in_channels", "num_embeddings", "nx"),
-    "out_features": ("out_channels", "embedding_dim", "nf"),
-}
-"""What layers that are not linear call their sizes."""
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 Change = tuple[nn.Module, str, torch.Tensor, torch.Tensor]
@@ -71,8 +66,7 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
         except AttributeError:
             if name == "base_layer":  # not set yet: a copy in the making
                 raise
-            known = (each for each in _SAME_SIZE.get(name, ()) if hasattr(base_module(self), each))
-            return getattr(self.base_layer, next(known, name))
+            return getattr(self.base_layer, name_of_size(base_module(self), name))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         self._parameters.setdefault(name, None)  # else the same name in an adapter layer below would count as taken
@@ -199,7 +193,7 @@ class EmptyLayer(AdapterLayer):
         return self.base_layer(*args, **kwargs)
 
 
-class TrainedCopy(AdapterLayer):
+class TrainedCopy(PeftCopyMixin, AdapterLayer):
     """A module of modules_to_save: a copy is trained in full, the original stays for when the adapter is disabled."""
 
     def __init__(self, base_layer: nn.Module, file_prefix: str):
@@ -227,17 +221,6 @@ class TrainedCopy(AdapterLayer):
         except AttributeError:
             value = getattr(self.copy, name)
             return _cast(value, getattr(base_module(self), name).dtype) if isinstance(value, nn.Parameter) else value
-
-    @property
-    def original_module(self) -> nn.Module:
-        """The base model's module."""
-        module: nn.Module = base_module(self)
-        return module
-
-    @property
-    def modules_to_save(self) -> dict[str, nn.Module]:
-        """The copies of the module: adapter -> its copy."""
-        return {layer.adapter: layer.copy for layer in (self, *layers_below(self)) if isinstance(layer, TrainedCopy)}
 
     def own_tensors(self) -> dict[str, nn.Parameter]:
         return dict(self.copy.named_parameters())

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from peftcli.core import config_classes
-from peftcli.core.config import AdapterConfig
+from peftcli.core.config import FAMILY_TARGETS, AdapterConfig
 from peftcli.core.protocols import LAYERS
+from peftcli.methods._families import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -426,6 +427,7 @@ TUNER_MODELS = {
 }
 """PEFT's name of the class that holds a model with adapters of a method -> the method. Soft prompts have none."""
 
+FAMILY_TARGETS.update(FAMILIES)
 LAYERS.update({row.peft_type: f"{__name__}.{row.layers}" for row in METHODS.values()})
 config_classes.CONFIGS.update({PeftType[row.peft_type]: row.config_class for row in METHODS.values()})
 config_classes.NOT_HERE.update(NOT_HERE)

@@ -7,6 +7,12 @@ from typing import Any
 
 from peftcli.errors import AdapterError
 
+_SAME_SIZE = {
+    "in_features": ("in_channels", "num_embeddings", "nx"),
+    "out_features": ("out_channels", "embedding_dim", "nf"),
+}
+"""What layers that are not linear call their sizes."""
+
 
 class PeftLayerMixin:
     """PEFT's attributes and methods of an ``AdapterLayer``. Libraries call them on each layer of a model."""
@@ -147,6 +153,26 @@ class PeftLayerMixin:
                 raise AdapterError(told, hint="use PeftModel.from_pretrained")
             places[name.removeprefix(start)] = place
         return {name: place for name, place in places.items() if name != place}
+
+
+class PeftCopyMixin:
+    """PEFT's attributes of a module of modules_to_save."""
+
+    @property
+    def original_module(self: Any) -> Any:
+        """The base model's module."""
+        return self.get_base_layer()
+
+    @property
+    def modules_to_save(self) -> dict[str, Any]:
+        """The copies of the module: adapter -> its copy."""
+        copies: list[Any] = [layer for layer in _stack(self) if isinstance(layer, PeftCopyMixin)]
+        return {layer.adapter: layer.copy for layer in copies}
+
+
+def name_of_size(module: Any, name: str) -> str:
+    """Return what ``module`` calls ``in_features`` or ``out_features``; any other name as it is."""
+    return next((each for each in _SAME_SIZE.get(name, ()) if hasattr(module, each)), name)
 
 
 def _stack(layer: Any) -> list[Any]:

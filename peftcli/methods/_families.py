@@ -1,0 +1,25 @@
+"""What a config without ``target_modules`` adapts, unless its method has a table of its own. No torch here."""
+
+from __future__ import annotations
+
+_NAMES = {
+    "q_proj v_proj": "bart gemma gemma2 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt qwen2 qwen3 stablelm",
+    "query value": "bert electra layoutlm roberta xlm-roberta",
+    "query_key_value": "bloom falcon gpt_neox",
+    "c_attn": "gpt2 gpt_bigcode",
+    "q v": "mt5 t5",
+    "qkv_proj": "codegen",
+    "in_proj": "deberta",
+    "query_proj value_proj": "deberta-v2",
+    "Wqkv": "mpt",
+    "q_proj v_proj fc1 fc2": "phi",
+    "q v q_proj v_proj": "blip-2",
+    "q_proj k_proj v_proj o_proj": "nemotron_h",
+    "key value receptance output": "rwkv",
+}
+FAMILIES: dict[str, list[str] | str] = {
+    **{family: names.split() for names, families in _NAMES.items() for family in families.split()},
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+}
+"""The modules that PEFT adapts by default, per model_type, so that a config without target_modules means the same
+here; of a list what the model has."""
