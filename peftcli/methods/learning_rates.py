@@ -14,7 +14,7 @@ from peftcli.errors import AdapterError
 def rate_groups(
     tensors: Mapping[str, tuple[AdapterLayer, str, nn.Parameter]], rate: float, ratio: float, embedding_rate: float
 ) -> list[dict[str, Any]]:
-    """An optimizer's parameter groups: those that learn at ``rate``, and those that LoRA+ gives another one.
+    """An optimizer's parameter groups, some maybe empty: at ``rate``, the faster ones of LoRA+, and its embeddings.
 
     Args:
         tensors: ``core.weights.named_tensors`` of the model.
@@ -38,4 +38,4 @@ def rate_groups(
     if not any(layer.larger_rate for layer, _, _ in tensors.values()):
         raise AdapterError("LoRA+ needs layers with A and B, which this adapter has not", key="loraplus_lr_ratio")
     groups = [(plain, rate), (larger, rate * ratio), (embedding, embedding_rate)]
-    return [{"params": parameters, "lr": each} for parameters, each in groups if parameters]
+    return [{"params": parameters, "lr": each} for parameters, each in groups]

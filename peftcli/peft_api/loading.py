@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from peftcli.adapters.load import AdapterSource, find_adapter
 from peftcli.core.config import AdapterConfig
-from peftcli.core.files import load_adapter
+from peftcli.core.files import load_adapter, read_tensors
+from peftcli.core.inject import inject, set_trainable, unload
+from peftcli.core.weights import file_tensors, load_state
 from peftcli.errors import AdapterError
+from peftcli.guard.adapter_folder import WEIGHTS_FILE
 from peftcli.peft_api.weights import cast_weights
 
 DOWNLOAD = ("token", "cache_dir", "local_files_only", "force_download")
@@ -95,6 +100,17 @@ def renaming(key_mapping: Mapping[str, str] | None) -> Callable[[str], str] | No
     return rename
 
 
+def keep_misfits(model: nn.Module, adapter: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file; in place of those of another shape what the adapter holds, with a warning."""
+    kept = dict(tensors)
+    for key, (layer, tensor, value) in file_tensors(model, adapter).items():
+        if key in kept and layer.adapt_from_file(tensor, kept[key]).shape != value.shape:
+            shapes = f"{tuple(kept[key].shape)} in the state, {tuple(value.shape)} in the model"
+            warnings.warn(f"{key} stays as it is: {shapes}", stacklevel=3)
+            kept[key] = value.detach().clone()
+    return kept
+
+
 def load(
     model: nn.Module,
     config: AdapterConfig,
@@ -104,6 +120,7 @@ def load(
     trainable: bool,
     autocast_adapter_dtype: bool,
     rename: Callable[[str], str] | None,
+    ignore_mismatched_sizes: bool = False,
 ) -> None:
     """Put an adapter of a folder into ``model``.
 
@@ -115,10 +132,23 @@ def load(
         trainable: whether its weights take gradients.
         autocast_adapter_dtype: whether they are float32 over a model in half precision, or as the model's.
         rename: translates the names of its tensors into those of this model.
+        ignore_mismatched_sizes: whether weights of another shape start as those of a new adapter, with a warning.
 
     Raises:
         AdapterError: it does not fit. The model is as it was then.
     """
-    load_adapter(model, config, source.folder, trainable=trainable, adapter=adapter, rename=rename)
+    if ignore_mismatched_sizes:
+        config.inference_mode = True  # as load_adapter does: the layers hold what the file holds
+        inject(model, config, adapter)
+        try:
+            tensors = keep_misfits(model, adapter, read_tensors(source.folder, rename))
+            load_state(model, tensors, str(source.folder / WEIGHTS_FILE), adapter)
+        except AdapterError:
+            unload(model, adapter)
+            raise
+        set_trainable(model, trainable, adapter)
+        config.inference_mode = not trainable
+    else:
+        load_adapter(model, config, source.folder, trainable=trainable, adapter=adapter, rename=rename)
     if not autocast_adapter_dtype:
         cast_weights(model, adapter, as_base=True)

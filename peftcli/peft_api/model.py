@@ -375,6 +375,8 @@ class PeftModel(SavedByTrainer):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
+        *,
+        ignore_mismatched_sizes: bool = False,
         **options: Any,
     ) -> PeftModel:
         """``model`` with the adapter of a folder or hub repository in it, frozen unless ``is_trainable``.
@@ -391,6 +393,7 @@ class PeftModel(SavedByTrainer):
             low_cpu_mem_usage: PEFT's; changes nothing here.
             key_mapping: regular expressions for the names of the file's tensors, without ``base_model.model.``, and
                 what to put in their place.
+            ignore_mismatched_sizes: whether weights of another shape start as those of a new adapter, with a warning.
             options: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only`` and ``force_download``,
                 as in huggingface_hub. What PEFT takes for a base model that is offloaded (``device_map``,
                 ``max_memory`` and others), or that is loaded with the adapter (``dtype`` and others), changes nothing.
@@ -410,6 +413,7 @@ class PeftModel(SavedByTrainer):
                 trainable=is_trainable,
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 rename=renaming(key_mapping_for(model, config, key_mapping)),
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
             )
         return wrap(model, config, adapter_name, cls).train(is_trainable)
 
@@ -423,6 +427,8 @@ class PeftModel(SavedByTrainer):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
+        *,
+        ignore_mismatched_sizes: bool = False,
         **options: Any,
     ) -> LoadResult:
         """Load the adapter of a folder or hub repository beside the others, or in the place of the one of its name.
@@ -438,6 +444,7 @@ class PeftModel(SavedByTrainer):
             ephemeral_gpu_offload: changes nothing.
             low_cpu_mem_usage: changes nothing.
             key_mapping: for the names of the file's tensors.
+            ignore_mismatched_sizes: not where the adapter replaces another one.
             options: those of ``from_pretrained``.
 
         Returns:
@@ -468,6 +475,7 @@ class PeftModel(SavedByTrainer):
                 trainable=is_trainable,
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 rename=rename,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
             )
             tuner.added(name, source.config, trainable=is_trainable)
         if not is_trainable:

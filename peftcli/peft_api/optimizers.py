@@ -33,6 +33,8 @@ def create_loraplus_optimizer(
 ) -> torch.optim.Optimizer:
     """An optimizer that trains LoRA's B ``loraplus_lr_ratio`` times as fast as A: LoRA+.
 
+    It has PEFT's four groups, some maybe empty: A, LoRA on embeddings, B, and vectors.
+
     Args:
         model: a model of ``get_peft_model``.
         optimizer_cls: class of the optimizer.
@@ -45,14 +47,13 @@ def create_loraplus_optimizer(
     Raises:
         AdapterError: the adapter has no B.
     """
-    groups = rate_groups(named_tensors(_base_of(model)), lr, loraplus_lr_ratio, loraplus_lr_embedding)
-    decayed = []
-    for group in groups:
-        for vectors in (False, True):
-            if parameters := [value for value in group["params"] if (value.ndim == 1) == vectors]:
-                decay = 0.0 if vectors else loraplus_weight_decay
-                decayed.append({"params": parameters, "lr": group["lr"], "weight_decay": decay})
-    return optimizer_cls(decayed, lr=lr, **options)  # type: ignore[call-arg]
+    plain, larger, embedding = rate_groups(named_tensors(_base_of(model)), lr, loraplus_lr_ratio, loraplus_lr_embedding)
+    vectors = [value for value in larger["params"] if value.ndim == 1]
+    matrices = [value for value in larger["params"] if value.ndim > 1]
+    groups = [group | {"weight_decay": loraplus_weight_decay} for group in (plain, embedding, larger)]
+    groups[2]["params"] = matrices
+    groups.append(larger | {"params": vectors, "weight_decay": 0.0})
+    return optimizer_cls(groups, lr=lr, **options)  # type: ignore[call-arg]
 
 
 def create_lorafa_optimizer(

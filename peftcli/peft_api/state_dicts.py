@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from peftcli.core.layer import AdapterLayer, adapter_layers, without_wrappers
 from peftcli.core.weights import adapter_state, file_tensors, load_state
 from peftcli.errors import AdapterError
 from peftcli.peft_api.embedding_layers import embedding_layers
-from peftcli.peft_api.loading import LoadResult, find, renaming
+from peftcli.peft_api.loading import LoadResult, find, keep_misfits, renaming
 from peftcli.peft_api.tuner import Tuner
 
 _PREFIX = "base_model.model."
@@ -83,11 +82,7 @@ def set_peft_model_state_dict(
     if tuner is None:
         tensors = {key if key in own else _PREFIX + key: value for key, value in tensors.items()}
     if ignore_mismatched_sizes:
-        for key, (layer, tensor, value) in own.items():
-            if key in tensors and layer.adapt_from_file(tensor, tensors[key]).shape != value.shape:
-                shapes = f"{tuple(tensors[key].shape)} in the state, {tuple(value.shape)} in the model"
-                warnings.warn(f"{key} stays as it is: {shapes}", stacklevel=2)
-                tensors[key] = value.detach().clone()
+        tensors = keep_misfits(place, name, tensors)
     load_state(place, tensors, adapter=name)
     return LoadResult([], [])
 

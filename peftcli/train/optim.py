@@ -26,7 +26,7 @@ def parameter_groups(
         return [{"params": [parameter for _, _, parameter in tensors.values()]}]
     rates = training.learning_rate, training.loraplus_lr_ratio, training.loraplus_lr_embedding
     try:
-        return rate_groups(tensors, *rates)
+        return [group for group in rate_groups(tensors, *rates) if group["params"]]
     except AdapterError as error:
         raise UsageError(error.message, key=f"training.{error.key}") from None
 

@@ -408,6 +408,14 @@ def test_loraplus_groups_are_pefts(tuned: dict[str, float]) -> None:
 
     found = described(model, peftcli.create_loraplus_optimizer(model, torch.optim.AdamW, **rates))
     expected = described(oracle, create_loraplus_optimizer(oracle, torch.optim.AdamW, **rates))
+    sizes = [
+        [len(group["params"]) for group in create(whole, torch.optim.AdamW, **rates).param_groups]
+        for create, whole in (
+            (peftcli.create_loraplus_optimizer, peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig())),
+            (create_loraplus_optimizer, wrapped(tiny("llama"))),
+        )
+    ]
+    assert sizes[0] == sizes[1] == [4, 0, 4, 0]
     vectors = {name: value for name, value in found.items() if name.endswith("bias")}
     assert len(vectors) == 4
     assert {name: value for name, value in found.items() if name not in vectors} == {

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from models_tiny import batch, logits, randomise, tiny
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peftcli
@@ -179,3 +180,22 @@ def test_a_wrapped_model_still_computes() -> None:
     model = peftcli.get_peft_model(base, _config())
     assert any(isinstance(module, AdapterLayer) for module in base.model.layers[0].modules())
     assert torch.equal(logits(model, batch("llama")), logits(tiny("llama"), batch("llama")))
+
+
+def test_a_folder_with_weights_of_another_shape_is_loaded_if_that_is_asked_for(tmp_path: Path) -> None:
+    model = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(target_modules=["q_proj", "down_proj"]))
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    name = next(name for name in load_file(tmp_path / "adapter_model.safetensors") if "q_proj.lora_B" in name)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(tensors | {name: torch.zeros(7, 8)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="lora_B"):
+        PeftModel.from_pretrained(tiny("llama"), tmp_path)
+    with pytest.warns(UserWarning, match="stays as it is"):
+        loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path, ignore_mismatched_sizes=True)
+    with pytest.warns(UserWarning, match="stays as it is"):
+        loaded.load_adapter(tmp_path, "second", ignore_mismatched_sizes=True)
+    for adapter in ("default", "second"):
+        found = get_peft_model_state_dict(loaded, adapter_name=adapter)
+        assert not found.pop(name).any(), "B of a new adapter"
+        assert all(torch.equal(value, tensors[key]) for key, value in found.items())
