@@ -100,7 +100,7 @@ def renaming(key_mapping: Mapping[str, str] | None) -> Callable[[str], str] | No
     return rename
 
 
-def keep_misfits(model: nn.Module, adapter: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def keep_misfits(model: nn.Module, adapter: str | None, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the tensors of a file; in place of those of another shape what the adapter holds, with a warning."""
     kept = dict(tensors)
     for key, (layer, tensor, value) in file_tensors(model, adapter).items():
