@@ -259,7 +259,10 @@ REFUSED: tuple[tuple[str, str], ...] = (
         "the update reads the channels of all groups, so there is no adapted weight to take the length of; PEFT takes "
         "that of other numbers",
     ),
-    ("`target_svd_config` of OSF", "PEFT's OSF does not read it; `rank_pattern` is what works"),
+    (
+        "`target_svd_config` of OSF, `rank_pattern` of HiRA",
+        "PEFT's methods do not read them; of OSF `rank_pattern` is what works",
+    ),
     (
         "two adapters of LN tuning on the same norm, active together",
         "one would replace the other; PEFT says so in the forward pass",
@@ -281,6 +284,16 @@ REFUSED: tuple[tuple[str, str], ...] = (
         "the models read these weights without calling the layer, so most methods would change nothing",
     ),
     ("prefix tuning on a model that reads no token ids", "there is no place for virtual tokens"),
+    (
+        "`target_parameters` on what `torch.nn.utils.parametrize` computes",
+        "there is no parameter of that name: name one of those that it is computed from",
+    ),
+    ("`megatron_config`", "Megatron-LM's layers are not known here"),
+    (
+        "LoRA's settings in AdaLoRA that its layers do not read, such as `use_rslora`",
+        "they would do nothing, in silence",
+    ),
+    ("a part of an X-LoRA model that is called alone", "the mixture is computed in the whole model's forward pass"),
     ("biases in a state dict for an adapter without `bias`", "they would change the frozen base model"),
     ("`arrow_config` in an adapter's file", "a router has no weights; `create_arrow_model` makes it"),
     ("LoRA+ without A and B, LoRA-FA without LoRA on a linear layer", "there is nothing to speed up, or to freeze"),
