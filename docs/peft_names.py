@@ -301,6 +301,10 @@ REFUSED: tuple[tuple[str, str], ...] = (
         "`get_peft_model` of a `PeftModel`",
         "it would be wrapped twice; PEFT warns. `add_adapter` and `unload` are there",
     ),
+    (
+        "`config._register_custom_module`, PEFT's experiment with LoRA layers of your own",
+        "such a layer is written over PEFT's; here it is [a method](add-a-method.md)",
+    ),
     ("an adapter name with `/`, or marks other than `-` and `_`", "its adapter is saved in a folder of that name"),
 )
 """What PEFT accepts and peftcli refuses, and why."""

@@ -562,3 +562,12 @@ def test_a_model_is_pushed_with_the_message_branch_and_token_that_python_gives(
     assert "adapter_model.safetensors" in repo.refs["epoch-3"][-1].files
     with pytest.raises(TypeError, match="unexpected keyword argument 'commit_mesage'"):
         model.push_to_hub(REPO, commit_mesage="Third epoch")
+
+
+def test_a_config_is_pushed_alone(hub: Hub, tmp_path: Path) -> None:
+    config = peftcli.LoraConfig(r=3, target_modules=["q_proj"])
+    config.push_to_hub(REPO, token=TOKEN)
+    config.save_pretrained(tmp_path)
+    files = hub.repos[REPO].refs["main"][-1].files
+    assert files["adapter_config.json"] == (tmp_path / "adapter_config.json").read_bytes()
+    assert hub.repos[REPO].private

@@ -12,7 +12,7 @@ from peftcli.core.config_classes import config_class, plain
 from peftcli.errors import AdapterError, AdapterTypeError, HubError, NetworkError
 from peftcli.guard.adapter_folder import CONFIG_FILE, read_config
 from peftcli.system.disk import write_file
-from peftcli.system.hub_requests import download_files, is_repo_id
+from peftcli.system.hub_requests import download_files, endpoint, is_repo_id, retry
 
 
 class PeftConfigMixin:
@@ -37,11 +37,51 @@ class PeftConfigMixin:
         Raises:
             StorageError: the folder cannot be written.
         """
-        values = self.to_dict()
-        if auto_mapping_dict is not None:
-            values["auto_mapping"] = auto_mapping_dict
-        text = json.dumps(values, indent=2, sort_keys=True, default=sorted)  # sets alone need the default
-        write_file(Path(save_directory) / CONFIG_FILE, f"{text}\n".encode())
+        changed = {} if auto_mapping_dict is None else {"auto_mapping": auto_mapping_dict}
+        write_file(Path(save_directory) / CONFIG_FILE, _as_file(self.to_dict() | changed))
+
+    def push_to_hub(
+        self: Any,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload what ``save_pretrained`` writes, alone, and return the address of the commit.
+
+        Args:
+            repo_id: ``user/name``.
+            commit_message: the commit's first line.
+            private: visibility of a repository that this call creates.
+            token: of the hub; None: the one that this machine is logged in with.
+            revision: branch to push to.
+            create_pr: open a pull request instead of committing to the branch.
+
+        Raises:
+            HubError: the hub refused.
+            NetworkError: the hub cannot be reached.
+        """
+        content = _as_file(self.to_dict())
+
+        def upload() -> str:
+            from huggingface_hub import HfApi
+
+            api = HfApi(endpoint=endpoint(), token=token, library_name="peftcli")
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            made = api.upload_file(
+                path_or_fileobj=content,
+                path_in_repo=CONFIG_FILE,
+                repo_id=repo_id,
+                commit_message=commit_message or "Upload config",
+                revision=revision,
+                create_pr=create_pr,
+            )
+            return str(made.pr_url or made.commit_url)
+
+        return retry(upload, repo_id)
 
     @classmethod
     def from_pretrained(
@@ -97,6 +137,11 @@ class PeftConfigMixin:
         """
         kind = cls if cls.peft_type and "peft_type" not in values else config_class(values)
         return kind.from_dict({name: plain(value) for name, value in values.items()}, unknown_keys="warn")
+
+
+def _as_file(values: dict[str, Any]) -> bytes:
+    text = json.dumps(values, indent=2, sort_keys=True, default=sorted)  # sets alone need the default
+    return f"{text}\n".encode()
 
 
 def _from_hub(name: str, inside: str, revision: str | None, options: dict[str, Any]) -> Path:
