@@ -23,7 +23,7 @@ class LycorisLayer(AdapterLayer):
     def take(self, name: str, config: LycorisConfig) -> None:
         """Read the settings for the module ``name``."""
         self.r = int(pattern_value(config.rank_pattern, name, config.r))
-        self.scaling = pattern_value(config.alpha_pattern, name, config.alpha) / self.r
+        self.scaling = self.full_scaling = pattern_value(config.alpha_pattern, name, config.alpha) / self.r
         self.rank_dropout = config.rank_dropout
         self.module_dropout = config.module_dropout
 

@@ -42,6 +42,8 @@ NAMESPACES: dict[str, tuple[str, ...]] = {
     "tuners.adamss.asa_callback": ("peft_api.asa_callback",),
     "tuners": ("peft_api", "peft_api.constants", "peft_api.initialisations"),
     "tuners.cartridge.utils": ("peft_api.kv_prefix",),
+    "tuners.loha.layer": ("peft_api.lycoris_layers",),
+    "tuners.lokr.layer": ("peft_api.lycoris_layers",),
     "tuners.lora": _LORA,
     "tuners.lora.arrow": ("peft_api.arrow",),
     "tuners.lora.config": _LORA,

@@ -21,6 +21,8 @@ class PeftLayerMixin:
     """Names of the model's active adapters. While they are disabled they are active too."""
     merged_adapters: list[str]
     """The name of the layer's adapter while that is merged into the base weights."""
+    full_scaling: float | None = None
+    """Of a layer whose update is multiplied by ``scaling``: what that is at first."""
     merged_layers: list[Any]
     """Of the innermost layer on a module: those on it that were merged by ``merge``."""
     before_merging: list[tuple[Any, str, Any]]
@@ -58,6 +60,21 @@ class PeftLayerMixin:
         if not enabled:
             self.unmerge()
         self.enabled = enabled and self.adapter in self.active_adapters and not self.merged_adapters
+
+    def set_scale(self: Any, adapter: str, scale: float) -> None:
+        """Use this share of the update if ``adapter`` is the layer's."""
+        if adapter == self.adapter and self.full_scaling is not None:
+            self.scaling = scale * self.full_scaling
+
+    def scale_layer(self: Any, scale: float) -> None:
+        """Multiply the share of the update that is used, if the layer is enabled."""
+        if self.enabled and self.full_scaling is not None:
+            self.scaling *= scale
+
+    def unscale_layer(self: Any, scale: float | None = None) -> None:
+        """Divide that share, or use the whole update again; if the layer is enabled."""
+        if self.enabled and self.full_scaling is not None:
+            self.scaling = self.full_scaling if scale is None else self.scaling / scale
 
     def get_base_layer(self) -> Any:
         """Return the base model's module."""

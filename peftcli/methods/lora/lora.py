@@ -41,21 +41,6 @@ class LoraLayer(AdapterLayer):
         self.lora_dropout = dropout_layer(config.lora_dropout)
         self.lora_magnitude_vector = None  # DoRA's
 
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Use this share of the update if ``adapter`` is the layer's. diffusers calls it, and the next two."""
-        if adapter == self.adapter:
-            self.scaling = scale * self.full_scaling
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the share of the update that is used, if the layer is enabled."""
-        if self.enabled:
-            self.scaling *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide that share, or use the whole update again; if the layer is enabled."""
-        if self.enabled:
-            self.scaling = self.full_scaling if scale is None else self.scaling / scale
-
     def start(self, config: LoraConfig) -> None:
         """Give A and B their first values."""
         a, b, init = self.lora_A.weight, self.lora_B.weight, config.init_lora_weights

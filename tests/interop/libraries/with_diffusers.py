@@ -9,7 +9,7 @@ peftcli.peft_api.install(version="0.22.0")
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from peft import LoraConfig
+from peft import LoKrConfig, LoraConfig
 from peft.functional import delete_adapter
 from peft.utils import get_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -121,6 +121,29 @@ torch.testing.assert_close(output(pipe.unet), base)
 pipe.load_lora_weights(folder, adapter_name="first")
 delete_adapter(pipe.unet, "first")
 assert {name for name, _ in pipe.unet.named_modules()} == {name for name, _ in new_unet().named_modules()}
+
+# beside what is left of a deleted one, the scale of a call counts once
+for name in ("first", "second"):
+    pipe.load_lora_weights(folder, adapter_name=name)
+pipe.delete_adapters("second")
+pipe.set_adapters("first", 0.5)
+half = output(pipe.unet)
+pipe.set_adapters("first", 1.0)
+torch.testing.assert_close(output(pipe.unet, cross_attention_kwargs={"scale": 0.5}), half)
+pipe.unload_lora_weights()
+
+# LoKr
+lokr = new_unet()
+lokr.add_adapter(LoKrConfig(r=2, alpha=2, init_weights=False, target_modules=["to_q", "to_v"]))
+other = new_unet()
+other.load_lora_adapter(get_peft_model_state_dict(lokr), prefix=None, adapter_name="lokr")
+torch.testing.assert_close(output(other), output(lokr))
+other.fuse_lora()
+torch.testing.assert_close(output(other), output(lokr))
+other.unload_lora()
+other.load_lora_adapter(get_peft_model_state_dict(lokr), prefix=None, adapter_name="lokr")
+other.set_adapters("lokr", 0.5)
+assert not torch.allclose(output(other), output(lokr))
 
 # unloaded: nothing is left of it, but for what is merged
 pipe.load_lora_weights(folder, adapter_name="first")
