@@ -25,7 +25,7 @@ from peftcli.core.layer import (
     check_not_offloaded,
 )
 from peftcli.core.linear import linear_view
-from peftcli.core.protocols import Attaches, Reshapes, layers_of
+from peftcli.core.protocols import Attaches, Reshapes, layers_of, wrap
 from peftcli.core.quantised import check_gradients, keep_layout, num_weights
 from peftcli.core.targets import find_modules, shortest_names, targets
 from peftcli.errors import AdapterError
@@ -244,8 +244,7 @@ def _wrapped(
     if not names:
         raise AdapterError("modules_to_save leaves no module to adapt", key="target_modules")
     paths = base_paths(model)
-    method = layers_of(config)
-    layers = {name: method.wrap(model.get_submodule(paths[name]), name, config) for name in names}
+    layers = {name: wrap(model.get_submodule(paths[name]), name, config) for name in names}
     copies = {name: TrainedCopy(model.get_submodule(paths[name]), config.file_prefix) for name in saved}
     for name, layer in [*layers.items(), *copies.items()]:
         if any(value.is_meta for value in layer.own_tensors().values()):
@@ -278,10 +277,8 @@ def _call_layers(model: nn.Module) -> None:
 def _freeze_statistics(model: nn.Module) -> None:
     """Keep every norm with running statistics in evaluation mode unless all its weights train."""
     for module in model.modules():
-        if (
-            module._buffers.get("running_mean") is not None
-            and _use_statistics not in module._forward_pre_hooks.values()
-        ):
+        known = _use_statistics in module._forward_pre_hooks.values()
+        if module._buffers.get("running_mean") is not None and not known:
             module.register_forward_pre_hook(_use_statistics)
 
 

@@ -120,12 +120,9 @@ def _keep_parameters(model: nn.Module, folded: Folded) -> None:
 
 def outermost(model: nn.Module) -> dict[str, AdapterLayer]:
     """Return the adapter layers that are not inside another one, by path."""
-    found: dict[str, AdapterLayer] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{path}.") for path in found)
-        if isinstance(module, AdapterLayer) and not inside:
-            found[name] = module
-    return found
+    layers = adapter_layers(model)
+    inside = tuple(f"{path}." for path in layers)
+    return {path: layer for path, layer in layers.items() if not path.startswith(inside)}
 
 
 def _tied(model: nn.Module) -> bool:
