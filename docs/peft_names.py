@@ -302,6 +302,10 @@ REFUSED: tuple[tuple[str, str], ...] = (
         "it would be wrapped twice; PEFT warns. `add_adapter` and `unload` are there",
     ),
     (
+        "`nn.MultiheadAttention` and its `out_proj` in one `target_modules`",
+        "the first adapts both; PEFT adds three deltas, and writes base weights into the file",
+    ),
+    (
         "`config._register_custom_module`, PEFT's experiment with LoRA layers of your own",
         "such a layer is written over PEFT's; here it is [a method](add-a-method.md)",
     ),

@@ -158,6 +158,9 @@ def test_attention_keeps_what_models_read_of_it() -> None:
 
 
 def test_attention_that_lora_cannot_adapt_is_refused() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 4)})
+    with pytest.raises(AdapterError, match=r"attention adapts attention\.out_proj too"):
+        inject(model, LoraConfig(target_modules=["attention", "out_proj"]))
     with pytest.raises(AdapterError, match="keys or values of another width"):
         _filled(nn.MultiheadAttention(16, 4, kdim=8))
     for settings in ({"use_dora": True}, {"lora_bias": True}, {"bias": "all"}, {"lora_dropout": 0.1}):
