@@ -107,8 +107,7 @@ class Tuner(nn.Module):
         depth = min((name.count(".") for name in names), default=0)
         names = [name for name in names if name.count(".") == depth]  # deeper ones are those of a layer in this one
         head, found, _ = os.path.commonprefix(names).rpartition("_")  # noqa: RUF071 - of characters, not of paths
-        method = f"{self.peft_config[layers[0].adapter].peft_type.lower()}_" if layers else ""
-        return method if head.startswith(method) else head + found
+        return head + found
 
     @property
     def targeted_module_names(self) -> list[str]:

@@ -196,7 +196,7 @@ def test_the_prefix_is_that_of_the_methods_own_weights() -> None:
         assert lib.get_peft_model(heads, lib.LoraConfig(target_modules=["attention"])).prefix == "lora_"
         dora = lib.LoraConfig(target_modules=["q_proj"], use_dora=True)
         assert lib.get_peft_model(tiny("llama"), dora).prefix == "lora_"
-        assert lib.get_peft_model(tiny("llama"), lib.OSFConfig(target_modules=["q_proj"])).prefix == "osf_"
+        assert lib.get_peft_model(tiny("llama"), lib.VeraConfig(target_modules=["q_proj"])).prefix == "vera_lambda_"
         rows = lib.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1])
         assert lib.get_peft_model(tiny("llama"), rows).prefix == "lora_"
 
