@@ -347,7 +347,6 @@ def test_a_prompt_as_long_as_the_model_is_refused(method: str) -> None:
         ("p_tuning", "encoder_dropout", 1.0),
         ("p_tuning", "encoder_reparameterization_type", "GRU"),
         ("prefix_tuning", "encoder_hidden_size", 0),
-        ("prefix_tuning", "encoder_hidden_size", 16),  # there is no network
         ("prefix_tuning", "init_weights", "ones"),
         ("prefix_tuning", "num_transformer_submodules", 2),
         ("prefix_tuning", "token_dim", 32),
