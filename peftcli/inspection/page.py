@@ -59,6 +59,19 @@ def refuse_name(path: Path) -> None:
         raise UsageError("does not name a page", file=str(path), key="--html", hint="name a file that ends in .html")
 
 
+def _head(data: str, style: str, script: str) -> str:
+    policy = f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'"
+    return f"""<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="{policy}; base-uri 'none'; form-action 'none'">
+<link rel="icon" href="data:,">
+<title>peftcli inspect: {escape(ascii(data)[1:-1])}</title>
+<style>{style}</style>
+</head>"""
+
+
 def page(inspection: Inspection, rows: Sequence[ShownRow], borders: bool = False) -> str:
     """Return the page's text."""
     style, script = (files("peftcli.inspection").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
@@ -69,18 +82,9 @@ def page(inspection: Inspection, rows: Sequence[ShownRow], borders: bool = False
     left_out = len(named) - len(shown)
     more = f" {left_out} more are left out, so that the page stays small." if left_out else ""
     joined = "\n".join(shown)
-    policy = f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'"
     return f"""<!DOCTYPE html>
 <html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{policy}; base-uri 'none'; form-action 'none'">
-<link rel="icon" href="data:,">
-<title>peftcli inspect: {escape(ascii(data)[1:-1])}</title>
-<style>{style}</style>
-</head>
+{_head(data, style, script)}
 <body>
 <header>
 <h1>What this recipe trains</h1>
