@@ -87,7 +87,7 @@ def test_each_layer_says_what_state_it_is_in_as_in_peft() -> None:
         seen.append([])
         for call in ("merge_adapter", "unmerge_adapter", "disable_adapter_layers", "enable_adapter_layers"):
             getattr(model, call)()
-            seen[-1] += [(list(layer.merged_adapters), layer.disable_adapters) for layer in layers]
+            seen[-1] += [(layer.merged, [*layer.merged_adapters], layer.disable_adapters) for layer in layers]
         layers[0].enable_adapters(False)
         seen[-1] += [layer.disable_adapters for layer in layers]
         with (

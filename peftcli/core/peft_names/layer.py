@@ -34,6 +34,11 @@ class PeftLayerMixin:
         return self.active_adapters[0] if len(self.active_adapters) == 1 else list(self.active_adapters)
 
     @property
+    def merged(self) -> bool:
+        """Whether the layer's adapter is merged into the base weights."""
+        return bool(self.merged_adapters)
+
+    @property
     def disable_adapters(self: Any) -> bool:
         """Whether the layer's adapter is active and switched off."""
         return self.adapter in self.active_adapters and not self.enabled and not self.merged_adapters
