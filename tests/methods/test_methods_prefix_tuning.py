@@ -155,6 +155,7 @@ def test_layers_with_heads_of_other_sizes_use_the_first_numbers_of_each_as_in_pe
         num_key_value_heads=1,
         hidden_size_per_layer_input=8,
     )
+    torch.manual_seed(0)
     base = gemma4.Gemma4ForCausalLM(config).eval()
     model = peftcli.get_peft_model(copy.deepcopy(base), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     randomise(model)
