@@ -37,7 +37,7 @@ from peftcli.models.quantization import forget
 from peftcli.schema import BaseModel
 from peftcli.system.outputs import expand_user, new_folder, require_empty, storage_errors
 from peftcli.system.secrets import redact_values
-from peftcli.tasks.base import Probes, Task
+from peftcli.tasks.base import Probes, Task, scores_of
 from peftcli.tasks.text.stop_tokens import missing_stops
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
@@ -403,11 +403,11 @@ def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
     tell("verifying: base model with adapter")
     model = job.load(torch.float32).eval()
     inputs = job.task.probe() if isinstance(job.task, Probes) else _random_tokens(model)
-    expected = model(**inputs).logits
+    expected = scores_of(model(**inputs))
     del model
     tell("verifying: merged model")
     merged = open_base(BaseModel(name=str(output))).model(job.auto_class, torch.float32).model
-    found = merged.eval()(**inputs).logits
+    found = scores_of(merged.eval()(**inputs))
     difference = float((found - expected).abs().max())
     # a quantised model computes in a dtype of its own
     tolerance = 0.15 if job.dequantise else _TOLERANCE.get(_stored_dtype(output), 0.15)

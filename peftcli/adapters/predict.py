@@ -14,7 +14,7 @@ from peftcli.adapters.generate import describe, load_generator, prompt_of
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
 from peftcli.data.rows import Place, Row
 from peftcli.data.sources import open_source
-from peftcli.errors import AdapterError, DataError
+from peftcli.errors import AdapterError, DataError, UsageError
 from peftcli.models.open import open_base
 from peftcli.schema import Source
 from peftcli.tasks.base import FitsModel, PredictOptions, Predicts
@@ -30,14 +30,23 @@ class Predictor:
 
     answer: Callable[[Sequence[Row]], list[dict[str, Any]]]
     """One JSON object a row, in order."""
-    argument: str
-    """The column that a text or file of the command line fills."""
+    arguments: Sequence[str]
+    """The columns that texts or files of the command line fill, row after row."""
     rows_at_once: int
     loaded_from: dict[str, Any]
 
-    def row(self, argument: str, number: int) -> Row:
-        """Make the row of a text or file of the command line."""
-        return Row({self.argument: argument}, Place("the command line", number))
+    def rows(self, given: Sequence[str]) -> list[Row]:
+        """Make rows of texts or files of the command line.
+
+        Raises:
+            UsageError: the last row is not whole.
+        """
+        count = len(self.arguments)
+        if len(given) % count:
+            raise UsageError(f"give {' and '.join(self.arguments)} of each row")
+        parts = [given[start : start + count] for start in range(0, len(given), count)]
+        values = [dict(zip(self.arguments, part, strict=True)) for part in parts]
+        return [Row(each, Place("the command line", number)) for number, each in enumerate(values, start=1)]
 
 
 def load_predictor(
@@ -78,7 +87,7 @@ def load_predictor(
         renamed = {name: column for name, column in columns.items() if column in there}
         return list(task.predict(model, rows, PredictOptions(batch_size=batch_size, columns=renamed)))
 
-    return Predictor(answer, task.argument, batch_size * _BATCHES, describe(source, source.base, model, with_adapter))
+    return Predictor(answer, task.arguments, batch_size * _BATCHES, describe(source, source.base, model, with_adapter))
 
 
 def predict_file(predictor: Predictor, source: Path, target: Path, progress: Callable[[int, int], None]) -> int:
@@ -121,4 +130,4 @@ def _text_predictor(adapter: str, base: str | None, with_adapter: bool, batch_si
         prompts = [prompt_of(row) for row in rows]
         return [asdict(each) for each in generator.generate(prompts, GenerationSettings())]
 
-    return Predictor(answer, "prompt", batch_size, generator.loaded_from)
+    return Predictor(answer, ("prompt",), batch_size, generator.loaded_from)

@@ -18,7 +18,10 @@ from peftcli.system.secrets import redact_values
 def predict(
     adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
     inputs: Annotated[
-        list[str] | None, typer.Argument(metavar="[TEXT|FILE]...", help="Texts, or picture files, to answer.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[TEXT|FILE]...", help="Texts or picture files to answer; question and context by turns."
+        ),
     ] = None,
     source: Annotated[
         Path | None, typer.Option("--input", help="Rows as in training, without the label: a file or folder.")
@@ -47,7 +50,7 @@ def predict(
         if as_json:
             return console.print_json({"output": str(target), "rows": count})
         return (tell if is_stream(target) else console.out)(f"{target}: {count} answers")
-    answers = predictor.answer([predictor.row(each, number) for number, each in enumerate(inputs or (), start=1)])
+    answers = predictor.answer(predictor.rows(inputs or ()))
     if as_json:
         return console.print_json({"rows": answers})
     for answer in answers:

@@ -58,8 +58,9 @@ __all__ = [
 ]
 
 Settings = TypeVar("Settings")
-Batch = dict[str, "torch.Tensor"]
-"""Tensors by the names of the model's arguments, the first dimension B."""
+Batch = dict[str, Any]
+"""Tensors by the names of the model's arguments, the first dimension B. What ``loss`` alone needs, of any kind, has a
+name that begins with an underscore: the model does not get it."""
 
 
 @dataclass(frozen=True)
@@ -229,8 +230,8 @@ class Predicts(Protocol):
     """Answers rows."""
 
     @property
-    def argument(self) -> str:
-        """The column that a text or file on the command line fills."""
+    def arguments(self) -> Sequence[str]:
+        """The columns that texts or files on the command line fill, row after row."""
         ...
 
     def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
@@ -340,6 +341,26 @@ def write_task(folder: Path, name: str, settings: Any, config: Mapping[str, Any]
     return TASK_FILE
 
 
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on a device."""
+    return {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
+
+
+def model_inputs(batch: Batch) -> dict[str, torch.Tensor]:
+    """The model's arguments in a batch."""
+    return {name: value for name, value in batch.items() if not name.startswith("_")}
+
+
+def scores_of(outputs: Any) -> torch.Tensor:
+    """What a model says of each row: its logits, those of starts and ends (B, T, 2), or hidden states."""
+    import torch
+
+    if "start_logits" in outputs:
+        return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
+    found: torch.Tensor = outputs.logits if "logits" in outputs else outputs.last_hidden_state
+    return found
+
+
 def logits_of(
     model: nn.Module, examples: Sequence[Example], collate: Callable[[Sequence[Example]], Batch], batch_size: int
 ) -> list[torch.Tensor]:
@@ -351,9 +372,9 @@ def logits_of(
     device = next(model.parameters()).device
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = collate([examples[at] for at in chosen])
+        batch = on_device(collate([examples[at] for at in chosen]), device)
         with torch.inference_mode():
-            logits = model(**{name: value.to(device) for name, value in batch.items()}).logits
+            logits = scores_of(model(**model_inputs(batch)))
         found |= zip(chosen, logits.float().cpu(), strict=True)
     return [found[at] for at in range(len(examples))]
 

@@ -52,8 +52,8 @@ class Classification(Task[Settings]):
 
     name: ClassVar[str]
     """The task's name in ``TASKS``."""
-    argument: ClassVar[str]
-    """The column that a text or file on the command line fills."""
+    arguments: ClassVar[tuple[str, ...]]
+    """The columns that texts or files on the command line fill, row after row."""
     packages: ClassVar = {"sklearn": "metrics"}
 
     def __init__(self, settings: Settings, processor: Any, base: OpenBase):

@@ -35,7 +35,7 @@ class ImageClassification(Classification[settings.ImageClassification]):
     """The task ``image_classification``."""
 
     name = "image_classification"
-    argument = "image"
+    arguments = ("image",)
     columns: ClassVar = {"path": Column("str"), "content": Column("bytes"), "digest": Column("bytes"), "label": LABEL}
     unit = "images"
     identity = ("digest",)

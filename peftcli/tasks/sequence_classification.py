@@ -35,7 +35,7 @@ class SequenceClassification(TextInputs, Classification[settings.SequenceClassif
     """The task ``sequence_classification``."""
 
     name = "sequence_classification"
-    argument = "text"
+    arguments = ("text",)
     columns: ClassVar = {**TextInputs.text_columns, "label": LABEL}
     unit = "tokens"
     identity = ("input_ids",)

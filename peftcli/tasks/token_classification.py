@@ -25,7 +25,7 @@ from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.schema import Source
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, write_task
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, model_inputs, write_task
 from peftcli.tasks.classification import LabelReader, listed, shortened
 from peftcli.tasks.findings import CLASSES as FINDINGS
 from peftcli.tasks.shown import Description, Shown, Text
@@ -45,7 +45,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
     """The task ``token_classification``."""
 
     name = "token_classification"
-    argument = "text"
+    arguments = ("text",)
     columns: ClassVar = {**TextInputs.text_columns, "word_of": Column(), "tags": Column()}
     unit = "tokens"
     identity = ("input_ids",)
@@ -207,22 +207,22 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
         """Pad on the right.
 
-        For metrics there are ``first`` and ``tags`` (B, W): each word's first piece, -1 where it was cut, and its tag.
+        For metrics there are ``_first`` and ``_tags`` (B, W): each word's first piece, -1 if it was cut, and its tag.
         """
         word_of, tags = ([np.asarray(each.arrays[name]).tolist() for each in examples] for name in ("word_of", "tags"))
         first = [_first_pieces(pieces, len(wanted)) for pieces, wanted in zip(word_of, tags, strict=True)]
         labels = [self._labels(pieces, wanted) for pieces, wanted in zip(word_of, tags, strict=True)]
         return self.collate_inputs(examples) | {
             "labels": padded(labels, IGNORED),
-            "first": padded(first, -1),
-            "tags": padded(tags, IGNORED),
+            "_first": padded(first, -1),
+            "_tags": padded(tags, IGNORED),
         }
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        inputs = {name: value for name, value in batch.items() if name not in ("labels", "first", "tags")}
+        inputs = {name: value for name, value in model_inputs(batch).items() if name != "labels"}
         logits, counts = model(**inputs).logits, batch["labels"] != IGNORED  # (B, T, C), (B, T)
         total = F.cross_entropy(logits[counts].float(), batch["labels"][counts], reduction="sum")
-        outputs = () if model.training else self._outputs(logits.detach(), batch["first"], batch["tags"])
+        outputs = () if model.training else self._outputs(logits.detach(), batch["_first"], batch["_tags"])
         return Loss(total, {"loss": total.detach()}, outputs)
 
     def _outputs(self, logits: torch.Tensor, first: torch.Tensor, tags: torch.Tensor) -> list[tuple[Any, Any]]:

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from peftcli.data.store import View
-from peftcli.tasks.base import Task
+from peftcli.tasks.base import Task, on_device
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def evaluate(
         if indices is None:
             continue
         collated = task.collate([examples[index] for index in indices], training=False)
-        batch = {name: value.to(accelerator.device) for name, value in collated.items()}
+        batch = on_device(collated, accelerator.device)
         with accelerator.autocast():
             loss = task.loss(inner, batch)
         for name, value in loss.sums.items():

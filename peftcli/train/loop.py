@@ -16,7 +16,7 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.protocols import after_step, penalty
 from peftcli.data.store import Example, View
 from peftcli.errors import Diverged
-from peftcli.tasks.base import Packs, Task
+from peftcli.tasks.base import Packs, Task, on_device
 from peftcli.train.attention import takes_one_row
 from peftcli.train.plan import MicroBatch, Plan
 
@@ -147,6 +147,6 @@ def _micro_batch_loss(
     model: nn.Module, task: Task[Any], examples: list[Example], accelerator: Accelerator
 ) -> torch.Tensor:
     """Summed loss of the examples."""
-    batch = {name: value.to(accelerator.device) for name, value in task.collate(examples, training=True).items()}
+    batch = on_device(task.collate(examples, training=True), accelerator.device)
     with accelerator.autocast():
         return task.loss(model, batch).total

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from peftcli.errors import ModelError
-from peftcli.tasks.base import Batch, Packs, Task
+from peftcli.tasks.base import Batch, Packs, Task, model_inputs, on_device
 from peftcli.train.attention import takes_one_row, use_segments
 
 _EXACT, _ROUNDED = 1e-3, 0.3
@@ -52,7 +52,7 @@ def refuse_contamination(model: Any, task: Task[Any], accelerator: Accelerator) 
 @torch.no_grad()
 def _logits(model: Any, batch: Batch, accelerator: Accelerator) -> torch.Tensor:
     """Logits (B, T, V) in evaluation mode. Leaves the modules' modes and the random state as they were."""
-    inputs = {name: value.to(accelerator.device) for name, value in batch.items()}
+    inputs = model_inputs(on_device(batch, accelerator.device))
     training = [module for module in model.modules() if module.training]
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     model.eval()

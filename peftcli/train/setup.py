@@ -24,7 +24,7 @@ from peftcli.models.open import LoadedModel, open_base
 from peftcli.models.weights import BaseWeights
 from peftcli.schema import BaseModel, Recipe
 from peftcli.tasks import row_of
-from peftcli.tasks.base import FitsModel, Loads, Task
+from peftcli.tasks.base import FitsModel, Loads, Task, model_inputs, on_device
 from peftcli.train.data import Data
 from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import build_optimizer, build_schedule, parameter_groups
@@ -140,7 +140,7 @@ class CalibrationBatches:
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for start in range(0, len(self.examples), self.size):
             batch = self.task.collate(self.examples[start : start + self.size], training=False)
-            yield {name: value.to(self.device) for name, value in batch.items()}
+            yield model_inputs(on_device(batch, self.device))
 
 
 def calibrate(

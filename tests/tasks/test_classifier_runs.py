@@ -140,7 +140,7 @@ def test_a_merged_model_predicts_the_same(runs: Callable, cli: Callable, tmp_pat
     merged = getattr(transformers, f"AutoModelFor{task}").from_pretrained(tmp_path / "merged").eval()
     rows = ["sun tea", "moon"] if kind in ("bert", "llama") else pictures(run)
     answers = load_predictor(str(run.folder))
-    expected = [each["score"] for each in answers.answer([answers.row(each, 1) for each in rows])]
+    expected = [each["score"] for each in answers.answer(answers.rows(rows))]
     with torch.no_grad():
         found = [float(merged(**inputs(run, merged, each)).logits[0].softmax(-1).max()) for each in rows]
     assert found == pytest.approx(expected, abs=1e-5)
@@ -177,7 +177,7 @@ def test_peft_predicts_the_same(runs: Callable, kind: str, recwarn: pytest.Warni
     model = peft.PeftModel.from_pretrained(base, run.folder).eval()
     rows = ["sun tea", "moon"] if kind in ("bert", "llama") else pictures(run)
     predictor = load_predictor(str(run.folder))
-    answers = predictor.answer([predictor.row(each, 1) for each in rows])
+    answers = predictor.answer(predictor.rows(rows))
     for row, answer in zip(rows, answers, strict=True):
         with torch.no_grad():
             scores = model(**inputs(run, model, row)).logits[0].softmax(-1)
@@ -269,7 +269,7 @@ def test_the_auto_class_needs_no_number_of_labels(tmp_path: Path, kind: str) -> 
         write_rows(tmp_path / f"{name}.jsonl", rows)
     run = run_recipe(recipe)
     predictor = load_predictor(str(run.folder))
-    [expected] = predictor.answer([predictor.row("sun", 1)])
+    [expected] = predictor.answer(predictor.rows(["sun"]))
     with_names = AutoPeftModelForSequenceClassification.from_pretrained(run.folder).eval()
     assert with_names.config.id2label == {0: "sun", 1: "moon", 2: "tea"}
     (run.folder / "task.json").unlink()
@@ -281,7 +281,7 @@ def test_the_auto_class_needs_no_number_of_labels(tmp_path: Path, kind: str) -> 
             scores = model(**inputs(run, model, "sun")).logits[0].softmax(-1).tolist()
         assert scores == pytest.approx(list(expected["scores"].values()), abs=1e-5)
     foreign = load_predictor(str(run.folder))
-    [found] = foreign.answer([foreign.row("sun", 1)])
+    [found] = foreign.answer(foreign.rows(["sun"]))
     assert list(found["scores"]) == ["LABEL_0", "LABEL_1", "LABEL_2"]
     assert list(found["scores"].values()) == pytest.approx(scores, abs=1e-5)
 

@@ -15,7 +15,7 @@ from peftcli.core.inject import inject
 from peftcli.errors import DataError
 from peftcli.methods import config_from_dict
 from peftcli.tasks import TASKS
-from peftcli.tasks.base import PredictOptions
+from peftcli.tasks.base import PredictOptions, model_inputs
 from peftcli.tasks.text.chat import IGNORED
 
 NAME = "token_classification"
@@ -177,9 +177,8 @@ def test_the_loss_is_that_of_the_model_itself() -> None:
     task = open_task(NAME, **IOB)
     model, examples = model_for(task), encoded(task, ROWS)
     batch = task.collate(examples, training=True)
-    inputs = {name: value for name, value in batch.items() if name not in ("first", "tags")}
     with torch.no_grad():
-        loss, reference = task.loss(model, batch), model(**inputs).loss
+        loss, reference = task.loss(model, batch), model(**model_inputs(batch)).loss
     assert float(loss.total) / sum(each.num_targets for each in examples) == pytest.approx(float(reference), rel=1e-6)
 
 
@@ -239,7 +238,7 @@ def test_words_that_were_cut_are_not_found() -> None:
     logits = torch.zeros(1, 10, len(LABELS))
     logits[..., 1] = 1  # whatever is read is right
     batch = task.collate([example], training=False)
-    outputs = task._outputs(logits, batch["first"], batch["tags"])
+    outputs = task._outputs(logits, batch["_first"], batch["_tags"])
     found = task.metrics({"loss": torch.tensor(1.0).numpy()}, outputs, example.num_targets)
     assert found["precision"] == 1
     assert found["recall"] == pytest.approx(example.num_targets / 30)
