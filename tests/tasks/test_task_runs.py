@@ -22,6 +22,7 @@ from peftcli.cli import console
 from peftcli.cli.app import main
 from peftcli.errors import Interrupted
 from peftcli.models.open import open_base
+from peftcli.tasks.base import scores_of
 
 EVALUATES = ("training.eval_strategy=steps", "training.eval_steps=4")
 SAVES = ("training.save_strategy=steps", "training.save_steps=3")
@@ -71,7 +72,7 @@ def outputs(folder: Path, merged: Path | None = None) -> tuple[Any, Any, torch.T
         else:
             model = getattr(transformers, auto).from_pretrained(merged)
     with torch.no_grad():
-        return source, task, model.eval()(**task.probe()).logits
+        return source, task, scores_of(model.eval()(**task.probe()))
 
 
 def test_a_run_learns_and_measures(runs: Callable, name: str) -> None:
@@ -136,7 +137,7 @@ def test_peft_says_the_same(runs: Callable, name: str, recwarn: pytest.WarningsR
     base = auto.from_pretrained(run.recipe.base_model.name, **source.recorded_options)
     model = peft.PeftModel.from_pretrained(base, run.folder).eval()
     with torch.no_grad():
-        torch.testing.assert_close(model(**task.probe()).logits, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(scores_of(model(**task.probe())), expected, atol=1e-5, rtol=1e-4)
     assert [str(each.message) for each in recwarn if "peft" in str(each.filename)] == []
 
 

@@ -1,0 +1,349 @@
+"""Question answering: find the answer to a question in a text, or that it is not there (arXiv:1606.05250).
+
+A row: ``{"question": "Where does Ada live?", "context": "Ada lives in Turin.", "answers": {"text": ["Turin"],
+"answer_start": [13]}}``. A context that is too long becomes several examples, windows that overlap.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftcli.data.rows import Reader, Row, Table
+from peftcli.data.store import Column, Example, Outcome, View
+from peftcli.errors import DataError
+from peftcli.models.open import OpenBase
+from peftcli.schema import Source
+from peftcli.tasks import settings
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, model_inputs, scores_of, write_task
+from peftcli.tasks.classification import shortened
+from peftcli.tasks.shown import Description, Label, Shown, Text
+from peftcli.tasks.text.chat import IGNORED
+from peftcli.tasks.text.inputs import TextInputs
+from peftcli.tasks.text.token_text import TokenRenderer
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PLACE = -1
+
+
+@dataclass(frozen=True)
+class Found:
+    """A place in a context that may be the answer."""
+
+    score: float
+    """The sum of its start's and its end's logit."""
+    start: int
+    """Its first character, and in ``end`` the one past the last; both 0: the answer is not there."""
+    end: int
+
+
+class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
+    """The task ``question_answering``."""
+
+    name = "question_answering"
+    arguments = ("question", "context")
+    columns: ClassVar = {
+        **TextInputs.text_columns,
+        "places": Column(shape=(None, 2)),
+        "answer": Column(shape=(2,)),
+        "row": Column("str"),
+        "context": Column("str"),
+        "answers": Column("str"),
+    }
+    unit = "tokens"
+    identity = ("input_ids",)
+
+    def __init__(self, settings: settings.QuestionAnswering, processor: Any, base: OpenBase):
+        if not processor.is_fast:
+            raise DataError("needs a tokenizer that knows places in the text (a fast one)", key="base_model")
+        super().__init__(settings, processor, base)
+
+    def save(self, folder: Path) -> list[str]:
+        return [write_task(folder, self.name, self.settings, self.config_options()), *self.save_processor(folder)]
+
+    def record(self, folder: Path, model: nn.Module) -> dict[str, Any]:
+        return {}
+
+    @property
+    def needs_scan(self) -> bool:
+        return self.settings.unanswerable is None
+
+    def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> settings.QuestionAnswering:
+        """Find whether some answers are not in their context."""
+        for table, rows in tables:
+            reader = self.read(table)
+            for row in rows:
+                with suppress(DataError):
+                    if not _answers(row, reader):
+                        return replace(self.settings, unanswerable=True)
+        return replace(self.settings, unanswerable=False)
+
+    def read(self, table: Table, *, labelled: bool = True) -> Reader:
+        return table.reader(
+            "questions",
+            optional=() if labelled else ("answers",),
+            question=("question",),
+            context=("context",),
+            answers=("answers", "answer"),
+        )
+
+    def encode(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
+        outcomes = list[Outcome | DataError]()
+        for row in rows:
+            try:
+                answers = _answers(row, reader)
+                if not answers and self.settings.unanswerable is False:
+                    raise row.place.error("has no answer; task.unanswerable is false", key=reader.names["answers"])
+                outcomes.append(self._outcome(row, reader, answers))
+            except DataError as error:
+                outcomes.append(error)
+        return outcomes
+
+    def _outcome(self, row: Row, reader: Reader, answers: list[tuple[int, str]]) -> Outcome:
+        examples = self._windows(row, reader)
+        for example in examples:
+            example.arrays["answers"] = json.dumps([text for _, text in answers])
+            example.arrays["answer"] = _target(example, answers[0] if answers else None, self._none(example))
+        return Outcome(examples, size=sum(example.size for example in examples))
+
+    def _windows(self, row: Row, reader: Reader) -> list[Example]:
+        """The examples of a row without its answer: the question, and as much of the context as there is room for.
+
+        Raises:
+            DataError: a text is missing, or the question leaves no room.
+        """
+        question, context = (_text(row, reader, name) for name in ("question", "context"))
+        room = self.max_length - len(self.processor(question, "", verbose=False)["input_ids"])
+        size = len(self.processor(context, add_special_tokens=False, verbose=False)["input_ids"])
+        if size > room <= self.settings.stride:
+            message = f"the question leaves {max(0, room)} of {self.max_length} tokens for the context"
+            raise row.place.error(message, key=reader.names["question"], hint="Raise max_length or lower task.stride.")
+        found = self.processor(
+            question.lstrip(),
+            context,
+            truncation="only_second",
+            max_length=self.max_length,
+            stride=min(self.settings.stride, max(0, room - 1)),
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        examples = []
+        for number, ids in enumerate(found["input_ids"]):
+            parts, offsets = found.sequence_ids(number), found["offset_mapping"][number]
+            places = [
+                place if part == 1 else (_NO_PLACE, _NO_PLACE) for part, place in zip(parts, offsets, strict=True)
+            ]
+            kinds = found["token_type_ids"][number] if "token_type_ids" in found else []
+            arrays = {
+                "input_ids": ids,
+                "token_type_ids": kinds,
+                "places": places,
+                "answer": (0, 0),
+                "row": str(row.place),
+                "context": context,
+                "answers": "",
+            }
+            examples.append(Example(arrays, len(ids), 1))
+        return examples
+
+    def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
+        batch = self.collate_inputs(examples)
+        answers = torch.tensor(np.array([each.arrays["answer"] for each in examples]), dtype=torch.long)  # (B, 2)
+        batch |= {"start_positions": answers[:, 0], "end_positions": answers[:, 1]}
+        return batch if training else batch | {"_examples": examples}
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        """The mean of the cross-entropies of start and end over the tokens of a row; padding does not take part."""
+        inputs = {name: value for name, value in model_inputs(batch).items() if "positions" not in name}
+        scores = scores_of(model(**inputs)).float()  # (B, T, 2)
+        scores = scores.masked_fill(batch["attention_mask"][..., None] == 0, torch.finfo(torch.float32).min)
+        wanted = torch.stack([batch["start_positions"], batch["end_positions"]], dim=-1)  # (B, 2)
+        total = F.cross_entropy(scores, wanted, reduction="sum") / 2
+        outputs = [] if model.training else self._outputs(scores.detach().cpu(), batch["_examples"])
+        return Loss(total, {"loss": total.detach()}, outputs)
+
+    def _outputs(self, scores: torch.Tensor, examples: Sequence[Example]) -> list[tuple[Any, ...]]:
+        """Of each window: its row, the answers that would be right, its likeliest answers, the score of none."""
+        return [
+            (each.arrays["row"], each.arrays["answers"], each.arrays["context"], self._likeliest(each, score))
+            for each, score in zip(examples, scores, strict=True)
+        ]
+
+    def _none(self, example: Example) -> int:
+        """The token that says that the answer is not there: the class token, else the first one."""
+        ids = np.asarray(example.arrays["input_ids"]).tolist()
+        return ids.index(self.processor.cls_token_id) if self.processor.cls_token_id in ids else 0
+
+    def _likeliest(self, example: Example, scores: torch.Tensor) -> list[Found]:
+        """The likeliest places in a window, the best first, and at the end that the answer is not there.
+
+        Args:
+            example: The window.
+            scores: (T, 2), or longer by padding.
+        """
+        places = np.asarray(example.arrays["places"])
+        starts, ends = scores[: len(places), 0].numpy(), scores[: len(places), 1].numpy()
+        cls = self._none(example)
+        none = Found(float(starts[cls] + ends[cls]), 0, 0)
+        inside = np.flatnonzero(places[:, 0] >= 0)
+        best = [inside[np.argsort(-each[inside], kind="stable")][: self.settings.n_best] for each in (starts, ends)]
+        found = [
+            Found(float(starts[first] + ends[last]), int(places[first, 0]), int(places[last, 1]))
+            for first in best[0]
+            for last in best[1]
+            if 0 <= last - first < self.settings.max_answer_length
+        ]
+        found.sort(key=lambda each: -each.score)
+        return [*found[: self.settings.n_best], none]
+
+    def _answer(self, context: str, windows: Sequence[Sequence[Found]]) -> dict[str, Any]:
+        """The answer to a question, from the likeliest places of all windows of its context."""
+        # a window without the answer says so, whatever the others say
+        none = min((found[-1] for found in windows), key=lambda each: each.score)
+        found = sorted((each for window in windows for each in window[:-1]), key=lambda each: -each.score)
+        found = found[: self.settings.n_best]
+        candidates = [*found, none] if self.settings.unanswerable or not found else found
+        best = found[0] if found else none
+        if self.settings.unanswerable and none.score - best.score > self.settings.null_threshold:
+            best = none
+        shares = np.exp(np.array([each.score for each in candidates]) - max(each.score for each in candidates))
+        share = float(shares[candidates.index(best)] / shares.sum())
+        text = context[best.start : best.end]
+        start = best.start + len(text) - len(text.lstrip())  # some tokenizers count the blank before a word
+        return {"answer": text.strip(), "start": start, "end": best.end, "score": share}
+
+    def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
+        windows, known = dict[str, list[Any]](), dict[str, tuple[Any, str]]()
+        for row, answers, context, found in outputs:
+            windows.setdefault(row, []).append(found)
+            known[row] = json.loads(answers), context
+        scores = [
+            score_of(self._answer(context, windows[row])["answer"], answers)
+            for row, (answers, context) in known.items()
+        ]
+        exact, f1 = (float(np.mean(each)) for each in zip(*scores, strict=True))
+        return {"loss": float(sums["loss"]) / num_targets, "exact_match": exact, "f1": f1}
+
+    def show(self, example: Example) -> Shown:
+        """The window, in which the answer is marked."""
+        ids, (first, last) = np.asarray(example.arrays["input_ids"]).tolist(), example.arrays["answer"]
+        there = first != self._none(example) or last != first
+        labels = [0 if there and first <= at <= last else IGNORED for at in range(len(ids))]
+        renderer = TokenRenderer(self.processor)
+        answers = json.loads(example.arrays["answers"])
+        text = "(not in this context)" if not answers else answers[0] if there else f"{answers[0]} (in another window)"
+        return Shown(
+            [Text(renderer.render(ids, labels), "question and context"), Label(text, "answer")],
+            {"input_ids": ids, "text": renderer.text(ids), "answers": answers},
+        )
+
+    def describe(self, view: View) -> Description:
+        rows, empty = set[str](), set[str]()
+        for example in view:
+            rows.add(example.arrays["row"])
+            if example.arrays["answers"] == "[]":
+                empty.add(example.arrays["row"])
+        if not rows:
+            return Description()
+        words = f"{len(rows):,}, of which {len(empty):,} have no answer in their context; {len(view):,} windows"
+        return Description({"questions": len(rows), "unanswerable": len(empty)}, {"questions": words})
+
+    def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
+        """Answer rows in their order; windows of similar size share a batch."""
+        rows = list(rows)
+        columns = tuple(dict.fromkeys(name for row in rows for name in row.values))
+        table = Table(Source(train="", columns=dict(options.columns)), rows[0].place.source, columns)
+        reader = self.read(table, labelled=False)
+        windows = [self._windows(row, reader) for row in rows]
+        flat = [example for examples in windows for example in examples]
+        scores = iter(logits_of(model, flat, self.collate_inputs, options.batch_size))
+        for examples in windows:
+            found = [self._likeliest(example, next(scores)) for example in examples]
+            yield self._answer(examples[0].arrays["context"], found)
+
+
+def score_of(answer: str, right: Sequence[str]) -> tuple[float, float]:
+    """Exact match and F1 of words with the closest right answer, as SQuAD's own script computes them.
+
+    Args:
+        answer: What was found; empty: nothing.
+        right: The right answers; none: the right answer is none.
+    """
+    known = [each for each in right if _words(each)] or [""]
+    exact = max(float(_words(answer) == _words(each)) for each in known)
+    return exact, max(_f1(_words(answer), _words(each)) for each in known)
+
+
+def _words(text: str) -> list[str]:
+    """The words of an answer: lower case, without punctuation and articles."""
+    text = "".join(mark for mark in text.lower() if mark not in string.punctuation)
+    return _ARTICLES.sub(" ", text).split()
+
+
+def _f1(found: list[str], wanted: list[str]) -> float:
+    if not found or not wanted:
+        return float(found == wanted)
+    shared = sum((Counter(found) & Counter(wanted)).values())
+    return 2 * shared / (len(found) + len(wanted))
+
+
+def _target(example: Example, answer: tuple[int, str] | None, none: int) -> tuple[int, int]:
+    """The first and last token of an answer in a window; ``none`` twice if not all of it is there."""
+    if answer is None:
+        return none, none
+    places, (start, text) = np.asarray(example.arrays["places"]), answer
+    end = start + len(text)
+    inside = np.flatnonzero((places[:, 1] > start) & (places[:, 0] < end) & (places[:, 0] >= 0))
+    if not len(inside) or places[inside[0], 0] > start or places[inside[-1], 1] < end:
+        return none, none
+    return int(inside[0]), int(inside[-1])
+
+
+def _answers(row: Row, reader: Reader) -> list[tuple[int, str]]:
+    """The place and the text of each right answer of a row; none: it is not in the context.
+
+    Raises:
+        DataError: an answer is not where it is said to be.
+    """
+    value, key, context = reader.value(row, "answers"), reader.names["answers"], _text(row, reader, "context")
+    if isinstance(value, dict) and isinstance(value.get("text"), list):
+        starts = value.get("answer_start")
+        if not isinstance(starts, list) or len(starts) != len(value["text"]):
+            raise row.place.error(f"expected an answer_start for each text, found {shortened(starts)}", key=key)
+        value = [{"text": text, "answer_start": start} for text, start in zip(value["text"], starts, strict=True)]
+    found = []
+    for each in [] if value is None else [value] if isinstance(value, dict) else value:
+        text, start = (each.get(name) for name in ("text", "answer_start")) if isinstance(each, dict) else (None, None)
+        if not isinstance(text, str) or not isinstance(start, int):
+            raise row.place.error(f"expected text and answer_start, found {shortened(each)}", key=key)
+        if not text:
+            continue
+        there = context[start : start + len(text)] if start >= 0 else ""
+        if there != text:
+            message = f"the answer {shortened(text)} is not at character {start} of the context: {shortened(there)} is"
+            raise row.place.error(message, key=key)
+        found.append((start, text))
+    return found
+
+
+def _text(row: Row, reader: Reader, column: str) -> str:
+    value = reader.value(row, column)
+    if not isinstance(value, str) or not value.strip():
+        raise row.place.error(f"expected a text, found {shortened(value)}", key=reader.names[column])
+    return value
+
+
+TASK = QuestionAnswering

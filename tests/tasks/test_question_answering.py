@@ -1,0 +1,201 @@
+"""Question answering: windows and places, answers that are elsewhere or missing, SQuAD's metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from classifierkit import encoded, open_task, scanned, table_of
+
+from peftcli.core.inject import inject
+from peftcli.errors import DataError
+from peftcli.methods import config_from_dict
+from peftcli.tasks.base import PredictOptions, model_inputs
+from peftcli.tasks.question_answering import score_of
+
+NAME = "question_answering"
+ROW = {
+    "question": "  Where does Ada live?",
+    "context": "Ada lives in Turin with a cat.",
+    "answers": {"text": ["Turin", "in Turin"], "answer_start": [13, 10]},
+}
+NONE = {**ROW, "question": "Where does Alan live?", "answers": {"text": [], "answer_start": []}}
+LONG = {
+    "question": "Where is it?",
+    "context": "the sun is over the mill. " * 12 + "It is in Oslo. " + "the tea is cold. " * 12,
+    "answers": {"text": ["Oslo"], "answer_start": [26 * 12 + 9]},
+}
+KINDS = ["bert", "gpt2"]
+
+
+def text_at(task: Any, example: Any) -> str:
+    """The part of the context that an example's target is."""
+    first, last = example.arrays["answer"]
+    places = example.arrays["places"]
+    return str(example.arrays["context"][places[first][0] : places[last][1]]).strip()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_target_is_the_first_answer(kind: str) -> None:
+    task = open_task(NAME, kind, unanswerable=False)
+    [example] = encoded(task, [ROW])
+    assert text_at(task, example) == "Turin"
+    assert list(example.arrays["input_ids"]) == task.processor(ROW["question"].lstrip(), ROW["context"])["input_ids"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_context_becomes_windows_that_overlap(kind: str) -> None:
+    task = open_task(NAME, kind, max_length=48, stride=12, unanswerable=False)
+    table, rows = table_of([LONG])
+    [outcome] = task.encode(rows, task.read(table))
+    assert len(outcome.examples) > 3
+    assert all(each.size <= 48 for each in outcome.examples)
+    covered = np.zeros(len(LONG["context"]), int)
+    for each in outcome.examples:
+        for start, end in each.arrays["places"]:
+            covered[max(start, 0) : end] += start >= 0
+    inked = [at for at, mark in enumerate(LONG["context"]) if not mark.isspace()]
+    assert covered[inked].min() >= 1
+    assert covered.max() == 2
+    texts = [text_at(task, each) for each in outcome.examples if each.arrays["answer"][0] != task._none(each)]
+    assert texts
+    assert set(texts) == {"Oslo"}
+
+
+def test_an_answer_that_is_missing_is_the_class_token() -> None:
+    task = open_task(NAME, unanswerable=True)
+    [example] = encoded(task, [NONE])
+    assert list(example.arrays["answer"]) == [0, 0]
+    assert example.arrays["input_ids"][0] == (task.processor.cls_token_id or example.arrays["input_ids"][0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"answers": {"text": ["Turin"], "answer_start": [12]}},
+            "'Turin' is not at character 12 of the context: ' Turi' is",
+        ),
+        ({"answers": {"text": ["Turin"], "answer_start": [99]}}, "is not at character 99"),
+        ({"answers": {"text": ["Turin"]}}, "expected an answer_start for each text"),
+        ({"answers": ["Turin"]}, "expected text and answer_start, found 'Turin'"),
+        ({"answers": []}, "has no answer; task.unanswerable is false"),
+        ({"question": " "}, "expected a text"),
+        ({"question": "Where? " * 30}, "the question leaves 0 of 64 tokens for the context"),
+    ],
+)
+def test_rows_that_cannot_be_used(change: dict[str, Any], message: str) -> None:
+    [bad] = encoded(open_task(NAME, unanswerable=False, stride=16), [{**ROW, **change}])
+    assert isinstance(bad, DataError)
+    assert message in bad.message
+
+
+def test_whether_answers_may_be_missing_is_found() -> None:
+    assert scanned([ROW, NONE], NAME).settings.unanswerable is True
+    assert scanned([ROW], NAME).settings.unanswerable is False
+
+
+def model_for(task: Any, method: dict[str, Any] | None = None) -> Any:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(task.base.name)
+    task.fit_model(model, None)
+    if method is not None:
+        inject(model, config_from_dict({"task_type": "QUESTION_ANS", **method}))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.5)
+    return model.eval()
+
+
+def test_the_loss_is_that_of_the_model_itself() -> None:
+    task = open_task(NAME, unanswerable=True)
+    model = model_for(task)
+    [example] = encoded(task, [ROW])
+    batch = task.collate([example], training=False)
+    with torch.no_grad():
+        assert float(task.loss(model, batch).total) == pytest.approx(float(model(**model_inputs(batch)).loss), rel=1e-6)
+
+
+METHODS: list[dict[str, Any] | None] = [
+    None,
+    {"peft_type": "LORA", "target_modules": "all-linear"},
+    {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 5},
+    {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 5},
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method and method["peft_type"].lower())
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_has_one_answer_in_a_batch_of_one_and_of_eight(kind: str, method: dict[str, Any] | None) -> None:
+    task = open_task(NAME, kind, max_length=40, stride=8, unanswerable=True)
+    model = model_for(task, method)
+    _, rows = table_of([ROW, NONE, LONG])
+    alone, together = (list(task.predict(model, rows, PredictOptions(batch_size=size))) for size in (1, 8))
+    for one, other in zip(alone, together, strict=True):
+        assert {**one, "score": 0} == {**other, "score": 0}
+        assert one["score"] == pytest.approx(other["score"], abs=1e-5)
+    examples = encoded(task, [ROW, NONE])
+    with torch.no_grad():
+        parts = [task.collate(part, training=False) for part in (examples, examples[:1], examples[1:])]
+        both, first, second = (float(task.loss(model, part).total) for part in parts)
+    assert both == pytest.approx(first + second, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_is_a_place_in_the_context(kind: str) -> None:
+    task = open_task(NAME, kind, max_length=40, stride=8, unanswerable=False)
+    _, rows = table_of([LONG])
+    [found] = task.predict(model_for(task), rows, PredictOptions())
+    assert found["answer"] == LONG["context"][found["start"] : found["end"]]
+    assert found["answer"]
+
+
+@pytest.mark.parametrize("threshold", [-1e6, 1e6])
+def test_the_threshold_of_no_answer(threshold: float) -> None:
+    task = open_task(NAME, unanswerable=True, null_threshold=threshold)
+    _, rows = table_of([ROW])
+    [found] = task.predict(model_for(task), rows, PredictOptions())
+    assert bool(found["answer"]) == (threshold > 0)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_perfect_and_a_wrong_predictor(right: bool) -> None:
+    task = open_task(NAME, max_length=40, stride=8, unanswerable=True)
+    rows = [ROW, NONE, LONG]
+    table, read = table_of(rows)
+    examples = [each for outcome in task.encode(read, task.read(table)) for each in outcome.examples]
+    outputs = []
+    for each in examples:
+        scores = torch.zeros(len(each.arrays["input_ids"]), 2)
+        first, last = each.arrays["answer"] if right else (0, 0)
+        scores[first, 0] = scores[last, 1] = 9
+        outputs += task._outputs(scores[None], [each])
+    metrics = task.metrics({"loss": np.array(1.0)}, outputs, len(examples))
+    assert (metrics["exact_match"], metrics["f1"]) == pytest.approx((1, 1) if right else (1 / 3, 1 / 3))
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "expected"),
+    [
+        ("The Turin.", ["turin"], (1.0, 1.0)),
+        ("in Turin", ["Turin", "Oslo"], (0.0, 2 / 3)),
+        ("", ["Turin"], (0.0, 0.0)),
+        ("", [], (1.0, 1.0)),
+        ("Turin", [], (0.0, 0.0)),
+        ("a b b", ["b b c"], (0.0, 0.8)),
+    ],
+)
+def test_scores_of_an_answer(answer: str, right: list[str], expected: tuple[float, float]) -> None:
+    assert score_of(answer, right) == pytest.approx(expected)
+
+
+def test_inspect_marks_the_answer() -> None:
+    task = open_task(NAME, unanswerable=True)
+    shown = [task.show(each) for each in encoded(task, [ROW, NONE])]
+    trained = ["".join(token.text for token in each.parts[0].tokens if token.trained) for each in shown]
+    assert [text.strip() for text in trained] == ["Turin", ""]
+    assert [each.parts[1].text for each in shown] == ["Turin", "(not in this context)"]
