@@ -201,7 +201,7 @@ def test_train_in_two_processes(recipe: Path) -> None:
     code, run = train()
     assert (code, run["status"], run["processes"]) == (0, "complete", 2)
     code, failed = train("method.target_modules=[q_porj]", f"training.output_dir={recipe.parent}/typo")
-    assert (code, failed["error"]["kind"], failed["error"]["exit_code"]) == (4, "AdapterError", 4)
+    assert (code, failed["error"]["kind"], failed["error"]["exit_code"]) == (4, "NoMatchingPeftModuleError", 4)
 
 
 def test_train_dry_run(answer: Callable, fails: Callable, recipe: Path) -> None:

@@ -297,4 +297,4 @@ def test_train_in_two_processes(tmp_path: Path) -> None:
     assert trainkit.Child(tmp_path, *words, "gates.eval_loss=<= 0.01").wait() == 12
     assert list(cases(path)) == ["eval_loss <= 0.01"]
     assert trainkit.Child(tmp_path, *words, "method.target_modules=[q_porj]", "--overwrite").wait() == 4
-    assert cases(path)["run"].startswith("Error AdapterError: ")
+    assert cases(path)["run"].startswith("Error NoMatchingPeftModuleError: ")

@@ -30,7 +30,7 @@ LAYERED = [
     if issubclass(row.config_class(), TargetedConfig) and name not in ("trainable_tokens", "ln_tuning")
 ]
 """Methods that adapt linear layers."""
-R_IS_ANOTHERS = ("oft",)
+R_IS_ANOTHERS = ("adalora", "oft")
 """Methods for which another setting, which the tests give, decides r."""
 ALWAYS_FIT = {"width": 8, "inner": 16}
 """Sizes that no method can refuse at r 4 and the settings of the tests: multiples of 8."""
@@ -68,9 +68,9 @@ def test_any_shape_works_or_is_refused(method: str, case: dict[str, Any]) -> Non
     known = {field.name for field in fields(cls)}
     usual = copy.deepcopy(METHOD_SETTINGS.get(method, {}))
     values = {"r": case["r"]} if known >= {"r"} and method not in R_IS_ANOTHERS else {}
-    config = cls(**usual | values, target_modules=case["targets"])
     model = copy.deepcopy(base)
     try:
+        config = cls(**usual | values, target_modules=case["targets"])
         inject(model, config)
     except AdapterError:
         assert not case["fits"]
