@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from classifierkit import classifier_base
-from trainkit import write_rows
+from classifierkit import ROWS, classifier_base, write_pictures
+from trainkit import scratch, write_rows
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,10 @@ class Case:
     base: Callable[[], Path]
     task: dict[str, Any]
     """The recipe's ``task``."""
-    rows: Sequence[dict[str, Any]]
-    """The training rows; every third is an evaluation row too."""
+    rows: Callable[[], Sequence[dict[str, Any]]]
+    """Makes the training rows; every third is an evaluation row too."""
+    found: dict[str, Any]
+    """The settings that the rows complete."""
     metrics: frozenset[str]
     """Names of eval_ metrics, without the prefix."""
     recompute: Callable[[Sequence[dict[str, Any]], Sequence[dict[str, Any]]], dict[str, float]]
@@ -29,15 +32,12 @@ class Case:
     @property
     def held_out(self) -> Sequence[dict[str, Any]]:
         """The evaluation rows."""
-        return self.rows[::3]
+        return self.rows()[::3]
 
     def write(self, folder: Path) -> Path:
-        """A recipe beside its data: LoRA, float32, 8 steps."""
-        folder.mkdir(parents=True, exist_ok=True)
-        train, held_out = (
-            write_rows(folder / "train.jsonl", self.rows),
-            write_rows(folder / "eval.jsonl", self.held_out),
-        )
+        """A recipe beside its data: LoRA, float32, 6 steps."""
+        train = write_rows(folder / "train.jsonl", self.rows())
+        held_out = write_rows(folder / "eval.jsonl", self.held_out)
         path = folder / "recipe.yaml"
         path.write_text(
             f"""\
@@ -47,7 +47,7 @@ method: {{type: lora, r: 4, lora_alpha: 8, target_modules: {self.targets}}}
 dataset: {{train: {train}, eval: {held_out}}}
 training:
   output_dir: {folder}/out
-  max_steps: 8
+  max_steps: 6
   learning_rate: 1e-2
   per_device_train_batch_size: 4
   per_device_eval_batch_size: 3
@@ -91,18 +91,50 @@ _QUESTIONS = [
     for question, text in ((f"who met {name}?", other), ("who sang?", ""))
 ]
 
+
+def _right(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    right = [answer["label"] == row["label"] for row, answer in zip(rows, answers, strict=True)]
+    return {"accuracy": sum(right) / len(right)}
+
+
+@functools.cache
+def _pictures() -> Sequence[dict[str, Any]]:
+    files = sorted(write_pictures(scratch() / "pictures").rglob("*.png"))
+    return [{"image": str(path), "label": path.parent.name} for path in files]
+
+
+def _classes(kind: str) -> Case:
+    """A classification task over a kind of base model."""
+    texts = kind in ("bert", "llama")
+    return Case(
+        base=lambda: classifier_base(kind),
+        task={"type": "sequence_classification" if texts else "image_classification"},
+        rows=(lambda: ROWS) if texts else _pictures,
+        found={"labels": ["good", "bad"] if texts else ["blue", "red"], "problem_type": "single_label"},
+        metrics=frozenset({"loss", "accuracy", "macro_f1", "auc"}),
+        recompute=_right,
+        targets="[convolution]" if kind == "resnet" else "all-linear",
+    )
+
+
 CASES: dict[str, Case] = {
+    "sequence_classification": _classes("bert"),
+    "a decoder": _classes("llama"),
+    "image_classification": _classes("vit"),
+    "norms with statistics": _classes("resnet"),
     "question_answering": Case(
         base=lambda: classifier_base("bert"),
         task={"type": "question_answering", "max_length": 48, "stride": 8},
-        rows=_QUESTIONS,
+        rows=lambda: _QUESTIONS,
+        found={"unanswerable": True},
         metrics=frozenset({"loss", "exact_match", "f1"}),
         recompute=_exact,
     ),
     "token_classification": Case(
         base=lambda: classifier_base("bert"),
         task={"type": "token_classification"},
-        rows=_SENTENCES,
+        rows=lambda: _SENTENCES,
+        found={"labels": ["B-PER", "O", "B-LOC", "I-PER"], "scheme": "iob2"},
         metrics=frozenset({"loss", "precision", "recall", "f1", "accuracy", "f1_PER", "f1_LOC"}),
         recompute=_entities,
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from peftcli.cli import console
 from peftcli.cli.app import main
 from peftcli.errors import Interrupted
 from peftcli.models.open import open_base
-from peftcli.tasks.base import scores_of
+from peftcli.tasks.base import FitsModel, scores_of
 
 EVALUATES = ("training.eval_strategy=steps", "training.eval_steps=4")
 SAVES = ("training.save_strategy=steps", "training.save_steps=3")
@@ -50,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path
     def get(name: str) -> tuple[Path, Trained]:
         if name not in done:
             recipe = CASES[name].write(tmp_path_factory.mktemp(name))
-            done[name] = recipe, run_recipe(recipe, *EVALUATES)
+            done[name] = recipe, run_recipe(recipe, *EVALUATES, *SAVES)
         return done[name]
 
     return get
@@ -66,7 +67,8 @@ def outputs(folder: Path, merged: Path | None = None) -> tuple[Any, Any, torch.T
         auto = source.auto_class(lambda: opened.config)
         if merged is None:
             loaded = opened.model(auto, torch.float32, **source.model_options(opened))
-            task.fit_model(loaded.model, None)
+            if isinstance(task, FitsModel):
+                task.fit_model(loaded.model, None)
             apply_adapter(loaded, source)
             model = loaded.model
         else:
@@ -79,13 +81,15 @@ def test_a_run_learns_and_measures(runs: Callable, name: str) -> None:
     _, run = runs(name)
     assert run.losses[-1] < run.losses[0]
     assert {f"eval_{metric}" for metric in CASES[name].metrics} <= set(run.run["eval"]["last"])
+    assert CASES[name].found.items() <= json.loads((run.folder / "task.json").read_text())["settings"].items()
     head = [each for each in load_file(run.folder / "adapter_model.safetensors") if "lora_" not in each]
     assert head, "the new head is saved"
 
 
-def test_a_resumed_run_is_the_same_byte_for_byte(tmp_path: Path, name: str) -> None:
+@pytest.mark.grid(keep=2)
+def test_a_resumed_run_is_the_same_byte_for_byte(runs: Callable, tmp_path: Path, name: str) -> None:
+    _, whole = runs(name)
     recipe = CASES[name].write(tmp_path)
-    whole = run_recipe(recipe, *EVALUATES, *SAVES, f"training.output_dir={tmp_path}/whole")
     with pytest.raises(Interrupted):
         run_recipe(recipe, *EVALUATES, *SAVES, on_event=at_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     resumed = run_recipe(recipe, *EVALUATES, *SAVES)
@@ -93,10 +97,9 @@ def test_a_resumed_run_is_the_same_byte_for_byte(tmp_path: Path, name: str) -> N
         assert (resumed.folder / file).read_bytes() == (whole.folder / file).read_bytes(), file
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_series_of_one(tmp_path: Path, name: str) -> None:
-    recipe = CASES[name].write(tmp_path)
-    one = run_recipe(recipe, *EVALUATES)
+@pytest.mark.grid
+def test_two_processes_give_the_series_of_one(runs: Callable, tmp_path: Path, name: str) -> None:
+    recipe, one = runs(name)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -150,6 +153,7 @@ def test_the_cards_example_runs(runs: Callable, name: str, capsys: pytest.Captur
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.grid(keep=2)
 def test_the_commands_know_the_task(runs: Callable, cli: Callable, name: str) -> None:
     recipe, run = runs(name)
     assert "problems" not in cli("check", recipe)
@@ -160,10 +164,11 @@ def test_the_commands_know_the_task(runs: Callable, cli: Callable, name: str) ->
     cli("train", recipe, "--dry-run")
 
 
+@pytest.mark.grid(keep=2)
 def test_examples_come_from_the_cache(runs: Callable, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, _ = runs(name)
     from peftcli.tasks import TASKS
 
-    task = __import__(f"peftcli.tasks.{TASKS[name].module}", fromlist=["TASK"]).TASK
+    task = importlib.import_module(f"peftcli.tasks.{TASKS[CASES[name].task['type']].module}").TASK
     monkeypatch.setattr(task, "encode", lambda *_: pytest.fail("encoded again"))
     run_recipe(recipe, "training.max_steps=1", f"training.output_dir={recipe.parent}/again")
