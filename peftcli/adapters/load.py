@@ -153,7 +153,7 @@ class AdapterSource:
 
     @cached_property
     def task(self) -> str | None:
-        """The task in ``TASKS``: the one that task.json or run.json records, else the only one of the task_type.
+        """The task in ``TASKS``: the one that task.json or run.json records, else the first one of the task_type.
 
         Raises:
             AdapterError: one of the two is damaged.
@@ -163,8 +163,8 @@ class AdapterSource:
         recorded = recorded.get("type") if isinstance(recorded, dict) else recorded
         if isinstance(recorded, str) and recorded in TASKS:
             return recorded
-        known = [name for name, row in TASKS.items() if row.task_type and row.task_type == self.config.task_type]
-        return known[0] if len(known) == 1 else None
+        known = (name for name, row in TASKS.items() if row.task_type and row.task_type == self.config.task_type)
+        return next(known, None)
 
     @property
     def saved_sizes(self) -> dict[str, tuple[int, ...]]:

@@ -109,7 +109,7 @@ def _write(
         try:
             if reader is None and good:
                 columns = tuple(dict.fromkeys(key for row in good for key in row.values))
-                reader = task.read(Table(source, opened.name, columns, opened.class_names))
+                reader = task.read(Table(source, opened.name, columns, opened.class_names, good[0].values))
             results = iter(task.encode(good, reader) if reader else [])
         except DataError as error:
             file = error.file or opened.name

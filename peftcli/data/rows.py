@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from peftcli.errors import DataError
@@ -76,6 +76,8 @@ class Table:
     """The columns of its first rows, in order."""
     class_names: Callable[[], Mapping[str, tuple[str, ...]]] = dict
     """Returns the columns whose numbers stand for names (``ClassLabel``): column -> names, in order."""
+    first: Mapping[str, Any] = field(default_factory=dict)
+    """The values of its first row, where columns may hold a text or messages."""
 
     def reader(self, name: str, *, optional: Sequence[str] = (), **columns: Sequence[str]) -> Reader:
         """Find columns by their usual names, or by ``dataset.columns``.

@@ -205,7 +205,8 @@ def _table(source: Source) -> tuple[Table, Iterator[Row]]:
     rows = (row for row in opened.rows() if isinstance(row, Row))
     first = list(islice(rows, _FIRST))
     columns = tuple(dict.fromkeys(name for row in first for name in row.values))
-    return Table(source, opened.name, columns, opened.class_names), chain(first, rows)
+    table = Table(source, opened.name, columns, opened.class_names, first[0].values if first else {})
+    return table, chain(first, rows)
 
 
 def _findings(train: View, evaluation: View | None, task: Task[Any], *, skip_bad_rows: bool) -> list[Finding]:

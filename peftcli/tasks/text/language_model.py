@@ -75,15 +75,10 @@ class LanguageModel(Task[Settings]):
 
     @property
     def notes(self) -> Sequence[str]:
-        if not date.writes_date(self.processor.chat_template):
-            return ()
-        return (f"the chat template can write the date: rows are rendered as on {date.today()}",)
+        return date_notes(self.processor)
 
     def fingerprint(self) -> dict[str, Any]:
-        return {
-            "tokenizer": tokenizer_fingerprint(self.processor),
-            "versions": {name: version(name) for name in ("transformers", "tokenizers", "jinja2")},
-        }
+        return chat_fingerprint(self.processor)
 
     def record_findings(self, records: Records) -> list[Finding]:
         return record_findings(records)
@@ -153,6 +148,21 @@ class LanguageModel(Task[Settings]):
         named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         stops = missing_stops(self.processor, folder, named)
         return {"eos_token_id": stops} if stops else {}
+
+
+def date_notes(tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
+    """What the user should know of a chat template that writes the date."""
+    if not date.writes_date(tokenizer.chat_template):
+        return ()
+    return (f"the chat template can write the date: rows are rendered as on {date.today()}",)
+
+
+def chat_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """All that decides which ids a text or a conversation gets, as ``Task.fingerprint`` returns it."""
+    return {
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "versions": {name: version(name) for name in ("transformers", "tokenizers", "jinja2")},
+    }
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
