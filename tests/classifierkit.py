@@ -41,8 +41,8 @@ COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200)}
 @functools.cache
 def classifier_base(kind: str) -> Path:
     """A base model without a head, with its processor, as a folder."""
-    if kind in ("llama", "gpt2"):
-        return base_folder(kind, chat=False)
+    if kind in ("llama", "gpt2", "chat"):
+        return base_folder("llama" if kind == "chat" else kind, chat=kind == "chat")
     folder = scratch() / f"classifier-{kind}"
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -94,7 +94,8 @@ def table_of(
     """Rows of a file ``a.jsonl`` that was never written."""
     rows = [Row(dict(each), Place("a.jsonl", number, number)) for number, each in enumerate(values, start=1)]
     names = tuple(dict.fromkeys(name for each in values for name in each))
-    return Table(Source(train="a.jsonl", columns=columns or {}), "a.jsonl", names, lambda: classes or {}), rows
+    source = Source(train="a.jsonl", columns=columns or {})
+    return Table(source, "a.jsonl", names, lambda: classes or {}, rows[0].values), rows
 
 
 def scanned(values: Sequence[Mapping[str, Any]], name: str = "sequence_classification", **options: Any) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from classifierkit import ROWS, classifier_base, write_pictures
-from trainkit import scratch, write_rows
+from trainkit import PAIRS, base_folder, scratch, write_rows
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ class Case:
     recompute: Callable[[Sequence[dict[str, Any]], Sequence[dict[str, Any]]], dict[str, float]]
     """From evaluation rows and their answers: metrics that must be those of ``evaluate``."""
     targets: str = "all-linear"
+    asked: Callable[[Sequence[dict[str, Any]]], Sequence[dict[str, Any]]] = list
+    """From evaluation rows: those that ``predict`` gets."""
+    has_head: bool = True
 
     @property
     def held_out(self) -> Sequence[dict[str, Any]]:
@@ -117,6 +120,27 @@ def _classes(kind: str) -> Case:
     )
 
 
+def _separately(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each answer of a row as a conversation."""
+    return [{"messages": row["prompt"] + row[name]} for row in rows for name in ("chosen", "rejected")]
+
+
+def _ranked(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    rewards = [answer["reward"] for answer in answers]
+    gaps = [chosen - rejected for chosen, rejected in zip(rewards[::2], rewards[1::2], strict=True)]
+    return {"reward_accuracy": sum(gap > 0 for gap in gaps) / len(rows), "reward_margin": sum(gaps) / len(rows)}
+
+
+PREFERRED = [
+    {
+        "prompt": [{"role": "user", "content": question}],
+        "chosen": [{"role": "assistant", "content": answer}],
+        "rejected": [{"role": "assistant", "content": f"no {other}"}],
+    }
+    for (question, answer), (_, other) in zip(PAIRS, [*PAIRS[1:], PAIRS[0]], strict=True)
+]
+"""Conversations, and two answers to each."""
+
 CASES: dict[str, Case] = {
     "sequence_classification": _classes("bert"),
     "a decoder": _classes("llama"),
@@ -129,6 +153,15 @@ CASES: dict[str, Case] = {
         found={"unanswerable": True},
         metrics=frozenset({"loss", "exact_match", "f1"}),
         recompute=_exact,
+    ),
+    "reward": Case(
+        base=base_folder,
+        task={"type": "reward"},
+        rows=lambda: PREFERRED,
+        found={"margin": None},
+        metrics=frozenset({"loss", "reward_accuracy", "reward_margin"}),
+        recompute=_ranked,
+        asked=_separately,
     ),
     "token_classification": Case(
         base=lambda: classifier_base("bert"),

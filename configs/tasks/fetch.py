@@ -5,6 +5,7 @@
     python configs/tasks/fetch.py fashion-mnist data/fashion-mnist   # 31 MB, with apt-get and dpkg-deb
     python configs/tasks/fetch.py kjv data/kjv                       # 3 MB, with apt-get and dpkg-deb
     python configs/tasks/fetch.py questions data/questions           # nothing: Python's own standard library
+    python configs/tasks/fetch.py docstrings data/docstrings         # nothing: Python's own standard library
 
 Every archive is checked against a pinned hash. A folder that exists is left alone.
 """
@@ -26,9 +27,10 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
+import textwrap
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from email.message import Message
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,14 +44,19 @@ CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt",
 TRAIN_IMAGES, EVAL_IMAGES = 4000, 2000
 TRAIN_VERSES, EVAL_VERSES = 6000, 1500
 TRAIN_QUESTIONS, EVAL_QUESTIONS = 4000, 800
-CONTEXT = 900
-"""Characters of the code of a function, at most."""
+TRAIN_PAIRS, EVAL_PAIRS = 600, 150
+CONTEXT, SHORT = 900, 400
+"""Characters of the code of a function, at most: with questions, with docstrings."""
+DOCSTRING = "Write a one-line docstring for this Python function:\n\n```python\n{code}\n```"
 SIDE = 28
 
 
 def main() -> None:
     """Fetch what the first argument names into the folder that the second one names."""
-    makers = {"minilm": minilm, "spam": spam, "fashion-mnist": fashion_mnist, "kjv": kjv, "questions": questions}
+    makers = {
+        **{"minilm": minilm, "spam": spam, "fashion-mnist": fashion_mnist, "kjv": kjv},
+        **{"questions": questions, "docstrings": docstrings},
+    }
     if len(sys.argv) != 3 or sys.argv[1] not in makers:
         sys.exit(f"usage: fetch.py {'|'.join(makers)} FOLDER")
     folder = Path(sys.argv[2])
@@ -227,8 +234,31 @@ def questions(scratch: Path, target: Path) -> None:
     What is the default of an argument, and which error is raised? The answer is a place in the function's code, or is
     not there. Evaluation questions are about modules of their own.
     """
-    draw, library = random.Random(SEED), Path(sysconfig.get_paths()["stdlib"])
+    draw = random.Random(SEED)
     rows: dict[str, list[str]] = {"train": [], "eval": []}
+    for part, inside, code, function in functions(draw):
+        context = ast.get_source_segment(code, function) or ""
+        if not context.isascii() or len(context) > CONTEXT:
+            continue
+        for number, (question, answer) in enumerate(asked(function)):
+            texts = [ast.unparse(answer)] if answer is not None else []
+            starts = [place(context, function, answer)] if answer is not None else []
+            if any(context[at : at + len(text)] != text for at, text in zip(starts, texts, strict=True)):
+                continue  # written otherwise than Python writes it
+            answers = {"text": texts, "answer_start": starts}
+            name = f"{inside}:{function.lineno}:{number}"
+            rows[part].append(json.dumps({"id": name, "question": question, "context": context, "answers": answers}))
+    for part, count in (("train", TRAIN_QUESTIONS), ("eval", EVAL_QUESTIONS)):
+        known, unknown = ([row for row in rows[part] if ('"text": []' in row) == empty] for empty in (False, True))
+        rows[part] = known + draw.sample(unknown, len(known) // 2)
+        draw.shuffle(rows[part])
+        (target / f"{part}.jsonl").write_text("".join(f"{row}\n" for row in rows[part][:count]), encoding="utf-8")
+        print(f"fetch: {part}.jsonl: {count} of {len(rows[part])} questions")
+
+
+def functions(draw: random.Random) -> Iterator[tuple[str, str, str, ast.FunctionDef]]:
+    """Yield the functions of Python's standard library: train or eval, the module's file, its code, the function."""
+    library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.rglob("*.py")):
         inside = path.relative_to(library)
         if {"test", "tests", "idle_test", "site-packages", "lib2to3"} & set(inside.parts):
@@ -236,29 +266,50 @@ def questions(scratch: Path, target: Path) -> None:
         part = "eval" if draw.random() < EVAL_SHARE else "train"
         try:
             code = path.read_text(encoding="utf-8")
-            functions = [each for each in ast.walk(ast.parse(code)) if isinstance(each, ast.FunctionDef)]
+            found = [each for each in ast.walk(ast.parse(code)) if isinstance(each, ast.FunctionDef)]
         except (SyntaxError, UnicodeDecodeError):
             continue
-        for function in functions:
-            context = ast.get_source_segment(code, function) or ""
-            if not context.isascii() or len(context) > CONTEXT:
-                continue
-            for number, (question, answer) in enumerate(asked(function)):
-                texts = [ast.unparse(answer)] if answer is not None else []
-                starts = [place(context, function, answer)] if answer is not None else []
-                if any(context[at : at + len(text)] != text for at, text in zip(starts, texts, strict=True)):
-                    continue  # written otherwise than Python writes it
-                answers = {"text": texts, "answer_start": starts}
-                name = f"{inside.as_posix()}:{function.lineno}:{number}"
-                rows[part].append(
-                    json.dumps({"id": name, "question": question, "context": context, "answers": answers})
-                )
-    for part, count in (("train", TRAIN_QUESTIONS), ("eval", EVAL_QUESTIONS)):
-        known, unknown = ([row for row in rows[part] if ('"text": []' in row) == empty] for empty in (False, True))
-        rows[part] = known + draw.sample(unknown, len(known) // 2)
-        draw.shuffle(rows[part])
-        (target / f"{part}.jsonl").write_text("".join(f"{row}\n" for row in rows[part][:count]), encoding="utf-8")
-        print(f"fetch: {part}.jsonl: {count} of {len(rows[part])} questions")
+        for function in found:
+            yield part, inside.as_posix(), code, function
+
+
+def docstrings(scratch: Path, target: Path) -> None:
+    """Pair docstrings of Python's standard library (PSF): train.jsonl and eval.jsonl, rows of two answers.
+
+    The prompt is a function without its docstring; chosen is the docstring's first line, rejected that of another
+    function, drawn at random. Nobody judged them. Evaluation rows are about modules of their own.
+    """
+    draw, pairs = random.Random(SEED), dict[str, dict[str, str]](train={}, eval={})
+    for part, _, code, function in functions(draw):
+        summary, body = (ast.get_docstring(function) or "").split("\n")[0], function.body[1:]
+        if (
+            not re.fullmatch(r"[A-Z][ -~]{14,90}\.", summary)
+            or not body
+            or any(summary in each for each in pairs.values())
+        ):
+            continue
+        lines = code.splitlines()
+        kept = (
+            lines[function.lineno - 1 : function.body[0].lineno - 1]
+            + lines[function.body[0].end_lineno : function.end_lineno]
+        )
+        short = textwrap.dedent("\n".join(line for line in kept if line.strip()))
+        if len(short) <= SHORT and short.isascii():
+            pairs[part].setdefault(summary, short)
+    for part, count in (("train", TRAIN_PAIRS), ("eval", EVAL_PAIRS)):
+        chosen = draw.sample(sorted(pairs[part]), min(count, len(pairs[part])))
+        lines = []
+        for at, summary in enumerate(chosen):
+            other = chosen[at - draw.randrange(1, len(chosen))]
+            prompt = DOCSTRING.format(code=pairs[part][summary])
+            row = {"prompt": [{"role": "user", "content": prompt}]}
+            row |= {
+                name: [{"role": "assistant", "content": text}]
+                for name, text in (("chosen", summary), ("rejected", other))
+            }
+            lines.append(json.dumps(row) + "\n")
+        (target / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"fetch: {part}.jsonl: {len(lines)} pairs of {len(pairs[part])} functions")
 
 
 def asked(function: ast.FunctionDef) -> list[tuple[str, ast.expr | None]]:

@@ -177,6 +177,20 @@ TASKS: dict[str, TaskRow] = {
             'print(tokenizer.decode(inputs["input_ids"][0, first : last + 1]))',
         ),
     ),
+    "reward": TaskRow(
+        task_type="SEQ_CLS",
+        auto_class="AutoModelForSequenceClassification",
+        settings=settings.Reward,
+        module="reward",
+        processor="tokenizer",
+        reads=(("chosen", "rejected"),),
+        pipeline_tag="text-classification",
+        summary="score answers, the better ones higher, from pairs of a chosen and a rejected one (Llama, Qwen, BERT)",
+        usage=(
+            'inputs = tokenizer("Hello", return_tensors="pt")',
+            "print(float(model(**inputs).logits[0, 0]))",
+        ),
+    ),
     "image_classification": TaskRow(
         task_type=None,
         auto_class="AutoModelForImageClassification",

@@ -150,6 +150,24 @@ class QuestionAnswering:
         return {}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reward:
+    """Settings of reward. Recipes may also give max_length and overlong under ``dataset``."""
+
+    max_length: int = 1024
+    """Longest answer with its prompt, in tokens, within what the base model can read."""
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """What to do with pairs of which one is longer: truncate it at the end, drop the pair, or stop with an error. They
+    are counted in any case."""
+    margin: str | None = None
+    """Column of numbers by which the chosen answer's reward should be the higher one at least. Unset: ``margin``, where
+    the rows have it."""
+
+    def model_options(self) -> dict[str, Any]:
+        """Options of ``from_pretrained``: one number."""
+        return {"num_labels": 1}
+
+
 def is_iob2(tag: str) -> bool:
     """Whether a tag says where an entity begins or goes on, or that there is none."""
     return tag == "O" or (tag[:2] in ("B-", "I-") and len(tag) > 2)

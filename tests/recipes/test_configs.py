@@ -20,6 +20,8 @@ from peftcli.schema import Recipe
 from peftcli.tasks import row_of
 
 ROOT = Path(__file__).parents[2]
+FETCHED = {"kjv": "token_classification", "questions": "question_answering", "docstrings": "reward"}
+"""Folder that configs/tasks/fetch.py makes -> a task whose tiny rows stand for it."""
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
@@ -32,7 +34,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in ("train", "eval"):
         trainkit.write_rows(folder / f"data/spam/{part}.jsonl", classifierkit.ROWS)
         classifierkit.write_pictures(folder / f"data/fashion-mnist/{part}", 4)
-        for name, task in (("kjv", "token_classification"), ("questions", "question_answering")):
+        for name, task in FETCHED.items():
             (folder / "data" / name).mkdir(exist_ok=True)
             trainkit.write_rows(folder / f"data/{name}/{part}.jsonl", CASES[task].rows())
     return folder

@@ -117,7 +117,8 @@ def test_evaluate_and_predict_agree_with_training(runs: Callable, cli: Callable,
     recipe, run = runs(name)
     measured = cli("evaluate", recipe, "--adapter", run.folder, "--json")["eval"]["last"]
     assert measured == pytest.approx(run.run["eval"]["last"], rel=1e-5)
-    cli("predict", run.folder, "--input", recipe.parent / "eval.jsonl", "--output", tmp_path / "answers.jsonl")
+    asked = trainkit.write_rows(tmp_path / "asked.jsonl", CASES[name].asked(CASES[name].held_out))
+    cli("predict", run.folder, "--input", asked, "--output", tmp_path / "answers.jsonl")
     answers = list(map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines()))
     for metric, value in CASES[name].recompute(CASES[name].held_out, answers).items():
         assert measured[f"eval_{metric}"] == pytest.approx(value), metric

@@ -1,0 +1,122 @@
+"""Answers as the inputs of a model: what the tasks share that compare them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from peftcli.data.findings import Finding, Records
+from peftcli.data.rows import Reader, Row
+from peftcli.data.store import USED, Column, Example, Outcome
+from peftcli.errors import DataError
+from peftcli.tasks.base import Batch
+from peftcli.tasks.settings import CausalLM
+from peftcli.tasks.shown import Text
+from peftcli.tasks.text.answers import AnswerReader
+from peftcli.tasks.text.chat import IGNORED
+from peftcli.tasks.text.collate import pad_token_id, padded
+from peftcli.tasks.text.encode import CausalEncoder
+from peftcli.tasks.text.findings import record_findings
+from peftcli.tasks.text.flags import CUT_OFF, OVERLONG, Flag
+from peftcli.tasks.text.inputs import TextInputs
+from peftcli.tasks.text.language_model import chat_fingerprint, date_notes
+from peftcli.tasks.text.token_text import TokenRenderer
+
+
+class AnswerInputs(TextInputs):
+    """Mixed into a ``Task`` whose examples hold one answer or two, each with its prompt, as one array."""
+
+    answer_columns: ClassVar = {"input_ids": Column(), "labels": Column(), "sizes": Column()}
+    """The tokens of all answers, one after another; the same where they are trained; how many each answer has."""
+    unit = "tokens"
+    identity: ClassVar[Sequence[str]] = ("input_ids",)
+    flags: ClassVar[Mapping[str, int]] = {"truncated": Flag.TRUNCATED}
+
+    @property
+    def advice(self) -> Mapping[str, str]:
+        raised = f"Raise max_length, which is {self.max_length}."
+        return {OVERLONG: raised, CUT_OFF: raised}
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return date_notes(self.processor)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return chat_fingerprint(self.processor) | {"max_length": self.max_length}
+
+    def record_findings(self, records: Records) -> list[Finding]:
+        return record_findings(records)
+
+    def encoder(self, reader: Any, train_on: str, overlong: str) -> CausalEncoder:
+        """An encoder of single answers."""
+        settings = CausalLM(max_length=self.max_length, overlong=overlong, train_on=train_on)  # type: ignore[arg-type]
+        return CausalEncoder(reader, self.processor, settings)
+
+    def encode_answers(self, rows: Sequence[Row], reader: AnswerReader, train_on: str) -> list[Outcome | DataError]:
+        """Turn each row into one example of all its answers, with one target."""
+        overlong = self.settings.overlong
+        found = [
+            self.encoder(replace(reader, answer=name, whole=train_on == "all"), train_on, overlong)(rows)
+            for name in reader.answers
+        ]
+        return [
+            _joined(row, reader, list(outcomes)) for row, outcomes in zip(rows, zip(*found, strict=True), strict=True)
+        ]
+
+    def collate_inputs(self, examples: Sequence[Example]) -> Batch:
+        """Pad the first answers of all examples, then their second ones: ``input_ids`` and ``attention_mask``."""
+        rows = self.in_order(examples, "input_ids")
+        mask = padded([np.ones(len(row), np.int64) for row in rows], 0)
+        return {"input_ids": padded(rows, pad_token_id(self.processor)), "attention_mask": mask}
+
+    def in_order(self, examples: Sequence[Example], column: str) -> list[np.ndarray]:
+        """One column of the answers: of the first ones, then of the second ones."""
+        return [row for side in zip(*(split(each, column) for each in examples), strict=True) for row in side]
+
+    def shown_answers(self, example: Example, names: Sequence[str]) -> list[Text]:
+        """The answers as texts, in which what is trained is marked."""
+        renderer, ids = TokenRenderer(self.processor), split(example, "input_ids")
+        labels = (
+            split(example, "labels") if "labels" in example.arrays else [np.full(len(each), IGNORED) for each in ids]
+        )
+        return [
+            Text(renderer.render(row.tolist(), [IGNORED, *marks.tolist()[1:]]), name)
+            for name, row, marks in zip(names, ids, labels, strict=True)
+        ]
+
+
+def split(example: Example, column: str) -> list[np.ndarray]:
+    """One column of an example, answer by answer."""
+    return np.split(np.asarray(example.arrays[column]), np.cumsum(example.arrays["sizes"])[:-1])
+
+
+def _joined(row: Row, reader: Reader, outcomes: list[Outcome | DataError]) -> Outcome | DataError:
+    """What became of a row, from what became of each of its answers."""
+    if error := next((each for each in outcomes if isinstance(each, DataError)), None):
+        return error
+    parts = [each for each in outcomes if isinstance(each, Outcome)]
+    whole = Outcome(size=sum(each.size for each in parts), lost=sum(each.lost for each in parts))
+    for each in parts:
+        whole.flags |= each.flags
+    whole.reason = next((each.reason for each in parts if each.reason != USED), USED)
+    if whole.reason != USED:
+        return whole
+    arrays = [each.examples[0].arrays for each in parts]
+    ids = [list(each["input_ids"]) for each in arrays]
+    if len(ids) > 1 and ids[0] == ids[1]:
+        if whole.flags & Flag.TRUNCATED:
+            whole.reason = CUT_OFF
+            return whole
+        return row.place.error(
+            "chosen and rejected are the same to the model: nothing but white space tells them apart"
+        )
+    joined = {
+        "input_ids": [number for each in ids for number in each],
+        "labels": [label for each in arrays for label in each["labels"]],
+        "sizes": list(map(len, ids)),
+    }
+    whole.examples = [Example(joined, len(joined["input_ids"]), 1)]
+    return whole

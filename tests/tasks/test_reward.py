@@ -1,0 +1,82 @@
+"""Reward: the loss is that of TRL's RewardTrainer, a batch is pairs, and a reward does not depend on the batch."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from classifierkit import encoded, open_task, table_of
+from taskkit import PREFERRED
+
+from peftcli.errors import DataError
+from peftcli.tasks.base import PredictOptions, model_inputs
+
+CHOSEN, REJECTED = [0.4, -1.2, 2.0, 0.1], [0.9, -1.5, -0.7, 0.1]
+MARGINS = [0.0, 1.0, 0.5, -0.25]
+
+
+def told(rewards: list[float]) -> Any:
+    """A model that answers with these rewards."""
+    return lambda **inputs: SimpleNamespace(logits=torch.tensor(rewards)[:, None])
+
+
+def model_of(task: Any) -> Any:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(task.base.name, **task.model_options())
+    task.fit_model(model, None)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("margins", "expected"), [([0.0] * 4, 0.57165575), (MARGINS, 0.68957144)])
+def test_the_loss_is_trls(margins: list[float], expected: float) -> None:
+    task = open_task("reward", "chat")
+    rows = [{**row, "margin": margin} for row, margin in zip(PREFERRED, margins, strict=False)]
+    loss = task.loss(told(CHOSEN + REJECTED), task.collate(encoded(task, rows), training=True))
+    assert float(loss.total) / 4 == pytest.approx(expected, abs=1e-6)
+    found = task.metrics({name: value.numpy() for name, value in loss.sums.items()}, [], 4)
+    assert found == pytest.approx({"loss": expected, "reward_accuracy": 0.5, "reward_margin": 0.625}, abs=1e-6)
+
+
+def test_a_batch_of_pairs_gives_what_each_answer_alone_gives() -> None:
+    task = open_task("reward", "chat")
+    examples, model = encoded(task, PREFERRED), model_of(task)
+    batch = task.collate(examples, training=False)
+    assert len(batch["input_ids"]) == 2 * len(examples)
+    together = model(**model_inputs(batch)).logits[:, 0]
+    alone = [
+        model(input_ids=row[mask.bool()][None]).logits[0, 0]
+        for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    torch.testing.assert_close(together, torch.stack(alone))
+
+
+@pytest.mark.parametrize("kind", ["chat", "bert"])
+def test_predict_scores_texts_prompts_and_conversations(kind: str) -> None:
+    task = open_task("reward", kind)
+    model = model_of(task)
+    forms = [
+        [{"text": "sun tea"}, {"text": "sun moon seven"}],
+        [{"prompt": "sun", "completion": " tea"}, {"prompt": "sun moon", "completion": " seven"}],
+        [{"messages": row["prompt"] + row["chosen"]} for row in PREFERRED[:2]] if kind == "chat" else None,
+    ]
+    answers = [list(task.predict(model, table_of(each)[1], PredictOptions())) for each in forms if each]
+    assert [set(each) for each in answers[0]] == [{"reward"}] * 2
+    assert answers[0][0]["reward"] == pytest.approx(answers[1][0]["reward"])
+    assert len({each["reward"] for rows in answers for each in rows}) == 2 * len(answers) - 2
+
+
+def test_a_margin_is_a_number_of_a_column_that_is_there() -> None:
+    row = PREFERRED[0]
+    assert [float(each.arrays["margin"]) for each in encoded(open_task("reward", "chat"), [{**row, "margin": 2}])] == [
+        2
+    ]
+    [found] = encoded(open_task("reward", "chat", margin="gap"), [{**row, "gap": 0.5, "margin": 2}])
+    assert float(found.arrays["margin"]) == 0.5
+    [bad] = encoded(open_task("reward", "chat"), [{**row, "margin": "much"}])
+    assert (bad.key, bad.line) == ("margin", 1)
+    with pytest.raises(DataError, match="gap") as caught:
+        encoded(open_task("reward", "chat", margin="gap"), [row])
+    assert caught.value.key == "task.margin"

@@ -1,0 +1,76 @@
+"""Rows of answers: every form of them gives the tokens of its conversations or texts, and what is odd is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from classifierkit import encoded, open_task
+
+from peftcli.errors import DataError
+from peftcli.tasks.text.answer_inputs import split
+
+ASK = {"role": "user", "content": "What follows seven?"}
+YES, NO = {"role": "assistant", "content": "tea"}, {"role": "assistant", "content": "the moon"}
+CHATS = [[ASK, YES], [ASK, NO]]
+FORMS: dict[str, tuple[dict[str, Any], list[Any]]] = {
+    "messages": ({"prompt": [ASK], "chosen": [YES], "rejected": [NO]}, CHATS),
+    "whole conversations": ({"chosen": [ASK, YES], "rejected": [ASK, NO]}, CHATS),
+    "the prompt twice": ({"prompt": [ASK], "chosen": [ASK, YES], "rejected": [ASK, NO]}, CHATS),
+    "the prompt as text, too": ({"prompt": ASK["content"], "chosen": [ASK, YES], "rejected": [ASK, NO]}, CHATS),
+    "the prompt as text": ({"prompt": ASK["content"], "chosen": [YES], "rejected": [NO]}, CHATS),
+    "texts": ({"prompt": "sun", "chosen": " tea", "rejected": " moon"}, ["sun tea", "sun moon"]),
+    "whole texts": ({"chosen": "sun mill tea", "rejected": "sun mill moon"}, ["sun mill tea", "sun mill moon"]),
+    "nothing shared": ({"chosen": "tea", "rejected": "moon"}, ["tea", "moon"]),
+    "one begins the other": ({"chosen": "sun tea", "rejected": "sun tea tea"}, ["sun tea", "sun tea tea"]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_tokens_of_both_answers(form: str) -> None:
+    row, expected = FORMS[form]
+    task = open_task("reward", "chat")
+    [found] = encoded(task, [row])
+    tokenizer = task.processor
+    wanted = [
+        tokenizer(each)["input_ids"] + [tokenizer.eos_token_id]
+        if isinstance(each, str)
+        else tokenizer.apply_chat_template(each, return_dict=False)
+        for each in expected
+    ]
+    assert [each.tolist() for each in split(found, "input_ids")] == wanted
+    assert (found.size, found.num_targets) == (sum(map(len, wanted)), 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"chosen": [ASK, YES], "rejected": [ASK, YES]}, "are the same"),
+        ({"prompt": "sun", "chosen": " tea", "rejected": " tea"}, "are the same"),
+        ({"chosen": [ASK, YES], "rejected": [ASK, {**YES, "train": True}]}, "the same to the model"),
+        ({"prompt": "sun", "chosen": "", "rejected": " tea"}, "is empty"),
+        ({"chosen": [ASK, {**YES, "content": ""}], "rejected": [ASK, NO]}, "is empty"),
+        ({"chosen": [ASK, YES], "rejected": [ASK, YES, ASK]}, "no assistant turn of its own"),
+        ({"chosen": [ASK, YES], "rejected": "tea"}, "expected a list of turns"),
+        ({"chosen": "tea", "rejected": 3}, "expected text, found a number"),
+        ({"prompt": [ASK], "chosen": "tea", "rejected": "sun"}, "expected text, found a list"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_with_its_row(row: dict[str, Any], said: str) -> None:
+    good = FORMS["messages" if isinstance(row["chosen"], list) else "texts"][0]
+    fine, bad = encoded(open_task("reward", "chat"), [good, row])
+    assert not isinstance(fine, DataError)
+    assert isinstance(bad, DataError)
+    assert said in bad.message
+    assert bad.line == 2
+
+
+def test_pairs_that_differ_beyond_the_cut_are_left_out() -> None:
+    from classifierkit import table_of
+
+    task = open_task("reward", "chat", max_length=6)
+    long = "sun " * 9
+    table, rows = table_of([{"prompt": long, "chosen": "tea", "rejected": "moon"}, FORMS["texts"][0]])
+    cut, whole = task.encode(rows, task.read(table))
+    assert (cut.examples, cut.reason in task.advice, cut.lost > 0) == ([], True, True)
+    assert whole.examples
