@@ -24,8 +24,8 @@ from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
 from peftcli.tasks.text.stop_tokens import Form, StopTokens
 
 LONG = (
-    *("training.max_steps=80", "training.learning_rate=1e-2", "method.r=8", "training.logging_steps=50"),
-    "dataset.limit=3",
+    *("training.max_steps=30", "training.learning_rate=2e-2", "method.r=8", "training.logging_steps=50"),
+    *("dataset.limit=2", "training.per_device_train_batch_size=2"),
 )
 QUESTIONS = [question for question, _ in PAIRS[:5]]
 
@@ -39,7 +39,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def prompt_tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = write_recipe(tmp_path_factory.mktemp("prompt"))
-    return run_recipe(recipe, PROMPT_TUNING, "training.max_steps=40", "training.learning_rate=0.3").folder
+    return run_recipe(recipe, PROMPT_TUNING, "training.max_steps=20", "training.learning_rate=0.3").folder
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,11 @@ def translator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = write_recipe(tmp_path_factory.mktemp("t5"), trainkit.base_folder("t5", chat=False), PROMPTS)
     recipe.write_text(recipe.read_text().replace("causal_lm", "seq2seq_lm"))
     return run_recipe(recipe, *LONG).folder
+
+
+@pytest.fixture(scope="module")
+def generator(lora: Path) -> TextGenerator:
+    return load_generator(str(lora))
 
 
 @pytest.fixture
@@ -103,7 +108,7 @@ def test_peft_says_the_same(said: Callable, lora: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(trainkit.base_folder())
     model = PeftModel.from_pretrained(base, lora).eval()
     tokenizer = AutoTokenizer.from_pretrained(trainkit.base_folder())
-    for question in QUESTIONS[:3]:
+    for question in QUESTIONS[:2]:
         inputs = tokenizer(chatml(question), return_tensors="pt")
         inputs.pop("token_type_ids", None)
         ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
@@ -114,7 +119,7 @@ def test_peft_says_the_same(said: Callable, lora: Path) -> None:
 
 def test_without_adapter_it_is_the_base_model(said: Callable, lora: Path, prompt_tuned: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(trainkit.base_folder())
-    for question in QUESTIONS[:3]:
+    for question in QUESTIONS[:1]:
         text, tokens = greedy(model, chatml(question), {2})
         answer = said(lora, question, "--no-adapter")
         assert (answer["text"], answer["tokens"]) == (text.strip(), tokens)
@@ -131,7 +136,7 @@ def test_virtual_tokens_stand_before_the_prompt(said: Callable, prompt_tuned: Pa
     def model(input_ids: torch.Tensor) -> object:
         return base(inputs_embeds=torch.cat([vectors, base.get_input_embeddings()(input_ids[0])])[None])
 
-    for question in QUESTIONS[:3]:
+    for question in QUESTIONS[:2]:
         text, tokens = greedy(model, chatml(question), {2})
         answer = said(prompt_tuned, question)
         assert (answer["text"], answer["tokens"]) == (text.strip(), tokens)
@@ -149,10 +154,9 @@ def test_sampling_follows_the_seed(said: Callable, lora: Path) -> None:
     def sampled(seed: int, *args: object) -> str:
         return said(lora, "What?", "--no-adapter", "--temperature", 1.5, "--seed", seed, *args)["text"]
 
-    assert sampled(1) == sampled(1)
-    assert len({sampled(seed) for seed in range(4)}) == 4
-    assert sampled(1) != said(lora, "What?", "--no-adapter")["text"]
-    nothing_else = said(lora, "What?", "--no-adapter")["text"]
+    first, nothing_else = sampled(1), said(lora, "What?", "--no-adapter")["text"]
+    assert sampled(1) == first
+    assert len({first, sampled(2), nothing_else}) == 3
     assert sampled(1, "--top-p", 0.0001) == nothing_else, "only the likeliest token is left"
 
 
@@ -334,7 +338,8 @@ def teach(tmp_path_factory: pytest.TempPathFactory, endless: Path) -> Callable[.
         template = folder / "template.jinja"
         template.write_text(TURNS.replace("END", end))
         base = f"base_model={{name: {endless}, chat_template: {template}, new_tokens: {json.dumps(new)}}}"
-        return run_recipe(write_recipe(folder), base, *LONG).folder
+        at_the_end = ("training.eval_strategy=steps", "training.eval_steps=30")
+        return run_recipe(write_recipe(folder), base, *LONG, *at_the_end).folder
 
     return teach
 
@@ -402,7 +407,8 @@ def test_evaluation_gives_what_training_measured(cli: Callable, with_new_tokens:
     recipe = with_new_tokens / "recipe.yaml"
     ran = cli("evaluate", recipe, "--adapter", with_new_tokens, "--json")
     assert ran.code == 0, ran.err
-    assert json.loads(ran.out)["eval"]["last"]["eval_loss"] < 5
+    measured = trainkit.read_run(with_new_tokens)["eval"]["last"]
+    assert json.loads(ran.out)["eval"]["last"] == pytest.approx(measured, rel=1e-5)
 
 
 def test_the_end_of_text_ends_a_plain_answer_too(tmp_path: Path, endless: Path, said: Callable) -> None:
@@ -411,10 +417,10 @@ def test_the_end_of_text_ends_a_plain_answer_too(tmp_path: Path, endless: Path, 
 
 
 @pytest.mark.parametrize("pad", ["<|im_end|>", "<|im_start|>", None])
-def test_padding_changes_no_answer(lora: Path, pad: str | None) -> None:
+def test_padding_changes_no_answer(generator: TextGenerator, pad: str | None) -> None:
     from peftcli.models.tokens import settle_pad
 
-    generator, settings = load_generator(str(lora)), GenerationSettings(max_new_tokens=24)
+    settings = GenerationSettings(max_new_tokens=24)
     apart = [generator.generate([question], settings)[0] for question in QUESTIONS]
     generator.tokenizer.pad_token = pad
     settle_pad(generator.tokenizer, generator.model)
@@ -436,7 +442,13 @@ def test_padding_changes_no_answer(lora: Path, pad: str | None) -> None:
     ],
 )
 def test_bos_is_read_once(
-    lora: Path, form: Form, prompt: str, template: str, count: int, adds_bos: bool, monkeypatch: pytest.MonkeyPatch
+    generator: TextGenerator,
+    form: Form,
+    prompt: str,
+    template: str,
+    count: int,
+    adds_bos: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from tokenizers import AddedToken, processors
 
@@ -454,8 +466,7 @@ def test_bos_is_read_once(
         single = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
         tokenizer.backend_tokenizer.post_processor = single
     tokenizer.chat_template = template + trainkit.CHATML
-    generator = TextGenerator(load_generator(str(lora)).model, tokenizer, form, StopTokens())
-    generator.generate([prompt], GenerationSettings())
+    TextGenerator(generator.model, tokenizer, form, StopTokens()).generate([prompt], GenerationSettings())
     expected = count if form == "chat" else max(count, int(adds_bos))
     assert seen[0].count(bos) == expected
     assert seen[0].index(bos) == 0 if expected else bos not in seen[0]

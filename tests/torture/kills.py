@@ -402,7 +402,7 @@ CAMPAIGNS = [
         "Whatever the kill left, the same command again ends with the bytes of the run that was never killed.",
         SAVE.kills,
         least=120,
-        sample=1,
+        sample=0,  # tests/train kills at writes, and other_commands at system calls
     ),
     Campaign(
         "SIGKILL at every system call of a resume",

@@ -117,10 +117,10 @@ def _hungry(module: str, place: str, room: int, folder: Path) -> None:
     rows = [
         {"messages": [question, {**answer, "content": answer["content"] * 40}]}
         for question, answer in (row["messages"] for row in trainkit.MESSAGES)
-    ] * 40
+    ] * 20
     recipe, out = write_recipe(folder, rows=rows), folder / "out"
     trainkit.write_rows(folder / "train.jsonl", rows)
-    settings = ("dataset.max_length=256", "training.per_device_train_batch_size=400", "dataset.allow=[answers_cut]")
+    settings = ("dataset.max_length=256", "training.per_device_train_batch_size=200", "dataset.allow=[answers_cut]")
     settings = (*settings, "training.max_steps=1")
     child = Child(folder, "train", recipe, *settings, before=_Memory(room, module, place))
     _failed(child, out, 8, "not enough memory")
