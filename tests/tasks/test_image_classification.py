@@ -16,7 +16,7 @@ from PIL import Image
 from peftcli.data.sources import open_source
 from peftcli.errors import DataError
 from peftcli.schema import Source
-from peftcli.tasks.image_classification import open_image
+from peftcli.tasks.pictures import open_image
 
 LABELS: dict[str, Any] = {"labels": ["red", "blue"], "problem_type": "single_label"}
 RED = (200, 30, 30)
