@@ -17,6 +17,7 @@ from peftcli.data.sources import open_source
 from peftcli.errors import AdapterError, DataError, UsageError
 from peftcli.models.open import open_base
 from peftcli.schema import Source
+from peftcli.system.outputs import expand_user, is_stream
 from peftcli.tasks.base import FitsModel, PredictOptions, Predicts
 from peftcli.tasks.text.generation import GenerationSettings
 
@@ -28,8 +29,8 @@ _BATCHES = 8
 class Predictor:
     """A model with an adapter, and the task that answers rows with it."""
 
-    answer: Callable[[Sequence[Row]], list[dict[str, Any]]]
-    """One JSON object a row, in order."""
+    answer: Callable[..., list[dict[str, Any]]]
+    """Takes rows, and may take ``beside`` and ``first`` of ``PredictOptions``; one JSON object a row, in order."""
     arguments: Sequence[str]
     """The columns that texts or files of the command line fill, row after row."""
     rows_at_once: int
@@ -82,10 +83,10 @@ def load_predictor(
     model = loaded.model.to("cuda" if cuda else "cpu").eval()
     columns = _columns(source)
 
-    def answer(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def answer(rows: Sequence[Row], **files: Any) -> list[dict[str, Any]]:
         there = {name for row in rows for name in row.values}
         renamed = {name: column for name, column in columns.items() if column in there}
-        return list(task.predict(model, rows, PredictOptions(batch_size=batch_size, columns=renamed)))
+        return list(task.predict(model, rows, PredictOptions(batch_size=batch_size, columns=renamed, **files)))
 
     return Predictor(answer, task.arguments, batch_size * _BATCHES, describe(source, source.base, model, with_adapter))
 
@@ -106,10 +107,11 @@ def predict_file(predictor: Predictor, source: Path, target: Path, progress: Cal
         if isinstance(row, DataError):
             raise row
         rows.append(row)
+    files = {} if is_stream(target) else {"beside": expand_user(target)}
     return write_answers(
-        rows,
+        list(enumerate(rows, start=1)),
         target,
-        predictor.answer,
+        lambda part: predictor.answer([row for _, row in part], first=part[0][0], **files),
         key=[*content_key(predictor.loaded_from), [row.values for row in rows]],
         batch_size=predictor.rows_at_once,
         progress=progress,
@@ -126,7 +128,7 @@ def _text_predictor(adapter: str, base: str | None, with_adapter: bool, batch_si
     """A predictor whose answers are those of ``generate``."""
     generator = load_generator(adapter, base, with_adapter=with_adapter)
 
-    def answer(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def answer(rows: Sequence[Row], **_: Any) -> list[dict[str, Any]]:
         prompts = [prompt_of(row) for row in rows]
         return [asdict(each) for each in generator.generate(prompts, GenerationSettings())]
 

@@ -223,6 +223,10 @@ class PredictOptions:
     """Rows at once in the model."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Columns under other names, as ``dataset.columns`` gave them for training."""
+    beside: Path = Path("peftcli")
+    """Files that answers name go into folders whose names begin with this: the file of answers."""
+    first: int = 1
+    """The number of the first row, by which such files are named."""
 
 
 @runtime_checkable
