@@ -28,6 +28,9 @@ _MAMBA = {
 """model_type -> modules whose weights the model reads itself, in its kernels or always: what an adapter adds to the
 output of such a module would be lost."""
 
+_SPELLINGS = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
+"""Two names of one layer: transformers 5.24 renamed those of ViT, SegFormer and others, and kept BERT's."""
+
 
 def targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     """Return the names of the modules that the config's method adapts, in the model's order.
@@ -212,5 +215,6 @@ def _layer_index(parts: list[str], ranks: Mapping[str, int], expressions: Iterab
 def _closest(entry: str, names: Iterable[str]) -> str:
     dots = entry.count(".")
     endings = {".".join(name.split(".")[-1 - dots :]) for name in names}
-    near = difflib.get_close_matches(entry, sorted(endings), n=3, cutoff=0.5)
+    other = [there for names in _SPELLINGS if entry in names for there in names if there in endings]
+    near = other or difflib.get_close_matches(entry, sorted(endings), n=3, cutoff=0.5)
     return f"; closest: {', '.join(near)}" if near else f"; there are: {', '.join(sorted(endings)[:12])}"
