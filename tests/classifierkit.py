@@ -56,6 +56,21 @@ def classifier_base(kind: str) -> Path:
         elif kind == "resnet":
             sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
             model = transformers.ResNetModel(transformers.ResNetConfig(**sizes))
+        elif kind == "segformer":
+            model = transformers.SegformerModel(segformer_config())
+        elif kind == "dpt":
+            sizes = {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8}
+            model = transformers.DPTModel(
+                transformers.DPTConfig(image_size=SIDE, patch_size=8, **_SMALL | {"num_hidden_layers": 4}, **sizes)
+            )
+        elif kind == "upernet":
+            backbone = transformers.ConvNextConfig(
+                hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], out_features=["stage1", "stage2", "stage3", "stage4"]
+            )
+            config = transformers.UperNetConfig(
+                backbone_config=backbone, hidden_size=8, auxiliary_in_channels=16, auxiliary_channels=8
+            )
+            model = transformers.UperNetForSemanticSegmentation(config)
         else:
             config = transformers.EfficientNetConfig(
                 image_size=SIDE, width_coefficient=0.1, depth_coefficient=0.1, hidden_dim=128
@@ -63,8 +78,32 @@ def classifier_base(kind: str) -> Path:
             model = transformers.EfficientNetModel(config)
     model.save_pretrained(folder)
     size = {"height": SIDE, "width": SIDE}
-    transformers.ViTImageProcessorPil(size=size).save_pretrained(folder)
+    processor = transformers.SegformerImageProcessorPil if "seg" in kind else transformers.ViTImageProcessorPil
+    processor(size=size).save_pretrained(folder)
     return folder
+
+
+def segformer_config(**options: Any) -> Any:
+    """A tiny SegFormer whose training draws nothing."""
+    return transformers.SegformerConfig(
+        hidden_sizes=[16, 32], depths=[1, 1], sr_ratios=[2, 1], patch_sizes=[7, 3], strides=[4, 2],
+        num_encoder_blocks=2, num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=32,
+        drop_path_rate=0.0, classifier_dropout_prob=0.0, **options,
+    )  # fmt: skip
+
+
+def write_scene(folder: Path, number: int, size: int = SIDE) -> dict[str, Any]:
+    """A picture of two coloured squares on grey, and its mask: 0 grey, 1 red, 2 blue; a row of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw, half = np.random.default_rng(number), size // 2
+    pixels, mask = draw.integers(90, 130, (size, size, 3)).astype(np.uint8), np.zeros((size, size), np.uint8)
+    for value, (colour, left) in enumerate(zip(COLOURS.values(), (0, half), strict=True), start=1):
+        top, edge = draw.integers(0, half), draw.integers(half // 2, half)
+        pixels[top : top + edge, left : left + edge], mask[top : top + edge, left : left + edge] = colour, value
+    row = {name: str(folder / f"{number}{ending}") for name, ending in (("image", ".png"), ("annotation", ".mask.png"))}
+    for path, values in zip(row.values(), (pixels, mask), strict=True):
+        Image.fromarray(values).save(path)
+    return row
 
 
 def base_of(kind: str) -> Any:

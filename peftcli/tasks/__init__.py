@@ -209,4 +209,24 @@ TASKS: dict[str, TaskRow] = {
             "print(model.config.id2label[int(logits.argmax())])",
         ),
     ),
+    "semantic_segmentation": TaskRow(
+        task_type=None,
+        auto_class="AutoModelForSemanticSegmentation",
+        settings=settings.SemanticSegmentation,
+        module="semantic_segmentation",
+        processor="image_processor",
+        reads=tuple(
+            (image, mask) for image in ("image", "file_name", "img") for mask in ("annotation", "mask", "label")
+        ),
+        pipeline_tag="image-segmentation",
+        summary="put each pixel of a picture into a class (SegFormer, DPT, UPerNet)",
+        example="FILE",
+        usage=(
+            "from PIL import Image",
+            "",
+            'inputs = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")',
+            "logits = model(**inputs).logits[0]  # (classes, height / 4, width / 4)",
+            "print([model.config.id2label[int(each)] for each in logits.argmax(0).unique()])",
+        ),
+    ),
 }

@@ -25,4 +25,21 @@ CLASSES = by_name(
 )
 """Those of the classification tasks."""
 
-FINDINGS = generic.FINDINGS | text.FINDINGS | CLASSES
+MASKS = by_name(
+    Kind(
+        "binary_masks",
+        "warning",
+        "have a mask of 0 and 255 only, and 255 does not count",
+        "Where 255 stands for 1, save the masks with 0 and 1: as they are, nothing but 0 is learnt.",
+        error_above=0.5,
+    ),
+    Kind(
+        "unbalanced_masks",
+        "warning",
+        "have masks that together are nearly all of one class",
+        "A model can be right that often without learning: look at eval_mean_iou, or add pictures of others.",
+    ),
+)
+"""Those of semantic segmentation."""
+
+FINDINGS = generic.FINDINGS | text.FINDINGS | CLASSES | MASKS

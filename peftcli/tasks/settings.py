@@ -168,6 +168,23 @@ class Reward:
         return {"num_labels": 1}
 
 
+@dataclass(frozen=True, kw_only=True)
+class SemanticSegmentation:
+    """Settings of semantic_segmentation."""
+
+    labels: list[str] | None = None
+    """Names of the classes, in the order of their values in the masks, the first of which is 0, or 1 with
+    reduce_labels. Unset: the values of the training rows' masks."""
+    ignore_index: int = 255
+    """Value in the masks whose pixels count neither in the loss nor in the metrics."""
+    reduce_labels: bool = False
+    """Whether 0 in the masks is no class, and does not count either: the first label is then 1."""
+
+    def model_options(self) -> dict[str, Any]:
+        """Options of ``from_pretrained`` for these classes."""
+        return _label_options(self.labels or [])
+
+
 def is_iob2(tag: str) -> bool:
     """Whether a tag says where an entity begins or goes on, or that there is none."""
     return tag == "O" or (tag[:2] in ("B-", "I-") and len(tag) > 2)

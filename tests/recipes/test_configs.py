@@ -20,7 +20,10 @@ from peftcli.schema import Recipe
 from peftcli.tasks import row_of
 
 ROOT = Path(__file__).parents[2]
-FETCHED = {"kjv": "token_classification", "questions": "question_answering", "docstrings": "reward"}
+FETCHED = {
+    **{"garments": "semantic_segmentation", "kjv": "token_classification"},
+    **{"questions": "question_answering", "docstrings": "reward"},
+}
 """Folder that configs/tasks/fetch.py makes -> a task whose tiny rows stand for it."""
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 

@@ -100,11 +100,13 @@ def test_a_resumed_run_is_the_same_byte_for_byte(runs: Callable, tmp_path: Path,
 @pytest.mark.grid
 def test_two_processes_give_the_series_of_one(runs: Callable, tmp_path: Path, name: str) -> None:
     recipe, one = runs(name)
+    if splits := CASES[name].splits():
+        one = run_recipe(recipe, *EVALUATES, *splits, f"training.output_dir={tmp_path}/one")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    settings = (f"training.output_dir={tmp_path}/two", "training.per_device_train_batch_size=2", *EVALUATES)
+    settings = (f"training.output_dir={tmp_path}/two", "training.per_device_train_batch_size=2", *EVALUATES, *splits)
     ranks = [{**shared, "ACCELERATE_USE_CPU": "true", "RANK": each, "LOCAL_RANK": each} for each in "01"]
     children = [Child(tmp_path, "train", recipe, *settings, env=each) for each in ranks]
     assert [child.wait() for child in children] == [0, 0], children[0].err

@@ -81,6 +81,8 @@ def test_names_and_levels_are_a_promise() -> None:
         "low_trained_share": ("info", False),
         "unbalanced_classes": ("warning", False),
         "missing_classes": ("warning", False),
+        "binary_masks": ("warning", True),
+        "unbalanced_masks": ("warning", False),
     }
 
 

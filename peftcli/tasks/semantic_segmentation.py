@@ -1,0 +1,434 @@
+"""Semantic segmentation: give each pixel of a picture a class.
+
+A row: ``{"image": "street/1.jpg", "annotation": "street/1.png"}``. The second file is the mask: a picture of the same
+size, in which the value of each pixel is the number of its class.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftcli.data.findings import Finding, Records
+from peftcli.data.rows import Reader, Row, Table
+from peftcli.data.store import Column, Example, Outcome, View
+from peftcli.errors import AdapterError, DataError
+from peftcli.models.open import OpenBase
+from peftcli.schema import Source
+from peftcli.system.disk import write_file
+from peftcli.tasks import settings
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, model_inputs, require_extra, write_task
+from peftcli.tasks.classification import listed
+from peftcli.tasks.findings import FINDINGS
+from peftcli.tasks.pictures import File, file_of, in_row, open_image, opened, shown_image
+from peftcli.tasks.shown import Description, Label, Shown
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from peftcli.core.config import AdapterConfig
+
+IGNORED = -1
+"""In place of a class: the pixel does not count."""
+_BINARY = 1
+"""The flag of a row whose mask has no values but 0 and 255, which does not count."""
+_BINARY_HINT = "It looks like a binary mask, in which 255 stands for 1: save it with 0 and 1."
+_UNBALANCED = 0.95
+_BYTE = 256
+_ORIENTATION = 0x0112
+_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: partial(np.rot90, k=2),
+    4: np.flipud,
+    5: np.transpose,
+    6: partial(np.rot90, k=-1),
+    7: lambda values: np.rot90(values, 2).T,
+    8: np.rot90,
+}
+"""What turns a picture upright, by its EXIF orientation."""
+
+
+class SemanticSegmentation(Task[settings.SemanticSegmentation]):
+    """The task ``semantic_segmentation``."""
+
+    name = "semantic_segmentation"
+    arguments = ("image",)
+    columns: ClassVar = {
+        f"{column}{name}": Column(kind)
+        for column in ("", "mask_")
+        for name, kind in (("path", "str"), ("content", "bytes"), ("digest", "bytes"))
+    } | {"turn": Column("int64", ()), "pixels": Column("int64")}
+    unit = "images"
+    identity = ("digest",)
+
+    def __init__(self, settings: settings.SemanticSegmentation, processor: Any, base: OpenBase):
+        require_extra("PIL", "vision")
+        super().__init__(settings, processor, base)
+        self.labels = tuple(settings.labels or ())
+        """Names of the classes, in the order of the model's outputs."""
+        if len(set(self.labels)) < len(self.labels):
+            raise DataError("names a class twice", key="task.labels")
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return (f"{len(self.labels)} classes: {listed(self.labels)}",) if self.labels else ()
+
+    @property
+    def advice(self) -> Mapping[str, str]:
+        return {
+            "no pixel counts": "Set task.ignore_index to a value that no class has, or task.reduce_labels to false."
+        }
+
+    def fingerprint(self) -> dict[str, Any]:
+        found = super().fingerprint()
+        return found | {"versions": found["versions"] | {"pillow": version("pillow")}}
+
+    def model_options(self) -> dict[str, Any]:
+        return self.settings.model_options() | self._config_options()
+
+    def _config_options(self) -> dict[str, Any]:
+        """A second head, for a loss of its own while pretraining, would get no gradients and stay random."""
+        return {"use_auxiliary_head": False} if getattr(self.base.config, "use_auxiliary_head", False) else {}
+
+    def fit_model(self, model: nn.Module, config: AdapterConfig | None) -> list[str]:
+        """Refuse methods that this task cannot be trained with.
+
+        Raises:
+            AdapterError: the method puts virtual tokens before a text.
+        """
+        if getattr(config, "is_prompt_learning", False):
+            message = "puts virtual tokens before those of a text; a model that reads pictures has no place for them"
+            raise AdapterError(message, key="method.type", hint="Use a method that changes layers, as lora.")
+        return []
+
+    def save(self, folder: Path) -> list[str]:
+        if hasattr(self.processor, "do_reduce_labels"):
+            self.processor.do_reduce_labels = self.settings.reduce_labels
+        names = [Path(name).name for name in self.processor.save_pretrained(folder)]
+        return [write_task(folder, self.name, self.settings, self._config_options()), *names]
+
+    def record(self, folder: Path, model: nn.Module) -> dict[str, Any]:
+        return {}
+
+    @property
+    def needs_scan(self) -> bool:
+        return not self.labels
+
+    def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> settings.SemanticSegmentation:
+        """Find how many classes the masks have. Their names are their numbers."""
+        seen = set[int]()
+        for table, rows in tables:
+            reader = self.read(table)
+            for row in rows:
+                with suppress(DataError):
+                    file, content = file_of(row, reader, "annotation")
+                    seen |= set(np.unique(stored_mask(content, file.path)[0]).tolist())
+        first = int(self.settings.reduce_labels)
+        classes = {value for value in seen if value >= first and value != self.settings.ignore_index}
+        held = f"the masks of the training rows hold the values {_listed(seen)}"
+        if len(classes) < 2:
+            hint = _BINARY_HINT if seen <= {0, 255} else None
+            message = f"{held}, of which {len(classes)} count; the model needs two classes"
+            raise DataError(message, key="dataset.train", hint=hint)
+        if 2 * len(classes) < max(classes) - first + 1:
+            hint = f"Number the classes in the masks from {first}, or name them all in task.labels."
+            raise DataError(f"{held}, which hardly are the numbers of classes", key="dataset.train", hint=hint)
+        return replace(self.settings, labels=[str(value) for value in range(first, max(classes) + 1)])
+
+    def read(self, table: Table, *, labelled: bool = True) -> Reader:
+        return table.reader(
+            "masks",
+            optional=() if labelled else ("annotation",),
+            image=("image", "file_name", "img"),
+            annotation=("annotation", "mask", "label"),
+        )
+
+    def encode(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
+        outcomes = list[Outcome | DataError]()
+        for row in rows:
+            try:
+                outcomes.append(self._outcome(row, reader))
+            except DataError as error:
+                outcomes.append(error)
+        return outcomes
+
+    def _outcome(self, row: Row, reader: Reader) -> Outcome:
+        (file, content), (mask, held) = (file_of(row, reader, column) for column in ("image", "annotation"))
+        key = reader.names["image"]
+        try:
+            image = open_image(content, file.path)
+            key = reader.names["annotation"]
+            values, turn = stored_mask(held, mask.path)
+            with opened(content, file.path) as stored:
+                if turn == 1 and values.shape == stored.size[::-1]:  # it was not turned alone
+                    turn = stored.getexif().get(_ORIENTATION, 1)
+            values = upright(values, turn)
+            if values.shape != image.size[::-1]:
+                size, other = (f"{width} x {height}" for width, height in (values.shape[::-1], image.size))
+                raise DataError(f"the mask has {size} pixels, its picture {other}", file=mask.path)
+            classes = self._classes(values, mask.path)
+        except DataError as error:
+            raise in_row(error, row, key) from None
+        resized = self._resized([classes])
+        pixels = torch.bincount(resized[resized >= 0], minlength=len(self.labels)).tolist()
+        binary = self.settings.ignore_index == 255 and set(np.unique(values).tolist()) <= {0, 255} and values.any()
+        if not sum(pixels):
+            return Outcome([], "no pixel counts", 1, flags=_BINARY * bool(binary))
+        arrays = {f"mask_{name}": value for name, value in _stored(mask).items()}
+        example = Example({**_stored(file), **arrays, "turn": turn, "pixels": pixels}, 1, sum(pixels))
+        return Outcome([example], size=1, flags=_BINARY * bool(binary))
+
+    def _classes(self, values: np.ndarray, path: str) -> np.ndarray:
+        """The class of each pixel, ``IGNORED`` where it does not count.
+
+        Raises:
+            DataError: a value is of no class.
+        """
+        first = int(self.settings.reduce_labels)
+        counts = (values >= first) & (values != self.settings.ignore_index)
+        classes = np.where(counts, values.astype(np.int64) - first, IGNORED)
+        below = (values < 0) & (values != self.settings.ignore_index)
+        if (unknown := values[(classes >= len(self.labels)) | below]).size:
+            last = len(self.labels) - 1 + first
+            raise DataError(
+                f"the mask holds the values {_listed(np.unique(unknown).tolist())}; those of the labels are {first} to "
+                f"{last}, and {self.settings.ignore_index} does not count",
+                file=path,
+                hint=_BINARY_HINT if set(np.unique(values).tolist()) <= {0, 255} else None,
+            )
+        return classes
+
+    def _resized(self, masks: Sequence[np.ndarray]) -> torch.Tensor:
+        """The classes (B, H, W) of the pixels that the model reads, from those of the pictures.
+
+        A mask goes through the image processor as a picture, with the nearest pixel where that interpolates. The outer
+        channels hold the class, and the middle one what is above a byte, plus one: 0 does not count, nor does padding.
+        """
+        from PIL import Image
+
+        pictures = []
+        for classes in masks:
+            high, low = np.divmod(np.maximum(classes, 0), _BYTE)
+            middle = np.where(classes == IGNORED, 0, high + 1)
+            pictures.append(Image.fromarray(np.stack([low, middle, low], axis=-1).astype(np.uint8)))
+        plain = {"do_rescale": False, "do_normalize": False, "resample": Image.Resampling.NEAREST}
+        resized = self._processed(pictures, **plain).long()  # (B, 3, H, W)
+        return torch.where(resized[:, 1] > 0, (resized[:, 1] - 1) * _BYTE + resized[:, 0], IGNORED)
+
+    def _processed(self, pictures: Sequence[Image], **options: Any) -> torch.Tensor:
+        """Pictures as the model reads them (B, 3, H, W).
+
+        Raises:
+            DataError: they have no common size.
+        """
+        found = [self.processor(each, return_tensors="pt", **options)["pixel_values"] for each in pictures]
+        if len({each.shape for each in found}) > 1:
+            message = "the base model's image processor gives pictures of several sizes, which fit no batch"
+            raise DataError(message, key="base_model", hint="Set the batch sizes to 1, or a size in its configuration.")
+        return torch.cat(found)
+
+    def collate_inputs(self, examples: Sequence[Example]) -> Batch:
+        """Put the pictures of examples into one batch."""
+        images = [open_image(file.read(), file.path).convert("RGB") for file in map(_file, examples)]
+        return {"pixel_values": self._processed(images)}
+
+    def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
+        return self.collate_inputs(examples) | {"_labels": self._resized([self._read_mask(each) for each in examples])}
+
+    def _read_mask(self, example: Example) -> np.ndarray:
+        """The classes of a picture's pixels."""
+        mask = _file(example, "mask_")
+        values, _ = stored_mask(mask.read(), mask.path)
+        return self._classes(upright(values, int(example.arrays["turn"])), mask.path)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        """Cross-entropy of the pixels that count. The logits, smaller than the picture, are interpolated to its size.
+
+        In evaluation there is the confusion matrix (C, C): rows are the label, columns the prediction.
+        """
+        labels = batch["_labels"]  # (B, H, W)
+        logits = _enlarged(model(**model_inputs(batch)).logits, labels.shape[1:])  # (B, C, H, W)
+        total = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+        sums = {"loss": total.detach()}
+        if not model.training:
+            counts, size = labels != IGNORED, len(self.labels)
+            pairs = labels[counts] * size + logits.detach().argmax(1)[counts]
+            sums["confusion"] = torch.bincount(pairs, minlength=size * size).view(size, size)
+        return Loss(total, sums)
+
+    def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
+        matrix = sums["confusion"]
+        hits, wanted, found = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
+        there = np.flatnonzero(wanted + found)  # a class that neither masks nor predictions hold does not count
+        iou = dict(zip(there.tolist(), hits[there] / (wanted + found - hits)[there], strict=True))
+        return {
+            "loss": float(sums["loss"]) / num_targets,
+            "mean_iou": float(np.mean(list(iou.values()))),
+            "mean_accuracy": float(np.mean(hits[wanted > 0] / wanted[wanted > 0])),
+            "overall_accuracy": float(hits.sum() / matrix.sum()),
+            **{f"iou_{self.labels[at]}": float(value) for at, value in iou.items()},
+        }
+
+    def show(self, example: Example) -> Shown:
+        """The picture with its mask over it, and how many of its pixels each class has."""
+        file, classes = _file(example), self._read_mask(example)
+        image = open_image(file.read(), file.path)
+        picture = shown_image(_overlay(image, classes), file.path, image.size, image.mode)
+        pixels = np.asarray(example.arrays["pixels"])
+        shares = [f"{self.labels[at]} {pixels[at] / pixels.sum():.0%}" for at in np.flatnonzero(pixels)]
+        return Shown([picture, Label(", ".join(shares))])
+
+    def _pixels(self, view: View) -> np.ndarray:
+        """Pixels of each class, of all examples together."""
+        return np.sum([store.value("pixels", at) for store, at in map(view.locate, range(len(view)))], axis=0)
+
+    def describe(self, view: View) -> Description:
+        if not len(view):
+            return Description()
+        pixels = self._pixels(view)
+        shares = [f"{name} {count / pixels.sum():.1%}" for name, count in zip(self.labels, pixels, strict=True)]
+        return Description({"pixels": dict(zip(self.labels, pixels.tolist(), strict=True))}, {"pixels": listed(shares)})
+
+    def record_findings(self, records: Records) -> list[Finding]:
+        return records.findings(FINDINGS["binary_masks"], records.with_flag(_BINARY), of_used=True)
+
+    def findings(self, view: View) -> list[Finding]:
+        """Look for classes without a pixel, and for one that nearly all pixels are of."""
+        if not len(view):
+            return []
+        pixels, found, rows = self._pixels(view), list[Finding](), len(view)
+        ignored = self.settings.ignore_index - self.settings.reduce_labels
+        if missing := [self.labels[at] for at in np.flatnonzero(pixels == 0) if at != ignored]:
+            found.append(FINDINGS["missing_classes"].finding(rows, rows, (), more=f" {listed(missing)}, in no mask"))
+        for at in np.flatnonzero(pixels >= _UNBALANCED * pixels.sum()):
+            more = f": {self.labels[at]!r}, {pixels[at] / pixels.sum():.1%}"
+            found.append(FINDINGS["unbalanced_masks"].finding(rows, rows, (), more=more))
+        return found
+
+    def probe(self) -> Batch:
+        """Two pictures of noise."""
+        from PIL import Image
+
+        noise = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+        return {"pixel_values": self._processed(list(map(Image.fromarray, noise)))}
+
+    def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
+        """Answer rows in their order. The mask of each, and the picture with the mask over it, become files.
+
+        A mask is as large as its picture and has the values of the training rows' masks.
+        """
+        rows = list(rows)
+        columns = tuple(dict.fromkeys(name for row in rows for name in row.values))
+        table = Table(Source(train="", columns=dict(options.columns)), rows[0].place.source, columns)
+        reader, folder = self.read(table, labelled=False), options.beside.with_name(f"{options.beside.name}.masks")
+        for start in range(0, len(rows), options.batch_size):
+            examples, images = list[Example](), list["Image"]()
+            for row in rows[start : start + options.batch_size]:
+                file, content = file_of(row, reader, "image")
+                try:
+                    images.append(open_image(content, file.path))
+                except DataError as error:
+                    raise in_row(error, row, reader.names["image"]) from None
+                examples.append(Example(_stored(file), 1, 0))
+            scores = logits_of(model, examples, self.collate_inputs, options.batch_size)
+            for number, (image, logits) in enumerate(zip(images, scores, strict=True), start=options.first + start):
+                classes = _likeliest(logits, image.size[::-1])
+                yield self._answer(classes, image, folder / f"{number:05}.png")
+
+    def _answer(self, classes: np.ndarray, image: Image, path: Path) -> dict[str, Any]:
+        """What ``predict`` says of one row, from the classes (H, W) of its pixels; writes its files."""
+        values = classes + int(self.settings.reduce_labels)
+        small = len(self.labels) + int(self.settings.reduce_labels) <= _BYTE
+        _write(values.astype(np.uint8 if small else np.uint16), path)
+        _write(np.asarray(_overlay(image, classes)), path.with_suffix(".overlay.png"))
+        pixels = np.bincount(classes.ravel(), minlength=len(self.labels)) / classes.size
+        return {"mask": str(path), "shares": dict(zip(self.labels, pixels.tolist(), strict=True))}
+
+
+def stored_mask(content: bytes, path: str = "") -> tuple[np.ndarray, int]:
+    """The values (H, W) of a mask, of grey the shade and of a palette the index, and its EXIF orientation.
+
+    Raises:
+        DataError: it cannot be read, or has colours; ``path`` names it.
+    """
+    with opened(content, path) as mask:
+        values = np.asarray(mask)
+        if values.ndim == 3:
+            shades = values[..., : values.shape[-1] - (mask.mode in ("LA", "PA", "RGBA"))]  # without transparency
+            if (shades != shades[..., :1]).any():
+                raise DataError(
+                    f"the mask has colours ({mask.mode}); the value of a pixel must be the number of its class",
+                    file=path,
+                    hint="Save it as a grey PNG, or as one with a palette, whose indices are the numbers.",
+                )
+            values = shades[..., 0]
+        if values.dtype.kind == "f" and (values % 1).any():
+            raise DataError("the mask has values with fractions", file=path)
+        return values.astype(np.int64), mask.getexif().get(_ORIENTATION, 1)
+
+
+def upright(values: np.ndarray, orientation: int) -> np.ndarray:
+    """The values (H, W) of a mask, turned as EXIF says."""
+    turned: np.ndarray = _TURNS.get(orientation, np.asarray)(values)
+    return turned
+
+
+def _enlarged(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Logits (B, C, h, w) at a picture's size (height, width), float32."""
+    return F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def _likeliest(logits: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+    """The class of each pixel of a picture, from logits (C, h, w): class by class, since photos are large."""
+    best, classes = torch.full(size, -torch.inf), torch.zeros(size, dtype=torch.long)
+    for at, each in enumerate(logits):
+        scores = _enlarged(each[None, None], size)[0, 0]
+        classes[scores > best] = at
+        best = torch.maximum(best, scores)
+    return classes.numpy()
+
+
+def _overlay(image: Image, classes: np.ndarray) -> Image:
+    """A picture with the colour of its class over each pixel that counts."""
+    from PIL import Image
+
+    hues = np.arange(classes.max(initial=0) + 1) * 0.618 % 1  # neighbours differ
+    colours = np.array([colorsys.hsv_to_rgb(hue, 0.8, 1.0) for hue in hues]) * 255
+    pixels = np.asarray(image.convert("RGB"))
+    mixed = np.where((classes != IGNORED)[..., None], (pixels + colours[classes]) / 2, pixels)
+    return Image.fromarray(mixed.astype(np.uint8))
+
+
+def _write(values: np.ndarray, path: Path) -> None:
+    from PIL import Image
+
+    content = io.BytesIO()
+    Image.fromarray(values).save(content, "PNG")
+    write_file(path, content.getvalue())
+
+
+def _stored(file: File) -> dict[str, Any]:
+    return {"path": file.path, "content": file.held, "digest": file.digest}
+
+
+def _file(example: Example, column: str = "") -> File:
+    return File(*(example.arrays[f"{column}{name}"] for name in ("path", "content", "digest")))
+
+
+def _listed(values: Iterable[int]) -> str:
+    return listed([str(value) for value in sorted(values)])
+
+
+TASK = SemanticSegmentation

@@ -1,0 +1,423 @@
+"""Semantic segmentation: masks of every kind mean what they say, and a perfect model scores 1."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import trainkit
+import transformers
+from classifierkit import SIDE, classifier_base, encoded, open_task, scanned, segformer_config, table_of, write_scene
+from PIL import Image
+from safetensors.torch import load_file
+from taskkit import CASES
+from torch import nn
+from trainkit import run_recipe
+
+from peftcli import AutoPeftModel, LoraConfig, get_peft_model
+from peftcli.cli import console
+from peftcli.cli.app import main
+from peftcli.data.sources import open_source
+from peftcli.errors import AdapterError, DataError
+from peftcli.schema import Source
+from peftcli.tasks.found import find_task
+from peftcli.tasks.semantic_segmentation import IGNORED
+
+NAME = "semantic_segmentation"
+LABELS = ["floor", "red", "blue"]
+
+
+def task(kind: str = "segformer", **settings: Any) -> Any:
+    return open_task(NAME, kind, **{"labels": LABELS, **settings})
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    def cli(*args: object) -> str:
+        monkeypatch.setattr(console, "_json_printed", False)
+        trainkit.reset_accelerate()
+        assert main([str(arg) for arg in args]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return cli
+
+
+def row(folder: Path, mask: Any, mode: str | None = None, **options: Any) -> dict[str, str]:
+    """A grey picture, and a mask of these values."""
+    values = (
+        mask if isinstance(mask, Image.Image) else Image.fromarray(np.asarray(mask, options.pop("dtype", np.uint8)))
+    )
+    number = len(list(folder.iterdir()))
+    paths = {"image": str(folder / f"{number}.png"), "annotation": str(folder / f"{number}.mask.png")}
+    Image.new("RGB", options.pop("size", values.size)).save(paths["image"])
+    (values.convert(mode) if mode else values).save(paths["annotation"])
+    return paths
+
+
+class Known(nn.Module):
+    """A model that predicts given classes, (B, H, W) of each batch."""
+
+    def __init__(self, *batches: torch.Tensor):
+        super().__init__()
+        self.batches = list(batches)
+
+    def forward(self, pixel_values: torch.Tensor) -> Any:
+        classes = self.batches.pop(0)
+        assert len(pixel_values) == len(classes)
+        return SimpleNamespace(logits=100.0 * nn.functional.one_hot(classes, len(LABELS)).movedim(-1, 1))
+
+
+def measured(task: Any, examples: list[Any], predicted: torch.Tensor, size: int) -> dict[str, float]:
+    """The metrics of a model that predicts classes (N, H, W)."""
+    sums: dict[str, Any] = {}
+    for start in range(0, len(examples), size):
+        batch = task.collate(examples[start : start + size], training=False)
+        for name, value in task.loss(Known(predicted[start : start + size]).eval(), batch).sums.items():
+            sums[name] = sums.get(name, 0) + value.double().numpy()
+    found: dict[str, float] = task.metrics(sums, [], sum(example.num_targets for example in examples))
+    return found
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_a_perfect_model_scores_one(tmp_path: Path, reduced: bool) -> None:
+    opened = task(reduce_labels=reduced)
+    draw = np.random.default_rng(0)
+    masks = draw.choice([0, 1, 2, 255] if not reduced else [0, 1, 2, 3, 255], (5, SIDE, SIDE)).astype(np.uint8)
+    examples = encoded(opened, [row(tmp_path, mask) for mask in masks])
+    labels = opened.collate(examples, training=False)["_labels"]
+    ignored = (masks == 255) | (masks < int(reduced))
+    assert (labels.numpy() == np.where(ignored, IGNORED, masks.astype(int) - reduced)).all()
+    assert [each.num_targets for each in examples] == (~ignored).sum(axis=(1, 2)).tolist()
+    for size in (1, 5):
+        found = measured(opened, examples, labels.clamp(min=0), size)
+        assert (found["mean_iou"], found["mean_accuracy"], found["overall_accuracy"]) == (1.0, 1.0, 1.0)
+        assert found["loss"] == pytest.approx(0.0)
+
+
+def test_metrics_are_those_of_all_pixels(tmp_path: Path) -> None:
+    opened, draw = task(), np.random.default_rng(1)
+    masks = draw.choice([0, 1, 255], (5, SIDE, SIDE), p=[0.7, 0.2, 0.1]).astype(np.uint8)  # 2 is never there
+    examples = encoded(opened, [row(tmp_path, mask) for mask in masks])
+    predicted = draw.integers(0, 2, masks.shape)
+    one, whole = (measured(opened, examples, torch.from_numpy(predicted), size) for size in (1, 5))
+    assert one == pytest.approx(whole, rel=1e-6)
+    counts = masks < 255
+    iou = [
+        ((masks == at) & (predicted == at)).sum() / (((masks == at) | (predicted == at)) & counts).sum()
+        for at in (0, 1)
+    ]
+    assert whole["mean_iou"] == pytest.approx(np.mean(iou))
+    assert whole["mean_accuracy"] == pytest.approx(np.mean([(predicted == at)[masks == at].mean() for at in (0, 1)]))
+    assert "iou_blue" not in whole
+    predicted[0, 0, 0] = 2  # predicted though it is nowhere: an IoU of 0, as the field has it
+    assert measured(opened, examples, torch.from_numpy(predicted), 5)["iou_blue"] == 0.0
+
+
+def test_splitting_a_batch_changes_neither_loss_nor_gradient(tmp_path: Path) -> None:
+    opened = task()
+    model = transformers.SegformerForSemanticSegmentation(segformer_config(num_labels=3)).eval()
+    examples = encoded(opened, [row(tmp_path, np.full((8, 8), at)) for at in range(3)] + [write_scene(tmp_path, 9)])
+    whole = opened.loss(model, opened.collate(examples, training=False)).total
+    parts = [opened.loss(model, opened.collate([each], training=False)).total for each in examples]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("processor", "options", "padded"),
+    [
+        ("SegformerImageProcessorPil", {"do_reduce_labels": True}, False),
+        ("ViTImageProcessorPil", {"size": {"height": 48, "width": 40}}, False),
+        ("MobileViTImageProcessorPil", {"size": {"shortest_edge": 40}, "crop_size": {"height": 48, "width": 48}}, True),
+        ("DPTImageProcessorPil", {"do_resize": False, "do_pad": True, "size_divisor": 32}, True),
+    ],
+)
+def test_a_mask_goes_where_its_picture_goes(tmp_path: Path, processor: str, options: Any, padded: bool) -> None:
+    """Left is class 1, right class 299; what an image processor pads does not count."""
+    opened = task(labels=[str(number) for number in range(300)], ignore_index=65535)
+    opened.processor = getattr(transformers, processor)(**options)
+    mask = np.full((40, 60), 299, np.uint16)
+    mask[:, :30] = 1
+    paths = row(tmp_path, mask, dtype=np.uint16)
+    Image.fromarray(((mask > 1) * 255).astype(np.uint8)).save(paths["image"])
+    batch = opened.collate(encoded(opened, [paths]), training=False)
+    labels, bright = batch["_labels"][0], batch["pixel_values"][0, 0] > batch["pixel_values"].mean()
+    assert labels.shape == bright.shape
+    assert set(labels.unique().tolist()) == {1, 299} | ({IGNORED} if padded else set())
+    counts = labels != IGNORED
+    assert ((labels == 299) == bright)[counts].float().mean() > 0.95  # but for the edge, which is blurred
+
+
+def test_grey_palette_bits_and_deep_masks_hold_numbers(tmp_path: Path) -> None:
+    values = np.array([[0, 1], [1, 0]], np.uint8).repeat(4, 0).repeat(4, 1)
+    palette = Image.fromarray(values).convert("P")
+    palette.putdata(values.ravel().tolist())
+    palette.putpalette([200, 10, 10, 10, 10, 200])
+    masks = [
+        values,
+        values.astype(np.uint16),
+        palette,
+        Image.fromarray(values > 0),
+        Image.merge("RGB", [Image.fromarray(values)] * 3),
+    ]
+    rows = [row(tmp_path, mask, dtype=None) for mask in masks]
+    rows.append({**rows[0], "annotation": Path(rows[0]["annotation"]).read_bytes()})
+    rows.append({**rows[0], "annotation": {"bytes": None, "path": rows[0]["annotation"]}})
+    found = encoded(task(), rows)
+    labels = task().collate(found, training=False)["_labels"]
+    assert all(torch.equal(each, labels[0]) for each in labels)
+    assert [each.arrays["pixels"] for each in found] == [[SIDE**2 // 2, SIDE**2 // 2, 0]] * len(rows)
+
+
+def test_bad_masks_are_errors_with_row_and_path(tmp_path: Path) -> None:
+    colours = Image.new("RGB", (8, 8), (200, 10, 10))
+    rows = [
+        row(tmp_path, np.ones((8, 8))),
+        row(tmp_path, colours),
+        row(tmp_path, np.ones((8, 8)), size=(9, 8)),
+        row(tmp_path, np.full((8, 8), 3)),
+        {**row(tmp_path, np.ones((8, 8))), "annotation": "missing.png"},
+    ]
+    Path(rows[3]["image"]).write_bytes(b"no picture")
+    rows.append(row(tmp_path, np.full((8, 8), 7)))
+    found = encoded(task(), rows)
+    said = ["has colours (RGB)", "the mask has 8 x 8 pixels, its picture 9 x 8", "is not a picture", "no such file",
+            "holds the values 7; those of the labels are 0 to 2, and 255 does not count"]  # fmt: skip
+    assert not isinstance(found[0], DataError)
+    for number, (error, words) in enumerate(zip(found[1:], said, strict=True), start=2):
+        assert words in error.message
+        column = "image" if number == 4 else "annotation"
+        assert (error.file, error.line, error.key) == ("a.jsonl", number, column)
+        assert rows[number - 1][column] in error.message
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_turns_with_its_picture(tmp_path: Path, orientation: int) -> None:
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[:10, :24] = 1
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    paths = row(tmp_path, mask)
+    Image.fromarray(mask * 255).convert("RGB").save(paths["image"], exif=exif)
+    batch = task().collate(encoded(task(), [paths]), training=False)
+    assert torch.equal(batch["_labels"][0] == 1, batch["pixel_values"][0, 0] > 0)
+
+
+def test_a_mask_that_was_drawn_on_the_upright_picture_stays(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    paths = row(tmp_path, np.arange(8 * 16).reshape(16, 8) < 64)  # upper half
+    Image.new("RGB", (16, 8)).save(paths["image"], exif=exif)
+    labels = task().collate(encoded(task(), [paths]), training=False)["_labels"][0]
+    assert labels[: SIDE // 2].all()
+    assert not labels[SIDE // 2 :].any()
+
+
+def test_classes_are_found(tmp_path: Path) -> None:
+    rows = [row(tmp_path, [[0, 3], [255, 0]])]
+    assert scanned(rows, NAME, kind="segformer").labels == ("0", "1", "2", "3")
+    assert scanned(rows * 2 + [row(tmp_path, [[1]])], NAME, kind="segformer", reduce_labels=True).labels == (
+        "1",
+        "2",
+        "3",
+    )
+    with pytest.raises(DataError, match="hold the values 0, 128, which hardly are the numbers of classes"):
+        scanned([row(tmp_path, [[0, 128]])], NAME, kind="segformer")
+    with pytest.raises(DataError, match="hold the values 0, 255, of which 1 count") as caught:
+        scanned([row(tmp_path, [[0, 255]])], NAME, kind="segformer")
+    assert "binary mask, in which 255 stands for 1" in str(caught.value.hint)
+
+
+def test_the_task_is_found() -> None:
+    config = segformer_config(architectures=["SegformerForSemanticSegmentation"])
+    assert find_task(config, ["image", "label"])[0] == NAME
+
+
+def test_binary_masks_stop_a_run(tmp_path: Path) -> None:
+    recipe = CASES[NAME].write(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    rows = [row(tmp_path / "pictures", 255 * np.eye(8)) for _ in range(3)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    with pytest.raises(DataError, match="binary_masks: 3 of 3 rows have a mask of 0 and 255 only"):
+        run_recipe(recipe)
+    [error] = encoded(task(ignore_index=7), rows[:1])
+    assert "holds the values 255" in error.message
+    assert "binary mask" in str(error.hint)
+
+
+def test_odd_classes_are_found(tmp_path: Path, cli: Callable) -> None:
+    recipe = CASES[NAME].write(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    mask = np.zeros((SIDE, SIDE))
+    mask[0, :2] = 1
+    rows = [row(tmp_path / "pictures", mask) for _ in range(2)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    page = tmp_path / "page.html"
+    ran = cli("inspect", recipe, "--rows", 1, "--html", page)
+    assert "missing_classes: 2 of 2 rows are of other classes than blue, in no mask" in ran
+    assert "unbalanced_masks: 2 of 2 rows have masks that together are nearly all of one class: 'floor', 99.8%" in ran
+    assert "[[floor 100%, red 0%]]" in ran
+    assert '<img src="data:image/png;base64,' in page.read_text()
+
+
+def test_rows_of_a_file_name_pictures_beside_it(tmp_path: Path) -> None:
+    write_scene(tmp_path / "scenes", 0)
+    (tmp_path / "rows.csv").write_text("file_name,mask\nscenes/0.png,scenes/0.mask.png\n")
+    rows = list(open_source(Source(train=str(tmp_path / "rows.csv"))).rows())
+    table, _ = table_of([rows[0].values])
+    [outcome] = task().encode(rows, task().read(table))
+    assert outcome.examples[0].arrays["mask_path"] == str(tmp_path / "scenes" / "0.mask.png")
+
+
+@pytest.fixture(scope="module")
+def reduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of two labels, 1 and 2 in the masks."""
+    recipe = CASES[NAME].write(tmp_path_factory.mktemp("reduced"))
+    changes = ("task.labels=[red, blue]", "task.reduce_labels=true", "training.max_steps=40")
+    return run_recipe(recipe, *changes).folder
+
+
+def test_predict_writes_masks_and_overlays(
+    reduced: Path, cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = [write_scene(tmp_path / "in", number, size=50)["image"] for number in range(3)]
+    ran = cli("predict", reduced, *paths, "--batch-size", 2)
+    answers = [json.loads(line) for line in ran.splitlines()]
+    assert [each["mask"] for each in answers] == [f"peftcli.masks/0000{number}.png" for number in (1, 2, 3)]
+    for answer in answers:
+        values = np.asarray(Image.open(answer["mask"]))
+        assert values.shape == (50, 50)
+        assert set(np.unique(values)) <= {1, 2}  # those of the training masks
+        assert list(answer["shares"]) == ["red", "blue"]
+        assert answer["shares"]["red"] == pytest.approx((values == 1).mean())
+        assert np.asarray(Image.open(answer["mask"].replace(".png", ".overlay.png"))).shape == (50, 50, 3)
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"image": path}) + "\n" for path in paths))
+    cli("predict", reduced, "--input", "in.jsonl", "--output", "out/a.jsonl", "--batch-size", 1)
+    found = [json.loads(line) for line in Path("out/a.jsonl").read_text().splitlines()]
+    assert [each["mask"] for each in found] == [f"out/a.jsonl.masks/0000{number}.png" for number in (1, 2, 3)]
+    assert Path(found[2]["mask"]).read_bytes() == Path(answers[2]["mask"]).read_bytes()
+
+
+def test_the_whole_decode_head_is_saved(reduced: Path) -> None:
+    tensors = load_file(reduced / "adapter_model.safetensors")
+    model = transformers.SegformerForSemanticSegmentation(segformer_config(num_labels=2))
+    wanted = {f"base_model.model.decode_head.{name}" for name in model.decode_head.state_dict()}
+    assert wanted - {name for name in tensors if "lora_" not in name} <= {
+        "base_model.model.decode_head.batch_norm.num_batches_tracked"
+    }
+    assert tensors["base_model.model.decode_head.batch_norm.running_mean"].abs().max() > 0
+    assert json.loads((reduced / "preprocessor_config.json").read_text())["do_reduce_labels"] is True
+    described = json.loads((reduced / "task.json").read_text())
+    assert described["settings"] == {"labels": ["red", "blue"], "ignore_index": 255, "reduce_labels": True}
+
+
+def test_the_adapter_loads_without_its_task(reduced: Path, tmp_path: Path) -> None:
+    """An adapter has no task_type, and PEFT writes no task.json: the class that it notes says what to load."""
+    base = transformers.SegformerForSemanticSegmentation(segformer_config(num_labels=3)).eval()
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], modules_to_save=["decode_head"])).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    pixels = torch.randn(1, 3, SIDE, SIDE)
+    loaded = AutoPeftModel.from_pretrained(tmp_path / "adapter").eval()
+    torch.testing.assert_close(loaded(pixel_values=pixels).logits, model(pixel_values=pixels).logits)
+    own = AutoPeftModel.from_pretrained(reduced)
+    assert own.config.id2label == {0: "red", 1: "blue"}
+    assert own(pixel_values=pixels).logits.shape == (1, 2, SIDE // 4, SIDE // 4)
+
+
+def test_trainer_trains_it(tmp_path: Path) -> None:
+    """As PEFT's example of semantic segmentation does."""
+    processor = transformers.AutoImageProcessor.from_pretrained(classifier_base("segformer"), backend="pil")
+    model = transformers.AutoModelForSemanticSegmentation.from_pretrained(classifier_base("segformer"), num_labels=3)
+    config = LoraConfig(
+        r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], bias="lora_only", modules_to_save=["decode_head"]
+    )
+    lora_model = get_peft_model(model, config)
+    rows = [write_scene(tmp_path, number) for number in range(8)]
+
+    def batch(rows: list[dict[str, Any]]) -> Any:
+        pictures, masks = ([Image.open(each[name]) for each in rows] for name in ("image", "annotation"))
+        return processor(pictures, masks, return_tensors="pt")
+
+    def compute_metrics(predictions: Any) -> dict[str, float]:
+        logits, labels = predictions
+        logits = nn.functional.interpolate(torch.from_numpy(logits), size=labels.shape[-2:], mode="bilinear")
+        return {"accuracy": float((logits.argmax(1).numpy() == labels).mean())}
+
+    trainer = transformers.Trainer(
+        model=lora_model,
+        args=transformers.TrainingArguments(
+            output_dir=str(tmp_path / "out"),
+            learning_rate=1e-2,
+            num_train_epochs=5,
+            per_device_train_batch_size=4,
+            per_device_eval_batch_size=2,
+            save_strategy="no",
+            logging_steps=1,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=batch,
+        compute_metrics=compute_metrics,
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_loss"] < before["eval_loss"]
+    assert after["eval_accuracy"] > 0.5
+
+
+def test_the_count_of_pefts_example() -> None:
+    with torch.device("meta"):
+        model = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(num_labels=150))
+    config = LoraConfig(
+        r=32,
+        lora_alpha=32,
+        target_modules=["q_proj", "v_proj"],
+        lora_dropout=0.1,
+        bias="lora_only",
+        modules_to_save=["decode_head"],
+    )
+    assert get_peft_model(model, config).get_nb_trainable_parameters()[0] == 566_422
+
+
+def test_the_other_spelling_of_the_targets_is_named() -> None:
+    with torch.device("meta"):
+        model = transformers.SegformerForSemanticSegmentation(segformer_config(num_labels=3))
+    with pytest.raises(AdapterError, match="closest: q_proj"):
+        get_peft_model(model, LoraConfig(target_modules=["query", "value"]))
+
+
+def test_soft_prompts_are_refused(tmp_path: Path) -> None:
+    recipe = CASES[NAME].write(tmp_path)
+    text = re.sub("method: .*", "method: {type: prompt_tuning, num_virtual_tokens: 4}", recipe.read_text())
+    recipe.write_text(text)
+    with pytest.raises(AdapterError, match="a model that reads pictures has no place for them") as caught:
+        run_recipe(recipe)
+    assert caught.value.key == "method.type"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "targets"), [("dpt", "all-linear"), ("upernet", "[pwconv1, pwconv2]")])
+def test_other_models_train_and_load(tmp_path: Path, cli: Callable, kind: str, targets: str) -> None:
+    recipe = CASES[NAME].write(tmp_path)
+    changes = (f"base_model={classifier_base(kind)}", f"method.target_modules={targets}")
+    run = run_recipe(recipe, *changes, "training.eval_strategy=steps", "training.eval_steps=6")
+    assert run.losses[-1] < run.losses[0]
+    assert not [name for name in load_file(run.folder / "adapter_model.safetensors") if "auxiliary" in name]
+    measured = json.loads(cli("evaluate", recipe, *changes, "--adapter", run.folder, "--json"))["eval"]["last"]
+    assert measured == pytest.approx(run.run["eval"]["last"], rel=1e-5)
