@@ -1,7 +1,7 @@
 """What the tests of training and of its products share: tiny base models on disk, tiny data, recipes, child processes.
 
 A child is forked from a server that has imported everything, so it starts in milliseconds, can be killed, and can be
-one of several training processes.
+one of several training processes. In pytest the server is itself a fork: see ``fork_server``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,9 +18,12 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -336,6 +340,33 @@ def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     return context
+
+
+def fork_server() -> None:
+    """Start the server as a fork of this process, which has imported nearly all of it, before it does anything."""
+    _server()
+    resource_tracker.ensure_running()
+    with warnings.catch_warnings(), mock.patch.object(util, "spawnv_passfds", _forked):
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: pytest-xdist's threads stay behind
+        forkserver.ensure_running()
+
+
+def _forked(path: object, args: list[str], passed: Sequence[int]) -> int:
+    """Does what ``python -c CODE`` would do in a process with these open files; gives its id."""
+    pid = os.fork()
+    if pid == 0:
+        kept = [2, *sorted(passed), os.sysconf("SC_OPEN_MAX")]
+        for before, after in itertools.pairwise(kept):
+            os.closerange(before + 1, after)
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        warnings.resetwarnings()
+        for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", kind)
+        try:
+            exec(args[-1], {})
+        finally:
+            os._exit(0)
+    return pid
 
 
 class Child:
