@@ -272,7 +272,7 @@ def test_a_module_with_anothers_layers_inside_has_no_copy() -> None:
         model.set_adapter(["default", "b"])
 
 
-@pytest.mark.grid(each="method")
+@pytest.mark.grid(keep=14)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_that_was_cast_to_half_precision_computes_and_merges(method: str, dtype: torch.dtype) -> None:

@@ -125,22 +125,24 @@ def test_any_split_gives_the_series_of_the_big_batch(tmp_path: Path, method: str
         run_recipe(
             write_recipe(tmp_path / f"{size}x{parts}"),
             *([method] if method else []),
+            "training.max_steps=4",
             f"training.per_device_train_batch_size={size}",
             f"training.gradient_accumulation_steps={parts}",
         )
-        for size, parts in [(4, 1), (2, 2), (1, 4)]
+        for size, parts in [(4, 1), (1, 4)]
     ]
-    for other in runs[1:]:
-        assert other.losses == pytest.approx(runs[0].losses, rel=1e-5)
-        assert [e["num_targets"] for e in other.metrics] == [e["num_targets"] for e in runs[0].metrics]
-        same_weights(runs[0], other)
-    assert len({entry["num_targets"] for entry in runs[0].metrics}) > 1, "the rows must be ragged"
+    whole, parts = runs
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
+    assert [entry["num_targets"] for entry in parts.metrics] == [entry["num_targets"] for entry in whole.metrics]
+    same_weights(whole, parts)
+    assert len({entry["num_targets"] for entry in whole.metrics}) > 1, "the rows must be ragged"
 
 
 def test_any_split_of_an_encoder_decoders_batch(t5_recipe: Path, tmp_path: Path) -> None:
-    whole = run_recipe(t5_recipe)
+    whole = run_recipe(t5_recipe, "training.max_steps=4")
     parts = run_recipe(
         t5_recipe,
+        "training.max_steps=4",
         f"training.output_dir={tmp_path}/parts",
         "training.per_device_train_batch_size=1",
         "training.gradient_accumulation_steps=4",
@@ -301,14 +303,15 @@ def test_metrics_do_not_depend_on_the_batch_size(recipe: Path, tmp_path: Path, m
             recipe,
             *([method] if method else []),
             *EVAL,
+            "training.max_steps=4",
             f"training.output_dir={tmp_path}/{size}",
             f"training.per_device_eval_batch_size={size}",
         )
-        for size in (1, 2, 8)
+        for size in (1, 8)
     ]
-    for other in found[1:]:
-        assert other.run["eval"]["last"] == pytest.approx(found[0].run["eval"]["last"], rel=1e-6)
-        assert other.weights == found[0].weights, "evaluation must not touch training"
+    one, other = found
+    assert other.run["eval"]["last"] == pytest.approx(one.run["eval"]["last"], rel=1e-6)
+    assert other.weights == one.weights, "evaluation must not touch training"
 
 
 def test_evaluation_of_the_base_model_by_hand(recipe: Path) -> None:
