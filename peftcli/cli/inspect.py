@@ -217,7 +217,8 @@ def _show_findings(inspection: Inspection) -> None:
         allowed = each.level == "error" and each.name in inspection.recipe.dataset.allow
         console.out(f"{each.level}{' (allowed)' if allowed else ''}: {each.name}: {each.message}")
         more = ", ..." if each.count > len(each.rows) else ""
-        console.out(f"  {', '.join(each.rows)}{more}")
+        if each.rows:  # a finding may be about all of them together
+            console.out(f"  {', '.join(each.rows)}{more}")
         for line in _details(each, inspection.audit[each.split]):
             console.out(f"  {line}")
         console.out(f"  {each.advice}")

@@ -200,7 +200,7 @@ def _finding(finding: Finding, number: int, ids: dict[str, str], allow: Sequence
         f'<a href="#{ids[place]}">{_html(place)}</a>' if place in ids else f"<span>{_html(place)}</span>"
         for place in finding.rows
     ]
-    more = ", ..." if finding.count > len(places) else ""
+    more = ", ..." if finding.count > len(places) > 0 else ""
     allowed = " (allowed)" if finding.level == "error" and finding.name in allow else ""
     return (
         f'<article class="finding {finding.level}" id="finding-{number}-{finding.name}">'
