@@ -70,7 +70,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         for column in ("", "mask_")
         for name, kind in (("path", "str"), ("content", "bytes"), ("digest", "bytes"))
     } | {"turn": Column("int64", ()), "pixels": Column("int64")}
-    unit = "images"
+    unit = "pixels"
     identity = ("digest",)
 
     def __init__(self, settings: settings.SemanticSegmentation, processor: Any, base: OpenBase):
@@ -185,10 +185,10 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         pixels = torch.bincount(resized[resized >= 0], minlength=len(self.labels)).tolist()
         binary = self.settings.ignore_index == 255 and set(np.unique(values).tolist()) <= {0, 255} and values.any()
         if not sum(pixels):
-            return Outcome([], "no pixel counts", 1, flags=_BINARY * bool(binary))
+            return Outcome([], "no pixel counts", resized.numel(), flags=_BINARY * bool(binary))
         arrays = {f"mask_{name}": value for name, value in _stored(mask).items()}
-        example = Example({**_stored(file), **arrays, "turn": turn, "pixels": pixels}, 1, sum(pixels))
-        return Outcome([example], size=1, flags=_BINARY * bool(binary))
+        example = Example({**_stored(file), **arrays, "turn": turn, "pixels": pixels}, resized.numel(), sum(pixels))
+        return Outcome([example], size=example.size, flags=_BINARY * bool(binary))
 
     def _classes(self, values: np.ndarray, path: str) -> np.ndarray:
         """The class of each pixel, ``IGNORED`` where it does not count.
@@ -299,7 +299,8 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
             return Description()
         pixels = self._pixels(view)
         shares = [f"{name} {count / pixels.sum():.1%}" for name, count in zip(self.labels, pixels, strict=True)]
-        return Description({"pixels": dict(zip(self.labels, pixels.tolist(), strict=True))}, {"pixels": listed(shares)})
+        counts = dict(zip(self.labels, pixels.tolist(), strict=True))
+        return Description({"classes": counts}, {"classes": listed(shares)})
 
     def record_findings(self, records: Records) -> list[Finding]:
         return records.findings(FINDINGS["binary_masks"], records.with_flag(_BINARY), of_used=True)

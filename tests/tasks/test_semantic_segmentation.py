@@ -263,6 +263,7 @@ def test_odd_classes_are_found(tmp_path: Path, cli: Callable) -> None:
     assert "missing_classes: 2 of 2 rows are of other classes than blue, in no mask" in ran
     assert "unbalanced_masks: 2 of 2 rows have masks that together are nearly all of one class: 'floor', 99.8%" in ran
     assert "[[floor 100%, red 0%]]" in ran
+    assert ", ..." not in ran  # no row is to blame
     assert '<img src="data:image/png;base64,' in page.read_text()
 
 
