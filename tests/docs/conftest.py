@@ -94,7 +94,7 @@ def workspace(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """The current folder of a page's examples: the stand-ins, a little data, and a few rows of the quickstart's."""
     for name in STAND_INS:
         shutil.copytree(stand_ins / name, tmp_path / name)
-    for name, count in (("train", 8), ("eval", 4)):
+    for name, count in (("train", 4), ("eval", 2)):
         lines = (ROOT / f"configs/quickstart/{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         for folder in ("data", "configs/quickstart"):
             (tmp_path / folder).mkdir(parents=True, exist_ok=True)
