@@ -89,7 +89,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    return trainkit.write_recipe(tmp_path)
+    path = trainkit.write_recipe(tmp_path)
+    path.write_text(path.read_text().replace("max_steps: 8", "max_steps: 4"))
+    return path
 
 
 # --- the files ------------------------------------------------------------------------------------------------------
@@ -205,7 +207,7 @@ def test_train_in_two_processes(recipe: Path) -> None:
 
 
 def test_train_dry_run(answer: Callable, fails: Callable, recipe: Path) -> None:
-    assert answer("train", recipe, "--dry-run")["steps"] == 8
+    assert answer("train", recipe, "--dry-run")["steps"] == 4
     fails(4, "RecipeError", "train", recipe, "--dry-run", "method.target_modules=[q_porj]")
 
 

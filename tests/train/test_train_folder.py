@@ -123,6 +123,7 @@ def test_old_checkpoints_go(recipe: Path) -> None:
 # --- whose folder it is -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("short")
 def test_twice_is_once(recipe: Path) -> None:
     first = run_recipe(recipe)
     before = files_of(first.folder)
@@ -141,6 +142,7 @@ def test_twice_is_once(recipe: Path) -> None:
         ([], "eval.jsonl", "eval.jsonl"),
     ],
 )
+@pytest.mark.usefixtures("short")
 def test_another_recipe_or_data_is_refused(recipe: Path, settings: list[str], edit: str | None, named: str) -> None:
     folder = run_recipe(recipe).folder
     before = files_of(folder)
@@ -163,6 +165,7 @@ def test_another_base_model_in_the_same_folder_is_refused(tmp_path: Path) -> Non
         run_recipe(recipe)
 
 
+@pytest.mark.usefixtures("short")
 def test_a_moved_folder_is_the_same_run(recipe: Path, tmp_path: Path) -> None:
     first = run_recipe(recipe)
     first.folder.rename(tmp_path / "moved")
@@ -184,6 +187,7 @@ def test_an_output_dir_that_is_a_file(recipe: Path) -> None:
         run_recipe(recipe)
 
 
+@pytest.mark.usefixtures("short")
 def test_an_empty_folder_and_what_a_killed_start_leaves_are_welcome(recipe: Path) -> None:
     folder = recipe.parent / "out"
     folder.mkdir()
@@ -192,6 +196,7 @@ def test_an_empty_folder_and_what_a_killed_start_leaves_are_welcome(recipe: Path
     assert run_recipe(recipe).run["status"] == "complete"
 
 
+@pytest.mark.usefixtures("short")
 def test_a_folder_in_use(recipe: Path) -> None:
     folder = recipe.parent / "out"
     folder.mkdir()
@@ -202,6 +207,7 @@ def test_a_folder_in_use(recipe: Path) -> None:
     assert run_recipe(recipe).run["status"] == "complete"
 
 
+@pytest.mark.usefixtures("short")
 def test_a_run_that_ended_while_this_one_waited_for_the_folder(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is decided before the lock is held is decided again after."""
     from peftcli.train.runs.folder import RunFolder
@@ -324,12 +330,14 @@ def test_a_signal_before_the_first_step_of_a_resumed_run(recipe: Path, uninterru
     assert_same(run_recipe(recipe, *FULL).folder, uninterrupted)
 
 
+@pytest.mark.usefixtures("short")
 def test_train_leaves_the_signal_handlers_as_they_were(recipe: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     run_recipe(recipe)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.usefixtures("short")
 def test_training_in_another_thread(recipe: Path) -> None:
     """Only a main thread can handle signals; a notebook or a server may have another."""
     done: list[Any] = []
@@ -583,6 +591,7 @@ def test_a_data_error_is_in_run_json_and_the_run_can_be_mended(recipe: Path) -> 
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("short")
 def test_a_run_that_stopped_at_its_data_begins_anew_once_the_data_is_mended(recipe: Path) -> None:
     rows = recipe.parent / "train.jsonl"
     good = rows.read_text()
@@ -595,6 +604,7 @@ def test_a_run_that_stopped_at_its_data_begins_anew_once_the_data_is_mended(reci
     assert run_recipe(recipe).run["status"] == "complete"
 
 
+@pytest.mark.usefixtures("short")
 def test_bad_rows_are_skipped_counted_and_listed(recipe: Path) -> None:
     rows = recipe.parent / "train.jsonl"
     rows.write_text(rows.read_text() + '{"messages": 5}\n{broken\n')
@@ -609,6 +619,7 @@ def test_bad_rows_are_skipped_counted_and_listed(recipe: Path) -> None:
     assert "expected a list of turns" in listed[0]["message"]
 
 
+@pytest.mark.usefixtures("short")
 def test_data_that_would_be_trained_wrongly_stops_the_run_unless_it_is_allowed(recipe: Path) -> None:
     with pytest.raises(DataError, match="answers_cut") as caught:
         run_recipe(recipe, "dataset.max_length=30")
@@ -620,6 +631,7 @@ def test_data_that_would_be_trained_wrongly_stops_the_run_unless_it_is_allowed(r
     assert any("answers_cut" in event.text for event in done.events if isinstance(event, Warned))
 
 
+@pytest.mark.usefixtures("short")
 def test_held_out_rows_are_not_trained_on(recipe: Path) -> None:
     done = run_recipe(recipe, "dataset.eval=null", "dataset.eval_fraction=0.3", "training.eval_strategy=epoch")
     data = done.run["data"]
@@ -657,6 +669,7 @@ def test_a_run_whose_rows_are_encoded_otherwise_is_not_gone_on_with(recipe: Path
         run_recipe(recipe, *FULL)
 
 
+@pytest.mark.usefixtures("short")
 def test_evaluation_rows_that_are_skipped_are_warned_of(recipe: Path) -> None:
     rows = recipe.parent / "eval.jsonl"
     rows.write_text(rows.read_text() + "{broken\n")

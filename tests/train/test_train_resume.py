@@ -73,6 +73,7 @@ def test_never_resume_refuses_a_run_that_can_be_gone_on_with(recipe: Path) -> No
     assert (out / "previous-1/checkpoints/step-000004").is_dir()
 
 
+@pytest.mark.usefixtures("short")
 def test_never_resume_in_a_new_folder_and_a_complete_one(recipe: Path) -> None:
     first = run_recipe(recipe, resume="never")
     assert run_recipe(recipe, resume="never").run == first.run
@@ -127,6 +128,7 @@ def test_a_change_that_does_not_fit_the_checkpoint_changes_nothing(recipe: Path)
     assert run_recipe(recipe).run["status"] == "complete", "the run itself goes on"
 
 
+@pytest.mark.usefixtures("short")
 def test_a_change_of_a_complete_run_is_refused_even_if_allowed(recipe: Path) -> None:
     run_recipe(recipe)
     with pytest.raises(UsageError, match="a complete run of another recipe"):
@@ -197,6 +199,7 @@ def test_overwrite_takes_no_foreign_files(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.usefixtures("short")
 def test_a_complete_run_whose_adapter_is_gone_or_changed_says_so(recipe: Path, name: str) -> None:
     done = run_recipe(recipe)
     path = done.folder / name
