@@ -107,12 +107,13 @@ def _prompts(source: Path) -> Iterator[Prompt]:
 
 
 def prompt_of(row: Row) -> Prompt:
-    """Return the prompt of a row: of a conversation, the turns before the last answer.
+    """Return the prompt of a row, a text or messages; of a conversation, the turns before the last answer.
 
     Raises:
         DataError: it has none.
     """
-    prompt, messages = row.values.get("prompt"), row.values.get("messages")
+    prompt = row.values.get("prompt")
+    messages = prompt if isinstance(prompt, list) else row.values.get("messages")
     if isinstance(messages, list) and all(isinstance(turn, dict) and "content" in turn for turn in messages):
         while messages and messages[-1].get("role") == "assistant":
             messages = messages[:-1]  # the answer that a dataset's row holds

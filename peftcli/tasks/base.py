@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Audits",
     "Batch",
+    "Begins",
     "Column",
     "Describes",
     "Example",
@@ -306,6 +307,15 @@ class FitsModel(Protocol):
         Returns:
             What the user should know.
         """
+        ...
+
+
+@runtime_checkable
+class Begins(Protocol):
+    """Looks at the model as training begins."""
+
+    def begin(self, model: nn.Module) -> None:
+        """Look at a model with a new adapter, on its device. A resumed run begins with the same one again."""
         ...
 
 

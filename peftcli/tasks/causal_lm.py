@@ -5,9 +5,7 @@ A row: ``{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +19,7 @@ from peftcli.tasks.text.collate import pad_causal, pad_token_id
 from peftcli.tasks.text.encode import CausalEncoder
 from peftcli.tasks.text.language_model import LanguageModel
 from peftcli.tasks.text.packing import join
-from peftcli.tasks.text.token_loss import token_loss
+from peftcli.tasks.text.token_loss import target_logits, token_loss
 
 _SAMPLE = 8
 """Tokens of the examples that the packing check compares."""
@@ -49,26 +47,9 @@ class CausalLM(LanguageModel[settings.CausalLM]):
         return [Example({"input_ids": row, "labels": row}, _SAMPLE, _SAMPLE - 1) for row in rows]
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        targets = batch["labels"][:, 1:]  # (B, T - 1): position t predicts token t + 1
-        inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}
-        length = targets.shape[1]
-        if _picks_logits(model):
-            # logits only where some row has a target; counted from the end, since a soft prompt lengthens the front
-            kept = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
-            inputs["logits_to_keep"] = kept - (length + 1)
-            logits = model(**inputs, use_cache=False).logits
-            targets = targets[:, kept]
-        else:
-            if "position_ids" in inputs:
-                inputs["use_cache"] = False  # transformers looks for packed examples only where there is no cache
-            logits = model(**inputs).logits[:, -(length + 1) : -1]
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        logits, targets, _ = target_logits(model, inputs, batch["labels"])
         return token_loss(logits, targets)
-
-
-def _picks_logits(model: nn.Module) -> bool:
-    """Whether the model, below any wrapper of accelerate's, computes logits at chosen positions only."""
-    inner = getattr(model, "module", model)
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
 TASK = CausalLM

@@ -27,7 +27,7 @@ from peftcli.schema import Recipe
 from peftcli.system import date
 from peftcli.system.signals import STARTED, handle_signals
 from peftcli.tasks import described, open_task
-from peftcli.tasks.base import Limits
+from peftcli.tasks.base import Begins, Limits
 from peftcli.train.attention import takes_one_row
 from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.finish import finish
@@ -220,6 +220,8 @@ def build(run: Run, data: RunData) -> BuiltModel:
         run.tell(Phase("calibrating the adapter on the training data"))
         injection = calibrate(model, injection, config, recipe, data.examples, run.accelerator)
     prepared = prepare(model, config, recipe, plan, run.accelerator)
+    if isinstance(data.task, Begins):
+        data.task.begin(model)
     efficiency = plan.efficiency
     if plan.packs:
         start_packing(model, data.task, run.accelerator)

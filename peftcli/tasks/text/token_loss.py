@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from peftcli.tasks.base import Loss
 from peftcli.tasks.text.chat import IGNORED
+
+
+def target_logits(
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run a causal language model.
+
+    Args:
+        model: Maybe below a wrapper of accelerate's, and maybe with a soft prompt.
+        inputs: Its arguments.
+        labels: (B, T); the first ones are never predicted.
+
+    Returns:
+        The logits (B, N, V) at the positions of which some row has a target, their targets (B, N), and which they are
+        of the T - 1 positions: (N,). A model that cannot leave any out gives all.
+    """
+    targets = labels[:, 1:]  # (B, T - 1): position t predicts token t + 1
+    given, length = dict[str, Any](inputs), targets.shape[1]
+    if _picks_logits(model):
+        # logits only where some row has a target; counted from the end, since a soft prompt lengthens the front
+        kept = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
+        given["logits_to_keep"] = kept - (length + 1)
+        return model(**given, use_cache=False).logits, targets[:, kept], kept
+    if "position_ids" in given:
+        given["use_cache"] = False  # transformers looks for packed examples only where there is no cache
+    logits = model(**given).logits[:, -(length + 1) : -1]
+    return logits, targets, torch.arange(length, device=targets.device)
+
+
+def _picks_logits(model: nn.Module) -> bool:
+    """Whether the model, below any wrapper of accelerate's, computes logits at chosen positions only."""
+    inner = getattr(model, "module", model)
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
 def token_loss(logits: torch.Tensor, targets: torch.Tensor) -> Loss:
