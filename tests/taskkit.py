@@ -36,6 +36,7 @@ class Case:
     asked: Callable[[Sequence[dict[str, Any]]], Sequence[dict[str, Any]]] = list
     """From evaluation rows: those that ``predict`` gets."""
     has_head: bool = True
+    """Whether the adapter holds a new head."""
     splits: Callable[[], tuple[str, ...]] = tuple
     """Settings under which a batch may be split: a norm whose weights train takes its statistics of a micro-batch."""
 
@@ -147,6 +148,11 @@ PREFERRED = [
     for (question, answer), (_, other) in zip(PAIRS, [*PAIRS[1:], PAIRS[0]], strict=True)
 ]
 """Conversations, and two answers to each."""
+UNPAIRED = [
+    {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+    for row in PREFERRED[:8]
+    for name in ("chosen", "rejected")
+]
 
 
 @functools.cache
@@ -193,6 +199,15 @@ CASES: dict[str, Case] = {
         found={"unanswerable": True},
         metrics=frozenset({"loss", "exact_match", "f1"}),
         recompute=_exact,
+    ),
+    "preference": Case(
+        base=base_folder,
+        task={"type": "preference"},
+        rows=lambda: PREFERRED,
+        found={"reference": "base"},
+        metrics=frozenset({"loss", "reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected"}),
+        recompute=lambda rows, answers: {},  # generated answers do not tell
+        has_head=False,
     ),
     "reward": Case(
         base=base_folder,

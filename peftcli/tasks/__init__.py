@@ -90,6 +90,16 @@ def described(task: Task[Any], recipe: Recipe) -> dict[str, Any]:
     return {"type": (recipe.task or {})["type"], **asdict(task.settings)}
 
 
+_GENERATE = (
+    'inputs = tokenizer("Hello", return_tensors="pt")',
+    "if tokenizer.chat_template:",
+    '    messages = [{"role": "user", "content": "Hello"}]',
+    "    inputs = tokenizer.apply_chat_template(",
+    '        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+    "    )",
+    "tokens = model.generate(**inputs, max_new_tokens=64)",
+    'print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+)
 _ANSWERED = (("prompt", "completion"), ("messages",), ("instruction", "output"), ("conversations",))
 _TAGS = ("ner_tags", "tags", "labels", "pos_tags", "upos")
 _PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"))
@@ -104,16 +114,7 @@ TASKS: dict[str, TaskRow] = {
         reads=(("text",), *_ANSWERED),
         pipeline_tag="text-generation",
         summary="continue or answer a text (GPT, Llama, Qwen)",
-        usage=(
-            'inputs = tokenizer("Hello", return_tensors="pt")',
-            "if tokenizer.chat_template:",
-            '    messages = [{"role": "user", "content": "Hello"}]',
-            "    inputs = tokenizer.apply_chat_template(",
-            '        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
-            "    )",
-            "tokens = model.generate(**inputs, max_new_tokens=64)",
-            'print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
-        ),
+        usage=_GENERATE,
     ),
     "seq2seq_lm": TaskRow(
         task_type="SEQ_2_SEQ_LM",
@@ -176,6 +177,17 @@ TASKS: dict[str, TaskRow] = {
             "first, last = int(outputs.start_logits.argmax()), int(outputs.end_logits.argmax())",
             'print(tokenizer.decode(inputs["input_ids"][0, first : last + 1]))',
         ),
+    ),
+    "preference": TaskRow(
+        task_type="CAUSAL_LM",
+        auto_class="AutoModelForCausalLM",
+        settings=settings.Preference,
+        module="preference",
+        processor="tokenizer",
+        reads=(("chosen", "rejected"),),
+        pipeline_tag="text-generation",
+        summary="prefer chosen answers to rejected ones: DPO, IPO, ORPO, SimPO, KTO (Llama, Qwen)",
+        usage=_GENERATE,
     ),
     "reward": TaskRow(
         task_type="SEQ_CLS",

@@ -24,7 +24,7 @@ from peftcli.schema import Source
 from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, model_inputs, write_task
 from peftcli.tasks.shown import Facts, Shown
-from peftcli.tasks.text.answer_inputs import AnswerInputs
+from peftcli.tasks.text.answer_inputs import AnswerInputs, pair_sums
 from peftcli.tasks.text.answers import PAIR, AnswerReader, answer_reader
 from peftcli.tasks.text.formats import example_reader
 
@@ -48,7 +48,7 @@ class Reward(AnswerInputs, Task[settings.Reward]):
         return {}
 
     def read(self, table: Table) -> AnswerReader:
-        found = answer_reader(table, margin=(self.settings.margin or "margin",))
+        found = answer_reader(table, optional=("margin",), margin=(self.settings.margin or "margin",))
         if self.settings.margin and "margin" not in found.names:
             raise DataError(f"names a column that the rows lack: {self.settings.margin!r}", key="task.margin")
         return found
@@ -97,12 +97,6 @@ class Reward(AnswerInputs, Task[settings.Reward]):
             examples.append(Example(example.arrays | {"sizes": [example.size]}, example.size, 1))
         for logits in logits_of(model, examples, self.collate_inputs, options.batch_size):
             yield {"reward": float(logits[0])}
-
-
-def pair_sums(total: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What ``loss``, ``reward_accuracy`` and ``reward_margin`` are made of, from the rewards (B,) of both answers."""
-    gap = (chosen - rejected).detach()
-    return {"loss": total.detach(), "reward_accuracy": (gap > 0).sum(), "reward_margin": gap.sum()}
 
 
 def _margin(row: Row, reader: AnswerReader) -> float:

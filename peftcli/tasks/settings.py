@@ -185,6 +185,38 @@ class SemanticSegmentation:
         return _label_options(self.labels or [])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Preference:
+    """Settings of preference. Recipes may also give max_length and overlong under ``dataset``."""
+
+    loss: Literal["dpo", "ipo", "orpo", "simpo", "kto"] = field(default="dpo", metadata=NOT_ENCODED)
+    """What is learnt from a row. dpo and ipo compare the answers' log-probabilities with those of a reference; orpo and
+    simpo need none; kto is of single answers, good or not, and compares too."""
+    beta: float = field(default=0.1, metadata=NOT_ENCODED)
+    """dpo, kto: how little the model may move away from the reference; ipo: the same, its margin is 1 / (2 beta);
+    orpo: the weight of the comparison beside that of the chosen answer's own loss; simpo: the scale of the rewards."""
+    label_smoothing: float = field(default=0.0, metadata=NOT_ENCODED)
+    """dpo, simpo: the share of pairs whose two answers are taken to be the wrong way round, below 0.5."""
+    simpo_gamma: float = field(default=0.5, metadata=NOT_ENCODED)
+    """simpo: by how much the rewards should differ at least."""
+    desirable_weight: float = field(default=1.0, metadata=NOT_ENCODED)
+    """kto: factor of the loss of good answers, to make up for their number."""
+    undesirable_weight: float = field(default=1.0, metadata=NOT_ENCODED)
+    """kto: the same of the other answers."""
+    reference: Literal["base", "start"] | None = field(default=None, metadata=NOT_ENCODED)
+    """What dpo, ipo and kto compare with. base: the base model, without the adapter; start: the adapter as it began,
+    which is not kept, so that evaluate cannot compare. Unset: base where the adapter begins without an effect."""
+    max_length: int = 1024
+    """Longest answer with its prompt, in tokens, within what the base model can read."""
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """What to do with rows of which an answer is longer: truncate it at the end, drop the row, or stop with an error.
+    They are counted in any case."""
+
+    def model_options(self) -> dict[str, Any]:
+        """Options of ``from_pretrained``: none."""
+        return {}
+
+
 def is_iob2(tag: str) -> bool:
     """Whether a tag says where an entity begins or goes on, or that there is none."""
     return tag == "O" or (tag[:2] in ("B-", "I-") and len(tag) > 2)

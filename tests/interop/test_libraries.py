@@ -16,9 +16,19 @@ SCRIPTS = Path(__file__).parent / "libraries"
 @pytest.mark.slow
 @pytest.mark.parametrize("library", ["transformers", "trl", "sentence_transformers", "diffusers"])
 def test_a_library_works_with_peftcli_in_the_place_of_peft(library: str) -> None:
+    run(library, f"with_{library}.py")
+
+
+@pytest.mark.slow
+def test_losses_of_answers_are_those_of_trl() -> None:
+    run("trl", "losses_of_trl.py")
+
+
+def run(library: str, name: str) -> None:
+    """Run a script that needs a library, in a process of its own."""
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
     paths = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])}
-    script = [sys.executable, str(SCRIPTS / f"with_{library}.py")]
+    script = [sys.executable, str(SCRIPTS / name)]
     done = subprocess.run(script, env=os.environ | paths, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

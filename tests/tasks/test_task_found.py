@@ -33,6 +33,9 @@ T5 = config(T5Config, "T5ForConditionalGeneration")
         (LLAMA, ["messages"], "causal_lm"),
         (config(LlamaConfig), ["messages"], "causal_lm"),
         (T5, ["prompt", "completion"], "seq2seq_lm"),
+        (LLAMA, ["chosen", "rejected", "prompt"], "preference"),
+        (LLAMA, ["prompt", "completion", "label"], "causal_lm"),
+        (config(LlamaConfig, "LlamaForSequenceClassification"), ["chosen", "rejected"], "reward"),
     ],
 )
 def test_one_task_is_left(model: Any, columns: list[str], task: str) -> None:

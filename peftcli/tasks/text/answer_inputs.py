@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from peftcli.data.findings import Finding, Records
 from peftcli.data.rows import Reader, Row
@@ -91,6 +92,12 @@ class AnswerInputs(TextInputs):
 def split(example: Example, column: str) -> list[np.ndarray]:
     """One column of an example, answer by answer."""
     return np.split(np.asarray(example.arrays[column]), np.cumsum(example.arrays["sizes"])[:-1])
+
+
+def pair_sums(total: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What ``loss``, ``reward_accuracy`` and ``reward_margin`` are made of, from the rewards (B,) of both answers."""
+    gap = (chosen - rejected).detach()
+    return {"loss": total.detach(), "reward_accuracy": (gap > 0).sum(), "reward_margin": gap.sum()}
 
 
 def _joined(row: Row, reader: Reader, outcomes: list[Outcome | DataError]) -> Outcome | DataError:

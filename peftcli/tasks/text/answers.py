@@ -63,19 +63,21 @@ class AnswerReader(ExampleReader):
         return replace(found, untrained=frozenset() if self.whole else found.untrained | before)
 
 
-def answer_reader(table: Table, answers: Sequence[str] = PAIR, **more: Sequence[str]) -> AnswerReader:
+def answer_reader(
+    table: Table, answers: Sequence[str] = PAIR, optional: Sequence[str] = (), **more: Sequence[str]
+) -> AnswerReader:
     """Find the columns of a prompt and its answers.
 
     Args:
         table: Its first row says whether answers are texts or messages.
         answers: The columns of answers.
-        more: Other columns, which may be missing.
+        optional: Those of ``more`` that may be missing.
+        more: Other columns, and the names that sources give them.
 
     Raises:
         DataError: a column is missing.
     """
-    pair = len(answers) > 1
-    optional = [*(["prompt"] if pair else []), "tools", *more]
+    optional = [*optional, "tools", *(["prompt"] if len(answers) > 1 else [])]
     columns = {"prompt": ("prompt",), **{name: (name,) for name in answers}, "tools": ("tools",), **more}
     found = table.reader("answers", optional=optional, **columns)
     messages = isinstance(table.first.get(found.names[answers[0]]), list)

@@ -1,0 +1,248 @@
+"""Preference: answer as the chosen answers do, and not as the rejected ones.
+
+DPO: https://arxiv.org/abs/2305.18290, IPO: https://arxiv.org/abs/2310.12036, ORPO: https://arxiv.org/abs/2403.07691,
+SimPO: https://arxiv.org/abs/2405.14734, KTO: https://arxiv.org/abs/2402.01306
+
+A row: ``{"prompt": "What is 2 + 2?", "chosen": " 4", "rejected": " 5"}``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftcli.data.rows import Row, Table
+from peftcli.data.store import Column, Example, Outcome
+from peftcli.errors import DataError
+from peftcli.models.open import OpenBase
+from peftcli.tasks import settings
+from peftcli.tasks.base import Batch, Loss, Task, write_task
+from peftcli.tasks.shown import Label, Shown
+from peftcli.tasks.text.answer_inputs import AnswerInputs, pair_sums
+from peftcli.tasks.text.answers import PAIR, AnswerReader, answer_reader
+from peftcli.tasks.text.chat import IGNORED
+from peftcli.tasks.text.collate import pad_token_id, padded
+from peftcli.tasks.text.reference import Reference, evaluating
+from peftcli.tasks.text.stop_tokens import missing_stops
+from peftcli.tasks.text.token_loss import target_logits
+
+_REFERRING = ("dpo", "ipo", "kto")
+_SMOOTHED = ("dpo", "simpo")
+_HALF = 0.5
+
+
+class Answers(NamedTuple):
+    """What a model says of the answers of a batch, (R,) each."""
+
+    sums: torch.Tensor
+    """The log-probability of the answer."""
+    lengths: torch.Tensor
+    """Its tokens."""
+    nll: torch.Tensor
+    """The mean loss of all tokens that have a label."""
+
+    @property
+    def means(self) -> torch.Tensor:
+        """The log-probability of an answer's token."""
+        return self.sums / self.lengths
+
+
+class Preference(AnswerInputs, Task[settings.Preference]):
+    """The task ``preference``."""
+
+    columns: ClassVar = {**AnswerInputs.answer_columns, "good": Column("int8", ())}
+
+    def __init__(self, settings: settings.Preference, processor: Any, base: OpenBase):
+        super().__init__(settings, processor, base)
+        self.reference = Reference(settings.reference)
+        if settings.beta <= 0:
+            raise DataError(f"must be above 0, not {settings.beta}", key="task.beta")
+        if not 0 <= settings.label_smoothing < _HALF:
+            raise DataError(
+                f"must be at least 0 and below 0.5, not {settings.label_smoothing}", key="task.label_smoothing"
+            )
+        if settings.label_smoothing and settings.loss not in _SMOOTHED:
+            raise DataError(f"is a setting of {' and '.join(_SMOOTHED)}", key="task.label_smoothing")
+        if settings.reference and settings.loss not in _REFERRING:
+            raise DataError(f"{settings.loss} compares with no reference", key="task.reference")
+
+    @property
+    def answers(self) -> Sequence[str]:
+        """The columns that hold answers."""
+        return ("completion",) if self.settings.loss == "kto" else PAIR
+
+    def fingerprint(self) -> dict[str, Any]:
+        return super().fingerprint() | {"answers": list(self.answers)}
+
+    def begin(self, model: nn.Module) -> None:
+        if self.settings.loss in _REFERRING:
+            self.reference.begin(model, self.probe())
+            self.settings = replace(self.settings, reference=self.reference.kind)
+
+    def save(self, folder: Path) -> list[str]:
+        return [write_task(folder, "preference", self.settings, {}), *self.save_processor(folder)]
+
+    def record(self, folder: Path, model: nn.Module) -> dict[str, Any]:
+        """``eos_token_id``: tokens that end an answer, where the model's own generation config lacks them."""
+        named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        stops = missing_stops(self.processor, folder, named)
+        return {"eos_token_id": stops} if stops else {}
+
+    def read(self, table: Table) -> AnswerReader:
+        there, kto = {*table.columns, *table.source.columns}, self.settings.loss == "kto"
+        if kto and {*PAIR} <= there and "completion" not in there:
+            raise DataError("kto is of rows of prompt, completion and label; these hold pairs", key="task.loss")
+        if not kto and {"completion", "label"} <= there and PAIR[0] not in there:
+            raise DataError(
+                f"{self.settings.loss} is of pairs; rows of completion and label are kto's", key="task.loss"
+            )
+        return answer_reader(table, self.answers, **({"label": ("label",)} if kto else {}))
+
+    def encode(self, rows: Sequence[Row], reader: Any) -> list[Outcome | DataError]:
+        outcomes = self.encode_answers(rows, reader, train_on="answers")
+        for at, (row, outcome) in enumerate(zip(rows, outcomes, strict=True)):
+            try:
+                for example in outcome.examples if isinstance(outcome, Outcome) else ():
+                    example.arrays["good"] = int(_is_good(row, reader))
+            except DataError as error:
+                outcomes[at] = error
+        return outcomes
+
+    def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
+        batch, labels = self.collate_inputs(examples), padded(self.in_order(examples, "labels"), IGNORED)
+        batch |= {"labels": labels, "_answers": labels != IGNORED}
+        if self.settings.loss == "orpo":  # whose own loss is of the chosen conversation, prompt included
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+        if self.settings.loss == "kto":
+            batch["_good"] = torch.tensor([int(each.arrays["good"]) for each in examples], dtype=torch.bool)
+            if len(examples) > 1:
+                batch |= self._mismatched(examples)
+        return batch
+
+    def _mismatched(self, examples: Sequence[Example]) -> Batch:
+        """Each prompt with the answer of the row before: how far the model is from the reference, whatever is asked."""
+        parts = [_at_answer(each) for each in examples]
+        pairs = [(prompt, parts[at - 1][1]) for at, (prompt, _) in enumerate(parts)]
+        ids = [np.concatenate(pair)[: self.max_length] for pair in pairs]
+        labels = [
+            np.concatenate([np.full(len(prompt), IGNORED), answer])[: self.max_length] for prompt, answer in pairs
+        ]
+        return {
+            "_kl_input_ids": padded(ids, pad_token_id(self.processor)),
+            "_kl_attention_mask": padded([np.ones(len(row), np.int64) for row in ids], 0),
+            "_kl_labels": padded(labels, IGNORED),
+        }
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        """The loss of a batch. The reference answers without dropout, and before the model's own graph is made."""
+        reference, far = None, torch.zeros((), device=batch["input_ids"].device)
+        if self.settings.loss in _REFERRING:
+            with torch.no_grad(), evaluating(model):
+                own = _answers(model, batch, "_kl_").sums if "_kl_labels" in batch else far
+                with self.reference(model):
+                    reference = _answers(model, batch).sums
+                    if "_kl_labels" in batch:
+                        far = (own - _answers(model, batch, "_kl_").sums).mean().clamp(min=0)
+        found = _answers(model, batch)
+        if self.settings.loss == "kto":
+            assert reference is not None
+            return self._kto(found.sums - reference, far, batch["_good"])
+        return self._pairs(found, reference)
+
+    def _pairs(self, found: Answers, reference: torch.Tensor | None) -> Loss:
+        """The loss of pairs, from the answers and the reference's log-probabilities (2 B,) of them."""
+        beta, kind = self.settings.beta, self.settings.loss
+        rewards = beta * (found.means if reference is None else found.sums - reference)
+        chosen, rejected = rewards.chunk(2)
+        if kind == "ipo":
+            assert reference is not None
+            one, other = ((found.sums - reference) / found.lengths).chunk(2)
+            losses = (one - other - 1 / (2 * beta)) ** 2
+        elif kind == "orpo":
+            one, other = (found.means - _log1mexp(found.means)).chunk(2)  # log odds
+            losses = found.nll.chunk(2)[0] - beta * F.logsigmoid(one - other)
+        else:
+            gap = chosen - rejected - (self.settings.simpo_gamma if kind == "simpo" else 0)
+            share = self.settings.label_smoothing
+            losses = -(1 - share) * F.logsigmoid(gap) - share * F.logsigmoid(-gap)
+        sums = {"reward_chosen": chosen.detach().sum(), "reward_rejected": rejected.detach().sum()}
+        return Loss(losses.sum(), pair_sums(losses.sum(), chosen, rejected) | sums)
+
+    def _kto(self, ratios: torch.Tensor, far: torch.Tensor, good: torch.Tensor) -> Loss:
+        """The loss of single answers, from their log-probabilities above the reference's (B,)."""
+        given, sign = self.settings, torch.where(good, 1.0, -1.0)
+        weights = torch.where(good, given.desirable_weight, given.undesirable_weight)
+        total = (weights * (1 - torch.sigmoid(given.beta * sign * (ratios - far)))).sum()
+        rewards = given.beta * ratios.detach()
+        sums = {
+            "loss": total.detach(),
+            "reward_accuracy": (rewards * sign > 0).sum(),
+            "reward_chosen": rewards[good].sum(),
+            "reward_rejected": rewards[~good].sum(),
+            "good": good.sum(),
+            "kl": far * len(good),
+        }
+        return Loss(total, sums)
+
+    def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
+        if self.settings.loss != "kto":
+            return {name: float(value) / num_targets for name, value in sums.items()}
+        good = float(sums["good"])
+        found = {name: float(sums[name]) / num_targets for name in ("loss", "reward_accuracy", "kl")}
+        found["reward_chosen"] = float(sums["reward_chosen"]) / max(good, 1)
+        found["reward_rejected"] = float(sums["reward_rejected"]) / max(num_targets - good, 1)
+        return found | {"reward_margin": found["reward_chosen"] - found["reward_rejected"]}
+
+    def show(self, example: Example) -> Shown:
+        texts = self.shown_answers(example, self.answers)
+        marks = [Label("good" if example.arrays["good"] else "not good")] if self.settings.loss == "kto" else []
+        return Shown([*texts, *marks])
+
+
+def _answers(model: nn.Module, batch: Batch, prefix: str = "") -> Answers:
+    """Run the model over the answers of a batch, or over those whose names have a prefix."""
+    inputs = {name: batch[f"{prefix}{name}"] for name in ("input_ids", "attention_mask")}
+    labels = batch[f"{prefix}labels"]
+    logits, targets, kept = target_logits(model, inputs, labels)
+    counts = targets != IGNORED
+    losses = F.cross_entropy(logits[counts].float(), targets[counts], reduction="none")
+    each = torch.zeros(counts.shape, device=losses.device).masked_scatter(counts, losses)  # (R, N)
+    mask = counts if prefix else batch["_answers"][:, 1:][:, kept]
+    return Answers(-(each * mask).sum(1), mask.sum(1), each.sum(1) / counts.sum(1))
+
+
+def _log1mexp(value: torch.Tensor) -> torch.Tensor:
+    """``log(1 - exp(value))`` of negative values."""
+    value = value.clamp(max=-1e-7)
+    return torch.where(value > -_HALF, torch.log(-torch.expm1(value)), torch.log1p(-value.exp()))
+
+
+def _at_answer(example: Example) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens before the answer, and from its first one on."""
+    ids, labels = (np.asarray(example.arrays[name]) for name in ("input_ids", "labels"))
+    first = int(np.flatnonzero(labels != IGNORED)[0])
+    return ids[:first], ids[first:]
+
+
+def _is_good(row: Row, reader: AnswerReader) -> bool:
+    """Whether a single answer is a good one; true of pairs.
+
+    Raises:
+        DataError: the row does not say it.
+    """
+    if "label" not in reader.names:
+        return True
+    value = reader.value(row, "label")
+    if value not in (True, False) or not isinstance(value, bool | int):
+        raise row.place.error(f"expected true or false, found {value!r:.60}", key=reader.names["label"])
+    return bool(value)
+
+
+TASK = Preference

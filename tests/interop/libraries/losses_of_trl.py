@@ -1,0 +1,118 @@
+"""The losses of TRL's trainers, over peftcli's batches and models. Prints what tests/preferencekit.py holds."""
+
+import inspect
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from classifierkit import open_task
+from preferencekit import LOSSES, adapted, examples_of
+from trl import DPOTrainer, KTOTrainer, RewardTrainer
+from trl.experimental.cpo import CPOTrainer
+from trl.experimental.orpo import ORPOTrainer
+
+from peftcli.core.inject import disabled
+
+
+class Stub:
+    """A trainer that has nothing but what its loss reads."""
+
+    def __init__(self, kind: Any, **known: Any):
+        self.__dict__.update(known, kind=kind, accelerator=self, device=torch.device("cpu"))
+        self._metrics = defaultdict(lambda: defaultdict(list))
+
+    def gather_for_metrics(self, value: Any) -> Any:
+        return value
+
+    gather = gather_for_metrics
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.kind, name, None)
+        return found.__get__(self) if inspect.isfunction(found) else found
+
+
+def fused(model: Any) -> Any:
+    """The model as TRL's trainers prepare it: log-probabilities of the labels."""
+
+    def forward(input_ids: Any, attention_mask: Any, labels: Any, **_: Any) -> Any:
+        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1].log_softmax(-1)
+        wanted = labels[:, 1:]
+        found = logits.gather(2, wanted.clamp(min=0)[..., None])[..., 0] * (wanted != -100)
+        zeros = torch.zeros_like(found)
+        return SimpleNamespace(log_probs=found, entropy=zeros, mean_logits=zeros, is_top1=zeros > 0)
+
+    return forward
+
+
+def of_trl(loss: str) -> float:
+    task, examples = examples_of(loss)
+    model, settings = adapted(), LOSSES[loss]
+    batch = task.collate(examples, training=False)
+    given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    given["completion_mask"] = batch["_answers"].long()
+    with torch.no_grad(), disabled(model):
+        reference = fused(model)(**{k: given[k] for k in ("input_ids", "attention_mask")}, labels=batch["labels"])
+    known = {"beta": settings["beta"], "model": model, "aux_loss_enabled": False, "ld_alpha": None}
+    known |= {"precompute_ref_logps": True, "_total_train_tokens": 0}
+    if loss in ("dpo", "ipo"):
+        given["ref_chosen_logps"], given["ref_rejected_logps"] = reference.log_probs.sum(1).chunk(2)
+        kind = "sigmoid" if loss == "dpo" else loss
+        stub = Stub(
+            DPOTrainer,
+            **known,
+            loss_types=[kind],
+            loss_weights=[1.0],
+            f_divergence_type="reverse_kl",
+            label_smoothing=0.0,
+            use_weighting=False,
+        )
+        return float(DPOTrainer._compute_loss(stub, fused(model), given, False))
+    if loss == "kto":
+        given |= {f"KL_{name}": batch[f"_kl_{name}"] for name in ("input_ids", "attention_mask")}
+        given["KL_completion_mask"] = (batch["_kl_labels"] != -100).long()
+        given |= {"ref_logps": reference.log_probs.sum(1), "label": batch["_good"]}
+        with torch.no_grad(), disabled(model):
+            far = fused(model)(given["KL_input_ids"], given["KL_attention_mask"], batch["_kl_labels"])
+        given["ref_KL_logps"] = far.log_probs.sum(1)
+        weights = {name: settings[name] for name in ("desirable_weight", "undesirable_weight")}
+        stub = Stub(KTOTrainer, **known, **weights, calculate_KL=True, loss_type="kto")
+        return float(KTOTrainer._compute_loss(stub, fused(model), given, False))
+    kind = ORPOTrainer if loss == "orpo" else CPOTrainer
+    logits = model(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).logits
+    labels = batch["input_ids"].masked_fill(~batch["_answers"], -100)
+    means = kind.get_batch_logps(logits, labels, average_log_prob=True).chunk(2)
+    stub = Stub(
+        kind, beta=settings["beta"], alpha=0.0, loss_type=loss, **{k: v for k, v in settings.items() if k != "beta"}
+    )
+    if loss == "simpo":
+        return float(CPOTrainer.cpo_loss(stub, *means)[0].mean())
+    count = len(logits) // 2
+    own = torch.nn.functional.cross_entropy(
+        logits[:count, :-1].transpose(1, 2),
+        given["input_ids"][:count, 1:].masked_fill(given["attention_mask"][:count, 1:] == 0, -100),
+    )
+    return float(own - ORPOTrainer.odds_ratio_loss(stub, *means)[0].mean())
+
+
+def check_reward() -> None:
+    """The loss of RewardTrainer, with margins."""
+    rewards, margins = torch.tensor([0.4, -1.2, 0.9, -1.5]), torch.tensor([1.0, -0.25])
+    args = SimpleNamespace(center_rewards_coefficient=None)
+    model = lambda **_: SimpleNamespace(logits=rewards[:, None])  # noqa: E731
+    model.training = False
+    stub = Stub(RewardTrainer, args=args, model=model, _total_train_tokens=0, _tp_size=1)
+    theirs = RewardTrainer.compute_loss(stub, model, {"attention_mask": torch.ones(4, 2), "margin": margins})
+    task = open_task("reward", "chat")
+    ours = task.loss(model, {"input_ids": rewards, "_margin": margins}).total / 2
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+if __name__ == "__main__":
+    check_reward()
+    for loss in LOSSES:
+        task, examples = examples_of(loss)
+        ours = task.loss(adapted(), task.collate(examples, training=False)).total / len(examples)
+        theirs = of_trl(loss)
+        print(f'    "{loss}": {theirs:.6f},')
+        assert abs(float(ours) - theirs) < 1e-4, loss

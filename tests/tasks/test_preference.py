@@ -1,0 +1,153 @@
+"""Preference: the losses are TRL's, the answers alone count, and the reference is what training began from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from classifierkit import encoded, open_task
+from preferencekit import LOSSES, TRL, adapted, examples_of
+from taskkit import CASES, PREFERRED, UNPAIRED
+from trainkit import build, run_recipe
+
+from peftcli.core.weights import named_tensors
+from peftcli.errors import DataError
+from peftcli.tasks.text.answer_inputs import split
+from peftcli.tasks.text.reference import Reference
+
+PROMPT = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}
+WITH_HEAD = {"peft_type": "LORA", "target_modules": ["q_proj"], "lora_dropout": 0.5, "modules_to_save": ["lm_head"]}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"peft_type": "LORA", "target_modules": "all-linear"},
+    "dropout and a trained module": WITH_HEAD,
+    "a residual start": {"peft_type": "LORA", "target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+    "a start with an effect": {"peft_type": "LORA", "target_modules": "all-linear", "init_lora_weights": False},
+    "a soft prompt": PROMPT,
+    "a prefix": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3},
+}
+BEGIN_ELSEWHERE = ("a start with an effect", "a soft prompt", "a prefix")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_loss_is_trls(loss: str) -> None:
+    task, examples = examples_of(loss)
+    found = task.loss(adapted(), task.collate(examples, training=False))
+    assert float(found.total.detach()) / len(examples) == pytest.approx(TRL[loss], abs=1e-4)
+    metrics = task.metrics({name: value.detach().numpy() for name, value in found.sums.items()}, [], len(examples))
+    assert metrics["loss"] == pytest.approx(TRL[loss], abs=1e-4)
+    assert metrics["reward_margin"] == pytest.approx(metrics["reward_chosen"] - metrics["reward_rejected"], abs=1e-6)
+    assert metrics.get("kl", 1) > 0
+
+
+def test_single_answers_are_trained_and_measured(tmp_path: Path) -> None:
+    case = replace(CASES["preference"], task={"type": "preference", "loss": "kto"}, rows=lambda: UNPAIRED)
+    run = run_recipe(case.write(tmp_path), "training.eval_strategy=epoch", "training.eval_on_start=true")
+    assert run.losses[-1] < run.losses[0]
+    first, last = run.run["eval"]["first"], run.run["eval"]["last"]
+    assert first["eval_reward_margin"] == 0 < last["eval_reward_margin"]
+    assert first["eval_loss"] == 0.5 > last["eval_loss"]
+    assert first["eval_kl"] == 0
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo", "simpo"])
+def test_pairs_in_one_batch_lose_what_they_lose_alone(loss: str) -> None:
+    task, model = examples_of(loss)[0], adapted()
+    examples = encoded(task, PREFERRED[:4])
+    together = task.loss(model, task.collate(examples, training=True)).total
+    alone = sum(task.loss(model, task.collate([each], training=True)).total for each in examples)
+    torch.testing.assert_close(together, alone)
+
+
+def test_smoothing_takes_some_pairs_to_be_the_wrong_way_round() -> None:
+    plain, (task, examples) = examples_of("dpo")[0], examples_of("dpo", label_smoothing=0.2)
+    batch, model = task.collate(examples, training=False), adapted()
+    turned = plain.collate(encoded(plain, [_turned(row) for row in PREFERRED[:4]]), training=False)
+    expected = 0.8 * plain.loss(model, batch).total + 0.2 * plain.loss(model, turned).total
+    torch.testing.assert_close(task.loss(model, batch).total, expected)
+
+
+def _turned(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+
+
+def test_what_counts_are_the_turns_after_the_prompt() -> None:
+    user, said = {"role": "user", "content": "sun"}, {"role": "assistant", "content": "moon"}
+    chosen, rejected = ({"role": "assistant", "content": text} for text in ("the old mill", "tea"))
+    task = open_task("preference", "chat")
+    [pair] = encoded(task, [{"chosen": [user, said, user, chosen], "rejected": [user, said, user, rejected]}])
+    [text] = encoded(task, [{"prompt": "sun", "chosen": " tea", "rejected": " moon"}])
+    for example, expected in ((pair, ["the old mill<|im_end|>", "tea<|im_end|>"]), (text, [" tea<|im_end|>"] * 1)):
+        counted = [[number for number in each.tolist() if number >= 0] for each in split(example, "labels")]
+        assert [task.processor.decode(each) for each in counted][: len(expected)] == expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_reference_is_what_training_began_from(method: str) -> None:
+    model, task = adapted(**METHODS[method]), open_task("preference", "chat")
+    ids = {"input_ids": torch.arange(5, 25).view(2, 10)}
+    began, base = model(**ids).logits.detach(), build("llama")(**ids).logits
+    task.begin(model)
+    assert task.settings.reference == ("start" if method in BEGIN_ELSEWHERE else "base")
+    with torch.no_grad():
+        for _, _, parameter in named_tensors(model).values():
+            parameter.add_(torch.randn_like(parameter))
+    model.train()
+    random, trained = torch.get_rng_state(), {name: each.clone() for name, each in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    found = task.loss(model, task.collate(encoded(task, PREFERRED[:2]), training=True))
+    with task.reference(model):
+        seen = model.eval()(**ids).logits
+    torch.testing.assert_close(seen, began if method in BEGIN_ELSEWHERE else base)
+    assert modes.count(True) > 1
+    assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
+    if "dropout" not in method:
+        assert torch.equal(torch.get_rng_state(), random)
+    assert found.total.requires_grad
+
+
+def test_a_new_adapter_loses_log_2_and_learns() -> None:
+    model, task = adapted(**METHODS["dropout and a trained module"]).eval(), open_task("preference", "chat")
+    task.begin(model)
+    loss = task.loss(model, task.collate(encoded(task, PREFERRED[:4]), training=True)).total
+    assert float(loss.detach()) == pytest.approx(4 * math.log(2), rel=1e-5)
+    loss.backward()
+    trained = [parameter.grad for _, _, parameter in named_tensors(model).values()]
+    assert any(each is not None and each.abs().sum() > 0 for each in trained)
+
+
+def test_a_start_that_was_not_kept_is_no_reference() -> None:
+    with pytest.raises(DataError, match="not kept"), Reference("start")(adapted(**PROMPT)):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"beta": 0.0}, "beta"),
+        ({"label_smoothing": 0.5}, "label_smoothing"),
+        ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing"),
+        ({"loss": "simpo", "reference": "base"}, "reference"),
+    ],
+)
+def test_settings_that_say_nothing_are_refused(settings: dict[str, Any], key: str) -> None:
+    with pytest.raises(DataError) as caught:
+        open_task("preference", "chat", **settings)
+    assert caught.value.key == f"task.{key}"
+
+
+def test_rows_of_another_loss_are_refused() -> None:
+    for loss, row in (("kto", PREFERRED[0]), ("dpo", UNPAIRED[0])):
+        with pytest.raises(DataError, match="kto") as caught:
+            encoded(open_task("preference", "chat", loss=loss), [row])
+        assert caught.value.key == "task.loss"
+
+
+def test_single_answers_are_good_or_not() -> None:
+    task = open_task("preference", "chat", loss="kto")
+    found = encoded(task, [{**UNPAIRED[0], "label": label} for label in (True, 0, "yes", None)])
+    assert [int(each.arrays["good"]) for each in found[:2]] == [1, 0]
+    assert [(each.key, each.line) for each in found[2:]] == [("label", 3), ("label", 4)]
