@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -358,7 +359,9 @@ def _of_configs(path: Path) -> Valid:
 
 def _checkout(folder: Path) -> None:
     (folder / "configs").symlink_to(CONFIGS)
-    (folder / "data/spam").mkdir(parents=True)
-    for part in ("train", "eval"):  # what configs/tasks/fetch.py fetches
-        (folder / f"data/spam/{part}.jsonl").touch()
-        (folder / f"data/fashion-mnist/{part}").mkdir(parents=True)
+    for recipe in (CONFIGS / "tasks").glob("*.yaml"):  # what configs/tasks/fetch.py fetches
+        for name in re.findall(r"^  (?:train|eval): (data/\S+)$", recipe.read_text(encoding="utf-8"), re.M):
+            path = folder / name
+            (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
+            if path.suffix:
+                path.touch()
