@@ -16,6 +16,7 @@ from trainkit import build, run_recipe
 
 from peftcli.core.weights import named_tensors
 from peftcli.errors import DataError
+from peftcli.tasks.base import encoding
 from peftcli.tasks.text.answer_inputs import split
 from peftcli.tasks.text.reference import Reference
 
@@ -109,14 +110,27 @@ def test_the_reference_is_what_training_began_from(method: str) -> None:
     assert found.total.requires_grad
 
 
-def test_a_new_adapter_loses_log_2_and_learns() -> None:
-    model, task = adapted(**METHODS["dropout and a trained module"]).eval(), open_task("preference", "chat")
+@pytest.mark.parametrize("method", ["dropout and a trained module", "a start with an effect"])
+def test_a_new_adapter_loses_log_2_and_learns(method: str) -> None:
+    model, task = adapted(**METHODS[method]).eval(), open_task("preference", "chat")
     task.begin(model)
     loss = task.loss(model, task.collate(encoded(task, PREFERRED[:4]), training=True)).total
     assert float(loss.detach()) == pytest.approx(4 * math.log(2), rel=1e-5)
     loss.backward()
     trained = [parameter.grad for _, _, parameter in named_tensors(model).values()]
-    assert any(each is not None and each.abs().sum() > 0 for each in trained)
+    assert any(each is not None and each.abs().sum() > 1e-3 for each in trained)
+
+
+def test_the_reference_has_no_dropout() -> None:
+    model = adapted(**METHODS["a start with an effect"], lora_dropout=0.5).train()
+    after = []
+    for loss in ("simpo", "dpo"):  # without a reference, and with one
+        task = open_task("preference", "chat", loss=loss)
+        task.begin(model)
+        torch.manual_seed(0)
+        task.loss(model, task.collate(encoded(task, PREFERRED[:2]), training=True))
+        after.append(torch.get_rng_state())
+    assert torch.equal(*after)
 
 
 def test_a_start_that_was_not_kept_is_no_reference() -> None:
@@ -144,6 +158,8 @@ def test_rows_of_another_loss_are_refused() -> None:
         with pytest.raises(DataError, match="kto") as caught:
             encoded(open_task("preference", "chat", loss=loss), [row])
         assert caught.value.key == "task.loss"
+    one, other = (encoding("preference", open_task("preference", "chat", loss=loss)) for loss in ("dpo", "kto"))
+    assert one != other, "a loss never gets from the cache what another one has encoded"
 
 
 def test_single_answers_are_good_or_not() -> None:
