@@ -213,7 +213,7 @@ class Training:
     metric_for_best_model: str = "eval_loss"
     """Metric that decides which evaluation is best: a name as evaluation reports it."""
     greater_is_better: bool | None = None
-    """Whether a larger metric_for_best_model is better. Unset: yes, unless its name ends in loss or perplexity."""
+    """Whether a larger metric_for_best_model is better. Unset: no for losses, perplexity and error rates, else yes."""
     logging_steps: int = 10
     """Steps between lines in metrics.jsonl and in the log."""
 

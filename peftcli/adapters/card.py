@@ -302,7 +302,8 @@ def _python(library: str, use: TaskRow | None, adapter: str, loading: list[str])
         *loading,
         *(use.usage if use else ['inputs = tokenizer("Hello", return_tensors="pt")', "print(model(**inputs))"]),
     ]
-    return "```python\n" + "\n".join(lines) + "\n```\n"
+    written = "\n".join(line.replace(json.dumps(_SOMEWHERE), json.dumps(adapter)) for line in lines)
+    return f"```python\n{written}\n```\n"
 
 
 def _data_rows(info: Mapping[str, Any]) -> list[_Row]:

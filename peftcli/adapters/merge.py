@@ -31,6 +31,7 @@ from peftcli.core.layer import AdapterLayer, base_module, model_ends
 from peftcli.core.merge import merge, outermost
 from peftcli.core.weights import base_weights
 from peftcli.errors import AdapterError, ModelError, UsageError
+from peftcli.guard.files import read_json_object
 from peftcli.models import tokens
 from peftcli.models.open import OpenBase, open_base
 from peftcli.models.quantization import forget
@@ -42,6 +43,8 @@ from peftcli.tasks.text.stop_tokens import missing_stops
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
 """Largest difference of logits that rounding the merged weights explains, as a share of the logits' deviation."""
+_MAX_GENERATION_CONFIG = 1_000_000
+"""Bytes. Whisper's has 4,000."""
 
 
 @dataclass(frozen=True)
@@ -372,10 +375,13 @@ def _write_companions(job: _Job, output: Path, untied: bool) -> None:
 
 
 def _save_generation_config(job: _Job, output: Path, tokenizer: Any, config: Any) -> None:
-    """The base model's generation config, with the tokens that the adapter's answers end with."""
+    """The adapter's generation config, else the base model's with the tokens that the adapter's answers end with."""
     from transformers import GenerationConfig
 
     path = output / "generation_config.json"
+    if (own := job.source.folder / path.name).is_file():
+        _write_json(path, read_json_object(own, _MAX_GENERATION_CONFIG))
+        return
     if theirs := job.base.file(path.name):
         path.write_bytes(theirs.read_bytes())
     made = GenerationConfig.from_model_config(config)

@@ -125,6 +125,12 @@ class AdapterConfig(PeftConfigMixin):
             if key not in later:
                 raise AdapterError(one_line(message), key=key)
 
+    def note_base_class(self, model: Any) -> None:
+        """Note the class of a model of transformers where ``task_type`` does not say it: PEFT's auto class asks."""
+        kind = type(model)
+        if self.task_type is None and kind.__module__.startswith("transformers."):
+            self.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+
     def prepare(self, load_tokenizer: Callable[..., Any]) -> None:
         """Turn settings that are text into token ids. Called once, before a new adapter is injected.
 

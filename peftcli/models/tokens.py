@@ -210,10 +210,20 @@ def save_with_adapter(folder: Path, tokenizer: PreTrainedTokenizerBase, base: Ba
     Raises:
         StorageError: the folder cannot be written.
     """
-    if not base.new_tokens and base.chat_template is None:
-        return []
+    return save_processor(folder, tokenizer) if base.new_tokens or base.chat_template is not None else []
+
+
+def save_processor(folder: Path, processor: Any) -> list[str]:
+    """Write the files of a tokenizer, or of a processor that has one, into an adapter folder.
+
+    Returns:
+        Names of the files.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer.save_pretrained(scratch)
+        processor.save_pretrained(scratch)
         config = Path(scratch) / "tokenizer_config.json"
         described = json.loads(config.read_bytes())
         for key in ("is_local", "local_files_only"):  # how it was loaded here

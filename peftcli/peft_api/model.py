@@ -528,12 +528,8 @@ def wrap(model: nn.Module, config: AdapterConfig, adapter_name: str, kind: type[
 
 
 def _with_base_class(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
-    """Note the class of a model of transformers in a config whose task_type does not say it: PEFT's auto class asks."""
-    kind = type(model)
-    if config.task_type is not None or not kind.__module__.startswith("transformers."):
-        return config
     noted = copy.copy(config)
-    noted.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    noted.note_base_class(model)
     return noted
 
 

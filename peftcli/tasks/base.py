@@ -89,6 +89,8 @@ class Task(ABC, Generic[Settings]):
     """Whether a size counts the targets too; else the account of the data adds them."""
     flags: ClassVar[Mapping[str, int]] = {}
     """Facts of rows that run.json counts: name -> bit of ``Outcome.flags``. ``truncated`` says that a row was cut."""
+    lower_is_better: ClassVar[Sequence[str]] = ("loss", "perplexity")
+    """How the names of metrics end of which a smaller value is better."""
     packages: ClassVar[Mapping[str, str]] = {}
     """Optional packages that training and evaluation need -> the extra that brings each."""
     identity: ClassVar[Sequence[str]] = ()

@@ -54,6 +54,7 @@ class Classification(Task[Settings]):
     """The task's name in ``TASKS``."""
     arguments: ClassVar[tuple[str, ...]]
     """The columns that texts or files on the command line fill, row after row."""
+    lower_is_better = ("loss", "mse")
     packages: ClassVar = {"sklearn": "metrics"}
 
     def __init__(self, settings: Settings, processor: Any, base: OpenBase):

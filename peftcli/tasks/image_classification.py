@@ -19,7 +19,8 @@ from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, require_extra
 from peftcli.tasks.classification import LABEL, Classification
-from peftcli.tasks.pictures import File, file_of, in_row, open_image, shown_image
+from peftcli.tasks.files import File, file_of, in_row
+from peftcli.tasks.pictures import open_image, shown_image
 from peftcli.tasks.shown import Label, Shown
 
 

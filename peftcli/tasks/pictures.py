@@ -1,19 +1,15 @@
-"""Picture files of rows, for every task whose rows have some: found, checked, decoded, read again for a batch."""
+"""Pictures of rows, for every task whose rows have some: decoded, turned upright, shown."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from peftcli.data.rows import Place, Reader, Row
 from peftcli.errors import DataError
 from peftcli.tasks import shown
 
@@ -23,54 +19,6 @@ if TYPE_CHECKING:
 _THUMBNAIL = 96
 """The longer side of a picture that ``inspect`` shows."""
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-
-
-@dataclass(frozen=True)
-class File:
-    """A file of a row, as a store holds it: three columns ``path`` (str), ``content`` and ``digest`` (bytes)."""
-
-    path: str
-    """Empty where the row has only bytes."""
-    held: bytes
-    """The bytes that the row has; empty where the path is read."""
-    digest: bytes
-
-    def read(self) -> bytes:
-        """Read the file, which must still be the one that was encoded.
-
-        Raises:
-            DataError: it is not.
-        """
-        content = self.held or _read(self.path)
-        if _digest(content) != self.digest:
-            raise DataError("has changed since the rows were read", file=self.path, hint="Start a new run.")
-        return content
-
-
-def file_of(row: Row, reader: Reader, column: str) -> tuple[File, bytes]:
-    """The file that a row names, or whose bytes it has, and its content.
-
-    Raises:
-        DataError: the row has none, or it cannot be read.
-    """
-    value, key = reader.value(row, column), reader.names[column]
-    path, content = (value.get("path"), value.get("bytes")) if isinstance(value, dict) else (value, None)
-    if isinstance(value, bytes):
-        path, content = "", value
-    if not content and (not isinstance(path, str) or not path):
-        raise row.place.error(f"expected a file or the bytes of a picture, found {value!r:.60}", key=key)
-    found = str(path or "") if content else _find(str(path), row.place)
-    try:
-        read = content or _read(found)
-    except DataError as error:
-        raise in_row(error, row, key) from None
-    return File(found, content or b"", _digest(read)), read
-
-
-def in_row(error: DataError, row: Row, key: str) -> DataError:
-    """The error of a picture's file, as one of its row, with the path."""
-    message = f"{error.file}: {error.message}" if error.file else error.message
-    return row.place.error(message, key=key, hint=error.hint)
 
 
 @contextmanager
@@ -122,27 +70,3 @@ def shown_image(image: Image, path: str, size: tuple[int, int], mode: str) -> sh
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     image.convert("RGB").save(content, "PNG")
     return shown.Image(path, *size, mode, content.getvalue())
-
-
-def _read(path: str) -> bytes:
-    """Read a file.
-
-    Raises:
-        DataError: the row has no picture, or it cannot be read.
-    """
-    if not Path(path).is_file():
-        raise DataError("no such file", file=path)
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", file=path) from None
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()[:8]
-
-
-def _find(path: str, place: Place) -> str:
-    """Return a picture's path, which may be relative to the file that names it."""
-    beside = Path(place.source).parent / path
-    return str(beside) if beside.is_file() else path

@@ -31,8 +31,9 @@ from peftcli.system.disk import write_file
 from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, model_inputs, require_extra, write_task
 from peftcli.tasks.classification import listed
+from peftcli.tasks.files import File, file_of, in_row
 from peftcli.tasks.findings import FINDINGS
-from peftcli.tasks.pictures import File, file_of, in_row, open_image, opened, shown_image
+from peftcli.tasks.pictures import open_image, opened, shown_image
 from peftcli.tasks.shown import Description, Label, Shown
 
 if TYPE_CHECKING:

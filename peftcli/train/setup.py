@@ -106,6 +106,7 @@ def adapted_model(recipe: Recipe, config: AdapterConfig, task: Task[Any]) -> tup
         notes += task.fit_model(model, config)
     set_seed(recipe.training.seed)
     config.task_type = row_of(recipe).task_type
+    config.note_base_class(model)
     config.base_model_name_or_path, config.revision = base.name, base.revision
     config.prepare(lambda name: open_base(BaseModel(name=name)).processor() if name else task.base.processor())
     injection = inject(model, config, initialised=loaded.initialised)

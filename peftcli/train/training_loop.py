@@ -154,7 +154,7 @@ class TrainingLoop:
                 key="training.metric_for_best_model",
             )
         greater = training.greater_is_better
-        greater = not name.endswith(("loss", "perplexity")) if greater is None else greater
+        greater = not name.endswith(tuple(self.data.task.lower_is_better)) if greater is None else greater
         before = progress.best_eval.get(name)
         best = before is None or (metrics[name] > before if greater else metrics[name] < before)
         if best:

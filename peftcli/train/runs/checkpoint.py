@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from accelerate import Accelerator
@@ -384,7 +385,7 @@ def _load_optimizer(state: State, tensors: dict[str, torch.Tensor]) -> None:
 
 def random_state() -> dict[str, torch.Tensor]:
     """The states of this process's random number generators, for ``restore_random``."""
-    states = {"cpu": torch.get_rng_state()}
+    states = {"cpu": torch.get_rng_state(), **_numpy_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
@@ -393,8 +394,20 @@ def random_state() -> dict[str, torch.Tensor]:
 def restore_random(states: dict[str, torch.Tensor]) -> None:
     """Restore the random number generators to a ``random_state``."""
     torch.set_rng_state(states["cpu"])
+    if "numpy" in states:  # not in older checkpoints
+        *keys, position, has_gauss = states["numpy"].tolist()
+        np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, float(states["numpy_gauss"])))
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _numpy_state() -> dict[str, torch.Tensor]:
+    """The state of numpy's global generator, from which models draw what they mask (SpecAugment)."""
+    state: Any = np.random.get_state(legacy=False)
+    return {
+        "numpy": torch.tensor([*state["state"]["key"].tolist(), state["state"]["pos"], state["has_gauss"]]),
+        "numpy_gauss": torch.tensor(state["gauss"], dtype=torch.float64),
+    }
 
 
 def _random_file(process: int) -> str:

@@ -1,0 +1,93 @@
+"""Files of rows, pictures and sounds: found, checked, and read again for a batch. What is in them is not cached."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftcli.data.rows import Place, Reader, Row
+from peftcli.errors import DataError
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a row, as a store holds it: three columns ``path`` (str), ``content`` and ``digest`` (bytes)."""
+
+    path: str
+    """Empty where the row has only bytes."""
+    held: bytes
+    """The bytes that the row has; empty where the path is read."""
+    digest: bytes
+
+    def read(self) -> bytes:
+        """Read the file, which must still be the one that was encoded.
+
+        Raises:
+            DataError: it is not.
+        """
+        content = self.held or _read(self.path)
+        if digest_of(content) != self.digest:
+            raise DataError(
+                "has changed since the rows were read",
+                file=self.path,
+                hint="Forget what was read: peftcli cache clear. Then start a new run.",
+            )
+        return content
+
+
+def file_of(row: Row, reader: Reader, column: str, what: str = "a picture") -> tuple[File, bytes]:
+    """The file that a row names, or whose bytes it has, and its content.
+
+    Args:
+        row: The row.
+        reader: Says where its columns are.
+        column: The task's name of the one.
+        what: The file is, for the error.
+
+    Raises:
+        DataError: the row has none, or it cannot be read.
+    """
+    value, key = reader.value(row, column), reader.names[column]
+    path, content = (value.get("path"), value.get("bytes")) if isinstance(value, dict) else (value, None)
+    if isinstance(value, bytes):
+        path, content = "", value
+    if not content and (not isinstance(path, str) or not path):
+        raise row.place.error(f"expected a file or the bytes of {what}, found {value!r:.60}", key=key)
+    found = str(path or "") if content else _find(str(path), row.place)
+    try:
+        read = content or _read(found)
+    except DataError as error:
+        raise in_row(error, row, key) from None
+    return File(found, content or b"", digest_of(read)), read
+
+
+def in_row(error: DataError, row: Row, key: str) -> DataError:
+    """The error of a file, as one of its row, with the path."""
+    message = f"{error.file}: {error.message}" if error.file else error.message
+    return row.place.error(message, key=key, hint=error.hint)
+
+
+def _read(path: str) -> bytes:
+    """Read a file.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+    """
+    if not Path(path).is_file():
+        raise DataError("no such file", file=path)
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", file=path) from None
+
+
+def digest_of(content: bytes) -> bytes:
+    """By which a file's content is known again."""
+    return hashlib.sha256(content).digest()[:8]
+
+
+def _find(path: str, place: Place) -> str:
+    """Return a path, which may be relative to the file that names it."""
+    beside = Path(place.source).parent / path
+    return str(beside) if beside.is_file() else path
