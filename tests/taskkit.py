@@ -14,6 +14,7 @@ import torch
 import transformers
 from classifierkit import ROWS, classifier_base, segformer_config, write_pictures, write_scene
 from PIL import Image
+from soundkit import tone_rows, whisper_base
 from trainkit import PAIRS, base_folder, scratch, write_rows
 
 
@@ -176,6 +177,13 @@ def _mean_iou(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]])
     return {"mean_iou": float(np.mean(shares)), "overall_accuracy": float((wanted == found).mean())}
 
 
+def _words(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    import jiwer
+
+    wanted, found = [row["text"] for row in rows], [answer["text"] for answer in answers]
+    return {"wer": jiwer.wer(wanted, found), "cer": jiwer.cer(wanted, found)}
+
+
 CASES: dict[str, Case] = {
     "sequence_classification": _classes("bert"),
     "a decoder": _classes("llama"),
@@ -225,5 +233,14 @@ CASES: dict[str, Case] = {
         found={"labels": ["B-PER", "O", "B-LOC", "I-PER"], "scheme": "iob2"},
         metrics=frozenset({"loss", "precision", "recall", "f1", "accuracy", "f1_PER", "f1_LOC"}),
         recompute=_entities,
+    ),
+    "speech_recognition": Case(
+        base=whisper_base,
+        task={"type": "speech_recognition", "language": "en"},
+        rows=tone_rows,
+        found={"language": "en", "mode": "transcribe"},
+        metrics=frozenset({"loss", "wer", "cer"}),
+        recompute=_words,
+        has_head=False,
     ),
 }

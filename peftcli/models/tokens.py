@@ -214,7 +214,7 @@ def save_with_adapter(folder: Path, tokenizer: PreTrainedTokenizerBase, base: Ba
 
 
 def save_processor(folder: Path, processor: Any) -> list[str]:
-    """Write the files of a tokenizer, or of a processor that has one, into an adapter folder.
+    """Write the files of a processor into an adapter folder.
 
     Returns:
         Names of the files.

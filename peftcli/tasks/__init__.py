@@ -40,7 +40,8 @@ class TaskRow:
     """The hub's name of what such a model does."""
     summary: str
     usage: tuple[str, ...]
-    """Lines of Python that use a loaded ``model`` and processor once, for the model card."""
+    """Lines of Python that use a loaded ``model`` and processor once, for the model card; in them
+    ``"path/to/this/adapter"`` is the adapter."""
     example: str = '"Hello"'
     """What ``peftcli predict`` answers, on a command line."""
 
@@ -102,6 +103,7 @@ _GENERATE = (
 )
 _ANSWERED = (("prompt", "completion"), ("messages",), ("instruction", "output"), ("conversations",))
 _TAGS = ("ner_tags", "tags", "labels", "pos_tags", "upos")
+_TRANSCRIPTS = ("text", "sentence", "transcription")
 _PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"))
 
 TASKS: dict[str, TaskRow] = {
@@ -239,6 +241,26 @@ TASKS: dict[str, TaskRow] = {
             'inputs = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")',
             "logits = model(**inputs).logits[0]  # (classes, height / 4, width / 4)",
             "print([model.config.id2label[int(each)] for each in logits.argmax(0).unique()])",
+        ),
+    ),
+    "speech_recognition": TaskRow(
+        task_type=None,
+        auto_class="AutoModelForSpeechSeq2Seq",
+        settings=settings.SpeechRecognition,
+        module="speech_recognition",
+        processor="processor",
+        reads=tuple((audio, text) for audio in ("audio", "file_name") for text in _TRANSCRIPTS),
+        pipeline_tag="automatic-speech-recognition",
+        summary="write down what is said, or what it means in English (Whisper)",
+        example="FILE",
+        usage=(
+            "from transformers import GenerationConfig",
+            "",
+            "# instead of numbers: the samples of a clip, as soundfile reads them",
+            'inputs = processor([0.1, -0.1] * 8000, sampling_rate=16000, return_tensors="pt")',
+            'settings = GenerationConfig.from_pretrained("path/to/this/adapter")',
+            "tokens = model.generate(**inputs, generation_config=settings)",
+            "print(processor.batch_decode(tokens, skip_special_tokens=True)[0])",
         ),
     ),
 }

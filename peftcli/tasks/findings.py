@@ -42,4 +42,23 @@ MASKS = by_name(
 )
 """Those of semantic segmentation."""
 
-FINDINGS = generic.FINDINGS | text.FINDINGS | CLASSES | MASKS
+SOUND = by_name(
+    # Without the words that are cut off with the sound, the rows would be right; nobody knows where they end.
+    Kind(
+        "clips_too_long",
+        "warning",
+        "are longer than the model hears at once and are left out",
+        "Cut the clips, and their transcripts, into pieces of at most 30 seconds.",
+        error_above=0.5,
+    ),
+    Kind(
+        "silent_clips",
+        "warning",
+        "are clips without sound: a model that is trained on them says what nobody said",
+        "Remove these rows.",
+        error_above=0.5,
+    ),
+)
+"""Those of speech_recognition."""
+
+FINDINGS = generic.FINDINGS | text.FINDINGS | CLASSES | MASKS | SOUND

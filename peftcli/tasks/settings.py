@@ -217,6 +217,30 @@ class Preference:
         return {}
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpeechRecognition:
+    """Settings of speech_recognition."""
+
+    language: str | None = None
+    """The language that is spoken, as ``de`` or ``german``. A Whisper model that knows several needs it; one that knows
+    English alone has no use for it."""
+    mode: Literal["transcribe", "translate"] = "transcribe"
+    """What the text of a row is: what is said, or what it means in English. For Whisper models that know several
+    languages."""
+    timestamps: bool = False
+    """Whether texts say when each part begins and ends, as in ``<|0.00|> Hello.<|1.20|>``, and answers do. For Whisper
+    models."""
+    num_beams: int = field(default=1, metadata=NOT_ENCODED)
+    """Answers that are followed at once when one is looked for; 1: the likeliest token is taken each time."""
+    normalize_text: bool = field(default=False, metadata=NOT_ENCODED)
+    """Compare texts as Whisper's authors do, in evaluation: in lower case, without punctuation, English numbers and
+    spellings in one form. Texts are trained as they are."""
+
+    def model_options(self) -> dict[str, Any]:
+        """Options of ``from_pretrained``: none."""
+        return {}
+
+
 def is_iob2(tag: str) -> bool:
     """Whether a tag says where an entity begins or goes on, or that there is none."""
     return tag == "O" or (tag[:2] in ("B-", "I-") and len(tag) > 2)

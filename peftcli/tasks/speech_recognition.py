@@ -1,0 +1,443 @@
+"""Speech recognition: write down what is said, or what it means in English, with Whisper or another encoder-decoder.
+
+A row: ``{"audio": "clips/1.wav", "text": "Please enter your password."}``. Sounds are read with soundfile, and brought
+to the rate that the model hears with soxr, when a batch needs them (arXiv:2212.04356).
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from peftcli.core.config import AdapterConfig
+from peftcli.data.findings import Finding, Records
+from peftcli.data.rows import Reader, Row, Table
+from peftcli.data.store import Column, Example, Outcome, View
+from peftcli.errors import DataError
+from peftcli.models import tokens
+from peftcli.models.open import OpenBase
+from peftcli.schema import Source
+from peftcli.tasks import settings
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, model_inputs, on_device, require_extra, write_task
+from peftcli.tasks.classification import shortened
+from peftcli.tasks.files import File, digest_of, file_of, in_row
+from peftcli.tasks.findings import SOUND as FINDINGS
+from peftcli.tasks.shown import Description, Facts, Shown, Text
+from peftcli.tasks.text.chat import IGNORED
+from peftcli.tasks.text.collate import padded
+from peftcli.tasks.text.language_model import tokenizer_fingerprint
+from peftcli.tasks.text.token_loss import token_loss
+from peftcli.tasks.text.token_text import TokenRenderer
+
+if TYPE_CHECKING:
+    from soundfile import SoundFile
+
+TOO_LONG = "longer than the model hears at once"
+_SILENT = 1
+_QUIET = 2.0**-10
+"""The largest sample of a clip without sound, where 1 is the loudest that a file can hold."""
+_FRAMES = 100
+"""Frames of a second."""
+_BLOCK = 1 << 16
+_TIME = re.compile(r"<\|\d+\.\d+\|>")
+_ALL_LANGUAGES = 51865
+"""Tokens of the smallest Whisper model that knows several languages."""
+
+
+class SpeechRecognition(Task[settings.SpeechRecognition]):
+    """The task ``speech_recognition``."""
+
+    name = "speech_recognition"
+    arguments = ("audio",)
+    columns: ClassVar = {
+        "path": Column("str"),
+        "content": Column("bytes"),
+        "digest": Column("bytes"),
+        "labels": Column(),
+        "text": Column("str"),
+    }
+    unit = "frames"
+    identity = ("digest",)
+    lower_is_better = ("loss", "wer", "cer")
+    packages: ClassVar = {"soundfile": "audio", "soxr": "audio", "jiwer": "audio"}
+
+    def __init__(self, settings: settings.SpeechRecognition, processor: Any, base: OpenBase):
+        for package in ("soundfile", "soxr"):
+            require_extra(package, "audio")
+        super().__init__(settings, processor, base)
+
+    @cached_property
+    def extractor(self) -> Any:
+        """What makes the model's inputs from samples."""
+        if not hasattr(self.processor, "feature_extractor"):
+            raise DataError(f"{self.base.name} has no processor of sound and text", key="base_model")
+        return self.processor.feature_extractor
+
+    @property
+    def tokenizer(self) -> Any:
+        """What makes tokens of a text."""
+        return self.processor.tokenizer
+
+    @property
+    def rate(self) -> int:
+        """Samples of a second that the model hears."""
+        return int(self.extractor.sampling_rate)
+
+    @property
+    def longest(self) -> float:
+        """Seconds that it hears at once: Whisper 30, other models what there is memory for."""
+        return getattr(self.extractor, "n_samples", math.inf) / self.rate
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens of an answer at most."""
+        return getattr(self.base.config, "max_target_positions", None)
+
+    @property
+    def is_whisper(self) -> bool:
+        """Whether answers begin with tokens for language and mode."""
+        return hasattr(self.tokenizer, "set_prefix_tokens")
+
+    @cached_property
+    def generation(self) -> Any:
+        """How answers are generated: as the base model says, and in the language and the mode of the settings.
+
+        Raises:
+            DataError: the settings do not fit the model.
+        """
+        from transformers import GenerationConfig
+
+        if self.base.file("generation_config.json"):
+            found: Any = GenerationConfig.from_pretrained(self.base.folder)
+        else:
+            found = GenerationConfig.from_model_config(self.base.config)
+        if found.max_length is None and found.max_new_tokens is None:
+            found.max_length = self.positions
+        found.num_beams = self.settings.num_beams
+        if self.is_whisper:
+            self._set_whisper(found)
+            return found
+        plain = type(self.settings)()
+        for key in ("language", "mode", "timestamps"):
+            if getattr(self.settings, key) != getattr(plain, key):
+                raise DataError("is a setting of Whisper models", key=f"task.{key}")
+        return found
+
+    def _set_whisper(self, found: Any) -> None:
+        """Complete Whisper's generation config, in which old models name no tokens and force some.
+
+        Raises:
+            DataError: the model does not know the language, or knows several and the settings name none.
+        """
+        from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS, TO_LANGUAGE_CODE
+
+        known, given = self.tokenizer.get_vocab(), (self.settings.language or "").lower()
+        code, key = TO_LANGUAGE_CODE.get(given, given), "task.language"
+        several = getattr(found, "is_multilingual", None)
+        if several is None:
+            several = bool(given) or self.base.config.vocab_size >= _ALL_LANGUAGES
+        found.is_multilingual, found.return_timestamps = several, self.settings.timestamps
+        found.forced_decoder_ids = None  # they would stand against language and mode
+        found.language = found.task = None
+        found.no_timestamps_token_id = known["<|notimestamps|>"]
+        if not several:
+            if code not in ("", "en") or self.settings.mode == "translate":
+                key = key if code not in ("", "en") else "task.mode"
+                raise DataError(f"{self.base.name} knows English alone", key=key, hint="leave it out")
+            return
+        found.lang_to_id = {name: known[name] for each in LANGUAGES if (name := f"<|{each}|>") in known}
+        found.task_to_id = {name: known[f"<|{name}|>"] for name in TASK_IDS if f"<|{name}|>" in known}
+        if not given:
+            message = f"is missing: {self.base.name} knows {len(found.lang_to_id)} languages"
+            raise DataError(message, key=key, hint="name the one that is spoken, as in task.language: en")
+        if f"<|{code}|>" not in found.lang_to_id:
+            raise DataError(f"{self.base.name} knows no language {given!r}", key=key)
+        found.language, found.task = code, self.settings.mode
+
+    @cached_property
+    def prefix(self) -> list[int]:
+        """The tokens of each answer before its text, without the one that starts the decoder."""
+        spoken = self.generation
+        if not self.is_whisper:
+            return []
+        start = [spoken.lang_to_id[f"<|{spoken.language}|>"], spoken.task_to_id[spoken.task]] if spoken.language else []
+        return start + ([] if self.settings.timestamps else [spoken.no_timestamps_token_id])
+
+    @property
+    def advice(self) -> Mapping[str, str]:
+        return {TOO_LONG: FINDINGS["clips_too_long"].advice}
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            "limits": [self.rate, str(self.longest), self.positions],
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "prefix": self.prefix,
+            "versions": {name: version(name) for name in ("transformers", "tokenizers", "soundfile")},
+        }
+
+    def record_findings(self, records: Records) -> list[Finding]:
+        return [
+            *records.findings(FINDINGS["clips_too_long"], records.with_outcome(TOO_LONG)),
+            *records.findings(FINDINGS["silent_clips"], records.with_flag(_SILENT), of_used=True),
+        ]
+
+    def read(self, table: Table, *, labelled: bool = True) -> Reader:
+        return table.reader(
+            "speech",
+            optional=() if labelled else ("text",),
+            audio=("audio", "file_name", "path", "file"),
+            text=("text", "sentence", "transcription", "transcript"),
+        )
+
+    def encode(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
+        outcomes = list[Outcome | DataError]()
+        for row in rows:
+            try:
+                text = self._spoken(row, reader)
+                outcomes.append(self._heard(row, reader, text, self._labels(text, row, reader)))
+            except DataError as error:
+                outcomes.append(error)
+        return outcomes
+
+    def _spoken(self, row: Row, reader: Reader) -> str:
+        text = reader.value(row, "text")
+        if not isinstance(text, str) or not text.strip():
+            raise row.place.error(f"expected what is said, found {shortened(text)}", key=reader.names["text"])
+        if bool(_TIME.search(text)) != self.settings.timestamps and self.is_whisper:
+            message = "has no times such as <|0.00|>" if self.settings.timestamps else "has times such as <|0.00|>"
+            hint = f"task.timestamps is {str(self.settings.timestamps).lower()}."
+            raise row.place.error(message, key=reader.names["text"], hint=hint)
+        return text
+
+    def _labels(self, text: str, row: Row, reader: Reader) -> list[int]:
+        """The tokens that the decoder is trained to say. It starts by itself: the model shifts them."""
+        end = self.tokenizer.eos_token_id
+        if self.is_whisper:
+            found = [*self.prefix, *self.tokenizer(text, add_special_tokens=False)["input_ids"], end]
+        else:
+            found = list(self.tokenizer(text)["input_ids"])
+            found = found[found[:1] == [self.generation.decoder_start_token_id] :]
+            found += [] if found[-1:] == [end] else [end]
+        if self.positions is not None and len(found) > self.positions:
+            message = f"has {len(found)} tokens; the model can say {self.positions}"
+            raise row.place.error(message, key=reader.names["text"], hint="Cut clip and text into pieces.")
+        return found
+
+    def _heard(self, row: Row, reader: Reader, text: str = "", labels: Sequence[int] = ()) -> Outcome:
+        """The example of a row, whose sound is read to the end if the model can hear it.
+
+        Raises:
+            DataError: it cannot be read, or holds nothing.
+        """
+        key = reader.names["audio"]
+        try:
+            value = reader.value(row, "audio")
+            if isinstance(value, dict) and value.get("array") is not None:
+                content = _as_file(value)
+                file = File("", content, digest_of(content))
+            else:
+                file, content = file_of(row, reader, "audio", "a sound")
+            with opened(content, file.path) as sound:
+                size = math.ceil(sound.frames / sound.samplerate * _FRAMES)
+                if labels and sound.frames > self.longest * sound.samplerate:
+                    return Outcome(reason=TOO_LONG, size=size)
+                loudest = [float(np.abs(block).max()) for block in sound.blocks(_BLOCK, dtype="float32")]
+            if not loudest or not math.isfinite(sum(loudest)):
+                raise DataError("has samples that are no numbers" if loudest else "has no samples", file=file.path)
+        except DataError as error:
+            raise error if error.key is not None else in_row(error, row, key) from None
+        arrays = {"path": file.path, "content": file.held, "digest": file.digest, "labels": labels, "text": text}
+        return Outcome([Example(arrays, size, len(labels))], size=size, flags=_SILENT if max(loudest) <= _QUIET else 0)
+
+    def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
+        batch = self._features([self._sound(each) for each in examples])
+        batch["labels"] = padded([each.arrays["labels"] for each in examples], IGNORED)  # the end, which pads, counts
+        return batch if training else batch | {"_texts": [each.arrays["text"] for each in examples]}
+
+    def _sound(self, example: Example) -> np.ndarray:
+        """The samples of an example, at the rate that the model hears."""
+        import soxr
+
+        file = File(*(example.arrays[name] for name in ("path", "content", "digest")))
+        with opened(file.read(), file.path) as sound:
+            samples, given = sound.read(dtype="float32", always_2d=True).mean(axis=1), sound.samplerate
+        return samples if given == self.rate else soxr.resample(samples, given, self.rate)
+
+    def _features(self, sounds: Sequence[np.ndarray], *, whole: bool = False) -> Batch:
+        """What the model hears; with ``whole`` also what is beyond its limit."""
+        limited = math.isfinite(self.longest) and not whole
+        options: dict[str, Any] = {"padding": "max_length" if limited else "longest", "truncation": limited}
+        found = self.extractor(
+            list(sounds), sampling_rate=self.rate, return_attention_mask=True, return_tensors="pt", **options
+        )
+        return dict(found)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        inputs = _as_computed(model, model_inputs(batch))
+        found = token_loss(model(**inputs, use_cache=False).logits, batch["labels"])
+        if model.training:
+            return found
+        answers = self._generate(model, {name: value for name, value in inputs.items() if name != "labels"})
+        pairs = zip(batch["_texts"], map(self._said, answers), strict=True)
+        return replace(found, outputs=list(pairs))
+
+    def _generate(self, model: Any, inputs: Batch, **options: Any) -> list[list[int]]:
+        found: list[list[int]] = model.generate(**inputs, **options).tolist()
+        return found
+
+    def _said(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
+        import jiwer
+
+        wanted, found = (
+            [self._compared(_TIME.sub(" ", text)) for text in texts] for texts in zip(*outputs, strict=True)
+        )
+        return {
+            "loss": float(sums["loss"]) / num_targets,
+            "wer": float(jiwer.wer(wanted, found)),
+            "cer": float(jiwer.cer(wanted, found)),
+        }
+
+    def _compared(self, text: str) -> str:
+        """A text as error rates compare it."""
+        return " ".join((self._normaliser(text) if self.settings.normalize_text else text).split())
+
+    @cached_property
+    def _normaliser(self) -> Callable[[str], str]:
+        from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+        english = self.is_whisper and (self.generation.language in (None, "en") or self.settings.mode == "translate")
+        spellings = getattr(self.tokenizer, "english_spelling_normalizer", None) or {}
+        normaliser: Callable[[str], str] = EnglishTextNormalizer(spellings) if english else BasicTextNormalizer()
+        return normaliser
+
+    def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
+        """Answer rows in their order; those of similar size share a batch, and one that is too long stands alone."""
+        rows = list(rows)
+        columns = tuple(dict.fromkeys(name for row in rows for name in row.values))
+        reader = self.read(
+            Table(Source(train="", columns=dict(options.columns)), rows[0].place.source, columns), labelled=False
+        )
+        examples = [self._heard(row, reader).examples[0] for row in rows]
+        order = sorted(range(len(rows)), key=lambda at: examples[at].size)
+        short = [at for at in order if examples[at].size <= self.longest * _FRAMES]
+        batches = [short[start : start + options.batch_size] for start in range(0, len(short), options.batch_size)]
+        found = dict[int, dict[str, Any]]()
+        for chosen in [*batches, *([at] for at in order[len(short) :])]:
+            found |= zip(chosen, self._answers(model, [examples[at] for at in chosen]), strict=True)
+        yield from (found[at] for at in range(len(rows)))
+
+    @torch.inference_mode()
+    def _answers(self, model: Any, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        """What ``predict`` says of examples; of one that is too long, what is said in all of it."""
+        long = examples[0].size > self.longest * _FRAMES
+        batch = self._features([self._sound(each) for each in examples], whole=long)
+        inputs = _as_computed(model, on_device(batch, next(model.parameters()).device))
+        answers = list[dict[str, Any]]()
+        for ids in self._generate(model, inputs, **({"return_timestamps": True} if long else {})):
+            answer: dict[str, Any] = {"text": self._said(ids)}
+            if self.settings.timestamps:
+                parts = self.tokenizer.decode(ids, skip_special_tokens=True, output_offsets=True)["offsets"]
+                answer["chunks"] = [{"timestamp": list(part["timestamp"]), "text": part["text"]} for part in parts]
+            answers.append(answer)
+        return answers
+
+    def show(self, example: Example) -> Shown:
+        """How long the clip is, and its transcript."""
+        ids, seconds = np.asarray(example.arrays["labels"]).tolist(), example.size / _FRAMES
+        facts = {"sound": example.arrays["path"] or "in the row", "length": f"{seconds:.2f} s"}
+        transcript = Text(TokenRenderer(self.tokenizer).render(ids), "transcript")
+        return Shown([Facts(facts), transcript], {"labels": ids, "text": example.arrays["text"], "seconds": seconds})
+
+    def describe(self, view: View) -> Description:
+        if not len(view):
+            return Description()
+        seconds = view.sizes / _FRAMES
+        words = f"{seconds.sum() / 60:.1f} minutes; a clip {seconds.min():.1f} to {seconds.max():.1f} s"
+        return Description({"seconds": float(seconds.sum())}, {"sound": words})
+
+    def probe(self) -> Batch:
+        """Two clips of noise, and random tokens."""
+        random = torch.Generator().manual_seed(0)
+        noise = torch.randn(2, self.rate, generator=random).numpy() / 10
+        ids = torch.randint(len(self.tokenizer), (2, 8), generator=random)
+        return {**self._features(list(noise)), "decoder_input_ids": ids}
+
+    def fit_model(self, model: Any, config: AdapterConfig | None) -> list[str]:
+        """Let the model generate in the language and mode of the settings."""
+        logging.getLogger("transformers.generation.utils").setLevel(logging.ERROR)  # of what Whisper itself passes on
+        model.generation_config = copy.deepcopy(self.generation)
+        if getattr(model.config, "forced_decoder_ids", None) is not None:
+            model.config.forced_decoder_ids = None
+        return []
+
+    def save(self, folder: Path) -> list[str]:
+        self.generation.save_pretrained(folder)
+        own = [write_task(folder, self.name, self.settings, {}), "generation_config.json"]
+        return own + tokens.save_processor(folder, self.processor)
+
+    def record(self, folder: Path, model: nn.Module) -> dict[str, Any]:
+        return {}
+
+
+@contextmanager
+def opened(content: bytes, path: str) -> Iterator[SoundFile]:
+    """Open a sound. Inside, what soundfile raises is about the sound.
+
+    Raises:
+        DataError: it cannot be read; ``path`` names it.
+    """
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            yield file
+    except (RuntimeError, TypeError, ValueError) as error:
+        message = str(error).partition(": ")[2] or str(error)
+        raise DataError(f"cannot be read as WAV, FLAC, OGG or MP3: {message}", file=path or None) from None
+
+
+def _as_file(value: Mapping[str, Any]) -> bytes:
+    """Samples as datasets decode them, ``{"array": ..., "sampling_rate": ...}``, as a file.
+
+    Raises:
+        DataError: they are something else.
+    """
+    import soundfile
+
+    file, rate = io.BytesIO(), value.get("sampling_rate")
+    try:
+        samples = np.asarray(value["array"], np.float32)
+        if samples.ndim not in (1, 2) or not isinstance(rate, int):
+            raise ValueError
+        soundfile.write(file, samples.T, rate, format="WAV", subtype="FLOAT")  # of several channels, (C, N)
+    except (ValueError, TypeError, RuntimeError):
+        raise DataError("expected samples in array, and sampling_rate") from None
+    return file.getvalue()
+
+
+def _as_computed(model: Any, batch: Batch) -> Batch:
+    """The batch with sounds in the model's number format."""
+    return {
+        name: value.to(model.dtype) if value.is_floating_point() and value.ndim > 1 else value
+        for name, value in batch.items()
+    }
+
+
+TASK = SpeechRecognition
