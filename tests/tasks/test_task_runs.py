@@ -29,6 +29,7 @@ EVALUATES = ("training.eval_strategy=steps", "training.eval_steps=4")
 SAVES = ("training.save_strategy=steps", "training.save_steps=3")
 
 pytestmark = pytest.mark.parametrize("name", CASES)
+each_task = pytest.mark.grid(each=lambda name: CASES[name].task["type"])
 
 
 @pytest.fixture
@@ -115,6 +116,7 @@ def test_two_processes_give_the_series_of_one(runs: Callable, tmp_path: Path, na
     assert read_run(tmp_path / "two")["eval"]["last"] == pytest.approx(one.run["eval"]["last"], rel=1e-4)
 
 
+@each_task
 def test_evaluate_and_predict_agree_with_training(runs: Callable, cli: Callable, tmp_path: Path, name: str) -> None:
     recipe, run = runs(name)
     measured = cli("evaluate", recipe, "--adapter", run.folder, "--json")["eval"]["last"]
@@ -147,6 +149,7 @@ def test_peft_says_the_same(runs: Callable, name: str, recwarn: pytest.WarningsR
     assert [str(each.message) for each in recwarn if "peft" in str(each.filename)] == []
 
 
+@each_task
 def test_the_cards_example_runs(runs: Callable, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     _, run = runs(name)
     card = (run.folder / "README.md").read_text()
