@@ -131,7 +131,7 @@ class TokenClassification:
 class QuestionAnswering:
     """Settings of question_answering."""
 
-    max_length: int = 384
+    max_length: int = 1024
     """Longest example, in tokens, within what the base model can read: the question, and what of the context fits. A
     longer context becomes several windows. May stand under ``dataset`` as well."""
     stride: int = 128
