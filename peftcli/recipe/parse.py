@@ -166,7 +166,7 @@ class _Reader:
         name = self.setting(_TYPE, given["type"], key) if "type" in given else ""
         if name not in TASKS:
             if key not in self.bad:
-                by_type = {str(row.task_type).lower(): task for task, row in TASKS.items()}
+                by_type = {str(row.task_type).lower(): task for task, row in reversed(TASKS.items())}  # the first one
                 suggestion = by_type.get(name.lower()) or closest(name, TASKS)
                 self.report((key,), f"unknown task: {name[:60]!r}; known: {', '.join(TASKS)}", suggestion)
             self.bad |= {"task", key}
