@@ -82,6 +82,8 @@ def test_names_and_levels_are_a_promise() -> None:
         "unbalanced_classes": ("warning", False),
         "missing_classes": ("warning", False),
         "binary_masks": ("warning", True),
+        "clips_too_long": ("warning", True),
+        "silent_clips": ("warning", True),
         "unbalanced_masks": ("warning", False),
     }
 
