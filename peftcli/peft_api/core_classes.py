@@ -33,7 +33,7 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
     """Return the parent of the module called ``key``, the module, and its name in the parent.
 
     Raises:
-        AttributeError: there is none.
+        AttributeError: no such name.
     """
     parent, _, name = key.rpartition(".")
     return model.get_submodule(parent), model.get_submodule(key), name

@@ -72,7 +72,7 @@ def _read(path: str) -> bytes:
     """Read a file.
 
     Raises:
-        DataError: there is none, or it cannot be read.
+        DataError: no such file, or it cannot be read.
     """
     if not Path(path).is_file():
         raise DataError("no such file", file=path)

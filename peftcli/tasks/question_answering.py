@@ -126,20 +126,21 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         """
         question, context = (_text(row, reader, name) for name in ("question", "context"))
         room = self.max_length - len(self.processor(question, "", verbose=False)["input_ids"])
-        size = len(self.processor(context, add_special_tokens=False, verbose=False)["input_ids"])
-        if size > room <= self.settings.stride:
+        found: Any = {"input_ids": []}
+        if room > 0:
+            found = self.processor(
+                question.lstrip(),
+                context,
+                truncation="only_second",
+                max_length=self.max_length,
+                stride=min(self.settings.stride, room - 1),
+                return_overflowing_tokens=True,
+                return_offsets_mapping=True,
+                verbose=False,
+            )
+        if len(found["input_ids"]) != 1 and room <= self.settings.stride:
             message = f"the question leaves {max(0, room)} of {self.max_length} tokens for the context"
             raise row.place.error(message, key=reader.names["question"], hint="Raise max_length or lower task.stride.")
-        found = self.processor(
-            question.lstrip(),
-            context,
-            truncation="only_second",
-            max_length=self.max_length,
-            stride=min(self.settings.stride, max(0, room - 1)),
-            return_overflowing_tokens=True,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
         examples = []
         for number, ids in enumerate(found["input_ids"]):
             parts, offsets = found.sequence_ids(number), found["offset_mapping"][number]
@@ -280,7 +281,7 @@ def score_of(answer: str, right: Sequence[str]) -> tuple[float, float]:
 
     Args:
         answer: What was found; empty: nothing.
-        right: The right answers; none: the right answer is none.
+        right: The right answers; empty: the answer is not in the context.
     """
     known = [each for each in right if _words(each)] or [""]
     exact = max(float(_words(answer) == _words(each)) for each in known)

@@ -283,7 +283,8 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         return found
 
     def describe(self, view: View) -> Description:
-        counts, total = self._counts(view), max(1, sum(self._counts(view).values()))
+        counts = self._counts(view)
+        total = max(1, sum(counts.values()))
         shares = [f"{name} {counts[name] / total:.1%}" for name in self.labels]
         return Description({"tags": {name: counts[name] for name in self.labels}}, {"tags": listed(shares)})
 

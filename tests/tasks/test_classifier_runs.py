@@ -10,29 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-import trainkit
 from classifierkit import ROWS, classifier_base, write_classifier_recipe
 from promises import settings_of, why_not
 from trainkit import Trained, run_recipe, write_rows
 
-from peftcli.cli import console
-from peftcli.cli.app import main
 from peftcli.errors import DataError
 from peftcli.methods import METHODS
 
 EVALUATES = ("training.max_steps=2", "training.eval_strategy=steps", "training.eval_steps=2")
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    def cli(*args: object, code: int = 0) -> Any:
-        monkeypatch.setattr(console, "_json_printed", False)
-        trainkit.reset_accelerate()
-        assert main([str(arg) for arg in args]) == code, capsys.readouterr().err
-        out, err = capsys.readouterr()
-        return json.loads(out) if "--json" in args else out + err * bool(code)
-
-    return cli
 
 
 def pictures(run: Trained) -> list[str]:

@@ -19,8 +19,6 @@ from taskkit import CASES
 from trainkit import Child, Trained, at_step, read_run, run_recipe
 
 from peftcli.adapters.load import apply_adapter, find_adapter
-from peftcli.cli import console
-from peftcli.cli.app import main
 from peftcli.errors import Interrupted
 from peftcli.models.open import open_base
 from peftcli.tasks.base import FitsModel, scores_of
@@ -30,18 +28,6 @@ SAVES = ("training.save_strategy=steps", "training.save_steps=3")
 
 pytestmark = pytest.mark.parametrize("name", CASES)
 each_task = pytest.mark.grid(each=lambda name: CASES[name].task["type"])
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    def cli(*args: object, code: int = 0) -> Any:
-        monkeypatch.setattr(console, "_json_printed", False)
-        trainkit.reset_accelerate()
-        assert main([str(arg) for arg in args]) == code, capsys.readouterr().err
-        out, err = capsys.readouterr()
-        return json.loads(out) if "--json" in args else out + err * bool(code)
-
-    return cli
 
 
 @pytest.fixture(scope="module")
