@@ -15,7 +15,6 @@ from peftcli.data.store import View
 from peftcli.tasks.base import Task, on_device
 
 
-@torch.no_grad()
 def _batches(
     examples: View, batch_size: int, accelerator: Accelerator
 ) -> tuple[list[list[int]], list[list[int] | None]]:
@@ -30,6 +29,7 @@ def _batches(
     return mine, [*(mine or [order[:1]]), *[None] * (rounds - max(len(mine), 1))]
 
 
+@torch.no_grad()
 def evaluate(
     model: nn.Module,
     task: Task[Any],

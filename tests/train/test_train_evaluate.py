@@ -36,6 +36,7 @@ class Classes(Task[None]):
         return {name: torch.tensor(np.stack([each.arrays[name] for each in examples])) for name in ("x", "class")}
 
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> Loss:
+        assert not torch.is_grad_enabled(), "evaluation keeps no activations"
         said = (batch["x"] * 10).long() % CLASSES
         confusion = torch.zeros(CLASSES, CLASSES, dtype=torch.long)
         for wanted, found in zip(batch["class"], said, strict=True):
