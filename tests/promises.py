@@ -143,7 +143,6 @@ _PLAIN_LINEAR_IN_PEFT = (
 )  # fmt: skip
 PEFT_CANNOT: dict[tuple[str, ...], str] = {
     **{(method, "gpt2", "*"): "does not adapt Conv1D" for method in _PLAIN_LINEAR_IN_PEFT},
-    ("randlora", "*", "our file loads"): "warns of missing copies of the shared bases, which it does not use",
     ("osf", "gpt2", "[fP]*"): "leaves Conv1D as it is, in silence",
     **{
         ("adaption_prompt", kind, "[foP]*"): "knows Llama, Mistral and GPT-2 only"

@@ -39,7 +39,9 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
     embedding_rate: tuple[str, ...] = ()
     """Names of the tensors that LoRA+ trains at the rate of embeddings."""
     copies: tuple[str, ...] = ()
-    """Names of tensors that other writers put into the file a second time. They are not read."""
+    """Names of tensors that PEFT puts into the file once more for each layer. They are not read."""
+    writes_copies = False
+    """Whether the file that is written has these copies too, without which PEFT warns."""
     optional: tuple[str, ...] = ()
     """Names of tensors that files of other writers lack. The layer then finds them by itself."""
     by_row = True

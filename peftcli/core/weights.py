@@ -42,7 +42,13 @@ def named_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, tup
 
 def adapter_state(model: nn.Module, adapter: str | None = None) -> dict[str, torch.Tensor]:
     """Return the adapter's tensors by the names of the adapter file, detached."""
-    return {name: value.detach() for name, (_, _, value) in file_tensors(model, adapter).items()}
+    copies = {
+        name: getattr(layer, tensor).detach()
+        for path, layer in _paths_in_file(model, adapter).items()
+        if layer.writes_copies
+        for name, tensor in _copies(path, layer).items()
+    }
+    return {name: value.detach() for name, (_, _, value) in file_tensors(model, adapter).items()} | copies
 
 
 def training_state(model: nn.Module, adapter: str | None = None) -> dict[str, torch.Tensor]:
@@ -133,7 +139,7 @@ def check_state(
         name: wanted[name][0].adapt_from_file(wanted[name][1], tensors[name]) for name in tensors if name in wanted
     }
     values |= {name: tensors[name] for name in tensors if name in base}
-    copies = {f"{layer.file_prefix}{path}.{copy}" for path, layer in paths.items() for copy in layer.copies}
+    copies = {name for path, layer in paths.items() for name in _copies(path, layer)}
     extra = [name for name in tensors if name not in copies and _PEFT_COPY.sub("", name) not in wanted]
     missing = {
         name: isinstance(layer, TrainedCopy) and own in layer.fixed_tensors()
@@ -199,6 +205,11 @@ def _listed(what: str, wrong: list[str]) -> str:
     """Return the message ``what`` with the first problems, each on its own line."""
     more = [f"and {len(wrong) - _MOST_SHOWN} more"] if len(wrong) > _MOST_SHOWN else []
     return "\n  ".join([f"{what}:", *wrong[:_MOST_SHOWN], *more])
+
+
+def _copies(path: str, layer: AdapterLayer) -> dict[str, str]:
+    """Return what PEFT's file holds once more for this layer: name in the file -> the tensor's name in the layer."""
+    return {f"{layer.file_prefix}{path}.{tensor}": tensor for tensor in layer.copies}
 
 
 def _paths_in_file(model: nn.Module, adapter: str | None) -> dict[str, AdapterLayer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from peftcli.core.layer import AdapterLayer, TrainedBias, base_module
 
@@ -12,10 +13,15 @@ def base_product(layer: AdapterLayer, x: torch.Tensor, y: torch.Tensor | None = 
 
     ``y``, if given, is what the layer's base layer made of ``x``: it serves unless other adapters stand below.
     """
-    below = layer.base_layer.base_layer if isinstance(layer.base_layer, TrainedBias) else layer.base_layer
-    if y is None or isinstance(below, AdapterLayer):
+    if y is None or isinstance(layer_below(layer), AdapterLayer):
         y, bias = base_module(layer)(x), base_module(layer).bias
     else:
         bias = layer.base_layer.bias
     dtype = torch.promote_types(y.dtype, torch.float32)
     return y.to(dtype) if bias is None else y.to(dtype) - bias.to(dtype)
+
+
+def layer_below(layer: AdapterLayer) -> nn.Module:
+    """The layer that this adapter changes: another adapter's, or the base model's. A trained bias is this adapter's."""
+    below: nn.Module = layer.base_layer.base_layer if isinstance(layer.base_layer, TrainedBias) else layer.base_layer
+    return below

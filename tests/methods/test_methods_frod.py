@@ -14,10 +14,10 @@ from torch import nn
 
 from peftcli.core.files import load_adapter, read_config, read_tensors, save_adapter
 from peftcli.core.inject import inject
-from peftcli.core.layer import adapter_layers
+from peftcli.core.layer import adapter_layers, base_module
 from peftcli.core.merge import merge
 from peftcli.core.weights import load_state
-from peftcli.errors import AdapterError, PeftWarning
+from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
 from peftcli.methods.frod.config import FrodConfig
 from peftcli.methods.frod.layers import FrodLinear, decompose, kind_of, num_places, shared_basis
@@ -178,10 +178,46 @@ def test_no_sparse_numbers_at_all() -> None:
     assert model(torch.ones(2, 1)).shape == (2, 3)
 
 
-def test_offloading_is_said_to_change_nothing() -> None:
-    with pytest.warns(PeftWarning, match="runtime_offload_base_weight saves no memory here"):
-        FrodConfig(runtime_offload_base_weight=True)
-    FrodConfig.from_dict({"peft_type": "FROD", "runtime_offload_base_weight": True, "inference_mode": True})
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_the_base_weight_is_not_read_while_the_adapter_answers_alone(bias: Any) -> None:
+    model, _ = ours("llama", "frod", bias=bias)
+    before = logits(model, batch("llama"))
+    layer = next(iter(adapter_layers(model).values()))
+    weight = base_module(layer).weight
+    kept = weight.data
+    weight.data = torch.full_like(kept, torch.nan)
+    assert torch.equal(logits(model, batch("llama")), before)
+    weight.data = kept
+    layer.enabled = False
+    assert not torch.equal(logits(model, batch("llama")), before)
+
+
+@pytest.mark.gpu
+def test_offloaded_base_weights_are_in_the_cpus_memory_while_the_adapter_answers_alone() -> None:
+    model, config = ours("llama", "frod", runtime_offload_base_weight=True)
+    inputs = {name: value.to("cuda") for name, value in batch("llama").items()}
+    expected = logits(model, batch("llama"))
+    layers = list(adapter_layers(model.to("cuda")).values())
+    places = lambda: {base_module(layer).weight.device.type for layer in layers}  # noqa: E731
+    assert places() == {"cpu"}
+    torch.testing.assert_close(logits(model, inputs).cpu(), expected, atol=1e-4, rtol=1e-4)
+    assert places() == {"cpu"}
+    for layer in layers:
+        layer.enabled = False
+    logits(model, inputs)
+    assert places() == {"cuda"}
+    for layer in layers:
+        layer.enabled = True
+    merge(model.to("cuda"), config)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    torch.testing.assert_close(logits(model, inputs).cpu(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_quantised_weight_is_not_offloaded() -> None:
+    packed = nn.Linear(4, 4)
+    packed.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(AdapterError, match="the weight of up is quantised, and stays on its device"):
+        FrodLinear(packed, "up", FrodConfig(runtime_offload_base_weight=True))
 
 
 def test_parameters_are_of_one_dtype_and_layers_share_the_places() -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, FanInConfig, LayeredConfig
-from peftcli.errors import PeftWarning
 from peftcli.methods._settings import Problems, not_positive, outside_unit_interval
 
 
@@ -36,16 +34,8 @@ class FrodConfig(BiasConfig, FanInConfig, LayeredConfig):
     progressbar: bool = field(default=True, metadata={"recipe": False})
     """Changes nothing here."""
     runtime_offload_base_weight: bool = field(default=False, metadata={"recipe": False})
-    """Changes nothing here, and warns: the layer needs the base weight at each step, where the model is."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.runtime_offload_base_weight and not self.inference_mode:
-            warnings.warn(
-                "runtime_offload_base_weight saves no memory here: base weights stay on the model's device",
-                PeftWarning,
-                stacklevel=3,
-            )
+    """Keep the weights of the adapted layers in the CPU's memory. They are moved to the device, one layer at a time,
+    for dropout, beside other adapters and while the adapter is disabled, which is slow."""
 
     def problems(self) -> Problems:
         found = (

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, base_paths
+from peftcli.core.inject import on_unload
+from peftcli.core.layer import AdapterLayer, base_module, base_paths
 from peftcli.core.linear import dense_weight, linear_view
+from peftcli.core.quantised import is_quantised
 from peftcli.core.targets import find_targets
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs, stored_weight
-from peftcli.methods._product import base_product
+from peftcli.methods._product import base_product, layer_below
 from peftcli.methods.frod.config import FrodConfig
 
 
@@ -49,6 +52,10 @@ class FrodLinear(WeightDeltaLinear):
         super().__init__(module, name, "FRoD", config.bias, config.frod_dropout)
         self.kind = kind_of(name)
         self.saves_shared = config.save_projection
+        self.offloads = config.runtime_offload_base_weight
+        if self.offloads and is_quantised(base_module(self)):
+            key = "runtime_offload_base_weight"
+            raise AdapterError(f"the weight of {name} is quantised, and stays on its device", key=key)
         inputs, like = self.view.in_features, factory_kwargs(self)
         self.frod_lambda_l = nn.Parameter(torch.ones(inputs, **like))
         self.frod_lambda_s_values = nn.Parameter(torch.zeros(num_places(inputs, config.sparse_rate), **like))
@@ -79,15 +86,36 @@ class FrodLinear(WeightDeltaLinear):
         return super().file_name(path, tensor)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = self.base_layer(x, *args, **kwargs)
         if not self.enabled:
-            return y
+            self.base_weight_to(x.device)
+            return self.base_layer(x, *args, **kwargs)
         dropped = self.dropout(x)
         z = dropped.to(self.frod_lambda_l.dtype) @ self.frod_V
         left = self._left()
-        new = F.linear((self.frod_lambda_l * z + self._turned(z)).to(left.dtype), left)
+        turned = (self.frod_lambda_l * z + self._turned(z)).to(left.dtype)
+        if dropped is x and not isinstance(layer_below(self), AdapterLayer):  # U has W's part
+            self.base_weight_to(torch.device("cpu"))
+            bias = self.base_layer.bias
+            y = F.linear(turned, left, bias if bias is None else bias.to(left.dtype))
+            return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+        new = F.linear(turned, left)
+        self.base_weight_to(x.device)
+        y = self.base_layer(x, *args, **kwargs)
         old = base_product(self, dropped, y if dropped is x else None)
         return y + (new - old.to(new.dtype)).to(y.dtype)
+
+    def base_weight_to(self, device: torch.device) -> None:
+        """Move the base weight, where it may be elsewhere: with ``runtime_offload_base_weight``."""
+        if self.offloads and not (weight := base_module(self).weight).is_meta:
+            weight.data = weight.data.to(device)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FrodLinear:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.base_weight_to(torch.device("cpu"))
+        return self
+
+    def folded(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return super().folded({name: value.to(self.frod_V.device) for name, value in base.items()})
 
     def delta_of(self, weight: torch.Tensor) -> torch.Tensor:
         dense = self.view.as_stored(weight)
@@ -111,7 +139,7 @@ class FrodLinear(WeightDeltaLinear):
         """``U``, found anew when ``V`` was filled from a file."""
         if self.frod_U is None or self._filled() != self.seen:
             with torch.inference_mode(False), torch.no_grad():  # it serves in training later
-                self.frod_U, _ = decompose(self.frod_V, dense_weight(self))
+                self.frod_U = decompose(self.frod_V, dense_weight(self))[0].to(self.frod_V.device)
             self.seen = self._filled()
         return self.frod_U
 
@@ -146,6 +174,14 @@ def attach(model: nn.Module, config: FrodConfig, layers: Mapping[str, AdapterLay
         frozen = nn.Parameter(basis, requires_grad=False)
         for layer in group:
             layer.start(frozen, shared, config)
+    if config.runtime_offload_base_weight:
+        on_unload(model, functools.partial(_bring_back, list(layers.values())))
+
+
+def _bring_back(layers: Iterable[Any]) -> None:
+    """Move the layers' base weights to where the adapter is."""
+    for layer in layers:
+        layer.base_weight_to(layer.frod_V.device)
 
 
 def targets(model: nn.Module, config: FrodConfig) -> list[str]:

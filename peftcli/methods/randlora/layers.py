@@ -14,6 +14,9 @@ from peftcli.errors import AdapterError
 from peftcli.methods._linear import SharingLinear, check_drawn, factory_kwargs, share_tensors
 from peftcli.methods.randlora.config import RandLoraConfig
 
+_MOST_COPIED = 256 * 2**20
+"""Bytes of the random bases' copies in a file. On a model of 7B parameters they would be gigabytes."""
+
 
 class RandLoraLinear(SharingLinear):
     """``delta = scaling * sum over n bases of B_n diag(lambda_n) A diag(gamma_n)``, of full rank.
@@ -25,7 +28,7 @@ class RandLoraLinear(SharingLinear):
 
     shared = ("randlora_A", "randlora_B")
     fixed = shared
-    copies = shared  # PEFT writes them once more for each layer
+    copies = shared
 
     def __init__(self, module: nn.Module, name: str, config: RandLoraConfig):
         super().__init__(module, name, "RandLoRA", config.bias, config.randlora_dropout)
@@ -81,6 +84,8 @@ def attach(model: nn.Module, config: RandLoraConfig, layers: Mapping[str, Any]) 
         a = _uniform((config.r, 1, min(sides)), generator)
         b = torch.cat([_uniform((max(sides), 1, config.r), generator) for _ in range(count)], dim=1)
     share_tensors(own, {"randlora_A": a / a.std(), "randlora_B": b / b.std()})
+    for layer in own:
+        layer.writes_copies = config.save_projection and 4 * len(own) * (a.numel() + b.numel()) <= _MOST_COPIED
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
