@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +38,7 @@ from peftcli.tasks.findings import SOUND as FINDINGS
 from peftcli.tasks.shown import Description, Facts, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import padded
+from peftcli.tasks.text.generated import text_metrics, with_texts
 from peftcli.tasks.text.language_model import tokenizer_fingerprint
 from peftcli.tasks.text.token_loss import token_loss
 from peftcli.tasks.text.token_text import TokenRenderer
@@ -289,11 +289,13 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         inputs = _as_computed(model, model_inputs(batch))
         found = token_loss(model(**inputs, use_cache=False).logits, batch["labels"])
-        if model.training:
-            return found
-        answers = self._generate(model, {name: value for name, value in inputs.items() if name != "labels"})
-        pairs = zip(batch["_texts"], map(self._said, answers), strict=True)
-        return replace(found, outputs=list(pairs))
+        heard = {name: value for name, value in inputs.items() if name != "labels"}
+        return with_texts(
+            found,
+            batch.get("_texts", ()),
+            lambda: map(self._said, self._generate(model, heard)),
+            training=model.training,
+        )
 
     def _generate(self, model: Any, inputs: Batch, **options: Any) -> list[list[int]]:
         found: list[list[int]] = model.generate(**inputs, **options).tolist()
@@ -303,19 +305,12 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
-        import jiwer
-
-        wanted, found = (
-            [self._compared(_TIME.sub(" ", text)) for text in texts] for texts in zip(*outputs, strict=True)
-        )
-        return {
-            "loss": float(sums["loss"]) / num_targets,
-            "wer": float(jiwer.wer(wanted, found)),
-            "cer": float(jiwer.cer(wanted, found)),
-        }
+        pairs = [(self._compared(wanted), self._compared(found)) for wanted, found in outputs]
+        return {"loss": float(sums["loss"]) / num_targets, **text_metrics(("wer", "cer"), pairs)}
 
     def _compared(self, text: str) -> str:
-        """A text as error rates compare it."""
+        """A text as error rates compare it, without times."""
+        text = _TIME.sub(" ", text)
         return " ".join((self._normaliser(text) if self.settings.normalize_text else text).split())
 
     @cached_property
