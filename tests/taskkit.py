@@ -15,7 +15,7 @@ import transformers
 from classifierkit import ROWS, classifier_base, segformer_config, write_pictures, write_scene
 from PIL import Image
 from soundkit import tone_rows, whisper_base
-from trainkit import PAIRS, base_folder, scratch, write_rows
+from trainkit import MESSAGES, PAIRS, PROMPTS, base_folder, scratch, write_rows
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,32 @@ def _words(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) ->
     return {"wer": jiwer.wer(wanted, found), "cer": jiwer.cer(wanted, found)}
 
 
+def _texts(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    import sacrebleu
+
+    wanted = [row["messages"][-1]["content"] if "messages" in row else row["completion"] for row in rows]
+    found = [answer["text"] for answer in answers]
+    same = [one.strip() == other.strip() for one, other in zip(wanted, found, strict=True)]
+    return {"exact_match": sum(same) / len(same), "chrf": sacrebleu.corpus_chrf(found, [wanted]).score}
+
+
+def _generated(task: str, kind: str, rows: Sequence[dict[str, Any]], **own: Any) -> Case:
+    """A language model whose answers are measured."""
+    measured = {"exact_match", "bleu", "chrf", "rouge_l"}
+    return Case(
+        base=lambda: base_folder(kind),
+        task={"type": task, "generate_metrics": sorted(measured), "max_new_tokens": 12, **own},
+        rows=lambda: rows,
+        found={},
+        metrics=frozenset({"loss", "perplexity", "token_accuracy", *measured}),
+        recompute=_texts,
+        has_head=False,
+    )
+
+
 CASES: dict[str, Case] = {
+    "causal_lm": _generated("causal_lm", "llama", MESSAGES),
+    "seq2seq_lm": _generated("seq2seq_lm", "t5", PROMPTS, num_beams=2),
     "sequence_classification": _classes("bert"),
     "a decoder": _classes("llama"),
     "image_classification": _classes("vit"),

@@ -10,12 +10,11 @@ from typing import Any
 
 from peftcli.adapters.answer_file import content_key, write_answers
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
-from peftcli.data.rows import Row
 from peftcli.data.sources import open_source
-from peftcli.data.text_rows import quote
 from peftcli.errors import DataError
 from peftcli.schema import BaseModel, Source
-from peftcli.tasks.text.generation import GenerationSettings, Prompt, TextGenerator
+from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
+from peftcli.tasks.text.prompts import Prompt, prompt_of
 from peftcli.tasks.text.stop_tokens import prompt_form, stop_tokens
 
 
@@ -103,24 +102,4 @@ def _prompts(source: Path) -> Iterator[Prompt]:
     for row in open_source(Source(train=str(source))).rows():
         if isinstance(row, DataError):
             raise row
-        yield prompt_of(row)
-
-
-def prompt_of(row: Row) -> Prompt:
-    """Return the prompt of a row, a text or messages; of a conversation, the turns before the last answer.
-
-    Raises:
-        DataError: it has none.
-    """
-    prompt = row.values.get("prompt")
-    messages = prompt if isinstance(prompt, list) else row.values.get("messages")
-    if isinstance(messages, list) and all(isinstance(turn, dict) and "content" in turn for turn in messages):
-        while messages and messages[-1].get("role") == "assistant":
-            messages = messages[:-1]  # the answer that a dataset's row holds
-        if not messages:
-            raise row.place.error("the conversation has no turn to answer")
-        return messages
-    if isinstance(prompt, str) and prompt:
-        return prompt
-    names = ", ".join(quote(name, 40) for name in list(row.values)[:12])
-    raise row.place.error(f'needs "prompt" or "messages"; it has {names or "no columns"}')
+        yield prompt_of(row, {})

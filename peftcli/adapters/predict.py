@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from peftcli.adapters.answer_file import content_key, write_answers
-from peftcli.adapters.generate import describe, load_generator, prompt_of
+from peftcli.adapters.generate import describe, load_generator
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
 from peftcli.data.rows import Place, Row
 from peftcli.data.sources import open_source
@@ -20,6 +20,7 @@ from peftcli.schema import Source
 from peftcli.system.outputs import expand_user, is_stream
 from peftcli.tasks.base import FitsModel, PredictOptions, Predicts
 from peftcli.tasks.text.generation import GenerationSettings
+from peftcli.tasks.text.prompts import prompt_of
 
 _BATCHES = 8
 """Batches that are answered together, so that rows of similar size can share one."""
@@ -69,7 +70,7 @@ def load_predictor(
     with open_base(source.base, processors=source.folder) as opened:
         task = source.open_task(opened)
         if not isinstance(task, Predicts):
-            return _text_predictor(adapter, base, with_adapter, batch_size)
+            return _text_predictor(source, with_adapter, batch_size)
         cuda = torch.cuda.is_available()
         dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
         loaded = opened.model(source.auto_class(lambda: opened.config), dtype, **source.model_options(opened))
@@ -124,12 +125,16 @@ def _columns(source: AdapterSource) -> dict[str, str]:
     return {name: column for name, column in (dataset.get("columns") or {}).items() if isinstance(column, str)}
 
 
-def _text_predictor(adapter: str, base: str | None, with_adapter: bool, batch_size: int) -> Predictor:
-    """A predictor whose answers are those of ``generate``."""
-    generator = load_generator(adapter, base, with_adapter=with_adapter)
+def _text_predictor(source: AdapterSource, with_adapter: bool, batch_size: int) -> Predictor:
+    """A predictor whose answers are those of ``generate``, within the limits of the evaluations of training."""
+    generator = load_generator(str(source.folder), source.base_name, with_adapter=with_adapter)
+    columns, trained = _columns(source), source.record.get("task")
+    given = trained if isinstance(trained, dict) else {}
+    limits = {name: value for name in ("max_new_tokens", "num_beams") if isinstance(value := given.get(name), int)}
+    settings = GenerationSettings(**limits)
 
     def answer(rows: Sequence[Row], **_: Any) -> list[dict[str, Any]]:
-        prompts = [prompt_of(row) for row in rows]
-        return [asdict(each) for each in generator.generate(prompts, GenerationSettings())]
+        prompts = [prompt_of(row, columns) for row in rows]
+        return [asdict(each) for each in generator.generate(prompts, settings)]
 
     return Predictor(answer, ("prompt",), batch_size, generator.loaded_from)

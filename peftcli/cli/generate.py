@@ -19,7 +19,8 @@ from peftcli.system.outputs import expand_user, is_stream
 from peftcli.system.secrets import safe_length
 
 if TYPE_CHECKING:
-    from peftcli.tasks.text.generation import GenerationSettings, Message, TextGenerator
+    from peftcli.tasks.text.formats import Message
+    from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
 
 _MIN_TEMPERATURE = 1e-30
 """A lower temperature makes the scores of tokens too large for float32."""

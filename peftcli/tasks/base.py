@@ -81,8 +81,6 @@ class Loss:
 class Task(ABC, Generic[Settings]):
     """One task, bound to its settings and its processor."""
 
-    columns: ClassVar[Mapping[str, Column]]
-    """The arrays of an example."""
     unit: ClassVar[str] = "examples"
     """What ``Example.size`` counts, in the plural: tokens, frames, patches."""
     targets_in_size: ClassVar[bool] = True
@@ -91,8 +89,6 @@ class Task(ABC, Generic[Settings]):
     """Facts of rows that run.json counts: name -> bit of ``Outcome.flags``. ``truncated`` says that a row was cut."""
     lower_is_better: ClassVar[Sequence[str]] = ("loss", "perplexity")
     """How the names of metrics end of which a smaller value is better."""
-    packages: ClassVar[Mapping[str, str]] = {}
-    """Optional packages that training and evaluation need -> the extra that brings each."""
     identity: ClassVar[Sequence[str]] = ()
     """Columns whose values make two rows equal, by which ``inspect`` finds duplicates. None: it does not look."""
 
@@ -105,6 +101,16 @@ class Task(ABC, Generic[Settings]):
             base: The base model.
         """
         self.settings, self.processor, self.base = settings, processor, base
+
+    @property
+    @abstractmethod
+    def columns(self) -> Mapping[str, Column]:
+        """The arrays of an example. Most tasks have the same ones whatever their settings: a ``ClassVar``."""
+
+    @property
+    def packages(self) -> Mapping[str, str]:
+        """Optional packages that training and evaluation need -> the extra that brings each."""
+        return {}
 
     @property
     def advice(self) -> Mapping[str, str]:

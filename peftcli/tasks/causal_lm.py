@@ -30,7 +30,7 @@ class CausalLM(LanguageModel[settings.CausalLM]):
 
     encoder = CausalEncoder
 
-    def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
+    def pad(self, examples: Sequence[Example]) -> Batch:
         return pad_causal(examples, pad_token_id(self.processor))
 
     def texts(self, ids: list[int], labels: list[int]) -> list[Text]:
@@ -46,9 +46,9 @@ class CausalLM(LanguageModel[settings.CausalLM]):
         rows = torch.randint(vocabulary, (2, _SAMPLE), generator=generator).tolist()
         return [Example({"input_ids": row, "labels": row}, _SAMPLE, _SAMPLE - 1) for row in rows]
 
-    def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        logits, targets, _ = target_logits(model, inputs, batch["labels"])
+    def loss_of_targets(self, model: nn.Module, inputs: Batch) -> Loss:
+        given = {key: value for key, value in inputs.items() if key != "labels"}
+        logits, targets, _ = target_logits(model, given, inputs["labels"])
         return token_loss(logits, targets)
 
 

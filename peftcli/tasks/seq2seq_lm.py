@@ -28,15 +28,15 @@ class Seq2SeqLM(LanguageModel[settings.Seq2SeqLM]):
     targets_in_size = False
     identity: ClassVar = ("input_ids", "labels")
 
-    def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
+    def pad(self, examples: Sequence[Example]) -> Batch:
         return pad_seq2seq(examples, pad_token_id(self.processor))
 
     def texts(self, ids: list[int], labels: list[int]) -> list[Text]:
         source = self.renderer.render(ids, [IGNORED] * len(ids))
         return [Text(source, "input"), Text(self.renderer.render(labels), "answer")]
 
-    def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        return token_loss(model(**batch, use_cache=False).logits, batch["labels"])
+    def loss_of_targets(self, model: nn.Module, inputs: Batch) -> Loss:
+        return token_loss(model(**inputs, use_cache=False).logits, inputs["labels"])
 
 
 TASK = Seq2SeqLM

@@ -18,8 +18,28 @@ UNDER_DATASET = ("max_length", "overlong", "packing", "train_on")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CausalLM:
-    """Settings of causal_lm. Recipes may also give them under ``dataset``."""
+class Generated:
+    """Settings of language models whose answers are measured."""
+
+    generate_metrics: list[Literal["exact_match", "bleu", "chrf", "rouge_l"]] = field(
+        default_factory=list, metadata=NOT_ENCODED
+    )
+    """Metrics of generated answers, in each evaluation: the share that is the row's own answer, BLEU, chrF, ROUGE-L."""
+    metric_code: str | None = field(default=None, metadata=NOT_ENCODED)
+    """A metric of your own, as ``metrics.py:score``: a function of a Python file that is called with the generated
+    texts and the rows' answers, two lists of strings, and returns a number or a mapping of numbers by name."""
+    trust_metric_code: bool = field(default=False, metadata=NOT_ENCODED)
+    """Run the code of metric_code."""
+    max_new_tokens: int = field(default=256, metadata=NOT_ENCODED)
+    """Longest generated answer, in tokens; of ``predict``, too."""
+    num_beams: int = field(default=1, metadata=NOT_ENCODED)
+    """Answers that are followed at once when one is generated; 1: the likeliest token is taken each time. Of
+    ``predict``, too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLM(Generated):
+    """Settings of causal_lm. max_length, overlong, packing and train_on may also stand under ``dataset``."""
 
     max_length: int = 1024
     """Maximum length of an example, in tokens."""
@@ -34,8 +54,8 @@ class CausalLM:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seq2SeqLM:
-    """Settings of seq2seq_lm. Recipes may also give them under ``dataset``."""
+class Seq2SeqLM(Generated):
+    """Settings of seq2seq_lm. max_length, overlong and train_on may also stand under ``dataset``."""
 
     max_length: int = 1024
     """Maximum length of the source and of the target, in tokens."""

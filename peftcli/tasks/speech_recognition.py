@@ -290,12 +290,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
         inputs = _as_computed(model, model_inputs(batch))
         found = token_loss(model(**inputs, use_cache=False).logits, batch["labels"])
         heard = {name: value for name, value in inputs.items() if name != "labels"}
-        return with_texts(
-            found,
-            batch.get("_texts", ()),
-            lambda: map(self._said, self._generate(model, heard)),
-            training=model.training,
-        )
+        return with_texts(found, batch.get("_texts"), lambda: map(self._said, self._generate(model, heard)))
 
     def _generate(self, model: Any, inputs: Batch, **options: Any) -> list[list[int]]:
         found: list[list[int]] = model.generate(**inputs, **options).tolist()

@@ -68,7 +68,8 @@ def test_a_run_learns_and_measures(runs: Callable, name: str) -> None:
     _, run = runs(name)
     assert run.losses[-1] < run.losses[0]
     assert {f"eval_{metric}" for metric in CASES[name].metrics} <= set(run.run["eval"]["last"])
-    assert CASES[name].found.items() <= json.loads((run.folder / "task.json").read_text())["settings"].items()
+    if CASES[name].found:
+        assert CASES[name].found.items() <= json.loads((run.folder / "task.json").read_text())["settings"].items()
     head = [each for each in load_file(run.folder / "adapter_model.safetensors") if "lora_" not in each]
     assert bool(head) == CASES[name].has_head, "a new head is saved"
 

@@ -23,7 +23,8 @@ from peftcli.tasks.text.chat import (
 )
 from peftcli.tasks.text.flags import CUT_OFF, NO_TARGET, OVERLONG, Flag, is_damaged
 from peftcli.tasks.text.formats import AlpacaExample, ChatExample, ExampleReader, PairExample, ParsedRow, TextExample
-from peftcli.tasks.text.spans import Template, render
+from peftcli.tasks.text.prompts import asked, prompt_text
+from peftcli.tasks.text.spans import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,7 +137,8 @@ class Seq2SeqEncoder:
         places, results = [], list[Outcome | DataError]()
         for row in rows:
             try:
-                pair = self._source_and_target(self.reader(row), row)
+                prompt, answer = asked(self.reader(row))
+                pair = prompt_text(prompt, self.tokenizer, decoder_only=False)[0], answer
             except DataError as error:
                 results.append(_with_place(error, row))
             except ModelError as error:
@@ -174,23 +176,6 @@ class Seq2SeqEncoder:
         labels = target[:limit]
         outcome.examples.append(store.Example({"input_ids": source, "labels": labels}, len(source), len(labels)))
         return outcome
-
-    def _source_and_target(self, example: ParsedRow, row: Row) -> tuple[str, str]:
-        if isinstance(example, PairExample):
-            return example.prompt, example.completion
-        if isinstance(example, AlpacaExample):
-            return "\n\n".join(filter(None, [example.system, example.request()])), example.output
-        assert isinstance(example, ChatExample)
-        answers = (at for at, turn in enumerate(example.messages) if turn["role"] == "assistant")
-        last = max((at for at in answers if at not in example.untrained), default=0)
-        answer, before = example.messages[last].get("content"), example.messages[:last]
-        if not isinstance(answer, str) or not answer.strip() or not before:
-            raise row.place.error("the conversation has no question followed by a trained answer in text")
-        if not self.tokenizer.chat_template:
-            if len(before) == 1:
-                return str(before[0].get("content", "")), answer
-            return "\n".join(f"{message['role']}: {message.get('content', '')}" for message in before), answer
-        return render(self.tokenizer, before, example.tools, prompt=True), answer
 
     def _ids(self, texts: list[str], *, target: bool = False, add_special_tokens: bool = True) -> list[list[int]]:
         """Tokenise sources, or targets with EOS."""

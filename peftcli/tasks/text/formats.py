@@ -55,6 +55,10 @@ class AlpacaExample:
         """The user's text: the instruction, a blank line, the input."""
         return f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
 
+    def source(self) -> str:
+        """What an encoder reads: what the system says, a blank line, the request."""
+        return "\n\n".join(filter(None, [self.system, self.request()]))
+
     def chat(self) -> ChatExample:
         """The example as a conversation, for a model with a chat template."""
         system = [{"role": "system", "content": self.system}] if self.system else []

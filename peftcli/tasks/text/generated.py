@@ -2,21 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
+from peftcli.errors import DataError
 from peftcli.tasks.base import Loss
 
+_KEY = "task.metric_code"
 
-def with_texts(loss: Loss, wanted: Sequence[str], generate: Callable[[], Iterable[str]], *, training: bool) -> Loss:
-    """The loss of a batch with what is wanted of each row, and in evaluation what the model says, as its outputs."""
-    return loss if training else replace(loss, outputs=list(zip(wanted, generate(), strict=True)))
+
+def with_texts(loss: Loss, wanted: Sequence[str] | None, generate: Callable[[], Iterable[str]]) -> Loss:
+    """The loss of a batch, with what is wanted of each row and what the model says as outputs; None: with neither."""
+    return loss if wanted is None else replace(loss, outputs=list(zip(wanted, generate(), strict=True)))
 
 
 def text_metrics(names: Iterable[str], pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     """Compute metrics of ``METRICS`` over pairs of the wanted text and the generated one."""
     wanted, found = ([pair[side] for pair in pairs] for side in (0, 1))
     return {name: METRICS[name](wanted, found) for name in names}
+
+
+def own_metric(name: str) -> Callable[[list[str], list[str]], dict[str, float]]:
+    """Load a function of the user's own file, named as ``metrics.py:score``, which compares like those of ``METRICS``.
+
+    Raises:
+        DataError: there is no such function. The result raises it too, where the function fails or returns no numbers.
+    """
+    path, _, function = name.rpartition(":")
+    spec = importlib.util.spec_from_file_location("peftcli_metric_code", path) if path.endswith(".py") else None
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        raise DataError(f"expected a file and its function, as metrics.py:score, found {name[:200]!r}", key=_KEY)
+    module = importlib.util.module_from_spec(spec)
+    with _as_data_error():
+        spec.loader.exec_module(module)
+    own = getattr(module, function, None)
+    if not callable(own):
+        raise DataError(f"{path} has no function {function!r}", key=_KEY)
+
+    def compare(wanted: list[str], found: list[str]) -> dict[str, float]:
+        with _as_data_error():
+            value = own(found, wanted)
+            values = value if isinstance(value, Mapping) else {function: value}
+            return {str(each): float(number) for each, number in values.items()}
+
+    return compare
+
+
+@contextmanager
+def _as_data_error() -> Iterator[None]:
+    """Inside runs the user's code: whatever it raises is a DataError."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(f"{type(error).__name__}: {error}", key=_KEY) from error
 
 
 def _wer(wanted: list[str], found: list[str]) -> float:
@@ -31,5 +72,40 @@ def _cer(wanted: list[str], found: list[str]) -> float:
     return float(jiwer.cer(wanted, found))
 
 
-METRICS: dict[str, Callable[[list[str], list[str]], float]] = {"wer": _wer, "cer": _cer}
-"""Each compares the wanted texts of a corpus with the generated ones."""
+def _exact_match(wanted: list[str], found: list[str]) -> float:
+    return sum(one.strip() == other.strip() for one, other in zip(wanted, found, strict=True)) / len(wanted)
+
+
+def _bleu(wanted: list[str], found: list[str]) -> float:
+    import sacrebleu
+
+    return float(sacrebleu.corpus_bleu(found, [wanted]).score)
+
+
+def _chrf(wanted: list[str], found: list[str]) -> float:
+    import sacrebleu
+
+    return float(sacrebleu.corpus_chrf(found, [wanted]).score)
+
+
+def _rouge_l(wanted: list[str], found: list[str]) -> float:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
+    pairs = zip(wanted, found, strict=True)
+    return float(sum(scorer.score(one, other)["rougeL"].fmeasure for one, other in pairs) / len(wanted))
+
+
+METRICS: dict[str, Callable[[list[str], list[str]], float]] = {
+    "wer": _wer,
+    "cer": _cer,
+    "exact_match": _exact_match,
+    "bleu": _bleu,
+    "chrf": _chrf,
+    "rouge_l": _rouge_l,
+}
+"""Each compares the wanted texts of a corpus with the generated ones. Word error rates, BLEU (0 to 100,
+https://aclanthology.org/P02-1040), chrF (0 to 100, https://aclanthology.org/W15-3049), the mean F1 of ROUGE-L (0 to 1,
+https://aclanthology.org/W04-1013)."""
+PACKAGES = {"bleu": "sacrebleu", "chrf": "sacrebleu", "rouge_l": "rouge_score"}
+"""The package of the extra ``metrics`` that each needs."""

@@ -11,14 +11,9 @@ from accelerate.utils import set_seed
 from transformers import StoppingCriteria, TextStreamer
 
 from peftcli.core.prompts.virtual_tokens import generate
-from peftcli.errors import UsageError
 from peftcli.tasks.text.formats import AlpacaExample
-from peftcli.tasks.text.spans import render
+from peftcli.tasks.text.prompts import Prompt, last_words, prompt_ids, prompt_text
 from peftcli.tasks.text.stop_tokens import Form, StopTokens, all_stops
-
-Message = dict[str, Any]
-Prompt = str | list[Message]
-"""A text, or a conversation that ends with a user's turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +26,8 @@ class GenerationSettings:
     top_p: float = 1.0
     """With a temperature: sample from the most probable tokens that together have this probability."""
     seed: int = 0
+    num_beams: int = 1
+    """Answers that are followed at once."""
 
 
 @dataclass(frozen=True)
@@ -68,51 +65,36 @@ class TextGenerator:
             stream: receives the answer's text as it grows; for a single prompt.
         """
         set_seed(settings.seed)
-        inputs = self._encode(prompts)
+        rows = list(map(self._ids, prompts))
+        with torch.inference_mode():
+            answers = self.continued(rows, settings, stream)
+        return [GeneratedText(last_words(prompt), *answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def continued(
+        self, rows: Sequence[list[int]], settings: GenerationSettings, stream: Callable[[str], None] | None = None
+    ) -> list[tuple[str, int, str]]:
+        """The answers to rows of tokens, in one left-padded batch: text, tokens and finish_reason of each."""
+        batch = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+        inputs = {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
         options = self._options(settings)
         if stream is not None:
             options["streamer"] = _streamer(self.tokenizer, stream, self.stop_tokens.texts, strip=self.form == "chat")
-        with torch.inference_mode():
-            output = generate(self.model, **inputs, **options)
-        if not self.model.config.is_encoder_decoder:
-            output = output[:, inputs["input_ids"].shape[1] :]
-        return [self._answer(prompt, ids.tolist()) for prompt, ids in zip(prompts, output, strict=True)]
+        output = generate(self.model, **inputs, **options)
+        start = inputs["input_ids"].shape[1] if self._decoder_only else 1  # the decoder's start token
+        return [self._answer(ids) for ids in output[:, start:].tolist()]
 
-    def _encode(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-        tokenizer = self.tokenizer
-        texts, templated = [], []
-        for prompt in prompts:
-            formed = self._in_form(prompt)
-            templated.append(not isinstance(formed, str))
-            texts.append(formed if isinstance(formed, str) else self._rendered(formed))
-        # a template writes its own special tokens; other text gets the tokenizer's, but BOS once, and no EOS
-        ids = [
-            tokenizer(text, add_special_tokens=not by_template)["input_ids"]
-            for text, by_template in zip(texts, templated, strict=True)
-        ]
-        bos = tokenizer.bos_token_id
-        ids = [row[1:] if bos is not None and row[:2] == [bos, bos] else row for row in ids]
-        if not self.model.config.is_encoder_decoder:
-            ids = [row[:-1] if row and row[-1] == tokenizer.eos_token_id and len(row) > 1 else row for row in ids]
-        if not all(ids):
-            raise UsageError("the prompt is empty: it has no tokens to continue from")
-        batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
-        return {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+    @property
+    def _decoder_only(self) -> bool:
+        return not self.model.config.is_encoder_decoder
 
-    def _in_form(self, prompt: Prompt) -> Prompt:
-        """Return the prompt in the form of the training data."""
-        if not isinstance(prompt, str) or self.form == "plain":
-            return prompt
-        if self.form == "chat":
-            return [{"role": "user", "content": prompt}]
-        return AlpacaExample(prompt, output="").pair().prompt
-
-    def _rendered(self, messages: list[Message]) -> str:
-        if not self.tokenizer.chat_template:
-            raise UsageError(
-                "the base model's tokenizer has no chat template for messages", hint="give prompts instead"
-            )
-        return render(self.tokenizer, messages, prompt=True)
+    def _ids(self, prompt: Prompt) -> list[int]:
+        """The tokens of a prompt, in the form of the training data."""
+        if isinstance(prompt, str) and self.form == "chat":
+            prompt = [{"role": "user", "content": prompt}]
+        elif isinstance(prompt, str) and self.form == "alpaca" and self._decoder_only:
+            prompt = AlpacaExample(prompt, output="").pair().prompt
+        text, templated = prompt_text(prompt, self.tokenizer, decoder_only=self._decoder_only)
+        return prompt_ids(text, self.tokenizer, templated=templated, decoder_only=self._decoder_only)
 
     def _options(self, settings: GenerationSettings) -> dict[str, Any]:
         chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -122,6 +104,7 @@ class TextGenerator:
         return {
             **chosen,
             "max_new_tokens": settings.max_new_tokens,
+            "num_beams": settings.num_beams,
             "eos_token_id": self._stops() or None,
             "pad_token_id": self.tokenizer.pad_token_id,
             **({"stopping_criteria": [_text_stop(self.tokenizer, ends)]} if ends else {}),
@@ -131,18 +114,15 @@ class TextGenerator:
         """Return the ids that end an answer."""
         return all_stops(self.stop_tokens, self.model.generation_config.eos_token_id)
 
-    def _answer(self, prompt: Prompt, ids: list[int]) -> GeneratedText:
+    def _answer(self, ids: list[int]) -> tuple[str, int, str]:
         stops = self._stops()
-        if self.model.config.is_encoder_decoder:
-            ids = ids[1:]  # the decoder's start token
         ends = next(
             (place for place, token in enumerate(ids, 1) if token in stops or self._says_end(ids[:place])), None
         )
         kept = ids[:ends]
         text, _ = _before(self.tokenizer.decode(kept, skip_special_tokens=True), self.stop_tokens.texts)
-        asked = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
         text = text.strip() if self.form == "chat" else text
-        return GeneratedText(asked, text, len(kept), "length" if ends is None else "stop")
+        return text, len(kept), "length" if ends is None else "stop"
 
     def _says_end(self, ids: list[int]) -> bool:
         """Whether the text of the ids contains an end of the template that is not a token."""

@@ -9,6 +9,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -20,10 +21,10 @@ from peftcli.core.config import AdapterConfig
 from peftcli.data.findings import Finding, Records
 from peftcli.data.rows import Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
-from peftcli.errors import DataError
+from peftcli.errors import DataError, UsageError
 from peftcli.models import tokens
 from peftcli.system import date
-from peftcli.tasks.base import Task
+from peftcli.tasks.base import Batch, Loss, Task, model_inputs
 from peftcli.tasks.settings import CausalLM, Seq2SeqLM
 from peftcli.tasks.shown import Description, Shown, Text
 from peftcli.tasks.text.audit import TextAudit
@@ -31,7 +32,10 @@ from peftcli.tasks.text.encode import CausalEncoder, Seq2SeqEncoder
 from peftcli.tasks.text.findings import record_findings
 from peftcli.tasks.text.flags import CUT_OFF, OVERLONG, Flag
 from peftcli.tasks.text.formats import ExampleReader, example_reader
-from peftcli.tasks.text.stop_tokens import missing_stops
+from peftcli.tasks.text.generated import PACKAGES, own_metric, text_metrics, with_texts
+from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
+from peftcli.tasks.text.prompts import asked, prompt_ids, prompt_text
+from peftcli.tasks.text.stop_tokens import Form, StopTokens, missing_stops, prompt_form, stop_tokens
 from peftcli.tasks.text.token_loss import token_metrics
 from peftcli.tasks.text.token_text import TokenRenderer
 
@@ -46,7 +50,6 @@ Settings = TypeVar("Settings", bound=CausalLM | Seq2SeqLM)
 class LanguageModel(Task[Settings]):
     """A task whose examples are token ids with labels."""
 
-    columns: ClassVar = {"input_ids": Column(), "labels": Column()}
     unit = "tokens"
     flags: ClassVar = {
         "truncated": Flag.TRUNCATED,
@@ -62,6 +65,30 @@ class LanguageModel(Task[Settings]):
         super().__init__(settings, processor, base)
         self._encoders: dict[Any, CausalEncoder | Seq2SeqEncoder] = {}
         self._audit: TextAudit | None = None
+        self._stops: dict[Form, StopTokens] = {}
+        for name in ("max_new_tokens", "num_beams"):
+            if getattr(settings, name) < 1:
+                raise DataError(f"must be at least 1, not {getattr(settings, name)}", key=f"task.{name}")
+        if settings.metric_code is not None and not settings.trust_metric_code:
+            hint = "read that file, and set task.trust_metric_code: true"
+            raise DataError("runs code of yours, which has to be allowed", key="task.metric_code", hint=hint)
+        if self.generates and getattr(settings, "overlong", "") == "split":
+            raise DataError("generated answers are those of whole rows; choose truncate, drop or error", key="overlong")
+        self._own = own_metric(settings.metric_code) if settings.metric_code is not None else None
+
+    @property
+    def generates(self) -> bool:
+        """Whether evaluation generates answers."""
+        return bool(self.settings.generate_metrics or self.settings.metric_code)
+
+    @property
+    def columns(self) -> Mapping[str, Column]:
+        own = {"input_ids": Column(), "labels": Column()}
+        return own | ({"prompt": Column(), "answer": Column("str"), "form": Column("str")} if self.generates else {})
+
+    @property
+    def packages(self) -> Mapping[str, str]:
+        return {PACKAGES[name]: "metrics" for name in self.settings.generate_metrics if name in PACKAGES}
 
     @cached_property
     def renderer(self) -> TokenRenderer:
@@ -78,7 +105,8 @@ class LanguageModel(Task[Settings]):
         return date_notes(self.processor)
 
     def fingerprint(self) -> dict[str, Any]:
-        return chat_fingerprint(self.processor)
+        found = chat_fingerprint(self.processor)
+        return found | {"max_new_tokens": self.settings.max_new_tokens} if self.generates else found
 
     def record_findings(self, records: Records) -> list[Finding]:
         return record_findings(records)
@@ -90,10 +118,71 @@ class LanguageModel(Task[Settings]):
         key = (reader.name, *reader.names.items())
         if key not in self._encoders:
             self._encoders[key] = self.encoder(reader, self.processor, self.settings)  # type: ignore[arg-type]
-        return self._encoders[key](rows)
+        outcomes = self._encoders[key](rows)
+        return list(map(self._with_prompt, outcomes, rows, repeat(reader))) if self.generates else outcomes
+
+    def _with_prompt(self, outcome: Outcome | DataError, row: Row, reader: Any) -> Outcome | DataError:
+        """What became of a row, with the prompt and the answer that evaluation compares."""
+        if isinstance(outcome, DataError) or not outcome.examples:
+            return outcome
+        (example,) = outcome.examples
+        decoder_only = not self.base.config.is_encoder_decoder
+        try:
+            prompt, answer = asked(reader(row))
+            text, templated = prompt_text(prompt, self.processor, decoder_only=decoder_only)
+            ids = prompt_ids(text, self.processor, templated=templated, decoder_only=decoder_only)
+        except (DataError, UsageError) as error:
+            return row.place.error(error.message, key=error.key, hint=error.hint)
+        if not decoder_only:
+            ids = ids[: self.settings.max_length]
+        positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        if positions and decoder_only and len(ids) + self.settings.max_new_tokens > positions:
+            message = (
+                f"the prompt's {len(ids)} tokens and {self.settings.max_new_tokens} new ones are more than the base"
+            )
+            return row.place.error(f"{message} model's {positions:,} positions", key="task.max_new_tokens")
+        form = prompt_form({"data": {"format": reader.name}}, self.processor)
+        example.arrays |= {"prompt": ids, "answer": answer, "form": form}
+        return outcome
+
+    def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
+        batch = self.pad(examples)
+        if training or not self.generates:
+            return batch
+        return batch | {f"_{name}": [each.arrays[name] for each in examples] for name in ("prompt", "answer", "form")}
+
+    @abstractmethod
+    def pad(self, examples: Sequence[Example]) -> Batch:
+        """Put examples, or packed rows, into one batch."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        found = self.loss_of_targets(model, model_inputs(batch))
+        return with_texts(found, batch.get("_answer"), lambda: self._answers(model, batch))
+
+    @abstractmethod
+    def loss_of_targets(self, model: nn.Module, inputs: Batch) -> Loss:
+        """The loss of a batch over its target tokens."""
+
+    def _answers(self, model: Any, batch: Batch) -> list[str]:
+        """What the model generates for the prompts of a batch, as ``predict`` does."""
+        settings = GenerationSettings(max_new_tokens=self.settings.max_new_tokens, num_beams=self.settings.num_beams)
+        found = dict[int, str]()
+        forms: list[Form] = batch["_form"]
+        for form in dict.fromkeys(forms):
+            if form not in self._stops:
+                self._stops[form] = stop_tokens(self.processor, form)
+            generator = TextGenerator(model, self.processor, form, self._stops[form])
+            chosen = [at for at, each in enumerate(forms) if each == form]
+            rows = [np.asarray(batch["_prompt"][at]).tolist() for at in chosen]
+            found |= zip(chosen, (text for text, _, _ in generator.continued(rows, settings)), strict=True)
+        return [found[at] for at in range(len(forms))]
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
-        return token_metrics(sums, num_targets)
+        found = token_metrics(sums, num_targets)
+        if not self.generates:
+            return found
+        found |= text_metrics(self.settings.generate_metrics, outputs)
+        return found | (self._own(*map(list, zip(*outputs, strict=True))) if self._own else {})
 
     def findings(self, view: View) -> list[Finding]:
         return self._audited(view).findings()

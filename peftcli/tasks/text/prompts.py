@@ -1,0 +1,142 @@
+"""Prompts: what a model is asked, in the form of the data that it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from peftcli.data.rows import Row
+from peftcli.data.text_rows import quote
+from peftcli.errors import DataError, UsageError
+from peftcli.tasks.text.formats import (
+    AlpacaExample,
+    ChatExample,
+    ExampleReader,
+    Message,
+    PairExample,
+    ParsedRow,
+    TextExample,
+)
+from peftcli.tasks.text.spans import render
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompt = str | list[Message] | AlpacaExample | ChatExample
+"""A text; a conversation that ends with a turn to answer, the second with the tools that may be called; an
+instruction."""
+
+
+def asked(example: ParsedRow) -> tuple[Prompt, str]:
+    """The prompt of a row, and the answer that it holds: of a conversation, the last one that is trained.
+
+    Raises:
+        DataError: it has none.
+    """
+    if isinstance(example, PairExample):
+        return example.prompt, example.completion
+    if isinstance(example, AlpacaExample):
+        return replace(example, output=""), example.output
+    if isinstance(example, TextExample):
+        raise DataError("a text alone has no prompt to answer", key="task.generate_metrics")
+    answers = (at for at, turn in enumerate(example.messages) if turn["role"] == "assistant")
+    last = max((at for at in answers if at not in example.untrained), default=0)
+    answer, before = example.messages[last].get("content"), example.messages[:last]
+    if not isinstance(answer, str) or not answer.strip() or not before:
+        raise DataError("the conversation has no question followed by a trained answer in text")
+    return ChatExample(before, example.tools), answer
+
+
+def prompt_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, decoder_only: bool) -> tuple[str, bool]:
+    """The text that the model reads, and whether a chat template has written it, special tokens included.
+
+    Args:
+        prompt: What is asked.
+        tokenizer: Has the template.
+        decoder_only: Whether the answer follows in the same text. An encoder-decoder reads an instruction without
+            headings, and a conversation without a template as its turns.
+
+    Raises:
+        UsageError: a conversation needs a template.
+        DataError: the template refuses the conversation.
+    """
+    if isinstance(prompt, str):
+        return prompt, False
+    if isinstance(prompt, AlpacaExample):
+        if not decoder_only:
+            return prompt.source(), False
+        if not tokenizer.chat_template:
+            return prompt.pair().prompt, False
+        prompt = prompt.chat().messages[:-1]
+    messages, tools = (prompt, None) if isinstance(prompt, list) else (prompt.messages, prompt.tools)
+    if tokenizer.chat_template:
+        return render(tokenizer, messages, tools, prompt=True), True
+    if decoder_only:
+        message = "the base model's tokenizer has no chat template for messages"
+        raise UsageError(message, hint="give prompts instead")
+    if len(messages) == 1:
+        return str(messages[0].get("content", "")), False
+    return "\n".join(f"{message['role']}: {message.get('content', '')}" for message in messages), False
+
+
+def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, templated: bool, decoder_only: bool) -> list[int]:
+    """The tokens of a prompt. A template writes its own special tokens; other text gets the tokenizer's.
+
+    BOS stands once, and no EOS at the end of what a decoder continues.
+
+    Raises:
+        UsageError: there are none.
+    """
+    ids = list(tokenizer(text, add_special_tokens=not templated)["input_ids"])
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    if decoder_only and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    if not ids:
+        raise UsageError("the prompt is empty: it has no tokens to continue from")
+    return ids
+
+
+def prompt_of(row: Row, columns: Mapping[str, str]) -> Prompt:
+    """The prompt of a row to answer: a text, messages, or an instruction; of a conversation, up to the last answer.
+
+    Args:
+        row: As in training; the answer may be missing.
+        columns: The formats' columns -> the row's, where they have other names.
+
+    Raises:
+        DataError: it has none.
+    """
+    values = {**row.values, **{name: row.values[each] for name, each in columns.items() if each in row.values}}
+    prompt, tools = values.get("prompt"), values.get("tools")
+    if values.get("conversations"):
+        turns = [*values["conversations"], {"from": "gpt", "value": "."}]  # an answer, which the reader looks for
+        keys = ("conversations", "system", "tools")
+        read = ExampleReader("sharegpt", {key: key for key in keys})(replace(row, values={**values, keys[0]: turns}))
+        assert isinstance(read, ChatExample)
+        prompt, tools = read.messages[:-1], read.tools
+    messages = prompt if isinstance(prompt, list) else values.get("messages")
+    if isinstance(messages, list) and all(isinstance(turn, dict) and "content" in turn for turn in messages):
+        while messages and messages[-1].get("role") == "assistant":
+            messages = messages[:-1]  # the answer that a dataset's row holds
+        if not messages:
+            raise row.place.error("the conversation has no turn to answer")
+        return ChatExample(messages, tools) if isinstance(tools, list) else messages
+    if isinstance(prompt, str) and prompt:
+        return prompt
+    if isinstance(values.get("instruction"), str):
+        return AlpacaExample(values["instruction"], "", values.get("input") or "", values.get("system") or "")
+    names = ", ".join(quote(name, 40) for name in list(row.values)[:12])
+    raise row.place.error(f'needs "prompt" or "messages"; it has {names or "no columns"}')
+
+
+def last_words(prompt: Prompt) -> str:
+    """What was asked, in few words: the text, the last turn, or the instruction."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, AlpacaExample):
+        return prompt.request()
+    messages = prompt if isinstance(prompt, list) else prompt.messages
+    return str(messages[-1]["content"])

@@ -1,0 +1,158 @@
+"""Metrics of generated answers: each says how good they are, and training, evaluation and predictions agree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from classifierkit import encoded, open_task
+from taskkit import CASES
+from trainkit import MESSAGES, PROMPTS, build, run_recipe, write_recipe, write_rows
+
+import peftcli.tasks.base
+from peftcli.cli.app import main
+from peftcli.core.inject import inject
+from peftcli.data.rows import Place, Row
+from peftcli.errors import DataError
+from peftcli.methods import config_from_dict
+from peftcli.tasks.text.formats import AlpacaExample, ChatExample
+from peftcli.tasks.text.generated import METRICS, own_metric
+from peftcli.tasks.text.prompts import prompt_of
+
+WANTED = ["the old mill stands north of a river", "seven red foxes drink tea in winter", "a stone bridge"]
+RANDOM = ["qx vw zk jj pp", "oo uu ii yy ee aa bb", "xx yy zz ww"]
+BEST = {"wer": (0, 1), "cer": (0, 1), "exact_match": (1, 0), "bleu": (100, 0), "chrf": (100, 0), "rouge_l": (1, 0)}
+ALL = ["exact_match", "bleu", "chrf", "rouge_l"]
+PROMPT_TUNING = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 5, "prompt_tuning_init": "RANDOM"}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_perfect_and_a_random_predictor(name: str) -> None:
+    perfect, none = BEST[name]
+    assert METRICS[name](WANTED, list(WANTED)) == pytest.approx(perfect)
+    assert METRICS[name](WANTED, RANDOM) == pytest.approx(none, abs=0.15 * max(perfect, none))
+
+
+@pytest.mark.parametrize("rows", [MESSAGES, PROMPTS], ids=["messages", "pairs"])
+@pytest.mark.parametrize("method", [None, PROMPT_TUNING], ids=["base", "soft prompt"])
+def test_an_answer_does_not_depend_on_the_batch(rows: list[dict[str, Any]], method: dict[str, Any] | None) -> None:
+    model = build("llama")
+    if method:
+        torch.manual_seed(1)
+        inject(model, config_from_dict({"task_type": "CAUSAL_LM", **method}))
+    task = open_task("causal_lm", "chat", generate_metrics=["bleu"], max_new_tokens=12)
+    examples = encoded(task, rows[:8])
+    with torch.no_grad():
+        together = task.loss(model.eval(), task.collate(examples, training=False)).outputs
+        alone = [task.loss(model, task.collate([each], training=False)).outputs[0] for each in examples]
+    assert together == alone
+    assert len({len(each.arrays["prompt"]) for each in examples}) > 1
+    assert len(set(alone)) > 1
+
+
+def test_no_answers_in_training() -> None:
+    task = open_task("causal_lm", "chat", generate_metrics=["bleu"], max_new_tokens=8)
+    batch = task.collate(encoded(task, MESSAGES[:2]), training=True)
+    assert set(batch) == {"input_ids", "labels", "attention_mask"}
+
+
+def test_the_best_adapter_by_such_a_metric_is_kept(cli: Callable, tmp_path: Path) -> None:
+    recipe = CASES["causal_lm"].write(tmp_path)
+    best = ("training.metric_for_best_model=eval_chrf", "training.load_best_model_at_end=true")
+    often = ("training.eval_strategy=steps", "training.eval_steps=2", "training.save_strategy=steps")
+    run = run_recipe(recipe, *best, *often)
+    measured = [entry["eval_chrf"] for entry in run.metrics if "eval_chrf" in entry]
+    assert len(measured) == 3
+    kept = cli("evaluate", recipe, "--adapter", run.folder, "--json")["eval"]["last"]
+    assert kept["eval_chrf"] == pytest.approx(max(measured))
+    assert len(set(measured)) > 1
+
+
+def test_a_metric_of_ones_own(cli: Callable, tmp_path: Path) -> None:
+    code = tmp_path / "own.py"
+    code.write_text(
+        "def blanks(found, wanted):\n    return {'pairs': len(found), 'blanks': ''.join(wanted).count(' ')}\n"
+    )
+    recipe = write_recipe(tmp_path)
+    settings = ("task.type=causal_lm", "task.max_new_tokens=4", f"task.metric_code={code}:blanks")
+    assert main(["evaluate", str(recipe), *settings]) == 3
+    found = cli("evaluate", recipe, *settings, "task.trust_metric_code=true", "--json")["eval"]["last"]
+    wanted = sum(row["messages"][-1]["content"].count(" ") for row in MESSAGES[10:])
+    assert (found["eval_pairs"], found["eval_blanks"]) == (3, wanted)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "words"),
+    [
+        ("x = 1", "x", "has no function 'x'"),
+        ("def f(found, wanted):\n    return 'many'", "f", "could not convert"),
+        ("def f(found, wanted):\n    return found[7]", "f", "IndexError"),
+        ("import no_such_module", "f", "No module named"),
+        (None, "f", "expected a file and its function"),
+    ],
+)
+def test_what_is_wrong_with_it(tmp_path: Path, content: str | None, name: str, words: str) -> None:
+    if content is not None:
+        (tmp_path / "own.py").write_text(content)
+    with pytest.raises(DataError, match=words) as caught:
+        own_metric(f"{tmp_path}/own.py:{name}")(["a"], ["b"])
+    assert caught.value.key == "task.metric_code"
+
+
+@pytest.mark.parametrize("package", ["sacrebleu", "rouge_score"])
+def test_a_missing_package_is_named_before_a_model_is_loaded(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = peftcli.tasks.base.importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == package else find(name, *more))
+    recipe = CASES["causal_lm"].write(tmp_path)
+    assert main(["check", "--deep", str(recipe)]) != 0
+    assert f"needs the package {package}: pip install 'peftcli[metrics]'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "words"),
+    [
+        ([{"text": "a text"}], {}, "a text alone has no prompt"),
+        ([{"prompt": "", "completion": "a"}], {}, "the prompt is empty"),
+        (PROMPTS[:1], {"max_new_tokens": 9999}, "are more than the base model"),
+        (PROMPTS[:1], {"num_beams": 0}, "must be at least 1"),
+        (PROMPTS[:1], {"overlong": "split"}, "whole rows"),
+        (PROMPTS[:1], {"metric_code": "a.py:b"}, "has to be allowed"),
+    ],
+)
+def test_what_cannot_be_measured(rows: list[dict[str, Any]], settings: dict[str, Any], words: str) -> None:
+    limits = {"max_new_tokens": 8, **settings}
+    with pytest.raises(DataError, match=words):
+        raise encoded(open_task("causal_lm", "chat", generate_metrics=["bleu"], **limits), rows)[0]
+
+
+def test_the_prompt_of_a_row_of_any_format() -> None:
+    def prompt(columns: dict[str, str] | None = None, **values: Any) -> Any:
+        return prompt_of(Row(values, Place("a", 1)), columns or {})
+
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    user = {"role": "user", "content": "Hi"}
+    assert prompt(question="Hi", answer="Ho", columns={"prompt": "question", "completion": "answer"}) == "Hi"
+    assert prompt(prompt="Hi", columns={"prompt": "question"}) == "Hi"
+    assert prompt(instruction="Add", input="1 2", output="3") == AlpacaExample("Add", "", "1 2")
+    assert prompt(messages=[user, {"role": "assistant", "content": "Ho"}]) == [user]
+    assert prompt(messages=[user], tools=tools) == ChatExample([user], tools)
+    assert prompt(conversations=[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]) == [user]
+
+
+def test_instructions_are_predicted_as_they_are_evaluated(cli: Callable, tmp_path: Path) -> None:
+    rows = [{"instruction": row["prompt"], "input": "a b", "output": row["completion"]} for row in PROMPTS]
+    recipe = write_recipe(tmp_path, rows=rows)
+    measures = ("task.type=causal_lm", "task.generate_metrics=[chrf]", "task.max_new_tokens=7")
+    run = run_recipe(recipe, *measures, "training.max_steps=2", "training.eval_strategy=epoch")
+    asked = write_rows(tmp_path / "asked.jsonl", [{**row, "output": ""} for row in rows[10:]])
+    cli("predict", run.folder, "--input", asked, "--output", tmp_path / "answers.jsonl")
+    answers = list(map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines()))
+    found = METRICS["chrf"]([row["output"] for row in rows[10:]], [each["text"] for each in answers])
+    assert run.run["eval"]["last"]["eval_chrf"] == pytest.approx(found)
+    assert all(each["tokens"] <= 7 for each in answers)
