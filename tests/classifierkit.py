@@ -106,9 +106,9 @@ def write_scene(folder: Path, number: int, size: int = SIDE) -> dict[str, Any]:
     return row
 
 
-def base_of(kind: str) -> Any:
-    """A base model as far as tasks need it."""
-    folder = classifier_base(kind)
+def base_of(kind: str | Path) -> Any:
+    """A base model as far as tasks need it, of a kind or in a folder."""
+    folder = kind if isinstance(kind, Path) else classifier_base(kind)
 
     def processor(wanted: str) -> Any:
         if wanted == "tokenizer":
@@ -116,10 +116,15 @@ def base_of(kind: str) -> Any:
         return transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
 
     config = transformers.AutoConfig.from_pretrained(folder)
-    return SimpleNamespace(spec=BaseModel(name=str(folder)), name=str(folder), config=config, processor=processor)
+
+    def file(name: str) -> Path | None:
+        return folder / name if (folder / name).exists() else None
+
+    spec = BaseModel(name=str(folder))
+    return SimpleNamespace(spec=spec, name=str(folder), config=config, processor=processor, file=file)
 
 
-def open_task(name: str = "sequence_classification", kind: str = "bert", **settings: Any) -> Any:
+def open_task(name: str = "sequence_classification", kind: str | Path = "bert", **settings: Any) -> Any:
     """The task over a tiny base model."""
     row = TASKS[name]
     return row.open(row.settings(**settings), base_of(kind))

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -163,6 +164,7 @@ def render_card(
     method.pop("type", None)
     task = str(recipe.get("task") or "")
     kind, use, base = _subject(info)
+    use = _filled(use, _part(info, "task")) if use else None
     sections = [
         _front_matter(_head(kind, use, base, tags)),
         _summary(kind, task, base, info),
@@ -182,6 +184,14 @@ def _subject(info: Mapping[str, Any]) -> tuple[str, TaskRow | None, str]:
     kind = str(_part(info, "recipe", "method").get("type", ""))
     use = TASKS.get(str(_part(info, "recipe").get("task") or ""))
     return kind, use, str(_part(info, "base_model").get("name") or "")
+
+
+def _filled(use: TaskRow, settings: Mapping[str, Any]) -> TaskRow:
+    """The task with the recorded settings where its lines of Python name them."""
+    lines = use.usage
+    for name, value in settings.items():
+        lines = tuple(line.replace(f"<{name}>", str(value)) for line in lines)
+    return replace(use, usage=lines)
 
 
 def _head(kind: str, use: TaskRow | None, base: str, tags: Collection[str]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from peftcli.models.quantization import forget
 from peftcli.schema import BaseModel
 from peftcli.system.outputs import expand_user, new_folder, require_empty, storage_errors
 from peftcli.system.secrets import redact_values
-from peftcli.tasks.base import Probes, Task, scores_of
+from peftcli.tasks.base import Exports, Probes, Task, scores_of
 from peftcli.tasks.text.stop_tokens import missing_stops
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
@@ -343,7 +343,7 @@ def _merge_whole(job: _Job, output: Path) -> bool:
 
 
 def _write_companions(job: _Job, output: Path, untied: bool) -> None:
-    """Config, generation config and tokenizer."""
+    """Config, generation config, processor, and what other readers need."""
     saved = (output / "config.json").exists()  # with the whole model, whose layers may be other ones than the base's
     config = copy.deepcopy(open_base(BaseModel(name=str(output))).config if saved else job.base.config)
     empty = job.base.empty_model(job.auto_class, **job.options)
@@ -372,6 +372,8 @@ def _write_companions(job: _Job, output: Path, untied: bool) -> None:
         processor.save_pretrained(output)
         if empty.can_generate():
             _save_generation_config(job, output, processor, config)
+        if isinstance(job.task, Exports):
+            job.task.export(output)
 
 
 def _save_generation_config(job: _Job, output: Path, tokenizer: Any, config: Any) -> None:

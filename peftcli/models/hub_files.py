@@ -28,6 +28,8 @@ _folders: dict[tuple[str, ...], Path] = {}
 def fetch(base: BaseModel, *names: str) -> Path:
     """Fetch the base model's small files, and those of ``names`` that it has; return their folder in the cache.
 
+    Names of files in folders of it are fetched alone.
+
     Raises:
         ModelError: the name is not a hub id.
         HubError: the hub has no such model, or refuses it.
@@ -37,13 +39,14 @@ def fetch(base: BaseModel, *names: str) -> Path:
         raise ModelError(f"{short_repr(base.name)} is neither a folder nor a hub id", key="base_model")
     model = _key(base)
     code = ["*.py"] if base.trust_remote_code else []
-    patterns = [*_SMALL, "*.jinja", *code, *map(glob.escape, names)]
+    inside, named = any("/" in name for name in names), list(map(glob.escape, names))
+    patterns = named if inside else [*_SMALL, "*.jinja", *code, *named]
     if (known := _folders.get((*model, *patterns))) is not None:
         return known
     revision = _folders[model].name if model in _folders else base.revision
     what = f"no folder {base.name} here; on the hub: {base.name}"
     try:
-        folder = hub_requests.download_files(base.name, patterns, revision, ignored=_LEFT, what=what)
+        folder = hub_requests.download_files(base.name, patterns, revision, ignored=() if inside else _LEFT, what=what)
     except (HubError, NetworkError) as error:
         error.key = "base_model"
         raise

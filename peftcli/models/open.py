@@ -192,6 +192,8 @@ class OpenBase:
             initialised, note = validate.find_initialised(
                 model, info, self.name, new_labels=not _LABELS.isdisjoint(options), complete=how is None
             )
+        if auto_class == "AutoModel":  # its answer is the hidden states, which no pooler has a part in
+            initialised = ()
         if how and not any(map(is_quantised, model.modules())):
             raise ModelError(f"{how['type']} finds no linear layer in {self.name}", key="base_model.quantization")
         return LoadedModel(model, initialised, note)
@@ -213,7 +215,9 @@ class OpenBase:
         return label_options(partial(self.empty_model, auto_class), sizes)
 
     def file(self, name: str) -> Path | None:
-        """Return the path of one of the model's small files; None if the model lacks it."""
+        """Return the path of one of the model's small files, of its folders too; None if the model lacks it."""
+        if "/" in name:
+            return None if self._is_gguf else self._fetch(name)
         path = self.folder / name
         return path if not self._is_gguf and os.path.lexists(path) else None
 

@@ -41,6 +41,7 @@ __all__ = [
     "Example",
     "Exports",
     "FitsModel",
+    "Gathers",
     "Limits",
     "Loads",
     "Loss",
@@ -341,11 +342,20 @@ class Saves(Protocol):
 
 
 @runtime_checkable
-class Exports(Protocol):
-    """Writes the adapter in the form of another ecosystem."""
+class Gathers(Protocol):
+    """Compares the rows of all processes in ``loss``, while the model trains: each must take part each time."""
 
-    def export(self, folder: Path, adapter: Any) -> None:
-        """Write the files into a folder."""
+    def take_part(self, device: torch.device) -> None:
+        """Take part in the comparison of a micro-batch of which this process has no rows."""
+        ...
+
+
+@runtime_checkable
+class Exports(Protocol):
+    """Has readers in another ecosystem, whose models are folders with files of their own."""
+
+    def export(self, folder: Path) -> None:
+        """Write such files beside a merged model."""
         ...
 
 

@@ -16,7 +16,7 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.protocols import after_step, penalty
 from peftcli.data.store import Example, View
 from peftcli.errors import Diverged
-from peftcli.tasks.base import Packs, Task, on_device
+from peftcli.tasks.base import Gathers, Packs, Task, on_device
 from peftcli.train.attention import takes_one_row
 from peftcli.train.plan import MicroBatch, Plan
 
@@ -111,6 +111,8 @@ def _backward(
             loss = _micro_batch_loss(prepared.model, task, read(rows), accelerator)
             parts.append(loss * (1 / num_targets))
             total += loss.detach()
+        elif isinstance(task, Gathers):
+            task.take_part(accelerator.device)
         if number == len(micro_batches) and (added := penalty(prepared.model, prepared.config)) is not None:
             parts.append(added / accelerator.num_processes)
         if parts:

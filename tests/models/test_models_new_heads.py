@@ -79,7 +79,7 @@ def modules(loaded: LoadedModel) -> set[str]:
         ("bert", "AutoModel", SEQUENCES, {"classifier"}),
         ("bert", MASKED, SEQUENCES, {"classifier", "pooler"}),
         ("bert", MASKED, TOKENS, {"classifier"}),
-        ("bert", MASKED, "AutoModel", {"pooler"}),
+        ("bert", MASKED, "AutoModel", set()),
         ("roberta", TOKENS, SEQUENCES, {"classifier"}),
         ("distilbert", "AutoModel", SEQUENCES, {"classifier", "pre_classifier"}),
         ("vit", "AutoModel", IMAGES, {"classifier"}),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from peftcli.core.inject import disabled
+from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.corda import covariances
 from peftcli.methods.lora.initialisations.eva import eva_directions, start_eva
@@ -39,7 +40,11 @@ def calibrate(model: nn.Module, config: LoraConfig, batches: Batches) -> None:
 
     def backward() -> None:
         for batch in _first(batches, _LORA_GA_EXAMPLES):
-            model(**batch).loss.backward()
+            loss = getattr(model(**batch), "loss", None)
+            if loss is None:
+                message = "lora_ga starts from gradients of the model's own loss, and the task has another"
+                raise AdapterError(message, key="init_lora_weights")
+            loss.backward()
 
     started = {name: layer for name, layer in layers.items() if isinstance(layer, ResidualLinear)}
     with disabled(model):
