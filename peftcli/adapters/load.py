@@ -70,15 +70,6 @@ _SUBFOLDER = re.compile(r"[\w.-]+(/[\w.-]+)*")
 _PICKLED = (
     "adapter_model.bin is a pickle and is not read: load it once in PEFT, save it again with safe_serialization=True"
 )
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-"""What PEFT loads for each task_type."""
 
 
 @dataclass(frozen=True)
@@ -215,8 +206,7 @@ class AdapterSource:
     def auto_class(self, base_config: Callable[[], PreTrainedConfig]) -> str:
         """Return the name of the transformers class that loads the base model.
 
-        It is that of the recorded task, else of the config's task_type, else the class that PEFT noted, else the first
-        of the base model's ``architectures``.
+        It is that of the task, else the class that PEFT noted, else the first of the base model's ``architectures``.
 
         Raises:
             AdapterError: transformers has no such class.
@@ -225,8 +215,6 @@ class AdapterSource:
 
         if self.task is not None:
             return TASKS[self.task].auto_class
-        if self.config.task_type in _AUTO_CLASSES:
-            return _AUTO_CLASSES[self.config.task_type]
         noted = self.values.get("auto_mapping")
         name = str(noted.get("base_model_class")) if isinstance(noted, dict) else ""
         if not hasattr(getattr(transformers, name, None), "from_pretrained"):

@@ -41,14 +41,18 @@ class TaskRow:
     summary: str
     usage: tuple[str, ...]
     """Lines of Python that use a loaded ``model`` and processor once, for the model card; in them
-    ``"path/to/this/adapter"`` is the adapter."""
+    ``"path/to/this/adapter"`` is the adapter, and ``<name>`` the value of the task's setting of that name."""
     example: str = '"Hello"'
     """What ``peftcli predict`` answers, on a command line."""
 
     @property
     def peft_class(self) -> str:
         """PEFT's class that loads base model and adapter."""
-        return "AutoPeftModel" if self.task_type is None else f"AutoPeft{self.auto_class.removeprefix('Auto')}"
+        if self.task_type is None:
+            return "AutoPeftModel"
+        return f"AutoPeft{self.auto_class.removeprefix('Auto')}" + "ForFeatureExtraction" * (
+            self.auto_class == "AutoModel"
+        )
 
     def command(self, adapter: str) -> str:
         """A command line that uses an adapter of the task once."""
@@ -178,6 +182,24 @@ TASKS: dict[str, TaskRow] = {
             "outputs = model(**inputs)",
             "first, last = int(outputs.start_logits.argmax()), int(outputs.end_logits.argmax())",
             'print(tokenizer.decode(inputs["input_ids"][0, first : last + 1]))',
+        ),
+    ),
+    "feature_extraction": TaskRow(
+        task_type="FEATURE_EXTRACTION",
+        auto_class="AutoModel",
+        settings=settings.FeatureExtraction,
+        module="feature_extraction",
+        processor="tokenizer",
+        reads=(("anchor", "positive"), ("query", "positive"), ("sentence1", "sentence2", "score")),
+        pipeline_tag="sentence-similarity",
+        summary="embed texts, so that those that belong together are close (MiniLM, BGE, E5, Qwen)",
+        usage=(
+            'inputs = tokenizer("Hello", return_tensors="pt")',
+            'tokens = inputs["input_ids"].shape[1]',
+            "hidden = model(**inputs).last_hidden_state[0, -tokens:]  # virtual tokens stand before them",
+            'ways = {"mean": hidden.mean(0), "cls": hidden[0], "last": hidden[-1], "max": hidden.amax(0)}',
+            'pooled = ways["<pooling>"]',
+            "print(pooled / pooled.norm())",
         ),
     ),
     "preference": TaskRow(

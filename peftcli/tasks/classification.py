@@ -197,7 +197,7 @@ class Classification(Task[Settings]):
         wanted, found = (np.array(each) for each in zip(*outputs, strict=True))
         if self.settings.problem_type == "regression":
             numbers = found[:, 0]
-            return loss | {"mse": metrics.mean_squared_error(wanted, numbers), **_correlations(wanted, numbers)}
+            return loss | {"mse": metrics.mean_squared_error(wanted, numbers), **correlations(wanted, numbers)}
         more = dict[str, float]()
         if self.settings.problem_type == "multi_label":
             chosen, scores = found > _HALF, found
@@ -354,7 +354,7 @@ def _number(value: str | float) -> float | None:
     return None
 
 
-def _correlations(wanted: np.ndarray, found: np.ndarray) -> dict[str, float]:
+def correlations(wanted: np.ndarray, found: np.ndarray) -> dict[str, float]:
     """Pearson's and Spearman's correlation; 0 where one of the two is constant."""
     from scipy import stats  # comes with scikit-learn
 

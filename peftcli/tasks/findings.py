@@ -61,4 +61,35 @@ SOUND = by_name(
 )
 """Those of speech_recognition."""
 
-FINDINGS = generic.FINDINGS | text.FINDINGS | CLASSES | MASKS | SOUND
+EMBEDDINGS = by_name(
+    Kind(
+        "positive_is_anchor",
+        "warning",
+        "have a positive that is the anchor itself: every model embeds them alike",
+        "Remove these rows: nothing is learnt from them.",
+    ),
+    Kind(
+        "negative_is_positive",
+        "warning",
+        "have a negative that is their anchor or their positive",
+        "Give these rows another negative.",
+    ),
+    # Within a batch, such rows are no negatives of one another; in other words, they may be.
+    Kind(
+        "repeated_texts",
+        "info",
+        "share their anchor or their positive with an earlier row, and are no negatives of it",
+        "Check whether other rows say the same in other words: these count as negatives.",
+        warning_above=0.1,
+    ),
+    Kind(
+        "anchors_in_eval",
+        "info",
+        "have an anchor that is also a training anchor, with another positive",
+        "Check whether the metrics should measure that.",
+        warning_above=0.1,
+    ),
+)
+"""Those of feature_extraction."""
+
+FINDINGS = generic.FINDINGS | text.FINDINGS | CLASSES | MASKS | SOUND | EMBEDDINGS

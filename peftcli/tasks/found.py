@@ -8,6 +8,9 @@ from typing import Any
 from peftcli.errors import UsageError
 from peftcli.tasks import TASKS, TaskRow
 
+_BARE = "AutoModel"
+"""Its architectures are those of every task: a model that was saved without a head says nothing."""
+
 
 def find_task(config: Any, columns: Collection[str]) -> tuple[str, str]:
     """Find the one task that fits the base model and the data.
@@ -27,9 +30,9 @@ def find_task(config: Any, columns: Collection[str]) -> tuple[str, str]:
     """
     architecture = (config.architectures or [type(config).__name__])[0]
     classes = {name: _classes(row, config) for name, row in TASKS.items()}
-    by_model = [name for name, known in classes.items() if architecture in known] or [
-        name for name, known in classes.items() if known
-    ]
+    by_model = [
+        name for name, known in classes.items() if architecture in known and TASKS[name].auto_class != _BARE
+    ] or [name for name, known in classes.items() if known]
     matches = {name: match for name, row in TASKS.items() if (match := _match(row, columns))}
     by_columns = [name for name, match in matches.items() if not any(match < other for other in matches.values())]
     fitting = [name for name in by_model if name in by_columns]

@@ -238,6 +238,37 @@ class Preference:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeatureExtraction:
+    """Settings of feature_extraction."""
+
+    loss: Literal["contrastive", "cosine", "triplet"] | None = None
+    """What is learnt from a row. contrastive: its positive is closer to its anchor than the positives and negatives of
+    the other rows of the batch; cosine: the cosine of two texts is their score; triplet: the positive is closer than
+    the row's own negatives. Unset: cosine where rows have scores, else contrastive."""
+    temperature: float = field(default=0.05, metadata=NOT_ENCODED)
+    """contrastive: what cosines are divided by; the smaller, the more the hardest negatives count."""
+    triplet_margin: float = field(default=0.5, metadata=NOT_ENCODED)
+    """triplet: by how much the cosine of the positive should be the higher one at least."""
+    pooling: Literal["mean", "cls", "last", "max"] | None = field(default=None, metadata=NOT_ENCODED)
+    """What makes one embedding of a text's hidden states: their mean, the first, the last, or the largest value of each
+    number. Unset: what the base model's folder says to sentence-transformers, else mean for encoders and last for
+    decoders."""
+    normalize: bool | None = field(default=None, metadata=NOT_ENCODED)
+    """Whether embeddings that are given have length 1; losses and metrics compare cosines in any case. Unset: what the
+    base model's folder says to sentence-transformers, else true."""
+    mini_batch_size: int | None = field(default=None, metadata=NOT_ENCODED)
+    """Texts at once in the model while it trains, for batches that are too large for memory: each part is computed
+    twice, and the result is the same. Unset: the rows of the batch."""
+    max_length: int = 1024
+    """Longest text, in tokens, within what the base model can read; the end of a longer one is cut. May stand under
+    ``dataset`` as well."""
+
+    def model_options(self) -> dict[str, Any]:
+        """Options of ``from_pretrained``: none."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
 class SpeechRecognition:
     """Settings of speech_recognition."""
 

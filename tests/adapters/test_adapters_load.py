@@ -109,7 +109,7 @@ RECORDS: dict[str, tuple[dict[str, Any], str | None, str | None, str]] = {
     "with settings": ({"recipe": {"task": {"type": "causal_lm"}}}, None, "causal_lm", "AutoModelForCausalLM"),
     "of a later version": ({"recipe": {"task": "song"}}, "CAUSAL_LM", "causal_lm", "AutoModelForCausalLM"),
     "by task_type": ({}, "CAUSAL_LM", "causal_lm", "AutoModelForCausalLM"),
-    "of a task without a row": ({}, "FEATURE_EXTRACTION", None, "AutoModel"),
+    "without a head": ({}, "FEATURE_EXTRACTION", "feature_extraction", "AutoModel"),
     "by architecture": ({}, None, None, "LlamaForCausalLM"),
 }
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
 
+import classifierkit
 import pytest
 import safetensors.torch
 import torch
@@ -15,8 +17,12 @@ from trainkit import at_step, read_run, run_recipe, write_recipe
 
 from peftcli.errors import Interrupted
 from peftcli.models import hub_files
+from peftcli.models.open import open_base
+from peftcli.schema import BaseModel
+from peftcli.tasks import TASKS
 
 NAME = "acme/tiny"
+_MODULES = {"": "Transformer", "1_Pooling": "Pooling"}
 
 
 def _commit(hub: Hub, files: dict[str, bytes]) -> None:
@@ -44,3 +50,15 @@ def test_it_goes_on_with_the_commit_that_it_began_with(hub: Hub, tmp_path: Path)
     assert first not in (tmp_path / "out/adapter_config.json").read_text()
     hub_files._folders.clear()
     assert run_recipe(recipe, base, f"training.output_dir={tmp_path}/new").weights != whole.weights
+
+
+def test_files_in_a_folder_of_the_base_model_are_read_where_a_task_asks(hub: Hub) -> None:
+    """How a text's embedding is made."""
+    files = {path.name: path.read_bytes() for path in classifierkit.classifier_base("bert").iterdir()}
+    kinds = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in _MODULES.items()]
+    files |= {"modules.json": json.dumps(kinds).encode(), "1_Pooling/config.json": b'{"pooling_mode": "cls"}'}
+    _commit(hub, {**files, "onnx/config.json": b"{}"})
+    row = TASKS["feature_extraction"]
+    with open_base(BaseModel(name=NAME)) as base:
+        assert row.open(row.settings(), base).settings.pooling == "cls"
+        assert not (base.folder / "onnx").exists()

@@ -24,6 +24,11 @@ def test_losses_of_answers_are_those_of_trl() -> None:
     run("trl", "losses_of_trl.py")
 
 
+@pytest.mark.slow
+def test_embeddings_and_their_losses_are_those_of_sentence_transformers() -> None:
+    run("sentence_transformers", "embeddings_of_sentence_transformers.py")
+
+
 def run(library: str, name: str) -> None:
     """Run a script that needs a library, in a process of its own."""
     if importlib.util.find_spec(library) is None:

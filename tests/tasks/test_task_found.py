@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, LlamaConfig, T5Config, ViTConfig
+from transformers import AutoConfig, BertConfig, LlamaConfig, T5Config, ViTConfig
 
 from peftcli.errors import UsageError
 from peftcli.tasks import TASKS
@@ -36,6 +36,9 @@ T5 = config(T5Config, "T5ForConditionalGeneration")
         (LLAMA, ["chosen", "rejected", "prompt"], "preference"),
         (LLAMA, ["prompt", "completion", "label"], "causal_lm"),
         (config(LlamaConfig, "LlamaForSequenceClassification"), ["chosen", "rejected"], "reward"),
+        (config(BertConfig, "BertModel"), ["anchor", "positive", "negative"], "feature_extraction"),
+        (config(BertConfig, "BertModel"), ["sentence1", "sentence2", "score"], "feature_extraction"),
+        (config(BertConfig, "BertModel"), ["tokens", "ner_tags"], "token_classification"),
     ],
 )
 def test_one_task_is_left(model: Any, columns: list[str], task: str) -> None:
@@ -72,7 +75,9 @@ def test_a_task_that_reads_more_of_the_columns_goes_before(monkeypatch: pytest.M
 
 
 def test_rows_say_of_their_tasks_what_is_true() -> None:
+    processor, nothing = SimpleNamespace(is_fast=True), SimpleNamespace()
+    base: Any = SimpleNamespace(processor=lambda kind: processor, config=nothing, file=lambda name: None)
     for row in TASKS.values():
-        task = row.open(row.settings(), SimpleNamespace(processor=lambda kind: SimpleNamespace(is_fast=True)))  # type: ignore[arg-type]
+        task = row.open(row.settings(), base)
         assert isinstance(task, Packs) == row.packs
         assert task.columns

@@ -1,0 +1,501 @@
+"""Feature extraction: embed texts, so that the cosine of two says how much they belong together.
+
+In-batch negatives: https://arxiv.org/abs/1705.00652; batches larger than memory: https://arxiv.org/abs/2101.06983
+
+A row: ``{"anchor": "Close a file.", "positive": "def close(file): ...", "negative": "def open(path): ..."}``
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from peftcli.data.findings import Finding
+from peftcli.data.rows import Reader, Row, Table
+from peftcli.data.store import Column, Example, Outcome, View
+from peftcli.data.used_rows import Ragged, UsedRows
+from peftcli.errors import DataError, ModelError
+from peftcli.models.open import OpenBase
+from peftcli.schema import Source
+from peftcli.tasks import settings
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, on_device, scores_of, write_task
+from peftcli.tasks.classification import correlations
+from peftcli.tasks.findings import EMBEDDINGS as FINDINGS
+from peftcli.tasks.gather import gathered, process
+from peftcli.tasks.shown import Description, Label, Shared, Shown, Text
+from peftcli.tasks.text.answer_inputs import split
+from peftcli.tasks.text.chat import IGNORED
+from peftcli.tasks.text.collate import pad_token_id, padded
+from peftcli.tasks.text.inputs import TextInputs
+from peftcli.tasks.text.sentence_transformers import Pooling, longest, read_pooling, write_modules
+from peftcli.tasks.text.token_text import TokenRenderer
+
+_PAIR = {"anchor": ("anchor", "query"), "positive": ("positive",), "negative": ("negative",)}
+_SCORED = {"sentence1": ("sentence1",), "sentence2": ("sentence2",), "score": ("score",)}
+_TRUNCATED = 1
+_TOP = (1, 5, 10)
+_CHUNK = 512
+"""Anchors that are compared with all candidates at once."""
+_ROUNDING = 1e-6
+"""Difference of cosines that counts as none."""
+
+
+class Texts(NamedTuple):
+    """The texts of rows as a loss compares them: anchors, then positives, then negatives."""
+
+    embeddings: torch.Tensor
+    """Of length 1: (R, D)."""
+    keys: torch.Tensor
+    """What tells the text from others, and the same of the anchor that it is the positive of: (R, 2)."""
+    anchors: int
+    """How many of them are anchors; as many are positives."""
+
+
+class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
+    """The task ``feature_extraction``."""
+
+    arguments: ClassVar = ("text",)
+    columns: ClassVar = {"input_ids": Column(), "sizes": Column(), "score": Column("float32", (None,))}
+    """The tokens of all texts, one after another; how many each text has; the score of a scored pair."""
+    unit = "tokens"
+    packages: ClassVar = {"sklearn": "metrics"}
+    identity: ClassVar = ("input_ids",)
+    flags: ClassVar = {"truncated": _TRUNCATED}
+
+    def __init__(self, settings: settings.FeatureExtraction, processor: Any, base: OpenBase):
+        super().__init__(settings, processor, base)
+        for name in ("temperature", "triplet_margin"):
+            if not getattr(settings, name) > 0:
+                raise DataError(f"must be above 0, not {getattr(settings, name)}", key=f"task.{name}")
+        if settings.mini_batch_size is not None and settings.mini_batch_size < 1:
+            raise DataError(f"must be at least 1, not {settings.mini_batch_size}", key="task.mini_batch_size")
+        if getattr(base.config, "is_encoder_decoder", False):
+            raise ModelError(
+                f"{base.name} is an encoder-decoder; embeddings are those of an encoder or a decoder", key="base_model"
+            )
+        if settings.pooling is None or settings.normalize is None:
+            self.settings = self._completed(settings)
+
+    def _completed(self, settings: settings.FeatureExtraction) -> settings.FeatureExtraction:
+        """The settings with what the base model's folder says."""
+        found = read_pooling(self.base)
+        usual = "last" if _reads_one_way(self.base.config) else "mean"
+        mode: Any = settings.pooling or (found.mode if found else usual)
+        normalize = (found is None or found.normalize) if settings.normalize is None else settings.normalize
+        return replace(settings, pooling=mode, normalize=normalize)
+
+    @property
+    def max_length(self) -> int:
+        return min(super().max_length, longest(self.base) or self.settings.max_length)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return super().fingerprint() | {"max_length": self.max_length}
+
+    def save(self, folder: Path) -> list[str]:
+        return [
+            write_task(folder, "feature_extraction", self.settings, self.config_options()),
+            *self.save_processor(folder),
+        ]
+
+    def record(self, folder: Path, model: nn.Module) -> dict[str, Any]:
+        return {}
+
+    def export(self, folder: Path) -> None:
+        assert self.settings.pooling is not None
+        pooling = Pooling(self.settings.pooling, bool(self.settings.normalize))
+        size = self.base.config.get_text_config().hidden_size
+        write_modules(folder, pooling, size=size, max_length=self.max_length, base=self.base)
+
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def needs_scan(self) -> bool:
+        return self.settings.loss is None
+
+    def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> settings.FeatureExtraction:
+        """Find whether rows are scored pairs, by their columns."""
+        kinds = dict[str, str]()
+        for table, _ in tables:
+            there = {*table.columns, *table.source.columns}
+            scored = "sentence1" in there and not {"anchor", "query"} & there
+            kinds["cosine" if scored else "contrastive"] = table.described
+        if len(kinds) > 1:
+            message = f"{kinds['cosine']} has scored pairs, and {kinds['contrastive']} has others: no loss fits both"
+            raise DataError(message, key="dataset.mix")
+        loss: Any = next(iter(kinds))
+        return replace(self.settings, loss=loss)
+
+    def read(self, table: Table) -> Reader:
+        if self.settings.loss == "cosine":
+            return table.reader("scored pairs", **_SCORED)
+        triplets = self.settings.loss == "triplet"
+        return table.reader("triplets" if triplets else "pairs", optional=() if triplets else ("negative",), **_PAIR)
+
+    def encode(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
+        outcomes = list[Outcome | DataError]()
+        for row in rows:
+            try:
+                outcomes.append(self._outcome(row, reader))
+            except DataError as error:
+                outcomes.append(error)
+        return outcomes
+
+    def _outcome(self, row: Row, reader: Reader) -> Outcome:
+        texts = [text for column in reader.names if column != "score" for text in _texts(row, reader, column)]
+        score = [_score(row, reader)] if "score" in reader.names else []
+        example, size = self._example(texts, row, score)
+        return Outcome([example], size=size, flags=_TRUNCATED * (size > example.size))
+
+    def _example(self, texts: Sequence[str], row: Row, score: Sequence[float] = ()) -> tuple[Example, int]:
+        """The example of some texts, and the tokens that they have uncut."""
+        found = [self.processor(text, verbose=False)["input_ids"] for text in texts]
+        size = sum(map(len, found))
+        for at, (ids, text) in enumerate(zip(found, texts, strict=True)):
+            if len(ids) > self.max_length:
+                found[at] = self.processor(text, truncation=True, max_length=self.max_length)["input_ids"]
+            if not ids:
+                raise row.place.error(f"holds nothing that the tokenizer knows: {text!r:.60}")
+        arrays = {"input_ids": np.concatenate(found), "sizes": list(map(len, found)), "score": list(score)}
+        return Example(arrays, sum(map(len, found)), 1), size
+
+    def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
+        """The texts of all rows, (R, T): anchors, then positives, then negatives, padded on the right."""
+        texts = [split(each, "input_ids") for each in examples]
+        negatives = [(row, text) for row, each in enumerate(texts) for text in each[2:]]
+        ordered = [each[side] for side in (0, 1) for each in texts] + [text for _, text in negatives]
+        keys = [_key(text) for text in ordered]
+        asked = [*keys[: len(texts)], *keys[: len(texts)], *keys[2 * len(texts) :]]
+        return {
+            "input_ids": padded(ordered, pad_token_id(self.processor)),
+            "attention_mask": padded([np.ones(len(text), np.int64) for text in ordered], 0),
+            "_lengths": list(map(len, ordered)),
+            "_keys": torch.tensor([keys, asked]).T,
+            "_rows": len(texts),
+            "_owners": torch.tensor([row for row, _ in negatives], dtype=torch.long),
+            "_scores": torch.tensor(np.array([each.arrays["score"] for each in examples], np.float32)),
+        }
+
+    # --- the model ----------------------------------------------------------------------------------------------------
+
+    def embed(self, model: nn.Module, batch: Batch, size: int, *, again: bool = False) -> torch.Tensor:
+        """The embeddings of a batch's texts, float32, of any length: (R, D).
+
+        Args:
+            model: The model.
+            batch: Of ``collate``.
+            size: Texts at once in the model; those of like length share a part.
+            again: Compute each part once more for its gradient, with the same dropout, instead of keeping it.
+        """
+        lengths = batch["_lengths"]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        parts = []
+        for start in range(0, len(order), size):
+            some = order[start : start + size]
+            width = lengths[some[-1]]
+            inputs = [batch[name][some, :width] for name in ("input_ids", "attention_mask")]
+            parts.append(
+                checkpoint(self._pooled, model, *inputs, use_reentrant=False) if again else self._pooled(model, *inputs)
+            )
+        back = torch.tensor(order, device=parts[0].device).argsort()
+        return torch.cat(parts)[back]
+
+    def _pooled(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The embeddings (B, D) of texts (B, T); virtual tokens, which stand before them, do not count."""
+        hidden = scores_of(model(input_ids=ids, attention_mask=mask)).float()[:, -ids.shape[1] :]
+        kept, lengths = mask.bool()[..., None], mask.sum(1)
+        if self.settings.pooling == "mean":
+            return (hidden * kept).sum(1) / lengths[:, None]
+        if self.settings.pooling == "max":
+            return hidden.masked_fill(~kept, -math.inf).amax(1)
+        last = self.settings.pooling == "last"
+        return hidden[torch.arange(len(ids), device=ids.device), lengths - 1 if last else 0]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        size = self.settings.mini_batch_size if model.training else None
+        found = self.embed(model, batch, size or batch["_rows"], again=bool(size))
+        with torch.autocast(found.device.type, enabled=False):  # cosines differ in the third digit
+            texts = Texts(F.normalize(found, dim=1), batch["_keys"], batch["_rows"])
+            if not model.training:
+                return Loss(found.new_zeros(()), outputs=_outputs(texts, batch))
+            if self.settings.loss == "cosine":
+                return Loss(((_paired(texts) - batch["_scores"][:, 0]) ** 2).sum())
+            if self.settings.loss == "triplet":
+                return Loss(self._triplet(texts, batch["_owners"]))
+            return Loss(self._contrastive(texts))
+
+    def _contrastive(self, mine: Texts) -> torch.Tensor:
+        """The loss of this process's rows, with the gradient of that of all rows with regard to its embeddings."""
+        number, count = process()
+        if count == 1:
+            return self._against_others([mine]).sum()
+        embeddings, keys = gathered(mine.embeddings), gathered(mine.keys)
+        anchors = [int(each) for each in gathered(torch.full((1, 1), mine.anchors, device=mine.keys.device))]
+        every = [Texts(*each) for each in zip(embeddings, keys, anchors, strict=True)]
+        every[number] = mine
+        losses = self._against_others(every).split(anchors)
+        own = losses[number].sum()
+        others = sum((each.sum() for at, each in enumerate(losses) if at != number), own.new_zeros(()))
+        return own + (others - others.detach())
+
+    def take_part(self, device: torch.device) -> None:
+        if self.settings.loss == "contrastive":
+            gathered(torch.zeros(0, 0, device=device))
+            gathered(torch.zeros(0, 0, dtype=torch.long, device=device))
+            gathered(torch.zeros(1, 1, dtype=torch.long, device=device))
+
+    def _against_others(self, every: Sequence[Texts]) -> torch.Tensor:
+        """The cross-entropy of each anchor's positive among all positives and negatives: (N,)."""
+        anchors = torch.cat([each.embeddings[: each.anchors] for each in every])
+        candidates = torch.cat([each.embeddings[each.anchors :] for each in every])
+        asking = torch.cat([each.keys[: each.anchors, 0] for each in every])
+        keys = torch.cat([each.keys[each.anchors :] for each in every])
+        before = np.cumsum([0, *(len(each.embeddings) - each.anchors for each in every)])[:-1]
+        own = torch.cat(
+            [
+                at + torch.arange(each.anchors, device=keys.device)
+                for at, each in zip(before.tolist(), every, strict=True)
+            ]
+        )
+        right = _right(asking[:, None], keys[own, :1], keys[:, 0], keys[:, 1])
+        right[torch.arange(len(own), device=own.device), own] = False
+        cosines = (anchors @ candidates.T).masked_fill(right, -math.inf)
+        return F.cross_entropy(cosines / self.settings.temperature, own, reduction="none")
+
+    def _triplet(self, texts: Texts, owners: torch.Tensor) -> torch.Tensor:
+        anchors, negatives = texts.embeddings[: texts.anchors], texts.embeddings[2 * texts.anchors :]
+        gap = _paired(texts)[owners] - (anchors[owners] * negatives).sum(1)
+        each = owners.bincount(minlength=texts.anchors)[owners]
+        return (F.relu(self.settings.triplet_margin - gap) / each).sum()
+
+    # --- metrics ------------------------------------------------------------------------------------------------------
+
+    def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
+        """Recall and mean reciprocal rank among all texts of the evaluation rows, or how cosines follow the scores."""
+        if self.settings.loss == "cosine":
+            cosines = np.array([one @ other for (one, other), *_ in outputs])
+            scores = np.array([score for *_, (score,) in outputs])
+            return {"loss": float(((cosines - scores) ** 2).mean()), **correlations(scores, cosines)}
+        ranks, losses = self._ranked(outputs)
+        recalls = {f"recall_at_{most}": float((ranks <= most).mean()) for most in _TOP}
+        if self.settings.loss == "triplet":
+            margin = self.settings.triplet_margin
+            losses = np.array(
+                [np.maximum(margin - each[0] @ each[1] + each[2:] @ each[0], 0).mean() for each, *_ in outputs]
+            )
+        return {"loss": float(losses.mean()), **recalls, "mrr": float((1 / ranks).mean())}
+
+    def _ranked(self, outputs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """The rank of each row's positive among all distinct texts, and its cross-entropy.
+
+        Other right answers to the anchor are left out; texts that are as close as the positive come before it.
+        """
+        vectors = np.concatenate([each[1:] for each, *_ in outputs])
+        asking = np.array([keys[0] for _, keys, _ in outputs])
+        asked = np.concatenate([[keys[0], *keys[2:]] for _, keys, _ in outputs])
+        held = np.concatenate([keys[1:] for _, keys, _ in outputs])
+        own = np.cumsum([0, *(len(keys) - 1 for _, keys, _ in outputs)])[:-1]
+        order = np.argsort(held, kind="stable")
+        starts = np.flatnonzero(np.diff(held[order], prepend=held[order[0]] - 1))
+        distinct = vectors[order[starts]]
+        ranks, losses = [], []
+        for start in range(0, len(own), _CHUNK):
+            some = own[start : start + _CHUNK]
+            anchors = np.stack([outputs[start + at][0][0] for at in range(len(some))])
+            right = _right(asking[start : start + _CHUNK, None], held[some, None], held, asked)
+            wrong = ~np.logical_or.reduceat(right[:, order], starts, axis=1)
+            cosines = (anchors @ distinct.T).astype(np.float64)
+            mine = (anchors * vectors[some]).sum(1, keepdims=True).astype(np.float64)
+            ranks.append(1 + ((cosines >= mine - _ROUNDING) & wrong).sum(1))
+            others = np.exp((cosines - mine) / self.settings.temperature) * wrong
+            losses.append(np.log1p(others.sum(1)))
+        return np.concatenate(ranks), np.concatenate(losses)
+
+    # --- what commands ask --------------------------------------------------------------------------------------------
+
+    def show(self, example: Example) -> Shown:
+        """The texts, and the score of scored pairs."""
+        renderer, texts = TokenRenderer(self.processor), [each.tolist() for each in split(example, "input_ids")]
+        scores = np.asarray(example.arrays["score"]).tolist()
+        names = list(_SCORED)[:2] if scores else [*list(_PAIR)[:2], *["negative"] * (len(texts) - 2)]
+        shown = [Text(renderer.render(ids, [IGNORED] * len(ids)), name) for name, ids in zip(names, texts, strict=True)]
+        return Shown([*shown, *(Label(f"{score:g}", "score") for score in scores)], {"input_ids": texts})
+
+    def findings(self, view: View) -> list[Finding]:
+        if self.settings.loss == "cosine":
+            return []  # texts may be of several scored pairs, and equal ones have a score too
+        found, rows = _Hashes(view), UsedRows(view)
+        masks = {
+            "positive_is_anchor": found.anchors == found.positives,
+            "negative_is_positive": found.bad_negatives,
+            "repeated_texts": _again(found.anchors) | _again(found.positives),
+        }
+        return [
+            FINDINGS[name].finding(int(mask.sum()), len(rows), rows.places(mask))
+            for name, mask in masks.items()
+            if mask.any()
+        ]
+
+    def describe(self, view: View) -> Description:
+        found = _Hashes(view)
+        counts = {name: len(np.unique(getattr(found, name))) for name in ("anchors", "positives")}
+        lines = {f"distinct {name}": f"{count:,}" for name, count in counts.items()}
+        if found.negatives:
+            counts["negatives"] = found.negatives
+            lines["negatives"] = f"{found.negatives:,}"
+        return Description(counts, lines, [Shared("anchors", FINDINGS["anchors_in_eval"], found.anchors)])
+
+    def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
+        """The embedding of each row's ``text``, or the similarity of the texts of each row of pairs."""
+        rows = list(rows)
+        columns = tuple(dict.fromkeys(name for row in rows for name in row.values))
+        reader = _predicted(columns, options.columns, rows[0].place.source)
+        texts = [[each for column in reader.names for each in _texts(row, reader, column)] for row in rows]
+        flat = [self._example([text], row)[0] for row, each in zip(rows, texts, strict=True) for text in each]
+        order = sorted(range(len(flat)), key=lambda at: flat[at].size)
+        found = dict[int, torch.Tensor]()
+        device = next(model.parameters()).device
+        for start in range(0, len(order), options.batch_size):
+            some = order[start : start + options.batch_size]
+            ids = [np.asarray(flat[at].arrays["input_ids"]) for at in some]
+            inputs = {
+                "input_ids": padded(ids, pad_token_id(self.processor)),
+                "attention_mask": padded([np.ones(len(each), np.int64) for each in ids], 0),
+            }
+            with torch.inference_mode():
+                pooled = self._pooled(model, *on_device(inputs, device).values())
+            found |= zip(some, pooled.cpu(), strict=True)
+        every = iter([found[at] for at in range(len(flat))])
+        for each in texts:
+            yield self._answer([next(every) for _ in each])
+
+    def _answer(self, vectors: Sequence[torch.Tensor]) -> dict[str, Any]:
+        first, *others = [F.normalize(each, dim=0) for each in vectors]
+        if not others:
+            return {"embedding": (first if self.settings.normalize else vectors[0]).tolist()}
+        cosines = [float(first @ each) for each in others]
+        more = {"negative_similarities": cosines[1:]} if cosines[1:] else {}
+        return {"similarity": cosines[0], **more}
+
+
+@dataclass
+class _Hashes:
+    """A hash for each text of all rows."""
+
+    view: View
+
+    def __post_init__(self) -> None:
+        rows = UsedRows(self.view)
+        self.anchors, self.positives = (np.zeros(len(rows), np.uint64) for _ in range(2))
+        self.bad_negatives, self.negatives = np.zeros(len(rows), bool), 0
+        for some, (ids, sizes) in rows.chunks("input_ids", "sizes"):
+            hashes = Ragged(ids.values, np.cumsum(sizes.values) - sizes.values).hashes()
+            anchors, positives = hashes[sizes.starts], hashes[sizes.starts + 1]
+            owners = sizes.owners()
+            same = (hashes == anchors[owners]) | (hashes == positives[owners])
+            same[sizes.starts] = same[sizes.starts + 1] = False
+            self.anchors[some], self.positives[some] = anchors, positives
+            self.bad_negatives[some] = np.bincount(owners, same, minlength=len(anchors)) > 0
+            self.negatives += len(hashes) - 2 * len(anchors)
+
+
+def _again(hashes: np.ndarray) -> np.ndarray:
+    """A mask of the hashes that an earlier one is equal to."""
+    again = np.ones(len(hashes), bool)
+    again[np.unique(hashes, return_index=True)[1]] = False
+    return again
+
+
+def _right(asking: Any, positive: Any, keys: Any, asked: Any) -> Any:
+    """Which candidates are no wrong answer to an anchor: (N, M), of arrays or tensors.
+
+    They are its positive, the positives of equal anchors, and the anchor's own text.
+
+    Args:
+        asking: The key of each anchor, (N, 1).
+        positive: That of its positive, (N, 1).
+        keys: Those of the candidates, (M,).
+        asked: Those of the anchors that the candidates are the positives of, (M,).
+    """
+    return (keys == positive) | (keys == asking) | (asked == asking)
+
+
+def _paired(texts: Texts) -> torch.Tensor:
+    """The cosine of each anchor and its positive: (B,)."""
+    one, other = texts.embeddings[: 2 * texts.anchors].chunk(2)
+    return (one * other).sum(1)
+
+
+def _outputs(texts: Texts, batch: Batch) -> list[tuple[np.ndarray, list[int], list[float]]]:
+    """Of each row: the embeddings of its texts, their keys, its score."""
+    vectors, keys = texts.embeddings.detach().cpu().numpy(), texts.keys[:, 0].tolist()
+    owners, found = batch["_owners"].tolist(), list[tuple[np.ndarray, list[int], list[float]]]()
+    for row, score in enumerate(batch["_scores"].tolist()):
+        mine = [row, row + texts.anchors, *(2 * texts.anchors + at for at, owner in enumerate(owners) if owner == row)]
+        found.append((vectors[mine], [keys[at] for at in mine], score))
+    return found
+
+
+def _key(ids: np.ndarray) -> int:
+    """A number that tells a text from others, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(np.asarray(ids, np.int64).tobytes(), digest_size=8).digest()) >> 1
+
+
+def _predicted(columns: Sequence[str], renamed: Mapping[str, str], described: str) -> Reader:
+    """Find the texts of rows that are to be answered: pairs, scored or not, else single texts."""
+    for known in (_PAIR, _SCORED):
+        wanted = {name: usual for name, usual in known.items() if name != "score"}
+        names = {name: column for name, column in renamed.items() if name in wanted}
+        table = Table(Source(train="", columns=names), described, tuple(columns))
+        if all(name in names or set(usual) & set(columns) for name, usual in list(wanted.items())[:2]):
+            return table.reader("pairs", optional=("negative",), **wanted)
+    usual = ("text", "sentence", *(name for known in (_PAIR, _SCORED) for name in known if name != "score"))
+    return Table(Source(train=""), described, tuple(columns)).reader("texts", text=(*usual, "query", *renamed.values()))
+
+
+def _texts(row: Row, reader: Reader, column: str) -> list[str]:
+    """The texts of a column: one, or of negatives as many as there are.
+
+    Raises:
+        DataError: there is something else.
+    """
+    value = reader.value(row, column)
+    values = value if column == "negative" and isinstance(value, list) else [value]
+    for each in values:
+        if not isinstance(each, str) or not each.strip():
+            raise row.place.error(f"expected a text, found {each!r:.60}", key=reader.names[column])
+    if not values:
+        raise row.place.error("expected a text, found none", key=reader.names[column])
+    return values
+
+
+def _score(row: Row, reader: Reader) -> float:
+    """The score of a pair.
+
+    Raises:
+        DataError: it is no number that a cosine can be.
+    """
+    value = reader.value(row, "score")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1 <= value <= 1:
+        message = f"expected a number from -1 to 1, as cosines are, found {value!r:.60}"
+        raise row.place.error(message, key=reader.names["score"], hint="Scores from 0 to 5: divide them by 5.")
+    return float(value)
+
+
+def _reads_one_way(config: Any) -> bool:
+    """Whether a token sees those before it alone: the model's kind has a class that continues texts, and no masks."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+
+
+TASK = FeatureExtraction

@@ -1,0 +1,125 @@
+"""What a model's folder says to sentence-transformers: how a text's hidden states become its embedding."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftcli.errors import ModelError
+from peftcli.guard.files import irregular_kind, read_small
+from peftcli.models.open import OpenBase
+
+_MODULES, _POOLING, _TEXTS, _ABOUT = (
+    "modules.json",
+    "1_Pooling/config.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)
+_LARGEST = 1_000_000
+"""Bytes."""
+_NAMES = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken", "max": "max_tokens"}
+"""Pooling -> how older releases name it after ``pooling_mode_``. They all read it."""
+_LATER = {"lasttoken": "last"}
+"""How releases from 6 on name a pooling that has another name here."""
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """What follows the transformer in the modules of a folder."""
+
+    mode: str
+    """mean, cls, last or max."""
+    normalize: bool
+
+
+def read_pooling(base: OpenBase) -> Pooling | None:
+    """Read how the base model's embeddings are made; None: its folder does not say it.
+
+    Raises:
+        ModelError: they are made in a way that is not known here.
+    """
+    path = base.file(_MODULES)
+    if path is None:
+        return None
+    modules = _read(path)
+    kinds = [str(each.get("type")).rpartition(".")[2] for each in modules if isinstance(each, dict)]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise _unknown(f"modules.json of {base.name} has the modules {', '.join(kinds)[:200]}")
+    folder = str(modules[1].get("path") or "1_Pooling")
+    found = base.file(f"{folder}/config.json") if ".." not in folder.split("/") and folder[0] != "/" else None
+    if found is None:
+        raise _unknown(f"modules.json of {base.name} names {folder!r}, which is not there")
+    config = _read(found)
+    named = config.get("pooling_mode") if isinstance(config, dict) else None
+    modes = [named] if isinstance(named, str) else list(named or ())
+    if not modes and isinstance(config, dict):
+        known = {f"pooling_mode_{name}": mode for mode, name in _NAMES.items()}
+        modes = [
+            known.get(key, key) for key, value in config.items() if key.startswith("pooling_mode_") and value is True
+        ]
+    modes = [_LATER.get(mode, mode) for mode in modes]
+    if len(modes) != 1 or modes[0] not in _NAMES:
+        raise _unknown(f"{folder}/config.json of {base.name} pools by {', '.join(map(str, modes))[:200] or 'nothing'}")
+    return Pooling(modes[0], len(kinds) > 2)
+
+
+def longest(base: OpenBase) -> int | None:
+    """The most tokens of a text that the folder wants the model to read, if it says it."""
+    path = base.file(_TEXTS)
+    values = _read(path) if path is not None else {}
+    found = values.get("max_seq_length") if isinstance(values, dict) else None
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def write_modules(folder: Path, pooling: Pooling, *, size: int, max_length: int, base: OpenBase) -> None:
+    """Make a folder of a transformers model one of sentence-transformers, of whatever release.
+
+    Args:
+        folder: The model's.
+        pooling: How its embeddings are made.
+        size: Numbers of an embedding.
+        max_length: Tokens of a text at most.
+        base: The base model, whose prompts are kept.
+    """
+    kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")][
+        : 3 if pooling.normalize else 2
+    ]
+    modules = [
+        {"idx": at, "name": str(at), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for at, (path, kind) in enumerate(kinds)
+    ]
+    modes = {f"pooling_mode_{name}": mode == pooling.mode for mode, name in _NAMES.items()}
+    for path, _ in kinds[1:]:
+        (folder / path).mkdir()
+    _write(folder / _MODULES, modules)
+    _write(folder / _POOLING, {"word_embedding_dimension": size, **modes})
+    _write(folder / _TEXTS, {"max_seq_length": max_length, "do_lower_case": False})
+    if (about := base.file(_ABOUT)) is not None:
+        _write(folder / _ABOUT, _read(about))
+
+
+def _unknown(what: str) -> ModelError:
+    return ModelError(
+        f"{what}; known are Transformer, Pooling (mean, cls, last token, max) and Normalize",
+        key="base_model",
+        hint="To leave out what is not known: set task.pooling and task.normalize.",
+    )
+
+
+def _read(path: Path) -> Any:
+    """The JSON of a small file.
+
+    Raises:
+        ModelError: it is none.
+    """
+    try:
+        return json.loads(read_small(path, _LARGEST))
+    except (OSError, ValueError, RecursionError) as error:
+        message = irregular_kind(path) or f"cannot be read: {error}"
+        raise ModelError(message, file=str(path), key="base_model") from None
+
+
+def _write(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
