@@ -13,7 +13,7 @@ PeftcliError
 ├── StorageError     7   disk, permissions, checkpoints
 ├── OutOfMemory      8   too little memory on the device or the machine
 ├── Diverged         9   NaN or Inf in the loss or the gradients
-├── ProcessDied     10   one of several training processes
+├── ProcessDied     10   a process of the run
 ├── FolderBusy      11   another run uses the folder
 ├── GateFailed      12   a quality gate of the recipe
 └── Interrupted     75 | 130 | 143   a signal
@@ -162,7 +162,7 @@ class Diverged(PeftcliError):
 
 
 class ProcessDied(PeftcliError):
-    """One of several training processes died, hung or raised."""
+    """A process of the run died, hung or raised."""
 
     exit_code = 10
 

@@ -216,6 +216,9 @@ class Training:
     """Whether a larger metric_for_best_model is better. Unset: no for losses, perplexity and error rates, else yes."""
     logging_steps: int = 10
     """Steps between lines in metrics.jsonl and in the log."""
+    dataloader_num_workers: NumberOrAuto = "auto"
+    """Processes beside each training process that read and decode files ahead of it. The result does not depend on it.
+    auto: for images and sounds, one for each core but the first, at most 8; for texts none."""
 
 
 @dataclass(frozen=True, kw_only=True)

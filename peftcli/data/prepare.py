@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +16,7 @@ from peftcli.data.sources import ResolvedSource, open_source
 from peftcli.data.store import Column, Outcome, Store, Writer
 from peftcli.errors import DataError
 from peftcli.schema import Source
+from peftcli.system.workers import compute_ahead
 
 
 class Encodes(Protocol):
@@ -49,6 +54,7 @@ def prepare(
     encoding: Mapping[str, Any],
     *,
     stop_at_bad: bool,
+    num_workers: int = 0,
     on_rows: OnRows = lambda name, count, done: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> Store:
@@ -59,6 +65,7 @@ def prepare(
         task: Encodes them.
         encoding: All that decides how, as JSON takes it: a part of the cache's key.
         stop_at_bad: Whether a row that cannot be used is an error. Else it is kept in the store's list of bad rows.
+        num_workers: Processes that encode.
         on_rows: Is told how far it is.
         on_note: Is told what the user should know of the cache.
 
@@ -69,17 +76,18 @@ def prepare(
     if opened.left_out:
         first = ", ".join(opened.left_out[:3]) + (", ..." if len(opened.left_out) > 3 else "")
         on_note(f"{opened.name}: {len(opened.left_out)} files of other kinds are left out: {first}")
-    fingerprint = opened.fingerprint()
+    fingerprint, times = state = opened.state()
     key = {
         "content": fingerprint,
+        "times": times,
         "source": {name: getattr(source, name) for name in ("split", "name", "format", "columns", "limit")},
         **encoding,
     }
 
     def build(folder: Path) -> None:
         with Writer(folder, task.columns) as writer:
-            about = _write(opened, source, task, writer, stop_at_bad, on_rows)
-            opened.check_unchanged(fingerprint)
+            about = _write(opened, source, task, writer, stop_at_bad, num_workers, on_rows)
+            opened.check_unchanged(state)
             writer.finish(source=opened.name, fingerprint=fingerprint, **about)
 
     store = cached(key, build, on_wait=on_note)
@@ -95,6 +103,7 @@ def _write(
     task: Encodes,
     writer: Writer,
     stop_at_bad: bool,
+    num_workers: int,
     on_rows: OnRows,
 ) -> dict[str, Any]:
     """Encodes every row. Gives the rows' format, None where no row is good, and the columns that it does not read.
@@ -102,31 +111,48 @@ def _write(
     Raises:
         DataError: with the source's name, where it is about no row.
     """
+    batches, taken = _batches(opened.rows()), deque[list[Row | DataError]]()
     reader: Reader | None = None
     columns: tuple[str, ...] = ()
-    for batch in _batches(opened.rows()):
-        good = [row for row in batch if isinstance(row, Row)]
-        try:
-            if reader is None and good:
-                columns = tuple(dict.fromkeys(key for row in good for key in row.values))
-                reader = task.read(Table(source, opened.name, columns, opened.class_names, good[0].values))
-            results = iter(task.encode(good, reader) if reader else [])
-        except DataError as error:
-            file = error.file or opened.name
-            raise DataError(error.message, file=file, line=error.line, key=error.key, hint=error.hint) from error
-        places, outcomes = _in_order(batch, results, opened.name, writer.num_rows)
+
+    def keep(batch: Sequence[Row | DataError], results: Sequence[Outcome | DataError]) -> None:
+        places, outcomes = _in_order(batch, iter(results), opened.name, writer.num_rows)
         if stop_at_bad:
             for outcome in outcomes:
                 if isinstance(outcome, DataError):
                     raise outcome
         writer.add(places, outcomes)
         on_rows(opened.name, writer.num_rows, False)
+
+    def good_rows(first: list[Row | DataError]) -> Iterator[list[Row]]:
+        for batch in chain([first], batches):
+            taken.append(batch)
+            yield _good(batch)
+
+    try:
+        for batch in batches:
+            if not (good := _good(batch)):
+                keep(batch, [])
+                continue
+            columns = tuple(dict.fromkeys(key for row in good for key in row.values))
+            reader = task.read(Table(source, opened.name, columns, opened.class_names, good[0].values))
+            encode = partial(task.encode, reader=reader)
+            with closing(compute_ahead(encode, good_rows(batch), num_workers)) as encoded:
+                for results in encoded:
+                    keep(taken.popleft(), results)
+    except DataError as error:
+        file = error.file or opened.name
+        raise DataError(error.message, file=file, line=error.line, key=error.key, hint=error.hint) from error
     on_rows(opened.name, writer.num_rows, True)
     read = reader.names.values() if reader else ()
     return {
         "format": reader.name if reader else None,
         "columns_not_read": [name for name in columns if name not in read],
     }
+
+
+def _good(batch: Sequence[Row | DataError]) -> list[Row]:
+    return [row for row in batch if isinstance(row, Row)]
 
 
 def _batches(rows: Iterator[Row | DataError]) -> Iterator[list[Row | DataError]]:

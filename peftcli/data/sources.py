@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
+import os
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -32,10 +32,15 @@ class ResolvedSource:
     """A source of a recipe, resolved to its files or to a dataset on the hub."""
 
     def __init__(
-        self, source: Source, files: dict[str, Path], hub: HubRows | None = None, left_out: Sequence[str] = ()
+        self,
+        source: Source,
+        files: dict[str, Path],
+        hub: HubRows | None = None,
+        media: Mapping[str, str] | None = None,
+        left_out: Sequence[str] = (),
     ):
-        self._source, self._files, self._hub = source, files, hub
-        self._is_media = all(map(is_media, files)) and hub is None
+        self._source, self._files, self._hub, self._media = source, files, hub, media or {}
+        self._top = len(str(Path(source.train))) + 1
         self.left_out = list(left_out)
         """Files of the folder that cannot be read."""
         self.name = display_name(source.train)
@@ -43,7 +48,7 @@ class ResolvedSource:
 
     @property
     def files(self) -> list[Path]:
-        """The files in order; none for a dataset on the hub."""
+        """The files of rows in order; none for a folder of media or a dataset on the hub."""
         return list(self._files.values())
 
     def class_names(self) -> dict[str, tuple[str, ...]]:
@@ -62,32 +67,44 @@ class ResolvedSource:
     def fingerprint(self) -> dict[str, str]:
         """Identify the content: file -> SHA-256 of the bytes, read at each call; or ``name@commit`` -> commit.
 
+        Media of a folder have one SHA-256 over their names and sizes, which a copy of the folder has too. Their bytes
+        are known by the digests that a task keeps of them.
+
         Raises:
             DataError: a file cannot be read.
             NetworkError: the hub cannot be reached.
             HubError: the hub refuses access.
         """
-        if self._hub is not None:
-            return {f"{self.name}@{self._hub.commit}": self._hub.commit}
-        hashes = {name: _sha256(path, name) for name, path in self._files.items()}
-        if self._is_media:  # of which there may be thousands
-            return {self.name: hashlib.sha256(json.dumps(hashes).encode()).hexdigest()}
-        return hashes
+        return self.state()[0]
 
-    def check_unchanged(self, fingerprint: dict[str, str]) -> None:
-        """Check that the content still has the ``fingerprint`` taken before ``rows()`` was called.
+    def state(self) -> tuple[dict[str, str], str]:
+        """Return the fingerprint, and a hash of when each media file and its inode last changed on this disk."""
+        if self._hub is not None:
+            return {f"{self.name}@{self._hub.commit}": self._hub.commit}, ""
+        hashes = {name: _sha256(path, name) for name, path in self._files.items()}
+        if not self._media:
+            return hashes, ""
+        sizes, times = hashlib.sha256(), hashlib.sha256()
+        for name, path in self._media.items():
+            try:
+                found = Path(path).stat()
+            except OSError as error:
+                raise DataError(f"cannot be read: {first_line(error)}", file=name) from error
+            sizes.update(f"{path[self._top :]}\0{found.st_size}\0".encode(errors="surrogateescape"))
+            times.update(f"{found.st_mtime_ns} {found.st_ctime_ns} ".encode())
+        return {**hashes, self.name: sizes.hexdigest()}, times.hexdigest()
+
+    def check_unchanged(self, state: tuple[dict[str, str], str]) -> None:
+        """Check that the content has the ``state`` taken before ``rows()`` was called.
 
         Raises:
             DataError: the content has changed.
         """
-        now = self.fingerprint()
-        for name, known in fingerprint.items():
-            if now.get(name) != known:
-                raise DataError(
-                    "changed while it was read",
-                    file=name,
-                    hint="Run the command again when no process writes to the file.",
-                )
+        (fingerprint, times), (now, times_now) = state, self.state()
+        changed = [name for name, known in fingerprint.items() if now.get(name) != known]
+        if changed or times_now != times:
+            hint = "Run the command again when no process writes to the file."
+            raise DataError("changed while it was read", file=[*changed, self.name][0], hint=hint)
 
     def rows(self) -> Iterator[Row | DataError]:
         """Yield the rows in order; for a bad row, the error about it. ``limit`` counts both.
@@ -106,8 +123,8 @@ class ResolvedSource:
             raise DataError("contains no rows", file=self.name)
 
     def _file_rows(self) -> Iterator[Row | DataError]:
-        if self._is_media:
-            yield from media_rows(self._files, Path(self._source.train))
+        if not self._files:
+            yield from media_rows(self._media, str(Path(self._source.train)))
             return
         number = 0
         for name, path in self._files.items():
@@ -140,11 +157,10 @@ def open_source(source: Source) -> ResolvedSource:
         given = [key for key in ("split", "name", "revision") if getattr(source, key) != getattr(Source, key)]
         if given:
             raise DataError(f"does not apply to a local file: {display_name(name)}", key=f"dataset.{given[0]}")
-        in_folder = _is_folder(path)
-        files, left_out = _list_folder(path, name) if in_folder else ({display_name(name): path}, [])
-        for each, file in files.items():
-            (check_regular if in_folder and is_media(each) else check_file)(file, each)
-        return ResolvedSource(source, files, left_out=left_out)
+        if _is_folder(path):
+            return _open_folder(source, path)
+        check_file(path, display_name(name))
+        return ResolvedSource(source, {display_name(name): path})
     if is_path(name):
         raise DataError("no such file", file=display_name(name), hint=_near_files(path))
     return ResolvedSource(source, {}, HubRows(source))
@@ -170,22 +186,21 @@ def display_name(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
-def _list_folder(folder: Path, source: str) -> tuple[dict[str, Path], list[str]]:
-    """Return the readable files below a folder by name, and the names of the others; skip hidden ones."""
-    paths = sorted(_walk(folder, source))
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    if _SAVED & {path.name for path in paths}:
+def _open_folder(source: Source, folder: Path) -> ResolvedSource:
+    """Resolve a folder: its files of rows, with the media that they may name; without any, its media are the rows."""
+    top, shown = source.train, display_name(source.train)
+    listed = {path[len(str(folder)) + 1 :]: path for path in _walk(str(folder), top)}
+    names = sorted(listed, key=lambda name: name.split("/"))
+    if _SAVED & {name.rpartition("/")[2] for name in names}:
         hint = "Write the dataset with Dataset.to_parquet, and give that file."
-        raise DataError(
-            "was written by Dataset.save_to_disk, whose format cannot be read", file=display_name(source), hint=hint
-        )
-    listed = dict(zip(names, paths, strict=True))
-    media = {name: path for name, path in listed.items() if is_media(name)}
-    found = {name: path for name, path in listed.items() if kind_of(name)} or media
+        raise DataError("was written by Dataset.save_to_disk, whose format cannot be read", file=shown, hint=hint)
+    media = [name for name in names if is_media(name)]
+    files = [name for name in names if kind_of(name)]
+    found = files or media
     if not found:
         there = display_name(", ".join(names[:5])[:200]) or "nothing"
         message = f"the folder contains no file that can be read; it contains: {there}"
-        raise DataError(message, file=display_name(source), hint=ACCEPTED)
+        raise DataError(message, file=shown, hint=ACCEPTED)
     splits = {
         "train" if part[1].lower() == "train" else "other": name for name in found if (part := _SPLIT.search(name))
     }
@@ -193,27 +208,39 @@ def _list_folder(folder: Path, source: str) -> tuple[dict[str, Path], list[str]]
         message = (
             f"the folder contains several splits: {display_name(splits['train'])} and {display_name(splits['other'])}"
         )
-        raise DataError(message, file=display_name(source), hint="Give the file or the subfolder of one split.")
-    files = {display_name(f"{source.rstrip('/')}/{name}"): path for name, path in found.items()}
-    return files, [display_name(name) for name in names if name not in found and name not in media]
+        raise DataError(message, file=shown, hint="Give the file or the subfolder of one split.")
+
+    def called(name: str) -> str:
+        return display_name(f"{top.rstrip('/')}/{name}")
+
+    for name in files:
+        check_file(Path(listed[name]), called(name))
+    return ResolvedSource(
+        source,
+        {called(name): Path(listed[name]) for name in files},
+        media={called(name): listed[name] for name in media},
+        left_out=[display_name(name) for name in names if not is_media(name) and not kind_of(name)],
+    )
 
 
-def _walk(top: Path, source: str) -> Iterator[Path]:
-    """Yield the files below a folder. A folder with links to it is read once, by its real path if possible."""
-    plain: list[tuple[Path, tuple[Path, ...]]] = [(top, ())]
-    links: deque[tuple[Path, tuple[Path, ...]]] = deque()
-    read, found = set[Path](), 0
+def _walk(top: str, source: str) -> Iterator[str]:
+    """Yield the files below a folder, media if they are regular ones.
+
+    A folder with links to it is read once, by its real path if possible.
+    """
+    plain: list[tuple[str, tuple[str, ...]]] = [(top, ())]
+    links: deque[tuple[str, tuple[str, ...]]] = deque()
+    read, found = set[str](), 0
     while plain or links:
         folder, above = plain.pop() if plain else links.popleft()
         try:
-            real = folder.resolve()
-            entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+            real = os.path.realpath(folder)
+            with os.scandir(folder) as inside:
+                entries = sorted((each for each in inside if not each.name.startswith(".")), key=lambda each: each.name)
         except OSError as error:
-            raise DataError(
-                f"the folder cannot be read: {first_line(error)}", file=display_name(str(folder))
-            ) from error
+            raise DataError(f"the folder cannot be read: {first_line(error)}", file=display_name(folder)) from error
         if real in above:
-            raise DataError("is a link to a folder above itself", file=display_name(str(folder)))
+            raise DataError("is a link to a folder above itself", file=display_name(folder))
         if real in read:
             continue
         read.add(real)
@@ -227,17 +254,19 @@ def _walk(top: Path, source: str) -> Iterator[Path]:
             hint = "Give a subfolder, or put the rows into fewer files."
             raise DataError(f"the folder contains {what}", file=display_name(source), hint=hint)
         for entry in entries:
-            if not _is_folder(entry):
-                yield entry
-            else:
-                (links if entry.is_symlink() else plain).append((entry, (*above, real)))
+            if _is_folder(entry):
+                (links if entry.is_symlink() else plain).append((entry.path, (*above, real)))
+                continue
+            if is_media(entry.name) and not entry.is_file():
+                check_regular(Path(entry.path), display_name(entry.path))
+            yield entry.path
 
 
-def _is_folder(path: Path) -> bool:
+def _is_folder(path: Path | os.DirEntry[str]) -> bool:
     try:
         return path.is_dir()
     except OSError as error:
-        raise DataError(f"cannot be read: {first_line(error)}", file=display_name(str(path))) from error
+        raise DataError(f"cannot be read: {first_line(error)}", file=display_name(os.fspath(path))) from error
 
 
 def _near_files(path: Path) -> str:

@@ -454,6 +454,11 @@ class View(Sequence[Example]):
         part = bisect_right(self._starts, at) - 1
         return self.parts[part].store, int(self._chosen[part][at - self._starts[part]])
 
+    def place(self, index: int) -> Place:
+        """Where the row of an example stands."""
+        store, position = self.locate(index)
+        return store.place(int(store.row_of[position]))
+
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:

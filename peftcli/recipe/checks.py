@@ -45,6 +45,7 @@ _NOT_NEGATIVE = (
     "training.warmup_steps",
     "training.weight_decay",
     "training.max_grad_norm",
+    "training.dataloader_num_workers",
     "launch.machine_rank",
 )
 _AT_MOST = {
@@ -54,6 +55,7 @@ _AT_MOST = {
     "training.learning_rate": 1_000_000,
     "training.loraplus_lr_ratio": 1_000_000,
     "training.loraplus_lr_embedding": 1_000_000,
+    "training.dataloader_num_workers": 1024,
     "launch.num_processes": 1024,
     "launch.num_machines": 100_000,
 }

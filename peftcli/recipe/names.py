@@ -176,6 +176,7 @@ ALIASES = {
     "save_every": "training.save_steps",
     "log_every": "training.logging_steps",
     "steps_per_report": "training.logging_steps",
+    "num_workers": "training.dataloader_num_workers",
     "num_gpus": "launch.num_processes",
     "nproc_per_node": "launch.num_processes",
     "num_nodes": "launch.num_machines",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +21,19 @@ TIME_LIMIT = 64
 """A request like a signal's number: the time limit of the run has passed."""
 _SAVE = 1
 """A request like a signal's number: write a checkpoint and continue."""
+_PR_SET_PDEATHSIG = 1
 _ECHO_SECONDS = 0.3
 """A scheduler signals a launcher and its processes, and the launcher forwards the signal: both are one request."""
+
+
+def end_with_parent(parent: int) -> None:
+    """Make this process end when the process that started it, ``parent``, is killed (Linux)."""
+    if sys.platform == "linux":
+        import ctypes  # takes a while
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # killed before this call
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass

@@ -90,6 +90,8 @@ class Task(ABC, Generic[Settings]):
     """Facts of rows that run.json counts: name -> bit of ``Outcome.flags``. ``truncated`` says that a row was cut."""
     lower_is_better: ClassVar[Sequence[str]] = ("loss", "perplexity")
     """How the names of metrics end of which a smaller value is better."""
+    reads_files: ClassVar[bool] = False
+    """Whether ``encode`` and ``collate`` read files. Worker processes then call both, ahead of the loop."""
     identity: ClassVar[Sequence[str]] = ()
     """Columns whose values make two rows equal, by which ``inspect`` finds duplicates. None: it does not look."""
 

@@ -74,10 +74,11 @@ def _read(path: str) -> bytes:
     Raises:
         DataError: no such file, or it cannot be read.
     """
-    if not Path(path).is_file():
+    file = Path(path)
+    if not file.is_file():
         raise DataError("no such file", file=path)
     try:
-        return Path(path).read_bytes()
+        return file.read_bytes()
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", file=path) from None
 

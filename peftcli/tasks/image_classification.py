@@ -20,7 +20,7 @@ from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, require_extra
 from peftcli.tasks.classification import LABEL, Classification
 from peftcli.tasks.files import File, file_of, in_row
-from peftcli.tasks.pictures import open_image, shown_image
+from peftcli.tasks.pictures import check_image, open_image, shown_image
 from peftcli.tasks.shown import Label, Shown
 
 
@@ -32,6 +32,7 @@ class ImageClassification(Classification[settings.ImageClassification]):
     columns: ClassVar = {"path": Column("str"), "content": Column("bytes"), "digest": Column("bytes"), "label": LABEL}
     unit = "images"
     identity = ("digest",)
+    reads_files = True
 
     def __init__(self, settings: settings.ImageClassification, processor: Any, base: OpenBase):
         require_extra("PIL", "vision")
@@ -78,7 +79,7 @@ def _outcome(row: Row, reader: Reader) -> Outcome | DataError:
     except DataError as error:
         return error
     try:
-        open_image(content, file.path)
+        check_image(content, file.path)
     except DataError as error:
         return in_row(error, row, reader.names["image"])
     return Outcome([Example({"path": file.path, "content": file.held, "digest": file.digest}, 1, 1)], size=1)

@@ -73,6 +73,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
     } | {"turn": Column("int64", ()), "pixels": Column("int64")}
     unit = "pixels"
     identity = ("digest",)
+    reads_files = True
 
     def __init__(self, settings: settings.SemanticSegmentation, processor: Any, base: OpenBase):
         require_extra("PIL", "vision")

@@ -72,6 +72,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
     }
     unit = "frames"
     identity = ("digest",)
+    reads_files = True
     lower_is_better = ("loss", "wer", "cer")
     packages: ClassVar = {"soundfile": "audio", "soxr": "audio", "jiwer": "audio"}
 

@@ -23,6 +23,7 @@ from peftcli.system import date
 from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import Scans, Task, encoding, require_extra
 from peftcli.tasks.found import find_task
+from peftcli.train.batches import num_workers
 from peftcli.train.plan import Plan
 from peftcli.train.report import OnEvent, Phase, RowsRead, Warned
 
@@ -95,10 +96,11 @@ def load_data(
         task = row_of(recipe).open(task.scan(map(_table, dataset.sources())), task.base)
     assert recipe.task is not None
     key = encoding(recipe.task["type"], task)
+    workers = num_workers(recipe.training, task)
     stop = not keep_bad_rows and dataset.on_bad_row == "error"
 
     def store_of(source: Source) -> Store:
-        return prepare(source, task, key, stop_at_bad=stop, on_rows=on_rows, on_note=on_note)
+        return prepare(source, task, key, stop_at_bad=stop, num_workers=workers, on_rows=on_rows, on_note=on_note)
 
     from_eval = eval_source(dataset)
     if only_eval and from_eval is None and dataset.eval_fraction is None:

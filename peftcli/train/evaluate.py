@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import nn
 
 from peftcli.data.store import View
 from peftcli.tasks.base import Task, on_device
+from peftcli.train.batches import batches, collate
 
 
 def _batches(
@@ -36,6 +39,8 @@ def evaluate(
     examples: View,
     batch_size: int,
     accelerator: Accelerator,
+    *,
+    num_workers: int = 0,
     stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """Compute the task's metrics over all examples, each name with the prefix ``eval_``.
@@ -48,6 +53,7 @@ def evaluate(
         examples: What it is measured on.
         batch_size: Examples at once in a process.
         accelerator: Of this process; all processes evaluate together.
+        num_workers: Processes that make batches ahead.
         stopping: Whether to give up; called before each batch, by all processes equally often.
 
     Returns:
@@ -59,21 +65,22 @@ def evaluate(
     outputs: list[tuple[int, Any]] = []
     inner = accelerator.unwrap_model(model)  # no gradients to synchronise, and the processes' batch counts may differ
     mine, rounds = _batches(examples, batch_size, accelerator)
-    for indices in rounds:
-        if stopping():
-            model.train(was_training)
-            return None
-        if indices is None:
-            continue
-        collated = task.collate([examples[index] for index in indices], training=False)
-        batch = on_device(collated, accelerator.device)
-        with accelerator.autocast():
-            loss = task.loss(inner, batch)
-        for name, value in loss.sums.items():
-            counted = value.detach().to("cpu", torch.float64) * bool(mine)
-            sums[name] = sums[name] + counted if name in sums else counted
-        if loss.outputs and mine:
-            outputs += zip(indices, loss.outputs, strict=True)
+    make = partial(collate, task, examples, training=False)
+    with closing(batches(make, filter(None, rounds), num_workers)) as ahead:
+        for indices in rounds:
+            if stopping():
+                model.train(was_training)
+                return None
+            if indices is None:
+                continue
+            batch = on_device(next(ahead), accelerator.device)
+            with accelerator.autocast():
+                loss = task.loss(inner, batch)
+            for name, value in loss.sums.items():
+                counted = value.detach().to("cpu", torch.float64) * bool(mine)
+                sums[name] = sums[name] + counted if name in sums else counted
+            if loss.outputs and mine:
+                outputs += zip(indices, loss.outputs, strict=True)
     model.train(was_training)
     reduced = _reduce(sums, accelerator)
     outputs = gather_object(outputs) if accelerator.num_processes > 1 else outputs

@@ -14,6 +14,7 @@ from peftcli.recipe import to_dict
 from peftcli.schema import Launch, Recipe
 from peftcli.tasks import open_task
 from peftcli.tasks.base import FitsModel
+from peftcli.train.batches import num_workers
 from peftcli.train.data import load_data, with_task
 from peftcli.train.evaluate import evaluate
 from peftcli.train.finish import check_gates
@@ -55,7 +56,8 @@ def measure(
     if source is not None:
         apply_adapter(loaded, source)
     model = loaded.model.to(accelerator.device)
-    metrics = evaluate(model, task, data.eval, recipe.training.per_device_eval_batch_size, accelerator)
+    batch_size, workers = recipe.training.per_device_eval_batch_size, num_workers(recipe.training, task)
+    metrics = evaluate(model, task, data.eval, batch_size, accelerator, num_workers=workers)
     assert metrics is not None  # nothing asks for less
     gates = check_gates(recipe.gates, metrics)
     return {

@@ -6,7 +6,6 @@ process that ended without such a file died. A stopped process ends the group, a
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -23,7 +22,7 @@ from typing import Any
 
 from peftcli.errors import Interrupted, PeftcliError, ProcessDied, StorageError, UsageError
 from peftcli.schema import Launch
-from peftcli.system.signals import SAVE_SIGNAL, STARTED, STOP_SIGNALS
+from peftcli.system.signals import SAVE_SIGNAL, STARTED, STOP_SIGNALS, end_with_parent
 
 _GRACE_SECONDS = 12.0
 """Time for the other processes to end after one has failed."""
@@ -39,7 +38,6 @@ _REDRAWN_BYTES = 20_000
 """The most that a progress bar writes between two looks, which does not count as work."""
 _STATUS = "PEFTCLI_STATUS"
 _TRAINING = "training"
-_PR_SET_PDEATHSIG = 1
 
 
 def is_launched() -> bool:
@@ -172,10 +170,8 @@ def report_training() -> None:
 def follow_parent() -> None:
     """Make this process end when the launcher that started it is killed (Linux)."""
     launcher = os.environ.get("PEFTCLI_LAUNCHED")
-    if launcher and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != int(launcher):  # killed before this call
-            os.kill(os.getpid(), signal.SIGKILL)
+    if launcher:
+        end_with_parent(int(launcher))
 
 
 def _environment(launch: Launch, number: int, count: int, port: int) -> dict[str, str]:
@@ -328,7 +324,9 @@ class _Watch:
         if sys.platform != "linux" or now - self.seen[0] < 1.0:
             return None
         states = {number: _state_of(pid) for number, pid in living.items()}
-        for number, (state, _, _) in states.items():
+        states |= {-pid: _state_of(pid) for each in living.values() for pid in _children_of(each)}
+        for number in living:
+            state = states[number][0]
             if state != "T":
                 self.stopped.pop(number, None)
             elif now - self.stopped.setdefault(number, now) > _STOPPED_SECONDS:
@@ -343,6 +341,13 @@ class _Watch:
         if alone and now - self.busy > (_IDLE_SECONDS if training else _IDLE_BEFORE):
             return f"the processes wait for one another, and none has done anything for {now - self.busy:.0f} seconds"
         return None
+
+
+def _children_of(pid: int) -> list[int]:
+    """The processes that a process has started, as those that read files for it."""
+    with suppress(OSError):
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    return []
 
 
 def _state_of(pid: int) -> tuple[str, float, int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -16,8 +17,9 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.protocols import after_step, penalty
 from peftcli.data.store import Example, View
 from peftcli.errors import Diverged
-from peftcli.tasks.base import Gathers, Packs, Task, on_device
+from peftcli.tasks.base import Batch, Gathers, Packs, Task, on_device
 from peftcli.train.attention import takes_one_row
+from peftcli.train.batches import batches, collate, num_workers
 from peftcli.train.plan import MicroBatch, Plan
 
 LESS_LEARNING = "lower training.learning_rate, or add warm-up; the last checkpoint is kept"
@@ -59,7 +61,7 @@ def fit(
     plan: Plan,
     accelerator: Accelerator,
     start: int = 0,
-) -> Iterator[StepResult]:
+) -> Generator[StepResult]:
     """Train from step ``start`` to the plan's end, yielding after each step.
 
     The loss is the sum over targets divided by all targets of the global batch, so the split into micro-batches,
@@ -67,39 +69,46 @@ def fit(
 
     Raises:
         Diverged: the loss or a gradient is NaN or Inf. The step is not applied.
+        DataError: a file of a row cannot be read any more.
+        ProcessDied: a worker process was killed.
     """
     limit = plan.training.max_grad_norm or math.inf
     one_row = plan.packs and takes_one_row(accelerator.unwrap_model(prepared.model))
 
-    def read(rows: MicroBatch) -> list[Example]:
-        return _rows(task, examples, rows, one_row) if plan.packs else [examples[at] for (at,) in rows]
+    def make(rows: MicroBatch) -> Batch:
+        if plan.packs:
+            return task.collate(_rows(task, examples, rows, one_row), training=True)
+        return collate(task, examples, [at for (at,) in rows], training=True)
 
-    for step in range(start, plan.total_steps):
-        prepared.model.train()
-        batch = plan.global_batch(step)
-        num_targets = int(examples.targets[batch].sum())
-        mine = plan.micro_batches(step, accelerator.process_index)
-        total = _backward(prepared, task, mine, read, num_targets, accelerator)
-        _sum_gradients(prepared.parameters, accelerator)
-        loss_sum = float(accelerator.reduce(total, reduction="sum"))
-        grad_norm = float(accelerator.clip_grad_norm_(prepared.parameters, limit))
-        if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
-            what = "loss" if not math.isfinite(loss_sum) else "gradient norm"
-            raise Diverged(f"the {what} of step {step + 1} is not finite", hint=LESS_LEARNING)
-        learning_rate = float(prepared.schedule.get_last_lr()[0])
-        prepared.optimizer.step()
-        prepared.schedule.step()
-        after_step(prepared.model, prepared.config, step + 1, plan.total_steps)
-        prepared.optimizer.zero_grad(set_to_none=True)
-        num_tokens = int(plan.sizes[batch].sum())
-        yield StepResult(step + 1, loss_sum / num_targets, grad_norm, learning_rate, num_targets, num_tokens)
+    steps = range(start, plan.total_steps)
+    all_rows = (rows for step in steps for rows in plan.micro_batches(step, accelerator.process_index) if rows)
+    with closing(batches(make, all_rows, num_workers(plan.training, task))) as ahead:
+        for step in steps:
+            prepared.model.train()
+            batch = plan.global_batch(step)
+            num_targets = int(examples.targets[batch].sum())
+            mine = plan.micro_batches(step, accelerator.process_index)
+            total = _backward(prepared, task, mine, ahead, num_targets, accelerator)
+            _sum_gradients(prepared.parameters, accelerator)
+            loss_sum = float(accelerator.reduce(total, reduction="sum"))
+            grad_norm = float(accelerator.clip_grad_norm_(prepared.parameters, limit))
+            if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
+                what = "loss" if not math.isfinite(loss_sum) else "gradient norm"
+                raise Diverged(f"the {what} of step {step + 1} is not finite", hint=LESS_LEARNING)
+            learning_rate = float(prepared.schedule.get_last_lr()[0])
+            prepared.optimizer.step()
+            prepared.schedule.step()
+            after_step(prepared.model, prepared.config, step + 1, plan.total_steps)
+            prepared.optimizer.zero_grad(set_to_none=True)
+            num_tokens = int(plan.sizes[batch].sum())
+            yield StepResult(step + 1, loss_sum / num_targets, grad_norm, learning_rate, num_targets, num_tokens)
 
 
 def _backward(
     prepared: PreparedModel,
     task: Task[Any],
     micro_batches: Sequence[MicroBatch],
-    read: Callable[[MicroBatch], list[Example]],
+    ahead: Iterator[Batch],
     num_targets: int,
     accelerator: Accelerator,
 ) -> torch.Tensor:
@@ -108,7 +117,9 @@ def _backward(
     for number, rows in enumerate(micro_batches, 1):
         parts = []
         if rows:  # the others may have more
-            loss = _micro_batch_loss(prepared.model, task, read(rows), accelerator)
+            batch = on_device(next(ahead), accelerator.device)
+            with accelerator.autocast():
+                loss = task.loss(prepared.model, batch).total
             parts.append(loss * (1 / num_targets))
             total += loss.detach()
         elif isinstance(task, Gathers):
@@ -143,12 +154,3 @@ def _rows(task: Task[Any], examples: View, rows: MicroBatch, one_row: bool) -> l
     if one_row:
         rows = [list(chain.from_iterable(rows))]
     return [task.join([examples[at] for at in row]) for row in rows]
-
-
-def _micro_batch_loss(
-    model: nn.Module, task: Task[Any], examples: list[Example], accelerator: Accelerator
-) -> torch.Tensor:
-    """Summed loss of the examples."""
-    batch = on_device(task.collate(examples, training=True), accelerator.device)
-    with accelerator.autocast():
-        return task.loss(model, batch).total

@@ -56,7 +56,7 @@ class Plan:
         """Examples of an epoch that come from each source."""
         self._mixed = weights is not None
         self._epoch_ends: list[int] = []  # with packing: steps until the end of each epoch that was built
-        self._built: dict[int, _Epoch] = {}  # the epoch that was asked for last
+        self._built: dict[int, _Epoch] = {}  # the epoch that was asked for last, and the one before
 
     @property
     def packs(self) -> bool:
@@ -185,8 +185,8 @@ class Plan:
 
     def _epoch(self, number: int) -> _Epoch:
         if number not in self._built:
-            self._built.clear()
-            self._built[number] = self._build(number)
+            before = {number - 1: self._built[number - 1]} if number - 1 in self._built else {}
+            self._built = before | {number: self._build(number)}
         return self._built[number]
 
     def _build(self, number: int) -> _Epoch:

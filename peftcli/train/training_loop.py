@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
@@ -13,6 +14,7 @@ from peftcli.core.weights import adapter_state
 from peftcli.errors import Diverged, UsageError
 from peftcli.system.signals import TIME_LIMIT, wants_save
 from peftcli.tasks.base import Task
+from peftcli.train.batches import num_workers
 from peftcli.train.data import Data
 from peftcli.train.evaluate import evaluate
 from peftcli.train.loop import LESS_LEARNING, StepResult, fit
@@ -69,20 +71,21 @@ class TrainingLoop:
     def _steps(self) -> None:
         training, plan, state, data = self.training, self.plan, self.state, self.data
         accelerator, start = self.active.accelerator, self.progress.step
-        for result in fit(state.prepared, data.task, data.examples.train, plan, accelerator, start):
-            line = self._count(result)
-            last = result.step == plan.total_steps
-            if last or _is_due(training.eval_strategy, training.eval_steps, result.step, plan):
-                self.progress.pending = line
-                self._log_pending()
-            else:
-                self._log(line)
-            if last:
-                break
-            self._handle_request()
-            if _is_due(training.save_strategy, training.save_steps, result.step, plan):
-                self.save()
-                self._handle_request(saved=True)
+        with closing(fit(state.prepared, data.task, data.examples.train, plan, accelerator, start)) as steps:
+            for result in steps:
+                line = self._count(result)
+                last = result.step == plan.total_steps
+                if last or _is_due(training.eval_strategy, training.eval_steps, result.step, plan):
+                    self.progress.pending = line
+                    self._log_pending()
+                else:
+                    self._log(line)
+                if last:
+                    break
+                self._handle_request()
+                if _is_due(training.save_strategy, training.save_steps, result.step, plan):
+                    self.save()
+                    self._handle_request(saved=True)
 
     def _count(self, result: StepResult) -> dict[str, Any]:
         """Count a step. Returns its line of metrics.jsonl; empty where the step is not logged."""
@@ -129,6 +132,7 @@ class TrainingLoop:
             data.examples.eval,
             training.per_device_eval_batch_size,
             self.active.accelerator,
+            num_workers=num_workers(training, data.task),
             stopping=lambda: self.request() not in (0, TIME_LIMIT),  # or a long evaluation would never end
         )
         if metrics is None:

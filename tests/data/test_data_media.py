@@ -1,5 +1,8 @@
 """Folders of pictures and sounds as rows."""
 
+import os
+import shutil
+
 import pytest
 
 from peftcli.data.sources import open_source
@@ -58,14 +61,29 @@ def test_two_splits_in_one_folder_are_refused(tmp_path):
     assert rows(tmp_path / "train")[0].values["label"] == "cat"
 
 
-def test_the_fingerprint_is_one_hash_over_all_files(photos):
-    opened = open_source(Source(train=str(photos)))
-    before = opened.fingerprint()
-    assert list(before) == [str(photos)]
-    (photos / "cat" / "a.png").write_bytes(b"another")
-    assert opened.fingerprint() != before
+def test_a_folder_is_known_by_names_and_sizes_and_on_this_disk_by_times(photos, tmp_path_factory):
+    opened, copy = open_source(Source(train=str(photos))), tmp_path_factory.mktemp("copy")
+    before = fingerprint, times = opened.state()
+    assert list(fingerprint) == [str(photos)]
+    opened.check_unchanged(before)
+    file = photos / "cat" / "a.png"
+    os.utime(file, ns=(1, 1))
+    assert (opened.fingerprint(), opened.state()[1] == times) == (fingerprint, False)
     with pytest.raises(DataError, match="changed while it was read"):
         opened.check_unchanged(before)
+    shutil.copytree(photos, copy, dirs_exist_ok=True)
+    assert open_source(Source(train=str(copy))).fingerprint() == {str(copy): fingerprint[str(photos)]}
+    file.write_bytes(b"another")
+    assert opened.fingerprint() != fingerprint
+
+
+def test_media_beside_a_file_of_rows_are_known_too(photos):
+    (photos / "metadata.jsonl").write_text('{"file_name": "cat/a.png", "label": "tabby"}\n')
+    opened = open_source(Source(train=str(photos)))
+    fingerprint, times = opened.state()
+    assert list(fingerprint) == [f"{photos}/metadata.jsonl", str(photos)]
+    os.utime(photos / "cat" / "a.png", ns=(1, 1))
+    assert opened.state()[1] != times
 
 
 def test_class_labels_of_a_parquet_file(tmp_path):

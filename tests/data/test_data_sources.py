@@ -185,14 +185,14 @@ def test_odd_names_of_files_are_escaped(tmp_path: Path, name: str) -> None:
 def test_the_fingerprint_is_of_the_bytes_each_time(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", "x")
     opened = open_source(Source(train=str(path)))
-    before = opened.fingerprint()
-    assert before == {str(path): hashlib.sha256(path.read_bytes()).hexdigest()}
+    before = opened.state()
+    assert opened.fingerprint() == {str(path): hashlib.sha256(path.read_bytes()).hexdigest()}
     list(opened.rows())
     opened.check_unchanged(before)
     state = path.stat()
     write(path, "y")
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))  # same size, same time
-    assert opened.fingerprint() != before
+    assert opened.state() != before
     with pytest.raises(DataError, match="changed while it was read") as caught:
         opened.check_unchanged(before)
     assert caught.value.file == str(path)
@@ -364,7 +364,7 @@ def test_a_hub_dataset_at_its_newest_commit_or_another(hub: DatasetHub, streamin
     assert (opened.name, opened.files) == (NAME, [])
     assert opened.fingerprint() == {f"{NAME}@{second}": second}
     assert list(opened.rows()) == [Row({"text": "new"}, Place(NAME, 1))]
-    opened.check_unchanged(opened.fingerprint())
+    opened.check_unchanged(opened.state())
     assert texts(Source(train=NAME, streaming=streaming, revision=first)) == ["a", "b"]
     assert texts(Source(train=NAME, streaming=streaming, revision=first, limit=1)) == ["a"]
     assert texts(Source(train=NAME, streaming=streaming, split="test")) == ["c"]
@@ -373,7 +373,7 @@ def test_a_hub_dataset_at_its_newest_commit_or_another(hub: DatasetHub, streamin
 def test_an_opened_hub_dataset_stays_at_its_commit(hub: DatasetHub) -> None:
     hub.commit(NAME, FILES)
     opened = open_source(Source(train=NAME, streaming=True))
-    before = opened.fingerprint()
+    before = opened.state()
     hub.commit(NAME, {**FILES, "train.jsonl": b'{"text": "new"}\n'})
     assert [row.values["text"] for row in opened.rows() if isinstance(row, Row)] == ["a", "b"]
     opened.check_unchanged(before)

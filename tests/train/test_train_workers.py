@@ -1,0 +1,89 @@
+"""Batches that worker processes make: the same bytes, and a run ends when one of them does."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import trainkit
+from taskkit import CASES
+from trainkit import Trained, at_step, run_recipe
+
+from peftcli.errors import DataError, Interrupted, ProcessDied
+
+SETTINGS = (
+    "training.eval_strategy=steps",
+    "training.eval_steps=4",
+    "training.save_strategy=steps",
+    "training.save_steps=3",
+)
+TWO = (*SETTINGS, "training.dataloader_num_workers=2")
+
+
+def recipe(folder: Path, name: str = "image_classification") -> Path:
+    return CASES[name].write(folder)
+
+
+def workers() -> list[int]:
+    return [process.pid for process in multiprocessing.active_children() if process.pid]
+
+
+def same(one: Trained, other: Trained) -> bool:
+    return all((one.folder / name).read_bytes() == (other.folder / name).read_bytes() for name in trainkit.PRODUCT[:3])
+
+
+@pytest.mark.grid(keep=1)
+@pytest.mark.parametrize("name", ["image_classification", "semantic_segmentation", "speech_recognition"])
+def test_the_result_does_not_depend_on_the_number_of_workers(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, cache = recipe(tmp_path, name), tmp_path / "cache"
+    monkeypatch.setenv("PEFTCLI_CACHE", str(cache))  # rows are encoded in workers, too
+    seen = list[int]()
+    one = run_recipe(path, *TWO, on_event=at_step(2, lambda: seen.extend(workers())))
+    assert len(seen) == 2
+    assert workers() == []
+    monkeypatch.setenv("PEFTCLI_CACHE", f"{cache}-2")
+    other = run_recipe(path, *SETTINGS, "training.dataloader_num_workers=0", f"training.output_dir={tmp_path}/other")
+    assert same(one, other)
+    assert one.run["data"]["content"] == other.run["data"]["content"]
+
+
+def test_a_stopped_run_resumes_with_another_number_of_workers(tmp_path: Path) -> None:
+    whole = run_recipe(recipe(tmp_path), *SETTINGS, "training.dataloader_num_workers=0")
+    stopped = f"training.output_dir={tmp_path}/stopped"
+    with pytest.raises(Interrupted):
+        run_recipe(
+            tmp_path / "recipe.yaml", *TWO, stopped, on_event=at_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        )
+    assert workers() == []
+    assert same(run_recipe(tmp_path / "recipe.yaml", *SETTINGS, stopped), whole)
+
+
+def test_a_worker_that_dies_ends_the_run(tmp_path: Path) -> None:
+    path = recipe(tmp_path)
+    with pytest.raises(ProcessDied, match=r"a worker process ended \(SIGKILL\)"):
+        run_recipe(path, *TWO, on_event=at_step(1, lambda: os.kill(workers()[0], signal.SIGKILL)))
+    assert workers() == []
+    described = json.loads((tmp_path / "out/run.json").read_text())
+    assert (described["status"], described["exit_code"]) == ("failed", 10)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_file_that_breaks_later_is_an_error_with_row_and_path(tmp_path: Path, num_workers: int) -> None:
+    train = tmp_path / "photos"
+    for name in ("red", "blue"):
+        (train / name).mkdir(parents=True)
+    for number, row in enumerate(CASES["image_classification"].rows()):
+        (train / row["label"] / f"{number}.png").write_bytes(Path(row["image"]).read_bytes())
+    broken = sorted(train.rglob("*.png"))[4]
+    settings = (f"dataset={{train: {train}}}", f"training.dataloader_num_workers={num_workers}", "training.max_steps=8")
+    with pytest.raises(DataError) as caught:
+        run_recipe(recipe(tmp_path), *settings, on_event=at_step(1, lambda: broken.write_bytes(b"gone")))
+    assert caught.value.file == str(broken)
+    assert f"row 5: {broken}: has changed since the rows were read" in caught.value.message
+    assert workers() == []
