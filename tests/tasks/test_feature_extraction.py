@@ -239,6 +239,14 @@ def test_embeddings_that_are_made_otherwise_are_refused(pooling: Any, more: Any,
     assert task_of(folder, pooling="mean", normalize=False)
 
 
+@pytest.mark.parametrize("text", ["{", "[1]", '{"0": {}}', "[" * 100_000, "[]"])
+def test_a_damaged_list_of_modules_is_refused(text: str, tmp_path: Path) -> None:
+    folder = sentence_model(tmp_path / "base", {"pooling_mode": "mean"})
+    (folder / "modules.json").write_text(text)
+    with pytest.raises(ModelError):
+        task_of(folder)
+
+
 def test_settings_and_base_models_that_do_not_fit_are_refused() -> None:
     for name, value in {"temperature": 0, "triplet_margin": -1, "mini_batch_size": 0}.items():
         with pytest.raises(DataError) as caught:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peftcli.errors import ModelError
-from peftcli.guard.files import irregular_kind, read_small
+from peftcli.guard.files import irregular_kind, read_json_object, read_small, short_name
 from peftcli.models.open import OpenBase
 
 _MODULES, _POOLING, _TEXTS, _ABOUT = (
@@ -43,33 +43,31 @@ def read_pooling(base: OpenBase) -> Pooling | None:
     path = base.file(_MODULES)
     if path is None:
         return None
-    modules = _read(path)
-    kinds = [str(each.get("type")).rpartition(".")[2] for each in modules if isinstance(each, dict)]
+    modules = _read_list(path)
+    kinds = [str(each.get("type")).rpartition(".")[2] for each in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        raise _unknown(f"modules.json of {base.name} has the modules {', '.join(kinds)[:200]}")
-    folder = str(modules[1].get("path") or "1_Pooling")
-    found = base.file(f"{folder}/config.json") if ".." not in folder.split("/") and folder[0] != "/" else None
+        raise _unknown(f"modules.json of {base.name} has the modules {', '.join(kinds)[:200] or '(none)'}")
+    folder = str(modules[1].get("path"))
+    found = base.file(f"{folder}/config.json") if ".." not in folder.split("/") and folder[:1] != "/" else None
     if found is None:
-        raise _unknown(f"modules.json of {base.name} names {folder!r}, which is not there")
+        raise _unknown(f"modules.json of {base.name} names {short_name(folder)}, which has no config.json")
     config = _read(found)
-    named = config.get("pooling_mode") if isinstance(config, dict) else None
-    modes = [named] if isinstance(named, str) else list(named or ())
-    if not modes and isinstance(config, dict):
-        known = {f"pooling_mode_{name}": mode for mode, name in _NAMES.items()}
-        modes = [
-            known.get(key, key) for key, value in config.items() if key.startswith("pooling_mode_") and value is True
-        ]
-    modes = [_LATER.get(mode, mode) for mode in modes]
-    if len(modes) != 1 or modes[0] not in _NAMES:
-        raise _unknown(f"{folder}/config.json of {base.name} pools by {', '.join(map(str, modes))[:200] or 'nothing'}")
-    return Pooling(modes[0], len(kinds) > 2)
+    named = config.get("pooling_mode")
+    known = {f"pooling_mode_{name}": mode for mode, name in _NAMES.items()}
+    older = [known.get(key, key) for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
+    modes = [str(each) for each in named] if isinstance(named, list) else [str(named)] if named else older
+    mode = _LATER.get(modes[0], modes[0]) if len(modes) == 1 else ""
+    if mode not in _NAMES:
+        raise _unknown(
+            f"{short_name(folder)}/config.json of {base.name} pools by {', '.join(modes)[:200] or '(nothing)'}"
+        )
+    return Pooling(mode, len(kinds) > 2)
 
 
 def longest(base: OpenBase) -> int | None:
     """The most tokens of a text that the folder wants the model to read, if it says it."""
     path = base.file(_TEXTS)
-    values = _read(path) if path is not None else {}
-    found = values.get("max_seq_length") if isinstance(values, dict) else None
+    found = _read(path).get("max_seq_length") if path is not None else None
     return found if isinstance(found, int) and found > 0 else None
 
 
@@ -108,17 +106,24 @@ def _unknown(what: str) -> ModelError:
     )
 
 
-def _read(path: Path) -> Any:
-    """The JSON of a small file.
+def _read(path: Path) -> dict[str, Any]:
+    return read_json_object(path, _LARGEST, ModelError, strict=False)
+
+
+def _read_list(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects that a file lists.
 
     Raises:
-        ModelError: it is none.
+        ModelError: it lists something else.
     """
     try:
-        return json.loads(read_small(path, _LARGEST))
+        found = json.loads(read_small(path, _LARGEST))
     except (OSError, ValueError, RecursionError) as error:
         message = irregular_kind(path) or f"cannot be read: {error}"
         raise ModelError(message, file=str(path), key="base_model") from None
+    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+        raise ModelError("holds no list of JSON objects", file=str(path), key="base_model")
+    return found
 
 
 def _write(path: Path, values: Any) -> None:
