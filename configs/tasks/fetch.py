@@ -5,6 +5,7 @@
     python configs/tasks/fetch.py fashion-mnist data/fashion-mnist   # 31 MB, with apt-get and dpkg-deb
     python configs/tasks/fetch.py garments data/garments             # the same 31 MB
     python configs/tasks/fetch.py kjv data/kjv                       # 3 MB, with apt-get and dpkg-deb
+    python configs/tasks/fetch.py translations data/translations     # 5 MB, with apt-get and dpkg-deb
     python configs/tasks/fetch.py questions data/questions           # nothing: Python's own standard library
     python configs/tasks/fetch.py docstrings data/docstrings         # nothing: Python's own standard library
     python configs/tasks/fetch.py code-search data/code-search       # nothing: Python's own standard library
@@ -60,11 +61,17 @@ SCENE = 64
 DARK = 24
 """Pixels of a picture that are no darker belong to the garment."""
 TRAIN_VERSES, EVAL_VERSES = 6000, 1500
+TRAIN_TRANSLATIONS, EVAL_TRANSLATIONS = 600, 64
+LONGEST_VERSE = 80
+"""Characters of a verse to translate, at most."""
 TRAIN_QUESTIONS, EVAL_QUESTIONS = 4000, 800
 TRAIN_PAIRS, EVAL_PAIRS = 600, 150
 CONTEXT, SHORT = 900, 400
 """Characters of the code of a function, at most: with questions, with docstrings."""
 DOCSTRING = "Write a one-line docstring for this Python function:\n\n```python\n{code}\n```"
+KJV = ("sword-text-kjv", "engKJV2006eb", "abaed17486a0e3d2895a932c9cd7fff2a3a2bd5dc84d37518aa272b2afbfa433")
+RV1909 = ("sword-text-sparv", "spaRV1909eb", "c39b44396b6898a05b3753ac6c55c88f1a5a41f1fd6a0bc5dac7fe96aca5141b")
+"""Bibles: Debian's package, the folder of its texts, the package's hash."""
 SIDE = 28
 PIP = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
 PIP += ["--only-binary=:all:"]
@@ -78,6 +85,7 @@ def main() -> None:
         "fashion-mnist": fashion_mnist,
         "garments": garments,
         "kjv": kjv,
+        "translations": translations,
         "questions": questions,
         "docstrings": docstrings,
         "code-search": code_search,
@@ -251,14 +259,7 @@ def kjv(scratch: Path, target: Path) -> None:
     Greek text: the edition numbers the words of the original, and those whose English is nearly always capitalised are
     names. Evaluation verses are from chapters of their own.
     """
-    archive = download(
-        scratch,
-        ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", "sword-text-kjv"],
-        "abaed17486a0e3d2895a932c9cd7fff2a3a2bd5dc84d37518aa272b2afbfa433",
-    )
-    subprocess.run(["dpkg-deb", "--extract", archive, scratch], check=True)
-    books = scratch / "usr/share/sword/modules/texts/ztext/engKJV2006eb"
-    verses = [verse for part in sorted(books.glob("*.bzv")) for verse in zverses(part.with_suffix(""))]
+    verses = sword(scratch, *KJV)
     capitals = dict[str, list[bool]]()
     for _, verse in verses:
         for number, word in re.findall(r'(?<=[a-z] )<w lemma="strong:(\w+)">(\w+)</w>', verse):
@@ -276,6 +277,38 @@ def kjv(scratch: Path, target: Path) -> None:
         draw.shuffle(part)
         (target / f"{name}.jsonl").write_text("".join(part[:count]), encoding="utf-8")
         print(f"fetch: {name}.jsonl: {count} of {len(part)} verses")
+
+
+def translations(scratch: Path, target: Path) -> None:
+    """Fetch short Spanish verses with their English ones as conversations: train.jsonl and eval.jsonl.
+
+    They are those of the Reina-Valera Bible of 1909 and of the King James Bible, both in the public domain. Evaluation
+    verses are from chapters of their own.
+    """
+    rows: dict[bool, list[str]] = {True: [], False: []}
+    draw = random.Random(SEED)
+    held_out = dict[str, bool]()
+    for (chapter, spanish), (_, english) in zip(sword(scratch, *RV1909), sword(scratch, *KJV), strict=True):
+        asked, answer = (marked(re.sub(r"</?seg[^>]*>", " ", verse), set())[0] for verse in (spanish, english))
+        if asked and answer and max(len(asked), len(answer)) <= LONGEST_VERSE:
+            question = f"Translate into English: {asked}"
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            held = held_out.setdefault(chapter, draw.random() < EVAL_SHARE)
+            rows[held].append(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
+    for name, part, count in (("train", rows[False], TRAIN_TRANSLATIONS), ("eval", rows[True], EVAL_TRANSLATIONS)):
+        draw.shuffle(part)
+        (target / f"{name}.jsonl").write_text("".join(part[:count]), encoding="utf-8")
+        print(f"fetch: {name}.jsonl: {count} of {len(part)} verses")
+
+
+def sword(scratch: Path, package: str, books: str, sha256: str) -> list[tuple[str, str]]:
+    """Fetch a Bible of Debian's: chapter and marked-up text of each verse, at the same place in each of them."""
+    folder = scratch / package
+    folder.mkdir()
+    command = ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", package]
+    subprocess.run(["dpkg-deb", "--extract", download(folder, command, sha256), folder], check=True)
+    parts = sorted((folder / "usr/share/sword/modules/texts/ztext" / books).glob("*.bzv"))
+    return [verse for part in parts for verse in zverses(part.with_suffix(""))]
 
 
 def zverses(books: Path) -> list[tuple[str, str]]:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 FETCHED = {
     **{"garments": "semantic_segmentation", "kjv": "token_classification"},
     **{"questions": "question_answering", "docstrings": "reward"},
-    **{"asterisk": "speech_recognition", "code-search": "feature_extraction"},
+    **{"asterisk": "speech_recognition", "code-search": "feature_extraction", "translations": "causal_lm"},
 }
 """Folder that configs/tasks/fetch.py makes -> a task whose tiny rows stand for it."""
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
