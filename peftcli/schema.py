@@ -158,8 +158,8 @@ class Training:
     """Examples per device and batch in evaluation."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per step. The result is the same as with one large batch."""
-    learning_rate: float = 2e-4
-    """Peak learning rate. LoRA works with 1e-4 to 3e-4; prompt tuning needs about 100 times more."""
+    learning_rate: float | Literal["auto"] = "auto"
+    """Peak learning rate. auto: as measured for the method, how it starts, and the task; see docs/learning_rates.md."""
     loraplus_lr_ratio: float | None = None
     """LoRA+ (https://arxiv.org/abs/2402.12354): learning-rate multiplier of LoRA's B, usually 2 to 16. Unset: 1."""
     loraplus_lr_embedding: float = 1e-6

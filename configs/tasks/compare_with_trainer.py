@@ -98,7 +98,7 @@ class Sides:
             num_train_epochs=settings.num_train_epochs,
             per_device_train_batch_size=settings.per_device_train_batch_size,
             per_device_eval_batch_size=settings.per_device_eval_batch_size,
-            learning_rate=settings.learning_rate,
+            learning_rate=float(settings.learning_rate),
             lr_scheduler_type=settings.lr_scheduler_type,
             train_sampling_strategy=settings.train_sampling_strategy,
             seed=settings.seed,

@@ -24,7 +24,7 @@ def check(
     """Find every mistake in recipes, without training."""
     from dataclasses import asdict
 
-    from peftcli.recipe import read
+    from peftcli.recipe import rate_problems, read
 
     errors: list[Problem] = []
     warnings: list[Problem] = []
@@ -32,6 +32,7 @@ def check(
     for path in recipes:
         reading = read(path)
         found, noted, code = _check_deep(reading) if deep and reading.recipe else (reading.problems, [], 2)
+        noted += rate_problems(reading)
         errors += found
         warnings += noted
         codes += [code] * bool(found)

@@ -71,6 +71,11 @@ class AdapterConfig(PeftConfigMixin):
     modules_to_save: list[str] | None = None
     """Modules, besides the adapter's, that are trained in full and saved with it: a new classification head."""
 
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate where a recipe gives none. Most methods have one: a ``ClassVar``."""
+        return 1e-3
+
     def __post_init__(self) -> None:
         self.normalise()
         self.check(later=self.filled_later)

@@ -8,6 +8,7 @@ parse       tree -> Recipe
 checks      ranges and combinations of settings; gates
 data_checks the same for ``dataset``, and whether its paths exist
 names       other tools' spellings, similar names
+rates       the learning rate of a recipe that gives none
 reference   help on one key; the JSON Schema
 dump        Recipe -> YAML
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 from peftcli.recipe.checks import gate_holds, parse_gate, seconds
 from peftcli.recipe.dump import to_dict, to_yaml
 from peftcli.recipe.parse import Reading, load_recipe, method_config, read, read_recipe
+from peftcli.recipe.rates import rate_problems
 from peftcli.recipe.reference import Explanation, explain, json_schema
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "load_recipe",
     "method_config",
     "parse_gate",
+    "rate_problems",
     "read",
     "read_recipe",
     "seconds",

@@ -44,6 +44,8 @@ class TaskRow:
     ``"path/to/this/adapter"`` is the adapter, and ``<name>`` the value of the task's setting of that name."""
     example: str = '"Hello"'
     """What ``peftcli predict`` answers, on a command line."""
+    rate_factor: float = 1.0
+    """What ``learning_rate: auto`` multiplies a method's rate with; see ``recipe.rates``."""
 
     @property
     def peft_class(self) -> str:
@@ -151,6 +153,7 @@ TASKS: dict[str, TaskRow] = {
             "logits = model(**inputs).logits[0]",
             "print(model.config.id2label[int(logits.argmax())])",
         ),
+        rate_factor=4,
     ),
     "token_classification": TaskRow(
         task_type="TOKEN_CLS",
@@ -166,6 +169,7 @@ TASKS: dict[str, TaskRow] = {
             "tags = model(**inputs).logits[0].argmax(-1)",
             "print([model.config.id2label[int(tag)] for tag in tags])",
         ),
+        rate_factor=4,
     ),
     "question_answering": TaskRow(
         task_type="QUESTION_ANS",
@@ -183,6 +187,7 @@ TASKS: dict[str, TaskRow] = {
             "first, last = int(outputs.start_logits.argmax()), int(outputs.end_logits.argmax())",
             'print(tokenizer.decode(inputs["input_ids"][0, first : last + 1]))',
         ),
+        rate_factor=4,
     ),
     "feature_extraction": TaskRow(
         task_type="FEATURE_EXTRACTION",
@@ -212,6 +217,7 @@ TASKS: dict[str, TaskRow] = {
         pipeline_tag="text-generation",
         summary="prefer chosen answers to rejected ones: DPO, IPO, ORPO, SimPO, KTO (Llama, Qwen)",
         usage=_GENERATE,
+        rate_factor=0.1,
     ),
     "reward": TaskRow(
         task_type="SEQ_CLS",
@@ -244,6 +250,7 @@ TASKS: dict[str, TaskRow] = {
             "logits = model(**inputs).logits[0]",
             "print(model.config.id2label[int(logits.argmax())])",
         ),
+        rate_factor=4,
     ),
     "semantic_segmentation": TaskRow(
         task_type=None,
@@ -264,6 +271,7 @@ TASKS: dict[str, TaskRow] = {
             "logits = model(**inputs).logits[0]  # (classes, height / 4, width / 4)",
             "print([model.config.id2label[int(each)] for each in logits.argmax(0).unique()])",
         ),
+        rate_factor=4,
     ),
     "speech_recognition": TaskRow(
         task_type=None,
@@ -284,5 +292,6 @@ TASKS: dict[str, TaskRow] = {
             "tokens = model.generate(**inputs, generation_config=settings)",
             "print(processor.batch_decode(tokens, skip_special_tokens=True)[0])",
         ),
+        rate_factor=2,
     ),
 }

@@ -24,11 +24,17 @@ def parameter_groups(
     """
     if training.loraplus_lr_ratio is None:
         return [{"params": [parameter for _, _, parameter in tensors.values()]}]
-    rates = training.learning_rate, training.loraplus_lr_ratio, training.loraplus_lr_embedding
+    rates = rate_of(training), training.loraplus_lr_ratio, training.loraplus_lr_embedding
     try:
         return [group for group in rate_groups(tensors, *rates) if group["params"]]
     except AdapterError as error:
         raise UsageError(error.message, key=f"training.{error.key}") from None
+
+
+def rate_of(training: Training) -> float:
+    """The learning rate, which ``recipe.rates`` has made a number."""
+    assert training.learning_rate != "auto"
+    return training.learning_rate
 
 
 def build_optimizer(
@@ -37,7 +43,7 @@ def build_optimizer(
     """AdamW over parameters, or over groups of them."""
     return torch.optim.AdamW(
         parameters,
-        lr=training.learning_rate,
+        lr=rate_of(training),
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,
         weight_decay=training.weight_decay,

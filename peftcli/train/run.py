@@ -23,6 +23,7 @@ from peftcli.data.findings import refuse
 from peftcli.errors import DataError, Interrupted, PeftcliError, StorageError, UsageError, to_peftcli_error
 from peftcli.models.open import open_base
 from peftcli.recipe import method_config, seconds
+from peftcli.recipe.rates import with_rate
 from peftcli.schema import Recipe
 from peftcli.system import date
 from peftcli.system.signals import STARTED, handle_signals
@@ -83,7 +84,7 @@ def train(
             stop.deadline = STARTED + seconds(training.max_time)
         accelerator = start_accelerator(recipe)
         tell: OnEvent = on_event if accelerator.is_main_process else lambda event: None
-        recipe = with_task(recipe, lambda text: tell(Warned(text)))
+        recipe = with_rate(with_task(recipe, lambda text: tell(Warned(text))))
         with open_run(recipe, options, accelerator, stop, tell) as run:
             if run.record.status != "complete":
                 stop.saved = run.record.resumable

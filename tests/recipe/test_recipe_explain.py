@@ -59,9 +59,9 @@ def test_the_schema_accepts_a_resolved_recipe(schema: jsonschema.Draft202012Vali
 
 def test_explain_a_setting() -> None:
     found = explain("training.learning_rate")
-    assert (found.kind, found.type, found.default) == ("setting", "a number", "0.0002")
+    assert (found.kind, found.type, found.default) == ("setting", "a number or auto", "auto")
     assert "Peak learning rate" in found.help
-    assert found.example == "training:\n  learning_rate: 0.0002"
+    assert found.example == "training:\n  learning_rate: auto"
     assert explain("learning_rate") == found
     assert explain("training.output_dir").default == "(required)"
     assert explain("dataset.overlong").allowed == ("truncate", "drop", "error", "split")

@@ -14,6 +14,7 @@ class AdamssConfig(LayeredConfig):
     """Settings of AdaMSS, under PEFT's names."""
 
     peft_type = "ADAMSS"
+    learning_rate = 5e-3
     sizes: ClassVar[tuple[str, ...]] = ()  # a layer's own sizes are the limit of each
     always_written: ClassVar[tuple[str, ...]] = ("r", "num_subspaces", "subspace_rank", "target_modules", "random_seed")
 

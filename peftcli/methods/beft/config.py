@@ -18,6 +18,7 @@ class BeftConfig(TargetedConfig):
     """Settings of BEFT, under PEFT's names."""
 
     peft_type = "BEFT"
+    learning_rate = 1e-2
     always_written: ClassVar[tuple[str, ...]] = ("target_modules",)
 
     init_weights: bool = True

@@ -14,6 +14,7 @@ class BOFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Settings of BOFT, under PEFT's names."""
 
     peft_type = "BOFT"
+    learning_rate = 2e-3
     sizes: ClassVar[tuple[str, ...]] = ("boft_block_size", "boft_block_num", "boft_n_butterfly_factor")
     always_written: ClassVar[tuple[str, ...]] = (
         "boft_block_size",

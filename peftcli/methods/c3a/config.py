@@ -17,6 +17,7 @@ class C3AConfig(BiasConfig, LayeredConfig):
     """Settings of C3A, under PEFT's names."""
 
     peft_type = "C3A"
+    learning_rate = 5e-2
     sizes: ClassVar[tuple[str, ...]] = ("block_size", "block_size_pattern")
     always_written: ClassVar[tuple[str, ...]] = ("block_size", "target_modules")
 

@@ -19,6 +19,7 @@ class CartridgeConfig(PrefixConfig):
     """Settings of a cartridge, under PEFT's names."""
 
     peft_type = "CARTRIDGE"
+    learning_rate = 5e-3
 
     num_frozen_tokens: int = 1
     """How many of the first virtual tokens do not train. Models attend much to the first token, whatever it says, and

@@ -33,6 +33,7 @@ class CPTConfig(EmbeddedPromptConfig):
     """Settings of context-aware prompt tuning, under PEFT's names."""
 
     peft_type = "CPT"
+    learning_rate = 1e-2
     always_written: ClassVar[tuple[str, ...]] = (
         *EmbeddedPromptConfig.always_written,
         "cpt_token_ids",

@@ -14,6 +14,7 @@ class DeftConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Settings of DEFT, under PEFT's names."""
 
     peft_type = "DEFT"
+    learning_rate = 1e-3
     always_written: ClassVar[tuple[str, ...]] = ("r", "decomposition_method", "target_modules")
 
     r: int = 8

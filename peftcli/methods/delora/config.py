@@ -14,6 +14,7 @@ class DeloraConfig(BiasConfig, ExcludingConfig, LayeredConfig):
     """Settings of DeLoRA, under PEFT's names."""
 
     peft_type = "DELORA"
+    learning_rate = 1e-3
     always_written: ClassVar[tuple[str, ...]] = ("r", "delora_lambda", "target_modules")
 
     r: int = 8

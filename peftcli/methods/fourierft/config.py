@@ -17,6 +17,7 @@ class FourierFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Settings of FourierFT, under PEFT's names."""
 
     peft_type = "FOURIERFT"
+    learning_rate = 5e-3
     sizes: ClassVar[tuple[str, ...]] = ("n_frequency", "n_frequency_pattern")
     always_written: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "target_modules", "random_loc_seed")
 

@@ -14,6 +14,7 @@ class FrodConfig(BiasConfig, FanInConfig, LayeredConfig):
     """Settings of FRoD, under PEFT's names."""
 
     peft_type = "FROD"
+    learning_rate = 2e-3
     always_written: ClassVar[tuple[str, ...]] = (
         "target_modules", "sparse_rate", "projection_prng_key", "save_projection",
     )  # fmt: skip

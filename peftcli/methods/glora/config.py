@@ -14,6 +14,7 @@ class GloraConfig(BiasConfig):
     """Settings of GLoRA, under PEFT's names. A layer becomes ``(W + W * A + B) x + b + b * D + E + W C``."""
 
     peft_type = "GLORA"
+    learning_rate = 5e-4
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "config_A_B", "config_C", "config_D_E")
 
     r: int = 8

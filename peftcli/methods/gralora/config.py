@@ -14,6 +14,7 @@ class GraloraConfig(BiasConfig, FanInConfig, LayeredConfig):
     """Settings of GraLoRA, under PEFT's names."""
 
     peft_type = "GRALORA"
+    learning_rate = 5e-4
     sizes: ClassVar[tuple[str, ...]] = ("r", "hybrid_r", "gralora_k")
     always_written: ClassVar[tuple[str, ...]] = ("r", "alpha", "gralora_k", "target_modules")
 

@@ -14,6 +14,7 @@ class HiraConfig(FanInConfig, ExcludingConfig, LayeredConfig):
     """Settings of HiRA, under PEFT's names."""
 
     peft_type = "HIRA"
+    learning_rate = 5e-3
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules")
 
     r: int = 32

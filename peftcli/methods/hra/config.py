@@ -14,6 +14,7 @@ class HRAConfig(BiasConfig, ExcludingConfig, LayeredConfig):
     """Settings of HRA, under PEFT's names."""
 
     peft_type = "HRA"
+    learning_rate = 1e-3
     always_written: ClassVar[tuple[str, ...]] = ("r", "apply_GS", "target_modules", "bias")
 
     r: int = 8

@@ -43,6 +43,7 @@ class IA3Config(FanInConfig, ExcludingConfig):
     """Settings of (IA)^3, under PEFT's names."""
 
     peft_type = "IA3"
+    learning_rate = 1e-2
     as_sets: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules", "feedforward_modules")
     always_written: ClassVar[tuple[str, ...]] = ("target_modules", "feedforward_modules")
 

@@ -14,6 +14,7 @@ class LilyConfig(ExcludingConfig, LayeredConfig):
     """Settings of Lily, under PEFT's names."""
 
     peft_type = "LILY"
+    learning_rate = 1e-3
     sizes: ClassVar[tuple[str, ...]] = ("r", "stride_A", "num_B")
     always_written: ClassVar[tuple[str, ...]] = ("r", "stride_A", "num_B", "scaling", "target_modules")
 

@@ -35,6 +35,7 @@ class LNTuningConfig(ExcludingConfig):
     """Settings of LN tuning, under PEFT's names. Its target_modules are the norms to train, by default all of them."""
 
     peft_type = "LN_TUNING"
+    learning_rate = 5e-3
     as_sets: ClassVar[tuple[str, ...]] = ()
     always_written: ClassVar[tuple[str, ...]] = ("target_modules",)
 

@@ -14,6 +14,7 @@ class LoKrConfig(LycorisConfig):
     """Settings of LoKr, under PEFT's names."""
 
     peft_type = "LOKR"
+    learning_rate = 2e-3
 
     decompose_both: bool = False
     """Make the first matrix of the Kronecker product of two thin ones too, where r is below half its sides."""

@@ -127,6 +127,11 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
     megatron_core: str | None = field(default="megatron.core", metadata=UNSUPPORTED)
     """Not supported: layers of Megatron."""
 
+    @property
+    def learning_rate(self) -> float:
+        """Less for a LoRA that starts with an effect of its own: its first steps are large already."""
+        return 2e-4 if is_residual(self.init_lora_weights) else 5e-4
+
     def normalise(self) -> None:
         if isinstance(self.target_parameters, str):
             raise AdapterTypeError("must be a list of names", key="target_parameters")

@@ -14,6 +14,7 @@ class MissConfig(BiasConfig, ExcludingConfig, LayeredConfig):
     """Settings of MiSS, under PEFT's names."""
 
     peft_type = "MISS"
+    learning_rate = 2e-4
     sizes: ClassVar[tuple[str, ...]] = ("r", "mini_r")
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "init_weights", "mini_r")
 

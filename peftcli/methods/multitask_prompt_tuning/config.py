@@ -16,6 +16,7 @@ class MultitaskPromptTuningConfig(TextPromptConfig):
     """Settings of multitask prompt tuning, under PEFT's names."""
 
     peft_type = "MULTITASK_PROMPT_TUNING"
+    learning_rate = 2e-2
     sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "num_tasks", "num_ranks")
     always_written: ClassVar[tuple[str, ...]] = (*TextPromptConfig.always_written, "num_tasks", "num_ranks")
     inits: ClassVar[tuple[str, ...]] = ("RANDOM", "TEXT", *_FROM_SOURCE)

@@ -16,6 +16,7 @@ class OFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Settings of OFT, under PEFT's names."""
 
     peft_type = "OFT"
+    learning_rate = 1e-3
     readable_by: ClassVar[str] = "0.18.0"  # since when the series is this one
     sizes: ClassVar[tuple[str, ...]] = ("r", "oft_block_size")
     always_written: ClassVar[tuple[str, ...]] = (

@@ -30,6 +30,7 @@ class OSFConfig(TargetedConfig):
     """Settings of OSF, under PEFT's names."""
 
     peft_type = "OSF"
+    learning_rate = 1e-4
     as_sets: ClassVar[tuple[str, ...]] = ()
     sizes: ClassVar[tuple[str, ...]] = ("effective_rank", "rank_pattern")
     always_written: ClassVar[tuple[str, ...]] = ("target_modules", "effective_rank")

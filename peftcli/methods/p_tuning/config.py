@@ -13,6 +13,7 @@ class PromptEncoderConfig(EmbeddedPromptConfig):
     """Settings of p-tuning, under PEFT's names."""
 
     peft_type = "P_TUNING"
+    learning_rate = 1e-3
 
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
     """The network that makes the vectors while they train. The adapter file holds the vectors alone."""

@@ -21,6 +21,7 @@ class PeanutConfig(ExcludingConfig, LayeredConfig):
     """Settings of PEANuT, under PEFT's names."""
 
     peft_type = "PEANUT"
+    learning_rate = 5e-4
     sizes: ClassVar[tuple[str, ...]] = ("r", "depth")
     always_written: ClassVar[tuple[str, ...]] = ("r", "depth", "act_fn", "scaling", "target_modules")
 

@@ -14,6 +14,7 @@ class PolyConfig(ExcludingConfig):
     """Settings of Poly, under PEFT's names."""
 
     peft_type = "POLY"
+    learning_rate = 2e-3
     sizes: ClassVar[tuple[str, ...]] = ("r", "n_tasks", "n_skills", "n_splits")
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "n_tasks", "n_skills", "n_splits")
 

@@ -15,6 +15,7 @@ class PrefixTuningConfig(PrefixConfig):
     """Settings of prefix tuning, under PEFT's names."""
 
     peft_type = "PREFIX_TUNING"
+    learning_rate = 3e-2
 
     prefix_projection: bool = False
     """Let a two-layer network make the keys and values while they train. Steadier, and many more weights to train;

@@ -59,6 +59,7 @@ class PromptTuningConfig(TextPromptConfig):
     """Settings of prompt tuning, under PEFT's names."""
 
     peft_type = "PROMPT_TUNING"
+    learning_rate = 2e-2
     inits: ClassVar[tuple[str, ...]] = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
 
     prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = "RANDOM"

@@ -14,6 +14,7 @@ class PsoftConfig(FanInConfig, ExcludingConfig, LayeredConfig):
     """Settings of PSOFT, under PEFT's names."""
 
     peft_type = "PSOFT"
+    learning_rate = 2e-3
     always_written: ClassVar[tuple[str, ...]] = ("r", "psoft_alpha", "target_modules", "ab_svd_init", "psoft_svd")
 
     r: int = 32

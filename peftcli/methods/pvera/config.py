@@ -14,6 +14,7 @@ class PveraConfig(BiasConfig, FanInConfig, LayeredConfig):
     """Settings of PVeRA, under PEFT's names."""
 
     peft_type = "PVERA"
+    learning_rate = 1e-2
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "projection_prng_key", "save_projection")
 
     r: int = 256

@@ -14,6 +14,7 @@ class RandLoraConfig(BiasConfig, FanInConfig, LayeredConfig):
     """Settings of RandLoRA, under PEFT's names."""
 
     peft_type = "RANDLORA"
+    learning_rate = 2e-4
     always_written: ClassVar[tuple[str, ...]] = (
         "r", "randlora_alpha", "target_modules", "projection_prng_key", "save_projection",
     )  # fmt: skip

@@ -14,6 +14,7 @@ class RoadConfig(TargetedConfig):
     """Settings of RoAd, under PEFT's names."""
 
     peft_type = "ROAD"
+    learning_rate = 5e-3
     sizes: ClassVar[tuple[str, ...]] = ("group_size",)
     always_written: ClassVar[tuple[str, ...]] = ("variant", "group_size", "target_modules")
 

@@ -14,6 +14,7 @@ class ShiraConfig(FanInConfig):
     """Settings of SHiRA, under PEFT's names."""
 
     peft_type = "SHIRA"
+    learning_rate = 1e-3
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules")
     filled_later: ClassVar[tuple[str, ...]] = ("mask_type",)
 

@@ -14,6 +14,7 @@ class SupertuningConfig(TargetedConfig):
     """Settings of Super-Tuning, under PEFT's names."""
 
     peft_type = "SUPERTUNING"
+    learning_rate = 5e-4
     always_written: ClassVar[tuple[str, ...]] = ("sparsity", "select_top", "target_modules", "save_precomputed_indices")
 
     sparsity: float = 0.99

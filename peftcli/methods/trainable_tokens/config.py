@@ -14,6 +14,7 @@ class TrainableTokensConfig(TargetedConfig):
     """Settings of trainable tokens, under PEFT's names. The target_modules are by default the input embedding."""
 
     peft_type = "TRAINABLE_TOKENS"
+    learning_rate = 1e-2
     as_sets: ClassVar[tuple[str, ...]] = ()
     filled_later: ClassVar[tuple[str, ...]] = ("token_indices",)
     always_written: ClassVar[tuple[str, ...]] = ("target_modules", "token_indices")

@@ -14,6 +14,7 @@ class UniLoraConfig(BiasConfig, FanInConfig, LayeredConfig):
     """Settings of Uni-LoRA, under PEFT's names."""
 
     peft_type = "UNILORA"
+    learning_rate = 5e-3
     sizes: ClassVar[tuple[str, ...]] = ("r", "theta_d_length")
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "theta_d_length", "proj_seed", "save_indices")
 

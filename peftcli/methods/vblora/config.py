@@ -23,6 +23,7 @@ class VBLoRAConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Settings of VB-LoRA, under PEFT's names."""
 
     peft_type = "VBLORA"
+    learning_rate = 5e-3
     sizes: ClassVar[tuple[str, ...]] = ("r", "num_vectors", "vector_length", "topk")
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "num_vectors", "vector_length", "topk")
 

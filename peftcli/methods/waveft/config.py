@@ -20,6 +20,7 @@ class WaveFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Settings of WaveFT, under PEFT's names."""
 
     peft_type = "WAVEFT"
+    learning_rate = 2e-4
     sizes: ClassVar[tuple[str, ...]] = ("n_frequency", "n_frequency_pattern")
     always_written: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "target_modules", "random_loc_seed")
 

@@ -18,6 +18,7 @@ class XLoraConfig(AdapterConfig):
     """Settings of X-LoRA, under PEFT's names."""
 
     peft_type = "XLORA"
+    learning_rate = 1e-3
     unknown_to_peft: ClassVar[tuple[str, ...]] = ("modules_to_save",)
     sizes: ClassVar[tuple[str, ...]] = ("xlora_depth", "inner_size")
     always_written: ClassVar[tuple[str, ...]] = ("hidden_size", "adapters")

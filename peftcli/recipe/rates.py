@@ -1,0 +1,44 @@
+"""The learning rate of a recipe that gives none, and a warning of one that is far from it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from peftcli.errors import Problem
+from peftcli.recipe.parse import Reading, method_config
+from peftcli.schema import Recipe
+from peftcli.tasks import TASKS
+
+_FASTEST = 1e-2
+"""The rate up to which a task raises a method's own."""
+_FAR = 10.0
+"""How many times larger or smaller than the usual rate is worth a warning."""
+
+
+def usual_rate(recipe: Recipe) -> float:
+    """The learning rate for the recipe's method, how it starts, and its task if that is known."""
+    task = TASKS.get((recipe.task or {}).get("type", ""))
+    own, factor = method_config(recipe).learning_rate, task.rate_factor if task else 1
+    return max(own, min(own * factor, _FASTEST)) if factor > 1 else own * factor
+
+
+def with_rate(recipe: Recipe) -> Recipe:
+    """The recipe with a number for its learning rate."""
+    if recipe.training.learning_rate != "auto":
+        return recipe
+    return replace(recipe, training=replace(recipe.training, learning_rate=usual_rate(recipe)))
+
+
+def rate_problems(reading: Reading) -> list[Problem]:
+    """What is odd with a recipe's learning rate, if anything, with its place."""
+    text = rate_warning(reading.recipe) if reading.recipe else None
+    return [reading.locate(Problem(text, file="", key="training.learning_rate"))] if text else []
+
+
+def rate_warning(recipe: Recipe) -> str | None:
+    """What is odd with the learning rate: it is ten times as large as the usual one, or as small."""
+    given, usual = recipe.training.learning_rate, usual_rate(recipe)
+    if given == "auto" or not given or usual / _FAR < given < usual * _FAR:
+        return None
+    ratio, word = (given / usual, "large") if given > usual else (usual / given, "small")
+    return f"{given:g} is {ratio:.0f} times as {word} as the usual {usual:g}"
