@@ -347,6 +347,14 @@ class Saves(Protocol):
 class Gathers(Protocol):
     """Compares the rows of all processes in ``loss``, while the model trains: each must take part each time."""
 
+    def refuse_rows(self, examples: View, count: int) -> None:
+        """Check that so many of the training examples are enough to compare.
+
+        Raises:
+            DataError: nothing would be learnt.
+        """
+        ...
+
     def take_part(self, device: torch.device) -> None:
         """Take part in the comparison of a micro-batch of which this process has no rows."""
         ...

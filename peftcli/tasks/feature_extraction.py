@@ -247,6 +247,13 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
         others = sum((each.sum() for at, each in enumerate(losses) if at != number), own.new_zeros(()))
         return own + (others - others.detach())
 
+    def refuse_rows(self, examples: View, count: int) -> None:
+        if self.settings.loss == "contrastive" and count == 1 and len(examples[0].arrays["sizes"]) == len(_PAIR) - 1:
+            raise DataError(
+                "a batch of one pair has no negatives: nothing would be learnt",
+                key="training.per_device_train_batch_size",
+            )
+
     def take_part(self, device: torch.device) -> None:
         if self.settings.loss == "contrastive":
             gathered(torch.zeros(0, 0, device=device))

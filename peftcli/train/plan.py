@@ -66,8 +66,12 @@ class Plan:
     @property
     def global_batch_size(self) -> int:
         """Rows of one step, over all processes and micro-batches."""
-        training = self.training
-        return training.per_device_train_batch_size * training.gradient_accumulation_steps * self.num_processes
+        return self.compared * self.training.gradient_accumulation_steps
+
+    @property
+    def compared(self) -> int:
+        """Rows that all processes have in the model at once."""
+        return self.training.per_device_train_batch_size * self.num_processes
 
     @property
     def steps_per_epoch(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from peftcli.core.heads import head_names
@@ -14,7 +15,7 @@ from peftcli.models.open import open_base
 from peftcli.recipe import method_config
 from peftcli.schema import BaseModel, Recipe
 from peftcli.tasks import open_task, row_of
-from peftcli.tasks.base import FitsModel
+from peftcli.tasks.base import FitsModel, Gathers
 from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.launch import total_processes
 
@@ -84,6 +85,8 @@ def deep_check(recipe: Recipe) -> Found:
             options = data.task.model_options()
             attempt("dataset", lambda: refuse(data.findings, recipe.dataset.allow))
             plan = plan_of(recipe, data, total_processes(recipe.launch))
+            if isinstance(data.task, Gathers):
+                attempt("training", partial(data.task.refuse_rows, data.train, plan.compared))
             found.would |= {
                 "data": data.report,
                 "steps": plan.total_steps,

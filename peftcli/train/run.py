@@ -28,7 +28,7 @@ from peftcli.schema import Recipe
 from peftcli.system import date
 from peftcli.system.signals import STARTED, handle_signals
 from peftcli.tasks import described, open_task
-from peftcli.tasks.base import Begins, Limits
+from peftcli.tasks.base import Begins, Gathers, Limits
 from peftcli.train.attention import takes_one_row
 from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.finish import finish
@@ -159,6 +159,8 @@ def read_data(run: Run) -> RunData:
     if isinstance(examples.task, Limits):
         examples.task.refuse_size(int(examples.train.sizes.max()))
     plan = plan_of(recipe, examples, run.accelerator.num_processes)
+    if isinstance(examples.task, Gathers):
+        examples.task.refuse_rows(examples.train, plan.compared)
     for text in (*examples.warnings, *plan.repeated(examples.names)):
         run.warn(text)
     return RunData(examples, examples.task, plan, quantization)

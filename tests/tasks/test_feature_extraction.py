@@ -127,7 +127,9 @@ def test_metrics_of_a_perfect_and_of_a_random_model() -> None:
     assert found == pytest.approx(
         {**recalls(1 / 400, 5 / 400, 10 / 400), "mrr": 0.016, "loss": found["loss"]}, abs=0.02
     )
-    assert measured(task, np.ones((40, 2, 8)))["recall_at_10"] == 0, "one embedding for all texts finds nothing"
+    assert measured(task, np.tile(np.eye(8)[0], (40, 2, 1)))["recall_at_10"] == 0, (
+        "one embedding for all texts finds nothing"
+    )
 
 
 def recalls(*values: float) -> dict[str, float]:
@@ -293,6 +295,17 @@ def test_inspect_finds_what_is_odd_with_pairs(cli: Any, tmp_path: Path) -> None:
     assert found["audit"]["train"]["anchors"] == 3
     page = cli("inspect", recipe)
     assert all(word in page for word in ("anchor", "positive", "negative", "distinct anchors"))
+
+
+def test_a_batch_of_one_pair_teaches_nothing_and_is_refused(cli: Any, tmp_path: Path) -> None:
+    recipe = CASES[NAME].write(tmp_path)
+    recipe.write_text(recipe.read_text().replace("train_batch_size: 4", "train_batch_size: 1"))
+    cli("check", "--deep", recipe)  # rows have negatives
+    write_rows(tmp_path / "train.jsonl", [{"anchor": row["anchor"], "positive": row["positive"]} for row in ROWS])
+    said = cli("check", "--deep", recipe, code=3)
+    assert "training.per_device_train_batch_size" in said
+    assert "no negatives" in said
+    cli("train", recipe, code=3)
 
 
 def test_predict_embeds_texts_and_compares_pairs() -> None:

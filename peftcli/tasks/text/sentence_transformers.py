@@ -20,7 +20,7 @@ _MODULES, _POOLING, _TEXTS, _ABOUT = (
 _LARGEST = 1_000_000
 """Bytes."""
 _NAMES = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken", "max": "max_tokens"}
-"""Pooling -> how older releases name it after ``pooling_mode_``. They all read it."""
+"""Pooling -> how older releases name it after ``pooling_mode_``. The later ones read it too."""
 _LATER = {"lasttoken": "last"}
 """How releases from 6 on name a pooling that has another name here."""
 
@@ -72,7 +72,7 @@ def longest(base: OpenBase) -> int | None:
 
 
 def write_modules(folder: Path, pooling: Pooling, *, size: int, max_length: int, base: OpenBase) -> None:
-    """Make a folder of a transformers model one of sentence-transformers, of whatever release.
+    """Make a folder of a transformers model one of sentence-transformers, in words that its older releases know too.
 
     Args:
         folder: The model's.
