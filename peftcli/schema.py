@@ -219,6 +219,9 @@ class Training:
     dataloader_num_workers: NumberOrAuto = "auto"
     """Processes beside each training process that read and decode files ahead of it. The result does not depend on it.
     auto: for images and sounds, one for each core but the first, at most 8; for texts none."""
+    verify: bool = True
+    """At the end, load the adapter folder in a fresh process and compare what it says of a few rows with the trained
+    model. ``peftcli verify`` does so again later."""
 
 
 @dataclass(frozen=True, kw_only=True)

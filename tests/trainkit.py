@@ -193,6 +193,7 @@ training:
   eval_strategy: "no"
   save_strategy: "no"
   logging_steps: 1
+  verify: false
 """
     )
     return path

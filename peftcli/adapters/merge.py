@@ -406,7 +406,7 @@ def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
     """The largest difference of logits between the merged model and base model + adapter, both in float32.
 
     Raises:
-        AdapterError: it is more than rounding the merged weights as_interrupted.
+        AdapterError: it is more than rounding the merged weights explains.
     """
     tell("verifying: base model with adapter")
     model = job.load(torch.float32).eval()
@@ -422,7 +422,7 @@ def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
     allowed = tolerance * max(1.0, float(expected.std()))
     if not difference <= allowed:
         raise AdapterError(
-            f"the merged model's logits differ by {difference:.3g}, and rounding as_interrupted {allowed:.3g}; "
+            f"the merged model's logits differ by {difference:.3g}, and rounding explains {allowed:.3g}; "
             "nothing was written"
         )
     return difference

@@ -15,10 +15,10 @@ from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
 from peftcli.data.rows import Place, Row
 from peftcli.data.sources import open_source
 from peftcli.errors import AdapterError, DataError, UsageError
-from peftcli.models.open import open_base
+from peftcli.models.open import LoadedModel, OpenBase, open_base
 from peftcli.schema import Source
 from peftcli.system.outputs import expand_user, is_stream
-from peftcli.tasks.base import FitsModel, PredictOptions, Predicts
+from peftcli.tasks.base import FitsModel, Loads, PredictOptions, Predicts, Task
 from peftcli.tasks.text.generation import GenerationSettings
 from peftcli.tasks.text.prompts import prompt_of
 
@@ -73,12 +73,8 @@ def load_predictor(
             return _text_predictor(source, with_adapter, batch_size)
         cuda = torch.cuda.is_available()
         dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
-        loaded = opened.model(source.auto_class(lambda: opened.config), dtype, **source.model_options(opened))
-    if isinstance(task, FitsModel):
-        task.fit_model(loaded.model, None)
-    if with_adapter:
-        apply_adapter(loaded, source)
-    elif loaded.initialised:
+        loaded = load_for_task(source, opened, task, dtype, with_adapter=with_adapter)
+    if not with_adapter and loaded.initialised:
         message = f"has no head for {source.task}: without the adapter, answers would be random"
         raise AdapterError(message, file=source.base.name, key="--no-adapter")
     model = loaded.model.to("cuda" if cuda else "cpu").eval()
@@ -90,6 +86,26 @@ def load_predictor(
         return list(task.predict(model, rows, PredictOptions(batch_size=batch_size, columns=renamed, **files)))
 
     return Predictor(answer, task.arguments, batch_size * _BATCHES, describe(source, source.base, model, with_adapter))
+
+
+def load_for_task(
+    source: AdapterSource, base: OpenBase, task: Task[Any], dtype: torch.dtype, *, with_adapter: bool = True
+) -> LoadedModel:
+    """Load the base model as a task needs it, with the adapter in it.
+
+    Raises:
+        AdapterError: the adapter does not fit the base model.
+        ModelError: the base model cannot be loaded.
+    """
+    if isinstance(task, Loads):
+        loaded = LoadedModel(task.load(base, dtype))  # type: ignore[arg-type]
+    else:
+        loaded = base.model(source.auto_class(lambda: base.config), dtype, **source.model_options(base))
+    if isinstance(task, FitsModel):
+        task.fit_model(loaded.model, None)
+    if with_adapter:
+        apply_adapter(loaded, source)
+    return loaded
 
 
 def predict_file(predictor: Predictor, source: Path, target: Path, progress: Callable[[int, int], None]) -> int:

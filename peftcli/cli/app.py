@@ -32,6 +32,7 @@ from peftcli.cli import (
     schema,
     status,
     train,
+    verify,
 )
 from peftcli.errors import Interrupted, PeftcliError, UsageError, to_peftcli_error
 from peftcli.system import signals
@@ -74,6 +75,7 @@ app.command("cache", rich_help_panel=RECIPES)(cache.cache)
 app.command("generate", rich_help_panel=ADAPTERS)(generate.generate)
 app.command("predict", rich_help_panel=ADAPTERS)(predict.predict)
 app.command("merge", rich_help_panel=ADAPTERS)(merge.merge)
+app.command("verify", rich_help_panel=ADAPTERS)(verify.verify)
 app.command("info", rich_help_panel=ADAPTERS)(info.info)
 app.command("diff", rich_help_panel=ADAPTERS)(diff.diff)
 app.command("combine", rich_help_panel=ADAPTERS)(combine.combine)

@@ -7,6 +7,8 @@ the chat template, for one that the model does not have.
 from __future__ import annotations
 
 import glob
+import hashlib
+import re
 from pathlib import Path
 
 from peftcli.errors import HubError, ModelError, NetworkError
@@ -14,6 +16,7 @@ from peftcli.guard.adapter_folder import CONFIG_FILE
 from peftcli.guard.files import short_repr
 from peftcli.schema import BaseModel
 from peftcli.system import hub_requests
+from peftcli.system.disk import sha256
 
 _SMALL = ("*.json", "*.txt", "*.model", "*.spm", "*.codes", "*.tokenizer", "*.tiktoken", "*.bpe", "*.vocab")
 """What configs, tokenizers and processors are made of, besides templates."""
@@ -63,3 +66,17 @@ def _key(base: BaseModel) -> tuple[str, ...]:
     from huggingface_hub import constants
 
     return (constants.HF_HUB_CACHE, hub_requests.endpoint(), base.name, base.revision or "")
+
+
+def base_hash(path: Path) -> str | None:
+    """One hash over the weights and the config of a base model; None where there is no folder or file of it."""
+    files = sorted(path.glob("*.safetensors")) + sorted(path.glob("config.json")) if path.is_dir() else [path]
+    if not all(file.is_file() for file in files) or not files:
+        return None
+    return hashlib.sha256("".join(f"{file.name} {_content_hash(file)}\n" for file in files).encode()).hexdigest()
+
+
+def _content_hash(file: Path) -> str:
+    """sha256 of a file. In the hub's cache, a large one is a link to a file of that name."""
+    stored = file.resolve().name
+    return stored if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", stored) else sha256(file)

@@ -403,6 +403,33 @@ def scores_of(outputs: Any) -> torch.Tensor:
     return found
 
 
+def scores_on(model: Any, batch: Batch, *, bf16: bool) -> torch.Tensor:
+    """Put a model into evaluation mode, and return what it says of a batch: float32, on the CPU."""
+    import torch
+
+    model.eval()
+    device = next(model.parameters()).device
+    inputs = model_inputs(on_device(batch, device))
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        inputs.pop("labels", None)  # whose decoder reads them
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        return scores_of(model(**inputs)).float().cpu()
+
+
+def facts_of_processor(processor: Any) -> dict[str, Any]:
+    """What decides how a processor treats any text, as JSON; empty for one that reads no texts."""
+    reads = getattr(processor, "tokenizer", processor)
+    if not hasattr(reads, "special_tokens_map"):
+        return {}
+    facts = {
+        **{name: str(token) for name, token in reads.special_tokens_map.items()},
+        "padding_side": reads.padding_side,
+        "truncation_side": reads.truncation_side,
+        "chat_template": hashlib.sha256(str(reads.chat_template).encode()).hexdigest(),
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
 def logits_of(
     model: nn.Module, examples: Sequence[Example], collate: Callable[[Sequence[Example]], Batch], batch_size: int
 ) -> list[torch.Tensor]:

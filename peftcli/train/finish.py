@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from peftcli.adapters.card import write_card
-from peftcli.core.weights import adapter_state
+from peftcli.adapters.verify import few_rows, record_model
+from peftcli.core.weights import adapter_state, holds_its_file, load_state
+from peftcli.data.sources import eval_source
 from peftcli.errors import GateFailed
 from peftcli.recipe import gate_holds, parse_gate, to_yaml
 from peftcli.system.disk import sha256, write_file
+from peftcli.tasks import described
 from peftcli.tasks.base import Saves
 from peftcli.train.report import draw_losses, peak_memory_bytes
 from peftcli.train.runs.checkpoint import State, prune, write_finite
 from peftcli.train.runs.record import ArtefactRecord, EvaluationRecord, GateRecord, MemoryRecord
 from peftcli.train.runs.resume import Run
+from peftcli.train.setup import base_dtype, uses_bf16
 from peftcli.train.training_loop import RunData
 
 
@@ -24,6 +31,8 @@ def finish(run: Run, data: RunData, state: State) -> None:
     kept = progress.best_eval if state.best_adapter is not None else progress.last_eval
     write_finite(tensors, state.config, folder.path)
     own = data.task.save(folder.path) if isinstance(data.task, Saves) else []
+    if recipe.training.verify and not recipe.base_model.trust_remote_code:  # which only a recipe may ask for
+        _record_model(run, data, state, tensors, own)
     write_file(folder.path / "recipe.yaml", to_yaml(recipe).encode())
     draw_losses(folder.metrics(), folder.path / "loss.png")
     record.steps.done = progress.step
@@ -52,6 +61,32 @@ def finish(run: Run, data: RunData, state: State) -> None:
     record.status, record.resumable, record.error = "complete", False, None
     record.exit_code = 0 if all(gate.passed for gate in record.gates) else GateFailed.exit_code
     run.write_record()
+
+
+def _record_model(
+    run: Run, data: RunData, state: State, tensors: Mapping[str, torch.Tensor], own: Sequence[str]
+) -> None:
+    """Record what the trained model is and says, for ``peftcli verify``."""
+    recipe, task = run.pinned, data.task
+    source = eval_source(recipe.dataset) or recipe.dataset.sources()[0]
+    rows = few_rows(task, source, run.record.day)
+    outputs = state.best_adapter is None or holds_its_file(state.model)
+    if state.best_adapter is not None and outputs:
+        load_state(state.model, state.best_adapter)  # the model in memory is the last one
+    record_model(
+        run.folder.path,
+        state.model,
+        state.config,
+        tensors,
+        task,
+        described(task, recipe),
+        rows,
+        outputs=outputs,
+        files=own,
+        dtype=base_dtype(recipe),
+        bf16=uses_bf16(recipe),
+        base_sha256=run.record.base_model.sha256,
+    )
 
 
 def check_gates(gates: dict[str, str], metrics: dict[str, float]) -> list[GateRecord]:

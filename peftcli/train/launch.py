@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +60,11 @@ def leave_group_on_exit() -> Iterator[None]:
             torch.distributed.destroy_process_group()
 
 
+def has_launcher() -> bool:
+    """Whether ``run_processes`` started this process."""
+    return _STATUS in os.environ
+
+
 def is_main_process() -> bool:
     """Whether this is process 0 of a launched group, or alone."""
     return os.environ.get("RANK", "0") == "0"
@@ -93,6 +98,7 @@ def run_processes(
     launch: Launch,
     lock: tuple[int, dict[str, str]] | None = None,
     save_on: str | None = None,
+    afterwards: Callable[[], None] = lambda: None,
 ) -> None:
     """Run ``python -m peftcli`` with ``command`` in ``count`` processes that form a group.
 
@@ -105,6 +111,7 @@ def run_processes(
         lock: The file descriptor that locks the run folder, and the variables that name it to process 0; None on
             machines other than the first.
         save_on: Name of the signal that asks for a checkpoint.
+        afterwards: Is called when all have done their work, before their answer is printed.
 
     Raises:
         PeftcliError: the error of the first process that failed; of a failed gate, once the answer is printed.
@@ -130,6 +137,7 @@ def run_processes(
             error = group.wait()
         if error is not None and error.exit_code != _GATE_FAILED:
             raise error
+        afterwards()
         answer.seek(0)
         sys.stdout.write(answer.read().decode())  # only now: of a group that died, the answer is the error
         if error is not None:

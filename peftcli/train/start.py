@@ -51,11 +51,16 @@ def start(
             _launch(recipe, folder, command, count, on_event, overwrite)
             return None
 
-    from peftcli.train.run import train
+    from peftcli.train import fresh_process, run
 
     with launch.leave_group_on_exit():
-        run = train(recipe, resume=resume, allow_change=allow_change, overwrite=overwrite, on_event=on_event)
-    return run if launch.is_main_process() else None
+        finished = run.train(recipe, resume=resume, allow_change=allow_change, overwrite=overwrite, on_event=on_event)
+    if not launch.is_main_process():
+        return None
+    if recipe.training.verify and not launch.has_launcher():  # which verifies, when these processes have ended
+        fresh_process.free_memory()
+        fresh_process.verify_run(folder.path, on_event)
+    return finished
 
 
 def _note_resumable(folder: RunFolder) -> None:
@@ -71,7 +76,7 @@ def _launch(
     recipe: Recipe, folder: RunFolder, command: Sequence[str], count: int, on_event: OnEvent, overwrite: bool
 ) -> None:
     """Lock the run folder, encode the data once, and start ``count`` processes."""
-    from peftcli.train.data import prepare_data
+    from peftcli.train import data, fresh_process
 
     record, is_first = folder.read(), recipe.launch.machine_rank == 0
     if is_first:  # other machines may share the folder
@@ -79,9 +84,18 @@ def _launch(
     before = read_records(folder)
     try:
         if overwrite or record is None or record.status != "complete":
-            prepare_data(recipe, record.day if record else None, on_event)
+            data.prepare_data(recipe, record.day if record else None, on_event)
         lock = folder.give_lock() if is_first else None
-        launch.run_processes(command, count, recipe.launch, lock, recipe.training.save_on_signal)
+        launch.run_processes(
+            command,
+            count,
+            recipe.launch,
+            lock,
+            recipe.training.save_on_signal,
+            afterwards=lambda: (
+                fresh_process.verify_run(folder.path, on_event) if recipe.training.verify and is_first else None
+            ),
+        )
     except PeftcliError as error:
         if is_first:
             record_failure(folder, error, before)

@@ -19,7 +19,7 @@ from peftcli.cli.app import app
 
 BRIEF = ("dataset.limit=1", "training.max_steps=30", "training.learning_rate=1e-2")
 """So that answers come to an end soon."""
-ALL = {"train", "evaluate", "inspect", "generate", "predict", "merge", "combine", "push"}
+ALL = {"train", "evaluate", "inspect", "generate", "predict", "merge", "combine", "push", "verify"}
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,7 @@ def test_merge(told: Callable, place: Path, tmp_path: Path) -> None:
 def test_combine_and_evaluate(told: Callable, place: Path, tmp_path: Path) -> None:
     told("combine", f"{place}/lora=1", new=tmp_path / "sum")
     told("evaluate", place / "recipe.yaml")
+    told("verify", place / "lora", "--with", "peft")
 
 
 def test_inspect(told: Callable, place: Path, tmp_path: Path) -> None:

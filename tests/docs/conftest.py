@@ -23,6 +23,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from peftcli.train import fresh_process
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -107,4 +109,6 @@ def workspace(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (tmp_path / "configs" / recipe.name).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("QUICKSTART_MODEL", raising=False)
+    # a fresh interpreter takes seconds
+    monkeypatch.setattr(fresh_process, "verify_run", lambda folder, on_event: None)
     return tmp_path

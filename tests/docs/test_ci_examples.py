@@ -40,6 +40,7 @@ training:
   eval_steps: 1000
   save_strategy: "no"
   logging_steps: 1
+  verify: false
 gates: {{eval_loss: "<= 100"}}
 """
 

@@ -11,6 +11,7 @@ import pytest
 import trainkit
 from taskkit import CASES
 
+from peftcli.adapters.verify import verify_adapter
 from peftcli.core.files import save_adapter
 from peftcli.core.inject import inject
 from peftcli.methods import METHODS
@@ -95,6 +96,7 @@ def test_a_recipe_trains_a_few_steps_of_a_tiny_model(path: Path, tmp_path: Path)
     config = json.loads((done.folder / "adapter_config.json").read_text())
     assert config["peft_type"] == METHODS[recipe.method["type"]].config_class().peft_type
     assert config["task_type"] == row_of(recipe).task_type
+    assert verify_adapter(str(done.folder))["tensors"]
 
 
 def _experts(folder: Path, names: list[str]) -> dict[str, str]:

@@ -46,7 +46,7 @@ def recipe(folder: Path, dataset: str, task: str = "causal_lm", more: dict[str, 
     path.write_text(
         f"base_model: {{{', '.join(f'{name}: {value}' for name, value in base.items())}}}\n"
         f"task: {task}\nmethod: {{type: lora, r: 2}}\ndataset: {{{dataset}}}\n"
-        "training: {output_dir: out, max_steps: 1, bf16: false, save_strategy: 'no'}\n"
+        "training: {output_dir: out, max_steps: 1, bf16: false, save_strategy: 'no', verify: false}\n"
     )
     return path
 

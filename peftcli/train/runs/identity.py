@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from peftcli.data.sources import eval_source, open_source
 from peftcli.errors import UsageError
+from peftcli.models.hub_files import base_hash
 from peftcli.recipe import to_dict
 from peftcli.recipe.names import closest
 from peftcli.schema import Recipe
@@ -40,7 +40,7 @@ class Change:
 def identity(recipe: Recipe, num_processes: int) -> IdentityRecord:
     """What makes two runs the same: the recipe, without where it runs and writes; the bytes of data and base model."""
     described = to_dict(recipe)
-    elsewhere = ("output_dir", "max_time", "save_on_signal", "dataloader_num_workers")
+    elsewhere = ("output_dir", "max_time", "save_on_signal", "dataloader_num_workers", "verify")
     training = {key: value for key, value in described["training"].items() if key not in elsewhere}
     described = {key: value for key, value in described.items() if key != "launch"} | {"training": training}
     return IdentityRecord(
@@ -108,17 +108,3 @@ def _data_hashes(recipe: Recipe) -> dict[str, str]:
     if template and Path(template).is_file():
         hashes[template] = sha256(Path(template))
     return hashes
-
-
-def base_hash(path: Path) -> str | None:
-    """One hash over the weights and the config of a base model; None where there is no folder or file of it."""
-    files = sorted(path.glob("*.safetensors")) + sorted(path.glob("config.json")) if path.is_dir() else [path]
-    if not all(file.is_file() for file in files) or not files:
-        return None
-    return hashlib.sha256("".join(f"{file.name} {_content_hash(file)}\n" for file in files).encode()).hexdigest()
-
-
-def _content_hash(file: Path) -> str:
-    """sha256 of a file. In the hub's cache, a large one is a link to a file of that name."""
-    stored = file.resolve().name
-    return stored if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", stored) else sha256(file)

@@ -21,7 +21,7 @@ from peftcli.system.signals import Stop
 from peftcli.train.report import OnEvent, Warned, versions
 from peftcli.train.runs.checkpoint import checkpoints, find_damage, newest_whole, prune, read_manifest, tidy
 from peftcli.train.runs.folder import RunFolder, refuse_without_product
-from peftcli.train.runs.identity import Change, base_hash, changes, check_keys, digests, identity, is_allowed
+from peftcli.train.runs.identity import Change, changes, check_keys, digests, identity, is_allowed
 from peftcli.train.runs.record import BaseModelRecord, ChangeRecord, IdentityRecord, RunRecord, SeedsRecord
 
 
@@ -231,7 +231,7 @@ def commit_of(base: BaseModel) -> dict[str, str | None]:
     folder = hub_files.snapshot(base)
     if folder is None:
         return {}
-    return {"revision": folder.name, "sha256": base_hash(folder)}
+    return {"revision": folder.name, "sha256": hub_files.base_hash(folder)}
 
 
 def checkpoint_to_resume(run: Run) -> Path | None:

@@ -1,0 +1,432 @@
+"""Compare an adapter folder with the model that was trained: what the folder holds, and what the model says.
+
+At its end, training writes verification.json: a few rows, what the model in memory says of them, and a hash of each of
+its tensors. ``verify_adapter`` loads the folder as anybody would, and compares.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcli.adapters.load import AdapterSource, find_adapter
+from peftcli.adapters.predict import load_for_task
+from peftcli.core.config import AdapterConfig
+from peftcli.core.files import CONFIG_FILE, WEIGHTS_FILE, read_tensors
+from peftcli.core.protocols import describe
+from peftcli.data.rows import Place, Row, Table
+from peftcli.data.sources import open_source
+from peftcli.data.store import Example, Outcome
+from peftcli.errors import AdapterError, DataError, HubError, ModelError, NetworkError, UsageError
+from peftcli.guard.files import read_json_object
+from peftcli.models.hub_files import base_hash
+from peftcli.models.open import OpenBase, open_base
+from peftcli.schema import Source
+from peftcli.system import date
+from peftcli.system.disk import sha256, write_file
+from peftcli.system.secrets import redact_values
+from peftcli.tasks import TASK_FILE, TASKS
+from peftcli.tasks.base import Batch, Probes, Task, facts_of_processor, scores_on
+
+RECORD_FILE = "verification.json"
+"""Beside an adapter that was trained here; not pushed, since it holds rows of the data."""
+READERS = {"peft": ("peft",), "transformers": ("transformers", "peft")}
+"""Libraries that load an adapter by themselves -> the packages that this takes."""
+
+_ROWS, _LOOKED_AT = 4, 16
+"""The rows that are kept are the smallest of the first ones."""
+_SAMPLED = 256
+"""Values of a tensor that are kept."""
+_MAX_ROWS = 4_000_000
+"""Bytes of the rows."""
+_MAX_RECORD = 64_000_000
+"""Bytes. The record of an adapter of 10,000 tensors takes 2,000,000."""
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.02}
+"""Largest difference of the model's outputs, as a share of their deviation, that two processes explain."""
+_ELSEWHERE = 20
+"""How much larger it may be on another kind of device."""
+_KEYS = {"task", "config", "tensors", "files", "processor", "base_model", "device", "dtype", "bf16", "rows", "probe"}
+_BYTES = "bytes in base64"
+Rows = dict[str, Any]
+"""Rows as JSON: ``values``, and what a ``Table`` says of them."""
+
+
+# --- what training records --------------------------------------------------------------------------------------------
+
+
+def few_rows(task: Task[Any], source: Source, day: str | None) -> Rows | None:
+    """Choose a few rows of a source, the smallest of the first ones; None where none can be kept.
+
+    Args:
+        task: Reads them.
+        source: Rows that the model was not trained on, if there are such.
+        day: The day that chat templates write.
+    """
+    try:
+        opened = open_source(source)
+        found = [row for row in islice(opened.rows(), _LOOKED_AT) if isinstance(row, Row)]
+        rows: Rows = {
+            "source": {"train": opened.name, "format": source.format, "columns": dict(source.columns)},
+            "columns": list(dict.fromkeys(name for row in found for name in row.values)),
+            "class_names": {name: list(names) for name, names in opened.class_names().items()},
+            "day": day,
+        }
+        sizes = dict[int, int]()
+        for at, row in enumerate(found):
+            rows["values"] = [_to_json(row.values)]
+            if len(json.dumps(rows["values"])) <= _MAX_ROWS // _ROWS and (examples := _examples(task, rows)):
+                sizes[at] = sum(each.size for each in examples)
+    except (DataError, HubError, NetworkError, TypeError):  # a source that cannot be read again, values of other types
+        return None
+    chosen = sorted(sorted(sizes, key=lambda at: sizes[at])[:_ROWS])
+    rows["values"] = [_to_json(found[at].values) for at in chosen]
+    return rows if chosen else None
+
+
+def record_model(
+    folder: Path,
+    model: nn.Module,
+    config: AdapterConfig,
+    tensors: Mapping[str, torch.Tensor],
+    task: Task[Any],
+    described: Mapping[str, Any],
+    rows: Rows | None,
+    *,
+    outputs: bool,
+    files: Sequence[str],
+    dtype: torch.dtype,
+    bf16: bool,
+    base_sha256: str | None,
+) -> None:
+    """Write what a trained model is and says, for ``verify_adapter``.
+
+    Args:
+        folder: The adapter's.
+        model: The model in memory.
+        config: The adapter's config.
+        tensors: The adapter's tensors, as the model holds them.
+        task: The task, with its processor.
+        described: The task's ``type`` and settings.
+        rows: Those of ``few_rows``.
+        outputs: Whether to record what the model says, too.
+        files: Names of the files that the task keeps in the folder.
+        dtype: Number format of the base model.
+        bf16: Whether the forward pass computes in bfloat16.
+        base_sha256: ``base_hash`` of the base model.
+    """
+    values = {
+        "schema_version": 1,
+        "task": dict(described),
+        "config": {**describe(config, tensors), "inference_mode": True},
+        "tensors": {name: _hash(value) for name, value in sorted(tensors.items())},
+        "files": {name: sha256(folder / name) for name in files},
+        "processor": facts_of_processor(task.processor),
+        "base_model": {"sha256": base_sha256},
+        "device": next(model.parameters()).device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "bf16": bf16,
+        "rows": rows if outputs else None,
+        "probe": None,
+    }
+    if rows and outputs:
+        inputs = _batch(task, rows)
+        values["inputs"] = {name: _sketch(value) for name, value in sorted(inputs.items())}
+        values["scores"] = _sketch(scores_on(model, inputs, bf16=bf16))
+    if outputs and isinstance(task, Probes):
+        values["probe"] = _sketch(scores_on(model, task.probe(), bf16=bf16))
+    write_file(folder / RECORD_FILE, (json.dumps(redact_values(values), indent=1) + "\n").encode())
+
+
+def mark_verified(folder: Path) -> None:
+    """Note in the record that it was compared with the folder, and is the same."""
+    write_file(folder / RECORD_FILE, (json.dumps({**_read_record(folder), "verified": True}, indent=1) + "\n").encode())
+
+
+def needs_verification(folder: Path) -> bool:
+    """Whether a folder has a record that was not found to be the same yet."""
+    return (folder / RECORD_FILE).is_file() and not _read_record(folder).get("verified")
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+
+def verify_adapter(
+    name: str, base: str | None = None, readers: Sequence[str] = (), tell: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Load an adapter folder, and compare it with the model that was trained.
+
+    Args:
+        name: Folder or hub id.
+        base: Base model instead of the one that the adapter names.
+        readers: Those of ``READERS`` that load it too, to be compared with peftcli.
+        tell: Is told what could not be compared.
+
+    Returns:
+        What was compared: ``rows``, ``tensors``, ``difference``, ``allowed``, and the difference of each reader.
+
+    Raises:
+        AdapterError: the folder is not the model; names the file, and the tensor or the key in it, that is to blame.
+        ModelError: the base model is another one, or cannot be loaded.
+        UsageError: there is nothing to compare with, or a reader is not installed.
+    """
+    for reader in readers:
+        if reader not in READERS:
+            raise UsageError(f"{reader!r} is not one of {', '.join(READERS)}", key="--with")
+        missing = [each for each in READERS[reader] if importlib.util.find_spec(each) is None]
+        if missing:
+            raise UsageError(f"needs the package {missing[0]}", key="--with", hint=f"pip install {missing[0]}")
+    source = find_adapter(name, base)
+    recorded = _read_record(source.folder) if (source.folder / RECORD_FILE).is_file() else {}
+    if not recorded and not readers:
+        hint = "peftcli train writes it; --with peft compares peftcli with PEFT instead"
+        raise UsageError(f"has no {RECORD_FILE}: nothing says what the trained model was", file=name, hint=hint)
+    if recorded:
+        _compare_files(source, recorded)
+    with open_base(source.base, processors=source.folder) as opened:
+        task = _open_task(source, opened, recorded)
+        loaded = load_for_task(source, opened, task, getattr(torch, recorded.get("dtype", "float32")))
+    cuda = torch.cuda.is_available()
+    model = loaded.model.to("cuda" if cuda else "cpu").eval()  # type: ignore[arg-type]
+    here = "cuda" if cuda else "cpu"
+    result: dict[str, Any] = {
+        "adapter": name,
+        "tensors": len(recorded.get("tensors", {})),
+        "rows": len((recorded.get("rows") or {}).get("values", ())),
+        "difference": None,
+        "allowed": None,
+        "readers": {},
+    }
+    if recorded:
+        allowed = _TOLERANCE["bfloat16" if recorded["bf16"] else recorded["dtype"]]
+        allowed *= 1 if here == recorded["device"] else _ELSEWHERE
+        inputs = None
+        try:
+            inputs = _batch(task, recorded["rows"]) if recorded["rows"] else None
+        except DataError as error:  # of a picture or sound that is gone
+            tell(f"the rows cannot be compared: {error}")
+        result["rows"] *= inputs is not None
+        result["allowed"] = allowed
+        result["difference"] = _compare_model(source, opened, model, task, recorded, inputs, allowed)
+    if readers:
+        if not isinstance(task, Probes):
+            raise UsageError(f"the task has no inputs to compare readers with: {source.task}", key="--with")
+        expected = _sketch(scores_on(model, task.probe(), bf16=False))
+        for reader in readers:
+            other = _load_with(reader, source, opened, next(model.parameters()).dtype).to(here).eval()
+            found = _difference(_sketch(scores_on(other, task.probe(), bf16=False)), expected)
+            result["readers"][reader] = found
+            if not found <= _TOLERANCE.get(recorded.get("dtype", "float32"), 0.05) * _ELSEWHERE:
+                what = f"loaded by {reader}, the model's outputs differ by {found:.2g} of their deviation"
+                raise AdapterError(what, file=str(source.folder), key=f"--with {reader}")
+    return result
+
+
+def _compare_files(source: AdapterSource, recorded: Mapping[str, Any]) -> None:
+    """Compare config, tensors and the task's files with those of the trained model.
+
+    Raises:
+        AdapterError: one differs.
+    """
+    folder = source.folder
+    now, then = redact_values(source.values), recorded["config"]
+    replaced = {"base_model_name_or_path", "revision"} if source.base_name else set[str]()
+    for key in sorted((now.keys() | then.keys()) - replaced):
+        if now.get(key) != then.get(key):
+            message = f"is {now.get(key)!r:.100}; the trained model's is {then.get(key)!r:.100}"
+            raise AdapterError(message, file=str(folder / CONFIG_FILE), key=key)
+    for name, digest in recorded["files"].items():
+        if not (folder / name).is_file():
+            raise AdapterError("is missing; training wrote it", file=str(folder / name))
+        if name == TASK_FILE:
+            _compare_task(source, recorded["task"])
+        if sha256(folder / name) != digest:
+            raise AdapterError("is not the file that training wrote", file=str(folder / name))
+    tensors = {name: _hash(value) for name, value in read_tensors(folder).items()}
+    wrong = [f"missing: {name}" for name in recorded["tensors"] if name not in tensors]
+    wrong += [f"not of the trained model: {name}" for name in tensors if name not in recorded["tensors"]]
+    wrong += [
+        f"differs from the trained one: {name}"
+        for name, digest in recorded["tensors"].items()
+        if name in tensors and tensors[name] != digest
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise AdapterError(wrong[0] + more, file=str(folder / WEIGHTS_FILE))
+
+
+def _compare_task(source: AdapterSource, then: Mapping[str, Any]) -> None:
+    values = source.task_values
+    now = {"type": values.get("type"), **values.get("settings", {})}
+    for key in sorted(now.keys() | then.keys()):
+        if now.get(key) != then.get(key):
+            message = f"is {now.get(key)!r:.100}; in training it was {then.get(key)!r:.100}"
+            raise AdapterError(message, file=str(source.folder / TASK_FILE), key=key)
+
+
+def _open_task(source: AdapterSource, opened: OpenBase, recorded: Mapping[str, Any]) -> Task[Any]:
+    """Open the adapter's task, with the settings of training where these are known."""
+    if recorded:
+        settings = dict(recorded["task"])
+        row = TASKS[settings.pop("type")]
+        return row.open(row.settings(**settings), opened)
+    task = source.open_task(opened)
+    if task is None:
+        raise UsageError("the adapter's task is not known", file=str(source.folder))
+    return task
+
+
+def _compare_model(
+    source: AdapterSource,
+    opened: OpenBase,
+    model: nn.Module,
+    task: Task[Any],
+    recorded: Mapping[str, Any],
+    inputs: Batch | None,
+    allowed: float,
+) -> float | None:
+    """Compare what a model says, and the inputs that its processor makes, with what was recorded.
+
+    Returns:
+        The largest difference of the outputs, as a share of their deviation; None where none were recorded.
+
+    Raises:
+        AdapterError: they differ.
+        ModelError: they differ, and so does the base model.
+    """
+    own = sorted(name for name in recorded["files"] if name != TASK_FILE)
+    made_by = f"{source.folder}: {', '.join(own)}" if own else opened.name
+    now, then = facts_of_processor(task.processor), recorded["processor"]
+    for key in sorted(now.keys() | then.keys()):
+        if now.get(key) != then.get(key):
+            message = f"is {now.get(key)!r:.100}; in training it was {then.get(key)!r:.100}"
+            raise AdapterError(message, file=made_by, key=key)
+    found = list[float]()
+    if inputs is not None:
+        for name, sketch in recorded["inputs"].items():
+            if name not in inputs or not _difference(_sketch(inputs[name]), sketch) <= _TOLERANCE["float32"]:
+                raise AdapterError(f"makes other inputs of the rows of training: {name} differs", file=made_by)
+        found.append(_difference(_sketch(scores_on(model, inputs, bf16=recorded["bf16"])), recorded["scores"]))
+    if recorded["probe"] and isinstance(task, Probes):
+        found.append(_difference(_sketch(scores_on(model, task.probe(), bf16=recorded["bf16"])), recorded["probe"]))
+    largest = max(found, default=None)
+    if largest is None or largest <= allowed:
+        return largest
+    what = f"the outputs differ by {largest:.2g} of their deviation from those of the trained model"
+    before = recorded["base_model"]["sha256"]
+    if before is not None and base_hash(Path(opened.folder)) != before:
+        raise ModelError(f"is not the base model of training: {what}", file=opened.name, key="base_model")
+    raise AdapterError(f"{what}, with the same tensors and config", file=str(source.folder))
+
+
+def _load_with(reader: str, source: AdapterSource, opened: OpenBase, dtype: torch.dtype) -> nn.Module:
+    """Load base model and adapter with another library."""
+    auto = source.auto_class(lambda: opened.config)
+    options: dict[str, Any] = {"dtype": dtype, **source.recorded_options}
+    library = importlib.import_module(reader)
+    if reader == "transformers":
+        found: nn.Module = getattr(library, auto).from_pretrained(source.folder, **options)
+        return found
+    base = getattr(importlib.import_module("transformers"), auto).from_pretrained(opened.folder, **options)
+    return library.PeftModel.from_pretrained(base, source.folder)
+
+
+# --- rows and tensors as JSON -----------------------------------------------------------------------------------------
+
+
+def _examples(task: Task[Any], rows: Rows) -> list[Example]:
+    """Encode rows; of one that the task leaves out there are no examples."""
+    source, values = Source(**rows["source"]), [_from_json(each) for each in rows["values"]]
+    classes = {name: tuple(names) for name, names in rows["class_names"].items()}
+    table = Table(source, source.train, tuple(rows["columns"]), lambda: classes, values[0])
+    given = [Row(each, Place(source.train, number)) for number, each in enumerate(values, start=1)]
+    examples = list[Example]()
+    with date.fixed_date(rows["day"]):
+        for outcome in task.encode(given, task.read(table)):
+            if isinstance(outcome, DataError):
+                raise outcome
+            assert isinstance(outcome, Outcome)
+            examples += outcome.examples
+    return examples
+
+
+def _batch(task: Task[Any], rows: Rows) -> Batch:
+    """The tensors that a task makes of rows."""
+    batch = task.collate(_examples(task, rows), training=False)
+    return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+
+
+def _to_json(value: Any) -> Any:
+    """Raises TypeError for a value that JSON cannot hold."""
+    if isinstance(value, bytes):
+        return {_BYTES: base64.b64encode(value).decode()}
+    if isinstance(value, Mapping):
+        return {str(key): _to_json(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(inner) for inner in value]
+    if value is None or isinstance(value, (str, bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+        return redact_values(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {_BYTES}:
+            return base64.b64decode(value[_BYTES])
+        return {key: _from_json(inner) for key, inner in value.items()}
+    return [_from_json(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _hash(value: torch.Tensor) -> str:
+    """A hash of a tensor's type, shape and bytes."""
+    flat = value.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{flat.dtype} {tuple(flat.shape)} ".encode())
+    digest.update(flat.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sketch(value: torch.Tensor) -> dict[str, Any]:
+    """A tensor's shape, some of its values, their mean and deviation; of whole numbers a hash."""
+    shape = list(value.shape)
+    if not value.is_floating_point():
+        return {"shape": shape, "sha256": _hash(value)}
+    flat = torch.nan_to_num(value.detach().double().cpu().flatten(), posinf=0.0, neginf=0.0)
+    at = torch.linspace(0, len(flat) - 1, min(len(flat), _SAMPLED)).long()
+    return {
+        "shape": shape,
+        "values": flat[at].tolist(),
+        "mean": float(flat.mean()),
+        "deviation": float(flat.std(correction=0)),
+    }
+
+
+def _difference(now: Mapping[str, Any], then: Mapping[str, Any]) -> float:
+    """The largest difference of two sketches, as a share of the values' deviation; infinite for other shapes."""
+    if now["shape"] != then["shape"] or now.get("sha256") != then.get("sha256"):
+        return math.inf
+    if "values" not in then:
+        return 0.0
+    pairs = zip(_numbers(now), _numbers(then), strict=True)
+    return max(abs(one - other) for one, other in pairs) / (then["deviation"] or 1.0)
+
+
+def _numbers(sketch: Mapping[str, Any]) -> Iterator[float]:
+    yield from (*sketch["values"], sketch["mean"], sketch["deviation"])
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD_FILE
+    values = read_json_object(path, _MAX_RECORD)
+    if values.get("schema_version") != 1 or not values.keys() >= _KEYS:
+        raise AdapterError("was written by another version", file=str(path), key="schema_version")
+    return values

@@ -1,0 +1,38 @@
+"""``peftcli verify``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from peftcli.cli import console
+from peftcli.cli.quiet import Quiet, progress_log
+
+
+def verify(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
+    readers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with", metavar="peft|transformers", help="Load it with this library too, and compare. Repeatable."
+        ),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Base model to use instead of the adapter's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Load an adapter folder, and compare it with the model that was trained."""
+    tell = progress_log(quiet)
+    from peftcli.adapters.verify import verify_adapter
+
+    verified = verify_adapter(adapter, base, readers or (), tell)
+    if as_json:
+        return console.print_json(verified)
+    if verified["tensors"]:
+        console.out(f"{adapter} is the trained model: {verified['tensors']} tensors are the same")
+    if verified["difference"] is not None:
+        console.out(f"of {verified['rows']} rows the outputs differ by {verified['difference']:.2g} of their deviation")
+    for reader, difference in verified["readers"].items():
+        console.out(f"{reader} loads the same model: its outputs differ by {difference:.2g} of their deviation")
+    return None

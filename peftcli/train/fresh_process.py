@@ -1,0 +1,68 @@
+"""Verify an adapter folder in a fresh interpreter, which shares nothing with the process that trained."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftcli.adapters.verify import mark_verified, needs_verification
+from peftcli.errors import AdapterError, PeftcliError
+from peftcli.train.report import OnEvent, Phase, Warned
+
+_LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "PEFTCLI_L")
+"""Beginnings of the variables by which launchers say that a process is one of several."""
+
+
+def verify_run(folder: Path, on_event: OnEvent) -> None:
+    """Run ``peftcli verify`` on a complete run, unless that was done before, and note in the folder that it passed.
+
+    Raises:
+        AdapterError: the folder is not the trained model.
+    """
+    if not needs_verification(folder):
+        return
+    on_event(Phase("loading the adapter folder in a fresh process, to verify it"))
+    answer = _answer_of(folder)
+    error = answer.get("error", {})
+    if error.get("exit_code") == AdapterError.exit_code:
+        fields = {name: error[name] for name in ("file", "line", "key", "hint")}
+        raise AdapterError(f"the saved adapter is not the trained model: {error['message']}", **fields)
+    if error:  # no fault of the folder's: too little memory, a picture that is gone
+        on_event(Warned(f"not verified: {error['message']}; run peftcli verify {folder} later"))
+    else:
+        mark_verified(folder)
+        on_event(Phase("verified: the folder is the trained model"))
+
+
+def free_memory() -> None:
+    """Give back what a finished run holds of the GPU: the fresh process loads the model again."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _answer_of(folder: Path) -> dict[str, Any]:
+    """What ``peftcli verify --json`` prints."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(_LAUNCHERS) and name != "PEFTCLI_STATUS"
+    }
+    command = [sys.executable, "-m", "peftcli", "verify", str(folder), "--json", "--quiet"]
+    ended = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    try:
+        answer: dict[str, Any] = json.loads(ended.stdout)
+    except ValueError:
+        said = ended.stderr.strip().splitlines()
+        error = PeftcliError(f"the process ended with {ended.returncode}: {said[-1] if said else 'it said nothing'}")
+        answer = {"error": {**error.as_dict(), "exit_code": error.exit_code}}
+    return answer

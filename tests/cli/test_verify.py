@@ -1,0 +1,85 @@
+"""``peftcli verify``, and that ``peftcli train`` ends with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trainkit
+from trainkit import Child
+
+from peftcli.adapters.verify import RECORD_FILE
+from peftcli.train import finish, fresh_process
+
+TRAINS = ("training.max_steps=2", "training.verify=true")
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fresh process is a fork of a process that has loaded no model, which starts sooner than an interpreter."""
+
+    def answer_of(folder: Path) -> dict[str, Any]:
+        child = Child(folder.parent, "verify", folder, "--json", "--quiet")
+        child.wait()
+        return json.loads(child.out)
+
+    monkeypatch.setattr(fresh_process, "_answer_of", answer_of)
+
+
+def zeroed_when_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on an adapter is saved with the first of its matrices B zeroed."""
+    write = finish.write_finite
+
+    def wrong(tensors: dict[str, torch.Tensor], *rest: Any) -> None:
+        first = next(name for name in tensors if "lora_B" in name)
+        write({**tensors, first: torch.zeros_like(tensors[first])}, *rest)
+
+    monkeypatch.setattr(finish, "write_finite", wrong)
+
+
+@pytest.mark.usefixtures("forked")
+def test_training_ends_with_it(cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = trainkit.write_recipe(tmp_path)
+    ran = cli("train", recipe, *TRAINS)
+    assert ran.code == 0
+    assert "verified: the folder is the trained model" in ran.err
+    out = tmp_path / "out"
+    assert json.loads((out / RECORD_FILE).read_text())["verified"]
+    assert "verified" not in cli("train", recipe, *TRAINS).err, "once is enough"
+    said = cli("verify", out).out
+    assert "28 tensors are the same\nof 3 rows the outputs differ by 0 of" in said
+
+    zeroed_when_saved(monkeypatch)
+    other = f"training.output_dir={tmp_path}/other"
+    trainkit.reset_accelerate()
+    for _ in range(2):  # a complete run that is not what was trained stays an error
+        ran = cli("train", recipe, *TRAINS, other, "--json")
+        assert ran.code == 4
+        error = json.loads(ran.out)["error"]
+        assert error["file"] == f"{tmp_path}/other/adapter_model.safetensors"
+        assert error["message"].startswith("the saved adapter is not the trained model: differs from the trained one:")
+        assert error["message"].endswith("lora_B.weight")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_fresh_process_is_an_interpreter(cli: Callable, tmp_path: Path, processes: int) -> None:
+    child = Child(
+        tmp_path, "train", trainkit.write_recipe(tmp_path), *TRAINS, f"launch.num_processes={processes}", "--json"
+    )
+    assert child.wait() == 0, child.err
+    assert "verified: the folder is the trained model" in child.err
+    assert json.loads(child.out)["status"] == "complete"
+    assert json.loads(cli("verify", tmp_path / "out", "--with", "peft", "--json").out)["readers"]["peft"] < 1e-5
+
+
+def test_what_is_not_there_to_compare_with(cli: Callable, tmp_path: Path) -> None:
+    trainkit.run_recipe(trainkit.write_recipe(tmp_path), "training.max_steps=1")
+    ran = cli("verify", tmp_path / "out")
+    assert (ran.code, "nothing says what the trained model was" in ran.err) == (2, True)
+    assert "is not one of peft, transformers" in cli("verify", tmp_path / "out", "--with", "pefd").err
+    assert "peft loads the same model" in cli("verify", tmp_path / "out", "--with", "peft").out

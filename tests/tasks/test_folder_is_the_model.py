@@ -1,0 +1,354 @@
+"""The folder is the model: a fault of any kind in a saved adapter is found, and nothing else is."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trainkit
+from safetensors.torch import load_file, save_file
+from taskkit import CASES
+
+from peftcli.adapters import verify
+from peftcli.adapters.verify import RECORD_FILE, verify_adapter
+from peftcli.errors import AdapterError, ModelError
+from peftcli.system.disk import sha256
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+TRAINED = [*CASES, "causal_lm", "seq2seq_lm"]
+Plant = Callable[[Path], str | None]
+"""Damages an adapter folder, and returns a part of what must be said of it; None where the task has no such thing."""
+
+
+@functools.cache
+def trained(name: str) -> Path:
+    """The folder of a finished run, with a base model of its own."""
+    folder = trainkit.scratch() / f"verified {name}"
+    folder.mkdir()
+    settings = ["training.verify=true", "training.max_steps=3"]
+    if name in CASES:
+        recipe, base = CASES[name].write(folder), CASES[name].base()
+    elif name == "seq2seq_lm":
+        base = trainkit.base_folder("t5", chat=False)
+        recipe = trainkit.write_recipe(folder, base, trainkit.PROMPTS)
+        settings.append("task=seq2seq_lm")
+    else:
+        base = trainkit.base_folder()
+        recipe = trainkit.write_recipe(folder, base)
+    shutil.copytree(base, folder / "base")
+    recipe.write_text(recipe.read_text().replace(str(base), f"{folder}/base"))
+    if name == "causal_lm":
+        settings.append(f"base_model={{name: {folder}/base, new_tokens: [<a>, <b>]}}")
+    return trainkit.run_recipe(recipe, *settings).folder
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of a run's folder, over a copy of its base model."""
+
+    def copied(name: str) -> Path:
+        folder, base = tmp_path / "adapter", tmp_path / "base"
+        shutil.copytree(trained(name), folder)
+        shutil.copytree(trained(name).parent / "base", base)
+        _edit(folder / CONFIG, base_model_name_or_path=str(base))
+        record = _read(folder / RECORD_FILE)
+        record["config"]["base_model_name_or_path"] = str(base)
+        (folder / RECORD_FILE).write_text(json.dumps(record))
+        return folder
+
+    return copied
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _edit(path: Path, *without: str, **values: Any) -> None:
+    kept = {name: value for name, value in _read(path).items() if name not in without}
+    path.write_text(json.dumps({**kept, **values}))
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], str | None]) -> Plant:
+    """A fault of the tensors: ``change`` damages them in place, and names one."""
+
+    def plant(folder: Path) -> str | None:
+        found = load_file(folder / WEIGHTS)
+        named = change(found)
+        save_file(found, folder / WEIGHTS, {"format": "pt"})
+        return named
+
+    return plant
+
+
+def config(*without: str, **values: Any) -> Plant:
+    """A fault of adapter_config.json."""
+
+    def plant(folder: Path) -> str:
+        _edit(folder / CONFIG, *without, **values)
+        return [*without, *values][0]
+
+    return plant
+
+
+def _head(found: Mapping[str, torch.Tensor]) -> str | None:
+    return next((name for name in found if "lora_" not in name and "running" not in name and "num_b" not in name), None)
+
+
+def _dropped(found: dict[str, torch.Tensor]) -> str | None:
+    if (name := _head(found)) is not None:
+        del found[name]
+    return name
+
+
+def _renamed(found: dict[str, torch.Tensor]) -> str | None:
+    if (name := _head(found)) is not None:
+        found[name.replace("base_model.model.", "base_model.model.head_")] = found.pop(name)
+    return name
+
+
+def _moved_statistic(found: dict[str, torch.Tensor]) -> str | None:
+    name = next((name for name in found if name.endswith("running_mean")), None)
+    if name is not None:
+        found[name] += 0.1
+    return name
+
+
+def _without_new_rows(found: dict[str, torch.Tensor]) -> str | None:
+    name = next((name for name in found if "token_adapter" in name or "trainable_tokens" in name), None)
+    if name is not None:
+        del found[name]
+    return name
+
+
+def _of_another_class(found: dict[str, torch.Tensor]) -> str:
+    for name in list(found):
+        found[name.replace("base_model.model.", "base_model.model.model.", 1)] = found.pop(name)
+    return "missing"
+
+
+def _b(found: Mapping[str, torch.Tensor]) -> list[str]:
+    """The matrices B whose effect is largest: in a random model, attention is the same whatever its keys are."""
+    every = [name for name in found if "lora_B" in name]
+    return [name for name in every if re.search(r"\bv(alue|_proj)?\.", name)] or every
+
+
+def _zeroed(found: dict[str, torch.Tensor]) -> str:
+    found[_b(found)[0]].zero_()
+    return _b(found)[0]
+
+
+def _of_another_layer(found: dict[str, torch.Tensor]) -> str:
+    one, other = next(
+        (one, other)
+        for one in _b(found)
+        for other in found
+        if one != other and found[one].shape == found[other].shape and not torch.equal(found[one], found[other])
+    )
+    found[one] = found[other].clone()
+    return one
+
+
+def _rounded(found: dict[str, torch.Tensor]) -> str:
+    found[_b(found)[0]] = found[_b(found)[0]].bfloat16().float()
+    return _b(found)[0]
+
+
+def _in_half(found: dict[str, torch.Tensor]) -> str:
+    found |= {name: value.bfloat16() if value.is_floating_point() else value for name, value in found.items()}
+    return "differs from the trained one"
+
+
+def _sign_flipped(found: dict[str, torch.Tensor]) -> str:
+    found[_b(found)[-1]].neg_()
+    return _b(found)[-1]
+
+
+def _labels_permuted(folder: Path) -> str | None:
+    path = folder / "task.json"
+    labels = _read(path)["settings"].get("labels") if path.is_file() else None
+    if not labels:
+        return None
+    _edit(path, settings={**_read(path)["settings"], "labels": labels[::-1]})
+    return "labels"
+
+
+def _task_lost(folder: Path) -> str | None:
+    path = folder / "task.json"
+    if not path.is_file():
+        return None
+    path.unlink()
+    return "task.json"
+
+
+def _place(folder: Path, name: str) -> Path | None:
+    """A file of the processor: the adapter's own, else the base model's."""
+    return next((path for path in (folder / name, folder.parent / "base" / name) if path.is_file()), None)
+
+
+def _preprocessor(folder: Path) -> str | None:
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (path := _place(folder, name)) is None:
+            continue
+        values = _read(path)
+        inner = values.get("feature_extractor", values.get("image_processor", values))
+        if "image_mean" in inner:
+            inner["image_mean"] = [0.1, 0.2, 0.3]
+        elif "hop_length" in inner:
+            inner["hop_length"] //= 2
+        path.write_text(json.dumps(values))
+        return "other inputs"
+    return None
+
+
+def _of_tokenizer(key: str, value: str) -> Plant:
+    def plant(folder: Path) -> str | None:
+        path = _place(folder, "tokenizer_config.json")
+        if path is None:
+            return None
+        values = _read(path)
+        before = values.get(key, "right")
+        _edit(path, **{key: value if before != value else "left"})
+        return key
+
+    return plant
+
+
+def _pad_token(folder: Path) -> str | None:
+    path, words = _place(folder, "tokenizer_config.json"), _place(folder, "tokenizer.json")
+    if path is None or words is None:
+        return None
+    before = _read(path).get("pad_token")
+    _edit(path, pad_token=next(word for word in _read(words)["model"]["vocab"] if word != before and word.isalpha()))
+    return "pad_token"
+
+
+def _other_words(folder: Path) -> str | None:
+    """Each word gets the number of the next one."""
+    path = _place(folder, "tokenizer.json")
+    if path is None:
+        return None
+    values = _read(path)
+    vocab = values["model"]["vocab"]
+    numbers = list(vocab.values())
+    values["model"]["vocab"] = dict(zip(vocab, numbers[1:] + numbers[:1], strict=True))
+    path.write_text(json.dumps(values))
+    return ""
+
+
+def _base_weights(folder: Path) -> str:
+    path = folder.parent / "base" / "model.safetensors"
+    found = load_file(path)
+    name = next(
+        name
+        for name in found
+        if name.endswith(("v_proj.weight", "value.weight", ".v.weight", "convolution.weight")) and found[name].ndim > 1
+    )
+    found[name] = found[name] + 0.05 * torch.randn(found[name].shape, generator=torch.Generator().manual_seed(1))
+    save_file(found, path, {"format": "pt"})
+    return "is not the base model of training"
+
+
+def _added(found: dict[str, torch.Tensor]) -> str:
+    found["base_model.model.another.lora_A.weight"] = torch.zeros(4, 8)
+    return "not of the trained model"
+
+
+def _cut(folder: Path) -> str:
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+    return WEIGHTS
+
+
+FAULTS: dict[str, Plant] = {
+    "a tensor of the head dropped": tensors(_dropped),
+    "a tensor of the head renamed": tensors(_renamed),
+    "a norm's statistic moved": tensors(_moved_statistic),
+    "the rows of new tokens lost": tensors(_without_new_rows),
+    "names of another class": tensors(_of_another_class),
+    "a tensor zeroed": tensors(_zeroed),
+    "a tensor of another layer": tensors(_of_another_layer),
+    "a tensor rounded to bfloat16": tensors(_rounded),
+    "all tensors in bfloat16": tensors(_in_half),
+    "a sign flipped": tensors(_sign_flipped),
+    "a tensor more": tensors(_added),
+    "the file cut": _cut,
+    "alpha lost": config("lora_alpha"),
+    "alpha changed": config(lora_alpha=16),
+    "r changed": config(r=2),
+    "rslora": config(use_rslora=True),
+    "fewer targets": config(target_modules=["nothing"]),
+    "another task type": config(task_type="SEQ_2_SEQ_LM_OR_SO"),
+    "another method": config(peft_type="LOHA"),
+    "another dropout": config(lora_dropout=0.5),
+    "another revision": config(revision="0" * 40),
+    "labels permuted": _labels_permuted,
+    "task.json lost": _task_lost,
+    "the preprocessor changed": _preprocessor,
+    "another pad token": _pad_token,
+    "another padding side": _of_tokenizer("padding_side", "left"),
+    "another vocabulary": _other_words,
+    "other base weights": _base_weights,
+}
+ON_ALL = ("a tensor zeroed", "alpha changed", "a tensor of another layer", "rslora", "a norm's statistic moved")
+"""Faults that change what the model says, whatever is recorded of files."""
+
+
+def _as_if_trained(folder: Path) -> None:
+    """Make the record agree with the folder's files, so that only what the model says is left to find the fault by."""
+    path = folder / RECORD_FILE
+    record = _read(path)
+    record["config"] = _read(folder / CONFIG)
+    record["tensors"] = {name: verify._hash(value) for name, value in load_file(folder / WEIGHTS).items()}
+    path.write_text(json.dumps(record))
+
+
+def _hashes_again(folder: Path) -> None:
+    """Record the hashes of the task's files again, as of a file that was wrong when it was written."""
+    path = folder / RECORD_FILE
+    record = _read(path)
+    record["files"] = {name: sha256(folder / name) for name in record["files"] if (folder / name).is_file()} | {
+        name: digest for name, digest in record["files"].items() if not (folder / name).is_file()
+    }
+    path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.grid
+def test_a_clean_folder_is_the_model(copied: Callable, name: str) -> None:
+    found = verify_adapter(str(copied(name)), readers=["peft", "transformers"] if name != "causal_lm" else [])
+    assert found["rows"] >= 3
+    assert found["tensors"] > 0
+    assert found["difference"] <= found["allowed"] / 10
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.slow
+def test_a_fault_is_found_and_named(copied: Callable, name: str, fault: str) -> None:
+    folder = copied(name)
+    named = FAULTS[fault](folder)
+    if named is None:
+        pytest.skip("the task has no such thing")
+    _hashes_again(folder)
+    with pytest.raises((AdapterError, ModelError)) as found:
+        verify_adapter(str(folder))
+    assert named in str(found.value), str(found.value)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("fault", ON_ALL)
+@pytest.mark.grid
+def test_what_the_model_says_shows_a_fault(copied: Callable, name: str, fault: str) -> None:
+    folder = copied(name)
+    if FAULTS[fault](folder) is None:
+        pytest.skip("the task has no such thing")
+    _as_if_trained(folder)
+    with pytest.raises(AdapterError, match=r"the outputs differ by .* from those of the trained model"):
+        verify_adapter(str(folder))
