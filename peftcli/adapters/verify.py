@@ -398,7 +398,7 @@ def _hash(value: torch.Tensor) -> str:
 def _sketch(value: torch.Tensor) -> dict[str, Any]:
     """A tensor's shape, some of its values, their mean and deviation; of whole numbers a hash."""
     shape = list(value.shape)
-    if not value.is_floating_point():
+    if not value.is_floating_point() or not value.numel():
         return {"shape": shape, "sha256": _hash(value)}
     flat = torch.nan_to_num(value.detach().double().cpu().flatten(), posinf=0.0, neginf=0.0)
     at = torch.linspace(0, len(flat) - 1, min(len(flat), _SAMPLED)).long()

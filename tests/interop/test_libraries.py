@@ -29,6 +29,11 @@ def test_embeddings_and_their_losses_are_those_of_sentence_transformers() -> Non
     run("sentence_transformers", "embeddings_of_sentence_transformers.py")
 
 
+@pytest.mark.slow
+def test_pefts_guide_to_dreambooth() -> None:
+    run("diffusers", "dreambooth.py")
+
+
 def run(library: str, name: str) -> None:
     """Run a script that needs a library, in a process of its own."""
     if importlib.util.find_spec(library) is None:

@@ -1,0 +1,507 @@
+"""PEFT's guides to tasks from their first block to their last, with another import, on tiny models and rows.
+
+Where a guide shows what other libraries no longer have (``load_in_8bit=``, ``tokenizer=`` of Trainer), today's is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import trainkit
+from classifierkit import ROWS, classifier_base, write_scene
+from PIL import Image
+from soundkit import RATE, tone_rows, whisper_base
+from taskkit import CASES
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutomaticSpeechRecognitionPipeline,
+    AutoModelForCausalLM,
+    AutoModelForSemanticSegmentation,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
+    AutoModelForTokenClassification,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DataCollatorForTokenClassification,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizer,
+    default_data_collator,
+    get_linear_schedule_with_warmup,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+QUIET: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
+
+
+# --- token classification ---------------------------------------------------------------------------------------------
+
+
+def test_token_classification(lib: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from seqeval import metrics
+
+    model_checkpoint = str(classifier_base("bert"))
+    label_list = ["O", "B-PER", "I-PER", "B-LOC"]
+    id2label = dict(enumerate(label_list))
+    label2id = {name: number for number, name in id2label.items()}
+    tokenizer = AutoTokenizer.from_pretrained(model_checkpoint)
+
+    def compute_metrics(p: Any) -> dict[str, float]:
+        predictions, labels = p
+        predictions = np.argmax(predictions, axis=2)
+        pairs = [
+            [(label_list[one], label_list[other]) for one, other in zip(row, wanted, strict=True) if other != -100]
+            for row, wanted in zip(predictions, labels, strict=True)
+        ]
+        found, true = ([[pair[at] for pair in row] for row in pairs] for at in (0, 1))
+        return {"f1": metrics.f1_score(true, found), "accuracy": metrics.accuracy_score(true, found)}
+
+    def tokenize_and_align_labels(example: dict[str, Any]) -> dict[str, Any]:
+        tokenized = tokenizer(example["tokens"], truncation=True, is_split_into_words=True)
+        words = tokenized.word_ids()
+        firsts = [at is not None and at != before for at, before in zip(words, [None, *words], strict=False)]
+        tags = [label2id[tag] for tag in example["ner_tags"]]
+        tokenized["labels"] = [tags[at] if first else -100 for at, first in zip(words, firsts, strict=True)]
+        return dict(tokenized)
+
+    rows = [tokenize_and_align_labels(each) for each in CASES["token_classification"].rows()]
+    labels: dict[str, Any] = {"num_labels": 4, "id2label": id2label, "label2id": label2id}
+    torch.manual_seed(0)
+    model = AutoModelForTokenClassification.from_pretrained(model_checkpoint, **labels)
+    peft_config = lib.LoraConfig(
+        task_type=lib.TaskType.TOKEN_CLS, inference_mode=False, r=16, lora_alpha=16, lora_dropout=0.1, bias="all"
+    )
+    model = lib.get_peft_model(model, peft_config)
+    capsys.readouterr()
+    model.print_trainable_parameters()
+    trainable, every = model.get_nb_trainable_parameters()
+    assert capsys.readouterr().out.startswith(f"trainable params: {trainable:,} || all params: {every:,} || trainable%")
+    training_args = TrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        learning_rate=1e-2,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        num_train_epochs=3,
+        weight_decay=0.01,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        **QUIET,
+    )
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForTokenClassification(tokenizer=tokenizer),
+        compute_metrics=compute_metrics,
+    )
+    trainer.train()
+    evaluations = [line for line in trainer.state.log_history if "eval_loss" in line]
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
+    assert evaluations[-1]["eval_accuracy"] > 0.5
+    model.save_pretrained(tmp_path / "adapter")
+
+    config = lib.PeftConfig.from_pretrained(tmp_path / "adapter")
+    inference_model = AutoModelForTokenClassification.from_pretrained(config.base_model_name_or_path, **labels)
+    tokenizer = AutoTokenizer.from_pretrained(config.base_model_name_or_path)
+    loaded = lib.PeftModel.from_pretrained(inference_model, tmp_path / "adapter")
+    inputs = tokenizer("Ada Lovelace saw Turin", return_tensors="pt")
+    with torch.no_grad():
+        logits = loaded(**inputs).logits
+        torch.testing.assert_close(logits, model.eval()(**inputs).logits, atol=1e-5, rtol=1e-4)
+    predictions = torch.argmax(logits, dim=2)
+    assert {loaded.config.id2label[int(each)] for each in predictions[0]} <= set(label_list)
+    assert len(inputs.tokens()) == predictions.shape[1]
+
+
+# --- semantic segmentation --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_semantic_segmentation(lib: ModuleType, tmp_path: Path) -> None:
+    checkpoint = str(classifier_base("segformer"))
+    id2label = {0: "red", 1: "blue"}
+    label2id = {name: number for number, name in id2label.items()}
+    image_processor = AutoImageProcessor.from_pretrained(checkpoint, do_reduce_labels=True, backend="pil")
+    scenes = [write_scene(tmp_path / "scenes", number) for number in range(6)]
+
+    def transform(row: dict[str, str]) -> dict[str, Any]:
+        images, masks = [Image.open(row["image"]).convert("RGB")], [Image.open(row["annotation"])]
+        inputs = image_processor(images, masks, return_tensors="pt")
+        return {name: value[0] for name, value in inputs.items()}
+
+    def compute_metrics(eval_pred: Any) -> dict[str, float]:
+        logits, labels = eval_pred
+        found = nn.functional.interpolate(
+            torch.from_numpy(logits), size=labels.shape[-2:], mode="bilinear", align_corners=False
+        ).argmax(dim=1)
+        found, wanted = found.numpy(), labels
+        known = wanted != 255  # the background, which the processor has taken out
+        shares = [
+            ((found == at) & (wanted == at)).sum() / (((found == at) & known) | (wanted == at)).sum() for at in (0, 1)
+        ]
+        return {"mean_iou": float(np.mean(shares))}
+
+    def new_model() -> Any:
+        torch.manual_seed(0)
+        return AutoModelForSemanticSegmentation.from_pretrained(
+            checkpoint, id2label=id2label, label2id=label2id, ignore_mismatched_sizes=True
+        )
+
+    config = lib.LoraConfig(
+        r=32,
+        lora_alpha=32,
+        target_modules=["q_proj", "v_proj"],  # as transformers calls query and value now
+        lora_dropout=0.1,
+        bias="lora_only",
+        modules_to_save=["decode_head"],
+    )
+    lora_model = lib.get_peft_model(new_model(), config)
+    trained = [name for name, value in lora_model.named_parameters() if value.requires_grad]
+    assert all("lora_" in name or "decode_head" in name or name.endswith("bias") for name in trained)
+    assert any("decode_head" in name and "classifier" in name for name in trained)
+    training_args = TrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        learning_rate=1e-2,
+        num_train_epochs=4,
+        per_device_train_batch_size=3,
+        per_device_eval_batch_size=2,
+        save_total_limit=3,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_steps=5,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        **QUIET,
+    )
+    rows = [transform(each) for each in scenes]
+    trainer = Trainer(
+        model=lora_model,
+        args=training_args,
+        train_dataset=rows,
+        eval_dataset=rows[:2],
+        compute_metrics=compute_metrics,
+    )
+    trainer.train()
+    evaluations = [line["eval_mean_iou"] for line in trainer.state.log_history if "eval_mean_iou" in line]
+    assert max(evaluations) > 0.3
+    lora_model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter/adapter_model.safetensors").stat().st_size < 1_000_000
+
+    inference_model = lib.PeftModel.from_pretrained(new_model(), tmp_path / "adapter").eval()
+    image = Image.open(scenes[0]["image"])
+    encoding = image_processor(image.convert("RGB"), return_tensors="pt")
+    with torch.no_grad():
+        logits = inference_model(pixel_values=encoding.pixel_values).logits
+        expected = lora_model.eval()(pixel_values=encoding.pixel_values).logits
+    if lib.__name__ != "peft":  # which loses the statistics of the head's norm: see test_where_peft_is_wrong.py
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+    upsampled = nn.functional.interpolate(logits, size=image.size[::-1], mode="bilinear", align_corners=False)
+    assert upsampled.argmax(dim=1)[0].shape == (image.height, image.width)
+
+
+# --- speech recognition in 8 bits -------------------------------------------------------------------------------------
+
+
+@dataclass
+class _SpeechCollator:
+    """The guide's ``DataCollatorSpeechSeq2SeqWithPadding``."""
+
+    processor: Any
+
+    def __call__(self, features: list[dict[str, Any]]) -> Any:
+        sounds = [{"input_features": feature["input_features"]} for feature in features]
+        batch = self.processor.feature_extractor.pad(sounds, return_tensors="pt")
+        texts = self.processor.tokenizer.pad([{"input_ids": each["labels"]} for each in features], return_tensors="pt")
+        labels = texts["input_ids"].masked_fill(texts.attention_mask.ne(1), -100)
+        if (labels[:, 0] == self.processor.tokenizer.bos_token_id).all().item():
+            labels = labels[:, 1:]
+        batch["labels"] = labels
+        return batch
+
+
+@contextlib.contextmanager
+def _autocast(eight_bits: bool) -> Iterator[None]:
+    with torch.autocast("cpu", torch.bfloat16, enabled=eight_bits):
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of bitsandbytes on a CPU, and of generation settings
+@pytest.mark.parametrize("eight_bits", [False, True], ids=["float32", "int8"])
+def test_speech_recognition_in_8_bits(lib: ModuleType, eight_bits: bool, tmp_path: Path) -> None:
+    if eight_bits:
+        pytest.importorskip("bitsandbytes")
+    model_name_or_path, language, task = str(whisper_base()), "English", "transcribe"
+    quantised = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)} if eight_bits else {}
+    feature_extractor = AutoFeatureExtractor.from_pretrained(model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, language=language, task=task)
+    processor = AutoProcessor.from_pretrained(model_name_or_path, language=language, task=task)
+
+    def prepare_dataset(row: dict[str, str]) -> dict[str, Any]:
+        samples, rate = soundfile.read(row["audio"], dtype="float32")
+        assert rate == RATE
+        features = feature_extractor(samples, sampling_rate=rate).input_features[0]
+        return {"input_features": features, "labels": tokenizer(row["text"]).input_ids}
+
+    rows = [prepare_dataset(each) for each in tone_rows()[:6]]
+    data_collator = _SpeechCollator(processor=processor)
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(model_name_or_path, **quantised)
+    model.config.forced_decoder_ids = None
+    model.config.suppress_tokens = []
+    model = lib.prepare_model_for_kbit_training(model)
+    config = lib.LoraConfig(r=32, lora_alpha=64, target_modules=["q_proj", "v_proj"], lora_dropout=0.05, bias="none")
+    model = lib.get_peft_model(model, config)
+    model.print_trainable_parameters()
+    # of 2 encoder layers with one attention, and 2 decoder layers with two
+    assert model.get_nb_trainable_parameters()[0] == (2 + 2 * 2) * 2 * 2 * 32 * 32
+    training_args = Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=1,
+        learning_rate=1e-2,
+        warmup_steps=1,
+        num_train_epochs=3,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        per_device_eval_batch_size=3,
+        generation_max_length=12,
+        logging_steps=1,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        **QUIET,
+    )
+
+    class SavePeftModelCallback(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            kwargs["model"].save_pretrained(folder / "adapter_model")
+            return control
+
+    trainer = Seq2SeqTrainer(
+        args=training_args,
+        model=model,
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=data_collator,
+        processing_class=processor.feature_extractor,
+        callbacks=[SavePeftModelCallback],
+    )
+    model.config.use_cache = False
+    trainer.train()
+    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert losses[-1] < losses[0]
+    saved = tmp_path / "run/checkpoint-6/adapter_model"
+    assert (saved / "adapter_model.safetensors").is_file()
+
+    import jiwer
+
+    def word_error_rate(model: Any) -> float:
+        found, wanted = list[str](), list[str]()
+        model.eval()
+        for batch in DataLoader(rows, batch_size=3, collate_fn=data_collator):  # type: ignore[arg-type]
+            with _autocast(eight_bits), torch.no_grad():
+                generated_tokens = model.generate(
+                    input_features=batch["input_features"],
+                    decoder_input_ids=batch["labels"][:, :4],
+                    max_new_tokens=12,
+                )
+            labels = np.where(batch["labels"] != -100, batch["labels"], tokenizer.pad_token_id)
+            found += tokenizer.batch_decode(generated_tokens, skip_special_tokens=True)
+            wanted += tokenizer.batch_decode(labels, skip_special_tokens=True)
+            gc.collect()
+        return 100 * jiwer.wer(wanted, found)
+
+    expected = word_error_rate(model)
+    model.save_pretrained(tmp_path / "adapter")
+    peft_config = lib.PeftConfig.from_pretrained(tmp_path / "adapter")
+    name = peft_config.base_model_name_or_path
+    loaded = WhisperForConditionalGeneration.from_pretrained(name, **quantised)
+    loaded = lib.PeftModel.from_pretrained(loaded, tmp_path / "adapter")
+    assert word_error_rate(loaded) == pytest.approx(expected)
+    tokenizer = WhisperTokenizer.from_pretrained(name, language=language, task=task)
+    processor = WhisperProcessor.from_pretrained(name, language=language, task=task)
+    pipe = AutomaticSpeechRecognitionPipeline(
+        model=loaded, tokenizer=tokenizer, feature_extractor=processor.feature_extractor
+    )
+    samples, _ = soundfile.read(tone_rows()[0]["audio"], dtype="float32")
+    text = pipe(samples, generate_kwargs={"task": task, "language": "en", "max_new_tokens": 12})["text"]
+    assert isinstance(text, str)
+
+
+# --- sequence classification ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_sequence_classification(lib: ModuleType, tmp_path: Path) -> None:
+    """The example notebook: a loop by hand, and the best model's folder."""
+    model_name_or_path = str(classifier_base("bert"))
+    num_epochs, lr, batch_size = 4, 1e-2, 8
+    peft_config = lib.LoraConfig(task_type="SEQ_CLS", inference_mode=False, r=8, lora_alpha=16, lora_dropout=0.1)
+    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, padding_side="right")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    names = ["good", "bad"]
+    rows = [
+        {**tokenizer(row["text"], truncation=True, max_length=None), "labels": names.index(row["label"])}
+        for row in ROWS
+    ]
+
+    def collate_fn(examples: list[dict[str, Any]]) -> Any:
+        return tokenizer.pad(examples, padding="longest", return_tensors="pt")
+
+    train_dataloader = DataLoader(rows, shuffle=True, collate_fn=collate_fn, batch_size=batch_size)  # type: ignore[arg-type]
+    eval_dataloader = DataLoader(rows, shuffle=False, collate_fn=collate_fn, batch_size=batch_size)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(model_name_or_path, return_dict=True)
+    model = lib.get_peft_model(model, peft_config)
+    model.print_trainable_parameters()
+    optimizer = torch.optim.AdamW(params=model.parameters(), lr=lr)
+    steps = len(train_dataloader) * num_epochs
+    lr_scheduler = get_linear_schedule_with_warmup(
+        optimizer=optimizer, num_warmup_steps=round(0.06 * steps), num_training_steps=steps
+    )
+
+    def accuracy(model: Any) -> float:
+        model.eval()
+        with torch.no_grad():
+            right = [(model(**batch).logits.argmax(dim=-1) == batch["labels"]) for batch in eval_dataloader]
+        return float(torch.cat(right).float().mean())
+
+    model.to("cpu")
+    for _ in range(num_epochs):
+        model.train()
+        for batch in train_dataloader:
+            batch.to("cpu")
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+    found = accuracy(model)
+    assert found > 0.7
+    model.save_pretrained(tmp_path)
+
+    config = lib.PeftConfig.from_pretrained(tmp_path)
+    inference_model = AutoModelForSequenceClassification.from_pretrained(config.base_model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(config.base_model_name_or_path)
+    inference_model = lib.PeftModel.from_pretrained(inference_model, tmp_path)
+    inference_model.to("cpu")
+    assert accuracy(inference_model) == found
+
+
+# --- text to text, and a soft prompt ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_text_to_text_with_lora(lib: ModuleType, tmp_path: Path) -> None:
+    """The example notebook of mt0: a loop by hand, what it prints, and answers of the loaded model."""
+    model_name_or_path = str(trainkit.base_folder("t5", chat=False))
+    lr, num_epochs, batch_size, max_length = 1e-2, 5, 4, 48
+    peft_config = lib.LoraConfig(
+        task_type=lib.TaskType.SEQ_2_SEQ_LM, inference_mode=False, r=8, lora_alpha=32, lora_dropout=0.1
+    )
+    torch.manual_seed(0)
+    model = lib.get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(model_name_or_path), peft_config)
+    model.print_trainable_parameters()
+    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
+    sentences = ["It will be operated by Nokia.", "Sales fell.", "Growth was robust.", "Nothing changed."]
+    text_labels = ["neutral", "negative", "positive", "neutral"]
+
+    def preprocess(sentence: str, target: str) -> dict[str, torch.Tensor]:
+        given = tokenizer(sentence, max_length=max_length, padding="max_length", truncation=True, return_tensors="pt")
+        labels = tokenizer(target, max_length=8, padding="max_length", truncation=True, return_tensors="pt")
+        ids = labels["input_ids"][0]
+        ids[ids == tokenizer.pad_token_id] = -100
+        return {"input_ids": given["input_ids"][0], "attention_mask": given["attention_mask"][0], "labels": ids}
+
+    rows = [preprocess(*pair) for pair in zip(sentences, text_labels, strict=True)]
+    dataloader = DataLoader(rows, shuffle=True, collate_fn=default_data_collator, batch_size=batch_size)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    lr_scheduler = get_linear_schedule_with_warmup(
+        optimizer=optimizer, num_warmup_steps=0, num_training_steps=len(dataloader) * num_epochs
+    )
+    perplexities = []
+    for _ in range(num_epochs):
+        model.train()
+        for batch in dataloader:
+            loss = model(**{k: v.to("cpu") for k, v in batch.items()}).loss
+            loss.backward()
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+        model.eval()
+        eval_preds = list[str]()
+        eval_loss = torch.zeros(())
+        for batch in dataloader:
+            with torch.no_grad():
+                outputs = model(**batch)
+            eval_loss += outputs.loss.detach().float()
+            eval_preds += tokenizer.batch_decode(outputs.logits.argmax(-1).numpy(), skip_special_tokens=True)
+        assert len(eval_preds) == len(sentences)
+        perplexities.append(float(torch.exp(eval_loss / len(dataloader))))
+    assert perplexities[-1] < perplexities[0]
+    peft_model_id = f"{tmp_path}/{peft_config.peft_type}_{peft_config.task_type}"
+    model.save_pretrained(peft_model_id)
+
+    config = lib.PeftConfig.from_pretrained(peft_model_id)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(config.base_model_name_or_path)
+    loaded = lib.PeftModel.from_pretrained(loaded, peft_model_id).eval()
+    inputs = tokenizer(sentences[1], return_tensors="pt")
+    with torch.no_grad():
+        outputs = loaded.generate(input_ids=inputs["input_ids"], max_new_tokens=10)
+        assert torch.equal(outputs, model.generate(input_ids=inputs["input_ids"], max_new_tokens=10))
+    assert tokenizer.batch_decode(outputs.detach().cpu().numpy(), skip_special_tokens=True)
+
+
+@pytest.mark.slow
+def test_a_soft_prompt_answers(lib: ModuleType, tmp_path: Path) -> None:
+    """The last blocks of the guide to prompt tuning: the adapter's size, and ``generate`` with a mask and an end."""
+    base = str(trainkit.base_folder("llama"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    peft_config = lib.PromptTuningConfig(
+        task_type=lib.TaskType.CAUSAL_LM,
+        prompt_tuning_init=lib.PromptTuningInit.TEXT,
+        num_virtual_tokens=8,
+        prompt_tuning_init_text="Classify if the tweet is a complaint or not:",
+        tokenizer_name_or_path=base,
+    )
+    assert str(peft_config.peft_type.value) == "PROMPT_TUNING"
+    model = lib.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft_config)
+    assert model.get_nb_trainable_parameters()[0] == 8 * 32
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size < 2_000
+
+    config = lib.PeftConfig.from_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path)
+    loaded = lib.PeftModel.from_pretrained(loaded, tmp_path)
+    inputs = tokenizer("Tweet text : I have no water Label : ", return_tensors="pt")
+    loaded.to("cpu")
+    with torch.no_grad():
+        inputs = {k: v.to("cpu") for k, v in inputs.items()}
+        outputs = loaded.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=10, eos_token_id=3
+        )
+    assert tokenizer.batch_decode(outputs.detach().cpu().numpy(), skip_special_tokens=True)[0].startswith("Tweet text")
