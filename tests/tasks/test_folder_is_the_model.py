@@ -22,7 +22,6 @@ from peftcli.errors import AdapterError, ModelError
 from peftcli.system.disk import sha256
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-TRAINED = [*CASES, "causal_lm", "seq2seq_lm"]
 Plant = Callable[[Path], str | None]
 """Damages an adapter folder, and returns a part of what must be said of it; None where the task has no such thing."""
 
@@ -33,15 +32,7 @@ def trained(name: str) -> Path:
     folder = trainkit.scratch() / f"verified {name}"
     folder.mkdir()
     settings = ["training.verify=true", "training.max_steps=3"]
-    if name in CASES:
-        recipe, base = CASES[name].write(folder), CASES[name].base()
-    elif name == "seq2seq_lm":
-        base = trainkit.base_folder("t5", chat=False)
-        recipe = trainkit.write_recipe(folder, base, trainkit.PROMPTS)
-        settings.append("task=seq2seq_lm")
-    else:
-        base = trainkit.base_folder()
-        recipe = trainkit.write_recipe(folder, base)
+    recipe, base = CASES[name].write(folder), CASES[name].base()
     shutil.copytree(base, folder / "base")
     recipe.write_text(recipe.read_text().replace(str(base), f"{folder}/base"))
     if name == "causal_lm":
@@ -319,7 +310,7 @@ def _hashes_again(folder: Path) -> None:
     path.write_text(json.dumps(record))
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.grid
 def test_a_clean_folder_is_the_model(copied: Callable, name: str) -> None:
     found = verify_adapter(str(copied(name)), readers=["peft", "transformers"] if name != "causal_lm" else [])
@@ -328,7 +319,7 @@ def test_a_clean_folder_is_the_model(copied: Callable, name: str) -> None:
     assert found["difference"] <= found["allowed"] / 10
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.slow
 def test_a_fault_is_found_and_named(copied: Callable, name: str, fault: str) -> None:
@@ -342,7 +333,7 @@ def test_a_fault_is_found_and_named(copied: Callable, name: str, fault: str) -> 
     assert named in str(found.value), str(found.value)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("fault", ON_ALL)
 @pytest.mark.grid
 def test_what_the_model_says_shows_a_fault(copied: Callable, name: str, fault: str) -> None:
