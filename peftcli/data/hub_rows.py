@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from peftcli.data.readers import class_names, table_rows
@@ -84,7 +86,8 @@ class HubRows:
 
             while (table := self._retry(session, next_table)) is not None:
                 given += table.num_rows
-                yield from table_rows(table)
+                for row in table_rows(table):
+                    yield self._retry(session, partial(_with_bytes, row))
 
     def _open(self, commit: str) -> Any:
         """Open the split with datasets: downloaded and prepared, or as a stream."""
@@ -92,7 +95,7 @@ class HubRows:
         if builder.hash != commit:
             raise ConnectionError("the connection was lost, and datasets used its cache")
         if source.streaming:
-            return builder.as_streaming_dataset(source.split)
+            return builder.as_streaming_dataset(source.split).decode(False)
         builder.download_and_prepare()
         return builder.as_dataset(source.split)
 
@@ -102,7 +105,8 @@ class HubRows:
 
         def attempt() -> T:
             try:
-                return action()
+                with _no_torchcodec():
+                    return action()
             except PeftcliError:
                 raise
             except Exception as error:  # every builder of datasets raises its own kinds
@@ -150,6 +154,32 @@ class HubRows:
             f"which may differ from {quote(revision)}",
             hint=f"To use the cached commit: dataset: {{revision: {commit}}}",
         )
+
+
+def _with_bytes(row: dict[str, Any] | str) -> dict[str, Any] | str:
+    """A row of a stream with the bytes of its files, of which it has the addresses."""
+    from datasets.utils.file_utils import xopen
+
+    for value in row.values() if isinstance(row, dict) else ():
+        if isinstance(value, dict) and not value.get("bytes") and "hf://" in str(value.get("path")):
+            with xopen(value["path"], "rb") as file:
+                value["bytes"] = file.read()
+    return row
+
+
+@contextmanager
+def _no_torchcodec() -> Iterator[None]:
+    """Inside, datasets keeps paths and bytes of sounds without torchcodec, which it would only decode with."""
+    name = "torchcodec.encoders"
+    if name in sys.modules or find_spec("torchcodec"):
+        yield
+        return
+    sys.modules[name] = ModuleType(name)
+    sys.modules[name].AudioEncoder = None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 @contextmanager

@@ -259,7 +259,10 @@ TASKS: dict[str, TaskRow] = {
         module="semantic_segmentation",
         processor="image_processor",
         reads=tuple(
-            (image, mask) for image in ("image", "file_name", "img") for mask in ("annotation", "mask", "label")
+            (image, f"{mask}{ending}")
+            for image in ("image", "file_name", "image_file_name", "img")
+            for mask in ("annotation", "mask", "label")
+            for ending in ("", "_file_name")
         ),
         pipeline_tag="image-segmentation",
         summary="put each pixel of a picture into a class (SegFormer, DPT, UPerNet)",

@@ -42,7 +42,7 @@ class ImageClassification(Classification[settings.ImageClassification]):
         return {"versions": {"pillow": version("pillow")}}
 
     def input_columns(self, table: Table) -> Mapping[str, Sequence[str]]:
-        return {"image": ("image", "file_name", "img")}
+        return {"image": ("image", "file_name", "img", "image_file_name")}
 
     def encode_inputs(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
         return [_outcome(row, reader) for row in rows]

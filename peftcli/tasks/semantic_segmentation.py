@@ -153,8 +153,8 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         return table.reader(
             "masks",
             optional=() if labelled else ("annotation",),
-            image=("image", "file_name", "img"),
-            annotation=("annotation", "mask", "label"),
+            image=("image", "file_name", "img", "image_file_name"),
+            annotation=("annotation", "mask", "annotation_file_name", "mask_file_name", "label", "label_file_name"),
         )
 
     def encode(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:

@@ -200,7 +200,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
         return table.reader(
             "speech",
             optional=() if labelled else ("text",),
-            audio=("audio", "file_name", "path", "file"),
+            audio=("audio", "file_name", "path", "file", "audio_file_name"),
             text=("text", "sentence", "transcription", "transcript"),
         )
 

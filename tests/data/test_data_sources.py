@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from dataset_hub import DatasetHub
+from PIL import Image
 
 from peftcli.data import sources
 from peftcli.data.rows import Place, Row
@@ -368,6 +370,23 @@ def test_a_hub_dataset_at_its_newest_commit_or_another(hub: DatasetHub, streamin
     assert texts(Source(train=NAME, streaming=streaming, revision=first)) == ["a", "b"]
     assert texts(Source(train=NAME, streaming=streaming, revision=first, limit=1)) == ["a"]
     assert texts(Source(train=NAME, streaming=streaming, split="test")) == ["c"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves metadata open
+def test_images_and_sounds_of_the_hub_are_the_bytes_of_their_files(hub: DatasetHub, streaming: bool) -> None:
+    """Also without torchcodec, and not decoded and encoded again."""
+    made = io.BytesIO()
+    Image.linear_gradient("L").save(made, "JPEG", quality=30)
+    image, sound = made.getvalue(), b"RIFF, not read here"
+    hub.commit(NAME, {"a.jpg": image, "b.jpg": image, "metadata.csv": b"file_name,mask_file_name\na.jpg,b.jpg\n"})
+    hub.commit("org/sounds", {"a.wav": sound, "metadata.csv": b"file_name,text\na.wav,x\n"})
+    for name, columns in ((NAME, {"image": image, "mask": image}), ("org/sounds", {"audio": sound})):
+        (row,) = open_source(Source(train=name, streaming=streaming)).rows()
+        assert isinstance(row, Row)
+        for column, content in columns.items():
+            held = row.values[column]
+            assert (held["bytes"] or Path(held["path"]).read_bytes()) == content
 
 
 def test_an_opened_hub_dataset_stays_at_its_commit(hub: DatasetHub) -> None:
