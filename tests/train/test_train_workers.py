@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trainkit
+from PIL import Image
 from taskkit import CASES
 from trainkit import Trained, at_step, run_recipe
 
@@ -73,14 +74,33 @@ def test_a_worker_that_dies_ends_the_run(tmp_path: Path) -> None:
     assert (described["status"], described["exit_code"]) == ("failed", 10)
 
 
+def photos(folder: Path) -> Path:
+    """The pictures of the image task, a folder for each class, as JPEGs."""
+    for number, row in enumerate(CASES["image_classification"].rows()):
+        (folder / row["label"]).mkdir(parents=True, exist_ok=True)
+        Image.open(row["image"]).save(folder / row["label"] / f"{number}.jpg")
+    return folder
+
+
+def test_a_broken_file_is_found_before_training_and_left_out(tmp_path: Path) -> None:
+    train = photos(tmp_path / "photos")
+    broken = sorted(train.rglob("*.jpg"))[-2]
+    broken.write_bytes(broken.read_bytes()[:-40])  # the end is missing
+    settings = (f"dataset={{train: {train}}}", "training.dataloader_num_workers=1", "training.max_steps=1")
+    steps = list[int]()
+    with pytest.raises(DataError, match=f"row 15: {broken}: the picture cannot be read") as caught:
+        run_recipe(recipe(tmp_path), *settings, on_event=at_step(1, lambda: steps.append(1)))
+    assert (caught.value.file, steps, workers()) == (str(broken), [], [])
+    done = run_recipe(tmp_path / "recipe.yaml", *settings, "dataset.on_bad_row=skip", overwrite=True)
+    (skipped,) = map(json.loads, (done.folder / "skipped.jsonl").read_text().splitlines())
+    assert (skipped["rows"], skipped["file"]) == ("train", str(broken))
+    assert (done.run["data"]["used"], done.run["data"]["skipped"]) == (15, 1)
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_file_that_breaks_later_is_an_error_with_row_and_path(tmp_path: Path, num_workers: int) -> None:
-    train = tmp_path / "photos"
-    for name in ("red", "blue"):
-        (train / name).mkdir(parents=True)
-    for number, row in enumerate(CASES["image_classification"].rows()):
-        (train / row["label"] / f"{number}.png").write_bytes(Path(row["image"]).read_bytes())
-    broken = sorted(train.rglob("*.png"))[4]
+    train = photos(tmp_path / "photos")
+    broken = sorted(train.rglob("*.jpg"))[4]
     settings = (f"dataset={{train: {train}}}", f"training.dataloader_num_workers={num_workers}", "training.max_steps=8")
     with pytest.raises(DataError) as caught:
         run_recipe(recipe(tmp_path), *settings, on_event=at_step(1, lambda: broken.write_bytes(b"gone")))
