@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,8 @@ import torch
 from torch import nn
 
 from peftcli.adapters.load import AdapterSource, find_adapter
-from peftcli.adapters.predict import load_for_task
+from peftcli.adapters.merge import merge_adapter
+from peftcli.adapters.predict import load_for_task, load_predictor
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import CONFIG_FILE, WEIGHTS_FILE, read_tensors
 from peftcli.core.protocols import describe
@@ -41,8 +43,12 @@ from peftcli.tasks.base import Batch, Probes, Task, facts_of_processor, scores_o
 
 RECORD_FILE = "verification.json"
 """Beside an adapter that was trained here; not pushed, since it holds rows of the data."""
-READERS = {"peft": ("peft",), "transformers": ("transformers", "peft")}
-"""Libraries that load an adapter by themselves -> the packages that this takes."""
+READERS = {
+    "peft": ("peft",),
+    "transformers": ("transformers", "peft"),
+    "sentence-transformers": ("sentence_transformers",),
+}
+"""Libraries that load an adapter, or the merged model, by themselves -> the packages that this takes."""
 
 _ROWS, _LOOKED_AT = 4, 16
 """The rows that are kept are the smallest of the first ones."""
@@ -57,6 +63,8 @@ _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.02}
 _ELSEWHERE = 20
 """How much larger it may be on another kind of device."""
 _KEYS = {"task", "config", "tensors", "files", "processor", "base_model", "device", "dtype", "bf16", "rows", "probe"}
+_TEXTS = ("Hello", "A longer text, beside which the first one is padded.")
+"""What readers of texts are compared by."""
 _BYTES = "bytes in base64"
 Rows = dict[str, Any]
 """Rows as JSON: ``values``, and what a ``Table`` says of them."""
@@ -218,17 +226,19 @@ def verify_adapter(
         result["rows"] *= inputs is not None
         result["allowed"] = allowed
         result["difference"] = _compare_model(source, opened, model, task, recorded, inputs, allowed)
-    if readers:
-        if not isinstance(task, Probes):
-            raise UsageError(f"the task has no inputs to compare readers with: {source.task}", key="--with")
-        expected = _sketch(scores_on(model, task.probe(), bf16=False))
-        for reader in readers:
+    for reader in readers:
+        if reader == "sentence-transformers":
+            found = _difference_of_embeddings(source)
+        elif isinstance(task, Probes):
             other = _load_with(reader, source, opened, next(model.parameters()).dtype).to(here).eval()
+            expected = _sketch(scores_on(model, task.probe(), bf16=False))
             found = _difference(_sketch(scores_on(other, task.probe(), bf16=False)), expected)
-            result["readers"][reader] = found
-            if not found <= _TOLERANCE.get(recorded.get("dtype", "float32"), 0.05) * _ELSEWHERE:
-                what = f"loaded by {reader}, the model's outputs differ by {found:.2g} of their deviation"
-                raise AdapterError(what, file=str(source.folder), key=f"--with {reader}")
+        else:
+            raise UsageError(f"the task has no inputs to compare readers with: {source.task}", key="--with")
+        result["readers"][reader] = found
+        if not found <= _TOLERANCE.get(recorded.get("dtype", "float32"), 0.05) * _ELSEWHERE:
+            what = f"loaded by {reader}, the model's outputs differ by {found:.2g} of their deviation"
+            raise AdapterError(what, file=str(source.folder), key=f"--with {reader}")
     return result
 
 
@@ -339,6 +349,21 @@ def _load_with(reader: str, source: AdapterSource, opened: OpenBase, dtype: torc
         return found
     base = getattr(importlib.import_module("transformers"), auto).from_pretrained(opened.folder, **options)
     return library.PeftModel.from_pretrained(base, source.folder)
+
+
+def _difference_of_embeddings(source: AdapterSource) -> float:
+    """Compare the embeddings of the merged model in sentence-transformers with those of ``predict``."""
+    with tempfile.TemporaryDirectory() as scratch:
+        merged = Path(scratch) / "merged"
+        merge_adapter(str(source.folder), merged, base=source.base_name)
+        if not (merged / "modules.json").is_file():
+            raise UsageError("the merged model is not one of sentence-transformers", file=str(source.folder))
+        library = importlib.import_module("sentence_transformers")
+        found = library.SentenceTransformer(str(merged), device="cpu").encode(_TEXTS, convert_to_tensor=True)
+    predictor = load_predictor(str(source.folder), source.base_name)
+    answers = predictor.answer(predictor.rows(_TEXTS))
+    expected = torch.tensor([vector for answer in answers for vector in answer.values()])
+    return _difference(_sketch(found.float().cpu()), _sketch(expected))
 
 
 # --- rows and tensors as JSON -----------------------------------------------------------------------------------------

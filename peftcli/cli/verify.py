@@ -15,7 +15,9 @@ def verify(
     readers: Annotated[
         list[str] | None,
         typer.Option(
-            "--with", metavar="peft|transformers", help="Load it with this library too, and compare. Repeatable."
+            "--with",
+            metavar="peft|transformers|sentence-transformers",
+            help="Load it with this library too, and compare. Repeatable.",
         ),
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model to use instead of the adapter's.")] = None,

@@ -19,6 +19,7 @@ from transformers import AutoModel
 
 from peftcli.adapters.merge import merge_adapter
 from peftcli.adapters.predict import load_predictor
+from peftcli.adapters.verify import verify_adapter
 
 ROWS = CASES["feature_extraction"].rows()[:4]
 SCORED = [
@@ -58,6 +59,7 @@ def check_merged(folder: Path, pooling: str, normalize: bool) -> None:
         warnings.simplefilter("error")
         model = SentenceTransformer(str(folder / "merged"), device="cpu")
     np.testing.assert_allclose(model.encode(texts), np.array(expected), atol=1e-5)
+    assert verify_adapter(str(run.folder), readers=["sentence-transformers"])["readers"]["sentence-transformers"] < 1e-4
     model.save_pretrained(str(folder / "saved"))  # by this release, whose files say it in other words
     task = open_task("feature_extraction", folder / "saved")
     assert (task.settings.pooling, task.settings.normalize, task.max_length) == (pooling, normalize, 64)
