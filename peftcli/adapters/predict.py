@@ -18,7 +18,7 @@ from peftcli.errors import AdapterError, DataError, UsageError
 from peftcli.models.open import LoadedModel, OpenBase, open_base
 from peftcli.schema import Source
 from peftcli.system.outputs import expand_user, is_stream
-from peftcli.tasks.base import FitsModel, Loads, PredictOptions, Predicts, Task
+from peftcli.tasks.base import FitsModel, PredictOptions, Predicts, Task
 from peftcli.tasks.text.generation import GenerationSettings
 from peftcli.tasks.text.prompts import prompt_of
 
@@ -97,10 +97,7 @@ def load_for_task(
         AdapterError: the adapter does not fit the base model.
         ModelError: the base model cannot be loaded.
     """
-    if isinstance(task, Loads):
-        loaded = LoadedModel(task.load(base, dtype))  # type: ignore[arg-type]
-    else:
-        loaded = base.model(source.auto_class(lambda: base.config), dtype, **source.model_options(base))
+    loaded = base.model(source.auto_class(lambda: base.config), dtype, **source.model_options(base))
     if isinstance(task, FitsModel):
         task.fit_model(loaded.model, None)
     if with_adapter:

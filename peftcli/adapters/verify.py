@@ -149,7 +149,8 @@ def record_model(
     }
     if rows and outputs:
         inputs = _batch(task, rows)
-        values["inputs"] = {name: _sketch(value) for name, value in sorted(inputs.items())}
+        tensors = {name: value for name, value in sorted(inputs.items()) if isinstance(value, torch.Tensor)}
+        values["inputs"] = {name: _sketch(value) for name, value in tensors.items()}
         values["scores"] = _sketch(scores_on(model, inputs, bf16=bf16))
     if outputs and isinstance(task, Probes):
         values["probe"] = _sketch(scores_on(model, task.probe(), bf16=bf16))
@@ -386,9 +387,8 @@ def _examples(task: Task[Any], rows: Rows) -> list[Example]:
 
 
 def _batch(task: Task[Any], rows: Rows) -> Batch:
-    """The tensors that a task makes of rows."""
-    batch = task.collate(_examples(task, rows), training=False)
-    return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    """What a task makes of rows."""
+    return task.collate(_examples(task, rows), training=False)
 
 
 def _to_json(value: Any) -> Any:
