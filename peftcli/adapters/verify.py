@@ -149,8 +149,8 @@ def record_model(
     }
     if rows and outputs:
         inputs = _batch(task, rows)
-        tensors = {name: value for name, value in sorted(inputs.items()) if isinstance(value, torch.Tensor)}
-        values["inputs"] = {name: _sketch(value) for name, value in tensors.items()}
+        made = {name: value for name, value in sorted(inputs.items()) if isinstance(value, torch.Tensor)}
+        values["inputs"] = {name: _sketch(value) for name, value in made.items()}
         values["scores"] = _sketch(scores_on(model, inputs, bf16=bf16))
     if outputs and isinstance(task, Probes):
         values["probe"] = _sketch(scores_on(model, task.probe(), bf16=bf16))
