@@ -345,6 +345,8 @@ def _load_with(reader: str, source: AdapterSource, opened: OpenBase, dtype: torc
     auto = source.auto_class(lambda: opened.config)
     options: dict[str, Any] = {"dtype": dtype, **source.recorded_options}
     library = importlib.import_module(reader)
+    if not hasattr(importlib.import_module("transformers"), auto):
+        raise UsageError(f"{reader} loads no {auto}", file=str(source.folder), key=f"--with {reader}")
     if reader == "transformers":
         found: nn.Module = getattr(library, auto).from_pretrained(source.folder, **options)
         return found
