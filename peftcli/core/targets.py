@@ -60,6 +60,7 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
     wanted = config.target_modules
     if wanted is None:
         wanted = config.usual_targets(getattr(getattr(model, "config", None), "model_type", ""))
+        wanted = list(getattr(model, "usual_targets", ())) or wanted
         if isinstance(wanted, list):  # parts of a family's models differ
             there = {ending for name in modules for ending in _endings(name)}
             wanted = [entry for entry in wanted if entry in there] or wanted

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from peftcli.errors import HubError, ModelError, NetworkError
@@ -18,11 +19,15 @@ from peftcli.schema import BaseModel
 from peftcli.system import hub_requests
 from peftcli.system.disk import sha256
 
+PIPELINE_FILE = "model_index.json"
+"""Says which parts a pipeline of diffusers has."""
 _SMALL = ("*.json", "*.txt", "*.model", "*.spm", "*.codes", "*.tokenizer", "*.tiktoken", "*.bpe", "*.vocab")
 """What configs, tokenizers and processors are made of, besides templates."""
 _LEFT = [CONFIG_FILE, *(f"*/{pattern}" for pattern in _SMALL)]
 """An adapter's config, with which transformers would load more than the base model; and files of other formats of the
 same model, and of checkpoints."""
+_OTHER_FORMS = [CONFIG_FILE, "*/*.fp16.*", "*/*.non_ema.*"]
+"""What a pipeline's parts may be there as, too."""
 
 _folders: dict[tuple[str, ...], Path] = {}
 """Keeps everything that a process reads of a model at one commit."""
@@ -38,18 +43,32 @@ def fetch(base: BaseModel, *names: str) -> Path:
         HubError: the hub has no such model, or refuses it.
         NetworkError: the hub cannot be reached, and the cache has no copy.
     """
+    code = ["*.py"] if base.trust_remote_code else []
+    inside, named = any("/" in name for name in names), list(map(glob.escape, names))
+    return _fetch(base, named if inside else [*_SMALL, "*.jinja", *code, *named], () if inside else _LEFT)
+
+
+def fetch_parts(base: BaseModel, parts: Iterable[str], *, weights: bool = False) -> Path:
+    """Fetch the small files of a pipeline's parts, each in a folder of its own, and maybe their safetensors.
+
+    Raises:
+        HubError: the hub refuses them.
+        NetworkError: the hub cannot be reached, and the cache has no copy.
+    """
+    kinds = (*_SMALL, *["*.safetensors"] * weights)
+    return _fetch(base, [f"{part}/{kind}" for part in parts for kind in kinds], _OTHER_FORMS)
+
+
+def _fetch(base: BaseModel, patterns: Sequence[str], ignored: Sequence[str]) -> Path:
     if not hub_requests.is_repo_id(base.name):
         raise ModelError(f"{short_repr(base.name)} is neither a folder nor a hub id", key="base_model")
     model = _key(base)
-    code = ["*.py"] if base.trust_remote_code else []
-    inside, named = any("/" in name for name in names), list(map(glob.escape, names))
-    patterns = named if inside else [*_SMALL, "*.jinja", *code, *named]
     if (known := _folders.get((*model, *patterns))) is not None:
         return known
     revision = _folders[model].name if model in _folders else base.revision
     what = f"no folder {base.name} here; on the hub: {base.name}"
     try:
-        folder = hub_requests.download_files(base.name, patterns, revision, ignored=() if inside else _LEFT, what=what)
+        folder = hub_requests.download_files(base.name, patterns, revision, ignored=ignored, what=what)
     except (HubError, NetworkError) as error:
         error.key = "base_model"
         raise
@@ -70,10 +89,14 @@ def _key(base: BaseModel) -> tuple[str, ...]:
 
 def base_hash(path: Path) -> str | None:
     """One hash over the weights and the config of a base model; None where there is no folder or file of it."""
-    files = sorted(path.glob("*.safetensors")) + sorted(path.glob("config.json")) if path.is_dir() else [path]
+    parts = (PIPELINE_FILE, "*/*.safetensors", "*/*config.json") if (path / PIPELINE_FILE).is_file() else ()
+    kinds = parts or ("*.safetensors", "config.json")
+    files = [file for kind in kinds for file in sorted(path.glob(kind))] if path.is_dir() else [path]
     if not all(file.is_file() for file in files) or not files:
         return None
-    return hashlib.sha256("".join(f"{file.name} {_content_hash(file)}\n" for file in files).encode()).hexdigest()
+    names = [file.relative_to(path) if parts else file.name for file in files]
+    described = (f"{name} {_content_hash(file)}\n" for name, file in zip(names, files, strict=True))
+    return hashlib.sha256("".join(described).encode()).hexdigest()
 
 
 def _content_hash(file: Path) -> str:

@@ -1,0 +1,361 @@
+"""A base model that has been found, checked and pinned; each of its files is read once."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from peftcli.core.layer import model_ends
+from peftcli.core.quantised import is_quantised
+from peftcli.errors import ModelError
+from peftcli.guard.files import irregular_kind, is_folder, short_name
+from peftcli.models import hub_files, quantization, tokens, validate
+from peftcli.models.hub_files import PIPELINE_FILE
+from peftcli.models.guarded import translated_errors
+from peftcli.schema import BaseModel
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+ProcessorKind = Literal["tokenizer", "image_processor", "feature_extractor", "processor"]
+_PROCESSORS: dict[ProcessorKind, tuple[str, str, dict[str, Any]]] = {
+    "tokenizer": ("AutoTokenizer", "tokenizer_config.json", {}),
+    "image_processor": ("AutoImageProcessor", "preprocessor_config.json", {"backend": "pil"}),
+    "feature_extractor": ("AutoFeatureExtractor", "preprocessor_config.json", {}),
+    "processor": ("AutoProcessor", "processor_config.json", {}),
+}
+"""transformers' auto class, its file, and its options: torchvision's image processors differ from PIL's."""
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_LABELS = {"num_labels", "id2label", "label2id"}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model with its weights."""
+
+    model: PreTrainedModel
+    initialised: tuple[str, ...] = ()
+    """Names of the parameters that the checkpoint lacks and the loader drew: those of new heads."""
+    note: str | None = None
+    """What the user should know of the heads."""
+
+
+@dataclass(frozen=True)
+class FoundBase:
+    """Where a base model's files are."""
+
+    folder: Path
+    on_hub: bool
+    """Whether the folder is the cache's copy of one commit on the hub."""
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether the folder holds a pipeline of diffusers: parts, each in a folder of its own."""
+        return os.path.lexists(self.folder / PIPELINE_FILE)
+
+
+def find_base(spec: BaseModel) -> FoundBase:
+    """Find a base model's folder; of one on the hub, its small files are fetched.
+
+    Raises:
+        ModelError: there is no such model.
+        HubError: the hub has no such model, or refuses it.
+        NetworkError: the hub cannot be reached.
+    """
+    path = _expanded(spec.name)
+    if spec.name.endswith(".gguf"):
+        if (wrong := irregular_kind(path)) or not path.exists():
+            raise ModelError(wrong or "no such file", file=short_name(spec.name), key="base_model")
+        if importlib.util.find_spec("gguf") is None:
+            raise ModelError("reading .gguf needs the package gguf", hint="pip install 'peftcli[gguf]'")
+        return FoundBase(path.parent, on_hub=False)
+    if is_folder(path):
+        _refuse_adapter(path)
+        if not _describes_model(path):
+            message = f"{short_name(spec.name)} is not a model folder: it has no config.json"
+            raise ModelError(message, key="base_model")
+        return FoundBase(path, on_hub=False)
+    if spec.name.startswith((".", "/", "~")) or spec.name.count("/") > 1 or os.path.lexists(path):
+        raise ModelError(f"no model folder {short_name(spec.name)}", key="base_model")
+    if spec.trust_remote_code and not _COMMIT.fullmatch(spec.revision or ""):
+        raise ModelError(
+            "code from the hub runs at a pinned commit only",
+            key="base_model.revision",
+            hint="give the 40 digits of the commit whose code you have read",
+        )
+    folder = hub_files.fetch(spec)
+    if not _describes_model(folder):
+        raise ModelError(f"{spec.name} on the hub is not a model: it has no config.json", key="base_model")
+    _refuse_adapter(folder)  # one that was fetched as an adapter; the base model's own is not
+    return FoundBase(folder, on_hub=True)
+
+
+class OpenBase:
+    """An open base model: give ``open_base`` its spec."""
+
+    def __init__(self, spec: BaseModel, found: FoundBase, processors: Path | None = None):
+        self.spec, self.name = spec, spec.name
+        self._own_processors, self._on_hub = processors, found.on_hub
+        self._template = tokens.template_text(spec)
+        self._is_gguf = spec.name.endswith(".gguf")
+        self.folder = found.folder
+        """The folder on this machine: of a hub model, the cache's copy of one commit."""
+        self._json: dict[Path, dict[str, Any]] = {}
+        if not self._is_gguf or spec.trust_remote_code:  # code of a tokenizer beside a .gguf file
+            self._json = validate.check_folder(self.folder, trusted=spec.trust_remote_code)
+        self._processors: dict[str, Any] = {}
+
+    def __enter__(self) -> OpenBase:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._processors.clear()
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of a hub model; None for a folder or file."""
+        return self.folder.name if self._on_hub else None
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The base model's config. Change a copy only.
+
+        Raises:
+            ModelError: it names code that is not run, or transformers cannot read it.
+        """
+        from transformers import AutoConfig
+
+        if not self._is_gguf:
+            validate.check_config(self._json, trusted=self.spec.trust_remote_code)
+        with translated_errors(self.name):
+            return AutoConfig.from_pretrained(**self._where)
+
+    @cached_property
+    def quantization(self) -> dict[str, Any] | None:
+        """How the weights are quantised, as the folder stores them or as the recipe says; None: not at all.
+
+        Raises:
+            ModelError: the package for it is not installed; or both.
+        """
+        wanted = self.spec.quantization
+        stored = None if self._is_gguf else quantization.stored_kind(self.config)
+        if stored and wanted:
+            raise ModelError(
+                f"{self.name} is stored quantised already ({stored}); it cannot become {wanted.type}",
+                key="base_model.quantization",
+                hint="leave it out, or name the full-precision model",
+            )
+        found: dict[str, Any] | None = (
+            {"type": stored, "stored": True} if stored else asdict(wanted) if wanted else None
+        )
+        if found:
+            quantization.need_package(found["type"])
+        return found
+
+    def processor(self, kind: ProcessorKind = "tokenizer", **more: Any) -> Any:
+        """Return the tokenizer, with the recipe's chat template and new tokens, or another processor of the model.
+
+        Args:
+            kind: which processor.
+            more: options of its ``from_pretrained``.
+
+        Raises:
+            ModelError: the model has none, or it cannot be changed as the recipe says.
+        """
+        if more or kind not in self._processors:
+            import transformers
+
+            auto_class, file, options = _PROCESSORS[kind]
+            options = {**options, **more}
+            build, own = getattr(transformers, auto_class).from_pretrained, self._own_processors
+            if own is not None and os.path.lexists(own / file):
+                validate.check_folder(own)
+                with translated_errors(str(own)):
+                    loaded = build(own, trust_remote_code=False, **options)
+            else:
+                with translated_errors(self.name):
+                    loaded = build(**self._where, **options)
+                if kind == "tokenizer":
+                    tokens.apply_recipe(loaded, self.spec, self._template)
+            self._processors[kind] = loaded
+        return self._processors[kind]
+
+    def model(self, auto_class: str, dtype: torch.dtype | None, **options: Any) -> LoadedModel:
+        """Load the model, frozen parameters and all: on the CPU, or quantised on the device that computes.
+
+        Args:
+            auto_class: transformers' auto class of the task, as ``AutoModelForCausalLM``.
+            dtype: number format of the weights that are not quantised.
+            options: what a task sets in the config, as ``num_labels``. With labels, a head of the checkpoint for
+                other labels is replaced by a new one.
+
+        Raises:
+            ModelError: the model is not of this class, or its weights are not those of its config.
+            OutOfMemory: the machine's memory does not hold it.
+        """
+        import transformers
+
+        arguments: dict[str, Any] = {"dtype": dtype, **options}
+        if self.spec.attn_implementation:
+            arguments["attn_implementation"] = self.spec.attn_implementation
+        how = self.quantization
+        if self._is_gguf:
+            arguments["quantization_config"] = quantization.unpacked_gguf()
+        elif self.spec.quantization:
+            arguments["quantization_config"] = quantization.to_transformers(self.spec.quantization, dtype)
+        if how:
+            quantization.hush()
+        if not self._is_gguf:
+            # ignored: find_initialised names what differs
+            arguments |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
+            self._check_weights(auto_class)
+        with translated_errors(self.name):
+            build = getattr(transformers, auto_class).from_pretrained
+            model, info = build(**self._where, **arguments, output_loading_info=True)
+            initialised, note = validate.find_initialised(
+                model, info, self.name, new_labels=not _LABELS.isdisjoint(options), complete=how is None
+            )
+        if auto_class == "AutoModel":  # its answer is the hidden states, which no pooler has a part in
+            initialised = ()
+        if how and not any(map(is_quantised, model.modules())):
+            raise ModelError(f"{how['type']} finds no linear layer in {self.name}", key="base_model.quantization")
+        return LoadedModel(model, initialised, note)
+
+    def empty_model(self, auto_class: str, **options: Any) -> PreTrainedModel:
+        """Build the model on the meta device: its modules and shapes, no memory.
+
+        Raises:
+            ModelError: the model is not of this class.
+        """
+        config = copy.deepcopy(self.config)
+        for key, value in options.items():
+            setattr(config, key, value)
+        with translated_errors(self.name):
+            return build_empty(auto_class, config, trust_remote_code=self.spec.trust_remote_code)
+
+    def label_options(self, auto_class: str, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """Return ``num_labels`` if a head of these sizes is for other labels than the config says."""
+        return label_options(partial(self.empty_model, auto_class), sizes)
+
+    def file(self, name: str) -> Path | None:
+        """Return the path of one of the model's small files, of its folders too; None if the model lacks it."""
+        if "/" in name:
+            return None if self._is_gguf else self._fetch(name)
+        path = self.folder / name
+        return path if not self._is_gguf and os.path.lexists(path) else None
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether it is made of several models, each in a folder of its own."""
+        return False
+
+    def shards(self) -> list[Path]:
+        """Return the safetensors files, whole and on this machine, in order; none if the model is stored otherwise.
+
+        Raises:
+            ModelError: one of them is missing or damaged.
+            NetworkError: the hub cannot be reached.
+        """
+        return list(self._shards)
+
+    @cached_property
+    def _shards(self) -> dict[Path, int]:
+        """Each safetensors file, and how many numbers it holds."""
+        config = self.folder / "config.json"
+        if config not in self._json:
+            return {}
+        own = validate.weights_name(self._json[config], str(config))
+        found = next((file for name in ([own] if own else validate.WEIGHTS) if (file := self._fetch(name))), None)
+        if found is None:
+            return {}
+        names = [found.name] if found.suffix == ".safetensors" else validate.listed_shards(found)
+        self._fetch(*names)
+        return {self.folder / name: validate.count_stored(self.folder / name) for name in names}
+
+    def _check_weights(self, auto_class: str) -> None:
+        """Raises ModelError unless the weights are whole safetensors files, as large as the config says."""
+        if not self._shards:
+            folder = _expanded(self.name)
+            names = [path.name for path in folder.iterdir()] if is_folder(folder) else []
+            raise validate.no_weights(self.name, names)
+        if self.quantization is None:
+            numbers = sum(self._shards.values())
+            validate.check_size(self.empty_model(auto_class), numbers, str(self.folder / "config.json"))
+
+    @property
+    def _where(self) -> dict[str, Any]:
+        """The arguments of ``from_pretrained`` that say which model."""
+        gguf = {"gguf_file": _expanded(self.name).name} if self._is_gguf else {}
+        return {
+            "pretrained_model_name_or_path": str(self.folder),
+            "trust_remote_code": self.spec.trust_remote_code,
+            **gguf,
+        }
+
+    def _fetch(self, *names: str) -> Path | None:
+        """Make sure that files of the model are on this machine; return the first, or None if the model lacks it."""
+        if self._on_hub:
+            hub_files.fetch(self.spec, *names)
+        path = self.folder / names[0]
+        return path if os.path.lexists(path) else None
+
+
+def build_empty(auto_class: str, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """Build a model on the meta device; ``auto_class`` may be a model class, too."""
+    import torch
+    import transformers
+
+    found: Any = getattr(transformers, auto_class)
+    with torch.device("meta"):
+        model: PreTrainedModel = (
+            found.from_config(config, **options) if hasattr(found, "from_config") else found._from_config(config)
+        )
+    return model
+
+
+def label_options(build: Callable[..., nn.Module], sizes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Return ``num_labels`` if a head of these sizes is for other labels than the model's config says.
+
+    Args:
+        build: returns the model on the meta device, with such options in its config.
+        sizes: of parameters, by name; those of the vocabulary may differ from the model's.
+    """
+
+    def differing(model: nn.Module) -> list[int]:
+        ends = {id(value) for end in model_ends(model) if end is not None for value in end.parameters()}
+        named = ((sizes[name], value) for name, value in model.named_parameters() if name in sizes)
+        return [size[0] for size, value in named if size and size != tuple(value.shape) and id(value) not in ends]
+
+    counts = sorted(set(differing(build()))) if sizes else []
+    found = next((count for count in counts if not differing(build(num_labels=count))), None)
+    return {} if found is None else {"num_labels": found}
+
+
+def _describes_model(folder: Path) -> bool:
+    return any(os.path.lexists(folder / name) for name in ("config.json", PIPELINE_FILE))
+
+
+def _refuse_adapter(folder: Path) -> None:
+    if validate.is_adapter(folder):
+        raise ModelError(
+            "contains an adapter, which transformers would also load",
+            file=str(folder),
+            key="base_model",
+            hint="name the base model of the adapter",
+        )
+
+
+def _expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # ~name, of a user that this machine does not know
+        return Path(name)

@@ -1,0 +1,382 @@
+"""Diffusion models as one module each: what is adapted, and around it what makes its inputs and reads its answers.
+
+Latent diffusion: https://arxiv.org/abs/2112.10752; flow matching: https://arxiv.org/abs/2403.03206.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.utils.generic import ModelOutput
+
+from peftcli.errors import ModelError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Tensors = dict[str, torch.Tensor]
+_KEPT_BYTES = 2 << 30
+"""Of the latents that a model keeps, and of its texts' embeddings. The others are computed each time."""
+_COPIED = (".json", ".txt", ".model", ".safetensors")
+_GUIDANCE = 3.5
+"""What Flux is told while it trains, as its published recipes do."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is read when it is needed."""
+
+    read: Callable[[], torch.Tensor]
+    """Returns its pixels (3, H, W), from -1 to 1."""
+    key: Hashable | None = None
+    """Pictures of one key have the same pixels, whose latents are kept. None: they are not."""
+
+
+@dataclass
+class Denoised(ModelOutput):
+    """What a denoiser says of noisy latents, and what it should say."""
+
+    sample: torch.Tensor | None = None
+    """(B, C, h, w)."""
+    target: torch.Tensor | None = None
+    """(B, C, h, w): the noise, the velocity or the flow, as the scheduler is set."""
+
+
+class Family(ABC):
+    """Pipelines of one kind: which parts they have, and how their denoisers are called."""
+
+    name: ClassVar[str]
+    """Of the class in diffusers."""
+    denoiser: ClassVar[str] = "unet"
+    """The part that is trained."""
+    adapted_texts: ClassVar[Sequence[str]] = ("text_encoder",)
+    """The encoders of texts that may be trained, those of CLIP."""
+
+    @abstractmethod
+    def encode(self, pipeline: Any, prompts: Sequence[str]) -> Tensors:
+        """Turn prompts into what the denoiser is told: tensors (B, ...)."""
+
+    @abstractmethod
+    def predict(
+        self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, told: Tensors, sizes: torch.Tensor
+    ) -> torch.Tensor:
+        """Call the denoiser.
+
+        Args:
+            model: Has it.
+            noisy: Latents (B, C, h, w).
+            steps: Of the scheduler (B,).
+            told: What ``encode`` gave.
+            sizes: Of the pictures (B, 6): height and width before they were cut, top and left of the cut, and height
+                and width.
+
+        Returns:
+            What it predicts (B, C, h, w).
+        """
+
+
+class _StableDiffusion(Family):
+    name = "StableDiffusionPipeline"
+
+    def encode(self, pipeline: Any, prompts: Sequence[str]) -> Tensors:
+        return {"states": pipeline.encode_prompt(list(prompts), pipeline.device, 1, False)[0]}
+
+    def predict(
+        self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, told: Tensors, sizes: torch.Tensor
+    ) -> torch.Tensor:
+        return model.part("unet")(noisy, steps, told["states"]).sample
+
+
+class _StableDiffusionXL(Family):
+    name = "StableDiffusionXLPipeline"
+    adapted_texts = ("text_encoder", "text_encoder_2")
+
+    def encode(self, pipeline: Any, prompts: Sequence[str]) -> Tensors:
+        states, _, pooled, _ = pipeline.encode_prompt(
+            list(prompts), device=pipeline.device, do_classifier_free_guidance=False
+        )
+        return {"states": states, "pooled": pooled}
+
+    def predict(
+        self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, told: Tensors, sizes: torch.Tensor
+    ) -> torch.Tensor:
+        more = {"text_embeds": told["pooled"], "time_ids": sizes.to(noisy.dtype)}
+        return model.part("unet")(noisy, steps, told["states"], added_cond_kwargs=more).sample
+
+
+class _StableDiffusion3(Family):
+    name = "StableDiffusion3Pipeline"
+    denoiser = "transformer"
+    adapted_texts = ("text_encoder", "text_encoder_2")
+
+    def encode(self, pipeline: Any, prompts: Sequence[str]) -> Tensors:
+        states, _, pooled, _ = pipeline.encode_prompt(
+            list(prompts), None, None, device=pipeline.device, do_classifier_free_guidance=False
+        )
+        return {"states": states, "pooled": pooled}
+
+    def predict(
+        self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, told: Tensors, sizes: torch.Tensor
+    ) -> torch.Tensor:
+        return model.part("transformer")(noisy, told["states"], told["pooled"], steps).sample
+
+
+class _Flux(Family):
+    name = "FluxPipeline"
+    denoiser = "transformer"
+
+    def encode(self, pipeline: Any, prompts: Sequence[str]) -> Tensors:
+        states, pooled, _ = pipeline.encode_prompt(list(prompts), None, device=pipeline.device)
+        return {"states": states, "pooled": pooled}
+
+    def predict(
+        self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, told: Tensors, sizes: torch.Tensor
+    ) -> torch.Tensor:
+        pipeline, (count, channels, height, width) = model.pipeline, noisy.shape
+        like: dict[str, Any] = {"device": noisy.device, "dtype": noisy.dtype}
+        packed = model.part("transformer")(
+            pipeline._pack_latents(noisy, count, channels, height, width),
+            told["states"],
+            told["pooled"],
+            steps / 1000,
+            img_ids=pipeline._prepare_latent_image_ids(count, height // 2, width // 2, **like),
+            txt_ids=torch.zeros(told["states"].shape[1], 3, **like),
+            guidance=torch.full((count,), _GUIDANCE, **like) if model.guided else None,
+        ).sample
+        scale = pipeline.vae_scale_factor
+        return pipeline._unpack_latents(packed, height * scale, width * scale, scale)
+
+
+FAMILIES: dict[str, Family] = {
+    each.name: each for each in (_StableDiffusion(), _StableDiffusionXL(), _StableDiffusion3(), _Flux())
+}
+"""By the name of the class in diffusers."""
+
+
+class DiffusionModel(nn.Module):
+    """A pipeline's denoiser and maybe its texts' encoders, as one module; the other parts stay frozen beside it."""
+
+    usual_targets = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+
+    def __init__(
+        self,
+        family: Family,
+        trained: Mapping[str, nn.Module],
+        pipeline: Any = None,
+        folder: Path | None = None,
+    ):
+        """``OpenPipeline.model`` and ``empty_model`` call this.
+
+        Args:
+            family: What kind of pipeline it is.
+            trained: The parts that may be adapted.
+            pipeline: All parts, as diffusers holds them; None where the parts are on the meta device.
+            folder: Where the pipeline was read from.
+        """
+        super().__init__()
+        self.family, self.pipeline, self.folder = family, pipeline, folder
+        self.trained = tuple(trained)
+        for name, part in trained.items():
+            self.add_module(name, part)
+        denoiser: Any = trained[family.denoiser]
+        self.compute_dtype: torch.dtype = denoiser.dtype
+        self.guided = bool(getattr(denoiser.config, "guidance_embeds", False))
+        self._latents, self._told = _Kept(), _Kept()
+        if pipeline is not None:
+            self._noise = noise_of(pipeline.scheduler)
+
+    def part(self, name: str) -> Any:
+        """One of the parts that may be adapted."""
+        return self.get_submodule(name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.parameters()).device
+
+    def forward(
+        self,
+        pictures: Sequence[Picture],
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        times: torch.Tensor,
+        sizes: torch.Tensor,
+    ) -> Denoised:
+        """Add noise to pictures and predict it.
+
+        Args:
+            pictures: B of one size.
+            prompts: What is on them.
+            seeds: What the noise of each is drawn by, and what the autoencoder draws.
+            times: (B,), from 0 to 1: which share of all steps is less noisy, as training draws them.
+            sizes: See ``Family.predict``.
+        """
+        clean, noise = self._encoded(pictures, seeds)
+        noisy, steps, target = self._noise(clean, noise, times.to(self.device))
+        told = {name: value.to(self.compute_dtype) for name, value in self._tell(prompts).items()}
+        sample = self.family.predict(self, noisy.to(self.compute_dtype), steps, told, sizes)
+        return Denoised(sample.float(), target)
+
+    def _encoded(self, pictures: Sequence[Picture], seeds: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents of pictures, and noise (B, C, h, w) each, drawn on the CPU: by the seed alone."""
+        found = [self._latents.get(each.key, partial(self._moments, each)) for each in pictures]
+        draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+        means, logs = (torch.stack(part) for part in zip(*((value.mean, value.log) for value in found), strict=True))
+        extra, noise = (torch.stack([torch.randn(means.shape[1:], generator=draw) for draw in draws]) for _ in range(2))
+        config = self.pipeline.vae.config
+        latents = means + torch.exp(0.5 * logs) * extra
+        shifted = latents - (getattr(config, "shift_factor", None) or 0.0)
+        return (shifted * config.scaling_factor).to(self.device), noise.to(self.device)
+
+    @torch.no_grad()
+    def _moments(self, picture: Picture) -> _Moments:
+        pixels = picture.read()[None].to(self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            found = self.pipeline.vae.encode(pixels).latent_dist
+        return _Moments(found.mean[0].cpu(), found.logvar[0].cpu())
+
+    def _tell(self, prompts: Sequence[str]) -> Tensors:
+        if len(self.trained) > 1:
+            return self.family.encode(self.pipeline, prompts)
+        found = [self._told.get(each, partial(self._encode_one, each)) for each in prompts]
+        return {name: torch.stack([each[name] for each in found]).to(self.device) for name in found[0]}
+
+    @torch.no_grad()
+    def _encode_one(self, prompt: str) -> Tensors:
+        return {name: value[0].cpu() for name, value in self.family.encode(self.pipeline, [prompt]).items()}
+
+    def pictures(self, prompts: Sequence[str], seeds: Sequence[int], side: int, **options: Any) -> list[Image]:
+        """Make a picture of each prompt. What it is depends on its seed, and not on the others.
+
+        Args:
+            prompts: What is to be on them.
+            seeds: What the noise of each is drawn by.
+            side: Width and height in pixels.
+            options: Of the pipeline: num_inference_steps, guidance_scale.
+        """
+        was_training, mixed = self.training, self.compute_dtype != torch.float32
+        self.eval()
+        draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+        with torch.autocast(self.device.type, self.compute_dtype if mixed else torch.bfloat16, enabled=mixed):
+            made = self.pipeline(prompt=list(prompts), generator=draws, height=side, width=side, **options)
+        self.train(was_training)
+        images: list[Image] = made.images
+        return images
+
+    def gradient_checkpointing_enable(self, options: Mapping[str, Any] | None = None) -> None:
+        """Keep fewer activations and compute them again."""
+        for name in self.trained:
+            part = self.part(name)
+            enable = getattr(part, "enable_gradient_checkpointing", None)
+            enable() if enable else part.gradient_checkpointing_enable(options)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the whole pipeline: the parts that may be adapted as they are now, the others as they were read."""
+        assert self.folder is not None
+        index = json.loads((self.folder / "model_index.json").read_bytes())
+        for name, value in index.items():
+            source = self.folder / name
+            if not isinstance(value, list) or value == [None, None]:
+                continue
+            if name in self.trained:
+                self.part(name).save_pretrained(folder / name)
+            elif source.is_dir():
+                for path in sorted(source.iterdir()):
+                    if path.suffix in _COPIED and ".fp16." not in path.name:
+                        (folder / name).mkdir(exist_ok=True)
+                        shutil.copyfile(path, folder / name / path.name)
+            if not (folder / name).is_dir():
+                index[name] = [None, None]
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DiffusionModel:
+        """Move the frozen parts along."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for part in self._frozen():
+            part._apply(fn)
+        return self
+
+    def _frozen(self) -> Iterable[nn.Module]:
+        parts = self.pipeline.components if self.pipeline is not None else {}
+        return [part for name, part in parts.items() if isinstance(part, nn.Module) and name not in self.trained]
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """What the autoencoder draws a picture's latents from, (C, h, w) each."""
+
+    mean: torch.Tensor
+    log: torch.Tensor
+    """Logarithms of variances."""
+
+
+class _Kept:
+    """Values that are computed once, as far as memory is given to them."""
+
+    def __init__(self) -> None:
+        self._values: dict[Hashable, Any] = {}
+        self._room = _KEPT_BYTES
+
+    def get(self, key: Hashable | None, make: Callable[[], Any]) -> Any:
+        """The value of a key, which ``make`` computes where it is not kept. A None key is never kept."""
+        if key in self._values:
+            return self._values[key]
+        value = make()
+        tensors = value.values() if isinstance(value, dict) else vars(value).values()
+        size = sum(each.numel() * each.element_size() for each in tensors)
+        if key is not None and size <= self._room:
+            self._room -= size
+            self._values[key] = value
+        return value
+
+
+_Noise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""From latents, noise (B, C, h, w) and times (B,): noisy latents, steps (B,) and what is to be predicted."""
+
+
+def noise_of(scheduler: Any) -> _Noise:
+    """How a scheduler's settings say that noise is added and what of it is predicted.
+
+    Raises:
+        ModelError: they say something that is not known.
+    """
+    import diffusers
+
+    if not hasattr(scheduler, "alphas_cumprod"):
+        flow: Any = diffusers.FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+        return lambda clean, noise, times: _flow(flow, clean, noise, times)
+    discrete: Any = diffusers.DDPMScheduler.from_config(scheduler.config)
+    kind = discrete.config.prediction_type
+    if kind not in ("epsilon", "v_prediction", "sample"):
+        raise ModelError(f"predicts {kind}, which is not known", file="scheduler", key="base_model")
+    return lambda clean, noise, times: _discrete(discrete, kind, clean, noise, times)
+
+
+def _discrete(
+    scheduler: Any, kind: str, clean: torch.Tensor, noise: torch.Tensor, times: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    count = scheduler.config.num_train_timesteps
+    steps = (times * count).long().clamp(max=count - 1)
+    noisy = scheduler.add_noise(clean, noise, steps)
+    if kind == "v_prediction":
+        return noisy, steps, scheduler.get_velocity(clean, noise, steps)
+    return noisy, steps, noise if kind == "epsilon" else clean
+
+
+def _flow(
+    scheduler: Any, clean: torch.Tensor, noise: torch.Tensor, times: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The middle of the way from noise to picture is trained most: times are those of a logit-normal."""
+    spread = torch.sigmoid(torch.special.ndtri(times.double().clamp(1e-6, 1 - 1e-6)))
+    at = (spread * len(scheduler.timesteps)).long().clamp(max=len(scheduler.timesteps) - 1)
+    sigmas = scheduler.sigmas.to(clean.device)[at][:, None, None, None]
+    return (1 - sigmas) * clean + sigmas * noise, scheduler.timesteps.to(clean.device)[at], noise - clean

@@ -1,0 +1,238 @@
+"""A base model that is a pipeline of diffusers: several models, each in a folder of its own, and model_index.json."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from peftcli.errors import ModelError
+from peftcli.guard.adapter_folder import DTYPES
+from peftcli.guard.files import read_json_object, short_repr
+from peftcli.guard.safetensors_header import open_safetensors
+from peftcli.models import hub_files, validate
+from peftcli.models.base import FoundBase, LoadedModel, OpenBase
+from peftcli.models.diffusion import FAMILIES, DiffusionModel, Family
+from peftcli.models.hub_files import PIPELINE_FILE
+from peftcli.models.guarded import translated_errors
+from peftcli.schema import BaseModel
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+_LIBRARIES = ("diffusers", "transformers")
+"""Where the classes of parts may be from: a part of any other name is code."""
+_MAX_JSON_BYTES = 1 << 24
+_LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts that are not loaded: they look at pictures."""
+_DEFAULT_SAMPLE_SIZE = 128
+"""Of a transformer that takes pictures of any size, as Flux: pictures of 1024 pixels."""
+
+
+class OpenPipeline(OpenBase):
+    """An open pipeline: give ``open_base`` its spec.
+
+    What is adapted of it is its denoiser and, if asked for, its encoders of texts, as one module.
+    """
+
+    def __init__(self, spec: BaseModel, found: FoundBase, processors: Path | None = None):
+        super().__init__(spec, found, processors)
+        if importlib.util.find_spec("diffusers") is None:
+            raise ModelError("a pipeline needs the package diffusers", hint="pip install 'peftcli[diffusion]'")
+        index = read_json_object(self.folder / PIPELINE_FILE, _MAX_JSON_BYTES, ModelError, strict=False)
+        self.family = self._family(index)
+        self.parts = dict(self._parts(index))
+        """Name of a part that is loaded -> library and class."""
+        if spec.quantization:
+            message = f"{self.name} is a pipeline, whose parts are not quantised here"
+            raise ModelError(message, key="base_model.quantization", hint="leave it out")
+        if self._on_hub:
+            hub_files.fetch_parts(spec, self.parts)
+        for name in self.parts:
+            if not (self.folder / name).is_dir():
+                raise ModelError(f"has no folder {name}", file=self.name, key="base_model")
+            validate.check_config(validate.check_folder(self.folder / name), trusted=False)
+
+    def _family(self, index: Mapping[str, Any]) -> Family:
+        name = index.get("_class_name")
+        if not isinstance(name, str) or name not in FAMILIES:
+            message = f"is a pipeline of the kind {short_repr(name)}; known: {', '.join(FAMILIES)}"
+            raise ModelError(message, file=str(self.folder / PIPELINE_FILE), key="base_model")
+        return FAMILIES[name]
+
+    def _parts(self, index: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, str]]]:
+        for name, value in index.items():
+            if not isinstance(value, list) or value == [None, None] or name in _LEFT_OUT:
+                continue
+            library, kind = value if len(value) == 2 else (None, None)
+            if library not in _LIBRARIES or not (isinstance(kind, str) and kind.isidentifier()):
+                message = f"is {short_repr(value)}; a class of {' or '.join(_LIBRARIES)} is wanted"
+                raise ModelError(message, file=str(self.folder / PIPELINE_FILE), key=name)
+            yield name, (library, kind)
+
+    @property
+    def is_pipeline(self) -> bool:
+        return True
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        import torch
+        from transformers import PreTrainedConfig
+
+        shards = sorted((self.folder / self.family.denoiser).glob("*.safetensors"))
+        config = PreTrainedConfig(architectures=["DiffusionPipeline"])
+        if shards:
+            with open_safetensors(shards[0], ModelError) as (header, _):
+                largest = max(header.values(), key=lambda entry: entry.numel)
+            config.dtype = getattr(torch, DTYPES[largest.dtype])
+        return config
+
+    @cached_property
+    def quantization(self) -> dict[str, Any] | None:
+        return None
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """How many pixels of a picture's side become one number."""
+        return int(2 ** (len(self._config_of("vae").get("block_out_channels", [0])) - 1))
+
+    @property
+    def resolution(self) -> int:
+        """The side of the pictures that the pipeline was made for, in pixels."""
+        size = self._config_of(self.family.denoiser).get("sample_size") or _DEFAULT_SAMPLE_SIZE
+        return self.pixels_per_latent * int(size if isinstance(size, (int, float)) else min(size))
+
+    @property
+    def resolution_step(self) -> int:
+        """What the side of a picture must be a multiple of, in pixels: transformers read two by two numbers."""
+        return self.pixels_per_latent * (1 if self.family.denoiser == "unet" else 2)
+
+    def _config_of(self, part: str) -> dict[str, Any]:
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        return read_json_object(self.folder / part / name, _MAX_JSON_BYTES, ModelError, strict=False)
+
+    def model(
+        self, auto_class: str, dtype: torch.dtype | None, *, train_text_encoder: bool = False, **options: Any
+    ) -> LoadedModel:
+        """Load the pipeline as one module, frozen, on the CPU. The autoencoder computes in float32.
+
+        Args:
+            auto_class: not needed: the pipeline says its classes.
+            dtype: number format of the other parts.
+            train_text_encoder: whether the texts' encoders are among what may be adapted.
+            options: none.
+
+        Raises:
+            ModelError: a part lacks weights, or is not what its config says.
+            OutOfMemory: the machine's memory does not hold it.
+        """
+        import torch
+
+        if self._on_hub:
+            hub_files.fetch_parts(self.spec, self.parts, weights=True)
+        empty = self.empty_model(auto_class, train_text_encoder=train_text_encoder)
+        self._check_sizes(empty)
+        with translated_errors(self.name), _quiet():
+            loaded = {name: self._load(name, torch.float32 if name == "vae" else dtype) for name in self.parts}
+            import diffusers
+
+            kind = getattr(diffusers, self.family.name)
+            others = {name: None for name in _LEFT_OUT if name in signature(kind).parameters}
+            more = {"requires_safety_checker": False} if "safety_checker" in others else {}
+            pipeline = kind.from_pretrained(self.folder, local_files_only=True, **loaded, **others, **more)
+            pipeline.set_progress_bar_config(disable=True)
+        model = DiffusionModel(self.family, {name: loaded[name] for name in empty.trained}, pipeline, self.folder)
+        return LoadedModel(cast(Any, model))
+
+    def _check_sizes(self, empty: DiffusionModel) -> None:
+        """Raises ModelError unless the parts that are adapted have weights, and are as large as these."""
+        for name in empty.trained:
+            stored = sum(map(validate.count_stored, self._shards_of(name)))
+            validate.check_size(empty.get_submodule(name), stored, str(self.folder / name / "config.json"))
+
+    def _shards_of(self, name: str) -> list[Path]:
+        """The safetensors files of a part.
+
+        Raises:
+            ModelError: there are none.
+        """
+        folder = self.folder / name
+        if not (found := sorted(folder.glob("*.safetensors"))):
+            raise validate.no_weights(str(folder), [path.name for path in folder.iterdir()])
+        return found
+
+    def _load(self, name: str, dtype: torch.dtype | None) -> Any:
+        """Load one part.
+
+        Raises:
+            ModelError: it has no safetensors, or they are not those of its config.
+        """
+        folder, kind = self.folder / name, self._class(name)
+        if not self._has_weights(name):
+            return kind.from_pretrained(folder, local_files_only=True)
+        self._shards_of(name)
+        key = "torch_dtype" if self.parts[name][0] == "diffusers" else "dtype"
+        options = {key: dtype, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+        part, info = kind.from_pretrained(folder, **options)
+        damage = [f"{key} is missing" for key in sorted(info["missing_keys"])]
+        if damage:
+            message = f"the weights of {name} are not those of its config.json: {', '.join(damage[:6])}"
+            raise ModelError(message, file=self.name, key="base_model")
+        return part.requires_grad_(False).eval()
+
+    def _has_weights(self, name: str) -> bool:
+        return name == "vae" or name == self.family.denoiser or name.startswith("text_encoder")
+
+    def _class(self, name: str) -> Any:
+        import diffusers
+        import transformers
+
+        library, kind = self.parts[name]
+        found = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind, None)
+        if not hasattr(found, "from_pretrained"):
+            message = f"{library} has no class {short_repr(kind)}"
+            raise ModelError(message, file=str(self.folder / PIPELINE_FILE), key=name)
+        return found
+
+    def empty_model(self, auto_class: str, *, train_text_encoder: bool = False, **options: Any) -> Any:
+        """Build what may be adapted on the meta device, as one module.
+
+        Raises:
+            ModelError: diffusers or transformers cannot build a part.
+        """
+        import torch
+
+        texts = [name for name in self.family.adapted_texts if train_text_encoder]
+        with translated_errors(self.name), _quiet(), torch.device("meta"):
+            parts = {name: self._build(name) for name in (self.family.denoiser, *texts)}
+        return DiffusionModel(self.family, parts)
+
+    def _build(self, name: str) -> Any:
+        kind = self._class(name)
+        if self.parts[name][0] == "diffusers":
+            return kind.from_config(kind.load_config(self.folder / name, local_files_only=True))
+        return kind(kind.config_class.from_pretrained(self.folder / name))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let diffusers draw no progress bars, and log errors alone; transformers too, of what diffusers imports of it."""
+    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
+
+    logs = (logging, transformers_logging)
+    levels = [each.get_verbosity() for each in logs]
+    for each in logs:
+        each.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for each, level in zip(logs, levels, strict=True):
+            each.set_verbosity(level)
+        logging.enable_progress_bar()
