@@ -122,10 +122,11 @@ def merge_adapter(
 
 
 def _written(output: Path) -> dict[str, Any]:
-    shards = sorted(output.glob("*.safetensors"))
+    shards = sorted(output.rglob("*.safetensors"))
+    dtype = open_base(BaseModel(name=str(output))).config.dtype
     return {
         "output": str(output),
-        "dtype": json.loads((output / "config.json").read_bytes()).get("dtype"),
+        "dtype": str(dtype).removeprefix("torch.") if dtype else None,
         "shards": len(shards),
         "bytes": sum(shard.stat().st_size for shard in shards),
     }
@@ -343,7 +344,9 @@ def _merge_whole(job: _Job, output: Path) -> bool:
 
 
 def _write_companions(job: _Job, output: Path, untied: bool) -> None:
-    """Config, generation config, processor, and what other readers need."""
+    """Config, generation config, processor, and what other readers need. A pipeline has written its own."""
+    if job.base.is_pipeline:
+        return
     saved = (output / "config.json").exists()  # with the whole model, whose layers may be other ones than the base's
     config = copy.deepcopy(open_base(BaseModel(name=str(output))).config if saved else job.base.config)
     empty = job.base.empty_model(job.auto_class, **job.options)
@@ -414,11 +417,12 @@ def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
     expected = scores_of(model(**inputs))
     del model
     tell("verifying: merged model")
-    merged = open_base(BaseModel(name=str(output))).model(job.auto_class, torch.float32).model
+    written = open_base(BaseModel(name=str(output)))
+    merged = written.model(job.auto_class, torch.float32).model
     found = scores_of(merged.eval()(**inputs))
     difference = float((found - expected).abs().max())
     # a quantised model computes in a dtype of its own
-    tolerance = 0.15 if job.dequantise else _TOLERANCE.get(_stored_dtype(output), 0.15)
+    tolerance = 0.15 if job.dequantise else _TOLERANCE.get(_dtype_of(written.config), 0.15)
     allowed = tolerance * max(1.0, float(expected.std()))
     if not difference <= allowed:
         raise AdapterError(

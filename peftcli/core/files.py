@@ -82,8 +82,10 @@ def _renamed(header: Mapping[str, TensorEntry], rename: Callable[[str], str] | N
     return renamed
 
 
-def write_tensor_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file, whole or not at all. Equal tensors give equal bytes.
+def write_tensor_file(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, whole or not at all. Equal tensors give equal bytes. ``metadata`` is for its header.
 
     Raises:
         StorageError: it cannot be written.
@@ -91,7 +93,7 @@ def write_tensor_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     # copied, since safetensors takes no tensors that share memory, as those of layers that share a weight do
     to_cpu: dict[str, Any] = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
     contents = {name: tensors[name].detach().to(**to_cpu) for name in sorted(tensors)}
-    write_file(path, safetensors.torch.save(contents, {"format": "pt"}))
+    write_file(path, safetensors.torch.save(contents, {"format": "pt", **(metadata or {})}))
 
 
 def _read(header: Mapping[str, TensorEntry], file: BufferedReader, path: Path) -> dict[str, torch.Tensor]:

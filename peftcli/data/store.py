@@ -134,6 +134,9 @@ class Example:
     """Its cost in the task's unit (tokens, frames, patches): for order, packing, limits and speed."""
     num_targets: int
     """What its share of the loss is divided by."""
+    draw: int = 0
+    """By which a task draws random numbers of its own for the example: another number at each step of training and
+    place in its batch, however the batch is split; 0 in evaluation, which draws the same each time."""
 
 
 @dataclass(slots=True)

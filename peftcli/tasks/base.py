@@ -42,8 +42,8 @@ __all__ = [
     "Exports",
     "FitsModel",
     "Gathers",
+    "Illustrates",
     "Limits",
-    "Loads",
     "Loss",
     "Outcome",
     "Packs",
@@ -186,15 +186,6 @@ class Task(ABC, Generic[Settings]):
 
 
 @runtime_checkable
-class Loads(Protocol):
-    """Builds its model by itself: no auto class does."""
-
-    def load(self, base: OpenBase, dtype: torch.dtype) -> nn.Module:
-        """Load the base model, frozen weights in ``dtype``."""
-        ...
-
-
-@runtime_checkable
 class Scans(Protocol):
     """Takes settings from the training data: reads it once before any row is encoded."""
 
@@ -331,6 +322,21 @@ class Begins(Protocol):
 
 
 @runtime_checkable
+class Illustrates(Protocol):
+    """Shows what the model does while it trains, in files."""
+
+    def illustrate(self, model: nn.Module, folder: Path, step: int) -> None:
+        """Write files into a folder after an evaluation, in one process.
+
+        Args:
+            model: As it is now.
+            folder: Of the run.
+            step: How many steps are done.
+        """
+        ...
+
+
+@runtime_checkable
 class Saves(Protocol):
     """Keeps files beside the adapter."""
 
@@ -394,9 +400,12 @@ def model_inputs(batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def scores_of(outputs: Any) -> torch.Tensor:
-    """What a model says of each row: its logits, those of starts and ends (B, T, 2), or hidden states."""
+    """What a model says of each row: its logits, those of starts and ends (B, T, 2), a sample, or hidden states."""
     import torch
 
+    if "sample" in outputs:
+        sample: torch.Tensor = outputs.sample
+        return sample
     if "start_logits" in outputs:
         return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
     found: torch.Tensor = outputs.logits if "logits" in outputs else outputs.last_hidden_state

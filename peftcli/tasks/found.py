@@ -52,6 +52,8 @@ def _classes(row: TaskRow, config: Any) -> Collection[str]:
     """The classes of transformers that the task's auto class builds for this kind of model."""
     import transformers
 
+    if row.auto_class in (config.architectures or ()):  # of a pipeline, which has no architecture of transformers
+        return {row.auto_class}
     mapping = getattr(getattr(transformers, row.auto_class, None), "_model_mapping", None)
     try:
         known = mapping[type(config)] if mapping is not None else ()

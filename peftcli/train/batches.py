@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -47,14 +48,28 @@ def batches(make: Callable[[T], Batch], items: Iterable[T], num_workers: int) ->
         }
 
 
-def collate(task: Task[Any], examples: View, indices: Sequence[int], *, training: bool) -> Batch:
+def collate(
+    task: Task[Any],
+    examples: View,
+    indices: Sequence[int],
+    *,
+    training: bool,
+    draw: Callable[[int], int] = lambda index: 0,
+) -> Batch:
     """Put examples into one batch.
+
+    Args:
+        task: Collates.
+        examples: All there are.
+        indices: Of those of the batch.
+        training: Whether it is trained on.
+        draw: Returns ``Example.draw`` of an index.
 
     Raises:
         DataError: the file of one cannot be read any more; names its row.
     """
     try:
-        return task.collate([examples[at] for at in indices], training=training)
+        return task.collate([replace(examples[at], draw=draw(at)) for at in indices], training=training)
     except DataError:
         for at in indices:
             try:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -75,20 +76,21 @@ def fit(
     limit = plan.training.max_grad_norm or math.inf
     one_row = plan.packs and takes_one_row(accelerator.unwrap_model(prepared.model))
 
-    def make(rows: MicroBatch) -> Batch:
+    def make(item: tuple[int, MicroBatch]) -> Batch:
+        step, rows = item
         if plan.packs:
             return task.collate(_rows(task, examples, rows, one_row), training=True)
-        return collate(task, examples, [at for (at,) in rows], training=True)
+        return collate(task, examples, [at for (at,) in rows], training=True, draw=partial(plan.draw, step))
 
     steps = range(start, plan.total_steps)
-    all_rows = (rows for step in steps for rows in plan.micro_batches(step, accelerator.process_index) if rows)
-    with closing(batches(make, all_rows, num_workers(plan.training, task))) as ahead:
+    mine = ((step, rows) for step in steps for rows in plan.micro_batches(step, accelerator.process_index) if rows)
+    with closing(batches(make, mine, num_workers(plan.training, task))) as ahead:
         for step in steps:
             prepared.model.train()
             batch = plan.global_batch(step)
             num_targets = int(examples.targets[batch].sum())
-            mine = plan.micro_batches(step, accelerator.process_index)
-            total = _backward(prepared, task, mine, ahead, num_targets, accelerator)
+            parts = plan.micro_batches(step, accelerator.process_index)
+            total = _backward(prepared, task, parts, ahead, num_targets, accelerator)
             _sum_gradients(prepared.parameters, accelerator)
             loss_sum = float(accelerator.reduce(total, reduction="sum"))
             grad_norm = float(accelerator.clip_grad_norm_(prepared.parameters, limit))

@@ -141,6 +141,11 @@ class Plan:
         """Indices of the examples of step ``step``, from 0."""
         return [index for row in self._rows(step) for index in row]
 
+    def draw(self, step: int, index: int) -> int:
+        """What the random numbers of an example are drawn by at a step: ``Example.draw``."""
+        digest = hashlib.sha256(repr((self.training.seed, step, index)).encode()).digest()
+        return int.from_bytes(digest[:7], "big") + 1
+
     def micro_batches(self, step: int, process: int) -> list[MicroBatch]:
         """The step's rows that ``process`` sees.
 

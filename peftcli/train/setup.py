@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +24,7 @@ from peftcli.models.open import LoadedModel, open_base
 from peftcli.models.weights import BaseWeights
 from peftcli.schema import BaseModel, Recipe
 from peftcli.tasks import row_of
-from peftcli.tasks.base import FitsModel, Loads, Task, model_inputs, on_device
+from peftcli.tasks.base import FitsModel, Task, model_inputs, on_device
 from peftcli.train.data import Data
 from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import build_optimizer, build_schedule, parameter_groups
@@ -87,8 +87,6 @@ def load_base(recipe: Recipe, task: Task[Any]) -> LoadedModel:
         ModelError: it cannot be loaded.
     """
     dtype = base_dtype(recipe)
-    if isinstance(task, Loads):
-        return LoadedModel(cast(Any, task.load(task.base, dtype)))
     return task.base.model(row_of(recipe).auto_class, dtype, **task.model_options())
 
 

@@ -13,7 +13,7 @@ import torch
 from peftcli.core.weights import adapter_state
 from peftcli.errors import Diverged, UsageError
 from peftcli.system.signals import TIME_LIMIT, wants_save
-from peftcli.tasks.base import Task
+from peftcli.tasks.base import Illustrates, Task
 from peftcli.train.batches import num_workers
 from peftcli.train.data import Data
 from peftcli.train.evaluate import evaluate
@@ -140,6 +140,8 @@ class TrainingLoop:
             return self.evaluate() if self._saved_only() else self._interrupt()
         if not all(map(math.isfinite, metrics.values())):
             raise Diverged(f"the evaluation after step {progress.step} is not finite: {metrics}", hint=LESS_LEARNING)
+        if isinstance(data.task, Illustrates) and self.active.is_main:
+            data.task.illustrate(self.state.model, self.active.folder.path, progress.step)
         self.active.tell(Evaluated(progress.step, metrics, self._is_best(metrics)))
         return metrics
 
