@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import transformers
 from classifierkit import ROWS, classifier_base, segformer_config, write_pictures, write_scene
+from diffusionkit import picture_files, pipeline_base
 from PIL import Image
 from soundkit import tone_rows, whisper_base
 from trainkit import MESSAGES, PAIRS, PROMPTS, base_folder, scratch, write_rows
@@ -208,6 +209,23 @@ def _generated(task: str, kind: str, rows: Sequence[dict[str, Any]], **own: Any)
     )
 
 
+def _pictures_of_prompts(kind: str, **settings: Any) -> Case:
+    """text_to_image over a kind of pipeline."""
+    return Case(
+        base=lambda: pipeline_base(kind),
+        task={"type": "text_to_image", "num_inference_steps": 2, **settings},
+        rows=lambda: [
+            {"image": str(path), "text": ("a red dog", "a blue cat")[number % 2]}
+            for number, path in enumerate(picture_files(12))
+        ],
+        found={"num_inference_steps": 2},
+        metrics=frozenset({"loss"}),
+        recompute=lambda rows, answers: {},  # pictures do not tell
+        targets="null",
+        has_head=False,
+    )
+
+
 _TOPICS = ("sun tea", "winter stone", "moon mill", "north seven")
 _RETOLD = [
     {"anchor": f"{words} {number}", "positive": f"{number} {words}", "negative": f"{words} nine"}
@@ -305,4 +323,6 @@ CASES: dict[str, Case] = {
         recompute=_words,
         has_head=False,
     ),
+    "text_to_image": _pictures_of_prompts("sd"),
+    "a transformer and texts": _pictures_of_prompts("sd3", train_text_encoder=True),
 }

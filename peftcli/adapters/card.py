@@ -39,7 +39,7 @@ _SETTINGS = (
 
 _NOT_SETTINGS = {"base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type"}
 _COUNTS = ("rows", "used", "truncated", "tokens", "targets")
-_SOMEWHERE = "path/to/this/adapter"
+_SOMEWHERE, _SOME_BASE = "path/to/this/adapter", "path/to/the/base/model"
 _MAX_CARD_BYTES, _MAX_HEAD = 1 << 24, 100_000
 """Bytes of a card that somebody wrote, and characters of its front matter."""
 
@@ -149,6 +149,7 @@ def render_card(
     adapter: str = _SOMEWHERE,
     plot: bool = False,
     processor: bool = False,
+    form: bool = False,
     tags: Collection[str] = _TRANSFORMERS,
 ) -> str:
     """The card's text.
@@ -158,6 +159,7 @@ def render_card(
         adapter: Hub id or folder that the examples load.
         plot: Whether loss.png stands beside the card.
         processor: Whether a tokenizer or another processor does.
+        form: Whether the adapter does in the form of the library that ``TaskRow.form`` is for.
         tags: Tags of the base model, beside those of the adapter.
     """
     recipe, method = _part(info, "recipe"), _part(info, "recipe", "method")
@@ -168,7 +170,13 @@ def render_card(
     sections = [
         _front_matter(_head(kind, use, base, tags)),
         _summary(kind, task, base, info),
-        _usage(kind, use, adapter, [*_model(info, use, base, adapter), *_loading(info, use, base, adapter, processor)]),
+        _usage(
+            kind,
+            use,
+            adapter,
+            _other(use, base, form)
+            or [*_model(info, use, base, adapter), *_loading(info, use, base, adapter, processor)],
+        ),
         _processor_note(use, _part(recipe, "base_model")) if processor else "",
         _table("Training data", ("split", "count", "value"), _data_rows(info)),
         _table("Settings", ("setting", "value"), _setting_rows(method, recipe, info)),
@@ -235,7 +243,15 @@ def _usage(kind: str, use: TaskRow | None, adapter: str, loading: list[str]) -> 
             " run on transformers 5, and then generate other text.\n\n"
         )
         return text + _python("peftcli", use, adapter, loading)
-    return text + "With PEFT and transformers, in Python:\n\n" + _python("peft", use, adapter, loading)
+    libraries = "diffusers" if use and use.loading else "PEFT and transformers"
+    return text + f"With {libraries}, in Python:\n\n" + _python("peft", use, adapter, loading)
+
+
+def _other(use: TaskRow | None, base: str, form: bool) -> list[str]:
+    """Lines of Python that load a model that no class of PEFT loads."""
+    name = base if base and not is_local(base) else _SOME_BASE
+    lines = use.form_loading if use and form else use.loading if use else ()
+    return [line.replace(json.dumps(_SOME_BASE), json.dumps(name)) for line in lines]
 
 
 def _model(info: Mapping[str, Any], use: TaskRow | None, base: str, adapter: str) -> list[str]:
@@ -248,7 +264,7 @@ def _model(info: Mapping[str, Any], use: TaskRow | None, base: str, adapter: str
         return []
     names = list(options.get("id2label", {}).values())
     head = f"id2label=dict(enumerate({_quoted(names)}))" if names else f"num_labels={options['num_labels']}"
-    name = base if base and not is_local(base) else "path/to/the/base/model"
+    name = base if base and not is_local(base) else _SOME_BASE
     return [
         "from peft import PeftModel",
         f"from transformers import {', '.join(sorted([use.auto_class, _processor_class(_processor(use))]))}",
@@ -264,7 +280,7 @@ def _quoted(names: list[Any]) -> str:
 
 def _loading(info: Mapping[str, Any], use: TaskRow | None, base: str, adapter: str, own: bool) -> list[str]:
     """Lines of Python that load the processor, and tell a loaded model where its answers end if it does not know."""
-    name = base if base and not is_local(base) else "path/to/the/base/model"
+    name = base if base and not is_local(base) else _SOME_BASE
     kind = _processor(use)
     lines = [f"{kind} = {_processor_class(kind)}.from_pretrained({json.dumps(adapter if own else name)})"]
     if stops := info.get("eos_token_id"):
@@ -308,7 +324,7 @@ def _python(library: str, use: TaskRow | None, adapter: str, loading: list[str])
         f"model = {auto_class}.from_pretrained({json.dumps(adapter)})",
     ]
     lines = [
-        *([] if any(line.startswith("model = ") for line in loading) else loads),
+        *([] if any(line.startswith(("model = ", "pipeline = ")) for line in loading) else loads),
         *loading,
         *(use.usage if use else ['inputs = tokenizer("Hello", return_tensors="pt")', "print(model(**inputs))"]),
     ]
@@ -466,4 +482,6 @@ def _beside(folder: Path) -> dict[str, Any]:
     """What of the things that a card speaks of is in the folder."""
     processors = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
     own = any((folder / name).is_file() for name in processors)
-    return {"plot": (folder / "loss.png").is_file(), "processor": own}
+    use = _subject(read_info(folder))[1]
+    form = bool(use and use.form and (folder / use.form).is_file())
+    return {"plot": (folder / "loss.png").is_file(), "processor": own, "form": form}

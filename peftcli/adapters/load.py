@@ -23,7 +23,7 @@ from peftcli.models.quantization import trained_quantization
 from peftcli.schema import BaseModel
 from peftcli.system import hub_requests
 from peftcli.system.outputs import expand_user
-from peftcli.tasks import TASK_FILE, TASKS
+from peftcli.tasks import DIFFUSERS_FILE, PIPELINE_PARTS, TASK_FILE, TASKS
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +48,7 @@ SHARED_FILES = (
     "normalizer.json",
     "preprocessor_config.json",
     "processor_config.json",
+    DIFFUSERS_FILE,
     "sentencepiece.bpe.model",
     "source.spm",
     "special_tokens_map.json",
@@ -60,6 +61,7 @@ SHARED_FILES = (
     "tokenizer_config.json",
     "vocab.json",
     "vocab.txt",
+    *(f"{part}/{name}" for part in PIPELINE_PARTS for name in (CONFIG_FILE, WEIGHTS_FILE)),
 )
 """The only files that are pushed or pulled. recipe.yaml and run.json name paths of the machine; the card says what
 matters of them."""

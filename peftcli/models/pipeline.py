@@ -43,7 +43,7 @@ class OpenPipeline(OpenBase):
     def __init__(self, spec: BaseModel, found: FoundBase, processors: Path | None = None):
         super().__init__(spec, found, processors)
         if importlib.util.find_spec("diffusers") is None:
-            raise ModelError("a pipeline needs the package diffusers", hint="pip install 'peftcli[diffusion]'")
+            raise ModelError("a pipeline needs the package diffusers: pip install 'peftcli[diffusion]'")
         index = read_json_object(self.folder / PIPELINE_FILE, _MAX_JSON_BYTES, ModelError, strict=False)
         self.family = self._family(index)
         self.parts = dict(self._parts(index))

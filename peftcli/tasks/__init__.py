@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 TASK_FILE = "task.json"
 """Beside an adapter: its task and the settings that the training data completed."""
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+"""Beside an adapter of a pipeline: the same LoRA as diffusers reads it."""
+PIPELINE_PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+"""Folders beside an adapter of a pipeline: of each adapted part the same adapter, as PEFT reads it."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class TaskRow:
     task_type: str | None
     """PEFT's name of the task, as adapter_config.json holds it; None: PEFT has none."""
     auto_class: str
-    """transformers' auto class that loads the base model."""
+    """transformers' auto class that loads the base model, or diffusers' for a pipeline."""
     settings: type
     """The dataclass of the task's settings, from ``tasks.settings``."""
     module: str
@@ -42,6 +46,13 @@ class TaskRow:
     usage: tuple[str, ...]
     """Lines of Python that use a loaded ``model`` and processor once, for the model card; in them
     ``"path/to/this/adapter"`` is the adapter, and ``<name>`` the value of the task's setting of that name."""
+    loading: tuple[str, ...] = ()
+    """Lines of Python that load base model and adapter, where no class of PEFT does; ``"path/to/the/base/model"`` is
+    the base model."""
+    form: str = ""
+    """A file in the form of another library, which stands beside the adapters of some methods."""
+    form_loading: tuple[str, ...] = ()
+    """Lines of Python that load that file."""
     example: str = '"Hello"'
     """What ``peftcli predict`` answers, on a command line."""
     rate_factor: float = 1.0
@@ -110,6 +121,7 @@ _GENERATE = (
 _ANSWERED = (("prompt", "completion"), ("messages",), ("instruction", "output"), ("conversations",))
 _TAGS = ("ner_tags", "tags", "labels", "pos_tags", "upos")
 _TRANSCRIPTS = ("text", "sentence", "transcription")
+_CAPTIONS = ("text", "caption", "prompt")
 _PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"))
 
 TASKS: dict[str, TaskRow] = {
@@ -296,5 +308,36 @@ TASKS: dict[str, TaskRow] = {
             "print(processor.batch_decode(tokens, skip_special_tokens=True)[0])",
         ),
         rate_factor=2,
+    ),
+    "text_to_image": TaskRow(
+        task_type=None,
+        auto_class="DiffusionPipeline",
+        settings=settings.TextToImage,
+        module="text_to_image",
+        processor=None,
+        reads=tuple((image, text) for image in ("image", "file_name") for text in _CAPTIONS),
+        pipeline_tag="text-to-image",
+        summary="make pictures from texts: DreamBooth and captioned pictures (Stable Diffusion, Flux)",
+        example='"a photo of sks dog"',
+        loading=(
+            "from pathlib import Path",
+            "",
+            "from diffusers import DiffusionPipeline",
+            "from peft import PeftModel",
+            "",
+            'pipeline = DiffusionPipeline.from_pretrained("path/to/the/base/model")',
+            'for folder in Path("path/to/this/adapter").iterdir():',
+            "    if hasattr(pipeline, folder.name):  # unet, transformer, text_encoder",
+            "        model = getattr(pipeline, folder.name)",
+            "        setattr(pipeline, folder.name, PeftModel.from_pretrained(model, folder))",
+        ),
+        form=DIFFUSERS_FILE,
+        form_loading=(
+            "from diffusers import DiffusionPipeline",
+            "",
+            'pipeline = DiffusionPipeline.from_pretrained("path/to/the/base/model")',
+            'pipeline.load_lora_weights("path/to/this/adapter")',
+        ),
+        usage=('picture = pipeline("a photo of sks dog").images[0]', 'picture.save("picture.png")', "print(picture)"),
     ),
 }

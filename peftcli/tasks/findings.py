@@ -92,4 +92,22 @@ EMBEDDINGS = by_name(
 )
 """Those of feature_extraction."""
 
-FINDINGS = generic.FINDINGS | text.FINDINGS | CLASSES | MASKS | SOUND | EMBEDDINGS
+
+PICTURES = by_name(
+    Kind(
+        "small_pictures",
+        "warning",
+        "are pictures smaller than the resolution, which are enlarged: what is made will be as blurred",
+        "Use larger pictures, or a smaller task.resolution.",
+    ),
+    Kind(
+        "no_caption",
+        "warning",
+        "have no caption, and are trained without a prompt",
+        "Write captions, or set task.instance_prompt.",
+        error_above=0.5,
+    ),
+)
+"""Those of text_to_image."""
+
+FINDINGS = generic.FINDINGS | text.FINDINGS | CLASSES | MASKS | PICTURES | SOUND | EMBEDDINGS

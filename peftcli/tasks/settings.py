@@ -292,6 +292,43 @@ class SpeechRecognition:
         return {}
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextToImage:
+    """Settings of text_to_image."""
+
+    instance_prompt: str | None = None
+    """What is on the pictures whose rows do not say it, as in ``a photo of sks dog``: in DreamBooth on all."""
+    class_prompt: str | None = field(default=None, metadata=NOT_ENCODED)
+    """What kind of thing it is, as in ``a photo of a dog``. Each picture is trained beside one of this kind, which the
+    base model has made, so that the model does not forget the others (prior preservation,
+    https://arxiv.org/abs/2208.12242)."""
+    class_data_dir: str | None = field(default=None, metadata=NOT_ENCODED)
+    """Folder of pictures for class_prompt. Unset: the base model makes them, once for a prompt and seed; they are kept
+    in the cache."""
+    num_class_images: int = field(default=100, metadata=NOT_ENCODED)
+    """How many pictures of class_prompt the base model makes."""
+    prior_loss_weight: float = field(default=1.0, metadata=NOT_ENCODED)
+    """How much these count beside the pictures of the rows."""
+    train_text_encoder: bool = field(default=False, metadata=NOT_ENCODED)
+    """Adapt the encoders of texts too, those that are CLIP's: truer pictures of one thing, and more memory."""
+    resolution: int | None = None
+    """Side of the pictures in training and in answers, in pixels. Unset: that of the base model."""
+    center_crop: bool = field(default=True, metadata=NOT_ENCODED)
+    """Cut squares out of the middle; false: from another place at each step."""
+    random_flip: bool = field(default=False, metadata=NOT_ENCODED)
+    """Mirror half of the pictures, another half at each step."""
+    sample_prompts: list[str] = field(default_factory=list, metadata=NOT_ENCODED)
+    """Prompts whose pictures each evaluation makes, always from the same noise: ``samples/`` in the run folder."""
+    num_inference_steps: int | None = field(default=None, metadata=NOT_ENCODED)
+    """Steps in which a picture is made. Unset: the pipeline's own number."""
+    guidance_scale: float | None = field(default=None, metadata=NOT_ENCODED)
+    """How closely a picture follows its prompt. Unset: the pipeline's own number."""
+
+    def model_options(self) -> dict[str, Any]:
+        """Options of the loader: which parts may be adapted."""
+        return {"train_text_encoder": self.train_text_encoder}
+
+
 def is_iob2(tag: str) -> bool:
     """Whether a tag says where an entity begins or goes on, or that there is none."""
     return tag == "O" or (tag[:2] in ("B-", "I-") and len(tag) > 2)

@@ -38,7 +38,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "data/spam").mkdir(parents=True)
     for part in ("train", "eval"):
         trainkit.write_rows(folder / f"data/spam/{part}.jsonl", classifierkit.ROWS)
-        classifierkit.write_pictures(folder / f"data/fashion-mnist/{part}", 4)
+        pictures = classifierkit.write_pictures(folder / f"data/fashion-mnist/{part}", 4)
+        (pictures / "red").rename(pictures / "bag")
         for name, task in FETCHED.items():
             (folder / "data" / name).mkdir(exist_ok=True)
             trainkit.write_rows(folder / f"data/{name}/{part}.jsonl", CASES[task].rows())

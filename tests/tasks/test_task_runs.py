@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import trainkit
+import transformers
 from safetensors.torch import load_file
 from taskkit import CASES
 from trainkit import Child, Trained, at_step, read_run, run_recipe
@@ -21,6 +22,7 @@ from trainkit import Child, Trained, at_step, read_run, run_recipe
 from peftcli.adapters.load import apply_adapter, find_adapter
 from peftcli.errors import Interrupted
 from peftcli.models.open import open_base
+from peftcli.schema import BaseModel
 from peftcli.tasks.base import FitsModel, scores_of
 
 EVALUATES = ("training.eval_strategy=steps", "training.eval_steps=4")
@@ -46,8 +48,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path
 
 def outputs(folder: Path, merged: Path | None = None) -> tuple[Any, Any, torch.Tensor]:
     """The adapter, its task, and what its model, or the merged one, says of the task's probe."""
-    import transformers
-
     source = find_adapter(str(folder))
     with open_base(source.base, processors=source.folder) as opened:
         task = source.open_task(opened)
@@ -59,9 +59,16 @@ def outputs(folder: Path, merged: Path | None = None) -> tuple[Any, Any, torch.T
             apply_adapter(loaded, source)
             model = loaded.model
         else:
-            model = getattr(transformers, auto).from_pretrained(merged)
+            model = load(merged, auto)
     with torch.no_grad():
         return source, task, scores_of(model.eval()(**task.probe()))
+
+
+def load(folder: Path, auto: str, **options: Any) -> Any:
+    """A model of transformers, or the adapted parts of a pipeline as one module."""
+    if hasattr(transformers, auto):
+        return getattr(transformers, auto).from_pretrained(folder, **options)
+    return open_base(BaseModel(name=str(folder))).model(auto, torch.float32, **options).model
 
 
 def test_a_run_learns_and_measures(runs: Callable, name: str) -> None:
@@ -124,12 +131,10 @@ def test_a_merged_model_says_the_same(runs: Callable, cli: Callable, tmp_path: P
 
 def test_peft_says_the_same(runs: Callable, name: str, recwarn: pytest.WarningsRecorder) -> None:
     import peft
-    import transformers
 
     _, run = runs(name)
     source, task, expected = outputs(run.folder)
-    auto = getattr(transformers, source.auto_class(lambda: None))
-    base = auto.from_pretrained(run.recipe.base_model.name, **source.recorded_options)
+    base = load(Path(run.recipe.base_model.name), source.auto_class(lambda: None), **source.recorded_options)
     model = peft.PeftModel.from_pretrained(base, run.folder).eval()
     with torch.no_grad():
         torch.testing.assert_close(scores_of(model(**task.probe())), expected, atol=1e-5, rtol=1e-4)
@@ -137,7 +142,10 @@ def test_peft_says_the_same(runs: Callable, name: str, recwarn: pytest.WarningsR
 
 
 @each_task
-def test_the_cards_example_runs(runs: Callable, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_cards_example_runs(
+    runs: Callable, name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     _, run = runs(name)
     card = (run.folder / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]

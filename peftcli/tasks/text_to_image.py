@@ -1,0 +1,372 @@
+"""Text to image: teach a diffusion model a thing (DreamBooth), or a style, from pictures and what is on them.
+
+A row: ``{"image": "dog/1.jpg", "text": "a dog on a sofa"}``; with ``task.instance_prompt`` the picture is enough.
+
+DreamBooth: https://arxiv.org/abs/2208.12242.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from peftcli.core.inject import disabled
+from peftcli.data.cache import root
+from peftcli.data.findings import Finding, Records
+from peftcli.data.media import is_media
+from peftcli.data.rows import Reader, Row, Table
+from peftcli.data.store import Column, Example, Outcome
+from peftcli.errors import AdapterError, DataError
+from peftcli.models.diffusion import Picture
+from peftcli.models.open import OpenBase
+from peftcli.models.pipeline import OpenPipeline
+from peftcli.schema import Source
+from peftcli.system.disk import write_file
+from peftcli.tasks import settings
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, model_inputs, require_extra, write_task
+from peftcli.tasks.diffusers_files import write_parts
+from peftcli.tasks.files import File, digest_of, file_of, in_row
+from peftcli.tasks.findings import FINDINGS
+from peftcli.tasks.pictures import open_image, shown_image
+from peftcli.tasks.shown import Shown, Text, TokenText
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from peftcli.core.config import AdapterConfig
+
+_SMALL, _NO_CAPTION = 1, 2
+"""Flags of rows: the picture is smaller than the resolution; nothing says what is on it."""
+_TIMES = (0.125, 0.375, 0.625, 0.875)
+"""Where in time evaluation measures each picture: how hard the noise is to see depends on it more than on the model."""
+
+
+class TextToImage(Task[settings.TextToImage]):
+    """The task ``text_to_image``. The base model is a pipeline of diffusers."""
+
+    name = "text_to_image"
+    arguments = ("text",)
+    columns: ClassVar = {
+        "path": Column("str"),
+        "content": Column("bytes"),
+        "digest": Column("bytes"),
+        "prompt": Column("str"),
+        "width": Column("int64", ()),
+        "height": Column("int64", ()),
+    }
+    reads_files = True
+    unit = "pictures"
+    identity = ("digest", "prompt")
+    packages: ClassVar = {"diffusers": "diffusion", "PIL": "diffusion"}
+
+    def __init__(self, settings: settings.TextToImage, processor: Any, base: OpenBase):
+        for package, extra in self.packages.items():
+            require_extra(package, extra)
+        super().__init__(settings, processor, base)
+        self.priors: list[_Stored] = []
+        """Pictures of the class prompt."""
+
+    @cached_property
+    def pipeline(self) -> OpenPipeline:
+        """The base model.
+
+        Raises:
+            DataError: it is another kind of model.
+        """
+        if not isinstance(self.base, OpenPipeline):
+            raise DataError(f"{self.base.name} is no pipeline of diffusers: it has no model_index.json", key="task")
+        return self.base
+
+    @cached_property
+    def resolution(self) -> int:
+        """Side of the pictures, in pixels.
+
+        Raises:
+            DataError: the base model cannot make such pictures.
+        """
+        found: int = self.settings.resolution or self.pipeline.resolution
+        if found % (step := self.pipeline.resolution_step) or found < 1:
+            raise DataError(f"must be a multiple of {step}, not {found}", key="task.resolution")
+        return found
+
+    def fingerprint(self) -> dict[str, Any]:
+        found = super().fingerprint()
+        versions = found["versions"] | {"pillow": version("pillow")}
+        return found | {"versions": versions, "resolution": self.resolution}
+
+    def model_options(self) -> dict[str, Any]:
+        return self.settings.model_options()
+
+    def fit_model(self, model: nn.Module, config: AdapterConfig | None) -> list[str]:
+        """Refuse methods that this task cannot be trained with.
+
+        Raises:
+            AdapterError: the method puts virtual tokens before a text.
+        """
+        if getattr(config, "is_prompt_learning", False):
+            message = "puts virtual tokens before those of a text; a model that makes pictures has no place for them"
+            raise AdapterError(message, key="method.type", hint="Use a method that changes layers, as lora.")
+        return []
+
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    def read(self, table: Table) -> Reader:
+        optional = () if self.settings.instance_prompt is None else ("text",)
+        return table.reader(
+            "pictures", optional=optional, image=("image", "file_name", "img"), text=("text", "caption", "prompt")
+        )
+
+    def encode(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
+        outcomes = list[Outcome | DataError]()
+        for row in rows:
+            try:
+                outcomes.append(self._outcome(row, reader))
+            except DataError as error:
+                outcomes.append(error)
+        return outcomes
+
+    def _outcome(self, row: Row, reader: Reader) -> Outcome:
+        prompt = row.values.get(reader.names.get("text", ""))
+        if not (prompt is None or isinstance(prompt, str)):
+            raise row.place.error(f"expected a text, found {prompt!r:.60}", key=reader.names["text"])
+        prompt = (prompt or "").strip() or self.settings.instance_prompt or ""
+        file, content = file_of(row, reader, "image")
+        try:
+            image = open_image(content, file.path)
+        except DataError as error:
+            raise in_row(error, row, reader.names["image"]) from None
+        width, height = image.size
+        arrays: dict[str, Any] = {"path": file.path, "content": file.held, "digest": file.digest, "prompt": prompt}
+        arrays |= {"width": width, "height": height}
+        flags = _SMALL * (min(image.size) < self.resolution) | _NO_CAPTION * (not prompt)
+        return Outcome([Example(arrays, 1, 1)], size=1, flags=flags)
+
+    def record_findings(self, records: Records) -> list[Finding]:
+        flags = {"small_pictures": _SMALL, "no_caption": _NO_CAPTION}
+        found = [
+            records.findings(FINDINGS[name], records.with_flag(flag), of_used=True) for name, flag in flags.items()
+        ]
+        return [each for some in found for each in some]
+
+    def show(self, example: Example) -> Shown:
+        """The picture and its prompt."""
+        file = _file(example)
+        image = open_image(file.read(), file.path)
+        prompt = Text([TokenText(example.arrays["prompt"])], "prompt")
+        return Shown([shown_image(image.copy(), file.path, image.size, image.mode), prompt])
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def begin(self, model: nn.Module) -> None:
+        """Find the pictures of the class prompt, or let the base model make those that the cache lacks."""
+        given = self.settings
+        if given.class_prompt is None:
+            return
+        if given.class_data_dir is not None:
+            folder = Path(given.class_data_dir)
+            found = sorted(path for path in folder.iterdir() if is_media(path.name)) if folder.is_dir() else []
+            if not found:
+                raise DataError("contains no pictures", file=given.class_data_dir, key="task.class_data_dir")
+        else:
+            found = self._made(model, given.class_prompt)
+        self.priors = [_stored(path) for path in found]
+
+    def _made(self, model: nn.Module, prompt: str) -> list[Path]:
+        """The pictures that the base model makes of a prompt, which the cache keeps. Processes share the work."""
+        decisive = (self.base.name, self.base.commit, _weights(self.base.folder), self.resolution, self._making)
+        key = hashlib.sha256(repr((*decisive, prompt)).encode()).hexdigest()
+        paths = [root() / "pictures" / key / f"{seed}.png" for seed in range(self.settings.num_class_images)]
+        missing = [seed for seed, path in enumerate(paths) if not path.exists()]
+        several = torch.distributed.is_initialized()
+        mine = missing[torch.distributed.get_rank() :: torch.distributed.get_world_size()] if several else missing
+        with disabled(model):
+            for seed in mine:
+                write_file(paths[seed], _png(self._make(model, [prompt], [seed])[0]))
+        if several:
+            torch.distributed.barrier()
+        return paths
+
+    def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
+        seeds = [_seed(each.draw, each.arrays["digest"]) for each in examples]
+        stored = [_Stored(_file(each), int(each.arrays["width"]), int(each.arrays["height"])) for each in examples]
+        prompts, weights = [each.arrays["prompt"] for each in examples], [1.0] * len(examples)
+        if training and self.priors:
+            stored += [self.priors[seed % len(self.priors)] for seed in seeds]
+            seeds += [_seed(seed, b"prior") for seed in seeds]
+            prompts += [str(self.settings.class_prompt)] * len(examples)
+            weights += [self.settings.prior_loss_weight] * len(examples)
+        cuts = [self._cut(each, seed, training) for each, seed in zip(stored, seeds, strict=True)]
+        kept = not training or (self.settings.center_crop and not self.settings.random_flip)
+        return {
+            "pictures": [Picture(cut, cut.stored.file.digest if kept else None) for cut in cuts],
+            "prompts": prompts,
+            "seeds": seeds,
+            "times": torch.tensor([float(np.random.default_rng(seed).random()) for seed in seeds]),
+            "sizes": torch.tensor([cut.sizes for cut in cuts]),
+            "_weights": torch.tensor(weights),
+        }
+
+    def _cut(self, stored: _Stored, seed: int, training: bool) -> _Cut:
+        """Where a picture is cut, and whether it is mirrored."""
+        draw, given = np.random.default_rng(seed + 1), self.settings
+        places = draw.random(2) if training and not given.center_crop else np.array([0.5, 0.5])
+        flipped = bool(training and given.random_flip and draw.random() < 0.5)
+        scale = self.resolution / min(stored.width, stored.height)
+        wide, high = (max(self.resolution, round(side * scale)) for side in (stored.width, stored.height))
+        left, top = (int(place * (side - self.resolution)) for place, side in zip(places, (wide, high), strict=True))
+        return _Cut(stored, (wide, high), left, top, self.resolution, flipped)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        """The squared error of what is predicted, a mean over each picture's latents.
+
+        Evaluation measures each picture at several times, with noise that is the same in each evaluation.
+        """
+        inputs = model_inputs(batch)
+        if model.training:
+            total = (_errors(model, inputs) * batch["_weights"]).sum()
+        else:
+            at = [inputs | {"times": torch.full_like(batch["times"], time)} for time in _TIMES]
+            total = torch.stack([_errors(model, each).sum() for each in at]).mean()
+        return Loss(total, {"loss": total.detach()})
+
+    def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
+        return {"loss": float(sums["loss"]) / num_targets}
+
+    # --- pictures -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _making(self) -> dict[str, Any]:
+        """Options of the pipeline."""
+        given = {name: getattr(self.settings, name) for name in ("num_inference_steps", "guidance_scale")}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def _make(self, model: Any, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
+        pictures: list[Image] = model.pictures(prompts, seeds, self.resolution, **self._making)
+        return pictures
+
+    def illustrate(self, model: nn.Module, folder: Path, step: int) -> None:
+        for number, prompt in enumerate(self.settings.sample_prompts):
+            path = folder / "samples" / f"step-{step:06}-{number}.png"
+            write_file(path, _png(self._make(model, [prompt], [number])[0]))
+
+    def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
+        """Make a picture of each row's text, by its seed: that of the row, else its number."""
+        rows = list(rows)
+        columns = {name: column for name, column in options.columns.items() if name == "text"}
+        there = tuple(dict.fromkeys(name for row in rows for name in row.values))
+        table = Table(Source(train="", columns=columns), rows[0].place.source, there)
+        reader = table.reader("prompts", text=("text", "caption", "prompt"))
+        folder = options.beside.with_name(f"{options.beside.name}.images")
+        for start in range(0, len(rows), options.batch_size):
+            chosen = rows[start : start + options.batch_size]
+            numbers = range(options.first + start, options.first + start + len(chosen))
+            prompts = [str(reader.value(row, "text")) for row in chosen]
+            seeds = [int(row.values.get("seed", number)) for row, number in zip(chosen, numbers, strict=True)]
+            made = self._make(model, prompts, seeds)
+            for number, image, prompt, seed in zip(numbers, made, prompts, seeds, strict=True):
+                path = folder / f"{number:05}.png"
+                write_file(path, _png(image))
+                yield {"image": str(path), "prompt": prompt, "seed": seed}
+
+    def probe(self) -> Batch:
+        """Two pictures of noise."""
+        noise = torch.rand(2, 3, self.resolution, self.resolution, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        return {
+            "pictures": [Picture(partial(noise.__getitem__, at)) for at in range(2)],
+            "prompts": ["a photo", "a drawing of a house"],
+            "seeds": [0, 1],
+            "times": torch.tensor([0.3, 0.7]),
+            "sizes": torch.tensor([[self.resolution, self.resolution, 0, 0, self.resolution, self.resolution]] * 2),
+        }
+
+    # --- what is kept -------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> list[str]:
+        """Write the same adapter as PEFT's folders of each part and, of a LoRA, as diffusers' file."""
+        empty = self.pipeline.empty_model("DiffusionPipeline", **self.model_options())
+        return [write_task(folder, self.name, self.settings, {}), *write_parts(empty, folder)]
+
+    def record(self, folder: Path, model: nn.Module) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A picture in a file."""
+
+    file: File
+    width: int
+    """In pixels, upright, as is ``height``."""
+    height: int
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The square of a picture that the model sees."""
+
+    stored: _Stored
+    scaled: tuple[int, int]
+    """Width and height to which the picture is scaled."""
+    left: int
+    top: int
+    side: int
+    flipped: bool
+
+    @property
+    def sizes(self) -> list[int]:
+        """What Stable Diffusion XL is told: height and width of the file's picture, the cut, and what is left."""
+        return [self.stored.height, self.stored.width, self.top, self.left, self.side, self.side]
+
+    def __call__(self) -> torch.Tensor:
+        """Return the pixels (3, H, W), from -1 to 1."""
+        from PIL import Image, ImageOps
+
+        file = self.stored.file
+        resized = open_image(file.read(), file.path).convert("RGB").resize(self.scaled, Image.Resampling.LANCZOS)
+        cut = resized.crop((self.left, self.top, self.left + self.side, self.top + self.side))
+        values = np.asarray(ImageOps.mirror(cut) if self.flipped else cut, np.float32)
+        return torch.from_numpy(values / 127.5 - 1).permute(2, 0, 1)
+
+
+def _errors(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """The mean squared error of each picture (B,), float32."""
+    found = model(**inputs)
+    return (found.sample.float() - found.target.float()).square().flatten(1).mean(1)
+
+
+def _seed(draw: int, name: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(b"%d " % draw + name).digest()[:7], "big")
+
+
+def _file(example: Example) -> File:
+    return File(*(example.arrays[name] for name in ("path", "content", "digest")))
+
+
+def _stored(path: Path) -> _Stored:
+    content = path.read_bytes()
+    return _Stored(File(str(path), b"", digest_of(content)), *open_image(content, str(path)).size)
+
+
+def _png(image: Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
+
+
+def _weights(folder: Path) -> list[tuple[str, int, int]]:
+    """What tells the weights of a pipeline from those of another one in the same folder, without reading them all."""
+    files = [(path, path.stat()) for path in sorted(folder.glob("*/*.safetensors"))]
+    return [(str(path.relative_to(folder)), found.st_size, found.st_mtime_ns) for path, found in files]
+
+
+TASK = TextToImage
