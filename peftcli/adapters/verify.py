@@ -350,7 +350,10 @@ def _load_with(reader: str, source: AdapterSource, opened: OpenBase, dtype: torc
     if reader == "transformers":
         found: nn.Module = getattr(library, auto).from_pretrained(source.folder, **options)
         return found
-    base = getattr(importlib.import_module("transformers"), auto).from_pretrained(opened.folder, **options)
+    if opened.is_pipeline:
+        base: nn.Module = opened.model(auto, **options).model
+    else:
+        base = getattr(importlib.import_module("transformers"), auto).from_pretrained(opened.folder, **options)
     return library.PeftModel.from_pretrained(base, source.folder)
 
 

@@ -17,8 +17,8 @@ from peftcli.core.quantised import is_quantised
 from peftcli.errors import ModelError
 from peftcli.guard.files import irregular_kind, is_folder, short_name
 from peftcli.models import hub_files, quantization, tokens, validate
-from peftcli.models.hub_files import PIPELINE_FILE
 from peftcli.models.guarded import translated_errors
+from peftcli.models.hub_files import PIPELINE_FILE
 from peftcli.schema import BaseModel
 
 if TYPE_CHECKING:

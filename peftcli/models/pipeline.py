@@ -17,8 +17,8 @@ from peftcli.guard.safetensors_header import open_safetensors
 from peftcli.models import hub_files, validate
 from peftcli.models.base import FoundBase, LoadedModel, OpenBase
 from peftcli.models.diffusion import FAMILIES, DiffusionModel, Family
-from peftcli.models.hub_files import PIPELINE_FILE
 from peftcli.models.guarded import translated_errors
+from peftcli.models.hub_files import PIPELINE_FILE
 from peftcli.schema import BaseModel
 
 if TYPE_CHECKING:
