@@ -350,10 +350,7 @@ def _load_with(reader: str, source: AdapterSource, opened: OpenBase, dtype: torc
     if reader == "transformers":
         found: nn.Module = getattr(library, auto).from_pretrained(source.folder, **options)
         return found
-    if opened.is_pipeline:
-        base: nn.Module = opened.model(auto, **options).model
-    else:
-        base = getattr(importlib.import_module("transformers"), auto).from_pretrained(opened.folder, **options)
+    base = getattr(importlib.import_module("transformers"), auto).from_pretrained(opened.folder, **options)
     return library.PeftModel.from_pretrained(base, source.folder)
 
 
