@@ -57,6 +57,7 @@ QUIET: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True,
 # --- token classification ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_token_classification(lib: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from seqeval import metrics
 
