@@ -276,8 +276,10 @@ class DiffusionModel(nn.Module):
         """Keep fewer activations and compute them again."""
         for name in self.trained:
             part = self.part(name)
-            enable = getattr(part, "enable_gradient_checkpointing", None)
-            enable() if enable else part.gradient_checkpointing_enable(options)
+            if hasattr(part, "enable_gradient_checkpointing"):
+                part.enable_gradient_checkpointing()
+            else:  # of transformers, under the name of 5.24 and later, or the one before
+                getattr(part, "activation_checkpointing_enable", part.gradient_checkpointing_enable)(options)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the whole pipeline: the parts that may be adapted as they are now, the others as they were read."""

@@ -339,5 +339,6 @@ TASKS: dict[str, TaskRow] = {
             'pipeline.load_lora_weights("path/to/this/adapter")',
         ),
         usage=('picture = pipeline("a photo of sks dog").images[0]', 'picture.save("picture.png")', "print(picture)"),
+        rate_factor=0.5,
     ),
 }

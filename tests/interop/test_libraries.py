@@ -34,6 +34,11 @@ def test_pefts_guide_to_dreambooth() -> None:
     run("diffusers", "dreambooth.py")
 
 
+@pytest.mark.slow
+def test_pictures_are_those_of_diffusers() -> None:
+    run("diffusers", "pictures_of_diffusers.py")
+
+
 def run(library: str, name: str) -> None:
     """Run a script that needs a library, in a process of its own."""
     if importlib.util.find_spec(library) is None:

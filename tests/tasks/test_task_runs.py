@@ -28,7 +28,9 @@ from peftcli.tasks.base import FitsModel, scores_of
 EVALUATES = ("training.eval_strategy=steps", "training.eval_steps=4")
 SAVES = ("training.save_strategy=steps", "training.save_steps=3")
 
-pytestmark = pytest.mark.parametrize("name", CASES)
+pytestmark = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if case.slow else name for name, case in CASES.items()]
+)
 each_task = pytest.mark.grid(each=lambda name: CASES[name].task["type"])
 
 

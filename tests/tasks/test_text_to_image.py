@@ -333,6 +333,7 @@ def test_peft_reads_the_folder_of_each_part(run: Trained) -> None:
     np.testing.assert_allclose(picture(pipeline), ours(run.folder), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_merged_pipeline_is_a_whole_one(run: Trained, cli: Callable, tmp_path: Path) -> None:
     import diffusers
 
