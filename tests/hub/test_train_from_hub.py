@@ -12,9 +12,12 @@ import pytest
 import safetensors.torch
 import torch
 import trainkit
+from diffusionkit import pipeline_base
 from hub_server import Commit, Hub, Repo
+from taskkit import CASES
 from trainkit import at_step, read_run, run_recipe, write_recipe
 
+from peftcli.adapters.merge import merge_adapter
 from peftcli.errors import Interrupted
 from peftcli.models import hub_files
 from peftcli.models.open import open_base
@@ -62,3 +65,23 @@ def test_files_in_a_folder_of_the_base_model_are_read_where_a_task_asks(hub: Hub
     with open_base(BaseModel(name=NAME)) as base:
         assert row.open(row.settings(), base).settings.pooling == "cls"
         assert not (base.folder / "onnx").exists()
+
+
+@pytest.mark.slow
+def test_a_pipeline_comes_part_by_part(hub: Hub, tmp_path: Path) -> None:
+    """Without pickles, weights in other forms and what is not loaded."""
+    from diffusers import DiffusionPipeline
+
+    base = pipeline_base("sd")
+    files = {str(path.relative_to(base)): path.read_bytes() for path in base.rglob("*") if path.is_file()}
+    more = ("unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors", "v1.safetensors")
+    index = json.loads(files["model_index.json"]) | {"safety_checker": ["stable_diffusion", "SafetyChecker"]}
+    _commit(hub, {**files, **dict.fromkeys(more, b"not fetched"), "model_index.json": json.dumps(index).encode()})
+    recipe = CASES["text_to_image"].write(tmp_path)
+    run = run_recipe(recipe, f"base_model={NAME}")
+    folder = hub_files.snapshot(BaseModel(name=NAME))
+    assert folder is not None
+    assert not any((folder / name).exists() for name in more)
+    assert len(run.run["base_model"]["sha256"]) == 64
+    merge_adapter(str(run.folder), tmp_path / "merged")
+    assert DiffusionPipeline.from_pretrained(tmp_path / "merged").safety_checker is None
