@@ -119,9 +119,7 @@ def _backward(
     for number, rows in enumerate(micro_batches, 1):
         parts = []
         if rows:  # the others may have more
-            batch = on_device(next(ahead), accelerator.device)
-            with accelerator.autocast():
-                loss = task.loss(prepared.model, batch).total
+            loss = _micro_batch_loss(prepared.model, task, next(ahead), accelerator)
             parts.append(loss * (1 / num_targets))
             total += loss.detach()
         elif isinstance(task, Gathers):
@@ -156,3 +154,9 @@ def _rows(task: Task[Any], examples: View, rows: MicroBatch, one_row: bool) -> l
     if one_row:
         rows = [list(chain.from_iterable(rows))]
     return [task.join([examples[at] for at in row]) for row in rows]
+
+
+def _micro_batch_loss(model: nn.Module, task: Task[Any], batch: Batch, accelerator: Accelerator) -> torch.Tensor:
+    """Summed loss of a batch."""
+    with accelerator.autocast():
+        return task.loss(model, on_device(batch, accelerator.device)).total

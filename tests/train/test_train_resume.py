@@ -309,10 +309,10 @@ def test_a_stopped_evaluation_is_made_when_the_run_goes_on(recipe: Path, monkeyp
     whole = run_recipe(recipe, *settings, f"training.output_dir={recipe.parent}/whole")
     evaluate = module.evaluate
 
-    def interrupted(*args: Any, stopping: Callable[[], bool]) -> Any:
+    def interrupted(*args: Any, **options: Any) -> Any:
         if not (recipe.parent / "out/checkpoints").exists():
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*args, stopping=stopping)
+        return evaluate(*args, **options)
 
     monkeypatch.setattr(module, "evaluate", interrupted)
     with pytest.raises(Interrupted, match="after step 2 of 8"):
@@ -458,7 +458,7 @@ def _stopped_in_evaluation(recipe: Path, monkeypatch: pytest.MonkeyPatch, *setti
 
     evaluate, calls = module.evaluate, []
 
-    def interrupted(*args: Any, stopping: Callable[[], bool]) -> Any:
+    def interrupted(*args: Any, stopping: Callable[[], bool], **options: Any) -> Any:
         calls.append(0)
         asked = 0
 
@@ -469,7 +469,7 @@ def _stopped_in_evaluation(recipe: Path, monkeypatch: pytest.MonkeyPatch, *setti
                 os.kill(os.getpid(), signal.SIGTERM)
             return stopping()
 
-        return evaluate(*args, stopping=after_a_batch)
+        return evaluate(*args, stopping=after_a_batch, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(module, "evaluate", interrupted)
