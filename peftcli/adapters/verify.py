@@ -38,7 +38,7 @@ from peftcli.schema import Source
 from peftcli.system import date
 from peftcli.system.disk import sha256, write_file
 from peftcli.system.secrets import redact_values
-from peftcli.tasks import TASK_FILE, TASKS
+from peftcli.tasks import DIFFUSERS_FILE, TASK_FILE, TASKS
 from peftcli.tasks.base import Batch, Probes, Task, facts_of_processor, scores_on
 
 RECORD_FILE = "verification.json"
@@ -47,6 +47,7 @@ READERS = {
     "peft": ("peft",),
     "transformers": ("transformers", "peft"),
     "sentence-transformers": ("sentence_transformers",),
+    "diffusers": ("diffusers", "peft"),
 }
 """Libraries that load an adapter, or the merged model, by themselves -> the packages that this takes."""
 
@@ -230,6 +231,8 @@ def verify_adapter(
     for reader in readers:
         if reader == "sentence-transformers":
             found = _difference_of_embeddings(source)
+        elif reader == "diffusers":
+            found = _difference_of_pictures(source, opened, model)
         elif isinstance(task, Probes):
             other = _load_with(reader, source, opened, next(model.parameters()).dtype).to(here).eval()
             expected = _sketch(scores_on(model, task.probe(), bf16=False))
@@ -367,6 +370,21 @@ def _difference_of_embeddings(source: AdapterSource) -> float:
     answers = predictor.answer(predictor.rows(_TEXTS))
     expected = torch.tensor([vector for answer in answers for vector in answer.values()])
     return _difference(_sketch(found.float().cpu()), _sketch(expected))
+
+
+def _difference_of_pictures(source: AdapterSource, opened: OpenBase, model: Any) -> float:
+    """Compare a picture that diffusers makes with the adapter's file in its own form with one of peftcli."""
+    if not (source.folder / DIFFUSERS_FILE).is_file():
+        raise UsageError(f"has no {DIFFUSERS_FILE}, which diffusers would load", file=str(source.folder))
+    library = importlib.import_module("diffusers")
+    theirs = library.DiffusionPipeline.from_pretrained(opened.folder, use_safetensors=True)
+    theirs.load_lora_weights(source.folder, weight_name=DIFFUSERS_FILE)
+    given: dict[str, Any] = {"prompt": _TEXTS[0], "num_inference_steps": 2, "output_type": "np"}
+    now, expected = (
+        _sketch(torch.from_numpy(each(**given, generator=torch.Generator().manual_seed(0)).images))
+        for each in (theirs.to(model.device, model.compute_dtype), model.pipeline)
+    )
+    return _difference(now, expected)
 
 
 # --- rows and tensors as JSON -----------------------------------------------------------------------------------------

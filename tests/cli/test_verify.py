@@ -82,7 +82,7 @@ def test_what_is_not_there_to_compare_with(cli: Callable, tmp_path: Path) -> Non
     ran = cli("verify", tmp_path / "out")
     assert (ran.code, "nothing says what the trained model was" in ran.err) == (2, True)
     assert (
-        "is not one of peft, transformers, sentence-transformers"
+        "is not one of peft, transformers, sentence-transformers, diffusers"
         in cli("verify", tmp_path / "out", "--with", "pefd").err
     )
     assert "peft loads the same model" in cli("verify", tmp_path / "out", "--with", "peft").out

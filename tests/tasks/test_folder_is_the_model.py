@@ -313,9 +313,13 @@ def _hashes_again(folder: Path) -> None:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.grid
 def test_a_clean_folder_is_the_model(copied: Callable, name: str) -> None:
-    # transformers gives a base model no rows for new tokens, and knows no pipelines
-    theirs = name != "causal_lm" and hasattr(transformers, TASKS[CASES[name].task["type"]].auto_class)
-    found = verify_adapter(str(copied(name)), readers=["peft", "transformers"] if theirs else [])
+    readers = ["peft", "transformers"]
+    if name == "causal_lm":
+        readers = []  # transformers gives a base model no rows for new tokens
+    elif not hasattr(transformers, TASKS[CASES[name].task["type"]].auto_class):
+        readers = ["diffusers"]
+    found = verify_adapter(str(copied(name)), readers=readers)
+    assert [*found["readers"]] == readers
     assert found["rows"] >= 3
     assert found["tensors"] > 0
     assert found["difference"] <= found["allowed"] / 10
