@@ -1,141 +1,363 @@
-"""Train a recipe of this folder for several seeds, here and with PEFT and transformers' Trainer, and compare.
+"""Train a recipe of this folder for several seeds, here and with PEFT and transformers' Trainer (or TRL), and compare.
 
     python configs/tasks/compare_with_trainer.py configs/tasks/spam.yaml 0 1 2
 
 Both sides have the same base model, rows, method, batch size, learning rate, schedule and number of epochs; they start
-their new heads and adapters, and order their rows, by random numbers of their own. Afterwards ``peft`` loads the folder
-that peftcli wrote, and must predict the same rows. PEFT and scikit-learn must be installed.
+their new heads and adapters, and order their rows, by random numbers of their own. What either side wrote is measured
+by ``peftcli evaluate``. peft must be installed, and for preferences and rewards trl.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from PIL import Image
-from sklearn.metrics import accuracy_score, f1_score
 
 from peftcli.recipe import load_recipe
 from peftcli.schema import Recipe
-from peftcli.train.run import train
 from peftcli.train.setup import uses_bf16
+
+Rows = list[dict[str, Any]]
 
 
 def main() -> None:
     """Compare, and print a line a seed and side."""
     if len(sys.argv) < 3:
         sys.exit("usage: compare_with_trainer.py RECIPE SEED...")
+    path = Path(sys.argv[1])
     for seed in map(int, sys.argv[2:]):
-        folder = f"outputs/compare/{Path(sys.argv[1]).stem}-{seed}"
-        recipe = load_recipe(Path(sys.argv[1]), [f"training.seed={seed}", f"training.output_dir={folder}", "gates={}"])
-        ours = train(recipe)["eval"]["last"]
-        print(f"seed {seed}: peftcli  {shown(ours['eval_accuracy'], ours['eval_macro_f1'])}", flush=True)
-        sides = Sides(recipe)
-        again, theirs = sides.peft_reads(Path(folder)), sides.trainer(Path(folder))
-        print(f"seed {seed}: in peft  {again}", flush=True)
-        print(f"seed {seed}: Trainer  {theirs}", flush=True)
+        folder = Path(f"outputs/compare/{path.stem}-{seed}")
+        settings = [f"training.seed={seed}", f"training.output_dir={folder}", "gates={}"]
+        ours = answer("train", str(path), *settings, "--overwrite", "--json")["eval"]["kept"]
+        print(f"seed {seed}: peftcli  {shown(ours)}", flush=True)
+        recipe = load_recipe(path, settings)
+        theirs = folder.with_name(f"{folder.name}-trainer")
+        SIDES[(recipe.task or {})["type"]](recipe).train(theirs)
+        if (folder / "task.json").exists():  # the names of labels, which Trainer does not write
+            (theirs / "task.json").write_bytes((folder / "task.json").read_bytes())
+        found = answer("evaluate", str(path), *settings, "--adapter", str(theirs), "--json")["eval"]["last"]
+        print(f"seed {seed}: Trainer  {shown(found)}", flush=True)
 
 
-class Sides:
-    """The rows of a recipe as transformers takes them, and what PEFT does with them."""
+def answer(*arguments: str) -> dict[str, Any]:
+    """Run a command of peftcli, and return what it prints."""
+    command = [sys.executable, "-m", "peftcli", *arguments]
+    found: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    return found
+
+
+def shown(metrics: dict[str, float]) -> str:
+    """Metrics as a line has them."""
+    return ", ".join(
+        f"{name.removeprefix('eval_')} {value:.4f}" for name, value in metrics.items() if "iou_" not in name
+    )
+
+
+class Side:
+    """A recipe's rows as transformers takes them, and the training of PEFT and Trainer."""
+
+    auto = ""
+    """The class that loads the base model."""
+    head: str | None = "classifier"
+    """The module that trains in full."""
+    task_type: str | None = None
+    trainer: Any = transformers.Trainer
+    arguments: Any = transformers.TrainingArguments
 
     def __init__(self, recipe: Recipe):
-        self.recipe, name = recipe, recipe.base_model.name
-        self.is_text = (recipe.task or {})["type"] == "sequence_classification"
-        train_rows, eval_rows = (self.read(str(part)) for part in (recipe.dataset.train, recipe.dataset.eval))
-        self.labels = list(dict.fromkeys(label for _, label in train_rows))
-        if self.is_text:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        else:
-            self.processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil")
-        self.train, self.eval = self.encode(train_rows), self.encode(eval_rows)
-        self.auto: Any = getattr(transformers, f"AutoModelFor{'Sequence' if self.is_text else 'Image'}Classification")
+        self.recipe, self.name = recipe, recipe.base_model.name
+        self.task: dict[str, Any] = recipe.task or {}
+        self.length = self.task.get("max_length", recipe.dataset.max_length)
+        self.place = Path(str(recipe.dataset.train)).parent
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Load the tokenizer or processor."""
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.name)
+
+    def rows(self) -> Rows:
+        """Read the training rows."""
+        return [json.loads(line) for line in Path(str(self.recipe.dataset.train)).open(encoding="utf-8")]
 
     def load(self) -> Any:
-        """Load the base model with a new head."""
-        return self.auto.from_pretrained(self.recipe.base_model.name, num_labels=len(self.labels))
+        """Load the base model, with a new head where the task has one."""
+        labels = {"num_labels": len(self.labels)} if hasattr(self, "labels") else {}
+        return getattr(transformers, self.auto).from_pretrained(self.name, dtype=torch.float32, **labels)
 
-    def read(self, name: str) -> list[tuple[str, str]]:
-        """Read text and label of each row, or file and folder of each picture."""
-        if self.is_text:
-            return [(row["text"], row["label"]) for row in map(json.loads, Path(name).open(encoding="utf-8"))]
-        return [(str(path), path.parent.name) for path in sorted(Path(name).rglob("*.png"))]
+    labels: list[str]
 
-    def encode(self, rows: list[tuple[str, str]]) -> list[dict[str, Any]]:
-        """Make the model's inputs of rows."""
-        labels = [self.labels.index(label) for _, label in rows]
-        if self.is_text:
-            length = self.recipe.dataset.max_length
-            encoded = self.tokenizer([text for text, _ in rows], truncation=True, max_length=length)
-            ids = encoded["input_ids"]
-            return [{"input_ids": each, "labels": label} for each, label in zip(ids, labels, strict=True)]
-        images = [Image.open(path).convert("RGB") for path, _ in rows]
-        pixels = [self.processor(image, return_tensors="pt")["pixel_values"][0] for image in images]
-        return [{"pixel_values": each, "labels": label} for each, label in zip(pixels, labels, strict=True)]
+    def encode(self, rows: Rows) -> Rows:
+        """Make the model's inputs."""
+        raise NotImplementedError
 
-    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def collate(self, rows: Rows) -> dict[str, torch.Tensor]:
         """Put rows into a batch."""
-        if self.is_text:
-            return dict(transformers.DataCollatorWithPadding(self.tokenizer)(rows))
         return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
 
-    def trainer(self, folder: Path) -> str:
-        """Train with PEFT and Trainer."""
-        settings, method = self.recipe.training, dict(self.recipe.method)
-        transformers.set_seed(settings.seed)
+    def lora(self) -> LoraConfig:
+        """The recipe's method as PEFT's config."""
         known = {field.name for field in dataclasses.fields(LoraConfig)}
-        method = {key: value for key, value in method.items() if key in known and key != "modules_to_save"}
-        config = LoraConfig(**method, modules_to_save=["classifier"], task_type="SEQ_CLS" if self.is_text else None)
-        arguments = transformers.TrainingArguments(
-            str(folder / "trainer"),
-            num_train_epochs=settings.num_train_epochs,
-            per_device_train_batch_size=settings.per_device_train_batch_size,
-            per_device_eval_batch_size=settings.per_device_eval_batch_size,
-            learning_rate=float(settings.learning_rate),
-            lr_scheduler_type=settings.lr_scheduler_type,
-            train_sampling_strategy=settings.train_sampling_strategy,
-            seed=settings.seed,
-            bf16=uses_bf16(self.recipe),
-            use_cpu=True,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            logging_steps=1000,
-            remove_unused_columns=False,
-            label_names=["labels"],
+        method = {key: value for key, value in self.recipe.method.items() if key in known and value is not None}
+        return LoraConfig(**{**method, "modules_to_save": self.head and [self.head], "task_type": self.task_type})
+
+    def common(self, folder: Path) -> dict[str, Any]:
+        """The training arguments that all have."""
+        settings = self.recipe.training
+        return {
+            "output_dir": str(folder.with_name(folder.name + "-run")),
+            "num_train_epochs": settings.num_train_epochs,
+            "per_device_train_batch_size": settings.per_device_train_batch_size,
+            "learning_rate": float(settings.learning_rate),
+            "lr_scheduler_type": settings.lr_scheduler_type,
+            "warmup_steps": settings.warmup_ratio or 0,
+            "train_sampling_strategy": settings.train_sampling_strategy,
+            "seed": settings.seed,
+            "bf16": uses_bf16(self.recipe),
+            "use_cpu": True,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "logging_steps": 1000,
+        }
+
+    def train(self, folder: Path) -> None:
+        """Train with PEFT and Trainer, and write the adapter into ``folder``."""
+        transformers.set_seed(self.recipe.training.seed)
+        data = self.encode(self.rows())
+        model = get_peft_model(self.load(), self.lora())
+        arguments = self.arguments(**self.common(folder), remove_unused_columns=False, label_names=["labels"])
+        self.trainer(model=model, args=arguments, train_dataset=data, data_collator=self.collate).train()
+        model.save_pretrained(str(folder))
+
+
+class Texts(Side):
+    """Classes of texts."""
+
+    auto, task_type = "AutoModelForSequenceClassification", "SEQ_CLS"
+
+    def encode(self, rows: Rows) -> Rows:
+        self.labels = list(dict.fromkeys(row["label"] for row in rows))
+        ids = self.tokenizer([row["text"] for row in rows], truncation=True, max_length=self.length)["input_ids"]
+        return [
+            {"input_ids": each, "labels": self.labels.index(row["label"])} for each, row in zip(ids, rows, strict=True)
+        ]
+
+    def collate(self, rows: Rows) -> dict[str, torch.Tensor]:
+        return dict(transformers.DataCollatorWithPadding(self.tokenizer)(rows))
+
+
+class Entities(Side):
+    """Types of words, from texts with entities as IOB2 tags of the words' first tokens."""
+
+    auto, task_type = "AutoModelForTokenClassification", "TOKEN_CLS"
+
+    def encode(self, rows: Rows) -> Rows:
+        kinds = list(dict.fromkeys(entity["label"] for row in rows for entity in row["entities"]))
+        self.labels = ["O", *(f"{start}-{kind}" for kind in kinds for start in "BI")]
+        encoded = self.tokenizer([row["text"] for row in rows], truncation=True, max_length=self.length)
+        return [
+            {"input_ids": encoded["input_ids"][at], "labels": self.tags(row, encoded.encodings[at])}
+            for at, row in enumerate(rows)
+        ]
+
+    def tags(self, row: dict[str, Any], encoding: Any) -> list[int]:
+        """A label for each token; -100 but for the first of a word."""
+        labels, before = list[int](), None
+        for (start, end), word in zip(encoding.offsets, encoding.word_ids, strict=True):
+            if word is None or word == before:
+                labels.append(-100)
+                continue
+            before = word
+            inside = next((each for each in row["entities"] if each["start"] < end and start < each["end"]), None)
+            tag = "O" if inside is None else f"{'B' if start <= inside['start'] else 'I'}-{inside['label']}"
+            labels.append(self.labels.index(tag))
+        return labels
+
+    def collate(self, rows: Rows) -> dict[str, torch.Tensor]:
+        return dict(transformers.DataCollatorForTokenClassification(self.tokenizer)(rows))
+
+
+class Answers(Side):
+    """Places of answers in contexts, in windows."""
+
+    auto, task_type, head = "AutoModelForQuestionAnswering", "QUESTION_ANS", "qa_outputs"
+
+    def encode(self, rows: Rows) -> Rows:
+        encoded = self.tokenizer(
+            [row["question"] for row in rows],
+            [row["context"] for row in rows],
+            truncation="only_second",
+            max_length=self.length,
+            stride=self.task["stride"],
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
         )
-        model = get_peft_model(self.load(), config)
-        trainer: Any = transformers.Trainer
-        trainer(model=model, args=arguments, train_dataset=self.train, data_collator=self.collate).train()
-        return self.measure(model)
+        windows = []
+        for at, source in enumerate(encoded["overflow_to_sample_mapping"]):
+            start, end = self.place_of(rows[source]["answers"], encoded.encodings[at])
+            given = {name: encoded[name][at] for name in ("input_ids", "token_type_ids", "attention_mask")}
+            windows.append({**given, "start_positions": start, "end_positions": end})
+        return windows
 
-    def peft_reads(self, folder: Path) -> str:
-        """Load the folder in PEFT."""
-        return self.measure(PeftModel.from_pretrained(self.load(), str(folder)))
+    def place_of(self, answers: dict[str, Any], encoding: Any) -> tuple[int, int]:
+        """First and last token of the first answer; those of [CLS] where the window lacks it."""
+        if not answers["text"]:
+            return 0, 0
+        first = answers["answer_start"][0]
+        last = first + len(answers["text"][0])
+        parts = [at for at, part in enumerate(encoding.sequence_ids) if part == 1]
+        if not parts or encoding.offsets[parts[0]][0] > first or encoding.offsets[parts[-1]][1] < last:
+            return 0, 0
+        inside = [at for at in parts if encoding.offsets[at][1] > first and encoding.offsets[at][0] < last]
+        return inside[0], inside[-1]
 
-    @torch.no_grad()
-    def measure(self, model: Any) -> str:
-        """Predict the evaluation rows, in float32."""
-        size, found = self.recipe.training.per_device_eval_batch_size, list[int]()
-        model = model.float().eval()
-        order = sorted(range(len(self.eval)), key=lambda at: len(self.eval[at].get("input_ids", ())))
-        for start in range(0, len(order), size):
-            batch = self.collate([self.eval[at] for at in order[start : start + size]])
-            found += model(**batch).logits.argmax(-1).tolist()
-        wanted = np.array([self.eval[at]["labels"] for at in order])
-        return shown(accuracy_score(wanted, found), f1_score(wanted, found, average="macro"))
+    def collate(self, rows: Rows) -> dict[str, torch.Tensor]:
+        return dict(transformers.DataCollatorWithPadding(self.tokenizer)(rows))
 
 
-def shown(accuracy: float, macro_f1: float) -> str:
-    """Two metrics as a line has them."""
-    return f"accuracy {accuracy:.4f}, macro F1 {macro_f1:.4f}"
+class Pictures(Side):
+    """Classes of pictures in folders."""
+
+    auto = "AutoModelForImageClassification"
+
+    def prepare(self) -> None:
+        self.processor = transformers.AutoImageProcessor.from_pretrained(self.name, backend="pil")
+
+    def rows(self) -> Rows:
+        return [
+            {"image": path, "label": path.parent.name}
+            for path in sorted(Path(str(self.recipe.dataset.train)).rglob("*.png"))
+        ]
+
+    def encode(self, rows: Rows) -> Rows:
+        self.labels = list(dict.fromkeys(row["label"] for row in rows))
+        return [
+            {
+                "pixel_values": self.processor(Image.open(row["image"]).convert("RGB"), return_tensors="pt")[
+                    "pixel_values"
+                ][0],
+                "labels": self.labels.index(row["label"]),
+            }
+            for row in rows
+        ]
+
+
+class Masks(Pictures):
+    """Pictures with masks."""
+
+    auto, head = "AutoModelForSemanticSegmentation", "decode_head"
+    rows = Side.rows
+
+    def encode(self, rows: Rows) -> Rows:
+        self.labels = self.task["labels"]
+        encoded = []
+        for row in rows:
+            image = Image.open(self.place / row["image"]).convert("RGB")
+            mask = Image.open(self.place / row["annotation"])
+            found = self.processor(image, segmentation_maps=mask, return_tensors="pt")
+            encoded.append({name: found[name][0] for name in ("pixel_values", "labels")})
+        return encoded
+
+
+class Clips(Side):
+    """Clips with transcripts, for Whisper."""
+
+    auto, head = "AutoModelForSpeechSeq2Seq", None
+
+    def prepare(self) -> None:
+        self.processor = transformers.AutoProcessor.from_pretrained(self.name)
+
+    def encode(self, rows: Rows) -> Rows:
+        import soundfile
+        import soxr
+
+        encoded = []
+        for row in rows:
+            sound, rate = soundfile.read(self.place / row["audio"], dtype="float32", always_2d=True)
+            wave = soxr.resample(sound.mean(axis=1), rate, 16000)
+            features = self.processor.feature_extractor(wave, sampling_rate=16000).input_features[0]
+            encoded.append({"input_features": features, "labels": self.processor.tokenizer(row["text"]).input_ids})
+        return encoded
+
+    def collate(self, rows: Rows) -> dict[str, torch.Tensor]:
+        # the model puts the token that starts a transcript in front by itself
+        labels = [row["labels"][1:] for row in rows]
+        length = max(map(len, labels))
+        return {
+            "input_features": torch.tensor(np.stack([row["input_features"] for row in rows])),
+            "labels": torch.tensor([each + [-100] * (length - len(each)) for each in labels]),
+        }
+
+
+class Pairs(Side):
+    """Preferred and rejected answers, with TRL's DPO."""
+
+    auto, head, task_type = "AutoModelForCausalLM", None, "CAUSAL_LM"
+
+    def train(self, folder: Path) -> None:
+        from datasets import Dataset
+        from trl import DPOConfig, DPOTrainer
+
+        arguments = DPOConfig(**self.common(folder), beta=self.task["beta"], max_length=self.length)
+        trainer: Any = DPOTrainer(
+            self.load(),
+            args=arguments,
+            train_dataset=Dataset.from_list(self.rows()),
+            processing_class=self.tokenizer,
+            peft_config=self.lora(),
+        )
+        trainer.train()
+        trainer.model.save_pretrained(str(folder))
+
+
+class Rewards(Side):
+    """Preferred and rejected answers, with TRL's reward model."""
+
+    auto, head, task_type = "AutoModelForSequenceClassification", "score", "SEQ_CLS"
+
+    def load(self) -> Any:
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            self.name, num_labels=1, dtype=torch.float32
+        )
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model
+
+    def train(self, folder: Path) -> None:
+        from datasets import Dataset
+        from trl import RewardConfig, RewardTrainer
+
+        arguments = RewardConfig(**self.common(folder), max_length=self.length)
+        trainer: Any = RewardTrainer(
+            self.load(),
+            args=arguments,
+            train_dataset=Dataset.from_list(self.rows()),
+            processing_class=self.tokenizer,
+            peft_config=self.lora(),
+        )
+        trainer.train()
+        trainer.model.save_pretrained(str(folder))
+
+
+SIDES: dict[str, Callable[[Recipe], Side]] = {
+    "sequence_classification": Texts,
+    "token_classification": Entities,
+    "question_answering": Answers,
+    "image_classification": Pictures,
+    "semantic_segmentation": Masks,
+    "speech_recognition": Clips,
+    "preference": Pairs,
+    "reward": Rewards,
+}
 
 
 if __name__ == "__main__":
