@@ -85,6 +85,12 @@ def test_names_and_levels_are_a_promise() -> None:
         "clips_too_long": ("warning", True),
         "silent_clips": ("warning", True),
         "unbalanced_masks": ("warning", False),
+        "small_pictures": ("warning", False),
+        "no_caption": ("warning", True),
+        "positive_is_anchor": ("warning", False),
+        "negative_is_positive": ("warning", False),
+        "repeated_texts": ("info", False),
+        "anchors_in_eval": ("info", False),
     }
 
 
