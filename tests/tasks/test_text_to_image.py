@@ -296,7 +296,10 @@ def ours(folder: Path) -> np.ndarray:
     return made
 
 
-def test_evaluation_makes_the_sample_pictures(run: Trained) -> None:
+def test_a_run_learns_and_evaluation_makes_the_sample_pictures(run: Trained) -> None:
+    assert run.losses[-1] < run.losses[0]
+    assert run.run["eval"]["last"]["eval_loss"] == run.run["eval"]["best"]["eval_loss"]
+    assert run.run["eval"]["best_step"] == 6
     names = [path.name for path in sorted((run.folder / "samples").iterdir())]
     assert names == ["step-000003-0.png", "step-000006-0.png"]
     first, last = (np.asarray(Image.open(run.folder / "samples" / name), np.int64) for name in names)
