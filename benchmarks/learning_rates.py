@@ -105,17 +105,23 @@ CASES: dict[str, dict[str, Any]] = {
     "adaption_prompt": {"type": "adaption_prompt", "adapter_len": 10, "adapter_layers": 4},
 }
 """Case -> the recipe's ``method``: its type, and what it cannot do without."""
-SMALLER: dict[str, dict[str, Any]] = {
-    "vblora": {"vector_length": 8},
-    "fourierft": {"n_frequency": 100},
-    "waveft": {"n_frequency": 100},
-    "c3a": {"block_size": 8},
-    "miss": {"r": 8},
-    "shira": {"r": 2},
-    "psoft": {"r": 8},
-    "lora, rslora r 64": {"r": 16},
+_TEXT = {"vblora": {"vector_length": 64}, "c3a": {"block_size": 64}}
+SMALLER: dict[str, dict[str, dict[str, Any]]] = {
+    "causal_lm": _TEXT,
+    "sequence_classification": _TEXT,
+    "semantic_segmentation": {
+        "vblora": {"vector_length": 8},
+        "fourierft": {"n_frequency": 100},
+        "waveft": {"n_frequency": 100},
+        "c3a": {"block_size": 8},
+        "miss": {"r": 8},
+        "shira": {"r": 2},
+        "psoft": {"r": 8},
+        "road": {"group_size": 8},
+        "lora, rslora r 64": {"r": 16},
+    },
 }
-"""What a method's defaults are too large for in the SegFormer, whose layers have 24 inputs and more."""
+"""Task -> case -> settings without which the case does not fit the model: the layers have 576, 384, and 24 inputs."""
 
 
 INTRODUCTION = f"""
@@ -187,7 +193,7 @@ def recipe_of(given: argparse.Namespace, task: str, case: str, folder: Path) -> 
     return Recipe(
         base_model=BaseModel(name=str(base), dtype="float32"),
         task={"type": task, **lesson.settings},
-        method=CASES[case] | (SMALLER.get(case, {}) if task == "semantic_segmentation" else {}),
+        method=CASES[case] | SMALLER[task].get(case, {}),
         dataset=Dataset(
             train=str(some(data, STEPS * lesson.batch, folder / "train.jsonl")),
             eval=str(some(held_out, lesson.eval_rows, folder / "eval.jsonl")),
@@ -247,13 +253,14 @@ def page(runs: list[dict[str, Any]]) -> Iterator[str]:
 def row_of(given_task: str, case: str, runs: list[dict[str, Any]]) -> str:
     """A case's row: its run at the automatic rate, and how far the loss fell at others."""
     auto = float(f"{rate_of(given_task, case):.2g}")
+    title = case + "".join(f", {name} {value}" for name, value in SMALLER[given_task].get(case, {}).items())
     at_auto = next((run for run in runs if run["rate"] == auto), None)
     others = [f"{run['rate']:g}: {fall(run)}" for run in sorted(runs, key=itemgetter("rate")) if run is not at_auto]
     if at_auto is None or "error" in at_auto:
         told = at_auto["error"] if at_auto else "not measured"
-        return f"| {case} | | {auto:g} | {told} | | | {', '.join(others)} |"
+        return f"| {title} | | {auto:g} | {told} | | | {', '.join(others)} |"
     numbers = f"{at_auto['before']:.3f} | {at_auto['after']:.3f} | {fall(at_auto)}"
-    return f"| {case} | {at_auto['trainable']:,} | {auto:g} | {numbers} | {', '.join(others)} |"
+    return f"| {title} | {at_auto['trainable']:,} | {auto:g} | {numbers} | {', '.join(others)} |"
 
 
 def rate_of(task: str, case: str) -> float:

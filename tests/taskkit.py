@@ -208,6 +208,7 @@ def _generated(task: str, kind: str, rows: Sequence[dict[str, Any]], **own: Any)
         metrics=frozenset({"loss", "perplexity", "token_accuracy", *measured}),
         recompute=_texts,
         has_head=False,
+        slow=task == "causal_lm",  # it is trained in most of the other tests
     )
 
 
