@@ -2,13 +2,14 @@
 
 Each run is ``peftcli.train`` with the least recipe: base model, task, method, data, 60 steps. Written is the evaluation
 loss before the first step and after the last one. Results are added to a file, and runs that it holds are not repeated;
-``--factors`` tries multiples of the automatic rate. ``--table`` writes docs/learning_rates.md from the file alone.
+``--factors`` tries multiples of the automatic rate. ``--table`` writes docs/learning_rates.md from the file alone. The
+file beside this one, learning_rates.jsonl, has what was measured so far.
 
     make quickstart
     python configs/tasks/fetch.py minilm models/MiniLM-L6      and spam data/spam, garments data/garments
     python configs/tasks/pretrain_segformer.py data/garments models/segformer-garments
-    OMP_NUM_THREADS=1 nice python benchmarks/learning_rates.py results.jsonl --tasks sequence_classification
-    python benchmarks/learning_rates.py results.jsonl --table
+    OMP_NUM_THREADS=1 nice python benchmarks/learning_rates.py --tasks sequence_classification
+    python benchmarks/learning_rates.py --table
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ best, and a task with a new head learns mostly by that head in so few steps.
 def main() -> None:
     """Run what is asked for, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path)
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     parser.add_argument("--tasks", nargs="+", default=list(LESSONS), choices=LESSONS)
     parser.add_argument("--cases", nargs="+", default=list(CASES))
     parser.add_argument("--factors", nargs="+", type=float, default=[1.0])
@@ -182,7 +183,7 @@ def measure(given: argparse.Namespace, task: str, case: str, factor: float) -> N
             found = {"error": error.message}
         seconds = round(time.process_time() - started, 1)
     with given.results.open("a") as file:
-        file.write(json.dumps({**key, "auto": factor == 1, **found, "cpu_seconds": seconds}) + "\n")
+        file.write(json.dumps({**key, **found, "cpu_seconds": seconds}) + "\n")
     print(task, case, rate, found, f"{seconds} s", flush=True)
 
 
@@ -237,7 +238,11 @@ def page(runs: list[dict[str, Any]]) -> Iterator[str]:
     yield from INTRODUCTION.strip().splitlines()
     for task, lesson in LESSONS.items():
         found = [run for run in runs if run["task"] == task]
+        at_auto = [run for run in found if "error" not in run and run["rate"] == auto_of(task, run["case"])]
+        enough = sum(1 - run["after"] / run["before"] >= ENOUGH for run in at_auto)
         yield from ("", f"## {task}", "", f"{lesson.told[0].upper()}{lesson.told[1:]}.", "")
+        yield f"At `auto` the loss fell by {ENOUGH:.0%} or more in {enough} of {len(at_auto)} runs."
+        yield ""
         yield "| method | trained parameters | `auto` | eval loss | after | fall | other rates: fall |"
         yield "| --- | ---: | ---: | ---: | ---: | ---: | --- |"
         for case in CASES:
@@ -252,7 +257,7 @@ def page(runs: list[dict[str, Any]]) -> Iterator[str]:
 
 def row_of(given_task: str, case: str, runs: list[dict[str, Any]]) -> str:
     """A case's row: its run at the automatic rate, and how far the loss fell at others."""
-    auto = float(f"{rate_of(given_task, case):.2g}")
+    auto = auto_of(given_task, case)
     title = case + "".join(f", {name} {value}" for name, value in SMALLER[given_task].get(case, {}).items())
     at_auto = next((run for run in runs if run["rate"] == auto), None)
     others = [f"{run['rate']:g}: {fall(run)}" for run in sorted(runs, key=itemgetter("rate")) if run is not at_auto]
@@ -263,14 +268,15 @@ def row_of(given_task: str, case: str, runs: list[dict[str, Any]]) -> str:
     return f"| {title} | {at_auto['trainable']:,} | {auto:g} | {numbers} | {', '.join(others)} |"
 
 
-def rate_of(task: str, case: str) -> float:
+def auto_of(task: str, case: str) -> float:
     """What ``auto`` means for a case."""
     dataset, training = Dataset(train=""), Training(output_dir="")
-    return usual_rate(
+    found = usual_rate(
         Recipe(
             base_model=BaseModel(name=""), task={"type": task}, method=CASES[case], dataset=dataset, training=training
         )
     )
+    return float(f"{found:.2g}")
 
 
 def fall(run: dict[str, Any]) -> str:

@@ -9,8 +9,8 @@ from peftcli.recipe.parse import Reading, method_config
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
 
-_FASTEST = 1e-2
-"""The rate up to which a task raises a method's own."""
+_RAISED, _FASTEST = 1e-2, 5e-2
+"""For a task with a new head: the rate up to which a method's own is raised, and the largest one."""
 _FAR = 10.0
 """How many times larger or smaller than the usual rate is worth a warning."""
 
@@ -19,7 +19,7 @@ def usual_rate(recipe: Recipe) -> float:
     """The learning rate for the recipe's method, how it starts, and its task if that is known."""
     task = TASKS.get((recipe.task or {}).get("type", ""))
     own, factor = method_config(recipe).learning_rate, task.rate_factor if task else 1
-    return max(own, min(own * factor, _FASTEST)) if factor > 1 else own * factor
+    return min(max(own, min(own * factor, _RAISED)), _FASTEST) if factor > 1 else own * factor
 
 
 def with_rate(recipe: Recipe) -> Recipe:

@@ -66,7 +66,7 @@ class AdaLoraConfig(_LoraSettings, BiasConfig, FanInConfig, ExcludingConfig, Lay
     """Settings of AdaLoRA, under PEFT's names."""
 
     peft_type = "ADALORA"
-    learning_rate = 2e-3
+    learning_rate = 1e-2
     sizes: ClassVar[tuple[str, ...]] = ("init_r",)
     found_by_training: ClassVar[tuple[str, ...]] = ("total_step",)
     always_written: ClassVar[tuple[str, ...]] = ("target_modules", "lora_alpha", "target_r", "init_r", "total_step")

@@ -14,7 +14,6 @@ class UniLoraConfig(BiasConfig, FanInConfig, LayeredConfig):
     """Settings of Uni-LoRA, under PEFT's names."""
 
     peft_type = "UNILORA"
-    learning_rate = 5e-3
     sizes: ClassVar[tuple[str, ...]] = ("r", "theta_d_length")
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "theta_d_length", "proj_seed", "save_indices")
 
@@ -32,6 +31,11 @@ class UniLoraConfig(BiasConfig, FanInConfig, LayeredConfig):
     """The numbers start uniform between plus and minus this."""
     init_weights: bool = True
     """false: they start normal with deviation 1, for tests."""
+
+    @property
+    def learning_rate(self) -> float:
+        """A number that stands at many places is scaled down there, so fewer numbers take larger steps."""
+        return 8 / max(self.theta_d_length, 1) ** 0.5
 
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, r=1, theta_d_length=1, proj_seed=0)
