@@ -129,7 +129,7 @@ INTRODUCTION = f"""
 What `training.learning_rate: auto`, the default, means, and what each method does with it: {STEPS} steps with nothing
 but the method's name and what it cannot do without. Written by `benchmarks/learning_rates.py`, which says how to run it
 again; one seed each. The loss should fall by {ENOUGH:.0%} at least. The tables say that methods learn, not which is
-best, and a task with a new head learns mostly by that head in so few steps.
+best, and a task with a new head learns mostly by that head in so few steps. A negative fall is a rise.
 
 `peftcli check` warns of a rate that is ten times as large as `auto`, or as small. `peftcli train` records the number.
 """

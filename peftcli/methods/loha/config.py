@@ -12,7 +12,7 @@ class LoHaConfig(LycorisConfig):
     """Settings of LoHa, under PEFT's names."""
 
     peft_type = "LOHA"
-    learning_rate = 1e-3
+    learning_rate = 5e-3
 
     init_weights: bool = True
     """Start from no update at all; false starts at random, for tests."""

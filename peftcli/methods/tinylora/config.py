@@ -14,7 +14,7 @@ class TinyLoraConfig(BiasConfig, FanInConfig, LayeredConfig):
     """Settings of TinyLoRA, under PEFT's names."""
 
     peft_type = "TINYLORA"
-    learning_rate = 2e-2
+    learning_rate = 5e-3
     sizes: ClassVar[tuple[str, ...]] = ("r", "u")
     always_written: ClassVar[tuple[str, ...]] = (
         "r", "u", "weight_tying", "target_modules", "projection_seed", "save_projection",
