@@ -102,10 +102,10 @@ def find_base(spec: BaseModel) -> FoundBase:
 class OpenBase:
     """An open base model: give ``open_base`` its spec."""
 
-    def __init__(self, spec: BaseModel, found: FoundBase, processors: Path | None = None):
+    def __init__(self, spec: BaseModel, found: FoundBase, template: str | None, processors: Path | None = None):
         self.spec, self.name = spec, spec.name
         self._own_processors, self._on_hub = processors, found.on_hub
-        self._template = tokens.template_text(spec)
+        self._template = template
         self._is_gguf = spec.name.endswith(".gguf")
         self.folder = found.folder
         """The folder on this machine: of a hub model, the cache's copy of one commit."""

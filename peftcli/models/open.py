@@ -10,6 +10,7 @@ from pathlib import Path
 
 from peftcli.models.base import LoadedModel, OpenBase, ProcessorKind, build_empty, find_base, label_options
 from peftcli.models.pipeline import OpenPipeline
+from peftcli.models.tokens import template_text
 from peftcli.schema import BaseModel
 
 __all__ = ["LoadedModel", "OpenBase", "ProcessorKind", "build_empty", "label_options", "open_base"]
@@ -27,5 +28,6 @@ def open_base(spec: BaseModel, processors: Path | None = None) -> OpenBase:
         HubError: the hub has no such model, or refuses it.
         NetworkError: the hub cannot be reached.
     """
+    template = template_text(spec)  # a mistake in it is told before anything is fetched
     found = find_base(spec)
-    return (OpenPipeline if found.is_pipeline else OpenBase)(spec, found, processors)
+    return (OpenPipeline if found.is_pipeline else OpenBase)(spec, found, template, processors)

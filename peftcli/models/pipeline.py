@@ -40,8 +40,8 @@ class OpenPipeline(OpenBase):
     What is adapted of it is its denoiser and, if asked for, its encoders of texts, as one module.
     """
 
-    def __init__(self, spec: BaseModel, found: FoundBase, processors: Path | None = None):
-        super().__init__(spec, found, processors)
+    def __init__(self, spec: BaseModel, found: FoundBase, template: str | None, processors: Path | None = None):
+        super().__init__(spec, found, template, processors)
         if importlib.util.find_spec("diffusers") is None:
             raise ModelError("a pipeline needs the package diffusers: pip install 'peftcli[diffusion]'")
         index = read_json_object(self.folder / PIPELINE_FILE, _MAX_JSON_BYTES, ModelError, strict=False)
