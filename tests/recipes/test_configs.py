@@ -69,7 +69,7 @@ def test_a_recipe_is_valid_and_explains_itself(path: Path) -> None:
     assert path.read_text().startswith("#"), "a recipe reads like a document: it begins by saying what it does"
 
 
-@pytest.mark.grid(keep=3, each=lambda path: path.parent.name)
+@pytest.mark.grid(each=lambda path: path.parent.name)
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_trains_a_few_steps_of_a_tiny_model(path: Path, tmp_path: Path) -> None:
     recipe = read(path).recipe

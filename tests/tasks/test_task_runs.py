@@ -31,7 +31,7 @@ SAVES = ("training.save_strategy=steps", "training.save_steps=3")
 pytestmark = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if case.slow else name for name, case in CASES.items()]
 )
-each_task = pytest.mark.grid(each=lambda name: CASES[name].task["type"])
+some_tasks = pytest.mark.grid(keep=4)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_two_processes_give_the_series_of_one(runs: Callable, tmp_path: Path, na
     assert read_run(tmp_path / "two")["eval"]["last"] == pytest.approx(one.run["eval"]["last"], rel=1e-4)
 
 
-@each_task
+@some_tasks
 def test_evaluate_and_predict_agree_with_training(runs: Callable, cli: Callable, tmp_path: Path, name: str) -> None:
     recipe, run = runs(name)
     measured = cli("evaluate", recipe, "--adapter", run.folder, "--json")["eval"]["last"]
@@ -124,6 +124,7 @@ def test_evaluate_and_predict_agree_with_training(runs: Callable, cli: Callable,
         assert measured[f"eval_{metric}"] == pytest.approx(value), metric
 
 
+@some_tasks
 def test_a_merged_model_says_the_same(runs: Callable, cli: Callable, tmp_path: Path, name: str) -> None:
     _, run = runs(name)
     cli("merge", run.folder, "--output", tmp_path / "merged")
@@ -131,6 +132,7 @@ def test_a_merged_model_says_the_same(runs: Callable, cli: Callable, tmp_path: P
     torch.testing.assert_close(outputs(run.folder, tmp_path / "merged")[2], expected, atol=1e-5, rtol=1e-4)
 
 
+@some_tasks
 def test_peft_says_the_same(runs: Callable, name: str, recwarn: pytest.WarningsRecorder) -> None:
     import peft
 
@@ -143,7 +145,7 @@ def test_peft_says_the_same(runs: Callable, name: str, recwarn: pytest.WarningsR
     assert [str(each.message) for each in recwarn if "peft" in str(each.filename)] == []
 
 
-@each_task
+@some_tasks
 def test_the_cards_example_runs(
     runs: Callable, name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
