@@ -66,6 +66,15 @@ def test_training_ends_with_it(cli: Callable, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.slow
+def test_other_readers_are_compared_without_rounding(cli: Callable, tmp_path: Path) -> None:
+    recipe = trainkit.write_recipe(tmp_path)
+    trainkit.run_recipe(recipe, "base_model.dtype=bfloat16", "training.bf16=true", "training.max_steps=3")
+    readers = ("--with", "peft", "--with", "transformers")
+    found = json.loads(cli("verify", tmp_path / "out", *readers, "--json").out)["readers"]
+    assert max(found.values()) < 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_fresh_process_is_an_interpreter(cli: Callable, tmp_path: Path, processes: int) -> None:
     child = Child(

@@ -46,17 +46,17 @@ class _Poison:
 
         from peftcli.train.plan import Plan
 
-        micro_batches, backward = Plan.micro_batches, Accelerator.backward
+        global_batch, backward = Plan.global_batch, Accelerator.backward
         now = [0]
 
-        def watched(plan: Plan, step: int, process: int) -> list[list[list[int]]]:
+        def watched(plan: Plan, step: int) -> list[int]:
             now[0] = step + 1
-            return micro_batches(plan, step, process)
+            return global_batch(plan, step)
 
         def poisoned(accelerator: Accelerator, loss: torch.Tensor) -> None:
             backward(accelerator, loss * self.value if now[0] == self.step else loss)
 
-        Plan.micro_batches = watched
+        Plan.global_batch = watched
         if self.what == "gradient":
             Accelerator.backward = poisoned
         else:

@@ -100,15 +100,15 @@ def strike(fault: str, marks: Path) -> None:
         return
     from peftcli.train.plan import Plan
 
-    micro_batches = Plan.micro_batches
+    global_batch = Plan.global_batch
 
-    def watched(self: Plan, step: int, process: int) -> list[list[list[int]]]:
+    def watched(self: Plan, step: int) -> list[int]:
         if step == _AT_STEP - 1:
             (marks / "struck").write_text(str(time.monotonic()))
             FAULTS[fault][0]()
-        return micro_batches(self, step, process)
+        return global_batch(self, step)
 
-    Plan.micro_batches = watched
+    Plan.global_batch = watched
 
 
 def _living(marks: Path) -> list[int]:

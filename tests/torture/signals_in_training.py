@@ -27,7 +27,7 @@ MOMENTS: dict[str, tuple[str, str, Sequence[int]]] = {
     "the model is loaded": ("peftcli.train.run", "adapted_model", (1,)),
     "the optimizer is made": ("peftcli.train.run", "prepare", (1,)),
     "a checkpoint is looked for": ("peftcli.train.run", "checkpoint_to_resume", (1,)),
-    "a step is made": ("peftcli.train.plan:Plan", "micro_batches", (1, 2, 5, 8)),
+    "a step is made": ("peftcli.train.plan:Plan", "global_batch", (1, 2, 5, 8)),
     "an evaluation goes on": ("peftcli.train.training_loop:TrainingLoop", "request", (1, 2, 4, 6, 9)),
     "a checkpoint is written": ("peftcli.train.runs.checkpoint", "write_file", (1, 2, 3, 5)),
     "a checkpoint gets its name": ("peftcli.train.runs.checkpoint", "sync_folder", (1,)),
@@ -133,7 +133,7 @@ def _at_random(seed: int, folder: Path) -> None:
 def _saved_on_signal(step: int, folder: Path) -> None:
     """USR2: a checkpoint of that step, and training goes on to the same bytes."""
     recipe = write_recipe(folder)
-    moment = SignalAt("peftcli.train.plan:Plan", "micro_batches", step, (signal.SIGUSR2,))
+    moment = SignalAt("peftcli.train.plan:Plan", "global_batch", step, (signal.SIGUSR2,))
     child = Child(folder, "train", recipe, *FULL, before=moment)
     assert child.wait() == 0, child.err
     assert f"checkpoint: {folder}/out/checkpoints/step-{step:06d}" in child.err, child.err
@@ -143,7 +143,7 @@ def _saved_on_signal(step: int, folder: Path) -> None:
 def _saved_on_usr1(folder: Path) -> None:
     """save_on_signal: SIGUSR1 makes USR1 a request for a checkpoint; TERM still stops."""
     recipe, asked = write_recipe(folder), "training.save_on_signal=SIGUSR1"
-    moment = SignalAt("peftcli.train.plan:Plan", "micro_batches", 2, (signal.SIGUSR1, signal.SIGTERM))
+    moment = SignalAt("peftcli.train.plan:Plan", "global_batch", 2, (signal.SIGUSR1, signal.SIGTERM))
     child = Child(folder, "train", recipe, *FULL, asked, before=moment)
     assert child.wait() == 75, child.err
     assert read_run(folder / "out")["steps"]["done"] == 2
@@ -176,19 +176,19 @@ def _slow_steps(seconds: float) -> None:
 
     peftcli.system.signals.STARTED = time.monotonic()  # the child was forked from a process that started long ago
     importlib.import_module("peftcli.train.run").STARTED = peftcli.system.signals.STARTED
-    micro_batches = Plan.micro_batches
+    global_batch = Plan.global_batch
 
-    def slowly(self: Plan, step: int, process: int) -> list[list[list[int]]]:
+    def slowly(self: Plan, step: int) -> list[int]:
         time.sleep(seconds)
-        return micro_batches(self, step, process)
+        return global_batch(self, step)
 
-    Plan.micro_batches = slowly
+    Plan.global_batch = slowly
 
 
 def _continued(number: int, folder: Path) -> None:
     """A signal while a resumed run is loaded: 75 (130), since its checkpoint still stands."""
     recipe = write_recipe(folder)
-    first = SignalAt("peftcli.train.plan:Plan", "micro_batches", 4, (signal.SIGTERM,))
+    first = SignalAt("peftcli.train.plan:Plan", "global_batch", 4, (signal.SIGTERM,))
     assert Child(folder, "train", recipe, *FULL, before=first).wait() == 75
     before = read_metrics(folder / "out")
     for name, (place, attribute, _) in list(MOMENTS.items())[1:9]:  # those before the first step
@@ -220,7 +220,7 @@ def trials() -> Sequence[Trial]:
     made += [
         Trial(
             f"{signal.Signals(one).name}, then {signal.Signals(two).name}, in step {step}",
-            partial(_signalled_twice, SignalAt("peftcli.train.plan:Plan", "micro_batches", step, (one, two))),
+            partial(_signalled_twice, SignalAt("peftcli.train.plan:Plan", "global_batch", step, (one, two))),
         )
         for step, one, two in ((2, 15, 15), (4, 2, 2), (5, 10, 15), (7, 15, 2))
     ]
