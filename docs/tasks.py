@@ -28,6 +28,9 @@ RECIPES = {
     "garments": "eval_mean_iou",
     "docstring_dpo": "eval_reward_accuracy",
     "docstring_reward": "eval_reward_accuracy",
+    "code_search": "eval_mrr",
+    "translation": "eval_bleu",
+    "bags": "eval_loss",
 }
 """Recipes of configs/tasks, and the metric that is shown of each."""
 SEEDS = (0, 1, 2)

@@ -35,6 +35,9 @@ def main() -> None:
     if len(sys.argv) < 3:
         sys.exit("usage: compare_with_trainer.py RECIPE SEED...")
     path = Path(sys.argv[1])
+    kind = (load_recipe(path).task or {})["type"]
+    if kind not in SIDES:
+        sys.exit(f"{path}: {kind} is not compared; these tasks are: {', '.join(SIDES)}")
     for seed in map(int, sys.argv[2:]):
         folder = Path(f"outputs/compare/{path.stem}-{seed}")
         settings = [f"training.seed={seed}", f"training.output_dir={folder}", "gates={}"]
@@ -42,7 +45,7 @@ def main() -> None:
         print(f"seed {seed}: peftcli  {shown(ours)}", flush=True)
         recipe = load_recipe(path, settings)
         theirs = folder.with_name(f"{folder.name}-trainer")
-        SIDES[(recipe.task or {})["type"]](recipe).train(theirs)
+        SIDES[kind](recipe).train(theirs)
         if (folder / "task.json").exists():  # the names of labels, which Trainer does not write
             (theirs / "task.json").write_bytes((folder / "task.json").read_bytes())
         found = answer("evaluate", str(path), *settings, "--adapter", str(theirs), "--json")["eval"]["last"]

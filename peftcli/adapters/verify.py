@@ -207,9 +207,9 @@ def verify_adapter(
     with open_base(source.base, processors=source.folder) as opened:
         task = _open_task(source, opened, recorded)
         loaded = load_for_task(source, opened, task, getattr(torch, recorded.get("dtype", "float32")))
-    cuda = torch.cuda.is_available()
-    model = loaded.model.to("cuda" if cuda else "cpu").eval()  # type: ignore[arg-type]
-    here = "cuda" if cuda else "cpu"
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = loaded.model
+    model = model.to(here).eval()
     result: dict[str, Any] = {
         "adapter": name,
         "tensors": len(recorded.get("tensors", {})),
@@ -239,7 +239,8 @@ def verify_adapter(
             # in float32, since readers round an adapter's weights to half precision where the base model is in it
             other = _load_with(reader, source, opened, torch.float32).to(here).eval()
             if next(model.parameters()).dtype != torch.float32:
-                model = load_for_task(source, opened, task, torch.float32).model.to(here).eval()  # type: ignore[arg-type]
+                model = load_for_task(source, opened, task, torch.float32).model
+                model = model.to(here).eval()
             rounded = any(is_quantised(module) for module in model.modules())
             expected = _sketch(scores_on(model, task.probe(), bf16=False))
             found = _difference(_sketch(scores_on(other, task.probe(), bf16=False)), expected)

@@ -159,7 +159,7 @@ class OpenPipeline(OpenBase):
         """The safetensors files of a part.
 
         Raises:
-            ModelError: there are none.
+            ModelError: the part has no safetensors files.
         """
         folder = self.folder / name
         if not (found := sorted(folder.glob("*.safetensors"))):

@@ -354,7 +354,7 @@ class Gathers(Protocol):
     """Compares the rows of all processes in ``loss``, while the model trains: each must take part each time."""
 
     def refuse_rows(self, examples: View, count: int) -> None:
-        """Check that so many of the training examples are enough to compare.
+        """Check whether the number of training examples is enough to compare them with one another.
 
         Raises:
             DataError: nothing would be learnt.

@@ -198,7 +198,10 @@ def test_offloaded_base_weights_are_in_the_cpus_memory_while_the_adapter_answers
     inputs = {name: value.to("cuda") for name, value in batch("llama").items()}
     expected = logits(model, batch("llama"))
     layers = list(adapter_layers(model.to("cuda")).values())
-    places = lambda: {base_module(layer).weight.device.type for layer in layers}  # noqa: E731
+
+    def places() -> set[str]:
+        return {base_module(layer).weight.device.type for layer in layers}
+
     assert places() == {"cpu"}
     torch.testing.assert_close(logits(model, inputs).cpu(), expected, atol=1e-4, rtol=1e-4)
     assert places() == {"cpu"}

@@ -86,7 +86,7 @@ def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, templated: bool
     BOS stands once, and no EOS at the end of what a decoder continues.
 
     Raises:
-        UsageError: there are none.
+        UsageError: the prompt has no tokens.
     """
     ids = list(tokenizer(text, add_special_tokens=not templated)["input_ids"])
     bos = tokenizer.bos_token_id

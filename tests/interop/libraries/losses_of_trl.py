@@ -99,7 +99,10 @@ def check_reward() -> None:
     """The loss of RewardTrainer, with margins."""
     rewards, margins = torch.tensor([0.4, -1.2, 0.9, -1.5]), torch.tensor([1.0, -0.25])
     args = SimpleNamespace(center_rewards_coefficient=None)
-    model = lambda **_: SimpleNamespace(logits=rewards[:, None])  # noqa: E731
+
+    def model(**_: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=rewards[:, None])
+
     model.training = False
     stub = Stub(RewardTrainer, args=args, model=model, _total_train_tokens=0, _tp_size=1)
     theirs = RewardTrainer.compute_loss(stub, model, {"attention_mask": torch.ones(4, 2), "margin": margins})
