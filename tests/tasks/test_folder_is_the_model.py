@@ -48,6 +48,8 @@ def copied(tmp_path: Path) -> Callable[[str], Path]:
 
     def copied(name: str) -> Path:
         folder, base = tmp_path / "adapter", tmp_path / "base"
+        for earlier in (folder, base):
+            shutil.rmtree(earlier, ignore_errors=True)
         shutil.copytree(trained(name), folder)
         shutil.copytree(trained(name).parent / "base", base)
         _edit(folder / CONFIG, base_model_name_or_path=str(base))
@@ -186,6 +188,9 @@ def _place(folder: Path, name: str) -> Path | None:
 
 
 def _preprocessor(folder: Path) -> str | None:
+    if (path := folder.parent / "base/scheduler/scheduler_config.json").is_file():
+        _edit(path, **{"shift": 1.0} if "shift" in _read(path) else {"beta_end": 0.02})
+        return "is not the base model of training"
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (path := _place(folder, name)) is None:
             continue
@@ -224,7 +229,7 @@ def _pad_token(folder: Path) -> str | None:
 
 def _other_words(folder: Path) -> str | None:
     """Each word gets the number of the next one."""
-    path = _place(folder, "tokenizer.json")
+    path = _place(folder, "tokenizer.json") or _place(folder, "tokenizer/tokenizer.json")
     if path is None:
         return None
     values = _read(path)
@@ -323,6 +328,13 @@ def test_a_clean_folder_is_the_model(copied: Callable, name: str) -> None:
     assert found["rows"] >= 3
     assert found["tensors"] > 0
     assert found["difference"] <= found["allowed"] / 10
+
+
+@pytest.mark.slow
+def test_every_fault_is_planted_and_every_task_has_twenty(copied: Callable) -> None:
+    planted = {name: {fault for fault in FAULTS if FAULTS[fault](copied(name)) is not None} for name in CASES}
+    assert set().union(*planted.values()) == FAULTS.keys()
+    assert all(len(faults) >= 20 for faults in planted.values()), {name: len(each) for name, each in planted.items()}
 
 
 @pytest.mark.parametrize("name", CASES)
