@@ -52,11 +52,19 @@ def load_generator(
         apply_adapter(loaded, source)
     elif source.has_tokenizer:
         tokens.fit_tokenizer(loaded.model, tokenizer, folder)
-    tokens.settle_pad(tokenizer, loaded.model)
     model = loaded.model.to("cuda" if cuda else "cpu").eval()  # type: ignore[arg-type]
+    return generator_of(source, model, tokenizer, describe(source, spec, model, with_adapter))
+
+
+def generator_of(
+    source: AdapterSource, model: Any, tokenizer: Any, loaded_from: dict[str, Any] | None = None
+) -> TextGenerator:
+    """Make a generator of an adapter's model: prompts have the form of its training, and answers end as there."""
+    from peftcli.models import tokens
+
+    tokens.settle_pad(tokenizer, model)
     form = prompt_form(source.record, tokenizer)
-    loaded_from = describe(source, spec, model, with_adapter)
-    return TextGenerator(model, tokenizer, form, stop_tokens(tokenizer, form), loaded_from)
+    return TextGenerator(model, tokenizer, form, stop_tokens(tokenizer, form), loaded_from or {})
 
 
 def describe(source: AdapterSource, spec: BaseModel, model: Any, with_adapter: bool) -> dict[str, Any]:

@@ -7,13 +7,9 @@ its tensors. ``verify_adapter`` loads the folder as anybody would, and compares.
 from __future__ import annotations
 
 import base64
-import hashlib
-import importlib
-import importlib.util
 import json
 import math
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,12 +18,12 @@ import torch
 from torch import nn
 
 from peftcli.adapters.load import AdapterSource, find_adapter
-from peftcli.adapters.merge import merge_adapter
-from peftcli.adapters.predict import load_for_task, load_predictor
+from peftcli.adapters.predict import load_for_task
+from peftcli.adapters.readers import compare_reader, require_readers
+from peftcli.adapters.sketches import difference, hash_of, sketch
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import CONFIG_FILE, WEIGHTS_FILE, read_tensors
 from peftcli.core.protocols import describe
-from peftcli.core.quantised import is_quantised
 from peftcli.data.rows import Place, Row, Table
 from peftcli.data.sources import open_source
 from peftcli.data.store import Example, Outcome
@@ -39,23 +35,13 @@ from peftcli.schema import Source
 from peftcli.system import date
 from peftcli.system.disk import sha256, write_file
 from peftcli.system.secrets import redact_values
-from peftcli.tasks import DIFFUSERS_FILE, TASK_FILE, TASKS
+from peftcli.tasks import TASK_FILE, TASKS
 from peftcli.tasks.base import Batch, Probes, Task, facts_of_processor, scores_on
 
 RECORD_FILE = "verification.json"
 """Beside an adapter that was trained here; not pushed, since it holds rows of the data."""
-READERS = {
-    "peft": ("peft",),
-    "transformers": ("transformers", "peft"),
-    "sentence-transformers": ("sentence_transformers",),
-    "diffusers": ("diffusers", "peft"),
-}
-"""Libraries that load an adapter, or the merged model, by themselves -> the packages that this takes."""
-
 _ROWS, _LOOKED_AT = 4, 16
 """The rows that are kept are the smallest of the first ones."""
-_SAMPLED = 256
-"""Values of a tensor that are kept."""
 _MAX_ROWS = 4_000_000
 """Bytes of the rows."""
 _MAX_RECORD = 64_000_000
@@ -65,8 +51,6 @@ _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.02}
 _ELSEWHERE = 20
 """How much larger it may be on another kind of device."""
 _KEYS = {"task", "config", "tensors", "files", "processor", "base_model", "device", "dtype", "bf16", "rows", "probe"}
-_TEXTS = ("Hello", "A longer text, beside which the first one is padded.")
-"""What readers of texts are compared by."""
 _BYTES = "bytes in base64"
 Rows = dict[str, Any]
 """Rows as JSON: ``values``, and what a ``Table`` says of them."""
@@ -139,7 +123,7 @@ def record_model(
         "schema_version": 1,
         "task": dict(described),
         "config": {**describe(config, tensors), "inference_mode": True},
-        "tensors": {name: _hash(value) for name, value in sorted(tensors.items())},
+        "tensors": {name: hash_of(value) for name, value in sorted(tensors.items())},
         "files": {name: sha256(folder / name) for name in files},
         "processor": facts_of_processor(task.processor),
         "base_model": {"sha256": base_sha256},
@@ -152,10 +136,10 @@ def record_model(
     if rows and outputs:
         inputs = _batch(task, rows)
         made = {name: value for name, value in sorted(inputs.items()) if isinstance(value, torch.Tensor)}
-        values["inputs"] = {name: _sketch(value) for name, value in made.items()}
-        values["scores"] = _sketch(scores_on(model, inputs, bf16=bf16))
+        values["inputs"] = {name: sketch(value) for name, value in made.items()}
+        values["scores"] = sketch(scores_on(model, inputs, bf16=bf16))
     if outputs and isinstance(task, Probes):
-        values["probe"] = _sketch(scores_on(model, task.probe(), bf16=bf16))
+        values["probe"] = sketch(scores_on(model, task.probe(), bf16=bf16))
     write_file(folder / RECORD_FILE, (json.dumps(redact_values(values), indent=1) + "\n").encode())
 
 
@@ -191,12 +175,7 @@ def verify_adapter(
         ModelError: the base model is another one, or cannot be loaded.
         UsageError: there is nothing to compare with, or a reader is not installed.
     """
-    for reader in readers:
-        if reader not in READERS:
-            raise UsageError(f"{reader!r} is not one of {', '.join(READERS)}", key="--with")
-        missing = [each for each in READERS[reader] if importlib.util.find_spec(each) is None]
-        if missing:
-            raise UsageError(f"needs the package {missing[0]}", key="--with", hint=f"pip install {missing[0]}")
+    require_readers(readers)
     source = find_adapter(name, base)
     recorded = _read_record(source.folder) if (source.folder / RECORD_FILE).is_file() else {}
     if not recorded and not readers:
@@ -229,27 +208,12 @@ def verify_adapter(
         result["rows"] *= inputs is not None
         result["allowed"] = allowed
         result["difference"] = _compare_model(source, opened, model, task, recorded, inputs, allowed)
+    if readers and next(model.parameters()).dtype != torch.float32:
+        # readers round an adapter's weights to half precision where the base model is in it
+        model = load_for_task(source, opened, task, torch.float32).model
+        model = model.to(here).eval()
     for reader in readers:
-        rounded = False
-        if reader == "sentence-transformers":
-            found = _difference_of_embeddings(source)
-        elif reader == "diffusers":
-            found = _difference_of_pictures(source, opened, model)
-        elif isinstance(task, Probes):
-            # in float32, since readers round an adapter's weights to half precision where the base model is in it
-            other = _load_with(reader, source, opened, torch.float32).to(here).eval()
-            if next(model.parameters()).dtype != torch.float32:
-                model = load_for_task(source, opened, task, torch.float32).model
-                model = model.to(here).eval()
-            rounded = any(is_quantised(module) for module in model.modules())
-            expected = _sketch(scores_on(model, task.probe(), bf16=False))
-            found = _difference(_sketch(scores_on(other, task.probe(), bf16=False)), expected)
-        else:
-            raise UsageError(f"the task has no inputs to compare readers with: {source.task}", key="--with")
-        result["readers"][reader] = found
-        if not found <= _TOLERANCE["bfloat16" if rounded else "float32"] * _ELSEWHERE:
-            what = f"loaded by {reader}, the model's outputs differ by {found:.2g} of their deviation"
-            raise AdapterError(what, file=str(source.folder), key=f"--with {reader}")
+        result["readers"][reader] = compare_reader(reader, source, opened, task, model)
     return result
 
 
@@ -273,7 +237,7 @@ def _compare_files(source: AdapterSource, recorded: Mapping[str, Any]) -> None:
             _compare_task(source, recorded["task"])
         if sha256(folder / name) != digest:
             raise AdapterError("is not the file that training wrote", file=str(folder / name))
-    tensors = {name: _hash(value) for name, value in read_tensors(folder).items()}
+    tensors = {name: hash_of(value) for name, value in read_tensors(folder).items()}
     wrong = [f"missing: {name}" for name in recorded["tensors"] if name not in tensors]
     wrong += [f"not of the trained model: {name}" for name in tensors if name not in recorded["tensors"]]
     wrong += [
@@ -334,12 +298,12 @@ def _compare_model(
             raise AdapterError(message, file=made_by, key=key)
     found = list[float]()
     if inputs is not None:
-        for name, sketch in recorded["inputs"].items():
-            if name not in inputs or not _difference(_sketch(inputs[name]), sketch) <= _TOLERANCE["float32"]:
+        for name, expected in recorded["inputs"].items():
+            if name not in inputs or not difference(sketch(inputs[name]), expected) <= _TOLERANCE["float32"]:
                 raise AdapterError(f"makes other inputs of the rows of training: {name} differs", file=made_by)
-        found.append(_difference(_sketch(scores_on(model, inputs, bf16=recorded["bf16"])), recorded["scores"]))
+        found.append(difference(sketch(scores_on(model, inputs, bf16=recorded["bf16"])), recorded["scores"]))
     if recorded["probe"] and isinstance(task, Probes):
-        found.append(_difference(_sketch(scores_on(model, task.probe(), bf16=recorded["bf16"])), recorded["probe"]))
+        found.append(difference(sketch(scores_on(model, task.probe(), bf16=recorded["bf16"])), recorded["probe"]))
     largest = max(found, default=None)
     if largest is None or largest <= allowed:
         return largest
@@ -350,51 +314,7 @@ def _compare_model(
     raise AdapterError(f"{what}, with the same tensors and config", file=str(source.folder))
 
 
-def _load_with(reader: str, source: AdapterSource, opened: OpenBase, dtype: torch.dtype) -> nn.Module:
-    """Load base model and adapter with another library."""
-    auto = source.auto_class(lambda: opened.config)
-    options: dict[str, Any] = {"dtype": dtype, **source.recorded_options}
-    library = importlib.import_module(reader)
-    if not hasattr(importlib.import_module("transformers"), auto):
-        raise UsageError(f"{reader} loads no {auto}", file=str(source.folder), key=f"--with {reader}")
-    if reader == "transformers":
-        found: nn.Module = getattr(library, auto).from_pretrained(source.folder, **options)
-        return found
-    base = getattr(importlib.import_module("transformers"), auto).from_pretrained(opened.folder, **options)
-    return library.PeftModel.from_pretrained(base, source.folder)
-
-
-def _difference_of_embeddings(source: AdapterSource) -> float:
-    """Compare the embeddings of the merged model in sentence-transformers with those of ``predict``."""
-    with tempfile.TemporaryDirectory() as scratch:
-        merged = Path(scratch) / "merged"
-        merge_adapter(str(source.folder), merged, base=source.base_name)
-        if not (merged / "modules.json").is_file():
-            raise UsageError("the merged model is not one of sentence-transformers", file=str(source.folder))
-        library = importlib.import_module("sentence_transformers")
-        found = library.SentenceTransformer(str(merged), device="cpu").encode(_TEXTS, convert_to_tensor=True)
-    predictor = load_predictor(str(source.folder), source.base_name)
-    answers = predictor.answer(predictor.rows(_TEXTS))
-    expected = torch.tensor([vector for answer in answers for vector in answer.values()])
-    return _difference(_sketch(found.float().cpu()), _sketch(expected))
-
-
-def _difference_of_pictures(source: AdapterSource, opened: OpenBase, model: Any) -> float:
-    """Compare a picture that diffusers makes with the adapter's file in its own form with one of peftcli."""
-    if not (source.folder / DIFFUSERS_FILE).is_file():
-        raise UsageError(f"has no {DIFFUSERS_FILE}, which diffusers would load", file=str(source.folder))
-    library = importlib.import_module("diffusers")
-    theirs = library.DiffusionPipeline.from_pretrained(opened.folder, use_safetensors=True)
-    theirs.load_lora_weights(source.folder, weight_name=DIFFUSERS_FILE)
-    given: dict[str, Any] = {"prompt": _TEXTS[0], "num_inference_steps": 2, "output_type": "np"}
-    now, expected = (
-        _sketch(torch.from_numpy(each(**given, generator=torch.Generator().manual_seed(0)).images))
-        for each in (theirs.to(model.device, model.compute_dtype), model.pipeline)
-    )
-    return _difference(now, expected)
-
-
-# --- rows and tensors as JSON -----------------------------------------------------------------------------------------
+# --- rows as JSON -----------------------------------------------------------------------------------------------------
 
 
 def _examples(task: Task[Any], rows: Rows) -> list[Example]:
@@ -437,43 +357,6 @@ def _from_json(value: Any) -> Any:
             return base64.b64decode(value[_BYTES])
         return {key: _from_json(inner) for key, inner in value.items()}
     return [_from_json(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _hash(value: torch.Tensor) -> str:
-    """A hash of a tensor's type, shape and bytes."""
-    flat = value.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{flat.dtype} {tuple(flat.shape)} ".encode())
-    digest.update(flat.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _sketch(value: torch.Tensor) -> dict[str, Any]:
-    """A tensor's shape, some of its values, their mean and deviation; of whole numbers a hash."""
-    shape = list(value.shape)
-    if not value.is_floating_point() or not value.numel():
-        return {"shape": shape, "sha256": _hash(value)}
-    flat = torch.nan_to_num(value.detach().double().cpu().flatten(), posinf=0.0, neginf=0.0)
-    at = torch.linspace(0, len(flat) - 1, min(len(flat), _SAMPLED)).long()
-    return {
-        "shape": shape,
-        "values": flat[at].tolist(),
-        "mean": float(flat.mean()),
-        "deviation": float(flat.std(correction=0)),
-    }
-
-
-def _difference(now: Mapping[str, Any], then: Mapping[str, Any]) -> float:
-    """The largest difference of two sketches, as a share of the values' deviation; infinite for other shapes."""
-    if now["shape"] != then["shape"] or now.get("sha256") != then.get("sha256"):
-        return math.inf
-    if "values" not in then:
-        return 0.0
-    pairs = zip(_numbers(now), _numbers(then), strict=True)
-    return max(abs(one - other) for one, other in pairs) / (then["deviation"] or 1.0)
-
-
-def _numbers(sketch: Mapping[str, Any]) -> Iterator[float]:
-    yield from (*sketch["values"], sketch["mean"], sketch["deviation"])
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

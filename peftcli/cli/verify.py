@@ -16,7 +16,7 @@ def verify(
         list[str] | None,
         typer.Option(
             "--with",
-            metavar="peft|transformers|sentence-transformers|diffusers",
+            metavar="peft|transformers|transformers-pipeline|sentence-transformers|diffusers",
             help="Load it with this library too, and compare. Repeatable.",
         ),
     ] = None,

@@ -26,7 +26,7 @@ def translated_errors(name: str) -> Iterator[None]:
         OutOfMemory: the machine's memory does not hold it.
     """
     try:
-        with _quiet():
+        with quiet():
             yield
     except PeftcliError:
         raise
@@ -50,7 +50,7 @@ _OF_NEW_HEADS = re.compile(r"LOAD REPORT from|^You passed `num_labels=")
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Draw no progress bars of transformers, and log its messages, without control characters, only on success."""
     from transformers.utils import logging as transformers_logging
 

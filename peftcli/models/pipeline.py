@@ -137,7 +137,7 @@ class OpenPipeline(OpenBase):
             hub_files.fetch_parts(self.spec, self.parts, weights=True)
         empty = self.empty_model(auto_class, train_text_encoder=train_text_encoder)
         self._check_sizes(empty)
-        with translated_errors(self.name), _quiet():
+        with translated_errors(self.name), quiet_diffusers():
             loaded = {name: self._load(name, torch.float32 if name == "vae" else dtype) for name in self.parts}
             import diffusers
 
@@ -208,7 +208,7 @@ class OpenPipeline(OpenBase):
         import torch
 
         texts = [name for name in self.family.adapted_texts if train_text_encoder]
-        with translated_errors(self.name), _quiet(), torch.device("meta"):
+        with translated_errors(self.name), quiet_diffusers(), torch.device("meta"):
             parts = {name: self._build(name) for name in (self.family.denoiser, *texts)}
         return DiffusionModel(self.family, parts)
 
@@ -220,7 +220,7 @@ class OpenPipeline(OpenBase):
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_diffusers() -> Iterator[None]:
     """Let diffusers draw no progress bars, and log errors alone; transformers too, of what diffusers imports of it."""
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging

@@ -12,6 +12,7 @@ import torch
 import trainkit
 from trainkit import Child
 
+from peftcli.adapters.readers import READERS
 from peftcli.adapters.verify import RECORD_FILE
 from peftcli.train import finish, fresh_process
 
@@ -86,12 +87,16 @@ def test_the_fresh_process_is_an_interpreter(cli: Callable, tmp_path: Path, proc
     assert json.loads(cli("verify", tmp_path / "out", "--with", "peft", "--json").out)["readers"]["peft"] < 1e-5
 
 
-def test_what_is_not_there_to_compare_with(cli: Callable, tmp_path: Path) -> None:
+def test_what_is_not_there_to_compare_with(cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainkit.run_recipe(trainkit.write_recipe(tmp_path), "training.max_steps=1")
     ran = cli("verify", tmp_path / "out")
     assert (ran.code, "nothing says what the trained model was" in ran.err) == (2, True)
     assert (
-        "is not one of peft, transformers, sentence-transformers, diffusers"
+        "is not one of peft, transformers, transformers-pipeline, sentence-transformers, diffusers"
         in cli("verify", tmp_path / "out", "--with", "pefd").err
     )
     assert "peft loads the same model" in cli("verify", tmp_path / "out", "--with", "peft").out
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for reader, (package, *_) in READERS.items():
+        ran = cli("verify", tmp_path / "out", "--with", reader)
+        assert (ran.code, f"{reader} needs the package {package.replace('_', '-')}" in ran.err) == (2, True)

@@ -17,7 +17,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from taskkit import CASES
 
-from peftcli.adapters import verify
+from peftcli.adapters import readers
+from peftcli.adapters.sketches import hash_of
 from peftcli.adapters.verify import RECORD_FILE, verify_adapter
 from peftcli.errors import AdapterError, ModelError
 from peftcli.system.disk import sha256
@@ -301,7 +302,7 @@ def _as_if_trained(folder: Path) -> None:
     path = folder / RECORD_FILE
     record = _read(path)
     record["config"] = _read(folder / CONFIG)
-    record["tensors"] = {name: verify._hash(value) for name, value in load_file(folder / WEIGHTS).items()}
+    record["tensors"] = {name: hash_of(value) for name, value in load_file(folder / WEIGHTS).items()}
     path.write_text(json.dumps(record))
 
 
@@ -315,19 +316,76 @@ def _hashes_again(folder: Path) -> None:
     path.write_text(json.dumps(record))
 
 
+WITHOUT_PIPELINE = ("seq2seq_lm", "question_answering", "feature_extraction")
+"""Tasks of which transformers 5 has no pipeline."""
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.grid
 def test_a_clean_folder_is_the_model(copied: Callable, name: str) -> None:
-    readers = ["peft", "transformers"]
+    named = ["peft", "transformers", *["transformers-pipeline"] * (name not in WITHOUT_PIPELINE)]
     if name == "causal_lm":
-        readers = []  # transformers gives a base model no rows for new tokens
+        named = ["peft"]  # transformers gives a base model no rows for new tokens
     elif not hasattr(transformers, TASKS[CASES[name].task["type"]].auto_class):
-        readers = ["diffusers"]
-    found = verify_adapter(str(copied(name)), readers=readers)
-    assert [*found["readers"]] == readers
+        named = ["peft", "diffusers"]
+    found = verify_adapter(str(copied(name)), readers=named)
+    assert [*found["readers"]] == named
+    assert max(found["readers"].values(), default=0.0) < 1e-4
     assert found["rows"] >= 3
     assert found["tensors"] > 0
     assert found["difference"] <= found["allowed"] / 10
+
+
+def _lose_a_tensor(model: torch.nn.Module) -> None:
+    next(value for name, value in model.named_parameters() if "value.lora_B" in name).data.add_(1)
+
+
+def _lose_alpha(model: torch.nn.Module) -> None:
+    next(module for name, module in model.named_modules() if name.endswith("value")).scaling["default"] = 100.0
+
+
+@pytest.mark.parametrize("reader", ["peft", "transformers", "transformers-pipeline"])
+@pytest.mark.parametrize(
+    ("lose", "named"),
+    [
+        (_lose_a_tensor, f"{WEIGHTS}: .*self.value: it lacks base_model.model.bert.*value.lora_B.weight"),
+        (_lose_alpha, f"{CONFIG}: .* first those of bert.*self.value$"),
+    ],
+)
+@pytest.mark.slow
+def test_what_a_reader_loses_is_named(
+    copied: Callable, monkeypatch: pytest.MonkeyPatch, reader: str, lose: Callable, named: str
+) -> None:
+    load = readers._load_with
+
+    def damaged(*arguments: Any) -> Any:
+        model = load(*arguments)
+        lose(model)
+        return model
+
+    monkeypatch.setattr(readers, "_load_with", damaged)
+    with pytest.raises(AdapterError, match=named):
+        verify_adapter(str(copied("sequence_classification")), readers=[reader])
+
+
+@pytest.mark.parametrize(
+    ("reader", "name"), [("peft", f"unet/{WEIGHTS}"), ("diffusers", "pytorch_lora_weights.safetensors")]
+)
+@pytest.mark.slow
+def test_a_fault_of_a_file_for_other_readers_is_named(copied: Callable, reader: str, name: str) -> None:
+    folder = copied("text_to_image")
+    found = load_file(folder / name)
+    lost = next(name for name in found if "to_v.lora_B" in name)
+    save_file(found | {lost: torch.zeros_like(found[lost])}, folder / name, {"format": "pt"})
+    _hashes_again(folder)
+    with pytest.raises(AdapterError, match=f"{name}: .*loaded by {reader}, .* {lost} is not that of {WEIGHTS}"):
+        verify_adapter(str(folder), readers=[reader])
+
+
+@pytest.mark.slow
+def test_what_a_reader_cannot_load_is_one_error(copied: Callable) -> None:
+    with pytest.raises(AdapterError, match=r"transformers cannot use it: .* out of bounds"):
+        verify_adapter(str(copied("causal_lm")), readers=["transformers"])
 
 
 @pytest.mark.slow

@@ -7,8 +7,10 @@ import json
 import tempfile
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from classifierkit import classifier_base, encoded, open_task
 from sentence_transformers import SentenceTransformer
@@ -20,6 +22,9 @@ from transformers import AutoModel
 from peftcli.adapters.merge import merge_adapter
 from peftcli.adapters.predict import load_predictor
 from peftcli.adapters.verify import verify_adapter
+from peftcli.errors import AdapterError
+from peftcli.tasks import feature_extraction
+from peftcli.tasks.feature_extraction import Pooling
 
 ROWS = CASES["feature_extraction"].rows()[:4]
 SCORED = [
@@ -60,6 +65,12 @@ def check_merged(folder: Path, pooling: str, normalize: bool) -> None:
         model = SentenceTransformer(str(folder / "merged"), device="cpu")
     np.testing.assert_allclose(model.encode(texts), np.array(expected), atol=1e-5)
     assert verify_adapter(str(run.folder), readers=["sentence-transformers"])["readers"]["sentence-transformers"] < 1e-4
+    other = Pooling("max" if pooling != "max" else "mean", normalize)
+    with (
+        mock.patch.object(feature_extraction, "Pooling", return_value=other),
+        pytest.raises(AdapterError, match=r"task.json: .*loaded by sentence-transformers, .*: pooling or norm"),
+    ):
+        verify_adapter(str(run.folder), readers=["sentence-transformers"])
     model.save_pretrained(str(folder / "saved"))  # by this release, whose files say it in other words
     task = open_task("feature_extraction", folder / "saved")
     assert (task.settings.pooling, task.settings.normalize, task.max_length) == (pooling, normalize, 64)

@@ -1,0 +1,209 @@
+"""transformers' pipelines with an adapter: their answers to made-up inputs, compared with those of peftcli."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from peftcli.adapters.generate import generator_of
+from peftcli.adapters.load import AdapterSource
+from peftcli.adapters.sketches import difference, sketch
+from peftcli.data.rows import Place, Row
+from peftcli.errors import UsageError
+from peftcli.models.open import OpenBase
+from peftcli.tasks import TASKS
+from peftcli.tasks.base import PredictOptions, Predicts, Task
+from peftcli.tasks.text.generation import GenerationSettings
+
+Answer = Mapping[str, float] | Sequence[str]
+"""Numbers by their names, or words."""
+
+_TEXTS = ("Hello", "A longer text of a few words more")
+_GENERATES = "text-generation"
+_SIDE = 64
+_NEW_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of pipeline, by the hub's name."""
+
+    inputs: Callable[[Any], Sequence[dict[str, Any]]]
+    """Makes up rows for a pipeline."""
+    read: Callable[[Mapping[str, Any]], Answer]
+    """Takes from an answer of ``predict`` what a pipeline says, too."""
+    ask: Callable[[Any, Mapping[str, Any], Path], Answer]
+    """Lets a pipeline answer a row, with the adapter in that folder."""
+
+
+def require_pipeline(source: AdapterSource, opened: OpenBase, task: Task[Any]) -> None:
+    """Check that transformers has a pipeline that answers as an adapter's task does.
+
+    Raises:
+        UsageError: it has none.
+    """
+    generates = _tag(source) == _GENERATES and not opened.config.is_encoder_decoder
+    if not generates and not (_tag(source) in _KINDS and isinstance(task, Predicts)):
+        message = f"transformers has no pipeline that answers as {source.task} does"
+        raise UsageError(message, file=str(source.folder), key="--with transformers-pipeline")
+
+
+def difference_of_answers(source: AdapterSource, task: Any, model: Any, other: Any) -> float:
+    """Compare the answers of transformers' pipeline with those of peftcli.
+
+    Args:
+        source: The adapter.
+        task: Its task.
+        model: peftcli's model with the adapter.
+        other: transformers' model with it.
+
+    Returns:
+        The largest difference of the answers' numbers, as a share of their deviation; of words the share of answers
+        that differ.
+    """
+    pipeline = _pipeline(_tag(source), other, task.processor)
+    if _tag(source) == _GENERATES:
+        return _difference_of_texts(pipeline, source, model, task.processor)
+    kind = _KINDS[_tag(source)]
+    given = kind.inputs(pipeline)
+    rows = [Row(dict(values), Place("made up", number)) for number, values in enumerate(given, start=1)]
+    with tempfile.TemporaryDirectory() as scratch:  # for answers that name files
+        options = PredictOptions(beside=Path(scratch) / "answers")
+        expected = list(task.predict(model, rows, options))
+    asked = [values | {"ends": "reward" in answer} for values, answer in zip(given, expected, strict=True)]
+    found = [kind.ask(pipeline, values, source.folder) for values in asked]
+    return _apart(found, [kind.read(answer) for answer in expected])
+
+
+def _tag(source: AdapterSource) -> str:
+    return TASKS[source.task].pipeline_tag if source.task else ""
+
+
+def _pipeline(tag: str, model: Any, processor: Any) -> Any:
+    """The pipeline of transformers of a kind, with an adapter's model and what makes the model's inputs."""
+    kind = "tokenizer" if hasattr(processor, "special_tokens_map") else "image_processor"
+    both = {name: getattr(processor, name, None) for name in ("tokenizer", "feature_extractor")}
+    parts = both if both["feature_extractor"] else {kind: processor}
+    return importlib.import_module("transformers").pipeline(tag, model=model, **parts)
+
+
+def _apart(now: Sequence[Answer], expected: Sequence[Answer]) -> float:
+    """How far answers are from those that are expected."""
+    numbers = [[each for each in those if isinstance(each, Mapping)] for those in (now, expected)]
+    if not numbers[1]:
+        return sum(one != other for one, other in zip(now, expected, strict=True)) / len(expected)
+    names = sorted({name for those in numbers for each in those for name in each})
+    both = (torch.tensor([[each.get(name, 0.0) for name in names] for each in those]) for those in numbers)
+    return difference(*map(sketch, both))
+
+
+def _difference_of_texts(pipeline: Any, source: AdapterSource, model: Any, tokenizer: Any) -> float:
+    """Compare continuations of texts; in transformers' pipeline an answer may go on behind its end."""
+    generator = generator_of(source, model, tokenizer)
+    settings = GenerationSettings(max_new_tokens=_NEW_TOKENS)
+    same = list[bool]()
+    for text in _TEXTS:
+        (expected,) = generator.generate([text], settings)
+        asked = [{"role": "user", "content": text}] if generator.form == "chat" else text
+        (found,) = pipeline(asked, max_new_tokens=_NEW_TOKENS, do_sample=False, return_full_text=False)
+        same.append(found["generated_text"].strip().startswith(expected.text.strip()))
+    return 1 - sum(same) / len(same)
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def _texts(pipeline: Any) -> Sequence[dict[str, Any]]:
+    return [{"text": text} for text in _TEXTS]
+
+
+def _words(pipeline: Any) -> Sequence[dict[str, Any]]:
+    return [{"tokens": text.split()} for text in _TEXTS]
+
+
+def _pictures(pipeline: Any) -> Sequence[dict[str, Any]]:
+    """Pictures of noise, as PNG."""
+    from PIL import Image
+
+    found = []
+    for pixels in np.random.default_rng(0).integers(0, 256, (2, _SIDE, _SIDE, 3), np.uint8):
+        content = io.BytesIO()
+        Image.fromarray(pixels).save(content, "PNG")
+        found.append({"image": content.getvalue()})
+    return found
+
+
+def _sounds(pipeline: Any) -> Sequence[dict[str, Any]]:
+    """Clips of noise, a second long."""
+    rate = int(pipeline.feature_extractor.sampling_rate)
+    noise = np.random.default_rng(0).normal(0, 0.1, (2, rate)).astype(np.float32)
+    return [{"audio": {"array": samples, "sampling_rate": rate}} for samples in noise]
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def _picture(values: Mapping[str, Any]) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(values["image"]))
+
+
+def _scores(found: Sequence[Mapping[str, Any]]) -> Answer:
+    """The score of each class; of a model with one output, that."""
+    named = {str(each["label"]): float(each["score"]) for each in found}
+    return named if len(named) > 1 else {"": next(iter(named.values()))}
+
+
+def _ask_of_text(pipeline: Any, values: Mapping[str, Any], folder: Path) -> Answer:
+    plain = {"function_to_apply": "none"} if pipeline.model.config.num_labels == 1 else {}
+    text, tokenizer = values["text"], pipeline.tokenizer
+    if values["ends"] and tokenizer(text)["input_ids"][-1] != tokenizer.eos_token_id:
+        text += tokenizer.eos_token or ""  # rewards are those of whole texts
+    return _scores(pipeline(text, top_k=None, **plain))
+
+
+def _ask_of_picture(pipeline: Any, values: Mapping[str, Any], folder: Path) -> Answer:
+    return _scores(pipeline(_picture(values), top_k=pipeline.model.config.num_labels))
+
+
+def _read_scores(answer: Mapping[str, Any]) -> Answer:
+    scores: Mapping[str, float] = answer.get("scores") or {"": answer.get("value", answer.get("reward"))}
+    return scores if len(scores) > 1 else {"": next(iter(scores.values()))}
+
+
+def _ask_for_shares(pipeline: Any, values: Mapping[str, Any], folder: Path) -> Answer:
+    found = pipeline(_picture(values), subtask="semantic")
+    return {each["label"]: float((np.asarray(each["mask"]) > 0).mean()) for each in found}
+
+
+def _ask_for_tags(pipeline: Any, values: Mapping[str, Any], folder: Path) -> Answer:
+    """The tag of each word: that of its first piece, which may begin with the blank before it."""
+    words = values["tokens"]
+    pieces = pipeline(" ".join(words), aggregation_strategy="none", ignore_labels=[])
+    starts = np.cumsum([0, *(len(word) + 1 for word in words[:-1])])
+    return [next(str(piece["entity"]) for piece in pieces if piece["end"] > start) for start in starts]
+
+
+def _ask_for_text(pipeline: Any, values: Mapping[str, Any], folder: Path) -> Answer:
+    settings = importlib.import_module("transformers").GenerationConfig.from_pretrained(folder)
+    sound = values["audio"]
+    heard = {"raw": sound["array"], "sampling_rate": sound["sampling_rate"]}
+    return [pipeline(heard, generate_kwargs={"generation_config": settings})["text"].strip()]
+
+
+_KINDS = {
+    "text-classification": _Kind(_texts, _read_scores, _ask_of_text),
+    "token-classification": _Kind(_words, lambda answer: answer["tags"], _ask_for_tags),
+    "image-classification": _Kind(_pictures, _read_scores, _ask_of_picture),
+    "image-segmentation": _Kind(_pictures, lambda answer: answer["shares"], _ask_for_shares),
+    "automatic-speech-recognition": _Kind(_sounds, lambda answer: [answer["text"]], _ask_for_text),
+}

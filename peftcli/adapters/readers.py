@@ -1,0 +1,263 @@
+"""Other libraries that load an adapter: compare what they say with peftcli, and name what a difference comes from."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from peftcli.adapters.load import AdapterSource
+from peftcli.adapters.merge import merge_adapter
+from peftcli.adapters.pipelines import difference_of_answers, require_pipeline
+from peftcli.adapters.sketches import difference, hash_of, sketch
+from peftcli.core.files import CONFIG_FILE, WEIGHTS_FILE, read_tensors
+from peftcli.core.quantised import is_quantised
+from peftcli.data.rows import Place, Row
+from peftcli.errors import AdapterError, PeftcliError, UsageError
+from peftcli.guard.files import one_line
+from peftcli.models import tokens
+from peftcli.models.guarded import quiet
+from peftcli.models.open import OpenBase
+from peftcli.models.pipeline import quiet_diffusers
+from peftcli.tasks import DIFFUSERS_FILE, PIPELINE_PARTS, TASK_FILE
+from peftcli.tasks.base import Batch, Exports, PredictOptions, Predicts, Probes, Saves, Task, scores_on
+
+READERS = {
+    "peft": ("peft",),
+    "transformers": ("transformers", "peft"),
+    "transformers-pipeline": ("transformers", "peft"),
+    "sentence-transformers": ("sentence_transformers",),
+    "diffusers": ("diffusers", "peft"),
+}
+"""Readers of an adapter, or of the merged model -> the packages that each takes."""
+
+_TOLERANCE, _TOLERANCE_MERGED, _TOLERANCE_QUANTISED = 1e-4, 0.002, 1.0
+"""Largest difference of the model's outputs, as a share of their deviation, that another library explains. It has no
+quantised weights."""
+_TEXTS = ("Hello", "A longer text, beside which the first one is padded.")
+"""What readers of texts are compared by."""
+_Blame = tuple[str, str]
+"""The file that a difference comes from, and what is known of it."""
+
+
+def require_readers(readers: Sequence[str]) -> None:
+    """Check that readers are known and installed.
+
+    Raises:
+        UsageError: one is not; names the package.
+    """
+    for reader in readers:
+        if reader not in READERS:
+            raise UsageError(f"{reader!r} is not one of {', '.join(READERS)}", key="--with")
+        missing = [each for each in READERS[reader] if importlib.util.find_spec(each) is None]
+        if missing:
+            package = missing[0].replace("_", "-")
+            hint = f"pip install {package}"
+            raise UsageError(f"{reader} needs the package {package}", key="--with", hint=hint)
+
+
+def compare_reader(reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any], model: Any) -> float:
+    """Load an adapter with another library, and compare what it says with what peftcli says.
+
+    Args:
+        reader: One of ``READERS``.
+        source: The adapter.
+        opened: Its base model.
+        task: Its task.
+        model: peftcli's model with the adapter, in float32: a reader rounds an adapter's weights to the number format
+            of the base model.
+
+    Returns:
+        The largest difference, as a share of the outputs' deviation.
+
+    Raises:
+        AdapterError: the reader cannot load it, or says something else; names the file that is to blame.
+        UsageError: the library has no place for such adapters.
+    """
+    find = {
+        "sentence-transformers": _compare_embeddings,
+        "diffusers": _compare_pictures,
+        "transformers-pipeline": _compare_answers,
+    }.get(reader, _compare_pictures if opened.is_pipeline and reader == "peft" else _compare_outputs)
+    try:
+        with quiet():
+            found, blame = find(reader, source, opened, task, model)
+    except PeftcliError:
+        raise
+    except Exception as error:
+        text = one_line(" ".join(str(error).split()) or type(error).__name__)
+        message = f"{reader} cannot use it: {text}"
+        raise AdapterError(message, file=str(source.folder), key=f"--with {reader}") from error
+    allowed = _TOLERANCE_MERGED if reader == "sentence-transformers" else _TOLERANCE
+    if any(is_quantised(module) for module in model.modules()):
+        allowed = _TOLERANCE_QUANTISED
+    if not found <= allowed:
+        file, more = blame()
+        what = f"loaded by {reader}, the model's outputs differ by {found:.2g} of their deviation{more}"
+        raise AdapterError(what, file=file, key=f"--with {reader}")
+    return found
+
+
+def _compare_outputs(
+    reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any], model: Any
+) -> tuple[float, Callable[[], _Blame]]:
+    """Compare the outputs for the task's example inputs."""
+    if not isinstance(task, Probes):
+        raise UsageError(f"the task has no inputs to compare readers with: {source.task}", key="--with")
+    other, inputs = _load_with(reader, source, opened, task).to(model.device).eval(), task.probe()
+    now, expected = (sketch(scores_on(each, inputs, bf16=False)) for each in (other, model))
+    return difference(now, expected), lambda: _blame(source, opened, model, other, inputs)
+
+
+def _compare_answers(
+    reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any], model: Any
+) -> tuple[float, Callable[[], _Blame]]:
+    """Compare the answers of transformers' pipeline with those of ``predict``."""
+    require_pipeline(source, opened, task)
+    other = _load_with("transformers", source, opened, task).to(model.device).eval()
+
+    def blame() -> _Blame:
+        assert isinstance(task, Probes)
+        inputs = task.probe()
+        now, expected = (sketch(scores_on(each, inputs, bf16=False)) for each in (other, model))
+        if difference(now, expected) > _TOLERANCE:
+            return _blame(source, opened, model, other, inputs)
+        return str(source.folder / TASK_FILE), ", though its model is the same: names or processor are others"
+
+    return difference_of_answers(source, task, model, other), blame
+
+
+def _load_with(reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any]) -> Any:
+    """Load base model and adapter with another library, in float32. For PEFT the base model has rows for new tokens."""
+    auto = source.auto_class(lambda: opened.config)
+    options: dict[str, Any] = {"dtype": torch.float32, **source.recorded_options}
+    transformers = importlib.import_module("transformers")
+    if not hasattr(transformers, auto):
+        raise UsageError(f"{reader} loads no {auto}", file=str(source.folder), key=f"--with {reader}")
+    if reader == "transformers":
+        return getattr(transformers, auto).from_pretrained(source.folder, **options)
+    base = getattr(transformers, auto).from_pretrained(opened.folder, **options)
+    if source.has_tokenizer:
+        tokens.fit_tokenizer(base, getattr(task.processor, "tokenizer", task.processor), source.folder)
+    return importlib.import_module(reader).PeftModel.from_pretrained(base, source.folder)
+
+
+def _compare_embeddings(
+    reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any], model: Any
+) -> tuple[float, Callable[[], _Blame]]:
+    """Compare the embeddings of the merged model in sentence-transformers with those of ``predict``."""
+    if not (isinstance(task, Exports) and isinstance(task, Predicts)):
+        message = f"the merged model of {source.task} is not one of {reader}"
+        raise UsageError(message, file=str(source.folder), key=f"--with {reader}")
+    with tempfile.TemporaryDirectory() as scratch:
+        merged = Path(scratch) / "merged"
+        merge_adapter(str(source.folder), merged, base=source.base_name, dtype="float32")
+        library = importlib.import_module("sentence_transformers")
+        now = library.SentenceTransformer(str(merged), device="cpu").encode(_TEXTS, convert_to_tensor=True)
+    rows = [Row({"text": text}, Place("made up", number)) for number, text in enumerate(_TEXTS, start=1)]
+    expected = torch.tensor([answer["embedding"] for answer in task.predict(model, rows, PredictOptions())])
+    blamed = str(source.folder / TASK_FILE), ": pooling or norm, since merging itself has compared the models"
+    return difference(sketch(now.float().cpu()), sketch(expected)), lambda: blamed
+
+
+def _compare_pictures(
+    reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any], model: Any
+) -> tuple[float, Callable[[], _Blame]]:
+    """Compare a picture of diffusers' pipeline, with the adapter in a form for other readers, with one of peftcli.
+
+    diffusers reads its own file, and PEFT the folder of each part.
+    """
+    forms = [DIFFUSERS_FILE] if reader == "diffusers" else [f"{part}/{WEIGHTS_FILE}" for part in PIPELINE_PARTS]
+    there = [name for name in forms if (source.folder / name).is_file()]
+    if not there:
+        message = f"has no {forms[0]}, which {reader} would load"
+        raise UsageError(message, file=str(source.folder), key=f"--with {reader}")
+    diffusers, peft = importlib.import_module("diffusers"), importlib.import_module("peft")
+    given: dict[str, Any] = {"prompt": _TEXTS[0], "num_inference_steps": 2, "output_type": "np"}
+    with quiet_diffusers():
+        theirs = diffusers.DiffusionPipeline.from_pretrained(opened.folder, use_safetensors=True)
+        theirs.set_progress_bar_config(disable=True)
+        for name in there:
+            if name == DIFFUSERS_FILE:
+                theirs.load_lora_weights(source.folder, weight_name=name)
+            else:
+                part = name.partition("/")[0]
+                setattr(theirs, part, peft.PeftModel.from_pretrained(getattr(theirs, part), source.folder / part))
+        now, expected = (
+            sketch(torch.from_numpy(each(**given, generator=torch.Generator().manual_seed(0)).images))
+            for each in (theirs.to(model.device, model.compute_dtype), model.pipeline)
+        )
+    return difference(now, expected), lambda: _blame_form(source, task, there)
+
+
+# --- what is to blame -------------------------------------------------------------------------------------------------
+
+
+def _blame(source: AdapterSource, opened: OpenBase, model: nn.Module, other: Any, inputs: Batch) -> _Blame:
+    """Name what another library's model lacks: a tensor of the adapter, or of the base model; else the config."""
+    first = _first_difference(model, other, inputs)
+    where = f", first those of {first}" if first else ""
+    held = {hash_of(value.float()) for value in (*other.parameters(), *other.buffers())}
+    tensors = read_tensors(source.folder)
+    own = {name: value for name, value in tensors.items() if name.startswith(f"{source.config.file_prefix}{first}.")}
+    below = dict(model.get_submodule(first).named_parameters(prefix=first)) if first else {}
+    for file, candidates in ((source.folder / WEIGHTS_FILE, own or tensors), (Path(opened.name), below)):
+        for name, value in candidates.items():
+            if hash_of(value.float()) not in held:
+                return str(file), f"{where}: it lacks {name}"
+    return str(source.folder / CONFIG_FILE), where
+
+
+def _first_difference(model: nn.Module, other: Any, inputs: Batch) -> str | None:
+    """The first module, of those that two models have in common, whose outputs differ."""
+    inner = other.get_base_model() if hasattr(other, "get_base_model") else other
+    expected, found = _outputs(model, model, inputs), _outputs(other, inner, inputs)
+    both = [path for path in expected if path in found]
+    return next((path for path in both if not difference(found[path], expected[path]) <= _TOLERANCE), None)
+
+
+def _outputs(model: nn.Module, within: nn.Module, inputs: Batch) -> dict[str, Any]:
+    """Sketches of what the modules within a model give, by their paths, in the order in which they are done."""
+    found = dict[str, Any]()
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, given: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                found.setdefault(path, sketch(output))
+
+        return hook
+
+    hooks = [module.register_forward_hook(keep(path)) for path, module in within.named_modules() if path]
+    try:
+        scores_on(model, inputs, bf16=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _blame_form(source: AdapterSource, task: Task[Any], forms: Sequence[str]) -> _Blame:
+    """Name the tensor that differs between the adapter and its files for other readers, else such a file."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            shutil.copy(source.folder / name, scratch)
+        assert isinstance(task, Saves)
+        task.save(Path(scratch))
+        for form in forms:
+            now, expected = (_tensors(Path(folder) / form) for folder in (source.folder, scratch))
+            for name, value in expected.items():
+                if name not in now or not torch.equal(now[name], value):
+                    return str(source.folder / form), f": {name} is not that of {WEIGHTS_FILE}"
+    return str(source.folder / forms[0]), ""
+
+
+def _tensors(path: Path) -> Mapping[str, torch.Tensor]:
+    return load_file(path) if path.is_file() else {}

@@ -1,0 +1,50 @@
+"""Sketches of tensors as JSON: enough of one to compare another with it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+_SAMPLED = 256
+"""Values of a tensor that are kept."""
+
+
+def hash_of(value: torch.Tensor) -> str:
+    """A hash of a tensor's type, shape and bytes."""
+    flat = value.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{flat.dtype} {tuple(flat.shape)} ".encode())
+    digest.update(flat.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def sketch(value: torch.Tensor) -> dict[str, Any]:
+    """A tensor's shape, some of its values, their mean and deviation; of whole numbers a hash."""
+    shape = list(value.shape)
+    if not value.is_floating_point() or not value.numel():
+        return {"shape": shape, "sha256": hash_of(value)}
+    flat = torch.nan_to_num(value.detach().double().cpu().flatten(), posinf=0.0, neginf=0.0)
+    at = torch.linspace(0, len(flat) - 1, min(len(flat), _SAMPLED)).long()
+    return {
+        "shape": shape,
+        "values": flat[at].tolist(),
+        "mean": float(flat.mean()),
+        "deviation": float(flat.std(correction=0)),
+    }
+
+
+def difference(now: Mapping[str, Any], then: Mapping[str, Any]) -> float:
+    """The largest difference of two sketches, as a share of the values' deviation; infinite for other shapes."""
+    if now["shape"] != then["shape"] or now.get("sha256") != then.get("sha256"):
+        return math.inf
+    if "values" not in then:
+        return 0.0
+    pairs = zip(_numbers(now), _numbers(then), strict=True)
+    return max(abs(one - other) for one, other in pairs) / (then["deviation"] or 1.0)
+
+
+def _numbers(sketch: Mapping[str, Any]) -> Iterator[float]:
+    yield from (*sketch["values"], sketch["mean"], sketch["deviation"])
