@@ -13,9 +13,8 @@ from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
 from peftcli.data.sources import open_source
 from peftcli.errors import DataError
 from peftcli.schema import BaseModel, Source
-from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
+from peftcli.tasks.text.generation import GenerationSettings, TextGenerator, generator_of
 from peftcli.tasks.text.prompts import Prompt, prompt_of
-from peftcli.tasks.text.stop_tokens import prompt_form, stop_tokens
 
 
 def load_generator(
@@ -53,18 +52,7 @@ def load_generator(
     elif source.has_tokenizer:
         tokens.fit_tokenizer(loaded.model, tokenizer, folder)
     model = loaded.model.to("cuda" if cuda else "cpu").eval()  # type: ignore[arg-type]
-    return generator_of(source, model, tokenizer, describe(source, spec, model, with_adapter))
-
-
-def generator_of(
-    source: AdapterSource, model: Any, tokenizer: Any, loaded_from: dict[str, Any] | None = None
-) -> TextGenerator:
-    """Make a generator of an adapter's model: prompts have the form of its training, and answers end as there."""
-    from peftcli.models import tokens
-
-    tokens.settle_pad(tokenizer, model)
-    form = prompt_form(source.record, tokenizer)
-    return TextGenerator(model, tokenizer, form, stop_tokens(tokenizer, form), loaded_from or {})
+    return generator_of(model, tokenizer, source.record, describe(source, spec, model, with_adapter))
 
 
 def describe(source: AdapterSource, spec: BaseModel, model: Any, with_adapter: bool) -> dict[str, Any]:

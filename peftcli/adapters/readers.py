@@ -16,7 +16,6 @@ from torch import nn
 
 from peftcli.adapters.load import AdapterSource
 from peftcli.adapters.merge import merge_adapter
-from peftcli.adapters.pipelines import difference_of_answers, require_pipeline
 from peftcli.adapters.sketches import difference, hash_of, sketch
 from peftcli.core.files import CONFIG_FILE, WEIGHTS_FILE, read_tensors
 from peftcli.core.quantised import is_quantised
@@ -28,7 +27,18 @@ from peftcli.models.guarded import quiet
 from peftcli.models.open import OpenBase
 from peftcli.models.pipeline import quiet_diffusers
 from peftcli.tasks import DIFFUSERS_FILE, PIPELINE_PARTS, TASK_FILE
-from peftcli.tasks.base import Batch, Exports, PredictOptions, Predicts, Probes, Saves, Task, scores_on
+from peftcli.tasks.base import (
+    Batch,
+    Exports,
+    PredictOptions,
+    Predicts,
+    Probes,
+    Saves,
+    Task,
+    reader_of_texts,
+    scores_on,
+)
+from peftcli.tasks.pipelines import Answer, answers_of_both, has_pipeline
 
 READERS = {
     "peft": ("peft",),
@@ -121,7 +131,9 @@ def _compare_answers(
     reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any], model: Any
 ) -> tuple[float, Callable[[], _Blame]]:
     """Compare the answers of transformers' pipeline with those of ``predict``."""
-    require_pipeline(source, opened, task)
+    if source.task is None or not has_pipeline(source.task, opened):
+        message = f"transformers has no pipeline that answers as {source.task} does"
+        raise UsageError(message, file=str(source.folder), key=f"--with {reader}")
     other = _load_with("transformers", source, opened, task).to(model.device).eval()
 
     def blame() -> _Blame:
@@ -132,7 +144,18 @@ def _compare_answers(
             return _blame(source, opened, model, other, inputs)
         return str(source.folder / TASK_FILE), ", though its model is the same: names or processor are others"
 
-    return difference_of_answers(source, task, model, other), blame
+    both = answers_of_both(source.task, task, model, other, source.folder, source.record)
+    return _difference_of_answers(*both), blame
+
+
+def _difference_of_answers(expected: Sequence[Answer], now: Sequence[Answer]) -> float:
+    """The difference of numbers that answers hold; of words the share of answers that differ."""
+    numbers = [[each for each in those if isinstance(each, Mapping)] for those in (now, expected)]
+    if not numbers[1]:
+        return sum(one != other for one, other in zip(now, expected, strict=True)) / len(expected)
+    names = sorted({name for those in numbers for each in those for name in each})
+    both = (torch.tensor([[each.get(name, 0.0) for name in names] for each in those]) for those in numbers)
+    return difference(*map(sketch, both))
 
 
 def _load_with(reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any]) -> Any:
@@ -146,7 +169,7 @@ def _load_with(reader: str, source: AdapterSource, opened: OpenBase, task: Task[
         return getattr(transformers, auto).from_pretrained(source.folder, **options)
     base = getattr(transformers, auto).from_pretrained(opened.folder, **options)
     if source.has_tokenizer:
-        tokens.fit_tokenizer(base, getattr(task.processor, "tokenizer", task.processor), source.folder)
+        tokens.fit_tokenizer(base, reader_of_texts(task.processor), source.folder)
     return importlib.import_module(reader).PeftModel.from_pretrained(base, source.folder)
 
 

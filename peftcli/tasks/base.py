@@ -425,9 +425,14 @@ def scores_on(model: Any, batch: Batch, *, bf16: bool) -> torch.Tensor:
         return scores_of(model(**inputs)).float().cpu()
 
 
+def reader_of_texts(processor: Any) -> Any:
+    """What makes tokens of texts: a part of a processor, or the processor itself."""
+    return getattr(processor, "tokenizer", processor)
+
+
 def facts_of_processor(processor: Any) -> dict[str, Any]:
     """What decides how a processor treats any text, as JSON; empty for one that reads no texts."""
-    reads = getattr(processor, "tokenizer", processor)
+    reads = reader_of_texts(processor)
     if not hasattr(reads, "special_tokens_map"):
         return {}
     facts = {

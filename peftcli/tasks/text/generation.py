@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,10 @@ from accelerate.utils import set_seed
 from transformers import StoppingCriteria, TextStreamer
 
 from peftcli.core.prompts.virtual_tokens import generate
+from peftcli.models import tokens
 from peftcli.tasks.text.formats import AlpacaExample
 from peftcli.tasks.text.prompts import Prompt, last_words, prompt_ids, prompt_text
-from peftcli.tasks.text.stop_tokens import Form, StopTokens, all_stops
+from peftcli.tasks.text.stop_tokens import Form, StopTokens, all_stops, prompt_form, stop_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,22 @@ class TextGenerator:
     def _says_end(self, ids: list[int]) -> bool:
         """Whether the text of the ids contains an end of the template that is not a token."""
         return bool(self.stop_tokens.texts) and _before(self.tokenizer.decode(ids), self.stop_tokens.texts)[1]
+
+
+def generator_of(
+    model: Any, tokenizer: Any, record: Mapping[str, Any], loaded_from: dict[str, Any] | None = None
+) -> TextGenerator:
+    """Make a generator of an adapter's model: prompts have the form of its training, and answers end as there.
+
+    Args:
+        model: The model with the adapter.
+        tokenizer: The adapter's.
+        record: The content of the run's run.json; empty without one.
+        loaded_from: What both were loaded from, as JSON.
+    """
+    tokens.settle_pad(tokenizer, model)
+    form = prompt_form(record, tokenizer)
+    return TextGenerator(model, tokenizer, form, stop_tokens(tokenizer, form), loaded_from or {})
 
 
 def _before(text: str, ends: Sequence[str]) -> tuple[str, bool]:

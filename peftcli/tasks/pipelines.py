@@ -1,4 +1,4 @@
-"""transformers' pipelines with an adapter: their answers to made-up inputs, compared with those of peftcli."""
+"""transformers' pipelines with an adapter: their answers to made-up inputs, and those of peftcli to the same."""
 
 from __future__ import annotations
 
@@ -11,17 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from peftcli.adapters.generate import generator_of
-from peftcli.adapters.load import AdapterSource
-from peftcli.adapters.sketches import difference, sketch
 from peftcli.data.rows import Place, Row
-from peftcli.errors import UsageError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import TASKS
-from peftcli.tasks.base import PredictOptions, Predicts, Task
-from peftcli.tasks.text.generation import GenerationSettings
+from peftcli.tasks.base import PredictOptions
+from peftcli.tasks.text.generation import GenerationSettings, TextGenerator, generator_of
 
 Answer = Mapping[str, float] | Sequence[str]
 """Numbers by their names, or words."""
@@ -44,47 +39,45 @@ class _Kind:
     """Lets a pipeline answer a row, with the adapter in that folder."""
 
 
-def require_pipeline(source: AdapterSource, opened: OpenBase, task: Task[Any]) -> None:
-    """Check that transformers has a pipeline that answers as an adapter's task does.
-
-    Raises:
-        UsageError: it has none.
-    """
-    generates = _tag(source) == _GENERATES and not opened.config.is_encoder_decoder
-    if not generates and not (_tag(source) in _KINDS and isinstance(task, Predicts)):
-        message = f"transformers has no pipeline that answers as {source.task} does"
-        raise UsageError(message, file=str(source.folder), key="--with transformers-pipeline")
-
-
-def difference_of_answers(source: AdapterSource, task: Any, model: Any, other: Any) -> float:
-    """Compare the answers of transformers' pipeline with those of peftcli.
+def has_pipeline(name: str, base: OpenBase) -> bool:
+    """Whether transformers has a pipeline that answers as a task does.
 
     Args:
-        source: The adapter.
-        task: Its task.
+        name: The task's in ``TASKS``.
+        base: The base model.
+    """
+    tag = TASKS[name].pipeline_tag
+    return tag in _KINDS or (tag == _GENERATES and not base.config.is_encoder_decoder)
+
+
+def answers_of_both(
+    name: str, task: Any, model: Any, other: Any, folder: Path, record: Mapping[str, Any]
+) -> tuple[list[Answer], list[Answer]]:
+    """Let peftcli and transformers' pipeline answer made-up inputs.
+
+    Args:
+        name: The task's in ``TASKS``.
+        task: Which ``has_pipeline``.
         model: peftcli's model with the adapter.
         other: transformers' model with it.
+        folder: The adapter's.
+        record: The content of the run's run.json; empty without one.
 
     Returns:
-        The largest difference of the answers' numbers, as a share of their deviation; of words the share of answers
-        that differ.
+        The answers of peftcli, and the same of transformers.
     """
-    pipeline = _pipeline(_tag(source), other, task.processor)
-    if _tag(source) == _GENERATES:
-        return _difference_of_texts(pipeline, source, model, task.processor)
-    kind = _KINDS[_tag(source)]
+    tag = TASKS[name].pipeline_tag
+    pipeline = _pipeline(tag, other, task.processor)
+    if tag == _GENERATES:
+        return _continued(pipeline, generator_of(model, task.processor, record))
+    kind = _KINDS[tag]
     given = kind.inputs(pipeline)
     rows = [Row(dict(values), Place("made up", number)) for number, values in enumerate(given, start=1)]
     with tempfile.TemporaryDirectory() as scratch:  # for answers that name files
         options = PredictOptions(beside=Path(scratch) / "answers")
         expected = list(task.predict(model, rows, options))
     asked = [values | {"ends": "reward" in answer} for values, answer in zip(given, expected, strict=True)]
-    found = [kind.ask(pipeline, values, source.folder) for values in asked]
-    return _apart(found, [kind.read(answer) for answer in expected])
-
-
-def _tag(source: AdapterSource) -> str:
-    return TASKS[source.task].pipeline_tag if source.task else ""
+    return [kind.read(answer) for answer in expected], [kind.ask(pipeline, values, folder) for values in asked]
 
 
 def _pipeline(tag: str, model: Any, processor: Any) -> Any:
@@ -95,27 +88,16 @@ def _pipeline(tag: str, model: Any, processor: Any) -> Any:
     return importlib.import_module("transformers").pipeline(tag, model=model, **parts)
 
 
-def _apart(now: Sequence[Answer], expected: Sequence[Answer]) -> float:
-    """How far answers are from those that are expected."""
-    numbers = [[each for each in those if isinstance(each, Mapping)] for those in (now, expected)]
-    if not numbers[1]:
-        return sum(one != other for one, other in zip(now, expected, strict=True)) / len(expected)
-    names = sorted({name for those in numbers for each in those for name in each})
-    both = (torch.tensor([[each.get(name, 0.0) for name in names] for each in those]) for those in numbers)
-    return difference(*map(sketch, both))
-
-
-def _difference_of_texts(pipeline: Any, source: AdapterSource, model: Any, tokenizer: Any) -> float:
-    """Compare continuations of texts; in transformers' pipeline an answer may go on behind its end."""
-    generator = generator_of(source, model, tokenizer)
-    settings = GenerationSettings(max_new_tokens=_NEW_TOKENS)
-    same = list[bool]()
+def _continued(pipeline: Any, generator: TextGenerator) -> tuple[list[Answer], list[Answer]]:
+    """How both continue texts. In transformers' pipeline an answer may go on behind its end, where it is cut here."""
+    ours, theirs = list[Answer](), list[Answer]()
     for text in _TEXTS:
-        (expected,) = generator.generate([text], settings)
+        (answer,) = generator.generate([text], GenerationSettings(max_new_tokens=_NEW_TOKENS))
         asked = [{"role": "user", "content": text}] if generator.form == "chat" else text
         (found,) = pipeline(asked, max_new_tokens=_NEW_TOKENS, do_sample=False, return_full_text=False)
-        same.append(found["generated_text"].strip().startswith(expected.text.strip()))
-    return 1 - sum(same) / len(same)
+        ours.append([answer.text.strip()])
+        theirs.append([found["generated_text"].strip()[: len(answer.text.strip())]])
+    return ours, theirs
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
