@@ -20,6 +20,7 @@ import pytest
 import trainkit
 from trainkit import FULL, PRODUCT, Child, at_step, files_of, read_run, run_recipe, stopped_copy, write_recipe
 
+from peftcli.adapters.verify import RECORD_FILE, verify_adapter
 from peftcli.errors import DataError, FolderBusy, Interrupted, StorageError, UsageError
 from peftcli.recipe import load_recipe
 from peftcli.train.report import Event, Phase, Saved, Stepped, Warned
@@ -271,6 +272,17 @@ def test_prompt_tuning_resumes_too(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         run_recipe(recipe, trainkit.PROMPT_TUNING, on_event=at_step(4, send(signal.SIGTERM)))
     assert run_recipe(recipe, trainkit.PROMPT_TUNING).weights == whole.weights
+
+
+def test_a_resumed_run_is_verified_by_the_same_record(recipe: Path, uninterrupted: trainkit.Trained) -> None:
+    settings = (*FULL, "training.verify=true")
+    whole = run_recipe(recipe, *settings, f"training.output_dir={recipe.parent}/whole").folder
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, *settings, on_event=at_step(5, send(signal.SIGTERM)))
+    resumed = run_recipe(recipe, *settings).folder
+    assert_same(resumed, uninterrupted)
+    assert (resumed / RECORD_FILE).read_bytes() == (whole / RECORD_FILE).read_bytes()
+    assert verify_adapter(str(resumed))["difference"] == 0
 
 
 @pytest.mark.grid(keep=1)
