@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -424,6 +425,15 @@ class Child:
             assert self.process.is_alive(), self.err
             assert time.monotonic() < deadline, self.err
             time.sleep(0.01)
+
+
+def ranks(**more: str) -> list[dict[str, str]]:
+    """The environments of two processes of one run, as launchers set them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**shared, **more, "ACCELERATE_USE_CPU": "true", "RANK": each, "LOCAL_RANK": each} for each in "01"]
 
 
 def _child(

@@ -186,9 +186,9 @@ class TextToImage(Task[settings.TextToImage]):
         decisive = (self.base.name, self.base.commit, _weights(self.base.folder), self.resolution, self._making)
         key = hashlib.sha256(repr((*decisive, prompt)).encode()).hexdigest()
         paths = [root() / "pictures" / key / f"{seed}.png" for seed in range(self.settings.num_class_images)]
-        missing = [seed for seed, path in enumerate(paths) if not path.exists()]
         several = torch.distributed.is_initialized()
-        mine = missing[torch.distributed.get_rank() :: torch.distributed.get_world_size()] if several else missing
+        rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
+        mine = [seed for seed in range(rank, len(paths), size) if not paths[seed].exists()]
         with disabled(model):
             for seed in mine:
                 write_file(paths[seed], _png(self._make(model, [prompt], [seed])[0]))

@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,13 +98,8 @@ def test_two_processes_give_the_series_of_one(runs: Callable, tmp_path: Path, na
     recipe, one = runs(name)
     if splits := CASES[name].splits():
         one = run_recipe(recipe, *EVALUATES, *splits, f"training.output_dir={tmp_path}/one")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     settings = (f"training.output_dir={tmp_path}/two", "training.per_device_train_batch_size=2", *EVALUATES, *splits)
-    ranks = [{**shared, "ACCELERATE_USE_CPU": "true", "RANK": each, "LOCAL_RANK": each} for each in "01"]
-    children = [Child(tmp_path, "train", recipe, *settings, env=each) for each in ranks]
+    children = [Child(tmp_path, "train", recipe, *settings, env=each) for each in trainkit.ranks()]
     assert [child.wait() for child in children] == [0, 0], children[0].err
     losses = [entry["loss"] for entry in trainkit.read_metrics(tmp_path / "two") if "loss" in entry]
     assert losses == pytest.approx(one.losses, rel=1e-4)

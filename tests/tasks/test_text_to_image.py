@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from taskkit import CASES
-from trainkit import Trained, run_recipe
+from trainkit import Child, Trained, ranks, run_recipe
 
 from peftcli.cli import console
 from peftcli.cli.app import main
@@ -30,6 +33,7 @@ from peftcli.models import diffusion
 from peftcli.models.open import open_base
 from peftcli.schema import BaseModel, Quantization, Source
 from peftcli.tasks import TASKS
+from peftcli.tasks.text_to_image import TextToImage
 
 NAME = "text_to_image"
 MAKING = {"num_inference_steps": 2}
@@ -259,6 +263,52 @@ def test_priors_are_made_once_and_kept_by_model_prompt_and_seed(
     assert len(made) == 4, "the folder's are taken"
     assert own.losses[0] != plain.losses[0]
     assert again.run["status"] == "complete"
+
+
+@dataclass(frozen=True)
+class SlowPriors:
+    """What a process notes of the pictures that it makes; the second one begins when there is one already."""
+
+    cache: Path
+    noted: Path
+
+    def __call__(self) -> None:
+        make, find = TextToImage._make, TextToImage._made
+
+        def noting(task: Any, model: Any, prompts: Sequence[str], seeds: Sequence[int]) -> Any:
+            (self.noted / f"{os.environ['RANK']} makes {seeds[0]}").touch(exist_ok=False)
+            return make(task, model, prompts, seeds)
+
+        def waiting(task: Any, model: Any, prompt: str) -> Any:
+            while os.environ["RANK"] == "1" and not [*self.cache.rglob("*.png")]:
+                time.sleep(0.01)
+            return find(task, model, prompt)
+
+        TextToImage._make, TextToImage._made = noting, waiting
+
+
+@pytest.mark.slow
+def test_two_processes_make_each_prior_once_and_train_on_the_same(
+    dreambooth: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    prior = ("task.class_prompt=a photo of a dog", "task.num_class_images=5")
+    monkeypatch.setenv("PEFTCLI_CACHE", str(tmp_path / "of one"))
+    one = dreambooth(*prior, name="one")
+    (noted := tmp_path / "noted").mkdir()
+    cache, two = tmp_path / "of two", tmp_path / "two"
+    settings = (*prior, f"training.output_dir={two}", "training.per_device_train_batch_size=1")
+    children = [
+        Child(tmp_path, "train", tmp_path / "recipe.yaml", *settings, env=each, before=SlowPriors(cache, noted))
+        for each in ranks(PEFTCLI_CACHE=str(cache))
+    ]
+    assert [child.wait() for child in children] == [0, 0], children[0].err
+    assert sorted(path.name for path in noted.iterdir()) == [f"{seed % 2} makes {seed}" for seed in (0, 2, 4, 1, 3)]
+    same = [
+        sorted(path.read_bytes() for path in tmp_path.glob(f"{name}/pictures/*/*.png")) for name in ("of one", "of two")
+    ]
+    assert same[0] == same[1]
+    losses = [entry["loss"] for entry in trainkit.read_metrics(two) if "loss" in entry]
+    assert losses == pytest.approx(one.losses, rel=1e-4)
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------
