@@ -61,9 +61,10 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
     if wanted is None:
         wanted = config.usual_targets(getattr(getattr(model, "config", None), "model_type", ""))
         wanted = list(getattr(model, "usual_targets", ())) or wanted
-        if isinstance(wanted, list):  # parts of a family's models differ
+        if isinstance(wanted, list):  # parts of a family's models differ, and modules were renamed
             there = {ending for name in modules for ending in _endings(name)}
-            wanted = [entry for entry in wanted if entry in there] or wanted
+            spelled = [[entry, *_other_spellings(entry)] for entry in wanted]
+            wanted = [next(filter(there.__contains__, names)) for names in spelled if there & {*names}] or wanted
     if wanted == "all-linear":
         names = _all_linear(model, modules, config.modules_to_save or ())
     else:
@@ -213,9 +214,13 @@ def _layer_index(parts: list[str], ranks: Mapping[str, int], expressions: Iterab
     return int(parts[numbers[0]]) if numbers else None
 
 
+def _other_spellings(entry: str) -> list[str]:
+    return [other for names in _SPELLINGS if entry in names for other in names if other != entry]
+
+
 def _closest(entry: str, names: Iterable[str]) -> str:
     dots = entry.count(".")
     endings = {".".join(name.split(".")[-1 - dots :]) for name in names}
-    other = [there for names in _SPELLINGS if entry in names for there in names if there in endings]
+    other = [name for name in _other_spellings(entry) if name in endings]
     near = other or difflib.get_close_matches(entry, sorted(endings), n=3, cutoff=0.5)
     return f"; closest: {', '.join(near)}" if near else f"; there are: {', '.join(sorted(endings)[:12])}"

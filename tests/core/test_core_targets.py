@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 from models_tiny import KINDS, tiny
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, ViTConfig, ViTModel
 
 from peftcli.core.config import FAMILY_TARGETS
 from peftcli.core.targets import _layer_index, find_targets, module_matches, shortest_names
 from peftcli.errors import AdapterError
 from peftcli.guard.patterns import PLAIN_NAME
+from peftcli.methods.frod.config import FrodConfig
 from peftcli.methods.lora.config import LoraConfig
 
 
@@ -37,6 +38,12 @@ def test_a_family_outside_the_table_gets_every_linear_layer() -> None:
     model.config.model_type = "brand_new"
     assert find_targets(model, LoraConfig()) == _found("llama", target_modules="all-linear")
     assert "brand_new" not in FAMILY_TARGETS
+
+
+def test_usual_modules_are_found_under_their_new_names() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    found = find_targets(ViTModel(ViTConfig(**sizes)), FrodConfig())
+    assert {name.rpartition(".")[2] for name in found} == {"q_proj", "v_proj"}, "PEFT's query and value"
 
 
 def test_the_order_is_the_models() -> None:
