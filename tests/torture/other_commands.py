@@ -270,7 +270,7 @@ READING = {
     "train --dry-run": (("train", "{recipe}", "--dry-run"), ("peftcli.models.open:OpenBase.processor",)),
     "generate, one prompt": (
         ("generate", "{adapter}", "--prompt=a"),
-        ("peftcli.core.prompts.virtual_tokens:generate",),
+        ("peftcli.tasks.text.generation:generate",),
     ),
     "info": (("info", "{adapter}"), ("peftcli.core.files:read_tensors",)),
     "diff": (("diff", "{adapter}", "{other}"), ("peftcli.adapters.diff:read_tensors",)),
