@@ -1,0 +1,485 @@
+"""Train a recipe of this folder with PEFT and transformers' Trainer, or what TRL or sentence-transformers make of it.
+
+    python configs/tasks/train_with_trainer.py configs/tasks/spam.yaml outputs/spam-trainer training.seed=1
+
+The base model, rows, method, batches, learning rate, schedule and number formats are the recipe's. The order of the
+rows and what dropout leaves out are Trainer's own. ``docs/tasks.py`` compares the adapter with that of ``peftcli
+train``. peft must be installed, for preferences and rewards trl, and for embeddings sentence-transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+
+from peftcli.recipe import load_recipe
+from peftcli.recipe.rates import with_rate
+from peftcli.schema import Recipe
+from peftcli.train.setup import base_dtype, uses_bf16
+
+Rows = list[dict[str, Any]]
+
+
+def main() -> None:
+    """Train, and print the number of steps and of trained parameters as JSON."""
+    if len(sys.argv) < 3:
+        sys.exit("usage: train_with_trainer.py RECIPE FOLDER [KEY=VALUE]...")
+    path, folder = map(Path, sys.argv[1:3])
+    recipe = with_rate(load_recipe(path, sys.argv[3:]))
+    print(json.dumps(SIDES[(recipe.task or {})["type"]](recipe).train(folder)))
+
+
+class Side:
+    """A recipe's rows as transformers takes them, and the training of PEFT and Trainer."""
+
+    auto = ""
+    """The class that loads the base model."""
+    head: str | None = "classifier"
+    """The module that trains in full."""
+    task_type: str | None = None
+
+    def __init__(self, recipe: Recipe):
+        self.recipe, self.name = recipe, recipe.base_model.name
+        self.task: dict[str, Any] = recipe.task or {}
+        self.length = self.task.get("max_length", recipe.dataset.max_length)
+        self.place = Path(str(recipe.dataset.train)).parent
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Load the tokenizer or processor."""
+        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(self.name)
+
+    def rows(self) -> Rows:
+        """Read the training rows."""
+        return [json.loads(line) for line in Path(str(self.recipe.dataset.train)).open(encoding="utf-8")]
+
+    def load(self) -> Any:
+        """Load the base model, with a new head where the task has one."""
+        labels = {"num_labels": len(self.labels)} if hasattr(self, "labels") else {}
+        return getattr(transformers, self.auto).from_pretrained(self.name, dtype=base_dtype(self.recipe), **labels)
+
+    labels: list[str]
+
+    def encode(self, rows: Rows) -> Rows:
+        """Make the model's inputs."""
+        raise NotImplementedError
+
+    def collate(self, rows: Rows) -> dict[str, torch.Tensor]:
+        """Put rows into a batch."""
+        return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+
+    def lora(self) -> LoraConfig:
+        """The recipe's method as PEFT's config."""
+        known = {field.name for field in dataclasses.fields(LoraConfig)}
+        method = {key: value for key, value in self.recipe.method.items() if key in known and value is not None}
+        heads = [self.head] if self.head else None
+        return LoraConfig(**{**method, "modules_to_save": heads, "task_type": self.task_type})
+
+    def common(self, folder: Path, rows: int) -> dict[str, Any]:
+        """The training arguments that all have, for training on so many rows."""
+        settings = self.recipe.training
+        steps = math.ceil(rows / settings.per_device_train_batch_size) * settings.num_train_epochs
+        steps = settings.max_steps if settings.max_steps > 0 else steps
+        same = (
+            "num_train_epochs",
+            "max_steps",
+            "per_device_train_batch_size",
+            "learning_rate",
+            "lr_scheduler_type",
+            "train_sampling_strategy",
+            "weight_decay",
+            "adam_beta1",
+            "adam_beta2",
+            "adam_epsilon",
+            "max_grad_norm",
+            "seed",
+        )
+        return {
+            **{name: getattr(settings, name) for name in same},
+            "output_dir": str(folder.with_name(folder.name + "-run")),
+            "warmup_steps": settings.warmup_steps or round(settings.warmup_ratio * steps),
+            "bf16": uses_bf16(self.recipe),
+            "use_cpu": not torch.cuda.is_available(),
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "logging_steps": settings.logging_steps,
+        }
+
+    def trainer(self, folder: Path) -> Any:
+        """Return a trainer with everything that it needs."""
+        data = self.encode(self.rows())
+        return transformers.Trainer(
+            get_peft_model(self.load(), self.lora()),
+            transformers.TrainingArguments(
+                **self.common(folder, len(data)), remove_unused_columns=False, label_names=["labels"]
+            ),
+            self.collate,
+            data,
+        )
+
+    def train(self, folder: Path) -> dict[str, int]:
+        """Write the adapter into ``folder``, and return the number of steps and of trained parameters."""
+        transformers.set_seed(self.recipe.training.seed)
+        trainer = self.trainer(folder)
+        trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+        for weight in trained:  # PEFT leaves a head in the base model's number format
+            weight.data = weight.data.float()
+        trainer.train()
+        self.save(trainer.model, folder)
+        return {"steps": trainer.state.global_step, "trainable": sum(weight.numel() for weight in trained)}
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write the adapter of a trained model."""
+        model.save_pretrained(str(folder))
+
+
+class Texts(Side):
+    """Classes of texts."""
+
+    auto, task_type = "AutoModelForSequenceClassification", "SEQ_CLS"
+
+    def encode(self, rows: Rows) -> Rows:
+        self.labels = list(dict.fromkeys(row["label"] for row in rows))
+        ids = self.tokenizer([row["text"] for row in rows], truncation=True, max_length=self.length)["input_ids"]
+        return [
+            {"input_ids": each, "labels": self.labels.index(row["label"])} for each, row in zip(ids, rows, strict=True)
+        ]
+
+    def collate(self, rows: Rows) -> dict[str, torch.Tensor]:
+        return dict(transformers.DataCollatorWithPadding(self.tokenizer)(rows))
+
+
+class Entities(Side):
+    """Types of words, from texts with entities as IOB2 tags of the words' first tokens."""
+
+    auto, task_type = "AutoModelForTokenClassification", "TOKEN_CLS"
+
+    def encode(self, rows: Rows) -> Rows:
+        kinds = list(dict.fromkeys(entity["label"] for row in rows for entity in row["entities"]))
+        self.labels = ["O", *(f"{start}-{kind}" for kind in kinds for start in "BI")]
+        encoded = self.tokenizer([row["text"] for row in rows], truncation=True, max_length=self.length)
+        return [
+            {"input_ids": encoded["input_ids"][at], "labels": self.tags(row, encoded.encodings[at])}
+            for at, row in enumerate(rows)
+        ]
+
+    def tags(self, row: dict[str, Any], encoding: Any) -> list[int]:
+        """A label for each token; -100 but for the first of a word."""
+        labels, before = list[int](), None
+        for (start, end), word in zip(encoding.offsets, encoding.word_ids, strict=True):
+            if word is None or word == before:
+                labels.append(-100)
+                continue
+            before = word
+            inside = next((each for each in row["entities"] if each["start"] < end and start < each["end"]), None)
+            tag = "O" if inside is None else f"{'B' if start <= inside['start'] else 'I'}-{inside['label']}"
+            labels.append(self.labels.index(tag))
+        return labels
+
+    def collate(self, rows: Rows) -> dict[str, torch.Tensor]:
+        return dict(transformers.DataCollatorForTokenClassification(self.tokenizer)(rows))
+
+
+class Answers(Side):
+    """Places of answers in contexts, in windows."""
+
+    # without a task_type: PEFT's own model for answers takes no token_type_ids
+    auto, head = "AutoModelForQuestionAnswering", "qa_outputs"
+
+    def encode(self, rows: Rows) -> Rows:
+        encoded = self.tokenizer(
+            [row["question"] for row in rows],
+            [row["context"] for row in rows],
+            truncation="only_second",
+            max_length=self.length,
+            stride=self.task["stride"],
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        windows = []
+        for at, source in enumerate(encoded["overflow_to_sample_mapping"]):
+            start, end = self.place_of(rows[source]["answers"], encoded.encodings[at])
+            given = {name: encoded[name][at] for name in ("input_ids", "token_type_ids", "attention_mask")}
+            windows.append({**given, "start_positions": start, "end_positions": end})
+        return windows
+
+    def place_of(self, answers: dict[str, Any], encoding: Any) -> tuple[int, int]:
+        """First and last token of the first answer; those of [CLS] where the window lacks it."""
+        if not answers["text"]:
+            return 0, 0
+        first = answers["answer_start"][0]
+        last = first + len(answers["text"][0])
+        parts = [at for at, part in enumerate(encoding.sequence_ids) if part == 1]
+        if not parts or encoding.offsets[parts[0]][0] > first or encoding.offsets[parts[-1]][1] < last:
+            return 0, 0
+        inside = [at for at in parts if encoding.offsets[at][1] > first and encoding.offsets[at][0] < last]
+        return inside[0], inside[-1]
+
+    def collate(self, rows: Rows) -> dict[str, torch.Tensor]:
+        return dict(transformers.DataCollatorWithPadding(self.tokenizer)(rows))
+
+
+class Pictures(Side):
+    """Classes of pictures in folders."""
+
+    auto = "AutoModelForImageClassification"
+
+    def prepare(self) -> None:
+        self.processor = transformers.AutoImageProcessor.from_pretrained(self.name, backend="pil")
+
+    def rows(self) -> Rows:
+        return [
+            {"image": path, "label": path.parent.name}
+            for path in sorted(Path(str(self.recipe.dataset.train)).rglob("*.png"))
+        ]
+
+    def encode(self, rows: Rows) -> Rows:
+        self.labels = list(dict.fromkeys(row["label"] for row in rows))
+        return [
+            {
+                "pixel_values": self.processor(Image.open(row["image"]).convert("RGB"), return_tensors="pt")[
+                    "pixel_values"
+                ][0],
+                "labels": self.labels.index(row["label"]),
+            }
+            for row in rows
+        ]
+
+
+class Masks(Pictures):
+    """Pictures with masks."""
+
+    auto, head = "AutoModelForSemanticSegmentation", "decode_head"
+    rows = Side.rows
+
+    def encode(self, rows: Rows) -> Rows:
+        self.labels = self.task["labels"]
+        encoded = []
+        for row in rows:
+            image = Image.open(self.place / row["image"]).convert("RGB")
+            mask = Image.open(self.place / row["annotation"])
+            found = self.processor(image, segmentation_maps=mask, return_tensors="pt")
+            encoded.append({name: found[name][0] for name in ("pixel_values", "labels")})
+        return encoded
+
+
+class Clips(Side):
+    """Clips with transcripts, for Whisper."""
+
+    auto, head = "AutoModelForSpeechSeq2Seq", None
+
+    def prepare(self) -> None:
+        self.processor = transformers.AutoProcessor.from_pretrained(self.name)
+
+    def encode(self, rows: Rows) -> Rows:
+        import soundfile
+        import soxr
+
+        encoded = []
+        for row in rows:
+            sound, rate = soundfile.read(self.place / row["audio"], dtype="float32", always_2d=True)
+            wave = soxr.resample(sound.mean(axis=1), rate, 16000)
+            features = self.processor.feature_extractor(wave, sampling_rate=16000).input_features[0]
+            encoded.append({"input_features": features, "labels": self.processor.tokenizer(row["text"]).input_ids})
+        return encoded
+
+    def collate(self, rows: Rows) -> dict[str, torch.Tensor]:
+        # the model puts the token that starts a transcript in front by itself
+        labels = [row["labels"][1:] for row in rows]
+        length = max(map(len, labels))
+        return {
+            "input_features": torch.tensor(np.stack([row["input_features"] for row in rows])),
+            "labels": torch.tensor([each + [-100] * (length - len(each)) for each in labels]),
+        }
+
+
+class Chats(Side):
+    """Conversations of a question and an answer, whose tokens alone count."""
+
+    auto, head, task_type = "AutoModelForCausalLM", None, "CAUSAL_LM"
+
+    def encode(self, rows: Rows) -> Rows:
+        encoded = []
+        for row in rows:
+            whole, asked = (
+                self.tokenizer.apply_chat_template(messages, add_generation_prompt=ask, return_dict=False)
+                for messages, ask in ((row["messages"], False), (row["messages"][:-1], True))
+            )
+            while whole[-1] != self.tokenizer.eos_token_id:  # the template's line break after the end of the turn
+                whole.pop()
+            labels = [-100] * len(asked) + whole[len(asked) :]
+            encoded.append({"input_ids": whole[: self.length], "labels": labels[: self.length]})
+        return encoded
+
+    def collate(self, rows: Rows) -> dict[str, torch.Tensor]:
+        return dict(transformers.DataCollatorForSeq2Seq(self.tokenizer)(rows))
+
+
+class Pairs(Side):
+    """Preferred and rejected answers, with TRL's DPO."""
+
+    auto, task_type = "AutoModelForCausalLM", "CAUSAL_LM"
+    head: str | None = None
+
+    def trainer(self, folder: Path) -> Any:
+        from trl import DPOConfig, DPOTrainer
+
+        return self.of_trl(DPOTrainer, DPOConfig, folder, beta=self.task["beta"])
+
+    def of_trl(self, trainer: Any, arguments: Any, folder: Path, **more: Any) -> Any:
+        """Return one of TRL's trainers of pairs."""
+        from datasets import Dataset
+
+        rows = self.rows()
+        for row in rows:
+            answers = [row["prompt"] + row[name] for name in ("chosen", "rejected")]
+            row["length"] = sum(map(len, self.tokenizer.apply_chat_template(answers, return_dict=False)))
+        common = self.common(folder, len(rows))
+        return trainer(
+            self.load(),
+            args=arguments(
+                **common, remove_unused_columns=False, gradient_checkpointing=False, max_length=self.length, **more
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=self.tokenizer,
+            peft_config=self.lora(),
+        )
+
+
+class Rewards(Pairs):
+    """Preferred and rejected answers, with TRL's reward model."""
+
+    auto, head, task_type, labels = "AutoModelForSequenceClassification", "score", "SEQ_CLS", ["reward"]
+
+    def load(self) -> Any:
+        model = super().load()
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model
+
+    def trainer(self, folder: Path) -> Any:
+        from trl import RewardConfig, RewardTrainer
+
+        return self.of_trl(RewardTrainer, RewardConfig, folder)
+
+
+class Searches(Side):
+    """Texts and what belongs to them, with sentence-transformers' loss over the other rows of a batch."""
+
+    head, task_type = None, "FEATURE_EXTRACTION"
+
+    def trainer(self, folder: Path) -> Any:
+        import sentence_transformers as library
+        from datasets import Dataset
+        from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+
+        rows = self.rows()
+        model = library.SentenceTransformer(self.name, device="cpu", model_kwargs={"dtype": base_dtype(self.recipe)})
+        model.max_seq_length = self.length
+        model[0].model = get_peft_model(model[0].model, self.lora())
+        return library.SentenceTransformerTrainer(
+            model,
+            library.SentenceTransformerTrainingArguments(**self.common(folder, len(rows))),
+            Dataset.from_list(rows),
+            loss=CachedMultipleNegativesRankingLoss(model, mini_batch_size=self.task["mini_batch_size"]),
+        )
+
+    def save(self, model: Any, folder: Path) -> None:
+        model[0].model.save_pretrained(str(folder))
+
+
+class Denoiser(torch.nn.Module):
+    """The loss of diffusers' scripts: how far a UNet is from the noise that was added to latents."""
+
+    def __init__(self, pipeline: Any):
+        super().__init__()
+        self.unet, self.scheduler = pipeline.unet, pipeline.scheduler
+
+    def forward(self, moments: torch.Tensor, states: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Add noise to latents and predict it.
+
+        Args:
+            moments: Means and deviations of latents (B, P, 2, C, h, w), P pictures a row.
+            states: Embeddings of their prompts (B, P, T, D).
+        """
+        means, deviations = moments.flatten(0, 1).unbind(1)
+        clean = means + deviations * torch.randn_like(means)
+        noise = torch.randn_like(clean)
+        times = torch.randint(self.scheduler.config.num_train_timesteps, clean.shape[:1], device=clean.device)
+        found = self.unet(self.scheduler.add_noise(clean, noise, times), times, states.flatten(0, 1)).sample
+        return {"loss": torch.nn.functional.mse_loss(found, noise) * moments.shape[1]}
+
+
+class Bags(Side):
+    """DreamBooth, as in diffusers' script: each picture beside one of what the base model knows."""
+
+    head = None
+
+    def prepare(self) -> None:
+        from diffusers import StableDiffusionPipeline
+
+        self.pipeline: Any = StableDiffusionPipeline.from_pretrained(self.name)
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    def rows(self) -> Rows:
+        paths = sorted(Path(str(self.recipe.dataset.train)).glob("*.png"))
+        return [{"image": Image.open(path)} for path in paths[: self.recipe.dataset.limit]]
+
+    def encode(self, rows: Rows) -> Rows:
+        draw = torch.Generator().manual_seed(0)
+        options = {name: self.task[name] for name in ("num_inference_steps", "guidance_scale")}
+        prompts = [self.task["instance_prompt"], self.task["class_prompt"]]
+        made = self.pipeline(prompts[1:] * self.task["num_class_images"], generator=draw, **options).images
+        known = [self.moments(image) for image in made]
+        states = self.pipeline.encode_prompt(prompts, self.pipeline.device, 1, False)[0].detach()
+        return [
+            {"moments": torch.stack([self.moments(row["image"]), known[at % len(known)]]), "states": states}
+            for at, row in enumerate(rows)
+        ]
+
+    @torch.no_grad()
+    def moments(self, image: Image.Image) -> torch.Tensor:
+        """Return means and deviations of a picture's latents (2, C, h, w)."""
+        side = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
+        pixels = np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), np.float32)
+        found = self.pipeline.vae.encode(torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]).latent_dist
+        return torch.cat([found.mean, found.std]) * self.pipeline.vae.config.scaling_factor
+
+    def load(self) -> Any:
+        return Denoiser(self.pipeline)
+
+    def lora(self) -> LoraConfig:
+        linear = [name for name, part in self.pipeline.unet.named_modules() if isinstance(part, torch.nn.Linear)]
+        config = super().lora()
+        config.target_modules = [f"unet.{name}" for name in linear]
+        return config
+
+
+SIDES: dict[str, Callable[[Recipe], Side]] = {
+    "sequence_classification": Texts,
+    "token_classification": Entities,
+    "question_answering": Answers,
+    "image_classification": Pictures,
+    "semantic_segmentation": Masks,
+    "speech_recognition": Clips,
+    "causal_lm": Chats,
+    "preference": Pairs,
+    "reward": Rewards,
+    "feature_extraction": Searches,
+    "text_to_image": Bags,
+}
+
+
+if __name__ == "__main__":
+    main()
