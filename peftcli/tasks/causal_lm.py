@@ -19,7 +19,7 @@ from peftcli.tasks.text.collate import pad_causal, pad_token_id
 from peftcli.tasks.text.encode import CausalEncoder
 from peftcli.tasks.text.language_model import LanguageModel
 from peftcli.tasks.text.packing import join
-from peftcli.tasks.text.token_loss import target_logits, token_loss
+from peftcli.tasks.text.token_loss import next_tokens, target_losses, token_loss
 
 _SAMPLE = 8
 """Tokens of the examples that the packing check compares."""
@@ -48,8 +48,7 @@ class CausalLM(LanguageModel[settings.CausalLM]):
 
     def loss_of_targets(self, model: nn.Module, inputs: Batch) -> Loss:
         given = {key: value for key, value in inputs.items() if key != "labels"}
-        logits, targets, _ = target_logits(model, given, inputs["labels"])
-        return token_loss(logits, targets)
+        return token_loss(target_losses(model, given, next_tokens(inputs["labels"])))
 
 
 TASK = CausalLM

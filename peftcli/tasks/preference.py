@@ -31,7 +31,7 @@ from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import pad_token_id, padded
 from peftcli.tasks.text.reference import Reference, evaluating
 from peftcli.tasks.text.stop_tokens import missing_stops
-from peftcli.tasks.text.token_loss import target_logits
+from peftcli.tasks.text.token_loss import next_tokens, target_losses
 
 _REFERRING = ("dpo", "ipo", "kto")
 _SMOOTHED = ("dpo", "simpo")
@@ -209,12 +209,11 @@ class Preference(AnswerInputs, Task[settings.Preference]):
 def _answers(model: nn.Module, batch: Batch, prefix: str = "") -> Answers:
     """Run the model over the answers of a batch, or over those whose names have a prefix."""
     inputs = {name: batch[f"{prefix}{name}"] for name in ("input_ids", "attention_mask")}
-    labels = batch[f"{prefix}labels"]
-    logits, targets, kept = target_logits(model, inputs, labels)
+    targets = next_tokens(batch[f"{prefix}labels"])
+    losses, _ = target_losses(model, inputs, targets)
     counts = targets != IGNORED
-    losses = F.cross_entropy(logits[counts].float(), targets[counts], reduction="none")
-    each = torch.zeros(counts.shape, device=losses.device).masked_scatter(counts, losses)  # (R, N)
-    mask = counts if prefix else batch["_answers"][:, 1:][:, kept]
+    each = torch.zeros(counts.shape, device=losses.device).masked_scatter(counts, losses)  # (R, T)
+    mask = counts if prefix else F.pad(batch["_answers"][:, 1:], (0, 1))
     return Answers(-(each * mask).sum(1), mask.sum(1), each.sum(1) / counts.sum(1))
 
 

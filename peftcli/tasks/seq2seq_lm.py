@@ -18,7 +18,7 @@ from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import pad_seq2seq, pad_token_id
 from peftcli.tasks.text.encode import Seq2SeqEncoder
 from peftcli.tasks.text.language_model import LanguageModel
-from peftcli.tasks.text.token_loss import token_loss
+from peftcli.tasks.text.token_loss import inner_model, losses_of, target_losses, token_loss
 
 
 class Seq2SeqLM(LanguageModel[settings.Seq2SeqLM]):
@@ -36,7 +36,13 @@ class Seq2SeqLM(LanguageModel[settings.Seq2SeqLM]):
         return [Text(source, "input"), Text(self.renderer.render(labels), "answer")]
 
     def loss_of_targets(self, model: nn.Module, inputs: Batch) -> Loss:
-        return token_loss(model(**inputs, use_cache=False).logits, inputs["labels"])
+        labels = inputs["labels"]
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        shift = getattr(inner_model(model), "prepare_decoder_input_ids_from_labels", None)
+        if shift is not None:
+            return token_loss(target_losses(model, given | {"decoder_input_ids": shift(labels)}, labels))
+        logits, counts = model(**inputs, use_cache=False).logits, labels != IGNORED
+        return token_loss(losses_of(logits[counts], labels[counts]))
 
 
 TASK = Seq2SeqLM

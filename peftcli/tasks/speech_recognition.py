@@ -40,7 +40,7 @@ from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import padded
 from peftcli.tasks.text.generated import text_metrics, with_texts
 from peftcli.tasks.text.language_model import tokenizer_fingerprint
-from peftcli.tasks.text.token_loss import token_loss
+from peftcli.tasks.text.token_loss import losses_of, token_loss
 from peftcli.tasks.text.token_text import TokenRenderer
 
 if TYPE_CHECKING:
@@ -289,7 +289,8 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         inputs = _as_computed(model, model_inputs(batch))
-        found = token_loss(model(**inputs, use_cache=False).logits, batch["labels"])
+        logits, counts = model(**inputs, use_cache=False).logits, batch["labels"] != IGNORED
+        found = token_loss(losses_of(logits[counts], batch["labels"][counts]))
         heard = {name: value for name, value in inputs.items() if name != "labels"}
         return with_texts(found, batch.get("_texts"), lambda: map(self._said, self._generate(model, heard)))
 

@@ -1,62 +1,155 @@
-"""The cross-entropy over target tokens, which the language-model tasks share."""
+"""The cross-entropy over target tokens, which the language-model tasks share.
+
+Logits are computed at targets only, a chunk of rows at a time, and the gradient while they are there: of all that has a
+side of V, one chunk exists. ``plain_losses`` computes the same in one piece.
+"""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from peftcli.tasks.base import Loss
 from peftcli.tasks.text.chat import IGNORED
+from peftcli.tasks.text.output_head import output_head
+
+_ROWS = {"cpu": 128}
+"""Rows of logits in a chunk, by device; on others, whose memory is slower beside their arithmetic, ``_MORE_ROWS``."""
+_MORE_ROWS = 1024
+
+Losses = tuple[torch.Tensor, torch.Tensor]
+"""The cross-entropy of each target, in float32 with gradients, and whether it was the model's first choice (in
+training also whether it was one of several): (N,) each."""
 
 
-def target_logits(
-    model: nn.Module, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run a causal language model.
+def next_tokens(labels: torch.Tensor) -> torch.Tensor:
+    """Return the targets (B, T) of a causal model, which predicts the next token at each position."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def target_losses(model: nn.Module, inputs: Mapping[str, torch.Tensor], targets: torch.Tensor) -> Losses:
+    """Run a language model.
 
     Args:
         model: Maybe below a wrapper of accelerate's, and maybe with a soft prompt.
         inputs: Its arguments.
-        labels: (B, T); the first ones are never predicted.
+        targets: Of its last T positions: (B, T).
 
     Returns:
-        The logits (B, N, V) at the positions of which some row has a target, their targets (B, N), and which they are
-        of the T - 1 positions: (N,). A model that cannot leave any out gives all.
+        The losses of the targets that count, row after row.
     """
-    targets = labels[:, 1:]  # (B, T - 1): position t predicts token t + 1
-    given, length = dict[str, Any](inputs), targets.shape[1]
-    if _picks_logits(model):
-        # logits only where some row has a target; counted from the end, since a soft prompt lengthens the front
-        kept = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
-        given["logits_to_keep"] = kept - (length + 1)
-        return model(**given, use_cache=False).logits, targets[:, kept], kept
-    if "position_ids" in given:
-        given["use_cache"] = False  # transformers looks for packed examples only where there is no cache
-    logits = model(**given).logits[:, -(length + 1) : -1]
-    return logits, targets, torch.arange(length, device=targets.device)
+    head = output_head(inner_model(model), inputs)
+    if head is None:
+        return plain_losses(model, inputs, targets)
+    counts, found = targets != IGNORED, list[Losses]()
+
+    def instead(hidden: torch.Tensor) -> torch.Tensor:
+        chosen = hidden[:, -targets.shape[1] :][counts]
+        found.append(chunked_losses(chosen, targets[counts], head.logits))
+        return head.forward(hidden[:1, :0])  # the logits of no position
+
+    with head.replaced(instead):
+        model(**inputs, **_no_cache(model, inputs))
+    return found[0]
 
 
-def _picks_logits(model: nn.Module) -> bool:
-    """Whether the model, below any wrapper of accelerate's, computes logits at chosen positions only."""
-    inner = getattr(model, "module", model)
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+def plain_losses(model: nn.Module, inputs: Mapping[str, torch.Tensor], targets: torch.Tensor) -> Losses:
+    """Return what ``target_losses`` does, from logits of all positions at which some row has a target."""
+    given, counts = dict[str, Any](inputs), targets != IGNORED
+    kept = counts.any(dim=0).nonzero().squeeze(1)
+    if "logits_to_keep" in inspect.signature(inner_model(model).forward).parameters:
+        # counted from the end, since a soft prompt lengthens the front
+        given["logits_to_keep"] = kept - targets.shape[1]
+    logits = model(**given, **_no_cache(model, inputs)).logits
+    if "logits_to_keep" not in given:
+        logits = logits[:, -targets.shape[1] :][:, kept]
+    return losses_of(logits[counts[:, kept]], targets[counts])
 
 
-def token_loss(logits: torch.Tensor, targets: torch.Tensor) -> Loss:
-    """Summed cross-entropy of logits (B, T, V) at the positions whose targets (B, T) count, in float32."""
-    counts = targets != IGNORED
-    chosen, wanted = logits[counts].float(), targets[counts]  # (N, V), (N,)
-    loss = F.cross_entropy(chosen, wanted, reduction="sum")
-    with torch.no_grad():
-        correct = (chosen.argmax(-1) == wanted).sum()
-    return Loss(loss, {"loss": loss.detach(), "correct": correct})
+def inner_model(model: nn.Module) -> Any:
+    """The model below any wrapper of accelerate's."""
+    return getattr(model, "module", model)
+
+
+def _no_cache(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, bool]:
+    """Arguments that turn the cache off, with which packed examples would not be looked for. Some models know none."""
+    known = "use_cache" in inspect.signature(inner_model(model).forward).parameters
+    return {"use_cache": False} if known or "position_ids" in inputs else {}
+
+
+def losses_of(logits: torch.Tensor, targets: torch.Tensor) -> Losses:
+    """Return the losses of logits (N, V) and targets (N,)."""
+    logits = logits.float()
+    return F.cross_entropy(logits, targets, reduction="none"), logits.detach().argmax(-1) == targets
+
+
+def chunked_losses(hidden: torch.Tensor, targets: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]) -> Losses:
+    """Return the losses of hidden states (N, D) and targets (N,); ``head`` makes logits (N, V) of the former."""
+    size = _ROWS.get(hidden.device.type, _MORE_ROWS)
+    if not head(hidden[:0].detach()).requires_grad:
+        return _Losses.apply(hidden, targets, head, size)  # type: ignore[no-untyped-call]
+    # the head itself trains: its logits are computed again in the backward pass, by whatever it is made of
+
+    def losses(part: torch.Tensor, wanted: torch.Tensor) -> Losses:
+        return losses_of(head(part), wanted)
+
+    parts = zip(hidden.split(size), targets.split(size), strict=True)
+    found = [checkpoint(losses, *part, use_reentrant=False) for part in parts]
+    return torch.cat([loss for loss, _ in found]), torch.cat([correct for _, correct in found])
+
+
+class _Losses(torch.autograd.Function):
+    """The losses under a frozen head. A row's loss depends on this row alone, so its gradient is known with it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Any, size: int) -> Losses:
+        trains = ctx.needs_input_grad[0]
+        parts = zip(hidden.detach().split(size), targets.split(size), strict=True)
+        losses, correct, gradients = zip(*(_chunk(head, *part, trains) for part in parts), strict=True)
+        if trains:
+            ctx.save_for_backward(torch.cat(gradients))
+        found = torch.cat(losses), torch.cat(correct)
+        ctx.mark_non_differentiable(found[1])
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weights: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradients,) = ctx.saved_tensors
+        return (gradients * weights[:, None]).to(gradients.dtype), None, None, None
+
+
+def _chunk(
+    head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, targets: torch.Tensor, trains: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return the losses of a chunk, whether each target was the first choice, and the gradient (n, D) of the losses."""
+    with torch.set_grad_enabled(trains):
+        logits = head(hidden.requires_grad_(trains))
+    values, place = logits.detach(), targets[:, None]
+    shares, highest = values.softmax(-1, dtype=torch.float32), values.amax(-1)
+    chosen = values.gather(1, place)[:, 0]
+    # the logarithm of the sum of exponentials is the highest logit less the logarithm of its share
+    losses = highest.float() - shares.amax(-1).log() - chosen.float()
+    if not trains:
+        return losses, values.argmax(-1) == targets, None
+    shares.scatter_add_(1, place, shares.new_full(place.shape, -1))
+    (gradient,) = torch.autograd.grad(logits, hidden, shares.to(logits.dtype))
+    return losses, chosen == highest, gradient  # nobody reads it in training, where looking for the first takes longer
+
+
+def token_loss(losses: Losses) -> Loss:
+    """Sum the losses of target tokens."""
+    total = losses[0].sum()
+    return Loss(total, {"loss": total.detach(), "correct": losses[1].sum()})
 
 
 def token_metrics(sums: Mapping[str, np.ndarray], num_targets: int) -> dict[str, float]:
