@@ -33,6 +33,7 @@ from peftcli.core.protocols import after_step, penalty
 from peftcli.core.weights import adapter_state, file_tensors, load_training_state, named_tensors, training_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
+from peftcli.tasks.text.unpadded import unpad
 
 MODELS = {
     "llama": "Llama",
@@ -361,6 +362,22 @@ def _gradient_checkpointing(method: str, kind: str, folder: Path) -> None:
         assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-12, name
 
 
+def _without_padding(method: str, kind: str, folder: Path) -> None:
+    model, config = adapted(kind, method)
+    if problem := config.packing_problem():
+        raise NotApplicable(problem)
+    inputs = _inputs(method, batch(kind))
+    if "attention_mask" in inputs:
+        inputs["attention_mask"][0, 4:] = 0
+    with torch.no_grad():
+        padded = _last(model(**inputs).logits, kind)
+        if not unpad(model, config):
+            raise NotApplicable("needs padding")
+        found = _last(model(**inputs).logits, kind)
+    counts = inputs["attention_mask"].bool() if padded.ndim > 2 else slice(None)
+    _close(found[counts], padded[counts])
+
+
 PROMISES: dict[str, Callable[[str, str, Path], None]] = {
     "forward equals PEFT's within 1e-5": _forward_equals_pefts,
     "our file loads in PEFT, without a warning": _our_file_loads_in_peft,
@@ -372,6 +389,7 @@ PROMISES: dict[str, Callable[[str, str, Path], None]] = {
     "bf16 base model": _a_bf16_base,
     "tied embeddings": _tied_weights,
     "gradient checkpointing": _gradient_checkpointing,
+    "batches without padding": _without_padding,
 }
 """Title -> check(method, kind, empty folder)."""
 

@@ -21,6 +21,7 @@ from peftcli.system.outputs import expand_user, is_stream
 from peftcli.tasks.base import FitsModel, PredictOptions, Predicts, Task
 from peftcli.tasks.text.generation import GenerationSettings
 from peftcli.tasks.text.prompts import prompt_of
+from peftcli.tasks.text.unpadded import unpad
 
 _BATCHES = 8
 """Batches that are answered together, so that rows of similar size can share one."""
@@ -78,6 +79,7 @@ def load_predictor(
         message = f"has no head for {source.task}: without the adapter, answers would be random"
         raise AdapterError(message, file=source.base.name, key="--no-adapter")
     model = loaded.model.to("cuda" if cuda else "cpu").eval()
+    unpad(model, source.config if with_adapter else None)
     columns = _columns(source)
 
     def answer(rows: Sequence[Row], **files: Any) -> list[dict[str, Any]]:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _ROWS_INTERVAL = 5.0
 """Seconds between two lines about rows read."""
+_SHOWN = 0.001
+"""The share of padding from which on it is shown."""
 
 
 class Progress:
@@ -85,8 +87,8 @@ class Progress:
             f"on {data['examples']:,} examples: {data['tokens']:,} {self.unit}, {data['targets']:,} of them targets; "
             f"{left_out} left out, {data['truncated']} truncated{lost}{split}"
         )
-        if data["packing"]:
-            console.log(f"packed: {1 - data['efficiency']:.1%} of the {self.unit} of a batch are padding")
+        if (padding := 1 - data["efficiency"]) >= _SHOWN:
+            console.log(f"{padding:.1%} of the {self.unit} of a batch are padding, which this model or method needs")
         where = f"{run['processes']} x {run['device']}" if run["processes"] > 1 else run["device"]
         begin = f"resuming after step {event.start_step}" if event.start_step else "from the start"
         console.log(f"{event.total_steps} steps on {where}, {begin}")

@@ -413,16 +413,21 @@ def scores_of(outputs: Any) -> torch.Tensor:
 
 
 def scores_on(model: Any, batch: Batch, *, bf16: bool) -> torch.Tensor:
-    """Put a model into evaluation mode, and return what it says of a batch: float32, on the CPU."""
+    """Put a model into evaluation mode, and return what it says of a batch, padding aside: float32, on the CPU."""
     import torch
 
     model.eval()
     device = next(model.parameters()).device
     inputs = model_inputs(on_device(batch, device))
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if not decodes:
         inputs.pop("labels", None)  # whose decoder reads them
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        return scores_of(model(**inputs)).float().cpu()
+        scores = scores_of(model(**inputs)).float().cpu()
+    mask = inputs.get("attention_mask")
+    if decodes or mask is None or scores.ndim <= mask.ndim or scores.shape[1] < mask.shape[1]:
+        return scores
+    return scores[:, -mask.shape[1] :][mask.bool().cpu()]  # virtual tokens stand before
 
 
 def reader_of_texts(processor: Any) -> Any:

@@ -14,6 +14,7 @@ from peftcli.recipe import to_dict
 from peftcli.schema import Launch, Recipe
 from peftcli.tasks import open_task
 from peftcli.tasks.base import FitsModel
+from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.batches import num_workers
 from peftcli.train.data import load_data, with_task
 from peftcli.train.evaluate import evaluate
@@ -56,6 +57,7 @@ def measure(
     if source is not None:
         apply_adapter(loaded, source)
     model = loaded.model.to(accelerator.device)
+    unpad(model, None if source is None else source.config)
     batch_size, workers = recipe.training.per_device_eval_batch_size, num_workers(recipe.training, task)
     metrics = evaluate(model, task, data.eval, batch_size, accelerator, num_workers=workers)
     assert metrics is not None  # nothing asks for less

@@ -16,10 +16,10 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.protocols import after_step, penalty
-from peftcli.data.store import Example, View
+from peftcli.data.store import View
 from peftcli.errors import Diverged
 from peftcli.tasks.base import Batch, Gathers, Packs, Task, on_device
-from peftcli.train.attention import takes_one_row
+from peftcli.tasks.text.unpadded import is_unpadded
 from peftcli.train.batches import batches, collate, num_workers
 from peftcli.train.plan import MicroBatch, Plan
 
@@ -74,13 +74,14 @@ def fit(
         ProcessDied: a worker process was killed.
     """
     limit = plan.training.max_grad_norm or math.inf
-    one_row = plan.packs and takes_one_row(accelerator.unwrap_model(prepared.model))
+    joins = plan.packs and not is_unpadded(accelerator.unwrap_model(prepared.model))
 
     def make(item: tuple[int, MicroBatch]) -> Batch:
         step, rows = item
-        if plan.packs:
-            return task.collate(_rows(task, examples, rows, one_row), training=True)
-        return collate(task, examples, [at for (at,) in rows], training=True, draw=partial(plan.draw, step))
+        if joins:
+            assert isinstance(task, Packs)
+            return task.collate([task.join([examples[at] for at in row]) for row in rows], training=True)
+        return collate(task, examples, list(chain(*rows)), training=True, draw=partial(plan.draw, step))
 
     steps = range(start, plan.total_steps)
     mine = ((step, rows) for step in steps for rows in plan.micro_batches(step, accelerator.process_index) if rows)
@@ -146,14 +147,6 @@ def _sum_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> 
     *summed, counts = flat.split([*(each.numel() for each in parameters), len(parameters)])
     for parameter, gradient, count in zip(parameters, summed, counts.tolist(), strict=True):
         parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if count else None
-
-
-def _rows(task: Task[Any], examples: View, rows: MicroBatch, one_row: bool) -> list[Example]:
-    """The packed rows of a micro-batch; ``one_row``: all of them joined to one."""
-    assert isinstance(task, Packs)
-    if one_row:
-        rows = [list(chain.from_iterable(rows))]
-    return [task.join([examples[at] for at in row]) for row in rows]
 
 
 def _micro_batch_loss(model: nn.Module, task: Task[Any], batch: Batch, accelerator: Accelerator) -> torch.Tensor:

@@ -10,21 +10,10 @@ from accelerate import Accelerator
 
 from peftcli.errors import ModelError
 from peftcli.tasks.base import Batch, Packs, Task, model_inputs, on_device
-from peftcli.train.attention import takes_one_row, use_segments
 
 _EXACT, _ROUNDED = 1e-3, 0.3
 """How far a token's logits may be off by rounding, in float32 and in less, relative to the logits' spread. Seen over 30
 layers were 1e-5 and 0.1; where examples of a trained model saw each other, 1.2 and more."""
-
-
-def start_packing(model: Any, task: Task[Any], accelerator: Accelerator) -> None:
-    """Ready a model on its device for packed rows: choose the fastest attention for them, and prove that it works.
-
-    Raises:
-        ModelError: examples of a packed row would see each other.
-    """
-    use_segments(model)
-    refuse_contamination(model, task, accelerator)
 
 
 def refuse_contamination(model: Any, task: Task[Any], accelerator: Accelerator) -> None:
@@ -40,8 +29,8 @@ def refuse_contamination(model: Any, task: Task[Any], accelerator: Accelerator) 
     assert isinstance(task, Packs)
     one, other = task.samples()
     examples = [one, other, other, one]
-    rows = [examples] if takes_one_row(model) else [examples[:2], examples[2:]]
-    packed = _logits(model, task.collate([task.join(row) for row in rows], training=False), accelerator)
+    rows = [task.join(examples[:2]), task.join(examples[2:])]
+    packed = _logits(model, task.collate(rows, training=False), accelerator)
     alone = _logits(model, task.collate(examples, training=False), accelerator)
     off = (packed.view_as(alone) - alone).square().mean(dim=-1).sqrt().max() / alone.std()
     exact = packed.dtype == torch.float32 and accelerator.mixed_precision == "no"

@@ -29,12 +29,12 @@ from peftcli.system import date
 from peftcli.system.signals import STARTED, handle_signals
 from peftcli.tasks import described, open_task
 from peftcli.tasks.base import Begins, Gathers, Limits
-from peftcli.train.attention import takes_one_row
+from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.finish import finish
 from peftcli.train.launch import report_training
 from peftcli.train.loop import PreparedModel
-from peftcli.train.packing_check import start_packing
+from peftcli.train.packing_check import refuse_contamination
 from peftcli.train.report import OnEvent, Phase, Ready, RowsRead, Warned, peak_memory_bytes
 from peftcli.train.runs.checkpoint import Progress, State, load_checkpoint, set_newer_aside
 from peftcli.train.runs.identity import Change
@@ -225,10 +225,10 @@ def build(run: Run, data: RunData) -> BuiltModel:
     prepared = prepare(model, config, recipe, plan, run.accelerator)
     if isinstance(data.task, Begins):
         data.task.begin(model)
-    efficiency = plan.efficiency
-    if plan.packs:
-        start_packing(model, data.task, run.accelerator)
-        efficiency = 1.0 if takes_one_row(model) else efficiency
+    unpadded = unpad(model, config)
+    if plan.packs and not unpadded:
+        refuse_contamination(model, data.task, run.accelerator)
+    efficiency = 1.0 if unpadded else plan.efficiency
     return BuiltModel(prepared, ParametersRecord(trainable=injection.trainable, all=injection.total), efficiency)
 
 

@@ -215,20 +215,19 @@ def test_bf16_trains_on_the_cpu(recipe: Path, tmp_path: Path, method: str | None
 
 
 def test_bf16_loss_is_computed_at_targets_only(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accelerate's wrapper around forward hides neither ``logits_to_keep`` nor its use."""
-    from transformers.models.llama.modeling_llama import LlamaForCausalLM
+    """Below the wrapper that accelerate puts around forward."""
+    from peftcli.tasks.text import token_loss
 
-    kept = []
-    forward = LlamaForCausalLM.forward
+    rows = []
+    chunk = token_loss._chunk
 
-    def spy(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kept.append(kwargs.get("logits_to_keep"))
-        return forward(self, *args, **kwargs)
+    def spy(head: Any, hidden: torch.Tensor, *rest: Any) -> Any:
+        rows.append(len(hidden))
+        return chunk(head, hidden, *rest)
 
-    spy.__wrapped__ = forward  # type: ignore[attr-defined]
-    monkeypatch.setattr(LlamaForCausalLM, "forward", spy)
-    run_recipe(recipe, "training.bf16=true", "training.max_steps=1")
-    assert isinstance(kept[0], torch.Tensor)
+    monkeypatch.setattr(token_loss, "_chunk", spy)
+    done = run_recipe(recipe, "training.bf16=true", "training.max_steps=1", "training.eval_strategy=no")
+    assert sum(rows) == done.metrics[0]["num_targets"]
 
 
 def test_only_the_adapter_is_trained(recipe: Path) -> None:

@@ -1,4 +1,4 @@
-"""Packed rows: what they compute is what their examples compute alone."""
+"""Packed rows: what they compute is what their examples compute alone, also where the model cannot unpad."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ import trainkit
 from accelerate import Accelerator
 from models_tiny import EOS, VOCABULARY, tiny
 from test_train_processes import group, losses
-from torch.nn import functional as F
 from trainkit import reset_accelerate, run_recipe
 from transformers import (
-    AttentionInterface,
     Gemma2Config,
     Gemma2ForCausalLM,
     MambaConfig,
@@ -44,9 +42,9 @@ from peftcli.schema import Training
 from peftcli.tasks import settings
 from peftcli.tasks.causal_lm import CausalLM
 from peftcli.tasks.text.packing import join
-from peftcli.train.attention import PACKED, Segments, attend, takes_one_row, use_segments
+from peftcli.tasks.text.unpadded import ATTENTION, unpad
 from peftcli.train.loop import PreparedModel, StepResult, fit
-from peftcli.train.packing_check import refuse_contamination, start_packing
+from peftcli.train.packing_check import refuse_contamination
 from peftcli.train.plan import MicroBatch, Plan
 from peftcli.train.report import Stepped
 
@@ -97,11 +95,10 @@ def base(kind: str) -> PreTrainedModel:
 def adapted(kind: str, attention: str) -> PreTrainedModel:
     """A model with a LoRA adapter whose delta is not zero."""
     model = base(kind)
-    if attention == PACKED:
-        use_segments(model)
+    if attention == ATTENTION:
+        assert unpad(model)
     else:
         model.set_attn_implementation(attention)
-    assert model.config._attn_implementation == attention
     inject(model, LoraConfig(r=4, target_modules="all-linear"))
     generator = torch.Generator().manual_seed(1)
     for _, _, parameter in named_tensors(model).values():
@@ -138,10 +135,9 @@ def loss_and_gradients(model: PreTrainedModel, batches: list[list[Example]]) -> 
 COMPARED = [
     (kind, attention)
     for kind in ("llama", "qwen2", "qwen3", "gpt2", "gemma2", "gemma3", "mistral")
-    for attention in ("eager", "sdpa", PACKED)
-    if (kind, attention) not in [("gemma2", "sdpa"), ("gemma2", PACKED), ("gpt2", PACKED)]
+    for attention in ("eager", "sdpa")
+    if (kind, attention) != ("gemma2", "sdpa")  # SDPA has no softcap, which Gemma 2 needs
 ]
-"""SDPA has no softcap, which Gemma 2 needs; GPT-2 takes masks that are tensors only."""
 
 
 @pytest.mark.grid(each="kind")
@@ -188,79 +184,6 @@ def test_another_example_changes_nothing_of_its_neighbours(kind: str, attention:
     assert float(moved[9:29].max()) > 0.1
 
 
-# --- attention within segments ----------------------------------------------------------------------------------------
-
-
-def banded(size: int, window: int | None) -> torch.Tensor:
-    allowed = torch.ones(size, size).tril().bool()
-    return allowed if window is None else allowed & ~allowed.tril(-window)
-
-
-@pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_segments_equal_a_dense_mask(window: int | None, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    sizes = [5, 1, 9]
-    query, key, value = (
-        torch.randn(1, heads, 15, 8, generator=generator).to(dtype).requires_grad_() for heads in (4, 2, 2)
-    )
-    plain = [each.detach().float().requires_grad_() for each in (query, key, value)]
-    masks = [None if window is None else banded(size, window) for size in sizes]
-    attended, _ = attend(
-        SimpleNamespace(num_key_value_groups=2), query, key, value, Segments(sizes, masks), scaling=0.3
-    )  # type: ignore[arg-type]
-    dense = torch.block_diag(*(banded(size, window).float() for size in sizes)).bool()
-    repeated = [plain[0], *(each.repeat_interleave(2, dim=1) for each in plain[1:])]
-    expected = F.scaled_dot_product_attention(*repeated, attn_mask=dense, scale=0.3).transpose(1, 2)
-    assert attended.dtype == dtype
-    exact = dtype == torch.float32
-    torch.testing.assert_close(attended.float(), expected, rtol=0, atol=1e-6 if exact else 0.02)
-    weight = torch.randn(expected.shape, generator=generator)
-    (attended.float() * weight).sum().backward()
-    (expected * weight).sum().backward()
-    for found, wanted in zip((query, key, value), plain, strict=True):
-        torch.testing.assert_close(
-            found.grad.float(), wanted.grad, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05
-        )
-
-
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3"])
-def test_no_mask_over_a_whole_row_is_made(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-
-    def watched(module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
-        seen.append(mask)
-        return attend(module, query, key, value, mask, **settings)
-
-    model = base(kind)
-    use_segments(model)
-    monkeypatch.setitem(AttentionInterface._global_mapping, PACKED, watched)
-    with torch.no_grad():
-        TASK.loss(model, TASK.collate([join(examples(9, 20, 1))], training=True))
-    assert all(isinstance(mask, Segments) and mask.sizes == [9, 20, 1] for mask in seen)
-    widths = [[None if mask is None else mask.shape[0] for mask in each.masks] for each in seen]
-    slides = [None, 20, None]  # only the second example is longer than the window
-    assert widths == {"llama": [[None] * 3] * 2, "mistral": [slides] * 2, "gemma3": [slides] * 2}[kind]
-
-
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_padded_batches_are_computed_as_before(kind: str) -> None:
-    """Evaluation pads, whatever training does."""
-    model = base(kind)
-    batch = TASK.collate(examples(7, 30, 2), training=False)
-    with torch.no_grad():
-        before = TASK.loss(model, batch).total
-        use_segments(model)
-        assert model.config._attn_implementation == PACKED
-        assert torch.equal(TASK.loss(model, batch).total, before)
-
-
-def test_which_models_take_one_row() -> None:
-    names = ["eager", "sdpa", "flex_attention", "flash_attention_2", "kernels-community/flash-attn3", PACKED]
-    found = [takes_one_row(SimpleNamespace(config=SimpleNamespace(_attn_implementation=name))) for name in names]
-    assert found == [False, False, False, True, True, True]
-
-
 # --- models that mix examples -----------------------------------------------------------------------------------------
 
 
@@ -274,7 +197,7 @@ def accelerator() -> Accelerator:
 def test_a_model_that_mixes_examples_is_refused(kind: str, accelerator: Accelerator) -> None:
     model = base(kind)
     with pytest.raises(ModelError, match=type(model).__name__) as caught:
-        start_packing(model, task_of(model), accelerator)
+        refuse_contamination(model, task_of(model), accelerator)
     assert caught.value.key == "dataset.packing"
     assert caught.value.hint == "set dataset.packing: false"
     assert model.config._attn_implementation in caught.value.message
@@ -284,11 +207,9 @@ def test_a_model_that_mixes_examples_is_refused(kind: str, accelerator: Accelera
 @pytest.mark.parametrize(("kind", "attention"), [*COMPARED, ("mixtral", "sdpa"), ("llama_tied", "sdpa")])
 def test_a_model_that_keeps_examples_apart_is_accepted(kind: str, attention: str, accelerator: Accelerator) -> None:
     model = base(kind)
-    if attention != PACKED:
-        model.set_attn_implementation(attention)
-        refuse_contamination(model, task_of(model), accelerator)
+    model.set_attn_implementation(attention)
     for dtype in (torch.float32, torch.bfloat16):
-        start_packing(model.to(dtype), task_of(model), accelerator)
+        refuse_contamination(model.to(dtype), task_of(model), accelerator)
 
 
 def test_a_cache_hides_the_examples(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +269,7 @@ def view_of(some: list[Example], folder: Path) -> View:
 @pytest.mark.grid(keep=2)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "attention"), [("llama", PACKED), ("gemma3", PACKED), ("gpt2", "sdpa"), ("qwen2", "eager")]
+    ("kind", "attention"), [("llama", ATTENTION), ("gemma3", ATTENTION), ("gpt2", "sdpa"), ("qwen2", "eager")]
 )
 def test_packed_training_has_the_losses_of_unpacked_training(
     kind: str, attention: str, checkpointing: bool, accelerator: Accelerator, tmp_path: Path

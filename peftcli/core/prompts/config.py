@@ -46,9 +46,6 @@ class SoftPromptConfig(AdapterConfig):
                 key="num_virtual_tokens",
             )
 
-    def packing_problem(self) -> str | None:
-        return "adds its virtual tokens only once per row"
-
     def merge_problem(self) -> str | None:
         return "virtual tokens cannot be merged into weights; load the adapter beside its base model instead"
 

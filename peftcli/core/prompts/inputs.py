@@ -126,16 +126,16 @@ def inserted(
     Args:
         inputs: of a forward call, by name.
         insertion: where the virtual tokens go.
-        ids: unset, each virtual token is the row's first token once more.
+        ids: unset, each virtual token is the first row's first token once more.
         vectors: what stands for ``ids`` where the inputs are embeddings.
         token_labels: whether labels (B, T) are labels of tokens.
     """
     shape, out = (len(insertion.start), insertion.length), dict[str, Any]()
     if (given := inputs.get("input_ids")) is not None:
-        out["input_ids"] = insertion.spread(given, insertion.first(given) if ids is None else ids)
+        out["input_ids"] = insertion.spread(given, insertion.first(given)[:1] if ids is None else ids)
     elif (given := inputs.get("inputs_embeds")) is not None:
         out["inputs_embeds"] = insertion.spread(
-            given, insertion.first(given) if vectors is None else vectors.to(given.dtype)
+            given, insertion.first(given)[:1] if vectors is None else vectors.to(given.dtype)
         )
     if (mask := inputs.get("attention_mask")) is not None:
         out["attention_mask"] = insertion.spread(mask, 1)

@@ -134,13 +134,13 @@ class PrefixAttention(SoftPrompt):
         When checkpointing calls the layer again, perhaps after other batches, its own mask tells.
         """
         start = self.prefix.start
-        if start is None and mask is None:
+        if start is None and (mask is None or hasattr(mask, "rows")):
             return torch.zeros(batch, 1, dtype=torch.long)
         if start is None:
             return _start_in(mask, length, bool(self._true_hides)).expand(batch, 1)
         if self.training and self._true_hides is None and getattr(mask, "dtype", None) is torch.bool:
             self._true_hides = not bool((_start_in(mask, length, False) == start).all())
-        return start
+        return start[:batch]  # a row of several examples has one prefix, before all of them
 
 
 class _WithPrefix:

@@ -33,5 +33,8 @@ class LilyConfig(ExcludingConfig, LayeredConfig):
     def problems(self) -> Problems:
         return super().problems() + too_small(self, r=1, stride_A=1, num_B=2) + not_positive(self, "scaling")
 
+    def packing_problem(self) -> str | None:
+        return "mixes its parts by the mean over all tokens of a batch"
+
     def merge_problem(self) -> str | None:
         return "Lily's update depends on the input, so it cannot be merged into a weight"

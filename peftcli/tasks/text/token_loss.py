@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from peftcli.tasks.base import Loss
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.output_head import output_head
+from peftcli.tasks.text.unpadded import is_unpadded, only
 
 _ROWS = {"cpu": 128}
 """Rows of logits in a chunk, by device; on others, whose memory is slower beside their arithmetic, ``_MORE_ROWS``."""
@@ -63,8 +64,11 @@ def target_losses(model: nn.Module, inputs: Mapping[str, torch.Tensor], targets:
 
 
 def plain_losses(model: nn.Module, inputs: Mapping[str, torch.Tensor], targets: torch.Tensor) -> Losses:
-    """Return what ``target_losses`` does, from logits of all positions at which some row has a target."""
+    """Return what ``target_losses`` does, from the model's own logits of all targets, or of all positions that have one."""
     given, counts = dict[str, Any](inputs), targets != IGNORED
+    if is_unpadded(inner_model(model)):
+        with only(counts):
+            return losses_of(model(**given, **_no_cache(model, inputs)).logits[0], targets[counts])
     kept = counts.any(dim=0).nonzero().squeeze(1)
     if "logits_to_keep" in inspect.signature(inner_model(model).forward).parameters:
         # counted from the end, since a soft prompt lengthens the front

@@ -1,0 +1,305 @@
+"""Batches without their padding, and without what their rows share: a model computes nothing for it, or once.
+
+Tasks pad examples to a batch (B, T). Below the head, the tokens that are no padding stand in one row (1, N), so that
+each layer works on N tokens instead of B * T, and attention goes example by example. Where a causal model reads
+the same tokens at the start of several examples, a system prompt, a soft prompt, or the prompt of a preferred and a
+rejected answer, they stand there once. The hidden states come back as (B, T, D), with zeros where there is padding:
+heads and losses notice nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import update_wrapper
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from peftcli.core.config import AdapterConfig
+from peftcli.core.prompts.inputs import bound, position_tables, takes
+from peftcli.core.prompts.prefix import PrefixAttention
+
+ATTENTION = "peftcli_unpadded"
+"""The name with transformers of SDPA's attention that knows segments."""
+_WORTHWHILE = 0.95
+"""A batch is computed as it is unless the tokens to compute are at most this share; so is what rows share."""
+_EXACT, _ROUNDED = 1e-3, 0.3
+"""How far a token's hidden states may be off by rounding, in float32 and in less, relative to their spread. Seen over
+30 layers were 1e-5 and 0.1; where examples of a trained model saw each other, 1.2 and more."""
+_BY_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
+_KNOWN = {*_BY_TOKEN, "attention_mask", "use_cache", "return_dict"}
+_OUTPUTS = ("hidden_states", "attentions", "router_logits")
+
+
+class Row(NamedTuple):
+    """An example of a batch in the row of all."""
+
+    places: torch.Tensor | slice
+    """Where its n tokens stand there."""
+    shared: int
+    """How many of them, from its first one on, are an earlier example's."""
+    size: int
+    """n"""
+
+
+class Layout(NamedTuple):
+    """What of a batch (B, T) is computed, N tokens, and where it stands."""
+
+    computed: torch.Tensor
+    """Places in the flattened batch: (N,)."""
+    source: torch.Tensor | None
+    """For each place of the batch, which of the N it is; N: none. (B * T,). None: no row shares."""
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A mask for attention example by example."""
+
+    rows: list[Row]
+    masks: list[torch.Tensor | None]
+    """Which token of an example sees which, (n, n). None: all, or where ``causal`` holds those before it and itself."""
+    causal: bool = True
+
+
+_rows: ContextVar[list[Row] | None] = ContextVar("rows", default=None)
+"""Of the row that a model is called with."""
+_only: ContextVar[torch.Tensor | None] = ContextVar("only", default=None)
+
+
+def unpad(model: Any, config: AdapterConfig | None = None) -> bool:
+    """Let a model on its device compute no padding, if it can and the outcome is the same. Returns whether it does.
+
+    It does with flash attention, and on a CPU with SDPA.
+
+    Args:
+        model: An encoder or a decoder; of another kind, nothing is changed.
+        config: Of the adapter in it, if there is one.
+    """
+    if config is not None and config.packing_problem():
+        return False
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder or is_unpadded(model):
+        return is_unpadded(model)
+    inner: Any = model.get_decoder()  # or an encoder: whatever stands below the head
+    name = str(model.config._attn_implementation)
+    flash, told = "flash" in name, any(getattr(model.config, f"output_{what}", False) for what in _OUTPUTS)
+    able = flash or (name == "sdpa" and model.device.type == "cpu" and model._can_set_attn_implementation())
+    if told or not able or not all(takes(inner, argument) for argument in ("position_ids", "attention_mask")):
+        return False
+    if not flash:
+        model.set_attn_implementation(ATTENTION)
+    counts = [table.padding_idx + 1 for table in position_tables(model) if table.padding_idx is not None]
+    for shares in (False,) if flash else (True, False):
+        unpadded = _Unpadded(inner, max(counts, default=0), flash=flash, shares=shares)
+        if _agree(inner, unpadded):
+            inner.forward = unpadded
+            inner.register_forward_hook(_choose)
+            return True
+    if not flash:
+        model.set_attn_implementation(name)
+    return False
+
+
+def is_unpadded(model: Any) -> bool:
+    """Whether ``unpad`` has returned true for a model."""
+    inner = model.get_decoder() if isinstance(model, PreTrainedModel) else None
+    return isinstance(getattr(inner, "forward", None), _Unpadded)
+
+
+class _Unpadded:
+    """The forward of a model below its head."""
+
+    def __init__(self, module: Any, first: int, *, flash: bool, shares: bool):
+        """Wrap the module's own forward.
+
+        Args:
+            module: The model below its head.
+            first: The position of a row's first token.
+            flash: Whether attention tells the examples apart by their positions.
+            shares: Whether a token depends on none behind it, so that what examples have in common is computed once.
+        """
+        self.module, self.forward, self.first, self.flash, self.shares = module, module.forward, first, flash, shares
+        self.prefix = next((each for each in module.modules() if isinstance(each, PrefixAttention)), None)
+        update_wrapper(self, module.forward)  # its arguments are looked up
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = bound(self.forward, args, kwargs)
+        kept = _kept(inputs)
+        layout = None if kept is None else self._layout(inputs, kept)
+        if kept is None or layout is None:
+            return self.forward(*args, **kwargs)
+        rows, length = kept.shape
+        if inputs.get("position_ids") is None:
+            inputs["position_ids"] = torch.arange(self.first, self.first + length, device=kept.device)[None]
+        for name in _BY_TOKEN:
+            if (value := inputs.get(name)) is not None:
+                inputs[name] = value.expand(rows, *value.shape[1:]).flatten(0, 1)[None, layout.computed]
+        inputs["attention_mask"] = None if self.flash else kept.new_ones(1, len(layout.computed))
+        if takes(self.module, "use_cache"):
+            inputs["use_cache"] = False
+        with _set(_rows, layout.rows):
+            output = self.forward(**inputs)
+        output.last_hidden_state = _spread(output.last_hidden_state[0], layout, rows, length)
+        if output.get("pooler_output") is not None:
+            output.pooler_output = self.module.pooler(output.last_hidden_state)
+        return output
+
+    def _layout(self, inputs: Mapping[str, Any], kept: torch.Tensor) -> Layout | None:
+        """What of a batch is to be computed; None: all of it, as it is."""
+        sizes = kept.sum(1).tolist()
+        shared = _shared(inputs, kept) if self.shares else [(0, 0)] * len(sizes)
+        saved, whole = sum(count for _, count in shared), sum(sizes)
+        prefix = self.prefix.count if self.prefix is not None and self.prefix.enabled else 0
+        if whole - saved > _WORTHWHILE * kept.numel() or any(count < prefix for _, count in shared[1:]):
+            return None
+        if not prefix and saved < (1 - _WORTHWHILE) * whole:
+            ends = torch.tensor(sizes).cumsum(0).tolist()
+            rows = [Row(slice(end - size, end), 0, size) for end, size in zip(ends, sizes, strict=True) if size]
+            return Layout(kept.flatten().nonzero().squeeze(1), None, rows)
+        source, computed, rows, start = torch.full(kept.shape, whole - saved), kept.clone(), [], 0
+        for at, (size, (parent, count)) in enumerate(zip(sizes, shared, strict=True)):
+            source[at, :count] = source[parent, :count]
+            source[at, count:size] = torch.arange(start, start + size - count)
+            computed[at, :count] = False
+            start += size - count
+            if count < size:
+                rows.append(Row(source[at, :size].to(kept.device), count, size))
+        return Layout(computed.flatten().nonzero().squeeze(1), source.flatten().to(kept.device), rows)
+
+
+def _spread(states: torch.Tensor, layout: Layout, rows: int, length: int) -> torch.Tensor:
+    """The hidden states (N, D) as (B, T, D)."""
+    if layout.source is not None:
+        return torch.cat([states, states.new_zeros(1, states.shape[1])])[layout.source].view(rows, length, -1)
+    spread = states.new_zeros(rows * length, states.shape[1])
+    return spread.index_copy(0, layout.computed, states).view(rows, length, -1)
+
+
+def _shared(inputs: Mapping[str, Any], kept: torch.Tensor) -> list[tuple[int, int]]:
+    """For each row of a batch an earlier one that starts alike, and how many tokens they have in common.
+
+    None have where a row is padded on the left.
+    """
+    found = [(0, 0)]
+    if not bool((kept[:, :-1] >= kept[:, 1:]).all()):
+        return found * len(kept)
+    values = [value for name in _BY_TOKEN if (value := inputs.get(name)) is not None and len(value) == len(kept)]
+    for at in range(1, len(kept)):
+        same = kept[:at] & kept[at]
+        for value in values:
+            equal = value[:at] == value[at]
+            same &= equal if equal.ndim == same.ndim else equal.all(-1)
+        counts = same.cummin(1).values.sum(1)
+        found.append((int(counts.argmax()), int(counts.max())))
+    return found
+
+
+def _choose(module: nn.Module, args: Any, output: Any) -> None:
+    """The forward hook: of the hidden states (B, T, D), those that ``only`` asks for: (1, N, D)."""
+    if (chosen := _only.get()) is not None:
+        states = output.last_hidden_state
+        output.last_hidden_state = states[F.pad(chosen, (states.shape[1] - chosen.shape[1], 0))][None]
+
+
+def _kept(inputs: Mapping[str, Any]) -> torch.Tensor | None:
+    """What is no padding of a batch (B, T); None: it is unknown, or more is asked of the model than hidden states."""
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.ndim != 2 or inputs.get("use_cache"):
+        return None
+    other = {name for name, value in inputs.items() if name not in _KNOWN and value is not None and value is not False}
+    kept = mask.bool()
+    return None if other else kept
+
+
+@contextmanager
+def _set(variable: ContextVar, value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def only(chosen: torch.Tensor) -> AbstractContextManager[None]:
+    """Inside, what an unpadded model says of a batch is of the N chosen tokens alone, as one row: logits (1, N, V).
+
+    Args:
+        chosen: (B, T). Virtual tokens stand before them.
+    """
+    return _set(_only, chosen)
+
+
+@torch.no_grad()
+def _agree(inner: Any, unpadded: Callable) -> bool:
+    """Whether a model says the same of rows of unequal length with and without their padding.
+
+    Leaves the modules' modes and the random state as they were.
+    """
+    config, device = inner.config.get_text_config(), inner.device
+    ids = torch.randint(config.vocab_size, (3, 12), generator=torch.Generator().manual_seed(0)).to(device)
+    ids[1, :4] = ids[0, :4]  # which those can share that look at nothing behind
+    mask = (torch.arange(12) < torch.tensor([[6], [12], [3]])).long().to(device)
+    ids[ids == config.pad_token_id] += 1
+    training = [module for module in inner.modules() if module.training]
+    inner.eval()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            found, wanted = (
+                forward(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()].float()
+                for forward in (unpadded, inner.forward)
+            )
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return False  # it looks into its mask, or takes other inputs
+    finally:
+        for module in training:
+            module.training = True
+    off = (found - wanted).square().mean(dim=-1).sqrt().max() / wanted.std()
+    return bool(off <= (_EXACT if inner.dtype == torch.float32 else _ROUNDED))
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | Segments | None,
+    **settings: Any,
+) -> tuple[torch.Tensor, None]:
+    """SDPA's attention of (B, heads, T, head size), by segments where there are any, as (B, T, heads, head size)."""
+    if not isinstance(attention_mask, Segments):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    settings["is_causal"] = attention_mask.causal
+    attended = []
+    for row, mask in zip(attention_mask.rows, attention_mask.masks, strict=True):
+        q, k, v = (each[:, :, row.places] for each in (query, key, value))
+        found, _ = sdpa_attention_forward(module, q, k, v, mask if mask is None else mask[None, None], **settings)
+        attended.append(found[:, row.shared :])
+    return torch.cat(attended, dim=1), None
+
+
+def mask(
+    batch_size: int, q_length: int, kv_length: int, mask_function: Callable, use_vmap: bool = False, **settings: Any
+) -> torch.Tensor | Segments | None:
+    """The segments of a row of examples; for other inputs SDPA's mask."""
+    rows = _rows.get()
+    if rows is None or use_vmap:
+        return sdpa_mask(batch_size, q_length, kv_length, mask_function=mask_function, use_vmap=use_vmap, **settings)
+    places = torch.arange(max(row.size for row in rows), device=settings.get("device", "cpu"))
+    sees = torch.as_tensor(mask_function(places[0], places[0], places[:, None], places))  # whatever the segment
+    sees = sees.expand(len(places), len(places))
+    causal = not bool(sees.triu(1).any())
+    unusual = sees != (torch.ones_like(sees).tril() if causal else True)
+    masks = [sees[:size, :size] if bool(unusual[:size, :size].any()) else None for *_, size in rows]
+    return Segments(rows, masks, causal)
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, mask)

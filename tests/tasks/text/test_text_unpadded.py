@@ -1,0 +1,282 @@
+"""Batches without their padding: the same hidden states, losses and gradients."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from models_tiny import EOS, VOCABULARY, tiny
+from torch.nn import functional as F
+from transformers import (
+    AttentionInterface,
+    DistilBertConfig,
+    DistilBertForTokenClassification,
+    MistralConfig,
+    MistralForCausalLM,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    RobertaConfig,
+    RobertaForQuestionAnswering,
+)
+
+from peftcli.core.inject import inject
+from peftcli.core.weights import named_tensors
+from peftcli.methods import METHODS
+from peftcli.tasks.text.unpadded import ATTENTION, Row, Segments, attend, is_unpadded, only, unpad
+
+WINDOW = 16
+LENGTHS = (7, 30, 2, 19)
+"""One is longer than the window."""
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_LOCAL: dict[str, Any] = {
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES, head_dim=8, num_key_value_heads=2)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**_SIZES, sliding_window=WINDOW, num_key_value_heads=2)),
+    "roberta": lambda: RobertaForQuestionAnswering(RobertaConfig(**_SIZES, **_NO_DROPOUT)),
+    "distilbert": lambda: DistilBertForTokenClassification(
+        DistilBertConfig(
+            vocab_size=VOCABULARY, dim=32, hidden_dim=64, n_layers=2, n_heads=4, dropout=0.0, attention_dropout=0.0
+        )
+    ),
+    "modernbert": lambda: ModernBertForSequenceClassification(
+        ModernBertConfig(**_SIZES, local_attention=WINDOW, bos_token_id=1, eos_token_id=2)
+    ),
+}
+ABLE = ["llama", "llama_tied", "qwen2", "gpt2", "gemma3", "mixtral", "opt", "bert", *_LOCAL]
+
+
+def base(kind: str) -> PreTrainedModel:
+    """A model whose tokens depend on one another a lot."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = (_LOCAL[kind]() if kind in _LOCAL else tiny(kind)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0 if parameter.ndim > 1 else 1.0)
+    return model
+
+
+def batch(*lengths: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, EOS, (len(lengths), max(lengths)), generator=generator)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
+
+
+def tokens_of(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What a model says of the tokens that are no padding, or of each row."""
+    output = model(**inputs)
+    found = output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits], -1)
+    mask = inputs["attention_mask"].bool()
+    return found[:, -mask.shape[1] :][mask] if found.ndim == 3 else found  # virtual tokens stand before
+
+
+def with_gradients(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What it says, and the gradients of a sum with weights of their own."""
+    model.zero_grad()
+    said = tokens_of(model, inputs)
+    (said * torch.randn(said.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    tensors = {name: parameter for name, (_, _, parameter) in named_tensors(model).items()}
+    return said.detach(), {name: each.grad.clone() for name, each in tensors.items() if each.grad is not None}
+
+
+def adapted(kind: str, method: str = "lora") -> PreTrainedModel:
+    """A model with an adapter that changes it."""
+    model = base(kind)
+    config = METHODS[method].config_class()(**({"num_virtual_tokens": 5} if method.endswith("tuning") else {}))
+    inject(model, config)
+    generator = torch.Generator().manual_seed(1)
+    for _, _, parameter in named_tensors(model).values():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return model
+
+
+@pytest.mark.grid(each="kind")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ABLE)
+def test_the_same_is_computed_without_padding(kind: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = adapted(kind), batch(*LENGTHS)
+    expected, gradients = with_gradients(model, inputs)
+    assert unpad(model)
+    widths: list[int] = []
+
+    def watched(module: Any, query: torch.Tensor, *args: Any, **settings: Any) -> Any:
+        widths.append(query.shape[0] * query.shape[2])
+        return attend(module, query, *args, **settings)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, ATTENTION, watched)
+    if checkpointing:
+        model.train()
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    said, found = with_gradients(model, inputs)
+    assert set(widths) == {sum(LENGTHS)}
+    torch.testing.assert_close(said, expected, rtol=0, atol=1e-5)
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert float((found[name] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max()), name
+
+
+@pytest.mark.parametrize("kind", ["bloom", "t5"])
+def test_a_model_that_cannot_is_left_as_it_is(kind: str) -> None:
+    """They take no positions, or have a decoder beside an encoder."""
+    model, inputs = base(kind), batch(*LENGTHS)
+    if kind == "t5":
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    before, attention = tokens_of(model, inputs), model.config._attn_implementation
+    assert not unpad(model)
+    assert not is_unpadded(model)
+    assert model.config._attn_implementation == attention
+    assert torch.equal(tokens_of(model, inputs), before)
+
+
+def test_a_model_that_mixes_tokens_of_a_row_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, mixing = base("llama"), base("llama")
+    layer = mixing.model.layers[0].mlp
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda x: forward(x + 0.1 * x.roll(1, dims=1)))
+    assert unpad(model)
+    assert not unpad(mixing)
+
+
+def test_the_check_leaves_no_trace() -> None:
+    model = base("gpt2").train()
+    model.transformer.h[0].eval()
+    model.transformer.h[1].mlp.dropout.p = 0.5
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    assert unpad(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.grid(each="kind")
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral", "bert"])
+def test_what_rows_have_in_common_is_computed_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = adapted(kind), batch(24, 30, 9, 20, 9)
+    ids = inputs["input_ids"]
+    ids[1, :5], ids[2:4, :8], ids[4] = ids[0, :5], ids[0, :8], ids[2]  # two are the same
+    ids[3, 8:11] = ids[2, 8:11]
+    ids[3, 9] = ids[2, 9] + 1  # more than with the first row
+    expected, gradients = with_gradients(model, inputs)
+    assert unpad(model)
+    rows: list[int] = []
+    layer = next(module for module in model.modules() if type(module).__name__.endswith("Norm"))
+    layer.register_forward_hook(lambda module, args, output: rows.append(output[..., 0].numel()))
+    said, found = with_gradients(model, inputs)
+    assert rows[-1] == 92 - (0 if kind == "bert" else 5 + 8 + 9 + 9)
+    torch.testing.assert_close(said, expected, rtol=0, atol=1e-5)
+    for name, gradient in gradients.items():
+        assert float((found[name] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max()), name
+
+
+@pytest.mark.grid(each="method")
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_virtual_tokens_stand_before_each_example(method: str, checkpointing: bool) -> None:
+    model, inputs = adapted("llama", method), batch(*LENGTHS) | {"use_cache": False}
+    expected, gradients = with_gradients(model, inputs)
+    assert unpad(model)
+    if checkpointing:
+        model.train()
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    said, found = with_gradients(model, inputs)
+    torch.testing.assert_close(said, expected, rtol=0, atol=1e-5)
+    for name, gradient in gradients.items():
+        assert float((found[name] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max()), name
+    left = {name: value.flip(1) if name != "use_cache" else value for name, value in inputs.items()}
+    with torch.no_grad():
+        said = tokens_of(model.eval(), left)
+        monkey = model.get_decoder().forward
+        model.get_decoder().forward = monkey.forward
+        torch.testing.assert_close(said, tokens_of(model, left), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (9, 9)])
+def test_only_some_tokens_reach_the_head(lengths: tuple[int, ...]) -> None:
+    model, inputs = base("llama"), batch(*lengths)
+    chosen = inputs["attention_mask"].bool() & (inputs["input_ids"] % 3 == 0)
+    with torch.no_grad():
+        expected = model(**inputs).logits[chosen]
+        assert unpad(model)
+        with only(chosen):
+            said = model(**inputs, use_cache=False).logits
+    assert said.shape == (1, int(chosen.sum()), VOCABULARY)
+    torch.testing.assert_close(said[0], expected, rtol=0, atol=1e-5)
+
+
+def test_generation_goes_on_as_before() -> None:
+    model, inputs = base("llama"), batch(9, 4)
+    inputs = {name: value.flip(1) for name, value in inputs.items()}  # padded on the left
+    expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert unpad(model)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), expected)
+
+
+# --- attention within segments ----------------------------------------------------------------------------------------
+
+
+def banded(size: int, window: int | None) -> torch.Tensor:
+    allowed = torch.ones(size, size).tril().bool()
+    return allowed if window is None else allowed & ~allowed.tril(-window)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_segments_equal_a_dense_mask(window: int | None, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [5, 1, 9]
+    query, key, value = (
+        torch.randn(1, heads, 15, 8, generator=generator).to(dtype).requires_grad_() for heads in (4, 2, 2)
+    )
+    plain = [each.detach().float().requires_grad_() for each in (query, key, value)]
+    masks = [None if window is None else banded(size, window) for size in sizes]
+    rows = [Row(slice(0, 5), 0, 5), Row(slice(5, 6), 0, 1), Row(slice(6, 15), 0, 9)]
+    attended, _ = attend(SimpleNamespace(num_key_value_groups=2), query, key, value, Segments(rows, masks), scaling=0.3)  # type: ignore[arg-type]
+    dense = torch.block_diag(*(banded(size, window).float() for size in sizes)).bool()
+    repeated = [plain[0], *(each.repeat_interleave(2, dim=1) for each in plain[1:])]
+    expected = F.scaled_dot_product_attention(*repeated, attn_mask=dense, scale=0.3).transpose(1, 2)
+    assert attended.dtype == dtype
+    exact = dtype == torch.float32
+    torch.testing.assert_close(attended.float(), expected, rtol=0, atol=1e-6 if exact else 0.02)
+    weight = torch.randn(expected.shape, generator=generator)
+    (attended.float() * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for found, wanted in zip((query, key, value), plain, strict=True):
+        torch.testing.assert_close(
+            found.grad.float(), wanted.grad, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05
+        )
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3", "bert"])
+def test_no_mask_over_a_whole_row_is_made(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def watched(module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
+        seen.append(mask)
+        return attend(module, query, key, value, mask, **settings)
+
+    model = base(kind)
+    assert unpad(model)
+    monkeypatch.setitem(AttentionInterface._global_mapping, ATTENTION, watched)
+    with torch.no_grad():
+        model(**batch(9, 20, 1))
+    assert all(isinstance(mask, Segments) and [row.size for row in mask.rows] == [9, 20, 1] for mask in seen)
+    assert {mask.causal for mask in seen} == {kind != "bert"}
+    widths = [[None if mask is None else mask.shape[0] for mask in each.masks] for each in seen]
+    slides = [None, 20, None]  # only the second example is longer than the window
+    plain = [None] * 3
+    assert widths == {"llama": [plain] * 2, "bert": [plain] * 2, "mistral": [slides] * 2, "gemma3": [slides] * 2}[kind]
