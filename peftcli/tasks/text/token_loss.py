@@ -64,7 +64,7 @@ def target_losses(model: nn.Module, inputs: Mapping[str, torch.Tensor], targets:
 
 
 def plain_losses(model: nn.Module, inputs: Mapping[str, torch.Tensor], targets: torch.Tensor) -> Losses:
-    """Return what ``target_losses`` does, from the model's own logits of all targets, or of all positions that have one."""
+    """Return what ``target_losses`` does, from the model's own logits, of more than the targets where it must."""
     given, counts = dict[str, Any](inputs), targets != IGNORED
     if is_unpadded(inner_model(model)):
         with only(counts):
