@@ -198,7 +198,7 @@ def find_attention(model: Any) -> Attention:
     Raises:
         AdapterError: not every layer has attention that keeps keys and values.
     """
-    decoder = model.get_decoder()
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     below = f"{name_in(model, decoder)}.".lstrip(".")
     modules = base_modules(model)
     found: dict[int, str] = {}

@@ -219,8 +219,8 @@ def _hidden_size(model: Any) -> int:
     """
     settings = getattr(model, "config", None)
     width = getattr(settings and settings.get_text_config(), "hidden_size", None)
-    if width is None or model.config.is_encoder_decoder:
+    embedding, head = model_ends(model)
+    if width is None or model.config.is_encoder_decoder or not hasattr(base_module(embedding), "num_embeddings"):
         raise AdapterError(f"X-LoRA reads a state of each token; {type(model).__name__} does not have one")
-    _, head = model_ends(model)
     view = None if head is None else linear_view(head)
     return view.in_features if view else int(width)  # some models make the states narrower in the end
