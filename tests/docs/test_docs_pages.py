@@ -10,6 +10,7 @@ import pytest
 from docs_pages import PAGES, ROOT, blocks, page_id
 
 from peftcli.methods import METHODS
+from peftcli.tasks import TASKS
 from peftcli.tasks.text.formats import FORMATS, detect_format
 
 sys.path.insert(0, str(ROOT / "docs"))
@@ -71,6 +72,13 @@ def test_the_conformance_table_has_every_method_and_no_failure() -> None:
     text = (ROOT / "docs/conformance.md").read_text(encoding="utf-8")
     assert re.findall(r"^## (.+)$", text, re.M) == [row.title for row in METHODS.values()]
     assert "| fail" not in text
+    head, _, *rows = re.findall(r"^\|(.+)\|$", (ROOT / "docs/conformance_tasks.md").read_text(encoding="utf-8"), re.M)
+    assert [name.strip().replace(" ", "_") for name in head.split("|")[1:]] == [*TASKS]
+    assert [row.split("|")[0].strip() for row in rows] == [row.title for row in METHODS.values()]
+    assert {cell.strip() for row in rows for cell in row.split("|")[1:]} <= {
+        "pass",
+        *(f"({each})" for each in "abcdefghij"),
+    }
 
 
 def anchors(page: Path) -> set[str]:
