@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from peftcli.core.prompts.config import SoftPromptConfig
 from peftcli.errors import Problem
 from peftcli.methods import METHODS
 from peftcli.recipe import read_recipe
@@ -186,17 +185,17 @@ def test_rows_of_alora_are_not_packed(write: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_methods_with_virtual_tokens_are_not_packed(write: Callable[..., Path], method: str) -> None:
+def test_methods_that_look_at_a_whole_batch_are_not_packed(write: Callable[..., Path], method: str) -> None:
     path = write(text=recipe(dataset="train: org/data, packing: true", method=method))
     needed = ("method.token_indices", "method.adapters", "method.adapter_len", "method.adapter_layers")
     found = [problem for problem in read_recipe(path)[1] if problem.key not in needed]
-    if not issubclass(METHODS[method].config_class(), SoftPromptConfig):
+    if method != "lily":
         assert not found
         return
     [problem] = found
     assert (problem.key, problem.line, problem.column) == ("dataset.packing", 4, 37)
     assert problem.message == (
-        f"packed rows contain several examples, but {METHODS[method].title} adds its virtual tokens only once per row; "
+        "packed rows contain several examples, but Lily mixes its parts by the mean over all tokens of a batch; "
         "set dataset.packing: false"
     )
 

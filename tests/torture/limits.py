@@ -115,9 +115,11 @@ class _Memory:
 def _hungry(module: str, place: str, room: int, folder: Path) -> None:
     """Rows that take more memory than there is: exit code 8, and with memory the same command ends."""
     rows = [
-        {"messages": [question, {**answer, "content": answer["content"] * 40}]}
+        {"messages": [{**question, "content": f"{number}: {question['content']}"}, {**answer, "content": text}]}
+        for number in range(20)
         for question, answer in (row["messages"] for row in trainkit.MESSAGES)
-    ] * 20
+        for text in [answer["content"] * 40]
+    ]
     recipe, out = write_recipe(folder, rows=rows), folder / "out"
     trainkit.write_rows(folder / "train.jsonl", rows)
     settings = ("dataset.max_length=256", "training.per_device_train_batch_size=200", "dataset.allow=[answers_cut]")
