@@ -17,6 +17,7 @@ from peftcli.errors import AdapterError
 from peftcli.methods._linear import dropout_layer, factory_kwargs
 from peftcli.methods.lora import dora
 from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora.fused import FUSED, Pair, adapted_linear, add_update, is_frozen, only_multiplies
 from peftcli.methods.lora.initialisations.initialise import initialise
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -49,12 +50,22 @@ class LoraLayer(AdapterLayer):
             nn.init.zeros_(self.lora_B.bias)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        pair = self.fused_pair() if self.enabled else None
+        if pair is not None:
+            given, more = self.lora_dropout(x), args or kwargs
+            if given is x and torch.is_grad_enabled() and not more and is_frozen(self.base_layer):
+                return adapted_linear(x, self.base_layer, pair, self.scaling)
+            return add_update(self.base_layer(x, *args, **kwargs), given, pair, self.scaling)
         y = self.base_layer(x, *args, **kwargs)
         if not self.enabled:
             return y
         x = self.lora_dropout(x.to(self.lora_A.weight.dtype) if self.casts_input else x)
         z = self.update(x) if self.lora_magnitude_vector is None else dora.update(self, x, y)
         return y + z.to(y.dtype)
+
+    def fused_pair(self) -> Pair | None:
+        """Return A and B if ``add_update`` computes what this layer does."""
+        return None
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         """Return what LoRA adds to the output for the input ``x``, which has the adapter's dtype."""
@@ -93,6 +104,14 @@ class LoraLinear(LoraLayer):
         like = factory_kwargs(self.base_layer)
         self.lora_A = nn.Linear(self.view.in_features, self.r, bias=False, **like)
         self.lora_B = nn.Linear(self.r, self.view.out_features, bias=config.lora_bias, **like)
+
+    def fused_pair(self) -> Pair | None:
+        own = type(self).update is not LoraLayer.update or self.lora_magnitude_vector is not None
+        if own or not FUSED.enabled or not self.casts_input or torch.compiler.is_compiling():
+            return None
+        parts: Any = self._modules
+        a, b = parts["lora_A"], parts["lora_B"]
+        return (a.weight, b.weight) if only_multiplies(a) and only_multiplies(b) and b.bias is None else None
 
     def delta(self) -> torch.Tensor:
         return self.view.as_stored(self.scaling * (self.lora_B.weight @ self.lora_A.weight))

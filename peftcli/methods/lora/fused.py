@@ -1,0 +1,115 @@
+"""LoRA's update as one autograd function: in the base layer's dtype, with its input saved once.
+
+The plain way is ``y + (scaling * lora_B(lora_A(x))).to(y.dtype)``: it computes in the adapter's dtype, or under
+autocast converts the input there and back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+
+@dataclass
+class Switch:
+    """Whether plain layers compute their update so, for the whole process."""
+
+    enabled: bool = True
+
+
+FUSED = Switch()
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""A (r, in) and B (out, r)."""
+
+
+def only_multiplies(module: Any) -> bool:
+    """Return whether ``module`` is a linear layer with an ordinary weight, and nobody watches or replaces its calls."""
+    if type(module) is not nn.Linear:
+        return False
+    own = vars(module)
+    hooks = own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    # accelerate replaces ``forward``, to bring an offloaded weight; a quantised weight is of another type
+    return not hooks and "forward" not in own and type(own["_parameters"].get("weight")) is nn.Parameter
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Return whether ``adapted_linear`` takes ``module`` for its base layer."""
+    return only_multiplies(module) and not any(own.requires_grad for own in module.parameters(recurse=False))
+
+
+def add_update(y: torch.Tensor, x: torch.Tensor, pair: Pair, scaling: float) -> torch.Tensor:
+    """Return ``y + scaling * B A x`` of ``y: (..., out)`` and ``x: (..., in)``, in the dtype of ``y``."""
+    a, b = pair
+    if torch.is_grad_enabled():
+        added: torch.Tensor = _Update.apply(x, y, None, None, a, b, scaling)  # type: ignore[no-untyped-call]
+        return added
+    # of few tokens it is faster to convert them than A and B
+    dtype = a.dtype if x.numel() < a.numel() else y.dtype
+    inner = F.linear(_flat(x).to(dtype), a.to(dtype))
+    return torch.addmm(_flat(y).to(dtype), inner, b.to(dtype).T, alpha=scaling).to(y.dtype).view(y.shape)
+
+
+def adapted_linear(x: torch.Tensor, base: nn.Linear, pair: Pair, scaling: float) -> torch.Tensor:
+    """Return what ``add_update`` does to the output of ``base`` for ``x``, with gradients."""
+    made: torch.Tensor = _Update.apply(x, None, base.weight, base.bias, *pair, scaling)  # type: ignore[no-untyped-call]
+    return made
+
+
+def _flat(value: torch.Tensor) -> torch.Tensor:
+    """Return (..., D) as (N, D)."""
+    return value.reshape(-1, value.shape[-1])
+
+
+class _Update(torch.autograd.Function):
+    """``y + scaling * B A x``, with ``y`` given, or that of a frozen weight and bias for the same ``x``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        y: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = dtype if y is None else y.dtype
+        x, a, b = (each.to(dtype) for each in (x, a, b))
+        with torch.autocast(device, enabled=False):
+            inner = F.linear(_flat(x), a)
+            if weight is None:
+                assert y is not None
+                made = torch.addmm(_flat(y), inner, b.T, alpha=scaling)
+            else:
+                weight = weight.to(dtype)
+                made = F.linear(_flat(x), weight, None if bias is None else bias.to(dtype))
+                made.addmm_(inner, b.T, alpha=scaling)
+        ctx.save_for_backward(x, inner, a, b, weight)
+        ctx.scaling = scaling
+        return made.view(*x.shape[:-1], len(b))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # autograd converts what is returned to the dtypes of the inputs
+        x, inner, a, b, weight = ctx.saved_tensors
+        of_made = _flat(gradient)
+        of_inner = (of_made @ b).mul_(ctx.scaling)
+        of_x = of_a = of_b = None
+        if ctx.needs_input_grad[0]:
+            of_x = of_inner @ a if weight is None else (of_made @ weight).addmm_(of_inner, a)
+            of_x = of_x.view(x.shape)
+        if ctx.needs_input_grad[4]:
+            of_a = of_inner.T @ _flat(x)
+        if ctx.needs_input_grad[5]:
+            of_b = (inner.T @ of_made).T.mul_(ctx.scaling)  # faster than the other way round
+        return of_x, gradient if ctx.needs_input_grad[1] else None, None, None, of_a, of_b, None
