@@ -151,6 +151,13 @@ def test_a_model_that_mixes_tokens_of_a_row_is_found_out(monkeypatch: pytest.Mon
     assert not unpad(mixing)
 
 
+def test_nothing_is_shared_where_tokens_look_ahead() -> None:
+    """However little a token changes those before it, as in a model with small weights."""
+    model = tiny("bert").eval()
+    assert unpad(model)
+    assert not model.get_decoder().forward.shares
+
+
 def test_the_check_leaves_no_trace() -> None:
     model = base("gpt2").train()
     model.transformer.h[0].eval()
