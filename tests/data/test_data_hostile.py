@@ -359,6 +359,7 @@ def test_a_row_of_a_table_that_no_memory_holds(
     assert rows[1] == {"text": "two", **{name: [value] * times for name, value, times in half}}
 
 
+@pytest.mark.slow
 def test_a_small_table_whose_list_has_20_million_items(tmp_path: Path) -> None:
     import pyarrow
 

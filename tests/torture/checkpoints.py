@@ -325,21 +325,21 @@ def _all() -> Iterator[Campaign]:
         "hashes were forged to agree ends the command with exit code 7, and nothing is changed.",
         damaged,
         least=60,
-        sample=6,
+        sample=3,
     )
     yield Campaign(
         "lock races",
         "One command trains; the others end with exit code 11, or find the run complete; the result is byte-identical.",
         races,
         least=50,
-        sample=2,
+        sample=1,
     )
     yield Campaign(
         "a new run in the place of an old one",
         "Killed at any rename, the same command again ends with the new run in place, and the old one whole beside it.",
         overwriting,
         least=15,
-        sample=2,
+        sample=1,
     )
 
 

@@ -229,6 +229,6 @@ CAMPAIGNS = [
         " command ends with the same bytes.",
         _full_disks,
         least=30,
-        sample=2,
+        sample=1,
     ),
 ]

@@ -164,7 +164,7 @@ CAMPAIGNS = [
         "Training stops at the step, with exit code 9; nothing final is written, and the last good checkpoint stays.",
         divergence,
         least=14,
-        sample=2,
+        sample=1,
     ),
     Campaign(
         "out of memory",

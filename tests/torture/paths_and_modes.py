@@ -455,6 +455,6 @@ CAMPAIGNS = [
         "A command writes where it is told to, with the umask's modes, or ends with 2 or 7 and one message.",
         _trials,
         least=150,
-        sample=6,
+        sample=3,
     )
 ]

@@ -451,6 +451,6 @@ CAMPAIGNS = [
         "No secret is in what a command prints, writes or sends, whether it succeeds or fails.",
         _trials,
         least=250,
-        sample=8,
+        sample=3,
     )
 ]

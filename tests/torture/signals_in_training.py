@@ -241,6 +241,6 @@ CAMPAIGNS = [
         "command ends byte-identical. A second signal ends at once; USR2 saves and goes on; a time limit ends with 75.",
         trials,
         least=60,
-        sample=3,
+        sample=2,
     )
 ]
