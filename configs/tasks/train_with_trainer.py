@@ -291,6 +291,8 @@ class Clips(Side):
         for row in rows:
             sound, rate = soundfile.read(self.place / row["audio"], dtype="float32", always_2d=True)
             wave = soxr.resample(sound.mean(axis=1), rate, 16000)
+            if len(wave) > self.processor.feature_extractor.n_samples:
+                continue  # longer than the model hears at once
             features = self.processor.feature_extractor(wave, sampling_rate=16000).input_features[0]
             encoded.append({"input_features": features, "labels": self.processor.tokenizer(row["text"]).input_ids})
         return encoded
