@@ -50,7 +50,7 @@ def test_the_loss_and_gradients_are_those_of_plain_layers(
     kind: str, checkpointing: bool | None, precision: str
 ) -> None:
     """In half precision they are about as close to those of float32 as plain ones under autocast."""
-    model = tiny(kind, scale=1.0).to(torch.bfloat16 if precision == "bfloat16" else torch.float32)  # type: ignore[arg-type]
+    model = tiny(kind, scale=1.0).to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
     inject(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.2))
     if checkpointing is not None:
         model.activation_checkpointing_enable({"use_reentrant": checkpointing})

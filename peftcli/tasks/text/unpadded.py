@@ -247,7 +247,8 @@ def _agree(inner: Any, unpadded: _Unpadded) -> bool:
     ids = torch.randint(config.vocab_size, (3, 12), generator=torch.Generator().manual_seed(0)).to(device)
     ids[1, :4] = ids[0, :4]  # which those can share that look at nothing behind
     mask = (torch.arange(12) < torch.tensor([[6], [12], [3]])).long().to(device)
-    ids[ids == config.pad_token_id] += 1
+    if config.pad_token_id is not None:  # which some models take for padding wherever it stands
+        ids = torch.where(ids == config.pad_token_id, (ids + 1) % config.vocab_size, ids)
     training, agree = [module for module in inner.modules() if module.training], False
     inner.eval()
     try:

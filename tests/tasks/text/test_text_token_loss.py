@@ -36,7 +36,7 @@ from peftcli.tasks.text.token_loss import chunked_losses, next_tokens, plain_los
 def _bart() -> PreTrainedModel:
     rates = {"dropout": 0.0, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    model = BartForConditionalGeneration(BartConfig(vocab_size=VOCABULARY, d_model=32, **rates, **heads, **_IDS))  # type: ignore[arg-type]
+    model = BartForConditionalGeneration(BartConfig(vocab_size=VOCABULARY, d_model=32, **rates, **heads, **_IDS))
     model.final_logits_bias.normal_(generator=torch.Generator().manual_seed(0))
     return model
 
@@ -53,7 +53,7 @@ SEQ2SEQ = ("t5", "bart")
 
 def model_of(kind: str, dtype: torch.dtype = torch.float32, **settings: Any) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = (BUILT[kind]() if kind in BUILT else tiny(kind)).to(dtype)  # type: ignore[arg-type]
+    model = (BUILT[kind]() if kind in BUILT else tiny(kind)).to(dtype)
     inject(model.eval(), LoraConfig(r=4, init_lora_weights=False, **{"target_modules": "all-linear", **settings}))
     return model
 
@@ -156,7 +156,7 @@ class Watch(TorchDispatchMode):
     """The rows of all that is computed with a side of V, and how many of them at once."""
 
     def __init__(self, weights: set[int]):
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.weights, self.most, self.products = weights, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

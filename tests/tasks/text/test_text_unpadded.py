@@ -151,6 +151,12 @@ def test_a_model_that_mixes_tokens_of_a_row_is_found_out(monkeypatch: pytest.Mon
     assert not unpad(mixing)
 
 
+def test_the_last_token_may_be_the_padding() -> None:
+    model = base("llama")
+    model.config.pad_token_id = VOCABULARY - 1
+    assert unpad(model)
+
+
 def test_nothing_is_shared_where_tokens_look_ahead() -> None:
     """However little a token changes those before it, as in a model with small weights."""
     model = tiny("bert").eval()
@@ -252,7 +258,7 @@ def test_segments_equal_a_dense_mask(window: int | None, dtype: torch.dtype) -> 
     plain = [each.detach().float().requires_grad_() for each in (query, key, value)]
     masks = [None if window is None else banded(size, window) for size in sizes]
     rows = [Row(slice(0, 5), 0, 5), Row(slice(5, 6), 0, 1), Row(slice(6, 15), 0, 9)]
-    attended, _ = attend(SimpleNamespace(num_key_value_groups=2), query, key, value, Segments(rows, masks), scaling=0.3)  # type: ignore[arg-type]
+    attended, _ = attend(SimpleNamespace(num_key_value_groups=2), query, key, value, Segments(rows, masks), scaling=0.3)
     dense = torch.block_diag(*(banded(size, window).float() for size in sizes)).bool()
     repeated = [plain[0], *(each.repeat_interleave(2, dim=1) for each in plain[1:])]
     expected = F.scaled_dot_product_attention(*repeated, attn_mask=dense, scale=0.3).transpose(1, 2)
