@@ -62,7 +62,8 @@ class Side:
 
     def rows(self) -> Rows:
         """Read the training rows."""
-        return [json.loads(line) for line in Path(str(self.recipe.dataset.train)).open(encoding="utf-8")]
+        with Path(str(self.recipe.dataset.train)).open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file][: self.recipe.dataset.limit]
 
     def load(self) -> Any:
         """Load the base model, with a new head where the task has one."""
