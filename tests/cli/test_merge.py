@@ -90,7 +90,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.grid(keep=8)
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("case", CASES)
 def test_the_merged_model_computes_what_base_and_adapter_compute(merged: Callable, tmp_path: Path, case: str) -> None:
     kind, settings = CASES[case]

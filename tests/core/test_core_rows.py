@@ -110,6 +110,7 @@ def test_gradients_of_a_row_go_to_its_adapter(llama: PeftModel) -> None:
     assert touched == {"a", "b"}
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
 def test_generated_text_is_what_each_row_gives_alone(kind: str, how: dict[str, Any]) -> None:

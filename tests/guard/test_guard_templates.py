@@ -149,7 +149,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "_SIZE", 10_000_000)
 
 
-@pytest.mark.grid(keep=16)
+@pytest.mark.grid(keep=8)
 @pytest.mark.parametrize("case", [*ENDLESS, *GROWING])
 @pytest.mark.usefixtures("impatient")
 def test_a_template_without_end(case: str) -> None:

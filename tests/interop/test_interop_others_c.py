@@ -139,6 +139,7 @@ def test_names_shapes_dtypes_and_counts_are_pefts(case: Case, tmp_path: Path) ->
     assert sum(value.numel() for value in model.parameters() if value.requires_grad) == trainable
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("method", ["tinylora", "pvera", "frod", "supertuning"])
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_what_is_left_out_of_the_file_is_found_again_both_ways(method: str, kind: str, tmp_path: Path) -> None:
