@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from peftcli.errors import UsageError
@@ -79,6 +80,7 @@ def explain(key: str) -> Explanation:
     raise UsageError(f"unknown setting, section, method or task: {key[:60]!r}", hint=hint)
 
 
+@cache
 def _explainable() -> dict[str, Explanation]:
     out: dict[str, Explanation] = {}
     for name, entry in settings(Recipe).items():
