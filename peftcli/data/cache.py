@@ -3,6 +3,7 @@
     <root>/tokens/<key>/        a whole store, and key.json: what it was made from. Its time is that of the last use
                   .<key>.tmp/   one that is being built, or what a builder left that was killed
                   <key>.lock    flock of the process that builds or removes <key>
+          checked/              what deep checks found
 
 A store gets its name only when it is whole and on the disk. Who uses one holds a shared flock on its manifest, so that
 it is not cleared meanwhile. No entry is removed by itself.
@@ -161,6 +162,7 @@ def clear(chosen: Sequence[Entry]) -> Cleared:
         StorageError: a file or folder cannot be removed.
     """
     wanted, left = {entry.key for entry in chosen}, 0
+    shutil.rmtree(outcomes(), ignore_errors=True)
     for key, kinds in _keys().items():
         if key not in wanted and "entry" in kinds and "left" not in kinds:
             continue
@@ -175,6 +177,11 @@ def clear(chosen: Sequence[Entry]) -> Cleared:
     kept = [entry for entry in chosen if (_tokens() / entry.key).exists()]
     removed = [entry for entry in chosen if entry not in kept]
     return Cleared(removed, kept, left + sum(entry.bytes for entry in removed))
+
+
+def outcomes() -> Path:
+    """The folder of what ``check --deep`` found, as long as no store is cleared."""
+    return root() / "checked"
 
 
 def _tokens() -> Path:

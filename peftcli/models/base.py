@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -15,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from peftcli.core.layer import model_ends
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import ModelError
-from peftcli.guard.files import irregular_kind, is_folder, short_name
+from peftcli.guard.files import is_folder
 from peftcli.models import hub_files, quantization, tokens, validate
+from peftcli.models.find import FoundBase, expanded
 from peftcli.models.guarded import translated_errors
-from peftcli.models.hub_files import PIPELINE_FILE
 from peftcli.schema import BaseModel
 
 if TYPE_CHECKING:
@@ -34,7 +32,6 @@ _PROCESSORS: dict[ProcessorKind, tuple[str, str, dict[str, Any]]] = {
     "processor": ("AutoProcessor", "processor_config.json", {}),
 }
 """transformers' auto class, its file, and its options: torchvision's image processors differ from PIL's."""
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _LABELS = {"num_labels", "id2label", "label2id"}
 
 
@@ -47,56 +44,6 @@ class LoadedModel:
     """Names of the parameters that the checkpoint lacks and the loader drew: those of new heads."""
     note: str | None = None
     """What the user should know of the heads."""
-
-
-@dataclass(frozen=True)
-class FoundBase:
-    """Where a base model's files are."""
-
-    folder: Path
-    on_hub: bool
-    """Whether the folder is the cache's copy of one commit on the hub."""
-
-    @property
-    def is_pipeline(self) -> bool:
-        """Whether the folder holds a pipeline of diffusers: parts, each in a folder of its own."""
-        return os.path.lexists(self.folder / PIPELINE_FILE)
-
-
-def find_base(spec: BaseModel) -> FoundBase:
-    """Find a base model's folder; of one on the hub, its small files are fetched.
-
-    Raises:
-        ModelError: there is no such model.
-        HubError: the hub has no such model, or refuses it.
-        NetworkError: the hub cannot be reached.
-    """
-    path = _expanded(spec.name)
-    if spec.name.endswith(".gguf"):
-        if (wrong := irregular_kind(path)) or not path.exists():
-            raise ModelError(wrong or "no such file", file=short_name(spec.name), key="base_model")
-        if importlib.util.find_spec("gguf") is None:
-            raise ModelError("reading .gguf needs the package gguf", hint="pip install 'peftcli[gguf]'")
-        return FoundBase(path.parent, on_hub=False)
-    if is_folder(path):
-        _refuse_adapter(path)
-        if not _describes_model(path):
-            message = f"{short_name(spec.name)} is not a model folder: it has no config.json"
-            raise ModelError(message, key="base_model")
-        return FoundBase(path, on_hub=False)
-    if spec.name.startswith((".", "/", "~")) or spec.name.count("/") > 1 or os.path.lexists(path):
-        raise ModelError(f"no model folder {short_name(spec.name)}", key="base_model")
-    if spec.trust_remote_code and not _COMMIT.fullmatch(spec.revision or ""):
-        raise ModelError(
-            "code from the hub runs at a pinned commit only",
-            key="base_model.revision",
-            hint="give the 40 digits of the commit whose code you have read",
-        )
-    folder = hub_files.fetch(spec)
-    if not _describes_model(folder):
-        raise ModelError(f"{spec.name} on the hub is not a model: it has no config.json", key="base_model")
-    _refuse_adapter(folder)  # one that was fetched as an adapter; the base model's own is not
-    return FoundBase(folder, on_hub=True)
 
 
 class OpenBase:
@@ -284,7 +231,7 @@ class OpenBase:
     def _check_weights(self, auto_class: str) -> None:
         """Raises ModelError unless the weights are whole safetensors files, as large as the config says."""
         if not self._shards:
-            folder = _expanded(self.name)
+            folder = expanded(self.name)
             names = [path.name for path in folder.iterdir()] if is_folder(folder) else []
             raise validate.no_weights(self.name, names)
         if self.quantization is None:
@@ -294,7 +241,7 @@ class OpenBase:
     @property
     def _where(self) -> dict[str, Any]:
         """The arguments of ``from_pretrained`` that say which model."""
-        gguf = {"gguf_file": _expanded(self.name).name} if self._is_gguf else {}
+        gguf = {"gguf_file": expanded(self.name).name} if self._is_gguf else {}
         return {
             "pretrained_model_name_or_path": str(self.folder),
             "trust_remote_code": self.spec.trust_remote_code,
@@ -338,24 +285,3 @@ def label_options(build: Callable[..., nn.Module], sizes: Mapping[str, tuple[int
     counts = sorted(set(differing(build()))) if sizes else []
     found = next((count for count in counts if not differing(build(num_labels=count))), None)
     return {} if found is None else {"num_labels": found}
-
-
-def _describes_model(folder: Path) -> bool:
-    return any(os.path.lexists(folder / name) for name in ("config.json", PIPELINE_FILE))
-
-
-def _refuse_adapter(folder: Path) -> None:
-    if validate.is_adapter(folder):
-        raise ModelError(
-            "contains an adapter, which transformers would also load",
-            file=str(folder),
-            key="base_model",
-            hint="name the base model of the adapter",
-        )
-
-
-def _expanded(name: str) -> Path:
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # ~name, of a user that this machine does not know
-        return Path(name)

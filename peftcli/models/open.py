@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peftcli.models.base import LoadedModel, OpenBase, ProcessorKind, build_empty, find_base, label_options
+from peftcli.models.base import LoadedModel, OpenBase, ProcessorKind, build_empty, label_options
+from peftcli.models.find import find_base
 from peftcli.models.pipeline import OpenPipeline
 from peftcli.models.tokens import template_text
 from peftcli.schema import BaseModel

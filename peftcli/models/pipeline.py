@@ -15,8 +15,9 @@ from peftcli.guard.adapter_folder import DTYPES
 from peftcli.guard.files import read_json_object, short_repr
 from peftcli.guard.safetensors_header import open_safetensors
 from peftcli.models import hub_files, validate
-from peftcli.models.base import FoundBase, LoadedModel, OpenBase
+from peftcli.models.base import LoadedModel, OpenBase
 from peftcli.models.diffusion import FAMILIES, DiffusionModel, Family
+from peftcli.models.find import FoundBase
 from peftcli.models.guarded import translated_errors
 from peftcli.models.hub_files import PIPELINE_FILE
 from peftcli.schema import BaseModel

@@ -17,7 +17,6 @@ from torch import nn
 
 from peftcli.core.layer import model_ends
 from peftcli.errors import ModelError
-from peftcli.guard.adapter_folder import CONFIG_FILE
 from peftcli.guard.files import irregular_kind, open_regular, os_reason, read_json_object, short_name, short_repr
 from peftcli.guard.safetensors_header import open_safetensors
 
@@ -299,11 +298,6 @@ def no_weights(folder: str, names: Iterable[str]) -> ModelError:
         key="base_model",
         hint=_CONVERT,
     )
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder contains an adapter: transformers would load it, and the base model that it names."""
-    return irregular_kind(folder / CONFIG_FILE) is not None or (folder / CONFIG_FILE).exists()
 
 
 def _would_block(path: Path) -> bool:

@@ -1,41 +1,17 @@
-"""What can be known of a run before it starts: its data, its model's shapes, its targets. Loads no weights."""
+"""What can be known of a run before it starts. Imports torch only where that is not known from the last time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, TypeVar
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from peftcli.core.heads import head_names
-from peftcli.core.inject import inject
-from peftcli.data.findings import refuse
-from peftcli.errors import HubError, Interrupted, NetworkError, PeftcliError, Problem, RecipeError
-from peftcli.models.open import open_base
-from peftcli.recipe import method_config
-from peftcli.schema import BaseModel, Recipe
-from peftcli.tasks import open_task, row_of
-from peftcli.tasks.base import FitsModel, Gathers
-from peftcli.train.data import load_data, plan_of, with_task
-from peftcli.train.launch import total_processes
-
-T = TypeVar("T")
-
-
-@dataclass
-class Found:
-    """What opening a recipe's data and model has brought up."""
-
-    errors: list[Problem] = field(default_factory=list)
-    exit_code: int = 0
-    """That of the first error's kind."""
-    would: dict[str, Any] = field(default_factory=dict)
-    """What a run would do, as far as it is known."""
-
-    @property
-    def warnings(self) -> list[Problem]:
-        """What is odd with the data."""
-        return [Problem(text, file="", key="dataset") for text in self.would.get("warnings", [])]
+from peftcli.errors import RecipeError
+from peftcli.schema import Recipe
+from peftcli.train import checked
+from peftcli.train.checked import Found
 
 
 def preview(recipe: Recipe) -> dict[str, Any]:
@@ -54,64 +30,34 @@ def preview(recipe: Recipe) -> dict[str, Any]:
 
 def deep_check(recipe: Recipe) -> Found:
     """Every error and every warning that opening the recipe's data and model brings up."""
-    config = method_config(recipe)
-    found = Found()
+    state = checked.state_of(recipe)
+    if state is not None and (known := checked.read(recipe, state)) is not None:
+        return known
 
-    def attempt(key: str, action: Callable[[], T]) -> T | None:
-        try:
-            return action()
-        except (HubError, Interrupted, NetworkError):  # no mistake of the recipe
-            raise
-        except PeftcliError as error:
-            place = f"{error.file}:{error.line}" if error.line else error.file
-            text = f"{place}: {error.message}" if place else error.message
-            found.errors.append(Problem(text, file="", key=_recipe_key(error.key, key)))
-            found.exit_code = found.exit_code or error.exit_code
-            return None
+    from peftcli.train.examine import examine
 
-    base = attempt("base_model", lambda: open_base(recipe.base_model))
-    if base is None:
-        return found
-    notes: list[str] = []
-    named = attempt("task", lambda: with_task(recipe, notes.append))
-    if named is None:
-        return found
-    recipe = named
-    task = attempt("base_model", lambda: open_task(recipe, base))
-    options: dict[str, Any] = {}
-    if task is not None:
-        data = attempt("dataset", lambda: load_data(recipe, task))
-        if data is not None:
-            options = data.task.model_options()
-            attempt("dataset", lambda: refuse(data.findings, recipe.dataset.allow))
-            plan = plan_of(recipe, data, total_processes(recipe.launch))
-            if isinstance(data.task, Gathers):
-                attempt("training", partial(data.task.refuse_rows, data.train, plan.compared))
-            found.would |= {
-                "data": data.report,
-                "steps": plan.total_steps,
-                "warnings": notes + data.warnings + plan.repeated(data.names),
-            }
-        attempt(
-            "method",
-            lambda: config.prepare(lambda name: (open_base(BaseModel(name=name)) if name else base).processor()),
-        )
-    attempt("base_model", lambda: base.quantization)
-    model = attempt("base_model", lambda: base.empty_model(row_of(recipe).auto_class, **options))
-    if model is not None:
-        if isinstance(task, FitsModel):
-            attempt("method", lambda: task.fit_model(model, config))
-        config.task_type = row_of(recipe).task_type
-        heads = head_names(model) if options else []  # taken to be new
-        new = [name for name, _ in model.named_parameters() if any(name.startswith(f"{head}.") for head in heads)]
-        injection = attempt("method", lambda: inject(model, config, initialised=new))
-        if injection is not None:
-            found.would["parameters"] = {"trainable": injection.trainable, "all": injection.total}
+    with warnings.catch_warnings(record=True) as shown, _logged_warnings() as logged:
+        found = examine(recipe)
+    for each in shown:
+        warnings.showwarning(each.message, each.category, each.filename, each.lineno)
+    if state is not None and not (found.errors or shown or logged):
+        checked.keep(recipe, state, found)
     return found
 
 
-def _recipe_key(key: str | None, section: str) -> str:
-    """The recipe's key for an error's: a method's settings stand in the section ``method``."""
-    if key is None or key.startswith(section):
-        return key or section
-    return f"{section}.{key}" if section == "method" else section
+@contextmanager
+def _logged_warnings() -> Iterator[list[logging.LogRecord]]:
+    """Yield a list that gets what is logged meanwhile, warnings and worse."""
+    make, found = logging.getLogRecordFactory(), list[logging.LogRecord]()
+
+    def note(*args: Any, **more: Any) -> logging.LogRecord:
+        record = make(*args, **more)
+        if record.levelno >= logging.WARNING:
+            found.append(record)
+        return record
+
+    logging.setLogRecordFactory(note)
+    try:
+        yield found
+    finally:
+        logging.setLogRecordFactory(make)

@@ -265,7 +265,7 @@ READING = {
     ),
     "check --deep": (
         ("check", "{recipe}", "--deep"),
-        ("peftcli.train.preview:load_data", "peftcli.models.open:OpenBase.empty_model"),
+        ("peftcli.train.examine:load_data", "peftcli.models.open:OpenBase.empty_model"),
     ),
     "train --dry-run": (("train", "{recipe}", "--dry-run"), ("peftcli.models.open:OpenBase.processor",)),
     "generate, one prompt": (

@@ -1,0 +1,95 @@
+"""The name of a base model becomes a folder on this machine. No torch here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftcli.errors import ModelError
+from peftcli.guard.adapter_folder import CONFIG_FILE
+from peftcli.guard.files import irregular_kind, is_folder, short_name
+from peftcli.models import hub_files
+from peftcli.models.hub_files import PIPELINE_FILE
+from peftcli.schema import BaseModel
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class FoundBase:
+    """Where a base model's files are."""
+
+    folder: Path
+    on_hub: bool
+    """Whether the folder is the cache's copy of one commit on the hub."""
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether the folder holds a pipeline of diffusers: parts, each in a folder of its own."""
+        return os.path.lexists(self.folder / PIPELINE_FILE)
+
+
+def find_base(spec: BaseModel) -> FoundBase:
+    """Find a base model's folder; of one on the hub, its small files are fetched.
+
+    Raises:
+        ModelError: there is no such model.
+        HubError: the hub has no such model, or refuses it.
+        NetworkError: the hub cannot be reached.
+    """
+    path = expanded(spec.name)
+    if spec.name.endswith(".gguf"):
+        if (wrong := irregular_kind(path)) or not path.exists():
+            raise ModelError(wrong or "no such file", file=short_name(spec.name), key="base_model")
+        if importlib.util.find_spec("gguf") is None:
+            raise ModelError("reading .gguf needs the package gguf", hint="pip install 'peftcli[gguf]'")
+        return FoundBase(path.parent, on_hub=False)
+    if is_folder(path):
+        _refuse_adapter(path)
+        if not _describes_model(path):
+            message = f"{short_name(spec.name)} is not a model folder: it has no config.json"
+            raise ModelError(message, key="base_model")
+        return FoundBase(path, on_hub=False)
+    if spec.name.startswith((".", "/", "~")) or spec.name.count("/") > 1 or os.path.lexists(path):
+        raise ModelError(f"no model folder {short_name(spec.name)}", key="base_model")
+    if spec.trust_remote_code and not _COMMIT.fullmatch(spec.revision or ""):
+        raise ModelError(
+            "code from the hub runs at a pinned commit only",
+            key="base_model.revision",
+            hint="give the 40 digits of the commit whose code you have read",
+        )
+    folder = hub_files.fetch(spec)
+    if not _describes_model(folder):
+        raise ModelError(f"{spec.name} on the hub is not a model: it has no config.json", key="base_model")
+    _refuse_adapter(folder)  # one that was fetched as an adapter; the base model's own is not
+    return FoundBase(folder, on_hub=True)
+
+
+def _is_adapter(folder: Path) -> bool:
+    """Whether a folder contains an adapter: transformers would load it, and the base model that it names."""
+    return irregular_kind(folder / CONFIG_FILE) is not None or (folder / CONFIG_FILE).exists()
+
+
+def _describes_model(folder: Path) -> bool:
+    return any(os.path.lexists(folder / name) for name in ("config.json", PIPELINE_FILE))
+
+
+def _refuse_adapter(folder: Path) -> None:
+    if _is_adapter(folder):
+        raise ModelError(
+            "contains an adapter, which transformers would also load",
+            file=str(folder),
+            key="base_model",
+            hint="name the base model of the adapter",
+        )
+
+
+def expanded(name: str) -> Path:
+    """Return the path that a name would be, its ``~`` resolved."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # ~name, of a user that this machine does not know
+        return Path(name)

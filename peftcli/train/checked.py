@@ -1,0 +1,178 @@
+"""The outcome of a deep check without errors, kept under a hash of all that it was found from. Needs no torch.
+
+A deep check opens the tokenizer and builds the model without weights, which takes seconds of imports. Its outcome is a
+function of the recipe, the small files of the base model, the content of the data, the code and the installed packages,
+and of the day where a chat template writes the date. So it is found once for the same of these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peftcli
+from peftcli.data.cache import outcomes
+from peftcli.data.sources import eval_source, open_source
+from peftcli.errors import HubError, Interrupted, NetworkError, PeftcliError, Problem, StorageError
+from peftcli.guard.files import open_regular
+from peftcli.models.find import find_base
+from peftcli.schema import Recipe
+from peftcli.system import date
+from peftcli.system.disk import write_file
+
+_NOT_READ = {
+    "output_dir", "learning_rate", "loraplus_lr_ratio", "loraplus_lr_embedding", "lr_scheduler_type", "warmup_ratio",
+    "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "logging_steps",
+    "eval_steps", "save_strategy", "save_steps", "save_total_limit", "max_time", "save_on_signal",
+}  # fmt: skip
+"""Settings of ``training`` that a deep check does not read."""
+_LARGE = 64 << 20
+"""Bytes of a file of the base model that is known by its size: weights, of which a deep check reads nothing."""
+_MAX_FILES = 1000
+_DEVICES = ("/dev/nvidia*", "/dev/kfd", "/dev/dri/renderD*")
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+"""What decides how many GPUs there are, and so how many processes a run has."""
+
+
+@dataclass
+class Found:
+    """What opening a recipe's data and model has brought up."""
+
+    errors: list[Problem] = field(default_factory=list)
+    exit_code: int = 0
+    """That of the first error's kind."""
+    would: dict[str, Any] = field(default_factory=dict)
+    """What a run would do, as far as it is known."""
+
+    @property
+    def warnings(self) -> list[Problem]:
+        """What is odd with the data."""
+        return [Problem(text, file="", key="dataset") for text in self.would.get("warnings", [])]
+
+
+def state_of(recipe: Recipe) -> str | None:
+    """Return a hash of all that a deep check of the recipe depends on; None where that cannot be known.
+
+    Raises:
+        HubError: the hub refuses the base model or the data.
+        NetworkError: the hub cannot be reached.
+    """
+    base, named = recipe.base_model, {**recipe.method, **(recipe.task or {})}
+    if base.trust_remote_code or base.name.endswith(".gguf") or any(_names_file(*each) for each in _texts(named)):
+        return None
+    try:
+        folder = find_base(base).folder
+        files = list(_contents(folder))
+        template = base.chat_template
+        if template and template != "chatml":
+            files.append((template, _hash(Path(template)), _writes_date(Path(template))))
+        evaluation = eval_source(recipe.dataset)
+        sources = [*recipe.dataset.sources(), *([evaluation] if evaluation else [])]
+        states = [open_source(source).state() for source in sources]
+    except (HubError, Interrupted, NetworkError):
+        raise
+    except (PeftcliError, OSError, ValueError):  # the deep check says what is wrong
+        return None
+    given = asdict(recipe)
+    del given["gates"]
+    given["training"] = {name: value for name, value in given["training"].items() if name not in _NOT_READ}
+    parts = {
+        "recipe": given,
+        "base": [file[:2] for file in files],
+        "day": date.today().isoformat() if any(file[2] for file in files) else None,
+        "data": states,
+        "code": _code(),
+        "packages": [sys.version, *_packages()],
+        "devices": [*_devices(), *(os.environ.get(name) for name in _VISIBLE)],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def read(recipe: Recipe, state: str) -> Found | None:
+    """Return the outcome that was kept for this state."""
+    with suppress(OSError, ValueError, KeyError, TypeError, StorageError):
+        kept = json.loads(_place(recipe).read_bytes())
+        if kept["state"] == state:
+            return Found(would=kept["would"])
+    return None
+
+
+def keep(recipe: Recipe, state: str, found: Found) -> None:
+    """Keep an outcome without errors in place of the one before of the same run folder, if the cache can be written."""
+    with suppress(StorageError):
+        write_file(_place(recipe), json.dumps({"state": state, "would": found.would}).encode())
+
+
+def _place(recipe: Recipe) -> Path:
+    name = hashlib.sha256(os.fsencode(Path(recipe.training.output_dir).absolute())).hexdigest()
+    return outcomes() / f"{name}.json"
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield all texts in a value, each with the key that it stands under."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, (dict, list)):
+        for name, inner in value.items() if isinstance(value, dict) else ((key, each) for each in value):
+            yield from _texts(inner, str(name))
+
+
+def _names_file(key: str, text: str) -> bool:
+    """Whether a setting names, or may name, a file or another model, which would be read."""
+    return key.endswith(("path", "file", "code", "dir")) or "/" in text or (key != "type" and os.path.lexists(text))
+
+
+def _contents(folder: Path) -> Iterator[tuple[str, str, bool]]:
+    """Yield each file of the base model: name, hash, and whether it may be a template that writes the date.
+
+    Raises:
+        ValueError: there are too many, or one is not a regular file.
+    """
+    count = 0
+    for top, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        for name in sorted(names):
+            count += 1
+            if count > _MAX_FILES:
+                raise ValueError(f"{folder} contains more than {_MAX_FILES} files")
+            path = Path(top) / name
+            is_template = path.suffix == ".jinja" or name in ("tokenizer_config.json", "chat_template.json")
+            yield str(path.relative_to(folder)), _hash(path), is_template and _writes_date(path)
+
+
+def _hash(path: Path) -> str:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        return str(size) if size > _LARGE else hashlib.sha256(file.read()).hexdigest()
+
+
+def _writes_date(path: Path) -> bool:
+    return date.writes_date(path.read_bytes())
+
+
+def _code() -> str:
+    """Return a hash of this package's own files."""
+    top, digest = Path(peftcli.__file__).parent, hashlib.sha256()
+    for path in sorted(top.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _packages() -> list[str]:
+    """Return the names and versions of all installed packages, as the names of their folders say them."""
+    found: list[str] = []
+    for folder in sys.path:
+        with suppress(OSError):
+            found += (path.name for path in Path(folder).iterdir() if path.suffix in (".dist-info", ".egg-info"))
+    return sorted(found)
+
+
+def _devices() -> list[str]:
+    return sorted(str(path) for pattern in _DEVICES for path in Path("/").glob(pattern[1:]))

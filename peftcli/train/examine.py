@@ -1,0 +1,87 @@
+"""Open what a recipe names, as a run would: its data, its model's shapes, its targets. Loads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from peftcli.core.heads import head_names
+from peftcli.core.inject import inject
+from peftcli.data.findings import refuse
+from peftcli.errors import HubError, Interrupted, NetworkError, PeftcliError, Problem
+from peftcli.models.open import open_base
+from peftcli.recipe import method_config
+from peftcli.schema import BaseModel, Recipe
+from peftcli.tasks import open_task, row_of
+from peftcli.tasks.base import FitsModel, Gathers
+from peftcli.train.checked import Found
+from peftcli.train.data import load_data, plan_of, with_task
+from peftcli.train.launch import total_processes
+
+T = TypeVar("T")
+
+
+def examine(recipe: Recipe) -> Found:
+    """Every error and every warning that opening the recipe's data and model brings up."""
+    config = method_config(recipe)
+    found = Found()
+
+    def attempt(key: str, action: Callable[[], T]) -> T | None:
+        try:
+            return action()
+        except (HubError, Interrupted, NetworkError):  # no mistake of the recipe
+            raise
+        except PeftcliError as error:
+            place = f"{error.file}:{error.line}" if error.line else error.file
+            text = f"{place}: {error.message}" if place else error.message
+            found.errors.append(Problem(text, file="", key=_recipe_key(error.key, key)))
+            found.exit_code = found.exit_code or error.exit_code
+            return None
+
+    base = attempt("base_model", lambda: open_base(recipe.base_model))
+    if base is None:
+        return found
+    notes: list[str] = []
+    named = attempt("task", lambda: with_task(recipe, notes.append))
+    if named is None:
+        return found
+    recipe = named
+    task = attempt("base_model", lambda: open_task(recipe, base))
+    options: dict[str, Any] = {}
+    if task is not None:
+        data = attempt("dataset", lambda: load_data(recipe, task))
+        if data is not None:
+            options = data.task.model_options()
+            attempt("dataset", lambda: refuse(data.findings, recipe.dataset.allow))
+            plan = plan_of(recipe, data, total_processes(recipe.launch))
+            if isinstance(data.task, Gathers):
+                attempt("training", partial(data.task.refuse_rows, data.train, plan.compared))
+            found.would |= {
+                "data": data.report,
+                "steps": plan.total_steps,
+                "warnings": notes + data.warnings + plan.repeated(data.names),
+            }
+        attempt(
+            "method",
+            lambda: config.prepare(lambda name: (open_base(BaseModel(name=name)) if name else base).processor()),
+        )
+    attempt("base_model", lambda: base.quantization)
+    model = attempt("base_model", lambda: base.empty_model(row_of(recipe).auto_class, **options))
+    if model is not None:
+        if isinstance(task, FitsModel):
+            attempt("method", lambda: task.fit_model(model, config))
+        config.task_type = row_of(recipe).task_type
+        heads = head_names(model) if options else []  # taken to be new
+        new = [name for name, _ in model.named_parameters() if any(name.startswith(f"{head}.") for head in heads)]
+        injection = attempt("method", lambda: inject(model, config, initialised=new))
+        if injection is not None:
+            found.would["parameters"] = {"trainable": injection.trainable, "all": injection.total}
+    return found
+
+
+def _recipe_key(key: str | None, section: str) -> str:
+    """The recipe's key for an error's: a method's settings stand in the section ``method``."""
+    if key is None or key.startswith(section):
+        return key or section
+    return f"{section}.{key}" if section == "method" else section
