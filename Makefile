@@ -5,6 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 QUANTISED := .venv-quantised
+BENCH := .venv-bench
 # a test file stays in one process, since its tests share what they made
 TWO := --numprocesses 2 --dist loadfile
 MODEL := models/SmolLM2-135M-Instruct
@@ -34,6 +35,13 @@ $(QUANTISED)/.installed: pyproject.toml
 	@test -x $(QUANTISED)/bin/pip || $(PYTHON) -m venv $(QUANTISED)
 	@echo "test-all: installing into $(QUANTISED)"
 	@$(QUANTISED)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev,bitsandbytes,torchao]' trl sentence-transformers diffusers
+	@touch $@
+
+# with TRL, which is measured too
+$(BENCH)/.installed: pyproject.toml
+	@test -x $(BENCH)/bin/pip || $(PYTHON) -m venv $(BENCH)
+	@echo "bench: installing into $(BENCH)"
+	@$(BENCH)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]' trl
 	@touch $@
 
 fmt: $(STAMP) ## format the code, and mend what ruff can
@@ -74,8 +82,9 @@ docs-check: $(STAMP) ## fail when they are stale
 	@$(BIN)/peftcli schema | diff - peftcli/recipe.schema.json || { echo "peftcli/recipe.schema.json is stale: run 'make docs'" >&2; exit 1; }
 	@$(BIN)/python docs/generate.py --check
 
-bench: $(STAMP) ## measure against peers; docs/log.md has the results
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script; done
+bench: $(BENCH)/.installed ## measure against peers, and write docs/performance.md; takes hours, or PARTS="logits" of it
+	@$(BENCH)/bin/python configs/quickstart/fetch_model.py $(MODEL)
+	@$(BENCH)/bin/python benchmarks $(PARTS)
 
 check: lint type test docs-check ## everything that CI runs
 

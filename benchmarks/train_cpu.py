@@ -1,187 +1,270 @@
-"""CPU time of a training step: peftcli against peft + transformers.Trainer, on the quickstart's model and data.
+"""Training on a CPU: CPU seconds for 1,000 useful tokens, and memory, against peft with Trainer and against TRL.
 
-Both sides run one thread, alternate in processes of their own, and see the same batches of the same token ids in the
-same order; the first step's loss must agree. Measured is the process's CPU time from the end of the second step to the
-end of the last, over the tokens that are no padding. Needs ``make quickstart`` to have fetched the model.
+SmolLM2-135M-Instruct, LoRA r 16 on all linear layers, batches of 4 rows, one thread. All sides train the same rows of a
+round, whose token ids are compared. The learning rate is 0, so that the loss over all targets must come out the same
+whatever the order of the rows; sides without an order of their own have the same batches, so the loss of the first step
+must be the same too. The floor is the matrix products that the useful tokens need, alone (``floor.py``).
 
-    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/train_cpu.py --rounds 5
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/train_cpu.py '{"side": "peftcli", "rows": "unequal", "round": 0}'
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import resource
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from pathlib import Path
+from collections.abc import Iterator
+from statistics import median
 from typing import Any
 
-MODEL = "models/SmolLM2-135M-Instruct"
-STEPS, BATCH, LEARNING_RATE = 5, 4, 2e-4
-METHOD = {
-    "r": 16,
-    "lora_alpha": 32,
-    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+from common import BEFORE, Cell, Found, Part, answer, middle
+from rows import BATCH, LENGTHS, LONG, LONGEST, rows
+
+BATCHES, SHORT_BATCHES = 5, 25
+"""Of a round; short rows need more."""
+_PACKED = {"batch": 2, "max_length": LONGEST}
+_TRL: Cell = {"function": "trainer", "library": "trl"}
+_BF16 = {"base": "bfloat16"}
+SIDES: dict[str, tuple[tuple[str, ...], Cell]] = {
+    "floor": (("fp32", "bf16"), {"function": "floor"}),
+    "peftcli": (("fp32", "bf16"), {}),
+    "peftcli, grouped": (("fp32", "bf16"), {"order": "group_by_length"}),
+    "peftcli, packing": (("fp32", "bf16"), {"packing": True, **_PACKED}),
+    "Trainer": (("fp32", "bf16"), {"function": "trainer"}),
+    "Trainer, grouped": (("fp32", "bf16"), {"function": "trainer", "order": "group_by_length"}),
+    "Trainer, bf16 base": (("bf16",), {"function": "trainer", "autocast": False, **_BF16}),
+    "Trainer, bf16 base, grouped": (
+        ("bf16",),
+        {"function": "trainer", "autocast": False, "order": "group_by_length", **_BF16},
+    ),
+    "Trainer, bf16 base and autocast, grouped": (
+        ("bf16",),
+        {"function": "trainer", "order": "group_by_length", **_BF16},
+    ),
+    "TRL": (("bf16",), _TRL),
+    "TRL, packing": (("bf16",), {**_TRL, "packing": True, **_PACKED}),
+    "TRL, packing, no checkpointing, bf16 base": (
+        ("bf16",),
+        {**_TRL, "packing": True, "gradient_checkpointing": False, **_PACKED, **_BF16},
+    ),
+    f"peftcli at {BEFORE}": (("fp32", "bf16"), {"function": "earlier"}),
+}
+"""Side -> the precisions in which it is measured, and its arguments; ``sides.py`` has the functions."""
+FEWER = (
+    "floor",
+    "peftcli",
+    "peftcli, grouped",
+    "Trainer",
+    "Trainer, grouped",
+    "Trainer, bf16 base",
+    "TRL",
+    "TRL, packing",
+)
+KINDS = {
+    "unequal": [side for side in SIDES if not side.endswith(BEFORE)],
+    "unlike": ["floor", "peftcli", "Trainer", "Trainer, grouped"],
+    "equal": ["floor", "peftcli", "Trainer", "Trainer, bf16 base", "TRL", "TRL, packing"],
+    "short": ["floor", "peftcli", f"peftcli at {BEFORE}", "Trainer"],
+}
+"""Kind of rows -> sides."""
+TOLERANCES = {"fp32": 1e-4, "bf16": 3e-2}
+"""By which losses may differ."""
+TITLES = {
+    "unequal": "Rows of unequal length",
+    "unlike": "Rows of unequal length that start differently",
+    "equal": "Rows of equal length",
+    "short": "Short rows",
 }
 
 
-def recipe(folder: str) -> Any:
-    """The recipe that both sides follow."""
-    from peftcli.schema import BaseModel, Dataset, Recipe, Training
+def measure(
+    side: str, rows: str, round: int = 0, precision: str = "fp32", batches: int = 0, **more: Any
+) -> dict[str, Any]:
+    """Train one side in this process.
 
-    return Recipe(
-        base_model=BaseModel(name=MODEL, dtype="float32"),
-        task="causal_lm",
-        method={"type": "lora", **METHOD},
-        dataset=Dataset(train="configs/quickstart/train.jsonl", max_length=512),
-        training=Training(
-            output_dir=f"{folder}/run",
-            max_steps=STEPS,
-            per_device_train_batch_size=BATCH,
-            learning_rate=LEARNING_RATE,
-            train_sampling_strategy="sequential",
-            save_strategy="no",
-            eval_strategy="no",
-            bf16=False,
-            logging_steps=1,
-        ),
-    )
+    Args:
+        side: A key of ``SIDES``.
+        rows: Their kind.
+        round: Which of them.
+        precision: fp32 or bf16.
+        batches: So many; 0: as many as a round has.
+        **more: Other arguments of the side.
+    """
+    import floor
+    import sides
 
-
-def run_ours(folder: str) -> dict[str, Any]:
-    """Train through peftcli's own loop."""
-    from peftcli.train.report import Stepped
-    from peftcli.train.run import train
-
-    times: list[float] = []
-    losses: list[float] = []
-    tokens: list[int] = []
-
-    def note(event: object) -> None:
-        if isinstance(event, Stepped):
-            times.append(time.process_time())
-            losses.append(event.result.loss)
-            tokens.append(event.result.num_tokens)
-
-    train(recipe(folder), on_event=note)
-    return {"times": times, "losses": losses, "tokens": tokens}
+    chosen = rows_of(rows, round, batches or (SHORT_BATCHES if rows == "short" else BATCHES))
+    settings = {"max_length": LENGTHS[rows], "batch": BATCH, "precision": precision, **SIDES[side][1], **more}
+    function = settings.pop("function", "peftcli")
+    if not settings.pop("autocast", True):
+        settings["precision"] = "fp32"  # as far as Trainer knows
+    if function == "floor":
+        return floor.products(chosen, precision)
+    return sides.SIDES[function](chosen, **settings)
 
 
-def run_trainer(folder: str) -> dict[str, Any]:
-    """Train a peft model through transformers.Trainer."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
-
-    from peftcli.models.open import open_base
-    from peftcli.tasks import open_task
-    from peftcli.train.data import load_data
-
-    settings = recipe(folder)
-    task = open_task(settings, open_base(settings.base_model))
-    rows = load_data(settings, task).train
-    times: list[float] = []
-    losses: list[float] = []
-
-    class Note(TrainerCallback):
-        """Notes the time of each step."""
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            times.append(time.process_time())
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if "loss" in logs:
-                losses.append(logs["loss"])
-
-    set_seed(42)
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **METHOD))
-    arguments = TrainingArguments(
-        output_dir=f"{folder}/trainer",
-        max_steps=STEPS,
-        per_device_train_batch_size=BATCH,
-        learning_rate=LEARNING_RATE,
-        train_sampling_strategy="sequential",
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        logging_steps=1,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-    )
-    Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        data_collator=lambda batch: task.collate(batch, training=True),
-        callbacks=[Note()],
-    ).train()
-    tokens = [sum(row.size for row in rows[start : start + BATCH]) for start in range(0, STEPS * BATCH, BATCH)]
-    return {"times": times, "losses": losses, "tokens": tokens}
+rows_of = rows
 
 
-SIDES = {"peftcli": run_ours, "peft + Trainer": run_trainer}
+def cells(rounds: int) -> Iterator[Cell]:
+    """The cells of training: in each round each side of each kind of rows."""
+    for round in range(rounds):
+        for kind, names in KINDS.items():
+            for side in names:
+                for precision in SIDES[side][0]:
+                    yield {"side": side, "rows": kind, "precision": precision, "round": round}
 
 
-def measure(side: str) -> None:
-    """Run one side in this process and print what it took, as JSON."""
-    with tempfile.TemporaryDirectory() as folder:
-        found = SIDES[side](folder)
-    spent = found["times"][-1] - found["times"][1]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    per_thousand = spent / sum(found["tokens"][2:]) * 1000
-    result = {
-        "first_loss": found["losses"][0],
-        "per_thousand": per_thousand,
-        "first_step": found["times"][0],
-        "peak": peak,
-    }
-    print("RESULT " + json.dumps(result))
+def section(found: Found) -> Iterator[str]:
+    """A table for each kind of rows and precision."""
+    yield "## Training"
+    yield from ("", *__doc__.split("\n\n")[1].splitlines())
+    for kind, names in KINDS.items():
+        yield from ("", f"### {TITLES[kind]}")
+        for precision in ("fp32", "bf16"):
+            yield from table(found, kind, [name for name in names if precision in SIDES[name][0]], precision)
 
 
-def main() -> None:
-    """Alternate the sides and print the medians as a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--side", choices=SIDES)
-    arguments = parser.parse_args()
-    if arguments.side:
-        measure(arguments.side)
+def table(found: Found, kind: str, names: list[str], precision: str) -> Iterator[str]:
+    """The table of some sides; losses are compared within each round, and so are sides with peftcli."""
+    cell = {"rows": kind, "precision": precision}
+    sizes = found.of(side="peftcli", **cell)
+    if not sizes:
         return
-    results: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for number in range(arguments.rounds):
-        for side in SIDES:
-            output = subprocess.run(
-                [sys.executable, "-W", "ignore", __file__, "--side", side], check=True, capture_output=True, text=True
-            ).stdout
-            line = next(line for line in output.splitlines() if line.startswith("RESULT "))
-            results[side].append(json.loads(line.removeprefix("RESULT ")))
-            print(f"round {number + 1}, {side}: {line}", file=sys.stderr, flush=True)
-    first = [entry["first_loss"] for entries in results.values() for entry in entries]
-    if max(first) - min(first) > 1e-3:
-        raise SystemExit(f"the sides do not compute the same loss: {first}")
-    keys = {
-        "per_thousand": "CPU s per 1,000 tokens",
-        "first_step": "CPU s to the end of step 1",
-        "peak": "peak RSS MiB",
-    }
-    medians = {
-        side: {key: statistics.median(e[key] for e in entries) for key in keys} for side, entries in results.items()
-    }
-    print("| | " + " | ".join(keys.values()) + " |\n|---|" + "---|" * len(keys))
-    for side, values in medians.items():
-        print(f"| {side} | " + " | ".join(f"{values[key]:.1f}" for key in keys) + " |")
-    ours, theirs = (medians[side] for side in SIDES)
-    print("| ratio | " + " | ".join(f"{theirs[key] / ours[key]:.2f}" for key in keys) + " |")
-    print(
-        f"{Path(__file__).name}: {arguments.rounds} rounds, batch {BATCH}, {STEPS} steps, fp32, one thread",
-        file=sys.stderr,
+    tokens, targets, steps = (sum(figures[key] for figures in sizes.values()) for key in ("tokens", "targets", "steps"))
+    yield ""
+    yield (
+        f"{precision}: {len(sizes)} rounds, {steps * BATCH:,} rows in all, on average {tokens / steps / BATCH:.0f} "
+        f"tokens; {targets / tokens:.0%} are targets."
     )
+    yield ""
+    yield "| side | CPU s for 1,000 tokens | times the floor | against peftcli | peak RSS, MiB | losses |"
+    yield "| --- | ---: | ---: | ---: | ---: | --- |"
+    for name in names:
+        each = found.each("per_thousand", side=name, **cell)
+        if not each:
+            yield f"| {name} | not measured | | | | |"
+            continue
+        above, ours = {"side": name, **cell}, {"side": "peftcli", **cell}
+        floors = found.ratios("per_thousand", above, {"side": "floor", **cell})
+        ratios = found.ratios("per_thousand", above, ours)
+        peaks = found.each("peak", side=name, **cell)
+        times = f"{median(floors):.2f}" if floors else ""
+        yield (
+            f"| {name} | {middle(each)} | {times} | {middle(ratios)} | "
+            f"{middle(peaks, 0) if peaks else ''} | {losses(found, name, cell)} |"
+        )
 
+
+def losses(found: Found, name: str, cell: Cell) -> str:
+    """Say whether a side's losses and token ids are those of peftcli: over all targets and, in one order, at first."""
+    ours, theirs = found.of(side="peftcli", **cell), found.of(side=name, **cell)
+    if name == "floor":
+        return ""
+    keys = ["loss"] if {"order", "packing"} & set(SIDES[name][1]) else ["loss", "first_loss"]
+    problems, most = list[str](), 0.0
+    for at in set(ours) & set(theirs):
+        off = max(abs(ours[at][key] - theirs[at][key]) for key in keys)
+        if ours[at]["ids"] != theirs[at]["ids"]:
+            problems.append("other token ids")
+        if off > TOLERANCES[cell["precision"]]:
+            problems.append(f"loss off by {off:.1e}")
+        most = max(most, off)
+    return "; ".join(dict.fromkeys(problems)) or f"equal (within {most:.0e})"
+
+
+def agrees(found: Found, name: str, cell: Cell) -> bool:
+    """Whether a side computed what peftcli did."""
+    return losses(found, name, cell).startswith("equal")
+
+
+# --- growth at 2,048 tokens, and prompt tuning ------------------------------------------------------------------------
+
+_PRECISIONS = ("fp32", "bf16")
+
+
+def growth_cells(rounds: int) -> Iterator[Cell]:
+    """One row of 2,048 tokens a step, activations computed again in the backward pass."""
+    for round in range(rounds):
+        for precision in _PRECISIONS:
+            cell = {"rows": "long", "precision": precision, "round": round, "batches": 1, "batch": 1}
+            yield {"side": "peftcli", **cell, "checkpointing": True}
+            yield {"side": "Trainer", **cell, "gradient_checkpointing": True}
+
+
+def growth_section(found: Found) -> Iterator[str]:
+    """How much memory a step takes beyond the loaded model."""
+    yield f"## Memory at {LONG:,} tokens"
+    yield ""
+    yield f"One row of {LONG:,} tokens a step, activations computed again in the backward pass on both sides: what the"
+    yield "process takes at most during training beyond what it took before the first step."
+    yield ""
+    yield "| precision | side | growth, MiB | against peftcli | CPU s for 1,000 tokens | losses |"
+    yield "| --- | --- | ---: | ---: | ---: | --- |"
+    yield from _compared(found, {"rows": "long"}, "growth")
+
+
+def prompt_cells(rounds: int) -> Iterator[Cell]:
+    """Prompt tuning on rows of unequal length."""
+    for round in range(rounds):
+        for precision in _PRECISIONS:
+            for side in ("peftcli", "Trainer"):
+                cell = {"rows": "unequal", "precision": precision, "round": round, "method": "prompt_tuning"}
+                yield {"side": side, **cell}
+
+
+def prompt_section(found: Found) -> Iterator[str]:
+    """Prompt tuning against peft."""
+    yield "## Prompt tuning"
+    yield ""
+    yield "20 virtual tokens, which start as the embeddings of the same text on both sides; rows of unequal length."
+    yield ""
+    yield "| precision | side | CPU s for 1,000 tokens | against peftcli | growth, MiB | losses |"
+    yield "| --- | --- | ---: | ---: | ---: | --- |"
+    yield from _compared(found, {"rows": "unequal"}, "per_thousand")
+
+
+def _compared(found: Found, cell: Cell, key: str) -> Iterator[str]:
+    other = "per_thousand" if key == "growth" else "growth"
+    for precision in _PRECISIONS:
+        for side in ("peftcli", "Trainer"):
+            mine = {**cell, "precision": precision}
+            ratios = found.ratios(key, {"side": side, **mine}, {"side": "peftcli", **mine})
+            first, second = (
+                middle(found.each(each, side=side, **mine), 0 if each == "growth" else 2) for each in (key, other)
+            )
+            yield f"| {precision} | {side} | {first} | {middle(ratios)} | {second} | {losses(found, side, mine)} |"
+
+
+# --- logits, counted --------------------------------------------------------------------------------------------------
+
+
+def logits_cells(rounds: int) -> Iterator[Cell]:
+    """Count once; it is no matter of chance."""
+    for precision in _PRECISIONS:
+        for side in ("peftcli", "Trainer"):
+            yield {"side": side, "rows": "unequal", "precision": precision, "count": True, "batches": 2}
+
+
+def logits_section(found: Found) -> Iterator[str]:
+    """How many logits are computed, and how large the largest tensor of them is."""
+    yield "## Logits"
+    yield ""
+    yield "Counted over two steps: rows of logits computed for each target, and rows of the largest tensor with"
+    yield "a side of the vocabulary's size, the head's weight aside."
+    yield ""
+    yield "| precision | side | rows of logits for a target | rows of the largest tensor |"
+    yield "| --- | --- | ---: | ---: |"
+    for precision in _PRECISIONS:
+        for side in ("peftcli", "Trainer"):
+            for figures in found.of(side=side, precision=precision).values():
+                rows, largest = figures["rows_per_target"], figures["largest_rows"]
+                yield f"| {precision} | {side} | {rows:.2f} | {largest:,} |"
+
+
+PARTS = {
+    "training": Part("train_cpu", cells, section, 135),
+    "growth": Part("train_cpu", growth_cells, growth_section, 12),
+    "prompts": Part("train_cpu", prompt_cells, prompt_section, 17),
+    "logits": Part("train_cpu", logits_cells, logits_section, 3),
+}
 
 if __name__ == "__main__":
-    main()
+    answer(measure)

@@ -1,0 +1,100 @@
+"""Whether the fast ways of training give the gradients of the plain ones: SmolLM2-135M-Instruct in float32, four chats.
+
+LoRA's B, which starts at zero, gets random values first, or A would have no gradient. Compared is the worst of all
+tensors, by the norm of the difference relative to the tensor's norm. The loss is compared with a head in float64.
+
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/gradients.py '{}'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from common import MODEL, Cell, Found, Part, answer
+from rows import BATCH, rows
+
+FIGURES = {
+    "unpadded": "without padding, against padded",
+    "fused": "LoRA as one function, against the plain layer",
+    "all": "both, with the chunked loss, against all that is plain",
+    "chunked": "the chunked loss, against a head in float64",
+    "cross_entropy": "for comparison, torch's cross-entropy, against that head",
+}
+
+
+def measure() -> dict[str, float]:
+    """Return the largest relative error of each way."""
+    import torch
+    import torch.nn.functional as F
+    from transformers import AutoModelForCausalLM
+
+    from peftcli.core.inject import inject
+    from peftcli.core.weights import named_tensors
+    from peftcli.methods.lora.config import LoraConfig
+    from peftcli.methods.lora.fused import FUSED
+    from peftcli.tasks.text import token_loss
+    from peftcli.tasks.text.collate import padded
+    from peftcli.tasks.text.unpadded import unpad
+
+    chosen, config = rows("unlike", 0, 8)[:BATCH], LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).train()
+    inject(model, config)
+    tensors = {name: parameter for name, (_, _, parameter) in named_tensors(model).items()}
+    for name, parameter in tensors.items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    inputs = {
+        "input_ids": padded([row["input_ids"] for row in chosen], 0),
+        "attention_mask": padded([[1] * len(row["input_ids"]) for row in chosen], 0),
+    }
+    targets = token_loss.next_tokens(padded([row["labels"] for row in chosen], -100))
+
+    def gradients(losses: Any, fused: bool) -> dict[str, torch.Tensor]:
+        FUSED.enabled = fused
+        model.zero_grad()
+        losses(model, inputs, targets)[0].mean().backward()
+        return {name: parameter.grad.clone() for name, parameter in tensors.items() if parameter.grad is not None}
+
+    def worst(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+        assert set(found) == set(wanted) == set(tensors)
+        return max(float((found[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted)
+
+    def exact_losses(model: Any, inputs: Any, targets: torch.Tensor) -> tuple[torch.Tensor]:
+        counts = targets != -100
+        states, weight = model.get_decoder()(**inputs).last_hidden_state[counts], model.lm_head.weight
+        return (F.cross_entropy(F.linear(states.double(), weight.double()), targets[counts], reduction="none"),)
+
+    plain, exact = gradients(token_loss.plain_losses, False), gradients(exact_losses, False)
+    result = {
+        "fused": worst(gradients(token_loss.plain_losses, True), plain),
+        "chunked": worst(gradients(token_loss.target_losses, False), exact),
+        "cross_entropy": worst(plain, exact),
+    }
+    if not unpad(model, config):
+        raise SystemExit("the model is padded")
+    result["unpadded"] = worst(gradients(token_loss.plain_losses, False), plain)
+    result["all"] = worst(gradients(token_loss.target_losses, True), plain)
+    return result
+
+
+def cells(rounds: int) -> list[Cell]:
+    """One cell: it is no matter of chance."""
+    return [{}]
+
+
+def section(found: Found) -> Iterator[str]:
+    """A line for each way."""
+    yield "## Gradients"
+    yield from ("", *__doc__.split("\n\n")[0].splitlines(), *__doc__.split("\n\n")[1].splitlines(), "")
+    yield "| way | relative error |"
+    yield "| --- | ---: |"
+    for figures in found.of().values():
+        yield from (f"| {text} | {figures[name]:.1e} |" for name, text in FIGURES.items())
+
+
+PARTS = {"gradients": Part("gradients", cells, section, 1)}
+
+if __name__ == "__main__":
+    answer(measure)
