@@ -47,7 +47,9 @@ class UniLoraLinear(SharingLinear):
 
     def _matrix(self, which: str) -> torch.Tensor:
         indices, scales = getattr(self, f"unilora_indices_{which}"), getattr(self, f"unilora_scales_{which}")
-        return self.unilora_theta_d.to(indices.device)[indices] * scales
+        # threads would add the gradients of theta_d[indices] in any order
+        chosen = self.unilora_theta_d.to(indices.device).index_select(0, indices.flatten())
+        return chosen.view(indices.shape) * scales
 
 
 def attach(model: nn.Module, config: UniLoraConfig, layers: Mapping[str, Any]) -> None:

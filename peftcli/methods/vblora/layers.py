@@ -54,7 +54,9 @@ class VBLoraLayer(SharingLinear):
     def _mixed(self, tensor: str) -> torch.Tensor:
         """The pieces of ``A`` or ``B``: (..., length)."""
         weights, indices = self.mixture(tensor)
-        return torch.einsum("abk,abkl->abl", weights, self.vblora_vector_bank.to(weights.device)[indices])
+        # threads would add the gradients of bank[indices] in any order
+        chosen = F.embedding(indices, self.vblora_vector_bank.to(weights.device))
+        return torch.einsum("abk,abkl->abl", weights, chosen)
 
 
 class VBLoraLinear(VBLoraLayer):

@@ -42,12 +42,10 @@ _OUTPUTS = ("hidden_states", "attentions", "router_logits")
 class Row(NamedTuple):
     """An example of a batch in the row of all."""
 
-    places: torch.Tensor | slice
-    """Where its n tokens stand there."""
     shared: int
-    """How many of them, from its first one on, are an earlier example's."""
+    """How many of its tokens, from its first one on, are an earlier example's."""
     size: int
-    """n"""
+    """How many it has."""
 
 
 class Layout(NamedTuple):
@@ -58,6 +56,8 @@ class Layout(NamedTuple):
     source: torch.Tensor | None
     """For each place of the batch, which of the N it is; N: none. (B * T,). None: no row shares."""
     rows: list[Row]
+    places: torch.Tensor | None
+    """Where the tokens of the rows stand among the N, row after row. None: in this order."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,14 @@ class Segments:
     """A mask for attention example by example."""
 
     rows: list[Row]
+    places: torch.Tensor | None
+    """As those of a layout."""
     masks: list[torch.Tensor | None]
     """Which token of an example sees which, (n, n). None: all, or where ``causal`` holds those before it and itself."""
     causal: bool = True
 
 
-_rows: ContextVar[list[Row] | None] = ContextVar("rows", default=None)
+_layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
 """Of the row that a model is called with."""
 _only: ContextVar[torch.Tensor | None] = ContextVar("only", default=None)
 
@@ -143,7 +145,7 @@ class _Unpadded:
         inputs["attention_mask"] = None if self.flash else kept.new_ones(1, len(layout.computed))
         if takes(self.module, "use_cache"):
             inputs["use_cache"] = False
-        with _set(_rows, layout.rows):
+        with _set(_layout, layout):
             output = self.forward(**inputs)
         output.last_hidden_state = _spread(output.last_hidden_state[0], layout, rows, length)
         if output.get("pooler_output") is not None:
@@ -159,24 +161,26 @@ class _Unpadded:
         if whole - saved > _WORTHWHILE * kept.numel() or any(count < prefix for _, count in shared[1:]):
             return None
         if not prefix and saved < (1 - _WORTHWHILE) * whole:
-            ends = torch.tensor(sizes).cumsum(0).tolist()
-            rows = [Row(slice(end - size, end), 0, size) for end, size in zip(ends, sizes, strict=True) if size]
-            return Layout(kept.flatten().nonzero().squeeze(1), None, rows)
+            return Layout(kept.flatten().nonzero().squeeze(1), None, [Row(0, size) for size in sizes if size], None)
         source, computed, rows, start = torch.full(kept.shape, whole - saved), kept.clone(), [], 0
+        places: list[torch.Tensor] = []
         for at, (size, (parent, count)) in enumerate(zip(sizes, shared, strict=True)):
             source[at, :count] = source[parent, :count]
             source[at, count:size] = torch.arange(start, start + size - count)
             computed[at, :count] = False
             start += size - count
             if count < size:
-                rows.append(Row(source[at, :size].to(kept.device), count, size))
-        return Layout(computed.flatten().nonzero().squeeze(1), source.flatten().to(kept.device), rows)
+                rows.append(Row(count, size))
+                places.append(source[at, :size])
+        chosen = computed.flatten().nonzero().squeeze(1)
+        return Layout(chosen, source.flatten().to(kept.device), rows, torch.cat(places).to(kept.device))
 
 
 def _spread(states: torch.Tensor, layout: Layout, rows: int, length: int) -> torch.Tensor:
     """The hidden states (N, D) as (B, T, D)."""
     if layout.source is not None:
-        return torch.cat([states, states.new_zeros(1, states.shape[1])])[layout.source].view(rows, length, -1)
+        padded = torch.cat([states, states.new_zeros(1, states.shape[1])])
+        return F.embedding(layout.source, padded).view(rows, length, -1)  # an index would add gradients in any order
     spread = states.new_zeros(rows * length, states.shape[1])
     return spread.index_copy(0, layout.computed, states).view(rows, length, -1)
 
@@ -280,9 +284,11 @@ def attend(
     if not isinstance(attention_mask, Segments):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     settings["is_causal"] = attention_mask.causal
+    rows, places, masks = attention_mask.rows, attention_mask.places, attention_mask.masks
+    given = [each if places is None else each.index_select(2, places) for each in (query, key, value)]
+    parts = zip(*(each.split([row.size for row in rows], dim=2) for each in given), strict=True)
     attended = []
-    for row, mask in zip(attention_mask.rows, attention_mask.masks, strict=True):
-        q, k, v = (each[:, :, row.places] for each in (query, key, value))
+    for row, mask, (q, k, v) in zip(rows, masks, parts, strict=True):
         found, _ = sdpa_attention_forward(module, q, k, v, mask if mask is None else mask[None, None], **settings)
         attended.append(found[:, row.shared :])
     return torch.cat(attended, dim=1), None
@@ -292,9 +298,10 @@ def mask(
     batch_size: int, q_length: int, kv_length: int, mask_function: Callable, use_vmap: bool = False, **settings: Any
 ) -> torch.Tensor | Segments | None:
     """The segments of a row of examples; for other inputs SDPA's mask."""
-    rows = _rows.get()
-    if rows is None or use_vmap:
+    layout = _layout.get()
+    if layout is None or use_vmap:
         return sdpa_mask(batch_size, q_length, kv_length, mask_function=mask_function, use_vmap=use_vmap, **settings)
+    rows = layout.rows
     places = torch.arange(max(row.size for row in rows), device=settings.get("device", "cpu"))
     sees = torch.as_tensor(mask_function(places[0], places[0], places[:, None], places))  # whatever the segment
     sees = sees.expand(len(places), len(places))
@@ -302,8 +309,8 @@ def mask(
     if not causal and any(row.shared for row in rows):
         raise ValueError("what rows have in common depends on what follows it")
     unusual = sees != (torch.ones_like(sees).tril() if causal else True)
-    masks = [sees[:size, :size] if bool(unusual[:size, :size].any()) else None for *_, size in rows]
-    return Segments(rows, masks, causal)
+    masks = [sees[:size, :size] if bool(unusual[:size, :size].any()) else None for _, size in rows]
+    return Segments(rows, layout.places, masks, causal)
 
 
 AttentionInterface.register(ATTENTION, attend)

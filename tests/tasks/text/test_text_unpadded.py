@@ -27,7 +27,7 @@ from transformers import (
 from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
 from peftcli.methods import METHODS
-from peftcli.tasks.text.unpadded import ATTENTION, Row, Segments, attend, is_unpadded, only, unpad
+from peftcli.tasks.text.unpadded import ATTENTION, Layout, Row, Segments, _spread, attend, is_unpadded, only, unpad
 
 WINDOW = 16
 LENGTHS = (7, 30, 2, 19)
@@ -195,6 +195,20 @@ def test_what_rows_have_in_common_is_computed_once(kind: str, monkeypatch: pytes
         assert float((found[name] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max()), name
 
 
+def test_threads_add_gradients_in_one_order() -> None:
+    """Where rows share tokens, and the hidden states are large enough for several threads."""
+    layout = Layout(torch.arange(40), torch.arange(1200) % 40, [], None)
+    states = torch.randn(40, 64, requires_grad=True)
+    weights = torch.randn(12, 100, 64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = [torch.autograd.grad((_spread(states, layout, 12, 100) * weights).sum(), states)[0] for _ in range(5)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
 @pytest.mark.grid(each="method")
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning"])
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -256,8 +270,10 @@ def test_segments_equal_a_dense_mask(window: int | None, dtype: torch.dtype) -> 
     )
     plain = [each.detach().float().requires_grad_() for each in (query, key, value)]
     masks = [None if window is None else banded(size, window) for size in sizes]
-    rows = [Row(slice(0, 5), 0, 5), Row(slice(5, 6), 0, 1), Row(slice(6, 15), 0, 9)]
-    attended, _ = attend(SimpleNamespace(num_key_value_groups=2), query, key, value, Segments(rows, masks), scaling=0.3)
+    rows = [Row(0, size) for size in sizes]
+    attended, _ = attend(
+        SimpleNamespace(num_key_value_groups=2), query, key, value, Segments(rows, None, masks), scaling=0.3
+    )
     dense = torch.block_diag(*(banded(size, window).float() for size in sizes)).bool()
     repeated = [plain[0], *(each.repeat_interleave(2, dim=1) for each in plain[1:])]
     expected = F.scaled_dot_product_attention(*repeated, attn_mask=dense, scale=0.3).transpose(1, 2)
