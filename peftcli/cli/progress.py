@@ -20,6 +20,12 @@ _ROWS_INTERVAL = 5.0
 """Seconds between two lines about rows read."""
 _SHOWN = 0.001
 """The share of padding from which on it is shown."""
+_THREADS = {
+    "environment": "as the environment says",
+    "cores": "one for each usable core",
+    "resumed": "as when the run began",
+}
+"""Why so many threads compute."""
 
 
 class Progress:
@@ -90,8 +96,10 @@ class Progress:
         if (padding := 1 - data["efficiency"]) >= _SHOWN:
             console.log(f"{padding:.1%} of the {self.unit} of a batch are padding, which this model or method needs")
         where = f"{run['processes']} x {run['device']}" if run["processes"] > 1 else run["device"]
+        if threads := run.get("threads"):
+            where += f" with {threads['count']} thread{'s' * (threads['count'] > 1)}, {_THREADS[threads['reason']]}"
         begin = f"resuming after step {event.start_step}" if event.start_step else "from the start"
-        console.log(f"{event.total_steps} steps on {where}, {begin}")
+        console.log(f"{event.total_steps} steps on {where}; {begin}")
         self.total, self.first_step, self.started = event.total_steps, event.start_step, time.perf_counter()
         if console.is_terminal(sys.stderr):
             self._start_bar()

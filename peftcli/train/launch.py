@@ -22,6 +22,7 @@ from typing import Any
 
 from peftcli.errors import Interrupted, PeftcliError, ProcessDied, StorageError, UsageError
 from peftcli.schema import Launch
+from peftcli.system.cores import usable_cores
 from peftcli.system.signals import SAVE_SIGNAL, STARTED, STOP_SIGNALS, end_with_parent
 
 _GRACE_SECONDS = 12.0
@@ -197,7 +198,8 @@ def _environment(launch: Launch, number: int, count: int, port: int) -> dict[str
     }
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"
-        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+        if "OMP_NUM_THREADS" not in os.environ:
+            environment |= {"OMP_NUM_THREADS": str(max(1, usable_cores() // count)), "PEFTCLI_THREADS": "shared"}
     return environment
 
 

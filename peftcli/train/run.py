@@ -45,10 +45,12 @@ from peftcli.train.runs.record import (
     MemoryRecord,
     ParametersRecord,
     StepsRecord,
+    ThreadsRecord,
 )
 from peftcli.train.runs.resume import Run, StartOptions, checkpoint_to_resume, commit_of, open_run
-from peftcli.train.runs.typed_json import from_json
+from peftcli.train.runs.typed_json import ABSENT, from_json
 from peftcli.train.setup import adapted_model, calibrate, prepare, start_accelerator
+from peftcli.train.threads import use_threads
 from peftcli.train.training_loop import RunData, TrainingLoop
 
 
@@ -98,10 +100,11 @@ def train(
 
 
 def _train(run: Run) -> None:
+    threads = use_threads(run)
     data = read_data(run)
     built = build(run, data)
     state = resume_state(run, data, built)
-    record_start(run, data, built, state)
+    record_start(run, data, built, state, threads)
     TrainingLoop(run, data, state).run()
     if run.is_main:
         finish(run, data, state)
@@ -260,7 +263,7 @@ def resume_state(run: Run, data: RunData, built: BuiltModel) -> State:
     return state
 
 
-def record_start(run: Run, data: RunData, built: BuiltModel, state: State) -> None:
+def record_start(run: Run, data: RunData, built: BuiltModel, state: State, threads: ThreadsRecord | None) -> None:
     """Record in run.json that training starts, and bring the folder to the step that it starts from."""
     record, progress, config, total = run.record, state.progress, state.config, data.plan.total_steps
     run.apply_changes(progress.step)
@@ -274,6 +277,7 @@ def record_start(run: Run, data: RunData, built: BuiltModel, state: State) -> No
     record.mergeable = config.merge_problem() is None
     record.makes_up_for_quantization = needs_base_weights(config)
     record.device = run.accelerator.device.type
+    record.threads = threads or ABSENT
     record.steps = StepsRecord(done=progress.step, total=total)
     if record.attempts and not record.attempts[-1].reason:  # it could not be recorded
         record.attempts[-1].end_step, record.attempts[-1].reason = progress.step, "killed"

@@ -91,7 +91,7 @@ def test_resume_says_where_it_goes_on(cli: Callable, recipe: Path) -> None:
     settings = ("training.save_strategy=steps", "training.save_steps=3")
     assert Child(recipe.parent, "train", recipe, *settings, before=_die_before_the_end).wait() == 1
     ran = cli("train", recipe, *settings)
-    assert "8 steps on cpu, resuming after step 6" in ran.err
+    assert "8 steps on cpu with 1 thread, as the environment says; resuming after step 6" in ran.err
 
 
 def test_dry_run_changes_nothing(cli: Callable, recipe: Path) -> None:

@@ -56,7 +56,7 @@ class ChangeRecord:
     """One thing that was allowed to change."""
 
     key: str
-    """A setting as the recipe calls it, data.FILE, base_model or processes."""
+    """A setting as the recipe calls it, data.FILE, base_model, processes, threads or versions.PACKAGE."""
     before: Any
     """What it was."""
     now: Any
@@ -99,6 +99,16 @@ class SeedsRecord:
 
     training: int
     """training.seed."""
+
+
+@dataclass(kw_only=True)
+class ThreadsRecord:
+    """Threads that compute in each process."""
+
+    count: Positive
+    """How many."""
+    reason: Literal["environment", "cores", "resumed"]
+    """Why: OMP_NUM_THREADS or MKL_NUM_THREADS says so; one for each usable core; or as when the run began."""
 
 
 @dataclass(kw_only=True)
@@ -326,6 +336,8 @@ class RunRecord:
     """Whether the adapter fits the quantised weights only."""
     device: str = LATER
     """As cpu or cuda."""
+    threads: ThreadsRecord = ABSENT
+    """Threads that compute in each process, on a CPU. A resumed run has as many."""
     steps: StepsRecord = LATER
     """Optimizer steps."""
     train_loss: float | None = LATER

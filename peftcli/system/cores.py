@@ -1,0 +1,54 @@
+"""The processor cores that this process may use, and how long torch's threads wait for one another on them."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+_SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+"""The user's own settings."""
+_SPINS = "4000"
+"""How often a thread of torch's looks for new work before it gives up its core: for some 0.1 ms. libgomp's own choice
+is 75 times that, and while another process wants the core, all threads wait for the one that lost it."""
+_GROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def bound_spinning() -> None:
+    """Let torch's idle threads give up their cores soon, unless the user decides. Call it before torch is imported."""
+    if not any(name in os.environ for name in _SPINNING):
+        os.environ["GOMP_SPINCOUNT"] = _SPINS
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on, or what its control group leaves of them; at least 1."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(allowed, _quota())))
+
+
+def _quota() -> float:
+    """Return how many cores' time the control groups of this process have; infinite without a limit."""
+    try:
+        lines = _OWN.read_text().splitlines()
+    except OSError:
+        return math.inf
+    found = [math.inf]
+    for _, controllers, group in (line.split(":", 2) for line in lines):
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = _GROUPS / controllers  # version 2 names none
+        path = root / group.lstrip("/")
+        found += [_limit(folder) for folder in (path, *path.parents) if folder.is_relative_to(root)]
+    return min(found)
+
+
+def _limit(folder: Path) -> float:
+    """Return how many cores' time a control group has, by version 2 or 1."""
+    try:
+        if (file := folder / "cpu.max").exists():
+            quota, period = file.read_text().split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return int(quota) / int(period) if int(quota) > 0 else math.inf
+    except (OSError, ValueError):  # "max", or a group that is not to be seen in here
+        return math.inf

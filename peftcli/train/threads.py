@@ -1,0 +1,45 @@
+"""How many threads compute on a CPU: one for each usable core, and as many when a run is resumed.
+
+With another number of threads some sums come out with other last bits, so the number is chosen once a run, by the
+machine and not by what else runs on it.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from peftcli.system.cores import usable_cores
+from peftcli.train.runs.identity import Change
+from peftcli.train.runs.record import ThreadsRecord
+from peftcli.train.runs.resume import Run
+
+_MOST = torch.get_num_threads()
+"""Torch's own choice: as the user's settings say, else one for each core, of which hyper-threads share one."""
+
+
+def use_threads(run: Run) -> ThreadsRecord | None:
+    """Let as many threads compute as a run needs, and note if a resumed run cannot have as many as before.
+
+    Returns:
+        What run.json records; None unless the run computes on a CPU.
+    """
+    if run.accelerator.device.type != "cpu":
+        return None
+    before = run.record.threads.count if run.record.attempts and run.record.threads else None
+    chosen = _choose(before)
+    torch.set_num_threads(chosen.count)
+    if before is not None and before != chosen.count:
+        run.changes.append(Change("threads", before, chosen.count))
+    return chosen
+
+
+def _choose(before: int | None) -> ThreadsRecord:
+    by_user = any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+    if by_user and "PEFTCLI_THREADS" not in os.environ:
+        return ThreadsRecord(count=_MOST, reason="environment")
+    cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if before is not None and before <= cores:
+        return ThreadsRecord(count=before, reason="resumed")
+    return ThreadsRecord(count=min(_MOST, cores), reason="cores")

@@ -1,0 +1,52 @@
+"""The cores that a process may use, and how long its threads wait for one another."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from peftcli.cli.app import main
+from peftcli.system import cores
+from peftcli.system.cores import usable_cores
+
+GROUPS = {
+    "none": ("0::/", {}, 8),
+    "version 2": ("0::/jobs/mine", {"jobs/cpu.max": "250000 100000", "jobs/mine/cpu.max": "max 100000"}, 2),
+    "version 2, seen from a container": ("0::/jobs/mine", {"cpu.max": "50000 100000"}, 1),
+    "version 1": (
+        "9:name=systemd:/mine\n4:cpu,cpuacct:/mine",
+        {"cpu,cpuacct/mine/cpu.cfs_quota_us": "300000", "cpu,cpuacct/mine/cpu.cfs_period_us": "100000"},
+        3,
+    ),
+    "version 1, no limit": (
+        "1:cpu:/",
+        {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"},
+        8,
+    ),
+}
+"""/proc/self/cgroup, files of the groups, and the cores that they leave of 8."""
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_a_control_group_leaves_fewer_cores(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, files, expected = GROUPS[kind]
+    for name, content in ({"self": own} | files).items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{content}\n")
+    monkeypatch.setattr(cores, "_OWN", tmp_path / "self")
+    monkeypatch.setattr(cores, "_GROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert usable_cores() == expected
+
+
+@pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
+def test_spinning_is_bounded_unless_the_user_decides(own: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {**os.environ, "GOMP_SPINCOUNT": ""} | own)
+    if "GOMP_SPINCOUNT" not in own:
+        del os.environ["GOMP_SPINCOUNT"]
+    main(["--version"])
+    spins = os.environ.get("GOMP_SPINCOUNT")
+    assert spins == ("4000" if not own else own.get("GOMP_SPINCOUNT"))
