@@ -169,7 +169,8 @@ def prepare(
     if accelerator.num_processes > 1:
         for parameter in parameters:  # the same seed started the same adapter; a GPU may differ in a last bit
             torch.distributed.broadcast(parameter.data, 0)
-    optimizer = build_optimizer(parameter_groups(tensors, recipe.training), recipe.training)
+    on_cpu = accelerator.device.type == "cpu"  # on a GPU torch has a fast way of its own
+    optimizer = build_optimizer(parameter_groups(tensors, recipe.training), recipe.training, fused=on_cpu)
     schedule = build_schedule(optimizer, recipe.training, plan.total_steps)
     # from here on each process draws its own dropout
     set_seed(recipe.training.seed + accelerator.process_index)
