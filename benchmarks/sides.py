@@ -40,18 +40,21 @@ class Notes:
 
     def __init__(self, count: bool):
         self.counts = logits_count() if count else None
+        self.steps_done = 0
         self.steps: list[tuple[int, float]] = []
+        """Targets and loss of each."""
         self.seen: list[list[int]] = []
 
     def begin(self) -> None:
         """Training begins: start the clock."""
         self.before = reset_peak()
-        if self.counts:
-            self.counts.__enter__()
         self.start = time.process_time()
 
     def end_step(self) -> None:
         """A step is done: stop the clock, unless another follows."""
+        if self.counts and not self.steps_done:
+            self.counts.__enter__()  # in the first step peftcli looks for the head, once
+        self.steps_done += 1
         self.seconds = time.process_time() - self.start
         self.peak = resident()
 
@@ -82,7 +85,7 @@ class Notes:
             "loss": sum(count * loss for count, loss in self.steps) / targets,
             "ids": hashlib.sha256(json.dumps(sorted(self.seen)).encode()).hexdigest()[:12],
         }
-        return figures | (self.counts.found(targets) if self.counts else {})
+        return figures | (self.counts.found(sum(count for count, _ in self.steps[1:])) if self.counts else {})
 
 
 def logits_count() -> Any:
