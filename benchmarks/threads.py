@@ -1,11 +1,12 @@
 """Wall time of a training step by the number of torch's threads and how long they spin, on a quiet or a busy machine.
 
-The quickstart's recipe. Each side is a process with a model of its own, and all stop before their second step; from
-then on they take turns, a step each. The first side has one thread, the second torch's own choice, and the third is
-what ``peftcli train`` does. With ``--busy`` a loop takes one core meanwhile. Needs ``make quickstart`` to have fetched
-the model.
+The quickstart's recipe. Each side is a process with a model of its own, and all stop after their first step; from then
+on they take turns, a step each. One side has one thread, one torch's own choice and spin, and one is what
+``peftcli train`` does. Rounds on the machine as it is come first, then as many while a loop takes one core. Needs
+``make quickstart`` to have fetched the model.
 
-    .venv/bin/python benchmarks/threads.py --rounds 8 --busy
+    .venv/bin/python benchmarks/threads.py --rounds 8
+    .venv/bin/python benchmarks/threads.py --busy --sides OMP_NUM_THREADS=1 peftcli GOMP_SPINCOUNT=1000
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from typing import Any
 
 MODEL = "models/SmolLM2-135M-Instruct"
 SETTINGS = {"training.eval_strategy": "no", "training.eval_on_start": False, "training.save_strategy": "no"}
+SIDES = ["OMP_NUM_THREADS=1", "torch", "peftcli"]
+GATE = "wall of two threads with one core taken, against one thread"
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
@@ -73,39 +76,53 @@ def started(side: str, precision: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Print a table for each kind of machine, and the gate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
-    parser.add_argument("--busy", action="store_true", help="a loop takes one core")
-    parser.add_argument("--more", nargs="*", default=[], metavar="VARIABLE=VALUE", help="sides with torch's threads")
+    parser.add_argument("--busy", action="store_true", help="only while a loop takes one core")
+    parser.add_argument(
+        "--sides", nargs="*", default=SIDES, help="of them VARIABLE=VALUE has torch's own choice otherwise"
+    )
     parser.add_argument("--side", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.side:
         measure(given.side, given.precision)
         return
-    sides = ["OMP_NUM_THREADS=1", "torch's own", "peftcli", *given.more]
-    found: dict[str, list[list[float]]] = {side: [] for side in sides}
     with ExitStack() as stack:
-        processes = {side: stack.enter_context(started(side, given.precision)) for side in sides}
+        processes = {side: stack.enter_context(started(side, given.precision)) for side in given.sides}
         for process in processes.values():
             process.stdout.readline()  # type: ignore[union-attr]
-        if given.busy:
-            loop = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-            stack.callback(loop.kill)
-        for number in range(given.rounds):
-            for side, process in processes.items():
-                process.stdin.write("\n")  # type: ignore[union-attr]
-                process.stdin.flush()  # type: ignore[union-attr]
-                found[side].append(json.loads(process.stdout.readline()))  # type: ignore[union-attr]
-            losses = {round(entries[-1][2], 5) for entries in found.values()}
-            print(f"round {number + 1}: losses {losses}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
-    one = [wall for wall, *_ in found[sides[0]]]
-    print("| threads | wall s for 1,000 tokens | CPU s | wall, relative to one thread |\n| --- | --- | --- | --- |")
+        if not given.busy:
+            show("the machine as it is", take_turns(processes, given.rounds))
+        loop = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        stack.callback(loop.kill)
+        ratios = show("one core is taken", take_turns(processes, given.rounds))
+    print(json.dumps({GATE: round(ratios["peftcli"], 3)}))
+
+
+def take_turns(processes: dict[str, subprocess.Popen[str]], rounds: int) -> dict[str, list[list[float]]]:
+    """Return wall and CPU seconds for 1,000 tokens, and the loss, of each step of each side."""
+    found: dict[str, list[list[float]]] = {side: [] for side in processes}
+    for number in range(rounds):
+        for side, process in processes.items():
+            process.stdin.write("\n")  # type: ignore[union-attr]
+            process.stdin.flush()  # type: ignore[union-attr]
+            found[side].append(json.loads(process.stdout.readline()))  # type: ignore[union-attr]
+        losses = {round(entries[-1][2], 5) for entries in found.values()}
+        print(f"round {number + 1}: losses {losses}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+    return found
+
+
+def show(title: str, found: dict[str, list[list[float]]]) -> dict[str, float]:
+    """Print a table. Returns each side's wall time relative to that of one thread."""
+    one, ratios = [wall for wall, *_ in found[SIDES[0]]], dict[str, float]()
+    print(f"\n| {title} | wall s for 1,000 tokens | CPU s | wall, relative to one thread |\n| --- | --- | --- | --- |")
     for side, entries in found.items():
         wall, cpu, _ = (statistics.median(each) for each in zip(*entries, strict=True))
-        ratio = statistics.median(mine / theirs for (mine, *_), theirs in zip(entries, one, strict=True))
-        print(f"| {side} | {wall:.2f} ({min(entries)[0]:.2f}) | {cpu:.2f} | {ratio:.2f} |")
+        ratios[side] = statistics.median(mine / theirs for (mine, *_), theirs in zip(entries, one, strict=True))
+        print(f"| {side} | {wall:.2f} ({min(entries)[0]:.2f}) | {cpu:.2f} | {ratios[side]:.2f} |")
+    return ratios
 
 
 if __name__ == "__main__":

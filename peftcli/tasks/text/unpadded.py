@@ -34,6 +34,8 @@ _WORTHWHILE = 0.95
 _EXACT, _ROUNDED = 1e-4, 0.3
 """How far a token's hidden states may be off by rounding, in float32 and in less, relative to their spread. Seen over
 30 layers were 1e-5 and 0.1; where examples of a trained model saw each other, 1.2 and more."""
+_FEW, _SMALL_HEAD = 128, 64
+"""On a CPU, attention over so few tokens with heads no larger trains faster in float32 than in bfloat16."""
 _BY_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
 _KNOWN = {*_BY_TOKEN, "attention_mask", "use_cache", "return_dict"}
 _OUTPUTS = ("hidden_states", "attentions", "router_logits")
@@ -282,16 +284,35 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """SDPA's attention of (B, heads, T, head size), by segments where there are any, as (B, T, heads, head size)."""
     if not isinstance(attention_mask, Segments):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+        return _attend(module, query, key, value, attention_mask, **settings), None
     settings["is_causal"] = attention_mask.causal
     rows, places, masks = attention_mask.rows, attention_mask.places, attention_mask.masks
     given = [each if places is None else each.index_select(2, places) for each in (query, key, value)]
     parts = zip(*(each.split([row.size for row in rows], dim=2) for each in given), strict=True)
     attended = []
-    for row, mask, (q, k, v) in zip(rows, masks, parts, strict=True):
-        found, _ = sdpa_attention_forward(module, q, k, v, mask if mask is None else mask[None, None], **settings)
+    for row, mask, each in zip(rows, masks, parts, strict=True):
+        found = _attend(module, *each, mask if mask is None else mask[None, None], **settings)
         attended.append(found[:, row.shared :])
     return torch.cat(attended, dim=1), None
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    **settings: Any,
+) -> torch.Tensor:
+    few = key.shape[2] <= _FEW and key.shape[3] <= _SMALL_HEAD and (mask is None or mask.dtype == torch.bool)
+    narrow = value.dtype == torch.bfloat16 and value.device.type == "cpu"  # the others too, or under autocast
+    if not (few and narrow and value.requires_grad):
+        found, _ = sdpa_attention_forward(module, query, key, value, mask, **settings)
+        return found
+    with torch.autocast("cpu", enabled=False):
+        wide = (each.float() for each in (query, key, value))
+        found, _ = sdpa_attention_forward(module, *wide, mask, **settings)
+    return found.to(value.dtype)
 
 
 def mask(
