@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from accelerate.utils import set_seed
 from transformers import StoppingCriteria, TextStreamer
 
+from peftcli.core.layer import model_ends
 from peftcli.core.prompts.virtual_tokens import generate
 from peftcli.models import tokens
 from peftcli.tasks.text.formats import AlpacaExample
@@ -80,7 +82,8 @@ class TextGenerator:
         options = self._options(settings)
         if stream is not None:
             options["streamer"] = _streamer(self.tokenizer, stream, self.stop_tokens.texts, strip=self.form == "chat")
-        output = generate(self.model, **inputs, **options)
+        with _contiguous_states(self.model):
+            output = generate(self.model, **inputs, **options)
         start = inputs["input_ids"].shape[1] if self._decoder_only else 1  # the decoder's start token
         return [self._answer(ids) for ids in output[:, start:].tolist()]
 
@@ -144,6 +147,24 @@ def generator_of(
     tokens.settle_pad(tokenizer, model)
     form = prompt_form(record, tokenizer)
     return TextGenerator(model, tokenizer, form, stop_tokens(tokenizer, form), loaded_from or {})
+
+
+@contextmanager
+def _contiguous_states(model: Any) -> Iterator[None]:
+    """Inside, the output head gets contiguous states (B, 1, D).
+
+    Of the prompt's states models take a view of the last ones, and ``linear`` would read a frozen head's weight once
+    for each row, or copy it B times.
+    """
+    head = model_ends(model)[1]
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _before(text: str, ends: Sequence[str]) -> tuple[str, bool]:
