@@ -17,13 +17,20 @@ from peftcli.system.signals import current
 T = TypeVar("T")
 
 
-def _write_stream(target: Path, batches: Iterable[list[bytes]], progress: Callable[[int], None]) -> int:
+def _write_stream(
+    target: Path, batches: Iterable[list[bytes]], order: Sequence[int], progress: Callable[[int], None]
+) -> int:
     lines: list[bytes] = []
     for batch in batches:
         lines += batch
         progress(len(lines))
-    write_output(target, b"".join(lines))
+    write_output(target, _in_order(lines, order))
     return len(lines)
+
+
+def _in_order(lines: Sequence[bytes], order: Sequence[int]) -> bytes:
+    """Return lines that were written in ``order`` in the order of the rows."""
+    return b"".join(line for _, line in sorted(zip(order, lines, strict=True)))
 
 
 def write_answers(
@@ -34,8 +41,9 @@ def write_answers(
     key: Any,
     batch_size: int,
     progress: Callable[[int, int], None],
+    order: list[int] | None = None,
 ) -> int:
-    """Write one JSON object per row, in order. The target appears when all are there.
+    """Write one JSON object per row, in the order of the rows. The target appears when all are there.
 
     Args:
         rows: What to answer.
@@ -44,6 +52,7 @@ def write_answers(
         key: Everything that the answers follow from, as JSON: an unfinished file is resumed under the same key only.
         batch_size: Rows answered together.
         progress: Is told how many of how many rows are done.
+        order: The rows in the order in which they are answered; None: their own.
 
     Returns:
         The number of rows.
@@ -52,16 +61,19 @@ def write_answers(
         FolderBusy: another process is answering into the same target.
         StorageError: the target cannot be written.
     """
+    order = order or list(range(len(rows)))
+    is_sorted = order == sorted(order)
 
     def batches(start: int = 0) -> Iterator[list[bytes]]:
         for at in range(start, len(rows), batch_size):
-            answers = answer(rows[at : at + batch_size])
+            answers = answer([rows[each] for each in order[at : at + batch_size]])
             yield [f"{json.dumps(redact_values(each), ensure_ascii=False)}\n".encode() for each in answers]
 
     target = expand_user(target)
     if is_stream(target):
-        return _write_stream(target, batches(), lambda done: progress(done, len(rows)))
-    with partial_file(target, json.dumps([key, batch_size], sort_keys=True, default=str)) as file:
+        return _write_stream(target, batches(), order, lambda done: progress(done, len(rows)))
+    key = [key, batch_size, [] if is_sorted else order]
+    with partial_file(target, json.dumps(key, sort_keys=True, default=str)) as file:
         kept = list(takewhile(_is_json, file.lines()))  # a crash of the machine may have damaged the rest
         done = min(len(kept), len(rows)) // batch_size * batch_size
         file.truncate(kept[:done])
@@ -73,6 +85,9 @@ def write_answers(
             stop = current()
             stop.saved, stop.message = True, f"stopped after {done} of {len(rows)} answers"
             progress(done, len(rows))
+        if not is_sorted:
+            write_output(target, _in_order(file.lines(), order))
+            file.discard()
     return done
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from peftcli.adapters.answer_file import content_key, write_answers
-from peftcli.adapters.generate import describe, load_generator
+from peftcli.adapters.generate import describe, first_batch, load_generator, longest_first
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
+from peftcli.adapters.merged import load_merged
 from peftcli.data.rows import Place, Row
 from peftcli.data.sources import open_source
 from peftcli.errors import AdapterError, DataError, UsageError
@@ -25,6 +26,8 @@ from peftcli.tasks.text.unpadded import unpad
 
 _BATCHES = 8
 """Batches that are answered together, so that rows of similar size can share one."""
+_WORTH_MERGING = 32
+"""Batches after which a merged model has made up for the time that merging takes."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ class Predictor:
     """The columns that texts or files of the command line fill, row after row."""
     rows_at_once: int
     loaded_from: dict[str, Any]
+    model: Any
+    """The model with the adapter."""
+    longest_first: bool = False
+    """Whether a file's rows are answered in the order of their length: ``answer`` does not sort them itself."""
 
     def rows(self, given: Sequence[str]) -> list[Row]:
         """Make rows of texts or files of the command line.
@@ -53,7 +60,13 @@ class Predictor:
 
 
 def load_predictor(
-    adapter: str, base: str | None = None, *, with_adapter: bool = True, batch_size: int = 8
+    adapter: str,
+    base: str | None = None,
+    *,
+    with_adapter: bool = True,
+    batch_size: int = 8,
+    merge_for: Sequence[Row] = (),
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Predictor:
     """Load the base model that an adapter names, with the adapter in it.
 
@@ -62,6 +75,9 @@ def load_predictor(
         base: base model to use instead of the one that the adapter names.
         with_adapter: False gives the base model alone.
         batch_size: rows at once in the model.
+        merge_for: rows for which, if they are many, the adapter is merged in memory, if that changes nothing of what
+            the model says.
+        tell: is told whether it is.
 
     Raises:
         AdapterError: the adapter cannot be read, does not fit, or its task answers no rows.
@@ -71,14 +87,26 @@ def load_predictor(
     with open_base(source.base, processors=source.folder) as opened:
         task = source.open_task(opened)
         if not isinstance(task, Predicts):
-            return _text_predictor(source, with_adapter, batch_size)
-        cuda = torch.cuda.is_available()
-        dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
-        loaded = load_for_task(source, opened, task, dtype, with_adapter=with_adapter)
+            return _text_predictor(source, with_adapter, batch_size, merge_for, tell)
+
+        def load() -> Predictor:
+            return _load(source, opened, task, with_adapter, batch_size)
+
+        first = merge_for[:batch_size] if len(merge_for) >= _WORTH_MERGING * batch_size else ()
+        if not first or not with_adapter or opened.is_pipeline:
+            return load()
+        return load_merged(load, source.config, lambda loaded: loaded.answer(first), tell)
+
+
+def _load(source: AdapterSource, opened: OpenBase, task: Any, with_adapter: bool, batch_size: int) -> Predictor:
+    """Load a base model with the adapter beside its weights, for a task that answers rows."""
+    cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
+    loaded = load_for_task(source, opened, task, dtype, with_adapter=with_adapter)
     if not with_adapter and loaded.initialised:
         message = f"has no head for {source.task}: without the adapter, answers would be random"
         raise AdapterError(message, file=source.base.name, key="--no-adapter")
-    model = loaded.model.to("cuda" if cuda else "cpu").eval()
+    model = loaded.model.to("cuda" if cuda else "cpu").eval()  # type: ignore[arg-type]
     unpad(model, source.config if with_adapter else None)
     columns = _columns(source)
 
@@ -87,7 +115,8 @@ def load_predictor(
         renamed = {name: column for name, column in columns.items() if column in there}
         return list(task.predict(model, rows, PredictOptions(batch_size=batch_size, columns=renamed, **files)))
 
-    return Predictor(answer, task.arguments, batch_size * _BATCHES, describe(source, source.base, model, with_adapter))
+    loaded_from = describe(source, source.base, model, with_adapter)
+    return Predictor(answer, task.arguments, batch_size * _BATCHES, loaded_from, model)
 
 
 def load_for_task(
@@ -107,22 +136,31 @@ def load_for_task(
     return loaded
 
 
-def predict_file(predictor: Predictor, source: Path, target: Path, progress: Callable[[int, int], None]) -> int:
-    """Answer every row of a file, folder or hub dataset into a .jsonl file. After a stop, the same call resumes.
-
-    Returns:
-        The number of rows.
+def read_rows(source: Path) -> list[Row]:
+    """Read the rows of a file, folder or hub dataset.
 
     Raises:
         DataError: a row that cannot be read.
-        FolderBusy: another process is answering into the same target.
-        StorageError: the target cannot be written.
     """
     rows = []
     for row in open_source(Source(train=str(source))).rows():
         if isinstance(row, DataError):
             raise row
         rows.append(row)
+    return rows
+
+
+def predict_file(predictor: Predictor, rows: Sequence[Row], target: Path, progress: Callable[[int, int], None]) -> int:
+    """Answer rows into a .jsonl file. After a stop, the same call resumes.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        DataError: a row that cannot be answered.
+        FolderBusy: another process is answering into the same target.
+        StorageError: the target cannot be written.
+    """
     files = {} if is_stream(target) else {"beside": expand_user(target)}
     return write_answers(
         list(enumerate(rows, start=1)),
@@ -131,6 +169,7 @@ def predict_file(predictor: Predictor, source: Path, target: Path, progress: Cal
         key=[*content_key(predictor.loaded_from), [row.values for row in rows]],
         batch_size=predictor.rows_at_once,
         progress=progress,
+        order=longest_first([row.values for row in rows]) if predictor.longest_first else None,
     )
 
 
@@ -140,16 +179,28 @@ def _columns(source: AdapterSource) -> dict[str, str]:
     return {name: column for name, column in (dataset.get("columns") or {}).items() if isinstance(column, str)}
 
 
-def _text_predictor(source: AdapterSource, with_adapter: bool, batch_size: int) -> Predictor:
+def _text_predictor(
+    source: AdapterSource,
+    with_adapter: bool,
+    batch_size: int,
+    merge_for: Sequence[Row],
+    tell: Callable[[str], None],
+) -> Predictor:
     """A predictor whose answers are those of ``generate``, within the limits of the evaluations of training."""
-    generator = load_generator(str(source.folder), source.base_name, with_adapter=with_adapter)
     columns, trained = _columns(source), source.record.get("task")
     given = trained if isinstance(trained, dict) else {}
     limits = {name: value for name in ("max_new_tokens", "num_beams") if isinstance(value := given.get(name), int)}
     settings = GenerationSettings(**limits)
+    generator = load_generator(
+        str(source.folder),
+        source.base_name,
+        with_adapter=with_adapter,
+        merge_for=first_batch([prompt_of(row, columns) for row in merge_for], settings, batch_size),
+        tell=tell,
+    )
 
     def answer(rows: Sequence[Row], **_: Any) -> list[dict[str, Any]]:
         prompts = [prompt_of(row, columns) for row in rows]
         return [asdict(each) for each in generator.generate(prompts, settings)]
 
-    return Predictor(answer, ("prompt",), batch_size, generator.loaded_from)
+    return Predictor(answer, ("prompt",), batch_size, generator.loaded_from, generator.model, longest_first=True)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _MIN_TEMPERATURE = 1e-30
 """A lower temperature makes the scores of tokens too large for float32."""
+_FIRST_OF_A_CHAT = "Hello"
+"""Stands for the first prompt of a chat, which is not known when the model is loaded."""
 
 
 def generate(
@@ -64,14 +66,22 @@ def generate(
     tell = progress_log(quiet)
     if target is not None:
         is_stream(expand_user(target))  # raises before any work if the file cannot be written
-    from peftcli.adapters.generate import answer_file, load_generator
+    from peftcli.adapters.generate import answer_file, first_batch, load_generator, read_prompts
     from peftcli.tasks.text.generation import GenerationSettings
 
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    generator = load_generator(adapter, base, with_adapter=not no_adapter, quantization=quantization)
+    prompts = [_FIRST_OF_A_CHAT if prompt is None else prompt] if source is None else read_prompts(source)
+    generator = load_generator(
+        adapter,
+        base,
+        with_adapter=not no_adapter,
+        quantization=quantization,
+        merge_for=first_batch(prompts, settings, batch_size),
+        tell=tell,
+    )
     if source is not None and target is not None:
         count = answer_file(
-            generator, source, target, settings, batch_size, lambda done, total: tell(f"{done}/{total}")
+            generator, prompts, target, settings, batch_size, lambda done, total: tell(f"{done}/{total}")
         )
         if as_json:
             return console.print_json({"output": str(target), "rows": count})

@@ -42,11 +42,14 @@ def predict(
     tell = progress_log(quiet)
     if target is not None:
         is_stream(expand_user(target))  # raises before any work if the file cannot be written
-    from peftcli.adapters.predict import load_predictor, predict_file
+    from peftcli.adapters.predict import load_predictor, predict_file, read_rows
 
-    predictor = load_predictor(adapter, base, with_adapter=not no_adapter, batch_size=batch_size)
-    if source is not None and target is not None:
-        count = predict_file(predictor, source, target, lambda done, total: tell(f"{done}/{total}"))
+    rows = [] if source is None else read_rows(source)
+    predictor = load_predictor(
+        adapter, base, with_adapter=not no_adapter, batch_size=batch_size, merge_for=rows, tell=tell
+    )
+    if target is not None:
+        count = predict_file(predictor, rows, target, lambda done, total: tell(f"{done}/{total}"))
         if as_json:
             return console.print_json({"output": str(target), "rows": count})
         return (tell if is_stream(target) else console.out)(f"{target}: {count} answers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,25 @@ def merge(model: nn.Module, *configs: AdapterConfig, dequantise: bool = False) -
         if isinstance(method, Reshapes):
             method.after_merge(model, config)
     return tied and not _tied(model)
+
+
+def merge_layer_by_layer(model: nn.Module) -> None:
+    """Fold the model's enabled adapters into its weights, in place, with memory for the weights of one layer more.
+
+    Unlike ``merge`` it keeps no weight to go back to: after an error the model is of no use.
+
+    Raises:
+        AdapterError: a layer cannot be merged, or a merged weight is not finite.
+    """
+    holders = Counter(map(id, (weight for _, weight in model.named_parameters(remove_duplicate=False))))
+    layers = outermost(model)
+    for name, layer in layers.items():
+        for module, leaf, before, value in layer.folded_weights(name):
+            if holders[id(before)] == 1:
+                before.data.copy_(value)  # where it is: the pages of a file that is mapped would stay in memory
+            else:
+                setattr(module, leaf, value)
+    replace_modules(model, {layer: base_module(layer) for layer in layers.values()})
 
 
 @dataclass(frozen=True)

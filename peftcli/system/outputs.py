@@ -129,6 +129,7 @@ class PartialFile:
 
     def __init__(self, file: FileIO, path: Path):
         self._file, self._path = file, path
+        self.is_discarded = False
 
     def lines(self) -> list[bytes]:
         """Return the complete lines that an earlier command wrote, each with its newline."""
@@ -147,6 +148,10 @@ class PartialFile:
         with storage_errors(self._path):
             while content:
                 content = content[self._file.write(content) or 0 :]
+
+    def discard(self) -> None:
+        """Let the file be removed when the block ends: its content has become the output in another way."""
+        self.is_discarded = True
 
 
 @contextmanager
@@ -168,17 +173,21 @@ def partial_file(path: Path, key: str = "") -> Iterator[PartialFile]:
         with file:
             if _lock(file.fileno()) is False or not _is_at(file.fileno(), partial):
                 raise FolderBusy("another process is writing this file", file=str(path))
+            growing = PartialFile(file, path)
             try:
-                yield PartialFile(file, path)
-                with storage_errors(path):
-                    os.fsync(file.fileno())
-                    partial.replace(target)
-                    sync_folder(target.parent)
-                    _remove_leftovers(target.parent, target.name)
+                yield growing
+                if not growing.is_discarded:
+                    with storage_errors(path):
+                        os.fsync(file.fileno())
+                        partial.replace(target)
+                        sync_folder(target.parent)
+                        _remove_leftovers(target.parent, target.name)
             finally:
-                is_useless = not key or not os.fstat(file.fileno()).st_size
+                is_useless = growing.is_discarded or not key or not os.fstat(file.fileno()).st_size
                 if is_useless and _is_at(file.fileno(), partial):
-                    partial.unlink()
+                    with storage_errors(path):
+                        partial.unlink()
+                        file.close()
 
 
 @contextmanager

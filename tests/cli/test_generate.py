@@ -20,6 +20,7 @@ from trainkit import MESSAGES, PAIRS, PROMPT_TUNING, PROMPTS, Child, run_recipe,
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from peftcli.adapters.generate import load_generator
+from peftcli.core.layer import adapter_layers
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
 from peftcli.tasks.text.stop_tokens import Form, StopTokens
 
@@ -186,6 +187,26 @@ def test_a_batch_file_holds_what_single_prompts_give(
     assert ran.err.splitlines()[-1] == "5/5"
     rows = [json.loads(line) for line in target.read_text().splitlines()]
     assert rows == alone(folder)
+
+
+def test_the_adapter_is_merged_in_memory_where_the_answers_stay(
+    cli: Callable, lora: Path, prompt_tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = write_rows(tmp_path / "in.jsonl", [{"prompt": each} for each in QUESTIONS]), tmp_path / "out.jsonl"
+    ran = cli("generate", lora, "--input", source, "--output", target, "--batch-size", 2, "--max-new-tokens", 24)
+    assert ran.err.startswith("merged in memory: the logits of the first batch differ by"), ran.err
+    assert [json.loads(line) for line in target.read_text().splitlines()] == alone(lora)
+
+    def merged(adapter: Path) -> tuple[TextGenerator, str]:
+        told: list[str] = []
+        return load_generator(str(adapter), merge_for=QUESTIONS[:2], tell=told.append), *told
+
+    assert not adapter_layers(merged(lora)[0].model)
+    assert merged(prompt_tuned)[1].startswith("not merged in memory: virtual tokens cannot be merged")
+    monkeypatch.setattr("peftcli.adapters.merged._TOLERANCE", dict.fromkeys([torch.float32], -1.0))
+    generator, told = merged(lora)
+    assert told.startswith("not merged in memory: the logits of the first batch would differ by")
+    assert asdict(generator.generate(QUESTIONS[:1], GenerationSettings(max_new_tokens=24))[0]) == alone(lora)[0]
 
 
 def test_a_batch_file_goes_on_after_a_stop(

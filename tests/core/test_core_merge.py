@@ -15,7 +15,7 @@ from torch import nn
 import peftcli
 from peftcli.core.inject import inject, set_active
 from peftcli.core.layer import adapter_layers, base_module
-from peftcli.core.merge import fold, merge
+from peftcli.core.merge import fold, merge, merge_layer_by_layer
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
@@ -291,6 +291,19 @@ def test_a_model_that_was_cast_to_half_precision_computes_and_merges(method: str
     assert {parameter.dtype for parameter in model.parameters()} <= {dtype, torch.int64}
     error = (logits(model, batch(kind)).float() - adapted).norm() / adapted.norm()
     assert error < (0.05 if dtype is torch.float16 else 0.2)
+
+
+@pytest.mark.parametrize("name", ["llama", "tied, both"])
+def test_layer_by_layer_weights_are_merged_where_they_are(name: str) -> None:
+    kind, settings = CASES[name]
+    model = _adapted(kind, **settings).get_base_model()
+    before = {weight.data_ptr() for weight in base_module(model).state_dict().values()}
+    expected = logits(model, batch(kind))
+    merge_layer_by_layer(model)
+    assert not adapter_layers(model)
+    torch.testing.assert_close(logits(model, batch(kind)), expected, atol=1e-5, rtol=1e-5)
+    if name == "llama":
+        assert {weight.data_ptr() for weight in model.state_dict().values()} <= before
 
 
 @pytest.mark.parametrize(("kind", "targets"), [("llama", ["q_proj"]), ("llama_tied", ["embed_tokens"])])

@@ -124,7 +124,7 @@ def _about_output(point: strace.Point) -> bool:
     return point.path.split("/")[0].lstrip(".").startswith("out") and not re.search(r"/\.tmp\w{6}$", point.path)
 
 
-CALLS = {"combine": 27, "merge": 40, "merge into a folder that is there": 8, "generate": 7, "inspect": 5}
+CALLS = {"combine": 27, "merge": 40, "merge into a folder that is there": 8, "generate": 13, "inspect": 5}
 """How many of these calls each command makes."""
 
 
