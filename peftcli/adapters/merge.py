@@ -1,7 +1,7 @@
 """Fold an adapter into its base model and write a checkpoint that transformers loads alone.
 
-A base model in safetensors is streamed: one tensor is in memory at a time, and one shard is written at a time. Any
-other base model (GGUF, or a checkpoint whose tensors are named unlike the model's) is loaded whole.
+A base model in safetensors is streamed: one tensor is in memory at a time, also while it is written. Any other base
+model (GGUF, or a checkpoint whose tensors are named unlike the model's) is loaded whole.
 
 An adapter that was trained on a quantised base model is merged into the full-precision one, and verified against it:
 what quantisation took from the base model is nothing that merging could lose.
@@ -10,20 +10,22 @@ what quantisation took from the base model is nothing that merging could lose.
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from peftcli.adapters.float32 import computing_in_float32
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
 from peftcli.core.files import load_adapter
 from peftcli.core.inject import is_reshaped
@@ -32,9 +34,11 @@ from peftcli.core.merge import merge, outermost
 from peftcli.core.weights import base_weights
 from peftcli.errors import AdapterError, ModelError, UsageError
 from peftcli.guard.files import read_json_object
+from peftcli.guard.safetensors_header import TensorEntry, open_safetensors
 from peftcli.models import tokens
 from peftcli.models.open import OpenBase, open_base
 from peftcli.models.quantization import forget
+from peftcli.models.weights import write_tensors
 from peftcli.schema import BaseModel
 from peftcli.system.outputs import expand_user, new_folder, require_empty, storage_errors
 from peftcli.system.secrets import redact_values
@@ -45,6 +49,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
 """Largest difference of logits that rounding the merged weights explains, as a share of the logits' deviation."""
 _MAX_GENERATION_CONFIG = 1_000_000
 """Bytes. Whisper's has 4,000."""
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True)
@@ -194,7 +199,8 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
     shards = job.base.shards()
     if not shards:
         return None
-    places = {key: shard for shard in shards for key in _keys(shard)}
+    headers = {shard: _header(shard) for shard in shards}
+    places = {key: shard for shard, header in headers.items() for key in header}
     model = job.base.empty_model(job.auto_class, **job.options)
     longer = _made_longer(model, job)
     layers = _layers_without_base(model, job)
@@ -210,25 +216,18 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
         keys[head.name] = head.source
     if any(key not in places for key in keys.values()):
         return None  # the checkpoint names its tensors otherwise
-    merged = _MergedTensors(layers, parents, keys, places, rows)
     names = {key: name for name, key in keys.items() if head is None or name != head.name}
+    merged = _MergedTensors(layers, parents, keys, names, places, rows, job.dtype)
+    if head is not None and torch.equal(merged.of_key(head.source), merged.of_head(head)):
+        head = None  # changed alike: they stay tied
     index: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
+    for number, (shard, header) in enumerate(headers.items(), 1):
         tell(f"shard {number} of {len(shards)}")
-        tensors: dict[str, torch.Tensor] = {}
-        with safe_open(shard, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                value = merged.base(key, file)
-                tensors[key] = _cast(merged.get(names[key], value) if key in names else value, value, job.dtype)
-                if head is not None and key == head.source:
-                    own = _cast(merged.get(head.name, value), value, job.dtype)
-                    if torch.equal(own, tensors[key]):
-                        head = None  # changed alike: they stay tied
-                    else:
-                        tensors[head.name] = own
+        tensors = {key: (merged.entry(key, entry), partial(merged.of_key, key)) for key, entry in header.items()}
+        if head is not None and head.source in header:
+            tensors[head.name] = (tensors[head.source][0], partial(merged.of_head, head))
         index |= dict.fromkeys(tensors, shard.name)
-        with storage_errors(output / shard.name):
-            save_file(tensors, output / shard.name, {"format": "pt"})
+        write_tensors(output / shard.name, tensors)
     if len(shards) > 1:
         described = {"metadata": {}, "weight_map": dict(sorted(index.items()))}
         _write_json(output / "model.safetensors.index.json", described)
@@ -248,21 +247,40 @@ class _Head:
 
 @dataclass(frozen=True)
 class _MergedTensors:
-    """The adapted layers' tensors, each merged when it is asked for."""
+    """The tensors of the merged checkpoint, each read and merged when it is asked for."""
 
     layers: dict[str, AdapterLayer]
     parents: dict[str, str]
     keys: dict[str, str]
+    names: dict[str, str]
     places: dict[str, Path]
     rows: dict[str, int]
     """Key -> how many rows it has in the merged checkpoint, where these are more."""
+    dtype: torch.dtype | None
 
-    def base(self, key: str, file: Any) -> torch.Tensor:
-        """A tensor of the base checkpoint, from its opened shard."""
-        value: torch.Tensor = file.get_tensor(key)
+    def entry(self, key: str, stored: TensorEntry) -> tuple[str, tuple[int, ...]]:
+        """Dtype and shape of a tensor of the merged checkpoint, as safetensors names them."""
+        shape = (self.rows[key], *stored.shape[1:]) if key in self.rows else stored.shape
+        is_float = stored.dtype.startswith(("F", "BF"))
+        return (_DTYPE_NAMES[self.dtype] if is_float and self.dtype else stored.dtype), shape
+
+    def of_key(self, key: str) -> torch.Tensor:
+        """The tensor of the merged checkpoint called ``key``."""
+        value = self._base(key)
+        return _cast(self._merged(self.names[key], value) if key in self.names else value, value, self.dtype)
+
+    def of_head(self, head: _Head) -> torch.Tensor:
+        """The merged weight of the head to untie."""
+        value = self._base(head.source)
+        return _cast(self._merged(head.name, value), value, self.dtype)
+
+    def _base(self, key: str) -> torch.Tensor:
+        """A tensor of the base checkpoint. Its file is opened for it alone: what is mapped of it takes memory."""
+        with safe_open(self.places[key], framework="pt") as file:
+            value: torch.Tensor = file.get_tensor(key)
         return tokens.grown(value, self.rows[key]) if key in self.rows else value
 
-    def get(self, name: str, value: torch.Tensor) -> torch.Tensor:
+    def _merged(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """The merged tensor called ``name`` in the model, whose base value is ``value``."""
         path = self.parents[name]
         layer, leaf = self.layers.get(path), name[len(path) + 1 :]
@@ -272,8 +290,7 @@ class _MergedTensors:
         for other in _base_leaves(layer):
             key = self.keys.get(f"{path}.{other}")
             if other not in base and key is not None:
-                with safe_open(self.places[key], framework="pt") as file:
-                    base[other] = self.base(key, file)
+                base[other] = self._base(key)
         with torch.no_grad():
             merged = layer.folded(base).get(leaf, value)
         if not torch.isfinite(merged).all():
@@ -404,32 +421,55 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
         path.write_text(json.dumps(redact_values(data), indent=2, sort_keys=True) + "\n")
 
 
-@torch.inference_mode()
 def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
     """The largest difference of logits between the merged model and base model + adapter, both in float32.
+
+    Weights stay as they are stored while that works; otherwise they are loaded in float32.
 
     Raises:
         AdapterError: it is more than rounding the merged weights explains.
     """
-    tell("verifying: base model with adapter")
-    model = job.load(torch.float32).eval()
-    inputs = job.task.probe() if isinstance(job.task, Probes) else _random_tokens(model)
-    expected = scores_of(model(**inputs))
-    del model
-    tell("verifying: merged model")
     written = open_base(BaseModel(name=str(output)))
-    merged = written.model(job.auto_class, torch.float32).model
-    found = scores_of(merged.eval()(**inputs))
-    difference = float((found - expected).abs().max())
     # a quantised model computes in a dtype of its own
     tolerance = 0.15 if job.dequantise else _TOLERANCE.get(_dtype_of(written.config), 0.15)
-    allowed = tolerance * max(1.0, float(expected.std()))
+    dtypes = None if job.dequantise else (_one_dtype(job.base), _one_dtype(written))
+    if dtypes and all(dtypes):
+        with suppress(RuntimeError):  # of a model that reads a weight without calling its module
+            difference, allowed = _difference(job, written, dtypes, tolerance, tell)
+            if difference <= allowed:
+                return difference
+    difference, allowed = _difference(job, written, (torch.float32, torch.float32), tolerance, tell)
     if not difference <= allowed:
         raise AdapterError(
             f"the merged model's logits differ by {difference:.3g}, and rounding explains {allowed:.3g}; "
             "nothing was written"
         )
     return difference
+
+
+@torch.inference_mode()
+def _difference(
+    job: _Job, written: OpenBase, dtypes: tuple[Any, Any], tolerance: float, tell: Callable[[str], None]
+) -> tuple[float, float]:
+    """How much logits differ, computed in float32 with weights of these dtypes, and how much is allowed."""
+    tell("verifying: base model with adapter")
+    model = job.load(dtypes[0]).eval()
+    inputs = job.task.probe() if isinstance(job.task, Probes) else _random_tokens(model)
+    with computing_in_float32(model):
+        expected = scores_of(model(**inputs))
+    del model
+    gc.collect()  # its modules refer to one another
+    tell("verifying: merged model")
+    merged = written.model(job.auto_class, dtypes[1]).model.eval()
+    with computing_in_float32(merged):
+        found = scores_of(merged(**inputs))
+    return float((found - expected).abs().max()), tolerance * max(1.0, float(expected.std()))
+
+
+def _one_dtype(base: OpenBase) -> torch.dtype | None:
+    """The dtype of all of a checkpoint's tensors, if it is one in which weights are usually stored."""
+    names = {entry.dtype for shard in base.shards() for entry in _header(shard).values()}
+    return next((dtype for dtype, name in _DTYPE_NAMES.items() if names == {name}), None)
 
 
 def _random_tokens(model: Any) -> dict[str, torch.Tensor]:
@@ -439,9 +479,9 @@ def _random_tokens(model: Any) -> dict[str, torch.Tensor]:
     return {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
 
 
-def _keys(shard: Path) -> list[str]:
-    with safe_open(shard, framework="pt") as file:
-        return list(file.keys())
+def _header(shard: Path) -> dict[str, TensorEntry]:
+    with open_safetensors(shard, ModelError) as (header, _):
+        return header
 
 
 def _cast(value: torch.Tensor, like: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

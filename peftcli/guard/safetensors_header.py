@@ -18,7 +18,7 @@ from peftcli.guard.files import irregular_kind, open_regular, os_reason, parse_j
 _MAX_BYTES = 1 << 24
 """Room for 100,000 tensors."""
 _MAX_NAME = 4096
-_BITS = {
+BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
@@ -26,6 +26,7 @@ _BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
+"""Dtypes by safetensors' names, and the size of a value."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,12 @@ def _entry(name: str, said: Any, data: int) -> TensorEntry:
     dtype: Any = said.get("dtype")
     shape: Any = said.get("shape")
     offsets: Any = said.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in _BITS:
+    if not isinstance(dtype, str) or dtype not in BITS:
         raise ValueError(f"{short_name(name)} has the dtype {short_repr(dtype)}, which is not known")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"{short_name(name)} has the shape {short_repr(shape)} at {short_repr(offsets)}")
     start, end = offsets
-    if math.prod(shape) * _BITS[dtype] != 8 * (end - start):
+    if math.prod(shape) * BITS[dtype] != 8 * (end - start):
         raise ValueError(f"{short_name(name)} is not as large as its header says")
     return TensorEntry(dtype, tuple(shape), data + start, end - start)
 

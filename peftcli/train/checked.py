@@ -36,7 +36,7 @@ _NOT_READ = {
 _LARGE = 64 << 20
 """Bytes of a file of the base model that is known by its size: weights, of which a deep check reads nothing."""
 _MAX_FILES = 1000
-_DEVICES = ("/dev/nvidia*", "/dev/kfd", "/dev/dri/renderD*")
+_DEVICES = ("/dev/nvidia*", "/dev/kfd", "/dev/dri/*")
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 """What decides how many GPUs there are, and so how many processes a run has."""
 

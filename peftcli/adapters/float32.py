@@ -1,0 +1,61 @@
+"""A model that computes in float32 while its weights stay as they are stored: a mapped file takes little memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcli.core.layer import AdapterLayer
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def computing_in_float32(model: nn.Module) -> Iterator[None]:
+    """Inside, each module has its own weights in float32 while it is called, and an adapter layer those of its base.
+
+    A module that reads the weights of another one without calling it finds them as they are stored, which usually ends
+    with a RuntimeError of PyTorch.
+    """
+    stored: dict[nn.Module, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+
+    def widen(module: nn.Module, args: Any) -> None:
+        stored[module] = []
+        for each in _parts(module):
+            parameters, buffers = dict(each._parameters), dict(each._buffers)
+            stored[module].append((parameters, buffers))
+            for name, value in _half(parameters).items():
+                each._parameters[name] = nn.Parameter(value.float(), requires_grad=False)
+            each._buffers.update({name: value.float() for name, value in _half(buffers).items()})
+
+    def put_back(module: nn.Module, args: Any, output: Any) -> None:
+        for each, (parameters, buffers) in zip(_parts(module), stored.pop(module), strict=True):
+            each._parameters.update(parameters)
+            each._buffers.update(buffers)
+
+    modules = [
+        module
+        for module in model.modules()
+        if any(_half(each._parameters) or _half(each._buffers) for each in _parts(module))
+    ]
+    hooks = [module.register_forward_pre_hook(widen, prepend=True) for module in modules]
+    hooks += [module.register_forward_hook(put_back, always_call=True) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """Return the modules whose weights are widened while a module is called."""
+    return list(module.modules()) if isinstance(module, AdapterLayer) else [module]
+
+
+def _half(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """Return those of the tensors that are in half precision."""
+    return {name: value for name, value in tensors.items() if value is not None and value.dtype in _HALF}
