@@ -8,9 +8,9 @@ from pathlib import Path
 
 _SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """The user's own settings."""
-_SPINS = "4000"
-"""How often a thread of torch's looks for new work before it gives up its core: for some 0.1 ms. libgomp's own choice
-is 75 times that, and while another process wants the core, all threads wait for the one that lost it."""
+_SPINS = "1000"
+"""How often a thread of torch's looks for new work before it gives up its core: for some 25 µs. libgomp's own choice
+is 300 times that, and while another process wants the core, all threads wait for the one that lost it."""
 _GROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 

@@ -49,4 +49,4 @@ def test_spinning_is_bounded_unless_the_user_decides(own: dict[str, str], monkey
         del os.environ["GOMP_SPINCOUNT"]
     main(["--version"])
     spins = os.environ.get("GOMP_SPINCOUNT")
-    assert spins == ("4000" if not own else own.get("GOMP_SPINCOUNT"))
+    assert spins == ("1000" if not own else own.get("GOMP_SPINCOUNT"))
