@@ -80,6 +80,7 @@ def run_cell(script: str, cell: Cell, threads: int | None) -> dict[str, Any]:
         subprocess.CalledProcessError: it could not be measured; what it said is on stderr.
     """
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+    environment.pop("OMP_NUM_THREADS", None)
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     command = [sys.executable, f"benchmarks/{script}.py", json.dumps(cell)]
