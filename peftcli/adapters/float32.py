@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +22,9 @@ def computing_in_float32(model: nn.Module) -> Iterator[None]:
     """Inside, each module has its own weights in float32 while it is called, and an adapter layer those of its base.
 
     A module that reads the weights of another one without calling it finds them as they are stored, which usually ends
-    with a RuntimeError of PyTorch.
+    with a RuntimeError of PyTorch. Weights in mapped files are read again each time; none may be changed inside.
     """
+    mapped = _mapped_weights()
     stored: dict[nn.Module, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
 
     def widen(module: nn.Module, args: Any) -> None:
@@ -36,6 +40,8 @@ def computing_in_float32(model: nn.Module) -> Iterator[None]:
         for each, (parameters, buffers) in zip(_parts(module), stored.pop(module), strict=True):
             each._parameters.update(parameters)
             each._buffers.update(buffers)
+            for value in _half(parameters).values():
+                _drop_pages(value, mapped)
 
     modules = [
         module
@@ -59,3 +65,20 @@ def _parts(module: nn.Module) -> list[nn.Module]:
 def _half(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
     """Return those of the tensors that are in half precision."""
     return {name: value for name, value in tensors.items() if value is not None and value.dtype in _HALF}
+
+
+def _mapped_weights() -> list[tuple[int, int]]:
+    """Return where files are mapped for this process alone: first address and end of each. None but on Linux."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text(errors="replace").splitlines() if maps.exists() else []
+    entries = [line.split(maxsplit=5) for line in lines if "/" in line and not line.endswith("(deleted)")]
+    spans = [entry[0].split("-") for entry in entries if entry[1][3] == "p" and entry[5].startswith("/")]
+    return [(int(start, 16), int(end, 16)) for start, end in spans]
+
+
+def _drop_pages(value: torch.Tensor, mapped: list[tuple[int, int]]) -> None:
+    """Take the pages of a tensor in a mapped file out of memory; they are read again when they are wanted."""
+    first, last = value.data_ptr(), value.data_ptr() + value.nbytes
+    start, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
+    if start < end and any(low <= first and last <= high for low, high in mapped):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
