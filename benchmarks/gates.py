@@ -116,4 +116,5 @@ GATES = [
     _gradients("no padding against the plain path", 1e-5, "unpadded"),
     _gradients("LoRA as one function against the plain path", 1e-5, "fused"),
     _gradients("the chunked loss against an fp64 head", 5e-6, "chunked"),
+    _gradients("the same with normally distributed hidden states", 5e-6, "chunked_normal"),
 ]
