@@ -33,6 +33,7 @@ ALLOWED = {
     "peftcli.cli.schema": 1,
     "peftcli.cli.status": 1,
     "peftcli.cli.train": 5,
+    "peftcli.cli.train_together": 6,
     "peftcli.cli.verify": 1,
     "peftcli.data.findings": 3,
     "peftcli.recipe.data_checks": 1,

@@ -31,8 +31,10 @@ _THREADS = {
 class Progress:
     """Shows the events of ``peftcli.train.run.train`` on stderr."""
 
-    def __init__(self, *, quiet: bool = False):
-        self.quiet = quiet
+    def __init__(self, *, quiet: bool = False, label: str = ""):
+        """Show a run; with a label, one of several at once, whose lines begin with it."""
+        self.quiet, self.label = quiet, label
+        self.redraws = not label and console.is_terminal(sys.stderr)
         self.trained = False
         self.total = 0
         self.size, self.unit = 0, "tokens"
@@ -58,11 +60,11 @@ class Progress:
             getattr(self, f"_show_{name}")(event)
 
     def _show_phase(self, event: Any) -> None:
-        console.log(event.text)
+        self._log(event.text)
 
     def _show_rowsread(self, event: Any) -> None:
         text = f"{event.source}: {event.count:,} rows read"
-        if console.is_terminal(sys.stderr):
+        if self.redraws:
             if self.status is None:
                 self.status = console.rich_console(stderr=True).status("")
                 self.status.start()
@@ -73,35 +75,35 @@ class Progress:
         elif not event.done and time.perf_counter() - self.last_rows_line < _ROWS_INTERVAL:
             return
         if event.done or self.status is None:
-            console.log(text)
+            self._log(text)
             self.last_rows_line = time.perf_counter()
 
     def _show_warned(self, event: Any) -> None:
-        console.log(f"warning: {event.text}")
+        self._log(f"warning: {event.text}")
 
     def _show_ready(self, event: Any) -> None:
         run = event.run
         parameters, data = run["parameters"], run["data"]
         share = 100 * parameters["trainable"] / parameters["all"]
-        console.log(f"training {parameters['trainable']:,} of {parameters['all']:,} parameters ({share:.2f} %)")
+        self._log(f"training {parameters['trainable']:,} of {parameters['all']:,} parameters ({share:.2f} %)")
         self.unit = data.get("unit", self.unit)
         left_out = sum(data["dropped"].values()) + data["skipped"]
         lost = f" ({data['targets_cut']:,} targets lost)" if data["targets_cut"] else ""
         split = f", {data['split']} split" if data["split"] else ""
         split += f" ({data['pieces_left_out']} lose pieces without targets)" if data["pieces_left_out"] else ""
-        console.log(
+        self._log(
             f"on {data['examples']:,} examples: {data['tokens']:,} {self.unit}, {data['targets']:,} of them targets; "
             f"{left_out} left out, {data['truncated']} truncated{lost}{split}"
         )
         if (padding := 1 - data["efficiency"]) >= _SHOWN:
-            console.log(f"{padding:.1%} of the {self.unit} of a batch are padding, which this model or method needs")
+            self._log(f"{padding:.1%} of the {self.unit} of a batch are padding, which this model or method needs")
         where = f"{run['processes']} x {run['device']}" if run["processes"] > 1 else run["device"]
         if threads := run.get("threads"):
             where += f" with {threads['count']} thread{'s' * (threads['count'] > 1)}, {_THREADS[threads['reason']]}"
         begin = f"resuming after step {event.start_step}" if event.start_step else "from the start"
-        console.log(f"{event.total_steps} steps on {where}; {begin}")
+        self._log(f"{event.total_steps} steps on {where}; {begin}")
         self.total, self.first_step, self.started = event.total_steps, event.start_step, time.perf_counter()
-        if console.is_terminal(sys.stderr):
+        if self.redraws:
             self._start_bar()
 
     def _start_bar(self) -> None:
@@ -130,7 +132,7 @@ class Progress:
             self.bar.update(self.bar.task_ids[0], completed=result.step, state=state)
         elif event.logged:
             left = elapsed / (result.step - self.first_step) * (self.total - result.step)
-            console.log(f"step {result.step}/{self.total}  epoch {event.epoch:.2f}  {state}  {_clock(left)} left")
+            self._log(f"step {result.step}/{self.total}  epoch {event.epoch:.2f}  {state}  {_clock(left)} left")
 
     def _show_evaluated(self, event: Any) -> None:
         metrics = "  ".join(f"{name} {value:.4f}" for name, value in sorted(event.metrics.items()))
@@ -143,7 +145,10 @@ class Progress:
         if self.bar is not None:
             self.bar.console.print(console.clean(text))
         else:
-            console.log(text)
+            self._log(text)
+
+    def _log(self, text: str) -> None:
+        console.log(f"[{self.label}] {text}" if self.label else text)
 
 
 def summary(run: dict[str, Any]) -> str:

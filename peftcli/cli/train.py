@@ -12,6 +12,7 @@ from peftcli.cli import console
 from peftcli.cli.junit_report import Junit, junit_report
 from peftcli.cli.progress import Progress, summary
 from peftcli.cli.quiet import Quiet, progress_log
+from peftcli.cli.train_together import train_together
 
 
 def train(
@@ -40,12 +41,28 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Open data and model config, show what would train, and stop.")
     ] = False,
+    together: Annotated[
+        bool,
+        typer.Option("--together", help="Train several recipes at once on one base model: A.yaml B.yaml --together."),
+    ] = False,
 ) -> None:
     """Fine-tune the model that a recipe names; run it again to resume after a stop."""
     from peftcli.recipe import load_recipe
     from peftcli.train import launch
 
     progress_log(quiet)
+    if together:
+        train_together(
+            [str(recipe), *(overrides or [])],
+            as_json=as_json,
+            quiet=quiet,
+            dry_run=dry_run,
+            junit=junit,
+            resume=resume,
+            allow_change=allow_change or (),
+            overwrite=overwrite,
+        )
+        return
     is_main = launch.is_main_process()
     with junit_report(junit if is_main else None, recipe) as report:
         settings = load_recipe(recipe, overrides or [])

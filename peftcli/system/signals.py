@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 
 from peftcli.errors import Interrupted
@@ -54,6 +54,8 @@ class Stop:
     """When the signal arrived, on the monotonic clock."""
     deadline: float | None = None
     """Time limit of the run, on the same clock."""
+    followers: list[Stop] = field(default_factory=list)
+    """Those of several runs in this command, which receive what this one does."""
 
     @property
     def request(self) -> int:
@@ -86,13 +88,15 @@ class Stop:
             if self.signal == number and time.monotonic() - self.when < _ECHO_SECONDS:
                 return
             os._exit(130 if number == signal.SIGINT else 143)
-        self.signal, self.when = number, time.monotonic()
+        for each in (self, *self.followers):
+            each.signal, each.when = number, time.monotonic()
         if self.at_once:
             self.check()
 
     def on_save_signal(self, _number: int, _frame: FrameType | None = None) -> None:
         """Handle the signal that requests a checkpoint."""
-        self.save = True
+        for each in (self, *self.followers):
+            each.save = True
 
 
 _current: list[Stop] = []

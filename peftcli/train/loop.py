@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -55,14 +54,74 @@ class PreparedModel:
     config: AdapterConfig
 
 
-def fit(
-    prepared: PreparedModel,
-    task: Task[Any],
-    examples: View,
-    plan: Plan,
-    accelerator: Accelerator,
-    start: int = 0,
-) -> Generator[StepResult]:
+class Gradients:
+    """The gradients of one step after another, in this process."""
+
+    def __init__(
+        self,
+        prepared: PreparedModel,
+        task: Task[Any],
+        examples: View,
+        plan: Plan,
+        accelerator: Accelerator,
+        start: int = 0,
+    ):
+        """Begin before step ``start``, counted from 0."""
+        self.prepared, self.task, self.examples, self.plan = prepared, task, examples, plan
+        self.accelerator = accelerator
+        self._joins = plan.packs and not is_unpadded(accelerator.unwrap_model(prepared.model))
+        steps = range(start, plan.total_steps)
+        mine = ((step, rows) for step in steps for rows in self.micro_batches(step) if rows)
+        self.ahead = batches(self._make, mine, num_workers(plan.training, task))
+        """The batches of the micro-batches to come."""
+
+    def _make(self, item: tuple[int, MicroBatch]) -> Batch:
+        (step, rows), task = item, self.task
+        if self._joins:
+            assert isinstance(task, Packs)
+            return task.collate([task.join([self.examples[at] for at in row]) for row in rows], training=True)
+        return collate(task, self.examples, list(chain(*rows)), training=True, draw=partial(self.plan.draw, step))
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of a step in this process."""
+        return self.plan.micro_batches(step, self.accelerator.process_index)
+
+    def of(self, step: int, num_targets: int) -> torch.Tensor:
+        """Compute the gradients of a global batch's part in this process, and return its summed loss."""
+        total, micro_batches = self.zero(), self.micro_batches(step)
+        for number, rows in enumerate(micro_batches, 1):
+            parts = []
+            if rows:  # the others may have more
+                loss = self.loss(next(self.ahead))
+                parts.append(loss * (1 / num_targets))
+                total += loss.detach()
+            elif isinstance(self.task, Gathers):
+                self.task.take_part(self.accelerator.device)
+            if number == len(micro_batches) and (added := self.penalty()) is not None:
+                parts.append(added / self.accelerator.num_processes)
+            if parts:
+                self.accelerator.backward(sum(parts))
+        return total
+
+    def zero(self) -> torch.Tensor:
+        """Return what the losses of a step are added to."""
+        return torch.zeros((), dtype=torch.float32, device=self.accelerator.device)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Return the summed loss of a batch."""
+        with self.accelerator.autocast():
+            return self.task.loss(self.prepared.model, on_device(batch, self.accelerator.device)).total
+
+    def penalty(self) -> torch.Tensor | None:
+        """Return what the method adds to the loss of a step."""
+        return penalty(self.prepared.model, self.prepared.config)
+
+    def close(self) -> None:
+        """End the processes that make batches."""
+        self.ahead.close()
+
+
+def fit(gradients: Gradients, start: int = 0) -> Generator[StepResult]:
     """Train from step ``start`` to the plan's end, yielding after each step.
 
     The loss is the sum over targets divided by all targets of the global batch, so the split into micro-batches,
@@ -73,63 +132,26 @@ def fit(
         DataError: a file of a row cannot be read any more.
         ProcessDied: a worker process was killed.
     """
+    prepared, plan, accelerator = gradients.prepared, gradients.plan, gradients.accelerator
     limit = plan.training.max_grad_norm or math.inf
-    joins = plan.packs and not is_unpadded(accelerator.unwrap_model(prepared.model))
-
-    def make(item: tuple[int, MicroBatch]) -> Batch:
-        step, rows = item
-        if joins:
-            assert isinstance(task, Packs)
-            return task.collate([task.join([examples[at] for at in row]) for row in rows], training=True)
-        return collate(task, examples, list(chain(*rows)), training=True, draw=partial(plan.draw, step))
-
-    steps = range(start, plan.total_steps)
-    mine = ((step, rows) for step in steps for rows in plan.micro_batches(step, accelerator.process_index) if rows)
-    with closing(batches(make, mine, num_workers(plan.training, task))) as ahead:
-        for step in steps:
-            prepared.model.train()
-            batch = plan.global_batch(step)
-            num_targets = int(examples.targets[batch].sum())
-            parts = plan.micro_batches(step, accelerator.process_index)
-            total = _backward(prepared, task, parts, ahead, num_targets, accelerator)
-            _sum_gradients(prepared.parameters, accelerator)
-            loss_sum = float(accelerator.reduce(total, reduction="sum"))
-            grad_norm = float(accelerator.clip_grad_norm_(prepared.parameters, limit))
-            if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
-                what = "loss" if not math.isfinite(loss_sum) else "gradient norm"
-                raise Diverged(f"the {what} of step {step + 1} is not finite", hint=LESS_LEARNING)
-            learning_rate = float(prepared.schedule.get_last_lr()[0])
-            prepared.optimizer.step()
-            prepared.schedule.step()
-            after_step(prepared.model, prepared.config, step + 1, plan.total_steps)
-            prepared.optimizer.zero_grad(set_to_none=True)
-            num_tokens = int(plan.sizes[batch].sum())
-            yield StepResult(step + 1, loss_sum / num_targets, grad_norm, learning_rate, num_targets, num_tokens)
-
-
-def _backward(
-    prepared: PreparedModel,
-    task: Task[Any],
-    micro_batches: Sequence[MicroBatch],
-    ahead: Iterator[Batch],
-    num_targets: int,
-    accelerator: Accelerator,
-) -> torch.Tensor:
-    """Compute the gradients of a global batch's part in this process, and return its summed loss."""
-    total = torch.zeros((), dtype=torch.float32, device=accelerator.device)
-    for number, rows in enumerate(micro_batches, 1):
-        parts = []
-        if rows:  # the others may have more
-            loss = _micro_batch_loss(prepared.model, task, next(ahead), accelerator)
-            parts.append(loss * (1 / num_targets))
-            total += loss.detach()
-        elif isinstance(task, Gathers):
-            task.take_part(accelerator.device)
-        if number == len(micro_batches) and (added := penalty(prepared.model, prepared.config)) is not None:
-            parts.append(added / accelerator.num_processes)
-        if parts:
-            accelerator.backward(sum(parts))
-    return total
+    for step in range(start, plan.total_steps):
+        prepared.model.train()
+        batch = plan.global_batch(step)
+        num_targets = int(gradients.examples.targets[batch].sum())
+        total = gradients.of(step, num_targets)
+        _sum_gradients(prepared.parameters, accelerator)
+        loss_sum = float(accelerator.reduce(total, reduction="sum"))
+        grad_norm = float(accelerator.clip_grad_norm_(prepared.parameters, limit))
+        if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
+            what = "loss" if not math.isfinite(loss_sum) else "gradient norm"
+            raise Diverged(f"the {what} of step {step + 1} is not finite", hint=LESS_LEARNING)
+        learning_rate = float(prepared.schedule.get_last_lr()[0])
+        prepared.optimizer.step()
+        prepared.schedule.step()
+        after_step(prepared.model, prepared.config, step + 1, plan.total_steps)
+        prepared.optimizer.zero_grad(set_to_none=True)
+        num_tokens = int(plan.sizes[batch].sum())
+        yield StepResult(step + 1, loss_sum / num_targets, grad_norm, learning_rate, num_targets, num_tokens)
 
 
 def _sum_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
@@ -147,9 +169,3 @@ def _sum_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> 
     *summed, counts = flat.split([*(each.numel() for each in parameters), len(parameters)])
     for parameter, gradient, count in zip(parameters, summed, counts.tolist(), strict=True):
         parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if count else None
-
-
-def _micro_batch_loss(model: nn.Module, task: Task[Any], batch: Batch, accelerator: Accelerator) -> torch.Tensor:
-    """Summed loss of a batch."""
-    with accelerator.autocast():
-        return task.loss(model, on_device(batch, accelerator.device)).total

@@ -11,29 +11,32 @@ import os
 import platform
 import signal
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
 
+from peftcli.core.config import AdapterConfig
 from peftcli.core.protocols import AfterResume, layers_of, needs_base_weights, needs_batches
 from peftcli.data.findings import refuse
 from peftcli.errors import DataError, Interrupted, PeftcliError, StorageError, UsageError, to_peftcli_error
-from peftcli.models.open import open_base
+from peftcli.models.open import LoadedModel, open_base
 from peftcli.recipe import method_config, seconds
 from peftcli.recipe.rates import with_rate
 from peftcli.schema import Recipe
 from peftcli.system import date
-from peftcli.system.signals import STARTED, handle_signals
+from peftcli.system.signals import STARTED, Stop, handle_signals
 from peftcli.tasks import described, open_task
-from peftcli.tasks.base import Begins, Gathers, Limits
+from peftcli.tasks.base import Begins, Gathers, Limits, Task
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.finish import finish
 from peftcli.train.launch import report_training
-from peftcli.train.loop import PreparedModel
+from peftcli.train.loop import Gradients, PreparedModel
 from peftcli.train.packing_check import refuse_contamination
 from peftcli.train.report import OnEvent, Phase, Ready, RowsRead, Warned, peak_memory_bytes
 from peftcli.train.runs.checkpoint import Progress, State, load_checkpoint, set_newer_aside
@@ -49,7 +52,7 @@ from peftcli.train.runs.record import (
 )
 from peftcli.train.runs.resume import Run, StartOptions, checkpoint_to_resume, commit_of, open_run
 from peftcli.train.runs.typed_json import ABSENT, from_json
-from peftcli.train.setup import adapted_model, calibrate, prepare, start_accelerator
+from peftcli.train.setup import adapted_model, calibrate, load_base, prepare, start_accelerator
 from peftcli.train.threads import use_threads
 from peftcli.train.training_loop import RunData, TrainingLoop
 
@@ -87,25 +90,56 @@ def train(
         accelerator = start_accelerator(recipe)
         tell: OnEvent = on_event if accelerator.is_main_process else lambda event: None
         recipe = with_rate(with_task(recipe, lambda text: tell(Warned(text))))
-        with open_run(recipe, options, accelerator, stop, tell) as run:
-            if run.record.status != "complete":
-                stop.saved = run.record.resumable
-                with record_outcome(run):
-                    _train(run)
-            if run.replaces is not None and run.is_main:
-                run.replaces.replace()
-            shared = [run.record.as_dict()]
-            broadcast_object_list(shared)  # the main process's, in all of them
-            return shared[0]
+        training_run = steps_of(recipe, options, accelerator, stop, tell, Alone())
+        while True:
+            try:
+                next(training_run)
+            except StopIteration as end:
+                return end.value
 
 
-def _train(run: Run) -> None:
+class Alone:
+    """How a run gets its base model and its gradients if no other shares the base."""
+
+    def load(self, recipe: Recipe, task: Task[Any]) -> LoadedModel:
+        """Load the base model."""
+        return load_base(recipe, task)
+
+    def check(self, model: nn.Module, config: AdapterConfig) -> None:
+        """Check that a model can be trained so, before anything is recorded."""
+
+    def gradients_of(self, run: Run, data: RunData, state: State) -> Gradients:
+        """Return what computes the gradients of the steps to come."""
+        view, start = data.examples.train, state.progress.step
+        return Gradients(state.prepared, data.task, view, data.plan, run.accelerator, start)
+
+
+def steps_of(
+    recipe: Recipe, options: StartOptions, accelerator: Accelerator, stop: Stop, tell: OnEvent, company: Alone
+) -> Generator[None, None, dict[str, Any]]:
+    """Train, pausing when the model is built, before the first step and after each. Returns the content of run.json."""
+    with open_run(recipe, options, accelerator, stop, tell) as run:
+        if run.record.status != "complete":
+            stop.saved = run.record.resumable
+            with record_outcome(run):
+                yield from _train(run, company)
+        if run.replaces is not None and run.is_main:
+            run.replaces.replace()
+        shared = [run.record.as_dict()]
+        broadcast_object_list(shared)  # the main process's, in all of them
+        return shared[0]
+
+
+def _train(run: Run, company: Alone) -> Iterator[None]:
     threads = use_threads(run)
     data = read_data(run)
-    built = build(run, data)
+    built = build(run, data, company)
+    company.check(run.accelerator.unwrap_model(built.prepared.model), built.prepared.config)
+    yield
     state = resume_state(run, data, built)
+    gradients = company.gradients_of(run, data, state)
     record_start(run, data, built, state, threads)
-    TrainingLoop(run, data, state).run()
+    yield from TrainingLoop(run, data, state, gradients).run()
     if run.is_main:
         finish(run, data, state)
 
@@ -207,7 +241,7 @@ class BuiltModel:
     """Share of a batch that is not padding."""
 
 
-def build(run: Run, data: RunData) -> BuiltModel:
+def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
     """Load the base model, inject the adapter, calibrate it where the method needs data, and place all on the devices.
 
     Raises:
@@ -216,7 +250,7 @@ def build(run: Run, data: RunData) -> BuiltModel:
     """
     recipe, config, plan = run.pinned, method_config(run.recipe), data.plan
     run.tell(Phase(f"loading {recipe.base_model.name}"))
-    model, injection, notes = adapted_model(recipe, config, data.task)
+    model, injection, notes = adapted_model(recipe, config, data.task, company.load)
     config.revision = run.recipe.base_model.revision
     for note in notes:
         run.warn(note)

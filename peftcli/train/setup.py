@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,15 +90,23 @@ def load_base(recipe: Recipe, task: Task[Any]) -> LoadedModel:
     return task.base.model(row_of(recipe).auto_class, dtype, **task.model_options())
 
 
-def adapted_model(recipe: Recipe, config: AdapterConfig, task: Task[Any]) -> tuple[nn.Module, Injection, list[str]]:
+def adapted_model(
+    recipe: Recipe, config: AdapterConfig, task: Task[Any], load: Callable[[Recipe, Task[Any]], LoadedModel] = load_base
+) -> tuple[nn.Module, Injection, list[str]]:
     """The recipe's base model as the task needs it, with a new adapter in it, and what the user should know.
+
+    Args:
+        recipe: Names the base model.
+        config: The adapter's.
+        task: What the model is for.
+        load: Loads it.
 
     Raises:
         ModelError: the base model cannot be loaded.
         AdapterError: the method's settings do not fit it.
     """
     set_seed(recipe.training.seed)  # a new head starts from it
-    base, loaded = recipe.base_model, load_base(recipe, task)
+    base, loaded = recipe.base_model, load(recipe, task)
     model, notes = loaded.model, [loaded.note] if loaded.note else []
     if isinstance(task, FitsModel):
         notes += task.fit_model(model, config)

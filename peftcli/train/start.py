@@ -43,7 +43,7 @@ def start(
         PeftcliError: of the kind that its class says.
     """
     folder = RunFolder(Path(recipe.training.output_dir))
-    _note_resumable(folder)
+    note_resumable(folder)
     launch.follow_parent()
     if not launch.is_launched():
         count = launch.process_count(recipe.launch)
@@ -63,13 +63,13 @@ def start(
     return finished
 
 
-def _note_resumable(folder: RunFolder) -> None:
+def note_resumable(folder: RunFolder) -> None:
     """Note whether there is a checkpoint: a signal that comes while torch is imported decides the exit code by it."""
     try:
         record = folder.read()
     except PeftcliError:  # raised again later, with all that is wrong
         return
-    signals.current().saved = record is not None and record.resumable
+    signals.current().saved |= record is not None and record.resumable
 
 
 def _launch(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
@@ -17,7 +18,7 @@ from peftcli.tasks.base import Illustrates, Task
 from peftcli.train.batches import num_workers
 from peftcli.train.data import Data
 from peftcli.train.evaluate import evaluate
-from peftcli.train.loop import LESS_LEARNING, StepResult, fit
+from peftcli.train.loop import LESS_LEARNING, Gradients, StepResult, fit
 from peftcli.train.plan import Plan
 from peftcli.train.report import Evaluated, Saved, Stepped
 from peftcli.train.runs.checkpoint import Progress, State, random_state, restore_random, save_checkpoint
@@ -41,13 +42,14 @@ class RunData:
 class TrainingLoop:
     """The steps of a run, and what happens between them."""
 
-    def __init__(self, run: Run, data: RunData, state: State):
+    def __init__(self, run: Run, data: RunData, state: State, gradients: Gradients):
         self.active, self.data, self.state, self.plan = run, data, state, data.plan
+        self.gradients = gradients
         self.training, self.progress = run.recipe.training, state.progress
         self.clock = _Clock(run.record, state.progress)
 
-    def run(self) -> None:
-        """Train to the end.
+    def run(self) -> Iterator[None]:
+        """Train to the end, pausing before the first step and after each one.
 
         Raises:
             Interrupted: a signal came, or the time limit passed; there is a checkpoint.
@@ -55,7 +57,8 @@ class TrainingLoop:
         """
         try:
             self._start()
-            self._steps()
+            yield
+            yield from self._steps()
         finally:
             self.clock.record_speed()
 
@@ -68,10 +71,9 @@ class TrainingLoop:
         if progress.pending is not None:
             self._log_pending()
 
-    def _steps(self) -> None:
-        training, plan, state, data = self.training, self.plan, self.state, self.data
-        accelerator, start = self.active.accelerator, self.progress.step
-        with closing(fit(state.prepared, data.task, data.examples.train, plan, accelerator, start)) as steps:
+    def _steps(self) -> Iterator[None]:
+        training, plan = self.training, self.plan
+        with closing(self.gradients), closing(fit(self.gradients, self.progress.step)) as steps:
             for result in steps:
                 line = self._count(result)
                 last = result.step == plan.total_steps
@@ -86,6 +88,7 @@ class TrainingLoop:
                 if _is_due(training.save_strategy, training.save_steps, result.step, plan):
                     self.save()
                     self._handle_request(saved=True)
+                yield
 
     def _count(self, result: StepResult) -> dict[str, Any]:
         """Count a step. Returns its line of metrics.jsonl; empty where the step is not logged."""

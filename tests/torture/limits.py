@@ -62,8 +62,8 @@ class _Poison:
         else:
             import peftcli.train.loop as loop
 
-            inner = loop._micro_batch_loss
-            loop._micro_batch_loss = lambda *args: inner(*args) * (self.value if now[0] == self.step else 1.0)
+            inner = loop.Gradients.loss
+            loop.Gradients.loss = lambda *args: inner(*args) * (self.value if now[0] == self.step else 1.0)
 
 
 def _poisoned(poison: _Poison, folder: Path) -> None:

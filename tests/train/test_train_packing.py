@@ -43,7 +43,7 @@ from peftcli.tasks import settings
 from peftcli.tasks.causal_lm import CausalLM
 from peftcli.tasks.text.packing import join
 from peftcli.tasks.text.unpadded import ATTENTION, unpad
-from peftcli.train.loop import PreparedModel, StepResult, fit
+from peftcli.train.loop import Gradients, PreparedModel, StepResult, fit
 from peftcli.train.packing_check import refuse_contamination
 from peftcli.train.plan import MicroBatch, Plan
 from peftcli.train.report import Stepped
@@ -290,7 +290,7 @@ def test_packed_training_has_the_losses_of_unpacked_training(
         optimizer = torch.optim.AdamW(parameters, lr=1e-2)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
         prepared = PreparedModel(model, parameters, optimizer, schedule, LoraConfig(r=4))
-        return list(fit(prepared, TASK, view, plan, accelerator))
+        return list(fit(Gradients(prepared, TASK, view, plan, accelerator)))
 
     packed, unpacked = run(plan), run(Unpacked(plan))
     assert [step.loss for step in packed] == pytest.approx([step.loss for step in unpacked], rel=1e-5)

@@ -19,6 +19,7 @@ from peftcli.methods.lora import dora
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.fused import FUSED, Pair, adapted_linear, add_update, is_frozen, only_multiplies
 from peftcli.methods.lora.initialisations.initialise import initialise
+from peftcli.methods.lora.joined import Share, joined_linear
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _USUAL_R = 64
@@ -62,6 +63,10 @@ class LoraLayer(AdapterLayer):
         x = self.lora_dropout(x.to(self.lora_A.weight.dtype) if self.casts_input else x)
         z = self.update(x) if self.lora_magnitude_vector is None else dora.update(self, x, y)
         return y + z.to(y.dtype)
+
+    def drops(self) -> bool:
+        """Return whether dropout changes the input."""
+        return isinstance(self.lora_dropout, nn.Dropout) and self.lora_dropout.training
 
     def fused_pair(self) -> Pair | None:
         """Return A and B if ``add_update`` computes what this layer does."""
@@ -112,6 +117,20 @@ class LoraLinear(LoraLayer):
         parts: Any = self._modules
         a, b = parts["lora_A"], parts["lora_B"]
         return (a.weight, b.weight) if only_multiplies(a) and only_multiplies(b) and b.bias is None else None
+
+    def join_layers(self, x: torch.Tensor, layers: Sequence[tuple[AdapterLayer | None, int]]) -> torch.Tensor | None:
+        shares = list[Share]()
+        for layer, size in layers:
+            if layer is None:
+                shares.append((size, None, 0.0))
+                continue
+            if not isinstance(layer, LoraLinear) or not layer.enabled or layer.drops():
+                return None
+            pair = layer.fused_pair()
+            if pair is None or not is_frozen(layer.base_layer):
+                return None
+            shares.append((size, pair, layer.scaling))
+        return joined_linear(x, self.base_layer, shares)
 
     def delta(self) -> torch.Tensor:
         return self.view.as_stored(self.scaling * (self.lora_B.weight @ self.lora_A.weight))

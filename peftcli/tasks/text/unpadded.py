@@ -9,7 +9,7 @@ heads and losses notice nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from transformers.masking_utils import sdpa_mask
 from peftcli.core.config import AdapterConfig
 from peftcli.core.prompts.inputs import bound, position_tables, takes
 from peftcli.core.prompts.prefix import PrefixAttention
+from peftcli.errors import ModelError
 
 ATTENTION = "peftcli_unpadded"
 """The name with transformers of SDPA's attention that knows segments."""
@@ -60,6 +61,18 @@ class Layout(NamedTuple):
     rows: list[Row]
     places: torch.Tensor | None
     """Where the tokens of the rows stand among the N, row after row. None: in this order."""
+
+
+class Part(NamedTuple):
+    """A batch (B, T) as a row of the N tokens that are computed of it, or as part of such a row."""
+
+    inputs: dict[str, Any]
+    """The model's arguments, those by token (1, N)."""
+    layout: Layout
+    rows: int
+    """B"""
+    length: int
+    """T"""
 
 
 @dataclass(frozen=True)
@@ -129,27 +142,65 @@ class _Unpadded:
             shares: Whether a token depends on none behind it, so that what examples have in common is computed once.
         """
         self.module, self.forward, self.first, self.flash, self.shares = module, module.forward, first, flash, shares
+        self.instead: Callable[[dict[str, Any]], Any] | None = None
+        """What gives the output instead, unless it is None, while several models compute as one; see ``joined``."""
         self.prefix = next((each for each in module.modules() if isinstance(each, PrefixAttention)), None)
         update_wrapper(self, module.forward)  # its arguments are looked up
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = bound(self.forward, args, kwargs)
+        if self.instead is not None and (output := self.instead(inputs)) is not None:
+            return output
         kept = _kept(inputs)
         layout = None if kept is None else self._layout(inputs, kept)
         if kept is None or layout is None:
             return self.forward(*args, **kwargs)
+        part = self._part(inputs, kept, layout)
+        output = self.compute([part])
+        return self.spread(output, output.last_hidden_state[0], part)
+
+    def part(self, inputs: Mapping[str, Any]) -> Part:
+        """Return a batch as part of a row of several. It computes the same tokens as alone, padding included.
+
+        Raises:
+            ModelError: more is asked of the model than hidden states.
+        """
+        kept = _kept(inputs)
+        if kept is None:
+            raise ModelError("the model is asked for more than its hidden states, or its padding is unknown")
+        layout = self._layout(inputs, kept) or (_trimmed(kept) if self.flash else _whole(kept))
+        return self._part(dict(inputs), kept, layout)
+
+    def _part(self, inputs: dict[str, Any], kept: torch.Tensor, layout: Layout) -> Part:
         rows, length = kept.shape
         if inputs.get("position_ids") is None:
             inputs["position_ids"] = torch.arange(self.first, self.first + length, device=kept.device)[None]
         for name in _BY_TOKEN:
             if (value := inputs.get(name)) is not None:
                 inputs[name] = value.expand(rows, *value.shape[1:]).flatten(0, 1)[None, layout.computed]
-        inputs["attention_mask"] = None if self.flash else kept.new_ones(1, len(layout.computed))
+        return Part(inputs, layout, rows, length)
+
+    def compute(self, parts: Sequence[Part]) -> Any:
+        """Run the model's own forward over the tokens of several batches as one row."""
+        inputs, rows = dict(parts[0].inputs), [row for part in parts for row in part.layout.rows]
+        for name in _BY_TOKEN:
+            if inputs.get(name) is not None and len(parts) > 1:
+                inputs[name] = torch.cat([part.inputs[name] for part in parts], dim=1)
+        sizes = [len(part.layout.computed) for part in parts]
+        everything = torch.arange(sum(sizes), device=parts[0].layout.computed.device)
+        places = None
+        if any(part.layout.places is not None for part in parts):
+            own = zip(everything.split(sizes), parts, strict=True)
+            places = torch.cat([one if part.layout.places is None else one[part.layout.places] for one, part in own])
+        inputs["attention_mask"] = None if self.flash else torch.ones_like(everything, dtype=torch.bool)[None]
         if takes(self.module, "use_cache"):
             inputs["use_cache"] = False
-        with _set(_layout, layout):
-            output = self.forward(**inputs)
-        output.last_hidden_state = _spread(output.last_hidden_state[0], layout, rows, length)
+        with _set(_layout, Layout(everything, None, rows, places)):
+            return self.forward(**inputs)
+
+    def spread(self, output: Any, states: torch.Tensor, part: Part) -> Any:
+        """Return the model's output for a batch, of whose row it computed the hidden states (N, D)."""
+        output.last_hidden_state = _spread(states, part.layout, part.rows, part.length)
         if output.get("pooler_output") is not None:
             output.pooler_output = self.module.pooler(output.last_hidden_state)
         return output
@@ -163,7 +214,7 @@ class _Unpadded:
         if whole - saved > _WORTHWHILE * kept.numel() or any(count < prefix for _, count in shared[1:]):
             return None
         if not prefix and saved < (1 - _WORTHWHILE) * whole:
-            return Layout(kept.flatten().nonzero().squeeze(1), None, [Row(0, size) for size in sizes if size], None)
+            return _trimmed(kept)
         source, computed, rows, start = torch.full(kept.shape, whole - saved), kept.clone(), [], 0
         places: list[torch.Tensor] = []
         for at, (size, (parent, count)) in enumerate(zip(sizes, shared, strict=True)):
@@ -176,6 +227,18 @@ class _Unpadded:
                 places.append(source[at, :size])
         chosen = computed.flatten().nonzero().squeeze(1)
         return Layout(chosen, source.flatten().to(kept.device), rows, torch.cat(places).to(kept.device))
+
+
+def _trimmed(kept: torch.Tensor) -> Layout:
+    """The layout in which nothing is shared, and no padding is computed."""
+    rows = [Row(0, size) for size in kept.sum(1).tolist() if size]
+    return Layout(kept.flatten().nonzero().squeeze(1), None, rows, None)
+
+
+def _whole(kept: torch.Tensor) -> Layout:
+    """The layout in which all is computed as it is. No example sees padding, which stands in rows of its own."""
+    sizes = [size for row in kept for size in torch.unique_consecutive(row, return_counts=True)[1].tolist()]
+    return Layout(torch.arange(kept.numel(), device=kept.device), None, [Row(0, size) for size in sizes], None)
 
 
 def _spread(states: torch.Tensor, layout: Layout, rows: int, length: int) -> torch.Tensor:

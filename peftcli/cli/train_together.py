@@ -1,0 +1,93 @@
+"""``peftcli train A.yaml B.yaml --together``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftcli.cli import console
+from peftcli.cli.progress import Progress, summary
+from peftcli.errors import Interrupted, PeftcliError, UsageError
+
+if TYPE_CHECKING:
+    from peftcli.schema import Recipe
+    from peftcli.train.report import OnEvent
+
+
+def train_together(
+    words: Sequence[str], *, as_json: bool, quiet: bool, dry_run: bool, junit: Path | None, **options: Any
+) -> None:
+    """Train several recipes at once, and print what became of each.
+
+    Args:
+        words: The recipes, and settings to override in all of them.
+        as_json: Whether to print the run.json of each instead of summaries.
+        quiet: Whether to show warnings only.
+        dry_run: Whether to show what would train, and stop.
+        junit: Refused: a report is one run's.
+        options: How to start, as ``start_together`` takes it.
+
+    Raises:
+        PeftcliError: the recipes cannot be trained together, or the first that failed.
+    """
+    from peftcli.recipe import load_recipe
+
+    if junit is not None:
+        raise UsageError("is for one recipe", key="--junit")
+    overrides = [word for word in words if "=" in word]
+    names = list(dict.fromkeys(word for word in words if "=" not in word))
+    recipes = {name: load_recipe(Path(name), overrides) for name in names}
+    if dry_run:
+        from peftcli.train.preview import preview
+
+        console.print_json({"runs": [preview(recipe) for recipe in recipes.values()]})
+        return
+
+    from peftcli.train.runs.folder import RunFolder
+    from peftcli.train.start import note_resumable
+
+    for recipe in recipes.values():
+        note_resumable(RunFolder(Path(recipe.training.output_dir)))
+
+    from peftcli.train.together import start_together  # torch loads here
+
+    with ExitStack() as stack:
+        shown = {
+            name: stack.enter_context(Progress(quiet=quiet, label=label))
+            for name, label in zip(names, _labels(names), strict=True)
+        }
+        on_event: dict[str, OnEvent] = {name: progress.show for name, progress in shown.items()}
+        outcomes = start_together(recipes, on_event.__getitem__, **options)
+    errors = [outcome for outcome in outcomes.values() if isinstance(outcome, PeftcliError)]
+    runs = [outcome for outcome in outcomes.values() if not isinstance(outcome, PeftcliError)]
+    _print_runs(recipes, shown, outcomes, as_json=as_json and not errors)
+    for error in errors[1:]:
+        console.log(f"error: {error}")
+    if errors:
+        raise min(errors, key=lambda error: isinstance(error, Interrupted))
+
+    from peftcli.train.finish import raise_failed_gates
+
+    raise_failed_gates([gate for run in runs for gate in run["gates"]])
+
+
+def _print_runs(
+    recipes: dict[str, Recipe], shown: dict[str, Progress], outcomes: dict[str, Any], *, as_json: bool
+) -> None:
+    complete = {name: run for name, run in outcomes.items() if not isinstance(run, PeftcliError)}
+    for name in complete:
+        if not shown[name].trained:
+            console.log(f"{recipes[name].training.output_dir} is complete already; nothing was done")
+    if as_json:
+        console.print_json({"runs": list(complete.values())})
+        return
+    for name, run in complete.items():
+        console.out(f"{name}: {summary(run)}")
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """What lines of progress begin with: the names of the recipes' files, or where some are equal, all of the path."""
+    stems = [Path(name).stem for name in names]
+    return stems if len(set(stems)) == len(stems) else list(names)

@@ -1,0 +1,185 @@
+"""Models over one base that compute what stands below their heads as one row of tokens, without padding.
+
+Each model is called as ever. What it wants computed below its head stops the call (``_Wanted``); once the calls of all
+models have come there, they are computed together, and made again from the beginning, with the result at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from peftcli.core.config import AdapterConfig
+from peftcli.core.inject import disabled
+from peftcli.core.joined import Guest, Joined, Randomness
+from peftcli.core.weights import named_tensors
+from peftcli.errors import AdapterError, ModelError
+from peftcli.tasks.text.reference import evaluating
+from peftcli.tasks.text.unpadded import is_unpadded, unpad
+
+T = TypeVar("T")
+
+_EXACT, _ROUNDED = 0.01, 0.5
+"""How far hidden states in a joined row may be off, in float32 and in less, relative to what the adapter does."""
+_NOISE = 0.05
+"""Deviation of what is added to an adapter's weights while it is tried, since a new one does nothing."""
+
+
+class _Wanted(BaseException):  # which nobody on the way takes for an error
+    def __init__(self, inputs: dict[str, Any]):
+        self.inputs = inputs
+
+
+@dataclass(eq=False)
+class JoinedModel:
+    """One of the models."""
+
+    model: Any
+    """With one adapter, and its own head."""
+    guest: Guest
+    found: list[tuple[Any, Any]] = field(default_factory=list)
+    """What was computed of the call at hand: an output below the head, and the random state after it."""
+    used: int = 0
+    """How many of them the call has taken again."""
+
+    @property
+    def unpadded(self) -> Any:
+        """The forward below the head."""
+        return self.model.get_decoder().forward
+
+    def answer(self, inputs: dict[str, Any]) -> Any:
+        """Return what was computed, or stop the call."""
+        if self.used == len(self.found):
+            raise _Wanted(inputs)
+        output, random = self.found[self.used]
+        self.used += 1
+        self.guest.random.set(random)
+        return output
+
+
+class JoinedModels:
+    """Models over one base."""
+
+    def __init__(self, base: Any):
+        """Take the base model, on its device, for the joined rows.
+
+        Raises:
+            ModelError: it cannot compute rows of several models.
+        """
+        if not unpad(base.train()):
+            name, attention = type(base).__name__, getattr(base.config, "_attn_implementation", "no known")
+            raise ModelError(
+                f"{name} with {attention} attention on {base.device.type} does not compute batches without padding",
+                key="base_model",
+            )
+        self.inner = base.get_decoder()
+        self.joined = Joined(self.inner)
+        self._refuse_dropout()
+
+    def _refuse_dropout(self) -> None:
+        before = torch.get_rng_state()
+        with torch.no_grad(), torch.random.fork_rng():
+            self.inner(**self._probe())
+            if not torch.equal(torch.get_rng_state(), before):
+                raise ModelError(
+                    f"{type(self.inner).__name__} draws random numbers in training, those of all adapters",
+                    key="base_model",
+                    hint="a base model without dropout of its own can train several adapters at once",
+                )
+
+    def _probe(self) -> dict[str, torch.Tensor]:
+        """Rows of unequal length."""
+        size = self.inner.config.get_text_config().vocab_size
+        ids = torch.randint(size, (2, 12), generator=torch.Generator().manual_seed(0)).to(self.inner.device)
+        return {
+            "input_ids": ids,
+            "attention_mask": (torch.arange(12) < torch.tensor([[7], [12]])).long().to(ids.device),
+        }
+
+    def add(self, model: Any, config: AdapterConfig, random: Randomness) -> JoinedModel:
+        """Let a model over the base's weights take part, which draws random numbers of its own.
+
+        Raises:
+            AdapterError: its adapter cannot.
+        """
+        problem = config.packing_problem()
+        if problem is None and not is_unpadded(model):
+            problem = "needs padding"
+        try:
+            if problem is None:
+                added = JoinedModel(model, self.joined.guest(model.get_decoder(), random))
+                problem = None if self._agrees(added) else "gives other outputs there"
+        except AdapterError as error:
+            problem = error.message
+        if problem is not None:
+            raise AdapterError(f"cannot be trained beside others: the adapter {problem}", key="method")
+        return added
+
+    @torch.no_grad()
+    def _agrees(self, added: JoinedModel) -> bool:
+        """Whether an adapter computes the same behind others' tokens as alone, with noise in its weights."""
+        model, inner, inputs = added.model, added.model.get_decoder(), self._probe()
+        kept, exact = inputs["attention_mask"].bool(), inner.dtype == torch.float32
+        exact &= not torch.is_autocast_enabled(inner.device.type)
+        tensors = {parameter: parameter.clone() for _, _, parameter in named_tensors(model).values()}
+        devices = [inner.device] if inner.device.type == "cuda" else []
+        with evaluating(model), evaluating(self.inner), torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            for parameter in tensors:
+                parameter.add_(_NOISE * torch.randn_like(parameter))
+            alone = inner(**inputs).last_hidden_state[kept].float()
+            with disabled(model):
+                base = inner(**inputs).last_hidden_state[kept].float()
+            _, output = self._compute([(None, inputs), (added, inputs)])
+            for parameter, before in tensors.items():
+                parameter.copy_(before)
+        off, change = ((each - alone).square().mean().sqrt() for each in (output.last_hidden_state[kept].float(), base))
+        return bool(off <= (_EXACT if exact else _ROUNDED) * change + 1e-4 * alone.std())
+
+    def call(self, calls: Sequence[tuple[JoinedModel, Callable[[], T]]]) -> list[T]:
+        """Return what each function returns, which calls its model. Each draws random numbers of its own."""
+        results, begun = dict[JoinedModel, T](), {joined: joined.guest.random.state for joined, _ in calls}
+        while len(results) < len(calls):
+            wanted = list[tuple[JoinedModel, dict[str, Any]]]()
+            for joined, function in calls:
+                if joined in results:
+                    continue
+                joined.used, joined.guest.random.state = 0, begun[joined]
+                try:
+                    with joined.guest.random(), _meeting(joined):
+                        results[joined] = function()
+                except _Wanted as stopped:
+                    wanted.append((joined, stopped.inputs))
+            if wanted:
+                for (joined, _), output in zip(wanted, self._compute(wanted), strict=True):
+                    joined.found.append((output, joined.guest.random.state))
+        for joined, _ in calls:
+            joined.found.clear()
+        return [results[joined] for joined, _ in calls]
+
+    def _compute(self, calls: Sequence[tuple[JoinedModel | None, Mapping[str, Any]]]) -> list[Any]:
+        """Compute the models' parts below the head for their inputs; None is the base model."""
+        forwards = [self.inner.forward if joined is None else joined.unpadded for joined, _ in calls]
+        parts = [forward.part(inputs) for forward, (_, inputs) in zip(forwards, calls, strict=True)]
+        sizes = [len(part.layout.computed) for part in parts]
+        guests = [None if joined is None else joined.guest for joined, _ in calls]
+        with self.joined.of(list(zip(guests, sizes, strict=True))):
+            output = self.inner.forward.compute(parts)
+        states = output.last_hidden_state[0].split(sizes)
+        each = zip(forwards, states, parts, strict=True)
+        return [forward.spread(type(output)(**output), own, part) for forward, own, part in each]
+
+
+@contextmanager
+def _meeting(joined: JoinedModel) -> Iterator[None]:
+    """Inside, the model's training forward gives what was computed together, or stops."""
+    inner, forward = joined.model.get_decoder(), joined.unpadded
+    forward.instead = lambda inputs: joined.answer(inputs) if inner.training else None
+    try:
+        yield
+    finally:
+        forward.instead = None

@@ -1,0 +1,309 @@
+"""Several runs in one process over one copy of their base model.
+
+The runs take turns, a step each. The first one to need gradients gets those of all computed, in joined rows
+(``tasks.text.joined``); in all else, each does as if it were alone, with random numbers of its own.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from peftcli.core.config import AdapterConfig
+from peftcli.core.joined import Randomness, sharing_copy
+from peftcli.errors import AdapterError, Interrupted, PeftcliError, UsageError
+from peftcli.models.open import LoadedModel
+from peftcli.recipe import seconds
+from peftcli.recipe.rates import with_rate
+from peftcli.schema import Recipe
+from peftcli.system.outputs import expand_user
+from peftcli.system.signals import STARTED, Stop, handle_signals
+from peftcli.tasks.base import Task
+from peftcli.tasks.text.joined import JoinedModel, JoinedModels
+from peftcli.train import fresh_process, launch
+from peftcli.train.data import with_task
+from peftcli.train.loop import Gradients
+from peftcli.train.report import OnEvent, Warned
+from peftcli.train.run import Alone, steps_of
+from peftcli.train.runs.checkpoint import State
+from peftcli.train.runs.folder import RunFolder
+from peftcli.train.runs.resume import Run, StartOptions
+from peftcli.train.setup import load_base, start_accelerator, uses_bf16
+from peftcli.train.training_loop import RunData
+
+Outcome = dict[str, Any] | PeftcliError
+"""The content of a complete run's run.json, or why the run ended earlier."""
+
+
+def train_together(
+    recipes: Mapping[str, Recipe],
+    *,
+    resume: str = "auto",
+    allow_change: Sequence[str] = (),
+    overwrite: bool = False,
+    on_event: Callable[[str], OnEvent] = lambda name: lambda event: None,
+) -> dict[str, Outcome]:
+    """Train what several recipes describe, as ``peftcli.train.run.train`` does for one.
+
+    If one run cannot start, none does. A run that fails later, as one that diverges, ends alone.
+
+    Args:
+        recipes: By the names that errors give them.
+        resume: ``auto``, ``must`` or ``never``, for each.
+        allow_change: As in ``train``, for each.
+        overwrite: The same.
+        on_event: Returns what receives the events of the run of that name.
+
+    Returns:
+        How each run ended.
+
+    Raises:
+        PeftcliError: they cannot be trained together, or one of them cannot start.
+    """
+    tells = {name: on_event(name) for name in recipes}
+    found = {name: _complete(recipe, tells[name]) for name, recipe in recipes.items()}
+    refuse_unlike(found)
+    first, options = next(iter(found.values())), StartOptions(resume, tuple(allow_change), overwrite)
+    save_on = signal.Signals[first.training.save_on_signal] if first.training.save_on_signal else None
+    with handle_signals("stopped before the first step", save_on) as stop:
+        accelerator = start_accelerator(first)
+        group = Group(accelerator)
+        for name, recipe in found.items():
+            own = Stop(message=stop.message)
+            if recipe.training.max_time is not None:
+                own.deadline = STARTED + seconds(recipe.training.max_time)
+            stop.followers.append(own)
+            group.add(Member(name, group), partial(steps_of, recipe, options, accelerator, own, tells[name]))
+        group.start()
+        stop.at_once = False
+        group.train()
+    return {member.name: member.outcome for member in group.members if member.outcome is not None}
+
+
+def start_together(
+    recipes: Mapping[str, Recipe], on_event: Callable[[str], OnEvent], *, resume: str = "auto", **options: Any
+) -> dict[str, Outcome]:
+    """Train what several recipes describe, as ``train_together`` does, and verify what came of each.
+
+    Raises:
+        UsageError: that is not for one process, or not for several recipes.
+    """
+    if resume not in ("auto", "must", "never"):
+        raise UsageError("names a checkpoint of one run; --together takes auto, must or never", key="--resume")
+    for name, recipe in recipes.items():
+        if launch.is_launched() or recipe.launch.num_machines > 1 or launch.process_count(recipe.launch) > 1:
+            hint = "launch: {num_processes: 1}"
+            raise UsageError("--together trains in one process", file=name, key="launch.num_processes", hint=hint)
+    outcomes = train_together(recipes, resume=resume, on_event=on_event, **options)
+    fresh_process.free_memory()
+    for name, outcome in outcomes.items():
+        if recipes[name].training.verify and not isinstance(outcome, PeftcliError):
+            try:
+                fresh_process.verify_run(RunFolder(Path(recipes[name].training.output_dir)).path, on_event(name))
+            except AdapterError as error:
+                outcomes[name] = error
+    return outcomes
+
+
+def _complete(recipe: Recipe, tell: OnEvent) -> Recipe:
+    """The recipe with its task and its learning rate."""
+    return with_rate(with_task(recipe, lambda text: tell(Warned(text))))
+
+
+_SHARED: dict[str, Callable[[Recipe], Any]] = {
+    "base_model": lambda recipe: recipe.base_model,
+    "task": lambda recipe: (recipe.task or {})["type"],
+    "training.bf16": uses_bf16,
+    "training.save_on_signal": lambda recipe: recipe.training.save_on_signal,
+}
+
+
+def refuse_unlike(recipes: Mapping[str, Recipe]) -> None:
+    """Check what recipes that are trained together must share, and must not.
+
+    Raises:
+        UsageError: names the recipe and the setting.
+    """
+    names = list(recipes)
+    folders = dict[Path, str]()
+    for name, recipe in recipes.items():
+        for key, value in _SHARED.items():
+            if value(recipe) != value(recipes[names[0]]):
+                raise UsageError(f"is not that of {names[0]}, so they cannot be trained together", file=name, key=key)
+        if recipe.training.gradient_checkpointing:
+            key = "training.gradient_checkpointing"
+            raise UsageError("does not work for recipes that are trained together", file=name, key=key)
+        folder = expand_user(Path(recipe.training.output_dir)).resolve()
+        if folder in folders:
+            raise UsageError(f"is also that of {folders[folder]}", file=name, key="training.output_dir")
+        folders[folder] = name
+
+
+class Group:
+    """The runs, and what they share."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.members: list[Member] = []
+        self._loaded: tuple[LoadedModel, dict[str, Any]] | None = None
+        self._models: JoinedModels | None = None
+
+    def add(self, member: Member, steps: Callable[[Alone], Any]) -> None:
+        """Add a run, whose steps ``steps`` gives."""
+        member.steps = steps(member)
+        self.members.append(member)
+
+    def start(self) -> None:
+        """Let each run build its model, then begin.
+
+        Raises:
+            PeftcliError: one of them cannot; the others are ended.
+        """
+        for _ in range(2):
+            for member in self.members:
+                if member.outcome is None:
+                    member.take_turn()
+                if isinstance(member.outcome, PeftcliError):
+                    for other in self.members:
+                        other.end(Interrupted(f"not started, since {member.name} cannot be", exit_code=143))
+                    raise member.outcome
+
+    def train(self) -> None:
+        """Let the runs take turns until all have ended."""
+        while running := [member for member in self.members if member.outcome is None]:
+            for member in running:
+                member.take_turn()
+
+    def load(self, recipe: Recipe, task: Task[Any]) -> LoadedModel:
+        """Return a base model over the weights that all share."""
+        options = task.model_options()
+        if self._loaded is None:
+            self._loaded = load_base(recipe, task), options
+        loaded, first_options = self._loaded
+        if not loaded.initialised and options == first_options:
+            return replace(loaded, model=sharing_copy(loaded.model))
+        own = load_base(recipe, task)  # a new head, drawn by the recipe's seed
+        known = dict(loaded.model.named_parameters(remove_duplicate=False))
+        for name, module in own.model.named_modules():
+            for leaf, value in module._parameters.items():
+                same = known.get(f"{name}.{leaf}".lstrip("."))
+                if value is not None and same is not None and torch.equal(value.to(same.device), same):
+                    module._parameters[leaf] = same
+        return own
+
+    def join(self, model: nn.Module, config: AdapterConfig, random: Randomness) -> JoinedModel:
+        """Take a run's model for the joined rows.
+
+        Raises:
+            ModelError: the base model cannot compute joined rows.
+            AdapterError: the adapter cannot.
+        """
+        assert self._loaded is not None
+        with self.accelerator.autocast():
+            if self._models is None:
+                base = sharing_copy(self._loaded[0].model).to(self.accelerator.device)
+                self._models = JoinedModels(base)
+            return self._models.add(model, config, random)
+
+    def compute(self) -> None:
+        """Compute the gradients of the next step of all runs.
+
+        In each round one micro-batch of each run goes through the base model, as long as the run has any.
+        """
+        assert self._models is not None
+        running = [member.gradients for member in self.members if member.outcome is None and member.gradients]
+        shares = [each.begin_step() for each in running]
+        for number in range(max(len(parts) for parts, _ in shares)):
+            turn = [(each, *share) for each, share in zip(running, shares, strict=True) if number < len(share[0])]
+            losses = self._models.call([(each.joined, partial(each.loss, next(each.ahead))) for each, *_ in turn])
+            added = list[torch.Tensor]()
+            for (each, parts, num_targets), loss in zip(turn, losses, strict=True):
+                added.append(loss * (1 / num_targets))
+                each.total += loss.detach()
+                with each.joined.guest.random():
+                    penalty = each.penalty() if number + 1 == len(parts) else None
+                added += [] if penalty is None else [penalty]
+            self.accelerator.backward(sum(added))
+
+
+class Member(Alone):
+    """One of the runs."""
+
+    steps: Any
+    """Of ``steps_of``."""
+
+    def __init__(self, name: str, group: Group):
+        self.name, self.group = name, group
+        self.random = Randomness(group.accelerator.device)
+        self.outcome: Outcome | None = None
+        self.gradients: JoinedGradients | None = None
+        self._joined: JoinedModel | None = None
+
+    def load(self, recipe: Recipe, task: Task[Any]) -> LoadedModel:
+        return self.group.load(recipe, task)
+
+    def check(self, model: nn.Module, config: AdapterConfig) -> None:
+        self._joined = self.group.join(model, config, self.random)
+
+    def gradients_of(self, run: Run, data: RunData, state: State) -> Gradients:
+        assert self._joined is not None
+        view, start = data.examples.train, state.progress.step
+        self.gradients = JoinedGradients(state.prepared, data.task, view, data.plan, run.accelerator, start)
+        self.gradients.group, self.gradients.joined = self.group, self._joined
+        return self.gradients
+
+    def take_turn(self) -> None:
+        """Train until the next pause."""
+        try:
+            with self.random():
+                next(self.steps)
+        except StopIteration as end:
+            self.outcome = end.value
+        except PeftcliError as error:
+            error.file = error.file or self.name
+            self.outcome = error
+
+    def end(self, error: PeftcliError) -> None:
+        """End the run with an error, unless it has ended."""
+        if self.outcome is None:
+            try:
+                self.steps.throw(error)
+            except PeftcliError as ended:
+                self.outcome = ended
+
+
+class JoinedGradients(Gradients):
+    """Gradients that are computed for all runs at once."""
+
+    group: Group
+    joined: JoinedModel
+    total: torch.Tensor
+    ready = False
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        *_, self.next_step = args
+
+    def begin_step(self) -> tuple[list[Any], int]:
+        """Begin the next step: return its micro-batches, and its number of targets."""
+        step, self.next_step = self.next_step, self.next_step + 1
+        self.prepared.model.train()
+        self.total, self.ready = self.zero(), True
+        return self.micro_batches(step), int(self.examples.targets[self.plan.global_batch(step)].sum())
+
+    def of(self, step: int, num_targets: int) -> torch.Tensor:
+        if not self.ready:
+            random = self.joined.guest.random
+            random.state = random.now()  # it is this run's turn
+            self.group.compute()
+            random.set(random.state)
+        self.ready = False
+        return self.total

@@ -1,0 +1,121 @@
+"""What adapters of several models compute in one row of tokens is what each computes alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models_tiny import ids, tiny
+from promises import config_of
+from torch import nn
+
+from peftcli.core.inject import inject
+from peftcli.core.joined import Randomness, sharing_copy
+from peftcli.core.weights import named_tensors
+from peftcli.errors import AdapterError, ModelError
+from peftcli.methods import METHODS
+from peftcli.methods.lora.config import LoraConfig
+from peftcli.tasks.text.joined import JoinedModels
+from peftcli.tasks.text.unpadded import unpad
+
+pytestmark = pytest.mark.slow
+
+REFUSED = {
+    "adaption_prompt": "changes more than the outputs of layers",
+    "cartridge": "changes more than the outputs of layers",
+    "cpt": "changes more than the outputs of layers",
+    "lily": "mean over all tokens",
+    "multitask_prompt_tuning": "changes more than the outputs of layers",
+    "p_tuning": "changes more than the outputs of layers",
+    "prefix_tuning": "changes more than the outputs of layers",
+    "prompt_tuning": "changes more than the outputs of layers",
+    "xlora": "needs padding",
+    "alora": "only once per row",
+}
+"""What does not compute beside others, and why."""
+VARIANTS = {
+    "dora": {"use_dora": True},
+    "biases": {"bias": "all", "lora_bias": True, "target_modules": ["c_attn", "c_fc"]},
+    "ends": {"target_modules": ["embed_tokens", "lm_head", "v_proj"], "init_lora_weights": False},
+    "saved": {"modules_to_save": ["lm_head", "norm"]},
+    "rows": {"trainable_token_indices": [5, 7]},
+    "pissa": {"init_lora_weights": "pissa"},
+    "kasa": {"kasa_config": {}},
+    "monteclora": {"monteclora_config": {}},
+    "alora": {"alora_invocation_tokens": [5, 6]},
+}
+"""Of LoRA."""
+
+
+def labelled(lengths: tuple[int, ...], seed: int) -> dict[str, torch.Tensor]:
+    """Rows of unequal lengths, padded on the right."""
+    found = ids(len(lengths), max(lengths), seed=seed)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": found, "attention_mask": mask, "labels": found.masked_fill(mask == 0, -100)}
+
+
+def with_adapter(base: nn.Module, config: Any, seed: int) -> Any:
+    model = sharing_copy(base)
+    torch.manual_seed(seed)
+    inject(model, config)
+    unpad(model, config)
+    with torch.no_grad():
+        for _, _, parameter in named_tensors(model).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.train()
+
+
+def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    tensors = {name: parameter for name, (_, _, parameter) in named_tensors(model).items()}
+    found = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True, retain_graph=True)
+    return {name: gradient for name, gradient in zip(tensors, found, strict=True) if gradient is not None}
+
+
+def config_of_case(case: str) -> Any:
+    settings = {"r": 4, "target_modules": ["q_proj", "down_proj"], **VARIANTS.get(case, {})}
+    return LoraConfig(task_type="CAUSAL_LM", **settings) if case in VARIANTS else config_of(case, "llama")
+
+
+@pytest.mark.parametrize("method", [*METHODS, *VARIANTS])
+def test_a_method_computes_beside_lora_what_it_computes_alone_or_is_refused(method: str) -> None:
+    base = tiny("gpt2" if method == "biases" else "llama")
+    configs = [config_of_case(method), LoraConfig(r=3, target_modules="all-linear", lora_dropout=0.3)]
+    models = [with_adapter(base, config, seed) for seed, config in enumerate(configs)]
+    joined, members, batches = JoinedModels(sharing_copy(base)), [], [labelled((9, 4), 1), labelled((3, 7, 12), 2)]
+    for seed, (model, config) in enumerate(zip(models, configs, strict=True)):
+        torch.manual_seed(seed)
+        random = Randomness(torch.device("cpu"))
+        if method in REFUSED:
+            with pytest.raises(AdapterError, match=REFUSED[method]):
+                joined.add(model, config, random)
+            return
+        members.append(joined.add(model, config, random))
+    calls = [
+        (each, lambda m=model, b=batch: m(**b).loss)
+        for each, model, batch in zip(members, models, batches, strict=True)
+    ]
+    losses = joined.call(calls)
+    for seed, (model, batch, loss) in enumerate(zip(models, batches, losses, strict=True)):
+        torch.manual_seed(seed)
+        alone = model(**batch).loss
+        torch.testing.assert_close(loss, alone, rtol=1e-5, atol=1e-6)
+        expected, found = gradients(model, alone), gradients(model, loss)
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max().clamp(min=1e-4), name
+
+
+def test_a_base_that_drops_out_is_refused() -> None:
+    model = tiny("llama")
+    model.config.attention_dropout = 0.1
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.1
+    with pytest.raises(ModelError, match="draws random numbers"):
+        JoinedModels(model)
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"T5ForConditionalGeneration .* does not compute batches without padding"):
+        JoinedModels(tiny("t5"))

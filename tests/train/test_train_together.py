@@ -1,0 +1,94 @@
+"""Recipes that train together end as each does alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import trainkit
+from trainkit import MESSAGES, read_metrics, read_run, reset_accelerate
+
+from peftcli.cli.app import main
+from peftcli.recipe import load_recipe, to_yaml
+from peftcli.train.report import Event, Stepped
+from peftcli.train.together import Outcome, train_together
+
+EVALUATES = (
+    "training.eval_strategy=steps",
+    "training.eval_steps=2",
+    "training.eval_on_start=true",
+    "training.load_best_model_at_end=true",
+)
+DIFFERENT = {
+    "a": ("method.lora_dropout=0.2", "training.seed=7", *EVALUATES),
+    "b": (
+        "method.r=8",
+        "method.target_modules=[q_proj, down_proj, embed_tokens]",
+        "training.learning_rate=1e-3",
+        "training.max_steps=-1",
+        "training.num_train_epochs=2",
+        "training.per_device_train_batch_size=3",
+        "training.gradient_accumulation_steps=2",
+        "training.save_strategy=steps",
+        "training.save_steps=2",
+    ),
+}
+
+
+def write_recipes(folder: Path, settings: dict[str, Sequence[str]], base: Path | None = None) -> list[Path]:
+    """A recipe for each name, the rows of each from another place on."""
+    paths = []
+    for at, (name, overrides) in enumerate(settings.items()):
+        written = trainkit.write_recipe(folder / name, base, [*MESSAGES[at:], *MESSAGES[:at]])
+        paths.append(folder / f"{name}.yaml")
+        paths[-1].write_text(to_yaml(load_recipe(written, overrides)))
+    return paths
+
+
+def together(paths: Sequence[Path], on_event: Callable[[Event], None] = lambda event: None) -> list[Outcome]:
+    """Train recipes together; ``on_event`` gets what happens to the first."""
+    reset_accelerate()
+    recipes = {str(path): load_recipe(path) for path in paths}
+    first = str(paths[0])
+    outcomes = train_together(recipes, on_event=lambda name: on_event if name == first else lambda event: None)
+    return list(outcomes.values())
+
+
+def assert_as_alone(folder: Path, settings: dict[str, Sequence[str]], base: Path | None = None) -> None:
+    """The adapters, losses and metrics in ``folder`` are those of runs alone."""
+    for name, path in zip(settings, write_recipes(folder / "alone", settings, base), strict=True):
+        alone, out = trainkit.run_recipe(path), folder / name / "out"
+        expected, found = (
+            safetensors.torch.load(alone.weights),
+            safetensors.torch.load_file(out / "adapter_model.safetensors"),
+        )
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=0, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        assert read_run(out)["status"] == "complete"
+        for line, other in zip(read_metrics(out), alone.metrics, strict=True):
+            assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+def test_recipes_end_together_as_alone_also_after_a_stop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(event: Event) -> None:
+        if isinstance(event, Stepped) and event.result.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    paths = write_recipes(tmp_path, DIFFERENT)
+    assert [error.exit_code for error in together(paths, stop)] == [75, 75]
+    assert read_run(tmp_path / "b/out")["status"] == "interrupted"
+    reset_accelerate()
+    assert main(["train", *map(str, paths), "--together", "--json"]) == 0
+    captured = capsys.readouterr()
+    runs = json.loads(captured.out)["runs"]
+    assert [run["attempts"][-1]["from_step"] for run in runs] == [3, 3]
+    assert runs == [read_run(tmp_path / name / "out") for name in DIFFERENT]
+    assert "[b] step 4/4" in captured.err
+    assert_as_alone(tmp_path, DIFFERENT)
