@@ -68,7 +68,7 @@ class Gradients:
     ):
         """Begin before step ``start``, counted from 0."""
         self.prepared, self.task, self.examples, self.plan = prepared, task, examples, plan
-        self.accelerator = accelerator
+        self.accelerator, self.start = accelerator, start
         self._joins = plan.packs and not is_unpadded(accelerator.unwrap_model(prepared.model))
         steps = range(start, plan.total_steps)
         mine = ((step, rows) for step in steps for rows in self.micro_batches(step) if rows)

@@ -185,10 +185,11 @@ class Group:
     def load(self, recipe: Recipe, task: Task[Any]) -> LoadedModel:
         """Return a base model over the weights that all share."""
         options = task.model_options()
+        is_first = self._loaded is None
         if self._loaded is None:
             self._loaded = load_base(recipe, task), options
         loaded, first_options = self._loaded
-        if not loaded.initialised and options == first_options:
+        if is_first or (not loaded.initialised and options == first_options):
             return replace(loaded, model=sharing_copy(loaded.model))
         own = load_base(recipe, task)  # a new head, drawn by the recipe's seed
         known = dict(loaded.model.named_parameters(remove_duplicate=False))
@@ -218,8 +219,19 @@ class Group:
 
         In each round one micro-batch of each run goes through the base model, as long as the run has any.
         """
+        live = [member.gradients for member in self.members if member.outcome is None and member.gradients]
+        running = [each for each in live if each.next_step < each.plan.total_steps]
+        try:
+            self._backward(running)
+        except Exception as error:
+            for each in running:
+                each.failure = error
+            raise
+        for each in running:
+            each.ready = True
+
+    def _backward(self, running: Sequence[JoinedGradients]) -> None:
         assert self._models is not None
-        running = [member.gradients for member in self.members if member.outcome is None and member.gradients]
         shares = [each.begin_step() for each in running]
         for number in range(max(len(parts) for parts, _ in shares)):
             turn = [(each, *share) for each, share in zip(running, shares, strict=True) if number < len(share[0])]
@@ -256,8 +268,8 @@ class Member(Alone):
     def gradients_of(self, run: Run, data: RunData, state: State) -> Gradients:
         assert self._joined is not None
         view, start = data.examples.train, state.progress.step
-        self.gradients = JoinedGradients(state.prepared, data.task, view, data.plan, run.accelerator, start)
-        self.gradients.group, self.gradients.joined = self.group, self._joined
+        own = state.prepared, data.task, view, data.plan, run.accelerator, start
+        self.gradients = JoinedGradients(self.group, self._joined, *own)
         return self.gradients
 
     def take_turn(self) -> None:
@@ -283,23 +295,25 @@ class Member(Alone):
 class JoinedGradients(Gradients):
     """Gradients that are computed for all runs at once."""
 
-    group: Group
-    joined: JoinedModel
-    total: torch.Tensor
     ready = False
+    """Whether those of a step have been computed before the run came to it; ``total`` is then its loss."""
+    failure: Exception | None = None
+    """Why they could not be, of any run: what the runs computed is then of no step."""
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        *_, self.next_step = args
+    def __init__(self, group: Group, joined: JoinedModel, *own: Any):
+        super().__init__(*own)
+        self.group, self.joined, self.total, self.next_step = group, joined, self.zero(), self.start
 
     def begin_step(self) -> tuple[list[Any], int]:
         """Begin the next step: return its micro-batches, and its number of targets."""
         step, self.next_step = self.next_step, self.next_step + 1
         self.prepared.model.train()
-        self.total, self.ready = self.zero(), True
+        self.total = self.zero()
         return self.micro_batches(step), int(self.examples.targets[self.plan.global_batch(step)].sum())
 
     def of(self, step: int, num_targets: int) -> torch.Tensor:
+        if self.failure is not None:
+            raise self.failure
         if not self.ready:
             random = self.joined.guest.random
             random.state = random.now()  # it is this run's turn
