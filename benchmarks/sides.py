@@ -154,7 +154,12 @@ def peftcli(
             "base_model": {"name": MODEL},
             "task": "causal_lm",
             "method": {"type": method, **METHODS[method]},
-            "dataset": {"train": f"{folder}/train.jsonl", "max_length": max_length, "packing": packing},
+            "dataset": {
+                "train": f"{folder}/train.jsonl",
+                "max_length": max_length,
+                "packing": packing,
+                "allow": ["answers_cut"],  # rows of equal length are cut
+            },
             "training": training,
         }
         Path(folder, "recipe.yaml").write_text(json.dumps(recipe))  # which is YAML, too
