@@ -107,14 +107,20 @@ def main() -> None:
     def median(values: Any) -> float:
         return statistics.median(values)
 
+    gates = dict[str, float]()
     print("| | together | one after another | ratio |\n|---|---|---|---|")
     for name, key in (("CPU s a step of all four", "step"), ("CPU s to the end of the first step", "start")):
         ours, theirs = median(each[key] for each in together), median(sum(one[key] for one in each) for each in alone)
         print(f"| {name} | {ours:.2f} | {theirs:.2f} | {theirs / ours:.2f} |")
+        if key == "step":
+            gates["several adapters together against one after another, speed"] = round(theirs / ours, 3)
     peak = median(each["peak"] for each in together)
     for name, of in (("four processes side by side", sum), ("the largest process", max)):
         theirs = median(of(one["peak"] for one in each) for each in alone)
         print(f"| peak RSS, MiB, against {name} | {peak:.0f} | {theirs:.0f} | {theirs / peak:.2f} |")
+        if of is sum:
+            gates["several adapters together against one after another, memory"] = round(theirs / peak, 3)
+    print(json.dumps(gates))
 
 
 if __name__ == "__main__":
