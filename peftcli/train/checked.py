@@ -1,6 +1,6 @@
 """The outcome of a deep check without errors, kept under a hash of all that it was found from. Needs no torch.
 
-A deep check opens the tokenizer and builds the model without weights, which takes seconds of imports. Its outcome is a
+A deep check encodes the rows and builds the model without weights, which takes seconds of imports. Its outcome is a
 function of the recipe, the small files of the base model, the content of the data, the code and the installed packages,
 and of the day where a chat template writes the date. So it is found once for the same of these.
 """

@@ -351,10 +351,10 @@ def attend(
     settings["is_causal"] = attention_mask.causal
     rows, places, masks = attention_mask.rows, attention_mask.places, attention_mask.masks
     given = [each if places is None else each.index_select(2, places) for each in (query, key, value)]
-    parts = zip(*(each.split([row.size for row in rows], dim=2) for each in given), strict=True)
+    queries, keys, values = (each.split([row.size for row in rows], dim=2) for each in given)
     attended = []
-    for row, mask, each in zip(rows, masks, parts, strict=True):
-        found = _attend(module, *each, mask if mask is None else mask[None, None], **settings)
+    for row, mask, q, k, v in zip(rows, masks, queries, keys, values, strict=True):
+        found = _attend(module, q, k, v, mask if mask is None else mask[None, None], **settings)
         attended.append(found[:, row.shared :])
     return torch.cat(attended, dim=1), None
 
@@ -373,8 +373,7 @@ def _attend(
         found, _ = sdpa_attention_forward(module, query, key, value, mask, **settings)
         return found
     with torch.autocast("cpu", enabled=False):
-        wide = (each.float() for each in (query, key, value))
-        found, _ = sdpa_attention_forward(module, *wide, mask, **settings)
+        found, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **settings)
     return found.to(value.dtype)
 
 
