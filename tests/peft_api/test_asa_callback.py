@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pytest
 from models_tiny import ids, tiny
 from transformers import Trainer, TrainingArguments
 
@@ -29,6 +30,7 @@ def _training_subspaces(model: Any, folder: Path, *callbacks: AdamssAsaCallback)
     return sum(len(layer.training_subspaces()) for layer in model.modules() if isinstance(layer, AdamssLinear))
 
 
+@pytest.mark.slow
 def test_under_the_callback_the_config_has_its_number_of_subspaces_in_the_end(tmp_path: Path) -> None:
     schedule = {"asa_target_subspaces": 6, "init_warmup": 1, "final_warmup": 4, "mask_interval": 1}
     config = peftcli.AdamssConfig(

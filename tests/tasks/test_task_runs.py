@@ -93,7 +93,7 @@ def test_a_resumed_run_is_the_same_byte_for_byte(runs: Callable, tmp_path: Path,
         assert (resumed.folder / file).read_bytes() == (whole.folder / file).read_bytes(), file
 
 
-@pytest.mark.grid
+@pytest.mark.slow
 def test_two_processes_give_the_series_of_one(runs: Callable, tmp_path: Path, name: str) -> None:
     recipe, one = runs(name)
     if splits := CASES[name].splits():

@@ -250,7 +250,7 @@ def test_a_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(
     assert_same(folder, uninterrupted)
 
 
-@pytest.mark.grid
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 6, 7])
 def test_stopped_after_any_step(recipe: Path, uninterrupted: trainkit.Trained, step: int) -> None:
     with pytest.raises(Interrupted):
@@ -389,10 +389,6 @@ def killed_and_resumed(recipe: Path, whole: trainkit.Trained, moments: list[int]
         kills += code != 0
     assert_same(run_recipe(recipe, *FULL).folder, whole)
     return kills
-
-
-def test_killed_at_writes_and_resumed_ends_with_the_same_bytes(recipe: Path, uninterrupted: trainkit.Trained) -> None:
-    assert killed_and_resumed(recipe, uninterrupted, [2, 12, 25]) >= 2
 
 
 @pytest.mark.slow
