@@ -261,7 +261,7 @@ def logits_section(found: Found) -> Iterator[str]:
 
 PARTS = {
     "training": Part("train_cpu", cells, section, 135),
-    "growth": Part("train_cpu", growth_cells, growth_section, 12),
+    "growth": Part("train_cpu", growth_cells, growth_section, 35),
     "prompts": Part("train_cpu", prompt_cells, prompt_section, 17),
     "logits": Part("train_cpu", logits_cells, logits_section, 3),
 }
