@@ -42,7 +42,9 @@ def test_it_is_known_the_second_time_without_torch(recipe: Path) -> None:
         "from peftcli.recipe import load_recipe; from peftcli.train.preview import preview\n"
         f"print(json.dumps([preview(load_recipe(Path(sys.argv[1]))), sorted({SLOW_TO_IMPORT!r} & set(sys.modules))]))"
     )
-    ran = subprocess.run([sys.executable, "-c", code, recipe], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", code, recipe], cwd=recipe.parent, capture_output=True, text=True, check=True
+    )
     assert json.loads(ran.stdout) == [found.would, []]
 
 
