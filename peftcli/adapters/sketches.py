@@ -27,7 +27,8 @@ def sketch(value: torch.Tensor) -> dict[str, Any]:
     if not value.is_floating_point() or not value.numel():
         return {"shape": shape, "sha256": hash_of(value)}
     flat = torch.nan_to_num(value.detach().double().cpu().flatten(), posinf=0.0, neginf=0.0)
-    at = torch.linspace(0, len(flat) - 1, min(len(flat), _SAMPLED)).long()
+    last = len(flat) - 1
+    at = torch.linspace(0, last, min(len(flat), _SAMPLED)).long().clamp(max=last)  # of large ones it rounds up
     return {
         "shape": shape,
         "values": flat[at].tolist(),
