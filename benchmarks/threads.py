@@ -92,7 +92,7 @@ def main() -> None:
     with ExitStack() as stack:
         processes = {side: stack.enter_context(started(side, given.precision)) for side in given.sides}
         for process in processes.values():
-            process.stdout.readline()  # type: ignore[union-attr]
+            answer(process)
         if not given.busy:
             show("the machine as it is", take_turns(processes, given.rounds))
         loop = subprocess.Popen([sys.executable, "-c", "while True: pass"])
@@ -101,14 +101,21 @@ def main() -> None:
     print(json.dumps({GATE: round(ratios["peftcli"], 3)}))
 
 
+def answer(process: subprocess.Popen[str]) -> str:
+    """Return the next line that a side prints."""
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
 def take_turns(processes: dict[str, subprocess.Popen[str]], rounds: int) -> dict[str, list[list[float]]]:
     """Return wall and CPU seconds for 1,000 tokens, and the loss, of each step of each side."""
     found: dict[str, list[list[float]]] = {side: [] for side in processes}
     for number in range(rounds):
         for side, process in processes.items():
-            process.stdin.write("\n")  # type: ignore[union-attr]
-            process.stdin.flush()  # type: ignore[union-attr]
-            found[side].append(json.loads(process.stdout.readline()))  # type: ignore[union-attr]
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+            found[side].append(json.loads(answer(process)))
         losses = {round(entries[-1][2], 5) for entries in found.values()}
         print(f"round {number + 1}: losses {losses}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
     return found

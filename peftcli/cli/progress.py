@@ -25,7 +25,7 @@ _THREADS = {
     "cores": "one for each usable core",
     "resumed": "as when the run began",
 }
-"""Why so many threads compute."""
+"""Reason for the number of threads -> how it is told."""
 
 
 class Progress:

@@ -109,7 +109,7 @@ class Joined:
 
     @contextmanager
     def of(self, sizes: Sequence[tuple[Guest | None, int]]) -> Iterator[None]:
-        """Inside, the base model gets rows of tokens of these models, so many of each, one after another."""
+        """Inside, the base model gets the tokens of these models one after another, of each as many as given."""
         self._sizes = list(sizes)
         try:
             yield
