@@ -121,8 +121,8 @@ class Gradients:
         self.ahead.close()
 
 
-def fit(gradients: Gradients, start: int = 0) -> Generator[StepResult]:
-    """Train from step ``start`` to the plan's end, yielding after each step.
+def fit(gradients: Gradients) -> Generator[StepResult]:
+    """Train from the first step of ``gradients`` to the plan's end, yielding after each step.
 
     The loss is the sum over targets divided by all targets of the global batch, so the split into micro-batches,
     processes and packed rows does not matter.
@@ -134,7 +134,7 @@ def fit(gradients: Gradients, start: int = 0) -> Generator[StepResult]:
     """
     prepared, plan, accelerator = gradients.prepared, gradients.plan, gradients.accelerator
     limit = plan.training.max_grad_norm or math.inf
-    for step in range(start, plan.total_steps):
+    for step in range(gradients.start, plan.total_steps):
         prepared.model.train()
         batch = plan.global_batch(step)
         num_targets = int(gradients.examples.targets[batch].sum())

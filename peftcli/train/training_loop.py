@@ -73,7 +73,7 @@ class TrainingLoop:
 
     def _steps(self) -> Iterator[None]:
         training, plan = self.training, self.plan
-        with closing(self.gradients), closing(fit(self.gradients, self.progress.step)) as steps:
+        with closing(self.gradients), closing(fit(self.gradients)) as steps:
             for result in steps:
                 line = self._count(result)
                 last = result.step == plan.total_steps
