@@ -186,6 +186,12 @@ class Training:
     """Compute in bfloat16. auto: if the device is fast with it. The adapter stays float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, much less memory for long examples."""
+    torch_compile: bool = False
+    """Compile the model's layers, which takes a while before the first step. Faster on some GPUs; on a CPU it gained
+    nothing."""
+    use_liger_kernel: bool = False
+    """Compute norms, rotary positions and gated layers with liger-kernel's functions for GPUs, where it has some for
+    the model. Needs the extra ``liger``."""
     train_sampling_strategy: Literal["random", "group_by_length", "sequential"] = "random"
     """Order of the examples. group_by_length puts examples of similar length together, which saves padding."""
     seed: int = 42

@@ -168,6 +168,8 @@ ALIASES = {
     "clip_grad": "training.max_grad_norm",
     "grad_checkpoint": "training.gradient_checkpointing",
     "use_gradient_checkpointing": "training.gradient_checkpointing",
+    "compile": "training.torch_compile",
+    "enable_liger_kernel": "training.use_liger_kernel",
     "group_by_length": "training.train_sampling_strategy",
     "random_state": "training.seed",
     "random_seed": "training.seed",

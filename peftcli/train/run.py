@@ -35,6 +35,7 @@ from peftcli.tasks.base import Begins, Gathers, Limits, Task
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.finish import finish
+from peftcli.train.kernels import compile_layers
 from peftcli.train.launch import report_training
 from peftcli.train.loop import Gradients, PreparedModel
 from peftcli.train.packing_check import refuse_contamination
@@ -265,6 +266,8 @@ def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
     unpadded = unpad(model, config)
     if plan.packs and not unpadded:
         refuse_contamination(model, data.task, run.accelerator)
+    if recipe.training.torch_compile:
+        compile_layers(model)
     efficiency = 1.0 if unpadded else plan.efficiency
     return BuiltModel(prepared, ParametersRecord(trainable=injection.trainable, all=injection.total), efficiency)
 

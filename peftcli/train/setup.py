@@ -26,6 +26,7 @@ from peftcli.schema import BaseModel, Recipe
 from peftcli.tasks import row_of
 from peftcli.tasks.base import FitsModel, Task, model_inputs, on_device
 from peftcli.train.data import Data
+from peftcli.train.kernels import use_liger_kernel
 from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import build_optimizer, build_schedule, parameter_groups
 from peftcli.train.plan import Plan
@@ -108,6 +109,8 @@ def adapted_model(
     set_seed(recipe.training.seed)  # a new head starts from it
     base, loaded = recipe.base_model, load(recipe, task)
     model, notes = loaded.model, [loaded.note] if loaded.note else []
+    if recipe.training.use_liger_kernel:
+        use_liger_kernel(model)
     if isinstance(task, FitsModel):
         notes += task.fit_model(model, config)
     set_seed(recipe.training.seed)

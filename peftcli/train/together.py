@@ -138,9 +138,10 @@ def refuse_unlike(recipes: Mapping[str, Recipe]) -> None:
         for key, value in _SHARED.items():
             if value(recipe) != value(recipes[names[0]]):
                 raise UsageError(f"is not that of {names[0]}, so they cannot be trained together", file=name, key=key)
-        if recipe.training.gradient_checkpointing:
-            key = "training.gradient_checkpointing"
-            raise UsageError("does not work for recipes that are trained together", file=name, key=key)
+        for key in ("gradient_checkpointing", "torch_compile", "use_liger_kernel"):
+            if getattr(recipe.training, key):
+                message = "does not work for recipes that are trained together"
+                raise UsageError(message, file=name, key=f"training.{key}")
         folder = expand_user(Path(recipe.training.output_dir)).resolve()
         if folder in folders:
             raise UsageError(f"is also that of {folders[folder]}", file=name, key="training.output_dir")

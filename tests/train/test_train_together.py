@@ -142,6 +142,7 @@ def test_recipes_that_cannot_be_trained_together_are_named(tmp_path: Path) -> No
         "base_model=gpt2": "base_model: is not that of a",
         "training.bf16=true": "training.bf16: is not that of a",
         "training.gradient_checkpointing=true": "training.gradient_checkpointing: does not work",
+        "training.torch_compile=true": "training.torch_compile: does not work",
         f"training.output_dir={tmp_path}/a/out": "training.output_dir: is also that of a",
     }.items():
         paths = write_recipes(tmp_path, {"a": (), "b": (overrides,)})

@@ -1,0 +1,63 @@
+"""Other ways to compute the same layers: compiled by torch, or with liger-kernel's functions."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from peftcli.errors import ModelError, UsageError
+from peftcli.tasks.text import unpadded
+
+_COMPILE, _LIGER = "training.torch_compile", "training.use_liger_kernel"
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Let torch compile each layer of a model's stacks, in place: names and tensors stay what they are.
+
+    Attention example by example is left out: it would be compiled anew for each number of examples.
+
+    Raises:
+        UsageError: there is no compiler for it.
+        ModelError: the model has no stack of layers.
+    """
+    compiler, layers = os.environ.get("CXX", "g++"), list(_stacked(model))
+    if not torch.cuda.is_available() and shutil.which(compiler) is None:
+        hint = f"install {compiler}, or name another one in the environment variable CXX"
+        raise UsageError("needs a C++ compiler on a CPU", key=_COMPILE, hint=hint)
+    if not layers:
+        raise ModelError("there is no stack of layers in the model", key=_COMPILE)
+    AttentionInterface.register(unpadded.ATTENTION, torch.compiler.disable(unpadded.attend))
+    for layer in layers:
+        layer.compile(dynamic=True)
+
+
+def _stacked(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList) and len(child) > 1 else _stacked(child)
+
+
+def use_liger_kernel(model: Any) -> None:
+    """Let liger-kernel replace the layers that it knows of a model, which is on a GPU then; head and loss stay ours.
+
+    Raises:
+        UsageError: the package is not installed, or there is no GPU.
+        ModelError: it has nothing for this model.
+    """
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise UsageError("needs the package liger-kernel: pip install 'peftcli[liger]'", key=_LIGER)
+    if not torch.cuda.is_available():
+        raise UsageError("needs a GPU, and torch sees none", key=_LIGER)
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    kind = getattr(model.config, "model_type", None)
+    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ModelError(f"liger-kernel has nothing for models of the type {kind}", key=_LIGER)
+    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
