@@ -37,6 +37,7 @@ from peftcli.system.disk import sha256, write_file
 from peftcli.system.secrets import redact_values
 from peftcli.tasks import TASK_FILE, TASKS
 from peftcli.tasks.base import Batch, Probes, Task, facts_of_processor, scores_on
+from peftcli.tasks.text.unpadded import unpad
 
 RECORD_FILE = "verification.json"
 """Beside an adapter that was trained here; not pushed, since it holds rows of the data."""
@@ -189,6 +190,7 @@ def verify_adapter(
     here = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = loaded.model
     model = model.to(here).eval()
+    unpad(model, source.config)  # as in training, or bfloat16 rounds otherwise
     result: dict[str, Any] = {
         "adapter": name,
         "tensors": len(recorded.get("tensors", {})),
