@@ -37,6 +37,7 @@ from peftcli.cli import (
 from peftcli.errors import Interrupted, PeftcliError, UsageError, to_peftcli_error
 from peftcli.system import signals
 from peftcli.system.cores import bound_spinning
+from peftcli.system.garbage import postponed_collection
 
 _BROKEN_PIPE = 141
 
@@ -113,7 +114,7 @@ def main(args: Sequence[str] | None = None) -> int:
     debug, as_json = "--debug" in options, "--json" in options
     rest = [arg for arg in options if arg != "--debug"] + given[len(options) :]
     try:
-        with console.redacted_streams(), signals.handle_signals(last=_is_launched()):
+        with postponed_collection(), console.redacted_streams(), signals.handle_signals(last=_is_launched()):
             code = _run(rest or ["--help"])
         sys.stdout.flush()
         _report_to_launcher(None)

@@ -13,6 +13,7 @@ from peftcli.models.find import find_base
 from peftcli.models.pipeline import OpenPipeline
 from peftcli.models.tokens import template_text
 from peftcli.schema import BaseModel
+from peftcli.system.garbage import collect_from_here
 
 __all__ = ["LoadedModel", "OpenBase", "ProcessorKind", "build_empty", "label_options", "open_base"]
 
@@ -29,6 +30,7 @@ def open_base(spec: BaseModel, processors: Path | None = None) -> OpenBase:
         HubError: the hub has no such model, or refuses it.
         NetworkError: the hub cannot be reached.
     """
+    collect_from_here()  # what a command imports has been imported
     template = template_text(spec)  # a mistake in it is told before anything is fetched
     found = find_base(spec)
     return (OpenPipeline if found.is_pipeline else OpenBase)(spec, found, template, processors)
