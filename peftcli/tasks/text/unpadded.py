@@ -202,7 +202,8 @@ class _Unpadded:
         """Return the model's output for a batch, of whose row it computed the hidden states (N, D)."""
         output.last_hidden_state = _spread(states, part.layout, part.rows, part.length)
         if output.get("pooler_output") is not None:
-            output.pooler_output = self.module.pooler(output.last_hidden_state)
+            states = output.last_hidden_state.to(self.module.dtype)  # autocast returns them in float32
+            output.pooler_output = self.module.pooler(states)
         return output
 
     def _layout(self, inputs: Mapping[str, Any], kept: torch.Tensor) -> Layout | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from models_tiny import EOS, VOCABULARY, tiny
+from taskkit import CASES
 from torch.nn import functional as F
+from trainkit import run_recipe
 from transformers import (
     AttentionInterface,
     DistilBertConfig,
@@ -308,3 +311,14 @@ def test_no_mask_over_a_whole_row_is_made(kind: str, monkeypatch: pytest.MonkeyP
     slides = [None, 20, None]  # only the second example is longer than the window
     plain = [None] * 3
     assert widths == {"llama": [plain] * 2, "bert": [plain] * 2, "mistral": [slides] * 2, "gemma3": [slides] * 2}[kind]
+
+
+OTHERS = ("causal_lm", "sequence_classification", "question_answering", "token_classification", "preference", "reward")
+
+
+@pytest.mark.parametrize(
+    "task", ["feature_extraction", *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)]
+)
+def test_training_in_bfloat16_computes_no_padding(tmp_path: Path, task: str) -> None:
+    done = run_recipe(CASES[task].write(tmp_path), "training.bf16=true", "training.max_steps=1")
+    assert done.run["data"]["efficiency"] == 1
