@@ -172,16 +172,36 @@ class Training:
     """Fraction of the steps during which the learning rate rises from 0."""
     warmup_steps: int = 0
     """Number of warm-up steps; overrides warmup_ratio if above 0."""
+    optim: Literal[
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "lion_8bit",
+        "lion_32bit",
+        "paged_lion_8bit",
+        "paged_lion_32bit",
+        "adafactor",
+        "sgd",
+    ] = "adamw_torch"
+    """Optimizer. adamw_torch: on a CPU the fused one; adamw_torch_fused: also on a GPU. 8-bit, paged and Lion's: of the
+    extra ``bitsandbytes``, mostly for GPUs. An automatic learning rate is for AdamW."""
+    optim_args: dict[str, Any] = field(default_factory=dict)
+    """Other arguments of the optimizer's class, as {momentum: 0.9} of sgd."""
     weight_decay: float = 0.0
-    """Weight decay of AdamW."""
+    """Weight decay."""
     adam_beta1: float = 0.9
-    """AdamW's decay rate of the mean of past gradients."""
+    """Decay rate of the mean of past gradients: AdamW's and Lion's."""
     adam_beta2: float = 0.999
-    """AdamW's decay rate of the mean of past squared gradients."""
+    """Decay rate of the mean of past squared gradients: AdamW's; Lion's second rate."""
     adam_epsilon: float = 1e-8
     """AdamW's term that is added to the divisor."""
     max_grad_norm: float = 1.0
     """Clip the norm of the gradients to this value; 0: no clipping."""
+    neftune_noise_alpha: float | None = None
+    """NEFTune (https://arxiv.org/abs/2310.05914): noise on the embeddings of tokens in training, usually 5 to 15.
+    Unset: none."""
     bf16: bool | Literal["auto"] = "auto"
     """Compute in bfloat16. auto: if the device is fast with it. The adapter stays float32."""
     gradient_checkpointing: bool = False
@@ -220,6 +240,11 @@ class Training:
     """Metric that decides which evaluation is best: a name as evaluation reports it."""
     greater_is_better: bool | None = None
     """Whether a larger metric_for_best_model is better. Unset: no for losses, perplexity and error rates, else yes."""
+    early_stopping_patience: int | None = None
+    """Stop after this many evaluations in a row in which metric_for_best_model was no better than the best before.
+    Unset: train to the end."""
+    early_stopping_threshold: float = 0.0
+    """How much better an evaluation must be to count, with early_stopping_patience."""
     logging_steps: int = 10
     """Steps between lines in metrics.jsonl and in the log."""
     dataloader_num_workers: NumberOrAuto = "auto"

@@ -157,7 +157,8 @@ def summary(run: dict[str, Any]) -> str:
     parameters, steps, evals = run["parameters"], run["steps"], run["eval"]
     share = 100 * parameters["trainable"] / parameters["all"]
     size = next(item["bytes"] for item in run["artefacts"] if item["path"] == "adapter_model.safetensors")
-    lines = [f"done: {steps['done']} steps{_pace(run)}"]
+    early = f" of {steps['total']}, stopped early" if steps["done"] < steps["total"] else ""
+    lines = [f"done: {steps['done']} steps{early}{_pace(run)}"]
     lines.append(f"  train loss  {run['train_loss']:.4f}")
     if evals["kept"]:
         before = f"{evals['first']['eval_loss']:.4f} before training, " if evals["first"] else ""

@@ -35,6 +35,7 @@ _AT_LEAST_ONE = (
     "training.gradient_accumulation_steps",
     "training.eval_steps",
     "training.save_steps",
+    "training.early_stopping_patience",
     "training.logging_steps",
     "launch.num_processes",
     "launch.num_machines",
@@ -45,6 +46,7 @@ _NOT_NEGATIVE = (
     "training.warmup_steps",
     "training.weight_decay",
     "training.max_grad_norm",
+    "training.early_stopping_threshold",
     "training.dataloader_num_workers",
     "launch.machine_rank",
 )
@@ -196,6 +198,10 @@ def _ranges(recipe: Recipe, report: Report) -> None:
         report(("training.adam_epsilon",), f"must be above 0, not {training.adam_epsilon}")
     if training.loraplus_lr_ratio is not None and training.loraplus_lr_ratio <= 0:
         report(("training.loraplus_lr_ratio",), f"must be above 0, not {training.loraplus_lr_ratio}")
+    if training.learning_rate == "auto" and "adamw" not in training.optim:
+        report(("training.learning_rate", "training.optim"), f"give a number: auto is for AdamW, not {training.optim}")
+    if training.neftune_noise_alpha is not None and training.neftune_noise_alpha <= 0:
+        report(("training.neftune_noise_alpha",), f"must be above 0, not {training.neftune_noise_alpha}; unset: none")
     if not 0 <= training.warmup_ratio <= 1:
         report(("training.warmup_ratio",), f"must be in [0, 1], not {training.warmup_ratio}")
     if training.save_total_limit < 2:
@@ -251,15 +257,13 @@ def _length(recipe: Recipe, report: Report) -> None:
 
 
 def _evaluation(recipe: Recipe, report: Report) -> None:
-    if not recipe.training.load_best_model_at_end:
-        return
-    if not _has_eval_data(recipe):
-        report(("training.load_best_model_at_end", "dataset"), f"needs evaluation data: {_EVAL_KEYS}")
-    if recipe.training.eval_strategy == "no":
-        report(
-            ("training.load_best_model_at_end", "training.eval_strategy"),
-            "needs evaluations: training.eval_strategy steps or epoch",
-        )
+    wanted = {"load_best_model_at_end": recipe.training.load_best_model_at_end}
+    wanted["early_stopping_patience"] = recipe.training.early_stopping_patience is not None
+    for key in (f"training.{name}" for name, asked in wanted.items() if asked):
+        if not _has_eval_data(recipe):
+            report((key, "dataset"), f"needs evaluation data: {_EVAL_KEYS}")
+        if recipe.training.eval_strategy == "no":
+            report((key, "training.eval_strategy"), "needs evaluations: training.eval_strategy steps or epoch")
 
 
 def _gates(recipe: Recipe, report: Report) -> None:

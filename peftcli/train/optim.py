@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,24 +40,70 @@ def rate_of(training: Training) -> float:
     return training.learning_rate
 
 
+@dataclass(frozen=True)
+class _Optimizer:
+    """A class of a library."""
+
+    module: str
+    name: str
+    reads: tuple[str, ...] = ()
+    """Which of AdamW's settings it has."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments that say which of its kinds is meant."""
+
+
+_ADAM, _BITSANDBYTES = ("betas", "eps"), "bitsandbytes.optim"
+_OPTIMIZERS = {
+    "adamw_torch": _Optimizer("torch.optim", "AdamW", _ADAM),
+    "adamw_torch_fused": _Optimizer("torch.optim", "AdamW", _ADAM, {"fused": True}),
+    "adamw_8bit": _Optimizer(_BITSANDBYTES, "AdamW", _ADAM, {"optim_bits": 8}),
+    "paged_adamw_8bit": _Optimizer(_BITSANDBYTES, "AdamW", _ADAM, {"optim_bits": 8, "is_paged": True}),
+    "paged_adamw_32bit": _Optimizer(_BITSANDBYTES, "AdamW", _ADAM, {"is_paged": True}),
+    "lion_8bit": _Optimizer(_BITSANDBYTES, "Lion", ("betas",), {"optim_bits": 8}),
+    "lion_32bit": _Optimizer(_BITSANDBYTES, "Lion", ("betas",)),
+    "paged_lion_8bit": _Optimizer(_BITSANDBYTES, "Lion", ("betas",), {"optim_bits": 8, "is_paged": True}),
+    "paged_lion_32bit": _Optimizer(_BITSANDBYTES, "Lion", ("betas",), {"is_paged": True}),
+    "adafactor": _Optimizer(
+        "transformers.optimization", "Adafactor", fixed={"scale_parameter": False, "relative_step": False}
+    ),
+    "sgd": _Optimizer("torch.optim", "SGD"),
+}
+"""training.optim -> what it is."""
+
+
 def build_optimizer(
     parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], training: Training, *, fused: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW over parameters, or over groups of them.
+    """The optimizer that a recipe names, over parameters or over groups of them.
 
     Args:
         parameters: What trains.
         training: The settings.
-        fused: Whether one operation updates all, instead of some for each. The state is the same.
+        fused: Whether AdamW updates all parameters in one operation, instead of some for each. The state is the same.
+
+    Raises:
+        UsageError: its package is not installed, or it does not take ``training.optim_args``.
     """
-    return torch.optim.AdamW(
-        parameters,
-        lr=rate_of(training),
-        betas=(training.adam_beta1, training.adam_beta2),
-        eps=training.adam_epsilon,
-        weight_decay=training.weight_decay,
-        fused=fused or None,
-    )
+    wanted = _OPTIMIZERS[training.optim]
+    if wanted.module == _BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
+        message = f"{training.optim} needs the package bitsandbytes: pip install 'peftcli[bitsandbytes]'"
+        raise UsageError(message, key="training.optim")
+    build = getattr(importlib.import_module(wanted.module), wanted.name)
+    adam = {"betas": (training.adam_beta1, training.adam_beta2), "eps": training.adam_epsilon}
+    own = {name: adam[name] for name in wanted.reads}
+    given: dict[str, Any] = {"lr": rate_of(training), "weight_decay": training.weight_decay, **own, **wanted.fixed}
+    if training.optim == "adamw_torch" and fused:
+        given["fused"] = True
+    for name in training.optim_args:
+        if name in given or name == "params" or name not in inspect.signature(build).parameters:
+            left = sorted(inspect.signature(build).parameters.keys() - given.keys() - {"params"})
+            why = "is set by the recipe's other settings" if name in given else f"is none of its arguments, {left}"
+            raise UsageError(f"of {training.optim}: {why}", key=f"training.optim_args.{name}")
+    try:
+        optimizer: torch.optim.Optimizer = build(parameters, **given, **training.optim_args)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"of {training.optim}: {error}", key="training.optim_args") from None
+    return optimizer
 
 
 def build_schedule(

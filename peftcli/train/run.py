@@ -38,6 +38,7 @@ from peftcli.train.finish import finish
 from peftcli.train.kernels import compile_layers
 from peftcli.train.launch import report_training
 from peftcli.train.loop import Gradients, PreparedModel
+from peftcli.train.noise import add_embedding_noise
 from peftcli.train.packing_check import refuse_contamination
 from peftcli.train.report import OnEvent, Phase, Ready, RowsRead, Warned, peak_memory_bytes
 from peftcli.train.runs.checkpoint import Progress, State, load_checkpoint, set_newer_aside
@@ -266,6 +267,8 @@ def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
     unpadded = unpad(model, config)
     if plan.packs and not unpadded:
         refuse_contamination(model, data.task, run.accelerator)
+    if recipe.training.neftune_noise_alpha is not None:
+        add_embedding_noise(model, recipe.training.neftune_noise_alpha)
     if recipe.training.torch_compile:
         compile_layers(model)
     efficiency = 1.0 if unpadded else plan.efficiency

@@ -20,7 +20,7 @@ from peftcli.train.data import Data
 from peftcli.train.evaluate import evaluate
 from peftcli.train.loop import LESS_LEARNING, Gradients, StepResult, fit
 from peftcli.train.plan import Plan
-from peftcli.train.report import Evaluated, Saved, Stepped
+from peftcli.train.report import Evaluated, Phase, Saved, Stepped
 from peftcli.train.runs.checkpoint import Progress, State, random_state, restore_random, save_checkpoint
 from peftcli.train.runs.identity import digests
 from peftcli.train.runs.record import RunRecord
@@ -58,7 +58,8 @@ class TrainingLoop:
         try:
             self._start()
             yield
-            yield from self._steps()
+            if not self._is_over():
+                yield from self._steps()
         finally:
             self.clock.record_speed()
 
@@ -82,13 +83,22 @@ class TrainingLoop:
                     self._log_pending()
                 else:
                     self._log(line)
-                if last:
+                if last or self._is_over():
                     break
                 self._handle_request()
                 if _is_due(training.save_strategy, training.save_steps, result.step, plan):
                     self.save()
                     self._handle_request(saved=True)
                 yield
+
+    def _is_over(self) -> bool:
+        """Whether evaluations have been no better for as long as the recipe waits."""
+        patience = self.training.early_stopping_patience
+        if patience is None or self.progress.no_better < patience:
+            return False
+        name = self.training.metric_for_best_model
+        self.active.tell(Phase(f"stopping early: {name} was no better in {self.progress.no_better} evaluations"))
+        return True
 
     def _count(self, result: StepResult) -> dict[str, Any]:
         """Count a step. Returns its line of metrics.jsonl; empty where the step is not logged."""
@@ -165,7 +175,10 @@ class TrainingLoop:
         greater = training.greater_is_better
         greater = not name.endswith(tuple(self.data.task.lower_is_better)) if greater is None else greater
         before = progress.best_eval.get(name)
-        best = before is None or (metrics[name] > before if greater else metrics[name] < before)
+        gain = 0.0 if before is None else metrics[name] - before if greater else before - metrics[name]
+        best = before is None or gain > 0
+        counts = before is None or gain > training.early_stopping_threshold
+        progress.no_better = 0 if counts else progress.no_better + 1
         if best:
             progress.best_eval, progress.best_step = metrics, progress.step
             if training.load_best_model_at_end:

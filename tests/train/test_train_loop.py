@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ import torch
 import torch.nn.functional as F
 import trainkit
 from safetensors.torch import load, load_file, save_file
-from trainkit import PROMPT_TUNING, Trained, run_recipe, write_recipe
+from trainkit import PROMPT_TUNING, Trained, at_step, run_recipe, write_recipe
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from peftcli.cli.progress import summary
 from peftcli.core.inject import inject
-from peftcli.errors import Diverged, UsageError
+from peftcli.errors import Diverged, Interrupted, UsageError
 from peftcli.methods.lora.config import LoraConfig
 
 
@@ -365,6 +368,24 @@ def test_less_loss_and_more_accuracy_are_better(recipe: Path, tmp_path: Path) ->
         values = [entry[name] for entry in done.metrics if name in entry]
         assert len(set(values)) > 1
         assert done.run["eval"]["kept"][name] == choose(values)
+
+
+def test_training_stops_where_evaluations_get_no_better(recipe: Path, tmp_path: Path) -> None:
+    settings = ("training.eval_strategy=steps", "training.eval_steps=1", "training.early_stopping_patience=2")
+    stuck = (*settings, "training.learning_rate=0")
+    done = run_recipe(recipe, *stuck)
+    assert done.run["steps"] == {"done": 3, "total": 8}
+    assert done.run["status"] == "complete"
+    assert "done: 3 steps of 8, stopped early" in summary(done.run)
+    assert run_recipe(recipe, *stuck).run == done.run, "it is complete"
+    resumed = [*stuck, f"training.output_dir={tmp_path}/resumed"]
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, *resumed, on_event=at_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert run_recipe(recipe, *resumed).metrics == done.metrics
+    learning = (*settings, "training.learning_rate=1e-3", f"training.output_dir={tmp_path}/learning")
+    assert run_recipe(recipe, *learning).run["steps"]["done"] == 8
+    far = (*learning, f"training.output_dir={tmp_path}/far", "training.early_stopping_threshold=100")
+    assert run_recipe(recipe, *far).run["steps"]["done"] == 3
 
 
 def test_an_unknown_metric_for_the_best_model(recipe: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
-from peftcli.errors import Interrupted, UsageError
+from peftcli.errors import Interrupted, RecipeError, UsageError
 from peftcli.methods import METHODS
 from peftcli.schema import Training
 from peftcli.train.optim import build_optimizer, build_schedule, parameter_groups
@@ -92,6 +92,44 @@ def test_the_schedule_moves_all_rates_alike() -> None:
         assert schedule.get_last_lr() == pytest.approx([factor * 1e-3, factor * 8e-3])
         optimizer.step()
         schedule.step()
+
+
+OPTIMIZERS = {
+    "adamw_torch_fused": "{amsgrad: true}",
+    "sgd": "{momentum: 0.9, nesterov: true}",
+    "adafactor": "{beta1: 0.9}",
+    "adamw_8bit": "{min_8bit_size: 16}",
+    "lion_32bit": "{}",
+    "lion_8bit": "{min_8bit_size: 16}",
+}
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_optimizers_train_and_resume_to_the_same_bytes(recipe: Path, tmp_path: Path, optim: str) -> None:
+    if optim in ("adamw_8bit", "lion_32bit", "lion_8bit"):
+        pytest.importorskip("bitsandbytes")
+    settings = (f"training.optim={optim}", f"training.optim_args={OPTIMIZERS[optim]}", "training.learning_rate=1e-3")
+    whole = trainkit.run_recipe(recipe, *settings, f"training.output_dir={tmp_path}/whole")
+    assert len({entry["loss"] for entry in whole.metrics}) == 8
+    trainkit.stopped_copy(recipe, settings)
+    resumed = trainkit.run_recipe(recipe, *settings)
+    assert [attempt["from_step"] for attempt in resumed.run["attempts"]] == [0, 4]
+    assert resumed.weights == whole.weights
+
+
+def test_what_an_optimizer_does_not_take_is_named(recipe: Path) -> None:
+    for settings, message in {
+        ("training.optim_args={momentum: 1}",): r"optim_args\.momentum: of adamw_torch: is none of its arguments",
+        ("training.optim_args={lr: 1}",): r"optim_args\.lr: of adamw_torch: is set by the recipe's other settings",
+        ("training.optim=sgd", "training.optim_args={momentum: -1}"): r"optim_args: of sgd: Invalid momentum value",
+    }.items():
+        with pytest.raises(UsageError, match=message):
+            trainkit.run_recipe(recipe, *settings)
+
+
+def test_an_automatic_rate_is_adamws(recipe: Path) -> None:
+    with pytest.raises(RecipeError, match="auto is for AdamW, not sgd"):
+        trainkit.run_recipe(recipe, "training.optim=sgd", "training.learning_rate=auto")
 
 
 def test_a_larger_ratio_moves_b_further(recipe: Path, tmp_path: Path) -> None:

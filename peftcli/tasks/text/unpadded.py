@@ -305,6 +305,18 @@ def only(chosen: torch.Tensor) -> AbstractContextManager[None]:
     return _set(_only, chosen)
 
 
+def lengths_in_row(device: torch.device) -> torch.Tensor | None:
+    """For each token of the row that a model is called with, how many its example has: (N,). None: it is no such row.
+
+    A token that several examples share is the first one's.
+    """
+    layout = _layout.get()
+    if layout is None:
+        return None
+    counts = [row.size for row in layout.rows for _ in range(row.size - row.shared)]
+    return torch.tensor(counts, device=device)
+
+
 @torch.no_grad()
 def _agree(inner: Any, unpadded: _Unpadded) -> bool:
     """Let a model compute no padding if it says the same then of rows of unequal length. Returns whether it does.

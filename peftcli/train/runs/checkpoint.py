@@ -41,7 +41,8 @@ _TRAINING_STATE = "training_state.safetensors"
 """State of the adapter that training needs and the adapter file does not contain; most methods have none."""
 
 _NEEDED = {WEIGHTS_FILE, CONFIG_FILE, _PROGRESS, _OPTIMIZER, "random-00000.safetensors"}
-_AVERAGES = ("step", "exp_avg", "exp_avg_sq")
+_AVERAGES = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
+"""What an optimizer remembers in the shape of what it trains."""
 _STEP = re.compile(r"step-\d{6,}")
 _LARGEST_JSON = 1 << 24
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
@@ -66,6 +67,8 @@ class Progress:
     """Metrics before the first step, with eval_on_start."""
     best_eval: dict[str, float] = field(default_factory=dict)
     best_step: int = -1
+    no_better: int = 0
+    """Evaluations in a row that were no better than the best before them, by training.early_stopping_threshold."""
     pending: dict[str, Any] | None = None
     """The line of metrics.jsonl of a step whose evaluation is still to be made."""
 
@@ -359,28 +362,43 @@ def _manifest(folder: Path, step: int, num_processes: int, made_by: dict[str, st
 
 
 def _optimizer_state(state: State) -> dict[str, torch.Tensor]:
-    """AdamW's averages under the adapter's tensor names."""
-    return {
-        f"{name}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
-        for name, (_, _, parameter) in named_tensors(state.model).items()
-        for key, value in state.prepared.optimizer.state.get(parameter, {}).items()
-    }
+    """What the optimizer remembers of each tensor, under the adapter's name of it. A number is one of 64 bits."""
+    found, places = dict[str, torch.Tensor](), set[int]()
+    for name, (_, _, parameter) in named_tensors(state.model).items():
+        for key, value in state.prepared.optimizer.state.get(parameter, {}).items():
+            tensor = _as_tensor(value).detach().cpu().contiguous()
+            shared = tensor.data_ptr() in places  # as tables of 8-bit numbers are, which safetensors refuses
+            places.add(tensor.data_ptr())
+            found[f"{name}.{key}"] = tensor.clone() if shared else tensor
+    return found
+
+
+def _as_tensor(value: torch.Tensor | float) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
 
 
 def _load_optimizer(state: State, tensors: dict[str, torch.Tensor]) -> None:
-    """Raises ValueError unless the tensors are AdamW's averages of parameters of the model."""
-    rest = dict(tensors)
+    """Raises ValueError unless the tensors are what the optimizer remembers of tensors of the model."""
+    optimizer, names = state.prepared.optimizer, dict[int, str]()
     for name, (_, _, parameter) in named_tensors(state.model).items():
-        loaded = {key: rest.pop(f"{name}.{key}") for key in _AVERAGES if f"{name}.{key}" in rest}
-        if len(loaded) not in (0, len(_AVERAGES)):
-            raise ValueError(f"{_OPTIMIZER}: part of {name} is missing")
-        if any(value.shape != parameter.shape for key, value in loaded.items() if key != "step"):
-            raise ValueError(f"{_OPTIMIZER}: {name} has another shape")
-        state.prepared.optimizer.state[parameter] = {
-            key: value if key == "step" else value.to(parameter.device) for key, value in loaded.items()
-        }
-    if rest:
-        raise ValueError(f"{_OPTIMIZER}: {min(rest)} belongs to another optimizer or adapter")
+        names[id(parameter)] = name
+    found: dict[str, dict[str, Any]] = {name: {} for name in names.values()}
+    for full, value in tensors.items():
+        name, _, key = full.rpartition(".")
+        if name not in found:
+            raise ValueError(f"{_OPTIMIZER}: {full} belongs to another optimizer or adapter")
+        is_number = value.ndim == 0 and value.dtype in (torch.int64, torch.float64)
+        found[name][key] = value.item() if is_number else value
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    remembered = {place: found[names[id(parameter)]] for place, parameter in enumerate(parameters)}
+    for place, parameter in enumerate(parameters):
+        for key in _AVERAGES & remembered[place].keys():
+            if remembered[place][key].shape != parameter.shape:
+                raise ValueError(f"{_OPTIMIZER}: {names[id(parameter)]} has another shape")
+    kept = {place: values for place, values in remembered.items() if values}
+    optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def random_state() -> dict[str, torch.Tensor]:

@@ -1,0 +1,54 @@
+"""NEFTune: noise on the embeddings of tokens in training, and nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models_tiny import ids, tiny
+from trainkit import run_recipe, stopped_copy
+
+from peftcli.errors import ModelError
+from peftcli.tasks.text.unpadded import unpad
+from peftcli.train.noise import add_embedding_noise
+
+NOISE = "training.neftune_noise_alpha=5"
+
+
+@pytest.mark.parametrize("unpadded", [False, True])
+def test_the_noise_is_as_large_as_the_length_of_an_example_says(unpadded: bool) -> None:
+    model, seen = tiny("llama"), list[torch.Tensor]()
+    if unpadded:
+        assert unpad(model)
+    embedding = model.get_input_embeddings()
+    add_embedding_noise(model, 5.0)
+    embedding.register_forward_hook(lambda module, args, out: seen.append(out - module.weight[args[0]]))
+    tokens = ids(2, 10)
+    mask = (torch.arange(10) < torch.tensor([[10], [4]])).long()
+    model.train()(input_ids=tokens, attention_mask=mask)
+    noise, lengths = seen.pop(), [10, 4] if unpadded else [10, 10]
+    if not unpadded:
+        noise = noise[mask.bool()][None]
+    for part, length in zip(noise[0].split([10, 4]), lengths, strict=True):
+        bound = 5 / (length * part.shape[1]) ** 0.5
+        assert 0.9 * bound < part.abs().max() <= bound * 1.0001
+        assert part.mean().abs() < bound / 5
+    model.eval()(input_ids=tokens, attention_mask=mask)
+    assert not seen.pop().any()
+
+
+def test_a_run_with_noise_resumes_to_the_same_bytes_and_measures_without(recipe: Path, tmp_path: Path) -> None:
+    start = "training.eval_on_start=true"
+    plain = run_recipe(recipe, start, f"training.output_dir={tmp_path}/plain")
+    noisy = run_recipe(recipe, start, NOISE, f"training.output_dir={tmp_path}/noisy")
+    assert noisy.run["eval"]["first"] == plain.run["eval"]["first"]
+    assert noisy.losses[0] != plain.losses[0]
+    whole = run_recipe(recipe, NOISE, f"training.output_dir={tmp_path}/whole")
+    stopped_copy(recipe, (NOISE,))
+    assert run_recipe(recipe, NOISE).weights == whole.weights
+
+
+def test_noise_needs_tokens() -> None:
+    with pytest.raises(ModelError, match=r"training\.neftune_noise_alpha: there is no embedding of tokens"):
+        add_embedding_noise(tiny("convnet"), 5.0)
