@@ -247,6 +247,11 @@ class Training:
     """How much better an evaluation must be to count, with early_stopping_patience."""
     logging_steps: int = 10
     """Steps between lines in metrics.jsonl and in the log."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = field(default_factory=list)
+    """Trackers that get the lines of metrics.jsonl, too; each needs the extra of its name. One that fails is left out
+    with a warning, and training goes on."""
+    run_name: str | None = None
+    """What trackers call the run. Unset: the name of its folder."""
     dataloader_num_workers: NumberOrAuto = "auto"
     """Processes beside each training process that read and decode files ahead of it. The result does not depend on it.
     auto: for images and sounds, one for each core but the first, at most 8; for texts none."""

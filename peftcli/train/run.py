@@ -56,6 +56,7 @@ from peftcli.train.runs.resume import Run, StartOptions, checkpoint_to_resume, c
 from peftcli.train.runs.typed_json import ABSENT, from_json
 from peftcli.train.setup import adapted_model, calibrate, load_base, prepare, start_accelerator
 from peftcli.train.threads import use_threads
+from peftcli.train.trackers import Trackers, require_packages
 from peftcli.train.training_loop import RunData, TrainingLoop
 
 
@@ -133,6 +134,7 @@ def steps_of(
 
 
 def _train(run: Run, company: Alone) -> Iterator[None]:
+    require_packages(run.recipe)
     threads = use_threads(run)
     data = read_data(run)
     built = build(run, data, company)
@@ -141,7 +143,8 @@ def _train(run: Run, company: Alone) -> Iterator[None]:
     state = resume_state(run, data, built)
     gradients = company.gradients_of(run, data, state)
     record_start(run, data, built, state, threads)
-    yield from TrainingLoop(run, data, state, gradients).run()
+    with contextlib.closing(Trackers(run)) as trackers:
+        yield from TrainingLoop(run, data, state, gradients, trackers).run()
     if run.is_main:
         finish(run, data, state)
 

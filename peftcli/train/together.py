@@ -138,7 +138,7 @@ def refuse_unlike(recipes: Mapping[str, Recipe]) -> None:
         for key, value in _SHARED.items():
             if value(recipe) != value(recipes[names[0]]):
                 raise UsageError(f"is not that of {names[0]}, so they cannot be trained together", file=name, key=key)
-        for key in ("gradient_checkpointing", "torch_compile", "use_liger_kernel", "neftune_noise_alpha"):
+        for key in ("gradient_checkpointing", "torch_compile", "use_liger_kernel", "neftune_noise_alpha", "report_to"):
             if getattr(recipe.training, key):
                 message = "does not work for recipes that are trained together"
                 raise UsageError(message, file=name, key=f"training.{key}")

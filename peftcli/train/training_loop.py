@@ -25,6 +25,7 @@ from peftcli.train.runs.checkpoint import Progress, State, random_state, restore
 from peftcli.train.runs.identity import digests
 from peftcli.train.runs.record import RunRecord
 from peftcli.train.runs.resume import Run
+from peftcli.train.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class RunData:
 class TrainingLoop:
     """The steps of a run, and what happens between them."""
 
-    def __init__(self, run: Run, data: RunData, state: State, gradients: Gradients):
+    def __init__(self, run: Run, data: RunData, state: State, gradients: Gradients, trackers: Trackers):
         self.active, self.data, self.state, self.plan = run, data, state, data.plan
-        self.gradients = gradients
+        self.gradients, self.trackers = gradients, trackers
         self.training, self.progress = run.recipe.training, state.progress
         self.clock = _Clock(run.record, state.progress)
 
@@ -122,7 +123,9 @@ class TrainingLoop:
         """Write a line of metrics.jsonl, unless it is empty."""
         if line and self.active.is_main:
             step = self.progress.step
-            self.active.folder.log({"step": step, "epoch": self.plan.epoch(step), **line})
+            entry = {"step": step, "epoch": self.plan.epoch(step), **line}
+            self.active.folder.log(entry)
+            self.trackers.log(entry)
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 

@@ -40,7 +40,15 @@ class Change:
 def identity(recipe: Recipe, num_processes: int) -> IdentityRecord:
     """What makes two runs the same: the recipe, without where it runs and writes; the bytes of data and base model."""
     described = to_dict(recipe)
-    elsewhere = ("output_dir", "max_time", "save_on_signal", "dataloader_num_workers", "verify")
+    elsewhere = (
+        "output_dir",
+        "max_time",
+        "save_on_signal",
+        "dataloader_num_workers",
+        "verify",
+        "report_to",
+        "run_name",
+    )
     training = {key: value for key, value in described["training"].items() if key not in elsewhere}
     described = {key: value for key, value in described.items() if key != "launch"} | {"training": training}
     return IdentityRecord(
