@@ -384,8 +384,13 @@ def test_training_stops_where_evaluations_get_no_better(recipe: Path, tmp_path: 
     assert run_recipe(recipe, *resumed).metrics == done.metrics
     learning = (*settings, "training.learning_rate=1e-3", f"training.output_dir={tmp_path}/learning")
     assert run_recipe(recipe, *learning).run["steps"]["done"] == 8
-    far = (*learning, f"training.output_dir={tmp_path}/far", "training.early_stopping_threshold=100")
-    assert run_recipe(recipe, *far).run["steps"]["done"] == 3
+
+
+@pytest.mark.slow
+def test_an_evaluation_counts_where_it_is_better_by_the_threshold(recipe: Path) -> None:
+    settings = ("training.eval_strategy=steps", "training.eval_steps=1", "training.early_stopping_patience=2")
+    done = run_recipe(recipe, *settings, "training.early_stopping_threshold=100")
+    assert done.run["steps"]["done"] == 3
 
 
 def test_an_unknown_metric_for_the_best_model(recipe: Path) -> None:
