@@ -9,7 +9,9 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
+import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 from peftcli.errors import HubError, ModelError, NetworkError
@@ -29,6 +31,8 @@ same model, and of checkpoints."""
 _OTHER_FORMS = [CONFIG_FILE, "*/*.fp16.*", "*/*.non_ema.*"]
 """What a pipeline's parts may be there as, too."""
 
+_ahead: dict[Path, Future[str | None]] = {}
+"""Hashes that are being computed."""
 _folders: dict[tuple[str, ...], Path] = {}
 """Keeps everything that a process reads of a model at one commit."""
 
@@ -87,8 +91,26 @@ def _key(base: BaseModel) -> tuple[str, ...]:
     return (constants.HF_HUB_CACHE, hub_requests.endpoint(), base.name, base.revision or "")
 
 
+def hash_ahead(path: Path) -> None:
+    """Begin with the ``base_hash`` of a base model, beside what this process does until it asks for it."""
+    future = _ahead[path] = Future[str | None]()
+
+    def compute() -> None:
+        try:
+            future.set_result(_base_hash(path))
+        except OSError as error:
+            future.set_exception(error)
+
+    threading.Thread(target=compute, daemon=True).start()
+
+
 def base_hash(path: Path) -> str | None:
     """One hash over the weights and the config of a base model; None where there is no folder or file of it."""
+    future = _ahead.pop(path, None)
+    return _base_hash(path) if future is None else future.result()
+
+
+def _base_hash(path: Path) -> str | None:
     parts = (PIPELINE_FILE, "*/*.safetensors", "*/*config.json") if (path / PIPELINE_FILE).is_file() else ()
     kinds = parts or ("*.safetensors", "config.json")
     files = [file for kind in kinds for file in sorted(path.glob(kind))] if path.is_dir() else [path]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcli.errors import PeftcliError
+from peftcli.models.hub_files import hash_ahead
 from peftcli.schema import Recipe
 from peftcli.system import signals
 from peftcli.train import launch
@@ -50,6 +51,8 @@ def start(
         if count > 1 or recipe.launch.num_machines > 1:
             _launch(recipe, folder, command, count, on_event, overwrite)
             return None
+
+    hash_ahead(Path(recipe.base_model.name).expanduser())
 
     from peftcli.train import fresh_process, run
 

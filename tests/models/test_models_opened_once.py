@@ -20,6 +20,7 @@ from peftcli.core.files import save_adapter
 from peftcli.core.inject import inject
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.models import validate
+from peftcli.models.hub_files import base_hash, hash_ahead
 from peftcli.models.open import open_base
 from peftcli.schema import BaseModel
 
@@ -110,3 +111,16 @@ def test_each_file_is_opened_once(
         *of_base,
         *ADAPTER,
     } - {"run.json"}
+
+
+def test_the_hash_of_a_base_model_can_be_begun_ahead(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights" * 500_000)
+    expected = base_hash(tmp_path)
+    assert expected
+    hash_ahead(tmp_path)
+    assert base_hash(tmp_path) == expected
+    (tmp_path / "config.json").write_text('{"other": 1}')
+    assert base_hash(tmp_path) != expected
+    hash_ahead(tmp_path / "none")
+    assert base_hash(tmp_path / "none") is None
