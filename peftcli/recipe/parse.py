@@ -64,13 +64,13 @@ class Reading:
         return replace(problem, file=place.file, line=place.line, column=place.column)
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Load the recipe in a file, with ``KEY=VALUE`` overrides.
 
     Raises:
         RecipeError: the recipe has problems; the error contains all of them.
     """
-    reading = read(path, overrides)
+    reading = read(Path(path), overrides)
     if reading.recipe is None:
         raise RecipeError(reading.problems)
     return reading.recipe

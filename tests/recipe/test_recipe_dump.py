@@ -26,7 +26,7 @@ def test_any_text_survives(write, text: str) -> None:
         dataset=Dataset(train="org/data", columns={text: text}),
         training=Training(output_dir=text, metric_for_best_model=text),
     )
-    again = load_recipe(write(text=to_yaml(recipe)))
+    again = load_recipe(str(write(text=to_yaml(recipe))))
     assert again.base_model == recipe.base_model
     assert again.dataset == recipe.dataset
     assert again.training == recipe.training
