@@ -12,13 +12,14 @@ from typing import Any, NoReturn
 import torch
 
 from peftcli.core.weights import adapter_state
-from peftcli.errors import Diverged, UsageError
+from peftcli.errors import Diverged, OutOfMemory, UsageError
 from peftcli.system.signals import TIME_LIMIT, wants_save
 from peftcli.tasks.base import Illustrates, Task
 from peftcli.train.batches import num_workers
 from peftcli.train.data import Data
 from peftcli.train.evaluate import evaluate
 from peftcli.train.loop import LESS_LEARNING, Gradients, StepResult, fit
+from peftcli.train.memory import lacks_memory, too_large_a_step, too_large_an_evaluation
 from peftcli.train.plan import Plan
 from peftcli.train.report import Evaluated, Phase, Saved, Stepped
 from peftcli.train.runs.checkpoint import Progress, State, random_state, restore_random, save_checkpoint
@@ -61,6 +62,10 @@ class TrainingLoop:
             yield
             if not self._is_over():
                 yield from self._steps()
+        except Exception as error:
+            if lacks_memory(error):
+                raise self._too_large() from error
+            raise
         finally:
             self.clock.record_speed()
 
@@ -91,6 +96,15 @@ class TrainingLoop:
                     self.save()
                     self._handle_request(saved=True)
                 yield
+
+    def _too_large(self) -> OutOfMemory:
+        """The error of the step, or the evaluation, that the memory does not hold."""
+        if self.progress.pending is not None:
+            return too_large_an_evaluation(self.training)
+        step, sizes = self.progress.step, self.plan.sizes
+        rows = [[int(size) for row in batch for size in sizes[row]] for batch in self.gradients.micro_batches(step)]
+        unit = self.active.record.data.unit if self.active.record.data else "tokens"
+        return too_large_a_step(step + 1, [each for each in rows if each], unit, self.training)
 
     def _is_over(self) -> bool:
         """Whether evaluations have been no better for as long as the recipe waits."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -14,13 +15,14 @@ import torch
 import torch.nn.functional as F
 import trainkit
 from safetensors.torch import load, load_file, save_file
-from trainkit import PROMPT_TUNING, Trained, at_step, run_recipe, write_recipe
+from trainkit import PROMPT_TUNING, Trained, at_step, read_run, run_recipe, write_recipe
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from peftcli.cli.progress import summary
 from peftcli.core.inject import inject
-from peftcli.errors import Diverged, Interrupted, UsageError
+from peftcli.errors import Diverged, Interrupted, OutOfMemory, UsageError
 from peftcli.methods.lora.config import LoraConfig
+from peftcli.tasks.text.language_model import LanguageModel
 
 
 def same_weights(one: Trained, other: Trained, atol: float = 2e-5) -> None:
@@ -391,6 +393,37 @@ def test_an_evaluation_counts_where_it_is_better_by_the_threshold(recipe: Path) 
     settings = ("training.eval_strategy=steps", "training.eval_steps=1", "training.early_stopping_patience=2")
     done = run_recipe(recipe, *settings, "training.early_stopping_threshold=100")
     assert done.run["steps"]["done"] == 3
+
+
+def test_too_little_memory_names_the_batch_and_what_to_change(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ("training.eval_strategy=steps", "training.eval_steps=3", "training.per_device_train_batch_size=4")
+    losses = LanguageModel.loss
+
+    def fails_at(count: int, message: str) -> str:
+        calls = iter(range(100))
+
+        def loss(*args: Any) -> Any:
+            if next(calls) == count:
+                raise torch.OutOfMemoryError(message)
+            return losses(*args)
+
+        monkeypatch.setattr(LanguageModel, "loss", loss)
+        with pytest.raises(OutOfMemory) as caught:
+            run_recipe(recipe, *settings)
+        run = read_run(recipe.parent / "out")
+        assert run["exit_code"] == 8
+        return f"{caught.value.message} | {caught.value.hint}"
+
+    assert re.fullmatch(
+        r"not enough memory for step 2, after a peak of \d+\.\d GiB: a micro-batch of 4 examples and \d+ tokens, "
+        r"\d+ of them in the longest \| training\.per_device_train_batch_size: 2 with gradient_accumulation_steps: 2, "
+        r"which changes no result; or training\.gradient_checkpointing: true, .*; or training\.bf16: true",
+        fails_at(1, "CUDA out of memory"),
+    )
+    assert re.fullmatch(
+        r"not enough memory to evaluate, .*: a batch of 2 examples \| training\.per_device_eval_batch_size: 1",
+        fails_at(3, "CUDA out of memory"),
+    )
 
 
 def test_an_unknown_metric_for_the_best_model(recipe: Path) -> None:
