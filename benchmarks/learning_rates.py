@@ -124,6 +124,13 @@ SMALLER: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Task -> case -> settings without which the case does not fit the model: the layers have 576, 384, and 24 inputs."""
 
+WHY = {
+    "tinylora": "64 numbers a layer learn slowly, at every rate that was tried",
+    "pvera": "training draws each update at random",
+    "cpt": "the vectors stay within opt_projection_epsilon of where they start",
+    "trainable_tokens": "two tokens train, ends of chat turns, of which a plain text has one at most",
+}
+"""Why a case's loss falls by less."""
 
 INTRODUCTION = f"""
 What `training.learning_rate: auto`, the default, means, and what each method does with it: {STEPS} steps with nothing
@@ -249,6 +256,9 @@ def page(runs: list[dict[str, Any]]) -> Iterator[str]:
             mine = [run for run in found if run["case"] == case]
             if mine:
                 yield row_of(given_task=task, case=case, runs=mine)
+        little = [run["case"] for run in at_auto if 1 - run["after"] / run["before"] < ENOUGH and run["case"] in WHY]
+        if little:
+            yield from ("", "Why less: " + "; ".join(f"{case}: {WHY[case]}" for case in little) + ".")
         missing = [case for case in CASES if not any(run["case"] == case for run in found)]
         if missing:
             yield ""

@@ -14,7 +14,7 @@ class SupertuningConfig(TargetedConfig):
     """Settings of Super-Tuning, under PEFT's names."""
 
     peft_type = "SUPERTUNING"
-    learning_rate = 5e-4
+    learning_rate = 2.5e-3
     always_written: ClassVar[tuple[str, ...]] = ("sparsity", "select_top", "target_modules", "save_precomputed_indices")
 
     sparsity: float = 0.99
