@@ -14,7 +14,7 @@ class AdaptionPromptConfig(AdapterConfig):
     """Settings of LLaMA-Adapter, under PEFT's names."""
 
     peft_type = "ADAPTION_PROMPT"
-    learning_rate = 9e-3
+    learning_rate = 3e-2
     unknown_to_peft: ClassVar[tuple[str, ...]] = ("modules_to_save",)
     sizes: ClassVar[tuple[str, ...]] = ("adapter_len",)
     filled_later: ClassVar[tuple[str, ...]] = ("adapter_len", "adapter_layers", "target_modules")
