@@ -104,7 +104,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.grid(keep=2)
+@pytest.mark.grid
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_optimizers_train_and_resume_to_the_same_bytes(recipe: Path, tmp_path: Path, optim: str) -> None:
     if optim in ("adamw_8bit", "lion_32bit", "lion_8bit"):
