@@ -127,6 +127,7 @@ SMALLER: dict[str, dict[str, dict[str, Any]]] = {
 WHY = {
     "tinylora": "64 numbers a layer learn slowly, at every rate that was tried",
     "pvera": "training draws each update at random",
+    "adaption_prompt": "gates start at zero, and the prompts learn only once these have moved",
     "cpt": "the vectors stay within opt_projection_epsilon of where they start",
     "trainable_tokens": "two tokens train, ends of chat turns, of which a plain text has one at most",
 }

@@ -11,10 +11,13 @@ from peftcli.methods._settings import Problems
 
 @dataclass(kw_only=True)
 class AdaptionPromptConfig(AdapterConfig):
-    """Settings of LLaMA-Adapter, under PEFT's names."""
+    """Settings of LLaMA-Adapter, under PEFT's names.
+
+    Its gates start at zero, and the prompts learn only once these have moved, so the first steps do little.
+    """
 
     peft_type = "ADAPTION_PROMPT"
-    learning_rate = 3e-2
+    learning_rate = 2.7e-2
     unknown_to_peft: ClassVar[tuple[str, ...]] = ("modules_to_save",)
     sizes: ClassVar[tuple[str, ...]] = ("adapter_len",)
     filled_later: ClassVar[tuple[str, ...]] = ("adapter_len", "adapter_layers", "target_modules")
