@@ -222,7 +222,8 @@ def cells(name: str, seeds: list[dict[str, Any]]) -> list[str]:
     before, ours = ([sides["peftcli"][when] for sides in seeds] for when in ("before", "after"))
     theirs = [sides["Trainer"]["after"] for sides in seeds if "Trainer" in sides]
     about = [f"[{name}](../configs/tasks/{name}.yaml)", f"{rows:,}", f"`{metric}`", f"{mean(before):.4f}"]
-    return [*about, *both(ours), *(both(theirs) if theirs else ["", ""]), verdict(metric, ours, theirs)]
+    compared = verdict(metric, ours, theirs) if min(len(ours), len(theirs)) == len(SEEDS) else "seeds are missing"
+    return [*about, *both(ours), *(both(theirs) if theirs else ["", ""]), compared]
 
 
 def both(values: list[float]) -> list[str]:
