@@ -207,8 +207,7 @@ class Training:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, much less memory for long examples."""
     torch_compile: bool = False
-    """Compile the model's layers, which takes a while before the first step. Faster on some GPUs; on a CPU it gained
-    nothing."""
+    """Compile the model's layers, which takes a while in the first step. On a CPU it gained nothing."""
     use_liger_kernel: bool = False
     """Compute norms, rotary positions and gated layers with liger-kernel's functions for GPUs, where it has some for
     the model. Needs the extra ``liger``."""
