@@ -98,8 +98,8 @@ def hash_ahead(path: Path) -> None:
     def compute() -> None:
         try:
             future.set_result(_base_hash(path))
-        except OSError as error:
-            future.set_exception(error)
+        except Exception as error:
+            future.set_exception(error)  # raised where the hash is asked for
 
     threading.Thread(target=compute, daemon=True).start()
 

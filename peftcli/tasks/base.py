@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, run
 
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
-from peftcli.errors import DataError
+from peftcli.errors import DataError, PeftcliError
 from peftcli.system.disk import write_file
 from peftcli.tasks import TASK_FILE
 
@@ -467,14 +467,20 @@ def logits_of(
     return [found[at] for at in range(len(examples))]
 
 
-def require_extra(package: str, extra: str) -> None:
+def require_extra(package: str, extra: str, key: str = "task", kind: type[PeftcliError] = DataError) -> None:
     """Check that an optional package is installed.
 
+    Args:
+        package: Its name in Python.
+        extra: That of peftcli which brings it.
+        key: The setting that needs it.
+        kind: Of the error.
+
     Raises:
-        DataError: it is not; names the extra that brings it.
+        PeftcliError: it is not installed; of this kind, and names the extra.
     """
     if importlib.util.find_spec(package) is None:
-        raise DataError(f"needs the package {package}: pip install 'peftcli[{extra}]'", key="task")
+        raise kind(f"needs the package {package}: pip install 'peftcli[{extra}]'", key=key)
 
 
 def encoding(name: str, task: Task[Any]) -> dict[str, Any]:

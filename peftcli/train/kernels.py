@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from peftcli.errors import ModelError, UsageError
+from peftcli.tasks.base import require_extra
 from peftcli.tasks.text import unpadded
 
 _COMPILE, _LIGER = "training.torch_compile", "training.use_liger_kernel"
@@ -50,8 +50,7 @@ def use_liger_kernel(model: Any) -> None:
         UsageError: the package is not installed, or there is no GPU.
         ModelError: it has nothing for this model.
     """
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise UsageError("needs the package liger-kernel: pip install 'peftcli[liger]'", key=_LIGER)
+    require_extra("liger_kernel", "liger", _LIGER, UsageError)
     if not torch.cuda.is_available():
         raise UsageError("needs a GPU, and torch sees none", key=_LIGER)
     from liger_kernel.transformers import _apply_liger_kernel_to_instance

@@ -52,6 +52,8 @@ class PreparedModel:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     config: AdapterConfig
+    optim: str = ""
+    """The recipe's name for the optimizer, and its arguments: another one cannot go on with what this one remembers."""
 
 
 class Gradients:

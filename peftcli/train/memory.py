@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from typing import Any
 
 from peftcli.errors import OutOfMemory, to_peftcli_error
-from peftcli.schema import Training
+from peftcli.schema import Recipe
+from peftcli.tasks.base import Gathers, Task
 from peftcli.train.report import peak_memory_bytes
 
 
@@ -15,44 +17,44 @@ def lacks_memory(error: BaseException) -> bool:
     return isinstance(to_peftcli_error(error), OutOfMemory)
 
 
-def too_large_a_step(step: int, batches: Sequence[Sequence[int]], unit: str, training: Training) -> OutOfMemory:
-    """The error of a step whose largest micro-batch did not fit.
+def too_large_a_step(step: int, sizes: Sequence[int], recipe: Recipe, task: Task[Any]) -> OutOfMemory:
+    """The error of a step that the memory did not hold.
 
     Args:
         step: Its number, from 1.
-        batches: The sizes of the examples of each micro-batch.
-        unit: What they count, as tokens.
-        training: The settings.
+        sizes: Of the examples of its largest micro-batch, in the task's unit.
+        recipe: Its settings are to be changed.
+        task: The task.
     """
-    largest = max(batches, key=sum)
-    size = f"{len(largest):,} examples and {sum(largest):,} {unit}, {max(largest):,} of them in the longest"
-    return OutOfMemory(
-        f"not enough memory for step {step}, {_peak()}: a micro-batch of {size}", hint=_cheapest(training)
-    )
+    longest = f" with {sum(sizes):,} {task.unit}, {max(sizes):,} in the longest" if max(sizes) > 1 else ""
+    batch = f"a micro-batch of {len(sizes):,} examples{longest}"
+    return OutOfMemory(f"not enough memory for step {step}, {_peak()}: {batch}", hint=_cheapest(recipe, task))
 
 
-def too_large_an_evaluation(training: Training) -> OutOfMemory:
-    """The error of an evaluation that did not fit."""
-    size = training.per_device_eval_batch_size
-    less = f"training.per_device_eval_batch_size: {max(1, size // 2)}"
-    message = f"not enough memory to evaluate, {_peak()}: a batch of {size:,} examples"
-    return OutOfMemory(message, hint=less if size > 1 else "a smaller dataset.max_length")
+def too_large_an_evaluation(recipe: Recipe) -> OutOfMemory:
+    """The error of an evaluation that the memory did not hold."""
+    size = recipe.training.per_device_eval_batch_size
+    less = f"training.per_device_eval_batch_size: {size // 2}" if size > 1 else "leave out the largest examples"
+    return OutOfMemory(f"not enough memory to evaluate, {_peak()}: a batch of {size:,} examples", hint=less)
 
 
 def _peak() -> str:
     return f"after a peak of {max(peak_memory_bytes().values()) / 2**30:.1f} GiB"
 
 
-def _cheapest(training: Training) -> str:
+def _cheapest(recipe: Recipe, task: Task[Any]) -> str:
     """The three changes that cost least, the cheapest first."""
+    training = recipe.training
     size, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
     parts = next((count for count in range(2, size + 1) if size % count == 0), 1)
+    fewer = f"training.per_device_train_batch_size: {size // parts}"
+    same = f"{fewer} with gradient_accumulation_steps: {steps * parts}, the same batch in smaller parts"
     changes = {
-        f"training.per_device_train_batch_size: {size // parts} with gradient_accumulation_steps: {steps * parts}, "
-        "which changes no result": size > 1,
+        # a task that compares the rows of a batch learns less from fewer
+        fewer if isinstance(task, Gathers) else same: size > 1,
         "training.gradient_checkpointing: true, about a third slower": not training.gradient_checkpointing,
         "training.bf16: true": training.bf16 is False,
-        "a smaller dataset.max_length": True,
-        "base_model.quantization: nf4": True,
+        "a smaller dataset.max_length": task.unit == "tokens",
+        "base_model.quantization: nf4": recipe.base_model.quantization is None,
     }
     return "; or ".join(islice((text for text, helps in changes.items() if helps), 3))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from peftcli.core.layer import AdapterLayer
 from peftcli.errors import AdapterError, UsageError
 from peftcli.methods.learning_rates import rate_groups
 from peftcli.schema import Training
+from peftcli.tasks.base import require_extra
 
 
 def parameter_groups(
@@ -85,24 +86,26 @@ def build_optimizer(
         UsageError: its package is not installed, or it does not take ``training.optim_args``.
     """
     wanted = _OPTIMIZERS[training.optim]
-    if wanted.module == _BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
-        message = f"{training.optim} needs the package bitsandbytes: pip install 'peftcli[bitsandbytes]'"
-        raise UsageError(message, key="training.optim")
+    if wanted.module == _BITSANDBYTES:
+        require_extra("bitsandbytes", "bitsandbytes", "training.optim", UsageError)
     build = getattr(importlib.import_module(wanted.module), wanted.name)
     adam = {"betas": (training.adam_beta1, training.adam_beta2), "eps": training.adam_epsilon}
     own = {name: adam[name] for name in wanted.reads}
     given: dict[str, Any] = {"lr": rate_of(training), "weight_decay": training.weight_decay, **own, **wanted.fixed}
     if training.optim == "adamw_torch" and fused:
         given["fused"] = True
+    known = inspect.signature(build).parameters.keys() - {"params"}
     for name in training.optim_args:
-        if name in given or name == "params" or name not in inspect.signature(build).parameters:
-            left = sorted(inspect.signature(build).parameters.keys() - given.keys() - {"params"})
-            why = "is set by the recipe's other settings" if name in given else f"is none of its arguments, {left}"
-            raise UsageError(f"of {training.optim}: {why}", key=f"training.optim_args.{name}")
+        key = f"training.optim_args.{name}"
+        if name in given:
+            raise UsageError(f"other settings of the recipe give {training.optim} its {name}", key=key)
+        if name not in known:
+            left = ", ".join(sorted(known - given.keys()))
+            raise UsageError(f"{training.optim} has no such argument; it has {left}", key=key)
     try:
         optimizer: torch.optim.Optimizer = build(parameters, **given, **training.optim_args)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"of {training.optim}: {error}", key="training.optim_args") from None
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(f"{training.optim} says: {error}", key="training.optim_args") from None
     return optimizer
 
 

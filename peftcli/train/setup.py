@@ -185,4 +185,5 @@ def prepare(
     schedule = build_schedule(optimizer, recipe.training, plan.total_steps)
     # from here on each process draws its own dropout
     set_seed(recipe.training.seed + accelerator.process_index)
-    return PreparedModel(prepared, parameters, optimizer, schedule, config)
+    optim = f"{recipe.training.optim} {recipe.training.optim_args}"
+    return PreparedModel(prepared, parameters, optimizer, schedule, config, optim)

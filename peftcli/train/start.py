@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcli.errors import PeftcliError
+from peftcli.models.find import expanded
 from peftcli.models.hub_files import hash_ahead
 from peftcli.schema import Recipe
 from peftcli.system import signals
@@ -52,7 +53,7 @@ def start(
             _launch(recipe, folder, command, count, on_event, overwrite)
             return None
 
-    hash_ahead(Path(recipe.base_model.name).expanduser())
+    hash_ahead(expanded(recipe.base_model.name))
 
     from peftcli.train import fresh_process, run
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from peftcli.errors import UsageError
 from peftcli.recipe import to_dict
 from peftcli.schema import Recipe
+from peftcli.tasks.base import require_extra
 from peftcli.train.runs.resume import Run
 
 _PROJECT = "peftcli"
@@ -75,9 +75,7 @@ class Trackers:
 def require_packages(recipe: Recipe) -> None:
     """Raise UsageError unless the trackers' packages are installed."""
     for name in recipe.training.report_to:
-        if importlib.util.find_spec(name) is None:
-            message = f"{name} needs the package {name}: pip install 'peftcli[{name}]'"
-            raise UsageError(message, key="training.report_to")
+        require_extra(name, name, "training.report_to", UsageError)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

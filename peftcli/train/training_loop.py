@@ -62,6 +62,9 @@ class TrainingLoop:
             yield
             if not self._is_over():
                 yield from self._steps()
+            if self._is_over():
+                name, count = self.training.metric_for_best_model, self.progress.no_better
+                self.active.tell(Phase(f"stopped early: {name} was no better in {count} evaluations"))
         except Exception as error:
             if lacks_memory(error):
                 raise self._too_large() from error
@@ -100,20 +103,15 @@ class TrainingLoop:
     def _too_large(self) -> OutOfMemory:
         """The error of the step, or the evaluation, that the memory does not hold."""
         if self.progress.pending is not None:
-            return too_large_an_evaluation(self.training)
+            return too_large_an_evaluation(self.active.recipe)
         step, sizes = self.progress.step, self.plan.sizes
         rows = [[int(size) for row in batch for size in sizes[row]] for batch in self.gradients.micro_batches(step)]
-        unit = self.active.record.data.unit if self.active.record.data else "tokens"
-        return too_large_a_step(step + 1, [each for each in rows if each], unit, self.training)
+        return too_large_a_step(step + 1, max(rows, key=sum), self.active.recipe, self.data.task)
 
     def _is_over(self) -> bool:
-        """Whether evaluations have been no better for as long as the recipe waits."""
-        patience = self.training.early_stopping_patience
-        if patience is None or self.progress.no_better < patience:
-            return False
-        name = self.training.metric_for_best_model
-        self.active.tell(Phase(f"stopping early: {name} was no better in {self.progress.no_better} evaluations"))
-        return True
+        """Whether training ends early: evaluations have been no better for as long as the recipe waits."""
+        patience, progress = self.training.early_stopping_patience, self.progress
+        return patience is not None and progress.no_better >= patience and progress.step < self.plan.total_steps
 
     def _count(self, result: StepResult) -> dict[str, Any]:
         """Count a step. Returns its line of metrics.jsonl; empty where the step is not logged."""

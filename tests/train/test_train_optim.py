@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from peftcli.core.weights import named_tensors
 from peftcli.errors import Interrupted, RecipeError, UsageError
 from peftcli.methods import METHODS
 from peftcli.schema import Training
-from peftcli.train.optim import build_optimizer, build_schedule, parameter_groups
+from peftcli.train.optim import _OPTIMIZERS, build_optimizer, build_schedule, parameter_groups
 from peftcli.train.report import Event, Stepped
 
 STARTS = {
@@ -117,6 +117,19 @@ def test_optimizers_train_and_resume_to_the_same_bytes(recipe: Path, tmp_path: P
     resumes_to_the_same_bytes(recipe, tmp_path, optim, OPTIMIZERS[optim])
 
 
+def test_every_name_of_a_recipe_is_an_optimizer() -> None:
+    assert set(get_args(get_type_hints(Training)["optim"])) == _OPTIMIZERS.keys()
+
+
+def test_another_optimizer_goes_on_without_what_the_one_before_remembers(recipe: Path) -> None:
+    trainkit.stopped_copy(recipe)
+    settings = ("training.optim=sgd", "training.optim_args={momentum: 0.9}")
+    allowed = ["training.optim", "training.optim_args"]
+    done = trainkit.run_recipe(recipe, *settings, allow_change=allowed)
+    assert [attempt["from_step"] for attempt in done.run["attempts"]] == [0, 4]
+    assert done.run["exact"] is False
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optim", ["adamw_8bit", "lion_32bit", "lion_8bit"])
 def test_optimizers_of_bitsandbytes_do_so_too(recipe: Path, tmp_path: Path, optim: str) -> None:
@@ -126,9 +139,11 @@ def test_optimizers_of_bitsandbytes_do_so_too(recipe: Path, tmp_path: Path, opti
 
 def test_what_an_optimizer_does_not_take_is_named(recipe: Path) -> None:
     for settings, message in {
-        ("training.optim_args={momentum: 1}",): r"optim_args\.momentum: of adamw_torch: is none of its arguments",
-        ("training.optim_args={lr: 1}",): r"optim_args\.lr: of adamw_torch: is set by the recipe's other settings",
-        ("training.optim=sgd", "training.optim_args={momentum: -1}"): r"optim_args: of sgd: Invalid momentum value",
+        (
+            "training.optim_args={momentum: 1}",
+        ): r"optim_args\.momentum: adamw_torch has no such argument; it has amsgrad, ",
+        ("training.optim_args={lr: 1}",): r"optim_args\.lr: other settings of the recipe give adamw_torch its lr",
+        ("training.optim=sgd", "training.optim_args={momentum: -1}"): r"optim_args: sgd says: Invalid momentum value",
     }.items():
         with pytest.raises(UsageError, match=message):
             trainkit.run_recipe(recipe, *settings)

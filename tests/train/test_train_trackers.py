@@ -79,7 +79,7 @@ def test_trackers_get_the_lines_of_metrics_and_their_failures_are_warnings(recip
 def test_a_tracker_needs_its_package(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
-    with pytest.raises(UsageError, match=r"training\.report_to: wandb needs the package wandb: .*'peftcli\[wandb\]'"):
+    with pytest.raises(UsageError, match=r"training\.report_to: needs the package wandb: .*'peftcli\[wandb\]'"):
         run_recipe(recipe, "training.report_to=[wandb]")
 
 

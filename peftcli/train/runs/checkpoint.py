@@ -120,7 +120,8 @@ def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelera
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _write_json(
-            temporary / _MANIFEST, _manifest(temporary, state.progress.step, accelerator.num_processes, made_by)
+            temporary / _MANIFEST,
+            _manifest(temporary, state.progress.step, accelerator.num_processes, state.prepared.optim, made_by),
         )
         with _storing(final):
             replaced = final.with_name(f".replaced-{final.name}")
@@ -290,14 +291,16 @@ def load_checkpoint(path: Path, state: State, accelerator: Accelerator) -> None:
         StorageError: it does not fit the model, or cannot be read.
     """
     try:
-        known = accelerator.process_index < read_manifest(path)["num_processes"]
+        manifest = read_manifest(path)
+        known = accelerator.process_index < manifest["num_processes"]
         extra = path / _TRAINING_STATE
         more = safetensors.torch.load_file(extra) if extra.exists() else {}
         tensors = {**read_tensors(path), **more}
         if strange := tensors.keys() - adapter_state(state.model).keys() - training_state(state.model).keys():
             raise ValueError(f"{WEIGHTS_FILE} contains {min(strange)}, which this adapter does not have")
         load_training_state(state.model, tensors)
-        _load_optimizer(state, safetensors.torch.load_file(path / _OPTIMIZER))
+        if manifest["optim"] == state.prepared.optim:  # or else --allow-change training.optim
+            _load_optimizer(state, safetensors.torch.load_file(path / _OPTIMIZER))
         for name, value in asdict(_progress(path)).items():
             setattr(state.progress, name, value)
         best = path / _BEST
@@ -352,13 +355,13 @@ def _storing(path: Path) -> Iterator[None]:
         raise StorageError(f"cannot write: {error.strerror}", file=str(path)) from None
 
 
-def _manifest(folder: Path, step: int, num_processes: int, made_by: dict[str, str]) -> dict[str, Any]:
+def _manifest(folder: Path, step: int, num_processes: int, optim: str, made_by: dict[str, str]) -> dict[str, Any]:
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.iterdir())
         if path.name != _MANIFEST
     }
-    return _sealed({"step": step, "num_processes": num_processes, **made_by, "files": files})
+    return _sealed({"step": step, "num_processes": num_processes, "optim": optim, **made_by, "files": files})
 
 
 def _optimizer_state(state: State) -> dict[str, torch.Tensor]:
@@ -381,9 +384,8 @@ def _as_tensor(value: torch.Tensor | float) -> torch.Tensor:
 
 def _load_optimizer(state: State, tensors: dict[str, torch.Tensor]) -> None:
     """Raises ValueError unless the tensors are what the optimizer remembers of tensors of the model."""
-    optimizer, names = state.prepared.optimizer, dict[int, str]()
-    for name, (_, _, parameter) in named_tensors(state.model).items():
-        names[id(parameter)] = name
+    optimizer = state.prepared.optimizer
+    names = {id(parameter): name for name, (_, _, parameter) in named_tensors(state.model).items()}
     found: dict[str, dict[str, Any]] = {name: {} for name in names.values()}
     for full, value in tensors.items():
         name, _, key = full.rpartition(".")
@@ -391,13 +393,14 @@ def _load_optimizer(state: State, tensors: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"{_OPTIMIZER}: {full} belongs to another optimizer or adapter")
         is_number = value.ndim == 0 and value.dtype in (torch.int64, torch.float64)
         found[name][key] = value.item() if is_number else value
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    remembered = {place: found[names[id(parameter)]] for place, parameter in enumerate(parameters)}
+    kept = dict[int, dict[str, Any]]()
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     for place, parameter in enumerate(parameters):
-        for key in _AVERAGES & remembered[place].keys():
-            if remembered[place][key].shape != parameter.shape:
-                raise ValueError(f"{_OPTIMIZER}: {names[id(parameter)]} has another shape")
-    kept = {place: values for place, values in remembered.items() if values}
+        values = found[names[id(parameter)]]
+        if any(values[key].shape != parameter.shape for key in _AVERAGES & values.keys()):
+            raise ValueError(f"{_OPTIMIZER}: {names[id(parameter)]} has another shape")
+        if values:
+            kept[place] = values
     optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

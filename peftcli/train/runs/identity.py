@@ -10,6 +10,7 @@ from typing import Any
 
 from peftcli.data.sources import eval_source, open_source
 from peftcli.errors import UsageError
+from peftcli.models.find import expanded
 from peftcli.models.hub_files import base_hash
 from peftcli.recipe import to_dict
 from peftcli.recipe.names import closest
@@ -54,7 +55,7 @@ def identity(recipe: Recipe, num_processes: int) -> IdentityRecord:
     return IdentityRecord(
         recipe=described,
         data=_data_hashes(recipe),
-        base_model=base_hash(Path(recipe.base_model.name).expanduser()),
+        base_model=base_hash(expanded(recipe.base_model.name)),
         processes=num_processes,
     )
 
