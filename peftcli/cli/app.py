@@ -120,8 +120,7 @@ def main(args: Sequence[str] | None = None) -> int:
         _report_to_launcher(None)
         return code
     except BrokenPipeError:
-        # Python would write to the same pipe again when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.discard(sys.stdout)
         return _BROKEN_PIPE
     except Exception as error:
         if debug:

@@ -34,7 +34,12 @@ def log(text: str) -> None:
     try:
         _write(sys.stderr, text)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        discard(sys.stderr)
+
+
+def discard(stream: TextIO) -> None:
+    """Write nothing more to a stream that nobody reads: Python would try so again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def print_json(data: Any) -> None:
@@ -101,7 +106,10 @@ def report_error(error: PeftcliError, as_json: bool = False) -> int:
     """Print an error, with ``as_json`` also as the JSON object if none was printed yet; return the exit code."""
     log(f"error: {error}")
     if as_json and not _json_printed:
-        print_json({"error": {**error.as_dict(), "exit_code": error.exit_code}})
+        try:
+            print_json({"error": {**error.as_dict(), "exit_code": error.exit_code}})
+        except BrokenPipeError:
+            discard(sys.stdout)
     return error.exit_code
 
 

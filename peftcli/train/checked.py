@@ -166,12 +166,12 @@ def _code() -> str:
 
 
 def _packages() -> list[str]:
-    """Return the names and versions of all installed packages, as the names of their folders say them."""
-    found: list[str] = []
+    """Return the names and versions of the installed packages but this one, as the names of their folders say them."""
+    found: set[str] = set()
     for folder in sys.path:
         with suppress(OSError):
-            found += (path.name for path in Path(folder).iterdir() if path.suffix in (".dist-info", ".egg-info"))
-    return sorted(found)
+            found |= {path.name for path in Path(folder).iterdir() if path.suffix in (".dist-info", ".egg-info")}
+    return sorted(name for name in found if not name.startswith("peftcli"))  # whose code is hashed
 
 
 def _devices() -> list[str]:

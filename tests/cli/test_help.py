@@ -116,14 +116,18 @@ def test_interrupt(cli, failing) -> None:
     assert (ran.code, ran.err) == (130, "error: stopped (SIGINT)\n")
 
 
-def test_a_closed_pipe_is_quiet() -> None:
+@pytest.mark.parametrize(
+    ("args", "code", "err"),
+    [(["schema"], 141, ""), (["train", "none.yaml", "--json"], 2, "error: none.yaml: no such file: none.yaml\n")],
+)
+def test_a_closed_pipe_is_quiet_and_an_error_keeps_its_code(args: list[str], code: int, err: str) -> None:
     read, write = os.pipe()
     os.close(read)
     ran = subprocess.run(
-        [sys.executable, "-m", "peftcli", "schema"], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+        [sys.executable, "-m", "peftcli", *args], stdout=write, stderr=subprocess.PIPE, text=True, check=False
     )
     os.close(write)
-    assert (ran.returncode, ran.stderr) == (141, "")
+    assert (ran.returncode, ran.stderr) == (code, err)
 
 
 def test_output_that_the_terminal_cannot_encode() -> None:

@@ -254,6 +254,7 @@ def qlora_arguments(folder: str, **changes: Any) -> Seq2SeqTrainingArguments:
     return Seq2SeqTrainingArguments(**{**options, **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
 def test_qlora_without_quantisation(lib: ModuleType, llama: str, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llama)

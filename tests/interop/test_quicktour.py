@@ -259,6 +259,7 @@ def test_load_adapter_keeps_the_old_one_when_the_new_does_not_fit(
 # under plain Accelerate
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_accelerate_trains_it_as_it_trains_pefts(kind: str, bases: dict[str, str], tmp_path: Path) -> None:
     losses: dict[str, list[float]] = {}

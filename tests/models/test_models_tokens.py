@@ -379,7 +379,7 @@ READ: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.grid(keep=4)
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize(("kind", "settings"), READ)
 def test_peft_reads_it(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
     folder, model = adapter(tmp_path, kind, **settings)
@@ -404,7 +404,7 @@ def test_the_file_holds_only_the_new_rows(tmp_path: Path) -> None:
     assert {tuple(value.shape) for value in held.values()} == {(2, 32)}
 
 
-@pytest.mark.grid(keep=4)
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize(("kind", "settings"), [*READ, ("phi", {})])
 def test_we_read_it_and_grow_the_base_model_ourselves(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
     folder, model = adapter(tmp_path, kind, **settings)
@@ -417,7 +417,7 @@ def test_we_read_it_and_grow_the_base_model_ourselves(tmp_path: Path, kind: str,
     assert tokenizer("a<tool>")["input_ids"][-1] == VOCABULARY
 
 
-@pytest.mark.grid(keep=4)
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize(("kind", "settings"), [*READ, ("phi", {})])
 def test_the_merged_model_holds_them(

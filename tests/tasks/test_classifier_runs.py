@@ -125,6 +125,7 @@ def test_the_auto_class_needs_no_number_of_labels(tmp_path: Path, kind: str) -> 
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", ["bert", "vit"])
 def test_get_peft_model_trains_under_trainer_and_loads_in_peft(tmp_path: Path, kind: str) -> None:
     import peft

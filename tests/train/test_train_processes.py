@@ -51,6 +51,7 @@ def losses(folder: Path, key: str = "loss") -> list[float]:
 
 
 @pytest.mark.grid
+@pytest.mark.grid(each="method")
 @pytest.mark.parametrize("method", [None, trainkit.PROMPT_TUNING], ids=["lora", "prompt_tuning"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_two_processes_give_the_series_of_one(recipe: Path, method: str | None, accumulation: int) -> None:
@@ -75,6 +76,7 @@ def test_two_processes_give_the_series_of_one(recipe: Path, method: str | None, 
     assert (children[1].out, children[1].err.count("step")) == ("", 0), "only process 0 speaks"
 
 
+@pytest.mark.slow
 def test_three_processes_and_rows_that_do_not_divide(recipe: Path) -> None:
     """Global batches of 6, 4, ... rows over three processes of two: some micro-batches are empty."""
     settings = ("training.eval_strategy=epoch", "training.max_steps=4", "training.gradient_checkpointing=true")
@@ -93,6 +95,7 @@ def test_three_processes_and_rows_that_do_not_divide(recipe: Path) -> None:
     assert losses(three) == pytest.approx(one.losses, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_failed_gate_of_two_processes(recipe: Path) -> None:
     children = group(recipe.parent, "train", recipe, *HALF, "gates.eval_loss=<= 0.001")
     assert children[0].wait() == 12
