@@ -273,6 +273,9 @@ class Launch:
     """Address of machine 0."""
     main_process_port: NumberOrAuto = "auto"
     """Port of machine 0. auto: a free port; required with several machines."""
+    strategy: Literal["replicate", "fsdp"] = "replicate"
+    """What each process holds of the base model. replicate: all of it. fsdp: a part of each layer, and a whole layer
+    only while it computes."""
 
 
 @dataclass(frozen=True, kw_only=True)

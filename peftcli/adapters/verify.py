@@ -89,6 +89,26 @@ def few_rows(task: Task[Any], source: Source, day: str | None) -> Rows | None:
     return rows if chosen else None
 
 
+def said_by(model: nn.Module, task: Task[Any], rows: Rows | None, *, bf16: bool) -> dict[str, Any]:
+    """Return what a trained model says of rows, and of what the task asks besides, for ``record_model``.
+
+    Args:
+        model: The model in memory.
+        task: The task, with its processor.
+        rows: Those of ``few_rows``.
+        bf16: Whether the forward pass computes in bfloat16.
+    """
+    values: dict[str, Any] = {"rows": rows}
+    if rows:
+        inputs = _batch(task, rows)
+        made = {name: value for name, value in sorted(inputs.items()) if isinstance(value, torch.Tensor)}
+        values["inputs"] = {name: sketch(value) for name, value in made.items()}
+        values["scores"] = sketch(scores_on(model, inputs, bf16=bf16))
+    if isinstance(task, Probes):
+        values["probe"] = sketch(scores_on(model, task.probe(), bf16=bf16))
+    return values
+
+
 def record_model(
     folder: Path,
     model: nn.Module,
@@ -96,9 +116,8 @@ def record_model(
     tensors: Mapping[str, torch.Tensor],
     task: Task[Any],
     described: Mapping[str, Any],
-    rows: Rows | None,
+    said: Mapping[str, Any],
     *,
-    outputs: bool,
     files: Sequence[str],
     dtype: torch.dtype,
     bf16: bool,
@@ -113,8 +132,7 @@ def record_model(
         tensors: The adapter's tensors, as the model holds them.
         task: The task, with its processor.
         described: The task's ``type`` and settings.
-        rows: Those of ``few_rows``.
-        outputs: Whether to record what the model says, too.
+        said: What ``said_by`` returned; empty where the model cannot be asked.
         files: Names of the files that the task keeps in the folder.
         dtype: Number format of the base model.
         bf16: Whether the forward pass computes in bfloat16.
@@ -131,16 +149,10 @@ def record_model(
         "device": next(model.parameters()).device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "bf16": bf16,
-        "rows": rows if outputs else None,
+        "rows": None,
         "probe": None,
+        **said,
     }
-    if rows and outputs:
-        inputs = _batch(task, rows)
-        made = {name: value for name, value in sorted(inputs.items()) if isinstance(value, torch.Tensor)}
-        values["inputs"] = {name: sketch(value) for name, value in made.items()}
-        values["scores"] = sketch(scores_on(model, inputs, bf16=bf16))
-    if outputs and isinstance(task, Probes):
-        values["probe"] = sketch(scores_on(model, task.probe(), bf16=bf16))
     write_file(folder / RECORD_FILE, (json.dumps(redact_values(values), indent=1) + "\n").encode())
 
 

@@ -16,20 +16,21 @@ from torch import nn
 from peftcli.data.store import View
 from peftcli.tasks.base import Task, on_device
 from peftcli.train.batches import batches, collate
+from peftcli.train.sharded import is_sharded
 
 
-def _batches(
-    examples: View, batch_size: int, accelerator: Accelerator
-) -> tuple[list[list[int]], list[list[int] | None]]:
-    """Return this process's batches, of rows of like sizes, and what it does in each round of all processes.
+def _batches(examples: View, batch_size: int, accelerator: Accelerator, sharded: bool) -> list[tuple[list[int], bool]]:
+    """Return what this process computes in each round of all processes: rows of like sizes, and whether they count.
 
-    A process without a batch counts one example zero times.
+    A process without a batch counts one example zero times: where it has none at all, and where the model is divided,
+    so that the others need its part of the weights.
     """
     order = np.argsort(examples.sizes, kind="stable").tolist()
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     rounds = -(-len(batches) // accelerator.num_processes)
-    return mine, [*(mine or [order[:1]]), *[None] * (rounds - max(len(mine), 1))]
+    idle = order[:1] if sharded or not mine else []
+    return [*((batch, True) for batch in mine), *[(idle, False)] * (rounds - len(mine))]
 
 
 @torch.no_grad()
@@ -64,22 +65,22 @@ def evaluate(
     sums: dict[str, torch.Tensor] = {}
     outputs: list[tuple[int, Any]] = []
     inner = accelerator.unwrap_model(model)  # no gradients to synchronise, and the processes' batch counts may differ
-    mine, rounds = _batches(examples, batch_size, accelerator)
-    make = partial(collate, task, examples, training=False)
-    with closing(batches(make, filter(None, rounds), num_workers)) as ahead:
-        for indices in rounds:
+    rounds = _batches(examples, batch_size, accelerator, is_sharded(inner))
+    make, computed = partial(collate, task, examples, training=False), [indices for indices, _ in rounds if indices]
+    with closing(batches(make, computed, num_workers)) as ahead:
+        for indices, counts in rounds:
             if stopping():
                 model.train(was_training)
                 return None
-            if indices is None:
+            if not indices:
                 continue
             batch = on_device(next(ahead), accelerator.device)
             with accelerator.autocast():
                 loss = task.loss(inner, batch)
             for name, value in loss.sums.items():
-                counted = value.detach().to("cpu", torch.float64) * bool(mine)
+                counted = value.detach().to("cpu", torch.float64) * counts
                 sums[name] = sums[name] + counted if name in sums else counted
-            if loss.outputs and mine:
+            if loss.outputs and counts:
                 outputs += zip(indices, loss.outputs, strict=True)
     model.train(was_training)
     reduced = _reduce(sums, accelerator)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from peftcli.adapters.card import write_card
-from peftcli.adapters.verify import few_rows, record_model
+from peftcli.adapters.verify import few_rows, record_model, said_by
 from peftcli.core.weights import adapter_state, holds_its_file, load_state
 from peftcli.data.sources import eval_source
 from peftcli.errors import GateFailed
@@ -21,18 +18,38 @@ from peftcli.train.runs.checkpoint import State, prune, write_finite
 from peftcli.train.runs.record import ArtefactRecord, EvaluationRecord, GateRecord, MemoryRecord
 from peftcli.train.runs.resume import Run
 from peftcli.train.setup import base_dtype, uses_bf16
+from peftcli.train.sharded import is_sharded
 from peftcli.train.training_loop import RunData
 
 
 def finish(run: Run, data: RunData, state: State) -> None:
-    """Write the product (adapter, what the task keeps beside it, card, curve, recipe) and what the gates say."""
+    """Write the product (adapter, what the task keeps beside it, card, curve, recipe) and what the gates say.
+
+    The main process does; where the model is divided among the processes, all help to ask it what it says.
+    """
     recipe, folder, record, progress = run.recipe, run.folder, run.record, state.progress
+    verify = recipe.training.verify and not recipe.base_model.trust_remote_code  # which only a recipe may ask for
+    said = _said(run, data, state) if verify and (run.is_main or is_sharded(state.model)) else {}
+    if not run.is_main:
+        return
     tensors = state.best_adapter if state.best_adapter is not None else adapter_state(state.model)
     kept = progress.best_eval if state.best_adapter is not None else progress.last_eval
     write_finite(tensors, state.config, folder.path)
     own = data.task.save(folder.path) if isinstance(data.task, Saves) else []
-    if recipe.training.verify and not recipe.base_model.trust_remote_code:  # which only a recipe may ask for
-        _record_model(run, data, state, tensors, own)
+    if verify:
+        record_model(
+            folder.path,
+            state.model,
+            state.config,
+            tensors,
+            data.task,
+            described(data.task, run.pinned),
+            said,
+            files=own,
+            dtype=base_dtype(run.pinned),
+            bf16=uses_bf16(run.pinned),
+            base_sha256=record.base_model.sha256,
+        )
     write_file(folder.path / "recipe.yaml", to_yaml(recipe).encode())
     draw_losses(folder.metrics(), folder.path / "loss.png")
     record.steps.done = progress.step
@@ -63,30 +80,15 @@ def finish(run: Run, data: RunData, state: State) -> None:
     run.write_record()
 
 
-def _record_model(
-    run: Run, data: RunData, state: State, tensors: Mapping[str, torch.Tensor], own: Sequence[str]
-) -> None:
-    """Record what the trained model is and says, for ``peftcli verify``."""
+def _said(run: Run, data: RunData, state: State) -> dict[str, Any]:
+    """What the trained model says of a few rows; empty where it cannot be asked."""
     recipe, task = run.pinned, data.task
+    if state.best_adapter is not None:  # the model in memory is the last one
+        if not holds_its_file(state.model):
+            return {}
+        load_state(state.model, state.best_adapter)
     source = eval_source(recipe.dataset) or recipe.dataset.sources()[0]
-    rows = few_rows(task, source, run.record.day)
-    outputs = state.best_adapter is None or holds_its_file(state.model)
-    if state.best_adapter is not None and outputs:
-        load_state(state.model, state.best_adapter)  # the model in memory is the last one
-    record_model(
-        run.folder.path,
-        state.model,
-        state.config,
-        tensors,
-        task,
-        described(task, recipe),
-        rows,
-        outputs=outputs,
-        files=own,
-        dtype=base_dtype(recipe),
-        bf16=uses_bf16(recipe),
-        base_sha256=run.record.base_model.sha256,
-    )
+    return said_by(state.model, task, few_rows(task, source, run.record.day), bf16=uses_bf16(recipe))
 
 
 def check_gates(gates: dict[str, str], metrics: dict[str, float]) -> list[GateRecord]:

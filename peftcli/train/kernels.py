@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from peftcli.errors import ModelError, UsageError
+from peftcli.models.stacks import stacks
 from peftcli.tasks.base import require_extra
 from peftcli.tasks.text import unpadded
 
@@ -27,7 +27,7 @@ def compile_layers(model: nn.Module) -> None:
         UsageError: there is no compiler for it.
         ModelError: the model has no stack of layers.
     """
-    compiler, layers = os.environ.get("CXX", "g++"), list(_stacked(model))
+    compiler, layers = os.environ.get("CXX", "g++"), [layer for _, stack in stacks(model) for layer in stack]
     if not torch.cuda.is_available() and shutil.which(compiler) is None:
         hint = f"install {compiler}, or name another one in the environment variable CXX"
         raise UsageError("needs a C++ compiler on a CPU", key=_COMPILE, hint=hint)
@@ -36,11 +36,6 @@ def compile_layers(model: nn.Module) -> None:
     AttentionInterface.register(unpadded.ATTENTION, torch.compiler.disable(unpadded.attend))
     for layer in layers:
         layer.compile(dynamic=True)
-
-
-def _stacked(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        yield from child if isinstance(child, nn.ModuleList) and len(child) > 1 else _stacked(child)
 
 
 def use_liger_kernel(model: Any) -> None:

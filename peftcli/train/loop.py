@@ -21,6 +21,7 @@ from peftcli.tasks.base import Batch, Gathers, Packs, Task, on_device
 from peftcli.tasks.text.unpadded import is_unpadded
 from peftcli.train.batches import batches, collate, num_workers
 from peftcli.train.plan import MicroBatch, Plan
+from peftcli.train.sharded import is_sharded
 
 LESS_LEARNING = "lower training.learning_rate, or add warm-up; the last checkpoint is kept"
 """What to do about a run that diverged."""
@@ -71,9 +72,11 @@ class Gradients:
         """Begin before step ``start``, counted from 0."""
         self.prepared, self.task, self.examples, self.plan = prepared, task, examples, plan
         self.accelerator, self.start = accelerator, start
+        self.sharded = is_sharded(prepared.model)
         self._joins = plan.packs and not is_unpadded(accelerator.unwrap_model(prepared.model))
         steps = range(start, plan.total_steps)
-        mine = ((step, rows) for step in steps for rows in self.micro_batches(step) if rows)
+        work = ((step, rows or self._stand_in(step)) for step in steps for rows in self.micro_batches(step))
+        mine = ((step, rows) for step, rows in work if rows)
         self.ahead = batches(self._make, mine, num_workers(plan.training, task))
         """The batches of the micro-batches to come."""
 
@@ -88,6 +91,10 @@ class Gradients:
         """The micro-batches of a step in this process."""
         return self.plan.micro_batches(step, self.accelerator.process_index)
 
+    def _stand_in(self, step: int) -> MicroBatch:
+        """What is computed where a process has no rows and the others have, whose weights it holds a part of."""
+        return self.plan.micro_batches(step, 0)[0][:1] if self.sharded else []
+
     def of(self, step: int, num_targets: int) -> torch.Tensor:
         """Compute the gradients of a global batch's part in this process, and return its summed loss."""
         total, micro_batches = self.zero(), self.micro_batches(step)
@@ -97,6 +104,8 @@ class Gradients:
                 loss = self.loss(next(self.ahead))
                 parts.append(loss * (1 / num_targets))
                 total += loss.detach()
+            elif self.sharded:
+                parts.append(self.loss(next(self.ahead)) * 0)
             elif isinstance(self.task, Gathers):
                 self.task.take_part(self.accelerator.device)
             if number == len(micro_batches) and (added := self.penalty()) is not None:

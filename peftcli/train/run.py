@@ -55,6 +55,7 @@ from peftcli.train.runs.record import (
 from peftcli.train.runs.resume import Run, StartOptions, checkpoint_to_resume, commit_of, open_run
 from peftcli.train.runs.typed_json import ABSENT, from_json
 from peftcli.train.setup import adapted_model, calibrate, load_base, prepare, start_accelerator
+from peftcli.train.sharded import shard
 from peftcli.train.threads import use_threads
 from peftcli.train.trackers import Trackers, require_packages
 from peftcli.train.training_loop import RunData, TrainingLoop
@@ -145,8 +146,7 @@ def _train(run: Run, company: Alone) -> Iterator[None]:
     record_start(run, data, built, state, threads)
     with contextlib.closing(Trackers(run)) as trackers:
         yield from TrainingLoop(run, data, state, gradients, trackers).run()
-    if run.is_main:
-        finish(run, data, state)
+    finish(run, data, state)
 
 
 @contextlib.contextmanager
@@ -254,6 +254,8 @@ def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
         AdapterError: the method's settings do not fit it.
     """
     recipe, config, plan = run.pinned, method_config(run.recipe), data.plan
+    if recipe.launch.strategy == "fsdp" and isinstance(data.task, Gathers):
+        raise UsageError("fsdp cannot divide a model whose task compares the rows of a batch", key="launch.strategy")
     run.tell(Phase(f"loading {recipe.base_model.name}"))
     model, injection, notes = adapted_model(recipe, config, data.task, company.load)
     config.revision = run.recipe.base_model.revision
@@ -264,6 +266,9 @@ def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
     if needs_batches(config):
         run.tell(Phase("calibrating the adapter on the training data"))
         injection = calibrate(model, injection, config, recipe, data.examples, run.accelerator)
+    if recipe.launch.strategy == "fsdp" and run.accelerator.num_processes > 1:
+        run.tell(Phase(f"dividing the base model's layers among {run.accelerator.num_processes} processes"))
+        shard(model, run.accelerator.device)
     prepared = prepare(model, config, recipe, plan, run.accelerator)
     if isinstance(data.task, Begins):
         data.task.begin(model)

@@ -51,7 +51,6 @@ def losses(folder: Path, key: str = "loss") -> list[float]:
 
 
 @pytest.mark.grid
-@pytest.mark.grid(each="method")
 @pytest.mark.parametrize("method", [None, trainkit.PROMPT_TUNING], ids=["lora", "prompt_tuning"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_two_processes_give_the_series_of_one(recipe: Path, method: str | None, accumulation: int) -> None:
@@ -104,8 +103,9 @@ def test_a_failed_gate_of_two_processes(recipe: Path) -> None:
     assert (recipe.parent / "out/adapter_model.safetensors").exists()
 
 
-def test_two_processes_stop_and_resume(recipe: Path) -> None:
-    settings = (*HALF, "method.lora_dropout=0.2")
+@pytest.mark.parametrize("strategy", ["replicate", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_two_processes_stop_and_resume(recipe: Path, strategy: str) -> None:
+    settings = (*HALF, "method.lora_dropout=0.2", f"launch.strategy={strategy}")
     whole = recipe.parent / "whole"
     assert [c.wait() for c in group(recipe.parent, "train", recipe, *settings, f"training.output_dir={whole}")] == [
         0,
