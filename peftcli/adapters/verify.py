@@ -47,10 +47,11 @@ _MAX_ROWS = 4_000_000
 """Bytes of the rows."""
 _MAX_RECORD = 64_000_000
 """Bytes. The record of an adapter of 10,000 tensors takes 2,000,000."""
-_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.02}
-"""Largest difference of the model's outputs, as a share of their deviation, that two processes explain."""
-_ELSEWHERE = 20
-"""How much larger it may be on another kind of device."""
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15, "float16": 0.03}
+"""Largest difference of the model's outputs, as a share of their deviation, that rounding explains, which another
+version of peftcli or torch may do in another order."""
+_ELSEWHERE = 0.002
+"""The same for another kind of device."""
 _KEYS = {"task", "config", "tensors", "files", "processor", "base_model", "device", "dtype", "bf16", "rows", "probe"}
 _BYTES = "bytes in base64"
 Rows = dict[str, Any]
@@ -213,7 +214,7 @@ def verify_adapter(
     }
     if recorded:
         allowed = _TOLERANCE["bfloat16" if recorded["bf16"] else recorded["dtype"]]
-        allowed *= 1 if here == recorded["device"] else _ELSEWHERE
+        allowed = allowed if here == recorded["device"] else max(allowed, _ELSEWHERE)
         inputs = None
         try:
             inputs = _batch(task, recorded["rows"]) if recorded["rows"] else None

@@ -288,7 +288,7 @@ def _batch_rows(batches: dict[str, Any], unit: str | None) -> list[list[str]]:
         rows += [
             [unit, f"{batches['tokens_per_epoch']:,}"],
             [f"{unit} of a step", f"{batches['tokens_per_step']:,.0f}"],
-            [f"{unit} in a batch that are no padding", f"{batches['efficiency']['padded']:.1%}"],
+            [f"{unit} of a padded batch that are no padding", f"{batches['efficiency']['padded']:.1%}"],
         ]
     return rows if packed is None else [*rows, ["  the same with packing", f"{packed:.1%}"]]
 
