@@ -31,7 +31,7 @@ from typing import Any
 from peftcli.data.store import FORMAT, MANIFEST, Store, describe, writing
 from peftcli.errors import StorageError, UsageError
 
-DATA_PATH_VERSION = 1
+DATA_PATH_VERSION = 2
 """To be raised with every change after which the same rows and settings give other examples or records."""
 
 _ROOT = "PEFTCLI_CACHE"

@@ -22,7 +22,8 @@ from typing import Any
 
 from peftcli.data.conll import read_conll
 from peftcli.data.rows import Place, Row
-from peftcli.data.text_rows import CHUNK, JsonList, TextFile, first_duplicate, first_line, quote, read_csv, read_lines
+from peftcli.data.squad import is_squad, read_squad
+from peftcli.data.text_rows import CHUNK, JsonStream, TextFile, first_duplicate, first_line, quote, read_csv, read_lines
 from peftcli.errors import DataError
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet", ".conll", ".conllu")
@@ -94,13 +95,15 @@ def read_file(path: Path, source: str, first: int = 1) -> Iterator[Row | DataErr
             return
         head = text.stream.peek()
         _check_is_text(head, source)
-        is_list = head.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n").startswith(b"[")
+        start = head.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n")
         if kind == ".csv":
             yield from read_csv(text)
         elif kind in (".conll", ".conllu"):
             yield from read_conll(text, universal=kind == ".conllu")
-        elif kind == ".json" and is_list:
-            yield from JsonList(text).rows()
+        elif kind == ".json" and start.startswith(b"["):
+            yield from JsonStream(text).rows()
+        elif kind == ".json" and is_squad(start):
+            yield from read_squad(text)
         else:
             yield from read_lines(text)
 

@@ -1,4 +1,4 @@
-"""Readers of text files: one JSON object per line, a JSON list of objects, CSV. One row is in memory at a time."""
+"""Readers of text files: one JSON object per line, lists of objects in JSON, CSV. One row is in memory at a time."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class _Json:
     def fault(self, value: Any, text: str) -> str | None:
         """Say why the value parsed last, from ``text``, is not a row; None if it is one."""
         if not isinstance(value, dict):
-            return f"expected a JSON object, found {_kind(value)}: {quote(text)}"
+            return f"expected a JSON object, found {json_kind(value)}: {quote(text)}"
         if self._faults:
             return self._faults[0]
         if text.count("{") + text.count("[") > _MAX_DEPTH and _is_deep(value, _MAX_DEPTH):
@@ -185,37 +185,79 @@ def _json_problem(error: Exception) -> str:
     return error.msg.rstrip(": ").removesuffix(" at") if isinstance(error, json.JSONDecodeError) else first_line(error)
 
 
-class JsonList:
-    """A JSON list, of which one part of the text is in memory at a time."""
+class JsonStream:
+    """The text of a JSON file, of which one part is in memory at a time."""
 
     def __init__(self, text: TextFile):
-        self._text = text
+        self._text, self._parser = text, _Json()
         self._decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
         self._buffer, self._at, self._ended = "", 0, False
         text.line = 1  # of self._at
 
     def rows(self) -> Iterator[Row | DataError]:
-        """Yield the objects of the list."""
-        parser, text = _Json(), self._text
+        """Yield the objects of a file that is one list."""
         self._next_char()
+        for value, fault in self._items():
+            self._text.number += 1
+            yield self._text.error(fault) if fault else self._text.row(value)
+        self._end("list")
+
+    def member(self, name: str) -> Iterator[tuple[Any, str | None]]:
+        """Yield the items of a list in a file that is one object; with each, why it is not an object, or None.
+
+        Args:
+            name: The list's name in the object, which must be the name of a list. Other members are skipped.
+        """
+        found = False
+        self._next_char()
+        self._advance(self._at + 1)  # over the opening brace
+        while self._next_char() != "}":
+            key = self._skip_value()
+            if not isinstance(key, str) or self._next_char() != ":":
+                raise self._text.error(f"is not JSON: expected a name and ':', found {self._near(self._at)}")
+            self._advance(self._at + 1)
+            self._next_char()
+            if key == name and found:
+                raise self._text.error(f"the key {quote(name)} occurs twice in one object")
+            if key == name:
+                found = True
+                yield from self._items()
+            else:
+                self._skip_value()
+            self._next_item("}")
+        self._end("object")
+
+    def _items(self) -> Iterator[tuple[Any, str | None]]:
+        """Yield the items of the list that starts here; with each, why it is not an object, or None."""
         self._advance(self._at + 1)  # over the opening bracket
         while self._next_char() != "]":
-            text.number += 1
-            value, end = self._parse_value(parser)
+            value, end = self._parse_value(self._parser)
             taken = self._buffer[self._at : end]
-            fault = _escaped_byte(taken) or parser.fault(value, taken)
-            yield text.error(fault) if fault else text.row(value)
+            yield value, _escaped_byte(taken) or self._parser.fault(value, taken)
             self._advance(end)
-            mark = self._next_char()
-            if mark == ",":
-                self._advance(self._at + 1)
-                if self._next_char() == "]":
-                    raise text.error("is not JSON: a comma before the closing ']'")
-            elif mark != "]":
-                raise text.error(f"is not JSON: expected ',' or ']', found {self._near(self._at)}")
+            self._next_item("]")
+        self._advance(self._at + 1)
+
+    def _skip_value(self) -> Any:
+        value, end = self._parse_value(self._parser)
+        self._advance(end)
+        return value
+
+    def _next_item(self, closing: str) -> None:
+        """Move over the comma before the next item, or to the closing bracket."""
+        mark = self._next_char()
+        if mark == ",":
+            self._advance(self._at + 1)
+            if self._next_char() == closing:
+                raise self._text.error(f"is not JSON: a comma before the closing {closing!r}")
+        elif mark != closing:
+            raise self._text.error(f"is not JSON: expected ',' or {closing!r}, found {self._near(self._at)}")
+
+    def _end(self, kind: str) -> None:
+        """Move over the closing bracket, after which there must be nothing."""
         self._advance(self._at + 1)
         if self._next_char():
-            raise text.error(f"text after the end of the list: {self._near(self._at)}")
+            raise self._text.error(f"text after the end of the {kind}: {self._near(self._at)}")
 
     def _next_char(self) -> str:
         """Skip white space and return the next character; an empty string at the end."""
@@ -341,9 +383,10 @@ def _header(record: list[str], text: TextFile) -> list[str]:
     return names
 
 
-def _kind(value: Any) -> str:
+def json_kind(value: Any) -> str:
+    """Name the kind of a JSON value."""
     names = {list: "a list", str: "a string", bool: "a truth value", int: "a number", float: "a number"}
-    return names.get(type(value), "null")
+    return "an object" if isinstance(value, dict) else names.get(type(value), "null")
 
 
 def quote(text: str, length: int = 60) -> str:

@@ -153,7 +153,7 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
                 "token_type_ids": kinds,
                 "places": places,
                 "answer": (0, 0),
-                "row": str(row.place),
+                "row": f"{row.place.source} row {row.place.number}",
                 "context": context,
                 "answers": "",
             }

@@ -466,7 +466,7 @@ def test_the_hub_goes_away_between_commit_and_rows(hub: DatasetHub, offline: Any
         ({"name": "part"}, DataError, "dataset.name", "part"),
         ({"train": "owner/broken"}, DataError, None, "cannot be loaded: "),
         ({"train": "owner/broken", "streaming": True}, DataError, None, "cannot be loaded: "),
-        ({"train": "owner/code"}, DataError, None, "scripts are no longer supported"),
+        ({"train": "owner/code"}, DataError, None, "has a loading script; datasets with one cannot be loaded"),
         ({"train": "owner/nothing"}, DataError, None, "cannot be loaded"),
     ],
 )
@@ -477,9 +477,11 @@ def test_what_a_hub_dataset_has_not(
     hub.commit("owner/broken", {"train.jsonl": b'{"text": "a"}\n{"text": \n'})
     hub.commit("owner/code", {"code.py": b"import os\n"})
     hub.commit("owner/nothing", {"notes.md": b"\n"})
-    error = refused(settings.pop("train", NAME), **settings)
+    train = settings.pop("train", NAME)
+    error = refused(train, **settings)
     assert type(error) is kind
     assert error.key == key
+    assert ("revision: refs/convert/parquet" in (error.hint or "")) == (train == "owner/code")
     assert message in error.message
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +12,15 @@ import pytest
 import torch
 import transformers
 from classifierkit import encoded, open_task, scanned, table_of
+from taskkit import CASES
+from trainkit import write_rows
 
 from peftcli.core.inject import inject
+from peftcli.data.rows import Row, Table
+from peftcli.data.sources import open_source
 from peftcli.errors import DataError
 from peftcli.methods import config_from_dict
+from peftcli.schema import Source
 from peftcli.tasks.base import PredictOptions, model_inputs
 from peftcli.tasks.question_answering import score_of
 
@@ -98,6 +106,79 @@ def test_whether_answers_may_be_missing_is_found() -> None:
     assert scanned([ROW], NAME).settings.unanswerable is False
 
 
+def squad(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """SQuAD's own JSON of rows: an article each, which has the row's question twice."""
+    articles = []
+    for number, row in enumerate(rows):
+        answers = [
+            {"text": text, "answer_start": start}
+            for text, start in zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
+        ]
+        question = {"question": row["question"], "answers": answers, "is_impossible": not answers}
+        if not answers:
+            question["plausible_answers"] = [{"text": "Turin", "answer_start": 13}]
+        qas = [{**question, "id": f"{number}-{n}"} for n in range(2)]
+        articles.append({"title": "Ada", "paragraphs": [{"context": row["context"], "qas": qas}]})
+    return {"version": "v2.0", "data": articles}
+
+
+def test_nested_json_gives_the_examples_of_flat_rows(tmp_path: Path) -> None:
+    rows = [ROW, NONE, LONG]
+    flat = write_rows(tmp_path / "flat.jsonl", [row for row in rows for _ in range(2)])
+    nested = tmp_path / "nested.json"
+    nested.write_text(json.dumps(squad(rows)))
+    task = open_task(NAME, max_length=48, stride=12, unanswerable=True)
+    made = []
+    for path, columns in (
+        (flat, ("question", "context", "answers")),
+        (nested, ("id", "title", "answers", "context", "question")),
+    ):
+        read = [row for row in open_source(Source(train=str(path))).rows() if isinstance(row, Row)]
+        table = Table(Source(train=str(path)), path.name, columns)
+        outcomes = task.encode(read, task.read(table))
+        made.append([[{**each.arrays, "row": ""} for each in outcome.examples] for outcome in outcomes])
+        ids = {each.arrays["row"] for outcome in outcomes for each in outcome.examples}
+        assert len(ids) == 6  # the windows of a question, and of no other, are measured together
+    assert made[0] == made[1]
+    assert len(made[1]) == 6
+
+
+def test_rows_of_one_line_are_measured_one_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([ROW, NONE]))
+    task = open_task(NAME, unanswerable=True)
+    read = [row for row in open_source(Source(train=str(path))).rows() if isinstance(row, Row)]
+    outcomes = task.encode(read, task.read(table_of([ROW])[0]))
+    assert len({each.arrays["row"] for outcome in outcomes for each in outcome.examples}) == 2
+
+
+@pytest.mark.slow
+def test_every_command_reads_nested_json(tmp_path: Path, cli: Any) -> None:
+    CASES[NAME].write(tmp_path)
+    rows, nested, flat = CASES[NAME].rows(), tmp_path / "nested.json", tmp_path / "flat.jsonl"
+    nested.write_text(json.dumps(squad(rows)))
+    write_rows(flat, [row for row in rows for _ in range(2)])
+    results = []
+    for path in (nested, flat):
+        recipe, folder = path.with_suffix(".yaml"), path.with_suffix("")
+        data = f"dataset: {{train: {path}, eval: {path}}}"
+        recipe.write_text(f"extends: recipe.yaml\n{data}\ntraining: {{output_dir: {folder}}}\n")
+        cli("check", "--deep", recipe)
+        audit = cli("inspect", recipe, "--json")["audit"]
+        cli("train", recipe)
+        measured = cli("evaluate", recipe, "--adapter", folder, "--json")["eval"]["last"]
+        results.append((audit["train"]["lengths"], measured, (folder / "adapter_model.safetensors").read_bytes()))
+    assert results[0] == results[1]
+    asked = squad(rows)
+    for article in asked["data"]:
+        for question in article["paragraphs"][0]["qas"]:
+            del question["answers"], question["is_impossible"]
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    for path in (tmp_path / "asked.json", flat):
+        cli("predict", tmp_path / "nested", "--input", path, "--output", path.with_suffix(".out"))
+    assert (tmp_path / "asked.out").read_text() == (tmp_path / "flat.out").read_text()
+
+
 def model_for(task: Any, method: dict[str, Any] | None = None) -> Any:
     torch.manual_seed(0)
     model = transformers.AutoModelForQuestionAnswering.from_pretrained(task.base.name)
@@ -143,6 +224,24 @@ def test_a_row_has_one_answer_in_a_batch_of_one_and_of_eight(kind: str, method: 
         parts = [task.collate(part, training=False) for part in (examples, examples[:1], examples[1:])]
         both, first, second = (float(task.loss(model, part).total) for part in parts)
     assert both == pytest.approx(first + second, rel=1e-5)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_side_on_which_a_tokenizer_pads_changes_nothing(kind: str) -> None:
+    found, losses = [], []
+    for side in ("left", "right"):
+        task = open_task(NAME, kind, max_length=40, stride=8, unanswerable=True)
+        task.processor.padding_side = side
+        model = model_for(task)
+        table, rows = table_of([ROW, NONE, LONG])
+        found.append(list(task.predict(model, rows, PredictOptions(batch_size=8))))
+        examples = [each for outcome in task.encode(rows, task.read(table)) for each in outcome.examples]
+        assert len({each.size for each in examples}) > 1
+        with torch.no_grad():
+            losses.append(float(task.loss(model, task.collate(examples, training=False)).total))
+    assert found[0] == found[1]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
