@@ -65,6 +65,7 @@ test-all: $(STAMP) $(QUANTISED)/.installed ## the slow tests too, those that nee
 	@$(BIN)/pytest $(TWO) -m "not gpu and not network"
 	@$(QUANTISED)/bin/pytest -m "not gpu and not network" tests/models tests/recipes tests/train/test_train_optim.py tests/train/test_train_trackers.py -k "models or qlora or optim or trackers"
 	@$(QUANTISED)/bin/pytest -m "not gpu and not network" tests/interop/test_libraries.py
+	@$(QUANTISED)/bin/pytest -m "not gpu and not network" tests/interop/test_guides_in_full.py -k int8
 	@$(MAKE) torture
 
 test-gpu: $(STAMP) ## the tests that need a GPU

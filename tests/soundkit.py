@@ -33,7 +33,7 @@ _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 def whisper_tokenizer() -> transformers.WhisperTokenizer:
     """Whisper's own kind, of single bytes."""
     found = transformers.WhisperTokenizer(
-        vocab={each: number for number, each in enumerate(["<|endoftext|>", *_BYTES])},
+        vocab={each: number for number, each in enumerate([*_BYTES, "<|endoftext|>"])},  # special tokens are last
         merges=[],
         pad_token="<|endoftext|>",
     )
@@ -77,7 +77,7 @@ def whisper_base(kind: str = "several") -> Path:
         dropout=0.1 if kind == "masked" else 0.0,
     )
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(1)  # of the first few, one whose answers are not empty
         model = transformers.WhisperForConditionalGeneration(config)
     settings: dict[str, Any] = {"max_length": 12, "decoder_start_token_id": start, "pad_token_id": end}
     settings |= {"eos_token_id": end, "bos_token_id": end}

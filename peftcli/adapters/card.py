@@ -195,11 +195,16 @@ def _subject(info: Mapping[str, Any]) -> tuple[str, TaskRow | None, str]:
 
 
 def _filled(use: TaskRow, settings: Mapping[str, Any]) -> TaskRow:
-    """The task with the recorded settings where its lines of Python name them."""
-    lines = use.usage
-    for name, value in settings.items():
-        lines = tuple(line.replace(f"<{name}>", str(value)) for line in lines)
-    return replace(use, usage=lines)
+    """The task with the recorded settings where its lines of Python name them, without lines that name an unset one."""
+    lines = list[str]()
+    for line in use.usage:
+        named = re.search(r'"<(\w+)>"', line)
+        value = settings.get(named[1]) if named else None
+        if named is None:
+            lines.append(line)
+        elif value is not None:
+            lines.append(line.replace(named[0], json.dumps(value, ensure_ascii=False)))
+    return replace(use, usage=tuple(lines))
 
 
 def _head(kind: str, use: TaskRow | None, base: str, tags: Collection[str]) -> dict[str, Any]:

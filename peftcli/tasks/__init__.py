@@ -45,7 +45,8 @@ class TaskRow:
     summary: str
     usage: tuple[str, ...]
     """Lines of Python that use a loaded ``model`` and processor once, for the model card; in them
-    ``"path/to/this/adapter"`` is the adapter, and ``<name>`` the value of the task's setting of that name."""
+    ``"path/to/this/adapter"`` is the adapter, and ``"<name>"`` the value of the task's setting of that name; the line
+    is left out where that is unset."""
     loading: tuple[str, ...] = ()
     """Lines of Python that load base model and adapter, where no class of PEFT does; ``"path/to/the/base/model"`` is
     the base model."""
@@ -304,6 +305,7 @@ TASKS: dict[str, TaskRow] = {
             "# instead of numbers: the samples of a clip, as soundfile reads them",
             'inputs = processor([0.1, -0.1] * 8000, sampling_rate=16000, return_tensors="pt")',
             'settings = GenerationConfig.from_pretrained("path/to/this/adapter")',
+            'inputs["prompt_ids"] = processor.get_prompt_ids("<prompt>", return_tensors="pt")',
             "tokens = model.generate(**inputs, generation_config=settings)",
             "print(processor.batch_decode(tokens, skip_special_tokens=True)[0])",
         ),

@@ -76,7 +76,10 @@ def answers_of_both(
     with tempfile.TemporaryDirectory() as scratch:  # for answers that name files
         options = PredictOptions(beside=Path(scratch) / "answers")
         expected = list(task.predict(model, rows, options))
-    asked = [values | {"ends": "reward" in answer} for values, answer in zip(given, expected, strict=True)]
+    prompt = getattr(task.settings, "prompt", None)
+    asked = [
+        values | {"ends": "reward" in answer, "prompt": prompt} for values, answer in zip(given, expected, strict=True)
+    ]
     return [kind.read(answer) for answer in expected], [kind.ask(pipeline, values, folder) for values in asked]
 
 
@@ -177,9 +180,13 @@ def _ask_for_tags(pipeline: Any, values: Mapping[str, Any], folder: Path) -> Ans
 
 def _ask_for_text(pipeline: Any, values: Mapping[str, Any], folder: Path) -> Answer:
     settings = importlib.import_module("transformers").GenerationConfig.from_pretrained(folder)
+    options = {"generation_config": settings}
+    if values["prompt"]:
+        ids = pipeline.tokenizer.get_prompt_ids(values["prompt"], return_tensors="pt")
+        options["prompt_ids"] = ids.to(pipeline.device)
     sound = values["audio"]
     heard = {"raw": sound["array"], "sampling_rate": sound["sampling_rate"]}
-    return [pipeline(heard, generate_kwargs={"generation_config": settings})["text"].strip()]
+    return [pipeline(heard, generate_kwargs=options)["text"].strip()]
 
 
 _KINDS = {

@@ -281,6 +281,9 @@ class SpeechRecognition:
     timestamps: bool = False
     """Whether texts say when each part begins and ends, as in ``<|0.00|> Hello.<|1.20|>``, and answers do. For Whisper
     models."""
+    prompt: str | None = None
+    """Text that the model reads before each answer, in training too, as if it had been said before: names and words to
+    spell as it does. It is no part of an answer. For Whisper models."""
     num_beams: int = field(default=1, metadata=NOT_ENCODED)
     """Answers that are followed at once when one is looked for; 1: the likeliest token is taken each time."""
     normalize_text: bool = field(default=False, metadata=NOT_ENCODED)

@@ -133,7 +133,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
             self._set_whisper(found)
             return found
         plain = type(self.settings)()
-        for key in ("language", "mode", "timestamps"):
+        for key in ("language", "mode", "timestamps", "prompt"):
             if getattr(self.settings, key) != getattr(plain, key):
                 raise DataError("is a setting of Whisper models", key=f"task.{key}")
         return found
@@ -178,6 +178,25 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
         start = [spoken.lang_to_id[f"<|{spoken.language}|>"], spoken.task_to_id[spoken.task]] if spoken.language else []
         return start + ([] if self.settings.timestamps else [spoken.no_timestamps_token_id])
 
+    @cached_property
+    def prompt(self) -> list[int]:
+        """The tokens that the decoder reads before the one that starts it; none without the setting.
+
+        Raises:
+            DataError: the setting is no plain text, or has more tokens than Whisper has learnt to read.
+        """
+        if not self.settings.prompt:
+            return []
+        try:
+            found = [int(each) for each in self.processor.get_prompt_ids(self.settings.prompt)]
+        except ValueError:
+            raise DataError("is not plain text: it names a special token", key="task.prompt") from None
+        longest = self.base.config.max_target_positions // 2 - 1  # of which Whisper has seen earlier text in training
+        if len(found) > longest:
+            message = f"has {len(found)} tokens; {self.base.name} reads {longest} at most before an answer"
+            raise DataError(message, key="task.prompt")
+        return found
+
     @property
     def advice(self) -> Mapping[str, str]:
         return {TOO_LONG: FINDINGS["clips_too_long"].advice}
@@ -187,6 +206,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
             "limits": [self.rate, str(self.longest), self.positions],
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "prefix": self.prefix,
+            "prompt": self.prompt,
             "versions": {name: version(name) for name in ("transformers", "tokenizers", "soundfile")},
         }
 
@@ -233,8 +253,9 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
             found = list(self.tokenizer(text)["input_ids"])
             found = found[found[:1] == [self.generation.decoder_start_token_id] :]
             found += [] if found[-1:] == [end] else [end]
-        if self.positions is not None and len(found) > self.positions:
-            message = f"has {len(found)} tokens; the model can say {self.positions}"
+        if self.positions is not None and len(found) + len(self.prompt) > self.positions:
+            more = f", beside the {len(self.prompt)} of task.prompt" if self.prompt else ""
+            message = f"has {len(found)} tokens; the model can say {self.positions - len(self.prompt)}{more}"
             raise row.place.error(message, key=reader.names["text"], hint="Cut clip and text into pieces.")
         return found
 
@@ -266,8 +287,19 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
 
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
         batch = self._features([self._sound(each) for each in examples])
-        batch["labels"] = padded([each.arrays["labels"] for each in examples], IGNORED)  # the end, which pads, counts
+        labels = [each.arrays["labels"] for each in examples]
+        batch["labels"] = padded(labels, IGNORED)  # the end, which pads, counts
+        if self.prompt:
+            batch |= self._after_prompt(labels)
         return batch if training else batch | {"_texts": [each.arrays["text"] for each in examples]}
+
+    def _after_prompt(self, labels: Sequence[Sequence[int]]) -> Batch:
+        """What the decoder reads and says where a prompt, which does not count, precedes its start."""
+        read = [*self.prompt, self.base.config.decoder_start_token_id]
+        return {
+            "decoder_input_ids": padded([[*read, *row[:-1]] for row in labels], self.tokenizer.pad_token_id),
+            "labels": padded([[IGNORED] * len(self.prompt) + list(row) for row in labels], IGNORED),
+        }
 
     def _sound(self, example: Example) -> np.ndarray:
         """The samples of an example, at the rate that the model hears."""
@@ -291,10 +323,12 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
         inputs = _as_computed(model, model_inputs(batch))
         logits, counts = model(**inputs, use_cache=False).logits, batch["labels"] != IGNORED
         found = token_loss(losses_of(logits[counts], batch["labels"][counts]))
-        heard = {name: value for name, value in inputs.items() if name != "labels"}
+        heard = {name: value for name, value in inputs.items() if name not in ("labels", "decoder_input_ids")}
         return with_texts(found, batch.get("_texts"), lambda: map(self._said, self._generate(model, heard)))
 
     def _generate(self, model: Any, inputs: Batch, **options: Any) -> list[list[int]]:
+        if self.prompt:
+            options["prompt_ids"] = torch.tensor(self.prompt, device=inputs["input_features"].device)
         found: list[list[int]] = model.generate(**inputs, **options).tolist()
         return found
 
@@ -354,6 +388,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
         """How long the clip is, and its transcript."""
         ids, seconds = np.asarray(example.arrays["labels"]).tolist(), example.size / _FRAMES
         facts = {"sound": example.arrays["path"] or "in the row", "length": f"{seconds:.2f} s"}
+        facts |= {"prompt": self.settings.prompt} if self.settings.prompt else {}
         transcript = Text(TokenRenderer(self.tokenizer).render(ids), "transcript")
         return Shown([Facts(facts), transcript], {"labels": ids, "text": example.arrays["text"], "seconds": seconds})
 

@@ -45,6 +45,7 @@ from peftcli.errors import AdapterError, DataError, Interrupted
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.schema import Source
 from peftcli.tasks.base import PredictOptions
+from peftcli.tasks.pipelines import answers_of_both
 from peftcli.tasks.speech_recognition import TASK
 
 FORMATS = {"wav": {"subtype": "PCM_24"}, "flac": {}, "ogg": {"subtype": "VORBIS"}, "mp3": {}}
@@ -187,6 +188,105 @@ def test_a_model_of_one_language_has_no_token_for_it() -> None:
         speech_task(language=None).fingerprint()
     with pytest.raises(DataError, match="no language 'klingon'"):
         speech_task(language="klingon").fingerprint()
+
+
+def _prompt(text: str) -> torch.Tensor:
+    found: torch.Tensor = transformers.AutoProcessor.from_pretrained(whisper_base()).get_prompt_ids(text, "pt")
+    return found
+
+
+def test_a_prompt_is_read_before_each_answer_as_in_training() -> None:
+    task, plain = speech_task(prompt="high low"), speech_task()
+    model, batch, prompt = model_of(task), batch_of(task), _prompt("high low")
+    start = [*prompt.tolist(), *ids("startoftranscript", "en", "transcribe", "notimestamps")]
+    read = decoder_inputs(model, lambda: model(**batch))
+    assert read[:, : len(start)].tolist() == [start] * 3
+    unprompted = batch_of(plain)["labels"]
+    assert batch["labels"].tolist() == [[-100] * len(prompt) + row for row in unprompted.tolist()], "and does not count"
+    counts = batch["labels"][:, :-1] >= 0
+    assert torch.equal(read[:, 1:][counts], batch["labels"][:, :-1][counts])
+
+    rows = table_of([{"audio": row["audio"]} for row in tone_rows()[:3]])[1]
+    seen = decoder_inputs(model, lambda: list(task.predict(model, rows, PredictOptions())))
+    assert seen.tolist() == [start] * 3
+    tokens = model.generate(input_features=batch["input_features"], prompt_ids=prompt)
+    expected = [task.tokenizer.decode(each, skip_special_tokens=True).strip() for each in tokens]
+    answers = [each["text"] for each in task.predict(model, rows, PredictOptions())]
+    assert answers == expected
+    assert answers != [each["text"] for each in plain.predict(model, rows, PredictOptions())]
+    assert all("high low" not in each for each in answers)
+
+
+@pytest.mark.slow
+def test_the_prompt_of_training_is_that_of_each_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, generate = list[Any](), transformers.WhisperForConditionalGeneration.generate
+
+    def watched(*args: Any, **options: Any) -> Any:
+        given.append(options.get("prompt_ids"))
+        return generate(*args, **options)
+
+    monkeypatch.setattr(transformers.WhisperForConditionalGeneration, "generate", watched)
+    recipe = CASES["speech_recognition"].write(tmp_path)
+    prompt = 'high "low"'
+    recipe.write_text(recipe.read_text().replace("'language': 'en'", f"'language': 'en', 'prompt': '{prompt}'"))
+    done = run_recipe(recipe, "training.eval_strategy=steps", "training.eval_steps=6")
+    assert done.losses[-1] < done.losses[0]
+    assert json.loads((done.folder / "task.json").read_text())["settings"]["prompt"] == prompt
+    before, card = len(given), (done.folder / "README.md").read_text()
+    exec(card.split("```python\n")[1].split("```")[0].replace("path/to/this/adapter", str(done.folder)), {})
+    assert len(given) > before, "by the card's example"
+    commands = [
+        ["evaluate", str(recipe), "--adapter", str(done.folder)],
+        ["predict", str(done.folder), tone_rows()[0]["audio"]],
+    ]
+    for command in commands:
+        trainkit.reset_accelerate()
+        before = len(given)
+        assert main(command) == 0, capsys.readouterr().err
+        assert len(given) > before
+    assert all(torch.equal(each, _prompt(prompt)) for each in given)
+
+
+@pytest.mark.slow
+def test_a_pipeline_that_gets_the_prompt_answers_as_predict(tmp_path: Path) -> None:
+    found = list[Any]()
+    for task in (speech_task(), speech_task(prompt="high low")):
+        model = model_of(task)
+        task.save(tmp_path)
+        found.append(answers_of_both(task.name, task, model, model, tmp_path, {}))
+    (plain, same), (ours, theirs) = found
+    assert (plain, ours) == (same, theirs)
+    assert plain != ours
+
+
+@pytest.mark.slow
+def test_a_long_clip_reads_the_prompt_in_each_part(tmp_path: Path) -> None:
+    task, read = speech_task(prompt="low"), list[list[int]]()
+    model, prompt = model_of(task), _prompt("low").tolist()
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0][0].tolist()))
+    rows = table_of([{"audio": clip(tmp_path / "long.wav", tone(440.0, 2.5 * SECONDS))}])[1]
+    list(task.predict(model, rows, PredictOptions()))
+    firsts = [each for each in read if len(each) > 1]
+    assert len(firsts) >= 3
+    assert all(each[: len(prompt)] == prompt for each in firsts)
+
+
+@pytest.mark.slow
+def test_a_prompt_that_does_not_fit_is_refused() -> None:
+    longest = POSITIONS // 2 - 1
+    task = speech_task(prompt="a" * (longest - 2))  # the token before it and a blank count
+    assert len(task.fingerprint()["prompt"]) == longest
+    for text, words in (("a" * (longest - 1), f"has {longest + 1} tokens"), ("<|en|> a", "names a special token")):
+        with pytest.raises(DataError, match=words) as error:
+            speech_task(prompt=text).fingerprint()
+        assert error.value.key == "task.prompt"
+    audio, room = tone_rows()[0]["audio"], POSITIONS - longest - len(task.prefix) - 1
+    fits, long = outcomes(task, [{"audio": audio, "text": "a" * count} for count in (room, room + 1)])
+    model = model_of(task)
+    model(**task.collate(fits.examples, training=True))
+    assert f"the model can say {POSITIONS - longest}, beside the {longest} of task.prompt" in str(long)
 
 
 def test_a_transcript_that_is_too_long_is_found_before_training() -> None:
@@ -427,5 +527,9 @@ def test_a_model_of_another_kind(tmp_path: Path) -> None:
     predictor = load_predictor(str(done.folder))
     answers = predictor.answer(table_of([{"audio": row["audio"]} for row in tone_rows()[:3]])[1])
     assert [list(each) for each in answers] == [["text"]] * 3
+    refused = f"training.output_dir={tmp_path}/refused"
     with pytest.raises(DataError, match="setting of Whisper models"):
-        run_recipe(recipe, *base[:1], f"training.output_dir={tmp_path}/refused")
+        run_recipe(recipe, *base[:1], refused)
+    with pytest.raises(DataError, match="setting of Whisper models") as error:
+        run_recipe(recipe, base[0], "task={type: speech_recognition, prompt: low}", refused)
+    assert error.value.key == "task.prompt"
