@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,10 +79,17 @@ training:
 
 
 def _entities(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
-    from seqeval.metrics import accuracy_score, f1_score
+    from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
 
     wanted, found = [row["ner_tags"] for row in rows], [answer["tags"] for answer in answers]
-    return {"f1": f1_score(wanted, found), "accuracy": accuracy_score(wanted, found)}
+    of_types = f1_score(wanted, found, average=None, zero_division=0)
+    return {
+        "precision": precision_score(wanted, found, zero_division=0),
+        "recall": recall_score(wanted, found, zero_division=0),
+        "f1": f1_score(wanted, found, zero_division=0),
+        "accuracy": accuracy_score(wanted, found),
+        **dict(zip(("f1_LOC", "f1_PER"), of_types, strict=True)),
+    }
 
 
 _SENTENCES = [
@@ -90,10 +99,17 @@ _SENTENCES = [
 ]
 
 
-def _exact(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
-    pairs = zip(rows, answers, strict=True)
-    right = [answer["answer"].lower().strip(" .") in (row["answers"]["text"] or [""]) for row, answer in pairs]
-    return {"exact_match": sum(right) / len(right)}
+def _answered(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of rows that have one answer or none."""
+    exact, f1 = [], []
+    for row, answer in zip(rows, answers, strict=True):
+        found, wanted = (
+            Counter(word for word in re.findall(r"\w+", text.lower()) if word not in ("a", "an", "the"))
+            for text in (answer["answer"], *(row["answers"]["text"] or [""]))
+        )
+        exact.append(found == wanted)
+        f1.append(2 * (found & wanted).total() / (found + wanted).total() if found and wanted else found == wanted)
+    return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(f1))}
 
 
 _QUESTIONS = [
@@ -108,9 +124,26 @@ _QUESTIONS = [
 ]
 
 
-def _right(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
-    right = [answer["label"] == row["label"] for row, answer in zip(rows, answers, strict=True)]
-    return {"accuracy": sum(right) / len(right)}
+def of_classes(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The metrics of rows that have one label each."""
+    from sklearn import metrics
+
+    labels = list(answers[0]["scores"])
+    wanted, found = [str(row["label"]) for row in rows], [answer["label"] for answer in answers]
+    scores = np.array([[answer["scores"][name] for name in labels] for answer in answers])
+    more = {}
+    if len(labels) == 2:
+        more["auc"] = metrics.roc_auc_score([name == labels[1] for name in wanted], scores[:, 1])
+    if len(labels) > 5:
+        places = [labels.index(name) for name in wanted]
+        more["top5_accuracy"] = metrics.top_k_accuracy_score(places, scores, k=5, labels=range(len(labels)))
+    return {
+        "accuracy": metrics.accuracy_score(wanted, found),
+        "macro_f1": metrics.f1_score(wanted, found, average="macro", zero_division=0),
+        "micro_f1": metrics.f1_score(wanted, found, average="micro"),
+        "matthews": metrics.matthews_corrcoef(wanted, found),
+        **more,
+    }
 
 
 @functools.cache
@@ -128,7 +161,7 @@ def _classes(kind: str) -> Case:
         rows=(lambda: ROWS) if texts else _pictures,
         found={"labels": ["good", "bad"] if texts else ["blue", "red"], "problem_type": "single_label"},
         metrics=frozenset({"loss", "accuracy", "macro_f1", "auc"}),
-        recompute=_right,
+        recompute=of_classes,
         targets="[convolution]" if kind == "resnet" else "all-linear",
     )
 
@@ -173,12 +206,19 @@ def _with_a_head() -> Path:
 
 
 def _mean_iou(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    from sklearn import metrics
+
     wanted, found = (
-        np.stack([np.asarray(Image.open(each[key])) for each in those])
+        np.stack([np.asarray(Image.open(each[key])) for each in those]).ravel()
         for key, those in (("annotation", rows), ("mask", answers))
     )
-    shares = [((wanted == at) & (found == at)).sum() / ((wanted == at) | (found == at)).sum() for at in range(3)]
-    return {"mean_iou": float(np.mean(shares)), "overall_accuracy": float((wanted == found).mean())}
+    of_classes = metrics.jaccard_score(wanted, found, average=None)
+    return {
+        "mean_iou": metrics.jaccard_score(wanted, found, average="macro"),
+        "mean_accuracy": metrics.balanced_accuracy_score(wanted, found),
+        "overall_accuracy": metrics.accuracy_score(wanted, found),
+        **{f"iou_{name}": share for name, share in zip(("floor", "red", "blue"), of_classes, strict=True)},
+    }
 
 
 def _words(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -190,11 +230,17 @@ def _words(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) ->
 
 def _texts(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
     import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
 
     wanted = [row["messages"][-1]["content"] if "messages" in row else row["completion"] for row in rows]
     found = [answer["text"] for answer in answers]
-    same = [one.strip() == other.strip() for one, other in zip(wanted, found, strict=True)]
-    return {"exact_match": sum(same) / len(same), "chrf": sacrebleu.corpus_chrf(found, [wanted]).score}
+    pairs = list(zip(wanted, found, strict=True))
+    return {
+        "exact_match": float(np.mean([one.strip() == other.strip() for one, other in pairs])),
+        "bleu": sacrebleu.corpus_bleu(found, [wanted]).score,
+        "chrf": sacrebleu.corpus_chrf(found, [wanted]).score,
+        "rouge_l": float(np.mean([RougeScorer(["rougeL"]).score(*pair)["rougeL"].fmeasure for pair in pairs])),
+    }
 
 
 def _generated(task: str, kind: str, rows: Sequence[dict[str, Any]], **own: Any) -> Case:
@@ -246,14 +292,20 @@ def _apart(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _ranks(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
-    from sklearn.metrics import label_ranking_average_precision_score
+    from sklearn.metrics import label_ranking_average_precision_score, top_k_accuracy_score
 
     found = np.array([answer["embedding"] for answer in answers])
     assert np.allclose(np.linalg.norm(found, axis=1), 1)
     texts = [row["text"] for row in _apart(rows)]
     distinct = dict(zip(texts[1::3] + texts[2::3], [*found[1::3], *found[2::3]], strict=True))
     wanted = np.array([[row["positive"] == text for text in distinct] for row in rows])
-    return {"mrr": label_ranking_average_precision_score(wanted, found[::3] @ np.stack([*distinct.values()]).T)}
+    cosines, places = found[::3] @ np.stack([*distinct.values()]).T, wanted.argmax(axis=1)
+    recalls = {
+        f"recall_at_{most}": top_k_accuracy_score(places, cosines, k=most, labels=range(len(distinct)))
+        for most in (1, 5, 10)
+        if most < len(distinct)
+    }
+    return {"mrr": label_ranking_average_precision_score(wanted, cosines), **recalls}
 
 
 CASES: dict[str, Case] = {
@@ -280,7 +332,7 @@ CASES: dict[str, Case] = {
         rows=lambda: _QUESTIONS,
         found={"unanswerable": True},
         metrics=frozenset({"loss", "exact_match", "f1"}),
-        recompute=_exact,
+        recompute=_answered,
     ),
     "feature_extraction": Case(
         base=lambda: classifier_base("bert"),

@@ -18,13 +18,19 @@ from transformers import (
     MT5ForConditionalGeneration,
     OPTConfig,
     OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import write_adapter
 from peftcli.core.inject import inject
 from peftcli.core.weights import adapter_state
+from peftcli.methods.ia3.config import IA3Config
 from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.prefix_tuning.config import PrefixTuningConfig
 from peftcli.methods.prompt_tuning.config import PromptTuningConfig
 from peftcli.peft_api import get_peft_model
 
@@ -64,6 +70,14 @@ def _bloomz_560m() -> nn.Module:
     return BloomForCausalLM(BloomConfig(vocab_size=250880, hidden_size=1024, n_layer=24, n_head=16))
 
 
+def _t5_large() -> nn.Module:
+    return T5ForConditionalGeneration(T5Config(d_model=1024, d_kv=64, d_ff=4096, num_layers=24, num_heads=16))
+
+
+def _vit_base() -> nn.Module:
+    return ViTForImageClassification(ViTConfig(num_labels=101))
+
+
 def _llama_32_1b() -> nn.Module:
     return LlamaForCausalLM(
         LlamaConfig(
@@ -84,6 +98,25 @@ FIGURES: dict[str, tuple[Callable[[], nn.Module], AdapterConfig, int, int]] = {
     "opt-350m": (_opt_350m, LoraConfig(r=16, target_modules=["q_proj", "v_proj"]), 1572864, 332769280),
     "bloomz-560m": (_bloomz_560m, PromptTuningConfig(num_virtual_tokens=8, task_type="CAUSAL_LM"), 8192, 559222784),
     "llama-3.2-1b": (_llama_32_1b, LoraConfig(r=8, target_modules=["q_proj"]), 524288, 1236338688),
+    "vit-base": (
+        _vit_base,
+        LoraConfig(r=16, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]),
+        667493,
+        86543818,
+    ),
+    "t5-large, a prompt": (
+        _t5_large,
+        PromptTuningConfig(num_virtual_tokens=20, task_type="SEQ_2_SEQ_LM"),
+        20480,
+        737688576,
+    ),
+    "bloomz-560m, a prefix": (
+        _bloomz_560m,
+        PrefixTuningConfig(num_virtual_tokens=30, task_type="CAUSAL_LM"),
+        1474560,
+        560689152,
+    ),
+    "mt0-large, IA3": (_mt0_large, IA3Config(task_type="SEQ_2_SEQ_LM"), 282624, 1229863936),
 }
 
 
@@ -96,6 +129,18 @@ def test_counts(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     model.print_trainable_parameters()
     share = f"trainable%: {100 * trainable / total:.4f}"
     assert capsys.readouterr().out == f"trainable params: {trainable:,d} || all params: {total:,d} || {share}\n"
+
+
+def test_peft_counts_the_prompt_of_an_encoder_and_decoder_twice() -> None:
+    """Its second copy, which is for the decoder, is never read."""
+    import peft
+
+    with torch.device("meta"):
+        model = peft.get_peft_model(
+            _t5_large(), peft.PromptTuningConfig(num_virtual_tokens=20, task_type="SEQ_2_SEQ_LM")
+        )
+    _, _, trainable, total = FIGURES["t5-large, a prompt"]
+    assert model.get_nb_trainable_parameters() == (2 * trainable, total + trainable) == (40960, 737709056)
 
 
 def test_the_injections_own_counts_and_share() -> None:

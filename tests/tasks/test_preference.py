@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from classifierkit import encoded, open_task
@@ -17,6 +18,7 @@ from trainkit import build, run_recipe
 from peftcli.core.weights import named_tensors
 from peftcli.errors import DataError
 from peftcli.tasks.base import encoding
+from peftcli.tasks.preference import Answers
 from peftcli.tasks.text.answer_inputs import split
 from peftcli.tasks.text.reference import Reference
 
@@ -42,6 +44,61 @@ def test_the_loss_is_trls(loss: str) -> None:
     assert metrics["loss"] == pytest.approx(TRL[loss], abs=1e-4)
     assert metrics["reward_margin"] == pytest.approx(metrics["reward_chosen"] - metrics["reward_rejected"], abs=1e-6)
     assert metrics.get("kl", 1) > 0
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_perfect_and_a_random_predictor(loss: str) -> None:
+    """Of answers of 4 tokens, whose log-probabilities are given; the reference has -10 for each answer."""
+    task, _ = examples_of(loss)
+    single, draw = loss == "kto", torch.Generator().manual_seed(0)
+    good = torch.arange(2000) < 1000  # of pairs, the chosen ones are the first half
+    lengths = torch.full((2000,), 4)
+
+    def measured(gains: torch.Tensor) -> dict[str, float]:
+        reference = None if loss in ("orpo", "simpo") else torch.full((2000,), -10.0)
+        answers = Answers(gains - 10, lengths, (10 - gains) / 4)
+        found = task._kto(gains, torch.tensor(0.25), good) if single else task._pairs(answers, reference)
+        sums = {name: each.numpy() for name, each in found.sums.items()}
+        metrics: dict[str, float] = task.metrics(sums, [], 2000 if single else 1000)
+        return metrics
+
+    scale = task.settings.beta / (4 if loss in ("orpo", "simpo") else 1)  # those compare means of tokens
+    perfect = measured(torch.where(good, 3.0, -2.0))
+    assert perfect["reward_accuracy"] == 1
+    assert perfect["reward_margin"] == pytest.approx(5 * scale, rel=1e-5)
+    random = measured(torch.randn(2000, generator=draw))
+    assert random["reward_accuracy"] == pytest.approx(0.5, abs=0.05)
+    assert random["reward_margin"] == pytest.approx(0, abs=0.15 * scale)
+    wrong = measured(torch.where(good, -2.0, 3.0))
+    assert (wrong["reward_accuracy"], wrong["reward_margin"]) == (0, pytest.approx(-5 * scale, rel=1e-5))
+
+
+def test_kl_is_that_of_answers_to_other_prompts() -> None:
+    """The reference itself has none; of another model it is what the two say of each prompt with the answer before."""
+    task, examples = examples_of("kto", reference="base")
+    batch = task.collate(examples, training=False)
+
+    def measured(model: Any) -> float:
+        sums = {name: each.numpy() for name, each in task.loss(model, batch).sums.items()}
+        return float(task.metrics(sums, [], len(examples))["kl"])
+
+    assert measured(adapted(**METHODS["lora"])) == 0
+    model, base = adapted(), build("llama")
+    for _, _, parameter in named_tensors(model).values():
+        parameter.data.mul_(3)  # far enough to be above zero
+    ids, labels = ([each.arrays[name] for each in examples] for name in ("input_ids", "labels"))
+    starts = [int((np.asarray(each) >= 0).argmax()) for each in labels]
+    gaps = []
+    for at, start in enumerate(starts):
+        prompt, answer = ids[at][:start], ids[at - 1][starts[at - 1] :]
+        row = torch.tensor([*prompt, *answer])[None]
+        with torch.no_grad():
+            said = [each(input_ids=row).logits[0, start - 1 : -1].log_softmax(-1) for each in (model, base)]
+        wanted = torch.tensor([*answer])[:, None]
+        gaps.append(float((said[0] - said[1]).gather(1, wanted).sum()))
+    expected = sum(gaps) / len(gaps)
+    assert expected > 0.1
+    assert measured(model) == pytest.approx(expected, rel=1e-4)
 
 
 def test_single_answers_are_trained_and_measured(tmp_path: Path) -> None:

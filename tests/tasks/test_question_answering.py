@@ -277,6 +277,34 @@ def test_a_perfect_and_a_wrong_predictor(right: bool) -> None:
     assert (metrics["exact_match"], metrics["f1"]) == pytest.approx((1, 1) if right else (1 / 3, 1 / 3))
 
 
+WORDS = ["tea", "sun", "seven", "mill", "river", "fox", "red", "old", "follows", "1"]
+"""Each is one token of the tiny tokenizer."""
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("sun", (1 / 11, 1 / 11)), ("sun seven", (0, 2 / 11 * 2 / 3)), ("", (1 / 11, 1 / 11))],
+    ids=["a word", "two words", "no answer"],
+)
+def test_a_random_predictor(answer: str, expected: tuple[float, float]) -> None:
+    """One of ten words, or that the answer is not there."""
+    task = open_task(NAME, unanswerable=True, max_answer_length=1)
+    context, texts = " ".join(WORDS), [answer] if answer else []
+    answers = {"text": texts, "answer_start": [context.index(each) for each in texts]}
+    rows = [{"question": f"what {number}?", "context": context, "answers": answers} for number in range(1000)]
+    examples = encoded(task, rows)
+    assert sum(start >= 0 for start, _ in examples[0].arrays["places"]) == len(WORDS)
+    draw = torch.Generator().manual_seed(0)
+    outputs = [
+        output
+        for each in examples
+        for output in task._outputs(torch.randn(1, len(each.arrays["input_ids"]), 2, generator=draw), [each])
+    ]
+    metrics = task.metrics({"loss": np.array(1.0)}, outputs, len(examples))
+    assert (metrics["exact_match"], metrics["f1"]) == pytest.approx(expected, abs=0.03)
+
+
 @pytest.mark.parametrize(
     ("answer", "right", "expected"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,6 +39,28 @@ def test_the_loss_is_trls(margins: list[float], expected: float) -> None:
     assert float(loss.total) / 4 == pytest.approx(expected, abs=1e-6)
     found = task.metrics({name: value.numpy() for name, value in loss.sums.items()}, [], 4)
     assert found == pytest.approx({"loss": expected, "reward_accuracy": 0.5, "reward_margin": 0.625}, abs=1e-6)
+
+
+def test_a_perfect_and_a_random_predictor() -> None:
+    task, random = open_task("reward", "chat"), torch.Generator().manual_seed(0)
+    batch = task.collate(encoded(task, PREFERRED[:4]) * 500, training=False)
+
+    def measured(chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, float]:
+        sums = task.loss(told(torch.cat([chosen, rejected]).tolist()), batch).sums
+        found: dict[str, float] = task.metrics({name: each.numpy() for name, each in sums.items()}, [], 2000)
+        return found
+
+    one, other = torch.randn(2, 2000, generator=random)
+    perfect = measured(one.abs() + 20, -other.abs() - 20)
+    assert perfect["reward_accuracy"] == 1
+    assert perfect["loss"] == pytest.approx(0, abs=1e-6)
+    assert perfect["reward_margin"] == pytest.approx(40 + float((one.abs() + other.abs()).mean()), rel=1e-5)
+    guessed = measured(one, other)
+    assert guessed["reward_accuracy"] == pytest.approx(0.5, abs=0.04)
+    assert guessed["reward_margin"] == pytest.approx(0, abs=0.1)
+    assert measured(torch.zeros(2000), torch.zeros(2000)) == pytest.approx(
+        {"loss": math.log(2), "reward_accuracy": 0, "reward_margin": 0}
+    ), "to say nothing of a pair is not to be right"
 
 
 def test_a_batch_of_pairs_gives_what_each_answer_alone_gives() -> None:

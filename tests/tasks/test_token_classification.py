@@ -254,6 +254,19 @@ def test_a_perfect_and_a_wrong_predictor(perfect: bool, f1: float) -> None:
     assert metrics["accuracy"] == f1
 
 
+@pytest.mark.parametrize("scheme", ["iob2", "none"])
+def test_a_random_predictor(scheme: str) -> None:
+    """Of three tags, each of which a word has as often as the others. Every name is a word long."""
+    labels, choose = ["O", "B-PER", "B-LOC"], random.Random(0)
+    task = open_task(NAME, labels=labels, scheme=scheme)
+    rows = [tuple([choose.randrange(3) for _ in range(10)] for _ in range(2)) for _ in range(500)]
+    metrics = task.metrics({"loss": torch.tensor(0.0).numpy()}, rows, 5000)
+    assert len(metrics) == (7 if scheme == "iob2" else 3)
+    assert metrics | {"loss": 1 / 3} == pytest.approx(dict.fromkeys(metrics, 1 / 3), abs=0.03)
+    perfect = task.metrics({"loss": torch.tensor(0.0).numpy()}, [(one, one) for one, _ in rows], 5000)
+    assert perfect == {**dict.fromkeys(metrics, 1), "loss": 0}
+
+
 def test_parts_of_speech_have_an_f1_of_their_own() -> None:
     task = open_task(NAME, labels=["NOUN", "VERB"], scheme="none")
     metrics = task.metrics({"loss": torch.tensor(0.0).numpy()}, [([0, 1, 1], [0, 1, 0])], 3)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from classifierkit import encoded, open_task
 from models_tiny import _DECODER, _IDS, VOCABULARY, batch, ids, tiny
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from trainkit import PROMPTS, base_folder
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -226,3 +230,37 @@ def test_looking_for_the_head_leaves_no_trace() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
     assert "forward" not in vars(model.lm_head)
+
+
+class Guess(nn.Module):
+    """A model that answers with these logits, whatever it reads."""
+
+    def __init__(self, logits: torch.Tensor):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, **_: Any) -> Any:
+        return SimpleNamespace(logits=self.logits)
+
+
+@pytest.mark.parametrize(("task", "kind"), [("causal_lm", "llama"), ("seq2seq_lm", "t5")])
+def test_perplexity_and_accuracy_of_a_perfect_and_of_a_random_predictor(task: str, kind: str) -> None:
+    opened = open_task(task, base_folder(kind))
+    examples = encoded(opened, PROMPTS * 20)
+    batch = opened.collate(examples, training=False)
+    targets = next_tokens(batch["labels"]) if task == "causal_lm" else batch["labels"]
+    count, vocabulary = int((targets != IGNORED).sum()), opened.base.config.vocab_size
+
+    def measured(logits: torch.Tensor) -> dict[str, float]:
+        sums = opened.loss(Guess(logits).eval(), batch).sums
+        found: dict[str, float] = opened.metrics({name: each.numpy() for name, each in sums.items()}, [], count)
+        return found
+
+    perfect = measured(100.0 * F.one_hot(targets.clamp(min=0), vocabulary))
+    assert perfect == pytest.approx({"loss": 0, "perplexity": 1, "token_accuracy": 1}, abs=1e-6)
+    assert measured(torch.zeros(*targets.shape, vocabulary))["perplexity"] == pytest.approx(vocabulary, rel=1e-5)
+    draws = torch.randn(*targets.shape, vocabulary, generator=torch.Generator().manual_seed(0))
+    random = measured(draws)
+    # the mean of the exponential of a normal variable is the root of e
+    assert random["perplexity"] == pytest.approx(vocabulary * math.exp(0.5), rel=0.1)
+    assert random["token_accuracy"] == pytest.approx(1 / vocabulary, abs=0.005)

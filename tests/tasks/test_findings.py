@@ -1,0 +1,179 @@
+"""What ``inspect`` finds in the rows of classifiers, of taggers, and of pictures with captions."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from taskkit import CASES
+from trainkit import scratch, write_rows
+
+Rows = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Odd:
+    """Rows in which something is to be found."""
+
+    task: str
+    """Of ``taskkit.CASES``."""
+    rows: Callable[[], tuple[Rows, Rows]]
+    """Makes the training and the evaluation rows."""
+    finding: str
+    level: str
+    says: str
+    """The message; ``inspect`` prints it after the finding's name."""
+    lines: tuple[str, ...]
+    """The file and line of each row that it names."""
+    settings: dict[str, Any] | None = None
+    """More of the recipe's ``task``."""
+
+
+def _texts(kind: str, **counts: int) -> Rows:
+    return [{"text": f"{kind} {at} {label}", "label": label} for label, count in counts.items() for at in range(count)]
+
+
+def _tagged(kind: str, *tags: str) -> Rows:
+    rows = [row.split() for row in tags]
+    return [
+        {"tokens": [f"{kind}{at}{each}" for each in range(len(row))], "ner_tags": row} for at, row in enumerate(rows)
+    ]
+
+
+def _picture(name: str, side: int = 32) -> str:
+    path = scratch() / f"finding-{name}.png"
+    Image.frombytes("RGB", (side, side), random.Random(name).randbytes(3 * side**2)).save(path)
+    return str(path)
+
+
+def _classes_of_pictures() -> tuple[Rows, Rows]:
+    blue, red = (
+        [{"image": _picture(f"{label}-{at}"), "label": label} for at in range(count)]
+        for label, count in (("blue", 20), ("red", 2))
+    )
+    return [*blue[:19], red[0]], [blue[19], red[1]]
+
+
+def _captioned(*texts: str, side: int = 32) -> tuple[Rows, Rows]:
+    rows = [{"image": _picture(f"{side}-{at}", side), "text": text} for at, text in enumerate(texts)]
+    return rows, [{"image": _picture("eval"), "text": "of evaluation"}]
+
+
+FOUND = {
+    "one class of texts at 95 %": Odd(
+        "sequence_classification",
+        lambda: (_texts("sun", good=19, bad=1), _texts("tea", good=1, bad=1)),
+        "unbalanced_classes",
+        "warning",
+        "19 of 20 rows are of one class: 'good'",
+        tuple(f"train.jsonl:{line}" for line in range(1, 11)),
+    ),
+    "one class of pictures at 95 %": Odd(
+        "image_classification",
+        _classes_of_pictures,
+        "unbalanced_classes",
+        "warning",
+        "19 of 20 rows are of one class: 'blue'",
+        tuple(f"train.jsonl:{line}" for line in range(1, 11)),
+    ),
+    "one tag at 95 %": Odd(
+        "token_classification",
+        lambda: (_tagged("sun", "O " * 18, "B-PER O"), _tagged("tea", "O B-PER")),
+        "unbalanced_classes",
+        "warning",
+        "19 of 20 rows are of one class: 'O', by words",
+        (),
+    ),
+    "a class of the recipe that no text has": Odd(
+        "sequence_classification",
+        lambda: (_texts("sun", good=3, bad=2), _texts("tea", good=1, bad=1, odd=1)),
+        "missing_classes",
+        "warning",
+        "5 of 5 rows are of other classes than odd, which have no row",
+        (),
+        {"labels": ["good", "bad", "odd"]},
+    ),
+    "a class that evaluation lacks": Odd(
+        "sequence_classification",
+        lambda: (_texts("sun", good=3, bad=2, odd=1), _texts("tea", bad=2, odd=2)),
+        "missing_classes",
+        "warning",
+        "4 of 4 evaluation rows are of other classes than good, which have no row",
+        (),
+    ),
+    "a class that training lacks": Odd(
+        "sequence_classification",
+        lambda: (_texts("sun", good=3, bad=2), _texts("tea", good=1, bad=1, odd=1)),
+        "bad_rows",
+        "error",
+        "1 of 3 evaluation rows cannot be used; the messages give the reasons",
+        ("eval.jsonl:3",),
+    ),
+    "a tag that evaluation lacks": Odd(
+        "token_classification",
+        lambda: (_tagged("sun", "B-PER O", "B-LOC I-LOC"), _tagged("tea", "B-LOC O O")),
+        "missing_classes",
+        "warning",
+        "3 of 3 evaluation rows are of other classes than B-PER, in no word",
+        (),
+    ),
+    "a tag that training lacks": Odd(
+        "token_classification",
+        lambda: (_tagged("sun", "B-PER O"), _tagged("tea", "B-PER O", "B-ORG O")),
+        "bad_rows",
+        "error",
+        "1 of 2 evaluation rows cannot be used; the messages give the reasons",
+        ("eval.jsonl:2",),
+    ),
+    "small pictures": Odd(
+        "text_to_image",
+        lambda: _captioned("a red dog", "a blue cat", side=31),
+        "small_pictures",
+        "warning",
+        "2 of 2 rows are pictures smaller than the resolution, which are enlarged: what is made will be as blurred",
+        ("train.jsonl:1", "train.jsonl:2"),
+    ),
+    "one of two pictures without a caption": Odd(
+        "text_to_image",
+        lambda: _captioned("a red dog", " "),
+        "no_caption",
+        "warning",
+        "1 of 2 rows have no caption, and are trained without a prompt",
+        ("train.jsonl:2",),
+    ),
+    "most pictures without a caption": Odd(
+        "text_to_image",
+        lambda: _captioned("a red dog", "", ""),
+        "no_caption",
+        "error",
+        "2 of 3 rows have no caption, and are trained without a prompt",
+        ("train.jsonl:2", "train.jsonl:3"),
+    ),
+}
+
+
+def _slow(odd: Odd) -> Sequence[pytest.MarkDecorator]:
+    """A process takes seconds to import diffusers."""
+    return [pytest.mark.slow] if CASES[odd.task].slow else []
+
+
+@pytest.mark.grid(each=lambda name: FOUND[name].finding)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_slow(odd)) for name, odd in FOUND.items()])
+def test_inspect_finds_it_and_names_its_rows(cli: Callable, tmp_path: Path, name: str) -> None:
+    odd = FOUND[name]
+    recipe = CASES[odd.task].write(tmp_path)
+    for split, rows in zip(("train", "eval"), odd.rows(), strict=True):
+        write_rows(tmp_path / f"{split}.jsonl", rows)
+    settings = [f"task.{key}={value}" for key, value in (odd.settings or {}).items()]
+    code = 3 if odd.level == "error" else 0
+    findings = {each["name"]: each for each in cli("inspect", recipe, *settings, "--json", code=code)["findings"]}
+    found = findings[odd.finding]
+    assert found["level"] == odd.level
+    assert found["rows"] == [f"{tmp_path}/{line}" for line in odd.lines]
+    assert f"{odd.finding}: {odd.says}" in cli("inspect", recipe, *settings, code=code)
+    assert {each["name"] for each in findings.values() if each["level"] != "info"} == {odd.finding}
