@@ -34,7 +34,7 @@ from peftcli.train.report import OnEvent, Phase, RowsRead, Warned
 _PLACE = re.compile(r"(.+?)(?::| row )([0-9]{1,18})")
 _NUMBER = re.compile(r"\d{1,18}")
 COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
-"""Of labels: names that terminals know, and classes in page.css."""
+"""The colours that a label may have: names that terminals know, and classes in page.css."""
 
 
 @dataclass(frozen=True)
@@ -312,8 +312,8 @@ def has_labels(rows: Sequence[ShownRow]) -> bool:
 
 
 def colour(text: Text, label: str) -> str:
-    """The colour of a label: labels of a task take turns in ``COLOURS``."""
-    return COLOURS[text.labels.index(label) % len(COLOURS)]
+    """The colour of a label: those of a task take turns in ``COLOURS``."""
+    return COLOURS[text.label_names.index(label) % len(COLOURS)]
 
 
 def what_is_wrong(bad: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ class TokenText:
     """Whether it marks something, as the end of a turn, and is no text."""
     label: str = ""
     """What it is trained to be, where that is no text: the type of an entity, a part of speech. One of its text's
-    ``labels``."""
+    ``label_names``."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Text:
 
     tokens: Sequence[TokenText]
     title: str = ""
-    labels: Sequence[str] = ()
+    label_names: Sequence[str] = ()
     """All labels that tokens of the task may have, in the same order in each text: their order gives the colours."""
     beside: bool = False
     """Whether to compare it with the text before it: the two stand side by side where there is room."""

@@ -182,8 +182,8 @@ def test_labels_have_the_same_colours_on_a_terminal(cli: Callable, terminal: Cal
 
 
 def test_labels_take_turns_in_the_colours() -> None:
-    text = Text([], labels=[str(number) for number in range(len(COLOURS) + 1)])
-    colours = [colour(text, label) for label in text.labels]
+    text = Text([], label_names=[str(number) for number in range(len(COLOURS) + 1)])
+    colours = [colour(text, label) for label in text.label_names]
     assert colours == [*COLOURS, COLOURS[0]]
     assert len({*colours}) == len(COLOURS)
 
