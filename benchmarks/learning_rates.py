@@ -84,9 +84,14 @@ LESSONS = {
         settings={"labels": ["background", "top", "trousers", "dress", "shoe", "bag"]},
     ),
 }
+LEFT_OUT = {
+    "xlora": "it mixes LoRA adapters that are trained already, which its `adapters` must name; a start without any has "
+    "nothing to mix, so nothing to learn from",
+}
+"""Method -> why it is in no table."""
 TOKENS = {"num_virtual_tokens": 16}
 CASES: dict[str, dict[str, Any]] = {
-    **{name: {"type": name} for name in METHODS if name not in ("xlora", "poly")},
+    **{name: {"type": name} for name in METHODS if name not in (*LEFT_OUT, "poly")},
     "lora, pissa": {"type": "lora", "init_lora_weights": "pissa_niter_4"},
     "lora, olora": {"type": "lora", "init_lora_weights": "olora"},
     "lora, eva": {"type": "lora", "init_lora_weights": "eva"},
@@ -132,6 +137,11 @@ WHY = {
     "trainable_tokens": "two tokens train, ends of chat turns, of which a plain text has one at most",
 }
 """Why a case's loss falls by less."""
+WHY_NOT = {
+    "frod": "layers of one name, as q_proj, share a matrix of inputs by inputs, so each must have the same number of "
+    "inputs; the stages of a SegFormer differ in theirs",
+}
+"""Why a case fails, where its error says what is wrong and not why."""
 
 INTRODUCTION = f"""
 What `training.learning_rate: auto`, the default, means, and what each method does with it: {STEPS} steps with nothing
@@ -244,6 +254,8 @@ def page(runs: list[dict[str, Any]]) -> Iterator[str]:
     yield "# Learning rates"
     yield ""
     yield from INTRODUCTION.strip().splitlines()
+    yield ""
+    yield from (f"`{name}` is in no table: {why}." for name, why in LEFT_OUT.items())
     for task, lesson in LESSONS.items():
         found = [run for run in runs if run["task"] == task]
         at_auto = [run for run in found if "error" not in run and run["rate"] == auto_of(task, run["case"])]
@@ -260,6 +272,9 @@ def page(runs: list[dict[str, Any]]) -> Iterator[str]:
         little = [run["case"] for run in at_auto if 1 - run["after"] / run["before"] < ENOUGH and run["case"] in WHY]
         if little:
             yield from ("", "Why less: " + "; ".join(f"{case}: {WHY[case]}" for case in little) + ".")
+        failed = [case for case in WHY_NOT if any(run["case"] == case and "error" in run for run in found)]
+        if failed:
+            yield from ("", "Why not: " + "; ".join(f"{case}: {WHY_NOT[case]}" for case in failed) + ".")
         missing = [case for case in CASES if not any(run["case"] == case for run in found)]
         if missing:
             yield ""

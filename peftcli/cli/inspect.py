@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,11 +13,11 @@ import typer
 
 from peftcli.cli import console
 from peftcli.cli.quiet import Quiet, progress_log
+from peftcli.tasks.shown import Image, Label, Part, Text, TokenText, side_by_side
 
 if TYPE_CHECKING:
     from peftcli.data.findings import Finding
     from peftcli.inspection.report import Inspection, ShownRow
-    from peftcli.tasks.shown import Part, TokenText
 
 _ROWS = 3
 _ROWS_OF_A_PAGE = 200
@@ -34,7 +34,8 @@ _STYLES = {
     (True, False): "bold green",
     (True, True): "bold green reverse",
 }
-_COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
+_COLUMN = 40
+"""Characters of a line that texts side by side have at least."""
 
 
 def inspect(
@@ -110,8 +111,8 @@ class _Printer:
             self._legend(has_labels(rows))
         for row in rows:
             console.out(f"=== {row.place} ({row.title}){f': {row.size}' if row.size else ''}")
-            for part in row.shown.parts:
-                self._part(part)
+            for parts in side_by_side(row.shown.parts):
+                self._group(parts)
             if row.missing:
                 lost = f", {row.lost:,} of them trained" if row.lost else ""
                 console.out(f"--- cut here: {row.missing:,} {row.unit} are missing{lost} ---")
@@ -126,63 +127,84 @@ class _Printer:
         if not self.coloured:
             console.out("[[...]] is trained, the rest is prompt\n")
             return
-        from rich.text import Text
+        from rich.text import Text as Drawn
 
         parts = [("trained", (True, False)), ("prompt", (False, False)), ("special token", (False, True))]
         styled = [part for text, kind in parts for part in ((text, _STYLES[kind]), "  ")]
-        console.rich_console().print(Text.assemble(*styled))
+        console.rich_console().print(Drawn.assemble(*styled))
         console.out()
 
-    def _part(self, part: Part) -> None:
-        from peftcli.tasks.shown import Image, Label, Text, TokenText
+    def _group(self, parts: Sequence[Part]) -> None:
+        """Parts in columns, or one after another: one alone, no terminal, or one too narrow for columns."""
+        if len(parts) == 1 or not self.coloured or console.rich_console().width < len(parts) * _COLUMN:
+            for part in parts:
+                self._part(part)
+            return
+        from rich.console import Group
+        from rich.table import Column, Table
 
+        texts = [part for part in parts if isinstance(part, Text)]
+        columns = (Column(f"{text.title}:", ratio=1, overflow="fold") for text in texts)
+        table = Table(*columns, box=None, expand=True, pad_edge=False, header_style="", padding=(0, 2, 0, 0))
+        table.add_row(*(Group(*self._lines(text)) for text in texts))
+        console.rich_console().print(table)
+
+    def _part(self, part: Part) -> None:
         if isinstance(part, Text):
             if part.title:
                 console.out(f"{part.title}:")
-            self._print(part.tokens)
+            self._print(part)
         elif isinstance(part, Label):
             console.out(f"{part.title}:")
-            self._print([TokenText(part.text, trained=True)])
+            self._print(Text([TokenText(part.text, trained=True)]))
         elif isinstance(part, Image):
             console.out(f"{part.title}: {part.source}, {part.width:,} x {part.height:,}, {part.mode}")
         else:
             for name, value in part.values.items():
                 console.out(f"{name}: {value}")
 
-    def _print(self, tokens: Sequence[TokenText]) -> None:
+    def _print(self, text: Text) -> None:
+        for line in self._lines(text):
+            if self.coloured:
+                console.rich_console().print(line, soft_wrap=True)
+            else:
+                console.out(line)
+
+    def _lines(self, text: Text) -> list[Any]:
+        """A text, or its beginning, how much is left out, and its end: of rich on a terminal, else strings."""
         from peftcli.inspection.report import shortened
 
-        first, between, last = shortened(tokens, _MAX_TOKENS)
-        for some in (first, last):
-            if self.coloured:
-                self._print_coloured(some)
-            else:
-                console.out("".join(self._plain(some)).removesuffix("\n"))
-            if not between:
-                return
-            if some is first:
-                console.out(f"--- {between:,} tokens are not shown; a page shows more: --html FILE ---")
+        first, between, last = shortened(text.tokens, _MAX_TOKENS)
+        draw = self._draw_coloured if self.coloured else self._draw_plain
+        if not between:
+            return [draw(text, first)]
+        left_out = f"--- {between:,} tokens are not shown; a page shows more: --html FILE ---"
+        return [draw(text, first), left_out, draw(text, last)]
 
-    def _print_coloured(self, tokens: Sequence[TokenText]) -> None:
-        from rich.text import Text
+    def _draw_coloured(self, text: Text, tokens: Sequence[TokenText]) -> Any:
+        from rich.text import Text as Drawn
 
-        text = Text()
+        from peftcli.inspection.report import colour
+
+        drawn = Drawn()
         for label, run in groupby(tokens, key=lambda token: token.label):
             for token in run:
-                style = _colour(label) if label else _STYLES[token.trained, token.special]
-                text.append(self._bordered(token), style)
+                style = colour(text, label) if label else _STYLES[token.trained, token.special]
+                drawn.append(self._bordered(token), style)
             if label:
-                text.append(f" {console.escape(label)} ", f"{_colour(label)} reverse")
-        if text.plain.endswith("\n"):
-            text.right_crop()
-        console.rich_console().print(text, soft_wrap=True)
+                drawn.append(f" {console.escape(label)} ", f"{colour(text, label)} reverse")
+        if drawn.plain.endswith("\n"):
+            drawn.right_crop()
+        return drawn
 
-    def _plain(self, tokens: Sequence[TokenText]) -> Iterable[str]:
+    def _draw_plain(self, _: Text, tokens: Sequence[TokenText]) -> str:
+        parts = []
         for (trained, label), run in groupby(tokens, key=lambda token: (token.trained, token.label)):
             # what the data holds is not taken for our marks
-            text = "".join(map(self._bordered, run)).replace("[[", "\\[[").replace("]]", "\\]]")
+            marked = "".join(map(self._bordered, run)).replace("[[", "\\[[").replace("]]", "\\]]")
             name = f"|{console.escape(label)}" if label else ""
-            yield f"[[{text}{name}]]" if trained else text
+            parts.append(f"[[{marked}{name}]]" if trained else marked)
+        return "".join(parts).removesuffix("\n")
 
     def _bordered(self, token: TokenText) -> str:
         text = console.escape(token.text).replace("\n", _NEWLINE)
@@ -234,8 +256,3 @@ def _details(finding: Finding, facts: dict[str, Any]) -> list[str]:
         pairs = facts["duplicates"]["pairs"][:_ROWS]
         return [f"{pair['row']} is like {pair['like']} ({pair['alike']:.0%})" for pair in pairs]
     return []
-
-
-def _colour(label: str) -> str:
-    """The colour of a label, the same each time."""
-    return _COLOURS[sum(label.encode()) % len(_COLOURS)]

@@ -17,17 +17,27 @@ from pathlib import Path
 
 from peftcli.data.findings import Finding
 from peftcli.errors import UsageError
-from peftcli.inspection.report import Inspection, ShownRow, bars, has_sizes, has_text, shortened, what_is_wrong
+from peftcli.inspection.report import (
+    Inspection,
+    ShownRow,
+    bars,
+    colour,
+    has_labels,
+    has_sizes,
+    has_text,
+    shortened,
+    what_is_wrong,
+)
 from peftcli.system.outputs import storage_errors, write_output
 from peftcli.system.secrets import redact
-from peftcli.tasks.shown import Image, Label, Part, Text, TokenText
+from peftcli.tasks.shown import Image, Label, Part, Text, TokenText, side_by_side
 
 _MAX_TOKENS = 4000
 """Of a longer row, the beginning and the end are shown."""
 _MAX_CHARACTERS = 4_000_000
 """Rows beyond this amount of HTML are left out, and counted."""
-_LEGEND = """In them: <mark>trained, underlined</mark>, <span class="p">prompt</span>,
-<span class="s">special token</span>, and <span class="n">\u23ce</span> for a newline."""
+_TRAINED = '<mark>trained, underlined</mark>, <span class="p">prompt</span>'
+_LABELLED = "text in the colour of its label, which stands at its end"
 _HARMLESS = "\u200c\u200d\t"
 """The zero-width joiners are part of ordinary writing."""
 _LABEL, _LINE, _WIDTH = 96, 18, 360
@@ -104,7 +114,7 @@ def page(inspection: Inspection, rows: Sequence[ShownRow], borders: bool = False
 <section id="rows">
 <h2>Rows</h2>
 <p>Examples here: {len(shown)}, of {len(inspection.data.train):,} that are trained{_measured(inspection)}.{more}
-{_LEGEND if has_text(rows) else ""}</p>
+{_legend(rows)}</p>
 <div id="controls" hidden>
 <label>Only rows with <input id="filter" type="search"></label>
 <button id="back" type="button">Back</button> <button id="on" type="button">Next</button>
@@ -117,6 +127,15 @@ def page(inspection: Inspection, rows: Sequence[ShownRow], borders: bool = False
 </body>
 </html>
 """
+
+
+def _legend(rows: Sequence[ShownRow]) -> str:
+    """How texts are marked, where a row has any."""
+    if not has_text(rows):
+        return ""
+    marks = _LABELLED if has_labels(rows) else _TRAINED
+    return f"""In them: {marks},
+<span class="s">special token</span>, and <span class="n">\u23ce</span> for a newline."""
 
 
 def _measured(inspection: Inspection) -> str:
@@ -139,7 +158,7 @@ def _rows(rows: dict[str, ShownRow], borders: bool) -> tuple[list[str], dict[str
 
 
 def _row(row: ShownRow, name: str, borders: bool) -> str:
-    parts = [_part(part, borders) for part in row.shown.parts]
+    parts = [_group(group, borders) for group in side_by_side(row.shown.parts)]
     if row.missing:
         lost = f", {row.lost:,} of them trained" if row.lost else ""
         parts.append(f'<p class="cut">Cut here: {row.missing:,} {row.unit} are missing{lost}.</p>')
@@ -149,10 +168,16 @@ def _row(row: ShownRow, name: str, borders: bool) -> str:
     )
 
 
+def _group(parts: Sequence[Part], borders: bool) -> str:
+    """Parts that stand side by side where the window is wide enough, or one alone."""
+    drawn = [_part(part, borders) for part in parts]
+    return drawn[0] if len(drawn) == 1 else f'<div class="beside"><div>{"</div><div>".join(drawn)}</div></div>'
+
+
 def _part(part: Part, borders: bool) -> str:
     if isinstance(part, Text):
         heading = f"<h4>{_html(_capital(part.title))}</h4>" if part.title else ""
-        return heading + _tokens(part.tokens, borders)
+        return heading + _text(part, borders)
     if isinstance(part, Label):
         return f"<p>{_html(_capital(part.title))}: <mark>{_html(part.text)}</mark></p>"
     if isinstance(part, Image):
@@ -163,20 +188,22 @@ def _part(part: Part, borders: bool) -> str:
     return _table("", [["", ""], *map(list, part.values.items())])
 
 
-def _tokens(tokens: Sequence[TokenText], borders: bool) -> str:
-    first, between, last = shortened(tokens, _MAX_TOKENS)
+def _text(text: Text, borders: bool) -> str:
+    first, between, last = shortened(text.tokens, _MAX_TOKENS)
     gap = f'<p class="cut">{between:,} tokens are not shown here.</p>' if between else ""
-    parts = [f'<pre tabindex="0">{"".join(_spans(some, borders))}</pre>' for some in (first, last) if some]
+    parts = [f'<pre tabindex="0">{"".join(_spans(text, some, borders))}</pre>' for some in (first, last) if some]
     return gap.join(parts)
 
 
-def _spans(tokens: Sequence[TokenText], borders: bool) -> Iterable[str]:
-    """Tokens of one kind as one element, unless the borders of tokens or the token itself must be seen."""
+def _spans(text: Text, tokens: Sequence[TokenText], borders: bool) -> Iterable[str]:
+    """Draw some tokens of a text: those of one kind as one element, unless single tokens must be seen."""
     for (trained, special, label), run in groupby(
         tokens, key=lambda token: (token.trained, token.special, token.label)
     ):
         tag = "mark" if trained else "span"
-        kind = " ".join(name for name, wanted in (("s", special), ("p", not trained), ("b", borders)) if wanted)
+        hue = colour(text, label) if label else ""
+        kinds = ((hue, hue), ("s", special), ("p", not trained), ("b", borders))
+        kind = " ".join(name for name, wanted in kinds if wanted)
         classes = f' class="{kind}"' if kind else ""
         if borders or special:
             for token in run:
@@ -185,7 +212,7 @@ def _spans(tokens: Sequence[TokenText], borders: bool) -> Iterable[str]:
         else:
             yield f"<{tag}{classes}>{_visible(''.join(token.text for token in run))}</{tag}>"
         if label:
-            yield f"<sub>{_html(label)}</sub>"
+            yield f'<sub class="{hue}">{_html(label)}</sub>'
 
 
 def _findings(inspection: Inspection, ids: dict[str, str]) -> str:

@@ -33,6 +33,8 @@ from peftcli.train.report import OnEvent, Phase, RowsRead, Warned
 
 _PLACE = re.compile(r"(.+?)(?::| row )([0-9]{1,18})")
 _NUMBER = re.compile(r"\d{1,18}")
+COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
+"""The colours that a label may have: names that terminals know, and classes in page.css."""
 
 
 @dataclass(frozen=True)
@@ -307,6 +309,11 @@ def has_labels(rows: Sequence[ShownRow]) -> bool:
     """Whether the legend of labelled texts is needed."""
     texts = (part for row in rows for part in row.shown.parts if isinstance(part, Text))
     return any(token.label for part in texts for token in part.tokens)
+
+
+def colour(text: Text, label: str) -> str:
+    """The colour of a label: those of a task take turns in ``COLOURS``."""
+    return COLOURS[text.label_names.index(label) % len(COLOURS)]
 
 
 def what_is_wrong(bad: dict[str, Any]) -> str:

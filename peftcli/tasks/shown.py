@@ -23,7 +23,8 @@ class TokenText:
     special: bool = False
     """Whether it marks something, as the end of a turn, and is no text."""
     label: str = ""
-    """What it is trained to be, where that is no text: the type of an entity, a part of speech."""
+    """What it is trained to be, where that is no text: the type of an entity, a part of speech. One of its text's
+    ``label_names``."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class Text:
 
     tokens: Sequence[TokenText]
     title: str = ""
+    label_names: Sequence[str] = ()
+    """All labels that tokens of the task may have, in the same order in each text: their order gives the colours."""
+    beside: bool = False
+    """Whether to compare it with the text before it: the two stand side by side where there is room."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,17 @@ class Shown:
             elif isinstance(part, Facts):
                 found.setdefault("facts", {}).update(part.values)
         return found
+
+
+def side_by_side(parts: Sequence[Part]) -> list[list[Part]]:
+    """Return the parts in their order, in groups: texts to compare share one, every other part is alone."""
+    groups = list[list[Part]]()
+    for part in parts:
+        if groups and isinstance(part, Text) and part.beside:
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+    return groups
 
 
 @dataclass(frozen=True)

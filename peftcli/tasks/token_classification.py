@@ -61,12 +61,16 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
             raise DataError("names a tag twice", key="task.labels")
 
     @property
+    def names(self) -> Sequence[str]:
+        """The types of entities, or the tags where they mark no entities."""
+        return _types(self.labels) if self.settings.scheme == "iob2" else self.labels
+
+    @property
     def notes(self) -> Sequence[str]:
         if not self.labels:
             return ()
         kind = "entities of {} types" if self.settings.scheme == "iob2" else "{} tags"
-        names = _types(self.labels) if self.settings.scheme == "iob2" else self.labels
-        return (f"{kind.format(len(names))}: {listed(names)}",)
+        return (f"{kind.format(len(self.names))}: {listed(self.names)}",)
 
     def model_options(self) -> dict[str, Any]:
         return self.settings.model_options()
@@ -270,7 +274,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         for token in renderer.render(ids, [IGNORED] * len(ids)):
             tokens.append(replace(token, trained=bool(labels[at]), label=labels[at]))
             at += len(token.ids)
-        return Shown([Text(tokens, "text")], {"input_ids": ids, "text": renderer.text(ids), "tags": named})
+        return Shown([Text(tokens, "text", self.names)], {"input_ids": ids, "text": renderer.text(ids), "tags": named})
 
     def _counts(self, view: View) -> Counter[str]:
         """How many words have each tag."""

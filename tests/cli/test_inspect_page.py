@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from html import unescape
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from classifierkit import classifier_base
+from taskkit import PREFERRED
 from trainkit import MESSAGES, PROMPTS, base_folder, write_recipe, write_rows
+
+from peftcli.inspection.report import COLOURS
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:
@@ -221,8 +226,13 @@ function contrast(element) {
 }
 frame.onload = () => {
   const page = frame.contentDocument, found = {};
-  const shown = () => [...page.querySelectorAll("article.row")].filter((row) => row.offsetParent).map((row) => row.id);
   const all = (selector) => [...page.querySelectorAll(selector)];
+  const tell = () => document.getElementById("found").textContent = JSON.stringify(found);
+  LOOK
+};
+</script></body></html>"""
+LOOK_AT_ALL = """
+  const shown = () => [...page.querySelectorAll("article.row")].filter((row) => row.offsetParent).map((row) => row.id);
   found.wide = page.documentElement.scrollWidth - page.documentElement.clientWidth;
   found.contrast = Object.fromEntries(["body", "mark", "pre .p", ".s", ".level", ".cut", "a", "tbody th", "caption",
     "button", "header p"].map((selector) => [selector, Math.min(...all(selector).map(contrast))]));
@@ -242,10 +252,22 @@ frame.onload = () => {
   frame.contentWindow.location.hash = "#train-1";
   frame.contentWindow.addEventListener("hashchange", () => {
     found.jumped = shown();
-    document.getElementById("found").textContent = JSON.stringify(found);
+    tell();
   });
-};
-</script></body></html>"""
+"""
+LOOK_AT_LABELS = """
+  for (const element of all("pre mark, pre sub")) {
+    const style = frame.contentWindow.getComputedStyle(element);
+    found[element.tagName + element.className] = [style.color, behind(element).join(), contrast(element)];
+  }
+  tell();
+"""
+LOOK_AT_ANSWERS = """
+  found.places = all(".beside")[0].querySelectorAll("pre");
+  found.places = [...found.places].map((each) => each.getBoundingClientRect()).map(({x, y}) => [x, y]);
+  found.wide = page.documentElement.scrollWidth - page.documentElement.clientWidth;
+  tell();
+"""
 
 
 @pytest.fixture
@@ -272,18 +294,27 @@ def browse(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return browse
 
 
+@pytest.fixture
+def look(browse: Callable, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Runs a script over the page in a frame of so many pixels, and gives what it has found."""
+
+    def look(script: str, scheme: str = "light", width: int = 400) -> dict[str, Any]:
+        probe = PROBE.replace("LOOK", script).replace("WIDTH", str(width))
+        (tmp_path / "probe.html").write_text(probe)
+        dom = browse("probe.html", scheme, "--dump-dom", f"--window-size={width + 100},1000").stdout
+        shown = re.search(r'<pre id="found">(.+?)</pre>', dom, re.DOTALL)
+        assert shown, dom[-2000:]
+        found: dict[str, Any] = json.loads(unescape(shown[1]))
+        return found
+
+    return look
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_in_a_browser_the_page_works_and_can_be_read(
-    write: Callable, browse: Callable, tmp_path: Path, scheme: str
-) -> None:
+def test_in_a_browser_the_page_works_and_can_be_read(write: Callable, look: Callable, scheme: str) -> None:
     write("--rows", 99)
-    (tmp_path / "probe.html").write_text(PROBE.replace("WIDTH", "400"))
-    dom = browse("probe.html", scheme, "--dump-dom", "--window-size=500,1000").stdout
-    shown = re.search(r'<pre id="found">(.+?)</pre>', dom, re.DOTALL)
-    assert shown, dom[-2000:]
-    unescaped = shown[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-    found = json.loads(unescaped)
+    found = look(LOOK_AT_ALL, scheme)
     assert found["wide"] <= 0
     assert {name: ratio for name, ratio in found["contrast"].items() if ratio < 4.5} == {}
     assert found["underlined"]
@@ -296,6 +327,31 @@ def test_in_a_browser_the_page_works_and_can_be_read(
     assert "train-1" in found["jumped"]
     answer = visible(ROWS[0]["messages"][1]["content"]).replace("\n", "\u23ce\n") + "<|im_end|>"
     assert answer in found["trained"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_in_a_browser_each_label_has_a_colour_that_can_be_read(write: Callable, look: Callable, scheme: str) -> None:
+    tags = [f"B-{name}" for name in ("PER", "LOC", "ORG", "MISC", "DATE", "WORK")]
+    rows = [{"tokens": ["tea", word, "tea"], "ner_tags": ["O", tag, "O"]} for word in ("Ada", "Oslo") for tag in tags]
+    write("--rows", 99, rows=rows, base=classifier_base("bert"), task="token_classification")
+    found = look(LOOK_AT_LABELS, scheme)
+    assert {*found} == {f"{tag}{colour}" for tag in ("MARK", "SUB") for colour in COLOURS}
+    assert {name: contrast for name, (*_, contrast) in found.items() if contrast < 4.5} == {}
+    inks, papers = ({found[f"MARK{colour}"][at] for colour in COLOURS} for at in (0, 1))
+    assert len(inks) == len(papers) == len(COLOURS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "beside"), [(1000, True), (400, False)])
+def test_in_a_browser_answers_stand_side_by_side_where_there_is_room(
+    write: Callable, look: Callable, width: int, beside: bool
+) -> None:
+    write("--rows", 3, rows=PREFERRED, task="preference")
+    found = look(LOOK_AT_ANSWERS, width=width)
+    (x, y), (other_x, other_y) = found["places"]
+    assert (x < other_x, y < other_y) == (beside, not beside)
+    assert found["wide"] <= 0
 
 
 @pytest.mark.slow

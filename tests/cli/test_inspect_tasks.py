@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import sys
 import zlib
@@ -16,17 +17,20 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
-from taskkit import CASES
+from rich.console import Console
+from taskkit import CASES, PREFERRED
 from trainkit import write_recipe
 
+from peftcli.cli import console
 from peftcli.data.findings import Finding, Kind
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
+from peftcli.inspection.report import COLOURS, colour
 from peftcli.output_schemas import output_schema
 from peftcli.tasks import TASKS
 from peftcli.tasks.base import Task
-from peftcli.tasks.shown import Description, Facts, Image, Label, Shown
+from peftcli.tasks.shown import Description, Facts, Image, Label, Shown, Text
 
 NAMES = ("cat", "dog")
 RARE = Kind("rare_class", "info", "are of a class that hardly any other row is of", "Add rows.")
@@ -149,4 +153,66 @@ def test_labelled_words(cli: Callable, tmp_path: Path) -> None:
     ran = cli("inspect", recipe, "--rows", 9, "--html", tmp_path / "page.html")
     assert "[[...|NAME]] has the label NAME\n" in ran.out
     assert "[[Ada Lovelace|PER]]" in ran.out.replace("##", "")
-    assert "<mark>Turin</mark><sub>LOC</sub>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert '<mark class="green">Ada Lovelace</mark><sub class="green">PER</sub>' in page.replace("##", "")
+    assert '<mark class="cyan">Turin</mark><sub class="cyan">LOC</sub>' in page
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes stdout a terminal of so many columns."""
+
+    def terminal(width: int) -> None:
+        def drawn(stderr: bool = False) -> Console:
+            return Console(stderr=stderr, force_terminal=True, color_system="standard", highlight=False, width=width)
+
+        monkeypatch.setattr(console, "is_terminal", lambda stream: stream is sys.stdout)
+        monkeypatch.setattr(console, "rich_console", drawn)
+
+    return terminal
+
+
+@pytest.mark.slow
+def test_labels_have_the_same_colours_on_a_terminal(cli: Callable, terminal: Callable, tmp_path: Path) -> None:
+    recipe = CASES["token_classification"].write(tmp_path)
+    terminal(100)
+    out = cli("inspect", recipe, "--rows", 1).out
+    assert "\x1b[7;32m PER \x1b[0m" in out
+    assert re.search("\x1b\\[36m[^ \x1b]+\x1b\\[0m\x1b\\[7;36m LOC \x1b\\[0m", out)
+
+
+def test_labels_take_turns_in_the_colours() -> None:
+    text = Text([], label_names=[str(number) for number in range(len(COLOURS) + 1)])
+    colours = [colour(text, label) for label in text.label_names]
+    assert colours == [*COLOURS, COLOURS[0]]
+    assert len({*colours}) == len(COLOURS)
+
+
+@pytest.mark.parametrize("task", ["preference", pytest.param("reward", marks=pytest.mark.slow)])
+def test_answers_to_compare_stand_side_by_side_where_there_is_room(
+    cli: Callable, terminal: Callable, tmp_path: Path, task: str
+) -> None:
+    recipe = CASES[task].write(tmp_path)
+    chosen, rejected = (PREFERRED[0][name][0]["content"] for name in ("chosen", "rejected"))
+
+    def lines(*options: object) -> list[str]:
+        out = cli("inspect", recipe, "--row", 0, "--quiet", *options).out
+        return re.sub("\x1b\\[[0-9;]*m", "", out).splitlines()
+
+    def both(found: list[str], one: str, other: str) -> bool:
+        """Whether a line holds one and, behind it, the other."""
+        return any(re.search(f"{re.escape(one)}.*{re.escape(other)}", line) for line in found)
+
+    page = tmp_path / "page.html"
+    for found in (lines("--html", page), terminal(79) or lines()):
+        assert found.index("chosen:") < found.index("rejected:")
+        assert not both(found, chosen, rejected)
+    terminal(80)
+    found = lines()
+    assert both(found, "chosen:", "rejected:")
+    assert both(found, f"{chosen}<|im_end|>", f"{rejected}<|im_end|>")
+    assert all(len(line) <= 80 for line in found if "<|im_end|>" in line)
+    group = (
+        '<div class="beside"><div><h4>Chosen</h4><pre .*?</pre></div><div><h4>Rejected</h4><pre .*?</pre></div></div>'
+    )
+    assert re.search(group, page.read_text(encoding="utf-8"), re.DOTALL)

@@ -224,3 +224,22 @@ def test_single_answers_are_good_or_not() -> None:
     found = encoded(task, [{**UNPAIRED[0], "label": label} for label in (True, 0, "yes", None)])
     assert [int(each.arrays["good"]) for each in found[:2]] == [1, 0]
     assert [(each.key, each.line) for each in found[2:]] == [("label", 3), ("label", 4)]
+
+
+def test_a_pair_is_shown_to_be_compared_with_its_answers_marked() -> None:
+    task, [pair, *_] = examples_of("dpo")
+    shown = task.show(pair).parts
+    assert [(text.title, text.beside) for text in shown] == [("chosen", False), ("rejected", True)]
+    for text in shown:
+        answer = f"{PREFERRED[0][text.title][0]['content']}<|im_end|>"
+        assert "".join(token.text for token in text.tokens if token.trained) == answer
+        assert PREFERRED[0]["prompt"][0]["content"] in "".join(token.text for token in text.tokens)
+
+
+@pytest.mark.slow
+def test_a_single_answer_is_shown_with_what_it_is() -> None:
+    task, examples = examples_of("kto")
+    for row, example in zip(UNPAIRED, examples, strict=False):
+        text, label = task.show(example).parts
+        assert (text.title, text.beside) == ("completion", False)
+        assert label.text == ("good" if row["label"] else "not good")

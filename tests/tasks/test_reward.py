@@ -14,6 +14,7 @@ from taskkit import PREFERRED
 
 from peftcli.errors import DataError
 from peftcli.tasks.base import PredictOptions, model_inputs
+from peftcli.tasks.shown import Facts
 
 CHOSEN, REJECTED = [0.4, -1.2, 2.0, 0.1], [0.9, -1.5, -0.7, 0.1]
 MARGINS = [0.0, 1.0, 0.5, -0.25]
@@ -103,3 +104,14 @@ def test_a_margin_is_a_number_of_a_column_that_is_there() -> None:
     with pytest.raises(DataError, match="gap") as caught:
         encoded(open_task("reward", "chat", margin="gap"), [row])
     assert caught.value.key == "task.margin"
+
+
+def test_a_pair_is_shown_to_be_compared_with_its_margin() -> None:
+    task = open_task("reward", "chat")
+    [first, second] = encoded(task, [{**PREFERRED[0], "margin": 0.5}, {**PREFERRED[1], "margin": 0}])
+    chosen, rejected, margin = task.show(first).parts
+    assert [(text.title, text.beside) for text in (chosen, rejected)] == [("chosen", False), ("rejected", True)]
+    for text in (chosen, rejected):
+        assert PREFERRED[0][text.title][0]["content"] in "".join(token.text for token in text.tokens)
+    assert margin == Facts({"margin": "0.5"})
+    assert len(task.show(second).parts) == 2

@@ -11,7 +11,12 @@ from peftcli.methods._settings import Problems, not_positive, outside_unit_inter
 
 @dataclass(kw_only=True)
 class FrodConfig(BiasConfig, FanInConfig, LayeredConfig):
-    """Settings of FRoD, under PEFT's names."""
+    """Settings of FRoD, under PEFT's names.
+
+    Layers of one name, as q_proj, share a matrix of inputs x inputs, so they must have the same number of inputs. In a
+    SegFormer each stage has another, so FRoD fails on one with its defaults; target_modules may name layers of one
+    stage.
+    """
 
     peft_type = "FROD"
     learning_rate = 2e-3

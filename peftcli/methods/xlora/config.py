@@ -15,7 +15,11 @@ _INTERNAL: dict[str, Any] = {"recipe": False, "file": False}
 
 @dataclass(kw_only=True)
 class XLoraConfig(AdapterConfig):
-    """Settings of X-LoRA, under PEFT's names."""
+    """Settings of X-LoRA, under PEFT's names.
+
+    It mixes LoRA adapters that are trained already, which adapters must name. A start without any has nothing to mix,
+    so nothing to learn from, and docs/learning_rates.md has no run of X-LoRA.
+    """
 
     peft_type = "XLORA"
     learning_rate = 1e-3

@@ -78,13 +78,13 @@ class AnswerInputs(TextInputs):
         return [row for side in zip(*(split(each, column) for each in examples), strict=True) for row in side]
 
     def shown_answers(self, example: Example, names: Sequence[str]) -> list[Text]:
-        """The answers as texts, in which what is trained is marked."""
+        """The answers as texts to compare, in which what is trained is marked."""
         renderer, ids = TokenRenderer(self.processor), split(example, "input_ids")
         labels = (
             split(example, "labels") if "labels" in example.arrays else [np.full(len(each), IGNORED) for each in ids]
         )
         return [
-            Text(renderer.render(row.tolist(), [IGNORED, *marks.tolist()[1:]]), name)
+            Text(renderer.render(row.tolist(), [IGNORED, *marks.tolist()[1:]]), name, beside=name != names[0])
             for name, row, marks in zip(names, ids, labels, strict=True)
         ]
 
