@@ -316,8 +316,11 @@ class FitsModel(Protocol):
 class Begins(Protocol):
     """Looks at the model as training begins."""
 
-    def begin(self, model: nn.Module) -> None:
-        """Look at a model with a new adapter, on its device. A resumed run begins with the same one again."""
+    def begin(self, model: nn.Module, from_adapter: bool) -> None:
+        """Look at a model with the adapter that training begins with, on its device: a new one, or ``from_adapter``.
+
+        A resumed run begins with the same one again.
+        """
         ...
 
 
