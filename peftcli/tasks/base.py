@@ -392,6 +392,23 @@ def write_task(folder: Path, name: str, settings: Any, config: Mapping[str, Any]
     return TASK_FILE
 
 
+def refuse_other_classes(options: Mapping[str, Any], recorded: Mapping[str, Any], folder: Path) -> None:
+    """Check that a head that goes on training keeps the meaning of its outputs.
+
+    Args:
+        options: The task's ``model_options``.
+        recorded: Those of the adapter that holds the head; empty where it does not say them.
+        folder: The adapter's.
+
+    Raises:
+        DataError: the classes are others, or in another order.
+    """
+    before, now = (list(each.get("id2label", {}).values()) for each in (recorded, options))
+    if before and now and before != now:
+        hint = f"task: {{labels: [{', '.join(map(str, before))}]}}"
+        raise DataError(f"are {now}, and {before} in {folder}", key="task.labels", hint=hint)
+
+
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on a device."""
     return {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}

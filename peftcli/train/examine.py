@@ -16,10 +16,10 @@ from peftcli.models.open import open_base
 from peftcli.recipe import method_config
 from peftcli.schema import BaseModel, Recipe
 from peftcli.tasks import open_task, row_of
-from peftcli.tasks.base import FitsModel, Gathers
+from peftcli.tasks.base import FitsModel, Gathers, refuse_other_classes
 from peftcli.train.checked import Found
 from peftcli.train.data import load_data, plan_of, with_task
-from peftcli.train.init_adapter import KEY, find_init_adapter, refuse_other_labels, with_init_settings
+from peftcli.train.init_adapter import KEY, find_init_adapter, with_init_settings
 from peftcli.train.launch import total_processes
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ def examine(recipe: Recipe) -> Found:
 
         def adapted() -> Injection:
             if source is not None:
-                refuse_other_labels(source, options)
+                refuse_other_classes(options, source.recorded_options, source.folder)
                 check_begin(model, config, source.header, find_weights(source.folder), new)
             return inject(model, config, initialised=new)
 

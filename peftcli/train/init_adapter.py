@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,14 +11,13 @@ from peftcli.adapters.load import AdapterSource, find_adapter
 from peftcli.core.config import AdapterConfig
 from peftcli.core.config_classes import plain
 from peftcli.errors import AdapterError, HubError, NetworkError
-from peftcli.guard.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
+from peftcli.guard.adapter_folder import CONFIG_FILE, find_weights
 from peftcli.methods import METHODS
 from peftcli.recipe.settings import method_settings
 from peftcli.schema import Recipe
 from peftcli.system.disk import sha256
 
 KEY = "training.init_adapter_from"
-_LABELS = "id2label"
 
 
 def find_init_adapter(recipe: Recipe) -> AdapterSource | None:
@@ -92,7 +90,8 @@ def init_hashes(recipe: Recipe) -> dict[str, str]:
     source = find_init_adapter(recipe)
     if source is None:
         return {}
-    described = "".join(f"{name} {sha256(source.folder / name)}\n" for name in (CONFIG_FILE, WEIGHTS_FILE))
+    files = (source.folder / CONFIG_FILE, find_weights(source.folder))
+    described = "".join(f"{path.name} {sha256(path)}\n" for path in files)
     return {str(recipe.training.init_adapter_from): hashlib.sha256(described.encode()).hexdigest()}
 
 
@@ -102,17 +101,6 @@ def refuse_other_base(source: AdapterSource, recipe: Recipe, base_hash: str | No
     if base_hash and recorded.get("sha256") not in (None, base_hash):
         message = f"was trained on {recorded.get('name')}, whose files differ from those of {recipe.base_model.name}"
         raise AdapterError(message, key=KEY, file=str(source.folder))
-
-
-def refuse_other_labels(source: AdapterSource, options: Mapping[str, Any]) -> None:
-    """Raises AdapterError where the adapter's head has other classes, or another order of them, than ``options`` say.
-
-    ``options`` are the task's ``model_options``.
-    """
-    before, now = (list(_mapping(each.get(_LABELS)).values()) for each in (source.recorded_options, options))
-    if before and now and before != now:
-        hint = f"task: {{labels: [{', '.join(before)}]}}"
-        raise AdapterError(f"are {now}, and {before} in {source.folder}", key="task.labels", hint=hint)
 
 
 def refuse_other_start(trained: AdapterSource, recipe: Recipe) -> None:

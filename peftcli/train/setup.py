@@ -25,9 +25,9 @@ from peftcli.models.open import LoadedModel, open_base
 from peftcli.models.weights import BaseWeights
 from peftcli.schema import BaseModel, Recipe
 from peftcli.tasks import row_of
-from peftcli.tasks.base import FitsModel, Task, model_inputs, on_device
+from peftcli.tasks.base import FitsModel, Task, model_inputs, on_device, refuse_other_classes
 from peftcli.train.data import Data
-from peftcli.train.init_adapter import find_init_adapter, refuse_other_labels
+from peftcli.train.init_adapter import find_init_adapter
 from peftcli.train.kernels import use_liger_kernel
 from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import build_optimizer, build_schedule, parameter_groups
@@ -108,6 +108,7 @@ def adapted_model(
 
     Raises:
         ModelError: the base model cannot be loaded.
+        DataError: the adapter to begin from has a head of other classes.
         AdapterError: the method's settings do not fit it, or the adapter to begin from does not.
     """
     set_seed(recipe.training.seed)  # a new head starts from it
@@ -123,7 +124,7 @@ def adapted_model(
     config.base_model_name_or_path, config.revision = base.name, base.revision
     config.prepare(lambda name: open_base(BaseModel(name=name)).processor() if name else task.base.processor())
     if (source := find_init_adapter(recipe)) is not None:
-        refuse_other_labels(source, task.model_options())
+        refuse_other_classes(task.model_options(), source.recorded_options, source.folder)
         injection = begin_from_adapter(model, config, source.folder, initialised=loaded.initialised)
     else:
         injection = inject(model, config, initialised=loaded.initialised)

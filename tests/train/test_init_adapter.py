@@ -18,7 +18,7 @@ from trainkit import MESSAGES, Trained, at_step, read_run, run_recipe, write_rec
 
 from peftcli.adapters.merge import merge_adapter
 from peftcli.adapters.verify import verify_adapter
-from peftcli.errors import AdapterError, Interrupted, PeftcliError, UsageError
+from peftcli.errors import AdapterError, DataError, Interrupted, PeftcliError, UsageError
 from peftcli.recipe import load_recipe
 from peftcli.train.evaluate_adapter import measure
 from peftcli.train.preview import deep_check
@@ -156,6 +156,15 @@ def test_what_does_not_fit_is_refused_by_check_and_train(sft: Trained, tmp_path:
 
 
 @pytest.mark.slow
+def test_a_folder_without_weights_is_refused_by_check_and_train(sft: Trained, tmp_path: Path) -> None:
+    recipe = go_on(tmp_path / "more", sft.folder)
+    (sft.folder / "adapter_model.safetensors").unlink()
+    assert [problem.key for problem in deep_check(load_recipe(recipe)).errors] == ["training.init_adapter_from"]
+    with pytest.raises(AdapterError, match=r"no adapter_model\.safetensors here"):
+        run_recipe(recipe)
+
+
+@pytest.mark.slow
 def test_check_is_not_kept_for_another_adapter(sft: Trained, tmp_path: Path) -> None:
     recipe = load_recipe(go_on(tmp_path / "more", sft.folder))
     found = deep_check(recipe)
@@ -215,7 +224,7 @@ def test_a_head_of_other_classes_is_refused(tmp_path: Path) -> None:
     recipe = CASES["sequence_classification"].write(tmp_path)
     first = run_recipe(recipe)
     turned = ("task={type: sequence_classification, labels: [bad, good]}", *begins(first.folder, tmp_path / "more"))
-    with pytest.raises(AdapterError, match=r"are \['bad', 'good'\], and \['good', 'bad'\] in ") as caught:
+    with pytest.raises(DataError, match=r"are \['bad', 'good'\], and \['good', 'bad'\] in ") as caught:
         run_recipe(recipe, *turned)
     assert caught.value.key == "task.labels"
     assert [problem.key for problem in deep_check(load_recipe(recipe, turned)).errors] == ["task.labels"]
