@@ -172,6 +172,9 @@ class Training:
     """Fraction of the steps during which the learning rate rises from 0."""
     warmup_steps: int = 0
     """Number of warm-up steps; overrides warmup_ratio if above 0."""
+    init_adapter_from: str | None = None
+    """Adapter to begin from, instead of a new one: a folder or hub id in PEFT's format, of the same method and base
+    model. ``method`` then needs its type only; the other settings are the adapter's. Unset: a new adapter."""
     optim: Literal[
         "adamw_torch",
         "adamw_torch_fused",

@@ -17,7 +17,7 @@ from torch import nn
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import Injection, inject, meta_copy, set_trainable, unload
 from peftcli.core.protocols import describe
-from peftcli.core.weights import adapter_state, check_finite, check_state, load_state
+from peftcli.core.weights import adapter_state, check_finite, check_state, holds_its_file, load_state, named_tensors
 from peftcli.errors import AdapterError, OutOfMemory
 from peftcli.guard.adapter_folder import CONFIG_FILE as CONFIG_FILE
 from peftcli.guard.adapter_folder import DTYPES, find_weights, open_weights
@@ -164,6 +164,68 @@ def load_adapter(
     return injection
 
 
+def begin_from_adapter(
+    model: nn.Module, config: AdapterConfig, folder: Path, *, initialised: Collection[str] = ()
+) -> Injection:
+    """Inject the config's layers as for a new adapter, and begin from the folder's weights.
+
+    Args:
+        model: the base model.
+        config: the adapter's, with the settings of the folder's. Its modules_to_save become those that the model has.
+        folder: where the weights are.
+        initialised: names of the parameters that the base model's checkpoint did not hold: see ``inject``.
+
+    Raises:
+        AdapterError: as ``check_begin``. Nothing is changed in the model then.
+    """
+    path = find_weights(folder)
+    with open_weights(path) as (header, file):  # the tensors are those of the header that was checked
+        check_begin(model, config, header, path, initialised)
+        tensors = _read(header, file, path)
+    injection = inject(model, config, initialised=initialised)
+    try:
+        if not holds_its_file(model):
+            raise _computed(config, path)
+        load_state(model, tensors, str(path))
+    except AdapterError:
+        unload(model)
+        raise
+    return injection
+
+
+def check_begin(
+    model: nn.Module,
+    config: AdapterConfig,
+    header: Mapping[str, TensorEntry],
+    path: Path,
+    initialised: Collection[str],
+) -> None:
+    """Check that training can begin from the file at ``path``, over this model, without memory for its tensors.
+
+    The config's modules_to_save become those that the model has: PEFT also writes names that other models use.
+
+    Raises:
+        AdapterError: the tensors do not fit the config and the model, or are not what the method trains.
+    """
+    as_read = copy.deepcopy(config)
+    as_read.inference_mode = True
+    config.modules_to_save = check_header(model, as_read, header, path, initialised=initialised).modules_to_save
+    empty = meta_copy(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again when the adapter is injected
+            inject(empty, copy.deepcopy(config), initialised=initialised)
+        if not named_tensors(empty).keys() <= header.keys():
+            raise _computed(config, path)
+    finally:
+        unload(empty)
+
+
+def _computed(config: AdapterConfig, path: Path) -> AdapterError:
+    message = f"holds what {config.peft_type} computes from the weights that it trains; training cannot begin from it"
+    return AdapterError(message, file=str(path))
+
+
 def _checked_tensors(
     model: nn.Module,
     config: AdapterConfig,
@@ -183,24 +245,42 @@ def _checked_tensors(
         header = _renamed(stored, rename)
         if prepare is not None:
             prepare(header)
-        found = {
-            name: torch.empty(e.shape, dtype=getattr(torch, DTYPES[e.dtype]), device="meta")
-            for name, e in header.items()
-        }
-        empty = meta_copy(model)
-        try:
-            _check_sizes(model, config, sum(entry.numel for entry in header.values()))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # they come again when the adapter is injected
-                inject(empty, copy.deepcopy(config), adapter, initialised=initialised)
-            check_state(empty, found, str(path), adapter)
-        except AdapterError as error:
-            if error.file is not None:
-                raise
-            raise AdapterError(error.message, key=error.key, hint=error.hint, file=str(folder / CONFIG_FILE)) from None
-        finally:
-            unload(empty)
+        check_header(model, config, header, path, adapter, initialised)
         return _read(header, file, path)
+
+
+def check_header(
+    model: nn.Module,
+    config: AdapterConfig,
+    header: Mapping[str, TensorEntry],
+    path: Path,
+    adapter: str = "default",
+    initialised: Collection[str] = (),
+) -> AdapterConfig:
+    """Check that the tensors of the file at ``path`` are those of the config over this model. Takes no memory for them.
+
+    Returns:
+        The config, completed by what the model says.
+
+    Raises:
+        AdapterError: they are not.
+    """
+    found = {name: torch.empty(entry.shape, dtype=_dtype(entry), device="meta") for name, entry in header.items()}
+    empty, completed = meta_copy(model), copy.deepcopy(config)
+    try:
+        _check_sizes(model, config, sum(entry.numel for entry in header.values()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again when the adapter is injected
+            inject(empty, completed, adapter, initialised=initialised)
+        check_state(empty, found, str(path), adapter)
+    except AdapterError as error:
+        if error.file is not None:
+            raise
+        place = str(path.parent / CONFIG_FILE)
+        raise AdapterError(error.message, key=error.key, hint=error.hint, file=place) from None
+    finally:
+        unload(empty)
+    return completed
 
 
 def _check_sizes(model: nn.Module, config: AdapterConfig, stored: int) -> None:

@@ -306,7 +306,8 @@ def _method(recipe: Recipe, report: Report) -> None:
         return
     config = method.config_class().unchecked(**values)
     for name, message in config.problems():
-        report((f"method.{name}",), message)
+        if name in values or recipe.training.init_adapter_from is None:  # else it is as the adapter's file says
+            report((f"method.{name}",), message)
     for entry in dataclasses.fields(config):
         if "python_only" in entry.metadata and getattr(config, entry.name) != entry.default:
             report((f"method.{entry.name}",), f"must be {entry.default} in a recipe: {entry.metadata['python_only']}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from peftcli.errors import Problem
-from peftcli.recipe.parse import Reading, method_config
+from peftcli.methods import METHODS
+from peftcli.recipe.parse import Reading
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
 
@@ -18,7 +19,9 @@ _FAR = 10.0
 def usual_rate(recipe: Recipe) -> float:
     """The learning rate for the recipe's method, how it starts, and its task if that is known."""
     task = TASKS.get((recipe.task or {}).get("type", ""))
-    own, factor = method_config(recipe).learning_rate, task.rate_factor if task else 1
+    settings = dict(recipe.method)
+    config = METHODS[settings.pop("type")].config_class().unchecked(**settings)
+    own, factor = config.learning_rate, task.rate_factor if task else 1
     return min(max(own, min(own * factor, _RAISED)), _FASTEST) if factor > 1 else own * factor
 
 

@@ -316,8 +316,11 @@ class FitsModel(Protocol):
 class Begins(Protocol):
     """Looks at the model as training begins."""
 
-    def begin(self, model: nn.Module) -> None:
-        """Look at a model with a new adapter, on its device. A resumed run begins with the same one again."""
+    def begin(self, model: nn.Module, from_adapter: bool) -> None:
+        """Look at a model with the adapter that training begins with, on its device: a new one, or ``from_adapter``.
+
+        A resumed run begins with the same one again.
+        """
         ...
 
 
@@ -387,6 +390,23 @@ def write_task(folder: Path, name: str, settings: Any, config: Mapping[str, Any]
     values = {"type": name, "settings": asdict(settings), "config": dict(config)}
     write_file(folder / TASK_FILE, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
     return TASK_FILE
+
+
+def refuse_other_classes(options: Mapping[str, Any], recorded: Mapping[str, Any], folder: Path) -> None:
+    """Check that a head that goes on training keeps the meaning of its outputs.
+
+    Args:
+        options: The task's ``model_options``.
+        recorded: Those of the adapter that holds the head; empty where it does not say them.
+        folder: The adapter's.
+
+    Raises:
+        DataError: the classes are others, or in another order.
+    """
+    before, now = (list(each.get("id2label", {}).values()) for each in (recorded, options))
+    if before and now and before != now:
+        hint = f"task: {{labels: [{', '.join(map(str, before))}]}}"
+        raise DataError(f"are {now}, and {before} in {folder}", key="task.labels", hint=hint)
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

@@ -81,9 +81,9 @@ class Preference(AnswerInputs, Task[settings.Preference]):
     def fingerprint(self) -> dict[str, Any]:
         return super().fingerprint() | {"answers": list(self.answers)}
 
-    def begin(self, model: nn.Module) -> None:
+    def begin(self, model: nn.Module, from_adapter: bool) -> None:
         if self.settings.loss in _REFERRING:
-            self.reference.begin(model, self.probe())
+            self.reference.begin(model, self.probe(), from_adapter)
             self.settings = replace(self.settings, reference=self.reference.kind)
 
     def save(self, folder: Path) -> list[str]:

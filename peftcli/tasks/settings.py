@@ -225,7 +225,8 @@ class Preference:
     """kto: the same of the other answers."""
     reference: Literal["base", "start"] | None = field(default=None, metadata=NOT_ENCODED)
     """What dpo, ipo and kto compare with. base: the base model, without the adapter; start: the adapter as it began,
-    which is not kept, so that evaluate cannot compare. Unset: base where the adapter begins without an effect."""
+    of which evaluate finds only what training.init_adapter_from names. Unset: base where the adapter begins without an
+    effect."""
     max_length: int = 1024
     """Longest answer with its prompt, in tokens, within what the base model can read."""
     overlong: Literal["truncate", "drop", "error"] = "truncate"

@@ -7,18 +7,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from peftcli.adapters.load import apply_adapter, find_adapter
+from accelerate import Accelerator
+
+from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
+from peftcli.core.inject import unload
 from peftcli.data.findings import refuse
-from peftcli.models.open import open_base
+from peftcli.models.open import LoadedModel, open_base
 from peftcli.recipe import to_dict
 from peftcli.schema import Launch, Recipe
 from peftcli.tasks import open_task
-from peftcli.tasks.base import FitsModel
+from peftcli.tasks.base import Begins, FitsModel
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.batches import num_workers
 from peftcli.train.data import load_data, with_task
 from peftcli.train.evaluate import evaluate
 from peftcli.train.finish import check_gates
+from peftcli.train.init_adapter import find_init_adapter, refuse_other_start
 from peftcli.train.report import peak_memory_bytes, versions
 from peftcli.train.runs.record import SCHEMA_VERSION
 from peftcli.train.runs.typed_json import to_json
@@ -55,6 +59,9 @@ def measure(
     if isinstance(task, FitsModel):
         task.fit_model(loaded.model, None)
     if source is not None:
+        if isinstance(task, Begins) and (start := find_init_adapter(recipe)) is not None:
+            refuse_other_start(source, recipe)
+            _begin(task, loaded, start, accelerator)
         apply_adapter(loaded, source)
     model = loaded.model.to(accelerator.device)
     unpad(model, None if source is None else source.config)
@@ -77,3 +84,10 @@ def measure(
         "peak_memory_bytes": peak_memory_bytes(),
         "wall_seconds": round(time.perf_counter() - started, 3),
     }
+
+
+def _begin(task: Begins, loaded: LoadedModel, start: AdapterSource, accelerator: Accelerator) -> None:
+    """Show the task the adapter that training began from, as training did."""
+    apply_adapter(loaded, start)
+    task.begin(loaded.model.to(accelerator.device), from_adapter=True)
+    unload(loaded.model)

@@ -6,17 +6,20 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
+from peftcli.core.files import check_begin
 from peftcli.core.heads import head_names
-from peftcli.core.inject import inject
+from peftcli.core.inject import Injection, inject
 from peftcli.data.findings import refuse
 from peftcli.errors import HubError, Interrupted, NetworkError, PeftcliError, Problem
+from peftcli.guard.adapter_folder import find_weights
 from peftcli.models.open import open_base
 from peftcli.recipe import method_config
 from peftcli.schema import BaseModel, Recipe
 from peftcli.tasks import open_task, row_of
-from peftcli.tasks.base import FitsModel, Gathers
+from peftcli.tasks.base import FitsModel, Gathers, refuse_other_classes
 from peftcli.train.checked import Found
 from peftcli.train.data import load_data, plan_of, with_task
+from peftcli.train.init_adapter import KEY, find_init_adapter, with_init_settings
 from peftcli.train.launch import total_processes
 
 T = TypeVar("T")
@@ -24,7 +27,6 @@ T = TypeVar("T")
 
 def examine(recipe: Recipe) -> Found:
     """Every error and every warning that opening the recipe's data and model brings up."""
-    config = method_config(recipe)
     found = Found()
 
     def attempt(key: str, action: Callable[[], T]) -> T | None:
@@ -47,6 +49,8 @@ def examine(recipe: Recipe) -> Found:
     if named is None:
         return found
     recipe = named
+    begun = attempt("method", lambda: with_init_settings(named))
+    config = None if begun is None else method_config(begun)
     task = attempt("base_model", lambda: open_task(recipe, base))
     options: dict[str, Any] = {}
     if task is not None:
@@ -62,19 +66,29 @@ def examine(recipe: Recipe) -> Found:
                 "steps": plan.total_steps,
                 "warnings": notes + data.warnings + plan.repeated(data.names),
             }
-        attempt(
-            "method",
-            lambda: config.prepare(lambda name: (open_base(BaseModel(name=name)) if name else base).processor()),
-        )
+        if config is not None:
+            prepare = config.prepare
+            attempt(
+                "method",
+                lambda: prepare(lambda name: (open_base(BaseModel(name=name)) if name else base).processor()),
+            )
     attempt("base_model", lambda: base.quantization)
     model = attempt("base_model", lambda: base.empty_model(row_of(recipe).auto_class, **options))
-    if model is not None:
+    if model is not None and config is not None:
         if isinstance(task, FitsModel):
             attempt("method", lambda: task.fit_model(model, config))
         config.task_type = row_of(recipe).task_type
         heads = head_names(model) if options else []  # taken to be new
         new = [name for name, _ in model.named_parameters() if any(name.startswith(f"{head}.") for head in heads)]
-        injection = attempt("method", lambda: inject(model, config, initialised=new))
+        source = find_init_adapter(recipe)
+
+        def adapted() -> Injection:
+            if source is not None:
+                refuse_other_classes(options, source.recorded_options, source.folder)
+                check_begin(model, config, source.header, find_weights(source.folder), new)
+            return inject(model, config, initialised=new)
+
+        injection = attempt("method" if source is None else KEY, adapted)
         if injection is not None:
             found.would["parameters"] = {"trainable": injection.trainable, "all": injection.total}
     return found
@@ -82,6 +96,8 @@ def examine(recipe: Recipe) -> Found:
 
 def _recipe_key(key: str | None, section: str) -> str:
     """The recipe's key for an error's: a method's settings stand in the section ``method``."""
-    if key is None or key.startswith(section):
-        return key or section
+    if key is None:
+        return section
+    if key.startswith(section) or key.partition(".")[0] in ("task", "method", "training"):
+        return key
     return f"{section}.{key}" if section == "method" else section

@@ -35,6 +35,7 @@ from peftcli.tasks.base import Begins, Gathers, Limits, Task
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.finish import finish
+from peftcli.train.init_adapter import find_init_adapter, refuse_other_base, with_init_settings
 from peftcli.train.kernels import compile_layers
 from peftcli.train.launch import report_training
 from peftcli.train.loop import Gradients, PreparedModel
@@ -93,7 +94,7 @@ def train(
             stop.deadline = STARTED + seconds(training.max_time)
         accelerator = start_accelerator(recipe)
         tell: OnEvent = on_event if accelerator.is_main_process else lambda event: None
-        recipe = with_rate(with_task(recipe, lambda text: tell(Warned(text))))
+        recipe = with_rate(with_init_settings(with_task(recipe, lambda text: tell(Warned(text)))))
         training_run = steps_of(recipe, options, accelerator, stop, tell, Alone())
         while True:
             try:
@@ -259,6 +260,9 @@ def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
     run.tell(Phase(f"loading {recipe.base_model.name}"))
     model, injection, notes = adapted_model(recipe, config, data.task, company.load)
     config.revision = run.recipe.base_model.revision
+    if (source := find_init_adapter(recipe)) is not None:
+        base_hash = run.identity.base_model or commit_of(recipe.base_model).get("sha256")
+        refuse_other_base(source, recipe, base_hash)
     for note in notes:
         run.warn(note)
     if config.modules_to_save:
@@ -271,7 +275,7 @@ def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
         shard(model, run.accelerator.device)
     prepared = prepare(model, config, recipe, plan, run.accelerator)
     if isinstance(data.task, Begins):
-        data.task.begin(model)
+        data.task.begin(model, from_adapter=source is not None)
     unpadded = unpad(model, config)
     if plan.packs and not unpadded:
         refuse_contamination(model, data.task, run.accelerator)
@@ -323,7 +327,9 @@ def record_start(run: Run, data: RunData, built: BuiltModel, state: State, threa
     record.data = from_json(DataRecord, data.examples.report | measured)
     record.parameters = built.parameters
     record.mergeable = config.merge_problem() is None
-    record.makes_up_for_quantization = needs_base_weights(config)
+    source = find_init_adapter(run.recipe)
+    began_so = source is not None and source.record.get("makes_up_for_quantization") is True
+    record.makes_up_for_quantization = began_so or needs_base_weights(config)
     record.device = run.accelerator.device.type
     record.threads = threads or ABSENT
     record.steps = StepsRecord(done=progress.step, total=total)

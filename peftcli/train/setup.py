@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
+from peftcli.core.files import begin_from_adapter
 from peftcli.core.inject import Injection, inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.protocols import Calibrates, StartsFromBase, layers_of
@@ -24,8 +25,9 @@ from peftcli.models.open import LoadedModel, open_base
 from peftcli.models.weights import BaseWeights
 from peftcli.schema import BaseModel, Recipe
 from peftcli.tasks import row_of
-from peftcli.tasks.base import FitsModel, Task, model_inputs, on_device
+from peftcli.tasks.base import FitsModel, Task, model_inputs, on_device, refuse_other_classes
 from peftcli.train.data import Data
+from peftcli.train.init_adapter import find_init_adapter
 from peftcli.train.kernels import use_liger_kernel
 from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import build_optimizer, build_schedule, parameter_groups
@@ -94,7 +96,9 @@ def load_base(recipe: Recipe, task: Task[Any]) -> LoadedModel:
 def adapted_model(
     recipe: Recipe, config: AdapterConfig, task: Task[Any], load: Callable[[Recipe, Task[Any]], LoadedModel] = load_base
 ) -> tuple[nn.Module, Injection, list[str]]:
-    """The recipe's base model as the task needs it, with a new adapter in it, and what the user should know.
+    """The recipe's base model as the task needs it, with its adapter in it, and what the user should know.
+
+    The adapter is a new one, or begins as the one that the recipe names.
 
     Args:
         recipe: Names the base model.
@@ -104,7 +108,8 @@ def adapted_model(
 
     Raises:
         ModelError: the base model cannot be loaded.
-        AdapterError: the method's settings do not fit it.
+        DataError: the adapter to begin from has a head of other classes.
+        AdapterError: the method's settings do not fit it, or the adapter to begin from does not.
     """
     set_seed(recipe.training.seed)  # a new head starts from it
     base, loaded = recipe.base_model, load(recipe, task)
@@ -118,9 +123,13 @@ def adapted_model(
     config.note_base_class(model)
     config.base_model_name_or_path, config.revision = base.name, base.revision
     config.prepare(lambda name: open_base(BaseModel(name=name)).processor() if name else task.base.processor())
-    injection = inject(model, config, initialised=loaded.initialised)
-    if isinstance(method := layers_of(config), StartsFromBase) and method.needs_base_weights(config):
-        method.start_from_base(model, config, BaseWeights(task.base, getattr(model, "base_model_prefix", "")))
+    if (source := find_init_adapter(recipe)) is not None:
+        refuse_other_classes(task.model_options(), source.recorded_options, source.folder)
+        injection = begin_from_adapter(model, config, source.folder, initialised=loaded.initialised)
+    else:
+        injection = inject(model, config, initialised=loaded.initialised)
+        if isinstance(method := layers_of(config), StartsFromBase) and method.needs_base_weights(config):
+            method.start_from_base(model, config, BaseWeights(task.base, getattr(model, "base_model_prefix", "")))
     if recipe.training.gradient_checkpointing:
         _checkpoint_activations(model)
     return model, injection, notes

@@ -30,6 +30,7 @@ from peftcli.tasks.base import Task
 from peftcli.tasks.text.joined import JoinedModel, JoinedModels
 from peftcli.train import fresh_process, launch
 from peftcli.train.data import with_task
+from peftcli.train.init_adapter import with_init_settings
 from peftcli.train.loop import Gradients
 from peftcli.train.report import OnEvent, Warned
 from peftcli.train.run import Alone, steps_of
@@ -114,8 +115,8 @@ def start_together(
 
 
 def _complete(recipe: Recipe, tell: OnEvent) -> Recipe:
-    """The recipe with its task and its learning rate."""
-    return with_rate(with_task(recipe, lambda text: tell(Warned(text))))
+    """The recipe with its task, its learning rate and the settings of an adapter that it begins from."""
+    return with_rate(with_init_settings(with_task(recipe, lambda text: tell(Warned(text)))))
 
 
 _SHARED: dict[str, Callable[[Recipe], Any]] = {

@@ -55,6 +55,18 @@ def test_it_goes_on_with_the_commit_that_it_began_with(hub: Hub, tmp_path: Path)
     assert run_recipe(recipe, base, f"training.output_dir={tmp_path}/new").weights != whole.weights
 
 
+@pytest.mark.slow
+def test_training_begins_from_an_adapter_on_the_hub(hub: Hub, tmp_path: Path) -> None:
+    recipe, start = write_recipe(tmp_path), tmp_path / "start"
+    run_recipe(recipe, f"training.output_dir={start}")
+    hub.repos[NAME] = Repo(private=False)
+    _commit(hub, {name: (start / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")})
+    local = run_recipe(recipe, f"training.init_adapter_from={start}", f"training.output_dir={tmp_path}/local")
+    run = run_recipe(recipe, f"training.init_adapter_from={NAME}")
+    assert run.weights == local.weights
+    assert run.run["identity"]["data"][NAME] == local.run["identity"]["data"][str(start)]
+
+
 def test_files_in_a_folder_of_the_base_model_are_read_where_a_task_asks(hub: Hub) -> None:
     """How a text's embedding is made."""
     files = {path.name: path.read_bytes() for path in classifierkit.classifier_base("bert").iterdir()}

@@ -148,7 +148,7 @@ def test_the_reference_is_what_training_began_from(method: str) -> None:
     model, task = adapted(**METHODS[method]), open_task("preference", "chat")
     ids = {"input_ids": torch.arange(5, 25).view(2, 10)}
     began, base = model(**ids).logits.detach(), build("llama")(**ids).logits
-    task.begin(model)
+    task.begin(model, from_adapter=False)
     assert task.settings.reference == ("start" if method in BEGIN_ELSEWHERE else "base")
     with torch.no_grad():
         for _, _, parameter in named_tensors(model).values():
@@ -170,7 +170,7 @@ def test_the_reference_is_what_training_began_from(method: str) -> None:
 @pytest.mark.parametrize("method", ["dropout and a trained module", "a start with an effect"])
 def test_a_new_adapter_loses_log_2_and_learns(method: str) -> None:
     model, task = adapted(**METHODS[method]).eval(), open_task("preference", "chat")
-    task.begin(model)
+    task.begin(model, from_adapter=False)
     loss = task.loss(model, task.collate(encoded(task, PREFERRED[:4]), training=True)).total
     assert float(loss.detach()) == pytest.approx(4 * math.log(2), rel=1e-5)
     loss.backward()
@@ -183,7 +183,7 @@ def test_the_reference_has_no_dropout() -> None:
     after = []
     for loss in ("simpo", "dpo"):  # without a reference, and with one
         task = open_task("preference", "chat", loss=loss)
-        task.begin(model)
+        task.begin(model, from_adapter=False)
         torch.manual_seed(0)
         task.loss(model, task.collate(encoded(task, PREFERRED[:2]), training=True))
         after.append(torch.get_rng_state())

@@ -27,9 +27,15 @@ class Reference:
         self.kind = kind
         self._start: dict[str, torch.Tensor] = {}
 
-    def begin(self, model: nn.Module, probe: Batch) -> None:
-        """Look at a new adapter: with an effect on the outputs for ``probe``, a copy of it becomes the reference."""
-        if self.kind is None:
+    def begin(self, model: nn.Module, probe: Batch, from_adapter: bool) -> None:
+        """Look at the adapter that training begins with: a copy of it becomes the reference where it has an effect.
+
+        ``from_adapter``: it was trained before, so it has one, however small. Of a new adapter, the outputs for
+        ``probe`` show it.
+        """
+        if self.kind is None and from_adapter:
+            self.kind = "start"
+        elif self.kind is None:
             given = on_device(probe, next(model.parameters()).device)
             with torch.no_grad(), evaluating(model):
                 own = model(**given).logits.float()
@@ -56,7 +62,8 @@ class Reference:
             raise DataError(
                 "the adapter was compared with itself as it began, which was not kept",
                 key="task.reference",
-                hint="Only the run that trains it can measure it.",
+                hint="If it began from another adapter, name that: training.init_adapter_from. Else only the run that "
+                "trains it can measure it.",
             )
         now = {name: parameter.data for name, (_, _, parameter) in tensors.items()}
         for name, (_, _, parameter) in tensors.items():

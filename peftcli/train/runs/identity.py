@@ -16,6 +16,7 @@ from peftcli.recipe import to_dict
 from peftcli.recipe.names import closest
 from peftcli.schema import Recipe
 from peftcli.system.disk import sha256
+from peftcli.train.init_adapter import init_hashes
 from peftcli.train.runs.record import IdentityRecord
 from peftcli.train.runs.typed_json import to_json
 
@@ -109,11 +110,11 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _data_hashes(recipe: Recipe) -> dict[str, str]:
-    """sha256 of the recipe's local data files, and of its chat template's."""
+    """sha256 of the recipe's local data files, of its chat template's, and of the adapter that training begins from."""
     dataset, template = recipe.dataset, recipe.base_model.chat_template
     sources = [*dataset.sources(), *filter(None, [eval_source(dataset)])]
     local = [open_source(source) for source in sources if Path(source.train).exists()]
     hashes = {name: digest for opened in local for name, digest in opened.fingerprint().items()}
     if template and Path(template).is_file():
         hashes[template] = sha256(Path(template))
-    return hashes
+    return hashes | init_hashes(recipe)

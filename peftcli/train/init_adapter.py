@@ -1,0 +1,116 @@
+"""The adapter that training begins from, where ``training.init_adapter_from`` names one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+from peftcli.adapters.load import AdapterSource, find_adapter
+from peftcli.core.config import AdapterConfig
+from peftcli.core.config_classes import plain
+from peftcli.errors import AdapterError, HubError, NetworkError
+from peftcli.guard.adapter_folder import CONFIG_FILE, find_weights
+from peftcli.methods import METHODS
+from peftcli.recipe.settings import method_settings
+from peftcli.schema import Recipe
+from peftcli.system.disk import sha256
+
+KEY = "training.init_adapter_from"
+
+
+def find_init_adapter(recipe: Recipe) -> AdapterSource | None:
+    """Find the adapter that the recipe's training begins from; None: it begins with a new one.
+
+    Raises:
+        AdapterError: there is no such adapter, or its config cannot be read.
+        HubError: the hub has no such repository, or refuses it.
+        NetworkError: the hub cannot be reached, and the cache has no copy.
+    """
+    if recipe.training.init_adapter_from is None:
+        return None
+    try:
+        return find_adapter(recipe.training.init_adapter_from)
+    except (AdapterError, HubError, NetworkError) as error:
+        error.key = error.key or KEY
+        raise
+
+
+def with_init_settings(recipe: Recipe) -> Recipe:
+    """The recipe with the settings of the adapter that it begins from, as its ``method``.
+
+    Raises:
+        AdapterError: as ``find_init_adapter``, or the adapter is of another method, or a setting that the recipe gives
+            differs from the adapter's.
+    """
+    source = find_init_adapter(recipe)
+    return recipe if source is None else with_settings_of(source, recipe)
+
+
+def with_settings_of(source: AdapterSource, recipe: Recipe) -> Recipe:
+    """The recipe with the settings of ``source`` as its ``method``.
+
+    Dropout is the recipe's, since it belongs to training. So are target_modules that are a pattern or ``all-linear``:
+    whether they name the adapter's modules shows in the model.
+
+    Raises:
+        AdapterError: the adapter is of another method, a setting that the recipe gives differs from the adapter's, or
+            training has given its layers other sizes than settings say.
+    """
+    given = dict(recipe.method)
+    method = given.pop("type")
+    row = METHODS[method]
+    if source.config.peft_type != row.peft_type:
+        message = f"is {method}, and {source.folder} holds an adapter of {source.config.peft_type}"
+        raise AdapterError(message, key="method.type")
+    wanted = row.config_class().unchecked(**given)
+    own = {name: _as_given(source.config, name) for name in method_settings(method)}
+    patterns = [entry.name for entry in dataclasses.fields(source.config) if entry.name.endswith("_pattern")]
+    if found := [name for name in patterns if name not in own and getattr(source.config, name)]:
+        message = f"{found[0]} gives its layers sizes of their own, which a new run would not know"
+        raise AdapterError(message, key=KEY, file=str(source.folder / CONFIG_FILE))
+    free = {name for name in given if "dropout" in name}
+    free |= {name for name in given if name == "target_modules" and isinstance(given[name], str)}
+    if other := [name for name in given if name not in free and _as_given(wanted, name) != own[name]]:
+        differences = [f"{name} is {given[name]!r}, and {own[name]!r} in {source.folder}" for name in other]
+        hint = f"leave out what the adapter's own {CONFIG_FILE} says"
+        raise AdapterError("; ".join(differences), key=f"method.{other[0]}", hint=hint)
+    return replace(recipe, method={"type": method, **own, **{name: given[name] for name in free}})
+
+
+def _as_given(config: AdapterConfig, name: str) -> Any:
+    """The value of a config's field as a recipe gives it."""
+    value = getattr(config, name)
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else plain(value)  # type: ignore[arg-type]
+
+
+def init_hashes(recipe: Recipe) -> dict[str, str]:
+    """One hash of the two files of the adapter that training begins from, under its name in the recipe."""
+    source = find_init_adapter(recipe)
+    if source is None:
+        return {}
+    files = (source.folder / CONFIG_FILE, find_weights(source.folder))
+    described = "".join(f"{path.name} {sha256(path)}\n" for path in files)
+    return {str(recipe.training.init_adapter_from): hashlib.sha256(described.encode()).hexdigest()}
+
+
+def refuse_other_base(source: AdapterSource, recipe: Recipe, base_hash: str | None) -> None:
+    """Raises AdapterError where the run that made the adapter recorded another base model than that of this hash."""
+    recorded = _mapping(source.record.get("base_model"))
+    if base_hash and recorded.get("sha256") not in (None, base_hash):
+        message = f"was trained on {recorded.get('name')}, whose files differ from those of {recipe.base_model.name}"
+        raise AdapterError(message, key=KEY, file=str(source.folder))
+
+
+def refuse_other_start(trained: AdapterSource, recipe: Recipe) -> None:
+    """Raises AdapterError where the run that made ``trained`` recorded that it began from another adapter."""
+    recorded = _mapping(trained.record.get("recipe"))
+    name = _mapping(recorded.get("training")).get("init_adapter_from")
+    before = _mapping(_mapping(trained.record.get("identity")).get("data")).get(str(name))
+    if before is not None and before not in init_hashes(recipe).values():
+        raise AdapterError(f"began from {name}, which was another adapter", key=KEY, file=str(trained.folder))
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
