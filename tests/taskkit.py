@@ -349,7 +349,9 @@ CASES: dict[str, Case] = {
         task={"type": "preference"},
         rows=lambda: PREFERRED,
         found={"reference": "base"},
-        metrics=frozenset({"loss", "reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected"}),
+        metrics=frozenset(
+            {"loss", "reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected", "kl_chosen"}
+        ),
         recompute=lambda rows, answers: {},  # generated answers do not tell
         has_head=False,
     ),

@@ -375,7 +375,8 @@ def _write_companions(job: _Job, output: Path, untied: bool) -> None:
         del config.quantization_config
     if untied:
         config.tie_word_embeddings = False
-    config.dtype = job.dtype or _stored_dtype(output)
+    with storage_errors(output):
+        config.dtype = job.dtype or _stored_dtype(output)
     path = output / "config.json"
     with storage_errors(path):
         config.save_pretrained(output)

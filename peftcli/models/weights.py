@@ -81,13 +81,16 @@ def write_tensors(
     described += b" " * (-len(described) % 8)
     with storage_errors(path):
         file = path.open("wb", buffering=0)
-    with file:
+    try:
         _write(file, path, len(described).to_bytes(8, "little") + described)
         for name in order:
             value = tensors[name][1]()
             assert value.nbytes == math.prod(tensors[name][0][1]) * BITS[tensors[name][0][0]] // 8
             _write(file, path, value.detach().reshape(-1).view(torch.uint8).numpy())
             del value  # before the next one is made
+    finally:
+        with storage_errors(path):
+            file.close()
 
 
 def _write(file: FileIO, path: Path, data: Any) -> None:

@@ -28,7 +28,8 @@ _LAST = "config.json"
 """The file that makes a folder loadable is moved last."""
 _DESCRIPTOR = re.compile(r"/dev/(?P<name>stdout|stderr)|/(?:dev|proc/self)/fd/(?P<number>\d+)")
 _ENDING = re.compile(r"(\d+(-\d+)?|[0-9a-f]{16})\.partial")
-_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+_LIBRARY_ERROR = re.compile(r"\(os error (\d+)\)|file <.+>.*: .+ \((\d+)\)$")
+"""How Rust libraries and PyTorch report an error of the operating system."""
 
 
 @contextmanager
@@ -192,7 +193,7 @@ def partial_file(path: Path, key: str = "") -> Iterator[PartialFile]:
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Translate errors of the operating system, raised by Python or by a Rust library, while ``path`` is written.
+    """Translate errors of the operating system, raised by Python or by a library, while ``path`` is written.
 
     Raises:
         StorageError: an error of the operating system occurred.
@@ -202,9 +203,9 @@ def storage_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         raise StorageError(f"cannot write: {error.strerror or error}", file=str(path)) from None
     except Exception as error:
-        if (found := _RUST_ERROR.search(str(error))) is None:
+        if (found := _LIBRARY_ERROR.search(str(error))) is None:
             raise
-        raise StorageError(f"cannot write: {os.strerror(int(found[1]))}", file=str(path)) from None
+        raise StorageError(f"cannot write: {os.strerror(int(found[1] or found[2]))}", file=str(path)) from None
 
 
 def _real_path(path: Path) -> Path:

@@ -173,6 +173,8 @@ class Preference(AnswerInputs, Task[settings.Preference]):
             share = self.settings.label_smoothing
             losses = -(1 - share) * F.logsigmoid(gap) - share * F.logsigmoid(-gap)
         sums = {"reward_chosen": chosen.detach().sum(), "reward_rejected": rejected.detach().sum()}
+        if reference is not None:
+            sums["kl_chosen"] = (found.sums.detach() - reference).chunk(2)[0].sum()
         return Loss(losses.sum(), pair_sums(losses.sum(), chosen, rejected) | sums)
 
     def _kto(self, ratios: torch.Tensor, far: torch.Tensor, good: torch.Tensor) -> Loss:

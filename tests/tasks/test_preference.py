@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from classifierkit import encoded, open_task
-from preferencekit import LOSSES, TRL, adapted, examples_of
+from preferencekit import LOSSES, TRL, adapted, batches_of, examples_of
 from taskkit import CASES, PREFERRED, UNPAIRED
 from trainkit import build, run_recipe
 
@@ -37,13 +37,32 @@ BEGIN_ELSEWHERE = ("a start with an effect", "a soft prompt", "a prefix")
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_loss_is_trls(loss: str) -> None:
+    task, batches = batches_of(loss)
+    for examples, expected in zip(batches, TRL[loss], strict=True):
+        found = task.loss(adapted(), task.collate(examples, training=False))
+        assert float(found.total.detach()) / len(examples) == pytest.approx(expected, abs=1e-4)
+        metrics = task.metrics({name: value.detach().numpy() for name, value in found.sums.items()}, [], len(examples))
+        assert metrics["loss"] == pytest.approx(expected, abs=1e-4)
+        margin = metrics["reward_chosen"] - metrics["reward_rejected"]
+        assert metrics["reward_margin"] == pytest.approx(margin, abs=1e-6)
+        assert metrics.get("kl", 1) > 0
+        assert ("kl_chosen" in metrics) == (task.settings.loss in ("dpo", "ipo"))
+
+
+@pytest.mark.parametrize("loss", ["dpo", pytest.param("ipo", marks=pytest.mark.slow)])
+def test_the_kl_of_pairs_is_what_the_chosen_answers_gained_in_log_probability(loss: str) -> None:
     task, examples = examples_of(loss)
-    found = task.loss(adapted(), task.collate(examples, training=False))
-    assert float(found.total.detach()) / len(examples) == pytest.approx(TRL[loss], abs=1e-4)
-    metrics = task.metrics({name: value.detach().numpy() for name, value in found.sums.items()}, [], len(examples))
-    assert metrics["loss"] == pytest.approx(TRL[loss], abs=1e-4)
-    assert metrics["reward_margin"] == pytest.approx(metrics["reward_chosen"] - metrics["reward_rejected"], abs=1e-6)
-    assert metrics.get("kl", 1) > 0
+    gained = 0.0
+    for example in examples:
+        ids, labels = (torch.as_tensor(split(example, name)[0]).long()[None] for name in ("input_ids", "labels"))
+        for model, sign in ((adapted(), 1), (build("llama"), -1)):
+            nll = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], labels[0, 1:], reduction="sum")
+            gained -= sign * float(nll.detach())
+    sums = task.loss(adapted(), task.collate(examples, training=False)).sums
+    found = task.metrics({name: value.detach().numpy() for name, value in sums.items()}, [], len(examples))
+    assert found["kl_chosen"] == pytest.approx(gained / len(examples), abs=1e-4)
+    assert found["kl_chosen"] == pytest.approx(found["reward_chosen"] / LOSSES[loss]["beta"], abs=1e-5)
+    assert abs(found["kl_chosen"]) > 1e-2
 
 
 @pytest.mark.parametrize("loss", LOSSES)

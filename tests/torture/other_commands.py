@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-import re
 import signal
 import tempfile
 from collections.abc import Callable, Sequence
@@ -120,11 +119,11 @@ def points(command: Command) -> list[strace.Point]:
 
 
 def _about_output(point: strace.Point) -> bool:
-    """Whether a call is about the output. safetensors writes to a name that is another one each time."""
-    return point.path.split("/")[0].lstrip(".").startswith("out") and not re.search(r"/\.tmp\w{6}$", point.path)
+    """Whether a call is about the output."""
+    return point.path.split("/")[0].lstrip(".").startswith("out")
 
 
-CALLS = {"combine": 27, "merge": 40, "merge into a folder that is there": 8, "generate": 13, "inspect": 5}
+CALLS = {"combine": 27, "merge": 67, "merge into a folder that is there": 8, "generate": 13, "inspect": 5}
 """How many of these calls each command makes."""
 
 
@@ -212,10 +211,10 @@ NAMES = {signal.SIGINT: "INT", signal.SIGTERM: "TERM", signal.SIGUSR1: "USR1"}
 STOPPED = [
     (MERGE, Moment("peftcli.adapters.merge:find_adapter")),
     (MERGE, Moment("peftcli.models.open:OpenBase.empty_model")),
-    (MERGE, Moment("peftcli.adapters.merge:save_file")),
+    (MERGE, Moment("peftcli.adapters.merge:write_tensors")),
     (MERGE, Moment("peftcli.models.open:OpenBase.processor")),
     (MERGE, Moment("peftcli.system.outputs:_publish")),
-    (MERGE_INTO, Moment("peftcli.adapters.merge:save_file")),
+    (MERGE_INTO, Moment("peftcli.adapters.merge:write_tensors")),
     (MERGE_INTO, Moment("peftcli.system.outputs:_move_into")),
     (COMBINE, Moment("peftcli.adapters.combine:read_tensors", 2)),
     (COMBINE, Moment("peftcli.adapters.combine:write_adapter")),
@@ -407,21 +406,21 @@ CAMPAIGNS = [
         "other commands killed at every system call",
         "What has a final name is whole, and the same command again makes what was to be made.",
         functools.partial(_at_every_call, kill),
-        least=85,
+        least=118,
         sample=1,
     ),
     Campaign(
         "other commands on a bad disk",
         "They end with 7 and one message, leave nothing half, and work again on a good disk.",
         functools.partial(_at_every_call, fail),
-        least=85,
+        least=118,
         sample=1,
     ),
     Campaign(
         "signals in other commands",
         "A signal ends them with 130, 143 or 75 and one message; nothing half is left.",
         _stops,
-        least=80,
+        least=90,
         sample=1,
     ),
     Campaign(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from classifierkit import open_task
-from preferencekit import LOSSES, adapted, examples_of
+from preferencekit import LOSSES, adapted, batches_of
 from trl import DPOTrainer, KTOTrainer, RewardTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
@@ -45,16 +45,22 @@ def fused(model: Any) -> Any:
     return forward
 
 
-def of_trl(loss: str) -> float:
-    task, examples = examples_of(loss)
-    model, settings = adapted(), LOSSES[loss]
-    batch = task.collate(examples, training=False)
+def of_trl(case: str, batch: Any) -> tuple[float, dict[str, float]]:
+    """TRL's loss of a batch, and those of its metrics that are compared."""
+    model, settings = adapted(), {"loss": case, **LOSSES[case]}
+    loss, smoothing = settings.pop("loss"), settings.pop("label_smoothing", 0.0)
     given = {name: batch[name] for name in ("input_ids", "attention_mask")}
     given["completion_mask"] = batch["_answers"].long()
     with torch.no_grad(), disabled(model):
         reference = fused(model)(**{k: given[k] for k in ("input_ids", "attention_mask")}, labels=batch["labels"])
     known = {"beta": settings["beta"], "model": model, "aux_loss_enabled": False, "ld_alpha": None}
     known |= {"precompute_ref_logps": True, "_total_train_tokens": 0}
+    if loss == "dpo" and smoothing:  # which its DPOTrainer leaves out of this loss
+        stub = Stub(CPOTrainer, **known, alpha=0.0, loss_type="sigmoid", label_smoothing=smoothing)
+        policy = fused(model)(given["input_ids"], given["attention_mask"], batch["labels"])
+        rises = (policy.log_probs - reference.log_probs).detach().sum(1).chunk(2)
+        losses, chosen, _ = CPOTrainer.cpo_loss(stub, *rises)
+        return float(losses.mean()), {"kl_chosen": float(chosen.mean()) / settings["beta"]}
     if loss in ("dpo", "ipo"):
         given["ref_chosen_logps"], given["ref_rejected_logps"] = reference.log_probs.sum(1).chunk(2)
         kind = "sigmoid" if loss == "dpo" else loss
@@ -67,7 +73,8 @@ def of_trl(loss: str) -> float:
             label_smoothing=0.0,
             use_weighting=False,
         )
-        return float(DPOTrainer._compute_loss(stub, fused(model), given, False))
+        found = float(DPOTrainer._compute_loss(stub, fused(model), given, False).detach())
+        return found, {"kl_chosen": stub._metrics["eval"]["rewards/chosen"][0] / settings["beta"]}
     if loss == "kto":
         given |= {f"KL_{name}": batch[f"_kl_{name}"] for name in ("input_ids", "attention_mask")}
         given["KL_completion_mask"] = (batch["_kl_labels"] != -100).long()
@@ -77,22 +84,21 @@ def of_trl(loss: str) -> float:
         given["ref_KL_logps"] = far.log_probs.sum(1)
         weights = {name: settings[name] for name in ("desirable_weight", "undesirable_weight")}
         stub = Stub(KTOTrainer, **known, **weights, calculate_KL=True, loss_type="kto")
-        return float(KTOTrainer._compute_loss(stub, fused(model), given, False))
+        found = float(KTOTrainer._compute_loss(stub, fused(model), given, False).detach())
+        return found, {"kl": stub._metrics["eval"]["kl"][0]}
     kind = ORPOTrainer if loss == "orpo" else CPOTrainer
-    logits = model(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).logits
+    logits = model(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).logits.detach()
     labels = batch["input_ids"].masked_fill(~batch["_answers"], -100)
     means = kind.get_batch_logps(logits, labels, average_log_prob=True).chunk(2)
-    stub = Stub(
-        kind, beta=settings["beta"], alpha=0.0, loss_type=loss, **{k: v for k, v in settings.items() if k != "beta"}
-    )
+    stub = Stub(kind, **settings, alpha=0.0, loss_type=loss, label_smoothing=smoothing)
     if loss == "simpo":
-        return float(CPOTrainer.cpo_loss(stub, *means)[0].mean())
+        return float(CPOTrainer.cpo_loss(stub, *means)[0].mean()), {}
     count = len(logits) // 2
     own = torch.nn.functional.cross_entropy(
         logits[:count, :-1].transpose(1, 2),
         given["input_ids"][:count, 1:].masked_fill(given["attention_mask"][:count, 1:] == 0, -100),
     )
-    return float(own - ORPOTrainer.odds_ratio_loss(stub, *means)[0].mean())
+    return float(own - ORPOTrainer.odds_ratio_loss(stub, *means)[0].mean()), {}
 
 
 def check_reward() -> None:
@@ -113,9 +119,14 @@ def check_reward() -> None:
 
 if __name__ == "__main__":
     check_reward()
-    for loss in LOSSES:
-        task, examples = examples_of(loss)
-        ours = task.loss(adapted(), task.collate(examples, training=False)).total / len(examples)
-        theirs = of_trl(loss)
-        print(f'    "{loss}": {theirs:.6f},')
-        assert abs(float(ours) - theirs) < 1e-4, loss
+    for case in LOSSES:
+        task, batches = batches_of(case)
+        recorded = []
+        for examples in batches:
+            batch = task.collate(examples, training=False)
+            found, (theirs, metrics) = task.loss(adapted(), batch), of_trl(case, batch)
+            assert abs(float(found.total.detach()) / len(examples) - theirs) < 1e-4, case
+            for name, value in metrics.items():
+                assert abs(float(found.sums[name]) / len(examples) - value) < 1e-4, (case, name)
+            recorded.append(round(theirs, 6))
+        print(f'    "{case}": {recorded},')
