@@ -116,9 +116,12 @@ class _Reader:
         self.require(top, known, "", Place(self.tree.place.file, 1, 1))
         if "base_model" in top:
             top["base_model"] = _expand_short_form(top["base_model"], BaseModel)
+        task, method = self.task(top.get("task")), self.method(top.get("method"))
         parts = {name: self.section(cls, top.get(name), name) for name, cls in sections().items()}
-        is_new = parts["training"]["init_adapter_from"] is None
-        task, method = self.task(top.get("task")), self.method(top.get("method"), with_defaults=is_new)
+        if (
+            "method" in top and parts["training"]["init_adapter_from"] is not None
+        ):  # the others are those of that adapter
+            method = {name: value for name, value in method.items() if name in self.children(top["method"])}
         self.share_settings(task, parts["dataset"])
         return Recipe(
             task=task,
@@ -135,8 +138,8 @@ class _Reader:
             self.require(given, settings(cls), path, value.key_place or value.place)
         return self.all_settings(settings(cls), given or {}, path)
 
-    def method(self, value: Value | None, with_defaults: bool) -> dict[str, Any]:
-        """Return ``type`` and every setting of the method, or those given; only ``type`` if the method is unknown."""
+    def method(self, value: Value | None) -> dict[str, Any]:
+        """Return ``type`` and every setting of the method; only ``type`` if the method is unknown."""
         given = self.mapping(value, "method")
         if given is None or value is None:
             return {"type": ""}
@@ -152,8 +155,6 @@ class _Reader:
         own = {key: child for key, child in given.items() if key != "type"}
         self.refuse_unknown(own, known_settings, "method", kind=name)
         self.require(own, known_settings, "method", value.key_place or value.place)
-        if not with_defaults:
-            known_settings = {key: entry for key, entry in known_settings.items() if key in own}
         return {"type": name, **self.all_settings(known_settings, own, "method")}
 
     def task(self, value: Value | None) -> dict[str, Any] | None:

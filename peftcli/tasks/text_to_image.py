@@ -167,7 +167,7 @@ class TextToImage(Task[settings.TextToImage]):
 
     # --- training -----------------------------------------------------------------------------------------------------
 
-    def begin(self, model: nn.Module) -> None:
+    def begin(self, model: nn.Module, from_adapter: bool) -> None:
         """Find the pictures of the class prompt, or let the base model make those that the cache lacks."""
         given = self.settings
         if given.class_prompt is None:

@@ -16,6 +16,7 @@ import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -27,6 +28,7 @@ from peftcli.data.rows import Row
 from peftcli.data.sources import open_source
 from peftcli.recipe import read
 from peftcli.schema import Source
+from peftcli.tasks import TASKS
 from peftcli.tasks.text.formats import example_reader
 
 KINDS = {"python", "yaml", "bash", "console", "json", "text"}
@@ -35,6 +37,7 @@ EXAMPLES = [page for page in PAGES if any(True for _ in blocks(page))]
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")  # Trainer's default, without a GPU
 @pytest.mark.parametrize("page", EXAMPLES, ids=page_id)
+@mock.patch.dict(TASKS)  # a page adds one
 def test_examples(
     page: Path, workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
