@@ -315,6 +315,7 @@ def slurm(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., in
     return slurm
 
 
+@pytest.mark.slow
 def test_slurm_goes_back_into_the_queue(machine: Machine, slurm: Callable[..., int]) -> None:
     assert slurm(signal.SIGUSR1) == 75
     assert machine.log == [
