@@ -255,8 +255,9 @@ def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
         AdapterError: the method's settings do not fit it.
     """
     recipe, config, plan = run.pinned, method_config(run.recipe), data.plan
-    if recipe.launch.strategy == "fsdp" and isinstance(data.task, Gathers):
-        raise UsageError("fsdp cannot divide a model whose task compares the rows of a batch", key="launch.strategy")
+    if recipe.launch.strategy == "fsdp" and (data.task.unit != "tokens" or isinstance(data.task, Gathers)):
+        what = "fsdp divides models of texts, whose task does not compare the rows of a batch"
+        raise UsageError(what, key="launch.strategy", hint="launch.strategy: replicate")
     run.tell(Phase(f"loading {recipe.base_model.name}"))
     model, injection, notes = adapted_model(recipe, config, data.task, company.load)
     config.revision = run.recipe.base_model.revision

@@ -1,9 +1,9 @@
 """A base model that is divided among the processes: of the weights of its layers each keeps a part (FSDP2).
 
 A layer is whole in a process while it computes, forward and backward. Embedding, head, norms outside the layers, and
-the adapter are whole in every process. So what trains are tensors like those of a run without it: the sum of gradients,
-the optimizer, checkpoints and the adapter's file are the same, to the bit. All processes must run the model equally
-often, since each needs the others' parts.
+the adapter are whole in every process. So what trains are tensors like those of a run without it, and so are the sum of
+gradients, the optimizer and the checkpoints. All processes must run the model equally often, since each needs the
+others' parts.
 """
 
 from __future__ import annotations

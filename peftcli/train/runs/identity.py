@@ -53,6 +53,10 @@ def identity(recipe: Recipe, num_processes: int) -> IdentityRecord:
     )
     training = {key: value for key, value in described["training"].items() if key not in elsewhere}
     described = {key: value for key, value in described.items() if key != "launch"} | {"training": training}
+    if (
+        recipe.launch.strategy != "replicate"
+    ):  # divided weights may stand in memory so that products are rounded otherwise
+        described["launch"] = {"strategy": recipe.launch.strategy}
     return IdentityRecord(
         recipe=described,
         data=_data_hashes(recipe),
