@@ -65,9 +65,9 @@ def state_of(recipe: Recipe) -> str | None:
         NetworkError: the hub cannot be reached.
     """
     base, named = recipe.base_model, {**recipe.method, **(recipe.task or {})}
-    if recipe.training.init_adapter_from is not None:
+    if base.trust_remote_code or base.name.endswith(".gguf") or recipe.training.init_adapter_from is not None:
         return None
-    if base.trust_remote_code or base.name.endswith(".gguf") or any(_names_file(*each) for each in _texts(named)):
+    if any(_names_file(*each) for each in _texts(named)):
         return None
     try:
         folder = find_base(base).folder

@@ -82,7 +82,8 @@ def with_settings_of(source: AdapterSource, recipe: Recipe) -> Recipe:
 def _as_given(config: AdapterConfig, name: str) -> Any:
     """The value of a config's field as a recipe gives it."""
     value = getattr(config, name)
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else plain(value)  # type: ignore[arg-type]
+    is_config = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return dataclasses.asdict(value) if is_config else plain(value)
 
 
 def init_hashes(recipe: Recipe) -> dict[str, str]:

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
+from peftcli.adapters.load import AdapterSource
 from peftcli.core.config import AdapterConfig
 from peftcli.core.protocols import AfterResume, layers_of, needs_base_weights, needs_batches
 from peftcli.data.findings import refuse
@@ -245,6 +246,8 @@ class BuiltModel:
     parameters: ParametersRecord
     efficiency: float
     """Share of a batch that is not padding."""
+    source: AdapterSource | None
+    """The adapter that training begins from."""
 
 
 def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
@@ -285,7 +288,8 @@ def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
     if recipe.training.torch_compile:
         compile_layers(model)
     efficiency = 1.0 if unpadded else plan.efficiency
-    return BuiltModel(prepared, ParametersRecord(trainable=injection.trainable, all=injection.total), efficiency)
+    parameters = ParametersRecord(trainable=injection.trainable, all=injection.total)
+    return BuiltModel(prepared, parameters, efficiency, source)
 
 
 # --- where training starts --------------------------------------------------------------------------------------------
@@ -328,8 +332,7 @@ def record_start(run: Run, data: RunData, built: BuiltModel, state: State, threa
     record.data = from_json(DataRecord, data.examples.report | measured)
     record.parameters = built.parameters
     record.mergeable = config.merge_problem() is None
-    source = find_init_adapter(run.recipe)
-    began_so = source is not None and source.record.get("makes_up_for_quantization") is True
+    began_so = built.source is not None and built.source.record.get("makes_up_for_quantization") is True
     record.makes_up_for_quantization = began_so or needs_base_weights(config)
     record.device = run.accelerator.device.type
     record.threads = threads or ABSENT

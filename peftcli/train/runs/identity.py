@@ -53,9 +53,7 @@ def identity(recipe: Recipe, num_processes: int) -> IdentityRecord:
     )
     training = {key: value for key, value in described["training"].items() if key not in elsewhere}
     described = {key: value for key, value in described.items() if key != "launch"} | {"training": training}
-    if (
-        recipe.launch.strategy != "replicate"
-    ):  # divided weights may stand in memory so that products are rounded otherwise
+    if recipe.launch.strategy != "replicate":  # fsdp may add up gradients in another order
         described["launch"] = {"strategy": recipe.launch.strategy}
     return IdentityRecord(
         recipe=described,
