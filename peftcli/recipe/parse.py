@@ -118,9 +118,8 @@ class _Reader:
             top["base_model"] = _expand_short_form(top["base_model"], BaseModel)
         task, method = self.task(top.get("task")), self.method(top.get("method"))
         parts = {name: self.section(cls, top.get(name), name) for name, cls in sections().items()}
-        if (
-            "method" in top and parts["training"]["init_adapter_from"] is not None
-        ):  # the others are those of that adapter
+        if "method" in top and parts["training"]["init_adapter_from"] is not None:
+            # what is not given is as that adapter has it
             method = {name: value for name, value in method.items() if name in self.children(top["method"])}
         self.share_settings(task, parts["dataset"])
         return Recipe(
