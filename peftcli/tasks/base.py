@@ -370,6 +370,15 @@ class Gathers(Protocol):
 
 
 @runtime_checkable
+class KnowsStep(Protocol):
+    """Has a loss that depends on all examples of a step, however they are split."""
+
+    def of_step(self, examples: Sequence[Example]) -> Batch:
+        """Return what each training batch of a step holds of all its examples."""
+        ...
+
+
+@runtime_checkable
 class Exports(Protocol):
     """Has readers in another ecosystem, whose models are folders with files of their own."""
 

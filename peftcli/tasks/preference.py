@@ -46,7 +46,7 @@ class Answers(NamedTuple):
     lengths: torch.Tensor
     """Its tokens."""
     nll: torch.Tensor
-    """The mean loss of all tokens that have a label."""
+    """The loss of all tokens that have a label."""
 
     @property
     def means(self) -> torch.Tensor:
@@ -117,7 +117,7 @@ class Preference(AnswerInputs, Task[settings.Preference]):
 
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
         batch, labels = self.collate_inputs(examples), padded(self.in_order(examples, "labels"), IGNORED)
-        batch |= {"labels": labels, "_answers": labels != IGNORED}
+        batch |= {"labels": labels, "_answers": labels != IGNORED} | self.of_step(examples)
         if self.settings.loss == "orpo":  # whose own loss is of the chosen conversation, prompt included
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
         if self.settings.loss == "kto":
@@ -125,6 +125,13 @@ class Preference(AnswerInputs, Task[settings.Preference]):
             if len(examples) > 1:
                 batch |= self._mismatched(examples)
         return batch
+
+    def of_step(self, examples: Sequence[Example]) -> Batch:
+        """Of orpo ``_tokens``, float32: how many losses of tokens a chosen conversation has, in the mean of all."""
+        if self.settings.loss != "orpo":
+            return {}
+        tokens = [int(each.arrays["sizes"][0]) - 1 for each in examples]  # the first token is not predicted
+        return {"_tokens": torch.tensor(float(np.mean(tokens)))}
 
     def _mismatched(self, examples: Sequence[Example]) -> Batch:
         """Each prompt with the answer of the row before: how far the model is from the reference, whatever is asked."""
@@ -154,10 +161,10 @@ class Preference(AnswerInputs, Task[settings.Preference]):
         if self.settings.loss == "kto":
             assert reference is not None
             return self._kto(found.sums - reference, far, batch["_good"])
-        return self._pairs(found, reference)
+        return self._pairs(found, reference, batch.get("_tokens"))
 
-    def _pairs(self, found: Answers, reference: torch.Tensor | None) -> Loss:
-        """The loss of pairs, from the answers and the reference's log-probabilities (2 B,) of them."""
+    def _pairs(self, found: Answers, reference: torch.Tensor | None, tokens: torch.Tensor | None) -> Loss:
+        """The loss of pairs, from the answers, the reference's log-probabilities (2 B,) of them, and ``of_step``."""
         beta, kind = self.settings.beta, self.settings.loss
         rewards = beta * (found.means if reference is None else found.sums - reference)
         chosen, rejected = rewards.chunk(2)
@@ -167,7 +174,7 @@ class Preference(AnswerInputs, Task[settings.Preference]):
             losses = (one - other - 1 / (2 * beta)) ** 2
         elif kind == "orpo":
             one, other = (found.means - _log1mexp(found.means)).chunk(2)  # log odds
-            losses = found.nll.chunk(2)[0] - beta * F.logsigmoid(one - other)
+            losses = -beta * F.logsigmoid(one - other)
         else:
             gap = chosen - rejected - (self.settings.simpo_gamma if kind == "simpo" else 0)
             share = self.settings.label_smoothing
@@ -175,7 +182,11 @@ class Preference(AnswerInputs, Task[settings.Preference]):
         sums = {"reward_chosen": chosen.detach().sum(), "reward_rejected": rejected.detach().sum()}
         if reference is not None:
             sums["kl_chosen"] = (found.sums.detach() - reference).chunk(2)[0].sum()
-        return Loss(losses.sum(), pair_sums(losses.sum(), chosen, rejected) | sums)
+        total, sums = losses.sum(), pair_sums(losses.sum(), chosen, rejected) | sums
+        if tokens is not None:
+            nll = found.nll.chunk(2)[0].sum()
+            total, sums = total + nll / tokens, sums | {"nll": nll.detach(), "tokens": tokens * len(chosen)}
+        return Loss(total, sums)
 
     def _kto(self, ratios: torch.Tensor, far: torch.Tensor, good: torch.Tensor) -> Loss:
         """The loss of single answers, from their log-probabilities above the reference's (B,)."""
@@ -195,7 +206,11 @@ class Preference(AnswerInputs, Task[settings.Preference]):
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
         if self.settings.loss != "kto":
-            return {name: float(value) / num_targets for name, value in sums.items()}
+            found = {name: float(value) / num_targets for name, value in sums.items()}
+            if tokens := found.pop("tokens", None):
+                found["nll"] /= tokens
+                found["loss"] += found["nll"]
+            return found
         good = float(sums["good"])
         found = {name: float(sums[name]) / num_targets for name in ("loss", "reward_accuracy", "kl")}
         found["reward_chosen"] = float(sums["reward_chosen"]) / max(good, 1)
@@ -216,7 +231,7 @@ def _answers(model: nn.Module, batch: Batch, prefix: str = "") -> Answers:
     counts = targets != IGNORED
     each = torch.zeros(counts.shape, device=losses.device).masked_scatter(counts, losses)  # (R, T)
     mask = counts if prefix else F.pad(batch["_answers"][:, 1:], (0, 1))
-    return Answers(-(each * mask).sum(1), mask.sum(1), each.sum(1) / counts.sum(1))
+    return Answers(-(each * mask).sum(1), mask.sum(1), each.sum(1))
 
 
 def _log1mexp(value: torch.Tensor) -> torch.Tensor:

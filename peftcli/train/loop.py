@@ -17,7 +17,7 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.protocols import after_step, penalty
 from peftcli.data.store import View
 from peftcli.errors import Diverged
-from peftcli.tasks.base import Batch, Gathers, Packs, Task, on_device
+from peftcli.tasks.base import Batch, Gathers, KnowsStep, Packs, Task, on_device
 from peftcli.tasks.text.unpadded import is_unpadded
 from peftcli.train.batches import batches, collate, num_workers
 from peftcli.train.plan import MicroBatch, Plan
@@ -85,7 +85,10 @@ class Gradients:
         if self._joins:
             assert isinstance(task, Packs)
             return task.collate([task.join([self.examples[at] for at in row]) for row in rows], training=True)
-        return collate(task, self.examples, list(chain(*rows)), training=True, draw=partial(self.plan.draw, step))
+        batch = collate(task, self.examples, list(chain(*rows)), training=True, draw=partial(self.plan.draw, step))
+        if isinstance(task, KnowsStep):
+            batch |= task.of_step([self.examples[at] for at in self.plan.global_batch(step)])
+        return batch
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """The micro-batches of a step in this process."""

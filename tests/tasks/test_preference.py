@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from classifierkit import encoded, open_task
-from preferencekit import LOSSES, TRL, adapted, batches_of, examples_of
+from preferencekit import LOSSES, TRL, adapted, examples_of
 from taskkit import CASES, PREFERRED, UNPAIRED
 from trainkit import build, run_recipe
 
@@ -37,16 +37,16 @@ BEGIN_ELSEWHERE = ("a start with an effect", "a soft prompt", "a prefix")
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_loss_is_trls(loss: str) -> None:
-    task, batches = batches_of(loss)
-    for examples, expected in zip(batches, TRL[loss], strict=True):
-        found = task.loss(adapted(), task.collate(examples, training=False))
-        assert float(found.total.detach()) / len(examples) == pytest.approx(expected, abs=1e-4)
-        metrics = task.metrics({name: value.detach().numpy() for name, value in found.sums.items()}, [], len(examples))
-        assert metrics["loss"] == pytest.approx(expected, abs=1e-4)
-        margin = metrics["reward_chosen"] - metrics["reward_rejected"]
-        assert metrics["reward_margin"] == pytest.approx(margin, abs=1e-6)
-        assert metrics.get("kl", 1) > 0
-        assert ("kl_chosen" in metrics) == (task.settings.loss in ("dpo", "ipo"))
+    task, examples = examples_of(loss)
+    found = task.loss(adapted(), task.collate(examples, training=False))
+    assert float(found.total.detach()) / len(examples) == pytest.approx(TRL[loss], abs=1e-4)
+    metrics = task.metrics({name: value.detach().numpy() for name, value in found.sums.items()}, [], len(examples))
+    assert metrics["loss"] == pytest.approx(TRL[loss], abs=1e-4)
+    margin = metrics["reward_chosen"] - metrics["reward_rejected"]
+    assert metrics["reward_margin"] == pytest.approx(margin, abs=1e-6)
+    assert metrics.get("kl", 1) > 0
+    assert ("kl_chosen" in metrics) == (task.settings.loss in ("dpo", "ipo"))
+    assert ("nll" in metrics) == (task.settings.loss == "orpo")
 
 
 @pytest.mark.parametrize("loss", ["dpo", pytest.param("ipo", marks=pytest.mark.slow)])
@@ -76,7 +76,7 @@ def test_a_perfect_and_a_random_predictor(loss: str) -> None:
     def measured(gains: torch.Tensor) -> dict[str, float]:
         reference = None if loss in ("orpo", "simpo") else torch.full((2000,), -10.0)
         answers = Answers(gains - 10, lengths, (10 - gains) / 4)
-        found = task._kto(gains, torch.tensor(0.25), good) if single else task._pairs(answers, reference)
+        found = task._kto(gains, torch.tensor(0.25), good) if single else task._pairs(answers, reference, None)
         sums = {name: each.numpy() for name, each in found.sums.items()}
         metrics: dict[str, float] = task.metrics(sums, [], 2000 if single else 1000)
         return metrics
@@ -130,13 +130,32 @@ def test_single_answers_are_trained_and_measured(tmp_path: Path) -> None:
     assert first["eval_kl"] == 0
 
 
+def test_the_split_of_a_step_changes_no_loss(tmp_path: Path) -> None:
+    """Of orpo, whose own loss is the mean over the tokens of all pairs of a step."""
+    losses = []
+    for size in (4, 2):
+        case = replace(CASES["preference"], task={"type": "preference", "loss": "orpo"})
+        split = f"training.gradient_accumulation_steps={4 // size}"
+        (tmp_path / str(size)).mkdir()
+        run = run_recipe(case.write(tmp_path / str(size)), f"training.per_device_train_batch_size={size}", split)
+        losses.append(run.losses)
+    assert len({len(each.arrays["input_ids"]) for each in examples_of("orpo")[1]}) > 1
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo", "simpo"])
 def test_pairs_in_one_batch_lose_what_they_lose_alone(loss: str) -> None:
     task, model = examples_of(loss)[0], adapted()
     examples = encoded(task, PREFERRED[:4])
-    together = task.loss(model, task.collate(examples, training=True)).total
-    alone = sum(task.loss(model, task.collate([each], training=True)).total for each in examples)
-    torch.testing.assert_close(together, alone)
+    together, of_step = task.loss(model, task.collate(examples, training=True)), task.of_step(examples)
+    alone = [task.loss(model, task.collate([each], training=True) | of_step) for each in examples]
+    torch.testing.assert_close(together.total, sum(each.total for each in alone))
+    evaluated = [task.loss(model, task.collate([each], training=False)) for each in examples]
+    sums = [
+        {name: sum(each.sums[name].detach() for each in part).numpy() for name in together.sums}
+        for part in ([together], evaluated)
+    ]
+    assert task.metrics(sums[0], [], 4) == pytest.approx(task.metrics(sums[1], [], 4), abs=1e-5)
 
 
 def test_smoothing_takes_some_pairs_to_be_the_wrong_way_round() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from classifierkit import open_task
-from preferencekit import LOSSES, adapted, batches_of
+from preferencekit import LOSSES, adapted, examples_of
 from trl import DPOTrainer, KTOTrainer, RewardTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
@@ -120,13 +120,10 @@ def check_reward() -> None:
 if __name__ == "__main__":
     check_reward()
     for case in LOSSES:
-        task, batches = batches_of(case)
-        recorded = []
-        for examples in batches:
-            batch = task.collate(examples, training=False)
-            found, (theirs, metrics) = task.loss(adapted(), batch), of_trl(case, batch)
-            assert abs(float(found.total.detach()) / len(examples) - theirs) < 1e-4, case
-            for name, value in metrics.items():
-                assert abs(float(found.sums[name]) / len(examples) - value) < 1e-4, (case, name)
-            recorded.append(round(theirs, 6))
-        print(f'    "{case}": {recorded},')
+        task, examples = examples_of(case)
+        batch = task.collate(examples, training=False)
+        found, (theirs, metrics) = task.loss(adapted(), batch), of_trl(case, batch)
+        assert abs(float(found.total.detach()) / len(examples) - theirs) < 1e-4, case
+        for name, value in metrics.items():
+            assert abs(float(found.sums[name]) / len(examples) - value) < 1e-4, (case, name)
+        print(f'    "{case}": {theirs:.6f},')
