@@ -6,6 +6,7 @@ last step, memory, the loss of each step and over all targets, and which token i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -124,6 +125,10 @@ def peftcli(
     count: bool = False,
 ) -> dict[str, Any]:
     """Train with peftcli: by a recipe, as ``peftcli train`` does. Also the side of earlier versions."""
+    with contextlib.suppress(ImportError):  # earlier versions set none
+        from peftcli.system.cores import set_variables
+
+        set_variables()
     from transformers import LlamaForCausalLM
 
     notes, forward = Notes(count), LlamaForCausalLM.forward

@@ -34,9 +34,9 @@ VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPIN
 def measure(side: str, precision: str) -> None:
     """Train in this process, a step for each line of stdin; print what each took, and the loss."""
     if side == "peftcli":
-        from peftcli.system.cores import bound_spinning
+        from peftcli.system.cores import set_variables
 
-        bound_spinning()
+        set_variables()
     from peftcli.recipe import load_recipe
     from peftcli.train.report import Event, Stepped
     from peftcli.train.run import train

@@ -51,6 +51,9 @@ def recipe(number: int, folder: str, options: argparse.Namespace) -> Any:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Train one recipe in this process, or all."""
+    from peftcli.system.cores import set_variables
+
+    set_variables()
     from peftcli.train.report import Stepped
     from peftcli.train.run import train
     from peftcli.train.together import train_together

@@ -36,7 +36,7 @@ from peftcli.cli import (
 )
 from peftcli.errors import Interrupted, PeftcliError, UsageError, to_peftcli_error
 from peftcli.system import signals
-from peftcli.system.cores import bound_spinning
+from peftcli.system.cores import set_variables
 from peftcli.system.garbage import postponed_collection
 
 _BROKEN_PIPE = 141
@@ -108,7 +108,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line ``args``, by default that of this process; return the exit code."""
     given = list(sys.argv[1:] if args is None else args) or ["--help"]
     options = given[: given.index("--")] if "--" in given else given
-    bound_spinning()
+    set_variables()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' progress bars, which redraw
     debug, as_json = "--debug" in options, "--json" in options

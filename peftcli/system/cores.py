@@ -1,4 +1,4 @@
-"""The processor cores that this process may use, and how long torch's threads wait for one another on them."""
+"""The processor cores that this process may use, and what torch is told of them before it is imported."""
 
 from __future__ import annotations
 
@@ -11,13 +11,23 @@ _SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _SPINS = "1000"
 """How often a thread of torch's looks for new work before it gives up its core: for some 25 µs. libgomp's own choice
 is 300 times that, and while another process wants the core, all threads wait for the one that lost it."""
+_KEPT = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+"""Variables of torch's and of oneDNN's, for the number of kernels that they keep."""
+_KERNELS = "64"
+"""More than the layers of a model need in turn. A kernel of bfloat16 is made for one number of tokens, in less than a
+millisecond, and takes some 0.3 MB; by torch's own choice, 1,024 are kept of those that no batch may need again."""
 _GROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
-def bound_spinning() -> None:
-    """Let torch's idle threads give up their cores soon, unless the user decides. Call it before torch is imported."""
+def set_variables() -> None:
+    """Let torch's idle threads give up their cores soon, and let it keep few kernels, unless the user decides.
+
+    Call it before torch is imported.
+    """
     if not any(name in os.environ for name in _SPINNING):
         os.environ["GOMP_SPINCOUNT"] = _SPINS
+    for name in _KEPT:
+        os.environ.setdefault(name, _KERNELS)
 
 
 def usable_cores() -> int:

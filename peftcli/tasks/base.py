@@ -116,6 +116,11 @@ class Task(ABC, Generic[Settings]):
         return {}
 
     @property
+    def divides(self) -> bool:
+        """Whether the loss of a batch is the sum of those of its parts, so that it may be computed a part at a time."""
+        return True
+
+    @property
     def advice(self) -> Mapping[str, str]:
         """What to do where every row is left out, by the reason of ``Outcome``."""
         return {}

@@ -78,6 +78,10 @@ class Preference(AnswerInputs, Task[settings.Preference]):
         """The columns that hold answers."""
         return ("completion",) if self.settings.loss == "kto" else PAIR
 
+    @property
+    def divides(self) -> bool:
+        return self.settings.loss != "kto"  # whose KL is estimated over a micro-batch
+
     def fingerprint(self) -> dict[str, Any]:
         return super().fingerprint() | {"answers": list(self.answers)}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -23,6 +23,8 @@ from peftcli.train.batches import batches, collate, num_workers
 from peftcli.train.plan import MicroBatch, Plan
 from peftcli.train.sharded import is_sharded
 
+PART = 640
+"""Tokens of a part of a micro-batch on a CPU, at most, unless one row has more. More are no faster there."""
 LESS_LEARNING = "lower training.learning_rate, or add warm-up; the last checkpoint is kept"
 """What to do about a run that diverged."""
 
@@ -73,7 +75,9 @@ class Gradients:
         self.prepared, self.task, self.examples, self.plan = prepared, task, examples, plan
         self.accelerator, self.start = accelerator, start
         self.sharded = is_sharded(prepared.model)
-        self._joins = plan.packs and not is_unpadded(accelerator.unwrap_model(prepared.model))
+        unpadded = is_unpadded(accelerator.unwrap_model(prepared.model))
+        self._joins = plan.packs and not unpadded
+        self._divides = unpadded and accelerator.device.type == "cpu" and task.divides and not self.sharded
         steps = range(start, plan.total_steps)
         work = ((step, rows or self._stand_in(step)) for step in steps for rows in self.micro_batches(step))
         mine = ((step, rows) for step, rows in work if rows)
@@ -91,8 +95,12 @@ class Gradients:
         return batch
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of a step in this process."""
-        return self.plan.micro_batches(step, self.accelerator.process_index)
+        """The micro-batches of a step in this process, on a CPU in parts that need less memory."""
+        found = self.plan.micro_batches(step, self.accelerator.process_index)
+        if not self._divides:
+            return found
+        sizes = [[int(self.plan.sizes[row].sum()) for row in rows] for rows in found]
+        return [rows[part] for rows, each in zip(found, sizes, strict=True) for part in parts_of(each, PART)]
 
     def _stand_in(self, step: int) -> MicroBatch:
         """What is computed where a process has no rows and the others have, whose weights it holds a part of."""
@@ -133,6 +141,20 @@ class Gradients:
     def close(self) -> None:
         """End the processes that make batches."""
         self.ahead.close()
+
+
+def parts_of(sizes: Sequence[int], limit: int) -> Iterator[slice]:
+    """Divide rows of these sizes, in their order, into parts of at most ``limit`` where a row is no larger.
+
+    No rows are one part.
+    """
+    start, total = 0, 0
+    for at, size in enumerate(sizes):
+        if at > start and total + size > limit:
+            yield slice(start, at)
+            start, total = at, 0
+        total += size
+    yield slice(start, len(sizes))
 
 
 def fit(gradients: Gradients) -> Generator[StepResult]:

@@ -42,11 +42,15 @@ def test_a_control_group_leaves_fewer_cores(kind: str, tmp_path: Path, monkeypat
     assert usable_cores() == expected
 
 
-@pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
-def test_spinning_is_bounded_unless_the_user_decides(own: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7", "LRU_CACHE_CAPACITY": "9"}])
+def test_torch_is_told_of_the_cores_unless_the_user_decides(
+    own: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "environ", {**os.environ, "GOMP_SPINCOUNT": ""} | own)
     if "GOMP_SPINCOUNT" not in own:
         del os.environ["GOMP_SPINCOUNT"]
     main(["--version"])
     spins = os.environ.get("GOMP_SPINCOUNT")
     assert spins == ("1000" if not own else own.get("GOMP_SPINCOUNT"))
+    assert os.environ["LRU_CACHE_CAPACITY"] == own.get("LRU_CACHE_CAPACITY", "64")
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"

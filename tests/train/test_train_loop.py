@@ -22,7 +22,9 @@ from peftcli.cli.progress import summary
 from peftcli.core.inject import inject
 from peftcli.errors import Diverged, Interrupted, OutOfMemory, UsageError
 from peftcli.methods.lora.config import LoraConfig
+from peftcli.tasks.base import Batch
 from peftcli.tasks.text.language_model import LanguageModel
+from peftcli.train import loop
 
 
 def same_weights(one: Trained, other: Trained, atol: float = 2e-5) -> None:
@@ -141,6 +143,27 @@ def test_any_split_gives_the_series_of_the_big_batch(tmp_path: Path, method: str
     assert [entry["num_targets"] for entry in parts.metrics] == [entry["num_targets"] for entry in whole.metrics]
     same_weights(whole, parts)
     assert len({entry["num_targets"] for entry in whole.metrics}) > 1, "the rows must be ragged"
+
+
+def test_a_cpu_computes_a_large_micro_batch_in_parts(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, loss = list[int](), loop.Gradients.loss
+
+    def noted(gradients: loop.Gradients, batch: Batch) -> torch.Tensor:
+        sizes.append(int(batch["attention_mask"].sum()))
+        return loss(gradients, batch)
+
+    monkeypatch.setattr(loop.Gradients, "loss", noted)
+    whole = run_recipe(recipe, "training.max_steps=4")
+    together = list(sizes)
+    monkeypatch.setattr(loop, "PART", max(together) // 2)
+    sizes.clear()
+    parts = run_recipe(recipe, "training.max_steps=4", f"training.output_dir={tmp_path}/parts")
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
+    same_weights(whole, parts)
+    assert sum(sizes) == sum(together)
+    assert max(sizes) <= max(together) // 2
 
 
 def test_any_split_of_an_encoder_decoders_batch(t5_recipe: Path, tmp_path: Path) -> None:
