@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from peftcli.core.layer import adapter_layers, base_module
 from peftcli.core.quantised import is_quantised
@@ -44,6 +45,8 @@ def shard(model: nn.Module, device: torch.device) -> None:
     for each in model.modules():
         if isinstance(each, PreTrainedModel):
             vars(each)["_is_fsdp_managed_module"] = True  # generates until the last process is ready
+            # by its class, of which fully_shard has made another
+            _CAN_RECORD_REGISTRY.update({str(type(each)): each._can_record_outputs})
 
 
 def is_sharded(model: nn.Module) -> bool:
