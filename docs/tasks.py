@@ -36,6 +36,7 @@ RECIPES = {
     "docstring_reward": "eval_reward_accuracy",
     "code_search": "eval_mrr",
     "translation": "eval_bleu",
+    "pronunciation": "eval_exact_match",
     "bags": "eval_loss",
 }
 """Recipes of configs/tasks, and the metric that is shown of each."""

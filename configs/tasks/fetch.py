@@ -6,6 +6,7 @@
     python configs/tasks/fetch.py garments data/garments             # the same 31 MB
     python configs/tasks/fetch.py kjv data/kjv                       # 3 MB, with apt-get and dpkg-deb
     python configs/tasks/fetch.py translations data/translations     # 5 MB, with apt-get and dpkg-deb
+    python configs/tasks/fetch.py pronunciations data/pronunciations # 33 MB, with pip
     python configs/tasks/fetch.py questions data/questions           # nothing: Python's own standard library
     python configs/tasks/fetch.py docstrings data/docstrings         # nothing: Python's own standard library
     python configs/tasks/fetch.py code-search data/code-search       # nothing: Python's own standard library
@@ -18,6 +19,7 @@ Every archive is checked against a pinned hash. A folder that exists is left alo
 from __future__ import annotations
 
 import ast
+import contextlib
 import email
 import email.header
 import gzip
@@ -27,6 +29,7 @@ import json
 import random
 import re
 import shutil
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -64,6 +67,11 @@ TRAIN_VERSES, EVAL_VERSES = 6000, 1500
 TRAIN_TRANSLATIONS, EVAL_TRANSLATIONS = 600, 64
 LONGEST_VERSE = 80
 """Characters of a verse to translate, at most."""
+GERMAN = ("gruut-lang-de==2.0.1", "483ea98e094fcb5fe7191b6b8679cdf2fec85b3ec7f867a492d48fb0b7b415c0")
+ENGLISH = ("gruut-lang-en==2.0.1", "a3d748bca5b31bf89d26b00ba76809532187696ce3ddf76b35889fe25f94ea30")
+TRAIN_WORDS, EVAL_WORDS = 4000, 500
+STEM = 4
+"""Letters by which words are held out: no evaluation word begins as a training word does."""
 TRAIN_QUESTIONS, EVAL_QUESTIONS = 4000, 800
 TRAIN_PAIRS, EVAL_PAIRS = 600, 150
 CONTEXT, SHORT = 900, 400
@@ -86,6 +94,7 @@ def main() -> None:
         "garments": garments,
         "kjv": kjv,
         "translations": translations,
+        "pronunciations": pronunciations,
         "questions": questions,
         "docstrings": docstrings,
         "code-search": code_search,
@@ -299,6 +308,42 @@ def translations(scratch: Path, target: Path) -> None:
         draw.shuffle(part)
         (target / f"{name}.jsonl").write_text("".join(part[:count]), encoding="utf-8")
         print(f"fetch: {name}.jsonl: {count} of {len(part)} verses")
+
+
+def pronunciations(scratch: Path, target: Path) -> None:
+    """Fetch words and how they sound, in the phonetic alphabet, out of gruut's dictionaries (MIT).
+
+    train.jsonl and eval.jsonl have German words, of which no two begin with the same letters, one in each file.
+    english.jsonl has American English ones, to pretrain a model on.
+    """
+    rows: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
+    draw = random.Random(SEED)
+    held_out = dict[str, bool]()
+    for word, sound in dictionary(scratch, *GERMAN):
+        rows[held_out.setdefault(word[:STEM], draw.random() < EVAL_SHARE)].append((word, sound))
+    for part in rows.values():
+        draw.shuffle(part)
+    english = list(dictionary(scratch, *ENGLISH))
+    for name, part in (("train", rows[False][:TRAIN_WORDS]), ("eval", rows[True][:EVAL_WORDS]), ("english", english)):
+        lines = [json.dumps({"prompt": word, "completion": sound}, ensure_ascii=False) + "\n" for word, sound in part]
+        (target / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"fetch: {name}.jsonl: {len(part)} words")
+
+
+def dictionary(scratch: Path, package: str, sha256: str) -> Iterator[tuple[str, str]]:
+    """Fetch a dictionary of gruut's: words of 3 to 12 letters and their first pronunciation, in alphabetical order."""
+    folder = scratch / package
+    folder.mkdir()
+    # pip checks the hash before it runs a line of a source package.
+    (folder / package).write_text(f"{package} --hash=sha256:{sha256}\n", encoding="utf-8")
+    archive = download(folder, [*PIP[:-1], "--no-binary=:all:", "--requirement", f"../{package}"], sha256)
+    with tarfile.open(archive) as packed:
+        name = next(name for name in packed.getnames() if re.fullmatch(r"[^/]+/[^/]+/lexicon\.db", name))
+        packed.extract(name, folder, filter="data")
+    with contextlib.closing(sqlite3.connect(folder / name)) as words:
+        found = words.execute("SELECT word, phonemes FROM word_phonemes WHERE pron_order = 0 ORDER BY word, id")
+        first = {word: sound.replace(" ", "") for word, sound in reversed(found.fetchall())}
+    return ((word, first[word]) for word in sorted(first) if re.fullmatch(r"[^\W\d_]{3,12}", word))
 
 
 def sword(scratch: Path, package: str, books: str, sha256: str) -> list[tuple[str, str]]:

@@ -330,6 +330,23 @@ class Chats(Side):
         return dict(transformers.DataCollatorForSeq2Seq(self.tokenizer)(rows))
 
 
+class Rewritten(Side):
+    """Texts and what is to be made of them, for an encoder-decoder."""
+
+    auto, head, task_type = "AutoModelForSeq2SeqLM", None, "SEQ_2_SEQ_LM"
+
+    def encode(self, rows: Rows) -> Rows:
+        given = self.tokenizer([row["prompt"] for row in rows], truncation=True, max_length=self.length)
+        wanted = self.tokenizer(
+            text_target=[row["completion"] for row in rows], truncation=True, max_length=self.length
+        )
+        pairs = zip(given["input_ids"], wanted["input_ids"], strict=True)
+        return [{"input_ids": ids, "labels": labels} for ids, labels in pairs]
+
+    def collate(self, rows: Rows) -> dict[str, torch.Tensor]:
+        return dict(transformers.DataCollatorForSeq2Seq(self.tokenizer)(rows))
+
+
 class Pairs(Side):
     """Preferred and rejected answers, with TRL's DPO."""
 
@@ -477,6 +494,7 @@ SIDES: dict[str, Callable[[Recipe], Side]] = {
     "semantic_segmentation": Masks,
     "speech_recognition": Clips,
     "causal_lm": Chats,
+    "seq2seq_lm": Rewritten,
     "preference": Pairs,
     "reward": Rewards,
     "feature_extraction": Searches,

@@ -185,20 +185,21 @@ class _Converter:
 
 def _read_text(path: Path, problems: Problems, named_at: Place) -> str | None:
     name = str(path) if len(str(path)) <= _MAX_NAME else f"{str(path)[:_MAX_NAME]}..."
+    named = "" if named_at.file == str(path) else f"{name}: "  # where another file names it
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            problems.add(f"{name} is {'a folder' if stat.S_ISDIR(found.st_mode) else 'not a regular file'}", named_at)
+            problems.add(f"{named}is {'a folder' if stat.S_ISDIR(found.st_mode) else 'not a regular file'}", named_at)
             return None
         if found.st_size > MAX_BYTES:
-            problems.add(f"{name} has {found.st_size} bytes; a recipe has at most {MAX_BYTES}", named_at)
+            problems.add(f"{named}has {found.st_size} bytes; a recipe has at most {MAX_BYTES}", named_at)
             return None
         raw = read_small(path, MAX_BYTES)  # the file may have been replaced since
     except FileNotFoundError:
-        problems.add(f"no such file: {name}", named_at, suggestion=closest_file(str(path)))
+        problems.add(f"{named}no such file", named_at, suggestion=closest_file(str(path)))
         return None
     except (OSError, ValueError) as error:
-        problems.add(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}", named_at)
+        problems.add(f"{named}cannot be read: {getattr(error, 'strerror', None) or error}", named_at)
         return None
     try:
         return raw.decode("utf-8-sig")

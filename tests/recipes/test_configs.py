@@ -23,7 +23,7 @@ from peftcli.tasks import row_of
 ROOT = Path(__file__).parents[2]
 FETCHED = {
     **{"garments": "semantic_segmentation", "kjv": "token_classification"},
-    **{"questions": "question_answering", "docstrings": "reward"},
+    **{"questions": "question_answering", "docstrings": "reward", "pronunciations": "seq2seq_lm"},
     **{"asterisk": "speech_recognition", "code-search": "feature_extraction", "translations": "causal_lm"},
 }
 """Folder that configs/tasks/fetch.py makes -> a task whose tiny rows stand for it."""
