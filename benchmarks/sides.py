@@ -229,6 +229,7 @@ def trainer(
 
     kind = {"lora": peft.LoraConfig, "prompt_tuning": peft.PromptTuningConfig}[method]
     config = kind(task_type="CAUSAL_LM", **METHODS[method])
+    parts: list[tuple[int, float]] = []  # targets and summed loss of the micro-batches of a step
     notes, tokenizer = Notes(count), transformers.AutoTokenizer.from_pretrained(MODEL)
 
     class Clock(transformers.TrainerCallback):
@@ -238,6 +239,9 @@ def trainer(
             notes.begin()
 
         def on_step_end(self, *args: Any, **given: Any) -> None:
+            targets = sum(count for count, _ in parts)
+            notes.steps.append((targets, sum(loss for _, loss in parts) / targets))
+            parts.clear()
             notes.end_step()
 
     class Noted:
@@ -247,7 +251,8 @@ def trainer(
             notes.see(inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids"))
             targets = int((inputs["labels"][:, 1:] != -100).sum())
             loss = super().compute_loss(model, inputs, *args, **given)  # type: ignore[misc]
-            notes.steps.append((targets, float(loss.detach())))
+            divisor = given.get("num_items_in_batch")  # targets of the step
+            parts.append((targets, float(loss.detach()) * int(targets if divisor is None else divisor)))
             return loss
 
     examples = [{key: row[key] for key in ("input_ids", "labels")} for row in rows]

@@ -29,6 +29,10 @@ SIDES: dict[str, tuple[tuple[str, ...], Cell]] = {
     "peftcli, packing": (("fp32", "bf16"), {"packing": True, **_PACKED}),
     "Trainer": (("fp32", "bf16"), {"function": "trainer"}),
     "Trainer, grouped": (("fp32", "bf16"), {"function": "trainer", "order": "group_by_length"}),
+    "Trainer, a row at a time": (
+        ("fp32", "bf16"),
+        {"function": "trainer", "batch": 1, "gradient_accumulation_steps": BATCH},
+    ),
     "Trainer, bf16 base": (("bf16",), {"function": "trainer", "autocast": False, **_BF16}),
     "Trainer, bf16 base, grouped": (
         ("bf16",),
