@@ -125,7 +125,7 @@ def peftcli(
     count: bool = False,
 ) -> dict[str, Any]:
     """Train with peftcli: by a recipe, as ``peftcli train`` does. Also the side of earlier versions."""
-    with contextlib.suppress(ImportError):  # earlier versions set none
+    with contextlib.suppress(ImportError):  # the version that is compared with sets none
         from peftcli.system.cores import set_variables
 
         set_variables()

@@ -71,7 +71,7 @@ GERMAN = ("gruut-lang-de==2.0.1", "483ea98e094fcb5fe7191b6b8679cdf2fec85b3ec7f86
 ENGLISH = ("gruut-lang-en==2.0.1", "a3d748bca5b31bf89d26b00ba76809532187696ce3ddf76b35889fe25f94ea30")
 TRAIN_WORDS, EVAL_WORDS = 4000, 500
 STEM = 4
-"""Letters by which words are held out: no evaluation word begins as a training word does."""
+"""Letters by which words are held out: no evaluation word has the first four of a training word."""
 TRAIN_QUESTIONS, EVAL_QUESTIONS = 4000, 800
 TRAIN_PAIRS, EVAL_PAIRS = 600, 150
 CONTEXT, SHORT = 900, 400
@@ -313,8 +313,8 @@ def translations(scratch: Path, target: Path) -> None:
 def pronunciations(scratch: Path, target: Path) -> None:
     """Fetch words and how they sound, in the phonetic alphabet, out of gruut's dictionaries (MIT).
 
-    train.jsonl and eval.jsonl have German words, of which no two begin with the same letters, one in each file.
-    english.jsonl has American English ones, to pretrain a model on.
+    train.jsonl and eval.jsonl have German words; none shares its first four letters with one of the other file.
+    english.jsonl has American English words, to pretrain a model on.
     """
     rows: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
     draw = random.Random(SEED)

@@ -44,10 +44,12 @@ def main() -> None:
             num_layers=4,
             num_decoder_layers=2,
             feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
             dropout_rate=0.0,
-            decoder_start_token_id=tokenizer.pad_token_id,
-            tokenizer_class="ByT5Tokenizer",
+            **{
+                "tie_word_embeddings": False,
+                "decoder_start_token_id": tokenizer.pad_token_id,
+                "tokenizer_class": "ByT5Tokenizer",
+            },
         )
     )
     train(model, tokenizer, rows)

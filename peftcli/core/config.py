@@ -150,6 +150,10 @@ class AdapterConfig(PeftConfigMixin):
         """Return why several examples cannot share a row in training, or None."""
         return None
 
+    def reads_batches(self) -> bool:
+        """Return whether the gradients of an example depend on the others of its batch."""
+        return False
+
     @classmethod
     def from_dict(
         cls, values: dict[str, Any], file: str | None = None, *, unknown_keys: Literal["refuse", "warn"] = "refuse"

@@ -1,4 +1,4 @@
-"""The processor cores that this process may use, and what torch is told of them before it is imported."""
+"""The processor cores that this process may use, and environment variables for torch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ is 300 times that, and while another process wants the core, all threads wait fo
 _KEPT = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 """Variables of torch's and of oneDNN's, for the number of kernels that they keep."""
 _KERNELS = "64"
-"""More than the layers of a model need in turn. A kernel of bfloat16 is made for one number of tokens, in less than a
-millisecond, and takes some 0.3 MB; by torch's own choice, 1,024 are kept of those that no batch may need again."""
+"""More than a micro-batch of a Llama needs. A kernel of bfloat16 is made for one number of tokens, in less than a
+millisecond, and takes some 0.6 MB; by their own choice, torch and oneDNN keep 1,024."""
 _GROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 

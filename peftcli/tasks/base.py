@@ -43,6 +43,7 @@ __all__ = [
     "FitsModel",
     "Gathers",
     "Illustrates",
+    "KnowsStep",
     "Limits",
     "Loss",
     "Outcome",
@@ -117,8 +118,11 @@ class Task(ABC, Generic[Settings]):
 
     @property
     def divides(self) -> bool:
-        """Whether the loss of a batch is the sum of those of its parts, so that it may be computed a part at a time."""
-        return True
+        """Whether the loss of a batch is the sum of those of its parts, so that it may be computed a part at a time.
+
+        That of a task that compares the rows of a batch is not.
+        """
+        return not isinstance(self, Gathers)
 
     @property
     def advice(self) -> Mapping[str, str]:
@@ -379,7 +383,7 @@ class KnowsStep(Protocol):
     """Has a loss that depends on all examples of a step, however they are split."""
 
     def of_step(self, examples: Sequence[Example]) -> Batch:
-        """Return what each training batch of a step holds of all its examples."""
+        """Return what is computed from all examples of a step, and added to each of its training batches."""
         ...
 
 

@@ -98,10 +98,6 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
     def max_length(self) -> int:
         return min(super().max_length, longest(self.base) or self.settings.max_length)
 
-    @property
-    def divides(self) -> bool:
-        return False
-
     def fingerprint(self) -> dict[str, Any]:
         return super().fingerprint() | {"max_length": self.max_length}
 

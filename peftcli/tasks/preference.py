@@ -58,6 +58,7 @@ class Preference(AnswerInputs, Task[settings.Preference]):
     """The task ``preference``."""
 
     columns: ClassVar = {**AnswerInputs.answer_columns, "good": Column("int8", ())}
+    lower_is_better = ("loss", "nll")
 
     def __init__(self, settings: settings.Preference, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)
@@ -131,7 +132,7 @@ class Preference(AnswerInputs, Task[settings.Preference]):
         return batch
 
     def of_step(self, examples: Sequence[Example]) -> Batch:
-        """Of orpo ``_tokens``, float32: how many losses of tokens a chosen conversation has, in the mean of all."""
+        """For orpo ``_tokens``, float32: the mean number of predicted tokens in a chosen conversation."""
         if self.settings.loss != "orpo":
             return {}
         tokens = [int(each.arrays["sizes"][0]) - 1 for each in examples]  # the first token is not predicted

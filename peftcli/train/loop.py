@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -20,11 +20,10 @@ from peftcli.errors import Diverged
 from peftcli.tasks.base import Batch, Gathers, KnowsStep, Packs, Task, on_device
 from peftcli.tasks.text.unpadded import is_unpadded
 from peftcli.train.batches import batches, collate, num_workers
+from peftcli.train.parts import PART, parts_of
 from peftcli.train.plan import MicroBatch, Plan
 from peftcli.train.sharded import is_sharded
 
-PART = 640
-"""Tokens of a part of a micro-batch on a CPU, at most, unless one row has more. More are no faster there."""
 LESS_LEARNING = "lower training.learning_rate, or add warm-up; the last checkpoint is kept"
 """What to do about a run that diverged."""
 
@@ -77,7 +76,8 @@ class Gradients:
         self.sharded = is_sharded(prepared.model)
         unpadded = is_unpadded(accelerator.unwrap_model(prepared.model))
         self._joins = plan.packs and not unpadded
-        self._divides = unpadded and accelerator.device.type == "cpu" and task.divides and not self.sharded
+        sums = task.divides and not prepared.config.reads_batches()
+        self._divides = unpadded and sums and accelerator.device.type == "cpu" and not self.sharded
         steps = range(start, plan.total_steps)
         work = ((step, rows or self._stand_in(step)) for step in steps for rows in self.micro_batches(step))
         mine = ((step, rows) for step, rows in work if rows)
@@ -99,8 +99,11 @@ class Gradients:
         found = self.plan.micro_batches(step, self.accelerator.process_index)
         if not self._divides:
             return found
-        sizes = [[int(self.plan.sizes[row].sum()) for row in rows] for rows in found]
-        return [rows[part] for rows, each in zip(found, sizes, strict=True) for part in parts_of(each, PART)]
+        parts = list[MicroBatch]()
+        for rows in found:
+            texts = [[self.examples[at].arrays["input_ids"] for at in row] for row in rows]
+            parts += [rows[part] for part in parts_of(texts, PART)]
+        return parts
 
     def _stand_in(self, step: int) -> MicroBatch:
         """What is computed where a process has no rows and the others have, whose weights it holds a part of."""
@@ -141,20 +144,6 @@ class Gradients:
     def close(self) -> None:
         """End the processes that make batches."""
         self.ahead.close()
-
-
-def parts_of(sizes: Sequence[int], limit: int) -> Iterator[slice]:
-    """Divide rows of these sizes, in their order, into parts of at most ``limit`` where a row is no larger.
-
-    No rows are one part.
-    """
-    start, total = 0, 0
-    for at, size in enumerate(sizes):
-        if at > start and total + size > limit:
-            yield slice(start, at)
-            start, total = at, 0
-        total += size
-    yield slice(start, len(sizes))
 
 
 def fit(gradients: Gradients) -> Generator[StepResult]:

@@ -22,13 +22,15 @@ def too_large_a_step(step: int, sizes: Sequence[int], recipe: Recipe, task: Task
 
     Args:
         step: Its number, from 1.
-        sizes: Of the examples of its largest micro-batch, in the task's unit.
+        sizes: Of the examples that were in the model at once when most were, in the task's unit.
         recipe: Its settings are to be changed.
         task: The task.
     """
     longest = f" with {sum(sizes):,} {task.unit}, {max(sizes):,} in the longest" if max(sizes) > 1 else ""
-    batch = f"a micro-batch of {len(sizes):,} examples{longest}"
-    return OutOfMemory(f"not enough memory for step {step}, {_peak()}: {batch}", hint=_cheapest(recipe, task))
+    batch = f"{len(sizes):,} example{'s' if len(sizes) > 1 else ''} at once{longest}"
+    return OutOfMemory(
+        f"not enough memory for step {step}, {_peak()}: {batch}", hint=_cheapest(recipe, task, len(sizes))
+    )
 
 
 def too_large_an_evaluation(recipe: Recipe) -> OutOfMemory:
@@ -42,16 +44,16 @@ def _peak() -> str:
     return f"after a peak of {max(peak_memory_bytes().values()) / 2**30:.1f} GiB"
 
 
-def _cheapest(recipe: Recipe, task: Task[Any]) -> str:
-    """The three changes that cost least, the cheapest first."""
+def _cheapest(recipe: Recipe, task: Task[Any], count: int) -> str:
+    """The three changes that cost least, the cheapest first, where ``count`` examples at once are too many."""
     training = recipe.training
     size, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    parts = next((count for count in range(2, size + 1) if size % count == 0), 1)
+    parts = next((parts for parts in range(2, size + 1) if size % parts == 0 and size // parts < count), 1)
     fewer = f"training.per_device_train_batch_size: {size // parts}"
     same = f"{fewer} with gradient_accumulation_steps: {steps * parts}, the same batch in smaller parts"
     changes = {
         # a task that compares the rows of a batch learns less from fewer
-        fewer if isinstance(task, Gathers) else same: size > 1,
+        fewer if isinstance(task, Gathers) else same: parts > 1,
         "training.gradient_checkpointing: true, about a third slower": not training.gradient_checkpointing,
         "training.bf16: true": training.bf16 is False,
         "a smaller dataset.max_length": task.unit == "tokens",

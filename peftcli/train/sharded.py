@@ -13,7 +13,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from peftcli.core.layer import adapter_layers, base_module
 from peftcli.core.quantised import is_quantised
@@ -29,6 +28,8 @@ def shard(model: nn.Module, device: torch.device) -> None:
     Raises:
         ModelError: it has no stack of layers, or quantised weights.
     """
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY  # its own, so not where other runs need it
+
     found = list(stacks(model))
     if not isinstance(model, PreTrainedModel) or not found:
         raise ModelError("fsdp divides the layers of a stack, which this model does not have", key=_KEY)

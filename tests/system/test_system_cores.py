@@ -42,15 +42,21 @@ def test_a_control_group_leaves_fewer_cores(kind: str, tmp_path: Path, monkeypat
     assert usable_cores() == expected
 
 
-@pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7", "LRU_CACHE_CAPACITY": "9"}])
-def test_torch_is_told_of_the_cores_unless_the_user_decides(
-    own: dict[str, str], monkeypatch: pytest.MonkeyPatch
+VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+
+
+@pytest.mark.parametrize(
+    ("own", "then"),
+    [
+        ({}, (None, "1000", "64", "64")),
+        ({"OMP_WAIT_POLICY": "ACTIVE", "LRU_CACHE_CAPACITY": "9"}, ("ACTIVE", None, "9", "64")),
+        ({"GOMP_SPINCOUNT": "7", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8"}, (None, "7", "64", "8")),
+    ],
+)
+def test_variables_for_torch_are_set_unless_the_user_sets_them(
+    own: dict[str, str], then: tuple[str | None, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "environ", {**os.environ, "GOMP_SPINCOUNT": ""} | own)
-    if "GOMP_SPINCOUNT" not in own:
-        del os.environ["GOMP_SPINCOUNT"]
+    others = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    monkeypatch.setattr(os, "environ", others | own)
     main(["--version"])
-    spins = os.environ.get("GOMP_SPINCOUNT")
-    assert spins == ("1000" if not own else own.get("GOMP_SPINCOUNT"))
-    assert os.environ["LRU_CACHE_CAPACITY"] == own.get("LRU_CACHE_CAPACITY", "64")
-    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
+    assert tuple(map(os.environ.get, VARIABLES)) == then

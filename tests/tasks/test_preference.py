@@ -47,6 +47,7 @@ def test_the_loss_is_trls(loss: str) -> None:
     assert metrics.get("kl", 1) > 0
     assert ("kl_chosen" in metrics) == (task.settings.loss in ("dpo", "ipo"))
     assert ("nll" in metrics) == (task.settings.loss == "orpo")
+    assert {"loss", "nll"} & metrics.keys() <= {*task.lower_is_better}
 
 
 @pytest.mark.parametrize("loss", ["dpo", pytest.param("ipo", marks=pytest.mark.slow)])

@@ -157,13 +157,14 @@ def test_a_cpu_computes_a_large_micro_batch_in_parts(
     monkeypatch.setattr(loop.Gradients, "loss", noted)
     whole = run_recipe(recipe, "training.max_steps=4")
     together = list(sizes)
+    monkeypatch.setattr("peftcli.train.parts._COST", 10)  # rows this short share most of their tokens
     monkeypatch.setattr(loop, "PART", max(together) // 2)
     sizes.clear()
     parts = run_recipe(recipe, "training.max_steps=4", f"training.output_dir={tmp_path}/parts")
     assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
     same_weights(whole, parts)
     assert sum(sizes) == sum(together)
-    assert max(sizes) <= max(together) // 2
+    assert len(sizes) > len(together)
 
 
 def test_any_split_of_an_encoder_decoders_batch(t5_recipe: Path, tmp_path: Path) -> None:
@@ -438,7 +439,7 @@ def test_too_little_memory_names_the_batch_and_what_to_change(recipe: Path, monk
         return f"{caught.value.message} | {caught.value.hint}"
 
     assert re.fullmatch(
-        r"not enough memory for step 2, after a peak of \d+\.\d GiB: a micro-batch of 4 examples with \d+ tokens, "
+        r"not enough memory for step 2, after a peak of \d+\.\d GiB: 4 examples at once with \d+ tokens, "
         r"\d+ in the longest \| training\.per_device_train_batch_size: 2 with gradient_accumulation_steps: 2, "
         r"the same batch in smaller parts; or training\.gradient_checkpointing: true, .*; or training\.bf16: true",
         fails_at(1, "CUDA out of memory"),

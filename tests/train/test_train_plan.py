@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftcli.schema import Training
-from peftcli.train.loop import parts_of
 from peftcli.train.optim import build_optimizer, build_schedule
 from peftcli.train.plan import Plan
 
@@ -90,14 +88,6 @@ def test_micro_batches_split_the_global_batch(
     assert all(len(part) <= size for share in shares for part in share)
     assert len({len(share) for share in shares}) == 1, "processes would wait for one another for ever"
     assert all(0 < len(share) <= accumulation for share in shares)
-
-
-@given(sizes=st.lists(st.integers(1, 50)), limit=st.integers(1, 100))
-def test_parts_are_as_large_as_they_may_be(sizes: list[int], limit: int) -> None:
-    parts = [sizes[part] for part in parts_of(sizes, limit)]
-    assert [size for part in parts for size in part] == sizes
-    assert all(len(part) == 1 or sum(part) <= limit for part in parts if part)
-    assert all(sum(part) + after[0] > limit for part, after in pairwise(parts))
 
 
 @pytest.mark.parametrize(

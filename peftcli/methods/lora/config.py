@@ -155,6 +155,9 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
     def packing_problem(self) -> str | None:
         return "finds alora_invocation_tokens only once per row" if self.alora_invocation_tokens else None
 
+    def reads_batches(self) -> bool:
+        return self.velora_config is not None and self.velora_config.init_type != "random"
+
     def merge_problem(self) -> str | None:
         if self.arrow_config:
             return "Cannot merge an active Arrow router adapter: each token has weights of its own"

@@ -1,0 +1,72 @@
+"""Which rows of a micro-batch a CPU computes together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from taskkit import CASES, UNPAIRED
+from trainkit import run_recipe
+
+from peftcli.tasks.base import Batch
+from peftcli.train import loop
+from peftcli.train.parts import parts_of
+
+DPO = CASES["preference"]
+KTO = replace(DPO, task={"type": "preference", "loss": "kto"}, rows=lambda: UNPAIRED)
+
+
+@given(sizes=st.lists(st.integers(1, 50)), limit=st.integers(1, 100))
+def test_parts_are_as_large_as_they_may_be(sizes: list[int], limit: int) -> None:
+    rows = [[np.full(size, at)] for at, size in enumerate(sizes)]
+    parts = [sizes[part] for part in parts_of(rows, limit)]
+    assert [size for part in parts for size in part] == sizes
+    assert all(len(part) == 1 or sum(part) <= limit for part in parts if part)
+    assert all(sum(part) + after[0] > limit for part, after in pairwise(parts))
+
+
+@pytest.mark.parametrize(
+    ("shared", "own", "count"),
+    [
+        (500, 20, 1),  # 660 tokens, of which 500 would be computed eight times
+        (20, 200, 3),  # 1,620 tokens, and 40 more for two parts more
+        (200, 200, 1),  # 1,800 tokens, and 200 more for each part more
+    ],
+)
+def test_a_long_beginning_that_rows_share_is_not_computed_often(shared: int, own: int, count: int) -> None:
+    rows = [[np.array([*range(shared), *range(1000 * at, 1000 * at + own)])] for at in range(1, 9)]
+    assert len(parts_of(rows, 640)) == count
+
+
+@pytest.mark.parametrize(
+    ("case", "settings", "parts"),
+    [
+        (DPO, [], 4),
+        (KTO, [], 1),
+        (CASES["feature_extraction"], [], 1),
+        (CASES["causal_lm"], [], 4),
+        (CASES["causal_lm"], ["method.velora_config={}"], 1),
+    ],
+    ids=["dpo", "kto", "embeddings", "a language model", "velora"],
+)
+def test_what_compares_rows_stays_whole(
+    case: Any, settings: list[str], parts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, loss = list[Batch](), loop.Gradients.loss
+
+    def noted(gradients: loop.Gradients, batch: Batch) -> torch.Tensor:
+        calls.append(batch)
+        return loss(gradients, batch)
+
+    monkeypatch.setattr(loop.Gradients, "loss", noted)
+    monkeypatch.setattr("peftcli.train.parts._COST", 100)
+    monkeypatch.setattr(loop, "PART", 1)
+    run_recipe(case.write(tmp_path), "training.max_steps=1", "training.per_device_train_batch_size=4", *settings)
+    assert len(calls) == parts
