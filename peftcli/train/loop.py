@@ -18,9 +18,9 @@ from peftcli.core.protocols import after_step, penalty
 from peftcli.data.store import View
 from peftcli.errors import Diverged
 from peftcli.tasks.base import Batch, Gathers, KnowsStep, Packs, Task, on_device
+from peftcli.tasks.text.parts import PART, parts_of
 from peftcli.tasks.text.unpadded import is_unpadded
 from peftcli.train.batches import batches, collate, num_workers
-from peftcli.train.parts import PART, parts_of
 from peftcli.train.plan import MicroBatch, Plan
 from peftcli.train.sharded import is_sharded
 
@@ -101,8 +101,8 @@ class Gradients:
             return found
         parts = list[MicroBatch]()
         for rows in found:
-            texts = [[self.examples[at].arrays["input_ids"] for at in row] for row in rows]
-            parts += [rows[part] for part in parts_of(texts, PART)]
+            examples = [[self.examples[at] for at in row] for row in rows]
+            parts += [rows[part] for part in parts_of(examples, PART)]
         return parts
 
     def _stand_in(self, step: int) -> MicroBatch:

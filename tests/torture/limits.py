@@ -123,7 +123,8 @@ def _hungry(module: str, place: str, room: int, folder: Path) -> None:
     recipe, out = write_recipe(folder, rows=rows), folder / "out"
     trainkit.write_rows(folder / "train.jsonl", rows)
     settings = ("dataset.max_length=256", "training.per_device_train_batch_size=200", "dataset.allow=[answers_cut]")
-    settings = (*settings, "training.max_steps=1")
+    eager = "base_model.attn_implementation=eager"  # with padding, so that all rows are in the model at once
+    settings = (*settings, "training.max_steps=1", eager)
     child = Child(folder, "train", recipe, *settings, before=_Memory(room, module, place))
     _failed(child, out, 8, "not enough memory")
     assert "per_device_train_batch_size" in child.err, "it does not say what to do"

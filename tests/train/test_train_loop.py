@@ -157,7 +157,7 @@ def test_a_cpu_computes_a_large_micro_batch_in_parts(
     monkeypatch.setattr(loop.Gradients, "loss", noted)
     whole = run_recipe(recipe, "training.max_steps=4")
     together = list(sizes)
-    monkeypatch.setattr("peftcli.train.parts._COST", 10)  # rows this short share most of their tokens
+    monkeypatch.setattr("peftcli.tasks.text.parts._COST", 10)  # rows this short share most of their tokens
     monkeypatch.setattr(loop, "PART", max(together) // 2)
     sizes.clear()
     parts = run_recipe(recipe, "training.max_steps=4", f"training.output_dir={tmp_path}/parts")

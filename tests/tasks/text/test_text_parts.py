@@ -15,17 +15,22 @@ from hypothesis import strategies as st
 from taskkit import CASES, UNPAIRED
 from trainkit import run_recipe
 
+from peftcli.data.store import Example
 from peftcli.tasks.base import Batch
+from peftcli.tasks.text.parts import parts_of
 from peftcli.train import loop
-from peftcli.train.parts import parts_of
 
 DPO = CASES["preference"]
 KTO = replace(DPO, task={"type": "preference", "loss": "kto"}, rows=lambda: UNPAIRED)
 
 
+def example(ids: np.ndarray) -> Example:
+    return Example({"input_ids": ids}, len(ids), 1)
+
+
 @given(sizes=st.lists(st.integers(1, 50)), limit=st.integers(1, 100))
 def test_parts_are_as_large_as_they_may_be(sizes: list[int], limit: int) -> None:
-    rows = [[np.full(size, at)] for at, size in enumerate(sizes)]
+    rows = [[example(np.full(size, at))] for at, size in enumerate(sizes)]
     parts = [sizes[part] for part in parts_of(rows, limit)]
     assert [size for part in parts for size in part] == sizes
     assert all(len(part) == 1 or sum(part) <= limit for part in parts if part)
@@ -41,7 +46,7 @@ def test_parts_are_as_large_as_they_may_be(sizes: list[int], limit: int) -> None
     ],
 )
 def test_a_long_beginning_that_rows_share_is_not_computed_often(shared: int, own: int, count: int) -> None:
-    rows = [[np.array([*range(shared), *range(1000 * at, 1000 * at + own)])] for at in range(1, 9)]
+    rows = [[example(np.array([*range(shared), *range(1000 * at, 1000 * at + own)]))] for at in range(1, 9)]
     assert len(parts_of(rows, 640)) == count
 
 
@@ -66,7 +71,7 @@ def test_what_compares_rows_stays_whole(
         return loss(gradients, batch)
 
     monkeypatch.setattr(loop.Gradients, "loss", noted)
-    monkeypatch.setattr("peftcli.train.parts._COST", 100)
+    monkeypatch.setattr("peftcli.tasks.text.parts._COST", 100)
     monkeypatch.setattr(loop, "PART", 1)
     run_recipe(case.write(tmp_path), "training.max_steps=1", "training.per_device_train_batch_size=4", *settings)
     assert len(calls) == parts

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from peftcli.data.store import Example
+
 PART = 512
 """Tokens of a part, at most, unless one row has more. Smaller parts are slower on a CPU."""
 _COST = 1.1
@@ -13,8 +15,8 @@ _COST = 1.1
 _BEFORE = 32
 """With how many rows before it a row is compared."""
 
-Rows = Sequence[Sequence[np.ndarray]]
-"""Rows of a micro-batch: the token ids of the examples of each."""
+Rows = Sequence[Sequence[Example]]
+"""Rows of a micro-batch: the examples of each."""
 
 
 def parts_of(rows: Rows, limit: int) -> list[slice]:
@@ -33,7 +35,8 @@ def parts_of(rows: Rows, limit: int) -> list[slice]:
 def _divide(rows: Rows, limit: int | None) -> tuple[list[slice], int]:
     """The parts, and how many tokens they compute in all."""
     parts, texts, start, size, computed = list[slice](), list[np.ndarray](), 0, 0, 0
-    for at, row in enumerate(rows):
+    for at, examples in enumerate(rows):
+        row = [np.asarray(each.arrays["input_ids"]) for each in examples]
         added = _added(row, texts)
         if limit is not None and at > start and size + added > limit:
             parts.append(slice(start, at))
