@@ -44,11 +44,11 @@ def _peak() -> str:
     return f"after a peak of {max(peak_memory_bytes().values()) / 2**30:.1f} GiB"
 
 
-def _cheapest(recipe: Recipe, task: Task[Any], count: int) -> str:
-    """The three changes that cost least, the cheapest first, where ``count`` examples at once are too many."""
+def _cheapest(recipe: Recipe, task: Task[Any], at_once: int) -> str:
+    """The three changes that cost least, the cheapest first, where ``at_once`` examples in the model are too many."""
     training = recipe.training
     size, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    parts = next((parts for parts in range(2, size + 1) if size % parts == 0 and size // parts < count), 1)
+    parts = next((count for count in range(2, size + 1) if size % count == 0 and size // count < at_once), 1)
     fewer = f"training.per_device_train_batch_size: {size // parts}"
     same = f"{fewer} with gradient_accumulation_steps: {steps * parts}, the same batch in smaller parts"
     changes = {
