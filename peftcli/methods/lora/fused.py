@@ -51,8 +51,10 @@ def add_update(y: torch.Tensor, x: torch.Tensor, pair: Pair, scaling: float) -> 
         return added
     # of few tokens it is faster to convert them than A and B
     dtype = a.dtype if x.numel() < a.numel() else y.dtype
-    inner = F.linear(_flat(x).to(dtype), a.to(dtype))
-    return torch.addmm(_flat(y).to(dtype), inner, b.to(dtype).T, alpha=scaling).to(y.dtype).view(y.shape)
+    if not a.dtype == x.dtype == y.dtype:
+        x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
+    inner = F.linear(x, a).view(-1, len(a))
+    return torch.addmm(_flat(y).to(dtype), inner, b.t(), alpha=scaling).to(y.dtype).view(y.shape)
 
 
 def adapted_linear(x: torch.Tensor, base: nn.Linear, pair: Pair, scaling: float) -> torch.Tensor:

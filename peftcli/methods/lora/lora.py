@@ -53,10 +53,11 @@ class LoraLayer(AdapterLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         pair = self.fused_pair() if self.enabled else None
         if pair is not None:
-            given, more = self.lora_dropout(x), args or kwargs
-            if given is x and torch.is_grad_enabled() and not more and is_frozen(self.base_layer):
-                return adapted_linear(x, self.base_layer, pair, self.scaling)
-            return add_update(self.base_layer(x, *args, **kwargs), given, pair, self.scaling)
+            base: Any = self._modules["base_layer"]  # an attribute of a module takes a microsecond
+            given, more = self.lora_dropout(x) if self.drops() else x, args or kwargs
+            if given is x and torch.is_grad_enabled() and not more and is_frozen(base):
+                return adapted_linear(x, base, pair, self.scaling)
+            return add_update(base(x, *args, **kwargs), given, pair, self.scaling)
         y = self.base_layer(x, *args, **kwargs)
         if not self.enabled:
             return y
@@ -66,7 +67,8 @@ class LoraLayer(AdapterLayer):
 
     def drops(self) -> bool:
         """Return whether dropout changes the input."""
-        return isinstance(self.lora_dropout, nn.Dropout) and self.lora_dropout.training
+        dropout: Any = self._modules["lora_dropout"]
+        return isinstance(dropout, nn.Dropout) and dropout.training
 
     def fused_pair(self) -> Pair | None:
         """Return A and B if ``add_update`` computes what this layer does."""
