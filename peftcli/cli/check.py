@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,7 +11,6 @@ from peftcli.cli import console
 
 if TYPE_CHECKING:
     from peftcli.errors import Problem
-    from peftcli.recipe import Reading
 
 
 def check(
@@ -29,32 +28,36 @@ def check(
     errors: list[Problem] = []
     warnings: list[Problem] = []
     codes: list[int] = []
+    memory = dict[str, Any]()
     for path in recipes:
         reading = read(path)
-        found, noted, code = _check_deep(reading) if deep and reading.recipe else (reading.problems, [], 2)
-        noted += rate_problems(reading)
+        found, noted, code = reading.problems, rate_problems(reading), 2
+        if deep and reading.recipe:
+            from peftcli.train.preview import deep_check
+
+            opened = deep_check(reading.recipe)
+            found, code = [reading.locate(each) for each in opened.errors], opened.exit_code
+            noted = [*map(reading.locate, opened.warnings), *noted]
+            memory[str(path)] = opened.would.get("memory")
         errors += found
         warnings += noted
         codes += [code] * bool(found)
         if not as_json:
-            _print(path, found, noted)
+            _print(path, found, noted, memory.get(str(path)))
     if as_json:
-        console.print_json({"errors": [asdict(p) for p in errors], "warnings": [asdict(p) for p in warnings]})
+        found_all = {"errors": [asdict(p) for p in errors], "warnings": [asdict(p) for p in warnings]}
+        console.print_json(found_all | ({"memory": memory} if deep else {}))
     raise typer.Exit(codes[0] if codes else 0)
 
 
-def _check_deep(reading: Reading) -> tuple[list[Problem], list[Problem], int]:
-    from peftcli.train.preview import deep_check
-
-    assert reading.recipe is not None
-    found = deep_check(reading.recipe)
-    return [reading.locate(p) for p in found.errors], [reading.locate(p) for p in found.warnings], found.exit_code
-
-
-def _print(path: Path, errors: list[Problem], warnings: list[Problem]) -> None:
+def _print(path: Path, errors: list[Problem], warnings: list[Problem], memory: dict[str, Any] | None) -> None:
     for problem in warnings:
         console.out(f"warning: {problem}")
     for problem in errors:
         console.out(str(problem))
     count = "1 problem" if len(errors) == 1 else f"{len(errors)} problems"
     console.out(f"{path}: {count}" if errors else f"ok: {path}")
+    if memory:
+        kinds = ("weights", "adapter", "step", "evaluation", "file", "packages")
+        parts = ", ".join(f"{kind} {memory[kind] / 2**30:.2f}" for kind in kinds if memory[kind])
+        console.out(f"memory: about {memory['peak'] / 2**30:.2f} GiB at most, of {parts}")

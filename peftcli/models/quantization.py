@@ -41,6 +41,15 @@ def need_package(kind: str) -> None:
         raise ModelError(f"{kind} weights need the package {package}: {command}", key="base_model.quantization")
 
 
+def bytes_of_weight(quantization: Quantization) -> float:
+    """Return how many bytes a quantised weight takes, with its share of the scales."""
+    if quantization.type in ("nf4", "fp4"):
+        return 0.5 + ((1 + 4 / 256) / 64 if quantization.double_quant else 4 / 64)
+    if quantization.type == "int4_weight_only":
+        return 0.5 + 4 / (quantization.group_size or 32)
+    return 1.0
+
+
 def stored_kind(config: PreTrainedConfig) -> str | None:
     """Return how the weights of a model folder are quantised, in transformers' term; None: not at all.
 

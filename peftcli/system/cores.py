@@ -6,6 +6,8 @@ import math
 import os
 from pathlib import Path
 
+from peftcli.system.control_groups import control_groups
+
 _SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """The user's own settings."""
 _SPINS = "1000"
@@ -16,7 +18,6 @@ _KEPT = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 _KERNELS = "64"
 """More than a micro-batch of a Llama needs. A kernel of bfloat16 is made for one number of tokens, in less than a
 millisecond, and takes some 0.6 MB; by their own choice, torch and oneDNN keep 1,024."""
-_GROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def set_variables() -> None:
@@ -38,18 +39,7 @@ def usable_cores() -> int:
 
 def _quota() -> float:
     """Return how many cores' time the control groups of this process have; infinite without a limit."""
-    try:
-        lines = _OWN.read_text().splitlines()
-    except OSError:
-        return math.inf
-    found = [math.inf]
-    for _, controllers, group in (line.split(":", 2) for line in lines):
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        root = _GROUPS / controllers  # version 2 names none
-        path = root / group.lstrip("/")
-        found += [_limit(folder) for folder in (path, *path.parents) if folder.is_relative_to(root)]
-    return min(found)
+    return min(map(_limit, control_groups("cpu")), default=math.inf)
 
 
 def _limit(folder: Path) -> float:

@@ -26,6 +26,7 @@ from peftcli.models.find import find_base
 from peftcli.schema import Recipe
 from peftcli.system import date
 from peftcli.system.disk import write_file
+from peftcli.system.memory import free_memory
 
 _NOT_READ = {
     "output_dir", "learning_rate", "loraplus_lr_ratio", "loraplus_lr_embedding", "lr_scheduler_type", "warmup_ratio",
@@ -53,8 +54,13 @@ class Found:
 
     @property
     def warnings(self) -> list[Problem]:
-        """What is odd with the data."""
-        return [Problem(text, file="", key="dataset") for text in self.would.get("warnings", [])]
+        """What is odd with the data, and that the memory which is free now does not suffice."""
+        odd = [Problem(text, file="", key="dataset") for text in self.would.get("warnings", [])]
+        needs, free = self.would.get("memory"), free_memory()
+        if not needs or needs["device"] != "cpu" or needs["peak"] <= free:
+            return odd
+        text = f"a run needs about {needs['peak'] / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free"
+        return [*odd, Problem(text, file="", key="training")]
 
 
 def state_of(recipe: Recipe) -> str | None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import nn
+
+from peftcli.core.config import AdapterConfig
 from peftcli.core.files import check_begin
 from peftcli.core.heads import head_names
 from peftcli.core.inject import Injection, inject
@@ -18,7 +22,8 @@ from peftcli.schema import BaseModel, Recipe
 from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import FitsModel, Gathers, refuse_other_classes
 from peftcli.train.checked import Found
-from peftcli.train.data import load_data, plan_of, with_task
+from peftcli.train.data import Data, load_data, plan_of, with_task
+from peftcli.train.estimate import estimate
 from peftcli.train.init_adapter import KEY, find_init_adapter, with_init_settings
 from peftcli.train.launch import total_processes
 
@@ -91,7 +96,20 @@ def examine(recipe: Recipe) -> Found:
         injection = attempt("method" if source is None else KEY, adapted)
         if injection is not None:
             found.would["parameters"] = {"trainable": injection.trainable, "all": injection.total}
+        if not found.errors:
+            assert data is not None
+            known = None if base.is_pipeline else _memory(model, config, recipe, data, base.folder)
+            found.would["memory"] = known
     return found
+
+
+def _memory(model: nn.Module, config: AdapterConfig, recipe: Recipe, data: Data, folder: Path) -> dict[str, Any] | None:
+    """What a run needs of memory; None where that is not known without the weights' values."""
+    plan = plan_of(recipe, data, total_processes(recipe.launch))
+    try:
+        return estimate(model, config, recipe, data, plan, folder).as_dict()
+    except RuntimeError:
+        return None
 
 
 def _recipe_key(key: str | None, section: str) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -17,10 +15,9 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.protocols import after_step, penalty
 from peftcli.data.store import View
 from peftcli.errors import Diverged
-from peftcli.tasks.base import Batch, Gathers, KnowsStep, Packs, Task, on_device
-from peftcli.tasks.text.parts import PART, parts_of
-from peftcli.tasks.text.unpadded import is_unpadded
-from peftcli.train.batches import batches, collate, num_workers
+from peftcli.tasks.base import Batch, Gathers, Task, on_device
+from peftcli.train.batches import batches, num_workers
+from peftcli.train.micro_batches import BatchForm
 from peftcli.train.plan import MicroBatch, Plan
 from peftcli.train.sharded import is_sharded
 
@@ -74,10 +71,7 @@ class Gradients:
         self.prepared, self.task, self.examples, self.plan = prepared, task, examples, plan
         self.accelerator, self.start = accelerator, start
         self.sharded = is_sharded(prepared.model)
-        unpadded = is_unpadded(accelerator.unwrap_model(prepared.model))
-        self._joins = plan.packs and not unpadded
-        sums = task.divides and not prepared.config.reads_batches()
-        self._divides = unpadded and sums and accelerator.device.type == "cpu" and not self.sharded
+        self.form = BatchForm.of(accelerator.unwrap_model(prepared.model), task, prepared.config, plan)
         steps = range(start, plan.total_steps)
         work = ((step, rows or self._stand_in(step)) for step in steps for rows in self.micro_batches(step))
         mine = ((step, rows) for step, rows in work if rows)
@@ -85,25 +79,12 @@ class Gradients:
         """The batches of the micro-batches to come."""
 
     def _make(self, item: tuple[int, MicroBatch]) -> Batch:
-        (step, rows), task = item, self.task
-        if self._joins:
-            assert isinstance(task, Packs)
-            return task.collate([task.join([self.examples[at] for at in row]) for row in rows], training=True)
-        batch = collate(task, self.examples, list(chain(*rows)), training=True, draw=partial(self.plan.draw, step))
-        if isinstance(task, KnowsStep):
-            batch |= task.of_step([self.examples[at] for at in self.plan.global_batch(step)])
-        return batch
+        step, rows = item
+        return self.form.batch(self.task, self.examples, self.plan, step, rows)
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """The micro-batches of a step in this process, on a CPU in parts that need less memory."""
-        found = self.plan.micro_batches(step, self.accelerator.process_index)
-        if not self._divides:
-            return found
-        parts = list[MicroBatch]()
-        for rows in found:
-            examples = [[self.examples[at] for at in row] for row in rows]
-            parts += [rows[part] for part in parts_of(examples, PART)]
-        return parts
+        return self.form.divided(self.plan.micro_batches(step, self.accelerator.process_index), self.examples)
 
     def _stand_in(self, step: int) -> MicroBatch:
         """What is computed where a process has no rows and the others have, whose weights it holds a part of."""

@@ -70,6 +70,20 @@ _OPTIMIZERS = {
     "sgd": _Optimizer("torch.optim", "SGD"),
 }
 """training.optim -> what it is."""
+STATE_BYTES = {
+    "adamw_torch": 8,
+    "adamw_torch_fused": 8,
+    "adamw_8bit": 2,
+    "paged_adamw_8bit": 2,
+    "paged_adamw_32bit": 8,
+    "lion_8bit": 1,
+    "lion_32bit": 4,
+    "paged_lion_8bit": 1,
+    "paged_lion_32bit": 4,
+    "adafactor": 0,
+    "sgd": 0,
+}
+"""training.optim -> bytes that it remembers of each number that trains; a row's or a column's do not count."""
 
 
 def build_optimizer(

@@ -131,11 +131,16 @@ def adapted_model(
         if isinstance(method := layers_of(config), StartsFromBase) and method.needs_base_weights(config):
             method.start_from_base(model, config, BaseWeights(task.base, getattr(model, "base_model_prefix", "")))
     if recipe.training.gradient_checkpointing:
-        _checkpoint_activations(model)
+        checkpoint_activations(model)
     return model, injection, notes
 
 
-def _checkpoint_activations(model: Any) -> None:
+def checkpoint_activations(model: Any) -> None:
+    """Let a model compute its activations again in the backward pass.
+
+    Raises:
+        ModelError: it cannot.
+    """
     # under the name of transformers 5.24 and later, or the one before
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:

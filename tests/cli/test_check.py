@@ -62,6 +62,7 @@ def test_deep_problems_get_their_place(cli, recipe, monkeypatch: pytest.MonkeyPa
             errors=[Problem("matches nothing", "", key="method.r")],
             warnings=[Problem("empty row", "data.jsonl", line=4), Problem("is slow", "", key="launch")],
             exit_code=4,
+            would={},
         )
 
     module = types.ModuleType("peftcli.train.preview")

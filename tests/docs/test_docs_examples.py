@@ -100,7 +100,8 @@ def check_console(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
         capsys.readouterr()
         command(line)
         captured = capsys.readouterr()
-        assert captured.out + captured.err == printed, block.place
+        wanted = ".*".join(map(re.escape, printed.split("...")))  # what differs between machines
+        assert re.fullmatch(wanted, captured.out + captured.err), f"{block.place}: {captured}"
 
 
 def check_line(line: str, block: Block, *, run: bool) -> None:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from peftcli.core.linear import PLAIN_WEIGHTS
+
 
 @dataclass
 class Switch:
@@ -35,7 +37,7 @@ def only_multiplies(module: Any) -> bool:
     own = vars(module)
     hooks = own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     # accelerate replaces ``forward``, to bring an offloaded weight; a quantised weight is of another type
-    return not hooks and "forward" not in own and type(own["_parameters"].get("weight")) is nn.Parameter
+    return not hooks and "forward" not in own and type(own["_parameters"].get("weight")) in PLAIN_WEIGHTS
 
 
 def is_frozen(module: nn.Module) -> bool:

@@ -92,7 +92,7 @@ _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
 _only: ContextVar[torch.Tensor | None] = ContextVar("only", default=None)
 
 
-def unpad(model: Any, config: AdapterConfig | None = None) -> bool:
+def unpad(model: Any, config: AdapterConfig | None = None, *, try_out: bool = True) -> bool:
     """Let a model on its device compute no padding, if it can and the outcome is the same. Returns whether it does.
 
     It does with flash attention, and on a CPU with SDPA.
@@ -100,6 +100,7 @@ def unpad(model: Any, config: AdapterConfig | None = None) -> bool:
     Args:
         model: An encoder or a decoder; of another kind, nothing is changed.
         config: Of the adapter in it, if there is one.
+        try_out: Whether the model is asked if the outcome is the same; else it is taken to be.
     """
     if config is not None and config.packing_problem():
         return False
@@ -114,8 +115,12 @@ def unpad(model: Any, config: AdapterConfig | None = None) -> bool:
     if not flash:
         model.set_attn_implementation(ATTENTION)
     counts = [table.padding_idx + 1 for table in position_tables(model) if table.padding_idx is not None]
-    for shares in (False,) if flash else (True, False):
-        if _agree(inner, _Unpadded(inner, max(counts, default=0), flash=flash, shares=shares)):
+    may_share = not flash and (try_out or any(getattr(each, "is_causal", False) for each in model.modules()))
+    for shares in (True, False) if may_share else (False,):
+        unpadded = _Unpadded(inner, max(counts, default=0), flash=flash, shares=shares)
+        if not try_out:
+            inner.forward = unpadded
+        if not try_out or _agree(inner, unpadded):
             inner.register_forward_hook(_choose)
             return True
     if not flash:

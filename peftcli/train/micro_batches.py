@@ -1,0 +1,63 @@
+"""What of a step is in the model at once, and as which batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+from peftcli.core.config import AdapterConfig
+from peftcli.data.store import View
+from peftcli.tasks.base import Batch, KnowsStep, Packs, Task
+from peftcli.tasks.text.parts import PART, parts_of
+from peftcli.tasks.text.unpadded import is_unpadded
+from peftcli.train.batches import collate
+from peftcli.train.plan import MicroBatch, Plan
+from peftcli.train.sharded import is_sharded
+
+
+@dataclass(frozen=True)
+class BatchForm:
+    """How a model on its device takes the micro-batches of a task."""
+
+    joins: bool
+    """Whether the examples of a packed row are joined before the model, which would else compute their padding."""
+    pads: bool
+    """Whether the model computes the padding of a batch."""
+    divides: bool
+    """Whether micro-batches are computed in parts, which need less memory and give the same sum of gradients."""
+
+    @classmethod
+    def of(cls, model: nn.Module, task: Task[Any], config: AdapterConfig, plan: Plan) -> BatchForm:
+        """Return the form for a model with an adapter."""
+        unpadded, on_cpu = is_unpadded(model), next(model.parameters()).device.type == "cpu"
+        sums = task.divides and not config.reads_batches()
+        divides = unpadded and sums and on_cpu and not is_sharded(model)
+        return cls(joins=plan.packs and not unpadded, pads=not unpadded, divides=divides)
+
+    def divided(self, micro_batches: list[MicroBatch], examples: View) -> list[MicroBatch]:
+        """Return what is in the model at once, one after another."""
+        if not self.divides:
+            return micro_batches
+        parts = list[MicroBatch]()
+        for rows in micro_batches:
+            read = [[examples[at] for at in row] for row in rows]
+            parts += [rows[part] for part in parts_of(read, PART)]
+        return parts
+
+    def batch(self, task: Task[Any], examples: View, plan: Plan, step: int, rows: MicroBatch) -> Batch:
+        """Return rows of a step, counted from 0, as the model takes them.
+
+        Raises:
+            DataError: the file of one cannot be read any more.
+        """
+        if self.joins:
+            assert isinstance(task, Packs)
+            return task.collate([task.join([examples[at] for at in row]) for row in rows], training=True)
+        batch = collate(task, examples, list(chain(*rows)), training=True, draw=partial(plan.draw, step))
+        if isinstance(task, KnowsStep):
+            batch |= task.of_step([examples[at] for at in plan.global_batch(step)])
+        return batch

@@ -1,0 +1,85 @@
+"""What a run needs of memory is known before: by a step without values that lives as one with them does."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from taskkit import CASES
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from peftcli.models.open import open_base
+from peftcli.recipe import load_recipe, method_config
+from peftcli.schema import Recipe
+from peftcli.tasks import open_task
+from peftcli.tasks.text.unpadded import unpad
+from peftcli.train import setup
+from peftcli.train.data import load_data, plan_of, with_task
+from peftcli.train.micro_batches import BatchForm
+from peftcli.train.plan import MicroBatch
+from peftcli.train.preview import preview
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of the tensors that live at once, at most, beyond those of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.live = self.most = 0
+        before = [*model.parameters(), *model.buffers(), *(each.grad for each in model.parameters())]
+        self.known = {each.untyped_storage()._cdata for each in before if each is not None}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for each in tree_leaves(made):
+            if isinstance(each, torch.Tensor) and each.untyped_storage()._cdata not in self.known:
+                storage = each.untyped_storage()
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.most = max(self.most, self.live)
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        return made
+
+    def forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+def step_of(recipe: Recipe) -> int:
+    """What the largest micro-batch of a run takes, counted while it is computed."""
+    task = open_task(recipe, open_base(recipe.base_model))
+    data, config = load_data(recipe, task), method_config(recipe)
+    plan = plan_of(recipe, data, 1)
+    model, _, _ = setup.adapted_model(recipe, config, data.task)
+    unpad(model, config)
+    form = BatchForm.of(model, data.task, config, plan)
+    model.train()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+
+    def computed(step: int, rows: MicroBatch) -> int:
+        batch, living = form.batch(data.task, data.train, plan, step, rows), Living(model)
+        for mode in (nullcontext(), living):  # at first it looks for the head
+            with torch.autocast("cpu", torch.bfloat16, enabled=setup.uses_bf16(recipe)), mode:
+                data.task.loss(model, batch).total.backward()
+        return living.most
+
+    parts = ((step, part) for step in range(plan.total_steps) for part in plan.micro_batches(step, 0))
+    return max(computed(*part) for part in parts)
+
+
+@pytest.mark.parametrize("dtype", ["false", "true"])
+@pytest.mark.parametrize("task", ["causal_lm", "seq2seq_lm", "sequence_classification", "image_classification"])
+def test_a_step_without_values_takes_what_one_with_them_does(task: str, dtype: str, tmp_path: Path) -> None:
+    recipe = load_recipe(CASES[task].write(tmp_path), [f"training.bf16={dtype}", "training.max_steps=4"])
+    known = preview(recipe)["memory"]
+    measured = step_of(with_task(recipe, print))
+    assert known["step"] == pytest.approx(measured, rel=0.05)
+    parts = known["adapter"] + max(known["step"], known["evaluation"])
+    assert known["peak"] == known["packages"] + known["weights"] + max(known["file"], parts)
