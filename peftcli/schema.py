@@ -152,8 +152,9 @@ class Training:
     """Number of passes over the training data."""
     max_steps: int = -1
     """Number of steps, which overrides num_train_epochs; -1: num_train_epochs decides."""
-    per_device_train_batch_size: int = 8
-    """Examples per device and micro-batch. More is faster and takes more memory."""
+    per_device_train_batch_size: NumberOrAuto = 8
+    """Examples per device and micro-batch. More is faster and takes more memory. auto: as many at once as the memory
+    holds, of the gradient_accumulation_steps examples that a step then has on each device."""
     per_device_eval_batch_size: int = 8
     """Examples per device and batch in evaluation."""
     gradient_accumulation_steps: int = 1
@@ -207,8 +208,9 @@ class Training:
     Unset: none."""
     bf16: bool | Literal["auto"] = "auto"
     """Compute in bfloat16. auto: if the device is fast with it. The adapter stays float32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third slower, much less memory for long examples."""
+    gradient_checkpointing: bool | Literal["auto"] = False
+    """Recompute activations in the backward pass: about a third slower, much less memory for long examples. auto: where
+    the memory does not suffice without."""
     torch_compile: bool = False
     """Compile the model's layers, which takes a while in the first step. On a CPU it gained nothing."""
     use_liger_kernel: bool = False
@@ -261,6 +263,12 @@ class Training:
     """At the end, load the adapter folder in a fresh process and compare what it says of a few rows with the trained
     model. ``peftcli verify`` does so again later."""
 
+    @property
+    def rows_at_once(self) -> int:
+        """per_device_train_batch_size, once it is a number: see ``train.fit_memory``."""
+        assert self.per_device_train_batch_size != "auto"
+        return self.per_device_train_batch_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
@@ -276,9 +284,9 @@ class Launch:
     """Address of machine 0."""
     main_process_port: NumberOrAuto = "auto"
     """Port of machine 0. auto: a free port; required with several machines."""
-    strategy: Literal["replicate", "fsdp"] = "replicate"
+    strategy: Literal["auto", "replicate", "fsdp"] = "replicate"
     """What each process holds of the base model. replicate: all of it. fsdp: a part of each layer, and a whole layer
-    only while it computes."""
+    only while it computes. auto: all of it where the memory holds that."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,7 +90,7 @@ class Side:
     def common(self, folder: Path, rows: int) -> dict[str, Any]:
         """The training arguments that all have, for training on so many rows."""
         settings = self.recipe.training
-        steps = math.ceil(rows / settings.per_device_train_batch_size) * settings.num_train_epochs
+        steps = math.ceil(rows / settings.rows_at_once) * settings.num_train_epochs
         steps = settings.max_steps if settings.max_steps > 0 else steps
         same = (
             "num_train_epochs",

@@ -27,6 +27,7 @@ from peftcli.tasks import open_task
 from peftcli.tasks.base import Packs, Shows
 from peftcli.tasks.shown import Part, Shown, Text, TokenText
 from peftcli.train.data import Data, load_data, plan_of, with_task
+from peftcli.train.fit_memory import smallest
 from peftcli.train.launch import total_processes
 from peftcli.train.plan import Plan
 from peftcli.train.report import OnEvent, Phase, RowsRead, Warned
@@ -74,9 +75,9 @@ class Inspection:
     """The data of a recipe: its rows, the audit of all of it, and the findings."""
 
     def __init__(self, recipe: Recipe, data: Data, processes: int):
-        self.recipe, self.data, self.task = recipe, data, data.task
+        self.recipe, self.data, self.task = smallest(recipe), data, data.task
         self.task_name = str((recipe.task or {})["type"])
-        self.plan = plan_of(recipe, data, processes)
+        self.plan = plan_of(self.recipe, data, processes)
         train = audit(data.train, self.task)
         findings = [*data.findings, *train.findings]
         self.audit: dict[str, Any] = {

@@ -225,7 +225,8 @@ def _sizes(recipe: Recipe, report: Report) -> None:
             report((key,), f"must be at most {_MAX_FLOAT:g}, the largest number of float32, found {value:g}")
         elif isinstance(value, int) and value > _MAX_SIZE and key.startswith("method.") and not _SEED.search(key):
             report((key,), f"must be at most {_MAX_SIZE}, found {value}")
-    one, times = recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps
+    size, times = recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps
+    one = 1 if size == "auto" else size
     if one * times > _MAX_BATCH and max(one, times) <= 1_000_000:
         report(
             ("training.per_device_train_batch_size", "training.gradient_accumulation_steps"),

@@ -27,3 +27,10 @@ def _left(folder: Path, names: Sequence[str]) -> float:
         return math.inf if limit == "max" else max(0, int(limit) - int(used))
     except (OSError, ValueError):
         return math.inf
+
+
+def resident_memory() -> int:
+    """Return how many bytes this process holds."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

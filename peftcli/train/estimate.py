@@ -21,6 +21,7 @@ from peftcli.core.weights import named_tensors
 from peftcli.models.quantization import bytes_of_weight
 from peftcli.models.stacks import stacks
 from peftcli.schema import Recipe
+from peftcli.system.memory import resident_memory
 from peftcli.tasks.base import on_device
 from peftcli.tasks.text.output_head import take_head_as_it_is
 from peftcli.tasks.text.unpadded import unpad
@@ -81,7 +82,7 @@ def estimate(model: nn.Module, config: AdapterConfig, recipe: Recipe, data: Data
         RuntimeError: what the model computes depends on values, so that it cannot be known without them.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    packages = _resident() if device.type == "cpu" else 0
+    packages = resident_memory() if device.type == "cpu" else 0
     if recipe.training.gradient_checkpointing:
         checkpoint_activations(model)
     sizes = Sizes(device)
@@ -117,13 +118,6 @@ def estimate(model: nn.Module, config: AdapterConfig, recipe: Recipe, data: Data
         step=training,
         evaluation=evaluation,
     )
-
-
-def _resident() -> int:
-    """Bytes that this process holds in memory (Linux)."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
 
 
 def _largest(form: BatchForm, plan: Plan, data: Data) -> tuple[int, MicroBatch]:

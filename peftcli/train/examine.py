@@ -24,6 +24,7 @@ from peftcli.tasks.base import FitsModel, Gathers, refuse_other_classes
 from peftcli.train.checked import Found
 from peftcli.train.data import Data, load_data, plan_of, with_task
 from peftcli.train.estimate import estimate
+from peftcli.train.fit_memory import chosen, fit, is_fitted, smallest
 from peftcli.train.init_adapter import KEY, find_init_adapter, with_init_settings
 from peftcli.train.launch import total_processes
 
@@ -63,7 +64,7 @@ def examine(recipe: Recipe) -> Found:
         if data is not None:
             options = data.task.model_options()
             attempt("dataset", lambda: refuse(data.findings, recipe.dataset.allow))
-            plan = plan_of(recipe, data, total_processes(recipe.launch))
+            plan = plan_of(smallest(recipe), data, total_processes(recipe.launch))
             if isinstance(data.task, Gathers):
                 attempt("training", partial(data.task.refuse_rows, data.train, plan.compared))
             found.would |= {
@@ -98,8 +99,11 @@ def examine(recipe: Recipe) -> Found:
             found.would["parameters"] = {"trainable": injection.trainable, "all": injection.total}
         if not found.errors:
             assert data is not None
-            known = None if base.is_pipeline else _memory(model, config, recipe, data, base.folder)
-            found.would["memory"] = known
+            if is_fitted(recipe):
+                known = None if base.is_pipeline else _memory(model, config, recipe, data, base.folder)
+                found.would["memory"] = known
+            elif (fits := attempt("training", partial(fit, recipe, base, data))) is not None:
+                found.would |= {"chosen": chosen(fits[0]), "memory": fits[1].as_dict()}
     return found
 
 

@@ -47,7 +47,7 @@ def _peak() -> str:
 def _cheapest(recipe: Recipe, task: Task[Any], at_once: int) -> str:
     """The three changes that cost least, the cheapest first, where ``at_once`` examples in the model are too many."""
     training = recipe.training
-    size, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    size, steps = training.rows_at_once, training.gradient_accumulation_steps
     parts = next((count for count in range(2, size + 1) if size % count == 0 and size // count < at_once), 1)
     fewer = f"training.per_device_train_batch_size: {size // parts}"
     same = f"{fewer} with gradient_accumulation_steps: {steps * parts}, the same batch in smaller parts"

@@ -71,7 +71,7 @@ class Plan:
     @property
     def compared(self) -> int:
         """Rows that all processes have in the model at once."""
-        return self.training.per_device_train_batch_size * self.num_processes
+        return self.training.rows_at_once * self.num_processes
 
     @property
     def steps_per_epoch(self) -> int:
@@ -155,7 +155,7 @@ class Plan:
         """
         rows = sorted(self._rows(step), key=lambda row: int(self.sizes[row].sum()))
         parts = self.training.gradient_accumulation_steps * self.num_processes
-        size = min(self.training.per_device_train_batch_size, math.ceil(len(rows) / parts))
+        size = min(self.training.rows_at_once, math.ceil(len(rows) / parts))
         chunks = [rows[start : start + size] for start in range(0, size * parts, size)]
         mine = chunks[process :: self.num_processes]
         return mine if self.num_processes > 1 else [chunk for chunk in mine if chunk]
@@ -164,7 +164,7 @@ class Plan:
         """Tokens that the micro-batches of steps hold, padding included, from their rows' lengths (steps, rows)."""
         parts = self.training.gradient_accumulation_steps * self.num_processes
         num_rows = steps.shape[1]
-        size = max(1, min(self.training.per_device_train_batch_size, math.ceil(num_rows / parts)))
+        size = max(1, min(self.training.rows_at_once, math.ceil(num_rows / parts)))
         ends = [min(start + size, num_rows) for start in range(0, num_rows, size)]
         longest = np.sort(steps, axis=1)[:, [end - 1 for end in ends]].sum(axis=0)
         return int((longest * np.diff(ends, prepend=0)).sum())

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -36,6 +37,7 @@ from peftcli.tasks.base import Begins, Gathers, Limits, Task
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.finish import finish
+from peftcli.train.fit_memory import fitted, may_shard
 from peftcli.train.init_adapter import find_init_adapter, refuse_other_base, with_init_settings
 from peftcli.train.kernels import compile_layers
 from peftcli.train.launch import report_training
@@ -44,6 +46,7 @@ from peftcli.train.noise import add_embedding_noise
 from peftcli.train.packing_check import refuse_contamination
 from peftcli.train.report import OnEvent, Phase, Ready, RowsRead, Warned, peak_memory_bytes
 from peftcli.train.runs.checkpoint import Progress, State, load_checkpoint, set_newer_aside
+from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.identity import Change
 from peftcli.train.runs.record import (
     AttemptRecord,
@@ -96,6 +99,7 @@ def train(
         accelerator = start_accelerator(recipe)
         tell: OnEvent = on_event if accelerator.is_main_process else lambda event: None
         recipe = with_rate(with_init_settings(with_task(recipe, lambda text: tell(Warned(text)))))
+        recipe = fitted(recipe, accelerator, None if overwrite else RunFolder(Path(training.output_dir)).read(), tell)
         training_run = steps_of(recipe, options, accelerator, stop, tell, Alone())
         while True:
             try:
@@ -258,7 +262,7 @@ def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
         AdapterError: the method's settings do not fit it.
     """
     recipe, config, plan = run.pinned, method_config(run.recipe), data.plan
-    if recipe.launch.strategy == "fsdp" and (data.task.unit != "tokens" or isinstance(data.task, Gathers)):
+    if recipe.launch.strategy == "fsdp" and not may_shard(data.task):
         what = "fsdp divides models of texts, whose task does not compare the rows of a batch"
         raise UsageError(what, key="launch.strategy", hint="launch.strategy: replicate")
     run.tell(Phase(f"loading {recipe.base_model.name}"))

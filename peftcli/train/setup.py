@@ -176,7 +176,7 @@ def calibrate(
     accelerator: Accelerator,
 ) -> Injection:
     """Let the method start the adapter from the training data. Gives what is in the model then: sizes may change."""
-    size = recipe.training.per_device_train_batch_size
+    size = recipe.training.rows_at_once
     model.to(accelerator.device)
     if isinstance(method := layers_of(config), Calibrates):
         method.calibrate(model, config, CalibrationBatches(data.train, data.task, size, accelerator.device))

@@ -30,6 +30,7 @@ from peftcli.tasks.base import Task
 from peftcli.tasks.text.joined import JoinedModel, JoinedModels
 from peftcli.train import fresh_process, launch
 from peftcli.train.data import with_task
+from peftcli.train.fit_memory import is_fitted
 from peftcli.train.init_adapter import with_init_settings
 from peftcli.train.loop import Gradients
 from peftcli.train.report import OnEvent, Warned
@@ -143,6 +144,9 @@ def refuse_unlike(recipes: Mapping[str, Recipe]) -> None:
             if getattr(recipe.training, key):
                 message = "does not work for recipes that are trained together"
                 raise UsageError(message, file=name, key=f"training.{key}")
+        if not is_fitted(recipe):
+            message = "is not chosen for recipes that are trained together; give a number"
+            raise UsageError(message, file=name, key="training.per_device_train_batch_size")
         folder = expand_user(Path(recipe.training.output_dir)).resolve()
         if folder in folders:
             raise UsageError(f"is also that of {folders[folder]}", file=name, key="training.output_dir")

@@ -57,7 +57,7 @@ def test_everything_at_once_each_at_its_place(tmp_path) -> None:
         ("training.learning_rate=.nan", "expected a number or auto, found .nan, which is not finite"),
         ("training.learning_rate=-.inf", "expected a number or auto, found -.inf, which is not finite"),
         ("training.learning_rate=1e999", "expected a number or auto, found 1e999, which is not finite"),
-        ("training.gradient_checkpointing=1", "expected true or false, found 1"),
+        ("training.verify=1", "expected true or false, found 1"),
         ("training.bf16=sometimes", "expected true, false or auto, found 'sometimes'"),
         ("method.rank_pattern={a: b}", "expected an integer, found 'b'"),
         ("method.target_modules={a: b}", "expected a list of strings or a string, found a mapping"),

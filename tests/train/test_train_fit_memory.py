@@ -1,0 +1,76 @@
+"""Settings that are auto follow from the memory there is, and change nothing of what is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trainkit
+
+from peftcli.errors import UsageError
+from peftcli.models.open import open_base
+from peftcli.recipe import load_recipe
+from peftcli.tasks import open_task
+from peftcli.train import fit_memory
+from peftcli.train.data import load_data
+
+SIZE, STEPS = "training.per_device_train_batch_size=auto", "training.gradient_accumulation_steps=4"
+CHECKPOINTING, STRATEGY = "training.gradient_checkpointing=auto", "launch={strategy: auto, num_processes: 2}"
+PADDED = "base_model.attn_implementation=eager"
+"""Else a CPU computes micro-batches in parts, and their size makes no difference."""
+
+
+@pytest.fixture
+def fit(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict[str, Any], int]]:
+    """Choose settings for so much memory, without a number for any. Returns what it needs, too."""
+
+    def chosen(*settings: str, memory: float = 1e12) -> tuple[dict[str, Any], int]:
+        made = load_recipe(recipe, [PADDED, *settings])
+        base = open_base(made.base_model)
+        task = open_task(made, base)
+        monkeypatch.setattr(fit_memory, "_memory", lambda launch: memory)
+        monkeypatch.setattr("peftcli.train.estimate.resident_memory", lambda: 0)
+        found, needs = fit_memory.fit(made, base, load_data(made, task))
+        return fit_memory.chosen(found), needs.peak
+
+    return chosen
+
+
+def test_the_fastest_settings_that_fit_are_chosen(fit) -> None:
+    everything = [SIZE, STEPS, CHECKPOINTING]
+    sizes = {size: fit(f"training.per_device_train_batch_size={size}", CHECKPOINTING)[1] for size in (1, 2, 4)}
+    assert sizes[1] < sizes[2] < sizes[4]
+    for size, needs in sizes.items():
+        found, peak = fit(*everything, memory=needs)
+        assert (found["per_device_train_batch_size"], found["gradient_checkpointing"]) == (size, False)
+        assert found["per_device_train_batch_size"] * found["gradient_accumulation_steps"] == 4
+        assert peak == needs
+    found, _ = fit(*everything, memory=sizes[1] - 1)
+    assert found["gradient_checkpointing"]
+    found, _ = fit(STRATEGY)
+    assert found["strategy"] == "replicate"
+    whole = fit("launch={strategy: replicate, num_processes: 2}")[1]
+    found, _ = fit(STRATEGY, memory=whole - 1)
+    assert found["strategy"] == "fsdp"
+
+
+def test_a_run_with_chosen_settings_learns_the_same_and_keeps_them(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = f"training.output_dir={tmp_path / 'usual'}"
+    usual = trainkit.run_recipe(recipe, "training.per_device_train_batch_size=4", folder)
+    monkeypatch.setattr(fit_memory, "_memory", lambda launch: 0)
+    auto = trainkit.run_recipe(recipe, SIZE, STEPS, CHECKPOINTING)
+    training = auto.run["recipe"]["training"]
+    assert [training[key] for key in fit_memory._CHOSEN["training"]] == [1, 4, True]
+    assert auto.run["train_loss"] == pytest.approx(usual.run["train_loss"], rel=1e-4)
+    monkeypatch.setattr(fit_memory, "_memory", lambda launch: 1e12)
+    again = trainkit.run_recipe(recipe, SIZE, STEPS, CHECKPOINTING)
+    assert again.run["artefacts"] == auto.run["artefacts"]
+
+
+def test_there_must_be_something_to_choose_from(fit) -> None:
+    with pytest.raises(UsageError, match="auto has one example to divide"):
+        fit(SIZE)
