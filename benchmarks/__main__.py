@@ -228,6 +228,8 @@ def comparison(results: Results) -> Iterator[str]:
             for side, each in seconds.items()
             if side.startswith(("Trainer", "TRL")) and train_cpu.agrees(training, side, cell)
         }
+        if not peers:
+            return
         best = min(peers, key=lambda side: peers[side])
         ours, floor = median(seconds["peftcli"]), median(seconds["floor"])
         shown = [f"{peers[side]:.1f}" if side in peers else "" for side in sides.values()]
