@@ -255,6 +255,9 @@ def trainer(
             parts.append((targets, float(loss.detach()) * int(targets if divisor is None else divisor)))
             return loss
 
+    if order == "group_by_length":
+        # of less than 8 batches it would sort none among each other; so it gets them as it finds them among all rows
+        rows, order = sorted(rows, key=lambda row: -len(row["input_ids"])), "sequential"
     examples = [{key: row[key] for key in ("input_ids", "labels")} for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         common = {
