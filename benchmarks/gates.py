@@ -108,6 +108,8 @@ GATES = [
     _own("check --deep on cached data, CPU s", (2, 1), at_most=True),
     _own("unmerged decoding against peft, batch 1", (1.1, 1.2)),
     _own("unmerged decoding against peft, batch 8", (1.05, 1.15)),
+    _own("generate from an adapter's folder against peft, batch 1", (1.1, 1.2)),
+    _own("generate from an adapter's folder against peft, batch 8", (1.05, 1.15)),
     _own("merge peak over the imports, in shards", (1.5, 1.1), at_most=True),
     Gate("prompt tuning against peft, fp32", (1.4, 1.6), slower("Trainer", "fp32", part="prompts")),
     Gate("prompt tuning against peft, bf16", (1.4, 1.6), slower("Trainer", "bf16", part="prompts")),

@@ -30,19 +30,25 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 """A (r, in) and B (out, r)."""
 
 
-def only_multiplies(module: Any) -> bool:
-    """Return whether ``module`` is a linear layer with an ordinary weight, and nobody watches or replaces its calls."""
+def plain_weight(module: Any) -> nn.Parameter | None:
+    """Return the weight of a linear layer that multiplies by it and does no more; None for another module.
+
+    Nobody watches or replaces its calls, and the weight is an ordinary one.
+    """
     if type(module) is not nn.Linear:
-        return False
-    own = vars(module)
-    hooks = own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        return None
+    own = module.__dict__
+    if own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return None
+    weight: nn.Parameter | None = own["_parameters"].get("weight")
     # accelerate replaces ``forward``, to bring an offloaded weight; a quantised weight is of another type
-    return not hooks and "forward" not in own and type(own["_parameters"].get("weight")) in PLAIN_WEIGHTS
+    return weight if type(weight) in PLAIN_WEIGHTS and "forward" not in own else None
 
 
 def is_frozen(module: nn.Module) -> bool:
     """Return whether ``adapted_linear`` takes ``module`` for its base layer."""
-    return only_multiplies(module) and not any(own.requires_grad for own in module.parameters(recurse=False))
+    weight = plain_weight(module)
+    return weight is not None and not weight.requires_grad and (module.bias is None or not module.bias.requires_grad)
 
 
 def add_update(y: torch.Tensor, x: torch.Tensor, pair: Pair, scaling: float) -> torch.Tensor:
@@ -53,10 +59,10 @@ def add_update(y: torch.Tensor, x: torch.Tensor, pair: Pair, scaling: float) -> 
         return added
     # of few tokens it is faster to convert them than A and B
     dtype = a.dtype if x.numel() < a.numel() else y.dtype
-    if not a.dtype == x.dtype == y.dtype:
-        x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
-    inner = F.linear(x, a).view(-1, len(a))
-    return torch.addmm(_flat(y).to(dtype), inner, b.t(), alpha=scaling).to(y.dtype).view(y.shape)
+    if a.dtype == x.dtype == y.dtype:
+        return torch.add(y, F.linear(F.linear(x, a), b), alpha=scaling)
+    update = F.linear(F.linear(x.to(dtype), a.to(dtype)), b.to(dtype))
+    return torch.add(y.to(dtype), update, alpha=scaling).to(y.dtype)
 
 
 def adapted_linear(x: torch.Tensor, base: nn.Linear, pair: Pair, scaling: float) -> torch.Tensor:

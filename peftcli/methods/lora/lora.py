@@ -17,7 +17,7 @@ from peftcli.errors import AdapterError
 from peftcli.methods._linear import dropout_layer, factory_kwargs
 from peftcli.methods.lora import dora
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.fused import FUSED, Pair, adapted_linear, add_update, is_frozen, only_multiplies
+from peftcli.methods.lora.fused import FUSED, Pair, adapted_linear, add_update, is_frozen, plain_weight
 from peftcli.methods.lora.initialisations.initialise import initialise
 from peftcli.methods.lora.joined import Share, joined_linear
 
@@ -117,8 +117,8 @@ class LoraLinear(LoraLayer):
         if own or not FUSED.enabled or not self.casts_input or torch.compiler.is_compiling():
             return None
         parts: Any = self._modules
-        a, b = parts["lora_A"], parts["lora_B"]
-        return (a.weight, b.weight) if only_multiplies(a) and only_multiplies(b) and b.bias is None else None
+        a, b = plain_weight(parts["lora_A"]), plain_weight(parts["lora_B"])
+        return None if a is None or b is None or parts["lora_B"]._parameters["bias"] is not None else (a, b)
 
     def join_layers(self, x: torch.Tensor, layers: Sequence[tuple[AdapterLayer | None, int]]) -> torch.Tensor | None:
         shares = list[Share]()
