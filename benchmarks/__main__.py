@@ -28,6 +28,7 @@ from statistics import median
 from typing import Any
 
 import gradients
+import memory
 import quickstart
 import scaling
 import train_cpu
@@ -76,6 +77,7 @@ def other_section(found: Found) -> Iterator[str]:
 PARTS: dict[str, Part] = {
     **train_cpu.PARTS,
     **gradients.PARTS,
+    **memory.PARTS,
     "others": Part("", other_cells, other_section, 40),
     **quickstart.PARTS,
     **scaling.PARTS,

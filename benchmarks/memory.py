@@ -1,0 +1,162 @@
+"""The memory that `peftcli check --deep` says a run needs, against what runs take: peak RSS of their processes.
+
+All rows have the same number of tokens, so that each step is the largest. The estimate is made in a process of its own,
+before the run. SmolLM2-135M-Instruct, and models of other families with random weights and its tokenizer.
+
+    .venv/bin/python benchmarks/memory.py '{"model": "gpt2", "bf16": false, "batch": 2, "tokens": 256}'
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from common import MODEL, WORK, Cell, Found, Part, answer
+
+STEPS = 3
+TASKS = {"smollm2": "causal_lm", "llama": "causal_lm", "gpt2": "causal_lm", "t5": "seq2seq_lm", "bert": "classes"}
+TITLES = {
+    "smollm2": "SmolLM2-135M-Instruct",
+    "llama": "Llama, 0.6 B",
+    "gpt2": "GPT-2, 0.1 B",
+    "t5": "T5, 0.1 B",
+    "bert": "BERT, 0.1 B, classes of texts",
+}
+_WORDS = "the of and a to in is you that it he was for on are as with his they at be this have from or one had by"
+
+
+def measure(
+    model: str,
+    bf16: bool,
+    batch: int,
+    tokens: int,
+    checkpointing: bool = False,
+    method: str = "lora",
+    r: int = 16,
+) -> dict[str, float]:
+    """Return the estimate and the peak of a run, in MiB.
+
+    Args:
+        model: A key of ``TASKS``.
+        bf16: Whether it computes in bfloat16.
+        batch: Rows of a step.
+        tokens: Of a row.
+        checkpointing: Whether activations are computed again.
+        method: lora or prompt_tuning.
+        r: LoRA's.
+    """
+    own = {"type": method, "num_virtual_tokens": 20} if method == "prompt_tuning" else {"type": method, "r": r}
+    if method == "lora":
+        own["target_modules"] = "all-linear"
+    with tempfile.TemporaryDirectory() as folder:
+        text = " ".join(_WORDS.split()[number * 7 % 30] for number in range(tokens))
+        row = {"causal_lm": {"text": text}, "seq2seq_lm": {"prompt": text, "completion": text}}
+        rows = [row.get(TASKS[model], {"text": text, "label": f"class {number % 4}"}) for number in range(4 * batch)]
+        Path(folder, "train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+        recipe = {
+            "base_model": MODEL if model == "smollm2" else str(made(model)),
+            "task": TASKS[model].replace("classes", "sequence_classification"),
+            "method": own,
+            "dataset": {"train": f"{folder}/train.jsonl", "max_length": tokens, "allow": ["duplicates", "repeated"]},
+            "training": {
+                "output_dir": f"{folder}/run",
+                "max_steps": STEPS,
+                "per_device_train_batch_size": batch,
+                "gradient_checkpointing": checkpointing,
+                "bf16": bf16,
+                "save_strategy": "no",
+                "verify": False,
+            },
+        }
+        path = Path(folder, "recipe.yaml")
+        path.write_text(json.dumps(recipe))
+        os.environ["PEFTCLI_CACHE"] = f"{folder}/cache"
+        said = _ran("train", "--dry-run", str(path))["memory"]
+        peak = _ran("train", "--json", "--quiet", str(path))["peak_memory_bytes"]["rss"]
+    return {"estimate": said["peak"] / 2**20, "peak": peak / 2**20}
+
+
+def _ran(*command: str) -> dict[str, Any]:
+    found = subprocess.run([sys.executable, "-m", "peftcli", *command], stdout=subprocess.PIPE, check=True)
+    printed: dict[str, Any] = json.loads(found.stdout)
+    return printed
+
+
+def made(kind: str) -> Path:
+    """Return the folder of a model with random weights."""
+    import torch
+    import transformers
+
+    folder = WORK / "models" / kind
+    if folder.exists():
+        return folder
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    sizes = {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 24}
+    configs = {
+        "llama": lambda: transformers.LlamaConfig(**ids, **sizes, num_key_value_heads=8),
+        "gpt2": lambda: transformers.GPT2Config(**ids, bos_token_id=tokenizer.bos_token_id),
+        "bert": lambda: transformers.BertConfig(**ids),
+        "t5": lambda: transformers.T5Config(
+            **ids, d_model=768, d_ff=2048, num_layers=8, num_heads=12, decoder_start_token_id=tokenizer.pad_token_id
+        ),
+    }
+    auto = {"t5": transformers.AutoModelForSeq2SeqLM, "bert": transformers.AutoModelForMaskedLM}
+    torch.manual_seed(0)
+    model = auto.get(kind, transformers.AutoModelForCausalLM).from_config(configs[kind]())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def cells(rounds: int) -> Iterator[Cell]:
+    """Each setting once: peaks hardly differ between runs."""
+    for bf16 in (False, True):
+        for checkpointing in (False, True):
+            more = {"bf16": bf16, "checkpointing": checkpointing}
+            yield {"model": "smollm2", "batch": 4, "tokens": 512, **more}
+            yield {"model": "llama", "batch": 1, "tokens": 512, **more}
+        yield {"model": "smollm2", "bf16": bf16, "batch": 1, "tokens": 1536}
+        yield {"model": "smollm2", "bf16": bf16, "batch": 8, "tokens": 64}
+        yield {"model": "smollm2", "bf16": bf16, "batch": 2, "tokens": 256, "r": 256}
+        yield {"model": "smollm2", "bf16": bf16, "batch": 2, "tokens": 256, "method": "prompt_tuning"}
+        for batch in (2, 8):
+            yield {"model": "gpt2", "bf16": bf16, "batch": batch, "tokens": 256}
+            yield {"model": "bert", "bf16": bf16, "batch": 4 * batch, "tokens": 128}
+            yield {"model": "t5", "bf16": bf16, "batch": batch, "tokens": 128}
+
+
+def section(found: Found) -> Iterator[str]:
+    """A line for each setting."""
+    yield "## Memory that is estimated"
+    yield from ("", *(__doc__ or "").rpartition("\n\n    ")[0].splitlines(), "")
+    yield "| model | precision | rows x tokens | | estimate, MiB | peak RSS, MiB | estimate / peak |"
+    yield "| --- | --- | ---: | --- | ---: | ---: | ---: |"
+    for entry in found.entries:
+        cell, figures = entry["cell"], entry["found"]
+        more = [
+            "activations computed again" if cell.get("checkpointing") else "",
+            f"r {cell['r']}" if "r" in cell else "",
+            "prompt tuning" if "method" in cell else "",
+        ]
+        yield (
+            f"| {TITLES[cell['model']]} | {'bf16' if cell['bf16'] else 'fp32'} | {cell['batch']} x {cell['tokens']} "
+            f"| {', '.join(filter(None, more))} | {figures['estimate']:,.0f} | {figures['peak']:,.0f} "
+            f"| {figures['estimate'] / figures['peak']:.2f} |"
+        )
+    ratios = [entry["found"]["estimate"] / entry["found"]["peak"] for entry in found.entries]
+    yield ""
+    yield f"{len(ratios)} settings: {min(ratios):.2f} to {max(ratios):.2f}, median {median(ratios):.2f}."
+
+
+PARTS = {"memory": Part("memory", cells, section, 25)}
+
+if __name__ == "__main__":
+    answer(measure)
