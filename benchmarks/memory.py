@@ -56,7 +56,8 @@ def measure(
     if method == "lora":
         own["target_modules"] = "all-linear"
     with tempfile.TemporaryDirectory() as folder:
-        text = " ".join(_WORDS.split()[number * 7 % 30] for number in range(tokens))
+        words = _WORDS.split()
+        text = " ".join(words[number * 7 % len(words)] for number in range(tokens))
         row = {"causal_lm": {"text": text}, "seq2seq_lm": {"prompt": text, "completion": text}}
         rows = [row.get(TASKS[model], {"text": text, "label": f"class {number % 4}"}) for number in range(4 * batch)]
         Path(folder, "train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
@@ -64,7 +65,7 @@ def measure(
             "base_model": MODEL if model == "smollm2" else str(made(model)),
             "task": TASKS[model].replace("classes", "sequence_classification"),
             "method": own,
-            "dataset": {"train": f"{folder}/train.jsonl", "max_length": tokens, "allow": ["duplicates", "repeated"]},
+            "dataset": {"train": f"{folder}/train.jsonl", "max_length": tokens, "allow": ["answers_cut"]},
             "training": {
                 "output_dir": f"{folder}/run",
                 "max_steps": STEPS,
