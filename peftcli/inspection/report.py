@@ -84,7 +84,7 @@ class Inspection:
             "train": train.facts,
             "eval": None,
             "train_in_eval": None,
-            "batches": _batches(recipe, data, self.plan),
+            "batches": _batches(self.recipe, data, self.plan),
         }
         self._lines = {"train": train.description.lines}
         if data.eval is not None:

@@ -214,6 +214,19 @@ class OpenBase:
         """
         return list(self._shards)
 
+    def stored_bytes(self) -> int:
+        """Return the size of the files of weights that are on this machine already."""
+        if self._is_gguf:
+            return expanded(self.name).stat().st_size
+        own = validate.weights_name(self._json.get(self.folder / "config.json", {}), "")
+        found = next(
+            (path for name in ([own] if own else validate.WEIGHTS) if (path := self.folder / name).exists()), None
+        )
+        if found is None:
+            return 0
+        names = [found.name] if found.suffix == ".safetensors" else validate.listed_shards(found)
+        return sum(path.stat().st_size for name in names if (path := self.folder / name).exists())
+
     @cached_property
     def _shards(self) -> dict[Path, int]:
         """Each safetensors file, and how many numbers it holds."""

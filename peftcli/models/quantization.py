@@ -45,9 +45,7 @@ def bytes_of_weight(quantization: Quantization) -> float:
     """Return how many bytes a quantised weight takes, with its share of the scales."""
     if quantization.type in ("nf4", "fp4"):
         return 0.5 + ((1 + 4 / 256) / 64 if quantization.double_quant else 4 / 64)
-    if quantization.type == "int4_weight_only":
-        return 0.5 + 4 / (quantization.group_size or 32)
-    return 1.0
+    return 1.0 + (4 / (quantization.group_size or 32) if quantization.type == "int4_weight_only" else 0)
 
 
 def stored_kind(config: PreTrainedConfig) -> str | None:

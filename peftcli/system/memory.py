@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 from peftcli.system.control_groups import control_groups
 
-_NAMES = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
-"""A control group's limit and what it takes, by version 2 and 1."""
+_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""By version 2 and 1 of control groups: the files of a group's limit and of what it takes, and the line of memory.stat
+that says how much of the latter are files' pages, which are given up when memory is short."""
 
 
 def free_memory() -> int:
     """Return how many bytes this process may still take: what the machine has free, or its control groups leave."""
     import psutil
 
-    left = (_left(folder, names) for folder in control_groups("memory") for names in _NAMES)
+    left = (_left(folder, *files) for folder in control_groups("memory") for files in _FILES)
     return int(min(psutil.virtual_memory().available, *left, math.inf))
 
 
-def _left(folder: Path, names: Sequence[str]) -> float:
+def _left(folder: Path, limit: str, used: str, pages: str) -> float:
     """Return what a control group leaves; infinite without a limit."""
     try:
-        limit, used = ((folder / name).read_text().strip() for name in names)
-        return math.inf if limit == "max" else max(0, int(limit) - int(used))
+        allowed, taken = ((folder / name).read_text().strip() for name in (limit, used))
+        lines = dict(line.split(" ") for line in (folder / "memory.stat").read_text().splitlines())
+        return math.inf if allowed == "max" else max(0, int(allowed) - int(taken) + int(lines.get(pages, 0)))
     except (OSError, ValueError):
         return math.inf
 

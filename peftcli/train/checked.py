@@ -26,7 +26,7 @@ from peftcli.models.find import find_base
 from peftcli.schema import Recipe
 from peftcli.system import date
 from peftcli.system.disk import write_file
-from peftcli.system.memory import free_memory
+from peftcli.system.memory import free_memory, resident_memory
 
 _NOT_READ = {
     "output_dir", "learning_rate", "loraplus_lr_ratio", "loraplus_lr_embedding", "lr_scheduler_type", "warmup_ratio",
@@ -56,10 +56,13 @@ class Found:
     def warnings(self) -> list[Problem]:
         """What is odd with the data, and that the memory which is free now does not suffice."""
         odd = [Problem(text, file="", key="dataset") for text in self.would.get("warnings", [])]
-        needs, free = self.would.get("memory"), free_memory()
-        if not needs or needs["device"] != "cpu" or needs["peak"] <= free:
+        memory = self.would.get("memory")
+        if not memory or memory["device"] != "cpu":
             return odd
-        text = f"a run needs about {needs['peak'] / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free"
+        needs, free = memory["processes"] * memory["peak"], free_memory() + resident_memory()  # this process ends
+        if needs <= free:
+            return odd
+        text = f"a run needs about {needs / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free"
         return [*odd, Problem(text, file="", key="training")]
 
 
@@ -70,6 +73,9 @@ def state_of(recipe: Recipe) -> str | None:
         HubError: the hub refuses the base model or the data.
         NetworkError: the hub cannot be reached.
     """
+    chosen = recipe.training.per_device_train_batch_size, recipe.training.gradient_checkpointing, recipe.launch.strategy
+    if "auto" in chosen:  # by the memory that is free
+        return None
     base, named = recipe.base_model, {**recipe.method, **(recipe.task or {})}
     if base.trust_remote_code or base.name.endswith(".gguf") or recipe.training.init_adapter_from is not None:
         return None

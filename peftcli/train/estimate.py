@@ -6,8 +6,10 @@ what lives at once is counted. So every model, method and task is counted by the
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,11 @@ import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.layer import base_module
+from peftcli.core.layer import base_module, model_ends
 from peftcli.core.linear import linear_view
 from peftcli.core.weights import named_tensors
+from peftcli.errors import Interrupted
+from peftcli.models.base import OpenBase
 from peftcli.models.quantization import bytes_of_weight
 from peftcli.models.stacks import stacks
 from peftcli.schema import Recipe
@@ -27,11 +31,10 @@ from peftcli.tasks.text.output_head import take_head_as_it_is
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.batches import collate
 from peftcli.train.data import Data
-from peftcli.train.launch import total_processes
 from peftcli.train.micro_batches import BatchForm
 from peftcli.train.optim import STATE_BYTES
 from peftcli.train.plan import MicroBatch, Plan
-from peftcli.train.setup import base_dtype, checkpoint_activations, uses_bf16
+from peftcli.train.setup import base_dtype, uses_bf16
 from peftcli.train.sizes import Sizes
 
 _STEPS = 2000
@@ -49,7 +52,7 @@ class Estimate:
     weights: int
     """The base model's weights."""
     file: int
-    """What is mapped of the model's files while it is loaded, and is not the weights themselves; 0 on a GPU."""
+    """What loading the model takes beyond its weights: its files, mapped, in another number format; 0 on a GPU."""
     adapter: int
     """What trains: values, gradients and what the optimizer remembers."""
     step: int
@@ -67,55 +70,84 @@ class Estimate:
         return {**asdict(self), "peak": self.peak}
 
 
-def estimate(model: nn.Module, config: AdapterConfig, recipe: Recipe, data: Data, plan: Plan, folder: Path) -> Estimate:
-    """Return what a run needs.
+def estimate(
+    model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase, data: Data, plan: Plan
+) -> Estimate | None:
+    """Return what a process of a run needs; None if that is not known without values.
 
     Args:
-        model: On the meta device, with its adapter. It is changed, and of no use afterwards.
+        model: On the meta device, with its adapter, ready to train. It is changed, and of no use afterwards.
         config: The adapter's.
-        recipe: Says how it trains.
+        recipe: Says how it trains, every setting chosen.
+        base: The base model, whose files may be on this machine.
         data: What it trains on.
         plan: In which batches.
-        folder: The base model's, whose files may be there.
-
-    Raises:
-        RuntimeError: what the model computes depends on values, so that it cannot be known without them.
     """
+    stored_so = base.quantization is not None and recipe.base_model.quantization is None
+    if base.is_pipeline or stored_so:
+        return None
+    try:
+        with _without_logs():
+            return _estimate(model, config, recipe, base, data, plan)
+    except (Interrupted, MemoryError):
+        raise
+    except Exception:  # whatever code the model, the method and the task have, which expects values
+        return None
+
+
+@contextmanager
+def _without_logs() -> Iterator[None]:
+    """Inside, nothing is said of operations that cannot be done without values."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase, data: Data, plan: Plan) -> Estimate:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     packages = resident_memory() if device.type == "cpu" else 0
-    if recipe.training.gradient_checkpointing:
-        checkpoint_activations(model)
+    if recipe.base_model.attn_implementation is not None:
+        model.set_attn_implementation(recipe.base_model.attn_implementation)
     sizes = Sizes(device)
     sizes.place(model, base_dtype(recipe))
     trained = [parameter for _, _, parameter in named_tensors(model).values()]
     values = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    weights = sizes.live - values - _saved_by_quantization(model, recipe) - _held_by_others(model, recipe)
+    whole = sizes.live - values - _saved_by_quantization(model, recipe)
+    elsewhere = _held_by_others(model, recipe, plan.num_processes)
     unpad(model, config, try_out=False)
     take_head_as_it_is(model)
     form = BatchForm.of(model, data.task, config, plan)
+    if recipe.launch.strategy == "fsdp" and plan.num_processes > 1:
+        form = replace(form, divides=False)
     batch = form.batch(data.task, data.train, plan, *_largest(form, plan, data))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(recipe))
     model.train()
     for parameter in trained:
         parameter.grad = sizes.like(parameter)
     with autocast:
-        training = sizes.of(lambda: data.task.loss(model, on_device(batch, device)).total.backward())
+        step = sizes.of(lambda: data.task.loss(model, on_device(batch, device)).total.backward())
     evaluation = 0
     if data.eval is not None and recipe.training.eval_strategy != "no":
         model.eval()
+        before = sizes.live
         largest = np.argsort(data.eval.sizes)[-recipe.training.per_device_eval_batch_size :].tolist()
         rows = collate(data.task, data.eval, largest, training=False)
-        with torch.no_grad(), autocast:
-            evaluation = sizes.of(lambda: data.task.loss(model, on_device(rows, device)))
-    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    is_mapped = abs(stored - weights) < weights / 20  # the weights are the file's own pages
+        # what comes after the model may look at its answers; by then most is known
+        with torch.no_grad(), autocast, suppress(Exception):
+            sizes.of(lambda: data.task.loss(model, on_device(rows, device)))
+        evaluation = sizes.most - before
+    stored = base.stored_bytes()
+    is_mapped = abs(stored - whole) < whole / 20  # the weights are the file's own pages, each read where it is needed
     return Estimate(
         device=device.type,
         packages=packages,
-        weights=weights,
-        file=0 if is_mapped or device.type != "cpu" else stored,
+        weights=whole - elsewhere,
+        file=0 if is_mapped or device.type != "cpu" else stored + elsewhere,
         adapter=2 * values + sum(each.numel() for each in trained) * STATE_BYTES[recipe.training.optim],
-        step=training,
+        step=step,
         evaluation=evaluation,
     )
 
@@ -128,26 +160,33 @@ def _largest(form: BatchForm, plan: Plan, data: Data) -> tuple[int, MicroBatch]:
         rows = [int(sizes[row].sum()) for row in item[1]]
         return len(rows) * max(rows) if form.pads else sum(rows)
 
+    def largest(step: int) -> MicroBatch:
+        each = (plan.micro_batches(step, process) for process in reversed(range(plan.num_processes)))
+        rows = next(filter(any, each))  # the last process that has rows has the longest
+        return max(filter(None, form.divided(rows, data.train)), key=lambda part: size((step, part)))
+
     steps = range(min(plan.steps_per_epoch, plan.total_steps, _STEPS))
-    found = ((step, part) for step in steps for part in form.divided(plan.micro_batches(step, 0), data.train) if part)
-    return max(found, key=size)
+    return max(((step, largest(step)) for step in steps), key=size)
 
 
 def _saved_by_quantization(model: nn.Module, recipe: Recipe) -> int:
-    """Bytes by which quantised linear weights are smaller."""
-    quantization = recipe.base_model.quantization
+    """Bytes by which quantised linear weights are smaller. An output head is not quantised."""
+    quantization, ends = recipe.base_model.quantization, {base_module(end) for end in model_ends(model) if end}
     if quantization is None:
         return 0
-    layers = {base_module(each) for each in model.modules() if linear_view(each) is not None}
+    layers = {base_module(each) for each in model.modules() if linear_view(each) is not None} - ends
     frozen = [each.weight for each in layers if not each.weight.requires_grad]
     return sum(int(each.numel() * (each.element_size() - bytes_of_weight(quantization))) for each in frozen)
 
 
-def _held_by_others(model: nn.Module, recipe: Recipe) -> int:
-    """Bytes of the layers' weights that other processes hold, less a whole layer, which computes."""
-    count = total_processes(recipe.launch)
+def _held_by_others(model: nn.Module, recipe: Recipe, count: int) -> int:
+    """Bytes of the layers' weights that other processes hold, less two whole layers: one computes, one is gathered."""
     if recipe.launch.strategy != "fsdp" or count == 1:
         return 0
+    adapters = {id(each) for _, _, each in named_tensors(model).values()}
     layers = [layer for _, found in stacks(model) for layer in found]
-    sizes = [sum(each.numel() * each.element_size() for each in layer.parameters()) for layer in layers]
-    return sum(sizes) - sum(sizes) // count - 2 * max(sizes)
+    sizes = [
+        sum(each.numel() * each.element_size() for each in layer.parameters() if id(each) not in adapters)
+        for layer in layers
+    ]
+    return max(0, sum(sizes) - sum(sizes) // count - 2 * max(sizes))

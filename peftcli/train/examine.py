@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
-
-from peftcli.core.config import AdapterConfig
 from peftcli.core.files import check_begin
 from peftcli.core.heads import head_names
 from peftcli.core.inject import Injection, inject
@@ -22,11 +18,12 @@ from peftcli.schema import BaseModel, Recipe
 from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import FitsModel, Gathers, refuse_other_classes
 from peftcli.train.checked import Found
-from peftcli.train.data import Data, load_data, plan_of, with_task
+from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.estimate import estimate
-from peftcli.train.fit_memory import chosen, fit, is_fitted, smallest
+from peftcli.train.fit_memory import fit, is_fitted, settings_of, smallest
 from peftcli.train.init_adapter import KEY, find_init_adapter, with_init_settings
-from peftcli.train.launch import total_processes
+from peftcli.train.launch import process_count, total_processes
+from peftcli.train.setup import checkpoint_activations
 
 T = TypeVar("T")
 
@@ -47,6 +44,7 @@ def examine(recipe: Recipe) -> Found:
             found.exit_code = found.exit_code or error.exit_code
             return None
 
+    processes = total_processes(recipe.launch)
     base = attempt("base_model", lambda: open_base(recipe.base_model))
     if base is None:
         return found
@@ -64,8 +62,8 @@ def examine(recipe: Recipe) -> Found:
         if data is not None:
             options = data.task.model_options()
             attempt("dataset", lambda: refuse(data.findings, recipe.dataset.allow))
-            plan = plan_of(smallest(recipe), data, total_processes(recipe.launch))
-            if isinstance(data.task, Gathers):
+            plan = plan_of(smallest(recipe), data, processes)
+            if isinstance(data.task, Gathers) and is_fitted(recipe):
                 attempt("training", partial(data.task.refuse_rows, data.train, plan.compared))
             found.would |= {
                 "data": data.report,
@@ -97,23 +95,21 @@ def examine(recipe: Recipe) -> Found:
         injection = attempt("method" if source is None else KEY, adapted)
         if injection is not None:
             found.would["parameters"] = {"trainable": injection.trainable, "all": injection.total}
-        if not found.errors:
-            assert data is not None
-            if is_fitted(recipe):
-                known = None if base.is_pipeline else _memory(model, config, recipe, data, base.folder)
-                found.would["memory"] = known
-            elif (fits := attempt("training", partial(fit, recipe, base, data))) is not None:
-                found.would |= {"chosen": chosen(fits[0]), "memory": fits[1].as_dict()}
+        if found.errors:
+            return found
+        assert data is not None
+        assert begun is not None
+        if not is_fitted(begun):
+            fits = attempt("training", partial(fit, begun, base, data, processes))
+            if fits is None:
+                return found
+            begun = fits[0]
+            found.would["chosen"] = settings_of(begun)
+        if begun.training.gradient_checkpointing:
+            attempt("training", partial(checkpoint_activations, model))
+        needs = estimate(model, config, begun, base, data, plan_of(begun, data, processes))
+        found.would["memory"] = needs and {**needs.as_dict(), "processes": process_count(recipe.launch)}
     return found
-
-
-def _memory(model: nn.Module, config: AdapterConfig, recipe: Recipe, data: Data, folder: Path) -> dict[str, Any] | None:
-    """What a run needs of memory; None where that is not known without the weights' values."""
-    plan = plan_of(recipe, data, total_processes(recipe.launch))
-    try:
-        return estimate(model, config, recipe, data, plan, folder).as_dict()
-    except RuntimeError:
-        return None
 
 
 def _recipe_key(key: str | None, section: str) -> str:

@@ -5,9 +5,10 @@ None of them changes the batch of a step, or what is learned, rounding aside. A 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, replace
-from itertools import product
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,19 +17,21 @@ from accelerate.utils import broadcast_object_list
 
 from peftcli.core.heads import head_names
 from peftcli.core.inject import inject
-from peftcli.errors import UsageError
+from peftcli.errors import ModelError, UsageError
 from peftcli.models.base import OpenBase
 from peftcli.models.open import open_base
+from peftcli.models.stacks import stacks
 from peftcli.recipe import method_config
-from peftcli.schema import BaseModel, Launch, Recipe
+from peftcli.schema import BaseModel, Recipe
 from peftcli.system.memory import free_memory, resident_memory
 from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import FitsModel, Gathers, Task
 from peftcli.train.data import Data, load_data, plan_of
 from peftcli.train.estimate import Estimate, estimate
-from peftcli.train.launch import process_count, total_processes
-from peftcli.train.report import OnEvent, Phase
-from peftcli.train.runs.record import RunRecord
+from peftcli.train.report import OnEvent, Phase, RowsRead
+from peftcli.train.runs.folder import RunFolder
+from peftcli.train.runs.resume import has_begun
+from peftcli.train.setup import checkpoint_activations
 
 _USED = 0.9
 """The share of the memory that an estimate may fill."""
@@ -36,89 +39,153 @@ _CHOSEN = {
     "training": ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
     "launch": ("strategy",),
 }
+Settings = dict[str, Any]
+"""Those of ``_CHOSEN`` by name."""
+
+
+def settings_of(recipe: Recipe) -> Settings:
+    """Return the settings of a recipe that may be left to the memory, as it has them."""
+    return {key: getattr(getattr(recipe, section), key) for section, keys in _CHOSEN.items() for key in keys}
 
 
 def is_fitted(recipe: Recipe) -> bool:
     """Whether nothing is left to choose."""
-    training = recipe.training
-    return "auto" not in (training.per_device_train_batch_size, training.gradient_checkpointing, recipe.launch.strategy)
+    return "auto" not in settings_of(recipe).values()
 
 
 def smallest(recipe: Recipe) -> Recipe:
     """Return the recipe with an example at once, if that is not chosen yet: for what does not depend on the choice."""
-    training, launch = recipe.training, recipe.launch
-    found = {
-        "per_device_train_batch_size": 1 if training.per_device_train_batch_size == "auto" else training.rows_at_once,
-        "gradient_accumulation_steps": training.gradient_accumulation_steps,
-        "gradient_checkpointing": training.gradient_checkpointing is True,
+    least = {
+        "per_device_train_batch_size": 1,
+        "gradient_checkpointing": False,
+        "strategy": "replicate",
     }
-    return _with(recipe, {"training": found, "launch": {"strategy": launch.strategy.replace("auto", "replicate")}})
+    given = settings_of(recipe)
+    return with_settings(recipe, {key: least[key] if value == "auto" else value for key, value in given.items()})
 
 
-def fitted(recipe: Recipe, accelerator: Accelerator, before: RunRecord | None, tell: OnEvent) -> Recipe:
-    """Return the recipe with all settings chosen: as in the run that goes on, or as process 0 finds.
+def with_settings(recipe: Recipe, values: Settings) -> Recipe:
+    """Return the recipe with settings that were chosen."""
+    parts = {
+        section: replace(getattr(recipe, section), **{key: values[key] for key in keys})
+        for section, keys in _CHOSEN.items()
+    }
+    return replace(recipe, **parts)
+
+
+def fitted(recipe: Recipe, accelerator: Accelerator, overwrite: bool, tell: OnEvent) -> Recipe:
+    """Return the recipe with all settings chosen, by process 0: as the run that goes on has them, or as they fit.
 
     Raises:
         UsageError: it is not known what the model needs, or there is nothing to choose from.
     """
     if is_fitted(recipe):
         return recipe
-    if before is not None and (before.resumable or before.status == "complete"):
-        return _with(recipe, {section: before.recipe[section] for section in _CHOSEN})
-    found: list[Any] = [None]
+    found: list[Settings | None] = [None]
     if accelerator.is_main_process:
-        tell(Phase("finding what fits into the memory"))
-        base = open_base(recipe.base_model)
-        fits, needs = fit(recipe, base, load_data(recipe, open_task(recipe, base)))
-        tell(Phase(_account(fits, needs)))
-        found[0] = asdict(fits)
+        found[0] = _before(recipe, overwrite) or _chosen(recipe, accelerator.num_processes, tell)
     broadcast_object_list(found)
-    return _with(recipe, found[0])
+    assert found[0] is not None
+    return with_settings(recipe, found[0])
 
 
-def fit(recipe: Recipe, base: OpenBase, data: Data) -> tuple[Recipe, Estimate]:
+def _before(recipe: Recipe, overwrite: bool) -> Settings | None:
+    """What was chosen for the run that goes on; None if there is none, or it has another batch."""
+    folder = RunFolder(Path(recipe.training.output_dir))
+    for each in (folder.replacement(), folder) if overwrite else (folder,):
+        record = each.read()
+        if record is None or not has_begun(each, record):
+            continue
+        kept = {key: record.recipe[section].get(key) for section, keys in _CHOSEN.items() for key in keys}
+        given = settings_of(recipe)
+        if given["per_device_train_batch_size"] == "auto":
+            if (
+                kept["per_device_train_batch_size"] * kept["gradient_accumulation_steps"]
+                != (given["gradient_accumulation_steps"])
+            ):
+                return None
+            given["gradient_accumulation_steps"] = kept["gradient_accumulation_steps"]
+        settings = {key: kept[key] if value == "auto" else value for key, value in given.items()}
+        return None if None in settings.values() else settings
+    return None
+
+
+def _chosen(recipe: Recipe, num_processes: int, tell: OnEvent) -> Settings:
+    tell(Phase("finding what fits into the memory"))
+    base = open_base(recipe.base_model)
+    data = load_data(recipe, open_task(recipe, base), on_rows=lambda *read: tell(RowsRead(*read)))
+    fits, needs = fit(recipe, base, data, num_processes)
+    tell(Phase(_account(fits, needs, num_processes)))
+    return settings_of(fits)
+
+
+def fit(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) -> tuple[Recipe, Estimate | None]:
     """Return the recipe with all settings chosen, and what it needs then: the fastest that fits, else the smallest.
 
     Raises:
         UsageError: it is not known what the model needs, or there is nothing to choose from.
     """
-    training, launch = recipe.training, recipe.launch
-    size, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    given = settings_of(recipe)
+    key = next(f"{section}.{key}" for section, keys in _CHOSEN.items() for key in keys if given[key] == "auto")
+    size, steps = given["per_device_train_batch_size"], given["gradient_accumulation_steps"]
+    if not data.task.divides:
+        raise UsageError("auto is not for a task that compares the rows of a batch", key=key, hint=_NUMBERS)
     if size == "auto" and steps == 1:
         hint = "training.gradient_accumulation_steps: how many examples a step has on a device"
-        raise UsageError("auto has one example to divide", key="training.per_device_train_batch_size", hint=hint)
-    strategies = ["replicate", "fsdp"] if launch.strategy == "auto" else [launch.strategy]
-    if total_processes(launch) == 1 or not may_shard(data.task):
-        strategies = strategies[:1]
-    checkpointing = training.gradient_checkpointing
-    ways = list(product(strategies, [False, True] if checkpointing == "auto" else [checkpointing]))
+        raise UsageError("auto has one example to divide", key=key, hint=hint)
     sizes = [each for each in range(1, steps + 1) if steps % each == 0] if size == "auto" else [size]
     total = steps if size == "auto" else size * steps
-    limit = _memory(launch)
 
-    def tried(way: tuple[str, bool], size: int) -> tuple[Recipe, Estimate]:
-        changed = {
-            "per_device_train_batch_size": size,
-            "gradient_accumulation_steps": total // size,
-            "gradient_checkpointing": way[1],
-        }
-        fits = _with(recipe, {"training": changed, "launch": {"strategy": way[0]}})
-        return fits, _estimate(fits, base, data)
+    def tried(size: int, checkpointing: bool, strategy: str) -> tuple[Recipe, Estimate]:
+        fits = with_settings(recipe, dict(zip(given, (size, total // size, checkpointing, strategy), strict=True)))
+        needs = _estimate(fits, base, data, num_processes)
+        if needs is None:
+            raise UsageError("what this model needs of memory is not known before", key=key, hint=_NUMBERS)
+        return fits, needs
 
+    ways = [
+        (checkpointing, strategy)
+        for strategy in _strategies(recipe, base, data, num_processes)
+        for checkpointing in (
+            (False, True) if given["gradient_checkpointing"] == "auto" else (given["gradient_checkpointing"],)
+        )
+    ]
+    if len(ways) == len(sizes) == 1:
+        fits = with_settings(recipe, dict(zip(given, (sizes[0], total // sizes[0], *ways[0]), strict=True)))
+        return fits, None
+    limit, last = _memory(num_processes), None
     for way in ways:
-        found = tried(way, sizes[0])
-        if found[1].peak > limit:
+        try:
+            last = found = tried(sizes[0], *way)
+        except ModelError:  # it cannot compute its activations again
+            continue
+        if _in_step(found[1]) > limit:
             continue
         low, high = 0, len(sizes)  # the first fits; whether the last does is not known
         while high - low > 1:
             middle = (low + high) // 2
-            larger = tried(way, sizes[middle])
-            if larger[1].peak <= limit:
+            larger = tried(sizes[middle], *way)
+            if _in_step(larger[1]) <= limit:
                 low, found = middle, larger
             else:
                 high = middle
         return found
-    return tried(ways[-1], sizes[0])
+    assert last is not None
+    return last
+
+
+_NUMBERS = "give numbers, true or false, and a strategy"
+
+
+def _strategies(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) -> Sequence[str]:
+    """What processes may hold of the base model, the fastest first."""
+    wanted = recipe.launch.strategy
+    if wanted != "auto":
+        return [wanted]
+    if num_processes == 1 or not may_shard(data.task) or base.quantization is not None:
+        return ["replicate"]
+    model = base.empty_model(row_of(recipe).auto_class, **data.task.model_options())
+    return ["replicate", "fsdp"] if any(stacks(model)) else ["replicate"]
 
 
 def may_shard(task: Task[Any]) -> bool:
@@ -126,20 +193,25 @@ def may_shard(task: Task[Any]) -> bool:
     return task.unit == "tokens" and not isinstance(task, Gathers)
 
 
-def chosen(recipe: Recipe) -> dict[str, Any]:
-    """Return the settings that were chosen."""
-    return {key: getattr(getattr(recipe, section), key) for section, keys in _CHOSEN.items() for key in keys}
+def _in_step(needs: Estimate) -> int:
+    """What a step needs: the part that the choice changes."""
+    return needs.packages + needs.weights + needs.adapter + needs.step
 
 
-def _memory(launch: Launch) -> float:
-    """Bytes that a process may fill."""
+def _memory(num_processes: int) -> float:
+    """Bytes that a process of this machine may fill."""
     if torch.cuda.is_available():
         return _USED * torch.cuda.mem_get_info()[0]
-    return _USED * (free_memory() / process_count(launch) + resident_memory())
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+    return _USED * (free_memory() / here + resident_memory())
 
 
-def _estimate(recipe: Recipe, base: OpenBase, data: Data) -> Estimate:
-    """What a recipe needs, whose data is loaded."""
+def _estimate(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) -> Estimate | None:
+    """What a recipe needs, whose data is loaded.
+
+    Raises:
+        ModelError: the model cannot be trained so.
+    """
     config, task = method_config(recipe), data.task
     config.prepare(lambda name: (open_base(BaseModel(name=name)) if name else base).processor())
     options = task.model_options()
@@ -147,30 +219,19 @@ def _estimate(recipe: Recipe, base: OpenBase, data: Data) -> Estimate:
     if isinstance(task, FitsModel):
         task.fit_model(model, config)
     config.task_type = row_of(recipe).task_type
-    heads = tuple(head_names(model) if options else ())
-    new = [name for name, _ in model.named_parameters() if name.startswith(tuple(f"{head}." for head in heads))]
-    inject(model, config, initialised=new)
-    try:
-        return estimate(model, config, recipe, data, plan_of(recipe, data, total_processes(recipe.launch)), base.folder)
-    except RuntimeError:
-        hint = "give numbers, true or false, or a strategy instead of auto"
-        raise UsageError("what this model needs of memory is not known before", key="training", hint=hint) from None
+    heads = tuple(f"{head}." for head in head_names(model)) if options else ()
+    inject(model, config, initialised=[name for name, _ in model.named_parameters() if name.startswith(heads)])
+    if recipe.training.gradient_checkpointing:
+        checkpoint_activations(model)
+    return estimate(model, config, recipe, base, data, plan_of(recipe, data, num_processes))
 
 
-def _account(recipe: Recipe, needs: Estimate) -> str:
+def _account(recipe: Recipe, needs: Estimate | None, num_processes: int) -> str:
     """What was chosen, and why."""
     training, strategy = recipe.training, recipe.launch.strategy
     again = ", activations computed again" if training.gradient_checkpointing else ""
     divided = ", the base model divided" if strategy == "fsdp" else ""
     examples = f"{training.rows_at_once} of {training.rows_at_once * training.gradient_accumulation_steps} examples"
-    there = _memory(recipe.launch) / 2**30
-    return f"memory: {examples} at once{again}{divided}: about {needs.peak / 2**30:.1f} of {there:.1f} GiB"
-
-
-def _with(recipe: Recipe, values: Mapping[str, Mapping[str, Any]]) -> Recipe:
-    """The recipe with some settings as in ``values``."""
-    parts = {
-        section: replace(getattr(recipe, section), **{key: values[section][key] for key in keys})
-        for section, keys in _CHOSEN.items()
-    }
-    return replace(recipe, **parts)
+    there = _memory(num_processes) / 2**30
+    known = f": about {_in_step(needs) / 2**30:.1f} of {there:.1f} GiB" if needs else ""
+    return f"memory: {examples} at once{again}{divided}{known}"

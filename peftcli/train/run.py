@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -46,7 +45,6 @@ from peftcli.train.noise import add_embedding_noise
 from peftcli.train.packing_check import refuse_contamination
 from peftcli.train.report import OnEvent, Phase, Ready, RowsRead, Warned, peak_memory_bytes
 from peftcli.train.runs.checkpoint import Progress, State, load_checkpoint, set_newer_aside
-from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.identity import Change
 from peftcli.train.runs.record import (
     AttemptRecord,
@@ -99,7 +97,7 @@ def train(
         accelerator = start_accelerator(recipe)
         tell: OnEvent = on_event if accelerator.is_main_process else lambda event: None
         recipe = with_rate(with_init_settings(with_task(recipe, lambda text: tell(Warned(text)))))
-        recipe = fitted(recipe, accelerator, None if overwrite else RunFolder(Path(training.output_dir)).read(), tell)
+        recipe = fitted(recipe, accelerator, overwrite, tell)
         training_run = steps_of(recipe, options, accelerator, stop, tell, Alone())
         while True:
             try:

@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 
 from peftcli.core.linear import PLAIN_WEIGHTS
 
-PLAIN_WEIGHTS.add(FakeTensor)
 _DEVICE = torch.ops.prim.device.default
 _INDEX = torch.ops.aten.index.Tensor
 
@@ -58,10 +57,18 @@ class Sizes(TorchDispatchMode):
         return self._placed(tensor.detach(), tensor.dtype)
 
     def of(self, compute: Callable[[], object]) -> int:
-        """Call a function without values; return how many bytes lived at most beyond those from before."""
+        """Call a function without values; return how many bytes lived at most beyond those from before.
+
+        Raises:
+            Exception: what it computes depends on values. ``most`` is as far as it came.
+        """
         before = self.most = self.live
-        with self:
-            compute()
+        PLAIN_WEIGHTS.add(FakeTensor)
+        try:
+            with self:
+                compute()
+        finally:
+            PLAIN_WEIGHTS.discard(FakeTensor)
         return self.most - before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -145,8 +145,7 @@ def refuse_unlike(recipes: Mapping[str, Recipe]) -> None:
                 message = "does not work for recipes that are trained together"
                 raise UsageError(message, file=name, key=f"training.{key}")
         if not is_fitted(recipe):
-            message = "is not chosen for recipes that are trained together; give a number"
-            raise UsageError(message, file=name, key="training.per_device_train_batch_size")
+            raise UsageError("auto is not for recipes that are trained together", file=name, key="training")
         folder = expand_user(Path(recipe.training.output_dir)).resolve()
         if folder in folders:
             raise UsageError(f"is also that of {folders[folder]}", file=name, key="training.output_dir")

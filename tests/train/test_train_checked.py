@@ -114,5 +114,8 @@ def test_errors_and_what_a_cleared_cache_held_are_looked_for_again(
 @pytest.mark.parametrize("method", ["lora", "ia3", "vera", "prompt_tuning", "ln_tuning", "trainable_tokens"])
 def test_what_is_known_is_what_a_full_check_finds(task: str, method: str, tmp_path: Path) -> None:
     recipe = load_recipe(CASES[task].write(tmp_path), [f"method={json.dumps(settings_of(method, task))}"])
-    first, full, second = deep_check(recipe), examine.examine(recipe), deep_check(recipe)
-    assert first == full == second
+    found = [deep_check(recipe), examine.examine(recipe), deep_check(recipe)]
+    for each in found:
+        for changes in ("packages", "peak"):  # with what this process holds
+            (each.would.get("memory") or {}).pop(changes, None)
+    assert found[0] == found[1] == found[2]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import trainkit
+from taskkit import CASES
 
 from peftcli.errors import UsageError
 from peftcli.models.open import open_base
@@ -24,16 +25,18 @@ PADDED = "base_model.attn_implementation=eager"
 
 @pytest.fixture
 def fit(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict[str, Any], int]]:
-    """Choose settings for so much memory, without a number for any. Returns what it needs, too."""
+    """Choose settings for so much memory, without a number for any. Returns what a step needs, too."""
 
-    def chosen(*settings: str, memory: float = 1e12) -> tuple[dict[str, Any], int]:
-        made = load_recipe(recipe, [PADDED, *settings])
+    def chosen(
+        *settings: str, memory: float = 1e12, processes: int = 1, path: Path = recipe
+    ) -> tuple[dict[str, Any], int]:
+        made = load_recipe(path, [*settings] if path != recipe else [PADDED, *settings])
         base = open_base(made.base_model)
         task = open_task(made, base)
-        monkeypatch.setattr(fit_memory, "_memory", lambda launch: memory)
+        monkeypatch.setattr(fit_memory, "_memory", lambda processes: memory)
         monkeypatch.setattr("peftcli.train.estimate.resident_memory", lambda: 0)
-        found, needs = fit_memory.fit(made, base, load_data(made, task))
-        return fit_memory.chosen(found), needs.peak
+        found, needs = fit_memory.fit(made, base, load_data(made, task), processes)
+        return fit_memory.settings_of(found), 0 if needs is None else fit_memory._in_step(needs)
 
     return chosen
 
@@ -47,13 +50,21 @@ def test_the_fastest_settings_that_fit_are_chosen(fit) -> None:
         assert (found["per_device_train_batch_size"], found["gradient_checkpointing"]) == (size, False)
         assert found["per_device_train_batch_size"] * found["gradient_accumulation_steps"] == 4
         assert peak == needs
-    found, _ = fit(*everything, memory=sizes[1] - 1)
+    found, again = fit(*everything, memory=sizes[1] - 1)
     assert found["gradient_checkpointing"]
-    found, _ = fit(STRATEGY)
+    assert again < sizes[1]
+
+
+def test_the_model_is_divided_only_where_it_must_be(fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fit(STRATEGY)[0]["strategy"] == "replicate"  # one process, without an estimate
+    found, whole = fit(STRATEGY, processes=8)
     assert found["strategy"] == "replicate"
-    whole = fit("launch={strategy: replicate, num_processes: 2}")[1]
-    found, _ = fit(STRATEGY, memory=whole - 1)
-    assert found["strategy"] == "fsdp"
+    monkeypatch.setattr(
+        "peftcli.train.estimate._held_by_others",
+        lambda model, recipe, count: 1 if (recipe.launch.strategy == "fsdp") else 0,
+    )  # of two small layers nothing is saved
+    found, divided = fit(STRATEGY, processes=8, memory=whole - 1)
+    assert (found["strategy"], divided) == ("fsdp", whole - 1)
 
 
 def test_a_run_with_chosen_settings_learns_the_same_and_keeps_them(
@@ -61,16 +72,23 @@ def test_a_run_with_chosen_settings_learns_the_same_and_keeps_them(
 ) -> None:
     folder = f"training.output_dir={tmp_path / 'usual'}"
     usual = trainkit.run_recipe(recipe, "training.per_device_train_batch_size=4", folder)
-    monkeypatch.setattr(fit_memory, "_memory", lambda launch: 0)
+    monkeypatch.setattr(fit_memory, "_memory", lambda processes: 0)
     auto = trainkit.run_recipe(recipe, SIZE, STEPS, CHECKPOINTING)
     training = auto.run["recipe"]["training"]
     assert [training[key] for key in fit_memory._CHOSEN["training"]] == [1, 4, True]
     assert auto.run["train_loss"] == pytest.approx(usual.run["train_loss"], rel=1e-4)
-    monkeypatch.setattr(fit_memory, "_memory", lambda launch: 1e12)
+    monkeypatch.setattr(fit_memory, "_memory", lambda processes: 1e12)
     again = trainkit.run_recipe(recipe, SIZE, STEPS, CHECKPOINTING)
     assert again.run["artefacts"] == auto.run["artefacts"]
+    for changed in ("training.gradient_accumulation_steps=8", "training.gradient_checkpointing=false"):
+        with pytest.raises(UsageError, match="of another recipe"):
+            trainkit.run_recipe(recipe, SIZE, STEPS, CHECKPOINTING, changed)
 
 
-def test_there_must_be_something_to_choose_from(fit) -> None:
+def test_what_cannot_be_chosen_is_refused(fit, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="auto has one example to divide"):
         fit(SIZE)
+    with pytest.raises(UsageError, match="what this model needs of memory is not known before"):
+        fit(SIZE, STEPS, "method={type: poly}")
+    with pytest.raises(UsageError, match="auto is not for a task that compares the rows of a batch"):
+        fit(SIZE, STEPS, path=CASES["feature_extraction"].write(tmp_path))

@@ -59,10 +59,10 @@ def add_update(y: torch.Tensor, x: torch.Tensor, pair: Pair, scaling: float) -> 
         return added
     # of few tokens it is faster to convert them than A and B
     dtype = a.dtype if x.numel() < a.numel() else y.dtype
-    if a.dtype == x.dtype == y.dtype:
-        return torch.add(y, F.linear(F.linear(x, a), b), alpha=scaling)
-    update = F.linear(F.linear(x.to(dtype), a.to(dtype)), b.to(dtype))
-    return torch.add(y.to(dtype), update, alpha=scaling).to(y.dtype)
+    if not a.dtype == x.dtype == y.dtype:
+        x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
+    update = F.linear(F.linear(x, a), b)
+    return torch.add(y.to(dtype), update, alpha=scaling, out=update).to(y.dtype)
 
 
 def adapted_linear(x: torch.Tensor, base: nn.Linear, pair: Pair, scaling: float) -> torch.Tensor:

@@ -139,7 +139,7 @@ def _choose(
 ) -> tuple[RunFolder, RunRecord | None, list[Change]]:
     """The folder to train in, its record, and how that differs from ``now``."""
     record = folder.read()
-    if not _has_begun(folder, record):
+    if not has_begun(folder, record):
         if options.resume == "must":
             raise StorageError("holds no run to resume", file=str(folder.path), key="--resume")
         return folder, None, []
@@ -155,7 +155,7 @@ def _choose(
     if options.overwrite:
         new = folder.replacement()
         begun = new.read()
-        same = begun is not None and _has_begun(new, begun) and not changes(begun.identity, now)
+        same = begun is not None and has_begun(new, begun) and not changes(begun.identity, now)
         return new, begun if same and not anew else None, []
     if anew and not refused:
         raise UsageError(
@@ -177,7 +177,7 @@ def _choose(
 _WAYS_OUT = "choose another training.output_dir; or --overwrite: the old run is moved aside once the new is complete"
 
 
-def _has_begun(folder: RunFolder, record: RunRecord | None) -> bool:
+def has_begun(folder: RunFolder, record: RunRecord | None) -> bool:
     """Whether there is something to lose. A run that ended before its first step has nothing."""
     return record is not None and bool(record.attempts or folder.checkpoints.exists())
 
