@@ -2,8 +2,8 @@
 
 The quickstart's recipe. Each side is a process with a model of its own, and all stop after their first step; from then
 on they take turns, a step each. One side has one thread, one torch's own choice and spin, and one is what
-``peftcli train`` does. Rounds on the machine as it is come first, then as many while a loop takes one core. Needs
-``make quickstart`` to have fetched the model.
+``peftcli train`` does. Rounds on the machine as it is come first, then, with new processes, as many while a loop takes
+one core. Needs ``make quickstart`` to have fetched the model.
 
     .venv/bin/python benchmarks/threads.py --rounds 8
     .venv/bin/python benchmarks/threads.py --busy --sides OMP_NUM_THREADS=1 peftcli GOMP_SPINCOUNT=1000
@@ -89,16 +89,17 @@ def main() -> None:
     if given.side:
         measure(given.side, given.precision)
         return
-    with ExitStack() as stack:
-        processes = {side: stack.enter_context(started(side, given.precision)) for side in given.sides}
-        for process in processes.values():
-            answer(process)
-        if not given.busy:
-            show("the machine as it is", take_turns(processes, given.rounds))
-        loop = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-        stack.callback(loop.kill)
-        ratios = show("one core is taken", take_turns(processes, given.rounds))
-    print(json.dumps({GATE: round(ratios["peftcli"], 3)}))
+    for title in ("the machine as it is", "one core is taken")[given.busy :]:
+        with ExitStack() as stack:
+            if title == "one core is taken":
+                loop = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                stack.callback(loop.kill)
+            processes = {}
+            for side in given.sides:  # one after another: peftcli looks who else runs
+                processes[side] = stack.enter_context(started(side, given.precision))
+                answer(processes[side])
+            ratios = show(title, take_turns(processes, given.rounds))
+    print(json.dumps({GATE: round(ratios.get("peftcli", 0.0), 3)}))
 
 
 def answer(process: subprocess.Popen[str]) -> str:

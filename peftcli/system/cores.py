@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from pathlib import Path
 
 from peftcli.system.control_groups import control_groups
 
 _SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """The user's own settings."""
-_SPINS = "1000"
-"""How often a thread of torch's looks for new work before it gives up its core: for some 25 µs. libgomp's own choice
-is 300 times that, and while another process wants the core, all threads wait for the one that lost it."""
+_SPINS, _FEW_SPINS = "1000", "300"
+"""How often a thread of torch's looks for new work before it gives up its core, some 25 ns each, on a quiet machine and
+on a busy one. libgomp's own choice is 300 times the former, and while another process wants the core, all threads wait
+for the one that lost it."""
+_LOOKS, _PAUSE = 3, 0.002
+"""How often, and after how many seconds each, this process looks who runs."""
 _KEPT = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 """Variables of torch's and of oneDNN's, for the number of kernels that they keep."""
 _KERNELS = "64"
 """More than a micro-batch of a Llama needs. A kernel of bfloat16 is made for one number of tokens, in less than a
 millisecond, and takes some 0.6 MB; by their own choice, torch and oneDNN keep 1,024."""
+
+
+_LOAD = Path("/proc/loadavg")
 
 
 def set_variables() -> None:
@@ -26,9 +33,22 @@ def set_variables() -> None:
     Call it before torch is imported.
     """
     if not any(name in os.environ for name in _SPINNING):
-        os.environ["GOMP_SPINCOUNT"] = _SPINS
+        os.environ["GOMP_SPINCOUNT"] = _FEW_SPINS if _others_run() else _SPINS
     for name in _KEPT:
         os.environ.setdefault(name, _KERNELS)
+
+
+def _others_run() -> bool:
+    """Whether other processes leave fewer cores than this one may use (Linux)."""
+    try:
+        running = []
+        for _ in range(_LOOKS):
+            time.sleep(_PAUSE)
+            running.append(int(_LOAD.read_text().split()[3].partition("/")[0]))
+    except (OSError, ValueError, IndexError):
+        return False
+    others = min(running) - 1  # this process is one of them
+    return others + usable_cores() > (os.cpu_count() or 1)
 
 
 def usable_cores() -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from peftcli.cli.app import main
-from peftcli.system import control_groups
+from peftcli.system import control_groups, cores
 from peftcli.system.cores import usable_cores
 
 GROUPS = {
@@ -58,5 +58,21 @@ def test_variables_for_torch_are_set_unless_the_user_sets_them(
 ) -> None:
     others = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     monkeypatch.setattr(os, "environ", others | own)
+    monkeypatch.setattr(cores, "_others_run", lambda: False)
     main(["--version"])
     assert tuple(map(os.environ.get, VARIABLES)) == then
+
+
+@pytest.mark.parametrize(
+    ("load", "spins"), [("0.9 0.5 0.5 1/90 7", "1000"), ("0.0 0.1 0.1 3/90 7", "300"), ("", "1000")]
+)
+def test_threads_wait_shortly_where_others_want_the_cores(
+    load: str, spins: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loadavg").write_text(load)
+    monkeypatch.setattr(cores, "_LOAD", tmp_path / "loadavg")
+    monkeypatch.setattr(cores, "usable_cores", lambda: 4)
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name not in VARIABLES})
+    cores.set_variables()
+    assert os.environ["GOMP_SPINCOUNT"] == spins
