@@ -21,6 +21,7 @@ from peftcli.tasks import open_task
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train import setup
 from peftcli.train.data import load_data, plan_of, with_task
+from peftcli.train.estimate import _HELD_BACK
 from peftcli.train.micro_batches import BatchForm
 from peftcli.train.plan import MicroBatch
 from peftcli.train.preview import preview
@@ -80,6 +81,6 @@ def test_a_step_without_values_takes_what_one_with_them_does(task: str, dtype: s
     recipe = load_recipe(CASES[task].write(tmp_path), [f"training.bf16={dtype}", "training.max_steps=4"])
     known = preview(recipe)["memory"]
     measured = step_of(with_task(recipe, print))
-    assert known["step"] == pytest.approx(measured, rel=0.05)
+    assert known["step"] == pytest.approx(_HELD_BACK * measured, rel=0.05)
     parts = known["adapter"] + max(known["step"], known["evaluation"])
     assert known["peak"] == known["packages"] + known["weights"] + max(known["file"], parts)
