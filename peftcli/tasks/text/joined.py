@@ -19,7 +19,7 @@ from peftcli.core.joined import Guest, Joined, Randomness
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError, ModelError
 from peftcli.tasks.text.reference import evaluating
-from peftcli.tasks.text.unpadded import is_unpadded, unpad
+from peftcli.tasks.text.unpadded import is_unpadded, rounds, unpad
 
 T = TypeVar("T")
 
@@ -123,7 +123,7 @@ class JoinedModels:
     def _agrees(self, added: JoinedModel) -> bool:
         """Whether an adapter computes the same behind others' tokens as alone, with noise in its weights."""
         model, inner, inputs = added.model, added.model.get_decoder(), self._probe()
-        kept, exact = inputs["attention_mask"].bool(), inner.dtype == torch.float32
+        kept, exact = inputs["attention_mask"].bool(), not rounds(inner)
         exact &= not torch.is_autocast_enabled(inner.device.type)
         tensors = {parameter: parameter.clone() for _, _, parameter in named_tensors(model).values()}
         devices = [inner.device] if inner.device.type == "cuda" else []

@@ -128,6 +128,11 @@ def unpad(model: Any, config: AdapterConfig | None = None, *, try_out: bool = Tr
     return False
 
 
+def rounds(model: nn.Module) -> bool:
+    """Whether a model computes in less than float32: by all its weights, since those of an adapter may come first."""
+    return any(each.dtype in (torch.bfloat16, torch.float16) for each in model.parameters())
+
+
 def is_unpadded(model: Any) -> bool:
     """Whether ``unpad`` has returned true for a model."""
     inner = model.get_decoder() if isinstance(model, PreTrainedModel) else None
@@ -207,8 +212,9 @@ class _Unpadded:
         """Return the model's output for a batch, of whose row it computed the hidden states (N, D)."""
         output.last_hidden_state = _spread(states, part.layout, part.rows, part.length)
         if output.get("pooler_output") is not None:
-            states = output.last_hidden_state.to(self.module.dtype)  # autocast returns them in float32
-            output.pooler_output = self.module.pooler(states)
+            pooler = self.module.pooler
+            states = output.last_hidden_state.to(next(pooler.parameters()).dtype)  # autocast returns them in float32
+            output.pooler_output = pooler(states)
         return output
 
     def _layout(self, inputs: Mapping[str, Any], kept: torch.Tensor) -> Layout | None:
@@ -344,7 +350,7 @@ def _agree(inner: Any, unpadded: _Unpadded) -> bool:
             inner.forward = unpadded
             found = inner(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()].float()
         off = (found - padded).square().mean(dim=-1).sqrt().max() / padded.std()
-        agree = bool(off <= (_EXACT if inner.dtype == torch.float32 else _ROUNDED))
+        agree = bool(off <= (_ROUNDED if rounds(inner) else _EXACT))
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         pass  # it looks into its mask, or takes other inputs
     finally:

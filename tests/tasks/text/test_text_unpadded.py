@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models_tiny import EOS, VOCABULARY, tiny
+from task_methods import settings_of
 from taskkit import CASES
 from torch.nn import functional as F
 from trainkit import run_recipe
@@ -30,6 +32,7 @@ from transformers import (
 from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
 from peftcli.methods import METHODS
+from peftcli.tasks.text import unpadded
 from peftcli.tasks.text.unpadded import ATTENTION, Layout, Row, Segments, _spread, attend, is_unpadded, only, unpad
 
 WINDOW = 16
@@ -321,4 +324,14 @@ OTHERS = ("causal_lm", "sequence_classification", "question_answering", "token_c
 )
 def test_training_in_bfloat16_computes_no_padding(tmp_path: Path, task: str) -> None:
     done = run_recipe(CASES[task].write(tmp_path), "training.bf16=true", "training.max_steps=1")
+    assert done.run["data"]["efficiency"] == 1
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning", "trainable_tokens"])
+def test_an_adapter_in_float32_does_not_hide_that_the_model_rounds(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unpadded, "_EXACT", -1.0)  # as good as none; the tiny model's rounding happens to be the same
+    settings = f"method={json.dumps(settings_of(method, 'causal_lm'))}"
+    done = run_recipe(CASES["causal_lm"].write(tmp_path), settings, "training.bf16=true", "training.max_steps=1")
     assert done.run["data"]["efficiency"] == 1
