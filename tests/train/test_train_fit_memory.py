@@ -85,10 +85,11 @@ def test_a_run_with_chosen_settings_learns_the_same_and_keeps_them(
             trainkit.run_recipe(recipe, SIZE, STEPS, CHECKPOINTING, changed)
 
 
-def test_what_cannot_be_chosen_is_refused(fit, tmp_path: Path) -> None:
+def test_what_cannot_be_chosen_is_refused(fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="auto has one example to divide"):
         fit(SIZE)
+    monkeypatch.setattr(fit_memory, "estimate", lambda *given: None)
     with pytest.raises(UsageError, match="what this model needs of memory is not known before"):
-        fit(SIZE, STEPS, "method={type: poly}")
+        fit(SIZE, STEPS)
     with pytest.raises(UsageError, match="auto is not for a task that compares the rows of a batch"):
         fit(SIZE, STEPS, path=CASES["feature_extraction"].write(tmp_path))
