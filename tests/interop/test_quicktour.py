@@ -19,6 +19,7 @@ from models_tiny import PAD, batch, eval_mode, ids, labelled, logits, randomise,
 from oracle import silence
 from safetensors.torch import load_file, save_file
 from torch import nn
+from trainkit import reset_accelerate
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -264,6 +265,7 @@ def test_load_adapter_keeps_the_old_one_when_the_new_does_not_fit(
 def test_accelerate_trains_it_as_it_trains_pefts(kind: str, bases: dict[str, str], tmp_path: Path) -> None:
     losses: dict[str, list[float]] = {}
     for lib in (peft, peftcli):
+        reset_accelerate()  # another test may have left its precision
         accelerator = Accelerator(cpu=True)
         model = _twin(lib, kind, bases[kind], {})
         optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=5e-3)
