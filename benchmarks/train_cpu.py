@@ -150,9 +150,10 @@ def table(found: Found, kind: str, names: list[str], precision: str) -> Iterator
         floors = found.ratios("per_thousand", above, {"side": "floor", **cell})
         ratios = found.ratios("per_thousand", above, ours)
         peaks = found.each("peak", side=name, **cell)
+        rounds = f" ({len(each)} rounds)" if len(each) < len(sizes) else ""
         times = f"{median(floors):.2f}" if floors else ""
         yield (
-            f"| {name} | {middle(each)} | {times} | {middle(ratios)} | "
+            f"| {name}{rounds} | {middle(each)} | {times} | {middle(ratios)} | "
             f"{middle(peaks, 0) if peaks else ''} | {losses(found, name, cell)} |"
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.batches import collate
 from peftcli.train.data import Data
 from peftcli.train.micro_batches import BatchForm
-from peftcli.train.optim import STATE_BYTES
+from peftcli.train.optim import state_bytes
 from peftcli.train.plan import MicroBatch, Plan
 from peftcli.train.setup import base_dtype, uses_bf16
 from peftcli.train.sizes import Sizes
@@ -41,7 +41,7 @@ _HELD_BACK = 1.2
 """How many times the counted memory of a step its process takes on a CPU, where freed memory is not all used again:
 docs/log.md, "Memory that is estimated"."""
 _STEPS = 2000
-"""Among the micro-batches of so many steps the largest is looked for."""
+"""The largest micro-batch is that of the first so many steps."""
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,13 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
         before = sizes.live
         largest = np.argsort(data.eval.sizes)[-recipe.training.per_device_eval_batch_size :].tolist()
         rows = collate(data.task, data.eval, largest, training=False)
-        # what comes after the model may look at its answers; by then most is known
-        with torch.no_grad(), autocast, suppress(Exception):
-            sizes.of(lambda: data.task.loss(model, on_device(rows, device)))
+        with torch.no_grad(), autocast:
+            try:
+                sizes.of(lambda: data.task.loss(model, on_device(rows, device)))
+            except (Interrupted, MemoryError):
+                raise
+            except Exception:  # what comes after the model looks at its answers; by then most is known
+                pass
         evaluation = sizes.most - before
     stored = base.stored_bytes()
     is_mapped = abs(stored - whole) < whole / 20  # the weights are the file's own pages, each read where it is needed
@@ -149,7 +153,7 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
         packages=packages,
         weights=whole - elsewhere,
         file=0 if is_mapped or device.type != "cpu" else stored + elsewhere,
-        adapter=2 * values + sum(each.numel() for each in trained) * STATE_BYTES[recipe.training.optim],
+        adapter=2 * values + sum(each.numel() for each in trained) * state_bytes(recipe.training.optim),
         step=round(step * _HELD_BACK) if device.type == "cpu" else step,
         evaluation=evaluation,
     )

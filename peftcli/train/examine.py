@@ -22,7 +22,7 @@ from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.estimate import estimate
 from peftcli.train.fit_memory import fit, is_fitted, settings_of, smallest
 from peftcli.train.init_adapter import KEY, find_init_adapter, with_init_settings
-from peftcli.train.launch import process_count, total_processes
+from peftcli.train.launch import total_processes
 from peftcli.train.setup import checkpoint_activations
 
 T = TypeVar("T")
@@ -108,7 +108,7 @@ def examine(recipe: Recipe) -> Found:
         if begun.training.gradient_checkpointing:
             attempt("training", partial(checkpoint_activations, model))
         needs = estimate(model, config, begun, base, data, plan_of(begun, data, processes))
-        found.would["memory"] = needs and {**needs.as_dict(), "processes": process_count(recipe.launch)}
+        found.would["memory"] = needs and {**needs.as_dict(), "processes": processes // recipe.launch.num_machines}
     return found
 
 

@@ -90,7 +90,7 @@ def fitted(recipe: Recipe, accelerator: Accelerator, overwrite: bool, tell: OnEv
 
 
 def _before(recipe: Recipe, overwrite: bool) -> Settings | None:
-    """What was chosen for the run that goes on; None if there is none, or it has another batch."""
+    """The settings of the run in the folder, if the recipe's are still its; else None."""
     folder = RunFolder(Path(recipe.training.output_dir))
     for each in (folder.replacement(), folder) if overwrite else (folder,):
         record = each.read()
@@ -136,8 +136,11 @@ def fit(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) -> tuple
     sizes = [each for each in range(1, steps + 1) if steps % each == 0] if size == "auto" else [size]
     total = steps if size == "auto" else size * steps
 
+    def chosen(size: int, checkpointing: bool, strategy: str) -> Recipe:
+        return with_settings(recipe, dict(zip(given, (size, total // size, checkpointing, strategy), strict=True)))
+
     def tried(size: int, checkpointing: bool, strategy: str) -> tuple[Recipe, Estimate]:
-        fits = with_settings(recipe, dict(zip(given, (size, total // size, checkpointing, strategy), strict=True)))
+        fits = chosen(size, checkpointing, strategy)
         needs = _estimate(fits, base, data, num_processes)
         if needs is None:
             raise UsageError("what this model needs of memory is not known before", key=key, hint=_NUMBERS)
@@ -151,8 +154,7 @@ def fit(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) -> tuple
         )
     ]
     if len(ways) == len(sizes) == 1:
-        fits = with_settings(recipe, dict(zip(given, (sizes[0], total // sizes[0], *ways[0]), strict=True)))
-        return fits, None
+        return chosen(sizes[0], *ways[0]), None
     limit, last = _memory(num_processes), None
     for way in ways:
         try:

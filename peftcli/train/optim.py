@@ -47,6 +47,8 @@ class _Optimizer:
 
     module: str
     name: str
+    state_bytes: int
+    """Remembered of each number that trains; what is kept by row or column does not count."""
     reads: tuple[str, ...] = ()
     """Which of AdamW's settings it has."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -55,35 +57,26 @@ class _Optimizer:
 
 _ADAM, _BITSANDBYTES = ("betas", "eps"), "bitsandbytes.optim"
 _OPTIMIZERS = {
-    "adamw_torch": _Optimizer("torch.optim", "AdamW", _ADAM),
-    "adamw_torch_fused": _Optimizer("torch.optim", "AdamW", _ADAM, {"fused": True}),
-    "adamw_8bit": _Optimizer(_BITSANDBYTES, "AdamW", _ADAM, {"optim_bits": 8}),
-    "paged_adamw_8bit": _Optimizer(_BITSANDBYTES, "AdamW", _ADAM, {"optim_bits": 8, "is_paged": True}),
-    "paged_adamw_32bit": _Optimizer(_BITSANDBYTES, "AdamW", _ADAM, {"is_paged": True}),
-    "lion_8bit": _Optimizer(_BITSANDBYTES, "Lion", ("betas",), {"optim_bits": 8}),
-    "lion_32bit": _Optimizer(_BITSANDBYTES, "Lion", ("betas",)),
-    "paged_lion_8bit": _Optimizer(_BITSANDBYTES, "Lion", ("betas",), {"optim_bits": 8, "is_paged": True}),
-    "paged_lion_32bit": _Optimizer(_BITSANDBYTES, "Lion", ("betas",), {"is_paged": True}),
+    "adamw_torch": _Optimizer("torch.optim", "AdamW", 8, _ADAM),
+    "adamw_torch_fused": _Optimizer("torch.optim", "AdamW", 8, _ADAM, {"fused": True}),
+    "adamw_8bit": _Optimizer(_BITSANDBYTES, "AdamW", 2, _ADAM, {"optim_bits": 8}),
+    "paged_adamw_8bit": _Optimizer(_BITSANDBYTES, "AdamW", 2, _ADAM, {"optim_bits": 8, "is_paged": True}),
+    "paged_adamw_32bit": _Optimizer(_BITSANDBYTES, "AdamW", 8, _ADAM, {"is_paged": True}),
+    "lion_8bit": _Optimizer(_BITSANDBYTES, "Lion", 1, ("betas",), {"optim_bits": 8}),
+    "lion_32bit": _Optimizer(_BITSANDBYTES, "Lion", 4, ("betas",)),
+    "paged_lion_8bit": _Optimizer(_BITSANDBYTES, "Lion", 1, ("betas",), {"optim_bits": 8, "is_paged": True}),
+    "paged_lion_32bit": _Optimizer(_BITSANDBYTES, "Lion", 4, ("betas",), {"is_paged": True}),
     "adafactor": _Optimizer(
-        "transformers.optimization", "Adafactor", fixed={"scale_parameter": False, "relative_step": False}
+        "transformers.optimization", "Adafactor", 0, fixed={"scale_parameter": False, "relative_step": False}
     ),
-    "sgd": _Optimizer("torch.optim", "SGD"),
+    "sgd": _Optimizer("torch.optim", "SGD", 0),
 }
 """training.optim -> what it is."""
-STATE_BYTES = {
-    "adamw_torch": 8,
-    "adamw_torch_fused": 8,
-    "adamw_8bit": 2,
-    "paged_adamw_8bit": 2,
-    "paged_adamw_32bit": 8,
-    "lion_8bit": 1,
-    "lion_32bit": 4,
-    "paged_lion_8bit": 1,
-    "paged_lion_32bit": 4,
-    "adafactor": 0,
-    "sgd": 0,
-}
-"""training.optim -> bytes that it remembers of each number that trains; a row's or a column's do not count."""
+
+
+def state_bytes(optim: str) -> int:
+    """Return how many bytes the optimizer of this name remembers of each number that trains, about."""
+    return _OPTIMIZERS[optim].state_bytes
 
 
 def build_optimizer(

@@ -26,7 +26,7 @@ class Sizes(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device):
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
         self.device, self.live, self.most = device, 0, 0
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._known = set[int]()
@@ -35,12 +35,13 @@ class Sizes(TorchDispatchMode):
         """Put a model of the meta device on the device: what is frozen in a dtype, what trains as it is."""
         placed = dict[torch.Tensor, torch.Tensor]()
         for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
+            held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for tensors in held:
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         if tensor not in placed:
                             placed[tensor] = self._placed(tensor, dtype)
-                        tensors[name] = placed[tensor]  # type: ignore[assignment]
+                        tensors[name] = placed[tensor]
 
     def _placed(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
