@@ -139,15 +139,18 @@ def _chunk(
     with torch.set_grad_enabled(trains):
         logits = head(hidden.requires_grad_(trains))
     values, place = logits.detach(), targets[:, None]
-    shares, highest = values.softmax(-1, dtype=torch.float32), values.amax(-1)
+    # on a CPU a softmax that converts takes five times as long as the two one after the other
+    shares = values.softmax(-1, dtype=torch.float32) if values.is_cuda else values.float().softmax(-1)
+    highest, total = values.amax(-1), shares.sum(-1)  # torch's shares of 50,000 tokens add up to 1 within 2e-5 only
     chosen = values.gather(1, place)[:, 0]
     # the logarithm of the sum of exponentials is the highest logit less the logarithm of its share
-    losses = highest.float() - shares.amax(-1).log() - chosen.float()
+    losses = highest.float() - (shares.amax(-1) / total).log() - chosen.float()
     if not trains:
         return losses, values.argmax(-1) == targets, None
-    shares.scatter_add_(1, place, shares.new_full(place.shape, -1))
+    shares.scatter_add_(1, place, -total[:, None])
     (gradient,) = torch.autograd.grad(logits, hidden, shares.to(logits.dtype))
-    return losses, chosen == highest, gradient  # nobody reads it in training, where looking for the first takes longer
+    # nobody reads in training which was the first choice alone, and to look for it takes longer
+    return losses, chosen == highest, (gradient / total[:, None]).to(gradient.dtype)
 
 
 def token_loss(losses: Losses) -> Loss:
