@@ -33,7 +33,7 @@ def recipe(number: int, folder: str, options: argparse.Namespace) -> Any:
         base_model=BaseModel(name=MODEL),
         task={"type": "causal_lm"},
         method={"type": "lora", "r": R[number], "lora_alpha": 32, "target_modules": "all-linear"},
-        dataset=Dataset(train="configs/quickstart/train.jsonl", max_length=512),
+        dataset=Dataset(train=options.data, max_length=512),
         training=Training(
             output_dir=f"{folder}/run-{number}",
             seed=number,
@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--fp32", action="store_true")
+    parser.add_argument("--data", default="configs/quickstart/train.jsonl")
     parser.add_argument("--side")
     options = parser.parse_args()
     if options.side:

@@ -284,6 +284,8 @@ class Launch:
     """Address of machine 0."""
     main_process_port: NumberOrAuto = "auto"
     """Port of machine 0. auto: a free port; required with several machines."""
+    max_restarts: int = 3
+    """How often the processes of several machines are started again when one of them, or a machine, is lost."""
     strategy: Literal["auto", "replicate", "fsdp"] = "replicate"
     """What each process holds of the base model. replicate: all of it. fsdp: a part of each layer, and a whole layer
     only while it computes. auto: all of it where the memory holds that."""

@@ -13,6 +13,7 @@ from peftcli.cli.junit_report import Junit, junit_report
 from peftcli.cli.progress import Progress, summary
 from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.cli.train_together import train_together
+from peftcli.train.schedulers import join_tasks
 
 
 def train(
@@ -51,6 +52,7 @@ def train(
     from peftcli.train import launch
 
     progress_log(quiet)
+    join_tasks()
     if together:
         train_together(
             [str(recipe), *(overrides or [])],

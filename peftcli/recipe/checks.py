@@ -49,6 +49,7 @@ _NOT_NEGATIVE = (
     "training.early_stopping_threshold",
     "training.dataloader_num_workers",
     "launch.machine_rank",
+    "launch.max_restarts",
 )
 _AT_MOST = {
     "training.per_device_train_batch_size": 1_000_000,

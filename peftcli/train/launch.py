@@ -1,7 +1,8 @@
 """One process per device on this machine: their signals, their exit codes, and what happens when one fails.
 
 Each process writes how it ended to a file of its own, ``PEFTCLI_STATUS``/RANK.json, so that the reason is not lost: a
-process that ended without such a file died. A stopped process ends the group, and so does a group that is idle.
+process that ended without such a file died. A stopped process ends the group, and so does a group that is idle. Where
+several machines train together, ``machines`` starts their processes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from peftcli.errors import Interrupted, PeftcliError, ProcessDied, StorageError,
 from peftcli.schema import Launch
 from peftcli.system.cores import usable_cores
 from peftcli.system.signals import SAVE_SIGNAL, STARTED, STOP_SIGNALS, end_with_parent
+from peftcli.train.schedulers import is_pod
 
 _GRACE_SECONDS = 12.0
 """Time for the other processes to end after one has failed."""
@@ -37,12 +39,16 @@ _IDLE_SHARE = 0.04
 """Share of one core below which a group is idle. Redrawing a progress bar takes less."""
 _REDRAWN_BYTES = 20_000
 """The most that a progress bar writes between two looks, which does not count as work."""
-_STATUS = "PEFTCLI_STATUS"
-_TRAINING = "training"
+STATUS = "PEFTCLI_STATUS"
+"""The variable that names the folder in which each process reports how it ended."""
+TRAINING = "training"
+"""A file there: one trains."""
 
 
 def is_launched() -> bool:
     """Whether a launcher (this one, accelerate, torchrun) started this process as one of several."""
+    if is_pod(os.environ):
+        return False
     return "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
@@ -63,7 +69,7 @@ def leave_group_on_exit() -> Iterator[None]:
 
 def has_launcher() -> bool:
     """Whether ``run_processes`` started this process."""
-    return _STATUS in os.environ
+    return STATUS in os.environ
 
 
 def is_main_process() -> bool:
@@ -96,8 +102,8 @@ def total_processes(launch: Launch) -> int:
 def run_processes(
     command: Sequence[str],
     count: int,
-    launch: Launch,
-    lock: tuple[int, dict[str, str]] | None = None,
+    port: int | str,
+    lock: tuple[int, dict[str, str]],
     save_on: str | None = None,
     afterwards: Callable[[], None] = lambda: None,
 ) -> None:
@@ -108,9 +114,8 @@ def run_processes(
     Args:
         command: The words after ``peftcli``.
         count: How many processes.
-        launch: Where the others are.
-        lock: The file descriptor that locks the run folder, and the variables that name it to process 0; None on
-            machines other than the first.
+        port: Where they find one another; ``auto``: a free one.
+        lock: The file descriptor that locks the run folder, and the variables that name it to process 0.
         save_on: Name of the signal that asks for a checkpoint.
         afterwards: Is called when all have done their work, before their answer is printed.
 
@@ -119,30 +124,35 @@ def run_processes(
         ProcessDied: a process was killed, crashed, stopped, or ended while the others went on.
         Interrupted: a signal ended them.
     """
-    handles, told = ([lock[0]], lock[1]) if lock else ([], {})
-    port = _free_port() if launch.main_process_port == "auto" else launch.main_process_port
+    handle, told = lock
+    shared, meets = shared_variables(count), _free_port() if port == "auto" else int(port)
     with tempfile.TemporaryDirectory(prefix="peftcli-") as status, tempfile.TemporaryFile() as answer:
-        group = _Group(Path(status), launch.num_machines == 1, signal.Signals[save_on] if save_on else None)
+        group = _Group(Path(status), signal.Signals[save_on] if save_on else None)
         with _forwarding(group):
             for number in range(count):
-                variables = _environment(launch, number, count, port) | {_STATUS: status}
+                variables = shared | _place(number, count, meets) | {STATUS: status}
                 group.processes.append(
                     subprocess.Popen(
                         [sys.executable, "-m", "peftcli", *command],
                         env=os.environ | variables | (told if number == 0 else {}),
                         stdout=answer if number == 0 else subprocess.DEVNULL,
-                        pass_fds=handles if number == 0 else [],
+                        pass_fds=[handle] if number == 0 else [],
                         start_new_session=True,  # Ctrl-C reaches them once, through us
                     )
                 )
             error = group.wait()
-        if error is not None and error.exit_code != _GATE_FAILED:
-            raise error
-        afterwards()
         answer.seek(0)
-        sys.stdout.write(answer.read().decode())  # only now: of a group that died, the answer is the error
-        if error is not None:
-            raise error
+        conclude(error, lambda: answer.read().decode(), afterwards)
+
+
+def conclude(error: PeftcliError | None, answer: Callable[[], str], afterwards: Callable[[], None]) -> None:
+    """Print the answer of processes that have done their work. Of a group that died, the answer is the error."""
+    if error is not None and error.exit_code != GATE_FAILED:
+        raise error
+    afterwards()
+    sys.stdout.write(answer())
+    if error is not None:
+        raise error
 
 
 def report_outcome(error: PeftcliError | None) -> bool:
@@ -154,7 +164,7 @@ def report_outcome(error: PeftcliError | None) -> bool:
     Raises:
         StorageError: there is one, and success cannot be reported to it.
     """
-    folder = os.environ.get(_STATUS)
+    folder = os.environ.get(STATUS)
     if folder is None:
         return False
     ended = None if error is None else {**error.as_dict(), "exit_code": error.exit_code, "shown": str(error)}
@@ -171,9 +181,9 @@ def report_outcome(error: PeftcliError | None) -> bool:
 
 def report_training() -> None:
     """Report to the launcher that this process trains from now on, and waits only for the others."""
-    if folder := os.environ.get(_STATUS):
+    if folder := os.environ.get(STATUS):
         with suppress(OSError):
-            (Path(folder) / _TRAINING).touch()
+            (Path(folder) / TRAINING).touch()
 
 
 def follow_parent() -> None:
@@ -183,24 +193,28 @@ def follow_parent() -> None:
         end_with_parent(int(launcher))
 
 
-def _environment(launch: Launch, number: int, count: int, port: int) -> dict[str, str]:
+def shared_variables(count: int) -> dict[str, str]:
+    """Return the environment that ``count`` processes on this machine share."""
     import torch
 
-    environment = {
-        "RANK": str(launch.machine_rank * count + number),
-        "LOCAL_RANK": str(number),
-        "WORLD_SIZE": str(launch.num_machines * count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": launch.main_process_ip,
-        "MASTER_PORT": str(port),
-        "PEFTCLI_LAUNCHED": str(os.getpid()),
-        "PEFTCLI_STARTED": str(STARTED),
-    }
+    environment = {"PEFTCLI_LAUNCHED": str(os.getpid()), "PEFTCLI_STARTED": str(STARTED)}
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"
         if "OMP_NUM_THREADS" not in os.environ:
             environment |= {"OMP_NUM_THREADS": str(max(1, usable_cores() // count)), "PEFTCLI_THREADS": "shared"}
     return environment
+
+
+def _place(number: int, count: int, port: int) -> dict[str, str]:
+    """The environment of one of ``count`` processes, by which they find one another."""
+    return {
+        "RANK": str(number),
+        "LOCAL_RANK": str(number),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 class _OfProcess(PeftcliError):
@@ -223,8 +237,6 @@ class _Group:
 
     status: Path
     """The folder in which each process reports how it ended."""
-    alone: bool
-    """Whether the run has no processes on other machines, which these may wait for."""
     save_on: signal.Signals | None
     """The signal that asks for a checkpoint."""
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -235,11 +247,11 @@ class _Group:
 
     def wait(self) -> PeftcliError | None:
         """Wait for all. Returns the error of the first that failed, once the others have ended or been killed."""
-        watch = _Watch()
+        watch = Watch()
         ended: dict[int, float] = {}  # process -> when it was seen to have ended, in that order
         error: PeftcliError | None = None
         while len(ended) < len(self.processes):
-            training = (self.status / _TRAINING).exists()
+            training = (self.status / TRAINING).exists()
             self.pass_on(training=training)
             for number, process in enumerate(self.processes):
                 if process.poll() is not None:
@@ -250,16 +262,16 @@ class _Group:
                 living = {
                     number: self.processes[number].pid for number in range(len(self.processes)) if number not in ended
                 }
-                reason = watch.look(living, training=training, alone=self.alone)
+                reason = watch.look(living, training=training)
                 if reason is not None:
                     self.end()
-                    return ProcessDied(reason, hint=_GO_ON)
+                    return ProcessDied(reason, hint=GO_ON)
             if late:
                 break
             time.sleep(0.05)
         if len(ended) < len(self.processes) and error is None:
             number = next(iter(ended))
-            error = ProcessDied(f"process {number} of {len(self.processes)} ended before the others", hint=_GO_ON)
+            error = ProcessDied(f"process {number} of {len(self.processes)} ended before the others", hint=GO_ON)
         self.end()
         return error
 
@@ -282,43 +294,54 @@ class _Group:
                 process.wait()
 
     def _first_error(self, ended: dict[int, float]) -> PeftcliError | None:
-        errors = [error for number in ended if (error := self._error(number)) is not None]
-        # one that ended because another had is not the reason
-        return min(errors, key=lambda error: isinstance(error, _OfProcess) and error.exit_code == 10, default=None)
-
-    def _error(self, number: int) -> PeftcliError | None:
-        """Why an ended process failed; None if it did not."""
-        code = self.processes[number].returncode
-        with suppress(OSError, ValueError):
-            reported = json.loads((self.status / f"{number}.json").read_bytes())
-            if reported is None and code == 0:
-                return None
-            if isinstance(reported, dict):
-                if reported["exit_code"] != PeftcliError.exit_code:
-                    return _OfProcess(reported)
-                return ProcessDied(
-                    f"process {number} of {len(self.processes)} failed: {reported['shown']}", hint=_GO_ON
-                )
-        if -code in self.forwarded or (code in _AT_ONCE and self.forwarded):  # it did not listen yet, or had two
-            last = signal.Signals(self.forwarded[-1])
-            return Interrupted(f"stopped at once ({last.name})", exit_code=130 if last == signal.SIGINT else 143)
-        if 1 < code <= _GATE_FAILED:  # the disk of the status files may be full
-            kind = {each.exit_code: each for each in PeftcliError.__subclasses__()}[code]
-            return kind(f"process {number} of {len(self.processes)} ended with {code}; what it printed says why")
-        how = (
-            f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code} before its work was done"
-        )
-        hint = f"{_GO_ON}; if nobody killed it, the memory may not have sufficed" if code == -signal.SIGKILL else _GO_ON
-        return ProcessDied(f"process {number} of {len(self.processes)} {how}", hint=hint)
+        codes = {number: self.processes[number].returncode for number in ended}
+        return first_error(self.status, codes, len(self.processes), self.forwarded)
 
 
-_GO_ON = "run the same command again to go on"
-_GATE_FAILED = 12
+def first_error(status: Path, codes: Mapping[int, int], count: int, forwarded: Sequence[int]) -> PeftcliError | None:
+    """Return why the first process failed that did so by itself; None if none did.
+
+    Args:
+        status: The folder in which each reported how it ended.
+        codes: The exit codes of those that have ended, in that order.
+        count: How many there are, or were.
+        forwarded: The signals that they were sent.
+    """
+    errors = [
+        error for number, code in codes.items() if (error := _error(status, number, code, count, forwarded)) is not None
+    ]
+    # one that ended because another had is not the reason
+    return min(errors, key=lambda error: isinstance(error, _OfProcess) and error.exit_code == 10, default=None)
+
+
+def _error(status: Path, number: int, code: int, count: int, forwarded: Sequence[int]) -> PeftcliError | None:
+    """Why an ended process failed; None if it did not."""
+    with suppress(OSError, ValueError):
+        reported = json.loads((status / f"{number}.json").read_bytes())
+        if reported is None and code == 0:
+            return None
+        if isinstance(reported, dict):
+            if reported["exit_code"] != PeftcliError.exit_code:
+                return _OfProcess(reported)
+            return ProcessDied(f"process {number} of {count} failed: {reported['shown']}", hint=GO_ON)
+    if -code in forwarded or (code in _AT_ONCE and forwarded):  # it did not listen yet, or had two
+        last = signal.Signals(forwarded[-1])
+        return Interrupted(f"stopped at once ({last.name})", exit_code=130 if last == signal.SIGINT else 143)
+    if 1 < code <= GATE_FAILED:  # the disk of the status files may be full
+        kind = {each.exit_code: each for each in PeftcliError.__subclasses__()}[code]
+        return kind(f"process {number} of {count} ended with {code}; what it printed says why")
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code} before its work was done"
+    hint = f"{GO_ON}; if nobody killed it, the memory may not have sufficed" if code == -signal.SIGKILL else GO_ON
+    return ProcessDied(f"process {number} of {count} {how}", hint=hint)
+
+
+GO_ON = "run the same command again to go on"
+GATE_FAILED = 12
 _AT_ONCE = (130, 143)
 
 
 @dataclass
-class _Watch:
+class Watch:
     """Detects stopped processes and an idle group (Linux)."""
 
     stopped: dict[int, float] = field(default_factory=dict)
@@ -328,8 +351,8 @@ class _Watch:
     seen: tuple[float, float, int] = (0.0, 0.0, 0)
     """When the group was last looked at, and its CPU seconds and bytes read and written then."""
 
-    def look(self, living: dict[int, int], *, training: bool, alone: bool) -> str | None:
-        """What is wrong with the processes (number -> pid); None if nothing is."""
+    def look(self, living: dict[int, int], *, training: bool, alone: bool = True) -> str | None:
+        """What is wrong with the processes (number -> pid); None if nothing is. Alone, they wait for nobody else."""
         now = time.monotonic()
         if sys.platform != "linux" or now - self.seen[0] < 1.0:
             return None

@@ -306,10 +306,10 @@ def resume_state(run: Run, data: RunData, built: BuiltModel) -> State:
     """
     prepared, total = built.prepared, data.plan.total_steps
     state = State(prepared, run.accelerator.unwrap_model(prepared.model), prepared.config, Progress())
-    checkpoint = checkpoint_to_resume(run)
-    if checkpoint is None:
-        return state
-    load_checkpoint(checkpoint, state, run.accelerator)
+    with checkpoint_to_resume(run) as checkpoint:
+        if checkpoint is None:
+            return state
+        load_checkpoint(checkpoint, state, run.accelerator)
     progress = state.progress
     if progress.step > total:
         raise UsageError(

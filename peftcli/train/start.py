@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from peftcli.system import signals
 from peftcli.train import launch
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.status import read_records, record_failure
+from peftcli.train.schedulers import placed
 
 if TYPE_CHECKING:
     from peftcli.train.report import OnEvent
@@ -44,6 +46,7 @@ def start(
     Raises:
         PeftcliError: of the kind that its class says.
     """
+    recipe = replace(recipe, launch=placed(recipe.launch))
     folder = RunFolder(Path(recipe.training.output_dir))
     note_resumable(folder)
     launch.follow_parent()
@@ -80,26 +83,29 @@ def _launch(
     recipe: Recipe, folder: RunFolder, command: Sequence[str], count: int, on_event: OnEvent, overwrite: bool
 ) -> None:
     """Lock the run folder, encode the data once, and start ``count`` processes."""
-    from peftcli.train import data, fresh_process
+    from peftcli.train import data, fresh_process, machines, report
 
+    several, save_on = recipe.launch.num_machines > 1, recipe.training.save_on_signal
     record, is_first = folder.read(), recipe.launch.machine_rank == 0
     if is_first:  # other machines may share the folder
         folder.lock()
     before = read_records(folder)
+
+    def verify() -> None:
+        if recipe.training.verify and is_first:
+            fresh_process.verify_run(folder.path, on_event)
+
     try:
         if overwrite or record is None or record.status != "complete":
             data.prepare_data(recipe, record.day if record else None, on_event)
-        lock = folder.give_lock() if is_first else None
-        launch.run_processes(
-            command,
-            count,
-            recipe.launch,
-            lock,
-            recipe.training.save_on_signal,
-            afterwards=lambda: (
-                fresh_process.verify_run(folder.path, on_event) if recipe.training.verify and is_first else None
-            ),
-        )
+        if several:
+            folder.close()  # process 0 locks it, as often as it is started
+            machines.run_on_machine(
+                command, count, recipe.launch, save_on, verify, lambda text: on_event(report.Warned(text))
+            )
+        else:
+            port, lock = recipe.launch.main_process_port, folder.give_lock()
+            launch.run_processes(command, count, port, lock, save_on, verify)
     except PeftcliError as error:
         if is_first:
             record_failure(folder, error, before)

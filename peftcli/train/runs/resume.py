@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from peftcli.errors import StorageError, UsageError
 from peftcli.models import hub_files
@@ -234,8 +235,11 @@ def commit_of(base: BaseModel) -> dict[str, str | None]:
     return {"revision": folder.name, "sha256": hub_files.base_hash(folder)}
 
 
-def checkpoint_to_resume(run: Run) -> Path | None:
+@contextlib.contextmanager
+def checkpoint_to_resume(run: Run) -> Iterator[Path | None]:
     """The checkpoint to resume from, agreed by all processes; None: start from the beginning.
+
+    Inside, each process sees it, also on a machine that does not see the run folder.
 
     Raises:
         UsageError: the chosen one belongs to another run.
@@ -253,8 +257,19 @@ def checkpoint_to_resume(run: Run) -> Path | None:
             found[0] = _chosen(Path(resume), run)
     broadcast_object_list(found)
     checkpoint = found[0]
-    assert checkpoint is None or isinstance(checkpoint, Path)
-    return checkpoint
+    if checkpoint is None or all(gather_object([checkpoint.is_dir()])):
+        yield checkpoint
+        return
+    names = [[path.name for path in checkpoint.iterdir()] if run.is_main else []]
+    broadcast_object_list(names)
+    with tempfile.TemporaryDirectory(prefix="peftcli-") as temporary:
+        copy = Path(temporary) / checkpoint.name
+        copy.mkdir()
+        for name in names[0]:
+            content = [(checkpoint / name).read_bytes() if run.is_main else b""]
+            broadcast_object_list(content)
+            (copy / name).write_bytes(content[0])
+        yield copy
 
 
 def _chosen(path: Path, run: Run) -> Path:

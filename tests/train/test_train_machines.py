@@ -1,0 +1,217 @@
+"""Several machines: two hosts with addresses of their own train together, lose a process or each other, and go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trainkit
+from hosts import Host, can_make_hosts, two_hosts
+from torch.distributed import HashStore
+from trainkit import read_metrics, read_run, run_recipe
+
+from peftcli.errors import AdapterError, Diverged, ProcessDied, UsageError
+from peftcli.train import machines
+from peftcli.train.machines import _Agent, _Numbered
+
+PORT = 29_400
+STEPS = ("training.max_steps=40", "training.save_strategy=steps", "training.save_steps=5", "training.eval_strategy=no")
+
+
+@dataclass
+class Pair:
+    """Two hosts that see no file system of each other's but the base model and the data."""
+
+    hosts: tuple[Host, Host]
+    recipe: Path
+    running: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def folder(self, rank: int) -> Path:
+        """The run folder of a host."""
+        return self.recipe.parent / f"host-{rank}" / "out"
+
+    def start(self, rank: int, *settings: str, number: int | None = None) -> subprocess.Popen[str]:
+        """Start the command on a host."""
+        launch = {
+            "num_processes": 1,
+            "num_machines": 2,
+            "machine_rank": rank if number is None else number,
+            "main_process_ip": self.hosts[0].address,
+            "main_process_port": PORT,
+        }
+        words = [f"launch.{name}={value}" for name, value in launch.items()]
+        words += ["training.per_device_train_batch_size=2", f"training.output_dir={self.folder(rank)}", *settings]
+        process = self.hosts[rank].start(
+            [sys.executable, "-m", "peftcli", "train", str(self.recipe), *words, "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=trainkit.subprocess_environment() | {"PEFTCLI_CACHE": str(self.recipe.parent / f"cache-{rank}")},
+        )
+        self.running.append(process)
+        return process
+
+    def both(self, *settings: str) -> list[subprocess.Popen[str]]:
+        """Start it on both."""
+        return [self.start(rank, *settings) for rank in (0, 1)]
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until so many steps are logged."""
+        end = time.monotonic() + 120
+        while not any(entry["step"] >= step for entry in self.lines()):
+            assert time.monotonic() < end
+            assert all(each.poll() is None for each in self.running[-2:])
+            time.sleep(0.05)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What is logged."""
+        return read_metrics(self.folder(0)) if (self.folder(0) / "metrics.jsonl").exists() else []
+
+    def adapter(self) -> bytes:
+        """The trained adapter."""
+        return (self.folder(0) / "adapter_model.safetensors").read_bytes()
+
+
+def ended(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    """What a process has printed, which ends so."""
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, err
+    return out, err
+
+
+def processes_of(launcher: subprocess.Popen[str]) -> list[int]:
+    """The training processes on the host of a command (``ip`` has become the command itself)."""
+    return [int(each) for each in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+
+
+@pytest.fixture
+def pair(recipe: Path) -> Iterator[Pair]:
+    if not can_make_hosts():
+        pytest.skip("hosts are network namespaces, which only root on Linux can make")
+    with two_hosts() as hosts:
+        found = Pair(hosts, recipe)
+        try:
+            yield found
+        finally:
+            for process in found.running:
+                if process.poll() is None:
+                    process.kill()
+                if process.stdout and not process.stdout.closed:
+                    process.communicate()
+
+
+@pytest.mark.slow
+def test_two_hosts_give_the_series_of_one_process(pair: Pair) -> None:
+    one = run_recipe(pair.recipe, "training.eval_strategy=epoch")
+    (answer, _), (nothing, _) = map(ended, pair.both("training.eval_strategy=epoch"))
+    assert [entry["loss"] for entry in pair.lines() if "loss" in entry] == pytest.approx(one.losses, rel=1e-5)
+    assert read_run(pair.folder(0))["processes"] == 2
+    assert '"status": "complete"' in answer
+    assert not nothing
+    assert not pair.folder(1).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["a machine", "a process"])
+def test_what_is_lost_comes_back_and_the_run_ends_with_the_same_bytes(pair: Pair, lost: str) -> None:
+    for process in pair.both(*STEPS):
+        ended(process)
+    wanted = pair.adapter()
+    pair.folder(0).rename(pair.folder(0).with_name("undisturbed"))
+    first, second = pair.both(*STEPS)
+    pair.wait_for_step(12)
+    if lost == "a machine":
+        second.kill()
+        second = pair.start(1, *STEPS)
+    else:
+        os.kill(processes_of(second)[0], signal.SIGKILL)
+    _, err = ended(first)
+    ended(second)
+    assert "all go on at the newest checkpoint" in err
+    assert read_run(pair.folder(0))["attempts"][-1]["from_step"] >= 10
+    assert pair.adapter() == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_on_one_host_reaches_both(pair: Pair, number: signal.Signals) -> None:
+    first, second = pair.both(*STEPS[:-2], "training.eval_strategy=no")
+    pair.wait_for_step(3)
+    second.send_signal(number)
+    if number == signal.SIGUSR2:
+        ended(first), ended(second)
+        assert (pair.folder(0) / "checkpoints").exists()
+        return
+    for process in (first, second):
+        _, err = ended(process, 75)
+        assert "restart" not in err
+    for process in pair.both(*STEPS[:-2], "training.eval_strategy=no"):
+        ended(process)
+    assert len(read_run(pair.folder(0))["attempts"]) == 2
+
+
+@pytest.mark.slow
+def test_what_fails_by_itself_is_not_started_again(pair: Pair) -> None:
+    for process in pair.both("training.learning_rate=1e6", "training.max_grad_norm=0"):
+        _, err = ended(process, Diverged.exit_code)
+        assert "restart" not in err
+
+
+@pytest.mark.slow
+def test_two_machines_of_one_number_are_refused(pair: Pair) -> None:
+    both = [pair.start(rank, number=0) for rank in (0, 1)]
+    found = {process.communicate(timeout=240)[1]: process.returncode for process in both}
+    assert set(found.values()) == {UsageError.exit_code}
+    assert all("launch.machine_rank: not every machine has a number of its own" in err for err in found)
+
+
+@pytest.mark.slow
+def test_a_machine_that_waits_for_the_others_can_be_stopped(pair: Pair) -> None:
+    alone = pair.start(0)
+    time.sleep(10)
+    alone.send_signal(signal.SIGTERM)
+    ended(alone, 143)
+
+
+def numbered(number: int, store: Any) -> _Numbered:
+    """A machine's rendezvous, which the agent would number otherwise."""
+    found = SimpleNamespace(store=store, rank=5, world_size=2, bootstrap_store_info=None)
+    return _Numbered(SimpleNamespace(next_rendezvous=lambda: found, get_backend=lambda: "c10d"), number)
+
+
+def test_machines_have_the_numbers_of_their_recipes() -> None:
+    with ThreadPoolExecutor(2) as machines:
+        store = HashStore()
+        both = [machines.submit(numbered(each, store).next_rendezvous) for each in (1, 0)]
+        assert [each.result().rank for each in both] == [1, 0]
+        store = HashStore()
+        for each in [machines.submit(numbered(1, store).next_rendezvous) for _ in range(2)]:
+            with pytest.raises(UsageError, match="not every machine has a number of its own below 2"):
+                each.result()
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [(ProcessDied("died"), True), (None, True), (Diverged("no"), False), (AdapterError("no"), False)],
+)
+def test_only_lost_processes_are_started_again(error: Any, again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    restarted = []
+    monkeypatch.setattr(machines.LocalElasticAgent, "_restart_workers", lambda self, group: restarted.append(group))
+    agent = object.__new__(_Agent)
+    agent.error, agent.restarts, agent.warn = error, 0, lambda text: None
+    agent.spec = SimpleNamespace(max_restarts=3)  # type: ignore[assignment]
+    if again:
+        agent._restart_workers("group")
+    else:
+        with pytest.raises(type(error)):
+            agent._restart_workers("group")
+    assert bool(restarted) is again
