@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +25,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "outputs/benchmarks"
 """Where rows and earlier versions stand between the cells."""
-MODEL = "models/SmolLM2-135M-Instruct"
+TOKENIZER = "models/SmolLM2-135M-Instruct"
+MODEL = os.environ.get("BENCH_MODEL", TOKENIZER)
+"""The base model that is trained; the tokenizer is always that of the first."""
 BEFORE = "290fe17"
 """The commit before the work on speed."""
 
@@ -132,14 +135,30 @@ def earlier_version() -> Path:
     return folder
 
 
+def clock() -> float:
+    """Return the CPU seconds of this process; where it has a GPU the time, once that is done with its work."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def reset_peak() -> float:
-    """Forget the peak memory of this process. Returns what is resident, in MiB."""
+    """Forget the peak memory of this process, or of its GPU. Returns what is resident there, in MiB."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
     Path("/proc/self/clear_refs").write_text("5")
     return resident("VmRSS")
 
 
 def resident(key: str = "VmHWM") -> float:
-    """Return the peak memory of this process since ``reset_peak``, or another line of its status, in MiB."""
+    """Return the peak memory since ``reset_peak``, of the GPU if there is one, or another line of the status, in MiB."""
+    torch = sys.modules.get("torch")
+    if key == "VmHWM" and torch is not None and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1024
 

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import MODEL, WORK
+from common import TOKENIZER, WORK
 
 SOURCE = Path("configs/quickstart/train.jsonl")
 COUNT, BATCH = 400, 4
@@ -63,7 +63,7 @@ def _encoded(kind: str) -> list[dict[str, Any]]:
     from peftcli.tasks.text.chat import encode_chat
     from peftcli.tasks.text.formats import ChatExample
 
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     made: dict[tuple[int, ...], dict[str, Any]] = {}
     for row in _texts(kind) if kind in ("short", "long") else _chats(tokenizer, kind):
         if "text" in row:

@@ -13,13 +13,12 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from common import MODEL, reset_peak, resident
+from common import MODEL, TOKENIZER, clock, reset_peak, resident
 
 METHODS = {
     "lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
@@ -27,7 +26,7 @@ METHODS = {
         "num_virtual_tokens": 20,
         "prompt_tuning_init": "TEXT",
         "prompt_tuning_init_text": "Answer briefly, as an expert of Python who knows its standard library by heart.",
-        "tokenizer_name_or_path": MODEL,
+        "tokenizer_name_or_path": TOKENIZER,
     },
 }
 VOCABULARY, WIDTH = 49_152, 576
@@ -49,14 +48,14 @@ class Notes:
     def begin(self) -> None:
         """Training begins: start the clock."""
         self.before = reset_peak()
-        self.start = time.process_time()
+        self.start = clock()
 
     def end_step(self) -> None:
         """A step is done: stop the clock, unless another follows."""
         if self.counts and not self.steps_done:
             self.counts.__enter__()  # in the first step peftcli looks for the head, once
         self.steps_done += 1
-        self.seconds = time.process_time() - self.start
+        self.seconds = clock() - self.start
         self.peak = resident()
 
     def see(self, input_ids: Any, mask: Any = None, positions: Any = None) -> None:
@@ -123,8 +122,12 @@ def peftcli(
     packing: bool = False,
     checkpointing: bool = False,
     count: bool = False,
+    **sections: dict[str, Any],
 ) -> dict[str, Any]:
-    """Train with peftcli: by a recipe, as ``peftcli train`` does. Also the side of earlier versions."""
+    """Train with peftcli: by a recipe, as ``peftcli train`` does. Also the side of earlier versions.
+
+    ``sections`` are more settings of the recipe, by section.
+    """
     with contextlib.suppress(ImportError):  # the version that is compared with sets none
         from peftcli.system.cores import set_variables
 
@@ -155,7 +158,7 @@ def peftcli(
             "bf16": precision != "fp32",
             "save_strategy": "no",
         }
-        recipe = {
+        recipe: dict[str, Any] = {
             "base_model": {"name": MODEL},
             "task": "causal_lm",
             "method": {"type": method, **METHODS[method]},
@@ -167,6 +170,8 @@ def peftcli(
             },
             "training": training,
         }
+        for name, more in sections.items():
+            recipe[name] = {**recipe.get(name, {}), **more}
         Path(folder, "recipe.yaml").write_text(json.dumps(recipe))  # which is YAML, too
         _train(Path(folder, "recipe.yaml"), notes)
     return notes.found(rows)
@@ -230,7 +235,7 @@ def trainer(
     kind = {"lora": peft.LoraConfig, "prompt_tuning": peft.PromptTuningConfig}[method]
     config = kind(task_type="CAUSAL_LM", **METHODS[method])
     parts: list[tuple[int, float]] = []  # targets and summed loss of the micro-batches of a step
-    notes, tokenizer = Notes(count), transformers.AutoTokenizer.from_pretrained(MODEL)
+    notes, tokenizer = Notes(count), transformers.AutoTokenizer.from_pretrained(TOKENIZER)
 
     class Clock(transformers.TrainerCallback):
         """Notes when training begins and when a step is done."""
@@ -269,7 +274,7 @@ def trainer(
             "bf16": precision != "fp32",
             "save_strategy": "no",
             "report_to": "none",
-            "use_cpu": True,
+            "use_cpu": not torch.cuda.is_available(),
             "disable_tqdm": True,
             "logging_strategy": "no",
             **options,

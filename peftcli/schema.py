@@ -286,9 +286,13 @@ class Launch:
     """Port of machine 0. auto: a free port; required with several machines."""
     max_restarts: int = 3
     """How often the processes of several machines are started again when one of them, or a machine, is lost."""
-    strategy: Literal["auto", "replicate", "fsdp"] = "replicate"
-    """What each process holds of the base model. replicate: all of it. fsdp: a part of each layer, and a whole layer
-    only while it computes. auto: all of it where the memory holds that."""
+    strategy: Literal["auto", "replicate", "ddp", "fsdp"] = "replicate"
+    """What each process holds of the base model. replicate: all of it. ddp: the same, and PyTorch's DDP adds up the
+    gradients. fsdp: a part of each layer, and a whole layer only while it computes. auto: all of it where the memory
+    holds that."""
+    accelerate_config: str | None = None
+    """A file that ``accelerate config`` wrote: processes, machines and FSDP are as it says, where this section does not
+    say otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from peftcli.core.config import AdapterConfig
 from peftcli.errors import Problem, RecipeError
 from peftcli.methods import METHODS
+from peftcli.recipe.accelerate_config import with_accelerate_config
 from peftcli.recipe.checks import check
 from peftcli.recipe.names import closest, find_alias, suggest_value
 from peftcli.recipe.settings import (
@@ -89,7 +90,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Reading:
     if tree is None:
         return Reading(None, problems.in_order(), str(path), {})
     reader = _Reader(tree, problems)
-    recipe = reader.recipe()
+    recipe = with_accelerate_config(reader.recipe(), reader.report)
     check(recipe, reader.report)
     found = problems.in_order()
     return Reading(None if found else recipe, found, str(path), reader.places)

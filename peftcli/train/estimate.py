@@ -122,7 +122,8 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
     elsewhere = _held_by_others(model, recipe, plan.num_processes)
     unpad(model, config, try_out=False)
     take_head_as_it_is(model)
-    form = BatchForm.of(model, data.task, config, plan)
+    in_step = recipe.launch.strategy != "replicate" and plan.num_processes > 1
+    form = BatchForm.of(model, data.task, config, plan, in_step=in_step)
     if recipe.launch.strategy == "fsdp" and plan.num_processes > 1:
         form = replace(form, divides=False)
     batch = form.batch(data.task, data.train, plan, *_largest(form, plan, data))

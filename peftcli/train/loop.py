@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.protocols import after_step, penalty
@@ -70,8 +72,10 @@ class Gradients:
         """Begin before step ``start``, counted from 0."""
         self.prepared, self.task, self.examples, self.plan = prepared, task, examples, plan
         self.accelerator, self.start = accelerator, start
-        self.sharded = is_sharded(prepared.model)
-        self.form = BatchForm.of(accelerator.unwrap_model(prepared.model), task, prepared.config, plan)
+        model = prepared.model
+        self.in_step = is_sharded(model) or isinstance(model, DistributedDataParallel)
+        inner = accelerator.unwrap_model(model)
+        self.form = BatchForm.of(inner, task, prepared.config, plan, in_step=self.in_step)
         steps = range(start, plan.total_steps)
         work = ((step, rows or self._stand_in(step)) for step in steps for rows in self.micro_batches(step))
         mine = ((step, rows) for step, rows in work if rows)
@@ -87,26 +91,28 @@ class Gradients:
         return self.form.divided(self.plan.micro_batches(step, self.accelerator.process_index), self.examples)
 
     def _stand_in(self, step: int) -> MicroBatch:
-        """What is computed where a process has no rows and the others have, whose weights it holds a part of."""
-        return self.plan.micro_batches(step, 0)[0][:1] if self.sharded else []
+        """What is computed where a process has no rows and the others have, and all must run the model."""
+        return self.plan.micro_batches(step, 0)[0][:1] if self.in_step else []
 
     def of(self, step: int, num_targets: int) -> torch.Tensor:
         """Compute the gradients of a global batch's part in this process, and return its summed loss."""
         total, micro_batches = self.zero(), self.micro_batches(step)
         for number, rows in enumerate(micro_batches, 1):
-            parts = []
-            if rows:  # the others may have more
-                loss = self.loss(next(self.ahead))
-                parts.append(loss * (1 / num_targets))
-                total += loss.detach()
-            elif self.sharded:
-                parts.append(self.loss(next(self.ahead)) * 0)
-            elif isinstance(self.task, Gathers):
-                self.task.take_part(self.accelerator.device)
-            if number == len(micro_batches) and (added := self.penalty()) is not None:
-                parts.append(added / self.accelerator.num_processes)
-            if parts:
-                self.accelerator.backward(sum(parts))
+            parts, is_last = [], number == len(micro_batches)
+            # DDP adds the gradients up over the processes in the last backward pass
+            with nullcontext() if is_last else self.accelerator.no_sync(self.prepared.model):
+                if rows:  # the others may have more
+                    loss = self.loss(next(self.ahead))
+                    parts.append(loss * (1 / num_targets))
+                    total += loss.detach()
+                elif self.in_step:
+                    parts.append(self.loss(next(self.ahead)) * 0)
+                elif isinstance(self.task, Gathers):
+                    self.task.take_part(self.accelerator.device)
+                if is_last and (added := self.penalty()) is not None:
+                    parts.append(added / self.accelerator.num_processes)
+                if parts:
+                    self.accelerator.backward(sum(parts))
         return total
 
     def zero(self) -> torch.Tensor:
@@ -145,7 +151,7 @@ def fit(gradients: Gradients) -> Generator[StepResult]:
         batch = plan.global_batch(step)
         num_targets = int(gradients.examples.targets[batch].sum())
         total = gradients.of(step, num_targets)
-        _sum_gradients(prepared.parameters, accelerator)
+        _sum_gradients(prepared, accelerator)
         loss_sum = float(accelerator.reduce(total, reduction="sum"))
         grad_norm = float(accelerator.clip_grad_norm_(prepared.parameters, limit))
         if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
@@ -160,13 +166,19 @@ def fit(gradients: Gradients) -> Generator[StepResult]:
         yield StepResult(step + 1, loss_sum / num_targets, grad_norm, learning_rate, num_targets, num_tokens)
 
 
-def _sum_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
+def _sum_gradients(prepared: PreparedModel, accelerator: Accelerator) -> None:
     """Sum the gradients over the processes, as one vector whose layout never changes.
 
     DDP's buckets are laid out anew after a process's first step. With three processes or more the order in which floats
     are added depends on the layout, so that a run which was stopped would end with other bits.
     """
+    parameters = prepared.parameters
     if accelerator.num_processes == 1:
+        return
+    if isinstance(prepared.model, DistributedDataParallel):  # which has taken the mean
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(accelerator.num_processes)
         return
     found = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
     has_one = torch.tensor([each.grad is not None for each in parameters], device=accelerator.device)

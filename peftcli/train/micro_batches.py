@@ -16,7 +16,6 @@ from peftcli.tasks.text.parts import PART, parts_of
 from peftcli.tasks.text.unpadded import is_unpadded
 from peftcli.train.batches import collate
 from peftcli.train.plan import MicroBatch, Plan
-from peftcli.train.sharded import is_sharded
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,13 @@ class BatchForm:
     """Whether micro-batches are computed in parts, which need less memory and give the same sum of gradients."""
 
     @classmethod
-    def of(cls, model: nn.Module, task: Task[Any], config: AdapterConfig, plan: Plan) -> BatchForm:
-        """Return the form for a model with an adapter."""
+    def of(
+        cls, model: nn.Module, task: Task[Any], config: AdapterConfig, plan: Plan, *, in_step: bool = False
+    ) -> BatchForm:
+        """Return the form for a model with an adapter; ``in_step``: all processes run it equally often."""
         unpadded, on_cpu = is_unpadded(model), next(model.parameters()).device.type == "cpu"
         sums = task.divides and not config.reads_batches()
-        divides = unpadded and sums and on_cpu and not is_sharded(model)
+        divides = unpadded and sums and on_cpu and not in_step
         return cls(joins=plan.packs and not unpadded, pads=not unpadded, divides=divides)
 
     def divided(self, micro_batches: list[MicroBatch], examples: View) -> list[MicroBatch]:

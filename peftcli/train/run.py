@@ -263,6 +263,9 @@ def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
     if recipe.launch.strategy == "fsdp" and not may_shard(data.task):
         what = "fsdp divides models of texts, whose task does not compare the rows of a batch"
         raise UsageError(what, key="launch.strategy", hint="launch.strategy: replicate")
+    if recipe.launch.strategy == "ddp" and isinstance(data.task, Gathers):
+        what = "ddp is not for tasks that compare the rows of all processes"
+        raise UsageError(what, key="launch.strategy", hint="launch.strategy: replicate")
     run.tell(Phase(f"loading {recipe.base_model.name}"))
     model, injection, notes = adapted_model(recipe, config, data.task, company.load)
     config.revision = run.recipe.base_model.revision

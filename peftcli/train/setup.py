@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
@@ -46,7 +46,16 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
             "accelerate was asked for several processes and started one",
             hint="add --multi_gpu, on the CPU too; or set launch.num_processes and run peftcli by itself",
         )
-    accelerator = Accelerator(mixed_precision="bf16" if uses_bf16(recipe) else "no", cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(
+        mixed_precision="bf16" if uses_bf16(recipe) else "no",
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # evaluation runs out of step
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UsageError(
+            f"accelerate was told to use {accelerator.distributed_type.value}, which peftcli does by itself",
+            hint="launch.strategy: fsdp in the recipe, and accelerate without it",
+        )
     wanted = recipe.launch.num_processes
     if accelerator.num_processes < asked:
         raise UsageError(f"{asked} processes were asked for and {accelerator.num_processes} started")
@@ -188,7 +197,8 @@ def prepare(
     model: nn.Module, config: AdapterConfig, recipe: Recipe, plan: Plan, accelerator: Accelerator
 ) -> PreparedModel:
     """Model, optimizer and schedule, placed on the devices by accelerate."""
-    prepared = accelerator.prepare_model(model, evaluation_mode=True)  # without DDP: the loop adds the gradients up
+    # by default without DDP: the loop adds the gradients up
+    prepared = accelerator.prepare_model(model, evaluation_mode=recipe.launch.strategy != "ddp")
     tensors = named_tensors(model)
     parameters = [parameter for _, _, parameter in tensors.values()]
     if accelerator.num_processes > 1:

@@ -17,7 +17,7 @@ from peftcli.core.inject import inject
 from peftcli.methods import METHODS
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.recipe import read
-from peftcli.schema import Recipe
+from peftcli.schema import Launch, Recipe
 from peftcli.tasks import row_of
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,9 @@ FETCHED = {
     **{"asterisk": "speech_recognition", "code-search": "feature_extraction", "translations": "causal_lm"},
 }
 """Folder that configs/tasks/fetch.py makes -> a task whose tiny rows stand for it."""
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+PROFILES = sorted((ROOT / "configs/launch").glob("*.yaml"))
+"""Parts of recipes, which a recipe extends."""
+RECIPES = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*PROFILES})
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,17 @@ def test_there_are_recipes() -> None:
 def test_every_method_has_a_recipe() -> None:
     recipes = [read(path).recipe for path in RECIPES]
     assert {recipe.method["type"] for recipe in recipes if recipe} == set(METHODS)
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_a_recipe_can_extend_a_profile(path: Path, tmp_path: Path) -> None:
+    recipe = trainkit.write_recipe(tmp_path)
+    recipe.write_text(f"extends: {path}\n{recipe.read_text()}")
+    reading = read(recipe)
+    assert not reading.problems, reading.problems
+    assert reading.recipe is not None
+    assert reading.recipe.launch != Launch() or reading.recipe.launch.strategy != "replicate"
+    assert path.read_text().startswith("#")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -57,6 +57,22 @@ def test_it_trains_as_with_the_whole_model(recipe: Path) -> None:
     assert_alike(recipe, *settings)
 
 
+@pytest.mark.parametrize("setting", ["training.gradient_accumulation_steps=2", "training.bf16=true"])
+def test_ddp_trains_as_the_loop_does_without_it(setting: str, recipe: Path) -> None:
+    settings = ("training.verify=false", "training.max_steps=3", setting)
+    folders = [trained(recipe, strategy, *settings) for strategy in ("ddp", "replicate")]
+    assert losses(folders[0]) == pytest.approx(losses(folders[1]), rel=1e-5)
+    torch.testing.assert_close(
+        *(load_file(each / "adapter_model.safetensors") for each in folders), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_ddp_refuses_a_task_that_compares_rows(tmp_path: Path) -> None:
+    recipe = CASES["feature_extraction"].write(tmp_path)
+    with pytest.raises(UsageError, match="ddp is not for tasks"):
+        trainkit.run_recipe(recipe, "launch.strategy=ddp")
+
+
 @pytest.mark.parametrize("name", ["image_classification", "feature_extraction"])
 def test_other_models_are_refused(name: str, tmp_path: Path) -> None:
     recipe = CASES[name].write(tmp_path)
@@ -103,7 +119,7 @@ def test_any_number_of_processes_gives_one_series(kind: str, method: str, tmp_pa
     settings = [trainkit.PROMPT_TUNING] if method == "prompt_tuning" else []
     one = trainkit.run_recipe(recipe, *STEPS, "training.per_device_train_batch_size=8", *settings)
     wanted = load_file(one.folder / "adapter_model.safetensors")
-    for strategy, count in [("replicate", 2), ("replicate", 4), ("fsdp", 2), ("fsdp", 4)]:
+    for strategy, count in [(each, count) for each in ("replicate", "ddp", "fsdp") for count in (2, 4)]:
         size = f"training.per_device_train_batch_size={8 // count}"
         folder = trained(recipe, strategy, size, *settings, count=count)
         assert losses(folder) == pytest.approx(one.losses, rel=1e-5)

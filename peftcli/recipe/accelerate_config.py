@@ -1,0 +1,96 @@
+"""What a file that ``accelerate config`` wrote says of processes, machines and FSDP, as settings of ``launch``.
+
+What it asks for and peftcli does not do is a problem, so that nothing of it is left out silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from peftcli.guard.files import read_small
+from peftcli.recipe.checks import Report
+from peftcli.schema import Launch, Recipe
+
+_KEY = "launch.accelerate_config"
+_LARGEST = 100_000
+_STRATEGIES = {"NO": "replicate", "MULTI_CPU": "replicate", "MULTI_GPU": "replicate", "FSDP": "fsdp"}
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "fp8_config": ({}, None),
+    "deepspeed_config": ({}, None),
+    "megatron_lm_config": ({}, None),
+    "parallelism_config": ({}, None),
+    "dynamo_config": ({}, None),
+    "gpu_ids": ("all", None),
+}
+"""Key -> the values that ask for nothing."""
+_ONLY_FSDP: dict[str, tuple[Any, ...]] = {
+    "fsdp_version": (2,),
+    "fsdp_offload_params": (False, None),
+    "fsdp_reshard_after_forward": (True, "FULL_SHARD", None),
+    "fsdp_auto_wrap_policy": ("TRANSFORMER_BASED_WRAP", None),
+}
+
+
+def with_accelerate_config(recipe: Recipe, report: Report) -> Recipe:
+    """Return the recipe with what its file of accelerate's says, where its own section does not say otherwise."""
+    path = recipe.launch.accelerate_config
+    if path is None:
+        return recipe
+    try:
+        said = yaml.safe_load(read_small(Path(path).expanduser(), _LARGEST))
+        found = _settings(said, recipe)
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        report((_KEY,), f"{path} is no file that accelerate wrote: {error}")
+        return recipe
+    for problem in _problems(said, recipe):
+        report((_KEY,), f"{path} asks for {problem}")
+    default = Launch()
+    given = {name for name in found if getattr(recipe.launch, name) != getattr(default, name)}
+    own = {name: value for name, value in found.items() if name not in given}
+    return replace(recipe, launch=replace(recipe.launch, **own))
+
+
+def _settings(said: Any, recipe: Recipe) -> dict[str, Any]:
+    """Raises TypeError or ValueError where it is no such file."""
+    if not isinstance(said, dict) or "distributed_type" not in said:
+        raise ValueError("it has no distributed_type")
+    machines, processes = int(said.get("num_machines") or 1), int(said.get("num_processes") or 1)
+    if processes % machines:
+        raise ValueError(f"{processes} processes are not so many on each of {machines} machines")
+    found = {
+        "num_processes": processes // machines,
+        "num_machines": machines,
+        "machine_rank": int(said.get("machine_rank") or 0),
+        "strategy": _STRATEGIES.get(str(said["distributed_type"]), recipe.launch.strategy),
+    }
+    if said.get("main_process_ip"):
+        found["main_process_ip"] = str(said["main_process_ip"])
+    if said.get("main_process_port"):
+        found["main_process_port"] = int(said["main_process_port"])
+    return found
+
+
+def _problems(said: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """What it asks for and a run would not do."""
+    fsdp = said.get("fsdp_config") or {}
+    problems = [f"{key}: {said[key]}" for key, values in _ONLY.items() if said.get(key) not in values]
+    if said["distributed_type"] not in _STRATEGIES:
+        problems.append(f"distributed_type: {said['distributed_type']}; {', '.join(_STRATEGIES)} can be had")
+    if said["distributed_type"] == "FSDP":
+        for key, values in _ONLY_FSDP.items():
+            if fsdp.get(key, values[0]) not in values:
+                problems.append(f"{key}: {fsdp[key]}; {values[0]} can be had")
+        if fsdp.get("fsdp_activation_checkpointing") and recipe.training.gradient_checkpointing is False:
+            problems.append("fsdp_activation_checkpointing; set training.gradient_checkpointing: true, too")
+    precision = said.get("mixed_precision") or "no"
+    wanted = {"bf16": True, "no": False}.get(str(precision))
+    if wanted is None:
+        problems.append(f"mixed_precision: {precision}; bf16 and no can be had")
+    elif recipe.training.bf16 not in (wanted, "auto"):
+        problems.append(f"mixed_precision: {precision}, and training.bf16 is {str(recipe.training.bf16).lower()}")
+    return problems

@@ -1,0 +1,101 @@
+"""A file that ``accelerate config`` wrote says where a recipe is trained, and what it asks for in vain is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trainkit
+from accelerate.commands.config.config_args import ClusterConfig
+
+from peftcli.recipe import read
+from peftcli.schema import Launch
+
+FSDP = {
+    "distributed_type": "FSDP",
+    "num_processes": 8,
+    "num_machines": 2,
+    "machine_rank": 1,
+    "main_process_ip": "10.0.0.1",
+    "main_process_port": 29500,
+    "mixed_precision": "bf16",
+    "fsdp_config": {
+        "fsdp_version": 2,
+        "fsdp_reshard_after_forward": True,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_offload_params": False,
+        "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+    },
+}
+
+
+def written(folder: Path, said: dict[str, Any]) -> Path:
+    """A recipe with a file that accelerate itself has written."""
+    values = {"compute_environment": "LOCAL_MACHINE", "mixed_precision": "no", "use_cpu": False, "debug": False, **said}
+    ClusterConfig(**values).to_yaml_file(folder / "accelerate.yaml")
+    recipe = trainkit.write_recipe(folder)
+    with recipe.open("a") as file:
+        file.write(f"launch: {{accelerate_config: {folder}/accelerate.yaml}}\n")
+    return recipe
+
+
+def test_processes_machines_and_fsdp_are_as_it_says(tmp_path: Path) -> None:
+    recipe = read(written(tmp_path, FSDP), ["training.bf16=true"]).recipe
+    assert recipe is not None
+    assert recipe.launch == Launch(
+        num_processes=4,
+        num_machines=2,
+        machine_rank=1,
+        main_process_ip="10.0.0.1",
+        main_process_port=29500,
+        strategy="fsdp",
+        accelerate_config=f"{tmp_path}/accelerate.yaml",
+    )
+
+
+def test_the_recipe_comes_before_it(tmp_path: Path) -> None:
+    path = written(tmp_path, {"distributed_type": "MULTI_CPU", "num_processes": 2})
+    recipe = read(path, ["launch.num_processes=3", "launch.strategy=ddp"]).recipe
+    assert recipe is not None
+    assert (recipe.launch.num_processes, recipe.launch.strategy) == (3, "ddp")
+
+
+@pytest.mark.parametrize(
+    ("said", "settings", "problem"),
+    [
+        ({**FSDP, "fsdp_config": {"fsdp_version": 1}}, ["training.bf16=true"], "fsdp_version: 1; 2 can be had"),
+        ({**FSDP, "fsdp_config": {"fsdp_offload_params": True}}, ["training.bf16=true"], "fsdp_offload_params: True"),
+        (
+            {**FSDP, "fsdp_config": {"fsdp_activation_checkpointing": True}},
+            ["training.bf16=true"],
+            "checkpointing: true",
+        ),
+        ({"distributed_type": "DEEPSPEED", "num_processes": 2}, [], "distributed_type: DEEPSPEED"),
+        ({"distributed_type": "MULTI_GPU", "num_processes": 2, "mixed_precision": "fp16"}, [], "mixed_precision: fp16"),
+        (
+            {"distributed_type": "MULTI_GPU", "mixed_precision": "bf16"},
+            ["training.bf16=false"],
+            "training.bf16 is false",
+        ),
+        ({"distributed_type": "MULTI_GPU", "num_processes": 3, "num_machines": 2}, [], "3 processes"),
+    ],
+)
+def test_what_it_asks_for_in_vain_is_said(
+    said: dict[str, Any], settings: list[str], problem: str, tmp_path: Path
+) -> None:
+    reading = read(written(tmp_path, said), settings)
+    (found,) = reading.problems
+    assert problem in found.message
+    assert found.key == "launch.accelerate_config"
+    assert found.line
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[1]", "a: 1", "distributed_type: [", "{distributed_type: NO, num_processes: x}"]
+)
+def test_another_file_is_refused(content: str, tmp_path: Path) -> None:
+    path = written(tmp_path, {"distributed_type": "NO", "num_processes": 1})
+    (tmp_path / "accelerate.yaml").write_text(content)
+    (found,) = read(path).problems
+    assert "is no file that accelerate wrote" in found.message
