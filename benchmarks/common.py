@@ -155,7 +155,7 @@ def reset_peak() -> float:
 
 
 def resident(key: str = "VmHWM") -> float:
-    """Return the peak memory since ``reset_peak``, of the GPU if there is one, or another line of the status, in MiB."""
+    """Return the peak memory since ``reset_peak``, of a GPU where there is one, or a line of the status, in MiB."""
     torch = sys.modules.get("torch")
     if key == "VmHWM" and torch is not None and torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20

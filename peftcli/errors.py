@@ -219,6 +219,7 @@ _OTHER_ENDED = (
     "reset by peer",
     "Broken pipe",
     "Timed out waiting",
+    "client socket has",
     "Socket Timeout",
     "ncclRemoteError",
 )

@@ -22,9 +22,10 @@ class Host:
     name: str
     address: str
 
-    def start(self, command: list[str], **options: Any) -> subprocess.Popen[str]:
-        """Start a command on this host."""
-        return subprocess.Popen(["ip", "netns", "exec", self.name, *command], text=True, **options)
+    def start(self, command: list[str], hidden: Path, **options: Any) -> subprocess.Popen[str]:
+        """Start a command on this host, which sees nothing of what is in the folder ``hidden``."""
+        hide = ["sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(hidden)]  # for this command alone
+        return subprocess.Popen(["ip", "netns", "exec", self.name, *hide, *command], text=True, **options)
 
 
 def can_make_hosts() -> bool:
@@ -43,7 +44,8 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
     """Inside there are two hosts, of which each reaches the other and nobody else."""
     number = next(_count)
     short = f"{os.getpid() % 100_000}-{number}"
-    hosts = [Host(f"peftcli-{short}-{each}", f"10.{77 + number % 100}.0.{each + 1}") for each in range(2)]
+    # the first has the larger address, and that of the other comes first as text
+    hosts = [Host(f"peftcli-{short}-{each}", f"10.{77 + number % 100}.0.{place}") for each, place in enumerate((9, 10))]
     cable = [f"pe{short}-{each}" for each in range(2)]
     try:
         for host in hosts:

@@ -134,13 +134,14 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _show_error(error: PeftcliError, as_json: bool) -> int:
     """Show an error, or let the launcher show it; return the exit code."""
-    return error.exit_code if _report_to_launcher(error) else console.report_error(error, as_json)
+    code = _report_to_launcher(error)
+    return console.report_error(error, as_json) if code is None else code
 
 
-def _report_to_launcher(error: PeftcliError | None) -> bool:
-    """Report how this process ended to the launcher that started it, if there is one."""
+def _report_to_launcher(error: PeftcliError | None) -> int | None:
+    """Report how this process ended to the launcher that started it, if there is one. Returns the exit code for it."""
     if not _is_launched():
-        return False
+        return None
     from peftcli.train.launch import report_outcome
 
     return report_outcome(error)

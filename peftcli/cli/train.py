@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from peftcli.cli.junit_report import Junit, junit_report
 from peftcli.cli.progress import Progress, summary
 from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.cli.train_together import train_together
-from peftcli.train.schedulers import join_tasks
+from peftcli.train.schedulers import take_slurms_rank, with_schedulers_place
 
 
 def train(
@@ -52,7 +53,7 @@ def train(
     from peftcli.train import launch
 
     progress_log(quiet)
-    join_tasks()
+    take_slurms_rank()
     if together:
         train_together(
             [str(recipe), *(overrides or [])],
@@ -68,6 +69,7 @@ def train(
     is_main = launch.is_main_process()
     with junit_report(junit if is_main else None, recipe) as report:
         settings = load_recipe(recipe, overrides or [])
+        settings = replace(settings, launch=with_schedulers_place(settings.launch))
         if dry_run:
             from peftcli.train.preview import preview
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcli.cli import console
 from peftcli.cli.progress import Progress, summary
 from peftcli.errors import Interrupted, PeftcliError, UsageError
+from peftcli.train.schedulers import with_schedulers_place
 
 if TYPE_CHECKING:
     from peftcli.schema import Recipe
@@ -38,7 +40,8 @@ def train_together(
         raise UsageError("is for one recipe", key="--junit")
     overrides = [word for word in words if "=" in word]
     names = list(dict.fromkeys(word for word in words if "=" not in word))
-    recipes = {name: load_recipe(Path(name), overrides) for name in names}
+    loaded = {name: load_recipe(Path(name), overrides) for name in names}
+    recipes = {name: replace(each, launch=with_schedulers_place(each.launch)) for name, each in loaded.items()}
     if dry_run:
         from peftcli.train.preview import preview
 

@@ -5,7 +5,7 @@ What it asks for and peftcli does not do is a problem, so that nothing of it is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,15 @@ from typing import Any
 import yaml
 
 from peftcli.guard.files import read_small
-from peftcli.recipe.checks import Report
-from peftcli.schema import Launch, Recipe
+from peftcli.schema import Recipe
 
 _KEY = "launch.accelerate_config"
 _LARGEST = 100_000
 _STRATEGIES = {"NO": "replicate", "MULTI_CPU": "replicate", "MULTI_GPU": "replicate", "FSDP": "fsdp"}
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "fp8_config": ({}, None),
-    "deepspeed_config": ({}, None),
-    "megatron_lm_config": ({}, None),
-    "parallelism_config": ({}, None),
-    "dynamo_config": ({}, None),
+_NOTHING: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("fp8_config", "deepspeed_config", "megatron_lm_config", "parallelism_config"), ({}, None)),
+    **dict.fromkeys(("dynamo_config", "mpirun_config", "tpu_env", "commands", "command_file"), ({}, [], None)),
+    "enable_cpu_affinity": (False, None),
     "gpu_ids": ("all", None),
 }
 """Key -> the values that ask for nothing."""
@@ -32,38 +29,40 @@ _ONLY_FSDP: dict[str, tuple[Any, ...]] = {
     "fsdp_version": (2,),
     "fsdp_offload_params": (False, None),
     "fsdp_reshard_after_forward": (True, "FULL_SHARD", None),
+    "fsdp_sharding_strategy": ("FULL_SHARD", 1, None),
     "fsdp_auto_wrap_policy": ("TRANSFORMER_BASED_WRAP", None),
 }
+"""Key -> the values that are what peftcli does."""
 
 
-def with_accelerate_config(recipe: Recipe, report: Report) -> Recipe:
-    """Return the recipe with what its file of accelerate's says, where its own section does not say otherwise."""
+def with_accelerate_config(
+    recipe: Recipe, given: Collection[str], report: Callable[[Sequence[str], str], None]
+) -> Recipe:
+    """Return the recipe with what its file of accelerate's says, except for the keys ``given`` in the recipe."""
     path = recipe.launch.accelerate_config
     if path is None:
         return recipe
     try:
         said = yaml.safe_load(read_small(Path(path).expanduser(), _LARGEST))
-        found = _settings(said, recipe)
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        report((_KEY,), f"{path} is no file that accelerate wrote: {error}")
+        found, problems = _settings(said, recipe), _problems(said, recipe)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        report((_KEY,), f"{path} is no file that accelerate wrote: {str(error)[:200]}")
         return recipe
-    for problem in _problems(said, recipe):
+    for problem in problems:
         report((_KEY,), f"{path} asks for {problem}")
-    default = Launch()
-    given = {name for name in found if getattr(recipe.launch, name) != getattr(default, name)}
-    own = {name: value for name, value in found.items() if name not in given}
-    return replace(recipe, launch=replace(recipe.launch, **own))
+    own = {name: value for name, value in found.items() if f"launch.{name}" not in given}
+    return replace(recipe, launch=replace(recipe.launch, accelerate_config=None, **own))
 
 
 def _settings(said: Any, recipe: Recipe) -> dict[str, Any]:
     """Raises TypeError or ValueError where it is no such file."""
     if not isinstance(said, dict) or "distributed_type" not in said:
         raise ValueError("it has no distributed_type")
-    machines, processes = int(said.get("num_machines") or 1), int(said.get("num_processes") or 1)
-    if processes % machines:
+    machines, processes = int(said.get("num_machines") or 1), int(said.get("num_processes") or -1)
+    if processes > 0 and processes % machines:
         raise ValueError(f"{processes} processes are not so many on each of {machines} machines")
     found = {
-        "num_processes": processes // machines,
+        "num_processes": processes // machines if processes > 0 else "auto",
         "num_machines": machines,
         "machine_rank": int(said.get("machine_rank") or 0),
         "strategy": _STRATEGIES.get(str(said["distributed_type"]), recipe.launch.strategy),
@@ -78,13 +77,16 @@ def _settings(said: Any, recipe: Recipe) -> dict[str, Any]:
 def _problems(said: Mapping[str, Any], recipe: Recipe) -> list[str]:
     """What it asks for and a run would not do."""
     fsdp = said.get("fsdp_config") or {}
-    problems = [f"{key}: {said[key]}" for key, values in _ONLY.items() if said.get(key) not in values]
+    problems = [key for key, values in _NOTHING.items() if said.get(key) not in values]
     if said["distributed_type"] not in _STRATEGIES:
         problems.append(f"distributed_type: {said['distributed_type']}; {', '.join(_STRATEGIES)} can be had")
+    if said.get("use_cpu") and said["distributed_type"] not in ("NO", "MULTI_CPU"):
+        problems.append("use_cpu; CUDA_VISIBLE_DEVICES= in the environment hides the GPUs")
     if said["distributed_type"] == "FSDP":
         for key, values in _ONLY_FSDP.items():
-            if fsdp.get(key, values[0]) not in values:
-                problems.append(f"{key}: {fsdp[key]}; {values[0]} can be had")
+            missing = 1 if key == "fsdp_version" else None  # as accelerate has it
+            if (value := fsdp.get(key, missing)) not in values:
+                problems.append(f"{key}: {value}; {values[0]} can be had")
         if fsdp.get("fsdp_activation_checkpointing") and recipe.training.gradient_checkpointing is False:
             problems.append("fsdp_activation_checkpointing; set training.gradient_checkpointing: true, too")
     precision = said.get("mixed_precision") or "no"

@@ -90,7 +90,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Reading:
     if tree is None:
         return Reading(None, problems.in_order(), str(path), {})
     reader = _Reader(tree, problems)
-    recipe = with_accelerate_config(reader.recipe(), reader.report)
+    recipe = with_accelerate_config(reader.recipe(), reader.places, reader.report)
     check(recipe, reader.report)
     found = problems.in_order()
     return Reading(None if found else recipe, found, str(path), reader.places)

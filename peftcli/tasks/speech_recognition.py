@@ -40,7 +40,7 @@ from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import padded
 from peftcli.tasks.text.generated import text_metrics, with_texts
 from peftcli.tasks.text.language_model import tokenizer_fingerprint
-from peftcli.tasks.text.token_loss import losses_of, token_loss
+from peftcli.tasks.text.token_loss import inner_model, losses_of, token_loss
 from peftcli.tasks.text.token_text import TokenRenderer
 
 if TYPE_CHECKING:
@@ -461,8 +461,9 @@ def _as_file(value: Mapping[str, Any]) -> bytes:
 
 def _as_computed(model: Any, batch: Batch) -> Batch:
     """The batch with sounds in the model's number format."""
+    dtype = inner_model(model).dtype
     return {
-        name: value.to(model.dtype) if value.is_floating_point() and value.ndim > 1 else value
+        name: value.to(dtype) if value.is_floating_point() and value.ndim > 1 else value
         for name, value in batch.items()
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -124,8 +124,6 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
     take_head_as_it_is(model)
     in_step = recipe.launch.strategy != "replicate" and plan.num_processes > 1
     form = BatchForm.of(model, data.task, config, plan, in_step=in_step)
-    if recipe.launch.strategy == "fsdp" and plan.num_processes > 1:
-        form = replace(form, divides=False)
     batch = form.batch(data.task, data.train, plan, *_largest(form, plan, data))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(recipe))
     model.train()

@@ -155,19 +155,19 @@ def conclude(error: PeftcliError | None, answer: Callable[[], str], afterwards: 
         raise error
 
 
-def report_outcome(error: PeftcliError | None) -> bool:
+def report_outcome(error: PeftcliError | None) -> int | None:
     """Report to the launcher how this process ended: well, or with an error, which the launcher then shows.
 
     Returns:
-        Whether there is a launcher that will show the error.
+        The exit code of this process; None if there is no launcher that will show the error.
 
     Raises:
         StorageError: there is one, and success cannot be reported to it.
     """
     folder = os.environ.get(STATUS)
     if folder is None:
-        return False
-    ended = None if error is None else {**error.as_dict(), "exit_code": error.exit_code, "shown": str(error)}
+        return None
+    ended = None if error is None else described(error)
     path = Path(folder) / f"{os.environ['LOCAL_RANK']}.json"
     try:
         path.with_suffix(".tmp").write_text(json.dumps(ended))
@@ -175,8 +175,15 @@ def report_outcome(error: PeftcliError | None) -> bool:
     except OSError as full:
         if error is None:
             raise StorageError(f"cannot be written: {full.strerror}", file=str(path)) from None
-        return False
-    return True
+        return None
+    if error is None or (error.exit_code == GATE_FAILED and "TORCHELASTIC_RUN_ID" in os.environ):
+        return 0  # to the agent of several machines, a process that has done its work
+    return error.exit_code
+
+
+def described(error: PeftcliError) -> dict[str, Any]:
+    """Return an error as ``ErrorOfProcess`` wants it."""
+    return {**error.as_dict(), "exit_code": error.exit_code, "shown": str(error)}
 
 
 def report_training() -> None:
@@ -217,7 +224,7 @@ def _place(number: int, count: int, port: int) -> dict[str, str]:
     }
 
 
-class _OfProcess(PeftcliError):
+class ErrorOfProcess(PeftcliError):
     """An error that a process reported, with the text that it shows."""
 
     def __init__(self, ended: dict[str, Any]):
@@ -229,6 +236,10 @@ class _OfProcess(PeftcliError):
 
     def as_dict(self) -> dict[str, object]:
         return {name: value for name, value in self.ended.items() if name not in ("exit_code", "shown")}
+
+
+class Failed(ProcessDied):
+    """A process ended by an error that nobody expected."""
 
 
 @dataclass
@@ -310,8 +321,13 @@ def first_error(status: Path, codes: Mapping[int, int], count: int, forwarded: S
     errors = [
         error for number, code in codes.items() if (error := _error(status, number, code, count, forwarded)) is not None
     ]
-    # one that ended because another had is not the reason
-    return min(errors, key=lambda error: isinstance(error, _OfProcess) and error.exit_code == 10, default=None)
+
+    def followed(error: PeftcliError) -> bool:
+        """Whether it ended because another had, or was told to end then."""
+        told = isinstance(error, ErrorOfProcess) and error.exit_code == ProcessDied.exit_code
+        return told or (error.exit_code in _STOPPED and not forwarded)
+
+    return min(errors, key=followed, default=None)
 
 
 def _error(status: Path, number: int, code: int, count: int, forwarded: Sequence[int]) -> PeftcliError | None:
@@ -322,8 +338,8 @@ def _error(status: Path, number: int, code: int, count: int, forwarded: Sequence
             return None
         if isinstance(reported, dict):
             if reported["exit_code"] != PeftcliError.exit_code:
-                return _OfProcess(reported)
-            return ProcessDied(f"process {number} of {count} failed: {reported['shown']}", hint=GO_ON)
+                return ErrorOfProcess(reported)
+            return Failed(f"process {number} of {count} failed: {reported['shown']}", hint=GO_ON)
     if -code in forwarded or (code in _AT_ONCE and forwarded):  # it did not listen yet, or had two
         last = signal.Signals(forwarded[-1])
         return Interrupted(f"stopped at once ({last.name})", exit_code=130 if last == signal.SIGINT else 143)
@@ -338,6 +354,7 @@ def _error(status: Path, number: int, code: int, count: int, forwarded: Sequence
 GO_ON = "run the same command again to go on"
 GATE_FAILED = 12
 _AT_ONCE = (130, 143)
+_STOPPED = (75, *_AT_ONCE)
 
 
 @dataclass

@@ -72,10 +72,10 @@ class Gradients:
         """Begin before step ``start``, counted from 0."""
         self.prepared, self.task, self.examples, self.plan = prepared, task, examples, plan
         self.accelerator, self.start = accelerator, start
-        model = prepared.model
-        self.in_step = is_sharded(model) or isinstance(model, DistributedDataParallel)
-        inner = accelerator.unwrap_model(model)
-        self.form = BatchForm.of(inner, task, prepared.config, plan, in_step=self.in_step)
+        self.in_step = is_sharded(prepared.model) or isinstance(prepared.model, DistributedDataParallel)
+        self.model: nn.Module = accelerator.unwrap_model(prepared.model)
+        """The model without DDP around it."""
+        self.form = BatchForm.of(self.model, task, prepared.config, plan, in_step=self.in_step)
         steps = range(start, plan.total_steps)
         work = ((step, rows or self._stand_in(step)) for step in steps for rows in self.micro_batches(step))
         mine = ((step, rows) for step, rows in work if rows)
@@ -126,7 +126,7 @@ class Gradients:
 
     def penalty(self) -> torch.Tensor | None:
         """Return what the method adds to the loss of a step."""
-        return penalty(self.prepared.model, self.prepared.config)
+        return penalty(self.model, self.prepared.config)
 
     def close(self) -> None:
         """End the processes that make batches."""
@@ -160,7 +160,7 @@ def fit(gradients: Gradients) -> Generator[StepResult]:
         learning_rate = float(prepared.schedule.get_last_lr()[0])
         prepared.optimizer.step()
         prepared.schedule.step()
-        after_step(prepared.model, prepared.config, step + 1, plan.total_steps)
+        after_step(gradients.model, prepared.config, step + 1, plan.total_steps)
         prepared.optimizer.zero_grad(set_to_none=True)
         num_tokens = int(plan.sizes[batch].sum())
         yield StepResult(step + 1, loss_sum / num_targets, grad_norm, learning_rate, num_targets, num_tokens)

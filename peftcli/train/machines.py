@@ -3,11 +3,12 @@
 The agents meet at machine 0's address (torch's c10d rendezvous). When a process or a machine is lost, each ends the
 others on its machine, waits until all machines are there again, and starts its processes anew, up to
 ``launch.max_restarts`` times; they go on at the newest checkpoint. A run that ends for another reason is not started
-again: a second attempt would end so, too.
+again, since it would end so again, and the other machines are told the reason.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -17,29 +18,44 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import psutil
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.rendezvous import RendezvousParameters
-from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousInfo
+from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousInfo, RendezvousStoreInfo
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from peftcli.errors import Interrupted, PeftcliError, ProcessDied, UsageError
 from peftcli.schema import Launch
 from peftcli.system.signals import SAVE_SIGNAL, STOP_SIGNALS
-from peftcli.train.launch import GO_ON, STATUS, TRAINING, Watch, conclude, first_error, shared_variables
+from peftcli.train.launch import (
+    GO_ON,
+    STATUS,
+    TRAINING,
+    ErrorOfProcess,
+    Failed,
+    Watch,
+    conclude,
+    described,
+    first_error,
+    shared_variables,
+)
+from peftcli.train.report import OnEvent, Phase, Warned
 
 _NAME = "peftcli"
-_JOIN_SECONDS = 600
+_JOIN_SECONDS = 1800
 """How long a machine waits for the others."""
-_OF_THE_AGENT = (signal.SIGHUP, signal.SIGQUIT)
-"""Signals that the agent handles, too, and that end this process as they end any."""
+_HEAR_SECONDS = 5.0
+"""How long it waits for the reason why another one's processes ended."""
+_HUNG_UP = (signal.SIGHUP, signal.SIGQUIT)
+"""Signals that the agent handles, too, if it is let."""
+_DEBIANS_OWN = "127."
+"""Where ``/etc/hosts`` often says that a machine's own name is."""
 
 
 def run_on_machine(
@@ -47,8 +63,11 @@ def run_on_machine(
     count: int,
     launch: Launch,
     save_on: str | None,
+    *,
+    before: Callable[[], None],
     afterwards: Callable[[], None],
-    warn: Callable[[str], None],
+    resumable: Callable[[], bool],
+    tell: OnEvent,
 ) -> None:
     """Run ``python -m peftcli`` with ``command`` in ``count`` processes here, and as many on each other machine.
 
@@ -59,8 +78,10 @@ def run_on_machine(
         count: How many processes.
         launch: Which machine this is, and where the others are.
         save_on: Name of the signal that asks for a checkpoint.
+        before: Is called first, once the others can come.
         afterwards: Is called when all have done their work, before their answer is printed.
-        warn: Receives a line for each restart.
+        resumable: Tells whether there is a checkpoint.
+        tell: Receives a line while this machine waits, and one for each restart.
 
     Raises:
         PeftcliError: the error of the first process that failed; of a failed gate, once the answer is printed.
@@ -68,109 +89,176 @@ def run_on_machine(
         UsageError: two machines have the same number.
         Interrupted: a signal ended them.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed is said once, below
-    with tempfile.TemporaryDirectory(prefix="peftcli-") as folder, _environment(launch, count, folder):
-        agent = _Agent(_spec(command, count, launch), Path(folder), signal.Signals[save_on] if save_on else None, warn)
-        with agent.signals_passed_on():
+    for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what failed is said once, below
+    address = _own_address(launch)
+    meeting = Meeting(_rendezvous(launch, address), launch.machine_rank, address)
+    before()
+    with tempfile.TemporaryDirectory(prefix="peftcli-") as folder:
+        spec = WorkerSpec(
+            role=_NAME,
+            local_world_size=count,
+            rdzv_handler=meeting,  # type: ignore[arg-type]
+            entrypoint=sys.executable,
+            args=("-m", "peftcli", *command),
+            max_restarts=launch.max_restarts,
+            local_addr=address,
+        )
+        save = signal.Signals[save_on] if save_on else None
+        agent = Agent(spec, meeting, Path(folder), save, resumable, tell)
+        tell(Phase(f"waiting for {launch.num_machines} machines at {launch.main_process_ip}"))
+        with _environment(count, folder, address), agent.signals_passed_on():
             error = agent.train()
         conclude(error, agent.answer, afterwards)
 
 
-def _spec(command: Sequence[str], count: int, launch: Launch) -> WorkerSpec:
+def _rendezvous(launch: Launch, address: str) -> Any:
     name = f"[{launch.main_process_ip}]" if ":" in launch.main_process_ip else launch.main_process_ip
     endpoint = f"{name}:{launch.main_process_port}"
-    here = _address(launch)
     parameters = RendezvousParameters(
         backend="c10d",
         endpoint=endpoint,
         run_id=_NAME,
         min_nodes=launch.num_machines,
         max_nodes=launch.num_machines,
-        local_addr=here,
+        local_addr=address,
         is_host=launch.machine_rank == 0,
         read_timeout=_JOIN_SECONDS,
         join_timeout=_JOIN_SECONDS,
     )
     try:
-        meeting = get_rendezvous_handler(parameters)
+        return get_rendezvous_handler(parameters)
     except RendezvousError:
         whose = "cannot be opened here" if launch.machine_rank == 0 else "does not answer"
         hint = "launch.main_process_ip is an address of machine 0, and the port a free one, the same in each command"
         raise ProcessDied(f"{endpoint}, where the machines meet, {whose}", hint=hint) from None
-    return WorkerSpec(
-        role=_NAME,
-        local_world_size=count,
-        rdzv_handler=_Numbered(meeting, launch.machine_rank),  # type: ignore[arg-type]
-        entrypoint=sys.executable,
-        args=("-m", "peftcli", *command),
-        max_restarts=launch.max_restarts,
-        local_addr=here,
-    )
 
 
-def _address(launch: Launch) -> str:
-    """The address of this machine at which the others reach it. A machine's name may have another one."""
-    place, end = (launch.main_process_ip, int(launch.main_process_port)), time.monotonic() + _JOIN_SECONDS
+def _own_address(launch: Launch) -> str:
+    """The address at which the others reach this machine. A machine's own name often leads to itself alone.
+
+    Raises:
+        UsageError: it cannot be found.
+    """
+    meets, end = (launch.main_process_ip, int(launch.main_process_port)), time.monotonic() + _JOIN_SECONDS
     while True:
         try:
-            kind, *_, target = socket.getaddrinfo(*place, type=socket.SOCK_DGRAM)[0]
-            with socket.socket(kind, socket.SOCK_DGRAM) as way:
-                way.connect(target)  # sends nothing
-                return str(way.getsockname()[0])
+            kind, *_, target = socket.getaddrinfo(*meets, type=socket.SOCK_DGRAM)[0]
+            found = _source(kind, target)
+            break
         except OSError as error:
             if time.monotonic() > end:
-                message = f"{place[0]} cannot be reached: {error.strerror or error}"
+                message = f"{meets[0]} cannot be reached: {error.strerror or error}"
                 raise UsageError(message, key="launch.main_process_ip") from None
         time.sleep(1.0)  # a pod has a name only once it runs
+    if not found.startswith(_DEBIANS_OWN) or meets[0].startswith(_DEBIANS_OWN) or meets[0] == "localhost":
+        return found
+    try:
+        return _source(socket.AF_INET, ("192.0.2.1", 9))  # an address that nobody has: by the way to other networks
+    except OSError:
+        message = f"{meets[0]} is an address of this machine that others do not reach ({found})"
+        raise UsageError(message, key="launch.main_process_ip", hint="give the address, and not the name") from None
+
+
+def _source(kind: int, target: Any) -> str:
+    with socket.socket(kind, socket.SOCK_DGRAM) as way:
+        way.connect(target)  # sends nothing
+        return str(way.getsockname()[0])
 
 
 @contextmanager
-def _environment(launch: Launch, count: int, folder: str) -> Iterator[None]:
+def _environment(count: int, folder: str, address: str) -> Iterator[None]:
     """The environment of the processes, as that of this one while it starts them."""
-    variables = shared_variables(count) | {STATUS: folder}
+    variables = shared_variables(count) | {STATUS: folder, "TORCHELASTIC_SIGNALS_TO_HANDLE": ""}
     # or else a machine that comes back waits for what the others said once, at the first start (torch 2.13)
     variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    here = _address(launch)
     for name, addresses in psutil.net_if_addrs().items():
-        if any(each.address == here for each in addresses):  # or else gloo takes that of the machine's name
+        if any(each.address == address for each in addresses):  # or else gloo takes that of the machine's name
             variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", name)
-    with mock.patch.dict(os.environ, variables):
+    outside = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
         yield
+    finally:
+        for name, value in outside.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
-class _Numbered:
+class Meeting:
     """A rendezvous in which each machine has the number that its recipe gives it."""
 
-    def __init__(self, meeting: Any, number: int):
-        self.meeting, self.number = meeting, number
+    def __init__(self, inner: Any, number: int, address: str):
+        self.inner, self.number, self.address = inner, number, address
+        self.store: Store | None = None
+        """What all that have met read and write."""
+        self.others = 0
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.meeting, name)
+        return getattr(self.inner, name)
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Wait for the other machines.
 
         Raises:
             UsageError: two of them have one number.
+            RendezvousError: they do not come.
         """
-        found = self.meeting.next_rendezvous()
+        found = self.inner.next_rendezvous()
         store, count = found.store, found.world_size
         store.add(f"machine {self.number}", 1)
-        if store.add("machines", 1) == count:
-            store.set("all are here", "")
-        store.wait(["all are here"], timedelta(seconds=_JOIN_SECONDS))
+        end = time.monotonic() + _JOIN_SECONDS
+        store.add("machines", 1)
+        while store.add("machines", 0) < count:
+            if time.monotonic() > end:
+                raise RendezvousError("they were there, and are not any more")
+            time.sleep(0.05)
         if any(store.add(f"machine {each}", 0) != 1 for each in range(count)):
             raise UsageError(f"not every machine has a number of its own below {count}", key="launch.machine_rank")
-        return RendezvousInfo(found.store, self.number, found.world_size, found.bootstrap_store_info)
+        self.store, self.others = store, count - 1
+        # process 0 is here where the number is 0, whichever address sorts first
+        place = RendezvousStoreInfo.build(self.number, PrefixStore("place", store), local_addr=self.address)
+        return RendezvousInfo(store, self.number, count, place)
+
+    def say(self, error: PeftcliError) -> None:
+        """Tell the other machines why this one ends. Where they meet, this one waits until they have heard it."""
+        if self.store is None:
+            return
+        with suppress(RuntimeError):
+            self.store.set("ended", json.dumps(described(error)))
+            end = time.monotonic() + 2 * _HEAR_SECONDS
+            while self.number == 0 and self.store.add("heard", 0) < self.others and time.monotonic() < end:
+                time.sleep(0.05)
+
+    def hear(self, seconds: float) -> PeftcliError | None:
+        """Return why another machine has ended, if one says so in time."""
+        end = time.monotonic() + seconds
+        with suppress(RuntimeError):
+            while self.store is not None and not (told := self.store.check(["ended"])) and time.monotonic() < end:
+                time.sleep(0.05)
+            if self.store is not None and told:
+                self.store.add("heard", 1)
+                return ErrorOfProcess(json.loads(self.store.get("ended")))
+        return None
 
 
-class _Agent(LocalElasticAgent):
+class Agent(LocalElasticAgent):
     """An agent that starts processes again only where that can help, and passes signals on."""
 
-    def __init__(self, spec: WorkerSpec, folder: Path, save_on: signal.Signals | None, warn: Callable[[str], None]):
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        meeting: Meeting,
+        folder: Path,
+        save_on: signal.Signals | None,
+        resumable: Callable[[], bool],
+        tell: OnEvent,
+    ):
         super().__init__(spec, DefaultLogsSpecs(log_dir=str(folder), redirects=Std.OUT), exit_barrier_timeout=60)
-        self.spec, self.status, self.save_on, self.warn = spec, folder, save_on, warn
-        self.restarts = 0
+        self.spec, self.meeting, self.status, self.save_on = spec, meeting, folder, save_on
+        self.resumable, self.tell = resumable, tell
         self.waiting: list[int] = []
         """Signals to pass on."""
         self.forwarded: list[int] = []
@@ -182,14 +270,17 @@ class _Agent(LocalElasticAgent):
         """Run the processes until they have ended for good. Returns the error of the first that failed."""
         try:
             self.run()
+            if self._pcontext is None:
+                self.error = ProcessDied("the run has ended without this machine")
         except PeftcliError as error:
-            return error
-        except RendezvousError:
-            self.check_signals()
-            return self.error or ProcessDied("the other machines have ended, or did not come", hint=GO_ON)
-        finally:
-            with suppress(Exception):
-                self.spec.rdzv_handler.shutdown()  # the others, which wait for this one, end too
+            self.error = error
+        except (RendezvousError, RuntimeError):  # the latter of the store, which is gone
+            gone = ProcessDied("the other machines have ended, or did not come", hint=GO_ON)
+            self.error = self.meeting.hear(0) or self.error or gone
+        if self.error is not None:
+            self.meeting.say(self.error)
+        with suppress(Exception):
+            self.meeting.shutdown()  # others, which wait for this one, end too
         return self.error
 
     def answer(self) -> str:
@@ -199,36 +290,32 @@ class _Agent(LocalElasticAgent):
     @contextmanager
     def signals_passed_on(self) -> Iterator[None]:
         """Pass signals on to the processes. The agent itself would end them 30 seconds after the first."""
-        before = {number: signal.getsignal(number) for number in (*self._passed_on, *_OF_THE_AGENT)}
+        ours = {*STOP_SIGNALS, self.save_on or SAVE_SIGNAL}
+        self.outside = {number: signal.getsignal(number) for number in (*ours, *_HUNG_UP)}
         self._listen()
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in self.outside.items():
                 signal.signal(number, handler)
 
-    @property
-    def _passed_on(self) -> set[signal.Signals]:
-        return {*STOP_SIGNALS, self.save_on or SAVE_SIGNAL}
-
     def _listen(self) -> None:
-        for number in self._passed_on:
-            signal.signal(number, self._on_signal)
-        for number in _OF_THE_AGENT:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in self.outside.items():
+            signal.signal(number, handler if number in _HUNG_UP else self._on_signal)
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self.waiting.append(number)
         if not self._pids():
-            self.check_signals()
+            self._stop_if_asked()
 
-    def check_signals(self) -> None:
-        """Raise Interrupted if there is a signal to stop and no process that it could be passed on to."""
-        for number in self.waiting:
+    def _stop_if_asked(self) -> None:
+        """Raise Interrupted if a signal to stop has come, and no process is there that it could be passed on to."""
+        for number in (*self.forwarded, *self.waiting):
             if number in STOP_SIGNALS and number != self.save_on:
-                code = 130 if number == signal.SIGINT else 143
-                name = signal.Signals(number).name
-                raise Interrupted(f"stopped while waiting for the other machines ({name})", exit_code=code)
+                saved = self.resumable()
+                code = 130 if number == signal.SIGINT else 75 if saved else 143
+                message = f"stopped while waiting for the other machines ({signal.Signals(number).name})"
+                raise Interrupted(message, exit_code=code, hint=GO_ON if saved else None)
 
     def _pids(self) -> dict[int, int]:
         """The processes that run."""
@@ -241,7 +328,7 @@ class _Agent(LocalElasticAgent):
         (self.status / TRAINING).unlink(missing_ok=True)
         self.error = None
         started: dict[int, Any] = super()._start_workers(worker_group)
-        self._listen()  # the agent has just put its own handlers in their place
+        self._listen()  # before torch 2.13 the agent has just put its own handlers there
         return started
 
     def _monitor_workers(self, worker_group: Any) -> RunResult:
@@ -255,22 +342,21 @@ class _Agent(LocalElasticAgent):
         if reason := self.watch.look(pids, training=training, alone=False):
             raise ProcessDied(reason, hint=GO_ON)
         result: RunResult = super()._monitor_workers(worker_group)
-        if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
-            handlers = getattr(self._pcontext, "subprocess_handlers", {})
-            failed = {failure.local_rank: failure.exitcode for failure in result.failures.values()}
-            codes = failed or {rank: handler.proc.returncode for rank, handler in handlers.items()}
-            self.error = first_error(self.status, codes, len(handlers), self.forwarded)
-        elif result.state == WorkerState.SUCCEEDED:
-            self.error = None
+        if result.state in (WorkerState.FAILED, WorkerState.SUCCEEDED):  # of the latter a gate may have failed
+            failed = {each.local_rank: each.exitcode for each in result.failures.values()}
+            codes = failed or dict.fromkeys(range(self.spec.local_world_size), 0)
+            self.error = first_error(self.status, codes, self.spec.local_world_size, self.forwarded)
         return result
 
     def _restart_workers(self, worker_group: Any) -> None:
+        self._stop_if_asked()
         if self.error is None:
-            self.warn("another machine is new here, or has lost a process; all go on at the newest checkpoint")
-        elif self.error.exit_code != ProcessDied.exit_code:
+            self.tell(Warned("another machine is new here, or has lost a process; all go on at the newest checkpoint"))
+        elif self.error.exit_code != ProcessDied.exit_code or isinstance(self.error, Failed):
             raise self.error
+        elif (other := self.meeting.hear(_HEAR_SECONDS)) is not None:
+            raise other
         else:
-            self.restarts += 1
-            again = f"restart {self.restarts} of {self.spec.max_restarts}"
-            self.warn(f"{self.error.message}; {again}; all go on at the newest checkpoint")
+            again = f"restart {self.spec.max_restarts - self._remaining_restarts} of {self.spec.max_restarts}"
+            self.tell(Warned(f"{self.error.message}; {again}; all go on at the newest checkpoint"))
         super()._restart_workers(worker_group)

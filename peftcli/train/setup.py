@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import begin_from_adapter
@@ -29,6 +30,7 @@ from peftcli.tasks.base import FitsModel, Task, model_inputs, on_device, refuse_
 from peftcli.train.data import Data
 from peftcli.train.init_adapter import find_init_adapter
 from peftcli.train.kernels import use_liger_kernel
+from peftcli.train.launch import has_launcher
 from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import build_optimizer, build_schedule, parameter_groups
 from peftcli.train.plan import Plan
@@ -49,7 +51,8 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision="bf16" if uses_bf16(recipe) else "no",
         cpu=not torch.cuda.is_available(),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # evaluation runs out of step
+        # evaluation runs out of step; and not every step uses all that trains
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)],
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise UsageError(
@@ -59,7 +62,9 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     wanted = recipe.launch.num_processes
     if accelerator.num_processes < asked:
         raise UsageError(f"{asked} processes were asked for and {accelerator.num_processes} started")
-    if wanted != "auto" and accelerator.num_processes != wanted * recipe.launch.num_machines:
+    if wanted == "auto" or has_launcher():
+        return accelerator
+    if accelerator.num_processes != wanted * recipe.launch.num_machines:
         raise UsageError(
             f"the recipe wants {wanted * recipe.launch.num_machines} processes, the launcher started "
             f"{accelerator.num_processes}",
@@ -197,6 +202,9 @@ def prepare(
     model: nn.Module, config: AdapterConfig, recipe: Recipe, plan: Plan, accelerator: Accelerator
 ) -> PreparedModel:
     """Model, optimizer and schedule, placed on the devices by accelerate."""
+    if recipe.launch.strategy == "ddp":  # the base is the same everywhere, and not sent
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     # by default without DDP: the loop adds the gradients up
     prepared = accelerator.prepare_model(model, evaluation_mode=recipe.launch.strategy != "ddp")
     tensors = named_tensors(model)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcli.errors import PeftcliError
+from peftcli.errors import FolderBusy, PeftcliError
 from peftcli.models.find import expanded
 from peftcli.models.hub_files import hash_ahead
 from peftcli.schema import Recipe
@@ -15,7 +15,7 @@ from peftcli.system import signals
 from peftcli.train import launch
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.status import read_records, record_failure
-from peftcli.train.schedulers import placed
+from peftcli.train.schedulers import with_schedulers_place
 
 if TYPE_CHECKING:
     from peftcli.train.report import OnEvent
@@ -46,7 +46,7 @@ def start(
     Raises:
         PeftcliError: of the kind that its class says.
     """
-    recipe = replace(recipe, launch=placed(recipe.launch))
+    recipe = replace(recipe, launch=with_schedulers_place(recipe.launch))
     folder = RunFolder(Path(recipe.training.output_dir))
     note_resumable(folder)
     launch.follow_parent()
@@ -83,7 +83,7 @@ def _launch(
     recipe: Recipe, folder: RunFolder, command: Sequence[str], count: int, on_event: OnEvent, overwrite: bool
 ) -> None:
     """Lock the run folder, encode the data once, and start ``count`` processes."""
-    from peftcli.train import data, fresh_process, machines, report
+    from peftcli.train import data, fresh_process, machines
 
     several, save_on = recipe.launch.num_machines > 1, recipe.training.save_on_signal
     record, is_first = folder.read(), recipe.launch.machine_rank == 0
@@ -91,23 +91,40 @@ def _launch(
         folder.lock()
     before = read_records(folder)
 
-    def verify() -> None:
-        if recipe.training.verify and is_first:
-            fresh_process.verify_run(folder.path, on_event)
-
-    try:
+    def prepare() -> None:
         if overwrite or record is None or record.status != "complete":
             data.prepare_data(recipe, record.day if record else None, on_event)
         if several:
             folder.close()  # process 0 locks it, as often as it is started
+
+    def verify() -> None:
+        if several and is_first:
+            folder.lock()
+        if recipe.training.verify and is_first:
+            fresh_process.verify_run(folder.path, on_event)
+
+    def resumable() -> bool:
+        now = folder.read()
+        return now is not None and now.resumable
+
+    try:
+        if several:
             machines.run_on_machine(
-                command, count, recipe.launch, save_on, verify, lambda text: on_event(report.Warned(text))
+                command,
+                count,
+                recipe.launch,
+                save_on,
+                before=prepare,
+                afterwards=verify,
+                resumable=resumable,
+                tell=on_event,
             )
         else:
+            prepare()
             port, lock = recipe.launch.main_process_port, folder.give_lock()
             launch.run_processes(command, count, port, lock, save_on, verify)
     except PeftcliError as error:
-        if is_first:
+        if is_first and not isinstance(error, FolderBusy):  # or else it is another run's
             record_failure(folder, error, before)
         raise
     finally:

@@ -12,7 +12,7 @@ from accelerate.commands.config.config_args import ClusterConfig
 from peftcli.recipe import read
 from peftcli.schema import Launch
 
-FSDP = {
+FSDP: dict[str, Any] = {
     "distributed_type": "FSDP",
     "num_processes": 8,
     "num_machines": 2,
@@ -28,6 +28,10 @@ FSDP = {
         "fsdp_state_dict_type": "SHARDED_STATE_DICT",
     },
 }
+
+
+def fsdp(**more: Any) -> dict[str, Any]:
+    return {**FSDP, "fsdp_config": {**FSDP["fsdp_config"], **more}}
 
 
 def written(folder: Path, said: dict[str, Any]) -> Path:
@@ -50,27 +54,25 @@ def test_processes_machines_and_fsdp_are_as_it_says(tmp_path: Path) -> None:
         main_process_ip="10.0.0.1",
         main_process_port=29500,
         strategy="fsdp",
-        accelerate_config=f"{tmp_path}/accelerate.yaml",
     )
 
 
 def test_the_recipe_comes_before_it(tmp_path: Path) -> None:
     path = written(tmp_path, {"distributed_type": "MULTI_CPU", "num_processes": 2})
-    recipe = read(path, ["launch.num_processes=3", "launch.strategy=ddp"]).recipe
+    recipe = read(path, ["launch.num_processes=auto", "launch.strategy=ddp"]).recipe
     assert recipe is not None
-    assert (recipe.launch.num_processes, recipe.launch.strategy) == (3, "ddp")
+    assert (recipe.launch.num_processes, recipe.launch.strategy) == ("auto", "ddp")
 
 
 @pytest.mark.parametrize(
     ("said", "settings", "problem"),
     [
-        ({**FSDP, "fsdp_config": {"fsdp_version": 1}}, ["training.bf16=true"], "fsdp_version: 1; 2 can be had"),
-        ({**FSDP, "fsdp_config": {"fsdp_offload_params": True}}, ["training.bf16=true"], "fsdp_offload_params: True"),
-        (
-            {**FSDP, "fsdp_config": {"fsdp_activation_checkpointing": True}},
-            ["training.bf16=true"],
-            "checkpointing: true",
-        ),
+        ({**FSDP, "fsdp_config": {}}, ["training.bf16=true"], "fsdp_version: 1; 2 can be had"),
+        (fsdp(fsdp_offload_params=True), ["training.bf16=true"], "fsdp_offload_params: True; False can be had"),
+        (fsdp(fsdp_sharding_strategy="HYBRID_SHARD"), ["training.bf16=true"], "fsdp_sharding_strategy: HYBRID_SHARD"),
+        (fsdp(fsdp_activation_checkpointing=True), ["training.bf16=true"], "training.gradient_checkpointing: true"),
+        ({"distributed_type": "MULTI_GPU", "num_processes": 2, "use_cpu": True}, [], "use_cpu"),
+        ({"distributed_type": "NO", "num_processes": 1, "enable_cpu_affinity": True}, [], "enable_cpu_affinity"),
         ({"distributed_type": "DEEPSPEED", "num_processes": 2}, [], "distributed_type: DEEPSPEED"),
         ({"distributed_type": "MULTI_GPU", "num_processes": 2, "mixed_precision": "fp16"}, [], "mixed_precision: fp16"),
         (
@@ -92,7 +94,17 @@ def test_what_it_asks_for_in_vain_is_said(
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[1]", "a: 1", "distributed_type: [", "{distributed_type: NO, num_processes: x}"]
+    "content",
+    [
+        "",
+        "[1]",
+        "a: 1",
+        "distributed_type: [",
+        "{distributed_type: NO, num_processes: x}",
+        "{distributed_type: FSDP, fsdp_config: x}",
+        "distributed_type: []",
+        "[" * 5000,
+    ],
 )
 def test_another_file_is_refused(content: str, tmp_path: Path) -> None:
     path = written(tmp_path, {"distributed_type": "NO", "num_processes": 1})

@@ -20,9 +20,10 @@ from hosts import Host, can_make_hosts, two_hosts
 from torch.distributed import HashStore
 from trainkit import read_metrics, read_run, run_recipe
 
-from peftcli.errors import AdapterError, Diverged, ProcessDied, UsageError
+from peftcli.errors import AdapterError, Diverged, GateFailed, ProcessDied, UsageError
 from peftcli.train import machines
-from peftcli.train.machines import _Agent, _Numbered
+from peftcli.train.launch import Failed
+from peftcli.train.machines import Agent, Meeting
 
 PORT = 29_400
 STEPS = ("training.max_steps=40", "training.save_strategy=steps", "training.save_steps=5", "training.eval_strategy=no")
@@ -30,7 +31,7 @@ STEPS = ("training.max_steps=40", "training.save_strategy=steps", "training.save
 
 @dataclass
 class Pair:
-    """Two hosts that see no file system of each other's but the base model and the data."""
+    """Two hosts that see the base model, the data and no more of each other's files."""
 
     hosts: tuple[Host, Host]
     recipe: Path
@@ -38,7 +39,9 @@ class Pair:
 
     def folder(self, rank: int) -> Path:
         """The run folder of a host."""
-        return self.recipe.parent / f"host-{rank}" / "out"
+        folder = self.recipe.parent / f"host-{rank}"
+        folder.mkdir(exist_ok=True)
+        return folder / "out"
 
     def start(self, rank: int, *settings: str, number: int | None = None) -> subprocess.Popen[str]:
         """Start the command on a host."""
@@ -50,9 +53,10 @@ class Pair:
             "main_process_port": PORT,
         }
         words = [f"launch.{name}={value}" for name, value in launch.items()]
-        words += ["training.per_device_train_batch_size=2", f"training.output_dir={self.folder(rank)}", *settings]
+        words += ["training.per_device_train_batch_size=2", f"training.output_dir={self.folder(0)}", *settings]
         process = self.hosts[rank].start(
             [sys.executable, "-m", "peftcli", "train", str(self.recipe), *words, "--json"],
+            self.folder(1 - rank).parent,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=trainkit.subprocess_environment() | {"PEFTCLI_CACHE": str(self.recipe.parent / f"cache-{rank}")},
@@ -182,36 +186,89 @@ def test_a_machine_that_waits_for_the_others_can_be_stopped(pair: Pair) -> None:
     ended(alone, 143)
 
 
-def numbered(number: int, store: Any) -> _Numbered:
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_others_are_told_why_one_ends(rank: int, pair: Pair) -> None:
+    """Data that has changed on one machine alone is refused by its process, and not started again."""
+    pair.start(1 - rank)
+    other = pair.recipe.parent / "other.jsonl"
+    trainkit.write_rows(other, trainkit.MESSAGES[3:])
+    pair.start(rank, f"dataset.train={other}")
+    for process in pair.running:
+        _, err = ended(process, 3)
+        assert "changed while the processes read it" in err
+        assert "restart" not in err
+
+
+@pytest.mark.slow
+def test_a_failed_gate_is_the_first_machines(pair: Pair) -> None:
+    first, second = pair.both("training.eval_strategy=epoch", "gates={eval_loss: <= 0.1}")
+    out, _ = ended(first, GateFailed.exit_code)
+    assert '"status": "complete"' in out
+    _, err = ended(second)
+    assert "Traceback" not in err
+
+
+def meeting(number: int, store: Any) -> Meeting:
     """A machine's rendezvous, which the agent would number otherwise."""
     found = SimpleNamespace(store=store, rank=5, world_size=2, bootstrap_store_info=None)
-    return _Numbered(SimpleNamespace(next_rendezvous=lambda: found, get_backend=lambda: "c10d"), number)
+    return Meeting(SimpleNamespace(next_rendezvous=lambda: found), number, "10.0.0.9" if number == 0 else "10.0.0.10")
 
 
 def test_machines_have_the_numbers_of_their_recipes() -> None:
     with ThreadPoolExecutor(2) as machines:
         store = HashStore()
-        both = [machines.submit(numbered(each, store).next_rendezvous) for each in (1, 0)]
+        both = [machines.submit(meeting(each, store).next_rendezvous) for each in (1, 0)]
         assert [each.result().rank for each in both] == [1, 0]
+        assert {each.result().bootstrap_store_info.master_addr for each in both} == {"10.0.0.9"}
         store = HashStore()
-        for each in [machines.submit(numbered(1, store).next_rendezvous) for _ in range(2)]:
+        for each in [machines.submit(meeting(1, store).next_rendezvous) for _ in range(2)]:
             with pytest.raises(UsageError, match="not every machine has a number of its own below 2"):
                 each.result()
 
 
+def test_a_machine_hears_why_another_has_ended() -> None:
+    one, other = meeting(0, HashStore()), meeting(1, None)
+    assert other.hear(0) is None
+    one.store = other.store = HashStore()
+    one.others = 1
+    assert other.hear(0) is None
+    with ThreadPoolExecutor(1) as machines:
+        said = machines.submit(one.say, Diverged("the loss of step 3 is not finite", hint="lower it"))
+        heard = other.hear(5)
+        said.result(timeout=5)
+    assert heard is not None
+    assert (heard.exit_code, str(heard)) == (Diverged.exit_code, "the loss of step 3 is not finite\nlower it")
+
+
 @pytest.mark.parametrize(
-    ("error", "again"),
-    [(ProcessDied("died"), True), (None, True), (Diverged("no"), False), (AdapterError("no"), False)],
+    ("error", "other", "again"),
+    [
+        (ProcessDied("died"), None, True),
+        (None, None, True),
+        (Diverged("no"), None, False),
+        (AdapterError("no"), None, False),
+        (Failed("a defect of ours"), None, False),
+        (ProcessDied("another ended"), Diverged("there"), False),
+    ],
 )
-def test_only_lost_processes_are_started_again(error: Any, again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_lost_processes_are_started_again(
+    error: Any, other: Any, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     restarted = []
     monkeypatch.setattr(machines.LocalElasticAgent, "_restart_workers", lambda self, group: restarted.append(group))
-    agent = object.__new__(_Agent)
-    agent.error, agent.restarts, agent.warn = error, 0, lambda text: None
-    agent.spec = SimpleNamespace(max_restarts=3)  # type: ignore[assignment]
+    agent: Any = object.__new__(Agent)
+    agent.error, agent.tell, agent.waiting, agent.forwarded, agent._remaining_restarts = (
+        error,
+        lambda _: None,
+        [],
+        [],
+        2,
+    )
+    agent.spec, agent.meeting = SimpleNamespace(max_restarts=3), SimpleNamespace(hear=lambda seconds: other)
     if again:
         agent._restart_workers("group")
     else:
-        with pytest.raises(type(error)):
+        with pytest.raises(type(other or error)):
             agent._restart_workers("group")
     assert bool(restarted) is again

@@ -11,7 +11,7 @@ from trainkit import Child, read_run
 
 from peftcli.schema import Launch
 from peftcli.train import launch
-from peftcli.train.schedulers import join_tasks, placed
+from peftcli.train.schedulers import take_slurms_rank, with_schedulers_place
 
 STEP = {
     "SLURM_JOB_ID": "4711",
@@ -31,8 +31,14 @@ POD |= {"WORLD_SIZE": "2", "RANK": "1"}
     ("environment", "place"),
     [
         ({}, Launch()),
-        (STEP, Launch(num_machines=3, machine_rank=2, main_process_ip="gpu07", main_process_port=24_711)),
+        (STEP, Launch(num_machines=3, machine_rank=2, main_process_ip="gpu07", main_process_port=22_977)),
+        (STEP | {"SLURM_PTY_PORT": "4000"}, Launch()),  # a shell
         (STEP | {"SLURM_STEP_NODELIST": "a-1,a-2,b"}, "a-1"),
+        (STEP | {"SLURM_STEP_NODELIST": "rack[1-2]node[01-04]-ib,x"}, "rack1node01-ib"),
+        (
+            {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            Launch(),
+        ),  # a job of one pod
         (STEP | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "gpu07"}, Launch()),
         (POD, Launch(num_machines=2, machine_rank=1, main_process_ip="job-master-0", main_process_port=23_456)),
         (POD | {"LOCAL_RANK": "0"}, Launch()),  # started by torchrun there
@@ -43,16 +49,16 @@ def test_a_command_knows_its_machine(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    found = placed(Launch())
+    found = with_schedulers_place(Launch())
     assert (found.main_process_ip if isinstance(place, str) else found) == place
     own = replace(Launch(), num_machines=5, machine_rank=4)
-    assert placed(own) is own
+    assert with_schedulers_place(own) is own
     assert launch.is_launched() is ("LOCAL_RANK" in environment)
 
 
 def test_tasks_of_one_node_train_together(recipe: Path) -> None:
     step = STEP | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": "2"}
-    step |= {"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": str(os.getpid())}
+    step |= {"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": str(os.getpid()), "SLURM_NODEID": "0"}
     settings = ("training.per_device_train_batch_size=2", "training.max_steps=2", "training.eval_strategy=no")
     tasks = [
         Child(recipe.parent, "train", recipe, *settings, env={**step, "SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)})
@@ -67,5 +73,5 @@ def test_tasks_of_one_node_train_together(recipe: Path) -> None:
 def test_a_process_that_another_launcher_placed_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**STEP, "SLURM_STEP_NUM_TASKS": "6", "WORLD_SIZE": "2", "RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    join_tasks()
+    take_slurms_rank()
     assert os.environ["RANK"] == "1"

@@ -57,7 +57,7 @@ class Reference:
             with disabled(model):
                 yield
             return
-        tensors = named_tensors(model)
+        tensors = named_tensors(getattr(model, "module", model))  # DDP is around it
         if self._start.keys() != tensors.keys():
             raise DataError(
                 "the adapter was compared with itself as it began, which was not kept",

@@ -22,6 +22,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
@@ -107,9 +108,10 @@ def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelera
             if temporary.exists():
                 shutil.rmtree(temporary)
             temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    _write_tensors(temporary / _random_file(accelerator.process_index), random_state())
+    states = gather_object([{name: value.cpu() for name, value in random_state().items()}])
     if accelerator.is_main_process:
+        for process, each in enumerate(states):  # other machines may not see the folder
+            _write_tensors(temporary / _random_file(process), each)
         write_finite(adapter_state(state.model), state.config, temporary)
         if extra := unsaved_state(state.model):
             _write_tensors(temporary / _TRAINING_STATE, extra)

@@ -257,7 +257,7 @@ def checkpoint_to_resume(run: Run) -> Iterator[Path | None]:
             found[0] = _chosen(Path(resume), run)
     broadcast_object_list(found)
     checkpoint = found[0]
-    if checkpoint is None or all(gather_object([checkpoint.is_dir()])):
+    if checkpoint is None or len({*gather_object([_seal(checkpoint)])}) == 1:
         yield checkpoint
         return
     names = [[path.name for path in checkpoint.iterdir()] if run.is_main else []]
@@ -270,6 +270,14 @@ def checkpoint_to_resume(run: Run) -> Iterator[Path | None]:
             broadcast_object_list(content)
             (copy / name).write_bytes(content[0])
         yield copy
+
+
+def _seal(checkpoint: Path) -> str | None:
+    """What tells a checkpoint from another; None where there is none."""
+    try:
+        return str(read_manifest(checkpoint)["manifest_sha256"])
+    except (OSError, ValueError):
+        return None
 
 
 def _chosen(path: Path, run: Run) -> Path:
