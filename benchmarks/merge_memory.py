@@ -16,34 +16,53 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 
 def write_model(folder: Path, shard: str, **sizes: int) -> None:
-    """Write a base model of these sizes, and beside it an adapter with an effect."""
+    """Write a base model of these sizes, a tensor at a time, and beside it an adapter with an effect."""
     import torch
+    from huggingface_hub import split_torch_state_dict_into_shards
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from peftcli.core.files import save_adapter
+    from peftcli.core.files import write_adapter
     from peftcli.core.inject import inject
+    from peftcli.core.weights import adapter_state
     from peftcli.methods.lora.config import LoraConfig
+    from peftcli.models.weights import write_tensors
 
-    torch.set_default_dtype(torch.bfloat16)
-    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=32, num_key_value_heads=8, **sizes))
-    torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder / "base", max_shard_size=shard)
+    base = folder / "base"
+    base.mkdir(parents=True)
+    architecture = LlamaConfig(
+        num_attention_heads=32, num_key_value_heads=8, dtype="bfloat16", architectures=["LlamaForCausalLM"], **sizes
+    )
+    architecture.save_pretrained(base)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(architecture).bfloat16()
+    split = split_torch_state_dict_into_shards(model.state_dict(), max_shard_size=shard)
+    for name, keys in split.filename_to_tensors.items():
+        shapes = {key: tuple(model.get_parameter(key).shape) for key in keys}
+        values = {key: partial(torch.normal, 0.0, 0.02, shape, dtype=torch.bfloat16) for key, shape in shapes.items()}
+        write_tensors(base / name, {key: (("BF16", shapes[key]), values[key]) for key in keys})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (base / "model.safetensors.index.json").write_text(json.dumps(index))
     words = {"<unk>": 0, "<s>": 1, "</s>": 2}
     bare = Tokenizer(models.WordLevel(words, "<unk>"))
     PreTrainedTokenizerFast(
         tokenizer_object=bare, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder / "base")
+    ).save_pretrained(base)
     config = LoraConfig(
-        r=8, target_modules="all-linear", task_type="CAUSAL_LM", base_model_name_or_path=str(folder / "base"),
+        r=8, target_modules="all-linear", task_type="CAUSAL_LM", base_model_name_or_path=str(base),
         init_lora_weights=False,
     )  # fmt: skip
-    inject(model, config)
-    save_adapter(model, config, folder / "adapter")
+    with torch.device("meta"):
+        inject(model, config)
+    trained = {name: 0.02 * torch.randn(value.shape) for name, value in adapter_state(model).items()}
+    (folder / "adapter").mkdir()
+    write_adapter(trained, config, folder / "adapter")
 
 
 def measure(tiny: Path, folder: Path, verify: bool) -> tuple[int, int]:
@@ -55,13 +74,19 @@ def measure(tiny: Path, folder: Path, verify: bool) -> tuple[int, int]:
         shutil.rmtree(folder / "merged", ignore_errors=True)
         merge_adapter(str(source / "adapter"), folder / "merged", verify=verify)
     shutil.rmtree(folder / "merged")
-    return before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return before, peak()
 
 
 def resident() -> int:
     """Return the bytes of this process that are in memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
+
+
+def peak() -> int:
+    """Return the most bytes of this process that were in memory. ``getrusage`` counts the one that started it, too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) << 10
 
 
 def main() -> None:

@@ -349,11 +349,12 @@ class Agent(LocalElasticAgent):
         return result
 
     def _restart_workers(self, worker_group: Any) -> None:
+        lost = self.error is None or self.error.exit_code == ProcessDied.exit_code
+        if self.error is not None and (not lost or isinstance(self.error, Failed)):
+            raise self.error
         self._stop_if_asked()
         if self.error is None:
             self.tell(Warned("another machine is new here, or has lost a process; all go on at the newest checkpoint"))
-        elif self.error.exit_code != ProcessDied.exit_code or isinstance(self.error, Failed):
-            raise self.error
         elif (other := self.meeting.hear(_HEAR_SECONDS)) is not None:
             raise other
         else:

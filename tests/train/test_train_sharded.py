@@ -88,6 +88,23 @@ def test_every_task_trains_as_with_the_whole_model(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*CASES} - {"feature_extraction"}))
+def test_every_task_trains_under_ddp(name: str, tmp_path: Path) -> None:
+    recipe = CASES[name].write(tmp_path)
+    settings = ("training.verify=false", "training.per_device_train_batch_size=2")
+    folders = [trained(recipe, strategy, *settings) for strategy in ("ddp", "replicate")]
+    assert losses(folders[0]) == pytest.approx(losses(folders[1]), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["adalora", "adamss", "frod", "xlora"])
+def test_methods_that_act_after_a_step_train_under_ddp(method: str, recipe: Path) -> None:
+    settings = (f"method={json.dumps(settings_of(method, 'causal_lm'))}", "training.verify=false")
+    folders = [trained(recipe, strategy, *settings) for strategy in ("ddp", "replicate")]
+    assert losses(folders[0]) == pytest.approx(losses(folders[1]), rel=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_as_with_the_whole_model(method: str, recipe: Path) -> None:
     settings = f"method={json.dumps(settings_of(method, 'causal_lm'))}"
