@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import platform
-import resource
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 
 from peftcli.system.disk import write_file
+from peftcli.system.memory import peak_resident_memory
 from peftcli.train.loop import StepResult
 
 
@@ -97,8 +96,7 @@ _version = functools.cache(version)  # which reads a file each time
 
 def peak_memory_bytes() -> dict[str, int]:
     """The peak memory of this process: resident, and on the GPU if there is one."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peak = {"rss": peak_resident_memory()}
     if torch.cuda.is_available():
         peak["cuda"] = torch.cuda.max_memory_allocated()
     return peak
