@@ -7,8 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs"))
 
-import scaling
+import many_gpus
 
 
 def test_the_table_is_that_of_its_script() -> None:
-    assert scaling.PAGE.read_text() == scaling.page(), "run: python docs/scaling.py"
+    assert many_gpus.PAGE.read_text() == many_gpus.page(), "run: python docs/many_gpus.py"

@@ -13,7 +13,6 @@ from test_train_resume import stop_after
 from trainkit import run_recipe
 
 from peftcli.errors import Interrupted
-from peftcli.schema import Launch
 from peftcli.train import launch, threads
 
 
@@ -64,5 +63,5 @@ def test_processes_share_the_cores(given: str | None, cores: pytest.MonkeyPatch)
     cores.setattr(launch, "usable_cores", lambda: 5)
     if given:
         cores.setenv("OMP_NUM_THREADS", given)
-    environment = launch._environment(Launch(), 0, 2, 1)
+    environment = launch.shared_variables(2)
     assert environment.get("OMP_NUM_THREADS") == (None if given else "2")

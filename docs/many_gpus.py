@@ -1,6 +1,6 @@
 """Write the table of docs/scaling.md that says what many GPUs would take: it is calculated, and says from what.
 
-python docs/scaling.py
+python docs/many_gpus.py
 """
 
 from __future__ import annotations
