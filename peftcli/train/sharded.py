@@ -1,9 +1,9 @@
 """A base model that is divided among the processes: of the weights of its layers each keeps a part (FSDP2).
 
-Attention and feed-forward of a layer are each whole in a process while they compute, forward and backward. Embedding,
-head, norms outside the layers, and the adapter are whole in every process. So what trains are tensors like those of a
-run without it, and so are the sum of gradients, the optimizer and the checkpoints. All processes must run the model
-equally often, since each needs the others' parts.
+A layer is whole in a process while it computes, forward and backward. Embedding, head, norms outside the layers, and
+the adapter are whole in every process. So what trains are tensors like those of a run without it, and so are the sum of
+gradients, the optimizer and the checkpoints. All processes must run the model equally often, since each needs the
+others' parts.
 """
 
 from __future__ import annotations
@@ -41,8 +41,6 @@ def shard(model: nn.Module, device: torch.device) -> None:
         parameter.data = parameter.data.clone()
     for module, layers in reversed(found):  # a stack that another one's module holds comes first
         for layer in layers:
-            for part in _parts(layer):  # of a layer's weights, less is whole at once
-                fully_shard(part, mesh=mesh, ignored_params=whole)
             fully_shard(layer, mesh=mesh, ignored_params=whole)
         fully_shard(module, mesh=mesh, ignored_params=whole)
     for each in model.modules():
@@ -55,12 +53,6 @@ def shard(model: nn.Module, device: torch.device) -> None:
 def is_sharded(model: nn.Module) -> bool:
     """Whether a model is divided."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
-
-
-def _parts(layer: nn.Module) -> list[nn.Module]:
-    """The modules of a layer that have matrices, as its attention; a list of modules cannot be called."""
-    children = [child for child in layer.children() if not isinstance(child, (nn.ModuleList, nn.ModuleDict))]
-    return [child for child in children if any(parameter.ndim > 1 for parameter in child.parameters())]
 
 
 def _whole(model: nn.Module, layers: list[nn.Module]) -> set[nn.Parameter]:
