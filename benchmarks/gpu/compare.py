@@ -112,7 +112,7 @@ def main() -> None:
         raise SystemExit("peftcli itself failed; the reason is above")
     ours = found["peftcli"]
     print(f"{device}; {machine()}\n")
-    print("| side | tokens/s | against peftcli | peak, MiB | against peftcli | loss |")
+    print("| side | tokens/s | times as long | peak, MiB | times as much | loss |")
     print("| --- | ---: | ---: | ---: | ---: | --- |")
     for side, each in found.items():
         pairs = [(figures, ours[round]) for round, figures in each.items() if round in ours]
