@@ -60,7 +60,7 @@ def _settings(said: Any, recipe: Recipe) -> dict[str, Any]:
         raise ValueError("it has no distributed_type")
     machines, processes = int(said.get("num_machines") or 1), int(said.get("num_processes") or -1)
     if processes > 0 and processes % machines:
-        raise ValueError(f"{processes} processes are not so many on each of {machines} machines")
+        raise ValueError(f"{processes} processes cannot be divided equally among {machines} machines")
     found = {
         "num_processes": processes // machines if processes > 0 else "auto",
         "num_machines": machines,

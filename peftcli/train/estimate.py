@@ -41,7 +41,7 @@ _HELD_BACK = 1.2
 """How many times the counted memory of a step its process takes on a CPU, where freed memory is not all used again:
 docs/log.md, "Memory that is estimated"."""
 _STEPS = 2000
-"""The largest micro-batch is that of the first so many steps."""
+"""In how many steps, from the first, the largest micro-batch is looked for."""
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
-from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousInfo, RendezvousStoreInfo
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
@@ -98,7 +98,7 @@ def run_on_machine(
         spec = WorkerSpec(
             role=_NAME,
             local_world_size=count,
-            rdzv_handler=meeting,  # type: ignore[arg-type]
+            rdzv_handler=cast(RendezvousHandler, meeting),
             entrypoint=sys.executable,
             args=("-m", "peftcli", *command),
             max_restarts=launch.max_restarts,
@@ -234,13 +234,16 @@ class Meeting:
 
     def hear(self, seconds: float) -> PeftcliError | None:
         """Return why another machine has ended, if one says so in time."""
+        if self.store is None:
+            return None
         end = time.monotonic() + seconds
         with suppress(RuntimeError):
-            while self.store is not None and not (told := self.store.check(["ended"])) and time.monotonic() < end:
+            while not self.store.check(["ended"]):
+                if time.monotonic() > end:
+                    return None
                 time.sleep(0.05)
-            if self.store is not None and told:
-                self.store.add("heard", 1)
-                return ErrorOfProcess(json.loads(self.store.get("ended")))
+            self.store.add("heard", 1)
+            return ErrorOfProcess(json.loads(self.store.get("ended")))
         return None
 
 
@@ -285,7 +288,8 @@ class Agent(LocalElasticAgent):
 
     def answer(self) -> str:
         """Return what the first process here has printed; only that of all processes prints anything."""
-        return Path(self._pcontext.stdouts[0]).read_text()  # type: ignore[union-attr]
+        assert self._pcontext is not None
+        return Path(self._pcontext.stdouts[0]).read_text()
 
     @contextmanager
     def signals_passed_on(self) -> Iterator[None]:

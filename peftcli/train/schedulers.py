@@ -49,7 +49,7 @@ def with_schedulers_place(launch: Launch) -> Launch:
     environment, step = os.environ, _step()
     if launch.num_machines > 1:
         return launch
-    if is_pod(environment) and environment.get("PET_NNODES", "1") not in ("", "1"):
+    if is_pod(environment) and _has_others(environment):
         try:
             return replace(
                 launch,
@@ -75,9 +75,12 @@ def with_schedulers_place(launch: Launch) -> Launch:
 
 def is_pod(environment: Mapping[str, str]) -> bool:
     """Whether this is the first process in a pod, whose variables speak of pods and not of processes."""
-    alone = environment.get("WORLD_SIZE") == "1"
-    several = environment.get("PET_NNODES", "1") not in ("", "1")
-    return (alone or several) and "LOCAL_RANK" not in environment
+    return "LOCAL_RANK" not in environment and (environment.get("WORLD_SIZE") == "1" or _has_others(environment))
+
+
+def _has_others(environment: Mapping[str, str]) -> bool:
+    """Whether a PyTorchJob has more than one pod."""
+    return environment.get("PET_NNODES", "1") not in ("", "1")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,6 @@ from peftcli.system import signals
 from peftcli.train import launch
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.status import read_records, record_failure
-from peftcli.train.schedulers import with_schedulers_place
 
 if TYPE_CHECKING:
     from peftcli.train.report import OnEvent
@@ -46,7 +44,6 @@ def start(
     Raises:
         PeftcliError: of the kind that its class says.
     """
-    recipe = replace(recipe, launch=with_schedulers_place(recipe.launch))
     folder = RunFolder(Path(recipe.training.output_dir))
     note_resumable(folder)
     launch.follow_parent()

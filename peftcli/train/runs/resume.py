@@ -273,7 +273,7 @@ def checkpoint_to_resume(run: Run) -> Iterator[Path | None]:
 
 
 def _seal(checkpoint: Path) -> str | None:
-    """What tells a checkpoint from another; None where there is none."""
+    """The hash of a checkpoint's manifest, which no other checkpoint has; None if this process sees no checkpoint."""
     try:
         return str(read_manifest(checkpoint)["manifest_sha256"])
     except (OSError, ValueError):
