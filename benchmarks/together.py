@@ -6,7 +6,9 @@ from the end of the first to the end of the last, and that from the start of the
 memory there are two ratios: to the four processes side by side, and to the largest of them. Needs ``make quickstart``
 to have fetched the model.
 
-    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/together.py --rounds 3 --batch 2
+A step of two rows of the quickstart keeps a core busy by itself; one of a single short row does not.
+
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/together.py --rounds 3
 """
 
 from __future__ import annotations
@@ -19,10 +21,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
+
+from rows import rows
 
 MODEL = "models/SmolLM2-135M-Instruct"
 R = (8, 16, 16, 32)
+QUICKSTART, SHORT = "the quickstart's rows, two a step", "short rows, one a step"
+BATCH, STEPS = {QUICKSTART: 2, SHORT: 1}, {QUICKSTART: 5, SHORT: 24}
+SHARED = "several adapters together against one after another"
+GATES = {
+    (SHORT, "step"): f"{SHARED}, speed of short rows",
+    (QUICKSTART, "step"): f"{SHARED}, speed of rows that fill a step",
+    (QUICKSTART, "peak"): f"{SHARED}, memory",
+}
+
+
+def data_of(kind: str, folder: Path) -> str:
+    """The file of the rows."""
+    if kind == QUICKSTART:
+        return "configs/quickstart/train.jsonl"
+    path = folder / "short.jsonl"
+    path.write_text("".join(json.dumps(row["row"]) + "\n" for row in rows("short", 0, 60)))
+    return str(path)
 
 
 def recipe(number: int, folder: str, options: argparse.Namespace) -> Any:
@@ -33,12 +55,12 @@ def recipe(number: int, folder: str, options: argparse.Namespace) -> Any:
         base_model=BaseModel(name=MODEL),
         task={"type": "causal_lm"},
         method={"type": "lora", "r": R[number], "lora_alpha": 32, "target_modules": "all-linear"},
-        dataset=Dataset(train=options.data, max_length=512),
+        dataset=Dataset(train=data_of(options.kind, Path(folder)), max_length=512),
         training=Training(
             output_dir=f"{folder}/run-{number}",
             seed=number,
-            max_steps=options.steps,
-            per_device_train_batch_size=options.batch,
+            max_steps=STEPS[options.kind],
+            per_device_train_batch_size=BATCH[options.kind],
             learning_rate=1e-4 * (number + 1),
             save_strategy="no",
             eval_strategy="no",
@@ -72,8 +94,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         else:
             number = int(options.side)
             train(recipe(number, folder, options), on_event=lambda event: note(number, event))
+    last = STEPS[options.kind]
     return {
-        "step": (times[options.steps] - times[1]) / (options.steps - 1),
+        "step": (times[last] - times[1]) / (last - 1),
         "start": times[1],
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "losses": losses,
@@ -84,20 +107,26 @@ def main() -> None:
     """Alternate the sides and print the medians."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--fp32", action="store_true")
-    parser.add_argument("--data", default="configs/quickstart/train.jsonl")
+    parser.add_argument("--kind", choices=BATCH)
     parser.add_argument("--side")
     options = parser.parse_args()
     if options.side:
         print("RESULT " + json.dumps(measure(options)))
         return
+    gates = dict[str, float]()
+    for kind in [options.kind] if options.kind else BATCH:
+        gates |= compare(kind, options.rounds)
+    print(json.dumps(gates))
+
+
+def compare(kind: str, rounds: int) -> dict[str, float]:
+    """Measure both sides on rows of a kind, print a table, and return the gates."""
     together, alone = list[dict[str, Any]](), list[list[dict[str, Any]]]()
-    for _ in range(options.rounds):
+    for _ in range(rounds):
         found = dict[str, dict[str, Any]]()
         for side in ("together", *map(str, range(len(R)))):
-            command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--side", side]
+            command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--kind", kind, "--side", side]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             line = next(line for line in output.splitlines() if line.startswith("RESULT "))
             found[side] = json.loads(line.removeprefix("RESULT "))
@@ -107,24 +136,21 @@ def main() -> None:
             own = found[number]["losses"][number]
             if any(abs(a - b) > 0.01 for a, b in zip(losses[:2], own[:2], strict=True)):
                 raise SystemExit(f"recipe {number} has other losses: {losses} and {own}")
-
-    def median(values: Any) -> float:
-        return statistics.median(values)
-
-    gates = dict[str, float]()
-    print("| | together | one after another | ratio |\n|---|---|---|---|")
-    for name, key in (("CPU s a step of all four", "step"), ("CPU s to the end of the first step", "start")):
-        ours, theirs = median(each[key] for each in together), median(sum(one[key] for one in each) for each in alone)
-        print(f"| {name} | {ours:.2f} | {theirs:.2f} | {theirs / ours:.2f} |")
-        if key == "step":
-            gates["several adapters together against one after another, speed"] = round(theirs / ours, 3)
-    peak = median(each["peak"] for each in together)
-    for name, of in (("four processes side by side", sum), ("the largest process", max)):
-        theirs = median(of(one["peak"] for one in each) for each in alone)
-        print(f"| peak RSS, MiB, against {name} | {peak:.0f} | {theirs:.0f} | {theirs / peak:.2f} |")
-        if of is sum:
-            gates["several adapters together against one after another, memory"] = round(theirs / peak, 3)
-    print(json.dumps(gates))
+    gates, many = dict[str, float](), "four processes side by side"
+    print(f"{kind}:\n\n| | together | one after another | ratio |\n|---|---|---|---|")
+    for name, key, of in (
+        ("CPU s a step of all four", "step", sum),
+        ("CPU s to the end of the first step", "start", sum),
+        (f"peak RSS, MiB, against {many}", "peak", sum),
+        ("peak RSS, MiB, against the largest process", "peak", max),
+    ):
+        ours = statistics.median(each[key] for each in together)
+        theirs = statistics.median(of(one[key] for one in each) for each in alone)
+        print(f"| {name} | {ours:,.2f} | {theirs:,.2f} | {theirs / ours:.2f} |")
+        if of is sum and (kind, key) in GATES:
+            gates[GATES[kind, key]] = round(theirs / ours, 3)
+    print()
+    return gates
 
 
 if __name__ == "__main__":

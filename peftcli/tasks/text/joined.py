@@ -1,11 +1,13 @@
 """Models over one base that compute what stands below their heads as one row of tokens, without padding.
 
 Each model is called as ever. What it wants computed below its head stops the call (``_Wanted``); once the calls of all
-models have come there, they are computed together, and made again from the beginning, with the result at hand.
+models have come there, they are computed together, and made again from the beginning, with the result at hand. So are
+the losses under the base model's head, of models that have no other.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,9 +18,11 @@ import torch
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import disabled
 from peftcli.core.joined import Guest, Joined, Randomness
+from peftcli.core.layer import AdapterLayer, model_ends
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError, ModelError
 from peftcli.tasks.text.reference import evaluating
+from peftcli.tasks.text.token_loss import frozen_losses, frozen_losses_by
 from peftcli.tasks.text.unpadded import is_unpadded, rounds, unpad
 
 T = TypeVar("T")
@@ -29,8 +33,21 @@ _NOISE = 0.05
 """Deviation of what is added to an adapter's weights while it is tried, since a new one does nothing."""
 
 
+@dataclass(frozen=True)
+class _UnderHead:
+    """Hidden states (N, D) whose losses are wanted, their targets (N,), and the head."""
+
+    hidden: torch.Tensor
+    targets: torch.Tensor
+    head: Callable[[torch.Tensor], torch.Tensor]
+
+
+_Inputs = dict[str, Any] | _UnderHead
+"""What is computed together: the arguments of what stands below the head, or what stands under it."""
+
+
 class _Wanted(BaseException):  # which nobody on the way takes for an error
-    def __init__(self, inputs: dict[str, Any]):
+    def __init__(self, inputs: _Inputs):
         self.inputs = inputs
 
 
@@ -41,24 +58,41 @@ class JoinedModel:
     model: Any
     """With one adapter, and its own head."""
     guest: Guest
+    shares_head: bool
+    """Whether its head is the base model's, without an adapter."""
     found: list[tuple[Any, Any]] = field(default_factory=list)
-    """What was computed of the call at hand: an output below the head, and the random state after it."""
+    """What was computed of the call at hand: an output below the head, or losses, and the random state after it."""
     used: int = 0
     """How many of them the call has taken again."""
+    evaluated: bool = False
+    """Whether the call has computed something by itself, in evaluation mode, which one stop more would repeat."""
 
     @property
     def unpadded(self) -> Any:
         """The forward below the head."""
         return self.model.get_decoder().forward
 
-    def answer(self, inputs: dict[str, Any]) -> Any:
+    def answer(self, inputs: _Inputs) -> Any:
         """Return what was computed, or stop the call."""
         if self.used == len(self.found):
             raise _Wanted(inputs)
         output, random = self.found[self.used]
         self.used += 1
         self.guest.random.set(random)
-        return output
+        return copy.copy(output)  # hooks change it
+
+    def below_head(self, inputs: dict[str, Any]) -> Any:
+        """Return what was computed below the head, or stop the call; None: the model computes it by itself."""
+        if self.model.training:
+            return self.answer(inputs)
+        self.evaluated = True
+        return None
+
+    def losses(self, hidden: torch.Tensor, targets: torch.Tensor, head: Any) -> Any:
+        """Return losses under a frozen head, or stop the call."""
+        if self.shares_head and not self.evaluated and hidden.requires_grad:
+            return self.answer(_UnderHead(hidden, targets, head))
+        return frozen_losses(hidden, targets, head)
 
 
 class JoinedModels:
@@ -76,7 +110,7 @@ class JoinedModels:
                 f"{name} with {attention} attention on {base.device.type} does not compute batches without padding",
                 key="base_model",
             )
-        self.inner = base.get_decoder()
+        self.inner, self.head = base.get_decoder(), model_ends(base)[1]
         self.joined = Joined(self.inner)
         self._refuse_dropout()
 
@@ -111,13 +145,21 @@ class JoinedModels:
             problem = "needs padding"
         try:
             if problem is None:
-                added = JoinedModel(model, self.joined.guest(model.get_decoder(), random))
+                added = JoinedModel(model, self.joined.guest(model.get_decoder(), random), self._is_head_of(model))
                 problem = None if self._agrees(added) else "gives other outputs there"
         except AdapterError as error:
             problem = error.message
         if problem is not None:
             raise AdapterError(f"cannot be trained beside others: the adapter {problem}", key="method")
         return added
+
+    def _is_head_of(self, model: Any) -> bool:
+        """Whether the base model's head is the model's own."""
+        own = model_ends(model)[1]
+        if own is None or self.head is None or isinstance(own, AdapterLayer):
+            return False
+        weights = list(own.parameters())
+        return all(each is other for each, other in zip(weights, self.head.parameters(), strict=True))
 
     @torch.no_grad()
     def _agrees(self, added: JoinedModel) -> bool:
@@ -144,18 +186,19 @@ class JoinedModels:
         """Return what each function returns, which calls its model. Each draws random numbers of its own."""
         results, begun = dict[JoinedModel, T](), {joined: joined.guest.random.state for joined, _ in calls}
         while len(results) < len(calls):
-            wanted = list[tuple[JoinedModel, dict[str, Any]]]()
+            wanted = list[tuple[JoinedModel, _Inputs]]()
             for joined, function in calls:
                 if joined in results:
                     continue
-                joined.used, joined.guest.random.state = 0, begun[joined]
+                joined.guest.random.state = begun[joined]
                 try:
                     with joined.guest.random(), _meeting(joined):
                         results[joined] = function()
                 except _Wanted as stopped:
                     wanted.append((joined, stopped.inputs))
-            if wanted:
-                for (joined, _), output in zip(wanted, self._compute(wanted), strict=True):
+            for kind, compute in ((dict, self._compute), (_UnderHead, _losses)):
+                part: list[Any] = [each for each in wanted if isinstance(each[1], kind)]
+                for (joined, _), output in zip(part, compute(part) if part else (), strict=True):
                     joined.found.append((output, joined.guest.random.state))
         for joined, _ in calls:
             joined.found.clear()
@@ -174,12 +217,21 @@ class JoinedModels:
         return [forward.spread(type(output)(**output), own, part) for forward, own, part in each]
 
 
+def _losses(calls: Sequence[tuple[JoinedModel, _UnderHead]]) -> list[Any]:
+    """Compute the losses of several models under the head that they share."""
+    wanted = [each for _, each in calls]
+    hidden, targets = torch.cat([each.hidden for each in wanted]), torch.cat([each.targets for each in wanted])
+    losses, correct = frozen_losses(hidden, targets, wanted[0].head)
+    sizes = [len(each.targets) for each in wanted]
+    return list(zip(losses.split(sizes), correct.split(sizes), strict=True))
+
+
 @contextmanager
 def _meeting(joined: JoinedModel) -> Iterator[None]:
-    """Inside, the model's training forward gives what was computed together, or stops."""
-    inner, forward = joined.model.get_decoder(), joined.unpadded
-    forward.instead = lambda inputs: joined.answer(inputs) if inner.training else None
+    """Inside, what the model wants computed is what was computed together, or stops the call."""
+    joined.used, joined.evaluated, joined.unpadded.instead = 0, False, joined.below_head
     try:
-        yield
+        with frozen_losses_by(joined.losses):
+            yield
     finally:
-        forward.instead = None
+        joined.unpadded.instead = None

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,10 @@ _MORE_ROWS = 1024
 Losses = tuple[torch.Tensor, torch.Tensor]
 """The cross-entropy of each target, in float32 with gradients, and whether it was the model's first choice (in
 training also whether it was one of several): (N,) each."""
+Compute = Callable[[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]], Losses]
+"""Computes the losses of hidden states (N, D) and targets (N,) under a head, which makes logits (N, V) of them."""
+
+_instead: ContextVar[Compute | None] = ContextVar("instead", default=None)
 
 
 def next_tokens(labels: torch.Tensor) -> torch.Tensor:
@@ -98,9 +104,9 @@ def losses_of(logits: torch.Tensor, targets: torch.Tensor) -> Losses:
 
 def chunked_losses(hidden: torch.Tensor, targets: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]) -> Losses:
     """Return the losses of hidden states (N, D) and targets (N,); ``head`` makes logits (N, V) of the former."""
-    size = _ROWS.get(hidden.device.type, _MORE_ROWS)
     if not head(hidden[:0].detach()).requires_grad:
-        return _Losses.apply(hidden, targets, head, size)  # type: ignore[no-untyped-call]
+        return (_instead.get() or frozen_losses)(hidden, targets, head)
+    size = _ROWS.get(hidden.device.type, _MORE_ROWS)
     # the head itself trains: its logits are computed again in the backward pass, by whatever it is made of
 
     def losses(part: torch.Tensor, wanted: torch.Tensor) -> Losses:
@@ -109,6 +115,22 @@ def chunked_losses(hidden: torch.Tensor, targets: torch.Tensor, head: Callable[[
     parts = zip(hidden.split(size), targets.split(size), strict=True)
     found = [checkpoint(losses, *part, use_reentrant=False) for part in parts]
     return torch.cat([loss for loss, _ in found]), torch.cat([correct for _, correct in found])
+
+
+def frozen_losses(hidden: torch.Tensor, targets: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]) -> Losses:
+    """Return what ``chunked_losses`` does, under a head that does not train."""
+    size = _ROWS.get(hidden.device.type, _MORE_ROWS)
+    return _Losses.apply(hidden, targets, head, size)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def frozen_losses_by(compute: Compute) -> Iterator[None]:
+    """Inside, ``compute`` stands for ``frozen_losses``, while several models compute as one; see ``joined``."""
+    token = _instead.set(compute)
+    try:
+        yield
+    finally:
+        _instead.reset(token)
 
 
 class _Losses(torch.autograd.Function):

@@ -17,6 +17,7 @@ from peftcli.errors import AdapterError, ModelError
 from peftcli.methods import METHODS
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.tasks.text.joined import JoinedModels
+from peftcli.tasks.text.token_loss import frozen_losses, next_tokens, target_losses
 from peftcli.tasks.text.unpadded import unpad
 
 pytestmark = pytest.mark.slow
@@ -104,6 +105,32 @@ def test_a_method_computes_beside_lora_what_it_computes_alone_or_is_refused(meth
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max().clamp(min=1e-4), name
+
+
+def test_the_head_of_all_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, computed = tiny("llama"), list[int]()
+
+    def counted(hidden: torch.Tensor, *more: Any) -> Any:
+        computed.append(len(hidden))
+        return frozen_losses(hidden, *more)
+
+    monkeypatch.setattr("peftcli.tasks.text.joined.frozen_losses", counted)
+    cases, batches = ("lora", "lora", "saved"), [labelled((9, 4), 1), labelled((3, 7, 12), 2), labelled((5,), 3)]
+    configs = [config_of_case(case) for case in cases]
+    models = [with_adapter(base, config, seed) for seed, config in enumerate(configs)]
+    joined, calls = JoinedModels(sharing_copy(base)), list[Any]()
+    for model, config, batch in zip(models, configs, batches, strict=True):
+        inputs, targets = {name: batch[name] for name in ("input_ids", "attention_mask")}, next_tokens(batch["labels"])
+        member = joined.add(model, config, Randomness(torch.device("cpu")))
+        calls.append((member, lambda m=model, i=inputs, t=targets: target_losses(m, i, t)[0].sum()))
+    losses = joined.call(calls)
+    assert computed == [11 + 19], "the third has a head of its own"
+    for model, loss, (_, function) in zip(models, losses, calls, strict=True):
+        alone = function()
+        torch.testing.assert_close(loss, alone, rtol=1e-5, atol=1e-6)
+        for name, gradient in gradients(model, alone).items():
+            found = gradients(model, loss)[name]
+            assert (found - gradient).abs().max() <= 1e-5 * gradient.abs().max().clamp(min=1e-4), name
 
 
 def test_a_base_that_drops_out_is_refused() -> None:
