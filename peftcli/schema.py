@@ -286,10 +286,12 @@ class Launch:
     """Port of machine 0. auto: a free port; required with several machines."""
     max_restarts: int = 3
     """How often the processes of several machines are started again when one of them, or a machine, is lost."""
-    strategy: Literal["auto", "replicate", "ddp", "fsdp"] = "replicate"
+    strategy: Literal["auto", "replicate", "ddp", "fsdp", "zero2", "zero3"] = "replicate"
     """What each process holds of the base model. replicate: all of it. ddp: the same, and PyTorch's DDP adds up the
-    gradients. fsdp: a part of each layer, and a whole layer only while it computes. auto: all of it where the memory
-    holds that."""
+    gradients. fsdp: a part of each layer, and a whole layer only while it computes. zero2: all of it, and a part of the
+    optimizer's state, by DeepSpeed. zero3: a part of both. auto: all of it where the memory holds that, or fsdp."""
+    cpu_offload: bool = False
+    """Whether the parts of the base model that fsdp and zero3 keep stay in the CPU's memory until they compute."""
     accelerate_config: str | None = None
     """A file that ``accelerate config`` wrote: processes, machines and FSDP are as it says, where this section does not
     say otherwise."""

@@ -1,4 +1,4 @@
-"""What a file that ``accelerate config`` wrote says of processes, machines and FSDP, as settings of ``launch``.
+"""What a file that ``accelerate config`` wrote says of processes, machines, FSDP and DeepSpeed, as settings of ``launch``.
 
 What it asks for and peftcli does not do is a problem, so that nothing of it is left out silently.
 """
@@ -19,7 +19,7 @@ _KEY = "launch.accelerate_config"
 _LARGEST = 100_000
 _STRATEGIES = {"NO": "replicate", "MULTI_CPU": "replicate", "MULTI_GPU": "replicate", "FSDP": "fsdp"}
 _NOTHING: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("fp8_config", "deepspeed_config", "megatron_lm_config", "parallelism_config"), ({}, None)),
+    **dict.fromkeys(("fp8_config", "megatron_lm_config", "parallelism_config"), ({}, None)),
     **dict.fromkeys(("dynamo_config", "mpirun_config", "tpu_env", "commands", "command_file"), ({}, [], None)),
     "enable_cpu_affinity": (False, None),
     "gpu_ids": ("all", None),
@@ -27,12 +27,18 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
 """Key -> the values that ask for nothing."""
 _ONLY_FSDP: dict[str, tuple[Any, ...]] = {
     "fsdp_version": (2,),
-    "fsdp_offload_params": (False, None),
     "fsdp_reshard_after_forward": (True, "FULL_SHARD", None),
     "fsdp_sharding_strategy": ("FULL_SHARD", 1, None),
     "fsdp_auto_wrap_policy": ("TRANSFORMER_BASED_WRAP", None),
 }
 """Key -> the values that are what peftcli does."""
+_ONLY_ZERO: dict[str, tuple[Any, ...]] = {
+    "zero_stage": (2, 3),
+    "offload_optimizer_device": ("none", "None", None),
+    "offload_param_device": ("none", "None", None, "cpu"),
+    "deepspeed_config_file": (None,),
+}
+"""The same of DeepSpeed. Gradients are accumulated and clipped as the recipe says."""
 
 
 def with_accelerate_config(
@@ -67,6 +73,11 @@ def _settings(said: Any, recipe: Recipe) -> dict[str, Any]:
         "machine_rank": int(said.get("machine_rank") or 0),
         "strategy": _STRATEGIES.get(str(said["distributed_type"]), recipe.launch.strategy),
     }
+    zero, fsdp = said.get("deepspeed_config") or {}, said.get("fsdp_config") or {}
+    if said["distributed_type"] == "DEEPSPEED":
+        found["strategy"] = f"zero{zero.get('zero_stage', 2)}"
+    if zero.get("offload_param_device") == "cpu" or fsdp.get("fsdp_offload_params"):
+        found["cpu_offload"] = True
     if said.get("main_process_ip"):
         found["main_process_ip"] = str(said["main_process_ip"])
     if said.get("main_process_port"):
@@ -78,8 +89,14 @@ def _problems(said: Mapping[str, Any], recipe: Recipe) -> list[str]:
     """What it asks for and a run would not do."""
     fsdp = said.get("fsdp_config") or {}
     problems = [key for key, values in _NOTHING.items() if said.get(key) not in values]
-    if said["distributed_type"] not in _STRATEGIES:
-        problems.append(f"distributed_type: {said['distributed_type']}; {', '.join(_STRATEGIES)} can be had")
+    zero = said.get("deepspeed_config") or {}
+    known = (*_STRATEGIES, "DEEPSPEED")
+    if said["distributed_type"] not in known:
+        problems.append(f"distributed_type: {said['distributed_type']}; {', '.join(known)} can be had")
+    if said["distributed_type"] == "DEEPSPEED":
+        for key, values in _ONLY_ZERO.items():
+            if (value := zero.get(key, 2 if key == "zero_stage" else None)) not in values:
+                problems.append(f"{key}: {value}; {values[0]} can be had")
     if said.get("use_cpu") and said["distributed_type"] not in ("NO", "MULTI_CPU"):
         problems.append("use_cpu; CUDA_VISIBLE_DEVICES= in the environment hides the GPUs")
     if said["distributed_type"] == "FSDP":

@@ -292,6 +292,8 @@ def _launch(recipe: Recipe, report: Report) -> None:
             ("launch.machine_rank", "launch.num_machines"),
             f"must be below launch.num_machines ({launch.num_machines}), not {launch.machine_rank}",
         )
+    if launch.cpu_offload and launch.strategy not in ("auto", "fsdp", "zero3"):
+        report(("launch.cpu_offload", "launch.strategy"), f"is for fsdp and zero3, not {launch.strategy}")
     if launch.num_machines > 1 and launch.main_process_port == "auto":
         report(
             ("launch.num_machines", "launch.main_process_port"),

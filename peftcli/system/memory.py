@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import sys
 from pathlib import Path
@@ -15,6 +16,22 @@ _FILES = (
 )
 """By version 2 and 1 of control groups: the files of a group's limit and of what it takes, and the line of memory.stat
 that says how much of the latter are files' pages, which are given up when memory is short."""
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Names of glibc's ``mallopt``."""
+_LARGE = 4 << 20
+
+
+def give_back_freed() -> None:
+    """Let freed blocks of 4 MiB and more go back to the system at once, where the C library is glibc.
+
+    By itself it comes to keep blocks of up to 32 MiB for later ones, among which they may not fit.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        set_option = ctypes.CDLL(None).mallopt
+        set_option(_MMAP_THRESHOLD, _LARGE)
+        set_option(_TRIM_THRESHOLD, 2 * _LARGE)
 
 
 def free_memory() -> int:

@@ -187,7 +187,7 @@ def _saved_by_quantization(model: nn.Module, recipe: Recipe) -> int:
 
 def _held_by_others(model: nn.Module, recipe: Recipe, count: int) -> int:
     """Bytes of the layers' weights that other processes hold, less two whole layers: one computes, one is gathered."""
-    if recipe.launch.strategy != "fsdp" or count == 1:
+    if recipe.launch.strategy not in ("fsdp", "zero3") or count == 1:
         return 0
     adapters = {id(each) for _, _, each in named_tensors(model).values()}
     layers = [layer for _, found in stacks(model) for layer in found]

@@ -24,6 +24,7 @@ from peftcli.train.fit_memory import fit, is_fitted, settings_of, smallest
 from peftcli.train.init_adapter import KEY, find_init_adapter, with_init_settings
 from peftcli.train.launch import total_processes
 from peftcli.train.setup import checkpoint_activations
+from peftcli.train.strategies import refuse_strategy
 
 T = TypeVar("T")
 
@@ -76,6 +77,8 @@ def examine(recipe: Recipe) -> Found:
                 "method",
                 lambda: prepare(lambda name: (open_base(BaseModel(name=name)) if name else base).processor()),
             )
+            if data is not None:
+                attempt("launch.strategy", partial(refuse_strategy, recipe, data.task, config))
     attempt("base_model", lambda: base.quantization)
     model = attempt("base_model", lambda: base.empty_model(row_of(recipe).auto_class, **options))
     if model is not None and config is not None:
@@ -116,6 +119,6 @@ def _recipe_key(key: str | None, section: str) -> str:
     """The recipe's key for an error's: a method's settings stand in the section ``method``."""
     if key is None:
         return section
-    if key.startswith(section) or key.partition(".")[0] in ("task", "method", "training"):
+    if key.startswith(section) or key.partition(".")[0] in ("task", "method", "training", "launch"):
         return key
     return f"{section}.{key}" if section == "method" else section

@@ -28,6 +28,7 @@ def finish(run: Run, data: RunData, state: State) -> None:
     The main process does; where the model is divided among the processes, all help to ask it what it says.
     """
     recipe, folder, record, progress = run.recipe, run.folder, run.record, state.progress
+    state.prepared.make_whole()
     verify = recipe.training.verify and not recipe.base_model.trust_remote_code  # which only a recipe may ask for
     said = _said(run, data, state) if verify and (run.is_main or is_sharded(state.model)) else {}
     if not run.is_main:
@@ -87,6 +88,7 @@ def _said(run: Run, data: RunData, state: State) -> dict[str, Any]:
         if not holds_its_file(state.model):
             return {}
         load_state(state.model, state.best_adapter)
+        state.prepared.take_values()
     source = eval_source(recipe.dataset) or recipe.dataset.sources()[0]
     return said_by(state.model, task, few_rows(task, source, run.record.day), bf16=uses_bf16(recipe))
 

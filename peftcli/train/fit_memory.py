@@ -25,13 +25,14 @@ from peftcli.recipe import method_config
 from peftcli.schema import BaseModel, Recipe
 from peftcli.system.memory import free_memory, resident_memory
 from peftcli.tasks import open_task, row_of
-from peftcli.tasks.base import FitsModel, Gathers, Task
+from peftcli.tasks.base import FitsModel
 from peftcli.train.data import Data, load_data, plan_of
 from peftcli.train.estimate import Estimate, estimate
 from peftcli.train.report import OnEvent, Phase, RowsRead
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.resume import has_begun
 from peftcli.train.setup import checkpoint_activations
+from peftcli.train.strategies import may_divide
 
 _USED = 0.9
 """The share of the memory that an estimate may fill."""
@@ -184,15 +185,10 @@ def _strategies(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) 
     wanted = recipe.launch.strategy
     if wanted != "auto":
         return [wanted]
-    if num_processes == 1 or not may_shard(data.task) or base.quantization is not None:
+    if num_processes == 1 or not may_divide(data.task) or base.quantization is not None:
         return ["replicate"]
     model = base.empty_model(row_of(recipe).auto_class, **data.task.model_options())
     return ["replicate", "fsdp"] if any(stacks(model)) else ["replicate"]
-
-
-def may_shard(task: Task[Any]) -> bool:
-    """Whether fsdp divides the models of a task: those of texts, if it does not compare the rows of a batch."""
-    return task.unit == "tokens" and not isinstance(task, Gathers)
 
 
 def _in_step(needs: Estimate) -> int:
@@ -232,7 +228,7 @@ def _account(recipe: Recipe, needs: Estimate | None, num_processes: int) -> str:
     """What was chosen, and why."""
     training, strategy = recipe.training, recipe.launch.strategy
     again = ", activations computed again" if training.gradient_checkpointing else ""
-    divided = ", the base model divided" if strategy == "fsdp" else ""
+    divided = ", the base model divided" if strategy in ("fsdp", "zero3") else ""
     examples = f"{training.rows_at_once} of {training.rows_at_once * training.gradient_accumulation_steps} examples"
     there = _memory(num_processes) / 2**30
     known = f": about {_in_step(needs) / 2**30:.1f} of {there:.1f} GiB" if needs else ""

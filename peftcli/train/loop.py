@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,46 @@ class PreparedModel:
     optim: str = ""
     """The recipe's name for the optimizer, and its arguments: another one cannot go on with what this one remembers."""
 
+    @property
+    def in_step(self) -> bool:
+        """Whether all processes must run the model equally often."""
+        return is_sharded(self.model) or isinstance(self.model, DistributedDataParallel)
+
+    def micro_batch(self, accelerator: Accelerator, *, is_last: bool) -> AbstractContextManager[Any]:
+        """Inside, a micro-batch runs forward and backward; it may be a step's last one."""
+        # DDP adds the gradients up over the processes in the last backward pass
+        return nullcontext() if is_last else accelerator.no_sync(self.model)
+
+    def backward(self, loss: Any, accelerator: Accelerator) -> None:
+        """Add a micro-batch's part to the gradients of the step."""
+        accelerator.backward(loss)
+
+    def clip(self, accelerator: Accelerator, limit: float) -> float:
+        """Sum the gradients over the processes, and clip them. Returns their norm before that."""
+        _sum_gradients(self, accelerator)
+        return float(accelerator.clip_grad_norm_(self.parameters, limit))
+
+    def update(self) -> None:
+        """Apply the clipped gradients."""
+        self.optimizer.step()
+
+    def make_whole(self) -> None:
+        """Bring what trains together where the processes hold parts of it. All do so together."""
+
+    def take_values(self) -> None:
+        """Take over the values that what trains was given from outside. All do so together."""
+
+    def optimizer_state(self) -> dict[nn.Parameter, dict[str, Any]]:
+        """Return what the optimizer remembers of each tensor that trains. All processes ask together."""
+        state: dict[Any, dict[str, Any]] = self.optimizer.state
+        return state
+
+    def load_optimizer_state(self, state: dict[nn.Parameter, dict[str, Any]]) -> None:
+        """Remember what another optimizer of its kind did, of the same tensors."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        kept = {place: state[each] for place, each in enumerate(parameters) if state.get(each)}
+        self.optimizer.load_state_dict({"state": kept, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
 
 class Gradients:
     """The gradients of one step after another, in this process."""
@@ -72,7 +112,7 @@ class Gradients:
         """Begin before step ``start``, counted from 0."""
         self.prepared, self.task, self.examples, self.plan = prepared, task, examples, plan
         self.accelerator, self.start = accelerator, start
-        self.in_step = is_sharded(prepared.model) or isinstance(prepared.model, DistributedDataParallel)
+        self.in_step = prepared.in_step
         self.model: nn.Module = accelerator.unwrap_model(prepared.model)
         """The model without DDP around it."""
         self.form = BatchForm.of(self.model, task, prepared.config, plan, in_step=self.in_step)
@@ -99,8 +139,7 @@ class Gradients:
         total, micro_batches = self.zero(), self.micro_batches(step)
         for number, rows in enumerate(micro_batches, 1):
             parts, is_last = [], number == len(micro_batches)
-            # DDP adds the gradients up over the processes in the last backward pass
-            with nullcontext() if is_last else self.accelerator.no_sync(self.prepared.model):
+            with self.prepared.micro_batch(self.accelerator, is_last=is_last):
                 if rows:  # the others may have more
                     loss = self.loss(next(self.ahead))
                     parts.append(loss * (1 / num_targets))
@@ -112,7 +151,7 @@ class Gradients:
                 if is_last and (added := self.penalty()) is not None:
                     parts.append(added / self.accelerator.num_processes)
                 if parts:
-                    self.accelerator.backward(sum(parts))
+                    self.prepared.backward(sum(parts), self.accelerator)
         return total
 
     def zero(self) -> torch.Tensor:
@@ -151,14 +190,13 @@ def fit(gradients: Gradients) -> Generator[StepResult]:
         batch = plan.global_batch(step)
         num_targets = int(gradients.examples.targets[batch].sum())
         total = gradients.of(step, num_targets)
-        _sum_gradients(prepared, accelerator)
         loss_sum = float(accelerator.reduce(total, reduction="sum"))
-        grad_norm = float(accelerator.clip_grad_norm_(prepared.parameters, limit))
+        learning_rate = float(prepared.schedule.get_last_lr()[0])
+        grad_norm = prepared.clip(accelerator, limit)
         if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
             what = "loss" if not math.isfinite(loss_sum) else "gradient norm"
             raise Diverged(f"the {what} of step {step + 1} is not finite", hint=LESS_LEARNING)
-        learning_rate = float(prepared.schedule.get_last_lr()[0])
-        prepared.optimizer.step()
+        prepared.update()
         prepared.schedule.step()
         after_step(gradients.model, prepared.config, step + 1, plan.total_steps)
         prepared.optimizer.zero_grad(set_to_none=True)

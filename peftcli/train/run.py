@@ -36,7 +36,7 @@ from peftcli.tasks.base import Begins, Gathers, Limits, Task
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.finish import finish
-from peftcli.train.fit_memory import fitted, may_shard
+from peftcli.train.fit_memory import fitted
 from peftcli.train.init_adapter import find_init_adapter, refuse_other_base, with_init_settings
 from peftcli.train.kernels import compile_layers
 from peftcli.train.launch import report_training
@@ -59,6 +59,7 @@ from peftcli.train.runs.resume import Run, StartOptions, checkpoint_to_resume, c
 from peftcli.train.runs.typed_json import ABSENT, from_json
 from peftcli.train.setup import adapted_model, calibrate, load_base, prepare, start_accelerator
 from peftcli.train.sharded import shard
+from peftcli.train.strategies import refuse_strategy
 from peftcli.train.threads import use_threads
 from peftcli.train.trackers import Trackers, require_packages
 from peftcli.train.training_loop import RunData, TrainingLoop
@@ -260,12 +261,7 @@ def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
         AdapterError: the method's settings do not fit it.
     """
     recipe, config, plan = run.pinned, method_config(run.recipe), data.plan
-    if recipe.launch.strategy == "fsdp" and not may_shard(data.task):
-        what = "fsdp divides models of texts, whose task does not compare the rows of a batch"
-        raise UsageError(what, key="launch.strategy", hint="launch.strategy: replicate")
-    if recipe.launch.strategy == "ddp" and isinstance(data.task, Gathers):
-        what = "ddp is not for tasks that compare the rows of all processes"
-        raise UsageError(what, key="launch.strategy", hint="launch.strategy: replicate")
+    refuse_strategy(recipe, data.task, config)
     run.tell(Phase(f"loading {recipe.base_model.name}"))
     model, injection, notes = adapted_model(recipe, config, data.task, company.load)
     config.revision = run.recipe.base_model.revision
@@ -281,7 +277,7 @@ def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
         injection = calibrate(model, injection, config, recipe, data.examples, run.accelerator)
     if recipe.launch.strategy == "fsdp" and run.accelerator.num_processes > 1:
         run.tell(Phase(f"dividing the base model's layers among {run.accelerator.num_processes} processes"))
-        shard(model, run.accelerator.device)
+        shard(model, run.accelerator.device, cpu_offload=recipe.launch.cpu_offload)
     prepared = prepare(model, config, recipe, plan, run.accelerator)
     if isinstance(data.task, Begins):
         data.task.begin(model, from_adapter=source is not None)
@@ -312,6 +308,7 @@ def resume_state(run: Run, data: RunData, built: BuiltModel) -> State:
     with checkpoint_to_resume(run) as checkpoint:
         if checkpoint is None:
             return state
+        prepared.make_whole()
         load_checkpoint(checkpoint, state, run.accelerator)
     progress = state.progress
     if progress.step > total:

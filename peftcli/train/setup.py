@@ -34,6 +34,7 @@ from peftcli.train.launch import has_launcher
 from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import build_optimizer, build_schedule, parameter_groups
 from peftcli.train.plan import Plan
+from peftcli.train.zero import STAGES, ZeroModel, check_zero, start_engine
 
 
 def start_accelerator(recipe: Recipe) -> Accelerator:
@@ -205,17 +206,26 @@ def prepare(
     if recipe.launch.strategy == "ddp":  # the base is the same everywhere, and not sent
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
-    # by default without DDP: the loop adds the gradients up
-    prepared = accelerator.prepare_model(model, evaluation_mode=recipe.launch.strategy != "ddp")
+    # by default without DDP: the loop adds the gradients up, or DeepSpeed does
+    several, strategy = accelerator.num_processes > 1, recipe.launch.strategy
+    divided = several and strategy in ("fsdp", "zero3")  # and placed with it
+    prepared = accelerator.prepare_model(model, device_placement=not divided, evaluation_mode=strategy != "ddp")
     tensors = named_tensors(model)
     parameters = [parameter for _, _, parameter in tensors.values()]
-    if accelerator.num_processes > 1:
+    if several:
         for parameter in parameters:  # the same seed started the same adapter; a GPU may differ in a last bit
+            parameter.data = parameter.data.to(accelerator.device)
             torch.distributed.broadcast(parameter.data, 0)
     on_cpu = accelerator.device.type == "cpu"  # on a GPU torch has a fast way of its own
     optimizer = build_optimizer(parameter_groups(tensors, recipe.training), recipe.training, fused=on_cpu)
     schedule = build_schedule(optimizer, recipe.training, plan.total_steps)
     # from here on each process draws its own dropout
     set_seed(recipe.training.seed + accelerator.process_index)
-    optim = f"{recipe.training.optim} {recipe.training.optim_args}"
-    return PreparedModel(prepared, parameters, optimizer, schedule, config, optim)
+    optim, kind = f"{recipe.training.optim} {recipe.training.optim_args}", PreparedModel
+    if strategy in STAGES and several:
+        stage, limit = STAGES[strategy], recipe.training.max_grad_norm
+        check_zero(model, config, stage)
+        offload = recipe.launch.cpu_offload
+        prepared = start_engine(model, parameters, optimizer, stage, limit, cpu_offload=offload)
+        kind = ZeroModel
+    return kind(prepared, parameters, optimizer, schedule, config, optim)

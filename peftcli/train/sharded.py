@@ -11,48 +11,65 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from peftcli.core.layer import adapter_layers, base_module
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import ModelError
 from peftcli.models.stacks import stacks
+from peftcli.system.memory import give_back_freed
 
 _KEY = "launch.strategy"
 
 
-def shard(model: nn.Module, device: torch.device) -> None:
+def shard(model: nn.Module, device: torch.device, *, cpu_offload: bool = False) -> None:
     """Divide the layers of a model among all processes, in place. An adapter in it stays whole.
+
+    ``cpu_offload``: the parts are in the CPU's memory until they are gathered.
 
     Raises:
         ModelError: it has no stack of layers, or quantised weights.
     """
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY  # its own, so not where other runs need it
 
-    found = list(stacks(model))
-    if not isinstance(model, PreTrainedModel) or not found:
-        raise ModelError("fsdp divides the layers of a stack, which this model does not have", key=_KEY)
-    if any(is_quantised(module) for module in model.modules()):
-        raise ModelError("fsdp cannot divide quantised weights", key=_KEY)
+    found = check_divisible(model, "fsdp")
+    if device.type == "cpu":  # where layers are allocated and freed all the time
+        give_back_freed()
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     whole = _whole(model, [layer for _, layers in found for layer in layers])
-    for parameter in whole:  # not as a view of the file, of which the layers would stay in memory too
-        parameter.data = parameter.data.clone()
+    for value in (*whole, *model.buffers()):  # not as a view of the file, of which the layers would stay in memory too
+        value.data = value.data.to(device, copy=True)
+    offload = CPUOffloadPolicy(pin_memory=device.type != "cpu") if cpu_offload else OffloadPolicy()
     for module, layers in reversed(found):  # a stack that another one's module holds comes first
-        for layer in layers:
-            fully_shard(layer, mesh=mesh, ignored_params=whole)
-        fully_shard(module, mesh=mesh, ignored_params=whole)
-    for each in model.modules():
-        if isinstance(each, PreTrainedModel):
-            vars(each)["_is_fsdp_managed_module"] = True  # generates until the last process is ready
+        for each in (*layers, module):
+            fully_shard(each, mesh=mesh, ignored_params=whole, offload_policy=offload)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            vars(part)["_is_fsdp_managed_module"] = True  # generates until the last process is ready
             # by its class, of which fully_shard has made another
-            _CAN_RECORD_REGISTRY.update({str(type(each)): each._can_record_outputs})
+            _CAN_RECORD_REGISTRY.update({str(type(part)): part._can_record_outputs})
+
+
+def check_divisible(model: nn.Module, strategy: str) -> list[tuple[nn.Module, list[nn.Module]]]:
+    """Return the stacks of layers to divide.
+
+    Raises:
+        ModelError: there are none, or weights are quantised.
+    """
+    found = list(stacks(model))
+    if not isinstance(model, PreTrainedModel) or not found:
+        raise ModelError(f"{strategy} divides the layers of a stack, which this model does not have", key=_KEY)
+    if any(is_quantised(module) for module in model.modules()):
+        raise ModelError(f"{strategy} cannot divide quantised weights", key=_KEY)
+    return found
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model is divided."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    """Whether a model is divided, by FSDP2 or by DeepSpeed."""
+    return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
+        hasattr(parameter, "ds_id") for parameter in model.parameters()
+    )
 
 
 def _whole(model: nn.Module, layers: list[nn.Module]) -> set[nn.Parameter]:

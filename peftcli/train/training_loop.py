@@ -163,6 +163,7 @@ class TrainingLoop:
             num_workers=num_workers(training, data.task),
             stopping=lambda: self.request() not in (0, TIME_LIMIT),  # or a long evaluation would never end
         )
+        self.state.prepared.make_whole()
         if metrics is None:
             restore_random(random)  # as when it is made from the beginning
             return self.evaluate() if self._saved_only() else self._interrupt()

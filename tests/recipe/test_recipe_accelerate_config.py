@@ -34,6 +34,10 @@ def fsdp(**more: Any) -> dict[str, Any]:
     return {**FSDP, "fsdp_config": {**FSDP["fsdp_config"], **more}}
 
 
+def zero(**more: Any) -> dict[str, Any]:
+    return {"distributed_type": "DEEPSPEED", "num_processes": 2, "deepspeed_config": more}
+
+
 def written(folder: Path, said: dict[str, Any]) -> Path:
     """A recipe with a file that accelerate itself has written."""
     values = {"compute_environment": "LOCAL_MACHINE", "mixed_precision": "no", "use_cpu": False, "debug": False, **said}
@@ -57,6 +61,17 @@ def test_processes_machines_and_fsdp_are_as_it_says(tmp_path: Path) -> None:
     )
 
 
+def test_deepspeed_and_offloading_are_as_it_says(tmp_path: Path) -> None:
+    for said, expected in (
+        (zero(zero_stage=3, offload_param_device="cpu", offload_optimizer_device="none"), ("zero3", True)),
+        (zero(), ("zero2", False)),
+        (fsdp(fsdp_offload_params=True), ("fsdp", True)),
+    ):
+        recipe = read(written(tmp_path, said), []).recipe
+        assert recipe is not None
+        assert (recipe.launch.strategy, recipe.launch.cpu_offload) == expected
+
+
 def test_the_recipe_comes_before_it(tmp_path: Path) -> None:
     path = written(tmp_path, {"distributed_type": "MULTI_CPU", "num_processes": 2})
     recipe = read(path, ["launch.num_processes=auto", "launch.strategy=ddp"]).recipe
@@ -68,12 +83,13 @@ def test_the_recipe_comes_before_it(tmp_path: Path) -> None:
     ("said", "settings", "problem"),
     [
         ({**FSDP, "fsdp_config": {}}, ["training.bf16=true"], "fsdp_version: 1; 2 can be had"),
-        (fsdp(fsdp_offload_params=True), ["training.bf16=true"], "fsdp_offload_params: True; False can be had"),
         (fsdp(fsdp_sharding_strategy="HYBRID_SHARD"), ["training.bf16=true"], "fsdp_sharding_strategy: HYBRID_SHARD"),
         (fsdp(fsdp_activation_checkpointing=True), ["training.bf16=true"], "training.gradient_checkpointing: true"),
         ({"distributed_type": "MULTI_GPU", "num_processes": 2, "use_cpu": True}, [], "use_cpu"),
         ({"distributed_type": "NO", "num_processes": 1, "enable_cpu_affinity": True}, [], "enable_cpu_affinity"),
-        ({"distributed_type": "DEEPSPEED", "num_processes": 2}, [], "distributed_type: DEEPSPEED"),
+        ({"distributed_type": "MEGATRON_LM", "num_processes": 2}, [], "distributed_type: MEGATRON_LM"),
+        (zero(zero_stage=1), [], "zero_stage: 1; 2 can be had"),
+        (zero(offload_optimizer_device="nvme"), [], "offload_optimizer_device: nvme"),
         ({"distributed_type": "MULTI_GPU", "num_processes": 2, "mixed_precision": "fp16"}, [], "mixed_precision: fp16"),
         (
             {"distributed_type": "MULTI_GPU", "mixed_precision": "bf16"},

@@ -69,6 +69,7 @@ from peftcli.recipe import gate_holds, parse_gate
         (["base_model.trust_remote_code=true"], "base_model.trust_remote_code", "base_model.revision must name"),
         (["launch.machine_rank=1"], "launch.machine_rank", "must be below launch.num_machines (1), not 1"),
         (["launch.num_machines=2"], "launch.num_machines", "above 1 needs launch.main_process_port"),
+        (["launch.cpu_offload=true"], "launch.cpu_offload", "is for fsdp and zero3, not replicate"),
         (["launch.main_process_port=70000"], "launch.main_process_port", "must be in [1, 65535]"),
         (["task=CAUSAL_LM"], "task", "unknown task: 'CAUSAL_LM'"),
         (["dataset.train=https://host/x"], "dataset.train", "must be a path or a hub id, not a URL"),

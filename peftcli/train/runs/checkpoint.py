@@ -108,14 +108,16 @@ def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelera
             if temporary.exists():
                 shutil.rmtree(temporary)
             temporary.mkdir(parents=True)
+    state.prepared.make_whole()
     states = gather_object([{name: value.cpu() for name, value in random_state().items()}])
+    remembered = _optimizer_state(state)
     if accelerator.is_main_process:
         for process, each in enumerate(states):  # other machines may not see the folder
             _write_tensors(temporary / _random_file(process), each)
         write_finite(adapter_state(state.model), state.config, temporary)
         if extra := unsaved_state(state.model):
             _write_tensors(temporary / _TRAINING_STATE, extra)
-        _write_tensors(temporary / _OPTIMIZER, _optimizer_state(state))
+        _write_tensors(temporary / _OPTIMIZER, remembered)
         if state.best_adapter is not None:
             _write_tensors(temporary / _BEST, state.best_adapter)
         _write_json(temporary / _PROGRESS, asdict(state.progress))
@@ -303,6 +305,7 @@ def load_checkpoint(path: Path, state: State, accelerator: Accelerator) -> None:
         load_training_state(state.model, tensors)
         if manifest["optim"] == state.prepared.optim:  # or else --allow-change training.optim
             _load_optimizer(state, safetensors.torch.load_file(path / _OPTIMIZER))
+        state.prepared.take_values()
         for name, value in asdict(_progress(path)).items():
             setattr(state.progress, name, value)
         best = path / _BEST
@@ -368,9 +371,9 @@ def _manifest(folder: Path, step: int, num_processes: int, optim: str, made_by: 
 
 def _optimizer_state(state: State) -> dict[str, torch.Tensor]:
     """What the optimizer remembers of each tensor, under the adapter's name of it. A number is one of 64 bits."""
-    found, places = dict[str, torch.Tensor](), set[int]()
+    found, places, kept = dict[str, torch.Tensor](), set[int](), state.prepared.optimizer_state()
     for name, (_, _, parameter) in named_tensors(state.model).items():
-        for key, value in state.prepared.optimizer.state.get(parameter, {}).items():
+        for key, value in kept.get(parameter, {}).items():
             tensor = _as_tensor(value).detach().cpu().contiguous()
             shared = tensor.data_ptr() in places  # as tables of 8-bit numbers are, which safetensors refuses
             places.add(tensor.data_ptr())
@@ -386,24 +389,17 @@ def _as_tensor(value: torch.Tensor | float) -> torch.Tensor:
 
 def _load_optimizer(state: State, tensors: dict[str, torch.Tensor]) -> None:
     """Raises ValueError unless the tensors are what the optimizer remembers of tensors of the model."""
-    optimizer = state.prepared.optimizer
-    names = {id(parameter): name for name, (_, _, parameter) in named_tensors(state.model).items()}
-    found: dict[str, dict[str, Any]] = {name: {} for name in names.values()}
+    named = {name: parameter for name, (_, _, parameter) in named_tensors(state.model).items()}
+    found: dict[nn.Parameter, dict[str, Any]] = {parameter: {} for parameter in named.values()}
     for full, value in tensors.items():
         name, _, key = full.rpartition(".")
-        if name not in found:
+        if name not in named:
             raise ValueError(f"{_OPTIMIZER}: {full} belongs to another optimizer or adapter")
+        if key in _AVERAGES and value.shape != named[name].shape:
+            raise ValueError(f"{_OPTIMIZER}: {name} has another shape")
         is_number = value.ndim == 0 and value.dtype in (torch.int64, torch.float64)
-        found[name][key] = value.item() if is_number else value
-    kept = dict[int, dict[str, Any]]()
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    for place, parameter in enumerate(parameters):
-        values = found[names[id(parameter)]]
-        if any(values[key].shape != parameter.shape for key in _AVERAGES & values.keys()):
-            raise ValueError(f"{_OPTIMIZER}: {names[id(parameter)]} has another shape")
-        if values:
-            kept[place] = values
-    optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
+        found[named[name]][key] = value.item() if is_number else value
+    state.prepared.load_optimizer_state(found)
 
 
 def random_state() -> dict[str, torch.Tensor]:

@@ -1,0 +1,44 @@
+"""Which of ``launch.strategy`` a task and a method can be trained with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftcli.core.config import AdapterConfig
+from peftcli.core.protocols import AfterStep, layers_of
+from peftcli.errors import UsageError
+from peftcli.schema import Recipe
+from peftcli.tasks.base import Begins, Gathers, Task
+
+_DIVIDED = ("fsdp", "zero3")
+_ENGINES = ("ddp", "zero2", "zero3")
+_ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd")
+"""Values of training.optim that update each number by itself."""
+
+
+def may_divide(task: Task[Any]) -> bool:
+    """Whether the model of a task can be divided: one of texts, if the task does not compare the rows of a batch."""
+    return task.unit == "tokens" and not isinstance(task, Gathers)
+
+
+def refuse_strategy(recipe: Recipe, task: Task[Any], config: AdapterConfig) -> None:
+    """Check that the recipe's strategy is for its task and method.
+
+    Raises:
+        UsageError: it is not.
+    """
+    strategy, method, quantised = recipe.launch.strategy, layers_of(config), recipe.base_model.quantization is not None
+    refused = (
+        (_DIVIDED, quantised, "cannot divide quantised weights"),
+        (_DIVIDED, not may_divide(task), "divides models of texts, whose task does not compare the rows of a batch"),
+        (_ENGINES, isinstance(task, Gathers), "is not for tasks that compare the rows of all processes"),
+        (("zero3",), isinstance(task, Begins), "is not for tasks that compare the model with what it was"),
+        (("zero2", "zero3"), isinstance(method, AfterStep), "leaves no gradients, which the method reads after a step"),
+    )
+    for strategies, is_so, text in refused:
+        if strategy in strategies and is_so:
+            hint = "launch.strategy: replicate"
+            raise UsageError(f"{strategy} {text}", key="launch.strategy", hint=hint)
+    if strategy.startswith("zero") and recipe.training.optim not in _ELEMENTWISE:
+        text = f"{strategy} divides what adamw_torch and sgd remember, and no other optimizer"
+        raise UsageError(text, key="training.optim")

@@ -1,0 +1,177 @@
+"""A run under DeepSpeed's ZeRO: each process keeps a part of the optimizer's state and, with ``zero3``, of the model.
+
+DeepSpeed adds the gradients up, clips them, and updates the parts. What trains is whole in every process, as it is with
+FSDP2 (``sharded``), so adapters and checkpoints are those of a run without it.
+
+ZeRO: Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+
+from peftcli.core.config import AdapterConfig
+from peftcli.core.protocols import penalty
+from peftcli.errors import UsageError
+from peftcli.models.stacks import stacks
+from peftcli.tasks.base import require_extra
+from peftcli.train.loop import PreparedModel
+from peftcli.train.sharded import check_divisible, is_sharded
+
+STAGES = {"zero2": 2, "zero3": 3}
+"""launch.strategy -> the stage of ZeRO."""
+_KEY = "launch.strategy"
+_LARGEST_BUCKET = 50_000_000
+_AVERAGES = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+
+
+class ZeroModel(PreparedModel):
+    """What trains, with DeepSpeed's engine around the model."""
+
+    in_step = True
+
+    @property
+    def engine(self) -> Any:
+        """DeepSpeed's engine."""
+        return self.model
+
+    def micro_batch(self, accelerator: Accelerator, *, is_last: bool) -> AbstractContextManager[Any]:
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        return nullcontext()
+
+    def backward(self, loss: Any, accelerator: Accelerator) -> None:
+        self.engine.backward(loss * accelerator.num_processes)  # it takes the mean over the processes
+
+    def clip(self, accelerator: Accelerator, limit: float) -> float:
+        """Clip and apply the gradients, which DeepSpeed does as one, unless they are not finite."""
+        self.engine.step()
+        return math.inf if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
+
+    def update(self) -> None:
+        """Do nothing: ``clip`` has done it."""
+
+    def make_whole(self) -> None:
+        if is_sharded(self.model):
+            self.parameters[0].all_gather(self.parameters)  # type: ignore[attr-defined]
+
+    def take_values(self) -> None:
+        take = importlib.import_module("deepspeed.utils").safe_set_full_fp32_param
+        values = [parameter.detach().clone() for parameter in self.parameters]
+        if is_sharded(self.model):  # the parts that are gathered, beside those that are updated
+            self.parameters[0].partition(self.parameters, has_been_updated=True)  # type: ignore[attr-defined]
+        for parameter, value in zip(self.parameters, values, strict=True):
+            take(parameter, value)
+
+    def optimizer_state(self) -> dict[nn.Parameter, dict[str, Any]]:
+        whole = importlib.import_module("deepspeed.utils").safe_get_full_optimizer_state
+        remembered: dict[str, Any] = next(iter(self.optimizer.state.values()), {})
+        return {
+            parameter: {
+                key: whole(parameter, key).view_as(parameter) if key in _AVERAGES else value
+                for key, value in remembered.items()
+                if value is not None
+            }
+            for parameter in self.parameters
+        }
+
+    def load_optimizer_state(self, state: dict[nn.Parameter, dict[str, Any]]) -> None:
+        utils, zero = importlib.import_module("deepspeed.utils"), self.engine.optimizer
+        remembered = next(iter(state.values()), {})
+        if not remembered:
+            return
+        divided = is_sharded(self.model)
+        for part in zero.fp32_partitioned_groups_flat if divided else zero.single_partition_of_fp32_groups:
+            self.optimizer.state[part] = {
+                key: torch.zeros_like(part) if key in _AVERAGES else _copied(value) for key, value in remembered.items()
+            }
+        if not divided:
+            zero._lazy_init_hp_params_optimizer_state()
+        for parameter, values in state.items():
+            for key in values.keys() & set(_AVERAGES):
+                utils.safe_set_full_optimizer_state(parameter, values[key].to(parameter.device), key)
+
+
+def check_zero(model: nn.Module, config: AdapterConfig, stage: int) -> None:
+    """Check that DeepSpeed can train a model with an adapter.
+
+    Raises:
+        UsageError: it is not installed, or the adapter's method reads what trains outside the model.
+        ModelError: there is no stack of layers to divide, or the weights are quantised.
+    """
+    require_extra("deepspeed", "deepspeed", _KEY, UsageError)
+    if stage == STAGES["zero3"]:
+        check_divisible(model, "zero3")
+        if penalty(model, config) is not None:
+            raise UsageError("zero3 is not for methods that add to the loss", key=_KEY, hint="launch.strategy: zero2")
+
+
+def start_engine(
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    stage: int,
+    max_grad_norm: float,
+    *,
+    cpu_offload: bool,
+) -> Any:
+    """Return DeepSpeed's engine for a model, which it brings to its device. What trains stays whole in every process.
+
+    Args:
+        model: Its weights may be in the CPU's memory.
+        parameters: What trains, on the device.
+        optimizer: Over these.
+        stage: Of ZeRO.
+        max_grad_norm: To clip at; 0: not at all.
+        cpu_offload: Whether parts of the base model stay in the CPU's memory until they are gathered.
+    """
+    if parameters[0].device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed = importlib.import_module("deepspeed")
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": min(_LARGEST_BUCKET, sum(each.numel() for each in parameters)),
+    }
+    if stage == STAGES["zero3"]:
+        layers = [layer for _, found in stacks(model) for layer in found]
+        largest = max(sum(each.numel() for each in layer.parameters()) for layer in layers)
+        zero |= {
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 2 * largest,
+            "stage3_max_reuse_distance": 2 * largest,
+            "stage3_prefetch_bucket_size": largest,
+            **({"offload_param": {"device": "cpu", "pin_memory": True}} if cpu_offload else {}),
+        }
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # it is the loop that counts
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    if stage == STAGES["zero3"]:  # weight by weight, since the device may not hold all
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    if stage == STAGES["zero3"]:
+        for parameter in parameters:  # after it was gathered for the first time
+            parameter.ds_persist = True  # type: ignore[attr-defined]
+        engine.optimizer.persistent_parameters += parameters
+        for each in model.modules():
+            if isinstance(each, PreTrainedModel):
+                vars(each)["_is_fsdp_managed_module"] = True  # generates until the last process is ready
+    return engine
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,117 @@
+"""DeepSpeed's ZeRO trains as the loop does without it, and a run that was stopped ends with the same bytes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import trainkit
+from safetensors.torch import load_file
+from task_methods import settings_of
+from taskkit import CASES
+from test_train_processes import losses
+from test_train_sharded import TEXTS, trained
+
+from peftcli.errors import UsageError
+from peftcli.methods import METHODS
+from peftcli.recipe import load_recipe
+from peftcli.train.examine import examine
+
+needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="needs deepspeed")
+ZERO = ("zero2", "zero3")
+EVALUATES = (
+    "training.eval_strategy=steps",
+    "training.eval_steps=1",
+    "training.eval_on_start=true",
+    "training.load_best_model_at_end=true",
+)
+BRIEF = ("training.verify=false", "training.max_steps=3")
+AFTER_STEP = dict.fromkeys(("adalora", "adamss", "frod", "xlora"), "leaves no gradients")
+REFUSED = {"zero2": AFTER_STEP, "zero3": AFTER_STEP}
+"""Strategy -> the methods that it is not for, and why."""
+
+
+def assert_as_replicate(recipe: Path, strategy: str, *settings: str) -> None:
+    folders = [trained(recipe, each, *settings) for each in (strategy, "replicate")]
+    assert losses(folders[0]) == pytest.approx(losses(folders[1]), rel=1e-5)
+    tensors = [load_file(each / "adapter_model.safetensors") for each in folders]
+    torch.testing.assert_close(*tensors, atol=1e-5, rtol=1e-4)
+
+
+def test_what_zero_is_not_for(recipe: Path, tmp_path: Path) -> None:
+    adalora = f"method={json.dumps(settings_of('adalora', 'causal_lm'))}"
+    for settings, said in (
+        (("launch.strategy=zero2", adalora), "zero2 leaves no gradients"),
+        (("launch.strategy=zero3", "training.optim=adafactor"), "zero3 divides what adamw_torch and sgd remember"),
+        (("launch.strategy=zero3", "base_model.quantization={type: nf4}"), "zero3 cannot divide quantised weights"),
+    ):
+        found = examine(load_recipe(recipe, settings))
+        assert any(said in problem.message for problem in found.errors), found.errors
+    pictures = CASES["image_classification"].write(tmp_path / "pictures")
+    with pytest.raises(UsageError, match="models of texts"):
+        trainkit.run_recipe(pictures, "launch.strategy=zero3")
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("strategy", ZERO)
+@pytest.mark.parametrize("settings", [EVALUATES, ("training.bf16=true",), ("training.gradient_accumulation_steps=2",)])
+def test_it_trains_as_the_loop_does_alone(strategy: str, settings: tuple[str, ...], recipe: Path) -> None:
+    settings = (*BRIEF, *settings, *(("training.verify=true",) if settings is EVALUATES else ()))
+    assert_as_replicate(recipe, strategy, *settings)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("strategy", ZERO)
+def test_a_stopped_run_ends_with_the_same_bytes(strategy: str, recipe: Path) -> None:
+    settings = ("training.verify=false", "training.max_steps=6", "training.save_strategy=steps", "training.save_steps=2")
+    folder = trained(recipe, strategy, *settings)
+    whole = (folder / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(folder / "checkpoints/step-000006", ignore_errors=True)
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"status": "interrupted"}))
+    trained(recipe, strategy, *settings)
+    assert json.loads((folder / "run.json").read_text())["attempts"][-1]["from_step"] == 4
+    assert (folder / "adapter_model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("strategy", ZERO)
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_other_shapes(kind: str, strategy: str, tmp_path: Path) -> None:
+    rows = trainkit.PROMPTS if kind == "t5" else trainkit.MESSAGES
+    recipe = trainkit.write_recipe(tmp_path, trainkit.base_folder(kind, chat=kind != "t5"), rows)
+    recipe.write_text(recipe.read_text().replace("causal_lm", "seq2seq_lm" if kind == "t5" else "causal_lm"))
+    assert_as_replicate(recipe, strategy, *BRIEF)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("strategy", ZERO)
+@pytest.mark.parametrize("name", sorted({*TEXTS} - {"causal_lm", "seq2seq_lm"}))
+def test_tasks_of_texts(name: str, strategy: str, tmp_path: Path) -> None:
+    recipe = CASES[name].write(tmp_path)
+    if (name, strategy) == ("preference", "zero3"):
+        with pytest.raises(UsageError, match="compare the model with what it was"):
+            trainkit.run_recipe(recipe, "launch.strategy=zero3")
+        return
+    assert_as_replicate(recipe, strategy, *BRIEF, "training.per_device_train_batch_size=2")
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("strategy", ZERO)
+@pytest.mark.parametrize("method", METHODS)
+def test_methods(method: str, strategy: str, recipe: Path) -> None:
+    settings = f"method={json.dumps(settings_of(method, 'causal_lm'))}"
+    if method in REFUSED[strategy]:
+        with pytest.raises(UsageError, match=REFUSED[strategy][method]):
+            trainkit.run_recipe(recipe, settings, f"launch.strategy={strategy}")
+        return
+    assert_as_replicate(recipe, strategy, settings, "training.verify=false", "training.max_steps=2")
