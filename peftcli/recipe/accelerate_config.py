@@ -90,7 +90,7 @@ def _problems(said: Mapping[str, Any], recipe: Recipe) -> list[str]:
     fsdp = said.get("fsdp_config") or {}
     problems = [key for key, values in _NOTHING.items() if said.get(key) not in values]
     zero = said.get("deepspeed_config") or {}
-    known = (*_STRATEGIES, "DEEPSPEED")
+    known = {**_STRATEGIES, "DEEPSPEED": None}
     if said["distributed_type"] not in known:
         problems.append(f"distributed_type: {said['distributed_type']}; {', '.join(known)} can be had")
     if said["distributed_type"] == "DEEPSPEED":

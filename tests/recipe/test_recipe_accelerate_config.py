@@ -65,7 +65,7 @@ def test_deepspeed_and_offloading_are_as_it_says(tmp_path: Path) -> None:
     for said, expected in (
         (zero(zero_stage=3, offload_param_device="cpu", offload_optimizer_device="none"), ("zero3", True)),
         (zero(), ("zero2", False)),
-        (fsdp(fsdp_offload_params=True), ("fsdp", True)),
+        (fsdp(fsdp_offload_params=True) | {"mixed_precision": "no"}, ("fsdp", True)),
     ):
         recipe = read(written(tmp_path, said), []).recipe
         assert recipe is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,15 @@ def assert_alike(recipe: Path, *settings: str) -> None:
 def test_it_trains_as_with_the_whole_model(recipe: Path) -> None:
     settings = ("training.verify=false", "training.max_steps=2")  # a fresh interpreter takes seconds
     assert_alike(recipe, *settings)
+
+
+@pytest.mark.slow
+def test_parts_that_wait_in_the_memory_of_the_cpu(recipe: Path) -> None:
+    settings = ("training.verify=false", "training.max_steps=2")
+    folder = trained(recipe, "fsdp", *settings, "launch.cpu_offload=true")
+    offloaded = (folder / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(folder)
+    assert (trained(recipe, "fsdp", *settings) / "adapter_model.safetensors").read_bytes() == offloaded
 
 
 @pytest.mark.parametrize("setting", ["training.gradient_accumulation_steps=2", "training.bf16=true"])

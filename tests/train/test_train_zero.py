@@ -51,6 +51,7 @@ def test_what_zero_is_not_for(recipe: Path, tmp_path: Path) -> None:
     ):
         found = examine(load_recipe(recipe, settings))
         assert any(said in problem.message for problem in found.errors), found.errors
+    (tmp_path / "pictures").mkdir()
     pictures = CASES["image_classification"].write(tmp_path / "pictures")
     with pytest.raises(UsageError, match="models of texts"):
         trainkit.run_recipe(pictures, "launch.strategy=zero3")
