@@ -28,9 +28,9 @@ def finish(run: Run, data: RunData, state: State) -> None:
     The main process does; where the model is divided among the processes, all help to ask it what it says.
     """
     recipe, folder, record, progress = run.recipe, run.folder, run.record, state.progress
-    state.prepared.make_whole()
     verify = recipe.training.verify and not recipe.base_model.trust_remote_code  # which only a recipe may ask for
     said = _said(run, data, state) if verify and (run.is_main or is_sharded(state.model)) else {}
+    state.prepared.make_whole()
     if not run.is_main:
         return
     tensors = state.best_adapter if state.best_adapter is not None else adapter_state(state.model)
@@ -87,6 +87,7 @@ def _said(run: Run, data: RunData, state: State) -> dict[str, Any]:
     if state.best_adapter is not None:  # the model in memory is the last one
         if not holds_its_file(state.model):
             return {}
+        state.prepared.make_whole()
         load_state(state.model, state.best_adapter)
         state.prepared.take_values()
     source = eval_source(recipe.dataset) or recipe.dataset.sources()[0]

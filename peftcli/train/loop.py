@@ -61,6 +61,11 @@ class PreparedModel:
         """Whether all processes must run the model equally often."""
         return is_sharded(self.model) or isinstance(self.model, DistributedDataParallel)
 
+    @property
+    def may_unpad(self) -> bool:
+        """Whether each process may call the modules that its own rows need."""
+        return True
+
     def micro_batch(self, accelerator: Accelerator, *, is_last: bool) -> AbstractContextManager[Any]:
         """Inside, a micro-batch runs forward and backward; it may be a step's last one."""
         # DDP adds the gradients up over the processes in the last backward pass

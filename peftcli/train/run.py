@@ -281,7 +281,7 @@ def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
     prepared = prepare(model, config, recipe, plan, run.accelerator)
     if isinstance(data.task, Begins):
         data.task.begin(model, from_adapter=source is not None)
-    unpadded = unpad(model, config)
+    unpadded = prepared.may_unpad and unpad(model, config)
     if plan.packs and not unpadded:
         refuse_contamination(model, data.task, run.accelerator)
     if recipe.training.neftune_noise_alpha is not None:

@@ -41,6 +41,10 @@ class ZeroModel(PreparedModel):
     in_step = True
 
     @property
+    def may_unpad(self) -> bool:
+        return not is_sharded(self.model)  # each call of a divided module is one of all processes
+
+    @property
     def engine(self) -> Any:
         """DeepSpeed's engine."""
         return self.model
@@ -162,6 +166,8 @@ def start_engine(
     }
     if stage == STAGES["zero3"]:  # weight by weight, since the device may not hold all
         deepspeed.zero.Init(module=model, config_dict_or_path=config)
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(parameters[0].device)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     if stage == STAGES["zero3"]:
         for parameter in parameters:  # after it was gathered for the first time

@@ -124,16 +124,17 @@ def _living(marks: Path) -> list[int]:
     return found
 
 
-def _settings(count: int) -> tuple[str, ...]:
+def _settings(count: int, strategy: str) -> tuple[str, ...]:
     # the same global batch, however many processes
-    return (*FULL, "training.per_device_train_batch_size=1", f"launch.num_processes={count}")
+    of_launch = f"launch.num_processes={count}", f"launch.strategy={strategy}"
+    return (*FULL, "training.per_device_train_batch_size=1", *of_launch)
 
 
-def _faulty(fault: str, number: int, count: int, folder: Path) -> None:
+def _faulty(fault: str, number: int, count: int, strategy: str, folder: Path) -> None:
     """One process of a group fails: the command ends, says why, and the same command goes on."""
     recipe, marks = write_recipe(folder), folder / "marks"
     marks.mkdir()
-    child = Child(folder, "train", recipe, *_settings(count), before=Launcher(fault, number, marks))
+    child = Child(folder, "train", recipe, *_settings(count, strategy), before=Launcher(fault, number, marks))
     code = child.wait(150)
     ended = time.monotonic()
     _, expected, words = FAULTS[fault]
@@ -152,18 +153,18 @@ def _faulty(fault: str, number: int, count: int, folder: Path) -> None:
     left = _living(marks)
     assert not left, f"orphans: {left}"
     whole = folder / "whole"
-    settings = _settings(count)
+    settings = _settings(count, strategy)
     for out in (folder / "out", whole):
         again = Child(folder, "train", recipe, *settings, f"training.output_dir={out}", before=Launcher("-", -1, marks))
         assert again.wait(150) == 0, again.err
     assert_same(folder / "out", whole)
 
 
-def _signalled(number: int, count: int, folder: Path) -> None:
+def _signalled(number: int, count: int, strategy: str, folder: Path) -> None:
     """A signal to the launcher, or to the launcher and all processes at once, as a scheduler sends it."""
     recipe, marks = write_recipe(folder), folder / "marks"
     marks.mkdir()
-    child = Child(folder, "train", recipe, *_settings(count), before=Launcher("-", -1, marks))
+    child = Child(folder, "train", recipe, *_settings(count, strategy), before=Launcher("-", -1, marks))
     metrics = folder / "out/metrics.jsonl"
     child.until(lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
     for pid in _living(marks):
@@ -173,15 +174,15 @@ def _signalled(number: int, count: int, folder: Path) -> None:
     assert code in (0, 130 if number == signal.SIGINT else 75), f"{code}: {child.err}"
     assert not _living(marks)
     assert code == 0 or read_run(folder / "out")["status"] == "interrupted"
-    again = Child(folder, "train", recipe, *_settings(count), before=Launcher("-", -1, marks))
+    again = Child(folder, "train", recipe, *_settings(count, strategy), before=Launcher("-", -1, marks))
     assert again.wait(150) == 0, again.err
 
 
-def _launcher_killed(folder: Path) -> None:
+def _launcher_killed(strategy: str, folder: Path) -> None:
     """The launcher is killed: no process outlives it, the lock is free, and the same command goes on."""
     recipe, marks = write_recipe(folder), folder / "marks"
     marks.mkdir()
-    child = Child(folder, "train", recipe, *_settings(2), before=Launcher("-", -1, marks))
+    child = Child(folder, "train", recipe, *_settings(2, strategy), before=Launcher("-", -1, marks))
     metrics = folder / "out/metrics.jsonl"
     child.until(lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
     child.signal(signal.SIGKILL)
@@ -190,32 +191,43 @@ def _launcher_killed(folder: Path) -> None:
     while _living(marks) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not _living(marks), "orphans"
-    again = Child(folder, "train", recipe, *_settings(2), before=Launcher("-", -1, marks))
+    again = Child(folder, "train", recipe, *_settings(2, strategy), before=Launcher("-", -1, marks))
     assert again.wait(150) == 0, again.err
 
 
-def trials() -> Sequence[Trial]:
-    """Each fault in process 0 and in another of two; some of three and four."""
-    groups = [(fault, number, 2) for fault in FAULTS for number in (0, 1)]
-    groups += [("is killed", 2, 3), ("sleeps", 1, 3), ("is stopped", 3, 4), ("raises", 0, 4), ("exits with 0", 2, 4)]
+Group = tuple[str, int, int]
+"""What happens, to which process, of how many."""
+_IN_TWO = [(fault, number, 2) for fault in FAULTS for number in (0, 1)]
+_IN_MORE = [("is killed", 2, 3), ("sleeps", 1, 3), ("is stopped", 3, 4), ("raises", 0, 4), ("exits with 0", 2, 4)]
+
+
+def trials(strategy: str, groups: Sequence[Group]) -> Sequence[Trial]:
+    """The groups, and signals."""
     made = [
-        Trial(f"process {number} of {count} {fault}", partial(_faulty, fault, number, count))
+        Trial(f"process {number} of {count} {fault}", partial(_faulty, fault, number, count, strategy))
         for fault, number, count in groups
     ]
     made += [
-        Trial(f"{signal.Signals(number).name} to the launcher and all of {count}", partial(_signalled, number, count))
+        Trial(
+            f"{signal.Signals(number).name} to the launcher and all of {count}",
+            partial(_signalled, number, count, strategy),
+        )
         for number, count in ((signal.SIGTERM, 2), (signal.SIGINT, 2), (signal.SIGUSR1, 3))
     ]
-    return [*made, Trial("the launcher is killed", _launcher_killed)]
+    return [*made, Trial("the launcher is killed", partial(_launcher_killed, strategy))]
 
 
+_PROMISE = (
+    "The command ends within 30 seconds with exit code 10 (or that of its own error), says one error, the "
+    "first; no process is left; the same command ends byte-identical to a group that did not fail."
+)
 CAMPAIGNS = [
+    Campaign("processes that fail", _PROMISE, partial(trials, "replicate", [*_IN_TWO, *_IN_MORE]), least=20, sample=0),
     Campaign(
-        "processes that fail",
-        "The command ends within 30 seconds with exit code 10 (or that of its own error), says one error, the "
-        "first; no process is left; the same command ends byte-identical to a group that did not fail.",
-        trials,
-        least=20,
+        "processes that fail, the base model divided",
+        _PROMISE,
+        partial(trials, "fsdp", _IN_TWO[1::2]),
+        least=12,
         sample=0,
-    )
+    ),
 ]
