@@ -154,6 +154,10 @@ class AdapterConfig(PeftConfigMixin):
         """Return whether the gradients of an example depend on the others of its batch."""
         return False
 
+    def reads_past_calls(self) -> bool:
+        """Return whether the adapter may read weights past their modules' calls, where DeepSpeed has parts only."""
+        return True
+
     @classmethod
     def from_dict(
         cls, values: dict[str, Any], file: str | None = None, *, unknown_keys: Literal["refuse", "warn"] = "refuse"

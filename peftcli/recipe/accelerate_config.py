@@ -1,4 +1,4 @@
-"""What a file that ``accelerate config`` wrote says of processes, machines, FSDP and DeepSpeed, as settings of ``launch``.
+"""What a file that ``accelerate config`` wrote says of machines, FSDP and DeepSpeed, as settings of ``launch``.
 
 What it asks for and peftcli does not do is a problem, so that nothing of it is left out silently.
 """

@@ -224,7 +224,7 @@ def prepare(
     optim, kind = f"{recipe.training.optim} {recipe.training.optim_args}", PreparedModel
     if strategy in STAGES and several:
         stage, limit = STAGES[strategy], recipe.training.max_grad_norm
-        check_zero(model, config, stage)
+        check_zero(model, stage)
         offload = recipe.launch.cpu_offload
         prepared = start_engine(model, parameters, optimizer, stage, limit, cpu_offload=offload)
         kind = ZeroModel

@@ -33,6 +33,7 @@ def refuse_strategy(recipe: Recipe, task: Task[Any], config: AdapterConfig) -> N
         (_DIVIDED, not may_divide(task), "divides models of texts, whose task does not compare the rows of a batch"),
         (_ENGINES, isinstance(task, Gathers), "is not for tasks that compare the rows of all processes"),
         (("zero3",), isinstance(task, Begins), "is not for tasks that compare the model with what it was"),
+        (("zero3",), config.reads_past_calls(), "is for LoRA without its variants: other methods read divided weights"),
         (("zero2", "zero3"), isinstance(method, AfterStep), "leaves no gradients, which the method reads after a step"),
     )
     for strategies, is_so, text in refused:

@@ -20,8 +20,6 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
-from peftcli.core.config import AdapterConfig
-from peftcli.core.protocols import penalty
 from peftcli.errors import UsageError
 from peftcli.models.stacks import stacks
 from peftcli.tasks.base import require_extra
@@ -105,18 +103,16 @@ class ZeroModel(PreparedModel):
                 utils.safe_set_full_optimizer_state(parameter, values[key].to(parameter.device), key)
 
 
-def check_zero(model: nn.Module, config: AdapterConfig, stage: int) -> None:
-    """Check that DeepSpeed can train a model with an adapter.
+def check_zero(model: nn.Module, stage: int) -> None:
+    """Check that DeepSpeed can train a model.
 
     Raises:
-        UsageError: it is not installed, or the adapter's method reads what trains outside the model.
+        UsageError: it is not installed.
         ModelError: there is no stack of layers to divide, or the weights are quantised.
     """
     require_extra("deepspeed", "deepspeed", _KEY, UsageError)
     if stage == STAGES["zero3"]:
         check_divisible(model, "zero3")
-        if penalty(model, config) is not None:
-            raise UsageError("zero3 is not for methods that add to the loss", key=_KEY, hint="launch.strategy: zero2")
 
 
 def start_engine(

@@ -20,6 +20,7 @@ from peftcli.methods.lora.initialisations.config import (
     is_residual,
 )
 from peftcli.methods.lora.variant_settings import (
+    VARIANTS,
     ArrowConfig,
     BdLoraConfig,
     KasaConfig,
@@ -29,6 +30,8 @@ from peftcli.methods.lora.variant_settings import (
 )
 
 _MAX_LAYERS = 500
+_PAST_CALLS = ("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices")
+"""Fields that let layers read weights past the calls of their modules, beside those that switch a variant on."""
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -157,6 +160,9 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
 
     def reads_batches(self) -> bool:
         return self.velora_config is not None and self.velora_config.init_type != "random"
+
+    def reads_past_calls(self) -> bool:
+        return self.bias != "none" or any(getattr(self, name) for name in (*VARIANTS, *_PAST_CALLS))
 
     def merge_problem(self) -> str | None:
         if self.arrow_config:
