@@ -36,9 +36,10 @@ _ONLY_ZERO: dict[str, tuple[Any, ...]] = {
     "zero_stage": (2, 3),
     "offload_optimizer_device": ("none", "None", None),
     "offload_param_device": ("none", "None", None, "cpu"),
-    "deepspeed_config_file": (None,),
+    **dict.fromkeys(("deepspeed_config_file", "deepspeed_hostfile", "deepspeed_inclusion_filter"), (None,)),
+    "deepspeed_exclusion_filter": (None,),
 }
-"""The same of DeepSpeed. Gradients are accumulated and clipped as the recipe says."""
+"""The same of DeepSpeed."""
 
 
 def with_accelerate_config(
@@ -73,11 +74,15 @@ def _settings(said: Any, recipe: Recipe) -> dict[str, Any]:
         "machine_rank": int(said.get("machine_rank") or 0),
         "strategy": _STRATEGIES.get(str(said["distributed_type"]), recipe.launch.strategy),
     }
-    zero, fsdp = said.get("deepspeed_config") or {}, said.get("fsdp_config") or {}
-    if said["distributed_type"] == "DEEPSPEED":
-        found["strategy"] = f"zero{zero.get('zero_stage', 2)}"
-    if zero.get("offload_param_device") == "cpu" or fsdp.get("fsdp_offload_params"):
-        found["cpu_offload"] = True
+    kind = said["distributed_type"]
+    if kind == "DEEPSPEED":
+        zero = said.get("deepspeed_config") or {}
+        found |= {
+            "strategy": f"zero{zero.get('zero_stage', 2)}",
+            "cpu_offload": zero.get("offload_param_device") == "cpu",
+        }
+    if kind == "FSDP":
+        found["cpu_offload"] = bool((said.get("fsdp_config") or {}).get("fsdp_offload_params"))
     if said.get("main_process_ip"):
         found["main_process_ip"] = str(said["main_process_ip"])
     if said.get("main_process_port"):
@@ -97,6 +102,14 @@ def _problems(said: Mapping[str, Any], recipe: Recipe) -> list[str]:
         for key, values in _ONLY_ZERO.items():
             if (value := zero.get(key, 2 if key == "zero_stage" else None)) not in values:
                 problems.append(f"{key}: {value}; {values[0]} can be had")
+        for key, own in (
+            ("gradient_clipping", recipe.training.max_grad_norm),
+            ("gradient_accumulation_steps", recipe.training.gradient_accumulation_steps),
+        ):
+            if (value := zero.get(key, "auto")) not in ("auto", None, own):
+                problems.append(f"{key}: {value}, and the recipe has {own}")
+    elif zero:
+        problems.append("deepspeed_config")
     if said.get("use_cpu") and said["distributed_type"] not in ("NO", "MULTI_CPU"):
         problems.append("use_cpu; CUDA_VISIBLE_DEVICES= in the environment hides the GPUs")
     if said["distributed_type"] == "FSDP":

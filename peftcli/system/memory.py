@@ -16,8 +16,6 @@ _FILES = (
 )
 """By version 2 and 1 of control groups: the files of a group's limit and of what it takes, and the line of memory.stat
 that says how much of the latter are files' pages, which are given up when memory is short."""
-
-
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Names of glibc's ``mallopt``."""
 _LARGE = 4 << 20
@@ -28,7 +26,7 @@ def give_back_freed() -> None:
 
     By itself it comes to keep blocks of up to 32 MiB for later ones, among which they may not fit.
     """
-    with contextlib.suppress(AttributeError, OSError):
+    with contextlib.suppress(AttributeError, OSError, TypeError):
         set_option = ctypes.CDLL(None).mallopt
         set_option(_MMAP_THRESHOLD, _LARGE)
         set_option(_TRIM_THRESHOLD, 2 * _LARGE)

@@ -120,9 +120,10 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
     values = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     whole = sizes.live - values - _saved_by_quantization(model, recipe)
     elsewhere = _held_by_others(model, recipe, plan.num_processes)
-    unpad(model, config, try_out=False)
-    take_head_as_it_is(model)
     in_step = recipe.launch.strategy != "replicate" and plan.num_processes > 1
+    if not (in_step and recipe.launch.strategy == "zero3"):
+        unpad(model, config, try_out=False)
+        take_head_as_it_is(model)
     form = BatchForm.of(model, data.task, config, plan, in_step=in_step)
     batch = form.batch(data.task, data.train, plan, *_largest(form, plan, data))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(recipe))

@@ -197,10 +197,11 @@ def fit(gradients: Gradients) -> Generator[StepResult]:
         total = gradients.of(step, num_targets)
         loss_sum = float(accelerator.reduce(total, reduction="sum"))
         learning_rate = float(prepared.schedule.get_last_lr()[0])
+        if not math.isfinite(loss_sum):
+            raise Diverged(f"the loss of step {step + 1} is not finite", hint=LESS_LEARNING)
         grad_norm = prepared.clip(accelerator, limit)
-        if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
-            what = "loss" if not math.isfinite(loss_sum) else "gradient norm"
-            raise Diverged(f"the {what} of step {step + 1} is not finite", hint=LESS_LEARNING)
+        if not math.isfinite(grad_norm):
+            raise Diverged(f"the gradient norm of step {step + 1} is not finite", hint=LESS_LEARNING)
         prepared.update()
         prepared.schedule.step()
         after_step(gradients.model, prepared.config, step + 1, plan.total_steps)

@@ -55,6 +55,8 @@ class _Optimizer:
     """Arguments that say which of its kinds is meant."""
 
 
+AVERAGES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+"""What an optimizer remembers in the shape of what it trains."""
 _ADAM, _BITSANDBYTES = ("betas", "eps"), "bitsandbytes.optim"
 _OPTIMIZERS = {
     "adamw_torch": _Optimizer("torch.optim", "AdamW", 8, _ADAM),

@@ -63,6 +63,7 @@ from peftcli.train.strategies import refuse_strategy
 from peftcli.train.threads import use_threads
 from peftcli.train.trackers import Trackers, require_packages
 from peftcli.train.training_loop import RunData, TrainingLoop
+from peftcli.train.zero import STAGES
 
 
 def train(
@@ -262,6 +263,11 @@ def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
     """
     recipe, config, plan = run.pinned, method_config(run.recipe), data.plan
     refuse_strategy(recipe, data.task, config)
+    if run.accelerator.num_processes == 1:
+        if recipe.launch.cpu_offload:
+            raise UsageError("one process has no part of the model to offload", key="launch.cpu_offload")
+        if recipe.launch.strategy in ("fsdp", *STAGES):
+            run.warn(f"launch.strategy: {recipe.launch.strategy} divides nothing, since there is one process")
     run.tell(Phase(f"loading {recipe.base_model.name}"))
     model, injection, notes = adapted_model(recipe, config, data.task, company.load)
     config.revision = run.recipe.base_model.revision

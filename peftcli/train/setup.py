@@ -44,6 +44,8 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         UsageError: fewer processes were started than were asked for.
     """
     asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if not torch.cuda.is_available():  # or DeepSpeed says on stdout, wherever it is installed, that it has found none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise UsageError(
             "accelerate was asked for several processes and started one",
@@ -58,7 +60,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise UsageError(
             f"accelerate was told to use {accelerator.distributed_type.value}, which peftcli does by itself",
-            hint="launch.strategy: fsdp in the recipe, and accelerate without it",
+            hint="launch.strategy: fsdp, zero2 or zero3 in the recipe, and accelerate without it",
         )
     wanted = recipe.launch.num_processes
     if accelerator.num_processes < asked:

@@ -62,6 +62,8 @@ def check_divisible(model: nn.Module, strategy: str) -> list[tuple[nn.Module, li
         raise ModelError(f"{strategy} divides the layers of a stack, which this model does not have", key=_KEY)
     if any(is_quantised(module) for module in model.modules()):
         raise ModelError(f"{strategy} cannot divide quantised weights", key=_KEY)
+    if any(getattr(model.config, name, 0) for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")):
+        raise ModelError(f"{strategy} is not for models of which each process drops layers of its own", key=_KEY)
     return found
 
 

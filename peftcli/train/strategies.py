@@ -29,7 +29,7 @@ def refuse_strategy(recipe: Recipe, task: Task[Any], config: AdapterConfig) -> N
     """
     strategy, method, quantised = recipe.launch.strategy, layers_of(config), recipe.base_model.quantization is not None
     refused = (
-        (_DIVIDED, quantised, "cannot divide quantised weights"),
+        ((*_DIVIDED, "zero2"), quantised, "is not for quantised weights"),
         (_DIVIDED, not may_divide(task), "divides models of texts, whose task does not compare the rows of a batch"),
         (_ENGINES, isinstance(task, Gathers), "is not for tasks that compare the rows of all processes"),
         (("zero3",), isinstance(task, Begins), "is not for tasks that compare the model with what it was"),

@@ -8,10 +8,12 @@ ZeRO: Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import math
-import os
+import sys
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,13 +26,13 @@ from peftcli.errors import UsageError
 from peftcli.models.stacks import stacks
 from peftcli.tasks.base import require_extra
 from peftcli.train.loop import PreparedModel
+from peftcli.train.optim import AVERAGES
 from peftcli.train.sharded import check_divisible, is_sharded
 
 STAGES = {"zero2": 2, "zero3": 3}
 """launch.strategy -> the stage of ZeRO."""
 _KEY = "launch.strategy"
 _LARGEST_BUCKET = 50_000_000
-_AVERAGES = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 class ZeroModel(PreparedModel):
@@ -52,12 +54,15 @@ class ZeroModel(PreparedModel):
         return nullcontext()
 
     def backward(self, loss: Any, accelerator: Accelerator) -> None:
+        if not is_sharded(self.model):  # its buckets hold what has gradients, and processes may drop different layers
+            loss = loss + sum(0 * parameter.sum() for parameter in self.parameters)
         self.engine.backward(loss * accelerator.num_processes)  # it takes the mean over the processes
 
     def clip(self, accelerator: Accelerator, limit: float) -> float:
         """Clip and apply the gradients, which DeepSpeed does as one, unless they are not finite."""
         self.engine.step()
-        return math.inf if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
+        norm = float(self.engine.get_global_grad_norm() or 0)
+        return math.inf if self.engine.optimizer.overflow or norm < 0 else norm
 
     def update(self) -> None:
         """Do nothing: ``clip`` has done it."""
@@ -79,7 +84,7 @@ class ZeroModel(PreparedModel):
         remembered: dict[str, Any] = next(iter(self.optimizer.state.values()), {})
         return {
             parameter: {
-                key: whole(parameter, key).view_as(parameter) if key in _AVERAGES else value
+                key: whole(parameter, key).view_as(parameter) if key in AVERAGES else value
                 for key, value in remembered.items()
                 if value is not None
             }
@@ -88,18 +93,19 @@ class ZeroModel(PreparedModel):
 
     def load_optimizer_state(self, state: dict[nn.Parameter, dict[str, Any]]) -> None:
         utils, zero = importlib.import_module("deepspeed.utils"), self.engine.optimizer
-        remembered = next(iter(state.values()), {})
+        remembered: dict[str, Any] = next((values for values in state.values() if values), {})
         if not remembered:
             return
-        divided = is_sharded(self.model)
+        divided, fused = is_sharded(self.model), self.optimizer.defaults.get("fused", False)
         for part in zero.fp32_partitioned_groups_flat if divided else zero.single_partition_of_fp32_groups:
             self.optimizer.state[part] = {
-                key: torch.zeros_like(part) if key in _AVERAGES else _copied(value) for key, value in remembered.items()
+                key: torch.zeros_like(part) if key in AVERAGES else _copied(value, fused and part.device)
+                for key, value in remembered.items()
             }
         if not divided:
             zero._lazy_init_hp_params_optimizer_state()
         for parameter, values in state.items():
-            for key in values.keys() & set(_AVERAGES):
+            for key in values.keys() & set(AVERAGES):
                 utils.safe_set_full_optimizer_state(parameter, values[key].to(parameter.device), key)
 
 
@@ -134,10 +140,6 @@ def start_engine(
         max_grad_norm: To clip at; 0: not at all.
         cpu_offload: Whether parts of the base model stay in the CPU's memory until they are gathered.
     """
-    if parameters[0].device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed = importlib.import_module("deepspeed")
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": min(_LARGEST_BUCKET, sum(each.numel() for each in parameters)),
@@ -160,11 +162,14 @@ def start_engine(
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
-    if stage == STAGES["zero3"]:  # weight by weight, since the device may not hold all
-        deepspeed.zero.Init(module=model, config_dict_or_path=config)
-        for buffer in model.buffers():
-            buffer.data = buffer.data.to(parameters[0].device)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    with contextlib.redirect_stdout(sys.stderr):  # it prints
+        deepspeed = importlib.import_module("deepspeed")
+        _speak_on_stderr()
+        if stage == STAGES["zero3"]:  # weight by weight, since the device may not hold all
+            deepspeed.zero.Init(module=model, config_dict_or_path=config)
+            for buffer in model.buffers():
+                buffer.data = buffer.data.to(parameters[0].device)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     if stage == STAGES["zero3"]:
         for parameter in parameters:  # after it was gathered for the first time
             parameter.ds_persist = True  # type: ignore[attr-defined]
@@ -175,5 +180,15 @@ def start_engine(
     return engine
 
 
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value
+def _copied(value: Any, device: Any) -> Any:
+    return value.clone().to(device or value.device) if isinstance(value, torch.Tensor) else value
+
+
+def _speak_on_stderr() -> None:
+    """Let DeepSpeed's log, which goes to stdout, go where errors do, and be short."""
+    log = logging.getLogger("DeepSpeed")
+    log.setLevel(logging.ERROR)
+    for handler in log.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)

@@ -88,6 +88,7 @@ def test_the_recipe_comes_before_it(tmp_path: Path) -> None:
         ({"distributed_type": "MULTI_GPU", "num_processes": 2, "use_cpu": True}, [], "use_cpu"),
         ({"distributed_type": "NO", "num_processes": 1, "enable_cpu_affinity": True}, [], "enable_cpu_affinity"),
         ({"distributed_type": "MEGATRON_LM", "num_processes": 2}, [], "distributed_type: MEGATRON_LM"),
+        (zero(gradient_clipping=0.3), [], "gradient_clipping: 0.3, and the recipe has 1.0"),
         (zero(zero_stage=1), [], "zero_stage: 1; 2 can be had"),
         (zero(offload_optimizer_device="nvme"), [], "offload_optimizer_device: nvme"),
         ({"distributed_type": "MULTI_GPU", "num_processes": 2, "mixed_precision": "fp16"}, [], "mixed_precision: fp16"),

@@ -52,9 +52,10 @@ def test_what_zero_is_not_for(recipe: Path, tmp_path: Path) -> None:
     for settings, said in (
         (("launch.strategy=zero2", adalora), "zero2 leaves no gradients"),
         (("launch.strategy=zero3", trainkit.PROMPT_TUNING), "zero3 is for LoRA without its variants"),
+        (("launch.strategy=zero3", "method.init_lora_weights=pissa"), "zero3 is for LoRA without its variants"),
         (("launch.strategy=zero3", "method.use_dora=true"), "zero3 is for LoRA without its variants"),
         (("launch.strategy=zero3", "training.optim=adafactor"), "zero3 divides what adamw_torch and sgd remember"),
-        (("launch.strategy=zero3", "base_model.quantization={type: nf4}"), "zero3 cannot divide quantised weights"),
+        (("launch.strategy=zero3", "base_model.quantization={type: nf4}"), "zero3 is not for quantised weights"),
     ):
         found = examine(load_recipe(recipe, settings))
         assert any(said in problem.message for problem in found.errors), found.errors
@@ -123,6 +124,18 @@ def test_tasks_of_texts(name: str, strategy: str, tmp_path: Path) -> None:
 def test_methods_train_under_zero2(method: str, recipe: Path) -> None:
     settings = f"method={json.dumps(settings_of(method, 'causal_lm'))}"
     assert_as_replicate(recipe, "zero2", settings, "training.verify=false", "training.max_steps=2")
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_processes_may_drop_different_layers_under_zero2(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(trainkit.base_folder("opt"), base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"layerdrop": 0.4}))
+    assert_as_replicate(trainkit.write_recipe(tmp_path, base), "zero2", *BRIEF)
+    with pytest.raises(UsageError, match="one process has no part"):
+        trainkit.run_recipe(tmp_path / "recipe.yaml", "launch.strategy=fsdp", "launch.cpu_offload=true")
 
 
 @pytest.mark.slow

@@ -162,7 +162,8 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
         return self.velora_config is not None and self.velora_config.init_type != "random"
 
     def reads_past_calls(self) -> bool:
-        return self.bias != "none" or any(getattr(self, name) for name in (*VARIANTS, *_PAST_CALLS))
+        more = any(getattr(self, name) for name in (*VARIANTS, *_PAST_CALLS))
+        return more or self.bias != "none" or is_residual(self.init_lora_weights)
 
     def merge_problem(self) -> str | None:
         if self.arrow_config:

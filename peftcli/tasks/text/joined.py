@@ -158,8 +158,7 @@ class JoinedModels:
         own = model_ends(model)[1]
         if own is None or self.head is None or isinstance(own, AdapterLayer):
             return False
-        weights = list(own.parameters())
-        return all(each is other for each, other in zip(weights, self.head.parameters(), strict=True))
+        return list(map(id, own.parameters())) == list(map(id, self.head.parameters()))
 
     @torch.no_grad()
     def _agrees(self, added: JoinedModel) -> bool:

@@ -73,8 +73,10 @@ def output_head(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> OutputH
         The head; None if the model's logits are not what a module makes of each position's hidden state.
     """
     _, module = model_ends(model)
-    if module is None or is_quantised(base_module(module)) or module._forward_pre_hooks:
-        return None  # hooks may bring the weights for the call, as DeepSpeed's do
+    if module is None or is_quantised(base_module(module)):
+        return None
+    if any(hasattr(weight, "ds_id") for weight in module.parameters()):  # DeepSpeed's, whole only in the module's call
+        return None
     if model not in _found:
         few = {name: value[:1, :_FEW] if value.ndim == 2 else value[:1] for name, value in inputs.items()}
         devices = [value.device for value in few.values() if value.is_cuda][:1]

@@ -32,6 +32,7 @@ from peftcli.errors import Diverged, PeftcliError, StorageError
 from peftcli.guard.files import read_small
 from peftcli.system.disk import remove_folder, sha256, sync_folder, write_file
 from peftcli.train.loop import LESS_LEARNING, PreparedModel
+from peftcli.train.optim import AVERAGES
 
 _MANIFEST = "MANIFEST.json"
 _SEAL = "manifest_sha256"
@@ -42,8 +43,6 @@ _TRAINING_STATE = "training_state.safetensors"
 """State of the adapter that training needs and the adapter file does not contain; most methods have none."""
 
 _NEEDED = {WEIGHTS_FILE, CONFIG_FILE, _PROGRESS, _OPTIMIZER, "random-00000.safetensors"}
-_AVERAGES = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
-"""What an optimizer remembers in the shape of what it trains."""
 _STEP = re.compile(r"step-\d{6,}")
 _LARGEST_JSON = 1 << 24
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
@@ -395,7 +394,7 @@ def _load_optimizer(state: State, tensors: dict[str, torch.Tensor]) -> None:
         name, _, key = full.rpartition(".")
         if name not in named:
             raise ValueError(f"{_OPTIMIZER}: {full} belongs to another optimizer or adapter")
-        if key in _AVERAGES and value.shape != named[name].shape:
+        if key in AVERAGES and value.shape != named[name].shape:
             raise ValueError(f"{_OPTIMIZER}: {name} has another shape")
         is_number = value.ndim == 0 and value.dtype in (torch.int64, torch.float64)
         found[named[name]][key] = value.item() if is_number else value
