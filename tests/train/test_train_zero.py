@@ -15,6 +15,7 @@ from task_methods import settings_of
 from taskkit import CASES
 from test_train_processes import group, losses
 from test_train_sharded import TEXTS, trained
+from transformers import OPTConfig, OPTForCausalLM
 
 from peftcli.errors import UsageError
 from peftcli.methods import METHODS
@@ -130,10 +131,14 @@ def test_methods_train_under_zero2(method: str, recipe: Path) -> None:
 @needs_deepspeed
 def test_processes_may_drop_different_layers_under_zero2(tmp_path: Path) -> None:
     base = tmp_path / "base"
-    shutil.copytree(trainkit.base_folder("opt"), base)
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"layerdrop": 0.4}))
-    assert_as_replicate(trainkit.write_recipe(tmp_path, base), "zero2", *BRIEF)
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 4}
+    config = OPTConfig(vocab_size=300, num_attention_heads=4, max_position_embeddings=256, layerdrop=0.4, **sizes)
+    OPTForCausalLM(config).save_pretrained(base)
+    trainkit.tokenizer(True).save_pretrained(base)
+    recipe = trainkit.write_recipe(tmp_path, base)
+    folders = [trained(recipe, each, *BRIEF) for each in ("zero2", "replicate")]
+    # AdamW counts a step for what has no gradient in any process, which is 0 to DeepSpeed
+    assert losses(folders[0]) == pytest.approx(losses(folders[1]), rel=1e-2)
     with pytest.raises(UsageError, match="one process has no part"):
         trainkit.run_recipe(tmp_path / "recipe.yaml", "launch.strategy=fsdp", "launch.cpu_offload=true")
 
