@@ -32,7 +32,7 @@ from peftcli.schema import Recipe
 from peftcli.system import date
 from peftcli.system.signals import STARTED, Stop, handle_signals
 from peftcli.tasks import described, open_task
-from peftcli.tasks.base import Begins, Gathers, Limits, Task
+from peftcli.tasks.base import Begins, Gathers, Limits, Task, require_extra
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.finish import finish
@@ -268,6 +268,8 @@ def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
             raise UsageError("one process has no part of the model to offload", key="launch.cpu_offload")
         if recipe.launch.strategy in ("fsdp", *STAGES):
             run.warn(f"launch.strategy: {recipe.launch.strategy} divides nothing, since there is one process")
+    elif recipe.launch.strategy in STAGES:
+        require_extra("deepspeed", "deepspeed", "launch.strategy", UsageError)
     run.tell(Phase(f"loading {recipe.base_model.name}"))
     model, injection, notes = adapted_model(recipe, config, data.task, company.load)
     config.revision = run.recipe.base_model.revision

@@ -34,7 +34,7 @@ from peftcli.train.launch import has_launcher
 from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import build_optimizer, build_schedule, parameter_groups
 from peftcli.train.plan import Plan
-from peftcli.train.zero import STAGES, ZeroModel, check_zero, start_engine
+from peftcli.train.zero import STAGES, ZeroModel, start_engine
 
 
 def start_accelerator(recipe: Recipe) -> Accelerator:
@@ -226,7 +226,6 @@ def prepare(
     optim, kind = f"{recipe.training.optim} {recipe.training.optim_args}", PreparedModel
     if strategy in STAGES and several:
         stage, limit = STAGES[strategy], recipe.training.max_grad_norm
-        check_zero(model, stage)
         offload = recipe.launch.cpu_offload
         prepared = start_engine(model, parameters, optimizer, stage, limit, cpu_offload=offload)
         kind = ZeroModel

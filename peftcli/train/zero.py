@@ -22,16 +22,12 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
-from peftcli.errors import UsageError
-from peftcli.models.stacks import stacks
-from peftcli.tasks.base import require_extra
 from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import AVERAGES
 from peftcli.train.sharded import check_divisible, is_sharded
 
 STAGES = {"zero2": 2, "zero3": 3}
 """launch.strategy -> the stage of ZeRO."""
-_KEY = "launch.strategy"
 _LARGEST_BUCKET = 50_000_000
 
 
@@ -109,18 +105,6 @@ class ZeroModel(PreparedModel):
                 utils.safe_set_full_optimizer_state(parameter, values[key].to(parameter.device), key)
 
 
-def check_zero(model: nn.Module, stage: int) -> None:
-    """Check that DeepSpeed can train a model.
-
-    Raises:
-        UsageError: it is not installed.
-        ModelError: there is no stack of layers to divide, or the weights are quantised.
-    """
-    require_extra("deepspeed", "deepspeed", _KEY, UsageError)
-    if stage == STAGES["zero3"]:
-        check_divisible(model, "zero3")
-
-
 def start_engine(
     model: nn.Module,
     parameters: list[nn.Parameter],
@@ -139,13 +123,16 @@ def start_engine(
         stage: Of ZeRO.
         max_grad_norm: To clip at; 0: not at all.
         cpu_offload: Whether parts of the base model stay in the CPU's memory until they are gathered.
+
+    Raises:
+        ModelError: there is no stack of layers to divide, or the weights are quantised.
     """
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": min(_LARGEST_BUCKET, sum(each.numel() for each in parameters)),
     }
     if stage == STAGES["zero3"]:
-        layers = [layer for _, found in stacks(model) for layer in found]
+        layers = [layer for _, found in check_divisible(model, "zero3") for layer in found]
         largest = max(sum(each.numel() for each in layer.parameters()) for layer in layers)
         zero |= {
             "stage3_param_persistence_threshold": 0,
