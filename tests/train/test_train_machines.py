@@ -115,9 +115,12 @@ def pair(recipe: Path) -> Iterator[Pair]:
 
 
 @pytest.mark.slow
-def test_two_hosts_give_the_series_of_one_process(pair: Pair) -> None:
+@pytest.mark.parametrize("strategy", ["replicate", "ddp", "fsdp", "zero2", "zero3"])
+def test_two_hosts_give_the_series_of_one_process(strategy: str, pair: Pair) -> None:
+    if strategy.startswith("zero"):
+        pytest.importorskip("deepspeed")
     one = run_recipe(pair.recipe, "training.eval_strategy=epoch")
-    (answer, _), (nothing, _) = map(ended, pair.both("training.eval_strategy=epoch"))
+    (answer, _), (nothing, _) = map(ended, pair.both("training.eval_strategy=epoch", f"launch.strategy={strategy}"))
     assert [entry["loss"] for entry in pair.lines() if "loss" in entry] == pytest.approx(one.losses, rel=1e-5)
     assert read_run(pair.folder(0))["processes"] == 2
     assert '"status": "complete"' in answer
