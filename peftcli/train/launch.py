@@ -56,7 +56,8 @@ def is_launched() -> bool:
 def leave_group_on_exit() -> Iterator[None]:
     """Leave the process group on exit.
 
-    The threads of a group that still exists when Python ends can abort the process, after all is done.
+    The threads of a group that still exists when Python ends can abort the process, after all is done. Of a model that
+    FSDP2 has divided, torch keeps the group.
     """
     try:
         yield
@@ -334,7 +335,7 @@ def _error(status: Path, number: int, code: int, count: int, forwarded: Sequence
     """Why an ended process failed; None if it did not."""
     with suppress(OSError, ValueError):
         reported = json.loads((status / f"{number}.json").read_bytes())
-        if reported is None and code == 0:
+        if reported is None:  # its work is done; torch's threads may abort it as Python ends
             return None
         if isinstance(reported, dict):
             if reported["exit_code"] != PeftcliError.exit_code:

@@ -19,6 +19,7 @@ import trainkit
 from trainkit import Child, read_metrics, read_run, run_recipe
 
 from peftcli.cli.app import main
+from peftcli.train.launch import first_error
 
 HALF = ("training.per_device_train_batch_size=2", "training.eval_strategy=epoch")
 
@@ -392,3 +393,11 @@ def test_two_machines_share_the_run_folder(recipe: Path) -> None:
         assert machine.returncode == 0, err
     assert losses(recipe.parent / "out") == pytest.approx(one.losses, rel=1e-5)
     assert read_run(recipe.parent / "out")["processes"] == 2
+
+
+def test_a_process_that_is_aborted_after_its_work_has_not_failed(tmp_path: Path) -> None:
+    (tmp_path / "0.json").write_text("null")
+    assert first_error(tmp_path, {0: -signal.SIGABRT}, 2, []) is None
+    error = first_error(tmp_path, {0: -signal.SIGABRT, 1: -signal.SIGABRT}, 2, [])
+    assert error is not None
+    assert "process 1 of 2 was killed by SIGABRT" in error.message
