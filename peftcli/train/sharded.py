@@ -55,7 +55,7 @@ def check_divisible(model: nn.Module, strategy: str) -> list[tuple[nn.Module, li
     """Return the stacks of layers to divide.
 
     Raises:
-        ModelError: there are none, or weights are quantised.
+        ModelError: the model has no stack, has quantised weights, or drops layers at random.
     """
     found = list(stacks(model))
     if not isinstance(model, PreTrainedModel) or not found:

@@ -15,7 +15,7 @@ import math
 import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -64,14 +64,15 @@ class ZeroModel(PreparedModel):
         """Do nothing: ``clip`` has done it."""
 
     def make_whole(self) -> None:
+        first: Any = self.parameters[0]  # to which DeepSpeed has given methods
         if is_sharded(self.model):
-            self.parameters[0].all_gather(self.parameters)  # type: ignore[attr-defined]
+            first.all_gather(self.parameters)
 
     def take_values(self) -> None:
         take = importlib.import_module("deepspeed.utils").safe_set_full_fp32_param
-        values = [parameter.detach().clone() for parameter in self.parameters]
+        values, first = [parameter.detach().clone() for parameter in self.parameters], cast(Any, self.parameters[0])
         if is_sharded(self.model):  # the parts that are gathered, beside those that are updated
-            self.parameters[0].partition(self.parameters, has_been_updated=True)  # type: ignore[attr-defined]
+            first.partition(self.parameters, has_been_updated=True)
         for parameter, value in zip(self.parameters, values, strict=True):
             take(parameter, value)
 
@@ -159,7 +160,7 @@ def start_engine(
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     if stage == STAGES["zero3"]:
         for parameter in parameters:  # after it was gathered for the first time
-            parameter.ds_persist = True  # type: ignore[attr-defined]
+            vars(parameter)["ds_persist"] = True
         engine.optimizer.persistent_parameters += parameters
         for each in model.modules():
             if isinstance(each, PreTrainedModel):

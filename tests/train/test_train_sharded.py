@@ -60,6 +60,7 @@ def test_it_trains_as_with_the_whole_model(recipe: Path) -> None:
 
 @pytest.mark.slow
 def test_parts_that_wait_in_the_memory_of_the_cpu(recipe: Path) -> None:
+    """On a CPU nothing moves: this shows that such a run ends, and ends alike."""
     settings = ("training.verify=false", "training.max_steps=2")
     folder = trained(recipe, "fsdp", *settings, "launch.cpu_offload=true")
     offloaded = (folder / "adapter_model.safetensors").read_bytes()
