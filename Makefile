@@ -63,7 +63,7 @@ test: $(STAMP) ## the tests that need neither patience, a GPU nor the network
 test-all: $(STAMP) $(QUANTISED)/.installed ## the slow tests too, those that need bitsandbytes and torchao, and torture; takes hours
 	@command -v chromium google-chrome >/dev/null || echo "test-all: no Chromium here, so nobody looks at inspect's page; on Debian: apt install chromium" >&2
 	@$(BIN)/pytest $(TWO) -m "not gpu and not network"
-	@$(QUANTISED)/bin/pytest -m "not gpu and not network" tests/models tests/recipes tests/train/test_train_optim.py tests/train/test_train_trackers.py tests/train/test_train_zero.py tests/train/test_train_machines.py -k "models or qlora or optim or trackers or zero"
+	@$(QUANTISED)/bin/pytest -m "not gpu and not network" tests/models tests/recipes tests/train/test_train_optim.py tests/train/test_train_trackers.py tests/train/test_train_zero.py tests/train/test_train_sharded.py tests/train/test_train_machines.py -k "models or qlora or optim or trackers or zero or quantised"
 	@$(QUANTISED)/bin/pytest -m "not gpu and not network" tests/interop/test_libraries.py
 	@$(QUANTISED)/bin/pytest -m "not gpu and not network" tests/interop/test_guides_in_full.py -k int8
 	@$(MAKE) torture

@@ -80,7 +80,7 @@ DATA_SWEEPS = {
     "audit_peak": ("peak RSS of `peftcli inspect`, MiB", "a record and a sketch for each row"),
 }
 """Figure -> title, and the reason."""
-ROWS = (100, 1_000, 10_000, 100_000)
+ROWS = (100, 1_000, 10_000, 100_000, 1_000_000)
 
 
 def measure(of: str, x: int, round: int = 0) -> dict[str, float]:

@@ -32,10 +32,20 @@ def is_packed(module: Any) -> bool:
     return "qweight" in module._buffers.keys() | module._parameters.keys() and hasattr(module, "in_features")
 
 
+def in_four_bits(module: Any) -> bool:
+    """Return whether the module is a 4-bit linear layer of bitsandbytes."""
+    return _scales(module) is not None
+
+
+def keep_scales(module: Any) -> None:
+    """Let a 4-bit layer have its scales by itself, so that its weight may become any tensor with the same bytes."""
+    module.quant_state = module.weight.quant_state
+
+
 def dequantised_weight(module: Any) -> torch.Tensor:
     """Return the weight (out, in) that a quantised linear layer computes with, detached, in float32."""
     weight = module._parameters.get("weight")
-    if getattr(weight, "quant_state", None) is not None:
+    if in_four_bits(module):
         return _from_four_bits(module)
     scales = getattr(weight, "SCB", None)
     if scales is None:  # bitsandbytes moves them there in the first forward pass
@@ -127,10 +137,15 @@ def _dequantises(weight: torch.Tensor) -> bool:
     return type(weight).dequantize is not torch.Tensor.dequantize
 
 
+def _scales(module: Any) -> Any:
+    weight = module._parameters.get("weight")
+    return getattr(weight, "quant_state", None) or vars(module).get("quant_state")
+
+
 def _from_four_bits(module: Any) -> torch.Tensor:
     """Dequantise a weight of bitsandbytes with a scale per block; with double_quant the scales are quantised too."""
     _in_order(module)
-    state, ops = module.weight.quant_state, torch.ops.bitsandbytes
+    state, ops = _scales(module), torch.ops.bitsandbytes
     scales = state.absmax
     if state.nested:
         of_scales = state.state2
@@ -146,7 +161,7 @@ def _from_four_bits(module: Any) -> torch.Tensor:
 
 def _in_order(module: Any) -> None:
     """Undo the reordering that ``keep_layout`` prevents."""
-    if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+    if getattr(_scales(module), "packing_format_for_cpu", False):
         module.state_dict()  # bitsandbytes puts the weight back before it gives it out
 
 

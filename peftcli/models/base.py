@@ -108,6 +108,11 @@ class OpenBase:
             quantization.need_package(found["type"])
         return found
 
+    @property
+    def is_stored_quantised(self) -> bool:
+        """Whether the folder's own weights are quantised."""
+        return self.quantization is not None and self.spec.quantization is None
+
     def processor(self, kind: ProcessorKind = "tokenizer", **more: Any) -> Any:
         """Return the tokenizer, with the recipe's chat template and new tokens, or another processor of the model.
 
@@ -136,12 +141,12 @@ class OpenBase:
             self._processors[kind] = loaded
         return self._processors[kind]
 
-    def model(self, auto_class: str, dtype: torch.dtype | None, **options: Any) -> LoadedModel:
+    def model(self, auto_class: str, dtype: torch.dtype | Literal["auto"] | None, **options: Any) -> LoadedModel:
         """Load the model, frozen parameters and all: on the CPU, or quantised on the device that computes.
 
         Args:
             auto_class: transformers' auto class of the task, as ``AutoModelForCausalLM``.
-            dtype: number format of the weights that are not quantised.
+            dtype: number format of the weights that are not quantised; auto: that of the files.
             options: what a task sets in the config, as ``num_labels``. With labels, a head of the checkpoint for
                 other labels is replaced by a new one.
 
@@ -158,6 +163,7 @@ class OpenBase:
         if self._is_gguf:
             arguments["quantization_config"] = quantization.unpacked_gguf()
         elif self.spec.quantization:
+            assert dtype != "auto"
             arguments["quantization_config"] = quantization.to_transformers(self.spec.quantization, dtype)
         if how:
             quantization.hush()

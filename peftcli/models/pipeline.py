@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from peftcli.errors import ModelError
 from peftcli.guard.adapter_folder import DTYPES
@@ -118,7 +118,12 @@ class OpenPipeline(OpenBase):
         return read_json_object(self.folder / part / name, _MAX_JSON_BYTES, ModelError, strict=False)
 
     def model(
-        self, auto_class: str, dtype: torch.dtype | None, *, train_text_encoder: bool = False, **options: Any
+        self,
+        auto_class: str,
+        dtype: torch.dtype | Literal["auto"] | None,
+        *,
+        train_text_encoder: bool = False,
+        **options: Any,
     ) -> LoadedModel:
         """Load the pipeline as one module, frozen, on the CPU. The autoencoder computes in float32.
 
@@ -134,6 +139,7 @@ class OpenPipeline(OpenBase):
         """
         import torch
 
+        assert dtype != "auto"
         if self._on_hub:
             hub_files.fetch_parts(self.spec, self.parts, weights=True)
         empty = self.empty_model(auto_class, train_text_encoder=train_text_encoder)

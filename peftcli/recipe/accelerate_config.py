@@ -82,7 +82,10 @@ def _settings(said: Any, recipe: Recipe) -> dict[str, Any]:
             "cpu_offload": zero.get("offload_param_device") == "cpu",
         }
     if kind == "FSDP":
-        found["cpu_offload"] = bool((said.get("fsdp_config") or {}).get("fsdp_offload_params"))
+        fsdp = said.get("fsdp_config") or {}
+        found["cpu_offload"] = bool(fsdp.get("fsdp_offload_params"))
+        efficient = bool(fsdp.get("fsdp_cpu_ram_efficient_loading"))
+        found["cpu_ram_efficient_loading"] = efficient and recipe.base_model.quantization is None  # as accelerate does
     if said.get("main_process_ip"):
         found["main_process_ip"] = str(said["main_process_ip"])
     if said.get("main_process_port"):

@@ -292,8 +292,12 @@ def _launch(recipe: Recipe, report: Report) -> None:
             ("launch.machine_rank", "launch.num_machines"),
             f"must be below launch.num_machines ({launch.num_machines}), not {launch.machine_rank}",
         )
-    if launch.cpu_offload and launch.strategy not in ("auto", "fsdp", "zero3"):
-        report(("launch.cpu_offload", "launch.strategy"), f"is for fsdp and zero3, not {launch.strategy}")
+    for name in ("cpu_offload", "cpu_ram_efficient_loading"):
+        if getattr(launch, name) and launch.strategy not in ("auto", "fsdp", "zero3"):
+            report((f"launch.{name}", "launch.strategy"), f"is for fsdp and zero3, not {launch.strategy}")
+    if launch.cpu_ram_efficient_loading and recipe.base_model.quantization is not None:
+        keys = ("launch.cpu_ram_efficient_loading", "base_model.quantization")
+        report(keys, "is not for weights that are quantised while they are loaded")
     if launch.num_machines > 1 and launch.main_process_port == "auto":
         report(
             ("launch.num_machines", "launch.main_process_port"),

@@ -7,7 +7,7 @@ what lives at once is counted. So every model, method and task is counted by the
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -86,8 +86,7 @@ def estimate(
         data: What it trains on.
         plan: In which batches.
     """
-    stored_so = base.quantization is not None and recipe.base_model.quantization is None
-    if base.is_pipeline or stored_so:
+    if base.is_pipeline or base.is_stored_quantised:
         return None
     try:
         with _without_logs():
@@ -118,8 +117,9 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
     sizes.place(model, base_dtype(recipe))
     trained = [parameter for _, _, parameter in named_tensors(model).values()]
     values = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    whole = sizes.live - values - _saved_by_quantization(model, recipe)
-    elsewhere = _held_by_others(model, recipe, plan.num_processes)
+    saved = _saved_by_quantization(model, recipe)
+    whole = sizes.live - values - sum(saved.values())
+    elsewhere = _held_by_others(model, recipe, plan.num_processes, saved)
     in_step = recipe.launch.strategy != "replicate" and plan.num_processes > 1
     if not (in_step and recipe.launch.strategy == "zero3"):
         unpad(model, config, try_out=False)
@@ -176,24 +176,24 @@ def _largest(form: BatchForm, plan: Plan, data: Data) -> tuple[int, MicroBatch]:
     return max(((step, largest(step)) for step in steps), key=size)
 
 
-def _saved_by_quantization(model: nn.Module, recipe: Recipe) -> int:
-    """Bytes by which quantised linear weights are smaller. An output head is not quantised."""
+def _saved_by_quantization(model: nn.Module, recipe: Recipe) -> dict[nn.Parameter, int]:
+    """Bytes by which each quantised linear weight is smaller. An output head is not quantised."""
     quantization, ends = recipe.base_model.quantization, {base_module(end) for end in model_ends(model) if end}
     if quantization is None:
-        return 0
+        return {}
     layers = {base_module(each) for each in model.modules() if linear_view(each) is not None} - ends
     frozen = [each.weight for each in layers if not each.weight.requires_grad]
-    return sum(int(each.numel() * (each.element_size() - bytes_of_weight(quantization))) for each in frozen)
+    return {each: int(each.numel() * (each.element_size() - bytes_of_weight(quantization))) for each in frozen}
 
 
-def _held_by_others(model: nn.Module, recipe: Recipe, count: int) -> int:
+def _held_by_others(model: nn.Module, recipe: Recipe, count: int, saved: Mapping[nn.Parameter, int]) -> int:
     """Bytes of the layers' weights that other processes hold, less two whole layers: one computes, one is gathered."""
     if recipe.launch.strategy not in ("fsdp", "zero3") or count == 1:
         return 0
     adapters = {id(each) for _, _, each in named_tensors(model).values()}
     layers = [layer for _, found in stacks(model) for layer in found]
     sizes = [
-        sum(each.numel() * each.element_size() for each in layer.parameters() if id(each) not in adapters)
+        sum(each.nbytes - saved.get(each, 0) for each in layer.parameters() if id(each) not in adapters)
         for layer in layers
     ]
     return max(0, sum(sizes) - sum(sizes) // count - 2 * max(sizes))

@@ -32,7 +32,7 @@ from peftcli.train.report import OnEvent, Phase, RowsRead
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.resume import has_begun
 from peftcli.train.setup import checkpoint_activations
-from peftcli.train.strategies import may_divide
+from peftcli.train.strategies import may_divide, takes
 
 _USED = 0.9
 """The share of the memory that an estimate may fill."""
@@ -185,7 +185,8 @@ def _strategies(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) 
     wanted = recipe.launch.strategy
     if wanted != "auto":
         return [wanted]
-    if num_processes == 1 or not may_divide(data.task) or base.quantization is not None:
+    divides = may_divide(data.task) and takes("fsdp", recipe.base_model.quantization) and not base.is_stored_quantised
+    if num_processes == 1 or not divides:
         return ["replicate"]
     model = base.empty_model(row_of(recipe).auto_class, **data.task.model_options())
     return ["replicate", "fsdp"] if any(stacks(model)) else ["replicate"]

@@ -75,14 +75,16 @@ class PreparedModel:
         """Add a micro-batch's part to the gradients of the step."""
         accelerator.backward(loss)
 
-    def clip(self, accelerator: Accelerator, limit: float) -> float:
-        """Sum the gradients over the processes, and clip them. Returns their norm before that."""
-        _sum_gradients(self, accelerator)
-        return float(accelerator.clip_grad_norm_(self.parameters, limit))
+    def apply_gradients(self, accelerator: Accelerator, limit: float) -> float:
+        """Sum the gradients over the processes, clip them, and update what trains, unless they are not finite.
 
-    def update(self) -> None:
-        """Apply the clipped gradients."""
-        self.optimizer.step()
+        Returns their norm before clipping.
+        """
+        _sum_gradients(self, accelerator)
+        norm = float(accelerator.clip_grad_norm_(self.parameters, limit))
+        if math.isfinite(norm):
+            self.optimizer.step()
+        return norm
 
     def make_whole(self) -> None:
         """Bring what trains together where the processes hold parts of it. All do so together."""
@@ -199,10 +201,9 @@ def fit(gradients: Gradients) -> Generator[StepResult]:
         learning_rate = float(prepared.schedule.get_last_lr()[0])
         if not math.isfinite(loss_sum):
             raise Diverged(f"the loss of step {step + 1} is not finite", hint=LESS_LEARNING)
-        grad_norm = prepared.clip(accelerator, limit)
+        grad_norm = prepared.apply_gradients(accelerator, limit)
         if not math.isfinite(grad_norm):
             raise Diverged(f"the gradient norm of step {step + 1} is not finite", hint=LESS_LEARNING)
-        prepared.update()
         prepared.schedule.step()
         after_step(gradients.model, prepared.config, step + 1, plan.total_steps)
         prepared.optimizer.zero_grad(set_to_none=True)

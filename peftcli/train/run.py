@@ -59,7 +59,7 @@ from peftcli.train.runs.resume import Run, StartOptions, checkpoint_to_resume, c
 from peftcli.train.runs.typed_json import ABSENT, from_json
 from peftcli.train.setup import adapted_model, calibrate, load_base, prepare, start_accelerator
 from peftcli.train.sharded import shard
-from peftcli.train.strategies import refuse_strategy
+from peftcli.train.strategies import divides, refuse_strategy
 from peftcli.train.threads import use_threads
 from peftcli.train.trackers import Trackers, require_packages
 from peftcli.train.training_loop import RunData, TrainingLoop
@@ -283,9 +283,10 @@ def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
     if needs_batches(config):
         run.tell(Phase("calibrating the adapter on the training data"))
         injection = calibrate(model, injection, config, recipe, data.examples, run.accelerator)
-    if recipe.launch.strategy == "fsdp" and run.accelerator.num_processes > 1:
+    if recipe.launch.strategy == "fsdp" and divides(recipe):
         run.tell(Phase(f"dividing the base model's layers among {run.accelerator.num_processes} processes"))
-        shard(model, run.accelerator.device, cpu_offload=recipe.launch.cpu_offload)
+        send = recipe.launch.cpu_ram_efficient_loading
+        shard(model, run.accelerator.device, cpu_offload=recipe.launch.cpu_offload, send=send)
     prepared = prepare(model, config, recipe, plan, run.accelerator)
     if isinstance(data.task, Begins):
         data.task.begin(model, from_adapter=source is not None)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -34,6 +34,8 @@ from peftcli.train.launch import has_launcher
 from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import build_optimizer, build_schedule, parameter_groups
 from peftcli.train.plan import Plan
+from peftcli.train.sharded import load_by_first
+from peftcli.train.strategies import divides
 from peftcli.train.zero import STAGES, ZeroModel, start_engine
 
 
@@ -106,8 +108,13 @@ def load_base(recipe: Recipe, task: Task[Any]) -> LoadedModel:
     Raises:
         ModelError: it cannot be loaded.
     """
-    dtype = base_dtype(recipe)
-    return task.base.model(row_of(recipe).auto_class, dtype, **task.model_options())
+
+    def load(dtype: torch.dtype | Literal["auto"]) -> LoadedModel:
+        return task.base.model(row_of(recipe).auto_class, dtype, **task.model_options())
+
+    if divides(recipe) and recipe.launch.cpu_ram_efficient_loading:
+        return load_by_first(load, base_dtype(recipe))
+    return load(base_dtype(recipe))
 
 
 def adapted_model(
@@ -210,8 +217,8 @@ def prepare(
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     # by default without DDP: the loop adds the gradients up, or DeepSpeed does
     several, strategy = accelerator.num_processes > 1, recipe.launch.strategy
-    divided = several and strategy in ("fsdp", "zero3")  # and placed with it
-    prepared = accelerator.prepare_model(model, device_placement=not divided, evaluation_mode=strategy != "ddp")
+    to_device = not divides(recipe)  # or the engine does it
+    prepared = accelerator.prepare_model(model, device_placement=to_device, evaluation_mode=strategy != "ddp")
     tensors = named_tensors(model)
     parameters = [parameter for _, _, parameter in tensors.values()]
     if several:

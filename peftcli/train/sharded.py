@@ -8,41 +8,83 @@ others' parts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from peftcli.core.layer import adapter_layers, base_module
-from peftcli.core.quantised import is_quantised
+from peftcli.core.quantised import in_four_bits, is_quantised, keep_scales
 from peftcli.errors import ModelError
+from peftcli.models.base import LoadedModel
 from peftcli.models.stacks import stacks
 from peftcli.system.memory import give_back_freed
 
 _KEY = "launch.strategy"
 
 
-def shard(model: nn.Module, device: torch.device, *, cpu_offload: bool = False) -> None:
+def load_by_first(load: Callable[[Any], LoadedModel], dtype: torch.dtype) -> LoadedModel:
+    """Load a model in the first process, and in the others one of zeros, until ``shard`` or DeepSpeed sends the values.
+
+    Args:
+        load: Loads it in a number format. In that of the files, ``auto``, it maps them, and here nobody reads them.
+        dtype: The one to compute in.
+    """
+    is_first = torch.distributed.get_rank() == 0
+    loaded = load(dtype if is_first else "auto")
+    parameters, buffers = dict(loaded.model.named_parameters()), dict(loaded.model.named_buffers())
+    dtypes = [{name: value.dtype for name, value in (parameters | buffers).items()}]
+    broadcast_object_list(dtypes)
+    for name, value in buffers.items():
+        value.data = value.data.to(dtypes[0][name])
+    for name, value in parameters.items() if not is_first else ():
+        zeros = torch.from_numpy(np.zeros(value.numel() * dtypes[0][name].itemsize, np.uint8))  # without a page of it
+        value.data = zeros.view(dtypes[0][name]).view(value.shape)
+    return loaded
+
+
+def shard(model: nn.Module, device: torch.device, *, cpu_offload: bool = False, send: bool = False) -> None:
     """Divide the layers of a model among all processes, in place. An adapter in it stays whole.
 
-    ``cpu_offload``: the parts are in the CPU's memory until they are gathered.
+    Args:
+        model: On the CPU.
+        device: Where it computes.
+        cpu_offload: Whether the parts are in the CPU's memory until they are gathered.
+        send: Whether the first process's model is that of all.
 
     Raises:
-        ModelError: it has no stack of layers, or quantised weights.
+        ModelError: it has no stack of layers, quantised weights of which a part is nothing, or, if the first process
+            sends its values, other shapes there.
     """
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY  # its own, so not where other runs need it
 
     found = check_divisible(model, "fsdp")
     if device.type == "cpu":  # where layers are allocated and freed all the time
         give_back_freed()
+    for each in filter(in_four_bits, model.modules()):
+        keep_scales(each)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    if send:
+        _check_shapes(model)
     whole = _whole(model, [layer for _, layers in found for layer in layers])
-    for value in (*whole, *model.buffers()):  # not as a view of the file, of which the layers would stay in memory too
+    # the same order in all; and not as a view of the file, of which the layers would stay in memory too
+    for value in (*(each for each in model.parameters() if each in whole), *model.buffers()):
         value.data = value.data.to(device, copy=True)
+        if send:
+            torch.distributed.broadcast(value.data, 0)
     offload = CPUOffloadPolicy(pin_memory=device.type != "cpu") if cpu_offload else OffloadPolicy()
     for module, layers in reversed(found):  # a stack that another one's module holds comes first
         for each in (*layers, module):
+            for value in each.parameters() if send and each is not module else ():
+                if value not in whole:
+                    value.data = value.data.to(device)
+                    torch.distributed.broadcast(value.data, 0)
             fully_shard(each, mesh=mesh, ignored_params=whole, offload_policy=offload)
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
@@ -51,17 +93,26 @@ def shard(model: nn.Module, device: torch.device, *, cpu_offload: bool = False) 
             _CAN_RECORD_REGISTRY.update({str(type(part)): part._can_record_outputs})
 
 
+def _check_shapes(model: nn.Module) -> None:
+    """Raise ModelError if tensors have other shapes in another process."""
+    shapes = [(name, tuple(value.shape)) for name, value in (*model.named_parameters(), *model.named_buffers())]
+    if any(others != shapes for others in gather_object([shapes])):
+        text = "is not for a method whose shapes depend on the base model's weights, which only the first process has"
+        raise ModelError(text, key="launch.cpu_ram_efficient_loading")
+
+
 def check_divisible(model: nn.Module, strategy: str) -> list[tuple[nn.Module, list[nn.Module]]]:
     """Return the stacks of layers to divide.
 
     Raises:
-        ModelError: the model has no stack, has quantised weights, or drops layers at random.
+        ModelError: the model has no stack, drops layers at random, or has quantised weights that cannot be divided.
     """
     found = list(stacks(model))
     if not isinstance(model, PreTrainedModel) or not found:
         raise ModelError(f"{strategy} divides the layers of a stack, which this model does not have", key=_KEY)
-    if any(is_quantised(module) for module in model.modules()):
-        raise ModelError(f"{strategy} cannot divide quantised weights", key=_KEY)
+    divides = in_four_bits if strategy == "fsdp" else lambda module: False
+    if any(is_quantised(module) and not divides(module) for module in model.modules()):
+        raise ModelError(f"{strategy} cannot divide these quantised weights", key=_KEY)
     if any(getattr(model.config, name, 0) for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")):
         raise ModelError(f"{strategy} is not for models of which each process drops layers of its own", key=_KEY)
     return found

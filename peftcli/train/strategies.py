@@ -4,21 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from peftcli.core.config import AdapterConfig
-from peftcli.core.protocols import AfterStep, layers_of
+from peftcli.core.protocols import AfterStep, layers_of, needs_batches
 from peftcli.errors import UsageError
-from peftcli.schema import Recipe
+from peftcli.schema import Quantization, Recipe
 from peftcli.tasks.base import Begins, Gathers, Task
 
 _DIVIDED = ("fsdp", "zero3")
 _ENGINES = ("ddp", "zero2", "zero3")
+_QUANTISED = {"fsdp": ("nf4", "fp4"), "zero2": ("nf4", "fp4", "int8"), "zero3": ()}
+"""launch.strategy -> the quantised weights that it can handle: their scales stand beside them, whole. Others: all."""
 _ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd")
 """Values of training.optim that update each number by itself."""
+
+
+def divides(recipe: Recipe) -> bool:
+    """Whether this process and others divide the base model among them."""
+    several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    return several and recipe.launch.strategy in _DIVIDED
 
 
 def may_divide(task: Task[Any]) -> bool:
     """Whether the model of a task can be divided: one of texts, if the task does not compare the rows of a batch."""
     return task.unit == "tokens" and not isinstance(task, Gathers)
+
+
+def takes(strategy: str, quantization: Quantization | None) -> bool:
+    """Whether a strategy is for weights that are quantised so."""
+    return quantization is None or strategy not in _QUANTISED or quantization.type in _QUANTISED[strategy]
 
 
 def refuse_strategy(recipe: Recipe, task: Task[Any], config: AdapterConfig) -> None:
@@ -27,9 +42,9 @@ def refuse_strategy(recipe: Recipe, task: Task[Any], config: AdapterConfig) -> N
     Raises:
         UsageError: it is not.
     """
-    strategy, method, quantised = recipe.launch.strategy, layers_of(config), recipe.base_model.quantization is not None
+    strategy, method, quantization = recipe.launch.strategy, layers_of(config), recipe.base_model.quantization
     refused = (
-        ((*_DIVIDED, "zero2"), quantised, "is not for quantised weights"),
+        (tuple(_QUANTISED), not takes(strategy, quantization), f"is not for {quantization and quantization.type}"),
         (_DIVIDED, not may_divide(task), "divides models of texts, whose task does not compare the rows of a batch"),
         (_ENGINES, isinstance(task, Gathers), "is not for tasks that compare the rows of all processes"),
         (("zero3",), isinstance(task, Begins), "is not for tasks that compare the model with what it was"),
@@ -40,6 +55,9 @@ def refuse_strategy(recipe: Recipe, task: Task[Any], config: AdapterConfig) -> N
         if strategy in strategies and is_so:
             hint = "launch.strategy: replicate"
             raise UsageError(f"{strategy} {text}", key="launch.strategy", hint=hint)
+    if recipe.launch.cpu_ram_efficient_loading and needs_batches(config):
+        text = "each process needs the whole model, to start the adapter from data"
+        raise UsageError(text, key="launch.cpu_ram_efficient_loading")
     if strategy.startswith("zero") and recipe.training.optim not in _ELEMENTWISE:
         text = f"{strategy} divides what adamw_torch and sgd remember, and no other optimizer"
         raise UsageError(text, key="training.optim")

@@ -54,14 +54,10 @@ class ZeroModel(PreparedModel):
             loss = loss + sum(0 * parameter.sum() for parameter in self.parameters)
         self.engine.backward(loss * accelerator.num_processes)  # it takes the mean over the processes
 
-    def clip(self, accelerator: Accelerator, limit: float) -> float:
-        """Clip and apply the gradients, which DeepSpeed does as one, unless they are not finite."""
+    def apply_gradients(self, accelerator: Accelerator, limit: float) -> float:
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm() or 0)
         return math.inf if self.engine.optimizer.overflow or norm < 0 else norm
-
-    def update(self) -> None:
-        """Do nothing: ``clip`` has done it."""
 
     def make_whole(self) -> None:
         first: Any = self.parameters[0]  # to which DeepSpeed has given methods

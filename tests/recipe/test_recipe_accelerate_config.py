@@ -62,14 +62,16 @@ def test_processes_machines_and_fsdp_are_as_it_says(tmp_path: Path) -> None:
 
 
 def test_deepspeed_and_offloading_are_as_it_says(tmp_path: Path) -> None:
-    for said, expected in (
-        (zero(zero_stage=3, offload_param_device="cpu", offload_optimizer_device="none"), ("zero3", True)),
-        (zero(), ("zero2", False)),
-        (fsdp(fsdp_offload_params=True) | {"mixed_precision": "no"}, ("fsdp", True)),
+    quantised = "base_model.quantization={type: nf4}"
+    efficient = fsdp(fsdp_offload_params=True, fsdp_cpu_ram_efficient_loading=True) | {"mixed_precision": "no"}
+    for said, more, expected in (
+        (zero(zero_stage=3, offload_param_device="cpu", offload_optimizer_device="none"), [], ("zero3", True, False)),
+        (zero(), [], ("zero2", False, False)),
+        (efficient, [], ("fsdp", True, True)),
+        (efficient, [quantised], ("fsdp", True, False)),
     ):
-        recipe = read(written(tmp_path, said), []).recipe
-        assert recipe is not None
-        assert (recipe.launch.strategy, recipe.launch.cpu_offload) == expected
+        launch = read(written(tmp_path, said), more).recipe.launch
+        assert (launch.strategy, launch.cpu_offload, launch.cpu_ram_efficient_loading) == expected
 
 
 def test_the_recipe_comes_before_it(tmp_path: Path) -> None:

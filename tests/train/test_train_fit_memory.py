@@ -61,7 +61,7 @@ def test_the_model_is_divided_only_where_it_must_be(fit, monkeypatch: pytest.Mon
     assert found["strategy"] == "replicate"
     monkeypatch.setattr(
         "peftcli.train.estimate._held_by_others",
-        lambda model, recipe, count: 1 if (recipe.launch.strategy == "fsdp") else 0,
+        lambda model, recipe, count, saved: 1 if (recipe.launch.strategy == "fsdp") else 0,
     )  # of two small layers nothing is saved
     found, divided = fit(STRATEGY, processes=8, memory=whole - 1)
     assert (found["strategy"], divided) == ("fsdp", whole - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from trainkit import read_metrics
 
 from peftcli.errors import UsageError
 from peftcli.methods import METHODS
+from peftcli.recipe import load_recipe
+from peftcli.train.examine import examine
 
 TEXTS = (
     *("causal_lm", "seq2seq_lm", "sequence_classification", "a decoder", "question_answering", "preference", "reward"),
@@ -53,6 +56,14 @@ def assert_alike(recipe: Path, *settings: str) -> None:
         assert here["values"] == pytest.approx(there["values"], rel=1e-3, abs=1e-4)
 
 
+def assert_same_bytes(recipe: Path, settings: Sequence[str], more: str, strategy: str = "fsdp") -> None:
+    """A setting changes nothing of the adapter."""
+    folder = trained(recipe, strategy, *settings, more)
+    found = (folder / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(folder)
+    assert (trained(recipe, strategy, *settings) / "adapter_model.safetensors").read_bytes() == found
+
+
 def test_it_trains_as_with_the_whole_model(recipe: Path) -> None:
     settings = ("training.verify=false", "training.max_steps=2")  # a fresh interpreter takes seconds
     assert_alike(recipe, *settings)
@@ -61,11 +72,43 @@ def test_it_trains_as_with_the_whole_model(recipe: Path) -> None:
 @pytest.mark.slow
 def test_parts_that_wait_in_the_memory_of_the_cpu(recipe: Path) -> None:
     """On a CPU nothing moves: this shows that such a run ends, and ends alike."""
-    settings = ("training.verify=false", "training.max_steps=2")
-    folder = trained(recipe, "fsdp", *settings, "launch.cpu_offload=true")
-    offloaded = (folder / "adapter_model.safetensors").read_bytes()
-    shutil.rmtree(folder)
-    assert (trained(recipe, "fsdp", *settings) / "adapter_model.safetensors").read_bytes() == offloaded
+    assert_same_bytes(recipe, ("training.verify=false", "training.max_steps=2"), "launch.cpu_offload=true")
+
+
+EFFICIENTLY = "launch.cpu_ram_efficient_loading=true"
+
+
+@pytest.mark.parametrize("more", ["", pytest.param("base_model.dtype=bfloat16", marks=pytest.mark.slow)])
+def test_the_first_process_may_read_the_model_for_all(more: str, recipe: Path) -> None:
+    settings = ("training.verify=false", "training.max_steps=2", *filter(None, [more]))
+    assert_same_bytes(recipe, settings, EFFICIENTLY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_the_first_process_may_read_the_model_of_every_method(method: str, recipe: Path) -> None:
+    settings = (f"method={json.dumps(settings_of(method, 'causal_lm'))}", "training.verify=false")
+    if method == "adamss":
+        children = group(recipe.parent, "train", recipe, *settings, "launch.strategy=fsdp", EFFICIENTLY)
+        assert [child.wait() for child in children] == [4, 4]
+        assert "shapes depend on the base model's weights" in children[0].err
+        return
+    assert_same_bytes(recipe, settings, EFFICIENTLY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("double_quant", ["true", "false"])
+@pytest.mark.parametrize("use_dora", ["false", "true"])  # DoRA reads the weights
+def test_quantised_weights_of_four_bits_are_divided(use_dora: str, double_quant: str, recipe: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    quantization = f"base_model.quantization={{type: nf4, double_quant: {double_quant}}}"
+    assert_alike(recipe, quantization, f"method.use_dora={use_dora}")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8_weight_only"])
+def test_other_quantised_weights_are_refused(kind: str, recipe: Path) -> None:
+    found = examine(load_recipe(recipe, ["launch.strategy=fsdp", f"base_model.quantization={{type: {kind}}}"]))
+    assert any(f"fsdp is not for {kind}" in problem.message for problem in found.errors), found.errors
 
 
 @pytest.mark.parametrize("setting", ["training.gradient_accumulation_steps=2", "training.bf16=true"])

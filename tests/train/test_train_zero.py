@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from task_methods import settings_of
 from taskkit import CASES
 from test_train_processes import group, losses
-from test_train_sharded import TEXTS, trained
+from test_train_sharded import EFFICIENTLY, TEXTS, assert_same_bytes, trained
 from transformers import OPTConfig, OPTForCausalLM
 
 from peftcli.errors import UsageError
@@ -57,7 +57,8 @@ def test_what_zero_is_not_for(recipe: Path, tmp_path: Path) -> None:
         (("launch.strategy=zero3", "method.init_lora_weights=pissa"), "zero3 is for LoRA without its variants"),
         (("launch.strategy=zero3", "method.use_dora=true"), "zero3 is for LoRA without its variants"),
         (("launch.strategy=zero3", "training.optim=adafactor"), "zero3 divides what adamw_torch and sgd remember"),
-        (("launch.strategy=zero3", "base_model.quantization={type: nf4}"), "zero3 is not for quantised weights"),
+        (("launch.strategy=zero3", "base_model.quantization={type: nf4}"), "zero3 is not for nf4"),
+        (("launch.strategy=zero2", "base_model.quantization={type: int8_weight_only}"), "zero2 is not for int8_w"),
     ):
         found = examine(load_recipe(recipe, settings))
         assert any(said in problem.message for problem in found.errors), found.errors
@@ -92,6 +93,21 @@ def test_a_stopped_run_ends_with_the_same_bytes(strategy: str, more: str, recipe
     trained(recipe, strategy, *settings)
     assert json.loads((folder / "run.json").read_text())["attempts"][-1]["from_step"] == 4
     assert (folder / "adapter_model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_process_may_read_the_model_for_all(dtype: str, recipe: Path) -> None:
+    assert_same_bytes(recipe, (*BRIEF, f"base_model.dtype={dtype}"), EFFICIENTLY, "zero3")
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantised_weights_under_zero2(kind: str, recipe: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    assert_as_replicate(recipe, "zero2", *BRIEF, f"base_model.quantization={{type: {kind}}}")
 
 
 @pytest.mark.slow
