@@ -68,6 +68,11 @@ from peftcli.recipe import gate_holds, parse_gate
         (["gates.eval_loss=< 1", "training.eval_strategy=no"], "gates.eval_loss", "needs an evaluation"),
         (["base_model.trust_remote_code=true"], "base_model.trust_remote_code", "base_model.revision must name"),
         (["launch.machine_rank=1"], "launch.machine_rank", "must be below launch.num_machines (1), not 1"),
+        (
+            ["launch={strategy: fsdp, cpu_ram_efficient_loading: true}", "base_model.quantization=nf4"],
+            "launch.cpu_ram_efficient_loading",
+            "is not for weights that are quantised while they are loaded",
+        ),
         (["launch.num_machines=2"], "launch.num_machines", "above 1 needs launch.main_process_port"),
         (["launch.cpu_offload=true"], "launch.cpu_offload", "is for fsdp and zero3, not replicate"),
         (["launch.main_process_port=70000"], "launch.main_process_port", "must be in [1, 65535]"),
