@@ -45,13 +45,14 @@ def outcome(model: nn.Module, inputs: dict[str, Any], autocast: bool = False) ->
 @pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["whole", "reentrant", "checkpointed"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_and_gradients_are_those_of_plain_layers(
-    kind: str, checkpointing: bool | None, precision: str
+    kind: str, dropout: float, checkpointing: bool | None, precision: str
 ) -> None:
     """In half precision they are about as close to those of float32 as plain ones under autocast."""
     model = tiny(kind, scale=1.0).to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
-    inject(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.2))
+    inject(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=dropout))
     if checkpointing is not None:
         model.activation_checkpointing_enable({"use_reentrant": checkpointing})
         model.enable_input_require_grads()

@@ -32,6 +32,7 @@ from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError, Interrupted, ModelError, UsageError
 from peftcli.methods import METHODS, config_from_dict
 from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora.fused import FUSED
 from peftcli.schema import BaseModel, Quantization
 from peftcli.train.report import Event, Stepped
 
@@ -143,6 +144,30 @@ def test_a_base_model_in_bfloat16_has_a_float32_adapter(kind: str) -> None:
     assert output.logits.dtype == torch.bfloat16
     output.loss.backward()
     assert all(torch.isfinite(parameter.grad).all() for _, _, parameter in named_tensors(model).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_as_one_function_has_the_gradients_of_plain_layers(kind: str, dtype: torch.dtype) -> None:
+    model = quantised(kind, dtype=dtype)
+    inject(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    keep_layout(model)
+    model.train()
+
+    def gradients() -> torch.Tensor:
+        with torch.autocast("cpu", enabled=dtype == torch.bfloat16):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+        found = torch.cat([parameter.grad.flatten() for _, _, parameter in named_tensors(model).values()])
+        model.zero_grad()
+        return found
+
+    fast = gradients()
+    FUSED.enabled = False
+    try:
+        plain = gradients()
+    finally:
+        FUSED.enabled = True
+    rounds = dtype == torch.bfloat16 or kind in ("int8", "nf4-bfloat16")  # of inputs too
+    assert (fast - plain).norm() < (0.05 if rounds else 1e-5) * plain.norm()
 
 
 def test_a_base_model_that_cuts_gradients_is_refused() -> None:

@@ -96,15 +96,19 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 HEADS: dict[str, dict[str, Any]] = {
     "frozen": {},
     "saved": {"modules_to_save": ["lm_head"]},
-    "adapted": {"target_modules": ["lm_head", "q_proj"]},
+    "adapted": {"target_modules": r"lm_head|.*\.(q_proj|c_attn|q)"},
+    "rows": {"trainable_token_indices": batch("llama")["input_ids"][0, :2].tolist()},
 }
+TRAINED = ("llama", "llama_tied", "gpt2", "qwen2", "gemma3", "t5", "gemma2", "cohere", "granite")
+"""Models whose head is tried with what trains in it."""
 KINDS = ("llama", "llama_tied", "gpt2", "opt", "qwen2", "gemma3", "bloom", "mixtral", "t5", *BUILT)
 
 
 @pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize(
-    ("kind", "head"), [*((kind, "frozen") for kind in KINDS), ("llama", "saved"), ("llama", "adapted")]
+    ("kind", "head"),
+    [*((kind, "frozen") for kind in KINDS), *((kind, head) for kind in TRAINED for head in HEADS if head != "frozen")],
 )
 def test_chunks_have_the_losses_and_gradients_of_one_piece(kind: str, head: str, precision: str) -> None:
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
@@ -138,7 +142,21 @@ def test_virtual_tokens_are_no_targets() -> None:
     torch.testing.assert_close(gradients, expected)
 
 
-def test_the_gradient_is_that_of_a_head_in_float64() -> None:
+def _as_it_is(logits: torch.Tensor) -> torch.Tensor:
+    return logits
+
+
+@pytest.mark.parametrize(
+    "shaped",
+    [
+        _as_it_is,
+        lambda logits: 3 * torch.tanh(logits / 3),
+        lambda logits: 0.25 * logits,
+        lambda logits: logits + torch.linspace(-1, 1, 5000, dtype=torch.float64).to(logits.dtype),
+    ],
+    ids=["as it is", "soft-capped", "scaled", "with a bias"],
+)
+def test_the_gradient_is_that_of_a_head_in_float64(shaped: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """The plain one is off by more: it takes shares from logarithms of shares."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(5000, 64, generator=generator)
@@ -151,11 +169,12 @@ def test_the_gradient_is_that_of_a_head_in_float64() -> None:
         assert start.grad is not None
         return start.grad.double()
 
-    exact = gradient(lambda x: F.cross_entropy(x @ weight.double().T, targets, reduction="none"), torch.float64)
-    found = gradient(lambda x: chunked_losses(x, targets, lambda part: part @ weight.T)[0], torch.float32)
-    plain = gradient(lambda x: F.cross_entropy(x @ weight.T, targets, reduction="none"), torch.float32)
+    exact = gradient(lambda x: F.cross_entropy(shaped(x @ weight.double().T), targets, reduction="none"), torch.float64)
+    found = gradient(lambda x: chunked_losses(x, targets, lambda part: shaped(part @ weight.T))[0], torch.float32)
+    plain = gradient(lambda x: F.cross_entropy(shaped(x @ weight.T), targets, reduction="none"), torch.float32)
     off, plainly_off = (float((each - exact).norm() / exact.norm()) for each in (found, plain))
-    assert off < min(5e-6, plainly_off)
+    assert off < 5e-6
+    assert off < plainly_off or shaped is not _as_it_is
 
 
 def test_a_target_that_is_nearly_certain_has_the_exact_gradient() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models_tiny import EOS, VOCABULARY, tiny
+from models_tiny import DECODERS, EOS, VOCABULARY, tiny
 from task_methods import settings_of
 from taskkit import CASES
 from torch.nn import functional as F
@@ -133,6 +133,30 @@ def test_the_same_is_computed_without_padding(kind: str, checkpointing: bool, mo
     assert found.keys() == gradients.keys()
     for name, gradient in gradients.items():
         assert float((found[name] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max()), name
+
+
+@pytest.mark.grid(each="method")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [*((kind, "lora") for kind in ABLE), *((kind, "prompt_tuning") for kind in ABLE if kind in DECODERS)],
+)
+def test_in_bfloat16_it_is_as_close_to_float32_as_with_padding(kind: str, method: str, autocast: bool) -> None:
+    inputs, found = batch(*LENGTHS), list[torch.Tensor]()
+    for dtype, unpads in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        model = adapted(kind, method)
+        rounded = dtype == torch.bfloat16
+        if rounded and not autocast:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(parameter.dtype if parameter.requires_grad else dtype)
+        with torch.autocast("cpu", enabled=rounded):
+            if unpads:
+                assert unpad(model)
+            said, gradients = with_gradients(model, inputs)
+        found.append(torch.cat([said.float().flatten(), *(each.flatten() for each in gradients.values())]))
+    exact, padded, without = found
+    off, padded_off = (float((each - exact).norm() / exact.norm()) for each in (without, padded))
+    assert off < 1.5 * padded_off + 2e-3
 
 
 @pytest.mark.parametrize("kind", ["bloom", "t5"])
