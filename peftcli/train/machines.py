@@ -348,8 +348,10 @@ class Agent(LocalElasticAgent):
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state in (WorkerState.FAILED, WorkerState.SUCCEEDED):  # of the latter a gate may have failed
             failed = {each.local_rank: each.exitcode for each in result.failures.values()}
-            codes = failed or dict.fromkeys(range(self.spec.local_world_size), 0)
-            self.error = first_error(self.status, codes, self.spec.local_world_size, self.forwarded)
+            count = self.spec.local_world_size
+            self.error = first_error(self.status, failed or dict.fromkeys(range(count), 0), count, self.forwarded)
+            if first_error(self.status, dict.fromkeys(range(count), -signal.SIGABRT), count, []) is None:  # all is done
+                return RunResult(state=WorkerState.SUCCEEDED)
         return result
 
     def _restart_workers(self, worker_group: Any) -> None:

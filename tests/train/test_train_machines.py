@@ -19,6 +19,8 @@ import pytest
 import trainkit
 from hosts import Host, can_make_hosts, two_hosts
 from torch.distributed import HashStore
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from trainkit import read_metrics, read_run, run_recipe
 
 from peftcli.errors import AdapterError, Diverged, GateFailed, ProcessDied, UsageError
@@ -278,3 +280,19 @@ def test_only_lost_processes_are_started_again(
         with pytest.raises(type(other or error)):
             agent._restart_workers("group")
     assert bool(restarted) is again
+
+
+@pytest.mark.parametrize(("reported", "state"), [(("null", "null"), "SUCCEEDED"), (("null",), "FAILED")])
+def test_processes_that_are_aborted_after_their_work_are_not_started_again(
+    reported: tuple[str, ...], state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aborted = ProcessFailure(local_rank=1, pid=1, exitcode=-signal.SIGABRT, error_file="")
+    failed = RunResult(WorkerState.FAILED, failures={1: aborted})
+    monkeypatch.setattr(machines.LocalElasticAgent, "_monitor_workers", lambda self, group: failed)
+    for number, text in enumerate(reported):
+        (tmp_path / f"{number}.json").write_text(text)
+    agent: Any = object.__new__(Agent)
+    agent.status, agent.waiting, agent.forwarded, agent._pcontext = tmp_path, [], [], None
+    agent.spec, agent.watch = SimpleNamespace(local_world_size=2), SimpleNamespace(look=lambda *_, **__: None)
+    assert agent._monitor_workers("group").state.name == state
+    assert (agent.error is None) is (state == "SUCCEEDED")
