@@ -40,6 +40,7 @@ def trained(recipe: Path, strategy: str, *settings: str, count: int = 2) -> Path
     given = (*STEPS, f"training.output_dir={folder}", f"launch.strategy={strategy}", *settings)
     children = group(recipe.parent, "train", recipe, *given, count=count)
     assert [child.wait() for child in children] == [0] * count, children[0].err
+    assert "Warning: FSDP2" not in children[0].err
     return folder
 
 
