@@ -22,9 +22,13 @@ from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.estimate import estimate
 from peftcli.train.fit_memory import fit, is_fitted, settings_of, smallest
 from peftcli.train.init_adapter import KEY, find_init_adapter, with_init_settings
+from peftcli.train.kernels import check_liger_kernel
 from peftcli.train.launch import total_processes
+from peftcli.train.optim import check_optimizer
 from peftcli.train.setup import checkpoint_activations
-from peftcli.train.strategies import refuse_strategy
+from peftcli.train.sharded import check_divisible
+from peftcli.train.strategies import DIVIDED, refuse_strategy
+from peftcli.train.trackers import require_packages
 
 T = TypeVar("T")
 
@@ -78,10 +82,16 @@ def examine(recipe: Recipe) -> Found:
                 lambda: prepare(lambda name: (open_base(BaseModel(name=name)) if name else base).processor()),
             )
             if data is not None:
-                attempt("launch.strategy", partial(refuse_strategy, recipe, data.task, config))
+                attempt("launch.strategy", partial(refuse_strategy, recipe, data.task, config, processes))
+    attempt("training", lambda: check_optimizer(recipe.training))
+    attempt("training", lambda: require_packages(recipe))
+    if recipe.training.use_liger_kernel:
+        attempt("training", check_liger_kernel)
     attempt("base_model", lambda: base.quantization)
     model = attempt("base_model", lambda: base.empty_model(row_of(recipe).auto_class, **options))
     if model is not None and config is not None:
+        if recipe.launch.strategy in DIVIDED and processes > 1:
+            attempt("launch.strategy", partial(check_divisible, model, recipe.launch.strategy))
         if isinstance(task, FitsModel):
             attempt("method", lambda: task.fit_model(model, config))
         config.task_type = row_of(recipe).task_type

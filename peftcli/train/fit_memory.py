@@ -28,11 +28,11 @@ from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import FitsModel
 from peftcli.train.data import Data, load_data, plan_of
 from peftcli.train.estimate import Estimate, estimate
-from peftcli.train.report import OnEvent, Phase, RowsRead
+from peftcli.train.report import OnEvent, Phase, RowsRead, Warned
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.resume import has_begun
 from peftcli.train.setup import checkpoint_activations
-from peftcli.train.strategies import may_divide, takes
+from peftcli.train.strategies import DIVIDED, may_divide, takes
 
 _USED = 0.9
 """The share of the memory that an estimate may fill."""
@@ -116,7 +116,10 @@ def _chosen(recipe: Recipe, num_processes: int, tell: OnEvent) -> Settings:
     base = open_base(recipe.base_model)
     data = load_data(recipe, open_task(recipe, base), on_rows=lambda *read: tell(RowsRead(*read)))
     fits, needs = fit(recipe, base, data, num_processes)
-    tell(Phase(_account(fits, needs, num_processes)))
+    there = _memory(recipe, num_processes)
+    tell(Phase(_account(recipe, fits, needs, there, num_processes)))
+    if needs is not None and _in_step(needs) > there:
+        tell(Warned("the smallest of what can be chosen needs more memory than is free"))
     return settings_of(fits)
 
 
@@ -156,7 +159,7 @@ def fit(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) -> tuple
     ]
     if len(ways) == len(sizes) == 1:
         return chosen(sizes[0], *ways[0]), None
-    limit, last = _memory(num_processes), None
+    limit, last = _memory(recipe, num_processes), None
     for way in ways:
         try:
             last = found = tried(sizes[0], *way)
@@ -197,11 +200,11 @@ def _in_step(needs: Estimate) -> int:
     return needs.packages + needs.weights + needs.adapter + needs.step
 
 
-def _memory(num_processes: int) -> float:
-    """Bytes that a process of this machine may fill."""
+def _memory(recipe: Recipe, num_processes: int) -> float:
+    """Bytes that a process of this machine may fill, one of ``num_processes`` on all machines."""
     if torch.cuda.is_available():
         return _USED * torch.cuda.mem_get_info()[0]
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes // recipe.launch.num_machines))
     return _USED * (free_memory() / here + resident_memory())
 
 
@@ -225,12 +228,18 @@ def _estimate(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) ->
     return estimate(model, config, recipe, base, data, plan_of(recipe, data, num_processes))
 
 
-def _account(recipe: Recipe, needs: Estimate | None, num_processes: int) -> str:
-    """What was chosen, and why."""
-    training, strategy = recipe.training, recipe.launch.strategy
-    again = ", activations computed again" if training.gradient_checkpointing else ""
-    divided = ", the base model divided" if strategy in ("fsdp", "zero3") else ""
+def _account(asked: Recipe, chosen: Recipe, needs: Estimate | None, there: float, num_processes: int) -> str:
+    """What was chosen, and why, where ``there`` bytes may be filled."""
+    training = chosen.training
     examples = f"{training.rows_at_once} of {training.rows_at_once * training.gradient_accumulation_steps} examples"
-    there = _memory(num_processes) / 2**30
-    known = f": about {_in_step(needs) / 2**30:.1f} of {there:.1f} GiB" if needs else ""
-    return f"memory: {examples} at once{again}{divided}{known}"
+    again = ", activations computed again" if training.gradient_checkpointing else ""
+    model = ""
+    if chosen.launch.strategy in DIVIDED:
+        model = ", the base model divided" + (
+            ", since it does not fit whole" if asked.launch.strategy == "auto" else ""
+        )
+    elif asked.launch.strategy == "auto":
+        why = "" if needs else ", since there is one" if num_processes == 1 else ", since it cannot be divided"
+        model = f", the base model whole in each process{why}"
+    known = f": about {_in_step(needs) / 2**30:.1f} of {there / 2**30:.1f} GiB" if needs else ""
+    return f"memory: {examples} at once{again}{model}{known}"

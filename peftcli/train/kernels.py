@@ -38,6 +38,13 @@ def compile_layers(model: nn.Module) -> None:
         layer.compile(dynamic=True)
 
 
+def check_liger_kernel() -> None:
+    """Raise UsageError unless liger-kernel is installed, and a GPU is there for it."""
+    require_extra("liger_kernel", "liger", _LIGER, UsageError)
+    if not torch.cuda.is_available():
+        raise UsageError("needs a GPU, and torch sees none", key=_LIGER)
+
+
 def use_liger_kernel(model: Any) -> None:
     """Let liger-kernel replace the layers that it knows of a model, which is on a GPU then; head and loss stay ours.
 
@@ -45,9 +52,7 @@ def use_liger_kernel(model: Any) -> None:
         UsageError: the package is not installed, or there is no GPU.
         ModelError: it has nothing for this model.
     """
-    require_extra("liger_kernel", "liger", _LIGER, UsageError)
-    if not torch.cuda.is_available():
-        raise UsageError("needs a GPU, and torch sees none", key=_LIGER)
+    check_liger_kernel()
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 

@@ -118,6 +118,15 @@ def build_optimizer(
     return optimizer
 
 
+def check_optimizer(training: Training) -> None:
+    """Check the optimizer's settings, before there is anything to train.
+
+    Raises:
+        UsageError: its package is not installed, or it does not take ``training.optim_args``.
+    """
+    build_optimizer([nn.Parameter(torch.zeros(1))], training)
+
+
 def build_schedule(
     optimizer: torch.optim.Optimizer, training: Training, total_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:

@@ -32,7 +32,7 @@ from peftcli.schema import Recipe
 from peftcli.system import date
 from peftcli.system.signals import STARTED, Stop, handle_signals
 from peftcli.tasks import described, open_task
-from peftcli.tasks.base import Begins, Gathers, Limits, Task, require_extra
+from peftcli.tasks.base import Begins, Gathers, Limits, Task
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.finish import finish
@@ -42,6 +42,7 @@ from peftcli.train.kernels import compile_layers
 from peftcli.train.launch import report_training
 from peftcli.train.loop import Gradients, PreparedModel
 from peftcli.train.noise import add_embedding_noise
+from peftcli.train.optim import check_optimizer
 from peftcli.train.packing_check import refuse_contamination
 from peftcli.train.report import OnEvent, Phase, Ready, RowsRead, Warned, peak_memory_bytes
 from peftcli.train.runs.checkpoint import Progress, State, load_checkpoint, set_newer_aside
@@ -59,11 +60,10 @@ from peftcli.train.runs.resume import Run, StartOptions, checkpoint_to_resume, c
 from peftcli.train.runs.typed_json import ABSENT, from_json
 from peftcli.train.setup import adapted_model, calibrate, load_base, prepare, start_accelerator
 from peftcli.train.sharded import shard
-from peftcli.train.strategies import divides, refuse_strategy
+from peftcli.train.strategies import STAGES, divides, refuse_strategy
 from peftcli.train.threads import use_threads
 from peftcli.train.trackers import Trackers, require_packages
 from peftcli.train.training_loop import RunData, TrainingLoop
-from peftcli.train.zero import STAGES
 
 
 def train(
@@ -262,14 +262,10 @@ def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
         AdapterError: the method's settings do not fit it.
     """
     recipe, config, plan = run.pinned, method_config(run.recipe), data.plan
-    refuse_strategy(recipe, data.task, config)
-    if run.accelerator.num_processes == 1:
-        if recipe.launch.cpu_offload:
-            raise UsageError("one process has no part of the model to offload", key="launch.cpu_offload")
-        if recipe.launch.strategy in ("fsdp", *STAGES):
-            run.warn(f"launch.strategy: {recipe.launch.strategy} divides nothing, since there is one process")
-    elif recipe.launch.strategy in STAGES:
-        require_extra("deepspeed", "deepspeed", "launch.strategy", UsageError)
+    refuse_strategy(recipe, data.task, config, run.accelerator.num_processes)
+    check_optimizer(recipe.training)
+    if recipe.launch.strategy in ("fsdp", *STAGES) and run.accelerator.num_processes == 1:
+        run.warn(f"launch.strategy: {recipe.launch.strategy} divides nothing, since there is one process")
     run.tell(Phase(f"loading {recipe.base_model.name}"))
     model, injection, notes = adapted_model(recipe, config, data.task, company.load)
     config.revision = run.recipe.base_model.revision

@@ -35,8 +35,8 @@ from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import build_optimizer, build_schedule, parameter_groups
 from peftcli.train.plan import Plan
 from peftcli.train.sharded import load_by_first
-from peftcli.train.strategies import divides
-from peftcli.train.zero import STAGES, ZeroModel, start_engine
+from peftcli.train.strategies import STAGES, divides
+from peftcli.train.zero import ZeroModel, start_engine
 
 
 def start_accelerator(recipe: Recipe) -> Accelerator:

@@ -87,7 +87,10 @@ def shard(model: nn.Module, device: torch.device, *, cpu_offload: bool = False, 
                     value.data = value.data.to(device)
                     torch.distributed.broadcast(value.data, 0)
             fully_shard(each, mesh=mesh, ignored_params=whole, offload_policy=offload)
-    for module, _ in found:  # of views torch warns, since a change in place may lose a hook that gathers; it has no part
+    for (
+        module,
+        _,
+    ) in found:  # of views torch warns, since a change in place may lose a hook that gathers; it has no part
         warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({type(module).__name__}\) returned a view tensor")
     for part in model.modules():
         if isinstance(part, PreTrainedModel):

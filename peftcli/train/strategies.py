@@ -10,9 +10,12 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.protocols import AfterStep, layers_of, needs_batches
 from peftcli.errors import UsageError
 from peftcli.schema import Quantization, Recipe
-from peftcli.tasks.base import Begins, Gathers, Task
+from peftcli.tasks.base import Begins, Gathers, Task, require_extra
 
-_DIVIDED = ("fsdp", "zero3")
+STAGES = {"zero2": 2, "zero3": 3}
+"""launch.strategy -> the stage of ZeRO."""
+DIVIDED = ("fsdp", "zero3")
+"""Values of launch.strategy that divide the base model."""
 _ENGINES = ("ddp", "zero2", "zero3")
 _QUANTISED = {"fsdp": ("nf4", "fp4"), "zero2": ("nf4", "fp4", "int8"), "zero3": ()}
 """launch.strategy -> the quantised weights that it can handle: their scales stand beside them, whole. Others: all."""
@@ -23,7 +26,7 @@ _ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd")
 def divides(recipe: Recipe) -> bool:
     """Whether this process and others divide the base model among them."""
     several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    return several and recipe.launch.strategy in _DIVIDED
+    return several and recipe.launch.strategy in DIVIDED
 
 
 def may_divide(task: Task[Any]) -> bool:
@@ -36,16 +39,16 @@ def takes(strategy: str, quantization: Quantization | None) -> bool:
     return quantization is None or strategy not in _QUANTISED or quantization.type in _QUANTISED[strategy]
 
 
-def refuse_strategy(recipe: Recipe, task: Task[Any], config: AdapterConfig) -> None:
-    """Check that the recipe's strategy is for its task and method.
+def refuse_strategy(recipe: Recipe, task: Task[Any], config: AdapterConfig, num_processes: int) -> None:
+    """Check that the recipe's strategy is for its task and method, and for so many processes.
 
     Raises:
-        UsageError: it is not.
+        UsageError: it is not, or DeepSpeed is not installed.
     """
     strategy, method, quantization = recipe.launch.strategy, layers_of(config), recipe.base_model.quantization
     refused = (
         (tuple(_QUANTISED), not takes(strategy, quantization), f"is not for {quantization and quantization.type}"),
-        (_DIVIDED, not may_divide(task), "divides models of texts, whose task does not compare the rows of a batch"),
+        (DIVIDED, not may_divide(task), "divides models of texts, whose task does not compare the rows of a batch"),
         (_ENGINES, isinstance(task, Gathers), "is not for tasks that compare the rows of all processes"),
         (("zero3",), isinstance(task, Begins), "is not for tasks that compare the model with what it was"),
         (("zero3",), config.reads_past_calls(), "is for LoRA without its variants: other methods read divided weights"),
@@ -55,9 +58,13 @@ def refuse_strategy(recipe: Recipe, task: Task[Any], config: AdapterConfig) -> N
         if strategy in strategies and is_so:
             hint = "launch.strategy: replicate"
             raise UsageError(f"{strategy} {text}", key="launch.strategy", hint=hint)
-    if recipe.launch.cpu_ram_efficient_loading and needs_batches(config):
+    if strategy in DIVIDED and recipe.launch.cpu_offload and num_processes == 1:
+        raise UsageError("one process has no part of the model to offload", key="launch.cpu_offload")
+    if strategy in DIVIDED and recipe.launch.cpu_ram_efficient_loading and needs_batches(config):
         text = "each process needs the whole model, to start the adapter from data"
         raise UsageError(text, key="launch.cpu_ram_efficient_loading")
-    if strategy.startswith("zero") and recipe.training.optim not in _ELEMENTWISE:
+    if strategy in STAGES and recipe.training.optim not in _ELEMENTWISE:
         text = f"{strategy} divides what adamw_torch and sgd remember, and no other optimizer"
         raise UsageError(text, key="training.optim")
+    if strategy in STAGES and num_processes > 1:
+        require_extra("deepspeed", "deepspeed", "launch.strategy", UsageError)

@@ -25,9 +25,8 @@ from transformers import PreTrainedModel
 from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import AVERAGES
 from peftcli.train.sharded import check_divisible, is_sharded
+from peftcli.train.strategies import STAGES
 
-STAGES = {"zero2": 2, "zero3": 3}
-"""launch.strategy -> the stage of ZeRO."""
 _LARGEST_BUCKET = 50_000_000
 
 

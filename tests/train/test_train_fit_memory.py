@@ -33,7 +33,7 @@ def fit(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[di
         made = load_recipe(path, [*settings] if path != recipe else [PADDED, *settings])
         base = open_base(made.base_model)
         task = open_task(made, base)
-        monkeypatch.setattr(fit_memory, "_memory", lambda processes: memory)
+        monkeypatch.setattr(fit_memory, "_memory", lambda recipe, processes: memory)
         monkeypatch.setattr("peftcli.train.estimate.resident_memory", lambda: 0)
         found, needs = fit_memory.fit(made, base, load_data(made, task), processes)
         return fit_memory.settings_of(found), 0 if needs is None else fit_memory._in_step(needs)
@@ -72,12 +72,12 @@ def test_a_run_with_chosen_settings_learns_the_same_and_keeps_them(
 ) -> None:
     folder = f"training.output_dir={tmp_path / 'usual'}"
     usual = trainkit.run_recipe(recipe, "training.per_device_train_batch_size=4", folder)
-    monkeypatch.setattr(fit_memory, "_memory", lambda processes: 0)
+    monkeypatch.setattr(fit_memory, "_memory", lambda recipe, processes: 0)
     auto = trainkit.run_recipe(recipe, SIZE, STEPS, CHECKPOINTING)
     training = auto.run["recipe"]["training"]
     assert [training[key] for key in fit_memory._CHOSEN["training"]] == [1, 4, True]
     assert auto.run["train_loss"] == pytest.approx(usual.run["train_loss"], rel=1e-4)
-    monkeypatch.setattr(fit_memory, "_memory", lambda processes: 1e12)
+    monkeypatch.setattr(fit_memory, "_memory", lambda recipe, processes: 1e12)
     again = trainkit.run_recipe(recipe, SIZE, STEPS, CHECKPOINTING)
     assert again.run["artefacts"] == auto.run["artefacts"]
     for changed in ("training.gradient_accumulation_steps=8", "training.gradient_checkpointing=false"):

@@ -122,7 +122,8 @@ def test_two_hosts_give_the_series_of_one_process(strategy: str, pair: Pair) -> 
     if strategy.startswith("zero"):
         pytest.importorskip("deepspeed")
     one = run_recipe(pair.recipe, "training.eval_strategy=epoch")
-    (answer, _), (nothing, _) = map(ended, pair.both("training.eval_strategy=epoch", f"launch.strategy={strategy}"))
+    (answer, err), (nothing, _) = map(ended, pair.both("training.eval_strategy=epoch", f"launch.strategy={strategy}"))
+    assert "UserWarning" not in err
     assert [entry["loss"] for entry in pair.lines() if "loss" in entry] == pytest.approx(one.losses, rel=1e-5)
     assert read_run(pair.folder(0))["processes"] == 2
     assert '"status": "complete"' in answer

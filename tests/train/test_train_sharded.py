@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from task_methods import settings_of
 from taskkit import CASES
 from test_train_processes import group, losses
-from trainkit import read_metrics
+from trainkit import read_metrics, read_run
+from transformers import OPTConfig, OPTForCausalLM
 
 from peftcli.errors import UsageError
 from peftcli.methods import METHODS
@@ -40,7 +41,6 @@ def trained(recipe: Path, strategy: str, *settings: str, count: int = 2) -> Path
     given = (*STEPS, f"training.output_dir={folder}", f"launch.strategy={strategy}", *settings)
     children = group(recipe.parent, "train", recipe, *given, count=count)
     assert [child.wait() for child in children] == [0] * count, children[0].err
-    assert "Warning: FSDP2" not in children[0].err
     return folder
 
 
@@ -55,6 +55,13 @@ def assert_alike(recipe: Path, *settings: str) -> None:
     for name in ("scores", "probe") if said else ():
         here, there = (each.get(name) or {"values": []} for each in said)
         assert here["values"] == pytest.approx(there["values"], rel=1e-3, abs=1e-4)
+
+
+def interrupt(folder: Path) -> None:
+    """Make of a complete run of four steps one that was stopped after two."""
+    shutil.rmtree(folder / "checkpoints/step-000004", ignore_errors=True)
+    record = read_run(folder)
+    (folder / "run.json").write_text(json.dumps(record | {"status": "interrupted"}))
 
 
 def assert_same_bytes(recipe: Path, settings: Sequence[str], more: str, strategy: str = "fsdp") -> None:
@@ -98,6 +105,47 @@ def test_the_first_process_may_read_the_model_of_every_method(method: str, recip
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    ["method.modules_to_save=[lm_head]", "base_model.new_tokens=[<new>]", "training.gradient_checkpointing=true"],
+)
+def test_the_first_process_may_read_a_model_of_which_more_trains(more: str, recipe: Path) -> None:
+    assert_same_bytes(recipe, ("training.verify=false", "training.max_steps=2", more), EFFICIENTLY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sequence_classification", "token_classification", "reward", "preference"])
+def test_the_first_process_may_read_a_model_with_a_new_head(name: str, tmp_path: Path) -> None:
+    assert_same_bytes(CASES[name].write(tmp_path), ("training.verify=false", "training.max_steps=2"), EFFICIENTLY)
+
+
+@pytest.mark.slow
+def test_the_first_process_may_read_the_model_of_a_run_that_goes_on(recipe: Path) -> None:
+    settings = ("training.verify=false", "training.save_strategy=steps", "training.save_steps=2")
+    folder = trained(recipe, "fsdp", *settings, EFFICIENTLY)
+    whole = (folder / "adapter_model.safetensors").read_bytes()
+    interrupt(folder)
+    assert (trained(recipe, "fsdp", *settings, EFFICIENTLY) / "adapter_model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_the_model_divided_among_more_processes(recipe: Path) -> None:
+    settings = ("training.verify=false", "training.save_strategy=steps", "training.save_steps=2")
+    folder = trained(recipe, "replicate", *settings, "training.per_device_train_batch_size=4", count=1)
+    whole = load_file(folder / "adapter_model.safetensors")
+    interrupt(folder)
+    changed = ("training.per_device_train_batch_size=2", f"training.output_dir={folder}", "launch.strategy=fsdp")
+    keys = ("processes", "launch.strategy", "training.per_device_train_batch_size")
+    allowed = [word for key in keys for word in ("--allow-change", key)]
+    children = group(recipe.parent, "train", recipe, *STEPS, *settings, *changed, *allowed)
+    assert [child.wait() for child in children] == [0, 0], children[0].err
+    torch.testing.assert_close(load_file(folder / "adapter_model.safetensors"), whole, atol=1e-5, rtol=1e-5)
+    run = read_run(folder)
+    assert (run["attempts"][-1]["from_step"], run["processes"]) == (2, 2)
+    assert not run["exact"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("double_quant", ["true", "false"])
 @pytest.mark.parametrize("use_dora", ["false", "true"])  # DoRA reads the weights
 def test_quantised_weights_of_four_bits_are_divided(use_dora: str, double_quant: str, recipe: Path) -> None:
@@ -133,6 +181,27 @@ def test_other_models_are_refused(name: str, tmp_path: Path) -> None:
     recipe = CASES[name].write(tmp_path)
     with pytest.raises(UsageError, match="models of texts"):
         trainkit.run_recipe(recipe, "launch.strategy=fsdp")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["launch={strategy: fsdp, num_processes: 2}"], "drops layers of its own"),
+        (["training.optim_args={beta: 1}"], "has no such argument"),
+        (["training.use_liger_kernel=true"], "liger"),
+        (["launch={strategy: auto, cpu_offload: true, num_processes: 1}"], None),
+    ],
+)
+def test_a_deep_check_says_what_the_run_would(settings: list[str], said: str | None, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 400, "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = tmp_path / "base"
+    shutil.copytree(trainkit.base_folder(), base)
+    for file in base.glob("*.safetensors"):
+        file.unlink()
+    OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16, layerdrop=0.1)).save_pretrained(base)
+    found = examine(load_recipe(trainkit.write_recipe(tmp_path, base), settings))
+    messages = [problem.message for problem in found.errors]
+    assert any(said in message for message in messages) if said else not messages, messages
 
 
 @pytest.mark.slow
