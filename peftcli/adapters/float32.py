@@ -6,21 +6,26 @@ import ctypes
 import mmap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer
 
 _HALF = (torch.bfloat16, torch.float16)
+_PIECE = 32 << 20
+"""Bytes of a weight, as it is stored, that are in float32 at once."""
 
 
 @contextmanager
 def computing_in_float32(model: nn.Module) -> Iterator[None]:
     """Inside, each module has its own weights in float32 while it is called, and an adapter layer those of its base.
 
+    Large embeddings and linear layers, as an output head, are read in pieces: they would be most of what it takes.
     A module that reads the weights of another one without calling it finds them as they are stored, which usually ends
     with a RuntimeError of PyTorch. Weights in mapped files are read again each time; none may be changed inside.
     """
@@ -43,18 +48,43 @@ def computing_in_float32(model: nn.Module) -> Iterator[None]:
             for value in _half(parameters).values():
                 _drop_pages(value, mapped)
 
+    large: list[Any] = [module for module in model.modules() if _is_large(module)]
     modules = [
         module
         for module in model.modules()
-        if any(_half(each._parameters) or _half(each._buffers) for each in _parts(module))
+        if module not in large and any(_half(each._parameters) or _half(each._buffers) for each in _parts(module))
     ]
     hooks = [module.register_forward_pre_hook(widen, prepend=True) for module in modules]
     hooks += [module.register_forward_hook(put_back, always_call=True) for module in modules]
+    for each in large:
+        each.forward = partial(_in_pieces, each, mapped)
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+        for each in large:
+            del each.forward
+
+
+def _is_large(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight") if type(module) in (nn.Linear, nn.Embedding) else None
+    return weight is not None and weight.dtype in _HALF and weight.nbytes > _PIECE
+
+
+def _in_pieces(module: Any, mapped: list[tuple[int, int]], x: torch.Tensor) -> torch.Tensor:
+    """Compute what a linear layer or an embedding does with its weight in float32."""
+    weight: torch.Tensor = module.weight
+    if isinstance(module, nn.Embedding):
+        found = F.embedding(x, weight).float()
+        _drop_pages(weight, mapped)
+        return found
+    outputs = list[torch.Tensor]()
+    for part in weight.split(max(1, _PIECE // weight[0].nbytes)):
+        outputs.append(F.linear(x, part.float()))
+        _drop_pages(part, mapped)
+    found = torch.cat(outputs, dim=-1)
+    return found if module.bias is None else found + module.bias.float()
 
 
 def _parts(module: nn.Module) -> list[nn.Module]:

@@ -12,10 +12,13 @@ from torch import nn
 from peftcli.core.config import AdapterConfig
 from peftcli.data.store import View
 from peftcli.tasks.base import Batch, KnowsStep, Packs, Task
-from peftcli.tasks.text.parts import PART, parts_of
+from peftcli.tasks.text.parts import PART, of_like_length, parts_of
 from peftcli.tasks.text.unpadded import is_unpadded
 from peftcli.train.batches import collate
 from peftcli.train.plan import MicroBatch, Plan
+
+_STEPS = 500
+"""Of how many steps the padding is counted."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class BatchForm:
     pads: bool
     """Whether the model computes the padding of a batch."""
     divides: bool
-    """Whether micro-batches are computed in parts, which need less memory and give the same sum of gradients."""
+    """Whether micro-batches are computed in parts, which give the same sum of gradients with less memory or padding."""
 
     @classmethod
     def of(
@@ -36,18 +39,31 @@ class BatchForm:
         """Return the form for a model with an adapter; ``in_step``: all processes run it equally often."""
         unpadded, on_cpu = is_unpadded(model), next(model.parameters()).device.type == "cpu"
         sums = task.divides and not config.reads_batches()
-        divides = unpadded and sums and on_cpu and not in_step
+        divides = task.unit == "tokens" and sums and on_cpu and not in_step
         return cls(joins=plan.packs and not unpadded, pads=not unpadded, divides=divides)
 
     def divided(self, micro_batches: list[MicroBatch], examples: View) -> list[MicroBatch]:
         """Return what is in the model at once, one after another."""
         if not self.divides:
             return micro_batches
-        parts = list[MicroBatch]()
-        for rows in micro_batches:
-            read = [[examples[at] for at in row] for row in rows]
-            parts += [rows[part] for part in parts_of(read, PART)]
-        return parts
+        return [rows[part] for rows in micro_batches for part in self._parts(rows, examples)]
+
+    def _parts(self, rows: MicroBatch, examples: View) -> list[slice]:
+        if self.pads:
+            return of_like_length([int(examples.sizes[row].sum()) for row in rows]) or [slice(0)]
+        return parts_of([[examples[at] for at in row] for row in rows], PART)
+
+    def efficiency(self, plan: Plan, examples: View) -> float:
+        """Return which share of the tokens that the model computes, in an epoch's first steps, is no padding."""
+        if not (self.pads and self.divides):
+            return plan.efficiency if self.pads else 1.0
+        whole = computed = 0
+        for step in range(min(plan.steps_per_epoch, _STEPS)):
+            for process in range(plan.num_processes):
+                for rows in filter(None, self.divided(plan.micro_batches(step, process), examples)):
+                    sizes = [int(examples.sizes[row].sum()) for row in rows]
+                    whole, computed = whole + sum(sizes), computed + len(sizes) * max(sizes)
+        return whole / computed
 
     def batch(self, task: Task[Any], examples: View, plan: Plan, step: int, rows: MicroBatch) -> Batch:
         """Return rows of a step, counted from 0, as the model takes them.

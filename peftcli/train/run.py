@@ -41,6 +41,7 @@ from peftcli.train.init_adapter import find_init_adapter, refuse_other_base, wit
 from peftcli.train.kernels import compile_layers
 from peftcli.train.launch import report_training
 from peftcli.train.loop import Gradients, PreparedModel
+from peftcli.train.micro_batches import BatchForm
 from peftcli.train.noise import add_embedding_noise
 from peftcli.train.optim import check_optimizer
 from peftcli.train.packing_check import refuse_contamination
@@ -293,9 +294,9 @@ def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
         add_embedding_noise(model, recipe.training.neftune_noise_alpha)
     if recipe.training.torch_compile:
         compile_layers(model)
-    efficiency = 1.0 if unpadded else plan.efficiency
+    form = BatchForm.of(run.accelerator.unwrap_model(prepared.model), data.task, config, plan, in_step=prepared.in_step)
     parameters = ParametersRecord(trainable=injection.trainable, all=injection.total)
-    return BuiltModel(prepared, parameters, efficiency, source)
+    return BuiltModel(prepared, parameters, form.efficiency(plan, data.examples.train), source)
 
 
 # --- where training starts --------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,7 @@ from trainkit import run_recipe
 
 from peftcli.data.store import Example
 from peftcli.tasks.base import Batch
-from peftcli.tasks.text.parts import parts_of
+from peftcli.tasks.text.parts import _PART_COST, of_like_length, parts_of
 from peftcli.train import loop, micro_batches
 
 DPO = CASES["preference"]
@@ -48,6 +49,34 @@ def test_parts_are_as_large_as_they_may_be(sizes: list[int], limit: int) -> None
 def test_a_long_beginning_that_rows_share_is_not_computed_often(shared: int, own: int, count: int) -> None:
     rows = [[example(np.array([*range(shared), *range(1000 * at, 1000 * at + own)]))] for at in range(1, 9)]
     assert len(parts_of(rows, 640)) == count
+
+
+@given(sizes=st.lists(st.integers(1, 200), max_size=12).map(sorted))
+def test_padded_parts_are_of_like_length(sizes: list[int]) -> None:
+    parts = [sizes[part] for part in of_like_length(sizes)]
+    assert [size for part in parts for size in part] == sizes
+
+    def cost(parts: list[list[int]]) -> int:
+        return sum(len(part) * max(part) + _PART_COST for part in parts)
+
+    cuts = itertools.product([False, True], repeat=max(0, len(sizes) - 1))
+    ends = ([0, *(at for at, cut in enumerate(each, 1) if cut), len(sizes)] for each in cuts)
+    assert not sizes or cost(parts) == min(cost([sizes[a:b] for a, b in pairwise(each)]) for each in ends)
+
+
+@pytest.mark.parametrize("name", ["seq2seq_lm", "sequence_classification"])
+def test_a_padded_model_learns_the_same_in_parts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An encoder-decoder, and a classifier that is made to compute padding."""
+    monkeypatch.setattr("peftcli.train.run.unpad", lambda model, config: False)
+    recipe, losses, shares = CASES[name].write(tmp_path), list[list[float]](), list[float]()
+    settings = ("training.max_steps=3", "training.per_device_train_batch_size=4", "training.bf16=false")
+    for cost in (0, 10**9):
+        monkeypatch.setattr("peftcli.tasks.text.parts._PART_COST", cost)
+        done = run_recipe(recipe, *settings, f"training.output_dir={tmp_path / str(cost)}")
+        losses.append(done.losses)
+        shares.append(done.run["data"]["efficiency"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert shares[0] == 1 > shares[1]
 
 
 @pytest.mark.parametrize(
