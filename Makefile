@@ -84,9 +84,9 @@ docs-check: $(STAMP) ## fail when they are stale
 	@$(BIN)/peftcli schema | diff - peftcli/recipe.schema.json || { echo "peftcli/recipe.schema.json is stale: run 'make docs'" >&2; exit 1; }
 	@$(BIN)/python docs/generate.py --check
 
-bench: $(BENCH)/.installed ## measure against peers, and write docs/performance.md; takes hours, or PARTS="logits" of it
+bench: $(BENCH)/.installed ## measure against peers, and write docs/performance.md; takes hours, or PARTS="logits" of it; RESULTS=mine.json: all anew
 	@$(BENCH)/bin/python configs/quickstart/fetch_model.py $(MODEL)
-	@$(BENCH)/bin/python benchmarks $(PARTS)
+	@$(BENCH)/bin/python benchmarks $(PARTS) $(if $(RESULTS),--results $(RESULTS))
 
 check: lint type test docs-check ## everything that CI runs
 

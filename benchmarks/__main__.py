@@ -4,8 +4,9 @@
     python benchmarks training growth        some parts
     python benchmarks training --only TRL    of their cells those that contain a text
     python benchmarks --list                 what there is, and what is measured
-    python benchmarks scaling --cell '{"of": "rows", "x": 1000000}'
+    python benchmarks scaling --cell '{"of": "rows", "x": 3000000}'
                                              a cell that is not in the list: it takes long
+    python benchmarks --results mine.json    measure all anew, as on another machine
 
 TRL must be installed. What was measured is kept in docs/performance.json, each cell as soon as it is there, and not
 measured again: delete it there to do so. Some claims have scripts of their own beside this one; each prints a JSON
@@ -48,15 +49,16 @@ HEAD = """\
 # Performance
 
 What peftcli takes of time and memory, beside what others take for the same in the same run. Written by `make bench`,
-which goes on where it was stopped; `python benchmarks training` measures one part. SmolLM2-135M-Instruct
-(`make quickstart` fetches it) and rows made of the quickstart's functions (`benchmarks/rows.py`), one thread and CPU
-seconds of the process, unless a table says otherwise. Each figure is a median, with the least and the most in brackets;
-ratios are taken round by round. Sides take turns, each in a process of its own.
+which goes on where it was stopped (`make bench RESULTS=mine.json` begins anew, as on another machine).
+SmolLM2-135M-Instruct (`make quickstart` fetches it) and rows made of the quickstart's functions (`benchmarks/rows.py`),
+one thread and CPU seconds of the process, unless a table says otherwise. Each figure is a median, with the least and
+the most in brackets; ratios are taken round by round. Sides take turns, each in a process of its own.
 """
 GATES_HEAD = """\
 ## Gates
 
-Ratios say how many times peftcli's time or memory the other side takes, unless the name says otherwise.
+Ratios say how many times peftcli's time or memory the other side takes, unless the name says otherwise. Rows are those
+of unequal length, unless it does; for other kinds of rows see the tables below.
 
 | ratio | gate | goal | measured | |
 | --- | ---: | ---: | ---: | --- |"""
@@ -214,8 +216,12 @@ def comparison(results: Results) -> Iterator[str]:
     for title, kind, precision in (
         ("rows of unequal length, fp32", "unequal", "fp32"),
         ("rows of unequal length, bf16", "unequal", "bf16"),
+        ("rows of unequal length that start differently, fp32", "unlike", "fp32"),
+        ("rows of unequal length that start differently, bf16", "unlike", "bf16"),
         ("rows of equal length, fp32", "equal", "fp32"),
         ("rows of equal length, bf16", "equal", "bf16"),
+        ("short rows, fp32", "short", "fp32"),
+        ("short rows, bf16", "short", "bf16"),
     ):
         cell = {"rows": kind, "precision": precision}
         seconds = {
@@ -234,10 +240,10 @@ def comparison(results: Results) -> Iterator[str]:
             return
         best = min(peers, key=lambda side: peers[side])
         ours, floor = median(seconds["peftcli"]), median(seconds["floor"])
+        ratio = median(training.ratios("per_thousand", {"side": best, **cell}, {"side": "peftcli", **cell}))
         shown = [f"{peers[side]:.1f}" if side in peers else "" for side in sides.values()]
         lines.append(
-            f"| {title} | {ours:.1f} | {' | '.join(shown)} | {peers[best]:.1f} ({best}) | {peers[best] / ours:.2f} "
-            f"| {floor:.1f} |"
+            f"| {title} | {ours:.1f} | {' | '.join(shown)} | {peers[best]:.1f} ({best}) | {ratio:.2f} | {floor:.1f} |"
         )
     yield "CPU seconds for 1,000 useful tokens of LoRA r 16 on all linear layers, one thread:"
     yield ""
@@ -246,8 +252,9 @@ def comparison(results: Results) -> Iterator[str]:
     yield from lines
     yield ""
     yield "peftcli as it comes; the others as they come, and with the fastest of the settings that were tried. Medians"
-    yield "over the same rows in turns; all sides compute the same loss. The floor is the matrix products alone. How it"
-    yield "was measured, memory and the rest: [docs/performance.md](docs/performance.md), written by `make bench`."
+    yield "over the same rows in turns, ratios round by round; all sides compute the same loss. The floor is the matrix"
+    yield "products alone. How it was measured, memory and the rest: [docs/performance.md](docs/performance.md), by"
+    yield "`make bench`."
     yield ""
     yield "| | peftcli | peft |"
     yield "| --- | --- | --- |"

@@ -48,14 +48,14 @@ STEP_SWEEPS: dict[str, tuple[str, tuple[int, ...], str, str]] = {
     "r": (
         "r",
         (4, 16, 64, 256),
-        "LoRA's products and AdamW's state are linear in r, beside a base that is the same",
+        "linear in r where LoRA's products take long; below r 64 they cost what any small operation does: so over 1",
         "A, B, their gradients and AdamW's two moments are linear in r; activations inside an adapter are, too",
     ),
     "modules": (
         "adapted modules",
         tuple(MODULES),
-        "an adapter's six products each, beside a base that is the same; modules of other widths cost more",
-        "an adapter's parameters and the input that it keeps",
+        "an adapter's products each; the last 90 are the MLP's, whose sides are three times as wide: so over 1",
+        "an adapter's parameters and the input that it keeps, of which those of the MLP are the largest",
     ),
     "adapters": (
         "adapters on the same modules, all enabled",

@@ -34,7 +34,7 @@ SHARED = "several adapters together against one after another"
 GATES = {
     (SHORT, "step"): f"{SHARED}, speed of short rows",
     (QUICKSTART, "step"): f"{SHARED}, speed of rows that fill a step",
-    (QUICKSTART, "peak"): f"{SHARED}, memory",
+    (QUICKSTART, "peak"): "several adapters together against as many processes side by side, memory",
 }
 
 
@@ -106,7 +106,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Alternate the sides and print the medians."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--fp32", action="store_true")
     parser.add_argument("--kind", choices=BATCH)
     parser.add_argument("--side")
