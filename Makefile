@@ -6,6 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 QUANTISED := .venv-quantised
 BENCH := .venv-bench
+GPU := .venv-gpu
 # a test file stays in one process, since its tests share what they made
 TWO := --numprocesses 2 --dist loadfile
 MODEL := models/SmolLM2-135M-Instruct
@@ -44,6 +45,13 @@ $(BENCH)/.installed: pyproject.toml
 	@$(BENCH)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]' trl
 	@touch $@
 
+# with the packages that only a GPU uses, and the peers
+$(GPU)/.installed: pyproject.toml
+	@test -x $(GPU)/bin/pip || $(PYTHON) -m venv $(GPU)
+	@echo "gpu: installing into $(GPU)"
+	@$(GPU)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev,bitsandbytes,deepspeed,liger]' trl
+	@touch $@
+
 fmt: $(STAMP) ## format the code, and mend what ruff can
 	@$(BIN)/ruff check --fix-only --quiet
 	@$(BIN)/ruff format
@@ -68,8 +76,8 @@ test-all: $(STAMP) $(QUANTISED)/.installed ## the slow tests too, those that nee
 	@$(QUANTISED)/bin/pytest -m "not gpu and not network" tests/interop/test_guides_in_full.py -k int8
 	@$(MAKE) torture
 
-test-gpu: $(STAMP) ## the tests that need a GPU
-	@$(BIN)/pytest -m gpu
+test-gpu: $(GPU)/.installed ## the tests that need a GPU
+	@$(GPU)/bin/pytest -m gpu
 
 torture: $(STAMP) ## try to break every promise of docs/reliability.md, and write that page; takes an hour or more
 	@command -v strace >/dev/null || { echo "torture: needs strace; on Debian: apt install strace" >&2; exit 1; }

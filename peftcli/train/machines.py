@@ -21,7 +21,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
-import psutil
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -32,6 +31,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from peftcli.errors import Interrupted, PeftcliError, ProcessDied, UsageError
 from peftcli.schema import Launch
+from peftcli.system.addresses import source, use_interface
 from peftcli.system.signals import SAVE_SIGNAL, STOP_SIGNALS
 from peftcli.train.launch import (
     GO_ON,
@@ -144,7 +144,7 @@ def _own_address(launch: Launch) -> str:
     while True:
         try:
             kind, *_, target = socket.getaddrinfo(*meets, type=socket.SOCK_DGRAM)[0]
-            found = _source(kind, target)
+            found = source(kind, target)
             break
         except OSError as error:
             if time.monotonic() > end:
@@ -154,16 +154,10 @@ def _own_address(launch: Launch) -> str:
     if not found.startswith(_DEBIANS_OWN) or meets[0].startswith(_DEBIANS_OWN) or meets[0] == "localhost":
         return found
     try:
-        return _source(socket.AF_INET, ("192.0.2.1", 9))  # an address that nobody has: by the way to other networks
+        return source(socket.AF_INET, ("192.0.2.1", 9))  # an address that nobody has: by the way to other networks
     except OSError:
         message = f"{meets[0]} is an address of this machine that others do not reach ({found})"
         raise UsageError(message, key="launch.main_process_ip", hint="give the address, and not the name") from None
-
-
-def _source(kind: int, target: Any) -> str:
-    with socket.socket(kind, socket.SOCK_DGRAM) as way:
-        way.connect(target)  # sends nothing
-        return str(way.getsockname()[0])
 
 
 @contextmanager
@@ -172,17 +166,15 @@ def _environment(count: int, folder: str, address: str) -> Iterator[None]:
     variables = shared_variables(count) | {STATUS: folder, "TORCHELASTIC_SIGNALS_TO_HANDLE": ""}
     # or else a machine that comes back waits for what the others said once, at the first start (torch 2.13)
     variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(each.address == address for each in addresses):  # or else gloo takes that of the machine's name
-            variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", name)
-    outside = {name: os.environ.get(name) for name in variables}
+    outside = {name: os.environ.get(name) for name in (*variables, "GLOO_SOCKET_IFNAME")}
     os.environ.update(variables)
+    use_interface(address)
     try:
         yield
     finally:
         for name, value in outside.items():
             if value is None:
-                del os.environ[name]
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value
 
@@ -350,8 +342,10 @@ class Agent(LocalElasticAgent):
             failed = {each.local_rank: each.exitcode for each in result.failures.values()}
             count = self.spec.local_world_size
             self.error = first_error(self.status, failed or dict.fromkeys(range(count), 0), count, self.forwarded)
-            if first_error(self.status, dict.fromkeys(range(count), -signal.SIGABRT), count, []) is None:  # all is done
-                return RunResult(state=WorkerState.SUCCEEDED)
+            done = first_error(self.status, dict.fromkeys(range(count), -signal.SIGABRT), count, []) is None
+            if done and result.is_failed():  # torch's threads have aborted a process as Python ended
+                values = {worker.global_rank: None for worker in worker_group.workers}
+                return RunResult(state=WorkerState.SUCCEEDED, return_values=values)
         return result
 
     def _restart_workers(self, worker_group: Any) -> None:

@@ -25,6 +25,7 @@ from peftcli.errors import ModelError, UsageError
 from peftcli.models.open import LoadedModel, open_base
 from peftcli.models.weights import BaseWeights
 from peftcli.schema import BaseModel, Recipe
+from peftcli.system.addresses import use_interface_to
 from peftcli.tasks import row_of
 from peftcli.tasks.base import FitsModel, Task, model_inputs, on_device, refuse_other_classes
 from peftcli.train.data import Data
@@ -53,6 +54,8 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
             "accelerate was asked for several processes and started one",
             hint="add --multi_gpu, on the CPU too; or set launch.num_processes and run peftcli by itself",
         )
+    if asked > int(os.environ.get("LOCAL_WORLD_SIZE", asked)):  # on several machines
+        use_interface_to(os.environ.get("MASTER_ADDR", ""))
     accelerator = Accelerator(
         mixed_precision="bf16" if uses_bf16(recipe) else "no",
         cpu=not torch.cuda.is_available(),

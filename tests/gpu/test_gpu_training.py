@@ -9,9 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import trainkit
+from models_tiny import labelled, tiny
 from trainkit import at_step, run_recipe
 
+from peftcli.core.inject import inject
+from peftcli.core.weights import named_tensors
 from peftcli.errors import Interrupted
+from peftcli.methods.lora.config import LoraConfig
+from peftcli.train.sharded import shard
 
 pytestmark = pytest.mark.gpu
 
@@ -55,6 +60,33 @@ def test_rows_without_padding_give_the_losses_of_padded_ones(recipe: Path) -> No
     one = run_recipe(recipe, "training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=4")
     four = run_recipe(recipe, f"training.output_dir={recipe.parent}/four")
     assert four.losses == pytest.approx(one.losses, rel=1e-3)
+
+
+@pytest.mark.parametrize("cpu_offload", [False, True])
+def test_one_gpu_computes_with_layers_that_fsdp_gathers(cpu_offload: bool) -> None:
+    """It has all of each layer as its part."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu", 0)
+    expected, found = (gradients(sharded, device, cpu_offload=cpu_offload) for sharded in (False, True))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def gradients(sharded: bool, device: torch.device, *, cpu_offload: bool) -> dict[str, torch.Tensor]:
+    """Those of LoRA on a tiny Llama."""
+    model = tiny("llama")
+    torch.manual_seed(0)
+    inject(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    if sharded:
+        torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        if sharded:
+            shard(model, device, cpu_offload=cpu_offload)
+        else:
+            model.to(device)
+        model(**{name: value.to(device) for name, value in labelled("llama").items()}).loss.backward()
+    finally:
+        if sharded:
+            torch.distributed.destroy_process_group()
+    return {name: value.grad.cpu() for name, (_, _, value) in named_tensors(model).items()}
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

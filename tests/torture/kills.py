@@ -146,6 +146,22 @@ def streamed(*settings: str) -> Callable[[Path, Callable[[], None] | None], Chil
     return start
 
 
+def together(folder: Path, before: Callable[[], None] | None) -> Child:
+    """``peftcli train --together`` of two recipes."""
+    recipes = [write_recipe(folder / name) for name in _BOTH]
+    settings = ("training.save_strategy=steps", "training.save_steps=2", "training.bf16=true")
+    environment = {"PEFTCLI_CACHE": f"{folder}/cache"}
+    return Child(folder, "train", *recipes, "--together", *settings, env=environment, before=before)
+
+
+def of_both(folder: Path, whole: Path) -> list[str]:
+    """The differences of two runs."""
+    return [f"{name}: {each}" for name in _BOTH for each in differences(folder / name, whole / name)]
+
+
+_BOTH = ("one", "two")
+
+
 @functools.cache
 def _hub() -> Hub:
     """Serves as long as this process lives."""
@@ -243,6 +259,10 @@ PROGRAMS = [
         ),
         differences,
     ),
+    Program(
+        "bfloat16, as everything comes", peftcli(*_SMALL, "training.bf16=true", "training.save_steps=2"), differences
+    ),
+    Program("two recipes together", together, of_both),
     Program("rows streamed from a hub", streamed(*_SMALL, "training.save_steps=2"), differences),
 ]
 
@@ -394,7 +414,7 @@ CAMPAIGNS = [
         "SIGKILL at a random time",
         "The same command again ends with the bytes of the run that was never killed.",
         _random_kills,
-        least=240,
+        least=300,
         sample=0,  # tests/train kills too
     ),
     Campaign(

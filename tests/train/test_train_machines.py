@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,14 +55,19 @@ class Pair:
             "main_process_ip": self.hosts[0].address,
             "main_process_port": PORT,
         }
-        words = [f"launch.{name}={value}" for name, value in launch.items()]
-        words += ["training.per_device_train_batch_size=2", f"training.output_dir={self.folder(0)}", *settings]
+        return self.run(rank, [f"launch.{name}={value}" for name, value in launch.items()] + list(settings))
+
+    def run(
+        self, rank: int, settings: list[str], by: Sequence[str] = (), env: Mapping[str, str] = MappingProxyType({})
+    ) -> subprocess.Popen[str]:
+        """Start ``peftcli train`` on a host, by a launcher or with a scheduler's variables."""
+        words = ["training.per_device_train_batch_size=2", f"training.output_dir={self.folder(0)}", *settings]
         process = self.hosts[rank].start(
-            [sys.executable, "-m", "peftcli", "train", str(self.recipe), *words, "--json"],
+            [sys.executable, *by, "-m", "peftcli", "train", str(self.recipe), *words, "--json"],
             self.folder(1 - rank).parent,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=trainkit.subprocess_environment() | {"PEFTCLI_CACHE": str(self.recipe.parent / f"cache-{rank}")},
+            env=trainkit.subprocess_environment() | {"PEFTCLI_CACHE": str(self.recipe.parent / f"cache-{rank}"), **env},
         )
         self.running.append(process)
         return process
@@ -129,6 +134,26 @@ def test_two_hosts_give_the_series_of_one_process(strategy: str, pair: Pair) -> 
     assert '"status": "complete"' in answer
     assert not nothing
     assert not pair.folder(1).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["torchrun", "a PyTorchJob"])
+def test_launchers_of_the_field_on_two_hosts(by: str, pair: Pair) -> None:
+    settings, address = "training.eval_strategy=epoch", pair.hosts[0].address
+    one = run_recipe(pair.recipe, settings)
+    running = []
+    for rank in (0, 1):
+        if by == "torchrun":
+            place = [f"--node-rank={rank}", f"--master-addr={address}", f"--master-port={PORT}"]
+            launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", *place]
+            running.append(pair.run(rank, [settings], launcher))
+        else:
+            pod = {"PET_NNODES": "2", "WORLD_SIZE": "2", "RANK": str(rank)}
+            running.append(pair.run(rank, [settings], env={**pod, "MASTER_ADDR": address, "MASTER_PORT": str(PORT)}))
+    (answer, _), _ = map(ended, running)
+    assert [entry["loss"] for entry in pair.lines() if "loss" in entry] == pytest.approx(one.losses, rel=1e-5)
+    assert read_run(pair.folder(0))["processes"] == 2
+    assert '"status": "complete"' in answer
 
 
 @pytest.mark.slow
@@ -295,5 +320,8 @@ def test_processes_that_are_aborted_after_their_work_are_not_started_again(
     agent: Any = object.__new__(Agent)
     agent.status, agent.waiting, agent.forwarded, agent._pcontext = tmp_path, [], [], None
     agent.spec, agent.watch = SimpleNamespace(local_world_size=2), SimpleNamespace(look=lambda *_, **__: None)
-    assert agent._monitor_workers("group").state.name == state
+    group: Any = SimpleNamespace(workers=[SimpleNamespace(global_rank=2), SimpleNamespace(global_rank=3)])
+    result = agent._monitor_workers(group)
+    assert result.state.name == state
+    assert [*result.return_values] == ([2, 3] if state == "SUCCEEDED" else [])
     assert (agent.error is None) is (state == "SUCCEEDED")

@@ -1,0 +1,41 @@
+"""This machine's address and network interface on the way to another machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import suppress
+from typing import Any
+
+import psutil
+
+
+def source(kind: int, target: Any) -> str:
+    """Return the address from which this machine reaches another one.
+
+    Args:
+        kind: A family of addresses, as ``socket.AF_INET``.
+        target: An address of it, with a port.
+
+    Raises:
+        OSError: it cannot be reached.
+    """
+    with socket.socket(kind, socket.SOCK_DGRAM) as way:
+        way.connect(target)  # sends nothing
+        return str(way.getsockname()[0])
+
+
+def use_interface(address: str) -> None:
+    """Let gloo, which else takes that of the machine's name, use the interface with an address, unless one is set."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == address for each in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def use_interface_to(host: str) -> None:
+    """Let gloo use the interface that leads to another machine, if it is known which; a name may lead to this one."""
+    with suppress(OSError):
+        kind, *_, target = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+        address = source(kind, target)
+        if not address.startswith("127."):
+            use_interface(address)
