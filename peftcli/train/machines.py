@@ -201,13 +201,13 @@ class Meeting:
         found = self.inner.next_rendezvous()
         store, count = found.store, found.world_size
         store.add(f"machine {self.number}", 1)
-        end = time.monotonic() + _JOIN_SECONDS
         store.add("machines", 1)
-        while store.add("machines", 0) < count:
-            if time.monotonic() > end:
-                raise RendezvousError("they were there, and are not any more")
-            time.sleep(0.05)
+        if not _counts(store, "machines", count, _JOIN_SECONDS):
+            raise RendezvousError("they were there, and are not any more")
         if any(store.add(f"machine {each}", 0) != 1 for each in range(count)):
+            store.add("refused", 1)
+            with suppress(RuntimeError):  # of a store that is gone; all shall have seen it before
+                _counts(store, "refused", count, 2 * _HEAR_SECONDS)
             raise UsageError(f"not every machine has a number of its own below {count}", key="launch.machine_rank")
         self.store, self.others = store, count - 1
         # process 0 is here where the number is 0, whichever address sorts first
@@ -220,9 +220,8 @@ class Meeting:
             return
         with suppress(RuntimeError):
             self.store.set("ended", json.dumps(described(error)))
-            end = time.monotonic() + 2 * _HEAR_SECONDS
-            while self.number == 0 and self.store.add("heard", 0) < self.others and time.monotonic() < end:
-                time.sleep(0.05)
+            if self.number == 0:
+                _counts(self.store, "heard", self.others, 2 * _HEAR_SECONDS)
 
     def hear(self, seconds: float) -> PeftcliError | None:
         """Return why another machine has ended, if one says so in time."""
@@ -237,6 +236,16 @@ class Meeting:
             self.store.add("heard", 1)
             return ErrorOfProcess(json.loads(self.store.get("ended")))
         return None
+
+
+def _counts(store: Store, name: str, count: int, seconds: float) -> bool:
+    """Wait until so many have added themselves under a name. Returns whether they did in time."""
+    end = time.monotonic() + seconds
+    while store.add(name, 0) < count:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 class Agent(LocalElasticAgent):
