@@ -46,7 +46,8 @@ def assert_as_replicate(recipe: Path, strategy: str, *settings: str) -> None:
     tensors = [load_file(each / "adapter_model.safetensors") for each in folders]
     for each in tensors:  # whose gradient is 0 but for rounding, of which AdamW makes steps
         each.pop("base_model.model.qa_outputs.bias", None)
-    torch.testing.assert_close(*tensors, atol=1e-5, rtol=1e-4)
+    # at most a thousandth of what AdamW moves a number by in three steps; here other operations compute it
+    torch.testing.assert_close(*tensors, atol=2e-5 if strategy == "zero3" else 1e-5, rtol=1e-4)
 
 
 def test_what_zero_is_not_for(recipe: Path, tmp_path: Path) -> None:

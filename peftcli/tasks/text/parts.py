@@ -18,7 +18,7 @@ _COST = 1.1
 _BEFORE = 32
 """With how many rows before it a row is compared."""
 
-_PART_COST = 32
+_PART_COST = 64
 """How many tokens more a padded part may compute to be one part and not two."""
 
 Rows = Sequence[Sequence[Example]]
