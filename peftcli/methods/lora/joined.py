@@ -14,6 +14,8 @@ from peftcli.methods.lora.fused import Pair
 
 Share = tuple[int, Pair | None, float]
 """How many tokens are a model's, and its A, B and scaling; without a pair, they are not adapted."""
+_WORTH_A_CALL = 7_000_000
+"""As many multiplications, in each of the six products of a LoRA layer, cost more than a call of the product does."""
 
 
 def joined_linear(x: torch.Tensor, base: nn.Linear, shares: Sequence[Share]) -> torch.Tensor:
@@ -24,10 +26,28 @@ def joined_linear(x: torch.Tensor, base: nn.Linear, shares: Sequence[Share]) -> 
         base: The frozen layer.
         shares: Of each model.
     """
-    pairs = [tensor for _, pair, _ in shares for tensor in pair or (None, None)]
-    sizes, scalings = [size for size, *_ in shares], [scaling for *_, scaling in shares]
-    made: torch.Tensor = _JoinedUpdate.apply(x, base.weight, base.bias, sizes, scalings, *pairs)  # type: ignore[no-untyped-call]
+    adapted = [(*pair, scaling) for _, pair, scaling in shares if pair is not None]
+    rank, tokens = sum(len(a) for a, *_ in adapted), x.numel() // x.shape[-1]
+    made: torch.Tensor
+    if tokens * rank * sum(base.weight.shape) <= _WORTH_A_CALL * (len(adapted) - 1):
+        a, b = torch.cat([a for a, *_ in adapted]), torch.cat([scaling * b for _, b, scaling in adapted], dim=1)
+        made = _MaskedUpdate.apply(x, base.weight, base.bias, _own(shares, x), a, b)  # type: ignore[no-untyped-call]
+    else:
+        pairs = [tensor for _, pair, _ in shares for tensor in pair or (None, None)]
+        sizes, scalings = [size for size, *_ in shares], [scaling for *_, scaling in shares]
+        made = _JoinedUpdate.apply(x, base.weight, base.bias, sizes, scalings, *pairs)  # type: ignore[no-untyped-call]
     return made
+
+
+def _own(shares: Sequence[Share], like: torch.Tensor) -> torch.Tensor:
+    """Return which of the R rows of all A are those of a token's own model: (N, R), of zeros and ones."""
+    ranks = [len(pair[0]) if pair else 0 for _, pair, _ in shares]
+    own = like.new_zeros(sum(size for size, *_ in shares), sum(ranks))
+    row = column = 0
+    for (size, *_), rank in zip(shares, ranks, strict=True):
+        own[row : row + size, column : column + rank] = 1
+        row, column = row + size, column + rank
+    return own
 
 
 class _JoinedUpdate(torch.autograd.Function):
@@ -80,3 +100,37 @@ class _JoinedUpdate(torch.autograd.Function):
             start += len(x)
         of_x = None if of_x is None else of_x.view(*gradient.shape[:-1], -1)
         return of_x, None, None, None, None, *of_pairs
+
+
+class _MaskedUpdate(torch.autograd.Function):
+    """As ``_JoinedUpdate``, for few tokens: the pairs of all as one, and zeros where a token meets another model's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        own: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+    ) -> torch.Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        flat, weight, a, b = (each.to(dtype) for each in (x.reshape(-1, x.shape[-1]), weight, a, b))
+        with torch.autocast(device, enabled=False):
+            made = F.linear(flat, weight, None if bias is None else bias.to(dtype))
+            inner = F.linear(flat, a).mul_(own)
+            made.addmm_(inner, b.T)
+        ctx.save_for_backward(flat, weight, own, inner, a, b)
+        return made.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        flat, weight, own, inner, a, b = ctx.saved_tensors
+        of_made = gradient.reshape(-1, gradient.shape[-1])
+        of_inner, of_x = (of_made @ b).mul_(own), None
+        if ctx.needs_input_grad[0]:
+            of_x = (of_made @ weight).addmm_(of_inner, a).view(*gradient.shape[:-1], -1)
+        return of_x, None, None, None, of_inner.T @ flat, (inner.T @ of_made).T
