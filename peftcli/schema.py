@@ -294,7 +294,8 @@ class Launch:
     """Whether the parts of the base model that fsdp and zero3 keep stay in the CPU's memory until they compute."""
     cpu_ram_efficient_loading: bool = False
     """Whether, with fsdp and zero3, only the first process reads the base model's files, and sends the others theirs.
-    Otherwise each reads them, mapped, which takes memory for a whole model if they are in another number format."""
+    Otherwise each reads them, mapped, which takes memory for a whole model if they are in another number format; so
+    it does where the adapter starts from data."""
     accelerate_config: str | None = None
     """A file that ``accelerate config`` wrote: processes, machines and FSDP are as it says, where this section does not
     say otherwise."""

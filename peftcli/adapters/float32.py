@@ -25,7 +25,8 @@ _PIECE = 32 << 20
 def computing_in_float32(model: nn.Module) -> Iterator[None]:
     """Inside, each module has its own weights in float32 while it is called, and an adapter layer those of its base.
 
-    Large embeddings and linear layers, as an output head, are read in pieces: they would be most of what it takes.
+    Large embeddings and linear layers without an adapter, as an output head, are read in pieces: they would be most of
+    what it takes.
     A module that reads the weights of another one without calling it finds them as they are stored, which usually ends
     with a RuntimeError of PyTorch. Weights in mapped files are read again each time; none may be changed inside.
     """
@@ -69,7 +70,8 @@ def computing_in_float32(model: nn.Module) -> Iterator[None]:
 
 def _is_large(module: nn.Module) -> bool:
     weight = module._parameters.get("weight") if type(module) in (nn.Linear, nn.Embedding) else None
-    return weight is not None and weight.dtype in _HALF and weight.nbytes > _PIECE
+    # accelerate puts a forward there, to bring an offloaded weight
+    return weight is not None and weight.dtype in _HALF and weight.nbytes > _PIECE and "forward" not in vars(module)
 
 
 def _in_pieces(module: Any, mapped: list[tuple[int, int]], x: torch.Tensor) -> torch.Tensor:

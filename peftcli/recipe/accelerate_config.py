@@ -18,6 +18,8 @@ from peftcli.schema import Recipe
 _KEY = "launch.accelerate_config"
 _LARGEST = 100_000
 _STRATEGIES = {"NO": "replicate", "MULTI_CPU": "replicate", "MULTI_GPU": "replicate", "FSDP": "fsdp"}
+_OF_DIVIDED = ("cpu_offload", "cpu_ram_efficient_loading")
+"""Settings for strategies that divide the base model."""
 _NOTHING: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("fp8_config", "megatron_lm_config", "parallelism_config"), ({}, None)),
     **dict.fromkeys(("dynamo_config", "mpirun_config", "tpu_env", "commands", "command_file"), ({}, [], None)),
@@ -58,6 +60,10 @@ def with_accelerate_config(
     for problem in problems:
         report((_KEY,), f"{path} asks for {problem}")
     own = {name: value for name, value in found.items() if f"launch.{name}" not in given}
+    if own.get("strategy", recipe.launch.strategy) not in ("fsdp", "zero3"):  # then the recipe wants another one
+        own = {name: value for name, value in own.items() if name not in _OF_DIVIDED}
+    if recipe.base_model.quantization is not None:  # as accelerate does
+        own.pop("cpu_ram_efficient_loading", None)
     return replace(recipe, launch=replace(recipe.launch, accelerate_config=None, **own))
 
 
@@ -84,8 +90,7 @@ def _settings(said: Any, recipe: Recipe) -> dict[str, Any]:
     if kind == "FSDP":
         fsdp = said.get("fsdp_config") or {}
         found["cpu_offload"] = bool(fsdp.get("fsdp_offload_params"))
-        efficient = bool(fsdp.get("fsdp_cpu_ram_efficient_loading"))
-        found["cpu_ram_efficient_loading"] = efficient and recipe.base_model.quantization is None  # as accelerate does
+        found["cpu_ram_efficient_loading"] = bool(fsdp.get("fsdp_cpu_ram_efficient_loading"))
     if said.get("main_process_ip"):
         found["main_process_ip"] = str(said["main_process_ip"])
     if said.get("main_process_port"):

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 
-def source(kind: int, target: Any) -> str:
+def local_address_towards(kind: int, target: Any) -> str:
     """Return the address from which this machine reaches another one.
 
     Args:
@@ -36,6 +36,6 @@ def use_interface_to(host: str) -> None:
     """Let gloo use the interface that leads to another machine, if it is known which; a name may lead to this one."""
     with suppress(OSError):
         kind, *_, target = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
-        address = source(kind, target)
-        if not address.startswith("127."):
+        address = local_address_towards(kind, target)
+        if address != "::1" and not address.startswith("127."):
             use_interface(address)

@@ -36,6 +36,7 @@ from peftcli.train.optim import state_bytes
 from peftcli.train.plan import MicroBatch, Plan
 from peftcli.train.setup import base_dtype, uses_bf16
 from peftcli.train.sizes import Sizes
+from peftcli.train.strategies import DIVIDED
 
 _HELD_BACK = 1.2
 """How many times the counted memory of a step its process takes on a CPU, where freed memory is not all used again:
@@ -188,7 +189,7 @@ def _saved_by_quantization(model: nn.Module, recipe: Recipe) -> dict[nn.Paramete
 
 def _held_by_others(model: nn.Module, recipe: Recipe, count: int, saved: Mapping[nn.Parameter, int]) -> int:
     """Bytes of the layers' weights that other processes hold, less two whole layers: one computes, one is gathered."""
-    if recipe.launch.strategy not in ("fsdp", "zero3") or count == 1:
+    if recipe.launch.strategy not in DIVIDED or count == 1:
         return 0
     adapters = {id(each) for _, _, each in named_tensors(model).values()}
     layers = [layer for _, found in stacks(model) for layer in found]

@@ -32,7 +32,7 @@ from peftcli.train.report import OnEvent, Phase, RowsRead, Warned
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.resume import has_begun
 from peftcli.train.setup import checkpoint_activations
-from peftcli.train.strategies import DIVIDED, may_divide, takes
+from peftcli.train.strategies import DIVIDED, may_divide, supports_quantization
 
 _USED = 0.9
 """The share of the memory that an estimate may fill."""
@@ -188,8 +188,8 @@ def _strategies(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) 
     wanted = recipe.launch.strategy
     if wanted != "auto":
         return [wanted]
-    divides = may_divide(data.task) and takes("fsdp", recipe.base_model.quantization) and not base.is_stored_quantised
-    if num_processes == 1 or not divides:
+    weights_divide = supports_quantization("fsdp", recipe.base_model.quantization) and not base.is_stored_quantised
+    if num_processes == 1 or not (may_divide(data.task) and weights_divide):
         return ["replicate"]
     model = base.empty_model(row_of(recipe).auto_class, **data.task.model_options())
     return ["replicate", "fsdp"] if any(stacks(model)) else ["replicate"]
@@ -239,7 +239,7 @@ def _account(asked: Recipe, chosen: Recipe, needs: Estimate | None, there: float
             ", since it does not fit whole" if asked.launch.strategy == "auto" else ""
         )
     elif asked.launch.strategy == "auto":
-        why = "" if needs else ", since there is one" if num_processes == 1 else ", since it cannot be divided"
+        why = "" if needs else ", since there is only one" if num_processes == 1 else ", since it cannot be divided"
         model = f", the base model whole in each process{why}"
     known = f": about {_in_step(needs) / 2**30:.1f} of {there / 2**30:.1f} GiB" if needs else ""
     return f"memory: {examples} at once{again}{model}{known}"

@@ -193,8 +193,7 @@ def fit(gradients: Gradients) -> Generator[StepResult]:
     prepared, plan, accelerator = gradients.prepared, gradients.plan, gradients.accelerator
     limit = plan.training.max_grad_norm or math.inf
     for step in range(gradients.start, plan.total_steps):
-        if not prepared.model.training:  # of a thousand modules it takes 1 % of a short step
-            prepared.model.train()
+        prepared.model.train()
         batch = plan.global_batch(step)
         num_targets = int(gradients.examples.targets[batch].sum())
         total = gradients.of(step, num_targets)

@@ -31,7 +31,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from peftcli.errors import Interrupted, PeftcliError, ProcessDied, UsageError
 from peftcli.schema import Launch
-from peftcli.system.addresses import source, use_interface
+from peftcli.system.addresses import local_address_towards, use_interface
 from peftcli.system.signals import SAVE_SIGNAL, STOP_SIGNALS
 from peftcli.train.launch import (
     GO_ON,
@@ -144,7 +144,7 @@ def _own_address(launch: Launch) -> str:
     while True:
         try:
             kind, *_, target = socket.getaddrinfo(*meets, type=socket.SOCK_DGRAM)[0]
-            found = source(kind, target)
+            found = local_address_towards(kind, target)
             break
         except OSError as error:
             if time.monotonic() > end:
@@ -154,7 +154,8 @@ def _own_address(launch: Launch) -> str:
     if not found.startswith(_DEBIANS_OWN) or meets[0].startswith(_DEBIANS_OWN) or meets[0] == "localhost":
         return found
     try:
-        return source(socket.AF_INET, ("192.0.2.1", 9))  # an address that nobody has: by the way to other networks
+        # an address that nobody has: by the way to other networks
+        return local_address_towards(socket.AF_INET, ("192.0.2.1", 9))
     except OSError:
         message = f"{meets[0]} is an address of this machine that others do not reach ({found})"
         raise UsageError(message, key="launch.main_process_ip", hint="give the address, and not the name") from None
@@ -202,12 +203,12 @@ class Meeting:
         store, count = found.store, found.world_size
         store.add(f"machine {self.number}", 1)
         store.add("machines", 1)
-        if not _counts(store, "machines", count, _JOIN_SECONDS):
+        if not _wait_for_count(store, "machines", count, _JOIN_SECONDS):
             raise RendezvousError("they were there, and are not any more")
         if any(store.add(f"machine {each}", 0) != 1 for each in range(count)):
             store.add("refused", 1)
             with suppress(RuntimeError):  # of a store that is gone; all shall have seen it before
-                _counts(store, "refused", count, 2 * _HEAR_SECONDS)
+                _wait_for_count(store, "refused", count, 2 * _HEAR_SECONDS)
             raise UsageError(f"not every machine has a number of its own below {count}", key="launch.machine_rank")
         self.store, self.others = store, count - 1
         # process 0 is here where the number is 0, whichever address sorts first
@@ -221,7 +222,7 @@ class Meeting:
         with suppress(RuntimeError):
             self.store.set("ended", json.dumps(described(error)))
             if self.number == 0:
-                _counts(self.store, "heard", self.others, 2 * _HEAR_SECONDS)
+                _wait_for_count(self.store, "heard", self.others, 2 * _HEAR_SECONDS)
 
     def hear(self, seconds: float) -> PeftcliError | None:
         """Return why another machine has ended, if one says so in time."""
@@ -238,7 +239,7 @@ class Meeting:
         return None
 
 
-def _counts(store: Store, name: str, count: int, seconds: float) -> bool:
+def _wait_for_count(store: Store, name: str, count: int, seconds: float) -> bool:
     """Wait until so many have added themselves under a name. Returns whether they did in time."""
     end = time.monotonic() + seconds
     while store.add(name, 0) < count:

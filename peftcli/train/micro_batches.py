@@ -17,7 +17,7 @@ from peftcli.tasks.text.unpadded import is_unpadded
 from peftcli.train.batches import collate
 from peftcli.train.plan import MicroBatch, Plan
 
-_STEPS = 500
+_STEPS = 50
 """Of how many steps the padding is counted."""
 
 
@@ -54,7 +54,10 @@ class BatchForm:
         return parts_of([[examples[at] for at in row] for row in rows], PART)
 
     def efficiency(self, plan: Plan, examples: View) -> float:
-        """Return which share of the tokens that the model computes, in an epoch's first steps, is no padding."""
+        """Return which share of the tokens that the model computes, in an epoch's first steps, is no padding.
+
+        It goes by the sizes of examples, as if each were one text.
+        """
         if not (self.pads and self.divides):
             return plan.efficiency if self.pads else 1.0
         whole = computed = 0

@@ -12,7 +12,7 @@ import platform
 import signal
 import traceback
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -61,7 +61,7 @@ from peftcli.train.runs.resume import Run, StartOptions, checkpoint_to_resume, c
 from peftcli.train.runs.typed_json import ABSENT, from_json
 from peftcli.train.setup import adapted_model, calibrate, load_base, prepare, start_accelerator
 from peftcli.train.sharded import shard
-from peftcli.train.strategies import STAGES, divides, refuse_strategy
+from peftcli.train.strategies import STAGES, is_dividing, refuse_strategy
 from peftcli.train.threads import use_threads
 from peftcli.train.trackers import Trackers, require_packages
 from peftcli.train.training_loop import RunData, TrainingLoop
@@ -267,6 +267,9 @@ def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
     check_optimizer(recipe.training)
     if recipe.launch.strategy in ("fsdp", *STAGES) and run.accelerator.num_processes == 1:
         run.warn(f"launch.strategy: {recipe.launch.strategy} divides nothing, since there is one process")
+    if recipe.launch.cpu_ram_efficient_loading and needs_batches(config):
+        run.warn("each process reads the base model, to start the adapter from data")
+        recipe = replace(recipe, launch=replace(recipe.launch, cpu_ram_efficient_loading=False))
     run.tell(Phase(f"loading {recipe.base_model.name}"))
     model, injection, notes = adapted_model(recipe, config, data.task, company.load)
     config.revision = run.recipe.base_model.revision
@@ -280,7 +283,7 @@ def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
     if needs_batches(config):
         run.tell(Phase("calibrating the adapter on the training data"))
         injection = calibrate(model, injection, config, recipe, data.examples, run.accelerator)
-    if recipe.launch.strategy == "fsdp" and divides(recipe):
+    if recipe.launch.strategy == "fsdp" and is_dividing(recipe):
         run.tell(Phase(f"dividing the base model's layers among {run.accelerator.num_processes} processes"))
         send = recipe.launch.cpu_ram_efficient_loading
         shard(model, run.accelerator.device, cpu_offload=recipe.launch.cpu_offload, send=send)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import build_optimizer, build_schedule, parameter_groups
 from peftcli.train.plan import Plan
 from peftcli.train.sharded import load_by_first
-from peftcli.train.strategies import STAGES, divides
+from peftcli.train.strategies import STAGES, is_dividing
 from peftcli.train.zero import ZeroModel, start_engine
 
 
@@ -115,7 +116,7 @@ def load_base(recipe: Recipe, task: Task[Any]) -> LoadedModel:
     def load(dtype: torch.dtype | Literal["auto"]) -> LoadedModel:
         return task.base.model(row_of(recipe).auto_class, dtype, **task.model_options())
 
-    if divides(recipe) and recipe.launch.cpu_ram_efficient_loading:
+    if is_dividing(recipe) and recipe.launch.cpu_ram_efficient_loading:
         return load_by_first(load, base_dtype(recipe))
     return load(base_dtype(recipe))
 
@@ -176,16 +177,16 @@ def checkpoint_activations(model: Any) -> None:
         raise ModelError(str(error), key="training.gradient_checkpointing") from None
 
 
-_SORTED = 64
-"""Rows that are sorted by length together to calibrate: no method reads fewer."""
+_NEAR = 64
+"""Rows that are grouped by length together to calibrate."""
 
 
 @dataclass(frozen=True)
 class CalibrationBatches:
     """The training rows as the model takes them, one micro-batch at a time; for ``calibrate``.
 
-    Every process sees the same ones, so that every process starts the same adapter. They stand in their order, but for
-    rows near one another, which are sorted by length to save padding.
+    Every process sees the same ones, so that every process starts the same adapter. Rows near one another are grouped
+    by length to save padding, and the groups shuffled.
     """
 
     examples: View
@@ -194,13 +195,14 @@ class CalibrationBatches:
     device: torch.device
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        order = list[int]()
-        for start in range(0, len(self.examples), _SORTED):
-            near = range(start, min(start + _SORTED, len(self.examples)))
-            order += sorted(near, key=lambda at: int(self.examples.sizes[at]))
-        for start in range(0, len(order), self.size):
-            batch = self.task.collate([self.examples[at] for at in order[start : start + self.size]], training=False)
-            yield model_inputs(on_device(batch, self.device))
+        for first in range(0, len(self.examples), _NEAR):
+            near = range(first, min(first + _NEAR, len(self.examples)))
+            order = sorted(near, key=lambda at: int(self.examples.sizes[at]))
+            batches = [order[start : start + self.size] for start in range(0, len(order), self.size)]
+            random.Random(first).shuffle(batches)
+            for rows in batches:
+                batch = self.task.collate([self.examples[at] for at in rows], training=False)
+                yield model_inputs(on_device(batch, self.device))
 
 
 def calibrate(
@@ -229,7 +231,7 @@ def prepare(
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     # by default without DDP: the loop adds the gradients up, or DeepSpeed does
     several, strategy = accelerator.num_processes > 1, recipe.launch.strategy
-    to_device = not divides(recipe)  # or the engine does it
+    to_device = not is_dividing(recipe)  # or the engine does it
     prepared = accelerator.prepare_model(model, device_placement=to_device, evaluation_mode=strategy != "ddp")
     tensors = named_tensors(model)
     parameters = [parameter for _, _, parameter in tensors.values()]

@@ -60,7 +60,7 @@ def shard(model: nn.Module, device: torch.device, *, cpu_offload: bool = False, 
         send: Whether the first process's model is that of all.
 
     Raises:
-        ModelError: it has no stack of layers, quantised weights of which a part is nothing, or, if the first process
+        ModelError: it has no stack of layers, quantised weights that cannot be split, or, if the first process
             sends its values, other shapes there.
     """
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY  # its own, so not where other runs need it
@@ -87,10 +87,8 @@ def shard(model: nn.Module, device: torch.device, *, cpu_offload: bool = False, 
                     value.data = value.data.to(device)
                     torch.distributed.broadcast(value.data, 0)
             fully_shard(each, mesh=mesh, ignored_params=whole, offload_policy=offload)
-    for (
-        module,
-        _,
-    ) in found:  # of views torch warns, since a change in place may lose a hook that gathers; it has no part
+    # a change in place may lose a hook that gathers, and torch warns; what holds the layers has nothing to gather
+    for module, _ in found:
         warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({type(module).__name__}\) returned a view tensor")
     for part in model.modules():
         if isinstance(part, PreTrainedModel):

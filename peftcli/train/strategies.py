@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.protocols import AfterStep, layers_of, needs_batches
+from peftcli.core.protocols import AfterStep, layers_of
 from peftcli.errors import UsageError
 from peftcli.schema import Quantization, Recipe
 from peftcli.tasks.base import Begins, Gathers, Task, require_extra
@@ -23,7 +23,7 @@ _ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd")
 """Values of training.optim that update each number by itself."""
 
 
-def divides(recipe: Recipe) -> bool:
+def is_dividing(recipe: Recipe) -> bool:
     """Whether this process and others divide the base model among them."""
     several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     return several and recipe.launch.strategy in DIVIDED
@@ -34,7 +34,7 @@ def may_divide(task: Task[Any]) -> bool:
     return task.unit == "tokens" and not isinstance(task, Gathers)
 
 
-def takes(strategy: str, quantization: Quantization | None) -> bool:
+def supports_quantization(strategy: str, quantization: Quantization | None) -> bool:
     """Whether a strategy is for weights that are quantised so."""
     return quantization is None or strategy not in _QUANTISED or quantization.type in _QUANTISED[strategy]
 
@@ -46,8 +46,9 @@ def refuse_strategy(recipe: Recipe, task: Task[Any], config: AdapterConfig, num_
         UsageError: it is not, or DeepSpeed is not installed.
     """
     strategy, method, quantization = recipe.launch.strategy, layers_of(config), recipe.base_model.quantization
+    weights_fit = supports_quantization(strategy, quantization)
     refused = (
-        (tuple(_QUANTISED), not takes(strategy, quantization), f"is not for {quantization and quantization.type}"),
+        (tuple(_QUANTISED), not weights_fit, f"is not for {quantization and quantization.type}"),
         (DIVIDED, not may_divide(task), "divides models of texts, whose task does not compare the rows of a batch"),
         (_ENGINES, isinstance(task, Gathers), "is not for tasks that compare the rows of all processes"),
         (("zero3",), isinstance(task, Begins), "is not for tasks that compare the model with what it was"),
@@ -60,9 +61,6 @@ def refuse_strategy(recipe: Recipe, task: Task[Any], config: AdapterConfig, num_
             raise UsageError(f"{strategy} {text}", key="launch.strategy", hint=hint)
     if strategy in DIVIDED and recipe.launch.cpu_offload and num_processes == 1:
         raise UsageError("one process has no part of the model to offload", key="launch.cpu_offload")
-    if strategy in DIVIDED and recipe.launch.cpu_ram_efficient_loading and needs_batches(config):
-        text = "each process needs the whole model, to start the adapter from data"
-        raise UsageError(text, key="launch.cpu_ram_efficient_loading")
     if strategy in STAGES and recipe.training.optim not in _ELEMENTWISE:
         text = f"{strategy} divides what adamw_torch and sgd remember, and no other optimizer"
         raise UsageError(text, key="training.optim")

@@ -312,8 +312,7 @@ class JoinedGradients(Gradients):
     def begin_step(self) -> tuple[list[Any], int]:
         """Begin the next step: return its micro-batches, and its number of targets."""
         step, self.next_step = self.next_step, self.next_step + 1
-        if not self.prepared.model.training:
-            self.prepared.model.train()
+        self.prepared.model.train()
         self.total = self.zero()
         return self.micro_batches(step), int(self.examples.targets[self.plan.global_batch(step)].sum())
 

@@ -152,6 +152,7 @@ def start_engine(
             deepspeed.zero.Init(module=model, config_dict_or_path=config)
             for buffer in model.buffers():
                 buffer.data = buffer.data.to(parameters[0].device)
+                torch.distributed.broadcast(buffer.data, 0)  # as Init does with the parameters
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     if stage == STAGES["zero3"]:
         for parameter in parameters:  # after it was gathered for the first time

@@ -65,7 +65,7 @@ def test_rows_without_padding_give_the_losses_of_padded_ones(recipe: Path) -> No
 @pytest.mark.parametrize("cpu_offload", [False, True])
 def test_one_gpu_computes_with_layers_that_fsdp_gathers(cpu_offload: bool) -> None:
     """It has all of each layer as its part."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu", 0)
+    device = torch.device("cuda", 0)
     expected, found = (gradients(sharded, device, cpu_offload=cpu_offload) for sharded in (False, True))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 

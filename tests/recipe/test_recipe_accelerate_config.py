@@ -69,6 +69,7 @@ def test_deepspeed_and_offloading_are_as_it_says(tmp_path: Path) -> None:
         (zero(), [], ("zero2", False, False)),
         (efficient, [], ("fsdp", True, True)),
         (efficient, [quantised], ("fsdp", True, False)),
+        (efficient, ["launch.strategy=ddp"], ("ddp", False, False)),
     ):
         launch = read(written(tmp_path, said), more).recipe.launch
         assert (launch.strategy, launch.cpu_offload, launch.cpu_ram_efficient_loading) == expected

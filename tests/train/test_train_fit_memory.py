@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,19 @@ def test_what_cannot_be_chosen_is_refused(fit, tmp_path: Path, monkeypatch: pyte
         fit(SIZE, STEPS)
     with pytest.raises(UsageError, match="auto is not for a task that compares the rows of a batch"):
         fit(SIZE, STEPS, path=CASES["feature_extraction"].write(tmp_path))
+
+
+def test_it_says_what_was_chosen_and_why(recipe: Path, fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(strategy: str, processes: int, *settings: str) -> str:
+        asked = load_recipe(recipe, [STRATEGY, *settings])
+        chosen = replace(asked, launch=replace(asked.launch, strategy=strategy))
+        return fit_memory._account(asked, chosen, None, 2.0**30, processes)
+
+    assert said("replicate", 1).endswith("the base model whole in each process, since there is only one")
+    assert said("replicate", 2).endswith("the base model whole in each process, since it cannot be divided")
+    assert said("fsdp", 2).endswith("the base model divided, since it does not fit whole")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(fit_memory, "free_memory", lambda: 8.0)
+    monkeypatch.setattr(fit_memory, "resident_memory", lambda: 0.0)
+    one, two = (load_recipe(recipe, [f"launch={{num_machines: {n}, main_process_port: 29500}}"]) for n in (1, 2))
+    assert fit_memory._memory(two, 4) == 2 * fit_memory._memory(one, 4), "each machine has memory of its own"

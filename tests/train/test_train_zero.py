@@ -80,6 +80,7 @@ def test_what_zero_is_not_for(recipe: Path, tmp_path: Path) -> None:
         ("training.bf16=true",),
         ("training.gradient_accumulation_steps=2",),
         ("training.gradient_checkpointing=true",),
+        ("method.lora_dropout=0.5",),
     ],
 )
 def test_it_trains_as_the_loop_does_alone(strategy: str, settings: tuple[str, ...], recipe: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from peftcli.methods.lora.fused import Pair
 Share = tuple[int, Pair | None, float]
 """How many tokens are a model's, and its A, B and scaling; without a pair, they are not adapted."""
 _WORTH_A_CALL = 7_000_000
-"""As many multiplications, in each of the six products of a LoRA layer, cost more than a call of the product does."""
+"""On a CPU, a product that several adapters share may make so many multiplications more for each call that it saves."""
 
 
 def joined_linear(x: torch.Tensor, base: nn.Linear, shares: Sequence[Share]) -> torch.Tensor:
@@ -28,26 +29,37 @@ def joined_linear(x: torch.Tensor, base: nn.Linear, shares: Sequence[Share]) -> 
     """
     adapted = [(*pair, scaling) for _, pair, scaling in shares if pair is not None]
     rank, tokens = sum(len(a) for a, *_ in adapted), x.numel() // x.shape[-1]
+    calls_saved = len(adapted) - 1 if x.device.type == "cpu" else 0
     made: torch.Tensor
-    if tokens * rank * sum(base.weight.shape) <= _WORTH_A_CALL * (len(adapted) - 1):
+    if tokens * rank * sum(base.weight.shape) <= _WORTH_A_CALL * calls_saved:
         a, b = torch.cat([a for a, *_ in adapted]), torch.cat([scaling * b for _, b, scaling in adapted], dim=1)
-        made = _MaskedUpdate.apply(x, base.weight, base.bias, _own(shares, x), a, b)  # type: ignore[no-untyped-call]
-    else:
-        pairs = [tensor for _, pair, _ in shares for tensor in pair or (None, None)]
-        sizes, scalings = [size for size, *_ in shares], [scaling for *_, scaling in shares]
-        made = _JoinedUpdate.apply(x, base.weight, base.bias, sizes, scalings, *pairs)  # type: ignore[no-untyped-call]
+        made = _MaskedUpdate.apply(x, base.weight, base.bias, _blocks(shares), a, b)  # type: ignore[no-untyped-call]
+        if _is_finite(made):  # or else one model's numbers would reach another's: 0 * inf is not 0
+            return made
+    pairs = [tensor for _, pair, _ in shares for tensor in pair or (None, None)]
+    sizes, scalings = [size for size, *_ in shares], [scaling for *_, scaling in shares]
+    made = _JoinedUpdate.apply(x, base.weight, base.bias, sizes, scalings, *pairs)  # type: ignore[no-untyped-call]
     return made
 
 
-def _own(shares: Sequence[Share], like: torch.Tensor) -> torch.Tensor:
-    """Return which of the R rows of all A are those of a token's own model: (N, R), of zeros and ones."""
-    ranks = [len(pair[0]) if pair else 0 for _, pair, _ in shares]
-    own = like.new_zeros(sum(size for size, *_ in shares), sum(ranks))
-    row = column = 0
-    for (size, *_), rank in zip(shares, ranks, strict=True):
-        own[row : row + size, column : column + rank] = 1
-        row, column = row + size, column + rank
-    return own
+_Block = tuple[slice, slice]
+"""The tokens of a model, and the rows of its A among those of all."""
+
+
+def _blocks(shares: Sequence[Share]) -> list[_Block]:
+    """Return the blocks of the models that are adapted."""
+    blocks, token, row = list[_Block](), 0, 0
+    for size, pair, _ in shares:
+        if pair is not None:
+            rank = len(pair[0])
+            blocks.append((slice(token, token + size), slice(row, row + rank)))
+            row += rank
+        token += size
+    return blocks
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    return math.isfinite(float(values.detach().sum()))
 
 
 class _JoinedUpdate(torch.autograd.Function):
@@ -111,18 +123,22 @@ class _MaskedUpdate(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        own: torch.Tensor,
+        blocks: list[_Block],
         a: torch.Tensor,
         b: torch.Tensor,
     ) -> torch.Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         flat, weight, a, b = (each.to(dtype) for each in (x.reshape(-1, x.shape[-1]), weight, a, b))
+        own = flat.new_zeros(len(flat), len(a))
+        for block in blocks:
+            own[block] = 1
         with torch.autocast(device, enabled=False):
             made = F.linear(flat, weight, None if bias is None else bias.to(dtype))
             inner = F.linear(flat, a).mul_(own)
             made.addmm_(inner, b.T)
         ctx.save_for_backward(flat, weight, own, inner, a, b)
+        ctx.blocks = blocks
         return made.view(*x.shape[:-1], len(weight))
 
     @staticmethod
@@ -133,4 +149,8 @@ class _MaskedUpdate(torch.autograd.Function):
         of_inner, of_x = (of_made @ b).mul_(own), None
         if ctx.needs_input_grad[0]:
             of_x = (of_made @ weight).addmm_(of_inner, a).view(*gradient.shape[:-1], -1)
-        return of_x, None, None, None, of_inner.T @ flat, (inner.T @ of_made).T
+        if _is_finite(of_made):
+            return of_x, None, None, None, of_inner.T @ flat, (inner.T @ of_made).T
+        of_a = torch.cat([of_inner[tokens, rows].T @ flat[tokens] for tokens, rows in ctx.blocks])
+        of_b = torch.cat([of_made[tokens].T @ inner[tokens, rows] for tokens, rows in ctx.blocks], dim=1)
+        return of_x, None, None, None, of_a, of_b

@@ -45,6 +45,8 @@ def of_like_length(sizes: Sequence[int]) -> list[slice]:
         longest, found = 0, list[tuple[int, int]]()
         for start in reversed(range(end)):
             longest = max(longest, sizes[start])
+            if found and (end - start) * longest + _PART_COST > min(found)[0]:
+                break
             found.append((best[start][0] + (end - start) * longest + _PART_COST, start))
         best.append(min(found))
     parts, end = list[slice](), len(sizes)

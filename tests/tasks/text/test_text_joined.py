@@ -162,6 +162,22 @@ def test_lora_of_several_models_is_one_function(
         assert off < (1e-5 if precision == "float32" else 1.5 * alone_off + 2e-3)
 
 
+@pytest.mark.parametrize("where", ["tokens", "gradients"])
+def test_what_is_not_finite_of_one_model_stays_with_it(where: str) -> None:
+    torch.manual_seed(0)
+    base, x = nn.Linear(6, 5).requires_grad_(False), torch.randn(7, 6)
+    pairs = [(torch.randn(r, 6, requires_grad=True), torch.randn(5, r, requires_grad=True)) for r in (2, 3)]
+    weights = torch.ones(7, 5)
+    (x if where == "tokens" else weights)[5] = math.inf
+    made = joined_linear(x, base, [(4, pairs[0], 2.0), (3, pairs[1], 1.5)])
+    (made * weights).sum().backward()
+    (a, b), (other_a, _) = pairs
+    expected = torch.autograd.grad((2.0 * (x[:4] @ a.T) @ b.T).sum(), (a, b))
+    torch.testing.assert_close((a.grad, b.grad), expected)
+    assert torch.isfinite(made[:4]).all()
+    assert not torch.isfinite(other_a.grad).all()
+
+
 def test_the_head_of_all_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     base, computed = tiny("llama"), list[int]()
 
