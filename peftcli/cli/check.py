@@ -58,6 +58,6 @@ def _print(path: Path, errors: list[Problem], warnings: list[Problem], memory: d
     count = "1 problem" if len(errors) == 1 else f"{len(errors)} problems"
     console.out(f"{path}: {count}" if errors else f"ok: {path}")
     if memory:
-        kinds = ("weights", "adapter", "step", "evaluation", "file", "packages")
+        kinds = ("weights", "adapter", "step", "evaluation", "saving", "file", "packages")
         parts = ", ".join(f"{kind} {memory[kind] / 2**30:.2f}" for kind in kinds if memory[kind])
         console.out(f"memory: about {memory['peak'] / 2**30:.2f} GiB at most, of {parts}")

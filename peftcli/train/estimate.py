@@ -41,6 +41,8 @@ from peftcli.train.strategies import DIVIDED
 _HELD_BACK = 1.2
 """How many times the counted memory of a step its process takes on a CPU, where freed memory is not all used again:
 docs/log.md, "Memory that is estimated"."""
+_COPIES = 2
+"""How often a file's content is in memory while it is written: each tensor's bytes, and those of the whole."""
 _STEPS = 2000
 """In how many steps, from the first, the largest micro-batch is looked for."""
 
@@ -58,16 +60,19 @@ class Estimate:
     file: int
     """What loading the model takes beyond its weights: its files, mapped, in another number format; 0 on a GPU."""
     adapter: int
-    """What trains: values, gradients and what the optimizer remembers."""
+    """What trains: values, gradients, what the optimizer remembers, and the best values so far if they are kept."""
     step: int
     """What the largest micro-batch needs beyond these, forward and backward."""
     evaluation: int
     """What the largest batch of an evaluation needs beyond the weights and the adapter; 0 without one."""
+    saving: int
+    """What the largest file that is written takes beyond these, of the adapter or a checkpoint; 0 on a GPU."""
 
     @property
     def peak(self) -> int:
-        """At most: while the model is loaded, in a step or in an evaluation."""
-        return self.packages + self.weights + max(self.file, self.adapter + max(self.step, self.evaluation))
+        """At most: while the model is loaded, or with what a step or an evaluation has freed, as a file is written."""
+        training = self.adapter + max(self.step, self.evaluation) + self.saving
+        return self.packages + self.weights + max(self.file, training)
 
     def as_dict(self) -> dict[str, Any]:
         """Return all figures."""
@@ -149,14 +154,18 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
         evaluation = sizes.most - before
     stored = base.stored_bytes()
     is_mapped = abs(stored - whole) < whole / 20  # the weights are the file's own pages, each read where it is needed
+    training, on_cpu = recipe.training, device.type == "cpu"
+    remembered = sum(each.numel() for each in trained) * state_bytes(training.optim)
+    best = values if training.load_best_model_at_end and on_cpu else 0
     return Estimate(
         device=device.type,
         packages=packages,
         weights=whole - elsewhere,
-        file=0 if is_mapped or device.type != "cpu" else stored + elsewhere,
-        adapter=2 * values + sum(each.numel() for each in trained) * state_bytes(recipe.training.optim),
-        step=round(step * _HELD_BACK) if device.type == "cpu" else step,
+        file=0 if is_mapped or not on_cpu else stored + elsewhere,
+        adapter=2 * values + remembered + best,
+        step=round(step * _HELD_BACK) if on_cpu else step,
         evaluation=evaluation,
+        saving=_COPIES * max(values, remembered if training.save_strategy != "no" else 0) if on_cpu else 0,
     )
 
 
