@@ -240,7 +240,7 @@ class Meeting:
 
 
 def _wait_for_count(store: Store, name: str, count: int, seconds: float) -> bool:
-    """Wait until so many have added themselves under a name. Returns whether they did in time."""
+    """Wait until ``count`` machines have added 1 to a number in the store. Returns whether they did in time."""
     end = time.monotonic() + seconds
     while store.add(name, 0) < count:
         if time.monotonic() > end:

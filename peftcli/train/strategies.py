@@ -40,7 +40,7 @@ def supports_quantization(strategy: str, quantization: Quantization | None) -> b
 
 
 def refuse_strategy(recipe: Recipe, task: Task[Any], config: AdapterConfig, num_processes: int) -> None:
-    """Check that the recipe's strategy is for its task and method, and for so many processes.
+    """Check that the recipe's strategy works for its task, its method and the number of processes.
 
     Raises:
         UsageError: it is not, or DeepSpeed is not installed.

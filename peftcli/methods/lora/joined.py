@@ -16,7 +16,7 @@ from peftcli.methods.lora.fused import Pair
 Share = tuple[int, Pair | None, float]
 """How many tokens are a model's, and its A, B and scaling; without a pair, they are not adapted."""
 _WORTH_A_CALL = 7_000_000
-"""On a CPU, a product that several adapters share may make so many multiplications more for each call that it saves."""
+"""How many multiplications take as long on a CPU as a call that makes few."""
 
 
 def joined_linear(x: torch.Tensor, base: nn.Linear, shares: Sequence[Share]) -> torch.Tensor:
@@ -58,6 +58,12 @@ def _blocks(shares: Sequence[Share]) -> list[_Block]:
     return blocks
 
 
+def _dtype_of(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype to compute in."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def _is_finite(values: torch.Tensor) -> bool:
     return math.isfinite(float(values.detach().sum()))
 
@@ -75,11 +81,10 @@ class _JoinedUpdate(torch.autograd.Function):
         scalings: list[float],
         *pairs: torch.Tensor | None,
     ) -> torch.Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = _dtype_of(x)
         flat, weight = x.reshape(-1, x.shape[-1]).to(dtype), weight.to(dtype)
         saved = list[torch.Tensor | None]()
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             made = F.linear(flat, weight, None if bias is None else bias.to(dtype))
             shares = zip(flat.split(sizes), made.split(sizes), scalings, pairs[::2], pairs[1::2], strict=True)
             for part, output, scaling, a, b in shares:
@@ -127,13 +132,12 @@ class _MaskedUpdate(torch.autograd.Function):
         a: torch.Tensor,
         b: torch.Tensor,
     ) -> torch.Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = _dtype_of(x)
         flat, weight, a, b = (each.to(dtype) for each in (x.reshape(-1, x.shape[-1]), weight, a, b))
         own = flat.new_zeros(len(flat), len(a))
         for block in blocks:
             own[block] = 1
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             made = F.linear(flat, weight, None if bias is None else bias.to(dtype))
             inner = F.linear(flat, a).mul_(own)
             made.addmm_(inner, b.T)
