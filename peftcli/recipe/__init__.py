@@ -5,7 +5,7 @@ yaml_file   one YAML file -> values with places
 sources     ``extends`` and overrides -> one tree
 settings    the settings of a section or method: types, defaults and help, read from the dataclasses
 parse       tree -> Recipe
-accelerate_config  what a file of accelerate's says of processes and machines
+accelerate_config  what a file of accelerate's, or its launcher, says of processes and machines
 checks      ranges and combinations of settings; gates
 data_checks the same for ``dataset``, and whether its paths exist
 names       other tools' spellings, similar names

@@ -1,17 +1,18 @@
-"""What a file that ``accelerate config`` wrote says of machines, FSDP and DeepSpeed, as settings of ``launch``.
+"""What a file of ``accelerate config``, or ``accelerate launch``, says of FSDP and DeepSpeed, as ``launch`` has it.
 
 What it asks for and peftcli does not do is a problem, so that nothing of it is left out silently.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from peftcli.errors import UsageError
 from peftcli.guard.files import read_small
 from peftcli.schema import Recipe
 
@@ -20,6 +21,15 @@ _LARGEST = 100_000
 _STRATEGIES = {"NO": "replicate", "MULTI_CPU": "replicate", "MULTI_GPU": "replicate", "FSDP": "fsdp"}
 _OF_DIVIDED = ("cpu_offload", "cpu_ram_efficient_loading")
 """Settings for strategies that divide the base model."""
+_ZERO_VARIABLES = {
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "zero_stage",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "offload_optimizer_device",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "offload_param_device",
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": "deepspeed_config_file",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
+    "ACCELERATE_GRADIENT_CLIPPING": "gradient_clipping",
+}
+"""Variable of ``accelerate launch`` -> the file's key."""
 _NOTHING: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("fp8_config", "megatron_lm_config", "parallelism_config"), ({}, None)),
     **dict.fromkeys(("dynamo_config", "mpirun_config", "tpu_env", "commands", "command_file"), ({}, [], None)),
@@ -59,7 +69,44 @@ def with_accelerate_config(
         return recipe
     for problem in problems:
         report((_KEY,), f"{path} asks for {problem}")
-    own = {name: value for name, value in found.items() if f"launch.{name}" not in given}
+    return _with(recipe, {name: value for name, value in found.items() if f"launch.{name}" not in given})
+
+
+def with_accelerate_launch(recipe: Recipe, variables: MutableMapping[str, str]) -> Recipe:
+    """Return the recipe with the strategy that ``accelerate launch`` was told, and take the word out of its variables.
+
+    For accelerate and transformers act on it by themselves: on a GPU the one divides the model, on a CPU it does not.
+
+    Raises:
+        UsageError: it asks for something else than the recipe, or for what peftcli does not do.
+    """
+    if variables.pop("ACCELERATE_USE_FSDP", "") == "true":
+        said: dict[str, Any] = {"distributed_type": "FSDP", "fsdp_config": _fsdp_config(variables)}
+    elif variables.pop("ACCELERATE_USE_DEEPSPEED", "") == "true":
+        keys = _ZERO_VARIABLES.items()
+        zero = {key: yaml.safe_load(variables[name]) for name, key in keys if name in variables}
+        said = {"distributed_type": "DEEPSPEED", "deepspeed_config": zero}
+    else:
+        return recipe
+    found, problems = _settings(said, recipe), _problems(said, recipe)
+    if recipe.launch.strategy not in ("auto", "replicate", found["strategy"]):
+        problems.append(f"{found['strategy']}, and the recipe for {recipe.launch.strategy}")
+    if problems:
+        hint = "start accelerate without it, and set launch.strategy in the recipe"
+        raise UsageError(f"accelerate launch asks for {problems[0]}", key="launch.strategy", hint=hint)
+    either = {name: found.get(name) or getattr(recipe.launch, name) for name in _OF_DIVIDED}
+    return _with(recipe, {**either, "strategy": found["strategy"]})
+
+
+def _fsdp_config(variables: Mapping[str, str]) -> dict[str, Any]:
+    """What variables say that the file says under ``fsdp_config``: words in capitals there."""
+    found = {name.lower(): yaml.safe_load(value) for name, value in variables.items() if name.startswith("FSDP_")}
+    return {f"fsdp_{name[5:]}": value.upper() if isinstance(value, str) else value for name, value in found.items()}
+
+
+def _with(recipe: Recipe, found: dict[str, Any]) -> Recipe:
+    """Return the recipe with what was found, as far as it is for its strategy and its base model."""
+    own = dict(found)
     if own.get("strategy", recipe.launch.strategy) not in ("fsdp", "zero3"):  # then the recipe wants another one
         own = {name: value for name, value in own.items() if name not in _OF_DIVIDED}
     if recipe.base_model.quantization is not None:  # as accelerate does

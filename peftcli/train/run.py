@@ -27,6 +27,7 @@ from peftcli.data.findings import refuse
 from peftcli.errors import DataError, Interrupted, PeftcliError, StorageError, UsageError, to_peftcli_error
 from peftcli.models.open import LoadedModel, open_base
 from peftcli.recipe import method_config, seconds
+from peftcli.recipe.accelerate_config import with_accelerate_launch
 from peftcli.recipe.rates import with_rate
 from peftcli.schema import Recipe
 from peftcli.system import date
@@ -97,6 +98,7 @@ def train(
     with handle_signals("stopped before the first step", save_on) as stop:
         if training.max_time is not None:
             stop.deadline = STARTED + seconds(training.max_time)
+        recipe = with_accelerate_launch(recipe, os.environ)
         accelerator = start_accelerator(recipe)
         tell: OnEvent = on_event if accelerator.is_main_process else lambda event: None
         recipe = with_rate(with_init_settings(with_task(recipe, lambda text: tell(Warned(text)))))

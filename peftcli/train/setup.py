@@ -63,11 +63,9 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         # evaluation runs out of step; and not every step uses all that trains
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)],
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UsageError(
-            f"accelerate was told to use {accelerator.distributed_type.value}, which peftcli does by itself",
-            hint="launch.strategy: fsdp, zero2 or zero3 in the recipe, and accelerate without it",
-        )
+    if accelerator.distributed_type == DistributedType.MEGATRON_LM:
+        hint = "launch.strategy: fsdp, zero2 or zero3 in the recipe, and accelerate without it"
+        raise UsageError("accelerate was told to use Megatron-LM, which peftcli does not", hint=hint)
     wanted = recipe.launch.num_processes
     if accelerator.num_processes < asked:
         raise UsageError(f"{asked} processes were asked for and {accelerator.num_processes} started")

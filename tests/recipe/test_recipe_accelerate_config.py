@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 import trainkit
 from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
+from peftcli.errors import UsageError
 from peftcli.recipe import read
-from peftcli.schema import Launch
+from peftcli.recipe.accelerate_config import with_accelerate_launch
+from peftcli.schema import Launch, Recipe
 
 FSDP: dict[str, Any] = {
     "distributed_type": "FSDP",
@@ -131,3 +135,60 @@ def test_another_file_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "accelerate.yaml").write_text(content)
     (found,) = read(path).problems
     assert "is no file that accelerate wrote" in found.message
+
+
+FSDP2 = ("--use_fsdp", "--fsdp_version", "2", "--fsdp_reshard_after_forward", "true")
+ZERO3 = ("--use_deepspeed", "--zero_stage", "3")
+SINGLE = (
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+    "--machine_rank",
+    "0",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+)
+
+
+def launched(folder: Path, *words: str, settings: tuple[str, ...] = ()) -> tuple[Recipe, dict[str, str]]:
+    """A recipe as a process trains it that ``accelerate launch`` has started with words, and the variables left."""
+    given = launch_command_parser().parse_args([*words, *SINGLE, "train.py"])
+    given.deepspeed_fields_from_accelerate_config = ""
+    variables = prepare_deepspeed_cmd_env(given)[1] if given.use_deepspeed else prepare_multi_gpu_env(given)
+    return with_accelerate_launch(read(trainkit.write_recipe(folder), list(settings)).recipe, variables), variables
+
+
+def test_what_accelerate_launch_is_told_is_the_strategy(tmp_path: Path) -> None:
+    offload = ("--fsdp_offload_params", "true", "--fsdp_cpu_ram_efficient_loading", "false")
+    for words, settings, expected in (
+        (("--multi_gpu",), (), ("replicate", False, False)),
+        (("--multi_gpu",), ("launch.strategy=zero2",), ("zero2", False, False)),
+        (FSDP2, (), ("fsdp", False, True)),  # as accelerate launch has it, if it is told no more
+        ((*FSDP2, *offload), ("launch.strategy=auto",), ("fsdp", True, False)),
+        (FSDP2, ("launch.strategy=fsdp", "launch.cpu_offload=true"), ("fsdp", True, True)),
+        ((*ZERO3, "--offload_param_device", "cpu"), (), ("zero3", True, False)),
+        (("--use_deepspeed",), (), ("zero2", False, False)),
+    ):
+        recipe, variables = launched(tmp_path, *words, settings=settings)
+        launch = recipe.launch
+        assert (launch.strategy, launch.cpu_offload, launch.cpu_ram_efficient_loading) == expected, words
+        assert not {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & variables.keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "problem"),
+    [
+        (FSDP2, ("launch.strategy=zero2",), "fsdp, and the recipe for zero2"),
+        (("--use_fsdp",), (), "fsdp_version: 1; 2 can be had"),
+        ((*ZERO3, "--gradient_clipping", "0.3"), (), "gradient_clipping: 0.3, and the recipe has 1.0"),
+        ((*ZERO3, "--offload_optimizer_device", "cpu"), (), "offload_optimizer_device: cpu"),
+    ],
+)
+def test_what_accelerate_launch_asks_for_in_vain_is_said(
+    words: tuple[str, ...], settings: tuple[str, ...], problem: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=problem):
+        launched(tmp_path, *words, settings=settings)

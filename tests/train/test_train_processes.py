@@ -231,6 +231,10 @@ LAUNCHERS = {
     "peftcli": ("peftcli",),
     "torchrun": ("torch.distributed.run", "--nproc_per_node", 2, "--standalone", "-m", "peftcli"),
     "accelerate": ("accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "-m", "peftcli"),
+    "accelerate, fsdp": (
+        *("accelerate.commands.launch", "--use_fsdp", "--fsdp_version", 2, "--fsdp_reshard_after_forward", "true"),
+        *("--num_processes", 2, "-m", "peftcli"),
+    ),
 }
 
 
@@ -242,7 +246,9 @@ def test_real_launchers(recipe: Path, launcher: str) -> None:
     done = launch(*LAUNCHERS[launcher], "train", recipe, *HALF, *own)
     assert done.returncode == 0, done.stderr
     assert losses(recipe.parent / "out") == pytest.approx(one.losses, rel=1e-5)
-    assert read_run(recipe.parent / "out")["processes"] == 2
+    record = read_run(recipe.parent / "out")
+    assert record["processes"] == 2
+    assert record["recipe"]["launch"]["strategy"] == ("fsdp" if "fsdp" in launcher else "replicate")
 
 
 @pytest.mark.slow
