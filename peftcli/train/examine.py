@@ -14,6 +14,7 @@ from peftcli.errors import HubError, Interrupted, NetworkError, PeftcliError, Pr
 from peftcli.guard.adapter_folder import find_weights
 from peftcli.models.open import open_base
 from peftcli.recipe import method_config
+from peftcli.recipe.rates import with_rate
 from peftcli.schema import BaseModel, Recipe
 from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import FitsModel, Gathers, refuse_other_classes
@@ -83,7 +84,7 @@ def examine(recipe: Recipe) -> Found:
             )
             if data is not None:
                 attempt("launch.strategy", partial(refuse_strategy, recipe, data.task, config, processes))
-    attempt("training", lambda: check_optimizer(recipe.training))
+    attempt("training", lambda: check_optimizer(with_rate(recipe).training))
     attempt("training", lambda: require_packages(recipe))
     if recipe.training.use_liger_kernel:
         attempt("training", check_liger_kernel)

@@ -17,8 +17,10 @@ from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
 from peftcli.errors import Interrupted, RecipeError, UsageError
 from peftcli.methods import METHODS
+from peftcli.recipe import load_recipe
 from peftcli.schema import Training
 from peftcli.train.optim import _OPTIMIZERS, build_optimizer, build_schedule, parameter_groups
+from peftcli.train.preview import preview
 from peftcli.train.report import Event, Stepped
 
 STARTS = {
@@ -147,6 +149,10 @@ def test_what_an_optimizer_does_not_take_is_named(recipe: Path) -> None:
     }.items():
         with pytest.raises(UsageError, match=message):
             trainkit.run_recipe(recipe, *settings)
+
+
+def test_a_recipe_without_a_learning_rate_can_be_looked_at_before(recipe: Path) -> None:
+    assert preview(load_recipe(recipe, ["training.learning_rate=auto"]))["steps"]
 
 
 def test_an_automatic_rate_is_adamws(recipe: Path) -> None:
