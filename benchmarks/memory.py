@@ -40,6 +40,10 @@ def measure(
     checkpointing: bool = False,
     method: str = "lora",
     r: int = 16,
+    saves: bool = False,
+    evaluates: int = 0,
+    quantised: str = "",
+    strategy: str = "",
 ) -> dict[str, float]:
     """Return the estimate and the peak of a run, in MiB.
 
@@ -51,6 +55,10 @@ def measure(
         checkpointing: Whether activations are computed again.
         method: lora or prompt_tuning.
         r: LoRA's.
+        saves: Whether it writes a checkpoint after each step, evaluates before, and keeps the best adapter.
+        evaluates: Rows of an evaluation's batch, after each step; 0: there is none.
+        quantised: A type of bitsandbytes's.
+        strategy: launch.strategy of two processes; without it there is one.
     """
     own = {"type": method, "num_virtual_tokens": 20} if method == "prompt_tuning" else {"type": method, "r": r}
     if method == "lora":
@@ -61,8 +69,8 @@ def measure(
         row = {"causal_lm": {"text": text}, "seq2seq_lm": {"prompt": text, "completion": text}}
         rows = [row.get(TASKS[model], {"text": text, "label": f"class {number % 4}"}) for number in range(4 * batch)]
         Path(folder, "train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
-        recipe = {
-            "base_model": MODEL if model == "smollm2" else str(made(model)),
+        recipe: dict[str, Any] = {
+            "base_model": {"name": MODEL if model == "smollm2" else str(made(model))},
             "task": TASKS[model].replace("classes", "sequence_classification"),
             "method": own,
             "dataset": {"train": f"{folder}/train.jsonl", "max_length": tokens, "allow": ["answers_cut"]},
@@ -76,6 +84,16 @@ def measure(
                 "verify": False,
             },
         }
+        if evaluates or saves:
+            recipe["dataset"]["eval"] = f"{folder}/train.jsonl"
+            recipe["training"] |= {"eval_strategy": "steps", "eval_steps": 1}
+            recipe["training"]["per_device_eval_batch_size"] = evaluates or batch
+        if saves:
+            recipe["training"] |= {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+        if quantised:
+            recipe["base_model"]["quantization"] = {"type": quantised}
+        if strategy:
+            recipe["launch"] = {"num_processes": 2, "strategy": strategy}
         path = Path(folder, "recipe.yaml")
         path.write_text(json.dumps(recipe))
         os.environ["PEFTCLI_CACHE"] = f"{folder}/cache"
@@ -132,6 +150,11 @@ def cells(rounds: int) -> Iterator[Cell]:
             yield {"model": "gpt2", "bf16": bf16, "batch": batch, "tokens": 256}
             yield {"model": "bert", "bf16": bf16, "batch": 4 * batch, "tokens": 128}
             yield {"model": "t5", "bf16": bf16, "batch": batch, "tokens": 128}
+        yield {"model": "smollm2", "bf16": bf16, "batch": 2, "tokens": 256, "r": 256, "saves": True}
+        yield {"model": "smollm2", "bf16": bf16, "batch": 1, "tokens": 512, "evaluates": 16}
+        yield {"model": "llama", "bf16": bf16, "batch": 1, "tokens": 512, "quantised": "nf4"}
+        for strategy in ("replicate", "fsdp"):
+            yield {"model": "llama", "bf16": bf16, "batch": 2, "tokens": 256, "strategy": strategy}
 
 
 def section(found: Found) -> Iterator[str]:
@@ -146,6 +169,10 @@ def section(found: Found) -> Iterator[str]:
             "activations computed again" if cell.get("checkpointing") else "",
             f"r {cell['r']}" if "r" in cell else "",
             "prompt tuning" if "method" in cell else "",
+            "checkpoints, the best adapter" if "saves" in cell else "",
+            f"evaluations of {cell['evaluates']} rows" if "evaluates" in cell else "",
+            cell.get("quantised", ""),
+            f"each of two processes, {cell['strategy']}" if "strategy" in cell else "",
         ]
         yield (
             f"| {TITLES[cell['model']]} | {'bf16' if cell['bf16'] else 'fp32'} | {cell['batch']} x {cell['tokens']} "

@@ -1,4 +1,7 @@
-"""Two hosts on one machine: network namespaces with addresses of their own, joined by a cable (Linux, as root)."""
+"""Two hosts on one machine, and a run on both: network namespaces with addresses of their own, joined by a cable.
+
+Linux only, and as root.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,19 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import trainkit
+from trainkit import read_metrics
+
+PORT = 29_400
 _count = itertools.count()
 
 
@@ -69,3 +79,91 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 
 def _ip(*words: str) -> str:
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
+
+
+@dataclass
+class Pair:
+    """Two hosts that see the base model, the data and no more of each other's files."""
+
+    hosts: tuple[Host, Host]
+    recipe: Path
+    running: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def folder(self, rank: int) -> Path:
+        """The run folder of a host."""
+        folder = self.recipe.parent / f"host-{rank}"
+        folder.mkdir(exist_ok=True)
+        return folder / "out"
+
+    def start(self, rank: int, *settings: str, number: int | None = None) -> subprocess.Popen[str]:
+        """Start the command on a host."""
+        launch = {
+            "num_processes": 1,
+            "num_machines": 2,
+            "machine_rank": rank if number is None else number,
+            "main_process_ip": self.hosts[0].address,
+            "main_process_port": PORT,
+        }
+        return self.run(rank, [f"launch.{name}={value}" for name, value in launch.items()] + list(settings))
+
+    def run(
+        self, rank: int, settings: list[str], by: Sequence[str] = (), env: Mapping[str, str] = MappingProxyType({})
+    ) -> subprocess.Popen[str]:
+        """Start ``peftcli train`` on a host, by a launcher or with a scheduler's variables."""
+        words = ["training.per_device_train_batch_size=2", f"training.output_dir={self.folder(0)}", *settings]
+        process = self.hosts[rank].start(
+            [sys.executable, *by, "-m", "peftcli", "train", str(self.recipe), *words, "--json"],
+            self.folder(1 - rank).parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=trainkit.subprocess_environment() | {"PEFTCLI_CACHE": str(self.recipe.parent / f"cache-{rank}"), **env},
+        )
+        self.running.append(process)
+        return process
+
+    def both(self, *settings: str) -> list[subprocess.Popen[str]]:
+        """Start it on both."""
+        return [self.start(rank, *settings) for rank in (0, 1)]
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until so many steps are logged."""
+        end = time.monotonic() + 120
+        while not any(entry["step"] >= step for entry in self.lines()):
+            assert time.monotonic() < end
+            assert all(each.poll() is None for each in self.running[-2:])
+            time.sleep(0.05)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What is logged."""
+        return read_metrics(self.folder(0)) if (self.folder(0) / "metrics.jsonl").exists() else []
+
+    def adapter(self) -> bytes:
+        """The trained adapter."""
+        return (self.folder(0) / "adapter_model.safetensors").read_bytes()
+
+
+def ended(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    """What a process has printed, which ends so."""
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, err
+    return out, err
+
+
+def processes_of(launcher: subprocess.Popen[str]) -> list[int]:
+    """The training processes on the host of a command (``ip`` has become the command itself)."""
+    return [int(each) for each in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+
+
+@contextmanager
+def made_pair(recipe: Path) -> Iterator[Pair]:
+    """Inside there are two hosts for a recipe; afterwards nothing runs on them."""
+    with two_hosts() as hosts:
+        found = Pair(hosts, recipe)
+        try:
+            yield found
+        finally:
+            for process in found.running:
+                if process.poll() is None:
+                    process.kill()
+                if process.stdout and not process.stdout.closed:
+                    process.communicate()

@@ -42,9 +42,8 @@ from transformers import (
 from peftcli.errors import Interrupted
 from peftcli.recipe import load_recipe
 from peftcli.schema import Recipe
-from peftcli.system.disk import write_file
 from peftcli.train import finish
-from peftcli.train.report import Event, Stepped, draw_losses
+from peftcli.train.report import Event, Stepped, loss_curve
 from peftcli.train.run import train
 
 CHATML = (
@@ -264,7 +263,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 def run_recipe(path: Path, *overrides: str, **options: Any) -> Trained:
     """Train the recipe at ``path`` in this process."""
     reset_accelerate()
-    finish.draw_losses = _draw_losses
+    finish.loss_curve = _loss_curve
     recipe, events = load_recipe(path, overrides), list[Event]()
     listen = options.pop("on_event", lambda event: None)
 
@@ -298,13 +297,12 @@ def _stopped(settings: tuple[str, ...], step: int) -> Path:
     return folder
 
 
-def _draw_losses(metrics: list[dict[str, Any]], path: Path) -> None:
+def _loss_curve(metrics: list[dict[str, Any]]) -> bytes:
     """Curves take a quarter of a tiny run's time, so equal ones are drawn once in this process."""
     key = repr([(entry["step"], entry.get("loss"), entry.get("eval_loss")) for entry in metrics])
     if key not in _CURVES:
-        draw_losses(metrics, path)
-        _CURVES[key] = path.read_bytes()
-    write_file(path, _CURVES[key])
+        _CURVES[key] = loss_curve(metrics)
+    return _CURVES[key]
 
 
 _CURVES: dict[str, bytes] = {}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import nn
 
@@ -23,9 +24,11 @@ from peftcli.guard.adapter_folder import CONFIG_FILE as CONFIG_FILE
 from peftcli.guard.adapter_folder import DTYPES, find_weights, open_weights
 from peftcli.guard.adapter_folder import WEIGHTS_FILE as WEIGHTS_FILE
 from peftcli.guard.adapter_folder import read_config as read_config
-from peftcli.guard.safetensors_header import TensorEntry
+from peftcli.guard.safetensors_header import BITS, TensorEntry
 from peftcli.system.disk import write_file
 
+_NAMES = {getattr(torch, name): theirs for theirs, name in DTYPES.items()}
+"""Dtypes -> safetensors' names."""
 _WIDER, _SMALL = 8, 1024
 """Sizes above this multiple of the base model's largest dimension, and above this number, are rejected."""
 
@@ -90,10 +93,40 @@ def write_tensor_file(
     Raises:
         StorageError: it cannot be written.
     """
-    # copied, since safetensors takes no tensors that share memory, as those of layers that share a weight do
-    to_cpu: dict[str, Any] = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
-    contents = {name: tensors[name].detach().to(**to_cpu) for name in sorted(tensors)}
-    write_file(path, safetensors.torch.save(contents, {"format": "pt", **(metadata or {})}))
+    made = {name: ((_NAMES[value.dtype], tuple(value.shape)), partial(_get, value)) for name, value in tensors.items()}
+    write_file(path, content_of(made, metadata))
+
+
+def _get(value: torch.Tensor) -> torch.Tensor:
+    return value
+
+
+def content_of(
+    tensors: Mapping[str, tuple[tuple[str, tuple[int, ...]], Callable[[], torch.Tensor]]],
+    metadata: Mapping[str, str] | None = None,
+) -> Iterator[Any]:
+    """Give the content of a safetensors file, with no more than one tensor in memory for it.
+
+    Args:
+        tensors: Name -> dtype, as safetensors names it, and shape; and a function that returns the tensor.
+        metadata: For the header.
+    """
+    # the widest first, so that each is aligned
+    order = sorted(tensors, key=lambda name: (-BITS[tensors[name][0][0]], name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in order:
+        (dtype, shape), _ = tensors[name]
+        start, end = end, end + math.prod(shape) * BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    described = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    described += b" " * (-len(described) % 8)
+    yield len(described).to_bytes(8, "little") + described
+    for name in order:
+        value = tensors[name][1]().detach().cpu().contiguous()
+        assert value.nbytes == math.prod(tensors[name][0][1]) * BITS[tensors[name][0][0]] // 8
+        yield value.reshape(-1).view(torch.uint8).numpy()
+        del value  # before the next one is made
 
 
 def _read(header: Mapping[str, TensorEntry], file: BufferedReader, path: Path) -> dict[str, torch.Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Mapping
 from io import FileIO
 from pathlib import Path
@@ -12,8 +10,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from peftcli.core.files import content_of
 from peftcli.errors import ModelError
-from peftcli.guard.safetensors_header import BITS
 from peftcli.models.open import OpenBase
 from peftcli.system.outputs import storage_errors
 
@@ -69,25 +67,11 @@ def write_tensors(
     Raises:
         StorageError: the file cannot be written.
     """
-    # the widest first, so that each is aligned
-    order = sorted(tensors, key=lambda name: (-BITS[tensors[name][0][0]], name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in order:
-        (dtype, shape), _ = tensors[name]
-        start, end = end, end + math.prod(shape) * BITS[dtype] // 8
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    described = json.dumps(header, separators=(",", ":")).encode()
-    described += b" " * (-len(described) % 8)
     with storage_errors(path):
         file = path.open("wb", buffering=0)
     try:
-        _write(file, path, len(described).to_bytes(8, "little") + described)
-        for name in order:
-            value = tensors[name][1]()
-            assert value.nbytes == math.prod(tensors[name][0][1]) * BITS[tensors[name][0][0]] // 8
-            _write(file, path, value.detach().reshape(-1).view(torch.uint8).numpy())
-            del value  # before the next one is made
+        for piece in content_of(tensors):
+            _write(file, path, piece)
     finally:
         with storage_errors(path):
             file.close()

@@ -6,8 +6,10 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from peftcli.errors import StorageError
 
@@ -17,17 +19,22 @@ TEMPORARY = re.compile(r"\..*\.\d+\.tmp", re.DOTALL)
 """The names that ``write_file`` gives files until they are complete."""
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes | Iterable[Any]) -> None:
     """Write a file atomically: temporary file, fsync, rename. After a crash it is as before, or complete.
+
+    Args:
+        path: The file.
+        content: All of it, or its pieces, each made when the one before is written.
 
     Raises:
         StorageError: the disk is full, read-only or fails.
     """
     temporary = temporary_name(path)
+    pieces: Iterable[Any] = [content] if isinstance(content, bytes) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(content)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -41,8 +41,6 @@ from peftcli.train.strategies import DIVIDED
 _HELD_BACK = 1.2
 """How many times the counted memory of a step its process takes on a CPU, where freed memory is not all used again:
 docs/log.md, "Memory that is estimated"."""
-_COPIES = 2
-"""How often a file's content is in memory while it is written: each tensor's bytes, and those of the whole."""
 _STEPS = 2000
 """In how many steps, from the first, the largest micro-batch is looked for."""
 
@@ -66,7 +64,7 @@ class Estimate:
     evaluation: int
     """What the largest batch of an evaluation needs beyond the weights and the adapter; 0 without one."""
     saving: int
-    """What the largest file that is written takes beyond these, of the adapter or a checkpoint; 0 on a GPU."""
+    """What writing the adapter or a checkpoint takes beyond these: a tensor at a time; 0 on a GPU."""
 
     @property
     def peak(self) -> int:
@@ -165,7 +163,7 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
         adapter=2 * values + remembered + best,
         step=round(step * _HELD_BACK) if on_cpu else step,
         evaluation=evaluation,
-        saving=_COPIES * max(values, remembered if training.save_strategy != "no" else 0) if on_cpu else 0,
+        saving=max((each.numel() * each.element_size() for each in trained), default=0) if on_cpu else 0,
     )
 
 

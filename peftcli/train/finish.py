@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from peftcli.adapters.card import write_card
@@ -13,7 +14,7 @@ from peftcli.recipe import gate_holds, parse_gate, to_yaml
 from peftcli.system.disk import sha256, write_file
 from peftcli.tasks import described
 from peftcli.tasks.base import Saves
-from peftcli.train.report import draw_losses, peak_memory_bytes
+from peftcli.train.report import loss_curve, peak_memory_bytes
 from peftcli.train.runs.checkpoint import State, prune, write_finite
 from peftcli.train.runs.record import ArtefactRecord, EvaluationRecord, GateRecord, MemoryRecord
 from peftcli.train.runs.resume import Run
@@ -28,10 +29,13 @@ def finish(run: Run, data: RunData, state: State) -> None:
     The main process does; where the model is divided among the processes, all help to ask it what it says.
     """
     recipe, folder, record, progress = run.recipe, run.folder, run.record, state.progress
+    drawing = ThreadPoolExecutor(1)  # beside what the model says, since matplotlib takes long to import
+    curve = drawing.submit(loss_curve, folder.metrics()) if run.is_main else None
+    drawing.shutdown(wait=False)
     verify = recipe.training.verify and not recipe.base_model.trust_remote_code  # which only a recipe may ask for
     said = _said(run, data, state) if verify and (run.is_main or is_sharded(state.model)) else {}
     state.prepared.make_whole()
-    if not run.is_main:
+    if curve is None:
         return
     tensors = state.best_adapter if state.best_adapter is not None else adapter_state(state.model)
     kept = progress.best_eval if state.best_adapter is not None else progress.last_eval
@@ -52,7 +56,7 @@ def finish(run: Run, data: RunData, state: State) -> None:
             base_sha256=record.base_model.sha256,
         )
     write_file(folder.path / "recipe.yaml", to_yaml(recipe).encode())
-    draw_losses(folder.metrics(), folder.path / "loss.png")
+    write_file(folder.path / "loss.png", curve.result())
     record.steps.done = progress.step
     record.train_loss = progress.loss_sum / progress.num_targets if progress.num_targets else None
     record.eval = EvaluationRecord(

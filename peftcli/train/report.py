@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from peftcli.system.disk import write_file
 from peftcli.system.memory import peak_resident_memory
 from peftcli.train.loop import StepResult
 
@@ -102,8 +101,8 @@ def peak_memory_bytes() -> dict[str, int]:
     return peak
 
 
-def draw_losses(metrics: list[dict[str, Any]], path: Path) -> None:
-    """Draw the loss curve as a PNG: training loss over the steps, and evaluation loss where there is one."""
+def loss_curve(metrics: list[dict[str, Any]]) -> bytes:
+    """Draw training loss over the steps, and evaluation loss where there is one. Returns the PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -118,4 +117,4 @@ def draw_losses(metrics: list[dict[str, Any]], path: Path) -> None:
     axes.legend()
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image, metadata={"Software": None})
-    write_file(path, image.getvalue())
+    return image.getvalue()

@@ -37,6 +37,24 @@ def test_tensors_of_every_dtype_are_those_that_safetensors_reads(tmp_path: Path)
         assert found[name].tolist() == value.tolist()
 
 
+def test_safetensors_reads_what_is_written_and_writes_the_same(tmp_path: Path) -> None:
+    shared = torch.arange(12.0)
+    tensors = {"turned": shared.view(3, 4).t(), "a part": shared[3:7], "ü \n": shared, **_tensors()}
+    files.write_tensor_file(tmp_path / "all.safetensors", tensors, {"b": "1", "a": "2"})
+    found = safetensors.torch.load_file(tmp_path / "all.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert torch.equal(found[name], value), name
+    with safetensors.safe_open(tmp_path / "all.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "b": "1", "a": "2"}
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    numbers = {name: value for name, value in tensors.items() if value.dtype in (torch.float32, torch.bfloat16)}
+    files.write_tensor_file(ours, numbers)
+    apart = {name: value.clone(memory_format=torch.contiguous_format) for name, value in numbers.items()}
+    safetensors.torch.save_file(apart, theirs, {"format": "pt"})
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
 def test_a_file_that_is_cut_while_it_is_read_is_damaged(tmp_path: Path) -> None:
     path = tmp_path / WEIGHTS_FILE
     safetensors.torch.save_file({"a": torch.ones(5000)}, path)

@@ -70,6 +70,7 @@ MODULES = (
     "checkpoints",
     "signals_in_training",
     "processes",
+    "several_machines",
     "limits",
     "other_commands",
     "paths_and_modes",

@@ -1,17 +1,21 @@
-"""Groups of training processes of which one dies, raises, ends, stops or hangs."""
+"""Groups of training processes of which one dies, raises, ends, stops or hangs, and groups that end at any time."""
 
 from __future__ import annotations
 
+import functools
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import trainkit
 from campaigns import Campaign, Trial
 from training import assert_same
 from trainkit import FULL, Child, read_run, write_recipe
@@ -195,6 +199,61 @@ def _launcher_killed(strategy: str, folder: Path) -> None:
     assert again.wait(150) == 0, again.err
 
 
+SEEDS = 30
+"""Trials at random times."""
+_ENDS = ("all are killed", "the launcher is killed", "a process is killed", "SIGTERM", "SIGINT", "SIGUSR1")
+_CODES = {"SIGTERM": 75, "SIGINT": 130, "SIGUSR1": 75, "a process is killed": 10}
+"""How the command ends then, if it has a checkpoint; before the first step a signal ends it otherwise."""
+
+
+@functools.cache
+def _undisturbed(strategy: str) -> Path:
+    folder = trainkit.scratch() / f"undisturbed-{strategy}"
+    (folder / "marks").mkdir(parents=True)
+    child = Child(
+        folder, "train", write_recipe(folder), *_settings(2, strategy), before=Launcher("-", -1, folder / "marks")
+    )
+    assert child.wait(150) == 0, child.err
+    return folder / "out"
+
+
+def _at_any_time(seed: int, strategy: str, folder: Path) -> None:
+    """The command ends one to three times on the way; started again, it ends as if it had not."""
+    chance, recipe, marks = random.Random(f"{strategy} {seed}"), write_recipe(folder), folder / "marks"
+    marks.mkdir()
+    metrics = folder / "out/metrics.jsonl"
+    for end in range(1 + seed % 3):
+        how = _ENDS[(seed + end) % len(_ENDS)]
+        child = Child(folder, "train", recipe, *_settings(2, strategy), before=Launcher("-", -1, marks))
+        wanted, before = chance.randint(0, 8), _lines(metrics)
+        child.until(lambda: child.process.exitcode is not None or _lines(metrics) >= before + wanted)  # noqa: B023
+        time.sleep(chance.uniform(0, 0.2))
+        processes = _living(marks)
+        if how in signal.Signals.__members__:
+            child.signal(signal.Signals[how])
+        elif how == "a process is killed":
+            with suppress(ProcessLookupError, IndexError):
+                os.kill(chance.choice(processes), signal.SIGKILL)
+        else:
+            child.signal(signal.SIGKILL)
+            for pid in processes if how == "all are killed" else ():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        code = child.wait(150)
+        assert code in (0, -signal.SIGKILL, 143, _CODES.get(how)), f"{how}: exit code {code}: {child.err}"
+        deadline = time.monotonic() + 10
+        while _living(marks) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not _living(marks), f"{how}: orphans"
+    again = Child(folder, "train", recipe, *_settings(2, strategy), before=Launcher("-", -1, marks))
+    assert again.wait(150) == 0, again.err
+    assert_same(folder / "out", _undisturbed(strategy))
+
+
+def _lines(metrics: Path) -> int:
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
 Group = tuple[str, int, int]
 """What happens, to which process, of how many."""
 _IN_TWO = [(fault, number, 2) for fault in FAULTS for number in (0, 1)]
@@ -228,6 +287,13 @@ CAMPAIGNS = [
         _PROMISE,
         partial(trials, "fsdp", _IN_TWO[1::2]),
         least=12,
+        sample=0,
+    ),
+    Campaign(
+        "groups that end at any time, the base model divided",
+        "Whatever ends a group, once or more often, no process is left, and the same command ends byte-identical.",
+        lambda: [Trial(f"seed {seed}", partial(_at_any_time, seed, "fsdp")) for seed in range(SEEDS)],
+        least=30,
         sample=0,
     ),
 ]

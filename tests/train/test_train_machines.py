@@ -5,120 +5,35 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import trainkit
-from hosts import Host, can_make_hosts, two_hosts
+from hosts import PORT, Pair, can_make_hosts, ended, made_pair, processes_of
 from torch.distributed import HashStore
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-from trainkit import read_metrics, read_run, run_recipe
+from trainkit import read_run, run_recipe
 
 from peftcli.errors import AdapterError, Diverged, GateFailed, ProcessDied, UsageError
 from peftcli.train import machines
 from peftcli.train.launch import Failed
 from peftcli.train.machines import Agent, Meeting
 
-PORT = 29_400
 STEPS = ("training.max_steps=40", "training.save_strategy=steps", "training.save_steps=5", "training.eval_strategy=no")
-
-
-@dataclass
-class Pair:
-    """Two hosts that see the base model, the data and no more of each other's files."""
-
-    hosts: tuple[Host, Host]
-    recipe: Path
-    running: list[subprocess.Popen[str]] = field(default_factory=list)
-
-    def folder(self, rank: int) -> Path:
-        """The run folder of a host."""
-        folder = self.recipe.parent / f"host-{rank}"
-        folder.mkdir(exist_ok=True)
-        return folder / "out"
-
-    def start(self, rank: int, *settings: str, number: int | None = None) -> subprocess.Popen[str]:
-        """Start the command on a host."""
-        launch = {
-            "num_processes": 1,
-            "num_machines": 2,
-            "machine_rank": rank if number is None else number,
-            "main_process_ip": self.hosts[0].address,
-            "main_process_port": PORT,
-        }
-        return self.run(rank, [f"launch.{name}={value}" for name, value in launch.items()] + list(settings))
-
-    def run(
-        self, rank: int, settings: list[str], by: Sequence[str] = (), env: Mapping[str, str] = MappingProxyType({})
-    ) -> subprocess.Popen[str]:
-        """Start ``peftcli train`` on a host, by a launcher or with a scheduler's variables."""
-        words = ["training.per_device_train_batch_size=2", f"training.output_dir={self.folder(0)}", *settings]
-        process = self.hosts[rank].start(
-            [sys.executable, *by, "-m", "peftcli", "train", str(self.recipe), *words, "--json"],
-            self.folder(1 - rank).parent,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=trainkit.subprocess_environment() | {"PEFTCLI_CACHE": str(self.recipe.parent / f"cache-{rank}"), **env},
-        )
-        self.running.append(process)
-        return process
-
-    def both(self, *settings: str) -> list[subprocess.Popen[str]]:
-        """Start it on both."""
-        return [self.start(rank, *settings) for rank in (0, 1)]
-
-    def wait_for_step(self, step: int) -> None:
-        """Wait until so many steps are logged."""
-        end = time.monotonic() + 120
-        while not any(entry["step"] >= step for entry in self.lines()):
-            assert time.monotonic() < end
-            assert all(each.poll() is None for each in self.running[-2:])
-            time.sleep(0.05)
-
-    def lines(self) -> list[dict[str, Any]]:
-        """What is logged."""
-        return read_metrics(self.folder(0)) if (self.folder(0) / "metrics.jsonl").exists() else []
-
-    def adapter(self) -> bytes:
-        """The trained adapter."""
-        return (self.folder(0) / "adapter_model.safetensors").read_bytes()
-
-
-def ended(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
-    """What a process has printed, which ends so."""
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == code, err
-    return out, err
-
-
-def processes_of(launcher: subprocess.Popen[str]) -> list[int]:
-    """The training processes on the host of a command (``ip`` has become the command itself)."""
-    return [int(each) for each in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
 
 
 @pytest.fixture
 def pair(recipe: Path) -> Iterator[Pair]:
     if not can_make_hosts():
         pytest.skip("hosts are network namespaces, which only root on Linux can make")
-    with two_hosts() as hosts:
-        found = Pair(hosts, recipe)
-        try:
-            yield found
-        finally:
-            for process in found.running:
-                if process.poll() is None:
-                    process.kill()
-                if process.stdout and not process.stdout.closed:
-                    process.communicate()
+    with made_pair(recipe) as found:
+        yield found
 
 
 @pytest.mark.slow

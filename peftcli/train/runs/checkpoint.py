@@ -26,7 +26,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.files import CONFIG_FILE, WEIGHTS_FILE, read_tensors, write_adapter
+from peftcli.core.files import CONFIG_FILE, WEIGHTS_FILE, read_tensors, write_adapter, write_tensor_file
 from peftcli.core.weights import adapter_state, load_training_state, named_tensors, training_state, unsaved_state
 from peftcli.errors import Diverged, PeftcliError, StorageError
 from peftcli.guard.files import read_small
@@ -112,13 +112,13 @@ def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelera
     remembered = _optimizer_state(state)
     if accelerator.is_main_process:
         for process, each in enumerate(states):  # other machines may not see the folder
-            _write_tensors(temporary / _random_file(process), each)
+            write_tensor_file(temporary / _random_file(process), each)
         write_finite(adapter_state(state.model), state.config, temporary)
         if extra := unsaved_state(state.model):
-            _write_tensors(temporary / _TRAINING_STATE, extra)
-        _write_tensors(temporary / _OPTIMIZER, remembered)
+            write_tensor_file(temporary / _TRAINING_STATE, extra)
+        write_tensor_file(temporary / _OPTIMIZER, remembered)
         if state.best_adapter is not None:
-            _write_tensors(temporary / _BEST, state.best_adapter)
+            write_tensor_file(temporary / _BEST, state.best_adapter)
         _write_json(temporary / _PROGRESS, asdict(state.progress))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -370,14 +370,12 @@ def _manifest(folder: Path, step: int, num_processes: int, optim: str, made_by: 
 
 def _optimizer_state(state: State) -> dict[str, torch.Tensor]:
     """What the optimizer remembers of each tensor, under the adapter's name of it. A number is one of 64 bits."""
-    found, places, kept = dict[str, torch.Tensor](), set[int](), state.prepared.optimizer_state()
-    for name, (_, _, parameter) in named_tensors(state.model).items():
-        for key, value in kept.get(parameter, {}).items():
-            tensor = _as_tensor(value).detach().cpu().contiguous()
-            shared = tensor.data_ptr() in places  # as tables of 8-bit numbers are, which safetensors refuses
-            places.add(tensor.data_ptr())
-            found[f"{name}.{key}"] = tensor.clone() if shared else tensor
-    return found
+    kept = state.prepared.optimizer_state()
+    return {
+        f"{name}.{key}": _as_tensor(value)
+        for name, (_, _, parameter) in named_tensors(state.model).items()
+        for key, value in kept.get(parameter, {}).items()
+    }
 
 
 def _as_tensor(value: torch.Tensor | float) -> torch.Tensor:
@@ -430,11 +428,6 @@ def _numpy_state() -> dict[str, torch.Tensor]:
 
 def _random_file(process: int) -> str:
     return f"random-{process:05d}.safetensors"
-
-
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    contents = {name: value.detach().cpu().contiguous() for name, value in sorted(tensors.items())}
-    write_file(path, safetensors.torch.save(contents, {"format": "pt"}))
 
 
 def _write_json(path: Path, value: object) -> None:
