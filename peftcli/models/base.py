@@ -93,20 +93,27 @@ class OpenBase:
         Raises:
             ModelError: the package for it is not installed; or both.
         """
-        wanted = self.spec.quantization
-        stored = None if self._is_gguf else quantization.stored_kind(self.config)
-        if stored and wanted:
+        wanted, kind = self.spec.quantization, self.weight_type
+        if self._stored_type and wanted:
             raise ModelError(
-                f"{self.name} is stored quantised already ({stored}); it cannot become {wanted.type}",
+                f"{self.name} is stored quantised already ({self._stored_type}); it cannot become {wanted.type}",
                 key="base_model.quantization",
                 hint="leave it out, or name the full-precision model",
             )
-        found: dict[str, Any] | None = (
-            {"type": stored, "stored": True} if stored else asdict(wanted) if wanted else None
-        )
-        if found:
-            quantization.need_package(found["type"])
-        return found
+        if kind is None:
+            return None
+        quantization.need_package(kind)
+        return asdict(wanted) if wanted else {"type": kind, "stored": True}
+
+    @property
+    def weight_type(self) -> str | None:
+        """How the weights are quantised, in a word of the recipe or of transformers; None: not at all."""
+        wanted = self.spec.quantization
+        return self._stored_type or (wanted.type if wanted else None)
+
+    @cached_property
+    def _stored_type(self) -> str | None:
+        return None if self._is_gguf else quantization.stored_kind(self.config)
 
     @property
     def is_stored_quantised(self) -> bool:

@@ -94,7 +94,7 @@ class OpenPipeline(OpenBase):
         return config
 
     @cached_property
-    def quantization(self) -> dict[str, Any] | None:
+    def _stored_type(self) -> str | None:
         return None
 
     @property

@@ -24,7 +24,6 @@ _NEEDS = {
     "nf4": ("bitsandbytes", _BITSANDBYTES),
     "fp4": ("bitsandbytes", _BITSANDBYTES),
     "int8": ("bitsandbytes", _BITSANDBYTES),
-    "bitsandbytes": ("bitsandbytes", _BITSANDBYTES),
     "int8_weight_only": ("torchao", _TORCHAO),
     "int4_weight_only": ("torchao", _TORCHAO),
     "torchao": ("torchao", _TORCHAO),
@@ -49,7 +48,9 @@ def bytes_of_weight(quantization: Quantization) -> float:
 
 
 def stored_kind(config: PreTrainedConfig) -> str | None:
-    """Return how the weights of a model folder are quantised, in transformers' term; None: not at all.
+    """Return how the weights of a model folder are quantised; None: not at all.
+
+    Of bitsandbytes in the recipe's words, else in transformers'.
 
     Raises:
         ModelError: transformers does not know the method.
@@ -64,6 +65,8 @@ def stored_kind(config: PreTrainedConfig) -> str | None:
     if kind != "bitsandbytes" and not (isinstance(kind, str) and kind in AUTO_QUANTIZATION_CONFIG_MAPPING):
         message = f"{short_repr(kind)} is not a known quantisation method"
         raise ModelError(message, file=short_name(str(config.name_or_path)), key="quantization_config")
+    if kind == "bitsandbytes" and isinstance(values, dict):
+        return "int8" if values.get("load_in_8bit") else str(values.get("bnb_4bit_quant_type", "fp4"))
     return str(getattr(kind, "value", kind))
 
 

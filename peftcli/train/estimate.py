@@ -56,7 +56,7 @@ class Estimate:
     weights: int
     """The base model's weights."""
     file: int
-    """What loading the model takes beyond its weights: its files, mapped, in another number format; 0 on a GPU."""
+    """What loading the model takes beyond its weights: pages of its files, converted or divided; 0 on a GPU."""
     adapter: int
     """What trains: values, gradients, what the optimizer remembers, and the best values so far if they are kept."""
     step: int
@@ -150,16 +150,19 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
             except Exception:  # what comes after the model looks at its answers; by then most is known
                 pass
         evaluation = sizes.most - before
-    stored = base.stored_bytes()
-    is_mapped = abs(stored - whole) < whole / 20  # the weights are the file's own pages, each read where it is needed
     training, on_cpu = recipe.training, device.type == "cpu"
+    stored, file = base.stored_bytes(), 0
+    if on_cpu and abs(stored - whole) > whole / 20:  # or else the weights are pages of the file
+        file = stored + elsewhere
+    elif on_cpu and elsewhere:  # and what stays in this process is copied
+        file = whole if recipe.launch.cpu_ram_efficient_loading else whole - elsewhere
     remembered = sum(each.numel() for each in trained) * state_bytes(training.optim)
     best = values if training.load_best_model_at_end and on_cpu else 0
     return Estimate(
         device=device.type,
         packages=packages,
         weights=whole - elsewhere,
-        file=0 if is_mapped or not on_cpu else stored + elsewhere,
+        file=file,
         adapter=2 * values + remembered + best,
         step=round(step * _HELD_BACK) if on_cpu else step,
         evaluation=evaluation,

@@ -188,7 +188,7 @@ def _strategies(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) 
     wanted = recipe.launch.strategy
     if wanted != "auto":
         return [wanted]
-    weights_divide = supports_quantization("fsdp", recipe.base_model.quantization) and not base.is_stored_quantised
+    weights_divide = supports_quantization("fsdp", base.weight_type) and not base.is_stored_quantised
     if num_processes == 1 or not (may_divide(data.task) and weights_divide):
         return ["replicate"]
     model = base.empty_model(row_of(recipe).auto_class, **data.task.model_options())

@@ -9,7 +9,7 @@ import torch
 from peftcli.core.config import AdapterConfig
 from peftcli.core.protocols import AfterStep, layers_of
 from peftcli.errors import UsageError
-from peftcli.schema import Quantization, Recipe
+from peftcli.schema import Recipe
 from peftcli.tasks.base import Begins, Gathers, Task, require_extra
 
 STAGES = {"zero2": 2, "zero3": 3}
@@ -34,9 +34,9 @@ def may_divide(task: Task[Any]) -> bool:
     return task.unit == "tokens" and not isinstance(task, Gathers)
 
 
-def supports_quantization(strategy: str, quantization: Quantization | None) -> bool:
-    """Whether a strategy is for weights that are quantised so."""
-    return quantization is None or strategy not in _QUANTISED or quantization.type in _QUANTISED[strategy]
+def supports_quantization(strategy: str, weight_type: str | None) -> bool:
+    """Whether a strategy is for weights that are quantised so, or not at all."""
+    return weight_type is None or strategy not in _QUANTISED or weight_type in _QUANTISED[strategy]
 
 
 def refuse_strategy(recipe: Recipe, task: Task[Any], config: AdapterConfig, num_processes: int) -> None:
@@ -45,10 +45,10 @@ def refuse_strategy(recipe: Recipe, task: Task[Any], config: AdapterConfig, num_
     Raises:
         UsageError: it is not, or DeepSpeed is not installed.
     """
-    strategy, method, quantization = recipe.launch.strategy, layers_of(config), recipe.base_model.quantization
-    weights_fit = supports_quantization(strategy, quantization)
+    strategy, method, weight_type = recipe.launch.strategy, layers_of(config), task.base.weight_type
+    weights_fit = supports_quantization(strategy, weight_type)
     refused = (
-        (tuple(_QUANTISED), not weights_fit, f"is not for {quantization and quantization.type}"),
+        (tuple(_QUANTISED), not weights_fit, f"is not for {weight_type}"),
         (DIVIDED, not may_divide(task), "divides models of texts, whose task does not compare the rows of a batch"),
         (_ENGINES, isinstance(task, Gathers), "is not for tasks that compare the rows of all processes"),
         (("zero3",), isinstance(task, Begins), "is not for tasks that compare the model with what it was"),

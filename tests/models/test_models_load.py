@@ -77,7 +77,7 @@ def test_check_deep_names_it_at_its_place(recipe: Path) -> None:
     [
         ({"quant_method": "gptq", "bits": 4}, "gptq weights need the package gptqmodel: pip install gptqmodel optimum"),
         ({"quant_method": "awq", "bits": 4}, "awq weights need the package gptqmodel: pip install gptqmodel"),
-        ({"load_in_4bit": True}, "bitsandbytes weights need the package bitsandbytes"),
+        ({"load_in_4bit": True}, "fp4 weights need the package bitsandbytes"),
     ],
 )
 @pytest.mark.usefixtures("bare_machine")

@@ -363,7 +363,7 @@ def trained_on_stored(stored: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def test_it_is_recognised(
     trained_on_stored: trainkit.Trained, trained: Callable[[str], trainkit.Trained], stored: Path, tmp_path: Path
 ) -> None:
-    assert trained_on_stored.run["base_model"]["quantization"] == {"type": "bitsandbytes", "stored": True}
+    assert trained_on_stored.run["base_model"]["quantization"] == {"type": "nf4", "stored": True}
     assert trained_on_stored.losses == pytest.approx(trained("nf4").losses, abs=1e-5)
     with pytest.raises(ModelError, match="stored quantised already"):
         run_recipe(trainkit.write_recipe(tmp_path, stored), override("nf4"))

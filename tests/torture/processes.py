@@ -225,7 +225,7 @@ def _at_any_time(seed: int, strategy: str, folder: Path) -> None:
     for end in range(1 + seed % 3):
         how = _ENDS[(seed + end) % len(_ENDS)]
         child = Child(folder, "train", recipe, *_settings(2, strategy), before=Launcher("-", -1, marks))
-        wanted, before = chance.randint(0, 8), _lines(metrics)
+        wanted, before = chance.randint(1, 8), _lines(metrics)
         child.until(lambda: child.process.exitcode is not None or _lines(metrics) >= before + wanted)  # noqa: B023
         time.sleep(chance.uniform(0, 0.2))
         processes = _living(marks)

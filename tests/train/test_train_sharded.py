@@ -15,7 +15,7 @@ from task_methods import settings_of
 from taskkit import CASES
 from test_train_processes import group, losses
 from trainkit import read_metrics, read_run
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, OPTConfig, OPTForCausalLM
 
 from peftcli.errors import UsageError
 from peftcli.methods import METHODS
@@ -152,6 +152,27 @@ def test_quantised_weights_of_four_bits_are_divided(use_dora: str, double_quant:
     pytest.importorskip("bitsandbytes")
     quantization = f"base_model.quantization={{type: nf4, double_quant: {double_quant}}}"
     assert_alike(recipe, quantization, f"method.use_dora={use_dora}")
+
+
+@pytest.mark.slow
+def test_they_are_where_they_are_stored_so(recipe: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    quantised = AutoModelForCausalLM.from_pretrained(
+        trainkit.base_folder(),
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    )
+    quantised.save_pretrained(tmp_path / "stored")
+    trainkit.tokenizer().save_pretrained(tmp_path / "stored")
+    assert_alike(recipe, f"base_model={tmp_path}/stored")
+
+
+def test_stored_weights_that_cannot_be_divided_are_refused_before_they_are_read(recipe: Path, tmp_path: Path) -> None:
+    shutil.copytree(trainkit.base_folder(), tmp_path / "stored")
+    config = json.loads((tmp_path / "stored/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (tmp_path / "stored/config.json").write_text(json.dumps(config))
+    found = examine(load_recipe(recipe, ["launch.strategy=fsdp", f"base_model={tmp_path}/stored"]))
+    assert any("fsdp is not for int8" in problem.message for problem in found.errors), found.errors
 
 
 @pytest.mark.parametrize("kind", ["int8", "int8_weight_only"])
