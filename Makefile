@@ -42,7 +42,7 @@ $(QUANTISED)/.installed: pyproject.toml
 $(BENCH)/.installed: pyproject.toml
 	@test -x $(BENCH)/bin/pip || $(PYTHON) -m venv $(BENCH)
 	@echo "bench: installing into $(BENCH)"
-	@$(BENCH)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]' trl
+	@$(BENCH)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev,bitsandbytes]' trl
 	@touch $@
 
 # with the packages that only a GPU uses, and the peers

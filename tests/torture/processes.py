@@ -225,8 +225,7 @@ def _at_any_time(seed: int, strategy: str, folder: Path) -> None:
     for end in range(1 + seed % 3):
         how = _ENDS[(seed + end) % len(_ENDS)]
         child = Child(folder, "train", recipe, *_settings(2, strategy), before=Launcher("-", -1, marks))
-        wanted, before = chance.randint(1, 8), _lines(metrics)
-        child.until(lambda: child.process.exitcode is not None or _lines(metrics) >= before + wanted)  # noqa: B023
+        _wait_for_lines(child, metrics, _lines(metrics) + chance.randint(1, 8))
         time.sleep(chance.uniform(0, 0.2))
         processes = _living(marks)
         if how in signal.Signals.__members__:
@@ -248,6 +247,10 @@ def _at_any_time(seed: int, strategy: str, folder: Path) -> None:
     again = Child(folder, "train", recipe, *_settings(2, strategy), before=Launcher("-", -1, marks))
     assert again.wait(150) == 0, again.err
     assert_same(folder / "out", _undisturbed(strategy))
+
+
+def _wait_for_lines(child: Child, metrics: Path, count: int) -> None:
+    child.until(lambda: child.process.exitcode is not None or _lines(metrics) >= count)
 
 
 def _lines(metrics: Path) -> int:

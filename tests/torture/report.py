@@ -32,19 +32,21 @@ harness on a saver that writes its files in place, which it must be able to brea
 """
 
 
-def page(found: dict[str, Any], campaigns: Sequence[Campaign], machine: dict[str, str]) -> str:
+def page(found: dict[str, Any], campaigns: Sequence[Campaign], machine: dict[str, str], before: str = "") -> str:
     """The page.
 
     Args:
         found: Name of a campaign or comparison -> what it found.
         campaigns: All of them, in the order of the page.
         machine: What it ran on.
+        before: The page as it was, of which the rows of what is not among the found are kept.
     """
     text = _HEAD.format(**machine)
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in before.splitlines() if line.startswith("| ")}
     broken: list[str] = []
     for campaign in campaigns:
         if (result := found.get(campaign.name)) is None:
-            text += f"| {campaign.name} | {campaign.promise} | not run | | |\n"
+            text += rows.get(campaign.name, f"| {campaign.name} | {campaign.promise} | not run | | |") + "\n"
             continue
         failures = result["failures"]
         held = result["trials"] - len(failures)
@@ -53,12 +55,15 @@ def page(found: dict[str, Any], campaigns: Sequence[Campaign], machine: dict[str
         broken += [f"- {campaign.name}: {each['trial']}: {_first_line(each['failure'])}" for each in failures]
     if broken:
         text += "\n## Not as promised\n\n" + "\n".join(broken) + "\n"
-    compared = {name: result["counts"] for name, result in found.items() if "counts" in result}
+    _, _, last = before.partition(_COMPARED)
+    compared = {line.split(" | ")[0].removeprefix("| "): line for line in last.splitlines()}
+    for name, result in found.items():
+        if "counts" in result:
+            shown = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in result["counts"].items())
+            harness = name.removeprefix("compare: ")
+            compared[harness] = f"| {harness} | {shown} |"
     if compared:
-        text += _COMPARED
-        for name, counts in sorted(compared.items()):
-            shown = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in counts.items())
-            text += f"| {name.removeprefix('compare: ')} | {shown} |\n"
+        text += _COMPARED + "\n".join(line for _, line in sorted(compared.items())) + "\n"
     return text
 
 
