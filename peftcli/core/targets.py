@@ -28,6 +28,8 @@ _MAMBA = {
 """model_type -> modules whose weights the model reads itself, in its kernels or always: what an adapter adds to the
 output of such a module would be lost."""
 
+_SHOWN = 6
+"""How many names a message gives."""
 _SPELLINGS = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
 """Two names of one layer: transformers 5.24 renamed those of ViT, SegFormer and others, and kept BERT's."""
 
@@ -79,7 +81,11 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
     if not config.inference_mode:
         names = _without_mamba(model, names, config)
     if not names:
-        raise NoMatchingPeftModuleError(f"no module of {type(model).__name__} is left to adapt", key="target_modules")
+        layers = (name for name, module in modules.items() if getattr(module, "weight", None) is not None)
+        endings = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))[:_SHOWN]
+        text = f"no module of {type(model).__name__} is left to adapt"
+        hint = f"name some of its layers, as in [{', '.join(endings)}]"
+        raise NoMatchingPeftModuleError(text, key="target_modules", hint=hint)
     return names
 
 

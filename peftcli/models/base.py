@@ -14,6 +14,7 @@ from peftcli.core.layer import model_ends
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import ModelError
 from peftcli.guard.files import is_folder
+from peftcli.guard.safetensors_header import open_safetensors
 from peftcli.models import hub_files, quantization, tokens, validate
 from peftcli.models.find import FoundBase, expanded
 from peftcli.models.guarded import translated_errors
@@ -202,6 +203,21 @@ class OpenBase:
         with translated_errors(self.name):
             return build_empty(auto_class, config, trust_remote_code=self.spec.trust_remote_code)
 
+    def check_prefix(self, model: PreTrainedModel) -> None:
+        """Check that transformers looks for the body's weights under the names that the files have.
+
+        Raises:
+            ModelError: it does not, as of a Llama that answers questions.
+        """
+        family = next((each for each in type(model).__mro__ if each.__name__.endswith("PreTrainedModel")), type(model))
+        own, usual = (getattr(each, "base_model_prefix", "") for each in (model, family))
+        if own == usual:
+            return
+        first = {name.partition(".")[0] for shard in self.shards() for name in _names(shard)}
+        if usual in first and own not in first:
+            message = f"has weights of {usual}, and transformers looks for {own} in a {type(model).__name__}"
+            raise ModelError(message, key="base_model", hint="name a base model of another architecture")
+
     def label_options(self, auto_class: str, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         """Return ``num_labels`` if a head of these sizes is for other labels than the config says."""
         return label_options(partial(self.empty_model, auto_class), sizes)
@@ -261,8 +277,9 @@ class OpenBase:
             names = [path.name for path in folder.iterdir()] if is_folder(folder) else []
             raise validate.no_weights(self.name, names)
         if self.quantization is None:
-            numbers = sum(self._shards.values())
-            validate.check_size(self.empty_model(auto_class), numbers, str(self.folder / "config.json"))
+            numbers, model = sum(self._shards.values()), self.empty_model(auto_class)
+            self.check_prefix(model)
+            validate.check_size(model, numbers, str(self.folder / "config.json"))
 
     @property
     def _where(self) -> dict[str, Any]:
@@ -280,6 +297,11 @@ class OpenBase:
             hub_files.fetch(self.spec, *names)
         path = self.folder / names[0]
         return path if os.path.lexists(path) else None
+
+
+def _names(shard: Path) -> list[str]:
+    with open_safetensors(shard, ModelError) as (header, _):
+        return list(header)
 
 
 def build_empty(auto_class: str, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:

@@ -72,7 +72,8 @@ def _override(tree: Value, text: str, problems: Problems) -> Value:
         problems.add(NO_TEXT, COMMAND_LINE, key[:60])
         return tree
     if not equals or not all(path):
-        problems.add(f"expected KEY=VALUE, found {text[:60]!r}", COMMAND_LINE)
+        more = "; several recipes are for --together" if text.endswith((".yaml", ".yml")) else ""
+        problems.add(f"expected KEY=VALUE, found {text[:60]!r}{more}", COMMAND_LINE)
         return tree
     if path == ["extends"]:
         problems.add("cannot be overridden", COMMAND_LINE, "extends")

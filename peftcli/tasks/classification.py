@@ -55,6 +55,10 @@ class Classification(Task[Settings]):
     arguments: ClassVar[tuple[str, ...]]
     """The columns that texts or files on the command line fill, row after row."""
     lower_is_better = ("loss", "mse")
+    reports = (
+        *("loss", "accuracy", "macro_f1", "micro_f1", "matthews", "auc", "top5_accuracy"),
+        *("mse", "pearson", "spearman"),
+    )
     packages: ClassVar = {"sklearn": "metrics"}
 
     def __init__(self, settings: Settings, processor: Any, base: OpenBase):

@@ -68,6 +68,7 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
     columns: ClassVar = {"input_ids": Column(), "sizes": Column(), "score": Column("float32", (None,))}
     """The tokens of all texts, one after another; how many each text has; the score of a scored pair."""
     unit = "tokens"
+    reports = ("loss", "recall_at_*", "mrr", "pearson", "spearman")
     packages: ClassVar = {"sklearn": "metrics"}
     identity: ClassVar = ("input_ids",)
     flags: ClassVar = {"truncated": _TRUNCATED}
@@ -248,6 +249,7 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
         return own + (others - others.detach())
 
     def refuse_rows(self, examples: View, count: int) -> None:
+        count = min(count, len(examples))
         if self.settings.loss == "contrastive" and count == 1 and len(examples[0].arrays["sizes"]) == len(_PAIR) - 1:
             raise DataError(
                 "a batch of one pair has no negatives: nothing would be learnt",

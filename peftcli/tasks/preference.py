@@ -59,6 +59,10 @@ class Preference(AnswerInputs, Task[settings.Preference]):
 
     columns: ClassVar = {**AnswerInputs.answer_columns, "good": Column("int8", ())}
     lower_is_better = ("loss", "nll")
+    reports = (
+        *("loss", "reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected"),
+        *("kl", "kl_chosen", "nll"),
+    )
 
     def __init__(self, settings: settings.Preference, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)

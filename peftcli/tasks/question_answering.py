@@ -63,6 +63,7 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         "answers": Column("str"),
     }
     unit = "tokens"
+    reports = ("loss", "exact_match", "f1")
     identity = ("input_ids",)
 
     def __init__(self, settings: settings.QuestionAnswering, processor: Any, base: OpenBase):

@@ -37,6 +37,7 @@ class Reward(AnswerInputs, Task[settings.Reward]):
         **{name: column for name, column in AnswerInputs.answer_columns.items() if name != "labels"},
         "margin": Column("float32", ()),
     }
+    reports = ("loss", "reward_accuracy", "reward_margin")
 
     def model_options(self) -> dict[str, Any]:
         return self.settings.model_options()

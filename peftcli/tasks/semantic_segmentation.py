@@ -72,6 +72,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         for name, kind in (("path", "str"), ("content", "bytes"), ("digest", "bytes"))
     } | {"turn": Column("int64", ()), "pixels": Column("int64")}
     unit = "pixels"
+    reports = ("loss", "mean_iou", "mean_accuracy", "overall_accuracy", "iou_*")
     identity = ("digest",)
     reads_files = True
 

@@ -74,6 +74,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
     identity = ("digest",)
     reads_files = True
     lower_is_better = ("loss", "wer", "cer")
+    reports = ("loss", "wer", "cer")
     packages: ClassVar = {"soundfile": "audio", "soxr": "audio", "jiwer": "audio"}
 
     def __init__(self, settings: settings.SpeechRecognition, processor: Any, base: OpenBase):

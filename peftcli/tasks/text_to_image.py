@@ -66,6 +66,7 @@ class TextToImage(Task[settings.TextToImage]):
     }
     reads_files = True
     unit = "pictures"
+    reports = ("loss",)
     identity = ("digest", "prompt")
     packages: ClassVar = {"diffusers": "diffusion", "PIL": "diffusion"}
 

@@ -48,6 +48,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
     arguments = ("text",)
     columns: ClassVar = {**TextInputs.text_columns, "word_of": Column(), "tags": Column()}
     unit = "tokens"
+    reports = ("loss", "accuracy", "precision", "recall", "f1", "f1_*", "macro_f1")
     identity = ("input_ids",)
     flags: ClassVar = {"truncated": _TRUNCATED}
     packages: ClassVar = {"seqeval": "metrics", "sklearn": "metrics"}

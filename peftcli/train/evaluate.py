@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,8 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from peftcli.data.store import View
+from peftcli.errors import UsageError
+from peftcli.schema import Recipe
 from peftcli.tasks.base import Task, on_device
 from peftcli.train.batches import batches, collate
 from peftcli.train.sharded import is_sharded
@@ -31,6 +34,22 @@ def _batches(examples: View, batch_size: int, accelerator: Accelerator, sharded:
     rounds = -(-len(batches) // accelerator.num_processes)
     idle = order[:1] if sharded or not mine else []
     return [*((batch, True) for batch in mine), *[(idle, False)] * (rounds - len(mine))]
+
+
+def refuse_metrics(recipe: Recipe, task: Task[Any]) -> None:
+    """Check that evaluation reports what the recipe compares.
+
+    Raises:
+        UsageError: it does not.
+    """
+    training, names = recipe.training, [f"eval_{name}" for name in task.reports]
+    wanted = {f"gates.{name}": name for name in recipe.gates}
+    if training.load_best_model_at_end or training.early_stopping_patience is not None:
+        name = training.metric_for_best_model
+        wanted["training.metric_for_best_model"] = name if name.startswith("eval_") else f"eval_{name}"
+    for key, name in wanted.items():
+        if not any(fnmatchcase(name, known) for known in names):
+            raise UsageError(f"evaluation reports {', '.join(names)}, not {name}", key=key)
 
 
 @torch.no_grad()

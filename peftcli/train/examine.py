@@ -17,10 +17,11 @@ from peftcli.recipe import method_config
 from peftcli.recipe.rates import with_rate
 from peftcli.schema import BaseModel, Recipe
 from peftcli.tasks import open_task, row_of
-from peftcli.tasks.base import FitsModel, Gathers, refuse_other_classes
+from peftcli.tasks.base import FitsModel, Gathers, Limits, refuse_other_classes
 from peftcli.train.checked import Found
 from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.estimate import estimate
+from peftcli.train.evaluate import refuse_metrics
 from peftcli.train.fit_memory import fit, is_fitted, settings_of, smallest
 from peftcli.train.init_adapter import KEY, find_init_adapter, with_init_settings
 from peftcli.train.kernels import check_liger_kernel
@@ -45,8 +46,11 @@ def examine(recipe: Recipe) -> Found:
             raise
         except PeftcliError as error:
             place = f"{error.file}:{error.line}" if error.line else error.file
-            text = f"{place}: {error.message}" if place else error.message
-            found.errors.append(Problem(text, file="", key=_recipe_key(error.key, key)))
+            own = _recipe_key(error.key, key)
+            column = error.key if error.key and error.key not in own else None  # of a row, and no setting
+            text = ": ".join(filter(None, (place, column, error.message)))
+            hint = f" ({' '.join(error.hint.split())})" if error.hint else ""
+            found.errors.append(Problem(text + hint, file="", key=own))
             found.exit_code = found.exit_code or error.exit_code
             return None
 
@@ -68,6 +72,9 @@ def examine(recipe: Recipe) -> Found:
         if data is not None:
             options = data.task.model_options()
             attempt("dataset", lambda: refuse(data.findings, recipe.dataset.allow))
+            attempt("training", partial(refuse_metrics, recipe, data.task))
+            if isinstance(data.task, Limits):
+                attempt("dataset", partial(data.task.refuse_size, int(data.train.sizes.max())))
             plan = plan_of(smallest(recipe), data, processes)
             if isinstance(data.task, Gathers) and is_fitted(recipe):
                 attempt("training", partial(data.task.refuse_rows, data.train, plan.compared))
@@ -91,6 +98,8 @@ def examine(recipe: Recipe) -> Found:
     attempt("base_model", lambda: base.quantization)
     model = attempt("base_model", lambda: base.empty_model(row_of(recipe).auto_class, **options))
     if model is not None and config is not None:
+        if base.commit is None:  # or it would be fetched
+            attempt("base_model", lambda: base.check_prefix(model))
         if recipe.launch.strategy in DIVIDED and processes > 1:
             attempt("launch.strategy", partial(check_divisible, model, recipe.launch.strategy))
         if isinstance(task, FitsModel):
@@ -130,6 +139,13 @@ def _recipe_key(key: str | None, section: str) -> str:
     """The recipe's key for an error's: a method's settings stand in the section ``method``."""
     if key is None:
         return section
-    if key.startswith(section) or key.partition(".")[0] in ("task", "method", "training", "launch"):
+    if key.startswith(section) or key.partition(".")[0] in (
+        "base_model",
+        "task",
+        "method",
+        "training",
+        "launch",
+        "gates",
+    ):
         return key
     return f"{section}.{key}" if section == "method" else section

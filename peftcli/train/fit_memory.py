@@ -135,8 +135,8 @@ def fit(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) -> tuple
     if not data.task.divides:
         raise UsageError("auto is not for a task that compares the rows of a batch", key=key, hint=_NUMBERS)
     if size == "auto" and steps == 1:
-        hint = "training.gradient_accumulation_steps: how many examples a step has on a device"
-        raise UsageError("auto has one example to divide", key=key, hint=hint)
+        hint = "set training.gradient_accumulation_steps to the examples that a step has on a device"
+        raise UsageError("auto divides training.gradient_accumulation_steps, which is 1", key=key, hint=hint)
     sizes = [each for each in range(1, steps + 1) if steps % each == 0] if size == "auto" else [size]
     total = steps if size == "auto" else size * steps
 

@@ -36,6 +36,7 @@ from peftcli.tasks import described, open_task
 from peftcli.tasks.base import Begins, Gathers, Limits, Task
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.data import load_data, plan_of, with_task
+from peftcli.train.evaluate import refuse_metrics
 from peftcli.train.finish import finish
 from peftcli.train.fit_memory import fitted
 from peftcli.train.init_adapter import find_init_adapter, refuse_other_base, with_init_settings
@@ -207,6 +208,7 @@ def read_data(run: Run) -> RunData:
         run.folder.write_skipped(examples.skipped())
     refuse(examples.findings, recipe.dataset.allow)
     _refuse_other_content(run, examples.report["content"])
+    refuse_metrics(recipe, examples.task)
     if isinstance(examples.task, Limits):
         examples.task.refuse_size(int(examples.train.sizes.max()))
     plan = plan_of(recipe, examples, run.accelerator.num_processes)

@@ -112,6 +112,7 @@ def test_its_update_is_not_one_of_the_weights() -> None:
 
 def test_a_part_of_the_model_alone_is_refused_and_unloading_gives_the_cache_back() -> None:
     model, _, _ = _mixed()
+    assert model.generation_config.use_cache is False
     logits(model, batch("llama"))
     with pytest.raises(AdapterError, match="whole model"):
         model.model(**batch("llama"))

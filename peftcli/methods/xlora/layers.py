@@ -148,8 +148,9 @@ def attach(model: Any, config: XLoraConfig, layers: Mapping[str, AdapterLayer]) 
     hook_once(model, _Read(next(iter(layers))))
     hook_once(model, _Forget(next(iter(layers))), after=True)
     for settings in (model.config, getattr(model, "generation_config", None)):
-        if settings is not None and getattr(settings, "use_cache", False):
-            on_unload(model, functools.partial(setattr, settings, "use_cache", True))
+        before = getattr(settings, "use_cache", False)
+        if settings is not None and before is not False:  # None: as transformers has it, with one
+            on_unload(model, functools.partial(setattr, settings, "use_cache", before))
             settings.use_cache = False
 
 

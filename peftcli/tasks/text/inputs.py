@@ -11,6 +11,7 @@ import torch
 
 from peftcli.core.config import AdapterConfig
 from peftcli.data.store import Column, Example
+from peftcli.errors import ModelError
 from peftcli.models import tokens
 from peftcli.models.open import OpenBase
 from peftcli.tasks.base import Batch
@@ -65,6 +66,10 @@ class TextInputs:
             tokens.make_room(model, self.processor, config, self.base.spec)
         note = tokens.settle_pad(self.processor, model)
         model.config.get_text_config().pad_token_id = model.config.pad_token_id = self.processor.pad_token_id
+        finds_end = model.config.is_encoder_decoder and type(model).__name__.endswith("ForSequenceClassification")
+        if finds_end and self.processor.pad_token_id == model.config.eos_token_id:
+            message = "finds a text by the token that ends it, with which its tokenizer pads too"
+            raise ModelError(message, key="base_model", hint="give the tokenizer a pad token of its own")
         return [note] if note else []
 
     def config_options(self) -> dict[str, Any]:

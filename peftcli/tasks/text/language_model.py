@@ -21,7 +21,7 @@ from peftcli.core.config import AdapterConfig
 from peftcli.data.findings import Finding, Records
 from peftcli.data.rows import Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
-from peftcli.errors import DataError, UsageError
+from peftcli.errors import DataError, ModelError, UsageError
 from peftcli.models import tokens
 from peftcli.system import date
 from peftcli.tasks.base import Batch, Loss, Task, model_inputs
@@ -75,6 +75,8 @@ class LanguageModel(Task[Settings]):
         if self.generates and getattr(settings, "overlong", "") == "split":
             raise DataError("generated answers are those of whole rows; choose truncate, drop or error", key="overlong")
         self._own = own_metric(settings.metric_code) if settings.metric_code is not None else None
+        known = ("loss", "perplexity", "token_accuracy", *settings.generate_metrics)
+        self.reports = (*known, "*") if self._own else known
 
     @property
     def generates(self) -> bool:
@@ -217,7 +219,7 @@ class LanguageModel(Task[Settings]):
             raise DataError(
                 f"the longest example has {largest:,} tokens, and the base model {positions:,} positions",
                 key="dataset.max_length",
-                hint=f"set dataset.max_length: {positions}, or less",
+                hint=f"set dataset.max_length: {positions}, or less; dataset.overlong says what becomes of longer rows",
             )
 
     def fit_model(self, model: nn.Module, config: AdapterConfig | None) -> list[str]:
@@ -225,6 +227,7 @@ class LanguageModel(Task[Settings]):
         if config is None:
             tokens.grow_for(model, self.processor, self.base.spec)
         else:
+            _refuse_encoder(self.base.config)
             tokens.make_room(model, self.processor, config, self.base.spec)
         note = tokens.settle_pad(self.processor, model)
         return [note] if note else []
@@ -277,3 +280,14 @@ def _described(tokenizer: PreTrainedTokenizerBase) -> Any:
         files = sorted(path for path in Path(scratch).rglob("*") if path.is_file())
         hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     return [hashes, tokenizer.get_vocab(), tokenizer.init_kwargs]
+
+
+def _refuse_encoder(config: Any) -> None:
+    """Raise ModelError if a model reads texts in both directions, though it has a head for the next token."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    is_decoder = getattr(config, "is_decoder", None) is not False or config.is_encoder_decoder
+    if not is_decoder and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        message = f"{config.model_type} reads a text in both directions, so the next token is no secret to it"
+        hint = "name a model that generates text; one whose weights are a decoder's says is_decoder: true in its config"
+        raise ModelError(message, key="base_model", hint=hint)

@@ -1,0 +1,93 @@
+"""What a run would fail by is found before it: ``examine`` and the run say the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+import trainkit
+import transformers
+from classifierkit import classifier_base
+from taskkit import CASES
+
+from peftcli.errors import PeftcliError
+from peftcli.models.open import open_base
+from peftcli.recipe import load_recipe
+from peftcli.tasks import open_task
+from peftcli.train.examine import examine
+
+
+def says_so(recipe: Path, *settings: str) -> str:
+    """What the check says, whose first error the run has too."""
+    errors = examine(load_recipe(recipe, list(settings))).errors
+    with pytest.raises(PeftcliError) as caught:
+        trainkit.run_recipe(recipe, *settings)
+    assert caught.value.message in errors[0].message
+    return str(errors[0])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_task_knows_the_names_of_its_metrics(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(CASES[name].write(tmp_path))
+    reports = open_task(recipe, open_base(recipe.base_model)).reports
+    for metric in CASES[name].metrics:
+        assert any(fnmatchcase(metric, known) for known in reports), metric
+    assert not any(fnmatchcase("other", known) for known in reports)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("gates={eval_wer: <= 1}",),
+        ("training.load_best_model_at_end=true", "training.metric_for_best_model=wer", "training.save_strategy=epoch"),
+    ],
+)
+def test_a_metric_that_no_evaluation_reports_is_refused(settings: tuple[str, ...], recipe: Path) -> None:
+    assert "evaluation reports eval_loss, eval_perplexity, eval_token_accuracy, not eval_wer" in says_so(
+        recipe, "training.eval_strategy=epoch", *settings
+    )
+    assert not (recipe.parent / "out/metrics.jsonl").exists()
+
+
+def test_rows_that_are_longer_than_the_model_are_refused(recipe: Path) -> None:
+    trainkit.write_rows(recipe.parent / "train.jsonl", [{"text": "word " * 400}] * 4)
+    said = says_so(recipe, "dataset.max_length=4000", "dataset.eval=null")
+    assert "dataset.max_length: the longest example has" in said
+    assert "dataset.overlong" in said
+
+
+def test_an_encoder_is_no_language_model(recipe: Path, tmp_path: Path) -> None:
+    base = tmp_path / "encoder"
+    shutil.copytree(classifier_base("bert"), base)
+    transformers.BertForMaskedLM(transformers.BertConfig.from_pretrained(base)).save_pretrained(base)
+    trainkit.write_rows(recipe.parent / "train.jsonl", [{"text": "some words"}] * 4)
+    said = says_so(recipe, f"base_model={base}", "dataset.eval=null")
+    assert "base_model: bert reads a text in both directions" in said
+
+
+def test_weights_that_transformers_looks_for_elsewhere_are_named(tmp_path: Path) -> None:
+    recipe = CASES["question_answering"].write(tmp_path)
+    assert "transformers looks for transformer in a LlamaForQuestionAnswering" in says_so(
+        recipe, f"base_model={trainkit.base_folder()}"
+    )
+
+
+def test_a_token_that_pads_cannot_end_the_texts_of_an_encoder_decoder(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(trainkit.base_folder("t5"), base)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": settings["eos_token"]}))
+    recipe = CASES["sequence_classification"].write(tmp_path)
+    assert "with which its tokenizer pads too" in says_so(recipe, f"base_model={base}")
+
+
+def test_a_row_is_named_with_its_column_and_what_to_do(recipe: Path) -> None:
+    trainkit.write_rows(recipe.parent / "train.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "c"}])
+    (found, *_) = examine(load_recipe(recipe, ["dataset.eval=null"])).errors
+    assert "train.jsonl:2: completion: missing" in found.message
+    trainkit.write_rows(recipe.parent / "train.jsonl", [{"other": "a"}])
+    (found, *_) = examine(load_recipe(recipe, ["dataset.eval=null"])).errors
+    assert "In the recipe: dataset: {format: " in found.message
