@@ -7,7 +7,6 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,13 @@ from peftcli.guard.adapter_folder import read_config as read_config
 from peftcli.guard.safetensors_header import BITS, TensorEntry
 from peftcli.system.disk import write_file
 
-_NAMES = {getattr(torch, name): theirs for theirs, name in DTYPES.items()}
+_NAMES = {getattr(torch, name): theirs for theirs, name in DTYPES.items()} | {
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+}
 """Dtypes -> safetensors' names."""
 _WIDER, _SMALL = 8, 1024
 """Sizes above this multiple of the base model's largest dimension, and above this number, are rejected."""
@@ -93,12 +98,8 @@ def write_tensor_file(
     Raises:
         StorageError: it cannot be written.
     """
-    made = {name: ((_NAMES[value.dtype], tuple(value.shape)), partial(_get, value)) for name, value in tensors.items()}
+    made = {name: ((_NAMES[value.dtype], tuple(value.shape)), value.detach) for name, value in tensors.items()}
     write_file(path, content_of(made, metadata))
-
-
-def _get(value: torch.Tensor) -> torch.Tensor:
-    return value
 
 
 def content_of(

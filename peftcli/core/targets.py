@@ -84,7 +84,7 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
         layers = (name for name, module in modules.items() if getattr(module, "weight", None) is not None)
         endings = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))[:_SHOWN]
         text = f"no module of {type(model).__name__} is left to adapt"
-        hint = f"name some of its layers, as in [{', '.join(endings)}]"
+        hint = f"name some of its layers, as in [{', '.join(endings)}]" if endings and wanted == "all-linear" else None
         raise NoMatchingPeftModuleError(text, key="target_modules", hint=hint)
     return names
 

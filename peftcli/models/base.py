@@ -207,7 +207,7 @@ class OpenBase:
         """Check that transformers looks for the body's weights under the names that the files have.
 
         Raises:
-            ModelError: it does not, as of a Llama that answers questions.
+            ModelError: it does not, as with LlamaForQuestionAnswering on a plain Llama.
         """
         family = next((each for each in type(model).__mro__ if each.__name__.endswith("PreTrainedModel")), type(model))
         own, usual = (getattr(each, "base_model_prefix", "") for each in (model, family))

@@ -72,6 +72,7 @@ def write_tensors(
     try:
         for piece in content_of(tensors):
             _write(file, path, piece)
+            del piece  # before the next one is made
     finally:
         with storage_errors(path):
             file.close()

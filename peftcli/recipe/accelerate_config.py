@@ -19,6 +19,8 @@ from peftcli.schema import Recipe
 _KEY = "launch.accelerate_config"
 _LARGEST = 100_000
 _STRATEGIES = {"NO": "replicate", "MULTI_CPU": "replicate", "MULTI_GPU": "replicate", "FSDP": "fsdp"}
+_REQUEST = "PEFTCLI_ACCELERATE"
+"""The variable in which the request of ``accelerate launch`` is noted: FSDP or DEEPSPEED."""
 _OF_DIVIDED = ("cpu_offload", "cpu_ram_efficient_loading")
 """Settings for strategies that divide the base model."""
 _ZERO_VARIABLES = {
@@ -42,8 +44,11 @@ _ONLY_FSDP: dict[str, tuple[Any, ...]] = {
     "fsdp_reshard_after_forward": (True, "FULL_SHARD", None),
     "fsdp_sharding_strategy": ("FULL_SHARD", 1, None),
     "fsdp_auto_wrap_policy": ("TRANSFORMER_BASED_WRAP", None),
+    "fsdp_ignored_modules": (None,),
 }
 """Key -> the values that are what peftcli does."""
+_READ_FSDP = (*_ONLY_FSDP, "fsdp_offload_params", "fsdp_cpu_ram_efficient_loading", "fsdp_activation_checkpointing")
+"""Keys of ``fsdp_config`` that are looked at; variables of ``accelerate launch`` have their names in capitals."""
 _ONLY_ZERO: dict[str, tuple[Any, ...]] = {
     "zero_stage": (2, 3),
     "offload_optimizer_device": ("none", "None", None),
@@ -69,25 +74,31 @@ def with_accelerate_config(
         return recipe
     for problem in problems:
         report((_KEY,), f"{path} asks for {problem}")
-    return _with(recipe, {name: value for name, value in found.items() if f"launch.{name}" not in given})
+    return _with_launch(recipe, {name: value for name, value in found.items() if f"launch.{name}" not in given})
 
 
 def with_accelerate_launch(recipe: Recipe, variables: MutableMapping[str, str]) -> Recipe:
-    """Return the recipe with the strategy that ``accelerate launch`` was told, and take the word out of its variables.
+    """Return the recipe with the strategy that ``accelerate launch`` requests.
 
-    For accelerate and transformers act on it by themselves: on a GPU the one divides the model, on a CPU it does not.
+    The request is removed from the variables, and noted there under a name of peftcli's: accelerate and transformers
+    would act on it too.
 
     Raises:
-        UsageError: it asks for something else than the recipe, or for what peftcli does not do.
+        UsageError: it requests something else than the recipe, or what peftcli does not do.
     """
-    if variables.pop("ACCELERATE_USE_FSDP", "") == "true":
-        said: dict[str, Any] = {"distributed_type": "FSDP", "fsdp_config": _fsdp_config(variables)}
-    elif variables.pop("ACCELERATE_USE_DEEPSPEED", "") == "true":
-        keys = _ZERO_VARIABLES.items()
-        zero = {key: yaml.safe_load(variables[name]) for name, key in keys if name in variables}
-        said = {"distributed_type": "DEEPSPEED", "deepspeed_config": zero}
-    else:
+    for kind, name in (("FSDP", "ACCELERATE_USE_FSDP"), ("DEEPSPEED", "ACCELERATE_USE_DEEPSPEED")):
+        if variables.pop(name, "") == "true":
+            variables[_REQUEST] = kind
+    if _REQUEST not in variables:
         return recipe
+    said: dict[str, Any] = {"distributed_type": variables[_REQUEST]}
+    if said["distributed_type"] == "FSDP":
+        said["fsdp_config"] = {key: _value(variables, key.upper(), str.upper) for key in _READ_FSDP}
+    else:
+        read = ((key, _value(variables, name, str.lower)) for name, key in _ZERO_VARIABLES.items())
+        said["deepspeed_config"] = {key: value for key, value in read if value is not None}
+    if (precision := variables.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":  # its default
+        said["mixed_precision"] = precision
     found, problems = _settings(said, recipe), _problems(said, recipe)
     if recipe.launch.strategy not in ("auto", "replicate", found["strategy"]):
         problems.append(f"{found['strategy']}, and the recipe for {recipe.launch.strategy}")
@@ -95,16 +106,20 @@ def with_accelerate_launch(recipe: Recipe, variables: MutableMapping[str, str]) 
         hint = "start accelerate without it, and set launch.strategy in the recipe"
         raise UsageError(f"accelerate launch asks for {problems[0]}", key="launch.strategy", hint=hint)
     either = {name: found.get(name) or getattr(recipe.launch, name) for name in _OF_DIVIDED}
-    return _with(recipe, {**either, "strategy": found["strategy"]})
+    return _with_launch(recipe, {**either, "strategy": found["strategy"]})
 
 
-def _fsdp_config(variables: Mapping[str, str]) -> dict[str, Any]:
-    """What variables say that the file says under ``fsdp_config``: words in capitals there."""
-    found = {name.lower(): yaml.safe_load(value) for name, value in variables.items() if name.startswith("FSDP_")}
-    return {f"fsdp_{name[5:]}": value.upper() if isinstance(value, str) else value for name, value in found.items()}
+def _value(variables: Mapping[str, str], name: str, spelled: Callable[[str], str]) -> Any:
+    """Return a variable's value as the file has it: a number, true or false, or a word; None where there is none."""
+    text = variables.get(name, "none")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    return None if value in ("none", "None") else spelled(value) if isinstance(value, str) else value
 
 
-def _with(recipe: Recipe, found: dict[str, Any]) -> Recipe:
+def _with_launch(recipe: Recipe, found: dict[str, Any]) -> Recipe:
     """Return the recipe with what was found, as far as it is for its strategy and its base model."""
     own = dict(found)
     if own.get("strategy", recipe.launch.strategy) not in ("fsdp", "zero3"):  # then the recipe wants another one
@@ -174,7 +189,7 @@ def _problems(said: Mapping[str, Any], recipe: Recipe) -> list[str]:
                 problems.append(f"{key}: {value}; {values[0]} can be had")
         if fsdp.get("fsdp_activation_checkpointing") and recipe.training.gradient_checkpointing is False:
             problems.append("fsdp_activation_checkpointing; set training.gradient_checkpointing: true, too")
-    precision = said.get("mixed_precision") or "no"
+    precision = said.get("mixed_precision", "bf16" if recipe.training.bf16 is True else "no") or "no"
     wanted = {"bf16": True, "no": False}.get(str(precision))
     if wanted is None:
         problems.append(f"mixed_precision: {precision}; bf16 and no can be had")

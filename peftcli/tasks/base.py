@@ -91,8 +91,6 @@ class Task(ABC, Generic[Settings]):
     """Facts of rows that run.json counts: name -> bit of ``Outcome.flags``. ``truncated`` says that a row was cut."""
     lower_is_better: ClassVar[Sequence[str]] = ("loss", "perplexity")
     """How the names of metrics end of which a smaller value is better."""
-    reports: Sequence[str] = ("loss", "*")
-    """Names of all metrics, or patterns of those whose names the data gives."""
     reads_files: ClassVar[bool] = False
     """Whether ``encode`` and ``collate`` read files. Worker processes then call both, ahead of the loop."""
     identity: ClassVar[Sequence[str]] = ()
@@ -180,6 +178,11 @@ class Task(ABC, Generic[Settings]):
             examples: At least one.
             training: Whether the batch is trained on: augmentation is for these alone.
         """
+
+    @property
+    def reports(self) -> Sequence[str]:
+        """Names of all that ``metrics`` may return, or patterns of those whose names the data gives."""
+        return ("loss", "*")
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Loss:

@@ -55,10 +55,6 @@ class Classification(Task[Settings]):
     arguments: ClassVar[tuple[str, ...]]
     """The columns that texts or files on the command line fill, row after row."""
     lower_is_better = ("loss", "mse")
-    reports = (
-        *("loss", "accuracy", "macro_f1", "micro_f1", "matthews", "auc", "top5_accuracy"),
-        *("mse", "pearson", "spearman"),
-    )
     packages: ClassVar = {"sklearn": "metrics"}
 
     def __init__(self, settings: Settings, processor: Any, base: OpenBase):
@@ -193,6 +189,13 @@ class Classification(Task[Settings]):
             if len(self.labels) == 2:
                 found = torch.cat([found, logits.softmax(dim=1)[:, 1:]], dim=1)
         return list(zip(labels.tolist(), found.tolist(), strict=True))
+
+    @property
+    def reports(self) -> Sequence[str]:
+        if self.settings.problem_type == "regression":
+            return ("loss", "mse", "pearson", "spearman")
+        more = () if self.settings.problem_type == "multi_label" else ("matthews", "top5_accuracy")
+        return ("loss", "accuracy", "macro_f1", "micro_f1", "auc", *more)
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
         from sklearn import metrics

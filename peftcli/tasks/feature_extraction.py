@@ -68,7 +68,6 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
     columns: ClassVar = {"input_ids": Column(), "sizes": Column(), "score": Column("float32", (None,))}
     """The tokens of all texts, one after another; how many each text has; the score of a scored pair."""
     unit = "tokens"
-    reports = ("loss", "recall_at_*", "mrr", "pearson", "spearman")
     packages: ClassVar = {"sklearn": "metrics"}
     identity: ClassVar = ("input_ids",)
     flags: ClassVar = {"truncated": _TRUNCATED}
@@ -287,6 +286,12 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
         return (F.relu(self.settings.triplet_margin - gap) / each).sum()
 
     # --- metrics ------------------------------------------------------------------------------------------------------
+
+    @property
+    def reports(self) -> Sequence[str]:
+        if self.settings.loss == "cosine":
+            return ("loss", "pearson", "spearman")
+        return ("loss", *(f"recall_at_{most}" for most in _TOP), "mrr")
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
         """Recall and mean reciprocal rank among all texts of the evaluation rows, or how cosines follow the scores."""

@@ -59,10 +59,6 @@ class Preference(AnswerInputs, Task[settings.Preference]):
 
     columns: ClassVar = {**AnswerInputs.answer_columns, "good": Column("int8", ())}
     lower_is_better = ("loss", "nll")
-    reports = (
-        *("loss", "reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected"),
-        *("kl", "kl_chosen", "nll"),
-    )
 
     def __init__(self, settings: settings.Preference, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)
@@ -212,6 +208,11 @@ class Preference(AnswerInputs, Task[settings.Preference]):
             "kl": far * len(good),
         }
         return Loss(total, sums)
+
+    @property
+    def reports(self) -> Sequence[str]:
+        known = ("loss", "reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected")
+        return (*known, "kl") if self.settings.loss == "kto" else (*known, "kl_chosen", "nll")
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
         if self.settings.loss != "kto":

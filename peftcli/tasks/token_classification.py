@@ -48,7 +48,6 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
     arguments = ("text",)
     columns: ClassVar = {**TextInputs.text_columns, "word_of": Column(), "tags": Column()}
     unit = "tokens"
-    reports = ("loss", "accuracy", "precision", "recall", "f1", "f1_*", "macro_f1")
     identity = ("input_ids",)
     flags: ClassVar = {"truncated": _TRUNCATED}
     packages: ClassVar = {"seqeval": "metrics", "sklearn": "metrics"}
@@ -235,6 +234,12 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         found = torch.where(first >= 0, logits.argmax(-1).gather(1, first.clamp(min=0)), self._index.get(OUTSIDE, -1))
         counts = tags != IGNORED
         return [(tags[at][counts[at]].tolist(), found[at][counts[at]].tolist()) for at in range(len(tags))]
+
+    @property
+    def reports(self) -> Sequence[str]:
+        if self.settings.scheme == "none":
+            return ("loss", "accuracy", "macro_f1")
+        return ("loss", "accuracy", "precision", "recall", "f1", "f1_*")
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
         loss = {"loss": float(sums["loss"]) / num_targets}

@@ -95,7 +95,7 @@ def state_of(recipe: Recipe) -> str | None:
     except (PeftcliError, OSError, ValueError):  # the deep check says what is wrong
         return None
     given = asdict(recipe)
-    del given["gates"]
+    given["gates"] = sorted(recipe.gates)
     given["training"] = {name: value for name, value in given["training"].items() if name not in _NOT_READ}
     parts = {
         "recipe": given,

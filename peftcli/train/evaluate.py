@@ -19,6 +19,7 @@ from peftcli.errors import UsageError
 from peftcli.schema import Recipe
 from peftcli.tasks.base import Task, on_device
 from peftcli.train.batches import batches, collate
+from peftcli.train.data import Data
 from peftcli.train.sharded import is_sharded
 
 
@@ -36,17 +37,18 @@ def _batches(examples: View, batch_size: int, accelerator: Accelerator, sharded:
     return [*((batch, True) for batch in mine), *[(idle, False)] * (rounds - len(mine))]
 
 
-def refuse_metrics(recipe: Recipe, task: Task[Any]) -> None:
+def refuse_metrics(recipe: Recipe, data: Data) -> None:
     """Check that evaluation reports what the recipe compares.
 
     Raises:
         UsageError: it does not.
     """
-    training, names = recipe.training, [f"eval_{name}" for name in task.reports]
-    wanted = {f"gates.{name}": name for name in recipe.gates}
-    if training.load_best_model_at_end or training.early_stopping_patience is not None:
-        name = training.metric_for_best_model
-        wanted["training.metric_for_best_model"] = name if name.startswith("eval_") else f"eval_{name}"
+    if data.eval is None or recipe.training.eval_strategy == "no":
+        return
+    names, name = [f"eval_{name}" for name in data.task.reports], recipe.training.metric_for_best_model
+    wanted = {f"gates.{name}": name for name in recipe.gates} | {
+        "training.metric_for_best_model": name if name.startswith("eval_") else f"eval_{name}"
+    }
     for key, name in wanted.items():
         if not any(fnmatchcase(name, known) for known in names):
             raise UsageError(f"evaluation reports {', '.join(names)}, not {name}", key=key)

@@ -33,6 +33,7 @@ from peftcli.train.strategies import DIVIDED, refuse_strategy
 from peftcli.train.trackers import require_packages
 
 T = TypeVar("T")
+_SECTIONS = ("base_model", "task", "method", "dataset", "training", "launch", "gates")
 
 
 def examine(recipe: Recipe) -> Found:
@@ -46,8 +47,8 @@ def examine(recipe: Recipe) -> Found:
             raise
         except PeftcliError as error:
             place = f"{error.file}:{error.line}" if error.line else error.file
-            own = _recipe_key(error.key, key)
-            column = error.key if error.key and error.key not in own else None  # of a row, and no setting
+            is_column = error.file is not None and not _is_setting(error.key)
+            own, column = (key, error.key) if is_column else (_recipe_key(error.key, key), None)
             text = ": ".join(filter(None, (place, column, error.message)))
             hint = f" ({' '.join(error.hint.split())})" if error.hint else ""
             found.errors.append(Problem(text + hint, file="", key=own))
@@ -72,7 +73,7 @@ def examine(recipe: Recipe) -> Found:
         if data is not None:
             options = data.task.model_options()
             attempt("dataset", lambda: refuse(data.findings, recipe.dataset.allow))
-            attempt("training", partial(refuse_metrics, recipe, data.task))
+            attempt("training", partial(refuse_metrics, recipe, data))
             if isinstance(data.task, Limits):
                 attempt("dataset", partial(data.task.refuse_size, int(data.train.sizes.max())))
             plan = plan_of(smallest(recipe), data, processes)
@@ -135,17 +136,15 @@ def examine(recipe: Recipe) -> Found:
     return found
 
 
+def _is_setting(key: str | None) -> bool:
+    section, dot, _ = (key or "").partition(".")
+    return bool(dot) and section in _SECTIONS
+
+
 def _recipe_key(key: str | None, section: str) -> str:
     """The recipe's key for an error's: a method's settings stand in the section ``method``."""
     if key is None:
         return section
-    if key.startswith(section) or key.partition(".")[0] in (
-        "base_model",
-        "task",
-        "method",
-        "training",
-        "launch",
-        "gates",
-    ):
+    if key.startswith(section) or key.partition(".")[0] in _SECTIONS:
         return key
     return f"{section}.{key}" if section == "method" else section

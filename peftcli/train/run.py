@@ -208,7 +208,7 @@ def read_data(run: Run) -> RunData:
         run.folder.write_skipped(examples.skipped())
     refuse(examples.findings, recipe.dataset.allow)
     _refuse_other_content(run, examples.report["content"])
-    refuse_metrics(recipe, examples.task)
+    refuse_metrics(recipe, examples)
     if isinstance(examples.task, Limits):
         examples.task.refuse_size(int(examples.train.sizes.max()))
     plan = plan_of(recipe, examples, run.accelerator.num_processes)

@@ -57,12 +57,15 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         )
     if asked > int(os.environ.get("LOCAL_WORLD_SIZE", asked)):  # on several machines
         use_interface_to(os.environ.get("MASTER_ADDR", ""))
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # or accelerate divides what the loop has divided
     accelerator = Accelerator(
         mixed_precision="bf16" if uses_bf16(recipe) else "no",
         cpu=not torch.cuda.is_available(),
         # evaluation runs out of step; and not every step uses all that trains
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)],
     )
+    if accelerator.device.type == "cpu":  # of several processes accelerate calls it cpu:0, to which weights are copied
+        accelerator.state.device = torch.device("cpu")
     if accelerator.distributed_type == DistributedType.MEGATRON_LM:
         hint = "launch.strategy: fsdp, zero2 or zero3 in the recipe, and accelerate without it"
         raise UsageError("accelerate was told to use Megatron-LM, which peftcli does not", hint=hint)

@@ -17,8 +17,10 @@ STAGES = {"zero2": 2, "zero3": 3}
 DIVIDED = ("fsdp", "zero3")
 """Values of launch.strategy that divide the base model."""
 _ENGINES = ("ddp", "zero2", "zero3")
-_QUANTISED = {"fsdp": ("nf4", "fp4"), "zero2": ("nf4", "fp4", "int8"), "zero3": ()}
-"""launch.strategy -> the quantised weights that it can handle: their scales stand beside them, whole. Others: all."""
+_QUANTISED = {"fsdp": ("nf4", "fp4"), "zero3": ()}
+"""launch.strategy -> the quantised weights that it can divide: their scales stand beside them, whole."""
+_NOT_WHOLE = {"zero2": ("int8_weight_only", "int4_weight_only", "torchao")}
+"""launch.strategy -> those that it cannot even hold whole."""
 _ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd")
 """Values of training.optim that update each number by itself."""
 
@@ -36,7 +38,9 @@ def may_divide(task: Task[Any]) -> bool:
 
 def supports_quantization(strategy: str, weight_type: str | None) -> bool:
     """Whether a strategy is for weights that are quantised so, or not at all."""
-    return weight_type is None or strategy not in _QUANTISED or weight_type in _QUANTISED[strategy]
+    if weight_type is None or weight_type in _NOT_WHOLE.get(strategy, ()):
+        return weight_type is None
+    return strategy not in _QUANTISED or weight_type in _QUANTISED[strategy]
 
 
 def refuse_strategy(recipe: Recipe, task: Task[Any], config: AdapterConfig, num_processes: int) -> None:
@@ -48,7 +52,7 @@ def refuse_strategy(recipe: Recipe, task: Task[Any], config: AdapterConfig, num_
     strategy, method, weight_type = recipe.launch.strategy, layers_of(config), task.base.weight_type
     weights_fit = supports_quantization(strategy, weight_type)
     refused = (
-        (tuple(_QUANTISED), not weights_fit, f"is not for {weight_type}"),
+        ((*_QUANTISED, *_NOT_WHOLE), not weights_fit, f"is not for {weight_type}"),
         (DIVIDED, not may_divide(task), "divides models of texts, whose task does not compare the rows of a batch"),
         (_ENGINES, isinstance(task, Gathers), "is not for tasks that compare the rows of all processes"),
         (("zero3",), isinstance(task, Begins), "is not for tasks that compare the model with what it was"),

@@ -155,7 +155,7 @@ SINGLE = (
 
 def launched(folder: Path, *words: str, settings: tuple[str, ...] = ()) -> tuple[Recipe, dict[str, str]]:
     """A recipe as a process trains it that ``accelerate launch`` has started with words, and the variables left."""
-    given = launch_command_parser().parse_args([*words, *SINGLE, "train.py"])
+    given = launch_command_parser().parse_args([*SINGLE, *words, "train.py"])
     given.deepspeed_fields_from_accelerate_config = ""
     variables = prepare_deepspeed_cmd_env(given)[1] if given.use_deepspeed else prepare_multi_gpu_env(given)
     return with_accelerate_launch(read(trainkit.write_recipe(folder), list(settings)).recipe, variables), variables
@@ -176,6 +176,17 @@ def test_what_accelerate_launch_is_told_is_the_strategy(tmp_path: Path) -> None:
         launch = recipe.launch
         assert (launch.strategy, launch.cpu_offload, launch.cpu_ram_efficient_loading) == expected, words
         assert not {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & variables.keys()
+        again = with_accelerate_launch(read(trainkit.write_recipe(tmp_path), list(settings)).recipe, variables)
+        assert again.launch == launch, "another run of the process has it too"
+
+
+@pytest.mark.parametrize("engine", [FSDP2, ("--use_deepspeed",)])
+@pytest.mark.parametrize(("precision", "asked"), [("no", "true"), ("no", "false"), ("bf16", "true"), ("bf16", "auto")])
+def test_accelerates_usual_precision_asks_for_nothing(
+    engine: tuple[str, ...], precision: str, asked: str, tmp_path: Path
+) -> None:
+    words = (*engine, "--mixed_precision", precision)
+    assert launched(tmp_path, *words, settings=(f"training.bf16={asked}",))[0].training.bf16 in (True, False, "auto")
 
 
 @pytest.mark.parametrize(
@@ -185,6 +196,8 @@ def test_what_accelerate_launch_is_told_is_the_strategy(tmp_path: Path) -> None:
         (("--use_fsdp",), (), "fsdp_version: 1; 2 can be had"),
         ((*ZERO3, "--gradient_clipping", "0.3"), (), "gradient_clipping: 0.3, and the recipe has 1.0"),
         ((*ZERO3, "--offload_optimizer_device", "cpu"), (), "offload_optimizer_device: cpu"),
+        ((*FSDP2, "--mixed_precision", "bf16"), ("training.bf16=false",), "mixed_precision: bf16"),
+        ((*FSDP2, "--mixed_precision", "fp16"), (), "mixed_precision: fp16"),
     ],
 )
 def test_what_accelerate_launch_asks_for_in_vain_is_said(

@@ -110,7 +110,7 @@ def main(words: list[str]) -> int:
                     print(f"{name}: {shown} in {found['seconds']} s", flush=True)
                     _RESULTS.parent.mkdir(exist_ok=True)
                     _RESULTS.write_text(json.dumps(kept, indent=1))
-    _PAGE.write_text(page(kept, campaigns(), _machine(), _PAGE.read_text() if _PAGE.exists() else ""))
+    _PAGE.write_text(page(kept, campaigns(), _machine(), _PAGE.read_text() if words and _PAGE.exists() else ""))
     print(f"written: {_PAGE.relative_to(_ROOT)}")
     return int(failed)
 

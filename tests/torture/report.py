@@ -43,7 +43,8 @@ def page(found: dict[str, Any], campaigns: Sequence[Campaign], machine: dict[str
     """
     text = _HEAD.format(**machine)
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in before.splitlines() if line.startswith("| ")}
-    broken: list[str] = []
+    known = tuple(f"- {campaign.name}: " for campaign in campaigns if campaign.name not in found)
+    broken = [line for line in before.splitlines() if line.startswith(known)]
     for campaign in campaigns:
         if (result := found.get(campaign.name)) is None:
             text += rows.get(campaign.name, f"| {campaign.name} | {campaign.promise} | not run | | |") + "\n"

@@ -30,6 +30,7 @@ MOMENTS: dict[str, tuple[str, str, Sequence[int]]] = {
     "a step is made": ("peftcli.train.plan:Plan", "global_batch", (1, 2, 5, 8)),
     "an evaluation goes on": ("peftcli.train.training_loop:TrainingLoop", "request", (1, 2, 4, 6, 9)),
     "a checkpoint is written": ("peftcli.core.files", "write_file", (1, 2, 3, 4)),
+    "a checkpoint is described": ("peftcli.train.runs.checkpoint", "write_file", (1, 2)),
     "a checkpoint gets its name": ("peftcli.train.runs.checkpoint", "sync_folder", (1,)),
     "run.json is written": ("peftcli.train.runs.folder", "write_file", (3, 4)),
     "the adapter is written": ("peftcli.train.finish", "write_card", (1,)),

@@ -39,8 +39,28 @@ def test_a_task_knows_the_names_of_its_metrics(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("name", "settings", "there", "not_there"),
+    [
+        ("sequence_classification", "problem_type: regression", "mse", "accuracy"),
+        ("sequence_classification", "problem_type: multi_label", "auc", "matthews"),
+        ("token_classification", "scheme: none", "macro_f1", "f1"),
+        ("feature_extraction", "loss: cosine", "spearman", "mrr"),
+        ("preference", "loss: kto", "kl", "nll"),
+    ],
+)
+def test_the_names_are_those_of_the_settings(
+    name: str, settings: str, there: str, not_there: str, tmp_path: Path
+) -> None:
+    recipe = load_recipe(CASES[name].write(tmp_path), [f"task={{type: {name}, {settings}}}"])
+    reports = open_task(recipe, open_base(recipe.base_model)).reports
+    assert there in reports
+    assert not_there not in reports
+
+
+@pytest.mark.parametrize(
     "settings",
     [
+        ("training.metric_for_best_model=wer",),
         ("gates={eval_wer: <= 1}",),
         ("training.load_best_model_at_end=true", "training.metric_for_best_model=wer", "training.save_strategy=epoch"),
     ],
@@ -88,6 +108,10 @@ def test_a_row_is_named_with_its_column_and_what_to_do(recipe: Path) -> None:
     trainkit.write_rows(recipe.parent / "train.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "c"}])
     (found, *_) = examine(load_recipe(recipe, ["dataset.eval=null"])).errors
     assert "train.jsonl:2: completion: missing" in found.message
+    trainkit.write_rows(recipe.parent / "train.jsonl", [{"data": "a"}, {"data": 1}])
+    columns = ["dataset.eval=null", "dataset.columns={text: data}", "dataset.format=text"]
+    (found, *_) = examine(load_recipe(recipe, columns)).errors
+    assert "train.jsonl:2: data: expected text" in found.message
     trainkit.write_rows(recipe.parent / "train.jsonl", [{"other": "a"}])
     (found, *_) = examine(load_recipe(recipe, ["dataset.eval=null"])).errors
     assert "In the recipe: dataset: {format: " in found.message

@@ -162,6 +162,34 @@ def test_the_others_end_when_one_dies(recipe: Path) -> None:
     assert (run["status"], run["exit_code"], run["error"]["kind"]) == ("failed", 10, "ProcessDied")
 
 
+def _note_copies() -> None:
+    """Write which of the base model's weights were copied before the first step: pages of its file are shared."""
+    from peftcli.train import run as module
+
+    load, prepare = module.load_base, module.prepare
+    there = set[int]()
+
+    def loaded(recipe: Any, task: Any) -> Any:
+        found = load(recipe, task)
+        there.update(value.data_ptr() for value in found.model.parameters())
+        return found
+
+    def prepared(model: Any, config: Any, recipe: Any, plan: Any, accelerator: Any) -> Any:
+        found = prepare(model, config, recipe, plan, accelerator)
+        weights = {name: value for name, value in model.named_parameters() if "lora_" not in name}
+        copied = [name for name, value in weights.items() if value.data_ptr() not in there]
+        Path(recipe.training.output_dir).with_name(f"copied-{accelerator.process_index}").write_text(str(copied))
+        return found
+
+    module.load_base, module.prepare = loaded, prepared
+
+
+def test_processes_share_the_pages_of_the_base_models_file(recipe: Path) -> None:
+    children = group(recipe.parent, "train", recipe, "training.bf16=false", before=dict.fromkeys((0, 1), _note_copies))
+    assert [child.wait() for child in children] == [0, 0], children[0].err
+    assert [(recipe.parent / f"copied-{number}").read_text() for number in (0, 1)] == ["[]", "[]"]
+
+
 def test_the_launcher_and_the_recipe_must_agree(recipe: Path) -> None:
     children = group(recipe.parent, "train", recipe, "launch.num_processes=3")
     assert [child.wait() for child in children] == [2, 2]

@@ -149,7 +149,7 @@ def attach(model: Any, config: XLoraConfig, layers: Mapping[str, AdapterLayer]) 
     hook_once(model, _Forget(next(iter(layers))), after=True)
     for settings in (model.config, getattr(model, "generation_config", None)):
         before = getattr(settings, "use_cache", False)
-        if settings is not None and before is not False:  # None: as transformers has it, with one
+        if settings is not None and before is not False:  # None: transformers uses one
             on_unload(model, functools.partial(setattr, settings, "use_cache", before))
             settings.use_cache = False
 

@@ -75,8 +75,6 @@ class LanguageModel(Task[Settings]):
         if self.generates and getattr(settings, "overlong", "") == "split":
             raise DataError("generated answers are those of whole rows; choose truncate, drop or error", key="overlong")
         self._own = own_metric(settings.metric_code) if settings.metric_code is not None else None
-        known = ("loss", "perplexity", "token_accuracy", *settings.generate_metrics)
-        self.reports = (*known, "*") if self._own else known
 
     @property
     def generates(self) -> bool:
@@ -178,6 +176,11 @@ class LanguageModel(Task[Settings]):
             rows = [np.asarray(batch["_prompt"][at]).tolist() for at in chosen]
             found |= zip(chosen, (text for text, _, _ in generator.continued(rows, settings)), strict=True)
         return [found[at] for at in range(len(forms))]
+
+    @property
+    def reports(self) -> Sequence[str]:
+        known = ("loss", "perplexity", "token_accuracy", *self.settings.generate_metrics)
+        return (*known, "*") if self._own else known
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
         found = token_metrics(sums, num_targets)
