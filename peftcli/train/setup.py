@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -65,7 +65,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)],
     )
     if accelerator.device.type == "cpu":  # of several processes accelerate calls it cpu:0, to which weights are copied
-        accelerator.state.device = torch.device("cpu")
+        PartialState().device = accelerator.state.device = torch.device("cpu")
     if accelerator.distributed_type == DistributedType.MEGATRON_LM:
         hint = "launch.strategy: fsdp, zero2 or zero3 in the recipe, and accelerate without it"
         raise UsageError("accelerate was told to use Megatron-LM, which peftcli does not", hint=hint)

@@ -184,8 +184,11 @@ def _note_copies() -> None:
     module.load_base, module.prepare = loaded, prepared
 
 
-def test_processes_share_the_pages_of_the_base_models_file(recipe: Path) -> None:
-    children = group(recipe.parent, "train", recipe, "training.bf16=false", before=dict.fromkeys((0, 1), _note_copies))
+@pytest.mark.parametrize("bf16", ["false", "true"])
+def test_processes_share_the_pages_of_the_base_models_file(bf16: str, recipe: Path) -> None:
+    children = group(
+        recipe.parent, "train", recipe, f"training.bf16={bf16}", before=dict.fromkeys((0, 1), _note_copies)
+    )
     assert [child.wait() for child in children] == [0, 0], children[0].err
     assert [(recipe.parent / f"copied-{number}").read_text() for number in (0, 1)] == ["[]", "[]"]
 
