@@ -87,7 +87,7 @@ def test_a_run_with_chosen_settings_learns_the_same_and_keeps_them(
 
 
 def test_what_cannot_be_chosen_is_refused(fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="auto divides training.gradient_accumulation_steps, which is 1"):
+    with pytest.raises(UsageError, match=r"auto divides training\.gradient_accumulation_steps, which is 1"):
         fit(SIZE)
     monkeypatch.setattr(fit_memory, "estimate", lambda *given: None)
     with pytest.raises(UsageError, match="what this model needs of memory is not known before"):
