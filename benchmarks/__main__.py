@@ -52,7 +52,8 @@ What peftcli takes of time and memory, beside what others take for the same in t
 which goes on where it was stopped (`make bench RESULTS=mine.json` begins anew, as on another machine).
 SmolLM2-135M-Instruct (`make quickstart` fetches it) and rows made of the quickstart's functions (`benchmarks/rows.py`),
 one thread and CPU seconds of the process, unless a table says otherwise. Each figure is a median, with the least and
-the most in brackets; ratios are taken round by round. Sides take turns, each in a process of its own.
+the most in brackets; ratios are taken round by round. Sides take turns, each in a process of its own. Tables of
+different commits may be of different processors: compare seconds within a table only.
 """
 GATES_HEAD = """\
 ## Gates

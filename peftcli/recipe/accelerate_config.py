@@ -110,7 +110,7 @@ def with_accelerate_launch(recipe: Recipe, variables: MutableMapping[str, str]) 
 
 
 def _value(variables: Mapping[str, str], name: str, spelled: Callable[[str], str]) -> Any:
-    """Return a variable's value as the file has it: a number, true or false, or a word; None where there is none."""
+    """Return the value that a variable would have in the file; None if it is not set."""
     text = variables.get(name, "none")
     try:
         value = yaml.safe_load(text)

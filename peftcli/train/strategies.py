@@ -38,9 +38,10 @@ def may_divide(task: Task[Any]) -> bool:
 
 def supports_quantization(strategy: str, weight_type: str | None) -> bool:
     """Whether a strategy is for weights that are quantised so, or not at all."""
-    if weight_type is None or weight_type in _NOT_WHOLE.get(strategy, ()):
-        return weight_type is None
-    return strategy not in _QUANTISED or weight_type in _QUANTISED[strategy]
+    if weight_type is None:
+        return True
+    divides = strategy not in _QUANTISED or weight_type in _QUANTISED[strategy]
+    return divides and weight_type not in _NOT_WHOLE.get(strategy, ())
 
 
 def refuse_strategy(recipe: Recipe, task: Task[Any], config: AdapterConfig, num_processes: int) -> None:
