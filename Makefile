@@ -31,11 +31,11 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
 	@touch $@
 
-# torchao speaks up whenever transformers is imported, so it has a place of its own; so have libraries that import peft, and trackers
+# torchao speaks up whenever transformers is imported, so it has a place of its own; so have libraries that import peft or read its files, and trackers
 $(QUANTISED)/.installed: pyproject.toml
 	@test -x $(QUANTISED)/bin/pip || $(PYTHON) -m venv $(QUANTISED)
 	@echo "test-all: installing into $(QUANTISED)"
-	@$(QUANTISED)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev,bitsandbytes,deepspeed,torchao,tensorboard,wandb,mlflow,trackio]' trl sentence-transformers diffusers
+	@$(QUANTISED)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev,bitsandbytes,deepspeed,torchao,tensorboard,wandb,mlflow,trackio]' trl sentence-transformers diffusers mistralrs
 	@touch $@
 
 # with TRL, which is measured too
@@ -79,7 +79,7 @@ test-all: $(STAMP) $(QUANTISED)/.installed ## the slow tests too, those that nee
 test-gpu: $(GPU)/.installed ## the tests that need a GPU
 	@$(GPU)/bin/pytest -m gpu
 
-torture: $(STAMP) ## try to break every promise of docs/reliability.md, and write that page; takes an hour or more
+torture: $(STAMP) ## try to break every promise of docs/reliability.md, and write that page; takes about three hours
 	@command -v strace >/dev/null || { echo "torture: needs strace; on Debian: apt install strace" >&2; exit 1; }
 	@$(BIN)/python tests/torture
 

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import peft_names
 from json_schema import schema_of
@@ -111,7 +111,10 @@ def peft_page() -> str:
 
 def tasks_page() -> str:
     """Every task."""
-    rows = [(f"`{n}`", f"`{t.task_type}`", f"`{t.auto_class}`", t.summary) for n, t in TASKS.items()]
+    rows = [
+        (f"`{n}`", f"`{t.task_type}`" if t.task_type else "none", f"`{t.auto_class}`", t.summary)
+        for n, t in TASKS.items()
+    ]
     return "# Tasks\n\n" + _table(("task", "PEFT's name", "transformers' class", "what the model does"), rows)
 
 
@@ -263,16 +266,25 @@ def _parameters(function: Callable[..., Any]) -> list[tuple[str, str, str]]:
     """Name, default and help of each argument and option, from the function's annotations."""
     rows = []
     for name, parameter in inspect.signature(function).parameters.items():
-        info = get_type_hints(function, include_extras=True)[name].__metadata__[0]
+        kind, info = get_args(get_type_hints(function, include_extras=True)[name])
         option = type(info).__name__ == "OptionInfo"
         spelled = [info.default, *(info.param_decls or ())] if isinstance(info.default, str) else []
         names = ", ".join(spelled) or (f"--{name.replace('_', '-')}" if option else info.metavar or name.upper())
-        metavar = f" {info.metavar}" if option and info.metavar else ""
+        metavar = f" {info.metavar or _value(kind)}" if option and kind is not bool else ""
         default = names.partition("/")[0] if parameter.default is True else parameter.default
         absent = default is None or default is False or default is parameter.empty
         required = "required" if default is parameter.empty else ""
         rows.append((f"`{names}{metavar}`", required if absent else f"`{_shown(default)}`", info.help or ""))
     return rows
+
+
+def _value(kind: Any) -> str:
+    """What an option of this type takes: its values, or its type in capitals."""
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    if within := get_args(kind):  # of a list, or of what may be left out
+        return _value(within[0])
+    return "TEXT" if kind is str else kind.__name__.upper()
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -1,7 +1,7 @@
 """Measure the structure of the package: how much there is to read, and how often things are opened.
 
 ``python docs/house.py [ROOT]`` prints the figures of the checkout at ROOT (default: this one) as a Markdown table.
-docs/architecture.md has them, and docs/log.md how they changed.
+docs/log.md has how they changed.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ that is there already is left alone.
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import sys
 import tempfile
@@ -114,6 +115,9 @@ def convert(gguf: Path, folder: Path) -> None:
     facts = {name: field.contents() for name, field in reader.fields.items()}
     config = model_config(facts)
     config.save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    written["rope_theta"] = written["rope_parameters"]["rope_theta"]  # readers that know only the older key: mistral.rs
+    (folder / "config.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**ids).save_pretrained(folder)
     write_tokenizer(facts, folder)

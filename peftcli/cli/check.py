@@ -60,4 +60,4 @@ def _print(path: Path, errors: list[Problem], warnings: list[Problem], memory: d
     if memory:
         kinds = ("weights", "adapter", "step", "evaluation", "saving", "file", "packages")
         parts = ", ".join(f"{kind} {memory[kind] / 2**30:.2f}" for kind in kinds if memory[kind])
-        console.out(f"memory: about {memory['peak'] / 2**30:.2f} GiB at most, of {parts}")
+        console.out(f"memory: about {memory['peak'] / 2**30:.2f} GiB at the peak, of {parts}")

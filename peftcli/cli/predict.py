@@ -20,7 +20,8 @@ def predict(
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[TEXT|FILE]...", help="Texts or picture files to answer; question and context by turns."
+            metavar="[TEXT|FILE]...",
+            help="Texts, or files of pictures or sounds, to answer; question and context by turns.",
         ),
     ] = None,
     source: Annotated[

@@ -1,4 +1,4 @@
-"""Libraries that import peft, with peftcli in its place: one script each, in a process of its own."""
+"""Libraries that import peft, with peftcli in its place, or that read its files: one script each, in a process of its own."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ SCRIPTS = Path(__file__).parent / "libraries"
 @pytest.mark.parametrize("library", ["transformers", "trl", "sentence_transformers", "diffusers"])
 def test_a_library_works_with_peftcli_in_the_place_of_peft(library: str) -> None:
     run(library, f"with_{library}.py")
+
+
+@pytest.mark.slow
+def test_mistral_rs_answers_as_peftcli_does() -> None:
+    run("mistralrs", "with_mistralrs.py")
 
 
 @pytest.mark.slow

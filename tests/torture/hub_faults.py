@@ -704,7 +704,7 @@ CAMPAIGNS = [
     Campaign(
         name="hub faults under push",
         promise="A refusal ends it at once with 6, a failure with 5 after at most 5 tries; "
-        "no commit is made twice, no token told.",
+        "no commit is made twice, no token shown.",
         trials=_pushes,
         least=30,
         sample=1,
@@ -719,7 +719,7 @@ CAMPAIGNS = [
     ),
     Campaign(
         name="other hosts, no hub, a silent hub",
-        promise="No other host sees the token; a hub that is not there is told with 5 at once; a signal "
+        promise="No other host sees the token; without a hub the exit code is 5 at once; a signal "
         "ends the wait for it.",
         trials=_others,
         least=15,

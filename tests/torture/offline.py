@@ -169,8 +169,8 @@ def _push_is_told(folder: Path) -> None:
 CAMPAIGNS = [
     Campaign(
         name="offline",
-        promise="With local inputs no network is asked for or missed; what is on the hub comes of the cache, or exit "
-        "code 5 and its name are told within a second.",
+        promise="With local inputs no network is asked for or missed; what is on the hub comes from the cache, or "
+        "the command ends with 5 and its name within a second.",
         trials=_trials,
         least=15,
         sample=2,
