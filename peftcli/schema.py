@@ -217,7 +217,8 @@ class Training:
     """Compute norms, rotary positions and gated layers with liger-kernel's functions for GPUs, where it has some for
     the model. Needs the extra ``liger``."""
     train_sampling_strategy: Literal["random", "group_by_length", "sequential"] = "random"
-    """Order of the examples. group_by_length puts examples of similar length together: faster for models that compute padding."""
+    """Order of the examples. group_by_length puts examples of similar length together, which saves
+    time where padding is computed."""
     seed: int = 42
     """Seed of initialisation, example order and dropout. The same seed gives the same adapter."""
     eval_strategy: Literal["no", "steps", "epoch"] = "epoch"
@@ -297,8 +298,8 @@ class Launch:
     Otherwise each reads them, mapped, which takes memory for a whole model if they are in another number format; so
     it does where the adapter starts from data."""
     accelerate_config: str | None = None
-    """A file that ``accelerate config`` wrote: processes, machines, FSDP and DeepSpeed are as it says, where this section
-    does not say otherwise."""
+    """A file that ``accelerate config`` wrote: processes, machines, FSDP and DeepSpeed are as it says, where this
+    section does not say otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
