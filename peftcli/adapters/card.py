@@ -17,6 +17,7 @@ import yaml
 from peftcli.errors import AdapterError
 from peftcli.guard.adapter_folder import CONFIG_FILE, read_config, read_run
 from peftcli.guard.files import irregular_kind, one_line, os_reason, read_small
+from peftcli.guard.typed_fields import mapping_at
 from peftcli.methods import METHODS
 from peftcli.system.secrets import redact
 from peftcli.tasks import TASKS, TaskRow
@@ -119,7 +120,7 @@ def was_local(folder: Path) -> bool:
     Raises:
         AdapterError: a file of the folder cannot be read.
     """
-    return bool(_part(read_info(folder), "identity").get("base_model"))
+    return bool(mapping_at(read_info(folder), "identity").get("base_model"))
 
 
 def is_local(base: str) -> bool:
@@ -136,10 +137,10 @@ def read_info(folder: Path) -> dict[str, Any]:
     """
     run = read_run(folder)
     config = read_config(folder) if os.path.lexists(folder / CONFIG_FILE) else {}
-    recipe = _part(run, "recipe")
+    recipe = mapping_at(run, "recipe")
     recipe["task"] = _task_name(recipe.get("task")) or _task_of(config.get("task_type"))
     recipe.setdefault("method", {"type": str(config.get("peft_type", "")).lower(), **config})
-    base = {"name": config.get("base_model_name_or_path"), **_part(run, "base_model")}
+    base = {"name": config.get("base_model_name_or_path"), **mapping_at(run, "base_model")}
     return {**run, "recipe": recipe, "base_model": base}
 
 
@@ -162,11 +163,11 @@ def render_card(
         form: Whether the adapter does in the form of the library that ``TaskRow.form`` is for.
         tags: Tags of the base model, beside those of the adapter.
     """
-    recipe, method = _part(info, "recipe"), _part(info, "recipe", "method")
+    recipe, method = mapping_at(info, "recipe"), mapping_at(info, "recipe", "method")
     method.pop("type", None)
     task = str(recipe.get("task") or "")
     kind, use, base = _subject(info)
-    use = _filled(use, _part(info, "task")) if use else None
+    use = _filled(use, mapping_at(info, "task")) if use else None
     sections = [
         _front_matter(_head(kind, use, base, tags)),
         _summary(kind, task, base, info),
@@ -177,21 +178,21 @@ def render_card(
             _other(use, base, form)
             or [*_model(info, use, base, adapter), *_loading(info, use, base, adapter, processor)],
         ),
-        _processor_note(use, _part(recipe, "base_model")) if processor else "",
+        _processor_note(use, mapping_at(recipe, "base_model")) if processor else "",
         _table("Training data", ("split", "count", "value"), _data_rows(info)),
         _table("Settings", ("setting", "value"), _setting_rows(method, recipe, info)),
         _table("Results", ("metric", "first evaluation", "this adapter"), _result_rows(info)),
         "![Loss by step](loss.png)\n" if plot else "",
-        _table("Versions", ("package", "version"), sorted(_part(info, "versions").items())),
+        _table("Versions", ("package", "version"), sorted(mapping_at(info, "versions").items())),
     ]
     return redact("\n".join(section for section in sections if section))
 
 
 def _subject(info: Mapping[str, Any]) -> tuple[str, TaskRow | None, str]:
     """The adapter's method, its task and its base model's name; empty or None where they are not known."""
-    kind = str(_part(info, "recipe", "method").get("type", ""))
-    use = TASKS.get(str(_part(info, "recipe").get("task") or ""))
-    return kind, use, str(_part(info, "base_model").get("name") or "")
+    kind = str(mapping_at(info, "recipe", "method").get("type", ""))
+    use = TASKS.get(str(mapping_at(info, "recipe").get("task") or ""))
+    return kind, use, str(mapping_at(info, "base_model").get("name") or "")
 
 
 def _filled(use: TaskRow, settings: Mapping[str, Any]) -> TaskRow:
@@ -231,7 +232,7 @@ def _summary(kind: str, task: str, base: str, info: Mapping[str, Any]) -> str:
     text += f"its base model, {_code(base)}." if base else "its base model."
     if task:
         text += f" Its task is {_code(task)}."
-    counts = _part(info, "parameters")
+    counts = mapping_at(info, "parameters")
     trained, every = counts.get("trainable"), counts.get("all")
     if isinstance(trained, int) and isinstance(every, int) and 0 < trained <= every:
         text += f" {trained:,} of {every:,} parameters were trained ({100 * trained / every:.3g} %)."
@@ -261,7 +262,7 @@ def _other(use: TaskRow | None, base: str, form: bool) -> list[str]:
 
 def _model(info: Mapping[str, Any], use: TaskRow | None, base: str, adapter: str) -> list[str]:
     """Lines of Python that load a model whose head depends on the classes; none where PEFT's class does it."""
-    recorded = {name: value for name, value in _part(info, "task").items() if name != "type"}
+    recorded = {name: value for name, value in mapping_at(info, "task").items() if name != "type"}
     options: dict[str, Any] = {}
     with suppress(AttributeError, TypeError):
         options = use.settings(**recorded).model_options() if use and recorded else {}
@@ -339,26 +340,26 @@ def _python(library: str, use: TaskRow | None, adapter: str, loading: list[str])
 
 def _data_rows(info: Mapping[str, Any]) -> list[_Row]:
     rows: list[_Row] = []
-    for split, data in (("train", _part(info, "data")), ("eval", _part(info, "data", "eval"))):
+    for split, data in (("train", mapping_at(info, "data")), ("eval", mapping_at(info, "data", "eval"))):
         counts = {name: data.get(name) for name in _COUNTS}
-        counts |= {f"dropped: {why}": count for why, count in _part(data, "dropped").items()}
+        counts |= {f"dropped: {why}": count for why, count in mapping_at(data, "dropped").items()}
         rows += [(split, name, f"{count:,}") for name, count in counts.items() if isinstance(count, int)]
     return rows
 
 
 def _setting_rows(method: Mapping[str, Any], recipe: Mapping[str, Any], info: Mapping[str, Any]) -> list[_Row]:
-    training = _part(recipe, "training")
+    training = mapping_at(recipe, "training")
     rows = [(f"method.{key}", value) for key, value in sorted(method.items()) if key not in _NOT_SETTINGS]
     rows += [(f"training.{key}", training[key]) for key in _SETTINGS if training.get(key, -1) != -1]
-    rows.append(("dataset.max_length", _part(recipe, "dataset").get("max_length")))
-    rows.append(("steps", _part(info, "steps").get("done")))
+    rows.append(("dataset.max_length", mapping_at(recipe, "dataset").get("max_length")))
+    rows.append(("steps", mapping_at(info, "steps").get("done")))
     return [(key, _value(value)) for key, value in rows if value not in (None, {}, [], "")]
 
 
 def _result_rows(info: Mapping[str, Any]) -> list[_Row]:
     """Metrics at the first evaluation, and of the adapter that was kept."""
-    measured = _part(info, "eval")
-    first, kept = _part(measured, "first"), _part(measured, "kept") or _part(measured, "last")
+    measured = mapping_at(info, "eval")
+    first, kept = mapping_at(measured, "first"), mapping_at(measured, "kept") or mapping_at(measured, "last")
     rows = [(name, first.get(name), value) for name, value in kept.items()]
     rows.append(("train_loss", None, info.get("train_loss")))
     return [(name, _value(start), _value(end)) for name, start, end in rows if end is not None]
@@ -473,14 +474,6 @@ def _read_card(path: Path) -> str:
 def _task_name(task: object) -> object:
     """The name of a recipe's task, which may be given with settings."""
     return task.get("type") if isinstance(task, Mapping) else task
-
-
-def _part(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """Return the object under this key of run.json; empty without one."""
-    found: Any = values
-    for name in names:
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return dict(found) if isinstance(found, Mapping) else {}
 
 
 def _beside(folder: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -120,6 +120,8 @@ def _differences(one: AdapterConfig, other: AdapterConfig) -> list[dict[str, Any
 
 
 def _shown(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
     return sorted(value) if isinstance(value, set) else value
 
 

@@ -17,6 +17,7 @@ from peftcli.errors import AdapterError
 from peftcli.guard.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, find_weights, read_config, read_header, read_run
 from peftcli.guard.files import read_json_object
 from peftcli.guard.safetensors_header import TensorEntry
+from peftcli.guard.typed_fields import fits, hints_of, mapping_at
 from peftcli.methods import config_from_dict
 from peftcli.methods.xlora.config import XLoraConfig
 from peftcli.models.quantization import trained_quantization
@@ -24,6 +25,7 @@ from peftcli.schema import BaseModel
 from peftcli.system import hub_requests
 from peftcli.system.outputs import expand_user
 from peftcli.tasks import DIFFUSERS_FILE, PIPELINE_PARTS, TASK_FILE, TASKS
+from peftcli.tasks.settings import out_of_range
 
 if TYPE_CHECKING:
     import torch
@@ -144,7 +146,10 @@ class AdapterSource:
             AdapterError: the file is damaged.
         """
         path = self.folder / TASK_FILE
-        return read_json_object(path, _MAX_TASK_FILE) if path.is_file() else {}
+        found = read_json_object(path, _MAX_TASK_FILE) if path.is_file() else {}
+        if not isinstance(found.get("type", ""), str):
+            raise AdapterError("must be the name of a task", key="type", file=str(path))
+        return found
 
     @cached_property
     def task(self) -> str | None:
@@ -153,8 +158,7 @@ class AdapterSource:
         Raises:
             AdapterError: one of the two is damaged.
         """
-        recorded = self.record.get("recipe")
-        recorded = self.task_values or (recorded.get("task") if isinstance(recorded, dict) else None)
+        recorded = self.task_values or mapping_at(self.record, "recipe").get("task")
         recorded = recorded.get("type") if isinstance(recorded, dict) else recorded
         if isinstance(recorded, str) and recorded in TASKS:
             return recorded
@@ -177,17 +181,23 @@ class AdapterSource:
         """
         if not self.task_values or self.task is None:
             return None
-        try:
-            return TASKS[self.task].settings(**self.task_values["settings"])
-        except (KeyError, TypeError) as error:
-            message = f"does not contain the settings of {self.task}"
-            raise AdapterError(message, file=str(self.folder / TASK_FILE)) from error
+        kind, given, file = TASKS[self.task].settings, self.task_values.get("settings"), str(self.folder / TASK_FILE)
+        known = hints_of(kind)
+        if not isinstance(given, dict) or not all(name in known and fits(given[name], known[name]) for name in given):
+            raise AdapterError(f"does not contain the settings of {self.task}", file=file)
+        found = kind(**given)
+        for name, problem in out_of_range(found):
+            raise AdapterError(problem, key=f"settings.{name}", file=file)
+        return found
 
     @property
     def recorded_options(self) -> dict[str, Any]:
         """The options of ``from_pretrained`` that task.json says, as ``id2label``; empty without the file."""
         options = self.recorded_settings.model_options() if self.recorded_settings is not None else {}
-        return {**options, **self.task_values.get("config", {})}
+        more = self.task_values.get("config", {})
+        if not isinstance(more, dict):
+            raise AdapterError("must be an object", key="config", file=str(self.folder / TASK_FILE))
+        return {**options, **more}
 
     def model_options(self, base: OpenBase) -> dict[str, Any]:
         """Return the options of ``from_pretrained`` that give the base model the adapter's head."""

@@ -16,6 +16,7 @@ from peftcli.adapters.merged import load_merged
 from peftcli.data.rows import Place, Row
 from peftcli.data.sources import open_source
 from peftcli.errors import AdapterError, DataError, UsageError
+from peftcli.guard.typed_fields import mapping_at
 from peftcli.models.open import LoadedModel, OpenBase, open_base
 from peftcli.schema import Source
 from peftcli.system.outputs import expand_user, is_stream
@@ -175,8 +176,8 @@ def predict_file(predictor: Predictor, rows: Sequence[Row], target: Path, progre
 
 def _columns(source: AdapterSource) -> dict[str, str]:
     """The names that the training rows gave the task's columns, where run.json is there to say it."""
-    dataset = source.record.get("recipe", {}).get("dataset", {})
-    return {name: column for name, column in (dataset.get("columns") or {}).items() if isinstance(column, str)}
+    columns = mapping_at(source.record, "recipe", "dataset", "columns")
+    return {name: column for name, column in columns.items() if isinstance(column, str)}
 
 
 def _text_predictor(

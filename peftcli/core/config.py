@@ -142,6 +142,9 @@ class AdapterConfig(PeftConfigMixin):
         ``load_tokenizer(name, **options)`` returns the tokenizer of that name, or with None the base model's.
         """
 
+    def check_steps(self, total: int) -> None:
+        """Raise AdapterError where the settings cannot be had in this many optimizer steps."""
+
     def merge_problem(self) -> str | None:
         """Return why this adapter cannot be merged into the base model, or None."""
         return None

@@ -35,6 +35,13 @@ def read_fields(cls: Any, values: dict[str, Any], file: str | None) -> dict[str,
     return given
 
 
+def mapping_at(values: Any, *names: str) -> dict[str, Any]:
+    """Return the object under these keys, one inside the other; empty where something else is there."""
+    for name in names:
+        values = values.get(name) if isinstance(values, dict) else None
+    return dict(values) if isinstance(values, dict) else {}
+
+
 def read_section(cls: Any, values: dict[str, Any], key: str) -> Any:
     """Return the dataclass ``cls`` that the mapping under ``key`` describes. What it checks when it is made is not.
 

@@ -121,7 +121,9 @@ class Combination:
         drops = {"linear": all_of_it, "ties": small, "magnitude_prune": small}
         drop = drops.get(name, self._drop_some)
         add = self._agreed_mean if name.endswith("ties") else _sum
-        return lambda values, weights: add(drop(values), torch.tensor(weights, dtype=values.dtype))
+        return lambda values, weights: add(
+            drop(values), torch.tensor(weights, dtype=values.dtype, device=values.device)
+        )
 
     def _drop_small(self, values: torch.Tensor) -> torch.Tensor:
         """Of each tensor, the largest values."""
@@ -133,8 +135,9 @@ class Combination:
     def _drop_some(self, values: torch.Tensor) -> torch.Tensor:
         """Of each tensor, values at random, enlarged so that their expectation stays."""
         density = self.density or 0
-        kept = [torch.bernoulli(torch.full_like(value, density), generator=self.generator) for value in values]
-        return values * torch.stack(kept) / density
+        share = torch.full(values.shape, density, dtype=values.dtype)  # drawn on the CPU: the same on every device
+        kept = [torch.bernoulli(each, generator=self.generator) for each in share]
+        return values * torch.stack(kept).to(values.device) / density
 
     def _agreed_mean(self, values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The mean of the weighted values whose sign has the majority."""

@@ -47,12 +47,12 @@ def prune(tensor: torch.Tensor, density: float, method: str, rescale: bool = Fal
 
     Args:
         tensor: any tensor.
-        density: the share, from 0 to 1.
+        density: the share, above 0 and at most 1.
         method: ``magnitude``: the largest are left; ``random``: any.
         rescale: enlarge those that are left of random ones, so that the expectation stays.
 
     Raises:
-        AdapterError: no method is called that, or the share is outside of 0 to 1.
+        AdapterError: no method is called that, or the share is another number.
     """
     if method not in ("magnitude", "random"):
         raise AdapterError(f"must be magnitude or random, not {method!r}", key="method")

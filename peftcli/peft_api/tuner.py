@@ -331,8 +331,8 @@ class Tuner(nn.Module):
             warnings.warn("All adapters are already merged, nothing to do", stacklevel=2)
             return
         self.unmerge_adapter()
-        set_active(self.model, names)
         try:
+            set_active(self.model, names)
             self.folded = fold(self.model)
         except AdapterError:
             self.switch()
@@ -368,13 +368,15 @@ class Tuner(nn.Module):
             AdapterError: a method cannot be merged, the base model is quantised, or a merged weight is not finite. The
                 model is as it was then.
         """
+        before, names = self.merged_adapters, self._mergeable(adapter_names)
         self.unmerge_adapter()
-        names = self._mergeable(adapter_names)
-        set_active(self.model, names)
         try:
+            set_active(self.model, names)
             untied = merge(self.model, *(self.peft_config[name] for name in names), dequantise=dequantize)
         except AdapterError:
             self.switch()
+            if before:
+                self.merge_adapter(before)
             raise
         if dequantize:
             forget(self.model)  # type: ignore[arg-type]

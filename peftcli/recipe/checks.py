@@ -27,6 +27,8 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
 _GATE = re.compile(r"\s*(<=|>=|==|<|>)\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?)\s*")
 _TIME = re.compile(r"(?:(?P<d>[0-9]{1,4})d)?(?:(?P<h>[0-9]{1,6})h)?(?:(?P<m>[0-9]{1,8})m)?(?:(?P<s>[0-9]{1,9})s)?")
 _MAX_FLOAT, _MAX_SIZE = 3.4e38, 2**31 - 1
+_POLYNOMIAL_END = 1e-7
+"""Learning rate at which transformers' schedule of that name ends."""
 _SEED = re.compile(r"seed|_key$")
 _AT_LEAST_ONE = (
     "dataset.max_length",
@@ -201,6 +203,10 @@ def _ranges(recipe: Recipe, report: Report) -> None:
         report(("training.loraplus_lr_ratio",), f"must be above 0, not {training.loraplus_lr_ratio}")
     if training.learning_rate == "auto" and "adamw" not in training.optim:
         report(("training.learning_rate", "training.optim"), f"give a number: auto is for AdamW, not {training.optim}")
+    rate = training.learning_rate
+    if training.lr_scheduler_type == "polynomial" and rate != "auto" and rate <= _POLYNOMIAL_END:
+        keys = ("training.learning_rate", "training.lr_scheduler_type")
+        report(keys, f"must be above {_POLYNOMIAL_END:g}, where polynomial ends, not {rate:g}")
     if training.neftune_noise_alpha is not None and training.neftune_noise_alpha <= 0:
         report(("training.neftune_noise_alpha",), f"must be above 0, not {training.neftune_noise_alpha}; unset: none")
     if not 0 <= training.warmup_ratio <= 1:

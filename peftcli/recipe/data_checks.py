@@ -13,7 +13,7 @@ from peftcli.recipe.settings import choices, settings
 from peftcli.recipe.values import Report
 from peftcli.schema import Dataset, Recipe, Source
 from peftcli.tasks import TASKS
-from peftcli.tasks.settings import UNDER_DATASET
+from peftcli.tasks.settings import UNDER_DATASET, out_of_range
 
 _HUB_SETTINGS = {"name": None, "revision": None, "split": "train", "streaming": False}
 _DATASET_SETTINGS = {**_HUB_SETTINGS, "limit": None}
@@ -29,7 +29,7 @@ def check_data(recipe: Recipe, report: Report) -> None:
 
 
 def check_task(recipe: Recipe, report: Report) -> None:
-    """Report settings under ``dataset`` that the recipe's task does not have. An unknown task is not checked."""
+    """Report the task's settings that are out of range, and those under ``dataset`` that it does not have."""
     dataset, name = recipe.dataset, (recipe.task or {}).get("type", "")
     if name not in TASKS:
         return
@@ -46,6 +46,9 @@ def check_task(recipe: Recipe, report: Report) -> None:
             report(keys, f"the task {name} supports only {', '.join(choices(own[key].hint))}, not {value}")
         else:
             report(keys, f"is not a setting of the task {name}; leave it out")
+    given = {key: value for key, value in (recipe.task or {}).items() if key != "type"}
+    for key, problem in out_of_range(TASKS[name].settings(**given)):
+        report((f"task.{key}",), problem)
 
 
 def exists(path: str) -> bool:

@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from peftcli.errors import PeftcliError, ProcessDied, to_peftcli_error
+from peftcli.system.cores import usable_cores
 from peftcli.system.signals import SAVE_SIGNAL, STOP_SIGNALS, end_with_parent
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ def spare_cores(num_processes: int = 1) -> int:
     """
     if sys.platform != "linux":
         return 0
-    return max(0, min(_MOST, len(os.sched_getaffinity(0)) // num_processes - 1))
+    return max(0, min(_MOST, usable_cores() // num_processes - 1))
 
 
 def compute_ahead(function: Callable[[T], R], items: Iterable[T], num_workers: int) -> Generator[R]:

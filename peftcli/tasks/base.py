@@ -21,6 +21,7 @@ from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError, PeftcliError
 from peftcli.system.disk import write_file
 from peftcli.tasks import TASK_FILE
+from peftcli.tasks.settings import TaskSettings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,7 +61,7 @@ __all__ = [
     "Task",
 ]
 
-Settings = TypeVar("Settings")
+Settings = TypeVar("Settings", bound=TaskSettings)
 Batch = dict[str, Any]
 """Tensors by the names of the model's arguments, the first dimension B. What ``loss`` alone needs, of any kind, has a
 name that begins with an underscore: the model does not get it."""
@@ -144,7 +145,7 @@ class Task(ABC, Generic[Settings]):
 
     def model_options(self) -> dict[str, Any]:
         """Options of ``from_pretrained``: ``num_labels``, ``id2label``, ``label2id``, ``problem_type``."""
-        return {}
+        return self.settings.model_options()
 
     def record_findings(self, records: Records) -> list[Finding]:
         """What the outcomes and flags of rows show; errors among it stop a run."""

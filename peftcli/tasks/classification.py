@@ -90,9 +90,6 @@ class Classification(Task[Settings]):
             return ("the labels are numbers, which the model learns to predict (regression)",)
         return (f"{len(self.labels)} classes: {self._listed}",) if self.labels else ()
 
-    def model_options(self) -> dict[str, Any]:
-        return self.settings.model_options()
-
     def config_options(self) -> dict[str, Any]:
         """Keys of the base model's config, besides those of the classes, that a reader must set."""
         return {}

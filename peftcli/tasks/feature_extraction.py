@@ -68,23 +68,21 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
     columns: ClassVar = {"input_ids": Column(), "sizes": Column(), "score": Column("float32", (None,))}
     """The tokens of all texts, one after another; how many each text has; the score of a scored pair."""
     unit = "tokens"
-    packages: ClassVar = {"sklearn": "metrics"}
     identity: ClassVar = ("input_ids",)
     flags: ClassVar = {"truncated": _TRUNCATED}
 
     def __init__(self, settings: settings.FeatureExtraction, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)
-        for name in ("temperature", "triplet_margin"):
-            if not getattr(settings, name) > 0:
-                raise DataError(f"must be above 0, not {getattr(settings, name)}", key=f"task.{name}")
-        if settings.mini_batch_size is not None and settings.mini_batch_size < 1:
-            raise DataError(f"must be at least 1, not {settings.mini_batch_size}", key="task.mini_batch_size")
         if getattr(base.config, "is_encoder_decoder", False):
             raise ModelError(
                 f"{base.name} is an encoder-decoder; embeddings are those of an encoder or a decoder", key="base_model"
             )
         if settings.pooling is None or settings.normalize is None:
             self.settings = self._completed(settings)
+
+    @property
+    def packages(self) -> Mapping[str, str]:
+        return {"sklearn": "metrics"} if self.settings.loss == "cosine" else {}
 
     def _completed(self, settings: settings.FeatureExtraction) -> settings.FeatureExtraction:
         """The settings with what the base model's folder says."""

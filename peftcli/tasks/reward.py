@@ -39,9 +39,6 @@ class Reward(AnswerInputs, Task[settings.Reward]):
     }
     reports = ("loss", "reward_accuracy", "reward_margin")
 
-    def model_options(self) -> dict[str, Any]:
-        return self.settings.model_options()
-
     def save(self, folder: Path) -> list[str]:
         return [write_task(folder, "reward", self.settings, self.config_options()), *self.save_processor(folder)]
 
@@ -87,7 +84,7 @@ class Reward(AnswerInputs, Task[settings.Reward]):
         """Score texts, prompts with completions, or conversations, in their order; a longer one is cut."""
         rows = list(rows)
         columns = tuple(dict.fromkeys(name for row in rows for name in row.values))
-        reader = example_reader(columns, Source(train=""), rows[0].place.source)
+        reader = example_reader(columns, Source(train="", columns=dict(options.columns)), rows[0].place.source)
         examples = list[Example]()
         for row, outcome in zip(rows, self.encoder(reader, "all", "truncate")(rows), strict=True):
             if isinstance(outcome, DataError):

@@ -5,20 +5,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from typing import Self
 
-NOT_ENCODED = {"encodes": False}
+NOT_ENCODED: dict[str, Any] = {"encodes": False}
+AT_LEAST_0, AT_LEAST_1, ABOVE_0 = {"least": 0}, {"least": 1}, {"above": 0}
+"""Ranges of numbers."""
 
 UNDER_DATASET = ("max_length", "overlong", "packing", "train_on")
 """Settings that recipes may also give under ``dataset``."""
 
 
+def out_of_range(settings: Any) -> Iterator[tuple[str, str]]:
+    """Yield the settings of a task that are outside of their range, and what is wrong with each."""
+    for entry in fields(settings):
+        given, least, above = getattr(settings, entry.name), *map(entry.metadata.get, ("least", "above"))
+        for value in given.values() if isinstance(given, dict) else [given]:
+            if isinstance(value, (int, float)) and least is not None and not value >= least:
+                yield entry.name, f"must be at least {least}, not {value}"
+            if isinstance(value, (int, float)) and above is not None and not value > above:
+                yield entry.name, f"must be above {above}, not {value}"
+
+
+class TaskSettings:
+    """Settings of a task: a dataclass."""
+
+    def model_options(self) -> dict[str, Any]:
+        """Options of ``from_pretrained``: none."""
+        return {}
+
+
 @dataclass(frozen=True, kw_only=True)
-class Generated:
+class Generated(TaskSettings):
     """Settings of language models whose answers are measured."""
 
     generate_metrics: list[Literal["exact_match", "bleu", "chrf", "rouge_l"]] = field(
@@ -30,9 +52,9 @@ class Generated:
     texts and the rows' answers, two lists of strings, and returns a number or a mapping of numbers by name."""
     trust_metric_code: bool = field(default=False, metadata=NOT_ENCODED)
     """Run the code of metric_code."""
-    max_new_tokens: int = field(default=256, metadata=NOT_ENCODED)
+    max_new_tokens: int = field(default=256, metadata=NOT_ENCODED | AT_LEAST_1)
     """Longest generated answer, in tokens; of ``predict``, too."""
-    num_beams: int = field(default=1, metadata=NOT_ENCODED)
+    num_beams: int = field(default=1, metadata=NOT_ENCODED | AT_LEAST_1)
     """Answers that are followed at once when one is generated; 1: the likeliest token is taken each time. Of
     ``predict``, too."""
 
@@ -67,7 +89,7 @@ class Seq2SeqLM(Generated):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification:
+class Classification(TaskSettings):
     """Settings of every classification task."""
 
     labels: list[str] | None = None
@@ -76,7 +98,7 @@ class Classification:
     problem_type: Literal["single_label", "multi_label", "regression"] | None = None
     """What the label of a row is: one class, a list of classes, or a number to predict. Unset: found in the training
     rows."""
-    class_weights: dict[str, float] | None = field(default=None, metadata=NOT_ENCODED)
+    class_weights: dict[str, float] | None = field(default=None, metadata=NOT_ENCODED | AT_LEAST_0)
     """Factors of the loss for rows of a class, as in {spam: 3}; 1 for the other classes."""
 
     @classmethod
@@ -115,7 +137,7 @@ class ImageClassification(Classification):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenClassification:
+class TokenClassification(TaskSettings):
     """Settings of token_classification."""
 
     labels: list[str] | None = None
@@ -148,30 +170,26 @@ class TokenClassification:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionAnswering:
+class QuestionAnswering(TaskSettings):
     """Settings of question_answering."""
 
     max_length: int = 1024
     """Longest example, in tokens, within what the base model can read: the question, and what of the context fits. A
     longer context becomes several windows. May stand under ``dataset`` as well."""
-    stride: int = 128
+    stride: int = field(default=128, metadata=AT_LEAST_0)
     """Tokens that two windows of a context share."""
     unanswerable: bool | None = None
     """Whether the answer may be missing in the context. Unset: found in the training rows."""
-    max_answer_length: int = field(default=30, metadata=NOT_ENCODED)
+    max_answer_length: int = field(default=30, metadata=NOT_ENCODED | AT_LEAST_1)
     """Longest answer, in tokens, when answers are looked for."""
-    n_best: int = field(default=20, metadata=NOT_ENCODED)
+    n_best: int = field(default=20, metadata=NOT_ENCODED | AT_LEAST_1)
     """How many likely starts and ends are tried with one another."""
     null_threshold: float = field(default=0.0, metadata=NOT_ENCODED)
     """How much likelier no answer must be than the best one to be given. Where answers may be missing."""
 
-    def model_options(self) -> dict[str, Any]:
-        """Options of ``from_pretrained``: a start and an end."""
-        return {}
-
 
 @dataclass(frozen=True, kw_only=True)
-class Reward:
+class Reward(TaskSettings):
     """Settings of reward. Recipes may also give max_length and overlong under ``dataset``."""
 
     max_length: int = 1024
@@ -189,7 +207,7 @@ class Reward:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SemanticSegmentation:
+class SemanticSegmentation(TaskSettings):
     """Settings of semantic_segmentation."""
 
     labels: list[str] | None = None
@@ -206,22 +224,22 @@ class SemanticSegmentation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preference:
+class Preference(TaskSettings):
     """Settings of preference. Recipes may also give max_length and overlong under ``dataset``."""
 
     loss: Literal["dpo", "ipo", "orpo", "simpo", "kto"] = field(default="dpo", metadata=NOT_ENCODED)
     """What is learnt from a row. dpo and ipo compare the answers' log-probabilities with those of a reference; orpo and
     simpo need none; kto is of single answers, good or not, and compares too."""
-    beta: float = field(default=0.1, metadata=NOT_ENCODED)
+    beta: float = field(default=0.1, metadata=NOT_ENCODED | ABOVE_0)
     """dpo, kto: how little the model may move away from the reference; ipo: the same, its margin is 1 / (2 beta);
     orpo: the weight of the comparison beside that of the chosen answer's own loss; simpo: the scale of the rewards."""
     label_smoothing: float = field(default=0.0, metadata=NOT_ENCODED)
     """dpo, simpo: the share of pairs whose two answers are taken to be the wrong way round, below 0.5."""
     simpo_gamma: float = field(default=0.5, metadata=NOT_ENCODED)
     """simpo: by how much the rewards should differ at least."""
-    desirable_weight: float = field(default=1.0, metadata=NOT_ENCODED)
+    desirable_weight: float = field(default=1.0, metadata=NOT_ENCODED | AT_LEAST_0)
     """kto: factor of the loss of good answers, to make up for their number."""
-    undesirable_weight: float = field(default=1.0, metadata=NOT_ENCODED)
+    undesirable_weight: float = field(default=1.0, metadata=NOT_ENCODED | AT_LEAST_0)
     """kto: the same of the other answers."""
     reference: Literal["base", "start"] | None = field(default=None, metadata=NOT_ENCODED)
     """What dpo, ipo and kto compare with. base: the base model, without the adapter; start: the adapter as it began,
@@ -233,22 +251,18 @@ class Preference:
     """What to do with rows of which an answer is longer: truncate it at the end, drop the row, or stop with an error.
     They are counted in any case."""
 
-    def model_options(self) -> dict[str, Any]:
-        """Options of ``from_pretrained``: none."""
-        return {}
-
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureExtraction:
+class FeatureExtraction(TaskSettings):
     """Settings of feature_extraction."""
 
     loss: Literal["contrastive", "cosine", "triplet"] | None = None
     """What is learnt from a row. contrastive: its positive is closer to its anchor than the positives and negatives of
     the other rows of the batch; cosine: the cosine of two texts is their score; triplet: the positive is closer than
     the row's own negatives. Unset: cosine where rows have scores, else contrastive."""
-    temperature: float = field(default=0.05, metadata=NOT_ENCODED)
+    temperature: float = field(default=0.05, metadata=NOT_ENCODED | ABOVE_0)
     """contrastive: what cosines are divided by; the smaller, the more the hardest negatives count."""
-    triplet_margin: float = field(default=0.5, metadata=NOT_ENCODED)
+    triplet_margin: float = field(default=0.5, metadata=NOT_ENCODED | ABOVE_0)
     """triplet: by how much the cosine of the positive should be the higher one at least."""
     pooling: Literal["mean", "cls", "last", "max"] | None = field(default=None, metadata=NOT_ENCODED)
     """What makes one embedding of a text's hidden states: their mean, the first, the last, or the largest value of each
@@ -257,20 +271,16 @@ class FeatureExtraction:
     normalize: bool | None = field(default=None, metadata=NOT_ENCODED)
     """Whether embeddings that are given have length 1; losses and metrics compare cosines in any case. Unset: what the
     base model's folder says to sentence-transformers, else true."""
-    mini_batch_size: int | None = field(default=None, metadata=NOT_ENCODED)
+    mini_batch_size: int | None = field(default=None, metadata=NOT_ENCODED | AT_LEAST_1)
     """Texts at once in the model while it trains, for batches that are too large for memory: each part is computed
     twice, and the result is the same. Unset: the rows of the batch."""
     max_length: int = 1024
     """Longest text, in tokens, within what the base model can read; the end of a longer one is cut. May stand under
     ``dataset`` as well."""
 
-    def model_options(self) -> dict[str, Any]:
-        """Options of ``from_pretrained``: none."""
-        return {}
-
 
 @dataclass(frozen=True, kw_only=True)
-class SpeechRecognition:
+class SpeechRecognition(TaskSettings):
     """Settings of speech_recognition."""
 
     language: str | None = None
@@ -285,19 +295,15 @@ class SpeechRecognition:
     prompt: str | None = None
     """Text that the model reads before each answer, in training too, as if it had been said before: names and words to
     spell as it does. It is no part of an answer. For Whisper models."""
-    num_beams: int = field(default=1, metadata=NOT_ENCODED)
+    num_beams: int = field(default=1, metadata=NOT_ENCODED | AT_LEAST_1)
     """Answers that are followed at once when one is looked for; 1: the likeliest token is taken each time."""
     normalize_text: bool = field(default=False, metadata=NOT_ENCODED)
     """Compare texts as Whisper's authors do, in evaluation: in lower case, without punctuation, English numbers and
     spellings in one form. Texts are trained as they are."""
 
-    def model_options(self) -> dict[str, Any]:
-        """Options of ``from_pretrained``: none."""
-        return {}
-
 
 @dataclass(frozen=True, kw_only=True)
-class TextToImage:
+class TextToImage(TaskSettings):
     """Settings of text_to_image."""
 
     instance_prompt: str | None = None
@@ -309,13 +315,13 @@ class TextToImage:
     class_data_dir: str | None = field(default=None, metadata=NOT_ENCODED)
     """Folder of pictures for class_prompt. Unset: the base model makes them, once for a prompt and seed; they are kept
     in the cache."""
-    num_class_images: int = field(default=100, metadata=NOT_ENCODED)
+    num_class_images: int = field(default=100, metadata=NOT_ENCODED | AT_LEAST_1)
     """How many pictures of class_prompt the base model makes."""
-    prior_loss_weight: float = field(default=1.0, metadata=NOT_ENCODED)
+    prior_loss_weight: float = field(default=1.0, metadata=NOT_ENCODED | AT_LEAST_0)
     """How much these count beside the pictures of the rows."""
     train_text_encoder: bool = field(default=False, metadata=NOT_ENCODED)
     """Adapt the encoders of texts too, those that are CLIP's: truer pictures of one thing, and more memory."""
-    resolution: int | None = None
+    resolution: int | None = field(default=None, metadata=AT_LEAST_1)
     """Side of the pictures in training and in answers, in pixels. Unset: that of the base model."""
     center_crop: bool = field(default=True, metadata=NOT_ENCODED)
     """Cut squares out of the middle; false: from another place at each step."""
@@ -323,9 +329,9 @@ class TextToImage:
     """Mirror half of the pictures, another half at each step."""
     sample_prompts: list[str] = field(default_factory=list, metadata=NOT_ENCODED)
     """Prompts whose pictures each evaluation makes, always from the same noise: ``samples/`` in the run folder."""
-    num_inference_steps: int | None = field(default=None, metadata=NOT_ENCODED)
+    num_inference_steps: int | None = field(default=None, metadata=NOT_ENCODED | AT_LEAST_1)
     """Steps in which a picture is made. Unset: the pipeline's own number."""
-    guidance_scale: float | None = field(default=None, metadata=NOT_ENCODED)
+    guidance_scale: float | None = field(default=None, metadata=NOT_ENCODED | AT_LEAST_0)
     """How closely a picture follows its prompt. Unset: the pipeline's own number."""
 
     def model_options(self) -> dict[str, Any]:

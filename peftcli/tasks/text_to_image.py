@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -105,9 +106,6 @@ class TextToImage(Task[settings.TextToImage]):
         versions = found["versions"] | {"pillow": version("pillow")}
         return found | {"versions": versions, "resolution": self.resolution}
 
-    def model_options(self) -> dict[str, Any]:
-        return self.settings.model_options()
-
     def fit_model(self, model: nn.Module, config: AdapterConfig | None) -> list[str]:
         """Refuse methods that this task cannot be trained with.
 
@@ -137,10 +135,7 @@ class TextToImage(Task[settings.TextToImage]):
         return outcomes
 
     def _outcome(self, row: Row, reader: Reader) -> Outcome:
-        prompt = row.values.get(reader.names.get("text", ""))
-        if not (prompt is None or isinstance(prompt, str)):
-            raise row.place.error(f"expected a text, found {prompt!r:.60}", key=reader.names["text"])
-        prompt = (prompt or "").strip() or self.settings.instance_prompt or ""
+        prompt = _prompt(row, reader) or self.settings.instance_prompt or ""
         file, content = file_of(row, reader, "image")
         try:
             image = open_image(content, file.path)
@@ -183,17 +178,16 @@ class TextToImage(Task[settings.TextToImage]):
         self.priors = [_stored(path) for path in found]
 
     def _made(self, model: nn.Module, prompt: str) -> list[Path]:
-        """The pictures that the base model makes of a prompt, which the cache keeps. Processes share the work."""
+        """The base model's pictures of a prompt, kept in the cache. The processes of a machine share the work."""
         decisive = (self.base.name, self.base.commit, _weights(self.base.folder), self.resolution, self._making)
         key = hashlib.sha256(repr((*decisive, prompt)).encode()).hexdigest()
         paths = [root() / "pictures" / key / f"{seed}.png" for seed in range(self.settings.num_class_images)]
-        several = torch.distributed.is_initialized()
-        rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
+        rank, size = (int(os.environ.get(name, least)) for name, least in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
         mine = [seed for seed in range(rank, len(paths), size) if not paths[seed].exists()]
         with disabled(model):
             for seed in mine:
                 write_file(paths[seed], _png(self._make(model, [prompt], [seed])[0]))
-        if several:
+        if torch.distributed.is_initialized():
             torch.distributed.barrier()
         return paths
 
@@ -271,8 +265,10 @@ class TextToImage(Task[settings.TextToImage]):
         for start in range(0, len(rows), options.batch_size):
             chosen = rows[start : start + options.batch_size]
             numbers = range(options.first + start, options.first + start + len(chosen))
-            prompts = [str(reader.value(row, "text")) for row in chosen]
-            seeds = [int(row.values.get("seed", number)) for row, number in zip(chosen, numbers, strict=True)]
+            prompts = [_prompt(row, reader) for row in chosen]
+            if "" in prompts:
+                raise chosen[prompts.index("")].place.error("is empty", key=reader.names["text"])
+            seeds = [_given_seed(row, number) for row, number in zip(chosen, numbers, strict=True)]
             made = self._make(model, prompts, seeds)
             for number, image, prompt, seed in zip(numbers, made, prompts, seeds, strict=True):
                 path = folder / f"{number:05}.png"
@@ -347,6 +343,24 @@ def _errors(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
 
 def _seed(draw: int, name: bytes) -> int:
     return int.from_bytes(hashlib.sha256(b"%d " % draw + name).digest()[:7], "big")
+
+
+def _prompt(row: Row, reader: Reader) -> str:
+    prompt = row.values.get(reader.names.get("text", ""))
+    if not (prompt is None or isinstance(prompt, str)):
+        raise row.place.error(f"expected a text, found {prompt!r:.60}", key=reader.names["text"])
+    return (prompt or "").strip()
+
+
+def _given_seed(row: Row, number: int) -> int:
+    """The row's own seed, else ``number``."""
+    given = row.values.get("seed")
+    if given in (None, ""):
+        return number
+    try:
+        return int(given)
+    except (TypeError, ValueError, OverflowError):
+        raise row.place.error(f"expected a whole number, found {given!r:.60}", key="seed") from None
 
 
 def _file(example: Example) -> File:

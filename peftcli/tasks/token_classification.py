@@ -72,9 +72,6 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         kind = "entities of {} types" if self.settings.scheme == "iob2" else "{} tags"
         return (f"{kind.format(len(self.names))}: {listed(self.names)}",)
 
-    def model_options(self) -> dict[str, Any]:
-        return self.settings.model_options()
-
     def save(self, folder: Path) -> list[str]:
         return [write_task(folder, self.name, self.settings, self.config_options()), *self.save_processor(folder)]
 

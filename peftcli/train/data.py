@@ -89,11 +89,11 @@ def load_data(
     Raises:
         DataError: a row that cannot be used, or none that can.
     """
-    for package, extra in task.packages.items():
-        require_extra(package, extra)
     dataset, notes = recipe.dataset, list(task.notes)
     if isinstance(task, Scans) and task.needs_scan:
         task = row_of(recipe).open(task.scan(map(_table, dataset.sources())), task.base)
+    for package, extra in task.packages.items():
+        require_extra(package, extra)
     assert recipe.task is not None
     key = encoding(recipe.task["type"], task)
     workers = num_workers(recipe.training, task)

@@ -79,6 +79,8 @@ def examine(recipe: Recipe) -> Found:
             plan = plan_of(smallest(recipe), data, processes)
             if isinstance(data.task, Gathers) and is_fitted(recipe):
                 attempt("training", partial(data.task.refuse_rows, data.train, plan.compared))
+            if config is not None:
+                attempt("method", partial(config.check_steps, plan.total_steps))
             found.would |= {
                 "data": data.report,
                 "steps": plan.total_steps,

@@ -21,7 +21,7 @@ from peftcli.errors import ModelError, UsageError
 from peftcli.models.base import OpenBase
 from peftcli.models.open import open_base
 from peftcli.models.stacks import stacks
-from peftcli.recipe import method_config
+from peftcli.recipe import method_config, to_dict
 from peftcli.schema import BaseModel, Recipe
 from peftcli.system.memory import free_memory, resident_memory
 from peftcli.tasks import open_task, row_of
@@ -31,6 +31,7 @@ from peftcli.train.estimate import Estimate, estimate
 from peftcli.train.report import OnEvent, Phase, RowsRead, Warned
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.resume import has_begun
+from peftcli.train.runs.typed_json import to_json
 from peftcli.train.setup import checkpoint_activations
 from peftcli.train.strategies import DIVIDED, may_divide, supports_quantization
 
@@ -40,6 +41,8 @@ _CHOSEN = {
     "training": ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
     "launch": ("strategy",),
 }
+_DECISIVE = ("base_model", "method", "dataset")
+"""Sections that decide what a run needs."""
 Settings = dict[str, Any]
 """Those of ``_CHOSEN`` by name."""
 
@@ -97,6 +100,9 @@ def _before(recipe: Recipe, overwrite: bool) -> Settings | None:
         record = each.read()
         if record is None or not has_begun(each, record):
             continue
+        described = to_json(to_dict(recipe))
+        if overwrite and any(described[section] != record.recipe[section] for section in _DECISIVE):
+            continue  # the run that is replaced
         kept = {key: record.recipe[section].get(key) for section, keys in _CHOSEN.items() for key in keys}
         given = settings_of(recipe)
         if given["per_device_train_batch_size"] == "auto":
@@ -114,7 +120,12 @@ def _before(recipe: Recipe, overwrite: bool) -> Settings | None:
 def _chosen(recipe: Recipe, num_processes: int, tell: OnEvent) -> Settings:
     tell(Phase("finding what fits into the memory"))
     base = open_base(recipe.base_model)
-    data = load_data(recipe, open_task(recipe, base), on_rows=lambda *read: tell(RowsRead(*read)))
+    data = load_data(
+        recipe,
+        open_task(recipe, base),
+        on_rows=lambda *read: tell(RowsRead(*read)),
+        on_note=lambda note: tell(Phase(note)),
+    )
     fits, needs = fit(recipe, base, data, num_processes)
     there = _memory(recipe, num_processes)
     tell(Phase(_account(recipe, fits, needs, there, num_processes)))
@@ -159,11 +170,12 @@ def fit(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) -> tuple
     ]
     if len(ways) == len(sizes) == 1:
         return chosen(sizes[0], *ways[0]), None
-    limit, last = _memory(recipe, num_processes), None
+    limit, last, refused = _memory(recipe, num_processes), None, None
     for way in ways:
         try:
             last = found = tried(sizes[0], *way)
-        except ModelError:  # it cannot compute its activations again
+        except ModelError as error:  # it cannot compute its activations again
+            refused = error
             continue
         if _in_step(found[1]) > limit:
             continue
@@ -176,7 +188,9 @@ def fit(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) -> tuple
             else:
                 high = middle
         return found
-    assert last is not None
+    if last is None:
+        assert refused is not None
+        raise refused
     return last
 
 

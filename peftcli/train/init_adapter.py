@@ -12,6 +12,7 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.config_classes import plain
 from peftcli.errors import AdapterError, HubError, NetworkError
 from peftcli.guard.adapter_folder import CONFIG_FILE, find_weights
+from peftcli.guard.typed_fields import mapping_at
 from peftcli.methods import METHODS
 from peftcli.recipe.settings import method_settings
 from peftcli.schema import Recipe
@@ -98,7 +99,7 @@ def init_hashes(recipe: Recipe) -> dict[str, str]:
 
 def refuse_other_base(source: AdapterSource, recipe: Recipe, base_hash: str | None) -> None:
     """Raises AdapterError where the run that made the adapter recorded another base model than that of this hash."""
-    recorded = _mapping(source.record.get("base_model"))
+    recorded = mapping_at(source.record, "base_model")
     if base_hash and recorded.get("sha256") not in (None, base_hash):
         message = f"was trained on {recorded.get('name')}, whose files differ from those of {recipe.base_model.name}"
         raise AdapterError(message, key=KEY, file=str(source.folder))
@@ -106,12 +107,7 @@ def refuse_other_base(source: AdapterSource, recipe: Recipe, base_hash: str | No
 
 def refuse_other_start(trained: AdapterSource, recipe: Recipe) -> None:
     """Raises AdapterError where the run that made ``trained`` recorded that it began from another adapter."""
-    recorded = _mapping(trained.record.get("recipe"))
-    name = _mapping(recorded.get("training")).get("init_adapter_from")
-    before = _mapping(_mapping(trained.record.get("identity")).get("data")).get(str(name))
+    name = mapping_at(trained.record, "recipe", "training").get("init_adapter_from")
+    before = mapping_at(trained.record, "identity", "data").get(str(name))
     if before is not None and before not in init_hashes(recipe).values():
         raise AdapterError(f"began from {name}, which was another adapter", key=KEY, file=str(trained.folder))
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

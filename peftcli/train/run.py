@@ -214,6 +214,7 @@ def read_data(run: Run) -> RunData:
     plan = plan_of(recipe, examples, run.accelerator.num_processes)
     if isinstance(examples.task, Gathers):
         examples.task.refuse_rows(examples.train, plan.compared)
+    method_config(recipe).check_steps(plan.total_steps)
     for text in (*examples.warnings, *plan.repeated(examples.names)):
         run.warn(text)
     return RunData(examples, examples.task, plan, quantization)

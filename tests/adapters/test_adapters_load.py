@@ -127,6 +127,31 @@ def test_the_task_is_the_recorded_one(name: str, base: Path, tmp_path: Path) -> 
             assert type(opened.empty_model(auto_class)).__name__ == auto_class
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"type": ["reward"], "settings": {}},
+        {"type": "reward"},
+        {"type": "reward", "settings": {"other": 1}},
+        {"type": "reward", "settings": {}, "config": [1]},
+        {"type": "sequence_classification", "settings": {"labels": [1, [2]], "problem_type": "single_label"}},
+        {"type": "question_answering", "settings": {"stride": -1}},
+    ],
+)
+def test_a_damaged_task_file_is_an_error_of_the_adapter(values: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
+    (tmp_path / "task.json").write_text(json.dumps(values))
+    with pytest.raises(AdapterError) as caught:
+        _ = find_adapter(str(tmp_path)).recorded_options
+    assert caught.value.file == str(tmp_path / "task.json")
+
+
+def test_a_task_without_labels_needs_no_options(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
+    (tmp_path / "task.json").write_text(json.dumps({"type": "causal_lm", "settings": {}}))
+    assert find_adapter(str(tmp_path)).recorded_options == {}
+
+
 def test_another_base_model_has_no_revision(base: Path, tmp_path: Path) -> None:
     values = {"peft_type": "LORA", "base_model_name_or_path": "org/model", "revision": "abc"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(values))

@@ -1,4 +1,4 @@
-"""Libraries that import peft, with peftcli in its place, or read its files: one script each, in a process of its own."""
+"""Libraries that import peft, with peftcli in its place, or read its files: a script each, in a process of its own."""
 
 from __future__ import annotations
 

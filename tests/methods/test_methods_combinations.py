@@ -10,6 +10,7 @@ import pytest
 import torch
 from models_tiny import batch, labelled, logits, randomise, tiny
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import peftcli
 from peftcli.core.files import load_adapter, read_config, write_adapter
@@ -62,6 +63,20 @@ def test_what_no_number_holds_is_refused(method: str) -> None:
     how = Combination(method, density=None if method == "svd" else 1.0)
     with pytest.raises(AdapterError, match="not finite"):
         how.combined([(3e38, _update(scaling=1e300))], "q_proj")
+
+
+@pytest.mark.parametrize("method", [each for each in COMBINATIONS if each != "svd"])
+def test_a_combination_stays_on_its_device(method: str) -> None:
+    """With tensors that have shapes and no values: a GPU is not needed."""
+    drops = method.startswith(("ties", "dare", "magnitude"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        update = Update(torch.empty(8, 2, device="cuda"), torch.empty(2, 8, device="cuda"))
+        try:
+            found = Combination(method, density=0.5 if drops else None).combined([(0.5, update), (0.5, update)], "q")
+        except DataDependentOutputException:
+            assert method.endswith("svd")  # which looks at values, to see that they are finite
+        else:
+            assert {found.left.device.type, found.right.device.type} == {"cuda"}
 
 
 def test_effective_r() -> None:

@@ -159,6 +159,19 @@ def test_a_merged_adapter_is_not_deleted(two: PeftModel) -> None:
     assert list(model.peft_config) == model.base_model.merged_adapters == ["one"]
 
 
+def test_a_merge_that_fails_leaves_what_was_merged(two: PeftModel) -> None:
+    model = copy.deepcopy(two)
+    model.add_adapter("soft", peftcli.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    model.merge_adapter(["one"])
+    before = logits(model, batch("llama"))
+    for names in (["soft"], ["nobody"]):
+        for call in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(ValueError, match=r"soft|nobody|merge"):
+                call(adapter_names=names)
+            assert model.base_model.merged_adapters == ["one"]
+    assert torch.equal(logits(model, batch("llama")), before)
+
+
 def test_a_combination_is_added_through_the_tuner(two: PeftModel) -> None:
     model = copy.deepcopy(two)
     model.base_model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "both")

@@ -249,18 +249,14 @@ def test_a_damaged_list_of_modules_is_refused(text: str, tmp_path: Path) -> None
         task_of(folder)
 
 
-def test_settings_and_base_models_that_do_not_fit_are_refused() -> None:
-    for name, value in {"temperature": 0, "triplet_margin": -1, "mini_batch_size": 0}.items():
-        with pytest.raises(DataError) as caught:
-            task_of(**{name: value})
-        assert caught.value.key == f"task.{name}"
+def test_an_encoder_decoder_is_refused() -> None:
     with pytest.raises(ModelError, match="encoder-decoder"):
         task_of(base_folder("t5"))
 
 
 def test_columns_say_what_is_learnt() -> None:
-    assert scanned(ROWS, NAME).settings.loss == "contrastive"
-    assert scanned(SCORED, NAME).settings.loss == "cosine"
+    assert (scanned(ROWS, NAME).settings.loss, scanned(ROWS, NAME).packages) == ("contrastive", {})
+    assert (scanned(SCORED, NAME).settings.loss, [*scanned(SCORED, NAME).packages]) == ("cosine", ["sklearn"])
     named = [{"query": row["anchor"], "good": row["positive"], "negative": [row["negative"], "moon"]} for row in ROWS]
     [example, *_] = encoded(task_of(), named, columns={"positive": "good"})
     assert len(example.arrays["sizes"]) == 4

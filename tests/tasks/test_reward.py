@@ -90,6 +90,9 @@ def test_predict_scores_texts_prompts_and_conversations(kind: str) -> None:
     assert [set(each) for each in answers[0]] == [{"reward"}] * 2
     assert answers[0][0]["reward"] == pytest.approx(answers[1][0]["reward"])
     assert len({each["reward"] for rows in answers for each in rows}) == 2 * len(answers) - 2
+    named = [{"question": row["prompt"], "answer": row["completion"]} for row in forms[1] or ()]
+    options = PredictOptions(columns={"prompt": "question", "completion": "answer"})
+    assert list(task.predict(model, table_of(named)[1], options)) == answers[1]
 
 
 def test_a_margin_is_a_number_of_a_column_that_is_there() -> None:

@@ -408,6 +408,10 @@ def test_predict_writes_pictures(run: Trained, cli: Callable, tmp_path: Path) ->
     first, same, other = (Image.open(each["image"]) for each in answers)
     assert first.size == (SIDE, SIDE)
     assert first.tobytes() == same.tobytes() != other.tobytes(), "a picture hangs on prompt and seed alone"
+    for bad in ({"text": "a dog", "seed": "one"}, {"text": None}):
+        trainkit.write_rows(asked, [{"text": "a dog", "seed": None}, bad])
+        refused = cli("predict", run.folder, "--input", asked, "--output", tmp_path / "others.jsonl", code=3)
+        assert f"asked.jsonl:2: {[*bad][-1]}: " in refused
 
 
 @pytest.mark.slow

@@ -72,6 +72,11 @@ def test_a_metric_that_no_evaluation_reports_is_refused(settings: tuple[str, ...
     assert not (recipe.parent / "out/metrics.jsonl").exists()
 
 
+def test_a_schedule_without_room_is_found_before_the_first_step(recipe: Path) -> None:
+    said = says_so(recipe, "method={type: adalora, tinit: 200, tfinal: 100}", "training.max_steps=10")
+    assert "tinit + tfinal leave no step of 10" in said
+
+
 def test_rows_that_are_longer_than_the_model_are_refused(recipe: Path) -> None:
     trainkit.write_rows(recipe.parent / "train.jsonl", [{"text": "word " * 400}] * 4)
     said = says_so(recipe, "dataset.max_length=4000", "dataset.eval=null")

@@ -11,7 +11,7 @@ import pytest
 import trainkit
 from taskkit import CASES
 
-from peftcli.errors import UsageError
+from peftcli.errors import ModelError, UsageError
 from peftcli.models.open import open_base
 from peftcli.recipe import load_recipe
 from peftcli.tasks import open_task
@@ -84,6 +84,24 @@ def test_a_run_with_chosen_settings_learns_the_same_and_keeps_them(
     for changed in ("training.gradient_accumulation_steps=8", "training.gradient_checkpointing=false"):
         with pytest.raises(UsageError, match="of another recipe"):
             trainkit.run_recipe(recipe, SIZE, STEPS, CHECKPOINTING, changed)
+
+
+def test_a_run_that_replaces_another_chooses_for_itself(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit_memory, "_memory", lambda recipe, processes: 0)
+    assert trainkit.run_recipe(recipe, SIZE, STEPS).run["recipe"]["training"]["per_device_train_batch_size"] == 1
+    monkeypatch.setattr(fit_memory, "_memory", lambda recipe, processes: 1e12)
+    for settings, size in (((), 1), (("method.lora_alpha=3",), 4)):
+        replaced = trainkit.run_recipe(recipe, SIZE, STEPS, *settings, overwrite=True)
+        assert replaced.run["recipe"]["training"]["per_device_train_batch_size"] == size
+
+
+def test_a_model_that_cannot_compute_again_says_so(fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(model: object) -> None:
+        raise ModelError("cannot compute its activations again")
+
+    monkeypatch.setattr(fit_memory, "checkpoint_activations", refuse)
+    with pytest.raises(ModelError, match="cannot compute its activations again"):
+        fit(SIZE, STEPS, "training.gradient_checkpointing=true")
 
 
 def test_what_cannot_be_chosen_is_refused(fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

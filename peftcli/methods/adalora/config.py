@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from peftcli.core.config import (
@@ -117,6 +117,10 @@ class AdaLoraConfig(_LoraSettings, BiasConfig, FanInConfig, ExcludingConfig, Lay
             said = f"tinit + tfinal leave no step of {self.total_step}"
             found.append(("tinit", f"The supplied schedule values don't allow for a budgeting phase: {said}"))
         return found
+
+    def check_steps(self, total: int) -> None:
+        if self.total_step is None:
+            replace(self, total_step=total).check()
 
     def usual_targets(self, model_type: str) -> list[str] | str:
         return _FAMILY_TARGETS.get(model_type) or super().usual_targets(model_type)

@@ -113,8 +113,8 @@ def _biases(
         return {}
     found = {}
     for path, pair in names.items():
-        rows = next(own[path].left.shape[0] for own in given if path in own)
-        found[pair.bias] = torch.zeros(rows)
+        left = next(own[path].left for own in given if path in own)
+        found[pair.bias] = left.new_zeros(left.shape[0], dtype=torch.float32)
         for adapter, weight, own in zip(adapters, weights, given, strict=True):
             if pair.bias in adapter.tensors:
                 found[pair.bias] += weight * own[path].scaling * adapter.tensors[pair.bias].float()

@@ -66,9 +66,6 @@ class LanguageModel(Task[Settings]):
         self._encoders: dict[Any, CausalEncoder | Seq2SeqEncoder] = {}
         self._audit: TextAudit | None = None
         self._stops: dict[Form, StopTokens] = {}
-        for name in ("max_new_tokens", "num_beams"):
-            if getattr(settings, name) < 1:
-                raise DataError(f"must be at least 1, not {getattr(settings, name)}", key=f"task.{name}")
         if settings.metric_code is not None and not settings.trust_metric_code:
             hint = "read that file, and set task.trust_metric_code: true"
             raise DataError("runs code of yours, which has to be allowed", key="task.metric_code", hint=hint)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftcli.data.rows import Row
 from peftcli.data.text_rows import quote
 from peftcli.errors import DataError, UsageError
 from peftcli.tasks.text.formats import (
+    FORMATS,
     AlpacaExample,
     ChatExample,
     ExampleReader,
@@ -112,9 +113,10 @@ def prompt_of(row: Row, columns: Mapping[str, str]) -> Prompt:
     values = {**row.values, **{name: row.values[each] for name, each in columns.items() if each in row.values}}
     prompt, tools = values.get("prompt"), values.get("tools")
     if values.get("conversations"):
-        turns = [*values["conversations"], {"from": "gpt", "value": "."}]  # an answer, which the reader looks for
-        keys = ("conversations", "system", "tools")
-        read = ExampleReader("sharegpt", {key: key for key in keys})(replace(row, values={**values, keys[0]: turns}))
+        turns = values["conversations"]
+        if isinstance(turns, list):
+            turns = [*turns, {"from": "gpt", "value": "."}]  # an answer, which the reader looks for
+        read = _read("sharegpt", row, {**values, "conversations": turns})
         assert isinstance(read, ChatExample)
         prompt, tools = read.messages[:-1], read.tools
     messages = prompt if isinstance(prompt, list) else values.get("messages")
@@ -126,10 +128,17 @@ def prompt_of(row: Row, columns: Mapping[str, str]) -> Prompt:
         return ChatExample(messages, tools) if isinstance(tools, list) else messages
     if isinstance(prompt, str) and prompt:
         return prompt
-    if isinstance(values.get("instruction"), str):
-        return AlpacaExample(values["instruction"], "", values.get("input") or "", values.get("system") or "")
+    if values.get("instruction"):
+        read = _read("alpaca", row, {**values, "output": "."})
+        assert isinstance(read, AlpacaExample)
+        return replace(read, output="")
     names = ", ".join(quote(name, 40) for name in list(row.values)[:12])
     raise row.place.error(f'needs "prompt" or "messages"; it has {names or "no columns"}')
+
+
+def _read(format: str, row: Row, values: dict[str, Any]) -> ParsedRow:
+    keys = (*FORMATS[format].needs, *FORMATS[format].reads)
+    return ExampleReader(format, {key: key for key in keys})(replace(row, values=values))
 
 
 def last_words(prompt: Prompt) -> str:

@@ -120,7 +120,6 @@ def test_a_missing_package_is_named_before_a_model_is_loaded(
         ([{"text": "a text"}], {}, "a text alone has no prompt"),
         ([{"prompt": "", "completion": "a"}], {}, "the prompt is empty"),
         (PROMPTS[:1], {"max_new_tokens": 9999}, "are more than the base model"),
-        (PROMPTS[:1], {"num_beams": 0}, "must be at least 1"),
         (PROMPTS[:1], {"overlong": "split"}, "whole rows"),
         (PROMPTS[:1], {"metric_code": "a.py:b"}, "has to be allowed"),
     ],
@@ -143,6 +142,10 @@ def test_the_prompt_of_a_row_of_any_format() -> None:
     assert prompt(messages=[user, {"role": "assistant", "content": "Ho"}]) == [user]
     assert prompt(messages=[user], tools=tools) == ChatExample([user], tools)
     assert prompt(conversations=[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]) == [user]
+    for bad in ({"conversations": 5}, {"instruction": "Add", "input": [1]}, {"instruction": "Add", "system": 5}):
+        with pytest.raises(DataError, match="expected") as caught:
+            prompt(**bad)
+        assert caught.value.key == [*bad][-1]
 
 
 def test_instructions_are_predicted_as_they_are_evaluated(cli: Callable, tmp_path: Path) -> None:
