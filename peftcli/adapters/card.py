@@ -243,7 +243,7 @@ def _usage(kind: str, use: TaskRow | None, adapter: str, loading: list[str]) -> 
     text = "## How to use it\n\n"
     if use:
         text += f"With peftcli, on the command line:\n\n```bash\n{use.command(adapter)}\n```\n\n"
-    if kind in METHODS and not METHODS[kind].peft_generates:
+    if kind in METHODS and METHODS[kind].soft_prompt:
         text += (
             "With peftcli in Python. Some releases of PEFT repeat the virtual tokens at each generated token when they"
             " run on transformers 5, and then generate other text.\n\n"

@@ -28,8 +28,6 @@ from peftcli.tasks import DIFFUSERS_FILE, PIPELINE_PARTS, TASK_FILE, TASKS
 from peftcli.tasks.settings import out_of_range
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
     from transformers import PreTrainedConfig
 
     from peftcli.core.config import AdapterConfig
@@ -259,24 +257,6 @@ def find_adapter(
     """
     folder = adapter_folder(name, revision, subfolder, **options)
     return AdapterSource(folder, read_config(folder), base)
-
-
-def load_adapter_model(source: AdapterSource, base: OpenBase, dtype: torch.dtype | None, **options: Any) -> nn.Module:
-    """Load the base model with the adapter in it, frozen.
-
-    Args:
-        source: which adapter.
-        base: the open base model.
-        dtype: number format of the base model's weights.
-        options: what the task sets in the base model's config. None: as many labels as the adapter's head has.
-
-    Raises:
-        AdapterError: the adapter does not fit the base model.
-        ModelError: the base model cannot be loaded.
-    """
-    loaded = base.model(source.auto_class(lambda: base.config), dtype, **options or source.model_options(base))
-    apply_adapter(loaded, source)
-    return loaded.model
 
 
 def apply_adapter(loaded: LoadedModel, source: AdapterSource) -> None:

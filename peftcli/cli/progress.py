@@ -167,8 +167,7 @@ def summary(run: dict[str, Any]) -> str:
         lines.append(f"  gate        {gate['metric']} {gate['gate']}: {'passed' if gate['passed'] else 'FAILED'}")
     lines.append(f"  adapter     {folder} ({parameters['trainable']:,} parameters, {share:.2f} %; {size / 1e6:.1f} MB)")
     quoted = shlex.quote(folder)
-    task = run.get("task", {}).get("type") or run["recipe"]["task"]  # of older runs
-    lines += ["next:", f"  {TASKS[task].command(quoted)}"]
+    lines += ["next:", f"  {TASKS[run['task']['type']].command(quoted)}"]
     if run["mergeable"]:
         lines.append(f"  peftcli merge {quoted} --output {shlex.quote(folder.rstrip('/') + '-merged')}")
     base = (

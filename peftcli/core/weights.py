@@ -60,10 +60,10 @@ def training_state(model: nn.Module, adapter: str | None = None) -> dict[str, to
     }
 
 
-def unsaved_state(model: nn.Module, adapter: str | None = None) -> dict[str, torch.Tensor]:
+def unsaved_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the part of ``training_state`` that the adapter file does not hold as it is."""
-    file = {name: value.data_ptr() for name, value in adapter_state(model, adapter).items()}
-    return {name: value for name, value in training_state(model, adapter).items() if file.get(name) != value.data_ptr()}
+    file = {name: value.data_ptr() for name, value in adapter_state(model).items()}
+    return {name: value for name, value in training_state(model).items() if file.get(name) != value.data_ptr()}
 
 
 def load_training_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], adapter: str | None = None) -> None:

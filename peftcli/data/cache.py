@@ -30,6 +30,7 @@ from typing import Any
 
 from peftcli.data.store import FORMAT, MANIFEST, Store, describe, writing
 from peftcli.errors import StorageError, UsageError
+from peftcli.system.disk import sync_folder
 
 DATA_PATH_VERSION = 2
 """To be raised with every change after which the same rows and settings give other examples or records."""
@@ -231,9 +232,9 @@ def _build(entry: Path, made_from: dict[str, Any], build: Callable[[Path], None]
         with writing(temporary):
             (temporary / _KEY).write_text(json.dumps(made_from, indent=1), encoding="utf-8")
             for path in (*temporary.iterdir(), temporary):
-                _sync(path)
+                sync_folder(path)
             temporary.rename(entry)
-            _sync(entry.parent)
+            sync_folder(entry.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -382,14 +383,6 @@ def _removed(folder: Path) -> int:
     size = _size(folder)
     shutil.rmtree(folder)
     return size
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _temporary_root() -> Path:

@@ -32,9 +32,7 @@ class LycorisConfig(ExcludingConfig, LayeredConfig):
 
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, r=1) + not_positive(self, "alpha")
-        found += outside_unit_interval(self, "rank_dropout", "module_dropout") + pattern_too_small(
-            self, "rank_pattern", 1
-        )
+        found += outside_unit_interval(self, "rank_dropout", "module_dropout") + pattern_too_small(self, "rank_pattern")
         return found + [
             ("alpha_pattern", f"{key}: must be above 0, not {value}")
             for key, value in self.alpha_pattern.items()

@@ -68,7 +68,7 @@ def not_one_of(config: object, key: str, *choices: object) -> Problems:
     return [] if value in choices else [(key, f"must be one of {shown}, not {value!r}")]
 
 
-def pattern_too_small(config: object, key: str, least: int) -> Problems:
-    """Return the entries of a setting like rank_pattern that are below their minimum."""
+def pattern_too_small(config: object, key: str) -> Problems:
+    """Return the entries of a setting like rank_pattern that are below 1."""
     found: dict[str, int] = getattr(config, key)
-    return [(key, f"{name}: must be at least {least}, not {value}") for name, value in found.items() if value < least]
+    return [(key, f"{name}: must be at least 1, not {value}") for name, value in found.items() if value < 1]

@@ -125,7 +125,7 @@ class Tuner(nn.Module):
     def targeted_parameter_names(self) -> list[str]:
         """Names of the parameters that ``target_parameters`` of the adapters adapt."""
         wanted = [getattr(config, "target_parameters", None) or () for config in self.peft_config.values()]
-        found = [find_parameters(self.model, each, "target_parameters") for each in wanted]
+        found = [find_parameters(self.model, each) for each in wanted]
         return list(dict.fromkeys(f"{name}.{leaf}" for each in found for name in each for leaf in each[name]))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, run
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError, PeftcliError
+from peftcli.schema import Source
 from peftcli.system.disk import write_file
 from peftcli.tasks import TASK_FILE
 from peftcli.tasks.settings import TaskSettings
@@ -39,6 +40,7 @@ __all__ = [
     "Begins",
     "Column",
     "Describes",
+    "EndsAnswers",
     "Example",
     "Exports",
     "FitsModel",
@@ -247,6 +249,12 @@ class PredictOptions:
     """The number of the first row, by which such files are named."""
 
 
+def table_of(rows: Sequence[Row], columns: Mapping[str, str]) -> Table:
+    """Return the table of rows to answer, of which some ``columns`` have other names."""
+    there = tuple(dict.fromkeys(name for row in rows for name in row.values))
+    return Table(Source(train="", columns=dict(columns)), rows[0].place.source, there)
+
+
 @runtime_checkable
 class Predicts(Protocol):
     """Answers rows."""
@@ -362,8 +370,13 @@ class Saves(Protocol):
         """Write the files that a reader needs besides adapter and base model, and return their names."""
         ...
 
-    def record(self, folder: Path, model: nn.Module) -> dict[str, Any]:
-        """Return what run.json holds besides of the finished adapter."""
+
+@runtime_checkable
+class EndsAnswers(Protocol):
+    """Trains a model that writes answers."""
+
+    def stops(self, folder: Path, model: nn.Module) -> list[int]:
+        """Return the tokens that end an answer of the finished adapter, where the model's own config lacks some."""
         ...
 
 

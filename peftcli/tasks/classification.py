@@ -23,9 +23,8 @@ from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
-from peftcli.schema import Source
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, write_task
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, table_of, write_task
 from peftcli.tasks.findings import CLASSES as FINDINGS
 from peftcli.tasks.shown import Description
 
@@ -96,9 +95,6 @@ class Classification(Task[Settings]):
 
     def save(self, folder: Path) -> list[str]:
         return [write_task(folder, self.name, self.settings, self.config_options())]
-
-    def record(self, folder: Path, model: nn.Module) -> dict[str, Any]:
-        return {}
 
     @property
     def needs_scan(self) -> bool:
@@ -263,10 +259,8 @@ class Classification(Task[Settings]):
     def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Answer rows in their order; those of similar size share a batch."""
         rows = list(rows)
-        columns = tuple(dict.fromkeys(name for row in rows for name in row.values))
-        table = Table(Source(train="", columns=dict(options.columns)), rows[0].place.source, columns)
         examples = list[Example]()
-        for outcome in self.encode_inputs(rows, self.read(table, labelled=False)):
+        for outcome in self.encode_inputs(rows, self.read(table_of(rows, options.columns), labelled=False)):
             if isinstance(outcome, DataError):
                 raise outcome
             examples += outcome.examples

@@ -26,9 +26,8 @@ from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.data.used_rows import Ragged, UsedRows
 from peftcli.errors import DataError, ModelError
 from peftcli.models.open import OpenBase
-from peftcli.schema import Source
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, on_device, scores_of, write_task
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, on_device, scores_of, table_of, write_task
 from peftcli.tasks.classification import correlations
 from peftcli.tasks.findings import EMBEDDINGS as FINDINGS
 from peftcli.tasks.gather import gathered, process
@@ -104,9 +103,6 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
             write_task(folder, "feature_extraction", self.settings, self.config_options()),
             *self.save_processor(folder),
         ]
-
-    def record(self, folder: Path, model: nn.Module) -> dict[str, Any]:
-        return {}
 
     def export(self, folder: Path) -> None:
         assert self.settings.pooling is not None
@@ -369,8 +365,7 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
     def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """The embedding of each row's ``text``, or the similarity of the texts of each row of pairs."""
         rows = list(rows)
-        columns = tuple(dict.fromkeys(name for row in rows for name in row.values))
-        reader = _predicted(columns, options.columns, rows[0].place.source)
+        reader = _predicted(rows, options.columns)
         texts = [[each for column in reader.names for each in _texts(row, reader, column)] for row in rows]
         flat = [self._example([text], row)[0] for row, each in zip(rows, texts, strict=True) for text in each]
         order = sorted(range(len(flat)), key=lambda at: flat[at].size)
@@ -462,16 +457,16 @@ def _key(ids: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(np.asarray(ids, np.int64).tobytes(), digest_size=8).digest()) >> 1
 
 
-def _predicted(columns: Sequence[str], renamed: Mapping[str, str], described: str) -> Reader:
+def _predicted(rows: Sequence[Row], renamed: Mapping[str, str]) -> Reader:
     """Find the texts of rows that are to be answered: pairs, scored or not, else single texts."""
+    columns = table_of(rows, {}).columns
     for known in (_PAIR, _SCORED):
         wanted = {name: usual for name, usual in known.items() if name != "score"}
         names = {name: column for name, column in renamed.items() if name in wanted}
-        table = Table(Source(train="", columns=names), described, tuple(columns))
         if all(name in names or set(usual) & set(columns) for name, usual in list(wanted.items())[:2]):
-            return table.reader("pairs", optional=("negative",), **wanted)
+            return table_of(rows, names).reader("pairs", optional=("negative",), **wanted)
     usual = ("text", "sentence", *(name for known in (_PAIR, _SCORED) for name in known if name != "score"))
-    return Table(Source(train=""), described, tuple(columns)).reader("texts", text=(*usual, "query", *renamed.values()))
+    return table_of(rows, {}).reader("texts", text=(*usual, "query", *renamed.values()))
 
 
 def _texts(row: Row, reader: Reader, column: str) -> list[str]:

@@ -30,7 +30,7 @@ from peftcli.tasks.text.answers import PAIR, AnswerReader, answer_reader
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import pad_token_id, padded
 from peftcli.tasks.text.reference import Reference, evaluating
-from peftcli.tasks.text.stop_tokens import missing_stops
+from peftcli.tasks.text.stop_tokens import configured_stops, missing_stops
 from peftcli.tasks.text.token_loss import next_tokens, target_losses
 
 _REFERRING = ("dpo", "ipo", "kto")
@@ -92,11 +92,8 @@ class Preference(AnswerInputs, Task[settings.Preference]):
     def save(self, folder: Path) -> list[str]:
         return [write_task(folder, "preference", self.settings, {}), *self.save_processor(folder)]
 
-    def record(self, folder: Path, model: nn.Module) -> dict[str, Any]:
-        """``eos_token_id``: tokens that end an answer, where the model's own generation config lacks them."""
-        named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        stops = missing_stops(self.processor, folder, named)
-        return {"eos_token_id": stops} if stops else {}
+    def stops(self, folder: Path, model: nn.Module) -> list[int]:
+        return missing_stops(self.processor, folder, configured_stops(model))
 
     def read(self, table: Table) -> AnswerReader:
         there, kto = {*table.columns, *table.source.columns}, self.settings.loss == "kto"

@@ -25,9 +25,18 @@ from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
-from peftcli.schema import Source
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, model_inputs, scores_of, write_task
+from peftcli.tasks.base import (
+    Batch,
+    Loss,
+    PredictOptions,
+    Task,
+    logits_of,
+    model_inputs,
+    scores_of,
+    table_of,
+    write_task,
+)
 from peftcli.tasks.classification import shortened
 from peftcli.tasks.shown import Description, Label, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
@@ -73,9 +82,6 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
 
     def save(self, folder: Path) -> list[str]:
         return [write_task(folder, self.name, self.settings, self.config_options()), *self.save_processor(folder)]
-
-    def record(self, folder: Path, model: nn.Module) -> dict[str, Any]:
-        return {}
 
     @property
     def needs_scan(self) -> bool:
@@ -266,9 +272,7 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
     def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Answer rows in their order; windows of similar size share a batch."""
         rows = list(rows)
-        columns = tuple(dict.fromkeys(name for row in rows for name in row.values))
-        table = Table(Source(train="", columns=dict(options.columns)), rows[0].place.source, columns)
-        reader = self.read(table, labelled=False)
+        reader = self.read(table_of(rows, options.columns), labelled=False)
         windows = [self._windows(row, reader) for row in rows]
         flat = [example for examples in windows for example in examples]
         scores = iter(logits_of(model, flat, self.collate_inputs, options.batch_size))

@@ -20,9 +20,8 @@ from torch import nn
 from peftcli.data.rows import Row, Table
 from peftcli.data.store import Column, Example, Outcome
 from peftcli.errors import DataError
-from peftcli.schema import Source
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, model_inputs, write_task
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, model_inputs, table_of, write_task
 from peftcli.tasks.shown import Facts, Shown
 from peftcli.tasks.text.answer_inputs import AnswerInputs, pair_sums
 from peftcli.tasks.text.answers import PAIR, AnswerReader, answer_reader
@@ -41,9 +40,6 @@ class Reward(AnswerInputs, Task[settings.Reward]):
 
     def save(self, folder: Path) -> list[str]:
         return [write_task(folder, "reward", self.settings, self.config_options()), *self.save_processor(folder)]
-
-    def record(self, folder: Path, model: nn.Module) -> dict[str, Any]:
-        return {}
 
     def read(self, table: Table) -> AnswerReader:
         found = answer_reader(table, optional=("margin",), margin=(self.settings.margin or "margin",))
@@ -83,8 +79,8 @@ class Reward(AnswerInputs, Task[settings.Reward]):
     def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Score texts, prompts with completions, or conversations, in their order; a longer one is cut."""
         rows = list(rows)
-        columns = tuple(dict.fromkeys(name for row in rows for name in row.values))
-        reader = example_reader(columns, Source(train="", columns=dict(options.columns)), rows[0].place.source)
+        table = table_of(rows, options.columns)
+        reader = example_reader(table.columns, table.source, table.described)
         examples = list[Example]()
         for row, outcome in zip(rows, self.encoder(reader, "all", "truncate")(rows), strict=True):
             if isinstance(outcome, DataError):

@@ -26,10 +26,19 @@ from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import AdapterError, DataError
 from peftcli.models.open import OpenBase
-from peftcli.schema import Source
 from peftcli.system.disk import write_file
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, model_inputs, require_extra, write_task
+from peftcli.tasks.base import (
+    Batch,
+    Loss,
+    PredictOptions,
+    Task,
+    logits_of,
+    model_inputs,
+    require_extra,
+    table_of,
+    write_task,
+)
 from peftcli.tasks.classification import listed
 from peftcli.tasks.files import File, file_of, in_row
 from peftcli.tasks.findings import FINDINGS
@@ -121,9 +130,6 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
             self.processor.do_reduce_labels = self.settings.reduce_labels
         names = [Path(name).name for name in self.processor.save_pretrained(folder)]
         return [write_task(folder, self.name, self.settings, self._config_options()), *names]
-
-    def record(self, folder: Path, model: nn.Module) -> dict[str, Any]:
-        return {}
 
     @property
     def needs_scan(self) -> bool:
@@ -334,9 +340,8 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         A mask is as large as its picture and has the values of the training rows' masks.
         """
         rows = list(rows)
-        columns = tuple(dict.fromkeys(name for row in rows for name in row.values))
-        table = Table(Source(train="", columns=dict(options.columns)), rows[0].place.source, columns)
-        reader, folder = self.read(table, labelled=False), options.beside.with_name(f"{options.beside.name}.masks")
+        reader = self.read(table_of(rows, options.columns), labelled=False)
+        folder = options.beside.with_name(f"{options.beside.name}.masks")
         for start in range(0, len(rows), options.batch_size):
             examples, images = list[Example](), list["Image"]()
             for row in rows[start : start + options.batch_size]:

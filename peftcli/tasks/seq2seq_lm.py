@@ -15,7 +15,7 @@ from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, Loss
 from peftcli.tasks.shown import Text
 from peftcli.tasks.text.chat import IGNORED
-from peftcli.tasks.text.collate import pad_seq2seq, pad_token_id
+from peftcli.tasks.text.collate import pad_labelled, pad_token_id
 from peftcli.tasks.text.encode import Seq2SeqEncoder
 from peftcli.tasks.text.language_model import LanguageModel
 from peftcli.tasks.text.token_loss import inner_model, losses_of, target_losses, token_loss
@@ -29,7 +29,7 @@ class Seq2SeqLM(LanguageModel[settings.Seq2SeqLM]):
     identity: ClassVar = ("input_ids", "labels")
 
     def pad(self, examples: Sequence[Example]) -> Batch:
-        return pad_seq2seq(examples, pad_token_id(self.processor))
+        return pad_labelled(examples, pad_token_id(self.processor))
 
     def texts(self, ids: list[int], labels: list[int]) -> list[Text]:
         source = self.renderer.render(ids, [IGNORED] * len(ids))

@@ -29,9 +29,18 @@ from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models import tokens
 from peftcli.models.open import OpenBase
-from peftcli.schema import Source
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, model_inputs, on_device, require_extra, write_task
+from peftcli.tasks.base import (
+    Batch,
+    Loss,
+    PredictOptions,
+    Task,
+    model_inputs,
+    on_device,
+    require_extra,
+    table_of,
+    write_task,
+)
 from peftcli.tasks.classification import shortened
 from peftcli.tasks.files import File, digest_of, file_of, in_row
 from peftcli.tasks.findings import SOUND as FINDINGS
@@ -357,10 +366,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
     def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Answer rows in their order; those of similar size share a batch, and one that is too long stands alone."""
         rows = list(rows)
-        columns = tuple(dict.fromkeys(name for row in rows for name in row.values))
-        reader = self.read(
-            Table(Source(train="", columns=dict(options.columns)), rows[0].place.source, columns), labelled=False
-        )
+        reader = self.read(table_of(rows, options.columns), labelled=False)
         examples = [self._heard(row, reader).examples[0] for row in rows]
         order = sorted(range(len(rows)), key=lambda at: examples[at].size)
         short = [at for at in order if examples[at].size <= self.longest * _FRAMES]
@@ -419,9 +425,6 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
         self.generation.save_pretrained(folder)
         own = [write_task(folder, self.name, self.settings, {}), "generation_config.json"]
         return own + tokens.save_processor(folder, self.processor)
-
-    def record(self, folder: Path, model: nn.Module) -> dict[str, Any]:
-        return {}
 
 
 @contextmanager

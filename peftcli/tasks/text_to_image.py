@@ -31,10 +31,9 @@ from peftcli.errors import AdapterError, DataError
 from peftcli.models.diffusion import Picture
 from peftcli.models.open import OpenBase
 from peftcli.models.pipeline import OpenPipeline
-from peftcli.schema import Source
 from peftcli.system.disk import write_file
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, model_inputs, require_extra, write_task
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, model_inputs, require_extra, table_of, write_task
 from peftcli.tasks.diffusers_files import write_parts
 from peftcli.tasks.files import File, digest_of, file_of, in_row
 from peftcli.tasks.findings import FINDINGS
@@ -258,9 +257,7 @@ class TextToImage(Task[settings.TextToImage]):
         """Make a picture of each row's text, by its seed: that of the row, else its number."""
         rows = list(rows)
         columns = {name: column for name, column in options.columns.items() if name == "text"}
-        there = tuple(dict.fromkeys(name for row in rows for name in row.values))
-        table = Table(Source(train="", columns=columns), rows[0].place.source, there)
-        reader = table.reader("prompts", text=("text", "caption", "prompt"))
+        reader = table_of(rows, columns).reader("prompts", text=("text", "caption", "prompt"))
         folder = options.beside.with_name(f"{options.beside.name}.images")
         for start in range(0, len(rows), options.batch_size):
             chosen = rows[start : start + options.batch_size]
@@ -292,9 +289,6 @@ class TextToImage(Task[settings.TextToImage]):
         """Write the same adapter as PEFT's folders of each part and, of a LoRA, as diffusers' file."""
         empty = self.pipeline.empty_model("DiffusionPipeline", **self.model_options())
         return [write_task(folder, self.name, self.settings, {}), *write_parts(empty, folder)]
-
-    def record(self, folder: Path, model: nn.Module) -> dict[str, Any]:
-        return {}
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,8 @@ from peftcli.data.rows import Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
-from peftcli.schema import Source
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, model_inputs, write_task
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, model_inputs, table_of, write_task
 from peftcli.tasks.classification import LabelReader, listed, shortened
 from peftcli.tasks.findings import CLASSES as FINDINGS
 from peftcli.tasks.shown import Description, Shown, Text
@@ -74,9 +73,6 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
 
     def save(self, folder: Path) -> list[str]:
         return [write_task(folder, self.name, self.settings, self.config_options()), *self.save_processor(folder)]
-
-    def record(self, folder: Path, model: nn.Module) -> dict[str, Any]:
-        return {}
 
     @property
     def needs_scan(self) -> bool:
@@ -310,9 +306,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
     def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Answer rows in their order; those of similar size share a batch."""
         rows = list(rows)
-        columns = tuple(dict.fromkeys(name for row in rows for name in row.values))
-        table = Table(Source(train="", columns=dict(options.columns)), rows[0].place.source, columns)
-        reader = self.read(table, labelled=False)
+        reader = self.read(table_of(rows, options.columns), labelled=False)
         words = [words_of(row, reader, word_spans(row, reader)) for row in rows]
         examples = [self._example(each)[0] for each in words]
         read = [at for at in range(len(rows)) if examples[at].size]

@@ -13,7 +13,7 @@ from peftcli.errors import GateFailed
 from peftcli.recipe import gate_holds, parse_gate, to_yaml
 from peftcli.system.disk import sha256, write_file
 from peftcli.tasks import described
-from peftcli.tasks.base import Saves
+from peftcli.tasks.base import EndsAnswers, Saves
 from peftcli.train.report import loss_curve, peak_memory_bytes
 from peftcli.train.runs.checkpoint import State, prune, write_finite
 from peftcli.train.runs.record import ArtefactRecord, EvaluationRecord, GateRecord, MemoryRecord
@@ -68,9 +68,8 @@ def finish(run: Run, data: RunData, state: State) -> None:
     )
     record.peak_memory_bytes = MemoryRecord(**peak_memory_bytes())
     record.gates = check_gates(recipe.gates, kept)
-    if isinstance(data.task, Saves):
-        for name, value in data.task.record(folder.path, state.model).items():
-            setattr(record, name, value)
+    if isinstance(data.task, EndsAnswers) and (stops := data.task.stops(folder.path, state.model)):
+        record.eos_token_id = stops
     run.write_record()
     write_card(folder.path)  # from run.json
     names = ("adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png", "recipe.yaml", *own)

@@ -47,7 +47,7 @@ TRAINING = "training"
 
 def is_launched() -> bool:
     """Whether a launcher (this one, accelerate, torchrun) started this process as one of several."""
-    if is_pod(os.environ):
+    if is_pod():
         return False
     return "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 

@@ -102,7 +102,7 @@ def train(
         recipe = with_accelerate_launch(recipe, os.environ)
         accelerator = start_accelerator(recipe)
         tell: OnEvent = on_event if accelerator.is_main_process else lambda event: None
-        recipe = with_rate(with_init_settings(with_task(recipe, lambda text: tell(Warned(text)))))
+        recipe = completed(recipe, tell)
         recipe = fitted(recipe, accelerator, overwrite, tell)
         training_run = steps_of(recipe, options, accelerator, stop, tell, Alone())
         while True:
@@ -110,6 +110,11 @@ def train(
                 next(training_run)
             except StopIteration as end:
                 return end.value
+
+
+def completed(recipe: Recipe, tell: OnEvent) -> Recipe:
+    """The recipe with its task, its learning rate and the settings of an adapter that it begins from."""
+    return with_rate(with_init_settings(with_task(recipe, lambda text: tell(Warned(text)))))
 
 
 class Alone:
@@ -217,7 +222,7 @@ def read_data(run: Run) -> RunData:
     method_config(recipe).check_steps(plan.total_steps)
     for text in (*examples.warnings, *plan.repeated(examples.names)):
         run.warn(text)
-    return RunData(examples, examples.task, plan, quantization)
+    return RunData(examples, plan, quantization)
 
 
 def _refuse_other_content(run: Run, content: list[str]) -> None:
@@ -318,7 +323,7 @@ def resume_state(run: Run, data: RunData, built: BuiltModel) -> State:
         StorageError: the checkpoint does not fit.
     """
     prepared, total = built.prepared, data.plan.total_steps
-    state = State(prepared, run.accelerator.unwrap_model(prepared.model), prepared.config, Progress())
+    state = State(prepared, run.accelerator.unwrap_model(prepared.model), Progress())
     with checkpoint_to_resume(run) as checkpoint:
         if checkpoint is None:
             return state

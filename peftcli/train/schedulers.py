@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from peftcli.errors import UsageError
@@ -49,7 +48,7 @@ def with_schedulers_place(launch: Launch) -> Launch:
     environment, step = os.environ, _step()
     if launch.num_machines > 1:
         return launch
-    if is_pod(environment) and _has_others(environment):
+    if is_pod() and _has_others():
         try:
             return replace(
                 launch,
@@ -73,14 +72,14 @@ def with_schedulers_place(launch: Launch) -> Launch:
     return launch
 
 
-def is_pod(environment: Mapping[str, str]) -> bool:
+def is_pod() -> bool:
     """Whether this is the first process in a pod, whose variables speak of pods and not of processes."""
-    return "LOCAL_RANK" not in environment and (environment.get("WORLD_SIZE") == "1" or _has_others(environment))
+    return "LOCAL_RANK" not in os.environ and (os.environ.get("WORLD_SIZE") == "1" or _has_others())
 
 
-def _has_others(environment: Mapping[str, str]) -> bool:
+def _has_others() -> bool:
     """Whether a PyTorchJob has more than one pod."""
-    return environment.get("PET_NNODES", "1") not in ("", "1")
+    return os.environ.get("PET_NNODES", "1") not in ("", "1")
 
 
 @dataclass(frozen=True)

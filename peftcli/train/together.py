@@ -22,19 +22,16 @@ from peftcli.core.joined import Randomness, sharing_copy
 from peftcli.errors import AdapterError, Interrupted, PeftcliError, UsageError
 from peftcli.models.open import LoadedModel
 from peftcli.recipe import seconds
-from peftcli.recipe.rates import with_rate
 from peftcli.schema import Recipe
 from peftcli.system.outputs import expand_user
 from peftcli.system.signals import STARTED, Stop, handle_signals
 from peftcli.tasks.base import Task
 from peftcli.tasks.text.joined import JoinedModel, JoinedModels
 from peftcli.train import fresh_process, launch
-from peftcli.train.data import with_task
 from peftcli.train.fit_memory import is_fitted
-from peftcli.train.init_adapter import with_init_settings
 from peftcli.train.loop import Gradients
-from peftcli.train.report import OnEvent, Warned
-from peftcli.train.run import Alone, steps_of
+from peftcli.train.report import OnEvent
+from peftcli.train.run import Alone, completed, steps_of
 from peftcli.train.runs.checkpoint import State
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.resume import Run, StartOptions
@@ -71,7 +68,7 @@ def train_together(
         PeftcliError: they cannot be trained together, or one of them cannot start.
     """
     tells = {name: on_event(name) for name in recipes}
-    found = {name: _complete(recipe, tells[name]) for name, recipe in recipes.items()}
+    found = {name: completed(recipe, tells[name]) for name, recipe in recipes.items()}
     refuse_unlike(found)
     first, options = next(iter(found.values())), StartOptions(resume, tuple(allow_change), overwrite)
     save_on = signal.Signals[first.training.save_on_signal] if first.training.save_on_signal else None
@@ -113,11 +110,6 @@ def start_together(
             except AdapterError as error:
                 outcomes[name] = error
     return outcomes
-
-
-def _complete(recipe: Recipe, tell: OnEvent) -> Recipe:
-    """The recipe with its task, its learning rate and the settings of an adapter that it begins from."""
-    return with_rate(with_init_settings(with_task(recipe, lambda text: tell(Warned(text)))))
 
 
 _SHARED: dict[str, Callable[[Recipe], Any]] = {

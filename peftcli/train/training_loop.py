@@ -34,11 +34,15 @@ class RunData:
     """What a run trains on."""
 
     examples: Data
-    task: Task[Any]
     plan: Plan
     """Which examples each step sees."""
     quantization: dict[str, Any] | None
     """How the base model's weights are stored in fewer bits."""
+
+    @property
+    def task(self) -> Task[Any]:
+        """What the examples are for."""
+        return self.examples.task
 
 
 class TrainingLoop:

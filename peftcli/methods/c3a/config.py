@@ -30,7 +30,7 @@ class C3AConfig(BiasConfig, LayeredConfig):
     """How the kernels start. true: at zero, from no update at all; false is xavier_uniform."""
 
     def problems(self) -> Problems:
-        found = super().problems() + too_small(self, block_size=1) + pattern_too_small(self, "block_size_pattern", 1)
+        found = super().problems() + too_small(self, block_size=1) + pattern_too_small(self, "block_size_pattern")
         return found + not_one_of(self, "init_weights", True, False, "gaussian", "kaiming_uniform", "xavier_uniform")
 
     def usual_targets(self, model_type: str) -> list[str] | str:

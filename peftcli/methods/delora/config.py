@@ -32,4 +32,4 @@ class DeloraConfig(BiasConfig, ExcludingConfig, LayeredConfig):
 
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, r=1) + outside_unit_interval(self, "module_dropout")
-        return found + pattern_too_small(self, "rank_pattern", 1)
+        return found + pattern_too_small(self, "rank_pattern")

@@ -34,7 +34,7 @@ class FourierFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
 
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, n_frequency=1) + not_positive(self, "scaling")
-        return found + pattern_too_small(self, "n_frequency_pattern", 1)
+        return found + pattern_too_small(self, "n_frequency_pattern")
 
     def usual_targets(self, model_type: str) -> list[str] | str:
         return _FAMILY_TARGETS.get(model_type) or super().usual_targets(model_type)

@@ -21,7 +21,7 @@ def targets(model: nn.Module, config: LoraConfig) -> list[str]:
     Raises:
         AdapterError: a setting names what the model lacks.
     """
-    owners = find_parameters(model, config.target_parameters or (), "target_parameters")
+    owners = find_parameters(model, config.target_parameters or ())
     modules = _target_modules(model, config)
     if both := [name for name in modules if name in owners]:
         raise AdapterError(f"{both[0]} is among target_modules too; name it in one of them", key="target_parameters")
@@ -41,14 +41,14 @@ def targets(model: nn.Module, config: LoraConfig) -> list[str]:
     return [name for name in base_paths(model) if name in owners or name in modules]
 
 
-def find_parameters(model: nn.Module, entries: Iterable[str], key: str) -> dict[str, list[str]]:
-    """Return the parameters that a list of names or name endings matches: module's name -> names in it.
+def find_parameters(model: nn.Module, entries: Iterable[str]) -> dict[str, list[str]]:
+    """Return the parameters that the entries of ``target_parameters`` match: module's name -> names in it.
 
     Raises:
         AdapterError: an entry matches nothing, and the message gives near names; or a parameter of the model itself,
             which stands in no module that a layer could be put around.
     """
-    modules = base_modules(model).items()
+    key, modules = "target_parameters", base_modules(model).items()
     places = {f"{name}.{own}": name for name, module in modules for own, _ in module.named_parameters(recurse=False)}
     found: dict[str, list[str]] = {}
     for name in matching(model, places, list(entries), key, "parameter"):

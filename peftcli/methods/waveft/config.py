@@ -46,7 +46,7 @@ class WaveFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
         found += not_one_of(self, "wavelet_family", *MOMENTS)
         if self.proportional_parameters and self.n_frequency_pattern:
             found.append(("n_frequency_pattern", "means nothing with proportional_parameters"))
-        return found + pattern_too_small(self, "n_frequency_pattern", 1)
+        return found + pattern_too_small(self, "n_frequency_pattern")
 
     def usual_targets(self, model_type: str) -> list[str] | str:
         return _FAMILY_TARGETS.get(model_type) or super().usual_targets(model_type)

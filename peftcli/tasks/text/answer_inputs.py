@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from peftcli.data.findings import Finding, Records
-from peftcli.data.rows import Reader, Row
+from peftcli.data.rows import Row
 from peftcli.data.store import USED, Column, Example, Outcome
 from peftcli.errors import DataError
 from peftcli.tasks.base import Batch
@@ -63,9 +63,7 @@ class AnswerInputs(TextInputs):
             self.encoder(replace(reader, answer=name, whole=train_on == "all"), train_on, overlong)(rows)
             for name in reader.answers
         ]
-        return [
-            _joined(row, reader, list(outcomes)) for row, outcomes in zip(rows, zip(*found, strict=True), strict=True)
-        ]
+        return [_joined(row, outcomes) for row, *outcomes in zip(rows, *found, strict=True)]
 
     def collate_inputs(self, examples: Sequence[Example]) -> Batch:
         """Pad the first answers of all examples, then their second ones: ``input_ids`` and ``attention_mask``."""
@@ -100,7 +98,7 @@ def pair_sums(total: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor)
     return {"loss": total.detach(), "reward_accuracy": (gap > 0).sum(), "reward_margin": gap.sum()}
 
 
-def _joined(row: Row, reader: Reader, outcomes: list[Outcome | DataError]) -> Outcome | DataError:
+def _joined(row: Row, outcomes: Sequence[Outcome | DataError]) -> Outcome | DataError:
     """What became of a row, from what became of each of its answers."""
     if error := next((each for each in outcomes if isinstance(each, DataError)), None):
         return error

@@ -38,7 +38,7 @@ class TextAudit:
 
     def __init__(self, view: View, tokenizer: PreTrainedTokenizerBase, *, aligned: bool):
         self.rows = rows = UsedRows(view)
-        self._view, self._tokens = view, _Tokens(tokenizer)
+        self._tokens = _Tokens(tokenizer)
         self._sizes = rows.sums(view.sizes if aligned else view.sizes + view.targets)
         self._targets = rows.sums(view.targets)
         self._prompts = np.zeros(len(rows), np.uint64)

@@ -26,7 +26,7 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
-def pad_causal(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
+def pad_labelled(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Pad ``input_ids``, ``labels`` and ``attention_mask`` on the right, each ``(B, T)``.
 
     Packed rows get ``position_ids`` instead of the mask, in which padding restarts at 0 like another example:
@@ -43,11 +43,6 @@ def pad_causal(examples: Sequence[Example], pad_token_id: int) -> dict[str, torc
         filled = [np.concatenate([row, np.arange(width - len(row))]) for row in rows]
         return batch | {"position_ids": padded(filled, 0)}
     return batch | {"attention_mask": padded([np.ones(len(row), np.int64) for row in ids], 0)}
-
-
-def pad_seq2seq(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Pad sources as ``input_ids`` and ``attention_mask``, ``(B, T)``, and targets as ``labels``, ``(B, S)``."""
-    return pad_causal(examples, pad_token_id)
 
 
 def padded(rows: Sequence[Sequence[int] | np.ndarray], filler: int) -> torch.Tensor:

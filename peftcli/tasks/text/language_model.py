@@ -35,7 +35,7 @@ from peftcli.tasks.text.formats import ExampleReader, example_reader
 from peftcli.tasks.text.generated import PACKAGES, own_metric, text_metrics, with_texts
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
 from peftcli.tasks.text.prompts import asked, prompt_ids, prompt_text
-from peftcli.tasks.text.stop_tokens import Form, StopTokens, missing_stops, prompt_form, stop_tokens
+from peftcli.tasks.text.stop_tokens import Form, StopTokens, configured_stops, missing_stops, prompt_form, stop_tokens
 from peftcli.tasks.text.token_loss import token_metrics
 from peftcli.tasks.text.token_text import TokenRenderer
 
@@ -235,11 +235,8 @@ class LanguageModel(Task[Settings]):
     def save(self, folder: Path) -> list[str]:
         return tokens.save_with_adapter(folder, self.processor, self.base.spec)
 
-    def record(self, folder: Path, model: nn.Module) -> dict[str, Any]:
-        """``eos_token_id``: tokens that end an answer, where the model's own generation config lacks them."""
-        named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        stops = missing_stops(self.processor, folder, named)
-        return {"eos_token_id": stops} if stops else {}
+    def stops(self, folder: Path, model: nn.Module) -> list[int]:
+        return missing_stops(self.processor, folder, configured_stops(model))
 
 
 def date_notes(tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:

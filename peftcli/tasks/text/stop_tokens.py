@@ -12,6 +12,7 @@ from peftcli.guard.adapter_folder import read_run
 from peftcli.tasks.text.spans import Template
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
 Form = Literal["chat", "plain", "alpaca"]
@@ -67,6 +68,11 @@ def all_stops(stops: StopTokens, configured: int | list[int] | None) -> list[int
     """Return the ids that end an answer, sorted: these and those of a generation config's ``eos_token_id``."""
     named: Iterable[int] = configured if isinstance(configured, list) else () if configured is None else (configured,)
     return sorted(stops.ids.union(named))
+
+
+def configured_stops(model: nn.Module) -> int | list[int] | None:
+    """Return the ids that end an answer by the model's generation config, if it has one."""
+    return getattr(getattr(model, "generation_config", None), "eos_token_id", None)
 
 
 def missing_stops(tokenizer: PreTrainedTokenizerBase, folder: Path, configured: int | list[int] | None) -> list[int]:

@@ -80,10 +80,14 @@ class State:
     prepared: PreparedModel
     model: nn.Module
     """The model without accelerate's wrapper."""
-    config: AdapterConfig
     progress: Progress
     best_adapter: dict[str, torch.Tensor] | None = None
     """The adapter at the best evaluation, where the recipe keeps the best."""
+
+    @property
+    def config(self) -> AdapterConfig:
+        """The adapter's."""
+        return self.prepared.config
 
 
 def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelerator, made_by: dict[str, str]) -> Path:
@@ -410,9 +414,8 @@ def random_state() -> dict[str, torch.Tensor]:
 def restore_random(states: dict[str, torch.Tensor]) -> None:
     """Restore the random number generators to a ``random_state``."""
     torch.set_rng_state(states["cpu"])
-    if "numpy" in states:  # not in older checkpoints
-        *keys, position, has_gauss = states["numpy"].tolist()
-        np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, float(states["numpy_gauss"])))
+    *keys, position, has_gauss = states["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, float(states["numpy_gauss"])))
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
 

@@ -5,11 +5,11 @@ import torch
 from chat_templates import make_tokenizer
 from examplekit import example
 
-from peftcli.tasks.text.collate import pad_causal, pad_seq2seq, pad_token_id
+from peftcli.tasks.text.collate import pad_labelled, pad_token_id
 
 
-def test_pad_causal_on_the_right() -> None:
-    batch = pad_causal(
+def test_padding_is_on_the_right() -> None:
+    batch = pad_labelled(
         [example({"input_ids": [5, 6, 2], "labels": [-100, 6, 2]}), example({"input_ids": [7], "labels": [7]})],
         pad_token_id=2,
     )
@@ -21,7 +21,7 @@ def test_pad_causal_on_the_right() -> None:
 
 
 def test_padding_of_packed_rows_is_an_example_of_its_own() -> None:
-    batch = pad_causal(
+    batch = pad_labelled(
         [
             example({"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8], "position_ids": [0, 1, 0, 1]}),
             example({"input_ids": [9], "labels": [-100], "position_ids": [0]}),
@@ -35,8 +35,8 @@ def test_padding_of_packed_rows_is_an_example_of_its_own() -> None:
     assert all(tensor.dtype == torch.long for tensor in batch.values())
 
 
-def test_pad_seq2seq_has_two_widths() -> None:
-    batch = pad_seq2seq(
+def test_labels_may_have_a_width_of_their_own() -> None:
+    batch = pad_labelled(
         [example({"input_ids": [5, 6, 1], "labels": [8, 1]}), example({"input_ids": [7], "labels": [9, 9, 9, 1]})],
         pad_token_id=0,
     )
