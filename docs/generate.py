@@ -98,7 +98,9 @@ def peft_page() -> str:
     names = [name for listed in peft_names.PUBLIC.values() for name in listed.split()]
     text = peft_names.INTRODUCTION.format(version=peft_names.VERSION, total=len(names))
     text += "\n## What differs\n\n"
-    text += _table(("name", "what differs, and why"), [(f"`{n}`", how) for n, how in peft_names.DIFFERS.items()])
+    text += _table(
+        ("name", "what differs, and why"), [(n if " " in n else f"`{n}`", how) for n, how in peft_names.DIFFERS.items()]
+    )
     text += "\n## What is refused\n\nPEFT accepts these.\n\n" + _table(("what", "why"), peft_names.REFUSED)
     text += "\n## What is absent\n\n"
     text += _table(("name", "why"), [(f"`{name}`", why) for name, why in peft_names.ABSENT.items()])

@@ -145,8 +145,20 @@ several layers, one around the other.
 """
 
 DIFFERS: dict[str, str] = {
-    "PeftModel.state_dict": "the adapter's weights only, so that what Trainer and Accelerate save is small; "
-    "`base_model.state_dict()` has everything",
+    "PeftModel.state_dict": "the adapter's weights and what else trains, so that what Trainer and Accelerate save is "
+    "small; `base_model.state_dict()` has everything",
+    "checkpoints of Trainer": "`Trainer` goes on from those that it made with the same library: here it reads the "
+    "adapter from `model.safetensors`, with PEFT from `adapter_model.safetensors`",
+    "modules_to_save": "a name or the end of one after a dot; PEFT takes any ending, so that its `norm` is "
+    "`post_attention_layernorm` too. Files of PEFT are read as it wrote them",
+    "target_modules='all-linear'": "every linear layer but the output head, `classifier` and `score` too; where a "
+    "model holds the weights of experts in parameters, a warning names them for `target_parameters`, which PEFT adapts "
+    "by itself in Mixtral and Qwen-MoE",
+    "a new adapter": "is in the mode of its base model: call `model.train()`. PEFT's is in training mode, whatever the "
+    "base model's is",
+    "a frozen BatchNorm": "keeps its running statistics in training too, unless it trains or is in a head that does",
+    "many adapters": "each is a layer around the one before: some 150 in one model, and `set_adapter` takes longer "
+    "than in PEFT",
     "PeftModel.add_weighted_adapter": "the exact weighted sum, where PEFT's default is not; `combination_type` "
     "selects the approximations",
     "PeftModel.load_adapter": "its `missing_keys` and `unexpected_keys` are empty: a file that does not fit is "
@@ -154,7 +166,7 @@ DIFFERS: dict[str, str] = {
     "PeftMixedModel": "can be saved and has a status: each model here takes adapters of several methods",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "all methods, for the same reason",
     "DoraCaching": "a context: inside, the norms that DoRA divides by are computed once",
-    "preprocess_corda, preprocess_loraga": "`cache_file` is in safetensors; PEFT's is a pickle, which is not read",
+    "`preprocess_corda`, `preprocess_loraga`": "`cache_file` is in safetensors; PEFT's is a pickle, which is not read",
     "set_peft_model_state_dict": "tensors that are missing, unexpected, of another shape or not finite are one "
     "error, and nothing is changed",
     "WEIGHTS_NAME": "the name of the pickle, for scripts that look for it; it is neither read nor written",
@@ -240,6 +252,15 @@ REFUSED: tuple[tuple[str, str], ...] = (
     ("a file that lacks a tensor, or has one too many", "the model would compute with weights that nobody trained"),
     ("weights that are not finite, when they are written, loaded or merged", "every later result would be NaN"),
     ("a setting that the method does not know", "a typo would leave the default in place, in silence"),
+    ("`exclude_modules` that matches nothing", "a typo would train what was to be left out"),
+    (
+        "`lora_alpha: 0`, and an r that is far larger than the layer",
+        "nothing would be learnt, or memory would be wasted",
+    ),
+    (
+        "`add_adapter`, `load_adapter` and `add_weighted_adapter` while adapters are merged",
+        "the new adapter would be put around weights that are changed; call `unmerge_adapter` first",
+    ),
     (
         "prefix tuning where attention keeps no keys and values, as in DeBERTa",
         "there is no place for a prefix: with PEFT it changes nothing, or the forward pass fails",

@@ -16,7 +16,9 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import Injection, inject, meta_copy, set_trainable, unload
+from peftcli.core.layer import base_paths
 from peftcli.core.protocols import describe
+from peftcli.core.targets import module_matches
 from peftcli.core.weights import adapter_state, check_finite, check_state, holds_its_file, load_state, named_tensors
 from peftcli.errors import AdapterError, OutOfMemory
 from peftcli.guard.adapter_folder import CONFIG_FILE as CONFIG_FILE
@@ -241,6 +243,7 @@ def check_begin(
     Raises:
         AdapterError: the tensors do not fit the config and the model, or are not what the method trains.
     """
+    _name_saved(model, config, header)
     as_read = copy.deepcopy(config)
     as_read.inference_mode = True
     config.modules_to_save = check_header(model, as_read, header, path, initialised=initialised).modules_to_save
@@ -277,10 +280,29 @@ def _checked_tensors(
     path = find_weights(folder)
     with open_weights(path) as (stored, file):
         header = _renamed(stored, rename)
+        _name_saved(model, config, header)
         if prepare is not None:
             prepare(header)
         check_header(model, config, header, path, adapter, initialised)
         return _read(header, file, path)
+
+
+def _name_saved(model: nn.Module, config: AdapterConfig, header: Mapping[str, TensorEntry]) -> None:
+    """Add to ``modules_to_save`` the modules that the file holds and PEFT found by an ending of their names.
+
+    PEFT looks for ``norm`` at the end of a name without regard to dots, and so finds ``post_attention_layernorm``.
+    """
+    given = config.modules_to_save or []
+    held = {name.removeprefix(config.file_prefix).rpartition(".")[0] for name in header}
+
+    def is_more(name: str) -> bool:
+        longer = any(name.endswith(entry) for entry in given) and not any(
+            module_matches(name, entry) for entry in given
+        )
+        return longer and any(f"{each}.".startswith(f"{name}.") for each in held)
+
+    if more := [name for name in base_paths(model) if is_more(name)]:
+        config.modules_to_save = [*given, *more]
 
 
 def check_header(

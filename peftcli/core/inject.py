@@ -117,7 +117,8 @@ def set_active(model: nn.Module, adapters: Iterable[str]) -> None:
     names = list(adapters)
     layers = adapter_layers(model)
     for path, layer in layers.items():
-        layer.check_active(names, base_name(model, path))
+        if layer.adapter in names and len(names) > 1:
+            layer.check_active(names, base_name(model, path))
     for layer in layers.values():
         layer.enabled = layer.adapter in names and not layer.merged_adapters
         layer.active_adapters = names or layer.active_adapters
@@ -135,6 +136,7 @@ def unload(model: nn.Module, adapter: str | None = None) -> None:
     _remove(model, lambda layer: adapter in (None, layer.adapter))
     if not adapter_layers(model):
         _take_back(model)
+    free_statistics(model)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -275,11 +277,20 @@ def _call_layers(model: nn.Module) -> None:
 
 
 def _freeze_statistics(model: nn.Module) -> None:
-    """Keep every norm with running statistics in evaluation mode unless all its weights train."""
+    """Keep every norm with running statistics in evaluation mode unless it trains, or the head that it is in."""
+    in_heads = {norm for one in model.modules() if isinstance(one, TrainedCopy) for norm in one.copy.modules()}
     for module in model.modules():
         known = _use_statistics in module._forward_pre_hooks.values()
-        if module._buffers.get("running_mean") is not None and not known:
+        if module._buffers.get("running_mean") is not None and module not in in_heads and not known:
             module.register_forward_pre_hook(_use_statistics)
+
+
+def free_statistics(model: nn.Module) -> None:
+    """Let norms with running statistics follow ``train()`` again, once no adapter is left."""
+    if not adapter_layers(model):
+        for module in model.modules():
+            for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _use_statistics]:
+                del module._forward_pre_hooks[key]
 
 
 def _use_statistics(norm: nn.Module, args: Any) -> None:

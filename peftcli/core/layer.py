@@ -60,7 +60,7 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
         self.enabled = True
         self.active_adapters, self.merged_adapters = [self.adapter], []
         self.merged_layers, self.before_merging = [], []
-        self.train(base_layer.training)
+        self.training = base_layer.training
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -90,11 +90,11 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
 
     def own_tensors(self) -> dict[str, nn.Parameter]:
         """Return the adapter's tensors that train: name below the layer -> parameter."""
-        return {
-            name: value
-            for name, value in self.named_parameters()
-            if not name.startswith("base_layer.") and name not in self.fixed
-        }
+        found = {name: value for name, value in self._parameters.items() if value is not None}
+        for name, module in self._modules.items():
+            if name != "base_layer" and module is not None:  # with many adapters, most of the model is below
+                found |= {f"{name}.{inner}": value for inner, value in module.named_parameters()}
+        return {name: value for name, value in found.items() if name not in self.fixed}
 
     def fixed_tensors(self) -> dict[str, torch.Tensor]:
         """Return the adapter's tensors that never train, parameters or buffers: name below the layer -> tensor."""
@@ -371,10 +371,22 @@ def layers_below(layer: AdapterLayer) -> list[AdapterLayer]:
 def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, AdapterLayer]:
     """Return the adapter layers of the model, or of one of its adapters, by path, in the model's order."""
     return {
-        name: module
-        for name, module in model.named_modules()
+        path: module
+        for path, module in _modules(model)
         if isinstance(module, AdapterLayer) and module.adapter and adapter in (None, module.adapter)
     }
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As ``named_modules``, whose generators stand in one another: slow where adapters do, layer in layer."""
+    left, seen = [("", model)], set[nn.Module]()
+    while left:
+        path, module = left.pop()
+        if module not in seen:
+            seen.add(module)
+            yield path, module
+            inner = [(name, child) for name, child in module._modules.items() if child is not None]
+            left += [(f"{path}.{name}" if path else name, child) for name, child in reversed(inner)]
 
 
 def without_wrappers(path: str) -> str:

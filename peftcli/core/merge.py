@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.inject import keep_shape, replace_modules
+from peftcli.core.inject import free_statistics, keep_shape, replace_modules
 from peftcli.core.layer import (
     AdapterLayer,
     adapter_layers,
@@ -55,6 +55,7 @@ def merge(model: nn.Module, *configs: AdapterConfig, dequantise: bool = False) -
     replace_modules(model, {layer: base_module(layer) for layer in outermost(model).values()})
     replace_modules(model, {new: as_before_quantising(new, old) for old, new in dense.items()})
     keep_shape(model)
+    free_statistics(model)
     for config in configs:
         method = layers_of(config)
         if isinstance(method, Reshapes):

@@ -69,8 +69,17 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
             wanted = [next(filter(there.__contains__, names)) for names in spelled if there & {*names}] or wanted
     if wanted == "all-linear":
         names = _all_linear(model, modules, config.modules_to_save or ())
+        experts = [] if getattr(config, "target_parameters", None) else _experts(modules)
+        if experts:
+            text = f"all-linear adapts no experts, whose weights are no layers; add target_parameters: {experts}"
+            warnings.warn(text, PeftWarning, stacklevel=2)
     else:
-        names = matching(model, modules, wanted, "target_modules")
+        try:
+            names = matching(model, modules, wanted, "target_modules", some=config.inference_mode)
+        except NoMatchingPeftModuleError as error:
+            experts = _experts(modules)
+            hint = f"the weights of experts are no layers here: target_parameters: {experts}" if experts else error.hint
+            raise NoMatchingPeftModuleError(error.message, key=error.key, hint=hint) from None
     if isinstance(config, ExcludingConfig) and config.exclude_modules is not None:
         excluded = set(matching(model, modules, config.exclude_modules, "exclude_modules"))
         if excluded.isdisjoint(names):
@@ -136,6 +145,18 @@ def _pattern_matches(pattern: str, name: str) -> bool:
         raise AdapterError(str(error), key="rank_pattern") from None
 
 
+def _experts(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return the endings of the parameters that hold the weights of several experts: (E, out, in)."""
+    found = (
+        f"{path.rpartition('.')[2]}.{name}"
+        for path, module in modules.items()
+        if not isinstance(module, nn.Conv1d)
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.ndim == 3 and len(weight) > 1
+    )
+    return list(dict.fromkeys(found))
+
+
 def _all_linear(model: Any, modules: dict[str, nn.Module], saved: Iterable[str]) -> list[str]:
     _, head = model_ends(model)
     heads = {"classifier", "score", "lm_head", *saved} if head is None else set(saved)
@@ -148,9 +169,17 @@ def _all_linear(model: Any, modules: dict[str, nn.Module], saved: Iterable[str])
 
 
 def matching(
-    model: nn.Module, names: Iterable[str], wanted: Collection[str], key: str, what: str = "module"
+    model: nn.Module, names: Iterable[str], wanted: Collection[str], key: str, what: str = "module", some: bool = False
 ) -> list[str]:
     """Return those of the names that a regular expression, or a list of names or name endings, matches, in their order.
+
+    Args:
+        model: Whose names they are, for the message.
+        names: Of modules or parameters.
+        wanted: The expression or the list.
+        key: The setting that holds it.
+        what: What is named.
+        some: Whether one entry with a match is enough: of an adapter's file, whose tensors say what was adapted.
 
     Raises:
         AdapterError: it or one of them matches nothing; the message gives near names.
@@ -167,7 +196,7 @@ def matching(
         entries = set(wanted)
         matched = {name: entries & _endings(name) for name in names}
         found, unmatched = [name for name in names if matched[name]], sorted(entries.difference(*matched.values()))
-    if unmatched:
+    if unmatched and not (some and found):
         nothing = f"no {what} of {type(model).__name__} matches {unmatched[0]!r}{_closest(unmatched[0], names)}"
         raise NoMatchingPeftModuleError(nothing, key=key)
     return found

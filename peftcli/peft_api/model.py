@@ -22,7 +22,7 @@ from peftcli.core.inject import meta_copy, set_trainable
 from peftcli.core.layer import adapter_layers
 from peftcli.core.quantised import num_weights
 from peftcli.core.weights import adapter_state
-from peftcli.errors import AdapterError
+from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods._task_ids import generate
 from peftcli.peft_api.embedding_layers import embedding_layers
 from peftcli.peft_api.loading import LoadResult, find, key_mapping_for, load, renaming
@@ -303,6 +303,8 @@ class PeftModel(SavedByTrainer):
             AdapterError: an unknown name, an option that is not supported, a weight is not finite, or ``state_dict``
                 lacks one.
             StorageError: the folder cannot be written.
+
+        Warns of weights that train and belong to no adapter.
         """
         if not safe_serialization:
             raise AdapterError(
@@ -311,6 +313,10 @@ class PeftModel(SavedByTrainer):
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self.base_model.check_known(names)
         if is_main_process:
+            if beside := sorted(_beside_adapters(self)):
+                shown = ", ".join(beside[:3]) + (f" and {len(beside) - 3} more" if len(beside) > 3 else "")
+                text = f"trains beside the adapters and is in none of their files: {shown}; see modules_to_save"
+                warnings.warn(text, PeftWarning, stacklevel=2)
             model = self if state_dict is None else self._holding(state_dict)
             for name in names:
                 folder = Path(save_directory) / ("" if name == "default" else name)
@@ -510,7 +516,8 @@ class PeftModel(SavedByTrainer):
         model = meta_copy(self)
         assert isinstance(model, PeftModel)
         take(model.get_base_model(), state)
-        if missing := [name for name, value in model.state_dict().items() if value.is_meta]:
+        tensors = dict(model.named_parameters())
+        if missing := [name for name in _adapter_names(model) if tensors[name].is_meta]:
             raise AdapterError(f"lacks {missing[0]}", key="state_dict")
         return model
 
@@ -546,14 +553,24 @@ def _adapter_names(model: PeftModel) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in owned}
 
 
+def _beside_adapters(model: PeftModel) -> set[str]:
+    """The names of what trains and is no adapter's: somebody has unfrozen it. With the statistics of norms."""
+    adapters, found = _adapter_names(model), set[str]()
+    for path, module in model.named_modules():
+        trained = {name for name, each in module.named_parameters(path, recurse=False) if each.requires_grad} - adapters
+        if trained:
+            found |= trained | {name for name, _ in module.named_buffers(path, recurse=False)}
+    return found
+
+
 def _keep_adapter(model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     assert isinstance(model, PeftModel)
-    names = {prefix + name for name in _adapter_names(model)}
+    names = {prefix + name for name in _adapter_names(model) | _beside_adapters(model)}
     for name in [name for name in state if name.startswith(prefix) and name not in names]:
         del state[name]
 
 
 def _expect_adapter(model: nn.Module, keys: Any) -> None:
     assert isinstance(model, PeftModel)
-    names = _adapter_names(model)
+    names = _adapter_names(model) | _beside_adapters(model)
     keys.missing_keys[:] = [name for name in keys.missing_keys if any(name.endswith(own) for own in names)]

@@ -30,19 +30,19 @@ class TunerKind(type):
         return found[:1] == [cls.peft_type]
 
     def __call__(
-        cls, model: nn.Module, config: AdapterConfig | dict[str, AdapterConfig], adapter_name: str = "default"
+        cls, model: nn.Module, peft_config: AdapterConfig | dict[str, AdapterConfig], adapter_name: str = "default"
     ) -> Tuner:
         """Put a new adapter into ``model``, in place.
 
         Args:
             model: the base model.
-            config: the adapter's, or a dictionary that holds it under the adapter's name.
+            peft_config: the adapter's, or a dictionary that holds it under the adapter's name.
             adapter_name: the adapter's name.
 
         Raises:
             AdapterError: the config is another method's, or does not fit the model.
         """
-        chosen = config[adapter_name] if isinstance(config, dict) else config
+        chosen = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
         if chosen.peft_type != cls.peft_type:
             raise AdapterError(f"{cls.__name__} takes a config of {cls.peft_type}, not {chosen.peft_type}")
         check_name(adapter_name)

@@ -90,6 +90,48 @@ def test_generate_equals_a_greedy_loop(model: nn.Module, cached: bool) -> None:
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_what_looks_at_the_ids_sees_no_placeholder(model: nn.Module, beams: int) -> None:
+    tokens, mask = _padded()
+    seen: list[torch.Tensor] = []
+
+    def note(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(input_ids[:: len(input_ids) // 3, :7])
+        return scores
+
+    def allow(row: int, ids: torch.Tensor) -> list[int]:
+        assert torch.equal(ids[:7], tokens[row])
+        return [*range(9)]
+
+    def never(input_ids: torch.Tensor, scores: torch.Tensor, **more: Any) -> torch.Tensor:
+        seen.append(input_ids[:: len(input_ids) // 3, :7])
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    virtual_tokens.generate(
+        model,
+        input_ids=tokens,
+        attention_mask=mask,
+        logits_processor=[note],
+        stopping_criteria=[never],
+        prefix_allowed_tokens_fn=allow,
+        num_beams=beams,
+        **{**GREEDY, "max_new_tokens": 2},
+    )
+    assert len(seen) >= 4
+    assert all(torch.equal(each, tokens) for each in seen)
+
+
+def test_a_streamer_is_given_the_prompt_alone(model: nn.Module) -> None:
+    given: list[torch.Tensor] = []
+    streamer: Any = type("Streamer", (), {"put": lambda self, value: given.append(value), "end": lambda self: None})()
+    tokens, mask = _padded()
+    virtual_tokens.generate(
+        model, input_ids=tokens[1:2], attention_mask=mask[1:2], streamer=streamer, **{**GREEDY, "max_new_tokens": 2}
+    )
+    assert torch.equal(given[0], tokens[1:2])
+    assert [each.shape for each in given[1:]] == [(1,), (1,)]
+
+
 def test_each_row_of_a_padded_batch_equals_its_unpadded_run(model: nn.Module) -> None:
     tokens, mask = _padded()
     together = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, **GREEDY)

@@ -29,8 +29,9 @@ from transformers import (
     ViTModel,
 )
 
+import peftcli
 from peftcli.core.files import load_adapter, read_config, save_adapter, write_adapter
-from peftcli.core.inject import disabled, inject, set_trainable
+from peftcli.core.inject import disabled, inject, set_trainable, unload
 from peftcli.core.merge import merge
 from peftcli.core.weights import adapter_state, load_training_state, training_state
 from peftcli.errors import AdapterError
@@ -279,6 +280,49 @@ def test_the_buffers_of_a_saved_module_are_saved(tmp_path: Path) -> None:
         assert torch.equal(model(x), _net().eval()(x))
     merge(model, config)
     torch.testing.assert_close(model(x), expected)
+
+
+def test_the_statistics_of_a_head_that_trains_are_those_of_its_data() -> None:
+    """Also of a norm without weights; those of the body stay, until no adapter is left."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Sequential(nn.BatchNorm1d(4, affine=False)), nn.ReLU())
+    body, head = model[1], model[2]
+    head.append(nn.Linear(4, 2))
+    inject(model, LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"]))
+    model.train()(torch.randn(8, 4) + 3)
+    assert not body.running_mean.any()
+    assert not head[0].running_mean.any()
+    assert model[2].copy[0].running_mean.any()
+    unload(model)
+    model.train()(torch.randn(8, 4) + 3)
+    assert body.running_mean.any()
+
+
+@pytest.mark.parametrize("lib", [peft, peftcli], ids=["peft", "peftcli"])
+def test_modules_that_peft_finds_by_an_ending_are_read(lib: Any, tmp_path: Path) -> None:
+    """PEFT looks at no dots: "norm" is also the end of "post_attention_layernorm"."""
+    model = lib.get_peft_model(tiny("llama"), lib.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"]))
+    for name, parameter in model.named_parameters():
+        if "norm" in name and parameter.requires_grad:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    with silence():
+        model.save_pretrained(tmp_path)
+    expected = logits(model.eval(), batch("llama"))
+    again = peftcli.PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
+    torch.testing.assert_close(logits(again, batch("llama")), expected)
+
+
+def test_a_file_of_which_a_target_is_not_there_is_read(tmp_path: Path) -> None:
+    """PEFT writes its own default targets, whether the model has them or not."""
+    targets = ["q_proj", "of_another_model"]
+    with silence():
+        model = peft.get_peft_model(
+            tiny("llama"), peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        )
+        model.save_pretrained(tmp_path)
+    again = peftcli.PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
+    torch.testing.assert_close(logits(again, batch("llama")), logits(model.eval(), batch("llama")))
+    with pytest.raises(AdapterError, match="of_another_model"):
+        peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(r=2, target_modules=targets))
 
 
 def test_a_file_without_the_buffers_is_read_with_a_warning(tmp_path: Path) -> None:

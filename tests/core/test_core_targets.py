@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 from models_tiny import KINDS, tiny
-from transformers import MambaConfig, MambaForCausalLM, ViTConfig, ViTModel
+from torch import nn
+from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM, ViTConfig, ViTModel
 
 from peftcli.core.config import FAMILY_TARGETS
+from peftcli.core.inject import inject
 from peftcli.core.targets import _layer_index, find_targets, module_matches, shortest_names
-from peftcli.errors import AdapterError
+from peftcli.errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
 from peftcli.guard.patterns import PLAIN_NAME
 from peftcli.methods.frod.config import FrodConfig
 from peftcli.methods.lora.config import LoraConfig
@@ -111,3 +115,22 @@ def test_the_shortest_names_name_these_and_no_others() -> None:
     for names in (["encoder.block.0.layer.0.SelfAttention.q"], _found("t5", target_modules="all-linear")):
         chosen = shortest_names(t5, names)
         assert find_targets(t5, LoraConfig(target_modules=chosen)) == names
+
+
+def test_the_weights_of_experts_are_named() -> None:
+    """They are parameters of three dimensions, which neither all-linear nor a name of a layer adapts."""
+
+    def mixtral() -> nn.Module:
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+        return MixtralForCausalLM(MixtralConfig(vocab_size=64, num_hidden_layers=1, num_local_experts=4, **sizes))
+
+    there = ["experts.gate_up_proj", "experts.down_proj"]
+    with pytest.warns(PeftWarning, match=r"target_parameters: \['experts.gate_up_proj', 'experts.down_proj'\]"):
+        few = inject(mixtral(), LoraConfig(target_modules="all-linear"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        all_of_it = inject(mixtral(), LoraConfig(target_modules="all-linear", target_parameters=there))
+    assert all_of_it.trainable > 5 * few.trainable
+    with pytest.raises(NoMatchingPeftModuleError) as caught:
+        inject(mixtral(), LoraConfig(target_modules=["q_proj", "w1"]))
+    assert caught.value.hint == f"the weights of experts are no layers here: target_parameters: {there}"

@@ -90,6 +90,41 @@ def test_inputs_of_any_shape(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_a_model_may_change_the_output_in_place() -> None:
+    for shape in ((4, 5), (2, 4, 5)):
+        layer, x = filled(nn.Linear(5, 7)), torch.randn(shape)
+        (nn.ReLU(inplace=True)(layer(x)) * 2).sum().backward()
+        found = layer.lora_B.weight.grad.clone()
+        layer.zero_grad()
+        (nn.ReLU()(layer(x)) * 2).sum().backward()
+        torch.testing.assert_close(layer.lora_B.weight.grad, found)
+
+
+@pytest.mark.parametrize("base_trains", [False, True])
+def test_the_gradient_may_be_differentiated(base_trains: bool) -> None:
+    layer = filled(nn.Linear(5, 7)).double()
+    layer.base_layer.weight.requires_grad_(base_trains)
+
+    def penalty() -> list[torch.Tensor]:
+        x = torch.ones(3, 5, dtype=torch.double, requires_grad=True)
+        (gradient,) = torch.autograd.grad(layer(x).tanh().sum(), x, create_graph=True)
+        return list(torch.autograd.grad((gradient.norm() - 1) ** 2, [layer.lora_A.weight, layer.lora_B.weight]))
+
+    found = penalty()
+    with plainly():
+        plain = penalty()
+    for one, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_another_number_format_has_no_second_derivative() -> None:
+    layer, x = filled(nn.Linear(5, 7)), torch.ones(3, 5, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = layer(x).sum()
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(made, x, create_graph=True)
+
+
 def test_a_module_used_twice_and_adapted_twice() -> None:
     layer = filled(filled(nn.Linear(5, 5)))
     model, x = nn.Sequential(layer, nn.Tanh(), layer), torch.randn(4, 5)

@@ -39,6 +39,21 @@ def model() -> PeftModel:
     return model
 
 
+def test_what_somebody_has_unfrozen_is_kept_too(model: PeftModel, tmp_path: Path) -> None:
+    norm = model.get_base_model().model.norm.weight.requires_grad_(True)
+    state, before = copy.deepcopy(model.state_dict()), norm.detach().clone()
+    assert "base_model.model.model.norm.weight" in state
+    with torch.no_grad():
+        norm += 1
+    assert not model.load_state_dict(state).missing_keys
+    assert torch.equal(norm, before)
+    del state["base_model.model.model.norm.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\).*norm"):
+        model.load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"in none of their files: base_model.model.model.norm.weight"):
+        model.save_pretrained(tmp_path)
+
+
 class Sharded(nn.Module):
     """Named as PyTorch names the modules that FSDP wraps."""
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module, model_ends, name_in
+from peftcli.core.prompts.callbacks import without_placeholders
 from peftcli.core.prompts.config import EmbeddedPromptConfig
 from peftcli.core.prompts.inputs import (
     Insertion,
@@ -139,8 +140,8 @@ def generate(model: Any, *args: Any, task_ids: torch.Tensor | None = None, **kwa
     """``model.generate``, with the virtual tokens if there are any; they are not in the answer.
 
     Takes and returns what ``transformers.GenerationMixin.generate`` does, and the rows' tasks if the prompt has some.
-    While it runs, the ids hold a placeholder of the vocabulary for each virtual token, so that lengths, positions and
-    logits processors stay right.
+    While it runs, the ids hold a placeholder of the vocabulary for each virtual token, for the sake of lengths and
+    positions. What the caller gives to look at the ids (a streamer, processors, criteria) does not see them.
     """
     layer = soft_prompt(model)
     if layer is None:
@@ -150,6 +151,7 @@ def generate(model: Any, *args: Any, task_ids: torch.Tensor | None = None, **kwa
     start = None
     if not model.config.is_encoder_decoder:  # there the ids that grow are the decoder's
         inputs, start = _with_placeholders(inputs, settings, layer)
+        inputs = without_placeholders(inputs, start, layer.count)
     _refuse(inputs, settings, layer, model.config.is_encoder_decoder)
     if task_ids is not None:
         layer.rows_of(task_ids, len(task_ids))

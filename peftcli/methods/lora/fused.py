@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from peftcli.core.linear import PLAIN_WEIGHTS
 
@@ -56,7 +55,7 @@ def add_update(y: torch.Tensor, x: torch.Tensor, pair: Pair, scaling: float) -> 
     a, b = pair
     if torch.is_grad_enabled():
         added: torch.Tensor = _Update.apply(x, y, None, None, a, b, scaling)  # type: ignore[no-untyped-call]
-        return added
+        return added.view(y.shape)
     # of few tokens it is faster to convert them than A and B
     dtype = a.dtype if x.numel() < a.numel() else y.dtype
     if not a.dtype == x.dtype == y.dtype:
@@ -68,7 +67,7 @@ def add_update(y: torch.Tensor, x: torch.Tensor, pair: Pair, scaling: float) -> 
 def adapted_linear(x: torch.Tensor, base: nn.Linear, pair: Pair, scaling: float) -> torch.Tensor:
     """Return what ``add_update`` does to the output of ``base`` for ``x``, with gradients."""
     made: torch.Tensor = _Update.apply(x, None, base.weight, base.bias, *pair, scaling)  # type: ignore[no-untyped-call]
-    return made
+    return made.view(*x.shape[:-1], len(base.weight))
 
 
 def _flat(value: torch.Tensor) -> torch.Tensor:
@@ -77,7 +76,10 @@ def _flat(value: torch.Tensor) -> torch.Tensor:
 
 
 class _Update(torch.autograd.Function):
-    """``y + scaling * B A x``, with ``y`` given, or that of a frozen weight and bias for the same ``x``."""
+    """``y + scaling * B A x`` as (N, out), with ``y`` given, or that of a frozen weight and bias for the same ``x``.
+
+    Its output is no view of another tensor: models change their layers' outputs in place.
+    """
 
     @staticmethod
     def forward(
@@ -93,6 +95,7 @@ class _Update(torch.autograd.Function):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         dtype = dtype if y is None else y.dtype
+        ctx.given = all(each.dtype == dtype for each in (x, a, b, weight) if each is not None)
         x, a, b = (each.to(dtype) for each in (x, a, b))
         with torch.autocast(device, enabled=False):
             inner = F.linear(_flat(x), a)
@@ -105,21 +108,25 @@ class _Update(torch.autograd.Function):
                 made.addmm_(inner, b.T, alpha=scaling)
         ctx.save_for_backward(x, inner, a, b, weight)
         ctx.scaling = scaling
-        return made.view(*x.shape[:-1], len(b))
+        return made
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, of_made: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # autograd converts what is returned to the dtypes of the inputs
         x, inner, a, b, weight = ctx.saved_tensors
-        of_made = _flat(gradient)
+        if torch.is_grad_enabled():  # the gradient is to be differentiated
+            if not ctx.given:
+                raise RuntimeError("LoRA has a second derivative only without autocast, in one number format")
+            inner = F.linear(_flat(x), a)
         of_inner = (of_made @ b).mul_(ctx.scaling)
-        of_x = of_a = of_b = None
+        of_x = of_y = of_a = of_b = None
         if ctx.needs_input_grad[0]:
             of_x = of_inner @ a if weight is None else (of_made @ weight).addmm_(of_inner, a)
             of_x = of_x.view(x.shape)
+        if ctx.needs_input_grad[1]:
+            of_y = of_made.reshape(*x.shape[:-1], len(b))
         if ctx.needs_input_grad[4]:
             of_a = of_inner.T @ _flat(x)
         if ctx.needs_input_grad[5]:
             of_b = (inner.T @ of_made).T.mul_(ctx.scaling)  # faster than the other way round
-        return of_x, gradient if ctx.needs_input_grad[1] else None, None, None, of_a, of_b, None
+        return of_x, of_y, None, None, of_a, of_b, None

@@ -35,11 +35,11 @@ def joined_linear(x: torch.Tensor, base: nn.Linear, shares: Sequence[Share]) -> 
         a, b = torch.cat([a for a, *_ in adapted]), torch.cat([scaling * b for _, b, scaling in adapted], dim=1)
         made = _MaskedUpdate.apply(x, base.weight, base.bias, _blocks(shares), a, b)  # type: ignore[no-untyped-call]
         if _is_finite(made):  # or else one model's numbers would reach another's: 0 * inf is not 0
-            return made
+            return made.view(*x.shape[:-1], len(base.weight))
     pairs = [tensor for _, pair, _ in shares for tensor in pair or (None, None)]
     sizes, scalings = [size for size, *_ in shares], [scaling for *_, scaling in shares]
     made = _JoinedUpdate.apply(x, base.weight, base.bias, sizes, scalings, *pairs)  # type: ignore[no-untyped-call]
-    return made
+    return made.view(*x.shape[:-1], len(base.weight))
 
 
 _Block = tuple[slice, slice]
@@ -95,14 +95,13 @@ class _JoinedUpdate(torch.autograd.Function):
                     output.addmm_(inner, b.T, alpha=scaling)
                 saved += [inner, a, b]
         ctx.save_for_backward(flat, weight, *saved)
-        ctx.sizes, ctx.scalings = sizes, scalings
-        return made.view(*x.shape[:-1], len(weight))
+        ctx.shape, ctx.sizes, ctx.scalings = x.shape, sizes, scalings
+        return made
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, of_made: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         flat, weight, *saved = ctx.saved_tensors
-        of_made = gradient.reshape(-1, gradient.shape[-1])
         of_x = of_made @ weight if ctx.needs_input_grad[0] else None
         parts = flat.split(ctx.sizes), of_made.split(ctx.sizes), ctx.scalings, saved[::3], saved[1::3], saved[2::3]
         of_pairs, start = list[torch.Tensor | None](), 0
@@ -115,8 +114,7 @@ class _JoinedUpdate(torch.autograd.Function):
                     of_x[start : start + len(x)].addmm_(of_inner, a)
                 of_pairs += [of_inner.T @ x, (inner.T @ of_output).T.mul_(scaling)]
             start += len(x)
-        of_x = None if of_x is None else of_x.view(*gradient.shape[:-1], -1)
-        return of_x, None, None, None, None, *of_pairs
+        return None if of_x is None else of_x.view(ctx.shape), None, None, None, None, *of_pairs
 
 
 class _MaskedUpdate(torch.autograd.Function):
@@ -142,17 +140,16 @@ class _MaskedUpdate(torch.autograd.Function):
             inner = F.linear(flat, a).mul_(own)
             made.addmm_(inner, b.T)
         ctx.save_for_backward(flat, weight, own, inner, a, b)
-        ctx.blocks = blocks
-        return made.view(*x.shape[:-1], len(weight))
+        ctx.shape, ctx.blocks = x.shape, blocks
+        return made
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, of_made: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         flat, weight, own, inner, a, b = ctx.saved_tensors
-        of_made = gradient.reshape(-1, gradient.shape[-1])
         of_inner, of_x = (of_made @ b).mul_(own), None
         if ctx.needs_input_grad[0]:
-            of_x = (of_made @ weight).addmm_(of_inner, a).view(*gradient.shape[:-1], -1)
+            of_x = (of_made @ weight).addmm_(of_inner, a).view(ctx.shape)
         if _is_finite(of_made):
             return of_x, None, None, None, of_inner.T @ flat, (inner.T @ of_made).T
         of_a = torch.cat([of_inner[tokens, rows].T @ flat[tokens] for tokens, rows in ctx.blocks])

@@ -1,0 +1,75 @@
+"""What callers of ``generate`` give to look at the ids, which see them without the placeholders of virtual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from peftcli.core.prompts.inputs import without
+
+See = Callable[[torch.Tensor], torch.Tensor]
+"""Takes the placeholders out of ids (B, n + T)."""
+
+
+def without_placeholders(inputs: dict[str, Any], start: torch.Tensor, count: int) -> dict[str, Any]:
+    """Return arguments of ``generate`` whose callbacks see no placeholders.
+
+    Args:
+        inputs: of ``generate``.
+        start: where the placeholders start in each row: (B, 1).
+        count: how many there are.
+    """
+
+    def see(ids: torch.Tensor) -> torch.Tensor:
+        return without(ids, start, count)
+
+    changed: dict[str, Any] = {}
+    for key, kind in (("logits_processor", _Processor), ("stopping_criteria", _Criterion)):
+        if given := inputs.get(key):
+            changed[key] = type(given)([kind(each, see) for each in given])
+    if allowed := inputs.get("prefix_allowed_tokens_fn"):
+        changed["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
+            row, without(ids[None], start[row : row + 1], count)[0]
+        )
+    if streamer := inputs.get("streamer"):
+        changed["streamer"] = _Streamer(streamer, see)
+    return inputs | changed
+
+
+@dataclass
+class _Processor:
+    """Of logits. transformers looks at the names of its parameters."""
+
+    given: Any
+    see: See
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
+        return self.given(self.see(input_ids), scores)
+
+
+@dataclass
+class _Criterion:
+    """Says whether a text ends."""
+
+    given: Any
+    see: See
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **more: Any) -> Any:
+        return self.given(self.see(input_ids), scores, **more)
+
+
+@dataclass
+class _Streamer:
+    """Is given the prompt, (B, T), and then each new token."""
+
+    given: Any
+    see: See
+
+    def put(self, value: torch.Tensor) -> None:
+        self.given.put(self.see(value) if value.ndim > 1 else value)
+
+    def end(self) -> None:
+        self.given.end()
