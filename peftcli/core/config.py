@@ -126,6 +126,10 @@ class AdapterConfig(PeftConfigMixin):
 
     def check(self, later: Collection[str] = ()) -> None:
         """Raise AdapterError for the first of ``problems()``, but for those of the fields ``later``."""
+        for entry in dataclasses.fields(self):
+            value, hint = getattr(self, entry.name), hints_of(cast("Any", type(self)))[entry.name]
+            if isinstance(value, str) and not fits(value, hint):  # else a comparison would fail, or pass
+                raise AdapterTypeError(f"expected {entry.type}, found {short_repr(value)}", key=entry.name)
         for key, message in self.problems():
             if key not in later:
                 raise AdapterError(one_line(message), key=key)

@@ -37,8 +37,9 @@ def embedding_layers(model: Any, config: AdapterConfig, adapter: str, save: bool
         return {}
     found = {parameter: name for name, parameter in reversed(base_weights(model, adapter, config.file_prefix).items())}
     copied = [base_module(each) for each in adapter_layers(model, adapter).values() if isinstance(each, TrainedCopy)]
-    ends = [end for end in map(base_module, filter(None, model_ends(model))) if end not in copied]
-    frozen = {value for end in ends for value in end.parameters()}  # of the others the file holds the copy
+    ends = map(base_module, filter(None, model_ends(model)))
+    frozen = {value for end in ends for value in end.parameters()}
+    frozen -= {value for each in copied for value in each.parameters()}  # the file holds the copy
     found = {value: name for value, name in found.items() if value in frozen}
     if save == "auto" and not _is_resized(model, config):
         rows = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None)

@@ -43,6 +43,7 @@ def initialize_lora_eva_weights(
     dataloader: Iterable[Mapping[str, torch.Tensor]] | None = None,
     eva_state_dict: Mapping[str, torch.Tensor] | None = None,
     adapter_name: str = "default",
+    show_progress_bar: bool = True,
 ) -> None:
     """Start a model of ``get_peft_model`` whose config says ``init_lora_weights="eva"``.
 
@@ -51,6 +52,7 @@ def initialize_lora_eva_weights(
         dataloader: batches of keyword arguments; gone through until the directions are known.
         eva_state_dict: instead of them, what ``get_eva_state_dict`` gave.
         adapter_name: which of the model's adapters.
+        show_progress_bar: accepted as in PEFT; no bar is shown.
 
     Raises:
         AdapterError: the config says otherwise, or the data do not suffice.
@@ -70,6 +72,7 @@ def get_eva_state_dict(
     dataloader: Iterable[Mapping[str, torch.Tensor]],
     peft_config: LoraConfig | None = None,
     adapter_name: str = "default",
+    show_progress_bar: bool = True,
 ) -> dict[str, torch.Tensor]:
     """EVA's directions (r, in) of each layer, as many as the layer is to get.
 
@@ -79,6 +82,7 @@ def get_eva_state_dict(
         dataloader: batches of keyword arguments.
         peft_config: for a base model, the config that ``get_peft_model`` is to get.
         adapter_name: which of the model's adapters.
+        show_progress_bar: accepted as in PEFT; no bar is shown.
 
     Raises:
         AdapterError: the config says otherwise, or the data do not suffice.

@@ -82,14 +82,16 @@ def test_the_same_tensors_as_pefts(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_target_is_written_and_a_vocabulary_as_it_was_is_not(folder: Path, tmp_path: Path) -> None:
-    def names(targets: list[str]) -> set[str]:
-        config = peftcli.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets)
+    def names(targets: list[str], **settings: Any) -> set[str]:
+        config = peftcli.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets, **settings)
         model = peftcli.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
         saved = _saved(model, tmp_path / "-".join(targets))
         return {name for name in load_file(saved / "adapter_model.safetensors") if "lora" not in name}
 
     assert names(["q_proj"]) == set()
     assert names(["q_proj", "embed_tokens"]) == {"base_model.model.model.embed_tokens.base_layer.weight"}
+    copied = names(["v_proj"], modules_to_save=["embed_tokens"])  # once, whether the head shares it or not
+    assert copied == {"base_model.model.model.embed_tokens.weight"}
 
 
 def test_the_command_merges_them_in(folder: Path, tmp_path: Path) -> None:

@@ -129,3 +129,11 @@ def test_a_section_is_checked_when_it_is_made(section: Any, wrong: dict[str, Any
     with pytest.raises(AdapterError) as caught:
         section(**wrong)
     assert caught.value.key == f"{section.key}.{list(wrong)[-1]}"
+
+
+@pytest.mark.parametrize("wrong", [{"r": "8"}, {"lora_alpha": "16"}, {"lora_dropout": "0.1"}, {"use_dora": "yes"}])
+def test_a_text_is_no_number(wrong: dict[str, str]) -> None:
+    [(key, value)] = wrong.items()
+    with pytest.raises(ValueError, match=f"expected .*, found {value!r}") as caught:
+        LoraConfig(**wrong)  # type: ignore[arg-type]
+    assert caught.value.key == key
