@@ -4,11 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from peftcli import errors
+from peftcli.adapters.readers import READERS
 from peftcli.cli import app, console, explain
+from peftcli.cli.combine import combine
+from peftcli.cli.generate import generate
+from peftcli.cli.verify import verify
+from peftcli.methods.combinations import COMBINATIONS
+from peftcli.schema import Quantization
 
 
 @pytest.fixture
@@ -22,6 +30,19 @@ def failing(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr("peftcli.recipe.reference.json_schema", fail)
 
     return failing
+
+
+def test_choices_are_those_of_the_tables() -> None:
+    """The command line lists them itself, since the tables import torch."""
+
+    def taken(command: Callable[..., object], option: str) -> tuple[Any, ...]:
+        return get_type_hints(command, include_extras=True)[option].__metadata__, get_type_hints(command)[option]
+
+    assert get_args(taken(combine, "method")[1]) == COMBINATIONS
+    [option], _ = taken(verify, "readers")
+    assert option.metavar.split("|") == list(READERS)
+    stored = get_args(get_type_hints(Quantization)["type"])
+    assert get_args(get_args(taken(generate, "quantization")[1])[0]) == ("none", *stored)
 
 
 def test_help(cli) -> None:
