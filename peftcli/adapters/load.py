@@ -13,13 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftcli.core.protocols import NamesAdapters
 from peftcli.errors import AdapterError
 from peftcli.guard.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, find_weights, read_config, read_header, read_run
 from peftcli.guard.files import read_json_object
 from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.guard.typed_fields import fits, hints_of, mapping_at
 from peftcli.methods import config_from_dict
-from peftcli.methods.xlora.config import XLoraConfig
 from peftcli.models.quantization import trained_quantization
 from peftcli.schema import BaseModel
 from peftcli.system import hub_requests
@@ -92,7 +92,7 @@ class AdapterSource:
             AdapterError: it names a method or setting that is not supported.
         """
         config = config_from_dict(self.values, file=str(self.folder / CONFIG_FILE))
-        if isinstance(config, XLoraConfig):
+        if isinstance(config, NamesAdapters):
             config.find_folder = adapter_folder
         return config
 

@@ -102,7 +102,7 @@ def _contents(folder: Path, repo_id: str, base_model_id: str | None) -> dict[str
             file=str(folder / CONFIG_FILE),
             hint="say what it is on the hub with --base-model-id USER/NAME",
         )
-    experts = config.get("adapters")  # X-LoRA's
+    experts = config.get("adapters")  # of a mixture
     for place in experts.values() if isinstance(experts, dict) else ():
         if isinstance(place, str) and card.is_local(place):
             raise UsageError(

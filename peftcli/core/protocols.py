@@ -1,4 +1,4 @@
-"""What the layers module of a method defines: ``wrap``, and beyond it what this method needs.
+"""What the layers module of a method, and its config, define: ``wrap``, and beyond it what this method needs.
 
 Each protocol says what a module does that has its function, and ``isinstance(layers_of(config), AfterStep)`` asks for
 it. Of those that are called in several places, the functions below give the default. No torch here.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from peftcli.core.config import AdapterConfig
@@ -29,6 +30,14 @@ class Layers(Protocol):
     """
 
     def wrap(self, module: nn.Module, name: str, config: Any) -> AdapterLayer: ...
+
+
+@runtime_checkable
+class NamesAdapters(Protocol):
+    """A config that names other adapters, and must be told how to find them."""
+
+    find_folder: Callable[[str], Path]
+    """Returns the folder of an adapter that is named by folder or hub id."""
 
 
 @runtime_checkable

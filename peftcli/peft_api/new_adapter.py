@@ -12,11 +12,10 @@ from peftcli.adapters.load import adapter_folder
 from peftcli.core.config import AdapterConfig, TargetedConfig
 from peftcli.core.inject import inject
 from peftcli.core.layer import TrainedBias, adapter_layers, base_name
-from peftcli.core.protocols import needs_batches
+from peftcli.core.protocols import NamesAdapters, needs_batches
 from peftcli.core.weights import holds_its_file
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods.lora.targets import tied_group
-from peftcli.methods.xlora.config import XLoraConfig
 from peftcli.models.open import open_base
 from peftcli.peft_api.mixed_batch import BASE
 from peftcli.peft_api.weights import cast_weights, empty_state
@@ -67,7 +66,7 @@ def start_adapter(
                 stacklevel=2,
             )
         config.base_model_name_or_path = base
-    if isinstance(config, XLoraConfig):
+    if isinstance(config, NamesAdapters):
         config.find_folder = adapter_folder
     config.prepare(lambda name, **options: open_base(BaseModel(name=name or _name_of(model))).processor(**options))
     inject(model, config, name)
