@@ -11,6 +11,8 @@ import torch
 
 _SAMPLED = 256
 """Values of a tensor that are kept."""
+_PART = 1_000_000
+"""Values that are converted at once."""
 
 
 def hash_of(value: torch.Tensor) -> str:
@@ -26,15 +28,16 @@ def sketch(value: torch.Tensor) -> dict[str, Any]:
     shape = list(value.shape)
     if not value.is_floating_point() or not value.numel():
         return {"shape": shape, "sha256": hash_of(value)}
-    flat = torch.nan_to_num(value.detach().double().cpu().flatten(), posinf=0.0, neginf=0.0)
+    flat = value.detach().cpu().flatten()
     last = len(flat) - 1
     at = torch.linspace(0, last, min(len(flat), _SAMPLED)).long().clamp(max=last)  # of large ones it rounds up
-    return {
-        "shape": shape,
-        "values": flat[at].tolist(),
-        "mean": float(flat.mean()),
-        "deviation": float(flat.std(correction=0)),
-    }
+    mean = sum(float(_finite(part).sum()) for part in flat.split(_PART)) / len(flat)
+    variance = sum(float((_finite(part) - mean).square().sum()) for part in flat.split(_PART)) / len(flat)
+    return {"shape": shape, "values": _finite(flat[at]).tolist(), "mean": mean, "deviation": math.sqrt(variance)}
+
+
+def _finite(values: torch.Tensor) -> torch.Tensor:
+    return torch.nan_to_num(values.double(), posinf=0.0, neginf=0.0)
 
 
 def difference(now: Mapping[str, Any], then: Mapping[str, Any]) -> float:

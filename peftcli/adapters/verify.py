@@ -41,6 +41,7 @@ from peftcli.tasks.text.unpadded import unpad
 
 RECORD_FILE = "verification.json"
 """Beside an adapter that was trained here; not pushed, since it holds rows of the data."""
+_VERSION = 2
 _ROWS, _LOOKED_AT = 4, 16
 """The rows that are kept are the smallest of the first ones."""
 _MAX_ROWS = 4_000_000
@@ -140,7 +141,7 @@ def record_model(
         base_sha256: ``base_hash`` of the base model.
     """
     values = {
-        "schema_version": 1,
+        "schema_version": _VERSION,
         "task": dict(described),
         "config": {**describe(config, tensors), "inference_mode": True},
         "tensors": {name: hash_of(value) for name, value in sorted(tensors.items())},
@@ -377,6 +378,6 @@ def _from_json(value: Any) -> Any:
 def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD_FILE
     values = read_json_object(path, _MAX_RECORD)
-    if values.get("schema_version") != 1 or not values.keys() >= _KEYS:
+    if values.get("schema_version") != _VERSION or not values.keys() >= _KEYS:
         raise AdapterError("was written by another version", file=str(path), key="schema_version")
     return values

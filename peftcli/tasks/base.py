@@ -11,6 +11,7 @@ import importlib.util
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -469,8 +470,43 @@ def scores_of(outputs: Any) -> torch.Tensor:
     return found
 
 
+_POSITIONS, _OF_HIDDEN_STATES = 32, 3
+"""Places in a text whose logits are compared, and the dimensions of hidden states: rows, positions, width."""
+
+
+@contextmanager
+def _few_positions(model: Any, length: int) -> Iterator[list[int]]:
+    """Inside, the output head sees a few positions of texts of this length; yields them, empty where it sees all.
+
+    The logits of all may take more memory than training does.
+    """
+    import torch
+
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    seen: list[int] = []
+    if head is None or length <= _POSITIONS:
+        yield seen
+        return
+    few = torch.linspace(0, length - 1, _POSITIONS).long()
+
+    def choose(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or args[0].ndim != _OF_HIDDEN_STATES or args[0].shape[1] < length:
+            return None
+        seen[:] = few.tolist()
+        return (args[0][:, few.to(args[0].device) - length], *args[1:])  # virtual tokens stand before
+
+    hook = head.register_forward_pre_hook(choose)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
 def scores_on(model: Any, batch: Batch, *, bf16: bool) -> torch.Tensor:
-    """Put a model into evaluation mode, and return what it says of a batch, padding aside: float32, on the CPU."""
+    """Put a model into evaluation mode, and return what it says of a batch, padding aside: float32, on the CPU.
+
+    Of long texts it is what a language model says at a few places.
+    """
     import torch
 
     model.eval()
@@ -479,9 +515,14 @@ def scores_on(model: Any, batch: Batch, *, bf16: bool) -> torch.Tensor:
     decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if not decodes:
         inputs.pop("labels", None)  # whose decoder reads them
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        scores = scores_of(model(**inputs)).float().cpu()
     mask = inputs.get("attention_mask")
+    with (
+        torch.inference_mode(),
+        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        _few_positions(model, 0 if decodes or mask is None else mask.shape[1]) as few,
+    ):
+        scores = scores_of(model(**inputs)).float().cpu()
+    mask = mask[:, few] if mask is not None and few else mask
     if decodes or mask is None or scores.ndim <= mask.ndim or scores.shape[1] < mask.shape[1]:
         return scores
     return scores[:, -mask.shape[1] :][mask.bool().cpu()]  # virtual tokens stand before

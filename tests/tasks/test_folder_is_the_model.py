@@ -14,6 +14,7 @@ import pytest
 import torch
 import trainkit
 import transformers
+from models_tiny import tiny
 from safetensors.torch import load_file, save_file
 from taskkit import CASES
 
@@ -23,10 +24,26 @@ from peftcli.adapters.verify import RECORD_FILE, verify_adapter
 from peftcli.errors import AdapterError, ModelError
 from peftcli.system.disk import sha256
 from peftcli.tasks import TASKS
+from peftcli.tasks.base import scores_on
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Plant = Callable[[Path], str | None]
 """Damages an adapter folder, and returns a part of what must be said of it; None where the task has no such thing."""
+
+
+def test_of_long_texts_the_head_sees_a_few_places() -> None:
+    """The logits of all would take more memory than training, whose head sees the targets."""
+    model, ids, mask = tiny("llama"), torch.randint(3, 90, (2, 100)), torch.ones(2, 100, dtype=torch.long)
+    mask[1, 40:] = 0
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    found = scores_on(model, {"input_ids": ids, "attention_mask": mask}, bf16=False)
+    assert seen == [32]
+    at = torch.linspace(0, 99, 32).long()
+    with torch.no_grad():
+        every = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(found, every[:, at][mask[:, at].bool()], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, every)
 
 
 @functools.cache
