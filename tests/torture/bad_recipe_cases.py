@@ -373,11 +373,11 @@ KINDS = {
     "a percentage": training("warmup_ratio: 10%", "expected a number, found '10%'"),
     "a fraction by a slash": training("warmup_ratio: 1/10", "expected a number, found '1/10'"),
     "a comma for a point": training("warmup_ratio: 0,1", "expected a number, found '0,1'"),
-    "1 for true": training("gradient_checkpointing: 1", "expected true or false, found 1"),
-    "0 for false": training("gradient_checkpointing: 0", "expected true or false, found 0"),
-    "true in quotes": training("gradient_checkpointing: 'true'", "expected true or false, found 'true'"),
-    "y for true": training("gradient_checkpointing: y", "expected true or false, found 'y'"),
-    "nothing for true": training("gradient_checkpointing:", "expected true or false, found nothing"),
+    "1 for true": training("eval_on_start: 1", "expected true or false, found 1"),
+    "0 for false": training("eval_on_start: 0", "expected true or false, found 0"),
+    "true in quotes": training("eval_on_start: 'true'", "expected true or false, found 'true'"),
+    "y for true": training("eval_on_start: y", "expected true or false, found 'y'"),
+    "nothing for true": training("eval_on_start:", "expected true or false, found nothing"),
     "another word for auto": training("bf16: sometimes", "expected true, false or auto, found 'sometimes'"),
     "a choice that is none": training("lr_scheduler_type: cosin", "did you mean 'cosine'?"),
     "a choice of another tool": base("{name: a/b, dtype: fp16}", "did you mean 'float16'?", "base_model.dtype"),
@@ -584,14 +584,6 @@ TOGETHER = {
         GOOD.replace("causal_lm", "seq2seq_lm").replace("eval:", "overlong: split, eval:"),
         "cannot split examples",
         "dataset.overlong",
-        4,
-    ),
-    "packing with virtual tokens": Case(
-        GOOD.replace("{type: lora, r: 4, target_modules: [q_proj, v_proj]}", "{type: prompt_tuning}").replace(
-            "eval:", "packing: true, eval:"
-        ),
-        "adds its virtual tokens only once per row",
-        "dataset.packing",
         4,
     ),
     "packing by length": Case(

@@ -199,7 +199,7 @@ def _takes(setting: Setting, wrong: str) -> bool:
     accepted = kinds(setting.hint)
     text = str in accepted and any(branch is str for branch in branches(setting.hint))
     if wrong in ("a list", "a mapping"):
-        return False  # what they hold is wrong in any case
+        return wrong == "a mapping" and "Any" in str(setting.hint)  # or else what they hold is wrong
     if wrong == "nothing":
         return bool(accepted & {type(None), list, dict})
     if wrong == "a truth value":
