@@ -150,14 +150,14 @@ DIFFERS: dict[str, str] = {
     "checkpoints of Trainer": "`Trainer` goes on from those that it made with the same library: here it reads the "
     "adapter from `model.safetensors`, with PEFT from `adapter_model.safetensors`",
     "modules_to_save": "a name or the end of one after a dot; PEFT takes any ending, so that its `norm` is "
-    "`post_attention_layernorm` too. Files of PEFT are read as it wrote them",
+    "`post_attention_layernorm` too. In files of PEFT such modules are found",
     "target_modules='all-linear'": "every linear layer but the output head, `classifier` and `score` too; where a "
     "model holds the weights of experts in parameters, a warning names them for `target_parameters`, which PEFT adapts "
     "by itself in Mixtral and Qwen-MoE",
     "a new adapter": "is in the mode of its base model: call `model.train()`. PEFT's is in training mode, whatever the "
     "base model's is",
     "a frozen BatchNorm": "keeps its running statistics in training too, unless it trains or is in a head that does",
-    "many adapters": "each is a layer around the one before: some 150 in one model, and `set_adapter` takes longer "
+    "many adapters": "each is a layer around the one before: some 200 on one module, and `set_adapter` takes longer "
     "than in PEFT",
     "PeftModel.add_weighted_adapter": "the exact weighted sum, where PEFT's default is not; `combination_type` "
     "selects the approximations",

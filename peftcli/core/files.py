@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.config import AdapterConfig
+from peftcli.core.config import AdapterConfig, TargetedConfig
 from peftcli.core.inject import Injection, inject, meta_copy, set_trainable, unload
-from peftcli.core.layer import base_paths
+from peftcli.core.layer import base_modules, base_paths
 from peftcli.core.protocols import describe
 from peftcli.core.targets import module_matches
 from peftcli.core.weights import adapter_state, check_finite, check_state, holds_its_file, load_state, named_tensors
@@ -243,10 +243,12 @@ def check_begin(
     Raises:
         AdapterError: the tensors do not fit the config and the model, or are not what the method trains.
     """
-    _name_saved(model, config, header)
+    _add_saved_by_ending(model, config, header)
     as_read = copy.deepcopy(config)
     as_read.inference_mode = True
     config.modules_to_save = check_header(model, as_read, header, path, initialised=initialised).modules_to_save
+    if isinstance(config, TargetedConfig) and (unmatched := _unmatched(model, config)):
+        config.target_modules = [entry for entry in config.target_modules or () if entry not in unmatched]
     empty = meta_copy(model)
     try:
         with warnings.catch_warnings():
@@ -280,20 +282,34 @@ def _checked_tensors(
     path = find_weights(folder)
     with open_weights(path) as (stored, file):
         header = _renamed(stored, rename)
-        _name_saved(model, config, header)
+        _add_saved_by_ending(model, config, header)
         if prepare is not None:
             prepare(header)
         check_header(model, config, header, path, adapter, initialised)
         return _read(header, file, path)
 
 
-def _name_saved(model: nn.Module, config: AdapterConfig, header: Mapping[str, TensorEntry]) -> None:
+def _own_names(module: nn.Module) -> list[str]:
+    return [name for name, value in [*module._parameters.items(), *module._buffers.items()] if value is not None]
+
+
+def _unmatched(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """The entries of ``target_modules`` that no module of the model matches."""
+    entries, paths = getattr(config, "target_modules", None), base_paths(model)
+    listed = entries if isinstance(entries, list) else []
+    return [entry for entry in listed if not any(module_matches(path, entry) for path in paths)]
+
+
+def _add_saved_by_ending(model: nn.Module, config: AdapterConfig, header: Mapping[str, TensorEntry]) -> None:
     """Add to ``modules_to_save`` the modules that the file holds and PEFT found by an ending of their names.
 
     PEFT looks for ``norm`` at the end of a name without regard to dots, and so finds ``post_attention_layernorm``.
     """
     given = config.modules_to_save or []
-    held = {name.removeprefix(config.file_prefix).rpartition(".")[0] for name in header}
+    base = {f"{path}.{own}" for path, module in base_modules(model).items() for own in _own_names(module)}
+    held = {
+        name.rpartition(".")[0] for name in (each.removeprefix(config.file_prefix) for each in header) if name in base
+    }
 
     def is_more(name: str) -> bool:
         longer = any(name.endswith(entry) for entry in given) and not any(
@@ -331,6 +347,8 @@ def check_header(
         check_state(empty, found, str(path), adapter)
     except AdapterError as error:
         if error.file is not None:
+            if unmatched := _unmatched(model, config):
+                error.hint = f"no module of the model matches {', '.join(unmatched)} of target_modules"
             raise
         place = str(path.parent / CONFIG_FILE)
         raise AdapterError(error.message, key=error.key, hint=error.hint, file=place) from None

@@ -278,23 +278,28 @@ def _call_layers(model: nn.Module) -> None:
 
 def _freeze_statistics(model: nn.Module) -> None:
     """Keep every norm with running statistics in evaluation mode unless it trains, or the head that it is in."""
-    in_heads = {norm for one in model.modules() if isinstance(one, TrainedCopy) for norm in one.copy.modules()}
+    _free(model)
+    heads = {norm: one.copy for one in model.modules() if isinstance(one, TrainedCopy) for norm in one.copy.modules()}
     for module in model.modules():
-        known = _use_statistics in module._forward_pre_hooks.values()
-        if module._buffers.get("running_mean") is not None and module not in in_heads and not known:
-            module.register_forward_pre_hook(_use_statistics)
+        if module._buffers.get("running_mean") is not None:
+            module.register_forward_pre_hook(functools.partial(_use_statistics, heads.get(module)))
 
 
 def free_statistics(model: nn.Module) -> None:
     """Let norms with running statistics follow ``train()`` again, once no adapter is left."""
     if not adapter_layers(model):
-        for module in model.modules():
-            for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _use_statistics]:
+        _free(model)
+
+
+def _free(model: nn.Module) -> None:
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if getattr(hook, "func", None) is _use_statistics:
                 del module._forward_pre_hooks[key]
 
 
-def _use_statistics(norm: nn.Module, args: Any) -> None:
-    trained = [parameter.requires_grad for parameter in norm.parameters()]
+def _use_statistics(head: nn.Module | None, norm: nn.Module, args: Any) -> None:
+    trained = [parameter.requires_grad for parameter in (head or norm).parameters()]
     if not trained or not all(trained):  # of a bias that trains beside it, the norm sees the bias only
         norm.training = False
 

@@ -372,12 +372,12 @@ def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, Ad
     """Return the adapter layers of the model, or of one of its adapters, by path, in the model's order."""
     return {
         path: module
-        for path, module in _modules(model)
+        for path, module in _walk(model)
         if isinstance(module, AdapterLayer) and module.adapter and adapter in (None, module.adapter)
     }
 
 
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """As ``named_modules``, whose generators stand in one another: slow where adapters do, layer in layer."""
     left, seen = [("", model)], set[nn.Module]()
     while left:

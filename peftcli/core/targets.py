@@ -69,17 +69,17 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
             wanted = [next(filter(there.__contains__, names)) for names in spelled if there & {*names}] or wanted
     if wanted == "all-linear":
         names = _all_linear(model, modules, config.modules_to_save or ())
-        experts = [] if getattr(config, "target_parameters", None) else _experts(modules)
-        if experts:
+        if getattr(config, "target_parameters", ()) is None and (experts := _experts(modules)):
             text = f"all-linear adapts no experts, whose weights are no layers; add target_parameters: {experts}"
             warnings.warn(text, PeftWarning, stacklevel=2)
     else:
         try:
-            names = matching(model, modules, wanted, "target_modules", some=config.inference_mode)
+            names = matching(model, modules, wanted, "target_modules", allow_unmatched=config.inference_mode)
         except NoMatchingPeftModuleError as error:
-            experts = _experts(modules)
-            hint = f"the weights of experts are no layers here: target_parameters: {experts}" if experts else error.hint
-            raise NoMatchingPeftModuleError(error.message, key=error.key, hint=hint) from None
+            experts = _experts(modules) if hasattr(config, "target_parameters") else []
+            if experts and "closest" not in error.message:
+                error.hint = f"the weights of experts are no layers here: target_parameters: {experts}"
+            raise
     if isinstance(config, ExcludingConfig) and config.exclude_modules is not None:
         excluded = set(matching(model, modules, config.exclude_modules, "exclude_modules"))
         if excluded.isdisjoint(names):
@@ -150,9 +150,9 @@ def _experts(modules: Mapping[str, nn.Module]) -> list[str]:
     found = (
         f"{path.rpartition('.')[2]}.{name}"
         for path, module in modules.items()
-        if not isinstance(module, nn.Conv1d)
+        if not type(module).__module__.startswith("torch.")
         for name, weight in module.named_parameters(recurse=False)
-        if weight.ndim == 3 and len(weight) > 1
+        if weight.ndim == 3 and min(weight.shape) > 1
     )
     return list(dict.fromkeys(found))
 
@@ -169,7 +169,12 @@ def _all_linear(model: Any, modules: dict[str, nn.Module], saved: Iterable[str])
 
 
 def matching(
-    model: nn.Module, names: Iterable[str], wanted: Collection[str], key: str, what: str = "module", some: bool = False
+    model: nn.Module,
+    names: Iterable[str],
+    wanted: Collection[str],
+    key: str,
+    what: str = "module",
+    allow_unmatched: bool = False,
 ) -> list[str]:
     """Return those of the names that a regular expression, or a list of names or name endings, matches, in their order.
 
@@ -179,7 +184,7 @@ def matching(
         wanted: The expression or the list.
         key: The setting that holds it.
         what: What is named.
-        some: Whether one entry with a match is enough: of an adapter's file, whose tensors say what was adapted.
+        allow_unmatched: Whether one entry with a match is enough: in a file, whose tensors say what was adapted.
 
     Raises:
         AdapterError: it or one of them matches nothing; the message gives near names.
@@ -196,7 +201,7 @@ def matching(
         entries = set(wanted)
         matched = {name: entries & _endings(name) for name in names}
         found, unmatched = [name for name in names if matched[name]], sorted(entries.difference(*matched.values()))
-    if unmatched and not (some and found):
+    if unmatched and not (allow_unmatched and found):
         nothing = f"no {what} of {type(model).__name__} matches {unmatched[0]!r}{_closest(unmatched[0], names)}"
         raise NoMatchingPeftModuleError(nothing, key=key)
     return found

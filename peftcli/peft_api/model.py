@@ -313,8 +313,8 @@ class PeftModel(SavedByTrainer):
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self.base_model.check_known(names)
         if is_main_process:
-            if beside := sorted(_beside_adapters(self)):
-                shown = ", ".join(beside[:3]) + (f" and {len(beside) - 3} more" if len(beside) > 3 else "")
+            if outside := sorted(_trained_outside(self)):
+                shown = ", ".join(outside[:3]) + (f" and {len(outside) - 3} more" if len(outside) > 3 else "")
                 text = f"trains beside the adapters and is in none of their files: {shown}; see modules_to_save"
                 warnings.warn(text, PeftWarning, stacklevel=2)
             model = self if state_dict is None else self._holding(state_dict)
@@ -553,24 +553,26 @@ def _adapter_names(model: PeftModel) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in owned}
 
 
-def _beside_adapters(model: PeftModel) -> set[str]:
+def _trained_outside(model: PeftModel) -> set[str]:
     """The names of what trains and is no adapter's: somebody has unfrozen it. With the statistics of norms."""
-    adapters, found = _adapter_names(model), set[str]()
+    seen = {id(value) for layer in adapter_layers(model).values() for value in layer.own_tensors().values()}
+    found = set[str]()
     for path, module in model.named_modules():
-        trained = {name for name, each in module.named_parameters(path, recurse=False) if each.requires_grad} - adapters
-        if trained:
-            found |= trained | {name for name, _ in module.named_buffers(path, recurse=False)}
+        own = {name: each for name, each in module.named_parameters(path, recurse=False) if each.requires_grad}
+        if new := [name for name, each in own.items() if id(each) not in seen]:
+            seen |= {id(own[name]) for name in new}
+            found |= {*new, *(name for name, _ in module.named_buffers(path, recurse=False))}
     return found
 
 
 def _keep_adapter(model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     assert isinstance(model, PeftModel)
-    names = {prefix + name for name in _adapter_names(model) | _beside_adapters(model)}
+    names = {prefix + name for name in _adapter_names(model) | _trained_outside(model)}
     for name in [name for name in state if name.startswith(prefix) and name not in names]:
         del state[name]
 
 
 def _expect_adapter(model: nn.Module, keys: Any) -> None:
     assert isinstance(model, PeftModel)
-    names = _adapter_names(model) | _beside_adapters(model)
+    names = _adapter_names(model) | _trained_outside(model)
     keys.missing_keys[:] = [name for name in keys.missing_keys if any(name.endswith(own) for own in names)]

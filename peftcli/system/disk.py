@@ -56,7 +56,7 @@ def temporary_name(path: Path) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the renames in ``folder`` to the disk."""
+    """Flush a folder's renames, or a file, to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

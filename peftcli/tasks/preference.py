@@ -63,10 +63,6 @@ class Preference(AnswerInputs, Task[settings.Preference]):
     def __init__(self, settings: settings.Preference, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)
         self.reference = Reference(settings.reference)
-        if not 0 <= settings.label_smoothing < _HALF:
-            raise DataError(
-                f"must be at least 0 and below 0.5, not {settings.label_smoothing}", key="task.label_smoothing"
-            )
         if settings.label_smoothing and settings.loss not in _SMOOTHED:
             raise DataError(f"is a setting of {' and '.join(_SMOOTHED)}", key="task.label_smoothing")
         if settings.reference and settings.loss not in _REFERRING:

@@ -23,12 +23,16 @@ UNDER_DATASET = ("max_length", "overlong", "packing", "train_on")
 def out_of_range(settings: Any) -> Iterator[tuple[str, str]]:
     """Yield the settings of a task that are outside of their range, and what is wrong with each."""
     for entry in fields(settings):
-        given, least, above = getattr(settings, entry.name), *map(entry.metadata.get, ("least", "above"))
-        for value in given.values() if isinstance(given, dict) else [given]:
-            if isinstance(value, (int, float)) and least is not None and not value >= least:
-                yield entry.name, f"must be at least {least}, not {value}"
-            if isinstance(value, (int, float)) and above is not None and not value > above:
-                yield entry.name, f"must be above {above}, not {value}"
+        given, limits = getattr(settings, entry.name), entry.metadata
+        for key, value in given.items() if isinstance(given, dict) else [("", given)]:
+            if isinstance(value, (int, float)):
+                of = f"{key}: " if key else ""
+                if not value >= limits.get("least", value):
+                    yield entry.name, f"{of}must be at least {limits['least']}, not {value}"
+                if "above" in limits and not value > limits["above"]:
+                    yield entry.name, f"{of}must be above {limits['above']}, not {value}"
+                if "below" in limits and not value < limits["below"]:
+                    yield entry.name, f"{of}must be below {limits['below']}, not {value}"
 
 
 class TaskSettings:
@@ -233,7 +237,7 @@ class Preference(TaskSettings):
     beta: float = field(default=0.1, metadata=NOT_ENCODED | ABOVE_0)
     """dpo, kto: how little the model may move away from the reference; ipo: the same, its margin is 1 / (2 beta);
     orpo: the weight of the comparison beside that of the chosen answer's own loss; simpo: the scale of the rewards."""
-    label_smoothing: float = field(default=0.0, metadata=NOT_ENCODED)
+    label_smoothing: float = field(default=0.0, metadata=NOT_ENCODED | AT_LEAST_0 | {"below": 0.5})
     """dpo, simpo: the share of pairs whose two answers are taken to be the wrong way round, below 0.5."""
     simpo_gamma: float = field(default=0.5, metadata=NOT_ENCODED)
     """simpo: by how much the rewards should differ at least."""

@@ -41,7 +41,7 @@ _CHOSEN = {
     "training": ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
     "launch": ("strategy",),
 }
-_DECISIVE = ("base_model", "method", "dataset")
+_DECISIVE = ("base_model", "task", "method", "dataset")
 """Sections that decide what a run needs."""
 Settings = dict[str, Any]
 """Those of ``_CHOSEN`` by name."""

@@ -12,6 +12,7 @@ import torch
 from models_tiny import PAD, batch, ids, labelled, randomise, tiny
 from torch import nn
 from transformers import LlamaForCausalLM
+from transformers.generation import EosTokenCriteria
 
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import disabled, inject, set_trainable, unload
@@ -119,6 +120,18 @@ def test_what_looks_at_the_ids_sees_no_placeholder(model: nn.Module, beams: int)
     )
     assert len(seen) >= 4
     assert all(torch.equal(each, tokens) for each in seen)
+
+
+def test_criteria_of_transformers_stay_what_they_are(model: nn.Module) -> None:
+    """``generate`` asks for their types: rows are padded after the end of a text."""
+    tokens, mask = _padded()
+    settings = {**GREEDY, "max_new_tokens": 3}
+    plain = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, **settings)
+    first = int(plain[0, 7])
+    ended = virtual_tokens.generate(
+        model, input_ids=tokens, attention_mask=mask, stopping_criteria=[EosTokenCriteria(first)], **settings
+    )
+    assert ended[0, 7:].tolist() == [first, *[PAD] * (ended.shape[1] - 8)]
 
 
 def test_a_streamer_is_given_the_prompt_alone(model: nn.Module) -> None:

@@ -292,6 +292,10 @@ def test_the_statistics_of_a_head_that_trains_are_those_of_its_data() -> None:
     assert not body.running_mean.any()
     assert not head[0].running_mean.any()
     assert model[2].copy[0].running_mean.any()
+    set_trainable(model, False)
+    before = model[2].copy[0].running_mean.clone()
+    model.train()(torch.randn(8, 4) + 9)
+    assert torch.equal(model[2].copy[0].running_mean, before)
     unload(model)
     model.train()(torch.randn(8, 4) + 3)
     assert body.running_mean.any()
@@ -309,6 +313,21 @@ def test_modules_that_peft_finds_by_an_ending_are_read(lib: Any, tmp_path: Path)
     expected = logits(model.eval(), batch("llama"))
     again = peftcli.PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
     torch.testing.assert_close(logits(again, batch("llama")), expected)
+
+
+def test_an_ending_of_what_is_adapted_is_not_saved_by_it(tmp_path: Path) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.proj = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.proj(self.q_proj(x))
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["proj"])
+    inject(model := Both(), config)
+    save_adapter(model, config, tmp_path)
+    load_adapter(Both(), config_from_dict(read_config(tmp_path)), tmp_path)
 
 
 def test_a_file_of_which_a_target_is_not_there_is_read(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,22 @@ def test_what_somebody_has_unfrozen_is_kept_too(model: PeftModel, tmp_path: Path
         model.load_state_dict(state)
     with pytest.warns(UserWarning, match=r"in none of their files: base_model.model.model.norm.weight"):
         model.save_pretrained(tmp_path)
+
+
+def test_what_adapters_share_is_no_stranger(tmp_path: Path) -> None:
+    """A bank of vectors that all layers hold, and rows of an embedding that the head shares."""
+    shared = [
+        peftcli.VBLoRAConfig(target_modules=["q_proj"], num_vectors=8, vector_length=8, topk=1),
+        peftcli.TrainableTokensConfig(token_indices=[1, 2]),
+    ]
+    for config in shared:
+        model = peftcli.get_peft_model(tiny("llama_tied"), config)
+        state = model.state_dict()
+        save_file(state, tmp_path / "state.safetensors")
+        assert not model.load_state_dict(load_file(tmp_path / "state.safetensors")).missing_keys
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.save_pretrained(tmp_path / "adapter")
 
 
 class Sharded(nn.Module):

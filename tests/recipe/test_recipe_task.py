@@ -76,7 +76,13 @@ def test_the_same_value_in_both_places_is_no_problem_and_another_is(problem: Cal
         ("task: {type: causal_lm, num_beams: 0}\n", "task.num_beams", "must be at least 1, not 0", None),
         ("task: {type: question_answering, stride: -1}\n", "task.stride", "must be at least 0, not -1", None),
         ("task: {type: preference, beta: 0}\n", "task.beta", "must be above 0, not 0", None),
-        ("task: {type: sequence_classification, class_weights: {a: -1}}\n", "task.class_weights", "at least 0", None),
+        ("task: {type: preference, label_smoothing: 0.5}\n", "task.label_smoothing", "must be below 0.5", None),
+        (
+            "task: {type: sequence_classification, class_weights: {a: -1}}\n",
+            "task.class_weights",
+            "a: must be at least 0",
+            None,
+        ),
         ("task: {type: feature_extraction, mini_batch_size: 0}\n", "task.mini_batch_size", "at least 1", None),
     ],
 )

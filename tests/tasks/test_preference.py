@@ -237,7 +237,6 @@ def test_a_start_that_was_not_kept_is_no_reference() -> None:
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        ({"label_smoothing": 0.5}, "label_smoothing"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing"),
         ({"loss": "simpo", "reference": "base"}, "reference"),
     ],

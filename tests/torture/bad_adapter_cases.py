@@ -335,7 +335,9 @@ TARGETS = {
     "a typo": loaded(
         "target_modules: no module of LlamaForCausalLM matches 'q_porj'; closest: q_proj", target_modules=["q_porj"]
     ),
-    "one of two": loaded("unexpected: base_model.model.model.layers.0", target_modules=["q_proj", "v_porj"]),
+    "one of two": loaded(
+        "no module of the model matches v_porj of target_modules", target_modules=["q_proj", "v_porj"]
+    ),
     "a part of a name": loaded("matches 'proj'", target_modules=["proj"]),
     "a pattern that nothing matches": loaded("matches '.*q_porj'", target_modules=".*q_porj"),
     "what is no layer": loaded("target_modules", target_modules=["self_attn"]),

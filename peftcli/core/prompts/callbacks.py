@@ -10,7 +10,7 @@ import torch
 
 from peftcli.core.prompts.inputs import without
 
-See = Callable[[torch.Tensor], torch.Tensor]
+Seen = Callable[[torch.Tensor], torch.Tensor]
 """Takes the placeholders out of ids (B, n + T)."""
 
 
@@ -23,13 +23,13 @@ def without_placeholders(inputs: dict[str, Any], start: torch.Tensor, count: int
         count: how many there are.
     """
 
-    def see(ids: torch.Tensor) -> torch.Tensor:
-        return without(ids, start, count)
+    def see(ids: torch.Tensor) -> torch.Tensor:  # a streamer gets them on the CPU
+        return without(ids, start.to(ids.device), count)
 
     changed: dict[str, Any] = {}
     for key, kind in (("logits_processor", _Processor), ("stopping_criteria", _Criterion)):
         if given := inputs.get(key):
-            changed[key] = type(given)([kind(each, see) for each in given])
+            changed[key] = type(given)([each if _is_transformers(each) else kind(each, see) for each in given])
     if allowed := inputs.get("prefix_allowed_tokens_fn"):
         changed["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
             row, without(ids[None], start[row : row + 1], count)[0]
@@ -39,12 +39,17 @@ def without_placeholders(inputs: dict[str, Any], start: torch.Tensor, count: int
     return inputs | changed
 
 
+def _is_transformers(given: Any) -> bool:
+    """Whether ``generate`` knows the class: it asks for the type, and its own of the same see the placeholders too."""
+    return type(given).__module__.startswith("transformers.")
+
+
 @dataclass
 class _Processor:
     """Of logits. transformers looks at the names of its parameters."""
 
     given: Any
-    see: See
+    see: Seen
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
         return self.given(self.see(input_ids), scores)
@@ -55,7 +60,7 @@ class _Criterion:
     """Says whether a text ends."""
 
     given: Any
-    see: See
+    see: Seen
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **more: Any) -> Any:
         return self.given(self.see(input_ids), scores, **more)
@@ -66,7 +71,7 @@ class _Streamer:
     """Is given the prompt, (B, T), and then each new token."""
 
     given: Any
-    see: See
+    see: Seen
 
     def put(self, value: torch.Tensor) -> None:
         self.given.put(self.see(value) if value.ndim > 1 else value)

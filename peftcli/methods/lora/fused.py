@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from peftcli.core.linear import PLAIN_WEIGHTS
 
@@ -95,7 +96,7 @@ class _Update(torch.autograd.Function):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         dtype = dtype if y is None else y.dtype
-        ctx.given = all(each.dtype == dtype for each in (x, a, b, weight) if each is not None)
+        ctx.unconverted = all(each.dtype == dtype for each in (x, a, b, weight) if each is not None)
         x, a, b = (each.to(dtype) for each in (x, a, b))
         with torch.autocast(device, enabled=False):
             inner = F.linear(_flat(x), a)
@@ -112,21 +113,27 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, of_made: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # autograd converts what is returned to the dtypes of the inputs
-        x, inner, a, b, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient is to be differentiated
-            if not ctx.given:
-                raise RuntimeError("LoRA has a second derivative only without autocast, in one number format")
-            inner = F.linear(_flat(x), a)
-        of_inner = (of_made @ b).mul_(ctx.scaling)
-        of_x = of_y = of_a = of_b = None
-        if ctx.needs_input_grad[0]:
-            of_x = of_inner @ a if weight is None else (of_made @ weight).addmm_(of_inner, a)
-            of_x = of_x.view(x.shape)
-        if ctx.needs_input_grad[1]:
-            of_y = of_made.reshape(*x.shape[:-1], len(b))
-        if ctx.needs_input_grad[4]:
-            of_a = of_inner.T @ _flat(x)
-        if ctx.needs_input_grad[5]:
-            of_b = (inner.T @ of_made).T.mul_(ctx.scaling)  # faster than the other way round
-        return of_x, of_y, None, None, of_a, of_b, None
+        return _gradients(ctx, of_made) if ctx.unconverted else _gradients_once(ctx, of_made)
+
+
+def _gradients(ctx: Any, of_made: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    # autograd converts what is returned to the dtypes of the inputs
+    x, inner, a, b, weight = ctx.saved_tensors
+    if torch.is_grad_enabled():  # the gradient is to be differentiated
+        inner = F.linear(_flat(x), a)
+    of_inner = (of_made @ b).mul_(ctx.scaling)
+    of_x = of_y = of_a = of_b = None
+    if ctx.needs_input_grad[0]:
+        of_x = of_inner @ a if weight is None else (of_made @ weight).addmm_(of_inner, a)
+        of_x = of_x.view(x.shape)
+    if ctx.needs_input_grad[1]:
+        of_y = of_made.reshape(*x.shape[:-1], len(b))
+    if ctx.needs_input_grad[4]:
+        of_a = of_inner.T @ _flat(x)
+    if ctx.needs_input_grad[5]:
+        of_b = (inner.T @ of_made).T.mul_(ctx.scaling)  # faster than the other way round
+    return of_x, of_y, None, None, of_a, of_b, None
+
+
+_gradients_once = once_differentiable(_gradients)
+"""Of inputs that were converted, whose gradients would lead to the copies."""
