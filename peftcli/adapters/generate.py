@@ -13,11 +13,14 @@ from typing import Any
 from peftcli.adapters.answer_file import content_key, write_answers
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
 from peftcli.data.sources import open_source
-from peftcli.errors import DataError
+from peftcli.errors import DataError, UsageError
 from peftcli.schema import BaseModel, Source
+from peftcli.tasks import TASKS
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator, generator_of
 from peftcli.tasks.text.prompts import Prompt, prompt_of
 
+_WRITING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+"""PEFT's names of the tasks whose models write texts."""
 _WORTH_MERGING = 64
 """Tokens after which a merged model has made up for the time that merging takes: SmolLM2-135M on a CPU needs 50."""
 
@@ -49,6 +52,9 @@ def load_generator(
     from peftcli.schema import Quantization
 
     source = find_adapter(adapter, base)
+    if source.task is not None and TASKS[source.task].task_type not in _WRITING:
+        hint = f"peftcli predict {adapter} answers rows of any task"
+        raise UsageError(f"is an adapter of {source.task}, which writes no text", file=adapter, hint=hint)
     spec = source.base
     if quantization is not None:
         wanted = None if quantization == "none" else Quantization(type=quantization)  # type: ignore[arg-type]

@@ -27,17 +27,17 @@ def evaluate(
     """Measure metrics on the recipe's evaluation data, and apply its gates."""
     from peftcli.recipe import load_recipe
 
-    progress_log(quiet)
+    tell = progress_log(quiet)
     with junit_report(junit, recipe) as result:
         settings = load_recipe(recipe, overrides or [])
 
         from peftcli.train.evaluate_adapter import measure
         from peftcli.train.finish import raise_failed_gates
 
-        result |= measure(settings, adapter, on_warning=lambda text: console.log(f"warning: {text}"))
-    if as_json:
-        console.print_json(result)
-    else:
-        for name, value in sorted(result["eval"]["last"].items()):
-            console.out(f"{name} {value:.6g}")
+        result |= measure(settings, adapter, lambda text: console.log(f"warning: {text}"), tell)
+        if as_json:
+            console.print_json(result)
+        else:
+            for name, value in sorted(result["eval"]["last"].items()):
+                console.out(f"{name} {value:.6g}")
     raise_failed_gates(result["gates"])

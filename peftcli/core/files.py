@@ -347,9 +347,10 @@ def check_header(
         check_state(empty, found, str(path), adapter)
     except AdapterError as error:
         if error.file is not None:
-            if unmatched := _unmatched(model, config):
-                error.hint = f"no module of the model matches {', '.join(unmatched)} of target_modules"
-            raise
+            if not (unmatched := _unmatched(model, config)):
+                raise
+            hint = f"no module of the model matches {', '.join(unmatched)} of target_modules"
+            raise AdapterError(error.message, file=error.file, key=error.key, hint=hint) from None
         place = str(path.parent / CONFIG_FILE)
         raise AdapterError(error.message, key=error.key, hint=error.hint, file=place) from None
     finally:

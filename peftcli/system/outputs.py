@@ -90,6 +90,13 @@ def write_output(path: Path, content: bytes) -> None:
         file.append(content)
 
 
+def refuse_input(path: Path, source: Path | None) -> None:
+    """Raises UsageError where an output file is the input ``source``, which it would replace."""
+    with suppress(OSError):
+        if source is not None and expand_user(path).samefile(expand_user(source)):
+            raise UsageError("is the input too, which the answers would replace", file=str(path), key="--output")
+
+
 def expand_user(path: Path) -> Path:
     """Expand ``~``, which the shell does not expand in ``--output=~/x``."""
     with suppress(RuntimeError):  # no such user

@@ -11,7 +11,7 @@ import importlib.util
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -472,6 +472,14 @@ def scores_of(outputs: Any) -> torch.Tensor:
 
 _POSITIONS, _OF_HIDDEN_STATES = 32, 3
 """Places in a text whose logits are compared, and the dimensions of hidden states: rows, positions, width."""
+
+
+def number_in(value: Any) -> Any:
+    """The number that a text holds, as tables of texts have it; any other value as it is."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value
 
 
 @contextmanager

@@ -108,6 +108,7 @@ class Classification(Task[Settings]):
         n - 1 keep their numbers.
         """
         declared, seen, lists, floats = dict[str, None](), dict[str, float | None](), False, False
+        lengths, repeats = set[int](), False
         for table, rows in tables:
             reader = self.read(table)
             declared |= dict.fromkeys(reader.classes)
@@ -115,7 +116,13 @@ class Classification(Task[Settings]):
                 with suppress(DataError):
                     label = self._label(row, reader)
                     lists, floats = lists or isinstance(label, list), floats or isinstance(label, float)
+                    if isinstance(label, list):
+                        lengths.add(len(label))
+                        repeats = repeats or len(set(label)) < len(label)
                     seen |= {str(name): _number(name) for name in (label if isinstance(label, list) else [label])}
+        if repeats and len(lengths) == 1 and seen.keys() <= {"0", "1"}:
+            message = "of the training rows have a 0 or 1 for each class; give the names of a row's classes"
+            raise DataError(f"the labels {message}", key="dataset.train")
         kind = self.settings.problem_type or ("multi_label" if lists else None)
         numbers = [number for number in seen.values() if number is not None]
         fractions = len(numbers) == len(seen) and any(number % 1 for number in numbers)
@@ -125,8 +132,8 @@ class Classification(Task[Settings]):
         if not self.labels and set(labels) == set(map(str, range(len(labels)))):
             labels.sort(key=int)
         if len(labels) < 2 and kind != "multi_label":
-            found = f"all have the label {labels[0]!r}" if labels else "none has a label"
-            raise DataError(f"of the training rows {found}; a classifier needs two classes", key="dataset.train")
+            found = f"all training rows have the label {labels[0]!r}" if labels else "no training row has a label"
+            raise DataError(f"{found}; a classifier needs two classes", key="dataset.train")
         return replace(self.settings, labels=labels, problem_type=kind or "single_label")
 
     def read(self, table: Table, *, labelled: bool = True) -> LabelReader:
@@ -318,6 +325,8 @@ class Classification(Task[Settings]):
                 key=key,
                 hint="The classes are those of the training rows, unless task.labels names them.",
             )
+        if kind == "multi_label" and len(set(names)) < len(names):
+            raise row.place.error(f"names a class twice: {shortened(label)}", key=key)
         if kind == "multi_label":
             return [float(name in names) for name in self.labels]
         return [float(self._index[names[0]])]

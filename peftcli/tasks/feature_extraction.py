@@ -27,7 +27,7 @@ from peftcli.data.used_rows import Ragged, UsedRows
 from peftcli.errors import DataError, ModelError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, on_device, scores_of, table_of, write_task
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, number_in, on_device, scores_of, table_of, write_task
 from peftcli.tasks.classification import correlations
 from peftcli.tasks.findings import EMBEDDINGS as FINDINGS
 from peftcli.tasks.gather import gathered, process
@@ -491,7 +491,7 @@ def _score(row: Row, reader: Reader) -> float:
     Raises:
         DataError: it is no number that a cosine can be.
     """
-    value = reader.value(row, "score")
+    value = number_in(reader.value(row, "score"))
     if isinstance(value, bool) or not isinstance(value, int | float) or not -1 <= value <= 1:
         message = f"expected a number from -1 to 1, as cosines are, found {value!r:.60}"
         raise row.place.error(message, key=reader.names["score"], hint="Scores from 0 to 5: divide them by 5.")

@@ -257,6 +257,8 @@ def _is_good(row: Row, reader: AnswerReader) -> bool:
     if "label" not in reader.names:
         return True
     value = reader.value(row, "label")
+    if isinstance(value, str):  # as a table of texts has it
+        value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower(), value)
     if value not in (True, False) or not isinstance(value, bool | int):
         raise row.place.error(f"expected true or false, found {value!r:.60}", key=reader.names["label"])
     return bool(value)

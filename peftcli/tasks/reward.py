@@ -21,7 +21,17 @@ from peftcli.data.rows import Row, Table
 from peftcli.data.store import Column, Example, Outcome
 from peftcli.errors import DataError
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, model_inputs, table_of, write_task
+from peftcli.tasks.base import (
+    Batch,
+    Loss,
+    PredictOptions,
+    Task,
+    logits_of,
+    model_inputs,
+    number_in,
+    table_of,
+    write_task,
+)
 from peftcli.tasks.shown import Facts, Shown
 from peftcli.tasks.text.answer_inputs import AnswerInputs, pair_sums
 from peftcli.tasks.text.answers import PAIR, AnswerReader, answer_reader
@@ -101,7 +111,7 @@ def _margin(row: Row, reader: AnswerReader) -> float:
     """
     if "margin" not in reader.names:
         return 0.0
-    value = reader.value(row, "margin")
+    value = number_in(reader.value(row, "margin"))
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise row.place.error(f"expected a number, found {value!r:.60}", key=reader.names["margin"])
     return float(value)

@@ -203,9 +203,19 @@ def plan_of(recipe: Recipe, data: Data, num_processes: int) -> Plan:
 
 def _table(source: Source) -> tuple[Table, Iterator[Row]]:
     """The rows of a source that can be read."""
-    opened = open_source(source)
-    rows = (row for row in opened.rows() if isinstance(row, Row))
+    opened, bad = open_source(source), list[DataError]()
+
+    def good() -> Iterator[Row]:
+        for row in opened.rows():
+            if isinstance(row, Row):
+                yield row
+            elif not bad:
+                bad.append(row)
+
+    rows = good()
     first = list(islice(rows, _FIRST))
+    if bad and not first:
+        raise bad[0]
     columns = tuple(dict.fromkeys(name for row in first for name in row.values))
     table = Table(source, opened.name, columns, opened.class_names, first[0].values if first else {})
     return table, chain(first, rows)

@@ -30,7 +30,10 @@ from peftcli.train.setup import load_base, start_accelerator
 
 
 def measure(
-    recipe: Recipe, adapter: str | None, on_warning: Callable[[str], None] = lambda text: None
+    recipe: Recipe,
+    adapter: str | None,
+    on_warning: Callable[[str], None] = lambda text: None,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """The metrics, in the shape of a finished run's run.json.
 
@@ -38,18 +41,19 @@ def measure(
         recipe: names base model, task and evaluation data.
         adapter: folder or hub id; None measures the base model alone.
         on_warning: is told what is odd with the evaluation data.
+        on_note: is told what the user should know besides: which task and classes were found.
 
     Raises:
         DataError: the recipe has no evaluation data, or it cannot be used.
         AdapterError: the adapter does not fit the recipe's base model.
     """
     started = time.perf_counter()
-    recipe = with_task(recipe, on_warning)
+    recipe = with_task(recipe, on_note)
     accelerator = start_accelerator(replace(recipe, launch=Launch()))  # one process measures
     source, base = None if adapter is None else find_adapter(adapter), open_base(recipe.base_model)
     trained = source is not None and source.task_values and source.task == (recipe.task or {}).get("type")
     opened = source.open_task(base) if source is not None and trained else None
-    data = load_data(recipe, opened or open_task(recipe, base), only_eval=True, on_note=on_warning)
+    data = load_data(recipe, opened or open_task(recipe, base), only_eval=True, on_note=on_note)
     task = data.task
     refuse(data.findings, recipe.dataset.allow)
     for text in data.warnings:

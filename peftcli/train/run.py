@@ -209,6 +209,8 @@ def read_data(run: Run) -> RunData:
     with date.fixed_date(run.record.day):
         task = open_task(recipe, base)
         examples = load_data(recipe, task, on_rows=lambda *read: run.tell(RowsRead(*read)), on_note=run.warn)
+    if unread := examples.report.get("columns_not_read"):
+        run.tell(Phase(f"columns that are not read: {', '.join(unread)}"))
     if run.is_main:
         run.folder.write_skipped(examples.skipped())
     refuse(examples.findings, recipe.dataset.allow)

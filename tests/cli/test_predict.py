@@ -130,6 +130,22 @@ def test_without_the_adapter_there_is_no_head(cli: Callable, texts: Path) -> Non
     assert "answers would be random" in ran.err
 
 
+def test_what_would_be_lost_or_meant_otherwise_is_refused(
+    cli: Callable, texts: Path, words: Path, tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "sun tea"}])
+    before = rows.read_bytes()
+    ran = cli("predict", texts, "--input", rows, "--output", tmp_path / ".." / tmp_path.name / "rows.jsonl")
+    assert (ran.code, rows.read_bytes()) == (2, before)
+    assert "is the input too" in ran.err
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "sun"}])
+    assert cli("generate", words, "--input", prompts, "--output", prompts).code == 2
+    ran = cli("predict", texts, rows)
+    assert (ran.code, "give it as --input" in ran.err) == (2, True)
+    ran = cli("generate", texts, "--prompt", "sun")
+    assert (ran.code, "which writes no text" in ran.err, "peftcli predict" in ran.err) == (2, True, True)
+
+
 def test_a_row_that_cannot_be_answered(cli: Callable, texts: Path, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", [{"text": "sun"}, {"text": None}])
     ran = cli("predict", texts, "--input", source, "--output", tmp_path / "out.jsonl")

@@ -103,6 +103,15 @@ def test_a_row_without_a_label_is_an_error_with_its_place(missing: Any) -> None:
     assert (bad.file, bad.line, bad.key) == ("a.jsonl", 2, "label")
 
 
+def test_lists_of_a_number_for_each_class_are_refused() -> None:
+    """Or else each row would have all classes, and be answered without a mistake."""
+    with pytest.raises(DataError, match="a 0 or 1 for each class"):
+        scanned([{"text": "x", "label": [0, 0, 1]}, {"text": "y", "label": [1, 0, 0]}])
+    task = open_task(labels=["a", "b"], problem_type="multi_label")
+    [bad] = encoded(task, [{"text": "x", "label": ["a", "a"]}])
+    assert "names a class twice" in bad.message
+
+
 def test_a_number_beyond_the_class_label_is_an_error() -> None:
     task = scanned(rows(0, 1), classes={"label": ("ham", "spam")})
     [bad] = encoded(task, rows(2), classes={"label": ("ham", "spam")})
@@ -117,7 +126,7 @@ def test_a_label_that_training_lacks_is_an_error() -> None:
 
 
 def test_one_class_alone_is_refused() -> None:
-    with pytest.raises(DataError, match="all have the label 'ham'"):
+    with pytest.raises(DataError, match="all training rows have the label 'ham'"):
         scanned(rows("ham", "ham"))
 
 

@@ -55,7 +55,7 @@ def test_other_commands_find_it_too(recipe: Path, capsys: pytest.CaptureFixture[
     assert SAID in [event.text for event in events if isinstance(event, Warned)]
     trainkit.reset_accelerate()
     notes: list[str] = []
-    assert measure(settings, None, notes.append)["recipe"]["task"] == "causal_lm"
+    assert measure(settings, None, on_note=notes.append)["recipe"]["task"] == "causal_lm"
     assert notes[0] == SAID
 
 
