@@ -296,8 +296,8 @@ def _own_names(module: nn.Module) -> list[str]:
 def _unmatched(model: nn.Module, config: AdapterConfig) -> list[str]:
     """The entries of ``target_modules`` that no module of the model matches."""
     entries, paths = getattr(config, "target_modules", None), base_paths(model)
-    listed = entries if isinstance(entries, list) else []
-    return [entry for entry in listed if not any(module_matches(path, entry) for path in paths)]
+    listed = () if isinstance(entries, str) else entries or ()
+    return [entry for entry in sorted(listed) if not any(module_matches(path, entry) for path in paths)]
 
 
 def _add_saved_by_ending(model: nn.Module, config: AdapterConfig, header: Mapping[str, TensorEntry]) -> None:
