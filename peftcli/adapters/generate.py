@@ -19,8 +19,6 @@ from peftcli.tasks import TASKS
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator, generator_of
 from peftcli.tasks.text.prompts import Prompt, prompt_of
 
-_WRITING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-"""PEFT's names of the tasks whose models write texts."""
 _WORTH_MERGING = 64
 """Tokens after which a merged model has made up for the time that merging takes: SmolLM2-135M on a CPU needs 50."""
 
@@ -52,7 +50,7 @@ def load_generator(
     from peftcli.schema import Quantization
 
     source = find_adapter(adapter, base)
-    if source.task is not None and TASKS[source.task].task_type not in _WRITING:
+    if source.task is not None and not TASKS[source.task].writes_text:
         hint = f"peftcli predict {adapter} answers rows of any task"
         raise UsageError(f"is an adapter of {source.task}, which writes no text", file=adapter, hint=hint)
     spec = source.base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -13,9 +14,6 @@ from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.errors import UsageError
 from peftcli.system.outputs import expand_user, is_stream, refuse_input
 from peftcli.system.secrets import redact_values
-
-_OF_ROWS = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".jsonl.zst")
-"""Endings of data files."""
 
 
 def predict(
@@ -43,15 +41,16 @@ def predict(
     """Answer rows with an adapter, whatever its task: one JSON object per row, in order."""
     if (source is None) != (target is None) or (source is None) == (not inputs):
         raise UsageError("give texts or files, or --input with --output")
-    for text in inputs or ():
-        if text.endswith(_OF_ROWS) and Path(text).is_file():
-            raise UsageError("is a file of rows", file=text, hint="give it as --input, with --output for the answers")
     tell = progress_log(quiet)
     if target is not None:
         refuse_input(target, source)
         is_stream(expand_user(target))  # raises before any work if the file cannot be written
     from peftcli.adapters.predict import load_predictor, predict_file, read_rows
+    from peftcli.data.readers import kind_of
 
+    for text in inputs or ():
+        if kind_of(text) and os.path.isfile(text):  # false of a text that no path can be
+            raise UsageError("is a file of rows", file=text, hint="give it as --input, with --output for the answers")
     rows = [] if source is None else read_rows(source)
     predictor = load_predictor(
         adapter, base, with_adapter=not no_adapter, batch_size=batch_size, merge_for=rows, tell=tell

@@ -306,6 +306,8 @@ def _add_saved_by_ending(model: nn.Module, config: AdapterConfig, header: Mappin
     PEFT looks for ``norm`` at the end of a name without regard to dots, and so finds ``post_attention_layernorm``.
     """
     given = config.modules_to_save or []
+    if not given:
+        return
     base = {f"{path}.{own}" for path, module in base_modules(model).items() for own in _own_names(module)}
     held = {
         name.rpartition(".")[0] for name in (each.removeprefix(config.file_prefix) for each in header) if name in base

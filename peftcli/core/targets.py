@@ -73,13 +73,9 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
             text = f"all-linear adapts no experts, whose weights are no layers; add target_parameters: {experts}"
             warnings.warn(text, PeftWarning, stacklevel=2)
     else:
-        try:
-            names = matching(model, modules, wanted, "target_modules", allow_unmatched=config.inference_mode)
-        except NoMatchingPeftModuleError as error:
-            experts = _experts(modules) if hasattr(config, "target_parameters") else []
-            if experts and "closest" not in error.message:
-                error.hint = f"the weights of experts are no layers here: target_parameters: {experts}"
-            raise
+        experts = _experts(modules) if hasattr(config, "target_parameters") else []
+        hint = f"the weights of experts are no layers here: target_parameters: {experts}" if experts else None
+        names = matching(model, modules, wanted, "target_modules", hint=hint, allow_unmatched=config.inference_mode)
     if isinstance(config, ExcludingConfig) and config.exclude_modules is not None:
         excluded = set(matching(model, modules, config.exclude_modules, "exclude_modules"))
         if excluded.isdisjoint(names):
@@ -174,6 +170,7 @@ def matching(
     wanted: Collection[str],
     key: str,
     what: str = "module",
+    hint: str | None = None,
     allow_unmatched: bool = False,
 ) -> list[str]:
     """Return those of the names that a regular expression, or a list of names or name endings, matches, in their order.
@@ -184,6 +181,7 @@ def matching(
         wanted: The expression or the list.
         key: The setting that holds it.
         what: What is named.
+        hint: What to do where a name matches nothing and none is near.
         allow_unmatched: Whether one entry with a match is enough: in a file, whose tensors say what was adapted.
 
     Raises:
@@ -202,8 +200,9 @@ def matching(
         matched = {name: entries & _endings(name) for name in names}
         found, unmatched = [name for name in names if matched[name]], sorted(entries.difference(*matched.values()))
     if unmatched and not (allow_unmatched and found):
-        nothing = f"no {what} of {type(model).__name__} matches {unmatched[0]!r}{_closest(unmatched[0], names)}"
-        raise NoMatchingPeftModuleError(nothing, key=key)
+        entry, is_near = unmatched[0], bool(_near(unmatched[0], _endings_like(unmatched[0], names)))
+        nothing = f"no {what} of {type(model).__name__} matches {entry!r}{_closest(entry, names)}"
+        raise NoMatchingPeftModuleError(nothing, key=key, hint=None if is_near else hint)
     return found
 
 
@@ -259,8 +258,19 @@ def _other_spellings(entry: str) -> list[str]:
 
 
 def _closest(entry: str, names: Iterable[str]) -> str:
+    """What a message says of the names beside an entry that is none of them."""
+    endings = _endings_like(entry, names)
+    near = _near(entry, endings)
+    return f"; closest: {', '.join(near)}" if near else f"; there are: {', '.join(endings[:12])}"
+
+
+def _endings_like(entry: str, names: Iterable[str]) -> list[str]:
+    """Return the endings of the names that have as many parts as the entry."""
     dots = entry.count(".")
-    endings = {".".join(name.split(".")[-1 - dots :]) for name in names}
+    return sorted({".".join(name.split(".")[-1 - dots :]) for name in names})
+
+
+def _near(entry: str, endings: list[str]) -> list[str]:
+    """Return those of the endings that may be meant."""
     other = [name for name in _other_spellings(entry) if name in endings]
-    near = other or difflib.get_close_matches(entry, sorted(endings), n=3, cutoff=0.5)
-    return f"; closest: {', '.join(near)}" if near else f"; there are: {', '.join(sorted(endings)[:12])}"
+    return other or difflib.get_close_matches(entry, endings, n=3, cutoff=0.5)

@@ -75,6 +75,11 @@ class TaskRow:
         return f"peftcli predict {adapter} {self.example}"
 
     @property
+    def writes_text(self) -> bool:
+        """Whether the model continues or answers a text: ``peftcli generate``."""
+        return self.auto_class in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+
+    @property
     def packs(self) -> bool:
         """Whether several examples fit one row of a batch; ``Packs``, as far as it is known without torch."""
         return "packing" in {each.name for each in fields(self.settings)}
