@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -47,9 +46,10 @@ def predict(
         is_stream(expand_user(target))  # raises before any work if the file cannot be written
     from peftcli.adapters.predict import load_predictor, predict_file, read_rows
     from peftcli.data.readers import kind_of
+    from peftcli.recipe.data_checks import exists
 
     for text in inputs or ():
-        if kind_of(text) and os.path.isfile(text):  # false of a text that no path can be
+        if kind_of(text) and exists(text):
             raise UsageError("is a file of rows", file=text, hint="give it as --input, with --output for the answers")
     rows = [] if source is None else read_rows(source)
     predictor = load_predictor(
