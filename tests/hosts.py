@@ -32,6 +32,16 @@ class Host:
 
     name: str
     address: str
+    cable: str
+    """Its end of it."""
+
+    def unplug(self) -> None:
+        """Pull the cable: nothing comes or goes, and nobody is told."""
+        _ip("-n", self.name, "link", "set", self.cable, "down")
+
+    def plug(self) -> None:
+        """Put the cable back."""
+        _ip("-n", self.name, "link", "set", self.cable, "up")
 
     def start(self, command: list[str], hidden: Path, **options: Any) -> subprocess.Popen[str]:
         """Start a command on this host, which sees nothing of what is in the folder ``hidden``."""
@@ -56,16 +66,18 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
     number = next(_count)
     short = f"{os.getpid() % 100_000}-{number}"
     # the first has the larger address, and that of the other comes first as text
-    hosts = [Host(f"peftcli-{short}-{each}", f"10.{77 + number % 100}.0.{place}") for each, place in enumerate((9, 10))]
-    cable = [f"pe{short}-{each}" for each in range(2)]
+    hosts = [
+        Host(f"peftcli-{short}-{each}", f"10.{77 + number % 100}.0.{place}", f"pe{short}-{each}")
+        for each, place in enumerate((9, 10))
+    ]
     try:
         for host in hosts:
             _ip("netns", "add", host.name)
-        _ip("link", "add", cable[0], "type", "veth", "peer", "name", cable[1])
-        for host, end in zip(hosts, cable, strict=True):
-            _ip("link", "set", end, "netns", host.name)
-            _ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", end)
-            _ip("-n", host.name, "link", "set", end, "up")
+        _ip("link", "add", hosts[0].cable, "type", "veth", "peer", "name", hosts[1].cable)
+        for host in hosts:
+            _ip("link", "set", host.cable, "netns", host.name)
+            _ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", host.cable)
+            host.plug()
             _ip("-n", host.name, "link", "set", "lo", "up")
         yield hosts[0], hosts[1]
     finally:

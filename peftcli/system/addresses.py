@@ -1,13 +1,17 @@
-"""This machine's address and network interface on the way to another machine."""
+"""This machine's address and network interface on the way to another machine, and its connections to others."""
 
 from __future__ import annotations
 
 import os
 import socket
+import sys
 from contextlib import suppress
 from typing import Any
 
 import psutil
+
+_SILENT_SECONDS = 60
+"""Time that another machine may be silent. One that loses its power, or its cable, closes no connection."""
 
 
 def local_address_towards(kind: int, target: Any) -> str:
@@ -39,3 +43,25 @@ def use_interface_to(host: str) -> None:
         address = local_address_towards(kind, target)
         if address != "::1" and not address.startswith("127."):
             use_interface(address)
+
+
+def notice_lost_machines(*, unanswered: bool) -> None:
+    """Let the connections that this process has now fail when the other machine has been silent for a minute (Linux).
+
+    Args:
+        unanswered: Whether also what was sent must be taken there within that time. NCCL may send what waits.
+    """
+    if sys.platform != "linux":
+        return
+    options = {
+        socket.TCP_KEEPIDLE: _SILENT_SECONDS // 2,
+        socket.TCP_KEEPINTVL: _SILENT_SECONDS // 6,
+        socket.TCP_KEEPCNT: 3,
+        **({socket.TCP_USER_TIMEOUT: 1000 * _SILENT_SECONDS} if unanswered else {}),
+    }
+    for each in psutil.Process().net_connections("tcp"):
+        if each.raddr and each.raddr.ip != each.laddr.ip:
+            with suppress(OSError), socket.socket(fileno=os.dup(each.fd)) as connection:  # closed meanwhile
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for name, value in options.items():
+                    connection.setsockopt(socket.IPPROTO_TCP, name, value)

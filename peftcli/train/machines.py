@@ -31,7 +31,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from peftcli.errors import Interrupted, PeftcliError, ProcessDied, UsageError
 from peftcli.schema import Launch
-from peftcli.system.addresses import local_address_towards, use_interface
+from peftcli.system.addresses import local_address_towards, notice_lost_machines, use_interface
 from peftcli.system.signals import SAVE_SIGNAL, STOP_SIGNALS
 from peftcli.train.launch import (
     GO_ON,
@@ -41,7 +41,7 @@ from peftcli.train.launch import (
     Failed,
     Watch,
     conclude,
-    described,
+    error_fields,
     first_error,
     shared_variables,
 )
@@ -211,16 +211,24 @@ class Meeting:
                 _wait_for_count(store, "refused", count, 2 * _HEAR_SECONDS)
             raise UsageError(f"not every machine has a number of its own below {count}", key="launch.machine_rank")
         self.store, self.others = store, count - 1
+        notice_lost_machines(unanswered=True)
         # process 0 is here where the number is 0, whichever address sorts first
         place = RendezvousStoreInfo.build(self.number, PrefixStore("place", store), local_addr=self.address)
         return RendezvousInfo(store, self.number, count, place)
+
+    def idle_everywhere(self, seconds: float) -> float:
+        """Tell the others for how long the processes here have been idle; return for how long those of all have."""
+        assert self.store is not None
+        self.store.set(f"idle {self.number}", str(seconds))
+        names = [f"idle {each}" for each in range(self.others + 1)]
+        return min(map(float, self.store.multi_get(names))) if self.store.check(names) else 0.0
 
     def say(self, error: PeftcliError) -> None:
         """Tell the other machines why this one ends. Where they meet, this one waits until they have heard it."""
         if self.store is None:
             return
         with suppress(RuntimeError):
-            self.store.set("ended", json.dumps(described(error)))
+            self.store.set("ended", json.dumps(error_fields(error)))
             if self.number == 0:
                 _wait_for_count(self.store, "heard", self.others, 2 * _HEAR_SECONDS)
 
@@ -345,7 +353,7 @@ class Agent(LocalElasticAgent):
             for pid in pids.values():
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
-        if reason := self.watch.look(pids, training=training, alone=False):
+        if reason := self.watch.look(pids, training=training, everywhere=self.meeting.idle_everywhere):
             raise ProcessDied(reason, hint=GO_ON)
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state in (WorkerState.FAILED, WorkerState.SUCCEEDED):  # of the latter a gate may have failed

@@ -22,7 +22,7 @@ from trainkit import read_run, run_recipe
 
 from peftcli.errors import AdapterError, Diverged, GateFailed, ProcessDied, UsageError
 from peftcli.train import machines
-from peftcli.train.launch import Failed
+from peftcli.train.launch import Failed, Watch
 from peftcli.train.machines import Agent, Meeting
 
 STEPS = ("training.max_steps=40", "training.save_strategy=steps", "training.save_steps=5", "training.eval_strategy=no")
@@ -90,6 +90,33 @@ def test_what_is_lost_comes_back_and_the_run_ends_with_the_same_bytes(pair: Pair
     assert "all go on at the newest checkpoint" in err
     assert read_run(pair.folder(0))["attempts"][-1]["from_step"] >= 10
     assert pair.adapter() == wanted
+
+
+@pytest.mark.slow
+def test_a_machine_without_power_is_noticed_and_comes_back(pair: Pair) -> None:
+    first, second = pair.both(*STEPS)
+    pair.wait_for_step(12)
+    pair.hosts[1].unplug()
+    second.kill()
+    end = time.monotonic() + 120
+    while processes_of(first):  # it ends them, and waits for the other machine
+        assert time.monotonic() < end
+        time.sleep(1)
+    pair.hosts[1].plug()
+    second = pair.start(1, *STEPS)
+    _, err = ended(first)
+    ended(second)
+    assert "restart 1 of" in err
+    assert read_run(pair.folder(0))["attempts"][-1]["from_step"] >= 10
+
+
+@pytest.mark.slow
+def test_where_the_machines_meet_there_is_no_power_and_the_others_end(pair: Pair) -> None:
+    first, second = pair.both(*STEPS)
+    pair.wait_for_step(3)
+    pair.hosts[0].unplug()
+    first.kill()
+    ended(second, ProcessDied.exit_code)
 
 
 @pytest.mark.slow
@@ -176,6 +203,19 @@ def test_machines_have_the_numbers_of_their_recipes() -> None:
                 each.result()
 
 
+def test_machines_that_are_all_idle_hang() -> None:
+    one, other = meeting(0, HashStore()), meeting(1, None)
+    one.store = other.store = HashStore()
+    one.others = other.others = 1
+    assert one.idle_everywhere(200.0) == 0  # nothing is known of the other
+    assert other.idle_everywhere(3.0) == 3
+    assert other.idle_everywhere(190.0) == 190
+    for everywhere, reason in ((one.idle_everywhere, None), (lambda _: 181.0, "for 181 seconds")):
+        watch = Watch(seen=(0.0, float("inf"), 2**62))  # nobody computes, or reads and writes
+        found = watch.look({0: os.getpid()}, training=True, everywhere=everywhere)
+        assert found is None if reason is None else reason in str(found)
+
+
 def test_a_machine_hears_why_another_has_ended() -> None:
     one, other = meeting(0, HashStore()), meeting(1, None)
     assert other.hear(0) is None
@@ -235,6 +275,7 @@ def test_processes_that_are_aborted_after_their_work_are_not_started_again(
     agent: Any = object.__new__(Agent)
     agent.status, agent.waiting, agent.forwarded, agent._pcontext = tmp_path, [], [], None
     agent.spec, agent.watch = SimpleNamespace(local_world_size=2), SimpleNamespace(look=lambda *_, **__: None)
+    agent.meeting = SimpleNamespace(idle_everywhere=None)
     group: Any = SimpleNamespace(workers=[SimpleNamespace(global_rank=2), SimpleNamespace(global_rank=3)])
     result = agent._monitor_workers(group)
     assert result.state.name == state
