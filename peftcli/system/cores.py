@@ -11,7 +11,7 @@ from peftcli.system.control_groups import control_groups
 
 _SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """The user's own settings."""
-_SPINS, _FEW_SPINS = "1000", "300"
+_SPINS, _FEW_SPINS = "1000", "0"
 """How often a thread of torch's looks for new work before it gives up its core, some 25 ns each, on a quiet machine and
 on a busy one. libgomp's own choice is 300 times the former, and while another process wants the core, all threads wait
 for the one that lost it."""
