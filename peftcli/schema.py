@@ -271,6 +271,10 @@ class Training:
         return self.per_device_train_batch_size
 
 
+DIVIDED = ("fsdp", "zero3")
+"""Values of launch.strategy that divide the base model."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Launch:
     """The devices. By default every visible GPU, or one process on the CPU."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -12,9 +12,9 @@ from typing import Any
 
 from peftcli.adapters.answer_file import content_key, write_answers
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
-from peftcli.data.sources import open_source
-from peftcli.errors import DataError, UsageError
-from peftcli.schema import BaseModel, Source
+from peftcli.data.sources import read_rows
+from peftcli.errors import UsageError
+from peftcli.schema import BaseModel
 from peftcli.tasks import TASKS
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator, generator_of
 from peftcli.tasks.text.prompts import Prompt, prompt_of
@@ -133,16 +133,9 @@ def read_prompts(source: Path) -> list[Prompt]:
     Raises:
         DataError: the file cannot be read, or a row has no prompt.
     """
-    return list(_prompts(source))
+    return [prompt_of(row, {}) for row in read_rows(source)]
 
 
 def longest_first(rows: Sequence[object]) -> list[int]:
     """Return the order of rows by their characters: what is too long for the memory fails at once."""
     return sorted(range(len(rows)), key=lambda at: len(str(rows[at])), reverse=True)
-
-
-def _prompts(source: Path) -> Iterator[Prompt]:
-    for row in open_source(Source(train=str(source))).rows():
-        if isinstance(row, DataError):
-            raise row
-        yield prompt_of(row, {})

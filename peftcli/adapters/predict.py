@@ -14,11 +14,9 @@ from peftcli.adapters.generate import describe, first_batch, load_generator, lon
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
 from peftcli.adapters.merged import load_merged
 from peftcli.data.rows import Place, Row
-from peftcli.data.sources import open_source
-from peftcli.errors import AdapterError, DataError, UsageError
+from peftcli.errors import AdapterError, UsageError
 from peftcli.guard.typed_fields import mapping_at
 from peftcli.models.open import LoadedModel, OpenBase, open_base
-from peftcli.schema import Source
 from peftcli.system.outputs import expand_user, is_stream
 from peftcli.tasks.base import FitsModel, PredictOptions, Predicts, Task
 from peftcli.tasks.text.generation import GenerationSettings
@@ -135,20 +133,6 @@ def load_for_task(
     if with_adapter:
         apply_adapter(loaded, source)
     return loaded
-
-
-def read_rows(source: Path) -> list[Row]:
-    """Read the rows of a file, folder or hub dataset.
-
-    Raises:
-        DataError: a row that cannot be read.
-    """
-    rows = []
-    for row in open_source(Source(train=str(source))).rows():
-        if isinstance(row, DataError):
-            raise row
-        rows.append(row)
-    return rows
 
 
 def predict_file(predictor: Predictor, rows: Sequence[Row], target: Path, progress: Callable[[int, int], None]) -> int:

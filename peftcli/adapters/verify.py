@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -242,10 +242,7 @@ def _compare_files(source: AdapterSource, recorded: Mapping[str, Any]) -> None:
     folder = source.folder
     now, then = redact_values(source.values), recorded["config"]
     replaced = {"base_model_name_or_path", "revision"} if source.base_name else set[str]()
-    for key in sorted((now.keys() | then.keys()) - replaced):
-        if now.get(key) != then.get(key):
-            message = f"is {now.get(key)!r:.100}; the trained model's is {then.get(key)!r:.100}"
-            raise AdapterError(message, file=str(folder / CONFIG_FILE), key=key)
+    _refuse_difference(now, then, str(folder / CONFIG_FILE), without=replaced)
     for name, digest in recorded["files"].items():
         if not (folder / name).is_file():
             raise AdapterError("is missing; training wrote it", file=str(folder / name))
@@ -269,10 +266,17 @@ def _compare_files(source: AdapterSource, recorded: Mapping[str, Any]) -> None:
 def _compare_task(source: AdapterSource, then: Mapping[str, Any]) -> None:
     values = source.task_values
     now = {"type": values.get("type"), **values.get("settings", {})}
-    for key in sorted(now.keys() | then.keys()):
+    _refuse_difference(now, then, str(source.folder / TASK_FILE))
+
+
+def _refuse_difference(
+    now: Mapping[str, Any], then: Mapping[str, Any], file: str, without: Collection[str] = ()
+) -> None:
+    """Raise AdapterError for the first key whose value is not that of training."""
+    for key in sorted((now.keys() | then.keys()) - set(without)):
         if now.get(key) != then.get(key):
             message = f"is {now.get(key)!r:.100}; in training it was {then.get(key)!r:.100}"
-            raise AdapterError(message, file=str(source.folder / TASK_FILE), key=key)
+            raise AdapterError(message, file=file, key=key)
 
 
 def _open_task(source: AdapterSource, opened: OpenBase, recorded: Mapping[str, Any]) -> Task[Any]:
@@ -307,11 +311,7 @@ def _compare_model(
     """
     own = sorted(name for name in recorded["files"] if name != TASK_FILE)
     made_by = f"{source.folder}: {', '.join(own)}" if own else opened.name
-    now, then = facts_of_processor(task.processor), recorded["processor"]
-    for key in sorted(now.keys() | then.keys()):
-        if now.get(key) != then.get(key):
-            message = f"is {now.get(key)!r:.100}; in training it was {then.get(key)!r:.100}"
-            raise AdapterError(message, file=made_by, key=key)
+    _refuse_difference(facts_of_processor(task.processor), recorded["processor"], made_by)
     found = list[float]()
     if inputs is not None:
         for name, expected in recorded["inputs"].items():
@@ -355,7 +355,7 @@ def _batch(task: Task[Any], rows: Rows) -> Batch:
 
 
 def _to_json(value: Any) -> Any:
-    """Raises TypeError for a value that JSON cannot hold."""
+    """Raise TypeError for a value that JSON cannot hold."""
     if isinstance(value, bytes):
         return {_BYTES: base64.b64encode(value).decode()}
     if isinstance(value, Mapping):

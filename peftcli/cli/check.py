@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peftcli.cli import console
+from peftcli.errors import UsageError
 
 if TYPE_CHECKING:
     from peftcli.errors import Problem
 
 
 def check(
-    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="YAML recipes.", show_default=False)],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE... [KEY=VALUE]...", help="YAML recipes, and settings to override.", show_default=False
+        ),
+    ],
     deep: Annotated[
         bool, typer.Option("--deep", help="Also read the data, the model config and the tokenizer.")
     ] = False,
@@ -23,14 +29,17 @@ def check(
     """Find every mistake in recipes, without training."""
     from dataclasses import asdict
 
-    from peftcli.recipe import rate_problems, read
+    from peftcli.recipe import rate_problems, read, recipes_and_overrides
 
+    recipes, overrides = recipes_and_overrides(words)
+    if not recipes:
+        raise UsageError("names no recipe")
     errors: list[Problem] = []
     warnings: list[Problem] = []
     codes: list[int] = []
     memory = dict[str, Any]()
     for path in recipes:
-        reading = read(path)
+        reading = read(path, overrides)
         found, noted, code = reading.problems, rate_problems(reading), 2
         if deep and reading.recipe:
             from peftcli.train.preview import deep_check

@@ -15,7 +15,7 @@ import typer
 from peftcli.cli import console
 from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.errors import UsageError
-from peftcli.system.outputs import expand_user, is_stream, refuse_input
+from peftcli.system.outputs import is_stream, refuse_input, require_writable
 from peftcli.system.secrets import safe_length
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def generate(
     tell = progress_log(quiet)
     if target is not None:
         refuse_input(target, source)
-        is_stream(expand_user(target))  # raises before any work if the file cannot be written
+        require_writable(target)
     from peftcli.adapters.generate import answer_file, first_batch, load_generator, read_prompts
     from peftcli.tasks.text.generation import GenerationSettings
 

@@ -11,9 +11,10 @@ import typer
 from peftcli.cli import console
 from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.data.readers import kind_of
+from peftcli.data.sources import read_rows
 from peftcli.errors import UsageError
 from peftcli.recipe.data_checks import exists
-from peftcli.system.outputs import expand_user, is_stream, refuse_input
+from peftcli.system.outputs import is_stream, refuse_input, require_writable
 from peftcli.system.secrets import redact_values
 
 
@@ -45,8 +46,8 @@ def predict(
     tell = progress_log(quiet)
     if target is not None:
         refuse_input(target, source)
-        is_stream(expand_user(target))  # raises before any work if the file cannot be written
-    from peftcli.adapters.predict import load_predictor, predict_file, read_rows
+        require_writable(target)
+    from peftcli.adapters.predict import load_predictor, predict_file
 
     for text in inputs or ():
         if kind_of(text) and exists(text):

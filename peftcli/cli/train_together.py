@@ -34,13 +34,12 @@ def train_together(
     Raises:
         PeftcliError: the recipes cannot be trained together, or the first that failed.
     """
-    from peftcli.recipe import load_recipe
+    from peftcli.recipe import load_recipe, recipes_and_overrides
 
     if junit is not None:
         raise UsageError("is for one recipe", key="--junit")
-    overrides = [word for word in words if "=" in word]
-    names = list(dict.fromkeys(word for word in words if "=" not in word))
-    loaded = {name: load_recipe(Path(name), overrides) for name in names}
+    paths, overrides = recipes_and_overrides(words)
+    loaded = {str(path): load_recipe(path, overrides) for path in paths}
     recipes = {name: replace(each, launch=with_schedulers_place(each.launch)) for name, each in loaded.items()}
     if dry_run:
         from peftcli.train.preview import preview
@@ -59,7 +58,7 @@ def train_together(
     with ExitStack() as stack:
         shown = {
             name: stack.enter_context(Progress(quiet=quiet, label=label))
-            for name, label in zip(names, _labels(names), strict=True)
+            for name, label in zip(loaded, _labels(list(loaded)), strict=True)
         }
         on_event: dict[str, OnEvent] = {name: progress.show for name, progress in shown.items()}
         outcomes = start_together(recipes, on_event.__getitem__, **options)

@@ -128,7 +128,9 @@ class AdapterConfig(PeftConfigMixin):
         """Raise AdapterError for the first of ``problems()``, but for those of the fields ``later``."""
         for entry in dataclasses.fields(self):
             value, hint = getattr(self, entry.name), hints_of(cast("Any", type(self)))[entry.name]
-            if isinstance(value, str) and not fits(value, hint):  # else a comparison would fail, or pass
+            numeric = hint in (int, float, int | None, float | None, dict[str, int], dict[str, float])
+            checked: Any = (str, float, list, dict) if numeric else str  # else a comparison would fail, or pass
+            if isinstance(value, checked) and not fits(value, hint):
                 raise AdapterTypeError(f"expected {entry.type}, found {short_repr(value)}", key=entry.name)
         for key, message in self.problems():
             if key not in later:
@@ -184,10 +186,8 @@ class AdapterConfig(PeftConfigMixin):
         """
         known = {entry.name for entry in fields(cls) if entry.metadata.get("file", True)}
         unknown = sorted(key for key in values.keys() - known if values[key] not in OFF)
-        names, told = (
-            [short_name(key) for key in unknown],
-            [f"{short_name(k)}={short_repr(values[k])}" for k in unknown],
-        )
+        names = [short_name(key) for key in unknown]
+        told = [f"{name}={short_repr(values[key])}" for name, key in zip(names, unknown, strict=True)]
         if unknown and unknown_keys == "refuse" and not _is_newer(values.get("peft_version")):
             raise AdapterError(f"{cls.peft_type} with {told[0]} is not supported", key=names[0], file=file)
         if unknown:

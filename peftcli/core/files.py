@@ -57,9 +57,7 @@ def write_adapter(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, fo
         AdapterError: a weight is not finite.
         StorageError: the folder cannot be written.
     """
-    for name, value in tensors.items():
-        if not torch.isfinite(value).all():
-            raise AdapterError(f"{name} is not finite; the adapter is not written")
+    check_finite(tensors)
     # sorted, but not inside: of the patterns that match a module the first one counts
     described = dict(sorted({**describe(config, tensors), "inference_mode": True}.items()))
     write_tensor_file(folder / WEIGHTS_FILE, tensors)
@@ -188,7 +186,14 @@ def load_adapter(
         AdapterError: the config or the tensors do not fit the model, or leave a parameter random.
     """
     config.inference_mode = True
-    tensors = _checked_tensors(model, config, folder, adapter, initialised, prepare, rename)
+    path = find_weights(folder)
+    with open_weights(path) as (stored, file):  # no memory is taken before the header has shown that the tensors fit
+        header = _renamed(stored, rename)
+        _add_saved_by_ending(model, config, header)
+        if prepare is not None:
+            prepare(header)
+        check_header(model, config, header, path, adapter, initialised)
+        tensors = _read(header, file, path)
     injection = inject(model, config, adapter, initialised=initialised)
     try:
         load_state(model, tensors, str(folder / WEIGHTS_FILE), adapter)
@@ -263,30 +268,6 @@ def check_begin(
 def _computed(config: AdapterConfig, path: Path) -> AdapterError:
     message = f"holds what {config.peft_type} computes from the weights that it trains; training cannot begin from it"
     return AdapterError(message, file=str(path))
-
-
-def _checked_tensors(
-    model: nn.Module,
-    config: AdapterConfig,
-    folder: Path,
-    adapter: str,
-    initialised: Collection[str],
-    prepare: Callable[[Mapping[str, TensorEntry]], object] | None,
-    rename: Callable[[str], str] | None,
-) -> dict[str, torch.Tensor]:
-    """Read the folder's tensors, once their header has shown that they are those of the config over this model.
-
-    Raises:
-        AdapterError: they are not. No memory was taken for them then.
-    """
-    path = find_weights(folder)
-    with open_weights(path) as (stored, file):
-        header = _renamed(stored, rename)
-        _add_saved_by_ending(model, config, header)
-        if prepare is not None:
-            prepare(header)
-        check_header(model, config, header, path, adapter, initialised)
-        return _read(header, file, path)
 
 
 def _own_names(module: nn.Module) -> list[str]:

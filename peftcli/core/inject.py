@@ -106,6 +106,18 @@ def disabled(model: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode: without dropout."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def set_active(model: nn.Module, adapters: Iterable[str]) -> None:
     """Enable these adapters, and disable the model's others.
 

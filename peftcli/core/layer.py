@@ -17,7 +17,7 @@ from peftcli.errors import AdapterError, AdapterTypeError
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
-Change = tuple[nn.Module, str, torch.Tensor, torch.Tensor]
+WeightChange = tuple[nn.Module, str, torch.Tensor, torch.Tensor]
 """A weight or buffer that merging replaces: its module, its name there, what it was and what it becomes."""
 
 
@@ -142,7 +142,7 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
         below = self.base_layer.folded(base) if isinstance(self.base_layer, AdapterLayer) else {}
         return below | self.merged_tensors(base | below) if self.enabled else below
 
-    def folded_weights(self, name: str) -> list[Change]:
+    def folded_weights(self, name: str) -> list[WeightChange]:
         """Return what ``folded`` changes on the layer's module, called ``name``. Nothing is in place yet.
 
         Raises:
@@ -245,7 +245,7 @@ class TrainedCopy(PeftCopyMixin, AdapterLayer):
         return _cast(self.copy(*_cast(args, own.dtype), **given), base.dtype)
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {**self.own_tensors(), **self.fixed_tensors()}
+        return self.file_tensors()
 
 
 class TrainedBias(AdapterLayer):

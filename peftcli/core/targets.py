@@ -48,7 +48,7 @@ def targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
         if entry.name.endswith("_pattern") and isinstance(value, dict) and entry.metadata.get("recipe", True):
-            check_patterns(value, names, entry.name)
+            check_pattern_keys(value, names, entry.name, config)
     return names
 
 
@@ -77,7 +77,12 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
         hint = f"the weights of experts are no layers here: target_parameters: {experts}" if experts else None
         names = matching(model, modules, wanted, "target_modules", hint=hint, allow_unmatched=config.inference_mode)
     if isinstance(config, ExcludingConfig) and config.exclude_modules is not None:
-        excluded = set(matching(model, modules, config.exclude_modules, "exclude_modules"))
+        excluded = set[str]()
+        try:
+            excluded |= set(matching(model, modules, config.exclude_modules, "exclude_modules"))
+        except NoMatchingPeftModuleError:
+            if not config.inference_mode:
+                raise
         if excluded.isdisjoint(names):
             warnings.warn("exclude_modules excludes none of the modules to adapt", PeftWarning, stacklevel=2)
         names = [name for name in names if name not in excluded]
@@ -126,10 +131,13 @@ def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> f
     return next((value for key, value in patterns.items() if _pattern_matches(key, name)), default)
 
 
-def check_patterns(patterns: Mapping[str, float], names: Iterable[str], key: str) -> None:
-    """Raise AdapterError for a key of rank_pattern or its like that matches no adapted module."""
+def check_pattern_keys(patterns: Mapping[str, float], names: Iterable[str], key: str, config: AdapterConfig) -> None:
+    """Raise AdapterError for a key of rank_pattern or its like that matches no adapted module.
+
+    A file's may: its tensors say what was adapted.
+    """
     names = list(names)
-    for pattern in patterns:
+    for pattern in () if config.inference_mode else patterns:
         if not any(_pattern_matches(pattern, name) for name in names):
             raise AdapterError(f"no adapted module matches {pattern!r}{_closest(pattern, names)}", key=key)
 

@@ -31,6 +31,7 @@ from typing import Any
 from peftcli.data.store import FORMAT, MANIFEST, Store, describe, writing
 from peftcli.errors import StorageError, UsageError
 from peftcli.system.disk import sync_folder
+from peftcli.system.outputs import is_at
 
 DATA_PATH_VERSION = 2
 """To be raised with every change after which the same rows and settings give other examples or records."""
@@ -248,7 +249,7 @@ def _opened(entry: Path) -> Store | None:
             stack.callback(os.close, handle)
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(handle, fcntl.LOCK_SH)
-            if not _is_at(handle, entry / MANIFEST):
+            if not is_at(handle, entry / MANIFEST):
                 return None  # cleared just now
             store = Store(entry)
         except (OSError, ValueError):
@@ -296,7 +297,7 @@ def _taken(lock: Path, on_wait: Callable[[], None] | None) -> tuple[int, bool]:
             on_wait()
             fcntl.flock(handle, fcntl.LOCK_EX)
             free = True
-        if not free or _is_at(handle, lock):
+        if not free or is_at(handle, lock):
             return handle, free
         os.close(handle)  # it was removed, with its entry, by the process that held it
 
@@ -308,13 +309,6 @@ def _locked(handle: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    """Whether an open file still has its name."""
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(handle), path.stat())
-    return False
 
 
 def _entry(path: Path) -> Entry | None:

@@ -115,3 +115,9 @@ class Table:
 def _listed(columns: Sequence[str] | Mapping[str, Any]) -> str:
     names = [name if name.isprintable() else repr(name) for name in columns]
     return ", ".join([*names[:_LISTED], *(["..."] if len(names) > _LISTED else [])])[:300] or "nothing"
+
+
+def shortened(value: Any) -> str:
+    """Return a value as errors show it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."

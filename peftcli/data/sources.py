@@ -344,3 +344,17 @@ def held_out(count: int, fraction: float, seed: int) -> set[int]:
     order = np.fromiter((int.from_bytes(start, "big") for start in starts), np.uint64, count)
     size = min(max(1, round(count * fraction)), count - 1)
     return set(np.argpartition(order, size)[:size].tolist())
+
+
+def read_rows(source: Path) -> list[Row]:
+    """Read the rows of a file, folder or hub dataset.
+
+    Raises:
+        DataError: a row that cannot be read.
+    """
+    rows = []
+    for row in open_source(Source(train=str(source))).rows():
+        if isinstance(row, DataError):
+            raise row
+        rows.append(row)
+    return rows

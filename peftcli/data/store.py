@@ -23,7 +23,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from peftcli.data.rows import Place
+from peftcli.data.rows import Place, shortened
 from peftcli.errors import DataError, StorageError
 
 FORMAT = 2
@@ -95,13 +95,13 @@ class Column:
         if self.is_text:
             wanted = str if self.dtype == "str" else bytes
             if not isinstance(value, wanted):
-                raise ValueError(f"{_shown(value)} is no {self.dtype}")
+                raise ValueError(f"{shortened(value)} is no {self.dtype}")
             return np.frombuffer(value.encode() if isinstance(value, str) else value, np.uint8)
         found = np.asarray(value)
         if not found.size and found.dtype == np.float64:  # an empty list
             found = found.astype(self.stored)
         if found.dtype.kind not in "biuf":
-            raise ValueError(f"{_shown(value)} is no {self.dtype}")
+            raise ValueError(f"{shortened(value)} is no {self.dtype}")
         fits = found.ndim == len(self.shape) and all(
             edge in (None, given) for edge, given in zip(self.shape, found.shape, strict=True)
         )
@@ -523,11 +523,6 @@ def _arrays_of(column: str) -> tuple[str, str, str]:
     The first two are named as in layout 1, so that the hash over a run's content is still that of the run's beginning.
     """
     return f"{column}.ids", f"{column}.ends", f"{column}.edges"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _position(index: int, count: int) -> int:

@@ -121,7 +121,7 @@ def modules_sharing(model: nn.Module, module: nn.Module) -> dict[str, nn.Module]
 
 
 def check_tokens(module: nn.Module, name: str, tokens: Iterable[int], key: str) -> None:
-    """Raises AdapterError unless ``module`` has rows to train and ``tokens`` are numbers of such, none twice."""
+    """Raise AdapterError unless ``module`` has rows to train and ``tokens`` are numbers of such, none twice."""
     layer = base_module(module)
     if not isinstance(layer, (nn.Embedding, nn.Linear)):
         raise AdapterError(f"{name} is a {type(layer).__name__}; rows of Embedding and Linear can be trained", key=key)

@@ -59,7 +59,7 @@ class Combination:
     """Of the same: cuSOLVER's algorithm, for adapters on a GPU: gesvd, gesvdj or gesvda. None: PyTorch's choice."""
 
     def check(self) -> None:
-        """Raises AdapterError for settings that mean nothing."""
+        """Raise AdapterError for settings that mean nothing."""
         if self.method not in COMBINATIONS:
             raise AdapterError(f"no way to combine is called {self.method!r}; there are: {', '.join(COMBINATIONS)}")
         if self.r is not None and (self.r < 1 or not self.method.endswith("svd")):

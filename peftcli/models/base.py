@@ -271,7 +271,7 @@ class OpenBase:
         return {self.folder / name: validate.count_stored(self.folder / name) for name in names}
 
     def _check_weights(self, auto_class: str) -> None:
-        """Raises ModelError unless the weights are whole safetensors files, as large as the config says."""
+        """Raise ModelError unless the weights are whole safetensors files, as large as the config says."""
         if not self._shards:
             folder = expanded(self.name)
             names = [path.name for path in folder.iterdir()] if is_folder(folder) else []

@@ -157,7 +157,7 @@ class OpenPipeline(OpenBase):
         return LoadedModel(cast(Any, model))
 
     def _check_sizes(self, empty: DiffusionModel) -> None:
-        """Raises ModelError unless the parts that are adapted have weights, and are as large as these."""
+        """Raise ModelError unless the parts that are adapted have weights, and are as large as these."""
         for name in empty.trained:
             stored = sum(map(validate.count_stored, self._shards_of(name)))
             validate.check_size(empty.get_submodule(name), stored, str(self.folder / name / "config.json"))

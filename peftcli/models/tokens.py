@@ -336,7 +336,7 @@ def _train_rows(model: Any, config: Any, ids: list[int]) -> None:
 
 
 def _check_free(model: Any, config: Any, names: list[str]) -> None:
-    """Raises AdapterError if the adapter has other plans with an embedding or head."""
+    """Raise AdapterError if the adapter has other plans with an embedding or head."""
     adapted = find_targets(model, config) if config.target_modules else []
     if taken := [name for name in names if name in adapted]:
         raise AdapterError(

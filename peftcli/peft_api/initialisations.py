@@ -196,7 +196,7 @@ def _parts(model: Any, adapter_name: str, init: str | None = None) -> tuple[nn.M
         raise AdapterError(f"the adapter is {config.peft_type}, not LORA", key="peft_type")
     if init is not None:
         _check_start(config, init)
-    return _base_of(model), config, adapter_name if len(model.peft_config) > 1 else None
+    return base_of(model), config, adapter_name if len(model.peft_config) > 1 else None
 
 
 def _check_start(config: LoraConfig, init: str) -> None:
@@ -254,7 +254,8 @@ def _leave(model: nn.Module, statistics: Mapping[str, torch.Tensor]) -> None:
         base_module(model.get_submodule(paths[name])).__dict__[STATISTIC] = value
 
 
-def _base_of(model: Any) -> nn.Module:
+def base_of(model: Any) -> nn.Module:
+    """Return the base model of a PeftModel, else the model itself."""
     base: nn.Module = model.get_base_model() if hasattr(model, "peft_config") else model
     return base
 

@@ -25,7 +25,7 @@ _NAME = re.compile(r"[\w-]+( [\w-]+)*")
 
 
 def check_name(name: str) -> None:
-    """Raises AdapterError for a name that could not be a folder's, or that means something else."""
+    """Raise AdapterError for a name that could not be a folder's, or that means something else."""
     if not _NAME.fullmatch(name) or name == BASE:
         raise AdapterError(
             f"{name!r} is not a valid name; use letters, digits, - and _, and single blanks between them",

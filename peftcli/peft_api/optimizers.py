@@ -11,7 +11,8 @@ from torch import nn
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError
 from peftcli.methods.learning_rates import rate_groups
-from peftcli.methods.lora.optimizers import LoraFAOptimizer, Pair, matrix_pairs, precondition
+from peftcli.methods.lora.optimizers import LoraFAOptimizer, MatrixPair, matrix_pairs, precondition
+from peftcli.peft_api.initialisations import base_of
 
 __all__ = [
     "LoraFAOptimizer",
@@ -47,7 +48,7 @@ def create_loraplus_optimizer(
     Raises:
         AdapterError: the adapter has no B.
     """
-    plain, larger, embedding = rate_groups(named_tensors(_base_of(model)), lr, loraplus_lr_ratio, loraplus_lr_embedding)
+    plain, larger, embedding = rate_groups(named_tensors(base_of(model)), lr, loraplus_lr_ratio, loraplus_lr_embedding)
     vectors = [value for value in larger["params"] if value.ndim == 1]
     matrices = [value for value in larger["params"] if value.ndim > 1]
     groups = [group | {"weight_decay": loraplus_weight_decay} for group in (plain, embedding, larger)]
@@ -129,12 +130,7 @@ def create_riemannian_optimizer(
     return optimizer
 
 
-def _pairs(model: nn.Module, what: str) -> list[Pair]:
+def _pairs(model: nn.Module, what: str) -> list[MatrixPair]:
     if pairs := matrix_pairs(model):
         return pairs
     raise AdapterError(f"{what} needs lora_A/lora_B parameter pairs that train, on linear layers")
-
-
-def _base_of(model: Any) -> nn.Module:
-    base: nn.Module = model.get_base_model() if hasattr(model, "peft_config") else model
-    return base

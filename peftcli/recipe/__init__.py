@@ -21,6 +21,7 @@ from peftcli.recipe.dump import to_dict, to_yaml
 from peftcli.recipe.parse import Reading, load_recipe, method_config, read, read_recipe
 from peftcli.recipe.rates import rate_problems
 from peftcli.recipe.reference import Explanation, explain, json_schema
+from peftcli.recipe.sources import recipes_and_overrides
 
 __all__ = [
     "Explanation",
@@ -34,6 +35,7 @@ __all__ = [
     "rate_problems",
     "read",
     "read_recipe",
+    "recipes_and_overrides",
     "seconds",
     "to_dict",
     "to_yaml",

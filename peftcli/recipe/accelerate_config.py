@@ -14,7 +14,7 @@ import yaml
 
 from peftcli.errors import UsageError
 from peftcli.guard.files import read_small
-from peftcli.schema import Recipe
+from peftcli.schema import DIVIDED, Recipe
 
 _KEY = "launch.accelerate_config"
 _LARGEST = 100_000
@@ -122,7 +122,7 @@ def _value(variables: Mapping[str, str], name: str, spelled: Callable[[str], str
 def _with_launch(recipe: Recipe, found: dict[str, Any]) -> Recipe:
     """Return the recipe with what was found, as far as it is for its strategy and its base model."""
     own = dict(found)
-    if own.get("strategy", recipe.launch.strategy) not in ("fsdp", "zero3"):  # then the recipe wants another one
+    if own.get("strategy", recipe.launch.strategy) not in DIVIDED:  # then the recipe wants another one
         own = {name: value for name, value in own.items() if name not in _OF_DIVIDED}
     if recipe.base_model.quantization is not None:  # as accelerate does
         own.pop("cpu_ram_efficient_loading", None)
@@ -130,7 +130,7 @@ def _with_launch(recipe: Recipe, found: dict[str, Any]) -> Recipe:
 
 
 def _settings(said: Any, recipe: Recipe) -> dict[str, Any]:
-    """Raises TypeError or ValueError where it is no such file."""
+    """Raise TypeError or ValueError where it is no such file."""
     if not isinstance(said, dict) or "distributed_type" not in said:
         raise ValueError("it has no distributed_type")
     machines, processes = int(said.get("num_machines") or 1), int(said.get("num_processes") or -1)

@@ -15,7 +15,7 @@ from peftcli.methods import METHODS
 from peftcli.recipe.data_checks import check_data, exists
 from peftcli.recipe.names import closest, closest_file
 from peftcli.recipe.values import Report
-from peftcli.schema import Recipe
+from peftcli.schema import DIVIDED, Recipe
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -299,7 +299,7 @@ def _launch(recipe: Recipe, report: Report) -> None:
             f"must be below launch.num_machines ({launch.num_machines}), not {launch.machine_rank}",
         )
     for name in ("cpu_offload", "cpu_ram_efficient_loading"):
-        if getattr(launch, name) and launch.strategy not in ("auto", "fsdp", "zero3"):
+        if getattr(launch, name) and launch.strategy not in ("auto", *DIVIDED):
             report((f"launch.{name}", "launch.strategy"), f"is for fsdp and zero3, not {launch.strategy}")
     if launch.cpu_ram_efficient_loading and recipe.base_model.quantization is not None:
         keys = ("launch.cpu_ram_efficient_loading", "base_model.quantization")

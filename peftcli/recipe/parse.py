@@ -30,7 +30,7 @@ from peftcli.recipe.settings import (
     task_settings,
 )
 from peftcli.recipe.sources import read_tree
-from peftcli.recipe.values import Place, Problems, Value
+from peftcli.recipe.values import Position, Problems, Value
 from peftcli.schema import BaseModel, Recipe
 from peftcli.tasks import TASKS
 from peftcli.tasks.settings import UNDER_DATASET
@@ -50,10 +50,10 @@ class Reading:
     """None if there are problems."""
     problems: list[Problem]
     file: str
-    places: dict[str, Place]
+    places: dict[str, Position]
     """Key -> place of its value."""
 
-    def place(self, key: str) -> Place | None:
+    def place(self, key: str) -> Position | None:
         """Return the place of ``key``, or of the nearest key above it."""
         return _nearest_place(self.places, key)
 
@@ -61,7 +61,7 @@ class Reading:
         """Add the place of its key to a problem without a file (``file=""``)."""
         if problem.file:
             return problem
-        place = _nearest_place(self.places, problem.key or "") or Place(self.file)
+        place = _nearest_place(self.places, problem.key or "") or Position(self.file)
         return replace(problem, file=place.file, line=place.line, column=place.column)
 
 
@@ -108,13 +108,13 @@ class _Reader:
     def __init__(self, tree: Value, problems: Problems):
         self.tree, self.problems = tree, problems
         self.bad: set[str] = set()
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, Position] = {}
 
     def recipe(self) -> Recipe:
         top = self.children(self.tree)
         known = settings(Recipe)
         self.refuse_unknown(top, known, "")
-        self.require(top, known, "", Place(self.tree.place.file, 1, 1))
+        self.require(top, known, "", Position(self.tree.place.file, 1, 1))
         if "base_model" in top:
             top["base_model"] = _expand_short_form(top["base_model"], BaseModel)
         task, method = self.task(top.get("task")), self.method(top.get("method"))
@@ -225,7 +225,7 @@ class _Reader:
             key = f"{path}.{name}" if path else name
             self.problems.add(message, value.key_place or value.place, key[:200], suggestion)
 
-    def require(self, given: dict[str, Value], known: dict[str, Setting], path: str, place: Place) -> None:
+    def require(self, given: dict[str, Value], known: dict[str, Setting], path: str, place: Position) -> None:
         for name, entry in known.items():
             if entry.required and name not in given:
                 self.problem("is required", place, f"{path}.{name}" if path else name)
@@ -276,15 +276,15 @@ class _Reader:
         """Report a problem of ``keys[0]``, unless one of ``keys`` could not be read."""
         parts = {key[:end] for key in keys for end in [*(i for i, c in enumerate(key) if c in ".["), len(key)]}
         if not parts & self.bad:
-            place = _nearest_place(self.places, keys[0]) or Place(self.tree.place.file)
+            place = _nearest_place(self.places, keys[0]) or Position(self.tree.place.file)
             self.problems.add(message, place, keys[0], suggestion)
 
-    def problem(self, message: str, place: Place, key: str, suggestion: str | None = None) -> None:
+    def problem(self, message: str, place: Position, key: str, suggestion: str | None = None) -> None:
         self.bad.add(key)
         self.problems.add(message, place, key, suggestion)
 
 
-def _nearest_place(places: dict[str, Place], key: str) -> Place | None:
+def _nearest_place(places: dict[str, Position], key: str) -> Position | None:
     while key and key not in places:
         key = key[: max(key.rfind("."), key.rfind("["), 0)]
     return places.get(key)

@@ -7,25 +7,31 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from peftcli.recipe.values import NO_TEXT, Place, Problems, Value, is_text, resolve
+from peftcli.recipe.values import NO_TEXT, Position, Problems, Value, is_text, resolve
 from peftcli.recipe.yaml_file import parse_text, read_file
 
-COMMAND_LINE = Place("command line")
+COMMAND_LINE = Position("command line")
 MAX_EXTENDS = 16
 _SHORT_FORMS = {"base_model": "name", "task": "type"}
 """Sections that may be given as one setting: section -> setting."""
 
 
+def recipes_and_overrides(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Return the recipes among the words of a command, each once, and the ``KEY=VALUE`` overrides for all of them."""
+    overrides = [word for word in words if "=" in word and not Path(word).is_file()]
+    return [Path(word) for word in dict.fromkeys(words) if word not in overrides], overrides
+
+
 def read_tree(path: Path, overrides: Sequence[str], problems: Problems) -> Value | None:
     """Read a recipe, the recipes it extends, and the overrides; return None if a file cannot be read."""
-    tree = _read_chain(path, Place(str(path)), (), problems)
-    top = tree or Value({}, Place(str(path)))
+    tree = _read_chain(path, Position(str(path)), (), problems)
+    top = tree or Value({}, Position(str(path)))
     for text in overrides:
         top = _override(top, text, problems)
     return top if tree else None
 
 
-def _read_chain(path: Path, named_at: Place, below: tuple[str, ...], problems: Problems) -> Value | None:
+def _read_chain(path: Path, named_at: Position, below: tuple[str, ...], problems: Problems) -> Value | None:
     """Merge the file at ``path`` over the file that it extends. ``below`` is the chain of files so far."""
     tree = read_file(path, problems, named_at)
     if tree is None or not isinstance(tree.data, dict) or "extends" not in tree.data:

@@ -26,7 +26,7 @@ Scalar = str | int | float | bool | None
 
 
 @dataclass(frozen=True)
-class Place:
+class Position:
     """A place in a file; lines and columns count from 1."""
 
     file: str
@@ -39,10 +39,10 @@ class Value:
     """A scalar's text, a list or a mapping, with its place."""
 
     data: str | list[Value] | dict[str, Value]
-    place: Place
+    place: Position
     plain: bool = False
     """Whether this is a scalar without quotes, which may be a number, true, false or null."""
-    key_place: Place | None = None
+    key_place: Position | None = None
     """The place of the value's key."""
     refused: bool = False
     """Whether a problem of this value is reported already."""
@@ -91,7 +91,7 @@ class Problems:
         """The number of problems, including those left out."""
         return len(self.found) + self.left_out
 
-    def add(self, message: str, place: Place, key: str | None = None, suggestion: str | None = None) -> None:
+    def add(self, message: str, place: Position, key: str | None = None, suggestion: str | None = None) -> None:
         """Add one problem."""
         if self.full:
             self.left_out += 1

@@ -12,7 +12,7 @@ import yaml
 
 from peftcli.guard.files import read_small
 from peftcli.recipe.names import closest_file
-from peftcli.recipe.values import NO_TEXT, Place, Problems, Value, is_text, read_scalar, resolve
+from peftcli.recipe.values import NO_TEXT, Position, Problems, Value, is_text, read_scalar, resolve
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 64
@@ -72,7 +72,7 @@ class _Composer(yaml.SafeLoader):
             self.depth -= 1
 
 
-def read_file(path: Path, problems: Problems, named_at: Place) -> Value | None:
+def read_file(path: Path, problems: Problems, named_at: Position) -> Value | None:
     """Read the top mapping of a file; return None if it cannot be read, with the reason in ``problems``.
 
     ``named_at`` is the place that names the file, for problems of the whole file.
@@ -107,7 +107,7 @@ def parse_text(text: str, file: str, problems: Problems) -> Value | None:
         problems.add("not valid YAML", _place_at(file, loader.get_mark() if loader else None))
         return None
     if value is None or value.scalar is None:
-        problems.add("the recipe is empty", Place(file, 1, 1))
+        problems.add("the recipe is empty", Position(file, 1, 1))
         return None
     if not isinstance(value.data, dict):
         problems.add(f"expected a mapping of sections, found {value.describe()}", value.place)
@@ -140,7 +140,7 @@ class _Converter:
     def mapping(self, node: yaml.MappingNode, key: str, depth: int) -> dict[str, Value]:
         own: dict[str, Value] = {}
         merged: dict[str, Value] = {}
-        places: dict[str, Place] = {}
+        places: dict[str, Position] = {}
         for key_node, value_node in node.value:
             place = _place_at(self.file, key_node.start_mark)
             name = self.name(key_node, place, key)
@@ -157,7 +157,7 @@ class _Converter:
                 own[name] = value
         return {**merged, **own}
 
-    def name(self, node: yaml.Node, place: Place, key: str) -> str | None:
+    def name(self, node: yaml.Node, place: Position, key: str) -> str | None:
         if not isinstance(node, yaml.ScalarNode):
             self.problems.add("a key must be a name, not a list or a mapping", place, key or None)
             return None
@@ -172,7 +172,7 @@ class _Converter:
             self.problems.add(NO_TEXT, place, f"{key}.{node.value}" if key else node.value)
         return str(node.value)
 
-    def merged_keys(self, value: Value, place: Place) -> dict[str, Value]:
+    def merged_keys(self, value: Value, place: Position) -> dict[str, Value]:
         sources = value.data if isinstance(value.data, list) else [value]
         out: dict[str, Value] = {}
         for source in sources:
@@ -183,7 +183,7 @@ class _Converter:
         return out
 
 
-def _read_text(path: Path, problems: Problems, named_at: Place) -> str | None:
+def _read_text(path: Path, problems: Problems, named_at: Position) -> str | None:
     name = str(path) if len(str(path)) <= _MAX_NAME else f"{str(path)[:_MAX_NAME]}..."
     named = "" if named_at.file == str(path) else f"{name}: "  # where another file names it
     try:
@@ -205,7 +205,7 @@ def _read_text(path: Path, problems: Problems, named_at: Place) -> str | None:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        problems.add("not UTF-8 text", Place(str(path), line))
+        problems.add("not UTF-8 text", Position(str(path), line))
         return None
 
 
@@ -219,9 +219,9 @@ def _explain(error: yaml.MarkedYAMLError) -> str:
     return f"not valid YAML: {found[:200]}"
 
 
-def _place_at(file: str, mark: Any) -> Place:
-    return Place(file) if mark is None else Place(file, mark.line + 1, mark.column + 1)
+def _place_at(file: str, mark: Any) -> Position:
+    return Position(file) if mark is None else Position(file, mark.line + 1, mark.column + 1)
 
 
-def _place_of(text: str, index: int, file: str) -> Place:
-    return Place(file, text.count("\n", 0, index) + 1, index - text.rfind("\n", 0, index))
+def _place_of(text: str, index: int, file: str) -> Position:
+    return Position(file, text.count("\n", 0, index) + 1, index - text.rfind("\n", 0, index))

@@ -90,8 +90,17 @@ def write_output(path: Path, content: bytes) -> None:
         file.append(content)
 
 
+def require_writable(path: Path) -> None:
+    """Raise what writing a file will raise, as far as that shows before: UsageError or StorageError."""
+    if is_stream(expand_user(path)):
+        return
+    folder = next(parent for parent in Path(os.path.realpath(expand_user(path))).parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(f"cannot write: {folder} takes no files", file=str(path))
+
+
 def refuse_input(path: Path, source: Path | None) -> None:
-    """Raises UsageError where an output file is the input ``source``, which it would replace."""
+    """Raise UsageError where an output file is the input ``source``, which it would replace."""
     with suppress(OSError):
         if source is not None and expand_user(path).samefile(expand_user(source)):
             raise UsageError("is the input too, which the answers would replace", file=str(path), key="--output")
@@ -179,7 +188,7 @@ def partial_file(path: Path, key: str = "") -> Iterator[PartialFile]:
         with storage_errors(path):
             file = FileIO(partial, "r+", opener=_open_partial)
         with file:
-            if _lock(file.fileno()) is False or not _is_at(file.fileno(), partial):
+            if _lock(file.fileno()) is False or not is_at(file.fileno(), partial):
                 raise FolderBusy("another process is writing this file", file=str(path))
             growing = PartialFile(file, path)
             try:
@@ -192,7 +201,7 @@ def partial_file(path: Path, key: str = "") -> Iterator[PartialFile]:
                         _remove_leftovers(target.parent, target.name)
             finally:
                 is_useless = growing.is_discarded or not key or not os.fstat(file.fileno()).st_size
-                if is_useless and _is_at(file.fileno(), partial):
+                if is_useless and is_at(file.fileno(), partial):
                     with storage_errors(path):
                         partial.unlink()
                         file.close()
@@ -236,7 +245,7 @@ def _create_partial_folder(target: Path) -> tuple[Path, int]:
         except FileExistsError:
             continue
         handle = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
-        if _lock(handle) is not False and _is_at(handle, partial):
+        if _lock(handle) is not False and is_at(handle, partial):
             break
         os.close(handle)  # another process removed it as a leftover
     return partial, handle
@@ -307,7 +316,7 @@ def _remove_leftovers(folder: Path, name: str) -> None:
 def _remove_unlocked(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        if _lock(handle) and _is_at(handle, path):
+        if _lock(handle) and is_at(handle, path):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -327,7 +336,7 @@ def _lock(handle: int, wait: bool = False) -> bool | None:
     return True
 
 
-def _is_at(handle: int, path: Path) -> bool:
+def is_at(handle: int, path: Path) -> bool:
     """Return whether ``path`` is still the open file."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(handle), path.stat())

@@ -109,7 +109,7 @@ def open_task(recipe: Recipe, base: OpenBase) -> Task[Any]:
     return row.open(row.settings_of(recipe), base)
 
 
-def described(task: Task[Any], recipe: Recipe) -> dict[str, Any]:
+def task_record(task: Task[Any], recipe: Recipe) -> dict[str, Any]:
     """The recipe's task as run.json holds it: ``type``, and every setting."""
     return {"type": (recipe.task or {})["type"], **asdict(task.settings)}
 
@@ -125,9 +125,11 @@ _GENERATE = (
     'print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
 )
 _ANSWERED = (("prompt", "completion"), ("messages",), ("instruction", "output"), ("conversations",))
-_TAGS = ("ner_tags", "tags", "labels", "pos_tags", "upos")
-_TRANSCRIPTS = ("text", "sentence", "transcription")
-_CAPTIONS = ("text", "caption", "prompt")
+# What sources usually call a task's columns, the likeliest first.
+TAGS = ("ner_tags", "tags", "labels", "pos_tags", "upos")
+TRANSCRIPTS = ("text", "sentence", "transcription", "transcript")
+CAPTIONS = ("text", "caption", "prompt")
+PICTURES = ("image", "file_name", "img", "image_file_name")
 _PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"))
 
 TASKS: dict[str, TaskRow] = {
@@ -179,7 +181,7 @@ TASKS: dict[str, TaskRow] = {
         settings=settings.TokenClassification,
         module="token_classification",
         processor="tokenizer",
-        reads=(*(("tokens", tags) for tags in _TAGS), ("text", "entities"), ("text", "spans")),
+        reads=(*(("tokens", tags) for tags in TAGS), ("text", "entities"), ("text", "spans")),
         pipeline_tag="token-classification",
         summary="give each word of a text a tag: names, parts of speech (BERT, RoBERTa)",
         usage=(
@@ -257,7 +259,7 @@ TASKS: dict[str, TaskRow] = {
         settings=settings.ImageClassification,
         module="image_classification",
         processor="image_processor",
-        reads=(("image", "label"), ("file_name", "label"), ("img", "label")),
+        reads=tuple((image, "label") for image in PICTURES),
         pipeline_tag="image-classification",
         summary="put pictures into classes (ViT, ResNet, EfficientNet)",
         example="FILE",
@@ -278,7 +280,7 @@ TASKS: dict[str, TaskRow] = {
         processor="image_processor",
         reads=tuple(
             (image, f"{mask}{ending}")
-            for image in ("image", "file_name", "image_file_name", "img")
+            for image in PICTURES
             for mask in ("annotation", "mask", "label")
             for ending in ("", "_file_name")
         ),
@@ -300,7 +302,7 @@ TASKS: dict[str, TaskRow] = {
         settings=settings.SpeechRecognition,
         module="speech_recognition",
         processor="processor",
-        reads=tuple((audio, text) for audio in ("audio", "file_name") for text in _TRANSCRIPTS),
+        reads=tuple((audio, text) for audio in ("audio", "file_name") for text in TRANSCRIPTS),
         pipeline_tag="automatic-speech-recognition",
         summary="write down what is said, or what it means in English (Whisper)",
         example="FILE",
@@ -322,7 +324,7 @@ TASKS: dict[str, TaskRow] = {
         settings=settings.TextToImage,
         module="text_to_image",
         processor=None,
-        reads=tuple((image, text) for image in ("image", "file_name") for text in _CAPTIONS),
+        reads=tuple((image, text) for image in PICTURES for text in CAPTIONS),
         pipeline_tag="text-to-image",
         summary="make pictures from texts: DreamBooth and captioned pictures (Stable Diffusion, Flux)",
         example='"a photo of sks dog"',

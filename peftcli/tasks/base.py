@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, run
 
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
-from peftcli.errors import DataError, PeftcliError
+from peftcli.errors import AdapterError, DataError, PeftcliError
 from peftcli.schema import Source
 from peftcli.system.disk import write_file
 from peftcli.tasks import TASK_FILE
@@ -34,35 +34,6 @@ if TYPE_CHECKING:
     from peftcli.data.findings import Finding, Records
     from peftcli.models.open import OpenBase
     from peftcli.tasks.shown import Description, Shown
-
-__all__ = [
-    "Audits",
-    "Batch",
-    "Begins",
-    "Column",
-    "Describes",
-    "EndsAnswers",
-    "Example",
-    "Exports",
-    "FitsModel",
-    "Gathers",
-    "Illustrates",
-    "KnowsStep",
-    "Limits",
-    "Loss",
-    "Outcome",
-    "Packs",
-    "PredictOptions",
-    "Predicts",
-    "Probes",
-    "Reader",
-    "Row",
-    "Saves",
-    "Scans",
-    "Shows",
-    "Table",
-    "Task",
-]
 
 Settings = TypeVar("Settings", bound=TaskSettings)
 Batch = dict[str, Any]
@@ -221,6 +192,44 @@ class Scans(Protocol):
     def needs_scan(self) -> bool:
         """Whether the settings lack what only the data says, as the names of labels."""
         ...
+
+
+def refuse_virtual_tokens(config: AdapterConfig | None, does: str) -> None:
+    """Raise AdapterError for a method that puts virtual tokens before a text, which a model that ``does`` so lacks."""
+    if getattr(config, "is_prompt_learning", False):
+        message = f"puts virtual tokens before those of a text; a model that {does} has no place for them"
+        raise AdapterError(message, key="method.type", hint="Use a method that changes layers, as lora.")
+
+
+def encode_each(rows: Sequence[Row], encode: Callable[[Row], Outcome]) -> list[Outcome | DataError]:
+    """Return what ``encode`` makes of each row, or the DataError that it raises."""
+    found = list[Outcome | DataError]()
+    for row in rows:
+        try:
+            found.append(encode(row))
+        except DataError as error:
+            found.append(error)
+    return found
+
+
+class LeftOut:
+    """In ``with`` of this, a row that cannot be read is left out of a scan; errors of the scan name the first one."""
+
+    def __init__(self) -> None:
+        self.first: DataError | None = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, DataError):
+            self.first = self.first or error
+        return isinstance(error, DataError)
+
+    @property
+    def hint(self) -> str | None:
+        """What was left out."""
+        return f"Rows that cannot be read were left out. The first: {self.first}" if self.first else None
 
 
 @runtime_checkable

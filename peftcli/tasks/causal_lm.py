@@ -15,7 +15,6 @@ from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, Loss
 from peftcli.tasks.shown import Text
 from peftcli.tasks.text.chat import IGNORED
-from peftcli.tasks.text.collate import pad_labelled, pad_token_id
 from peftcli.tasks.text.encode import CausalEncoder
 from peftcli.tasks.text.language_model import LanguageModel
 from peftcli.tasks.text.packing import join
@@ -29,9 +28,6 @@ class CausalLM(LanguageModel[settings.CausalLM]):
     """The task ``causal_lm``."""
 
     encoder = CausalEncoder
-
-    def pad(self, examples: Sequence[Example]) -> Batch:
-        return pad_labelled(examples, pad_token_id(self.processor))
 
     def texts(self, ids: list[int], labels: list[int]) -> list[Text]:
         # a causal model never predicts the first token

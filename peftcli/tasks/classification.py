@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.data.findings import Finding
-from peftcli.data.rows import Reader, Row, Table
+from peftcli.data.rows import Reader, Row, Table, shortened
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, table_of, write_task
+from peftcli.tasks.base import Batch, LeftOut, Loss, PredictOptions, Task, logits_of, table_of, write_task
 from peftcli.tasks.findings import CLASSES as FINDINGS
 from peftcli.tasks.shown import Description
 
@@ -108,12 +108,12 @@ class Classification(Task[Settings]):
         n - 1 keep their numbers.
         """
         declared, seen, lists, floats = dict[str, None](), dict[str, float | None](), False, False
-        lengths, repeats = set[int](), False
+        lengths, repeats, left_out = set[int](), False, LeftOut()
         for table, rows in tables:
             reader = self.read(table)
             declared |= dict.fromkeys(reader.classes)
             for row in rows:
-                with suppress(DataError):
+                with left_out:
                     label = self._label(row, reader)
                     lists, floats = lists or isinstance(label, list), floats or isinstance(label, float)
                     if isinstance(label, list):
@@ -133,7 +133,7 @@ class Classification(Task[Settings]):
             labels.sort(key=int)
         if len(labels) < 2 and kind != "multi_label":
             found = f"all training rows have the label {labels[0]!r}" if labels else "no training row has a label"
-            raise DataError(f"{found}; a classifier needs two classes", key="dataset.train")
+            raise DataError(f"{found}; a classifier needs two classes", key="dataset.train", hint=left_out.hint)
         return replace(self.settings, labels=labels, problem_type=kind or "single_label")
 
     def read(self, table: Table, *, labelled: bool = True) -> LabelReader:
@@ -374,9 +374,3 @@ def correlations(wanted: np.ndarray, found: np.ndarray) -> dict[str, float]:
 def listed(names: Sequence[str]) -> str:
     """Names in one line; of many, the first."""
     return ", ".join([*names[:_MAX_LISTED], *(["..."] if len(names) > _MAX_LISTED else [])])
-
-
-def shortened(value: Any) -> str:
-    """A value as errors show it."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -27,14 +27,24 @@ from peftcli.data.used_rows import Ragged, UsedRows
 from peftcli.errors import DataError, ModelError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, number_in, on_device, scores_of, table_of, write_task
+from peftcli.tasks.base import (
+    Batch,
+    Loss,
+    PredictOptions,
+    Task,
+    encode_each,
+    number_in,
+    on_device,
+    scores_of,
+    table_of,
+)
 from peftcli.tasks.classification import correlations
 from peftcli.tasks.findings import EMBEDDINGS as FINDINGS
 from peftcli.tasks.gather import gathered, process
 from peftcli.tasks.shown import Description, Label, Shared, Shown, Text
 from peftcli.tasks.text.answer_inputs import split
 from peftcli.tasks.text.chat import IGNORED
-from peftcli.tasks.text.collate import pad_token_id, padded
+from peftcli.tasks.text.collate import pad_texts, pad_token_id, padded
 from peftcli.tasks.text.inputs import TextInputs
 from peftcli.tasks.text.sentence_transformers import Pooling, longest, read_pooling, write_modules
 from peftcli.tasks.text.token_text import TokenRenderer
@@ -63,6 +73,7 @@ class Texts(NamedTuple):
 class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
     """The task ``feature_extraction``."""
 
+    name = "feature_extraction"
     arguments: ClassVar = ("text",)
     columns: ClassVar = {"input_ids": Column(), "sizes": Column(), "score": Column("float32", (None,))}
     """The tokens of all texts, one after another; how many each text has; the score of a scored pair."""
@@ -98,12 +109,6 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
     def fingerprint(self) -> dict[str, Any]:
         return super().fingerprint() | {"max_length": self.max_length}
 
-    def save(self, folder: Path) -> list[str]:
-        return [
-            write_task(folder, "feature_extraction", self.settings, self.config_options()),
-            *self.save_processor(folder),
-        ]
-
     def export(self, folder: Path) -> None:
         assert self.settings.pooling is not None
         pooling = Pooling(self.settings.pooling, bool(self.settings.normalize))
@@ -136,13 +141,7 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
         return table.reader("triplets" if triplets else "pairs", optional=() if triplets else ("negative",), **_PAIR)
 
     def encode(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
-        outcomes = list[Outcome | DataError]()
-        for row in rows:
-            try:
-                outcomes.append(self._outcome(row, reader))
-            except DataError as error:
-                outcomes.append(error)
-        return outcomes
+        return encode_each(rows, lambda row: self._outcome(row, reader))
 
     def _outcome(self, row: Row, reader: Reader) -> Outcome:
         texts = [text for column in reader.names if column != "score" for text in _texts(row, reader, column)]
@@ -169,9 +168,7 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
         ordered = [each[side] for side in (0, 1) for each in texts] + [text for _, text in negatives]
         keys = [_key(text) for text in ordered]
         asked = [*keys[: len(texts)], *keys[: len(texts)], *keys[2 * len(texts) :]]
-        return {
-            "input_ids": padded(ordered, pad_token_id(self.processor)),
-            "attention_mask": padded([np.ones(len(text), np.int64) for text in ordered], 0),
+        return pad_texts(ordered, pad_token_id(self.processor)) | {
             "_lengths": list(map(len, ordered)),
             "_keys": torch.tensor([keys, asked]).T,
             "_rows": len(texts),

@@ -5,20 +5,35 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peftcli.data.rows import Place, Reader, Row
+from peftcli.data.store import Column, Example
 from peftcli.errors import DataError
+
+FILE_COLUMNS = {"path": Column("str"), "content": Column("bytes"), "digest": Column("bytes")}
+"""Those of a ``File`` in a store."""
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of a row, as a store holds it: three columns ``path`` (str), ``content`` and ``digest`` (bytes)."""
+    """A file of a row, as a store holds it."""
 
     path: str
     """Empty where the row has only bytes."""
     held: bytes
     """The bytes that the row has; empty where the path is read."""
     digest: bytes
+
+    @classmethod
+    def of(cls, example: Example, prefix: str = "") -> File:
+        """Return the file that an example holds in columns with this prefix."""
+        return cls(*(example.arrays[f"{prefix}{name}"] for name in FILE_COLUMNS))
+
+    def arrays(self, prefix: str = "") -> dict[str, Any]:
+        """Return the values of these columns."""
+        values = (self.path, self.held, self.digest)
+        return {f"{prefix}{name}": value for name, value in zip(FILE_COLUMNS, values, strict=True)}
 
     def read(self) -> bytes:
         """Read the file, which must still be the one that was encoded.

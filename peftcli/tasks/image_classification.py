@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from peftcli.data.rows import Reader, Row, Table
-from peftcli.data.store import Column, Example, Outcome
+from peftcli.data.store import Example, Outcome
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
-from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, require_extra
+from peftcli.tasks import PICTURES, settings
+from peftcli.tasks.base import Batch, encode_each, require_extra
 from peftcli.tasks.classification import LABEL, Classification
-from peftcli.tasks.files import File, file_of, in_row
+from peftcli.tasks.files import FILE_COLUMNS, File, file_of, in_row
 from peftcli.tasks.pictures import check_image, open_image, shown_image
 from peftcli.tasks.shown import Label, Shown
 
@@ -29,7 +29,7 @@ class ImageClassification(Classification[settings.ImageClassification]):
 
     name = "image_classification"
     arguments = ("image",)
-    columns: ClassVar = {"path": Column("str"), "content": Column("bytes"), "digest": Column("bytes"), "label": LABEL}
+    columns: ClassVar = {**FILE_COLUMNS, "label": LABEL}
     unit = "images"
     identity = ("digest",)
     reads_files = True
@@ -42,18 +42,18 @@ class ImageClassification(Classification[settings.ImageClassification]):
         return {"versions": {"pillow": version("pillow")}}
 
     def input_columns(self, table: Table) -> Mapping[str, Sequence[str]]:
-        return {"image": ("image", "file_name", "img", "image_file_name")}
+        return {"image": PICTURES}
 
     def encode_inputs(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
-        return [_outcome(row, reader) for row in rows]
+        return encode_each(rows, lambda row: _outcome(row, reader))
 
     def collate_inputs(self, examples: Sequence[Example]) -> Batch:
-        files = [_file(each) for each in examples]
+        files = [File.of(each) for each in examples]
         images = [open_image(each.read(), each.path).convert("RGB") for each in files]
         return {"pixel_values": self.processor(images, return_tensors="pt")["pixel_values"]}
 
     def show(self, example: Example) -> Shown:
-        file = _file(example)
+        file = File.of(example)
         image = open_image(file.read(), file.path)
         picture = shown_image(image, file.path, image.size, image.mode)
         return Shown([picture, Label(self.label_text(example))])
@@ -69,20 +69,13 @@ class ImageClassification(Classification[settings.ImageClassification]):
         return super().save(folder) + [Path(name).name for name in self.processor.save_pretrained(folder)]
 
 
-def _file(example: Example) -> File:
-    return File(*(example.arrays[name] for name in ("path", "content", "digest")))
-
-
-def _outcome(row: Row, reader: Reader) -> Outcome | DataError:
-    try:
-        file, content = file_of(row, reader, "image")
-    except DataError as error:
-        return error
+def _outcome(row: Row, reader: Reader) -> Outcome:
+    file, content = file_of(row, reader, "image")
     try:
         check_image(content, file.path)
     except DataError as error:
-        return in_row(error, row, reader.names["image"])
-    return Outcome([Example({"path": file.path, "content": file.held, "digest": file.digest}, 1, 1)], size=1)
+        raise in_row(error, row, reader.names["image"]) from None
+    return Outcome([Example(file.arrays(), 1, 1)], size=1)
 
 
 TASK = ImageClassification

@@ -22,7 +22,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 @contextmanager
-def opened(content: bytes, path: str = "") -> Iterator[Image]:
+def opened_picture(content: bytes, path: str = "") -> Iterator[Image]:
     """Open a picture as it is stored. Inside, what Pillow raises is about the picture.
 
     Raises:
@@ -49,7 +49,7 @@ def open_image(content: bytes, path: str = "") -> Image:
     """
     from PIL import Image, ImageOps
 
-    with opened(content, path) as image:
+    with opened_picture(content, path) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):  # 16 bits of grey, of which convert keeps the lower 8
             upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
@@ -63,7 +63,7 @@ def check_image(content: bytes, path: str = "") -> None:
     Raises:
         DataError: it cannot be read; ``path`` names it.
     """
-    with opened(content, path) as image:
+    with opened_picture(content, path) as image:
         image.draft(None, (1, 1))
         image.load()
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from peftcli.core.inject import evaluating
 from peftcli.data.rows import Row, Table
 from peftcli.data.store import Column, Example, Outcome
 from peftcli.errors import DataError
@@ -28,8 +29,8 @@ from peftcli.tasks.shown import Label, Shown
 from peftcli.tasks.text.answer_inputs import AnswerInputs, pair_sums
 from peftcli.tasks.text.answers import PAIR, AnswerReader, answer_reader
 from peftcli.tasks.text.chat import IGNORED
-from peftcli.tasks.text.collate import pad_token_id, padded
-from peftcli.tasks.text.reference import Reference, evaluating
+from peftcli.tasks.text.collate import pad_texts, pad_token_id, padded
+from peftcli.tasks.text.reference import Reference
 from peftcli.tasks.text.stop_tokens import configured_stops, missing_stops
 from peftcli.tasks.text.token_loss import next_tokens, target_losses
 
@@ -57,6 +58,7 @@ class Answers(NamedTuple):
 class Preference(AnswerInputs, Task[settings.Preference]):
     """The task ``preference``."""
 
+    name = "preference"
     columns: ClassVar = {**AnswerInputs.answer_columns, "good": Column("int8", ())}
     lower_is_better = ("loss", "nll")
 
@@ -86,7 +88,7 @@ class Preference(AnswerInputs, Task[settings.Preference]):
             self.settings = replace(self.settings, reference=self.reference.kind)
 
     def save(self, folder: Path) -> list[str]:
-        return [write_task(folder, "preference", self.settings, {}), *self.save_processor(folder)]
+        return [write_task(folder, self.name, self.settings, {}), *self.save_processor(folder)]
 
     def stops(self, folder: Path, model: nn.Module) -> list[int]:
         return missing_stops(self.processor, folder, configured_stops(model))
@@ -137,11 +139,8 @@ class Preference(AnswerInputs, Task[settings.Preference]):
         labels = [
             np.concatenate([np.full(len(prompt), IGNORED), answer])[: self.max_length] for prompt, answer in pairs
         ]
-        return {
-            "_kl_input_ids": padded(ids, pad_token_id(self.processor)),
-            "_kl_attention_mask": padded([np.ones(len(row), np.int64) for row in ids], 0),
-            "_kl_labels": padded(labels, IGNORED),
-        }
+        batch = pad_texts(ids, pad_token_id(self.processor)) | {"labels": padded(labels, IGNORED)}
+        return {f"_kl_{name}": value for name, value in batch.items()}
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """The loss of a batch. The reference answers without dropout, and before the model's own graph is made."""

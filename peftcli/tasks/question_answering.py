@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.data.rows import Reader, Row, Table
+from peftcli.data.rows import Reader, Row, Table, shortened
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
@@ -31,13 +30,12 @@ from peftcli.tasks.base import (
     Loss,
     PredictOptions,
     Task,
+    encode_each,
     logits_of,
     model_inputs,
     scores_of,
     table_of,
-    write_task,
 )
-from peftcli.tasks.classification import shortened
 from peftcli.tasks.shown import Description, Label, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.inputs import TextInputs
@@ -48,7 +46,7 @@ _NO_PLACE = -1
 
 
 @dataclass(frozen=True)
-class Found:
+class AnswerSpan:
     """A place in a context that may be the answer."""
 
     score: float
@@ -80,9 +78,6 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
             raise DataError("needs a tokenizer that knows places in the text (a fast one)", key="base_model")
         super().__init__(settings, processor, base)
 
-    def save(self, folder: Path) -> list[str]:
-        return [write_task(folder, self.name, self.settings, self.config_options()), *self.save_processor(folder)]
-
     @property
     def needs_scan(self) -> bool:
         return self.settings.unanswerable is None
@@ -107,18 +102,12 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         )
 
     def encode(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
-        outcomes = list[Outcome | DataError]()
-        for row in rows:
-            try:
-                answers = _answers(row, reader)
-                if not answers and self.settings.unanswerable is False:
-                    raise row.place.error("has no answer; task.unanswerable is false", key=reader.names["answers"])
-                outcomes.append(self._outcome(row, reader, answers))
-            except DataError as error:
-                outcomes.append(error)
-        return outcomes
+        return encode_each(rows, lambda row: self._outcome(row, reader))
 
-    def _outcome(self, row: Row, reader: Reader, answers: list[tuple[int, str]]) -> Outcome:
+    def _outcome(self, row: Row, reader: Reader) -> Outcome:
+        answers = _answers(row, reader)
+        if not answers and self.settings.unanswerable is False:
+            raise row.place.error("has no answer; task.unanswerable is false", key=reader.names["answers"])
         examples = self._windows(row, reader)
         for example in examples:
             example.arrays["answers"] = json.dumps([text for _, text in answers])
@@ -195,7 +184,7 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         ids = np.asarray(example.arrays["input_ids"]).tolist()
         return ids.index(self.processor.cls_token_id) if self.processor.cls_token_id in ids else 0
 
-    def _likeliest(self, example: Example, scores: torch.Tensor) -> list[Found]:
+    def _likeliest(self, example: Example, scores: torch.Tensor) -> list[AnswerSpan]:
         """The likeliest places in a window, the best first, and at the end that the answer is not there.
 
         Args:
@@ -205,11 +194,11 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         places = np.asarray(example.arrays["places"])
         starts, ends = scores[: len(places), 0].numpy(), scores[: len(places), 1].numpy()
         cls = self._none(example)
-        none = Found(float(starts[cls] + ends[cls]), 0, 0)
+        none = AnswerSpan(float(starts[cls] + ends[cls]), 0, 0)
         inside = np.flatnonzero(places[:, 0] >= 0)
         best = [inside[np.argsort(-each[inside], kind="stable")][: self.settings.n_best] for each in (starts, ends)]
         found = [
-            Found(float(starts[first] + ends[last]), int(places[first, 0]), int(places[last, 1]))
+            AnswerSpan(float(starts[first] + ends[last]), int(places[first, 0]), int(places[last, 1]))
             for first in best[0]
             for last in best[1]
             if 0 <= last - first < self.settings.max_answer_length
@@ -217,7 +206,7 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         found.sort(key=lambda each: -each.score)
         return [*found[: self.settings.n_best], none]
 
-    def _answer(self, context: str, windows: Sequence[Sequence[Found]]) -> dict[str, Any]:
+    def _answer(self, context: str, windows: Sequence[Sequence[AnswerSpan]]) -> dict[str, Any]:
         """The answer to a question, from the likeliest places of all windows of its context."""
         # a window without the answer says so, whatever the others say
         none = min((found[-1] for found in windows), key=lambda each: each.score)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,7 +29,6 @@ from peftcli.tasks.base import (
     model_inputs,
     number_in,
     table_of,
-    write_task,
 )
 from peftcli.tasks.shown import Facts, Shown
 from peftcli.tasks.text.answer_inputs import AnswerInputs, pair_sums
@@ -47,9 +45,7 @@ class Reward(AnswerInputs, Task[settings.Reward]):
         "margin": Column("float32", ()),
     }
     reports = ("loss", "reward_accuracy", "reward_margin")
-
-    def save(self, folder: Path) -> list[str]:
-        return [write_task(folder, "reward", self.settings, self.config_options()), *self.save_processor(folder)]
+    name = "reward"
 
     def read(self, table: Table) -> AnswerReader:
         found = answer_reader(table, optional=("margin",), margin=(self.settings.margin or "margin",))

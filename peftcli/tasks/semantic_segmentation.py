@@ -9,7 +9,6 @@ from __future__ import annotations
 import colorsys
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -24,25 +23,28 @@ from torch import nn
 from peftcli.data.findings import Finding, Records
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
-from peftcli.errors import AdapterError, DataError
+from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.system.disk import write_file
-from peftcli.tasks import settings
+from peftcli.tasks import PICTURES, settings
 from peftcli.tasks.base import (
     Batch,
+    LeftOut,
     Loss,
     PredictOptions,
     Task,
+    encode_each,
     logits_of,
     model_inputs,
+    refuse_virtual_tokens,
     require_extra,
     table_of,
     write_task,
 )
 from peftcli.tasks.classification import listed
-from peftcli.tasks.files import File, file_of, in_row
+from peftcli.tasks.files import FILE_COLUMNS, File, file_of, in_row
 from peftcli.tasks.findings import FINDINGS
-from peftcli.tasks.pictures import open_image, opened, shown_image
+from peftcli.tasks.pictures import open_image, opened_picture, shown_image
 from peftcli.tasks.shown import Description, Label, Shown
 
 if TYPE_CHECKING:
@@ -76,10 +78,11 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
     name = "semantic_segmentation"
     arguments = ("image",)
     columns: ClassVar = {
-        f"{column}{name}": Column(kind)
-        for column in ("", "mask_")
-        for name, kind in (("path", "str"), ("content", "bytes"), ("digest", "bytes"))
-    } | {"turn": Column("int64", ()), "pixels": Column("int64")}
+        **FILE_COLUMNS,
+        **{f"mask_{name}": column for name, column in FILE_COLUMNS.items()},
+        "turn": Column("int64", ()),
+        "pixels": Column("int64"),
+    }
     unit = "pixels"
     reports = ("loss", "mean_iou", "mean_accuracy", "overall_accuracy", "iou_*")
     identity = ("digest",)
@@ -120,9 +123,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         Raises:
             AdapterError: the method puts virtual tokens before a text.
         """
-        if getattr(config, "is_prompt_learning", False):
-            message = "puts virtual tokens before those of a text; a model that reads pictures has no place for them"
-            raise AdapterError(message, key="method.type", hint="Use a method that changes layers, as lora.")
+        refuse_virtual_tokens(config, "reads pictures")
         return []
 
     def save(self, folder: Path) -> list[str]:
@@ -137,18 +138,18 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
 
     def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> settings.SemanticSegmentation:
         """Find how many classes the masks have. Their names are their numbers."""
-        seen = set[int]()
+        seen, left_out = set[int](), LeftOut()
         for table, rows in tables:
             reader = self.read(table)
             for row in rows:
-                with suppress(DataError):
+                with left_out:
                     file, content = file_of(row, reader, "annotation")
                     seen |= set(np.unique(stored_mask(content, file.path)[0]).tolist())
         first = int(self.settings.reduce_labels)
         classes = {value for value in seen if value >= first and value != self.settings.ignore_index}
         held = f"the masks of the training rows hold the values {_listed(seen)}"
         if len(classes) < 2:
-            hint = _BINARY_HINT if seen <= {0, 255} else None
+            hint = _BINARY_HINT if seen and seen <= {0, 255} else left_out.hint
             message = f"{held}, of which {len(classes)} count; the model needs two classes"
             raise DataError(message, key="dataset.train", hint=hint)
         if 2 * len(classes) < max(classes) - first + 1:
@@ -160,18 +161,12 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         return table.reader(
             "masks",
             optional=() if labelled else ("annotation",),
-            image=("image", "file_name", "img", "image_file_name"),
+            image=PICTURES,
             annotation=("annotation", "mask", "annotation_file_name", "mask_file_name", "label", "label_file_name"),
         )
 
     def encode(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
-        outcomes = list[Outcome | DataError]()
-        for row in rows:
-            try:
-                outcomes.append(self._outcome(row, reader))
-            except DataError as error:
-                outcomes.append(error)
-        return outcomes
+        return encode_each(rows, lambda row: self._outcome(row, reader))
 
     def _outcome(self, row: Row, reader: Reader) -> Outcome:
         (file, content), (mask, held) = (file_of(row, reader, column) for column in ("image", "annotation"))
@@ -180,7 +175,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
             image = open_image(content, file.path)
             key = reader.names["annotation"]
             values, turn = stored_mask(held, mask.path)
-            with opened(content, file.path) as stored:
+            with opened_picture(content, file.path) as stored:
                 if turn == 1 and values.shape == stored.size[::-1]:  # it was not turned alone
                     turn = stored.getexif().get(_ORIENTATION, 1)
             values = upright(values, turn)
@@ -195,8 +190,8 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         binary = self.settings.ignore_index == 255 and set(np.unique(values).tolist()) <= {0, 255} and values.any()
         if not sum(pixels):
             return Outcome([], "no pixel counts", resized.numel(), flags=_BINARY * bool(binary))
-        arrays = {f"mask_{name}": value for name, value in _stored(mask).items()}
-        example = Example({**_stored(file), **arrays, "turn": turn, "pixels": pixels}, resized.numel(), sum(pixels))
+        arrays = {**file.arrays(), **mask.arrays("mask_"), "turn": turn, "pixels": pixels}
+        example = Example(arrays, resized.numel(), sum(pixels))
         return Outcome([example], size=example.size, flags=_BINARY * bool(binary))
 
     def _classes(self, values: np.ndarray, path: str) -> np.ndarray:
@@ -250,7 +245,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
 
     def collate_inputs(self, examples: Sequence[Example]) -> Batch:
         """Put the pictures of examples into one batch."""
-        images = [open_image(file.read(), file.path).convert("RGB") for file in map(_file, examples)]
+        images = [open_image(file.read(), file.path).convert("RGB") for file in map(File.of, examples)]
         return {"pixel_values": self._processed(images)}
 
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
@@ -258,7 +253,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
 
     def _read_mask(self, example: Example) -> np.ndarray:
         """The classes of a picture's pixels."""
-        mask = _file(example, "mask_")
+        mask = File.of(example, "mask_")
         values, _ = stored_mask(mask.read(), mask.path)
         return self._classes(upright(values, int(example.arrays["turn"])), mask.path)
 
@@ -292,7 +287,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
 
     def show(self, example: Example) -> Shown:
         """The picture with its mask over it, and how many of its pixels each class has."""
-        file, classes = _file(example), self._read_mask(example)
+        file, classes = File.of(example), self._read_mask(example)
         image = open_image(file.read(), file.path)
         picture = shown_image(_overlay(image, classes), file.path, image.size, image.mode)
         pixels = np.asarray(example.arrays["pixels"])
@@ -350,7 +345,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
                     images.append(open_image(content, file.path))
                 except DataError as error:
                     raise in_row(error, row, reader.names["image"]) from None
-                examples.append(Example(_stored(file), 1, 0))
+                examples.append(Example(file.arrays(), 1, 0))
             scores = logits_of(model, examples, self.collate_inputs, options.batch_size)
             for number, (image, logits) in enumerate(zip(images, scores, strict=True), start=options.first + start):
                 classes = _likeliest(logits, image.size[::-1])
@@ -372,7 +367,7 @@ def stored_mask(content: bytes, path: str = "") -> tuple[np.ndarray, int]:
     Raises:
         DataError: it cannot be read, or has colours; ``path`` names it.
     """
-    with opened(content, path) as mask:
+    with opened_picture(content, path) as mask:
         values = np.asarray(mask)
         if values.ndim == 3:
             shades = values[..., : values.shape[-1] - (mask.mode in ("LA", "PA", "RGBA"))]  # without transparency
@@ -426,14 +421,6 @@ def _write(values: np.ndarray, path: Path) -> None:
     content = io.BytesIO()
     Image.fromarray(values).save(content, "PNG")
     write_file(path, content.getvalue())
-
-
-def _stored(file: File) -> dict[str, Any]:
-    return {"path": file.path, "content": file.held, "digest": file.digest}
-
-
-def _file(example: Example, column: str = "") -> File:
-    return File(*(example.arrays[f"{column}{name}"] for name in ("path", "content", "digest")))
 
 
 def _listed(values: Iterable[int]) -> str:

@@ -5,17 +5,14 @@ A row: ``{"prompt": "translate English to German: Thank you.", "completion": "Da
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import nn
 
-from peftcli.data.store import Example
 from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, Loss
 from peftcli.tasks.shown import Text
 from peftcli.tasks.text.chat import IGNORED
-from peftcli.tasks.text.collate import pad_labelled, pad_token_id
 from peftcli.tasks.text.encode import Seq2SeqEncoder
 from peftcli.tasks.text.language_model import LanguageModel
 from peftcli.tasks.text.token_loss import inner_model, losses_of, target_losses, token_loss
@@ -27,9 +24,6 @@ class Seq2SeqLM(LanguageModel[settings.Seq2SeqLM]):
     encoder = Seq2SeqEncoder
     targets_in_size = False
     identity: ClassVar = ("input_ids", "labels")
-
-    def pad(self, examples: Sequence[Example]) -> Batch:
-        return pad_labelled(examples, pad_token_id(self.processor))
 
     def texts(self, ids: list[int], labels: list[int]) -> list[Text]:
         source = self.renderer.render(ids, [IGNORED] * len(ids))

@@ -6,7 +6,6 @@ A row: ``{"text": "Win money now!", "label": "spam"}``
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -75,9 +74,6 @@ class SequenceClassification(TextInputs, Classification[settings.SequenceClassif
         renderer = TokenRenderer(self.processor)
         text = Text(renderer.render(ids, [IGNORED] * len(ids)), "text")
         return Shown([text, Label(self.label_text(example))], {"input_ids": ids, "text": renderer.text(ids)})
-
-    def save(self, folder: Path) -> list[str]:
-        return super().save(folder) + self.save_processor(folder)
 
 
 def _text(row: Row, reader: Reader, column: str) -> str:

@@ -24,25 +24,25 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.data.findings import Finding, Records
-from peftcli.data.rows import Reader, Row, Table
+from peftcli.data.rows import Reader, Row, Table, shortened
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models import tokens
 from peftcli.models.open import OpenBase
-from peftcli.tasks import settings
+from peftcli.tasks import TRANSCRIPTS, settings
 from peftcli.tasks.base import (
     Batch,
     Loss,
     PredictOptions,
     Task,
+    encode_each,
     model_inputs,
     on_device,
     require_extra,
     table_of,
     write_task,
 )
-from peftcli.tasks.classification import shortened
-from peftcli.tasks.files import File, digest_of, file_of, in_row
+from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, file_of, in_row
 from peftcli.tasks.findings import SOUND as FINDINGS
 from peftcli.tasks.shown import Description, Facts, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
@@ -59,6 +59,8 @@ TOO_LONG = "longer than the model hears at once"
 _SILENT = 1
 _QUIET = 2.0**-10
 """The largest sample of a clip without sound, where 1 is the loudest that a file can hold."""
+_UNKNOWN_SIZE = 2**31 - 2**16
+"""A WAV file that says to have more bytes was written into a pipe, when nobody knew how many there would be."""
 _FRAMES = 100
 """Frames of a second."""
 _BLOCK = 1 << 16
@@ -73,9 +75,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
     name = "speech_recognition"
     arguments = ("audio",)
     columns: ClassVar = {
-        "path": Column("str"),
-        "content": Column("bytes"),
-        "digest": Column("bytes"),
+        **FILE_COLUMNS,
         "labels": Column(),
         "text": Column("str"),
     }
@@ -231,18 +231,15 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
             "speech",
             optional=() if labelled else ("text",),
             audio=("audio", "file_name", "path", "file", "audio_file_name"),
-            text=("text", "sentence", "transcription", "transcript"),
+            text=TRANSCRIPTS,
         )
 
     def encode(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
-        outcomes = list[Outcome | DataError]()
-        for row in rows:
-            try:
-                text = self._spoken(row, reader)
-                outcomes.append(self._heard(row, reader, text, self._labels(text, row, reader)))
-            except DataError as error:
-                outcomes.append(error)
-        return outcomes
+        return encode_each(rows, lambda row: self._outcome(row, reader))
+
+    def _outcome(self, row: Row, reader: Reader) -> Outcome:
+        text = self._spoken(row, reader)
+        return self._heard(row, reader, text, self._labels(text, row, reader))
 
     def _spoken(self, row: Row, reader: Reader) -> str:
         text = reader.value(row, "text")
@@ -283,7 +280,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
                 file = File("", content, digest_of(content))
             else:
                 file, content = file_of(row, reader, "audio", "a sound")
-            with opened(content, file.path) as sound:
+            with opened_sound(content, file.path) as sound:
                 size = math.ceil(sound.frames / sound.samplerate * _FRAMES)
                 if labels and sound.frames > self.longest * sound.samplerate:
                     return Outcome(reason=TOO_LONG, size=size)
@@ -292,7 +289,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
                 raise DataError("has samples that are no numbers" if loudest else "has no samples", file=file.path)
         except DataError as error:
             raise error if error.key is not None else in_row(error, row, key) from None
-        arrays = {"path": file.path, "content": file.held, "digest": file.digest, "labels": labels, "text": text}
+        arrays = {**file.arrays(), "labels": labels, "text": text}
         return Outcome([Example(arrays, size, len(labels))], size=size, flags=_SILENT if max(loudest) <= _QUIET else 0)
 
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
@@ -315,8 +312,8 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
         """The samples of an example, at the rate that the model hears."""
         import soxr
 
-        file = File(*(example.arrays[name] for name in ("path", "content", "digest")))
-        with opened(file.read(), file.path) as sound:
+        file = File.of(example)
+        with opened_sound(file.read(), file.path) as sound:
             samples, given = sound.read(dtype="float32", always_2d=True).mean(axis=1), sound.samplerate
         return samples if given == self.rate else soxr.resample(samples, given, self.rate)
 
@@ -428,7 +425,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
 
 
 @contextmanager
-def opened(content: bytes, path: str) -> Iterator[SoundFile]:
+def opened_sound(content: bytes, path: str) -> Iterator[SoundFile]:
     """Open a sound. Inside, what soundfile raises is about the sound.
 
     Raises:
@@ -436,6 +433,9 @@ def opened(content: bytes, path: str) -> Iterator[SoundFile]:
     """
     import soundfile
 
+    said = int.from_bytes(content[4:8], "little") + 8 if content[:4] == b"RIFF" else 0
+    if len(content) + 1 < said < _UNKNOWN_SIZE:
+        raise DataError(f"is cut off: it has {len(content):,} of {said:,} bytes", file=path or None)
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             yield file

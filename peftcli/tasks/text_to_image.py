@@ -27,15 +27,26 @@ from peftcli.data.findings import Finding, Records
 from peftcli.data.media import is_media
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome
-from peftcli.errors import AdapterError, DataError
+from peftcli.errors import DataError
 from peftcli.models.diffusion import Picture
 from peftcli.models.open import OpenBase
 from peftcli.models.pipeline import OpenPipeline
 from peftcli.system.disk import write_file
-from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, model_inputs, require_extra, table_of, write_task
+from peftcli.tasks import CAPTIONS, PICTURES, settings
+from peftcli.tasks.base import (
+    Batch,
+    Loss,
+    PredictOptions,
+    Task,
+    encode_each,
+    model_inputs,
+    refuse_virtual_tokens,
+    require_extra,
+    table_of,
+    write_task,
+)
 from peftcli.tasks.diffusers_files import write_parts
-from peftcli.tasks.files import File, digest_of, file_of, in_row
+from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, file_of, in_row
 from peftcli.tasks.findings import FINDINGS
 from peftcli.tasks.pictures import open_image, shown_image
 from peftcli.tasks.shown import Shown, Text, TokenText
@@ -57,9 +68,7 @@ class TextToImage(Task[settings.TextToImage]):
     name = "text_to_image"
     arguments = ("text",)
     columns: ClassVar = {
-        "path": Column("str"),
-        "content": Column("bytes"),
-        "digest": Column("bytes"),
+        **FILE_COLUMNS,
         "prompt": Column("str"),
         "width": Column("int64", ()),
         "height": Column("int64", ()),
@@ -111,27 +120,17 @@ class TextToImage(Task[settings.TextToImage]):
         Raises:
             AdapterError: the method puts virtual tokens before a text.
         """
-        if getattr(config, "is_prompt_learning", False):
-            message = "puts virtual tokens before those of a text; a model that makes pictures has no place for them"
-            raise AdapterError(message, key="method.type", hint="Use a method that changes layers, as lora.")
+        refuse_virtual_tokens(config, "makes pictures")
         return []
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
     def read(self, table: Table) -> Reader:
         optional = () if self.settings.instance_prompt is None else ("text",)
-        return table.reader(
-            "pictures", optional=optional, image=("image", "file_name", "img"), text=("text", "caption", "prompt")
-        )
+        return table.reader("pictures", optional=optional, image=PICTURES, text=CAPTIONS)
 
     def encode(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
-        outcomes = list[Outcome | DataError]()
-        for row in rows:
-            try:
-                outcomes.append(self._outcome(row, reader))
-            except DataError as error:
-                outcomes.append(error)
-        return outcomes
+        return encode_each(rows, lambda row: self._outcome(row, reader))
 
     def _outcome(self, row: Row, reader: Reader) -> Outcome:
         prompt = _prompt(row, reader) or self.settings.instance_prompt or ""
@@ -141,8 +140,7 @@ class TextToImage(Task[settings.TextToImage]):
         except DataError as error:
             raise in_row(error, row, reader.names["image"]) from None
         width, height = image.size
-        arrays: dict[str, Any] = {"path": file.path, "content": file.held, "digest": file.digest, "prompt": prompt}
-        arrays |= {"width": width, "height": height}
+        arrays = {**file.arrays(), "prompt": prompt, "width": width, "height": height}
         flags = _SMALL * (min(image.size) < self.resolution) | _NO_CAPTION * (not prompt)
         return Outcome([Example(arrays, 1, 1)], size=1, flags=flags)
 
@@ -155,7 +153,7 @@ class TextToImage(Task[settings.TextToImage]):
 
     def show(self, example: Example) -> Shown:
         """The picture and its prompt."""
-        file = _file(example)
+        file = File.of(example)
         image = open_image(file.read(), file.path)
         prompt = Text([TokenText(example.arrays["prompt"])], "prompt")
         return Shown([shown_image(image.copy(), file.path, image.size, image.mode), prompt])
@@ -192,7 +190,7 @@ class TextToImage(Task[settings.TextToImage]):
 
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
         seeds = [_seed(each.draw, each.arrays["digest"]) for each in examples]
-        stored = [_Stored(_file(each), int(each.arrays["width"]), int(each.arrays["height"])) for each in examples]
+        stored = [_Stored(File.of(each), int(each.arrays["width"]), int(each.arrays["height"])) for each in examples]
         prompts, weights = [each.arrays["prompt"] for each in examples], [1.0] * len(examples)
         if training and self.priors:
             stored += [self.priors[seed % len(self.priors)] for seed in seeds]
@@ -257,7 +255,7 @@ class TextToImage(Task[settings.TextToImage]):
         """Make a picture of each row's text, by its seed: that of the row, else its number."""
         rows = list(rows)
         columns = {name: column for name, column in options.columns.items() if name == "text"}
-        reader = table_of(rows, columns).reader("prompts", text=("text", "caption", "prompt"))
+        reader = table_of(rows, columns).reader("prompts", text=CAPTIONS)
         folder = options.beside.with_name(f"{options.beside.name}.images")
         for start in range(0, len(rows), options.batch_size):
             chosen = rows[start : start + options.batch_size]
@@ -355,10 +353,6 @@ def _given_seed(row: Row, number: int) -> int:
         return int(given)
     except (TypeError, ValueError, OverflowError):
         raise row.place.error(f"expected a whole number, found {given!r:.60}", key="seed") from None
-
-
-def _file(example: Example) -> File:
-    return File(*(example.arrays[name] for name in ("path", "content", "digest")))
 
 
 def _stored(path: Path) -> _Stored:

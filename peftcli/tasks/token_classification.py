@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,13 +17,23 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.data.findings import Finding
-from peftcli.data.rows import Row, Table
+from peftcli.data.rows import Row, Table, shortened
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
-from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, model_inputs, table_of, write_task
-from peftcli.tasks.classification import LabelReader, listed, shortened
+from peftcli.tasks import TAGS, settings
+from peftcli.tasks.base import (
+    Batch,
+    LeftOut,
+    Loss,
+    PredictOptions,
+    Task,
+    encode_each,
+    logits_of,
+    model_inputs,
+    table_of,
+)
+from peftcli.tasks.classification import LabelReader, listed
 from peftcli.tasks.findings import CLASSES as FINDINGS
 from peftcli.tasks.shown import Description, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
@@ -35,7 +43,6 @@ from peftcli.tasks.text.token_text import TokenRenderer
 from peftcli.tasks.text.words import OUTSIDE, Words, tagged_words, word_spans, words_of
 
 _TRUNCATED = 1
-_TAGS = ("ner_tags", "tags", "labels", "pos_tags", "upos")
 _SPANS = ("entities", "spans")
 _UNBALANCED = 0.95
 
@@ -71,9 +78,6 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         kind = "entities of {} types" if self.settings.scheme == "iob2" else "{} tags"
         return (f"{kind.format(len(self.names))}: {listed(self.names)}",)
 
-    def save(self, folder: Path) -> list[str]:
-        return [write_task(folder, self.name, self.settings, self.config_options()), *self.save_processor(folder)]
-
     @property
     def needs_scan(self) -> bool:
         kind = self.settings.scheme
@@ -82,12 +86,13 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
     def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> settings.TokenClassification:
         """Find the names of the tags, and whether they mark entities."""
         declared, seen, spans = dict[str, None](), dict[str, None](), False
+        left_out = LeftOut()
         for table, rows in tables:
             reader = self.read(table)
             declared |= dict.fromkeys(reader.classes)
             spans = spans or "entities" in reader.names
             for row in rows:
-                with suppress(DataError):
+                with left_out:
                     seen |= dict.fromkeys(tag for _, tag in tagged_words(row, reader) if tag is not None)
         given = list(self.labels)
         found = list(declared or seen)
@@ -102,30 +107,25 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         labels = given or (_with_prefixes(_types(found)) if spans else found)
         if len(labels) < 2:
             what = f"all words have the tag {labels[0]!r}" if labels else "no word has a tag"
-            raise DataError(f"in the training rows {what}; the model needs two tags", key="dataset.train")
+            message = f"in the training rows {what}; the model needs two tags"
+            raise DataError(message, key="dataset.train", hint=left_out.hint)
         return replace(self.settings, labels=labels, scheme=scheme)
 
     def read(self, table: Table, *, labelled: bool = True) -> LabelReader:
         tokens = "tokens" in table.source.columns or ("text" not in table.source.columns and "tokens" in table.columns)
         inputs, label = ({"tokens": ("tokens",)}, "tags") if tokens else ({"text": ("text", "sentence")}, "entities")
-        columns = {**inputs, label: _TAGS if tokens else _SPANS}
+        columns = {**inputs, label: TAGS if tokens else _SPANS}
         found = table.reader("tags" if tokens else "entities", optional=() if labelled else (label,), **columns)
         classes = table.class_names().get(found.names.get(label, ""), ()) if labelled else ()
         return LabelReader(found.name, found.names, tuple(classes))
 
     def encode(self, rows: Sequence[Row], reader: Any) -> list[Outcome | DataError]:
-        outcomes = list[Outcome | DataError]()
-        for row in rows:
-            try:
-                pairs = tagged_words(row, reader)
-                words = words_of(row, reader, [span for span, _ in pairs])
-                outcomes.append(self._outcome(words, [self._target(tag, row, reader) for _, tag in pairs], row))
-            except DataError as error:
-                outcomes.append(error)
-        return outcomes
+        return encode_each(rows, lambda row: self._outcome(row, reader))
 
-    def _outcome(self, words: Words, tags: list[int], row: Row) -> Outcome:
-        """The example of a row, from the number of each word's tag."""
+    def _outcome(self, row: Row, reader: LabelReader) -> Outcome:
+        pairs = tagged_words(row, reader)
+        words = words_of(row, reader, [span for span, _ in pairs])
+        tags = [self._target(tag, row, reader) for _, tag in pairs]
         example, size = self._example(words)
         if not words.spans or not example.size:
             raise row.place.error("holds no words")

@@ -43,7 +43,7 @@ _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES
 
 
 @dataclass
-class Found:
+class DeepCheck:
     """What opening a recipe's data and model has brought up."""
 
     errors: list[Problem] = field(default_factory=list)
@@ -109,16 +109,16 @@ def state_of(recipe: Recipe) -> str | None:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def read(recipe: Recipe, state: str) -> Found | None:
+def read(recipe: Recipe, state: str) -> DeepCheck | None:
     """Return the outcome that was kept for this state."""
     with suppress(OSError, ValueError, KeyError, TypeError, StorageError):
         kept = json.loads(_place(recipe).read_bytes())
         if kept["state"] == state:
-            return Found(would=kept["would"])
+            return DeepCheck(would=kept["would"])
     return None
 
 
-def keep(recipe: Recipe, state: str, found: Found) -> None:
+def keep(recipe: Recipe, state: str, found: DeepCheck) -> None:
     """Keep an outcome without errors in place of the one before of the same run folder, if the cache can be written."""
     with suppress(StorageError):
         write_file(_place(recipe), json.dumps({"state": state, "would": found.would}).encode())

@@ -273,7 +273,7 @@ def _account(parts: Sequence[Part], task: Task[Any]) -> dict[str, Any]:
 
 
 def _refuse_none(view: View, account: dict[str, Any], task: Task[Any]) -> None:
-    """Raises DataError when no row is left."""
+    """Raise DataError when no row is left."""
     if len(view):
         return
     if not account["rows"]:

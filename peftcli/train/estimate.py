@@ -24,7 +24,7 @@ from peftcli.errors import Interrupted
 from peftcli.models.base import OpenBase
 from peftcli.models.quantization import bytes_of_weight
 from peftcli.models.stacks import stacks
-from peftcli.schema import Recipe
+from peftcli.schema import DIVIDED, Recipe
 from peftcli.system.memory import resident_memory
 from peftcli.tasks.base import on_device
 from peftcli.tasks.text.output_head import take_head_as_it_is
@@ -36,7 +36,6 @@ from peftcli.train.optim import state_bytes
 from peftcli.train.plan import MicroBatch, Plan
 from peftcli.train.setup import base_dtype, uses_bf16
 from peftcli.train.sizes import Sizes
-from peftcli.train.strategies import DIVIDED
 
 _HELD_BACK = 1.2
 """How many times the counted memory of a step its process takes on a CPU, where freed memory is not all used again:

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
 from peftcli.core.inject import unload
 from peftcli.data.findings import refuse
+from peftcli.errors import GateFailed
 from peftcli.models.open import LoadedModel, open_base
 from peftcli.recipe import to_dict
 from peftcli.schema import Launch, Recipe
@@ -76,7 +77,7 @@ def measure(
     return {
         "schema_version": SCHEMA_VERSION,
         "status": "complete",
-        "exit_code": 0 if all(gate.passed for gate in gates) else 12,
+        "exit_code": 0 if all(gate.passed for gate in gates) else GateFailed.exit_code,
         "recipe": to_dict(recipe),
         "adapter": adapter,
         "base_model": {"name": recipe.base_model.name, "revision": recipe.base_model.revision},

@@ -15,30 +15,30 @@ from peftcli.guard.adapter_folder import find_weights
 from peftcli.models.open import open_base
 from peftcli.recipe import method_config
 from peftcli.recipe.rates import with_rate
-from peftcli.schema import BaseModel, Recipe
+from peftcli.schema import DIVIDED, BaseModel, Recipe
 from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import FitsModel, Gathers, Limits, refuse_other_classes
-from peftcli.train.checked import Found
+from peftcli.train.checked import DeepCheck
 from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.estimate import estimate
 from peftcli.train.evaluate import refuse_metrics
-from peftcli.train.fit_memory import fit, is_fitted, settings_of, smallest
+from peftcli.train.fit_memory import choose_settings, is_fitted, settings_of, smallest
 from peftcli.train.init_adapter import KEY, find_init_adapter, with_init_settings
 from peftcli.train.kernels import check_liger_kernel
 from peftcli.train.launch import total_processes
 from peftcli.train.optim import check_optimizer
 from peftcli.train.setup import checkpoint_activations
 from peftcli.train.sharded import check_divisible
-from peftcli.train.strategies import DIVIDED, refuse_strategy
+from peftcli.train.strategies import refuse_strategy
 from peftcli.train.trackers import require_packages
 
 T = TypeVar("T")
 _SECTIONS = ("base_model", "task", "method", "dataset", "training", "launch", "gates")
 
 
-def examine(recipe: Recipe) -> Found:
+def examine(recipe: Recipe) -> DeepCheck:
     """Every error and every warning that opening the recipe's data and model brings up."""
-    found = Found()
+    found = DeepCheck()
 
     def attempt(key: str, action: Callable[[], T]) -> T | None:
         try:
@@ -126,7 +126,7 @@ def examine(recipe: Recipe) -> Found:
         assert data is not None
         assert begun is not None
         if not is_fitted(begun):
-            fits = attempt("training", partial(fit, begun, base, data, processes))
+            fits = attempt("training", partial(choose_settings, begun, base, data, processes))
             if fits is None:
                 return found
             begun = fits[0]

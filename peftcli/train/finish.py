@@ -12,7 +12,7 @@ from peftcli.data.sources import eval_source
 from peftcli.errors import GateFailed
 from peftcli.recipe import gate_holds, parse_gate, to_yaml
 from peftcli.system.disk import sha256, write_file
-from peftcli.tasks import described
+from peftcli.tasks import task_record
 from peftcli.tasks.base import EndsAnswers, Saves
 from peftcli.train.report import loss_curve, peak_memory_bytes
 from peftcli.train.runs.checkpoint import State, prune, write_finite
@@ -48,7 +48,7 @@ def finish(run: Run, data: RunData, state: State) -> None:
             state.config,
             tensors,
             data.task,
-            described(data.task, run.pinned),
+            task_record(data.task, run.pinned),
             said,
             files=own,
             dtype=base_dtype(run.pinned),
@@ -109,7 +109,7 @@ def check_gates(gates: dict[str, str], metrics: dict[str, float]) -> list[GateRe
 
 
 def raise_failed_gates(gates: list[dict[str, Any]]) -> None:
-    """Raises GateFailed naming the gates of a run.json that do not hold."""
+    """Raise GateFailed naming the gates of a run.json that do not hold."""
     failed = [f"{gate['metric']} is {gate['value']}, expected {gate['gate']}" for gate in gates if not gate["passed"]]
     if failed:
         raise GateFailed("; ".join(failed), key="gates")

@@ -22,7 +22,7 @@ from peftcli.models.base import OpenBase
 from peftcli.models.open import open_base
 from peftcli.models.stacks import stacks
 from peftcli.recipe import method_config, to_dict
-from peftcli.schema import BaseModel, Recipe
+from peftcli.schema import DIVIDED, BaseModel, Recipe
 from peftcli.system.memory import free_memory, resident_memory
 from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import FitsModel
@@ -33,7 +33,7 @@ from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.resume import has_begun
 from peftcli.train.runs.typed_json import to_json
 from peftcli.train.setup import checkpoint_activations
-from peftcli.train.strategies import DIVIDED, may_divide, supports_quantization
+from peftcli.train.strategies import may_divide, supports_quantization
 
 _USED = 0.9
 """The share of the memory that an estimate may fill."""
@@ -77,7 +77,7 @@ def with_settings(recipe: Recipe, values: Settings) -> Recipe:
     return replace(recipe, **parts)
 
 
-def fitted(recipe: Recipe, accelerator: Accelerator, overwrite: bool, tell: OnEvent) -> Recipe:
+def with_chosen_settings(recipe: Recipe, accelerator: Accelerator, overwrite: bool, tell: OnEvent) -> Recipe:
     """Return the recipe with all settings chosen, by process 0: as the run that goes on has them, or as they fit.
 
     Raises:
@@ -126,7 +126,7 @@ def _chosen(recipe: Recipe, num_processes: int, tell: OnEvent) -> Settings:
         on_rows=lambda *read: tell(RowsRead(*read)),
         on_note=lambda note: tell(Phase(note)),
     )
-    fits, needs = fit(recipe, base, data, num_processes)
+    fits, needs = choose_settings(recipe, base, data, num_processes)
     there = _memory(recipe, num_processes)
     tell(Phase(_account(recipe, fits, needs, there, num_processes)))
     if needs is not None and _in_step(needs) > there:
@@ -134,7 +134,7 @@ def _chosen(recipe: Recipe, num_processes: int, tell: OnEvent) -> Settings:
     return settings_of(fits)
 
 
-def fit(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) -> tuple[Recipe, Estimate | None]:
+def choose_settings(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) -> tuple[Recipe, Estimate | None]:
     """Return the recipe with all settings chosen, and what it needs then: the fastest that fits, else the smallest.
 
     Raises:

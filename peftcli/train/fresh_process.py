@@ -41,7 +41,7 @@ def verify_run(folder: Path, on_event: OnEvent) -> None:
         on_event(Phase("verified: the folder is the trained model"))
 
 
-def free_memory() -> None:
+def release_gpu_memory() -> None:
     """Give back what a finished run holds of the GPU: the fresh process loads the model again."""
     gc.collect()
     if torch.cuda.is_available():

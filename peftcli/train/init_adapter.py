@@ -98,7 +98,7 @@ def init_hashes(recipe: Recipe) -> dict[str, str]:
 
 
 def refuse_other_base(source: AdapterSource, recipe: Recipe, base_hash: str | None) -> None:
-    """Raises AdapterError where the run that made the adapter recorded another base model than that of this hash."""
+    """Raise AdapterError where the run that made the adapter recorded another base model than that of this hash."""
     recorded = mapping_at(source.record, "base_model")
     if base_hash and recorded.get("sha256") not in (None, base_hash):
         message = f"was trained on {recorded.get('name')}, whose files differ from those of {recipe.base_model.name}"
@@ -106,7 +106,7 @@ def refuse_other_base(source: AdapterSource, recipe: Recipe, base_hash: str | No
 
 
 def refuse_other_start(trained: AdapterSource, recipe: Recipe) -> None:
-    """Raises AdapterError where the run that made ``trained`` recorded that it began from another adapter."""
+    """Raise AdapterError where the run that made ``trained`` recorded that it began from another adapter."""
     name = mapping_at(trained.record, "recipe", "training").get("init_adapter_from")
     before = mapping_at(trained.record, "identity", "data").get(str(name))
     if before is not None and before not in init_hashes(recipe).values():

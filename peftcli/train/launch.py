@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftcli.errors import Interrupted, PeftcliError, ProcessDied, StorageError, UsageError
+from peftcli.errors import GateFailed, Interrupted, PeftcliError, ProcessDied, StorageError, UsageError
 from peftcli.schema import Launch
 from peftcli.system.cores import usable_cores
 from peftcli.system.signals import SAVE_SIGNAL, STARTED, STOP_SIGNALS, end_with_parent
@@ -34,7 +34,7 @@ _STOPPED_SECONDS = 8.0
 _IDLE_SECONDS = 12.0
 """Time that all processes together may be idle, once they train."""
 _IDLE_BEFORE = 180.0
-"""The same before: they may wait for the hub."""
+"""The same before, when they may wait for the hub, and on several machines."""
 _IDLE_SHARE = 0.04
 """Share of one core below which a group is idle. Redrawing a progress bar takes less."""
 _REDRAWN_BYTES = 20_000
@@ -68,7 +68,7 @@ def leave_group_on_exit() -> Iterator[None]:
             torch.distributed.destroy_process_group()
 
 
-def has_launcher() -> bool:
+def started_by_peftcli() -> bool:
     """Whether ``run_processes`` started this process."""
     return STATUS in os.environ
 
@@ -148,7 +148,7 @@ def run_processes(
 
 def conclude(error: PeftcliError | None, answer: Callable[[], str], afterwards: Callable[[], None]) -> None:
     """Print the answer of processes that have done their work. Of a group that died, the answer is the error."""
-    if error is not None and error.exit_code != GATE_FAILED:
+    if error is not None and error.exit_code != GateFailed.exit_code:
         raise error
     afterwards()
     sys.stdout.write(answer())
@@ -168,7 +168,7 @@ def report_outcome(error: PeftcliError | None) -> int | None:
     folder = os.environ.get(STATUS)
     if folder is None:
         return None
-    ended = None if error is None else described(error)
+    ended = None if error is None else error_fields(error)
     path = Path(folder) / f"{os.environ['LOCAL_RANK']}.json"
     try:
         path.with_suffix(".tmp").write_text(json.dumps(ended))
@@ -177,12 +177,12 @@ def report_outcome(error: PeftcliError | None) -> int | None:
         if error is None:
             raise StorageError(f"cannot be written: {full.strerror}", file=str(path)) from None
         return None
-    if error is None or (error.exit_code == GATE_FAILED and "TORCHELASTIC_RUN_ID" in os.environ):
+    if error is None or (error.exit_code == GateFailed.exit_code and "TORCHELASTIC_RUN_ID" in os.environ):
         return 0  # to the agent of several machines, a process that has done its work
     return error.exit_code
 
 
-def described(error: PeftcliError) -> dict[str, Any]:
+def error_fields(error: PeftcliError) -> dict[str, Any]:
     """Return an error as ``ErrorOfProcess`` wants it."""
     return {**error.as_dict(), "exit_code": error.exit_code, "shown": str(error)}
 
@@ -344,7 +344,7 @@ def _error(status: Path, number: int, code: int, count: int, forwarded: Sequence
     if -code in forwarded or (code in _AT_ONCE and forwarded):  # it did not listen yet, or had two
         last = signal.Signals(forwarded[-1])
         return Interrupted(f"stopped at once ({last.name})", exit_code=130 if last == signal.SIGINT else 143)
-    if 1 < code <= GATE_FAILED:  # the disk of the status files may be full
+    if 1 < code <= GateFailed.exit_code:  # the disk of the status files may be full
         kind = {each.exit_code: each for each in PeftcliError.__subclasses__()}[code]
         return kind(f"process {number} of {count} ended with {code}; what it printed says why")
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code} before its work was done"
@@ -353,7 +353,6 @@ def _error(status: Path, number: int, code: int, count: int, forwarded: Sequence
 
 
 GO_ON = "run the same command again to go on"
-GATE_FAILED = 12
 _AT_ONCE = (130, 143)
 _STOPPED = (75, *_AT_ONCE)
 
@@ -369,8 +368,17 @@ class Watch:
     seen: tuple[float, float, int] = (0.0, 0.0, 0)
     """When the group was last looked at, and its CPU seconds and bytes read and written then."""
 
-    def look(self, living: dict[int, int], *, training: bool, alone: bool = True) -> str | None:
-        """What is wrong with the processes (number -> pid); None if nothing is. Alone, they wait for nobody else."""
+    def look(
+        self, living: dict[int, int], *, training: bool, everywhere: Callable[[float], float] | None = None
+    ) -> str | None:
+        """What is wrong with the processes (number -> pid); None if nothing is.
+
+        Args:
+            living: Those that run.
+            training: Whether they train.
+            everywhere: Of several machines: takes for how long the processes here have been idle, in seconds, and
+                returns for how long those of all machines have been.
+        """
         now = time.monotonic()
         if sys.platform != "linux" or now - self.seen[0] < 1.0:
             return None
@@ -389,8 +397,11 @@ class Watch:
         if waits_for_a_disk or computes or moved - self.seen[2] > _REDRAWN_BYTES:
             self.busy = now
         self.seen = now, computed, moved
-        if alone and now - self.busy > (_IDLE_SECONDS if training else _IDLE_BEFORE):
-            return f"the processes wait for one another, and none has done anything for {now - self.busy:.0f} seconds"
+        idle, limit = now - self.busy, _IDLE_SECONDS if training else _IDLE_BEFORE
+        if everywhere is not None:
+            idle, limit = everywhere(idle), _IDLE_BEFORE  # a slow network takes little time of a processor
+        if idle > limit:
+            return f"the processes wait for one another, and none has done anything for {idle:.0f} seconds"
         return None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from peftcli.core.inject import evaluating
 from peftcli.errors import ModelError
 from peftcli.tasks.base import Batch, Packs, Task, model_inputs, on_device
 
@@ -42,13 +43,9 @@ def refuse_contamination(model: Any, task: Task[Any], accelerator: Accelerator) 
 def _logits(model: Any, batch: Batch, accelerator: Accelerator) -> torch.Tensor:
     """Logits (B, T, V) in evaluation mode. Leaves the modules' modes and the random state as they were."""
     inputs = model_inputs(on_device(batch, accelerator.device))
-    training = [module for module in model.modules() if module.training]
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    model.eval()
-    with torch.random.fork_rng(devices), accelerator.autocast():
+    with evaluating(model), torch.random.fork_rng(devices), accelerator.autocast():
         logits: torch.Tensor = model(**inputs, use_cache=False).logits
-    for module in training:
-        module.training = True
     return logits
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from peftcli.errors import RecipeError
 from peftcli.schema import Recipe
 from peftcli.train import checked
-from peftcli.train.checked import Found
+from peftcli.train.checked import DeepCheck
 
 
 def preview(recipe: Recipe) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def preview(recipe: Recipe) -> dict[str, Any]:
     return found.would
 
 
-def deep_check(recipe: Recipe) -> Found:
+def deep_check(recipe: Recipe) -> DeepCheck:
     """Every error and every warning that opening the recipe's data and model brings up."""
     state = checked.state_of(recipe)
     if state is not None and (known := checked.read(recipe, state)) is not None:

@@ -31,14 +31,15 @@ from peftcli.recipe.accelerate_config import with_accelerate_launch
 from peftcli.recipe.rates import with_rate
 from peftcli.schema import Recipe
 from peftcli.system import date
+from peftcli.system.addresses import notice_lost_machines
 from peftcli.system.signals import STARTED, Stop, handle_signals
-from peftcli.tasks import described, open_task
+from peftcli.tasks import open_task, task_record
 from peftcli.tasks.base import Begins, Gathers, Limits, Task
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.evaluate import refuse_metrics
 from peftcli.train.finish import finish
-from peftcli.train.fit_memory import fitted
+from peftcli.train.fit_memory import with_chosen_settings
 from peftcli.train.init_adapter import find_init_adapter, refuse_other_base, with_init_settings
 from peftcli.train.kernels import compile_layers
 from peftcli.train.launch import report_training
@@ -103,8 +104,8 @@ def train(
         accelerator = start_accelerator(recipe)
         tell: OnEvent = on_event if accelerator.is_main_process else lambda event: None
         recipe = completed(recipe, tell)
-        recipe = fitted(recipe, accelerator, overwrite, tell)
-        training_run = steps_of(recipe, options, accelerator, stop, tell, Alone())
+        recipe = with_chosen_settings(recipe, accelerator, overwrite, tell)
+        training_run = steps_of(recipe, options, accelerator, stop, tell, RunHost())
         while True:
             try:
                 next(training_run)
@@ -117,15 +118,15 @@ def completed(recipe: Recipe, tell: OnEvent) -> Recipe:
     return with_rate(with_init_settings(with_task(recipe, lambda text: tell(Warned(text)))))
 
 
-class Alone:
-    """How a run gets its base model and its gradients if no other shares the base."""
+class RunHost:
+    """Provides a run's base model and gradients: its own, or those of a group (``together.Member``)."""
 
     def load(self, recipe: Recipe, task: Task[Any]) -> LoadedModel:
         """Load the base model."""
         return load_base(recipe, task)
 
     def check(self, model: nn.Module, config: AdapterConfig) -> None:
-        """Check that a model can be trained so, before anything is recorded."""
+        """Check the model that was built, before run.json records the start."""
 
     def gradients_of(self, run: Run, data: RunData, state: State) -> Gradients:
         """Return what computes the gradients of the steps to come."""
@@ -134,14 +135,14 @@ class Alone:
 
 
 def steps_of(
-    recipe: Recipe, options: StartOptions, accelerator: Accelerator, stop: Stop, tell: OnEvent, company: Alone
+    recipe: Recipe, options: StartOptions, accelerator: Accelerator, stop: Stop, tell: OnEvent, host: RunHost
 ) -> Generator[None, None, dict[str, Any]]:
     """Train, pausing when the model is built, before the first step and after each. Returns the content of run.json."""
     with open_run(recipe, options, accelerator, stop, tell) as run:
         if run.record.status != "complete":
             stop.saved = run.record.resumable
             with record_outcome(run):
-                yield from _train(run, company)
+                yield from _train(run, host)
         if run.replaces is not None and run.is_main:
             run.replaces.replace()
         shared = [run.record.as_dict()]
@@ -149,15 +150,15 @@ def steps_of(
         return shared[0]
 
 
-def _train(run: Run, company: Alone) -> Iterator[None]:
+def _train(run: Run, host: RunHost) -> Iterator[None]:
     require_packages(run.recipe)
     threads = use_threads(run)
     data = read_data(run)
-    built = build(run, data, company)
-    company.check(run.accelerator.unwrap_model(built.prepared.model), built.prepared.config)
+    built = build(run, data, host)
+    host.check(run.accelerator.unwrap_model(built.prepared.model), built.prepared.config)
     yield
     state = resume_state(run, data, built)
-    gradients = company.gradients_of(run, data, state)
+    gradients = host.gradients_of(run, data, state)
     record_start(run, data, built, state, threads)
     with contextlib.closing(Trackers(run)) as trackers:
         yield from TrainingLoop(run, data, state, gradients, trackers).run()
@@ -267,7 +268,7 @@ class BuiltModel:
     """The adapter that training begins from."""
 
 
-def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
+def build(run: Run, data: RunData, host: RunHost) -> BuiltModel:
     """Load the base model, inject the adapter, calibrate it where the method needs data, and place all on the devices.
 
     Raises:
@@ -283,7 +284,7 @@ def build(run: Run, data: RunData, company: Alone) -> BuiltModel:
         run.warn("each process reads the base model, to start the adapter from data")
         recipe = replace(recipe, launch=replace(recipe.launch, cpu_ram_efficient_loading=False))
     run.tell(Phase(f"loading {recipe.base_model.name}"))
-    model, injection, notes = adapted_model(recipe, config, data.task, company.load)
+    model, injection, notes = adapted_model(recipe, config, data.task, host.load)
     config.revision = run.recipe.base_model.revision
     if (source := find_init_adapter(recipe)) is not None:
         base_hash = run.identity.base_model or commit_of(recipe.base_model).get("sha256")
@@ -351,7 +352,7 @@ def record_start(run: Run, data: RunData, built: BuiltModel, state: State, threa
     for name, value in commit_of(run.pinned.base_model).items():
         setattr(record.base_model, name, value)
     measured = {"efficiency": built.efficiency, "passes_per_epoch": data.plan.passes}
-    record.task = described(data.task, run.recipe)
+    record.task = task_record(data.task, run.recipe)
     record.data = from_json(DataRecord, data.examples.report | measured)
     record.parameters = built.parameters
     record.mergeable = config.merge_problem() is None
@@ -370,5 +371,6 @@ def record_start(run: Run, data: RunData, built: BuiltModel, state: State, threa
         # the line of a pending evaluation is written once that is made
         run.folder.cut_metrics(progress.step - (progress.pending is not None) if progress.step else -1)
         run.write_record()
+    notice_lost_machines(unanswered=record.device == "cpu")
     report_training()
     run.tell(Ready(record.as_dict(), progress.step, total))

@@ -26,13 +26,13 @@ from peftcli.errors import ModelError, UsageError
 from peftcli.models.open import LoadedModel, open_base
 from peftcli.models.weights import BaseWeights
 from peftcli.schema import BaseModel, Recipe
-from peftcli.system.addresses import use_interface_to
+from peftcli.system.addresses import notice_lost_machines, use_interface_to
 from peftcli.tasks import row_of
 from peftcli.tasks.base import FitsModel, Task, model_inputs, on_device, refuse_other_classes
 from peftcli.train.data import Data
 from peftcli.train.init_adapter import find_init_adapter
 from peftcli.train.kernels import use_liger_kernel
-from peftcli.train.launch import has_launcher
+from peftcli.train.launch import started_by_peftcli
 from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import build_optimizer, build_schedule, parameter_groups
 from peftcli.train.plan import Plan
@@ -64,6 +64,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         # evaluation runs out of step; and not every step uses all that trains
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)],
     )
+    notice_lost_machines(unanswered=accelerator.device.type == "cpu")
     if accelerator.device.type == "cpu":  # of several processes accelerate calls it cpu:0, to which weights are copied
         PartialState().device = accelerator.state.device = torch.device("cpu")
     if accelerator.distributed_type == DistributedType.MEGATRON_LM:
@@ -72,7 +73,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     wanted = recipe.launch.num_processes
     if accelerator.num_processes < asked:
         raise UsageError(f"{asked} processes were asked for and {accelerator.num_processes} started")
-    if wanted == "auto" or has_launcher():
+    if wanted == "auto" or started_by_peftcli():
         return accelerator
     if accelerator.num_processes != wanted * recipe.launch.num_machines:
         raise UsageError(

@@ -61,8 +61,8 @@ def start(
         finished = run.train(recipe, resume=resume, allow_change=allow_change, overwrite=overwrite, on_event=on_event)
     if not launch.is_main_process():
         return None
-    if recipe.training.verify and not launch.has_launcher():  # which verifies, when these processes have ended
-        fresh_process.free_memory()
+    if recipe.training.verify and not launch.started_by_peftcli():  # which verifies, when these processes have ended
+        fresh_process.release_gpu_memory()
         fresh_process.verify_run(folder.path, on_event)
     return finished
 

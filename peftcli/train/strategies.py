@@ -9,13 +9,11 @@ import torch
 from peftcli.core.config import AdapterConfig
 from peftcli.core.protocols import AfterStep, layers_of
 from peftcli.errors import UsageError
-from peftcli.schema import Recipe
+from peftcli.schema import DIVIDED, Recipe
 from peftcli.tasks.base import Begins, Gathers, Task, require_extra
 
 STAGES = {"zero2": 2, "zero3": 3}
 """launch.strategy -> the stage of ZeRO."""
-DIVIDED = ("fsdp", "zero3")
-"""Values of launch.strategy that divide the base model."""
 _ENGINES = ("ddp", "zero2", "zero3")
 _QUANTISED = {"fsdp": ("nf4", "fp4"), "zero3": ()}
 """launch.strategy -> the quantised weights that it can divide: their scales stand beside them, whole."""

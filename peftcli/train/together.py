@@ -31,7 +31,7 @@ from peftcli.train import fresh_process, launch
 from peftcli.train.fit_memory import is_fitted
 from peftcli.train.loop import Gradients
 from peftcli.train.report import OnEvent
-from peftcli.train.run import Alone, completed, steps_of
+from peftcli.train.run import RunHost, completed, steps_of
 from peftcli.train.runs.checkpoint import State
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.resume import Run, StartOptions
@@ -102,7 +102,7 @@ def start_together(
             hint = "launch: {num_processes: 1}"
             raise UsageError("--together trains in one process", file=name, key="launch.num_processes", hint=hint)
     outcomes = train_together(recipes, resume=resume, on_event=on_event, **options)
-    fresh_process.free_memory()
+    fresh_process.release_gpu_memory()
     for name, outcome in outcomes.items():
         if recipes[name].training.verify and not isinstance(outcome, PeftcliError):
             try:
@@ -153,7 +153,7 @@ class Group:
         self._loaded: tuple[LoadedModel, dict[str, Any]] | None = None
         self._models: JoinedModels | None = None
 
-    def add(self, member: Member, steps: Callable[[Alone], Any]) -> None:
+    def add(self, member: Member, steps: Callable[[RunHost], Any]) -> None:
         """Add a run, whose steps ``steps`` gives."""
         member.steps = steps(member)
         self.members.append(member)
@@ -243,7 +243,7 @@ class Group:
             self.accelerator.backward(sum(added))
 
 
-class Member(Alone):
+class Member(RunHost):
     """One of the runs."""
 
     steps: Any

@@ -175,10 +175,10 @@ class TrainingLoop:
             raise Diverged(f"the evaluation after step {progress.step} is not finite: {metrics}", hint=LESS_LEARNING)
         if isinstance(data.task, Illustrates) and self.active.is_main:
             data.task.illustrate(self.state.model, self.active.folder.path, progress.step)
-        self.active.tell(Evaluated(progress.step, metrics, self._is_best(metrics)))
+        self.active.tell(Evaluated(progress.step, metrics, self._record_metrics(metrics)))
         return metrics
 
-    def _is_best(self, metrics: dict[str, float]) -> bool:
+    def _record_metrics(self, metrics: dict[str, float]) -> bool:
         """Keep the metrics, and the adapter if it is the best so far and the recipe wants the best."""
         training, progress = self.training, self.progress
         progress.last_eval = metrics

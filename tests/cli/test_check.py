@@ -33,6 +33,15 @@ def test_every_mistake_of_several_recipes(cli, recipe) -> None:
     assert ran.err == ""
 
 
+def test_overrides_count_for_all_recipes(cli, recipe) -> None:
+    one, other = recipe(), recipe("", "other.yaml")
+    ran = cli("check", one, other, "training.seed=x")
+    assert ran.code == 2
+    assert ran.out.count("training.seed: expected an integer, found 'x'") == 2
+    assert cli("check", one, "training.seed=1").code == 0
+    assert cli("check", "training.seed=1").code == 2  # no recipe
+
+
 def test_json(cli, recipe) -> None:
     path = recipe("  sede: 1\n")
     ran = cli("check", path, path.parent / "none.yaml", "--json")

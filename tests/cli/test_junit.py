@@ -15,7 +15,7 @@ from trainkit import write_recipe
 
 from peftcli.cli.junit import write_junit
 from peftcli.cli.junit_report import junit_report
-from peftcli.errors import DataError, GateFailed, Problem, RecipeError, StorageError
+from peftcli.errors import DataError, GateFailed, Problem, RecipeError, StorageError, UsageError
 
 PASSED = {"metric": "eval_loss", "gate": "<= 1.2", "value": 1.1, "passed": True}
 FAILED = {"metric": "eval_token_accuracy", "gate": ">= 0.5", "value": 0.25, "passed": False}
@@ -196,10 +196,23 @@ def test_of_processes_that_were_launched_those_write_it(tmp_path: Path) -> None:
 
 
 def test_a_report_that_cannot_be_written_hides_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ends(tmp_path, DataError("no field"))
-    assert capsys.readouterr().err.startswith(f"warning: {tmp_path}: cannot write")
-    with pytest.raises(StorageError), junit_report(tmp_path, Path("mine.yaml")):
-        pass
+    path = tmp_path / "r.xml"
+
+    def body() -> None:
+        with junit_report(path, Path("mine.yaml")):
+            path.mkdir()
+            raise DataError("no field")
+
+    with pytest.raises(DataError):
+        body()
+    assert capsys.readouterr().err.startswith(f"warning: {path}: cannot write")
+
+
+def test_a_path_that_takes_no_report_is_told_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, error in ((tmp_path, UsageError), (tmp_path / "file/new/r.xml", StorageError)):
+        with pytest.raises(error), junit_report(path, Path("mine.yaml")):
+            pytest.fail("the run began")
 
 
 def test_no_path_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +256,7 @@ def test_evaluate_that_fails(cli: Callable, tmp_path: Path, change: str, code: i
 
 def test_evaluate_where_the_report_cannot_be_written(cli: Callable, tmp_path: Path) -> None:
     ran = cli("evaluate", write_recipe(tmp_path), "--junit", trainkit.base_folder())
-    assert ran.code == 7
+    assert ran.code == 2
     assert str(trainkit.base_folder()) in ran.err
 
 

@@ -33,6 +33,22 @@ def _fingerprint(model: nn.Module) -> list[Any]:
     ]
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("r", 8.5),
+        ("r", [8]),
+        ("lora_alpha", [8]),
+        ("lora_dropout", {}),
+        ("rank_pattern", {"q_proj": "8"}),
+    ],
+)
+def test_a_value_of_another_type_is_told_by_its_key(key: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{key}: expected .*, found") as caught:
+        LoraConfig(**{key: value})
+    assert isinstance(caught.value, AdapterError)
+
+
 WRONG: dict[str, tuple[AdapterConfig, str]] = {
     "target": (
         LoraConfig.unchecked(target_modules=["q_porj"]),

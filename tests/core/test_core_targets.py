@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 from models_tiny import KINDS, tiny
@@ -11,7 +12,7 @@ from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralFo
 
 from peftcli.core.config import FAMILY_TARGETS
 from peftcli.core.inject import inject
-from peftcli.core.targets import _layer_index, find_targets, module_matches, shortest_names
+from peftcli.core.targets import _layer_index, find_targets, module_matches, shortest_names, targets
 from peftcli.errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
 from peftcli.guard.patterns import PLAIN_NAME
 from peftcli.methods.frod.config import FrodConfig
@@ -102,6 +103,20 @@ def test_what_mamba_reads_without_calling_it_is_left_out_or_refused() -> None:
         find_targets(model, LoraConfig(target_modules=["in_proj", "out_proj"]))
     loaded = LoraConfig(target_modules=["in_proj", "out_proj"], inference_mode=True)  # of a run that did call it
     assert len(find_targets(model, loaded)) == 2
+
+
+def test_a_file_may_exclude_or_set_what_the_model_lacks() -> None:
+    """PEFT trains with such settings; the tensors say what was adapted."""
+    settings: dict[str, Any] = {
+        "target_modules": ["q_proj"],
+        "exclude_modules": ["v_porj"],
+        "rank_pattern": {"k_porj": 4},
+    }
+    with pytest.raises(AdapterError, match="v_porj"):
+        targets(tiny("llama"), LoraConfig(**settings))
+    with pytest.warns(PeftWarning, match="excludes none"):
+        found = targets(tiny("llama"), LoraConfig(**settings, inference_mode=True))
+    assert found == _found("llama", target_modules=["q_proj"])
 
 
 def test_the_shortest_names_name_these_and_no_others() -> None:

@@ -128,6 +128,9 @@ def test_a_label_that_training_lacks_is_an_error() -> None:
 def test_one_class_alone_is_refused() -> None:
     with pytest.raises(DataError, match="all training rows have the label 'ham'"):
         scanned(rows("ham", "ham"))
+    with pytest.raises(DataError, match=r"were left out\. The first: .*label") as caught:
+        scanned([*rows("ham", "ham"), {"text": "b"}])
+    assert "all training rows have the label 'ham'" in caught.value.message
 
 
 @pytest.mark.parametrize(

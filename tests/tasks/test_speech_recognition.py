@@ -114,16 +114,20 @@ def test_what_cannot_be_heard_is_an_error_of_its_row(tmp_path: Path) -> None:
     (tmp_path / "text.wav").write_text("no sound")
     nothing, nan = clip(tmp_path / "nothing.wav", tone()[:0]), tmp_path / "nan.wav"
     soundfile.write(nan, np.full(100, np.nan, np.float32), RATE, subtype="FLOAT")
-    values = [tmp_path / "text.wav", nothing, nan, tmp_path / "missing.wav"]
+    cut = tmp_path / "cut.wav"
+    cut.write_bytes(Path(clip(tmp_path / "whole.wav", tone())).read_bytes()[:-999])
+    values = [tmp_path / "text.wav", nothing, nan, tmp_path / "missing.wav", cut]
     found = outcomes(
         speech_task(), [{"audio": str(each), "text": "a"} for each in values] + [{"audio": 3, "text": "a"}]
     )
     for each, words in zip(
-        found, ["cannot be read as WAV", "no samples", "no numbers", "no such file", "a sound"], strict=True
+        found,
+        ["cannot be read as WAV", "no samples", "no numbers", "no such file", "is cut off: it has", "a sound"],
+        strict=True,
     ):
         assert isinstance(each, DataError)
         assert words in each.message
-    assert [each.line for each in found] == [1, 2, 3, 4, 5]
+    assert [each.line for each in found] == [1, 2, 3, 4, 5, 6]
     (blank,) = outcomes(speech_task(), [{"audio": tone_rows()[0]["audio"], "text": " "}])
     assert "expected what is said" in str(blank)
 

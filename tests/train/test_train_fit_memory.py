@@ -36,7 +36,7 @@ def fit(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[di
         task = open_task(made, base)
         monkeypatch.setattr(fit_memory, "_memory", lambda recipe, processes: memory)
         monkeypatch.setattr("peftcli.train.estimate.resident_memory", lambda: 0)
-        found, needs = fit_memory.fit(made, base, load_data(made, task), processes)
+        found, needs = fit_memory.choose_settings(made, base, load_data(made, task), processes)
         return fit_memory.settings_of(found), 0 if needs is None else fit_memory._in_step(needs)
 
     return chosen

@@ -187,7 +187,7 @@ def _with_placeholders(inputs: dict[str, Any], settings: Any, layer: SoftPrompt)
 
 
 def _refuse(inputs: dict[str, Any], settings: Any, layer: SoftPrompt, encoder_decoder: bool) -> None:
-    """Raises AdapterError for a way of generating that would go wrong in silence."""
+    """Raise AdapterError for a way of generating that would go wrong in silence."""
     chunk = inputs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None)
     if chunk and not layer.chunks:
         raise AdapterError("this soft prompt is read in one piece; unset it", key="prefill_chunk_size")

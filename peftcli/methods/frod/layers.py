@@ -192,7 +192,7 @@ def targets(model: nn.Module, config: FrodConfig) -> list[str]:
 
 
 def check_kinds(model: nn.Module, names: Iterable[str]) -> None:
-    """Raises AdapterError for modules of one kind that have different numbers of inputs: they cannot share ``V``."""
+    """Raise AdapterError for modules of one kind that have different numbers of inputs: they cannot share ``V``."""
     paths, inputs = base_paths(model), dict[str, int]()
     for name in names:
         view = linear_view(model.get_submodule(paths[name]))

@@ -13,7 +13,7 @@ from peftcli.core.targets import module_matches
 from peftcli.errors import AdapterError
 from peftcli.methods.combinations import Adapter, Combination, Combined, check_alike, replaced
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.updates import Pair, pairs, updates
+from peftcli.methods.lora.updates import PairNames, pairs, updates
 from peftcli.methods.lora.variant_settings import variant_of
 from peftcli.methods.updates import Update, distance, weighted_sum
 
@@ -94,7 +94,7 @@ def _updates_of(
     return found
 
 
-def _as_pair(adapters: Sequence[Adapter], pair: Pair, update: Update) -> dict[str, torch.Tensor]:
+def _as_pair(adapters: Sequence[Adapter], pair: PairNames, update: Update) -> dict[str, torch.Tensor]:
     """Return the update as A and B in the shapes of the files."""
     like = next(adapter.tensors for adapter in adapters if pair.a in adapter.tensors)
     dtype = torch.promote_types(like[pair.a].dtype, torch.float32)
@@ -106,7 +106,7 @@ def _biases(
     adapters: Sequence[Adapter],
     weights: Sequence[float],
     given: Sequence[dict[str, Update]],
-    names: Mapping[str, Pair],
+    names: Mapping[str, PairNames],
 ) -> dict[str, torch.Tensor]:
     """Return the weighted sums of the biases of B, if any adapter has one."""
     if not any(pair.bias in adapter.tensors for pair in names.values() for adapter in adapters):

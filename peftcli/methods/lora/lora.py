@@ -215,6 +215,6 @@ def lora_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraL
 
 
 def check_size(r: int, shape: Sequence[int], name: str) -> None:
-    """Raises AdapterError for an r far beyond what a weight of this shape, (out, in), has room for."""
+    """Raise AdapterError for an r far beyond what a weight of this shape, (out, in), has room for."""
     if r > max(_USUAL_R, 8 * max(shape)):
         raise AdapterError(f"{r} is far larger than {name}: {shape[0]} x {shape[1]}", key="r")

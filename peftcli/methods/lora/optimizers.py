@@ -23,7 +23,7 @@ _SMALL = 1e-8
 
 
 @dataclass(frozen=True)
-class Pair:
+class MatrixPair:
     """A and B of one layer."""
 
     a: nn.Parameter
@@ -33,7 +33,7 @@ class Pair:
     scaling: float
 
 
-def matrix_pairs(model: nn.Module) -> list[Pair]:
+def matrix_pairs(model: nn.Module) -> list[MatrixPair]:
     """Return A and B of the model's LoRA layers that train and are matrices: not those of convolutions, embeddings."""
     found = []
     for layer in adapter_layers(model).values():
@@ -41,7 +41,7 @@ def matrix_pairs(model: nn.Module) -> list[Pair]:
         if not isinstance(layer, LoraLayer) or not isinstance(a, nn.Parameter) or not isinstance(b, nn.Parameter):
             continue
         if a.ndim == b.ndim == 2 and len(a) == b.shape[1] and a.requires_grad and b.requires_grad:
-            found.append(Pair(a, b, layer.scaling))
+            found.append(MatrixPair(a, b, layer.scaling))
     return found
 
 
@@ -51,7 +51,7 @@ class LoraFAOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
-        pairs: Iterable[Pair],
+        pairs: Iterable[MatrixPair],
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
@@ -59,7 +59,7 @@ class LoraFAOptimizer(torch.optim.Optimizer):
     ):
         """Train ``parameters``, of which those that are B of ``pairs`` in LoRA-FA's way. Their A does not train."""
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.pairs: Mapping[nn.Parameter, Pair] = {pair.b: pair for pair in pairs}
+        self.pairs: Mapping[nn.Parameter, MatrixPair] = {pair.b: pair for pair in pairs}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -97,7 +97,7 @@ class LoraFAOptimizer(torch.optim.Optimizer):
 
 
 @torch.no_grad()
-def precondition(pairs: Iterable[Pair], damping: float) -> None:
+def precondition(pairs: Iterable[MatrixPair], damping: float) -> None:
     """Multiply the gradients of A and B by Riemannian preconditioning's matrices."""
     for pair in pairs:
         dtype = torch.promote_types(pair.a.dtype, torch.float32)

@@ -121,7 +121,7 @@ class LoraParameter(InsideLayer):
 
 
 def check_attention(name: str, config: LoraConfig) -> None:
-    """Raises AdapterError for a setting that means nothing in ``nn.MultiheadAttention``, which calls no layers."""
+    """Raise AdapterError for a setting that means nothing in ``nn.MultiheadAttention``, which calls no layers."""
     off = {"use_dora": False, "lora_bias": False, "bias": "none"}
     if not config.inference_mode:
         off["lora_dropout"] = 0.0

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from peftcli.core.layer import base_module, base_modules, base_paths, model_ends, name_in
-from peftcli.core.targets import check_patterns, find_modules, find_targets, matching, shortest_names
+from peftcli.core.targets import check_pattern_keys, find_modules, find_targets, matching, shortest_names
 from peftcli.errors import AdapterError
 from peftcli.methods._token_rows import check_tokens, modules_sharing
 from peftcli.methods.lora.config import LoraConfig
@@ -33,8 +33,8 @@ def targets(model: nn.Module, config: LoraConfig) -> list[str]:
         ):
             raise AdapterError(f"{attention} adapts {name} too; name one of them", key="target_modules")
     adapted = [*modules, *(f"{name}.{parameter}" for name, own in owners.items() for parameter in own)]
-    check_patterns(dict(config.rank_pattern), adapted, "rank_pattern")
-    check_patterns(config.alpha_pattern, adapted, "alpha_pattern")
+    check_pattern_keys(dict(config.rank_pattern), adapted, "rank_pattern", config)
+    check_pattern_keys(config.alpha_pattern, adapted, "alpha_pattern", config)
     _check_tokens(model, config, modules)
     if owners and config.target_modules in (None, "all-linear"):
         config.target_modules = shortest_names(model, modules)

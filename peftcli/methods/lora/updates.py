@@ -21,7 +21,7 @@ _ENDS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embeddi
 
 
 @dataclass(frozen=True)
-class Pair:
+class PairNames:
     """The names of A and B of one module."""
 
     a: str
@@ -33,7 +33,7 @@ class Pair:
         return self.b.removesuffix("weight") + "bias"
 
 
-def pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, Pair]:
+def pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, PairNames]:
     """Return the pairs of A and B in a file, by the path of their module.
 
     Raises:
@@ -44,7 +44,7 @@ def pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, Pair]:
         for end, other in _ENDS.items():
             if name.endswith(end):
                 path = name.removesuffix(end)
-                found[path.removeprefix(LoraConfig.file_prefix)] = pair = Pair(name, path + other)
+                found[path.removeprefix(LoraConfig.file_prefix)] = pair = PairNames(name, path + other)
                 if pair.b not in tensors:
                     raise AdapterError(f"missing: {pair.b}")
     return found

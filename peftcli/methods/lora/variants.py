@@ -35,7 +35,7 @@ LAYERS: dict[str, type[LoraLinear]] = {
 
 
 def check_variant(module: nn.Module, name: str, config: LoraConfig) -> None:
-    """Raises AdapterError for a module that the config's variant does not adapt."""
+    """Raise AdapterError for a module that the config's variant does not adapt."""
     variant, base = variant_of(config), base_module(module)
     if variant and (linear_view(module) is None or isinstance(base, NonDynamicallyQuantizableLinear)):
         raise AdapterError(f"adapts linear layers; {name} is a {type(base).__name__}", key=variant)

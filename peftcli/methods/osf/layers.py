@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from peftcli.core.linear import dense_weight
-from peftcli.core.targets import check_patterns, find_targets, pattern_value
+from peftcli.core.targets import check_pattern_keys, find_targets, pattern_value
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs, stored_weight
 from peftcli.methods.osf.config import OSFConfig
@@ -85,7 +85,7 @@ def _held(vectors: torch.Tensor, start: torch.Tensor, strong: torch.Tensor | Non
 def targets(model: nn.Module, config: OSFConfig) -> list[str]:
     """Return the names of the target modules."""
     names = find_targets(model, config)
-    check_patterns(config.anywhere(), names, "rank_pattern")
+    check_pattern_keys(config.anywhere(), names, "rank_pattern", config)
     return names
 
 

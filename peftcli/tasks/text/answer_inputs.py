@@ -18,7 +18,7 @@ from peftcli.tasks.settings import CausalLM
 from peftcli.tasks.shown import Text
 from peftcli.tasks.text.answers import AnswerReader
 from peftcli.tasks.text.chat import IGNORED
-from peftcli.tasks.text.collate import pad_token_id, padded
+from peftcli.tasks.text.collate import pad_texts, pad_token_id
 from peftcli.tasks.text.encode import CausalEncoder
 from peftcli.tasks.text.findings import record_findings
 from peftcli.tasks.text.flags import CUT_OFF, OVERLONG, Flag
@@ -67,9 +67,7 @@ class AnswerInputs(TextInputs):
 
     def collate_inputs(self, examples: Sequence[Example]) -> Batch:
         """Pad the first answers of all examples, then their second ones: ``input_ids`` and ``attention_mask``."""
-        rows = self.in_order(examples, "input_ids")
-        mask = padded([np.ones(len(row), np.int64) for row in rows], 0)
-        return {"input_ids": padded(rows, pad_token_id(self.processor)), "attention_mask": mask}
+        return pad_texts(self.in_order(examples, "input_ids"), pad_token_id(self.processor))
 
     def in_order(self, examples: Sequence[Example], column: str) -> list[np.ndarray]:
         """One column of the answers: of the first ones, then of the second ones."""

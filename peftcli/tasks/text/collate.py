@@ -32,17 +32,20 @@ def pad_labelled(examples: Sequence[Example], pad_token_id: int) -> dict[str, to
     Packed rows get ``position_ids`` instead of the mask, in which padding restarts at 0 like another example:
     transformers separates examples by restarting positions, and only without a mask.
     """
-    ids = [each.arrays["input_ids"] for each in examples]
-    width = max(map(len, ids))
-    batch = {
-        "input_ids": padded(ids, pad_token_id),
-        "labels": padded([each.arrays["labels"] for each in examples], IGNORED),
-    }
+    batch = pad_texts([each.arrays["input_ids"] for each in examples], pad_token_id)
+    batch["labels"] = padded([each.arrays["labels"] for each in examples], IGNORED)
     if "position_ids" in examples[0].arrays:
+        width = batch.pop("attention_mask").shape[1]
         rows = [each.arrays["position_ids"] for each in examples]
         filled = [np.concatenate([row, np.arange(width - len(row))]) for row in rows]
-        return batch | {"position_ids": padded(filled, 0)}
-    return batch | {"attention_mask": padded([np.ones(len(row), np.int64) for row in ids], 0)}
+        batch["position_ids"] = padded(filled, 0)
+    return batch
+
+
+def pad_texts(rows: Sequence[Sequence[int] | np.ndarray], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Pad rows of token ids on the right: ``input_ids`` and ``attention_mask``, each (B, T)."""
+    mask = padded([np.ones(len(row), np.int64) for row in rows], 0)
+    return {"input_ids": padded(rows, pad_token_id), "attention_mask": mask}
 
 
 def padded(rows: Sequence[Sequence[int] | np.ndarray], filler: int) -> torch.Tensor:

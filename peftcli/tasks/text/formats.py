@@ -288,8 +288,10 @@ def _messages(row: dict[str, Any]) -> ParsedRow:
 
 
 def _sharegpt(row: dict[str, Any]) -> ParsedRow:
-    turns = []
-    for index, turn in enumerate(_turns(row, "conversations")):
+    given, turns = _turns(row, "conversations"), []
+    if given and all("role" in turn and "from" not in turn for turn in given):  # messages under ShareGPT's column
+        return _conversation("conversations", given, _tools(row), _optional(row, "system"))
+    for index, turn in enumerate(given):
         where = f"conversations[{index}]."
         role = _role(turn, "from", _SHAREGPT_ROLES, where)
         train = {"train": turn["train"]} if "train" in turn else {}
@@ -324,6 +326,7 @@ def _conversation(
     for index, turn in enumerate(turns):
         where = f"{column}[{index}]."
         role = _role(turn, "role", _ROLES, where)
+        turn = turn | {"content": _joined_parts(turn.get("content"))}
         _check_content(turn, role, content, where)
         if not isinstance(turn.get("train", True), bool | None):
             raise _Fault(where + "train", f"expected true or false, found {_kind(turn['train'])}")
@@ -346,6 +349,13 @@ def _conversation(
 
 
 _KEYS = ("role", "content", "train", "weight", "tool_calls", "name", "reasoning_content", "thinking", "reasoning")
+
+
+def _joined_parts(content: Any) -> Any:
+    """The text of a content that is a list of parts, as OpenAI writes them, if all of them are text."""
+    parts = content if isinstance(content, list) else []
+    texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    return "".join(texts) if texts and len(texts) == len(parts) else content
 
 
 def _parsed_call(call: dict[str, Any]) -> dict[str, Any]:

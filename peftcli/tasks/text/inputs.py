@@ -14,14 +14,16 @@ from peftcli.data.store import Column, Example
 from peftcli.errors import ModelError
 from peftcli.models import tokens
 from peftcli.models.open import OpenBase
-from peftcli.tasks.base import Batch
-from peftcli.tasks.text.collate import pad_token_id, padded
+from peftcli.tasks.base import Batch, write_task
+from peftcli.tasks.text.collate import pad_texts, pad_token_id, padded
 from peftcli.tasks.text.language_model import tokenizer_fingerprint
 
 
 class TextInputs:
     """Mixed into a ``Task`` whose settings have ``max_length``, and whose examples have these columns."""
 
+    name: ClassVar[str]
+    """The task's in ``TASKS``."""
     text_columns: ClassVar = {"input_ids": Column(), "token_type_ids": Column("int8")}
 
     settings: Any
@@ -44,10 +46,7 @@ class TextInputs:
     def collate_inputs(self, examples: Sequence[Example]) -> Batch:
         """Pad on the right: ``input_ids``, ``attention_mask`` and, where the model has them, ``token_type_ids``."""
         rows = [each.arrays["input_ids"] for each in examples]
-        batch = {
-            "input_ids": padded(rows, pad_token_id(self.processor)),
-            "attention_mask": padded([[1] * len(row) for row in rows], 0),
-        }
+        batch = pad_texts(rows, pad_token_id(self.processor))
         if len(examples[0].arrays["token_type_ids"]):
             batch["token_type_ids"] = padded([each.arrays["token_type_ids"] for each in examples], 0)
         return batch
@@ -75,6 +74,9 @@ class TextInputs:
     def config_options(self) -> dict[str, Any]:
         """Keys of the base model's config that a reader of the adapter must set."""
         return {"pad_token_id": self.processor.pad_token_id}
+
+    def save(self, folder: Path) -> list[str]:
+        return [write_task(folder, self.name, self.settings, self.config_options()), *self.save_processor(folder)]
 
     def save_processor(self, folder: Path) -> list[str]:
         """Write the tokenizer's files where the recipe changed it, and return their names."""

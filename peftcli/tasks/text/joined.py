@@ -16,12 +16,11 @@ from typing import Any, TypeVar
 import torch
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.inject import disabled
+from peftcli.core.inject import disabled, evaluating
 from peftcli.core.joined import Guest, Joined, Randomness
 from peftcli.core.layer import AdapterLayer, model_ends
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError, ModelError
-from peftcli.tasks.text.reference import evaluating
 from peftcli.tasks.text.token_loss import frozen_losses, frozen_losses_by
 from peftcli.tasks.text.unpadded import is_unpadded, rounds, unpad
 

@@ -7,6 +7,7 @@ import json
 import tempfile
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import repeat
@@ -27,7 +28,9 @@ from peftcli.system import date
 from peftcli.tasks.base import Batch, Loss, Task, model_inputs
 from peftcli.tasks.settings import CausalLM, Seq2SeqLM
 from peftcli.tasks.shown import Description, Shown, Text
+from peftcli.tasks.text.answers import answer_reader
 from peftcli.tasks.text.audit import TextAudit
+from peftcli.tasks.text.collate import pad_labelled, pad_token_id
 from peftcli.tasks.text.encode import CausalEncoder, Seq2SeqEncoder
 from peftcli.tasks.text.findings import record_findings
 from peftcli.tasks.text.flags import CUT_OFF, OVERLONG, Flag
@@ -109,7 +112,10 @@ class LanguageModel(Task[Settings]):
         return record_findings(records)
 
     def read(self, table: Table) -> ExampleReader:
-        return example_reader(table.columns, table.source, table.described)
+        found = example_reader(table.columns, table.source, table.described)
+        if found.name == "prompt_completion" and isinstance(table.first.get(found.names["completion"]), list):
+            return replace(answer_reader(table, ("completion",)), whole=self.settings.train_on == "all")
+        return found
 
     def encode(self, rows: Sequence[Row], reader: Any) -> list[Outcome | DataError]:
         key = (reader.name, *reader.names.items())
@@ -143,14 +149,10 @@ class LanguageModel(Task[Settings]):
         return outcome
 
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
-        batch = self.pad(examples)
+        batch = pad_labelled(examples, pad_token_id(self.processor))
         if training or not self.generates:
             return batch
         return batch | {f"_{name}": [each.arrays[name] for each in examples] for name in ("prompt", "answer", "form")}
-
-    @abstractmethod
-    def pad(self, examples: Sequence[Example]) -> Batch:
-        """Put examples, or packed rows, into one batch."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         found = self.loss_of_targets(model, model_inputs(batch))

@@ -17,9 +17,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from peftcli.core.inject import evaluating
 from peftcli.core.layer import base_module, model_ends
 from peftcli.core.quantised import is_quantised
-from peftcli.tasks.text.reference import evaluating
 
 _FEW = 8
 """Tokens that the model reads while its head is looked for."""

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from peftcli.core.inject import disabled
+from peftcli.core.inject import disabled, evaluating
 from peftcli.core.weights import named_tensors
 from peftcli.errors import DataError
 from peftcli.tasks.base import Batch, on_device
@@ -73,15 +73,3 @@ class Reference:
         finally:
             for name, (_, _, parameter) in tensors.items():
                 parameter.data = now[name]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode: without dropout."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

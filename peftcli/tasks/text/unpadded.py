@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from peftcli.core.config import AdapterConfig
+from peftcli.core.inject import evaluating
 from peftcli.core.prompts.inputs import bound, position_tables, takes
 from peftcli.core.prompts.prefix import PrefixAttention
 from peftcli.errors import ModelError
@@ -342,10 +343,9 @@ def _agree(inner: Any, unpadded: _Unpadded) -> bool:
     mask = (torch.arange(12) < torch.tensor([[6], [12], [3]])).long().to(device)
     if config.pad_token_id is not None:  # which some models take for padding wherever it stands
         ids = torch.where(ids == config.pad_token_id, (ids + 1) % config.vocab_size, ids)
-    training, agree = [module for module in inner.modules() if module.training], False
-    inner.eval()
+    agree = False
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with evaluating(inner), torch.random.fork_rng([device] if device.type == "cuda" else []):
             padded = inner(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()].float()
             inner.forward = unpadded
             found = inner(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()].float()
@@ -354,8 +354,6 @@ def _agree(inner: Any, unpadded: _Unpadded) -> bool:
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         pass  # it looks into its mask, or takes other inputs
     finally:
-        for module in training:
-            module.training = True
         if not agree:
             inner.forward = unpadded.forward
     return agree

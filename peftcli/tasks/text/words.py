@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from peftcli.data.rows import Reader, Row
-from peftcli.tasks.classification import LabelReader, class_name, shortened
+from peftcli.data.rows import Reader, Row, shortened
+from peftcli.tasks.classification import LabelReader, class_name
 from peftcli.tasks.text.chat import IGNORED
 
 OUTSIDE = "O"

@@ -28,7 +28,7 @@ from torch import nn
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import CONFIG_FILE, WEIGHTS_FILE, read_tensors, write_adapter, write_tensor_file
 from peftcli.core.weights import adapter_state, load_training_state, named_tensors, training_state, unsaved_state
-from peftcli.errors import Diverged, PeftcliError, StorageError
+from peftcli.errors import AdapterError, Diverged, PeftcliError, StorageError
 from peftcli.guard.files import read_small
 from peftcli.system.disk import remove_folder, sha256, sync_folder, write_file
 from peftcli.train.loop import LESS_LEARNING, PreparedModel
@@ -150,10 +150,10 @@ def write_finite(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, fol
         Diverged: it contains NaN or Inf.
         StorageError: it cannot be written.
     """
-    for name, value in tensors.items():
-        if not torch.isfinite(value).all():
-            raise Diverged(f"{name} contains NaN or Inf; it is not written", hint=LESS_LEARNING)
-    write_adapter(tensors, config, folder)
+    try:
+        write_adapter(tensors, config, folder)
+    except AdapterError as error:
+        raise Diverged(f"the adapter {error.message}", hint=LESS_LEARNING) from None
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -356,7 +356,7 @@ def _set_schedule(state: State) -> None:
 
 @contextlib.contextmanager
 def _storing(path: Path) -> Iterator[None]:
-    """Raises StorageError when a file cannot be written or moved."""
+    """Raise StorageError when a file cannot be written or moved."""
     try:
         yield
     except OSError as error:
@@ -389,7 +389,7 @@ def _as_tensor(value: torch.Tensor | float) -> torch.Tensor:
 
 
 def _load_optimizer(state: State, tensors: dict[str, torch.Tensor]) -> None:
-    """Raises ValueError unless the tensors are what the optimizer remembers of tensors of the model."""
+    """Raise ValueError unless the tensors are what the optimizer remembers of tensors of the model."""
     named = {name: parameter for name, (_, _, parameter) in named_tensors(state.model).items()}
     found: dict[nn.Parameter, dict[str, Any]] = {parameter: {} for parameter in named.values()}
     for full, value in tensors.items():

@@ -272,7 +272,7 @@ class RunFolder:
 
 
 def refuse_without_product(folder: RunFolder, record: RunRecord) -> None:
-    """Raises StorageError when the adapter of a complete run has changed or is gone."""
+    """Raise StorageError when the adapter of a complete run has changed or is gone."""
     for artefact in record.artefacts:
         path = folder.path / artefact.path
         if artefact.path.startswith("adapter_") and not (path.is_file() and sha256(path) == artefact.sha256):

@@ -76,7 +76,7 @@ def is_allowed(change: Change, allowed: Collection[str]) -> bool:
 
 
 def check_keys(allowed: Sequence[str], recipe: Recipe) -> None:
-    """Raises UsageError for a key that names nothing."""
+    """Raise UsageError for a key that names nothing."""
     described = to_dict(recipe)
     known = {*_sections(described), *_flat(described), *_BESIDE_THE_RECIPE}
     for key in allowed:

@@ -74,3 +74,17 @@ def test_pairs_that_differ_beyond_the_cut_are_left_out() -> None:
     cut, whole = task.encode(rows, task.read(table))
     assert (cut.examples, cut.reason in task.advice, cut.lost > 0) == ([], True, True)
     assert whole.examples
+
+
+@pytest.mark.parametrize("train_on", ["answers", "all"])
+def test_a_prompt_and_its_completion_may_be_messages(train_on: str) -> None:
+    """As TRL has them: the answers before are not trained."""
+    task = open_task("causal_lm", "chat", train_on=train_on)
+    before = {**YES, "train": False} if train_on == "answers" else YES
+    [wanted] = encoded(task, [{"messages": [ASK, before, ASK, NO]}])
+    [found] = encoded(task, [{"prompt": [ASK, YES, ASK], "completion": [NO]}])
+    for name in ("input_ids", "labels"):
+        assert list(found.arrays[name]) == list(wanted.arrays[name])
+    assert found.num_targets == wanted.num_targets > 0
+    [error] = encoded(task, [{"prompt": [ASK], "completion": [ASK]}])
+    assert "assistant turn" in error.message

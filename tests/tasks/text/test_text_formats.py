@@ -75,6 +75,20 @@ def test_messages_keep_what_the_template_reads_and_lose_nulls() -> None:
     assert text.tools == [{"type": "function"}]
 
 
+def test_contents_of_parts_are_one_text_where_all_are_text() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    [example] = examples(turns(("user", parts), ("assistant", "c")))
+    assert example.messages[0] == {"role": "user", "content": "ab"}
+    image = [*parts, {"type": "image_url", "image_url": {"url": "x"}}]
+    assert "expected text, found a list" in refused(turns(("user", image), ("assistant", "c"))).message
+
+
+def test_messages_under_the_column_of_sharegpt() -> None:
+    row = turns(("user", "a"), ("assistant", "b"))
+    [example] = examples({"conversations": row["messages"]})
+    assert example == ChatExample(row["messages"])
+
+
 def test_train_false() -> None:
     row = turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     row["messages"][1]["train"] = False
@@ -210,7 +224,8 @@ GOOD_CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": 
         ({"messages": GOOD_CHAT, "tools": [1]}, "tools", "expected a list of objects"),
         ({"conversations": [{"from": "robot", "value": "a"}]}, "conversations[0].from", "unknown role: 'robot'"),
         ({"conversations": [{"from": "gpt", "value": None}]}, "conversations[0].value", "found null"),
-        ({"conversations": [{"role": "user", "content": "a"}]}, "conversations[0].from", "unknown role: null"),
+        ({"conversations": [{"value": "a"}]}, "conversations[0].from", "unknown role: null"),
+        ({"conversations": [{"role": "user", "content": "a"}]}, "conversations", "contains no assistant turn"),
     ],
 )
 def test_bad_row(row: dict[str, Any], key: str, message: str) -> None:

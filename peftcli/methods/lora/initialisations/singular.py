@@ -16,7 +16,7 @@ def balanced(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor) -> Pair:
 
 
 def check_directions(weight: torch.Tensor, r: int) -> None:
-    """Raises AdapterError if a weight has fewer than r singular values."""
+    """Raise AdapterError if a weight has fewer than r singular values."""
     if r > min(weight.shape):
         raise AdapterError(
             f"is {r}, and a layer of {weight.shape[0]} x {weight.shape[1]} has fewer directions", key="r"

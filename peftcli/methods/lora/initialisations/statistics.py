@@ -83,6 +83,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def check_reached(modules: Iterable[str], found: Mapping[str, Any]) -> None:
-    """Raises AdapterError for a module that the data did not reach."""
+    """Raise AdapterError for a module that the data did not reach."""
     if missing := next((name for name in modules if name not in found), None):
         raise AdapterError(f"the data do not reach {missing}; leave it out of target_modules", key="init_lora_weights")
