@@ -212,12 +212,23 @@ def to_peftcli_error(error: BaseException) -> PeftcliError | None:
     return None
 
 
-_NO_MEMORY = ("t allocate memory", "Storage size calculation overflowed")
+_NO_MEMORY = (
+    "t allocate memory",
+    "Storage size calculation overflowed",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "failure 2 'out of memory'",
+)
 """Parts of torch's messages about too little memory."""
 _OTHER_ENDED = (
     "closed by peer",
     "reset by peer",
     "Broken pipe",
+    "No route to host",
+    "Connection timed out",
+    "closed by remote peer",
+    "communicator was aborted",
+    "ncclSystemError",
     "Timed out waiting",
     "client socket has",
     "Socket Timeout",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from peftcli.adapters.card import write_card
+from peftcli.adapters.updates import analyse
 from peftcli.adapters.verify import few_rows, record_model, said_by
 from peftcli.core.weights import adapter_state, holds_its_file, load_state
 from peftcli.data.sources import eval_source
-from peftcli.errors import GateFailed
+from peftcli.errors import GateFailed, PeftcliError
 from peftcli.recipe import gate_holds, parse_gate, to_yaml
 from peftcli.system.disk import sha256, write_file
 from peftcli.tasks import task_record
@@ -55,6 +57,7 @@ def finish(run: Run, data: RunData, state: State) -> None:
             bf16=uses_bf16(run.pinned),
             base_sha256=record.base_model.sha256,
         )
+    warn_of_unchanged(run)
     write_file(folder.path / "recipe.yaml", to_yaml(recipe).encode())
     write_file(folder.path / "loss.png", curve.result())
     record.steps.done = progress.step
@@ -82,6 +85,17 @@ def finish(run: Run, data: RunData, state: State) -> None:
     record.status, record.resumable, record.error = "complete", False, None
     record.exit_code = 0 if all(gate.passed for gate in record.gates) else GateFailed.exit_code
     run.write_record()
+
+
+def warn_of_unchanged(run: Run) -> None:
+    """Warn of modules that the adapter does not change, as far as that can be told from its file."""
+    with contextlib.suppress(PeftcliError):  # it may be of several models
+        found = analyse(str(run.folder.path))
+        dead, count = found.get("dead", ()), len(found.get("modules", ()))
+        if dead and len(dead) == count:
+            run.warn("the adapter changes nothing: training has left every update at zero")
+        elif dead:
+            run.warn(f"{len(dead)} of {count} adapted modules have learnt nothing, the first of them {dead[0]}")
 
 
 def _said(run: Run, data: RunData, state: State) -> dict[str, Any]:

@@ -131,6 +131,9 @@ def _chosen(recipe: Recipe, num_processes: int, tell: OnEvent) -> Settings:
     tell(Phase(_account(recipe, fits, needs, there, num_processes)))
     if needs is not None and _in_step(needs) > there:
         tell(Warned("the smallest of what can be chosen needs more memory than is free"))
+    elif needs is not None and needs.evaluation > needs.step and needs.peak > there:
+        least = f"an evaluation needs about {needs.peak / 2**30:.1f} GiB, more than is free"
+        tell(Warned(f"{least}: lower training.per_device_eval_batch_size"))
     return settings_of(fits)
 
 

@@ -35,6 +35,8 @@ _IDLE_SECONDS = 12.0
 """Time that all processes together may be idle, once they train."""
 _IDLE_BEFORE = 180.0
 """The same before, when they may wait for the hub, and on several machines."""
+_LOOK_SECONDS = 5.0
+"""Longest time between two looks of a launcher that runs."""
 _IDLE_SHARE = 0.04
 """Share of one core below which a group is idle. Redrawing a progress bar takes less."""
 _REDRAWN_BYTES = 20_000
@@ -57,15 +59,20 @@ def leave_group_on_exit() -> Iterator[None]:
     """Leave the process group on exit.
 
     The threads of a group that still exists when Python ends can abort the process, after all is done. Of a model that
-    FSDP2 has divided, torch keeps the group.
+    FSDP2 has divided, torch keeps the group. After an error NCCL would wait for the others, which wait for this one.
     """
+    failed = True
     try:
         yield
+        failed = False
     finally:
         import torch.distributed
 
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+            if failed and torch.distributed.get_backend() == "nccl":
+                torch.distributed.distributed_c10d._abort_process_group()
+            else:
+                torch.distributed.destroy_process_group()
 
 
 def started_by_peftcli() -> bool:
@@ -204,12 +211,15 @@ def follow_parent() -> None:
 def shared_variables(count: int) -> dict[str, str]:
     """Return the environment that ``count`` processes on this machine share."""
     import torch
+    from accelerate.utils import check_cuda_p2p_ib_support
 
     environment = {"PEFTCLI_LAUNCHED": str(os.getpid()), "PEFTCLI_STARTED": str(STARTED)}
+    if "OMP_NUM_THREADS" not in os.environ:
+        environment |= {"OMP_NUM_THREADS": str(max(1, usable_cores() // count)), "PEFTCLI_THREADS": "shared"}
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"
-        if "OMP_NUM_THREADS" not in os.environ:
-            environment |= {"OMP_NUM_THREADS": str(max(1, usable_cores() // count)), "PEFTCLI_THREADS": "shared"}
+    elif not check_cuda_p2p_ib_support():  # several RTX 40: accelerate refuses to start without these
+        environment |= {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
     return environment
 
 
@@ -394,7 +404,8 @@ class Watch:
         moved = sum(size for _, _, size in states.values())
         waits_for_a_disk = any(state == "D" for state, _, _ in states.values())
         computes = computed - self.seen[1] > _IDLE_SHARE * (now - self.seen[0])
-        if waits_for_a_disk or computes or moved - self.seen[2] > _REDRAWN_BYTES:
+        paused = now - self.seen[0] > _LOOK_SECONDS  # this process too, as by the machine
+        if paused or waits_for_a_disk or computes or moved - self.seen[2] > _REDRAWN_BYTES:
             self.busy = now
         self.seen = now, computed, moved
         idle, limit = now - self.busy, _IDLE_SECONDS if training else _IDLE_BEFORE

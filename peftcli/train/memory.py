@@ -11,6 +11,8 @@ from peftcli.schema import Recipe
 from peftcli.tasks.base import Gathers, Task
 from peftcli.train.report import peak_memory_bytes
 
+_TO_GO_ON = ". To go on at the last checkpoint, add --allow-change KEY"
+
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether an exception says that the device or the machine has too little memory."""
@@ -28,20 +30,21 @@ def too_large_a_step(step: int, sizes: Sequence[int], recipe: Recipe, task: Task
     """
     longest = f" with {sum(sizes):,} {task.unit}, {max(sizes):,} in the longest" if max(sizes) > 1 else ""
     batch = f"{len(sizes):,} example{'s' if len(sizes) > 1 else ''} at once{longest}"
-    return OutOfMemory(
-        f"not enough memory for step {step}, {_peak()}: {batch}", hint=_cheapest(recipe, task, len(sizes))
-    )
+    hint = f"{_cheapest(recipe, task, len(sizes))}{_TO_GO_ON}"
+    return OutOfMemory(f"not enough memory for step {step}, {_peak()}: {batch}", hint=hint)
 
 
 def too_large_an_evaluation(recipe: Recipe) -> OutOfMemory:
     """The error of an evaluation that the memory did not hold."""
     size = recipe.training.per_device_eval_batch_size
     less = f"training.per_device_eval_batch_size: {size // 2}" if size > 1 else "leave out the largest examples"
-    return OutOfMemory(f"not enough memory to evaluate, {_peak()}: a batch of {size:,} examples", hint=less)
+    message = f"not enough memory to evaluate, {_peak()}: a batch of {size:,} examples"
+    return OutOfMemory(message, hint=f"{less}{_TO_GO_ON}")
 
 
 def _peak() -> str:
-    return f"after a peak of {max(peak_memory_bytes().values()) / 2**30:.1f} GiB"
+    peak = peak_memory_bytes()
+    return f"after a peak of {peak.get('cuda', peak['rss']) / 2**30:.1f} GiB"
 
 
 def _cheapest(recipe: Recipe, task: Task[Any], at_once: int) -> str:

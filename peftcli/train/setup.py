@@ -6,12 +6,13 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, set_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,7 +29,7 @@ from peftcli.models.weights import BaseWeights
 from peftcli.schema import BaseModel, Recipe
 from peftcli.system.addresses import notice_lost_machines, use_interface_to
 from peftcli.tasks import row_of
-from peftcli.tasks.base import FitsModel, Task, model_inputs, on_device, refuse_other_classes
+from peftcli.tasks.base import FitsModel, Task, model_inputs, on_device, refuse_other_classes, with_trained_head
 from peftcli.train.data import Data
 from peftcli.train.init_adapter import find_init_adapter
 from peftcli.train.kernels import use_liger_kernel
@@ -39,6 +40,9 @@ from peftcli.train.plan import Plan
 from peftcli.train.sharded import load_by_first
 from peftcli.train.strategies import STAGES, is_dividing
 from peftcli.train.zero import ZeroModel, start_engine
+
+_PATIENCE = timedelta(minutes=30)
+"""How long a process waits for the others."""
 
 
 def start_accelerator(recipe: Recipe) -> Accelerator:
@@ -62,7 +66,10 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         mixed_precision="bf16" if uses_bf16(recipe) else "no",
         cpu=not torch.cuda.is_available(),
         # evaluation runs out of step; and not every step uses all that trains
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=_PATIENCE),  # of NCCL 10 minutes, in which process 0 may encode the data
+        ],
     )
     notice_lost_machines(unanswered=accelerator.device.type == "cpu")
     if accelerator.device.type == "cpu":  # of several processes accelerate calls it cpu:0, to which weights are copied
@@ -118,9 +125,9 @@ def load_base(recipe: Recipe, task: Task[Any]) -> LoadedModel:
     def load(dtype: torch.dtype | Literal["auto"]) -> LoadedModel:
         return task.base.model(row_of(recipe).auto_class, dtype, **task.model_options())
 
-    if is_dividing(recipe) and recipe.launch.cpu_ram_efficient_loading:
-        return load_by_first(load, base_dtype(recipe))
-    return load(base_dtype(recipe))
+    by_first = is_dividing(recipe) and recipe.launch.cpu_ram_efficient_loading
+    loaded = load_by_first(load, base_dtype(recipe)) if by_first else load(base_dtype(recipe))
+    return with_trained_head(loaded, task)
 
 
 def adapted_model(

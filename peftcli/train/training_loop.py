@@ -91,15 +91,19 @@ class TrainingLoop:
             for result in steps:
                 line = self._count(result)
                 last = result.step == plan.total_steps
-                if last or _is_due(training.eval_strategy, training.eval_steps, result.step, plan):
-                    self.progress.pending = line
-                    self._log_pending()
-                else:
+                saves = _is_due(training.save_strategy, training.save_steps, result.step, plan)
+                evaluates = last or _is_due(training.eval_strategy, training.eval_steps, result.step, plan)
+                if not evaluates:
                     self._log(line)
+                else:
+                    self.progress.pending = line
+                    if saves or (last and training.save_strategy != "no"):
+                        self.save()  # or what fails from here on would lose the steps
+                    self._log_pending()
                 if last or self._is_over():
                     break
                 self._handle_request()
-                if _is_due(training.save_strategy, training.save_steps, result.step, plan):
+                if saves and not evaluates:
                     self.save()
                     self._handle_request(saved=True)
                 yield

@@ -63,10 +63,10 @@ def test_quiet_shows_warnings(cli: Callable, recipe: Path) -> None:
     shutil.copy(recipe.parent / "all.jsonl", recipe.parent / "train.jsonl")
     child = Child(recipe.parent, "train", recipe, *settings, before=_die_before_the_end)
     assert child.wait() == 1
-    (recipe.parent / "out/checkpoints/step-000006/schedule.json").write_text("{}")
+    (recipe.parent / "out/checkpoints/step-000008/schedule.json").write_text("{}")
     ran = cli("train", recipe, *settings, "--quiet")
     assert ran.code == 0
-    assert ran.err.startswith("warning: step-000006 is damaged")
+    assert ran.err.startswith("warning: step-000008 is damaged")
     assert ran.err.count("\n") == 1
 
 
@@ -91,7 +91,7 @@ def test_resume_says_where_it_goes_on(cli: Callable, recipe: Path) -> None:
     settings = ("training.save_strategy=steps", "training.save_steps=3")
     assert Child(recipe.parent, "train", recipe, *settings, before=_die_before_the_end).wait() == 1
     ran = cli("train", recipe, *settings)
-    assert "8 steps on cpu with 1 thread, as the environment says; resuming after step 6" in ran.err
+    assert "8 steps on cpu with 1 thread, as the environment says; resuming after step 8" in ran.err
 
 
 def test_dry_run_changes_nothing(cli: Callable, recipe: Path) -> None:

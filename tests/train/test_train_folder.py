@@ -54,7 +54,7 @@ def test_what_stands_in_the_folder(uninterrupted: trainkit.Trained) -> None:
     }  # fmt: skip
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert "peftcli" in (folder / "README.md").read_text()
-    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-000003", "step-000006"]
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-000006", "step-000008"]
 
 
 def test_run_json(uninterrupted: trainkit.Trained) -> None:
@@ -118,7 +118,7 @@ def test_old_checkpoints_go(recipe: Path) -> None:
     run_recipe(
         recipe, "training.save_strategy=steps", "training.save_steps=1", "training.save_total_limit=3", on_event=look
     )
-    assert saved[-1] == {"step-000005", "step-000006", "step-000007"}
+    assert saved[-1] == {"step-000006", "step-000007", "step-000008"}
 
 
 # --- whose folder it is -----------------------------------------------------------------------------------------------

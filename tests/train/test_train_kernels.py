@@ -59,6 +59,7 @@ def test_liger_kernel_needs_its_package_and_a_gpu(recipe: Path, monkeypatch: pyt
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # torch's compiler recommends TF32
 @pytest.mark.parametrize("setting", [COMPILED, "training.use_liger_kernel=true"])
 def test_other_kernels_learn_the_same_on_a_gpu(recipe: Path, tmp_path: Path, setting: str) -> None:
     plain = run_recipe(recipe)

@@ -441,13 +441,28 @@ def test_too_little_memory_names_the_batch_and_what_to_change(recipe: Path, monk
     assert re.fullmatch(
         r"not enough memory for step 2, after a peak of \d+\.\d GiB: 4 examples at once with \d+ tokens, "
         r"\d+ in the longest \| training\.per_device_train_batch_size: 2 with gradient_accumulation_steps: 2, "
-        r"the same batch in smaller parts; or training\.gradient_checkpointing: true, .*; or training\.bf16: true",
+        r"the same batch in smaller parts; or training\.gradient_checkpointing: true, .*; or training\.bf16: true\. "
+        r"To go on at the last checkpoint, add --allow-change KEY",
         fails_at(1, "CUDA out of memory"),
     )
     assert re.fullmatch(
-        r"not enough memory to evaluate, .*: a batch of 2 examples \| training\.per_device_eval_batch_size: 1",
+        r"not enough memory to evaluate, .*: a batch of 2 examples \| training\.per_device_eval_batch_size: 1\. .*",
         fails_at(3, "CUDA out of memory"),
     )
+
+
+def test_an_evaluation_that_fails_at_the_end_loses_no_step(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ("training.eval_strategy=epoch", "training.save_strategy=epoch", "training.num_train_epochs=1")
+    whole = run_recipe(recipe, *settings, f"training.output_dir={recipe.parent}/whole", "training.max_steps=-1")
+    metrics = LanguageModel.metrics
+    monkeypatch.setattr(LanguageModel, "metrics", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
+    with pytest.raises(OutOfMemory):
+        run_recipe(recipe, *settings, "training.max_steps=-1")
+    monkeypatch.setattr(LanguageModel, "metrics", metrics)
+    smaller, key = "training.per_device_eval_batch_size=1", "training.per_device_eval_batch_size"
+    done = run_recipe(recipe, *settings, "training.max_steps=-1", smaller, allow_change=[key])
+    assert done.run["attempts"][-1]["from_step"] == whole.run["steps"]["total"]
+    assert done.weights == whole.weights
 
 
 def test_an_unknown_metric_for_the_best_model(recipe: Path) -> None:
