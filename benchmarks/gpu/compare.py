@@ -31,9 +31,9 @@ SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
 """Of Llamas, with the tokenizer's vocabulary."""
-BATCHES, ROWS = 12, 16
-"""Of a round: steps, and rows of a step."""
-_TRL = {"function": "trainer", "library": "trl", "base": "bfloat16"}
+BATCHES, ROWS, WARM_UP = 24, 16, 4
+"""Of a round: steps, rows of a step, and steps before the clock starts, in which kernels are chosen and compiled."""
+_TRL = {"function": "trainer", "library": "trl", "base": "bfloat16", "gradient_checkpointing": False}
 SIDES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "peftcli": (None, {}),
     "peftcli, flash attention": ("flash_attn", {"base_model": {"attn_implementation": "flash_attention_2"}}),
@@ -79,7 +79,9 @@ def run(side: str, round: int, base: Path) -> dict[str, Any] | None:
     """Measure in a process of its own; None where it fails, with the reason on stderr."""
     environment = {
         **os.environ,
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0],  # Trainer would use all
         "BENCH_MODEL": str(base),
+        "BENCH_WARM_UP": str(WARM_UP),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": "ignore",
     }
@@ -108,6 +110,7 @@ def main() -> None:
         for side in there:
             if (figures := run(side, round, base)) is not None:
                 found[side][round] = figures
+                print(json.dumps({"side": side, "round": round, **figures}), flush=True)  # if time runs out
     if "peftcli" not in found:
         raise SystemExit("peftcli itself failed; the reason is above")
     ours = found["peftcli"]

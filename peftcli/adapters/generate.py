@@ -78,7 +78,7 @@ def _load(source: AdapterSource, spec: BaseModel, with_adapter: bool) -> TextGen
 
     folder, cuda = source.folder, torch.cuda.is_available()
     with open_base(spec, processors=folder) as opened:
-        dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
+        dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
         loaded, tokenizer = opened.model(source.auto_class(lambda: opened.config), dtype), opened.processor("tokenizer")
     if with_adapter:
         apply_adapter(loaded, source)

@@ -42,7 +42,7 @@ from peftcli.models.weights import write_tensors
 from peftcli.schema import BaseModel
 from peftcli.system.outputs import expand_user, new_folder, require_empty, storage_errors
 from peftcli.system.secrets import redact_values
-from peftcli.tasks.base import Exports, Probes, Task, scores_of
+from peftcli.tasks.base import Exports, Probes, Task, on_device, scores_of
 from peftcli.tasks.text.stop_tokens import missing_stops
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
@@ -454,16 +454,16 @@ def _difference(
 ) -> tuple[float, float]:
     """How much logits differ, computed in float32 with weights of these dtypes, and how much is allowed."""
     tell("verifying: base model with adapter")
-    model = job.load(dtypes[0]).eval()
+    model: Any = job.load(dtypes[0]).eval()
     inputs = job.task.probe() if isinstance(job.task, Probes) else _random_tokens(model)
     with computing_in_float32(model):
-        expected = scores_of(model(**inputs))
+        expected = scores_of(model(**on_device(inputs, model.device))).cpu()
     del model
     gc.collect()  # its modules refer to one another
     tell("verifying: merged model")
     merged = written.model(job.auto_class, dtypes[1]).model.eval()
     with computing_in_float32(merged):
-        found = scores_of(merged(**inputs))
+        found = scores_of(merged(**on_device(inputs, merged.device))).cpu()
     return float((found - expected).abs().max()), tolerance * max(1.0, float(expected.std()))
 
 

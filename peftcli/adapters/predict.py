@@ -100,7 +100,7 @@ def load_predictor(
 def _load(source: AdapterSource, opened: OpenBase, task: Any, with_adapter: bool, batch_size: int) -> Predictor:
     """Load a base model with the adapter beside its weights, for a task that answers rows."""
     cuda = torch.cuda.is_available()
-    dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
+    dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     loaded = load_for_task(source, opened, task, dtype, with_adapter=with_adapter)
     if not with_adapter and loaded.initialised:
         message = f"has no head for {source.task}: without the adapter, answers would be random"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -113,7 +114,7 @@ def _write(
     """
     batches, taken = _batches(opened.rows()), deque[list[Row | DataError]]()
     reader: Reader | None = None
-    columns: tuple[str, ...] = ()
+    columns = list[str]()
 
     def keep(batch: Sequence[Row | DataError], results: Sequence[Outcome | DataError]) -> None:
         places, outcomes = _in_order(batch, iter(results), opened.name, writer.num_rows)
@@ -124,20 +125,25 @@ def _write(
         writer.add(places, outcomes)
         on_rows(opened.name, writer.num_rows, False)
 
-    def good_rows(first: list[Row | DataError]) -> Iterator[list[Row]]:
+    def good_rows(first: list[Row | DataError], table: Table, reader: Reader) -> Iterator[list[Row]]:
         for batch in chain([first], batches):
             taken.append(batch)
-            yield _good(batch)
+            good = _good(batch)
+            if later := [name for name in _columns(good) if name not in columns]:
+                columns.extend(later)
+                _refuse_read(later, replace(table, columns=tuple(columns)), good, task, reader)
+            yield good
 
     try:
         for batch in batches:
             if not (good := _good(batch)):
                 keep(batch, [])
                 continue
-            columns = tuple(dict.fromkeys(key for row in good for key in row.values))
-            reader = task.read(Table(source, opened.name, columns, opened.class_names, good[0].values))
+            columns += _columns(good)
+            table = Table(source, opened.name, tuple(columns), opened.class_names, good[0].values)
+            reader = task.read(table)
             encode = partial(task.encode, reader=reader)
-            with closing(compute_ahead(encode, good_rows(batch), num_workers)) as encoded:
+            with closing(compute_ahead(encode, good_rows(batch, table, reader), num_workers)) as encoded:
                 for results in encoded:
                     keep(taken.popleft(), results)
     except DataError as error:
@@ -149,6 +155,23 @@ def _write(
         "format": reader.name if reader else None,
         "columns_not_read": [name for name in columns if name not in read],
     }
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row.values))
+
+
+def _refuse_read(later: Sequence[str], table: Table, rows: Sequence[Row], task: Encodes, reader: Reader) -> None:
+    """Raise DataError where the task would read a column that the first rows lack, from which its columns are known."""
+    try:
+        names = task.read(table).names
+    except DataError:  # together they are of no form, or of several: those of the first rows decide
+        return
+    for name in later:
+        if name in names.values() and name not in reader.names.values():
+            row = next(row for row in rows if name in row.values)
+            hint = f"Give the first row a {name!r} too: null, where it has none."
+            raise row.place.error("begins here, and the first rows lack it", key=name, hint=hint)
 
 
 def _good(batch: Sequence[Row | DataError]) -> list[Row]:

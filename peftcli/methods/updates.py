@@ -124,9 +124,9 @@ def effective_r(values: torch.Tensor) -> float:
     From 1, where one direction is all of it, to their number, where all count alike (Roy and Vetterli, "The effective
     rank"); 0 where there is no update.
     """
-    largest = values.max()
-    if largest == 0:
+    if not values.any():
         return 0.0
+    largest = values.max()
     share = values / largest  # the sum of very large ones would be infinite
     share = share / share.sum()
     return float(torch.special.entr(share).sum().exp())

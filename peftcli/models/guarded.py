@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from peftcli.errors import ModelError, NetworkError, OutOfMemory, PeftcliError
+from peftcli.errors import ModelError, NetworkError, OutOfMemory, PeftcliError, to_peftcli_error
 from peftcli.guard.files import one_line, short_name
 
 _UNREACHABLE = {"ConnectError", "ConnectTimeout", "ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}
@@ -30,9 +30,9 @@ def translated_errors(name: str) -> Iterator[None]:
             yield
     except PeftcliError:
         raise
-    except MemoryError:
-        raise OutOfMemory(f"this machine's memory does not hold {name}") from None
     except BaseException as error:
+        if isinstance(to_peftcli_error(error), OutOfMemory):
+            raise OutOfMemory(f"the memory does not hold {name}", hint=_SMALLER) from None
         # a panic of a library in Rust is no Exception, and no request to stop either
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -45,6 +45,7 @@ def translated_errors(name: str) -> Iterator[None]:
         raise ModelError(f"cannot load {name}: {one_line(text)}", key="base_model") from error
 
 
+_SMALLER = "quantise its weights (base_model.quantization), or divide them (launch.strategy: fsdp)"
 _OF_NEW_HEADS = re.compile(r"LOAD REPORT from|^You passed `num_labels=")
 """Messages of transformers about weights that the checkpoint lacks. ``find_initialised`` checks and reports those."""
 

@@ -283,8 +283,6 @@ def _gates(recipe: Recipe, report: Report) -> None:
             parse_gate(text)
         except UsageError as error:
             report((key, "gates"), error.message)
-        if not name.startswith("eval_"):
-            continue
         if not _has_eval_data(recipe):
             report((key, "gates", "dataset"), f"needs evaluation data: {_EVAL_KEYS}")
         elif recipe.training.eval_strategy == "no":

@@ -12,11 +12,12 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
+from peftcli.core.heads import head_names
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import AdapterError, DataError, PeftcliError
@@ -32,9 +33,11 @@ if TYPE_CHECKING:
 
     from peftcli.core.config import AdapterConfig
     from peftcli.data.findings import Finding, Records
-    from peftcli.models.open import OpenBase
+    from peftcli.models.open import LoadedModel, OpenBase
     from peftcli.tasks.shown import Description, Shown
 
+_MAX_SHOWN = 12
+"""Labels that a note names."""
 Settings = TypeVar("Settings", bound=TaskSettings)
 Batch = dict[str, Any]
 """Tensors by the names of the model's arguments, the first dimension B. What ``loss`` alone needs, of any kind, has a
@@ -454,6 +457,26 @@ def refuse_other_classes(options: Mapping[str, Any], recorded: Mapping[str, Any]
     if before and now and before != now:
         hint = f"task: {{labels: [{', '.join(map(str, before))}]}}"
         raise DataError(f"are {now}, and {before} in {folder}", key="task.labels", hint=hint)
+
+
+def with_trained_head(loaded: LoadedModel, task: Task[Any]) -> LoadedModel:
+    """Return the model, with the last layer of a head for as many other labels among the new ones, and a note."""
+    stored: dict[Any, Any] = getattr(task.base.config, "id2label", None) or {}
+    wanted: dict[Any, Any] = task.model_options().get("id2label", {})
+    before, now = ([str(names[key]) for key in sorted(names, key=int)] for names in (stored, wanted))
+    if len(before) != len(now) or before == now or all(name.startswith("LABEL_") for name in before):
+        return loaded
+    heads = tuple(f"{name}." for name in head_names(loaded.model))
+    last = [
+        name
+        for name, value in loaded.model.named_parameters()
+        if name.startswith(heads) and value.ndim and value.shape[0] == len(now) and name not in loaded.initialised
+    ]
+    if not last:
+        return loaded
+    modules, others = sorted({name.rpartition(".")[0] for name in last}), ", ".join(before[:_MAX_SHOWN])
+    note = f"{', '.join(modules)} of {task.base.name} was made for other labels ({others}), and is trained too"
+    return replace(loaded, initialised=(*loaded.initialised, *last), note=note)
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

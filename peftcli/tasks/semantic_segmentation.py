@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from peftcli.core.config import AdapterConfig
 
 IGNORED = -1
+_USUAL = 255
+"""The value of pixels that do not count, unless the recipe names another."""
 """In place of a class: the pixel does not count."""
 _BINARY = 1
 """The flag of a row whose mask has no values but 0 and 255, which does not count."""
@@ -95,6 +97,9 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         """Names of the classes, in the order of the model's outputs."""
         if len(set(self.labels)) < len(self.labels):
             raise DataError("names a class twice", key="task.labels")
+        if settings.ignore_index == _USUAL < len(self.labels) + settings.reduce_labels:
+            hint = "Name one that no class has, as -1: then every pixel counts."
+            raise DataError(f"{_USUAL} is the number of a class", key="task.ignore_index", hint=hint)
 
     @property
     def notes(self) -> Sequence[str]:

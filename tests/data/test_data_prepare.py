@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from chat_templates import make_tokenizer
+from classifierkit import open_task
+from trainkit import write_rows
 from transformers import ByT5Tokenizer
 
 from peftcli.data import prepare as preparing
@@ -177,6 +179,25 @@ def test_a_row_that_would_take_all_memory_is_refused_at_its_line(file: Path, mon
         store(file)
     assert caught.value.line == 6
     assert len(store(file, stop=False)) == 5
+
+
+def test_a_column_that_begins_late_is_an_error_if_the_task_reads_it(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "_BATCH", 2)
+    task = open_task("feature_extraction", loss="contrastive")
+    rows: list[dict[str, str]] = [{"anchor": f"sun {n}", "positive": "tea"} for n in range(5)]
+    rows[3]["id"], rows[4]["negative"] = "x", "moon"
+
+    def prepared() -> Store:
+        write_rows(file, rows)
+        return prepare(Source(train=str(file)), task, encoding("feature_extraction", task), stop_at_bad=True)
+
+    with pytest.raises(DataError, match="begins here, and the first rows lack it") as caught:
+        prepared()
+    assert (caught.value.line, caught.value.key) == (5, "negative")
+    del rows[4]["negative"]
+    assert prepared().about["columns_not_read"] == ["id"]
 
 
 def test_what_is_not_read_is_said(file: Path) -> None:

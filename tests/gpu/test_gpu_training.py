@@ -26,6 +26,7 @@ def recipe(tmp_path: Path) -> Path:
     return trainkit.write_recipe(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:inner dimension")  # of bitsandbytes, about models as small as these
 @pytest.mark.parametrize(
     ("setting", "package"),
     [

@@ -95,7 +95,6 @@ def test_what_settings_mean_together(problem, overrides: list[str], key: str, me
         ["training.num_train_epochs=0", "training.max_steps=5"],
         ["training.learning_rate=0"],
         ["training.max_grad_norm=0"],
-        ["gates.train_loss=< 1", "dataset.eval=null"],
         ["launch.num_machines=2", "launch.machine_rank=1", "launch.main_process_port=29500"],
         ["base_model.trust_remote_code=true", "base_model.revision=abc"],
         ["method.init_lora_weights=gaussian"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 from classifierkit import ROWS, classifier_base, write_classifier_recipe
 from promises import settings_of, why_not
 from trainkit import Trained, run_recipe, write_rows
+from transformers import AutoModelForSequenceClassification
 
 from peftcli.errors import DataError
 from peftcli.methods import METHODS
+from peftcli.train.report import Warned
 
 EVALUATES = ("training.max_steps=2", "training.eval_strategy=steps", "training.eval_steps=2")
 
@@ -54,6 +57,26 @@ def test_pictures_are_answered_as_transformers_and_peft_answer_them(tmp_path: Pa
         with torch.no_grad():
             scores = model(**inputs(run, row)).logits[0].softmax(-1)
         assert answer["scores"] == pytest.approx(dict(zip(("blue", "red"), scores.tolist(), strict=True)), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert"])
+def test_a_head_for_as_many_other_labels_is_trained_and_said(tmp_path: Path, kind: str) -> None:
+    import transformers
+
+    path, base = write_classifier_recipe(tmp_path, kind), tmp_path / "base"
+    auto = transformers.AutoModelForImageClassification if kind == "vit" else AutoModelForSequenceClassification
+    own = ["blue", "red"] if kind == "vit" else ["ham", "spam"]
+    for labels in (own, ["healthy", "rust"]):
+        shutil.copytree(classifier_base(kind), base, dirs_exist_ok=True)
+        names = dict(enumerate(labels))
+        auto.from_pretrained(classifier_base(kind), id2label=names, label2id={}).save_pretrained(base)
+        out = f"training.output_dir={tmp_path}/{labels[0]}"
+        run = run_recipe(path, f"base_model={base}", "training.max_steps=1", out)
+        said = [each.text for each in run.events if isinstance(each, Warned)]
+        other = labels != own
+        assert any("was made for other labels (healthy, rust), and is trained too" in text for text in said) is other
+        saved = json.loads((run.folder / "adapter_config.json").read_text()).get("modules_to_save")
+        assert bool(saved) is (other or kind == "bert")
 
 
 def test_gates_are_applied(cli: Callable, tmp_path: Path) -> None:

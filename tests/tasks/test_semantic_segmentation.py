@@ -140,7 +140,10 @@ def test_splitting_a_batch_changes_neither_loss_nor_gradient(tmp_path: Path) -> 
 )
 def test_a_mask_goes_where_its_picture_goes(tmp_path: Path, processor: str, options: Any, padded: bool) -> None:
     """Left is class 1, right class 299; what an image processor pads does not count."""
-    opened = task(labels=[str(number) for number in range(300)], ignore_index=65535)
+    many = [str(number) for number in range(300)]
+    with pytest.raises(DataError, match="255 is the number of a class"):
+        task(labels=many)
+    opened = task(labels=many, ignore_index=65535)
     opened.processor = getattr(transformers, processor)(**options)
     mask = np.full((40, 60), 299, np.uint16)
     mask[:, :30] = 1

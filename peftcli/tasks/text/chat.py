@@ -110,6 +110,8 @@ def mark_chat(example: ChatExample, template: Template, train_on: str) -> Marked
         borders = [0, *(border for span in spans for border in span), len(rendered.text)]
         rest = tuple(zip(borders[::2], borders[1::2], strict=True))
         return MarkedText(rendered.text, rest if spans else None, rendered=True, flags=flags)
+    if rendered.answers and not template.asks_so(rendered, example.tools):
+        flags |= Flag.PROMPT_DIFFERS
     closed = all(each.closed for each in rendered.answers)
     return MarkedText(rendered.text, spans, rendered=True, closed=closed, flags=flags if closed else flags | Flag.OPEN)
 

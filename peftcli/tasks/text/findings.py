@@ -68,6 +68,14 @@ FINDINGS = by_name(
         "contain a text or a tool call that the chat template leaves out",
         "Check the rows: the model does not see all of their content.",
     ),
+    # As with templates whose prompt opens a thinking that answers do not hold.
+    Kind(
+        "prompt_differs",
+        "warning",
+        "have an answer that begins otherwise than the chat template asks for one",
+        "The model is asked with a beginning that it was not trained on, such as <think>: set base_model.chat_template "
+        "to a template that asks as it writes.",
+    ),
     Kind(
         "encoding_damage",
         "warning",
@@ -130,6 +138,7 @@ _OF_FLAGS = {
     "odd_turns": Flag.ODD_TURNS,
     "turns_left_out": Flag.UNSEEN,
     "encoding_damage": Flag.DAMAGED,
+    "prompt_differs": Flag.PROMPT_DIFFERS,
     "rows_split": Flag.SPLIT,
     "pieces_left_out": Flag.PIECES_LEFT_OUT,
 }

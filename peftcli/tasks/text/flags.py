@@ -35,6 +35,8 @@ class Flag(enum.IntFlag):
     """The chat template leaves out the text of a turn, or a tool call."""
     PIECES_LEFT_OUT = 512
     """The row was split, and pieces without a trained token are left out."""
+    PROMPT_DIFFERS = 1024
+    """A trained answer begins after another text than the one with which the chat template asks for an answer."""
 
 
 NONE = Flag(0)

@@ -114,10 +114,16 @@ class JoinedModels:
         self._refuse_dropout()
 
     def _refuse_dropout(self) -> None:
-        before = torch.get_rng_state()
-        with torch.no_grad(), torch.random.fork_rng():
+        device: torch.device = self.inner.device
+        on_gpu = device.type == "cuda"
+
+        def state() -> torch.Tensor:
+            return torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
+
+        before = state()
+        with torch.no_grad(), torch.random.fork_rng([device] if on_gpu else []):
             self.inner(**self._probe())
-            if not torch.equal(torch.get_rng_state(), before):
+            if not torch.equal(state(), before):
                 raise ModelError(
                     f"{type(self.inner).__name__} draws random numbers in training, those of all adapters",
                     key="base_model",

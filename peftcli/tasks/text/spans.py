@@ -167,6 +167,8 @@ class _Conversation:
 class _TurnFormat:
     """How a template writes assistant turns."""
 
+    prompt: str
+    """With what it asks for one: the generation prompt, and the white space after it in conversations."""
     openings: tuple[str, ...]
     """Texts that may precede one: the generation prompt, and the part of it that conversations contain."""
     closings: tuple[str, ...]
@@ -237,6 +239,11 @@ class Template:
     def closings(self) -> tuple[str, ...]:
         """Texts that may close an assistant turn."""
         return self._turn_format(None).closings
+
+    def asks_so(self, rendered: Rendered, tools: list[Any] | None) -> bool:
+        """Whether the last answer of a conversation begins where the template's generation prompt ends."""
+        opening, start = self._turn_format(tools).prompt, rendered.answers[-1].start
+        return rendered.text.endswith((opening, opening.rstrip()), 0, start) or not opening.strip()
 
     def render(self, messages: list[Message], tools: list[Any] | None = None, prompt: bool = False) -> str:
         """Render like the function ``render``, in less time.
@@ -328,6 +335,7 @@ class Template:
         first, following = last.partition(ask)[0], middle.partition(answer)[2].partition(again)[0]
         closings = self._closings_of(first, header, following, last.partition(answer)[2])
         return _TurnFormat(
+            opening + _gap(header, opening),
             tuple(dict.fromkeys(text for text in openings if text.strip())),
             tuple(sorted(closings, key=len, reverse=True)),
             re.compile(rf"\s*(?:{_any_of(closings).pattern})"),

@@ -248,3 +248,13 @@ def test_no_content_of_a_user_is_trained_and_every_answer_is(template: str, arou
     for start, end in reversed(spans):
         untrained = untrained[:start] + untrained[end:]
     assert all(f"·{2 * index + 1}·" not in untrained for index in range(len(trained)))
+
+
+@pytest.mark.parametrize("template", PUBLISHED)
+def test_answers_begin_as_they_are_asked_for_or_it_is_said(template: str) -> None:
+    messages, tools = conversation(template, "single")
+    using = Template(mask_matrix.tokenizer(template))
+    text, prompt = using.render(messages, tools), using.render(messages[:-1], tools, prompt=True)
+    differs = bool(plan(template, "single").flags & Flag.PROMPT_DIFFERS)
+    assert text.startswith(prompt.rstrip()) is not differs
+    assert differs is (template in ("deepseek_v3", "deepseek_r1"))

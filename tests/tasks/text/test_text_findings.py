@@ -72,6 +72,7 @@ def test_names_and_levels_are_a_promise() -> None:
         "rows_truncated": ("info", False),
         "rows_split": ("info", False),
         "pieces_left_out": ("info", False),
+        "prompt_differs": ("warning", False),
         "empty_answers": ("warning", False),
         "empty_prompts": ("info", False),
         "exact_duplicates": ("info", False),
