@@ -89,6 +89,7 @@ def trains(method: str, task: str, folder: Path) -> None:
     run = _run(method, task, folder)
     before, after = (run.run["eval"][which]["eval_loss"] for which in ("first", "last"))
     assert math.isfinite(after)
+    assert {f"eval_{name}" for name in CASES[task].metrics} <= run.run["eval"]["last"].keys()
     assert after != before
     found = verify_adapter(str(run.folder))
     assert found["tensors"]

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftcli.adapters.load import find_adapter
+from peftcli.core.config import AdapterConfig
 from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.methods import METHODS
+from peftcli.methods.lora.config import LoraConfig
 
 
 def describe(adapter: str) -> dict[str, Any]:
@@ -34,7 +36,21 @@ def describe(adapter: str) -> dict[str, Any]:
         "tensors": len(shapes),
         "dtypes": sorted({entry.dtype for entry in shapes.values()}),
         "bytes": max((entry.start + entry.size for entry in shapes.values()), default=0),
+        "servers": _servers(source.config),
     }
+
+
+def _servers(config: AdapterConfig) -> list[str]:
+    """Say whether vLLM and llama.cpp read a language model's adapter beside its base model, or what they do not."""
+    if config.task_type not in (None, "CAUSAL_LM"):
+        return []
+    if not isinstance(config, LoraConfig):
+        refused = [str(config.peft_type)]
+    else:
+        refused = [name for name in ("use_dora", "modules_to_save") if getattr(config, name)]
+    patterns = [name for name in ("rank_pattern", "alpha_pattern") if getattr(config, name, None)]
+    unread = {"vllm": refused + patterns, "llama.cpp": refused}
+    return [f"{name} reads {'no ' + ' or '.join(what) if what else 'it'}" for name, what in unread.items()]
 
 
 def _adapted(names: Mapping[str, TensorEntry], saved: list[str]) -> set[str]:

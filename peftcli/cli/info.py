@@ -110,5 +110,5 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
         console.print_json(facts)
         return
     for name, value in facts.items():
-        text = ", ".join(str(item) for item in value) if isinstance(value, list) else value
+        text = (", ".join(str(item) for item in value) or None) if isinstance(value, list) else value
         console.out(f"{name}: {'-' if text is None else text}")

@@ -55,7 +55,8 @@ class Estimate:
     weights: int
     """The base model's weights."""
     file: int
-    """What loading the model takes beyond its weights: pages of its files, converted or divided; 0 on a GPU."""
+    """What loading the model takes beyond its weights: pages of its files, converted or divided. On a GPU the rest of
+    weights that are quantised there before they are divided."""
     adapter: int
     """What trains: values, gradients, what the optimizer remembers, and the best values so far if they are kept."""
     step: int
@@ -155,6 +156,8 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
         file = stored + elsewhere
     elif on_cpu and elsewhere:  # and what stays in this process is copied
         file = whole if recipe.launch.cpu_ram_efficient_loading else whole - elsewhere
+    elif elsewhere and saved:  # quantised on the GPU, whole, and divided then
+        file = elsewhere
     remembered = sum(each.numel() for each in trained) * state_bytes(training.optim)
     best = values if training.load_best_model_at_end and on_cpu else 0
     return Estimate(

@@ -24,10 +24,10 @@ from peftcli.train.estimate import estimate
 from peftcli.train.evaluate import refuse_metrics
 from peftcli.train.fit_memory import choose_settings, is_fitted, settings_of, smallest
 from peftcli.train.init_adapter import KEY, find_init_adapter, with_init_settings
-from peftcli.train.kernels import check_liger_kernel
+from peftcli.train.kernels import check_liger_kernel, refuse_attention
 from peftcli.train.launch import total_processes
 from peftcli.train.optim import check_optimizer
-from peftcli.train.setup import checkpoint_activations
+from peftcli.train.setup import base_dtype, checkpoint_activations, uses_bf16
 from peftcli.train.sharded import check_divisible
 from peftcli.train.strategies import refuse_strategy
 from peftcli.train.trackers import require_packages
@@ -96,6 +96,7 @@ def examine(recipe: Recipe) -> DeepCheck:
                 attempt("launch.strategy", partial(refuse_strategy, recipe, data.task, config, processes))
     attempt("training", lambda: check_optimizer(with_rate(recipe).training))
     attempt("training", lambda: require_packages(recipe))
+    attempt("base_model", lambda: refuse_attention(recipe, bf16=uses_bf16(recipe), dtype=base_dtype(recipe)))
     if recipe.training.use_liger_kernel:
         attempt("training", check_liger_kernel)
     attempt("base_model", lambda: base.quantization)

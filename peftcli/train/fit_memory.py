@@ -213,8 +213,9 @@ def _strategies(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) 
 
 
 def _in_step(needs: Estimate) -> int:
-    """What a step needs: the part that the choice changes."""
-    return needs.packages + needs.weights + needs.adapter + needs.step
+    """What a step needs, or on a GPU loading: the part that the choice changes."""
+    loading = needs.file if needs.device == "cuda" else 0
+    return needs.packages + needs.weights + max(loading, needs.adapter + needs.step)
 
 
 def _memory(recipe: Recipe, num_processes: int) -> float:

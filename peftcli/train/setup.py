@@ -32,7 +32,7 @@ from peftcli.tasks import row_of
 from peftcli.tasks.base import FitsModel, Task, model_inputs, on_device, refuse_other_classes, with_trained_head
 from peftcli.train.data import Data
 from peftcli.train.init_adapter import find_init_adapter
-from peftcli.train.kernels import use_liger_kernel
+from peftcli.train.kernels import refuse_attention, use_liger_kernel
 from peftcli.train.launch import started_by_peftcli
 from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import build_optimizer, build_schedule, parameter_groups
@@ -125,6 +125,7 @@ def load_base(recipe: Recipe, task: Task[Any]) -> LoadedModel:
     def load(dtype: torch.dtype | Literal["auto"]) -> LoadedModel:
         return task.base.model(row_of(recipe).auto_class, dtype, **task.model_options())
 
+    refuse_attention(recipe, bf16=uses_bf16(recipe), dtype=base_dtype(recipe))
     by_first = is_dividing(recipe) and recipe.launch.cpu_ram_efficient_loading
     loaded = load_by_first(load, base_dtype(recipe)) if by_first else load(base_dtype(recipe))
     return with_trained_head(loaded, task)

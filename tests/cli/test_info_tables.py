@@ -77,8 +77,29 @@ def test_an_adapter(cli, tmp_path: Path) -> None:
         "tensors": 6,
         "dtypes": ["F32"],
         "bytes": (folder / "adapter_model.safetensors").stat().st_size,
+        "servers": [],
     }
     assert "target_modules: q_proj, v_proj\n" in cli("info", folder).out
+
+
+@pytest.mark.parametrize(
+    ("changed", "vllm", "llama"),
+    [
+        ({}, "it", "it"),
+        ({"modules_to_save": ["lm_head"]}, "no modules_to_save", "no modules_to_save"),
+        ({"use_dora": True}, "no use_dora", "no use_dora"),
+        ({"rank_pattern": {"q_proj": 4}}, "no rank_pattern", "it"),
+        ({"peft_type": "IA3", "feedforward_modules": []}, "no IA3", "no IA3"),
+    ],
+)
+def test_what_servers_do_not_read_is_said(
+    cli, tmp_path: Path, changed: dict[str, object], vllm: str, llama: str
+) -> None:
+    config = {name: value for name, value in CONFIG.items() if name != "modules_to_save"} | {"task_type": "CAUSAL_LM"}
+    if "peft_type" in changed:
+        config = {name: value for name, value in config.items() if name not in ("r", "lora_alpha")}
+    out = cli("info", adapter(tmp_path, config | changed), "--no-updates").out
+    assert f"servers: vllm reads {vllm}, llama.cpp reads {llama}\n" in out
 
 
 def test_soft_prompts_adapt_no_module(cli, tmp_path: Path) -> None:

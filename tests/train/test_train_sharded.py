@@ -182,7 +182,11 @@ def test_other_quantised_weights_are_refused(kind: str, recipe: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", ["training.gradient_accumulation_steps=2", "training.bf16=true", "method.lora_dropout=0.5"]
+    "setting",
+    [
+        *("training.gradient_accumulation_steps=2", "training.gradient_checkpointing=true"),
+        *("training.bf16=true", "method.lora_dropout=0.5"),
+    ],
 )
 def test_ddp_trains_as_the_loop_does_without_it(setting: str, recipe: Path) -> None:
     settings = ("training.verify=false", "training.max_steps=3", setting)

@@ -171,6 +171,7 @@ def test_no_format_fits(row: dict[str, Any], written: str) -> None:
     assert "alpaca: instruction, output" in text
     assert written in text
     assert len(text) < 1000
+    assert len(text.splitlines()) <= 6
 
 
 def test_named_format_lacks_a_column() -> None:
