@@ -185,6 +185,8 @@ def test_a_run_that_was_to_replace_another_is_begun_anew_for_a_third_recipe(reci
         run_recipe(recipe, "method.r=2", overwrite=True, on_event=stop_after(3))
     done = run_recipe(recipe, "method.r=3", overwrite=True)
     assert [attempt["from_step"] for attempt in done.run["attempts"]] == [0]
+    said = [each.text for each in done.events if isinstance(each, Warned)]
+    assert "another run that was to replace it, stopped after step 3, is gone" in said
 
 
 def test_overwrite_takes_no_foreign_files(recipe: Path) -> None:

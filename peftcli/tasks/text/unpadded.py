@@ -9,11 +9,13 @@ heads and losses notice nothing.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import update_wrapper
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -153,6 +155,9 @@ class _Unpadded:
             shares: Whether a token depends on none behind it, so that what examples have in common is computed once.
         """
         self.module, self.forward, self.first, self.flash, self.shares = module, module.forward, first, flash, shares
+        parameters = inspect.signature(module.forward).parameters.values()
+        self.takes_more = any(each.kind is each.VAR_KEYWORD for each in parameters)
+        """Whether the forward passes on to attention what it does not know."""
         self.instead: Callable[[dict[str, Any]], Any] | None = None
         """What gives the output instead, unless it is None, while several models compute as one; see ``joined``."""
         self.prefix = next((each for each in module.modules() if isinstance(each, PrefixAttention)), None)
@@ -204,6 +209,8 @@ class _Unpadded:
             own = zip(everything.split(sizes), parts, strict=True)
             places = torch.cat([one if part.layout.places is None else one[part.layout.places] for one, part in own])
         inputs["attention_mask"] = None if self.flash else torch.ones_like(everything, dtype=torch.bool)[None]
+        if self.flash and self.takes_more:  # or each layer finds where examples begin, and waits for the device
+            inputs |= _borders(rows, everything.device)
         if takes(self.module, "use_cache"):
             inputs["use_cache"] = False
         with _set(_layout, Layout(everything, None, rows, places)):
@@ -240,6 +247,13 @@ class _Unpadded:
                 places.append(source[at, :size])
         chosen = computed.flatten().nonzero().squeeze(1)
         return Layout(chosen, source.flatten().to(kept.device), rows, torch.cat(places).to(kept.device))
+
+
+def _borders(rows: Sequence[Row], device: torch.device) -> dict[str, Any]:
+    """Where the examples of a row stand, as flash attention wants it: ends (R + 1,) in int32, and the longest."""
+    sizes = [row.size for row in rows]
+    ends, longest = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device), max(sizes)
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
 def _trimmed(kept: torch.Tensor) -> Layout:

@@ -110,6 +110,8 @@ def open_run(
             folder.finish_replacing()
             chosen, record, changed = _choose(folder, now, options)
             if record is None and chosen.path != folder.path and chosen.path.exists():
+                if (begun := chosen.read()) is not None and begun.steps and begun.steps.done:
+                    tell(Warned(f"another run that was to replace it, stopped after step {begun.steps.done}, is gone"))
                 chosen.clear()
             for each in (folder, chosen):
                 each.tidy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from trainkit import run_recipe
 from transformers import (
     AttentionInterface,
+    AttentionMaskInterface,
     DistilBertConfig,
     DistilBertForTokenClassification,
     MistralConfig,
@@ -28,6 +30,8 @@ from transformers import (
     RobertaConfig,
     RobertaForQuestionAnswering,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
@@ -131,6 +135,41 @@ def test_the_same_is_computed_without_padding(kind: str, checkpointing: bool, mo
     assert set(widths) == {sum(LENGTHS)}
     torch.testing.assert_close(said, expected, rtol=0, atol=1e-5)
     assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert float((found[name] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max()), name
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "bert"])
+def test_flash_attention_is_told_where_examples_stand(kind: str) -> None:
+    """A stand-in on the CPU, which knows nothing but what transformers passes on."""
+    seen = []
+
+    def flash(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **given: Any) -> Any:
+        if "cu_seq_lens_q" not in given:  # a padded batch
+            return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **given)
+        ends, longest = given["cu_seq_lens_q"], given["max_length_q"]
+        assert (given["cu_seq_lens_k"] is ends, given["max_length_k"]) == (True, longest)
+        seen.append((ends.dtype, ends.tolist(), longest))
+        window, parts = given.get("sliding_window"), []
+        for start, end in itertools.pairwise(ends.tolist()):
+            q, k, v = (each[:, :, start:end] for each in (query, key, value))
+            k, v = (each.repeat_interleave(q.shape[1] // each.shape[1], dim=1) for each in (k, v))
+            far = torch.arange(end - start)[:, None] - torch.arange(end - start)
+            sees = (far >= 0) if module.is_causal else torch.ones_like(far, dtype=torch.bool)
+            sees = sees & (far < window) if window else sees
+            parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scaling))
+        return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+    model, inputs = adapted(kind), batch(*LENGTHS)
+    expected, gradients = with_gradients(model, inputs)
+    AttentionInterface.register("flash_stand_in", flash)
+    AttentionMaskInterface.register("flash_stand_in", sdpa_mask)
+    model.config._attn_implementation = "flash_stand_in"
+    assert unpad(model)
+    seen.clear()
+    said, found = with_gradients(model, inputs)
+    assert seen == [(torch.int32, [0, 7, 37, 39, 58], 30)] * 2  # layers
+    torch.testing.assert_close(said, expected, rtol=0, atol=1e-5)
     for name, gradient in gradients.items():
         assert float((found[name] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max()), name
 
