@@ -21,6 +21,7 @@ from peftcli.tasks.base import encoding
 from peftcli.tasks.preference import Answers
 from peftcli.tasks.text.answer_inputs import split
 from peftcli.tasks.text.reference import Reference
+from peftcli.tasks.text.unpadded import unpad
 
 PROMPT = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}
 WITH_HEAD = {"peft_type": "LORA", "target_modules": ["q_proj"], "lora_dropout": 0.5, "modules_to_save": ["lm_head"]}
@@ -144,9 +145,11 @@ def test_the_split_of_a_step_changes_no_loss(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+@pytest.mark.parametrize("padding", [True, False])
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo", "simpo"])
-def test_pairs_in_one_batch_lose_what_they_lose_alone(loss: str) -> None:
+def test_pairs_in_one_batch_lose_what_they_lose_alone(loss: str, padding: bool) -> None:
     task, model = examples_of(loss)[0], adapted()
+    assert padding or unpad(model)
     examples = encoded(task, PREFERRED[:4])
     together, of_step = task.loss(model, task.collate(examples, training=True)), task.of_step(examples)
     alone = [task.loss(model, task.collate([each], training=True) | of_step) for each in examples]

@@ -178,7 +178,10 @@ def penalty(model: nn.Module, config: AdaLoraConfig) -> torch.Tensor | None:
     if not config.orth_reg_weight or not layers:
         return None
     squares = [square for layer in layers for square in (layer.lora_A @ layer.lora_A.T, layer.lora_B.T @ layer.lora_B)]
-    deviations = [torch.linalg.norm(square - torch.eye(len(square)).to(square)) for square in squares]
+    deviations = [
+        torch.linalg.norm(square - torch.eye(len(square), dtype=square.dtype, device=square.device))
+        for square in squares
+    ]
     return config.orth_reg_weight * torch.stack(deviations).mean()
 
 
