@@ -228,7 +228,7 @@ class Training:
     eval_steps: int = 100
     """Steps between evaluations, with eval_strategy steps."""
     save_strategy: Literal["no", "steps", "epoch"] = "epoch"
-    """When to write a checkpoint that training can resume from."""
+    """When to write a checkpoint that training can resume from. Unless ``no``, the last step has one too."""
     save_steps: int = 100
     """Steps between checkpoints, with save_strategy steps."""
     save_total_limit: int = 2

@@ -11,6 +11,9 @@ from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.methods import METHODS
 from peftcli.methods.lora.config import LoraConfig
 
+_NOT_SERVED = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters")
+"""Settings of LoRA for whose tensors neither vLLM nor llama.cpp has a place."""
+
 
 def describe(adapter: str) -> dict[str, Any]:
     """Return the facts about an adapter folder or hub id that ``peftcli info ADAPTER`` prints.
@@ -42,14 +45,14 @@ def describe(adapter: str) -> dict[str, Any]:
 
 def _servers(config: AdapterConfig) -> list[str]:
     """Say whether vLLM and llama.cpp read a language model's adapter beside its base model, or what they do not."""
-    if config.task_type not in (None, "CAUSAL_LM"):
+    if config.task_type != "CAUSAL_LM":
         return []
     if not isinstance(config, LoraConfig):
         refused = [str(config.peft_type)]
     else:
-        refused = [name for name in ("use_dora", "modules_to_save") if getattr(config, name)]
-    patterns = [name for name in ("rank_pattern", "alpha_pattern") if getattr(config, name, None)]
-    unread = {"vllm": refused + patterns, "llama.cpp": refused}
+        refused = [name for name in _NOT_SERVED if getattr(config, name)] + ["bias"] * (config.bias != "none")
+    own = {"vllm": ("rank_pattern", "alpha_pattern"), "llama.cpp": ("alpha_pattern", "use_rslora")}
+    unread = {name: refused + [each for each in keys if getattr(config, each, None)] for name, keys in own.items()}
     return [f"{name} reads {'no ' + ' or '.join(what) if what else 'it'}" for name, what in unread.items()]
 
 

@@ -10,6 +10,7 @@ import typer
 from peftcli.cli import console
 from peftcli.cli.junit_report import Junit, junit_report
 from peftcli.cli.quiet import Quiet, progress_log
+from peftcli.system.outputs import require_writable
 
 
 def evaluate(
@@ -30,6 +31,8 @@ def evaluate(
     tell = progress_log(quiet)
     with junit_report(junit, recipe) as result:
         settings = load_recipe(recipe, overrides or [])
+        if junit is not None:
+            require_writable(junit)
 
         from peftcli.train.evaluate_adapter import measure
         from peftcli.train.finish import raise_failed_gates

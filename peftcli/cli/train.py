@@ -14,6 +14,7 @@ from peftcli.cli.junit_report import Junit, junit_report
 from peftcli.cli.progress import Progress, summary
 from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.cli.train_together import train_together
+from peftcli.system.outputs import require_writable
 from peftcli.train.schedulers import take_slurms_rank, with_schedulers_place
 
 
@@ -75,6 +76,8 @@ def train(
 
             console.print_json(preview(settings))
             raise typer.Exit
+        if junit is not None and is_main and settings.launch.machine_rank == 0:
+            require_writable(junit)
 
         from peftcli.train.start import start
 

@@ -131,7 +131,8 @@ def _write(
             good = _good(batch)
             if later := [name for name in _columns(good) if name not in columns]:
                 columns.extend(later)
-                _refuse_read(later, replace(table, columns=tuple(columns)), good, task, reader)
+                if stop_at_bad:
+                    _refuse_read(later, replace(table, columns=tuple(columns)), good, task, reader)
             yield good
 
     try:
@@ -167,8 +168,8 @@ def _refuse_read(later: Sequence[str], table: Table, rows: Sequence[Row], task: 
         names = task.read(table).names
     except DataError:  # together they are of no form, or of several: those of the first rows decide
         return
-    for name in later:
-        if name in names.values() and name not in reader.names.values():
+    for name in (column for role, column in names.items() if role not in reader.names):
+        if name in later:
             row = next(row for row in rows if name in row.values)
             hint = f"Give the first row a {name!r} too: null, where it has none."
             raise row.place.error("begins here, and the first rows lack it", key=name, hint=hint)

@@ -32,7 +32,7 @@ def translated_errors(name: str) -> Iterator[None]:
         raise
     except BaseException as error:
         if isinstance(to_peftcli_error(error), OutOfMemory):
-            raise OutOfMemory(f"the memory does not hold {name}", hint=_SMALLER) from None
+            raise OutOfMemory(f"the memory does not hold {name}") from None
         # a panic of a library in Rust is no Exception, and no request to stop either
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -45,7 +45,6 @@ def translated_errors(name: str) -> Iterator[None]:
         raise ModelError(f"cannot load {name}: {one_line(text)}", key="base_model") from error
 
 
-_SMALLER = "quantise its weights (base_model.quantization), or divide them (launch.strategy: fsdp)"
 _OF_NEW_HEADS = re.compile(r"LOAD REPORT from|^You passed `num_labels=")
 """Messages of transformers about weights that the checkpoint lacks. ``find_initialised`` checks and reports those."""
 

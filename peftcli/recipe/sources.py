@@ -16,9 +16,16 @@ _SHORT_FORMS = {"base_model": "name", "task": "type"}
 """Sections that may be given as one setting: section -> setting."""
 
 
+def _is_file(word: str) -> bool:
+    try:
+        return Path(word).is_file()
+    except OSError:  # too long for a name
+        return False
+
+
 def recipes_and_overrides(words: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Return the recipes among the words of a command, each once, and the ``KEY=VALUE`` overrides for all of them."""
-    overrides = [word for word in words if "=" in word and not Path(word).is_file()]
+    overrides = [word for word in words if "=" in word and not _is_file(word)]
     return [Path(word) for word in dict.fromkeys(words) if word not in overrides], overrides
 
 

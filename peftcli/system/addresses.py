@@ -45,6 +45,12 @@ def use_interface_to(host: str) -> None:
             use_interface(address)
 
 
+def on_several_machines() -> bool:
+    """Whether a launcher has started this process as one of several, of which others run on other machines."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    return count > int(os.environ.get("LOCAL_WORLD_SIZE", count))
+
+
 def notice_lost_machines(*, unanswered: bool) -> None:
     """Let the connections that this process has now fail when the other machine has been silent for a minute (Linux).
 
@@ -59,9 +65,10 @@ def notice_lost_machines(*, unanswered: bool) -> None:
         socket.TCP_KEEPCNT: 3,
         **({socket.TCP_USER_TIMEOUT: 1000 * _SILENT_SECONDS} if unanswered else {}),
     }
-    for each in psutil.Process().net_connections("tcp"):
-        if each.raddr and each.raddr.ip != each.laddr.ip:
-            with suppress(OSError), socket.socket(fileno=os.dup(each.fd)) as connection:  # closed meanwhile
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                for name, value in options.items():
-                    connection.setsockopt(socket.IPPROTO_TCP, name, value)
+    with suppress(OSError, psutil.Error):  # they cannot be listed
+        for each in psutil.Process().net_connections("tcp"):
+            if each.raddr and each.raddr.ip != each.laddr.ip:
+                with suppress(OSError), socket.socket(fileno=os.dup(each.fd)) as connection:  # closed meanwhile
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                    for name, value in options.items():
+                        connection.setsockopt(socket.IPPROTO_TCP, name, value)

@@ -97,9 +97,6 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         """Names of the classes, in the order of the model's outputs."""
         if len(set(self.labels)) < len(self.labels):
             raise DataError("names a class twice", key="task.labels")
-        if settings.ignore_index == _USUAL < len(self.labels) + settings.reduce_labels:
-            hint = "Name one that no class has, as -1: then every pixel counts."
-            raise DataError(f"{_USUAL} is the number of a class", key="task.ignore_index", hint=hint)
 
     @property
     def notes(self) -> Sequence[str]:
@@ -129,6 +126,9 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
             AdapterError: the method puts virtual tokens before a text.
         """
         refuse_virtual_tokens(config, "reads pictures")
+        if config and self.settings.ignore_index == _USUAL < len(self.labels) + self.settings.reduce_labels:
+            hint = "Name one that no class has, as -1: then every pixel counts."
+            raise DataError(f"{_USUAL} is the number of a class", key="task.ignore_index", hint=hint)
         return []
 
     def save(self, folder: Path) -> list[str]:

@@ -433,15 +433,25 @@ def opened_sound(content: bytes, path: str) -> Iterator[SoundFile]:
     """
     import soundfile
 
-    said = int.from_bytes(content[4:8], "little") + 8 if content[:4] == b"RIFF" else 0
-    if len(content) + 1 < said < _UNKNOWN_SIZE:
-        raise DataError(f"is cut off: it has {len(content):,} of {said:,} bytes", file=path or None)
+    if len(content) < (end := _end_of_samples(content)):
+        raise DataError(f"is cut off: it has {len(content):,} bytes, and samples up to {end:,}", file=path or None)
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             yield file
     except (RuntimeError, TypeError, ValueError) as error:
         message = str(error).partition(": ")[2] or str(error)
         raise DataError(f"cannot be read as WAV, FLAC, OGG or MP3: {message}", file=path or None) from None
+
+
+def _end_of_samples(content: bytes) -> int:
+    """Where the samples of a WAV file end, as its header says; 0 for other files, and where that was not known."""
+    at = 12
+    while content[:4] == b"RIFF" and at + 8 <= len(content):
+        size = int.from_bytes(content[at + 4 : at + 8], "little")
+        if content[at : at + 4] == b"data":
+            return at + 8 + size if size < _UNKNOWN_SIZE else 0
+        at += 8 + size + size % 2
+    return 0
 
 
 def _as_file(value: Mapping[str, Any]) -> bytes:

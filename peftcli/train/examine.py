@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
+
 from peftcli.core.files import check_begin
 from peftcli.core.heads import head_names
 from peftcli.core.inject import Injection, inject
@@ -96,7 +98,8 @@ def examine(recipe: Recipe) -> DeepCheck:
                 attempt("launch.strategy", partial(refuse_strategy, recipe, data.task, config, processes))
     attempt("training", lambda: check_optimizer(with_rate(recipe).training))
     attempt("training", lambda: require_packages(recipe))
-    attempt("base_model", lambda: refuse_attention(recipe, bf16=uses_bf16(recipe), dtype=base_dtype(recipe)))
+    if torch.cuda.is_available() or recipe.training.bf16 is False:  # or another machine, with a GPU, decides
+        attempt("base_model", lambda: refuse_attention(recipe, bf16=uses_bf16(recipe), dtype=base_dtype(recipe)))
     if recipe.training.use_liger_kernel:
         attempt("training", check_liger_kernel)
     attempt("base_model", lambda: base.quantization)

@@ -93,7 +93,7 @@ def warn_of_unchanged(run: Run) -> None:
         found = analyse(str(run.folder.path))
         dead, count = found.get("dead", ()), len(found.get("modules", ()))
         if dead and len(dead) == count:
-            run.warn("the adapter changes nothing: training has left every update at zero")
+            run.warn("training has left the updates of all adapted modules at zero")
         elif dead:
             run.warn(f"{len(dead)} of {count} adapted modules have learnt nothing, the first of them {dead[0]}")
 

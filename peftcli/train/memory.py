@@ -19,7 +19,7 @@ def lacks_memory(error: BaseException) -> bool:
     return isinstance(to_peftcli_error(error), OutOfMemory)
 
 
-def too_large_a_step(step: int, sizes: Sequence[int], recipe: Recipe, task: Task[Any]) -> OutOfMemory:
+def too_large_a_step(step: int, sizes: Sequence[int], recipe: Recipe, task: Task[Any], *, saved: bool) -> OutOfMemory:
     """The error of a step that the memory did not hold.
 
     Args:
@@ -27,19 +27,20 @@ def too_large_a_step(step: int, sizes: Sequence[int], recipe: Recipe, task: Task
         sizes: Of the examples that were in the model at once when most were, in the task's unit.
         recipe: Its settings are to be changed.
         task: The task.
+        saved: Whether there is a checkpoint.
     """
     longest = f" with {sum(sizes):,} {task.unit}, {max(sizes):,} in the longest" if max(sizes) > 1 else ""
     batch = f"{len(sizes):,} example{'s' if len(sizes) > 1 else ''} at once{longest}"
-    hint = f"{_cheapest(recipe, task, len(sizes))}{_TO_GO_ON}"
+    hint = f"{_cheapest(recipe, task, len(sizes))}{_TO_GO_ON * saved}"
     return OutOfMemory(f"not enough memory for step {step}, {_peak()}: {batch}", hint=hint)
 
 
-def too_large_an_evaluation(recipe: Recipe) -> OutOfMemory:
-    """The error of an evaluation that the memory did not hold."""
+def too_large_an_evaluation(recipe: Recipe, *, saved: bool) -> OutOfMemory:
+    """The error of an evaluation that the memory did not hold. ``saved``: there is a checkpoint."""
     size = recipe.training.per_device_eval_batch_size
     less = f"training.per_device_eval_batch_size: {size // 2}" if size > 1 else "leave out the largest examples"
     message = f"not enough memory to evaluate, {_peak()}: a batch of {size:,} examples"
-    return OutOfMemory(message, hint=f"{less}{_TO_GO_ON}")
+    return OutOfMemory(message, hint=f"{less}{_TO_GO_ON * saved}")
 
 
 def _peak() -> str:

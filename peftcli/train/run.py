@@ -31,7 +31,7 @@ from peftcli.recipe.accelerate_config import with_accelerate_launch
 from peftcli.recipe.rates import with_rate
 from peftcli.schema import Recipe
 from peftcli.system import date
-from peftcli.system.addresses import notice_lost_machines
+from peftcli.system.addresses import notice_lost_machines, on_several_machines
 from peftcli.system.signals import STARTED, Stop, handle_signals
 from peftcli.tasks import open_task, task_record
 from peftcli.tasks.base import Begins, Gathers, Limits, Task
@@ -371,6 +371,7 @@ def record_start(run: Run, data: RunData, built: BuiltModel, state: State, threa
         # the line of a pending evaluation is written once that is made
         run.folder.cut_metrics(progress.step - (progress.pending is not None) if progress.step else -1)
         run.write_record()
-    notice_lost_machines(unanswered=record.device == "cpu")
+    if on_several_machines():
+        notice_lost_machines(unanswered=record.device == "cpu")
     report_training()
     run.tell(Ready(record.as_dict(), progress.step, total))

@@ -29,12 +29,11 @@ def take_slurms_rank() -> None:
     if step is None or step.tasks <= step.nodes or "WORLD_SIZE" in os.environ:
         return
     node = int(os.environ.get("SLURM_NODEID", "0"))
-    own_gpu = "," not in (os.environ.get("CUDA_VISIBLE_DEVICES") or ",")  # by --gpus-per-task=1: it sees no other
     os.environ |= {
         "RANK": os.environ["SLURM_PROCID"],
-        "LOCAL_RANK": "0" if own_gpu else os.environ["SLURM_LOCALID"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "WORLD_SIZE": str(step.tasks),
-        "LOCAL_WORLD_SIZE": "1" if own_gpu else str(step.tasks_on(node)),
+        "LOCAL_WORLD_SIZE": str(step.tasks_on(node)),
         "MASTER_ADDR": step.first_node,
         "MASTER_PORT": str(step.port),
     }

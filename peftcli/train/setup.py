@@ -27,7 +27,7 @@ from peftcli.errors import ModelError, UsageError
 from peftcli.models.open import LoadedModel, open_base
 from peftcli.models.weights import BaseWeights
 from peftcli.schema import BaseModel, Recipe
-from peftcli.system.addresses import notice_lost_machines, use_interface_to
+from peftcli.system.addresses import notice_lost_machines, on_several_machines, use_interface_to
 from peftcli.tasks import row_of
 from peftcli.tasks.base import FitsModel, Task, model_inputs, on_device, refuse_other_classes, with_trained_head
 from peftcli.train.data import Data
@@ -59,7 +59,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
             "accelerate was asked for several processes and started one",
             hint="add --multi_gpu, on the CPU too; or set launch.num_processes and run peftcli by itself",
         )
-    if asked > int(os.environ.get("LOCAL_WORLD_SIZE", asked)):  # on several machines
+    if on_several_machines():
         use_interface_to(os.environ.get("MASTER_ADDR", ""))
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # or accelerate divides what the loop has divided
     accelerator = Accelerator(
@@ -71,7 +71,8 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
             InitProcessGroupKwargs(timeout=_PATIENCE),  # of NCCL 10 minutes, in which process 0 may encode the data
         ],
     )
-    notice_lost_machines(unanswered=accelerator.device.type == "cpu")
+    if on_several_machines():
+        notice_lost_machines(unanswered=accelerator.device.type == "cpu")
     if accelerator.device.type == "cpu":  # of several processes accelerate calls it cpu:0, to which weights are copied
         PartialState().device = accelerator.state.device = torch.device("cpu")
     if accelerator.distributed_type == DistributedType.MEGATRON_LM:
@@ -127,8 +128,7 @@ def load_base(recipe: Recipe, task: Task[Any]) -> LoadedModel:
 
     refuse_attention(recipe, bf16=uses_bf16(recipe), dtype=base_dtype(recipe))
     by_first = is_dividing(recipe) and recipe.launch.cpu_ram_efficient_loading
-    loaded = load_by_first(load, base_dtype(recipe)) if by_first else load(base_dtype(recipe))
-    return with_trained_head(loaded, task)
+    return load_by_first(load, base_dtype(recipe)) if by_first else load(base_dtype(recipe))
 
 
 def adapted_model(
@@ -150,7 +150,9 @@ def adapted_model(
         AdapterError: the method's settings do not fit it, or the adapter to begin from does not.
     """
     set_seed(recipe.training.seed)  # a new head starts from it
-    base, loaded = recipe.base_model, load(recipe, task)
+    base, loaded, source = recipe.base_model, load(recipe, task), find_init_adapter(recipe)
+    if source is None:
+        loaded = with_trained_head(loaded, task)
     model, notes = loaded.model, [loaded.note] if loaded.note else []
     if recipe.training.use_liger_kernel:
         use_liger_kernel(model)
@@ -161,7 +163,7 @@ def adapted_model(
     config.note_base_class(model)
     config.base_model_name_or_path, config.revision = base.name, base.revision
     config.prepare(lambda name: open_base(BaseModel(name=name)).processor() if name else task.base.processor())
-    if (source := find_init_adapter(recipe)) is not None:
+    if source is not None:
         refuse_other_classes(task.model_options(), source.recorded_options, source.folder)
         injection = begin_from_adapter(model, config, source.folder, initialised=loaded.initialised)
     else:

@@ -53,6 +53,8 @@ class TrainingLoop:
         self.gradients, self.trackers = gradients, trackers
         self.training, self.progress = run.recipe.training, state.progress
         self.clock = _Clock(run.record, state.progress)
+        self.pending_is_saved = False
+        """Whether a checkpoint holds the state before the evaluation that is made."""
 
     def run(self) -> Iterator[None]:
         """Train to the end, pausing before the first step and after each one.
@@ -99,6 +101,7 @@ class TrainingLoop:
                     self.progress.pending = line
                     if saves or (last and training.save_strategy != "no"):
                         self.save()  # or what fails from here on would lose the steps
+                        self.pending_is_saved = True
                     self._log_pending()
                 if last or self._is_over():
                     break
@@ -111,10 +114,11 @@ class TrainingLoop:
     def _too_large(self) -> OutOfMemory:
         """The error of the step, or the evaluation, that the memory does not hold."""
         if self.progress.pending is not None:
-            return too_large_an_evaluation(self.active.recipe)
+            return too_large_an_evaluation(self.active.recipe, saved=self.active.stop.saved)
         step, sizes = self.progress.step, self.plan.sizes
         rows = [[int(size) for row in batch for size in sizes[row]] for batch in self.gradients.micro_batches(step)]
-        return too_large_a_step(step + 1, max(rows, key=sum), self.active.recipe, self.data.task)
+        largest = max(rows, key=sum)
+        return too_large_a_step(step + 1, largest, self.active.recipe, self.data.task, saved=self.active.stop.saved)
 
     def _is_over(self) -> bool:
         """Whether training ends early: evaluations have been no better for as long as the recipe waits."""
@@ -153,7 +157,7 @@ class TrainingLoop:
         """Evaluate, and log the metrics in the pending line."""
         line = dict(self.progress.pending or {})
         line |= self.evaluate()
-        self.progress.pending = None
+        self.progress.pending, self.pending_is_saved = None, False
         self._log(line)
 
     def evaluate(self) -> dict[str, float]:
@@ -250,7 +254,7 @@ class TrainingLoop:
         if not wants_save(self.request()):
             return False
         self.active.stop.save = False
-        if self.progress.step:
+        if self.progress.step and not self.pending_is_saved:
             self.save()
         return True
 
@@ -259,7 +263,7 @@ class TrainingLoop:
         stop, step, request = self.active.stop, self.progress.step, request or self.request()
         if not step:
             raise stop.to_error("stopped before the first step", saved=stop.saved, request=request)
-        if self.progress.pending is not None:
+        if self.progress.pending is not None and not self.pending_is_saved:
             self.save()
         raise stop.to_error(f"stopped after step {step} of {self.plan.total_steps}", saved=True, request=request)
 

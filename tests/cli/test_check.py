@@ -40,6 +40,7 @@ def test_overrides_count_for_all_recipes(cli, recipe) -> None:
     assert ran.out.count("training.seed: expected an integer, found 'x'") == 2
     assert cli("check", one, "training.seed=1").code == 0
     assert cli("check", "training.seed=1").code == 2  # no recipe
+    assert cli("check", one, f"base_model.name={'x' * 300}").code == 0
 
 
 def test_json(cli, recipe) -> None:

@@ -15,7 +15,7 @@ from trainkit import write_recipe
 
 from peftcli.cli.junit import write_junit
 from peftcli.cli.junit_report import junit_report
-from peftcli.errors import DataError, GateFailed, Problem, RecipeError, StorageError, UsageError
+from peftcli.errors import DataError, GateFailed, Problem, RecipeError, StorageError
 
 PASSED = {"metric": "eval_loss", "gate": "<= 1.2", "value": 1.1, "passed": True}
 FAILED = {"metric": "eval_token_accuracy", "gate": ">= 0.5", "value": 0.25, "passed": False}
@@ -208,11 +208,12 @@ def test_a_report_that_cannot_be_written_hides_no_error(tmp_path: Path, capsys: 
     assert capsys.readouterr().err.startswith(f"warning: {path}: cannot write")
 
 
-def test_a_path_that_takes_no_report_is_told_before_the_run(tmp_path: Path) -> None:
+def test_a_path_that_takes_no_report_is_told_before_the_run(cli: Callable, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
     (tmp_path / "file").touch()
-    for path, error in ((tmp_path, UsageError), (tmp_path / "file/new/r.xml", StorageError)):
-        with pytest.raises(error), junit_report(path, Path("mine.yaml")):
-            pytest.fail("the run began")
+    for path, code in ((tmp_path, 2), (tmp_path / "file/new/r.xml", 7)):
+        assert cli("train", recipe, "--junit", path).code == code
+        assert not (tmp_path / "out").exists()
 
 
 def test_no_path_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

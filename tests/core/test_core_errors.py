@@ -40,7 +40,6 @@ def _fingerprint(model: nn.Module) -> list[Any]:
         ("r", [8]),
         ("lora_alpha", [8]),
         ("lora_dropout", {}),
-        ("rank_pattern", {"q_proj": "8"}),
     ],
 )
 def test_a_value_of_another_type_is_told_by_its_key(key: str, value: Any) -> None:

@@ -13,11 +13,14 @@ import pytest
 import torch
 from classifierkit import ROWS, classifier_base, write_classifier_recipe
 from promises import settings_of, why_not
+from safetensors.torch import load_file, save_file
 from trainkit import Trained, run_recipe, write_rows
 from transformers import AutoModelForSequenceClassification
 
 from peftcli.errors import DataError
 from peftcli.methods import METHODS
+from peftcli.recipe import load_recipe
+from peftcli.train.evaluate_adapter import measure
 from peftcli.train.report import Warned
 
 EVALUATES = ("training.max_steps=2", "training.eval_strategy=steps", "training.eval_steps=2")
@@ -77,6 +80,13 @@ def test_a_head_for_as_many_other_labels_is_trained_and_said(tmp_path: Path, kin
         assert any("was made for other labels (healthy, rust), and is trained too" in text for text in said) is other
         saved = json.loads((run.folder / "adapter_config.json").read_text()).get("modules_to_save")
         assert bool(saved) is (other or kind == "bert")
+    if kind == "vit":  # an adapter that was trained over the head as it was
+        tensors = load_file(run.folder / "adapter_model.safetensors")
+        kept = {name: value for name, value in tensors.items() if "classifier" not in name}
+        save_file(kept, run.folder / "adapter_model.safetensors", {"format": "pt"})
+        config = json.loads((run.folder / "adapter_config.json").read_text()) | {"modules_to_save": None}
+        (run.folder / "adapter_config.json").write_text(json.dumps(config))
+        assert measure(load_recipe(path, [f"base_model={base}"]), str(run.folder))["eval"]["last"]
 
 
 def test_gates_are_applied(cli: Callable, tmp_path: Path) -> None:

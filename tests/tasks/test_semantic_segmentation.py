@@ -142,7 +142,7 @@ def test_a_mask_goes_where_its_picture_goes(tmp_path: Path, processor: str, opti
     """Left is class 1, right class 299; what an image processor pads does not count."""
     many = [str(number) for number in range(300)]
     with pytest.raises(DataError, match="255 is the number of a class"):
-        task(labels=many)
+        task(labels=many).fit_model(torch.nn.Linear(1, 1), LoraConfig())
     opened = task(labels=many, ignore_index=65535)
     opened.processor = getattr(transformers, processor)(**options)
     mask = np.full((40, 60), 299, np.uint16)

@@ -39,6 +39,9 @@ class AnswerReader(ExampleReader):
         if len(texts) > 1 and texts[0] == texts[1]:
             raise row.place.error("chosen and rejected are the same", key=self.names[self.answer])
         shared = 0
+        is_messages = isinstance(prompt, list) and all(isinstance(turn, dict) for turn in prompt)
+        if self.name == "messages" and not (prompt is None or isinstance(prompt, str) or is_messages):
+            raise row.place.error("expected messages, or a text", key=self.names["prompt"])
         if self.name == "messages" and all(isinstance(each, list) for each in texts):
             prompt, shared = _messages_before(prompt, texts)
         elif prompt is None and len(texts) > 1:

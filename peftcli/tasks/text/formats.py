@@ -354,7 +354,8 @@ _KEYS = ("role", "content", "train", "weight", "tool_calls", "name", "reasoning_
 def _joined_parts(content: Any) -> Any:
     """The text of a content that is a list of parts, as OpenAI writes them, if all of them are text."""
     parts = content if isinstance(content, list) else []
-    texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    known = (part for part in parts if isinstance(part, dict) and part.get("type", "text") == "text")
+    texts = [part["text"] for part in known if isinstance(part.get("text"), str)]
     return "".join(texts) if texts and len(texts) == len(parts) else content
 
 

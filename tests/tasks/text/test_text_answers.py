@@ -88,3 +88,6 @@ def test_a_prompt_and_its_completion_may_be_messages(train_on: str) -> None:
     assert found.num_targets == wanted.num_targets > 0
     [error] = encoded(task, [{"prompt": [ASK], "completion": [ASK]}])
     assert "assistant turn" in error.message
+    for prompt in (7, ["a"]):
+        [error] = encoded(task, [{"prompt": prompt, "completion": [NO]}])
+        assert (error.key, error.message) == ("prompt", "expected messages, or a text")

@@ -79,8 +79,9 @@ def test_contents_of_parts_are_one_text_where_all_are_text() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     [example] = examples(turns(("user", parts), ("assistant", "c")))
     assert example.messages[0] == {"role": "user", "content": "ab"}
-    image = [*parts, {"type": "image_url", "image_url": {"url": "x"}}]
-    assert "expected text, found a list" in refused(turns(("user", image), ("assistant", "c"))).message
+    for other in ({"type": "image_url", "image_url": {"url": "x"}}, {"type": "image", "text": "alt"}):
+        row = turns(("user", [*parts, other]), ("assistant", "c"))
+        assert "expected text, found a list" in refused(row).message
 
 
 def test_messages_under_the_column_of_sharegpt() -> None:

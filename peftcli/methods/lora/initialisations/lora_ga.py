@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftcli.core.inject import evaluating
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.config import LoraGAConfig
 from peftcli.methods.lora.initialisations.singular import Pair, check_directions
-from peftcli.methods.lora.initialisations.statistics import check_reached, eval_mode
+from peftcli.methods.lora.initialisations.statistics import check_reached
 
 
 def lora_ga(weight: torch.Tensor, gradient: torch.Tensor, r: int, scaling: float, config: LoraConfig) -> Pair:
@@ -67,7 +68,7 @@ def gradients(model: nn.Module, modules: Mapping[str, nn.Module], run: Callable[
 
     handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     try:
-        with eval_mode(model), _frozen(model), torch.enable_grad():
+        with evaluating(model), _frozen(model), torch.enable_grad():
             run()
     finally:
         for handle in handles:

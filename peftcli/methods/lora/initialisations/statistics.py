@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftcli.core.inject import evaluating
 from peftcli.errors import AdapterError
 
 Batches = Iterable[Mapping[str, torch.Tensor]]
@@ -43,7 +44,7 @@ def inputs_recorded(
     handles = [model.register_forward_pre_hook(look, with_kwargs=True)]
     handles += [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
     try:
-        with eval_mode(model):
+        with evaluating(model):
             yield
     finally:
         for handle in handles:
@@ -69,17 +70,6 @@ def _rows(x: torch.Tensor, masks: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     mask = next((mask for mask in masks if mask.shape == x.shape[:-1]), None)
     rows = x.flatten(1, -2) if mask is None else [example[keep] for example, keep in zip(x, mask, strict=True)]
     return [row for row in rows if len(row)]
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, no dropout."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def check_reached(modules: Iterable[str], found: Mapping[str, Any]) -> None:
