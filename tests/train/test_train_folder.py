@@ -435,8 +435,7 @@ def test_a_second_signal_ends_at_once(recipe: Path) -> None:
     """The first is noted, and waits for the end of a step that takes for ever."""
     noted = recipe.parent / "noted"
     child = Child(recipe.parent, "train", recipe, before=partial(_endless_second_step, noted))
-    metrics = recipe.parent / "out/metrics.jsonl"
-    child.until(lambda: metrics.exists() and metrics.stat().st_size > 0)
+    child.until(noted.with_name("stuck").exists)
     child.signal(signal.SIGTERM)
     child.until(noted.exists)
     child.process.join(1)  # a second signal that comes sooner is an echo of the first
@@ -459,6 +458,7 @@ def _endless_second_step(noted: Path) -> None:
 
     def stuck(self: Plan, step: int) -> list[int]:
         while step == 1:
+            noted.with_name("stuck").touch()
             time.sleep(0.05)
         return ends_epoch(self, step)
 
