@@ -89,7 +89,7 @@ def finish(run: Run, data: RunData, state: State) -> None:
 
 def warn_of_unchanged(run: Run) -> None:
     """Warn of modules that the adapter does not change, as far as that can be told from its file."""
-    with contextlib.suppress(PeftcliError):  # it may be of several models
+    with contextlib.suppress(PeftcliError, RuntimeError, MemoryError):  # a hint is not worth a run
         found = analyse(str(run.folder.path))
         dead, count = found.get("dead", ()), len(found.get("modules", ()))
         if dead and len(dead) == count:

@@ -25,6 +25,7 @@ from peftcli.methods.lora.config import LoraConfig
 from peftcli.tasks.base import Batch
 from peftcli.tasks.text.language_model import LanguageModel
 from peftcli.train import loop, micro_batches
+from peftcli.train.report import Warned
 
 
 def same_weights(one: Trained, other: Trained, atol: float = 2e-5) -> None:
@@ -490,3 +491,15 @@ def test_prompt_tuning_starts_at_the_words_of_its_text(recipe: Path) -> None:
     ids = AutoTokenizer.from_pretrained(trainkit.base_folder())("tea")["input_ids"]
     rows = model.get_input_embeddings().weight[[ids[n % len(ids)] for n in range(4)]]
     assert torch.equal(load(done.weights)["prompt_embeddings"], rows)
+
+
+def test_an_adapter_that_has_learnt_nothing_is_said(recipe: Path) -> None:
+    for rate, said in (("0", True), ("1e-3", False)):
+        run = run_recipe(
+            recipe,
+            "training.max_steps=2",
+            f"training.learning_rate={rate}",
+            f"training.output_dir={recipe.parent}/{rate}",
+        )
+        texts = [event.text for event in run.events if isinstance(event, Warned)]
+        assert ("training has left the updates of all adapted modules at zero" in texts) is said
