@@ -413,15 +413,13 @@ def _attend(
     return found.to(value.dtype)
 
 
-def mask(
-    batch_size: int, q_length: int, kv_length: int, mask_function: Callable, use_vmap: bool = False, **settings: Any
-) -> torch.Tensor | Segments | None:
-    """The segments of a row of examples; for other inputs SDPA's mask."""
+def mask(*, mask_function: Callable, use_vmap: bool = False, **settings: Any) -> torch.Tensor | Segments | None:
+    """The segments of a row of examples; for other inputs SDPA's mask. Settings differ by transformers' version."""
     layout = _layout.get()
     if layout is None or use_vmap:
-        return sdpa_mask(batch_size, q_length, kv_length, mask_function=mask_function, use_vmap=use_vmap, **settings)
+        return sdpa_mask(mask_function=mask_function, use_vmap=use_vmap, **settings)
     rows = layout.rows
-    places = torch.arange(max(row.size for row in rows), device=settings.get("device", "cpu"))
+    places = torch.arange(max(row.size for row in rows), device=layout.computed.device)
     sees = torch.as_tensor(mask_function(places[0], places[0], places[:, None], places))  # whatever the segment
     sees = sees.expand(len(places), len(places))
     causal = not bool(sees.triu(1).any())
