@@ -69,7 +69,7 @@ def fail_at(program: Program, error: str, point: strace.Point, folder: Path) -> 
         said = (run["status"], run["exit_code"])
         assert said == (("failed", 7) if code else ("complete", 0)), f"ended with {code}, and run.json says {said}"
         standing = {path.name for path in (folder / "out/checkpoints").glob("step-*")}
-        assert "step-000004" in standing, f"the checkpoint before is lost; {', '.join(standing) or 'none'} stands"
+        assert "step-000006" in standing, f"the checkpoint before is lost; {', '.join(standing) or 'none'} stands"
     if code or not _removes(point):  # an old checkpoint that cannot be deleted need not stop a run
         check_stopped(program, child, folder)
     program.finish(folder)

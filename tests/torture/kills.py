@@ -318,7 +318,7 @@ def _random_kills() -> Sequence[Trial]:
 # --- at every system call of a save, and of a resume ------------------------------------------------------------------
 
 
-LAST = "step-000006"
+LAST = "step-000008"
 """The last checkpoint of LORA: two stand before it, of which it replaces the older one."""
 
 
