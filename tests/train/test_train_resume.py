@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import trainkit
 from trainkit import Child, files_of, read_run, run_recipe
 
@@ -24,6 +25,7 @@ from peftcli.errors import Interrupted, OutOfMemory, PeftcliError, StorageError,
 from peftcli.recipe import load_recipe
 from peftcli.system import date
 from peftcli.train.report import Event, Stepped, Warned
+from peftcli.train.runs import checkpoint
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.status import read_records, record_failure, status
 
@@ -118,6 +120,23 @@ def test_more_steps_may_be_allowed_and_fewer_than_done_are_refused(recipe: Path)
         run_recipe(recipe, "training.max_steps=3", allow_change=["training.max_steps"])
     done = run_recipe(recipe, "training.max_steps=10", allow_change=["training.max_steps"])
     assert done.run["steps"] == {"done": 10, "total": 10}
+
+
+def test_a_checkpoint_whose_optimizer_lacks_an_average_is_refused(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = checkpoint._optimizer_state
+
+    def lacking(state: Any) -> dict[str, torch.Tensor]:
+        found = whole(state)
+        found.pop(next(name for name in found if name.endswith(".exp_avg")))
+        return found
+
+    monkeypatch.setattr(checkpoint, "_optimizer_state", lacking)
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, on_event=stop_after(4))
+    with pytest.raises(StorageError, match="something that the optimizer remembers is missing"):
+        run_recipe(recipe)
 
 
 def test_a_change_that_does_not_fit_the_checkpoint_changes_nothing(recipe: Path) -> None:

@@ -400,6 +400,10 @@ def _load_optimizer(state: State, tensors: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"{_OPTIMIZER}: {name} has another shape")
         is_number = value.ndim == 0 and value.dtype in (torch.int64, torch.float64)
         found[named[name]][key] = value.item() if is_number else value
+    kinds = {(parameter.ndim, frozenset(values)) for parameter, values in found.items() if values}
+    in_bits = any("qmap1" in keys for _, keys in kinds)  # by bitsandbytes, which keeps small tensors otherwise
+    if not in_bits and len(kinds) > len({ndim for ndim, _ in kinds}):
+        raise ValueError(f"{_OPTIMIZER}: something that the optimizer remembers is missing")
     state.prepared.load_optimizer_state(found)
 
 
