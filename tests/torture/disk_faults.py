@@ -70,7 +70,8 @@ def fail_at(program: Program, error: str, point: strace.Point, folder: Path) -> 
         assert said == (("failed", 7) if code else ("complete", 0)), f"ended with {code}, and run.json says {said}"
         standing = {path.name for path in (folder / "out/checkpoints").glob("step-*")}
         assert "step-000006" in standing, f"the checkpoint before is lost; {', '.join(standing) or 'none'} stands"
-    if code or not _removes(point):  # an old checkpoint that cannot be deleted need not stop a run
+    exists = (point.syscall, point.path) == ("mkdir", "out")
+    if code or not (_removes(point) or exists):  # an old checkpoint that cannot be deleted need not stop a run
         check_stopped(program, child, folder)
     program.finish(folder)
 
