@@ -11,8 +11,11 @@ from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.methods import METHODS
 from peftcli.methods.lora.config import LoraConfig
 
-_NOT_SERVED = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters")
-"""Settings of LoRA for whose tensors neither vLLM nor llama.cpp has a place."""
+_UNREAD = {
+    "vllm": ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern"),
+    "llama.cpp": ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "alpha_pattern", "use_rslora"),
+}
+"""Servers -> settings of LoRA that they refuse or pass over, by their code."""
 
 
 def describe(adapter: str) -> dict[str, Any]:
@@ -44,16 +47,13 @@ def describe(adapter: str) -> dict[str, Any]:
 
 
 def _servers(config: AdapterConfig) -> list[str]:
-    """Say whether vLLM and llama.cpp read a language model's adapter beside its base model, or what they do not."""
+    """Return what servers are known not to read of a language model's adapter, unless it is merged."""
     if config.task_type != "CAUSAL_LM":
         return []
     if not isinstance(config, LoraConfig):
-        refused = [str(config.peft_type)]
-    else:
-        refused = [name for name in _NOT_SERVED if getattr(config, name)] + ["bias"] * (config.bias != "none")
-    own = {"vllm": ("rank_pattern", "alpha_pattern"), "llama.cpp": ("alpha_pattern", "use_rslora")}
-    unread = {name: refused + [each for each in keys if getattr(config, each, None)] for name, keys in own.items()}
-    return [f"{name} reads {'no ' + ' or '.join(what) if what else 'it'}" for name, what in unread.items()]
+        return [f"{server} reads no {config.peft_type}" for server in _UNREAD]
+    unread = {server: [name for name in names if getattr(config, name)] for server, names in _UNREAD.items()}
+    return [f"{server} reads no {' or '.join(names)}" for server, names in unread.items() if names]
 
 
 def _adapted(names: Mapping[str, TensorEntry], saved: list[str]) -> set[str]:

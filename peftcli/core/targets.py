@@ -266,7 +266,7 @@ def _other_spellings(entry: str) -> list[str]:
 
 
 def _closest(entry: str, names: Iterable[str]) -> str:
-    """What a message says of the names beside an entry that is none of them."""
+    """Return the end of a message: the names that are like the entry, or else those that there are."""
     endings = _endings_like(entry, names)
     near = _near(entry, endings)
     return f"; closest: {', '.join(near)}" if near else f"; there are: {', '.join(endings[:12])}"

@@ -83,23 +83,22 @@ def test_an_adapter(cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "vllm", "llama"),
+    ("changed", "said"),
     [
-        ({}, "it", "it"),
-        ({"modules_to_save": ["lm_head"]}, "no modules_to_save", "no modules_to_save"),
-        ({"use_dora": True}, "no use_dora", "no use_dora"),
-        ({"rank_pattern": {"q_proj": 4}}, "no rank_pattern", "it"),
-        ({"peft_type": "IA3", "feedforward_modules": []}, "no IA3", "no IA3"),
+        ({}, "-"),
+        ({"modules_to_save": ["lm_head"]}, "vllm reads no modules_to_save, llama.cpp reads no modules_to_save"),
+        ({"use_dora": True}, "vllm reads no use_dora, llama.cpp reads no use_dora"),
+        ({"rank_pattern": {"q_proj": 4}}, "vllm reads no rank_pattern"),
+        ({"use_rslora": True}, "llama.cpp reads no use_rslora"),
+        ({"peft_type": "IA3", "feedforward_modules": []}, "vllm reads no IA3, llama.cpp reads no IA3"),
     ],
 )
-def test_what_servers_do_not_read_is_said(
-    cli, tmp_path: Path, changed: dict[str, object], vllm: str, llama: str
-) -> None:
+def test_what_servers_do_not_read_is_said(cli, tmp_path: Path, changed: dict[str, object], said: str) -> None:
     config = {name: value for name, value in CONFIG.items() if name != "modules_to_save"} | {"task_type": "CAUSAL_LM"}
     if "peft_type" in changed:
         config = {name: value for name, value in config.items() if name not in ("r", "lora_alpha")}
     out = cli("info", adapter(tmp_path, config | changed), "--no-updates").out
-    assert f"servers: vllm reads {vllm}, llama.cpp reads {llama}\n" in out
+    assert f"servers: {said}\n" in out
 
 
 def test_soft_prompts_adapt_no_module(cli, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def without_placeholders(inputs: dict[str, Any], start: torch.Tensor, count: int
 
 
 def _is_transformers(given: Any) -> bool:
-    """Whether ``generate`` knows the class: it asks for the type, and its own of the same see the placeholders too."""
+    """Whether transformers wrote the class. ``generate`` tests the types of these, so they are not wrapped."""
     return type(given).__module__.startswith("transformers.")
 
 
