@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
 from peftcli.errors import Interrupted
 from peftcli.methods.lora.config import LoraConfig
+from peftcli.tasks.text import unpadded
 from peftcli.train.sharded import shard
 
 pytestmark = pytest.mark.gpu
@@ -61,6 +63,20 @@ def test_rows_without_padding_give_the_losses_of_padded_ones(recipe: Path) -> No
     one = run_recipe(recipe, "training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=4")
     four = run_recipe(recipe, f"training.output_dir={recipe.parent}/four")
     assert four.losses == pytest.approx(one.losses, rel=1e-3)
+
+
+@pytest.mark.parametrize("bf16", ["true", "false"])
+def test_padding_is_not_computed(bf16: str, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 by one kernel for all examples, in float32 example by example."""
+    kernel, calls = unpadded.varlen_attn, list[int]()
+
+    def watched(*args: Any, **settings: Any) -> Any:
+        calls.append(1)
+        return kernel(*args, **settings)
+
+    monkeypatch.setattr(unpadded, "varlen_attn", watched)
+    assert run_recipe(recipe, f"training.bf16={bf16}").run["data"]["efficiency"] == 1
+    assert bool(calls) == (bf16 == "true")
 
 
 @pytest.mark.parametrize("cpu_offload", [False, True])

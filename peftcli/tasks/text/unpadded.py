@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -40,6 +42,8 @@ _EXACT, _ROUNDED = 1e-4, 0.3
 30 layers were 1e-5 and 0.1; where examples of a trained model saw each other, 1.2 and more."""
 _FEW, _SMALL_HEAD = 128, 64
 """On a CPU, attention over so few tokens with heads no larger trains faster in float32 than in bfloat16."""
+_FLASH = ("cuda",)
+"""Devices with an attention of torch's that takes examples of a row apart, in half precision."""
 _BY_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
 _KNOWN = {*_BY_TOKEN, "attention_mask", "use_cache", "return_dict"}
 _OUTPUTS = ("hidden_states", "attentions", "router_logits")
@@ -87,6 +91,8 @@ class Segments:
     """As those of a layout."""
     masks: list[torch.Tensor | None]
     """Which token of an example sees which, (n, n). None: all, or where ``causal`` holds those before it and itself."""
+    borders: tuple[torch.Tensor, int]
+    """Where the examples stand one after another."""
     causal: bool = True
 
 
@@ -98,7 +104,7 @@ _only: ContextVar[torch.Tensor | None] = ContextVar("only", default=None)
 def unpad(model: Any, config: AdapterConfig | None = None, *, try_out: bool = True) -> bool:
     """Let a model on its device compute no padding, if it can and the outcome is the same. Returns whether it does.
 
-    It does with flash attention, and on a CPU with SDPA.
+    It does with flash attention and with SDPA.
 
     Args:
         model: An encoder or a decoder; of another kind, nothing is changed.
@@ -112,7 +118,7 @@ def unpad(model: Any, config: AdapterConfig | None = None, *, try_out: bool = Tr
     inner: Any = model.get_decoder()  # or an encoder: whatever stands below the head
     name = str(model.config._attn_implementation)
     flash, told = "flash" in name, any(getattr(model.config, f"output_{what}", False) for what in _OUTPUTS)
-    able = flash or (name == "sdpa" and model.device.type == "cpu" and model._can_set_attn_implementation())
+    able = flash or (name == "sdpa" and model._can_set_attn_implementation())
     if told or not able or not all(takes(inner, argument) for argument in ("position_ids", "attention_mask")):
         return False
     if not flash:
@@ -210,7 +216,8 @@ class _Unpadded:
             places = torch.cat([one if part.layout.places is None else one[part.layout.places] for one, part in own])
         inputs["attention_mask"] = None if self.flash else torch.ones_like(everything, dtype=torch.bool)[None]
         if self.flash and self.takes_more:  # or each layer finds where examples begin, and waits for the device
-            inputs |= _borders(rows, everything.device)
+            ends, longest = _borders(rows, everything.device)
+            inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
         if takes(self.module, "use_cache"):
             inputs["use_cache"] = False
         with _set(_layout, Layout(everything, None, rows, places)):
@@ -249,11 +256,10 @@ class _Unpadded:
         return Layout(chosen, source.flatten().to(kept.device), rows, torch.cat(places).to(kept.device))
 
 
-def _borders(rows: Sequence[Row], device: torch.device) -> dict[str, Any]:
-    """Where the examples of a row stand, as flash attention wants it: ends (R + 1,) in int32, and the longest."""
+def _borders(rows: Sequence[Row], device: torch.device) -> tuple[torch.Tensor, int]:
+    """Where examples stand one after another, as flash attention wants it: ends (R + 1,) in int32, and the longest."""
     sizes = [row.size for row in rows]
-    ends, longest = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device), max(sizes)
-    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device), max(sizes)
 
 
 def _trimmed(kept: torch.Tensor) -> Layout:
@@ -282,18 +288,18 @@ def _shared(inputs: Mapping[str, Any], kept: torch.Tensor) -> list[tuple[int, in
 
     None have where a row is padded on the left.
     """
-    found = [(0, 0)]
     if not bool((kept[:, :-1] >= kept[:, 1:]).all()):
-        return found * len(kept)
+        return [(0, 0)] * len(kept)
     values = [value for name in _BY_TOKEN if (value := inputs.get(name)) is not None and len(value) == len(kept)]
+    counts = torch.zeros(len(kept), len(kept), dtype=torch.long, device=kept.device)
     for at in range(1, len(kept)):
         same = kept[:at] & kept[at]
         for value in values:
             equal = value[:at] == value[at]
             same &= equal if equal.ndim == same.ndim else equal.all(-1)
-        counts = same.cummin(1).values.sum(1)
-        found.append((int(counts.argmax()), int(counts.max())))
-    return found
+        counts[at, :at] = same.cummin(1).values.sum(1)
+    most = counts.max(dim=1)  # read at once, since a GPU is waited for
+    return list(zip(most.indices.tolist(), most.values.tolist(), strict=True))
 
 
 def _choose(module: nn.Module, args: Any, output: Any) -> None:
@@ -386,13 +392,42 @@ def attend(
         return _attend(module, query, key, value, attention_mask, **settings), None
     settings["is_causal"] = attention_mask.causal
     rows, places, masks = attention_mask.rows, attention_mask.places, attention_mask.masks
-    given = [each if places is None else each.index_select(2, places) for each in (query, key, value)]
-    queries, keys, values = (each.split([row.size for row in rows], dim=2) for each in given)
-    attended = []
-    for row, mask, q, k, v in zip(rows, masks, queries, keys, values, strict=True):
-        found = _attend(module, q, k, v, mask if mask is None else mask[None, None], **settings)
-        attended.append(found[:, row.shared :])
-    return torch.cat(attended, dim=1), None
+    q, k, v = (each if places is None else each.index_select(2, places) for each in (query, key, value))
+    sizes = [row.size for row in rows]
+    found: Sequence[torch.Tensor]
+    if (whole := _by_kernel(q, k, v, attention_mask, **settings)) is not None:
+        found = whole.split(sizes, dim=1)
+    else:
+        parts = zip(masks, *(each.split(sizes, dim=2) for each in (q, k, v)), strict=True)
+        found = [
+            _attend(module, q, k, v, None if seen is None else seen[None, None], **settings) for seen, q, k, v in parts
+        ]
+    return torch.cat([each[:, row.shared :] for row, each in zip(rows, found, strict=True)], dim=1), None
+
+
+def _by_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **settings: Any,
+) -> torch.Tensor | None:
+    """The attention of all segments by torch's flash attention: (1, N, heads, head size). None: it cannot."""
+    device, groups = query.device.type, query.shape[1] // key.shape[1]
+    if device not in _FLASH or dropout or any(mask is not None for mask in segments.masks):
+        return None
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    q, k, v = (each.to(dtype) for each in (query, *(each.repeat_interleave(groups, dim=1) for each in (key, value))))
+    if not can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, segments.causal, False)):
+        return None
+    (ends, longest), window = segments.borders, (-1, 0 if segments.causal else -1)
+    q, k, v = (each[0].transpose(0, 1) for each in (q, k, v))
+    attended = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window)
+    assert isinstance(attended, torch.Tensor)  # a pair where more is asked for
+    return attended[None]
 
 
 def _attend(
@@ -426,8 +461,9 @@ def mask(*, mask_function: Callable, use_vmap: bool = False, **settings: Any) ->
     if not causal and any(row.shared for row in rows):
         raise ValueError("what rows have in common depends on what follows it")
     unusual = sees != (torch.ones_like(sees).tril() if causal else True)
-    masks = [sees[:size, :size] if bool(unusual[:size, :size].any()) else None for _, size in rows]
-    return Segments(rows, layout.places, masks, causal)
+    some = bool(unusual.any())  # asked once, since a GPU is waited for
+    masks = [sees[:size, :size] if some and bool(unusual[:size, :size].any()) else None for _, size in rows]
+    return Segments(rows, layout.places, masks, _borders(rows, sees.device), causal)
 
 
 AttentionInterface.register(ATTENTION, attend)

@@ -13,6 +13,7 @@ import torch
 from models_tiny import DECODERS, EOS, VOCABULARY, tiny
 from task_methods import settings_of
 from taskkit import CASES
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from trainkit import run_recipe
 from transformers import (
@@ -37,7 +38,18 @@ from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
 from peftcli.methods import METHODS
 from peftcli.tasks.text import unpadded
-from peftcli.tasks.text.unpadded import ATTENTION, Layout, Row, Segments, _spread, attend, is_unpadded, only, unpad
+from peftcli.tasks.text.unpadded import (
+    ATTENTION,
+    Layout,
+    Row,
+    Segments,
+    _borders,
+    _spread,
+    attend,
+    is_unpadded,
+    only,
+    unpad,
+)
 
 WINDOW = 16
 LENGTHS = (7, 30, 2, 19)
@@ -172,6 +184,55 @@ def test_flash_attention_is_told_where_examples_stand(kind: str) -> None:
     torch.testing.assert_close(said, expected, rtol=0, atol=1e-5)
     for name, gradient in gradients.items():
         assert float((found[name] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max()), name
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "bert", "virtual tokens"])
+def test_a_gpu_computes_all_examples_at_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in on the CPU, which knows nothing but what torch's flash attention is given."""
+    seen = []
+
+    def flash(
+        q: Any, k: Any, v: Any, ends: Any, same: Any, longest: int, most: int, *, scale: Any, window_size: Any
+    ) -> Any:
+        assert (same is ends, most, q.shape, q.dtype) == (True, longest, k.shape, torch.float32)
+        seen.append((ends.dtype, ends.tolist(), longest))
+        parts = []
+        for start, end in itertools.pairwise(ends.tolist()):
+            part = (each[start:end].transpose(0, 1) for each in (q, k, v))
+            causal = {(-1, 0): True, (-1, -1): False}[window_size]
+            parts.append(F.scaled_dot_product_attention(*part, is_causal=causal, scale=scale).transpose(0, 1))
+        return torch.cat(parts)
+
+    model = adapted("llama", "prompt_tuning") if kind == "virtual tokens" else adapted(kind)
+    inputs = batch(*LENGTHS)
+    expected, gradients = with_gradients(model, inputs)
+    monkeypatch.setattr(unpadded, "_FLASH", ("cpu",))
+    monkeypatch.setattr(unpadded, "can_use_flash_attention", lambda parameters: True)
+    monkeypatch.setattr(unpadded, "varlen_attn", flash)
+    assert unpad(model)
+    seen.clear()
+    said, found = with_gradients(model, inputs)
+    ends = {"mistral": [], "virtual tokens": [0, 12, 47, 54, 78]}.get(kind, [0, 7, 37, 39, 58])  # it has a window
+    assert seen == [(torch.int32, ends, max(LENGTHS) + 5 * (kind == "virtual tokens"))] * (2 if ends else 0)  # layers
+    torch.testing.assert_close(said, expected, rtol=0, atol=1e-5)
+    for name, gradient in gradients.items():
+        assert float((found[name] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max()), name
+
+
+def test_torchs_flash_attention_takes_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its shapes and its gradients' alone, since it computes on a GPU only."""
+    monkeypatch.setattr(unpadded, "_FLASH", ("cpu",))
+    monkeypatch.setattr(unpadded, "can_use_flash_attention", lambda parameters: True)
+    rows = [Row(0, 5), Row(2, 10)]
+    with FakeTensorMode():
+        query, key, value = (
+            torch.empty(1, heads, 15, 8, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2)
+        )
+        segments = Segments(rows, None, [None, None], _borders(rows, query.device))
+        attended, _ = attend(SimpleNamespace(), query, key, value, segments, scaling=0.3, dropout=0.0)
+        assert (attended.shape, attended.dtype) == ((1, 13, 4, 8), torch.bfloat16)
+        attended.sum().backward()
+    assert [each.grad.shape for each in (query, key, value)] == [each.shape for each in (query, key, value)]
 
 
 @pytest.mark.grid(each="method")
@@ -340,9 +401,8 @@ def test_segments_equal_a_dense_mask(window: int | None, dtype: torch.dtype) -> 
     plain = [each.detach().float().requires_grad_() for each in (query, key, value)]
     masks = [None if window is None else banded(size, window) for size in sizes]
     rows = [Row(0, size) for size in sizes]
-    attended, _ = attend(
-        SimpleNamespace(num_key_value_groups=2), query, key, value, Segments(rows, None, masks), scaling=0.3
-    )
+    segments = Segments(rows, None, masks, _borders(rows, query.device))
+    attended, _ = attend(SimpleNamespace(num_key_value_groups=2), query, key, value, segments, scaling=0.3)
     dense = torch.block_diag(*(banded(size, window).float() for size in sizes)).bool()
     repeated = [plain[0], *(each.repeat_interleave(2, dim=1) for each in plain[1:])]
     expected = F.scaled_dot_product_attention(*repeated, attn_mask=dense, scale=0.3).transpose(1, 2)
