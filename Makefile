@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml
 $(QUANTISED)/.installed: pyproject.toml
 	@test -x $(QUANTISED)/bin/pip || $(PYTHON) -m venv $(QUANTISED)
 	@echo "test-all: installing into $(QUANTISED)"
-	@$(QUANTISED)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev,bitsandbytes,deepspeed,torchao,tensorboard,wandb,mlflow,trackio]' trl sentence-transformers diffusers mistralrs
+	@$(QUANTISED)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev,bitsandbytes,deepspeed,torchao,tensorboard,wandb,mlflow,trackio]' trl sentence-transformers diffusers mistralrs xllamacpp
 	@touch $@
 
 # with TRL, which is measured too

@@ -25,6 +25,11 @@ def test_mistral_rs_answers_as_peftcli_does() -> None:
 
 
 @pytest.mark.slow
+def test_llama_cpp_answers_as_peftcli_does() -> None:
+    run("xllamacpp", "with_llama_cpp.py")
+
+
+@pytest.mark.slow
 def test_losses_of_answers_are_those_of_trl() -> None:
     run("trl", "losses_of_trl.py")
 
