@@ -44,7 +44,7 @@ def classifier_base(kind: str) -> Path:
     if kind in ("llama", "gpt2", "chat"):
         return base_folder("llama" if kind == "chat" else kind, chat=kind == "chat")
     folder = scratch() / f"classifier-{kind}"
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(0)
         if kind == "bert":
             config = transformers.BertConfig(vocab_size=300, max_position_embeddings=64, **_SMALL)
@@ -78,9 +78,14 @@ def classifier_base(kind: str) -> Path:
             model = transformers.EfficientNetModel(config)
     model.save_pretrained(folder)
     size = {"height": SIDE, "width": SIDE}
-    processor = transformers.SegformerImageProcessorPil if "seg" in kind else transformers.ViTImageProcessorPil
-    processor(size=size).save_pretrained(folder)
+    image_processor("Segformer" if "seg" in kind else "ViT")(size=size).save_pretrained(folder)
     return folder
+
+
+def image_processor(family: str) -> Any:
+    """The class of a family's image processor that needs no torchvision; its name is another since transformers 5.4."""
+    newer = getattr(transformers, f"{family}ImageProcessorPil", None)
+    return newer or getattr(transformers, f"{family}ImageProcessor")
 
 
 def segformer_config(**options: Any) -> Any:

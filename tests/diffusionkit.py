@@ -206,7 +206,7 @@ _KINDS = {
 def pipeline_base(kind: str) -> Path:
     """The folder of a tiny pipeline."""
     folder = scratch() / f"pipeline-{kind}"
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(0)
         _KINDS[kind]().save_pretrained(folder)
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +36,8 @@ from transformers import (
 )
 
 VOCABULARY, PAD, BOS, EOS = 96, 0, 1, 95
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+"""What models call their cache: another name since transformers 5.24 or so."""
 
 _IDS: dict[str, Any] = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 _DECODER: dict[str, Any] = {
@@ -181,13 +184,19 @@ OTHER_KINDS = ("whisper", "convnet", "mixtral")
 DECODERS = ("llama", "llama_tied", "gpt2", "opt", "qwen2", "gemma3", "bloom")
 
 
+def checkpoint_activations(model: Any, *, reentrant: bool = False) -> None:
+    """Let a model compute its activations again in the backward pass."""
+    enable = "activation_checkpointing_enable"  # its name since transformers 5.24 or so
+    getattr(model, enable if hasattr(model, enable) else "gradient_checkpointing_enable")({"use_reentrant": reentrant})
+
+
 def tiny(kind: str, seed: int = 0, scale: float = 3.0) -> PreTrainedModel:
     """A tiny base model in eval mode; its weights depend on the arguments only.
 
     Weights are ``scale`` times as large as transformers starts them, so that the logits of different inputs differ
     by far more than rounding.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         model = _BUILDERS[kind]().eval()
     with torch.no_grad():

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from models_tiny import batch, labelled, logits, randomise, tiny
+from models_tiny import batch, checkpoint_activations, labelled, logits, randomise, tiny
 from oracle import file_of, loaded_by_peft, ours, read_by_peft, saved_by_peft, theirs
 from torch import nn
 
@@ -354,8 +354,7 @@ def _gradient_checkpointing(method: str, kind: str, folder: Path) -> None:
     if not model.supports_gradient_checkpointing:
         raise NotApplicable("the model does not support gradient checkpointing")
     expected = _gradients(model.train(), method, kind)
-    enable = "activation_checkpointing_enable"  # its name since transformers 5.24 or so
-    getattr(model, enable if hasattr(model, enable) else "gradient_checkpointing_enable")({"use_reentrant": False})
+    checkpoint_activations(model)
     found = _gradients(model, method, kind)
     assert found.keys() == expected.keys()
     for name, gradient in found.items():

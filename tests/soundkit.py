@@ -76,7 +76,7 @@ def whisper_base(kind: str = "several") -> Path:
         apply_spec_augment=kind == "masked",
         dropout=0.1 if kind == "masked" else 0.0,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(1)  # of the first few, one whose answers are not empty
         model = transformers.WhisperForConditionalGeneration(config)
     settings: dict[str, Any] = {"max_length": 12, "decoder_start_token_id": start, "pad_token_id": end}
@@ -154,7 +154,7 @@ def moonshine_base() -> Path:
         pad_token_id=words.pad_token_id,
         decoder_start_token_id=1,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = transformers.MoonshineForConditionalGeneration(config)
     model.generation_config.max_length = 12

@@ -197,7 +197,7 @@ UNPAIRED = [
 def _with_a_head() -> Path:
     """A SegFormer that has a decode head for the scenes' classes: the head stays frozen, but for what a recipe says."""
     folder, base = scratch() / "segformer-with-a-head", classifier_base("segformer")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = transformers.SegformerForSemanticSegmentation(segformer_config(num_labels=3))
     model.save_pretrained(folder)

@@ -146,7 +146,7 @@ _BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
 
 def build(kind: str) -> PreTrainedModel:
     """The tiny model, its weights twice as large as transformers starts them."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = _BUILDERS[kind]().eval()
     with torch.no_grad():

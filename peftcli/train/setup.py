@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -62,15 +63,16 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     if on_several_machines():
         use_interface_to(os.environ.get("MASTER_ADDR", ""))
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # or accelerate divides what the loop has divided
-    accelerator = Accelerator(
-        mixed_precision="bf16" if uses_bf16(recipe) else "no",
-        cpu=not torch.cuda.is_available(),
-        # evaluation runs out of step; and not every step uses all that trains
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True),
-            InitProcessGroupKwargs(timeout=_PATIENCE),  # of NCCL 10 minutes, in which process 0 may encode the data
-        ],
-    )
+    with nullcontext() if asked == 1 else _nothing_on_stdout():
+        accelerator = Accelerator(
+            mixed_precision="bf16" if uses_bf16(recipe) else "no",
+            cpu=not torch.cuda.is_available(),
+            # evaluation runs out of step; and not every step uses all that trains
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True),
+                InitProcessGroupKwargs(timeout=_PATIENCE),  # of NCCL 10 minutes, in which process 0 may encode the data
+            ],
+        )
     if on_several_machines():
         notice_lost_machines(unanswered=accelerator.device.type == "cpu")
     if accelerator.device.type == "cpu":  # of several processes accelerate calls it cpu:0, to which weights are copied
@@ -90,6 +92,19 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
             key="launch.num_processes",
         )
     return accelerator
+
+
+@contextmanager
+def _nothing_on_stdout() -> Iterator[None]:
+    """Inside, not even C++ prints there, where ``--json`` has its object: torch 2.10's gloo says who is connected."""
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def uses_bf16(recipe: Recipe) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models_tiny import KINDS, batch, labelled, logits, randomise, tiny
+from models_tiny import KINDS, batch, checkpoint_activations, labelled, logits, randomise, tiny
 from promises import base_settings, why_not
 from safetensors.torch import load_file
 from torch import nn
@@ -179,8 +179,7 @@ def test_a_bf16_base_carries_an_fp32_adapter(method: str, kind: str, tmp_path: P
 def test_gradient_checkpointing_gives_the_same_gradients(method: str, kind: str, reentrant: bool) -> None:
     model, _ = _adapted(kind, method)
     expected = _gradients(model.train(), kind)
-    enable = "activation_checkpointing_enable"  # its name since transformers 5.24 or so
-    getattr(model, enable if hasattr(model, enable) else "gradient_checkpointing_enable")({"use_reentrant": reentrant})
+    checkpoint_activations(model, reentrant=reentrant)
     if reentrant:
         model.enable_input_require_grads()
     if reentrant and method == "xlora":

@@ -88,7 +88,7 @@ every_method = pytest.mark.parametrize("method", ["lora", "prompt_tuning", "p_tu
 
 
 def _base(kind: str, seed: int = 0) -> Any:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         return MODELS[kind][1]().eval()
 

@@ -82,7 +82,7 @@ TASKS = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", "question": "QUESTION_ANS"
 
 
 def _base(kind: str, *count: int) -> Any:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = BUILDERS[kind](*count).eval()
     with torch.no_grad():

@@ -69,14 +69,14 @@ def _resnet() -> Any:
 def _loaded(kind: Any, body: nn.Module, folder: Path) -> tuple[Any, list[str]]:
     """A model of another head than the checkpoint's, and what the loader says is new in it."""
     body.save_pretrained(folder)  # type: ignore[operator]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(len(list(folder.iterdir())))
         model, said = kind.from_pretrained(folder, num_labels=3, output_loading_info=True)
     return model.eval(), sorted(said["missing_keys"])
 
 
 def _body(make: Callable[[], Any]) -> Any:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = make().eval()
         for parameter in model.parameters():
@@ -238,7 +238,7 @@ class _Net(nn.Module):
 
 
 def _net() -> Any:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(0)
         return _Net()
 

@@ -52,7 +52,7 @@ class _Parts(nn.Module):
 
 
 def _parts() -> nn.Module:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(0)
         return _Parts().eval()
 

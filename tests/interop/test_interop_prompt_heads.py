@@ -49,7 +49,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:
 
 
 def _base(kind: str) -> Any:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = MODELS[kind][1]().eval()
     with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
@@ -10,7 +9,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from models_tiny import BOS, EOS, PAD, batch, ids, labelled, logits, randomise, tiny
+from models_tiny import BOS, CACHE, EOS, PAD, batch, ids, labelled, logits, randomise, tiny
 from oracle import ours
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import apply_rotary_pos_emb
@@ -25,7 +24,6 @@ from peftcli.methods.adaption_prompt import layers as module
 from peftcli.methods.adaption_prompt.config import AdaptionPromptConfig
 from peftcli.peft_api import get_peft_model
 
-CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 SETTINGS: dict[str, Any] = {"adapter_len": 3, "adapter_layers": 2}
 SIZES: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

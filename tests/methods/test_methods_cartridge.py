@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import trainkit
-from models_tiny import batch, ids, labelled, logits, tiny
+from models_tiny import CACHE, batch, ids, labelled, logits, tiny
 
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject, set_trainable
@@ -38,8 +38,7 @@ def _wrapped(config: Any = None, kind: str = "llama") -> PeftModel:
 @torch.no_grad()
 def _read(model: PeftModel, tokens: torch.Tensor) -> Any:
     with model.disable_adapter():
-        output = model(input_ids=tokens, use_cache=True)
-    return output["cache"] if "cache" in output else output["past_key_values"]
+        return model(input_ids=tokens, use_cache=True)[CACHE]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -138,8 +137,7 @@ def test_a_recipe_starts_from_a_document(tmp_path: Path) -> None:
     done = trainkit.run_recipe(recipe, method, "training.max_steps=1", "training.learning_rate=0")
     base = trainkit.build("llama")
     tokens = torch.tensor([trainkit.tokenizer()(document.read_text())["input_ids"]])
-    output = base(input_ids=tokens, use_cache=True)
-    expected = prefix_from_cache(output["cache"] if "cache" in output else output["past_key_values"], N)
+    expected = prefix_from_cache(base(input_ids=tokens, use_cache=True)[CACHE], N)
     loaded = trainkit.build("llama")
     load_adapter(loaded, config_from_dict(read_config(done.folder)), done.folder)
     torch.testing.assert_close(adapter_state(loaded)["prompt_embeddings"], expected, atol=1e-5, rtol=1e-4)

@@ -63,7 +63,7 @@ def test_scaling() -> None:
 
 def test_how_a_and_b_start() -> None:
     base = nn.Linear(400, 300)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(0)
         kaiming, gaussian, free = (
             wrap(base, "x", LoraConfig(r=50, init_lora_weights=value))  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models_tiny import KINDS, batch, labelled, tiny
+from models_tiny import KINDS, batch, checkpoint_activations, labelled, tiny
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -54,7 +54,7 @@ def test_the_loss_and_gradients_are_those_of_plain_layers(
     model = tiny(kind, scale=1.0).to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
     inject(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=dropout))
     if checkpointing is not None:
-        model.activation_checkpointing_enable({"use_reentrant": checkpointing})
+        checkpoint_activations(model, reentrant=checkpointing)
         model.enable_input_require_grads()
     model.train()
     inputs, autocast = labelled(kind), precision == "autocast"

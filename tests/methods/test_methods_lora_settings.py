@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lora_cases import FURTHER
-from models_tiny import batch, labelled, logits, randomise, tiny
+from models_tiny import batch, checkpoint_activations, labelled, logits, randomise, tiny
 from oracle import ours
 from torch import nn
 
@@ -92,7 +92,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: b
     kind, settings = FURTHER[name]
     model, _ = ours(kind, "lora", **settings)
     expected = _gradients(model.train(), kind)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(model, reentrant=reentrant)
     if reentrant:
         model.enable_input_require_grads()
     for tensor, gradient in _gradients(model, kind).items():

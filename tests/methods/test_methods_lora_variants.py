@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from lora_cases import ALORA, VARIANTS
-from models_tiny import batch, logits, tiny
+from models_tiny import CACHE, batch, checkpoint_activations, logits, tiny
 from oracle import ours, theirs
 from peft.tuners.lora import variants as peft_variants
 from torch import nn
@@ -225,9 +225,9 @@ def _alora(**settings: Any) -> PeftModel:
 def test_alora_is_the_base_model_before_the_last_invocation_of_each_row() -> None:
     model = _alora()
     with torch.no_grad():
-        found, cache = model(LONG).logits, model(LONG, use_cache=True).cache
+        found, cache = model(LONG).logits, model(LONG, use_cache=True)[CACHE]
         with model.disable_adapter():
-            expected, of_base = model(LONG).logits, model(LONG, use_cache=True).cache
+            expected, of_base = model(LONG).logits, model(LONG, use_cache=True)[CACHE]
     for row, start in enumerate(STARTS):
         assert torch.equal(found[row, :start], expected[row, :start])
         assert not any(torch.equal(found[row, i], expected[row, i]) for i in range(start, 9))
@@ -240,9 +240,9 @@ def test_alora_goes_on_from_a_cache_of_the_base_model() -> None:
     model, ids = _alora(), LONG[:1]
     with torch.no_grad():
         with model.disable_adapter():
-            cache = model(ids[:, :5], use_cache=True).cache
-        second = model(ids[:, 5:8], cache=cache, use_cache=True).logits
-        third = model(ids[:, 8:], cache=cache).logits
+            cache = model(ids[:, :5], use_cache=True)[CACHE]
+        second = model(ids[:, 5:8], use_cache=True, **{CACHE: cache}).logits
+        third = model(ids[:, 8:], **{CACHE: cache}).logits
         torch.testing.assert_close(torch.cat([second, third], 1), model(ids).logits[:, 5:], atol=1e-5, rtol=1e-5)
 
 
@@ -274,7 +274,7 @@ def test_aloras_gradients_are_the_same_with_checkpointing_and_a_mixed_up_batch_i
     found = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         model.zero_grad()
         model(**inputs).loss.backward()
         found.append([value.grad.clone() for value in model.parameters() if value.grad is not None])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models_tiny import PAD, batch, ids, labelled, logits, tiny
+from models_tiny import PAD, batch, checkpoint_activations, ids, labelled, logits, tiny
 from oracle import ours, theirs
 from torch import nn
 
@@ -137,8 +137,7 @@ def test_one_task_needs_no_ids_and_is_merged_several_are_not() -> None:
 
 def test_several_tasks_and_activations_that_are_computed_again_are_refused() -> None:
     model: Any = ours("llama", "poly", **SETTINGS)[0].train()
-    enable = "activation_checkpointing_enable"  # its name since transformers 5.24 or so
-    getattr(model, enable if hasattr(model, enable) else "gradient_checkpointing_enable")({"use_reentrant": False})
+    checkpoint_activations(model)
     loss = model(**labelled("llama"), task_ids=TASKS).loss
     with pytest.raises(AdapterError, match="Gradient checkpointing"):
         loss.backward()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from models_tiny import batch, labelled, logits, randomise, tiny
+from models_tiny import CACHE, batch, checkpoint_activations, labelled, logits, randomise, tiny
 from torch import nn
 from transformers import DynamicCache, MptConfig, MptForCausalLM
 
@@ -61,9 +60,7 @@ def test_the_prefix_is_what_a_cache_filled_with_it_is() -> None:
         cache.update(*(pairs[2 * layer + part].expand(2, -1, -1, -1) for part in (0, 1)), layer)
     inputs = batch("llama")
     mask = torch.cat([torch.ones(2, N, dtype=torch.long), inputs["attention_mask"]], 1)
-    model_before = tiny("llama")
-    name = "cache" if "cache" in inspect.signature(model_before.forward).parameters else "past_key_values"
-    expected = model_before(input_ids=inputs["input_ids"], attention_mask=mask, **{name: cache}).logits
+    expected = tiny("llama")(input_ids=inputs["input_ids"], attention_mask=mask, **{CACHE: cache}).logits
     torch.testing.assert_close(logits(model, inputs), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -88,7 +85,7 @@ def test_a_loaded_adapter_trains_its_keys_and_values(kind: str, tmp_path: Path) 
 
 def _mpt() -> Any:
     """A model whose masks are true where they hide, and whose positions are a bias."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(0)
         return MptForCausalLM(MptConfig(vocab_size=96, d_model=32, n_layers=2, n_heads=4, max_seq_len=64)).eval()
 
@@ -116,9 +113,7 @@ def test_checkpointing_may_call_layers_again_after_other_batches(kind: str, reen
         model, _ = _adapted(base=_mpt() if kind == "mpt" else tiny(kind), prefix_projection=projection)
         model.train()
         if checkpointing:
-            enable = "activation_checkpointing_enable"
-            enable = enable if hasattr(model, enable) else "gradient_checkpointing_enable"
-            getattr(model, enable)({"use_reentrant": reentrant})
+            checkpoint_activations(model, reentrant=reentrant)
             model.enable_input_require_grads()
         (model(**batches[0]).loss + model(**batches[1]).loss).backward()
         found.append([value.grad for value in model.parameters() if value.requires_grad])

@@ -14,7 +14,17 @@ import pytest
 import torch
 import trainkit
 import transformers
-from classifierkit import SIDE, classifier_base, encoded, open_task, scanned, segformer_config, table_of, write_scene
+from classifierkit import (
+    SIDE,
+    classifier_base,
+    encoded,
+    image_processor,
+    open_task,
+    scanned,
+    segformer_config,
+    table_of,
+    write_scene,
+)
 from PIL import Image
 from safetensors.torch import load_file
 from taskkit import CASES
@@ -130,21 +140,21 @@ def test_splitting_a_batch_changes_neither_loss_nor_gradient(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("processor", "options", "padded"),
+    ("family", "options", "padded"),
     [
-        ("SegformerImageProcessorPil", {"do_reduce_labels": True}, False),
-        ("ViTImageProcessorPil", {"size": {"height": 48, "width": 40}}, False),
-        ("MobileViTImageProcessorPil", {"size": {"shortest_edge": 40}, "crop_size": {"height": 48, "width": 48}}, True),
-        ("DPTImageProcessorPil", {"do_resize": False, "do_pad": True, "size_divisor": 32}, True),
+        ("Segformer", {"do_reduce_labels": True}, False),
+        ("ViT", {"size": {"height": 48, "width": 40}}, False),
+        ("MobileViT", {"size": {"shortest_edge": 40}, "crop_size": {"height": 48, "width": 48}}, True),
+        ("DPT", {"do_resize": False, "do_pad": True, "size_divisor": 32}, True),
     ],
 )
-def test_a_mask_goes_where_its_picture_goes(tmp_path: Path, processor: str, options: Any, padded: bool) -> None:
+def test_a_mask_goes_where_its_picture_goes(tmp_path: Path, family: str, options: Any, padded: bool) -> None:
     """Left is class 1, right class 299; what an image processor pads does not count."""
     many = [str(number) for number in range(300)]
     with pytest.raises(DataError, match="255 is the number of a class"):
         task(labels=many).fit_model(torch.nn.Linear(1, 1), LoraConfig())
     opened = task(labels=many, ignore_index=65535)
-    opened.processor = getattr(transformers, processor)(**options)
+    opened.processor = image_processor(family)(**options)
     mask = np.full((40, 60), 299, np.uint16)
     mask[:, :30] = 1
     paths = row(tmp_path, mask, dtype=np.uint16)

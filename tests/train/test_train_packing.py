@@ -15,7 +15,7 @@ import pytest
 import torch
 import trainkit
 from accelerate import Accelerator
-from models_tiny import EOS, VOCABULARY, tiny
+from models_tiny import EOS, VOCABULARY, checkpoint_activations, tiny
 from test_train_processes import group, losses
 from trainkit import reset_accelerate, run_recipe
 from transformers import (
@@ -68,7 +68,7 @@ def task_of(model: PreTrainedModel) -> CausalLM:
 
 
 def _scaled(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = build().eval()
     with torch.no_grad():
@@ -285,7 +285,7 @@ def test_packed_training_has_the_losses_of_unpacked_training(
     def run(plan: Plan) -> list[StepResult]:
         model = copy.deepcopy(start)
         if checkpointing and plan.packs:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         parameters = [parameter for _, _, parameter in named_tensors(model).values()]
         optimizer = torch.optim.AdamW(parameters, lr=1e-2)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models_tiny import DECODERS, EOS, VOCABULARY, tiny
+from models_tiny import DECODERS, EOS, VOCABULARY, checkpoint_activations, tiny
 from task_methods import settings_of
 from taskkit import CASES
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -82,7 +82,7 @@ ABLE = ["llama", "llama_tied", "qwen2", "gpt2", "gemma3", "mixtral", "opt", "ber
 
 def base(kind: str) -> PreTrainedModel:
     """A model whose tokens depend on one another a lot."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = (_LOCAL[kind]() if kind in _LOCAL else tiny(kind)).eval()
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_the_same_is_computed_without_padding(kind: str, checkpointing: bool, mo
     monkeypatch.setitem(AttentionInterface._global_mapping, ATTENTION, watched)
     if checkpointing:
         model.train()
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     said, found = with_gradients(model, inputs)
     assert set(widths) == {sum(LENGTHS)}
     torch.testing.assert_close(said, expected, rtol=0, atol=1e-5)
@@ -348,7 +348,7 @@ def test_virtual_tokens_stand_before_each_example(method: str, checkpointing: bo
     assert unpad(model)
     if checkpointing:
         model.train()
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     said, found = with_gradients(model, inputs)
     torch.testing.assert_close(said, expected, rtol=0, atol=1e-5)
     for name, gradient in gradients.items():
