@@ -162,8 +162,10 @@ class OpenBase:
             ModelError: the model is not of this class, or its weights are not those of its config.
             OutOfMemory: the machine's memory does not hold it.
         """
+        import torch
         import transformers
 
+        torch.backends.cuda.enable_cudnn_sdp(False)  # some GPUs prefer it, and it takes long at each new length of text
         arguments: dict[str, Any] = {"dtype": dtype, **options}
         if self.spec.attn_implementation:
             arguments["attn_implementation"] = self.spec.attn_implementation

@@ -481,7 +481,9 @@ def with_trained_head(loaded: LoadedModel, task: Task[Any]) -> LoadedModel:
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on a device."""
-    return {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
+    return {
+        name: value.to(device, non_blocking=True) if hasattr(value, "to") else value for name, value in batch.items()
+    }
 
 
 def model_inputs(batch: Batch) -> dict[str, torch.Tensor]:

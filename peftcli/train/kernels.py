@@ -14,7 +14,7 @@ from peftcli.errors import ModelError, UsageError
 from peftcli.models.stacks import stacks
 from peftcli.schema import Recipe
 from peftcli.tasks.base import require_extra
-from peftcli.tasks.text import unpadded
+from peftcli.tasks.text import segments
 
 _COMPILE, _LIGER = "training.torch_compile", "training.use_liger_kernel"
 
@@ -41,7 +41,7 @@ def compile_layers(model: nn.Module) -> None:
         raise UsageError("needs a C++ compiler on a CPU", key=_COMPILE, hint=hint)
     if not layers:
         raise ModelError("there is no stack of layers in the model", key=_COMPILE)
-    AttentionInterface.register(unpadded.ATTENTION, torch.compiler.disable(unpadded.attend))
+    AttentionInterface.register(segments.ATTENTION, torch.compiler.disable(segments.attend))
     for layer in layers:
         layer.compile(dynamic=True)
 

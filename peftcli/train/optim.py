@@ -59,7 +59,7 @@ AVERAGES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 """What an optimizer remembers in the shape of what it trains."""
 _ADAM, _BITSANDBYTES = ("betas", "eps"), "bitsandbytes.optim"
 _OPTIMIZERS = {
-    "adamw_torch": _Optimizer("torch.optim", "AdamW", 8, _ADAM),
+    "adamw_torch": _Optimizer("torch.optim", "AdamW", 8, _ADAM, {"fused": True}),  # all values in one operation
     "adamw_torch_fused": _Optimizer("torch.optim", "AdamW", 8, _ADAM, {"fused": True}),
     "adamw_8bit": _Optimizer(_BITSANDBYTES, "AdamW", 2, _ADAM, {"optim_bits": 8}),
     "paged_adamw_8bit": _Optimizer(_BITSANDBYTES, "AdamW", 2, _ADAM, {"optim_bits": 8, "is_paged": True}),
@@ -82,14 +82,13 @@ def state_bytes(optim: str) -> int:
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], training: Training, *, fused: bool = False
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], training: Training
 ) -> torch.optim.Optimizer:
     """The optimizer that a recipe names, over parameters or over groups of them.
 
     Args:
         parameters: What trains.
         training: The settings.
-        fused: Whether AdamW updates all parameters in one operation, instead of some for each. The state is the same.
 
     Raises:
         UsageError: its package is not installed, or it does not take ``training.optim_args``.
@@ -101,8 +100,6 @@ def build_optimizer(
     adam = {"betas": (training.adam_beta1, training.adam_beta2), "eps": training.adam_epsilon}
     own = {name: adam[name] for name in wanted.reads}
     given: dict[str, Any] = {"lr": rate_of(training), "weight_decay": training.weight_decay, **own, **wanted.fixed}
-    if training.optim == "adamw_torch" and fused:
-        given["fused"] = True
     known = inspect.signature(build).parameters.keys() - {"params"}
     for name in training.optim_args:
         key = f"training.optim_args.{name}"

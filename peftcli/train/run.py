@@ -303,7 +303,9 @@ def build(run: Run, data: RunData, host: RunHost) -> BuiltModel:
     prepared = prepare(model, config, recipe, plan, run.accelerator)
     if isinstance(data.task, Begins):
         data.task.begin(model, from_adapter=source is not None)
-    unpadded = prepared.may_unpad and unpad(model, config)
+    # what a GPU computes in half precision is tried out in it
+    with run.accelerator.autocast() if run.accelerator.device.type == "cuda" else contextlib.nullcontext():
+        unpadded = prepared.may_unpad and unpad(model, config)
     if plan.packs and not unpadded:
         refuse_contamination(model, data.task, run.accelerator)
     if recipe.training.neftune_noise_alpha is not None:

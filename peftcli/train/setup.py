@@ -266,8 +266,7 @@ def prepare(
         for parameter in parameters:  # the same seed started the same adapter; a GPU may differ in a last bit
             parameter.data = parameter.data.to(accelerator.device)
             torch.distributed.broadcast(parameter.data, 0)
-    on_cpu = accelerator.device.type == "cpu"  # on a GPU torch has a fast way of its own
-    optimizer = build_optimizer(parameter_groups(tensors, recipe.training), recipe.training, fused=on_cpu)
+    optimizer = build_optimizer(parameter_groups(tensors, recipe.training), recipe.training)
     schedule = build_schedule(optimizer, recipe.training, plan.total_steps)
     # from here on each process draws its own dropout
     set_seed(recipe.training.seed + accelerator.process_index)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
 from peftcli.errors import Interrupted
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.tasks.text import unpadded
+from peftcli.tasks.text import segments
 from peftcli.train.sharded import shard
 
 pytestmark = pytest.mark.gpu
@@ -68,13 +70,13 @@ def test_rows_without_padding_give_the_losses_of_padded_ones(recipe: Path) -> No
 @pytest.mark.parametrize("bf16", ["true", "false"])
 def test_padding_is_not_computed(bf16: str, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 by one kernel for all examples, in float32 example by example."""
-    kernel, calls = unpadded.varlen_attn, list[int]()
+    kernel, calls = segments.varlen_attn, list[int]()
 
     def watched(*args: Any, **settings: Any) -> Any:
         calls.append(1)
         return kernel(*args, **settings)
 
-    monkeypatch.setattr(unpadded, "varlen_attn", watched)
+    monkeypatch.setattr(segments, "varlen_attn", watched)
     assert run_recipe(recipe, f"training.bf16={bf16}").run["data"]["efficiency"] == 1
     assert bool(calls) == (bf16 == "true")
 
@@ -112,8 +114,10 @@ def test_two_gpus_give_the_series_of_one(strategy: str, recipe: Path) -> None:
     one = run_recipe(recipe)
     folder = recipe.parent / "two"
     words = [f"training.output_dir={folder}", "training.per_device_train_batch_size=2", "launch.num_processes=2"]
-    child = trainkit.Child(recipe.parent, "train", recipe, *words, f"launch.strategy={strategy}")
-    assert child.wait() == 0, child.err
+    command = [sys.executable, "-m", "peftcli", "train", str(recipe), *words, f"launch.strategy={strategy}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # a fork of this process sees no GPU
+    assert done.returncode == 0, done.stderr
+    assert trainkit.read_run(folder)["device"] == "cuda"
     assert [entry["loss"] for entry in trainkit.read_metrics(folder) if "loss" in entry] == pytest.approx(
         one.losses, rel=1e-3
     )

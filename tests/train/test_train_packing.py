@@ -42,7 +42,8 @@ from peftcli.schema import Training
 from peftcli.tasks import settings
 from peftcli.tasks.causal_lm import CausalLM
 from peftcli.tasks.text.packing import join
-from peftcli.tasks.text.unpadded import ATTENTION, unpad
+from peftcli.tasks.text.segments import ATTENTION
+from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.loop import Gradients, PreparedModel, StepResult, fit
 from peftcli.train.packing_check import refuse_contamination
 from peftcli.train.plan import MicroBatch, Plan

@@ -38,12 +38,12 @@ class OSFLinear(WeightDeltaLinear):
             return
         u, s, v = torch.linalg.svd(dense_weight(self), full_matrices=False)
         for key, value in {"U": u[:, self.kept :], "S": s[self.kept :], "V": v[self.kept :]}.items():
-            self.register_buffer(f"start_{key}", value.clone(), persistent=False)
+            self.register_buffer(f"start_{key}", _copied(value), persistent=False)
             if config.init_weights:
                 self.osf_svd_params[f"{key}_low"].data.copy_(value)
         # of a square matrix of singular vectors, the weaker ones say as well what is not along the stronger
-        self.register_buffer("strong_U", u[:, : self.kept].clone() if rows > columns else None, persistent=False)
-        self.register_buffer("strong_V", v[: self.kept].clone() if columns > rows else None, persistent=False)
+        self.register_buffer("strong_U", _copied(u[:, : self.kept]) if rows > columns else None, persistent=False)
+        self.register_buffer("strong_V", _copied(v[: self.kept]) if columns > rows else None, persistent=False)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         y = self.base_layer(x, *args, **kwargs)
@@ -74,6 +74,11 @@ def kept_directions(side: int, name: str, config: OSFConfig) -> int:
     if not 0 < kept < side:
         raise AdapterError(f"{kept} of the {side} directions of {name} would stay as they are", key="effective_rank")
     return kept
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a part of a matrix, one after another, as processes send them."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _held(vectors: torch.Tensor, start: torch.Tensor, strong: torch.Tensor | None) -> torch.Tensor:

@@ -57,7 +57,8 @@ def target_losses(model: nn.Module, inputs: Mapping[str, torch.Tensor], targets:
     head = output_head(inner_model(model), inputs)
     if head is None:
         return plain_losses(model, inputs, targets)
-    counts, found = targets != IGNORED, list[Losses]()
+    found = list[Losses]()
+    counts = (targets != IGNORED).nonzero(as_tuple=True)  # before the model runs, since a GPU is waited for
 
     def instead(hidden: torch.Tensor) -> torch.Tensor:
         chosen = hidden[:, -targets.shape[1] :][counts]

@@ -13,61 +13,29 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import update_wrapper
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.backends.cuda import SDPAParams, can_use_flash_attention
-from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import evaluating
 from peftcli.core.prompts.inputs import bound, position_tables, takes
 from peftcli.core.prompts.prefix import PrefixAttention
 from peftcli.errors import ModelError
+from peftcli.tasks.text.segments import ATTENTION, Layout, Segment, borders_of, layout_of_call
 
-ATTENTION = "peftcli_unpadded"
-"""The name with transformers of SDPA's attention that knows segments."""
 _WORTHWHILE = 0.95
 """A batch is computed as it is unless the tokens to compute are at most this share; so is what rows share."""
 _EXACT, _ROUNDED = 1e-4, 0.3
 """How far a token's hidden states may be off by rounding, in float32 and in less, relative to their spread. Seen over
 30 layers were 1e-5 and 0.1; where examples of a trained model saw each other, 1.2 and more."""
-_FEW, _SMALL_HEAD = 128, 64
-"""On a CPU, attention over so few tokens with heads no larger trains faster in float32 than in bfloat16."""
-_FLASH = ("cuda",)
-"""Devices with an attention of torch's that takes examples of a row apart, in half precision."""
 _BY_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
 _KNOWN = {*_BY_TOKEN, "attention_mask", "use_cache", "return_dict"}
 _OUTPUTS = ("hidden_states", "attentions", "router_logits")
-
-
-class Row(NamedTuple):
-    """An example of a batch in the row of all."""
-
-    shared: int
-    """How many of its tokens, from its first one on, are an earlier example's."""
-    size: int
-    """How many it has."""
-
-
-class Layout(NamedTuple):
-    """What of a batch (B, T) is computed, N tokens, and where it stands."""
-
-    computed: torch.Tensor
-    """Places in the flattened batch: (N,)."""
-    source: torch.Tensor | None
-    """For each place of the batch, which of the N it is; N: none. (B * T,). None: no row shares."""
-    rows: list[Row]
-    places: torch.Tensor | None
-    """Where the tokens of the rows stand among the N, row after row. None: in this order."""
 
 
 class Part(NamedTuple):
@@ -82,22 +50,6 @@ class Part(NamedTuple):
     """T"""
 
 
-@dataclass(frozen=True)
-class Segments:
-    """A mask for attention example by example."""
-
-    rows: list[Row]
-    places: torch.Tensor | None
-    """As those of a layout."""
-    masks: list[torch.Tensor | None]
-    """Which token of an example sees which, (n, n). None: all, or where ``causal`` holds those before it and itself."""
-    borders: tuple[torch.Tensor, int]
-    """Where the examples stand one after another."""
-    causal: bool = True
-
-
-_layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
-"""Of the row that a model is called with."""
 _only: ContextVar[torch.Tensor | None] = ContextVar("only", default=None)
 
 
@@ -190,7 +142,7 @@ class _Unpadded:
         kept = _kept(inputs)
         if kept is None:
             raise ModelError("the model is asked for more than its hidden states, or its padding is unknown")
-        layout = self._layout(inputs, kept) or (_trimmed(kept) if self.flash else _whole(kept))
+        layout = self._layout(inputs, kept) or (_trimmed if self.flash else _whole)(kept.cpu(), kept.device)
         return self._part(dict(inputs), kept, layout)
 
     def _part(self, inputs: dict[str, Any], kept: torch.Tensor, layout: Layout) -> Part:
@@ -216,11 +168,11 @@ class _Unpadded:
             places = torch.cat([one if part.layout.places is None else one[part.layout.places] for one, part in own])
         inputs["attention_mask"] = None if self.flash else torch.ones_like(everything, dtype=torch.bool)[None]
         if self.flash and self.takes_more:  # or each layer finds where examples begin, and waits for the device
-            ends, longest = _borders(rows, everything.device)
+            ends, longest = borders_of(rows, everything.device)
             inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
         if takes(self.module, "use_cache"):
             inputs["use_cache"] = False
-        with _set(_layout, Layout(everything, None, rows, places)):
+        with _set(layout_of_call, Layout(everything, None, rows, places)):
             return self.forward(**inputs)
 
     def spread(self, output: Any, states: torch.Tensor, part: Part) -> Any:
@@ -234,6 +186,7 @@ class _Unpadded:
 
     def _layout(self, inputs: Mapping[str, Any], kept: torch.Tensor) -> Layout | None:
         """What of a batch is to be computed; None: all of it, as it is."""
+        device, kept = kept.device, kept.cpu()  # or a GPU would be waited for many times
         sizes = kept.sum(1).tolist()
         shared = _shared(inputs, kept) if self.shares else [(0, 0)] * len(sizes)
         saved, whole = sum(count for _, count in shared), sum(sizes)
@@ -241,7 +194,7 @@ class _Unpadded:
         if whole - saved > _WORTHWHILE * kept.numel() or any(count < prefix for _, count in shared[1:]):
             return None
         if not prefix and saved < (1 - _WORTHWHILE) * whole:
-            return _trimmed(kept)
+            return _trimmed(kept, device)
         source, computed, rows, start = torch.full(kept.shape, whole - saved), kept.clone(), [], 0
         places: list[torch.Tensor] = []
         for at, (size, (parent, count)) in enumerate(zip(sizes, shared, strict=True)):
@@ -250,28 +203,22 @@ class _Unpadded:
             computed[at, :count] = False
             start += size - count
             if count < size:
-                rows.append(Row(count, size))
+                rows.append(Segment(count, size))
                 places.append(source[at, :size])
         chosen = computed.flatten().nonzero().squeeze(1)
-        return Layout(chosen, source.flatten().to(kept.device), rows, torch.cat(places).to(kept.device))
+        return Layout(chosen.to(device), source.flatten().to(device), rows, torch.cat(places).to(device))
 
 
-def _borders(rows: Sequence[Row], device: torch.device) -> tuple[torch.Tensor, int]:
-    """Where examples stand one after another, as flash attention wants it: ends (R + 1,) in int32, and the longest."""
-    sizes = [row.size for row in rows]
-    return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device), max(sizes)
-
-
-def _trimmed(kept: torch.Tensor) -> Layout:
+def _trimmed(kept: torch.Tensor, device: torch.device) -> Layout:
     """The layout in which nothing is shared, and no padding is computed."""
-    rows = [Row(0, size) for size in kept.sum(1).tolist() if size]
-    return Layout(kept.flatten().nonzero().squeeze(1), None, rows, None)
+    rows = [Segment(0, size) for size in kept.sum(1).tolist() if size]
+    return Layout(kept.flatten().nonzero().squeeze(1).to(device), None, rows, None)
 
 
-def _whole(kept: torch.Tensor) -> Layout:
+def _whole(kept: torch.Tensor, device: torch.device) -> Layout:
     """The layout in which all is computed as it is. No example sees padding, which stands in rows of its own."""
     sizes = [size for row in kept for size in torch.unique_consecutive(row, return_counts=True)[1].tolist()]
-    return Layout(torch.arange(kept.numel(), device=kept.device), None, [Row(0, size) for size in sizes], None)
+    return Layout(torch.arange(kept.numel(), device=device), None, [Segment(0, size) for size in sizes], None)
 
 
 def _spread(states: torch.Tensor, layout: Layout, rows: int, length: int) -> torch.Tensor:
@@ -284,21 +231,22 @@ def _spread(states: torch.Tensor, layout: Layout, rows: int, length: int) -> tor
 
 
 def _shared(inputs: Mapping[str, Any], kept: torch.Tensor) -> list[tuple[int, int]]:
-    """For each row of a batch an earlier one that starts alike, and how many tokens they have in common.
+    """For each row of a batch an earlier one that starts alike, and how many tokens they have in common. On the CPU.
 
     None have where a row is padded on the left.
     """
     if not bool((kept[:, :-1] >= kept[:, 1:]).all()):
         return [(0, 0)] * len(kept)
-    values = [value for name in _BY_TOKEN if (value := inputs.get(name)) is not None and len(value) == len(kept)]
-    counts = torch.zeros(len(kept), len(kept), dtype=torch.long, device=kept.device)
+    given = [value for name in _BY_TOKEN if (value := inputs.get(name)) is not None and len(value) == len(kept)]
+    values = [value if value.ndim > kept.ndim else value.cpu() for value in given]
+    counts = torch.zeros(len(kept), len(kept), dtype=torch.long)
     for at in range(1, len(kept)):
         same = kept[:at] & kept[at]
         for value in values:
             equal = value[:at] == value[at]
-            same &= equal if equal.ndim == same.ndim else equal.all(-1)
+            same &= equal if equal.ndim == same.ndim else equal.all(-1).cpu()
         counts[at, :at] = same.cummin(1).values.sum(1)
-    most = counts.max(dim=1)  # read at once, since a GPU is waited for
+    most = counts.max(dim=1)
     return list(zip(most.indices.tolist(), most.values.tolist(), strict=True))
 
 
@@ -342,7 +290,7 @@ def lengths_in_row(device: torch.device) -> torch.Tensor | None:
 
     A token that several examples share is the first one's.
     """
-    layout = _layout.get()
+    layout = layout_of_call.get()
     if layout is None:
         return None
     counts = [row.size for row in layout.rows for _ in range(row.size - row.shared)]
@@ -370,101 +318,11 @@ def _agree(inner: Any, unpadded: _Unpadded) -> bool:
             inner.forward = unpadded
             found = inner(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()].float()
         off = (found - padded).square().mean(dim=-1).sqrt().max() / padded.std()
-        agree = bool(off <= (_ROUNDED if rounds(inner) else _EXACT))
+        rounded = rounds(inner) or torch.is_autocast_enabled(device.type)
+        agree = bool(off <= (_ROUNDED if rounded else _EXACT))
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         pass  # it looks into its mask, or takes other inputs
     finally:
         if not agree:
             inner.forward = unpadded.forward
     return agree
-
-
-def attend(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | Segments | None,
-    **settings: Any,
-) -> tuple[torch.Tensor, None]:
-    """SDPA's attention of (B, heads, T, head size), by segments where there are any, as (B, T, heads, head size)."""
-    if not isinstance(attention_mask, Segments):
-        return _attend(module, query, key, value, attention_mask, **settings), None
-    settings["is_causal"] = attention_mask.causal
-    rows, places, masks = attention_mask.rows, attention_mask.places, attention_mask.masks
-    q, k, v = (each if places is None else each.index_select(2, places) for each in (query, key, value))
-    sizes = [row.size for row in rows]
-    found: Sequence[torch.Tensor]
-    if (whole := _by_kernel(q, k, v, attention_mask, **settings)) is not None:
-        found = whole.split(sizes, dim=1)
-    else:
-        parts = zip(masks, *(each.split(sizes, dim=2) for each in (q, k, v)), strict=True)
-        found = [
-            _attend(module, q, k, v, None if seen is None else seen[None, None], **settings) for seen, q, k, v in parts
-        ]
-    return torch.cat([each[:, row.shared :] for row, each in zip(rows, found, strict=True)], dim=1), None
-
-
-def _by_kernel(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    segments: Segments,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **settings: Any,
-) -> torch.Tensor | None:
-    """The attention of all segments by torch's flash attention: (1, N, heads, head size). None: it cannot."""
-    device, groups = query.device.type, query.shape[1] // key.shape[1]
-    if device not in _FLASH or dropout or any(mask is not None for mask in segments.masks):
-        return None
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
-    q, k, v = (each.to(dtype) for each in (query, *(each.repeat_interleave(groups, dim=1) for each in (key, value))))
-    if not can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, segments.causal, False)):
-        return None
-    (ends, longest), window = segments.borders, (-1, 0 if segments.causal else -1)
-    q, k, v = (each[0].transpose(0, 1) for each in (q, k, v))
-    attended = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window)
-    assert isinstance(attended, torch.Tensor)  # a pair where more is asked for
-    return attended[None]
-
-
-def _attend(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    **settings: Any,
-) -> torch.Tensor:
-    few = key.shape[2] <= _FEW and key.shape[3] <= _SMALL_HEAD and (mask is None or mask.dtype == torch.bool)
-    narrow = value.dtype == torch.bfloat16 and value.device.type == "cpu"  # the others too, or under autocast
-    if not (few and narrow and value.requires_grad):
-        found, _ = sdpa_attention_forward(module, query, key, value, mask, **settings)
-        return found
-    with torch.autocast("cpu", enabled=False):
-        found, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **settings)
-    return found.to(value.dtype)
-
-
-def mask(*, mask_function: Callable, use_vmap: bool = False, **settings: Any) -> torch.Tensor | Segments | None:
-    """The segments of a row of examples; for other inputs SDPA's mask. Settings differ by transformers' version."""
-    layout = _layout.get()
-    if layout is None or use_vmap:
-        return sdpa_mask(mask_function=mask_function, use_vmap=use_vmap, **settings)
-    rows = layout.rows
-    places = torch.arange(max(row.size for row in rows), device=layout.computed.device)
-    sees = torch.as_tensor(mask_function(places[0], places[0], places[:, None], places))  # whatever the segment
-    sees = sees.expand(len(places), len(places))
-    causal = not bool(sees.triu(1).any())
-    if not causal and any(row.shared for row in rows):
-        raise ValueError("what rows have in common depends on what follows it")
-    unusual = sees != (torch.ones_like(sees).tril() if causal else True)
-    some = bool(unusual.any())  # asked once, since a GPU is waited for
-    masks = [sees[:size, :size] if some and bool(unusual[:size, :size].any()) else None for _, size in rows]
-    return Segments(rows, layout.places, masks, _borders(rows, sees.device), causal)
-
-
-AttentionInterface.register(ATTENTION, attend)
-AttentionMaskInterface.register(ATTENTION, mask)

@@ -37,19 +37,10 @@ from transformers.masking_utils import sdpa_mask
 from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
 from peftcli.methods import METHODS
+from peftcli.tasks.text import segments as module
 from peftcli.tasks.text import unpadded
-from peftcli.tasks.text.unpadded import (
-    ATTENTION,
-    Layout,
-    Row,
-    Segments,
-    _borders,
-    _spread,
-    attend,
-    is_unpadded,
-    only,
-    unpad,
-)
+from peftcli.tasks.text.segments import ATTENTION, Layout, Segment, Segments, attend
+from peftcli.tasks.text.unpadded import _spread, is_unpadded, only, unpad
 
 WINDOW = 16
 LENGTHS = (7, 30, 2, 19)
@@ -186,34 +177,43 @@ def test_flash_attention_is_told_where_examples_stand(kind: str) -> None:
         assert float((found[name] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max()), name
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "bert", "virtual tokens"])
-def test_a_gpu_computes_all_examples_at_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in on the CPU, which knows nothing but what torch's flash attention is given."""
-    seen = []
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "bert", "gpt2", "virtual tokens"])
+def test_a_gpu_computes_all_examples_at_once(kind: str, kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, with a stand-in for torch's flash attention, which knows nothing but what it is given."""
+    seen, plain = [], module.sdpa_attention_forward
 
     def flash(
-        q: Any, k: Any, v: Any, ends: Any, same: Any, longest: int, most: int, *, scale: Any, window_size: Any
+        q: Any, k: Any, v: Any, ends: Any, same: Any, longest: int, most: int, *, scale: Any, **settings: Any
     ) -> Any:
-        assert (same is ends, most, q.shape, q.dtype) == (True, longest, k.shape, torch.float32)
-        seen.append((ends.dtype, ends.tolist(), longest))
+        causal = {(-1, 0): True, (-1, -1): False}[settings["window_size"]]
+        assert (same is ends, ends.dtype, most, len(k), len(v)) == (True, torch.int32, longest, len(q), len(q))
+        assert settings["enable_gqa"] == (q.shape[1] != k.shape[1])
+        seen.append((ends.tolist(), longest))
         parts = []
         for start, end in itertools.pairwise(ends.tolist()):
-            part = (each[start:end].transpose(0, 1) for each in (q, k, v))
-            causal = {(-1, 0): True, (-1, -1): False}[window_size]
-            parts.append(F.scaled_dot_product_attention(*part, is_causal=causal, scale=scale).transpose(0, 1))
+            part = (each[start:end].transpose(0, 1)[None] for each in (q, k, v))
+            found = F.scaled_dot_product_attention(*part, is_causal=causal, scale=scale, enable_gqa=True)
+            parts.append(found[0].transpose(0, 1))
         return torch.cat(parts)
 
+    def padded(module: Any, query: torch.Tensor, *args: Any, **settings: Any) -> Any:
+        seen.append(tuple(query.shape[::2]))
+        return plain(module, query, *args, **settings)
+
     model = adapted("llama", "prompt_tuning") if kind == "virtual tokens" else adapted(kind)
-    inputs = batch(*LENGTHS)
+    inputs, sizes = batch(*LENGTHS), [size + 5 * (kind == "virtual tokens") for size in LENGTHS]
     expected, gradients = with_gradients(model, inputs)
-    monkeypatch.setattr(unpadded, "_FLASH", ("cpu",))
-    monkeypatch.setattr(unpadded, "can_use_flash_attention", lambda parameters: True)
-    monkeypatch.setattr(unpadded, "varlen_attn", flash)
+    monkeypatch.setattr(module, "_AT_ONCE", ("cpu",))
+    monkeypatch.setattr(module, "_HAS_KERNEL", kernel)
+    monkeypatch.setattr(module, "can_use_flash_attention", lambda parameters: True)
+    monkeypatch.setattr(module, "varlen_attn", flash)
     assert unpad(model)
+    monkeypatch.setattr(module, "sdpa_attention_forward", padded)
     seen.clear()
     said, found = with_gradients(model, inputs)
-    ends = {"mistral": [], "virtual tokens": [0, 12, 47, 54, 78]}.get(kind, [0, 7, 37, 39, 58])  # it has a window
-    assert seen == [(torch.int32, ends, max(LENGTHS) + 5 * (kind == "virtual tokens"))] * (2 if ends else 0)  # layers
+    by_kernel = kernel and kind != "mistral"  # which has a window
+    assert seen == [([0, *itertools.accumulate(sizes)], max(sizes)) if by_kernel else (4, max(sizes))] * 2  # layers
     torch.testing.assert_close(said, expected, rtol=0, atol=1e-5)
     for name, gradient in gradients.items():
         assert float((found[name] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max()), name
@@ -221,18 +221,30 @@ def test_a_gpu_computes_all_examples_at_once(kind: str, monkeypatch: pytest.Monk
 
 def test_torchs_flash_attention_takes_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its shapes and its gradients' alone, since it computes on a GPU only."""
-    monkeypatch.setattr(unpadded, "_FLASH", ("cpu",))
-    monkeypatch.setattr(unpadded, "can_use_flash_attention", lambda parameters: True)
-    rows = [Row(0, 5), Row(2, 10)]
+    if not module._HAS_KERNEL:
+        pytest.skip("torch is older than 2.12")
+    monkeypatch.setattr(module, "_AT_ONCE", ("cpu",))
+    monkeypatch.setattr(module, "can_use_flash_attention", lambda parameters: True)
+    monkeypatch.setattr(module, "_attend", None)  # the other way
     with FakeTensorMode():
         query, key, value = (
             torch.empty(1, heads, 15, 8, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2)
         )
-        segments = Segments(rows, None, [None, None], _borders(rows, query.device))
-        attended, _ = attend(SimpleNamespace(), query, key, value, segments, scaling=0.3, dropout=0.0)
-        assert (attended.shape, attended.dtype) == ((1, 13, 4, 8), torch.bfloat16)
+        rows = Segments(Layout(torch.arange(15), None, [Segment(0, 5), Segment(0, 10)], None), True, 10, None)
+        attended, _ = attend(SimpleNamespace(), query, key, value, rows, scaling=0.3, dropout=0.0)
+        assert (attended.shape, attended.dtype) == ((1, 15, 4, 8), torch.bfloat16)
         attended.sum().backward()
     assert [each.grad.shape for each in (query, key, value)] == [each.shape for each in (query, key, value)]
+
+
+def test_a_long_example_is_asked_in_parts_whom_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK", 7)
+    for kind in ("mistral", "bert", "modernbert"):
+        model, inputs = base(kind), batch(*LENGTHS)
+        with torch.no_grad():
+            expected = tokens_of(model, inputs)
+            assert unpad(model)
+            torch.testing.assert_close(tokens_of(model, inputs), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.grid(each="method")
@@ -399,9 +411,8 @@ def test_segments_equal_a_dense_mask(window: int | None, dtype: torch.dtype) -> 
         torch.randn(1, heads, 15, 8, generator=generator).to(dtype).requires_grad_() for heads in (4, 2, 2)
     )
     plain = [each.detach().float().requires_grad_() for each in (query, key, value)]
-    masks = [None if window is None else banded(size, window) for size in sizes]
-    rows = [Row(0, size) for size in sizes]
-    segments = Segments(rows, None, masks, _borders(rows, query.device))
+    layout = Layout(torch.arange(15), None, [Segment(0, size) for size in sizes], None)
+    segments = Segments(layout, True, 9 if window is None else window, None if window is None else banded(9, window))
     attended, _ = attend(SimpleNamespace(num_key_value_groups=2), query, key, value, segments, scaling=0.3)
     dense = torch.block_diag(*(banded(size, window).float() for size in sizes)).bool()
     repeated = [plain[0], *(each.repeat_interleave(2, dim=1) for each in plain[1:])]
