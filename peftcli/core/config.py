@@ -57,7 +57,7 @@ class AdapterConfig(PeftConfigMixin):
 
     peft_type: str = field(default="", metadata=BOOKKEEPING)
     """PEFT's name of the method, upper case; a ``PeftType`` in a config. The class says it, whatever is given."""
-    auto_mapping: dict[str, str] | None = field(default=None, metadata=BOOKKEEPING, compare=False)
+    auto_mapping: dict[str, Any] | None = field(default=None, metadata=BOOKKEEPING, compare=False)
     """PEFT's note of the base model's class, where task_type does not say it."""
     peft_version: str | None = field(default=None, metadata=BOOKKEEPING, compare=False)
     """The version of PEFT that wrote the file that the config was read from. Unset: ``readable_by``."""
@@ -95,7 +95,7 @@ class AdapterConfig(PeftConfigMixin):
         kind = cast("Any", type(self))
         for entry in fields(self):
             value = plain(getattr(self, entry.name))
-            if isinstance(value, (list, tuple)):
+            if isinstance(value, (list, tuple, range)):
                 value = set(value) if entry.name in self.as_sets else list(value)
             elif section := section_class(hints_of(kind)[entry.name]):
                 value = read_section(section, value, entry.name) if isinstance(value, dict) else value
@@ -275,6 +275,11 @@ class LayeredConfig(TargetedConfig):
     layers_pattern: list[str] | str | None = None
     """Name of the model's list of layers ("layers", "h"), or a regular expression for its end, where
     layers_to_transform cannot find it by itself."""
+
+    def normalise(self) -> None:
+        super().normalise()
+        if self.layers_to_transform == []:  # as PEFT's files have it
+            self.layers_to_transform = None
 
     def problems(self) -> list[tuple[str, str]]:
         found = super().problems()

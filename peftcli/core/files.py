@@ -294,10 +294,10 @@ def _add_saved_by_ending(model: nn.Module, config: AdapterConfig, header: Mappin
         name.rpartition(".")[0] for name in (each.removeprefix(config.file_prefix) for each in header) if name in base
     }
 
+    inside = tuple(f"{path}." for path in base_paths(model) if any(module_matches(path, entry) for entry in given))
+
     def is_more(name: str) -> bool:
-        longer = any(name.endswith(entry) for entry in given) and not any(
-            module_matches(name, entry) for entry in given
-        )
+        longer = any(name.endswith(entry) for entry in given) and not f"{name}.".startswith(inside)
         return longer and any(f"{each}.".startswith(f"{name}.") for each in held)
 
     if more := [name for name in base_paths(model) if is_more(name)]:

@@ -167,7 +167,8 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
     def twin(module: nn.Module) -> nn.Module:
         if id(module) not in done:
-            done[id(module)] = new = copy.copy(module)
+            done[id(module)] = new = type(module).__new__(type(module))  # parametrised ones refuse to be copied
+            new.__dict__.update(vars(module))
             for name, value in vars(new).items():
                 if isinstance(value, (dict, list, set)):
                     new.__dict__[name] = copy.copy(value)
@@ -205,14 +206,16 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
 def train_other_biases(model: nn.Module) -> None:
     """Train every bias of the model outside of adapter layers (``bias: all``)."""
     inside = tuple(f"{path}." for path in adapter_layers(model))
-    new = {
-        module: TrainedBias(module)
+    holders = {
+        name: module
         for name, module in model.named_modules()
         if module._parameters.get("bias") is not None
         and not isinstance(module, AdapterLayer)
         and not f"{name}.".startswith(inside)
     }
-    replace_modules(model, new)
+    own = {module.bias: module for module in reversed([*holders.values()]) if module._modules}
+    own |= {module.bias: module for module in reversed([*holders.values()]) if not module._modules}  # who adds it
+    replace_modules(model, {module: TrainedBias(module) for module in holders.values() if own[module.bias] is module})
 
 
 def _remove(model: nn.Module, chosen: Callable[[AdapterLayer], bool]) -> None:
@@ -252,6 +255,7 @@ def _wrapped(
     resolve_heads(model, config, initialised)
     saved = find_modules(model, config.modules_to_save or (), "modules_to_save")
     inside = tuple(f"{name}." for name in saved)  # trained in full already
+    saved = [name for name in saved if not name.startswith(inside)]
     names = [name for name in targets(model, config) if not f"{name}.".startswith(inside)]
     if not names and not saved:
         raise AdapterError("names no module to adapt", key="target_modules")

@@ -155,14 +155,16 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
                 hint="merge into the full-precision base model, or ask for dequantize",
             )
         check_not_offloaded(base, name)
-        tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
+        tensors = {**dict(base.named_parameters(remove_duplicate=False)), **dict(base.named_buffers())}
+        made = dict[torch.Tensor, torch.Tensor]()
         with torch.no_grad(), ready_to_merge(self):
             values = self.folded(dict(tensors))
         for tensor, value in values.items():
             before = tensors[tensor]
-            merged = value.detach().to(before.dtype)
-            if isinstance(before, nn.Parameter):
-                merged = nn.Parameter(merged, requires_grad=False)
+            if before not in made:
+                merged = value.detach().to(before.dtype)
+                made[before] = nn.Parameter(merged, requires_grad=False) if isinstance(before, nn.Parameter) else merged
+            merged = made[before]
             if not torch.isfinite(merged).all():
                 adapters = {each.adapter for each in (self, *layers_below(self)) if each.enabled}
                 raise AdapterError(
@@ -210,6 +212,7 @@ class TrainedCopy(PeftCopyMixin, AdapterLayer):
             raise AdapterError("a module with layers of another adapter cannot be trained in full", key=key)
         self.file_prefix = file_prefix
         self.copy = copy.deepcopy(base)
+        self.optional = tuple(self._shared())
         for parameter in self.copy.parameters():
             parameter.data = parameter.data.to(adapter_dtype(parameter))
             parameter.requires_grad_(True)
@@ -226,6 +229,14 @@ class TrainedCopy(PeftCopyMixin, AdapterLayer):
 
     def own_tensors(self) -> dict[str, nn.Parameter]:
         return dict(self.copy.named_parameters())
+
+    def _shared(self) -> dict[str, nn.Parameter]:
+        """Other names of parameters that stand in the copy more than once."""
+        own = self.own_tensors()
+        return {name: value for name, value in self.copy.named_parameters(remove_duplicate=False) if name not in own}
+
+    def file_tensors(self) -> dict[str, torch.Tensor]:
+        return {**super().file_tensors(), **self._shared()}
 
     def fixed_tensors(self) -> dict[str, torch.Tensor]:
         """Return the buffers of the copy that a checkpoint holds, such as the running statistics of a BatchNorm."""
@@ -397,7 +408,7 @@ def without_wrappers(path: str) -> str:
 def path_in_file(model: nn.Module, path: str) -> str:
     """Return the path that the adapter layer at ``path`` would have if its adapter were the only one."""
     adapter = model.get_submodule(path).adapter
-    return _path_past(model, path, lambda layer: layer.adapter != adapter)
+    return _path_past(model, path, lambda layer: layer.adapter != adapter or isinstance(layer, TrainedBias))
 
 
 def base_name(model: nn.Module, path: str) -> str:

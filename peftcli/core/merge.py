@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import free_statistics, keep_shape, replace_modules
 from peftcli.core.layer import (
     AdapterLayer,
+    WeightChange,
     adapter_layers,
     base_module,
     model_ends,
@@ -72,14 +74,12 @@ def merge_layer_by_layer(model: nn.Module) -> None:
         AdapterError: a layer cannot be merged, or a merged weight is not finite.
     """
     holders = Counter(map(id, (weight for _, weight in model.named_parameters(remove_duplicate=False))))
-    layers = outermost(model)
-    for name, layer in layers.items():
-        for module, leaf, before, value in layer.folded_weights(name):
-            if holders[id(before)] == 1:
-                before.data.copy_(value)  # where it is: the pages of a file that is mapped would stay in memory
-            else:
-                setattr(module, leaf, value)
-    replace_modules(model, {layer: base_module(layer) for layer in layers.values()})
+    for module, leaf, before, value in _changes(model):
+        if holders[id(before)] == 1:
+            before.data.copy_(value)  # where it is: the pages of a file that is mapped would stay in memory
+        else:
+            setattr(module, leaf, value)
+    replace_modules(model, {layer: base_module(layer) for layer in outermost(model).values()})
 
 
 @dataclass(frozen=True)
@@ -108,18 +108,33 @@ def fold(model: nn.Module) -> Folded:
     done = Folded([], [layer for layer in adapter_layers(model).values() if layer.enabled])
     kept: dict[torch.Tensor, torch.Tensor] = {}
     try:
-        for name, layer in outermost(model).items():
-            for module, leaf, before, value in layer.folded_weights(name):
-                first = kept.setdefault(before, value)
-                merged = first if torch.equal(first, value) else value  # shared and changed alike: still shared
-                done.before.append((module, leaf, before))
-                setattr(module, leaf, merged)
+        for module, leaf, before, value in _changes(model):
+            first = kept.setdefault(before, value)
+            merged = first if torch.equal(first, value) else value  # shared and changed alike: still shared
+            done.before.append((module, leaf, before))
+            setattr(module, leaf, merged)
     except AdapterError:
         done.undo()
         raise
     for layer in done.layers:
         layer.enabled, layer.merged_adapters = False, [layer.adapter]
     return done
+
+
+def _changes(model: nn.Module) -> Iterator[WeightChange]:
+    """What the enabled adapters change, layer by layer. A bias changes wherever it is held: BERT's head has it twice.
+
+    Raises:
+        AdapterError: a layer cannot be merged, or a merged weight is not finite.
+    """
+    biases = [(module, module._parameters["bias"]) for module in model.modules() if "bias" in module._parameters]
+    for name, layer in outermost(model).items():
+        for module, leaf, before, value in layer.folded_weights(name):
+            yield module, leaf, before, value
+            if leaf == "bias":
+                yield from (
+                    (other, leaf, before, value) for other, bias in biases if bias is before and other is not module
+                )
 
 
 def _keep_parameters(model: nn.Module, folded: Folded) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from peftcli.core.layer import (
     AdapterLayer,
+    TrainedBias,
     TrainedCopy,
     adapter_layers,
     base_module,
@@ -24,7 +25,7 @@ from peftcli.errors import AdapterError
 from peftcli.guard.files import short_name
 
 _MOST_SHOWN = 8
-_PEFT_COPY = re.compile(r"\.(modules_to_save|original_module)(?=\.bias$)")
+_PEFT_COPY = re.compile(r"\.(modules_to_save(\.[^.]+)?|original_module)(?=\.([^.]+\.)*bias$)")
 """With bias: all, PEFT writes the biases of saved modules under these names too, beside the true ones."""
 
 
@@ -130,6 +131,7 @@ def check_state(
         AdapterError: a missing, unexpected, misshapen or non-finite tensor; all of them in one message.
     """
     paths = _paths_in_file(model, adapter)
+    tensors = _without_adapter_names(tensors, {layer.adapter for layer in paths.values()}, file_tensors(model, adapter))
     for path, layer in paths.items():
         names = {tensor: layer.file_name(path, tensor) for tensor in layer.file_tensors()}
         layer.before_loading({tensor: tensors[name] for tensor, name in names.items() if name in tensors})
@@ -139,7 +141,7 @@ def check_state(
         name: wanted[name][0].adapt_from_file(wanted[name][1], tensors[name]) for name in tensors if name in wanted
     }
     values |= {name: tensors[name] for name in tensors if name in base}
-    copies = {name for path, layer in paths.items() for name in _copies(path, layer)}
+    copies = {name for path, layer in paths.items() for name in _copies(path, layer)} | _biases_again(model, paths)
     extra = [name for name in tensors if name not in copies and _PEFT_COPY.sub("", name) not in wanted]
     missing = {
         name: isinstance(layer, TrainedCopy) and own in layer.fixed_tensors()
@@ -201,6 +203,18 @@ def _fill(target: torch.Tensor, value: torch.Tensor, layer: AdapterLayer) -> Non
     torch.utils.swap_tensors(target, new)
 
 
+def _without_adapter_names(
+    tensors: Mapping[str, torch.Tensor], adapters: Collection[str], wanted: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """Return the tensors without the adapter's name in theirs, as the states of PEFT's models have it."""
+    name = re.compile(rf"(\.modules_to_save)?\.({'|'.join(map(re.escape, ('default', *adapters)))})(?=\.|$)")
+
+    def plain(given: str) -> str:
+        return short if given not in wanted and (short := name.sub("", given)) in wanted else given
+
+    return {plain(given): value for given, value in tensors.items()}
+
+
 def _listed(what: str, wrong: list[str]) -> str:
     """Return the message ``what`` with the first problems, each on its own line."""
     more = [f"and {len(wrong) - _MOST_SHOWN} more"] if len(wrong) > _MOST_SHOWN else []
@@ -210,6 +224,13 @@ def _listed(what: str, wrong: list[str]) -> str:
 def _copies(path: str, layer: AdapterLayer) -> dict[str, str]:
     """Return what PEFT's file holds once more for this layer: name in the file -> the tensor's name in the layer."""
     return {f"{layer.file_prefix}{path}.{tensor}": tensor for tensor in layer.copies}
+
+
+def _biases_again(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> set[str]:
+    """Return the names in a file of trained biases at all places of the base model that hold them."""
+    trained = {base_module(layer).bias: layer for layer in layers.values() if isinstance(layer, TrainedBias)}
+    held = ((name, module._parameters.get("bias")) for name, module in base_modules(model).items())
+    return {trained[bias].file_name(name, "bias") for name, bias in held if bias in trained}
 
 
 def _paths_in_file(model: nn.Module, adapter: str | None) -> dict[str, AdapterLayer]:
@@ -238,6 +259,8 @@ def base_weights(model: Any, adapter: str | None = None, prefix: str | None = No
     names = {id(module): name for name, module in base_modules(model).items()}
     found: dict[str, nn.Parameter] = {}
     for end in (base_module(end) for end in model_ends(model) if end is not None):
+        if id(end) not in names:  # in a module that trains in full
+            continue
         over = {path: layer for path, layer in layers.items() if base_module(layer) is end}
         for leaf, value in end._parameters.items():
             if value is None or not value.is_floating_point():

@@ -58,12 +58,13 @@ def inject_adapter_in_model(
     start_adapter(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
     configs: Any = getattr(model, "peft_config", {})
     model.peft_config = configs | {adapter_name: peft_config}  # libraries that use PEFT read it
-    set_adapter(model, adapter_name, inference_mode=peft_config.inference_mode)
+    set_active(model, [adapter_name])
+    set_trainable(model, not peft_config.inference_mode, adapter_name)
     return model
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-    """Make one adapter, or several together, the active ones. Their weights train.
+    """Make one adapter, or several together, the active ones. Their weights train, and those of no other.
 
     Args:
         model: the model.
@@ -75,6 +76,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
     """
     names = _known(model, adapter_name)
     set_active(model, names)
+    set_trainable(model, False)
     for name in names:
         set_trainable(model, not inference_mode, name)
 

@@ -385,8 +385,8 @@ class Tuner(nn.Module):
         return self.model
 
     def unload(self) -> nn.Module:
-        """The base model as it was before the adapters."""
-        self.unmerge_adapter()
+        """The base model without adapter layers. What ``merge_adapter`` has merged stays in its weights, as in PEFT."""
+        self.folded, self.merged_adapters = None, []
         unload(self.model)
         return self.model
 
