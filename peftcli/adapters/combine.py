@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from peftcli.adapters.card import write_card
-from peftcli.adapters.load import find_adapter
+from peftcli.adapters.load import SHARED_FILES, AdapterSource, find_adapter
 from peftcli.core.files import read_tensors, write_adapter
 from peftcli.errors import AdapterError, UsageError
+from peftcli.guard.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from peftcli.methods.combinations import Adapter, Combination, Combined
 from peftcli.methods.lora.combine import combine
 from peftcli.system.outputs import expand_user, new_folder, require_empty
 from peftcli.system.secrets import redact
+from peftcli.tasks import TASK_FILE
 
 
 def combine_adapters(
@@ -55,11 +57,17 @@ def combine_adapters(
         how.check()
     except AdapterError as error:
         raise UsageError(error.message, key=f"--{error.key}") from None
-    made = combine([_read(adapter) for adapter in adapters], weights, how)
+    sources = [find_adapter(adapter) for adapter in adapters]
+    files = _companions(adapters, sources)
+    read = (Adapter(name, each.config, read_tensors(each.folder)) for name, each in zip(adapters, sources, strict=True))
+    made = combine(list(read), weights, how)
     # what it was copied from may hold a password
     made.config.base_model_name_or_path = redact(made.config.base_model_name_or_path or "") or None
     with new_folder(output) as partial:
         write_adapter(made.tensors, made.config, partial)
+        for name, content in files.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_bytes(content)
         write_card(partial)
     given = [{"adapter": adapter, "weight": weight} for adapter, weight in zip(adapters, weights, strict=True)]
     return {"output": str(output), "adapters": given, "method": method, **_described(made, output)}
@@ -77,7 +85,27 @@ def _described(made: Combined, output: Path) -> dict[str, Any]:
     }
 
 
-def _read(adapter: str) -> Adapter:
-    source = find_adapter(adapter)
-    config, tensors = source.config, read_tensors(source.folder)
-    return Adapter(adapter, config, tensors)
+def _companions(adapters: Sequence[str], sources: Sequence[AdapterSource]) -> dict[str, bytes]:
+    """The files that say how the adapters' model reads and answers: name -> content.
+
+    Raises:
+        AdapterError: the adapters differ in it.
+    """
+    named = [(name, source) for name, source in zip(adapters, sources, strict=True) if source.task_values]
+    for name, source in named[1:]:
+        other, first = named[0]
+        if (source.task, source.recorded_options) != (first.task, first.recorded_options):
+            message = f"{name} and {other} differ in what {TASK_FILE} says of the model"
+            raise AdapterError(
+                message, hint="only adapters that answer alike can be combined: one task, the same order"
+            )
+    found: dict[str, bytes] = {}
+    for name in SHARED_FILES:
+        there = [(at, path.read_bytes()) for at, each in enumerate(sources) if (path := each.folder / name).is_file()]
+        if name.endswith((CONFIG_FILE, WEIGHTS_FILE, "README.md", "loss.png")) or not there:
+            continue
+        for at, content in there:
+            if content != there[0][1] and name != TASK_FILE:
+                raise AdapterError(f"{adapters[at]} and {adapters[there[0][0]]} have different files {name}")
+        found[name] = there[0][1]
+    return found

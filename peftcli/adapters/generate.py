@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peftcli.adapters.answer_file import content_key, write_answers
-from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
+from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter, other_base
 from peftcli.data.sources import read_rows
 from peftcli.errors import UsageError
 from peftcli.schema import BaseModel
@@ -57,6 +57,8 @@ def load_generator(
     if quantization is not None:
         wanted = None if quantization == "none" else Quantization(type=quantization)  # type: ignore[arg-type]
         spec = replace(spec, quantization=wanted)
+    if with_adapter and (odd := other_base(source, spec)):
+        tell(f"warning: {odd}")
     load = partial(_load, source, spec, with_adapter)
     if not merge_for or not with_adapter:
         return load()

@@ -128,10 +128,15 @@ class AdapterSource:
         """
         if self.base_name:
             return BaseModel(name=self.base_name)
-        if not self.config.base_model_name_or_path:
+        name = self.config.base_model_name_or_path
+        if not name:
             raise AdapterError("names no base model", file=str(self.folder), hint="give one with --base")
+        trained_here = mapping_at(self.record, "base_model").get("sha256")
+        if trained_here and not Path(name).is_absolute() and not os.path.lexists(expand_user(Path(name))):
+            message = f"was trained on the folder {name}, which is not in this one"
+            raise AdapterError(message, file=str(self.folder), hint="give it with --base")
         return BaseModel(
-            name=self.config.base_model_name_or_path,
+            name=name,
             revision=self.config.revision,
             quantization=trained_quantization(self.record, self.folder),
         )
@@ -257,6 +262,19 @@ def find_adapter(
     """
     folder = adapter_folder(name, revision, subfolder, **options)
     return AdapterSource(folder, read_config(folder), base)
+
+
+def other_base(source: AdapterSource, spec: BaseModel) -> str | None:
+    """What to say of a base model that is not the one of the adapter's run; None: it is, or that is not known."""
+    from peftcli.models.find import expanded
+    from peftcli.models.hub_files import base_hash
+
+    recorded = mapping_at(source.record, "base_model")
+    if recorded.get("sha256") is None or recorded.get("name") == spec.name:
+        return None
+    if base_hash(expanded(spec.name)) in (None, recorded["sha256"]):
+        return None
+    return f"{source.folder} was trained on {recorded.get('name')}, whose files differ from those of {spec.name}"
 
 
 def apply_adapter(loaded: LoadedModel, source: AdapterSource) -> None:

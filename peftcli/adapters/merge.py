@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from peftcli.adapters.float32 import computing_in_float32
-from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
+from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter, other_base
 from peftcli.core.files import load_adapter
 from peftcli.core.inject import is_reshaped
 from peftcli.core.layer import AdapterLayer, base_module, model_ends
@@ -116,6 +116,8 @@ def merge_adapter(
     name, trained = job.base.spec.name, source.base.quantization
     with new_folder(output) as partial, _reading(name):
         tell(f"merging into {name}")
+        if odd := other_base(source, job.base.spec):
+            tell(f"warning: {odd}")
         if trained and not dequantize:
             tell(f"it was trained on {trained.type} weights; these are the full-precision ones")
         untied = None if dequantize else _stream(job, partial, tell)

@@ -108,12 +108,12 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line ``args``, by default that of this process; return the exit code."""
     given = list(sys.argv[1:] if args is None else args) or ["--help"]
     options = given[: given.index("--")] if "--" in given else given
-    set_variables()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' progress bars, which redraw
     debug, as_json = "--debug" in options, "--json" in options
     rest = [arg for arg in options if arg != "--debug"] + given[len(options) :]
     try:
+        set_variables()
         with postponed_collection(), console.redacted_streams(), signals.handle_signals(last=_is_launched()):
             code = _run(rest or ["--help"])
         sys.stdout.flush()
@@ -130,6 +130,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return _show_error(_as_peftcli_error(error), as_json)
     except KeyboardInterrupt:
         return _show_error(Interrupted("stopped (SIGINT)", exit_code=130), as_json)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a library in Rust, which is no Exception
+            raise
+        return _show_error(_as_peftcli_error(error), as_json)
 
 
 def _show_error(error: PeftcliError, as_json: bool) -> int:
@@ -161,7 +165,7 @@ def _run(args: list[str]) -> int:
     return 0
 
 
-def _as_peftcli_error(error: Exception) -> PeftcliError:
+def _as_peftcli_error(error: BaseException) -> PeftcliError:
     """Convert an exception to a PeftcliError. For typer's, the hint names the command's help."""
     if (ours := to_peftcli_error(error)) is not None:
         return ours

@@ -69,4 +69,5 @@ def _print(path: Path, errors: list[Problem], warnings: list[Problem], memory: d
     if memory:
         kinds = ("weights", "adapter", "step", "evaluation", "saving", "file", "packages")
         parts = ", ".join(f"{kind} {memory[kind] / 2**30:.2f}" for kind in kinds if memory[kind])
-        console.out(f"memory: about {memory['peak'] / 2**30:.2f} GiB at the peak, of {parts}")
+        each = f" in each of {memory['processes']} processes" if memory["processes"] > 1 else ""
+        console.out(f"memory: about {memory['peak'] / 2**30:.2f} GiB at the peak{each}, of {parts}")

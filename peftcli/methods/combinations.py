@@ -13,7 +13,7 @@ factors by ``svd``:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -104,7 +104,12 @@ class Combination:
     def merged(self, values: torch.Tensor, weights: list[float]) -> torch.Tensor:
         """One tensor of stacked ones (n, ...) with a weight each. Of ``cat`` and ``svd`` the sum."""
         name = self.method.removesuffix("_svd")
-        return self._arithmetic("linear" if name in ("cat", "svd") else name)(values, weights)
+        if name in ("ties", "magnitude_prune"):
+            values = self._drop_small(values)
+        elif name.startswith("dare"):
+            values = self._drop_some(values)
+        add = self._agreed_mean if name.endswith("ties") else _sum
+        return add(values, torch.tensor(weights, dtype=values.dtype, device=values.device))
 
     def _clamped(self, left: torch.Tensor, right: torch.Tensor) -> Update:
         if self.clamp is None:
@@ -113,17 +118,6 @@ class Combination:
         place = self.clamp * (len(values) - 1)  # as torch.quantile, which takes no more than 16 million values
         limit = values[math.floor(place)].lerp(values[math.ceil(place)], place % 1).abs()
         return Update(left.clamp(-limit, limit), right.clamp(-limit, limit))
-
-    def _arithmetic(self, name: str) -> Callable[[torch.Tensor, list[float]], torch.Tensor]:
-        """Return the function that combines stacked tensors (n, ...) with a weight each."""
-        small, all_of_it = self._drop_small, torch.Tensor.clone
-        drops: dict[str, Callable[[torch.Tensor], torch.Tensor]]
-        drops = {"linear": all_of_it, "ties": small, "magnitude_prune": small}
-        drop = drops.get(name, self._drop_some)
-        add = self._agreed_mean if name.endswith("ties") else _sum
-        return lambda values, weights: add(
-            drop(values), torch.tensor(weights, dtype=values.dtype, device=values.device)
-        )
 
     def _drop_small(self, values: torch.Tensor) -> torch.Tensor:
         """Of each tensor, the largest values."""
@@ -237,6 +231,9 @@ def replaced(adapters: Sequence[Adapter], weights: Sequence[float], known: Colle
         elif len(there) < len(adapters):
             without = adapters[[value is None for value in values].index(True)].name
             raise AdapterError(f"{without} does not hold {name}, which another of the adapters replaces")
+        elif len({value.shape for value in there}) > 1:
+            said = " and ".join(" x ".join(map(str, value.shape)) for value in there)
+            raise AdapterError(f"{name} is of other sizes in other adapters: {said}")
         elif not math.isclose(sum(weights), 1.0, rel_tol=1e-9):
             raise AdapterError(
                 f"{name} replaces values of the base model; such values can only be averaged, and the weights add up "

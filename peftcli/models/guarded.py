@@ -42,9 +42,13 @@ def translated_errors(name: str) -> Iterator[None]:
                 f"cannot load {name}: the hub cannot be reached", key="base_model", hint="try again with a network"
             ) from error
         text = " ".join(str(error).split()) or type(error).__name__
+        if found := _NO_FORM.match(text):
+            text = f"transformers has no {found['form']} for a model with {found['config']}"
         raise ModelError(f"cannot load {name}: {one_line(text)}", key="base_model") from error
 
 
+_NO_FORM = re.compile(r"Unrecognized configuration class <class '[\w.]*?(?P<config>\w+)'> .*?: (?P<form>\w+)\.")
+"""What transformers says of an auto class that does not know a model, before it names the thousand that it knows."""
 _OF_NEW_HEADS = re.compile(r"LOAD REPORT from|^You passed `num_labels=")
 """Messages of transformers about weights that the checkpoint lacks. ``find_initialised`` checks and reports those."""
 

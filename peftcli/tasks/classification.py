@@ -131,6 +131,8 @@ class Classification(Task[Settings]):
         labels = list(self.labels or declared or seen)
         if not self.labels and set(labels) == set(map(str, range(len(labels)))):
             labels.sort(key=int)
+        if len(self.labels or ()) == 1 and kind != "multi_label":
+            raise DataError(f"names one class, {labels[0]!r}; a classifier needs two", key="task.labels")
         if len(labels) < 2 and kind != "multi_label":
             found = f"all training rows have the label {labels[0]!r}" if labels else "no training row has a label"
             raise DataError(f"{found}; a classifier needs two classes", key="dataset.train", hint=left_out.hint)

@@ -121,7 +121,8 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
             DataError: a text is missing, or the question leaves no room.
         """
         question, context = (_text(row, reader, name) for name in ("question", "context"))
-        room = self.max_length - len(self.processor(question, "", verbose=False)["input_ids"])
+        asked = self.processor(question.lstrip(), add_special_tokens=False, verbose=False)["input_ids"]
+        room = self.max_length - len(asked) - self.processor.num_special_tokens_to_add(pair=True)
         found: Any = {"input_ids": []}
         if room > 0:
             found = self.processor(

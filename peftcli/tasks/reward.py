@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from peftcli.data.findings import Finding, Records
 from peftcli.data.rows import Row, Table
 from peftcli.data.store import Column, Example, Outcome
 from peftcli.errors import DataError
@@ -64,6 +65,10 @@ class Reward(AnswerInputs, Task[settings.Reward]):
             except DataError as error:
                 outcomes[at] = error
         return outcomes
+
+    def record_findings(self, records: Records) -> list[Finding]:
+        """Those of the answers, but that a score needs no end."""
+        return [each for each in super().record_findings(records) if each.name != "end_not_trained"]
 
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
         margins = torch.tensor([float(each.arrays["margin"]) for each in examples])

@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
+from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter, other_base
 from peftcli.core.inject import unload
 from peftcli.data.findings import refuse
 from peftcli.errors import GateFailed
@@ -52,6 +52,8 @@ def measure(
     recipe = with_task(recipe, on_note)
     accelerator = start_accelerator(replace(recipe, launch=Launch()))  # one process measures
     source, base = None if adapter is None else find_adapter(adapter), open_base(recipe.base_model)
+    if source is not None and (odd := other_base(source, recipe.base_model)):
+        on_warning(odd)
     trained = source is not None and source.task_values and source.task == (recipe.task or {}).get("type")
     opened = source.open_task(base) if source is not None and trained else None
     data = load_data(recipe, opened or open_task(recipe, base), only_eval=True, on_note=on_note)

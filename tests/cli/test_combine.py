@@ -11,6 +11,8 @@ import pytest
 import torch
 from models_tiny import batch, logits, randomise, tiny
 from safetensors.torch import load_file, save_file
+from taskkit import CASES
+from trainkit import run_recipe
 
 import peftcli
 from peftcli.cli.combine import Method
@@ -126,6 +128,21 @@ def test_refusals(case: str, cli: Callable[..., Any], pair: list[str], tmp_path:
     assert "Traceback" not in ran.err
     assert ran.out == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_classifiers_are_combined_with_their_classes_and_others_not(cli: Callable[..., Any], tmp_path: Path) -> None:
+    folders = []
+    for name, labels in (("one", "[good, bad]"), ("other", "[bad, good]")):
+        (tmp_path / name).mkdir()
+        recipe = CASES["sequence_classification"].write(tmp_path / name)
+        folders.append(run_recipe(recipe, f"task.labels={labels}", "training.max_steps=1").folder)
+    ran = cli("combine", f"{folders[0]}=0.5", f"{folders[1]}=0.5", "--output", tmp_path / "both")
+    assert ran.code == 4
+    assert "differ in what task.json says" in ran.err
+    assert cli("combine", f"{folders[0]}=0.5", f"{folders[0]}=0.5", "--output", tmp_path / "same").code == 0
+    assert (tmp_path / "same/task.json").read_bytes() == (folders[0] / "task.json").read_bytes()
+    answers = [cli("predict", folder, "sun tea", "--json").out for folder in (folders[0], tmp_path / "same")]
+    assert answers[0] == answers[1]
 
 
 def test_broken_and_foreign_adapters_are_refused(cli: Callable[..., Any], pair: list[str], tmp_path: Path) -> None:

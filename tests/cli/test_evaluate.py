@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,29 @@ def test_an_adapter_measures_as_in_training(cli: Callable, recipe: Path, method:
         base = json.loads(cli("evaluate", recipe, EVALUATES, "--json").out)
         assert base["eval"]["last"] == pytest.approx(done.run["eval"]["first"], rel=1e-6)
         assert base["adapter"] is None
+
+
+def test_another_base_model_and_one_that_is_elsewhere_are_said(
+    cli: Callable, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = recipe.parent
+    base, other = folder / "base", folder / "other"
+    shutil.copytree(trainkit.base_folder(), base)
+    shutil.copytree(base, other)
+    (other / "config.json").write_text((base / "config.json").read_text() + " ")
+    monkeypatch.chdir(folder)
+    done = run_recipe(recipe, "base_model=base", "training.max_steps=1")
+    assert cli("evaluate", recipe, "base_model=base", "--adapter", done.folder).err.count("warning") == 0
+    told = "was trained on base, whose files differ from those of other"
+    assert told in cli("evaluate", recipe, "base_model=other", "--adapter", done.folder).err
+    asked = ("generate", done.folder, "--prompt", "x", "--max-new-tokens", 1)
+    assert told in cli(*asked, "--base", "other").err
+    assert told in cli("merge", done.folder, "--base", "other", "--output", folder / "merged").err
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    ran = cli(*asked)
+    assert ran.code == 4
+    assert "was trained on the folder base, which is not in this one\ngive it with --base" in ran.err
 
 
 def test_it_prints_the_metrics_and_changes_nothing(cli: Callable, recipe: Path) -> None:

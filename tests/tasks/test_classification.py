@@ -131,6 +131,9 @@ def test_one_class_alone_is_refused() -> None:
     with pytest.raises(DataError, match=r"were left out\. The first: .*label") as caught:
         scanned([*rows("ham", "ham"), {"text": "b"}])
     assert "all training rows have the label 'ham'" in caught.value.message
+    with pytest.raises(DataError, match="names one class, 'ham'") as caught:
+        scanned(rows("ham", "spam"), labels=["ham"])
+    assert caught.value.key == "task.labels"
 
 
 @pytest.mark.parametrize(

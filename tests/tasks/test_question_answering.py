@@ -13,6 +13,7 @@ import torch
 import transformers
 from classifierkit import encoded, open_task, scanned, table_of
 from taskkit import CASES
+from tokenizers.processors import TemplateProcessing
 from trainkit import write_rows
 
 from peftcli.core.inject import inject
@@ -99,6 +100,18 @@ def test_rows_that_cannot_be_used(change: dict[str, Any], message: str) -> None:
     [bad] = encoded(open_task(NAME, unanswerable=False, stride=16), [{**ROW, **change}])
     assert isinstance(bad, DataError)
     assert message in bad.message
+
+
+@pytest.mark.parametrize("length", [6, 12, 24, 48])
+def test_a_window_is_no_larger_than_max_length_or_the_row_an_error(length: int) -> None:
+    """The tokenizer counts for itself, and panics where it has less room than it was told."""
+    task = open_task(NAME, max_length=length, stride=64, unanswerable=False)
+    around: dict[str, Any] = {"single": "[CLS] $A [SEP]", "pair": "[CLS] $A [SEP] $B [SEP]"}
+    special = [("[CLS]", 1), ("[SEP]", 2)]
+    task.processor.backend_tokenizer.post_processor = TemplateProcessing(**around, special_tokens=special)
+    [found] = encoded(task, [LONG])
+    assert isinstance(found, DataError)
+    assert "tokens for the context" in found.message
 
 
 def test_whether_answers_may_be_missing_is_found() -> None:

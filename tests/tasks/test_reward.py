@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +13,8 @@ import pytest
 import torch
 import transformers
 from classifierkit import encoded, open_task, table_of
-from taskkit import PREFERRED
+from taskkit import CASES, PREFERRED
+from trainkit import run_recipe
 
 from peftcli.errors import DataError
 from peftcli.tasks.base import PredictOptions, model_inputs
@@ -118,3 +122,18 @@ def test_a_pair_is_shown_to_be_compared_with_its_margin() -> None:
         assert PREFERRED[0][text.title][0]["content"] in "".join(token.text for token in text.tokens)
     assert margin == Facts({"margin": "0.5"})
     assert len(task.show(second).parts) == 2
+
+
+def test_answers_need_no_end(tmp_path: Path) -> None:
+    """Texts over an encoder, whose tokenizer has no end to train, are no finding."""
+    recipe = CASES["reward"].write(tmp_path)
+    rows = [{"prompt": "sun", "chosen": f" tea {at}", "rejected": f" moon {at}"} for at in range(8)]
+    (tmp_path / "texts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    base = shutil.copytree(open_task("reward", "bert").base.name, tmp_path / "base")
+    described = json.loads((base / "tokenizer_config.json").read_text())
+    described.pop("eos_token", None)
+    (base / "tokenizer_config.json").write_text(json.dumps(described))
+    settings = (f"base_model={base}", f"dataset.train={tmp_path}/texts.jsonl", "dataset.eval=null")
+    assert (
+        run_recipe(recipe, *settings, "training.eval_strategy=no", "training.max_steps=1").run["status"] == "complete"
+    )

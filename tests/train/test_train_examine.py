@@ -90,7 +90,7 @@ def test_an_encoder_is_no_language_model(recipe: Path, tmp_path: Path) -> None:
     transformers.BertForMaskedLM(transformers.BertConfig.from_pretrained(base)).save_pretrained(base)
     trainkit.write_rows(recipe.parent / "train.jsonl", [{"text": "some words"}] * 4)
     said = says_so(recipe, f"base_model={base}", "dataset.eval=null")
-    assert "base_model: bert reads a text in both directions" in said
+    assert "base_model: bert is an encoder" in said
 
 
 def test_weights_that_transformers_looks_for_elsewhere_are_named(tmp_path: Path) -> None:
