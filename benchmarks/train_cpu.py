@@ -51,16 +51,6 @@ SIDES: dict[str, tuple[tuple[str, ...], Cell]] = {
     f"peftcli at {BEFORE}": (("fp32", "bf16"), {"function": "earlier"}),
 }
 """Side -> the precisions in which it is measured, and its arguments; ``sides.py`` has the functions."""
-FEWER = (
-    "floor",
-    "peftcli",
-    "peftcli, grouped",
-    "Trainer",
-    "Trainer, grouped",
-    "Trainer, bf16 base",
-    "TRL",
-    "TRL, packing",
-)
 KINDS = {
     "unequal": [side for side in SIDES if not side.endswith(BEFORE)],
     "unlike": ["floor", "peftcli", "Trainer", "Trainer, grouped"],

@@ -20,6 +20,7 @@ from peftcli.guard.files import read_json_object
 from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.guard.typed_fields import fits, hints_of, mapping_at
 from peftcli.methods import config_from_dict
+from peftcli.models.hub_files import base_hash
 from peftcli.models.quantization import trained_quantization
 from peftcli.schema import BaseModel
 from peftcli.system import hub_requests
@@ -266,13 +267,10 @@ def find_adapter(
 
 def other_base(source: AdapterSource, spec: BaseModel) -> str | None:
     """What to say of a base model that is not the one of the adapter's run; None: it is, or that is not known."""
-    from peftcli.models.find import expanded
-    from peftcli.models.hub_files import base_hash
-
     recorded = mapping_at(source.record, "base_model")
     if recorded.get("sha256") is None or recorded.get("name") == spec.name:
         return None
-    if base_hash(expanded(spec.name)) in (None, recorded["sha256"]):
+    if base_hash(expand_user(Path(spec.name))) in (None, recorded["sha256"]):
         return None
     return f"{source.folder} was trained on {recorded.get('name')}, whose files differ from those of {spec.name}"
 

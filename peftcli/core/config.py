@@ -232,6 +232,8 @@ def _is_newer(version: object) -> bool:
 class TargetedConfig(AdapterConfig):
     """A config of a method that wraps chosen modules of the model."""
 
+    family_targets: ClassVar[dict[str, list[str]]] = {}
+    """Where the method's usual targets are not LoRA's: family of models -> modules."""
     as_sets: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules")
 
     target_modules: list[str] | str | None = None
@@ -255,7 +257,7 @@ class TargetedConfig(AdapterConfig):
 
     def usual_targets(self, model_type: str) -> list[str] | str:
         """Return what unset target_modules mean for a family of models."""
-        return FAMILY_TARGETS.get(model_type, "all-linear")
+        return self.family_targets.get(model_type) or FAMILY_TARGETS.get(model_type, "all-linear")
 
 
 @dataclass(kw_only=True)

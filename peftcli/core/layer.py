@@ -34,6 +34,8 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
     """Name of the layer's adapter."""
     fixed: tuple[str, ...] = ()
     """Names, below the layer, of the adapter's tensors that never train: projections drawn once, starting values."""
+    saves_fixed = True
+    """Whether the file holds these too."""
     larger_rate: tuple[str, ...] = ()
     """Names of the tensors that LoRA+ trains faster; see ``methods.learning_rates``."""
     embedding_rate: tuple[str, ...] = ()
@@ -106,7 +108,7 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
         A method that saves other tensors than it trains computes them here. With ``inference_mode`` in its config its
         layer holds them as they are, to be filled from a file.
         """
-        return {**self.own_tensors(), **self.fixed_tensors()}
+        return {**self.own_tensors(), **(self.fixed_tensors() if self.saves_fixed else {})}
 
     def file_name(self, path: str, tensor: str) -> str:
         """Return the name of ``tensor`` in the adapter file, for a layer at ``path`` in the model."""

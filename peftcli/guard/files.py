@@ -35,13 +35,9 @@ def read_small(path: Path, limit: int) -> bytes:
         OSError: the file cannot be read.
         ValueError: it is not a regular file, or is larger.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    with os.fdopen(handle, "rb") as file:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("not a regular file")
-        if found.st_size > limit:
-            raise ValueError(f"it has {found.st_size:,} bytes, and at most {limit:,} are read")
+    with open_regular(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > limit:
+            raise ValueError(f"it has {size:,} bytes, and at most {limit:,} are read")
         return file.read(limit)
 
 

@@ -16,9 +16,10 @@ from peftcli.errors import ModelError
 from peftcli.guard.files import is_folder
 from peftcli.guard.safetensors_header import open_safetensors
 from peftcli.models import hub_files, quantization, tokens, validate
-from peftcli.models.find import FoundBase, expanded
+from peftcli.models.find import FoundBase
 from peftcli.models.guarded import translated_errors
 from peftcli.schema import BaseModel
+from peftcli.system.outputs import expand_user
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,9 @@ class LoadedModel:
 
 class OpenBase:
     """An open base model: give ``open_base`` its spec."""
+
+    is_pipeline = False
+    """Whether it is made of several models, each in a folder of its own."""
 
     def __init__(self, spec: BaseModel, found: FoundBase, template: str | None, processors: Path | None = None):
         self.spec, self.name = spec, spec.name
@@ -231,11 +235,6 @@ class OpenBase:
         path = self.folder / name
         return path if not self._is_gguf and os.path.lexists(path) else None
 
-    @property
-    def is_pipeline(self) -> bool:
-        """Whether it is made of several models, each in a folder of its own."""
-        return False
-
     def shards(self) -> list[Path]:
         """Return the safetensors files, whole and on this machine, in order; none if the model is stored otherwise.
 
@@ -248,7 +247,7 @@ class OpenBase:
     def stored_bytes(self) -> int:
         """Return the size of the files of weights that are on this machine already."""
         if self._is_gguf:
-            return expanded(self.name).stat().st_size
+            return expand_user(Path(self.name)).stat().st_size
         own = validate.weights_name(self._json.get(self.folder / "config.json", {}), "")
         found = next(
             (path for name in ([own] if own else validate.WEIGHTS) if (path := self.folder / name).exists()), None
@@ -275,7 +274,7 @@ class OpenBase:
     def _check_weights(self, auto_class: str) -> None:
         """Raise ModelError unless the weights are whole safetensors files, as large as the config says."""
         if not self._shards:
-            folder = expanded(self.name)
+            folder = expand_user(Path(self.name))
             names = [path.name for path in folder.iterdir()] if is_folder(folder) else []
             raise validate.no_weights(self.name, names)
         if self.quantization is None:
@@ -286,7 +285,7 @@ class OpenBase:
     @property
     def _where(self) -> dict[str, Any]:
         """The arguments of ``from_pretrained`` that say which model."""
-        gguf = {"gguf_file": expanded(self.name).name} if self._is_gguf else {}
+        gguf = {"gguf_file": expand_user(Path(self.name)).name} if self._is_gguf else {}
         return {
             "pretrained_model_name_or_path": str(self.folder),
             "trust_remote_code": self.spec.trust_remote_code,

@@ -14,6 +14,7 @@ from peftcli.guard.files import irregular_kind, is_folder, short_name
 from peftcli.models import hub_files
 from peftcli.models.hub_files import PIPELINE_FILE
 from peftcli.schema import BaseModel
+from peftcli.system.outputs import expand_user
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -40,7 +41,7 @@ def find_base(spec: BaseModel) -> FoundBase:
         HubError: the hub has no such model, or refuses it.
         NetworkError: the hub cannot be reached.
     """
-    path = expanded(spec.name)
+    path = expand_user(Path(spec.name))
     if spec.name.endswith(".gguf"):
         if (wrong := irregular_kind(path)) or not path.exists():
             raise ModelError(wrong or "no such file", file=short_name(spec.name), key="base_model")
@@ -85,11 +86,3 @@ def _refuse_adapter(folder: Path) -> None:
             key="base_model",
             hint="name the base model of the adapter",
         )
-
-
-def expanded(name: str) -> Path:
-    """Return the path that a name would be, its ``~`` resolved."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # ~name, of a user that this machine does not know
-        return Path(name)

@@ -41,6 +41,8 @@ class OpenPipeline(OpenBase):
     What is adapted of it is its denoiser and, if asked for, its encoders of texts, as one module.
     """
 
+    is_pipeline = True
+
     def __init__(self, spec: BaseModel, found: FoundBase, template: str | None, processors: Path | None = None):
         super().__init__(spec, found, template, processors)
         if importlib.util.find_spec("diffusers") is None:
@@ -75,10 +77,6 @@ class OpenPipeline(OpenBase):
                 message = f"is {short_repr(value)}; a class of {' or '.join(_LIBRARIES)} is wanted"
                 raise ModelError(message, file=str(self.folder / PIPELINE_FILE), key=name)
             yield name, (library, kind)
-
-    @property
-    def is_pipeline(self) -> bool:
-        return True
 
     @cached_property
     def config(self) -> PreTrainedConfig:

@@ -27,6 +27,3 @@ PEFT_TYPE_TO_CONFIG_MAPPING = {PeftType(row.peft_type): row.config_class() for r
 PEFT_TYPE_TO_TUNER_MAPPING = dict.fromkeys(PEFT_TYPE_TO_CONFIG_MAPPING, Tuner)
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING = PEFT_TYPE_TO_TUNER_MAPPING
 """All methods: adapters of any of them can be in one model."""
-
-DUMMY_MODEL_CONFIG = {"model_type": "custom"}
-"""PEFT's config of a model that has none: see ``Tuner.get_model_config``."""

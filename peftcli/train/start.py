@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcli.errors import FolderBusy, PeftcliError
-from peftcli.models.find import expanded
 from peftcli.models.hub_files import hash_ahead
 from peftcli.schema import Recipe
 from peftcli.system import signals
+from peftcli.system.outputs import expand_user
 from peftcli.train import launch
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.status import read_records, record_failure
@@ -53,7 +53,7 @@ def start(
             _launch(recipe, folder, command, count, on_event, overwrite)
             return None
 
-    hash_ahead(expanded(recipe.base_model.name))
+    hash_ahead(expand_user(Path(recipe.base_model.name)))
 
     from peftcli.train import fresh_process, run
 

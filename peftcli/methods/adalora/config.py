@@ -19,16 +19,6 @@ from peftcli.errors import PeftWarning
 from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, too_small
 from peftcli.methods.lora.config import LoraRuntimeConfig
 
-_FAMILY_TARGETS = {
-    "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-    "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
-    "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
-    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-    "roberta": ["query", "key", "value", "dense"],
-    "t5": ["q", "k", "v", "o", "wi", "wo"],
-}
-"""Where PEFT's usual targets for AdaLoRA are not LoRA's."""
-
 
 @dataclass(kw_only=True)
 class _LoraSettings(TargetedConfig):
@@ -67,6 +57,14 @@ class AdaLoraConfig(_LoraSettings, BiasConfig, FanInConfig, ExcludingConfig, Lay
 
     peft_type = "ADALORA"
     learning_rate = 1e-2
+    family_targets: ClassVar[dict[str, list[str]]] = {
+        "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+        "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
+        "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
+        "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+        "roberta": ["query", "key", "value", "dense"],
+        "t5": ["q", "k", "v", "o", "wi", "wo"],
+    }
     sizes: ClassVar[tuple[str, ...]] = ("init_r",)
     found_by_training: ClassVar[tuple[str, ...]] = ("total_step",)
     always_written: ClassVar[tuple[str, ...]] = ("target_modules", "lora_alpha", "target_r", "init_r", "total_step")
@@ -121,9 +119,6 @@ class AdaLoraConfig(_LoraSettings, BiasConfig, FanInConfig, ExcludingConfig, Lay
     def check_steps(self, total: int) -> None:
         if self.total_step is None:
             replace(self, total_step=total).check()
-
-    def usual_targets(self, model_type: str) -> list[str] | str:
-        return _FAMILY_TARGETS.get(model_type) or super().usual_targets(model_type)
 
     def file_dict(self) -> dict[str, Any]:
         # PEFT reads no file without total_step: before any training it gets the least that its schedule allows

@@ -19,15 +19,13 @@ class BeftConfig(TargetedConfig):
 
     peft_type = "BEFT"
     learning_rate = 1e-2
+    family_targets: ClassVar[dict[str, list[str]]] = {family: [name] for family, name in _TARGETS.items()}
     always_written: ClassVar[tuple[str, ...]] = ("target_modules",)
 
     init_weights: bool = True
     """Start from a bias of zero; false starts at random, for tests."""
     without_bias: str | None = field(default=None, metadata={"recipe": False, "file": False})
     """Name of an adapted layer that has no bias to merge into, once the adapter is in a model."""
-
-    def usual_targets(self, model_type: str) -> list[str] | str:
-        return [_TARGETS[model_type]] if model_type in _TARGETS else super().usual_targets(model_type)
 
     def merge_problem(self) -> str | None:
         return self.without_bias and f"BEFT cannot be merged here: {self.without_bias} has no bias in the base model"

@@ -8,9 +8,6 @@ from typing import ClassVar, Literal
 from peftcli.core.config import BiasConfig, LayeredConfig
 from peftcli.methods._settings import Problems, not_one_of, pattern_too_small, too_small
 
-_FAMILY_TARGETS = {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}
-"""Where PEFT's usual targets for C3A are not LoRA's."""
-
 
 @dataclass(kw_only=True)
 class C3AConfig(BiasConfig, LayeredConfig):
@@ -18,6 +15,7 @@ class C3AConfig(BiasConfig, LayeredConfig):
 
     peft_type = "C3A"
     learning_rate = 5e-2
+    family_targets: ClassVar[dict[str, list[str]]] = {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}
     sizes: ClassVar[tuple[str, ...]] = ("block_size", "block_size_pattern")
     always_written: ClassVar[tuple[str, ...]] = ("block_size", "target_modules")
 
@@ -32,6 +30,3 @@ class C3AConfig(BiasConfig, LayeredConfig):
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, block_size=1) + pattern_too_small(self, "block_size_pattern")
         return found + not_one_of(self, "init_weights", True, False, "gaussian", "kaiming_uniform", "xavier_uniform")
-
-    def usual_targets(self, model_type: str) -> list[str] | str:
-        return _FAMILY_TARGETS.get(model_type) or super().usual_targets(model_type)

@@ -8,9 +8,6 @@ from typing import ClassVar
 from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
 from peftcli.methods._settings import Problems, not_positive, pattern_too_small, too_small
 
-_FAMILY_TARGETS = {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}
-"""Where PEFT's usual targets for FourierFT are not LoRA's."""
-
 
 @dataclass(kw_only=True)
 class FourierFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
@@ -18,6 +15,7 @@ class FourierFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
 
     peft_type = "FOURIERFT"
     learning_rate = 5e-3
+    family_targets: ClassVar[dict[str, list[str]]] = {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}
     sizes: ClassVar[tuple[str, ...]] = ("n_frequency", "n_frequency_pattern")
     always_written: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "target_modules", "random_loc_seed")
 
@@ -35,6 +33,3 @@ class FourierFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, n_frequency=1) + not_positive(self, "scaling")
         return found + pattern_too_small(self, "n_frequency_pattern")
-
-    def usual_targets(self, model_type: str) -> list[str] | str:
-        return _FAMILY_TARGETS.get(model_type) or super().usual_targets(model_type)

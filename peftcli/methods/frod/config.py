@@ -20,6 +20,7 @@ class FrodConfig(BiasConfig, FanInConfig, LayeredConfig):
 
     peft_type = "FROD"
     learning_rate = 2e-3
+    family_targets: ClassVar[dict[str, list[str]]] = {"phi": ["q_proj", "v_proj"], "vit": ["query", "value"]}
     always_written: ClassVar[tuple[str, ...]] = (
         "target_modules", "sparse_rate", "projection_prng_key", "save_projection",
     )  # fmt: skip
@@ -52,10 +53,6 @@ class FrodConfig(BiasConfig, FanInConfig, LayeredConfig):
         if not 0 <= self.sparse_rate <= 1:
             found.append(("sparse_rate", f"must be in [0, 1], not {self.sparse_rate}"))
         return found
-
-    def usual_targets(self, model_type: str) -> list[str] | str:
-        usual = {"phi": ["q_proj", "v_proj"], "vit": ["query", "value"]}
-        return usual.get(model_type) or super().usual_targets(model_type)
 
     def merge_problem(self) -> str | None:
         if self.save_projection:

@@ -51,7 +51,7 @@ class FrodLinear(WeightDeltaLinear):
     def __init__(self, module: nn.Module, name: str, config: FrodConfig):
         super().__init__(module, name, "FRoD", config.bias, config.frod_dropout)
         self.kind = kind_of(name)
-        self.saves_shared = config.save_projection
+        self.saves_fixed = config.save_projection
         self.offloads = config.runtime_offload_base_weight
         if self.offloads and is_quantised(base_module(self)):
             key = "runtime_offload_base_weight"
@@ -76,9 +76,6 @@ class FrodLinear(WeightDeltaLinear):
             if not config.init_weights:
                 self.frod_lambda_l.add_(torch.randn_like(lengths), alpha=0.1)
                 self.frod_lambda_s_values.normal_(std=0.1)
-
-    def file_tensors(self) -> dict[str, torch.Tensor]:
-        return super().file_tensors() if self.saves_shared else {**self.own_tensors()}
 
     def file_name(self, path: str, tensor: str) -> str:
         if tensor in self.fixed:

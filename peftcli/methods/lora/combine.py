@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +41,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: Combinat
     how.check()
     configs = [_lora(adapter) for adapter in adapters]
     check_alike(adapters, weights, _SAME)
-    given = [_updates_of(updates, adapter, config) for adapter, config in zip(adapters, configs, strict=True)]
+    given = [_updates_of(adapter, config) for adapter, config in zip(adapters, configs, strict=True)]
     names = {path: pair for adapter in adapters for path, pair in pairs(adapter.tensors).items()}
     known = {tensor for pair in names.values() for tensor in (pair.a, pair.b, pair.bias)}
     tensors = replaced(adapters, weights, known) | _biases(adapters, weights, given, names)
@@ -79,13 +79,11 @@ def _lora(adapter: Adapter) -> LoraConfig:
     return config
 
 
-def _updates_of(
-    compute: Callable[[LoraConfig, Mapping[str, torch.Tensor]], dict[str, Update]], adapter: Adapter, config: LoraConfig
-) -> dict[str, Update]:
+def _updates_of(adapter: Adapter, config: LoraConfig) -> dict[str, Update]:
     """Return the adapter's updates in float32 or wider; errors name the adapter."""
     wide = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in adapter.tensors.items()}
     try:
-        found = compute(config, wide)
+        found = updates(config, wide)
     except AdapterError as error:
         raise AdapterError(f"{adapter.name} cannot be combined: {error.message}", key=error.key) from None
     for path, pair in pairs(wide).items():

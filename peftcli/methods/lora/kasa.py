@@ -25,6 +25,7 @@ class KasaLinear(LoraLinear):
     """``y = (W - W_r) x + scaling * B (d * A x)`` with ``d: (r,)`` and ``W_r`` the r weakest directions of W."""
 
     fixed = ("weak_A", "weak_B")
+    saves_fixed = False
 
     def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig):
         super().__init__(base_layer, name, config)
@@ -67,9 +68,6 @@ class KasaLinear(LoraLinear):
         pair = (self.weak_A, self.weak_B) if known else weakest(weight.to(adapter_dtype(weight)), self.r)
         a, b = self._taken(*pair)
         return merged | {"weight": merged["weight"] - b @ a}
-
-    def file_tensors(self) -> dict[str, torch.Tensor]:
-        return {**self.own_tensors()}
 
     def penalty(self) -> torch.Tensor:
         """Return what training adds to the loss for this layer: a scalar."""

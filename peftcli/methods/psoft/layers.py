@@ -21,6 +21,7 @@ class PsoftLinear(WeightDeltaLinear):
     """
 
     fixed = ("psoft_A", "psoft_B")
+    saves_fixed = False
     psoft_A: torch.Tensor
     psoft_B: torch.Tensor
 
@@ -34,9 +35,6 @@ class PsoftLinear(WeightDeltaLinear):
         self.psoft_R = Rotation(config, module)
         for tensor, value in zip(self.fixed, self._principal(dense_weight(module)), strict=True):
             setattr(self, tensor, nn.Parameter(value, requires_grad=False))
-
-    def file_tensors(self) -> dict[str, torch.Tensor]:
-        return {**self.own_tensors()}
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         a = F.linear(x, self.psoft_A)

@@ -19,6 +19,7 @@ class PveraConfig(BiasConfig, FanInConfig, LayeredConfig):
 
     peft_type = "PVERA"
     learning_rate = 2e-2
+    family_targets: ClassVar[dict[str, list[str]]] = {"phi": ["q_proj", "v_proj"], "dinov2": ["query", "value"]}
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "projection_prng_key", "save_projection")
 
     r: int = 256
@@ -45,10 +46,6 @@ class PveraConfig(BiasConfig, FanInConfig, LayeredConfig):
         if self.generator_seed is not None and not self.inference_mode:
             found.append(("generator_seed", "is not used in training; set the run's seed"))
         return found
-
-    def usual_targets(self, model_type: str) -> list[str] | str:
-        usual = {"phi": ["q_proj", "v_proj"], "dinov2": ["query", "value"]}
-        return usual.get(model_type) or super().usual_targets(model_type)
 
     def merge_problem(self) -> str | None:
         return "with sample_at_inference the update is drawn anew each time" if self.sample_at_inference else None

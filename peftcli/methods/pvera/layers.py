@@ -31,10 +31,7 @@ class PveraLinear(SharingLinear):
         if not config.init_weights:
             nn.init.ones_(self.pvera_lambda_b)
             nn.init.normal_(self.pvera_lambda_d)
-        self.saves_shared, self.always_draws = config.save_projection, config.sample_at_inference
-
-    def file_tensors(self) -> dict[str, torch.Tensor]:
-        return super().file_tensors() if self.saves_shared else {**self.own_tensors()}
+        self.saves_fixed, self.always_draws = config.save_projection, config.sample_at_inference
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         a, b = self._projections()

@@ -42,10 +42,7 @@ class RandLoraLinear(SharingLinear):
         if not config.init_weights:
             nn.init.normal_(self.randlora_lambda)
             nn.init.constant_(self.randlora_gamma, 1 / self.long)
-        self.saves_shared = config.save_projection
-
-    def file_tensors(self) -> dict[str, torch.Tensor]:
-        return super().file_tensors() if self.saves_shared else {**self.own_tensors()}
+        self.saves_fixed = config.save_projection
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         first, second = self._factors()

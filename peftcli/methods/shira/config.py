@@ -15,6 +15,7 @@ class ShiraConfig(FanInConfig):
 
     peft_type = "SHIRA"
     learning_rate = 1e-3
+    family_targets: ClassVar[dict[str, list[str]]] = {"phi": ["q_proj", "v_proj"]}
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules")
     filled_later: ClassVar[tuple[str, ...]] = ("mask_type",)
 
@@ -39,6 +40,3 @@ class ShiraConfig(FanInConfig):
                 ("mask_type", f"{self.mask_type!r} needs a function, config.mask_fn; without one it is random")
             )
         return found
-
-    def usual_targets(self, model_type: str) -> list[str] | str:
-        return ["q_proj", "v_proj"] if model_type == "phi" else super().usual_targets(model_type)

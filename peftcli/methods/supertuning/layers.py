@@ -28,7 +28,7 @@ class SupertuningLinear(WeightDeltaLinear):
         super().__init__(module, name, "Super-Tuning")
         like, r, size = factory_kwargs(self), config.r, self.view.in_features * self.view.out_features
         self.count = max(1, int(size * (1 - config.sparsity)))
-        self.largest, self.saves_indices = config.select_top, config.save_precomputed_indices
+        self.largest, self.saves_fixed = config.select_top, config.save_precomputed_indices
         start = torch.zeros if config.init_weights else torch.randn
         self.supertuning_values = nn.Parameter(start(self.count, **like))
         self.register_buffer("supertuning_indices", self._chosen(dense_weight(module)))
@@ -41,9 +41,6 @@ class SupertuningLinear(WeightDeltaLinear):
                 nn.init.kaiming_uniform_(part.weight, a=math.sqrt(5))
             if config.init_weights:
                 nn.init.zeros_(self.supertuning_lora_B.weight)
-
-    def file_tensors(self) -> dict[str, torch.Tensor]:
-        return super().file_tensors() if self.saves_indices else {**self.own_tensors()}
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         sparse = F.linear(x, scattered(self.supertuning_values, self.supertuning_indices.long(), self.view))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from peftcli.core.config import TargetedConfig
 from peftcli.methods._settings import Problems
@@ -22,17 +22,12 @@ class TrainableTokensConfig(TargetedConfig):
     as_sets: ClassVar[tuple[str, ...]] = ()
     filled_later: ClassVar[tuple[str, ...]] = ("token_indices",)
     always_written: ClassVar[tuple[str, ...]] = ("target_modules", "token_indices")
+    unknown_to_peft: ClassVar[tuple[str, ...]] = ("modules_to_save",)
 
     token_indices: list[int] = field(default_factory=list)
     """Ids of the tokens to train. Each costs as many parameters as the embedding is wide."""
     init_weights: bool = True
     """Start from the base model's rows; false starts at random."""
-
-    def to_dict(self) -> dict[str, Any]:
-        out = super().to_dict()
-        if self.modules_to_save is None:  # PEFT does not know the key for this method, and warns of it
-            del out["modules_to_save"]
-        return out
 
     def problems(self) -> Problems:
         found = super().problems()

@@ -34,10 +34,7 @@ class UniLoraLinear(SharingLinear):
     def __init__(self, module: nn.Module, name: str, config: UniLoraConfig):
         super().__init__(module, name, "Uni-LoRA", config.bias, config.unilora_dropout)
         self.shapes = {"A": (config.r, self.view.in_features), "B": (self.view.out_features, config.r)}
-        self.saves_indices = config.save_indices
-
-    def file_tensors(self) -> dict[str, torch.Tensor]:
-        return super().file_tensors() if self.saves_indices else {**self.own_tensors()}
+        self.saves_fixed = config.save_indices
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(F.linear(x, self._matrix("A")), self._matrix("B"))

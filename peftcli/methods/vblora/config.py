@@ -8,15 +8,6 @@ from typing import ClassVar
 from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
 from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, too_small
 
-_FAMILY_TARGETS = {
-    "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-    "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
-    "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
-    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-    "t5": ["q", "k", "v", "o", "wi", "wo"],
-}
-"""Where PEFT's usual targets for VB-LoRA are not LoRA's."""
-
 
 @dataclass(kw_only=True)
 class VBLoRAConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
@@ -24,6 +15,13 @@ class VBLoRAConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
 
     peft_type = "VBLORA"
     learning_rate = 5e-3
+    family_targets: ClassVar[dict[str, list[str]]] = {
+        "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+        "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
+        "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
+        "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+        "t5": ["q", "k", "v", "o", "wi", "wo"],
+    }
     sizes: ClassVar[tuple[str, ...]] = ("r", "num_vectors", "vector_length", "topk")
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "num_vectors", "vector_length", "topk")
 
@@ -51,6 +49,3 @@ class VBLoRAConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
         if self.topk > self.num_vectors:
             found.append(("topk", f"{self.topk} of {self.num_vectors} vectors cannot be chosen"))
         return found
-
-    def usual_targets(self, model_type: str) -> list[str] | str:
-        return _FAMILY_TARGETS.get(model_type) or super().usual_targets(model_type)

@@ -15,6 +15,7 @@ class VeraConfig(BiasConfig, FanInConfig, LayeredConfig):
 
     peft_type = "VERA"
     learning_rate = 1e-2
+    family_targets: ClassVar[dict[str, list[str]]] = {"phi": ["q_proj", "v_proj"]}
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "projection_prng_key", "save_projection")
 
     r: int = 256
@@ -32,6 +33,3 @@ class VeraConfig(BiasConfig, FanInConfig, LayeredConfig):
 
     def problems(self) -> Problems:
         return super().problems() + too_small(self, r=1) + outside_unit_interval(self, "vera_dropout")
-
-    def usual_targets(self, model_type: str) -> list[str] | str:
-        return ["q_proj", "v_proj"] if model_type == "phi" else super().usual_targets(model_type)

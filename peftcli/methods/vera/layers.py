@@ -31,10 +31,7 @@ class VeraLinear(SharingLinear):
         if not config.init_weights:
             nn.init.ones_(self.vera_lambda_b)
             nn.init.normal_(self.vera_lambda_d)
-        self.saves_shared = config.save_projection
-
-    def file_tensors(self) -> dict[str, torch.Tensor]:
-        return super().file_tensors() if self.saves_shared else {**self.own_tensors()}
+        self.saves_fixed = config.save_projection
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         a, b = self._projections()

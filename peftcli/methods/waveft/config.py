@@ -8,9 +8,6 @@ from typing import ClassVar
 from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
 from peftcli.methods._settings import Problems, not_one_of, not_positive, pattern_too_small, too_small
 
-_FAMILY_TARGETS = {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}
-"""Where PEFT's usual targets for WaveFT are not LoRA's."""
-
 MOMENTS = {**{f"db{n}": n for n in range(1, 11)}, "sym2": 2, "sym3": 3}
 """Wavelet -> how many moments of it vanish. These are Daubechies'; symlets 2 and 3 are the same ones."""
 
@@ -21,6 +18,7 @@ class WaveFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
 
     peft_type = "WAVEFT"
     learning_rate = 2e-4
+    family_targets: ClassVar[dict[str, list[str]]] = {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}
     sizes: ClassVar[tuple[str, ...]] = ("n_frequency", "n_frequency_pattern")
     always_written: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "target_modules", "random_loc_seed")
 
@@ -47,6 +45,3 @@ class WaveFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
         if self.proportional_parameters and self.n_frequency_pattern:
             found.append(("n_frequency_pattern", "means nothing with proportional_parameters"))
         return found + pattern_too_small(self, "n_frequency_pattern")
-
-    def usual_targets(self, model_type: str) -> list[str] | str:
-        return _FAMILY_TARGETS.get(model_type) or super().usual_targets(model_type)

@@ -40,6 +40,7 @@ class Expert:
 class XLoraLayer(AdapterLayer):
     """``y = W x + sum over experts e of s_e(x) * scaling_e * B_e A_e x``, with ``s_e`` one number for each token."""
 
+    saves_fixed = False
     mixture: Mixture
     place: int
     """Which of the adapted layers this is."""
@@ -57,9 +58,6 @@ class XLoraLayer(AdapterLayer):
         self.dropout = nn.ModuleDict({number: nn.Dropout(each.dropout) for number, each in own.items()})
         if not train:
             self.fixed = tuple(f"{part}.{number}" for part in ("lora_A", "lora_B") for number in found)
-
-    def file_tensors(self) -> dict[str, torch.Tensor]:
-        return {**self.own_tensors()}
 
     def file_name(self, path: str, tensor: str) -> str:
         part, _, rest = tensor.partition(".")

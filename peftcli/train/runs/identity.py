@@ -10,12 +10,12 @@ from typing import Any
 
 from peftcli.data.sources import eval_source, open_source
 from peftcli.errors import UsageError
-from peftcli.models.find import expanded
 from peftcli.models.hub_files import base_hash
 from peftcli.recipe import to_dict
 from peftcli.recipe.names import closest
 from peftcli.schema import Recipe
 from peftcli.system.disk import sha256
+from peftcli.system.outputs import expand_user
 from peftcli.train.init_adapter import init_hashes
 from peftcli.train.runs.record import IdentityRecord
 from peftcli.train.runs.typed_json import to_json
@@ -58,7 +58,7 @@ def identity(recipe: Recipe, num_processes: int) -> IdentityRecord:
     return IdentityRecord(
         recipe=described,
         data=_data_hashes(recipe),
-        base_model=base_hash(expanded(recipe.base_model.name)),
+        base_model=base_hash(expand_user(Path(recipe.base_model.name))),
         processes=num_processes,
     )
 
