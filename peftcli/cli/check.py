@@ -45,6 +45,7 @@ def check(
             from peftcli.train.preview import deep_check
 
             opened = deep_check(reading.recipe)
+            opened.check_folder(reading.recipe)
             found, code = [reading.locate(each) for each in opened.errors], opened.exit_code
             noted = [*map(reading.locate, opened.warnings), *noted]
             memory[str(path)] = opened.would.get("memory")

@@ -257,7 +257,9 @@ def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
         return None
     candidates = list(known)
     folded = {candidate.lower(): candidate for candidate in reversed(candidates)}
-    found = difflib.get_close_matches(name.lower().replace("-", "_"), list(folded), 1, cutoff)
+    spelled = name.lower().replace("-", "_")
+    found = difflib.get_close_matches(spelled, list(folded), 3, cutoff)
+    found.sort(key=lambda each: sorted(each) != sorted(spelled))  # letters in another order first, as lroa for lora
     return folded[found[0]] if found else None
 
 

@@ -254,8 +254,12 @@ class _Reader:
             if item.value.refused:
                 continue
             found = item.value.describe() + (" in quotes; remove the quotes" if item.is_quoted else "")
+            listed = f"[{item.value.scalar}]" if kinds(item.hint) <= {list, type(None)} and item.value.scalar else None
             self.problem(
-                f"expected {describe_type(item.hint)}, found {found}", item.value.place, item.key, item.suggestion
+                f"expected {describe_type(item.hint)}, found {found}",
+                item.value.place,
+                item.key,
+                item.suggestion or listed,
             )
         self.bad.add(key)
         return _default(entry)

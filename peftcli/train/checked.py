@@ -27,6 +27,7 @@ from peftcli.schema import Recipe
 from peftcli.system import date
 from peftcli.system.disk import write_file
 from peftcli.system.memory import free_memory, resident_memory
+from peftcli.train.runs.folder import RunFolder
 
 _NOT_READ = {
     "output_dir", "learning_rate", "loraplus_lr_ratio", "loraplus_lr_embedding", "lr_scheduler_type", "warmup_ratio",
@@ -51,6 +52,15 @@ class DeepCheck:
     """That of the first error's kind."""
     would: dict[str, Any] = field(default_factory=dict)
     """What a run would do, as far as it is known."""
+
+    def check_folder(self, recipe: Recipe) -> None:
+        """Add an error for an output folder that no run of the recipe can use, whatever its data and model are."""
+        try:
+            RunFolder(Path(recipe.training.output_dir)).read()
+        except PeftcliError as error:
+            self.exit_code = self.exit_code or error.exit_code
+            told = error.message if error.hint is None else f"{error.message}; {error.hint}"
+            self.errors.append(Problem(told, file="", key="training.output_dir"))
 
     @property
     def warnings(self) -> list[Problem]:

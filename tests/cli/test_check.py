@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from peftcli.errors import Problem
+from peftcli.train.checked import DeepCheck
 
 SLOW_TO_IMPORT = {"torch", "transformers", "datasets", "accelerate", "huggingface_hub", "rich", "numpy"}
 
@@ -67,13 +69,9 @@ def test_foreign_text_cannot_steer_the_terminal(cli, recipe) -> None:
 
 
 def test_deep_problems_get_their_place(cli, recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    def deep_check(_: object) -> types.SimpleNamespace:
-        return types.SimpleNamespace(
-            errors=[Problem("matches nothing", "", key="method.r")],
-            warnings=[Problem("empty row", "data.jsonl", line=4), Problem("is slow", "", key="launch")],
-            exit_code=4,
-            would={},
-        )
+    def deep_check(_: object) -> DeepCheck:
+        odd = ["empty row", "is slow"]
+        return DeepCheck([Problem("matches nothing", "", key="method.r")], exit_code=4, would={"warnings": odd})
 
     module = types.ModuleType("peftcli.train.preview")
     module.deep_check = deep_check  # type: ignore[attr-defined]
@@ -82,12 +80,25 @@ def test_deep_problems_get_their_place(cli, recipe, monkeypatch: pytest.MonkeyPa
     ran = cli("check", path, "--deep")
     assert ran.code == 4
     assert ran.out.splitlines() == [
-        "warning: data.jsonl:4: empty row",
-        f"warning: {path}: launch: is slow",
+        f"warning: {path}:4:1: dataset: empty row",
+        f"warning: {path}:4:1: dataset: is slow",
         f"{path}:3:25: method.r: matches nothing",
         f"{path}: 1 problem",
     ]
     assert len(json.loads(cli("check", path, "--deep", "--json").out)["warnings"]) == 2
+
+
+def test_a_folder_of_other_files_is_told_before_training(
+    cli, recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("peftcli.train.preview")
+    module.deep_check = lambda recipe: DeepCheck()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "peftcli.train.preview", module)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").touch()
+    ran = cli("check", recipe(), f"training.output_dir={tmp_path}/mine", "--deep")
+    assert ran.code == 2
+    assert "training.output_dir: holds other files (thesis.tex)" in ran.out
 
 
 def test_nothing_slow_is_imported(recipe) -> None:

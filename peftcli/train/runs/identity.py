@@ -12,7 +12,7 @@ from peftcli.data.sources import eval_source, open_source
 from peftcli.errors import UsageError
 from peftcli.models.hub_files import base_hash
 from peftcli.recipe import to_dict
-from peftcli.recipe.names import closest
+from peftcli.recipe.names import closest, find_alias
 from peftcli.schema import Recipe
 from peftcli.system.disk import sha256
 from peftcli.system.outputs import expand_user
@@ -82,7 +82,9 @@ def check_keys(allowed: Sequence[str], recipe: Recipe) -> None:
     for key in allowed:
         # settings that are not given, and files that only one of two recipes names, stand in neither
         if key not in known and not key.startswith(("data.", "method.", "gates.")):
-            suggestion = closest(key, sorted(known))
+            section, _, leaf = key.rpartition(".")
+            alias = find_alias(leaf, section)
+            suggestion = f"{section}.{alias}" if alias else closest(key, sorted(known))
             hint = f"did you mean {suggestion!r}?" if suggestion else None
             raise UsageError(f"nothing is called {key!r}", key="--allow-change", hint=hint)
 

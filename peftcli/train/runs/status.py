@@ -24,7 +24,7 @@ def status(path: Path) -> dict[str, Any]:
         StorageError: run.json cannot be read.
     """
     folder = RunFolder(path)
-    record = folder.read() if folder.path.is_dir() else None
+    record = folder.read() if os.path.lexists(folder.path / "run.json") else None
     if record is None:
         raise UsageError("holds no run", file=str(path), hint="name the training.output_dir of a recipe")
     is_held = folder.is_locked()
