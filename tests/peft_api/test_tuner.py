@@ -145,7 +145,7 @@ def test_a_module_that_trains_in_full_gives_its_copies_as_in_peft() -> None:
         assert isinstance(head, lib.utils.AuxiliaryTrainingWrapper)
         assert not isinstance(projection, lib.utils.AuxiliaryTrainingWrapper)
         assert sorted(head.modules_to_save) == ["default", "other"]
-        assert head.modules_to_save["default"].weight.requires_grad
+        assert head.modules_to_save.default.weight.requires_grad
         assert not head.original_module.weight.requires_grad
         assert torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+
 from peftcli.errors import AdapterError
 
 _SAME_SIZE = {
@@ -186,10 +188,10 @@ class PeftCopyMixin:
         return self.get_base_layer()
 
     @property
-    def modules_to_save(self) -> dict[str, Any]:
+    def modules_to_save(self) -> nn.ModuleDict:
         """The copies of the module: adapter -> its copy."""
         copies: list[Any] = [layer for layer in _stack(self) if isinstance(layer, PeftCopyMixin)]
-        return {layer.adapter: layer.copy for layer in copies}
+        return nn.ModuleDict({layer.adapter: layer.copy for layer in copies})
 
 
 def name_of_size(module: Any, name: str) -> str:
