@@ -159,6 +159,10 @@ DIFFERS: dict[str, str] = {
     "a frozen BatchNorm": "keeps its running statistics in training too, unless it trains or is in a head that does",
     "many adapters": "each is a layer around the one before: some 200 on one module, and `set_adapter` takes longer "
     "than in PEFT",
+    "`init_lora_weights='lora_ga'`": "scales as the paper has them; PEFT multiplies B by the gradient's singular values, "
+    "and leaves A unscaled with `stable` and `weight_svd`",
+    "several OFT adapters active together": "are applied in the order in which merging folds them in; PEFT's forward "
+    "pass has another order than its merging",
     "PeftModel.add_weighted_adapter": "the exact weighted sum, where PEFT's default is not; `combination_type` "
     "selects the approximations",
     "PeftModel.load_adapter": "its `missing_keys` and `unexpected_keys` are empty: a file that does not fit is "
@@ -291,6 +295,10 @@ REFUSED: tuple[tuple[str, str], ...] = (
     (
         "`add_weighted_adapter` of adapters with `trainable_token_indices`, unless the weights add up to 1",
         "their rows replace the base model's, so only an average means something; PEFT leaves them out, in silence",
+    ),
+    (
+        "`add_weighted_adapter` of DoRA adapters, or of some with a module in `modules_to_save` and some without",
+        "lengths of weights and whole modules are no sums; PEFT gives the result others than those that were trained",
     ),
     (
         "a key of `rank_pattern` or `alpha_pattern` that matches no adapted module",
