@@ -159,8 +159,8 @@ DIFFERS: dict[str, str] = {
     "a frozen BatchNorm": "keeps its running statistics in training too, unless it trains or is in a head that does",
     "many adapters": "each is a layer around the one before: some 200 on one module, and `set_adapter` takes longer "
     "than in PEFT",
-    "`init_lora_weights='lora_ga'`": "scales as the paper has them; PEFT multiplies B by the gradient's singular values, "
-    "and leaves A unscaled with `stable` and `weight_svd`",
+    "`init_lora_weights='lora_ga'`": "scales as the paper has them; PEFT multiplies B by the gradient's singular "
+    "values, and leaves A unscaled with `stable` and `weight_svd`",
     "several OFT adapters active together": "are applied in the order in which merging folds them in; PEFT's forward "
     "pass has another order than its merging",
     "PeftModel.add_weighted_adapter": "the exact weighted sum, where PEFT's default is not; `combination_type` "
