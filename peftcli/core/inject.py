@@ -206,16 +206,21 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
 def train_other_biases(model: nn.Module) -> None:
     """Train every bias of the model outside of adapter layers (``bias: all``)."""
     inside = tuple(f"{path}." for path in adapter_layers(model))
-    holders = {
-        name: module
+    holders = [
+        module
         for name, module in model.named_modules()
         if module._parameters.get("bias") is not None
         and not isinstance(module, AdapterLayer)
         and not f"{name}.".startswith(inside)
-    }
-    own = {module.bias: module for module in reversed([*holders.values()]) if module._modules}
-    own |= {module.bias: module for module in reversed([*holders.values()]) if not module._modules}  # who adds it
-    replace_modules(model, {module: TrainedBias(module) for module in holders.values() if own[module.bias] is module})
+    ]
+    added = {module.bias for module in holders if not module._modules}
+    new, trained = dict[nn.Module, nn.Module](), dict[torch.Tensor, nn.Parameter]()
+    for module in holders:
+        if module._modules and module.bias in added:
+            continue  # it holds what a layer in it adds, as the heads of BERT do
+        new[module] = layer = TrainedBias(module)
+        layer.bias = trained.setdefault(module.bias, layer.bias)
+    replace_modules(model, new)
 
 
 def _remove(model: nn.Module, chosen: Callable[[AdapterLayer], bool]) -> None:

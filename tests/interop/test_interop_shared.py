@@ -208,3 +208,27 @@ def test_the_adapter_that_is_set_is_the_only_one_that_trains() -> None:
             trained.append(sum(each.numel() for each in model.parameters() if each.requires_grad))
         counts.append(trained)
     assert counts[0] == counts[1]
+
+
+def test_a_bias_of_two_layers_stays_one() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.one, self.other = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.other.bias = self.one.bias
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.other(self.one(self.query(x)).relu())
+
+    said, x = [], torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    for library in (peft, peftcli):
+        torch.manual_seed(0)
+        model = library.get_peft_model(Twice(), library.LoraConfig(r=2, target_modules=["query"], bias="all")).eval()
+        model(x).sum().backward()
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                if name.endswith("bias"):
+                    value.sub_(value.grad if value.grad is not None else 0)
+            said += [model(x), model.merge_and_unload()(x)]
+    for each in said[1:]:
+        torch.testing.assert_close(each, said[0], rtol=0, atol=1e-5)
