@@ -181,6 +181,13 @@ class PeftModel(SavedByTrainer):
         """The transformers model, adapter layers and all."""
         return self.base_model.model
 
+    def _get_name(self) -> str:
+        """The base model's: by it Trainer knows, for label smoothing, whether a model shifts its labels."""
+        return self.get_base_model()._get_name()
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
+
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """What ``generate`` of transformers returns, virtual tokens left out."""
         model = self.get_base_model()

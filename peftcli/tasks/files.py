@@ -91,7 +91,7 @@ def _read(path: str) -> bytes:
     """
     file = Path(path)
     if not file.is_file():
-        raise DataError("no such file", file=path)
+        raise DataError("is a folder" if file.is_dir() else "no such file", file=path)
     try:
         return file.read_bytes()
     except OSError as error:

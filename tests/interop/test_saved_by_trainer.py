@@ -222,3 +222,20 @@ def test_a_compiled_model_is_one_graph() -> None:
     model = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(r=2, task_type="CAUSAL_LM")).eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(**batch("llama")).logits, model(**batch("llama")).logits)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_labels_are_smoothed_as_with_peft(kind: str, tmp_path: Path) -> None:
+    """Trainer shifts the labels of models whose class it knows, by its name."""
+    losses = []
+    for library in (peft, peftcli):
+        torch.manual_seed(0)
+        task = "SEQ_2_SEQ_LM" if kind == "t5" else "CAUSAL_LM"
+        model = library.get_peft_model(tiny(kind), library.LoraConfig(task_type=task, r=4))
+        assert repr(model).startswith(f"{type(model).__name__}(")
+        trainer = _trainer(model, tmp_path / library.__name__, label_smoothing_factor=0.1, save_strategy="no")
+        inputs = {"input_ids": ids(2, 6), "labels": ids(2, 6, seed=1)}
+        if kind == "t5":
+            inputs["decoder_input_ids"] = ids(2, 6, seed=2)
+        losses.append(float(trainer.compute_loss(model.eval(), inputs).detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
