@@ -159,7 +159,7 @@ DIFFERS: dict[str, str] = {
     "a frozen BatchNorm": "keeps its running statistics in training too, unless it trains or is in a head that does",
     "many adapters": "each is a layer around the one before: some 200 on one module, and `set_adapter` takes longer "
     "than in PEFT",
-    "`init_lora_weights='lora_ga'`": "scales as the paper has them; PEFT multiplies B by the gradient's singular "
+    "init_lora_weights='lora_ga'": "scales as the paper has them; PEFT multiplies B by the gradient's singular "
     "values, and leaves A unscaled with `stable` and `weight_svd`",
     "several OFT adapters active together": "are applied in the order in which merging folds them in; PEFT's forward "
     "pass has another order than its merging",
@@ -196,7 +196,8 @@ ABSENT: dict[str, str] = {
     "bloom_model_postprocess_past_key_value": _NO_CACHE_LAYOUT,
     "starcoder_model_postprocess_past_key_value": _NO_CACHE_LAYOUT,
     "TRANSFORMERS_MODELS_TO_*_TARGET_MODULES_MAPPING": "only LoRA's and (IA)^3's tables are names here: the other "
-    "methods have theirs in their config; for a family that no table has, all linear layers",
+    "methods take LoRA's, but for the families in their config's `family_targets`; for one that no table has, all "
+    "linear layers",
     "register_peft_method": "a method is a folder and a row here: see [add a method](add-a-method.md)",
     "EMBEDDING_LAYER_NAMES": "embeddings and heads are found by the model's own accessors, not by names",
     "ALLOWED_COMPUTE_DTYPES": _INSIDES,

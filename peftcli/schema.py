@@ -189,7 +189,7 @@ class Training:
         "adafactor",
         "sgd",
     ] = "adamw_torch"
-    """Optimizer. adamw_torch: on a CPU the fused one; adamw_torch_fused: also on a GPU. 8-bit, paged and Lion's: of the
+    """Optimizer. adamw_torch: fused too, unless optim_args says otherwise. 8-bit, paged and Lion's: of the
     extra ``bitsandbytes``, mostly for GPUs. An automatic learning rate is for AdamW."""
     optim_args: dict[str, Any] = field(default_factory=dict)
     """Other arguments of the optimizer's class, as {momentum: 0.9} of sgd."""

@@ -17,7 +17,9 @@ from peftcli.methods.combinations import Adapter, Combination, Combined
 from peftcli.methods.lora.combine import combine
 from peftcli.system.outputs import expand_user, new_folder, require_empty
 from peftcli.system.secrets import redact
-from peftcli.tasks import TASK_FILE
+
+_MAY_DIFFER = ("_config.json", ".jinja", "special_tokens_map.json")
+"""Ends of files that say how texts and pictures are prepared, and who wrote them. The first adapter's are taken."""
 
 
 def combine_adapters(
@@ -86,26 +88,22 @@ def _described(made: Combined, output: Path) -> dict[str, Any]:
 
 
 def _companions(adapters: Sequence[str], sources: Sequence[AdapterSource]) -> dict[str, bytes]:
-    """The files that say how the adapters' model reads and answers: name -> content.
+    """The files that say how the adapters' model reads and answers: name -> content, the first adapter's.
 
     Raises:
-        AdapterError: the adapters differ in it.
+        AdapterError: the adapters differ in their task or in their tokens.
     """
-    named = [(name, source) for name, source in zip(adapters, sources, strict=True) if source.task_values]
-    for name, source in named[1:]:
-        other, first = named[0]
-        if (source.task, source.recorded_options) != (first.task, first.recorded_options):
-            message = f"{name} and {other} differ in what {TASK_FILE} says of the model"
-            raise AdapterError(
-                message, hint="only adapters that answer alike can be combined: one task, the same order"
-            )
     found: dict[str, bytes] = {}
     for name in SHARED_FILES:
         there = [(at, path.read_bytes()) for at, each in enumerate(sources) if (path := each.folder / name).is_file()]
         if name.endswith((CONFIG_FILE, WEIGHTS_FILE, "README.md", "loss.png")) or not there:
             continue
+        first, found[name] = there[0]
         for at, content in there:
-            if content != there[0][1] and name != TASK_FILE:
-                raise AdapterError(f"{adapters[at]} and {adapters[there[0][0]]} have different files {name}")
-        found[name] = there[0][1]
+            if content != found[name] and not name.endswith(_MAY_DIFFER):
+                message = f"{adapters[first]} and {adapters[at]} have different files {name}"
+                hint = (
+                    "only adapters that read and answer alike can be combined: one task, the same classes in one order"
+                )
+                raise AdapterError(message, hint=hint)
     return found

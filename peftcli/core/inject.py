@@ -213,7 +213,7 @@ def train_other_biases(model: nn.Module) -> None:
         and not isinstance(module, AdapterLayer)
         and not f"{name}.".startswith(inside)
     ]
-    added = {module.bias for module in holders if not module._modules}
+    added = {module._parameters.get("bias") for module in model.modules() if not module._modules}
     new, trained = dict[nn.Module, nn.Module](), dict[torch.Tensor, nn.Parameter]()
     for module in holders:
         if module._modules and module.bias in added:

@@ -35,7 +35,7 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
     fixed: tuple[str, ...] = ()
     """Names, below the layer, of the adapter's tensors that never train: projections drawn once, starting values."""
     saves_fixed = True
-    """Whether the file holds these too."""
+    """Whether the file holds the ``fixed`` tensors too."""
     larger_rate: tuple[str, ...] = ()
     """Names of the tensors that LoRA+ trains faster; see ``methods.learning_rates``."""
     embedding_rate: tuple[str, ...] = ()

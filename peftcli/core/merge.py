@@ -122,19 +122,18 @@ def fold(model: nn.Module) -> Folded:
 
 
 def _changes(model: nn.Module) -> Iterator[WeightChange]:
-    """What the enabled adapters change, layer by layer. A bias changes wherever it is held: BERT's head has it twice.
+    """What the enabled adapters change; a bias alone also where a module around its layer holds it, as BERT's head.
 
     Raises:
         AdapterError: a layer cannot be merged, or a merged weight is not finite.
     """
-    biases = [(module, module._parameters["bias"]) for module in model.modules() if "bias" in module._parameters]
+    around = [module for module in model.modules() if module._modules and "bias" in module._parameters]
     for name, layer in outermost(model).items():
-        for module, leaf, before, value in layer.folded_weights(name):
-            yield module, leaf, before, value
-            if leaf == "bias":
-                yield from (
-                    (other, leaf, before, value) for other, bias in biases if bias is before and other is not module
-                )
+        changes = layer.folded_weights(name)
+        yield from changes
+        if [leaf for _, leaf, _, _ in changes] == ["bias"]:  # or the weight is untied, and saving would drop the bias
+            _, leaf, before, value = changes[0]
+            yield from ((module, leaf, before, value) for module in around if module._parameters["bias"] is before)
 
 
 def _keep_parameters(model: nn.Module, folded: Folded) -> None:

@@ -207,12 +207,14 @@ def _without_adapter_names(
     tensors: Mapping[str, torch.Tensor], adapters: Collection[str], wanted: Collection[str]
 ) -> dict[str, torch.Tensor]:
     """Return the tensors without the adapter's name in theirs, as the states of PEFT's models have it."""
-    name = re.compile(rf"(\.modules_to_save)?\.({'|'.join(map(re.escape, ('default', *adapters)))})(?=\.|$)")
-
-    def plain(given: str) -> str:
-        return short if given not in wanted and (short := name.sub("", given)) in wanted else given
-
-    return {plain(given): value for given, value in tensors.items()}
+    found = dict(tensors)
+    for name in (*adapters, "default"):  # the adapter's own first: a state may hold several
+        within = re.compile(rf"(\.modules_to_save)?\.{re.escape(name)}(?=\.|$)")
+        for given in [*found]:
+            plain = within.sub("", given)
+            if given not in wanted and plain in wanted and plain not in found:
+                found[plain] = found.pop(given)
+    return found
 
 
 def _listed(what: str, wrong: list[str]) -> str:

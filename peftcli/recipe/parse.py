@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -254,7 +255,8 @@ class _Reader:
             if item.value.refused:
                 continue
             found = item.value.describe() + (" in quotes; remove the quotes" if item.is_quoted else "")
-            listed = f"[{item.value.scalar}]" if kinds(item.hint) <= {list, type(None)} and item.value.scalar else None
+            plain = kinds(item.hint) <= {list, type(None)} and re.fullmatch(r"[\w.-]+", str(item.value.scalar))
+            listed = f"[{item.value.scalar}]" if plain else None
             self.problem(
                 f"expected {describe_type(item.hint)}, found {found}",
                 item.value.place,

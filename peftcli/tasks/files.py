@@ -11,6 +11,8 @@ from peftcli.data.rows import Place, Reader, Row
 from peftcli.data.store import Column, Example
 from peftcli.errors import DataError
 
+_MAX_NAME = 255
+"""Characters of a file that was not found, in its error: it may be what the file should hold."""
 FILE_COLUMNS = {"path": Column("str"), "content": Column("bytes"), "digest": Column("bytes")}
 """Those of a ``File`` in a store."""
 
@@ -83,6 +85,13 @@ def in_row(error: DataError, row: Row, key: str) -> DataError:
     return row.place.error(message, key=key, hint=error.hint)
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # its name is too long: it is no path
+        return False
+
+
 def _read(path: str) -> bytes:
     """Read a file.
 
@@ -90,8 +99,8 @@ def _read(path: str) -> bytes:
         DataError: no such file, or it cannot be read.
     """
     file = Path(path)
-    if not file.is_file():
-        raise DataError("is a folder" if file.is_dir() else "no such file", file=path)
+    if not _is_file(file):
+        raise DataError("no such file", file=path if len(path) < _MAX_NAME else f"{path[:_MAX_NAME]}...")
     try:
         return file.read_bytes()
     except OSError as error:
@@ -106,4 +115,4 @@ def digest_of(content: bytes) -> bytes:
 def _find(path: str, place: Place) -> str:
     """Return a path, which may be relative to the file that names it."""
     beside = Path(place.source).parent / path
-    return str(beside) if beside.is_file() else path
+    return str(beside) if _is_file(beside) else path

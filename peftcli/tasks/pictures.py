@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _THUMBNAIL = 96
 """The longer side of a picture that ``inspect`` shows."""
+_NUMBERS = ("I", "F")
+"""Beginnings of Pillow's modes of pictures that are whole or other numbers: grey of more than 8 bits."""
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
@@ -51,10 +53,24 @@ def open_image(content: bytes, path: str = "") -> Image:
 
     with opened_picture(content, path) as image:
         upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16 bits of grey, of which convert keeps the lower 8
-            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        if upright.mode.startswith(_NUMBERS):
+            upright = Image.fromarray(_grey(np.asarray(upright), of_16_bits=";" in upright.mode))
         upright.load()
         return upright
+
+
+def _grey(values: np.ndarray, *, of_16_bits: bool) -> np.ndarray:
+    """Grey of numbers as 8 bits, where Pillow's ``convert`` keeps the lower ones of 16, and makes 0 to 1 black.
+
+    Raises:
+        ValueError: the numbers are no grey.
+    """
+    most = values.max()
+    if not (values.min() >= 0 and most < 2**16):
+        raise ValueError(f"its grey is from {values.min()} to {most}, not within 0 to 1, 255 or 65535")
+    if of_16_bits or most > 255:
+        return (values // 256).astype(np.uint8)
+    return (values * 255 if values.dtype.kind == "f" and most <= 1 else values).astype(np.uint8)
 
 
 def check_image(content: bytes, path: str = "") -> None:
@@ -66,6 +82,8 @@ def check_image(content: bytes, path: str = "") -> None:
     with opened_picture(content, path) as image:
         image.draft(None, (1, 1))
         image.load()
+        if image.mode in _NUMBERS:
+            _grey(np.asarray(image), of_16_bits=False)
 
 
 def shown_image(image: Image, path: str, size: tuple[int, int], mode: str) -> shown.Image:

@@ -54,7 +54,7 @@ class DeepCheck:
     """What a run would do, as far as it is known."""
 
     def check_folder(self, recipe: Recipe) -> None:
-        """Add an error for an output folder that no run of the recipe can use, whatever its data and model are."""
+        """Add an error for an output folder that holds other files, or a damaged run."""
         try:
             RunFolder(Path(recipe.training.output_dir)).read()
         except PeftcliError as error:

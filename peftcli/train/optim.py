@@ -59,7 +59,7 @@ AVERAGES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 """What an optimizer remembers in the shape of what it trains."""
 _ADAM, _BITSANDBYTES = ("betas", "eps"), "bitsandbytes.optim"
 _OPTIMIZERS = {
-    "adamw_torch": _Optimizer("torch.optim", "AdamW", 8, _ADAM, {"fused": True}),  # all values in one operation
+    "adamw_torch": _Optimizer("torch.optim", "AdamW", 8, _ADAM),
     "adamw_torch_fused": _Optimizer("torch.optim", "AdamW", 8, _ADAM, {"fused": True}),
     "adamw_8bit": _Optimizer(_BITSANDBYTES, "AdamW", 2, _ADAM, {"optim_bits": 8}),
     "paged_adamw_8bit": _Optimizer(_BITSANDBYTES, "AdamW", 2, _ADAM, {"optim_bits": 8, "is_paged": True}),
@@ -100,6 +100,8 @@ def build_optimizer(
     adam = {"betas": (training.adam_beta1, training.adam_beta2), "eps": training.adam_epsilon}
     own = {name: adam[name] for name in wanted.reads}
     given: dict[str, Any] = {"lr": rate_of(training), "weight_decay": training.weight_decay, **own, **wanted.fixed}
+    if training.optim == "adamw_torch" and not training.optim_args.keys() & {"fused", "foreach", "differentiable"}:
+        given["fused"] = True  # all values in one operation
     known = inspect.signature(build).parameters.keys() - {"params"}
     for name in training.optim_args:
         key = f"training.optim_args.{name}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -97,6 +98,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
 @contextmanager
 def _nothing_on_stdout() -> Iterator[None]:
     """Inside, not even C++ prints there, where ``--json`` has its object: torch 2.10's gloo says who is connected."""
+    sys.stdout.flush()
     kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     try:

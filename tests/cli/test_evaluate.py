@@ -53,7 +53,7 @@ def test_another_base_model_and_one_that_is_elsewhere_are_said(
     monkeypatch.chdir(folder / "elsewhere")
     ran = cli(*asked)
     assert ran.code == 4
-    assert "was trained on the folder base, which is not in this one\ngive it with --base" in ran.err
+    assert "was trained on the folder base, which is not in the current folder\ngive it with --base" in ran.err
 
 
 def test_it_prints_the_metrics_and_changes_nothing(cli: Callable, recipe: Path) -> None:

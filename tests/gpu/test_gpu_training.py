@@ -69,7 +69,7 @@ def test_rows_without_padding_give_the_losses_of_padded_ones(recipe: Path) -> No
 
 @pytest.mark.parametrize("bf16", ["true", "false"])
 def test_padding_is_not_computed(bf16: str, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16 by one kernel for all examples, in float32 example by example."""
+    """In bfloat16 by one kernel for all examples, in float32 with attention alone padded."""
     kernel, calls = segments.varlen_attn, list[int]()
 
     def watched(*args: Any, **settings: Any) -> Any:

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import peftcli
+from peftcli.errors import AdapterError
 from peftcli.peft_api import functional
 
 _SIZES: dict[str, Any] = {
@@ -53,7 +54,11 @@ CASES = [
     ("bert", {"modules_to_save": ["predictions"]}),
     ("roberta", {"modules_to_save": ["lm_head"]}),
     ("bert", {"bias": "all"}),
+    ("bert", {"bias": "all", "target_modules": ["query", "decoder"]}),
+    ("roberta", {"bias": "all", "target_modules": ["query", "decoder"]}),
     ("roberta", {"bias": "all"}),
+    ("bert", {"bias": "lora_only", "target_modules": ["query", "decoder"]}),
+    ("bert", {"modules_to_save": ["decoder"]}),
     ("classifier", {"bias": "all", "modules_to_save": ["classifier"]}),
 ]
 
@@ -72,7 +77,7 @@ def said(model: Any) -> torch.Tensor:
 def made(library: Any, kind: str, settings: dict[str, Any]) -> Any:
     """A model with an adapter that one step has changed."""
     torch.manual_seed(0)
-    config = library.LoraConfig(r=4, target_modules=["query"], init_lora_weights=False, **settings)
+    config = library.LoraConfig(**{"target_modules": ["query"]} | settings, r=4, init_lora_weights=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = library.get_peft_model(base(kind), config).train()
@@ -98,7 +103,9 @@ def test_each_reads_what_the_other_saves(
 
 
 @pytest.mark.parametrize(("kind", "settings"), CASES)
-def test_as_many_parameters_train_and_merging_changes_nothing(kind: str, settings: dict[str, Any]) -> None:
+def test_as_many_parameters_train_and_merging_changes_nothing(
+    kind: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
     model = made(peftcli, kind, settings)
     assert model.get_nb_trainable_parameters()[0] == made(peft, kind, settings).get_nb_trainable_parameters()[0]
     expected, before = said(model), said(base(kind))
@@ -109,7 +116,9 @@ def test_as_many_parameters_train_and_merging_changes_nothing(kind: str, setting
     merged = model.merge_and_unload()
     torch.testing.assert_close(said(merged), expected, rtol=0, atol=1e-5)
     assert (expected - before).abs().max() > 0.01
-    if kind != "classifier":
+    merged.save_pretrained(tmp_path)
+    torch.testing.assert_close(said(type(merged).from_pretrained(tmp_path).eval()), expected, rtol=0, atol=1e-5)
+    if kind != "classifier" and "decoder" not in str(settings):
         head = merged.cls.predictions if kind == "bert" else merged.lm_head
         assert head.bias is head.decoder.bias
 
@@ -164,6 +173,22 @@ def test_names_of_adapters_in_names_of_tensors_are_passed_over() -> None:
     )
     state = {name: value for name, value in theirs.state_dict().items() if ".default" in name}
     peftcli.set_peft_model_state_dict(model, state)
+    torch.testing.assert_close(said(model), said(theirs), rtol=0, atol=1e-6)
+
+
+def test_a_state_of_two_adapters_gives_each_its_own() -> None:
+    theirs, model = made(peft, "bert", {}), made(peftcli, "bert", {})
+    theirs.add_adapter("other", peft.LoraConfig(r=4, target_modules=["query"], init_lora_weights=False))
+    model.add_adapter("other", peftcli.LoraConfig(r=4, target_modules=["query"]))
+    for state in (theirs.state_dict(), dict(reversed(theirs.state_dict().items()))):
+        wanted = {name: value for name, value in state.items() if "lora_" in name and ".other" in name}
+        peftcli.set_peft_model_state_dict(model, wanted, adapter_name="other")
+        with pytest.raises(AdapterError, match=r"unexpected: .*default"):
+            peftcli.set_peft_model_state_dict(
+                model, {name: value for name, value in state.items() if "lora_" in name}, adapter_name="other"
+            )
+    theirs.set_adapter("other")
+    model.set_adapter("other")
     torch.testing.assert_close(said(model), said(theirs), rtol=0, atol=1e-6)
 
 
@@ -232,3 +257,18 @@ def test_a_bias_of_two_layers_stays_one() -> None:
             said += [model(x), model.merge_and_unload()(x)]
     for each in said[1:]:
         torch.testing.assert_close(each, said[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"bias": "lora_only"}, {"lora_bias": True}])
+def test_a_bias_that_one_of_two_layers_trains_is_merged_there_alone(settings: dict[str, Any]) -> None:
+    model: Any = nn.Sequential()
+    model.query, model.other = nn.Linear(8, 8), nn.Linear(8, 8)
+    model.other.bias = model.query.bias
+    adapted = peftcli.get_peft_model(model, peftcli.LoraConfig(r=2, target_modules=["query"], **settings)).eval()
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.5)
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        expected = adapted(x)
+        torch.testing.assert_close(adapted.merge_and_unload()(x), expected, rtol=0, atol=1e-4)

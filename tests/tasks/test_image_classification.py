@@ -16,7 +16,8 @@ from PIL import Image
 from peftcli.data.sources import open_source
 from peftcli.errors import DataError
 from peftcli.schema import Source
-from peftcli.tasks.pictures import open_image
+from peftcli.tasks import files
+from peftcli.tasks.pictures import check_image, open_image
 
 LABELS: dict[str, Any] = {"labels": ["red", "blue"], "problem_type": "single_label"}
 RED = (200, 30, 30)
@@ -156,3 +157,32 @@ def test_the_model_reads_pictures(tmp_path: Path, kind: str) -> None:
 def test_the_processor_is_saved(tmp_path: Path) -> None:
     assert task().save(tmp_path) == ["task.json", "preprocessor_config.json"]
     assert (tmp_path / "preprocessor_config.json").is_file()
+
+
+@pytest.mark.parametrize("mode", ["int32", "float32", "deep", "wide"])
+def test_grey_of_other_numbers_is_not_black(mode: str) -> None:
+    grey = np.array([[0, 40], [128, 255]])
+    values = {
+        "int32": grey.astype(np.int32),
+        "float32": (grey / 255).astype(np.float32),
+        "deep": (grey * 257).astype(np.int32),
+        "wide": grey.astype(np.float32),
+    }[mode]
+    stored = io.BytesIO()
+    Image.fromarray(values).save(stored, "TIFF")
+    check_image(stored.getvalue())
+    assert np.array_equal(np.asarray(open_image(stored.getvalue()).convert("L")), grey)
+
+
+def test_numbers_that_are_no_grey_are_an_error() -> None:
+    stored = io.BytesIO()
+    Image.fromarray(np.array([[-1.0, 3.0]], np.float32)).save(stored, "TIFF")
+    for read in (check_image, open_image):
+        with pytest.raises(DataError, match=r"its grey is from -1\.0 to 3\.0"):
+            read(stored.getvalue())
+
+
+def test_what_is_too_long_for_a_path_is_an_error_of_its_row() -> None:
+    with pytest.raises(DataError, match=r"x{255}\.\.\.: no such file|no such file") as caught:
+        files._read("x" * 3000)
+    assert len(str(caught.value.file)) < 300

@@ -287,6 +287,6 @@ def _refuse_encoder(config: Any) -> None:
 
     is_decoder = getattr(config, "is_decoder", None) is not False or config.is_encoder_decoder
     if not is_decoder and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        message = f"{config.model_type} is an encoder, which sees the tokens behind the one that it is to say"
+        message = f"{config.model_type} is an encoder, which sees the tokens that it would have to predict"
         hint = "name a model that generates text; one whose weights are a decoder's says is_decoder: true in its config"
         raise ModelError(message, key="base_model", hint=hint)

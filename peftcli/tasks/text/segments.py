@@ -29,6 +29,8 @@ _FEW, _SMALL_HEAD = 128, 64
 """On a CPU, attention over so few tokens with heads no larger trains faster in float32 than in bfloat16."""
 _BLOCK = 1024
 """So many tokens are asked at once which others they see."""
+_MOST_PADDING = 4
+"""Padded, attention takes at most so many times the tokens that there are: a packed row has examples of any length."""
 _AT_ONCE = ("cuda",)
 """Devices that compute all examples in one call."""
 _HAS_KERNEL = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -153,6 +155,8 @@ def _at_once(
     if segments.sees is None and not settings.get("dropout"):
         q, k, v = (each if places is None else _taken(each, places) for each in (query, key, value))
         found = _by_kernel(q, k, v, segments, settings.get("scaling"))
+    if found is None and len(segments.rows) * segments.borders[1] > _MOST_PADDING * query.shape[2]:
+        return _one_by_one(module, query, key, value, segments, **settings)
     if found is None:
         tokens, kept, seen = segments.padded
         q, k, v = (_taken(each, tokens, len(segments.rows)) for each in (query, key, value))

@@ -1,7 +1,7 @@
 """Batches without their padding, and without what their rows share: a model computes nothing for it, or once.
 
 Tasks pad examples to a batch (B, T). Below the head, the tokens that are no padding stand in one row (1, N), so that
-each layer works on N tokens instead of B * T, and attention goes example by example. Where a causal model reads
+each layer works on N tokens instead of B * T, and attention stays within each example. Where a causal model reads
 the same tokens at the start of several examples, a system prompt, a soft prompt, or the prompt of a preferred and a
 rejected answer, they stand there once. The hidden states come back as (B, T, D), with zeros where there is padding:
 heads and losses notice nothing.

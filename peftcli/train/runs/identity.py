@@ -83,8 +83,8 @@ def check_keys(allowed: Sequence[str], recipe: Recipe) -> None:
         # settings that are not given, and files that only one of two recipes names, stand in neither
         if key not in known and not key.startswith(("data.", "method.", "gates.")):
             section, _, leaf = key.rpartition(".")
-            alias = find_alias(leaf, section)
-            suggestion = f"{section}.{alias}" if alias else closest(key, sorted(known))
+            alias = (find_alias(leaf, section) or "").partition(":")[0]
+            suggestion = alias if alias in known else closest(key, sorted(known))
             hint = f"did you mean {suggestion!r}?" if suggestion else None
             raise UsageError(f"nothing is called {key!r}", key="--allow-change", hint=hint)
 
