@@ -255,8 +255,8 @@ class _Reader:
             if item.value.refused:
                 continue
             found = item.value.describe() + (" in quotes; remove the quotes" if item.is_quoted else "")
-            plain = kinds(item.hint) <= {list, type(None)} and re.fullmatch(r"[\w.-]+", str(item.value.scalar))
-            listed = f"[{item.value.scalar}]" if plain else None
+            one, is_list = item.value.scalar, kinds(item.hint) <= {list, type(None)}
+            listed = f"[{one}]" if is_list and one is not None and re.fullmatch(r"[\w.-]+", str(one)) else None
             self.problem(
                 f"expected {describe_type(item.hint)}, found {found}",
                 item.value.place,
