@@ -83,9 +83,8 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
         except NoMatchingPeftModuleError:
             if not config.inference_mode:
                 raise
-        if excluded.isdisjoint(names) and not (
-            excluded and config.inference_mode
-        ):  # a saved config lists what was adapted
+        resolved = excluded and config.inference_mode  # a saved config lists what was adapted, without these
+        if excluded.isdisjoint(names) and not resolved:
             warnings.warn("exclude_modules excludes none of the modules to adapt", PeftWarning, stacklevel=2)
         names = [name for name in names if name not in excluded]
     if isinstance(config, LayeredConfig) and config.layers_to_transform is not None:

@@ -48,7 +48,7 @@ def translated_errors(name: str) -> Iterator[None]:
 
 
 _NO_FORM = re.compile(r"Unrecognized configuration class <class '[\w.]*?(?P<config>\w+)'> .*?: (?P<form>\w+)\.")
-"""What transformers says of an auto class that does not know a model, before it names the thousand that it knows."""
+"""The beginning of transformers' message that an auto class has no model for a config. A list of all follows."""
 _OF_NEW_HEADS = re.compile(r"LOAD REPORT from|^You passed `num_labels=")
 """Messages of transformers about weights that the checkpoint lacks. ``find_initialised`` checks and reports those."""
 

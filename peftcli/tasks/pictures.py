@@ -70,7 +70,7 @@ def _grey(values: np.ndarray, *, of_16_bits: bool) -> np.ndarray:
         raise ValueError(f"its grey is from {values.min()} to {most}, not within 0 to 1, 255 or 65535")
     if of_16_bits or most > 255:
         return (values // 256).astype(np.uint8)
-    return (values * 255 if values.dtype.kind == "f" and most <= 1 else values).astype(np.uint8)
+    return np.rint(values * 255 if values.dtype.kind == "f" and most <= 1 else values).astype(np.uint8)
 
 
 def check_image(content: bytes, path: str = "") -> None:

@@ -30,7 +30,7 @@ _FEW, _SMALL_HEAD = 128, 64
 _BLOCK = 1024
 """So many tokens are asked at once which others they see."""
 _MOST_PADDING = 4
-"""Padded, attention takes at most so many times the tokens that there are: a packed row has examples of any length."""
+"""Attention is padded only if the padded batch has at most this many times as many tokens."""
 _AT_ONCE = ("cuda",)
 """Devices that compute all examples in one call."""
 _HAS_KERNEL = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -69,7 +69,7 @@ class Segments:
     layout: Layout
     causal: bool
     usual_to: int
-    """In examples of so many tokens each sees all, or where ``causal`` holds those before it and itself."""
+    """An example of at most this many tokens needs no mask: its attention is full, or causal if ``causal``."""
     sees: torch.Tensor | None
     """Which token of the longest example sees which, (L, L), and so of the others; None: as is usual."""
 
