@@ -97,6 +97,12 @@ FINDINGS = by_name(
         warning_above=0.01,
     ),
     Kind(
+        "labels_differ",
+        "warning",
+        "have the same input as another row, and another label",
+        "Find out which label is right: no model can learn both.",
+    ),
+    Kind(
         "near_duplicates",
         "info",
         "nearly repeat an earlier row",

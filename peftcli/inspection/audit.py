@@ -38,7 +38,7 @@ class Audit:
     findings: list[Finding]
     rows: UsedRows
     hashes: np.ndarray | None
-    """Of each used row; None: the task does not say when two rows are equal."""
+    """Of each used row's input; None: the task does not say when two are equal."""
     description: Description
     """What the task knows of the rows."""
 
@@ -56,9 +56,14 @@ def audit(view: View, task: Task[Any], *, split: str = "train") -> Audit:
     facts, hashes = _facts(view, rows, task), None
     findings = task.findings(view) if isinstance(task, Audits) else []
     if task.identity:
-        hashes, pairs = _duplicates(rows, task)
-        again = repeats(hashes)
-        masks = {"exact_duplicates": again, "near_duplicates": np.isin(np.arange(len(rows)), pairs.later)}
+        hashes, labelled, pairs = _duplicates(rows, task)
+        again = repeats(labelled)
+        labels = ~repeats(labelled)  # a row for each label of an input
+        masks = {
+            "exact_duplicates": again,
+            "labels_differ": np.isin(hashes, hashes[labels][repeats(hashes[labels])]),
+            "near_duplicates": np.isin(np.arange(len(rows)), pairs.later),
+        }
         findings += [
             FINDINGS[name].finding(int(mask.sum()), len(rows), rows.places(mask))
             for name, mask in masks.items()
@@ -94,9 +99,13 @@ def leaks(train: Audit, evaluation: Audit) -> tuple[dict[str, int] | None, list[
     return counts, findings
 
 
-def _duplicates(rows: UsedRows, task: Task[Any]) -> tuple[np.ndarray, Pairs]:
-    """A hash of each row, and the pairs that are nearly equal. Only sequences of numbers can be nearly equal."""
+def _duplicates(rows: UsedRows, task: Task[Any]) -> tuple[np.ndarray, np.ndarray, Pairs]:
+    """Hashes of the rows' inputs, and with their labels; and the pairs of inputs that are nearly equal.
+
+    Only sequences of numbers can be nearly equal.
+    """
     columns, hashes = task.identity, np.zeros(len(rows), np.uint64)
+    labelled = hashes.copy() if task.label_columns else hashes
     lengths = rows.lengths(*columns)
     sequences = all(task.columns[name].dtype.startswith("int") for name in columns)
     sample = spread(len(rows), SAMPLE if sequences else 0)
@@ -105,9 +114,11 @@ def _duplicates(rows: UsedRows, task: Task[Any]) -> tuple[np.ndarray, Pairs]:
     for some in slices(lengths):
         chunk = rows.read(np.arange(some.start, some.stop), *columns)
         hashes[some] = chunk.hashes()
+        if task.label_columns:
+            labelled[some] = rows.read(np.arange(some.start, some.stop), *columns, *task.label_columns).hashes()
         if sequences:
             sketches.add(some.start, chunk)
-    return hashes, sketches.pairs(lambda some: rows.read(some, *columns), lengths, among=~repeats(hashes))
+    return hashes, labelled, sketches.pairs(lambda some: rows.read(some, *columns), lengths, among=~repeats(hashes))
 
 
 def histogram(values: np.ndarray) -> dict[str, list[int]]:

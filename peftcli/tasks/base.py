@@ -72,7 +72,9 @@ class Task(ABC, Generic[Settings]):
     reads_files: ClassVar[bool] = False
     """Whether ``encode`` and ``collate`` read files. Worker processes then call both, ahead of the loop."""
     identity: ClassVar[Sequence[str]] = ()
-    """Columns whose values make two rows equal, by which ``inspect`` finds duplicates. None: it does not look."""
+    """Columns whose values make two inputs equal, by which ``inspect`` finds duplicates. None: it does not look."""
+    label_columns: ClassVar[Sequence[str]] = ()
+    """Columns in which rows of equal inputs should agree. None: the inputs hold all of a row."""
 
     def __init__(self, settings: Settings, processor: Any, base: OpenBase):
         """``TASKS[name].open`` calls this.

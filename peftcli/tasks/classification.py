@@ -55,6 +55,7 @@ class Classification(Task[Settings]):
     """The columns that texts or files on the command line fill, row after row."""
     lower_is_better = ("loss", "mse")
     packages: ClassVar = {"sklearn": "metrics"}
+    label_columns: ClassVar = ("label",)
 
     def __init__(self, settings: Settings, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)

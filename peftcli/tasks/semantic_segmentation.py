@@ -88,6 +88,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
     unit = "pixels"
     reports = ("loss", "mean_iou", "mean_accuracy", "overall_accuracy", "iou_*")
     identity = ("digest",)
+    label_columns = ("mask_digest",)
     reads_files = True
 
     def __init__(self, settings: settings.SemanticSegmentation, processor: Any, base: OpenBase):

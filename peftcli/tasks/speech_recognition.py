@@ -81,6 +81,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
     }
     unit = "frames"
     identity = ("digest",)
+    label_columns = ("labels",)
     reads_files = True
     lower_is_better = ("loss", "wer", "cer")
     reports = ("loss", "wer", "cer")

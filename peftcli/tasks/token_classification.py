@@ -55,6 +55,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
     columns: ClassVar = {**TextInputs.text_columns, "word_of": Column(), "tags": Column()}
     unit = "tokens"
     identity = ("input_ids",)
+    label_columns = ("tags",)
     flags: ClassVar = {"truncated": _TRUNCATED}
     packages: ClassVar = {"seqeval": "metrics", "sklearn": "metrics"}
 

@@ -32,10 +32,16 @@ class Odd:
     """The file and line of each row that it names."""
     settings: dict[str, Any] | None = None
     """More of the recipe's ``task``."""
+    exact: int = 0
+    """Training rows that repeat an earlier one, label and all."""
 
 
-def _texts(kind: str, **counts: int) -> Rows:
+def _texts(kind: str, **counts: int) -> list[dict[str, Any]]:
     return [{"text": f"{kind} {at} {label}", "label": label} for label, count in counts.items() for at in range(count)]
+
+
+def _relabelled(text: str, *labels: str) -> list[dict[str, Any]]:
+    return [{"text": text, "label": label} for label in labels]
 
 
 def _tagged(kind: str, *tags: str) -> Rows:
@@ -130,6 +136,37 @@ FOUND = {
         "1 of 2 evaluation rows cannot be used; the messages give the reasons",
         ("eval.jsonl:2",),
     ),
+    "texts with two labels": Odd(
+        "sequence_classification",
+        lambda: (_texts("sun", good=3, bad=2) + _relabelled("sun 1 good", "good", "bad"), _texts("tea", good=1, bad=1)),
+        "labels_differ",
+        "warning",
+        "3 of 7 rows have the same input as another row, and another label",
+        ("train.jsonl:2", "train.jsonl:6", "train.jsonl:7"),
+        exact=1,
+    ),
+    "a picture with two labels": Odd(
+        "image_classification",
+        lambda: (
+            [{"image": _picture("twice"), "label": label} for label in ("blue", "red")],
+            [{"image": _picture(label), "label": label} for label in ("blue", "red")],
+        ),
+        "labels_differ",
+        "warning",
+        "2 of 2 rows have the same input as another row, and another label",
+        ("train.jsonl:1", "train.jsonl:2"),
+    ),
+    "a sentence with two series of tags": Odd(
+        "token_classification",
+        lambda: (
+            [{"tokens": ["Ada", "met"], "ner_tags": tags} for tags in (["B-PER", "O"], ["O", "B-PER"])],
+            _tagged("tea", "B-PER O"),
+        ),
+        "labels_differ",
+        "warning",
+        "2 of 2 rows have the same input as another row, and another label",
+        ("train.jsonl:1", "train.jsonl:2"),
+    ),
     "small pictures": Odd(
         "text_to_image",
         lambda: _captioned("a red dog", "a blue cat", side=31),
@@ -171,9 +208,13 @@ def test_inspect_finds_it_and_names_its_rows(cli: Callable, tmp_path: Path, name
         write_rows(tmp_path / f"{split}.jsonl", rows)
     settings = [f"task.{key}={value}" for key, value in (odd.settings or {}).items()]
     code = 3 if odd.level == "error" else 0
-    findings = {each["name"]: each for each in cli("inspect", recipe, *settings, "--json", code=code)["findings"]}
+    answer = cli("inspect", recipe, *settings, "--json", code=code)
+    findings = {each["name"]: each for each in answer["findings"]}
     found = findings[odd.finding]
     assert found["level"] == odd.level
     assert found["rows"] == [f"{tmp_path}/{line}" for line in odd.lines]
     assert f"{odd.finding}: {odd.says}" in cli("inspect", recipe, *settings, code=code)
-    assert {each["name"] for each in findings.values() if each["level"] != "info"} == {odd.finding}
+    assert {each["name"] for each in findings.values() if each["level"] != "info"} - {"exact_duplicates"} == {
+        odd.finding
+    }
+    assert code or answer["audit"]["train"]["duplicates"]["exact"] == odd.exact
