@@ -98,7 +98,7 @@ class Dataset:
     split: str = "train"
     """Split of a hub dataset for training."""
     eval_split: str | None = None
-    """Split of the same hub dataset for evaluation."""
+    """Split for evaluation of the hub dataset that ``eval`` names, or of the one that is trained on."""
     streaming: bool = False
     """Stream the rows of a hub dataset instead of downloading its files first; with ``limit``, only as many rows are
     fetched."""

@@ -28,10 +28,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peftcli.data.store import FORMAT, MANIFEST, Store, describe, writing
+from peftcli.data.store import FORMAT, MANIFEST, Store, describe
 from peftcli.errors import StorageError, UsageError
 from peftcli.system.disk import sync_folder
-from peftcli.system.outputs import is_at
+from peftcli.system.outputs import is_at, storage_errors
 
 DATA_PATH_VERSION = 4
 """To be raised with every change after which the same rows and settings give other examples or records."""
@@ -169,7 +169,7 @@ def clear(chosen: Sequence[Entry]) -> Cleared:
         if key not in wanted and "entry" in kinds and "left" not in kinds:
             continue
         entry, lock = _tokens() / key, _lock(key)
-        with _held(lock) as held, writing(entry):
+        with _held(lock) as held, storage_errors(entry):
             if held:
                 left += _removed(_beside(entry))
                 if key in wanted:
@@ -205,7 +205,7 @@ def _found_or_built(
     entry = _tokens() / key
     if (store := _opened(entry)) is not None:
         return store
-    with writing(root()):
+    with storage_errors(root()):
         for folder in (root(), _tokens()):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # private, as the data may be
     with _held(_lock(key), lambda: on_wait("another process is preparing the same data; waiting for it")):
@@ -223,14 +223,14 @@ def _build(entry: Path, made_from: dict[str, Any], build: Callable[[Path], None]
     """Builds an entry under another name, and gives it its own once it is on the disk. The key's lock is held."""
     temporary = _beside(entry)
     try:
-        with writing(temporary):
+        with storage_errors(temporary):
             _removed(temporary)
             if entry.exists():
                 entry.rename(temporary)
                 _removed(temporary)
             temporary.mkdir()
         build(temporary)
-        with writing(temporary):
+        with storage_errors(temporary):
             (temporary / _KEY).write_text(json.dumps(made_from, indent=1), encoding="utf-8")
             for path in (*temporary.iterdir(), temporary):
                 sync_folder(path)
@@ -279,7 +279,7 @@ def _clear(entry: Path) -> None:
 @contextmanager
 def _held(lock: Path, on_wait: Callable[[], None] | None = None) -> Iterator[bool]:
     """Holds the lock of a key; without ``on_wait``, gives False if another process holds it."""
-    with writing(lock):
+    with storage_errors(lock):
         handle, free = _taken(lock, on_wait)
     try:
         yield free
@@ -385,7 +385,7 @@ def _temporary_root() -> Path:
     Raises:
         StorageError: there is no place for temporary files.
     """
-    with writing(Path(os.environ.get("TMPDIR", "/tmp"))):
+    with storage_errors(Path(os.environ.get("TMPDIR", "/tmp"))):
         for old in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*"):
             _remove_if_dead(old)
         made = Path(tempfile.mkdtemp(prefix=f".{_TEMPORARY}"))

@@ -150,13 +150,8 @@ def open_source(source: Source) -> ResolvedSource:
     if "://" in name:
         hint = "Download the file and give its path, or give a hub dataset id."
         raise DataError(f"{quote(name)} is a URL", key="dataset", hint=hint)
-    if source.limit is not None and source.limit < 1:
-        raise DataError(f"must be at least 1, not {source.limit}", key="dataset.limit")
     path = Path(name)
     if exists_locally(name):
-        given = [key for key in ("split", "name", "revision") if getattr(source, key) != getattr(Source, key)]
-        if given:
-            raise DataError(f"does not apply to a local file: {display_name(name)}", key=f"dataset.{given[0]}")
         if _is_folder(path):
             return _open_folder(source, path)
         check_file(path, display_name(name))
@@ -296,24 +291,11 @@ def _sha256(path: Path, name: str) -> str:
 
 
 def eval_source(dataset: Dataset) -> Source | None:
-    """Return the evaluation source if ``eval`` or ``eval_split`` names one.
-
-    Raises:
-        DataError: settings contradict each other.
-    """
-    ways = [name for name in ("eval", "eval_fraction") if getattr(dataset, name) is not None]
-    if dataset.eval is None and dataset.eval_split is not None:
-        ways.append("eval_split")
-    if len(ways) > 1:
-        raise DataError(f"two sources of evaluation rows: {' and '.join(ways)}", key=f"dataset.{ways[1]}")
-    if not ways or dataset.eval_fraction is not None:
-        return None
-    name = dataset.train if dataset.eval is None else dataset.eval
+    """Return the evaluation source if ``eval`` or ``eval_split`` names one."""
+    name = dataset.eval or (dataset.train if dataset.eval_split else None)
     if name is None:
-        raise DataError("is ambiguous with dataset.mix; set dataset.eval", key="dataset.eval_split")
+        return None
     local, same = exists_locally(name), name == dataset.train
-    if local and dataset.eval_split is not None:
-        raise DataError(f"does not apply to a local file: {display_name(name)}", key="dataset.eval_split")
     return Source(
         train=name,
         split="train" if local else dataset.eval_split or dataset.split,
@@ -331,12 +313,10 @@ def held_out(count: int, fraction: float, seed: int) -> set[int]:
     The choice depends only on the seed and a row's position, through SHA-256: it is the same in every Python version.
 
     Raises:
-        DataError: ``fraction`` is not between 0 and 1, or there are fewer than two rows.
+        DataError: there are fewer than two rows.
     """
     import numpy as np
 
-    if not 0 < fraction < 1:
-        raise DataError(f"expected a number between 0 and 1, found {fraction}", key="dataset.eval_fraction")
     if count < 2:
         raise DataError("one row cannot be split into training and evaluation rows", key="dataset.eval_fraction")
     # The rows are ordered by the first 8 bytes of a digest: 80 MB for 10 million rows.

@@ -15,7 +15,7 @@ import operator
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -24,7 +24,8 @@ from typing import Any, overload
 import numpy as np
 
 from peftcli.data.rows import Place, shortened
-from peftcli.errors import DataError, StorageError
+from peftcli.errors import DataError
+from peftcli.system.outputs import storage_errors
 
 FORMAT = 2
 """Changes with the layout below."""
@@ -168,7 +169,7 @@ class Writer:
         self.num_rows = self.num_examples = self.size = 0
         self._ends = dict.fromkeys(self.columns, 0)
         arrays = ["rows", "features", "sizes", *(file for name in self.columns for file in _arrays_of(name))]
-        with writing(folder):
+        with storage_errors(folder):
             self._open = {name: _File(folder / name) for name in (*map(_file, arrays), _BAD_ROWS)}
 
     def __enter__(self) -> Writer:
@@ -204,7 +205,7 @@ class Writer:
                         raise place.error(f"does not fit the column {name!r}: {error}") from None
                 examples.append(example)
                 records.append((self.num_rows + index, example.num_targets))
-        with writing(self.folder):
+        with storage_errors(self.folder):
             self._write("rows", rows)
             self._write("features", np.array(records, _EXAMPLE))
             self._write("sizes", np.array([example.size for example in examples], _SIZE))
@@ -233,7 +234,7 @@ class Writer:
             "files": list(self.files),
             "about": about,
         }
-        with writing(self.folder):
+        with storage_errors(self.folder):
             self._open[DESCRIPTION] = _File(self.folder / DESCRIPTION)
             self._open[DESCRIPTION].write(json.dumps(described, indent=1).encode())
             for file in self._open.values():
@@ -461,19 +462,6 @@ class View(Sequence[Example]):
         """Where the row of an example stands."""
         store, position = self.locate(index)
         return store.place(int(store.row_of[position]))
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Inside, an OSError is about writing ``path``.
-
-    Raises:
-        StorageError: in its place.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"cannot be written: {error.strerror or error}", file=str(path)) from None
 
 
 def describe(folder: Path, *, verify: bool) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def _train_or_mix(dataset: Dataset, report: Report) -> None:
         for name, default in _DATASET_SETTINGS.items():
             if getattr(dataset, name) != default:
                 report((f"dataset.{name}", *keys), "applies to a single dataset; set it in the entries of dataset.mix")
-        if dataset.eval_split is not None:
+        if dataset.eval_split is not None and dataset.eval is None:
             report(
                 ("dataset.eval_split", *keys),
                 "is a split of dataset.train; with dataset.mix, use dataset.eval or dataset.eval_fraction",
@@ -106,8 +106,10 @@ def _hub_settings(dataset: Dataset, report: Report) -> None:
             if getattr(source, name) != default:
                 more = "; local files are always streamed" if name == "streaming" else ""
                 report((f"{key}.{name}", f"{key}.train"), f"applies to hub datasets, but {key}.train is local{more}")
-    if dataset.eval_split is not None and dataset.eval is None and exists(dataset.train or ""):
-        report(("dataset.eval_split", "dataset.train"), "applies to hub datasets, but dataset.train is local")
+    evaluated = "train" if dataset.eval is None else "eval"
+    if dataset.eval_split is not None and exists(getattr(dataset, evaluated) or ""):
+        keys = ("dataset.eval_split", f"dataset.{evaluated}")
+        report(keys, f"applies to hub datasets, but dataset.{evaluated} is local")
 
 
 def _limits(dataset: Dataset, report: Report) -> None:
@@ -144,7 +146,7 @@ def _repeats(dataset: Dataset, report: Report) -> None:
 
 def _evaluation_rows(dataset: Dataset, report: Report) -> None:
     ways = [name for name in ("eval", "eval_split", "eval_fraction") if getattr(dataset, name) is not None]
-    if len(ways) > 1:
+    if dataset.eval_fraction is not None and len(ways) > 1:
         keys = [f"dataset.{name}" for name in reversed(ways)]
         report(keys, f"cannot be given together with {' and '.join(reversed(keys[1:]))}")
     if dataset.eval_fraction is not None and not 0 < dataset.eval_fraction < 1:

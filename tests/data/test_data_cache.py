@@ -332,7 +332,7 @@ def test_a_cache_that_cannot_be_made(root: Path, monkeypatch: pytest.MonkeyPatch
 def test_no_place_at_all(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFTCLI_CACHE", "/proc/cache")
     monkeypatch.setattr("tempfile.tempdir", "/proc/tmp")
-    with pytest.raises(StorageError, match="cannot be written") as caught:
+    with pytest.raises(StorageError, match="cannot write") as caught:
         cache.cached(KEY, build)
     assert "/proc/cache" in str(caught.value.hint)
 

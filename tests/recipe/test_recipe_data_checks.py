@@ -97,7 +97,8 @@ def recipe(**parts: str) -> str:
             "repeats dataset.mix[0]",
         ),
         # rows to evaluate on
-        ("train: org/a, eval: org/b, eval_split: x", 50, "eval_split", "cannot be given together with dataset.eval"),
+        ("train: org/a, eval: data, eval_split: x", 49, "eval_split", "hub datasets, but dataset.eval is local"),
+        ("train: org/a, eval_split: x, eval_fraction: 0.5", 55, "eval_fraction", "together with dataset.eval_split"),
         ("mix: [org/a], eval_fraction: 0", 40, "eval_fraction", "must be between 0 and 1, not 0.0"),
         # findings
         ("train: org/a, allow: [double_boss]", 33, "allow[0]", "unknown finding: 'double_boss'; those that stop"),
@@ -123,6 +124,8 @@ def test_what_data_settings_mean_together(
         "train: org/data.v1",
         "train: squad, name: plain, revision: main, split: validation, streaming: true, limit: 1, eval_split: test",
         "mix: [org/a], eval: org/b, eval_fraction: null",
+        "mix: [data], eval: org/b, eval_split: test",
+        "train: data, eval: org/b, eval_split: test",
         "mix: [data/train.jsonl, data/more.csv.gz, data]",
         "mix: [{train: org/a, limit: 5}, {train: org/a, split: test}, org/a, {train: org/a, name: x}]",
         "mix: [{train: org/a, streaming: true, weight: 1e-3}, {train: data, weight: 2}]",

@@ -568,7 +568,7 @@ TOGETHER = {
     "two ways to evaluate": dataset(
         "train: a/b, eval: c/d, eval_fraction: 0.1", "cannot be given together", "eval_fraction"
     ),
-    "a split and a file to evaluate": dataset("train: a/b, eval: c/d, eval_split: test", "", "eval_split"),
+    "a split of a folder": dataset("train: a/b, eval: ., eval_split: test", "dataset.eval is local", "eval_split"),
     "weights for some": dataset("mix: [{train: a/b, weight: 1}, c/d]", "is missing", "mix[1].weight"),
     "one dataset twice": dataset("mix: [a/b, a/b]", "repeats dataset.mix[0]", "mix[1]"),
     "a limit beside a mix": dataset("mix: [a/b], limit: 5", "applies to a single dataset", "limit"),

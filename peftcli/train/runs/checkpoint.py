@@ -7,13 +7,12 @@ are functions of the step, so they are not in it.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from peftcli.core.weights import adapter_state, load_training_state, named_tenso
 from peftcli.errors import AdapterError, Diverged, PeftcliError, StorageError
 from peftcli.guard.files import read_small
 from peftcli.system.disk import remove_folder, sha256, sync_folder, write_file
+from peftcli.system.outputs import storage_errors
 from peftcli.train.loop import LESS_LEARNING, PreparedModel
 from peftcli.train.optim import AVERAGES
 
@@ -107,7 +107,7 @@ def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelera
     final = folder / f"step-{state.progress.step:06d}"
     temporary = folder / f".{final.name}.tmp"
     if accelerator.is_main_process:
-        with _storing(temporary):
+        with storage_errors(temporary):
             if temporary.exists():
                 shutil.rmtree(temporary)
             temporary.mkdir(parents=True)
@@ -130,7 +130,7 @@ def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelera
             temporary / _MANIFEST,
             _manifest(temporary, state.progress.step, accelerator.num_processes, state.prepared.optim, made_by),
         )
-        with _storing(final):
+        with storage_errors(final):
             replaced = final.with_name(f".replaced-{final.name}")
             if final.exists():  # saved twice at one step; a kill between the two renames loses neither: see ``tidy``
                 final.rename(replaced)
@@ -168,7 +168,7 @@ def tidy(folder: Path) -> None:
     Raises:
         StorageError: a file cannot be removed.
     """
-    with _storing(folder):
+    with storage_errors(folder):
         for path in folder.glob(".replaced-step-*"):
             if not (final := path.with_name(path.name.removeprefix(".replaced-"))).exists():
                 path.rename(final)
@@ -214,7 +214,7 @@ def set_newer_aside(folder: Path, step: int, warn: Callable[[str], None]) -> Non
 def _set_aside(path: Path, why: str) -> Path:
     """Rename a checkpoint so that no run finds it."""
     aside = path.with_name(f".{why}-{path.name}")
-    with _storing(path):
+    with storage_errors(path):
         if aside.exists():
             shutil.rmtree(aside)
         path.rename(aside)
@@ -352,15 +352,6 @@ def _set_schedule(state: State) -> None:
     schedule._last_lr = rates
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-
-
-@contextlib.contextmanager
-def _storing(path: Path) -> Iterator[None]:
-    """Raise StorageError when a file cannot be written or moved."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"cannot write: {error.strerror}", file=str(path)) from None
 
 
 def _manifest(folder: Path, step: int, num_processes: int, optim: str, made_by: dict[str, str]) -> dict[str, Any]:

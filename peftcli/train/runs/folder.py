@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from peftcli.errors import FolderBusy, StorageError, UsageError
 from peftcli.guard.files import read_small
 from peftcli.system.disk import TEMPORARY, remove_folder, sha256, sync_folder, write_file
-from peftcli.system.outputs import expand_user
+from peftcli.system.outputs import expand_user, storage_errors
 from peftcli.system.secrets import redact, redact_values
 from peftcli.train.runs.record import RunRecord
 from peftcli.train.runs.typed_json import WrongValue
@@ -140,7 +140,7 @@ class RunFolder:
         """List the bad rows in skipped.jsonl; no file where there are none."""
         file = self.path / "skipped.jsonl"
         unfinished = self.path / ".skipped.jsonl.tmp"
-        try:
+        with storage_errors(file):
             with unfinished.open("w", encoding="utf-8") as written:
                 written.writelines(json.dumps(redact_values(row), sort_keys=True) + "\n" for row in rows)
             if unfinished.stat().st_size:
@@ -148,8 +148,6 @@ class RunFolder:
             else:
                 unfinished.unlink()
                 file.unlink(missing_ok=True)
-        except OSError as error:
-            raise StorageError(f"cannot be written: {error.strerror}", file=str(file)) from None
 
     def note_bug(self, traceback: str) -> None:
         """Append the traceback of an unexpected error to train.log."""
@@ -163,11 +161,8 @@ class RunFolder:
             StorageError: it cannot be written.
         """
         file = self.path / "metrics.jsonl"
-        try:
-            with file.open("a") as metrics:
-                metrics.write(json.dumps(entry, sort_keys=True) + "\n")
-        except OSError as error:
-            raise StorageError(f"cannot be written: {error.strerror}", file=str(file)) from None
+        with storage_errors(file), file.open("a") as metrics:
+            metrics.write(json.dumps(entry, sort_keys=True) + "\n")
 
     def sync_metrics(self) -> None:
         """Sync metrics.jsonl to the disk, before a checkpoint that relies on its lines.
@@ -176,11 +171,8 @@ class RunFolder:
             StorageError: they cannot be written.
         """
         file = self.path / "metrics.jsonl"
-        try:
-            with file.open("ab") as metrics:
-                os.fsync(metrics.fileno())
-        except OSError as error:
-            raise StorageError(f"cannot be written: {error.strerror}", file=str(file)) from None
+        with storage_errors(file), file.open("ab") as metrics:
+            os.fsync(metrics.fileno())
 
     def line_of(self, step: int) -> dict[str, Any]:
         """The line of metrics.jsonl of a step; empty where it has none."""
