@@ -38,6 +38,7 @@ from peftcli.errors import Interrupted, PeftcliError, UsageError, to_peftcli_err
 from peftcli.system import signals
 from peftcli.system.cores import set_variables
 from peftcli.system.garbage import postponed_collection
+from peftcli.train.launch import report_outcome, started_by_peftcli
 
 _BROKEN_PIPE = 141
 
@@ -114,10 +115,10 @@ def main(args: Sequence[str] | None = None) -> int:
     rest = [arg for arg in options if arg != "--debug"] + given[len(options) :]
     try:
         set_variables()
-        with postponed_collection(), console.redacted_streams(), signals.handle_signals(last=_is_launched()):
+        with postponed_collection(), console.redacted_streams(), signals.handle_signals(last=started_by_peftcli()):
             code = _run(rest or ["--help"])
         sys.stdout.flush()
-        _report_to_launcher(None)
+        report_outcome(None)
         return code
     except BrokenPipeError:
         console.discard(sys.stdout)
@@ -138,21 +139,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _show_error(error: PeftcliError, as_json: bool) -> int:
     """Show an error, or let the launcher show it; return the exit code."""
-    code = _report_to_launcher(error)
+    code = report_outcome(error)
     return console.report_error(error, as_json) if code is None else code
-
-
-def _report_to_launcher(error: PeftcliError | None) -> int | None:
-    """Report how this process ended to the launcher that started it, if there is one. Returns the exit code for it."""
-    if not _is_launched():
-        return None
-    from peftcli.train.launch import report_outcome
-
-    return report_outcome(error)
-
-
-def _is_launched() -> bool:
-    return "PEFTCLI_STATUS" in os.environ
 
 
 def _run(args: list[str]) -> int:

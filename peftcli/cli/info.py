@@ -42,9 +42,9 @@ def _adapter(adapter: str, updates: bool, as_json: bool) -> None:
 
     facts = describe(adapter)
     if not as_json:
-        _print_facts(facts, as_json)
+        _print_facts(facts)
     if not updates:
-        return _print_facts(facts, as_json) if as_json else None
+        return console.print_json(facts) if as_json else None
     from peftcli.adapters.updates import analyse
 
     found = analyse(adapter)
@@ -80,10 +80,10 @@ def _env(as_json: bool) -> None:
 
     facts = {"python": platform.python_version(), "platform": platform.platform()}
     facts |= {name: _version(name) for name in _PACKAGES}
-    if not as_json:
-        _print_facts(facts, as_json)
-    devices = {"devices": _devices()}
-    _print_facts({**facts, **devices} if as_json else devices, as_json)
+    if as_json:
+        return console.print_json({**facts, "devices": _devices()})
+    _print_facts(facts)
+    return _print_facts({"devices": _devices()})
 
 
 def _version(package: str) -> str:
@@ -105,10 +105,7 @@ def _devices() -> list[str]:
     return ["mps"] if torch.backends.mps.is_available() else [f"cpu, {torch.get_num_threads()} threads"]
 
 
-def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        console.print_json(facts)
-        return
+def _print_facts(facts: dict[str, Any]) -> None:
     for name, value in facts.items():
         text = (", ".join(str(item) for item in value) or None) if isinstance(value, list) else value
         console.out(f"{name}: {'-' if text is None else text}")

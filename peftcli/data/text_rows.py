@@ -384,9 +384,9 @@ def _header(record: list[str], text: TextFile) -> list[str]:
 
 
 def json_kind(value: Any) -> str:
-    """Name the kind of a JSON value."""
-    names = {list: "a list", str: "a string", bool: "a truth value", int: "a number", float: "a number"}
-    return "an object" if isinstance(value, dict) else names.get(type(value), "null")
+    """Name the kind of a value in a row."""
+    names = {list: "a list", dict: "an object", str: "text", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
 def quote(text: str, length: int = 60) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from peftcli.recipe.checks import gate_holds, parse_gate, seconds
 from peftcli.recipe.dump import to_dict, to_yaml
-from peftcli.recipe.parse import Reading, load_recipe, method_config, read, read_recipe
+from peftcli.recipe.parse import Reading, load_recipe, method_config, read
 from peftcli.recipe.rates import rate_problems
 from peftcli.recipe.reference import Explanation, explain, json_schema
 from peftcli.recipe.sources import recipes_and_overrides
@@ -34,7 +34,6 @@ __all__ = [
     "parse_gate",
     "rate_problems",
     "read",
-    "read_recipe",
     "recipes_and_overrides",
     "seconds",
     "to_dict",

@@ -78,12 +78,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return reading.recipe
 
 
-def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe | None, list[Problem]]:
-    """Like ``load_recipe``, but return the problems."""
-    reading = read(path, overrides)
-    return reading.recipe, reading.problems
-
-
 def read(path: Path, overrides: Sequence[str] = ()) -> Reading:
     """Like ``load_recipe``, but return the problems and the places of all keys."""
     problems = Problems()

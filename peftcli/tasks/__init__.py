@@ -79,11 +79,6 @@ class TaskRow:
         """Whether the model continues or answers a text: ``peftcli generate``."""
         return self.auto_class in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
-    @property
-    def packs(self) -> bool:
-        """Whether several examples fit one row of a batch; ``Packs``, as far as it is known without torch."""
-        return "packing" in {each.name for each in fields(self.settings)}
-
     def settings_of(self, recipe: Recipe) -> Any:
         """The settings that a recipe gives, under ``task`` or under ``dataset``."""
         given = {name: value for name, value in (recipe.task or {}).items() if name != "type"}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,7 +18,6 @@ from peftcli.tasks.shown import Text
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.encode import CausalEncoder
 from peftcli.tasks.text.language_model import LanguageModel
-from peftcli.tasks.text.packing import join
 from peftcli.tasks.text.token_loss import next_tokens, target_losses, token_loss
 
 _SAMPLE = 8
@@ -34,7 +34,13 @@ class CausalLM(LanguageModel[settings.CausalLM]):
         return [Text(self.renderer.render(ids, [IGNORED, *labels[1:]]))]
 
     def join(self, examples: Sequence[Example]) -> Example:
-        return join(examples)
+        # the first label of each does not count, since it would be predicted from the previous example
+        arrays = {
+            "input_ids": np.concatenate([each.arrays["input_ids"] for each in examples]),
+            "labels": np.concatenate([[IGNORED, *each.arrays["labels"][1:]] for each in examples]),
+            "position_ids": np.concatenate([np.arange(len(each.arrays["input_ids"])) for each in examples]),
+        }
+        return Example(arrays, sum(each.size for each in examples), sum(each.num_targets for each in examples))
 
     def samples(self) -> list[Example]:
         vocabulary = self.base.config.get_text_config().vocab_size

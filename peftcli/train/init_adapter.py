@@ -41,24 +41,15 @@ def find_init_adapter(recipe: Recipe) -> AdapterSource | None:
 def with_init_settings(recipe: Recipe) -> Recipe:
     """The recipe with the settings of the adapter that it begins from, as its ``method``.
 
-    Raises:
-        AdapterError: as ``find_init_adapter``, or the adapter is of another method, or a setting that the recipe gives
-            differs from the adapter's.
-    """
-    source = find_init_adapter(recipe)
-    return recipe if source is None else with_settings_of(source, recipe)
-
-
-def with_settings_of(source: AdapterSource, recipe: Recipe) -> Recipe:
-    """The recipe with the settings of ``source`` as its ``method``.
-
     Dropout is the recipe's, since it belongs to training. So are target_modules that are a pattern or ``all-linear``:
     whether they name the adapter's modules shows in the model.
 
     Raises:
-        AdapterError: the adapter is of another method, a setting that the recipe gives differs from the adapter's, or
-            training has given its layers other sizes than settings say.
+        AdapterError: as ``find_init_adapter``, or the adapter is of another method, a setting that the recipe gives
+            differs from the adapter's, or training has given its layers other sizes than settings say.
     """
+    if (source := find_init_adapter(recipe)) is None:
+        return recipe
     given = dict(recipe.method)
     method = given.pop("type")
     row = METHODS[method]

@@ -45,7 +45,6 @@ from peftcli.models import tokens
 from peftcli.schema import BaseModel, Source
 from peftcli.tasks import settings as task_settings
 from peftcli.tasks.causal_lm import CausalLM
-from peftcli.tasks.text.packing import join
 
 NEW = ["<tool>", "<done>"]
 VOCABULARY = 300
@@ -587,7 +586,8 @@ def test_eos_is_trained_where_it_pads_too(rows: list[dict[str, Any]]) -> None:
 def test_eos_is_trained_in_packed_rows_where_it_pads_too() -> None:
     tokenizer = unsaved(pad_token="<|im_end|>")
     encoded = features(tokenizer, trainkit.MESSAGES[:3])
-    batch = causal_lm(tokenizer).collate([join(encoded[:2]), join(encoded[2:])], training=True)
+    task = causal_lm(tokenizer)
+    batch = task.collate([task.join(encoded[:2]), task.join(encoded[2:])], training=True)
     assert (batch["labels"] == tokenizer.eos_token_id).sum(dim=1).tolist() == [2, 1]
     short = encoded[2].size
     assert (batch["labels"][1, short:] == -100).all()

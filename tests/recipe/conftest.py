@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 
 from peftcli.errors import Problem
-from peftcli.recipe import json_schema, load_recipe, read_recipe
+from peftcli.recipe import json_schema, load_recipe, read
 from peftcli.schema import Recipe
 
 GOOD = """\
@@ -58,10 +58,10 @@ def problems(write: Callable[..., Path]) -> Callable[..., list[Problem]]:
     """The problems of a recipe; there must be some."""
 
     def problems(more: str = "", *overrides: str, text: str = GOOD) -> list[Problem]:
-        recipe, found = read_recipe(write(more, text=text), overrides)
-        assert recipe is None
-        assert found
-        return found
+        reading = read(write(more, text=text), overrides)
+        assert reading.recipe is None
+        assert reading.problems
+        return reading.problems
 
     return problems
 

@@ -12,7 +12,7 @@ import pytest
 
 from peftcli.errors import Problem
 from peftcli.methods import METHODS
-from peftcli.recipe import read_recipe
+from peftcli.recipe import read
 from peftcli.recipe.names import VALUES
 from peftcli.recipe.settings import choices, sections, settings
 from peftcli.schema import Recipe
@@ -182,7 +182,7 @@ def test_the_checks_import_nothing_slow(write: Callable[..., Path]) -> None:
 
 def test_rows_of_alora_are_not_packed(write: Callable[..., Path]) -> None:
     text = recipe(dataset="train: org/data, packing: true", method="lora, alora_invocation_tokens: [5]")
-    [problem] = read_recipe(write(text=text))[1]
+    [problem] = read(write(text=text)).problems
     assert problem.key == "dataset.packing"
     assert "LoRA finds alora_invocation_tokens only once per row" in problem.message
 
@@ -191,7 +191,7 @@ def test_rows_of_alora_are_not_packed(write: Callable[..., Path]) -> None:
 def test_methods_that_look_at_a_whole_batch_are_not_packed(write: Callable[..., Path], method: str) -> None:
     path = write(text=recipe(dataset="train: org/data, packing: true", method=method))
     needed = ("method.token_indices", "method.adapters", "method.adapter_len", "method.adapter_layers")
-    found = [problem for problem in read_recipe(path)[1] if problem.key not in needed]
+    found = [problem for problem in read(path).problems if problem.key not in needed]
     if method != "lily":
         assert not found
         return

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from peftcli.errors import RecipeError
-from peftcli.recipe import load_recipe, read_recipe
+from peftcli.recipe import load_recipe, read
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,9 @@ from peftcli.recipe import load_recipe, read_recipe
 def test_unreadable(tmp_path: Path, text: str, line: int, message: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
-    recipe, (found,) = read_recipe(path)
-    assert recipe is None
+    reading = read(path)
+    [found] = reading.problems
+    assert reading.recipe is None
     assert message in found.message
     assert (found.file, found.line) == (str(path), line)
 
@@ -84,23 +85,23 @@ def test_refused_parts(problems, more: str, key: str | None, message: str) -> No
 def test_bytes_and_files_that_are_no_recipe(tmp_path: Path, good: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(b"a: 1\nb: \xe9\n")
-    assert [str(p) for p in read_recipe(path)[1]] == [f"{path}:2: not UTF-8 text"]
+    assert [str(p) for p in read(path).problems] == [f"{path}:2: not UTF-8 text"]
     path.write_bytes(good.encode("utf-16"))
-    assert "not UTF-8" in read_recipe(path)[1][0].message
+    assert "not UTF-8" in read(path).problems[0].message
     path.write_text("#" * 1_000_001)
-    assert "a recipe has at most 1000000" in read_recipe(path)[1][0].message
+    assert "a recipe has at most 1000000" in read(path).problems[0].message
     path.write_text("\ufeff" + good, encoding="utf-8")
-    assert read_recipe(path)[1] == []
-    assert "is a folder" in read_recipe(tmp_path)[1][0].message
-    assert "no such file" in read_recipe(tmp_path / "x")[1][0].message
+    assert read(path).problems == []
+    assert "is a folder" in read(tmp_path).problems[0].message
+    assert "no such file" in read(tmp_path / "x").problems[0].message
     os.mkfifo(tmp_path / "fifo")
-    assert "not a regular file" in read_recipe(tmp_path / "fifo")[1][0].message
+    assert "not a regular file" in read(tmp_path / "fifo").problems[0].message
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    assert "cannot be read" in read_recipe(tmp_path / "loop")[1][0].message
+    assert "cannot be read" in read(tmp_path / "loop").problems[0].message
 
 
 def test_a_long_path_is_cut(tmp_path: Path) -> None:
-    (found,) = read_recipe(tmp_path / ("x" * 5000))[1]
+    (found,) = read(tmp_path / ("x" * 5000)).problems
     assert len(found.message) < 300
     assert "cannot be read: File name too long" in found.message
 
@@ -113,7 +114,7 @@ def test_a_file_that_becomes_a_pipe_is_not_waited_for(
     os.mkfifo(path)
     found = real.stat()
     monkeypatch.setattr(Path, "stat", lambda self, **options: found)
-    (problem,) = read_recipe(path)[1]
+    (problem,) = read(path).problems
     assert "not a regular file" in problem.message
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from peftcli.recipe import load_recipe, read, read_recipe
+from peftcli.recipe import load_recipe, read
 
 
 def test_overrides(load) -> None:
@@ -79,7 +79,7 @@ def test_extends_with_another_method_or_base_model_replaces_it(write) -> None:
 def test_a_problem_is_shown_in_the_file_that_holds_it(write) -> None:
     base = write("  sede: 1\n", name="base.yaml")
     path = write(text="extends: base.yaml\ntraining: {seed: x}\n")
-    _, found = read_recipe(path)
+    found = read(path).problems
     assert {(p.file, p.line, p.key) for p in found} == {
         (str(base), 8, "training.sede"),
         (str(path), 2, "training.seed"),
@@ -100,7 +100,7 @@ def test_bad_extends(write, target: str, message: str) -> None:
     write(name="base.yaml")
     write(text="extends: recipe.yaml\n", name="other.yaml")
     path = write(text=f"extends: {target}\n")
-    _, (found,) = read_recipe(path)
+    (found,) = read(path).problems
     assert message in found.message
     assert found.line == 1
     if target == "bas.yaml":
@@ -110,7 +110,7 @@ def test_bad_extends(write, target: str, message: str) -> None:
 def test_a_long_chain_ends(write) -> None:
     for index in range(40):
         write(text=f"extends: r{index + 1}.yaml\n", name=f"r{index}.yaml")
-    _, (found,) = read_recipe(write(text="extends: r0.yaml\n"))
+    (found,) = read(write(text="extends: r0.yaml\n")).problems
     assert "extend one another" in found.message
 
 

@@ -199,7 +199,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bytes(name: str, recipe: Path
 
 
 def test_loraplus_settings_are_checked(recipe: Path) -> None:
-    from peftcli.recipe import read_recipe
+    from peftcli.recipe import read
 
-    _, problems = read_recipe(recipe, ["training.loraplus_lr_ratio=0", "training.loraplus_lr_embedding=-1"])
+    problems = read(recipe, ["training.loraplus_lr_ratio=0", "training.loraplus_lr_embedding=-1"]).problems
     assert [problem.key for problem in problems] == ["training.loraplus_lr_embedding", "training.loraplus_lr_ratio"]

@@ -41,7 +41,6 @@ from peftcli.methods.lora.config import LoraConfig
 from peftcli.schema import Training
 from peftcli.tasks import settings
 from peftcli.tasks.causal_lm import CausalLM
-from peftcli.tasks.text.packing import join
 from peftcli.tasks.text.segments import ATTENTION
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.loop import Gradients, PreparedModel, StepResult, fit
@@ -146,9 +145,9 @@ COMPARED = [
 def test_packed_rows_have_the_loss_and_gradients_of_their_examples(kind: str, attention: str) -> None:
     model = adapted(kind, attention)
     packed = examples(7, 40, 1, 23, 12, 30, 2)
-    rows = [join(packed[:3]), join(packed[3:])]  # of different lengths: the first is padded
+    rows = [TASK.join(packed[:3]), TASK.join(packed[3:])]  # of different lengths: the first is padded
     alone, gradients = loss_and_gradients(model, [[example] for example in packed])
-    for batches in ([rows], [[join(packed)]]):
+    for batches in ([rows], [[TASK.join(packed)]]):
         total, found = loss_and_gradients(model, batches)
         assert total == pytest.approx(alone, rel=1e-5)
         for name, gradient in gradients.items():
@@ -162,7 +161,7 @@ def test_flex_attention_keeps_examples_apart() -> None:
     """The forward pass only: on a CPU, flex attention has no backward pass."""
     model, packed = adapted("llama", "flex_attention"), examples(7, 40, 1, 23)
     with torch.no_grad():
-        loss = TASK.loss(model, TASK.collate([join(packed)], training=True)).total
+        loss = TASK.loss(model, TASK.collate([TASK.join(packed)], training=True)).total
         model.set_attn_implementation("sdpa")
         alone = sum(TASK.loss(model, TASK.collate([example], training=True)).total for example in packed)
     assert float(loss) == pytest.approx(float(alone), rel=1e-5)
@@ -174,7 +173,7 @@ def test_another_example_changes_nothing_of_its_neighbours(kind: str, attention:
     model = adapted(kind, attention)
     packed = examples(9, 20, 11)
     changed = [packed[0], *examples(20, seed=1), packed[2]]
-    inputs = [TASK.collate([join(row)], training=True) for row in (packed, changed)]
+    inputs = [TASK.collate([TASK.join(row)], training=True) for row in (packed, changed)]
     with torch.no_grad():
         before, after = (
             model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]

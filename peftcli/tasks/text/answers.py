@@ -11,6 +11,7 @@ from typing import Any
 
 from peftcli.data.rows import Row, Table
 from peftcli.tasks.text.formats import ChatExample, ExampleReader, ParsedRow
+from peftcli.tasks.text.spans import common_length
 
 PAIR = ("chosen", "rejected")
 """The columns of a row of two answers."""
@@ -92,7 +93,7 @@ def _messages_before(prompt: Any, answers: Sequence[list[Any]]) -> tuple[list[An
     if isinstance(prompt, list):
         again = all(each[: len(prompt)] == prompt for each in answers)
         return prompt, len(prompt) if again else 0
-    shared = _common(*answers) if len(answers) > 1 else 0
+    shared = common_length(*answers) if len(answers) > 1 else 0
     if not shared and isinstance(prompt, str):
         return [{"role": "user", "content": prompt}], 0
     return answers[0][:shared], shared
@@ -100,11 +101,5 @@ def _messages_before(prompt: Any, answers: Sequence[list[Any]]) -> tuple[list[An
 
 def _shared(one: str, other: str) -> int:
     """How many characters two texts begin with, up to white space: a word stays whole."""
-    common = one[: _common(one, other)]
+    common = one[: common_length(one, other)]
     return max(0, *(common.rfind(blank) for blank in " \n\t"))
-
-
-def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
-    return next(
-        (at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other))
-    )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftcli.data.rows import Reader, Row
+from peftcli.data.text_rows import json_kind
 from peftcli.errors import DataError
 from peftcli.schema import Source
 
@@ -240,7 +241,7 @@ def _listed(columns: Iterable[str]) -> str:
 def _string(row: dict[str, Any], key: str, *, where: str = "") -> str:
     value = row.get(key)
     if not isinstance(value, str):
-        raise _Fault(where + key, f"expected text, found {_kind(value)}")
+        raise _Fault(where + key, f"expected text, found {json_kind(value)}")
     return value
 
 
@@ -302,17 +303,17 @@ def _sharegpt(row: dict[str, Any]) -> ParsedRow:
 def _turns(row: dict[str, Any], column: str) -> list[Message]:
     turns = row[column]
     if not isinstance(turns, list):
-        raise _Fault(column, f"expected a list of turns, found {_kind(turns)}")
+        raise _Fault(column, f"expected a list of turns, found {json_kind(turns)}")
     for index, turn in enumerate(turns):
         if not isinstance(turn, dict):
-            raise _Fault(f"{column}[{index}]", f"expected an object, found {_kind(turn)}")
+            raise _Fault(f"{column}[{index}]", f"expected an object, found {json_kind(turn)}")
     return turns
 
 
 def _role(turn: Message, key: str, known: Iterable[str], where: str) -> str:
     role = turn.get(key)
     if not isinstance(role, str) or role not in known:
-        found = repr(role[:40]) if isinstance(role, str) else _kind(role)
+        found = repr(role[:40]) if isinstance(role, str) else json_kind(role)
         raise _Fault(where + key, f"unknown role: {found}; known are {', '.join(known)}")
     return role
 
@@ -329,7 +330,7 @@ def _conversation(
         turn = turn | {"content": _joined_parts(turn.get("content"))}
         _check_content(turn, role, content, where)
         if not isinstance(turn.get("train", True), bool | None):
-            raise _Fault(where + "train", f"expected true or false, found {_kind(turn['train'])}")
+            raise _Fault(where + "train", f"expected true or false, found {json_kind(turn['train'])}")
         if turn.get("train") and role != "assistant":
             raise _Fault(where + "train", f"a {role} turn is never trained")
         for key in turn:
@@ -405,13 +406,8 @@ def _tools(row: dict[str, Any]) -> list[Any] | None:
         except (ValueError, RecursionError):
             raise _Fault("tools", "is not JSON") from None
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise _Fault("tools", f"expected a list of objects, found {_kind(tools)}")
+        raise _Fault("tools", f"expected a list of objects, found {json_kind(tools)}")
     return tools or None
-
-
-def _kind(value: Any) -> str:
-    names = {list: "a list", dict: "an object", str: "text", bool: "a truth value", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
 FORMATS = {

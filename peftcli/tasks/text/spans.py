@@ -352,7 +352,7 @@ class Template:
         """
         opener = self._special.match(first.removeprefix(self.tokenizer.bos_token or "").lstrip())
         runs = [self._run(text, opener.group() if opener else None) for text in (last, middle)]
-        if size := _common_length(*runs):
+        if size := common_length(*runs):
             return ("".join(runs[0][:size]),)
         if all(runs):
             return runs[0][0], runs[1][0]
@@ -360,7 +360,7 @@ class Template:
             # It may be a generation prompt that the template writes in any case.
             return () if header.endswith(last) else ("".join(runs[0]),)
         # The text before every question opens its turn and does not close the previous one.
-        own = middle[: len(middle) - _common_length(first[::-1], middle[::-1])]
+        own = middle[: len(middle) - common_length(first[::-1], middle[::-1])]
         if runs[1]:
             return ("".join(runs[1]),) if own else ()
         words = self._common_start(last, own).strip()
@@ -377,7 +377,7 @@ class Template:
 
     def _common_start(self, one: str, other: str) -> str:
         """The common beginning of two texts, without part of a special token."""
-        size = _common_length(one, other)
+        size = common_length(one, other)
         splits = (found.start() for found in self._special.finditer(one) if found.start() < size < found.end())
         return one[: next(splits, size)]
 
@@ -457,7 +457,7 @@ class Template:
             other = self.render([*upto, {"role": "assistant", "content": _MARK}], whole.tools)
         except DataError:
             raise _Unclear("where it begins is not clear") from None
-        head = text[_common_length(text, other) : position]
+        head = text[common_length(text, other) : position]
         if not whole.text.endswith(head, before, place):
             raise _Unclear("where it begins is not clear")
         return place - len(head)
@@ -523,7 +523,7 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
 
-def _common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
     """The length of the common beginning."""
     low, high = 0, min(len(one), len(other))
     while low < high:

@@ -172,7 +172,7 @@ class _Unpadded:
             inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
         if takes(self.module, "use_cache"):
             inputs["use_cache"] = False
-        with _set(layout_of_call, Layout(everything, None, rows, places)):
+        with set_in(layout_of_call, Layout(everything, None, rows, places)):
             return self.forward(**inputs)
 
     def spread(self, output: Any, states: torch.Tensor, part: Part) -> Any:
@@ -268,7 +268,8 @@ def _kept(inputs: Mapping[str, Any]) -> torch.Tensor | None:
 
 
 @contextmanager
-def _set(variable: ContextVar, value: Any) -> Iterator[None]:
+def set_in(variable: ContextVar, value: Any) -> Iterator[None]:
+    """Inside, a context variable has this value."""
     token = variable.set(value)
     try:
         yield
@@ -282,7 +283,7 @@ def only(chosen: torch.Tensor) -> AbstractContextManager[None]:
     Args:
         chosen: (B, T). Virtual tokens stand before them.
     """
-    return _set(_only, chosen)
+    return set_in(_only, chosen)
 
 
 def lengths_in_row(device: torch.device) -> torch.Tensor | None:

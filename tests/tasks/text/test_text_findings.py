@@ -77,6 +77,7 @@ def test_names_and_levels_are_a_promise() -> None:
         "empty_prompts": ("info", False),
         "exact_duplicates": ("info", False),
         "near_duplicates": ("info", False),
+        "labels_differ": ("warning", False),
         "train_in_eval": ("warning", False),
         "prompts_in_eval": ("info", False),
         "low_trained_share": ("info", False),

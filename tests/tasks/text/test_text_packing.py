@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from examplekit import example, plain
 
-from peftcli.tasks.text.packing import join
+from peftcli.tasks import settings
+from peftcli.tasks.causal_lm import CausalLM
+
+TASK = CausalLM(settings.CausalLM(), None, base=None)
 
 
 def test_join_starts_positions_anew_and_drops_the_first_target_of_each() -> None:
-    row = join(
+    row = TASK.join(
         [
             example({"input_ids": [5, 6, 2], "labels": [5, -100, 2]}, 1),
             example({"input_ids": [7], "labels": [7]}, 0),
@@ -25,5 +28,5 @@ def test_join_starts_positions_anew_and_drops_the_first_target_of_each() -> None
 
 def test_join_leaves_its_examples_as_they_are() -> None:
     one = example({"input_ids": [5, 6], "labels": [5, 6]})
-    join([one])
+    TASK.join([one])
     assert plain(one) == {"input_ids": [5, 6], "labels": [5, 6]}
