@@ -19,6 +19,7 @@ from peftcli.guard.adapter_folder import CONFIG_FILE, read_config, read_run
 from peftcli.guard.files import irregular_kind, one_line, os_reason, read_small
 from peftcli.guard.typed_fields import mapping_at
 from peftcli.methods import METHODS
+from peftcli.system.disk import write_file
 from peftcli.system.secrets import redact
 from peftcli.tasks import TASKS, TaskRow
 
@@ -57,16 +58,17 @@ def write_card(folder: Path, tags: Collection[str] = _TRANSFORMERS) -> Path:
         AdapterError: those cannot be read.
         StorageError: it cannot be written.
     """
-    return _write(folder / "README.md", render_card(read_info(folder), tags=tags, **_beside(folder)))
+    path, info = folder / "README.md", read_info(folder)
+    write_file(path, render_card(info, tags=tags, **_beside(folder, info)).encode())
+    return path
 
 
 def has_own_card(folder: Path, tags: Collection[str] = _TRANSFORMERS) -> bool:
     """Whether the folder's README.md is missing, or as ``write_card`` writes it: nobody's text is lost with it."""
     path = folder / "README.md"
     try:
-        return not os.path.lexists(path) or _read_card(path) == render_card(
-            read_info(folder), tags=tags, **_beside(folder)
-        )
+        info = read_info(folder)
+        return not os.path.lexists(path) or _read_card(path) == render_card(info, tags=tags, **_beside(folder, info))
     except AdapterError:
         return False
 
@@ -94,7 +96,7 @@ def complete_card(folder: Path, tags: Collection[str] = _TRANSFORMERS) -> None:
 
     card = _with_head(written, complete, path)
     if card != written:
-        _write(path, card)
+        write_file(path, card.encode())
 
 
 def for_hub(folder: Path, repo_id: str, base_model_id: str | None = None) -> str:
@@ -106,11 +108,11 @@ def for_hub(folder: Path, repo_id: str, base_model_id: str | None = None) -> str
         AdapterError: a file of the folder cannot be read, or the card's front matter cannot be changed.
     """
     info, path = read_info(folder), folder / "README.md"
-    base = str(info["base_model"].get("name") or "")
+    base, beside = str(info["base_model"].get("name") or ""), _beside(folder, info)
     written = _read_card(path) if os.path.lexists(path) else None
-    if written is None or written == render_card(info, **_beside(folder)):
+    if written is None or written == render_card(info, **beside):
         named = {**info, "base_model": {**info["base_model"], "name": base_model_id or base}}
-        return render_card(named, adapter=repo_id, **_beside(folder))
+        return render_card(named, adapter=repo_id, **beside)
     return redact(_renamed(written, base, base_model_id, path) if base_model_id else written)
 
 
@@ -167,6 +169,7 @@ def render_card(
     method.pop("type", None)
     task = str(recipe.get("task") or "")
     kind, use, base = _subject(info)
+    name = base if base and not is_local(base) else _SOME_BASE
     use = _filled(use, mapping_at(info, "task")) if use else None
     sections = [
         _front_matter(_head(kind, use, base, tags)),
@@ -175,8 +178,8 @@ def render_card(
             kind,
             use,
             adapter,
-            _other(use, base, form)
-            or [*_model(info, use, base, adapter), *_loading(info, use, base, adapter, processor)],
+            _other(use, name, form)
+            or [*_model(info, use, name, adapter), *_loading(info, use, name, adapter, processor)],
         ),
         _processor_note(use, mapping_at(recipe, "base_model")) if processor else "",
         _table("Training data", ("split", "count", "value"), _data_rows(info)),
@@ -253,14 +256,13 @@ def _usage(kind: str, use: TaskRow | None, adapter: str, loading: list[str]) -> 
     return text + f"With {libraries}, in Python:\n\n" + _python("peft", use, adapter, loading)
 
 
-def _other(use: TaskRow | None, base: str, form: bool) -> list[str]:
+def _other(use: TaskRow | None, name: str, form: bool) -> list[str]:
     """Lines of Python that load a model that no class of PEFT loads."""
-    name = base if base and not is_local(base) else _SOME_BASE
     lines = use.form_loading if use and form else use.loading if use else ()
     return [line.replace(json.dumps(_SOME_BASE), json.dumps(name)) for line in lines]
 
 
-def _model(info: Mapping[str, Any], use: TaskRow | None, base: str, adapter: str) -> list[str]:
+def _model(info: Mapping[str, Any], use: TaskRow | None, name: str, adapter: str) -> list[str]:
     """Lines of Python that load a model whose head depends on the classes; none where PEFT's class does it."""
     recorded = {name: value for name, value in mapping_at(info, "task").items() if name != "type"}
     options: dict[str, Any] = {}
@@ -269,8 +271,8 @@ def _model(info: Mapping[str, Any], use: TaskRow | None, base: str, adapter: str
     if not use or not options:
         return []
     names = list(options.get("id2label", {}).values())
-    head = f"id2label=dict(enumerate({_quoted(names)}))" if names else f"num_labels={options['num_labels']}"
-    name = base if base and not is_local(base) else _SOME_BASE
+    quoted = json.dumps(names).replace("`", "\\u0060")
+    head = f"id2label=dict(enumerate({quoted}))" if names else f"num_labels={options['num_labels']}"
     return [
         "from peft import PeftModel",
         f"from transformers import {', '.join(sorted([use.auto_class, _processor_class(_processor(use))]))}",
@@ -280,13 +282,8 @@ def _model(info: Mapping[str, Any], use: TaskRow | None, base: str, adapter: str
     ]
 
 
-def _quoted(names: list[Any]) -> str:
-    return json.dumps(names).replace("`", "\\u0060")
-
-
-def _loading(info: Mapping[str, Any], use: TaskRow | None, base: str, adapter: str, own: bool) -> list[str]:
+def _loading(info: Mapping[str, Any], use: TaskRow | None, name: str, adapter: str, own: bool) -> list[str]:
     """Lines of Python that load the processor, and tell a loaded model where its answers end if it does not know."""
-    name = base if base and not is_local(base) else _SOME_BASE
     kind = _processor(use)
     lines = [f"{kind} = {_processor_class(kind)}.from_pretrained({json.dumps(adapter if own else name)})"]
     if stops := info.get("eos_token_id"):
@@ -456,13 +453,6 @@ _YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupErr
 """What PyYAML raises on malformed input."""
 
 
-def _write(path: Path, card: str) -> Path:
-    from peftcli.system.disk import write_file
-
-    write_file(path, card.encode())
-    return path
-
-
 def _read_card(path: Path) -> str:
     try:
         content = read_small(path, _MAX_CARD_BYTES)
@@ -476,10 +466,10 @@ def _task_name(task: object) -> object:
     return task.get("type") if isinstance(task, Mapping) else task
 
 
-def _beside(folder: Path) -> dict[str, Any]:
-    """What of the things that a card speaks of is in the folder."""
+def _beside(folder: Path, info: Mapping[str, Any]) -> dict[str, Any]:
+    """Which files that the card mentions are in the folder."""
     processors = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
     own = any((folder / name).is_file() for name in processors)
-    use = _subject(read_info(folder))[1]
+    use = _subject(info)[1]
     form = bool(use and use.form and (folder / use.form).is_file())
     return {"plot": (folder / "loss.png").is_file(), "processor": own, "form": form}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +11,7 @@ import typer
 
 from peftcli.cli import console
 from peftcli.errors import GateFailed, PeftcliError, StorageError, to_peftcli_error
+from peftcli.train.runs.typed_json import flatten
 
 Junit = Annotated[
     Path | None, typer.Option("--junit", metavar="FILE", help="Write a JUnit report: each gate is a test case.")
@@ -65,20 +66,11 @@ def _write(path: Path | None, recipe: Path, run: dict[str, Any], error: dict[str
 
     measured = run.get("eval", {})
     metrics = measured.get("kept", measured.get("last", {}))
-    facts = _flatten({name: run[name] for name in _FACTS if name in run})
+    facts = flatten({name: run[name] for name in _FACTS if name in run})
+    facts = {name: value for name, value in facts.items() if value is not None}
     gates, seconds = run.get("gates", []), run.get("wall_seconds")
     write_junit(path, suite=recipe.stem, gates=gates, metrics={**metrics, **facts}, seconds=seconds, error=error)
 
 
 def _as_dict(error: Exception) -> dict[str, object]:
     return (to_peftcli_error(error) or PeftcliError(f"{type(error).__name__}: {error}")).as_dict()
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            out |= _flatten(value, f"{prefix}{name}.")
-        elif value is not None:
-            out[prefix + name] = value
-    return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from peftcli.recipe import to_dict
 from peftcli.schema import Recipe
 from peftcli.tasks.base import require_extra
 from peftcli.train.runs.resume import Run
+from peftcli.train.runs.typed_json import flatten
 
 _PROJECT = "peftcli"
 _PROJECT_IN = {"wandb": "WANDB_PROJECT", "trackio": "TRACKIO_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME"}
@@ -36,7 +37,7 @@ class Trackers:
             "mlflow": {"run_name": name},
             "trackio": {"name": name, "resume": "allow" if attempts[-1].from_step else "never"},
         }
-        settings = dict(_flat(to_dict(run.recipe)))
+        settings = {key: _logged(value) for key, value in flatten(to_dict(run.recipe)).items()}
         self._warn, self._started = run.warn, dict[str, GeneralTracker]()
         for tracker in run.recipe.training.report_to if run.is_main else ():
             self._try(tracker, partial(self._start, tracker, own[tracker], settings))
@@ -78,9 +79,6 @@ def require_packages(recipe: Recipe) -> None:
         require_extra(name, name, "training.report_to", UsageError)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value if isinstance(value, (bool, int, float, str)) or value is None else str(value)
+def _logged(value: Any) -> Any:
+    """A setting as trackers take it."""
+    return value if isinstance(value, bool | int | float | str | None) else str(value)

@@ -18,7 +18,7 @@ from peftcli.system.disk import sha256
 from peftcli.system.outputs import expand_user
 from peftcli.train.init_adapter import init_hashes
 from peftcli.train.runs.record import IdentityRecord
-from peftcli.train.runs.typed_json import to_json
+from peftcli.train.runs.typed_json import flatten, to_json
 
 _BESIDE_THE_RECIPE = ("data", "base_model", "processes", "recipe")
 """Keys that are no settings: the bytes of data and base model, how many processes train, and of a chosen checkpoint the
@@ -65,7 +65,7 @@ def identity(recipe: Recipe, num_processes: int) -> IdentityRecord:
 
 def changes(before: IdentityRecord, now: IdentityRecord) -> list[Change]:
     """The differences between two identities."""
-    old, new = _flat(to_json(before)), _flat(to_json(now))
+    old, new = flatten(to_json(before)), flatten(to_json(now))
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return [Change(key.removeprefix("recipe."), old.get(key), new.get(key)) for key in differing]
 
@@ -78,7 +78,7 @@ def is_allowed(change: Change, allowed: Collection[str]) -> bool:
 def check_keys(allowed: Sequence[str], recipe: Recipe) -> None:
     """Raise UsageError for a key that names nothing."""
     described = to_dict(recipe)
-    known = {*_sections(described), *_flat(described), *_BESIDE_THE_RECIPE}
+    known = {*_sections(described), *flatten(described), *_BESIDE_THE_RECIPE}
     for key in allowed:
         # settings that are not given, and files that only one of two recipes names, stand in neither
         if key not in known and not key.startswith(("data.", "method.", "gates.")):
@@ -92,7 +92,7 @@ def check_keys(allowed: Sequence[str], recipe: Recipe) -> None:
 def digests(identity: IdentityRecord) -> dict[str, str]:
     """One hash each of an identity's recipe, data and base model, for a manifest."""
     return {
-        f"{name}_sha256": hashlib.sha256(repr(sorted(_flat(getattr(identity, name)).items())).encode()).hexdigest()
+        f"{name}_sha256": hashlib.sha256(repr(sorted(flatten(getattr(identity, name)).items())).encode()).hexdigest()
         for name in ("recipe", "data", "base_model")
     }
 
@@ -103,14 +103,6 @@ def _sections(values: dict[str, Any], prefix: str = "") -> list[str]:
         if isinstance(inner, dict):
             found += [f"{prefix}{name}", *_sections(inner, f"{prefix}{name}.")]
     return found
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {
-        key: leaf for name, inner in value.items() for key, leaf in _flat(inner, f"{prefix}.{name}".lstrip(".")).items()
-    }
 
 
 def _data_hashes(recipe: Recipe) -> dict[str, str]:

@@ -145,3 +145,11 @@ def _check_keywords(keywords: Keywords, value: Any, key: str) -> None:
 def _require(condition: bool, key: str) -> None:
     if not condition:
         raise WrongValue(f"{key} is wrong")
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested objects: dotted key -> value."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    parts = (flatten(inner, f"{prefix}.{name}".lstrip(".")) for name, inner in value.items())
+    return {key: leaf for part in parts for key, leaf in part.items()}
