@@ -33,6 +33,12 @@ def head_names(model: Any) -> list[str]:
     return [name for name, child in model.named_children() if is_head(child)]
 
 
+def parameters_of_heads(model: Any) -> list[str]:
+    """Return the names of the parameters of ``head_names``."""
+    heads = tuple(f"{name}." for name in head_names(model))
+    return [name for name, _ in model.named_parameters() if name.startswith(heads)]
+
+
 def resolve_heads(model: nn.Module, config: AdapterConfig, initialised: Collection[str] = ()) -> None:
     """Complete the ``modules_to_save`` of a new adapter by what is new; make a loaded one's those that its file holds.
 

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
-from peftcli.core.heads import head_names
+from peftcli.core.heads import parameters_of_heads
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import AdapterError, DataError, PeftcliError
@@ -468,11 +468,11 @@ def with_trained_head(loaded: LoadedModel, task: Task[Any]) -> LoadedModel:
     before, now = ([str(names[key]) for key in sorted(names, key=int)] for names in (stored, wanted))
     if len(before) != len(now) or before == now or all(name.startswith("LABEL_") for name in before):
         return loaded
-    heads = tuple(f"{name}." for name in head_names(loaded.model))
+    known = {name: loaded.model.get_parameter(name) for name in parameters_of_heads(loaded.model)}
     last = [
         name
-        for name, value in loaded.model.named_parameters()
-        if name.startswith(heads) and value.ndim and value.shape[0] == len(now) and name not in loaded.initialised
+        for name, value in known.items()
+        if value.ndim and value.shape[0] == len(now) and name not in loaded.initialised
     ]
     if not last:
         return loaded

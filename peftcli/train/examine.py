@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from peftcli.core.files import check_begin
-from peftcli.core.heads import head_names
+from peftcli.core.heads import parameters_of_heads
 from peftcli.core.inject import Injection, inject
 from peftcli.data.findings import refuse
 from peftcli.errors import HubError, Interrupted, NetworkError, PeftcliError, Problem
@@ -17,7 +17,7 @@ from peftcli.guard.adapter_folder import find_weights
 from peftcli.models.open import open_base
 from peftcli.recipe import method_config
 from peftcli.recipe.rates import with_rate
-from peftcli.schema import DIVIDED, BaseModel, Recipe
+from peftcli.schema import DIVIDED, Recipe
 from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import FitsModel, Gathers, Limits, refuse_other_classes
 from peftcli.train.checked import DeepCheck
@@ -29,7 +29,7 @@ from peftcli.train.init_adapter import KEY, find_init_adapter, with_init_setting
 from peftcli.train.kernels import check_liger_kernel, refuse_attention
 from peftcli.train.launch import total_processes
 from peftcli.train.optim import check_optimizer
-from peftcli.train.setup import base_dtype, checkpoint_activations, uses_bf16
+from peftcli.train.setup import base_dtype, checkpoint_activations, prepare_config, uses_bf16
 from peftcli.train.sharded import check_divisible
 from peftcli.train.strategies import refuse_strategy
 from peftcli.train.trackers import require_packages
@@ -89,11 +89,7 @@ def examine(recipe: Recipe) -> DeepCheck:
                 "warnings": notes + data.warnings + plan.repeated(data.names),
             }
         if config is not None:
-            prepare = config.prepare
-            attempt(
-                "method",
-                lambda: prepare(lambda name: (open_base(BaseModel(name=name)) if name else base).processor()),
-            )
+            attempt("method", partial(prepare_config, config, base))
             if data is not None:
                 attempt("launch.strategy", partial(refuse_strategy, recipe, data.task, config, processes))
     attempt("training", lambda: check_optimizer(with_rate(recipe).training))
@@ -112,8 +108,7 @@ def examine(recipe: Recipe) -> DeepCheck:
         if isinstance(task, FitsModel):
             attempt("method", lambda: task.fit_model(model, config))
         config.task_type = row_of(recipe).task_type
-        heads = head_names(model) if options else []  # taken to be new
-        new = [name for name, _ in model.named_parameters() if any(name.startswith(f"{head}.") for head in heads)]
+        new = parameters_of_heads(model) if options else []  # taken to be new
         source = find_init_adapter(recipe)
 
         def adapted() -> Injection:

@@ -15,14 +15,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from peftcli.core.heads import head_names
+from peftcli.core.heads import parameters_of_heads
 from peftcli.core.inject import inject
 from peftcli.errors import ModelError, UsageError
 from peftcli.models.base import OpenBase
 from peftcli.models.open import open_base
 from peftcli.models.stacks import stacks
 from peftcli.recipe import method_config, to_dict
-from peftcli.schema import DIVIDED, BaseModel, Recipe
+from peftcli.schema import DIVIDED, Recipe
 from peftcli.system.memory import free_memory, resident_memory
 from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import FitsModel
@@ -32,7 +32,7 @@ from peftcli.train.report import OnEvent, Phase, RowsRead, Warned
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.resume import has_begun
 from peftcli.train.runs.typed_json import to_json
-from peftcli.train.setup import checkpoint_activations
+from peftcli.train.setup import checkpoint_activations, prepare_config
 from peftcli.train.strategies import may_divide, supports_quantization
 
 _USED = 0.9
@@ -233,14 +233,13 @@ def _estimate(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) ->
         ModelError: the model cannot be trained so.
     """
     config, task = method_config(recipe), data.task
-    config.prepare(lambda name: (open_base(BaseModel(name=name)) if name else base).processor())
+    prepare_config(config, base)
     options = task.model_options()
     model = base.empty_model(row_of(recipe).auto_class, **options)
     if isinstance(task, FitsModel):
         task.fit_model(model, config)
     config.task_type = row_of(recipe).task_type
-    heads = tuple(f"{head}." for head in head_names(model)) if options else ()
-    inject(model, config, initialised=[name for name, _ in model.named_parameters() if name.startswith(heads)])
+    inject(model, config, initialised=parameters_of_heads(model) if options else [])
     if recipe.training.gradient_checkpointing:
         checkpoint_activations(model)
     return estimate(model, config, recipe, base, data, plan_of(recipe, data, num_processes))

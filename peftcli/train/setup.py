@@ -26,7 +26,7 @@ from peftcli.core.protocols import Calibrates, StartsFromBase, layers_of
 from peftcli.core.weights import named_tensors
 from peftcli.data.store import View
 from peftcli.errors import ModelError, UsageError
-from peftcli.models.open import LoadedModel, open_base
+from peftcli.models.open import LoadedModel, OpenBase, open_base
 from peftcli.models.weights import BaseWeights
 from peftcli.schema import BaseModel, Recipe
 from peftcli.system.addresses import notice_lost_machines, on_several_machines, use_interface_to
@@ -179,7 +179,7 @@ def adapted_model(
     config.task_type = row_of(recipe).task_type
     config.note_base_class(model)
     config.base_model_name_or_path, config.revision = base.name, base.revision
-    config.prepare(lambda name: open_base(BaseModel(name=name)).processor() if name else task.base.processor())
+    prepare_config(config, task.base)
     if source is not None:
         refuse_other_classes(task.model_options(), source.recorded_options, source.folder)
         injection = begin_from_adapter(model, config, source.folder, initialised=loaded.initialised)
@@ -190,6 +190,11 @@ def adapted_model(
     if recipe.training.gradient_checkpointing:
         checkpoint_activations(model)
     return model, injection, notes
+
+
+def prepare_config(config: AdapterConfig, base: OpenBase) -> None:
+    """Let an adapter's config tokenise what it holds as text: with a tokenizer that it names, or the base model's."""
+    config.prepare(lambda name: (open_base(BaseModel(name=name)) if name else base).processor())
 
 
 def checkpoint_activations(model: Any) -> None:
