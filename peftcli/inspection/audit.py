@@ -58,10 +58,10 @@ def audit(view: View, task: Task[Any], *, split: str = "train") -> Audit:
     if task.identity:
         hashes, labelled, pairs = _duplicates(rows, task)
         again = repeats(labelled)
-        labels = ~repeats(labelled)  # a row for each label of an input
+        first = ~repeats(labelled)  # a row for each label of an input
         masks = {
             "exact_duplicates": again,
-            "labels_differ": np.isin(hashes, hashes[labels][repeats(hashes[labels])]),
+            "labels_differ": np.isin(hashes, hashes[first][repeats(hashes[first])]),
             "near_duplicates": np.isin(np.arange(len(rows)), pairs.later),
         }
         findings += [
@@ -100,7 +100,7 @@ def leaks(train: Audit, evaluation: Audit) -> tuple[dict[str, int] | None, list[
 
 
 def _duplicates(rows: UsedRows, task: Task[Any]) -> tuple[np.ndarray, np.ndarray, Pairs]:
-    """Hashes of the rows' inputs, and with their labels; and the pairs of inputs that are nearly equal.
+    """Hashes of the rows' inputs, and with the label; and the pairs of inputs that are nearly equal.
 
     Only sequences of numbers can be nearly equal.
     """

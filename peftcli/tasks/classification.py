@@ -10,7 +10,6 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -24,7 +23,7 @@ from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, LeftOut, Loss, PredictOptions, Task, logits_of, table_of, write_task
+from peftcli.tasks.base import Batch, LeftOut, Loss, PredictOptions, Task, logits_of, table_of
 from peftcli.tasks.findings import CLASSES as FINDINGS
 from peftcli.tasks.shown import Description
 
@@ -89,13 +88,6 @@ class Classification(Task[Settings]):
         if self.settings.problem_type == "regression":
             return ("the labels are numbers, which the model learns to predict (regression)",)
         return (f"{len(self.labels)} classes: {self._listed}",) if self.labels else ()
-
-    def config_options(self) -> dict[str, Any]:
-        """Keys of the base model's config, besides those of the classes, that a reader must set."""
-        return {}
-
-    def save(self, folder: Path) -> list[str]:
-        return [write_task(folder, self.name, self.settings, self.config_options())]
 
     @property
     def needs_scan(self) -> bool:

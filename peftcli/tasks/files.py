@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,17 +74,21 @@ def file_of(row: Row, reader: Reader, column: str, what: str = "a picture") -> t
     if not content and (not isinstance(path, str) or not path):
         raise row.place.error(f"expected a file or the bytes of {what}, found {value!r:.60}", key=key)
     found = str(path or "") if content else _find(str(path), row.place)
-    try:
+    with errors_of_row(row, key):
         read = content or _read(found)
-    except DataError as error:
-        raise in_row(error, row, key) from None
     return File(found, content or b"", digest_of(read)), read
 
 
-def in_row(error: DataError, row: Row, key: str) -> DataError:
-    """The error of a file, as one of its row, with the path."""
-    message = f"{error.file}: {error.message}" if error.file else error.message
-    return row.place.error(message, key=key, hint=error.hint)
+@contextmanager
+def errors_of_row(row: Row, key: str) -> Iterator[None]:
+    """Inside, the error of a file becomes one of its row, with the path in its message."""
+    try:
+        yield
+    except DataError as error:
+        if error.key is not None:  # it is one of a row
+            raise
+        message = f"{error.file}: {error.message}" if error.file else error.message
+        raise row.place.error(message, key=key, hint=error.hint) from None
 
 
 def _is_file(path: Path) -> bool:

@@ -17,9 +17,9 @@ from peftcli.data.store import Example, Outcome
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import PICTURES, settings
-from peftcli.tasks.base import Batch, encode_each, require_extra
+from peftcli.tasks.base import Batch, encode_each, require_extra, write_task
 from peftcli.tasks.classification import LABEL, Classification
-from peftcli.tasks.files import FILE_COLUMNS, File, file_of, in_row
+from peftcli.tasks.files import FILE_COLUMNS, File, errors_of_row, file_of
 from peftcli.tasks.pictures import check_image, open_image, shown_image
 from peftcli.tasks.shown import Label, Shown
 
@@ -66,15 +66,14 @@ class ImageClassification(Classification[settings.ImageClassification]):
         return {"pixel_values": self.processor(list(map(Image.fromarray, noise)), return_tensors="pt")["pixel_values"]}
 
     def save(self, folder: Path) -> list[str]:
-        return super().save(folder) + [Path(name).name for name in self.processor.save_pretrained(folder)]
+        names = [Path(name).name for name in self.processor.save_pretrained(folder)]
+        return [write_task(folder, self.name, self.settings, {}), *names]
 
 
 def _outcome(row: Row, reader: Reader) -> Outcome:
     file, content = file_of(row, reader, "image")
-    try:
+    with errors_of_row(row, reader.names["image"]):
         check_image(content, file.path)
-    except DataError as error:
-        raise in_row(error, row, reader.names["image"]) from None
     return Outcome([Example(file.arrays(), 1, 1)], size=1)
 
 

@@ -22,6 +22,7 @@ from peftcli.core.inject import evaluating
 from peftcli.data.rows import Row, Table
 from peftcli.data.store import Column, Example, Outcome
 from peftcli.errors import DataError
+from peftcli.models import tokens
 from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, Loss, Task, write_task
@@ -88,7 +89,8 @@ class Preference(AnswerInputs, Task[settings.Preference]):
             self.settings = replace(self.settings, reference=self.reference.kind)
 
     def save(self, folder: Path) -> list[str]:
-        return [write_task(folder, self.name, self.settings, {}), *self.save_processor(folder)]
+        own = write_task(folder, self.name, self.settings, {})
+        return [own, *tokens.save_with_adapter(folder, self.processor, self.base.spec)]
 
     def stops(self, folder: Path, model: nn.Module) -> list[int]:
         return missing_stops(self.processor, folder, configured_stops(model))

@@ -42,7 +42,7 @@ from peftcli.tasks.base import (
     write_task,
 )
 from peftcli.tasks.classification import listed
-from peftcli.tasks.files import FILE_COLUMNS, File, file_of, in_row
+from peftcli.tasks.files import FILE_COLUMNS, File, errors_of_row, file_of
 from peftcli.tasks.findings import FINDINGS
 from peftcli.tasks.pictures import open_image, opened_picture, shown_image
 from peftcli.tasks.shown import Description, Label, Shown
@@ -176,10 +176,9 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
 
     def _outcome(self, row: Row, reader: Reader) -> Outcome:
         (file, content), (mask, held) = (file_of(row, reader, column) for column in ("image", "annotation"))
-        key = reader.names["image"]
-        try:
+        with errors_of_row(row, reader.names["image"]):
             image = open_image(content, file.path)
-            key = reader.names["annotation"]
+        with errors_of_row(row, reader.names["annotation"]):
             values, turn = stored_mask(held, mask.path)
             with opened_picture(content, file.path) as stored:
                 if turn == 1 and values.shape == stored.size[::-1]:  # it was not turned alone
@@ -189,8 +188,6 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
                 size, other = (f"{width} x {height}" for width, height in (values.shape[::-1], image.size))
                 raise DataError(f"the mask has {size} pixels, its picture {other}", file=mask.path)
             classes = self._classes(values, mask.path)
-        except DataError as error:
-            raise in_row(error, row, key) from None
         resized = self._resized([classes])
         pixels = torch.bincount(resized[resized >= 0], minlength=len(self.labels)).tolist()
         binary = self.settings.ignore_index == 255 and set(np.unique(values).tolist()) <= {0, 255} and values.any()
@@ -347,10 +344,8 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
             examples, images = list[Example](), list["Image"]()
             for row in rows[start : start + options.batch_size]:
                 file, content = file_of(row, reader, "image")
-                try:
+                with errors_of_row(row, reader.names["image"]):
                     images.append(open_image(content, file.path))
-                except DataError as error:
-                    raise in_row(error, row, reader.names["image"]) from None
                 examples.append(Example(file.arrays(), 1, 0))
             scores = logits_of(model, examples, self.collate_inputs, options.batch_size)
             for number, (image, logits) in enumerate(zip(images, scores, strict=True), start=options.first + start):

@@ -42,7 +42,7 @@ from peftcli.tasks.base import (
     table_of,
     write_task,
 )
-from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, file_of, in_row
+from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, errors_of_row, file_of
 from peftcli.tasks.findings import SOUND as FINDINGS
 from peftcli.tasks.shown import Description, Facts, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
@@ -273,8 +273,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
         Raises:
             DataError: it cannot be read, or holds nothing.
         """
-        key = reader.names["audio"]
-        try:
+        with errors_of_row(row, reader.names["audio"]):
             value = reader.value(row, "audio")
             if isinstance(value, dict) and value.get("array") is not None:
                 content = _as_file(value)
@@ -288,8 +287,6 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
                 loudest = [float(np.abs(block).max()) for block in sound.blocks(_BLOCK, dtype="float32")]
             if not loudest or not math.isfinite(sum(loudest)):
                 raise DataError("has samples that are no numbers" if loudest else "has no samples", file=file.path)
-        except DataError as error:
-            raise error if error.key is not None else in_row(error, row, key) from None
         arrays = {**file.arrays(), "labels": labels, "text": text}
         return Outcome([Example(arrays, size, len(labels))], size=size, flags=_SILENT if max(loudest) <= _QUIET else 0)
 

@@ -46,7 +46,7 @@ from peftcli.tasks.base import (
     write_task,
 )
 from peftcli.tasks.diffusers_files import write_parts
-from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, file_of, in_row
+from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, errors_of_row, file_of
 from peftcli.tasks.findings import FINDINGS
 from peftcli.tasks.pictures import open_image, shown_image
 from peftcli.tasks.shown import Shown, Text, TokenText
@@ -135,10 +135,8 @@ class TextToImage(Task[settings.TextToImage]):
     def _outcome(self, row: Row, reader: Reader) -> Outcome:
         prompt = _prompt(row, reader) or self.settings.instance_prompt or ""
         file, content = file_of(row, reader, "image")
-        try:
+        with errors_of_row(row, reader.names["image"]):
             image = open_image(content, file.path)
-        except DataError as error:
-            raise in_row(error, row, reader.names["image"]) from None
         width, height = image.size
         arrays = {**file.arrays(), "prompt": prompt, "width": width, "height": height}
         flags = _SMALL * (min(image.size) < self.resolution) | _NO_CAPTION * (not prompt)

@@ -193,7 +193,7 @@ def adapted_model(
 
 
 def prepare_config(config: AdapterConfig, base: OpenBase) -> None:
-    """Let an adapter's config tokenise what it holds as text: with a tokenizer that it names, or the base model's."""
+    """Let an adapter's config turn what it holds as text into ids: with the processor it names, or the base model's."""
     config.prepare(lambda name: (open_base(BaseModel(name=name)) if name else base).processor())
 
 

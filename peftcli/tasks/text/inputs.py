@@ -16,7 +16,7 @@ from peftcli.models import tokens
 from peftcli.models.open import OpenBase
 from peftcli.tasks.base import Batch, write_task
 from peftcli.tasks.text.collate import pad_texts, pad_token_id, padded
-from peftcli.tasks.text.language_model import tokenizer_fingerprint
+from peftcli.tasks.text.language_model import fit_tokens, tokenizer_fingerprint
 
 
 class TextInputs:
@@ -59,25 +59,15 @@ class TextInputs:
 
     def fit_model(self, model: Any, config: AdapterConfig | None) -> list[str]:
         """Give the model rows for new tokens, and a pad token, by which a decoder finds the last token of a row."""
-        if config is None:
-            tokens.grow_for(model, self.processor, self.base.spec)
-        else:
-            tokens.make_room(model, self.processor, config, self.base.spec)
-        note = tokens.settle_pad(self.processor, model)
+        notes = fit_tokens(model, self.processor, config, self.base.spec)
         model.config.get_text_config().pad_token_id = model.config.pad_token_id = self.processor.pad_token_id
         finds_end = model.config.is_encoder_decoder and type(model).__name__.endswith("ForSequenceClassification")
         if finds_end and self.processor.pad_token_id == model.config.eos_token_id:
             message = "finds a text by the token that ends it, with which its tokenizer pads too"
             raise ModelError(message, key="base_model", hint="give the tokenizer a pad token of its own")
-        return [note] if note else []
-
-    def config_options(self) -> dict[str, Any]:
-        """Keys of the base model's config that a reader of the adapter must set."""
-        return {"pad_token_id": self.processor.pad_token_id}
+        return notes
 
     def save(self, folder: Path) -> list[str]:
-        return [write_task(folder, self.name, self.settings, self.config_options()), *self.save_processor(folder)]
-
-    def save_processor(self, folder: Path) -> list[str]:
-        """Write the tokenizer's files where the recipe changed it, and return their names."""
-        return tokens.save_with_adapter(folder, self.processor, self.base.spec)
+        options = {"pad_token_id": self.processor.pad_token_id}  # what a reader must set in the base model's config
+        own = write_task(folder, self.name, self.settings, options)
+        return [own, *tokens.save_with_adapter(folder, self.processor, self.base.spec)]

@@ -24,6 +24,7 @@ from peftcli.data.rows import Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError, ModelError, UsageError
 from peftcli.models import tokens
+from peftcli.schema import BaseModel
 from peftcli.system import date
 from peftcli.tasks.base import Batch, Loss, Task, model_inputs
 from peftcli.tasks.settings import CausalLM, Seq2SeqLM
@@ -226,19 +227,37 @@ class LanguageModel(Task[Settings]):
 
     def fit_model(self, model: nn.Module, config: AdapterConfig | None) -> list[str]:
         """Give the model rows for the recipe's new tokens, and the tokenizer a pad token that the model knows."""
-        if config is None:
-            tokens.grow_for(model, self.processor, self.base.spec)
-        else:
+        if config is not None:
             _refuse_encoder(self.base.config)
-            tokens.make_room(model, self.processor, config, self.base.spec)
-        note = tokens.settle_pad(self.processor, model)
-        return [note] if note else []
+        return fit_tokens(model, self.processor, config, self.base.spec)
 
     def save(self, folder: Path) -> list[str]:
         return tokens.save_with_adapter(folder, self.processor, self.base.spec)
 
     def stops(self, folder: Path, model: nn.Module) -> list[int]:
         return missing_stops(self.processor, folder, configured_stops(model))
+
+
+def fit_tokens(
+    model: Any, tokenizer: PreTrainedTokenizerBase, config: AdapterConfig | None, base: BaseModel
+) -> list[str]:
+    """Give a model rows for the recipe's new tokens, and the tokenizer a pad token that the model knows.
+
+    Args:
+        model: the base model.
+        tokenizer: the one that its rows are encoded with.
+        config: that of an adapter that will train the rows; None: none will.
+        base: the recipe's settings.
+
+    Returns:
+        What the user should know of it.
+    """
+    if config is None:
+        tokens.grow_for(model, tokenizer, base)
+    else:
+        tokens.make_room(model, tokenizer, config, base)
+    note = tokens.settle_pad(tokenizer, model)
+    return [note] if note else []
 
 
 def date_notes(tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
