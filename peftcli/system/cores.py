@@ -16,7 +16,7 @@ _SPINS, _FEW_SPINS = "1000", "0"
 on a busy one. libgomp's own choice is 300 times the former, and while another process wants the core, all threads wait
 for the one that lost it."""
 _LOOKS, _PAUSE = 3, 0.002
-"""How often, and after how many seconds each, this process looks who runs."""
+"""How often this process looks which others run, and the seconds between."""
 _KEPT = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 """Variables of torch's and of oneDNN's, for the number of kernels that they keep."""
 _KERNELS = "64"

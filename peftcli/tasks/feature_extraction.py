@@ -65,7 +65,7 @@ class Texts(NamedTuple):
     embeddings: torch.Tensor
     """Of length 1: (R, D)."""
     keys: torch.Tensor
-    """What tells the text from others, and the same of the anchor that it is the positive of: (R, 2)."""
+    """The key of each text, and the key of the anchor whose positive it is: (R, 2)."""
     anchors: int
     """How many of them are anchors; as many are positives."""
 

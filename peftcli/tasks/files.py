@@ -114,7 +114,7 @@ def _read(path: str) -> bytes:
 
 
 def digest_of(content: bytes) -> bytes:
-    """By which a file's content is known again."""
+    """Return the digest by which a file's content is known again."""
     return hashlib.sha256(content).digest()[:8]
 
 

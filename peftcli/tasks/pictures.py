@@ -74,7 +74,7 @@ def _grey(values: np.ndarray, *, of_16_bits: bool) -> np.ndarray:
 
 
 def check_image(content: bytes, path: str = "") -> None:
-    """Read a picture to its end, a JPEG at an eighth of its size: what is missing or broken there is so in whole.
+    """Decode a picture to its end, a JPEG at an eighth of its size, so that one that is cut off or damaged is found.
 
     Raises:
         DataError: it cannot be read; ``path`` names it.

@@ -46,7 +46,7 @@ _NO_PLACE = -1
 
 
 @dataclass(frozen=True)
-class AnswerSpan:
+class ScoredSpan:
     """A place in a context that may be the answer."""
 
     score: float
@@ -185,7 +185,7 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         ids = np.asarray(example.arrays["input_ids"]).tolist()
         return ids.index(self.processor.cls_token_id) if self.processor.cls_token_id in ids else 0
 
-    def _likeliest(self, example: Example, scores: torch.Tensor) -> list[AnswerSpan]:
+    def _likeliest(self, example: Example, scores: torch.Tensor) -> list[ScoredSpan]:
         """The likeliest places in a window, the best first, and at the end that the answer is not there.
 
         Args:
@@ -195,11 +195,11 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         places = np.asarray(example.arrays["places"])
         starts, ends = scores[: len(places), 0].numpy(), scores[: len(places), 1].numpy()
         cls = self._none(example)
-        none = AnswerSpan(float(starts[cls] + ends[cls]), 0, 0)
+        none = ScoredSpan(float(starts[cls] + ends[cls]), 0, 0)
         inside = np.flatnonzero(places[:, 0] >= 0)
         best = [inside[np.argsort(-each[inside], kind="stable")][: self.settings.n_best] for each in (starts, ends)]
         found = [
-            AnswerSpan(float(starts[first] + ends[last]), int(places[first, 0]), int(places[last, 1]))
+            ScoredSpan(float(starts[first] + ends[last]), int(places[first, 0]), int(places[last, 1]))
             for first in best[0]
             for last in best[1]
             if 0 <= last - first < self.settings.max_answer_length
@@ -207,7 +207,7 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         found.sort(key=lambda each: -each.score)
         return [*found[: self.settings.n_best], none]
 
-    def _answer(self, context: str, windows: Sequence[Sequence[AnswerSpan]]) -> dict[str, Any]:
+    def _answer(self, context: str, windows: Sequence[Sequence[ScoredSpan]]) -> dict[str, Any]:
         """The answer to a question, from the likeliest places of all windows of its context."""
         # a window without the answer says so, whatever the others say
         none = min((found[-1] for found in windows), key=lambda each: each.score)

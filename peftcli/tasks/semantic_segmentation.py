@@ -53,9 +53,9 @@ if TYPE_CHECKING:
     from peftcli.core.config import AdapterConfig
 
 IGNORED = -1
+"""In place of a class: the pixel does not count."""
 _USUAL = 255
 """The value of pixels that do not count, unless the recipe names another."""
-"""In place of a class: the pixel does not count."""
 _BINARY = 1
 """The flag of a row whose mask has no values but 0 and 255, which does not count."""
 _BINARY_HINT = "It looks like a binary mask, in which 255 stands for 1: save it with 0 and 1."

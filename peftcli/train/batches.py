@@ -60,8 +60,8 @@ def collate(
 
     Args:
         task: Collates.
-        examples: All there are.
-        indices: Of those of the batch.
+        examples: All examples.
+        indices: Those of the batch.
         training: Whether it is trained on.
         draw: Returns ``Example.draw`` of an index.
 

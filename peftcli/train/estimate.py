@@ -38,8 +38,8 @@ from peftcli.train.setup import base_dtype, uses_bf16
 from peftcli.train.sizes import Sizes
 
 _HELD_BACK = 1.2
-"""How many times the counted memory of a step its process takes on a CPU, where freed memory is not all used again:
-docs/log.md, "Memory that is estimated"."""
+"""Factor by which a process on a CPU takes more than the counted memory of a step, since freed memory is not all used
+again: docs/log.md, "Memory that is estimated"."""
 _STEPS = 2000
 """In how many steps, from the first, the largest micro-batch is looked for."""
 

@@ -30,9 +30,9 @@ def _batches(examples: View, batch_size: int, accelerator: Accelerator, sharded:
     so that the others need its part of the weights.
     """
     order = np.argsort(examples.sizes, kind="stable").tolist()
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
-    rounds = -(-len(batches) // accelerator.num_processes)
+    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    mine = parts[accelerator.process_index :: accelerator.num_processes]
+    rounds = -(-len(parts) // accelerator.num_processes)
     idle = order[:1] if sharded or not mine else []
     return [*((batch, True) for batch in mine), *[(idle, False)] * (rounds - len(mine))]
 

@@ -227,10 +227,10 @@ def _memory(recipe: Recipe, num_processes: int) -> float:
 
 
 def _estimate(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) -> Estimate | None:
-    """What a recipe needs, whose data is loaded.
+    """Estimate the memory of a recipe whose data is loaded.
 
     Raises:
-        ModelError: the model cannot be trained so.
+        ModelError: the model cannot compute its activations again.
     """
     config, task = method_config(recipe), data.task
     prepare_config(config, base)

@@ -44,7 +44,7 @@ _REDRAWN_BYTES = 20_000
 STATUS = "PEFTCLI_STATUS"
 """The variable that names the folder in which each process reports how it ended."""
 TRAINING = "training"
-"""A file there: one trains."""
+"""A file in that folder, once a process has begun to train."""
 
 
 def is_launched() -> bool:

@@ -1,4 +1,4 @@
-"""What of a step is in the model at once, and as which batch."""
+"""Which rows of a step go through the model at once, and how they become a batch."""
 
 from __future__ import annotations
 
