@@ -20,6 +20,7 @@ from peftcli.core.layer import (
     TrainedBias,
     TrainedCopy,
     adapter_layers,
+    base_module,
     base_name,
     base_paths,
     check_not_offloaded,
@@ -203,23 +204,28 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
                 setattr(parent, attribute, new[child])
 
 
-def train_other_biases(model: nn.Module) -> None:
-    """Train every bias of the model outside of adapter layers (``bias: all``)."""
-    inside = tuple(f"{path}." for path in adapter_layers(model))
-    holders = [
-        module
-        for name, module in model.named_modules()
-        if module._parameters.get("bias") is not None
-        and not isinstance(module, AdapterLayer)
-        and not f"{name}.".startswith(inside)
-    ]
-    added = {module._parameters.get("bias") for module in model.modules() if not module._modules}
+def train_other_biases(model: nn.Module, config: Any, layers: Collection[str]) -> None:
+    """Train every bias of the model outside of the adapter's own layers (``bias: all``).
+
+    Args:
+        model: holds the adapter, and maybe others.
+        config: the adapter's.
+        layers: names of the base model's modules that it adapts.
+    """
+    saved = find_modules(model, config.modules_to_save or (), "modules_to_save")
+    inside = tuple(f"{name}." for name in [*layers, *saved])
+    places = {name: model.get_submodule(path) for name, path in base_paths(model).items()}
+    added = {base._parameters.get("bias") for base in map(base_module, places.values()) if not base._modules}
     new, trained = dict[nn.Module, nn.Module](), dict[torch.Tensor, nn.Parameter]()
-    for module in holders:
-        if module._modules and module.bias in added:
+    for name, module in places.items():
+        base = base_module(module)
+        bias = base._parameters.get("bias")
+        if bias is None or f"{name}.".startswith(inside):
+            continue
+        if base._modules and bias in added:
             continue  # it holds what a layer in it adds, as the heads of BERT do
         new[module] = layer = TrainedBias(module)
-        layer.bias = trained.setdefault(module.bias, layer.bias)
+        layer.bias = trained.setdefault(bias, layer.bias)
     replace_modules(model, new)
 
 
@@ -283,7 +289,7 @@ def _complete(model: nn.Module, config: AdapterConfig, layers: dict[str, Adapter
         views = [linear_view(layer) for layer in layers.values()]
         config.fan_in_fan_out = any(view.transposed for view in views if view)
     if isinstance(config, BiasConfig) and config.bias == "all":
-        train_other_biases(model)
+        train_other_biases(model, config, layers)
     config.normalise()
 
 

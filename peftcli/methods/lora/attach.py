@@ -25,7 +25,7 @@ def attach(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]
     """Complete the adapter once its ``layers`` are in place, by the names of the modules that they adapt."""
     config.fan_in_fan_out = any(isinstance(layer, LoraLinear) and layer.view.transposed for layer in layers.values())
     if config.bias == "all":
-        train_other_biases(model)
+        train_other_biases(model, config, layers)
     if config.alora_invocation_tokens:
         watch_input_ids(model)
     if config.arrow_config:

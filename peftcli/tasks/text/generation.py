@@ -60,7 +60,7 @@ class TextGenerator:
     def generate(
         self, prompts: Sequence[Prompt], settings: GenerationSettings, stream: Callable[[str], None] | None = None
     ) -> list[GeneratedText]:
-        """Answer prompts, in one left-padded batch.
+        """Answer prompts, in one batch.
 
         Args:
             prompts: what to answer.
@@ -76,8 +76,10 @@ class TextGenerator:
     def continued(
         self, rows: Sequence[list[int]], settings: GenerationSettings, stream: Callable[[str], None] | None = None
     ) -> list[tuple[str, int, str]]:
-        """The answers to rows of tokens, in one left-padded batch: text, tokens and finish_reason of each."""
-        batch = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+        """The answers to rows of tokens, in one batch: text, tokens and finish_reason of each."""
+        # an answer follows its prompt; but an encoder is trained on rows that begin at position 0
+        side = "left" if self._decoder_only else "right"
+        batch = self.tokenizer.pad({"input_ids": rows}, padding_side=side, return_tensors="pt")
         inputs = {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
         options = self._options(settings)
         if stream is not None:

@@ -18,6 +18,12 @@ from peftcli.tasks.base import Batch, write_task
 from peftcli.tasks.text.collate import pad_texts, pad_token_id, padded
 from peftcli.tasks.text.language_model import fit_tokens, tokenizer_fingerprint
 
+_AFTER_PADDING = {
+    "camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+"""Models that count positions from the one after the pad token's id."""
+
 
 class TextInputs:
     """Mixed into a ``Task`` whose settings have ``max_length``, and whose examples have these columns."""
@@ -33,7 +39,10 @@ class TextInputs:
     @property
     def max_length(self) -> int:
         """Tokens of a row at most: the setting, or what the base model can read."""
-        positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        config = self.base.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions and config.model_type in _AFTER_PADDING:
+            positions -= config.pad_token_id + 1
         return min(self.settings.max_length, self.processor.model_max_length, positions or self.settings.max_length)
 
     def fingerprint(self) -> dict[str, Any]:

@@ -133,12 +133,13 @@ class LanguageModel(Task[Settings]):
         decoder_only = not self.base.config.is_encoder_decoder
         try:
             prompt, answer = asked(reader(row))
-            text, templated = prompt_text(prompt, self.processor, decoder_only=decoder_only)
-            ids = prompt_ids(text, self.processor, templated=templated, decoder_only=decoder_only)
+            if decoder_only:
+                text, templated = prompt_text(prompt, self.processor, decoder_only=True)
+                ids = prompt_ids(text, self.processor, templated=templated, decoder_only=True)
+            else:
+                ids = example.arrays["input_ids"]  # as it is trained, also where it was cut
         except (DataError, UsageError) as error:
             return row.place.error(error.message, key=error.key, hint=error.hint)
-        if not decoder_only:
-            ids = ids[: self.settings.max_length]
         positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
         if positions and decoder_only and len(ids) + self.settings.max_new_tokens > positions:
             message = (
