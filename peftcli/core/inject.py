@@ -225,7 +225,7 @@ def train_other_biases(model: nn.Module, config: Any, layers: Collection[str]) -
         if base._modules and bias in added:
             continue  # it holds what a layer in it adds, as the heads of BERT do
         new[module] = layer = TrainedBias(module)
-        layer.bias = trained.setdefault(bias, layer.bias)
+        layer.bias = trained.setdefault(bias, layer.own_tensors()["bias"])
     replace_modules(model, new)
 
 

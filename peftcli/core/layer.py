@@ -53,6 +53,8 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
     on their way."""
     rows: list[int] | None = None
     """The rows of the batch that ``forward`` gets, while rows have different adapters; None: all."""
+    mixed = False
+    """Whether rows of the batch have different adapters now: what the model reads without a call is one for all."""
     base_layer: Any
     """The layer of the model, or another adapter layer over it."""
 
@@ -89,6 +91,12 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
                     f"{self.adapter} replaces {place or 'what'}{place and ', which'} {below.adapter} changes too; "
                     "only one of them can be active"
                 )
+
+    def refuse_mixed(self, name: str) -> None:
+        """Raise AdapterError if rows have different adapters now, and the model reads a weight without a call."""
+        if self.mixed:
+            message = f"the model reads the {name} of a {type(base_module(self)).__name__} without calling it"
+            raise AdapterError(f"{message}; {self.adapter} can only be used for whole batches", key="adapter_names")
 
     def own_tensors(self) -> dict[str, nn.Parameter]:
         """Return the adapter's tensors that train: name below the layer -> parameter."""
@@ -227,6 +235,8 @@ class TrainedCopy(PeftCopyMixin, AdapterLayer):
             return nn.Module.__getattr__(self, name)
         except AttributeError:
             value = getattr(self.copy, name)
+            if isinstance(value, nn.Parameter):
+                self.refuse_mixed(name)
             return _cast(value, getattr(base_module(self), name).dtype) if isinstance(value, nn.Parameter) else value
 
     def own_tensors(self) -> dict[str, nn.Parameter]:
@@ -269,6 +279,16 @@ class TrainedBias(AdapterLayer):
         bias: torch.Tensor = base_module(base_layer).bias
         self.bias = nn.Parameter(bias.detach().to(adapter_dtype(bias)).clone())
 
+    def __getattr__(self, name: str) -> Any:
+        """Return what the model reads of the module: the trained bias in the base model's dtype, if it is enabled."""
+        own = self._parameters.get("bias")
+        if name != "bias" or own is None:
+            return super().__getattr__(name)
+        if not self.enabled:
+            return self.base_layer.bias
+        self.refuse_mixed(name)
+        return own.to(base_module(self).bias.dtype)
+
     def overrides(self, below: AdapterLayer) -> bool:
         return isinstance(below, (TrainedBias, TrainedCopy))
 
@@ -277,18 +297,18 @@ class TrainedBias(AdapterLayer):
             return self.base_layer(*args, **kwargs)
         depth = len(layers_below(self))
         # a tensor of its own: bitsandbytes casts the data of the bias that it is given
-        value = self.bias.to(base_module(self).bias.dtype).view_as(self.bias)
-        bias = {"base_layer." * depth + "bias": value}
+        value = self.own_tensors()["bias"].to(base_module(self).bias.dtype)
+        bias = {"base_layer." * depth + "bias": value.view_as(value)}
         return torch.func.functional_call(self.base_layer, bias, args, kwargs)
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"bias": self.bias}
+        return {"bias": self.own_tensors()["bias"]}
 
     def folded(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if not self.enabled or not isinstance(self.base_layer, AdapterLayer):
             return super().folded(base)
         # as in forward: the layers below get this bias, and may change it
-        return {"bias": self.bias} | self.base_layer.folded(base | {"bias": self.bias})
+        return (own := self.merged_tensors(base)) | self.base_layer.folded(base | own)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

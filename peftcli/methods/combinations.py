@@ -77,13 +77,18 @@ class Combination:
         if self.majority_sign not in ("total", "frequency"):
             raise AdapterError(f"must be total or frequency, not {self.majority_sign!r}", key="majority_sign_method")
 
-    def combined(self, parts: Sequence[tuple[float, Update]], place: str) -> Update:
+    def combined(self, parts: Sequence[tuple[float, Update]], place: str, largest_r: int) -> Update:
         """One update of the weighted ``parts``, all of the module ``place``; its scaling is 1.
+
+        Args:
+            parts: The updates, each with its weight.
+            place: Name of the module.
+            largest_r: Of all modules of all adapters.
 
         Raises:
             AdapterError: the method needs one r for all.
         """
-        r = self.r or max(update.r for _, update in parts)
+        r = self.r or largest_r
         if self.method == "cat":
             return weighted_sum(parts)
         if self.method == "svd" and self.clamp is None and self.driver is None:

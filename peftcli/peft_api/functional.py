@@ -150,7 +150,7 @@ def _with_targets_of(model: nn.Module, config: AdapterConfig, names: Iterable[st
     modules = {name.removeprefix("_orig_mod."): name for name in base_paths(model)}
     saved = tuple(f"{name}." for name in find_modules(model, config.modules_to_save or (), "modules_to_save"))
     plain = [name.removeprefix(config.file_prefix).removeprefix("_orig_mod.") for name in names]
-    owners = {_owner(name, modules) for name in plain if not name.endswith(".bias")}
+    owners = {_owner(name, modules) for name in plain if not name.endswith(".bias") and ".token_adapter." not in name}
     found = sorted(modules[owner] for owner in owners if owner and not f"{modules[owner]}.".startswith(saved))
     if not found:
         raise AdapterError(f"holds no tensor of a module of {type(model).__name__}", key="state_dict")

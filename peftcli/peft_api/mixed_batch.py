@@ -43,13 +43,13 @@ def adapted_by_row(model: nn.Module, names: Sequence[str], copies: int = 1) -> I
     routing = _Routing(list(names), copies)
     before = [(layer, layer.enabled, vars(layer).get("forward")) for layer in layers.values()]
     for path, layer in layers.items():
-        layer.enabled = layer.adapter in wanted
+        layer.enabled, layer.mixed = layer.adapter in wanted, len(set(names)) > 1
         vars(layer)["forward"] = functools.partial(routing.forward, path, layer, layer.forward)
     try:
         yield
     finally:
         for layer, enabled, forward in before:
-            layer.enabled = enabled
+            layer.enabled, layer.mixed = enabled, False
             del vars(layer)["forward"]
             if forward is not None:
                 vars(layer)["forward"] = forward

@@ -20,7 +20,8 @@ from peftcli.core.protocols import after_step, penalty
 from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
 from peftcli.methods._token_rows import TrainedRows
-from peftcli.methods.adalora.layers import keep
+from peftcli.methods.adalora.config import AdaLoraConfig
+from peftcli.methods.adalora.layers import keep, share_loaded
 from peftcli.methods.combinations import Adapter, Combination, combine
 from peftcli.methods.lora.conversion import can_be_lora
 from peftcli.methods.lora.targets import find_parameters
@@ -166,7 +167,9 @@ class Tuner(nn.Module):
         Raises:
             AdapterError: the gradients are gone.
         """
-        for config in self.peft_config.values():
+        for name, config in self.peft_config.items():
+            if isinstance(config, AdaLoraConfig):
+                share_loaded(self.model, name, config)
             if (total := getattr(config, "total_step", 0)) is not None:
                 after_step(self.model, config, global_step, total)
 

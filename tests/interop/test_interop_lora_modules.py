@@ -17,6 +17,7 @@ from models_tiny import batch, logits, randomise, tiny
 from oracle import file_of, loaded_by_peft, ours, saved_by_peft, silence, theirs
 from torch import nn
 
+import peftcli
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject, set_trainable
 from peftcli.core.merge import merge
@@ -245,6 +246,16 @@ def test_interop_3_4_layer_replication_and_tied_weights_are_merged_wrongly_by_pe
 def test_tokens_beside_an_adapted_head_are_merged_wrongly_by_peft() -> None:
     """Ours: see test_methods_lora_tokens.py."""
     assert _off_by("llama_tied", {"trainable_token_indices": [3, 90], "target_modules": ["lm_head"]}) > 0.5
+
+
+def test_the_adapter_that_a_tied_head_shares_starts_as_that_of_a_head() -> None:
+    starts = []
+    for library in (peft, peftcli):
+        torch.manual_seed(0)
+        config = library.LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True)
+        model = library.get_peft_model(tiny("llama_tied"), config)
+        starts += [value for name, value in model.named_parameters() if "lora_embedding_B" in name]
+    assert all(0.9 / 32**0.5 < value.abs().max() < 1 / 32**0.5 for value in starts)  # uniform, by the hidden size
 
 
 def test_pefts_tied_adapters_have_gradients_of_their_own() -> None:

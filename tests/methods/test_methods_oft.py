@@ -99,6 +99,18 @@ def test_coft_holds_the_blocks_near_the_identity() -> None:
     assert (far - logits(tiny("llama"), batch("llama"))).abs().max() < 0.05
 
 
+def test_coft_brings_the_blocks_back_while_they_train() -> None:
+    model = tiny("llama").train()
+    inject(model, OFTConfig(oft_block_size=8, coft=True, eps=1e-3))
+    randomise(model)
+    with torch.no_grad():
+        logits(model, batch("llama"))
+    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+    assert layer.oft_R.weight.norm(dim=1).max() > 0.1  # nothing changes where there is no gradient
+    model(**batch("llama"))
+    assert 2**0.5 * layer.oft_R.weight.norm(dim=1).max() < 1.01e-3 / 4**0.5
+
+
 def test_a_block_size_that_divides_nothing_becomes_the_nearest_that_does() -> None:
     for given, size in ((5, 4), (7, 6), (8, 6), (9, 6), (10, 12), (40, 12)):
         assert wrapped(OFTConfig(oft_block_size=given), nn.Linear(12, 5)).oft_R.size == size

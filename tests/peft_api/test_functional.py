@@ -98,6 +98,15 @@ def test_tensors_name_the_modules_and_fill_an_empty_adapter(method: str) -> None
     assert torch.isfinite(logits(narrowed, batch("llama"))).all()
 
 
+def test_trained_rows_are_no_target() -> None:
+    config = peftcli.LoraConfig(r=2, target_modules=["k_proj"], trainable_token_indices=[10, 20])
+    model = tiny("llama")
+    functional.inject_adapter_in_model(config, model)
+    found = tiny("llama")
+    functional.inject_adapter_in_model(config, found, state_dict=adapter_state(model))
+    assert adapter_state(found).keys() == adapter_state(model).keys()
+
+
 def test_what_cannot_be_put_into_a_plain_model_is_an_error() -> None:
     model = tiny("llama")
     with pytest.raises(AdapterError, match="use get_peft_model"):

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models_tiny import randomise
+from models_tiny import batch, logits, randomise, tiny
 from peft.utils import hotswap as theirs
 from torch import nn
 
@@ -67,6 +67,20 @@ def test_a_swapped_adapter_computes_and_is_saved_as_a_loaded_one(tmp_path: Path,
     model.save_pretrained(tmp_path / "again", save_embedding_layers=False)
     again = peftcli.PeftModel.from_pretrained(_net(), tmp_path / "again")
     torch.testing.assert_close(again(_IDS), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_of_experts_is_swapped(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"r": 4, "target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}
+    said = []
+    for seed, name in enumerate(("old", "new")):
+        model = peftcli.get_peft_model(tiny("mixtral"), peftcli.LoraConfig(**settings, lora_alpha=2 + seed))
+        randomise(model, seed)
+        model.eval().save_pretrained(tmp_path / name)
+        said.append(logits(model, batch("mixtral")))
+    model = peftcli.PeftModel.from_pretrained(tiny("mixtral"), tmp_path / "old")
+    torch.testing.assert_close(logits(model, batch("mixtral")), said[0])
+    hotswap.hotswap_adapter(model, tmp_path / "new", adapter_name="default")
+    torch.testing.assert_close(logits(model, batch("mixtral")), said[1])
 
 
 def test_a_compiled_model_is_not_compiled_again(tmp_path: Path) -> None:

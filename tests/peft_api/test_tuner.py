@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from models_tiny import batch, logits, tiny
+from models_tiny import batch, labelled, logits, tiny
 from transformers.pytorch_utils import Conv1D
 
 import peftcli.peft_api
@@ -212,6 +213,24 @@ def test_the_prefix_is_that_of_the_methods_own_weights() -> None:
         assert lib.get_peft_model(tiny("llama"), lib.VeraConfig(target_modules=["q_proj"])).prefix == "vera_lambda_"
         rows = lib.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1])
         assert lib.get_peft_model(tiny("llama"), rows).prefix == "lora_"
+
+
+def test_a_loaded_adalora_adapter_shares_out_its_budget_as_in_peft(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"init_r": 6, "target_r": 2, "total_step": 8, "tinit": 1, "tfinal": 2}
+    config = peftcli.AdaLoraConfig(**settings, task_type="CAUSAL_LM")
+    peftcli.get_peft_model(tiny("llama"), config).save_pretrained(tmp_path)
+    left = []
+    for lib in (peftcli, peft):
+        model = lib.PeftModel.from_pretrained(tiny("llama"), tmp_path, is_trainable=True)
+        optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.5)
+        for step in range(8):
+            model(**labelled("llama")).loss.backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(step)
+            optimizer.zero_grad()
+        left.append(model.peft_config["default"].rank_pattern)
+    assert left[0] == {name.removesuffix(".default"): mask for name, mask in left[1].items()}
+    assert any(not all(mask) for mask in left[0].values())
 
 
 def test_an_adalora_adapter_keeps_the_directions_of_a_pattern() -> None:

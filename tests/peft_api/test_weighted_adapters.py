@@ -36,6 +36,7 @@ def _two(lib: Any, kind: str, **settings: Any) -> Any:
         ("LoraConfig", {}, {"combination_type": "svd", "svd_rank": 4, "svd_clamp": 0.9}),
         ("LoraConfig", {}, {"combination_type": "ties_svd", "svd_rank": 4, "svd_clamp": 0.8, "density": 0.5}),
         ("LoraConfig", {}, {"combination_type": "svd", "svd_full_matrices": False}),
+        ("LoraConfig", {"r": 4, "rank_pattern": {"q_proj": 2}}, {"combination_type": "svd"}),
         ("LoraConfig", {"task_type": "CAUSAL_LM", "alora_invocation_tokens": [79]}, {"combination_type": "svd"}),
     ],
 )

@@ -41,11 +41,15 @@ class AdaLoraLayer(AdapterLayer):
         self.dropout = dropout_layer(config.lora_dropout)
         self.scaling = _scaling(config)
         if not config.inference_mode:
-            self.register_buffer("kept", torch.ones(r, dtype=torch.bool, device=like["device"]))
-            for tensor in _TENSORS:
-                for average in ("importance", "uncertainty"):
-                    self.register_buffer(f"{average}_{tensor}", torch.zeros_like(getattr(self, tensor)))
-            self.fixed = tuple(self._buffers)
+            self.begin_to_share()
+
+    def begin_to_share(self) -> None:
+        """Keep all directions, and averages of how important each is."""
+        self.register_buffer("kept", torch.ones(len(self.lora_E), dtype=torch.bool, device=self.lora_E.device))
+        for tensor in _TENSORS:
+            for average in ("importance", "uncertainty"):
+                self.register_buffer(f"{average}_{tensor}", torch.zeros_like(getattr(self, tensor)))
+        self.fixed = tuple(self._buffers)
 
     def product(self) -> torch.Tensor:
         """``delta`` as a matrix, (out, in)."""
@@ -237,6 +241,13 @@ def update_and_allocate(model: nn.Module, config: AdaLoraConfig, step: int) -> N
         for layer in layers.values():
             layer.clear(layer.kept)
     note_kept(model, config, step)
+
+
+def share_loaded(model: nn.Module, adapter: str, config: AdaLoraConfig) -> None:
+    """Let the trained layers of an adapter share out its budget, if it was saved before that was settled."""
+    for layer in adapter_layers(model, adapter).values():
+        if isinstance(layer, AdaLoraLayer) and layer.lora_E.requires_grad and not (layer.fixed or config.rank_pattern):
+            layer.begin_to_share()
 
 
 def keep(model: nn.Module, adapter: str, rank_pattern: Mapping[str, Sequence[bool]]) -> None:

@@ -67,7 +67,8 @@ class GloraLinear(AdapterLayer):
         if not self.enabled:
             return y
         weight = dense_weight(self)
-        bias = (self.base_layer if isinstance(self.base_layer, TrainedBias) else base_module(self)).bias
+        below = self.base_layer
+        bias = below.own_tensors()["bias"] if isinstance(below, TrainedBias) else base_module(self).bias
         shift = None if bias is None else self._shift(weight, bias)
         return y + F.linear(x.to(weight.dtype), self._delta(weight), shift).to(y.dtype)
 

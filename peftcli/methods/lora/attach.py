@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -92,6 +93,8 @@ def _tie(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) 
                 twin.lora_embedding_A, twin.lora_embedding_B = source.lora_embedding_A, source.lora_embedding_B
             else:
                 new[at[name]] = TiedHead(at[name], name, config, source, group[0])
+                if config.init_lora_weights is True and not config.inference_mode:  # as the A of a linear layer
+                    nn.init.kaiming_uniform_(source.lora_embedding_B.T, a=math.sqrt(5))
     elif not config.inference_mode and not (group and config.trainable_token_indices):
         reason = "changes nothing: no tied modules are added by target_modules or modules_to_save"
         if not group:

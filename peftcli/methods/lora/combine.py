@@ -45,14 +45,14 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: Combinat
     names = {path: pair for adapter in adapters for path, pair in pairs(adapter.tensors).items()}
     known = {tensor for pair in names.values() for tensor in (pair.a, pair.b, pair.bias)}
     tensors = replaced(adapters, weights, known) | _biases(adapters, weights, given, names)
-    made, exact = {}, {}
+    made, exact, largest_r = {}, {}, max(update.r for own in given for update in own.values())
     for path in names:
         parts = [(weight, own[path]) for weight, own in zip(weights, given, strict=True) if path in own]
         shapes = {(update.left.shape[0], update.right.shape[1]): None for _, update in parts}
         if len(shapes) > 1:
             said = " and ".join(f"{rows} x {columns}" for rows, columns in shapes)
             raise AdapterError(f"{path} is of other sizes in other adapters: {said}")
-        made[path] = how.combined(parts, path)
+        made[path] = how.combined(parts, path, largest_r)
         exact[path] = weighted_sum(parts)
         tensors |= _as_pair(adapters, names[path], made[path])
     errors = {path: 0.0 if how.method == "cat" else distance(made[path], exact[path]) for path in names}

@@ -111,7 +111,7 @@ def _base_weight(layer: AdapterLayer) -> torch.Tensor:
 
 def _bias(module: Any) -> torch.Tensor | None:
     """Return the bias that a layer adds now, below adapter layers some of which may be disabled."""
-    if isinstance(module, AdapterLayer) and not (isinstance(module, TrainedBias) and module.enabled):
-        return _bias(module.base_layer)
+    while isinstance(module, AdapterLayer) and not isinstance(module, TrainedBias):
+        module = module.base_layer
     bias: torch.Tensor | None = module.bias
     return bias

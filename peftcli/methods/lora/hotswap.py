@@ -25,6 +25,7 @@ from peftcli.methods.lora.lora import LoraConv, LoraEmbedding, LoraLayer, LoraLi
 _R = {"lora_A.weight": 0, "lora_B.weight": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
 """Names of the tensors with a dimension of size r, and which one that is. In B of a convolution it is r / groups."""
 _A = ("lora_A.weight", "lora_embedding_A")
+_WIDENED = (LoraLinear, LoraConv, LoraEmbedding)
 _SCALED = ("lora_B.weight", "lora_B.bias", "lora_embedding_B")
 _MAY_DIFFER = {
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout"),
@@ -57,7 +58,7 @@ def widen(model: nn.Module, adapter: str, r: int, *configs: LoraConfig) -> None:
     """
     layers = {base_name(model, path): layer for path, layer in _layers(model, adapter).items()}
     for name, layer in layers.items():
-        if type(layer) not in (LoraLinear, LoraConv, LoraEmbedding):
+        if type(layer) not in _WIDENED:
             raise AdapterError(f"{name} is a {type(layer).__name__}, whose r cannot be changed", key="r")
         if layer.r > r or r % _groups(layer):
             larger = f"it is {layer.r} already" if layer.r > r else f"it must be a multiple of {_groups(layer)} groups"
@@ -103,7 +104,12 @@ def swap(
         raise AdapterError("what this adapter trains is not what its file holds; load it from its folder first")
     names = {layer: base_name(model, path) for path, layer in adapter_layers(model, adapter).items()}
     places = file_tensors(model, adapter)
-    r = max((len(value) for name, value in tensors.items() if name.endswith(_A)), default=0) if may_widen else 0
+    sizes = [
+        len(tensors[name])
+        for name, (layer, tensor, _) in places.items()
+        if name in tensors and tensor in _A and type(layer) in _WIDENED
+    ]
+    r = max(sizes, default=0) if may_widen else 0
     r = r if any(isinstance(layer, LoraLayer) and layer.r < r for layer in names) else 0
     wrong = [f"unexpected: {short_name(name)}" for name in tensors if name not in places]
     values = {}
@@ -143,7 +149,7 @@ def _filled_up(
     value: torch.Tensor, tensor: str, shape: list[int], layer: LoraLayer, r: int
 ) -> tuple[torch.Tensor, list[int]]:
     """Return the value of a layer's tensor with zeros up to size r, and the shape that it must have then."""
-    if tensor in _R:
+    if tensor in _R and type(layer) in _WIDENED:
         groups, dimension = _groups(layer), _R[tensor]
         shape[dimension] = r // (groups if dimension else 1)
         if value.ndim == len(shape) and value.shape[dimension] < shape[dimension]:

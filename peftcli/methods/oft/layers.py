@@ -32,7 +32,9 @@ class Rotation(nn.Module):
             nn.init.normal_(self.weight, std=0.1)
 
     def forward(self, rows: torch.Tensor, back: bool) -> torch.Tensor:
-        """Each of the rows (..., in) rotated, or rotated back."""
+        """Each of the rows (..., in) rotated, or rotated back. While it trains, coft brings its numbers back first."""
+        if self.config.coft and self.training and torch.is_grad_enabled():
+            self.bring_back()
         blocks = self.blocks().mT if back else self.blocks()
         pieces = rows.unflatten(-1, (self.count, self.size))
         return torch.einsum("...nk,nkj->...nj", pieces, blocks.expand(self.count, -1, -1)).flatten(-2)
@@ -55,6 +57,11 @@ class Rotation(nn.Module):
         furthest = self.config.eps / math.sqrt(len(self.weight))
         length = math.sqrt(2) * self.weight.detach().norm(dim=1, keepdim=True)  # of S, which has each number twice
         return (furthest / length).clamp(max=1)
+
+    @torch.no_grad()
+    def bring_back(self) -> None:
+        """With coft, move the numbers to where they may be."""
+        self.weight.mul_(self.room())
 
     def _skew(self) -> torch.Tensor:
         numbers = widened(self.weight * self.room() if self.config.coft else self.weight)
@@ -119,12 +126,11 @@ def wrap(module: nn.Module, name: str, config: OFTConfig) -> AdapterLayer:
     return OFTLinear(module, name, config)
 
 
-@torch.no_grad()
 def after_step(model: nn.Module, config: OFTConfig, step: int, total: int) -> None:
     """Bring the blocks of the layers with coft back to where they may be."""
     for module in model.modules():
         if isinstance(module, Rotation) and module.config.coft:
-            module.weight.mul_(module.room())
+            module.bring_back()
 
 
 def nearest_divisor(number: int, wanted: int) -> int:
