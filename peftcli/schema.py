@@ -144,7 +144,7 @@ class Dataset:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """Duration, learning rate, batches and output. Names are those of transformers.TrainingArguments."""
+    """Duration, learning rate, batches and output. Names are mostly those of transformers.TrainingArguments."""
 
     output_dir: str
     """The run folder: adapter, logs and checkpoints."""
@@ -170,9 +170,9 @@ class Training:
     )
     """Schedule of the learning rate after the warm-up."""
     warmup_ratio: float = 0.0
-    """Fraction of the steps during which the learning rate rises from 0."""
-    warmup_steps: int = 0
-    """Number of warm-up steps; overrides warmup_ratio if above 0."""
+    """Fraction of the steps during which the learning rate rises from 0, rounded up to whole steps."""
+    warmup_steps: int | float = 0
+    """Number of warm-up steps; below 1: a fraction of the steps, like warmup_ratio, which it overrides if above 0."""
     init_adapter_from: str | None = None
     """Adapter to begin from, instead of a new one: a folder or hub id in PEFT's format, of the same method and base
     model. ``method`` then needs its type only; the other settings are the adapter's. Unset: a new adapter."""

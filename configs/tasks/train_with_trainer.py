@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -87,11 +86,9 @@ class Side:
         heads = [self.head] if self.head else None
         return LoraConfig(**{**method, "modules_to_save": heads, "task_type": self.task_type})
 
-    def common(self, folder: Path, rows: int) -> dict[str, Any]:
-        """The training arguments that all have, for training on so many rows."""
+    def common(self, folder: Path) -> dict[str, Any]:
+        """The training arguments that all have."""
         settings = self.recipe.training
-        steps = math.ceil(rows / settings.rows_at_once) * settings.num_train_epochs
-        steps = settings.max_steps if settings.max_steps > 0 else steps
         same = (
             "num_train_epochs",
             "max_steps",
@@ -109,7 +106,7 @@ class Side:
         return {
             **{name: getattr(settings, name) for name in same},
             "output_dir": str(folder.with_name(folder.name + "-run")),
-            "warmup_steps": settings.warmup_steps or round(settings.warmup_ratio * steps),
+            "warmup_steps": settings.warmup_steps or settings.warmup_ratio,  # below 1: a share of the steps
             "bf16": uses_bf16(self.recipe),
             "use_cpu": not torch.cuda.is_available(),
             "save_strategy": "no",
@@ -123,9 +120,7 @@ class Side:
         data = self.encode(self.rows())
         return transformers.Trainer(
             get_peft_model(self.load(), self.lora()),
-            transformers.TrainingArguments(
-                **self.common(folder, len(data)), remove_unused_columns=False, label_names=["labels"]
-            ),
+            transformers.TrainingArguments(**self.common(folder), remove_unused_columns=False, label_names=["labels"]),
             self.collate,
             data,
         )
@@ -366,7 +361,7 @@ class Pairs(Side):
         for row in rows:
             answers = [row["prompt"] + row[name] for name in ("chosen", "rejected")]
             row["length"] = sum(map(len, self.tokenizer.apply_chat_template(answers, return_dict=False)))
-        common = self.common(folder, len(rows))
+        common = self.common(folder)
         return trainer(
             self.load(),
             args=arguments(
@@ -410,7 +405,7 @@ class Searches(Side):
         model[0].model = get_peft_model(model[0].model, self.lora())
         return library.SentenceTransformerTrainer(
             model,
-            library.SentenceTransformerTrainingArguments(**self.common(folder, len(rows))),
+            library.SentenceTransformerTrainingArguments(**self.common(folder)),
             Dataset.from_list(rows),
             loss=CachedMultipleNegativesRankingLoss(model, mini_batch_size=self.task["mini_batch_size"]),
         )

@@ -211,6 +211,8 @@ def _ranges(recipe: Recipe, report: Report) -> None:
         report(("training.neftune_noise_alpha",), f"must be above 0, not {training.neftune_noise_alpha}; unset: none")
     if not 0 <= training.warmup_ratio <= 1:
         report(("training.warmup_ratio",), f"must be in [0, 1], not {training.warmup_ratio}")
+    if training.warmup_steps > 1 and training.warmup_steps % 1:
+        report(("training.warmup_steps",), f"must be a whole number or below 1, not {training.warmup_steps}")
     if training.save_total_limit < 2:
         report(
             ("training.save_total_limit",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,5 +133,8 @@ def build_schedule(
     """The schedule of that name in transformers, over ``total_steps`` steps."""
     from transformers import get_scheduler
 
-    warmup = training.warmup_steps or round(training.warmup_ratio * total_steps)
-    return get_scheduler(training.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+    warmup = training.warmup_steps
+    if warmup < 1:
+        warmup = math.ceil((warmup or training.warmup_ratio) * total_steps)
+    kind = training.lr_scheduler_type
+    return get_scheduler(kind, optimizer, num_warmup_steps=int(warmup), num_training_steps=total_steps)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -8,8 +9,11 @@ from pathlib import Path
 
 import pytest
 from docs_pages import PAGES, ROOT, blocks, page_id
+from transformers import TrainingArguments
 
 from peftcli.methods import METHODS
+from peftcli.recipe.settings import settings
+from peftcli.schema import Training
 from peftcli.tasks import TASKS
 from peftcli.tasks.text.formats import FORMATS, detect_format
 
@@ -92,6 +96,13 @@ def test_every_data_format_has_an_example_row() -> None:
     assert all(f"`{name}`" in text for name in FORMATS)
     rows = [json.loads(block.text) for block in blocks(ROOT / "docs/recipes.md") if block.kind == "json"]
     assert {detect_format(row) for row in rows} == set(FORMATS)
+
+
+def test_the_settings_of_training_that_transformers_lacks_are_named() -> None:
+    named = re.search(r"Its own are (.+?), which", (ROOT / "docs/recipes.md").read_text(encoding="utf-8"), re.DOTALL)
+    theirs = {entry.name for entry in dataclasses.fields(TrainingArguments)}
+    assert named
+    assert set(re.findall(r"`(\w+)`", named[1])) == settings(Training).keys() - theirs
 
 
 def test_the_package_tree_of_the_readme_is_right() -> None:

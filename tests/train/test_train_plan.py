@@ -344,8 +344,9 @@ def test_schedules(kind: str, warm: int) -> None:
     assert rates == pytest.approx([PEAK * _expected(kind, step, warm) for step in range(TOTAL)], rel=1e-9)
 
 
-def test_warmup_ratio_is_a_share_of_the_steps() -> None:
-    training = Training(output_dir="out", learning_rate=PEAK, warmup_ratio=0.2)
+@pytest.mark.parametrize("share", [{"warmup_ratio": 0.16}, {"warmup_steps": 0.16, "warmup_ratio": 0.9}])
+def test_a_share_of_the_steps_warms_up_and_is_rounded_up(share: dict[str, float]) -> None:
+    training = Training(output_dir="out", learning_rate=PEAK, **share)  # type: ignore[arg-type]
     steps = replace(training, warmup_ratio=0.9, warmup_steps=4)
 
     def rates(each: Training) -> list[float]:
