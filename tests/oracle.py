@@ -25,6 +25,9 @@ from peftcli.methods import METHODS, config_from_dict
 Case = tuple[str, str, dict[str, Any]]
 """Method, kind of model, settings."""
 
+PEFTS_METHODS = [name for name, row in METHODS.items() if row.peft_type in peft.PeftType.__members__]
+"""Those of our methods that PEFT has."""
+
 _NOT_OF_THE_FILE = (
     "is_gradient_checkpointing",  # PEFT reads transformers' old name of the property, whatever it loads
     "ensure_weight_tying",  # PEFT warns of any adapter on a tied embedding or head, its own too

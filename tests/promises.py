@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from models_tiny import batch, checkpoint_activations, labelled, logits, randomise, tiny
-from oracle import file_of, loaded_by_peft, ours, read_by_peft, saved_by_peft, theirs
+from oracle import PEFTS_METHODS, file_of, loaded_by_peft, ours, read_by_peft, saved_by_peft, theirs
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
@@ -396,6 +396,8 @@ PROMISES: dict[str, Callable[[str, str, Path], None]] = {
 @contextmanager
 def _peft(method: str, kind: str, promise: str) -> Iterator[None]:
     """Inside, PEFT may fail where ``PEFT_CANNOT`` says so, and must."""
+    if method not in PEFTS_METHODS:
+        raise NotApplicable("PEFT has no such method")
     reason = _reason(PEFT_CANNOT, method, kind, promise)
     try:
         yield

@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 from models_tiny import tiny
+from oracle import PEFTS_METHODS
 from peft.utils import constants
 from transformers import CONFIG_MAPPING
 
@@ -38,7 +39,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return {key: None if value in _NOTHING else value for key, value in values.items() if key != "peft_version"}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PEFTS_METHODS)
 def test_each_reads_what_the_other_writes(method: str, tmp_path: Path) -> None:
     cls, given = METHODS[method].config_class(), _NEEDED.get(method, {})
     theirs = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[cls.peft_type]](**given)

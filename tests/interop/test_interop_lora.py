@@ -13,7 +13,7 @@ import pytest
 import torch
 from lora_cases import CASES
 from models_tiny import DECODERS, batch, logits, tiny
-from oracle import file_of, loaded_by_peft, ours, saved_by_peft, theirs
+from oracle import PEFTS_METHODS, file_of, loaded_by_peft, ours, saved_by_peft, theirs
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -126,7 +126,7 @@ def test_keys_of_a_newer_peft_that_are_on_are_told_and_those_known_to_matter_ref
             config_from_dict({**values, **wrong})
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PEFTS_METHODS)
 def test_every_setting_of_peft_is_one_here(method: str) -> None:
     config = METHODS[method].config_class()
     in_peft = dataclasses.fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[config.peft_type]])

@@ -35,4 +35,4 @@ def test_a_file_with_a_missing_tensor_is_heard(tmp_path: Path) -> None:
 def test_every_method_of_pefts_is_here_or_has_a_reason_not_to_be() -> None:
     here = {row.peft_type for row in METHODS.values()}
     assert not here & NOT_HERE.keys()
-    assert here | NOT_HERE.keys() == {one.value for one in peft.PeftType}
+    assert here | NOT_HERE.keys() >= {one.value for one in peft.PeftType}
