@@ -23,6 +23,7 @@ from peftcli import errors
 from peftcli.cli.app import app, peftcli
 from peftcli.methods import METHODS, NOT_HERE
 from peftcli.output_schemas import names
+from peftcli.recipe.names import ALIASES
 from peftcli.recipe.settings import Setting, describe_type, method_settings, settings
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
@@ -43,7 +44,7 @@ _CODES = """
 _MORE_OF_CODES = """\
 `check --deep` and `train --dry-run` list every problem that they find, and end with the code of the first.
 
-`status` ends with 0 however the run stands; with 2 where there is no run, and with 7 where its account cannot be read.
+`status` exits with 0 whatever the run's state, 2 if there is no run, 7 if run.json cannot be read.
 `status --json` gives the code with which the run ended: 137 where it was killed before it could say so.
 """
 
@@ -56,6 +57,7 @@ def main() -> int:
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         pages[path] = _INCLUDE.sub(_included, path.read_text(encoding="utf-8"))
     pages[ROOT / "docs/peft.md"] = _NOTE + peft_page()
+    pages[ROOT / "docs/decisions/README.md"] = _NOTE + decisions_page()
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if "--check" in sys.argv:
@@ -77,7 +79,12 @@ def recipe_page() -> str:
             text += f"\n## {name}\n\n{entry.help}\n\n{_settings_table(_flat(settings(entry.section)))}"
     text += "\n## method\n\n`type` names the method; its settings are on [methods](methods.md).\n"
     text += "\n## extends\n\nA recipe may also hold `extends`: the path, relative to it, of a recipe that it changes.\n"
-    return text
+    text += "\n## Names in other tools\n\nIn axolotl, LLaMA-Factory, TRL and others. `peftcli check` suggests the "
+    text += "setting, and accepts no other name.\n\n"
+    theirs: dict[str, list[str]] = {}
+    for name, ours in ALIASES.items():
+        theirs.setdefault(f"`{ours}`", []).append(f"`{name}`")
+    return text + _table(("setting", "in other tools"), [(ours, ", ".join(names)) for ours, names in theirs.items()])
 
 
 def methods_page() -> str:
@@ -109,6 +116,13 @@ def peft_page() -> str:
         if there := [name for name in listed.split() if not peft_names.absent(name)]:
             text += f"\n`{module}`: " + ", ".join(f"`{name}`" for name in there) + "\n"
     return text
+
+
+def decisions_page() -> str:
+    """Every decision, by its title."""
+    found = sorted((ROOT / "docs/decisions").glob("[0-9]*.md"))
+    titles = [path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ") for path in found]
+    return "# Decisions\n\n" + "".join(f"- [{title}]({path.name})\n" for title, path in zip(titles, found, strict=True))
 
 
 def tasks_page() -> str:
