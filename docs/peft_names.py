@@ -161,6 +161,10 @@ DIFFERS: dict[str, str] = {
     "than in PEFT",
     "init_lora_weights='lora_ga'": "scales as the paper has them; PEFT multiplies B by the gradient's singular "
     "values, and leaves A unscaled with `stable` and `weight_svd`",
+    "the order of active adapters": "that in which they were added, whatever the order in `set_adapter`, which PEFT "
+    "follows: it matters for BOFT, HRA, OFT, RoAd, and DoRA on embeddings",
+    "BOFT with `boft_n_butterfly_factor` above 1": "trains and writes all factors; PEFT without its CUDA extension "
+    "has one, and cannot read the file",
     "several OFT adapters active together": "are applied in the order in which merging folds them in; PEFT's forward "
     "pass has another order than its merging",
     "PeftModel.add_weighted_adapter": "the exact weighted sum, where PEFT's default is not; `combination_type` "
@@ -284,6 +288,10 @@ REFUSED: tuple[tuple[str, str], ...] = (
         "`use_dora` on a convolution with groups",
         "the update reads the channels of all groups, so there is no adapted weight to take the length of; PEFT takes "
         "that of other numbers",
+    ),
+    (
+        "`wavelet_family` of WaveFT, but for `db1` to `db10`, `sym2` and `sym3`",
+        "the filters of the others are not here",
     ),
     (
         "`target_svd_config` of OSF, `rank_pattern` of HiRA",
