@@ -74,7 +74,7 @@ class Problem:
 
 
 class RecipeError(PeftcliError):
-    """A recipe that cannot be read, or whose settings are wrong. Lists every problem at once."""
+    """The recipe cannot be read or has wrong settings (all are listed)."""
 
     exit_code = 2
 
@@ -93,7 +93,7 @@ class RecipeError(PeftcliError):
 
 
 class UsageError(PeftcliError):
-    """A command with wrong arguments."""
+    """The command's arguments are wrong."""
 
     exit_code = 2
 

@@ -22,7 +22,7 @@ def check(
         ),
     ],
     deep: Annotated[
-        bool, typer.Option("--deep", help="Also read the data, the model config and the tokenizer.")
+        bool, typer.Option("--deep", help="Also read data, model config and tokenizer, and check names of metrics.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
