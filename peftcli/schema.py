@@ -194,7 +194,7 @@ class Training:
     optim_args: dict[str, Any] = field(default_factory=dict)
     """Other arguments of the optimizer's class, as {momentum: 0.9} of sgd."""
     weight_decay: float = 0.0
-    """Weight decay."""
+    """Weight decay. Biases and the weights of norms are not decayed, as by Trainer."""
     adam_beta1: float = 0.9
     """Decay rate of the mean of past gradients: AdamW's and Lion's."""
     adam_beta2: float = 0.999

@@ -213,6 +213,9 @@ def _ranges(recipe: Recipe, report: Report) -> None:
         report(("training.warmup_ratio",), f"must be in [0, 1], not {training.warmup_ratio}")
     if training.warmup_steps > 1 and training.warmup_steps % 1:
         report(("training.warmup_steps",), f"must be a whole number or below 1, not {training.warmup_steps}")
+    if training.lr_scheduler_type == "constant" and (training.warmup_steps or training.warmup_ratio):
+        scheduled = ("training.lr_scheduler_type", "training.warmup_steps", "training.warmup_ratio")
+        report(scheduled, "constant has no warm-up", "constant_with_warmup")
     if training.save_total_limit < 2:
         report(
             ("training.save_total_limit",),
@@ -267,6 +270,9 @@ def _length(recipe: Recipe, report: Report) -> None:
 
 
 def _evaluation(recipe: Recipe, report: Report) -> None:
+    training = recipe.training
+    if training.eval_on_start and training.eval_strategy == "no":
+        report(("training.eval_on_start", "training.eval_strategy"), "does nothing where training.eval_strategy is no")
     wanted = {"load_best_model_at_end": recipe.training.load_best_model_at_end}
     wanted["early_stopping_patience"] = recipe.training.early_stopping_patience is not None
     for key in (f"training.{name}" for name, asked in wanted.items() if asked):

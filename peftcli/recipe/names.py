@@ -173,7 +173,7 @@ ALIASES = {
     "use_gradient_checkpointing": "training.gradient_checkpointing",
     "compile": "training.torch_compile",
     "enable_liger_kernel": "training.use_liger_kernel",
-    "group_by_length": "training.train_sampling_strategy",
+    "group_by_length": "training.train_sampling_strategy: group_by_length",
     "random_state": "training.seed",
     "random_seed": "training.seed",
     "evaluation_strategy": "training.eval_strategy",

@@ -103,7 +103,8 @@ class Classification(TaskSettings):
     """What the label of a row is: one class, a list of classes, or a number to predict. Unset: found in the training
     rows."""
     class_weights: dict[str, float] | None = field(default=None, metadata=NOT_ENCODED | AT_LEAST_0)
-    """Factors of the loss for rows of a class, as in {spam: 3}; 1 for the other classes."""
+    """Factors of the loss for rows of a class, as in {spam: 3}; 1 for the other classes. They are not normalised:
+    factors above 1 enlarge the loss and the gradients."""
 
     @classmethod
     def of_model(cls, config: Any, num_labels: int | None) -> Self:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,28 +13,43 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer
+from peftcli.core.layer import AdapterLayer, base_module
 from peftcli.errors import AdapterError, UsageError
 from peftcli.methods.learning_rates import rate_groups
 from peftcli.schema import Training
 from peftcli.tasks.base import require_extra
 
+_NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm(\.|$)|_norm(\.|$)")
+"""Names of biases and weights of norms, as Trainer tells them, which also leaves out those of ``nn.LayerNorm``."""
+
 
 def parameter_groups(
     tensors: Mapping[str, tuple[AdapterLayer, str, nn.Parameter]], training: Training
 ) -> list[dict[str, Any]]:
-    """The adapter's tensors, as ``core.weights.named_tensors`` gives them, by their learning rates.
+    """The adapter's tensors, as ``core.weights.named_tensors`` gives them, by their learning rates and decay.
 
     Raises:
         UsageError: LoRA+ is wanted of a method that it says nothing about.
     """
-    if training.loraplus_lr_ratio is None:
-        return [{"params": [parameter for _, _, parameter in tensors.values()]}]
-    rates = rate_of(training), training.loraplus_lr_ratio, training.loraplus_lr_embedding
-    try:
-        return [group for group in rate_groups(tensors, *rates) if group["params"]]
-    except AdapterError as error:
-        raise UsageError(error.message, key=f"training.{error.key}") from None
+    groups: list[dict[str, Any]] = [{"params": [parameter for _, _, parameter in tensors.values()]}]
+    if training.loraplus_lr_ratio is not None:
+        rates = rate_of(training), training.loraplus_lr_ratio, training.loraplus_lr_embedding
+        try:
+            groups = rate_groups(tensors, *rates)
+        except AdapterError as error:
+            raise UsageError(error.message, key=f"training.{error.key}") from None
+    if training.weight_decay:
+        kept = {
+            parameter
+            for name, (layer, _, parameter) in tensors.items()
+            if _NOT_DECAYED.search(name.lower()) or isinstance(base_module(layer), nn.LayerNorm)
+        }
+        groups = [
+            {**group, **more, "params": [each for each in group["params"] if (each in kept) == bool(more)]}
+            for group in groups
+            for more in ({}, {"weight_decay": 0.0})
+        ]
+    return [group for group in groups if group["params"]]
 
 
 def rate_of(training: Training) -> float:

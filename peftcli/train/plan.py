@@ -15,8 +15,9 @@ import torch
 from peftcli.schema import Training
 from peftcli.train.best_fit import best_fit
 
-_SORTED = 50
-"""With group_by_length: how many global batches are sorted by length together."""
+_SORTED, _WINDOWS = 50, 4
+"""With group_by_length: how many global batches at most are sorted by length together, and how often at least an epoch
+is cut for it, or all epochs would have the same batches."""
 _PACKED = 4096
 """With packing: how many examples, next to each other in the epoch's order, are packed together."""
 _OFTEN = 4
@@ -38,6 +39,7 @@ class Plan:
         counts: Sequence[int] | None = None,
         weights: Sequence[float] | None = None,
         max_length: int | None = None,
+        compares: bool = False,
     ):
         """``counts`` and ``weights`` mix, ``max_length`` packs.
 
@@ -48,9 +50,11 @@ class Plan:
             counts: examples of each source; the sources' examples stand one after another.
             weights: how many examples of an epoch come from each source, relative to the others. None: all it has.
             max_length: Size of a packed row. None: every example has a row to itself.
+            compares: Whether the loss compares the rows that are in the model at once.
         """
         self.sizes = np.asarray(sizes, np.int64)
         self.training, self.num_processes, self.max_length = training, num_processes, max_length
+        self.compares = compares
         self.counts = list(counts or [len(self.sizes)])
         self.draws = self.counts if weights is None else _shares(weights, len(self.sizes))
         """Examples of an epoch that come from each source."""
@@ -150,11 +154,15 @@ class Plan:
         """The step's rows that ``process`` sees.
 
         Every process gets as many micro-batches as the others; where the last step of an epoch has too few rows for
-        all, some are empty. Rows of like length stand together, which saves padding and, since the loss is a sum over
-        the global batch, changes nothing else.
+        all, some are empty. Rows of like length stand together, which saves padding and, where the loss is a sum over
+        the global batch, changes nothing else. Rows that are compared keep their order, and are as many as there are.
         """
-        rows = sorted(self._rows(step), key=lambda row: int(self.sizes[row].sum()))
-        parts = self.training.gradient_accumulation_steps * self.num_processes
+        rows, parts = self._rows(step), self.training.gradient_accumulation_steps
+        if self.compares:
+            parts = min(parts, math.ceil(len(rows) / self.compared))
+        else:
+            rows = sorted(rows, key=lambda row: int(self.sizes[row].sum()))
+        parts *= self.num_processes
         size = min(self.training.rows_at_once, math.ceil(len(rows) / parts))
         chunks = [rows[start : start + size] for start in range(0, size * parts, size)]
         mine = chunks[process :: self.num_processes]
@@ -237,10 +245,9 @@ class Plan:
     def _by_length(self, lengths: np.ndarray, generator: torch.Generator) -> np.ndarray:
         """An order of rows in which those of a global batch are of like length, and the batches shuffled."""
         size = self.global_batch_size
-        starts = range(0, len(lengths), size * _SORTED)
-        order = np.concatenate(
-            [start + np.argsort(lengths[start : start + size * _SORTED], kind="stable") for start in starts]
-        )
+        window = size * min(_SORTED, max(1, len(lengths) // size // _WINDOWS))
+        starts = range(0, len(lengths), window)
+        order = np.concatenate([start + np.argsort(lengths[start : start + window], kind="stable") for start in starts])
         whole = len(order) // size * size
         batches = order[:whole].reshape(-1, size)[_permutation(whole // size, generator)]
         return np.concatenate([batches.ravel(), order[whole:]])

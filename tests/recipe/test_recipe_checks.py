@@ -26,6 +26,16 @@ from peftcli.recipe import gate_holds, parse_gate
         (["training.save_total_limit=1"], "training.save_total_limit", "must be at least 2, not 1"),
         (["training.warmup_ratio=1.5"], "training.warmup_ratio", "must be in [0, 1], not 1.5"),
         (["training.warmup_steps=1.5"], "training.warmup_steps", "must be a whole number or below 1, not 1.5"),
+        (
+            ["training.lr_scheduler_type=constant", "training.warmup_steps=3"],
+            "training.lr_scheduler_type",
+            "constant has no warm-up",
+        ),
+        (
+            ["training.eval_strategy=no", "training.eval_on_start=true"],
+            "training.eval_on_start",
+            "does nothing where training.eval_strategy is no",
+        ),
         (["training.seed=4294967296"], "training.seed", "must be in [0, 2**32)"),
         (["training.metric_for_best_model=' '"], "training.metric_for_best_model", "is empty"),
         (["training.learning_rate=3e38"], "training.learning_rate", "must be at most 1,000,000, found 3e+38"),

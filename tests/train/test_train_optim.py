@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 import trainkit
+import transformers
 from models_tiny import tiny
 from safetensors.torch import load_file
 
@@ -82,6 +83,32 @@ def test_loraplus_is_refused_for_a_method_without_a_and_b() -> None:
     with pytest.raises(UsageError, match="has not") as caught:
         groups_of("prompt_tuning", loraplus_lr_ratio=4.0)
     assert caught.value.key == "training.loraplus_lr_ratio"
+
+
+@pytest.mark.parametrize(
+    ("base", "method", "settings"),
+    [
+        ("opt", "lora", {"lora_bias": True, "modules_to_save": ["lm_head", "final_layer_norm"]}),
+        ("opt", "lora", {"bias": "all"}),
+        ("gpt2", "ln_tuning", {}),
+        ("llama", "ln_tuning", {}),
+        ("opt", "beft", {}),
+    ],
+)
+@pytest.mark.parametrize("ratio", [None, 4.0])
+def test_what_trainer_does_not_decay_is_not_decayed(
+    base: str, method: str, settings: dict[str, Any], ratio: float | None
+) -> None:
+    if ratio and method != "lora":
+        pytest.skip("LoRA+ is for LoRA")
+    model = tiny(base)
+    inject(model, METHODS[method].config_class()(**settings))
+    training = Training(output_dir="out", learning_rate=1.0, weight_decay=0.5, loraplus_lr_ratio=ratio)
+    optimizer = build_optimizer(parameter_groups(named_tensors(model), training), training)
+    found = {each: group["weight_decay"] for group in optimizer.param_groups for each in group["params"]}
+    decayed = transformers.Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
+    assert found == {each: 0.5 * (name in decayed) for name, each in model.named_parameters() if each.requires_grad}
+    assert 0.0 in found.values()
 
 
 def test_the_schedule_moves_all_rates_alike() -> None:

@@ -21,7 +21,8 @@ LENGTHS = [(7 * n) % 31 + 1 for n in range(57)]
 
 
 def plan(lengths: list[int] = LENGTHS, processes: int = 1, **settings: Any) -> Plan:
-    own = {name: settings.pop(name) for name in ("counts", "weights", "max_length") if name in settings}
+    names = ("counts", "weights", "max_length", "compares")
+    own = {name: settings.pop(name) for name in names if name in settings}
     training = Training(output_dir="out", **{"per_device_train_batch_size": 4, **settings})
     return Plan(lengths, training, processes, **own)
 
@@ -56,6 +57,12 @@ def test_group_by_length_does_not_go_from_short_to_long() -> None:
     assert longest != sorted(longest)
 
 
+def test_group_by_length_mixes_batches_anew_in_each_epoch_of_few_steps() -> None:
+    made = plan([(7 * n) % 101 + 1 for n in range(160)], train_sampling_strategy="group_by_length")
+    epochs = [{frozenset(made.global_batch(40 * epoch + step)) for step in range(40)} for epoch in range(2)]
+    assert len(epochs[0] & epochs[1]) < 4
+
+
 def test_order_follows_the_seed_alone() -> None:
     first, again, other = plan(seed=1), plan(seed=1), plan(seed=2)
     # asking in another order, as a resumed run does, changes nothing
@@ -71,9 +78,10 @@ def test_order_follows_the_seed_alone() -> None:
     processes=st.integers(1, 4),
     step=st.integers(0, 20),
     max_length=st.sampled_from([None, 80]),
+    compares=st.booleans(),
 )
 def test_micro_batches_split_the_global_batch(
-    rows: int, size: int, accumulation: int, processes: int, step: int, max_length: int | None
+    rows: int, size: int, accumulation: int, processes: int, step: int, max_length: int | None, compares: bool
 ) -> None:
     made = plan(
         list(range(1, rows + 1)),
@@ -81,6 +89,7 @@ def test_micro_batches_split_the_global_batch(
         per_device_train_batch_size=size,
         gradient_accumulation_steps=accumulation,
         max_length=max_length,
+        compares=compares,
     )
     shares = [made.micro_batches(step, process) for process in range(processes)]
     seen = [index for share in shares for part in share for row in part for index in row]
@@ -88,6 +97,14 @@ def test_micro_batches_split_the_global_batch(
     assert all(len(part) <= size for share in shares for part in share)
     assert len({len(share) for share in shares}) == 1, "processes would wait for one another for ever"
     assert all(0 < len(share) <= accumulation for share in shares)
+
+
+def test_rows_that_are_compared_are_as_many_as_there_are() -> None:
+    made = plan(LENGTHS[:20], gradient_accumulation_steps=4, train_sampling_strategy="sequential", compares=True)
+    steps = [[[index for row in part for index in row] for part in made.micro_batches(at, 0)] for at in range(2)]
+    assert steps == [[[4 * at + place for place in range(4)] for at in range(4)], [[16, 17, 18, 19]]]
+    two = plan(LENGTHS[:20], 2, gradient_accumulation_steps=2, train_sampling_strategy="sequential", compares=True)
+    assert [two.micro_batches(1, process) for process in range(2)] == [[[[16], [17]]], [[[18], [19]]]]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +139,7 @@ def test_the_order_without_packing_is_that_of_earlier_versions() -> None:
     """A run that began with one of them can be resumed."""
     assert plan([1] * 10).global_batch(0) == [8, 4, 0, 7]
     grouped = plan(per_device_train_batch_size=2, train_sampling_strategy="group_by_length")
-    assert [grouped.global_batch(step) for step in range(3)] == [[29, 7], [42, 11], [40, 9]]
+    assert [grouped.global_batch(step) for step in range(3)] == [[37, 15], [31, 18], [1, 32]]
 
 
 # --- packing ----------------------------------------------------------------------------------------------------------
