@@ -6,7 +6,7 @@ import gc
 import json
 import os
 import subprocess
-import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 from peftcli.adapters.verify import mark_verified, needs_verification
 from peftcli.errors import AdapterError, PeftcliError
+from peftcli.train.launch import peftcli_command
 from peftcli.train.report import OnEvent, Phase, Warned
 
 _LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "PEFTCLI_L")
@@ -55,14 +56,14 @@ def _answer_of(folder: Path) -> dict[str, Any]:
         for name, value in os.environ.items()
         if not name.startswith(_LAUNCHERS) and name != "PEFTCLI_STATUS"
     }
-    command = [sys.executable, "-m", "peftcli", "verify", str(folder), "--json", "--quiet"]
+    command = peftcli_command(["verify", str(folder), "--json", "--quiet"])
     ended = subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
-    try:
-        answer: dict[str, Any] = json.loads(ended.stdout)
-    except ValueError:
-        said = ended.stderr.strip().splitlines()
-        error = PeftcliError(f"the process ended with {ended.returncode}: {said[-1] if said else 'it said nothing'}")
-        answer = {"error": {**error.as_dict(), "exit_code": error.exit_code}}
-    return answer
+    with suppress(ValueError):
+        answer = json.loads(ended.stdout)
+        if isinstance(answer, dict) and answer.keys() & {"tensors", "error"}:
+            return answer
+    said = ended.stderr.strip().splitlines()
+    error = PeftcliError(f"the process ended with {ended.returncode}: {said[-1] if said else 'it said nothing'}")
+    return {"error": {**error.as_dict(), "exit_code": error.exit_code}}

@@ -107,6 +107,15 @@ def total_processes(launch: Launch) -> int:
     return (process_count(launch) if asked == "auto" else asked) * launch.num_machines
 
 
+def peftcli_command(words: Sequence[str]) -> list[str]:
+    """Return the command that runs ``peftcli`` with ``words`` in another process, which imports what this one would.
+
+    ``python -m`` would import modules from the current folder first, and ``-P`` against it needs Python 3.11.
+    """
+    run = 'import runpy; runpy.run_module("peftcli", run_name="__main__", alter_sys=True)'
+    return [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {run}", *words]
+
+
 def run_processes(
     command: Sequence[str],
     count: int,
@@ -115,7 +124,7 @@ def run_processes(
     save_on: str | None = None,
     afterwards: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run ``python -m peftcli`` with ``command`` in ``count`` processes that form a group.
+    """Run ``peftcli`` with ``command`` in ``count`` processes that form a group.
 
     INT, TERM and USR1 are passed on, so that they stop with a checkpoint, and ``save_on``, so that they write one.
 
@@ -141,7 +150,7 @@ def run_processes(
                 variables = shared | _place(number, count, meets) | {STATUS: status}
                 group.processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "peftcli", *command],
+                        peftcli_command(command),
                         env=os.environ | variables | (told if number == 0 else {}),
                         stdout=answer if number == 0 else subprocess.DEVNULL,
                         pass_fds=[handle] if number == 0 else [],

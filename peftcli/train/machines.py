@@ -13,7 +13,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +42,7 @@ from peftcli.train.launch import (
     conclude,
     error_fields,
     first_error,
+    peftcli_command,
     shared_variables,
 )
 from peftcli.train.report import OnEvent, Phase, Warned
@@ -69,7 +69,7 @@ def run_on_machine(
     resumable: Callable[[], bool],
     tell: OnEvent,
 ) -> None:
-    """Run ``python -m peftcli`` with ``command`` in ``count`` processes here, and as many on each other machine.
+    """Run ``peftcli`` with ``command`` in ``count`` processes here, and as many on each other machine.
 
     INT, TERM and USR1 are passed on, so that all stop with a checkpoint, and ``save_on``, so that they write one.
 
@@ -94,13 +94,14 @@ def run_on_machine(
     address = _own_address(launch)
     meeting = Meeting(_rendezvous(launch, address), launch.machine_rank, address)
     before()
+    program, *words = peftcli_command(command)
     with tempfile.TemporaryDirectory(prefix="peftcli-") as folder:
         spec = WorkerSpec(
             role=_NAME,
             local_world_size=count,
             rdzv_handler=cast(RendezvousHandler, meeting),
-            entrypoint=sys.executable,
-            args=("-m", "peftcli", *command),
+            entrypoint=program,
+            args=tuple(words),
             max_restarts=launch.max_restarts,
             local_addr=address,
         )

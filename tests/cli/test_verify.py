@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +82,21 @@ def test_other_readers_are_compared_without_rounding(cli: Callable, tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_fresh_process_is_an_interpreter(cli: Callable, tmp_path: Path, processes: int) -> None:
-    child = Child(
-        tmp_path, "train", trainkit.write_recipe(tmp_path), *TRAINS, f"launch.num_processes={processes}", "--json"
-    )
+    (tmp_path / "random.py").write_text("raise RuntimeError")  # what the folder of a recipe holds is not imported
+    words = ("train", trainkit.write_recipe(tmp_path), *TRAINS, f"launch.num_processes={processes}", "--json")
+    child = Child(tmp_path, *words, before=partial(os.chdir, tmp_path))
     assert child.wait() == 0, child.err
     assert "verified: the folder is the trained model" in child.err
     assert json.loads(child.out)["status"] == "complete"
     assert json.loads(cli("verify", tmp_path / "out", "--with", "peft", "--json").out)["readers"]["peft"] < 1e-5
+
+
+def test_another_answer_than_that_of_verify_verifies_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fresh_process, "needs_verification", lambda folder: True)
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, 0, "{}", ""))
+    events: list[Any] = []
+    fresh_process.verify_run(tmp_path, events.append)
+    assert events[-1].text.startswith("not verified: the process ended with 0: it said nothing")
 
 
 def test_what_is_not_there_to_compare_with(cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

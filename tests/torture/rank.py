@@ -1,4 +1,4 @@
-"""One training process, started in the place of ``python -m peftcli``: ``rank.py MARKS FAULT ARGS``."""
+"""One training process, started in the place of ``peftcli``: ``rank.py MARKS FAULT ARGS``."""
 
 from __future__ import annotations
 

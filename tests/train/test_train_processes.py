@@ -19,7 +19,7 @@ import trainkit
 from trainkit import Child, read_metrics, read_run, run_recipe
 
 from peftcli.cli.app import main
-from peftcli.train.launch import first_error
+from peftcli.train.launch import first_error, peftcli_command
 
 HALF = ("training.per_device_train_batch_size=2", "training.eval_strategy=epoch")
 
@@ -206,6 +206,16 @@ def test_one_started_where_several_were_asked_for(recipe: Path) -> None:
     child = Child(recipe.parent, "train", recipe, env=env)
     assert child.wait() == 2
     assert "--multi_gpu" in child.err
+
+
+def test_a_process_imports_nothing_from_the_current_folder(tmp_path: Path) -> None:
+    for name in ("random.py", "runpy.py", "peftcli/__main__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise SystemExit(77)")
+    command = peftcli_command(["chek"])
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("error: No such command 'chek'.")
 
 
 # --- real launchers ---------------------------------------------------------------------------------------------------
