@@ -11,6 +11,7 @@ from peftcli.cli import console
 from peftcli.cli.junit_report import Junit, junit_report
 from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.system.outputs import require_writable
+from peftcli.train.launch import is_main_process
 
 
 def evaluate(
@@ -28,16 +29,20 @@ def evaluate(
     """Measure metrics on the recipe's evaluation data, and apply its gates."""
     from peftcli.recipe import load_recipe
 
-    tell = progress_log(quiet)
-    with junit_report(junit, recipe) as result:
+    is_main = is_main_process()
+    tell = progress_log(quiet or not is_main)
+    with junit_report(junit if is_main else None, recipe) as result:
         settings = load_recipe(recipe, overrides or [])
-        if junit is not None:
+        if junit is not None and is_main:
             require_writable(junit)
 
         from peftcli.train.evaluate_adapter import measure
         from peftcli.train.finish import raise_failed_gates
 
-        result |= measure(settings, adapter, lambda text: console.log(f"warning: {text}"), tell)
+        warn = console.log if is_main else lambda text: None
+        result |= measure(settings, adapter, lambda text: warn(f"warning: {text}"), tell)
+        if not is_main:
+            raise typer.Exit  # the main process prints the answer, and writes the report
         if as_json:
             console.print_json(result)
         else:

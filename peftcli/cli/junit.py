@@ -10,7 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from peftcli.errors import Problem
-from peftcli.system.disk import write_file
+from peftcli.system.outputs import write_output
 from peftcli.system.secrets import redact_values
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -39,7 +39,7 @@ def write_junit(
     seconds: float | None,
     error: Mapping[str, Any] | None,
 ) -> None:
-    """Write a report of one test suite, complete or not at all.
+    """Write a report of one test suite, complete or not at all; into a pipe or a device directly.
 
     Each gate is a test case; a failed one contains the measured value. A failed run adds the test case ``run`` with the
     error. A successful run without gates adds it too, since CI servers reject a report without test cases.
@@ -53,6 +53,8 @@ def write_junit(
         error: The error of a failed run, as in run.json.
 
     Raises:
+        UsageError: ``path`` is a folder.
+        FolderBusy: another process is writing the file.
         StorageError: the file cannot be written.
     """
     suite, gates, metrics, error = redact_values([suite, gates, metrics, error])
@@ -69,7 +71,7 @@ def write_junit(
     root.append(element)
     ElementTree.indent(root)
     # with a declaration, and ASCII even if names contain other characters
-    write_file(path, ElementTree.tostring(root, encoding="us-ascii", xml_declaration=True) + b"\n")
+    write_output(path, ElementTree.tostring(root, encoding="us-ascii", xml_declaration=True) + b"\n")
 
 
 def _gate_case(gate: Mapping[str, Any]) -> ElementTree.Element:

@@ -10,11 +10,19 @@ from typing import Annotated, Any
 import typer
 
 from peftcli.cli import console
-from peftcli.errors import GateFailed, PeftcliError, StorageError, to_peftcli_error
+from peftcli.errors import GateFailed, PeftcliError, to_peftcli_error
+from peftcli.system.outputs import expand_user
+from peftcli.train.launch import started_by_peftcli
 from peftcli.train.runs.typed_json import flatten
 
+
+def _expand(path: Path | None) -> Path | None:
+    return path and expand_user(path)
+
+
 Junit = Annotated[
-    Path | None, typer.Option("--junit", metavar="FILE", help="Write a JUnit report: each gate is a test case.")
+    Path | None,
+    typer.Option("--junit", metavar="FILE", callback=_expand, help="Write a JUnit report: each gate is a test case."),
 ]
 
 _FACTS = (
@@ -40,7 +48,7 @@ def junit_report(path: Path | None, recipe: Path) -> Iterator[dict[str, Any]]:
     An error in the block goes into the report and is raised again. Without a path nothing is written.
 
     Raises:
-        StorageError: the report cannot be written, and no other error occurred.
+        PeftcliError: the report cannot be written, and no other error occurred.
     """
     run: dict[str, Any] = {}
     try:
@@ -51,9 +59,11 @@ def junit_report(path: Path | None, recipe: Path) -> Iterator[dict[str, Any]]:
         failed = getattr(error, "exit_code", 1) != GateFailed.exit_code  # the report contains the gates
         if not failed and not run:
             raise  # another process measured and wrote the report
+        if failed and (started_by_peftcli() or getattr(error, "file", None) == str(path)):
+            raise  # the launcher writes the report, or it cannot be written
         try:
             _write(path, recipe, run, _as_dict(error) if failed else None)
-        except StorageError as problem:
+        except PeftcliError as problem:
             console.log(f"warning: {problem}")
         raise
     _write(path, recipe, run, None)

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from io import FileIO
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from peftcli.errors import FolderBusy, StorageError, UsageError
 from peftcli.system.disk import sync_file, sync_folder
@@ -95,8 +96,10 @@ def require_writable(path: Path) -> None:
     if is_stream(expand_user(path)):
         return
     folder = next(parent for parent in Path(os.path.realpath(expand_user(path))).parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise StorageError(f"cannot write: {folder} takes no files", file=str(path))
+    try:
+        TemporaryFile(dir=folder).close()
+    except OSError:  # of a mode that os.access lets root pass, too
+        raise StorageError(f"cannot write: {folder} takes no files", file=str(path)) from None
 
 
 def refuse_input(path: Path, source: Path | None) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
 import re
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,7 +17,7 @@ from trainkit import write_recipe
 
 from peftcli.cli.junit import write_junit
 from peftcli.cli.junit_report import junit_report
-from peftcli.errors import DataError, GateFailed, Problem, RecipeError, StorageError
+from peftcli.errors import DataError, GateFailed, Problem, RecipeError, StorageError, UsageError
 
 PASSED = {"metric": "eval_loss", "gate": "<= 1.2", "value": 1.1, "passed": True}
 FAILED = {"metric": "eval_token_accuracy", "gate": ">= 0.5", "value": 0.25, "passed": False}
@@ -144,8 +146,24 @@ def test_it_replaces_an_older_one_whole_or_not_at_all(
     assert path.read_bytes() != before
 
 
+def test_a_pipe_and_a_link_stay_what_they_are(report: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    path = tmp_path / "new/report.xml"
+    path.symlink_to(tmp_path / "real.xml")
+    report()
+    assert path.is_symlink()
+    assert cases(tmp_path / "real.xml") == {"run": "passed"}
+    path.unlink()
+    os.mkfifo(path)
+    with ThreadPoolExecutor() as pool:
+        content = pool.submit(path.read_bytes)
+        report()
+    assert path.is_fifo()
+    assert content.result().startswith(b"<?xml")
+
+
 def test_a_folder_in_its_place(tmp_path: Path) -> None:
-    with pytest.raises(StorageError) as caught:
+    with pytest.raises(UsageError) as caught:
         write_junit(tmp_path, suite="a", gates=[], metrics={}, seconds=None, error=None)
     assert caught.value.file == str(tmp_path)
 
@@ -205,14 +223,15 @@ def test_a_report_that_cannot_be_written_hides_no_error(tmp_path: Path, capsys: 
 
     with pytest.raises(DataError):
         body()
-    assert capsys.readouterr().err.startswith(f"warning: {path}: cannot write")
+    assert capsys.readouterr().err.startswith(f"warning: {path}: is a folder")
 
 
 def test_a_path_that_takes_no_report_is_told_before_the_run(cli: Callable, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     (tmp_path / "file").touch()
-    for path, code in ((tmp_path, 2), (tmp_path / "file/new/r.xml", 7)):
-        assert cli("train", recipe, "--junit", path).code == code
+    for path, code in ((tmp_path, 2), ("", 2), (tmp_path / "file/new/r.xml", 7), ("/proc/r.xml", 7)):
+        ran = cli("train", recipe, "--junit", path)
+        assert (ran.code, ran.err.count("r.xml") or ran.err.count("is a folder")) == (code, 1)
         assert not (tmp_path / "out").exists()
 
 
@@ -228,10 +247,11 @@ def test_no_path_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(("gate", "code"), [("<= 100", 0), ("<= 0.01", 12)])
-def test_evaluate(cli: Callable, tmp_path: Path, gate: str, code: int) -> None:
+def test_evaluate(cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: str, code: int) -> None:
     path = tmp_path / "reports/junit.xml"
+    monkeypatch.setenv("HOME", str(tmp_path))
     settings = ("training.eval_strategy=epoch", f"gates.eval_loss={gate}")
-    ran = cli("evaluate", write_recipe(tmp_path), *settings, "--junit", path)
+    ran = cli("evaluate", write_recipe(tmp_path), *settings, "--junit=~/reports/junit.xml")
     assert ran.code == code, ran.err
     assert_shape(path)
     [(name, said)] = cases(path).items()
@@ -259,6 +279,14 @@ def test_evaluate_where_the_report_cannot_be_written(cli: Callable, tmp_path: Pa
     ran = cli("evaluate", write_recipe(tmp_path), "--junit", trainkit.base_folder())
     assert ran.code == 2
     assert str(trainkit.base_folder()) in ran.err
+
+
+def test_of_several_processes_one_answers(cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    settings = ("training.eval_strategy=epoch", "gates.eval_loss=<= 0.01")
+    ran = cli("evaluate", write_recipe(tmp_path), *settings, "--junit", tmp_path / "junit.xml")
+    assert (ran.code, ran.out) == (0, "")
+    assert not (tmp_path / "junit.xml").exists()
 
 
 # --- train ----------------------------------------------------------------------------------------------------------
