@@ -107,6 +107,7 @@ def peftcli(
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line ``args``, by default that of this process; return the exit code."""
+    console.open_closed_streams()
     given = list(sys.argv[1:] if args is None else args) or ["--help"]
     options = given[: given.index("--")] if "--" in given else given
     if not sys.stderr.isatty():
@@ -117,7 +118,7 @@ def main(args: Sequence[str] | None = None) -> int:
         set_variables()
         with postponed_collection(), console.redacted_streams(), signals.handle_signals(last=started_by_peftcli()):
             code = _run(rest or ["--help"])
-        sys.stdout.flush()
+            sys.stdout.flush()
         report_outcome(None)
         return code
     except BrokenPipeError:

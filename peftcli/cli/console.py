@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from peftcli.errors import PeftcliError
+from peftcli.errors import PeftcliError, StorageError
 from peftcli.system.secrets import redact, redact_values
 
 if TYPE_CHECKING:
@@ -30,15 +30,25 @@ def out(text: str = "") -> None:
 
 
 def log(text: str) -> None:
-    """Print a line of the log. Do not fail if stderr is closed."""
+    """Print a line of the log. Do not fail if nobody reads stderr, or its disk is full."""
     try:
         _write(sys.stderr, text)
-    except BrokenPipeError:
+    except OSError:
         discard(sys.stderr)
 
 
+def open_closed_streams() -> None:
+    """Discard what is written to a stream that was closed from the start: a file opened later would get its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
+
+
 def discard(stream: TextIO) -> None:
-    """Write nothing more to a stream that nobody reads: Python would try so again when it ends."""
+    """Write nothing more to a stream that cannot be written: Python would try so again when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -83,7 +93,7 @@ def is_terminal(stream: TextIO) -> bool:
 def redacted_streams() -> Iterator[None]:
     """Remove secrets from what other libraries write to stdout and stderr in the block."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (cast(TextIO, _RedactedStream(stream)) for stream in before)
+    sys.stdout, sys.stderr = cast(TextIO, _RedactedAnswer(sys.stdout)), cast(TextIO, _RedactedStream(sys.stderr))
     try:
         yield
     finally:
@@ -108,7 +118,7 @@ def report_error(error: PeftcliError, as_json: bool = False) -> int:
     if as_json and not _json_printed:
         try:
             print_json({"error": {**error.as_dict(), "exit_code": error.exit_code}})
-        except BrokenPipeError:
+        except OSError:
             discard(sys.stdout)
     return error.exit_code
 
@@ -129,6 +139,29 @@ class _RedactedStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class _RedactedAnswer(_RedactedStream):
+    """The same for stdout, whose error names it."""
+
+    def write(self, text: str) -> int:
+        with _stdout_errors():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _stdout_errors():
+            self._stream.flush()
+
+
+@contextmanager
+def _stdout_errors() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard(sys.stdout)
+        raise StorageError(f"cannot be written: {error.strerror}", file="standard output") from None
 
 
 def _shorten(cell: str) -> str:

@@ -151,6 +151,24 @@ def test_a_closed_pipe_is_quiet_and_an_error_keeps_its_code(args: list[str], cod
     assert (ran.returncode, ran.stderr) == (code, err)
 
 
+@pytest.mark.parametrize(
+    ("streams", "code", "said"),
+    [
+        ("<&- >&- 2>&-", 2, ""),
+        ("2>/dev/full", 2, '{\n  "error": '),
+        ("2>&1 >/dev/full", 2, "error: unknown setting"),
+        ("--json 2>&1 >/dev/full", 7, "error: standard output: cannot be written: No space left on device\n"),
+    ],
+)
+def test_streams_that_cannot_be_written(streams: str, code: int, said: str) -> None:
+    words = "explain nothing --json" if code == 2 else "explain training"
+    ran = subprocess.run(
+        f"'{sys.executable}' -m peftcli {words} {streams}", shell=True, stdout=subprocess.PIPE, text=True, check=False
+    )
+    assert ran.returncode == code
+    assert ran.stdout.startswith(said)
+
+
 def test_output_that_the_terminal_cannot_encode() -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "peftcli", "explain", "ü\u4e2d"],
