@@ -21,7 +21,7 @@ import trainkit
 from trainkit import Child, files_of, read_run, run_recipe
 
 from peftcli.cli.app import main
-from peftcli.errors import Interrupted, OutOfMemory, PeftcliError, StorageError, UsageError
+from peftcli.errors import Interrupted, OutOfMemory, PeftcliError, ProcessDied, StorageError, UsageError
 from peftcli.recipe import load_recipe
 from peftcli.system import date
 from peftcli.train.report import Event, Stepped, Warned
@@ -647,6 +647,7 @@ def test_the_launcher_tells_what_its_processes_could_not(recipe: Path) -> None:
     assert read_run(out)["exit_code"] == 75, "nothing was started since"
     run = read_run(out) | {"status": "failed", "exit_code": 10, "error": None, "pid": 1}
     (out / "run.json").write_text(json.dumps(run))
-    record_failure(folder, OutOfMemory("not enough memory"), before)
-    assert (read_run(out)["status"], read_run(out)["exit_code"]) == ("failed", 8)
-    assert read_run(out)["error"]["kind"] == "OutOfMemory"
+    for error in (ProcessDied("process 1 of 2 was killed by SIGKILL"), OutOfMemory("not enough memory")):
+        record_failure(folder, error, before)
+        assert (read_run(out)["status"], read_run(out)["exit_code"]) == ("failed", error.exit_code)
+        assert read_run(out)["error"] == error.as_dict()

@@ -97,7 +97,7 @@ def record_failure(folder: RunFolder, error: PeftcliError, before: Sequence[RunR
             an earlier attempt.
     """
     for each, record, old in zip((folder, folder.replacement()), read_records(folder), before, strict=True):
-        if record is None or record == old or record.status == "complete" or record.exit_code == error.exit_code:
+        if record is None or record == old or record.status == "complete":
             continue
         ended = replace(record, exit_code=error.exit_code, error=ErrorRecord.of(error))
         ended.status = "interrupted" if isinstance(error, Interrupted) else "failed"
