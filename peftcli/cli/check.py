@@ -38,7 +38,7 @@ def check(
     warnings: list[Problem] = []
     codes: list[int] = []
     memory = dict[str, Any]()
-    for path in recipes:
+    for path in dict.fromkeys(recipes):
         reading = read(path, overrides)
         found, noted, code = reading.problems, rate_problems(reading), 2
         if deep and reading.recipe:

@@ -39,6 +39,9 @@ def train_together(
     if junit is not None:
         raise UsageError("is for one recipe", key="--junit")
     paths, overrides = recipes_and_overrides(words)
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UsageError("is named twice", file=str(path), hint="each recipe has a training.output_dir of its own")
     loaded = {str(path): load_recipe(path, overrides) for path in paths}
     recipes = {name: replace(each, launch=with_schedulers_place(each.launch)) for name, each in loaded.items()}
     if dry_run:

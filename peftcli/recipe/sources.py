@@ -24,9 +24,9 @@ def _is_file(word: str) -> bool:
 
 
 def recipes_and_overrides(words: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Return the recipes among the words of a command, each once, and the ``KEY=VALUE`` overrides for all of them."""
+    """Return the recipes among the words of a command, and the ``KEY=VALUE`` overrides for all of them."""
     overrides = [word for word in words if "=" in word and not _is_file(word)]
-    return [Path(word) for word in dict.fromkeys(words) if word not in overrides], overrides
+    return [Path(word) for word in words if word not in overrides], overrides
 
 
 def read_tree(path: Path, overrides: Sequence[str], problems: Problems) -> Value | None:
