@@ -42,7 +42,7 @@ class Progress:
         self.first_step = 0
         self.bar: RichProgress | None = None
         self.status: Status | None = None
-        self.last_rows_line = time.perf_counter()
+        self.last_rows_line, self.last_rows = time.perf_counter(), ""
 
     def __enter__(self) -> Progress:
         return self
@@ -74,9 +74,9 @@ class Progress:
                 self.status = None
         elif not event.done and time.perf_counter() - self.last_rows_line < _ROWS_INTERVAL:
             return
-        if event.done or self.status is None:
+        if (event.done or self.status is None) and text != self.last_rows:
             self._log(text)
-            self.last_rows_line = time.perf_counter()
+            self.last_rows_line, self.last_rows = time.perf_counter(), text
 
     def _show_warned(self, event: Any) -> None:
         self._log(f"warning: {event.text}")

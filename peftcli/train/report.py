@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -103,6 +104,8 @@ def peak_memory_bytes() -> dict[str, int]:
 
 def loss_curve(metrics: list[dict[str, Any]]) -> bytes:
     """Draw training loss over the steps, and evaluation loss where there is one. Returns the PNG."""
+    # where matplotlib cannot write a cache into the home folder, it warns, and writes a temporary one
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -5,6 +5,8 @@ import os
 import pty
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,9 @@ from pathlib import Path
 import pytest
 import trainkit
 from trainkit import Child, read_run, write_recipe
+
+from peftcli.cli.progress import Progress
+from peftcli.train.report import RowsRead
 
 ESCAPE = "\x1b"
 
@@ -48,6 +53,14 @@ def test_json_is_one_object_the_content_of_run_json(cli: Callable, recipe: Path)
     again = cli("train", recipe, "--json")
     assert again.code == 0
     assert json.loads(again.out) == json.loads(ran.out)
+
+
+def test_a_number_of_rows_is_shown_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftcli.cli.progress._ROWS_INTERVAL", 0.0)
+    progress = Progress()
+    for count, done in ((100, False), (200, False), (200, True)):
+        progress.show(RowsRead("a.jsonl", count, done))
+    assert capsys.readouterr().err == "a.jsonl: 100 rows read\na.jsonl: 200 rows read\n"
 
 
 def test_quiet(cli: Callable, recipe: Path) -> None:
@@ -92,6 +105,23 @@ def test_resume_says_where_it_goes_on(cli: Callable, recipe: Path) -> None:
     assert Child(recipe.parent, "train", recipe, *settings, before=_die_before_the_end).wait() == 1
     ran = cli("train", recipe, *settings)
     assert "8 steps on cpu with 1 thread, as the environment says; resuming after step 8" in ran.err
+
+
+def test_a_recipe_that_is_named_twice_trains_no_two_runs_together(
+    cli: Callable, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    for again in ("recipe.yaml", "./recipe.yaml"):
+        ran = cli("train", "recipe.yaml", again, "--together")
+        assert (ran.code, ran.err.splitlines()[0]) == (2, "error: recipe.yaml: is named twice")
+
+
+@pytest.mark.slow  # imports torch and matplotlib anew
+def test_matplotlib_says_nothing_of_a_home_that_cannot_be_written(tmp_path: Path) -> None:
+    code = "from peftcli.train.report import loss_curve; loss_curve([{'step': 1, 'loss': 1.0}])"
+    environment = {**os.environ, "HOME": "/proc/none", "TMPDIR": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stderr == ""
 
 
 def test_dry_run_changes_nothing(cli: Callable, recipe: Path) -> None:

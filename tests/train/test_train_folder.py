@@ -188,6 +188,13 @@ def test_an_output_dir_that_is_a_file(recipe: Path) -> None:
         run_recipe(recipe)
 
 
+@pytest.mark.parametrize("target", ["none", "out"])
+def test_an_output_dir_that_leads_nowhere(recipe: Path, target: str) -> None:
+    (recipe.parent / "out").symlink_to(target)
+    with pytest.raises(UsageError, match="is a link that leads nowhere"):
+        run_recipe(recipe)
+
+
 @pytest.mark.usefixtures("short")
 def test_an_empty_folder_and_what_a_killed_start_leaves_are_welcome(recipe: Path) -> None:
     folder = recipe.parent / "out"

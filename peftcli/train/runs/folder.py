@@ -100,10 +100,11 @@ class RunFolder:
         """
         file = self.path / "run.json"
         try:
-            if not self.path.exists():
+            if not self.path.exists() and not self.path.is_symlink():
                 return None
             if not self.path.is_dir():
-                raise UsageError("is a file", file=str(self.path), key="training.output_dir", hint="name a folder")
+                what = "is a file" if self.path.exists() else "is a link that leads nowhere"
+                raise UsageError(what, file=str(self.path), key="training.output_dir", hint="name a folder")
             if not os.path.lexists(file):
                 self._refuse_foreign()
                 return None
