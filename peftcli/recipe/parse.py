@@ -234,6 +234,8 @@ class _Reader:
             self.bad.add(key)
         if isinstance(value.data, list):
             self.places |= {f"{key}[{index}]": item.place for index, item in enumerate(value.data)}
+        elif isinstance(value.data, dict):
+            self.places |= {f"{key}.{name}": item.place for name, item in value.data.items()}
         if entry.items:
             return self.items(entry.items, value, entry.hint, key)
         if entry.section and (isinstance(value.data, dict) or value.scalar is not None):

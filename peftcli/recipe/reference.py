@@ -36,6 +36,7 @@ _JSON_TYPES: dict[Any, tuple[str, str]] = {
     float: ("number", f"^{_VARIABLE}$"),
     bool: ("boolean", f"^([yY]es|[nN]o|[oO]n|[oO]ff|{_VARIABLE})$"),
 }
+_EXTENDS = "Path of a recipe, relative to this one, whose settings this one inherits and overrides."
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def explain(key: str) -> Explanation:
 
 @cache
 def _explainable() -> dict[str, Explanation]:
-    out: dict[str, Explanation] = {}
+    example = "extends: base.yaml"
+    out = {"extends": Explanation("extends", "setting", _EXTENDS, "a string", _format_default(None), example=example)}
     for name, entry in settings(Recipe).items():
         if entry.section:
             children = settings(entry.section)
@@ -188,12 +190,7 @@ def _format_default(default: Any) -> str:
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema (draft 2020-12) of a recipe, for editors."""
     top = settings(Recipe)
-    properties: dict[str, Any] = {
-        "extends": {
-            "type": "string",
-            "description": "Path of a recipe, relative to this one, whose settings this one inherits and overrides.",
-        }
-    }
+    properties: dict[str, Any] = {"extends": {"type": "string", "description": _EXTENDS}}
     needed: dict[str, Any] = {"method": {"required": ["type"]}}
     for name, entry in top.items():
         if entry.section:

@@ -67,6 +67,7 @@ def test_explain_a_setting() -> None:
     assert explain("dataset.overlong").allowed == ("truncate", "drop", "error", "split")
     assert explain("training.bf16").type == "true, false or auto"
     assert "causal_lm" in explain("task").allowed
+    assert explain("extends").example == "extends: base.yaml"
 
 
 def test_explain_method_settings() -> None:

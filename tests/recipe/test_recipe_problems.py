@@ -74,6 +74,14 @@ def test_types_are_strict(problem, override: str, message: str) -> None:
     assert problem("", override).message == message
 
 
+def test_each_gate_has_a_place(problems) -> None:
+    found = problems("gates:\n  eval_loss: <= 3\n  eval_wer: 4\n", "gates.eval_loss=5")
+    assert [(p.file.rpartition("/")[2], p.line, p.column, p.key) for p in found] == [
+        ("command line", None, None, "gates.eval_loss"),
+        ("recipe.yaml", 10, 13, "gates.eval_wer"),
+    ]
+
+
 def test_every_wrong_item_of_a_list(problems) -> None:
     found = problems("", "method.target_modules=[q, true, v, null]")
     assert [p.key for p in found] == ["method.target_modules[1]", "method.target_modules[3]"]
