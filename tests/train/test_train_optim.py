@@ -86,21 +86,19 @@ def test_loraplus_is_refused_for_a_method_without_a_and_b() -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "method", "settings"),
+    ("base", "method", "settings", "ratio"),
     [
-        ("opt", "lora", {"lora_bias": True, "modules_to_save": ["lm_head", "final_layer_norm"]}),
-        ("opt", "lora", {"bias": "all"}),
-        ("gpt2", "ln_tuning", {}),
-        ("llama", "ln_tuning", {}),
-        ("opt", "beft", {}),
+        ("opt", "lora", {"lora_bias": True, "modules_to_save": ["lm_head", "final_layer_norm"]}, None),
+        ("opt", "lora", {"lora_bias": True, "modules_to_save": ["lm_head", "final_layer_norm"]}, 4.0),
+        ("opt", "lora", {"bias": "all"}, None),
+        ("gpt2", "ln_tuning", {}, None),
+        ("llama", "ln_tuning", {}, None),
+        ("opt", "beft", {}, None),
     ],
 )
-@pytest.mark.parametrize("ratio", [None, 4.0])
 def test_what_trainer_does_not_decay_is_not_decayed(
     base: str, method: str, settings: dict[str, Any], ratio: float | None
 ) -> None:
-    if ratio and method != "lora":
-        pytest.skip("LoRA+ is for LoRA")
     model = tiny(base)
     inject(model, METHODS[method].config_class()(**settings))
     training = Training(output_dir="out", learning_rate=1.0, weight_decay=0.5, loraplus_lr_ratio=ratio)
