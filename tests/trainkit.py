@@ -29,6 +29,8 @@ from unittest import mock
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -136,7 +138,17 @@ def _t5() -> PreTrainedModel:
     )
 
 
+def _bart() -> PreTrainedModel:
+    sizes = {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in _BART.items()}
+    ids = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 0}
+    return BartForConditionalGeneration(
+        BartConfig(vocab_size=300, d_model=32, max_position_embeddings=64, dropout=0.0, init_std=0.2, **sizes, **ids)
+    )
+
+
+_BART = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
 _BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "bart": _bart,
     "llama": _llama,
     "llama_tied": lambda: _llama(tied=True),
     "gpt2": _gpt2,

@@ -53,6 +53,9 @@ def test_what_is_too_long_is_cut_and_counted() -> None:
 def test_no_row_is_longer_than_the_model_can_read() -> None:
     assert open_task(**LABELS).max_length == 64  # BERT's positions
     assert open_task(**LABELS, max_length=8).max_length == 8
+    task = open_task(**LABELS)
+    task.base.config = transformers.RobertaConfig(max_position_embeddings=66, pad_token_id=1)
+    assert task.max_length == 64  # the first two positions are not those of tokens
 
 
 @pytest.mark.parametrize("value", [None, 3, ["sun"]])

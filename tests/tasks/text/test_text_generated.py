@@ -11,7 +11,8 @@ import pytest
 import torch
 from classifierkit import encoded, open_task
 from taskkit import CASES
-from trainkit import MESSAGES, PROMPTS, build, run_recipe, write_recipe, write_rows
+from trainkit import MESSAGES, PROMPTS, base_folder, build, run_recipe, write_recipe, write_rows
+from transformers import ByT5Tokenizer
 
 import peftcli.tasks.base
 from peftcli.cli.app import main
@@ -37,14 +38,25 @@ def test_a_perfect_and_a_random_predictor(name: str) -> None:
     assert METRICS[name](WANTED, RANDOM) == pytest.approx(none, abs=0.15 * max(perfect, none))
 
 
-@pytest.mark.parametrize("rows", [MESSAGES, PROMPTS], ids=["messages", "pairs"])
-@pytest.mark.parametrize("method", [None, PROMPT_TUNING], ids=["base", "soft prompt"])
-def test_an_answer_does_not_depend_on_the_batch(rows: list[dict[str, Any]], method: dict[str, Any] | None) -> None:
-    model = build("llama")
+@pytest.mark.parametrize(
+    ("kind", "rows", "method"),
+    [
+        ("llama", MESSAGES, None),
+        ("llama", PROMPTS, None),
+        ("llama", MESSAGES, PROMPT_TUNING),
+        ("llama", PROMPTS, PROMPT_TUNING),
+        ("bart", PROMPTS, None),  # its encoder has a table of positions
+    ],
+)
+def test_an_answer_does_not_depend_on_the_batch(
+    kind: str, rows: list[dict[str, Any]], method: dict[str, Any] | None
+) -> None:
+    model = build(kind)
     if method:
         torch.manual_seed(1)
         inject(model, config_from_dict({"task_type": "CAUSAL_LM", **method}))
-    task = open_task("causal_lm", "chat", generate_metrics=["bleu"], max_new_tokens=12)
+    name = "seq2seq_lm" if kind == "bart" else "causal_lm"
+    task = open_task(name, base_folder(kind), generate_metrics=["bleu"], max_new_tokens=12)
     examples = encoded(task, rows[:8])
     with torch.no_grad():
         together = task.loss(model.eval(), task.collate(examples, training=False)).outputs
@@ -52,6 +64,15 @@ def test_an_answer_does_not_depend_on_the_batch(rows: list[dict[str, Any]], meth
     assert together == alone
     assert len({len(each.arrays["prompt"]) for each in examples}) > 1
     assert len(set(alone)) > 1
+
+
+def test_a_source_is_cut_alike_in_training_and_in_evaluation() -> None:
+    task = open_task("seq2seq_lm", base_folder("t5"), generate_metrics=["bleu"], max_length=6)
+    task.processor = ByT5Tokenizer()
+    [example] = encoded(task, [{"prompt": "red foxes", "completion": "a"}])
+    ids = list(example.arrays["prompt"])
+    assert (len(ids), ids[-1]) == (6, task.processor.eos_token_id)
+    assert ids == list(example.arrays["input_ids"])
 
 
 def test_no_answers_in_training() -> None:
