@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,8 @@ def _text_predictor(
 ) -> Predictor:
     """A predictor whose answers are those of ``generate``, within the limits of the evaluations of training."""
     columns, trained = _columns(source), source.record.get("task")
+    trained_on = mapping_at(source.record, "data").get("format")
+    ask = partial(prompt_of, columns=columns, trained_on=trained_on if isinstance(trained_on, str) else None)
     given = trained if isinstance(trained, dict) else {}
     limits = {name: value for name in ("max_new_tokens", "num_beams") if isinstance(value := given.get(name), int)}
     settings = GenerationSettings(**limits)
@@ -180,12 +183,11 @@ def _text_predictor(
         str(source.folder),
         source.base_name,
         with_adapter=with_adapter,
-        merge_for=first_batch([prompt_of(row, columns) for row in merge_for], settings, batch_size),
+        merge_for=first_batch(list(map(ask, merge_for)), settings, batch_size),
         tell=tell,
     )
 
     def answer(rows: Sequence[Row], **_: Any) -> list[dict[str, Any]]:
-        prompts = [prompt_of(row, columns) for row in rows]
-        return [asdict(each) for each in generator.generate(prompts, settings)]
+        return [asdict(each) for each in generator.generate(list(map(ask, rows)), settings)]
 
     return Predictor(answer, ("prompt",), batch_size, generator.loaded_from, generator.model, longest_first=True)

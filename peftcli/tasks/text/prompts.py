@@ -28,6 +28,9 @@ Prompt = str | list[Message] | AlpacaExample | ChatExample
 """A text; a conversation that ends with a turn to answer, the second with the tools that may be called; an
 instruction."""
 
+_ASKING = {"sharegpt": "conversations", "messages": "messages", "prompt_completion": "prompt", "alpaca": "instruction"}
+"""Format -> its column of what is asked."""
+
 
 def asked(example: ParsedRow) -> tuple[Prompt, str]:
     """The prompt of a row, and the answer that it holds: of a conversation, the last one that is trained.
@@ -100,17 +103,21 @@ def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, templated: bool
     return ids
 
 
-def prompt_of(row: Row, columns: Mapping[str, str]) -> Prompt:
+def prompt_of(row: Row, columns: Mapping[str, str], trained_on: str | None = None) -> Prompt:
     """The prompt of a row to answer: a text, messages, or an instruction; of a conversation, up to the last answer.
 
     Args:
         row: As in training; the answer may be missing.
         columns: The formats' columns -> the row's, where they have other names.
+        trained_on: The format of the training rows: of several columns that ask, its own is read.
 
     Raises:
         DataError: it has none.
     """
     values = {**row.values, **{name: row.values[each] for name, each in columns.items() if each in row.values}}
+    own = _ASKING.get(trained_on or "")
+    if own and values.get(own):
+        values = {name: value for name, value in values.items() if name == own or name not in _ASKING.values()}
     prompt, tools = values.get("prompt"), values.get("tools")
     if values.get("conversations"):
         turns = values["conversations"]

@@ -163,6 +163,20 @@ def test_the_prompt_of_a_row_of_any_format() -> None:
     assert prompt(messages=[user, {"role": "assistant", "content": "Ho"}]) == [user]
     assert prompt(messages=[user], tools=tools) == ChatExample([user], tools)
     assert prompt(conversations=[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]) == [user]
+    every: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "m"}],
+        "conversations": [{"from": "human", "value": "c"}],
+        "prompt": "p",
+        "instruction": "i",
+    }
+    for trained_on, wanted in {
+        "messages": [{"role": "user", "content": "m"}],
+        "sharegpt": [{"role": "user", "content": "c"}],
+        "prompt_completion": "p",
+        "alpaca": AlpacaExample("i", ""),
+    }.items():
+        assert prompt_of(Row(every, Place("a", 1)), {}, trained_on) == wanted
+    assert prompt_of(Row({"prompt": "p"}, Place("a", 1)), {}, "alpaca") == "p"
     for bad in ({"conversations": 5}, {"instruction": "Add", "input": [1]}, {"instruction": "Add", "system": 5}):
         with pytest.raises(DataError, match="expected") as caught:
             prompt(**bad)
@@ -170,7 +184,10 @@ def test_the_prompt_of_a_row_of_any_format() -> None:
 
 
 def test_instructions_are_predicted_as_they_are_evaluated(cli: Callable, tmp_path: Path) -> None:
-    rows = [{"instruction": row["prompt"], "input": "a b", "output": row["completion"]} for row in PROMPTS]
+    rows = [
+        {"instruction": row["prompt"], "input": "a b", "output": row["completion"], "prompt": "### Below"}
+        for row in PROMPTS
+    ]
     recipe = write_recipe(tmp_path, rows=rows)
     measures = ("task.type=causal_lm", "task.generate_metrics=[chrf]", "task.max_new_tokens=7")
     run = run_recipe(recipe, *measures, "training.max_steps=2", "training.eval_strategy=epoch")
