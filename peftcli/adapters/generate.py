@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from peftcli.adapters.answer_file import content_key, write_answers
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter, other_base
+from peftcli.data.rows import Place
 from peftcli.data.sources import read_rows
 from peftcli.errors import UsageError
 from peftcli.schema import BaseModel
@@ -30,6 +30,7 @@ def load_generator(
     with_adapter: bool = True,
     quantization: str | None = None,
     merge_for: Sequence[Prompt] = (),
+    check: Callable[[TextGenerator], None] = lambda generator: None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> TextGenerator:
     """Load the base model that an adapter names, with the adapter in it.
@@ -40,6 +41,7 @@ def load_generator(
         with_adapter: False gives the base model alone.
         quantization: type to quantise the base model to, or ``none``; None: as run.json says the adapter was trained.
         merge_for: prompts for which the adapter is merged in memory, if that changes nothing of what the model says.
+        check: is called with what is loaded, before that answers anything.
         tell: is told whether it is.
 
     Raises:
@@ -59,10 +61,16 @@ def load_generator(
         spec = replace(spec, quantization=wanted)
     if with_adapter and (odd := other_base(source, spec)):
         tell(f"warning: {odd}")
-    load = partial(_load, source, spec, with_adapter)
+
+    def load() -> TextGenerator:
+        generator = _load(source, spec, with_adapter)
+        check(generator)
+        return generator
+
     if not merge_for or not with_adapter:
         return load()
-    return load_merged(load, source.config, lambda loaded: loaded.generate(merge_for, GenerationSettings()), tell)
+    one = GenerationSettings(max_new_tokens=1)
+    return load_merged(load, source.config, lambda loaded: loaded.generate(merge_for, one), tell)
 
 
 def first_batch(prompts: Sequence[Prompt], settings: GenerationSettings, batch_size: int) -> Sequence[Prompt]:
@@ -129,13 +137,14 @@ def answer_file(
     return write_answers(prompts, target, answer, key=key, batch_size=batch_size, progress=progress, order=order)
 
 
-def read_prompts(source: Path) -> list[Prompt]:
-    """Read the prompts of a .jsonl file of ``{"prompt": ...}`` or ``{"messages": [...]}``.
+def read_prompts(source: Path) -> tuple[list[Prompt], list[Place]]:
+    """Read the prompts of a .jsonl file of ``{"prompt": ...}`` or ``{"messages": [...]}``, and their places.
 
     Raises:
         DataError: the file cannot be read, or a row has no prompt.
     """
-    return [prompt_of(row, {}) for row in read_rows(source)]
+    rows = read_rows(source)
+    return [prompt_of(row, {}) for row in rows], [row.place for row in rows]
 
 
 def longest_first(rows: Sequence[object]) -> list[int]:

@@ -75,8 +75,8 @@ def load_predictor(
         base: base model to use instead of the one that the adapter names.
         with_adapter: False gives the base model alone.
         batch_size: rows at once in the model.
-        merge_for: rows for which, if they are many, the adapter is merged in memory, if that changes nothing of what
-            the model says.
+        merge_for: the rows of a file, which are refused if the model has too few positions for one. If they are many,
+            the adapter is merged in memory for them, if that changes nothing of what the model says.
         tell: is told whether it is.
 
     Raises:
@@ -179,11 +179,13 @@ def _text_predictor(
     given = trained if isinstance(trained, dict) else {}
     limits = {name: value for name in ("max_new_tokens", "num_beams") if isinstance(value := given.get(name), int)}
     settings = GenerationSettings(**limits)
+    prompts = list(map(ask, merge_for))
     generator = load_generator(
         str(source.folder),
         source.base_name,
         with_adapter=with_adapter,
-        merge_for=first_batch(list(map(ask, merge_for)), settings, batch_size),
+        merge_for=first_batch(prompts, settings, batch_size),
+        check=lambda loaded: loaded.refuse_long(prompts, [row.place for row in merge_for], settings),
         tell=tell,
     )
 

@@ -71,13 +71,14 @@ def generate(
     from peftcli.tasks.text.generation import GenerationSettings
 
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    prompts = [_FIRST_OF_A_CHAT if prompt is None else prompt] if source is None else read_prompts(source)
+    prompts, places = ([_FIRST_OF_A_CHAT if prompt is None else prompt], []) if source is None else read_prompts(source)
     generator = load_generator(
         adapter,
         base,
         with_adapter=not no_adapter,
         quantization=quantization,
         merge_for=first_batch(prompts, settings, batch_size),
+        check=lambda loaded: loaded.refuse_long(prompts, places, settings) if places else None,
         tell=tell,
     )
     if source is not None and target is not None:

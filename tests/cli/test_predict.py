@@ -154,6 +154,28 @@ def test_a_row_that_cannot_be_answered(cli: Callable, texts: Path, tmp_path: Pat
     assert not (tmp_path / "out.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "task", "words"), [("gpt2", "causal_lm", "256 positions"), ("bart", "seq2seq_lm", "64 positions")]
+)
+def test_a_row_that_the_model_has_too_few_positions_for(
+    cli: Callable, tmp_path: Path, kind: str, task: str, words: str
+) -> None:
+    recipe = trainkit.write_recipe(tmp_path, trainkit.base_folder(kind, chat=False), trainkit.PROMPTS)
+    settings = (f"task={{type: {task}, max_new_tokens: 8}}", "dataset.max_length=60", "training.max_steps=1")
+    folder = run_recipe(recipe, *settings).folder
+    source = write_rows(tmp_path / "in.jsonl", [{"prompt": "sun"}] * 40 + [{"prompt": "sun moon " * 200}])
+    target = tmp_path / "out.jsonl"
+    for args in ((), ("--max-new-tokens", 8)):
+        ran = cli("generate" if args else "predict", folder, "--input", source, "--output", target, *args)
+        assert (ran.code, target.exists()) == (3, False)
+        assert f"{source}:41" in ran.err
+        assert words in ran.err
+        assert "merged" not in ran.err, "nothing was computed before"
+    ran = cli("generate", folder, "--prompt", "sun moon " * 200)
+    assert (ran.code, words in ran.err) == (3, True)
+    assert cli("predict", folder, "sun").code == 0
+
+
 @pytest.mark.parametrize("args", [(), ("sun", "--input", "a.jsonl", "--output", "b.jsonl"), ("--input", "a.jsonl")])
 def test_wrong_arguments(cli: Callable, texts: Path, args: tuple[str, ...]) -> None:
     assert cli("predict", texts, *args).code == 2

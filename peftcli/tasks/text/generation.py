@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,11 +13,16 @@ from accelerate.utils import set_seed
 from transformers import StoppingCriteria, TextStreamer
 
 from peftcli.core.layer import model_ends
+from peftcli.core.prompts.inputs import position_tables, soft_prompt
 from peftcli.core.prompts.virtual_tokens import generate
+from peftcli.data.rows import Place
+from peftcli.errors import DataError
 from peftcli.models import tokens
 from peftcli.tasks.text.formats import AlpacaExample
 from peftcli.tasks.text.prompts import Prompt, last_words, prompt_ids, prompt_text
 from peftcli.tasks.text.stop_tokens import Form, StopTokens, all_stops, prompt_form, stop_tokens
+
+_SHORTER = "Shorten the prompt, or ask for fewer new tokens: peftcli generate --max-new-tokens."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +72,47 @@ class TextGenerator:
             prompts: what to answer.
             settings: how tokens are chosen.
             stream: receives the answer's text as it grows; for a single prompt.
+
+        Raises:
+            DataError: the model has too few positions for one.
         """
         set_seed(settings.seed)
         rows = list(map(self._ids, prompts))
+        for prompt, ids in zip(prompts, rows, strict=True):
+            if problem := self._too_long(ids, settings):
+                raise DataError(f"{last_words(prompt)!r:.40}: {problem}", hint=_SHORTER)
         with torch.inference_mode():
             answers = self.continued(rows, settings, stream)
         return [GeneratedText(last_words(prompt), *answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def refuse_long(self, prompts: Sequence[Prompt], places: Sequence[Place], settings: GenerationSettings) -> None:
+        """Check that the model has positions for prompts and their answers.
+
+        Raises:
+            DataError: it has too few for one, which the error names.
+        """
+        if self._positions is None:
+            return
+        for prompt, place in zip(prompts, places, strict=True):
+            if problem := self._too_long(self._ids(prompt), settings):
+                raise place.error(problem, hint=_SHORTER)
+
+    @cached_property
+    def _positions(self) -> int | None:
+        """How many tokens the model's tables of positions are for, virtual ones aside; None: it has no tables."""
+        if not position_tables(self.model):
+            return None
+        prompt = soft_prompt(self.model)
+        return int(self.model.config.max_position_embeddings) - (prompt.count if prompt else 0)
+
+    def _too_long(self, ids: Sequence[int], settings: GenerationSettings) -> str | None:
+        """Why a prompt cannot be answered, if the model has too few positions for it."""
+        new = settings.max_new_tokens
+        longest = len(ids) + new if self._decoder_only else max(len(ids), new)
+        if self._positions is None or longest <= self._positions:
+            return None
+        what = f"the prompt's {len(ids):,} tokens and {new:,} new ones are more than"
+        return f"{what} the base model's {self._positions:,} positions"
 
     def continued(
         self, rows: Sequence[list[int]], settings: GenerationSettings, stream: Callable[[str], None] | None = None
