@@ -193,6 +193,9 @@ class DiffusionModel(nn.Module):
         self._latents, self._told = _Kept(), _Kept()
         if pipeline is not None:
             self._noise = noise_of(pipeline.scheduler)
+            if isinstance(family, _StableDiffusionXL) and getattr(pipeline.vae.config, "latents_mean", None):
+                message = "scales latents by latents_mean and latents_std, which is not supported"
+                raise ModelError(message, file="vae", key="base_model")
 
     def part(self, name: str) -> Any:
         """One of the parts that may be adapted."""
@@ -354,6 +357,11 @@ def noise_of(scheduler: Any) -> _Noise:
     import diffusers
 
     if not hasattr(scheduler, "alphas_cumprod"):
+        name = type(scheduler).__name__
+        if not name.startswith("FlowMatch"):
+            message = f"is {name}, which adds noise in a way that is not known"
+            hint = "known are flow matching (FlowMatch...) and schedulers with betas, such as EulerDiscreteScheduler"
+            raise ModelError(message, file="scheduler", key="base_model", hint=hint)
         flow: Any = diffusers.FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
         return lambda clean, noise, times: _flow(flow, clean, noise, times)
     discrete: Any = diffusers.DDPMScheduler.from_config(scheduler.config)

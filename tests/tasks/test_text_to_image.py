@@ -182,6 +182,16 @@ def test_the_scheduler_says_what_is_predicted() -> None:
     assert found[1][1] == pytest.approx(750, abs=2), "half of the way, as the shift has it"
     with pytest.raises(ModelError, match="flow_prediction"):
         diffusion.noise_of(diffusers.EulerDiscreteScheduler(prediction_type="flow_prediction"))
+    for other in (diffusers.EDMEulerScheduler, diffusers.EDMDPMSolverMultistepScheduler):
+        with pytest.raises(ModelError, match=other.__name__):
+            diffusion.noise_of(other())
+
+
+def test_latents_that_are_scaled_otherwise_are_refused() -> None:
+    model = loaded(open_task("sdxl"))
+    model.pipeline.vae.register_to_config(latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
+    with pytest.raises(ModelError, match="latents_mean"):
+        diffusion.DiffusionModel(model.family, {"unet": model.unet}, model.pipeline)
 
 
 def test_noise_hangs_on_the_draw_alone_and_evaluation_draws_the_same_each_time() -> None:
