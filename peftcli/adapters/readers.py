@@ -23,9 +23,9 @@ from peftcli.data.rows import Place, Row
 from peftcli.errors import AdapterError, PeftcliError, UsageError
 from peftcli.guard.files import one_line
 from peftcli.models import tokens
+from peftcli.models.diffusion import quiet_diffusers
 from peftcli.models.guarded import quiet
 from peftcli.models.open import OpenBase
-from peftcli.models.pipeline import quiet_diffusers
 from peftcli.tasks import DIFFUSERS_FILE, PIPELINE_PARTS, TASK_FILE
 from peftcli.tasks.base import (
     Batch,

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,8 @@ class Family(ABC):
     """The part that is trained."""
     adapted_texts: ClassVar[Sequence[str]] = ("text_encoder",)
     """The encoders of texts that may be trained, those of CLIP."""
+    longest: ClassVar[int] = 512
+    """Tokens of a prompt at most, for an encoder that is not CLIP's."""
 
     @abstractmethod
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> Tensors:
@@ -116,6 +119,7 @@ class _StableDiffusionXL(Family):
 class _StableDiffusion3(Family):
     name = "StableDiffusion3Pipeline"
     denoiser = "transformer"
+    longest = 256
     adapted_texts = ("text_encoder", "text_encoder_2")
 
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> Tensors:
@@ -249,13 +253,17 @@ class DiffusionModel(nn.Module):
 
     def _tell(self, prompts: Sequence[str]) -> Tensors:
         if len(self.trained) > 1:
-            return self.family.encode(self.pipeline, prompts)
+            return self._encode(prompts)
         found = [self._told.get(each, partial(self._encode_one, each)) for each in prompts]
         return {name: torch.stack([each[name] for each in found]).to(self.device) for name in found[0]}
 
     @torch.no_grad()
     def _encode_one(self, prompt: str) -> Tensors:
-        return {name: value[0].cpu() for name, value in self.family.encode(self.pipeline, [prompt]).items()}
+        return {name: value[0].cpu() for name, value in self._encode([prompt]).items()}
+
+    def _encode(self, prompts: Sequence[str]) -> Tensors:
+        with quiet_diffusers():  # prompts that are cut were found with the rows
+            return self.family.encode(self.pipeline, prompts)
 
     def pictures(self, prompts: Sequence[str], seeds: Sequence[int], side: int, **options: Any) -> list[Image]:
         """Make a picture of each prompt. What it is depends on its seed, and not on the others.
@@ -342,6 +350,25 @@ class _Kept:
             self._room -= size
             self._values[key] = value
         return value
+
+
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Let diffusers draw no progress bars, and log errors alone; transformers too, of what diffusers imports of it."""
+    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
+
+    logs = (logging, transformers_logging)
+    levels = [each.get_verbosity() for each in logs]
+    for each in logs:
+        each.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for each, level in zip(logs, levels, strict=True):
+            each.set_verbosity(level)
+        logging.enable_progress_bar()
 
 
 _Noise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -16,7 +16,7 @@ from peftcli.guard.files import read_json_object, short_repr
 from peftcli.guard.safetensors_header import open_safetensors
 from peftcli.models import hub_files, validate
 from peftcli.models.base import LoadedModel, OpenBase
-from peftcli.models.diffusion import FAMILIES, DiffusionModel, Family
+from peftcli.models.diffusion import FAMILIES, DiffusionModel, Family, quiet_diffusers
 from peftcli.models.find import FoundBase
 from peftcli.models.guarded import translated_errors
 from peftcli.models.hub_files import PIPELINE_FILE
@@ -115,6 +115,20 @@ class OpenPipeline(OpenBase):
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         return read_json_object(self.folder / part / name, _MAX_JSON_BYTES, ModelError, strict=False)
 
+    @cached_property
+    def tokenizers(self) -> list[Any]:
+        """Those of the encoders of texts."""
+        names = [name for name in self.parts if name.replace("tokenizer", "text_encoder", 1) in self.parts]
+        with translated_errors(self.name):
+            return [self._load(name, None) for name in names if name.startswith("tokenizer")]
+
+    def cuts(self, prompt: str) -> bool:
+        """Whether no encoder of texts reads a prompt to its end."""
+        return all(
+            len(tokenizer(prompt, verbose=False)["input_ids"]) > min(tokenizer.model_max_length, self.family.longest)
+            for tokenizer in self.tokenizers
+        )
+
     def model(
         self,
         auto_class: str,
@@ -194,11 +208,8 @@ class OpenPipeline(OpenBase):
         return name == "vae" or name == self.family.denoiser or name.startswith("text_encoder")
 
     def _class(self, name: str) -> Any:
-        import diffusers
-        import transformers
-
         library, kind = self.parts[name]
-        found = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind, None)
+        found = getattr(importlib.import_module(library), kind, None)
         if not hasattr(found, "from_pretrained"):
             message = f"{library} has no class {short_repr(kind)}"
             raise ModelError(message, file=str(self.folder / PIPELINE_FILE), key=name)
@@ -222,22 +233,3 @@ class OpenPipeline(OpenBase):
         if self.parts[name][0] == "diffusers":
             return kind.from_config(kind.load_config(self.folder / name, local_files_only=True))
         return kind(kind.config_class.from_pretrained(self.folder / name))
-
-
-@contextmanager
-def quiet_diffusers() -> Iterator[None]:
-    """Let diffusers draw no progress bars, and log errors alone; transformers too, of what diffusers imports of it."""
-    from diffusers.utils import logging
-    from transformers.utils import logging as transformers_logging
-
-    logs = (logging, transformers_logging)
-    levels = [each.get_verbosity() for each in logs]
-    for each in logs:
-        each.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for each, level in zip(logs, levels, strict=True):
-            each.set_verbosity(level)
-        logging.enable_progress_bar()

@@ -107,6 +107,12 @@ PICTURES = by_name(
         "Write captions, or set task.instance_prompt.",
         error_above=0.5,
     ),
+    Kind(
+        "captions_cut",
+        "warning",
+        "have a caption that is longer than every encoder of texts reads: its end is not trained",
+        "Shorten these captions: CLIP reads 77 tokens, some 50 words.",
+    ),
 )
 """Those of text_to_image."""
 

@@ -50,14 +50,15 @@ from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, errors_of_row, fi
 from peftcli.tasks.findings import FINDINGS
 from peftcli.tasks.pictures import open_image, shown_image
 from peftcli.tasks.shown import Shown, Text, TokenText
+from peftcli.tasks.text.language_model import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from peftcli.core.config import AdapterConfig
 
-_SMALL, _NO_CAPTION = 1, 2
-"""Flags of rows: the picture is smaller than the resolution; nothing says what is on it."""
+_SMALL, _NO_CAPTION, _CUT = 1, 2, 4
+"""Flags of rows: the picture is smaller than the resolution; nothing says what is on it; no encoder reads all of it."""
 _TIMES = (0.125, 0.375, 0.625, 0.875)
 """Where in time evaluation measures each picture: how hard the noise is to see depends on it more than on the model."""
 
@@ -112,7 +113,8 @@ class TextToImage(Task[settings.TextToImage]):
     def fingerprint(self) -> dict[str, Any]:
         found = super().fingerprint()
         versions = found["versions"] | {"pillow": version("pillow")}
-        return found | {"versions": versions, "resolution": self.resolution}
+        tokenizers = list(map(tokenizer_fingerprint, self.pipeline.tokenizers))
+        return found | {"versions": versions, "resolution": self.resolution, "tokenizers": tokenizers}
 
     def fit_model(self, model: nn.Module, config: AdapterConfig | None) -> list[str]:
         """Refuse methods that this task cannot be trained with.
@@ -140,10 +142,11 @@ class TextToImage(Task[settings.TextToImage]):
         width, height = image.size
         arrays = {**file.arrays(), "prompt": prompt, "width": width, "height": height}
         flags = _SMALL * (min(image.size) < self.resolution) | _NO_CAPTION * (not prompt)
+        flags |= _CUT * self.pipeline.cuts(prompt)
         return Outcome([Example(arrays, 1, 1)], size=1, flags=flags)
 
     def record_findings(self, records: Records) -> list[Finding]:
-        flags = {"small_pictures": _SMALL, "no_caption": _NO_CAPTION}
+        flags = {"small_pictures": _SMALL, "no_caption": _NO_CAPTION, "captions_cut": _CUT}
         found = [
             records.findings(FINDINGS[name], records.with_flag(flag), of_used=True) for name, flag in flags.items()
         ]

@@ -122,6 +122,14 @@ def test_a_row_is_a_picture_and_its_prompt(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("kind", "longest"), [("sd", 77), ("sdxl", 77), ("sd3", 256), ("flux", 512)])
+def test_a_caption_that_no_encoder_reads_to_its_end_is_found(kind: str, longest: int) -> None:
+    task, path = open_task(kind), str(picture_files(12)[0])
+    # each letter is a token, and two more are added
+    rows = [{"image": path, "text": "a" * count} for count in (longest - 2, longest - 1)]
+    assert [each.flags & 4 for each in encoded(task, rows)] == [0, 4]
+
+
 def test_rows_without_prompts_need_one_of_the_recipe() -> None:
     rows = [{"image": str(picture_files(12)[0])}]
     with pytest.raises(DataError, match="no column 'text' or 'caption' or 'prompt'"):

@@ -89,6 +89,7 @@ def test_names_and_levels_are_a_promise() -> None:
         "unbalanced_masks": ("warning", False),
         "small_pictures": ("warning", False),
         "no_caption": ("warning", True),
+        "captions_cut": ("warning", False),
         "positive_is_anchor": ("warning", False),
         "negative_is_positive": ("warning", False),
         "repeated_texts": ("info", False),
