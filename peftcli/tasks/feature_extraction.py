@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -46,7 +48,14 @@ from peftcli.tasks.text.answer_inputs import split
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import pad_texts, pad_token_id, padded
 from peftcli.tasks.text.inputs import TextInputs
-from peftcli.tasks.text.sentence_transformers import Pooling, longest, read_pooling, write_modules
+from peftcli.tasks.text.sentence_transformers import (
+    Pooling,
+    default_prompt,
+    longest,
+    lowers,
+    read_pooling,
+    write_modules,
+)
 from peftcli.tasks.text.token_text import TokenRenderer
 
 _PAIR = {"anchor": ("anchor", "query"), "positive": ("positive",), "negative": ("negative",)}
@@ -106,8 +115,18 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
     def max_length(self) -> int:
         return min(super().max_length, longest(self.base) or self.settings.max_length)
 
+    @cached_property
+    def _lowers(self) -> bool:
+        return lowers(self.base)
+
+    @property
+    def notes(self) -> Sequence[str]:
+        if (name := default_prompt(self.base)) is None:
+            return ()
+        return (f"rows are embedded without the base model's prompt {name!r}: put its text into the rows to train it",)
+
     def fingerprint(self) -> dict[str, Any]:
-        return super().fingerprint() | {"max_length": self.max_length}
+        return super().fingerprint() | {"max_length": self.max_length, "lowers": self._lowers}
 
     def export(self, folder: Path) -> None:
         assert self.settings.pooling is not None
@@ -137,20 +156,24 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
     def read(self, table: Table) -> Reader:
         if self.settings.loss == "cosine":
             return table.reader("scored pairs", **_SCORED)
-        triplets = self.settings.loss == "triplet"
-        return table.reader("triplets" if triplets else "pairs", optional=() if triplets else ("negative",), **_PAIR)
+        triplets, numbered = self.settings.loss == "triplet", _numbered(table)
+        optional = () if triplets and not numbered else ("negative",)
+        return table.reader("triplets" if triplets else "pairs", optional=optional, **_PAIR, **numbered)
 
     def encode(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
         return encode_each(rows, lambda row: self._outcome(row, reader))
 
     def _outcome(self, row: Row, reader: Reader) -> Outcome:
         texts = [text for column in reader.names if column != "score" for text in _texts(row, reader, column)]
+        if self.settings.loss == "triplet" and len(texts) < len(_PAIR):
+            raise row.place.error("expected a text, found none", key=[*reader.names.values()][-1])
         score = [_score(row, reader)] if "score" in reader.names else []
         example, size = self._example(texts, row, score)
         return Outcome([example], size=size, flags=_TRUNCATED * (size > example.size))
 
     def _example(self, texts: Sequence[str], row: Row, score: Sequence[float] = ()) -> tuple[Example, int]:
         """The example of some texts, and the tokens that they have uncut."""
+        texts = [text.lower() for text in texts] if self._lowers else texts
         found = [self.processor(text, verbose=False)["input_ids"] for text in texts]
         size = sum(map(len, found))
         for at, (ids, text) in enumerate(zip(found, texts, strict=True)):
@@ -239,8 +262,8 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
         return own + (others - others.detach())
 
     def refuse_rows(self, examples: View, count: int) -> None:
-        count = min(count, len(examples))
-        if self.settings.loss == "contrastive" and count == 1 and len(examples[0].arrays["sizes"]) == len(_PAIR) - 1:
+        alone = self.settings.loss == "contrastive" and min(count, len(examples)) == 1
+        if alone and all(len(examples[at].arrays["sizes"]) < len(_PAIR) for at in range(len(examples))):
             raise DataError(
                 "a batch of one pair has no negatives: nothing would be learnt",
                 key="training.per_device_train_batch_size",
@@ -461,9 +484,17 @@ def _predicted(rows: Sequence[Row], renamed: Mapping[str, str]) -> Reader:
         wanted = {name: usual for name, usual in known.items() if name != "score"}
         names = {name: column for name, column in renamed.items() if name in wanted}
         if all(name in names or set(usual) & set(columns) for name, usual in list(wanted.items())[:2]):
-            return table_of(rows, names).reader("pairs", optional=("negative",), **wanted)
+            table = table_of(rows, names)
+            return table.reader(
+                "pairs", optional=("negative",), **wanted, **(_numbered(table) if known is _PAIR else {})
+            )
     usual = ("text", "sentence", *(name for known in (_PAIR, _SCORED) for name in known if name != "score"))
     return table_of(rows, {}).reader("texts", text=(*usual, "query", *renamed.values()))
+
+
+def _numbered(table: Table) -> dict[str, Sequence[str]]:
+    """The columns that sentence-transformers gives the negatives of a row where it has several."""
+    return {name: (name,) for name in table.columns if re.fullmatch(r"negative_\d+", name)}
 
 
 def _texts(row: Row, reader: Reader, column: str) -> list[str]:
@@ -472,13 +503,13 @@ def _texts(row: Row, reader: Reader, column: str) -> list[str]:
     Raises:
         DataError: there is something else.
     """
+    if column.startswith("negative") and row.values.get(reader.names[column]) in (None, "", []):
+        return []
     value = reader.value(row, column)
-    values = value if column == "negative" and isinstance(value, list) else [value]
+    values = value if column.startswith("negative") and isinstance(value, list) else [value]
     for each in values:
         if not isinstance(each, str) or not each.strip():
             raise row.place.error(f"expected a text, found {each!r:.60}", key=reader.names[column])
-    if not values:
-        raise row.place.error("expected a text, found none", key=reader.names[column])
     return values
 
 

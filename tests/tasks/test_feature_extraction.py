@@ -198,7 +198,7 @@ def test_virtual_tokens_are_not_pooled() -> None:
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
-def sentence_model(folder: Path, pooling: Any, *more: str) -> Path:
+def sentence_model(folder: Path, pooling: Any, *more: str, lower: bool = False) -> Path:
     """The tiny encoder with what sentence-transformers writes beside it."""
     shutil.copytree(classifier_base("bert"), folder)
     kinds = ("Transformer", "Pooling", *more)
@@ -210,8 +210,27 @@ def sentence_model(folder: Path, pooling: Any, *more: str) -> Path:
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling/config.json").write_text(json.dumps(pooling))
-    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 7, "do_lower_case": false}')
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 7, "do_lower_case": lower}))
     return folder
+
+
+def test_texts_are_read_as_the_folder_says_and_as_sentence_transformers_will(tmp_path: Path) -> None:
+    plain, lower = (sentence_model(tmp_path / f"{lower}", {"pooling_mode": "mean"}, lower=lower) for lower in (False, True))
+    prompts = {"prompts": {"query": "query: "}, "default_prompt_name": "query"}
+    (lower / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    rows = [{"anchor": "SUN Tea", "positive": "tea"}]
+    wanted = encoded(task_of(plain), [{"anchor": "sun tea", "positive": "tea"}])[0].arrays["input_ids"]
+    task = task_of(lower)
+    assert list(encoded(task, rows)[0].arrays["input_ids"]) == list(wanted)
+    assert list(encoded(task_of(plain), rows)[0].arrays["input_ids"]) != list(wanted)
+    assert task.fingerprint() != task_of(plain).fingerprint()
+    assert ["'query'" in note for note in task.notes] == [True]
+    assert not task_of(plain).notes
+    (tmp_path / "merged").mkdir()
+    task.export(tmp_path / "merged")
+    assert json.loads((tmp_path / "merged/sentence_bert_config.json").read_text())["do_lower_case"] is True
+    about = json.loads((tmp_path / "merged/config_sentence_transformers.json").read_text())
+    assert about == {"prompts": {"query": "query: "}, "default_prompt_name": None}
 
 
 def test_pooling_is_the_base_models(tmp_path: Path) -> None:
@@ -231,6 +250,7 @@ def test_pooling_is_the_base_models(tmp_path: Path) -> None:
     [
         ({"pooling_mode": "weightedmean"}, (), "pools by weightedmean"),
         ({"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True}, (), "pools by cls, max"),
+        ({"pooling_mode": "mean", "include_prompt": False}, (), "leaves prompts out"),
         ({"pooling_mode": "mean"}, ("Dense",), "Transformer, Pooling, Dense"),
     ],
 )
@@ -266,11 +286,28 @@ def test_columns_say_what_is_learnt() -> None:
         (task_of(loss="cosine"), {**SCORED[0], "score": 4.5}, "score"),
         (task_of(loss="cosine"), {**SCORED[0], "score": float("nan")}, "score"),
         (task_of(), {"anchor": "sun", "positive": " "}, "positive"),
-        (task_of(), {"anchor": "sun", "positive": "tea", "negative": []}, "negative"),
+        (task_of(), {"anchor": "sun", "positive": "tea", "negative": [""]}, "negative"),
+        (task_of(loss="triplet"), {"anchor": "sun", "positive": "tea", "negative": []}, "negative"),
     ]
     for task, row, key in bad:
         [error] = encoded(task, [row])
         assert (error.key, error.line) == (key, 1)
+
+
+def test_rows_may_have_several_negatives_or_none() -> None:
+    pair = {"anchor": "sun", "positive": "tea"}
+    none = [{"negative": value} for value in (None, "", [])]
+    rows = [{**pair, **more} for more in ({"negative": "moon"}, *none, {}, {"negative": ["moon", "mill"]})]
+    assert [len(each.arrays["sizes"]) for each in encoded(task_of(), rows)] == [3, 2, 2, 2, 2, 4]
+    numbered = [
+        {**pair, "negative_1": "moon", "negative_2": "mill"},
+        {**pair, "negative_1": "moon", "negative_2": None},
+    ]
+    for loss in ("contrastive", "triplet"):
+        assert [len(each.arrays["sizes"]) for each in encoded(task_of(loss=loss), numbered)] == [4, 3]
+    model = model_of(task := task_of()).eval()
+    answers = task.predict(model, table_of(numbered)[1], PredictOptions())
+    assert [len(each["negative_similarities"]) for each in answers] == [2, 1]
 
 
 def test_inspect_finds_what_is_odd_with_pairs(cli: Any, tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ def read_pooling(base: OpenBase) -> Pooling | None:
     known = {f"pooling_mode_{name}": mode for mode, name in _NAMES.items()}
     older = [known.get(key, key) for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
     modes = [str(each) for each in named] if isinstance(named, list) else [str(named)] if named else older
+    if config.get("include_prompt") is False:
+        raise _unknown(f"{short_name(folder)}/config.json of {base.name} leaves prompts out of the pooling")
     mode = _LATER.get(modes[0], modes[0]) if len(modes) == 1 else ""
     if mode not in _NAMES:
         raise _unknown(
@@ -66,9 +68,19 @@ def read_pooling(base: OpenBase) -> Pooling | None:
 
 def longest(base: OpenBase) -> int | None:
     """The most tokens of a text that the folder wants the model to read, if it says it."""
-    path = base.file(_TEXTS)
-    found = _read(path).get("max_seq_length") if path is not None else None
+    found = _read_file(base, _TEXTS).get("max_seq_length")
     return found if isinstance(found, int) and found > 0 else None
+
+
+def lowers(base: OpenBase) -> bool:
+    """Whether the folder wants texts in lower case."""
+    return _read_file(base, _TEXTS).get("do_lower_case") is True
+
+
+def default_prompt(base: OpenBase) -> str | None:
+    """The name of the prompt that the folder puts before each text, unless it puts none there."""
+    found = _read_file(base, _ABOUT).get("default_prompt_name")
+    return short_name(found) if isinstance(found, str) else None
 
 
 def write_modules(folder: Path, pooling: Pooling, *, size: int, max_length: int, base: OpenBase) -> None:
@@ -79,7 +91,7 @@ def write_modules(folder: Path, pooling: Pooling, *, size: int, max_length: int,
         pooling: How its embeddings are made.
         size: Numbers of an embedding.
         max_length: Tokens of a text at most.
-        base: The base model, whose prompts are kept.
+        base: The base model, whose prompts are kept, to be asked for by name.
     """
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")][
         : 3 if pooling.normalize else 2
@@ -93,9 +105,9 @@ def write_modules(folder: Path, pooling: Pooling, *, size: int, max_length: int,
         (folder / path).mkdir()
     _write(folder / _MODULES, modules)
     _write(folder / _POOLING, {"word_embedding_dimension": size, **modes})
-    _write(folder / _TEXTS, {"max_seq_length": max_length, "do_lower_case": False})
-    if (about := base.file(_ABOUT)) is not None:
-        _write(folder / _ABOUT, _read(about))
+    _write(folder / _TEXTS, {"max_seq_length": max_length, "do_lower_case": lowers(base)})
+    if about := _read_file(base, _ABOUT):
+        _write(folder / _ABOUT, about | {"default_prompt_name": None})  # rows were trained as they are
 
 
 def _unknown(what: str) -> ModelError:
@@ -104,6 +116,12 @@ def _unknown(what: str) -> ModelError:
         key="base_model",
         hint="To leave out what is not known: set task.pooling and task.normalize.",
     )
+
+
+def _read_file(base: OpenBase, name: str) -> dict[str, Any]:
+    """The object in a file of the base model; empty where it has no such file."""
+    path = base.file(name)
+    return _read(path) if path is not None else {}
 
 
 def _read(path: Path) -> dict[str, Any]:
