@@ -190,6 +190,8 @@ class AdapterSource:
         known = hints_of(kind)
         if not isinstance(given, dict) or not all(name in known and fits(given[name], known[name]) for name in given):
             raise AdapterError(f"does not contain the settings of {self.task}", file=file)
+        if given.get("metric_code"):
+            raise AdapterError("names code to run, which an adapter may not", key="settings.metric_code", file=file)
         found = kind(**given)
         for name, problem in out_of_range(found):
             raise AdapterError(problem, key=f"settings.{name}", file=file)

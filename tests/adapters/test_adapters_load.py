@@ -128,6 +128,7 @@ def test_the_task_is_the_recorded_one(name: str, base: Path, tmp_path: Path) -> 
         {"type": "reward", "settings": {}, "config": [1]},
         {"type": "sequence_classification", "settings": {"labels": [1, [2]], "problem_type": "single_label"}},
         {"type": "question_answering", "settings": {"stride": -1}},
+        {"type": "seq2seq_lm", "settings": {"metric_code": "adapter/code.py:run", "trust_metric_code": True}},
     ],
 )
 def test_a_damaged_task_file_is_an_error_of_the_adapter(values: dict[str, Any], tmp_path: Path) -> None:
