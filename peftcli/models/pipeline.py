@@ -115,19 +115,14 @@ class OpenPipeline(OpenBase):
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         return read_json_object(self.folder / part / name, _MAX_JSON_BYTES, ModelError, strict=False)
 
-    @cached_property
-    def tokenizers(self) -> list[Any]:
-        """Those of the encoders of texts."""
-        names = [name for name in self.parts if name.replace("tokenizer", "text_encoder", 1) in self.parts]
-        with translated_errors(self.name):
-            return [self._load(name, None) for name in names if name.startswith("tokenizer")]
+    def part(self, name: str) -> Any:
+        """Load one part without weights.
 
-    def cuts(self, prompt: str) -> bool:
-        """Whether no encoder of texts reads a prompt to its end."""
-        return all(
-            len(tokenizer(prompt, verbose=False)["input_ids"]) > min(tokenizer.model_max_length, self.family.longest)
-            for tokenizer in self.tokenizers
-        )
+        Raises:
+            ModelError: it cannot be loaded.
+        """
+        with translated_errors(self.name):
+            return self._load(name, None)
 
     def model(
         self,

@@ -99,6 +99,13 @@ class TextToImage(Task[settings.TextToImage]):
         return self.base
 
     @cached_property
+    def tokenizers(self) -> list[Any]:
+        """Those of the pipeline's encoders of texts."""
+        encoders = [name for name in self.pipeline.parts if name.startswith("text_encoder")]
+        names = [name.replace("text_encoder", "tokenizer") for name in encoders]
+        return [self.pipeline.part(name) for name in names if name in self.pipeline.parts]
+
+    @cached_property
     def resolution(self) -> int:
         """Side of the pictures, in pixels.
 
@@ -113,7 +120,7 @@ class TextToImage(Task[settings.TextToImage]):
     def fingerprint(self) -> dict[str, Any]:
         found = super().fingerprint()
         versions = found["versions"] | {"pillow": version("pillow")}
-        tokenizers = list(map(tokenizer_fingerprint, self.pipeline.tokenizers))
+        tokenizers = list(map(tokenizer_fingerprint, self.tokenizers))
         return found | {"versions": versions, "resolution": self.resolution, "tokenizers": tokenizers}
 
     def fit_model(self, model: nn.Module, config: AdapterConfig | None) -> list[str]:
@@ -142,7 +149,10 @@ class TextToImage(Task[settings.TextToImage]):
         width, height = image.size
         arrays = {**file.arrays(), "prompt": prompt, "width": width, "height": height}
         flags = _SMALL * (min(image.size) < self.resolution) | _NO_CAPTION * (not prompt)
-        flags |= _CUT * self.pipeline.cuts(prompt)
+        flags |= _CUT * all(
+            len(each(prompt, verbose=False)["input_ids"]) > min(each.model_max_length, self.pipeline.family.longest)
+            for each in self.tokenizers
+        )
         return Outcome([Example(arrays, 1, 1)], size=1, flags=flags)
 
     def record_findings(self, records: Records) -> list[Finding]:
