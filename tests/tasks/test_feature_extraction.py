@@ -215,7 +215,9 @@ def sentence_model(folder: Path, pooling: Any, *more: str, lower: bool = False) 
 
 
 def test_texts_are_read_as_the_folder_says_and_as_sentence_transformers_will(tmp_path: Path) -> None:
-    plain, lower = (sentence_model(tmp_path / f"{lower}", {"pooling_mode": "mean"}, lower=lower) for lower in (False, True))
+    plain, lower = (
+        sentence_model(tmp_path / f"{lower}", {"pooling_mode": "mean"}, lower=lower) for lower in (False, True)
+    )
     prompts = {"prompts": {"query": "query: "}, "default_prompt_name": "query"}
     (lower / "config_sentence_transformers.json").write_text(json.dumps(prompts))
     rows = [{"anchor": "SUN Tea", "positive": "tea"}]
