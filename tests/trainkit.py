@@ -35,6 +35,11 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MBart50Tokenizer,
+    MBartConfig,
+    MBartForConditionalGeneration,
+    MBartTokenizer,
+    NllbTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
@@ -166,6 +171,29 @@ def build(kind: str) -> PreTrainedModel:
             if parameter.ndim > 1:
                 parameter.mul_(2.0)
     return model
+
+
+@functools.cache
+def multilingual_base(kind: str) -> Path:
+    """The tiny BART with a tokenizer that marks texts with their language, as mbart, mbart50 or nllb do."""
+    folder = scratch() / kind
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz"]
+    scored: Any = [(piece, -float(at)) for at, piece in enumerate(pieces)]
+    if kind == "nllb":
+        made: Any = NllbTokenizer(vocab={piece: at for at, piece in enumerate(pieces)}, merges=[])
+    else:
+        made = (MBartTokenizer if kind == "mbart" else MBart50Tokenizer)(vocab=scored)
+    special = {"pad_token_id": made.pad_token_id, "eos_token_id": made.eos_token_id}
+    sizes = {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in _BART.items()}
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        config = MBartConfig(
+            vocab_size=len(made), d_model=32, max_position_embeddings=64, dropout=0.0, init_std=0.2,
+            decoder_start_token_id=made.eos_token_id, **sizes, **special,
+        )  # fmt: skip
+        MBartForConditionalGeneration(config).save_pretrained(folder)
+    made.save_pretrained(folder)
+    return folder
 
 
 @functools.cache

@@ -5,17 +5,25 @@ A row: ``{"prompt": "translate English to German: Thank you.", "completion": "Da
 
 from __future__ import annotations
 
-from typing import ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
+from peftcli.data.rows import Table
+from peftcli.models.tokens import save_processor
 from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, Loss
 from peftcli.tasks.shown import Text
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.encode import Seq2SeqEncoder
+from peftcli.tasks.text.formats import ExampleReader
 from peftcli.tasks.text.language_model import LanguageModel
+from peftcli.tasks.text.languages import require_languages, set_languages
 from peftcli.tasks.text.token_loss import inner_model, losses_of, target_losses, token_loss
+
+if TYPE_CHECKING:
+    from peftcli.models.open import OpenBase
 
 
 class Seq2SeqLM(LanguageModel[settings.Seq2SeqLM]):
@@ -24,6 +32,19 @@ class Seq2SeqLM(LanguageModel[settings.Seq2SeqLM]):
     encoder = Seq2SeqEncoder
     targets_in_size = False
     identity: ClassVar = ("input_ids", "labels")
+
+    def __init__(self, settings: settings.Seq2SeqLM, processor: Any, base: OpenBase):
+        super().__init__(settings, processor, base)
+        set_languages(processor, settings)
+
+    def read(self, table: Table) -> ExampleReader:
+        require_languages(self.processor, self.settings)
+        return super().read(table)
+
+    def save(self, folder: Path) -> list[str]:
+        if self.settings.target_language is None:
+            return super().save(folder)
+        return save_processor(folder, self.processor)  # which keeps the languages
 
     def texts(self, ids: list[int], labels: list[int]) -> list[Text]:
         source = self.renderer.render(ids, [IGNORED] * len(ids))

@@ -90,6 +90,11 @@ class Seq2SeqLM(Generated):
     any case."""
     train_on: Literal["answers", "last_answer"] = "answers"
     """Which tokens count in the loss: those of the target, with either value."""
+    source_language: str | None = None
+    """The language of the sources, by the tokenizer's code, as de_DE (mBART), deu_Latn (NLLB) or de (M2M100). For
+    models of many languages, which need it."""
+    target_language: str | None = None
+    """The language of the targets, likewise; answers are in it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from peftcli.data.rows import Place
 from peftcli.errors import DataError
 from peftcli.models import tokens
 from peftcli.tasks.text.formats import AlpacaExample
+from peftcli.tasks.text.languages import answer_start
 from peftcli.tasks.text.prompts import Prompt, last_words, prompt_ids, prompt_text
 from peftcli.tasks.text.stop_tokens import Form, StopTokens, all_stops, prompt_form, stop_tokens
 
@@ -154,6 +155,7 @@ class TextGenerator:
             "num_beams": settings.num_beams,
             "eos_token_id": self._stops() or None,
             "pad_token_id": self.tokenizer.pad_token_id,
+            **answer_start(self.tokenizer),
             **({"stopping_criteria": [_text_stop(self.tokenizer, ends)]} if ends else {}),
         }
 
