@@ -55,7 +55,8 @@ class Seq2SeqLM(LanguageModel[settings.Seq2SeqLM]):
         given = {name: value for name, value in inputs.items() if name != "labels"}
         shift = getattr(inner_model(model), "prepare_decoder_input_ids_from_labels", None)
         if shift is not None:
-            return token_loss(target_losses(model, given | {"decoder_input_ids": shift(labels)}, labels))
+            read = shift(labels.clone())  # FSMT changes what it is given
+            return token_loss(target_losses(model, given | {"decoder_input_ids": read}, labels))
         logits, counts = model(**inputs, use_cache=False).logits, labels != IGNORED
         return token_loss(losses_of(logits[counts], labels[counts]))
 

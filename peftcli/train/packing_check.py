@@ -31,8 +31,8 @@ def refuse_contamination(model: Any, task: Task[Any], accelerator: Accelerator) 
     one, other = task.samples()
     examples = [one, other, other, one]
     rows = [task.join(examples[:2]), task.join(examples[2:])]
-    packed = _logits(model, task.collate(rows, training=False), accelerator)
-    alone = _logits(model, task.collate(examples, training=False), accelerator)
+    packed = _logits(model, task.collate(rows, training=True), accelerator)
+    alone = _logits(model, task.collate(examples, training=True), accelerator)
     off = (packed.view_as(alone) - alone).square().mean(dim=-1).sqrt().max() / alone.std()
     exact = packed.dtype == torch.float32 and accelerator.mixed_precision == "no"
     if not off <= (_EXACT if exact else _ROUNDED):

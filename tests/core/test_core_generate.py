@@ -227,6 +227,15 @@ def test_repetition_penalty_counts_real_tokens_only(model: nn.Module) -> None:
     )
 
 
+def test_a_penalty_for_a_row_hangs_on_its_own_tokens(model: nn.Module) -> None:
+    tokens, mask = _padded()
+    options = {**GREEDY, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
+    together = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, **options)
+    for at in range(len(tokens)):
+        alone = virtual_tokens.generate(model, tokens[at : at + 1], attention_mask=mask[at : at + 1], **options)
+        assert torch.equal(alone[0], together[at, : alone.shape[1]])
+
+
 def test_lengths_count_what_the_user_gave(model: nn.Module) -> None:
     tokens, mask = ids(1, 6), torch.ones(1, 6, dtype=torch.long)
     options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": PAD}

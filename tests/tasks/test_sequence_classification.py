@@ -10,7 +10,7 @@ import transformers
 from classifierkit import ROWS, base_of, encoded, open_task, scanned, table_of
 
 from peftcli.core.inject import inject
-from peftcli.errors import DataError
+from peftcli.errors import DataError, ModelError
 from peftcli.methods import config_from_dict
 from peftcli.tasks.base import PredictOptions
 
@@ -167,3 +167,11 @@ def test_the_probe_is_read_by_the_model() -> None:
         assert model_for(task)(**task.probe()).logits.shape == (2, 2)
     assert torch.equal(task.probe()["input_ids"], task.probe()["input_ids"])
     assert base_of("llama").config.vocab_size > task.probe()["input_ids"].max()
+
+
+def test_a_model_that_reads_the_last_position_is_refused() -> None:
+    task = open_task(**LABELS)
+    task.base.config = transformers.XLNetConfig(vocab_size=40, d_model=16, n_layer=1, n_head=2, d_inner=32)
+    assert task.max_length == task.settings.max_length  # it says that it has -1 positions
+    with pytest.raises(ModelError, match="reads a text at the last position of its row"):
+        task.fit_model(transformers.XLNetForSequenceClassification(task.base.config), None)

@@ -322,6 +322,18 @@ def test_a_packed_run_from_its_recipe(long_recipe: Path, tmp_path: Path) -> None
     assert half.losses == pytest.approx(done.losses, rel=0.01)
 
 
+def test_packed_rows_and_generated_answers_where_padding_is_computed(long_recipe: Path) -> None:
+    answers = ("task.generate_metrics=[exact_match]", "task.max_new_tokens=4", "training.eval_strategy=epoch")
+    done = run_recipe(
+        long_recipe,
+        *PACKING,
+        *answers,
+        f"dataset.eval={long_recipe.parent}/train.jsonl",
+        "base_model.attn_implementation=eager",
+    )
+    assert "eval_exact_match" in done.run["eval"]["last"]
+
+
 def test_a_stopped_packed_run_goes_on_with_the_same_rows(long_recipe: Path, tmp_path: Path) -> None:
     settings = (*PACKING, "method.lora_dropout=0.2")
     whole = run_recipe(long_recipe, *settings, f"training.output_dir={tmp_path}/whole")

@@ -140,8 +140,8 @@ def generate(model: Any, *args: Any, task_ids: torch.Tensor | None = None, **kwa
     """``model.generate``, with the virtual tokens if there are any; they are not in the answer.
 
     Takes and returns what ``transformers.GenerationMixin.generate`` does, and the rows' tasks if the prompt has some.
-    While it runs, the ids hold a placeholder of the vocabulary for each virtual token, for the sake of lengths and
-    positions. What the caller gives to look at the ids (a streamer, processors, criteria) does not see them.
+    While it runs, the ids hold a placeholder for each virtual token, the row's first token once more, for the sake of
+    lengths and positions. What the caller gives to look at the ids (a streamer, processors, criteria) does not see it.
     """
     layer = soft_prompt(model)
     if layer is None:
@@ -178,7 +178,8 @@ def _with_placeholders(inputs: dict[str, Any], settings: Any, layer: SoftPrompt)
     if inputs.get("attention_mask") is None:
         inputs["attention_mask"] = _mask_of(ids, settings.pad_token_id, settings.eos_token_id)
     insertion = layer.insertion(inputs)
-    inputs |= inserted({key: inputs.get(key) for key in ("input_ids", "attention_mask", "token_type_ids")}, insertion)
+    given = {key: inputs.get(key) for key in ("input_ids", "attention_mask", "token_type_ids")}
+    inputs |= inserted(given, insertion, insertion.first(ids))
     inputs = {key: value for key, value in inputs.items() if value is not None}
     for length in ("max_length", "min_length"):  # both count the prompt
         if value := inputs.get(length) or getattr(settings, length):

@@ -25,6 +25,10 @@ _AFTER_PADDING = {
 """Models that count positions from the one after the pad token's id."""
 
 
+_ANY = -1
+"""XLNet's number of positions."""
+
+
 class TextInputs:
     """Mixed into a ``Task`` whose settings have ``max_length``, and whose examples have these columns."""
 
@@ -43,6 +47,7 @@ class TextInputs:
         positions = getattr(config, "max_position_embeddings", None)
         if positions and config.model_type in _AFTER_PADDING:
             positions -= config.pad_token_id + 1
+        positions = None if positions == _ANY else positions
         return min(self.settings.max_length, self.processor.model_max_length, positions or self.settings.max_length)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -74,6 +79,9 @@ class TextInputs:
         if finds_end and self.processor.pad_token_id == model.config.eos_token_id:
             message = "finds a text by the token that ends it, with which its tokenizer pads too"
             raise ModelError(message, key="base_model", hint="give the tokenizer a pad token of its own")
+        if hasattr(model, "sequence_summary") and model.config.summary_type == "last":
+            message = "reads a text at the last position of its row, where shorter texts of a batch have padding"
+            raise ModelError(message, key="base_model", hint="choose another base model for this task")
         return notes
 
     def save(self, folder: Path) -> list[str]:

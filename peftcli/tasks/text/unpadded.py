@@ -186,7 +186,10 @@ class _Unpadded:
 
     def _layout(self, inputs: Mapping[str, Any], kept: torch.Tensor) -> Layout | None:
         """What of a batch is to be computed; None: all of it, as it is."""
-        device, kept = kept.device, kept.cpu()  # or a GPU would be waited for many times
+        device, ids = kept.device, inputs.get("input_ids")
+        if self.first and ids is not None and bool((ids[kept] == self.first - 1).any()):
+            return None  # such a model counts no position for the pad token, wherever it stands
+        kept = kept.cpu()  # or a GPU would be waited for many times
         sizes = kept.sum(1).tolist()
         shared = _shared(inputs, kept) if self.shares else [(0, 0)] * len(sizes)
         saved, whole = sum(count for _, count in shared), sum(sizes)
@@ -315,15 +318,23 @@ def _agree(inner: Any, unpadded: _Unpadded) -> bool:
     agree = False
     try:
         with evaluating(inner), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            padded = inner(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()].float()
+            padded = inner(input_ids=ids, attention_mask=mask)
             inner.forward = unpadded
-            found = inner(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()].float()
-        off = (found - padded).square().mean(dim=-1).sqrt().max() / padded.std()
+            found = inner(input_ids=ids, attention_mask=mask)
         rounded = rounds(inner) or torch.is_autocast_enabled(device.type)
-        agree = bool(off <= (_ROUNDED if rounded else _EXACT))
+        agree = all(
+            bool((one - other).square().mean(dim=-1).sqrt().max() / other.std() <= (_ROUNDED if rounded else _EXACT))
+            for one, other in zip(_said(found, mask), _said(padded, mask), strict=True)
+        )
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         pass  # it looks into its mask, or takes other inputs
     finally:
         if not agree:
             inner.forward = unpadded.forward
     return agree
+
+
+def _said(output: Any, mask: torch.Tensor) -> list[torch.Tensor]:
+    """The hidden states of what is no padding, and what a pooler makes of each row."""
+    pooled = output.get("pooler_output")
+    return [output.last_hidden_state[mask.bool()].float(), *([] if pooled is None else [pooled.float()])]

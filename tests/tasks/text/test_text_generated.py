@@ -12,7 +12,7 @@ import torch
 from classifierkit import encoded, open_task
 from taskkit import CASES
 from trainkit import MESSAGES, PROMPTS, base_folder, build, run_recipe, write_recipe, write_rows
-from transformers import ByT5Tokenizer
+from transformers import ByT5Tokenizer, FSMTConfig, FSMTForConditionalGeneration
 
 import peftcli.tasks.base
 from peftcli.cli.app import main
@@ -20,6 +20,8 @@ from peftcli.core.inject import inject
 from peftcli.data.rows import Place, Row
 from peftcli.errors import DataError
 from peftcli.methods import config_from_dict
+from peftcli.tasks import settings
+from peftcli.tasks.seq2seq_lm import Seq2SeqLM
 from peftcli.tasks.text.formats import AlpacaExample, ChatExample
 from peftcli.tasks.text.generated import METRICS, own_metric
 from peftcli.tasks.text.prompts import prompt_of
@@ -197,3 +199,18 @@ def test_instructions_are_predicted_as_they_are_evaluated(cli: Callable, tmp_pat
     found = METRICS["chrf"]([row["output"] for row in rows[10:]], [each["text"] for each in answers])
     assert run.run["eval"]["last"]["eval_chrf"] == pytest.approx(found)
     assert all(each["tokens"] <= 7 for each in answers)
+
+
+def test_the_loss_leaves_the_labels_as_they_are() -> None:
+    """FSMT writes the pad token over the -100 in the labels that it shifts: padding would be trained."""
+    config = FSMTConfig(
+        langs=["en", "de"], src_vocab_size=40, tgt_vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2,
+    )  # fmt: skip
+    model = FSMTForConditionalGeneration(config).eval()
+    task = Seq2SeqLM(settings.Seq2SeqLM(), None, None)  # type: ignore[arg-type]
+    ids, labels = torch.randint(3, 40, (2, 6)), torch.tensor([[5, 6, 2, -100, -100], [7, 8, 9, 10, 2]])
+    together = task.loss_of_targets(model, {"input_ids": ids, "labels": labels.clone()}).total
+    rows = [labels[:1, :3], labels[1:]]
+    alone = [task.loss_of_targets(model, {"input_ids": ids[[at]], "labels": row}).total for at, row in enumerate(rows)]
+    torch.testing.assert_close(together, alone[0] + alone[1])

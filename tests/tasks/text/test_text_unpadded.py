@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from trainkit import run_recipe
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
     AttentionInterface,
     AttentionMaskInterface,
     DistilBertConfig,
@@ -291,6 +293,22 @@ def test_a_model_that_mixes_tokens_of_a_row_is_found_out(monkeypatch: pytest.Mon
     monkeypatch.setattr(layer, "forward", lambda x: forward(x + 0.1 * x.roll(1, dims=1)))
     assert unpad(model)
     assert not unpad(mixing)
+
+
+def test_a_pooler_that_the_model_calls_otherwise_is_found_out() -> None:
+    model = AlbertModel(AlbertConfig(**_SIZES, embedding_size=16)).eval()  # of the first token alone, and tanh after it
+    inputs = batch(*LENGTHS)
+    expected = model(**inputs).pooler_output
+    assert not unpad(model)
+    assert torch.equal(model(**inputs).pooler_output, expected)
+
+
+def test_a_pad_token_within_a_text_has_no_position() -> None:
+    model, inputs = base("roberta"), batch(9, 4)
+    inputs["input_ids"][0, 3] = 0
+    alone = tokens_of(model, {name: value[:1] for name, value in inputs.items()})
+    assert unpad(model)
+    torch.testing.assert_close(tokens_of(model, inputs)[:9], alone[:9], rtol=0, atol=1e-5)
 
 
 def test_the_last_token_may_be_the_padding() -> None:
