@@ -103,7 +103,10 @@ class LanguageModel(Task[Settings]):
 
     @property
     def notes(self) -> Sequence[str]:
-        return date_notes(self.processor)
+        notes = date_notes(self.processor)
+        if getattr(self.base.config.get_text_config(), "output_router_logits", False):
+            notes = (*notes, "the balance loss of the base model's routers (output_router_logits) is not trained")
+        return notes
 
     def fingerprint(self) -> dict[str, Any]:
         found = chat_fingerprint(self.processor)
