@@ -385,7 +385,7 @@ def _header(record: list[str], text: TextFile) -> list[str]:
 
 def json_kind(value: Any) -> str:
     """Name the kind of a value in a row."""
-    names = {list: "a list", dict: "an object", str: "text", bool: "a truth value", type(None): "null"}
+    names = {list: "a list", dict: "an object", str: "a string", bool: "a truth value", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 

@@ -139,7 +139,7 @@ def test_findings_lead_to_their_rows(write: Callable) -> None:
     assert "train-1" in links  # the row that is cut, which is not of the sample
     assert '<span class="level">warning</span> answers_cut' in page
     assert "1 of 14 rows cannot be used" in page
-    assert "expected a list of turns, found text" in page
+    assert "expected a list of turns, found a string" in page
 
 
 def test_it_is_a_document_with_a_language_and_headings(write: Callable) -> None:

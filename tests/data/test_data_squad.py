@@ -123,7 +123,7 @@ BAD: dict[str, tuple[Change, str, str, int]] = {
     "a paragraph that is a text": (
         lambda a, p, q: a["paragraphs"].insert(0, "x"),
         "paragraphs[0]",
-        "expected an object, found text",
+        "expected an object, found a string",
         4,
     ),
     "no context": (lambda a, p, q: without(p, "context"), "paragraphs[0].context", "missing", 2),
@@ -156,7 +156,7 @@ BAD: dict[str, tuple[Change, str, str, int]] = {
     "an answer that is a text": (
         lambda a, p, q: q.update(answers=["Turin"]),
         "paragraphs[0].qas[0].answers[0]",
-        "expected an object, found text",
+        "expected an object, found a string",
         3,
     ),
     "no answer_start": (

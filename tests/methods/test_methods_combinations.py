@@ -62,7 +62,7 @@ def test_norms_and_products_are_those_of_the_dense_update(out: int, width: int, 
 def test_what_no_number_holds_is_refused(method: str) -> None:
     how = Combination(method, density=None if method == "svd" else 1.0)
     with pytest.raises(AdapterError, match="not finite"):
-        how.combined([(3e38, _update(scaling=1e300))], "q_proj")
+        how.combined([(3e38, _update(scaling=1e300))], "q_proj", 3)
 
 
 @pytest.mark.parametrize("method", [each for each in COMBINATIONS if each != "svd"])
@@ -72,7 +72,8 @@ def test_a_combination_stays_on_its_device(method: str) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         update = Update(torch.empty(8, 2, device="cuda"), torch.empty(2, 8, device="cuda"))
         try:
-            found = Combination(method, density=0.5 if drops else None).combined([(0.5, update), (0.5, update)], "q")
+            parts = [(0.5, update), (0.5, update)]
+            found = Combination(method, density=0.5 if drops else None).combined(parts, "q", 2)
         except DataDependentOutputException:
             assert method.endswith("svd")  # which looks at values, to see that they are finite
         else:

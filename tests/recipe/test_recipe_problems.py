@@ -125,7 +125,7 @@ def test_aliases_are_true() -> None:
     known = {"base_model", "task", "method.type"}
     known |= {f"{section}.{name}" for section, cls in sections().items() for name in settings(cls)}
     known |= {f"method.{name}" for method in METHODS for name in method_settings(method)}
-    known.add("dataset.train_on: last_answer")
+    known |= {"dataset.train_on: last_answer", "training.train_sampling_strategy: group_by_length"}
     for alias, key in ALIASES.items():
         assert key in known, key
         # of a method's own setting, the others' users are told what they have instead

@@ -40,10 +40,15 @@ def test_the_noise_is_as_large_as_the_length_of_an_example_says(unpadded: bool) 
 
 
 def test_a_run_with_noise_measures_without_and_resumes_to_the_same_bytes(recipe: Path, tmp_path: Path) -> None:
-    settings = ("training.eval_on_start=true", NOISE)
-    plain = run_recipe(recipe, settings[0], f"training.output_dir={tmp_path}/plain")
+    measured = (
+        f"dataset.eval={recipe.parent}/train.jsonl",
+        "training.eval_strategy=epoch",
+        "training.eval_on_start=true",
+    )
+    settings = (*measured, NOISE)
+    plain = run_recipe(recipe, *measured, f"training.output_dir={tmp_path}/plain")
     noisy = run_recipe(recipe, *settings, f"training.output_dir={tmp_path}/noisy")
-    assert noisy.run["eval"]["first"] == plain.run["eval"]["first"]
+    assert noisy.run["eval"]["first"] == plain.run["eval"]["first"] != {}
     assert noisy.losses[0] != plain.losses[0]
     stopped_copy(recipe, settings)
     assert run_recipe(recipe, *settings).weights == noisy.weights
