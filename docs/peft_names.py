@@ -165,6 +165,8 @@ DIFFERS: dict[str, str] = {
     "follows: it matters for BOFT, HRA, OFT, RoAd, and DoRA on embeddings",
     "BOFT with `boft_n_butterfly_factor` above 1": "trains and writes all factors; PEFT without its CUDA extension "
     "has one, and cannot read the file",
+    "two MiSS adapters with `init_weights: bat` active together": "each adds to the base model's weight; PEFT's second "
+    "adds to what the first has made",
     "several OFT adapters active together": "are applied in the order in which merging folds them in; PEFT's forward "
     "pass has another order than its merging",
     "PeftModel.add_weighted_adapter": "the exact weighted sum, where PEFT's default is not; `combination_type` "
