@@ -142,7 +142,7 @@ class _RedactedStream:
 
 
 class _RedactedAnswer(_RedactedStream):
-    """The same for stdout, whose error names it."""
+    """The same for stdout: an error of writing says that it is standard output's."""
 
     def write(self, text: str) -> int:
         with _stdout_errors():

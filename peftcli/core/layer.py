@@ -54,7 +54,9 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
     rows: list[int] | None = None
     """The rows of the batch that ``forward`` gets, while rows have different adapters; None: all."""
     mixed = False
-    """Whether rows of the batch have different adapters now: what the model reads without a call is one for all."""
+    """Whether rows of the batch have different adapters now."""
+    read = ""
+    """Name of a trained parameter that the model has read by itself while they had: it is one for all rows."""
     base_layer: Any
     """The layer of the model, or another adapter layer over it."""
 
@@ -91,12 +93,6 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
                     f"{self.adapter} replaces {place or 'what'}{place and ', which'} {below.adapter} changes too; "
                     "only one of them can be active"
                 )
-
-    def refuse_mixed(self, name: str) -> None:
-        """Raise AdapterError if rows have different adapters now, and the model reads a weight without a call."""
-        if self.mixed:
-            message = f"the model reads the {name} of a {type(base_module(self)).__name__} without calling it"
-            raise AdapterError(f"{message}; {self.adapter} can only be used for whole batches", key="adapter_names")
 
     def own_tensors(self) -> dict[str, nn.Parameter]:
         """Return the adapter's tensors that train: name below the layer -> parameter."""
@@ -235,8 +231,8 @@ class TrainedCopy(PeftCopyMixin, AdapterLayer):
             return nn.Module.__getattr__(self, name)
         except AttributeError:
             value = getattr(self.copy, name)
-            if isinstance(value, nn.Parameter):
-                self.refuse_mixed(name)
+            if self.mixed and isinstance(value, nn.Parameter):
+                self.read = name
             return _cast(value, getattr(base_module(self), name).dtype) if isinstance(value, nn.Parameter) else value
 
     def own_tensors(self) -> dict[str, nn.Parameter]:
@@ -281,12 +277,12 @@ class TrainedBias(AdapterLayer):
 
     def __getattr__(self, name: str) -> Any:
         """Return what the model reads of the module: the trained bias in the base model's dtype, if it is enabled."""
-        own = self._parameters.get("bias")
-        if name != "bias" or own is None:
+        if name != "bias" or (own := self._parameters.get(name)) is None:
             return super().__getattr__(name)
         if not self.enabled:
             return self.base_layer.bias
-        self.refuse_mixed(name)
+        if self.mixed:
+            self.read = name
         return own.to(base_module(self).bias.dtype)
 
     def overrides(self, below: AdapterLayer) -> bool:

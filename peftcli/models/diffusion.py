@@ -359,7 +359,7 @@ def quiet_diffusers() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     logs = (logging, transformers_logging)
-    levels = [each.get_verbosity() for each in logs]
+    levels, bars = [each.get_verbosity() for each in logs], logging.is_progress_bar_enabled()
     for each in logs:
         each.set_verbosity_error()
     logging.disable_progress_bar()
@@ -368,7 +368,8 @@ def quiet_diffusers() -> Iterator[None]:
     finally:
         for each, level in zip(logs, levels, strict=True):
             each.set_verbosity(level)
-        logging.enable_progress_bar()
+        if bars:
+            logging.enable_progress_bar()
 
 
 _Noise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,10 +43,15 @@ def adapted_by_row(model: nn.Module, names: Sequence[str], copies: int = 1) -> I
     routing = _Routing(list(names), copies)
     before = [(layer, layer.enabled, vars(layer).get("forward")) for layer in layers.values()]
     for path, layer in layers.items():
-        layer.enabled, layer.mixed = layer.adapter in wanted, len(set(names)) > 1
+        layer.enabled, layer.mixed, layer.read = layer.adapter in wanted, len(set(names)) > 1, ""
         vars(layer)["forward"] = functools.partial(routing.forward, path, layer, layer.forward)
     try:
         yield
+        for path, layer in layers.items():
+            if layer.read and path not in routing.called:
+                message = f"the model reads the {layer.read} of {path} without calling it"
+                hint = f"{layer.adapter} can only be used for whole batches"
+                raise AdapterError(message, key="adapter_names", hint=hint)
     finally:
         for layer, enabled, forward in before:
             layer.enabled, layer.mixed = enabled, False
@@ -78,9 +83,12 @@ class _Routing:
     copies: int
     places: list[int] | None = None
     """Which rows of the batch those are; None: all."""
+    called: set[str] = field(default_factory=set)
+    """Paths of the layers that the model has called."""
 
     def forward(self, path: str, layer: AdapterLayer, forward: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         """What ``layer`` computes of its adapter's rows, and what stands below it of the others, in their order."""
+        self.called.add(path)
         if len(set(self.names)) == 1:
             if self.names[0] != layer.adapter:
                 return layer.base_layer(x, *args, **kwargs)

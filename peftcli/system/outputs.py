@@ -98,8 +98,8 @@ def require_writable(path: Path) -> None:
     folder = next(parent for parent in Path(os.path.realpath(expand_user(path))).parents if parent.exists())
     try:
         TemporaryFile(dir=folder).close()
-    except OSError:  # of a mode that os.access lets root pass, too
-        raise StorageError(f"cannot write: {folder} takes no files", file=str(path)) from None
+    except OSError as error:  # of a mode that os.access lets root pass, too
+        raise StorageError(f"cannot write into {folder}: {error.strerror}", file=str(path)) from None
 
 
 def refuse_input(path: Path, source: Path | None) -> None:

@@ -112,8 +112,9 @@ def peftcli_command(words: Sequence[str]) -> list[str]:
 
     ``python -m`` would import modules from the current folder first, and ``-P`` against it needs Python 3.11.
     """
+    path = [each for each in sys.path if isinstance(each, str)]  # others are ignored
     run = 'import runpy; runpy.run_module("peftcli", run_name="__main__", alter_sys=True)'
-    return [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {run}", *words]
+    return [sys.executable, "-c", f"import sys; sys.path[:] = {path!r}; {run}", *words]
 
 
 def run_processes(

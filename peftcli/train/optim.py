@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, base_module
+from peftcli.core.layer import AdapterLayer, TrainedCopy, base_module
 from peftcli.errors import AdapterError, UsageError
 from peftcli.methods.learning_rates import rate_groups
 from peftcli.schema import Training
@@ -41,8 +41,8 @@ def parameter_groups(
     if training.weight_decay:
         kept = {
             parameter
-            for name, (layer, _, parameter) in tensors.items()
-            if _NOT_DECAYED.search(name.lower()) or isinstance(base_module(layer), nn.LayerNorm)
+            for name, (layer, tensor, parameter) in tensors.items()
+            if _NOT_DECAYED.search(name.lower()) or isinstance(_owner(layer, tensor), nn.LayerNorm)
         }
         groups = [
             {**group, **more, "params": [each for each in group["params"] if (each in kept) == bool(more)]}
@@ -50,6 +50,11 @@ def parameter_groups(
             for more in ({}, {"weight_decay": 0.0})
         ]
     return [group for group in groups if group["params"]]
+
+
+def _owner(layer: AdapterLayer, tensor: str) -> Any:
+    """The module that holds a trained parameter, or for a layer that trains others of its own, the adapted one."""
+    return layer.copy.get_submodule(tensor.rpartition(".")[0]) if isinstance(layer, TrainedCopy) else base_module(layer)
 
 
 def rate_of(training: Training) -> float:

@@ -157,25 +157,31 @@ class Plan:
         all, some are empty. Rows of like length stand together, which saves padding and, where the loss is a sum over
         the global batch, changes nothing else. Rows that are compared keep their order, and are as many as there are.
         """
-        rows, parts = self._rows(step), self.training.gradient_accumulation_steps
-        if self.compares:
-            parts = min(parts, math.ceil(len(rows) / self.compared))
-        else:
+        rows = self._rows(step)
+        if not self.compares:
             rows = sorted(rows, key=lambda row: int(self.sizes[row].sum()))
-        parts *= self.num_processes
-        size = min(self.training.rows_at_once, math.ceil(len(rows) / parts))
+        parts, size = self._parts(len(rows))
         chunks = [rows[start : start + size] for start in range(0, size * parts, size)]
         mine = chunks[process :: self.num_processes]
         return mine if self.num_processes > 1 else [chunk for chunk in mine if chunk]
 
+    def _parts(self, num_rows: int) -> tuple[int, int]:
+        """Into how many parts a step's rows are divided, over all processes, and rows of a part at most."""
+        micro_batches = self.training.gradient_accumulation_steps
+        if self.compares:
+            micro_batches = min(micro_batches, math.ceil(num_rows / self.compared))
+        parts = micro_batches * self.num_processes
+        return parts, min(self.training.rows_at_once, math.ceil(num_rows / parts)) if parts else 0
+
     def _padded(self, steps: np.ndarray) -> int:
         """Tokens that the micro-batches of steps hold, padding included, from their rows' lengths (steps, rows)."""
-        parts = self.training.gradient_accumulation_steps * self.num_processes
         num_rows = steps.shape[1]
-        size = max(1, min(self.training.rows_at_once, math.ceil(num_rows / parts)))
-        ends = [min(start + size, num_rows) for start in range(0, num_rows, size)]
-        longest = np.sort(steps, axis=1)[:, [end - 1 for end in ends]].sum(axis=0)
-        return int((longest * np.diff(ends, prepend=0)).sum())
+        starts = list(range(0, num_rows, max(1, self._parts(num_rows)[1])))
+        if not starts:
+            return 0
+        ordered = steps if self.compares else np.sort(steps, axis=1)
+        longest = np.maximum.reduceat(ordered, starts, axis=1).sum(axis=0)
+        return int((longest * np.diff([*starts, num_rows])).sum())
 
     def _locate(self, step: int) -> tuple[int, int]:
         """The epoch of a step, and how many steps of it come before."""

@@ -59,10 +59,35 @@ def test_what_is_read_without_a_call_is_that_of_the_active_adapter(settings: dic
     model = peftcli.get_peft_model(base, config).eval()
     randomise(model)
     assert not torch.allclose(model(x), expected, atol=1e-3)
-    with pytest.raises(AdapterError, match="without calling it; default can only be used for whole batches"):
+    with pytest.raises(AdapterError, match=r"attention\.out_proj without calling it"):
         model(x, adapter_names=["default", "__base__"])
     with model.disable_adapter():
         torch.testing.assert_close(model(x), expected)
     model.add_adapter("fresh", peftcli.LoraConfig(target_modules=["first"]))
     model.set_adapter("fresh")
     torch.testing.assert_close(model(x), expected)
+
+
+def test_rows_of_adapters_with_dora_and_biases_are_told_apart() -> None:
+    settings = {"use_dora": True, "target_modules": ["q_proj"]}
+    model = peftcli.get_peft_model(tiny("qwen2"), peftcli.LoraConfig(bias="all", **settings), "one")  # type: ignore[arg-type]
+    randomise(model)
+    model.add_adapter("two", peftcli.LoraConfig(**settings))  # type: ignore[arg-type]
+    model.set_adapter("two")
+    randomise(model, seed=2)
+    rows = {"input_ids": ids(3, 5)}
+    expected = []
+    for at, name in enumerate(("one", "two")):
+        model.set_adapter(name)
+        expected.append(logits(model.eval(), rows)[at])
+    with model.disable_adapter():
+        expected.append(logits(model, rows)[2])
+    found = model(**rows, adapter_names=["one", "two", "__base__"]).logits
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-5)
+
+
+def test_a_weight_may_be_read_for_its_dtype_in_a_batch_of_several_adapters() -> None:
+    model = peftcli.get_peft_model(tiny("t5"), peftcli.LoraConfig(target_modules=["q"], modules_to_save=["wo"]), "one")
+    model.add_adapter("two", peftcli.LoraConfig(target_modules=["q"]))
+    rows = {"input_ids": ids(2, 5), "decoder_input_ids": ids(2, 4)}
+    assert model.eval()(**rows, adapter_names=["one", "two"]).logits.shape[0] == len(rows["input_ids"])

@@ -135,8 +135,8 @@ def test_epochs_end_where_the_data_does() -> None:
     assert made.epoch(15) == 1.0
 
 
-def test_the_order_without_packing_is_that_of_earlier_versions() -> None:
-    """A run that began with one of them can be resumed."""
+def test_the_order_without_packing_does_not_change() -> None:
+    """Later versions resume a run that this one began."""
     assert plan([1] * 10).global_batch(0) == [8, 4, 0, 7]
     grouped = plan(per_device_train_batch_size=2, train_sampling_strategy="group_by_length")
     assert [grouped.global_batch(step) for step in range(3)] == [[37, 15], [31, 18], [1, 32]]

@@ -40,7 +40,7 @@ def update(layer: AdapterLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
     ``x`` is the input after dropout, which falls on all that differs from the base layer.
     """
     ratio = factor(layer).view(-1, *_places(layer))
-    bias = _bias(layer.base_layer)
+    bias = _bias(layer)
     if not layer.training or isinstance(layer.lora_dropout, nn.Identity):
         plain = y if bias is None else y - bias.view(-1, *_places(layer))
     elif linear_view(layer) is not None:
@@ -109,9 +109,13 @@ def _base_weight(layer: AdapterLayer) -> torch.Tensor:
     return weight.to(adapter_dtype(weight))
 
 
-def _bias(module: Any) -> torch.Tensor | None:
-    """Return the bias that a layer adds now, below adapter layers some of which may be disabled."""
-    while isinstance(module, AdapterLayer) and not isinstance(module, TrainedBias):
+def _bias(layer: AdapterLayer) -> torch.Tensor | None:
+    """Return the bias that the layer's base layer adds to rows of this adapter."""
+    module: Any = layer.base_layer
+    while isinstance(module, AdapterLayer):
+        counts = module.enabled and (module.adapter == layer.adapter or not layer.mixed)
+        if isinstance(module, TrainedBias) and counts:
+            return module.own_tensors()["bias"]
         module = module.base_layer
     bias: torch.Tensor | None = module.bias
     return bias

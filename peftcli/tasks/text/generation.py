@@ -23,7 +23,7 @@ from peftcli.tasks.text.languages import answer_start
 from peftcli.tasks.text.prompts import Prompt, last_words, prompt_ids, prompt_text
 from peftcli.tasks.text.stop_tokens import Form, StopTokens, all_stops, prompt_form, stop_tokens
 
-_SHORTER = "Shorten the prompt, or ask for fewer new tokens: peftcli generate --max-new-tokens."
+_SHORTER = "Shorten the prompt, or ask for fewer new tokens (generate --max-new-tokens)."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,8 @@ class TextGenerator:
         longest = len(ids) + new if self._decoder_only else max(len(ids), new)
         if self._positions is None or longest <= self._positions:
             return None
-        what = f"the prompt's {len(ids):,} tokens and {new:,} new ones are more than"
+        both = "and" if self._decoder_only else "or"
+        what = f"the prompt's {len(ids):,} tokens {both} {new:,} new ones are more than"
         return f"{what} the base model's {self._positions:,} positions"
 
     def continued(

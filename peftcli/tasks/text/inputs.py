@@ -19,14 +19,14 @@ from peftcli.tasks.text.collate import pad_texts, pad_token_id, padded
 from peftcli.tasks.text.language_model import fit_tokens, tokenizer_fingerprint
 
 _AFTER_PADDING = {
-    "camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta",
-    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet",
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 }  # fmt: skip
 """Models that count positions from the one after the pad token's id."""
 
 
 _ANY = -1
-"""XLNet's number of positions."""
+"""The number of positions in a config of XLNet, which has no limit."""
 
 
 class TextInputs:
@@ -45,7 +45,7 @@ class TextInputs:
         """Tokens of a row at most: the setting, or what the base model can read."""
         config = self.base.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None)
-        if positions and config.model_type in _AFTER_PADDING:
+        if positions and config.model_type in _AFTER_PADDING and config.pad_token_id is not None:
             positions -= config.pad_token_id + 1
         positions = None if positions == _ANY else positions
         return min(self.settings.max_length, self.processor.model_max_length, positions or self.settings.max_length)

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_MARKS = 2
+"""Tokens of a target without text: its language and EOS."""
+
+
 def set_languages(tokenizer: PreTrainedTokenizerBase, settings: Seq2SeqLM) -> None:
     """Let a tokenizer write sources and targets in the languages of the settings, where they name them.
 
@@ -24,8 +28,9 @@ def set_languages(tokenizer: PreTrainedTokenizerBase, settings: Seq2SeqLM) -> No
             continue
         if not has_languages(tokenizer):
             raise DataError("the base model's tokenizer has no languages", key=f"task.{name}", hint="leave it out")
-        if _token(tokenizer, code) not in tokenizer.all_special_tokens:
-            near = difflib.get_close_matches(code, [token.strip("_") for token in tokenizer.all_special_tokens], n=3)
+        known = [token for token in tokenizer.all_special_tokens if token not in _ends(tokenizer)]
+        if _token(tokenizer, code) not in known:
+            near = difflib.get_close_matches(code, [token.strip("_") for token in known], n=3)
             hint = f"closest: {', '.join(near)}" if near else "codes are written as de_DE, deu_Latn or de"
             raise DataError(f"{code!r} is no language of the base model's tokenizer", key=f"task.{name}", hint=hint)
         setattr(tokenizer, attribute, code)
@@ -44,8 +49,8 @@ def require_languages(tokenizer: PreTrainedTokenizerBase, settings: Seq2SeqLM) -
 
 
 def has_languages(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer marks texts with their language."""
-    return hasattr(type(tokenizer), "src_lang")
+    """Whether a tokenizer marks texts with their language, each by one token."""
+    return hasattr(type(tokenizer), "src_lang") and len(tokenizer(text_target="")["input_ids"]) == _MARKS
 
 
 def answer_start(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -56,6 +61,11 @@ def answer_start(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     first, last = tokenizer(text_target="")["input_ids"]  # the language and EOS, in any order
     # mBART's targets end with their language, with which its decoder starts
     return {"forced_bos_token_id": first} if last == tokenizer.eos_token_id else {"decoder_start_token_id": last}
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The special tokens that are no languages."""
+    return [token for token in tokenizer.special_tokens_map.values() if isinstance(token, str)]
 
 
 def _token(tokenizer: PreTrainedTokenizerBase, code: str) -> str:

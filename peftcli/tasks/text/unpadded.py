@@ -149,6 +149,9 @@ class _Unpadded:
         rows, length = kept.shape
         if inputs.get("position_ids") is None:
             inputs["position_ids"] = torch.arange(self.first, self.first + length, device=kept.device)[None]
+            if self.first and inputs.get("input_ids") is not None:  # the pad token has no place, wherever it stands
+                counts = (inputs["input_ids"] != self.first - 1).long()
+                inputs["position_ids"] = counts * counts.cumsum(1) + self.first - 1
         for name in _BY_TOKEN:
             if (value := inputs.get(name)) is not None:
                 inputs[name] = value.expand(rows, *value.shape[1:]).flatten(0, 1)[None, layout.computed]
@@ -172,7 +175,7 @@ class _Unpadded:
             inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
         if takes(self.module, "use_cache"):
             inputs["use_cache"] = False
-        with set_in(layout_of_call, Layout(everything, None, rows, places)):
+        with _set(layout_of_call, Layout(everything, None, rows, places)):
             return self.forward(**inputs)
 
     def spread(self, output: Any, states: torch.Tensor, part: Part) -> Any:
@@ -186,10 +189,7 @@ class _Unpadded:
 
     def _layout(self, inputs: Mapping[str, Any], kept: torch.Tensor) -> Layout | None:
         """What of a batch is to be computed; None: all of it, as it is."""
-        device, ids = kept.device, inputs.get("input_ids")
-        if self.first and ids is not None and bool((ids[kept] == self.first - 1).any()):
-            return None  # such a model counts no position for the pad token, wherever it stands
-        kept = kept.cpu()  # or a GPU would be waited for many times
+        device, kept = kept.device, kept.cpu()  # or a GPU would be waited for many times
         sizes = kept.sum(1).tolist()
         shared = _shared(inputs, kept) if self.shares else [(0, 0)] * len(sizes)
         saved, whole = sum(count for _, count in shared), sum(sizes)
@@ -271,8 +271,7 @@ def _kept(inputs: Mapping[str, Any]) -> torch.Tensor | None:
 
 
 @contextmanager
-def set_in(variable: ContextVar, value: Any) -> Iterator[None]:
-    """Inside, a context variable has this value."""
+def _set(variable: ContextVar, value: Any) -> Iterator[None]:
     token = variable.set(value)
     try:
         yield
@@ -286,7 +285,7 @@ def only(chosen: torch.Tensor) -> AbstractContextManager[None]:
     Args:
         chosen: (B, T). Virtual tokens stand before them.
     """
-    return set_in(_only, chosen)
+    return _set(_only, chosen)
 
 
 def lengths_in_row(device: torch.device) -> torch.Tensor | None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peftcli.errors import Interrupted, PeftcliError, UsageError
+from peftcli.errors import Interrupted, PeftcliError, ProcessDied, UsageError
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.record import ErrorRecord, RunRecord
 from peftcli.train.runs.typed_json import to_json
@@ -99,6 +99,8 @@ def record_failure(folder: RunFolder, error: PeftcliError, before: Sequence[RunR
     for each, record, old in zip((folder, folder.replacement()), read_records(folder), before, strict=True):
         if record is None or record == old or record.status == "complete":
             continue
+        if record.exit_code == error.exit_code and not isinstance(error, ProcessDied):
+            continue  # the process has recorded it; of one that died, the launcher alone knows how
         ended = replace(record, exit_code=error.exit_code, error=ErrorRecord.of(error))
         ended.status = "interrupted" if isinstance(error, Interrupted) else "failed"
         with suppress(PeftcliError):

@@ -54,6 +54,7 @@ def test_answers_are_in_the_target_language_wherever_the_adapter_is_asked(
     monkeypatch.setattr(generation, "generate", lambda model, **given: seen.append(given) or generate(model, **given))
     cli("generate", run.folder, "--input", asked, "--output", answers, "--max-new-tokens", 12)
     cli("generate", run.folder, "--prompt", "hallo", "--max-new-tokens", 2, "--no-adapter")
+    assert seen
     assert all(given.items() >= answer_start(generator.tokenizer).items() for given in seen)
     texts = [json.loads(line)["text"] for line in answers.read_text().splitlines()]
     measured = METRICS["chrf"]([row["completion"] for row in rows[10:]], texts)
