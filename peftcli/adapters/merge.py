@@ -205,6 +205,7 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
     places = {key: shard for shard, header in headers.items() for key in header}
     model = job.base.empty_model(job.auto_class, **job.options)
     longer = _made_longer(model, job)
+    shapes = {name: tuple(value.shape) for name, value in _every_tensor(model)}
     layers = _layers_without_base(model, job)
     if longer is None or is_reshaped(model) or base_weights(model).keys() & job.source.header.keys():
         return None  # its tensors are not the checkpoint's
@@ -218,6 +219,9 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
         keys[head.name] = head.source
     if any(key not in places for key in keys.values()):
         return None  # the checkpoint names its tensors otherwise
+    stored = {key: entry.shape for header in headers.values() for key, entry in header.items()}
+    if any(tuple(stored[key]) != shapes.get(name) for name, key in keys.items() if key not in rows):
+        return None  # as the head of a base model for another number of classes
     names = {key: name for name, key in keys.items() if head is None or name != head.name}
     merged = _MergedTensors(layers, parents, keys, names, places, rows, job.dtype)
     if head is not None and torch.equal(merged.of_key(head.source), merged.of_head(head)):

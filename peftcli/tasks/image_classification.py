@@ -20,7 +20,7 @@ from peftcli.tasks import PICTURES, settings
 from peftcli.tasks.base import Batch, encode_each, require_extra, write_task
 from peftcli.tasks.classification import LABEL, Classification
 from peftcli.tasks.files import FILE_COLUMNS, File, errors_of_row, file_of
-from peftcli.tasks.pictures import check_image, open_image, shown_image
+from peftcli.tasks.pictures import check_image, open_image, processed, shown_image
 from peftcli.tasks.shown import Label, Shown
 
 
@@ -50,7 +50,7 @@ class ImageClassification(Classification[settings.ImageClassification]):
     def collate_inputs(self, examples: Sequence[Example]) -> Batch:
         files = [File.of(each) for each in examples]
         images = [open_image(each.read(), each.path).convert("RGB") for each in files]
-        return {"pixel_values": self.processor(images, return_tensors="pt")["pixel_values"]}
+        return {"pixel_values": processed(self.processor, images)}
 
     def show(self, example: Example) -> Shown:
         file = File.of(example)
@@ -63,7 +63,7 @@ class ImageClassification(Classification[settings.ImageClassification]):
         from PIL import Image
 
         noise = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
-        return {"pixel_values": self.processor(list(map(Image.fromarray, noise)), return_tensors="pt")["pixel_values"]}
+        return {"pixel_values": processed(self.processor, list(map(Image.fromarray, noise)))}
 
     def save(self, folder: Path) -> list[str]:
         names = [Path(name).name for name in self.processor.save_pretrained(folder)]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from peftcli.errors import DataError
+from peftcli.errors import DataError, ModelError
 from peftcli.tasks import shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_PIXELS = "pixel_values"
 _THUMBNAIL = 96
 """The longer side of a picture that ``inspect`` shows."""
 _NUMBERS = ("I", "F")
@@ -99,3 +101,20 @@ def shown_image(image: Image, path: str, size: tuple[int, int], mode: str) -> sh
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     image.convert("RGB").save(content, "PNG")
     return shown.Image(path, *size, mode, content.getvalue())
+
+
+def processed(processor: Any, pictures: Sequence[Image], **options: Any) -> torch.Tensor:
+    """Pictures as an image processor prepares them for its model: (B, 3, H, W).
+
+    Raises:
+        ModelError: the model takes something else than pictures of one size.
+        DataError: they have no common size.
+    """
+    found = [processor(each, return_tensors="pt", **options) for each in pictures]
+    if _PIXELS not in found[0] or found[0][_PIXELS].ndim != 4:
+        message = f"its image processor gives {', '.join(found[0])}, and only {_PIXELS} (3, H, W) are supported"
+        raise ModelError(message, key="base_model")
+    if len({each[_PIXELS].shape for each in found}) > 1:
+        message = "the base model's image processor gives pictures of several sizes, which fit no batch"
+        raise DataError(message, key="base_model", hint="Set the batch sizes to 1, or a size in its configuration.")
+    return torch.cat([each[_PIXELS] for each in found])

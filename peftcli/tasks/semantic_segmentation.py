@@ -44,7 +44,7 @@ from peftcli.tasks.base import (
 from peftcli.tasks.classification import listed
 from peftcli.tasks.files import FILE_COLUMNS, File, errors_of_row, file_of
 from peftcli.tasks.findings import FINDINGS
-from peftcli.tasks.pictures import open_image, opened_picture, shown_image
+from peftcli.tasks.pictures import open_image, opened_picture, processed, shown_image
 from peftcli.tasks.shown import Description, Label, Shown
 
 if TYPE_CHECKING:
@@ -240,11 +240,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         Raises:
             DataError: they have no common size.
         """
-        found = [self.processor(each, return_tensors="pt", **options)["pixel_values"] for each in pictures]
-        if len({each.shape for each in found}) > 1:
-            message = "the base model's image processor gives pictures of several sizes, which fit no batch"
-            raise DataError(message, key="base_model", hint="Set the batch sizes to 1, or a size in its configuration.")
-        return torch.cat(found)
+        return processed(self.processor, pictures, **options)
 
     def collate_inputs(self, examples: Sequence[Example]) -> Batch:
         """Put the pictures of examples into one batch."""
@@ -349,16 +345,39 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
                 examples.append(Example(file.arrays(), 1, 0))
             scores = logits_of(model, examples, self.collate_inputs, options.batch_size)
             for number, (image, logits) in enumerate(zip(images, scores, strict=True), start=options.first + start):
-                classes = _likeliest(logits, image.size[::-1])
+                classes = self._placed(logits, image.size[::-1])
                 yield self._answer(classes, image, folder / f"{number:05}.png")
+
+    def _placed(self, logits: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+        """The classes of a picture of this size (H, W), from logits (C, h, w) of what the model has seen of it.
+
+        What the image processor has cut off is ``IGNORED``; what it has padded is no part of the picture.
+        """
+        places = np.broadcast_to(np.arange(size[0])[:, None], size), np.broadcast_to(np.arange(size[1]), size)
+        rows, columns = (self._resized([each])[0].numpy() for each in places)
+        is_picture = rows != IGNORED
+        ends = [_ends(is_picture.any(axis=1 - axis)) for axis in (0, 1)]
+        (top, bottom), (left, right) = ends
+        whole = [
+            _span(np.unique(each[top:bottom, left:right]), length)
+            for each, length in zip((rows, columns), size, strict=True)
+        ]
+        if whole == [(0, size[0]), (0, size[1])] and is_picture.all():
+            return _likeliest(logits, size)
+        (up, down), (west, east) = whole
+        seen = _enlarged(logits[None], rows.shape)[0][:, top:bottom, left:right]
+        classes = np.full(size, IGNORED)
+        classes[up:down, west:east] = _likeliest(seen, (down - up, east - west))
+        return classes
 
     def _answer(self, classes: np.ndarray, image: Image, path: Path) -> dict[str, Any]:
         """What ``predict`` says of one row, from the classes (H, W) of its pixels; writes its files."""
-        values = classes + int(self.settings.reduce_labels)
+        seen = classes[classes != IGNORED]
+        values = np.where(classes == IGNORED, self.settings.ignore_index, classes + int(self.settings.reduce_labels))
         small = len(self.labels) + int(self.settings.reduce_labels) <= _BYTE
         _write(values.astype(np.uint8 if small else np.uint16), path)
         _write(np.asarray(_overlay(image, classes)), path.with_suffix(".overlay.png"))
-        pixels = np.bincount(classes.ravel(), minlength=len(self.labels)) / classes.size
+        pixels = np.bincount(seen, minlength=len(self.labels)) / seen.size
         return {"mask": str(path), "shares": dict(zip(self.labels, pixels.tolist(), strict=True))}
 
 
@@ -388,6 +407,20 @@ def upright(values: np.ndarray, orientation: int) -> np.ndarray:
     """The values (H, W) of a mask, turned as EXIF says."""
     turned: np.ndarray = _TURNS.get(orientation, np.asarray)(values)
     return turned
+
+
+def _ends(mask: np.ndarray) -> tuple[int, int]:
+    """The first place where a mask is true, and the place after the last."""
+    places = np.flatnonzero(mask)
+    return int(places[0]), int(places[-1]) + 1
+
+
+def _span(places: np.ndarray, length: int) -> tuple[int, int]:
+    """Where a part of ``length`` pixels begins and ends, of which evenly spread places are known."""
+    half = (places[-1] - places[0]) / (len(places) - 1) / 2 if len(places) > 1 else length
+    begin, end = places[0] + 0.5 - half, places[-1] + 0.5 + half
+    near = max(1.0, half)  # as far as rounding of the places may be
+    return 0 if begin < near else round(begin), length if length - end < near else round(end)
 
 
 def _enlarged(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

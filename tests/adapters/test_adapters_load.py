@@ -65,6 +65,16 @@ def test_a_classifier_is_merged_with_its_head(base: Path, tmp_path: Path) -> Non
     torch.testing.assert_close(logits(merged.eval(), batch("llama")), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_classifier_is_merged_over_a_head_for_other_classes(base: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=5)
+    model.save_pretrained(tmp_path / "five")
+    trainkit.tokenizer().save_pretrained(tmp_path / "five")
+    expected = classifier(peftcli, base, tmp_path / "adapter")
+    merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged", base=str(tmp_path / "five"))
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged.eval(), batch("llama")), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_an_adapter_without_the_head_leaves_it_random(base: Path, tmp_path: Path) -> None:
     classifier(peftcli, base, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")

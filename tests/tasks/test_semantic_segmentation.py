@@ -71,6 +71,30 @@ def row(folder: Path, mask: Any, mode: str | None = None, **options: Any) -> dic
     return paths
 
 
+@pytest.mark.parametrize(
+    ("processor", "settings"),
+    [
+        ("MobileViT", {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}),
+        ("DPT", {"size": {"height": 32, "width": 32}, "do_pad": True, "size_divisor": 48}),
+    ],
+)
+@pytest.mark.parametrize("size", [(40, 100), (100, 40), (40, 40)])
+def test_an_answer_lies_where_the_model_has_seen_the_picture(
+    processor: str, settings: dict[str, Any], size: tuple[int, int]
+) -> None:
+    opened = task()
+    opened.processor = image_processor(processor)(**settings)
+    mask = np.add.outer(np.arange(size[0]) // 20, np.arange(size[1]) // 20) % 3
+    seen = opened._resized([mask])[0].clamp(min=0)
+    found = opened._placed(nn.functional.one_hot(seen, 3).permute(2, 0, 1).float(), size)
+    kept = found != IGNORED
+    assert (found == mask)[kept].mean() > 0.9  # all but the pixels at borders
+    assert kept.all() == (processor == "DPT")
+    if not kept.all():
+        assert kept[size[0] // 2 - 14 : size[0] // 2 + 14, size[1] // 2 - 14 : size[1] // 2 + 14].all()
+        assert kept.sum() < 34 * 34
+
+
 class Known(nn.Module):
     """A model that predicts given classes, (B, H, W) of each batch."""
 
