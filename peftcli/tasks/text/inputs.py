@@ -23,8 +23,6 @@ _AFTER_PADDING = {
     "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 }  # fmt: skip
 """Models that count positions from the one after the pad token's id."""
-
-
 _ANY = -1
 """The number of positions in a config of XLNet, which has no limit."""
 
