@@ -135,12 +135,10 @@ class Preference(AnswerInputs, Task[settings.Preference]):
 
     def _mismatched(self, examples: Sequence[Example]) -> Batch:
         """Each prompt with the answer of the row before: how far the model is from the reference, whatever is asked."""
-        parts = [_at_answer(each) for each in examples]
-        pairs = [(prompt, parts[at - 1][1]) for at, (prompt, _) in enumerate(parts)]
-        ids = [np.concatenate(pair)[: self.max_length] for pair in pairs]
-        labels = [
-            np.concatenate([np.full(len(prompt), IGNORED), answer])[: self.max_length] for prompt, answer in pairs
-        ]
+        prompts, answers, targets = zip(*map(_at_answer, examples), strict=True)
+        rows = list(zip(prompts, answers[-1:] + answers[:-1], targets[-1:] + targets[:-1], strict=True))
+        ids = [np.concatenate([prompt, answer])[: self.max_length] for prompt, answer, _ in rows]
+        labels = [np.concatenate([np.full(len(prompt), IGNORED), kept])[: self.max_length] for prompt, _, kept in rows]
         batch = pad_texts(ids, pad_token_id(self.processor)) | {"labels": padded(labels, IGNORED)}
         return {f"_kl_{name}": value for name, value in batch.items()}
 
@@ -242,11 +240,11 @@ def _log1mexp(value: torch.Tensor) -> torch.Tensor:
     return torch.where(value > -_HALF, torch.log(-torch.expm1(value)), torch.log1p(-value.exp()))
 
 
-def _at_answer(example: Example) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens before the answer, and from its first one on."""
+def _at_answer(example: Example) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The tokens before the answer, those from its first one on, and the labels of these."""
     ids, labels = (np.asarray(example.arrays[name]) for name in ("input_ids", "labels"))
     first = int(np.flatnonzero(labels != IGNORED)[0])
-    return ids[:first], ids[first:]
+    return ids[:first], ids[first:], labels[first:]
 
 
 def _is_good(row: Row, reader: AnswerReader) -> bool:

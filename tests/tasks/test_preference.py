@@ -115,11 +115,24 @@ def test_kl_is_that_of_answers_to_other_prompts() -> None:
         row = torch.tensor([*prompt, *answer])[None]
         with torch.no_grad():
             said = [each(input_ids=row).logits[0, start - 1 : -1].log_softmax(-1) for each in (model, base)]
-        wanted = torch.tensor([*answer])[:, None]
-        gaps.append(float((said[0] - said[1]).gather(1, wanted).sum()))
+        gains = (said[0] - said[1]).gather(1, torch.tensor([*answer])[:, None])[:, 0]
+        counts = torch.tensor([*labels[at - 1][starts[at - 1] :]]) >= 0
+        gaps.append(float(gains[counts].sum()))
     expected = sum(gaps) / len(gaps)
     assert expected > 0.1
     assert measured(model) == pytest.approx(expected, rel=1e-4)
+
+
+def test_kl_counts_the_tokens_that_the_loss_counts() -> None:
+    task = open_task("preference", "chat", loss="kto")
+    turns = [("assistant", "tea"), ("user", "or juice?"), ("assistant", "tea again")]
+    several = [{"role": role, "content": content} for role, content in turns]
+    asked = [{"role": "user", "content": "tea or juice?"}]
+    rows = [{"prompt": asked, "completion": each, "label": True} for each in (several, several[:1])]
+    examples = encoded(task, rows)
+    labels = task.collate(examples, training=False)["_kl_labels"]
+    counted = [int((np.asarray(each.arrays["labels"]) >= 0).sum()) for each in examples]
+    assert (labels >= 0).sum(1).tolist() == counted[::-1]
 
 
 def test_single_answers_are_trained_and_measured(tmp_path: Path) -> None:
@@ -218,6 +231,15 @@ def test_a_new_adapter_loses_log_2_and_learns(method: str) -> None:
     loss.backward()
     trained = [parameter.grad for _, _, parameter in named_tensors(model).values()]
     assert any(each is not None and each.abs().sum() > 1e-3 for each in trained)
+
+
+def test_a_new_adapter_is_its_reference_in_bfloat16_too() -> None:
+    """What trains takes gradients, the reference none: both compute the same numbers, with attention row by row."""
+    model, task = adapted(**METHODS["lora"]), open_task("preference", "chat")
+    unpad(model, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = task.loss(model, task.collate(encoded(task, PREFERRED[:4]), training=True)).total
+    assert float(loss.detach()) == pytest.approx(4 * math.log(2), rel=1e-7)
 
 
 def test_the_reference_has_no_dropout() -> None:

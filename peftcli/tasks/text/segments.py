@@ -26,7 +26,7 @@ from transformers.masking_utils import sdpa_mask
 ATTENTION = "peftcli_unpadded"
 """The name with transformers of SDPA's attention that knows segments."""
 _FEW, _SMALL_HEAD = 128, 64
-"""On a CPU, attention over so few tokens with heads no larger trains faster in float32 than in bfloat16."""
+"""On a CPU, attention over so few tokens with heads no larger is faster in float32 than in bfloat16."""
 _BLOCK = 1024
 """So many tokens are asked at once which others they see."""
 _MOST_PADDING = 4
@@ -200,7 +200,7 @@ def _attend(
 ) -> torch.Tensor:
     few = key.shape[2] <= _FEW and key.shape[3] <= _SMALL_HEAD and (mask is None or mask.dtype == torch.bool)
     narrow = value.dtype == torch.bfloat16 and value.device.type == "cpu"  # the others too, or under autocast
-    if not (few and narrow and value.requires_grad):
+    if not (few and narrow):
         found, _ = sdpa_attention_forward(module, query, key, value, mask, **settings)
         return found
     with torch.autocast("cpu", enabled=False):
