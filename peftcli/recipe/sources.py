@@ -72,10 +72,16 @@ def _merge(base: Value, top: Value) -> Value:
     merged = dict(base.data)
     for name, value in top.data.items():
         below = merged.get(name)
-        if below is not None and name == "task" and isinstance(below.data, str) and isinstance(value.data, dict):
-            below = _expand_short_form(below, name)
-        merged[name] = value if below is None else _merge(below, value)
+        if below is not None and (isinstance(below.data, dict) or isinstance(value.data, dict)):
+            value = _merge(_in_full(below, name), _in_full(value, name))
+        merged[name] = value
     return replace(top, data=merged)
+
+
+def _in_full(value: Value, section: str) -> Value:
+    """Expand a section that is given as one setting to a mapping."""
+    is_short = section in _SHORT_FORMS and isinstance(value.data, str)
+    return replace(value, data={_SHORT_FORMS[section]: value}) if is_short else value
 
 
 def _override(tree: Value, text: str, problems: Problems) -> Value:
@@ -126,15 +132,10 @@ def _set(tree: Value, path: list[str], value: Value) -> Value:
         tree = Value({}, COMMAND_LINE, key_place=COMMAND_LINE)
     children = tree.data if isinstance(tree.data, dict) else {}
     old = children.get(name)
-    if name in _SHORT_FORMS and old is not None:
-        if name == "base_model" and not rest and isinstance(old.data, dict) and isinstance(value.data, str):
-            rest = ["name"]
-        elif rest and isinstance(old.data, str):
-            old = _expand_short_form(old, name)
-    new = _set(old or Value({}, COMMAND_LINE, key_place=COMMAND_LINE), rest, value) if rest else value
+    if rest:
+        new = _set(_in_full(old, name) if old else Value({}, COMMAND_LINE, key_place=COMMAND_LINE), rest, value)
+    elif old and isinstance(old.data, dict) and isinstance(value.data, str):
+        new = _merge(old, _in_full(value, name))
+    else:
+        new = value
     return replace(tree, data={**children, name: new})
-
-
-def _expand_short_form(value: Value, section: str) -> Value:
-    """Expand a section that is given as one setting to a mapping."""
-    return replace(value, data={_SHORT_FORMS[section]: value})

@@ -28,6 +28,8 @@ from peftcli.train.sharded import check_divisible, is_sharded
 from peftcli.train.strategies import STAGES
 
 _LARGEST_BUCKET = 50_000_000
+_COMPILED = "deepspeed_shm_comm"
+"""A kernel that DeepSpeed compiles on a CPU and uses for inference only. Killed meanwhile, it lets later runs wait."""
 
 
 class ZeroModel(PreparedModel):
@@ -148,6 +150,7 @@ def start_engine(
     with contextlib.redirect_stdout(sys.stderr):  # it prints
         deepspeed = importlib.import_module("deepspeed")
         _speak_on_stderr()
+        deepspeed.ops.__compatible_ops__[_COMPILED] = False
         if stage == STAGES["zero3"]:  # weight by weight, since the device may not hold all
             deepspeed.zero.Init(module=model, config_dict_or_path=config)
             for buffer in model.buffers():

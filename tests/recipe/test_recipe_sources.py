@@ -65,14 +65,20 @@ def test_extends(write, good: str, tmp_path: Path) -> None:
     assert (recipe.method["r"], recipe.method["target_modules"]) == (32, ["q_proj", "v_proj"])
 
 
-def test_extends_with_another_method_or_base_model_replaces_it(write) -> None:
-    write(text="base_model: {name: a/b, revision: main}\nmethod: {type: lora, r: 4}\n", name="base.yaml")
-    path = write(
-        text="extends: base.yaml\nbase_model: c/d\ntask: causal_lm\nmethod: {type: prompt_tuning}\n"
-        "dataset: {train: org/data}\ntraining: {output_dir: x}\n"
-    )
-    recipe = load_recipe(path)
-    assert (recipe.base_model.name, recipe.base_model.revision) == ("c/d", None)
+@pytest.mark.parametrize(
+    ("inherited", "own"),
+    [
+        ("base_model: {name: a/b, quantization: nf4}\ntask: {type: causal_lm, overlong: drop}", "base_model: c/d"),
+        ("base_model: {name: a/b, quantization: nf4}\ntask: {type: causal_lm, overlong: drop}", "task: causal_lm"),
+        ("base_model: c/d\ntask: causal_lm", "base_model: {quantization: nf4}\ntask: {overlong: drop}"),
+    ],
+)
+def test_a_name_alone_leaves_the_settings_beside_it(write, inherited: str, own: str) -> None:
+    write(text=f"{inherited}\nmethod: {{type: lora, r: 4}}\n", name="base.yaml")
+    rest = "method: {type: prompt_tuning}\ndataset: {train: org/data}\ntraining: {output_dir: x}\n"
+    recipe = load_recipe(write(text=f"extends: base.yaml\n{own}\n{rest}"), ["task=causal_lm", "base_model=c/d"])
+    assert (recipe.base_model.name, recipe.dataset.overlong) == ("c/d", "drop")
+    assert recipe.base_model.quantization is not None
     assert "r" not in recipe.method
 
 
