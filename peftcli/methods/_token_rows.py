@@ -22,12 +22,15 @@ class TrainedRows(AdapterLayer):
         super().__init__(base_layer)
         self.tokens = list(tokens)
         self.trainable_tokens_delta = rows
-        self.written_as: str | None = None
-        """Name of the rows in the adapter file, where it does not follow from the layer's path."""
+        self.is_beside = False
+        """Whether the rows are a part of another method's adapter."""
+        self.written_at: str | None = None
+        """Path of the layer that has the rows in the adapter file, if that is another one."""
 
     def file_name(self, path: str, tensor: str) -> str:
-        own = tensor == "trainable_tokens_delta"
-        return self.written_as if own and self.written_as else super().file_name(path, tensor)
+        if tensor != "trainable_tokens_delta":
+            return super().file_name(path, tensor)
+        return super().file_name(self.written_at or path, f"token_adapter.{tensor}" if self.is_beside else tensor)
 
     def overrides(self, below: AdapterLayer) -> bool:
         return isinstance(below, TrainedRows) and not set(self.tokens).isdisjoint(below.tokens)

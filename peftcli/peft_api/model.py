@@ -29,7 +29,7 @@ from peftcli.peft_api.loading import LoadResult, find, key_mapping_for, load, re
 from peftcli.peft_api.new_adapter import check_name, start_adapter
 from peftcli.peft_api.prepare import prepare_model_for_gradient_checkpointing
 from peftcli.peft_api.replace_adapter import replace_adapter, replacing
-from peftcli.peft_api.saved_by_trainer import SavedByTrainer, write_for_trainer
+from peftcli.peft_api.saved_by_trainer import SavedByTrainer, place_in_checkpoint, write_for_trainer
 from peftcli.peft_api.shown_arguments import ShowsArguments
 from peftcli.peft_api.soft_prompts import prompt_embedding, prompt_encoders
 from peftcli.peft_api.state_dicts import take
@@ -318,7 +318,7 @@ class PeftModel(SavedByTrainer):
                 "False would write a pickle, which can run code when it is read", key="safe_serialization"
             )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        self.base_model.check_known(names)
+        self.base_model.check_known(names, "selected_adapters")
         if is_main_process:
             if outside := sorted(_trained_outside(self)):
                 shown = ", ".join(outside[:3]) + (f" and {len(outside) - 3} more" if len(outside) > 3 else "")
@@ -468,8 +468,8 @@ class PeftModel(SavedByTrainer):
         """
         tuner, model = self.base_model, self.get_base_model()
         tuner.check_unmerged()
-        source = find(model_id, options)
         name = tuner.only_active() if adapter_name is None else adapter_name
+        source = find(place_in_checkpoint(model_id, name) if name in self.peft_config else model_id, options)
         rename = renaming(key_mapping_for(model, source.config, key_mapping))
         if name in self.peft_config:
             old = self.peft_config[name]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from peftcli.core.files import write_tensor_file
+from peftcli.guard.adapter_folder import CONFIG_FILE
 from peftcli.peft_api.shown_arguments import forward_inside
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -61,6 +62,12 @@ def write_for_trainer(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None
     """Write what Trainer itself reads when it resumes from one of its checkpoints, or loads the best of them."""
     if _CHECKPOINT.fullmatch(folder.name):
         write_tensor_file(folder / "model.safetensors", tensors)
+
+
+def place_in_checkpoint(folder: str | Path, name: str) -> str | Path:
+    """Where the adapter ``name`` is. Of its own checkpoints Trainer names the folder, whatever the adapter."""
+    own = Path(folder, name)
+    return own if _CHECKPOINT.fullmatch(Path(folder).name) and (own / CONFIG_FILE).is_file() else folder
 
 
 def _asked(model: Any, name: str) -> bool:

@@ -47,10 +47,11 @@ def get_peft_model_state_dict(
     tensors = adapter_state(place, name)
     if state_dict is not None and (missing := [key for key, value in tensors.items() if value.is_meta]):
         raise AdapterError(f"lacks {missing[0]}", key="state_dict")
-    if tuner is None:
-        return {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
-    assert name is not None
-    return {**tensors, **embedding_layers(place, tuner.peft_config[name], name, save_embedding_layers)}
+    configs = getattr(model, "peft_config", {}) if tuner is None else tuner.peft_config
+    name = name or next(iter(configs), None)
+    if name in configs:
+        tensors |= embedding_layers(place, configs[name], name, save_embedding_layers)
+    return tensors if tuner else {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
 
 
 def set_peft_model_state_dict(

@@ -413,11 +413,11 @@ class Tuner(nn.Module):
             raise AdapterError(f"{len(self.active_adapters)} adapters are active; name one", key="adapter_name")
         return self.active_adapters[0]
 
-    def check_known(self, names: Sequence[str]) -> None:
+    def check_known(self, names: Sequence[str], key: str = "adapter_name") -> None:
         """Raise AdapterError for a name that no adapter has."""
         if unknown := [name for name in names if name not in self.peft_config]:
             there = ", ".join(self.peft_config) or "none"
-            raise AdapterError(f"Adapter {unknown[0]} does not exist; there are: {there}", key="adapter_name")
+            raise AdapterError(f"Adapter {unknown[0]} does not exist; there are: {there}", key=key)
 
     def check_new(self, name: str) -> None:
         """Raise AdapterError for a name that is taken or not valid, and while adapters are merged."""

@@ -69,6 +69,14 @@ def test_the_rows_of_a_resized_vocabulary_are_saved_and_loaded(
     torch.testing.assert_close(logits(loaded, _inputs(folder)), logits(model, _inputs(folder)), atol=1e-5, rtol=1e-5)
 
 
+def test_those_of_a_model_with_an_adapter_in_it_are_saved_too(folder: Path) -> None:
+    model = _resized(folder, 0)
+    config = peftcli.LoraConfig(r=4, target_modules=["q_proj"], base_model_name_or_path=str(folder))
+    peftcli.inject_adapter_in_model(config, model)
+    wanted = _adapted(peftcli, folder).get_base_model().get_input_embeddings().weight
+    assert torch.equal(peftcli.get_peft_model_state_dict(model)["model.embed_tokens.weight"], wanted)
+
+
 def test_the_same_tensors_as_pefts(folder: Path, tmp_path: Path) -> None:
     for number, options in enumerate([{}, {"save_embedding_layers": True}, {"save_embedding_layers": False}]):
         found = []

@@ -106,6 +106,19 @@ def test_several_adapters_and_a_model_of_ones_own_are_saved_too(tmp_path: Path) 
     assert own.is_activation_checkpointing is False  # which Trainer asks before it trains on several devices
 
 
+def test_the_best_of_another_adapter_than_default_is_loaded(tmp_path: Path) -> None:
+    """Trainer names the checkpoint's folder, where ``default`` is, and the adapter that is active."""
+    model = _model()
+    model.add_adapter("other", peftcli.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["k_proj"]))
+    model.set_adapter("other")
+    trainer = _trainer(model, tmp_path)
+    trainer.train()
+    trainer.model.load_adapter(str(tmp_path / "checkpoint-2"), "other")
+    saved = load_file(tmp_path / "checkpoint-2" / "other" / "adapter_model.safetensors")
+    found = peftcli.get_peft_model_state_dict(model, adapter_name="other")
+    assert all(torch.equal(found[name], value) for name, value in saved.items())
+
+
 def test_a_gathered_state_is_saved_in_the_place_of_the_models(tmp_path: Path) -> None:
     model, other = _model(), _model()
     state = {name: value * 2 for name, value in model.state_dict().items()}

@@ -119,6 +119,7 @@ def test_the_adapter_methods_of_a_transformers_model(before_others: None, tmp_pa
     assert list(model.peft_config) == ["second"]
     torch.testing.assert_close(model(IDS).logits, wanted["second"])
     model.save_pretrained(tmp_path / "saved")
+    assert next(layer for layer in model.modules() if hasattr(layer, "lora_A")).active_adapter == ["second"]
     torch.testing.assert_close(_base(tmp_path, "saved")(IDS).logits, wanted["second"])
     again = peftcli.PeftModel.from_pretrained(_base(tmp_path), tmp_path / "saved").eval()
     torch.testing.assert_close(again(IDS).logits, wanted["second"])
@@ -132,6 +133,7 @@ def test_load_adapter_of_transformers_reads_a_file_or_refuses_it(before_others: 
     configs = [
         peftcli.LNTuningConfig(target_modules=["input_layernorm"]),
         peftcli.LoraConfig(r=2, modules_to_save=["lm_head"]),
+        peftcli.LoraConfig(r=2, trainable_token_indices=[5, 6]),
         peftcli.VeraConfig(r=2, target_modules=["q_proj"]),
     ]
     peftcli.peft_api.install()

@@ -31,9 +31,9 @@ class PeftLayerMixin:
     """What they replaced: module, name, and the weight or buffer that was there."""
 
     @property
-    def active_adapter(self) -> str | list[str]:
-        """Name of the model's active adapter; a list, unless there is exactly one."""
-        return self.active_adapters[0] if len(self.active_adapters) == 1 else list(self.active_adapters)
+    def active_adapter(self) -> list[str]:
+        """Names of the model's active adapters. PEFT's layers, unlike its models, give a list of a single one too."""
+        return list(self.active_adapters)
 
     @property
     def merged(self) -> bool:

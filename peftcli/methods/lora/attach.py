@@ -125,4 +125,6 @@ def _train_rows(model: nn.Module, config: LoraConfig) -> None:
         replace_modules(model, {module: rows.train(module.training)})
         shared = share_rows(model, rows) if together and name in tied else {}
         for layer in (rows, *shared.values()):
-            layer.written_as = f"{config.file_prefix}{name}.token_adapter.trainable_tokens_delta"
+            layer.is_beside = True
+        for layer in shared.values():
+            layer.written_at = name
