@@ -48,7 +48,7 @@ def get_peft_model_state_dict(
     if state_dict is not None and (missing := [key for key, value in tensors.items() if value.is_meta]):
         raise AdapterError(f"lacks {missing[0]}", key="state_dict")
     configs = getattr(model, "peft_config", {}) if tuner is None else tuner.peft_config
-    name = name or next(iter(configs), None)
+    name = name or next(iter(configs), "")
     if name in configs:
         tensors |= embedding_layers(place, configs[name], name, save_embedding_layers)
     return tensors if tuner else {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
