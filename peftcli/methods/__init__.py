@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 from peftcli.core import config_classes
@@ -26,7 +27,8 @@ class Method:
     title: str
     """The method's name in a sentence."""
     summary: str
-    paper: str
+    source: str
+    """The paper: its number in arXiv, or the address of another one."""
     soft_prompt: bool = False
     """Whether it puts virtual tokens, or keys and values, before the input's. With such an adapter PEFT generates
     wrong text on transformers 5: it repeats them at each generated token."""
@@ -35,6 +37,11 @@ class Method:
     def peft_type(self) -> str:
         """The method's name in adapter_config.json."""
         return self.name.upper()
+
+    @property
+    def paper(self) -> str:
+        """The address of the paper."""
+        return self.source if ":" in self.source else f"https://arxiv.org/abs/{self.source}"
 
     @property
     def config_place(self) -> str:
@@ -46,72 +53,48 @@ class Method:
         return getattr(importlib.import_module(f"peftcli.methods.{self.config_place}"), self.config_name)
 
 
+_soft_prompt = partial(Method, soft_prompt=True)
+
 _ROWS = (
-    Method("lora", "LoraConfig", "LoRA", "a low-rank update beside chosen layers", "https://arxiv.org/abs/2106.09685"),
+    Method("lora", "LoraConfig", "LoRA", "a low-rank update beside chosen layers", "2106.09685"),
     Method(
-        "adalora",
-        "AdaLoraConfig",
-        "AdaLoRA",
-        "LoRA that moves its budget to the layers that need it",
-        "https://arxiv.org/abs/2303.10512",
+        "adalora", "AdaLoraConfig", "AdaLoRA", "LoRA that moves its budget to the layers that need it", "2303.10512"
     ),
     Method(
-        "vera",
-        "VeraConfig",
-        "VeRA",
-        "trained vectors around two random matrices that all layers share",
-        "https://arxiv.org/abs/2310.11454",
+        "vera", "VeraConfig", "VeRA", "trained vectors around two random matrices that all layers share", "2310.11454"
     ),
     Method(
         "randlora",
         "RandLoraConfig",
         "RandLoRA",
         "a full-rank update from random bases that all layers share",
-        "https://arxiv.org/abs/2502.00987",
+        "2502.00987",
     ),
     Method(
         "vblora",
         "VBLoRAConfig",
         "VB-LoRA",
         "LoRA put together from a bank of vectors that all layers share",
-        "https://arxiv.org/abs/2405.15179",
+        "2405.15179",
     ),
     Method(
         "unilora",
         "UniLoraConfig",
         "Uni-LoRA",
         "LoRA whose every number is one of a single trained vector",
-        "https://arxiv.org/abs/2506.00799",
+        "2506.00799",
     ),
     Method(
         "fourierft",
         "FourierFTConfig",
         "FourierFT",
         "a few trained places in the update's Fourier spectrum",
-        "https://arxiv.org/abs/2405.03003",
+        "2405.03003",
     ),
-    Method(
-        "waveft",
-        "WaveFTConfig",
-        "WaveFT",
-        "a few trained wavelet coefficients of the update",
-        "https://arxiv.org/abs/2505.12532",
-    ),
-    Method("c3a", "C3AConfig", "C3A", "an update of circulant blocks", "https://arxiv.org/abs/2407.19342"),
-    Method(
-        "miss",
-        "MissConfig",
-        "MiSS",
-        "one block that is repeated along a layer's inputs",
-        "https://arxiv.org/abs/2409.15371",
-    ),
-    Method(
-        "shira",
-        "ShiraConfig",
-        "SHiRA",
-        "a few numbers of each weight, at random places",
-        "https://arxiv.org/abs/2406.13175",
-    ),
+    Method("waveft", "WaveFTConfig", "WaveFT", "a few trained wavelet coefficients of the update", "2505.12532"),
+    Method("c3a", "C3AConfig", "C3A", "an update of circulant blocks", "2407.19342"),
+    Method("miss", "MissConfig", "MiSS", "one block that is repeated along a layer's inputs", "2409.15371"),
+    Method("shira", "ShiraConfig", "SHiRA", "a few numbers of each weight, at random places", "2406.13175"),
     Method(
         "hira",
         "HiraConfig",
@@ -119,111 +102,33 @@ _ROWS = (
         "the base weight times a low-rank factor, number by number",
         "https://openreview.net/forum?id=TwJrTz9cRS",
     ),
+    Method("delora", "DeloraConfig", "DeLoRA", "LoRA whose directions and strength train apart", "2503.18225"),
+    Method("gralora", "GraloraConfig", "GraLoRA", "a LoRA for each block of a weight", "2505.20355"),
+    Method("ia3", "IA3Config", "(IA)^3", "a trained factor for each output or input of chosen layers", "2205.05638"),
     Method(
-        "delora",
-        "DeloraConfig",
-        "DeLoRA",
-        "LoRA whose directions and strength train apart",
-        "https://arxiv.org/abs/2503.18225",
+        "loha", "LoHaConfig", "LoHa", "an update that is two low-rank ones multiplied number by number", "2108.06098"
     ),
-    Method(
-        "gralora", "GraloraConfig", "GraLoRA", "a LoRA for each block of a weight", "https://arxiv.org/abs/2505.20355"
-    ),
-    Method(
-        "ia3",
-        "IA3Config",
-        "(IA)^3",
-        "a trained factor for each output or input of chosen layers",
-        "https://arxiv.org/abs/2205.05638",
-    ),
-    Method(
-        "loha",
-        "LoHaConfig",
-        "LoHa",
-        "an update that is two low-rank ones multiplied number by number",
-        "https://arxiv.org/abs/2108.06098",
-    ),
-    Method(
-        "lokr",
-        "LoKrConfig",
-        "LoKr",
-        "an update that is the Kronecker product of two small matrices",
-        "https://arxiv.org/abs/2309.14859",
-    ),
-    Method(
-        "ln_tuning",
-        "LNTuningConfig",
-        "LN tuning",
-        "the norms trained in full, and nothing else",
-        "https://arxiv.org/abs/2312.11420",
-    ),
-    Method(
-        "oft", "OFTConfig", "OFT", "a rotation of blocks of each layer's inputs", "https://arxiv.org/abs/2306.07280"
-    ),
-    Method(
-        "boft",
-        "BOFTConfig",
-        "BOFT",
-        "a rotation of each layer's inputs, in butterfly factors",
-        "https://arxiv.org/abs/2311.06243",
-    ),
-    Method("hra", "HRAConfig", "HRA", "a few reflections of each layer's inputs", "https://arxiv.org/abs/2405.17484"),
-    Method(
-        "psoft",
-        "PsoftConfig",
-        "PSOFT",
-        "a rotation of each weight's principal directions",
-        "https://arxiv.org/abs/2505.11235",
-    ),
-    Method(
-        "lily",
-        "LilyConfig",
-        "Lily",
-        "LoRA whose matrices layers share and mix as the input asks",
-        "https://arxiv.org/abs/2407.09946",
-    ),
+    Method("lokr", "LoKrConfig", "LoKr", "an update that is the Kronecker product of two small matrices", "2309.14859"),
+    Method("ln_tuning", "LNTuningConfig", "LN tuning", "the norms trained in full, and nothing else", "2312.11420"),
+    Method("oft", "OFTConfig", "OFT", "a rotation of blocks of each layer's inputs", "2306.07280"),
+    Method("boft", "BOFTConfig", "BOFT", "a rotation of each layer's inputs, in butterfly factors", "2311.06243"),
+    Method("hra", "HRAConfig", "HRA", "a few reflections of each layer's inputs", "2405.17484"),
+    Method("psoft", "PsoftConfig", "PSOFT", "a rotation of each weight's principal directions", "2505.11235"),
+    Method("lily", "LilyConfig", "Lily", "LoRA whose matrices layers share and mix as the input asks", "2407.09946"),
     Method(
         "tinylora",
         "TinyLoraConfig",
         "TinyLoRA",
         "a handful of numbers that mix each weight's principal directions",
-        "https://arxiv.org/abs/2602.04118",
+        "2602.04118",
     ),
+    Method("pvera", "PveraConfig", "PVeRA", "VeRA whose bottleneck is drawn at random in training", "2512.07703"),
+    Method("frod", "FrodConfig", "FRoD", "scales and sparse rotations in a basis that layers share", "2512.23485"),
     Method(
-        "pvera",
-        "PveraConfig",
-        "PVeRA",
-        "VeRA whose bottleneck is drawn at random in training",
-        "https://arxiv.org/abs/2512.07703",
+        "peanut", "PeanutConfig", "PEANuT", "a small network that makes the update from the base weight", "2410.01870"
     ),
-    Method(
-        "frod",
-        "FrodConfig",
-        "FRoD",
-        "scales and sparse rotations in a basis that layers share",
-        "https://arxiv.org/abs/2512.23485",
-    ),
-    Method(
-        "peanut",
-        "PeanutConfig",
-        "PEANuT",
-        "a small network that makes the update from the base weight",
-        "https://arxiv.org/abs/2410.01870",
-    ),
-    Method(
-        "deft",
-        "DeftConfig",
-        "DEFT",
-        "a few directions taken from the weight and given back new",
-        "https://arxiv.org/abs/2509.22793",
-    ),
-    Method(
-        "supertuning",
-        "SupertuningConfig",
-        "Super-Tuning",
-        "the largest numbers of each weight",
-        "https://arxiv.org/abs/2607.09287",
-    ),
+    Method("deft", "DeftConfig", "DEFT", "a few directions taken from the weight and given back new", "2509.22793"),
+    Method("supertuning", "SupertuningConfig", "Super-Tuning", "the largest numbers of each weight", "2607.09287"),
     Method(
         "adamss",
         "AdamssConfig",
@@ -231,13 +136,7 @@ _ROWS = (
         "a small update for each group of outputs, through each weight's principal directions",
         "https://neurips.cc/virtual/2025/poster/119606",
     ),
-    Method(
-        "poly",
-        "PolyConfig",
-        "Poly",
-        "a few low-rank updates that tasks mix in shares of their own",
-        "https://arxiv.org/abs/2202.13914",
-    ),
+    Method("poly", "PolyConfig", "Poly", "a few low-rank updates that tasks mix in shares of their own", "2202.13914"),
     Method(
         "trainable_tokens",
         "TrainableTokensConfig",
@@ -245,91 +144,69 @@ _ROWS = (
         "chosen rows of the embedding, and of a head that shares them",
         "https://huggingface.co/docs/peft/package_reference/trainable_tokens",
     ),
-    Method(
-        "beft", "BeftConfig", "BEFT", "a trained bias for the attention's values", "https://arxiv.org/abs/2509.15974"
-    ),
-    Method(
-        "road",
-        "RoadConfig",
-        "RoAd",
-        "pairs of each layer's outputs turned and scaled",
-        "https://arxiv.org/abs/2409.00119",
-    ),
+    Method("beft", "BeftConfig", "BEFT", "a trained bias for the attention's values", "2509.15974"),
+    Method("road", "RoadConfig", "RoAd", "pairs of each layer's outputs turned and scaled", "2409.00119"),
     Method(
         "glora",
         "GloraConfig",
         "GLoRA",
         "weights and biases, each scaled and shifted by small trained parts",
-        "https://arxiv.org/abs/2306.07967",
+        "2306.07967",
     ),
     Method(
         "osf",
         "OSFConfig",
         "OSF",
         "the weaker singular directions of each weight, trained apart from the stronger",
-        "https://arxiv.org/abs/2504.07097",
+        "2504.07097",
     ),
     Method(
         "adaption_prompt",
         "AdaptionPromptConfig",
         "LLaMA-Adapter",
         "trained vectors that the last layers attend to, through a gate that starts closed",
-        "https://arxiv.org/abs/2303.16199",
+        "2303.16199",
     ),
-    Method(
-        "prompt_tuning",
-        "PromptTuningConfig",
-        "prompt tuning",
-        "trained virtual tokens before the input",
-        "https://arxiv.org/abs/2104.08691",
-        soft_prompt=True,
+    _soft_prompt(
+        "prompt_tuning", "PromptTuningConfig", "prompt tuning", "trained virtual tokens before the input", "2104.08691"
     ),
-    Method(
+    _soft_prompt(
         "multitask_prompt_tuning",
         "MultitaskPromptTuningConfig",
         "multitask prompt tuning",
         "virtual tokens that tasks share, with a factor for each task",
-        "https://arxiv.org/abs/2303.02861",
-        soft_prompt=True,
+        "2303.02861",
     ),
-    Method(
+    _soft_prompt(
         "p_tuning",
         "PromptEncoderConfig",
         "p-tuning",
         "virtual tokens that a small network makes while they train",
-        "https://arxiv.org/abs/2103.10385",
-        soft_prompt=True,
+        "2103.10385",
     ),
-    Method(
+    _soft_prompt(
         "prefix_tuning",
         "PrefixTuningConfig",
         "prefix tuning",
         "trained keys and values before those of every attention layer",
-        "https://arxiv.org/abs/2101.00190",
-        soft_prompt=True,
+        "2101.00190",
     ),
-    Method(
-        "cpt",
-        "CPTConfig",
-        "CPT",
-        "example tokens before the input, whose vectors train within a bound",
-        "https://arxiv.org/abs/2410.17222",
-        soft_prompt=True,
+    _soft_prompt(
+        "cpt", "CPTConfig", "CPT", "example tokens before the input, whose vectors train within a bound", "2410.17222"
     ),
-    Method(
+    _soft_prompt(
         "cartridge",
         "CartridgeConfig",
         "cartridge",
         "keys and values of a document, trained on, before those of every attention layer",
-        "https://arxiv.org/abs/2506.06266",
-        soft_prompt=True,
+        "2506.06266",
     ),
     Method(
         "xlora",
         "XLoraConfig",
         "X-LoRA",
         "several trained LoRA adapters, mixed for each token by a classifier",
-        "https://arxiv.org/abs/2402.07148",
+        "2402.07148",
     ),
 )
 METHODS = {row.name: row for row in _ROWS}
