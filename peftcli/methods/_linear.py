@@ -21,8 +21,11 @@ _LARGEST_R = 4096
 class DeltaLinear(AdapterLayer):
     """``y = (W + delta) x + b`` with ``delta: (out, in)``, made of the adapter's weights."""
 
+    kinds = "Linear and Conv1D"
+    """What the method adapts, in messages."""
+
     def __init__(self, module: nn.Module, name: str, method: str, bias: str = "none", dropout: float = 0.0):
-        view = require_linear(module, name, method)
+        view = require_linear(module, name, method, self.kinds)
         super().__init__(with_bias(module, bias))
         self.view = view
         self.dropout = dropout_layer(dropout)
@@ -56,6 +59,12 @@ class SharingLinear(DeltaLinear):
 
     def file_name(self, path: str, tensor: str) -> str:
         return f"base_model.{tensor}" if tensor in self.shared else super().file_name(path, tensor)
+
+    def projections(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the columns and rows of ``share_projections`` that the layer uses: (rows, in) and (out, r)."""
+        device = next(self.parameters(recurse=False)).device
+        a, b = (getattr(self, name) for name in self.shared)
+        return a[:, : self.view.in_features].to(device), b[: self.view.out_features].to(device)
 
 
 class WeightDelta(AdapterLayer):
@@ -118,6 +127,13 @@ def require_linear(module: nn.Module, name: str, method: str, kinds: str = "Line
     return view
 
 
+def check_ungrouped(module: nn.Module, name: str, method: str) -> None:
+    """Raise AdapterError for a convolution with groups, which ``method`` does not adapt."""
+    if base_module(module).groups > 1:
+        found = f"{name} is a grouped convolution; {method} adapts those without groups"
+        raise AdapterError(found, key="target_modules")
+
+
 def factory_kwargs(layer: nn.Module) -> dict[str, Any]:
     """Return the device and dtype for adapter weights of a layer."""
     weight = stored_weight(layer)
@@ -129,6 +145,20 @@ def check_drawn(r: int, layers: Iterable[Any]) -> None:
     widest = max(side for layer in layers for side in (layer.view.in_features, layer.view.out_features))
     if r > max(_LARGEST_R, 2 * widest):
         raise AdapterError(f"{r:,} is far larger than the layers, whose largest side is {widest:,}", key="r")
+
+
+def share_projections(layers: Sequence[Any], method: str, rows: int, r: int, seed: int) -> None:
+    """Draw ``A: (rows, in)`` and ``B: (out, r)``, as wide and as tall as the largest layer needs, for every layer.
+
+    They are drawn as PEFT draws them: its files may hold the seed alone.
+    """
+    check_drawn(r, layers)
+    a = torch.empty(rows, max(layer.view.in_features for layer in layers))
+    b = torch.empty(max(layer.view.out_features for layer in layers), r)
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in (a, b):
+        nn.init.kaiming_uniform_(tensor, generator=generator)
+    share_tensors(layers, {f"{method}_A": a, f"{method}_B": b})
 
 
 def share_tensors(layers: Sequence[AdapterLayer], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -17,6 +19,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 class LycorisLayer(AdapterLayer):
     """How strong the delta is, and what of it is left out in training."""
 
+    method: str
+    """The method's name in messages."""
     rescaled = True
     """Whether to scale up what rank_dropout keeps, so that its mean stays the same."""
 
@@ -26,6 +30,10 @@ class LycorisLayer(AdapterLayer):
         self.scaling = self.full_scaling = pattern_value(config.alpha_pattern, name, config.alpha) / self.r
         self.rank_dropout = config.rank_dropout
         self.module_dropout = config.module_dropout
+
+    def start(self, shape: tuple[int, ...], window: tuple[int, ...], config: Any) -> None:
+        """Make the weights of a delta ``shape``, (out, in) or (out, in, k...), whose ``window`` is taken apart too."""
+        raise NotImplementedError
 
     def thinned(self, update: torch.Tensor, dim: int) -> torch.Tensor:
         """``update``, whose outputs are along ``dim``, without what a step of training leaves out."""
@@ -43,6 +51,13 @@ class LycorisLayer(AdapterLayer):
 class LycorisLinear(LycorisLayer, DeltaLinear):
     """A linear layer with a LyCORIS delta."""
 
+    kinds = "Linear, Conv1D, Conv1d and Conv2d"
+
+    def __init__(self, module: nn.Module, name: str, config: LycorisConfig):
+        super().__init__(module, name, self.method)
+        self.take(name, config)
+        self.start((self.view.out_features, self.view.in_features), (), config)
+
     def update(self, x: torch.Tensor) -> torch.Tensor:
         return self.thinned(super().update(x), -1)
 
@@ -50,10 +65,15 @@ class LycorisLinear(LycorisLayer, DeltaLinear):
 class LycorisConv(LycorisLayer, DeltaConv):
     """A convolution with a LyCORIS delta."""
 
+    def __init__(self, module: nn.Module, name: str, config: LycorisConfig):
+        super().__init__(module)
+        self.take(name, config)
+        self.start(base_module(module).weight.shape, self._window(config), config)
+
     def update(self, x: torch.Tensor) -> torch.Tensor:
         return self.thinned(super().update(x), 1 - base_module(self).weight.ndim)
 
-    def window(self, config: LycorisConfig) -> tuple[int, ...]:
+    def _window(self, config: LycorisConfig) -> tuple[int, ...]:
         """The kernel's window, when it is taken apart too; a 1-d one is written with a second side of 1."""
         window: tuple[int, ...] = base_module(self).kernel_size
         return (*window, 1)[:2] if config.use_effective_conv2d and any(side > 1 for side in window) else ()

@@ -8,13 +8,19 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module
-from peftcli.errors import AdapterError
 from peftcli.methods._conv import WeightDeltaConv
-from peftcli.methods._linear import require_linear, with_bias
+from peftcli.methods._linear import check_ungrouped, require_linear, with_bias
 
 
 class Rotating(AdapterLayer):
     """A layer with a rotation of its inputs."""
+
+    method: str
+    """The method's name in messages."""
+
+    def start(self, features: int, name: str, config: Any) -> None:
+        """Make the weights that rotate ``features`` inputs of the module ``name``."""
+        raise NotImplementedError
 
     def rotated(self, rows: torch.Tensor, back: bool = False) -> torch.Tensor:
         """Each of the rows (..., in) rotated, or rotated back. The rows have the adapter's dtype."""
@@ -32,10 +38,11 @@ class Rotating(AdapterLayer):
 class RotatedLinear(Rotating):
     """``y = W R x + b`` for a linear layer: the input is rotated, since it is smaller than the weight."""
 
-    def __init__(self, module: nn.Module, name: str, method: str, bias: str):
-        view = require_linear(module, name, method, "linear layers and Conv2d")
-        super().__init__(with_bias(module, bias))
+    def __init__(self, module: nn.Module, name: str, config: Any):
+        view = require_linear(module, name, self.method, "linear layers and Conv2d")
+        super().__init__(with_bias(module, config.bias))
         self.view = view
+        self.start(view.in_features, name, config)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.enabled:
@@ -50,12 +57,10 @@ class RotatedLinear(Rotating):
 class RotatedConv(Rotating, WeightDeltaConv):
     """The same for a convolution: what is rotated is the part of the input that the kernel sees."""
 
-    def __init__(self, module: nn.Module, name: str, method: str, bias: str):
-        if base_module(module).groups > 1:
-            raise AdapterError(
-                f"{name} is a grouped convolution; {method} adapts those without groups", key="target_modules"
-            )
-        super().__init__(module, bias)
+    def __init__(self, module: nn.Module, name: str, config: Any):
+        check_ungrouped(module, name, self.method)
+        super().__init__(module, config.bias)
+        self.start(base_module(module).weight[0].numel(), name, config)
 
     def delta_of(self, weight: torch.Tensor) -> torch.Tensor:
         return self.turned(weight.flatten(1)).view(weight.shape) - weight

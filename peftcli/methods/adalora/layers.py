@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype, adapter_layers, base_module, path_in_file
-from peftcli.core.linear import Linear, linear_view
+from peftcli.core.layer import AdapterLayer, adapter_layers, base_module, path_in_file
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import dropout_layer, factory_kwargs, with_bias
+from peftcli.methods._conv import DeltaConv
+from peftcli.methods._linear import DeltaLinear, dropout_layer, factory_kwargs
 from peftcli.methods.adalora.config import AdaLoraConfig
 from peftcli.methods.updates import Update
 
@@ -25,9 +25,8 @@ class AdaLoraLayer(AdapterLayer):
     that is made for an adapter file has neither: its directions are those of the file.
     """
 
-    def __init__(self, base_layer: nn.Module, shape: tuple[int, int], name: str, config: AdaLoraConfig):
-        super().__init__(base_layer)
-        out_features, in_features = shape
+    def start(self, out_features: int, in_features: int, name: str, config: AdaLoraConfig) -> None:
+        """Make the weights of a delta (out, in)."""
         mask = config.rank_pattern.get(f"{name}.lora_E") if config.inference_mode else None
         r = config.init_r if mask is None else sum(mask)
         like = factory_kwargs(self)
@@ -38,7 +37,6 @@ class AdaLoraLayer(AdapterLayer):
         nn.init.normal_(self.lora_B, std=0.02)
         if not config.init_lora_weights:
             nn.init.normal_(self.lora_E)
-        self.dropout = dropout_layer(config.lora_dropout)
         self.scaling = _scaling(config)
         if not config.inference_mode:
             self.begin_to_share()
@@ -51,8 +49,8 @@ class AdaLoraLayer(AdapterLayer):
                 self.register_buffer(f"{average}_{tensor}", torch.zeros_like(getattr(self, tensor)))
         self.fixed = tuple(self._buffers)
 
-    def product(self) -> torch.Tensor:
-        """``delta`` as a matrix, (out, in)."""
+    def delta(self) -> torch.Tensor:
+        """Return what the adapter adds to the weight, as a matrix: (out, in)."""
         return self.scaling * (self.lora_B @ (self.lora_A * self.lora_E))
 
     def file_tensors(self) -> dict[str, torch.Tensor]:
@@ -86,57 +84,44 @@ class AdaLoraLayer(AdapterLayer):
         self.lora_E.masked_fill_(~kept.unsqueeze(1), 0.0)
 
 
-class AdaLoraLinear(AdaLoraLayer):
+class AdaLoraLinear(AdaLoraLayer, DeltaLinear):
     """AdaLoRA over a linear layer."""
 
-    def __init__(self, base_layer: nn.Module, view: Linear, name: str, config: AdaLoraConfig):
-        super().__init__(base_layer, (view.out_features, view.in_features), name, config)
-        self.view = view
+    kinds = "Linear, Conv1D and Conv2d"
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        if not self.enabled:
-            return y
-        z = self.dropout(x.to(self.lora_A.dtype)) @ (self.lora_A * self.lora_E).T @ self.lora_B.T
-        return y + (self.scaling * z).to(y.dtype)
+    def __init__(self, module: nn.Module, name: str, config: AdaLoraConfig):
+        super().__init__(module, name, "AdaLoRA", config.bias, config.lora_dropout)
+        self.start(self.view.out_features, self.view.in_features, name, config)
 
-    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"weight": base["weight"].to(adapter_dtype(base["weight"])) + self.view.as_stored(self.product())}
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scaling * (x @ (self.lora_A * self.lora_E).T @ self.lora_B.T)
 
 
-class AdaLoraConv2d(AdaLoraLayer):
+class AdaLoraConv2d(AdaLoraLayer, DeltaConv):
     """AdaLoRA over a convolution: its kernel as a matrix, ``in`` being input channels times kernel size."""
 
-    def __init__(self, base_layer: nn.Module, name: str, config: AdaLoraConfig):
-        weight = base_module(base_layer).weight
-        super().__init__(base_layer, (weight.shape[0], weight[0].numel()), name, config)
+    def __init__(self, module: nn.Module, name: str, config: AdaLoraConfig):
+        super().__init__(module, config.bias)
+        weight = base_module(module).weight
+        self.dropout = dropout_layer(config.lora_dropout)
+        self.start(weight.shape[0], weight[0].numel(), name, config)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         y = self.base_layer(x, *args, **kwargs)
         if not self.enabled:
             return y
-        kernel = self.product().reshape(base_module(self).weight.shape)
+        kernel = self.delta()
         z: torch.Tensor = base_module(self)._conv_forward(self.dropout(x.to(kernel.dtype)), kernel, None)
         return y + z.to(y.dtype)
 
-    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        weight = base["weight"]
-        return {"weight": weight.to(adapter_dtype(weight)) + self.product().reshape(weight.shape)}
+    def delta(self) -> torch.Tensor:
+        return super().delta().reshape(base_module(self).weight.shape)
 
 
 def wrap(module: nn.Module, name: str, config: AdaLoraConfig) -> AdaLoraLayer:
-    """The AdaLoRA layer over ``module``.
-
-    Raises:
-        AdapterError: the module is of a kind that AdaLoRA does not adapt.
-    """
-    base, view = with_bias(module, config.bias), linear_view(module)
-    if view is not None:
-        return AdaLoraLinear(base, view, name, config)
-    if isinstance(base_module(module), nn.Conv2d):
-        return AdaLoraConv2d(base, name, config)
-    kind = type(base_module(module)).__name__
-    raise AdapterError(f"{name} is a {kind}; AdaLoRA adapts Linear, Conv1D and Conv2d", key="target_modules")
+    """Return the AdaLoRA layer over ``module``."""
+    kind = AdaLoraConv2d if isinstance(base_module(module), nn.Conv2d) else AdaLoraLinear
+    return kind(module, name, config)
 
 
 def updates(config: AdaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, Update]:

@@ -20,10 +20,10 @@ class BOFTLayer(Rotating):
     ``boft_R: (m, blocks, k, k)`` holds matrices of which the skew part makes the rotations. ``s`` starts at one.
     """
 
+    method = "BOFT"
     boft_s: nn.Parameter
 
     def start(self, features: int, name: str, config: BOFTConfig) -> None:
-        """Make the weights that rotate a layer's inputs."""
         size, count = block_sizes(features, name, config)
         self.boft_R = nn.Parameter(
             torch.zeros(config.boft_n_butterfly_factor, count, size, size, **factory_kwargs(self))
@@ -64,10 +64,9 @@ class BOFTLayer(Rotating):
 class BOFTLinear(BOFTLayer, RotatedLinear):
     """BOFT over a linear layer; ``s`` is (out, 1)."""
 
-    def __init__(self, module: nn.Module, name: str, config: BOFTConfig):
-        super().__init__(module, name, "BOFT", config.bias)
+    def start(self, features: int, name: str, config: BOFTConfig) -> None:
         self.boft_s = nn.Parameter(torch.ones(self.view.out_features, 1, **factory_kwargs(self)))
-        self.start(self.view.in_features, name, config)
+        super().start(features, name, config)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         y = super().forward(x, *args, **kwargs)
@@ -89,19 +88,13 @@ class BOFTLinear(BOFTLayer, RotatedLinear):
 class BOFTConv(BOFTLayer, RotatedConv):
     """BOFT over a convolution; ``s`` is (1, out)."""
 
-    def __init__(self, module: nn.Module, name: str, config: BOFTConfig):
-        super().__init__(module, name, "BOFT", config.bias)
-        weight = base_module(module).weight
-        self.boft_s = nn.Parameter(torch.ones(1, len(weight), **factory_kwargs(self)))
-        self.start(weight[0].numel(), name, config)
+    def start(self, features: int, name: str, config: BOFTConfig) -> None:
+        self.boft_s = nn.Parameter(torch.ones(1, len(base_module(self).weight), **factory_kwargs(self)))
+        super().start(features, name, config)
 
 
 def wrap(module: nn.Module, name: str, config: BOFTConfig) -> AdapterLayer:
-    """The BOFT layer over ``module``.
-
-    Raises:
-        AdapterError: the module is of a kind that BOFT does not adapt.
-    """
+    """Return the BOFT layer over ``module``."""
     kind = BOFTConv if isinstance(base_module(module), nn.Conv2d) else BOFTLinear
     return kind(module, name, config)
 

@@ -12,7 +12,7 @@ from torch import nn
 from peftcli.core.layer import AdapterLayer, base_module
 from peftcli.core.linear import linear_view
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import WeightDelta, WeightDeltaLinear, dropout_layer, factory_kwargs
+from peftcli.methods._linear import WeightDelta, WeightDeltaLinear, check_ungrouped, dropout_layer, factory_kwargs
 from peftcli.methods.hira.config import HiraConfig
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -38,10 +38,7 @@ class HiraConv(WeightDelta):
     def __init__(self, module: nn.Module, name: str, config: HiraConfig):
         super().__init__(module)
         weight = base_module(module).weight
-        if base_module(module).groups > 1:
-            raise AdapterError(
-                f"{name} is a grouped convolution; HiRA adapts those without groups", key="target_modules"
-            )
+        check_ungrouped(module, name, "HiRA")
         like, ones = factory_kwargs(self), [1] * (weight.ndim - 2)
         self.hira_A = nn.Parameter(torch.empty(config.r, *weight.shape[1:], **like))
         self.hira_B = nn.Parameter(torch.empty(weight.shape[0], config.r, *ones, **like))
@@ -84,11 +81,7 @@ class HiraEmbedding(WeightDelta):
 
 
 def wrap(module: nn.Module, name: str, config: HiraConfig) -> AdapterLayer:
-    """The HiRA layer over ``module``.
-
-    Raises:
-        AdapterError: the module is of a kind that HiRA does not adapt.
-    """
+    """Return the HiRA layer over ``module``."""
     if linear_view(module) is not None:
         return HiraLinear(module, name, config)
     if isinstance(base_module(module), _CONVOLUTIONS):

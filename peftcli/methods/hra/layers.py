@@ -17,8 +17,9 @@ from peftcli.methods.hra.config import HRAConfig
 class HRALayer(Rotating):
     """``W' = W H_1 ... H_r`` with the reflections ``H_i = I - 2 u_i u_i'`` along the unit columns of ``u: (in, r)``."""
 
-    def start(self, features: int, config: HRAConfig) -> None:
-        """Make the reflections for a layer with ``in_features`` inputs."""
+    method = "HRA"
+
+    def start(self, features: int, name: str, config: HRAConfig) -> None:
         self.orthogonal = config.apply_GS
         self.hra_u = nn.Parameter(torch.empty(features, config.r, **factory_kwargs(self)))
         nn.init.kaiming_uniform_(self.hra_u, a=math.sqrt(5))
@@ -38,25 +39,13 @@ class HRALayer(Rotating):
 class HRALinear(HRALayer, RotatedLinear):
     """HRA over a linear layer."""
 
-    def __init__(self, module: nn.Module, name: str, config: HRAConfig):
-        super().__init__(module, name, "HRA", config.bias)
-        self.start(self.view.in_features, config)
-
 
 class HRAConv(HRALayer, RotatedConv):
     """HRA over a convolution."""
 
-    def __init__(self, module: nn.Module, name: str, config: HRAConfig):
-        super().__init__(module, name, "HRA", config.bias)
-        self.start(base_module(module).weight[0].numel(), config)
-
 
 def wrap(module: nn.Module, name: str, config: HRAConfig) -> AdapterLayer:
-    """The HRA layer over ``module``.
-
-    Raises:
-        AdapterError: the module is of a kind that HRA does not adapt.
-    """
+    """Return the HRA layer over ``module``."""
     kind = HRAConv if isinstance(base_module(module), nn.Conv2d) else HRALinear
     return kind(module, name, config)
 

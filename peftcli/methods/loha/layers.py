@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, base_module
-from peftcli.methods._linear import factory_kwargs, require_linear
+from peftcli.methods._linear import factory_kwargs
 from peftcli.methods._lycoris import CONVOLUTIONS, LycorisConv, LycorisLayer, LycorisLinear, free
 from peftcli.methods.loha.config import LoHaConfig
 
@@ -20,12 +20,13 @@ class LoHaLayer(LycorisLayer):
     ``A: (r, out)`` and a core ``T: (r, r, k, k)`` between ``A`` and ``B``.
     """
 
+    method = "LoHa"
     hada_t1: nn.Parameter | None
     hada_t2: nn.Parameter | None
 
-    def start(self, rows: int, columns: int, window: tuple[int, ...], config: LoHaConfig) -> None:
-        """Make the weights of a delta ``(rows, columns)``, or ``(rows, columns, window)``."""
+    def start(self, shape: tuple[int, ...], window: tuple[int, ...], config: LoHaConfig) -> None:
         r, like = self.r, factory_kwargs(self)
+        rows, columns = shape[0], shape[1] if window else math.prod(shape[1:])
         outer = (r, rows) if window else (rows, r)
         self.hada_w1_a, self.hada_w1_b = free(*outer, **like), free(r, columns, **like)
         self.hada_w2_a, self.hada_w2_b = free(*outer, **like), free(r, columns, **like)
@@ -45,35 +46,18 @@ class LoHaLayer(LycorisLayer):
 class LoHaLinear(LoHaLayer, LycorisLinear):
     """LoHa over a linear layer."""
 
-    def __init__(self, module: nn.Module, name: str, config: LoHaConfig):
-        super().__init__(module, name, "LoHa")
-        self.take(name, config)
-        self.start(self.view.out_features, self.view.in_features, (), config)
-
 
 class LoHaConv(LoHaLayer, LycorisConv):
     """LoHa over a convolution."""
-
-    def __init__(self, module: nn.Module, name: str, config: LoHaConfig):
-        super().__init__(module)
-        self.take(name, config)
-        weight, window = base_module(module).weight, self.window(config)
-        self.start(weight.shape[0], weight.shape[1] if window else weight[0].numel(), window, config)
 
     def delta(self) -> torch.Tensor:
         return super().delta().view(base_module(self).weight.shape)
 
 
 def wrap(module: nn.Module, name: str, config: LoHaConfig) -> AdapterLayer:
-    """The LoHa layer over ``module``.
-
-    Raises:
-        AdapterError: the module is of a kind that LoHa does not adapt.
-    """
-    if isinstance(base_module(module), CONVOLUTIONS):
-        return LoHaConv(module, name, config)
-    require_linear(module, name, "LoHa", "Linear, Conv1D, Conv1d and Conv2d")
-    return LoHaLinear(module, name, config)
+    """Return the LoHa layer over ``module``."""
+    kind = LoHaConv if isinstance(base_module(module), CONVOLUTIONS) else LoHaLinear
+    return kind(module, name, config)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, core: torch.Tensor | None) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, base_module
-from peftcli.methods._linear import factory_kwargs, require_linear
+from peftcli.methods._linear import factory_kwargs
 from peftcli.methods._lycoris import CONVOLUTIONS, LycorisConv, LycorisLayer, LycorisLinear, free
 from peftcli.methods.lokr.config import LoKrConfig
 
@@ -19,14 +19,14 @@ class LoKrLayer(LycorisLayer):
     ``W2`` is a product ``A B`` of inner size r where that is smaller; ``W1`` too with decompose_both.
     """
 
+    method = "LoKr"
     lokr_w1: nn.Parameter | None
     lokr_w2: nn.Parameter | None
     lokr_t2: nn.Parameter | None
 
-    def start(self, shape: tuple[int, ...], split_window: bool, config: LoKrConfig) -> None:
-        """Make the weights of a delta ``shape``: (out, in) or (out, in, k...)."""
+    def start(self, shape: tuple[int, ...], window: tuple[int, ...], config: LoKrConfig) -> None:
         self.rescaled, self.shape = config.rank_dropout_scale, shape
-        r, like, window = self.r, factory_kwargs(self), shape[2:]
+        r, like = self.r, factory_kwargs(self)
         (out1, out2), (in1, in2) = (factors(side, config.decompose_factor) for side in shape[:2])
         self.lokr_w1 = self.lokr_w2 = self.lokr_t2 = None
         if config.decompose_both and r < max(out1, in1) / 2:
@@ -34,12 +34,12 @@ class LoKrLayer(LycorisLayer):
         else:
             self.lokr_w1 = free(out1, in1, **like)
         if r >= max(out2, in2) / 2:
-            self.lokr_w2 = free(out2, in2, *window, **like)
-        elif split_window:
-            self.lokr_t2 = free(r, r, *(*window, 1)[:2], **like)
+            self.lokr_w2 = free(out2, in2, *shape[2:], **like)
+        elif window:
+            self.lokr_t2 = free(r, r, *window, **like)
             self.lokr_w2_a, self.lokr_w2_b = free(r, out2, **like), free(r, in2, **like)
         else:
-            self.lokr_w2_a, self.lokr_w2_b = free(out2, r, **like), free(r, in2 * math.prod(window), **like)
+            self.lokr_w2_a, self.lokr_w2_b = free(out2, r, **like), free(r, in2 * math.prod(shape[2:]), **like)
         for parameter in self.own_tensors().values():
             nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
         if config.init_weights is True:
@@ -69,11 +69,6 @@ class LoKrLayer(LycorisLayer):
 class LoKrLinear(LoKrLayer, LycorisLinear):
     """LoKr over a linear layer."""
 
-    def __init__(self, module: nn.Module, name: str, config: LoKrConfig):
-        super().__init__(module, name, "LoKr")
-        self.take(name, config)
-        self.start((self.view.out_features, self.view.in_features), False, config)
-
     def update(self, x: torch.Tensor) -> torch.Tensor:
         first, second = self.first(), self.second()
         pieces = x.unflatten(-1, (first.shape[1], second.shape[1]))  # kron(W1, W2) x = W1 X W2', x cut into rows of X
@@ -83,22 +78,11 @@ class LoKrLinear(LoKrLayer, LycorisLinear):
 class LoKrConv(LoKrLayer, LycorisConv):
     """LoKr over a convolution."""
 
-    def __init__(self, module: nn.Module, name: str, config: LoKrConfig):
-        super().__init__(module)
-        self.take(name, config)
-        self.start(base_module(module).weight.shape, bool(self.window(config)), config)
-
 
 def wrap(module: nn.Module, name: str, config: LoKrConfig) -> AdapterLayer:
-    """The LoKr layer over ``module``.
-
-    Raises:
-        AdapterError: the module is of a kind that LoKr does not adapt.
-    """
-    if isinstance(base_module(module), CONVOLUTIONS):
-        return LoKrConv(module, name, config)
-    require_linear(module, name, "LoKr", "Linear, Conv1D, Conv1d and Conv2d")
-    return LoKrLinear(module, name, config)
+    """Return the LoKr layer over ``module``."""
+    kind = LoKrConv if isinstance(base_module(module), CONVOLUTIONS) else LoKrLinear
+    return kind(module, name, config)
 
 
 def factors(side: int, first: int) -> tuple[int, int]:

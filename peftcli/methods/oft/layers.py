@@ -74,7 +74,11 @@ class Rotation(nn.Module):
 class OFTLayer(Rotating):
     """A layer with the rotation ``oft_R``, which starts as the identity."""
 
+    method = "OFT"
     oft_R: Rotation
+
+    def start(self, features: int, name: str, config: OFTConfig) -> None:
+        self.oft_R = Rotation(features, config, factory_kwargs(self))
 
     def rotated(self, rows: torch.Tensor, back: bool = False) -> torch.Tensor:
         turned: torch.Tensor = self.oft_R(rows, back)
@@ -84,17 +88,9 @@ class OFTLayer(Rotating):
 class OFTLinear(OFTLayer, RotatedLinear):
     """OFT over a linear layer."""
 
-    def __init__(self, module: nn.Module, name: str, config: OFTConfig):
-        super().__init__(module, name, "OFT", config.bias)
-        self.oft_R = Rotation(self.view.in_features, config, factory_kwargs(self))
-
 
 class OFTConv(OFTLayer, RotatedConv):
     """OFT over a convolution."""
-
-    def __init__(self, module: nn.Module, name: str, config: OFTConfig):
-        super().__init__(module, name, "OFT", config.bias)
-        self.oft_R = Rotation(base_module(module).weight[0].numel(), config, factory_kwargs(self))
 
 
 class OFTEmbedding(AdapterLayer):
@@ -114,11 +110,7 @@ class OFTEmbedding(AdapterLayer):
 
 
 def wrap(module: nn.Module, name: str, config: OFTConfig) -> AdapterLayer:
-    """The OFT layer over ``module``.
-
-    Raises:
-        AdapterError: the module is of a kind that OFT does not adapt.
-    """
+    """Return the OFT layer over ``module``."""
     if isinstance(base_module(module), nn.Conv2d):
         return OFTConv(module, name, config)
     if isinstance(base_module(module), nn.Embedding):

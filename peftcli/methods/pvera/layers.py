@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.methods._linear import SharingLinear, check_drawn, factory_kwargs, share_tensors
+from peftcli.methods._linear import SharingLinear, factory_kwargs, share_projections
 from peftcli.methods.pvera.config import PveraConfig
 
 
@@ -34,36 +34,21 @@ class PveraLinear(SharingLinear):
         self.saves_fixed, self.always_draws = config.save_projection, config.sample_at_inference
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
-        a, b = self._projections()
+        a, b = self.projections()
         z, logvar = (self.pvera_lambda_d * F.linear(x, a)).chunk(2, dim=-1)
         if self.training or self.always_draws:
             z = z + torch.randn_like(z) * (0.5 * logvar).exp()
         return self.pvera_lambda_b * F.linear(z, b)
 
     def delta(self) -> torch.Tensor:
-        a, b = self._projections()
+        a, b = self.projections()
         means = len(a) // 2
         return (self.pvera_lambda_b.unsqueeze(1) * b) @ (self.pvera_lambda_d[:means].unsqueeze(1) * a[:means])
 
-    def _projections(self) -> tuple[torch.Tensor, torch.Tensor]:
-        device = self.pvera_lambda_d.device
-        a, b = self.pvera_A[:, : self.view.in_features], self.pvera_B[: self.view.out_features]
-        return a.to(device), b.to(device)
-
 
 def attach(model: nn.Module, config: PveraConfig, layers: Mapping[str, Any]) -> None:
-    """Draw ``A`` and ``B``, as wide and as tall as the largest layer needs, and give them to every layer.
-
-    They are drawn as PEFT draws them: its files may hold the seed alone.
-    """
-    own = list(layers.values())
-    check_drawn(config.r, own)
-    generator = torch.Generator().manual_seed(config.projection_prng_key)
-    a = torch.empty(2 * config.r, max(layer.view.in_features for layer in own))
-    b = torch.empty(max(layer.view.out_features for layer in own), config.r)
-    for tensor in (a, b):
-        nn.init.kaiming_uniform_(tensor, generator=generator)
-    share_tensors(own, {"pvera_A": a, "pvera_B": b})
+    """Draw ``A`` and ``B`` for all layers."""
+    share_projections(list(layers.values()), "pvera", 2 * config.r, config.r, config.projection_prng_key)
 
 
 wrap = PveraLinear

@@ -107,11 +107,7 @@ class TinyLoraEmbedding(TinyLoraLayer):
 
 
 def wrap(module: nn.Module, name: str, config: TinyLoraConfig) -> AdapterLayer:
-    """The TinyLoRA layer over ``module``.
-
-    Raises:
-        AdapterError: the module is of a kind that TinyLoRA does not adapt.
-    """
+    """Return the TinyLoRA layer over ``module``."""
     if linear_view(module) is not None:
         return TinyLoraLinear(module, name, config)
     if isinstance(base_module(module), nn.Embedding):
