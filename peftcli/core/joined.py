@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, EmptyLayer, base_module, base_paths
+from peftcli.core.layer import AdapterLayer, EmptyLayer, base_module, base_paths, layers_at
 from peftcli.errors import AdapterError
 
 
@@ -145,9 +145,7 @@ class _Layer:
     """The adapter layers of one model on one module, called with what that module gives."""
 
     def __init__(self, outer: AdapterLayer):
-        inner = outer
-        while isinstance(inner.base_layer, AdapterLayer):
-            inner = inner.base_layer
+        inner = layers_at(outer)[-1]
         self.outer, self.inner, self.base = outer, inner, inner.base_layer
         self.computed = _Computed(inner.base_layer)
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from peftcli.core.peft_names.layer import PeftCopyMixin, PeftLayerMixin, name_of_size
+from peftcli.core.peft_names.layer import layers_at as layers_at
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError, AdapterTypeError
 
@@ -172,7 +173,7 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
                 made[before] = nn.Parameter(merged, requires_grad=False) if isinstance(before, nn.Parameter) else merged
             merged = made[before]
             if not torch.isfinite(merged).all():
-                adapters = {each.adapter for each in (self, *layers_below(self)) if each.enabled}
+                adapters = {each.adapter for each in layers_at(self) if each.enabled}
                 raise AdapterError(
                     f"NaNs detected in the merged {'bias' if tensor.endswith('bias') else 'weights'}. The adapter "
                     f"{' or '.join(sorted(adapters))} seems to be broken: {name}.{tensor} contains NaN or Inf"
@@ -291,7 +292,7 @@ class TrainedBias(AdapterLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.enabled:
             return self.base_layer(*args, **kwargs)
-        depth = len(layers_below(self))
+        depth = len(layers_at(self.base_layer))
         # a tensor of its own: bitsandbytes casts the data of the bias that it is given
         value = self.own_tensors()["bias"].to(base_module(self).bias.dtype)
         bias = {"base_layer." * depth + "bias": value.view_as(value)}
@@ -386,15 +387,6 @@ def ready_to_merge(layer: AdapterLayer) -> Iterator[None]:
             tensor.data = value
         for module in training:
             module.training = True
-
-
-def layers_below(layer: AdapterLayer) -> list[AdapterLayer]:
-    """Return the adapter layers between ``layer`` and the base model's module, outermost first."""
-    found, module = [], layer.base_layer
-    while isinstance(module, AdapterLayer):
-        found.append(module)
-        module = module.base_layer
-    return found
 
 
 def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, AdapterLayer]:

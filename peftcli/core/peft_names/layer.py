@@ -85,7 +85,7 @@ class PeftLayerMixin:
 
     def get_base_layer(self) -> Any:
         """Return the base model's module."""
-        return _stack(self)[-1].base_layer
+        return layers_at(self)[-1].base_layer
 
     def merge(self: Any, safe_merge: bool = True, adapter_names: Sequence[str] | None = None) -> None:
         """Put the layer's update into the base weights, until ``unmerge``, if its adapter is one of these.
@@ -99,7 +99,7 @@ class PeftLayerMixin:
         """
         names = self.active_adapters if adapter_names is None else adapter_names
         if self.adapter in names and not self.merged_adapters:
-            innermost = _stack(self)[-1]
+            innermost = layers_at(self)[-1]
             innermost._merge_only([*innermost.merged_layers, self])
 
     def unmerge(self: Any) -> None:
@@ -108,7 +108,7 @@ class PeftLayerMixin:
         Raises:
             AdapterError: the layer was merged with the whole model, or beside an adapter that was deleted since.
         """
-        innermost = _stack(self)[-1]
+        innermost = layers_at(self)[-1]
         if self in innermost.merged_layers:
             innermost._merge_only([layer for layer in innermost.merged_layers if layer is not self])
         elif self.merged_adapters:
@@ -121,7 +121,7 @@ class PeftLayerMixin:
             setattr(module, name, value)
         changes = []
         if layers:
-            top = max(layers, key=lambda layer: len(_stack(layer)))
+            top = max(layers, key=lambda layer: len(layers_at(layer)))
             enabled = {layer: layer.enabled for layer in top.modules() if isinstance(layer, PeftLayerMixin)}
             try:
                 for layer in enabled:
@@ -147,7 +147,7 @@ class PeftLayerMixin:
         If it was the only active one, the first adapter that is left on the module becomes active. The empty layer goes
         when the next adapter comes.
         """
-        stack = _stack(self)
+        stack = layers_at(self)
         left = [name for name in self.active_adapters if name != adapter_name]
         others = [layer.adapter for layer in stack if layer.adapter not in ("", adapter_name)]
         if self.adapter == adapter_name:
@@ -190,7 +190,7 @@ class PeftCopyMixin:
     @property
     def modules_to_save(self) -> nn.ModuleDict:
         """The copies of the module: adapter -> its copy."""
-        copies: list[Any] = [layer for layer in _stack(self) if isinstance(layer, PeftCopyMixin)]
+        copies: list[Any] = [layer for layer in layers_at(self) if isinstance(layer, PeftCopyMixin)]
         return nn.ModuleDict({layer.adapter: layer.copy for layer in copies})
 
 
@@ -199,9 +199,10 @@ def name_of_size(module: Any, name: str) -> str:
     return next((each for each in _SAME_SIZE.get(name, ()) if hasattr(module, each)), name)
 
 
-def _stack(layer: Any) -> list[Any]:
-    """Return the layer and the adapter layers below it, outermost first."""
-    found = [layer]
-    while isinstance(found[-1].base_layer, PeftLayerMixin):
-        found.append(found[-1].base_layer)
+def layers_at(module: Any) -> list[Any]:
+    """Return the adapter layers that stand at ``module``, outermost first."""
+    found = []
+    while isinstance(module, PeftLayerMixin):
+        found.append(module)
+        module = module.base_layer  # type: ignore[attr-defined]
     return found

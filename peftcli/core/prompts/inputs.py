@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, base_module
+from peftcli.core.layer import AdapterLayer, base_module, layers_at
 from peftcli.errors import AdapterError
 
 IGNORED = -100
@@ -260,14 +260,10 @@ def active_at(module: nn.Module, kind: type[SoftPrompt]) -> Any:
     Raises:
         AdapterError: there are two.
     """
-    found = None
-    while isinstance(module, AdapterLayer):
-        if isinstance(module, kind) and module.enabled:
-            if found is not None:
-                raise AdapterError("two soft prompts are active; set one of them active")
-            found = module
-        module = module.base_layer
-    return found
+    found = [layer for layer in layers_at(module) if isinstance(layer, kind) and layer.enabled]
+    if len(found) > 1:
+        raise AdapterError("two soft prompts are active; set one of them active")
+    return found[0] if found else None
 
 
 def soft_prompt(model: nn.Module) -> SoftPrompt | None:

@@ -13,7 +13,7 @@ from peftcli.core.layer import (
     adapter_layers,
     base_module,
     base_name,
-    layers_below,
+    layers_at,
     path_in_file,
     ready_to_merge,
 )
@@ -117,7 +117,7 @@ def _weight_update(layer: AdapterLayer) -> torch.Tensor:
         view = linear_view(base)
         assert view is not None
         tensors["weight"] = view.as_stored(dense_weight(base))
-    layers = [layer, *layers_below(layer)]
+    layers = layers_at(layer)
     enabled = [each.enabled for each in layers]
     try:
         for each in layers:

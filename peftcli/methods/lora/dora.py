@@ -8,13 +8,12 @@ one layer, each takes its norm with the base model's own weight.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype, base_module
+from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype, base_module, layers_at
 from peftcli.core.linear import dense_weight, linear_view
 
 
@@ -111,11 +110,9 @@ def _base_weight(layer: AdapterLayer) -> torch.Tensor:
 
 def _bias(layer: AdapterLayer) -> torch.Tensor | None:
     """Return the bias that the layer's base layer adds to rows of this adapter."""
-    module: Any = layer.base_layer
-    while isinstance(module, AdapterLayer):
-        counts = module.enabled and (module.adapter == layer.adapter or not layer.mixed)
-        if isinstance(module, TrainedBias) and counts:
-            return module.own_tensors()["bias"]
-        module = module.base_layer
-    bias: torch.Tensor | None = module.bias
+    for below in layers_at(layer.base_layer):
+        counts = below.enabled and (below.adapter == layer.adapter or not layer.mixed)
+        if isinstance(below, TrainedBias) and counts:
+            return below.own_tensors()["bias"]
+    bias: torch.Tensor | None = base_module(layer).bias
     return bias

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import adapter_dtype, base_module, layers_below
+from peftcli.core.layer import adapter_dtype, base_module, layers_at
 from peftcli.core.targets import module_matches
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import factory_kwargs
@@ -29,7 +29,7 @@ class InsideLayer(LoraLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.enabled:
             return self.base_layer(*args, **kwargs)
-        below = "base_layer." * len(layers_below(self))
+        below = "base_layer." * len(layers_at(self.base_layer))
         # an outer adapter's weights stand in the module already while it calls this one
         current = {name: operator.attrgetter(name)(base_module(self)) for name in self.adapted}
         weights = {f"{below}{name}": self.with_delta(name, weight) for name, weight in current.items()}

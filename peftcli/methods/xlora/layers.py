@@ -13,7 +13,7 @@ from torch import nn
 
 from peftcli.core.files import read_config, read_tensors
 from peftcli.core.inject import on_unload
-from peftcli.core.layer import AdapterLayer, base_module, base_paths, model_ends
+from peftcli.core.layer import AdapterLayer, base_module, base_paths, layers_at, model_ends
 from peftcli.core.linear import linear_view
 from peftcli.core.prompts.inputs import bound, hook_once
 from peftcli.errors import AdapterError
@@ -182,11 +182,8 @@ class _Forget:
 
 
 def _active(module: Any) -> Mixture | None:
-    while isinstance(module, AdapterLayer):
-        if isinstance(module, XLoraLayer) and module.enabled:
-            return module.mixture
-        module = module.base_layer
-    return None
+    found = (layer.mixture for layer in layers_at(module) if isinstance(layer, XLoraLayer) and layer.enabled)
+    return next(found, None)
 
 
 def _read(name: str, place: str, config: XLoraConfig) -> Expert:
