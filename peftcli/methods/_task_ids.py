@@ -69,8 +69,8 @@ def take_task_ids(model: nn.Module, layers: Iterable[TaskLayer]) -> None:
     shared = next((layer.task_ids for layer in _layers(model) if "task_ids" in vars(layer)), TaskIds())
     for layer in layers:
         layer.task_ids = shared
-    hook_once(model, _Take())
-    hook_once(model, _Forget(), after=True)
+    hook_once(model, _take)
+    hook_once(model, _forget, after=True)
 
 
 def generate(model: Any, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
@@ -92,28 +92,22 @@ def generate(model: Any, *args: Any, task_ids: torch.Tensor | None = None, **kwa
             layer.task_ids.of_generation = None
 
 
-@dataclass(frozen=True)
-class _Take:
+def _take(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """The model's forward pre-hook. It finds the layers anew, since the model may be a copy."""
-
-    def __call__(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        layers = _layers(model)
-        if not layers or "task_ids" not in kwargs:
-            return None
-        kwargs = dict(kwargs)
-        task_ids = kwargs.pop("task_ids")
-        _check(layers, task_ids, model, args, kwargs)
-        layers[0].task_ids.of_call = task_ids
-        return args, kwargs
+    layers = _layers(model)
+    if not layers or "task_ids" not in kwargs:
+        return None
+    kwargs = dict(kwargs)
+    task_ids = kwargs.pop("task_ids")
+    _check(layers, task_ids, model, args, kwargs)
+    layers[0].task_ids.of_call = task_ids
+    return args, kwargs
 
 
-@dataclass(frozen=True)
-class _Forget:
+def _forget(model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     """The model's forward hook: the next call has rows of its own."""
-
-    def __call__(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        for layer in _layers(model)[:1]:
-            layer.task_ids.of_call = None
+    for layer in _layers(model)[:1]:
+        layer.task_ids.of_call = None
 
 
 def _layers(model: nn.Module) -> list[TaskLayer]:

@@ -10,7 +10,6 @@ import inspect
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -171,19 +170,16 @@ def attach(model: Any, config: AdaptionPromptConfig, layers: Mapping[str, Adapte
     if any(
         takes(base_module(layer), name) for layer in layers.values() for name in ("position_embeddings", "position_ids")
     ):
-        hook_once(decoder, _CountPositions())
+        hook_once(decoder, _count_positions)
 
 
-@dataclass(frozen=True)
-class _CountPositions:
+def _count_positions(decoder: Any, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]] | None:
     """The decoder's forward pre-hook, which serves every adapter and those of copies."""
-
-    def __call__(self, decoder: Any, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]] | None:
-        if not any(isinstance(layer, AdaptedAttention) and layer.enabled for layer in adapter_layers(decoder).values()):
-            return None
-        inputs = bound(decoder.forward, args, kwargs)
-        mask = inputs.get("attention_mask")
-        if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or inputs.get("position_ids") is not None:
-            return None
-        place = (torch.arange(mask.shape[1], device=mask.device) - starts(mask)).clamp(min=0)
-        return (), inputs | {"position_ids": place[:, -length_of(inputs) :]}
+    if not any(isinstance(layer, AdaptedAttention) and layer.enabled for layer in adapter_layers(decoder).values()):
+        return None
+    inputs = bound(decoder.forward, args, kwargs)
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or inputs.get("position_ids") is not None:
+        return None
+    place = (torch.arange(mask.shape[1], device=mask.device) - starts(mask)).clamp(min=0)
+    return (), inputs | {"position_ids": place[:, -length_of(inputs) :]}

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from peftcli.core.inject import disabled
+from peftcli.core.inject import disabled, evaluating
 from peftcli.core.layer import AdapterLayer, adapter_layers
 from peftcli.core.prompts.prefix import Prefix, PrefixAttention, TrainedPrefix, insert_prefix
 from peftcli.core.prompts.prefix import targets as targets
@@ -81,13 +81,8 @@ def calibrate(model: Any, config: CartridgeConfig, batches: Iterable[Any]) -> No
 @torch.no_grad()
 def start_from_tokens(model: Any, ids: torch.Tensor, count: int, adapter: str | None = None) -> torch.Tensor:
     """Start an adapter's prefix from what the base model remembers of ``ids`` (1, T): see ``start_prefix``."""
-    before = model.training
-    model.eval()
-    try:
-        with disabled(model):
-            output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
-    finally:
-        model.train(before)
+    with evaluating(model), disabled(model):
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
     cache = output.get("past_key_values")
     values = prefix_from_cache(output["cache"] if cache is None else cache, count)  # transformers 5.24's name
     start_prefix(model, values, adapter)

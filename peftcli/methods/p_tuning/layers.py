@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftcli.core.inject import evaluating
 from peftcli.core.layer import adapter_dtype
 from peftcli.core.prompts.virtual_tokens import TrainedTokens, VirtualTokens
 from peftcli.core.prompts.virtual_tokens import attach as attach
@@ -56,12 +57,8 @@ class EncodedTokens(VirtualTokens):
         return vectors
 
     def file_tensors(self) -> dict[str, torch.Tensor]:
-        training = self.prompt_encoder.training
-        self.prompt_encoder.eval()  # no dropout
-        try:
+        with evaluating(self.prompt_encoder):
             return {"prompt_embeddings": self.table()}
-        finally:
-            self.prompt_encoder.train(training)
 
 
 def wrap(module: Any, name: str, config: PromptEncoderConfig) -> VirtualTokens:
