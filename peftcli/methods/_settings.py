@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peftcli.errors import AdapterError
 
@@ -32,27 +32,31 @@ def problems_of_sections(config: object) -> Problems:
     return [(f"{section.key}.{name}", told) for section in sections for name, told in section.problems()]
 
 
+def _given(config: object, *keys: str) -> dict[str, Any]:
+    """Return the settings that are not unset."""
+    return {key: value for key in keys if (value := getattr(config, key)) is not None}
+
+
 def too_small(config: object, **least: float) -> Problems:
     """Return the settings below their minimum."""
-    found = {key: getattr(config, key) for key in least}
+    found = _given(config, *least)
     return [(key, f"must be at least {least[key]}, not {value}") for key, value in found.items() if value < least[key]]
 
 
 def too_large(config: object, **most: float) -> Problems:
     """Return the settings above their maximum."""
-    found = {key: getattr(config, key) for key in most}
+    found = _given(config, *most)
     return [(key, f"must be at most {most[key]}, not {value}") for key, value in found.items() if value > most[key]]
 
 
 def not_positive(config: object, *keys: str) -> Problems:
     """Return the settings that are not above zero."""
-    found = {key: getattr(config, key) for key in keys}
-    return [(key, f"must be above 0, not {value}") for key, value in found.items() if value <= 0]
+    return [(key, f"must be above 0, not {value}") for key, value in _given(config, *keys).items() if value <= 0]
 
 
 def outside_unit_interval(config: object, *keys: str) -> Problems:
     """Return the settings outside [0, 1)."""
-    found = {key: getattr(config, key) for key in keys}
+    found = _given(config, *keys)
     return [(key, f"must be in [0, 1), not {value}") for key, value in found.items() if not 0 <= value < 1]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from peftcli.core.config import BOOKKEEPING, UNSUPPORTED, AdapterConfig, ExcludingConfig, LayeredConfig
 from peftcli.errors import AdapterError, AdapterTypeError
-from peftcli.methods._settings import Problems, problems_of_sections
+from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, problems_of_sections, too_small
 from peftcli.methods.lora.initialisations.config import (
     SECTIONS,
     CordaConfig,
@@ -217,13 +217,7 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
 
 def _own_problems(config: LoraConfig) -> Problems:
     """Return the problems of all settings but ``init_lora_weights``: ``(key, message)`` each."""
-    found: Problems = []
-    if config.r < 1:
-        found.append(("r", f"must be at least 1, not {config.r}"))
-    if config.lora_alpha <= 0:
-        found.append(("lora_alpha", f"must be above 0, not {config.lora_alpha}"))
-    if not 0 <= config.lora_dropout < 1:
-        found.append(("lora_dropout", f"must be in [0, 1), not {config.lora_dropout}"))
+    found = too_small(config, r=1) + not_positive(config, "lora_alpha") + outside_unit_interval(config, "lora_dropout")
     found += [("rank_pattern", f"{k}: r must be at least 1, not {v}") for k, v in config.rank_pattern.items() if v < 1]
     for key, alpha in config.alpha_pattern.items():
         if alpha <= 0:

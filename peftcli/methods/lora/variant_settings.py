@@ -165,9 +165,7 @@ def _bdlora(config: LoraConfig) -> Problems:
 
 
 def _qalora(config: LoraConfig) -> Problems:
-    size = config.qalora_group_size
-    wrong = [("qalora_group_size", f"must be at least 1, not {size}")] if size < 1 else []
-    return wrong + _with_plain_start("use_qalora", config)
+    return too_small(config, qalora_group_size=1) + _with_plain_start("use_qalora", config)
 
 
 def _with_plain_start(key: str, config: LoraConfig) -> Problems:

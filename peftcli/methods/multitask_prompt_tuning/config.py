@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from peftcli.errors import AdapterError
+from peftcli.methods._settings import too_small
 from peftcli.methods.prompt_tuning.config import TextPromptConfig
 
 _FROM_SOURCE = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
@@ -38,10 +39,7 @@ class MultitaskPromptTuningConfig(TextPromptConfig):
     """Always 1. PEFT's 2 puts a second prompt before an encoder-decoder's decoder, which its generate leaves out."""
 
     def problems(self) -> list[tuple[str, str]]:
-        found = super().problems()
-        for key in ("num_ranks", "num_tasks"):
-            if getattr(self, key) < 1:
-                found.append((key, f"must be at least 1, not {getattr(self, key)}"))
+        found = super().problems() + too_small(self, num_ranks=1, num_tasks=1)
         if self.prompt_tuning_init_task < 0:
             found.append(("prompt_tuning_init_task", f"counts from 0; it is {self.prompt_tuning_init_task}"))
         if self.inference_mode:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from peftcli.core.prompts.config import EmbeddedPromptConfig
+from peftcli.methods._settings import outside_unit_interval, too_small
 
 
 @dataclass(kw_only=True)
@@ -29,12 +30,8 @@ class PromptEncoderConfig(EmbeddedPromptConfig):
         kind = self.encoder_reparameterization_type
         if kind not in ("MLP", "LSTM"):
             found.append(("encoder_reparameterization_type", f"must be MLP or LSTM, not {kind!r}"))
-        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
-            found.append(("encoder_hidden_size", f"must be at least 1, not {self.encoder_hidden_size}"))
-        if self.encoder_num_layers < 1:
-            found.append(("encoder_num_layers", f"must be at least 1, not {self.encoder_num_layers}"))
-        if not 0 <= self.encoder_dropout < 1:
-            found.append(("encoder_dropout", f"must be in [0, 1), not {self.encoder_dropout}"))
+        found += too_small(self, encoder_hidden_size=1, encoder_num_layers=1)
+        found += outside_unit_interval(self, "encoder_dropout")
         if not self.inference_mode:  # a file's settings of a network that it does not hold change nothing
             found += self._without_effect()
         return found

@@ -8,6 +8,7 @@ from typing import Literal
 
 from peftcli.core.prompts.config import PrefixConfig
 from peftcli.errors import PeftWarning
+from peftcli.methods._settings import too_small
 
 
 @dataclass(kw_only=True)
@@ -32,9 +33,7 @@ class PrefixTuningConfig(PrefixConfig):
             warnings.warn(said, PeftWarning, stacklevel=3)
 
     def problems(self) -> list[tuple[str, str]]:
-        found = super().problems()
-        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
-            found.append(("encoder_hidden_size", f"must be at least 1, not {self.encoder_hidden_size}"))
+        found = super().problems() + too_small(self, encoder_hidden_size=1)
         if self.init_weights not in (None, "zero"):
             found.append(("init_weights", f"must be zero or unset, not {self.init_weights!r}"))
         return found
