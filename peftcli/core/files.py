@@ -270,10 +270,6 @@ def _computed(config: AdapterConfig, path: Path) -> AdapterError:
     return AdapterError(message, file=str(path))
 
 
-def _own_names(module: nn.Module) -> list[str]:
-    return [name for name, value in [*module._parameters.items(), *module._buffers.items()] if value is not None]
-
-
 def _unmatched(model: nn.Module, config: AdapterConfig) -> list[str]:
     """The entries of ``target_modules`` that no module of the model matches."""
     entries, paths = getattr(config, "target_modules", None), base_paths(model)
@@ -289,11 +285,9 @@ def _add_saved_by_ending(model: nn.Module, config: AdapterConfig, header: Mappin
     given = config.modules_to_save or []
     if not given:
         return
-    base = {f"{path}.{own}" for path, module in base_modules(model).items() for own in _own_names(module)}
-    held = {
-        name.rpartition(".")[0] for name in (each.removeprefix(config.file_prefix) for each in header) if name in base
-    }
-
+    own = {path: {**module._parameters, **module._buffers} for path, module in base_modules(model).items()}
+    base = {f"{path}.{name}" for path, tensors in own.items() for name, value in tensors.items() if value is not None}
+    held = {name.rpartition(".")[0] for each in header if (name := each.removeprefix(config.file_prefix)) in base}
     inside = tuple(f"{path}." for path in base_paths(model) if any(module_matches(path, entry) for entry in given))
 
     def is_more(name: str) -> bool:

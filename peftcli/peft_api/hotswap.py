@@ -126,7 +126,8 @@ def prepare_model_for_compiled_hotswap(
     known: dict[str, AdapterConfig] = {}
     if isinstance(inner, PeftModel):
         known, inner = inner.peft_config, inner.get_base_model()
-    adapters = list(dict.fromkeys(layer.adapter for layer in _lora_layers(inner)))
+    layers = [layer for layer in adapter_layers(inner).values() if isinstance(layer, LoraLayer)]
+    adapters = list(dict.fromkeys(layer.adapter for layer in layers))
     if not adapters:
         raise AdapterError("No adapter layers found on the model; load the first LoRA adapter before")
     if target_rank is None:
@@ -135,10 +136,6 @@ def prepare_model_for_compiled_hotswap(
         given = config.get(name) if isinstance(config, Mapping) else config
         configs = {id(each): _lora(each) for each in (known.get(name), given) if each is not None}
         widen(inner, name, target_rank, *configs.values())
-
-
-def _lora_layers(model: nn.Module) -> list[LoraLayer]:
-    return [layer for layer in adapter_layers(model).values() if isinstance(layer, LoraLayer)]
 
 
 def _is_compiled(model: nn.Module) -> bool:

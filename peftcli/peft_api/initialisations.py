@@ -87,7 +87,7 @@ def get_eva_state_dict(
     Raises:
         AdapterError: the config says otherwise, or the data do not suffice.
     """
-    batches = _OnDevice(dataloader, _device(model))
+    batches = _OnDevice(dataloader, next(model.parameters()).device)
     if hasattr(model, "peft_config"):
         base, config, adapter = _parts(model, adapter_name, "eva")
         found = eva_directions(base, config, lora_layers(base, adapter), batches)
@@ -258,7 +258,3 @@ def base_of(model: Any) -> nn.Module:
     """Return the base model of a PeftModel, else the model itself."""
     base: nn.Module = model.get_base_model() if hasattr(model, "peft_config") else model
     return base
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

@@ -497,13 +497,14 @@ class PeftModel(SavedByTrainer):
 
     def _save(self, name: str, folder: Path, start: str | Path | None = None, embedding: bool | str = "auto") -> None:
         tensors: Mapping[str, torch.Tensor]
-        config, tensors = self.peft_config[name], adapter_state(self.get_base_model(), name)
+        config, tensors = copy.copy(self.peft_config[name]), adapter_state(self.get_base_model(), name)
         beside = embedding_layers(self.get_base_model(), config, name, embedding)
         if start is not None:
             config, tensors = without_start(config, tensors, start)
         tags = self._card_tags()
         own = has_own_card(folder, tags)
-        write_adapter({**tensors, **beside}, _with_base_class(config, self.get_base_model()), folder)
+        config.note_base_class(self.get_base_model())
+        write_adapter({**tensors, **beside}, config, folder)
         if own:
             write_card(folder, tags)
         else:
@@ -539,12 +540,6 @@ def wrap(model: nn.Module, config: AdapterConfig, adapter_name: str, kind: type[
     wrapped = found.__new__(found)
     wrapped._hold(model, config, adapter_name)
     return wrapped
-
-
-def _with_base_class(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
-    noted = copy.copy(config)
-    noted.note_base_class(model)
-    return noted
 
 
 def _rows_of_an_example(model: Any, kwargs: dict[str, Any]) -> int:

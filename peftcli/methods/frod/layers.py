@@ -162,11 +162,8 @@ def attach(model: nn.Module, config: FrodConfig, layers: Mapping[str, AdapterLay
         places = _drawn_places(len(basis), config.sparse_rate, generator)
         stored = stored_weight(group[0])
         # PEFT rounds it to the base model's dtype before it widens it again
-        basis = (
-            basis.to(stored.dtype if stored.is_floating_point() else basis.dtype)
-            .to(**factory_kwargs(group[0]))
-            .contiguous()
-        )
+        rounded = basis.to(stored.dtype) if stored.is_floating_point() else basis
+        basis = rounded.to(**factory_kwargs(group[0])).contiguous()
         shared = Places(places.to(basis.device), torch.tensor(basis.shape, device=basis.device))
         frozen = nn.Parameter(basis, requires_grad=False)
         for layer in group:

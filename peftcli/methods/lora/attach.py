@@ -31,8 +31,10 @@ def attach(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]
         watch_input_ids(model)
     if config.arrow_config:
         find_experts(model)
-    if config.lora_bias and not config.inference_mode:
-        _warn_of_lora_bias(layers)
+    unbiased = (name for name, layer in layers.items() if base_module(layer).bias is None)
+    if config.lora_bias and not config.inference_mode and (name := next(unbiased, None)):
+        told = f"lora_bias: {name} has no bias in the base model, so this adapter cannot be merged"
+        warnings.warn(told, PeftWarning, stacklevel=2)
     if config.ensure_weight_tying:
         _tie(model, config, layers)
     _train_rows(model, config)
@@ -101,12 +103,6 @@ def _tie(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) 
             reason = "but the model does not have tied weights: no tied modules were found in the model"
         warnings.warn(f"ensure_weight_tying=True {reason}", PeftWarning, stacklevel=3)
     replace_modules(model, {module: layer.train(module.training) for module, layer in new.items()})
-
-
-def _warn_of_lora_bias(layers: dict[str, AdapterLayer]) -> None:
-    if name := next((name for name, layer in layers.items() if base_module(layer).bias is None), None):
-        told = f"lora_bias: {name} has no bias in the base model, so this adapter cannot be merged"
-        warnings.warn(told, PeftWarning, stacklevel=3)
 
 
 def _train_rows(model: nn.Module, config: LoraConfig) -> None:

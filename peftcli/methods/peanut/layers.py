@@ -57,35 +57,23 @@ class PeanutLinear(WeightDeltaLinear):
         return self.view.as_stored((self.scaling * self.peanut_B(z)).T)
 
 
-def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-def _relu2(x: torch.Tensor) -> torch.Tensor:
-    return F.relu(x).square()
-
-
-def _linear(x: torch.Tensor) -> torch.Tensor:
-    return x
-
-
 _TANH_GELU: _Function = functools.partial(F.gelu, approximate="tanh")
 _ACTIVATIONS: dict[str, _Function] = {
     "relu": F.relu,
-    "relu2": _relu2,
+    "relu2": lambda x: F.relu(x).square(),
     "relu6": F.relu6,
     "leaky_relu": F.leaky_relu,
     "gelu": F.gelu,
     "gelu_python": F.gelu,
     **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"), _TANH_GELU),
-    "quick_gelu": _quick_gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "silu": F.silu,
     "swish": F.silu,
     "mish": F.mish,
     "hardswish": F.hardswish,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
-    "linear": _linear,
+    "linear": lambda x: x,
 }
 
 
