@@ -205,13 +205,7 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
 
 
 def train_other_biases(model: nn.Module, config: Any, layers: Collection[str]) -> None:
-    """Train every bias of the model outside of the adapter's own layers (``bias: all``).
-
-    Args:
-        model: holds the adapter, and maybe others.
-        config: the adapter's.
-        layers: names of the base model's modules that it adapts.
-    """
+    """Train every bias of the model outside of the modules ``layers`` that the adapter adapts (``bias: all``)."""
     saved = find_modules(model, config.modules_to_save or (), "modules_to_save")
     inside = tuple(f"{name}." for name in [*layers, *saved])
     places = {name: model.get_submodule(path) for name, path in base_paths(model).items()}

@@ -80,10 +80,7 @@ class Combination:
     def combined(self, parts: Sequence[tuple[float, Update]], place: str, largest_r: int) -> Update:
         """One update of the weighted ``parts``, all of the module ``place``; its scaling is 1.
 
-        Args:
-            parts: The updates, each with its weight.
-            place: Name of the module.
-            largest_r: Of all modules of all adapters.
+        ``largest_r`` is that of all modules of all adapters.
 
         Raises:
             AdapterError: the method needs one r for all.
@@ -220,10 +217,7 @@ def check_alike(adapters: Sequence[Adapter], weights: Sequence[float], same: Seq
 def replaced(adapters: Sequence[Adapter], weights: Sequence[float], known: Collection[str]) -> dict[str, torch.Tensor]:
     """Return the weighted means of tensors that replace the base model's, and base weights that files carry along.
 
-    Args:
-        adapters: which adapters.
-        weights: one for each.
-        known: names of the tensors that the method combines itself.
+    The method combines the tensors ``known`` itself.
     """
     found = {}
     for name in sorted({name for adapter in adapters for name in adapter.tensors}.difference(known)):

@@ -54,22 +54,12 @@ class AutoPeftModel:
 
         ``num_labels`` is that of the adapter's head, and ``use_safetensors`` is True, unless they are given.
 
-        Args:
-            pretrained_model_name_or_path: the adapter's folder or hub repository.
-            adapter_name: the adapter's name in the model.
-            is_trainable: whether its weights take gradients.
-            config: a config of the adapter to use in place of its own, or one of transformers for the base model.
-            revision: the adapter's; that of the base model is in the adapter's config.
-            import_allowlist: libraries beside transformers that may be those of the base model's class. They are not
-                imported: the class is found by the base model's config.
-            subfolder: where in the folder or repository the adapter is.
-            autocast_adapter_dtype: as in ``PeftModel.from_pretrained``, like the arguments after it.
-            ephemeral_gpu_offload: changes nothing.
-            low_cpu_mem_usage: changes nothing.
-            key_mapping: for the names of the adapter file's tensors.
-            torch_device: changes nothing.
-            base_options: go to the base model's ``from_pretrained``; ``token``, ``cache_dir``, ``local_files_only`` and
-                ``force_download`` count for the adapter too.
+        Most arguments are those of ``PeftModel.from_pretrained``. ``config`` may also be one of transformers, for the
+        base model. ``revision`` and ``subfolder`` are the adapter's. ``import_allowlist`` names libraries beside
+        transformers that may be those of the base model's class; they are not imported, since the class is found by the
+        base model's config. ``torch_device`` changes nothing. ``base_options`` go to the base model's
+        ``from_pretrained``; ``token``, ``cache_dir``, ``local_files_only`` and ``force_download`` count for the adapter
+        too.
 
         Raises:
             AdapterError: the adapter cannot be read, names no base model or one of another library, or does not fit it.

@@ -66,10 +66,7 @@ def inject_adapter_in_model(
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
     """Make one adapter, or several together, the active ones. Their weights train, and those of no other.
 
-    Args:
-        model: the model.
-        adapter_name: one name or several.
-        inference_mode: freeze their weights instead.
+    With ``inference_mode`` none do.
 
     Raises:
         AdapterError: an unknown name, or one adapter would hide what another does. Nothing is changed then.
@@ -90,10 +87,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
 def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = None) -> list[str]:
     """Remove an adapter and return the active ones. If it was the only active one, the first of those left is that.
 
-    Args:
-        model: the model.
-        adapter_name: which of its adapters.
-        prefix: PEFT's, the start of the names of the method's tensors; not needed.
+    PEFT's ``prefix`` is not needed.
 
     Raises:
         AdapterError: an unknown name.
@@ -109,14 +103,9 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = Non
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-    """Hold an adapter's weights in float32 where they are in a smaller dtype.
+    """Hold an adapter's weights in float32 where they are in a smaller dtype, unless ``autocast_adapter_dtype`` is off.
 
     New and loaded adapters are in float32 already.
-
-    Args:
-        model: the model.
-        adapter_name: which of its adapters.
-        autocast_adapter_dtype: PEFT's; with False nothing is done.
     """
     _known(model, adapter_name)
     if autocast_adapter_dtype:

@@ -58,9 +58,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
     """Inside, LoRA layers take their inputs in the dtype that these have, as hooks that convert weights need it.
 
-    Args:
-        model: the model.
-        active: False: change nothing.
+    Unless it is ``active``, nothing is changed.
 
     Raises:
         AdapterError: the model has no LoRA layers.

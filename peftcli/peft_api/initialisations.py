@@ -45,14 +45,9 @@ def initialize_lora_eva_weights(
     adapter_name: str = "default",
     show_progress_bar: bool = True,
 ) -> None:
-    """Start a model of ``get_peft_model`` whose config says ``init_lora_weights="eva"``.
+    """Start a model of ``get_peft_model`` whose config says ``init_lora_weights="eva"``. No progress bar is shown.
 
-    Args:
-        model: the model.
-        dataloader: batches of keyword arguments; gone through until the directions are known.
-        eva_state_dict: instead of them, what ``get_eva_state_dict`` gave.
-        adapter_name: which of the model's adapters.
-        show_progress_bar: accepted as in PEFT; no bar is shown.
+    It reads batches of keyword arguments until the directions are known, or takes what ``get_eva_state_dict`` gave.
 
     Raises:
         AdapterError: the config says otherwise, or the data do not suffice.
@@ -74,15 +69,10 @@ def get_eva_state_dict(
     adapter_name: str = "default",
     show_progress_bar: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """EVA's directions (r, in) of each layer, as many as the layer is to get.
+    """EVA's directions (r, in) of each layer, as many as the layer is to get, from batches of keyword arguments.
 
-    Args:
-        model: a model of ``get_peft_model``; or a base model, also one in ``DistributedDataParallel``, which is left as
-            it was, and whose names the directions have.
-        dataloader: batches of keyword arguments.
-        peft_config: for a base model, the config that ``get_peft_model`` is to get.
-        adapter_name: which of the model's adapters.
-        show_progress_bar: accepted as in PEFT; no bar is shown.
+    A base model, also one in ``DistributedDataParallel``, is left as it was, and the directions have its names. It
+    needs the config that ``get_peft_model`` is to get. No progress bar is shown.
 
     Raises:
         AdapterError: the config says otherwise, or the data do not suffice.

@@ -122,17 +122,9 @@ def load(
     rename: Callable[[str], str] | None,
     ignore_mismatched_sizes: bool = False,
 ) -> None:
-    """Put an adapter of a folder into ``model``.
+    """Put an adapter of a folder into ``model``, under the name ``adapter``; see ``PeftModel.from_pretrained``.
 
-    Args:
-        model: the base model, maybe with other adapters in it.
-        config: the adapter's.
-        source: where its weights are.
-        adapter: its name in the model.
-        trainable: whether its weights take gradients.
-        autocast_adapter_dtype: whether they are float32 over a model in half precision, or as the model's.
-        rename: translates the names of its tensors into those of this model.
-        ignore_mismatched_sizes: whether weights of another shape start as those of a new adapter, with a warning.
+    ``rename`` translates the names of its tensors into those of this model.
 
     Raises:
         AdapterError: it does not fit. The model is as it was then.

@@ -62,11 +62,7 @@ def prune(tensor: torch.Tensor, density: float, method: str, rescale: bool = Fal
 
 
 def calculate_majority_sign_mask(tensor: torch.Tensor, method: str = "total") -> torch.Tensor:
-    """Return which of stacked values (n, ...) have the sign of the majority.
-
-    Args:
-        tensor: the values.
-        method: whether they count by size (``total``), or one as much as another (``frequency``).
+    """Return which of stacked values (n, ...) have the sign of the majority: see ``Combination.majority_sign``.
 
     Raises:
         AdapterError: no method is called that.

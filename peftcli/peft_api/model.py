@@ -357,14 +357,7 @@ class PeftModel(SavedByTrainer):
     ) -> Any:
         """Save the active adapter and push it to the hub, private by default.
 
-        Args:
-            repo_id: ``user/name``.
-            commit_message: the commit's first line.
-            private: visibility of a repository that this call creates.
-            token: of the hub; None: the one that this machine is logged in with.
-            revision: branch to push to.
-            create_pr: open a pull request instead of committing to the branch.
-            options: the other arguments of ``peftcli.adapters.push.push``.
+        See ``peftcli.adapters.push.push`` for the arguments, of which ``options`` are others.
 
         Raises:
             AdapterError: not exactly one adapter is active.
@@ -446,19 +439,10 @@ class PeftModel(SavedByTrainer):
     ) -> LoadResult:
         """Load the adapter of a folder or hub repository beside the others, or in the place of the one of its name.
 
-        A new one is not active: ``set_adapter``. An old one is replaced in place when the configs say the same.
-
-        Args:
-            model_id: the folder or repository.
-            adapter_name: the adapter's name here; None: the active adapter is replaced.
-            is_trainable: whether its weights take gradients.
-            torch_device: PEFT's; weights go to the device of the layer that they adapt.
-            autocast_adapter_dtype: as in ``from_pretrained``, like the arguments after it.
-            ephemeral_gpu_offload: changes nothing.
-            low_cpu_mem_usage: changes nothing.
-            key_mapping: for the names of the file's tensors.
-            ignore_mismatched_sizes: not where the adapter replaces another one.
-            options: those of ``from_pretrained``.
+        A new one is not active: ``set_adapter``. Without a name the active one is replaced. An old one is replaced in
+        place when the configs say the same. Weights go to the device of the layer that they adapt, not to
+        ``torch_device``. The other arguments are those of ``from_pretrained``; ``ignore_mismatched_sizes`` means
+        nothing where an adapter is replaced.
 
         Returns:
             Names that are missing or unexpected: none, since these are errors.

@@ -41,15 +41,7 @@ def start_adapter(
     autocast_adapter_dtype: bool = True,
     low_cpu_mem_usage: bool = False,
 ) -> None:
-    """Put a new adapter into ``model``.
-
-    Args:
-        model: the base model, maybe with other adapters in it.
-        config: the adapter's.
-        name: its name in the model.
-        autocast_adapter_dtype: whether its weights are float32 over a model in half precision, or as the model's.
-        low_cpu_mem_usage: whether its weights stay on the meta device until they are loaded. Those that start from the
-            base model or from training data do not.
+    """Put a new adapter into ``model``; see ``get_peft_model`` for the arguments.
 
     Raises:
         AdapterError: a setting is missing that a recipe's training would find, or the config does not fit the model.

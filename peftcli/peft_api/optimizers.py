@@ -67,15 +67,8 @@ def create_lorafa_optimizer(
 ) -> LoraFAOptimizer:
     """An AdamW that trains LoRA's B alone: LoRA-FA. A takes no gradients any more.
 
-    On convolutions and embeddings, LoRA is trained as by AdamW.
-
-    Args:
-        model: a model of ``get_peft_model``.
-        r: PEFT's; each layer knows its own.
-        lora_alpha: PEFT's; the same.
-        lr: the learning rate.
-        weight_decay: the weight decay.
-        use_rslora: PEFT's; what the adapters' configs say.
+    On convolutions and embeddings, LoRA is trained as by AdamW. PEFT's ``r`` and ``lora_alpha`` are not needed, and
+    ``use_rslora`` is what the adapters' configs say.
 
     Raises:
         AdapterError: the model has no LoRA on linear layers that trains, or ``use_rslora`` is not what a config says.
@@ -98,12 +91,7 @@ def create_riemannian_optimizer(
 ) -> torch.optim.Optimizer:
     """An optimizer that multiplies the gradients of LoRA's A and B by small matrices before each step.
 
-    Args:
-        model: a model of ``get_peft_model``.
-        optimizer_cls: class of the optimizer.
-        lr: the learning rate.
-        reg: keeps the matrices from being too large; added to the diagonal of what they are the inverses of.
-        options: the optimizer's other arguments.
+    ``reg`` is added to the diagonal of what these are the inverses of, which keeps them from being too large.
 
     Raises:
         AdapterError: the model has no LoRA on linear layers that trains, or the optimizer computes the loss itself,

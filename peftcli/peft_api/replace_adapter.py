@@ -29,15 +29,9 @@ def replace_adapter(
     trainable: bool,
     rename: Callable[[str], str] | None = None,
 ) -> bool:
-    """Replace an adapter's weights, or its layers where the configs differ.
+    """Replace the weights of the adapter called ``name``, or its layers where the configs ``old`` and new differ.
 
-    Args:
-        model: holds the adapter.
-        name: which of its adapters.
-        old: the adapter's config.
-        source: the adapter that comes in its place.
-        trainable: whether its weights take gradients.
-        rename: translates the names of its tensors into those of this model.
+    ``rename`` translates the names of the new tensors into those of this model.
 
     Returns:
         Whether the layers are new ones, of the new config.

@@ -61,15 +61,10 @@ def set_peft_model_state_dict(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
 ) -> LoadResult:
-    """Copy an adapter's tensors, by the names of the adapter file, into the model.
+    """Copy an adapter's tensors, by the names of the adapter file, into a ``PeftModel`` or a model with an adapter.
 
-    Args:
-        model: a ``PeftModel``, or a model with an adapter in it.
-        peft_model_state_dict: the tensors. For a model that is not a ``PeftModel``, with ``base_model.model.`` or
-            without.
-        adapter_name: which adapter; None: ``default``, or the active one if none is called so.
-        ignore_mismatched_sizes: whether weights of another shape stay as they are, with a warning.
-        low_cpu_mem_usage: PEFT's; weights on the meta device always get memory.
+    In that the names may lack ``base_model.model.``. With ``ignore_mismatched_sizes`` weights of another shape stay as
+    they are, with a warning. Weights on the meta device always get memory.
 
     Returns:
         Names that are missing or unexpected: none, since these are errors.
@@ -91,13 +86,9 @@ def set_peft_model_state_dict(
 def load_peft_weights(
     model_id: str | Path, device: str | None = None, key_mapping: Mapping[str, str] | None = None, **options: Any
 ) -> dict[str, torch.Tensor]:
-    """Read the tensors of an adapter in a folder or hub repository.
+    """Read the tensors of an adapter in a folder or hub repository, onto the CPU unless a device is given.
 
-    Args:
-        model_id: the folder or repository.
-        device: where to put them; None: the CPU.
-        key_mapping: regular expressions for their names, without ``base_model.model.``, and what to put in their place.
-        options: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
+    ``key_mapping`` and ``options`` are those of ``PeftModel.from_pretrained``.
 
     Raises:
         AdapterError: there is no adapter, its weights are damaged or a pickle, or an option is unknown.
@@ -117,10 +108,7 @@ def set_base_model_state_dict(
 ) -> LoadResult:
     """Load a state of the base model, by the names that it has without adapters, into a model with adapters.
 
-    Args:
-        model: a ``PeftModel``, or a model with adapters in it.
-        state_dict: the base model's state.
-        strict: whether its names must be those of the base model.
+    With ``strict`` its names must be those of the base model.
 
     Returns:
         Names that are missing in ``state_dict``, and those of it that the base model lacks.

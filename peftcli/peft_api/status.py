@@ -84,13 +84,10 @@ class TunerModelStatus:
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """Return the state of each adapted module, in the model's order.
-
-    Args:
-        model: a ``PeftModel``, or any model with adapter layers in it.
+    """Return the state of each adapted module of a model, or of the one in a ``PeftModel``, in the model's order.
 
     Raises:
-        AdapterError: it has none.
+        AdapterError: there is none.
     """
     tuner, place = _places(model)
     layers: dict[nn.Module, dict[str, AdapterLayer]] = {}
@@ -108,10 +105,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
-    """Return the state of the model's adapters as a whole.
-
-    Args:
-        model: a ``PeftModel``, or any model with adapter layers in it.
+    """Return the state of the adapters of a model, or of the one in a ``PeftModel``, as a whole.
 
     Raises:
         AdapterError: it has none.

@@ -211,9 +211,7 @@ class Tuner(nn.Module):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several together, the active ones. Their weights train, and those of no other.
 
-        Args:
-            adapter_name: one name or several.
-            inference_mode: train none of them.
+        With ``inference_mode`` none do.
 
         Raises:
             AdapterError: an unknown name, or one adapter would hide what another does.
@@ -315,10 +313,7 @@ class Tuner(nn.Module):
         """Put the updates of these adapters, or of the active ones, into the base weights until ``unmerge_adapter``.
 
         Until then the model computes with these adapters, as fast as the base model, and with those merged before.
-
-        Args:
-            adapter_names: which adapters; None: the active ones.
-            safe_merge: PEFT's; merged weights are always checked to be finite.
+        Merged weights are checked to be finite, whatever ``safe_merge`` is.
 
         Warns when they are merged already.
 
@@ -361,11 +356,8 @@ class Tuner(nn.Module):
     ) -> nn.Module:
         """The base model with these adapters, or the active ones, folded in, and no adapter layer left.
 
-        Args:
-            progressbar: accepted as in PEFT; no bar is shown.
-            safe_merge: PEFT's; merged weights are always checked to be finite.
-            adapter_names: which adapters; None: the active ones.
-            dequantize: make a quantised base model's weights dense, so that they can be merged into.
+        ``dequantize`` makes a quantised base model's weights dense, so that they can be merged into. No progress bar is
+        shown, and merged weights are checked to be finite, whatever ``safe_merge`` is.
 
         Raises:
             AdapterError: a method cannot be merged, the base model is quantised, or a merged weight is not finite. The

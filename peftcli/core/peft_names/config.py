@@ -52,13 +52,7 @@ class PeftConfigMixin:
     ) -> str:
         """Upload what ``save_pretrained`` writes, alone, and return the address of the commit.
 
-        Args:
-            repo_id: ``user/name``.
-            commit_message: the commit's first line.
-            private: visibility of a repository that this call creates.
-            token: of the hub; None: the one that this machine is logged in with.
-            revision: branch to push to.
-            create_pr: open a pull request instead of committing to the branch.
+        See ``peftcli.adapters.push.push`` for the arguments.
 
         Raises:
             HubError: the hub refused.

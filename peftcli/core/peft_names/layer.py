@@ -48,9 +48,7 @@ class PeftLayerMixin:
     def set_adapter(self: Any, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Enable the layer if its adapter is one of these, and let its weights train; else the reverse.
 
-        Args:
-            adapter_names: the active adapters of the model: one name or several.
-            inference_mode: freeze the weights in any case.
+        With ``inference_mode`` they are frozen in any case.
 
         Raises:
             AdapterError: the layer would override that of another of these adapters.
@@ -88,11 +86,9 @@ class PeftLayerMixin:
         return layers_at(self)[-1].base_layer
 
     def merge(self: Any, safe_merge: bool = True, adapter_names: Sequence[str] | None = None) -> None:
-        """Put the layer's update into the base weights, until ``unmerge``, if its adapter is one of these.
+        """Put the layer's update into the base weights, until ``unmerge``, if its adapter is one of these, or active.
 
-        Args:
-            safe_merge: PEFT's; merged weights are always checked to be finite.
-            adapter_names: adapters of the model; None: the active ones.
+        Merged weights are checked to be finite, whatever ``safe_merge`` is.
 
         Raises:
             AdapterError: the layer cannot be merged, or a merged weight is not finite. Nothing is changed then.

@@ -118,12 +118,8 @@ def input_embedding_name(model: Any) -> str:
 def insert_virtual_tokens(model: Any, layer: VirtualTokens, *, token_labels: bool = True) -> None:
     """Insert the virtual tokens of ``layer`` in every forward call of ``model`` that starts a sequence.
 
-    Logits of each token come back for the tokens of the input only, unless the model generates text.
-
-    Args:
-        model: the whole of it.
-        layer: the new layer over its input embedding.
-        token_labels: whether labels of the inputs' shape are labels of tokens.
+    Logits of each token come back for the tokens of the input only, unless the model generates text. ``token_labels``:
+    whether labels of the inputs' shape are labels of tokens.
     """
     layer.token_labels = token_labels
     settle(layer, model, counts=_generates(model))

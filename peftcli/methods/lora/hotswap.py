@@ -47,11 +47,7 @@ def check_same(old: LoraConfig, new: LoraConfig) -> None:
 def widen(model: nn.Module, adapter: str, r: int, *configs: LoraConfig) -> None:
     """Give all layers of an adapter the same r, a larger one. What they compute stays; their parameters are new ones.
 
-    Args:
-        model: holds the adapter.
-        adapter: its name.
-        r: the new size.
-        configs: those of the adapter, which are changed to say the same.
+    Its ``configs`` are changed to say the same.
 
     Raises:
         AdapterError: a layer has a larger r, or its r cannot be changed. Nothing is changed then.
@@ -88,13 +84,8 @@ def swap(
 ) -> None:
     """Copy another adapter's tensors over those of an adapter. Modules that it does not adapt are adapted by nothing.
 
-    Args:
-        model: holds the adapter.
-        adapter: its name.
-        new: the config of the other one.
-        tensors: of the other one, by the names of the adapter file.
-        configs: those of the adapter, for ``widen``.
-        may_widen: whether layers may be widened for an adapter of a larger r.
+    The tensors, by the names of the adapter file, and the config ``new`` are the other one's. If its r is larger, and
+    the layers ``may_widen``, they do, and ``configs``, those of the adapter, are changed to say it.
 
     Raises:
         AdapterError: the tensors do not fit. Nothing is changed then.

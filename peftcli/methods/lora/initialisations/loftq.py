@@ -143,11 +143,8 @@ def start_loftq(
 ) -> None:
     """Start the LoRA layers over quantised layers from the largest singular values that quantisation took away.
 
-    Args:
-        model: the model, quantised.
-        weight: returns the base weight of that name as it was before.
-        adapter: name of the adapter, of several.
-        keep: called with the name of each layer that was started. Where it returns False, the layer is put back.
+    ``weight`` returns the base weight of that name as it was before. ``keep`` is called with the name of each layer
+    that was started; where it returns False, the layer is put back.
 
     Raises:
         AdapterError: no layer is quantised, or a weight is of another shape.
