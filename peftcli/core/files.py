@@ -152,8 +152,7 @@ def _read(header: Mapping[str, TensorEntry], file: BufferedReader, path: Path) -
 
 
 def _dtype(entry: TensorEntry) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, DTYPES[entry.dtype])
-    return dtype
+    return getattr(torch, DTYPES[entry.dtype])
 
 
 def load_adapter(

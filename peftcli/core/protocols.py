@@ -130,8 +130,7 @@ class Describes(Protocol):
 
 def layers_of(config: AdapterConfig) -> Layers:
     """Import and return the layers module of the config's method."""
-    layers: Any = importlib.import_module(LAYERS[config.peft_type])
-    return layers
+    return importlib.import_module(LAYERS[config.peft_type])
 
 
 def wrap(module: nn.Module, name: str, config: AdapterConfig) -> AdapterLayer:

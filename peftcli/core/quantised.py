@@ -153,10 +153,9 @@ def _from_four_bits(module: Any) -> torch.Tensor:
             scales, of_scales.absmax, of_scales.code, of_scales.blocksize, of_scales.dtype
         )
         scales = scales + state.offset
-    dense: torch.Tensor = ops.dequantize_4bit(
+    return ops.dequantize_4bit(
         module.weight.data, scales.float(), state.blocksize, state.quant_type, list(state.shape), torch.float32
     )
-    return dense
 
 
 def _in_order(module: Any) -> None:

@@ -110,8 +110,7 @@ def dropout_layer(share: float) -> nn.Module:
 def stored_weight(module: nn.Module) -> torch.Tensor:
     """Return the tensor that stores the layer's weight, whatever the format; its device is the layer's."""
     layer = base_module(module)
-    weight: torch.Tensor = layer.qweight if is_packed(layer) else layer.weight
-    return weight
+    return layer.qweight if is_packed(layer) else layer.weight
 
 
 def require_linear(module: nn.Module, name: str, method: str, kinds: str = "Linear and Conv1D") -> Linear:

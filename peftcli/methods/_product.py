@@ -23,5 +23,4 @@ def base_product(layer: AdapterLayer, x: torch.Tensor, y: torch.Tensor | None = 
 
 def layer_below(layer: AdapterLayer) -> nn.Module:
     """The layer that this adapter changes: another adapter's, or the base model's. A trained bias is this adapter's."""
-    below: nn.Module = layer.base_layer.base_layer if isinstance(layer.base_layer, TrainedBias) else layer.base_layer
-    return below
+    return layer.base_layer.base_layer if isinstance(layer.base_layer, TrainedBias) else layer.base_layer

@@ -246,5 +246,4 @@ def _leave(model: nn.Module, statistics: Mapping[str, torch.Tensor]) -> None:
 
 def base_of(model: Any) -> nn.Module:
     """Return the base model of a PeftModel, else the model itself."""
-    base: nn.Module = model.get_base_model() if hasattr(model, "peft_config") else model
-    return base
+    return model.get_base_model() if hasattr(model, "peft_config") else model

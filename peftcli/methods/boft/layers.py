@@ -81,8 +81,7 @@ class BOFTLinear(BOFTLayer, RotatedLinear):
         if isinstance(self.base_layer, AdapterLayer):
             zeros: torch.Tensor = self.base_layer(x.new_zeros(1, x.shape[-1]))
             return zeros[0]
-        bias: torch.Tensor | None = self.base_layer.bias
-        return bias
+        return self.base_layer.bias
 
 
 class BOFTConv(BOFTLayer, RotatedConv):

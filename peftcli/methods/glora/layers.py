@@ -92,8 +92,7 @@ class GloraLinear(AdapterLayer):
 
     def _shift(self, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         coupled = 0.0 if self.glora_C.what == "none" else (weight @ self.glora_C().to(weight)).squeeze(-1)
-        shift: torch.Tensor = bias.to(weight.dtype) * self.glora_D() + self.glora_E() + coupled
-        return shift
+        return bias.to(weight.dtype) * self.glora_D() + self.glora_E() + coupled
 
 
 wrap = GloraLinear

@@ -58,8 +58,7 @@ def factor(layer: AdapterLayer) -> torch.Tensor:
     state = (layer.scaling, *((value.data_ptr(), value._version) for value in weights))
     if vars(layer).get("kept_factor", (None,))[0] != state:
         vars(layer)["kept_factor"] = (state, _over_norm(layer, _adapted_weight(layer)).detach())
-    kept: torch.Tensor = vars(layer)["kept_factor"][1]
-    return kept
+    return vars(layer)["kept_factor"][1]
 
 
 def folded(layer: AdapterLayer, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -114,5 +113,4 @@ def _bias(layer: AdapterLayer) -> torch.Tensor | None:
         counts = below.enabled and (below.adapter == layer.adapter or not layer.mixed)
         if isinstance(below, TrainedBias) and counts:
             return below.own_tensors()["bias"]
-    bias: torch.Tensor | None = base_module(layer).bias
-    return bias
+    return base_module(layer).bias

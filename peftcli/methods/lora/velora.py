@@ -41,8 +41,7 @@ class VeloraLinear(LoraLinear):
         if kind == "batch_average" or (kind == "batch_average_once" and not self.lora_velora_embed.any()):
             self._follow(x.detach())
         z = _CompressedLinear.apply(x, self.lora_A.weight, self.lora_velora_embed, self.settings.scale)  # type: ignore[no-untyped-call]
-        y: torch.Tensor = self.scaling * self.lora_B(z)
-        return y
+        return self.scaling * self.lora_B(z)
 
     @torch.no_grad()
     def _follow(self, x: torch.Tensor) -> None:

@@ -81,8 +81,7 @@ class OFTLayer(Rotating):
         self.oft_R = Rotation(features, config, factory_kwargs(self))
 
     def rotated(self, rows: torch.Tensor, back: bool = False) -> torch.Tensor:
-        turned: torch.Tensor = self.oft_R(rows, back)
-        return turned
+        return self.oft_R(rows, back)
 
 
 class OFTLinear(OFTLayer, RotatedLinear):

@@ -37,8 +37,7 @@ class PromptEncoder(nn.Module):
         x = self.embedding.weight
         if self.lstm_head is not None:
             x = self.lstm_head(x)[0]
-        vectors: torch.Tensor = self.mlp_head(x)
-        return vectors
+        return self.mlp_head(x)
 
 
 class EncodedTokens(VirtualTokens):
