@@ -85,6 +85,14 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
         self._buffers.setdefault(name, None)
         super().register_buffer(name, tensor, persistent)
 
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        y = self.base_layer(x, *args, **kwargs)
+        return self.adapt(x, y) if self.enabled else y
+
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output for ``x``, of which the base layer has made ``y``."""
+        raise NotImplementedError
+
     def check_active(self, names: Collection[str], place: str = "") -> None:
         """Raise AdapterError if the layer, at ``place``, would override that of another of these adapters."""
         for below in (module for module in self.base_layer.modules() if isinstance(module, AdapterLayer)):

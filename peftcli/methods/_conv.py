@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module
+from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module, widened
 from peftcli.methods._linear import WeightDelta, with_bias
 
 
@@ -23,22 +21,18 @@ class DeltaConv(AdapterLayer):
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the adapter adds to the output for the input ``x``, which has the adapter's dtype."""
-        return base_module(self)._conv_forward(
-            x, self.delta().to(x.dtype), None
-        )  # with the stride, padding, ... of the base layer
+        # with the stride, padding, ... of the base layer
+        return base_module(self)._conv_forward(x, self.delta().to(x.dtype), None)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        return y + self.update(x.to(adapter_dtype(x))).to(y.dtype) if self.enabled else y
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y + self.update(x.to(adapter_dtype(x))).to(y.dtype)
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        weight = base["weight"]
-        return {"weight": weight.to(adapter_dtype(weight)) + self.delta()}
+        return {"weight": widened(base["weight"]) + self.delta()}
 
 
 class WeightDeltaConv(WeightDelta, DeltaConv):
     """A convolution whose delta is made from its kernel."""
 
     def delta(self) -> torch.Tensor:
-        weight = base_module(self).weight.detach()
-        return self.delta_of(weight.to(adapter_dtype(weight)))
+        return self.delta_of(widened(base_module(self).weight.detach()))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype, base_module, offloaded_to_run_on
+from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype, base_module, offloaded_to_run_on, widened
 from peftcli.core.linear import Linear, dense_weight, linear_view
 from peftcli.core.quantised import is_packed
 from peftcli.errors import AdapterError
@@ -39,16 +39,12 @@ class DeltaLinear(AdapterLayer):
         delta = self.delta()
         return F.linear(x.to(delta.dtype), delta)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        if not self.enabled:
-            return y
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         dtype = next(self.parameters(recurse=False)).dtype
         return y + self.update(self.dropout(x.to(dtype))).to(y.dtype)
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        weight = base["weight"]
-        return {"weight": weight.to(adapter_dtype(weight)) + self.view.as_stored(self.delta())}
+        return {"weight": widened(base["weight"]) + self.view.as_stored(self.delta())}
 
 
 class SharingLinear(DeltaLinear):
@@ -79,14 +75,14 @@ class WeightDelta(AdapterLayer):
         raise NotImplementedError
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        weight = base["weight"].to(adapter_dtype(base["weight"]))
+        weight = widened(base["weight"])
         return {"weight": weight + self.delta_of(weight)}
 
     def folded(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         below = self.base_layer.folded(base) if isinstance(self.base_layer, AdapterLayer) else {}
         if not self.enabled:
             return below
-        weight = base["weight"].to(adapter_dtype(base["weight"]))
+        weight = widened(base["weight"])
         return below | {"weight": below.get("weight", weight) + self.delta_of(weight)}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module
+from peftcli.core.layer import AdapterLayer, base_module, widened
 from peftcli.methods._conv import WeightDeltaConv
 from peftcli.methods._linear import check_ungrouped, require_linear, with_bias
 
@@ -46,11 +46,11 @@ class RotatedLinear(Rotating):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.enabled:
-            x = self.rotated(x.to(adapter_dtype(x))).to(x.dtype)
+            x = self.rotated(widened(x)).to(x.dtype)
         return self.base_layer(x, *args, **kwargs)
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        weight = self.view.as_stored(base["weight"]).to(adapter_dtype(base["weight"]))
+        weight = widened(self.view.as_stored(base["weight"]))
         return {"weight": self.view.as_stored(self.turned(weight))}
 
 

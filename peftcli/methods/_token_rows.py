@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,11 +53,8 @@ class EmbeddingRows(TrainedRows):
         # some embeddings scale what they look up; the rows are scaled alike
         self.output_scale = getattr(base_layer, "embed_scale", 1.0)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        y = self.base_layer(ids)
-        if not self.enabled:
-            return y
-        place = self.place[ids]
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        place = self.place[x]
         rows = self.output_scale * F.embedding(place.clamp(min=0), self.trainable_tokens_delta)
         return torch.where((place >= 0)[..., None], rows.to(y.dtype), y)
 
@@ -72,10 +68,7 @@ class HeadRows(TrainedRows):
         super().__init__(base_layer, tokens, rows)
         self.register_buffer("index", torch.tensor(self.tokens, device=rows.device), persistent=False)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        if not self.enabled:
-            return y
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         rows, bias = self.trainable_tokens_delta, self.base_layer.bias
         own = F.linear(x.to(rows.dtype), rows, None if bias is None else bias[self.index].to(rows.dtype))
         return y.index_copy(-1, self.index, own.to(y.dtype))

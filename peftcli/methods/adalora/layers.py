@@ -106,10 +106,7 @@ class AdaLoraConv2d(AdaLoraLayer, DeltaConv):
         self.dropout = dropout_layer(config.lora_dropout)
         self.start(weight.shape[0], weight[0].numel(), name, config)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        if not self.enabled:
-            return y
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         kernel = self.delta()
         z: torch.Tensor = base_module(self)._conv_forward(self.dropout(x.to(kernel.dtype)), kernel, None)
         return y + z.to(y.dtype)

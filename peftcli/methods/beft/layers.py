@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,9 +22,8 @@ class BeftLinear(AdapterLayer):
         start = torch.zeros if config.init_weights else torch.randn
         self.beft_bias = nn.Parameter(start(1, view.out_features, **factory_kwargs(self)))
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y: torch.Tensor = self.base_layer(x, *args, **kwargs)
-        return (y + self.beft_bias[0]).to(y.dtype) if self.enabled else y
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (y + self.beft_bias[0]).to(y.dtype)
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if "bias" not in base:

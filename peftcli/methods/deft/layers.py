@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -29,10 +27,7 @@ class DeftLinear(WeightDeltaLinear):
         self.deft_P = nn.Parameter(0.02 * torch.randn(self.view.out_features, r, **like))
         self.register_parameter("deft_R", None if config.para else nn.Parameter(self._start(module, config)))
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        if not self.enabled:
-            return y
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         q, k = self._directions()
         change = -base_product(self, x, y).to(k.dtype) @ k
         if self.deft_R is not None:

@@ -62,10 +62,7 @@ class GloraLinear(AdapterLayer):
         parts = {name: part for name, part in self.named_children() if isinstance(part, Part)}
         self.fixed = tuple(f"{name}.zeros" for name, part in parts.items() if part.what == "none")
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        if not self.enabled:
-            return y
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         weight = dense_weight(self)
         below = self.base_layer
         bias = below.own_tensors()["bias"] if isinstance(below, TrainedBias) else base_module(self).bias

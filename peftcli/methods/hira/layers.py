@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,10 +44,7 @@ class HiraConv(WeightDelta):
         self.dropout = dropout_layer(config.hira_dropout)
         _start(self.hira_A, self.hira_B, config)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        if not self.enabled:
-            return y
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         delta = self.delta_of(base_module(self).weight.to(self.hira_A.dtype))
         z: torch.Tensor = base_module(self)._conv_forward(self.dropout(x.to(delta.dtype)), delta, None)
         return y + z.to(y.dtype)
@@ -67,14 +63,11 @@ class HiraEmbedding(WeightDelta):
         self.hira_embedding_A = nn.Parameter(start(config.r, vocabulary, **like))
         self.hira_embedding_B = nn.Parameter(torch.randn(width, config.r, **like))
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        y = self.base_layer(ids)
-        if not self.enabled:
-            return y
-        factor = F.embedding(ids, self.hira_embedding_A.T) @ self.hira_embedding_B.T
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        factor = F.embedding(x, self.hira_embedding_A.T) @ self.hira_embedding_B.T
         # some embeddings scale what they look up; the update is scaled alike, so that merging changes nothing
         scale = getattr(base_module(self), "embed_scale", 1.0)
-        return y + (scale * F.embedding(ids, base_module(self).weight) * factor).to(y.dtype)
+        return y + (scale * F.embedding(x, base_module(self).weight) * factor).to(y.dtype)
 
     def delta_of(self, weight: torch.Tensor) -> torch.Tensor:
         return weight * (self.hira_embedding_B @ self.hira_embedding_A).T

@@ -46,10 +46,7 @@ class LilyLinear(AdapterLayer):
     def file_tensors(self) -> dict[str, torch.Tensor]:
         return {**super().own_tensors()}  # every layer's file has the shared ones
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        if not self.enabled:
-            return y
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         hidden = self.lily_A(x.to(self.lily_A.weight.dtype))
         shares = self.lily_router(hidden).softmax(-1).flatten(0, -2).mean(0)
         mixed = torch.einsum("n,nro->ro", shares, self.lily_B.weight.unflatten(0, (self.count, -1)))

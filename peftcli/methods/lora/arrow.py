@@ -38,10 +38,7 @@ class ArrowLayer(AdapterLayer):
         self.found: tuple[object, torch.Tensor] | None = None
         """The experts' directions (E, in), and the state of their weights that they belong to."""
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        if not self.enabled:
-            return y
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         a, b, scaling = self._weights()
         if self.settings.top_k > len(a):
             raise AdapterError(f"{self.settings.top_k} of {len(a)} experts cannot be chosen", key=f"{_KEY}.top_k")

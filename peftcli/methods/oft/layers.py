@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module, widened
+from peftcli.core.layer import AdapterLayer, base_module, widened
 from peftcli.methods._linear import factory_kwargs
 from peftcli.methods._rotation import RotatedConv, RotatedLinear, Rotating, leave_out
 from peftcli.methods.oft.config import OFTConfig
@@ -99,13 +99,11 @@ class OFTEmbedding(AdapterLayer):
         super().__init__(module)
         self.oft_embedding_R = Rotation(base_module(module).weight.shape[1], config, factory_kwargs(self))
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        y = self.base_layer(ids)
-        return self.oft_embedding_R(y.to(adapter_dtype(y)), False).to(y.dtype) if self.enabled else y
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.oft_embedding_R(widened(y), False).to(y.dtype)
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        weight = base["weight"]
-        return {"weight": self.oft_embedding_R(weight.to(adapter_dtype(weight)), False)}
+        return {"weight": self.oft_embedding_R(widened(base["weight"]), False)}
 
 
 def wrap(module: nn.Module, name: str, config: OFTConfig) -> AdapterLayer:

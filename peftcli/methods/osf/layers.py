@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -45,9 +43,8 @@ class OSFLinear(WeightDeltaLinear):
         self.register_buffer("strong_U", _copied(u[:, : self.kept]) if rows > columns else None, persistent=False)
         self.register_buffer("strong_V", _copied(v[: self.kept]) if columns > rows else None, persistent=False)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        return y + self.update(x.to(self.start_S.dtype)).to(y.dtype) if self.enabled else y
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y + self.update(x.to(self.start_S.dtype)).to(y.dtype)
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         u, s, v = (self.osf_svd_params[key].to(x.dtype) for key in ("U_low", "S_low", "V_low"))

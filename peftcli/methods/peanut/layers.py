@@ -38,10 +38,7 @@ class PeanutLinear(WeightDeltaLinear):
             nn.init.zeros_(self.peanut_B.weight)
         self.scaling, self.activation = config.scaling, config.act_fn
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        if not self.enabled:
-            return y
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         delta = self.delta()
         return y + F.linear(x.to(delta.dtype), delta).to(y.dtype)
 

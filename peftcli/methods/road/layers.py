@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -35,9 +33,8 @@ class RoadLinear(AdapterLayer):
             nn.init.normal_(self.road_theta, std=0.5)
             nn.init.normal_(self.road_alpha, mean=1, std=0.5)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y: torch.Tensor = self.base_layer(x, *args, **kwargs)
-        return self.turned(y.to(self.road_theta.dtype)).to(y.dtype) if self.enabled else y
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.turned(y.to(self.road_theta.dtype)).to(y.dtype)
 
     def turned(self, y: torch.Tensor) -> torch.Tensor:
         """Return the outputs (..., out), turned and scaled."""

@@ -70,9 +70,8 @@ class XLoraLayer(AdapterLayer):
     def overrides(self, below: AdapterLayer) -> bool:
         return isinstance(below, XLoraLayer)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        if not self.enabled or self.mixture.reads_base:
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if self.mixture.reads_base:
             return y
         scalings = self.mixture.scalings_at(self.place)
         if x.shape[:2] != scalings.shape[:2]:
