@@ -6,8 +6,9 @@ import dataclasses
 import math
 import re
 import warnings
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 from peftcli.core.config_classes import CONFIGS, TaskType, plain
 from peftcli.core.peft_names.config import PeftConfigMixin
@@ -15,9 +16,6 @@ from peftcli.errors import AdapterError, AdapterTypeError
 from peftcli.guard.files import one_line, short_name, short_repr
 from peftcli.guard.patterns import Pattern, PatternError, check_patterns
 from peftcli.guard.typed_fields import OFF, default_of, fits, hints_of, read_fields, read_section, section_class
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
 
 BOOKKEEPING = {"recipe": False}
 """Metadata of the fields that describe the file, not the method: a recipe's ``method`` does not take them."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peftcli.core.prompts.config import PrefixConfig
 from peftcli.errors import AdapterError
 from peftcli.methods._settings import too_small
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 @dataclass(kw_only=True)

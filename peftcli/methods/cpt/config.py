@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from peftcli.core.config import BOOKKEEPING
 from peftcli.core.prompts.config import EmbeddedPromptConfig
 from peftcli.errors import AdapterError
 from peftcli.methods._settings import not_one_of, too_small
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 INPUT_FORMAT, INPUT, OUTPUT_FORMAT, OUTPUT = 1, 2, 3, 4
 """Types of the tokens of the first example. In each further one they are 4 higher; 0 is a token of no example."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from peftcli.core.config import BOOKKEEPING, UNSUPPORTED, AdapterConfig, ExcludingConfig, LayeredConfig
 from peftcli.errors import AdapterError, AdapterTypeError
@@ -32,9 +33,6 @@ from peftcli.methods.lora.variant_settings import (
 _MAX_LAYERS = 500
 _PAST_CALLS = ("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices")
 """Fields that let layers read weights past the calls of their modules, beside those that switch a variant on."""
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 @dataclass

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from peftcli.core.prompts.config import EmbeddedPromptConfig
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 @dataclass(kw_only=True)
