@@ -21,8 +21,7 @@ class PeftModelForCausalLM(PeftModel, task_type="CAUSAL_LM"):
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        given = {"position_ids": position_ids, "inputs_embeds": inputs_embeds, "labels": labels}
-        kwargs |= {name: value for name, value in given.items() if value is not None}
+        kwargs |= _given(position_ids=position_ids, inputs_embeds=inputs_embeds, labels=labels)
         return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
 
@@ -39,13 +38,8 @@ class PeftModelForSeq2SeqLM(PeftModel, task_type="SEQ_2_SEQ_LM"):
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        given = {
-            "inputs_embeds": inputs_embeds,
-            "decoder_input_ids": decoder_input_ids,
-            "decoder_attention_mask": decoder_attention_mask,
-            "labels": labels,
-        }
-        kwargs |= {name: value for name, value in given.items() if value is not None}
+        kwargs |= _given(inputs_embeds=inputs_embeds, labels=labels)
+        kwargs |= _given(decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask)
         return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
 
@@ -60,8 +54,7 @@ class PeftModelForSequenceClassification(PeftModel, task_type="SEQ_CLS"):
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        given = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "labels": labels}
-        kwargs |= {name: value for name, value in given.items() if value is not None}
+        kwargs |= _given(attention_mask=attention_mask, inputs_embeds=inputs_embeds, labels=labels)
         return self.base_model(input_ids=input_ids, **kwargs)
 
 
@@ -82,14 +75,8 @@ class PeftModelForQuestionAnswering(PeftModel, task_type="QUESTION_ANS"):
         end_positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        given = {
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "inputs_embeds": inputs_embeds,
-            "start_positions": start_positions,
-            "end_positions": end_positions,
-        }
-        kwargs |= {name: value for name, value in given.items() if value is not None}
+        kwargs |= _given(attention_mask=attention_mask, token_type_ids=token_type_ids, inputs_embeds=inputs_embeds)
+        kwargs |= _given(start_positions=start_positions, end_positions=end_positions)
         return self.base_model(input_ids=input_ids, **kwargs)
 
 
@@ -103,6 +90,9 @@ class PeftModelForFeatureExtraction(PeftModel, task_type="FEATURE_EXTRACTION"):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        given = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        kwargs |= {name: value for name, value in given.items() if value is not None}
+        kwargs |= _given(attention_mask=attention_mask, inputs_embeds=inputs_embeds)
         return self.base_model(input_ids=input_ids, **kwargs)
+
+
+def _given(**arguments: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in arguments.items() if value is not None}

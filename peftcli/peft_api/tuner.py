@@ -27,25 +27,12 @@ from peftcli.methods.lora.conversion import can_be_lora
 from peftcli.methods.lora.targets import find_parameters
 from peftcli.methods.lora.variants import kasa_penalty, monteclora_penalty
 from peftcli.methods.xlora.layers import find_mixture
+from peftcli.methods.xlora.mixture import Mixture
 from peftcli.models.quantization import forget
 from peftcli.peft_api.mixed_batch import adapted_by_row, check_count
 from peftcli.peft_api.new_adapter import check_name
 
-_OF_XLORA = frozenset(
-    {
-        "clear_scalings_log",
-        "disable_scalings_logging",
-        "enable_scalings_logging",
-        "get_bucketed_scalings_log",
-        "get_global_scaling_weight",
-        "get_latest_scalings",
-        "get_scalings_log",
-        "internal_xlora_classifier",
-        "set_global_scaling_weight",
-        "set_scaling_pass_value",
-        "set_topk_lora",
-    }
-)
+_OF_XLORA = {name for name in vars(Mixture) if name.startswith(("clear_", "disable_", "enable_", "get_", "set_"))}
 """What PEFT's X-LoRA model has besides; here the mixture has it."""
 
 
@@ -88,7 +75,7 @@ class Tuner(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
-            if name in _OF_XLORA and (mixture := find_mixture(self.model)):
+            if name in {*_OF_XLORA, "internal_xlora_classifier"} and (mixture := find_mixture(self.model)):
                 return mixture if name == "internal_xlora_classifier" else getattr(mixture, name)
             return getattr(self.model, name)
 
@@ -216,8 +203,7 @@ class Tuner(nn.Module):
         Raises:
             AdapterError: an unknown name, or one adapter would hide what another does.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self.check_known(names)
+        names = self.check_known(adapter_name)
         self.unmerge_adapter()
         set_active(self.model, names)  # raises before anything changes, also while adapters are disabled
         self.active_adapters = names
@@ -227,9 +213,7 @@ class Tuner(nn.Module):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let the weights of these adapters take gradients, or not, whether or not they are active."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.check_known(names)
-        for name in names:
+        for name in self.check_known(adapter_names):
             set_trainable(self.model, requires_grad, name)
 
     def disable_adapter_layers(self) -> None:
@@ -250,8 +234,7 @@ class Tuner(nn.Module):
         Raises:
             AdapterError: an unknown name, or one of them is merged. Nothing is changed then.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self.check_known(names)
+        names = self.check_known(adapter_name)
         if merged := [name for name in names if name in self.merged_adapters]:
             raise AdapterError(f"Cannot delete adapter(s) {merged} while they are merged. Please unmerge them first.")
         was_active = list(self.active_adapters)
@@ -405,11 +388,13 @@ class Tuner(nn.Module):
             raise AdapterError(f"{len(self.active_adapters)} adapters are active; name one", key="adapter_name")
         return self.active_adapters[0]
 
-    def check_known(self, names: Sequence[str], key: str = "adapter_name") -> None:
-        """Raise AdapterError for a name that no adapter has."""
+    def check_known(self, names: str | Sequence[str], key: str = "adapter_name") -> list[str]:
+        """Return the names as a list. Raise AdapterError for one that no adapter has."""
+        names = [names] if isinstance(names, str) else list(names)
         if unknown := [name for name in names if name not in self.peft_config]:
             there = ", ".join(self.peft_config) or "none"
             raise AdapterError(f"Adapter {unknown[0]} does not exist; there are: {there}", key=key)
+        return names
 
     def check_new(self, name: str) -> None:
         """Raise AdapterError for a name that is taken or not valid, and while adapters are merged."""
@@ -428,8 +413,7 @@ class Tuner(nn.Module):
             switched = {tuple(layer.active_adapters) for layer in adapter_layers(self.model).values()}
             if len(switched) == 1:  # all layers alike, maybe one by one, without the tuner
                 self.active_adapters = [name for name in switched.pop() if name in self.peft_config]
-        chosen = self.active_adapters if names is None else list(names)
-        self.check_known(chosen)
+        chosen = self.check_known(self.active_adapters if names is None else list(names))
         for name in chosen:
             if reason := self.peft_config[name].merge_problem():
                 raise AdapterError(reason)
