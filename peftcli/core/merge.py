@@ -122,11 +122,7 @@ def fold(model: nn.Module) -> Folded:
 
 
 def _changes(model: nn.Module) -> Iterator[WeightChange]:
-    """What the enabled adapters change; a bias alone also where a module around its layer holds it, as BERT's head.
-
-    Raises:
-        AdapterError: a layer cannot be merged, or a merged weight is not finite.
-    """
+    """What the enabled adapters change; a bias alone also where a module around its layer holds it, as BERT's head."""
     around = [module for module in model.modules() if module._modules and "bias" in module._parameters]
     for name, layer in outermost(model).items():
         changes = layer.folded_weights(name)

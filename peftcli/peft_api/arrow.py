@@ -73,11 +73,7 @@ def _source(path: str) -> dict[str, Any]:
 
 
 def _common_targets(model: PeftModel, names: list[str]) -> tuple[list[str], int]:
-    """Return the names of the modules that all these adapters adapt, and their r.
-
-    Raises:
-        AdapterError: they differ, or one is no plain LoRA of linear layers.
-    """
+    """Return the names of the modules that all these adapters adapt, and their r."""
     base, found = model.get_base_model(), {}
     for name in names:
         _check_plain(name, model.peft_config[name])

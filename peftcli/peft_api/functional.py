@@ -113,11 +113,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 
 
 def _known(model: nn.Module, names: str | Iterable[str]) -> list[str]:
-    """Return the names as a list.
-
-    Raises:
-        AdapterError: no adapter of the model has such a name.
-    """
+    """Return the names as a list. Raise AdapterError for one that no adapter of the model has."""
     wanted = [names] if isinstance(names, str) else list(names)
     known = dict.fromkeys(layer.adapter for layer in adapter_layers(model).values())
     if unknown := [name for name in wanted if name not in known]:

@@ -221,11 +221,7 @@ def _views(modules: Mapping[str, nn.Module]) -> dict[str, Linear]:
 def _kept(
     file: str | Path | None, shapes: Mapping[str, tuple[int, ...]], learn: Callable[[], dict[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
-    """What a file of an earlier run holds; without one what ``learn`` gives, which is written to it.
-
-    Raises:
-        AdapterError: the file is no safetensors file, or does not hold tensors of these names and shapes.
-    """
+    """What a file of an earlier run holds; without one what ``learn`` gives, which is written to it."""
     if file is None or not Path(file).exists():
         found = learn()
         if file is not None:

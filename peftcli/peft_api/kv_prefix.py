@@ -95,11 +95,7 @@ def compose_cartridge_adapters(
 
 
 def _prefix_of(model: PeftModel, name: str | None, count: int | None) -> tuple[str, int]:
-    """Return the adapter's name and the number of its virtual tokens.
-
-    Raises:
-        AdapterError: it is not one of the model's, or has no prefix.
-    """
+    """Return the adapter's name and the number of its virtual tokens."""
     config = model.active_peft_config if name is None else model.peft_config.get(name)
     if not isinstance(config, PrefixConfig):
         raise AdapterError("names no cartridge and no prefix of this model", key="adapter_name")

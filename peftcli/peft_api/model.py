@@ -500,11 +500,7 @@ class PeftModel(SavedByTrainer):
         return [*(getattr(model, "model_tags", None) or []), *(["transformers"] * hasattr(model, "base_model_prefix"))]
 
     def _holding(self, state: Mapping[str, torch.Tensor]) -> PeftModel:
-        """A copy without a base model that holds the adapters' weights of ``state``.
-
-        Raises:
-            AdapterError: it lacks one.
-        """
+        """A copy without a base model that holds the adapters' weights of ``state``."""
         model = meta_copy(self)
         assert isinstance(model, PeftModel)
         take(model.get_base_model(), state)

@@ -138,11 +138,7 @@ def take(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
 
 
 def _place(model: Any, name: str | None, one: bool = True) -> tuple[Tuner | None, nn.Module, str | None]:
-    """Return the tuner, where there is one, the model that holds the adapter layers, and the adapter's name.
-
-    Raises:
-        AdapterError: there is no such adapter, or without a name, if ``one`` is wanted, there are several.
-    """
+    """Return the tuner, where there is one, the model that holds the adapter layers, and the adapter's name."""
     model = getattr(model, "_orig_mod", model)
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, Tuner):

@@ -175,11 +175,7 @@ def _active(layers: dict[str, AdapterLayer], tuner: Tuner | None) -> list[str]:
 
 
 def _places(model: Any) -> tuple[Tuner | None, nn.Module]:
-    """Return the tuner, where there is one, and the model with the adapter layers.
-
-    Raises:
-        AdapterError: it has none.
-    """
+    """Return the tuner, where there is one, and the model with the adapter layers."""
     tuner = next((each for each in (model, getattr(model, "base_model", None)) if isinstance(each, Tuner)), None)
     place = tuner.model if tuner else model
     if not adapter_layers(place):

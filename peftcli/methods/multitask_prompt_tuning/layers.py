@@ -67,11 +67,7 @@ def _start(module: Any, config: MultitaskPromptTuningConfig) -> dict[str, torch.
 def _from_source(
     tensors: dict[str, torch.Tensor], config: MultitaskPromptTuningConfig, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Read the starting values of ``tensors`` from the adapter that the config names.
-
-    Raises:
-        AdapterError: it cannot be read, or is of other sizes.
-    """
+    """Read the starting values of ``tensors`` from the adapter that the config names."""
     path, key = Path(config.prompt_tuning_init_state_dict_path or ""), "prompt_tuning_init_state_dict_path"
     try:
         source = safetensors.torch.load_file(path)

@@ -186,11 +186,7 @@ def _active(module: Any) -> Mixture | None:
 
 
 def _read(name: str, place: str, config: XLoraConfig) -> Expert:
-    """Read an adapter's folder.
-
-    Raises:
-        AdapterError: it cannot be read, or holds more than the A and B of a LoRA.
-    """
+    """Read an adapter's folder."""
     folder = config.find_folder(place)
     values = read_config(folder)
     if values.get("peft_type") != LoraConfig.peft_type:
@@ -207,11 +203,7 @@ def _read(name: str, place: str, config: XLoraConfig) -> Expert:
 
 
 def _hidden_size(model: Any) -> int:
-    """Return the size of the model's last hidden states.
-
-    Raises:
-        AdapterError: it does not have one for each token.
-    """
+    """Return the size of the model's last hidden states."""
     settings = getattr(model, "config", None)
     width = getattr(settings and settings.get_text_config(), "hidden_size", None)
     embedding, head = model_ends(model)
