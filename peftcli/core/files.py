@@ -207,13 +207,9 @@ def load_adapter(
 def begin_from_adapter(
     model: nn.Module, config: AdapterConfig, folder: Path, *, initialised: Collection[str] = ()
 ) -> Injection:
-    """Inject the config's layers as for a new adapter, and begin from the folder's weights.
+    """Inject the config's layers as for a new adapter, and begin from the folder's weights; see ``inject``.
 
-    Args:
-        model: the base model.
-        config: the adapter's, with the settings of the folder's. Its modules_to_save become those that the model has.
-        folder: where the weights are.
-        initialised: names of the parameters that the base model's checkpoint did not hold: see ``inject``.
+    The config has the settings of the folder's. Its modules_to_save become those that the model has.
 
     Raises:
         AdapterError: as ``check_begin``. Nothing is changed in the model then.

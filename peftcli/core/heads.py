@@ -42,10 +42,7 @@ def parameters_of_heads(model: Any) -> list[str]:
 def resolve_heads(model: nn.Module, config: AdapterConfig, initialised: Collection[str] = ()) -> None:
     """Complete the ``modules_to_save`` of a new adapter by what is new; make a loaded one's those that its file holds.
 
-    Args:
-        model: the base model, maybe with other adapters in it.
-        config: the adapter's.
-        initialised: names of the parameters that the base model's checkpoint did not hold, as far as that is known.
+    ``initialised`` names the parameters that the base model's checkpoint did not hold, as far as that is known.
 
     Warns when a loaded adapter's file does not hold a head of which that is not known.
 

@@ -247,10 +247,8 @@ def _in_layers(names: list[str], config: LayeredConfig) -> list[str]:
 def _layer_index(parts: list[str], ranks: Mapping[str, int], expressions: Iterable[str]) -> int | None:
     """Return the first number in a module's name that follows the name of a list, or without such names the first.
 
-    Args:
-        parts: of the module's name, between dots.
-        ranks: name endings of lists of layers. The lowest that there is counts.
-        expressions: those of them that are regular expressions.
+    ``ranks`` are name endings of lists of layers, of which the lowest that there is counts; ``expressions`` are those
+    that are regular expressions.
     """
     numbers = [place for place in range(1, len(parts) - 1) if parts[place].isdecimal()]
     if ranks:

@@ -29,12 +29,8 @@ def convert_to_lora(
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """Return a LoRA adapter that does what another adapter does, as nearly as its r allows: config and tensors.
 
-    Args:
-        model: a model with an adapter of a method that adds to the weights of linear layers.
-        rank: r of all layers; or, as a float, the share of each update to keep (see ``methods.lora.conversion``).
-        adapter_name: which of its adapters.
-        progressbar: accepted as in PEFT; no bar is shown.
-        compile_kwargs: PEFT's; nothing is compiled.
+    ``rank`` is the r of all layers; or, as a float, the share of each update to keep (see ``methods.lora.conversion``).
+    No progress bar is shown, and nothing is compiled.
 
     Raises:
         AdapterTypeError: there is no such adapter, or it does more than add to weights of linear layers.

@@ -147,14 +147,9 @@ def _with_targets_of(model: nn.Module, config: AdapterConfig, names: Iterable[st
     narrowed = copy.deepcopy(config)
     if (inner := getattr(completed, "feedforward_modules", None)) is not None:  # (IA)^3's, some of the targets
         narrowed.feedforward_modules = [name for name in found if any(module_matches(name, each) for each in inner)]  # type: ignore[attr-defined]
-    for key, value in {
-        "target_modules": found,
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-    }.items():
+    for key in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
         if hasattr(narrowed, key):
-            setattr(narrowed, key, value)
+            setattr(narrowed, key, found if key == "target_modules" else None)
     return narrowed
 
 

@@ -120,13 +120,10 @@ class KappaTuneSelector:
         moe_param_suffixes: Sequence[str] | None = None,
         show_progress: bool = True,
     ):
-        """Compute nothing yet.
+        """Compute nothing yet. There will be no progress bar.
 
-        Args:
-            model: the base model.
-            max_dim_size_to_analyze: weights with a longer side are left out.
-            moe_param_suffixes: endings of the names of fused experts.
-            show_progress: PEFT's; there is no progress bar.
+        Weights with a side longer than ``max_dim_size_to_analyze`` are left out. ``moe_param_suffixes`` are endings of
+        the names of fused experts.
         """
         self._model, self._largest, self._endings = model, max_dim_size_to_analyze, moe_param_suffixes or EXPERTS
 

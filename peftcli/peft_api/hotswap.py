@@ -32,14 +32,8 @@ def hotswap_adapter(
     """Put the LoRA adapter of a folder or hub repository in the place of one of the model's, under its name.
 
     The adapter may have another r and lora_alpha, and fewer modules. In a compiled model its r must not be above that
-    of the adapter that it replaces: ``prepare_model_for_compiled_hotswap``.
-
-    Args:
-        model: a model of ``get_peft_model``, compiled or not.
-        model_name_or_path: the new adapter.
-        adapter_name: which of the model's adapters it replaces.
-        torch_device: PEFT's; the weights go where the old ones are.
-        options: of loading: ``revision``, ``subfolder``, ``token`` and the others of ``load_adapter``.
+    of the adapter that it replaces: ``prepare_model_for_compiled_hotswap``. The weights go where the old ones are,
+    whatever ``torch_device`` is. ``options`` are those of ``load_adapter``.
 
     Raises:
         AdapterError: the new adapter cannot be read or does not fit, or the old one is merged. Nothing is changed then.
@@ -62,15 +56,10 @@ def hotswap_adapter_from_state_dict(
     config: LoraConfig,
     parameter_prefix: str = "lora_",
 ) -> None:
-    """The same with tensors. Of the config, what says how strong the update is counts.
+    """The same with tensors, also in a plain model. Of the config, what says how strong the update is counts.
 
-    Args:
-        model: a model with adapters, of ``get_peft_model`` or plain, compiled or not.
-        state_dict: the new adapter's tensors by the names of its file, or as PEFT writes them, which is with the
-            adapter's name before ``.weight`` and for plain models without ``base_model.model.``.
-        adapter_name: which of the model's adapters is replaced.
-        config: the new adapter's.
-        parameter_prefix: PEFT's; there is no other.
+    The tensors have the names of the adapter file, or PEFT's: with the adapter's name before ``.weight``, and for plain
+    models without ``base_model.model.``. There is no ``parameter_prefix`` but PEFT's.
 
     Raises:
         AdapterError: the tensors do not fit, or the old adapter is merged. Nothing is changed then.

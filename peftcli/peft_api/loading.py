@@ -80,9 +80,7 @@ def key_mapping_for(model: nn.Module, config: AdapterConfig, given: Mapping[str,
 def renaming(key_mapping: Mapping[str, str] | None) -> Callable[[str], str] | None:
     """Return the function that translates names of an adapter file; None if they stay as they are.
 
-    Args:
-        key_mapping: regular expressions for names without ``base_model.model.``, and their replacements; the first
-            that matches counts.
+    Of the regular expressions, for names without ``base_model.model.``, the first that matches counts.
     """
     if not key_mapping:
         return None

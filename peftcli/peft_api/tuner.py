@@ -262,19 +262,9 @@ class Tuner(nn.Module):
     ) -> None:
         """Make a new adapter, not active, of a weighted sum of others. See ``peftcli.methods.combinations``.
 
-        Where there is an adapter of that name already, nothing is done, with a warning.
-
-        Args:
-            adapters: the adapters to combine, of one method: LoRA or (IA)^3.
-            weights: one for each.
-            adapter_name: name of the new one.
-            combination_type: one of ``COMBINATIONS``. For (IA)^3 cat or linear, the sum of the factors.
-            svd_rank: the r of the result, for svd and ..._svd.
-            svd_clamp: the quantile of their factors' values that limits these.
-            svd_full_matrices: PEFT's; it does not change the result.
-            svd_driver: cuSOLVER's algorithm.
-            density: the share of values to keep, for the methods that drop some.
-            majority_sign_method: how signs vote in TIES.
+        Where there is an adapter of that name already, nothing is done, with a warning. The adapters to combine are of
+        one method: LoRA or (IA)^3, for which ``combination_type`` is cat or linear, the sum of the factors. The
+        settings are those of ``Combination``; ``svd_full_matrices`` does not change the result.
 
         Raises:
             AdapterError: the adapters cannot be combined like that.

@@ -32,12 +32,7 @@ class TunerKind(type):
     def __call__(
         cls, model: nn.Module, peft_config: AdapterConfig | dict[str, AdapterConfig], adapter_name: str = "default"
     ) -> Tuner:
-        """Put a new adapter into ``model``, in place.
-
-        Args:
-            model: the base model.
-            peft_config: the adapter's, or a dictionary that holds it under the adapter's name.
-            adapter_name: the adapter's name.
+        """Put a new adapter into ``model``, in place. ``peft_config`` may hold its config under its name.
 
         Raises:
             AdapterError: the config is another method's, or does not fit the model.

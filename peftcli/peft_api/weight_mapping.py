@@ -17,10 +17,8 @@ def build_peft_weight_mapping(
 ) -> list[Any]:
     """Return what transformers does to the names of an adapter file, in this order.
 
-    Args:
-        weight_conversions: what it does to a checkpoint of the base model. Renamings hold for adapters too.
-        adapter_name: PEFT's; an adapter's name is no part of its tensors' names here.
-        peft_config: the adapter's.
+    Of what it does to a checkpoint of the base model, renamings hold for adapters too. An adapter's name is no part of
+    its tensors' names here.
     """
     prefix = "base_model.model." if peft_config is None else peft_config.file_prefix
     renamings = [each for each in weight_conversions or () if isinstance(each, WeightRenaming)]

@@ -88,11 +88,7 @@ class PeftConfigMixin:
     ) -> Any:
         """Return the config in a folder or hub repository, of the method that it names.
 
-        Args:
-            pretrained_model_name_or_path: the folder or hub id.
-            subfolder: where in it the adapter is.
-            revision: branch, tag or commit on the hub.
-            options: of ``huggingface_hub.snapshot_download``: token, cache_dir, local_files_only, ...
+        ``options`` are those of ``huggingface_hub.snapshot_download``: token, cache_dir, local_files_only, ...
 
         Raises:
             AdapterError: it is not there, cannot be read, or names a method or setting that is not supported.

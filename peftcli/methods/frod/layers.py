@@ -179,20 +179,14 @@ def _bring_back(layers: Iterable[Any]) -> None:
 
 
 def targets(model: nn.Module, config: FrodConfig) -> list[str]:
-    """Return the names of the target modules, of which each kind has one number of inputs."""
-    names = find_targets(model, config)
-    check_kinds(model, names)
-    return names
-
-
-def check_kinds(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise AdapterError for modules of one kind that have different numbers of inputs: they cannot share ``V``."""
-    paths, inputs = base_paths(model), dict[str, int]()
+    """Return the names of the target modules, of which each kind has one number of inputs, or cannot share ``V``."""
+    names, paths, inputs = find_targets(model, config), base_paths(model), dict[str, int]()
     for name in names:
         view = linear_view(model.get_submodule(paths[name]))
         if view is not None and inputs.setdefault(kind_of(name), view.in_features) != view.in_features:
             found = sorted({inputs[kind_of(name)], view.in_features})
             raise AdapterError(f"modules like {name} have {found[0]} inputs and {found[1]}", key="target_modules")
+    return names
 
 
 def decompose(basis: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

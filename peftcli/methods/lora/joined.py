@@ -22,10 +22,7 @@ _WORTH_A_CALL = 7_000_000
 def joined_linear(x: torch.Tensor, base: nn.Linear, shares: Sequence[Share]) -> torch.Tensor:
     """Return ``W x + scaling * B A x``, each token with the A, B and scaling of its model.
 
-    Args:
-        x: The models' tokens one after another: (1, N, in) or (N, in).
-        base: The frozen layer.
-        shares: Of each model.
+    ``x`` has the models' tokens one after another: (1, N, in) or (N, in).
     """
     adapted = [(*pair, scaling) for _, pair, scaling in shares if pair is not None]
     rank, tokens = sum(len(a) for a, *_ in adapted), x.numel() // x.shape[-1]
