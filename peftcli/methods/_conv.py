@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module, widened
+from peftcli.core.layer import AdapterLayer, base_module, widened
 from peftcli.methods._linear import WeightDelta, with_bias
 
 
@@ -25,7 +25,7 @@ class DeltaConv(AdapterLayer):
         return base_module(self)._conv_forward(x, self.delta().to(x.dtype), None)
 
     def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return y + self.update(x.to(adapter_dtype(x))).to(y.dtype)
+        return y + self.update(widened(x)).to(y.dtype)
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"weight": widened(base["weight"]) + self.delta()}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import adapter_dtype, base_module
+from peftcli.core.layer import adapter_dtype, base_module, widened
 from peftcli.core.linear import dense_weight
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import DeltaLinear, factory_kwargs, stored_weight
@@ -170,7 +170,7 @@ class AdamssLinear(DeltaLinear):
         added = {"weight": self.view.as_stored(delta[:, :inputs])}
         if self.has_bias:
             added["bias"] = delta[:, inputs]
-        return {name: base[name].to(adapter_dtype(base[name])) + value for name, value in added.items()}
+        return {name: widened(base[name]) + value for name, value in added.items()}
 
     def _follow_importance(self) -> None:
         device = self.adamss_rows.device

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype, base_module
+from peftcli.core.layer import AdapterLayer, TrainedBias, base_module, widened
 from peftcli.core.linear import dense_weight
 from peftcli.methods._linear import factory_kwargs, require_linear, with_bias
 from peftcli.methods.glora.config import GloraConfig
@@ -74,7 +74,7 @@ class GloraLinear(AdapterLayer):
         if not self.enabled:
             return below
         own = base | below if isinstance(self.base_layer, TrainedBias) else base
-        stored = base["weight"].to(adapter_dtype(base["weight"]))
+        stored = widened(base["weight"])
         weight = self.view.as_stored(stored)
         changed = {"weight": below.get("weight", stored) + self.view.as_stored(self._delta(weight))}
         if "bias" in base:

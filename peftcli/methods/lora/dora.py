@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype, base_module, layers_at
+from peftcli.core.layer import AdapterLayer, TrainedBias, base_module, layers_at, widened
 from peftcli.core.linear import dense_weight, linear_view
 
 
@@ -104,7 +104,7 @@ def _base_weight(layer: AdapterLayer) -> torch.Tensor:
     if (view := linear_view(layer)) is not None:
         return view.as_stored(dense_weight(layer))
     weight: torch.Tensor = base_module(layer).weight.detach()
-    return weight.to(adapter_dtype(weight))
+    return widened(weight)
 
 
 def _bias(layer: AdapterLayer) -> torch.Tensor | None:

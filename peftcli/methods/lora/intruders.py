@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import adapter_dtype, base_module
+from peftcli.core.layer import base_module, widened
 from peftcli.core.linear import dense_weight, linear_view
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
@@ -71,7 +71,7 @@ def _matrices(layer: LoraLayer, path: str) -> tuple[torch.Tensor, torch.Tensor]:
     view, base = linear_view(layer), base_module(layer)
     if view is not None:
         return dense_weight(layer), view.as_stored(layer.delta()).to(dense_weight(layer))
-    weight = base.weight.to(adapter_dtype(base.weight))
+    weight = widened(base.weight)
     if isinstance(layer, LoraEmbedding):
         return weight.T, layer.delta().T.to(weight)
     if getattr(base, "groups", 1) > 1:

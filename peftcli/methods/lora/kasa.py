@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import adapter_dtype, layers_at
+from peftcli.core.layer import layers_at, widened
 from peftcli.core.linear import dense_weight
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import factory_kwargs, stored_weight
@@ -65,7 +65,7 @@ class KasaLinear(LoraLinear):
         merged, weight = super().merged_tensors(base), base["weight"]
         # weights that come one by one are not known before
         known = not self.weak_A.is_meta and not stored_weight(self.base_layer).is_meta
-        pair = (self.weak_A, self.weak_B) if known else weakest(weight.to(adapter_dtype(weight)), self.r)
+        pair = (self.weak_A, self.weak_B) if known else weakest(widened(weight), self.r)
         a, b = self._taken(*pair)
         return merged | {"weight": merged["weight"] - b @ a}
 

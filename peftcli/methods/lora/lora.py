@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype, adapter_layers, base_module, path_in_file, widened
+from peftcli.core.layer import AdapterLayer, adapter_layers, base_module, path_in_file, widened
 from peftcli.core.linear import dense_weight, linear_view
 from peftcli.core.targets import pattern_value
 from peftcli.errors import AdapterError
@@ -83,7 +83,7 @@ class LoraLayer(AdapterLayer):
         raise NotImplementedError
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        merged = {"weight": base["weight"].to(adapter_dtype(base["weight"])) + self.delta()}
+        merged = {"weight": widened(base["weight"]) + self.delta()}
         bias = self.own_tensors().get("lora_B.bias")
         if bias is None:
             return merged

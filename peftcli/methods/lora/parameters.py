@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import adapter_dtype, base_module, layers_at
+from peftcli.core.layer import adapter_dtype, base_module, layers_at, widened
 from peftcli.core.targets import module_matches
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import factory_kwargs
@@ -36,7 +36,7 @@ class InsideLayer(LoraLayer):
         return torch.func.functional_call(self.base_layer, weights, args, kwargs)
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: self.with_delta(name, base[name].to(adapter_dtype(base[name]))) for name in self.adapted}
+        return {name: self.with_delta(name, widened(base[name])) for name in self.adapted}
 
 
 class LoraAttention(InsideLayer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype
+from peftcli.core.layer import AdapterLayer, widened
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import factory_kwargs, require_linear
 from peftcli.methods.road.config import RoadConfig
@@ -43,7 +43,7 @@ class RoadLinear(AdapterLayer):
         return y * cosines + torch.stack((-second, first), -2).flatten(-3) * sines
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        wide = {name: value.to(adapter_dtype(value)) for name, value in base.items()}
+        wide = {name: widened(value) for name, value in base.items()}
         merged = {"weight": self.view.as_stored(self.turned(self.view.as_stored(wide["weight"]).T).T)}
         return merged | ({"bias": self.turned(wide["bias"])} if "bias" in wide else {})
 

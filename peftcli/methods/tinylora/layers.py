@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module
+from peftcli.core.layer import AdapterLayer, base_module, widened
 from peftcli.core.linear import dense_weight, linear_view
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import DeltaLinear, dropout_layer, factory_kwargs, stored_weight
@@ -87,23 +87,19 @@ class TinyLoraEmbedding(TinyLoraLayer):
 
     def __init__(self, module: nn.Module, config: TinyLoraConfig):
         super().__init__(module)
-        weight = base_module(module).weight.detach()
-        self.decompose(weight.to(adapter_dtype(weight)), config)
+        self.decompose(widened(base_module(module).weight.detach()), config)
         self.dropout = dropout_layer(config.tinylora_dropout)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        y = self.base_layer(ids)
-        if not self.enabled:
-            return y
-        chosen = self.dropout(F.embedding(ids, self.tinylora_B))
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        chosen = self.dropout(F.embedding(x, self.tinylora_B))
         return y + (chosen @ self.mixture() @ self.tinylora_A).to(y.dtype)
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        weight, layer = base["weight"], base_module(self)
+        layer = base_module(self)
         # some embeddings scale what they look up; the update is not scaled, as it is not in PEFT
         scale = getattr(layer, "scalar_embed_scale", getattr(layer, "embed_scale", 1.0))
         delta = self.tinylora_B @ self.mixture() @ self.tinylora_A
-        return {"weight": weight.to(adapter_dtype(weight)) + delta / scale}
+        return {"weight": widened(base["weight"]) + delta / scale}
 
 
 def wrap(module: nn.Module, name: str, config: TinyLoraConfig) -> AdapterLayer:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import adapter_dtype, base_module, layers_at
+from peftcli.core.layer import base_module, layers_at, widened
 from peftcli.core.linear import dense_weight
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError
@@ -109,7 +109,7 @@ class LoftQLinear(LoraLinear):
             return merged
         if error.is_meta:  # the base weights come one by one
             weight = self.view.as_stored(base["weight"])
-            error = self._error(weight.to(adapter_dtype(weight)))
+            error = self._error(widened(weight))
         return merged | {"weight": merged["weight"] + self.view.as_stored(error)}
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from peftcli.core.layer import adapter_dtype, base_module
+from peftcli.core.layer import base_module, widened
 from peftcli.core.linear import dense_weight, linear_view
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import stored_weight
@@ -102,7 +102,7 @@ class ResidualMerge(LoraLinear):
         self.init = config.init_lora_weights
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        weight = base["weight"].to(adapter_dtype(base["weight"]))
+        weight = widened(base["weight"])
         a, b = from_weight(self.init, self.view.as_stored(weight), self.r, self.scaling)
         return {"weight": weight + self.delta() - self.view.as_stored(self.scaling * (b @ a))}
 
