@@ -28,7 +28,7 @@ from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError, Interrupted
 from peftcli.methods import config_from_dict
 from peftcli.methods.adalora.config import AdaLoraConfig
-from peftcli.methods.adalora.layers import AdaLoraLayer, penalty, update_and_allocate, wrap
+from peftcli.methods.adalora.layers import AdaLoraLayer, penalty, wrap
 from peftcli.train.report import Event, Stepped
 
 SCHEDULE: dict[str, Any] = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1}
@@ -158,7 +158,7 @@ def test_a_schedule_that_does_not_fit_is_refused() -> None:
 def test_gradients_that_are_gone_are_asked_for() -> None:
     model, config = ours("llama", "adalora", total_step=8)
     with pytest.raises(AdapterError, match="before they are cleared"):
-        update_and_allocate(model, config, 1)
+        after_step(model, config, 1, 8)
 
 
 def test_a_frozen_second_adapter_is_left_alone() -> None:

@@ -176,37 +176,12 @@ def _scaling(config: AdaLoraConfig) -> float:
 
 
 def after_step(model: nn.Module, config: AdaLoraConfig, step: int, total: int) -> None:
-    """Share out the budget of this step."""
-    _know_total(config, total)
-    update_and_allocate(model, config, step)
-
-
-def after_resume(model: nn.Module, config: AdaLoraConfig, step: int, total: int) -> None:
-    """Write into the config which directions are left, if that is settled."""
-    _know_total(config, total)
-    note_kept(model, config, step)
-
-
-def _know_total(config: AdaLoraConfig, total: int) -> None:
-    if config.total_step is None:
-        config.total_step = total
-        config.check()
-
-
-def update_and_allocate(model: nn.Module, config: AdaLoraConfig, step: int) -> None:
     """Follow the weights' importance, and take away what the budget of this step does not allow.
 
-    Call it after optimizer step ``step`` while the gradients are there. The adapter file holds what is left from step
-    ``total_step - tfinal`` on; until then it holds everything. An adapter that was loaded from a file keeps its
-    directions.
-
-    Raises:
-        AdapterError: the config does not know its total_step.
+    The adapter file holds what is left from the last step on that changes it; until then it holds everything. An
+    adapter that was loaded from a file keeps its directions.
     """
-    layers = _sharing(model)
-    if config.total_step is None:
-        raise AdapterError("is needed to share out the budget", key="total_step")
-    last = config.total_step - config.tfinal
+    last, layers = _last_step(config, total), _sharing(model)
     if not layers:
         return
     if step < last:
@@ -222,7 +197,22 @@ def update_and_allocate(model: nn.Module, config: AdaLoraConfig, step: int) -> N
     elif step > last:
         for layer in layers.values():
             layer.clear(layer.kept)
-    note_kept(model, config, step)
+    if step >= last:
+        _note_kept(model, config)
+
+
+def after_resume(model: nn.Module, config: AdaLoraConfig, step: int, total: int) -> None:
+    """Write into the config which directions are left, if that is settled."""
+    if step >= _last_step(config, total):
+        _note_kept(model, config)
+
+
+def _last_step(config: AdaLoraConfig, total: int) -> int:
+    """Return the step from which on it is settled which directions are left. The config then has its total_step."""
+    if config.total_step is None:
+        config.total_step = total
+        config.check()
+    return config.total_step - config.tfinal
 
 
 def share_loaded(model: nn.Module, adapter: str, config: AdaLoraConfig) -> None:
@@ -241,10 +231,8 @@ def keep(model: nn.Module, adapter: str, rank_pattern: Mapping[str, Sequence[boo
             layer.clear(layer.kept)
 
 
-def note_kept(model: nn.Module, config: AdaLoraConfig, step: int) -> None:
-    """Write which directions are left into the config, if ``step`` is one from which on that is settled."""
-    assert config.total_step is not None
-    if step >= config.total_step - config.tfinal and not config.rank_pattern:
+def _note_kept(model: nn.Module, config: AdaLoraConfig) -> None:
+    if not config.rank_pattern:
         config.rank_pattern = {
             f"{path_in_file(model, path)}.lora_E": layer.kept.tolist() for path, layer in _sharing(model).items()
         }
