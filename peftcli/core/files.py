@@ -41,11 +41,9 @@ _WIDER, _SMALL = 8, 1024
 
 
 def save_adapter(model: nn.Module, config: AdapterConfig, folder: Path, adapter: str | None = None) -> None:
-    """Write the model's adapter, or of several the one of that name, into ``folder``. Equal adapters give equal bytes.
+    """Write the model's adapter, or of several the one of that name, into ``folder``: see ``write_adapter``.
 
-    Raises:
-        AdapterError: a weight is not finite.
-        StorageError: the folder cannot be written.
+    Equal adapters give equal bytes.
     """
     write_adapter(adapter_state(model, adapter), config, folder)
 

@@ -21,13 +21,15 @@ class SoftPromptConfig(AdapterConfig):
     num_virtual_tokens: int = 20
     """How many virtual tokens stand before the input. Each costs one position of the context."""
     token_dim: int | None = field(default=None, metadata={"recipe": False})
-    """Size of the base model's input embedding. Found from the model."""
+    """Size of the base model's input embedding; of a prefix, that of a layer's keys. Found from the model."""
     num_layers: int | None = field(default=None, metadata={"recipe": False})
-    """PEFT writes the base model's number of layers here. It changes nothing."""
+    """Number of layers. Of a prefix, found from the model; elsewhere PEFT writes it, and it changes nothing."""
     num_attention_heads: int | None = field(default=None, metadata={"recipe": False})
-    """PEFT writes the base model's number of heads here. It changes nothing."""
+    """The same of the heads, in a prefix of those that have keys of their own."""
     num_transformer_submodules: int | None = field(default=None, metadata={"recipe": False})
-    """Always 1 as written: PEFT's 2 for seq2seq allocates rows that get no gradient."""
+    """2 for a prefix in an encoder-decoder, as PEFT has it: the decoder's layer i then sees pair 2 i of keys and
+    values, counted on from the first after the last. 1 elsewhere: PEFT's 2 allocates rows that get no gradient, or puts
+    a second prompt before a decoder, which its generate leaves out."""
 
     def problems(self) -> list[tuple[str, str]]:
         found = super().problems()
@@ -76,13 +78,3 @@ class PrefixConfig(SoftPromptConfig):
         "num_layers",
         "num_attention_heads",
     )
-
-    token_dim: int | None = field(default=None, metadata={"recipe": False})
-    """Size of a layer's keys. Found from the model."""
-    num_layers: int | None = field(default=None, metadata={"recipe": False})
-    """Number of layers. Found from the model."""
-    num_attention_heads: int | None = field(default=None, metadata={"recipe": False})
-    """Number of heads that have keys of their own. Found from the model."""
-    num_transformer_submodules: int | None = field(default=None, metadata={"recipe": False})
-    """2 in an encoder-decoder, as PEFT has it: the decoder's layer i then sees pair 2 i of keys and values, counted on
-    from the first after the last. 1 elsewhere."""

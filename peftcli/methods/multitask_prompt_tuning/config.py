@@ -35,8 +35,6 @@ class MultitaskPromptTuningConfig(TextPromptConfig):
     """Rank of each task's own factor. It adds num_tasks * num_ranks * (num_virtual_tokens + embedding size) weights."""
     num_tasks: int = field(default=1, metadata={"python_only": "its rows do not say which task they belong to"})
     """How many tasks share the prompt. Of more than one, each input says its own: task_ids."""
-    num_transformer_submodules: int | None = field(default=None, metadata={"recipe": False})
-    """Always 1. PEFT's 2 puts a second prompt before an encoder-decoder's decoder, which its generate leaves out."""
 
     def problems(self) -> list[tuple[str, str]]:
         found = super().problems() + too_small(self, num_ranks=1, num_tasks=1)

@@ -25,11 +25,16 @@ def wrap(module: nn.Module, name: str, config: TrainableTokensConfig) -> Adapter
 
 
 def targets(model: nn.Module, config: TrainableTokensConfig) -> list[str]:
-    """Return the names of the modules whose rows train: one of those that share a weight."""
+    """Return the names of the modules whose rows train: of those that share a weight the first."""
     if config.target_modules is None:
-        config.target_modules = [embedding_name(model)]
-    names = find_targets(model, config)
-    kept = first_of_each_weight(model, names)
+        embedding = base_module(model_ends(model)[0])
+        if not isinstance(embedding, nn.Embedding):
+            raise AdapterError(f"{type(model).__name__} has no input embedding; name the module", key="target_modules")
+        config.target_modules = [name_in(model, embedding)]
+    names, modules, first = find_targets(model, config), base_modules(model), dict[int, str]()
+    for name in names:
+        first.setdefault(id(getattr(modules[name], "weight", None)), name)
+    kept = list(first.values())
     if len(kept) < len(names):  # PEFT, too, ties what shares a weight, and goes wrong where it is named
         config.target_modules = shortest_names(model, kept)
     return kept
@@ -39,25 +44,3 @@ def attach(model: nn.Module, config: TrainableTokensConfig, layers: Mapping[str,
     """Let each layer speak for the modules that share its weight. All are in the file, as PEFT reads it."""
     for layer in layers.values():
         share_rows(model, cast("TrainedRows", layer))
-
-
-def embedding_name(model: nn.Module) -> str:
-    """Name of the model's input embedding.
-
-    Raises:
-        AdapterError: it has none.
-    """
-    embedding = base_module(model_ends(model)[0])
-    if not isinstance(embedding, nn.Embedding):
-        raise AdapterError(f"{type(model).__name__} has no input embedding; name the module", key="target_modules")
-    return name_in(model, embedding)
-
-
-def first_of_each_weight(model: nn.Module, names: list[str]) -> list[str]:
-    """Those of the modules ``names`` that share no weight with an earlier one."""
-    modules = base_modules(model)
-    weights = {name: getattr(modules[name], "weight", None) for name in names}
-    first: dict[int, str] = {}
-    for name, weight in weights.items():
-        first.setdefault(id(weight), name)
-    return list(first.values())
