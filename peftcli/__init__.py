@@ -103,7 +103,7 @@ _PEFT = {
 """The same for PEFT's names, but for the config classes of the methods."""
 
 PEFT_NAMES = {
-    **{row.config_name: f"peftcli.methods.{row.config_place}" for row in METHODS.values()},
+    **{row.config_name: f"peftcli.methods.{row.name}.config" for row in METHODS.values()},
     **dict.fromkeys(TUNER_MODELS, "peftcli.peft_api.tuner_models"),
     **{name: module for module, names in _PEFT.items() for name in names},
 }

@@ -43,14 +43,9 @@ class Method:
         """The address of the paper."""
         return self.source if ":" in self.source else f"https://arxiv.org/abs/{self.source}"
 
-    @property
-    def config_place(self) -> str:
-        """The config class's module below peftcli.methods."""
-        return f"{self.name}.config"
-
     def config_class(self) -> type[AdapterConfig]:
         """The method's config class. Imports no torch."""
-        return getattr(importlib.import_module(f"peftcli.methods.{self.config_place}"), self.config_name)
+        return getattr(importlib.import_module(f"peftcli.methods.{self.name}.config"), self.config_name)
 
 
 _soft_prompt = partial(Method, soft_prompt=True)

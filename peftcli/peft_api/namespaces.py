@@ -15,10 +15,7 @@ from typing import Any
 from peftcli import PEFT_NAMES
 from peftcli.methods import METHODS
 
-_TUNERS = {
-    f"tuners.{name}": (f"methods.{row.config_place}", "peft_api.config", "peft_api.tuner_models")
-    for name, row in METHODS.items()
-}
+_TUNERS = {f"tuners.{name}": (f"methods.{name}.config", "peft_api.config", "peft_api.tuner_models") for name in METHODS}
 _LORA = (
     "methods.lora.config",
     "methods.lora.initialisations.config",

@@ -22,7 +22,8 @@ class Rotation(nn.Module):
     def __init__(self, features: int, config: OFTConfig, like: dict[str, object]):
         super().__init__()
         given = config.oft_block_size or config.r
-        divisor = nearest_divisor(features, given)
+        divisors = [divisor for divisor in range(1, features + 1) if features % divisor == 0]
+        divisor = min(divisors, key=lambda divisor: abs(divisor - given))  # the nearest, of two the lower one
         self.size = divisor if config.oft_block_size else features // divisor
         self.count = features // self.size
         self.config = config
@@ -120,12 +121,6 @@ def after_step(model: nn.Module, config: OFTConfig, step: int, total: int) -> No
     for module in model.modules():
         if isinstance(module, Rotation) and module.config.coft:
             module.bring_back()
-
-
-def nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of ``number`` that is nearest to ``wanted``, of two the lower one."""
-    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-    return min(divisors, key=lambda divisor: abs(divisor - wanted))
 
 
 def _series(skew: torch.Tensor, terms: int) -> torch.Tensor:

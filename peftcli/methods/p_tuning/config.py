@@ -32,14 +32,11 @@ class PromptEncoderConfig(EmbeddedPromptConfig):
             found.append(("encoder_reparameterization_type", f"must be MLP or LSTM, not {kind!r}"))
         found += too_small(self, encoder_hidden_size=1, encoder_num_layers=1)
         found += outside_unit_interval(self, "encoder_dropout")
-        if not self.inference_mode:  # a file's settings of a network that it does not hold change nothing
-            found += self._without_effect()
-        return found
-
-    def _without_effect(self) -> list[tuple[str, str]]:
-        if self.encoder_reparameterization_type == "MLP":
+        if self.inference_mode:  # a file's settings of a network that it does not hold change nothing
+            return found
+        if kind == "MLP":
             changed = {"encoder_num_layers": self.encoder_num_layers != 2, "encoder_dropout": self.encoder_dropout > 0}
-            return [(key, "is for encoder_reparameterization_type: LSTM") for key, given in changed.items() if given]
-        if self.encoder_dropout and self.encoder_num_layers == 1:
-            return [("encoder_dropout", "stands between the LSTM's layers; with one layer it does nothing")]
-        return []
+            found += [(key, "is for encoder_reparameterization_type: LSTM") for key, given in changed.items() if given]
+        elif self.encoder_dropout and self.encoder_num_layers == 1:
+            found.append(("encoder_dropout", "stands between the LSTM's layers; with one layer it does nothing"))
+        return found
