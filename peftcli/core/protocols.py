@@ -44,7 +44,7 @@ class NamesAdapters(Protocol):
 class FindsTargets(Protocol):
     """Adapts other modules than ``target_modules`` alone names: those with the returned names, in the model's order.
 
-    Raises AdapterError for a name in the config that matches nothing.
+    Raises AdapterError for a name in the config that matches nothing, and for a model that the method does not adapt.
     """
 
     def targets(self, model: nn.Module, config: Any) -> list[str]: ...

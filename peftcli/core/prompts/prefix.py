@@ -228,11 +228,7 @@ def find_attention(model: Any) -> Attention:
 
 
 def targets(model: Any, config: PrefixConfig) -> list[str]:
-    """Return the names of the attention layers that a prefix goes into, whose sizes the config then holds.
-
-    Raises:
-        AdapterError: the model has no such layers, or the config is of a model of other sizes.
-    """
+    """Return the names of the attention layers that a prefix goes into, whose sizes the config then holds."""
     config.check_room(model)
     input_embedding_name(model)  # a model that hears or sees has none
     found = find_attention(model)

@@ -150,11 +150,7 @@ wrap = AdaptedAttention
 
 
 def targets(model: Any, config: AdaptionPromptConfig) -> list[str]:
-    """Return the names of the attention modules of the last ``adapter_layers`` layers; the config then has their name.
-
-    Raises:
-        AdapterError: the model has none, or fewer.
-    """
+    """Return the names of the attention modules of the last layers; the config then has their name."""
     wanted, count = config.target_modules, config.adapter_layers
     assert count is not None
     names = find_attention(model).names if wanted is None else find_modules(model, [wanted], "target_modules")

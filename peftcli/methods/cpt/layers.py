@@ -70,11 +70,7 @@ def wrap(module: Any, name: str, config: CPTConfig) -> ContextTokens:
 
 
 def targets(model: Any, config: CPTConfig) -> list[str]:
-    """Return the name of the model's input embedding.
-
-    Raises:
-        AdapterError: the model is not a causal language model.
-    """
+    """Return the name of the model's input embedding."""
     config.check_room(model)
     if not hasattr(model, "prepare_inputs_for_generation") or model.config.is_encoder_decoder:
         raise AdapterError(f"CPT's loss is that of a causal language model; {type(model).__name__} is not one")

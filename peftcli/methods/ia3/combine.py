@@ -15,11 +15,7 @@ _SAME = ("modules_to_save", "exclude_modules")
 
 
 def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: Combination) -> Combined:
-    """Return the weighted sum of the factors; a module that an adapter leaves alone has the factor 1 there.
-
-    Raises:
-        AdapterError: the adapters are not of one base model, or not (IA)^3, or are to be combined otherwise.
-    """
+    """Return the weighted sum of the factors; a module that an adapter leaves alone has the factor 1 there."""
     if how.method not in ("cat", "linear"):
         raise AdapterError(f"(IA)^3 has no matrices, so {how.method} means nothing", key="combination_type")
     check_alike(adapters, weights, _SAME)

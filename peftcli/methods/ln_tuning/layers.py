@@ -31,11 +31,7 @@ class TrainedNorm(TrainedCopy):
 
 
 def wrap(module: nn.Module, name: str, config: LNTuningConfig) -> AdapterLayer:
-    """The layer that trains ``module``.
-
-    Raises:
-        AdapterError: the module has nothing to train, or statistics that it collects itself.
-    """
+    """The layer that trains ``module``."""
     base: nn.Module = base_module(module)
     if next(base.buffers(), None) is not None:
         kind = type(base).__name__

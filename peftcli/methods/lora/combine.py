@@ -34,9 +34,6 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: Combinat
 
     Its lora_alpha is its r, so that B A is the update. Values that replace the base model's, of modules_to_save and
     trained biases, are averaged, which is the weighted sum of their changes where the weights add up to 1.
-
-    Raises:
-        AdapterError: the adapters are not of one base model, not LoRA, or cannot be combined like that.
     """
     how.check()
     configs = [_lora(adapter) for adapter in adapters]

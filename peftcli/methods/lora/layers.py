@@ -41,11 +41,7 @@ from peftcli.methods.lora.variants import penalty as penalty
 
 
 def wrap(module: nn.Module, name: str, config: LoraConfig) -> AdapterLayer:
-    """Return the LoRA layer over ``module``, whose name in the model is ``name``.
-
-    Raises:
-        AdapterError: LoRA does not adapt such a module, or not with these settings.
-    """
+    """Return the LoRA layer over ``module``, whose name in the model is ``name``."""
     if config.arrow_config:
         return ArrowLayer(module, name, config)
     check_initialisation(module, name, config)

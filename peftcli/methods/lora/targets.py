@@ -16,11 +16,7 @@ _TOKENS = "trainable_token_indices"
 
 
 def targets(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Return the names of the modules that LoRA wraps, in the model's order: see ``core.protocols.FindsTargets``.
-
-    Raises:
-        AdapterError: a setting names what the model lacks.
-    """
+    """Return the names of the modules that LoRA wraps, in the model's order: see ``core.protocols.FindsTargets``."""
     owners = find_parameters(model, config.target_parameters or ())
     modules = _target_modules(model, config)
     if both := [name for name in modules if name in owners]:

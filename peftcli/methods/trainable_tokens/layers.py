@@ -15,11 +15,7 @@ from peftcli.methods.trainable_tokens.config import TrainableTokensConfig
 
 
 def wrap(module: nn.Module, name: str, config: TrainableTokensConfig) -> AdapterLayer:
-    """The layer that trains rows of ``module``.
-
-    Raises:
-        AdapterError: the module has no such rows.
-    """
+    """The layer that trains rows of ``module``."""
     check_tokens(module, name, config.token_indices, "token_indices")
     return wrap_rows(module, config.token_indices, start_from_base=config.init_weights)
 

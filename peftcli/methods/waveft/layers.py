@@ -60,11 +60,7 @@ class WaveFTLinear(DeltaLinear):
 
 
 def targets(model: nn.Module, config: WaveFTConfig) -> list[str]:
-    """Return the names of the target modules.
-
-    Raises:
-        AdapterError: ``proportional_parameters`` would train more numbers than they have.
-    """
+    """Return the names of the target modules."""
     names = find_targets(model, config)
     if config.proportional_parameters:
         paths = base_paths(model)

@@ -92,11 +92,7 @@ class XLoraLayer(AdapterLayer):
 
 
 def targets(model: Any, config: XLoraConfig) -> list[str]:
-    """Return the names of the modules that any of the adapters adapts.
-
-    Raises:
-        AdapterError: an adapter cannot be read or is not a plain LoRA, or the model is not its base model.
-    """
+    """Return the names of the modules that any of the adapters adapts."""
     width = _hidden_size(model)
     if config.hidden_size not in (None, width):
         raise AdapterError(f"is {config.hidden_size}, the base model's is {width}", key="hidden_size")
@@ -114,11 +110,7 @@ def targets(model: Any, config: XLoraConfig) -> list[str]:
 
 
 def wrap(module: nn.Module, name: str, config: XLoraConfig) -> XLoraLayer:
-    """Return the layer over ``module``.
-
-    Raises:
-        AdapterError: it is not a linear layer or an embedding, or of another size than in an adapter.
-    """
+    """Return the layer over ``module``."""
     base, view = base_module(module), linear_view(module)
     if view is None and not isinstance(base, nn.Embedding):
         raise AdapterError(

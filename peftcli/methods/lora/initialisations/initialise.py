@@ -45,11 +45,7 @@ def initialise(
 
 
 def from_weight(init: bool | str, weight: torch.Tensor, r: int, scaling: float) -> Pair:
-    """Return A and B of an initialisation that needs the base weight (out, in) only.
-
-    Raises:
-        AdapterError: the layer has fewer directions than r.
-    """
+    """Return A and B of an initialisation that needs the base weight (out, in) only."""
     check_directions(weight, r)
     if fast := FAST_PISSA.fullmatch(str(init)):
         return fast_pissa(weight, r, scaling, iterations=int(fast[1]))
