@@ -21,12 +21,8 @@ _TARGETS = ("embed_tokens.base_layer", "lm_head.base_layer")
 def embedding_layers(model: Any, config: AdapterConfig, adapter: str, save: bool | str) -> dict[str, torch.Tensor]:
     """Return the weights to write beside an adapter's own, by their names in the file.
 
-    Args:
-        model: the base model, adapter layers and all.
-        config: the adapter's.
-        adapter: its name in the model.
-        save: True: embedding and head. ``auto``: the same where the model has another number of tokens than the
-            checkpoint that the config names, else those that are targets. False: none.
+    With ``save`` they are embedding and head. ``auto``: the same where the model has another number of tokens than the
+    checkpoint that the config names, else those that are targets.
 
     Raises:
         AdapterError: ``save`` is something else, or a weight is not here.

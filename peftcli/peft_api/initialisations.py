@@ -127,11 +127,8 @@ def preprocess_loraga(
 ) -> None:
     """Learn what LoRA-GA starts from; ``get_peft_model(model, lora_config)`` comes next.
 
-    Args:
-        model: the base model.
-        lora_config: says ``init_lora_weights="lora_ga"``.
-        train_step: calls ``backward`` on the losses of a few batches. It must not change the model.
-        cache_file: keeps what is learnt, in safetensors; where it is there already, it is read instead.
+    ``train_step`` calls ``backward`` on the losses of a few batches. It must not change the model. ``cache_file`` keeps
+    what is learnt, in safetensors; where it is there already, it is read instead.
 
     Raises:
         AdapterError: the config says otherwise, the data do not reach a layer, or the file is not one of this model.
@@ -149,11 +146,8 @@ def replace_lora_weights_loftq(
 ) -> None:
     """Start a LoRA adapter on a quantised base model from what quantisation took away.
 
-    Args:
-        peft_model: the model.
-        model_path: folder or hub id of the base model in full precision. None: where the model was loaded from.
-        adapter_name: which of the model's adapters.
-        callback: is given the model and a layer's name after each layer; where it says False, the layer is put back.
+    ``model_path`` is that of the base model in full precision; None: where the model was loaded from. ``callback`` is
+    given the model and a layer's name after each layer; where it says False, the layer is put back.
 
     Raises:
         AdapterError: no layer is quantised.

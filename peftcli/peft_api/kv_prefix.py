@@ -56,14 +56,8 @@ def initialize_kv_prefix_from_text(
 ) -> torch.Tensor:
     """Start a cartridge or a prefix from what the base model remembers of a text, and return its new keys and values.
 
-    Args:
-        model: holds the adapter.
-        tokenizer: the base model's.
-        text: the document.
-        adapter_name: the adapter; None: the active one.
-        num_virtual_tokens: None: that of the adapter.
-        use_chat_template: let the model read the text as a system message, if the tokenizer has a chat template.
-        max_length: read no more tokens than this.
+    With ``use_chat_template`` the model reads the text as a system message, if the tokenizer has a chat template. It
+    reads no more than ``max_length`` tokens.
 
     Raises:
         AdapterError: the adapter has no prefix or one that a network makes, or the text is too short for it.

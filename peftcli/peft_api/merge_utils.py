@@ -43,13 +43,9 @@ def dare_ties(
 
 
 def prune(tensor: torch.Tensor, density: float, method: str, rescale: bool = False) -> torch.Tensor:
-    """Return a tensor with a share ``density`` of its values left.
+    """Return a tensor with a share ``density`` of its values left, above 0 and at most 1.
 
-    Args:
-        tensor: any tensor.
-        density: the share, above 0 and at most 1.
-        method: ``magnitude``: the largest are left; ``random``: any.
-        rescale: enlarge those that are left of random ones, so that the expectation stays.
+    Of ``magnitude`` the largest are left, of ``random`` any; ``rescale`` enlarges these, so that the expectation stays.
 
     Raises:
         AdapterError: no method is called that, or the share is another number.

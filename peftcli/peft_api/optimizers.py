@@ -34,16 +34,8 @@ def create_loraplus_optimizer(
 ) -> torch.optim.Optimizer:
     """An optimizer that trains LoRA's B ``loraplus_lr_ratio`` times as fast as A: LoRA+.
 
-    It has PEFT's four groups, some maybe empty: A, LoRA on embeddings, B, and vectors.
-
-    Args:
-        model: a model of ``get_peft_model``.
-        optimizer_cls: class of the optimizer.
-        lr: learning rate of A.
-        loraplus_lr_ratio: the learning rate of B, and of vectors, over ``lr``.
-        loraplus_lr_embedding: learning rate of LoRA on embeddings.
-        loraplus_weight_decay: weight decay of all but vectors.
-        options: the optimizer's other arguments.
+    It has PEFT's four groups, some maybe empty: A, which learns at ``lr``, LoRA on embeddings, B, and vectors, which
+    learn as fast as B. The weight decay is that of all but vectors.
 
     Raises:
         AdapterError: the adapter has no B.
