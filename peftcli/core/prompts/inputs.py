@@ -86,8 +86,8 @@ class SoftPrompt(AdapterLayer):
         Raises:
             AdapterError: there are not enough positions, or the padding is unknown.
         """
-        given = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-        (batch, length), mask = given.shape[:2], inputs.get("attention_mask")
+        given, mask = tokens_of(inputs), inputs.get("attention_mask")
+        batch, length = given.shape[:2]
         if self.longest is not None and length + self.count > self.longest:
             raise AdapterError(
                 f"{length} tokens and {self.count} virtual ones; the base model has {self.longest} positions",
@@ -159,7 +159,7 @@ def inserted(
 
 def continued(model: nn.Module, inputs: dict[str, Any], past: int, count: int) -> dict[str, Any]:
     """The inputs of a later step, whose mask and positions may not count the virtual tokens that the cache holds."""
-    mask, new = inputs.get("attention_mask"), length_of(inputs)
+    mask, new = inputs.get("attention_mask"), tokens_of(inputs).shape[1]
     out: dict[str, Any] = {}
     if (place := inputs.get("cache_position")) is not None:  # of transformers before 5.24 or so
         out["cache_position"] = torch.arange(past, past + new, device=place.device)
@@ -216,16 +216,9 @@ def takes(module: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(module.forward).parameters
 
 
-def length_of(inputs: dict[str, Any]) -> int:
-    """Number of tokens T of the inputs (B, T)."""
-    given = inputs.get("input_ids")
-    return int((given if given is not None else inputs["inputs_embeds"]).shape[1])
-
-
-def rows_in(inputs: dict[str, Any]) -> int:
-    """Number of rows B of the inputs (B, T)."""
-    given = inputs.get("input_ids")
-    return int((given if given is not None else inputs["inputs_embeds"]).shape[0])
+def tokens_of(inputs: dict[str, Any]) -> torch.Tensor:
+    """Return the input ids (B, T), or the embeddings (B, T, D) that stand for them."""
+    return inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
 
 
 def cached_length(inputs: dict[str, Any]) -> int:

@@ -26,12 +26,11 @@ from peftcli.core.prompts.inputs import (
     continued,
     hook_once,
     inserted,
-    length_of,
     positions,
-    rows_in,
     settle,
     starts,
     takes,
+    tokens_of,
     without,
 )
 from peftcli.core.prompts.virtual_tokens import VirtualTokens, input_embedding_name
@@ -293,7 +292,7 @@ class _Insert:
         past, prefix, placed = cached_length(inputs), layer.prefix, layer.placeholders
         prefix.start, prefix.cuts = None, placed is None
         if placed is not None:  # generate has made the room
-            prefix.start = placed.repeat_interleave(rows_in(inputs) // len(placed), dim=0)
+            prefix.start = placed.repeat_interleave(len(tokens_of(inputs)) // len(placed), dim=0)
             return None
         if past:
             return (), inputs | continued(decoder, inputs, past, layer.count)
@@ -318,7 +317,9 @@ class _Cut:
             return output
         start, layer.prefix.start = layer.prefix.start, None
         return (
-            _cut(output, start, length_of(kwargs), layer.count) if start is not None and layer.prefix.cuts else output
+            _cut(output, start, tokens_of(kwargs).shape[1], layer.count)
+            if start is not None and layer.prefix.cuts
+            else output
         )
 
 

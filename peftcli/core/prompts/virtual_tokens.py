@@ -29,12 +29,12 @@ from peftcli.core.prompts.inputs import (
     extended,
     hook_once,
     inserted,
-    length_of,
     positions,
     settle,
     soft_prompt,
     starts,
     takes,
+    tokens_of,
     without,
 )
 from peftcli.errors import AdapterError
@@ -224,7 +224,7 @@ class _Insert:
         if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
             return None
         mask = inputs.get("attention_mask")
-        if self.encodes and mask is not None and mask.shape[1] == length_of(inputs) + layer.count:
+        if self.encodes and mask is not None and mask.shape[1] == tokens_of(inputs).shape[1] + layer.count:
             inputs["attention_mask"] = without(mask, starts(mask), layer.count)  # _Extend was here first
         if layer.counts and mask is not None and inputs.get("position_ids") is None and takes(model, "position_ids"):
             inputs["position_ids"] = positions(inputs["attention_mask"])
@@ -267,7 +267,7 @@ class _Cut:
             return
         if not isinstance(output, dict):
             raise AdapterError("virtual tokens need return_dict=True", key="return_dict")
-        length, mask = length_of(kwargs), kwargs.get("attention_mask")
+        length, mask = tokens_of(kwargs).shape[1], kwargs.get("attention_mask")
         for name in ("logits", "start_logits", "end_logits"):
             logits = output.get(name)
             if logits is not None and logits.ndim == (3 if name == "logits" else 2) and logits.shape[1] == length:

@@ -17,7 +17,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, adapter_dtype, adapter_layers, base_module
 from peftcli.core.linear import linear_view
-from peftcli.core.prompts.inputs import bound, hook_once, length_of, starts, takes
+from peftcli.core.prompts.inputs import bound, hook_once, starts, takes, tokens_of
 from peftcli.core.prompts.prefix import CACHE, MASK, find_attention, keeps_keys
 from peftcli.core.targets import find_modules
 from peftcli.errors import AdapterError
@@ -178,4 +178,4 @@ def _count_positions(decoder: Any, args: Any, kwargs: Any) -> tuple[tuple[()], d
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or inputs.get("position_ids") is not None:
         return None
     place = (torch.arange(mask.shape[1], device=mask.device) - starts(mask)).clamp(min=0)
-    return (), inputs | {"position_ids": place[:, -length_of(inputs) :]}
+    return (), inputs | {"position_ids": place[:, -tokens_of(inputs).shape[1] :]}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.prompts.inputs import cached_length
+from peftcli.core.prompts.inputs import cached_length, tokens_of
 from peftcli.errors import AdapterError
 from peftcli.methods.xlora.config import XLoraConfig
 
@@ -45,8 +45,8 @@ class Mixture(nn.Module):
         """
         if cached_length(inputs):
             raise AdapterError("X-LoRA reads whole sequences; set use_cache=False", key="use_cache")
-        given = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-        value, shape = self.config.scaling_pass_value, (*given.shape[:2], self.num_layers, self.num_experts)
+        given, value = tokens_of(inputs), self.config.scaling_pass_value
+        shape = (*given.shape[:2], self.num_layers, self.num_experts)
         self.reads_base, self.scalings = value == 0, torch.full(shape, float(value), device=given.device)
         read = {name: value for name, value in inputs.items() if name not in _NOT_READ}
         try:
