@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, base_module
-from peftcli.core.linear import linear_view
-from peftcli.errors import AdapterError
 from peftcli.methods._linear import WeightDelta, WeightDeltaLinear, check_ungrouped, dropout_layer, factory_kwargs
 from peftcli.methods.hira.config import HiraConfig
 
@@ -19,6 +17,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 class HiraLinear(WeightDeltaLinear):
     """``delta = W * (B A)``, elementwise, with ``A: (r, in)`` and ``B: (out, r)``; ``B`` starts at zero."""
+
+    kinds = "linear layers, convolutions, embeddings"
 
     def __init__(self, module: nn.Module, name: str, config: HiraConfig):
         super().__init__(module, name, "HiRA", dropout=config.hira_dropout)
@@ -75,14 +75,11 @@ class HiraEmbedding(WeightDelta):
 
 def wrap(module: nn.Module, name: str, config: HiraConfig) -> AdapterLayer:
     """Return the HiRA layer over ``module``."""
-    if linear_view(module) is not None:
-        return HiraLinear(module, name, config)
     if isinstance(base_module(module), _CONVOLUTIONS):
         return HiraConv(module, name, config)
     if isinstance(base_module(module), nn.Embedding):
         return HiraEmbedding(module, config)
-    kind = type(base_module(module)).__name__
-    raise AdapterError(f"{name} is a {kind}; HiRA adapts linear layers, convolutions, embeddings", key="target_modules")
+    return HiraLinear(module, name, config)
 
 
 def _start(a: nn.Parameter, b: nn.Parameter, config: HiraConfig) -> None:

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, base_module, widened
-from peftcli.core.linear import dense_weight, linear_view
-from peftcli.errors import AdapterError
+from peftcli.core.linear import dense_weight
 from peftcli.methods._linear import DeltaLinear, dropout_layer, factory_kwargs, stored_weight
 from peftcli.methods.tinylora.config import TinyLoraConfig
 
@@ -71,6 +70,8 @@ class TinyLoraLayer(AdapterLayer):
 class TinyLoraLinear(TinyLoraLayer, DeltaLinear):
     """TinyLoRA over a linear layer, with ``A: (r, in)`` and ``B: (out, r)``."""
 
+    kinds = "linear layers and embeddings"
+
     def __init__(self, module: nn.Module, name: str, config: TinyLoraConfig):
         super().__init__(module, name, "TinyLoRA", config.bias, config.tinylora_dropout)
         self.decompose(dense_weight(module), config)
@@ -104,12 +105,9 @@ class TinyLoraEmbedding(TinyLoraLayer):
 
 def wrap(module: nn.Module, name: str, config: TinyLoraConfig) -> AdapterLayer:
     """Return the TinyLoRA layer over ``module``."""
-    if linear_view(module) is not None:
-        return TinyLoraLinear(module, name, config)
     if isinstance(base_module(module), nn.Embedding):
         return TinyLoraEmbedding(module, config)
-    kind = type(base_module(module)).__name__
-    raise AdapterError(f"{name} is a {kind}; TinyLoRA adapts linear layers and embeddings", key="target_modules")
+    return TinyLoraLinear(module, name, config)
 
 
 def attach(model: nn.Module, config: TinyLoraConfig, layers: Mapping[str, Any]) -> None:
